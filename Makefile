@@ -1,0 +1,42 @@
+# Everything a fresh machine needs: `make demo` and `make test` make their own virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check test-oldest clean
+
+demo: $(VENV)/installed
+	$(BIN)/atomtune train
+
+test: $(VENV)/installed-test check
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+check: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The lower bounds of pyproject.toml, in an environment of their own.
+test-oldest: .venv-oldest/installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	  (echo "atomtune needs Python 3.11 to 3.13; pass one: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1)
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+.venv-oldest/installed: pyproject.toml tools/oldest.py
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -e '.[test]' $$($(PYTHON) tools/oldest.py)
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,3 @@
+"""atomtune: LoRA instruction fine-tuning of causal language models."""
+
+__version__ = "0.1.0"

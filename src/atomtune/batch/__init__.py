@@ -1,0 +1,1 @@
+"""Geometry: from Examples to Rows and tensors."""

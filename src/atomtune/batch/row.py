@@ -1,0 +1,59 @@
+"""Rows: where every token of a batch stands, and whom it may see.
+
+Before: data.encode makes Examples.  After: collate turns Rows into tensors.
+Law: token q sees token k exactly when k <= q < until[k]; token i is predicted from the hidden state of parent[i] and
+counted learn[i] times. There is no label shift anywhere.
+No torch here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from atomtune.data.records import Example
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Tokens in depth-first order.
+
+    parent[i]  index of the token before i on its own path, -1 at a start
+    until[i]   one past the end of the subtree that hangs on i
+    learn[i]   how often i is a target
+    origins    the records that lie in this row
+    """
+
+    ids: tuple[int, ...]
+    parent: tuple[int, ...]
+    until: tuple[int, ...]
+    learn: tuple[int, ...]
+    origins: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.ids), len(self.parent), len(self.until), len(self.learn)}
+        assert len(lengths) == 1, f"a row's columns differ in length: {lengths}"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def is_chain(self) -> bool:
+        """One path from the first token to the last, as stock attention masks have it."""
+        return all(parent == i - 1 for i, parent in enumerate(self.parent))
+
+    def positions(self) -> tuple[int, ...]:
+        """Depth of each token along its own path."""
+        depth: list[int] = []
+        for parent in self.parent:
+            depth.append(0 if parent < 0 else depth[parent] + 1)
+        return tuple(depth)
+
+
+def single(example: Example) -> Row:
+    """One example alone: a chain, the simplest geometry."""
+    n = len(example.ids)
+    return Row(example.ids, tuple(range(-1, n - 1)), (n,) * n, example.learn, (example.origin,))
+
+
+def padded_tokens(examples: Sequence[Example]) -> int:
+    """What a padded batch of these examples computes: the longest, as often as there are examples."""
+    return len(examples) * max(len(example.ids) for example in examples)

@@ -1,0 +1,98 @@
+"""The commands: parse, call, print. Each imports its rooms inside, so that --help loads no torch."""
+
+import difflib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from atomtune import __version__
+from atomtune.errors import AtomtuneError
+
+#: What a failed process answers, by cause; see also errors.py.
+DONE, BUG, USER, STOPPED = 0, 1, 2, 75
+
+
+def train(argv: Sequence[str]) -> int:
+    """Train a LoRA adapter on a file of records."""
+    from atomtune.config import read_train
+
+    settings = read_train(argv)
+    from atomtune.train.run import train as run
+
+    return run(settings)
+
+
+def merge(argv: Sequence[str]) -> int:
+    """Write base + adapter as one plain model folder."""
+    from atomtune.config import MergeSettings, read_settings
+
+    settings = read_settings(MergeSettings, argv, command="merge")
+    from atomtune.use.export import merge as run
+
+    return run(settings)
+
+
+def chat(argv: Sequence[str]) -> int:
+    """Talk to a trained adapter in the terminal."""
+    from atomtune.config import ChatSettings, read_settings
+
+    settings = read_settings(ChatSettings, argv, command="chat")
+    from atomtune.use.chat import chat as run
+
+    return run(settings)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "merge": merge, "chat": chat}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code (see the README for their meaning)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+    elif words[0] in ("-V", "--version"):
+        print(f"atomtune {__version__}")
+    elif words[0] in COMMANDS:
+        return _answered(words[0], words[1:])
+    else:
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Commands: {', '.join(COMMANDS)}."
+        print(f"atomtune: no command {words[0]!r}. {hint}", file=sys.stderr)
+        return USER
+    return DONE
+
+
+def _answered(name: str, argv: Sequence[str]) -> int:
+    """The exit code of a command; errors as text on standard error."""
+    code = BUG
+    try:
+        return COMMANDS[name](argv)
+    except AtomtuneError as error:
+        print(f"\natomtune {name}: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print(f"\natomtune {name}: stopped by Ctrl-C.", file=sys.stderr)
+        code = STOPPED
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        sys.stderr.close()
+        code = DONE
+    except Exception:  # noqa: BLE001  # the last line of defence: shown whole, never swallowed
+        traceback.print_exc()
+        said = f"this is a bug in atomtune {__version__}; please report the lines above."
+        print(f"\natomtune {name}: {said}", file=sys.stderr)
+    return code
+
+
+def _overview() -> str:
+    lines = [f"  {name:<8} {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"atomtune {__version__}: LoRA instruction fine-tuning",
+            "",
+            "usage: atomtune COMMAND [--help] …",
+            "",
+            *lines,
+            "",
+            "`atomtune train` with nothing else runs the embedded demo, on a CPU, in about a minute.",
+        ]
+    )

@@ -1,0 +1,127 @@
+"""The nouns of the walk: Turn, Record, Piece, Example, Refusal, and the Account that loses none of them.
+
+Before: a line in a file.  After: batch.row makes Rows of Examples.
+"""
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one side says; a user's turn may hold an instruction (`text`) and the `input` it is about."""
+
+    role: Role
+    text: str
+    input: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One conversation. The last turn is the assistant's: the answer to learn."""
+
+    turns: tuple[Turn, ...]
+    origin: str  # "train.jsonl:17"
+
+    @property
+    def prompt(self) -> tuple[Turn, ...]:
+        return self.turns[:-1]
+
+    @property
+    def answer(self) -> str:
+        return self.turns[-1].text
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of text that is learned or not.
+
+    `breaks` are positions no token may reach across: each lies inside a control string that a record's own text
+    holds, so that it stays text (data.encode, law 2).
+    """
+
+    text: str
+    learn: bool
+    breaks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Token ids of one record and how often each is learned."""
+
+    ids: tuple[int, ...]
+    learn: tuple[int, ...]
+    origin: str
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.learn):
+            raise ValueError(f"{self.origin}: {len(self.ids)} ids but {len(self.learn)} learn marks")
+        if self.learn and self.learn[0]:
+            raise ValueError(f"{self.origin}: the first token cannot be learned, nothing stands before it")
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A record that is not trained on, and why. `broken` records stop a run unless --skip_bad."""
+
+    origin: str
+    reason: str
+    broken: bool = True
+
+
+@dataclass
+class Account:
+    """Where every record and token of one pass over a file went: read = used + refused."""
+
+    records_read: int = 0
+    records_used: int = 0
+    records_refused: list[Refusal] = field(default_factory=list)
+    records_cut: int = 0
+    prompt_tokens: int = 0
+    target_tokens: int = 0
+    cut_origins: list[str] = field(default_factory=list)
+    control_origins: list[str] = field(default_factory=list)  # records whose text holds a control string
+    unknown_tokens: int = 0  # targets the tokenizer has no token for
+    longest_tokens: int = 0
+    notices: Counter[str] = field(default_factory=Counter)  # what was accepted but is worth saying
+    shared_instruction: str | None = None  # the one instruction nearly all records carry
+
+    def refuse(self, refusal: Refusal) -> None:
+        self.records_refused.append(refusal)
+
+    def use(self, example: Example, target_tokens: int) -> None:
+        self.records_used += 1
+        self.target_tokens += target_tokens
+        self.prompt_tokens += len(example.ids) - target_tokens
+        self.longest_tokens = max(self.longest_tokens, len(example.ids))
+
+    @property
+    def broken(self) -> list[Refusal]:
+        return [refusal for refusal in self.records_refused if refusal.broken]
+
+    def contract(self) -> dict[str, Any]:
+        """The data keys of `run.json`."""
+        return {
+            "records_read": self.records_read,
+            "records_used": self.records_used,
+            "records_refused": [{"origin": r.origin, "reason": r.reason} for r in self.records_refused],
+            "records_cut": self.records_cut,
+            "prompt_tokens": self.prompt_tokens,
+            "target_tokens": self.target_tokens,
+            "records_with_control_strings": self.control_origins,
+            "records_cut_origins": self.cut_origins,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Account":
+        known = {f.name for f in fields(cls)}
+        if set(values) != known:
+            raise ValueError("the account was written by another version")
+        refused = [Refusal(**refusal) for refusal in values["records_refused"]]
+        return cls(**{**values, "records_refused": refused, "notices": Counter(values["notices"])})

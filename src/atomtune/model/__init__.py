@@ -1,0 +1,1 @@
+"""The base model, its adapter, the loss and the answer."""

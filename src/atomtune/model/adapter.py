@@ -1,0 +1,204 @@
+"""The adapter's life: made, counted, filled from older files, saved with its card, loaded again.
+
+Before: load.py gives the base.  After: train.trainer, use.
+Stands on PEFT; LoRA: Hu et al. 2021, arXiv 2106.09685.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from atomtune.errors import BadModel, BadSettings, RunFailed, listing
+
+CARD = "atomtune.json"
+WEIGHTS = "adapter_model.safetensors"
+OLD_WEIGHTS = "adapter_model.bin"
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a server must know beyond PEFT's config: how a prompt is written and where an answer stops."""
+
+    template: str
+    instruction_role: Literal["system", "user"]
+    stop: str
+    instruction: str | None = None  # the one nearly all records shared: chat's default
+    trust_remote_code: bool = False
+    data_hash: str = ""
+    max_seq_length: int = 256
+
+    def save(self, folder: Path) -> None:
+        (folder / CARD).write_text(json.dumps(asdict(self), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Card | None":
+        file = folder / CARD
+        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def linear_names(base: Any) -> list[str]:
+    """Full names of the layers LoRA can adapt, the output layer left out."""
+    head = base.get_output_embeddings()
+    return [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and name.rpartition(".")[2] != "lm_head"
+    ]
+
+
+def match_targets(base: Any, targets: Sequence[str]) -> dict[str, int]:
+    """How many modules each target name matches (all linear layers for all-linear).
+
+    Raises BadSettings when a named target matches none, with the names that exist.
+    """
+    names = linear_names(base)
+    kinds = Counter(name.rpartition(".")[2] for name in names)
+    if list(targets) == [ALL_LINEAR]:
+        if not kinds:
+            raise BadModel("The base has no linear layer that LoRA could adapt.")
+        return dict(sorted(kinds.items()))
+    every = [name for name, _ in base.named_modules()]
+    counts = {t: sum(name == t or name.endswith(f".{t}") for name in every) for t in targets}
+    missing = [t for t, count in counts.items() if not count]
+    if missing:
+        there = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
+        raise BadSettings(
+            [f"--lora_targets: no module is called {', '.join(missing)}. Linear layers of this model: {there}."]
+        )
+    return counts
+
+
+def new_adapter(base: Any, *, rank: int, alpha: float, dropout: float, targets: Sequence[str]) -> PeftModel:
+    """Wrap the base in a fresh LoRA adapter: B is zero, so the model still answers as the base."""
+    chosen: str | list[str] = ALL_LINEAR if list(targets) == [ALL_LINEAR] else list(targets)
+    fan_in_fan_out = any(isinstance(module, Conv1D) for module in base.modules())
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=chosen,
+        fan_in_fan_out=fan_in_fan_out,
+    )
+    return get_peft_model(base, config)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; a 4-bit weight counts as the parameters it stands for."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        shape = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
+        count = torch.Size(shape).numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def adapter_file(path: Path) -> Path | None:
+    """The weights a path means: the file itself, or the one in the folder."""
+    if path.is_file():
+        return path
+    return next((path / name for name in (WEIGHTS, OLD_WEIGHTS) if (path / name).is_file()), None)
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """Adapter tensors under PEFT's names; the tutorial's `.default.` keys lose that part. No pickled code runs."""
+    try:
+        if file.suffix == ".safetensors":
+            tensors: Mapping[str, Any] = load_file(file)
+        else:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise BadModel(f"{file}: not readable as adapter weights: {type(error).__name__}: {error}") from error
+    return {name.replace(".default.", "."): tensor for name, tensor in tensors.items()}
+
+
+def start_from_weights(
+    base: Any, file: Path, *, rank: int, alpha: float, dropout: float, notice: Callable[[str], None]
+) -> PeftModel:
+    """A trainable adapter filled from a file of weights alone.
+
+    Beside an adapter_config.json that config holds. Without one (the tutorial's checkpoints) rank and targets are
+    read from the tensors; alpha and dropout are the run's settings.
+    """
+    weights = read_weights(file)
+    if (file.parent / "adapter_config.json").is_file():
+        config = LoraConfig.from_pretrained(str(file.parent))
+        config.inference_mode = False
+        model = get_peft_model(base, config)
+    else:
+        ranks = {tensor.shape[0] for name, tensor in weights.items() if "lora_A" in name}
+        if len(ranks) != 1:
+            raise BadModel(f"{file}: holds no LoRA tensors of one rank (found ranks: {sorted(ranks) or 'none'}).")
+        found = ranks.pop()
+        if found != rank:
+            notice(f"{file.name} holds an adapter of rank {found}; taking {found} instead of --lora_rank {rank}.")
+        modules = {name.partition(".lora_")[0].removeprefix("base_model.model.") for name in weights}
+        model = new_adapter(base, rank=found, alpha=alpha, dropout=dropout, targets=_shortest(base, modules))
+    _fill(model, weights, file)
+    return model
+
+
+def _shortest(base: nn.Module, modules: set[str]) -> list[str]:
+    """Last name parts, if these match just the given modules; else the full names."""
+    parts = sorted({name.rpartition(".")[2] for name in modules})
+    matched = {name for name, _ in base.named_modules() if name.rpartition(".")[2] in parts}
+    return parts if matched == modules else sorted(modules)
+
+
+def _fill(model: PeftModel, weights: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Load every tensor, or name each that does not fit with both shapes."""
+    own = get_peft_model_state_dict(model)
+    problems = [f"{name}: not in the file" for name in own.keys() - weights.keys()]
+    problems += [f"{name}: not in this model" for name in weights.keys() - own.keys()]
+    problems += [
+        f"{name}: {tuple(tensor.shape)} in the file, {tuple(own[name].shape)} in this model"
+        for name, tensor in weights.items()
+        if name in own and own[name].shape != tensor.shape
+    ]
+    if problems:
+        raise BadModel(f"{file} does not fit this base and these LoRA settings:\n{listing(sorted(problems))}")
+    set_peft_model_state_dict(model, dict(weights))
+
+
+def load_trained(base: Any, folder: Path) -> PeftModel:
+    """A saved adapter on its base, ready to answer."""
+    if adapter_file(folder) is None or not (folder / "adapter_config.json").is_file():
+        raise BadModel(
+            f"{folder}: no adapter here (adapter_config.json and {WEIGHTS}).\n"
+            "Pass --adapter_path with a run's output folder or one of its checkpoint-N folders."
+        )
+    try:
+        return PeftModel.from_pretrained(base, str(folder)).eval()
+    except RuntimeError as error:
+        raise BadModel(f"{folder} does not fit this base: {str(error)[:1500]}") from error
+
+
+def base_path_of(folder: Path) -> str:
+    """The base an adapter was trained on, as its config says."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise BadModel(f"{folder}: no adapter_config.json here. Pass --adapter_path with a run's output folder.")
+    return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+
+
+def refuse_empty(model: PeftModel) -> None:
+    """Raise RunFailed when a trained adapter would change nothing or is not finite."""
+    tensors = get_peft_model_state_dict(model)
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        raise RunFailed("The adapter holds values that are not finite; it is not saved. Lower --learning_rate.")
+    if not any(bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name):
+        raise RunFailed(
+            "The adapter is empty: after training every B matrix is still zero, so it would change nothing.\n"
+            "Check that --max_steps is at least 1, --learning_rate is above 0 and the loss moved."
+        )

@@ -1,0 +1,64 @@
+"""Arguments: the settings as the Trainer's own, fitted to this machine."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from atomtune.config import TrainSettings
+from atomtune.errors import BadSettings
+
+#: The Trainer's name for recomputing activations; renamed in transformers 5.23.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in {field.name for field in dataclasses.fields(TrainingArguments)}
+)
+
+
+def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
+    """TrainingArguments from the settings. Raises BadSettings with what the library itself refuses."""
+    values = dict(settings.trainer)
+    values.setdefault("output_dir", None)
+    evaluates = bool(settings.data.eval_path or settings.data.eval_size)
+    if values.get("eval_strategy", "no") != "no" and not evaluates:
+        raise BadSettings([f"--eval_strategy {values['eval_strategy']} needs records: --eval_path or --eval_size."])
+    if evaluates:
+        values.setdefault("eval_strategy", "epoch")
+    values |= {
+        "output_dir": values["output_dir"] or str(spare_folder(settings)),
+        "remove_unused_columns": False,  # ours are read by our collator
+        "disable_tqdm": True,  # train.report draws the bar
+        "logging_nan_inf_filter": False,  # a loss that is not finite ends the run, it is not hidden
+    }
+    values.pop("resume_from_checkpoint", None)
+    if not torch.accelerator.is_available() or values.get("use_cpu"):
+        # On a CPU the dtype of the base says all; the Trainer would refuse bf16 and ignore fp16 in silence.
+        values |= {"fp16": False, "bf16": False, "dataloader_pin_memory": False}
+    elif values.get("bf16") and not torch.cuda.is_bf16_supported():
+        values["bf16"] = False
+    try:
+        args = TrainingArguments(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise BadSettings([f"The Trainer refuses these settings: {error}"]) from error
+    if args.n_gpu > 1:
+        # One process and several GPUs would mean nn.DataParallel, which splits a batch's rows apart.
+        args._n_gpu = 1
+    return args
+
+
+def spare_folder(settings: TrainSettings) -> Path:
+    """runs/<name>-<n>, the first that does not exist; a launcher's ranks agree through the environment."""
+    stem = "demo" if settings.demo else Path(str(settings.data.dataset_path)).stem
+    number = 1
+    while (folder := Path("runs") / f"{stem}-{number}").exists():
+        number += 1
+    return Path(os.environ.setdefault("ATOMTUNE_OUTPUT_DIR", str(folder))) if "RANK" in os.environ else folder
+
+
+def lengths(args: TrainingArguments) -> dict[str, Any]:
+    """How long the run was asked to be."""
+    return {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}

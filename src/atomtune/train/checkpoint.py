@@ -1,0 +1,184 @@
+"""Checkpoints: where a run may start from, and whether what lies there is whole.
+
+A checkpoint is whole when its manifest, written last, agrees with every file. A run that was killed while saving
+leaves no manifest, so the checkpoint before it is taken.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from atomtune.errors import BadModel, BadSettings, RunFailed, listing
+from atomtune.model.adapter import WEIGHTS, adapter_file
+
+MANIFEST = "manifest.json"
+STATE = "trainer_state.json"
+RECORD = "run.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins: afresh, from a checkpoint with its state, from weights alone, or not at all any more."""
+
+    kind: Literal["fresh", "resume", "weights", "finished"]
+    path: Path | None = None
+    said: str = ""
+
+
+def write_manifest(folder: Path) -> None:
+    """Name every file of the checkpoint with its size and SHA-256; written last, in one rename."""
+    entries = {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in _files(folder)
+    }
+    write_json(folder / MANIFEST, entries)
+
+
+def damage(folder: Path) -> list[str]:
+    """What keeps a checkpoint from being whole; empty when it is."""
+    try:
+        entries: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ["it has no manifest: the run was stopped while saving it"]
+    except ValueError:
+        return ["its manifest is not readable"]
+    problems = []
+    for name, entry in entries.items():
+        file = folder / name
+        if not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
+            problems.append(f"{name} is not as it was written")
+    return problems
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """checkpoint-N folders, newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def newest_whole(folder: Path, notice: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that verifies; those passed over are said."""
+    for path in checkpoints(folder):
+        problems = damage(path)
+        if not problems:
+            return path
+        notice(f"{path.name} is passed over: {listing(problems, 3)}.")
+    return None
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Whether a folder already is some run's output."""
+    return (folder / RECORD).exists() or (folder / WEIGHTS).exists() or bool(checkpoints(folder))
+
+
+def find_start(
+    output_dir: Path,
+    *,
+    resume: bool,
+    resume_from_checkpoint: str | None,
+    checkpoint: str | None,
+    lengths: dict[str, Any],
+    notice: Callable[[str], None],
+) -> Start:
+    """Decide from the folder and the flags.
+
+    lengths  max_steps and num_train_epochs as asked now
+    Raises BadSettings when the folder holds a run and no flag says to go on, BadModel for a damaged checkpoint.
+    """
+    if resume_from_checkpoint and resume_from_checkpoint.lower() == "true":
+        newest = newest_whole(output_dir, notice)
+        if newest is None:
+            raise BadSettings([f"--resume_from_checkpoint: no whole checkpoint in {output_dir}."])
+        return _resumed(newest)
+    if explicit := resume_from_checkpoint or checkpoint:
+        return _explicit(Path(explicit).expanduser(), output_dir)
+    if not resume:
+        if holds_a_run(output_dir):
+            raise BadSettings(
+                [f"{output_dir} already holds a run. --resume goes on with it; another --output_dir starts a new one."]
+            )
+        return Start("fresh")
+    record = read_record(output_dir)
+    if record.get("status") == "finished" and not _asks_for_more(record, lengths):
+        return Start("finished", output_dir, f"The run in {output_dir} is already finished; nothing to resume.")
+    newest = newest_whole(output_dir, notice)
+    if newest is None:
+        return Start("fresh", None, f"--resume: no whole checkpoint in {output_dir}; starting from the beginning.")
+    return _resumed(newest)
+
+
+def _resumed(path: Path) -> Start:
+    step = json.loads((path / STATE).read_text(encoding="utf-8"))["global_step"]
+    return Start("resume", path, f"Going on from {path} at step {step:,}.")
+
+
+def _explicit(path: Path, output_dir: Path) -> Start:
+    if not path.exists():
+        there = ", ".join(str(found) for found in checkpoints(path.parent) or checkpoints(output_dir))
+        raise BadSettings([f"{path}: no such checkpoint. {f'There are: {there}.' if there else ''}".rstrip()])
+    if path.is_dir() and (path / STATE).is_file():
+        problems = damage(path) if (path / MANIFEST).is_file() else []
+        if problems:
+            raise BadModel(
+                f"{path} is damaged:\n{listing(problems)}\nTake an older checkpoint, or --resume to find one."
+            )
+        return _resumed(path)
+    file = adapter_file(path)
+    if file is None:
+        raise BadSettings([f"{path}: neither a checkpoint nor adapter weights ({WEIGHTS}, adapter_model.bin) here."])
+    return Start(
+        "weights",
+        file,
+        f"{file} holds weights only: starting from them with a new optimizer, schedule and order of the data.",
+    )
+
+
+def _asks_for_more(record: dict[str, Any], lengths: dict[str, Any]) -> bool:
+    before = record.get("lengths", {})
+    return any(value > before.get(name, value) for name, value in lengths.items())
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The folder's run.json, or nothing."""
+    try:
+        return dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write beside the name and rename: a reader never sees half a file."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w", encoding="utf-8") as file:
+        json.dump(values, file, ensure_ascii=False, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def disk_full(error: BaseException, folder: Path) -> RunFailed | None:
+    """The answer to a failed save, when the disk is what failed."""
+    said = str(error)
+    if getattr(error, "errno", None) == 28 or "No space left" in said or "file write failed" in said:
+        kept = next((str(path) for path in checkpoints(folder) if not damage(path)), "none")
+        return RunFailed(
+            f"The disk is full: {folder} could not be written.\nLast whole checkpoint: {kept}. "
+            "Free some space (--save_total_limit keeps fewer checkpoints), then go on with --resume."
+        )
+    return None
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

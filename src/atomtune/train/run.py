@@ -1,0 +1,200 @@
+"""One run: settings in, adapter out, every step said and recorded.
+
+The walk of the house: data.store → batch.collate → model → trainer → run.json.
+"""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from filelock import FileLock, Timeout
+from transformers import PrinterCallback, set_seed
+
+from atomtune.batch.collate import padded_collator
+from atomtune.config import TrainSettings
+from atomtune.data.records import Account
+from atomtune.data.store import as_example
+from atomtune.data.template import load_template
+from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped
+from atomtune.model.adapter import Card, refuse_empty
+from atomtune.model.load import load_tokenizer, pad_id_of, quiet_libraries
+from atomtune.model.memory import StepShape, is_out_of_memory, peak_bytes, remedies
+from atomtune.train.arguments import CHECKPOINTING, lengths, trainer_arguments
+from atomtune.train.checkpoint import disk_full, find_start, read_record
+from atomtune.train.prepare import Data, Job, compare_with_before, load_model, read_data
+from atomtune.train.report import RunRecord, TrainingBar, Voice, draw_loss
+from atomtune.train.samples import Samples
+from atomtune.train.trainer import LoraTrainer
+
+
+def train(settings: TrainSettings) -> int:
+    """Run `atomtune train`; the exit code, or an AtomtuneError that holds it."""
+    args = trainer_arguments(settings)
+    first = args.process_index == 0
+    voice = Voice(speaks=first)
+    _quiet(settings)
+    folder = Path(args.output_dir)
+    start = find_start(
+        folder,
+        resume=settings.run.resume,
+        resume_from_checkpoint=settings.run.resume_from_checkpoint,
+        checkpoint=settings.run.checkpoint,
+        lengths=lengths(args),
+        notice=voice.notice,
+    )
+    if start.said:
+        voice.say(start.said)
+    if start.kind == "finished":
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        if first:
+            lock.acquire()
+    except Timeout:
+        raise BadSettings([f"{folder}: another run is writing here now. Pass another --output_dir."]) from None
+    record = RunRecord(folder, writes=first)
+    job = Job(settings, args, start, read_record(folder), voice, record)
+    try:
+        record.update(settings=settings.resolved(), lengths=lengths(args), start=start.kind)
+        _run(job)
+    except BaseException as error:
+        full = disk_full(error, folder)
+        if full is None:
+            stopped = isinstance(error, Stopped | KeyboardInterrupt)
+            said = str(error) or type(error).__name__
+            record.update(status="preempted" if stopped else "failed", reason=said, notices=voice.notices)
+        elif not isinstance(error, AtomtuneError):
+            raise full from error
+        raise
+    finally:
+        lock.release()
+    return 0
+
+
+def _run(job: Job) -> None:
+    settings = job.settings
+    tokenizer = load_tokenizer(str(settings.model.model_path), trust_remote_code=settings.model.trust_remote_code)
+    template = load_template(settings.data.template, tokenizer)
+    tokenizer.chat_template = template.source  # what is trained is what is served
+    data = read_data(job, template)
+    job.record.update(data={"path": settings.data.dataset_path, "sha256": data.data_hash}, **data.account.contract())
+    compare_with_before(job)
+    set_seed(job.args.seed)
+    model = load_model(job, longest_tokens=data.account.longest_tokens)
+    card = Card(
+        template=template.name,
+        instruction_role=template.instruction_role,
+        stop=template.stop,
+        instruction=data.account.shared_instruction,
+        trust_remote_code=settings.model.trust_remote_code,
+        data_hash=data.data_hash,
+        max_seq_length=settings.data.max_seq_length,
+    )
+    trainer = LoraTrainer(
+        tokenizer=tokenizer,
+        card=card,
+        model=model,
+        args=job.args,
+        train_dataset=data.train,
+        eval_dataset=data.evaluate,
+        data_collator=padded_collator(pad_id_of(tokenizer), as_example),
+    )
+    samples = Samples.of_demo(settings, model, template)
+    loss = _fit(job, trainer, data)
+    _save(job, trainer, loss)
+    samples.show_after(job.voice.console)
+    _say_next(job, trainer, loss, data.account)
+
+
+def _fit(job: Job, trainer: LoraTrainer, data: Data) -> float:
+    """Train; the mean training loss. Raises Stopped, or RunFailed with the cause."""
+    args, device, start, voice = job.args, job.args.device, job.start, job.voice
+    trainer.remove_callback(PrinterCallback)
+    bar = TrainingBar(voice.console, trainer.work)
+    trainer.add_callback(bar)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        output = trainer.train(resume_from_checkpoint=str(start.path) if start.kind == "resume" else None)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        shape = StepShape(
+            batch=args.per_device_train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            max_seq_length=job.settings.data.max_seq_length,
+            longest_tokens=data.account.longest_tokens,
+            checkpointing=bool(getattr(args, CHECKPOINTING)),
+            quantize=job.settings.model.quantize,
+            on_gpu=device.type == "cuda",
+            peak=peak_bytes(device),
+        )
+        raise RunFailed(remedies(shape)) from error
+    finally:
+        bar.close()
+        trainer.stop.restore()
+        job.record.update(**_figures(trainer), notices=voice.notices)
+    if trainer.stop.received is not None:
+        name = signal.Signals(trainer.stop.received).name
+        raise Stopped(
+            f"{name} received; stopped after step {trainer.state.global_step:,} with a checkpoint.\n"
+            f"The same command with --resume goes on from there (--output_dir {args.output_dir})."
+        )
+    return float(output.training_loss)
+
+
+def _figures(trainer: LoraTrainer) -> dict[str, Any]:
+    work, seconds = trainer.work, trainer.work.elapsed()
+    return {
+        "steps": trainer.state.global_step,
+        "tokens_padded": work.tokens_padded,
+        "tokens_computed": work.tokens_computed,
+        "seconds": seconds,
+        "examples_per_second": work.examples / seconds if seconds else 0.0,
+        "peak_memory_bytes": peak_bytes(trainer.args.device),
+    }
+
+
+def _save(job: Job, trainer: LoraTrainer, loss: float) -> None:
+    """The adapter, the picture and the finished record."""
+    refuse_empty(trainer.accelerator.unwrap_model(trainer.model))
+    folder = Path(trainer.args.output_dir)
+    trainer.save_model()
+    if trainer.args.process_index == 0:
+        draw_loss(trainer.state.log_history, folder / "loss.png")
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    job.record.update(
+        status="finished",
+        train_loss=loss,
+        **({"eval_loss": evaluated[-1]} if evaluated else {}),
+        loss_history=[{"step": e["step"], "loss": e["loss"]} for e in trainer.state.log_history if "loss" in e],
+        **_figures(trainer),
+        notices=job.voice.notices,
+    )
+
+
+def _say_next(job: Job, trainer: LoraTrainer, loss: float, account: Account) -> None:
+    history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    fell = f" (from {history[0]:.3f} to {history[-1]:.3f})" if len(history) > 1 else ""
+    work, folder, voice = trainer.work, job.args.output_dir, job.voice
+    voice.say(
+        f"Done: {trainer.state.global_step:,} steps in {work.elapsed():.0f} s, "
+        f"{work.examples / max(work.elapsed(), 1e-9):.1f} examples/s, mean loss {loss:.3f}{fell}.\n"
+        f"The adapter lies in {folder} (run.json: every figure; loss.png: the curve).\n\n"
+        f"Next:\n  atomtune chat --adapter_path {folder}\n"
+        f"  atomtune merge --adapter_path {folder} --output_dir {folder}/merged"
+    )
+    if job.settings.demo:
+        voice.say("  atomtune train --model_path YOUR_MODEL --dataset_path YOUR.jsonl")
+    if account.shared_instruction is not None:
+        voice.say("Other servers need the shared instruction as system message; it stands in atomtune.json.")
+
+
+def _quiet(settings: TrainSettings) -> None:
+    if "log_level" not in settings.trainer:  # --log_level brings the libraries' own words back
+        quiet_libraries()
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity_error()

@@ -1,0 +1,78 @@
+"""Export: base + adapter as one plain model folder, with a check that both answer alike."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atomtune.config import MergeSettings
+from atomtune.data.template import Template
+from atomtune.errors import BadSettings, CheckFailed
+from atomtune.model.adapter import load_trained
+from atomtune.model.generate import prompt_ids, stop_ids
+from atomtune.model.load import load_base, quiet_libraries
+from atomtune.use.trained import base_of, stored_dtype, template_of
+
+#: Probe prompts of the check: both languages, digits, several lines.
+PROBES = ("你是谁？", "Who are you?", "1 + 1 = ?\n请一步一步地想。", "今天天气怎么样？")
+
+#: Largest difference of log-probabilities that rounding W + BA to the dtype explains.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+
+
+def merge(settings: MergeSettings) -> int:
+    """Write the merged model and compare its logits with the adapter's.
+
+    Raises CheckFailed when they differ by more than the dtype explains; the folder is kept for a look.
+    """
+    adapter, out = Path(settings.adapter_path), Path(settings.output_dir)
+    if out.exists() and any(out.iterdir()):
+        raise BadSettings([f"--output_dir {out} is not empty. Pass a new folder."])
+    quiet_libraries()
+    template, card = template_of(adapter)
+    base_path = base_of(adapter, settings.model_path)
+    trust = settings.trust_remote_code or card.trust_remote_code
+    dtype = stored_dtype(base_path, trust) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    print(f"loading {base_path} in {str(dtype).removeprefix('torch.')} …", flush=True)
+    base = load_base(base_path, dtype=dtype, device=torch.device("cpu"), trust_remote_code=trust)
+    model = load_trained(base, adapter)
+    before = _log_probabilities(model, template)
+    print("merging …", flush=True)
+    merged = model.merge_and_unload()
+    _ready_to_serve(merged, template)
+    merged.save_pretrained(out)
+    template.tokenizer.save_pretrained(out)
+    card.save(out)
+    print("checking the written folder …", flush=True)
+    written = load_base(str(out), dtype=dtype, device=torch.device("cpu"), trust_remote_code=trust).eval()
+    worst = max((a - b).abs().max().item() for a, b in zip(before, _log_probabilities(written, template), strict=True))
+    allowed = TOLERANCE[dtype]
+    name = str(dtype).removeprefix("torch.")
+    said = (
+        f"Largest difference of log-probabilities, adapter against merged, over {len(PROBES)} prompts: {worst:.2e} "
+        f"(allowed in {name}: {allowed:g}, the rounding of base + adapter to {name})."
+    )
+    if not worst <= allowed:
+        raise CheckFailed(f"{said}\nThe merged model in {out} does not answer as the adapter does; do not serve it.")
+    print(
+        f"{said}\nThe merged model lies in {out}; transformers, vLLM and others load it as it is.\n\nNext:\n"
+        f"  atomtune chat --adapter_path {out}"
+    )
+    return 0
+
+
+@torch.no_grad()
+def _log_probabilities(model: Any, template: Template) -> list[torch.Tensor]:
+    found = []
+    for probe in PROBES:
+        ids = torch.tensor([prompt_ids(template, [{"role": "user", "content": probe}])])
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]  # [T, V]
+        found.append(torch.log_softmax(logits.double(), dim=-1))
+    return found
+
+
+def _ready_to_serve(model: Any, template: Template) -> None:
+    """A served model stops where the trained one learned to stop, and uses its cache."""
+    model.config.use_cache = True
+    model.generation_config.eos_token_id = stop_ids(template)
+    model.generation_config.use_cache = True
