@@ -1,6 +1,7 @@
 """The commands: parse, call, print. Each imports its rooms inside, so that --help loads no torch."""
 
 import difflib
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _answered(name: str, argv: Sequence[str]) -> int:
     """The exit code of a command; errors as text on standard error."""
     code = BUG
+    # bitsandbytes speaks of missing optional kernels at import, which happens wherever PEFT is imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return COMMANDS[name](argv)
     except AtomtuneError as error:

@@ -1,0 +1,141 @@
+"""Laws of a padded batch, against labels shifted as transformers' models shift them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atomtune.batch.collate import Batch, collate_chains, padded_collator
+from atomtune.batch.row import Row, single
+from atomtune.data.records import Example
+
+PAD = 0
+#: Ids from 0 on, so that the pad id stands in the text too; the first token is never learned.
+EXAMPLES = st.lists(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1)), min_size=2, max_size=9), min_size=1, max_size=5
+).map(
+    lambda columns: [
+        Example(tuple(i for i, _ in one), (0, *(times for _, times in one[1:])), f"train.jsonl:{n}")
+        for n, one in enumerate(columns, start=1)
+    ]
+)
+same_every_time = settings(derandomize=True, database=None, deadline=None, max_examples=100)
+
+
+def as_stored(example: Example) -> dict:
+    return {"ids": list(example.ids), "learn": list(example.learn), "origin": example.origin}
+
+
+def collated(examples: list[Example], pad_id: int = PAD) -> Batch:
+    collate = padded_collator(pad_id, lambda row: Example(tuple(row["ids"]), tuple(row["learn"]), row["origin"]))
+    return collate([as_stored(example) for example in examples])
+
+
+def by_origin(batch: Batch, examples: list[Example]) -> list[tuple[int, Example]]:
+    """Each row's number with the example that lies in it."""
+    known = {example.origin: example for example in examples}
+    return [(r, known[origin]) for r, origin in enumerate(batch["origins"])]
+
+
+@same_every_time
+@given(EXAMPLES)
+def test_targets_are_those_of_shifted_labels(examples):
+    # The oracle is what a causal model of transformers does: logits[:, :-1] against labels[:, 1:].
+    # Catches any off-by-one: source = i instead of parent[i], target = ids[i + 1], a shift done twice.
+    batch = collated(examples)
+    expected = []
+    for r, example in by_origin(batch, examples):
+        labels = [token if times else -100 for token, times in zip(example.ids, example.learn, strict=True)]
+        expected += [(r, position, label) for position, label in enumerate(labels[1:]) if label != -100]
+    told = zip(batch["row"].tolist(), batch["source"].tolist(), batch["target"].tolist(), strict=True)
+    assert sorted(told) == sorted(expected)
+
+
+@same_every_time
+@given(EXAMPLES)
+def test_every_example_lies_whole_at_the_left_of_a_row_of_its_own(examples):
+    # Catches left padding, truncation to the shortest, and a row that is lost or doubled.
+    batch = collated(examples)
+    assert sorted(batch["origins"]) == sorted(example.origin for example in examples)
+    for r, example in by_origin(batch, examples):
+        assert batch["input_ids"][r, : len(example.ids)].tolist() == list(example.ids)
+
+
+@same_every_time
+@given(EXAMPLES)
+def test_the_mask_knows_padding_by_its_place(examples):
+    # Catches mask = ids != pad_id: real tokens with the pad's id would become invisible (the tutorial's UNK, 0).
+    batch = collated(examples)
+    width = max(len(example.ids) for example in examples)
+    for r, example in by_origin(batch, examples):
+        n = len(example.ids)
+        assert batch["attention_mask"][r].tolist() == [1] * n + [0] * (width - n)
+        assert batch["input_ids"][r, n:].tolist() == [PAD] * (width - n)
+
+
+@same_every_time
+@given(EXAMPLES)
+def test_real_tokens_stand_at_their_own_positions_and_padding_at_none_beyond(examples):
+    # Catches positions shifted by padding, and padding positions beyond a model's table (gpt2 would raise).
+    batch = collated(examples)
+    for r, example in by_origin(batch, examples):
+        n = len(example.ids)
+        assert batch["position_ids"][r, :n].tolist() == list(range(n))
+        assert batch["position_ids"][r].max().item() == n - 1
+
+
+@same_every_time
+@given(EXAMPLES)
+def test_no_target_is_padding_or_predicted_from_padding(examples):
+    # Catches a learn column laid out for the padded width.
+    batch = collated(examples)
+    real = batch["attention_mask"].bool()
+    assert real[batch["row"], batch["source"]].all()
+    assert real[batch["row"], batch["source"] + 1].all()
+
+
+@same_every_time
+@given(EXAMPLES)
+def test_the_plain_numbers_are_the_sums(examples):
+    # Catches targets counted by tokens instead of by learn, which would change the mean of the loss.
+    batch = collated(examples)
+    assert batch["targets"] == sum(sum(example.learn) for example in examples) == batch["learn"].sum().item()
+    assert batch["tokens_padded"] == batch["input_ids"].numel()
+    assert batch["examples"] == len(examples) == len(batch["input_ids"])
+
+
+def test_the_longest_comes_first_and_equals_keep_their_order():
+    # The allocator meets the largest request first.
+    lengths = {"a:1": 2, "a:2": 5, "a:3": 3, "a:4": 5}
+    batch = collated([Example((7,) * n, (0,) * (n - 1) + (1,), origin) for origin, n in lengths.items()])
+    assert batch["origins"] == ["a:2", "a:4", "a:3", "a:1"]
+
+
+def test_a_token_that_is_learned_twice_counts_twice():
+    # Two records may share an answer's token; counting it once would weigh it by half.
+    row = Row((1, 5, 6), (-1, 0, 1), (3, 3, 3), (0, 2, 1), ("a:1", "a:2"))
+    batch = collate_chains([row], pad_id=PAD, examples=2, tokens_padded=6)
+    assert batch["learn"].tolist() == [2, 1]
+    assert batch["targets"] == 3
+    assert (batch["examples"], batch["tokens_padded"], batch["origins"]) == (2, 6, ["a:1", "a:2"])
+
+
+def test_examples_without_targets_make_a_batch_without_targets():
+    # An evaluation set may hold them; torch.tensor([]) would be a float without four columns.
+    batch = collated([Example((1, 2, 3), (0, 0, 0), "a:1"), Example((1, 2), (0, 0), "a:2")])
+    assert batch["targets"] == 0
+    for name in ("row", "source", "target", "learn"):
+        assert batch[name].shape == (0,)
+        assert batch[name].dtype == torch.long
+
+
+def test_every_tensor_holds_whole_numbers():
+    # Embeddings and index selection take int64 alone.
+    batch = collated([Example((1, 2, 3), (0, 0, 1), "a:1"), Example((1, 2), (0, 1), "a:2")])
+    assert {v.dtype for v in batch.values() if isinstance(v, torch.Tensor)} == {torch.long}
+
+
+def test_a_branching_row_is_not_laid_out_as_a_chain():
+    fork = Row((1, 2, 3), (-1, 0, 0), (3, 2, 3), (0, 1, 1), ("a:1", "a:2"))
+    with pytest.raises(AssertionError, match="branching"):
+        collate_chains([single(Example((1, 2), (0, 1), "a:3")), fork], pad_id=PAD, examples=3, tokens_padded=6)

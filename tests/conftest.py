@@ -1,0 +1,64 @@
+"""Real, tiny models and tokenizers, built in the process; nothing comes from a hub."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "huanhuan.jsonl"
+
+#: Short dialogues of our own for tests: two languages, an input here and there, punctuation, digits, a newline.
+DIALOGUES = [
+    {"instruction": "你是谁？", "input": "", "output": "我是灯塔的看守人。"},
+    {"instruction": "Who are you?", "input": "", "output": "I keep the light."},
+    {"instruction": "把这句话翻译成英文", "input": "早上好", "output": "Good morning."},
+    {"instruction": "今天天气怎么样？", "input": "", "output": "有雾，\n看不见对岸。"},
+    {"instruction": "Add the numbers.", "input": "2 + 3", "output": "5"},
+    {"instruction": "讲一个很短的故事", "input": "", "output": "从前有一座山，山上有一盏灯，灯下有一个人在读书。"},
+    {"instruction": "请用一句话介绍你住的地方。", "input": "", "output": "一座小岛，三间屋子，许多海鸥。"},
+    {"instruction": "晚安", "input": "", "output": "晚安，愿你好梦。"},
+]
+
+
+def write_jsonl(path: Path, records: list[dict]) -> Path:
+    """Records as a JSONL file."""
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The example store of the tests, apart from the user's; also for the processes that tests start."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("store")
+    os.environ["HF_DATASETS_CACHE"] = str(folder)
+    datasets.config.HF_DATASETS_CACHE = folder
+    yield
+
+
+@pytest.fixture
+def dialogues(tmp_path: Path) -> Path:
+    """The dialogues above, five times over with numbers, as a JSONL file of 40 records."""
+    records = [{**record, "instruction": f"{record['instruction']} ({n})"} for n in range(5) for record in DIALOGUES]
+    return write_jsonl(tmp_path / "dialogues.jsonl", records)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`models("llama")` is the folder of a tiny model of that family with a tokenizer; built once a session."""
+    from tests.tiny import build
+
+    built: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in built:
+            built[family] = build(family, tmp_path_factory.mktemp(family))
+        return built[family]
+
+    return folder

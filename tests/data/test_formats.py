@@ -1,0 +1,157 @@
+"""Laws of the alpaca format: what is accepted, what is refused and with which words."""
+
+import json
+
+import pytest
+
+from atomtune.data.files import Found
+from atomtune.data.formats import to_record
+from atomtune.data.records import Account, Record, Refusal, Turn
+
+ORIGIN = "train.jsonl:17"
+
+
+def read(value: object) -> tuple[Record | Refusal, Account]:
+    account = Account()
+    return to_record(Found(value, ORIGIN), account), account
+
+
+def reason(value: object) -> str:
+    refusal, _ = read(value)
+    assert isinstance(refusal, Refusal)
+    assert refusal.origin == ORIGIN
+    return refusal.reason
+
+
+# --- accepted -------------------------------------------------------------------------------------------------------
+
+
+def test_instruction_and_input_are_asked_and_output_is_answered():
+    record, account = read({"instruction": "翻译", "input": "早上好", "output": "Good morning."})
+    assert record == Record((Turn("user", "翻译", "早上好"), Turn("assistant", "Good morning.")), ORIGIN)
+    assert not account.notices
+
+
+@pytest.mark.parametrize("missing", [{}, {"input": None}, {"input": ""}])
+def test_an_input_that_is_absent_null_or_empty_is_no_input(missing):
+    record, _ = read({"instruction": "Hi", "output": "Hello", **missing})
+    assert record == Record((Turn("user", "Hi", ""), Turn("assistant", "Hello")), ORIGIN)
+
+
+def test_the_tutorials_typo_is_read_and_said():
+    # The tutorial's own format example says "instrution"; people copied it.
+    record, account = read({"instrution": "1+1=?", "input": "", "output": "2"})
+    assert record.prompt == (Turn("user", "1+1=?"),)
+    ((notice, count),) = account.notices.items()
+    assert "instrution" in notice and "instruction" in notice and count == 1
+
+
+def test_the_typo_does_not_displace_a_rightly_spelled_instruction():
+    record, _ = read({"instrution": "wrong", "instruction": "right", "output": "2"})
+    assert record.prompt == (Turn("user", "right"),)
+
+
+def test_texts_are_kept_to_the_character():
+    # Catches a strip(): leading spaces and newlines are part of what a record teaches.
+    texts = {"instruction": "  code:\n", "input": "\tx\r\n", "output": "\n    return x  \n"}
+    record, _ = read(texts)
+    assert record.turns == (Turn("user", texts["instruction"], texts["input"]), Turn("assistant", texts["output"]))
+
+
+def test_unused_keys_with_a_value_are_counted_and_empty_ones_are_not():
+    account = Account()
+    for value in ({"id": 0, "history": []}, {"id": 7, "history": [["a", "b"]]}, {"id": 8, "system": ""}):
+        record = to_record(Found({"instruction": "Hi", "output": "Hello", **value}, ORIGIN), account)
+        assert isinstance(record, Record)
+    by_key = {key: n for key in ("id", "history", "system") for said, n in account.notices.items() if f'"{key}"' in said}
+    assert by_key == {"id": 3, "history": 1}
+
+
+# --- refused --------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_key_is_named_together_with_the_keys_that_are_there():
+    said = reason({"prompt": "Hi", "instruction": "x", "response": "Hello"})
+    assert 'no key "output"' in said
+    for key in ("prompt", "instruction", "response"):
+        assert key in said
+
+
+def test_the_keys_that_are_there_are_spelled_as_in_the_file():
+    # A user searches the file for the word in the message.
+    said = reason({"instrution": "Hi", "response": "Hello"})
+    assert "instrution" in said.partition("keys here")[2]
+
+
+def test_an_object_without_keys_is_refused_in_words():
+    assert "none" in reason({})
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(None, "null"), ([1], "a list"), ("text", "text"), (1, "a number"), (1.5, "a number"), (True, "a boolean")],
+)
+def test_a_value_that_is_no_object_is_called_what_it_is(value, kind):
+    said = reason(value)
+    assert said.startswith(kind) and "expected an object" in said
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"), [(None, "null"), (3, "a number"), (False, "a boolean"), (["a"], "a list"), ({"a": 1}, "an object")]
+)
+@pytest.mark.parametrize("key", ["instruction", "output"])
+def test_a_text_of_a_wrong_type_is_named_with_its_key(key, wrong, kind):
+    # Catches str(value): "None" or "['a']" would be learned as text.
+    assert f"{key} is {kind}" in reason({"instruction": "Hi", "output": "Hello", key: wrong})
+
+
+def test_an_input_of_a_wrong_type_is_refused():
+    assert "input is a number" in reason({"instruction": "Hi", "input": 5, "output": "Hello"})
+
+
+@pytest.mark.parametrize("output", ["", " ", "\n\t\u3000"])
+def test_an_empty_output_has_nothing_to_learn(output):
+    assert "output is empty" in reason({"instruction": "Hi", "output": output})
+
+
+def test_instruction_and_input_may_not_both_be_empty():
+    assert "both empty" in reason({"instruction": " ", "input": "\n", "output": "Hello"})
+
+
+def test_an_input_alone_is_enough_of_a_question():
+    record, _ = read({"instruction": "", "input": "你是谁?", "output": "我。"})
+    assert record.prompt == (Turn("user", "", "你是谁?"),)
+
+
+def test_half_a_surrogate_pair_is_refused_with_its_place():
+    # json.loads accepts it; the tokenizer would raise in the middle of the file, without a line.
+    value = json.loads('{"instruction": "Hi", "output": "ab\\ud83d"}')
+    assert "output holds half a surrogate pair at character 3" in reason(value)
+
+
+def test_a_whole_surrogate_pair_is_one_character():
+    record, _ = read(json.loads('{"instruction": "Hi", "output": "\\ud83d\\ude00"}'))
+    assert record.answer == "😀"
+
+
+@pytest.mark.parametrize("record", [{"\ud83d": 1}, {"\ud83d": 1, "instruction": "Hi", "output": "Hello"}])
+def test_what_is_said_about_a_record_can_be_written_as_utf_8(record):
+    # A key may hold half a surrogate pair; a reason or notice that repeats it would break run.json.
+    answer, account = read(record)
+    said = [*account.notices, *([answer.reason] if isinstance(answer, Refusal) else [])]
+    assert said
+    for text in said:
+        text.encode("utf-8")
+
+
+def test_all_problems_of_a_record_come_in_one_reason():
+    # A user mends a record once.
+    said = reason({"instruction": 7, "input": ["x"], "response": "Hello"})
+    assert "instruction is a number" in said
+    assert "input is a list" in said
+    assert 'no key "output"' in said
+
+
+def test_a_refusal_does_not_repeat_the_text_of_the_record():
+    # Data may be private, and run.json is passed around.
+    assert "secret" not in reason({"instruction": "my secret", "input": 3, "output": ""})

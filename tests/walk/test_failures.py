@@ -1,0 +1,176 @@
+"""What goes wrong is answered: one message with place, cause and remedy, the right exit code, nothing lost."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from atomtune.cli import main
+from atomtune.train import trainer
+
+
+def command(base: Path, data: Path, out: Path, *more: str) -> list[str]:
+    return ["train", "--model_path", str(base), "--dataset_path", str(data), "--output_dir", str(out), *more]
+
+
+def status(out: Path) -> dict:
+    return json.loads((out / "run.json").read_text())
+
+
+def test_one_of_model_and_data_names_the_other(models, dialogues, capsys):
+    assert main(["train", "--model_path", str(models("llama"))]) == 2
+    assert "--dataset_path" in capsys.readouterr().err
+    assert main(["train", "--dataset_path", str(dialogues)]) == 2
+    assert "--model_path" in capsys.readouterr().err
+
+
+def test_broken_records_are_named_and_skip_bad_trains_on_the_others(models, dialogues, tmp_path, capsys):
+    with dialogues.open("a", encoding="utf-8") as file:
+        file.write('{"instruction": "no output"}\nnot json\n')
+    out = tmp_path / "out"
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "1")) == 2
+    said = capsys.readouterr().err
+    assert 'dialogues.jsonl:41  no key "output"; keys here: instruction' in said
+    assert "dialogues.jsonl:42  not JSON" in said
+    assert "2 of 42 records refused" in said
+    assert "--skip_bad trains on the other 40" in said
+
+    assert main(command(models("llama"), dialogues, tmp_path / "two", "--max_steps", "1", "--skip_bad")) == 0
+    record = status(tmp_path / "two")
+    assert (record["records_read"], record["records_used"]) == (42, 40)
+    assert [entry["origin"] for entry in record["records_refused"]] == ["dialogues.jsonl:41", "dialogues.jsonl:42"]
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_adapter(models, dialogues, tmp_path, monkeypatch, capsys):
+    real = trainer.target_nats
+    calls = []
+
+    def failing(model, batch, **kwargs):
+        calls.append(1)
+        nats, count = real(model, batch, **kwargs)
+        return (nats * float("nan") if len(calls) == 3 else nats), count
+
+    monkeypatch.setattr(trainer, "target_nats", failing)
+    out = tmp_path / "out"
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "5", "--save_steps", "2")) == 3
+    said = capsys.readouterr().err
+    assert "nan at step 3" in said
+    assert "dialogues.jsonl:" in said
+    assert status(out)["status"] == "failed"
+    assert (out / "checkpoint-2" / "manifest.json").exists()
+    assert not (out / "adapter_model.safetensors").exists()
+
+
+def test_an_adapter_that_learned_nothing_is_not_saved(models, dialogues, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "1", "--learning_rate", "0")) == 3
+    assert "empty" in capsys.readouterr().err
+    assert not (out / "adapter_model.safetensors").exists()
+
+
+def test_two_runs_do_not_share_a_folder(models, dialogues, tmp_path, capsys):
+    from filelock import FileLock
+
+    out = tmp_path / "out"
+    out.mkdir()
+    with FileLock(out / ".lock"):
+        assert main(command(models("llama"), dialogues, out, "--max_steps", "1")) == 2
+    assert "another run" in capsys.readouterr().err
+
+
+def test_out_of_memory_says_what_to_change(models, dialogues, tmp_path, monkeypatch, capsys):
+    """A real allocation that this machine cannot make, in the middle of a step."""
+
+    def greedy(*args, **kwargs):
+        return torch.empty(1 << 50, dtype=torch.uint8).sum(), None
+
+    monkeypatch.setattr(trainer, "target_nats", greedy)
+    flags = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2"]
+    assert main(command(models("llama"), dialogues, tmp_path / "out", *flags)) == 3
+    said = capsys.readouterr().err
+    order = [said.index(flag) for flag in ("--gradient_checkpointing", "--per_device_train_batch_size 4", "--quantize")]
+    assert order == sorted(order), "the least loss first"
+    assert "--gradient_accumulation_steps 4" in said
+    assert "GiB" in said
+    assert status(tmp_path / "out")["status"] == "failed"
+
+
+def test_a_longer_example_than_the_model_has_positions_is_refused(models, tmp_path, capsys):
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"instruction": "长" * 900, "input": "", "output": "短"}) + "\n", encoding="utf-8")
+    assert main(command(models("gpt2"), data, tmp_path / "out", "--max_seq_length", "600")) == 2
+    assert "512 positions" in capsys.readouterr().err
+
+
+def test_a_model_folder_that_is_not_there(dialogues, tmp_path, capsys):
+    assert main(command(tmp_path / "nowhere", dialogues, tmp_path / "out")) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_an_empty_model_folder_lists_what_is_there(dialogues, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "notes.txt").write_text("hello")
+    assert main(command(tmp_path / "model", dialogues, tmp_path / "out")) == 2
+    assert "notes.txt" in capsys.readouterr().err
+
+
+def test_a_hub_that_cannot_be_reached_names_the_mirror(dialogues, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert main(command("someone/some-model", dialogues, tmp_path / "out")) == 2
+    assert "HF_ENDPOINT" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_keeps_the_last_whole_checkpoint(models, dialogues, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("this machine does not let us mount")
+    try:
+        flags = ["--max_steps", "40", "--save_steps", "2", "--save_total_limit", "40"]
+        done = subprocess.run(
+            [sys.executable, "-m", "atomtune", *command(models("llama"), dialogues, disk / "out", *flags)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 3, done.stderr
+        assert "The disk is full" in done.stderr
+        assert "Last whole checkpoint" in done.stderr
+        assert "checkpoint-" in done.stderr
+        assert "Traceback" not in done.stderr
+        subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
+        assert main([*command(models("llama"), dialogues, disk / "out", *flags), "--resume"]) == 0
+        assert status(disk / "out")["status"] == "finished"
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_running_out_of_address_space_is_out_of_memory(models, dialogues, tmp_path):
+    """The same answer in a real process whose memory is limited by the system."""
+    limit = 6 << 30
+    flags = ["--max_steps", "1", "--max_seq_length", "512", "--per_device_train_batch_size", "40"]
+    script = (
+        "import resource, sys, torch\n"
+        "from atomtune.cli import main\n"
+        "import atomtune.train.trainer as t\n"
+        "real = t.target_nats\n"
+        "def hungry(*a, **k):\n"
+        f"    resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit}))\n"
+        "    kept = [torch.ones(1 << 28) for _ in range(64)]\n"
+        "    return real(*a, **k)\n"
+        "t.target_nats = hungry\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command(models("llama"), dialogues, tmp_path / "out", *flags)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "Out of memory" in done.stderr

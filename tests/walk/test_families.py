@@ -1,0 +1,65 @@
+"""Three steps on every family, saved, loaded by plain PEFT: the same logits, and chat answers as generate does."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from atomtune.cli import main
+from atomtune.train import run
+from tests.tiny import FAMILIES
+
+TUTORIAL_TARGETS = ["W_pack", "down_proj", "o_proj", "gate_proj", "up_proj"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trained_saved_and_loaded_gives_the_same_logits(family, models, dialogues, tmp_path, monkeypatch, capsys):
+    base, out = models(family), tmp_path / "out"
+    trained = {}
+    monkeypatch.setattr(run, "_say_next", lambda job, trainer, *rest: trained.update(model=trainer.model))
+    remote = ["--trust_remote_code"] if family == "baichuan_like" else []
+    targets = ["--lora_targets", *TUTORIAL_TARGETS] if family == "baichuan_like" else []
+    command = ["train", "--model_path", str(base), "--dataset_path", str(dialogues), "--output_dir", str(out)]
+    flags = ["--max_steps", "3", "--learning_rate", "1e-2", "--dtype", "float32", *remote, *targets]
+    assert main([*command, *flags]) == 0
+    if targets:
+        assert "W_pack (2)" in capsys.readouterr().out
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=bool(remote))
+    loaded = PeftModel.from_pretrained(plain, str(out)).eval()
+    asked = [{"role": "user", "content": "你是谁？ (9)"}]
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    with torch.no_grad():
+        ours, theirs = trained["model"].eval()(input_ids=ids).logits, loaded(input_ids=ids).logits
+    assert torch.equal(ours, theirs)
+    with loaded.disable_adapter(), torch.no_grad():
+        assert not torch.allclose(loaded(input_ids=ids).logits, theirs, atol=1e-4), "the adapter changes nothing"
+
+    stops = [tokenizer.convert_tokens_to_ids(json.loads((out / "atomtune.json").read_text())["stop"])]
+    made = loaded.generate(
+        input_ids=ids, max_new_tokens=12, do_sample=False, eos_token_id=stops, pad_token_id=0, use_cache=not remote
+    )
+    expected = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+    capsys.readouterr()
+    chat = ["chat", "--adapter_path", str(out), "--prompt", "你是谁？ (9)", "--max_new_tokens", "12"]
+    assert main([*chat, "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out.strip() == expected.strip()
+
+
+def test_remote_code_is_explained_not_run(models, dialogues, tmp_path, capsys):
+    command = ["train", "--model_path", str(models("baichuan_like")), "--dataset_path", str(dialogues)]
+    assert main([*command, "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]) == 2
+    assert "--trust_remote_code" in capsys.readouterr().err
+
+
+def test_the_tutorials_targets_on_a_llama_name_what_exists(models, dialogues, tmp_path, capsys):
+    """W_pack exists in no Llama: the tutorial trained without q, k and v and never knew."""
+    command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues)]
+    flags = ["--output_dir", str(tmp_path / "out"), "--lora_targets", ",".join(TUTORIAL_TARGETS)]
+    assert main([*command, *flags]) == 2
+    said = capsys.readouterr().err
+    assert "W_pack" in said
+    assert "q_proj (2)" in said

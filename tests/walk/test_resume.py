@@ -1,0 +1,182 @@
+"""A run that is stopped goes on bit-identically: by signal, by kill -9, or from a checkpoint that is named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from atomtune.cli import main
+
+STEPS = 60
+
+
+def arguments(base: Path, data: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *("train", "--model_path", str(base), "--dataset_path", str(data), "--output_dir", str(out)),
+        *("--dtype", "float32", "--lora_dropout", "0.1", "--per_device_train_batch_size", "4"),
+        *("--gradient_accumulation_steps", "2", "--max_steps", str(STEPS), "--learning_rate", "5e-3"),
+        *("--save_steps", "7", "--logging_steps", "1", *more),
+    ]
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "atomtune", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    for _ in range(1200):
+        if path.exists():
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never came")
+
+
+@pytest.fixture(scope="module")
+def whole(models, tmp_path_factory) -> tuple[Path, Path, Path]:
+    """(base, data, output) of a run that nobody disturbed."""
+    from tests.conftest import DIALOGUES, write_jsonl
+
+    folder = tmp_path_factory.mktemp("whole")
+    records = [{**record, "instruction": f"{record['instruction']} ({n})"} for n in range(5) for record in DIALOGUES]
+    data = write_jsonl(folder / "dialogues.jsonl", records)
+    process = start(arguments(models("llama"), data, folder / "out"))
+    assert process.wait() == 0, process.communicate()[0]
+    return models("llama"), data, folder / "out"
+
+
+def same_run(out: Path, whole: Path) -> None:
+    assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+    ours, theirs = (json.loads((folder / "run.json").read_text()) for folder in (out, whole))
+    assert ours["status"] == "finished"
+    for key in ("loss_history", "tokens_computed", "tokens_padded", "steps", "records_used"):
+        assert ours[key] == theirs[key], key
+
+
+@pytest.mark.parametrize(("number", "code", "status"), [
+    (signal.SIGTERM, 75, "preempted"),
+    (signal.SIGINT, 75, "preempted"),
+    (signal.SIGKILL, -signal.SIGKILL, "running"),
+])  # fmt: skip
+def test_a_stopped_run_goes_on_bit_identically(whole, tmp_path, number, code, status):
+    base, data, undisturbed = whole
+    out = tmp_path / "out"
+    process = start(arguments(base, data, out))
+    wait_for(out / "checkpoint-14" / "manifest.json", process)
+    process.send_signal(number)
+    said = process.communicate()[0]
+    assert process.returncode == code, said
+    assert json.loads((out / "run.json").read_text())["status"] == status
+    if number != signal.SIGKILL:
+        assert "--resume" in said
+    again = start(arguments(base, data, out, "--resume"))
+    said = again.communicate()[0]
+    assert again.returncode == 0, said
+    assert "Going on from" in said
+    same_run(out, undisturbed)
+
+
+def test_a_checkpoint_that_was_not_finished_is_passed_over(whole, tmp_path, capsys):
+    base, data, undisturbed = whole
+    out = tmp_path / "out"
+    process = start(arguments(base, data, out, "--save_total_limit", "8"))
+    wait_for(out / "checkpoint-21" / "manifest.json", process)
+    process.kill()
+    process.communicate()
+    for newer in out.glob("checkpoint-*"):
+        if int(newer.name.partition("-")[2]) > 14:
+            (newer / "manifest.json").unlink(missing_ok=True)
+    weights = out / "checkpoint-14" / "optimizer.pt"
+    weights.write_bytes(weights.read_bytes()[:-7])  # a torn file under a whole manifest
+    assert main(arguments(base, data, out, "--resume")) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "checkpoint-21 is passed over" in said
+    assert "checkpoint-14 is passed over: optimizer.pt is not as it was written" in said
+    assert "Going on from" in said
+    assert "checkpoint-7 at step 7" in said
+    same_run(out, undisturbed)
+
+
+@pytest.mark.parametrize("way", ["--resume_from_checkpoint", "--continue_training"])
+def test_a_named_checkpoint_goes_on_in_another_folder(whole, tmp_path, way):
+    base, data, undisturbed = whole
+    kept = sorted(undisturbed.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))[0]
+    flags = [way, str(kept)] if way == "--resume_from_checkpoint" else [way, "--checkpoint", str(kept)]
+    out = tmp_path / "out"
+    assert main(arguments(base, data, out, *flags)) == 0
+    same_run(out, undisturbed)
+
+
+def test_a_finished_run_is_left_alone(whole, capsys):
+    base, data, out = whole
+    before = (out / "run.json").read_bytes()
+    assert main(arguments(base, data, out, "--resume")) == 0
+    assert "already finished" in capsys.readouterr().out
+    assert (out / "run.json").read_bytes() == before
+
+
+def test_a_folder_that_holds_a_run_is_refused_without_resume(whole, capsys):
+    base, data, out = whole
+    assert main(arguments(base, data, out)) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_resume_with_no_checkpoint_begins_and_says_so(models, dialogues, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([*arguments(models("llama"), dialogues, out, "--resume"), "--max_steps", "2"]) == 0
+    assert "starting from the beginning" in capsys.readouterr().out
+
+
+def test_changed_data_is_not_the_same_run(whole, tmp_path, capsys):
+    base, data, undisturbed = whole
+    changed = tmp_path / data.name
+    changed.write_text(data.read_text().replace("Good morning", "Good evening"), encoding="utf-8")
+    kept = next(undisturbed.glob("checkpoint-*"))
+    flags = ["--resume_from_checkpoint", str(kept)]
+    assert main(arguments(base, changed, tmp_path / "out", *flags)) == 2
+    assert "not the one" in capsys.readouterr().err
+
+
+def test_more_steps_go_on_with_a_notice_about_the_schedule(models, dialogues, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = arguments(models("llama"), dialogues, out)
+    assert main([*command, "--max_steps", "4"]) == 0
+    assert main([*command, "--max_steps", "8", "--resume"]) == 0
+    assert "schedule is stretched" in " ".join(capsys.readouterr().out.split())
+    record = json.loads((out / "run.json").read_text())
+    assert record["steps"] == 8
+    assert [entry["step"] for entry in record["loss_history"]] == list(range(1, 9))
+
+
+def test_the_tutorials_own_checkpoint_gives_the_weights(whole, tmp_path, capsys):
+    """adapter_model.bin with `.default.` in its keys and no config beside it."""
+    from safetensors.torch import load_file
+
+    base, data, undisturbed = whole
+    weights = load_file(undisturbed / "adapter_model.safetensors")
+    old = {name.replace(".weight", ".default.weight"): tensor for name, tensor in weights.items()}
+    folder = tmp_path / "checkpoint-40000"
+    folder.mkdir()
+    torch.save(old, folder / "adapter_model.bin")
+    out = tmp_path / "out"
+    flags = ["--continue_training", "--checkpoint", str(folder), "--learning_rate", "1e-12", "--lora_rank", "4"]
+    assert main([*arguments(base, data, out, *flags), "--max_steps", "1"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "weights only" in said
+    assert "taking 8 instead of --lora_rank 4" in said
+    after = load_file(out / "adapter_model.safetensors")
+    assert after.keys() == weights.keys()
+    assert all(torch.allclose(after[name], weights[name], atol=1e-9) for name in weights)
