@@ -63,7 +63,9 @@ def test_unused_keys_with_a_value_are_counted_and_empty_ones_are_not():
     for value in ({"id": 0, "history": []}, {"id": 7, "history": [["a", "b"]]}, {"id": 8, "system": ""}):
         record = to_record(Found({"instruction": "Hi", "output": "Hello", **value}, ORIGIN), account)
         assert isinstance(record, Record)
-    by_key = {key: n for key in ("id", "history", "system") for said, n in account.notices.items() if f'"{key}"' in said}
+    by_key = {
+        key: n for key in ("id", "history", "system") for said, n in account.notices.items() if f'"{key}"' in said
+    }
     assert by_key == {"id": 3, "history": 1}
 
 
@@ -97,7 +99,8 @@ def test_a_value_that_is_no_object_is_called_what_it_is(value, kind):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "kind"), [(None, "null"), (3, "a number"), (False, "a boolean"), (["a"], "a list"), ({"a": 1}, "an object")]
+    ("wrong", "kind"),
+    [(None, "null"), (3, "a number"), (False, "a boolean"), (["a"], "a list"), ({"a": 1}, "an object")],
 )
 @pytest.mark.parametrize("key", ["instruction", "output"])
 def test_a_text_of_a_wrong_type_is_named_with_its_key(key, wrong, kind):

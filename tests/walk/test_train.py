@@ -128,9 +128,15 @@ def test_the_tutorials_data_set_through_the_tutorials_flags(tmp_path, capsys):
     tokenizer = _trained_on(SHARED_DATA)
     tokenizer.save_pretrained(base)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=160,
+        intermediate_size=448,
+        num_hidden_layers=5,
+        num_attention_heads=5,
+        initializer_range=0.1,  # a frozen random output matrix of the usual 0.02 would bound how far the loss can fall
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     assert 4e6 < sum(p.numel() for p in model.parameters()) < 6e6
@@ -144,7 +150,7 @@ def test_the_tutorials_data_set_through_the_tutorials_flags(tmp_path, capsys):
     assert record["records_read"] == record["records_used"] == 3729
     assert record["steps"] == math.ceil(3729 / 16)
     losses = [entry["loss"] for entry in record["loss_history"]]
-    assert losses[-1] < losses[0] - 0.3
+    assert losses[-1] < losses[0] - 0.5
 
     adapted = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(out)
