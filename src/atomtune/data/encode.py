@@ -127,7 +127,10 @@ def shorten(record: Record, fits: Callable[[Record], bool]) -> Record | None:
     system = tuple(turn for turn in record.prompt if turn.role == "system")
     rest = [turn for turn in record.turns if turn.role != "system"]
     while len(rest) > 2:  # the last question and the answer stay
-        rest = rest[2:]
+        later = next((i for i, turn in enumerate(rest[1:-1], start=1) if turn.role == "user"), len(rest))
+        if later > len(rest) - 2:
+            break
+        rest = rest[later:]
         record = replace(record, turns=(*system, *rest))
         if fits(record):
             return record

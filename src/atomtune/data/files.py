@@ -85,7 +85,7 @@ def _array(path: Path, advance: Callable[[int], None]) -> Iterator[Found | Refus
         line = raw.count(b"\n", 0, error.start) + 1
         raise BadData(f"{path.name}:{line}: {_encoding_reason(raw, error)}") from None
     decoder = json.JSONDecoder()
-    at, line, counted = text.index("[") + 1, 1, 0
+    at, line, counted, advanced = text.index("[") + 1, 1, 0, 0
     while True:
         at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # the pattern matches the empty string too
         line, counted = line + text.count("\n", counted, at), at
@@ -96,8 +96,11 @@ def _array(path: Path, advance: Callable[[int], None]) -> Iterator[Found | Refus
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             raise BadData(f"{origin}: the JSON array breaks here: {error}") from None
-        advance(len(text[at:end].encode("utf-8", "surrogatepass")))
+        n_bytes = len(text[at:end].encode("utf-8"))
+        advance(n_bytes)
+        advanced += n_bytes
         yield Found(value, origin)
         at = end
     if text[at + 1 :].strip():
         raise BadData(f"{origin}: text after the end of the JSON array; expected nothing behind its ].")
+    advance(len(raw) - advanced)

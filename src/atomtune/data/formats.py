@@ -20,7 +20,7 @@ def to_record(found: Found, account: Account) -> Record | Refusal:
         value = {("instruction" if key == _TYPO else key): text for key, text in value.items()}
         account.notices[f'key "{_TYPO}" read as "instruction"'] += 1
     problems = [
-        f'no key "{key}"; keys here: {", ".join(map(str, value)) or "none"}'
+        f'no key "{key}"; keys here: {", ".join(map(_printable, found.value)) or "none"}'
         for key in ("instruction", "output")
         if key not in value
     ]
@@ -34,7 +34,7 @@ def to_record(found: Found, account: Account) -> Record | Refusal:
         return Refusal(origin, "instruction and input are both empty")
     for key in value.keys() - set(_KEYS):
         if value[key] not in (None, "", [], {}):
-            account.notices[f'key "{key}" is not used by this format'] += 1
+            account.notices[f'key "{_printable(key)}" is not used by this format'] += 1
     return Record((Turn("user", texts["instruction"], question), Turn("assistant", texts["output"])), origin)
 
 
@@ -50,6 +50,11 @@ def _text(value: object, key: str, problems: list[str]) -> str:
         except UnicodeEncodeError as error:
             problems.append(f"{key} holds half a surrogate pair at character {error.start + 1}")
     return value
+
+
+def _printable(text: object) -> str:
+    """A key as it can be written down, halves of surrogate pairs included."""
+    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _kind(value: object) -> str:

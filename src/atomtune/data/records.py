@@ -116,7 +116,8 @@ class Account:
         }
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        refused = [asdict(refusal) for refusal in self.records_refused]
+        return {**vars(self), "records_refused": refused, "notices": dict(self.notices)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Account":

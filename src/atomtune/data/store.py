@@ -41,7 +41,9 @@ def tokenizer_text(tokenizer: Any) -> str:
     """Everything about a tokenizer that decides which ids a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     body = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return json.dumps([type(tokenizer).__name__, body, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}])
+    # A tokenizer written in Python has rules outside its vocabulary; its arguments choose among them.
+    arguments = {} if backend is not None else {k: str(v) for k, v in sorted(tokenizer.init_kwargs.items())}
+    return json.dumps([type(tokenizer).__name__, body, str(tokenizer.special_tokens_map), arguments])
 
 
 def examples_of(

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 
 from atomtune.data.records import Piece, Record, Turn
-from atomtune.errors import BadModel, BadSettings
+from atomtune.errors import BadModel, BadSettings, UserError
 
 Message = dict[str, str]
 _MARK = "\ufdd0"  # Unicode noncharacters: they mean nothing in any text
@@ -24,7 +24,7 @@ _SHIELD = re.compile(f"{_MARK}control(\\d+)\ufdd1")
 _ANSWER = f"{_MARK}answer\ufdd1"
 
 
-class CannotExpress(ValueError):
+class CannotExpress(UserError):
     """The template refuses this conversation; the message says why."""
 
 
@@ -72,7 +72,7 @@ class Template:
             found.append(match.group())
             return f"{_MARK}control{len(found) - 1}\ufdd1"
 
-        controls = self._controls
+        controls = re.compile(f"{_MARK}|{self._controls.pattern}")  # a text must not imitate the shield either
         shielded = [{**m, "content": controls.sub(shield, m["content"])} for m in messages]
         text = self.render(shielded)
         if not found:
@@ -82,7 +82,8 @@ class Template:
             control = found[int(match.group(1))]
             parts += [text[at : match.start()], control]
             length += match.start() - at
-            breaks.append(length + 1)
+            if control != _MARK:
+                breaks.append(length + 1)
             length, at = length + len(control), match.end()
         return Piece("".join([*parts, text[at:]]), learn=False, breaks=tuple(breaks))
 
@@ -121,7 +122,10 @@ def load_template(name: str, tokenizer: Any) -> Template:
         path = Path(name)
         if not path.is_file():
             raise BadSettings([f"--template {name}: no such file."])
-        return _with_stop(path.name, path.read_text(encoding="utf-8"), tokenizer, "user")
+        try:
+            return _with_stop(path.name, path.read_text(encoding="utf-8"), tokenizer, "user")
+        except UnicodeDecodeError as error:
+            raise BadSettings([f"--template {name}: not UTF-8: {error}"]) from None
     file = resources.files("atomtune.data") / "templates" / f"{name}.jinja"
     if not file.is_file():
         known = sorted(f.name.removesuffix(".jinja") for f in file.parent.iterdir())  # type: ignore[attr-defined]

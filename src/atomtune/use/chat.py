@@ -11,8 +11,8 @@ from transformers import TextStreamer
 
 from atomtune.config import ChatSettings
 from atomtune.data.records import Turn
-from atomtune.data.template import CannotExpress, Message, Template
-from atomtune.errors import BadModel, BadSettings
+from atomtune.data.template import Message, Template
+from atomtune.errors import BadSettings
 from atomtune.model.adapter import load_trained
 from atomtune.model.generate import answer, prompt_ids
 from atomtune.model.load import device_in_use, load_base, quiet_libraries, resolve_dtype
@@ -91,10 +91,7 @@ def _converse(model: Any, template: Template, asked: _Asked, settings: ChatSetti
             exchanges = exchanges[1:]
             messages = [*asked.opening, *itertools.chain(*exchanges), *typed]
             notices.print("(the oldest exchange no longer fits and is left out)")
-        try:
-            said = _reply(model, template, messages, settings)
-        except CannotExpress as error:
-            raise BadModel(str(error)) from error
+        said = _reply(model, template, messages, settings)
         exchanges.append([*typed, {"role": "assistant", "content": said}])
 
 
