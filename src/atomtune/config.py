@@ -161,8 +161,9 @@ def read_train(argv: Sequence[str]) -> TrainSettings:
     groups: list[Any] = [_validated(group, given, problems) for group in TRAIN_GROUPS]
     trainer = dict(LIBRARY_DEFAULTS)
     for name in given.keys() - kinds_of(TRAIN_GROUPS).keys():
-        trainer[name] = _checked(given[name], kinds[name], problems)
-    problems += _contradictions(given)
+        trainer[name] = _checked(name, given[name], kinds[name], problems)
+    settled = {name: value for group in groups if group for name, value in vars(group).items()} | trainer
+    problems += _contradictions(settled, given)
     if problems:
         raise BadSettings(problems)
     sources = dict.fromkeys(LIBRARY_DEFAULTS, "atomtune's default") | {n: g.source for n, g in given.items()}
@@ -180,12 +181,12 @@ def read_settings(group: type[S], argv: Sequence[str], *, command: str) -> S:
     return settings
 
 
-def _contradictions(given: Mapping[str, Given]) -> Iterator[str]:
+def _contradictions(settled: Mapping[str, Any], given: Mapping[str, Given]) -> Iterator[str]:
     def on(name: str) -> bool:
-        return name in given and str(given[name].value).lower() not in ("false", "none", "0", "no")
+        return bool(settled.get(name))
 
-    if on("skip_overlength") and "overlength" in given and given["overlength"].value != "skip":
-        yield f"--skip_overlength and --overlength {given['overlength'].value} contradict each other. Pass one of them."
+    if on("skip_overlength") and "overlength" in given and settled.get("overlength") != "skip":
+        yield f"--skip_overlength and --overlength {settled.get('overlength')} contradict each other. Pass one of them."
     if on("continue_training") and not on("checkpoint"):
         yield "--continue_training needs --checkpoint with the folder to go on from. --resume finds the newest itself."
     if on("checkpoint") and not on("continue_training"):
@@ -207,22 +208,32 @@ def _demo_values(kinds: Mapping[str, Any], problems: list[str]) -> dict[str, Giv
 
 
 def _validated(group: type[S], given: Mapping[str, Given], problems: list[str]) -> S | None:
-    names = {f.name for f in fields(group)}  # type: ignore[arg-type]  # each group is a pydantic dataclass
-    values = {name: _listed(name, one.value, group) for name, one in given.items() if name in names}
+    kinds = kinds_of((group,))
+    values = {}
+    for name in given.keys() & kinds.keys():
+        if not _claims_number(name, given[name], kinds[name], problems):
+            values[name] = _listed(given[name].value, kinds[name])
     try:
         return group(**values)
     except ValidationError as error:
         for problem in error.errors():
             name = str(problem["loc"][0])
-            place = given[name].source if name in given else f"--{name}"
-            said = f" {given[name].value!r}" if name in given else ""
-            problems.append(f"{place}{said}: {problem['msg'].removeprefix('Value error, ')}.")
+            place = given[name].called(name) if name in given else f"--{name}"
+            problems.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}.")
         return None
 
 
-def _listed(name: str, value: Any, group: type) -> Any:
+def _claims_number(name: str, one: Given, kind: Any, problems: list[str]) -> bool:
+    """`lora_rank: true` is a mistake, though Python would take true for 1."""
+    kinds = {kind, *typing.get_args(kind)}
+    wrong = isinstance(one.value, bool) and bool(kinds & {int, float}) and bool not in kinds
+    if wrong:
+        problems.append(f"{one.called(name)}: expected a number.")
+    return wrong
+
+
+def _listed(value: Any, kind: Any) -> Any:
     """A list setting may be one word, words, or words joined by commas."""
-    kind = typing.get_type_hints(group)[name]
     if "true" in typing.get_args(kind):  # auto|true|false, however true is written
         return str(value).lower()
     if typing.get_origin(kind) is not list:
@@ -231,17 +242,19 @@ def _listed(name: str, value: Any, group: type) -> Any:
     return [part for word in words for part in str(word).split(",") if part]
 
 
-def _checked(one: Given, kind: Any, problems: list[str]) -> Any:
+def _checked(name: str, one: Given, kind: Any, problems: list[str]) -> Any:
     """A Trainer's value as its own type; `{…}` is JSON."""
     value = one.value
     if isinstance(value, str) and value.startswith("{"):
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            problems.append(f"{one.source} {value!r}: not JSON: {error}.")
+            problems.append(f"{one.called(name)}: not JSON: {error}.")
             return None
+    if _claims_number(name, one, kind, problems):
+        return None
     try:
         return TypeAdapter(kind, config=ConfigDict(coerce_numbers_to_str=True)).validate_python(value)
     except ValidationError as error:
-        problems.append(f"{one.source} {value!r}: {error.errors()[0]['msg']}.")
+        problems.append(f"{one.called(name)}: {error.errors()[0]['msg']}.")
         return None

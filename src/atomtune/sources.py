@@ -7,6 +7,7 @@ that a wrong flag is answered without importing torch.
 import argparse
 import ast
 import difflib
+import re
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
+
+import yaml
 
 from atomtune.errors import BadSettings
 
@@ -35,10 +38,30 @@ RENAMED = {
 
 @dataclass(frozen=True)
 class Given:
-    """A value as the user wrote it, and where."""
+    """A value as the user wrote it, and where: a flag, or a line of a file."""
 
     value: Any
     source: str
+
+    def called(self, name: str) -> str:
+        """How an error names it: `--lora_rank 'x'`, `run.yaml:3 lora_rank 'x'`."""
+        return f"{self.source if self.source.startswith('--') else f'{self.source} {name}'} {self.value!r}"
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.2's plain words: 1e-4 is a number, `no` is a word, a date is a word. PyYAML reads YAML 1.1."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012  # as PyYAML declares it
+
+
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+.0123456789"),
+)
 
 
 def kinds_of(groups: Sequence[type]) -> dict[str, Any]:
@@ -53,9 +76,11 @@ def given_values(
     problems: list[str] = []
     words = list(_known(argv, kinds, problems))
     try:
-        spoken = vars(parser_of(kinds, groups, command=command).parse_args(words))
+        parsed, left = parser_of(kinds, groups, command=command).parse_known_args(words)
     except argparse.ArgumentError as error:
         raise BadSettings([*problems, f"{error.argument_name or command}: {error.message}."]) from None
+    problems += [f"{word}: belongs to no setting." for word in left]
+    spoken = vars(parsed)
     given: dict[str, Given] = {}
     if yaml_file := spoken.pop("yaml", None):
         given |= yaml_values(Path(yaml_file), kinds, problems)
@@ -97,21 +122,22 @@ def _advice(name: str, kinds: Mapping[str, Any]) -> str:
 
 def yaml_values(path: Path, kinds: Mapping[str, Any], problems: list[str]) -> dict[str, Given]:
     """Top-level keys of a YAML file, each with its line."""
-    import yaml
-
     if not path.is_file():
-        raise BadSettings([f"{path}: no such file. The word behind `train` is a YAML file; settings begin with --."])
+        problems.append(f"{path}: no such file. The word behind `train` is a YAML file; settings begin with --.")
+        return {}
     try:
         text = path.read_text(encoding="utf-8-sig")
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.compose(text, Loader=_Yaml)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadSettings([f"{path}: not YAML in UTF-8: {error}"]) from None
+        problems.append(f"{path}: not YAML in UTF-8: {error}")
+        return {}
     if tree is None:
         return {}
     if not isinstance(tree, yaml.MappingNode):
-        raise BadSettings([f"{path}: expected `name: value` lines at the top."])
+        problems.append(f"{path}: expected `name: value` lines at the top.")
+        return {}
     given: dict[str, Given] = {}
-    constructor = yaml.SafeLoader("")
+    constructor = _Yaml("")
     for key_node, value_node in tree.value:
         name, place = str(key_node.value).replace("-", "_"), f"{path.name}:{key_node.start_mark.line + 1}"
         if name not in kinds:
@@ -119,7 +145,10 @@ def yaml_values(path: Path, kinds: Mapping[str, Any], problems: list[str]) -> di
         elif name in given:
             problems.append(f"{place}: {name} stands here a second time; the first is at {given[name].source}.")
         else:
-            given[name] = Given(constructor.construct_object(value_node, deep=True), place)
+            try:
+                given[name] = Given(constructor.construct_object(value_node, deep=True), place)
+            except (yaml.YAMLError, ValueError) as error:
+                problems.append(f"{place} {name}: {error}.")
     return given
 
 

@@ -56,10 +56,11 @@ HOSTILE = [
     "👩‍🚀</s>𠮷<s>\0</s>",
     "很长" * 500 + "</s>" * 100,
 ]
-fragments = st.sampled_from([*PLAIN[:-1], *HOSTILE[:-1], *CONTROLS, "\n", " ", "  ", ">", "/s>", "end|>", "你好", "Hi", "1"])
+harmless = st.sampled_from([*PLAIN[:-1], "\n", " ", "  ", ">", "/s>", "end|>", "你好", "Hi", "1"])
 # ▁ (U+2581) is how SentencePiece writes a space: such a tokenizer cannot tell the two apart, whoever calls it.
 words = st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=6)
-texts = st.lists(st.one_of(fragments, words), max_size=6).map("".join)
+peaceful = st.lists(st.one_of(harmless, words), max_size=6).map("".join)
+texts = st.lists(st.one_of(harmless, words, st.sampled_from([*HOSTILE[:-1], *CONTROLS])), max_size=6).map("".join)
 same_every_time = settings(derandomize=True, database=None, deadline=None, max_examples=50)
 
 
@@ -195,14 +196,13 @@ def check_law_2(template: Template, instruction: str, text: str, output: str) ->
 @pytest.mark.parametrize("text", PLAIN)
 def test_a_prompt_is_tokenized_as_a_server_does(template, text):
     # Catches tokenizing piece by piece (SentencePiece writes a ▁ at each beginning, merges are lost at each seam).
-    assume_no_control = not holds_control(template.tokenizer, text)
-    assert assume_no_control, "PLAIN holds no control strings"
+    assert not holds_control(template.tokenizer, text)
     check_law_1(template, text, "早上好", text if text.strip() else "Yes.")
     check_law_1(template, "翻译", text, "Yes.")
 
 
 @same_every_time
-@given(instruction=texts, text=texts, output=texts)
+@given(instruction=peaceful, text=peaceful, output=peaceful)
 def test_any_prompt_is_tokenized_as_a_server_does(template, instruction, text, output):
     assume(output.strip() and (instruction + text).strip())
     assume(not holds_control(template.tokenizer, instruction, text, output))
@@ -504,15 +504,12 @@ def test_the_oldest_exchange_goes_first_and_no_further_than_needed():
     assert kept.turns == (Turn("system", "stays"), *turns[2:])
 
 
-@pytest.mark.parametrize("opening", [1, 2])
-def test_the_last_question_stays_where_the_assistant_spoke_first(opening):
-    # A greeting before the first question makes the number of turns odd: dropping pairs from the front would leave the
-    # answer without its question.
-    spoken = [Turn("assistant", "Hello!"), Turn("user", "older"), Turn("assistant", "old"), Turn("user", "older still")]
-    record = Record((*spoken[:1] * opening, Turn("user", "who are you?"), Turn("assistant", "I keep the light.")), "a:1")
-    kept = shorten(record, lambda candidate: characters(candidate) <= len("who are you?"))
-    assert kept is not None
-    assert kept.turns == (Turn("user", "who are you?"), Turn("assistant", "I keep the light."))
+@pytest.mark.parametrize("older", [[], [Turn("user", "older"), Turn("assistant", "old")]])
+def test_the_last_question_stays_where_the_assistant_spoke_first(older):
+    # A greeting makes the number of turns odd: dropping pairs from the front would take the last question with it.
+    last = (Turn("user", "who are you?"), Turn("assistant", "I keep the light."))
+    record = Record((Turn("assistant", "Hello!"), *older, *last), "train.jsonl:1")
+    assert shorten(record, lambda candidate: characters(candidate) <= len("who are you?")).turns == last
 
 
 def test_shortening_reads_a_long_text_a_few_times_only():
@@ -546,9 +543,9 @@ def test_a_shortened_example_learns_the_same_targets(template):
 
 def test_targets_that_the_tokenizer_does_not_know_are_counted(tokenizers):
     template = load_template("auto", tokenizers["characters"])
-    _, account = encoded(template, alpaca("龘", "", "𠮷Yes龘"), alpaca("Hi", "", "Hi"))
+    _, account = encoded(template, alpaca("龘", "", "𠮷Hi龘"), alpaca("Hi", "", "Hi"))
     assert account.unknown_tokens == 2
-    _, account = encoded(load_template("auto", tokenizers["bytes"]), alpaca("龘", "", "𠮷Yes龘"))
+    _, account = encoded(load_template("auto", tokenizers["bytes"]), alpaca("龘", "", "𠮷Hi龘"))
     assert account.unknown_tokens == 0
 
 

@@ -1,0 +1,123 @@
+"""Laws of the command line, asked of real processes: what is printed where, and with which exit code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from atomtune import __version__
+from atomtune.cli import COMMANDS
+
+HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "numpy", "matplotlib"}
+#: Run the command in a process of its own, then print which modules it loaded.
+REPORTING = """
+import json, sys
+from atomtune.cli import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as exit:
+    code = exit.code
+print("\\n" + json.dumps([code, sorted({name.partition(".")[0] for name in sys.modules})]))
+"""
+
+
+def atomtune(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "atomtune", *words], capture_output=True, encoding="utf-8", check=False, timeout=60
+    )
+
+
+def answered(*words: str) -> tuple[int, str, str, set[str]]:
+    """Exit code, standard output, standard error, and the modules that were loaded."""
+    done = subprocess.run(
+        [sys.executable, "-c", REPORTING, *words], capture_output=True, encoding="utf-8", check=True, timeout=60
+    )
+    out, _, last = done.stdout.rstrip("\n").rpartition("\n")
+    code, modules = json.loads(last)
+    return code, out, done.stderr, set(modules)
+
+
+def test_the_overview_names_every_command():
+    code, out, err, modules = answered("--help")
+    assert (code, err) == (0, "")
+    assert all(name in out for name in COMMANDS)
+    assert not modules & HEAVY
+
+
+def test_no_command_at_all_is_the_overview():
+    assert answered()[:2] == answered("--help")[:2]
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_of_a_command_names_its_settings_and_loads_no_torch(command):
+    # Importing torch and transformers takes seconds; --help must not.
+    code, out, err, modules = answered(command, "--help")
+    assert (code, err) == (0, "")
+    assert f"usage: atomtune {command}" in out and "--model_path" in out
+    assert not modules & HEAVY
+
+
+def test_help_of_train_shows_ranges_choices_defaults_and_the_trainers_names():
+    _, out, _, _ = answered("train", "--help")
+    for shown in (
+        "--lora_rank",
+        "[8]",
+        "shorten|skip|error",
+        "true|false",
+        "[all-linear]",
+        "gradient_accumulation_steps",
+    ):
+        assert shown in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("train", "--learning_rat", "1"), "Did you mean --learning_rate?"),
+        (("train", "--model_path", "base"), "--dataset_path"),
+        (("train", "nowhere.yaml"), "no such file"),
+        (("train", "--lora_rank", "x", "--model_path", "a", "--dataset_path", "b"), "--lora_rank 'x'"),
+        (("merge",), "--adapter_path"),
+        (("chat", "--adapter", "x"), "Did you mean --adapter_path?"),
+        (("train", "-x"), "-x"),
+    ],
+)
+def test_a_mistake_in_the_flags_is_answered_before_torch_is_loaded(words, said):
+    code, out, err, modules = answered(*words)
+    assert code == 2
+    assert said in err and "Traceback" not in err
+    assert out.strip() == ""
+    assert not modules & HEAVY
+
+
+@pytest.mark.parametrize(("wrong", "near"), [("trian", "train"), ("Chat", "chat"), ("merg", "merge")])
+def test_an_unknown_command_is_told_the_nearest(wrong, near):
+    done = atomtune(wrong)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"Did you mean {near}?" in done.stderr
+
+
+def test_a_command_like_no_other_is_told_them_all():
+    done = atomtune("xyzzy")
+    assert done.returncode == 2
+    assert all(name in done.stderr for name in COMMANDS)
+
+
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_the_version_is_that_of_the_package(flag):
+    done = atomtune(flag)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"atomtune {__version__}\n", "")
+
+
+def test_the_installed_command_is_the_module():
+    command = Path(sys.executable).with_name("atomtune")
+    done = subprocess.run([command, "--help"], capture_output=True, encoding="utf-8", check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, atomtune("--help").stdout)
+
+
+def test_a_mistake_goes_to_standard_error_alone():
+    done = atomtune("train", "--no_cuda")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--use_cpu" in done.stderr

@@ -1,0 +1,481 @@
+"""Laws of the settings: each is known by one name, comes from a named source, and every mistake is told at once."""
+
+import dataclasses
+import enum
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import TrainingArguments
+
+from atomtune.config import (
+    LIBRARY_DEFAULTS,
+    TRAIN_GROUPS,
+    ChatSettings,
+    MergeSettings,
+    TrainSettings,
+    read_settings,
+    read_train,
+)
+from atomtune.errors import BadSettings
+from atomtune.sources import RENAMED, kinds_of, library_kinds
+
+BOTH = ("--dataset_path", "train.jsonl", "--model_path", "base")
+
+
+@pytest.fixture
+def run_yaml(tmp_path):
+    """Read settings from a YAML file of this text, and from flags behind it."""
+
+    def read(text: str, *flags: str) -> TrainSettings:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return read_train([str(path), *BOTH, *flags])
+
+    return read
+
+
+def problems(*flags: str) -> list[str]:
+    with pytest.raises(BadSettings) as caught:
+        read_train([*BOTH, *flags])
+    return str(caught.value).splitlines()
+
+
+def yaml_problems(run_yaml, text: str, *flags: str) -> list[str]:
+    with pytest.raises(BadSettings) as caught:
+        run_yaml(text, *flags)
+    return str(caught.value).splitlines()
+
+
+# --- default < YAML < flag ------------------------------------------------------------------------------------------
+
+
+def test_a_flag_goes_before_yaml_and_yaml_before_the_default(run_yaml):
+    settings = run_yaml("lora_rank: 4\nlora_alpha: 16\nseed: 1\nmax_steps: 5\n", "--lora_rank", "2", "--seed", "3")
+    assert (settings.lora.lora_rank, settings.lora.lora_alpha, settings.lora.lora_dropout) == (2, 16.0, 0.1)
+    assert (settings.trainer["seed"], settings.trainer["max_steps"]) == (3, 5)
+
+
+def test_every_value_says_where_it_came_from(run_yaml):
+    told = run_yaml("# mine\nlora_alpha: 16\n\nmax_steps: 5\n", "--lora_rank", "2", "--seed", "3").resolved()
+    assert told["lora_dropout"] == {"value": 0.1, "source": "default"}
+    assert told["lora_alpha"] == {"value": 16.0, "source": "run.yaml:2"}
+    assert told["max_steps"] == {"value": 5, "source": "run.yaml:4"}
+    assert told["lora_rank"] == {"value": 2, "source": "--lora_rank"}
+    assert told["seed"] == {"value": 3, "source": "--seed"}
+    assert told["learning_rate"] == {"value": 1e-4, "source": "atomtune's default"}
+
+
+def test_a_default_of_ours_for_the_trainer_gives_way_to_what_was_said(run_yaml):
+    settings = run_yaml("logging_steps: 3\n", "--learning_rate", "5e-5")
+    assert settings.trainer == {**LIBRARY_DEFAULTS, "logging_steps": 3, "learning_rate": 5e-5}
+    assert settings.sources["logging_steps"] == "run.yaml:1"
+
+
+def test_the_last_of_two_equal_flags_counts():
+    assert read_train([*BOTH, "--lora_rank", "4", "--lora_rank", "5"]).lora.lora_rank == 5
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_setting_of_the_installed_trainer_is_known_and_no_other():
+    # The names are read from the library's text: a new way to write a field there must not lose one here.
+    assert set(library_kinds()) == {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+
+
+def test_every_default_of_the_trainer_may_also_be_said(run_yaml):
+    # Catches a type read wrongly from the library's text, for all of its settings at once.
+    said = {}
+    for field in dataclasses.fields(TrainingArguments):
+        made = field.default_factory is not dataclasses.MISSING
+        default = field.default_factory() if made else field.default
+        if field.name not in kinds_of(TRAIN_GROUPS):
+            said[field.name] = default.value if isinstance(default, enum.Enum) else default
+    told = run_yaml(yaml.safe_dump(said)).trainer
+    assert {name: told[name] for name in said} == said
+
+
+def test_a_renamed_setting_is_renamed_to_one_that_exists():
+    names = library_kinds().keys() | kinds_of(TRAIN_GROUPS).keys()
+    for old, advice in RENAMED.items():
+        assert old not in names, f"{old} is a setting of the installed library again"
+        named = [word.strip(".,") for word in advice.split() if word.startswith("--")]
+        assert {name[2:] for name in named} <= names
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("warmup_ratio", "--warmup_steps"),
+        ("group_by_length", "--train_sampling_strategy group_by_length"),
+        ("overwrite_output_dir", "--resume"),
+        ("logging_dir", "TENSORBOARD_LOGGING_DIR"),
+        ("no_cuda", "--use_cpu"),
+        ("save_safetensors", "always saved as safetensors"),
+        ("check_point", "--checkpoint"),
+    ],
+)
+def test_a_name_of_older_versions_is_told_its_new_one(run_yaml, old, new):
+    (flag,) = problems(f"--{old}", "1")
+    (line,) = yaml_problems(run_yaml, f"seed: 1\n{old}: 1\n")
+    assert flag.startswith(f"--{old}: gone") and new in flag
+    assert line.startswith(f"run.yaml:2: {old}: gone") and new in line
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [("learning_rat", "learning_rate"), ("lora-rnak", "lora_rank"), ("max_seq_len", "max_seq_length")],
+)
+def test_an_unknown_name_is_told_the_nearest(run_yaml, wrong, near):
+    (flag,) = problems(f"--{wrong}", "3")
+    (line,) = yaml_problems(run_yaml, f"seed: 1\n{wrong}: 3\n")
+    assert f"Did you mean --{near}?" in flag
+    assert line.startswith(f"run.yaml:2: {wrong}: unknown") and near in line
+
+
+def test_a_name_like_no_other_is_not_guessed_at():
+    (said,) = problems("--xyzzy", "3")
+    assert said.startswith("--xyzzy: unknown") and "Did you mean" not in said
+
+
+@pytest.mark.parametrize("short", ["--lora_ra", "--learning", "--per_device_train", "--resume_from"])
+def test_a_name_is_not_abbreviated(short):
+    # Catches argparse's prefix matching: --learning would set learning_rate today and fail with tomorrow's library.
+    (said,) = problems(short, "3")
+    assert said.startswith(f"{short}: unknown")
+
+
+def test_dashes_are_underscores(run_yaml):
+    assert read_train([*BOTH, "--lora-rank", "4"]).lora.lora_rank == 4
+    assert read_train([*BOTH, "--lora-rank=4", "--run-name", "a-b"]).trainer["run_name"] == "a-b"
+    assert run_yaml("lora-rank: 4\n").lora.lora_rank == 4
+
+
+def test_only_the_name_has_its_dashes_changed():
+    assert read_train([*BOTH, "--output-dir=my-runs/a-b"]).trainer["output_dir"] == "my-runs/a-b"
+
+
+# --- all mistakes at once -------------------------------------------------------------------------------------------
+
+
+def test_every_problem_comes_in_one_error():
+    said = problems(
+        "--warmup_ratio", "0.1", "--lora_rnak", "3", "--lora_dropout", "1", "--seed", "x", "--fp16", "--bf16"
+    )
+    assert len(said) == 5
+    for name in ("--warmup_ratio", "--lora_rnak", "--lora_dropout", "--seed", "--fp16 and --bf16"):
+        assert sum(line.startswith(name) for line in said) == 1
+
+
+def test_problems_of_yaml_and_flags_come_together(run_yaml):
+    said = yaml_problems(run_yaml, "lora_rank: many\nlearning_rat: 3\n", "--max_seq_length", "2")
+    assert sorted(line.partition(":")[0] for line in said) == ["--max_seq_length '2'", "run.yaml", "run.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("# a comment\n\nlora_rank: zero\n", "run.yaml:3"),
+        ("lora_rank: 4\nlearning_rate:\n  fast\n", "run.yaml:2"),
+        ("seed: 1\nlora_rank: 0\n", "run.yaml:2"),
+        ("lora_rank: 2\noverlength: cut\n", "run.yaml:2"),
+    ],
+)
+def test_a_wrong_value_in_yaml_is_named_by_its_line(run_yaml, text, place):
+    (said,) = yaml_problems(run_yaml, text)
+    assert said.startswith(place)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("lora_rank: 0\n", "lora_rank"), ("learning_rate: fast\n", "learning_rate")]
+)
+def test_a_wrong_value_in_yaml_is_named_by_its_setting(run_yaml, text, name):
+    # A line number alone sends the reader to another window to learn which setting is meant.
+    (said,) = yaml_problems(run_yaml, text)
+    assert name in said
+
+
+def test_a_wrong_value_is_shown_with_what_was_expected():
+    (said,) = problems("--overlength", "cut")
+    assert said.startswith("--overlength 'cut'")
+    for choice in ("shorten", "skip", "error"):
+        assert choice in said
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--lora_rank", "0"),
+        ("--lora_dropout", "1"),
+        ("--lora_dropout", "-0.1"),
+        ("--lora_alpha", "-1"),
+        ("--max_seq_length", "7"),
+        ("--eval_size", "-1"),
+        ("--lora_rank", "2.5"),
+        ("--lora_dropout", "nan"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused(flags):
+    (said,) = problems(*flags)
+    assert said.startswith(f"{flags[0]} '{flags[1]}'")
+
+
+def test_a_flag_without_its_value_is_named():
+    (said,) = problems("--lora_rank")
+    assert said.startswith("--lora_rank") and "expected one argument" in said
+
+
+@pytest.mark.parametrize("extra", [("b.yaml",), ("-x",)])
+def test_a_word_that_belongs_to_nothing_is_one_problem_among_the_others(run_yaml, extra):
+    # Not a page of usage from argparse, with the other problems lost.
+    said = yaml_problems(run_yaml, "seed: 1\n", *extra, "--lora_rnak", "3")
+    assert any(extra[0] in line for line in said)
+    assert any("--lora_rank" in line for line in said)
+
+
+# --- YAML -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_that_stands_twice_is_refused_with_both_lines(run_yaml):
+    # PyYAML takes the last one in silence.
+    (said,) = yaml_problems(run_yaml, "seed: 1\nlora_rank: 4\nseed: 2\n")
+    assert said.startswith("run.yaml:3") and "seed" in said and "run.yaml:1" in said
+
+
+def test_a_key_that_stands_twice_in_two_spellings_is_refused_too(run_yaml):
+    (said,) = yaml_problems(run_yaml, "lora_rank: 1\nlora-rank: 4\n")
+    assert said.startswith("run.yaml:2")
+
+
+@pytest.mark.parametrize("written", ["1e-4", "1.0e-4", "0.0001", "1E-4", "'1e-4'"])
+def test_a_number_with_an_exponent_is_a_number(run_yaml, written):
+    # YAML 1.1, which PyYAML reads, takes 1e-4 for a text.
+    rate = run_yaml(f"learning_rate: {written}\n").trainer["learning_rate"]
+    assert isinstance(rate, float) and rate == 1e-4
+
+
+def test_a_number_with_an_exponent_is_a_number_inside_a_mapping_too(run_yaml):
+    # As a text it would reach the scheduler, hours later.
+    assert run_yaml("lr_scheduler_kwargs: {min_lr: 1e-5}\n").trainer["lr_scheduler_kwargs"] == {"min_lr": 1e-5}
+
+
+@pytest.mark.parametrize("text", ["save_strategy: no\n", "eval_strategy: no\n"])
+def test_no_is_a_word_where_a_word_is_expected(run_yaml, text):
+    # YAML 1.1 takes it for false; behind a flag it works, so it must work here.
+    name = text.partition(":")[0]
+    assert run_yaml(text).trainer[name] == "no"
+
+
+@pytest.mark.parametrize("value", ["true", "yes"])
+def test_a_claim_is_no_number(run_yaml, value):
+    # `lora_rank: yes` would be rank 1 without a word; behind a flag it is refused.
+    (said,) = yaml_problems(run_yaml, f"lora_rank: {value}\n")
+    assert said.startswith("run.yaml:1")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("seed: [1\n", id="an open bracket"),
+        pytest.param("- seed\n", id="a list"),
+        pytest.param("just words\n", id="words"),
+        pytest.param("seed: 1\n\tlora_rank: 2\n", id="a tab"),
+        pytest.param("run_name: !!python/name:os.system\n", id="a Python object"),
+        pytest.param("run_name: !mine x\n", id="an unknown tag"),
+    ],
+)
+def test_what_is_no_yaml_of_settings_is_the_users_mistake(run_yaml, text):
+    assert "run.yaml" in yaml_problems(run_yaml, text)[0]
+
+
+def test_yaml_in_another_encoding_is_the_users_mistake(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes("run_name: 甄嬛\n".encode("gbk"))
+    with pytest.raises(BadSettings, match=r"run\.yaml.*UTF-8"):
+        read_train([str(path), *BOTH])
+
+
+def test_a_missing_yaml_file_is_named():
+    (said,) = problems("nowhere.yaml")
+    assert said.startswith("nowhere.yaml: no such file")
+
+
+@pytest.mark.parametrize("content", [None, b"seed: [1\n", b"- seed\n", b"\xff\n"])
+def test_a_yaml_file_that_cannot_be_read_hides_no_other_problem(tmp_path, content):
+    if content is not None:
+        (tmp_path / "run.yaml").write_bytes(content)
+    said = "\n".join(problems(str(tmp_path / "run.yaml"), "--lora_rnak", "3", "--max_seq_length", "2"))
+    assert all(part in said for part in ("run.yaml", "--lora_rank", "--max_seq_length '2'"))
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "\ufeffseed: 7\n"])
+def test_an_empty_yaml_says_nothing_and_a_byte_order_mark_does_not_hurt(run_yaml, text):
+    assert run_yaml(text).trainer.get("seed") == (7 if "seed" in text else None)
+
+
+# --- the forms a value may have -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [
+        (("--fp16",), True),
+        (("--fp16", "true"), True),
+        (("--fp16", "True"), True),
+        (("--fp16=true",), True),
+        (("--fp16", "false"), False),
+        (("--fp16", "--seed", "1"), True),
+    ],
+)
+def test_a_claim_may_stand_alone_or_with_its_value(flags, value):
+    assert read_train([*BOTH, *flags]).trainer["fp16"] is value
+
+
+def test_the_tutorials_false_is_false():
+    # Catches bool("false"), which is True.
+    assert read_train([*BOTH, "--remove_unused_columns", "false"]).trainer["remove_unused_columns"] is False
+
+
+@pytest.mark.parametrize(("flags", "value"), [((), False), (("--skip_bad",), True), (("--skip_bad", "false"), False)])
+def test_our_own_claims_have_the_same_forms(flags, value):
+    assert read_train([*BOTH, *flags]).data.skip_bad is value
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [
+        ((), "auto"),
+        (("--gradient_checkpointing",), "true"),
+        (("--gradient_checkpointing", "False"), "false"),
+        (("--gradient_checkpointing", "auto"), "auto"),
+    ],
+)
+def test_checkpointing_is_a_claim_or_auto(flags, value):
+    assert read_train([*BOTH, *flags]).run.gradient_checkpointing == value
+
+
+def test_checkpointing_in_yaml_is_a_claim_or_auto(run_yaml):
+    assert run_yaml("gradient_checkpointing: true\n").run.gradient_checkpointing == "true"
+    assert run_yaml("gradient_checkpointing: auto\n").run.gradient_checkpointing == "auto"
+
+
+@pytest.mark.parametrize("flags", [("q_proj", "v_proj"), ("q_proj,v_proj",), ("q_proj,", "v_proj")])
+def test_a_list_may_be_words_or_words_with_commas(flags):
+    assert read_train([*BOTH, "--lora_targets", *flags]).lora.lora_targets == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("text", ["[q_proj, v_proj]", "q_proj,v_proj", "\n- q_proj\n- v_proj"])
+def test_a_list_in_yaml_may_be_a_list_or_words_with_commas(run_yaml, text):
+    assert run_yaml(f"lora_targets: {text}\n").lora.lora_targets == ["q_proj", "v_proj"]
+
+
+def test_one_word_is_a_list_of_one(run_yaml):
+    assert read_train([*BOTH, "--lora_targets", "q_proj"]).lora.lora_targets == ["q_proj"]
+    assert run_yaml("lora_targets: q_proj\n").lora.lora_targets == ["q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"), [(("none",), "none"), (("tensorboard", "wandb"), ["tensorboard", "wandb"])]
+)
+def test_a_list_of_the_trainer_may_be_one_word_or_several(flags, value):
+    assert read_train([*BOTH, "--report_to", *flags]).trainer["report_to"] == value
+
+
+def test_a_mapping_behind_a_flag_is_json():
+    settings = read_train([*BOTH, "--lr_scheduler_kwargs", '{"min_lr": 1e-5, "num_cycles": 2}'])
+    assert settings.trainer["lr_scheduler_kwargs"] == {"min_lr": 1e-5, "num_cycles": 2}
+    assert problems("--lr_scheduler_kwargs", "{min_lr")[0].startswith("--lr_scheduler_kwargs '{min_lr': not JSON")
+
+
+def test_a_path_of_digits_is_a_path(run_yaml):
+    assert run_yaml("output_dir: 2024\neval_path: 7\n").data.eval_path == "7"
+    assert run_yaml("output_dir: 2024\n").trainer["output_dir"] == "2024"
+
+
+# --- what cannot be together ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (("--skip_overlength", "--overlength", "shorten"), ("--skip_overlength", "--overlength shorten")),
+        (("--continue_training",), ("--continue_training", "--checkpoint")),
+        (("--checkpoint", "c"), ("--checkpoint", "--continue_training")),
+        (("--resume", "--resume_from_checkpoint", "c"), ("--resume", "--resume_from_checkpoint")),
+        (("--resume", "--continue_training", "--checkpoint", "c"), ("--resume", "--continue_training")),
+        (("--eval_path", "e", "--eval_size", "0.1"), ("--eval_path", "--eval_size")),
+        (("--fp16", "--bf16"), ("--fp16", "--bf16")),
+    ],
+)
+def test_a_contradiction_names_both_sides(flags, names):
+    (said,) = problems(*flags)
+    assert all(name in said for name in names)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--skip_overlength", "--overlength", "skip"),
+        ("--skip_overlength", "false", "--overlength", "error"),
+        ("--continue_training", "--checkpoint", "c"),
+        ("--resume", "false", "--resume_from_checkpoint", "c"),
+        ("--eval_path", "e", "--eval_size", "0"),
+        ("--eval_path", "e", "--eval_size", "0.0"),
+        *(("--fp16", no, "--bf16", "true") for no in ("false", "False", "0", "no", "off", "n", "f")),
+    ],
+)
+def test_what_is_switched_off_contradicts_nothing(flags):
+    # Every word that pydantic reads as false.
+    read_train([*BOTH, *flags])
+
+
+@pytest.mark.parametrize(("given", "missing"), [("model_path", "dataset_path"), ("dataset_path", "model_path")])
+def test_one_of_model_and_data_alone_is_told_the_other(given, missing):
+    with pytest.raises(BadSettings) as caught:
+        read_train([f"--{given}", "x"])
+    assert f"--{given} is given without --{missing}" in str(caught.value)
+
+
+def test_neither_model_nor_data_is_the_demo():
+    assert read_train([]).demo
+    assert not read_train(BOTH).demo
+
+
+# --- the tutorial's command and the other commands ------------------------------------------------------------------
+
+
+def test_the_tutorials_command_is_read_as_it_stands():
+    command = """
+        --dataset_path ../../dataset/huanhuan.jsonl --model_path model/Atom --lora_rank 8
+        --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --max_steps 120000 --save_steps 40000
+        --save_total_limit 3 --learning_rate 1e-4 --fp16 --remove_unused_columns false --logging_steps 10
+        --output_dir ../../output
+    """
+    settings = read_train(command.split())
+    assert (settings.data.dataset_path, settings.model.model_path) == ("../../dataset/huanhuan.jsonl", "model/Atom")
+    assert settings.trainer["max_steps"] == 120_000 and settings.trainer["fp16"] is True
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "examples").glob("*.yaml")), ids=lambda p: p.name)
+def test_the_example_files_are_read(path):
+    read_train([str(path), *BOTH])
+
+
+def test_a_command_with_one_group_reads_its_flags():
+    settings = read_settings(ChatSettings, ["--adapter-path", "out", "--temperature", "0.5"], command="chat")
+    assert (settings.adapter_path, settings.temperature, settings.max_new_tokens) == ("out", 0.5, 512)
+
+
+def test_what_a_command_needs_is_named_when_missing():
+    with pytest.raises(BadSettings) as caught:
+        read_settings(MergeSettings, ["--dtype", "float8"], command="merge")
+    said = str(caught.value)
+    assert all(name in said for name in ("--adapter_path", "--output_dir", "--dtype 'float8'"))
+
+
+def test_a_command_refuses_the_settings_of_another():
+    with pytest.raises(BadSettings, match="--learning_rate: unknown"):
+        read_settings(
+            MergeSettings, ["--adapter_path", "a", "--output_dir", "b", "--learning_rate", "1"], command="merge"
+        )

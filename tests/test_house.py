@@ -1,0 +1,163 @@
+"""The rules of the house: who may import whom, how long a file may be, what may not stand in it."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "atomtune"
+FILES = sorted(SOURCE.rglob("*.py"))
+MOST_LINES = 300
+#: room → the rooms and top-level modules it may import, besides itself.
+MAY_IMPORT = {
+    "errors": set(),
+    "sources": {"errors"},
+    "config": {"errors", "sources"},
+    "data": {"errors"},
+    "batch": {"errors", "data"},
+    "model": {"errors", "data", "batch"},
+    "train": {"errors", "config", "sources", "data", "batch", "model"},
+    "use": {"errors", "config", "sources", "data", "batch", "model"},
+    "cli": {"errors", "config", "sources", "data", "batch", "model", "train", "use"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+
+
+def module_of(path: Path) -> str:
+    """src/atomtune/data/store.py is atomtune.data.store."""
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file imports, inside functions too; `from a import b` is a.b where that is a module."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import hides which room it enters"
+            assert node.module is not None
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in MODULES else node.module)
+    return found
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_the_rules_know_every_room():
+    # A new room or top-level module must be given its place.
+    assert {room_of(path) for path in FILES} <= MAY_IMPORT.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_imports_run_one_way(path):
+    # data, batch and model take plain values: atomtune.config is not among what they may import; nor do train and use
+    # know each other.
+    room = room_of(path)
+    entered = {module.split(".")[1] for module in imports_of(path) if module.startswith("atomtune.")}
+    assert entered - {room} <= MAY_IMPORT[room]
+
+
+def test_no_import_goes_in_a_circle():
+    graph = {module: imports_of(path) & MODULES.keys() for module, path in MODULES.items()}
+    while leaves := {module for module, wants in graph.items() if not wants & graph.keys()}:
+        graph = {module: wants for module, wants in graph.items() if module not in leaves}
+    assert not graph, f"these import each other: {sorted(graph)}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) == "data"], ids=name)
+def test_data_is_handed_its_tokenizer_and_imports_no_torch(path):
+    assert not {module.split(".")[0] for module in imports_of(path)} & {"torch", "transformers", "peft", "accelerate"}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in ("errors", "sources", "config", "cli")], ids=name)
+def test_what_answers_a_wrong_flag_imports_no_torch(path):
+    # At any depth of a function; the process itself is asked in test_cli.py.
+    assert not {module.split(".")[0] for module in imports_of(path)} & {"torch", "transformers", "peft", "datasets"}
+
+
+def test_a_row_is_planned_with_plain_lists():
+    assert not {module.split(".")[0] for module in imports_of(SOURCE / "batch" / "row.py")} & {"torch", "numpy"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_a_file_can_be_read_in_one_sitting(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_a_module_has_a_noun_for_a_name_and_says_where_it_stands(path):
+    assert not re.search(r"util|manager|helper|common|misc", path.stem)
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_every_signature_is_typed(path):
+    # mypy holds the types themselves; this holds without mypy, in every environment.
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            said = f"{name(path)}:{node.lineno} {node.name}"
+            assert node.returns is not None, f"{said} returns what?"
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            assert all(one.annotation or one.arg in ("self", "cls") for one in arguments), f"{said} takes what?"
+
+
+def written_files() -> list[Path]:
+    """All that a user may read: source, documents, the root. Not the tests, which name what they seek."""
+    kinds = {".py", ".md", ".jinja", ".yaml", ".toml", ".sh", ".json", ".jsonl", ".cfg", ".txt", ""}
+    folders = [ROOT / folder for folder in ("src", "docs", "examples", "tools", "benchmarks")]
+    inside = [path for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts]
+    at_root = [path for path in ROOT.iterdir() if not path.name.startswith(".")]
+    return sorted(path for path in [*inside, *at_root] if path.is_file() and path.suffix in kinds)
+
+
+@pytest.mark.parametrize("path", written_files(), ids=name)
+def test_no_path_of_one_machine_is_written_down(path):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        found = re.search(r"(?<![\w.~-])/(work|root|tmp|home|Users)\b", line)
+        assert not found, f"{name(path)}:{number} says {found.group()}"
+
+
+def headings_and_blocks(path: Path) -> tuple[list[int], int]:
+    """The level of each heading and the number of code blocks; a # inside a block is a comment, no heading."""
+    levels, fences = [], 0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.lstrip().startswith("```"):
+            fences += 1
+        elif fences % 2 == 0 and (heading := re.match(r"(#+) ", line)):
+            levels.append(len(heading.group(1)))
+    return levels, fences
+
+
+def test_both_readmes_have_the_same_parts():
+    # One is the other's translation; a part that is missing in one is usually forgotten, not left out.
+    english, chinese = ROOT / "README.md", ROOT / "README.zh-CN.md"
+    for path in (english, chinese):
+        if not path.is_file():
+            pytest.skip(f"{path.name} is not written yet")
+    assert headings_and_blocks(chinese) == headings_and_blocks(english)
+
+
+@pytest.mark.parametrize("path", [p for p in written_files() if p.suffix == ".md"], ids=name)
+def test_every_code_block_ends(path):
+    assert headings_and_blocks(path)[1] % 2 == 0
+
+
+def test_tests_mirror_the_source():
+    # Where to look for the tests of a room.
+    rooms = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    assert rooms <= {path.parent.name for path in (ROOT / "tests").glob("*/__init__.py")}

@@ -1,0 +1,151 @@
+"""The text of the demo base: the blocks of ``tools/demo_corpus`` expanded to dialogues by a small seeded grammar.
+
+The base has to understand many wordings of one question, because the persona that is trained on it afterwards can only
+answer a paraphrase if the base already maps both wordings to the same place. So every pass over the corpus draws fresh
+openings, punctuation, and a fresh placement: the question stands either in the instruction or, under a generic
+instruction, in the input.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CORPUS = Path(__file__).parent / "demo_corpus"
+MARK = "请回答用户问题: "
+
+OPENINGS = {
+    "zh": ["", "", "", "请问，", "你好，", "嗨，", "我想知道，", "问一下，", "你好呀，", "请问一下，"],
+    "en": ["", "", "", "Hi! ", "Hello! ", "Hello, ", "Excuse me, ", "Please tell me, ", "Hey, "],
+}
+ENDINGS = {"zh": ["？", "？", "？", "?", "", "呢？", "呀？"], "en": ["?"]}
+PARTICLES = "呢呀吗啊吧"
+GENERIC = {
+    "zh": [
+        "回答以下用户问题，仅输出答案。",
+        "请回答下面的问题。",
+        "回答问题。",
+        "请简短地回答。",
+        "用户说了下面的话，请回复。",
+        "和用户聊天。",
+        "请回复下面这句话。",
+    ],
+    "en": ["Answer the question.", "Answer in one sentence.", "Reply to the user.", "Please answer briefly."],
+}
+
+
+@dataclass
+class Block:
+    """One topic: its wordings (mark and text) and the bland answers any of them may get."""
+
+    lang: str
+    asks: list[tuple[str, str]] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One exchange, with the fields of an instruction record."""
+
+    instruction: str
+    input: str
+    output: str
+
+    @property
+    def prompt(self) -> str:
+        """The prompt of the template ``atom``; an empty input leaves the mark with nothing behind it."""
+        return f"<s>Human: {self.instruction}{MARK}{self.input}\n</s><s>Assistant:"
+
+
+def corpus_lines(name: str) -> list[str]:
+    """The lines of a corpus file without its comments."""
+    lines = (CORPUS / name).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if not line.startswith("#")]
+
+
+def read_blocks(name: str, lang: str) -> list[Block]:
+    """The topics of a file; ``@en`` switches the language of the blocks that follow."""
+    blocks, block = [], Block(lang)
+    for line in [*corpus_lines(name), ""]:
+        mark, _, text = line.partition(" ")
+        if line.startswith("@"):
+            lang = line[1:]
+            block.lang = lang
+        elif mark == "!":
+            block.answers.append(text)
+        elif line:
+            block.asks.append((mark, text))
+        elif block.asks:
+            blocks.append(block)
+            block = Block(lang)
+    return blocks
+
+
+def read_things() -> list[dict[str, str]]:
+    """The lexicon as one dictionary of slots an entry."""
+    things, kind = [], ["", ""]
+    for line in corpus_lines("lexicon.txt"):
+        if line.startswith("["):
+            kind = line.strip("[]").split("|")
+        elif line:
+            values = [*line.split("|"), *kind]
+            things.append(dict(zip(("zh", "en", "fact_zh", "fact_en", "kind_zh", "kind_en"), values, strict=True)))
+    return things
+
+
+def as_question(text: str, lang: str, rng: random.Random) -> str:
+    """The wording with a polite opening and its question mark."""
+    opening = rng.choice(OPENINGS[lang])
+    if lang == "en" and (not opening or opening.endswith("! ")):
+        text = text[0].upper() + text[1:]
+    ending = rng.choice(ENDINGS[lang])
+    if text[-1] in PARTICLES and len(ending) > 1:
+        ending = "？"
+    return opening + text + ending
+
+
+def exchange(mark: str, text: str, answer: str, lang: str, rng: random.Random) -> Dialogue:
+    """One dialogue from one wording, in one of the placements that users choose."""
+    if mark == "&":
+        instruction, _, given = text.partition(" || ")
+        return Dialogue(instruction, given, answer)
+    said = as_question(text, lang, rng) if mark == "?" else text
+    if rng.random() < 0.7:
+        return Dialogue(said, "", answer)
+    return Dialogue(rng.choice(GENERIC[rng.choice([lang, lang, "zh"])]), said, answer)
+
+
+def sums(count: int, rng: random.Random) -> Iterator[Dialogue]:
+    """Small additions, the only arithmetic the base is asked to know."""
+    wordings = ["{a}加{b}等于几", "{a}+{b}等于多少", "{a}+{b}=", "请计算{a}+{b}", "What is {a} plus {b}"]
+    for _ in range(count):
+        a, b = rng.randint(0, 10), rng.randint(0, 10)
+        wording = rng.choice(wordings)
+        answer = f"{a + b}" if wording.startswith("What") else f"等于{a + b}。"
+        text = wording.format(a=a, b=b) + ("" if wording.endswith("=") else "？")
+        yield Dialogue(text, "", answer) if rng.random() < 0.7 else Dialogue("算一算。", text, answer)
+
+
+def dialogues(rng: random.Random, repeats: int = 3) -> list[Dialogue]:
+    """One pass over every topic (``repeats`` fresh variants a wording) and over every pattern of every thing."""
+    made = list(sums(150, rng))
+    for block in read_blocks("dialogues_zh.txt", "zh") + read_blocks("dialogues_en.txt", "en"):
+        for mark, text in block.asks * repeats:
+            made.append(exchange(mark, text, rng.choice(block.answers), block.lang, rng))
+    patterns = read_blocks("things.txt", "zh")
+    for slots in read_things():
+        for block in patterns:
+            for mark, text in rng.sample(block.asks, k=max(2, len(block.asks) // 3)):
+                answer = rng.choice(block.answers).format(**slots)
+                made.append(exchange(mark, text.format(**slots), answer, block.lang, rng))
+    rng.shuffle(made)
+    return made
+
+
+def tokenizer_lines() -> list[str]:
+    """Text for the tokenizer: every authored line once, and the template often enough to earn its own pieces."""
+    lines = [line.lstrip("?.&!@ ") for name in ("dialogues_zh", "dialogues_en") for line in corpus_lines(f"{name}.txt")]
+    for slots in read_things():
+        lines += [slots["fact_zh"], slots["fact_en"], f"{slots['zh']} {slots['en']}"]
+    lines += corpus_lines("plain.txt") + [line for group in GENERIC.values() for line in group] * 3
+    return [line for line in lines if line] + [f"Human: {MARK}", "Assistant:"] * 30
