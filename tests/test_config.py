@@ -267,6 +267,17 @@ def test_no_is_a_word_where_a_word_is_expected(run_yaml, text):
     assert run_yaml(text).trainer[name] == "no"
 
 
+@pytest.mark.parametrize("word", ["2024.10", "007", "1e3", "2024-05-01", "2024-13-45", "yes", "a b"])
+def test_a_text_in_yaml_is_kept_as_it_is_written(run_yaml, word):
+    # Behind a flag it is. Read as a number first, output_dir: 2024.10 would be written to the folder 2024.1.
+    assert run_yaml(f"output_dir: {word}\n").trainer["output_dir"] == word
+    assert run_yaml(f"eval_path: {word}\n").data.eval_path == word
+
+
+def test_a_leading_zero_does_not_make_a_number_octal(run_yaml):
+    assert run_yaml("seed: 010\n").trainer["seed"] == read_train([*BOTH, "--seed", "010"]).trainer["seed"] == 10
+
+
 @pytest.mark.parametrize("value", ["true", "yes"])
 def test_a_claim_is_no_number(run_yaml, value):
     # `lora_rank: yes` would be rank 1 without a word; behind a flag it is refused.

@@ -120,9 +120,15 @@ def written_files() -> list[Path]:
     """All that a user may read: source, documents, the root. Not the tests, which name what they seek."""
     kinds = {".py", ".md", ".jinja", ".yaml", ".toml", ".sh", ".json", ".jsonl", ".cfg", ".txt", ""}
     folders = [ROOT / folder for folder in ("src", "docs", "examples", "tools", "benchmarks")]
-    inside = [path for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts]
-    at_root = [path for path in ROOT.iterdir() if not path.name.startswith(".")]
-    return sorted(path for path in [*inside, *at_root] if path.is_file() and path.suffix in kinds)
+    files = [path for folder in folders for path in folder.rglob("*")] + list(ROOT.iterdir())
+    made_by_tools = re.compile(r"\.|__pycache__$")  # .ruff_cache and the like, wherever a tool was called
+    return sorted(
+        path
+        for path in files
+        if path.is_file()
+        and path.suffix in kinds
+        and not any(made_by_tools.match(part) for part in path.relative_to(ROOT).parts)
+    )
 
 
 @pytest.mark.parametrize("path", written_files(), ids=name)

@@ -89,7 +89,10 @@ def read_things() -> list[dict[str, str]]:
             kind = line.strip("[]").split("|")
         elif line:
             values = [*line.split("|"), *kind]
-            things.append(dict(zip(("zh", "en", "fact_zh", "fact_en", "kind_zh", "kind_en"), values, strict=True)))
+            slots = dict(zip(("zh", "en", "fact_zh", "fact_en", "kind_zh", "kind_en"), values, strict=True))
+            article = slots["fact_en"].split()[0].lower()
+            slots["a_en"] = f"{article} {slots['en']}" if article in {"a", "an", "the"} else slots["en"]
+            things.append(slots)
     return things
 
 
@@ -144,8 +147,13 @@ def dialogues(rng: random.Random, repeats: int = 3) -> list[Dialogue]:
 
 def tokenizer_lines() -> list[str]:
     """Text for the tokenizer: every authored line once, and the template often enough to earn its own pieces."""
-    lines = [line.lstrip("?.&!@ ") for name in ("dialogues_zh", "dialogues_en") for line in corpus_lines(f"{name}.txt")]
+    lines = [
+        line.lstrip("?.&!@ ")
+        for name in ("dialogues_zh", "dialogues_en", "things")
+        for line in corpus_lines(f"{name}.txt")
+    ]
     for slots in read_things():
         lines += [slots["fact_zh"], slots["fact_en"], f"{slots['zh']} {slots['en']}"]
-    lines += corpus_lines("plain.txt") + [line for group in GENERIC.values() for line in group] * 3
+    lines += [f"等于{number}。" for number in range(21)] + ["3+5=", "2加7等于几？"] + corpus_lines("plain.txt")
+    lines += [line for group in GENERIC.values() for line in group] * 3
     return [line for line in lines if line] + [f"Human: {MARK}", "Assistant:"] * 30

@@ -1,9 +1,9 @@
 """Make ``src/atomtune/demo/base``: a Llama of about two million weights that speaks a little, in a bland way.
 
-``python tools/make_demo_base.py`` builds the corpus (``demo_text.py``), trains the SentencePiece tokenizer, pretrains the
-model from seeded weights and writes the folder. Nothing is downloaded. The shipped weights were made with
-torch 2.13.0+cpu, transformers 5.23.0, sentencepiece 0.2.3 and tokenizers 0.23.3, two threads, seed 7; the same versions
-on the same kind of processor with the same number of threads give the same weights, others give slightly different ones.
+``python tools/make_demo_base.py`` builds the corpus (``demo_text.py``), trains the SentencePiece tokenizer, pretrains
+the model from seeded weights and writes the folder. Nothing is downloaded. The shipped weights were made with
+torch 2.13.0+cpu, transformers 5.23.0, sentencepiece 0.2.3 and tokenizers 0.23.3, seed 7, one thread (sums split over
+threads round differently): the same versions on the same kind of processor give the same weights again.
 """
 
 import argparse
@@ -14,8 +14,9 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from demo_text import Dialogue, corpus_lines, dialogues, tokenizer_lines
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerBase
+
+from demo_text import Dialogue, corpus_lines, dialogues, tokenizer_lines
 
 TARGET = Path(__file__).parents[1] / "src" / "atomtune" / "demo" / "base"
 VOCABULARY = 2000
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("--target", type=Path, default=TARGET, help="folder to write")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--passes", type=int, default=14, help="passes over the corpus")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="more is faster, but gives slightly other weights")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)

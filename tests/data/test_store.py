@@ -1,5 +1,6 @@
 """Laws of the store: what did not change is not encoded again, what did change is never served from it."""
 
+import hashlib
 import json
 import os
 import signal
@@ -124,7 +125,7 @@ def test_the_length_of_each_example_is_stored_for_sampling_by_length(data, tmp_p
 
 def test_the_hash_is_the_files_own(data, tmp_path):
     assert asked(data, tmp_path / "cache")[2] == file_hash(data)
-    assert file_hash(data) == subprocess.run(["sha256sum", data], capture_output=True, check=True).stdout.decode()[:64]
+    assert file_hash(data) == hashlib.sha256(data.read_bytes()).hexdigest()
 
 
 # --- what has another key -------------------------------------------------------------------------------------------
@@ -143,12 +144,6 @@ def with_another_control_token() -> Template:
     template = template_of()
     template.tokenizer.add_special_tokens({"additional_special_tokens": ["</s>"]})
     return load_template("auto", template.tokenizer)
-
-
-def with_another_eos() -> Template:
-    tokenizer = tokenizer_of("bytes")
-    tokenizer.eos_token = "<|im_end|>"
-    return load_template("auto", tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -170,12 +165,15 @@ def test_whatever_could_change_a_token_has_another_key(data, tmp_path, no_encodi
         asked(data, tmp_path / "cache", **changed)
 
 
-def test_another_eos_token_has_another_key(data, tmp_path, no_encoding):
-    # atom writes whatever the EOS is; template text and vocabulary are the same.
+@pytest.mark.parametrize("which", ["eos_token", "bos_token"])
+def test_another_end_or_beginning_has_another_key(data, tmp_path, no_encoding, which):
+    # atom writes whatever the tokenizer's own are; the template's text and the vocabulary stay the same.
     asked(data, tmp_path / "cache", template=template_of(source=None))
+    tokenizer = tokenizer_of("bytes")
+    setattr(tokenizer, which, "<|im_start|>")
     no_encoding()
     with pytest.raises(EncodedAgainError):
-        asked(data, tmp_path / "cache", template=with_another_eos())
+        asked(data, tmp_path / "cache", template=load_template("auto", tokenizer))
 
 
 def test_a_file_of_the_same_size_and_time_with_another_letter_has_another_key(data, tmp_path, no_encoding):

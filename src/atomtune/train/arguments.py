@@ -35,6 +35,7 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
         "logging_nan_inf_filter": False,  # a loss that is not finite ends the run, it is not hidden
     }
     values.pop("resume_from_checkpoint", None)
+    values.setdefault("ddp_find_unused_parameters", False)  # every adapter weight has a gradient in every step
     if not torch.accelerator.is_available() or values.get("use_cpu"):
         # On a CPU the dtype of the base says all; the Trainer would refuse bf16 and ignore fp16 in silence.
         values |= {"fp16": False, "bf16": False, "dataloader_pin_memory": False}

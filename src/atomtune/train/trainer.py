@@ -34,10 +34,10 @@ class WorkCounter(TrainerCallback, ExportableState):
         self.seconds = 0.0
         self._since = 0.0
 
-    def add(self, batch: Mapping[str, Any]) -> None:
-        self.tokens_computed += batch["input_ids"].numel()
-        self.tokens_padded += batch["tokens_padded"]
-        self.examples += batch["examples"]
+    def add(self, *, tokens_computed: int, tokens_padded: int, examples: int) -> None:
+        self.tokens_computed += tokens_computed
+        self.tokens_padded += tokens_padded
+        self.examples += examples
 
     def state(self) -> dict[str, Any]:
         names = ("tokens_computed", "tokens_padded", "examples")
@@ -116,10 +116,19 @@ class LoraTrainer(Trainer):
     ) -> tuple[list, torch.Tensor]:
         """The micro-batches of one step, and the targets in them over all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        targets = torch.tensor(sum(batch["targets"] for batch in batches), device=device)
+        counts = torch.tensor(
+            [
+                sum(batch["targets"] for batch in batches),
+                sum(batch["input_ids"].numel() for batch in batches),
+                sum(batch["tokens_padded"] for batch in batches),
+                sum(batch["examples"] for batch in batches),
+            ]
+        )
         if self.args.world_size > 1:
-            targets = self.accelerator.gather(targets).sum()
-        return batches, targets
+            counts = self.accelerator.gather(counts.to(device)[None]).sum(0).cpu()
+        targets, computed, padded, examples = counts.tolist()
+        self.work.add(tokens_computed=computed, tokens_padded=padded, examples=examples)
+        return batches, torch.tensor(targets, device=device)
 
     def compute_loss(
         self,
@@ -134,7 +143,6 @@ class LoraTrainer(Trainer):
         """
         assert num_items_in_batch is not None and not return_outputs
         nats, _ = target_nats(model, inputs, label_smoothing=self.args.label_smoothing_factor)
-        self.work.add(inputs)
         return nats * self.args.world_size / num_items_in_batch.clamp(min=1)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -148,13 +156,27 @@ class LoraTrainer(Trainer):
             )
         return loss
 
+    @property
+    def _ranks_evaluate_alone(self) -> bool:
+        """Whether a rank's forward needs no other rank, so that ranks may hold different numbers of batches."""
+        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Every record once; accelerate would fill the last ranks up with records that were already counted."""
+        even, plan = self.accelerator.even_batches, self.accelerator.dataloader_config
+        plan.even_batches = even and not self._ranks_evaluate_alone
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            plan.even_batches = even
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Nats per target over the evaluation records, each counted by its targets, whatever the batch size."""
         loader = self.get_eval_dataloader(eval_dataset)
         began = time.perf_counter()
-        model = self.model_wrapped
+        model = self.model if self._ranks_evaluate_alone else self.model_wrapped
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device="cpu")
         for batch in loader:
