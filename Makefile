@@ -16,7 +16,7 @@ check: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The lower bounds of pyproject.toml, in an environment of their own.
+# The lower bounds of pyproject.toml, in an environment of their own; `make test-oldest LEAVE=torch` leaves torch as it is.
 test-oldest: .venv-oldest/installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2
 
@@ -35,7 +35,7 @@ $(VENV)/installed-test: $(VENV)/installed
 
 .venv-oldest/installed: pyproject.toml tools/oldest.py
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -e '.[test]' $$($(PYTHON) tools/oldest.py)
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -e '.[test]' $$($(PYTHON) tools/oldest.py $(LEAVE))
 	touch $@
 
 clean:

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerBase
-
 from demo_text import Dialogue, corpus_lines, dialogues, tokenizer_lines
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerBase
 
 TARGET = Path(__file__).parents[1] / "src" / "atomtune" / "demo" / "base"
 VOCABULARY = 2000

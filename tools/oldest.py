@@ -1,6 +1,10 @@
-"""Print the lower bounds of pyproject.toml as exact requirements, for `make test-oldest`."""
+"""Print the lower bounds of pyproject.toml as exact requirements, for `make test-oldest`.
+
+    python tools/oldest.py [NAME ...]     names are left as they are, e.g. torch where only one build is at hand
+"""
 
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -13,4 +17,6 @@ def oldest(requirement: str) -> str | None:
 
 if __name__ == "__main__":
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
-    print(" ".join(filter(None, map(oldest, project["dependencies"]))))
+    left = sys.argv[1:]
+    bounds = [oldest(one) for one in project["dependencies"] if not any(one.startswith(name) for name in left)]
+    print(" ".join(filter(None, bounds)))

@@ -174,6 +174,7 @@ def load_model(job: Job, *, longest_tokens: int) -> Any:
             f"{torch.cuda.device_count()} GPUs are here and this process uses one. All of them: "
             f"torchrun --nproc_per_node {torch.cuda.device_count()} -m atomtune train …"
         )
+    voice.say(f"loading {model.model_path} …")
     base = load_base(
         str(model.model_path),
         dtype=dtype,

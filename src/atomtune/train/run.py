@@ -28,6 +28,9 @@ from atomtune.train.report import RunRecord, TrainingBar, Voice, draw_loss
 from atomtune.train.samples import Samples
 from atomtune.train.trainer import LoraTrainer
 
+#: More passes over the records than this are probably not meant: the adapter learns them by heart.
+MANY_PASSES = 30
+
 
 def train(settings: TrainSettings) -> int:
     """Run `atomtune train`; the exit code, or an AtomtuneError that holds it."""
@@ -102,11 +105,24 @@ def _run(job: Job) -> None:
         eval_dataset=data.evaluate,
         data_collator=padded_collator(pad_id_of(tokenizer), as_example),
     )
+    _say_length(job, len(data.train))
     samples = Samples.of_demo(settings, model, template)
     loss = _fit(job, trainer, data)
     _save(job, trainer, loss)
     samples.show_after(job.voice.console)
     _say_next(job, trainer, loss, data.account)
+
+
+def _say_length(job: Job, records: int) -> None:
+    """Say how often the records are gone through, where a number of steps hides it."""
+    args = job.args
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    passes = args.max_steps * per_step / records
+    if passes > MANY_PASSES:
+        job.voice.notice(
+            f"--max_steps {args.max_steps:,} goes through the {records:,} records {passes:,.0f} times; "
+            "two to five passes are usual (--num_train_epochs 3)."
+        )
 
 
 def _fit(job: Job, trainer: LoraTrainer, data: Data) -> float:
