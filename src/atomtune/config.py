@@ -209,10 +209,7 @@ def _demo_values(kinds: Mapping[str, Any], problems: list[str]) -> dict[str, Giv
 
 def _validated(group: type[S], given: Mapping[str, Given], problems: list[str]) -> S | None:
     kinds = kinds_of((group,))
-    values = {}
-    for name in given.keys() & kinds.keys():
-        if not _claims_number(name, given[name], kinds[name], problems):
-            values[name] = _listed(given[name].value, kinds[name])
+    values = {name: _listed(given[name].value, kinds[name]) for name in given.keys() & kinds.keys()}
     try:
         return group(**values)
     except ValidationError as error:
@@ -221,15 +218,6 @@ def _validated(group: type[S], given: Mapping[str, Given], problems: list[str]) 
             place = given[name].called(name) if name in given else f"--{name}"
             problems.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}.")
         return None
-
-
-def _claims_number(name: str, one: Given, kind: Any, problems: list[str]) -> bool:
-    """`lora_rank: true` is a mistake, though Python would take true for 1."""
-    kinds = {kind, *typing.get_args(kind)}
-    wrong = isinstance(one.value, bool) and bool(kinds & {int, float}) and bool not in kinds
-    if wrong:
-        problems.append(f"{one.called(name)}: expected a number.")
-    return wrong
 
 
 def _listed(value: Any, kind: Any) -> Any:
@@ -251,8 +239,6 @@ def _checked(name: str, one: Given, kind: Any, problems: list[str]) -> Any:
         except json.JSONDecodeError as error:
             problems.append(f"{one.called(name)}: not JSON: {error}.")
             return None
-    if _claims_number(name, one, kind, problems):
-        return None
     try:
         return TypeAdapter(kind, config=ConfigDict(coerce_numbers_to_str=True)).validate_python(value)
     except ValidationError as error:

@@ -146,7 +146,7 @@ def yaml_values(path: Path, kinds: Mapping[str, Any], problems: list[str]) -> di
             problems.append(f"{place}: {name} stands here a second time; the first is at {given[name].source}.")
         else:
             try:
-                given[name] = Given(constructor.construct_object(value_node, deep=True), place)
+                given[name] = Given(_written(value_node, constructor), place)
             except (yaml.YAMLError, ValueError) as error:
                 problems.append(f"{place} {name}: {error}.")
     return given
@@ -187,6 +187,13 @@ def _plain_kind(node: ast.expr) -> Any:
         case ast.Subscript(value=ast.Name(id="list")):
             kind = list[str]
     return kind
+
+
+def _written(node: yaml.Node, constructor: yaml.SafeLoader) -> Any:
+    """A plain word as it is written, to be read by its setting's own type as behind a flag: 007 may be a name."""
+    if isinstance(node, yaml.ScalarNode) and node.tag.rpartition(":")[2] in ("int", "float", "bool"):
+        return node.value
+    return constructor.construct_object(node, deep=True)
 
 
 def parser_of(kinds: Mapping[str, Any], groups: Sequence[type], *, command: str) -> argparse.ArgumentParser:

@@ -211,3 +211,23 @@ def test_progress_adds_up_to_the_size_of_the_file(tmp_path, content):
     list(read_values(path, seen.append))
     assert sum(seen) == path.stat().st_size
     assert min(seen) >= 0
+
+
+@pytest.mark.parametrize("content", ['{"a": 1, "a": 2}\n', '[{"a": 1}, {"b": 1, "b": 2}]'])
+def test_a_key_that_stands_twice_is_not_settled_in_silence(tmp_path, content):
+    path = tmp_path / "train.jsonl"
+    path.write_text(content, encoding="utf-8")
+    try:
+        (refusal,) = list(read_values(path))
+        said = refusal.reason
+    except BadData as error:
+        said = str(error)
+    assert "stands twice" in said
+
+
+@pytest.mark.parametrize("content", ["[1 2]", "[1,,2]", "[1,]", "[,1]"])
+def test_an_array_with_a_comma_too_many_or_too_few_breaks_there(tmp_path, content):
+    path = tmp_path / "train.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(BadData, match=r"train\.json:1: the JSON array breaks here"):
+        list(read_values(path))

@@ -15,7 +15,9 @@ TUTORIAL_TARGETS = ["W_pack", "down_proj", "o_proj", "gate_proj", "up_proj"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_trained_saved_and_loaded_gives_the_same_logits(family, models, dialogues, tmp_path, monkeypatch, capsys):
+def test_trained_saved_and_loaded_gives_the_same_logits(  # noqa: PLR0917  # pytest passes fixtures
+    family, models, dialogues, tmp_path, monkeypatch, capsys
+):
     base, out = models(family), tmp_path / "out"
     trained = {}
     monkeypatch.setattr(run, "_say_next", lambda job, trainer, *rest: trained.update(model=trainer.model))

@@ -15,7 +15,7 @@ from typing import Any
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
 
-_SPACE = re.compile(r"[\s,]*")
+_SPACE = re.compile(r"\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def _lines(path: Path, advance: Callable[[int], None]) -> Iterator[Found | Refus
 
 def _parse(line: bytes, origin: str) -> Found | Refusal:
     try:
-        return Found(json.loads(line.decode("utf-8")), origin)
+        return Found(json.loads(line.decode("utf-8"), object_pairs_hook=_object), origin)
     except UnicodeDecodeError as error:
         return Refusal(origin, _encoding_reason(line, error))
     except json.JSONDecodeError as error:
@@ -66,6 +66,15 @@ def _parse(line: bytes, origin: str) -> Found | Refusal:
         return Refusal(origin, f"not JSON at column {error.colno}: {error.msg}{hint}")
     except (ValueError, RecursionError) as error:
         return Refusal(origin, f"JSON that cannot be read: {error}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that stands twice, json would keep the last in silence."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f'key "{next(key for key in keys if keys.count(key) > 1)}" stands twice')
+    return made
 
 
 def _encoding_reason(raw: bytes, error: UnicodeDecodeError) -> str:
@@ -84,23 +93,30 @@ def _array(path: Path, advance: Callable[[int], None]) -> Iterator[Found | Refus
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise BadData(f"{path.name}:{line}: {_encoding_reason(raw, error)}") from None
-    decoder = json.JSONDecoder()
-    at, line, counted, advanced = text.index("[") + 1, 1, 0, 0
-    while True:
-        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # the pattern matches the empty string too
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    at, line, counted, advanced = _past_space(text, text.index("[") + 1), 1, 0, 0
+    closed = text[at : at + 1] == "]"
+    while not closed:
         line, counted = line + text.count("\n", counted, at), at
-        origin = f"{path.name}:{line}"
-        if at < len(text) and text[at] == "]":
-            break
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            raise BadData(f"{origin}: the JSON array breaks here: {error}") from None
+            raise BadData(f"{path.name}:{line}: the JSON array breaks here: {error}") from None
         n_bytes = len(text[at:end].encode("utf-8"))
         advance(n_bytes)
         advanced += n_bytes
-        yield Found(value, origin)
-        at = end
+        yield Found(value, f"{path.name}:{line}")
+        at = _past_space(text, end)
+        closed = text[at : at + 1] == "]"
+        if not closed and text[at : at + 1] != ",":
+            line += text.count("\n", counted, at)
+            raise BadData(f"{path.name}:{line}: the JSON array breaks here: expected a comma or the closing bracket")
+        at = at if closed else _past_space(text, at + 1)
     if text[at + 1 :].strip():
-        raise BadData(f"{origin}: text after the end of the JSON array; expected nothing behind its ].")
+        line += text.count("\n", counted, at)
+        raise BadData(f"{path.name}:{line}: text after the end of the JSON array; expected nothing behind its ].")
     advance(len(raw) - advanced)
+
+
+def _past_space(text: str, at: int) -> int:
+    return _SPACE.match(text, at).end()  # type: ignore[union-attr]  # the pattern matches the empty string too

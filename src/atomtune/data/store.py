@@ -6,15 +6,17 @@ change that could change one token, has another key, so an old file is never ser
 
 import hashlib
 import json
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets.arrow_writer import ArrowWriter
 
-from atomtune import __version__
 from atomtune.data.encode import Overlength, encode
 from atomtune.data.files import read_values
 from atomtune.data.records import Account, Example
@@ -35,6 +37,13 @@ def file_hash(path: Path) -> str:
     """SHA-256 of the file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def _code_hash() -> str:
+    """Of this room's own code and templates: examples made by other rules are not these."""
+    files = sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".jinja"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def tokenizer_text(tokenizer: Any) -> str:
@@ -66,7 +75,7 @@ def examples_of(
     key = hashlib.sha256(
         json.dumps(
             [
-                __version__,
+                _code_hash(),
                 datasets.__version__,
                 data_hash,
                 path.name,
@@ -98,6 +107,9 @@ def examples_of(
 def _write(folder: Path, account: Account, examples: Iterator[Example]) -> None:
     """Fill a folder beside the final one and rename it: a killed run leaves no half-made entry."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(".new-*"):  # of processes that were killed; a living one is younger than a day
+        if time.time() - left.stat().st_mtime > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as made:
         writer = ArrowWriter(path=str(Path(made) / "examples.arrow"), features=FEATURES)
         for example in examples:
