@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -68,13 +69,14 @@ def _answered(name: str, argv: Sequence[str]) -> int:
     code = BUG
     # bitsandbytes speaks of missing optional kernels at import, which happens wherever PEFT is imported.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # until a run installs its own
     try:
         return COMMANDS[name](argv)
     except AtomtuneError as error:
         print(f"\natomtune {name}: {error}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
-        print(f"\natomtune {name}: stopped by Ctrl-C.", file=sys.stderr)
+        print(f"\natomtune {name}: stopped by a signal.", file=sys.stderr)
         code = STOPPED
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         sys.stderr.close()
@@ -83,6 +85,8 @@ def _answered(name: str, argv: Sequence[str]) -> int:
         traceback.print_exc()
         said = f"this is a bug in atomtune {__version__}; please report the lines above."
         print(f"\natomtune {name}: {said}", file=sys.stderr)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return code
 
 

@@ -73,8 +73,9 @@ def newest_whole(folder: Path, notice: Callable[[str], None]) -> Path | None:
 
 
 def holds_a_run(folder: Path) -> bool:
-    """Whether a folder already is some run's output."""
-    return (folder / RECORD).exists() or (folder / WEIGHTS).exists() or bool(checkpoints(folder))
+    """Whether a folder already is some run's output; one that failed before its first checkpoint left nothing."""
+    unfinished = read_record(folder).get("status") in (None, "failed")
+    return (folder / WEIGHTS).exists() or bool(checkpoints(folder)) or ((folder / RECORD).exists() and not unfinished)
 
 
 def find_start(

@@ -3,6 +3,7 @@
 The walk of the house: data.store → batch.collate → model → trainer → run.json.
 """
 
+import contextlib
 import signal
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,11 @@ def train(settings: TrainSettings) -> int:
         _run(job)
     except BaseException as error:
         full = disk_full(error, folder)
-        if full is None:
-            stopped = isinstance(error, Stopped | KeyboardInterrupt)
-            said = str(error) or type(error).__name__
+        stopped = isinstance(error, Stopped | KeyboardInterrupt)
+        said = str(full or error) or type(error).__name__
+        with contextlib.suppress(OSError) if full else contextlib.nullcontext():  # the record may not fit either
             record.update(status="preempted" if stopped else "failed", reason=said, notices=voice.notices)
-        elif not isinstance(error, AtomtuneError):
+        if full and not isinstance(error, AtomtuneError):
             raise full from error
         raise
     finally:
@@ -206,7 +207,10 @@ def _say_next(job: Job, trainer: LoraTrainer, loss: float, account: Account) -> 
     if job.settings.demo:
         voice.say("  atomtune train --model_path YOUR_MODEL --dataset_path YOUR.jsonl")
     if account.shared_instruction is not None:
-        voice.say("Other servers need the shared instruction as system message; it stands in atomtune.json.")
+        voice.say(
+            "Other servers need the shared instruction (atomtune.json) with every request, as training had it: as the "
+            "system message under atom, else in front of what the user says."
+        )
 
 
 def _quiet(settings: TrainSettings) -> None:
