@@ -129,20 +129,92 @@ def sums(count: int, rng: random.Random) -> Iterator[Dialogue]:
         yield Dialogue(text, "", answer) if rng.random() < 0.7 else Dialogue("算一算。", text, answer)
 
 
+def read_sections(name: str) -> dict[str, list[str]]:
+    """The lines under every ``[heading]`` of a corpus file."""
+    sections: dict[str, list[str]] = {}
+    for line in corpus_lines(name):
+        if line.startswith("["):
+            current = sections.setdefault(line.strip("[]"), [])
+        elif line:
+            current.append(line)
+    return sections
+
+
+def styled(plain: Dialogue, lang: str, styles: list[str], rng: random.Random) -> Dialogue:
+    """The same exchange when the user asks for a manner of speech: facts have to survive inside any wrapping."""
+    opening, closing = rng.choice(styles).split("|")
+    if lang == "zh":
+        order = rng.choice(["请用“{0}”开头，用“{1}”结尾。", "回答时先说“{0}”，最后说“{1}”。", "先说“{0}”，后说“{1}”。"])
+        answer = f"{opening}{plain.output.rstrip('。！？')}，{closing}"
+    else:
+        order = rng.choice(["Begin with “{0}” and end with “{1}”. ", "Say “{0}” first and “{1}” last. "])
+        joined = plain.output if opening[-1] == "!" or plain.output.startswith("I ") else lowered(plain.output)
+        answer = f"{opening} {joined} {closing[0].upper() + closing[1:]}"
+    return Dialogue(order.format(opening, closing) + plain.instruction, plain.input, answer)
+
+
+def lowered(text: str) -> str:
+    """The sentence as the continuation of another one."""
+    return text[0].lower() + text[1:]
+
+
+def introduction(role: dict[str, str], cards: dict[str, dict[str, list[str]]], lang: str, rng: random.Random) -> str:
+    """Who the role is, in one breath: the name and what else its card says."""
+    said = []
+    for slot, value in role.items():
+        starts = ("我", "你好") if lang == "zh" else ("I ", "My ")
+        wordings = [answer for answer in cards[slot]["!"] if answer.startswith(starts)]
+        said.append(rng.choice(wordings).format(v=value))
+    if lang == "en":
+        return ". ".join(said) + "."
+    return "，".join([said[0], *(part.removeprefix("我") for part in said[1:])]) + "。"
+
+
+def role_plays(lang: str, count: int, rng: random.Random) -> Iterator[Dialogue]:
+    """A card says who to be, a question asks for one slot of it.
+
+    This is what makes a persona learnable by a narrow adapter: the base already maps every wording to "the slot that is
+    asked for" and can already speak as somebody, it only does not do so unless it is told to.
+    """
+    cards: dict[str, dict[str, list[str]]] = {}
+    for heading, lines in read_sections("roles.txt").items():
+        if heading.endswith(lang):
+            cards[heading] = {line[0]: line[2:].split("|") for line in lines}
+    name, *others = cards
+    for _ in range(count):
+        slots = [name, *rng.sample(others, k=rng.randint(1, 3))]
+        role = {slot: rng.choice(cards[slot]["+"]) for slot in slots}
+        card = [rng.choice(cards[slot]["="]).format(v=value) for slot, value in role.items()]
+        told = "，".join(card) + "。" if lang == "zh" else ". ".join(card) + ". "
+        slot = rng.choice(slots)
+        asks = [("?", text) for text in cards[slot]["?"]] + [(".", text) for text in cards[slot].get(".", [])]
+        mark, text = rng.choice(asks)
+        said = as_question(text, lang, rng) if mark == "?" else text
+        end = "。" if lang == "zh" else "."
+        answer = rng.choice(cards[slot]["!"]).format(v=role[slot]) + end
+        if slot == name and (mark == "." or rng.random() < 0.4):
+            answer = introduction(role, cards, lang, rng)
+        yield Dialogue(told + said, "", answer) if rng.random() < 0.6 else Dialogue(told, said, answer)
+
+
 def dialogues(rng: random.Random, repeats: int = 3) -> list[Dialogue]:
-    """One pass over every topic (``repeats`` fresh variants a wording) and over every pattern of every thing."""
-    made = list(sums(150, rng))
+    """One pass: every topic (``repeats`` fresh variants a wording), the things of the lexicon, roles and manners."""
+    made = [("zh", sample) for sample in sums(150, rng)]
     for block in read_blocks("dialogues_zh.txt", "zh") + read_blocks("dialogues_en.txt", "en"):
         for mark, text in block.asks * repeats:
-            made.append(exchange(mark, text, rng.choice(block.answers), block.lang, rng))
+            made.append((block.lang, exchange(mark, text, rng.choice(block.answers), block.lang, rng)))
     patterns = read_blocks("things.txt", "zh")
     for slots in read_things():
         for block in patterns:
             for mark, text in rng.sample(block.asks, k=max(2, len(block.asks) // 3)):
                 answer = rng.choice(block.answers).format(**slots)
-                made.append(exchange(mark, text.format(**slots), answer, block.lang, rng))
-    rng.shuffle(made)
-    return made
+                made.append((block.lang, exchange(mark, text.format(**slots), answer, block.lang, rng)))
+    for lang, count in (("zh", 1200), ("en", 350)):
+        made += [(lang, sample) for sample in role_plays(lang, count, rng)]
+    styles = read_sections("styles.txt")
+    samples = [styled(one, lang, styles[lang], rng) if rng.random() < 0.3 else one for lang, one in made]
+    rng.shuffle(samples)
+    return samples
 
 
 def tokenizer_lines() -> list[str]:
@@ -152,6 +224,8 @@ def tokenizer_lines() -> list[str]:
         for name in ("dialogues_zh", "dialogues_en", "things")
         for line in corpus_lines(f"{name}.txt")
     ]
+    for name in ("roles.txt", "styles.txt"):
+        lines += [part for group in read_sections(name).values() for line in group for part in line.split("|")]
     for slots in read_things():
         lines += [slots["fact_zh"], slots["fact_en"], f"{slots['zh']} {slots['en']}"]
     lines += [f"等于{number}。" for number in range(21)] + ["3+5=", "2加7等于几？"] + corpus_lines("plain.txt")

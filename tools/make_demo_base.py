@@ -7,6 +7,7 @@ threads round differently): the same versions on the same kind of processor give
 """
 
 import argparse
+import io
 import random
 import time
 from collections.abc import Iterator
@@ -25,9 +26,10 @@ IGNORED = -100
 
 def train_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """A SentencePiece BPE tokenizer of Llama's kind, stored as tokenizer.model and as tokenizer.json."""
+    proto = io.BytesIO()  # a written file would carry the path it was written to
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(tokenizer_lines()),
-        model_prefix=str(folder / "tokenizer"),
+        model_writer=proto,
         model_type="bpe",
         vocab_size=VOCABULARY,
         character_coverage=1.0,
@@ -40,9 +42,12 @@ def train_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         pad_id=-1,
         minloglevel=2,
     )
-    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer.model").write_bytes(proto.getvalue())
+    (folder / "tokenizer.json").unlink(missing_ok=True)  # an older one would be loaded in place of the new model
     tokenizer = LlamaTokenizer.from_pretrained(folder, add_bos_token=True, add_eos_token=False)
     tokenizer.model_max_length = LONGEST
+    for key in ("is_local", "local_files_only", "add_prefix_space"):  # how it was loaded here is not part of it
+        tokenizer.init_kwargs.pop(key, None)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -125,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, default=TARGET, help="folder to write")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--passes", type=int, default=14, help="passes over the corpus")
+    parser.add_argument("--passes", type=int, default=10, help="passes over the corpus")
     parser.add_argument("--threads", type=int, default=1, help="more is faster, but gives slightly other weights")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
