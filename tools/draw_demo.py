@@ -1,6 +1,6 @@
 """Run the demo and draw what it prints: docs/demo.svg, the picture in the README.
 
-    python tools/draw_demo.py
+python tools/draw_demo.py
 """
 
 import os
