@@ -35,5 +35,5 @@ def test_the_shipped_base_is_small():
 def test_a_second_demo_takes_a_new_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "demo-1").mkdir(parents=True)
-    assert main(["train", "--max_steps", "1"]) == 0
+    assert main(["train", "--max_steps", "3"]) == 0
     assert (tmp_path / "runs" / "demo-2" / "adapter_model.safetensors").exists()
