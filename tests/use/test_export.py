@@ -68,7 +68,7 @@ def test_a_merge_that_changed_the_answers_fails_with_exit_code_4(trained, tmp_pa
 def test_a_folder_that_is_not_empty_is_left_alone(trained, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     assert main(["merge", "--adapter_path", str(trained[1]), "--output_dir", str(tmp_path)]) == 2
-    assert "not empty" in capsys.readouterr().err
+    assert "not an empty folder" in capsys.readouterr().err
 
 
 def test_a_base_that_moved_is_asked_for(trained, tmp_path, capsys):

@@ -181,3 +181,25 @@ def test_running_out_of_address_space_is_out_of_memory(models, dialogues, tmp_pa
     )
     assert done.returncode == 3, done.stderr
     assert "Out of memory" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--report_to", "nonsense"),
+        ("--optim", "nonsense"),
+        ("--optim", "galore_adamw"),
+        ("--fsdp", "full_shard"),
+        ("--eval_strategy", "steps"),
+        ("--eval_size", "40"),
+        ("--device_map", "banana"),
+    ],
+)
+def test_what_the_library_refuses_is_the_users_mistake_not_a_bug(models, dialogues, tmp_path, flags, capsys):
+    assert main(command(models("llama"), dialogues, tmp_path / "out", "--max_steps", "1", *flags)) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_output_folder_that_is_a_file_is_refused(models, dialogues, tmp_path, capsys):
+    assert main(command(models("llama"), dialogues, dialogues, "--max_steps", "1")) == 2
+    assert "cannot be made" in capsys.readouterr().err

@@ -180,3 +180,14 @@ def test_the_tutorials_own_checkpoint_gives_the_weights(whole, tmp_path, capsys)
     after = load_file(out / "adapter_model.safetensors")
     assert after.keys() == weights.keys()
     assert all(torch.allclose(after[name], weights[name], atol=1e-9) for name in weights)
+
+
+def test_a_checkpoint_without_optimizer_says_so_and_lora_settings_stay(models, dialogues, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = arguments(models("llama"), dialogues, out, "--save_only_model")
+    assert main([*command, "--max_steps", "2"]) == 0
+    capsys.readouterr()
+    assert main([*command, "--max_steps", "3", "--resume", "--lora_rank", "4"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the optimizer begins anew" in said
+    assert "--lora_rank 4 is not used: the checkpoint's adapter has 8" in said

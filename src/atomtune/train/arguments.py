@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from atomtune.config import TrainSettings
 from atomtune.errors import BadSettings
@@ -43,6 +44,7 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
         values["bf16"] = False
     try:
         args = TrainingArguments(**values)
+        get_reporting_integration_callbacks(args.report_to)  # refuses a tracker it does not know
     except (ValueError, TypeError, ImportError) as error:
         raise BadSettings([f"The Trainer refuses these settings: {error}"]) from error
     if args.n_gpu > 1:

@@ -116,7 +116,15 @@ def find_start(
 
 def _resumed(path: Path) -> Start:
     step = json.loads((path / STATE).read_text(encoding="utf-8"))["global_step"]
-    return Start("resume", path, f"Going on from {path} at step {step:,}.")
+    said = f"Going on from {path} at step {step:,}."
+    if not _has_optimizer(path):
+        said += " It holds no optimizer state (--save_only_model), so the optimizer begins anew."
+    return Start("resume", path, said)
+
+
+def _has_optimizer(path: Path) -> bool:
+    """Whether the checkpoint holds an optimizer: plain, sharded by FSDP, or DeepSpeed's global_step folder."""
+    return any(path.glob("optimizer*")) or any(path.glob("global_step*"))
 
 
 def _explicit(path: Path, output_dir: Path) -> Start:
@@ -149,7 +157,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """The folder's run.json, or nothing."""
     try:
         return dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
 
 

@@ -146,7 +146,11 @@ def compare_with_before(job: Job) -> None:
     known = {name: one["value"] for name, one in before.get("settings", {}).items()}
     skipped = {"resume", "resume_from_checkpoint", "continue_training", "checkpoint", "output_dir"}
     for name, one in record.values["settings"].items():
-        if name in known and name not in skipped and known[name] != one["value"]:
+        if name not in known or name in skipped or known[name] == one["value"]:
+            continue
+        if name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"):
+            voice.notice(f"--{name} {one['value']} is not used: the checkpoint's adapter has {known[name]}.")
+        else:
             voice.notice(f"--{name} is {one['value']} now; the run began with {known[name]}.")
     if before.get("lengths") and before["lengths"] != record.values["lengths"]:
         voice.notice(

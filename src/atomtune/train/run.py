@@ -52,7 +52,10 @@ def train(settings: TrainSettings) -> int:
         voice.say(start.said)
     if start.kind == "finished":
         return 0
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadSettings([f"--output_dir {folder} cannot be made: {error.strerror}."]) from None
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         if first:
@@ -97,15 +100,18 @@ def _run(job: Job) -> None:
         data_hash=data.data_hash,
         max_seq_length=settings.data.max_seq_length,
     )
-    trainer = LoraTrainer(
-        tokenizer=tokenizer,
-        card=card,
-        model=model,
-        args=job.args,
-        train_dataset=data.train,
-        eval_dataset=data.evaluate,
-        data_collator=padded_collator(pad_id_of(tokenizer), as_example),
-    )
+    try:
+        trainer = LoraTrainer(
+            tokenizer=tokenizer,
+            card=card,
+            model=model,
+            args=job.args,
+            train_dataset=data.train,
+            eval_dataset=data.evaluate,
+            data_collator=padded_collator(pad_id_of(tokenizer), as_example),
+        )
+    except (ValueError, RuntimeError, ImportError) as error:  # e.g. a tracker that is not installed
+        raise BadSettings([f"The Trainer refuses these settings: {error}"]) from error
     _say_length(job, len(data.train))
     samples = Samples.of_demo(settings, model, template)
     loss = _fit(job, trainer, data)
@@ -136,6 +142,8 @@ def _fit(job: Job, trainer: LoraTrainer, data: Data) -> float:
         torch.cuda.reset_peak_memory_stats(device)
     try:
         output = trainer.train(resume_from_checkpoint=str(start.path) if start.kind == "resume" else None)
+    except ImportError as error:  # an optimizer from a package that is not installed
+        raise BadSettings([f"The Trainer refuses these settings: {error}"]) from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

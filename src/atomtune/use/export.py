@@ -26,8 +26,8 @@ def merge(settings: MergeSettings) -> int:
     Raises CheckFailed when they differ by more than the dtype explains; the folder is kept for a look.
     """
     adapter, out = Path(settings.adapter_path), Path(settings.output_dir)
-    if out.exists() and any(out.iterdir()):
-        raise BadSettings([f"--output_dir {out} is not empty. Pass a new folder."])
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadSettings([f"--output_dir {out} is not an empty folder. Pass a new one."])
     quiet_libraries()
     template, card = template_of(adapter)
     base_path = base_of(adapter, settings.model_path)
