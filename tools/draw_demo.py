@@ -21,7 +21,7 @@ def main() -> None:
         done = subprocess.run(
             [sys.executable, "-m", "atomtune", "train"],
             cwd=folder,
-            env={**os.environ, "COLUMNS": str(WIDTH)},
+            env={**os.environ, "COLUMNS": str(WIDTH), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
             capture_output=True,
             text=True,
             check=True,

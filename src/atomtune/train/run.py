@@ -4,7 +4,9 @@ The walk of the house: data.store → batch.collate → model → trainer → ru
 """
 
 import contextlib
+import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,15 +207,17 @@ def _say_next(job: Job, trainer: LoraTrainer, loss: float, account: Account) -> 
     history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     fell = f" (from {history[0]:.3f} to {history[-1]:.3f})" if len(history) > 1 else ""
     work, folder, voice = trainer.work, job.args.output_dir, job.voice
+    # `make demo` runs from an environment that is not activated; what is said to do next must work as it stands.
+    atomtune = "atomtune" if shutil.which("atomtune") else f"{sys.executable} -m atomtune"
     voice.say(
         f"Done: {trainer.state.global_step:,} steps in {work.elapsed():.0f} s, "
         f"{work.examples / max(work.elapsed(), 1e-9):.1f} examples/s, mean loss {loss:.3f}{fell}.\n"
         f"The adapter lies in {folder} (run.json: every figure; loss.png: the curve).\n\n"
-        f"Next:\n  atomtune chat --adapter_path {folder}\n"
-        f"  atomtune merge --adapter_path {folder} --output_dir {folder}/merged"
+        f"Next:\n  {atomtune} chat --adapter_path {folder}\n"
+        f"  {atomtune} merge --adapter_path {folder} --output_dir {folder}/merged"
     )
     if job.settings.demo:
-        voice.say("  atomtune train --model_path YOUR_MODEL --dataset_path YOUR.jsonl")
+        voice.say(f"  {atomtune} train --model_path YOUR_MODEL --dataset_path YOUR.jsonl")
     if account.shared_instruction is not None:
         voice.say(
             "Other servers need the shared instruction (atomtune.json) with every request, as training had it: as the "
