@@ -46,7 +46,9 @@ class DataSettings:
     skip_overlength: bool = setting(False, "the tutorial's name for --overlength skip")
     skip_bad: bool = setting(False, "train on the good records when some are broken; the broken are listed in run.json")
     template: str = setting("auto", "auto (the tokenizer's own chat template, else atom), atom, or a .jinja file")
-    layout: Literal["auto", "padded"] = setting("auto", "how a batch is laid out; auto takes the fastest exact one")
+    layout: Literal["auto", "tree", "packed", "padded"] = setting(
+        "auto", "how a batch is laid out: shared beginnings once, end to end, or padded; auto: the cheapest exact one"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atomtune.batch.collate import Batch, collate_chains, padded_collator
+from atomtune.batch.collate import Batch, Collator, collate_chains
 from atomtune.batch.row import Row, single
 from atomtune.data.records import Example
 
@@ -27,7 +27,11 @@ def as_stored(example: Example) -> dict:
 
 
 def collated(examples: list[Example], pad_id: int = PAD) -> Batch:
-    collate = padded_collator(pad_id, lambda row: Example(tuple(row["ids"]), tuple(row["learn"]), row["origin"]))
+    collate = Collator(
+        layout="padded",
+        pad_id=pad_id,
+        as_example=lambda row: Example(tuple(row["ids"]), tuple(row["learn"]), row["origin"]),
+    )
     return collate([as_stored(example) for example in examples])
 
 

@@ -60,13 +60,26 @@ def test_texts_are_kept_to_the_character():
 
 def test_unused_keys_with_a_value_are_counted_and_empty_ones_are_not():
     account = Account()
-    for value in ({"id": 0, "history": []}, {"id": 7, "history": [["a", "b"]]}, {"id": 8, "system": ""}):
+    for value in ({"id": 0, "tags": []}, {"id": 7, "tags": ["a", "b"]}, {"id": 8, "source": ""}):
         record = to_record(Found({"instruction": "Hi", "output": "Hello", **value}, ORIGIN), account)
         assert isinstance(record, Record)
-    by_key = {
-        key: n for key in ("id", "history", "system") for said, n in account.notices.items() if f'"{key}"' in said
-    }
-    assert by_key == {"id": 3, "history": 1}
+    by_key = {key: n for key in ("id", "tags", "source") for said, n in account.notices.items() if f'"{key}"' in said}
+    assert by_key == {"id": 3, "tags": 1}
+
+
+def test_a_system_text_and_earlier_turns_stand_before_the_question():
+    record, _ = read(
+        {"system": "Be brief.", "history": [["a?", "a."], ["b?", "b."]], "instruction": "c?", "output": "c."}
+    )
+    assert [(turn.role, turn.text) for turn in record.turns] == [
+        *[("system", "Be brief."), ("user", "a?"), ("assistant", "a."), ("user", "b?"), ("assistant", "b.")],
+        *[("user", "c?"), ("assistant", "c.")],
+    ]
+
+
+@pytest.mark.parametrize("history", ["text", [["only a question"]], [["a", 1]], {"a": "b"}])
+def test_a_history_that_is_not_pairs_of_texts_is_refused(history):
+    assert "history" in reason({"instruction": "x", "output": "y", "history": history})
 
 
 # --- refused --------------------------------------------------------------------------------------------------------

@@ -83,16 +83,26 @@ def relative_difference(ours: dict, theirs: dict) -> float:
     return difference / math.sqrt(sum(theirs[k].double().pow(2).sum().item() for k in learned))
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed", "tree"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize(("optimizer", "tolerance"), [("sgd", 1e-6), ("adamw_torch", 1e-4)])
 def test_every_step_is_that_of_the_corrected_tutorial(  # noqa: PLR0917  # pytest passes fixtures
-    models, dialogues, tmp_path, accumulation, optimizer, tolerance
+    models, dialogues, tmp_path, layout, accumulation, optimizer, tolerance
 ):
     base, out = models("llama"), tmp_path / "out"
     code = main(
         [
             *("train", "--model_path", str(base), "--dataset_path", str(dialogues), "--output_dir", str(out)),
-            *("--dtype", "float64", "--lora_dropout", "0", "--per_device_train_batch_size", str(BATCH)),
+            *(
+                "--layout",
+                layout,
+                "--dtype",
+                "float64",
+                "--lora_dropout",
+                "0",
+                "--per_device_train_batch_size",
+                str(BATCH),
+            ),
             *("--gradient_accumulation_steps", str(accumulation), "--num_train_epochs", str(EPOCHS)),
             *("--learning_rate", str(RATE), "--optim", optimizer, "--logging_steps", "1", "--save_strategy", "no"),
         ]

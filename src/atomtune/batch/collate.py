@@ -2,21 +2,38 @@
 
 Before: row.py.  After: model.loss.
 Padded layout: one example a row, longest first, padded on the right; padding is known by its position, not by its id.
+Packed and tree layouts: all examples in one row, and the plan of its attention.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
 
 import torch
 
+from atomtune.batch.attention import AttentionPlan, plan_attention
+from atomtune.batch.pack import pack
 from atomtune.batch.row import Row, padded_tokens, single
+from atomtune.batch.tree import graft
 from atomtune.data.records import Example
 
+Layout = Literal["padded", "packed", "tree"]
 
-class Batch(TypedDict):
+
+class _Targets(TypedDict):
+    row: torch.Tensor
+    source: torch.Tensor
+    target: torch.Tensor
+    learn: torch.Tensor
+    targets: int
+
+
+class Batch(_Targets):
     """Tensors of one step.
 
-    input_ids, attention_mask, position_ids   [B, T]
+    input_ids, position_ids   [B, T]
+    attention_mask            [B, T], or None where the plan says who sees whom
+    plan                      of the attention in a packed or tree row (B = 1), else None
     row, source, target, learn                [N]  the N targets: their row, the position they are predicted from,
                                                    the id to predict and how often it counts
     Plain numbers, known without asking the device:
@@ -26,13 +43,9 @@ class Batch(TypedDict):
     """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
     position_ids: torch.Tensor
-    row: torch.Tensor
-    source: torch.Tensor
-    target: torch.Tensor
-    learn: torch.Tensor
-    targets: int
+    attention_mask: torch.Tensor | None
+    plan: AttentionPlan | None
     tokens_padded: int
     examples: int
     origins: list[str]
@@ -46,7 +59,36 @@ def collate_chains(rows: Sequence[Row], *, pad_id: int, examples: int, tokens_pa
     assert all(row.is_chain for row in rows), "a branching row needs its own attention, not padding"
     rows = sorted(rows, key=len, reverse=True)
     width = len(rows[0])
-    real = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+    return Batch(
+        input_ids=torch.tensor([[*row.ids, *[pad_id] * (width - len(row))] for row in rows]),
+        # Padding stays at the last real position, so that no model is asked for a position it does not have.
+        position_ids=torch.tensor([[*row.positions(), *[len(row) - 1] * (width - len(row))] for row in rows]),
+        attention_mask=torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+        plan=None,
+        **_targets(rows),
+        tokens_padded=tokens_padded,
+        examples=examples,
+        origins=[origin for row in rows for origin in row.origins],
+    )
+
+
+def collate_row(row: Row, *, windows: Sequence[int | None], examples: int, tokens_padded: int) -> Batch:
+    """One row that holds all examples, and who sees whom in it."""
+    plan = plan_attention(row, windows=windows)
+    return Batch(
+        input_ids=torch.tensor([row.ids]),
+        position_ids=plan.position[None],
+        attention_mask=None,
+        plan=plan,
+        **_targets([row]),
+        tokens_padded=tokens_padded,
+        examples=examples,
+        origins=list(row.origins),
+    )
+
+
+def _targets(rows: Sequence[Row]) -> _Targets:
+    """Where the targets stand, in the order of the rows."""
     targets = [
         (r, row.parent[i], row.ids[i], times)
         for r, row in enumerate(rows)
@@ -54,28 +96,30 @@ def collate_chains(rows: Sequence[Row], *, pad_id: int, examples: int, tokens_pa
         if times
     ]
     columns = torch.tensor(targets, dtype=torch.long).reshape(-1, 4).T  # [4, N]
-    return Batch(
-        input_ids=torch.tensor([[*row.ids, *[pad_id] * (width - len(row))] for row in rows]),
-        attention_mask=torch.tensor(real),
-        # Padding stays at the last real position, so that no model is asked for a position it does not have.
-        position_ids=torch.tensor([[*row.positions(), *[len(row) - 1] * (width - len(row))] for row in rows]),
-        row=columns[0].contiguous(),
-        source=columns[1].contiguous(),
-        target=columns[2].contiguous(),
-        learn=columns[3].contiguous(),
-        targets=sum(times for *_, times in targets),
-        tokens_padded=tokens_padded,
-        examples=examples,
-        origins=[origin for row in rows for origin in row.origins],
-    )
+    row, source, target, learn = (column.contiguous() for column in columns)
+    total = sum(times for *_, times in targets)
+    return _Targets(row=row, source=source, target=target, learn=learn, targets=total)
 
 
-def padded_collator(pad_id: int, as_example: Callable[[Mapping[str, Any]], Example]) -> Callable[[Sequence], Batch]:
-    """A DataLoader's collate_fn for the padded layout."""
+@dataclass(frozen=True, kw_only=True)
+class Collator:
+    """A DataLoader's collate_fn: stored examples → the Batch of a layout.
 
-    def collate(stored: Sequence[Mapping[str, Any]]) -> Batch:
-        examples = [as_example(row) for row in stored]
-        rows = [single(example) for example in examples]
-        return collate_chains(rows, pad_id=pad_id, examples=len(examples), tokens_padded=padded_tokens(examples))
+    windows  the sliding windows of the model's layers (None: sees everything before)
+    """
 
-    return collate
+    layout: Layout
+    pad_id: int
+    as_example: Callable[[Mapping[str, Any]], Example]
+    windows: Sequence[int | None] = (None,)
+
+    def __call__(self, stored: Sequence[Mapping[str, Any]]) -> Batch:
+        return self.lay([self.as_example(row) for row in stored])
+
+    def lay(self, examples: Sequence[Example]) -> Batch:
+        """The examples as one batch."""
+        counts = {"examples": len(examples), "tokens_padded": padded_tokens(examples)}
+        if self.layout == "padded":
+            return collate_chains([single(example) for example in examples], pad_id=self.pad_id, **counts)
+        row = graft(examples) if self.layout == "tree" else pack(examples)
+        return collate_row(row, windows=self.windows, **counts)

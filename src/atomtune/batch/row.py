@@ -54,6 +54,47 @@ def single(example: Example) -> Row:
     return Row(example.ids, tuple(range(-1, n - 1)), (n,) * n, example.learn, (example.origin,))
 
 
+def untils(parents: Sequence[int]) -> tuple[int, ...]:
+    """One past the end of the subtree that hangs on each token of a depth-first row."""
+    until = list(range(1, len(parents) + 1))
+    for i in reversed(range(len(parents))):  # children stand after their parent: each is complete before it is read
+        if parents[i] >= 0:
+            until[parents[i]] = max(until[parents[i]], until[i])
+    return tuple(until)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of a row without a branch: tokens start..end, hanging on the last token of segment `parent` (or -1)."""
+
+    start: int
+    end: int
+    parent: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+def segments(row: Row, *, longest: int | None = None) -> list[Segment]:
+    """The row cut where it branches, in order; stretches over `longest` tokens are cut into chains."""
+    children = [0] * len(row)
+    for parent in row.parent:
+        if parent >= 0:
+            children[parent] += 1
+    cut: list[Segment] = []
+    owner = [0] * len(row)  # the segment each token lies in
+    start = 0
+    for i in range(1, len(row) + 1):
+        goes_on = i < len(row) and row.parent[i] == i - 1 and children[i - 1] == 1
+        if goes_on and (longest is None or i - start < longest):
+            continue
+        above = row.parent[start]
+        owner[start:i] = [len(cut)] * (i - start)
+        cut.append(Segment(start, i, owner[above] if above >= 0 else -1))
+        start = i
+    return cut
+
+
 def padded_tokens(examples: Sequence[Example]) -> int:
     """What a padded batch of these examples computes: the longest, as often as there are examples."""
     return len(examples) * max(len(example.ids) for example in examples)

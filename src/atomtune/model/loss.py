@@ -1,52 +1,203 @@
 """Loss: the surprise of the target tokens, summed, and their count.
 
 Before: batch.collate.  After: train.trainer divides by the targets of the whole global batch.
-Letters: B rows, T positions, K columns in which any row has a target, N targets, V words.
+Only target positions reach the output matrix, a chunk at a time: the logits of a batch never exist at once.
+Letters: B rows, T positions, D hidden width, N targets, V words.
 """
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as BodyOutput
+
+from atomtune.model.attention import ROW_PLAN, ROWS
+
+#: Logits that exist at once: 2^23 of them are 32 MiB in float32, and as much again for their gradient.
+CHUNK_LOGITS = 2**23
+
+
+def innermost(model: nn.Module) -> Any:
+    """The causal LM inside DDP, DeepSpeed and PEFT."""
+    inner: Any = model
+    while hasattr(inner, "module"):
+        inner = inner.module
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def takes(model: nn.Module, name: str) -> bool:
     """Whether the innermost model's forward has this parameter (remote code often lacks some)."""
-    inner: Any = model
-    while hasattr(inner, "module"):  # DDP, DeepSpeed
-        inner = inner.module
-    if hasattr(inner, "get_base_model"):  # PEFT
-        inner = inner.get_base_model()
-    return name in inspect.signature(inner.forward).parameters
+    return name in inspect.signature(innermost(model).forward).parameters
 
 
 def target_nats(
-    model: nn.Module, batch: Mapping[str, torch.Tensor], *, label_smoothing: float = 0.0
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    label_smoothing: float = 0.0,
+    chunk_logits: int = CHUNK_LOGITS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum the surprise of the batch's targets.
 
     batch  a collate.Batch on the model's device
     Returns (nats, count): nats is a float32 sum (float64 for a float64 model), count is sum(learn).
-    Only the columns that hold a target reach the output matrix: [B, K, V] instead of [B, T, V].
+    Memory: chunk_logits * 4 bytes for logits, and as much for their gradient, where the model's output layers can be
+    called apart from its body (`Head`); else [B, K, V] for the K columns that hold a target.
     A batch without targets gives a zero that is tied to the weights, so that every rank has a gradient.
     Checked against one record at a time: tests/train/test_oracle.py.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    if takes(model, "position_ids"):
-        inputs["position_ids"] = batch["position_ids"]
-    count = batch["learn"].sum()
-    columns, where = torch.unique(batch["source"], return_inverse=True)  # [K], [N]
+    inputs = model_inputs(model, batch)
+    row, source, target, learn = (batch[name] for name in ("row", "source", "target", "learn"))
+    if len(source) and (head := Head.of(model)):
+        with head.body_output() as hidden:
+            model(**inputs, use_cache=False, logits_to_keep=source[:1])
+        picked = hidden[0][row, source]  # [N, D]
+        return head.nats(picked, target, learn, label_smoothing=label_smoothing, chunk=chunk_logits), learn.sum()
+    columns, where = torch.unique(source, return_inverse=True)  # [K], [N]
     if takes(model, "logits_to_keep") and len(columns):
         logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits  # [B, K, V]
     else:
         logits = model(**inputs, use_cache=False).logits  # [B, T, V]
-        where = batch["source"]
-    picked = logits[batch["row"], where]  # [N, V]
-    picked = picked if picked.dtype == torch.float64 else picked.float()
+        where = source
     if not len(columns):
-        return logits.sum().to(picked.dtype) * 0, count
-    each = functional.cross_entropy(picked, batch["target"], reduction="none", label_smoothing=label_smoothing)  # [N]
-    return (each * batch["learn"]).sum(), count
+        return _exact(logits).sum() * 0, learn.sum()
+    return _weighted(logits[row, where], target, learn, label_smoothing), learn.sum()
+
+
+def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model's forward is given for a batch."""
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"]}
+    if takes(model, "position_ids"):
+        inputs["position_ids"] = batch["position_ids"]
+    plan = batch["plan"]
+    if plan is None:
+        return {**inputs, "attention_mask": batch["attention_mask"]}
+    plan = plan.to(batch["input_ids"].device)
+    if innermost(model).config._attn_implementation != ROWS:
+        return {**inputs, "attention_mask": plan.visible(None)}
+    # A mask of four dimensions is handed on as it is, so the library neither builds one nor guesses packing.
+    return {**inputs, "attention_mask": plan.until.new_zeros(1, 1, 1, 1), ROW_PLAN: plan}
+
+
+def _exact(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _weighted(logits: torch.Tensor, target: torch.Tensor, learn: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    each = functional.cross_entropy(_exact(logits), target, reduction="none", label_smoothing=label_smoothing)  # [N]
+    return (each * learn).sum()
+
+
+class Head:
+    """Everything a causal LM does after its body: output matrix, scaling, soft-capping, by the model's own code.
+
+    The model's forward is run with its body replaced by one that hands through what it is given, so no architecture's
+    arithmetic is written down here.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.name = model, model.base_model_prefix
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Head | None":
+        """The head of a model, or None where it cannot be called apart."""
+        inner = innermost(model)
+        body = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)
+        if body is None or body is inner or not (takes(model, "logits_to_keep") and takes(model, "inputs_embeds")):
+            return None
+        # FSDP and ZeRO-3 gather a module's weights around its own call only; the whole model is then called once.
+        if any(type(p) is not nn.Parameter or hasattr(p, "ds_id") for p in cls(inner).parameters()):
+            return None
+        return cls(inner)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for name, child in self.model.named_children():
+            if name != self.name:
+                yield from child.parameters()
+
+    @contextlib.contextmanager
+    def body_output(self) -> Iterator[list[torch.Tensor]]:
+        """Collects the body's hidden states [B, T, D] while the whole model is called."""
+        seen: list[torch.Tensor] = []
+        hook = getattr(self.model, self.name).register_forward_hook(lambda _m, _i, output: seen.append(output[0]))
+        try:
+            yield seen
+        finally:
+            hook.remove()
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, D] → [N, V]"""
+        body = self.model._modules[self.name]
+        self.model._modules[self.name] = _Through()
+        try:
+            return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        finally:
+            self.model._modules[self.name] = body
+
+    def nats(
+        self,
+        hidden: torch.Tensor,
+        target: torch.Tensor,
+        learn: torch.Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        chunk: int = CHUNK_LOGITS,
+    ) -> torch.Tensor:
+        """Sum of learn * surprise over [N, D] hidden states, with at most `chunk` logits at once."""
+        words = self.model.config.get_text_config().vocab_size
+        weights = [p for p in self.parameters() if p.requires_grad]
+
+        def part(hidden: torch.Tensor, span: slice) -> torch.Tensor:
+            return _weighted(self.logits(hidden), target[span], learn[span], label_smoothing)
+
+        return _Chunked.apply(part, max(1, chunk // words), hidden, *weights)
+
+
+class _Through(nn.Module):
+    """A body that hands through the hidden states it is given."""
+
+    def forward(
+        self, *_args: Any, inputs_embeds: torch.Tensor, **_kwargs: Any
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        return BodyOutput(last_hidden_state=inputs_embeds)
+
+
+class _Chunked(torch.autograd.Function):
+    """A sum over chunks whose gradient is taken chunk by chunk in the forward pass, so that nothing is kept or redone.
+
+    That is allowed because the result is one number: its gradient is known up to the factor that backward brings.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        part: Callable[[torch.Tensor, slice], torch.Tensor],
+        size: int,
+        hidden: torch.Tensor,
+        *weights: nn.Parameter,
+    ) -> torch.Tensor:
+        wanted = any(ctx.needs_input_grad)
+        grad_hidden = torch.empty_like(hidden) if wanted else None
+        grad_weights = [torch.zeros_like(weight) for weight in weights] if wanted else []
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        for start in range(0, len(hidden), size):
+            span = slice(start, start + size)
+            with torch.set_grad_enabled(wanted):
+                piece = hidden[span].detach().requires_grad_(wanted)
+                nats = part(piece, span)
+            total += nats.detach()
+            if grad_hidden is not None:
+                grad_hidden[span], *more = torch.autograd.grad(nats, (piece, *weights))
+                grad_weights = [so_far + one for so_far, one in zip(grad_weights, more, strict=True)]
+        ctx.save_for_backward(*([grad_hidden, *grad_weights] if grad_hidden is not None else []))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, None, *((saved * grad).to(saved.dtype) for saved in ctx.saved_tensors)

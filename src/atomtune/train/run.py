@@ -15,17 +15,16 @@ import torch
 from filelock import FileLock, Timeout
 from transformers import PrinterCallback, set_seed
 
-from atomtune.batch.collate import padded_collator
 from atomtune.config import TrainSettings
 from atomtune.data.records import Account
-from atomtune.data.store import as_example
 from atomtune.data.template import load_template
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped
 from atomtune.model.adapter import Card, refuse_empty
-from atomtune.model.load import load_tokenizer, pad_id_of, quiet_libraries
+from atomtune.model.load import load_tokenizer, quiet_libraries
 from atomtune.model.memory import StepShape, is_out_of_memory, peak_bytes, remedies
 from atomtune.train.arguments import CHECKPOINTING, lengths, trainer_arguments
 from atomtune.train.checkpoint import disk_full, find_start, read_record
+from atomtune.train.layout import choose_layout
 from atomtune.train.prepare import Data, Job, compare_with_before, load_model, read_data
 from atomtune.train.report import RunRecord, TrainingBar, Voice, draw_loss
 from atomtune.train.samples import Samples
@@ -93,6 +92,7 @@ def _run(job: Job) -> None:
     compare_with_before(job)
     set_seed(job.args.seed)
     model = load_model(job, longest_tokens=data.account.longest_tokens)
+    collator = choose_layout(job, model, tokenizer, data)
     card = Card(
         template=template.name,
         instruction_role=template.instruction_role,
@@ -110,7 +110,7 @@ def _run(job: Job) -> None:
             args=job.args,
             train_dataset=data.train,
             eval_dataset=data.evaluate,
-            data_collator=padded_collator(pad_id_of(tokenizer), as_example),
+            data_collator=collator,
         )
     except (ValueError, RuntimeError, ImportError) as error:  # e.g. a tracker that is not installed
         raise BadSettings([f"The Trainer refuses these settings: {error}"]) from error

@@ -1,0 +1,1 @@
+"""Benchmarks: one file per question; results with commit, machine and versions in README.md."""

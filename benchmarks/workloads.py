@@ -1,0 +1,124 @@
+"""Workloads: the model and the data files that every contender gets.
+
+Four shapes of one file of single-turn dialogues (instruction/input/output JSONL):
+short  the dialogues as they are
+style  every question as `input` behind one long style instruction, as the tutorial has it
+tasks  ten task instructions of about 100 to 400 tokens, each a sentence and eight worked examples, in unequal shares
+turns  conversations of three turns that branch from common openings
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+NAMES = ("short", "style", "tasks", "turns")
+
+_STYLE = (
+    "请模仿下面案例中人物的说话风格和语气来回答用户的问题。要求：口语化，古雅含蓄，不说现代词语；"
+    "每次回答不超过三十个字，能短则短；不解释，不列条目，不重复用户的话。\n案例：\n"
+)
+_TASKS = (
+    "按照例子的口吻回答。",
+    "你是一位说书人，请接着下面的话往下说一句，语气与例子相同。",
+    "下面是两个人的对话，请写出第二个人的回答，只写一句。",
+    "请把用户的话当作晚辈的请安来回应，例子如下。",
+    "请以主人的身份回答客人，例子如下，不要超过四十个字。",
+    "阅读例子，学习其中的用词，然后用同样的用词回答。",
+    "请用委婉的方式回答，宁可少说，不可说破。",
+    "请回答得像一封短信的结尾，例子如下。",
+    "你在扮演一位宫中女子，请按例子的分寸说话。",
+    "请先体会例子里的情绪，再用一句话回答。",
+)
+
+
+def read(path: Path, count: int) -> list[dict[str, str]]:
+    """The first records of the source file."""
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for _, line in zip(range(count), lines, strict=False)]
+
+
+def records(name: str, source: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
+    """The workload's records, as many as the source has; the same on every machine."""
+    question = [one["instruction"] + one["input"] for one in source]
+    answer = [one["output"] for one in source]
+    for i, one in enumerate(source):
+        if name == "short":
+            yield one
+        elif name == "style":
+            yield {"instruction": _STYLE + _shots(question, answer, 0, 6), "input": question[i], "output": answer[i]}
+        elif name == "tasks":
+            task = _task(i)
+            yield {
+                "instruction": f"{_TASKS[task]}\n{_shots(question, answer, 40 * task, 8, longest=20 + 4 * task)}",
+                "input": question[i],
+                "output": answer[i],
+            }
+        else:
+            # A conversation tree: 8 openings, each with 4 second turns; the records are its leaves.
+            branch = int((i * 0.6180339887) % 1 * 32)
+            history = [[question[k % len(source)], answer[k % len(source)]] for k in (branch % 8, 100 + branch)]
+            yield {"instruction": question[i], "input": "", "output": answer[i], "history": history}
+
+
+def _shots(question: list[str], answer: list[str], start: int, count: int, *, longest: int = 1_000) -> str:
+    """Worked examples of at most `longest` characters each, from the first records on."""
+    pairs = [(q, a) for q, a in zip(question[start:], answer[start:], strict=True) if len(q) + len(a) <= longest]
+    return "".join(f"问：{q}\n答：{a}\n" for q, a in pairs[:count])
+
+
+def _task(i: int) -> int:
+    """Task k gets a share of 1/(k+1), by a fixed sequence without structure."""
+    shares = [1 / (k + 1) for k in range(len(_TASKS))]
+    point = (i * 0.6180339887) % 1 * sum(shares)
+    for k, share in enumerate(shares):
+        point -= share
+        if point < 0:
+            return k
+    return len(shares) - 1
+
+
+def write(name: str, source: list[dict[str, str]], path: Path) -> Path:
+    """A workload as JSONL."""
+    lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in records(name, source))
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def build_base(folder: Path, source: list[dict[str, str]], *, vocabulary: int = 8_000, toy: bool = False) -> Path:
+    """Atom's shape, small: Llama of hidden 512, 8 layers, 8 heads, intermediate 1376; tokenizer trained on the data."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator((text for one in source for text in one.values()), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2} if toy else {}
+    config = LlamaConfig(
+        **{
+            "vocab_size": vocabulary,
+            "hidden_size": 512,
+            "intermediate_size": 1376,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "max_position_embeddings": 2048,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **shape,
+        }
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

@@ -1,0 +1,103 @@
+"""Layouts: whether this model computes rows with branches exactly, asked of the model itself.
+
+Before: load.py, adapter.py.  After: train.prepare chooses a layout.
+Nothing is taken from a list of architectures: a small tree is computed and compared with its records one at a time.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from atomtune.batch.collate import collate_row
+from atomtune.batch.row import Row, untils
+from atomtune.batch.tree import graft
+from atomtune.data.records import Example
+from atomtune.model.attention import ROWS, register
+from atomtune.model.loss import innermost, model_inputs, takes
+
+#: Layers whose attention the plan can express: everything before, or the last tokens before.
+_EXPRESSIBLE = {"full_attention", "sliding_attention"}
+#: A tree must come this much nearer to its records alone than the same tree with its branches cut from their trunk.
+_NEARER = 0.2
+
+
+def windows_of(model: nn.Module) -> tuple[int | None, ...]:
+    """The sliding windows that layers of this model may have; None is a layer that sees everything before."""
+    config = innermost(model).config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    return (None, window) if window else (None,)
+
+
+def why_padded(model: nn.Module) -> str | None:
+    """The reason this model takes one example a row only, or None where rows of many are exact.
+
+    Gives the model the attention function for rows where it accepts one.
+    """
+    inner = innermost(model)
+    config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
+    if not takes(model, "position_ids"):
+        return "its forward takes no position_ids"
+    kinds = set(getattr(config, "layer_types", None) or ()) - _EXPRESSIBLE
+    if kinds:
+        return f"it has layers of the kind {', '.join(sorted(kinds))}"
+    experts = [(name, n) for name, n in vars(config).items() if "experts" in name and isinstance(n, int) and n > 1]
+    if experts:
+        return f"it routes tokens to experts ({experts[0][0]} = {experts[0][1]})"
+    register()
+    before = inner.config._attn_implementation
+    reasons = []
+    for implementation in (ROWS, "sdpa"):
+        try:
+            inner.set_attn_implementation(implementation)
+        except (ValueError, AttributeError, ImportError, KeyError):
+            continue
+        if implementation != ROWS and any(windows_of(model)[1:]):
+            continue  # a ready mask would replace the window's, without a word
+        reason = _difference(model)
+        if reason is None:
+            return None
+        reasons.append(reason)
+    inner.set_attn_implementation(before)
+    return reasons[0] if reasons else "its attention cannot be exchanged"
+
+
+def _difference(model: nn.Module) -> str | None:
+    """Compute two examples that share a trunk as a tree and alone; what differs, or None."""
+    words = min(innermost(model).config.get_text_config().vocab_size, 1_000)
+    trunk = [(7 * i + 3) % words for i in range(24)]
+    examples = [
+        Example(tuple(trunk + [(11 * i + k) % words for i in range(9 + k)]), (0,) * 20 + (1,) * (13 + k), f"probe {k}")
+        for k in (1, 2)
+    ]
+    tree = graft(examples, least_saved=1)
+    assert tree.ids[24:34] == examples[0].ids[24:], "the shorter leaf stands first"
+    cut = tuple(-1 if parent >= 0 and parent != i - 1 else parent for i, parent in enumerate(tree.parent))
+    blind = Row(tree.ids, cut, untils(cut), tree.learn, tree.origins)
+    alone = torch.cat([_logits(model, graft([example]), None)[24:] for example in examples])
+    try:
+        together = _logits(model, tree, None)[24:]
+        without = _logits(model, blind, tree.positions())[24:]
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
+        return f"a row of many fails in its forward ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+    apart = (together - alone).abs().max().item()
+    contrast = (without - alone).abs().max().item()
+    if not apart <= _NEARER * contrast:
+        return f"a trial tree differs from its records alone by {apart:.1e} (branches cut off: {contrast:.1e})"
+    return None
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, row: Row, positions: tuple[int, ...] | None) -> torch.Tensor:
+    """[T, V] of one row, in evaluation mode."""
+    device = innermost(model).get_input_embeddings().weight.device
+    batch: Any = collate_row(row, windows=windows_of(model), examples=1, tokens_padded=len(row))
+    batch = {**batch, "input_ids": batch["input_ids"].to(device), "position_ids": batch["position_ids"].to(device)}
+    if positions is not None:
+        batch["position_ids"] = torch.tensor([positions], device=device)
+    trained = model.training
+    model.eval()
+    try:
+        return model(**model_inputs(model, batch), use_cache=False).logits[0].float().cpu()
+    finally:
+        model.train(trained)

@@ -1,0 +1,69 @@
+"""Layout: how this run's batches are laid out, chosen by what is exact for the model and what the data saves.
+
+Before: prepare.py has read the data and loaded the model.  After: trainer.py.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from atomtune.batch.collate import Collator, Layout
+from atomtune.batch.row import padded_tokens
+from atomtune.batch.tree import graft
+from atomtune.data.records import Example
+from atomtune.data.store import as_example
+from atomtune.errors import BadSettings
+from atomtune.model.layout import why_padded, windows_of
+from atomtune.model.load import pad_id_of
+from atomtune.train.prepare import Data, Job
+
+#: Batches drawn to see what a layout saves.
+_TRIED = 32
+#: A tree that saves less than this share of the packed tokens is not worth its planning.
+_WORTH = 0.02
+
+
+def choose_layout(job: Job, model: nn.Module, tokenizer: Any, data: Data) -> Collator:
+    """The collator of the run; says which layout, why, and what it saves. Raises BadSettings if it were not exact."""
+    asked = job.settings.data.layout
+    drawn = _draw(data, per_batch=job.args.per_device_train_batch_size, seed=job.args.seed)
+    padded, packed, tree = (sum(each) for each in zip(*map(_tokens, drawn), strict=True))
+    reason = why_padded(model) if asked != "padded" else "it was asked for"
+    if asked in ("tree", "packed") and reason is not None:
+        raise BadSettings([f"--layout {asked} would not be exact for this model: {reason}.\nPass --layout padded."])
+    chosen: Layout
+    if reason is not None:
+        chosen = "padded"
+    elif asked == "auto":
+        chosen = "tree" if tree < packed * (1 - _WORTH) else "packed"
+    else:
+        chosen = asked
+    computed = {"padded": padded, "packed": packed, "tree": tree}[chosen]
+    why = {
+        "tree": "records that begin alike share that beginning",
+        "packed": "records stand end to end without padding",
+        "padded": f"one record a row, because {reason}",
+    }[chosen]
+    saved = f"; tokens {padded:,} → {computed:,}, {padded / computed:.1f}× less work ({len(drawn)} batches tried)"
+    job.voice.say(f"layout {chosen}: {why}{saved if chosen != 'padded' else ''}.")
+    job.record.update(layout=chosen)
+    return Collator(
+        layout=chosen,
+        pad_id=pad_id_of(tokenizer),
+        as_example=as_example,
+        windows=windows_of(model) if chosen != "padded" else (None,),
+    )
+
+
+def _draw(data: Data, *, per_batch: int, seed: int) -> list[list[Example]]:
+    """Batches as the sampler draws them: at random, without putting back."""
+    order = random.Random(seed).sample(range(len(data.train)), min(len(data.train), per_batch * _TRIED))
+    examples = [as_example(row) for row in data.train.select(order)]
+    return [examples[i : i + per_batch] for i in range(0, len(examples), per_batch)]
+
+
+def _tokens(examples: Sequence[Example]) -> tuple[int, int, int]:
+    """What the padded, packed and tree layouts compute for one batch."""
+    return padded_tokens(examples), sum(len(example.ids) for example in examples), len(graft(examples))
