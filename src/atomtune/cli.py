@@ -24,6 +24,16 @@ def train(argv: Sequence[str]) -> int:
     return run(settings)
 
 
+def verify(argv: Sequence[str]) -> int:
+    """Prove the fast path equal to plain transformers + PEFT on your model and records."""
+    from atomtune.config import VerifySettings, read_settings
+
+    settings = read_settings(VerifySettings, argv, command="verify")
+    from atomtune.train.verify import verify as run
+
+    return run(settings)
+
+
 def merge(argv: Sequence[str]) -> int:
     """Write base + adapter as one plain model folder."""
     from atomtune.config import MergeSettings, read_settings
@@ -44,7 +54,12 @@ def chat(argv: Sequence[str]) -> int:
     return run(settings)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "merge": merge, "chat": chat}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "verify": verify,
+    "merge": merge,
+    "chat": chat,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

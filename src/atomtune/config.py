@@ -29,15 +29,11 @@ def setting(default: Any, text: str, *, at_least: float | None = None, below: fl
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class DataSettings:
+class RecordSettings:
     """Data"""
 
     dataset_path: str | None = setting(
         None, "training records: a .jsonl (or .json array) of instruction, input, output"
-    )
-    eval_path: str | None = setting(None, "records to evaluate on, in the same form")
-    eval_size: float = setting(
-        0.0, "without --eval_path: hold out this share (below 1) or this many records", at_least=0
     )
     max_seq_length: int = setting(256, "longest example, in tokens", at_least=8)
     overlength: Literal["shorten", "skip", "error"] = setting(
@@ -48,6 +44,16 @@ class DataSettings:
     template: str = setting("auto", "auto (the tokenizer's own chat template, else atom), atom, or a .jinja file")
     layout: Literal["auto", "tree", "packed", "padded"] = setting(
         "auto", "how a batch is laid out: shared beginnings once, end to end, or padded; auto: the cheapest exact one"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataSettings(RecordSettings):
+    """Data"""
+
+    eval_path: str | None = setting(None, "records to evaluate on, in the same form")
+    eval_size: float = setting(
+        0.0, "without --eval_path: hold out this share (below 1) or this many records", at_least=0
     )
 
 
@@ -85,6 +91,18 @@ class RunSettings:
     gradient_checkpointing: Literal["auto", "true", "false"] = setting(
         "auto", "recompute activations instead of keeping them; auto: when memory is short"
     )
+    verify: bool = setting(
+        False, "first check this layout against plain transformers + PEFT, as `atomtune verify` does"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class VerifySettings(RecordSettings, ModelSettings, LoraSettings):
+    """Verify"""
+
+    records: int = setting(32, "how many records, drawn at random", at_least=1)
+    per_device_train_batch_size: int = setting(16, "records in a batch, as the run will have them", at_least=1)
+    seed: int = setting(42, "of the draw", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -5,7 +5,6 @@ Only target positions reach the output matrix, a chunk at a time: the logits of 
 Letters: B rows, T positions, D hidden width, N targets, V words.
 """
 
-import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -51,22 +50,34 @@ def target_nats(
     A batch without targets gives a zero that is tied to the weights, so that every rank has a gradient.
     Checked against one record at a time: tests/train/test_oracle.py.
     """
-    inputs = model_inputs(model, batch)
-    row, source, target, learn = (batch[name] for name in ("row", "source", "target", "learn"))
-    if len(source) and (head := Head.of(model)):
-        with head.body_output() as hidden:
-            model(**inputs, use_cache=False, logits_to_keep=source[:1])
-        picked = hidden[0][row, source]  # [N, D]
+    target, learn = batch["target"], batch["learn"]
+    if len(target) and (head := Head.of(model)):
+        picked = head.hidden(model, batch)  # [N, D]
         return head.nats(picked, target, learn, label_smoothing=label_smoothing, chunk=chunk_logits), learn.sum()
-    columns, where = torch.unique(source, return_inverse=True)  # [K], [N]
+    logits = _target_logits(model, batch)  # [N, V]
+    if not len(target):
+        return _exact(logits).sum() * 0, learn.sum()
+    return _weighted(logits, target, learn, label_smoothing), learn.sum()
+
+
+@torch.no_grad()
+def target_log_probabilities(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Of each target [N], by the same road as the loss."""
+    head = Head.of(model)
+    logits = head.logits(head.hidden(model, batch)) if head else _target_logits(model, batch)
+    return -functional.cross_entropy(_exact(logits), batch["target"], reduction="none")
+
+
+def _target_logits(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """[N, V] from one call of the whole model; all its logits, tied to the weights, where there is no target."""
+    inputs = model_inputs(model, batch)
+    columns, where = torch.unique(batch["source"], return_inverse=True)  # [K], [N]
     if takes(model, "logits_to_keep") and len(columns):
         logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits  # [B, K, V]
     else:
         logits = model(**inputs, use_cache=False).logits  # [B, T, V]
-        where = source
-    if not len(columns):
-        return _exact(logits).sum() * 0, learn.sum()
-    return _weighted(logits[row, where], target, learn, label_smoothing), learn.sum()
+        where = batch["source"]
+    return logits[batch["row"], where] if len(columns) else logits
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,15 +131,18 @@ class Head:
             if name != self.name:
                 yield from child.parameters()
 
-    @contextlib.contextmanager
-    def body_output(self) -> Iterator[list[torch.Tensor]]:
-        """Collects the body's hidden states [B, T, D] while the whole model is called."""
+    def hidden(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+        """[N, D] hidden states from which the targets are predicted: what the body gives when the whole is called.
+
+        `model` may wrap this one (DDP, PEFT) and is called as a whole; of its logits only one position is computed.
+        """
         seen: list[torch.Tensor] = []
         hook = getattr(self.model, self.name).register_forward_hook(lambda _m, _i, output: seen.append(output[0]))
         try:
-            yield seen
+            model(**model_inputs(model, batch), use_cache=False, logits_to_keep=batch["source"][:1])
         finally:
             hook.remove()
+        return seen[0][batch["row"], batch["source"]]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, D] → [N, V]"""
@@ -161,9 +175,7 @@ class Head:
 class _Through(nn.Module):
     """A body that hands through the hidden states it is given."""
 
-    def forward(
-        self, *_args: Any, inputs_embeds: torch.Tensor, **_kwargs: Any
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+    def forward(self, *_args: Any, inputs_embeds: torch.Tensor, **_kwargs: Any) -> BodyOutput:
         return BodyOutput(last_hidden_state=inputs_embeds)
 
 

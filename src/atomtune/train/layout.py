@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from atomtune.batch.collate import Collator, Layout
@@ -16,13 +17,33 @@ from atomtune.data.records import Example
 from atomtune.data.store import as_example
 from atomtune.errors import BadSettings
 from atomtune.model.layout import why_padded, windows_of
-from atomtune.model.load import pad_id_of
-from atomtune.train.prepare import Data, Job
+from atomtune.model.load import device_in_use, pad_id_of
+from atomtune.train.prepare import Data, Job, dtype_of
+from atomtune.train.verify import compare, say
 
 #: Batches drawn to see what a layout saves.
 _TRIED = 32
 #: A tree that saves less than this share of the packed tokens is not worth its planning.
 _WORTH = 0.02
+
+
+def check_equal(job: Job, data: Data, *, pad_id: int) -> None:
+    """What `--verify` asks for: this run's model, dtype, layout and records against plain transformers + PEFT."""
+    settings, args = job.settings, job.args
+    device = torch.device("cpu") if args.use_cpu else device_in_use()
+    compared = compare(
+        _draw(data, per_batch=args.per_device_train_batch_size, seed=args.seed)[0],
+        model=settings.model,
+        lora=settings.lora,
+        asked=settings.data.layout,
+        dtype=dtype_of(job, device),
+        device=device,
+        pad_id=pad_id,
+        per_batch=args.per_device_train_batch_size,
+        voice=job.voice,
+    )
+    job.record.update(verified=compared.figures())
+    say(compared, job.voice)
 
 
 def choose_layout(job: Job, model: nn.Module, tokenizer: Any, data: Data) -> Collator:

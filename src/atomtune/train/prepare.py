@@ -25,6 +25,7 @@ from atomtune.model.adapter import (
     start_from_weights,
 )
 from atomtune.model.load import device_in_use, load_base, resolve_dtype
+from atomtune.model.lowrank import compute_together, families_of
 from atomtune.model.memory import should_checkpoint
 from atomtune.train.arguments import CHECKPOINTING
 from atomtune.train.checkpoint import Start
@@ -161,18 +162,24 @@ def compare_with_before(job: Job) -> None:
 # --- model ------------------------------------------------------------------------------------------------------
 
 
+def dtype_of(job: Job, device: torch.device) -> torch.dtype:
+    """The dtype of the base's weights in this run."""
+    trainer = job.settings.trainer
+    return resolve_dtype(
+        job.settings.model.dtype,
+        device,
+        fp16=bool(trainer.get("fp16")),
+        bf16=bool(trainer.get("bf16")),
+        notice=job.voice.notice,
+    )
+
+
 def load_model(job: Job, *, longest_tokens: int) -> Any:
     """The base with its adapter, new or filled from the start's weights, on its device."""
     settings, args, start, voice = job.settings, job.args, job.start, job.voice
     model, lora = settings.model, settings.lora
     device = torch.device("cpu") if args.use_cpu else device_in_use()
-    dtype = resolve_dtype(
-        model.dtype,
-        device,
-        fp16=bool(settings.trainer.get("fp16")),
-        bf16=bool(settings.trainer.get("bf16")),
-        notice=voice.notice,
-    )
+    dtype = dtype_of(job, device)
     if device.type == "cuda" and torch.cuda.device_count() > 1 and args.world_size == 1 and not model.device_map:
         voice.notice(
             f"{torch.cuda.device_count()} GPUs are here and this process uses one. All of them: "
@@ -206,6 +213,9 @@ def load_model(job: Job, *, longest_tokens: int) -> Any:
         f"{model.model_path} in {str(dtype).removeprefix('torch.')}{f', {model.quantize}' if model.quantize else ''} "
         f"on {device}: {trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)."
     )
+    if not (args.fsdp or args.deepspeed):  # they take the weights out of the layers between calls
+        some = torch.zeros(1, 2, dtype=torch.long, device=base.get_input_embeddings().weight.device)
+        compute_together(families_of(adapted, input_ids=some))
     _set_checkpointing(job, adapted, longest_tokens=longest_tokens, dtype=dtype, device=device)
     return adapted
 

@@ -20,11 +20,11 @@ from atomtune.data.records import Account
 from atomtune.data.template import load_template
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped
 from atomtune.model.adapter import Card, refuse_empty
-from atomtune.model.load import load_tokenizer, quiet_libraries
+from atomtune.model.load import load_tokenizer, pad_id_of, quiet_libraries
 from atomtune.model.memory import StepShape, is_out_of_memory, peak_bytes, remedies
 from atomtune.train.arguments import CHECKPOINTING, lengths, trainer_arguments
 from atomtune.train.checkpoint import disk_full, find_start, read_record
-from atomtune.train.layout import choose_layout
+from atomtune.train.layout import check_equal, choose_layout
 from atomtune.train.prepare import Data, Job, compare_with_before, load_model, read_data
 from atomtune.train.report import RunRecord, TrainingBar, Voice, draw_loss
 from atomtune.train.samples import Samples
@@ -90,6 +90,8 @@ def _run(job: Job) -> None:
     data = read_data(job, template)
     job.record.update(data={"path": settings.data.dataset_path, "sha256": data.data_hash}, **data.account.contract())
     compare_with_before(job)
+    if settings.run.verify:
+        check_equal(job, data, pad_id=pad_id_of(tokenizer))
     set_seed(job.args.seed)
     model = load_model(job, longest_tokens=data.account.longest_tokens)
     collator = choose_layout(job, model, tokenizer, data)

@@ -1,0 +1,288 @@
+"""Verify: the fast path against plain transformers + PEFT, on the user's own model and records.
+
+The plain side is dumber than what it checks and shares nothing with it but the weights: one record at a time, the
+model's own loss, labels shifted by the model, PEFT's own layers, the library's attention.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from atomtune.batch.collate import Collator, Layout
+from atomtune.batch.row import padded_tokens
+from atomtune.config import LoraSettings, ModelSettings, VerifySettings
+from atomtune.data.records import Example
+from atomtune.data.store import as_example, examples_of
+from atomtune.data.template import load_template
+from atomtune.errors import BadData, BadSettings, CheckFailed
+from atomtune.model.adapter import match_targets, new_adapter
+from atomtune.model.layout import why_padded, windows_of
+from atomtune.model.load import device_in_use, load_base, load_tokenizer, pad_id_of, quiet_libraries, resolve_dtype
+from atomtune.model.loss import target_log_probabilities, target_nats
+from atomtune.model.lowrank import compute_together, families_of
+from atomtune.train.report import Voice
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """How far two right computations may lie apart, and why."""
+
+    loss: float  # relative
+    log_probability: float  # absolute, the worst target
+    gradient: float  # relative L2 norm, the worst layer
+    reason: str
+
+
+ALLOWED = {
+    torch.float64: Allowed(
+        1e-6, 1e-5, 1e-5, "the library computes its loss and its RMSNorm in float32 whatever the dtype"
+    ),
+    torch.float32: Allowed(1e-5, 1e-3, 1e-3, "float32 keeps 7 digits; sums are taken in another order"),
+    torch.bfloat16: Allowed(1e-3, 0.25, 0.1, "bfloat16 keeps 2 to 3 digits; every layer rounds"),
+    torch.float16: Allowed(1e-3, 0.05, 0.05, "float16 keeps 3 to 4 digits; every layer rounds"),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one side computed: loss in nats per target, log-probability of every target, gradient of every weight."""
+
+    loss: float
+    log_probabilities: list[torch.Tensor]  # one [targets] per record, in the order of the records
+    gradients: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The two sides side by side."""
+
+    layout: Layout
+    dtype: torch.dtype
+    loss: float
+    log_probability: float
+    gradient: float
+    worst_layer: str
+    layers: int
+    targets: int
+    tokens_padded: int
+    tokens_computed: int
+
+    def figures(self) -> dict[str, Any]:
+        """For run.json."""
+        return {
+            "layout": self.layout,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "loss": self.loss,
+            "log_probability": self.log_probability,
+            "gradient": self.gradient,
+            "targets": self.targets,
+            "holds": self.holds,
+        }
+
+    @property
+    def holds(self) -> bool:
+        allowed = ALLOWED[self.dtype]
+        return (
+            self.loss <= allowed.loss
+            and self.log_probability <= allowed.log_probability
+            and self.gradient <= allowed.gradient
+        )
+
+
+def verify(settings: VerifySettings) -> int:
+    """Run `atomtune verify`. Raises CheckFailed (exit code 4) when the two sides differ by more than rounding."""
+    problems = [f"--{name} is needed." for name in ("model_path", "dataset_path") if not getattr(settings, name)]
+    if problems:
+        raise BadSettings(problems)
+    quiet_libraries()
+    voice = Voice(speaks=True)
+    device = device_in_use()
+    dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=voice.notice)
+    examples, pad_id = _examples(settings)
+    voice.say(f"{len(examples)} records of {Path(str(settings.dataset_path)).name}, on {device}")
+    compared = compare(
+        examples,
+        model=settings,
+        lora=settings,
+        asked=settings.layout,
+        dtype=dtype,
+        device=device,
+        pad_id=pad_id,
+        per_batch=settings.per_device_train_batch_size,
+        voice=voice,
+    )
+    say(compared, voice)
+    return 0
+
+
+def _examples(settings: VerifySettings) -> tuple[list[Example], int]:
+    tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
+    stored, account, _ = examples_of(
+        Path(str(settings.dataset_path)),
+        load_template(settings.template, tokenizer),
+        max_tokens=settings.max_seq_length,
+        overlength="skip" if settings.skip_overlength else settings.overlength,
+    )
+    if not len(stored):
+        raise BadData(f"{settings.dataset_path}: none of {account.records_read:,} records can be used.")
+    order = random.Random(settings.seed).sample(range(len(stored)), min(settings.records, len(stored)))
+    return [as_example(row) for row in stored.select(order)], pad_id_of(tokenizer)
+
+
+def compare(
+    examples: Sequence[Example],
+    *,
+    model: ModelSettings,
+    lora: LoraSettings,
+    asked: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    pad_id: int,
+    per_batch: int,
+    voice: Voice,
+) -> Comparison:
+    """Compute the examples in both ways, one model in memory at a time, at dropout 0."""
+
+    def load() -> Any:
+        base = load_base(
+            str(model.model_path),
+            dtype=dtype,
+            device=device,
+            device_map=model.device_map,
+            quantize=model.quantize,
+            trust_remote_code=model.trust_remote_code,
+        )
+        match_targets(base, lora.lora_targets)
+        adapted = new_adapter(base, rank=lora.lora_rank, alpha=lora.lora_alpha, dropout=0.0, targets=lora.lora_targets)
+        _fill(adapted)
+        return adapted.eval()  # a base's own dropout would draw differently in rows of another shape
+
+    voice.say("plain transformers + PEFT, one record at a time …")
+    plain = one_at_a_time(load(), examples)
+    voice.say("the fast path …")
+    fast = load()
+    reason = why_padded(fast) if asked != "padded" else "it was asked for"
+    if reason and asked in ("tree", "packed"):
+        raise BadSettings([f"--layout {asked} would not be exact for this model: {reason}."])
+    layout: Layout = "padded" if reason else "packed" if asked == "packed" else "tree"
+    compute_together(families_of(fast, input_ids=torch.zeros(1, 2, dtype=torch.long, device=device)))
+    windows = windows_of(fast) if layout != "padded" else (None,)
+    collator = Collator(layout=layout, pad_id=pad_id, as_example=as_example, windows=windows)
+    ours, computed = in_batches(fast, examples, collator, per_batch=per_batch)
+    gradient, worst = max(
+        ((ours.gradients[name] - one).norm().item() / max(one.norm().item(), 1e-30), name)
+        for name, one in plain.gradients.items()
+    )
+    return Comparison(
+        layout=layout,
+        dtype=dtype,
+        loss=abs(ours.loss - plain.loss) / plain.loss,
+        log_probability=max(
+            (a - b).abs().max().item() for a, b in zip(ours.log_probabilities, plain.log_probabilities, strict=True)
+        ),
+        gradient=gradient,
+        worst_layer=worst,
+        layers=len(plain.gradients),
+        targets=sum(len(one) for one in plain.log_probabilities),
+        tokens_padded=sum(padded_tokens(examples[i : i + per_batch]) for i in range(0, len(examples), per_batch)),
+        tokens_computed=computed,
+    )
+
+
+def _fill(adapted: torch.nn.Module) -> None:
+    """A fresh adapter's B is zero, so A would have no gradient to compare; these are as after some training."""
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in adapted.named_parameters():
+        if weight.requires_grad:
+            scale = weight.shape[-1] ** -0.5 * (1.0 if "lora_A" in name else 0.05)
+            weight.data.copy_(torch.randn(weight.shape, generator=generator) * scale)
+
+
+def one_at_a_time(model: Any, examples: Sequence[Example]) -> Result:
+    """The dumb side: each record alone, the model's own mean loss, weighted by its targets."""
+    targets = sum(sum(example.learn) for example in examples)
+    total, log_probabilities = 0.0, []
+    for example in examples:
+        ids = torch.tensor([example.ids], device=model.device)
+        learned = [i for i, times in enumerate(example.learn) if times]
+        labels = torch.full_like(ids, -100)
+        labels[0, learned] = ids[0, learned]
+        output = model(input_ids=ids, labels=labels)
+        share = output.loss * (len(learned) / targets)
+        share.backward()
+        total += share.item()
+        scores = output.logits[0, [i - 1 for i in learned]].detach().double().log_softmax(-1)
+        log_probabilities.append(scores.gather(1, ids[0, learned][:, None])[:, 0].cpu())
+    return Result(total, log_probabilities, _gradients(model))
+
+
+def in_batches(model: Any, examples: Sequence[Example], collator: Collator, *, per_batch: int) -> tuple[Result, int]:
+    """The fast side, and the tokens it computed. A target that records share is looked up for each of them."""
+    targets = sum(sum(example.learn) for example in examples)
+    total, computed, log_probabilities = 0.0, 0, []
+    for start in range(0, len(examples), per_batch):
+        some = examples[start : start + per_batch]
+        batch: Any = collator.lay(some)
+        batch = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        computed += batch["input_ids"].numel()
+        nats, _ = target_nats(model, batch)
+        (nats / targets).backward()
+        total += nats.item() / targets
+        found = target_log_probabilities(model, batch).double().cpu()
+        log_probabilities += _by_record(batch, found, some)
+    return Result(total, log_probabilities, _gradients(model)), computed
+
+
+def _by_record(batch: Any, found: torch.Tensor, examples: Sequence[Example]) -> list[torch.Tensor]:
+    """Log-probabilities of each record's targets, found by the path of tokens that leads to them."""
+    plan = batch["plan"]
+    ids = batch["input_ids"].cpu()
+    by_path: dict[tuple[int, ...], float] = {}
+    rows = zip(batch["row"].tolist(), batch["source"].tolist(), batch["target"].tolist(), found.tolist(), strict=True)
+    for row, source, target, value in rows:
+        if plan is None:
+            path = tuple(ids[row, : source + 1].tolist())
+        else:
+            until = plan.until.cpu()
+            above = [k for k in range(source + 1) if source < until[k]]
+            path = tuple(ids[0, above].tolist())
+        by_path[(*path, target)] = value
+    return [
+        torch.tensor([by_path[example.ids[: i + 1]] for i, times in enumerate(example.learn) if times]).double()
+        for example in examples
+    ]
+
+
+def _gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.grad.double().cpu() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def say(compared: Comparison, voice: Voice) -> None:
+    """The comparison as a table and a sentence. Raises CheckFailed when it does not hold."""
+    allowed, name = ALLOWED[compared.dtype], str(compared.dtype).removeprefix("torch.")
+    table = Table(title=f"layout {compared.layout} against one record at a time, {name}", title_justify="left")
+    for column in ("", "largest difference", "allowed", ""):
+        table.add_column(column)
+    for what, found, limit in (
+        ("loss (relative)", compared.loss, allowed.loss),
+        (f"log-probability of {compared.targets:,} targets", compared.log_probability, allowed.log_probability),
+        (f"gradients of {compared.layers} adapter weights (relative)", compared.gradient, allowed.gradient),
+    ):
+        table.add_row(what, f"{found:.1e}", f"{limit:g}", "holds" if found <= limit else "DOES NOT HOLD")
+    voice.console.print(table)
+    saved = compared.tokens_padded / compared.tokens_computed
+    voice.say(
+        f"Allowed because {allowed.reason}.\nWork: {compared.tokens_padded:,} tokens padded, "
+        f"{compared.tokens_computed:,} computed, {saved:.1f}× less."
+    )
+    if not compared.holds:
+        raise CheckFailed(
+            f"The fast path is not equal to plain transformers + PEFT here (worst: {compared.worst_layer}).\n"
+            "Train with --layout padded, and please report the model's name and this table."
+        )
+    voice.say("The fast path is equal to plain transformers + PEFT on these records.")
