@@ -22,6 +22,10 @@ _BLOCK_PAIRS = 40_000
 #: What a padded query costs besides its scores: the gathers and products of its head dimension.
 _QUERY_PAIRS = 100
 
+#: Widths are rounded up to a multiple of this. A CPU's matrix library compiles a kernel for every new shape, which took
+#: a third of the time of a run whose every batch had a shape of its own (docs/log.md).
+_WIDTH_STEP = 16
+
 #: A stretch of tokens, or their indices where they do not stand together.
 Where = slice | torch.Tensor
 
@@ -61,18 +65,20 @@ class AttentionPlan:
     """The blocks of one row, for layers that see everything before (None) and for each sliding window.
 
     until, position  [T]  the law itself, from which a dense mask can be made
+    real  how many of the T tokens are the row's; the rest is padding, which no block holds
     """
 
     blocks: dict[int | None, tuple[Block, ...]]
     until: torch.Tensor
     position: torch.Tensor
+    real: int
     _dense: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "AttentionPlan":
         if self.until.device == device:
             return self
         blocks = {window: tuple(block.to(device) for block in each) for window, each in self.blocks.items()}
-        return AttentionPlan(blocks, self.until.to(device), self.position.to(device))
+        return AttentionPlan(blocks, self.until.to(device), self.position.to(device), self.real)
 
     def visible(self, window: int | None) -> torch.Tensor:
         """[1, 1, T, T] whether query (row) sees key (column); made once for all layers."""
@@ -88,8 +94,14 @@ def visible(until: torch.Tensor, position: torch.Tensor, *, window: int | None =
     return seen if window is None else seen & (position[:, None] - position[None] < window)
 
 
-def plan_attention(row: Row, *, windows: Iterable[int | None] = (None,)) -> AttentionPlan:
-    """The blocks of a row, for each kind of layer the model has."""
+def padded_length(tokens: int) -> int:
+    """Rows are padded to few different lengths, at most a sixteenth longer: multiples of 1/16 to 1/32 of their size."""
+    step = max(_WIDTH_STEP, 1 << max(0, tokens.bit_length() - 5))
+    return -(-tokens // step) * step
+
+
+def plan_attention(row: Row, *, windows: Iterable[int | None] = (None,), width: int | None = None) -> AttentionPlan:
+    """The blocks of a row, for each kind of layer the model has; `width` is the row's length with padding."""
     position = row.positions()
     deepest = max(position, default=0) + 1
     parts = segments(row, longest=LONGEST_SEGMENT)
@@ -97,7 +109,9 @@ def plan_attention(row: Row, *, windows: Iterable[int | None] = (None,)) -> Atte
     blocks = {
         window: whole if window is None or window >= deepest else tuple(_blocks(parts, window)) for window in windows
     }
-    return AttentionPlan(blocks, torch.tensor(row.until), torch.tensor(position))
+    padding = (width or len(row)) - len(row)
+    until = (*row.until, *[len(row) + padding] * padding)  # padding sees padding: a query must see something
+    return AttentionPlan(blocks, torch.tensor(until), torch.tensor((*position, *[0] * padding)), len(row))
 
 
 def _blocks(parts: Sequence[Segment], window: int | None) -> Iterable[Block]:
@@ -140,7 +154,7 @@ def _bucketed(group: list[Segment], above: int) -> Iterable[list[Segment]]:
     group = sorted(group, key=len)
     best, cut = [0.0], [0]
     for end in range(1, len(group) + 1):
-        width = len(group[end - 1])
+        width = _width(group[end - 1])
         costs = [
             best[start] + _BLOCK_PAIRS + (end - start) * width * (above + width + _QUERY_PAIRS) for start in range(end)
         ]
@@ -152,9 +166,13 @@ def _bucketed(group: list[Segment], above: int) -> Iterable[list[Segment]]:
         end = cut[end]
 
 
+def _width(part: Segment) -> int:
+    return -(-len(part) // _WIDTH_STEP) * _WIDTH_STEP
+
+
 def _block(group: Sequence[Segment], path: Where | None, above: int, window: int | None) -> Block:
     group = sorted(group, key=lambda part: part.start)
-    width = max(len(part) for part in group)
+    width = max(map(_width, group))
     slots = [min(part.start + i, part.end - 1) for part in group for i in range(width)]
     filled = [g * width + i for g, part in enumerate(group) for i in range(len(part))]
     tokens = [slots[slot] for slot in filled]

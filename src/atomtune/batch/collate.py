@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict
 
 import torch
 
-from atomtune.batch.attention import AttentionPlan, plan_attention
+from atomtune.batch.attention import AttentionPlan, padded_length, plan_attention
 from atomtune.batch.pack import pack
 from atomtune.batch.row import Row, padded_tokens, single
 from atomtune.batch.tree import graft
@@ -72,11 +72,12 @@ def collate_chains(rows: Sequence[Row], *, pad_id: int, examples: int, tokens_pa
     )
 
 
-def collate_row(row: Row, *, windows: Sequence[int | None], examples: int, tokens_padded: int) -> Batch:
+def collate_row(row: Row, *, pad_id: int, windows: Sequence[int | None], examples: int, tokens_padded: int) -> Batch:
     """One row that holds all examples, and who sees whom in it."""
-    plan = plan_attention(row, windows=windows)
+    width = padded_length(len(row))
+    plan = plan_attention(row, windows=windows, width=width)
     return Batch(
-        input_ids=torch.tensor([row.ids]),
+        input_ids=torch.tensor([[*row.ids, *[pad_id] * (width - len(row))]]),
         position_ids=plan.position[None],
         attention_mask=None,
         plan=plan,
@@ -122,4 +123,4 @@ class Collator:
         if self.layout == "padded":
             return collate_chains([single(example) for example in examples], pad_id=self.pad_id, **counts)
         row = graft(examples) if self.layout == "tree" else pack(examples)
-        return collate_row(row, windows=self.windows, **counts)
+        return collate_row(row, pad_id=self.pad_id, windows=self.windows, **counts)

@@ -54,7 +54,7 @@ def attend(
             query, key, value, attn_mask=seen, dropout_p=dropout, scale=scaling
         )
         return out.transpose(1, 2).contiguous(), None
-    out = _BlockAttention.apply(query[0], key[0], value[0], plan.blocks[sliding_window], scaling)
+    out = _BlockAttention.apply(query[0], key[0], value[0], plan.blocks[sliding_window], plan.real, scaling)
     return out[None], None
 
 
@@ -78,15 +78,22 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917  # autograd passes them by place
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: tuple[Block, ...], scaling: float
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        blocks: tuple[Block, ...],
+        real: int,
+        scaling: float,
     ) -> torch.Tensor:
         out = torch.empty(q.shape[1], q.shape[0], q.shape[2], dtype=q.dtype, device=q.device)  # [T, H, D]
+        out[real:] = 0  # padding: no block writes it, and what lies in fresh memory may be NaN
         for block in blocks:
             view = _View(block, q, k, v)
             weights = view.weights(scaling)
             _put(out.transpose(0, 1), block, view.mix(weights))
         ctx.save_for_backward(q, k, v)
-        ctx.blocks, ctx.scaling = blocks, scaling
+        ctx.blocks, ctx.real, ctx.scaling = blocks, real, scaling
         return out
 
     @staticmethod
@@ -96,6 +103,7 @@ class _BlockAttention(torch.autograd.Function):
         grad = grad.transpose(0, 1)  # [H, T, D]
         # Every token stands once among the queries; a path's tokens gather gradients from every block below.
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad_q[:, ctx.real :] = 0
         for block in ctx.blocks:
             view = _View(block, q, k, v)
             weights = view.weights(ctx.scaling)
@@ -109,7 +117,7 @@ class _BlockAttention(torch.autograd.Function):
             if block.path is not None:
                 _add_path(grad_k, block, view.above(scores).mT @ view.q)
                 _add_path(grad_v, block, view.above(weights).mT @ grad_out)
-        return grad_q.mul_(ctx.scaling), grad_k.mul_(ctx.scaling), grad_v, None, None
+        return grad_q.mul_(ctx.scaling), grad_k.mul_(ctx.scaling), grad_v, None, None, None
 
 
 class _View:

@@ -91,13 +91,13 @@ def _difference(model: nn.Module) -> str | None:
 def _logits(model: nn.Module, row: Row, positions: tuple[int, ...] | None) -> torch.Tensor:
     """[T, V] of one row, in evaluation mode."""
     device = innermost(model).get_input_embeddings().weight.device
-    batch: Any = collate_row(row, windows=windows_of(model), examples=1, tokens_padded=len(row))
+    batch: Any = collate_row(row, pad_id=0, windows=windows_of(model), examples=1, tokens_padded=len(row))
     batch = {**batch, "input_ids": batch["input_ids"].to(device), "position_ids": batch["position_ids"].to(device)}
     if positions is not None:
-        batch["position_ids"] = torch.tensor([positions], device=device)
+        batch["position_ids"][0, : len(row)] = torch.tensor(positions, device=device)
     trained = model.training
     model.eval()
     try:
-        return model(**model_inputs(model, batch), use_cache=False).logits[0].float().cpu()
+        return model(**model_inputs(model, batch), use_cache=False).logits[0, : len(row)].float().cpu()
     finally:
         model.train(trained)

@@ -33,9 +33,9 @@ def families_of(model: nn.Module, **example_inputs: Any) -> list[list[LoraLinear
 
     def see(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         if read and inputs[0] is read[-1][0]:
-            read[-1][1].append(layer)  # type: ignore[arg-type]
+            read[-1][1].append(layer)
         else:
-            read.append((inputs[0], [layer]))  # type: ignore[list-item]
+            read.append((inputs[0], [layer]))
 
     layers = [module for module in model.modules() if type(module) is LoraLinear and _is_plain(module)]
     hooks = [layer.register_forward_pre_hook(see) for layer in layers]

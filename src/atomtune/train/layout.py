@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from atomtune.batch.attention import padded_length
 from atomtune.batch.collate import Collator, Layout
 from atomtune.batch.row import padded_tokens
 from atomtune.batch.tree import graft
@@ -87,4 +88,8 @@ def _draw(data: Data, *, per_batch: int, seed: int) -> list[list[Example]]:
 
 def _tokens(examples: Sequence[Example]) -> tuple[int, int, int]:
     """What the padded, packed and tree layouts compute for one batch."""
-    return padded_tokens(examples), sum(len(example.ids) for example in examples), len(graft(examples))
+    return (
+        padded_tokens(examples),
+        padded_length(sum(len(example.ids) for example in examples)),
+        padded_length(len(graft(examples))),
+    )
