@@ -1,0 +1,149 @@
+"""`make bench`: every contender on every workload, in turn, each in a process of its own; table and figure.
+
+The contenders take turns round by round, so that a machine that is slower for a while is slower for all of them; what
+is compared is the median of the rounds' ratios.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks import workloads
+from benchmarks.contender import CONTENDERS
+
+HERE = Path(__file__).parent
+PERSONA = HERE.parent / "src" / "atomtune" / "demo" / "persona.jsonl"
+PEERS = [name for name in CONTENDERS if name.startswith("trl")]
+
+
+def run(name: str, base: Path, data: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.contender", name, "--base", str(base), "--data", str(data)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} on {data.stem} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(source: Path, counts: dict[str, int], names: list[str], *, rounds: int, toy: bool) -> list[dict[str, Any]]:
+    """One dictionary of figures for each run."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        every = workloads.read(source, 10**9)
+        base = workloads.build_base(Path(folder) / "base", every, toy=toy)
+        for workload, count in counts.items():
+            data = workloads.write(workload, every[:count], Path(folder) / f"{workload}.jsonl")
+            for turn in range(rounds):
+                for name in names:
+                    figures = run(name, base, data) | {"round": turn}
+                    print(
+                        f"{workload:6} round {turn}  {name:16} {figures['examples_per_second']:8.2f} examples/s  "
+                        f"{figures['peak_memory_mb']:6.0f} MB  loss {figures['loss']:.3f}  "
+                        f"{figures['share_of_floor']:.2f} of the floor",
+                        flush=True,
+                    )
+                    found.append(figures)
+    return found
+
+
+def medians(found: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
+    """By workload and contender, the median of each figure."""
+    keys = ("examples_per_second", "peak_memory_mb", "computed_tokens", "loss", "share_of_floor")
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for one in found:
+        groups.setdefault((one["workload"], one["name"]), []).append(one)
+    return {key: {k: statistics.median(one[k] for one in group) for k in keys} for key, group in groups.items()}
+
+
+def against_fastest_peer(found: list[dict[str, Any]], workload: str) -> tuple[str, float, float]:
+    """The fastest TRL setting, atomtune's speed over it (median of the rounds), and its memory over TRL packed."""
+    middle = medians(found)
+    peers = [name for name in PEERS if (workload, name) in middle]
+    fastest = max(peers, key=lambda name: middle[workload, name]["examples_per_second"])
+    by_round = {(one["name"], one["round"]): one for one in found if one["workload"] == workload}
+    rounds = sorted({number for _, number in by_round})
+    speed = [
+        by_round["atomtune-bf16", r]["examples_per_second"] / by_round[fastest, r]["examples_per_second"]
+        for r in rounds
+    ]
+    packed = "trl-packed-bf16" if "trl-packed-bf16" in peers else fastest
+    memory = [by_round["atomtune-bf16", r]["peak_memory_mb"] / by_round[packed, r]["peak_memory_mb"] for r in rounds]
+    return fastest, statistics.median(speed), statistics.median(memory)
+
+
+def report(found: list[dict[str, Any]]) -> str:
+    """Markdown: one table of ratios, one of all medians."""
+    names = dict.fromkeys(one["workload"] for one in found)
+    lines = ["| workload | fastest TRL setting | atomtune bf16: examples/s over it | peak memory over TRL packed |"]
+    lines.append("|---|---|---|---|")
+    for workload in names:
+        fastest, speed, memory = against_fastest_peer(found, workload)
+        lines.append(f"| {workload} | {fastest} | **{speed:.1f}×** | {memory:.2f} |")
+    lines += ["", "| workload | contender | examples/s | peak MB | computed tokens | mean loss | share of the floor |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for (workload, name), one in medians(found).items():
+        lines.append(
+            f"| {workload} | {name} | {one['examples_per_second']:.2f} | {one['peak_memory_mb']:.0f} | "
+            f"{one['computed_tokens']:,.0f} | {one['loss']:.3f} | {one['share_of_floor']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(found: list[dict[str, Any]], path: Path) -> None:
+    """Bars of examples a second, a group for each workload."""
+    import matplotlib.pyplot as plt
+
+    middle = medians(found)
+    names = list(dict.fromkeys(one["workload"] for one in found))
+    shown = [name for name in CONTENDERS if any((w, name) in middle for w in names)]
+    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3.4), squeeze=False)
+    for axis, workload in zip(axes[0], names, strict=True):
+        values = [middle.get((workload, name), {}).get("examples_per_second", 0.0) for name in shown]
+        bars = axis.barh(shown, values, color=["#b8442a" if "atomtune" in name else "#9aa3ab" for name in shown])
+        axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+        axis.set_title(workload)
+        axis.set_xlabel("examples/s")
+        axis.invert_yaxis()
+        axis.set_xlim(0, max(values) * 1.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis is not axes[0][0]:
+            axis.set_yticklabels([])
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def machine() -> str:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "trl"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"Commit {commit.stdout.strip()}; {cores} CPU cores ({platform.machine()}); {libraries}."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, default=PERSONA, help="dialogues, JSONL; default: the demo's persona")
+    parser.add_argument("--records", type=int, default=512, help="first N records for short; a quarter for the others")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workloads", nargs="+", choices=workloads.NAMES, default=list(workloads.NAMES))
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="results.json, table.md and bench.png")
+    parser.add_argument("--toy", action="store_true", help="a tiny model, to see that everything runs")
+    asked = parser.parse_args()
+    counts = {name: asked.records if name == "short" else asked.records // 4 for name in asked.workloads}
+    found = measure(asked.source, counts, asked.contenders, rounds=asked.rounds, toy=asked.toy)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    (asked.out / "results.json").write_text(json.dumps({"machine": machine(), "runs": found}, indent=1) + "\n")
+    (asked.out / "table.md").write_text(f"{report(found)}\n\n{machine()}\n", encoding="utf-8")
+    draw(found, asked.out / "bench.png")
+    print(f"\n{report(found)}\n\n{machine()}\n\nThe results lie in {asked.out}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""One contender, one workload, one process: trains one pass and prints its figures as a line of JSON.
+
+Every contender gets the same base, the same token ids (atomtune's own encoding) and the same learned positions, LoRA of
+rank 8 on all linear layers, dropout 0, one pass in batches of 16 records. `share_of_floor` is the time that 4 x
+non-embedding weights x computed tokens would take at the matmul rate measured in this process, over the time taken.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BATCH, MAX_TOKENS, RATE, RANK, ALPHA = 16, 512, 1e-4, 8, 32
+
+CONTENDERS = {
+    "tutorial": "the tutorial's loop: padded, float32, gradient checkpointing",
+    "trl-padded-fp32": "TRL SFTTrainer, padded, float32",
+    "trl-packed-fp32": "TRL SFTTrainer, packed, float32",
+    "trl-padded-bf16": "TRL SFTTrainer, padded, bfloat16",
+    "trl-packed-bf16": "TRL SFTTrainer, packed, bfloat16",
+    "atomtune-fp32": "atomtune, --layout auto, float32",
+    "atomtune-bf16": "atomtune, --layout auto, bfloat16",
+}
+
+
+def matmul_rate(dtype: torch.dtype, size: int = 2048) -> float:
+    """Best of a few products of size x size, in operations a second."""
+    a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        began = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def non_embedding_weights(base: Path) -> int:
+    """Weights of the layers alone, without embedding and output matrix."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    return sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
+
+
+class Clock:
+    """A Trainer callback: seconds of the training loop alone, and the tokens it was given."""
+
+    def __new__(cls) -> Any:
+        from transformers import TrainerCallback
+
+        class _Clock(TrainerCallback):
+            seconds = 0.0
+
+            def on_train_begin(self, *_: Any, **__: Any) -> None:
+                self.began = time.perf_counter()
+
+            def on_train_end(self, *_: Any, **__: Any) -> None:
+                self.seconds = time.perf_counter() - self.began
+
+        return _Clock()
+
+
+def encoded(base: Path, data: Path) -> list[dict[str, list[int]]]:
+    """Every record as ids and learned positions."""
+    from atomtune.data.store import examples_of
+    from atomtune.data.template import load_template
+    from atomtune.model.load import load_tokenizer
+
+    template = load_template("atom", load_tokenizer(str(base)))
+    stored, *_ = examples_of(data, template, max_tokens=MAX_TOKENS, cache_dir=data.parent / "store")
+    return [{"input_ids": row["ids"], "completion_mask": row["learn"]} for row in stored]
+
+
+def plain_model(base: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+
+
+def lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def common(out: str) -> dict[str, Any]:
+    return {
+        "output_dir": out,
+        "num_train_epochs": 1,
+        "learning_rate": RATE,
+        "logging_steps": 10_000,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+
+
+def tutorial(base: Path, data: Path, out: str) -> dict[str, Any]:
+    """The tutorial's Trainer as it stands: its collator, checkpointing on, labels through the model's own loss."""
+    from peft import get_peft_model
+    from transformers import Trainer, TrainingArguments
+
+    model = plain_model(base, torch.float32)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    model.config.use_cache = False
+    model = get_peft_model(model, lora())
+    computed = 0
+
+    def collate(features: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        nonlocal computed
+        longest = max(len(one["input_ids"]) for one in features)
+        computed += longest * len(features)
+        ids = [one["input_ids"] + [0] * (longest - len(one["input_ids"])) for one in features]
+        labels = [
+            [i if learned else -100 for i, learned in zip(one["input_ids"], one["completion_mask"], strict=True)]
+            + [-100] * (longest - len(one["input_ids"]))
+            for one in features
+        ]
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+
+    class Plain(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+            return model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
+
+    clock = Clock()
+    trainer = Plain(
+        model=model,
+        train_dataset=encoded(base, data),
+        args=TrainingArguments(**common(out), per_device_train_batch_size=BATCH, remove_unused_columns=False),
+        data_collator=collate,
+        callbacks=[clock],
+    )
+    result = trainer.train()
+    return {"seconds": clock.seconds, "computed_tokens": computed, "loss": result.training_loss}
+
+
+def trl(base: Path, data: Path, out: str, *, packing: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """TRL's SFTTrainer. Packed, a step takes as many rows as hold about 16 records: that was its fastest setting, and
+    the one whose updates are nearest to the others'."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    rows = encoded(base, data)
+    per_row = max(1, MAX_TOKENS * len(rows) // sum(len(row["input_ids"]) for row in rows))
+    clock = Clock()
+    trainer = SFTTrainer(
+        model=plain_model(base, dtype),
+        args=SFTConfig(
+            **common(out),
+            per_device_train_batch_size=max(1, BATCH // per_row) if packing else BATCH,
+            max_length=MAX_TOKENS,
+            packing=packing,
+            completion_only_loss=True,
+            gradient_checkpointing=False,
+            bf16=dtype == torch.bfloat16,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(base),
+        peft_config=lora(),
+        callbacks=[clock],
+    )
+    computed = 0
+    collate = trainer.data_collator
+
+    def counted(features: Any) -> Any:
+        nonlocal computed
+        batch = collate(features)
+        computed += batch["input_ids"].numel()
+        return batch
+
+    trainer.data_collator = counted
+    result = trainer.train()
+    return {"seconds": clock.seconds, "computed_tokens": computed, "loss": result.training_loss}
+
+
+def atomtune(base: Path, data: Path, out: str, *, dtype: str) -> dict[str, Any]:
+    """The command a user types."""
+    from atomtune.cli import main
+
+    code = main(
+        [
+            *("train", "--model_path", str(base), "--dataset_path", str(data), "--output_dir", f"{out}/run"),
+            *("--template", "atom", "--max_seq_length", str(MAX_TOKENS), "--num_train_epochs", "1"),
+            *("--per_device_train_batch_size", str(BATCH), "--learning_rate", str(RATE), "--dtype", dtype),
+            *("--lora_rank", str(RANK), "--lora_alpha", str(ALPHA), "--lora_dropout", "0"),
+            *("--gradient_checkpointing", "false", "--logging_steps", "10000", "--save_strategy", "no"),
+        ]
+    )
+    assert code == 0, f"atomtune ended with exit code {code}"
+    run = json.loads((Path(out) / "run" / "run.json").read_text())
+    return {
+        "seconds": run["seconds"],
+        "computed_tokens": run["tokens_computed"],
+        "loss": run["train_loss"],
+        "layout": run["layout"],
+    }
+
+
+def train(name: str, base: Path, data: Path, out: str) -> dict[str, Any]:
+    dtype = torch.bfloat16 if name.endswith("bf16") else torch.float32
+    if name == "tutorial":
+        return tutorial(base, data, out)
+    if name.startswith("trl"):
+        return trl(base, data, out, packing="packed" in name, dtype=dtype)
+    return atomtune(base, data, out, dtype=str(dtype).removeprefix("torch."))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=CONTENDERS)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    asked = parser.parse_args()
+    rate = matmul_rate(torch.bfloat16 if asked.name.endswith("bf16") else torch.float32)
+    with tempfile.TemporaryDirectory() as out:
+        figures = train(asked.name, asked.base, asked.data, out)
+    count = sum(1 for _ in asked.data.open(encoding="utf-8"))
+    floor = 4 * non_embedding_weights(asked.base) * figures["computed_tokens"] / rate
+    figures |= {
+        "name": asked.name,
+        "workload": asked.data.stem,
+        "records": count,
+        "examples_per_second": count / figures["seconds"],
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "matmul_gflops": rate / 1e9,
+        "share_of_floor": floor / figures["seconds"],
+    }
+    print(json.dumps(figures), file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
