@@ -87,7 +87,6 @@ def _difference(model: nn.Module) -> str | None:
     return None
 
 
-@torch.no_grad()
 def _logits(model: nn.Module, row: Row, positions: tuple[int, ...] | None) -> torch.Tensor:
     """[T, V] of one row, in evaluation mode."""
     device = innermost(model).get_input_embeddings().weight.device
@@ -95,9 +94,12 @@ def _logits(model: nn.Module, row: Row, positions: tuple[int, ...] | None) -> to
     batch = {**batch, "input_ids": batch["input_ids"].to(device), "position_ids": batch["position_ids"].to(device)}
     if positions is not None:
         batch["position_ids"][0, : len(row)] = torch.tensor(positions, device=device)
+    # bitsandbytes repacks its 4-bit layers for serving when they are called without gradients.
+    hook = innermost(model).get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
     trained = model.training
     model.eval()
     try:
-        return model(**model_inputs(model, batch), use_cache=False).logits[0, : len(row)].float().cpu()
+        return model(**model_inputs(model, batch), use_cache=False).logits[0, : len(row)].detach().float().cpu()
     finally:
+        hook.remove()
         model.train(trained)

@@ -38,6 +38,8 @@ def families_of(model: nn.Module, **example_inputs: Any) -> list[list[LoraLinear
             read.append((inputs[0], [layer]))
 
     layers = [module for module in model.modules() if type(module) is LoraLinear and _is_plain(module)]
+    if not layers:
+        return []
     hooks = [layer.register_forward_pre_hook(see) for layer in layers]
     trained = model.training
     model.eval()
@@ -81,7 +83,9 @@ class Family:
             if not self.ready:
                 self.read = None
             return out
-        if args or kwargs or not all(_as_expected(member, x) for member in self.members):
+        # The model that is measured is, bit for bit, the model that any program with PEFT loads.
+        served = not (layer.training or torch.is_grad_enabled())
+        if served or args or kwargs or not all(_as_expected(member, x) for member in self.members):
             return LoraLinear.forward(layer, x, *args, **kwargs)
         outputs = self.compute(x)
         self.ready = {id(m): out for m, out in zip(self.members, outputs, strict=True) if m is not layer}
