@@ -7,24 +7,24 @@ Letters: T tokens of the row, G segments of a block, n the longest of them, A to
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
-from typing import Any, Self
+from typing import Any
 
 import torch
 
 from atomtune.batch.row import Row, Segment, segments
 
-#: Longer stretches are cut into chains of this many tokens, which bounds the memory of one block's scores.
-LONGEST_SEGMENT = 256
-#: A block costs about as much time as this many scores (query-key pairs) of one head; measured on two cores, 512 wide.
-_BLOCK_PAIRS = 40_000
+#: Longer stretches are cut into chains of about equal length, which bounds the memory of one block's scores.
+LONGEST_SEGMENT = 384
+#: A block costs about as much time as this many scores (query-key pairs) of all heads; measured on two cores, 512 wide.
+_BLOCK_PAIRS = 20_000
 #: What a padded query costs besides its scores: the gathers and products of its head dimension.
 _QUERY_PAIRS = 100
-
-#: Widths are rounded up to a multiple of this. A CPU's matrix library compiles a kernel for every new shape, which took
-#: a third of the time of a run whose every batch had a shape of its own (docs/log.md).
+#: Widths are multiples of the first, keys of the second. A CPU's matrix library compiles a kernel for every new shape,
+#: and its softmax in bfloat16 is six times slower where the keys are no multiple of 32 (docs/log.md).
 _WIDTH_STEP = 16
+_KEYS_STEP = 32
 
 #: A stretch of tokens, or their indices where they do not stand together.
 Where = slice | torch.Tensor
@@ -32,32 +32,72 @@ Where = slice | torch.Tensor
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """G segments under each other, padded on the right to n tokens.
+    """G segments under each other, padded on the right to n tokens each.
 
-    slots   [G * n]  the token in each slot; padding repeats a token and is never read back
-    filled  [N]      the slots that hold a token, or None where all do
-    holds   [G * n, 1]  1.0 for those and 0.0 for padding, or None
-    tokens  the N tokens in the order of the filled slots
-    path    the A tokens above the segments, or None
+    first   its first slot; the block holds the slots first .. first + G * n
+    path    how many tokens of its family's path are multiplied, so that all keys together are a multiple of 32
     mask    [n, n] or, where a window cuts the path, [n, A + n]: 0 where a query sees a key, -inf elsewhere
     """
 
     count: int
     width: int
-    slots: torch.Tensor
-    filled: torch.Tensor | None
-    holds: torch.Tensor | None
-    tokens: Where
-    path: Where | None
+    first: int
+    path: int
     mask: torch.Tensor
 
-    def to(self, device: torch.device) -> Self:
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name in ("slots", "filled", "holds", "tokens", "path", "mask")
-            if isinstance(value := getattr(self, name), torch.Tensor)
-        }
-        return replace(self, **moved)
+
+@dataclass(frozen=True, slots=True)
+class Siblings:
+    """The blocks whose segments hang on the same token.
+
+    above   A, how many tokens of their path the segments may see
+    path    those tokens, and behind them others that nobody here sees; None where there are none above
+    """
+
+    above: int
+    path: Where | None
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """All blocks of a row, and where its tokens lie in them.
+
+    slots    [S]  the token in each slot; padding repeats a token
+    slot_of  [T]  the slot of each token of the row
+    holds    [S]  whether a slot holds a token and not padding
+    """
+
+    each: tuple[Siblings, ...]
+    slots: torch.Tensor
+    slot_of: torch.Tensor
+    holds: torch.Tensor
+
+    def by_head(self, heads: int) -> "Places":
+        """Where each head's slots lie when block stands behind block, each [H, G * n, D]."""
+        head = torch.arange(heads, device=self.slots.device)
+        gather, place, holds = [], [], []
+        for block in (block for siblings in self.each for block in siblings.blocks):
+            size = block.count * block.width
+            span = slice(block.first, block.first + size)
+            gather.append((self.slots[span] * heads + head[:, None]).flatten())
+            place.append(heads * block.first + head * size + torch.arange(size, device=head.device)[:, None])
+            holds.append(self.holds[span].repeat(heads))
+        return Places(torch.cat(gather), torch.cat(place)[self.slot_of].flatten(), torch.cat(holds)[:, None])
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Blocks.by_head: every (slot, head) and (token, head) as one row of D numbers.
+
+    gather  [H * S]  the row of [T * H, D] that each holds
+    back    [T * H]  the row of [H * S, D] that holds each, for the tokens of the row
+    holds   [H * S, 1]  False for padding
+    """
+
+    gather: torch.Tensor
+    back: torch.Tensor
+    holds: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -68,23 +108,41 @@ class AttentionPlan:
     real  how many of the T tokens are the row's; the rest is padding, which no block holds
     """
 
-    blocks: dict[int | None, tuple[Block, ...]]
+    blocks: dict[int | None, Blocks]
     until: torch.Tensor
     position: torch.Tensor
     real: int
     _dense: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    _places: dict[tuple[int | None, int], Places] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "AttentionPlan":
         if self.until.device == device:
             return self
-        blocks = {window: tuple(block.to(device) for block in each) for window, each in self.blocks.items()}
+        blocks = {window: _moved(each, device) for window, each in self.blocks.items()}
         return AttentionPlan(blocks, self.until.to(device), self.position.to(device), self.real)
+
+    def places(self, window: int | None, heads: int) -> Places:
+        """Where each head's slots lie; made once for all layers."""
+        if (window, heads) not in self._places:
+            self._places[window, heads] = self.blocks[window].by_head(heads)
+        return self._places[window, heads]
 
     def visible(self, window: int | None) -> torch.Tensor:
         """[1, 1, T, T] whether query (row) sees key (column); made once for all layers."""
         if window not in self._dense:
             self._dense[window] = visible(self.until, self.position, window=window)[None, None]
         return self._dense[window]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """The same, its tensors on the device, in tuples and parts as well."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, tuple):
+        return tuple(_moved(one, device) for one in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{one.name: _moved(getattr(value, one.name), device) for one in fields(value)})
+    return value
 
 
 def visible(until: torch.Tensor, position: torch.Tensor, *, window: int | None = None) -> torch.Tensor:
@@ -104,26 +162,42 @@ def plan_attention(row: Row, *, windows: Iterable[int | None] = (None,), width: 
     """The blocks of a row, for each kind of layer the model has; `width` is the row's length with padding."""
     position = row.positions()
     deepest = max(position, default=0) + 1
+    tokens = width or len(row)
     parts = segments(row, longest=LONGEST_SEGMENT)
-    whole = tuple(_blocks(parts, None))
+    whole = _blocks(parts, None, tokens)
     blocks = {
-        window: whole if window is None or window >= deepest else tuple(_blocks(parts, window)) for window in windows
+        window: whole if window is None or window >= deepest else _blocks(parts, window, tokens) for window in windows
     }
-    padding = (width or len(row)) - len(row)
-    until = (*row.until, *[len(row) + padding] * padding)  # padding sees padding: a query must see something
+    padding = tokens - len(row)
+    until = (*row.until, *[tokens] * padding)  # padding sees padding: a query must see something
     return AttentionPlan(blocks, torch.tensor(until), torch.tensor((*position, *[0] * padding)), len(row))
 
 
-def _blocks(parts: Sequence[Segment], window: int | None) -> Iterable[Block]:
-    siblings: dict[int, list[int]] = {}
-    for number, part in enumerate(parts):
-        siblings.setdefault(part.parent, []).append(number)
-    for parent, numbers in siblings.items():
+def _blocks(parts: Sequence[Segment], window: int | None, tokens: int) -> Blocks:
+    hanging: dict[int, list[Segment]] = {}
+    for part in parts:
+        hanging.setdefault(part.parent, []).append(part)
+    each: list[Siblings] = []
+    slots: list[int] = []
+    filled: list[int] = []
+    for parent, siblings in hanging.items():
         path = _path(parts, parent)
-        above = sum(end - start for start, end in path)
-        kept = above if window is None else min(above, window - 1)  # no query of these segments sees further up
-        for group in _bucketed([parts[number] for number in numbers], kept):
-            yield _block(group, _last(path, kept), kept, window)
+        length = sum(end - start for start, end in path)
+        above = length if window is None else min(length, window - 1)  # no query of these segments sees further up
+        blocks = []
+        for group in _bucketed(siblings, above):
+            group = sorted(group, key=lambda part: part.start)
+            n, first = max(map(_width, group)), len(slots)
+            mask = _mask(n, 0 if window is None or window >= above + n else above, window)
+            blocks.append(Block(len(group), n, first, above + -(above + n) % _KEYS_STEP if above else 0, mask))
+            slots += [min(part.start + i, part.end - 1) for part in group for i in range(n)]
+            filled += [first + g * n + i for g, part in enumerate(group) for i in range(len(part))]
+        filling = max(block.path for block in blocks) - above
+        each.append(Siblings(above, _last(path, above, filling, tokens), tuple(blocks)))
+    tokens_in, where = torch.tensor(slots), torch.tensor(filled)
+    slot_of = torch.empty_like(where).index_copy_(0, tokens_in[where], where)
+    holds = torch.zeros(len(slots), dtype=torch.bool).index_fill_(0, where, value=True)
+    return Blocks(tuple(each), tokens_in, slot_of, holds)
 
 
 def _path(parts: Sequence[Segment], number: int) -> list[tuple[int, int]]:
@@ -136,8 +210,8 @@ def _path(parts: Sequence[Segment], number: int) -> list[tuple[int, int]]:
     return path
 
 
-def _last(path: Sequence[tuple[int, int]], count: int) -> Where | None:
-    """The last `count` tokens of a path."""
+def _last(path: Sequence[tuple[int, int]], count: int, filling: int, tokens: int) -> Where | None:
+    """The last `count` tokens of a path and `filling` more of a row of `tokens`, whichever are at hand."""
     kept: list[tuple[int, int]] = []
     for start, end in reversed(path):
         if count > 0:
@@ -145,7 +219,9 @@ def _last(path: Sequence[tuple[int, int]], count: int) -> Where | None:
             count -= end - start
     if not kept:
         return None
-    return slice(*kept[0]) if len(kept) == 1 else torch.cat([torch.arange(*stretch) for stretch in kept])
+    if len(kept) == 1 and kept[0][1] + filling <= tokens:
+        return slice(kept[0][0], kept[0][1] + filling)
+    return torch.cat([*(torch.arange(*stretch) for stretch in kept), torch.zeros(filling, dtype=torch.long)])
 
 
 def _bucketed(group: list[Segment], above: int) -> Iterable[list[Segment]]:
@@ -168,26 +244,6 @@ def _bucketed(group: list[Segment], above: int) -> Iterable[list[Segment]]:
 
 def _width(part: Segment) -> int:
     return -(-len(part) // _WIDTH_STEP) * _WIDTH_STEP
-
-
-def _block(group: Sequence[Segment], path: Where | None, above: int, window: int | None) -> Block:
-    group = sorted(group, key=lambda part: part.start)
-    width = max(map(_width, group))
-    slots = [min(part.start + i, part.end - 1) for part in group for i in range(width)]
-    filled = [g * width + i for g, part in enumerate(group) for i in range(len(part))]
-    tokens = [slots[slot] for slot in filled]
-    padded = len(filled) < len(slots)
-    together = tokens[-1] - tokens[0] == len(tokens) - 1
-    return Block(
-        count=len(group),
-        width=width,
-        slots=torch.tensor(slots),
-        filled=torch.tensor(filled) if padded else None,
-        holds=torch.zeros(len(slots), 1).index_fill_(0, torch.tensor(filled), 1.0) if padded else None,
-        tokens=slice(tokens[0], tokens[-1] + 1) if together else torch.tensor(tokens),
-        path=path,
-        mask=_mask(width, 0 if window is None or window >= above + width else above, window),
-    )
 
 
 @cache

@@ -76,7 +76,7 @@ class Segment:
 
 
 def segments(row: Row, *, longest: int | None = None) -> list[Segment]:
-    """The row cut where it branches, in order; stretches over `longest` tokens are cut into chains."""
+    """The row cut where it branches, in order; stretches over `longest` tokens into chains of about equal parts."""
     children = [0] * len(row)
     for parent in row.parent:
         if parent >= 0:
@@ -85,13 +85,16 @@ def segments(row: Row, *, longest: int | None = None) -> list[Segment]:
     owner = [0] * len(row)  # the segment each token lies in
     start = 0
     for i in range(1, len(row) + 1):
-        goes_on = i < len(row) and row.parent[i] == i - 1 and children[i - 1] == 1
-        if goes_on and (longest is None or i - start < longest):
+        if i < len(row) and row.parent[i] == i - 1 and children[i - 1] == 1:
             continue
         above = row.parent[start]
-        owner[start:i] = [len(cut)] * (i - start)
-        cut.append(Segment(start, i, owner[above] if above >= 0 else -1))
-        start = i
+        parent = owner[above] if above >= 0 else -1
+        pieces = -(-(i - start) // (longest or len(row)))
+        for piece in range(pieces):
+            end = start + -(-(i - start) // (pieces - piece))
+            owner[start:end] = [len(cut)] * (end - start)
+            cut.append(Segment(start, end, parent))
+            start, parent = end, len(cut) - 1
     return cut
 
 

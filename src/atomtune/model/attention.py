@@ -5,6 +5,7 @@ Source of the formulas: scaled dot-product attention (Vaswani et al. 2017) and i
 Letters: H heads, T tokens of the row, D head dimension; G segments of a block, n the longest, A tokens of their path.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from atomtune.batch.attention import AttentionPlan, Block
+from atomtune.batch.attention import AttentionPlan, Block, Places, Siblings, Where
 
 #: The name under which models find this function, and the keyword that carries the plan to it.
 ROWS = "atomtune_rows"
@@ -54,8 +55,9 @@ def attend(
             query, key, value, attn_mask=seen, dropout_p=dropout, scale=scaling
         )
         return out.transpose(1, 2).contiguous(), None
-    out = _BlockAttention.apply(query[0], key[0], value[0], plan.blocks[sliding_window], plan.real, scaling)
-    return out[None], None
+    blocks, places = plan.blocks[sliding_window].each, plan.places(sliding_window, heads)
+    out = _BlockAttention.apply(query[0], key[0], value[0], blocks, places, scaling)
+    return out.transpose(0, 1)[None], None
 
 
 def by_dense_mask(query: torch.Tensor, dropout: float) -> bool:
@@ -74,7 +76,10 @@ def register() -> None:
 
 
 class _BlockAttention(torch.autograd.Function):
-    """[H, T, D] x 3 → [T, H, D], block by block; the backward computes the weights again instead of keeping them."""
+    """[H, T, D] x 3 → [H, T, D], block by block; the backward computes the weights again instead of keeping them.
+
+    In between block stands behind block, each [H, G * n, D]: together [H * S, D] for S slots.
+    """
 
     @staticmethod
     def forward(  # noqa: PLR0917  # autograd passes them by place
@@ -82,137 +87,130 @@ class _BlockAttention(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        blocks: tuple[Block, ...],
-        real: int,
+        blocks: tuple[Siblings, ...],
+        places: Places,
         scaling: float,
     ) -> torch.Tensor:
-        out = torch.empty(q.shape[1], q.shape[0], q.shape[2], dtype=q.dtype, device=q.device)  # [T, H, D]
-        out[real:] = 0  # padding: no block writes it, and what lies in fresh memory may be NaN
-        for block in blocks:
-            view = _View(block, q, k, v)
-            weights = view.weights(scaling)
-            _put(out.transpose(0, 1), block, view.mix(weights))
         ctx.save_for_backward(q, k, v)
-        ctx.blocks, ctx.real, ctx.scaling = blocks, real, scaling
-        return out
+        ctx.blocks, ctx.places, ctx.scaling = blocks, places, scaling
+        slot_q, slot_k, slot_v = _laid(q * scaling, places), _laid(k, places), _laid(v, places)
+        k, v = k.contiguous(), v.contiguous()
+        out = torch.empty_like(slot_q)
+        for siblings in blocks:
+            path_k, path_v = _take(k, siblings.path), _take(v, siblings.path)
+            for view in (_View(block, siblings.above, len(q)) for block in siblings.blocks):
+                weights = view.weights(slot_q, slot_k, path_k)
+                torch.bmm(view.own(weights), view.segments(slot_v), out=view.segments(out))
+                if view.path:
+                    view.slots(out).baddbmm_(view.above(weights), path_v[:, : view.path])
+        return _by_token(out, places, q.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        grad = grad.transpose(0, 1)  # [H, T, D]
-        # Every token stands once among the queries; a path's tokens gather gradients from every block below.
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        grad_q[:, ctx.real :] = 0
-        for block in ctx.blocks:
-            view = _View(block, q, k, v)
-            weights = view.weights(ctx.scaling)
-            grad_out = view.laid(grad)
-            if block.holds is not None:  # padding repeats a token, so it must not hand on that token's gradient
-                grad_out = grad_out * block.holds.to(grad.dtype)
-            scores = torch._softmax_backward_data(view.weights_gradient(grad_out), weights, -1, weights.dtype)
-            _put(grad_q, block, view.query_gradient(scores))
-            _add(grad_k, block, view.own(scores).mT @ view.stacked(view.q))
-            _add(grad_v, block, view.own(weights).mT @ view.stacked(grad_out))
-            if block.path is not None:
-                _add_path(grad_k, block, view.above(scores).mT @ view.q)
-                _add_path(grad_v, block, view.above(weights).mT @ grad_out)
-        return grad_q.mul_(ctx.scaling), grad_k.mul_(ctx.scaling), grad_v, None, None, None
+        places = ctx.places
+        slot_q, slot_k, slot_v = _laid(q * ctx.scaling, places), _laid(k, places), _laid(v, places)
+        # Padding repeats a token, so it must not hand on that token's gradient.
+        slot_grad = _laid(grad, places).mul_(places.holds)
+        k, v = k.contiguous(), v.contiguous()
+        own_q, own_k, own_v = torch.empty_like(slot_q), torch.empty_like(slot_k), torch.empty_like(slot_v)
+        above = []  # a path's tokens gather gradients from all blocks below
+        for siblings in ctx.blocks:
+            path_k, path_v = _take(k, siblings.path), _take(v, siblings.path)
+            into_k, into_v = q.new_zeros(2, len(q), q.shape[-1], path_k.shape[1])  # [H, D, A]
+            above.append((siblings.path, into_k, into_v))
+            for view in (_View(block, siblings.above, len(q)) for block in siblings.blocks):
+                weights = view.weights(slot_q, slot_k, path_k)
+                scores = view.products(slot_grad, slot_v, path_v)
+                scores = torch._softmax_backward_data(scores, weights, -1, weights.dtype)
+                torch.bmm(view.own(scores), view.segments(slot_k), out=view.segments(own_q))
+                torch.bmm(view.own(scores).mT, view.segments(slot_q), out=view.segments(own_k))
+                torch.bmm(view.own(weights).mT, view.segments(slot_grad), out=view.segments(own_v))
+                if view.path:
+                    view.slots(own_q).baddbmm_(view.above(scores), path_k[:, : view.path])
+                    into_k[..., : view.path].add_(view.slots(slot_q).mT @ view.above(scores))
+                    into_v[..., : view.path].add_(view.slots(slot_grad).mT @ view.above(weights))
+        grad_q, grad_k, grad_v = (_by_token(x, places, q.shape) for x in (own_q, own_k, own_v))
+        for path, into_k, into_v in above:
+            _add(grad_k, path, into_k.mT)
+            _add(grad_v, path, into_v.mT)
+        return grad_q.mul_(ctx.scaling), grad_k, grad_v, None, None, None
 
 
+def _laid(x: torch.Tensor, places: Places) -> torch.Tensor:
+    """[H, T, D] by token → [H * S, D] by block."""
+    return x.transpose(0, 1).reshape(-1, x.shape[-1]).index_select(0, places.gather)
+
+
+def _by_token(x: torch.Tensor, places: Places, shape: torch.Size) -> torch.Tensor:
+    """[H * S, D] by block → [H, T, D] by token, zero where the row is padding; in memory the tokens come first."""
+    heads, tokens, width = shape
+    out = x.new_empty(tokens * heads, width)
+    torch.index_select(x, 0, places.back, out=out[: len(places.back)])
+    out[len(places.back) :].zero_()
+    return out.view(tokens, heads, width).transpose(0, 1)
+
+
+def _add(x: torch.Tensor, path: Where | None, part: torch.Tensor) -> None:
+    if isinstance(path, torch.Tensor):
+        x.index_add_(1, path, part)
+    elif path is not None:
+        x[:, path].add_(part)
+
+
+def _take(x: torch.Tensor, path: Where | None) -> torch.Tensor:
+    """[H, T, D] → [H, A, D], its rows together in memory."""
+    if path is None:
+        return x[:, :0]
+    return x.index_select(1, path) if isinstance(path, torch.Tensor) else x[:, path]
+
+
+@dataclass(frozen=True, slots=True)
 class _View:
-    """One block's part of q, k and v: its segments laid under each other [H, G * n, D], and their path [H, A, D]."""
+    """How one block lies in the tensors of all slots. Its weights are [H * G, n, A + n]: [path | the segment]."""
 
-    def __init__(self, block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.block = block
-        self.q, self.k, self.v = self.laid(q), self.laid(k), self.laid(v)
-        self.path_k = self.path_v = None
-        if block.path is not None:
-            self.path_k, self.path_v = _take(k, block.path), _take(v, block.path)
-        self.length = self.path_k.shape[1] if self.path_k is not None else 0
+    block: Block
+    visible: int  # tokens of the path that are seen; what fills it up to A is seen by nobody
+    heads: int
 
-    def laid(self, x: torch.Tensor) -> torch.Tensor:
-        """[H, T, D] → [H, G * n, D]"""
-        block = self.block
-        if block.filled is None and isinstance(block.tokens, slice):
-            return x[:, block.tokens]
-        return x.index_select(1, block.slots)
+    @property
+    def path(self) -> int:
+        return self.block.path
 
-    def stacked(self, x: torch.Tensor) -> torch.Tensor:
-        """[H, G * n, D] → [H * G, n, D]"""
-        return x.reshape(x.shape[0] * self.block.count, self.block.width, x.shape[-1])
+    def slots(self, x: torch.Tensor) -> torch.Tensor:
+        """[H * S, D] → [H, G * n, D]"""
+        first, size = self.block.first, self.block.count * self.block.width
+        return x[self.heads * first : self.heads * (first + size)].view(self.heads, size, -1)
+
+    def segments(self, x: torch.Tensor) -> torch.Tensor:
+        """[H * S, D] → [H * G, n, D]"""
+        return self.slots(x).view(self.heads * self.block.count, self.block.width, -1)
 
     def own(self, weights: torch.Tensor) -> torch.Tensor:
-        """The part of [H, G, n, A + n] that falls on the segments themselves, [H * G, n, n]."""
-        return weights[..., self.length :].reshape(-1, self.block.width, self.block.width)
+        """[H * G, n, A + n] → [H * G, n, n]"""
+        return weights[..., self.path :]
 
     def above(self, weights: torch.Tensor) -> torch.Tensor:
-        """The part of [H, G, n, A + n] that falls on the path, [H, G * n, A]."""
-        return weights[..., : self.length].reshape(weights.shape[0], -1, self.length)
+        """[H * G, n, A + n] → [H, G * n, A]"""
+        return weights.view(self.heads, -1, weights.shape[-1])[..., : self.path]
 
-    def weights(self, scaling: float) -> torch.Tensor:
-        """softmax(q k / sqrt(D) + mask) [H, G, n, A + n], scaled and normed in float32 (float64 for float64)."""
-        heads, block = self.q.shape[0], self.block
-        shape = (heads, block.count, block.width)
-        exact = torch.promote_types(self.q.dtype, torch.float32)
-        mask = block.mask.to(exact)
-        own = (self.stacked(self.q) @ self.stacked(self.k).mT).view(*shape, block.width)
-        if self.path_k is None:
-            scores = torch.add(mask, own, alpha=scaling)
-        else:
-            scores = torch.empty(*shape, self.length + block.width, dtype=exact, device=own.device)
-            path = (self.q @ self.path_k.mT).view(*shape, self.length)
-            torch.mul(path, scaling, out=scores[..., : self.length])
-            torch.mul(own, scaling, out=scores[..., self.length :])
-            scores[..., -mask.shape[-1] :] += mask
-        return torch.softmax(scores, -1).to(self.q.dtype)
+    def products(self, slots_a: torch.Tensor, slots_b: torch.Tensor, path_b: torch.Tensor) -> torch.Tensor:
+        """Each of the block's slots in a with the path and the segment's own slots in b, [H * G, n, A + n]."""
+        a, b = self.segments(slots_a), self.segments(slots_b)
+        out = a.new_empty(len(a), self.block.width, self.path + self.block.width)
+        torch.bmm(a, b.mT, out=self.own(out))
+        if self.path:
+            torch.bmm(self.slots(slots_a), path_b[:, : self.path].mT, out=self.above(out))
+        return out
 
-    def mix(self, weights: torch.Tensor) -> torch.Tensor:
-        """weights x values, [H, G * n, D]"""
-        out = (self.own(weights) @ self.stacked(self.v)).view_as(self.q)
-        return out if self.path_v is None else out.baddbmm_(self.above(weights), self.path_v)
-
-    def weights_gradient(self, grad_out: torch.Tensor) -> torch.Tensor:
-        """[H, G * n, D] → [H, G, n, A + n]"""
-        heads, block = grad_out.shape[0], self.block
-        own = (self.stacked(grad_out) @ self.stacked(self.v).mT).view(heads, block.count, block.width, block.width)
-        if self.path_v is None:
-            return own
-        path = (grad_out @ self.path_v.mT).view(heads, block.count, block.width, self.length)
-        return torch.cat([path, own], -1)
-
-    def query_gradient(self, scores: torch.Tensor) -> torch.Tensor:
-        """[H, G, n, A + n] → [H, G * n, D], without the scaling"""
-        out = (self.own(scores) @ self.stacked(self.k)).view_as(self.q)
-        return out if self.path_k is None else out.baddbmm_(self.above(scores), self.path_k)
-
-
-def _take(x: torch.Tensor, where: slice | torch.Tensor) -> torch.Tensor:
-    return x[:, where] if isinstance(where, slice) else x.index_select(1, where)
-
-
-def _filled(block: Block, x: torch.Tensor) -> torch.Tensor:
-    """The slots that hold a token, [..., N, D], from any [H * G, n, D] or [H, G * n, D]."""
-    x = x.reshape(-1, block.count * block.width, x.shape[-1])
-    return x if block.filled is None else x.index_select(1, block.filled)
-
-
-def _put(out: torch.Tensor, block: Block, x: torch.Tensor) -> None:
-    if isinstance(block.tokens, slice):
-        out[:, block.tokens] = _filled(block, x)
-    else:
-        out.index_copy_(1, block.tokens, _filled(block, x))
-
-
-def _add(out: torch.Tensor, block: Block, x: torch.Tensor) -> None:
-    if isinstance(block.tokens, slice):
-        out[:, block.tokens] += _filled(block, x)
-    else:
-        out.index_add_(1, block.tokens, _filled(block, x))
-
-
-def _add_path(out: torch.Tensor, block: Block, x: torch.Tensor) -> None:
-    if isinstance(block.path, slice):
-        out[:, block.path] += x
-    elif block.path is not None:
-        out.index_add_(1, block.path, x)
+    def weights(self, slot_q: torch.Tensor, slot_k: torch.Tensor, path_k: torch.Tensor) -> torch.Tensor:
+        """softmax(q k + mask) of scaled queries; the softmax itself is computed in float32 at least."""
+        scores = self.products(slot_q, slot_k, path_k)
+        mask = self.block.mask.to(scores.dtype)
+        if self.path > self.visible:
+            scores[..., self.visible : self.path] = -torch.inf
+        if mask.shape[-1] > self.block.width:
+            scores[..., : self.visible].add_(mask[:, : self.visible])
+        self.own(scores).add_(mask[:, -self.block.width :])
+        return torch._softmax(scores, -1, half_to_float=False)
