@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check test-oldest clean
+.PHONY: demo test check bench test-oldest clean
 
 demo: $(VENV)/installed
 	$(BIN)/atomtune train
@@ -15,6 +15,12 @@ check: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Against the tutorial's loop and TRL, each in a process of its own: about half an hour on two cores; on your own
+# dialogues: make bench DATA=train.jsonl BENCH="--records 512 --rounds 5 --contenders trl-packed-bf16 atomtune-bf16"
+DATA ?= src/atomtune/demo/persona.jsonl
+bench: $(VENV)/installed-bench
+	$(BIN)/python -m benchmarks --source $(DATA) $(BENCH)
 
 # The lower bounds of pyproject.toml, in an environment of their own; `make test-oldest LEAVE=torch` leaves torch as it is.
 test-oldest: .venv-oldest/installed
@@ -31,6 +37,10 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
 	touch $@
 
 .venv-oldest/installed: pyproject.toml tools/oldest.py

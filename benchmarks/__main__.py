@@ -12,16 +12,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks import workloads
 from benchmarks.contender import CONTENDERS
 
 HERE = Path(__file__).parent
 PERSONA = HERE.parent / "src" / "atomtune" / "demo" / "persona.jsonl"
-PEERS = [name for name in CONTENDERS if name.startswith("trl")]
 
 
 def run(name: str, base: Path, data: Path) -> dict[str, Any]:
@@ -32,12 +34,12 @@ def run(name: str, base: Path, data: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(source: Path, counts: dict[str, int], names: list[str], *, rounds: int, toy: bool) -> list[dict[str, Any]]:
+def measure(source: Path, counts: dict[str, int], names: list[str], *, rounds: int, shape: str) -> list[dict[str, Any]]:
     """One dictionary of figures for each run."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         every = workloads.read(source, 10**9)
-        base = workloads.build_base(Path(folder) / "base", every, toy=toy)
+        base = workloads.build_base(Path(folder) / "base", every, shape)
         for workload, count in counts.items():
             data = workloads.write(workload, every[:count], Path(folder) / f"{workload}.jsonl")
             for turn in range(rounds):
@@ -63,9 +65,9 @@ def medians(found: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, floa
 
 
 def against_fastest_peer(found: list[dict[str, Any]], workload: str) -> tuple[str, float, float]:
-    """The fastest TRL setting, atomtune's speed over it (median of the rounds), and its memory over TRL packed."""
+    """The fastest other, atomtune's speed over it (median of the rounds), and its memory over TRL packed (or that)."""
     middle = medians(found)
-    peers = [name for name in PEERS if (workload, name) in middle]
+    peers = [name for one, name in middle if one == workload and not name.startswith("atomtune")]
     fastest = max(peers, key=lambda name: middle[workload, name]["examples_per_second"])
     by_round = {(one["name"], one["round"]): one for one in found if one["workload"] == workload}
     rounds = sorted({number for _, number in by_round})
@@ -81,7 +83,7 @@ def against_fastest_peer(found: list[dict[str, Any]], workload: str) -> tuple[st
 def report(found: list[dict[str, Any]]) -> str:
     """Markdown: one table of ratios, one of all medians."""
     names = dict.fromkeys(one["workload"] for one in found)
-    lines = ["| workload | fastest TRL setting | atomtune bf16: examples/s over it | peak memory over TRL packed |"]
+    lines = ["| workload | fastest other | atomtune bf16: examples/s over it | peak memory over TRL packed |"]
     lines.append("|---|---|---|---|")
     for workload in names:
         fastest, speed, memory = against_fastest_peer(found, workload)
@@ -102,7 +104,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 
     middle = medians(found)
     names = list(dict.fromkeys(one["workload"] for one in found))
-    shown = [name for name in CONTENDERS if any((w, name) in middle for w in names)]
+    shown = list(dict.fromkeys(name for _, name in middle))
     figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3.4), squeeze=False)
     for axis, workload in zip(axes[0], names, strict=True):
         values = [middle.get((workload, name), {}).get("examples_per_second", 0.0) for name in shown]
@@ -122,22 +124,32 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 def machine() -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "trl"))
+    if torch.cuda.is_available():
+        return f"Commit {commit.stdout.strip()}; {torch.cuda.get_device_name()}; {libraries}."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"Commit {commit.stdout.strip()}; {cores} CPU cores ({platform.machine()}); {libraries}."
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(about: str | None, contenders: Mapping[str, str], *, records: int, out: str) -> argparse.ArgumentParser:
+    """The flags of a benchmark over the workloads."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, default=PERSONA, help="dialogues, JSONL; default: the demo's persona")
-    parser.add_argument("--records", type=int, default=512, help="first N records for short; a quarter for the others")
+    parser.add_argument(
+        "--records", type=int, default=records, help=f"first N records for short, a quarter for others; {records}"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workloads", nargs="+", choices=workloads.NAMES, default=list(workloads.NAMES))
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="results.json, table.md and bench.png")
+    parser.add_argument("--contenders", nargs="+", choices=contenders, default=list(contenders))
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"results.json, table.md and bench.png; {out}")
     parser.add_argument("--toy", action="store_true", help="a tiny model, to see that everything runs")
-    asked = parser.parse_args()
+    return parser
+
+
+def bench(asked: argparse.Namespace, shape: str) -> None:
+    """Measure, and write the table and the figure."""
     counts = {name: asked.records if name == "short" else asked.records // 4 for name in asked.workloads}
-    found = measure(asked.source, counts, asked.contenders, rounds=asked.rounds, toy=asked.toy)
+    shape = "toy" if asked.toy else shape
+    found = measure(asked.source, counts, asked.contenders, rounds=asked.rounds, shape=shape)
     asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / "results.json").write_text(json.dumps({"machine": machine(), "runs": found}, indent=1) + "\n")
     (asked.out / "table.md").write_text(f"{report(found)}\n\n{machine()}\n", encoding="utf-8")
@@ -146,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    bench(arguments(__doc__, CONTENDERS, records=512, out="runs/bench").parse_args(), "small")

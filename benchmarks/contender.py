@@ -28,17 +28,43 @@ CONTENDERS = {
     "atomtune-fp32": "atomtune, --layout auto, float32",
     "atomtune-bf16": "atomtune, --layout auto, bfloat16",
 }
+GPU_CONTENDERS = {
+    "plain-bf16": "transformers' Trainer and PEFT, padded, bfloat16",
+    "trl-packed-bf16": "TRL SFTTrainer, packed, bfloat16",
+    "trl-packed-liger-bf16": "the same with Liger kernels",
+    "atomtune-bf16": "atomtune, --layout auto, bfloat16",
+}
 
 
-def matmul_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """Best of a few products of size x size, in operations a second."""
-    a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """Best of a few square products on the device, in operations a second."""
+    size = 8192 if device().type == "cuda" else 2048
+    a, b = (torch.randn(size, size, dtype=dtype, device=device()) for _ in range(2))
     best = float("inf")
-    for _ in range(6):
+    for _ in range(8):
+        finish()
         began = time.perf_counter()
         a @ b
+        finish()
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
+
+
+def finish() -> None:
+    """Wait for the device."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory_mb() -> float:
+    """Of the device where there is one, else of the process."""
+    if device().type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def non_embedding_weights(base: Path) -> int:
@@ -60,9 +86,11 @@ class Clock:
             seconds = 0.0
 
             def on_train_begin(self, *_: Any, **__: Any) -> None:
+                finish()
                 self.began = time.perf_counter()
 
             def on_train_end(self, *_: Any, **__: Any) -> None:
+                finish()
                 self.seconds = time.perf_counter() - self.began
 
         return _Clock()
@@ -99,21 +127,22 @@ def common(out: str) -> dict[str, Any]:
         "logging_steps": 10_000,
         "save_strategy": "no",
         "report_to": "none",
-        "use_cpu": True,
+        "use_cpu": device().type == "cpu",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
 
 
-def tutorial(base: Path, data: Path, out: str) -> dict[str, Any]:
-    """The tutorial's Trainer as it stands: its collator, checkpointing on, labels through the model's own loss."""
+def plain(base: Path, data: Path, out: str, *, dtype: torch.dtype, checkpointing: bool) -> dict[str, Any]:
+    """transformers' Trainer and PEFT with the tutorial's collator; labels through the model's own loss."""
     from peft import get_peft_model
     from transformers import Trainer, TrainingArguments
 
-    model = plain_model(base, torch.float32)
-    model.gradient_checkpointing_enable()
-    model.enable_input_require_grads()
+    model = plain_model(base, dtype)
     model.config.use_cache = False
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
     model = get_peft_model(model, lora())
     computed = 0
 
@@ -145,7 +174,7 @@ def tutorial(base: Path, data: Path, out: str) -> dict[str, Any]:
     return {"seconds": clock.seconds, "computed_tokens": computed, "loss": result.training_loss}
 
 
-def trl(base: Path, data: Path, out: str, *, packing: bool, dtype: torch.dtype) -> dict[str, Any]:
+def trl(base: Path, data: Path, out: str, *, packing: bool, dtype: torch.dtype, liger: bool) -> dict[str, Any]:
     """TRL's SFTTrainer. Packed, a step takes as many rows as hold about 16 records: that was its fastest setting, and
     the one whose updates are nearest to the others'."""
     from datasets import Dataset
@@ -165,6 +194,7 @@ def trl(base: Path, data: Path, out: str, *, packing: bool, dtype: torch.dtype) 
             completion_only_loss=True,
             gradient_checkpointing=False,
             bf16=dtype == torch.bfloat16,
+            use_liger_kernel=liger,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(base),
@@ -210,16 +240,16 @@ def atomtune(base: Path, data: Path, out: str, *, dtype: str) -> dict[str, Any]:
 
 def train(name: str, base: Path, data: Path, out: str) -> dict[str, Any]:
     dtype = torch.bfloat16 if name.endswith("bf16") else torch.float32
-    if name == "tutorial":
-        return tutorial(base, data, out)
+    if name == "tutorial" or name.startswith("plain"):
+        return plain(base, data, out, dtype=dtype, checkpointing=name == "tutorial")
     if name.startswith("trl"):
-        return trl(base, data, out, packing="packed" in name, dtype=dtype)
+        return trl(base, data, out, packing="packed" in name, dtype=dtype, liger="liger" in name)
     return atomtune(base, data, out, dtype=str(dtype).removeprefix("torch."))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=CONTENDERS)
+    parser.add_argument("name", choices=CONTENDERS | GPU_CONTENDERS)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     asked = parser.parse_args()
@@ -233,7 +263,8 @@ def main() -> None:
         "workload": asked.data.stem,
         "records": count,
         "examples_per_second": count / figures["seconds"],
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "tokens_per_second": figures["computed_tokens"] / figures["seconds"],
+        "peak_memory_mb": peak_memory_mb(),
         "matmul_gflops": rate / 1e9,
         "share_of_floor": floor / figures["seconds"],
     }

@@ -85,17 +85,26 @@ def write(name: str, source: list[dict[str, str]], path: Path) -> Path:
     return path
 
 
-def build_base(folder: Path, source: list[dict[str, str]], *, vocabulary: int = 8_000, toy: bool = False) -> Path:
-    """Atom's shape, small: Llama of hidden 512, 8 layers, 8 heads, intermediate 1376; tokenizer trained on the data."""
+#: Llama shapes: hidden, intermediate, layers, heads, vocabulary.
+SHAPES = {
+    "toy": (64, 176, 2, 8, 8_000),
+    "small": (512, 1376, 8, 8, 8_000),
+    "atom-7b": (4096, 11008, 32, 32, 65_000),
+}
+
+
+def build_base(folder: Path, source: list[dict[str, str]], shape: str = "small") -> Path:
+    """A Llama of Atom's form with random weights, made where it fits, and a tokenizer trained on the data."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    hidden, intermediate, layers, heads, words = SHAPES[shape]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=min(words, 8_000),
         special_tokens=["<unk>", "<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -106,19 +115,17 @@ def build_base(folder: Path, source: list[dict[str, str]], *, vocabulary: int = 
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2} if toy else {}
     config = LlamaConfig(
-        **{
-            "vocab_size": vocabulary,
-            "hidden_size": 512,
-            "intermediate_size": 1376,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 8,
-            "max_position_embeddings": 2048,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            **shape,
-        }
+        vocab_size=words,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        dtype=torch.bfloat16 if shape == "atom-7b" else torch.float32,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        LlamaForCausalLM._from_config(config).save_pretrained(folder)
     return folder

@@ -1,0 +1,48 @@
+"""The benchmarks run, on a toy model: every contender that is installed, one process each."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import workloads
+
+ROOT = Path(__file__).parents[1]
+PERSONA = ROOT / "src" / "atomtune" / "demo" / "persona.jsonl"
+TRL = importlib.util.find_spec("trl") is not None
+
+
+@pytest.mark.parametrize(
+    ("module", "contenders"),
+    [
+        ("benchmarks", ["tutorial", *(["trl-packed-bf16"] if TRL else []), "atomtune-fp32", "atomtune-bf16"]),
+        ("benchmarks.gpu", ["plain-bf16", "atomtune-bf16"]),
+    ],
+)
+def test_a_toy_run_ends_in_a_table_and_a_figure(module, contenders, tmp_path):
+    command = [sys.executable, "-m", module, "--toy", "--records", "64", "--rounds", "1", "--workloads", "style"]
+    done = subprocess.run(
+        [*command, "--contenders", *contenders, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert [run["name"] for run in runs] == contenders
+    # All begin at the same weights and see the same records, so their first losses are near each other.
+    assert max(run["loss"] for run in runs) - min(run["loss"] for run in runs) < 0.05
+    shared = next(run for run in runs if run["name"] == "atomtune-bf16")
+    assert shared["layout"] == "tree"
+    assert shared["computed_tokens"] < runs[0]["computed_tokens"] / 2
+    assert "atomtune bf16" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", workloads.NAMES)
+def test_a_workload_is_readable_records_as_many_as_the_source_has(name, tmp_path):
+    source = workloads.read(PERSONA, 40)
+    path = workloads.write(name, source, tmp_path / "made.jsonl")
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(records) == len(source)
+    assert all(record["output"] for record in records)
