@@ -17,8 +17,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from atomtune.model.attention import ROW_PLAN, ROWS
 
-#: Logits that exist at once: 2^23 of them are 32 MiB in float32, and as much again for their gradient.
-CHUNK_LOGITS = 2**23
+#: Logits that exist at once: 2^20 of them are 4 MiB in float32, and as much again for their gradient.
+CHUNK_LOGITS = 2**20
+#: But at least this many targets at a time, because the output matrix is read once for each chunk (128 x 65,000 words
+#: are 32 MiB).
+LEAST_TARGETS = 128
 
 
 def innermost(model: nn.Module) -> Any:
@@ -39,13 +42,12 @@ def target_nats(
     batch: Mapping[str, Any],
     *,
     label_smoothing: float = 0.0,
-    chunk_logits: int = CHUNK_LOGITS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum the surprise of the batch's targets.
 
     batch  a collate.Batch on the model's device
     Returns (nats, count): nats is a float32 sum (float64 for a float64 model), count is sum(learn).
-    Memory: chunk_logits * 4 bytes for logits, and as much for their gradient, where the model's output layers can be
+    Memory: CHUNK_LOGITS * 4 bytes for logits, and as much for their gradient, where the model's output layers can be
     called apart from its body (`Head`); else [B, K, V] for the K columns that hold a target.
     A batch without targets gives a zero that is tied to the weights, so that every rank has a gradient.
     Checked against one record at a time: tests/train/test_oracle.py.
@@ -53,7 +55,7 @@ def target_nats(
     target, learn = batch["target"], batch["learn"]
     if len(target) and (head := Head.of(model)):
         picked = head.hidden(model, batch)  # [N, D]
-        return head.nats(picked, target, learn, label_smoothing=label_smoothing, chunk=chunk_logits), learn.sum()
+        return head.nats(picked, target, learn, label_smoothing=label_smoothing), learn.sum()
     logits = _target_logits(model, batch)  # [N, V]
     if not len(target):
         return _exact(logits).sum() * 0, learn.sum()
@@ -160,16 +162,15 @@ class Head:
         learn: torch.Tensor,
         *,
         label_smoothing: float = 0.0,
-        chunk: int = CHUNK_LOGITS,
     ) -> torch.Tensor:
-        """Sum of learn * surprise over [N, D] hidden states, with at most `chunk` logits at once."""
+        """Sum of learn * surprise over [N, D] hidden states, some targets at a time."""
         words = self.model.config.get_text_config().vocab_size
         weights = [p for p in self.parameters() if p.requires_grad]
 
         def part(hidden: torch.Tensor, span: slice) -> torch.Tensor:
             return _weighted(self.logits(hidden), target[span], learn[span], label_smoothing)
 
-        return _Chunked.apply(part, max(1, chunk // words), hidden, *weights)
+        return _Chunked.apply(part, max(LEAST_TARGETS, CHUNK_LOGITS // words), hidden, *weights)
 
 
 class _Through(nn.Module):
