@@ -4,7 +4,6 @@ The estimate decides only whether activations are kept or recomputed (`--gradien
 side of recomputing, which costs about a third of speed, where keeping too much costs the run.
 """
 
-import ctypes
 import os
 import resource
 import sys
@@ -36,19 +35,6 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what one step frees for the next, where it would hand it back and fetch it page by page.
-
-    glibc's mallopt(3): a mapping of its own only for what is over 1 GiB, and no trimming; other libraries have no such
-    call. Takes no more memory at the peak and saved 5 % of a step's time on two cores (docs/log.md).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30)
 
 
 def should_checkpoint(config: Any, *, tokens: int, element_bytes: int, device: torch.device) -> bool:

@@ -21,7 +21,7 @@ from atomtune.data.template import load_template
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped
 from atomtune.model.adapter import Card, refuse_empty
 from atomtune.model.load import load_tokenizer, pad_id_of, quiet_libraries
-from atomtune.model.memory import StepShape, is_out_of_memory, keep_freed_memory, peak_bytes, remedies
+from atomtune.model.memory import StepShape, is_out_of_memory, peak_bytes, remedies
 from atomtune.train.arguments import CHECKPOINTING, lengths, trainer_arguments
 from atomtune.train.checkpoint import disk_full, find_start, read_record
 from atomtune.train.layout import check_equal, choose_layout
@@ -144,8 +144,6 @@ def _fit(job: Job, trainer: LoraTrainer, data: Data) -> float:
     trainer.add_callback(bar)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        keep_freed_memory()
     try:
         output = trainer.train(resume_from_checkpoint=str(start.path) if start.kind == "resume" else None)
     except ImportError as error:  # an optimizer from a package that is not installed
