@@ -186,7 +186,6 @@ def _blocks(parts: Sequence[Segment], window: int | None, tokens: int) -> Blocks
         above = length if window is None else min(length, window - 1)  # no query of these segments sees further up
         blocks = []
         for group in _bucketed(siblings, above):
-            group = sorted(group, key=lambda part: part.start)
             n, first = max(map(_width, group)), len(slots)
             mask = _mask(n, 0 if window is None or window >= above + n else above, window)
             blocks.append(Block(len(group), n, first, above + -(above + n) % _KEYS_STEP if above else 0, mask))
@@ -238,7 +237,7 @@ def _bucketed(group: list[Segment], above: int) -> Iterable[list[Segment]]:
         cut.append(costs.index(best[-1]))
     end = len(group)
     while end:
-        yield group[cut[end] : end]
+        yield sorted(group[cut[end] : end], key=lambda part: part.start)
         end = cut[end]
 
 
