@@ -1,0 +1,196 @@
+"""Attention by blocks, against one softmax over the T x T mask that the row's law draws."""
+
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from atomtune.batch import attention as plans
+from atomtune.batch.attention import AttentionPlan, padded_length, plan_attention
+from atomtune.batch.pack import pack
+from atomtune.batch.row import Row, single
+from atomtune.batch.tree import graft
+from atomtune.data.records import Example
+from atomtune.model import attention
+from atomtune.model.attention import ROW_PLAN, attend
+from tests.batch.test_tree import forest
+
+#: float64 on a CPU: only the order of sums differs.
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+WINDOWS = (None, 1, 2, 5, 24)
+
+
+class Asked(NamedTuple):
+    """q [1, H, T, D], k and v [1, H', T, D], and the gradient that comes back, [1, T, H, D]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    grad: torch.Tensor
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.q, self.k, self.v
+
+
+def some_rows(number: int) -> list[Row]:
+    layouts = [partial(graft, least_saved=1), graft, pack]
+    return [layouts[seed % 3](forest(seed, longest=(14, 60)[seed % 2])) for seed in range(number)]
+
+
+def asked(tokens: int, *, heads: int = 4, key_heads: int = 2, width: int = 6, seed: int = 0) -> Asked:
+    """As models give them: the heads are a view of [1, T, H, D]."""
+    draw = torch.Generator().manual_seed(seed)
+    q, k, v, grad = (
+        torch.randn(1, tokens, h, width, generator=draw, dtype=torch.float64)
+        for h in (heads, key_heads, key_heads, heads)
+    )
+    return Asked(*(x.transpose(1, 2).requires_grad_() for x in (q, k, v)), grad)
+
+
+def by_plan(plan: AttentionPlan, one: Asked, window: int | None = None, scaling: float | None = None) -> list:
+    """[out, dq, dk, dv] of attend."""
+    out, weights = attend(nn.Module(), *one.inputs, None, scaling=scaling, sliding_window=window, **{ROW_PLAN: plan})
+    assert weights is None
+    return [out, *torch.autograd.grad(out, one.inputs, one.grad)]
+
+
+def by_mask(plan: AttentionPlan, one: Asked, window: int | None = None, scaling: float | None = None) -> list:
+    """The same of scaled_dot_product_attention; what padding says and is told is struck out."""
+    seen = plan.visible(window)
+    groups = one.q.shape[1] // one.k.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (one.k, one.v))
+    out = functional.scaled_dot_product_attention(one.q, k, v, attn_mask=seen, scale=scaling).transpose(1, 2)
+    real = (torch.arange(out.shape[1]) < plan.real)[None, :, None, None]
+    out = out * real
+    return [out, *torch.autograd.grad(out, one.inputs, one.grad)]
+
+
+def assert_equal(ours: list, theirs: list) -> None:
+    for name, one, other in zip(("out", "dq", "dk", "dv"), ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, **EXACT, msg=lambda said, name=name: f"{name}: {said}")
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_blocks_give_what_the_mask_gives(window):
+    # Catches any error of a plan or of the hand-written backward, padding included.
+    for seed, row in enumerate(some_rows(90)):
+        plan = plan_attention(row, windows=(None, window), width=padded_length(len(row)))
+        one = asked(len(plan.until), seed=seed)
+        assert_equal(by_plan(plan, one, window), by_mask(plan, one, window))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_long_segments_cut_into_chains_give_the_same(monkeypatch, window):
+    monkeypatch.setattr(plans, "LONGEST_SEGMENT", 3)
+    for seed, row in enumerate(some_rows(40)):
+        plan = plan_attention(row, windows=(window,))
+        one = asked(len(row), seed=seed)
+        assert_equal(by_plan(plan, one, window), by_mask(plan, one, window))
+
+
+@pytest.mark.parametrize("window", [None, 500])
+def test_a_record_longer_than_a_block_gives_the_same(window):
+    row = single(Example((1,) * 900, (0,) * 900, "train.jsonl:1"))
+    plan = plan_attention(row, windows=(window,), width=padded_length(900))
+    one = asked(len(plan.until), heads=2)
+    assert_equal(by_plan(plan, one, window), by_mask(plan, one, window))
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (4, 4), (4, 1), (6, 3)])
+def test_heads_that_share_keys(heads, key_heads):
+    # Catches key head h % H' taken instead of h // groups.
+    for seed, row in enumerate(some_rows(12)):
+        plan = plan_attention(row)
+        one = asked(len(row), heads=heads, key_heads=key_heads, seed=seed)
+        assert_equal(by_plan(plan, one), by_mask(plan, one))
+
+
+@pytest.mark.parametrize("scaling", [None, 0.05, 1.0, 3.0])
+def test_every_scaling(scaling):
+    # None is D^-0.5; Granite and Gemma have scalings of their own.
+    for seed, row in enumerate(some_rows(12)):
+        plan = plan_attention(row)
+        one = asked(len(row), seed=seed)
+        assert_equal(by_plan(plan, one, scaling=scaling), by_mask(plan, one, scaling=scaling))
+
+
+def test_inputs_that_lie_contiguous_by_head():
+    # The other memory order; Blocks.by_head counts on rows of [T * H, D].
+    row = some_rows(6)[5]
+    plan = plan_attention(row)
+    one = asked(len(row))
+    same = Asked(*(x.detach().contiguous().requires_grad_() for x in one.inputs), one.grad)
+    assert_equal(by_plan(plan, same), by_plan(plan, one))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_padding_says_nothing_whatever_it_holds(window):
+    # Filled paths read padded keys and values; 1e30 would show through the smallest weight.
+    padded = 0
+    for seed, row in enumerate(some_rows(60)):
+        plan = plan_attention(row, windows=(window,), width=padded_length(len(row)))
+        one = asked(len(plan.until), seed=seed)
+        before = by_plan(plan, one, window)
+        with torch.no_grad():
+            for x in (*one.inputs, one.grad.transpose(1, 2)):
+                x[:, :, plan.real :] = 1e30
+        after = by_plan(plan, one, window)
+        out, *grads = after
+        assert not out[:, plan.real :].any()
+        assert not any(grad[:, :, plan.real :].any() for grad in grads)
+        assert_equal(after, before)
+        padded += len(plan.until) - plan.real
+    assert padded > 100
+
+
+def test_a_plan_serves_every_layer():
+    # Places are made once and kept; layers with other windows and head counts must not be given each other's.
+    row = some_rows(6)[5]
+    plan = plan_attention(row, windows=(None, 5), width=padded_length(len(row)))
+    for window, heads in [(None, 4), (5, 4), (None, 2), (5, 2), (None, 4)]:
+        one = asked(len(plan.until), heads=heads)
+        assert_equal(by_plan(plan, one, window), by_mask(plan, one, window))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_base_that_drops_attention_weights_draws_them_once_by_the_dense_mask(monkeypatch, window):
+    # The blocks compute weights twice and know no draws.
+    monkeypatch.setattr(attention, "_BlockAttention", None)
+    row = some_rows(6)[5]
+    plan = plan_attention(row, windows=(None, 5))
+    one = asked(len(row), heads=2)
+    torch.manual_seed(3)
+    keywords = {"dropout": 0.5, "sliding_window": window, ROW_PLAN: plan}
+    out, _ = attend(nn.Module(), *one.inputs, None, **keywords)
+    torch.manual_seed(3)
+    expected = functional.scaled_dot_product_attention(*one.inputs, attn_mask=plan.visible(window), dropout_p=0.5)
+    torch.testing.assert_close(out, expected.transpose(1, 2), **EXACT)
+
+
+def test_without_a_plan_it_is_the_librarys_own():
+    # Chat and padded batches go through the same function.
+    one = asked(9)
+    module = nn.Module()
+    module.num_key_value_groups = 2
+    module.is_causal = True
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
+    out, _ = attend(module, *one.inputs, mask)
+    k, v = (x.repeat_interleave(2, dim=1) for x in (one.k, one.v))
+    expected = functional.scaled_dot_product_attention(one.q, k, v, is_causal=True)
+    torch.testing.assert_close(out, expected.transpose(1, 2), **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dtype_stays_and_so_does_the_accuracy(dtype):
+    # bfloat16 keeps 8 bits: a few of them in every sum of up to sixty values.
+    row = some_rows(6)[5]
+    plan = plan_attention(row, width=padded_length(len(row)))
+    one = asked(len(plan.until))
+    low = Asked(*(x.detach().to(dtype).requires_grad_() for x in one.inputs), one.grad.to(dtype))
+    for ours, theirs in zip(by_plan(plan, low), by_mask(plan, one), strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - theirs).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * theirs.norm()

@@ -1,0 +1,302 @@
+"""The law of layouts: packed, tree and padded rows give the loss and the gradients of one record at a time.
+
+The oracle is plain transformers + PEFT in float64, each record alone, its loss written out from the logits. The fast
+side is everything at once: rows of many, LoRA layers together, chunked logits.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from atomtune.batch import collate
+from atomtune.batch.attention import plan_attention
+from atomtune.batch.collate import Collator
+from atomtune.batch.row import Row
+from atomtune.batch.tree import graft
+from atomtune.data.records import Example
+from atomtune.model import attention
+from atomtune.model.adapter import new_adapter
+from atomtune.model.layout import why_padded, windows_of
+from atomtune.model.loss import innermost, target_nats
+from atomtune.model.lowrank import compute_together, families_of
+from tests.tiny import FAMILIES, SIZE
+
+WORDS = 97
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+GRANITE = {"logits_scaling": 3.0, "embedding_multiplier": 2.5, "residual_multiplier": 0.4, "attention_multiplier": 0.2}
+BOTH_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
+#: family → config values beyond those of tests.tiny. Windows (16 and 24) are shorter than the records and the rows.
+VALUES: dict[str, dict[str, Any]] = {
+    "llama": SIZE,
+    "qwen3": {**SIZE, **FAMILIES["qwen3"][2]},
+    "gemma3_text": {**SIZE, **FAMILIES["gemma3_text"][2], **BOTH_KINDS},
+    "mistral": {**SIZE, **FAMILIES["mistral"][2]},
+    "gpt2": {**FAMILIES["gpt2"][2], **NO_DROPOUT},
+    "granite": {**SIZE, **GRANITE},
+}
+every_family = pytest.mark.parametrize("family", VALUES)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Sum of the targets' surprise, and the gradient of every adapter matrix."""
+
+    nats: float
+    gradients: dict[str, torch.Tensor]
+
+
+def build(family: str, **more: Any) -> Any:
+    """A tiny base in float64."""
+    values = {**VALUES.get(family, SIZE), "vocab_size": WORDS, "bos_token_id": 1, "eos_token_id": 2, **more}
+    torch.manual_seed(7)
+    config = AutoConfig.for_model(family, **values, pad_token_id=None, use_cache=False)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+
+
+def with_adapter(base: Any) -> Any:
+    """LoRA as after some training: a B of zero would leave A without a gradient."""
+    base.requires_grad_(False)
+    model = new_adapter(base, rank=4, alpha=8, dropout=0.0, targets=["all-linear"]).double().eval()
+    draw = torch.Generator().manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data.copy_(torch.randn(weight.shape, generator=draw) * (0.3 if "lora_A" in name else 0.1))
+    return model
+
+
+@cache
+def adapted(family: str) -> Any:
+    """Treat as constant: copy it before use."""
+    return with_adapter(build(family))
+
+
+def some_examples() -> list[Example]:
+    """Two conversations that fork twice, targets in what they share, a record twice, and one that shares nothing."""
+    draw = Random(3)
+
+    def text(tokens: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(3, WORDS) for _ in range(tokens))
+
+    long, short = text(30), text(18)
+    fork = (*short, *text(17))
+    ids = [(*long, *text(n)) for n in (4, 9, 21)] + [(*fork, *text(n)) for n in (3, 12)] + [(*short, *text(6))]
+    ids += [text(11), ids[1]]
+    examples = []
+    for n, one in enumerate(ids, start=1):
+        answer = [draw.randint(0, 1) for _ in one[14:]]
+        learn = (0,) * 10 + (1, 1, 0, 1)  # what records share is learned by each of them
+        examples.append(Example(one, (*learn, *answer)[: len(one)], f"train.jsonl:{n}"))
+    return examples
+
+
+EXAMPLES = some_examples()
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def one_at_a_time(model: Any) -> Result:
+    """The oracle. (transformers' own .loss is float32 even for a float64 model, so it is not asked.)"""
+    total = 0.0
+    for example in EXAMPLES:
+        scores = model(input_ids=torch.tensor([example.ids])).logits[0].double().log_softmax(-1)
+        nats = torch.stack(
+            [-scores[i - 1, example.ids[i]] * times for i, times in enumerate(example.learn) if times]
+        ).sum()
+        nats.backward()
+        total += nats.item()
+    return Result(total, gradients(model))
+
+
+@cache
+def alone(family: str) -> Result:
+    return one_at_a_time(copy.deepcopy(adapted(family)))
+
+
+def at_once(model: Any, layout: collate.Layout, *, checkpointing: bool = False) -> Result:
+    """The fast side, as train.prepare sets it up. Padded batches need no attention of ours and get none."""
+    if layout != "padded":
+        assert why_padded(model) is None
+    compute_together(families_of(model, input_ids=torch.zeros(1, 2, dtype=torch.long)))
+    if checkpointing:
+        model.enable_input_require_grads()
+        innermost(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        assert innermost(model).is_gradient_checkpointing
+    lay = Collator(layout=layout, pad_id=0, as_example=lambda row: Example(**row), windows=windows_of(model)).lay
+    nats, count = target_nats(model, lay(EXAMPLES))
+    nats.backward()
+    assert count == sum(sum(example.learn) for example in EXAMPLES)
+    assert nats.dtype == torch.float64
+    return Result(nats.item(), gradients(model))
+
+
+def differs(ours: Result, theirs: Result) -> tuple[float, float]:
+    """(loss, worst adapter matrix), relative."""
+    assert ours.gradients.keys() == theirs.gradients.keys()
+    assert all(one.any() for one in theirs.gradients.values()), "a gradient of zero would compare with anything"
+    worst = max(((ours.gradients[name] - one).norm() / one.norm()).item() for name, one in theirs.gradients.items())
+    return abs(ours.nats - theirs.nats) / theirs.nats, worst
+
+
+def assert_equal(family: str, layout: collate.Layout, ours: Result) -> None:
+    """float64: only the order of sums differs.
+
+    But transformers' RMSNorm computes in float32, so gradients of branches that meet in it are rounded at 1e-7 there.
+    """
+    loss, gradient = differs(ours, alone(family))
+    print(f"{family}: loss {loss:.1e}, gradient {gradient:.1e}")
+    assert loss < 1e-12
+    assert gradient < (1e-6 if layout == "tree" and family != "gpt2" else 1e-12)
+
+
+@every_family
+@pytest.mark.parametrize("layout", ["padded", "packed", "tree"])
+def test_a_layout_gives_the_loss_and_gradients_of_one_record_at_a_time(family, layout):
+    assert_equal(family, layout, at_once(copy.deepcopy(adapted(family)), layout))
+
+
+@every_family
+@pytest.mark.parametrize("layout", ["padded", "packed", "tree"])
+def test_recomputed_activations_change_nothing(family, layout):
+    # Catches a plan that does not reach the recomputed layers, and LoRA layers that hand out stale results.
+    assert_equal(family, layout, at_once(copy.deepcopy(adapted(family)), layout, checkpointing=True))
+
+
+@every_family
+@pytest.mark.parametrize("layout", ["packed", "tree"])
+def test_the_dense_mask_of_a_gpu_gives_the_same(monkeypatch, family, layout):
+    monkeypatch.setattr(attention, "by_dense_mask", lambda query, dropout: True)
+    assert_equal(family, layout, at_once(copy.deepcopy(adapted(family)), layout))
+
+
+def test_the_examples_share_what_they_should():
+    # The comparisons above say little about a row that does not fork, wind or count twice.
+    row = graft(EXAMPLES)
+    assert not row.is_chain
+    assert max(row.learn) == 4
+    assert len(row) < sum(len(example.ids) for example in EXAMPLES) - 100
+    assert max(row.positions()) > 24 * 2
+
+
+# Planted bugs: each must show, or the comparisons above prove nothing.
+
+
+def wrong_plan(spoil: Callable[[Row], Row]) -> Callable[..., Any]:
+    """Who sees whom is planned for another row; positions and targets stay right."""
+
+    def plan(row: Row, **settings: Any) -> Any:
+        return replace(plan_attention(spoil(row), **settings), position=plan_attention(row, **settings).position)
+
+    return plan
+
+
+def all_see_all_before(row: Row) -> Row:
+    return replace(row, parent=tuple(range(-1, len(row) - 1)), until=(len(row),) * len(row))
+
+
+def branches_miss_the_last_token_of_their_trunk(row: Row) -> Row:
+    hung = [row.parent[parent] if -1 < parent != i - 1 else parent for i, parent in enumerate(row.parent)]
+    return replace(row, parent=tuple(hung))
+
+
+def positions_in_the_row(row: Row, **settings: Any) -> Any:
+    plan = plan_attention(row, **settings)
+    return replace(plan, position=torch.arange(len(plan.position)))
+
+
+def counted_once(examples: list[Example]) -> Row:
+    row = graft(examples)
+    return replace(row, learn=tuple(min(times, 1) for times in row.learn))
+
+
+PLANTED = {
+    "branches see each other": ("plan_attention", wrong_plan(all_see_all_before)),
+    "a trunk's last token is hidden": ("plan_attention", wrong_plan(branches_miss_the_last_token_of_their_trunk)),
+    "positions are indices": ("plan_attention", positions_in_the_row),
+    "shared targets count once": ("graft", counted_once),
+}
+
+
+@every_family
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_shows(monkeypatch, family, bug):
+    model = copy.deepcopy(adapted(family))
+    assert why_padded(model) is None
+    with monkeypatch.context() as planted:
+        planted.setattr(collate, *PLANTED[bug])
+        lay = Collator(layout="tree", pad_id=0, as_example=lambda row: Example(**row), windows=windows_of(model)).lay
+        nats, _ = target_nats(model, lay(EXAMPLES))
+    nats.backward()
+    loss, gradient = differs(Result(nats.item(), gradients(model)), alone(family))
+    print(f"{family}, {bug}: loss {loss:.1e}, gradient {gradient:.1e}")
+    assert loss > 1e-4  # 1e8 times the tolerance
+    assert gradient > 1e-2
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "reason"),
+    [
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, "routes tokens to experts"),
+        (
+            "qwen3_moe",
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+            "exper",
+        ),
+        ("mamba", {"state_size": 4}, "takes no position_ids"),
+        ("recurrent_gemma", {"attention_window_size": 16, "lru_width": 32}, "layers of the kind linear_attention"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of the kind conv"),
+        ("bloom", {}, "takes no position_ids"),
+    ],
+)
+def test_a_model_that_a_tree_would_change_is_refused_with_the_reason(family, values, reason):
+    # Experts are balanced over tokens, and recurrent layers carry a state from each token to the next of the row.
+    base = build(family, **{**SIZE, **values})
+    before = base.config._attn_implementation
+    said = why_padded(base)
+    assert said is not None
+    assert reason in said
+    assert base.config._attn_implementation == before, "a refused model keeps its own attention"
+
+
+def test_remote_code_is_refused_with_the_reason(models):
+    base = AutoModelForCausalLM.from_pretrained(models("baichuan_like"), trust_remote_code=True)
+    assert why_padded(base) == "its forward takes no position_ids"
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "reason"),
+    [("gemma2", {"attn_logit_softcapping": 50.0}, "soft-capped"), ("granite_swa", {}, "sinks")],
+)
+def test_an_attention_that_does_more_than_softmax_is_refused(family, values, reason):
+    # A softcap of 50 hardly shows in a trial; a keyword that is dropped shows in nothing.
+    said = why_padded(build(family, **{**SIZE, "head_dim": 8, "sliding_window": 16, **values}))
+    assert said is not None
+    assert reason in said
+
+
+def test_a_model_whose_forward_fails_on_rows_is_refused_and_not_a_crash():
+    assert "fails in its forward" in why_padded(build("falcon", **SIZE, alibi=True))
+
+
+@pytest.mark.parametrize("family", ["nemotron", "stablelm"])
+def test_a_model_that_takes_a_mask_but_no_plan_is_computed_by_the_mask(family):
+    # Their attention cannot be exchanged: the keywords never reach it.
+    plain = with_adapter(build(family))
+    model = copy.deepcopy(plain)
+    ours = at_once(model, "tree")
+    assert innermost(model).config._attn_implementation == "sdpa"
+    loss, gradient = differs(ours, one_at_a_time(plain))
+    assert loss < 1e-7  # nemotron's LayerNorm computes in float32
+    assert gradient < 1e-5

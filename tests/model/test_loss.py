@@ -1,0 +1,194 @@
+"""The loss in chunks, against all logits at once through the model's own forward."""
+
+import copy
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from atomtune.batch.collate import Batch, Collator
+from atomtune.data.records import Example
+from atomtune.model import loss
+from atomtune.model.loss import Head, innermost, model_inputs, target_log_probabilities, target_nats
+from tests.model.test_layouts import EXAMPLES, WORDS, Result, build, differs, gradients, with_adapter
+from tests.tiny import SIZE
+
+#: float64 on a CPU: only the order of sums differs; both sides share the body's forward.
+EXACT = 1e-12
+#: Heads that do more than multiply: Granite divides its logits, Gemma 3 and Cohere cap or scale them.
+HEADS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "granite": {},
+    "gemma3_text": {"final_logit_softcapping": 2.0},
+    "cohere": {**SIZE, "logit_scale": 0.25},
+    "gpt2": {},
+}
+every_head = pytest.mark.parametrize("family", HEADS)
+TARGETS = sum(sum(example.learn) for example in EXAMPLES)
+
+
+@cache
+def _adapted(family: str) -> Any:
+    return with_adapter(build(family, **HEADS[family]))
+
+
+def adapted(family: str) -> Any:
+    return copy.deepcopy(_adapted(family))
+
+
+def batch_of(examples: list[Example]) -> Batch:
+    return Collator(layout="padded", pad_id=0, as_example=lambda row: Example(**row)).lay(examples)
+
+
+def chunks_of(monkeypatch: pytest.MonkeyPatch, targets: int) -> None:
+    monkeypatch.setattr(loss, "LEAST_TARGETS", targets)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 1)
+
+
+def in_chunks(model: Any, batch: Batch, label_smoothing: float = 0.0) -> Result:
+    nats, _ = target_nats(model, batch, label_smoothing=label_smoothing)
+    nats.backward()
+    return Result(nats.item(), gradients(model))
+
+
+def all_logits(model: Any, batch: Batch, label_smoothing: float = 0.0) -> Result:
+    """The oracle: [B, T, V] by the model itself, the surprise written out; a share of it spread over all words."""
+    logits = model(**model_inputs(model, batch), use_cache=False).logits
+    assert logits.shape == (*batch["input_ids"].shape, WORDS)
+    scores = logits[batch["row"], batch["source"]].log_softmax(-1)  # [N, V]
+    surprise = -scores[torch.arange(len(scores)), batch["target"]]
+    each = (1 - label_smoothing) * surprise - label_smoothing * scores.mean(-1)
+    nats = (each * batch["learn"]).sum()
+    nats.backward()
+    return Result(nats.item(), gradients(model))
+
+
+@every_head
+@pytest.mark.parametrize("targets", [1, 7, 10_000])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_any_chunk_gives_the_loss_and_gradients_of_all_logits(monkeypatch, family, targets, label_smoothing):
+    # Catches a last chunk that is dropped or counted as a whole one, and a head whose scaling or cap is left out.
+    chunks_of(monkeypatch, targets)
+    batch, model = batch_of(EXAMPLES), adapted(family)
+    assert Head.of(model)
+    ours = in_chunks(model, batch, label_smoothing)
+    nats, gradient = differs(ours, all_logits(adapted(family), batch, label_smoothing))
+    print(f"{family}: loss {nats:.1e}, gradient {gradient:.1e}")
+    assert nats < EXACT
+    assert gradient < EXACT
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value"),
+    [
+        ("granite", "logits_scaling", 1.0),
+        ("gemma3_text", "final_logit_softcapping", None),
+        ("cohere", "logit_scale", 1.0),
+    ],
+)
+def test_the_heads_own_arithmetic_makes_a_difference_here(family, field, value):
+    # Else the comparison above would not see it left out.
+    without = with_adapter(build(family, **{**HEADS[family], field: value}))
+    nats, _ = differs(in_chunks(adapted(family), batch_of(EXAMPLES)), in_chunks(without, batch_of(EXAMPLES)))
+    assert nats > 1e-3
+
+
+@pytest.fixture
+def seen_by_the_head() -> Iterator[Any]:
+    """Hooks a model's output matrix; the list tells the shape of every tensor of logits that it makes."""
+    hooks = []
+
+    def watch(model: Any) -> list[tuple[int, ...]]:
+        shapes: list[tuple[int, ...]] = []
+        head = innermost(model).get_output_embeddings()
+        hooks.append(head.register_forward_hook(lambda _m, _i, out: shapes.append(tuple(out.shape))))
+        return shapes
+
+    yield watch
+    for hook in hooks:
+        hook.remove()
+
+
+@every_head
+def test_the_logits_of_all_targets_never_exist_at_once(monkeypatch, seen_by_the_head, family):
+    chunks_of(monkeypatch, 5)
+    model = adapted(family)
+    shapes, batch = seen_by_the_head(model), batch_of(EXAMPLES)
+    target_nats(model, batch)[0].backward()
+    first, *others = [torch.Size(shape).numel() // WORDS for shape in shapes]
+    assert first <= len(batch["input_ids"]), "of the whole model's own logits one position is kept"
+    assert max(others) == 5
+    assert sum(others) == len(batch["target"]), "each target goes through the head once, backward included"
+
+
+@pytest.mark.parametrize(("words", "most"), [(100, 2**20 // 100), (64_000, 128), (2**21, 128)])
+def test_a_chunk_is_as_large_as_the_vocabulary_allows(words, most):
+    # 2^20 logits are 4 MiB in float32; 128 targets at least, because the matrix is read once a chunk.
+    assert max(loss.LEAST_TARGETS, loss.CHUNK_LOGITS // words) == most
+
+
+@every_head
+def test_the_gradient_is_multiplied_by_what_comes_after_the_loss(family):
+    # The gradient is taken in the forward pass; backward brings the factor (mean over the global batch, scaler).
+    plain, scaled = adapted(family), adapted(family)
+    target_nats(plain, batch_of(EXAMPLES))[0].backward()
+    (target_nats(scaled, batch_of(EXAMPLES))[0] / 64).backward()  # a power of two: RMSNorm rounds to float32 on the way
+    for name, gradient in gradients(plain).items():
+        torch.testing.assert_close(gradients(scaled)[name], gradient / 64, rtol=EXACT, atol=EXACT)
+
+
+def test_a_trained_output_matrix_gets_its_gradient(monkeypatch):
+    chunks_of(monkeypatch, 7)
+    ours, theirs = adapted("llama"), adapted("llama")
+    for model in (ours, theirs):
+        innermost(model).lm_head.weight.requires_grad_(True)
+    nats, gradient = differs(in_chunks(ours, batch_of(EXAMPLES)), all_logits(theirs, batch_of(EXAMPLES)))
+    assert nats < EXACT
+    assert gradient < EXACT
+
+
+@every_head
+def test_the_log_probabilities_are_those_of_all_logits(family):
+    model, batch = adapted(family), batch_of(EXAMPLES)
+    with torch.no_grad():
+        logits = model(**model_inputs(model, batch), use_cache=False).logits[batch["row"], batch["source"]]
+    expected = -functional.cross_entropy(logits, batch["target"], reduction="none")
+    torch.testing.assert_close(target_log_probabilities(model, batch), expected, rtol=EXACT, atol=EXACT)
+
+
+@every_head
+def test_evaluation_needs_no_gradients_and_gives_the_same(family):
+    model, batch = adapted(family), batch_of(EXAMPLES)
+    with torch.no_grad():
+        nats, count = target_nats(model, batch)
+    assert not nats.requires_grad
+    assert count == TARGETS
+    assert nats.item() == pytest.approx(all_logits(adapted(family), batch).nats, rel=EXACT)
+
+
+@every_head
+def test_a_batch_without_targets_is_a_zero_that_every_weight_hangs_on(family):
+    # Under DDP every rank must have a gradient for every weight, or all wait for ever.
+    model = adapted(family)
+    silent = [Example(example.ids, (0,) * len(example.ids), example.origin) for example in EXAMPLES]
+    nats, count = target_nats(model, batch_of(silent))
+    nats.backward()
+    assert (nats.item(), int(count)) == (0.0, 0)
+    assert all(gradient is not None and not gradient.any() for gradient in gradients(model).values())
+
+
+@pytest.mark.parametrize(
+    ("family", "values"),
+    [
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        ("rwkv", {"attention_hidden_size": 32}),
+        ("gemma4_text", {"head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 0}),
+    ],
+)
+def test_a_model_that_reads_more_of_its_body_than_hidden_states(family, values):
+    model = with_adapter(build(family, **{**SIZE, **values})).float()  # grouped experts know no float64
+    theirs = all_logits(copy.deepcopy(model), batch_of(EXAMPLES))
+    assert in_chunks(model, batch_of(EXAMPLES)).nats == pytest.approx(theirs.nats, rel=1e-5)
