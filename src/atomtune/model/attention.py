@@ -20,6 +20,15 @@ from atomtune.batch.attention import AttentionPlan, Block, Places, Siblings, Whe
 #: The name under which models find this function, and the keyword that carries the plan to it.
 ROWS = "atomtune_rows"
 ROW_PLAN = "atomtune_plan"
+#: What some models' attention does beside a softmax over q k: they hand it over under these keywords.
+_MORE_THAN_SOFTMAX = {
+    "softcap": "soft-capped attention scores",
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "position_bias": "a position bias",
+    "indices": "sparse attention",
+    "block_indices": "sparse attention",
+}
 
 
 def attend(
@@ -37,13 +46,16 @@ def attend(
     """Attention of one row by its plan; without a plan, the library's own.
 
     query [1, H, T, D], key and value [1, H', T, D] with H a multiple of H'
-    Returns ([1, T, H, D], None).
+    Returns ([1, T, H, D], None). Raises NotImplementedError where the layer asks for more than a softmax over a plan.
     """
     plan: AttentionPlan | None = kwargs.pop(ROW_PLAN, None)
     if plan is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    for name, said in _MORE_THAN_SOFTMAX.items():
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(said)
     heads = query.shape[1]
     if key.shape[1] != heads:
         key, value = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in (key, value))

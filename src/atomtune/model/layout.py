@@ -46,6 +46,8 @@ def why_padded(model: nn.Module) -> str | None:
         return f"it routes tokens to experts ({experts[0][0]} = {experts[0][1]})"
     register()
     before = inner.config._attn_implementation
+    trunk, examples = _probe(config.vocab_size)
+    alone = torch.cat([_logits(model, _plain(model, example))[trunk:] for example in examples])
     reasons = []
     for implementation in (ROWS, "sdpa"):
         try:
@@ -54,7 +56,7 @@ def why_padded(model: nn.Module) -> str | None:
             continue
         if implementation != ROWS and any(windows_of(model)[1:]):
             continue  # a ready mask would replace the window's, without a word
-        reason = _difference(model)
+        reason = _difference(model, trunk, examples, alone)
         if reason is None:
             return None
         reasons.append(reason)
@@ -62,23 +64,28 @@ def why_padded(model: nn.Module) -> str | None:
     return reasons[0] if reasons else "its attention cannot be exchanged"
 
 
-def _difference(model: nn.Module) -> str | None:
-    """Compute two examples that share a trunk as a tree and alone; what differs, or None."""
-    words = min(innermost(model).config.get_text_config().vocab_size, 1_000)
+def _probe(words: int) -> tuple[int, list[Example]]:
+    """The length of a trunk, and two examples that share it; the shorter one stands first."""
+    words = min(words, 1_000)
     trunk = [(7 * i + 3) % words for i in range(24)]
-    examples = [
+    return len(trunk), [
         Example(tuple(trunk + [(11 * i + k) % words for i in range(9 + k)]), (0,) * 20 + (1,) * (13 + k), f"probe {k}")
         for k in (1, 2)
     ]
+
+
+def _difference(model: nn.Module, trunk: int, examples: list[Example], alone: torch.Tensor) -> str | None:
+    """Compute the examples as a tree; in what it differs from the examples alone [T, V] behind the trunk, or None."""
     tree = graft(examples, least_saved=1)
-    assert tree.ids[24:34] == examples[0].ids[24:], "the shorter leaf stands first"
+    assert tree.ids[: len(examples[0].ids)] == examples[0].ids, "the shorter leaf stands first"
     cut = tuple(-1 if parent >= 0 and parent != i - 1 else parent for i, parent in enumerate(tree.parent))
     blind = Row(tree.ids, cut, untils(cut), tree.learn, tree.origins)
-    alone = torch.cat([_logits(model, graft([example]), None)[24:] for example in examples])
     try:
-        together = _logits(model, tree, None)[24:]
-        without = _logits(model, blind, tree.positions())[24:]
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
+        together = _logits(model, _as_row(model, tree))[trunk : len(tree)]
+        without = _logits(model, _as_row(model, blind, tree.positions()))[trunk : len(tree)]
+    except NotImplementedError as error:
+        return f"its attention is more than a softmax over the tokens seen ({error})"
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         return f"a row of many fails in its forward ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
     apart = (together - alone).abs().max().item()
     contrast = (without - alone).abs().max().item()
@@ -87,19 +94,32 @@ def _difference(model: nn.Module) -> str | None:
     return None
 
 
-def _logits(model: nn.Module, row: Row, positions: tuple[int, ...] | None) -> torch.Tensor:
-    """[T, V] of one row, in evaluation mode."""
-    device = innermost(model).get_input_embeddings().weight.device
+def _plain(model: nn.Module, example: Example) -> dict[str, Any]:
+    """An example alone, as any program would compute it."""
+    return {"input_ids": torch.tensor([example.ids], device=_device(model))}
+
+
+def _as_row(model: nn.Module, row: Row, positions: tuple[int, ...] | None = None) -> dict[str, Any]:
     batch: Any = collate_row(row, pad_id=0, windows=windows_of(model), examples=1, tokens_padded=len(row))
-    batch = {**batch, "input_ids": batch["input_ids"].to(device), "position_ids": batch["position_ids"].to(device)}
     if positions is not None:
-        batch["position_ids"][0, : len(row)] = torch.tensor(positions, device=device)
+        batch["position_ids"][0, : len(row)] = torch.tensor(positions)
+    for name in ("input_ids", "position_ids"):
+        batch[name] = batch[name].to(_device(model))
+    return model_inputs(model, batch)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return innermost(model).get_input_embeddings().weight.device
+
+
+def _logits(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """[T, V] of one row, in evaluation mode."""
     # bitsandbytes repacks its 4-bit layers for serving when they are called without gradients.
     hook = innermost(model).get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
     trained = model.training
     model.eval()
     try:
-        return model(**model_inputs(model, batch), use_cache=False).logits[0, : len(row)].detach().float().cpu()
+        return model(**inputs, use_cache=False).logits[0].detach().float().cpu()
     finally:
         hook.remove()
         model.train(trained)

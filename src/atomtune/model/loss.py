@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as BodyOutput
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from atomtune.model.attention import ROW_PLAN, ROWS
 
@@ -109,12 +109,13 @@ def _weighted(logits: torch.Tensor, target: torch.Tensor, learn: torch.Tensor, l
 class Head:
     """Everything a causal LM does after its body: output matrix, scaling, soft-capping, by the model's own code.
 
-    The model's forward is run with its body replaced by one that hands through what it is given, so no architecture's
-    arithmetic is written down here.
+    The model's forward is run with a body that only hands through what it is given, so no architecture's arithmetic is
+    written down here.
     """
 
     def __init__(self, model: Any) -> None:
         self.model, self.name = model, model.base_model_prefix
+        self.output_of_body: type[ModelOutput] = BaseModelOutput
 
     @classmethod
     def of(cls, model: nn.Module) -> "Head | None":
@@ -138,22 +139,30 @@ class Head:
 
         `model` may wrap this one (DDP, PEFT) and is called as a whole; of its logits only one position is computed.
         """
-        seen: list[torch.Tensor] = []
-        hook = getattr(self.model, self.name).register_forward_hook(lambda _m, _i, output: seen.append(output[0]))
+        seen: list[ModelOutput] = []
+        hook = getattr(self.model, self.name).register_forward_hook(lambda _m, _i, output: seen.append(output))
         try:
             model(**model_inputs(model, batch), use_cache=False, logits_to_keep=batch["source"][:1])
         finally:
             hook.remove()
-        return seen[0][batch["row"], batch["source"]]
+        if isinstance(seen[0], ModelOutput):
+            self.output_of_body = type(seen[0])
+        return seen[0][0][batch["row"], batch["source"]]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, D] → [N, V]"""
-        body = self.model._modules[self.name]
-        self.model._modules[self.name] = _Through()
+        body = getattr(self.model, self.name)
+        own = vars(body).get("forward")  # of its own where accelerate has hooked it
+        body.forward = self._hand_through
         try:
             return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
         finally:
-            self.model._modules[self.name] = body
+            del body.forward
+            if own is not None:
+                body.forward = own
+
+    def _hand_through(self, *_args: Any, inputs_embeds: torch.Tensor, **_kwargs: Any) -> ModelOutput:
+        return self.output_of_body(last_hidden_state=inputs_embeds)
 
     def nats(
         self,
@@ -171,13 +180,6 @@ class Head:
             return _weighted(self.logits(hidden), target[span], learn[span], label_smoothing)
 
         return _Chunked.apply(part, max(LEAST_TARGETS, CHUNK_LOGITS // words), hidden, *weights)
-
-
-class _Through(nn.Module):
-    """A body that hands through the hidden states it is given."""
-
-    def forward(self, *_args: Any, inputs_embeds: torch.Tensor, **_kwargs: Any) -> BodyOutput:
-        return BodyOutput(last_hidden_state=inputs_embeds)
 
 
 class _Chunked(torch.autograd.Function):
