@@ -175,8 +175,8 @@ def plain(base: Path, data: Path, out: str, *, dtype: torch.dtype, checkpointing
 
 
 def trl(base: Path, data: Path, out: str, *, packing: bool, dtype: torch.dtype, liger: bool) -> dict[str, Any]:
-    """TRL's SFTTrainer. Packed, a step takes as many rows as hold about 16 records, so that its updates are nearest to the
-    others'; on a CPU one row after the other (accumulation), which is its fastest way there."""
+    """TRL's SFTTrainer. Packed, a step takes as many rows as hold about 16 records, so that its updates are nearest to
+    the others'; on a CPU one row after the other (accumulation), which is its fastest way there."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
