@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +123,18 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 
 def machine() -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "trl"))
+    libraries = ", ".join(_with_version(name) for name in ("torch", "transformers", "peft", "trl"))
     if torch.cuda.is_available():
         return f"Commit {commit.stdout.strip()}; {torch.cuda.get_device_name()}; {libraries}."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"Commit {commit.stdout.strip()}; {cores} CPU cores ({platform.machine()}); {libraries}."
+
+
+def _with_version(name: str) -> str:
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return f"no {name}"
 
 
 def arguments(about: str | None, contenders: Mapping[str, str], *, records: int, out: str) -> argparse.ArgumentParser:
