@@ -1,9 +1,10 @@
 """Verify: the fast path against plain transformers + PEFT, on the user's own model and records.
 
-The plain side is dumber than what it checks and shares nothing with it but the weights: one record at a time, the
-model's own loss, labels shifted by the model, PEFT's own layers, the library's attention.
+The plain side is dumber than what it checks and shares nothing with it but the weights: one record at a time, all
+its logits, PEFT's own layers, the library's attention.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -162,9 +163,6 @@ def compare(
         _fill(adapted)
         return adapted.eval()  # a base's own dropout would draw differently in rows of another shape
 
-    voice.say("plain transformers + PEFT, one record at a time …")
-    plain = one_at_a_time(load(), examples)
-    voice.say("the fast path …")
     fast = load()
     reason = why_padded(fast) if asked != "padded" else "it was asked for"
     if reason and asked in ("tree", "packed"):
@@ -173,19 +171,22 @@ def compare(
     compute_together(families_of(fast, input_ids=torch.zeros(1, 2, dtype=torch.long, device=device)))
     windows = windows_of(fast) if layout != "padded" else (None,)
     collator = Collator(layout=layout, pad_id=pad_id, as_example=as_example, windows=windows)
+    voice.say("the fast path …")
     ours, computed = in_batches(fast, examples, collator, per_batch=per_batch)
-    gradient, worst = max(
-        ((ours.gradients[name] - one).norm().item() / max(one.norm().item(), 1e-30), name)
+    del fast
+    voice.say("plain transformers + PEFT, one record at a time …")
+    plain = one_at_a_time(load(), examples)
+    apart = {
+        name: ((ours.gradients[name] - one).norm() / max(one.norm().item(), 1e-30)).nan_to_num(nan=math.inf).item()
         for name, one in plain.gradients.items()
-    )
+    }
+    worst = max(apart, key=lambda name: apart[name])
     return Comparison(
         layout=layout,
         dtype=dtype,
         loss=abs(ours.loss - plain.loss) / plain.loss,
-        log_probability=max(
-            (a - b).abs().max().item() for a, b in zip(ours.log_probabilities, plain.log_probabilities, strict=True)
-        ),
-        gradient=gradient,
+        log_probability=(torch.cat(ours.log_probabilities) - torch.cat(plain.log_probabilities)).abs().max().item(),
+        gradient=apart[worst],
         worst_layer=worst,
         layers=len(plain.gradients),
         targets=sum(len(one) for one in plain.log_probabilities),
@@ -204,20 +205,18 @@ def _fill(adapted: torch.nn.Module) -> None:
 
 
 def one_at_a_time(model: Any, examples: Sequence[Example]) -> Result:
-    """The dumb side: each record alone, the model's own mean loss, weighted by its targets."""
+    """The dumb side: each record alone through the model's own forward; the loss from its logits, in full."""
     targets = sum(sum(example.learn) for example in examples)
     total, log_probabilities = 0.0, []
     for example in examples:
         ids = torch.tensor([example.ids], device=model.device)
         learned = [i for i, times in enumerate(example.learn) if times]
-        labels = torch.full_like(ids, -100)
-        labels[0, learned] = ids[0, learned]
-        output = model(input_ids=ids, labels=labels)
-        share = output.loss * (len(learned) / targets)
+        logits = model(input_ids=ids).logits[0, [i - 1 for i in learned]].double()
+        scores = logits.log_softmax(-1).gather(1, ids[0, learned][:, None])[:, 0]
+        share = -scores.sum() / targets
         share.backward()
         total += share.item()
-        scores = output.logits[0, [i - 1 for i in learned]].detach().double().log_softmax(-1)
-        log_probabilities.append(scores.gather(1, ids[0, learned][:, None])[:, 0].cpu())
+        log_probabilities.append(scores.detach().cpu())
     return Result(total, log_probabilities, _gradients(model))
 
 
@@ -239,7 +238,7 @@ def in_batches(model: Any, examples: Sequence[Example], collator: Collator, *, p
 
 
 def _by_record(batch: Any, found: torch.Tensor, examples: Sequence[Example]) -> list[torch.Tensor]:
-    """Log-probabilities of each record's targets, found by the path of tokens that leads to them."""
+    """Log-probabilities of each record's targets, found by the path of tokens that leads to them; NaN if none does."""
     plan = batch["plan"]
     ids = batch["input_ids"].cpu()
     by_path: dict[tuple[int, ...], float] = {}
@@ -253,7 +252,10 @@ def _by_record(batch: Any, found: torch.Tensor, examples: Sequence[Example]) -> 
             path = tuple(ids[0, above].tolist())
         by_path[(*path, target)] = value
     return [
-        torch.tensor([by_path[example.ids[: i + 1]] for i, times in enumerate(example.learn) if times]).double()
+        torch.tensor(
+            [by_path.get(example.ids[: i + 1], math.nan) for i, times in enumerate(example.learn) if times],
+            dtype=torch.float64,
+        )
         for example in examples
     ]
 

@@ -1,0 +1,151 @@
+"""LoRA layers computed together are PEFT's: outputs, gradients, and every case in which PEFT's own way is taken."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from atomtune.model.lowrank import Family, compute_together, families_of, keep_mask
+from tests.model.test_layouts import build, with_adapter
+
+IDS = torch.tensor([[5, 9, 3, 11, 60, 2, 7]])
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def together(model: Any) -> Any:
+    assert compute_together(families_of(model, input_ids=IDS)) > 0
+    return model
+
+
+def gradients_of(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    out = model(input_ids=IDS).logits
+    out.square().mean().backward()
+    return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_equal(ours: Any, theirs: Any, **tolerance: float) -> None:
+    out, gradients = gradients_of(ours)
+    expected, expected_gradients = gradients_of(theirs)
+    torch.testing.assert_close(out, expected, **tolerance)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        assert expected_gradients[name].any()
+        torch.testing.assert_close(gradient, expected_gradients[name], **tolerance, msg=lambda said, n=name: n + said)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "granite"])
+def test_it_is_pefts_own_result(family):
+    plain = with_adapter(build(family))
+    assert_equal(together(copy.deepcopy(plain)), plain, rtol=1e-6, atol=1e-9)  # RMSNorm computes in float32
+
+
+def test_layers_that_read_one_tensor_are_a_family():
+    model = with_adapter(build("llama"))
+    names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
+    families = [[names[id(layer)] for layer in members] for members in families_of(model, input_ids=IDS)]
+    assert families == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
+
+
+def test_layers_that_are_not_plain_stay_pefts():
+    # GPT-2 has transposed Conv1D layers; its adapters must not be touched.
+    assert families_of(with_adapter(build("gpt2")), input_ids=IDS) == []
+
+
+def test_a_model_without_adapters_has_no_families():
+    assert families_of(build("llama"), input_ids=IDS) == []
+
+
+def test_a_layer_that_is_called_twice_stays_pefts():
+    class Twice(nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            self.inner(input_ids=input_ids)
+            return self.inner(input_ids=input_ids + 1)
+
+    assert families_of(Twice(with_adapter(build("llama"))), input_ids=IDS) == []
+
+
+def test_measured_models_compute_bit_for_bit_as_served():
+    # Evaluation, verify and the demo's samples must be what any program with PEFT answers.
+    plain = with_adapter(build("llama")).to(torch.bfloat16)
+    model = together(copy.deepcopy(plain))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+
+
+def test_disabled_and_merged_adapters_go_pefts_way():
+    plain = with_adapter(build("llama"))
+    model = together(copy.deepcopy(plain))
+    with model.disable_adapter(), plain.disable_adapter():
+        torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits, **EXACT)
+    with_it = model(input_ids=IDS).logits
+    model.merge_adapter()
+    torch.testing.assert_close(model(input_ids=IDS).logits, with_it, rtol=1e-6, atol=1e-9)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(input_ids=IDS).logits, with_it, rtol=1e-6, atol=1e-9)
+
+
+def test_what_is_saved_and_loaded_is_pefts(tmp_path):
+    model = together(with_adapter(build("llama")))
+    model.save_pretrained(tmp_path)
+    from peft import PeftModel
+
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path)
+    torch.testing.assert_close(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_an_output_nobody_uses_gets_no_gradient():
+    model = with_adapter(build("llama"))
+    q, k, v = next(m for m in families_of(model, input_ids=IDS) if len(m) == 3)
+    x = torch.randn(7, 32, dtype=torch.float64, requires_grad=True)
+    out = Family((q, k, v)).call(q, x)
+    out.sum().backward()
+    assert q.lora_B["default"].weight.grad.any()
+    assert k.lora_B["default"].weight.grad is None
+    expected = torch.autograd.grad(q(x).sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected, **EXACT)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.5])
+def test_dropout_keeps_each_element_as_often_as_it_should(p):
+    torch.manual_seed(1)
+    keep = keep_mask(torch.empty(997, 1_003), p)
+    assert keep.dtype == torch.bool
+    share = 1 - keep.double().mean().item()
+    assert share == pytest.approx(p, abs=5 * (p * (1 - p) / keep.numel()) ** 0.5)
+    neighbours = (keep[:, 1:] == keep[:, :-1]).double().mean().item()  # four elements share one draw of 64 bits
+    assert neighbours == pytest.approx(1 - 2 * p * (1 - p), abs=3e-3)
+
+
+def test_dropout_draws_anew_and_as_the_seed_says():
+    torch.manual_seed(1)
+    first, second = keep_mask(torch.empty(64, 64), 0.5), keep_mask(torch.empty(64, 64), 0.5)
+    torch.manual_seed(1)
+    assert not torch.equal(first, second)
+    assert torch.equal(keep_mask(torch.empty(64, 64), 0.5), first)
+
+
+def test_dropout_in_backward_is_the_one_of_forward():
+    # Against plain autograd over the same mask; catches a mask that is drawn twice, or not scaled by 1 / (1 - p).
+    model = with_adapter(build("llama")).train()
+    layer = next(m for m in families_of(model, input_ids=IDS) if len(m) == 1)[0]
+    layer.lora_dropout["default"] = nn.Dropout(0.3)
+    x = torch.randn(40, 32, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(3)
+    out = Family((layer,)).call(layer, x)
+    torch.manual_seed(3)
+    keep = keep_mask(x, 0.3)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    dropped = x * keep / 0.7
+    expected = nn.functional.linear(x, layer.base_layer.weight) + (dropped @ a.T @ b.T) * layer.scaling["default"]
+    torch.testing.assert_close(out, expected, **EXACT)
+    draw = torch.randn_like(out)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, (x, a, b), draw), torch.autograd.grad(expected, (x, a, b), draw), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, **EXACT)

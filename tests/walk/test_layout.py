@@ -1,0 +1,91 @@
+"""`--layout`: what it says, when it pays, and that a run is the same run in every layout."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from atomtune.cli import main
+from tests.conftest import write_jsonl
+from tests.train.test_oracle import relative_difference
+
+
+def train(base, data, out, *more) -> int:
+    return main(["train", "--model_path", str(base), "--dataset_path", str(data), "--output_dir", str(out), *more])
+
+
+def record_of(out) -> dict:
+    return json.loads((out / "run.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--gradient_checkpointing", "true"],
+        ["--gradient_accumulation_steps", "2"],
+        ["--label_smoothing_factor", "0.1"],
+        ["--per_device_train_batch_size", "1"],
+        ["--max_seq_length", "40"],
+    ],
+    ids=["checkpointing", "accumulation", "smoothing", "one record a batch", "shortened"],
+)
+def test_a_run_is_the_same_run_in_every_layout(models, dialogues, tmp_path, flags):
+    # RMSNorm computes in float32, so branches that meet in it are rounded there: 1e-7 a step.
+    exact = ["--dtype", "float64", "--lora_dropout", "0", "--max_steps", "4", "--learning_rate", "1e-2"]
+    exact += ["--logging_steps", "1", "--eval_size", "8", "--optim", "sgd", "--per_device_train_batch_size", "8"]
+    for layout in ("padded", "packed", "tree"):
+        out = tmp_path / layout
+        assert train(models("llama"), dialogues, out, *exact, *flags, "--layout", layout) == 0
+        assert record_of(out)["layout"] == layout
+    padded = record_of(tmp_path / "padded")
+    for layout in ("packed", "tree"):
+        other = record_of(tmp_path / layout)
+        assert other["eval_loss"] == pytest.approx(padded["eval_loss"], rel=1e-6)
+        for ours, theirs in zip(other["loss_history"], padded["loss_history"], strict=True):
+            assert ours["step"] == theirs["step"]
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        for key in ("prompt_tokens", "target_tokens", "tokens_padded", "records_used"):
+            assert other[key] == padded[key], key
+        adapters = [load_file(tmp_path / name / "adapter_model.safetensors") for name in (layout, "padded")]
+        assert relative_difference(*adapters) < 1e-6
+
+
+def test_auto_says_what_it_takes_and_what_that_saves(models, dialogues, tmp_path, capsys):
+    assert train(models("llama"), dialogues, tmp_path / "out", "--max_steps", "1") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "layout tree: records that begin alike share that beginning; tokens " in said
+    assert "less work (3 batches tried)" in said
+
+
+def test_auto_packs_records_that_share_nothing(models, tmp_path, capsys):
+    # Role markers are common to all; a template without them leaves nothing to share.
+    template = tmp_path / "bare.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    data = write_jsonl(
+        tmp_path / "apart.jsonl",
+        [{"instruction": chr(0x4E00 + 7 * n) * (5 + n % 9), "output": "好" * (1 + n % 5)} for n in range(40)],
+    )
+    flags = ["--max_steps", "1", "--template", str(template)]
+    assert train(models("qwen3"), data, tmp_path / "out", *flags) == 0
+    assert record_of(tmp_path / "out")["layout"] == "packed"
+    assert "layout packed: records stand end to end without padding" in capsys.readouterr().out
+
+
+def test_a_model_that_a_tree_would_change_trains_padded_with_the_reason(models, dialogues, tmp_path, capsys):
+    assert train(models("baichuan_like"), dialogues, tmp_path / "out", "--trust_remote_code", "--max_steps", "2") == 0
+    record = record_of(tmp_path / "out")
+    assert record["layout"] == "padded"
+    assert record["tokens_computed"] == record["tokens_padded"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "layout padded: one record a row, because its forward takes no position_ids." in said
+
+
+def test_a_layout_that_would_not_be_exact_is_refused_before_a_step(models, dialogues, tmp_path, capsys):
+    flags = ["--trust_remote_code", "--layout", "tree"]
+    assert train(models("baichuan_like"), dialogues, tmp_path / "out", *flags) == 2
+    said = capsys.readouterr().err
+    assert "its forward takes no position_ids" in said
+    assert "--layout padded" in said

@@ -1,0 +1,130 @@
+"""`atomtune verify`, and `train --verify`: what holds is said to hold, and a planted fault is found."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from atomtune.batch import collate
+from atomtune.batch.attention import plan_attention
+from atomtune.cli import main
+from atomtune.model import lowrank
+
+
+def command(base, data, *more) -> list[str]:
+    return ["verify", "--model_path", str(base), "--dataset_path", str(data), *more]
+
+
+@pytest.mark.parametrize("layout", ["auto", "packed", "padded"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_the_fast_path_holds_and_the_table_says_so(models, dialogues, capsys, layout, dtype):
+    flags = ["--layout", layout, "--dtype", dtype, "--records", "12", "--per_device_train_batch_size", "8"]
+    assert main(command(models("llama"), dialogues, *flags)) == 0
+    said = capsys.readouterr().out
+    assert f"layout {'tree' if layout == 'auto' else layout} against one record at a time, {dtype}" in said
+    assert "12 records of dialogues.jsonl" in said
+    assert said.count("holds") == 3
+    assert "is equal to plain transformers + PEFT" in said
+
+
+def test_the_work_that_it_names_is_the_work_done(models, tmp_path, capsys):
+    # All prompts equal: what records share is computed once a batch.
+    data = tmp_path / "same.jsonl"
+    records = [{"instruction": "讲一个很短的故事", "output": answer} for answer in "山水月日风云雨雪"]
+    data.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    assert main(command(models("llama"), data, "--dtype", "float64")) == 0
+    work = capsys.readouterr().out.split("Work: ")[1]
+    padded, computed = (int(word.replace(",", "")) for word in work.split() if word.replace(",", "").isdigit())
+    assert computed < padded / 3
+
+
+def all_see_all(row, **settings):
+    """Every token sees every token before it, a sibling's too; positions stay right."""
+    blind = replace(row, parent=tuple(range(-1, len(row) - 1)), until=(len(row),) * len(row))
+    return replace(plan_attention(blind, **settings), position=plan_attention(row, **settings).position)
+
+
+def positions_by_index(row, **settings):
+    plan = plan_attention(row, **settings)
+    return replace(plan, position=torch.arange(len(plan.position)))
+
+
+@pytest.mark.parametrize("planted", [all_see_all, positions_by_index])
+def test_a_planted_fault_ends_with_4(models, dialogues, monkeypatch, capsys, planted):
+    monkeypatch.setattr(collate, "plan_attention", planted)
+    flags = ["--layout", "tree", "--dtype", "float32", "--records", "12"]
+    # The model's own trial refuses first; it is silenced here, so that the comparison has to find it.
+    monkeypatch.setattr("atomtune.train.verify.why_padded", _give_rows)
+    assert main(command(models("llama"), dialogues, *flags)) == 4
+    said = capsys.readouterr()
+    assert "DOES NOT HOLD" in said.out
+    assert "--layout padded" in said.err
+
+
+def _give_rows(model) -> None:
+    from atomtune.model.attention import ROWS, register
+    from atomtune.model.loss import innermost
+
+    register()
+    innermost(model).set_attn_implementation(ROWS)
+
+
+def test_a_fault_in_the_adapters_gradients_ends_with_4(models, dialogues, monkeypatch, capsys):
+    # Loss and log-probabilities are right; only what is learned from them is not.
+    right = lowrank._LowRank.backward
+
+    def scaled(ctx, *grads):
+        x, keep, p, scales, *rest = right(ctx, *grads)
+        return x, keep, p, scales, *(g * 1.1 if i % 4 == 3 and g is not None else g for i, g in enumerate(rest))
+
+    monkeypatch.setattr(lowrank._LowRank, "backward", staticmethod(scaled))
+    assert main(command(models("llama"), dialogues, "--dtype", "float32", "--records", "12")) == 4
+    said = capsys.readouterr()
+    assert said.out.count("DOES NOT HOLD") == 1
+    assert "lora_B" in said.err
+
+
+def test_a_layout_that_would_not_be_exact_is_refused(models, dialogues, capsys):
+    flags = ["--trust_remote_code", "--layout", "tree"]
+    assert main(command(models("baichuan_like"), dialogues, *flags)) == 2
+    assert "its forward takes no position_ids" in capsys.readouterr().err
+
+
+def test_remote_code_is_verified_padded(models, dialogues, capsys):
+    assert main(command(models("baichuan_like"), dialogues, "--trust_remote_code", "--records", "8")) == 0
+    assert "layout padded against one record at a time" in capsys.readouterr().out
+
+
+def test_verify_needs_a_model_and_records(capsys):
+    assert main(["verify"]) == 2
+    said = capsys.readouterr().err
+    assert "--model_path is needed" in said
+    assert "--dataset_path is needed" in said
+
+
+def train(base, data, out, *more) -> int:
+    walk = ["train", "--model_path", str(base), "--dataset_path", str(data), "--output_dir", str(out)]
+    return main([*walk, "--max_steps", "2", *more])
+
+
+def test_a_run_that_verifies_writes_what_it_found(models, dialogues, tmp_path):
+    assert train(models("llama"), dialogues, tmp_path / "out", "--verify", "--dtype", "float64") == 0
+    found = json.loads((tmp_path / "out" / "run.json").read_text())["verified"]
+    assert found["holds"] is True
+    assert (found["layout"], found["dtype"]) == ("tree", "float64")
+    assert 0 <= found["loss"] < 1e-6
+    assert found["targets"] > 0
+
+
+def test_a_run_that_is_found_wrong_does_not_start(models, dialogues, monkeypatch, tmp_path):
+    right = lowrank._LowRank.forward
+    monkeypatch.setattr(
+        lowrank._LowRank, "forward", staticmethod(lambda *given: tuple(1.2 * out for out in right(*given)))
+    )
+    out = tmp_path / "out"
+    assert train(models("llama"), dialogues, out, "--verify", "--dtype", "float32") == 4
+    record = json.loads((out / "run.json").read_text())
+    assert record["verified"]["holds"] is False
+    assert not list(out.glob("checkpoint-*"))
+    assert not (out / "adapter_model.safetensors").exists()
