@@ -47,7 +47,7 @@ def test_trained_saved_and_loaded_gives_the_same_logits(  # noqa: PLR0917  # pyt
     expected = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
     capsys.readouterr()
     chat = ["chat", "--adapter_path", str(out), "--prompt", "你是谁？ (9)", "--max_new_tokens", "12"]
-    assert main([*chat, "--dtype", "float32"]) == 0
+    assert main([*chat, "--dtype", "float32", *remote]) == 0
     assert capsys.readouterr().out.strip() == expected.strip()
 
 
@@ -55,6 +55,19 @@ def test_remote_code_is_explained_not_run(models, dialogues, tmp_path, capsys):
     command = ["train", "--model_path", str(models("baichuan_like")), "--dataset_path", str(dialogues)]
     assert main([*command, "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]) == 2
     assert "--trust_remote_code" in capsys.readouterr().err
+
+
+def test_an_adapters_folder_cannot_switch_remote_code_on(models, dialogues, tmp_path, capsys):
+    # The card of an older version said so; a folder from elsewhere could say anything.
+    out = tmp_path / "out"
+    command = ["train", "--model_path", str(models("baichuan_like")), "--dataset_path", str(dialogues)]
+    assert main([*command, "--output_dir", str(out), "--max_steps", "1", "--trust_remote_code"]) == 0
+    card = json.loads((out / "atomtune.json").read_text())
+    (out / "atomtune.json").write_text(json.dumps({**card, "trust_remote_code": True}))
+    for use in (["chat", "--prompt", "你好"], ["merge", "--output_dir", str(tmp_path / "merged")]):
+        capsys.readouterr()
+        assert main([*use, "--adapter_path", str(out)]) == 2
+        assert "--trust_remote_code" in capsys.readouterr().err
 
 
 def test_the_tutorials_targets_on_a_llama_name_what_exists(models, dialogues, tmp_path, capsys):

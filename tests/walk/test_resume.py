@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,75 @@ def test_a_named_checkpoint_goes_on_in_another_folder(whole, tmp_path, way):
     out = tmp_path / "out"
     assert main(arguments(base, data, out, *flags)) == 0
     same_run(out, undisturbed)
+
+
+def test_losses_between_logs_are_not_lost_with_a_checkpoint(models, dialogues, tmp_path):
+    # The library divides a resumed run's loss by all steps, and drops what was not logged before the checkpoint.
+    def run(out, *more):
+        flags = ["--max_steps", "10", "--save_steps", "4", "--logging_steps", "3", *more]
+        assert main([*arguments(models("llama"), dialogues, out), *flags]) == 0
+        return json.loads((out / "run.json").read_text())
+
+    whole = run(tmp_path / "whole")
+    again = run(tmp_path / "again", "--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-8"))
+    assert [entry["step"] for entry in whole["loss_history"]] == [3, 4, 6, 8, 9, 10]
+    assert again["loss_history"] == whole["loss_history"]
+    assert again["train_loss"] == whole["train_loss"]
+    steps = [b["step"] - a["step"] for a, b in pairwise([{"step": 0}, *whole["loss_history"]])]
+    losses = [entry["loss"] for entry in whole["loss_history"]]
+    assert whole["train_loss"] == pytest.approx(sum(n * loss for n, loss in zip(steps, losses, strict=True)) / 10)
+
+
+def test_a_run_that_died_after_its_last_checkpoint_makes_no_step_more(models, dialogues, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = [*arguments(models("llama"), dialogues, out), "--max_steps", "7"]
+    assert main(command) == 0
+    adapter = (out / "adapter_model.safetensors").read_bytes()
+    before = json.loads((out / "run.json").read_text())
+    (out / "adapter_model.safetensors").unlink()
+    (out / "run.json").write_text(json.dumps({**before, "status": "running"}))
+    assert main([*command, "--resume"]) == 0
+    assert "All steps were made before" in capsys.readouterr().out
+    assert (out / "adapter_model.safetensors").read_bytes() == adapter
+    after = json.loads((out / "run.json").read_text())
+    for key in ("steps", "train_loss", "loss_history", "tokens_computed"):
+        assert after[key] == before[key], key
+
+
+def test_a_resume_that_is_refused_leaves_the_record_of_the_run(whole, tmp_path):
+    base, data, undisturbed = whole
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    record = json.loads((out / "run.json").read_text()) | {"status": "preempted"}
+    (out / "run.json").write_text(json.dumps(record))
+    changed = tmp_path / data.name
+    changed.write_text(data.read_text().replace("Good morning", "Good evening"), encoding="utf-8")
+    assert main(arguments(base, changed, out, "--resume")) == 2
+    assert json.loads((out / "run.json").read_text()) == record
+
+
+@pytest.mark.parametrize("way", ["an older checkpoint", "weights alone"])
+def test_two_runs_are_not_mixed_in_one_folder(whole, tmp_path, capsys, way):
+    # The newest checkpoint would be the other run's, and a later --resume would take it.
+    base, data, undisturbed = whole
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    oldest = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))[0]
+    named = oldest if way == "an older checkpoint" else oldest / "adapter_model.safetensors"
+    assert main(arguments(base, data, out, "--continue_training", "--checkpoint", str(named))) == 2
+    assert "of an earlier run" in capsys.readouterr().err
+    assert (out / "run.json").read_bytes() == (undisturbed / "run.json").read_bytes()
+
+
+def test_settings_that_an_adapter_does_not_take_are_said(whole, tmp_path, capsys):
+    base, data, undisturbed = whole
+    flags = ["--continue_training", "--checkpoint", str(undisturbed / "adapter_model.safetensors")]
+    flags += ["--lora_rank", "4", "--lora_dropout", "0", "--lora_targets", "q_proj,v_proj"]
+    assert main([*arguments(base, data, tmp_path / "out", *flags), "--max_steps", "1"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--lora_rank 4 is not used: the checkpoint's adapter has 8" in said
+    assert "--lora_dropout 0 is not used: the checkpoint's adapter has 0.1" in said
+    assert "--lora_targets q_proj,v_proj is not used: the checkpoint's adapter has down_proj" in said
 
 
 def test_a_finished_run_is_left_alone(whole, capsys):

@@ -6,8 +6,8 @@ Stands on PEFT; LoRA: Hu et al. 2021, arXiv 2106.09685.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,6 @@ class Card:
     instruction_role: Literal["system", "user"]
     stop: str
     instruction: str | None = None  # the one nearly all records shared: chat's default
-    trust_remote_code: bool = False
     data_hash: str = ""
     max_seq_length: int = 256
 
@@ -43,7 +42,11 @@ class Card:
     @classmethod
     def load(cls, folder: Path) -> "Card | None":
         file = folder / CARD
-        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+        if not file.is_file():
+            return None
+        known = {field.name for field in fields(cls)}
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return cls(**{name: value for name, value in values.items() if name in known})
 
 
 def linear_names(base: Any) -> list[str]:
@@ -67,8 +70,7 @@ def match_targets(base: Any, targets: Sequence[str]) -> dict[str, int]:
         if not kinds:
             raise BadModel("The base has no linear layer that LoRA could adapt.")
         return dict(sorted(kinds.items()))
-    every = [name for name, _ in base.named_modules()]
-    counts = {t: sum(name == t or name.endswith(f".{t}") for name in every) for t in targets}
+    counts = {target: len(_matched(base, [target])) for target in targets}
     missing = [t for t, count in counts.items() if not count]
     if missing:
         there = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
@@ -90,7 +92,10 @@ def new_adapter(base: Any, *, rank: int, alpha: float, dropout: float, targets: 
         target_modules=chosen,
         fan_in_fan_out=fan_in_fan_out,
     )
-    return get_peft_model(base, config)
+    try:
+        return get_peft_model(base, config)
+    except ValueError as error:  # e.g. a norm or a whole attention was named
+        raise BadSettings([f"--lora_targets: {error}"]) from error
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
@@ -124,17 +129,25 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
 
 
 def start_from_weights(
-    base: Any, file: Path, *, rank: int, alpha: float, dropout: float, notice: Callable[[str], None]
+    base: Any,
+    file: Path,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: Sequence[str],
+    notice: Callable[[str], None],
 ) -> PeftModel:
     """A trainable adapter filled from a file of weights alone.
 
-    Beside an adapter_config.json that config holds. Without one (the tutorial's checkpoints) rank and targets are
-    read from the tensors; alpha and dropout are the run's settings.
+    Beside an adapter_config.json that config holds, and what was asked otherwise is said. Without one (the tutorial's
+    checkpoints) rank and targets are read from the tensors; alpha and dropout are the run's settings.
     """
     weights = read_weights(file)
     if (file.parent / "adapter_config.json").is_file():
         config = LoraConfig.from_pretrained(str(file.parent))
         config.inference_mode = False
+        _say_unused(config, base, rank=rank, alpha=alpha, dropout=dropout, targets=targets, notice=notice)
         model = get_peft_model(base, config)
     else:
         ranks = {tensor.shape[0] for name, tensor in weights.items() if "lora_A" in name}
@@ -147,6 +160,27 @@ def start_from_weights(
         model = new_adapter(base, rank=found, alpha=alpha, dropout=dropout, targets=_shortest(base, modules))
     _fill(model, weights, file)
     return model
+
+
+def _say_unused(
+    config: LoraConfig, base: Any, *, targets: Sequence[str], notice: Callable[[str], None], **asked: float
+) -> None:
+    has = {"rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
+    for name, value in asked.items():
+        if value != has[name]:
+            notice(f"--lora_{name} {value:g} is not used: the checkpoint's adapter has {has[name]:g}.")
+    own = config.target_modules
+    if not isinstance(own, set | list):  # a pattern
+        return
+    adapted = _matched(base, own)
+    if adapted != _matched(base, linear_names(base) if list(targets) == [ALL_LINEAR] else targets):
+        names = ",".join(_shortest(base, adapted))
+        notice(f"--lora_targets {','.join(targets)} is not used: the checkpoint's adapter has {names}.")
+
+
+def _matched(base: nn.Module, targets: Collection[str]) -> set[str]:
+    """The full names of the modules that target names mean."""
+    return {name for name, _ in base.named_modules() if any(name == t or name.endswith(f".{t}") for t in targets)}
 
 
 def _shortest(base: nn.Module, modules: set[str]) -> list[str]:

@@ -146,6 +146,14 @@ def load_base(
     return base
 
 
+def stored_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype:
+    """The dtype a model's weights are stored in; float32 where its config does not say."""
+    with _explained(path, "model"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
 def _quantization(quantize: Quantize, dtype: torch.dtype) -> Any:
     try:
         import bitsandbytes  # noqa: F401

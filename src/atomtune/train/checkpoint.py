@@ -90,7 +90,8 @@ def find_start(
     """Decide from the folder and the flags.
 
     lengths  max_steps and num_train_epochs as asked now
-    Raises BadSettings when the folder holds a run and no flag says to go on, BadModel for a damaged checkpoint.
+    Raises BadSettings when the folder holds a run and no flag says to go on, or one that this would mix with another;
+    BadModel for a damaged checkpoint.
     """
     if resume_from_checkpoint and resume_from_checkpoint.lower() == "true":
         newest = newest_whole(output_dir, notice)
@@ -98,7 +99,9 @@ def find_start(
             raise BadSettings([f"--resume_from_checkpoint: no whole checkpoint in {output_dir}."])
         return _resumed(newest)
     if explicit := resume_from_checkpoint or checkpoint:
-        return _explicit(Path(explicit).expanduser(), output_dir)
+        start = _explicit(Path(explicit).expanduser(), output_dir)
+        _refuse_to_mix(start, output_dir)
+        return start
     if not resume:
         if holds_a_run(output_dir):
             raise BadSettings(
@@ -115,11 +118,15 @@ def find_start(
 
 
 def _resumed(path: Path) -> Start:
-    step = json.loads((path / STATE).read_text(encoding="utf-8"))["global_step"]
-    said = f"Going on from {path} at step {step:,}."
+    said = f"Going on from {path} at step {step_of(path):,}."
     if not _has_optimizer(path):
         said += " It holds no optimizer state (--save_only_model), so the optimizer begins anew."
     return Start("resume", path, said)
+
+
+def step_of(path: Path) -> int:
+    """The step after which a checkpoint was made."""
+    return int(json.loads((path / STATE).read_text(encoding="utf-8"))["global_step"])
 
 
 def _has_optimizer(path: Path) -> bool:
@@ -146,6 +153,19 @@ def _explicit(path: Path, output_dir: Path) -> Start:
         file,
         f"{file} holds weights only: starting from them with a new optimizer, schedule and order of the data.",
     )
+
+
+def _refuse_to_mix(start: Start, output_dir: Path) -> None:
+    """Raise BadSettings where a later --resume could not tell this run's checkpoints from those of the run before."""
+    step = step_of(start.path) if start.kind == "resume" and start.path else -1
+    beyond = [path for path in checkpoints(output_dir) if (path / MANIFEST).is_file() and int(path.name[11:]) > step]
+    if beyond:
+        raise BadSettings(
+            [
+                f"{output_dir} holds {', '.join(path.name for path in reversed(beyond))} of an earlier run, which "
+                "--resume would later take for this one's.\nPass another --output_dir, or move them away."
+            ]
+        )
 
 
 def _asks_for_more(record: dict[str, Any], lengths: dict[str, Any]) -> bool:

@@ -147,11 +147,7 @@ def compare_with_before(job: Job) -> None:
     known = {name: one["value"] for name, one in before.get("settings", {}).items()}
     skipped = {"resume", "resume_from_checkpoint", "continue_training", "checkpoint", "output_dir"}
     for name, one in record.values["settings"].items():
-        if name not in known or name in skipped or known[name] == one["value"]:
-            continue
-        if name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"):
-            voice.notice(f"--{name} {one['value']} is not used: the checkpoint's adapter has {known[name]}.")
-        else:
+        if name in known and name not in skipped and not name.startswith("lora_") and known[name] != one["value"]:
             voice.notice(f"--{name} is {one['value']} now; the run began with {known[name]}.")
     if before.get("lengths") and before["lengths"] != record.values["lengths"]:
         voice.notice(
@@ -200,7 +196,13 @@ def load_model(job: Job, *, longest_tokens: int) -> Any:
         if file is None:
             raise BadSettings([f"{start.path}: no adapter weights in this checkpoint."])
         adapted: Any = start_from_weights(
-            base, file, rank=lora.lora_rank, alpha=lora.lora_alpha, dropout=lora.lora_dropout, notice=voice.notice
+            base,
+            file,
+            rank=lora.lora_rank,
+            alpha=lora.lora_alpha,
+            dropout=lora.lora_dropout,
+            targets=lora.lora_targets,
+            notice=voice.notice,
         )
     else:
         counts = match_targets(base, lora.lora_targets)

@@ -22,8 +22,8 @@ SPOKEN_EVERY = 5.0  # seconds between lines where there is no terminal to draw a
 class RunRecord:
     """run.json, kept true from the first moment: a reader finds `running` or how it ended."""
 
-    def __init__(self, folder: Path, *, writes: bool = True) -> None:
-        self.folder, self.writes = folder, writes
+    def __init__(self, folder: Path, *, writes: bool = True, waits: bool = False) -> None:
+        self.folder, self.writes, self.waits = folder, writes, waits
         self.values: dict[str, Any] = {
             "status": "running",
             "atomtune": __version__,
@@ -36,9 +36,14 @@ class RunRecord:
     def update(self, **values: Any) -> None:
         self.values |= values
         self.values["updated"] = datetime.now(UTC).isoformat(timespec="seconds")
-        if self.writes:
+        if self.writes and not self.waits:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / RECORD, self.values)
+
+    def begin(self) -> None:
+        """From here on this run's record stands in the folder, in place of an earlier one."""
+        self.waits = False
+        self.update()
 
 
 class Voice:

@@ -63,7 +63,8 @@ def train(settings: TrainSettings) -> int:
             lock.acquire()
     except Timeout:
         raise BadSettings([f"{folder}: another run is writing here now. Pass another --output_dir."]) from None
-    record = RunRecord(folder, writes=first)
+    # A resumed run that does not come to train leaves the record of the run that did.
+    record = RunRecord(folder, writes=first, waits=start.kind == "resume")
     job = Job(settings, args, start, read_record(folder), voice, record)
     try:
         record.update(settings=settings.resolved(), lengths=lengths(args), start=start.kind)
@@ -100,7 +101,6 @@ def _run(job: Job) -> None:
         instruction_role=template.instruction_role,
         stop=template.stop,
         instruction=data.account.shared_instruction,
-        trust_remote_code=settings.model.trust_remote_code,
         data_hash=data.data_hash,
         max_seq_length=settings.data.max_seq_length,
     )
@@ -118,6 +118,7 @@ def _run(job: Job) -> None:
         raise BadSettings([f"The Trainer refuses these settings: {error}"]) from error
     _say_length(job, len(data.train))
     samples = Samples.of_demo(settings, model, template)
+    job.record.begin()
     loss = _fit(job, trainer, data)
     _save(job, trainer, loss)
     samples.show_after(job.voice.console)
@@ -145,7 +146,10 @@ def _fit(job: Job, trainer: LoraTrainer, data: Data) -> float:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        output = trainer.train(resume_from_checkpoint=str(start.path) if start.kind == "resume" else None)
+        if start.kind == "resume" and start.path and trainer.all_steps_made(start.path):
+            voice.say("All steps were made before; the adapter is saved from this checkpoint.")
+        else:
+            trainer.train(resume_from_checkpoint=str(start.path) if start.kind == "resume" else None)
     except ImportError as error:  # an optimizer from a package that is not installed
         raise BadSettings([f"The Trainer refuses these settings: {error}"]) from error
     except (RuntimeError, MemoryError) as error:
@@ -166,13 +170,13 @@ def _fit(job: Job, trainer: LoraTrainer, data: Data) -> float:
         bar.close()
         trainer.stop.restore()
         job.record.update(**_figures(trainer), notices=voice.notices)
-    if trainer.stop.received is not None:
+    if trainer.stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
         name = signal.Signals(trainer.stop.received).name
         raise Stopped(
             f"{name} received; stopped after step {trainer.state.global_step:,} with a checkpoint.\n"
             f"The same command with --resume goes on from there (--output_dir {args.output_dir})."
         )
-    return float(output.training_loss)
+    return trainer.mean_loss()
 
 
 def _figures(trainer: LoraTrainer) -> dict[str, Any]:

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
 from atomtune.errors import RunFailed, listing
 from atomtune.model.adapter import Card
 from atomtune.model.loss import target_nats
-from atomtune.train.checkpoint import disk_full, write_manifest
+from atomtune.train.checkpoint import STATE, disk_full, write_manifest
 
 
 class WorkCounter(TrainerCallback, ExportableState):
@@ -87,6 +87,14 @@ class StopOnSignal(TrainerCallback):
         self._before.clear()
 
 
+class LogWhatIsSaved(TrainerCallback):
+    """The losses since the last log go into the history before a checkpoint and at the end, so none is lost with it."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save or state.global_step >= state.max_steps:
+            control.should_log = True
+
+
 def _on_any_rank(flag: bool, args: Any) -> bool:
     if args.world_size <= 1:
         return flag
@@ -107,6 +115,7 @@ class LoraTrainer(Trainer):
         self.stop = StopOnSignal()
         self.add_callback(self.work)
         self.add_callback(self.stop)
+        self.add_callback(LogWhatIsSaved())  # after all that ask for a save
         # The loss below is already divided by the targets of all micro-batches. 5.17 reads the first name, 5.23 both.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -155,6 +164,28 @@ class LoraTrainer(Trainer):
                 "Lower --learning_rate, or pass --dtype bfloat16 (or float32) instead of float16."
             )
         return loss
+
+    def all_steps_made(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is of the run's last step; its state is then this trainer's.
+
+        The library would make one more step from such a checkpoint (seen on 5.23, with max_steps).
+        """
+        state = TrainerState.load_from_json(str(checkpoint / STATE))
+        if not 0 < self.args.max_steps <= state.global_step:
+            return False
+        self.state = state
+        self.work.on_train_begin(self.args, state, self.control)
+        self.work.on_train_end(self.args, state, self.control)
+        return True
+
+    def mean_loss(self) -> float:
+        """Over all steps of the run, those before a resume included; in nats per target of each step."""
+        total, last = 0.0, 0
+        for entry in self.state.log_history:
+            if "loss" in entry:
+                total += entry["loss"] * (entry["step"] - last)
+                last = entry["step"]
+        return total / max(last, 1)
 
     @property
     def _ranks_evaluate_alone(self) -> bool:

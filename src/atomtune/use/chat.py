@@ -24,8 +24,8 @@ def chat(settings: ChatSettings) -> int:
     quiet_libraries()
     notices = Console(stderr=True, highlight=False)
     folder = Path(settings.adapter_path)
-    template, card = template_of(folder)
-    model = _model(settings, folder, card.trust_remote_code or settings.trust_remote_code, notices)
+    template, card = template_of(folder, trust_remote_code=settings.trust_remote_code)
+    model = _model(settings, folder, notices)
     asked = _Asked(template, settings.system, card.instruction)
     if settings.prompt is not None:
         _reply(model, template, [*asked.opening, *asked.by_user(settings.prompt)], settings)
@@ -52,7 +52,7 @@ class _Asked:
         return self.template.messages([turn])
 
 
-def _model(settings: ChatSettings, folder: Path, trust_remote_code: bool, notices: Console) -> Any:
+def _model(settings: ChatSettings, folder: Path, notices: Console) -> Any:
     def notice(text: str) -> None:
         notices.print(f"note: {text}", style="yellow", markup=False)
 
@@ -67,7 +67,7 @@ def _model(settings: ChatSettings, folder: Path, trust_remote_code: bool, notice
         device=device,
         device_map=settings.device_map,
         quantize=settings.quantize,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=settings.trust_remote_code,
     )
     return base.eval() if merged else load_trained(base, folder)
 

@@ -10,8 +10,8 @@ from atomtune.data.template import Template
 from atomtune.errors import BadSettings, CheckFailed
 from atomtune.model.adapter import load_trained
 from atomtune.model.generate import prompt_ids, stop_ids
-from atomtune.model.load import load_base, quiet_libraries
-from atomtune.use.trained import base_of, stored_dtype, template_of
+from atomtune.model.load import load_base, quiet_libraries, stored_dtype
+from atomtune.use.trained import base_of, template_of
 
 #: Probe prompts of the check: both languages, digits, several lines.
 PROBES = ("你是谁？", "Who are you?", "1 + 1 = ?\n请一步一步地想。", "今天天气怎么样？")
@@ -29,10 +29,12 @@ def merge(settings: MergeSettings) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadSettings([f"--output_dir {out} is not an empty folder. Pass a new one."])
     quiet_libraries()
-    template, card = template_of(adapter)
+    trust = settings.trust_remote_code
+    template, card = template_of(adapter, trust_remote_code=trust)
     base_path = base_of(adapter, settings.model_path)
-    trust = settings.trust_remote_code or card.trust_remote_code
-    dtype = stored_dtype(base_path, trust) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    dtype = (
+        stored_dtype(base_path, trust_remote_code=trust) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    )
     print(f"loading {base_path} in {str(dtype).removeprefix('torch.')} …", flush=True)
     base = load_base(base_path, dtype=dtype, device=torch.device("cpu"), trust_remote_code=trust)
     model = load_trained(base, adapter)

@@ -2,24 +2,23 @@
 
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig
-
 from atomtune.data.template import Template, load_template, restore_template
 from atomtune.errors import BadModel
 from atomtune.model.adapter import Card, base_path_of
 from atomtune.model.load import load_tokenizer
 
 
-def template_of(folder: Path) -> tuple[Template, Card]:
+def template_of(folder: Path, *, trust_remote_code: bool) -> tuple[Template, Card]:
     """The training template of a saved adapter or merged model, with its card.
+
+    Whether code that comes with a model may run is the user's word each time, never a downloaded folder's.
 
     A folder of another tool has no card; then its tokenizer's own template, else atom, is taken.
     """
     if not folder.is_dir():
         raise BadModel(f"{folder}: no such folder. Pass --adapter_path with a run's output folder.")
     card = Card.load(folder)
-    tokenizer = load_tokenizer(str(folder), trust_remote_code=card.trust_remote_code if card else False)
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
     if card is not None:
         return restore_template(card.template, card.instruction_role, tokenizer), card
     template = load_template("auto", tokenizer)
@@ -34,10 +33,3 @@ def base_of(adapter: Path, model_path: str | None) -> str:
             f"{adapter} was trained on {path}, which is not there any more. Pass --model_path with the base."
         )
     return path
-
-
-def stored_dtype(base_path: str, trust_remote_code: bool) -> torch.dtype:
-    """The dtype a model's weights are stored in; float32 where its config does not say."""
-    config = AutoConfig.from_pretrained(base_path, trust_remote_code=trust_remote_code)
-    dtype = getattr(config, "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
