@@ -1,17 +1,19 @@
 """The commands: parse, call, print. Each imports its rooms inside, so that --help loads no torch."""
 
 import difflib
+import errno
 import logging
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from atomtune import __version__
 from atomtune.errors import AtomtuneError
 
 #: What a failed process answers, by cause; see also errors.py.
-DONE, BUG, USER, STOPPED = 0, 1, 2, 75
+DONE, BUG, USER, FAILED, STOPPED = 0, 1, 2, 3, 75
 
 
 def train(argv: Sequence[str]) -> int:
@@ -84,7 +86,7 @@ def _answered(name: str, argv: Sequence[str]) -> int:
     code = BUG
     # bitsandbytes speaks of missing optional kernels at import, which happens wherever PEFT is imported.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # until a run installs its own
+    before = _leave_on_signals()  # until a run installs its own
     try:
         return COMMANDS[name](argv)
     except AtomtuneError as error:
@@ -93,6 +95,11 @@ def _answered(name: str, argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"\natomtune {name}: stopped by a signal.", file=sys.stderr)
         code = STOPPED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"\natomtune {name}: The disk is full: {error}. Free some space and run it again.", file=sys.stderr)
+        code = FAILED
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         sys.stderr.close()
         code = DONE
@@ -101,8 +108,20 @@ def _answered(name: str, argv: Sequence[str]) -> int:
         said = f"this is a bug in atomtune {__version__}; please report the lines above."
         print(f"\natomtune {name}: {said}", file=sys.stderr)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return code
+
+
+def _leave_on_signals() -> dict[int, Any]:
+    """Have the signals that end a process raise KeyboardInterrupt with their name; what was there before."""
+
+    def leave(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    numbers = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP", "SIGUSR1"))
+    heard = [number for number in numbers if number is not None and signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, leave) for number in heard}
 
 
 def _overview() -> str:

@@ -88,6 +88,15 @@ class RunSettings:
     resume_from_checkpoint: str | None = setting(None, "go on from this checkpoint folder")
     continue_training: bool = setting(False, "the tutorial's way to go on; needs --checkpoint")
     checkpoint: str | None = setting(None, "with --continue_training: a checkpoint, or adapter weights to start from")
+    resume_anyway: bool = setting(False, "go on although data or settings are not those that the run began with")
+    max_minutes: float = setting(
+        0.0, "stop after so many minutes with a checkpoint, exit code 75; 0: no limit", at_least=0
+    )
+    skip_nonfinite: int = setting(
+        0,
+        "leave out up to so many steps whose loss or gradient is not finite; 0: the first one ends the run",
+        at_least=0,
+    )
     gradient_checkpointing: Literal["auto", "true", "false"] = setting(
         "auto", "recompute activations instead of keeping them; auto: when memory is short"
     )
@@ -112,6 +121,7 @@ class MergeSettings:
     adapter_path: str = setting(..., "a run's output folder or one of its checkpoints")
     output_dir: str = setting(..., "where the merged model goes")
     model_path: str | None = setting(None, "the base, where it is not the one the adapter names")
+    other_base: bool = setting(False, "use a base whose weights are not those the adapter was trained on")
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = setting("auto", "auto: as the base is stored")
     trust_remote_code: bool = setting(False, "run Python code that comes with the model; read it first")
 
@@ -126,6 +136,7 @@ class ChatSettings:
     max_new_tokens: int = setting(512, "longest answer, in tokens", at_least=1)
     temperature: float = setting(0.0, "0: always the likeliest token; higher: more varied", at_least=0)
     model_path: str | None = setting(None, "the base, where it is not the one the adapter names")
+    other_base: bool = setting(False, "use a base whose weights are not those the adapter was trained on")
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = setting("auto", "of the base's weights")
     quantize: Literal["nf4", "int8"] | None = setting(None, "keep the base in 4 or 8 bits (needs atomtune[qlora])")
     device_map: str | None = setting(None, "auto spreads a base larger than one device over all there are")
@@ -161,7 +172,17 @@ class TrainSettings:
             for group in (self.data, self.model, self.lora, self.run)
             for f in fields(group)
         } | self.trainer
-        return {name: {"value": value, "source": self.sources.get(name, "default")} for name, value in values.items()}
+        return {
+            name: {
+                "value": "(not kept)" if _secret(name) and value else value,
+                "source": self.sources.get(name, "default"),
+            }
+            for name, value in values.items()
+        }
+
+
+def _secret(name: str) -> bool:
+    return name.endswith(("_token", "_key", "_secret", "_password"))
 
 
 TRAIN_GROUPS = (DataSettings, ModelSettings, LoraSettings, RunSettings)

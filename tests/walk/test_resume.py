@@ -101,12 +101,12 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(whole, tmp_path, caps
     for newer in out.glob("checkpoint-*"):
         if int(newer.name.partition("-")[2]) > 14:
             (newer / "manifest.json").unlink(missing_ok=True)
-    weights = out / "checkpoint-14" / "optimizer.pt"
+    weights = out / "checkpoint-14" / "optimizer.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])  # a torn file under a whole manifest
     assert main(arguments(base, data, out, "--resume")) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "checkpoint-21 is passed over" in said
-    assert "checkpoint-14 is passed over: optimizer.pt is not as it was written" in said
+    assert "checkpoint-14 is passed over: optimizer.safetensors is not as it was written" in said
     assert "Going on from" in said
     assert "checkpoint-7 at step 7" in said
     same_run(out, undisturbed)
@@ -218,7 +218,7 @@ def test_changed_data_is_not_the_same_run(whole, tmp_path, capsys):
     kept = next(undisturbed.glob("checkpoint-*"))
     flags = ["--resume_from_checkpoint", str(kept)]
     assert main(arguments(base, changed, tmp_path / "out", *flags)) == 2
-    assert "not the one" in capsys.readouterr().err
+    assert "the data file (SHA-256)" in capsys.readouterr().err
 
 
 def test_more_steps_go_on_with_a_notice_about_the_schedule(models, dialogues, tmp_path, capsys):
@@ -258,7 +258,10 @@ def test_a_checkpoint_without_optimizer_says_so_and_lora_settings_stay(models, d
     command = arguments(models("llama"), dialogues, out, "--save_only_model")
     assert main([*command, "--max_steps", "2"]) == 0
     capsys.readouterr()
-    assert main([*command, "--max_steps", "3", "--resume", "--lora_rank", "4"]) == 0
+    more = [*command, "--max_steps", "3", "--resume", "--lora_rank", "4"]
+    assert main(more) == 2
+    assert "--lora_rank: 8 in checkpoint-2, 4 now" in capsys.readouterr().err
+    assert main([*more, "--resume_anyway"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "the optimizer begins anew" in said
     assert "--lora_rank 4 is not used: the checkpoint's adapter has 8" in said

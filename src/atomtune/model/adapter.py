@@ -34,6 +34,7 @@ class Card:
     stop: str
     instruction: str | None = None  # the one nearly all records shared: chat's default
     data_hash: str = ""
+    base: str = ""  # the fingerprint of the weights it was trained on
     max_seq_length: int = 256
 
     def save(self, folder: Path) -> None:
@@ -224,6 +225,26 @@ def base_path_of(folder: Path) -> str:
     if not file.is_file():
         raise BadModel(f"{folder}: no adapter_config.json here. Pass --adapter_path with a run's output folder.")
     return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+
+
+def refuse_unlike(folder: Path, model: PeftModel) -> None:
+    """Raise RunFailed when the adapter in a folder is not, bit by bit, the one in memory."""
+    written, own = read_weights(folder / WEIGHTS), get_peft_model_state_dict(model)
+    unlike = [name for name, tensor in own.items() if name not in written or not _same_bits(written[name], tensor)]
+    if unlike or len(written) != len(own):
+        raise RunFailed(
+            f"{folder / WEIGHTS} does not hold what was to be written (first: {[*unlike, *written][0]}).\n"
+            "The disk may be failing; --resume goes on from the last whole checkpoint."
+        )
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    other = other.detach().cpu()
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    )
 
 
 def refuse_empty(model: PeftModel) -> None:

@@ -1,21 +1,18 @@
-"""Checkpoints: where a run may start from, and whether what lies there is whole.
+"""Checkpoints: where a run may start from.
 
-A checkpoint is whole when its manifest, written last, agrees with every file. A run that was killed while saving
-leaves no manifest, so the checkpoint before it is taken.
+Before: integrity.py says which are whole.  After: run.py.
 """
 
-import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from atomtune.errors import BadModel, BadSettings, RunFailed, listing
+from atomtune.errors import BadModel, BadSettings, listing
 from atomtune.model.adapter import WEIGHTS, adapter_file
+from atomtune.train.integrity import MANIFEST, checkpoints, damage, step_in
 
-MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 RECORD = "run.json"
 
@@ -27,39 +24,6 @@ class Start:
     kind: Literal["fresh", "resume", "weights", "finished"]
     path: Path | None = None
     said: str = ""
-
-
-def write_manifest(folder: Path) -> None:
-    """Name every file of the checkpoint with its size and SHA-256; written last, in one rename."""
-    entries = {
-        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        for file in _files(folder)
-    }
-    write_json(folder / MANIFEST, entries)
-
-
-def damage(folder: Path) -> list[str]:
-    """What keeps a checkpoint from being whole; empty when it is."""
-    try:
-        entries: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return ["it has no manifest: the run was stopped while saving it"]
-    except ValueError:
-        return ["its manifest is not readable"]
-    problems = []
-    for name, entry in entries.items():
-        file = folder / name
-        if not file.is_file():
-            problems.append(f"{name} is missing")
-        elif file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
-            problems.append(f"{name} is not as it was written")
-    return problems
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """checkpoint-N folders, newest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
 
 
 def newest_whole(folder: Path, notice: Callable[[str], None]) -> Path | None:
@@ -130,7 +94,7 @@ def step_of(path: Path) -> int:
 
 
 def _has_optimizer(path: Path) -> bool:
-    """Whether the checkpoint holds an optimizer: plain, sharded by FSDP, or DeepSpeed's global_step folder."""
+    """Whether the checkpoint holds an optimizer: ours, another tool's, or DeepSpeed's global_step folder."""
     return any(path.glob("optimizer*")) or any(path.glob("global_step*"))
 
 
@@ -158,7 +122,7 @@ def _explicit(path: Path, output_dir: Path) -> Start:
 def _refuse_to_mix(start: Start, output_dir: Path) -> None:
     """Raise BadSettings where a later --resume could not tell this run's checkpoints from those of the run before."""
     step = step_of(start.path) if start.kind == "resume" and start.path else -1
-    beyond = [path for path in checkpoints(output_dir) if (path / MANIFEST).is_file() and int(path.name[11:]) > step]
+    beyond = [path for path in checkpoints(output_dir) if (path / MANIFEST).is_file() and (step_in(path) or 0) > step]
     if beyond:
         raise BadSettings(
             [
@@ -179,35 +143,3 @@ def read_record(folder: Path) -> dict[str, Any]:
         return dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write beside the name and rename: a reader never sees half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
-        json.dump(values, file, ensure_ascii=False, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-
-
-def disk_full(error: BaseException, folder: Path) -> RunFailed | None:
-    """The answer to a failed save, when the disk is what failed."""
-    said = str(error)
-    if getattr(error, "errno", None) == 28 or "No space left" in said or "file write failed" in said:
-        kept = next((str(path) for path in checkpoints(folder) if not damage(path)), "none")
-        return RunFailed(
-            f"The disk is full: {folder} could not be written.\nLast whole checkpoint: {kept}. "
-            "Free some space (--save_total_limit keeps fewer checkpoints), then go on with --resume."
-        )
-    return None
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

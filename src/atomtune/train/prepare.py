@@ -24,6 +24,7 @@ from atomtune.model.adapter import (
     parameter_counts,
     start_from_weights,
 )
+from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.load import device_in_use, load_base, resolve_dtype
 from atomtune.model.lowrank import compute_together, families_of
 from atomtune.model.memory import should_checkpoint
@@ -78,6 +79,8 @@ def read_data(job: Job, template: Template) -> Data:
     evaluate = None
     if asked.eval_path:
         evaluate, eval_account, _ = read(Path(asked.eval_path))
+        voice.say(f"{Path(asked.eval_path).name}, to evaluate on:")
+        _say_account(eval_account, template, voice)
         _refuse_broken(eval_account, asked.eval_path, skip_bad=asked.skip_bad)
     elif asked.eval_size:
         held = round(asked.eval_size * len(examples)) if asked.eval_size < 1 else int(asked.eval_size)
@@ -130,31 +133,6 @@ def _refuse_broken(account: Account, path: str | None, *, skip_bad: bool) -> Non
         raise BadData(f"{path}: none of {account.records_read:,} records can be used. {first.origin}: {first.reason}.")
 
 
-def compare_with_before(job: Job) -> None:
-    """A resumed run is the same run: other data is refused, other settings are said."""
-    start, before, record, voice = job.start, job.before, job.record, job.voice
-    if start.kind != "resume" or start.path is None:
-        return
-    card, now = Card.load(start.path), record.values["data"]["sha256"]
-    if card is not None and card.data_hash != now:
-        raise BadSettings(
-            [
-                f"The data file is not the one {start.path} was trained on, so this would not be the same run.\n"
-                "Give the old file, or start a new run from these weights: "
-                f"--continue_training --checkpoint {adapter_file(start.path)} --output_dir NEW"
-            ]
-        )
-    known = {name: one["value"] for name, one in before.get("settings", {}).items()}
-    skipped = {"resume", "resume_from_checkpoint", "continue_training", "checkpoint", "output_dir"}
-    for name, one in record.values["settings"].items():
-        if name in known and name not in skipped and not name.startswith("lora_") and known[name] != one["value"]:
-            voice.notice(f"--{name} is {one['value']} now; the run began with {known[name]}.")
-    if before.get("lengths") and before["lengths"] != record.values["lengths"]:
-        voice.notice(
-            "the run's length changed, so the learning-rate schedule is stretched to the new length from here."
-        )
-
-
 # --- model ------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +168,14 @@ def load_model(job: Job, *, longest_tokens: int) -> Any:
         quantize=model.quantize,
         trust_remote_code=model.trust_remote_code,
     )
+    if start.path is not None:
+        card = Card.load(start.path if start.path.is_dir() else start.path.parent)
+        refuse_other_base(
+            str(model.model_path),
+            card.base if card else "",
+            anyway=start.kind == "weights" or settings.run.resume_anyway,
+            notice=voice.notice,
+        )
     _check_positions(base, longest_tokens)
     if start.path is not None:
         file = adapter_file(start.path)

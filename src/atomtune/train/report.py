@@ -1,6 +1,9 @@
 """The run's record: run.json, loss.png, and what is said in the terminal."""
 
+import contextlib
+import os
 import platform
+import sys
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -12,8 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import TrainerCallback
 
 from atomtune import __version__
-from atomtune.train.checkpoint import RECORD, write_json
-from atomtune.train.trainer import WorkCounter
+from atomtune.train.checkpoint import RECORD
+from atomtune.train.integrity import write_json
+from atomtune.train.watch import WorkCounter
 
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
 SPOKEN_EVERY = 5.0  # seconds between lines where there is no terminal to draw a bar in
@@ -46,11 +50,20 @@ class RunRecord:
         self.update()
 
 
+class Patient(Console):
+    """A terminal that may go away: a run goes on when the reader of its output left, as `| head` does."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Voice:
     """What the user reads; silent on every rank but the first."""
 
     def __init__(self, *, speaks: bool) -> None:
-        self.console = Console(quiet=not speaks, highlight=False)
+        self.console = Patient(quiet=not speaks, highlight=False)
         self.notices: list[str] = []
 
     def say(self, text: str) -> None:

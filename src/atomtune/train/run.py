@@ -5,30 +5,35 @@ The walk of the house: data.store → batch.collate → model → trainer → ru
 
 import contextlib
 import shutil
-import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
-from filelock import FileLock, Timeout
 from transformers import PrinterCallback, set_seed
 
 from atomtune.config import TrainSettings
 from atomtune.data.records import Account
 from atomtune.data.template import load_template
-from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped
-from atomtune.model.adapter import Card, refuse_empty
+from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped, UserError
+from atomtune.model.adapter import WEIGHTS, Card, refuse_empty
+from atomtune.model.fingerprint import fingerprint
 from atomtune.model.load import load_tokenizer, pad_id_of, quiet_libraries
 from atomtune.model.memory import StepShape, is_out_of_memory, peak_bytes, remedies
 from atomtune.train.arguments import CHECKPOINTING, lengths, trainer_arguments
-from atomtune.train.checkpoint import disk_full, find_start, read_record
+from atomtune.train.checkpoint import Start, find_start, read_record
+from atomtune.train.folder import answer, check_space, locked
+from atomtune.train.identity import identity, refuse_another_run
+from atomtune.train.integrity import clear_staging, publish, staging_of
 from atomtune.train.layout import check_equal, choose_layout
-from atomtune.train.prepare import Data, Job, compare_with_before, load_model, read_data
+from atomtune.train.prepare import Data, Job, load_model, read_data
 from atomtune.train.report import RunRecord, TrainingBar, Voice, draw_loss
 from atomtune.train.samples import Samples
 from atomtune.train.trainer import LoraTrainer
+from atomtune.train.watch import Stop
 
 #: More passes over the records than this are probably not meant: the adapter learns them by heart.
 MANY_PASSES = 30
@@ -36,61 +41,82 @@ MANY_PASSES = 30
 
 def train(settings: TrainSettings) -> int:
     """Run `atomtune train`; the exit code, or an AtomtuneError that holds it."""
+    began = time.monotonic()
     args = trainer_arguments(settings)
     first = args.process_index == 0
     voice = Voice(speaks=first)
     _quiet(settings)
     folder = Path(args.output_dir)
-    start = find_start(
-        folder,
-        resume=settings.run.resume,
-        resume_from_checkpoint=settings.run.resume_from_checkpoint,
-        checkpoint=settings.run.checkpoint,
-        lengths=lengths(args),
-        notice=voice.notice,
-    )
-    if start.said:
-        voice.say(start.said)
-    if start.kind == "finished":
-        return 0
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadSettings([f"--output_dir {folder} cannot be made: {error.strerror}."]) from None
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        if first:
-            lock.acquire()
-    except Timeout:
-        raise BadSettings([f"{folder}: another run is writing here now. Pass another --output_dir."]) from None
-    # A resumed run that does not come to train leaves the record of the run that did.
-    record = RunRecord(folder, writes=first, waits=start.kind == "resume")
-    job = Job(settings, args, start, read_record(folder), voice, record)
-    try:
-        record.update(settings=settings.resolved(), lengths=lengths(args), start=start.kind)
-        _run(job)
-    except BaseException as error:
-        full = disk_full(error, folder)
-        stopped = isinstance(error, Stopped | KeyboardInterrupt)
-        said = str(full or error) or type(error).__name__
-        with contextlib.suppress(OSError) if full else contextlib.nullcontext():  # the record may not fit either
-            record.update(status="preempted" if stopped else "failed", reason=said, notices=voice.notices)
-        if full and not isinstance(error, AtomtuneError):
-            raise full from error
-        raise
-    finally:
-        lock.release()
+    lock = locked(folder) if first else contextlib.nullcontext()
+    with lock:
+        start = _as_the_first_rank(args, lambda: _start(settings, args, voice))
+        if start.said:
+            voice.say(start.said)
+        if start.kind == "finished":
+            return 0
+        # A resumed run that does not come to train leaves the record of the run that did.
+        record = RunRecord(folder, writes=first, waits=start.kind == "resume")
+        job = Job(settings, args, start, read_record(folder), voice, record)
+        try:
+            if first:
+                clear_staging(folder)
+            record.update(settings=settings.resolved(), lengths=lengths(args), start=start.kind)
+            _run(job, began)
+        except BaseException as error:
+            told = answer(error, folder)
+            status = "preempted" if isinstance(told, Stopped) else "failed"
+            with contextlib.suppress(OSError):  # the record may not fit on a full disk either
+                record.update(status=status, reason=str(told) or type(told).__name__, notices=voice.notices)
+            if isinstance(error, Stopped) and args.world_size > 1:
+                torch.distributed.barrier()  # a launcher ends the other ranks as soon as one is gone
+            if told is error:
+                raise
+            raise told from error
     return 0
 
 
-def _run(job: Job) -> None:
+def _start(settings: TrainSettings, args: Any, voice: Voice) -> Start:
+    asked = settings.run
+    return find_start(
+        Path(args.output_dir),
+        resume=asked.resume,
+        resume_from_checkpoint=asked.resume_from_checkpoint,
+        checkpoint=asked.checkpoint,
+        lengths=lengths(args),
+        notice=voice.notice,
+    )
+
+
+def _as_the_first_rank(args: Any, decide: Callable[[], Start]) -> Start:
+    """What the first rank decides; the others would look into a folder that it has begun to fill."""
+    if args.world_size <= 1:
+        return decide()
+    outcome: list[Any] = [None]
+    if args.process_index == 0:
+        try:
+            outcome[0] = decide()
+        except AtomtuneError as error:
+            torch.distributed.broadcast_object_list([str(error)])
+            raise
+    torch.distributed.broadcast_object_list(outcome)
+    if isinstance(outcome[0], str):
+        raise UserError(outcome[0])
+    return cast(Start, outcome[0])
+
+
+def _run(job: Job, began: float) -> None:
     settings = job.settings
     tokenizer = load_tokenizer(str(settings.model.model_path), trust_remote_code=settings.model.trust_remote_code)
     template = load_template(settings.data.template, tokenizer)
     tokenizer.chat_template = template.source  # what is trained is what is served
     data = read_data(job, template)
     job.record.update(data={"path": settings.data.dataset_path, "sha256": data.data_hash}, **data.account.contract())
-    compare_with_before(job)
+    now = identity(job, template, data.data_hash)
+    refuse_another_run(job, now)
+    if job.before.get("lengths") and job.start.kind == "resume" and job.before["lengths"] != lengths(job.args):
+        job.voice.notice(
+            "the run's length changed, so the learning-rate schedule is stretched to the new length from here."
+        )
     if settings.run.verify:
         check_equal(job, data, pad_id=pad_id_of(tokenizer))
     set_seed(job.args.seed)
@@ -103,11 +129,20 @@ def _run(job: Job) -> None:
         instruction=data.account.shared_instruction,
         data_hash=data.data_hash,
         max_seq_length=settings.data.max_seq_length,
+        base=fingerprint(str(settings.model.model_path)) or "",
     )
+    minutes = settings.run.max_minutes
     try:
         trainer = LoraTrainer(
             tokenizer=tokenizer,
             card=card,
+            facts={"identity": now, "versions": job.record.values["versions"]},
+            stop=Stop(
+                deadline=began + 60 * minutes if minutes else None, said=f"the time is over (--max_minutes {minutes:g})"
+            ),
+            skip_nonfinite=settings.run.skip_nonfinite,
+            resumed_from=job.start.path if job.start.kind == "resume" else None,
+            notice=job.voice.notice,
             model=model,
             args=job.args,
             train_dataset=data.train,
@@ -115,8 +150,12 @@ def _run(job: Job) -> None:
             data_collator=collator,
         )
     except (ValueError, RuntimeError, ImportError) as error:  # e.g. a tracker that is not installed
+        if is_out_of_memory(error):
+            raise
         raise BadSettings([f"The Trainer refuses these settings: {error}"]) from error
     _say_length(job, len(data.train))
+    if job.args.should_save:
+        check_space(job, model, tokenizer)
     samples = Samples.of_demo(settings, model, template)
     job.record.begin()
     loss = _fit(job, trainer, data)
@@ -170,10 +209,10 @@ def _fit(job: Job, trainer: LoraTrainer, data: Data) -> float:
         bar.close()
         trainer.stop.restore()
         job.record.update(**_figures(trainer), notices=voice.notices)
-    if trainer.stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
-        name = signal.Signals(trainer.stop.received).name
+    owes = trainer.state.global_step < trainer.state.max_steps or trainer.work.owes_evaluation
+    if trainer.stop.reason is not None and owes:
         raise Stopped(
-            f"{name} received; stopped after step {trainer.state.global_step:,} with a checkpoint.\n"
+            f"{trainer.stop.reason}; stopped after step {trainer.state.global_step:,} with a checkpoint.\n"
             f"The same command with --resume goes on from there (--output_dir {args.output_dir})."
         )
     return trainer.mean_loss()
@@ -186,6 +225,7 @@ def _figures(trainer: LoraTrainer) -> dict[str, Any]:
         "tokens_padded": work.tokens_padded,
         "tokens_computed": work.tokens_computed,
         "seconds": seconds,
+        "skipped_steps": work.skipped_steps,
         "examples_per_second": work.examples / seconds if seconds else 0.0,
         "peak_memory_bytes": peak_bytes(trainer.args.device),
     }
@@ -195,8 +235,10 @@ def _save(job: Job, trainer: LoraTrainer, loss: float) -> None:
     """The adapter, the picture and the finished record."""
     refuse_empty(trainer.accelerator.unwrap_model(trainer.model))
     folder = Path(trainer.args.output_dir)
-    trainer.save_model()
+    staging = staging_of(folder / "adapter")
+    trainer.save_model(str(staging))
     if trainer.args.process_index == 0:
+        publish(staging, folder, last=WEIGHTS)
         draw_loss(trainer.state.log_history, folder / "loss.png")
     evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     job.record.update(

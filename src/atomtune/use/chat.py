@@ -14,6 +14,7 @@ from atomtune.data.records import Turn
 from atomtune.data.template import Message, Template
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import load_trained
+from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.generate import answer, prompt_ids
 from atomtune.model.load import device_in_use, load_base, quiet_libraries, resolve_dtype
 from atomtune.use.trained import base_of, template_of
@@ -25,7 +26,7 @@ def chat(settings: ChatSettings) -> int:
     notices = Console(stderr=True, highlight=False)
     folder = Path(settings.adapter_path)
     template, card = template_of(folder, trust_remote_code=settings.trust_remote_code)
-    model = _model(settings, folder, notices)
+    model = _model(settings, folder, card.base, notices)
     asked = _Asked(template, settings.system, card.instruction)
     if settings.prompt is not None:
         _reply(model, template, [*asked.opening, *asked.by_user(settings.prompt)], settings)
@@ -52,7 +53,7 @@ class _Asked:
         return self.template.messages([turn])
 
 
-def _model(settings: ChatSettings, folder: Path, notices: Console) -> Any:
+def _model(settings: ChatSettings, folder: Path, trained_on: str, notices: Console) -> Any:
     def notice(text: str) -> None:
         notices.print(f"note: {text}", style="yellow", markup=False)
 
@@ -69,7 +70,10 @@ def _model(settings: ChatSettings, folder: Path, notices: Console) -> Any:
         quantize=settings.quantize,
         trust_remote_code=settings.trust_remote_code,
     )
-    return base.eval() if merged else load_trained(base, folder)
+    if merged:
+        return base.eval()
+    refuse_other_base(path, trained_on, anyway=settings.other_base, notice=notice)
+    return load_trained(base, folder)
 
 
 def _converse(model: Any, template: Template, asked: _Asked, settings: ChatSettings, notices: Console) -> None:

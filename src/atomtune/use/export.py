@@ -9,6 +9,7 @@ from atomtune.config import MergeSettings
 from atomtune.data.template import Template
 from atomtune.errors import BadSettings, CheckFailed
 from atomtune.model.adapter import load_trained
+from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.generate import prompt_ids, stop_ids
 from atomtune.model.load import load_base, quiet_libraries, stored_dtype
 from atomtune.use.trained import base_of, template_of
@@ -37,6 +38,7 @@ def merge(settings: MergeSettings) -> int:
     )
     print(f"loading {base_path} in {str(dtype).removeprefix('torch.')} …", flush=True)
     base = load_base(base_path, dtype=dtype, device=torch.device("cpu"), trust_remote_code=trust)
+    refuse_other_base(base_path, card.base, anyway=settings.other_base, notice=lambda text: print(f"note: {text}"))
     model = load_trained(base, adapter)
     before = _log_probabilities(model, template)
     print("merging …", flush=True)

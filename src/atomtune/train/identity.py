@@ -1,0 +1,118 @@
+"""Identity: what makes a resumed run the run that began, and what may change.
+
+Kept in each checkpoint's manifest, compared by name on resume. What is not named here may change freely: where and how
+often is saved, logged and evaluated, how the work is shared out in a process, and the run's length (which is said).
+"""
+
+import hashlib
+import json
+from typing import Any
+
+from atomtune.data.store import tokenizer_text
+from atomtune.data.template import Template
+from atomtune.errors import BadSettings
+from atomtune.model.adapter import adapter_file
+from atomtune.train.integrity import read_manifest
+from atomtune.train.prepare import Job
+
+#: The Trainer's settings that decide which numbers a run computes.
+TRAINER_SETTINGS = (
+    "seed",
+    "data_seed",
+    "full_determinism",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "warmup_ratio",
+    "weight_decay",
+    "optim",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "train_sampling_strategy",
+    "group_by_length",
+    "dataloader_drop_last",
+    "fp16",
+    "bf16",
+)
+OURS = {
+    "data": ("max_seq_length", "overlength", "skip_overlength", "eval_size", "layout"),
+    "model": ("dtype", "quantize"),
+    "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
+    "run": ("skip_nonfinite",),
+}
+_FILES = {
+    "data": "the data file (SHA-256)",
+    "template": "the template (SHA-256)",
+    "tokenizer": "the tokenizer (SHA-256)",
+    "ranks": "processes",
+}
+
+
+def identity(job: Job, template: Template, data_hash: str) -> dict[str, Any]:
+    """Names and values, as JSON keeps them."""
+    settings, args = job.settings, job.args
+    found: dict[str, Any] = {
+        "data": data_hash,
+        "template": _sha(template.source),
+        "tokenizer": _sha(tokenizer_text(template.tokenizer)),
+        "ranks": args.world_size,
+    }
+    for group, names in OURS.items():
+        found |= {name: getattr(getattr(settings, group), name) for name in names}
+    found |= {name: getattr(args, name) for name in TRAINER_SETTINGS if hasattr(args, name)}
+    return dict(json.loads(json.dumps(found, default=str)))
+
+
+def refuse_another_run(job: Job, now: dict[str, Any]) -> None:
+    """Raise BadSettings with every setting in which a resumed run would not be the one that began, both values named.
+
+    --resume_anyway turns that into a notice. A checkpoint of another tool has no identity to compare.
+    """
+    start, voice = job.start, job.voice
+    if start.kind != "resume" or start.path is None:
+        return
+    try:
+        before = read_manifest(start.path).get("identity", {})
+    except (OSError, ValueError):
+        voice.notice(f"{start.path} has no manifest; whether this is the run that it began is not known.")
+        return
+    changed = [
+        f"{_called(name)}: {_said(before[name])} in {start.path.name}, {_said(value)} now"
+        for name, value in now.items()
+        if name in before and before[name] != value
+    ]
+    if not changed:
+        return
+    if job.settings.run.resume_anyway:
+        voice.notice(f"this is not the run that began (--resume_anyway): {'; '.join(changed)}.")
+        return
+    raise BadSettings(
+        [
+            "This would not be the run that began.",
+            *changed,
+            "Give back what was; or pass --resume_anyway to go on with what is now; or start a new run from these "
+            f"weights: --continue_training --checkpoint {adapter_file(start.path)} --output_dir NEW",
+        ]
+    )
+
+
+def _called(name: str) -> str:
+    return _FILES.get(name, f"--{name}")
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, str) and len(value) == 64:  # a SHA-256
+        return f"{value[:12]}…"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()

@@ -1,0 +1,185 @@
+"""Integrity: a folder that is whole or not there, on disks that fill up and machines that lose power.
+
+A checkpoint is written under a hidden name, every file brought to the disk, named in a manifest with its size and
+SHA-256, and takes its place in one rename. What can be seen under its own name was finished; what was changed since is
+found by the manifest.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+#: In front of the name of a folder that is being written, and of one that is being removed.
+STAGING, LEAVING = ".saving-", ".removing-"
+#: The write failed for want of space or of a working disk, not by a bug.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE}
+
+
+def disk_failed(error: BaseException) -> bool:
+    """Whether a write failed because of the disk; torch and safetensors say so in words only."""
+    said = str(error)
+    return getattr(error, "errno", None) in _DISK_ERRORS or "No space left" in said or "file write failed" in said
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write beside the name and rename: a reader never sees half a file."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            json.dump(values, file, ensure_ascii=False, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def staging_of(final: Path) -> Path:
+    """Where a folder is written before it takes its name; on the same disk, so that a rename is enough."""
+    return final.with_name(STAGING + final.name)
+
+
+def clear_staging(folder: Path) -> None:
+    """Remove what a killed run was writing or removing; for the holder of the folder's lock."""
+    for left in (*folder.glob(f"{STAGING}*"), *folder.glob(f"{LEAVING}*")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def seal(staging: Path, final: Path, facts: Mapping[str, Any]) -> None:
+    """Bring a staged folder to the disk, write its manifest, and give it its name.
+
+    What stood under that name and has a manifest is replaced; without one it is not ours, and is moved aside.
+    """
+    entries = {name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for name, file in _files(staging)}
+    body = {**facts, "files": entries}
+    write_json(staging / MANIFEST, {**body, "sha256": _digest(body)})
+    _to_disk(staging)
+    if final.exists():
+        if (final / MANIFEST).is_file():
+            remove(final)
+        else:
+            final.rename(_free_name(final))
+    staging.rename(final)
+    _sync(final.parent)
+
+
+def publish(staging: Path, folder: Path, *, last: str) -> None:
+    """Move the files of a staged folder into another, each in one rename; `last` is the one that others wait for."""
+    _to_disk(staging)
+    for _, file in sorted(_files(staging), key=lambda entry: entry[0] == last):
+        goal = folder / file.relative_to(staging)
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(goal)
+    shutil.rmtree(staging)
+    _sync(folder)
+
+
+def damage(folder: Path) -> list[str]:
+    """What keeps a sealed folder from being whole; empty when it is."""
+    try:
+        manifest = read_manifest(folder)
+        entries: dict[str, Any] = manifest["files"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+    except FileNotFoundError:
+        return ["it has no manifest: it was not finished, or another tool wrote it"]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        return ["its manifest is not readable"]
+    if manifest.get("sha256") != _digest({name: value for name, value in manifest.items() if name != "sha256"}):
+        return ["its manifest is not as it was written"]
+    problems = []
+    for name, (size, digest) in expected.items():
+        file = folder / name
+        if not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != size or sha256(file) != digest:
+            problems.append(f"{name} is not as it was written")
+    return problems
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest's content. Raises OSError or ValueError when there is none that can be read."""
+    found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("not an object")
+    return found
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """checkpoint-N folders, newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and step_in(path) is not None]
+    return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def step_in(path: Path) -> int | None:
+    """N of checkpoint-N as this tool writes it; None for any other name."""
+    number = path.name.removeprefix("checkpoint-")
+    plain = number.isascii() and number.isdigit() and str(int(number)) == number
+    return int(number) if plain and path.name.startswith("checkpoint-") else None
+
+
+def rotate(folder: Path, *, keep: int | None, protected: Collection[str | Path], notice: Callable[[str], None]) -> None:
+    """Remove the oldest checkpoints beyond `keep`: only ours, never a protected one, never the newest that is whole."""
+    if keep is None or keep <= 0:
+        return
+    held = {Path(path).resolve() for path in protected}
+    ours = [path for path in checkpoints(folder) if (path / MANIFEST).is_file() and not path.is_symlink()]
+    newest_whole = next((path for path in ours if not damage(path)), None)
+    kept = {path.resolve() for path in ours[:keep]} | held | ({newest_whole.resolve()} if newest_whole else set())
+    for path in reversed(ours):
+        if path.resolve() not in kept:
+            try:
+                remove(path)
+            except OSError as error:
+                notice(f"{path} could not be removed: {error.strerror}.")
+
+
+def remove(folder: Path) -> None:
+    """Remove a sealed folder: first its name, so that nobody finds half of it."""
+    leaving = folder.with_name(LEAVING + folder.name)
+    shutil.rmtree(leaving, ignore_errors=True)
+    folder.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    found = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST)
+    return ((file.relative_to(folder).as_posix(), file) for file in found)
+
+
+def _to_disk(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file or a folder's list of names to the disk; Windows opens no folders."""
+    if os.name == "nt" and path.is_dir():
+        return
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (free := path.with_name(f"{path.name}.other-{number}")).exists():
+        number += 1
+    return free

@@ -1,0 +1,152 @@
+"""A sealed folder is whole or found out; rotation takes only what is ours."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from atomtune.train.integrity import (
+    MANIFEST,
+    checkpoints,
+    clear_staging,
+    damage,
+    disk_failed,
+    publish,
+    rotate,
+    seal,
+    staging_of,
+)
+
+
+def sealed(folder: Path, step: int, content: bytes = b"weights") -> Path:
+    final = folder / f"checkpoint-{step}"
+    staging = staging_of(final)
+    (staging / "inner").mkdir(parents=True)
+    (staging / "adapter.safetensors").write_bytes(content)
+    (staging / "inner" / "state.json").write_text('{"a": 1}')
+    seal(staging, final, {"step": step, "identity": {"seed": 42}})
+    return final
+
+
+def test_a_sealed_folder_is_whole_and_its_staging_gone(tmp_path):
+    made = sealed(tmp_path, 4)
+    assert damage(made) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    manifest = json.loads((made / MANIFEST).read_text())
+    assert manifest["step"] == 4
+    assert sorted(manifest["files"]) == ["adapter.safetensors", "inner/state.json"]
+
+
+def test_every_single_flipped_bit_is_found(tmp_path):
+    # 200 places over all files, the manifest too; a flip that changes nothing that is read is none.
+    made = sealed(tmp_path, 4, bytes(range(256)) * 4)
+    files = sorted(path for path in made.rglob("*") if path.is_file())
+    draw = random.Random(0)
+    for _ in range(200):
+        file = draw.choice(files)
+        before = file.read_bytes()
+        place, bit = draw.randrange(len(before)), draw.randrange(8)
+        file.write_bytes(before[:place] + bytes([before[place] ^ (1 << bit)]) + before[place + 1 :])
+        if file.name != MANIFEST:
+            assert damage(made) == [f"{file.relative_to(made).as_posix()} is not as it was written"]
+        else:
+            assert damage(made) or _same_json(before, file.read_bytes())
+        file.write_bytes(before)
+    assert damage(made) == []
+
+
+def _same_json(one: bytes, other: bytes) -> bool:
+    return json.loads(one) == json.loads(other)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"files": 3}', b'{"files": {"a": {}}}', b"\xff\xfe"])
+def test_a_manifest_that_says_nothing_is_damage_and_no_crash(tmp_path, content):
+    made = sealed(tmp_path, 4)
+    (made / MANIFEST).write_bytes(content)
+    assert len(damage(made)) == 1
+
+
+def test_a_missing_file_and_a_missing_manifest_are_named(tmp_path):
+    made = sealed(tmp_path, 4)
+    (made / "inner" / "state.json").unlink()
+    assert damage(made) == ["inner/state.json is missing"]
+    (made / MANIFEST).unlink()
+    assert "no manifest" in damage(made)[0]
+
+
+def test_a_seal_replaces_its_own_and_moves_what_is_not_ours_aside(tmp_path):
+    sealed(tmp_path, 4, b"old")
+    assert (sealed(tmp_path, 4, b"new") / "adapter.safetensors").read_bytes() == b"new"
+    (tmp_path / "checkpoint-6").mkdir()
+    (tmp_path / "checkpoint-6" / "notes.txt").write_text("mine")
+    assert damage(sealed(tmp_path, 6)) == []
+    assert (tmp_path / "checkpoint-6.other-1" / "notes.txt").read_text() == "mine"
+
+
+def test_rotation_keeps_the_newest_the_protected_and_everything_a_user_made(tmp_path):
+    for step in (2, 4, 6, 8, 10):
+        sealed(tmp_path, step)
+    for name in ("checkpoint-final", "checkpoint-3", "checkpoint-007", "backup"):  # no manifest, or no name of ours
+        (tmp_path / name).mkdir()
+    rotate(tmp_path, keep=2, protected=[tmp_path / "checkpoint-4"], notice=pytest.fail)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {
+        *("checkpoint-10", "checkpoint-8", "checkpoint-4"),
+        *("checkpoint-final", "checkpoint-3", "checkpoint-007", "backup"),
+    }
+
+
+def test_rotation_never_takes_the_last_that_is_whole(tmp_path):
+    for step in (2, 4, 6):
+        sealed(tmp_path, step)
+    for step in (4, 6):
+        (tmp_path / f"checkpoint-{step}" / "adapter.safetensors").write_bytes(b"torn")
+    rotate(tmp_path, keep=1, protected=[], notice=pytest.fail)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-2"]
+
+
+def test_a_checkpoint_that_is_a_link_is_left_alone(tmp_path):
+    elsewhere = sealed(tmp_path / "elsewhere", 2)
+    out = tmp_path / "out"
+    sealed(out, 4)
+    (out / "checkpoint-2").symlink_to(elsewhere)
+    rotate(out, keep=1, protected=[], notice=pytest.fail)
+    assert damage(elsewhere) == []
+
+
+def test_what_a_killed_run_was_doing_is_cleared(tmp_path):
+    for name in (".saving-checkpoint-4", ".removing-checkpoint-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("x")
+    kept = sealed(tmp_path, 6)
+    clear_staging(tmp_path)
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_what_is_published_comes_whole_and_its_last_file_last(tmp_path, monkeypatch):
+    staging = tmp_path / ".saving-adapter"
+    staging.mkdir()
+    for name in ("adapter_model.safetensors", "tokenizer.json", "zz.json"):
+        (staging / name).write_text(name)
+    moved = []
+    real = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, goal: (moved.append(self.name), real(self, goal))[1])
+    publish(staging, tmp_path, last="adapter_model.safetensors")
+    assert moved == ["tokenizer.json", "zz.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(moved)
+
+
+@pytest.mark.parametrize(
+    ("error", "disk"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (OSError(5, "Input/output error"), True),
+        (OSError(30, "Read-only file system"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0; file write failed"), True),
+        (PermissionError(13, "Permission denied"), False),
+        (RuntimeError("shapes do not fit"), False),
+    ],
+)
+def test_a_disk_that_fails_is_told_from_a_bug(error, disk):
+    assert disk_failed(error) is disk

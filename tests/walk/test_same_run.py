@@ -1,0 +1,290 @@
+"""A resumed run is the run: from every step, in every way of going through the data, after any way of stopping.
+
+CPU, one thread, exact: adapter bytes and every logged loss.
+"""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from atomtune.cli import main
+from atomtune.train import trainer as trainer_module
+from atomtune.train.integrity import checkpoints
+
+EVERY = bool(os.environ.get("ATOMTUNE_SOAK"))
+
+#: 40 records in batches of 3 are 14 batches an epoch, the last one of a single record.
+WAYS = {
+    "epochs": ["--num_train_epochs", "2"],
+    "ragged accumulation": ["--num_train_epochs", "2", "--gradient_accumulation_steps", "4"],
+    "by length": ["--num_train_epochs", "2", "--train_sampling_strategy", "group_by_length"],
+    "evaluated": ["--max_steps", "16", "--eval_size", "7", "--eval_strategy", "steps", "--eval_steps", "3"],
+    "tree": ["--max_steps", "16", "--layout", "tree", "--lr_scheduler_type", "cosine", "--warmup_steps", "3"],
+    "padded": ["--max_steps", "16", "--layout", "padded", "--gradient_checkpointing", "true"],
+    "workers": ["--max_steps", "16", "--dataloader_num_workers", "2"],
+    "other optimizer": ["--max_steps", "16", "--optim", "adafactor", "--weight_decay", "0.1"],
+    "best": [
+        *("--max_steps", "16", "--eval_size", "7", "--eval_strategy", "steps", "--eval_steps", "2"),
+        *("--load_best_model_at_end", "true", "--metric_for_best_model", "loss"),
+    ],
+}
+
+
+def command(base: Path, data: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *("train", "--model_path", str(base), "--dataset_path", str(data), "--output_dir", str(out)),
+        *("--dtype", "float32", "--lora_dropout", "0.1", "--per_device_train_batch_size", "3"),
+        *("--learning_rate", "5e-3", "--logging_steps", "1", "--save_steps", "1", "--save_total_limit", "100", *more),
+    ]
+
+
+def record(out: Path) -> dict:
+    return json.loads((out / "run.json").read_text())
+
+
+def same_run(out: Path, whole: Path) -> None:
+    assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+    ours, theirs = record(out), record(whole)
+    assert ours["status"] == "finished"
+    for key in ("loss_history", "train_loss", "eval_loss", "tokens_computed", "tokens_padded", "steps"):
+        assert ours.get(key) == theirs.get(key), key
+
+
+@pytest.mark.parametrize("way", WAYS, ids=list(WAYS))
+def test_from_every_step_the_run_is_the_same(models, dialogues, tmp_path, way):
+    base, whole = models("llama"), tmp_path / "whole"
+    flags = [*WAYS[way], *(["--save_steps", "2"] if way == "best" else [])]
+    assert main(command(base, dialogues, whole, *flags)) == 0
+    found = sorted(checkpoints(whole), key=lambda path: int(path.name[11:]))
+    assert len(found) > 6
+    for kept in found if EVERY else (found[0], found[len(found) // 2], found[-2], found[-1]):
+        out = tmp_path / f"from-{kept.name}"
+        if way == "best":  # the best so far is named by its path
+            shutil.copytree(whole, out)
+            for later in found[found.index(kept) + 1 :]:
+                shutil.rmtree(out / later.name)
+            (out / "run.json").write_text(json.dumps({"status": "running"}))
+            assert main(command(base, dialogues, out, *flags, "--resume")) == 0
+        else:
+            assert main(command(base, dialogues, out, *flags, "--resume_from_checkpoint", str(kept))) == 0
+        same_run(out, whole)
+
+
+def signalled(out: Path, number: int, step: int) -> threading.Thread:
+    """Sends this process a signal as soon as a checkpoint is there."""
+
+    def send() -> None:
+        for _ in range(2000):
+            if (out / f"checkpoint-{step}" / "manifest.json").exists():
+                os.kill(os.getpid(), number)
+                return
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+LONG = ["--max_steps", "60", "--eval_size", "7", "--eval_strategy", "steps", "--eval_steps", "4"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1], ids=lambda n: n.name)
+def test_every_signal_that_asks_to_stop_keeps_the_run(models, dialogues, tmp_path, capsys, number):
+    base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"
+    assert main(command(base, dialogues, whole, *LONG)) == 0
+    before = signal.getsignal(number)
+    thread = signalled(out, number, 9)
+    code = main(command(base, dialogues, out, *LONG))
+    thread.join()
+    assert signal.getsignal(number) == before
+    assert code == 75
+    assert f"{number.name} received; stopped after step" in capsys.readouterr().err
+    stopped = record(out)
+    assert stopped["status"] == "preempted"
+    assert 9 <= stopped["steps"] < 60
+    assert not (out / "adapter_model.safetensors").exists(), "an unfinished run leaves no final adapter"
+    assert main(command(base, dialogues, out, *LONG, "--resume")) == 0
+    same_run(out, whole)
+
+
+def test_three_stops_one_after_another(models, dialogues, tmp_path):
+    base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"
+    flags = ["--max_steps", "30", "--gradient_accumulation_steps", "3"]
+    assert main(command(base, dialogues, whole, *flags)) == 0
+    for number, step in enumerate((5, 12, 20)):
+        thread = signalled(out, signal.SIGTERM, step)
+        assert main(command(base, dialogues, out, *flags, *(["--resume"] if number else []))) == 75
+        thread.join()
+    assert main(command(base, dialogues, out, *flags, "--resume")) == 0
+    same_run(out, whole)
+
+
+def test_a_stop_during_an_evaluation_is_heard_and_the_evaluation_made_up(models, dialogues, tmp_path, monkeypatch):
+    base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"
+    flags = ["--max_steps", "6", "--eval_size", "20", "--eval_strategy", "steps", "--eval_steps", "3"]
+    flags += ["--per_device_eval_batch_size", "2"]
+    assert main(command(base, dialogues, whole, *flags)) == 0
+    real, seen = trainer_module.target_nats, []
+
+    def interrupted(model, batch, **kwargs):
+        if not model.training:
+            seen.append(1)
+            if len(seen) == 14:  # the fourth of ten batches of the second evaluation, behind the last step
+                os.kill(os.getpid(), signal.SIGTERM)
+        return real(model, batch, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "target_nats", interrupted)
+    assert main(command(base, dialogues, out, *flags)) == 75
+    assert len(seen) == 14
+    monkeypatch.undo()
+    assert main(command(base, dialogues, out, *flags, "--resume")) == 0
+    same_run(out, whole)
+
+
+def test_the_end_of_the_time_is_a_stop(models, dialogues, tmp_path, capsys):
+    base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"
+    flags = ["--max_steps", "5"]
+    assert main(command(base, dialogues, whole, *flags)) == 0
+    assert main(command(base, dialogues, out, *flags, "--max_minutes", "0.0001")) == 75
+    assert "the time is over (--max_minutes 0.0001); stopped after step 1" in capsys.readouterr().err
+    assert main(command(base, dialogues, out, *flags, "--resume")) == 0
+    same_run(out, whole)
+
+
+def test_before_the_first_step_nothing_is_saved_and_that_is_said(models, dialogues, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+
+    def while_loading(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr("atomtune.train.prepare.load_base", while_loading)
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "2")) == 75
+    said = capsys.readouterr().err
+    assert "SIGTERM received; stopped at once, there is no checkpoint yet" in said
+    assert record(out)["status"] == "preempted"
+    monkeypatch.undo()
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "2", "--resume")) == 0
+
+
+def test_a_second_signal_leaves_at_once_and_names_what_is_kept(models, dialogues, tmp_path, monkeypatch, capsys):
+    out, real, steps = tmp_path / "out", trainer_module.target_nats, []
+
+    def twice(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "target_nats", twice)
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "9", "--layout", "padded")) == 75
+    said = capsys.readouterr().err
+    assert "stopped at once, the last whole checkpoint is" in said
+    assert "checkpoint-2" in said
+    assert record(out)["status"] == "preempted"
+
+
+def test_a_run_under_nohup_does_not_hear_its_terminal(models, dialogues, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        thread = signalled(tmp_path / "out", signal.SIGHUP, 2)
+        assert main(command(models("llama"), dialogues, tmp_path / "out", "--max_steps", "5")) == 0
+        thread.join()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# --- what a resumed run may not change ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--seed", "7"], "--seed: 42 in checkpoint-2, 7 now"),
+        (["--per_device_train_batch_size", "2"], "--per_device_train_batch_size: 3 in checkpoint-2, 2 now"),
+        (["--learning_rate", "1e-3"], "--learning_rate: 0.005 in checkpoint-2, 0.001 now"),
+        (["--lora_rank", "4"], "--lora_rank: 8 in checkpoint-2, 4 now"),
+        (["--weight_decay", "0.1"], "--weight_decay: 0.0 in checkpoint-2, 0.1 now"),
+        (["--lora_targets", "q_proj,v_proj"], "--lora_targets: all-linear in checkpoint-2, q_proj,v_proj now"),
+    ],
+)
+def test_a_changed_setting_is_refused_by_name_with_both_values(models, dialogues, tmp_path, capsys, flags, said):
+    out = tmp_path / "out"
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "2")) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "4", *flags, "--resume")) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert "--resume_anyway" in told
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_template_tokenizer_and_data_are_compared_too(models, dialogues, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "2")) == 0
+    template = tmp_path / "other.jinja"
+    source = (out / "chat_template.jinja").read_text()
+    template.write_text(source + "{# another #}")
+    other = tmp_path / "base"
+    shutil.copytree(models("llama"), other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][0]["lstrip"] = not tokenizer["added_tokens"][0]["lstrip"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    dialogues.write_text(dialogues.read_text() + '{"instruction": "new", "output": "record"}\n')
+    flags = ["--max_steps", "4", "--resume", "--template", str(template)]
+    assert main(command(other, dialogues, out, *flags)) == 2
+    said = capsys.readouterr().err
+    for name in ("the data file", "the template", "the tokenizer"):
+        assert f"{name} (SHA-256): " in said
+
+
+def test_anyway_means_with_the_settings_now(models, dialogues, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "2")) == 0
+    flags = ["--max_steps", "4", "--learning_rate", "1e-3", "--weight_decay", "0.5", "--resume", "--resume_anyway"]
+    assert main(command(models("llama"), dialogues, out, *flags)) == 0
+    assert "this is not the run that began (--resume_anyway): " in " ".join(capsys.readouterr().out.split())
+    state = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["log_history"][-1]["learning_rate"] == pytest.approx(1e-3 * 2 / 4)
+    optimizer = json.loads((out / "checkpoint-4" / "optimizer.json").read_text())
+    assert '["weight_decay", 0.5]' in json.dumps(optimizer)
+
+
+def test_what_may_change_changes_in_silence_and_is_in_force(models, dialogues, tmp_path):
+    base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"
+    assert main(command(base, dialogues, whole, "--max_steps", "8")) == 0
+    flags = ["--max_steps", "8", "--save_steps", "3", "--logging_steps", "4", "--per_device_eval_batch_size", "2"]
+    kept = whole / "checkpoint-2"
+    assert main(command(base, dialogues, out, *flags, "--resume_from_checkpoint", str(kept))) == 0
+    assert sorted(path.name for path in checkpoints(out)) == ["checkpoint-3", "checkpoint-6", "checkpoint-8"]
+    assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+
+
+# --- damage ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_file_of_a_checkpoint_damaged_in_turn_is_passed_over(models, dialogues, tmp_path, capsys):
+    base, whole = models("llama"), tmp_path / "whole"
+    assert main(command(base, dialogues, whole, "--max_steps", "4", "--save_steps", "2")) == 0
+    files = sorted(path.relative_to(whole) for path in (whole / "checkpoint-4").iterdir())
+    assert len(files) > 10
+    for number, name in enumerate(files):
+        out = tmp_path / f"out-{number}"
+        shutil.copytree(whole, out)
+        (out / "run.json").write_text(json.dumps({**record(whole), "status": "running"}))
+        content = bytearray((out / name).read_bytes())
+        content[len(content) // 2] ^= 4
+        (out / name).write_bytes(content)
+        assert main(command(base, dialogues, out, "--max_steps", "4", "--save_steps", "2", "--resume")) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "checkpoint-4 is passed over" in said, name
+        assert "Going on from" in said
+        same_run(out, whole)
