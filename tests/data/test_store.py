@@ -317,7 +317,7 @@ def test_where_every_record_is_refused_there_are_no_examples_but_an_account(tmp_
     for _ in ("encoded", "served"):
         examples, account, _ = asked(data, tmp_path / "cache")
         assert len(examples) == 0
-        assert examples.column_names == ["ids", "learn", "origin", "length"]
+        assert examples.column_names == ["ids", "learn", "origin", "length", "digest"]
         assert [refusal.origin for refusal in account.records_refused] == ["train.jsonl:1", "train.jsonl:2"]
 
 

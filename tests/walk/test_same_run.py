@@ -24,6 +24,7 @@ WAYS = {
     "epochs": ["--num_train_epochs", "2"],
     "ragged accumulation": ["--num_train_epochs", "2", "--gradient_accumulation_steps", "4"],
     "by length": ["--num_train_epochs", "2", "--train_sampling_strategy", "group_by_length"],
+    "rebalanced": ["--num_train_epochs", "2", "--train_sampling_strategy", "batch_rebalance"],
     "evaluated": ["--max_steps", "16", "--eval_size", "7", "--eval_strategy", "steps", "--eval_steps", "3"],
     "tree": ["--max_steps", "16", "--layout", "tree", "--lr_scheduler_type", "cosine", "--warmup_steps", "3"],
     "padded": ["--max_steps", "16", "--layout", "padded", "--gradient_checkpointing", "true"],
@@ -216,7 +217,9 @@ def test_a_run_under_nohup_does_not_hear_its_terminal(models, dialogues, tmp_pat
         (["--lora_targets", "q_proj,v_proj"], "--lora_targets: all-linear in checkpoint-2, q_proj,v_proj now"),
     ],
 )
-def test_a_changed_setting_is_refused_by_name_with_both_values(models, dialogues, tmp_path, capsys, flags, said):
+def test_a_changed_setting_is_refused_by_name(  # noqa: PLR0917  # pytest's fixtures
+    models, dialogues, tmp_path, capsys, flags, said
+):
     out = tmp_path / "out"
     assert main(command(models("llama"), dialogues, out, "--max_steps", "2")) == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}

@@ -23,6 +23,7 @@ Overlength = Literal["shorten", "skip", "error"]
 BATCH_RECORDS = 1000
 # An instruction is "the" instruction of a data set when at least this share of its records carries it.
 SHARED_SHARE = 0.9
+INSTRUCTIONS_KEPT = 10_000
 # Put before a continuing part so that the tokenizer does not take it for the beginning of a text (and write a space).
 _ANCHORS = ("\n", "|", "1", "。")
 
@@ -36,7 +37,7 @@ def encode(
     overlength: Overlength = "shorten",
 ) -> Iterator[Example]:
     """Yield one Example per accepted record and write everything else into account."""
-    instructions: Counter[str] = Counter()
+    instructions: Counter[str] = Counter()  # of a large file's rare ones some are forgotten
     for batch in _batched(found):
         records: list[Record] = []
         for one in batch:
@@ -49,6 +50,8 @@ def encode(
             user = record.prompt[-1]
             if user.input and user.text:
                 instructions[user.text] += 1
+        if len(instructions) > INSTRUCTIONS_KEPT:
+            instructions = Counter(dict(instructions.most_common(INSTRUCTIONS_KEPT // 10)))
         yield from _encode_batch(records, template, account, max_tokens, overlength)
     for text, count in instructions.most_common(1):
         if count >= max(2, SHARED_SHARE * account.records_read):

@@ -80,6 +80,7 @@ class Account:
     records_used: int = 0
     records_refused: list[Refusal] = field(default_factory=list)
     records_cut: int = 0
+    records_copied: int = 0  # used, and token for token the same as an earlier one
     prompt_tokens: int = 0
     target_tokens: int = 0
     cut_origins: list[str] = field(default_factory=list)
@@ -109,6 +110,7 @@ class Account:
             "records_used": self.records_used,
             "records_refused": [{"origin": r.origin, "reason": r.reason} for r in self.records_refused],
             "records_cut": self.records_cut,
+            "records_copied": self.records_copied,
             "prompt_tokens": self.prompt_tokens,
             "target_tokens": self.target_tokens,
             "records_with_control_strings": self.control_origins,

@@ -74,6 +74,7 @@ def read_data(job: Job, template: Template) -> Data:
             )
 
     examples, account, data_hash = read(Path(str(asked.dataset_path)))
+    job.record.update(data={"path": asked.dataset_path, "sha256": data_hash}, **account.contract())
     _say_account(account, template, voice)
     _refuse_broken(account, asked.dataset_path, skip_bad=asked.skip_bad)
     evaluate = None
@@ -101,6 +102,8 @@ def _say_account(account: Account, template: Template, voice: Voice) -> None:
     )
     for said, count in account.notices.items():
         voice.notice(f"{said} in {count:,} records.")
+    if account.records_copied:
+        voice.notice(f"{account.records_copied:,} records are copies of another and are learned once more.")
     if account.cut_origins:
         voice.notice(f"shortened to fit --max_seq_length: {_some(account.cut_origins)}.")
     if account.control_origins:
@@ -125,8 +128,8 @@ def _refuse_broken(account: Account, path: str | None, *, skip_bad: bool) -> Non
         good = account.records_read - len(broken)
         raise BadData(
             f"{listing([f'{r.origin}  {r.reason}.' for r in broken])}\n"
-            f"{len(broken):,} of {account.records_read:,} records refused. "
-            f"--skip_bad trains on the other {good:,} and lists these in run.json."
+            f"{len(broken):,} of {account.records_read:,} records refused (all in run.json)."
+            + (f" --skip_bad trains on the other {good:,}." if good else "")
         )
     if not account.records_used:
         first = account.records_refused[0]

@@ -110,7 +110,6 @@ def _run(job: Job, began: float) -> None:
     template = load_template(settings.data.template, tokenizer)
     tokenizer.chat_template = template.source  # what is trained is what is served
     data = read_data(job, template)
-    job.record.update(data={"path": settings.data.dataset_path, "sha256": data.data_hash}, **data.account.contract())
     now = identity(job, template, data.data_hash)
     refuse_another_run(job, now)
     if job.before.get("lengths") and job.start.kind == "resume" and job.before["lengths"] != lengths(job.args):

@@ -7,18 +7,19 @@ micro-batches or ranks (tests/train/test_oracle.py).
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from atomtune.model.loss import target_nats
 from atomtune.train.checkpoint import STATE
 from atomtune.train.saving import SavingTrainer
-from atomtune.train.watch import FiniteSteps, LogWhatIsSaved, Owed, Reach, Spikes, Stop, WorkCounter, on_any_rank
+from atomtune.train.watch import AtBegin, FiniteSteps, LogWhatIsSaved, Reach, Spikes, Stop, WorkCounter, on_any_rank
 
 
 class LoraTrainer(SavingTrainer):
@@ -28,7 +29,7 @@ class LoraTrainer(SavingTrainer):
         super().__init__(**kwargs)
         self.work, self.stop = WorkCounter(), stop
         self.finite = FiniteSteps(self.work, budget=skip_nonfinite, notice=self.notice)
-        for callback in (self.work, Owed(self.make_owed_evaluation), self.finite, stop, Spikes(self.notice)):
+        for callback in (self.work, AtBegin(self.begin), self.finite, stop, Spikes(self.notice)):
             self.add_callback(callback)
         if not self.library_keeps_optimizer:
             self.add_callback(Reach(self.notice))
@@ -163,8 +164,33 @@ class LoraTrainer(SavingTrainer):
         """As the library does; an evaluation that was given up for a stop is saved as owed, not as the best."""
         return super()._determine_best_metric(metrics, trial) if metrics else self.work.owes_evaluation
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As the library does; grouping by length draws anew in each epoch from the seed, so that a resume can too."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if type(sampler) is LengthGroupedSampler:
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return _ByLength(sampler, seed=lambda: seed + math.floor((self.state.epoch or 0) + 1e-6))
+        return sampler
+
+    def begin(self) -> None:
+        """Before the first step: the intervals asked for now, not the checkpoint's; and what a stop left over."""
+        self.state.compute_steps(self.args, self.state.max_steps)
+        self.make_owed_evaluation()
+
     def make_owed_evaluation(self) -> None:
         """The evaluation that the run before gave up."""
         if self.work.owes_evaluation:
             self.work.owes_evaluation = False
             self._determine_best_metric(self._evaluate(None, None), None)
+
+
+class _ByLength(LengthGroupedSampler):
+    """The library's grouping, its random numbers from a seed of the epoch instead of the process's state."""
+
+    def __init__(self, like: LengthGroupedSampler, *, seed: Callable[[], int]) -> None:
+        super().__init__(like.batch_size, lengths=like.lengths, generator=torch.Generator())
+        self._seed = seed
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self._seed())
+        return super().__iter__()

@@ -119,8 +119,8 @@ class Stop(TrainerCallback):
         self._before.clear()
 
 
-class Owed(TrainerCallback):
-    """What a run has to do before its first step."""
+class AtBegin(TrainerCallback):
+    """Does something before the first step, when a resumed run has its state again."""
 
     def __init__(self, action: Callable[[], None]) -> None:
         self.action = action

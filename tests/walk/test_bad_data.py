@@ -1,0 +1,151 @@
+"""Every class of bad file is answered with its place and its remedy: exit code 2, no traceback, no text of a record."""
+
+import codecs
+import gzip
+import json
+import os
+
+import pytest
+
+from atomtune.cli import main
+
+SECRET = "my-secret-words"
+GOOD = [{"instruction": f"{SECRET} {n}", "input": "", "output": f"answer {n}"} for n in range(4)]
+
+
+def line(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
+FILE = b"".join(map(line, GOOD))
+
+
+def behind(*raw: bytes) -> bytes:
+    """Lines behind four good ones, so that they begin at line 5."""
+    return FILE + b"\n".join(raw)
+
+
+CHINESE = json.dumps({"instruction": "你好，请问", "output": "再见"}, ensure_ascii=False) + "\n"
+
+#: What is fed, where it is said to be, what is said of it.
+CLASSES: dict[str, tuple[bytes, str, str]] = {
+    "invalid JSON": (behind(b'{"instruction": "x", output: "y"}'), ":5", "not JSON at column 22"),
+    "truncated last line": (FILE[:-9], ":4", "not JSON at column"),
+    "byte-order mark in the middle": (FILE + codecs.BOM_UTF8 + FILE, ":5", "byte-order mark in the middle"),
+    "UTF-16": (FILE.decode().encode("utf-16"), "", "iconv -f UTF-16 -t UTF-8"),
+    "UTF-16 without a mark": (FILE.decode().encode("utf-16-le"), "", "iconv -f UTF-16LE -t UTF-8"),
+    "UTF-32": (FILE.decode().encode("utf-32"), "", "iconv -f UTF-32 -t UTF-8"),
+    "GBK": (CHINESE.encode("gbk"), ":1", "iconv -f GB18030 -t UTF-8"),
+    "GB18030": (CHINESE.replace("好", "㐀").encode("gb18030"), ":1", "iconv -f GB18030 -t UTF-8"),
+    "Latin-1": (b'{"instruction": "x", "output": "caf\xe9"}', ":1", "not UTF-8 at byte 36"),
+    "NUL bytes": (behind(b"\0" * 4096), ":5", "NUL bytes"),
+    "NUL in a text": (behind(b'{"instruction": "x\0", "output": "y"}'), ":5", "NUL bytes"),
+    "control character": (behind(b'{"instruction": "x\x01", "output": "y"}'), ":5", "Invalid control character"),
+    "lone surrogate": (behind(b'{"instruction": "\\ud83d", "output": "y"}'), ":5", "half a surrogate pair"),
+    "missing key": (behind(line({"instruction": SECRET})), ":5", 'no key "output"; keys here: instruction'),
+    "misspelt key": (behind(line({"instruction": SECRET, "ouput": "y"})), ":5", "keys here: instruction, ouput"),
+    "number": (behind(line({"instruction": SECRET, "output": 5})), ":5", "output is a number; expected text"),
+    "null output": (behind(line({"instruction": SECRET, "output": None})), ":5", "output is null; expected text"),
+    "empty output": (behind(line({"instruction": SECRET, "output": " \n"})), ":5", "output is empty"),
+    "empty question": (behind(line({"instruction": "", "output": "y"})), ":5", "instruction and input are both empty"),
+    "NaN": (behind(b'{"instruction": "x", "output": "y", "score": NaN}'), ":5", "NaN is no JSON value"),
+    "nested arrays": (behind(line([[GOOD[0]]])), ":5", "a list; expected an object"),
+    "a value that is text": (behind(line(SECRET)), ":5", "text; expected an object"),
+    "a key twice": (behind(b'{"instruction": "x", "output": "y", "output": "z"}'), ":5", '"output" stands twice'),
+    "two records on a line": (behind(FILE.replace(b"\n", b" ")), ":5", "text behind the end of the record"),
+    "pretty-printed": (json.dumps(GOOD[0], indent=1).encode(), ":1", "one record a line is expected"),
+    "array that breaks": (b"[" + FILE.replace(b"\n", b",\n"), ":5", "the JSON array breaks here"),
+    "nested too deep": (behind(b'{"output": ' + b"[" * 200_000), ":5", "cannot be read"),
+    "CSV": (b"instruction,input,output\n" + SECRET.encode() + b",,y\n", ":1", "pandas.read_csv"),
+    "TSV": (b"instruction\toutput\n" + SECRET.encode() + b"\ty\n", ":1", "sep='\\t'"),
+    "gzip": (gzip.compress(FILE), "", "a gzip file"),
+    "Parquet": (b"PAR1" + bytes(range(256)), "", "a Parquet file"),
+    "empty file": (b"", "", "the file is empty"),
+    "blank lines alone": (b"\n \r\n\n", "", "the file is empty"),
+    "a line beyond all bounds": (FILE + b'{"instruction": "' + b"x" * (17 << 20) + b'"}\n', ":5", "at most 16 MiB"),
+}
+
+
+def train(base, data, out, *more) -> int:
+    flags = ["--dataset_path", str(data), "--output_dir", str(out), "--max_steps", "1", *more]
+    return main(["train", "--model_path", str(base), *flags])
+
+
+@pytest.mark.parametrize("name", CLASSES, ids=list(CLASSES))
+def test_a_bad_file_is_refused_in_words(models, tmp_path, capsys, name):
+    content, place, said = CLASSES[name]
+    data = tmp_path / "records.jsonl"
+    data.write_bytes(content)
+    assert train(models("llama"), data, tmp_path / "out") == 2
+    told = capsys.readouterr()
+    assert f"records.jsonl{place}" in told.err
+    assert said in told.err
+    assert "Traceback" not in told.err
+    record = (tmp_path / "out" / "run.json").read_text()
+    assert json.loads(record)["status"] == "failed"
+    for text in (told.out, told.err, record):
+        assert SECRET not in text
+    refused = json.loads(record).get("records_refused", [])
+    assert bool(refused) == ("records refused" in told.err)
+
+
+@pytest.mark.parametrize("kind", ["folder", "missing", "FIFO", "link to nowhere"])
+def test_what_is_no_file_is_refused(models, tmp_path, capsys, kind):
+    data = tmp_path / "records.jsonl"
+    if kind == "folder":
+        data.mkdir()
+    elif kind == "FIFO":
+        os.mkfifo(data)
+    elif kind == "link to nowhere":
+        data.symlink_to(tmp_path / "nowhere")
+    assert train(models("llama"), data, tmp_path / "out") == 2
+    told = capsys.readouterr().err
+    assert "records.jsonl: no" in told
+    assert "--dataset_path" in told
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_named(models, dialogues, tmp_path, capsys):
+    dialogues.chmod(0)
+    assert train(models("llama"), dialogues, tmp_path / "out") == 2
+    assert "cannot be read: Permission denied" in capsys.readouterr().err
+
+
+def test_all_problems_come_at_once_and_all_are_in_the_record(models, tmp_path, capsys):
+    data = tmp_path / "records.jsonl"
+    data.write_bytes(FILE + b"broken\n" * 30)
+    assert train(models("llama"), data, tmp_path / "out") == 2
+    told = capsys.readouterr().err
+    assert told.count("not JSON") == 20
+    assert "… and 10 more." in told
+    assert "30 of 34 records refused (all in run.json). --skip_bad trains on the other 4." in told
+    refused = json.loads((tmp_path / "out" / "run.json").read_text())["records_refused"]
+    assert [one["origin"] for one in refused] == [f"records.jsonl:{n}" for n in range(5, 35)]
+
+
+def test_what_is_unusual_is_accepted_and_counted(models, tmp_path, capsys):
+    data = tmp_path / "records.jsonl"
+    records = [
+        {"instruction": "你是谁", "output": "答\u2028答"},
+        {"instruction": "你是谁", "output": "答\u2028答"},
+        {"instruction": "Who", "input": None, "output": "Me 🙂", "source": "a"},
+        {"instruction": "Long " * 300, "output": "short", "source": "b"},
+    ]
+    data.write_bytes(codecs.BOM_UTF8 + b"\r\n\n".join(line(record).strip() for record in records))
+    assert train(models("llama"), data, tmp_path / "out") == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (record["records_read"], record["records_used"], record["records_refused"]) == (4, 4, [])
+    assert (record["records_copied"], record["records_cut"]) == (1, 1)
+    said = " ".join(capsys.readouterr().out.split())
+    assert 'key "source" is not used by this format in 2 records' in said
+    assert "1 records are copies of another" in said
+
+
+@pytest.mark.parametrize("name", ["GBK", "missing key", "a line beyond all bounds"])
+def test_used_and_refused_are_what_was_read(models, tmp_path, name):
+    data = tmp_path / "records.jsonl"
+    data.write_bytes(CLASSES[name][0] + b"\n" + FILE)
+    assert train(models("llama"), data, tmp_path / "out", "--skip_bad") == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["records_used"] + len(record["records_refused"]) == record["records_read"]
+    assert len(record["records_refused"]) == 1
