@@ -5,6 +5,7 @@ the same faults: `atomtune`, and `stock`, transformers' Trainer with PEFT as its
 """
 
 import contextlib
+import dataclasses
 import os
 import random
 import signal
@@ -50,6 +51,7 @@ def stock(base: Path, data: Path, out: Path, *, resume: bool) -> int:
         return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, lora_dropout=0.1, target_modules="all-linear")
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
     trainer = Trainer(
         model=get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora),
         args=TrainingArguments(
@@ -64,6 +66,7 @@ def stock(base: Path, data: Path, out: Path, *, resume: bool) -> int:
             use_cpu=True,
             disable_tqdm=True,
             dataloader_pin_memory=False,
+            **({"enable_jit_checkpoint": True} if "enable_jit_checkpoint" in known else {}),
         ),
         train_dataset=[{"input_ids": row} for row in rows],
         data_collator=collate,
@@ -78,7 +81,7 @@ RUNNERS: dict[str, Callable[..., int]] = {"atomtune": atomtune, "stock": stock}
 
 
 def forked(action: Callable[[], int], *, kill_after: float | None = None) -> int:
-    """The exit code of an action in a child process; -9 when it was killed. Its words are dropped."""
+    """The exit code of an action in a child process; minus the signal that killed it. Its words are dropped."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -87,8 +90,12 @@ def forked(action: Callable[[], int], *, kill_after: float | None = None) -> int
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
         code = 1
-        with contextlib.suppress(BaseException):
+        try:
             code = action()
+        except SystemExit as leaving:
+            code = leaving.code if isinstance(leaving.code, int) else 1
+        except BaseException:  # noqa: BLE001  # the exit code says it
+            pass
         os._exit(code)
     if kill_after is not None:
         time.sleep(kill_after)

@@ -203,3 +203,149 @@ def test_what_the_library_refuses_is_the_users_mistake_not_a_bug(models, dialogu
 def test_an_output_folder_that_is_a_file_is_refused(models, dialogues, tmp_path, capsys):
     assert main(command(models("llama"), dialogues, dialogues, "--max_steps", "1")) == 2
     assert "cannot be made" in capsys.readouterr().err
+
+
+def failing_disk(monkeypatch, fails) -> list[int]:
+    """Saves for which `fails` is true end with the error of a full disk, after half of their files."""
+    from atomtune.train import saving
+
+    real, saves = saving.save_state, []
+
+    def save_state(folder, name, value):
+        if name == "schedule":
+            saves.append(1)
+            if fails(len(saves)):
+                raise OSError(28, "No space left on device")
+        real(folder, name, value)
+
+    monkeypatch.setattr(saving, "save_state", save_state)
+    return saves
+
+
+def test_a_save_that_fails_leaves_nothing_and_the_next_is_tried(models, dialogues, tmp_path, monkeypatch, capsys):
+    failing_disk(monkeypatch, lambda save: save in (2, 3))
+    out = tmp_path / "out"
+    flags = ["--max_steps", "10", "--save_steps", "2", "--save_total_limit", "9"]
+    assert main(command(models("llama"), dialogues, out, *flags)) == 0
+    assert {path.name for path in out.glob("*checkpoint*")} == {"checkpoint-2", "checkpoint-8", "checkpoint-10"}
+    assert not list(out.glob(".saving*"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "checkpoint-4 could not be written: [Errno 28] No space left on device" in said
+    assert "Training goes on; the next save tries again" in said
+    assert any("checkpoint-6 could not be written" in notice for notice in status(out)["notices"])
+
+
+def test_a_disk_that_stays_full_ends_the_run(models, dialogues, tmp_path, monkeypatch, capsys):
+    saves = failing_disk(monkeypatch, lambda save: save > 1)
+    out = tmp_path / "out"
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "40", "--save_steps", "2")) == 3
+    assert len(saves) == 4
+    said = capsys.readouterr().err
+    assert "3 saves one after another" in said
+    assert "checkpoint-2" in said
+    assert status(out)["status"] == "failed"
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_stop_whose_checkpoint_cannot_be_written_is_no_good_stop(models, dialogues, tmp_path, monkeypatch, capsys):
+    failing_disk(monkeypatch, lambda save: save > 1)
+    flags = ["--max_steps", "40", "--save_steps", "2", "--max_minutes", "0.0001"]
+    assert main(command(models("llama"), dialogues, tmp_path / "out", *flags)) == 75  # the first save is whole
+    assert main(command(models("llama"), dialogues, tmp_path / "out", *flags, "--resume")) == 3
+    assert "could not be written" in capsys.readouterr().err
+
+
+def test_an_adapter_that_was_not_written_as_it_is_ends_the_run(models, dialogues, tmp_path, monkeypatch, capsys):
+    import peft.peft_model
+
+    real = peft.peft_model.safe_save_file
+
+    def flipped(tensors, path, **kwargs):
+        name = sorted(tensors)[0]
+        real({**tensors, name: tensors[name] + 1e-7}, path, **kwargs)
+
+    monkeypatch.setattr(peft.peft_model, "safe_save_file", flipped)
+    assert main(command(models("llama"), dialogues, tmp_path / "out", "--max_steps", "2", "--dtype", "float32")) == 3
+    assert "does not hold what was to be written" in capsys.readouterr().err
+    assert status(tmp_path / "out")["status"] == "failed"
+
+
+def test_steps_that_are_not_finite_are_left_out_when_asked(models, dialogues, tmp_path, monkeypatch, capsys):
+    real, calls = trainer.target_nats, []
+
+    def failing(model, batch, **kwargs):
+        calls.append(1)
+        nats, count = real(model, batch, **kwargs)
+        return (nats * float("inf") if len(calls) in (3, 5) else nats), count
+
+    monkeypatch.setattr(trainer, "target_nats", failing)
+    out = tmp_path / "out"
+    flags = ["--max_steps", "6", "--skip_nonfinite", "2", "--layout", "padded", "--logging_steps", "2"]
+    assert main(command(models("llama"), dialogues, out, *flags)) == 0
+    record = status(out)
+    assert record["skipped_steps"] == 2
+    losses = [entry["loss"] for entry in record["loss_history"]]
+    assert len(losses) == 3
+    assert all(6 < loss < 12 for loss in losses), "a step left out is not a loss of 0"
+    said = capsys.readouterr().out
+    assert "at step 3, in a batch with these records" in said
+    assert "(2 of at most 2)" in said
+
+
+def test_a_gradient_that_is_not_finite_is_no_update(models, dialogues, tmp_path, monkeypatch, capsys):
+    from atomtune.train.trainer import LoraTrainer
+
+    real = LoraTrainer.training_step
+
+    def spoiled(self, model, inputs, num_items_in_batch=None):
+        loss = real(self, model, inputs, num_items_in_batch)
+        if self.state.global_step == 2:
+            next(p for n, p in model.named_parameters() if "lora_A" in n).grad.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(LoraTrainer, "training_step", spoiled)
+    out = tmp_path / "out"
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "5", "--save_steps", "2")) == 3
+    said = capsys.readouterr().err
+    assert "A gradient is not finite at step 3" in said
+    assert "dialogues.jsonl:" in said
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_disk_that_holds_no_checkpoint_is_refused_before_the_first_step(models, dialogues, tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("atomtune.train.folder.shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    assert main(command(models("llama"), dialogues, tmp_path / "out", "--max_steps", "2")) == 3
+    assert "The disk is full" in status(tmp_path / "out")["reason"]
+
+
+def test_out_of_memory_while_loading_is_told_so(models, dialogues, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("atomtune.train.prepare.load_base", lambda *a, **k: torch.empty(1 << 50, dtype=torch.uint8))
+    assert main(command(models("llama"), dialogues, tmp_path / "out", "--max_steps", "2")) == 3
+    assert "--quantize nf4" in capsys.readouterr().err
+
+
+def test_a_reader_of_the_output_that_leaves_does_not_end_the_run(models, dialogues, tmp_path):
+    words = [sys.executable, "-m", "atomtune", *command(models("llama"), dialogues, tmp_path / "out")]
+    done = subprocess.run(
+        ["bash", "-c", f"{' '.join(words)} --max_steps 20 --save_steps 2 | head -1; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert status(tmp_path / "out")["status"] == "finished"
+
+
+@pytest.mark.parametrize(("targets", "said"), [("input_layernorm", "not supported"), (",", "lora_targets")])
+def test_targets_that_lora_cannot_adapt(  # noqa: PLR0917  # pytest's fixtures
+    models, dialogues, tmp_path, capsys, targets, said
+):
+    flags = ["--max_steps", "1", "--lora_targets", targets]
+    assert main(command(models("llama"), dialogues, tmp_path / "out", *flags)) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert "Traceback" not in told

@@ -5,6 +5,7 @@ Stands on PEFT; LoRA: Hu et al. 2021, arXiv 2106.09685.
 """
 
 import json
+import pickle
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -215,6 +217,11 @@ def load_trained(base: Any, folder: Path) -> PeftModel:
         )
     try:
         return PeftModel.from_pretrained(base, str(folder)).eval()
+    except (pickle.UnpicklingError, SafetensorError, EOFError) as error:
+        raise BadModel(
+            f"{folder}: its weights cannot be read as tensors: {str(error).splitlines()[0][:300]}\n"
+            "A file that holds a program (a pickle) is not run; a torn one can be copied again."
+        ) from error
     except RuntimeError as error:
         raise BadModel(f"{folder} does not fit this base: {str(error)[:1500]}") from error
 

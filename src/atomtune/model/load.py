@@ -5,6 +5,7 @@ Before: the settings' plain values.  After: adapter.py wraps the base.
 
 import logging
 import os
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import huggingface_hub
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from atomtune.errors import BadModel, BadSettings, UserError
@@ -171,6 +173,9 @@ def _quantization(quantize: Quantize, dtype: torch.dtype) -> Any:
     )
 
 
+_LOADERS_RAISE = (OSError, ValueError, ImportError, EOFError, pickle.UnpicklingError, SafetensorError)
+
+
 class _explained:
     """Turn what a loader raises into a BadModel that says what to do."""
 
@@ -182,8 +187,13 @@ class _explained:
             raise BadModel(f"{self.path}: no such folder. Pass --model_path with a model's folder or its hub name.")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, UserError) or not isinstance(error, OSError | ValueError | ImportError):
+        if error is None or isinstance(error, UserError) or not isinstance(error, _LOADERS_RAISE):
             return
+        if isinstance(error, pickle.UnpicklingError):
+            raise BadModel(
+                f"{self.path}: its weights are pickled together with a program, which was not run. Take the model's "
+                "safetensors files, or convert it where you trust it."
+            ) from error
         raise BadModel(_remedy(self.path, self.what, error)) from error
 
 

@@ -4,12 +4,12 @@ The estimate decides only whether activations are kept or recomputed (`--gradien
 side of recomputing, which costs about a third of speed, where keeping too much costs the run.
 """
 
-import os
 import resource
 import sys
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
 # Part of the free memory that activations may take: the rest is for fragmentation, the loss and the optimizer.
@@ -34,7 +34,7 @@ def free_bytes(device: torch.device) -> int:
     """Memory a step may still take on this device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return int(psutil.virtual_memory().available)
 
 
 def should_checkpoint(config: Any, *, tokens: int, element_bytes: int, device: torch.device) -> bool:

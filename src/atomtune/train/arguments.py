@@ -40,7 +40,7 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
     if not torch.accelerator.is_available() or values.get("use_cpu"):
         # On a CPU the dtype of the base says all; the Trainer would refuse bf16 and ignore fp16 in silence.
         values |= {"fp16": False, "bf16": False, "dataloader_pin_memory": False}
-    elif values.get("bf16") and not torch.cuda.is_bf16_supported():
+    elif values.get("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
         values["bf16"] = False
     try:
         args = TrainingArguments(**values)

@@ -133,8 +133,13 @@ def _refuse_to_mix(start: Start, output_dir: Path) -> None:
 
 
 def _asks_for_more(record: dict[str, Any], lengths: dict[str, Any]) -> bool:
-    before = record.get("lengths", {})
-    return any(value > before.get(name, value) for name, value in lengths.items())
+    """Whether a finished run is to be longer; steps are compared with those made, epochs with those asked for."""
+    before = record.get("lengths", lengths)
+    if lengths == before:
+        return False
+    if lengths["max_steps"] > 0:
+        return bool(lengths["max_steps"] > record.get("steps", 0))
+    return before["max_steps"] > 0 or bool(lengths["num_train_epochs"] > before["num_train_epochs"])
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -157,6 +157,8 @@ def load_model(job: Job, *, longest_tokens: int) -> Any:
     model, lora = settings.model, settings.lora
     device = torch.device("cpu") if args.use_cpu else device_in_use()
     dtype = dtype_of(job, device)
+    if device.type == "cpu" and settings.trainer.get("bf16") and dtype is not torch.bfloat16:
+        voice.notice(f"--bf16 is not used: on a CPU --dtype {model.dtype} alone decides.")
     if device.type == "cuda" and torch.cuda.device_count() > 1 and args.world_size == 1 and not model.device_map:
         voice.notice(
             f"{torch.cuda.device_count()} GPUs are here and this process uses one. All of them: "

@@ -26,13 +26,14 @@ class Samples:
 
     @classmethod
     def of_demo(cls, settings: TrainSettings, model: Any, template: Template) -> "Samples":
-        """The demo's held-out prompts, answered by the untrained adapter, that is by the base."""
+        """The demo's held-out prompts, answered by the base."""
         samples = cls(model, template)
         if settings.demo:
             lines = (DEMO_FOLDER / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
             records = [json.loads(line) for line in lines if line.strip()]
             samples.turns = [Turn("user", record["instruction"], record["input"]) for record in records]
-            samples.before = samples._answers()
+            with model.disable_adapter():  # a resumed run's adapter is half trained already
+                samples.before = samples._answers()
         return samples
 
     def _answers(self) -> list[str]:

@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 from atomtune.errors import BadModel, RunFailed
 from atomtune.model.adapter import Card, refuse_unlike
 from atomtune.train.checkpoint import STATE
-from atomtune.train.integrity import checkpoints, damage, disk_failed, rotate, seal, staging_of
+from atomtune.train.integrity import MANIFEST, checkpoints, damage, disk_failed, rotate, seal, staging_of
 from atomtune.train.state import load_state, random_state, save_state, set_random_state
 from atomtune.train.watch import on_any_rank
 
@@ -25,6 +25,9 @@ from atomtune.train.watch import on_any_rank
 FAILED_SAVES = 3
 #: What a parameter group holds that the run's settings decide and no optimizer changes.
 GROUP_SETTINGS = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
+
+
+_WEIGHTS_ONLY = "Start from its weights alone: --continue_training --checkpoint FOLDER/adapter_model.safetensors"
 
 
 class SavingTrainer(Trainer):
@@ -136,6 +139,15 @@ class SavingTrainer(Trainer):
         """Whether optimizer states lie in pieces on several ranks, which accelerate or DeepSpeed puts together."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
+    def _is_foreign(self, checkpoint: str) -> bool:
+        """Whether the library has to read it. In a sealed one only what its manifest names is opened."""
+        return self.library_keeps_optimizer or not (Path(checkpoint) / MANIFEST).is_file()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The adapter came with the model (prepare.load_model); only ranks that share one out read it again."""
+        if self.library_keeps_optimizer:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.library_keeps_optimizer:
             super()._save_optimizer_and_scheduler(output_dir)
@@ -154,10 +166,10 @@ class SavingTrainer(Trainer):
         asked = [
             {name: group[name] for name in GROUP_SETTINGS if name in group} for group in self.optimizer.param_groups
         ]
-        if self.library_keeps_optimizer or not (Path(checkpoint) / "optimizer.json").is_file():
+        if self._is_foreign(checkpoint):
             with _tensors_only(checkpoint):
                 super()._load_optimizer_and_scheduler(checkpoint)
-        else:
+        elif (Path(checkpoint) / "optimizer.json").is_file():  # else --save_only_model
             self.optimizer.load_state_dict(load_state(Path(checkpoint), "optimizer"))
             self.lr_scheduler.load_state_dict(load_state(Path(checkpoint), "schedule"))
         for group, settings in zip(self.optimizer.param_groups, asked, strict=True):
@@ -179,9 +191,11 @@ class SavingTrainer(Trainer):
             save_state(Path(output_dir), "scaler", scaler.state_dict())
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and (Path(checkpoint) / "scaler.json").is_file():
+        if checkpoint is None:
+            return
+        if (Path(checkpoint) / "scaler.json").is_file():
             self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint), "scaler"))
-        else:
+        elif self._is_foreign(checkpoint):
             with _tensors_only(checkpoint):
                 super()._load_scaler(checkpoint)
 
@@ -189,10 +203,12 @@ class SavingTrainer(Trainer):
         save_state(Path(output_dir), f"random-{self.args.process_index}", random_state())
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
         name = f"random-{self.args.process_index}"
-        if checkpoint is not None and (Path(checkpoint) / f"{name}.json").is_file():
+        if (Path(checkpoint) / f"{name}.json").is_file():
             set_random_state(load_state(Path(checkpoint), name))
-        else:
+        elif self._is_foreign(checkpoint):
             with _tensors_only(checkpoint):
                 super()._load_rng_state(checkpoint)
 
@@ -205,5 +221,7 @@ def _tensors_only(checkpoint: str | None) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         raise BadModel(
             f"{checkpoint} holds a state that is a program and not only tensors (a pickle); it was not run.\n"
-            "Start from its weights alone: --continue_training --checkpoint FOLDER/adapter_model.safetensors"
+            f"{_WEIGHTS_ONLY}"
         ) from error
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, EOFError) as error:
+        raise BadModel(f"{checkpoint} holds a state that does not fit: {error!r}\n{_WEIGHTS_ONLY}") from error

@@ -55,7 +55,7 @@ class _Asked:
 
 def _model(settings: ChatSettings, folder: Path, trained_on: str, notices: Console) -> Any:
     def notice(text: str) -> None:
-        notices.print(f"note: {text}", style="yellow", markup=False)
+        notices.print(f"note: {text}", style="yellow", markup=False, soft_wrap=True)
 
     merged = not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file()
     if merged and settings.model_path:

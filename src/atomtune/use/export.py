@@ -12,6 +12,7 @@ from atomtune.model.adapter import load_trained
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.generate import prompt_ids, stop_ids
 from atomtune.model.load import load_base, quiet_libraries, stored_dtype
+from atomtune.train.report import Voice
 from atomtune.use.trained import base_of, template_of
 
 #: Probe prompts of the check: both languages, digits, several lines.
@@ -30,24 +31,25 @@ def merge(settings: MergeSettings) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadSettings([f"--output_dir {out} is not an empty folder. Pass a new one."])
     quiet_libraries()
+    voice = Voice(speaks=True)
     trust = settings.trust_remote_code
     template, card = template_of(adapter, trust_remote_code=trust)
     base_path = base_of(adapter, settings.model_path)
     dtype = (
         stored_dtype(base_path, trust_remote_code=trust) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     )
-    print(f"loading {base_path} in {str(dtype).removeprefix('torch.')} …", flush=True)
+    voice.say(f"loading {base_path} in {str(dtype).removeprefix('torch.')} …")
     base = load_base(base_path, dtype=dtype, device=torch.device("cpu"), trust_remote_code=trust)
-    refuse_other_base(base_path, card.base, anyway=settings.other_base, notice=lambda text: print(f"note: {text}"))
+    refuse_other_base(base_path, card.base, anyway=settings.other_base, notice=voice.notice)
     model = load_trained(base, adapter)
     before = _log_probabilities(model, template)
-    print("merging …", flush=True)
+    voice.say("merging …")
     merged = model.merge_and_unload()
     _ready_to_serve(merged, template)
     merged.save_pretrained(out)
     template.tokenizer.save_pretrained(out)
     card.save(out)
-    print("checking the written folder …", flush=True)
+    voice.say("checking the written folder …")
     written = load_base(str(out), dtype=dtype, device=torch.device("cpu"), trust_remote_code=trust).eval()
     worst = max((a - b).abs().max().item() for a, b in zip(before, _log_probabilities(written, template), strict=True))
     allowed = TOLERANCE[dtype]
@@ -58,7 +60,7 @@ def merge(settings: MergeSettings) -> int:
     )
     if not worst <= allowed:
         raise CheckFailed(f"{said}\nThe merged model in {out} does not answer as the adapter does; do not serve it.")
-    print(
+    voice.say(
         f"{said}\nThe merged model lies in {out}; transformers, vLLM and others load it as it is.\n\nNext:\n"
         f"  atomtune chat --adapter_path {out}"
     )

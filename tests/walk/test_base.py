@@ -1,0 +1,76 @@
+"""An adapter belongs to one base: another of the same shape is refused at load, merge and chat, a copy is not."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from atomtune.cli import main
+from atomtune.model.fingerprint import fingerprint
+
+
+@pytest.fixture
+def base(models, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(models("llama"), folder)
+    return folder
+
+
+def changed(folder, change) -> None:
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: change(name, tensor.clone()) for name, tensor in weights.items()}, file, metadata={"format": "pt"})
+
+
+def tuned(name, tensor):
+    """One projection differs a little, as after a fine-tuning merged in; embeddings and norms are the same."""
+    return tensor * 1.05 if name.endswith("layers.1.self_attn.q_proj.weight") else tensor
+
+
+def test_a_copy_in_another_dtype_or_in_shards_is_the_same_base(models, base):
+    expected = fingerprint(str(models("llama")))
+    assert fingerprint(str(base)) == expected
+    changed(base, lambda name, tensor: tensor.to(torch.bfloat16))
+    assert fingerprint(str(base)) == expected
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(base / "shards", max_shard_size="50KB")
+    assert len(list((base / "shards").glob("*.safetensors"))) > 1
+    assert fingerprint(str(base / "shards")) == expected
+
+
+def test_a_sibling_has_another_fingerprint(models, base):
+    changed(base, tuned)
+    assert fingerprint(str(base)) != fingerprint(str(models("llama")))
+
+
+def test_another_base_of_the_same_shape_is_refused_everywhere(models, base, dialogues, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["train", "--dataset_path", str(dialogues), "--max_steps", "2", "--save_steps", "1"]
+    assert main([*command, "--model_path", str(models("llama")), "--output_dir", str(out)]) == 0
+    changed(base, tuned)
+    capsys.readouterr()
+    merged = tmp_path / "merged"
+    uses = (["chat", "--prompt", "x", "--max_new_tokens", "2"], ["merge", "--output_dir", str(merged)])
+    for use in uses:
+        asked = [*use, "--adapter_path", str(out), "--model_path", str(base)]
+        assert main(asked) == 2
+        told = capsys.readouterr().err
+        assert "is not the base this adapter was trained on" in told
+        assert "--other_base" in told
+        assert main([*asked, "--other_base"]) == 0
+        told = capsys.readouterr()
+        assert "is not the base" in told.out + told.err
+    longer = [*command, "--max_steps", "4", "--model_path", str(base), "--output_dir", str(out), "--resume"]
+    assert main(longer) == 2
+    assert "is not the base this adapter was trained on" in capsys.readouterr().err
+    assert main([*longer, "--resume_anyway"]) == 0
+
+
+def test_an_adapter_of_another_tool_is_loaded_as_it_is(models, dialogues, tmp_path):
+    out = tmp_path / "out"
+    command = ["train", "--dataset_path", str(dialogues), "--max_steps", "1", "--model_path", str(models("llama"))]
+    assert main([*command, "--output_dir", str(out)]) == 0
+    (out / "atomtune.json").unlink()
+    assert main(["chat", "--prompt", "x", "--max_new_tokens", "2", "--adapter_path", str(out)]) == 0

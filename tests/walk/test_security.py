@@ -1,0 +1,202 @@
+"""Planted programs: files that would run something when read carelessly. None runs; each is refused or passed by."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from atomtune.cli import main
+from atomtune.train.integrity import checkpoints
+from atomtune.train.state import load_state
+from tests.conftest import write_jsonl
+
+
+class Program:
+    """Unpickling this leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.mark}",))
+
+
+@pytest.fixture
+def mark(tmp_path) -> Path:
+    return tmp_path / "it-ran"
+
+
+def plant(file: Path, mark: Path, *, zipped: bool = True) -> None:
+    """A file that torch.load, or pickle.load, would run."""
+    if zipped:
+        torch.save({"state": Program(mark), "weight": torch.zeros(2)}, file)
+    else:
+        file.write_bytes(pickle.dumps(Program(mark)))
+
+
+def test_the_planted_files_are_dangerous(tmp_path, mark):
+    # Otherwise no test below could fail.
+    plant(tmp_path / "file", mark)
+    torch.load(tmp_path / "file", weights_only=False)
+    assert mark.exists()
+
+
+def train(base, data, out, *more) -> list[str]:
+    command = ["train", "--model_path", str(base), "--dataset_path", str(data), "--output_dir", str(out)]
+    return [*command, "--max_steps", "4", "--save_steps", "2", "--dtype", "float32", *more]
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["torch.save", "pickle"])
+def test_adapter_weights_that_are_a_program(  # noqa: PLR0917  # pytest's fixtures
+    models, dialogues, tmp_path, mark, capsys, zipped
+):
+    folder = tmp_path / "checkpoint-40000"
+    folder.mkdir()
+    plant(folder / "adapter_model.bin", mark, zipped=zipped)
+    flags = ["--continue_training", "--checkpoint", str(folder)]
+    assert main(train(models("llama"), dialogues, tmp_path / "out", *flags)) == 2
+    assert "not readable as adapter weights" in capsys.readouterr().err
+    assert not mark.exists()
+
+
+def test_an_adapter_to_chat_with_and_to_merge_that_is_a_program(models, dialogues, tmp_path, mark, capsys):
+    out = tmp_path / "out"
+    assert main(train(models("llama"), dialogues, out)) == 0
+    (out / "adapter_model.safetensors").unlink()
+    plant(out / "adapter_model.bin", mark)
+    for command in (["chat", "--prompt", "x"], ["merge", "--output_dir", str(tmp_path / "merged")]):
+        assert main([*command, "--adapter_path", str(out)]) == 2
+        assert "Traceback" not in capsys.readouterr().err
+    assert not mark.exists()
+
+
+def test_a_base_that_is_a_program(models, dialogues, tmp_path, mark, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(models("llama"), base)
+    for file in base.glob("model*.safetensors*"):
+        file.unlink()
+    plant(base / "pytorch_model.bin", mark)
+    assert main(train(base, dialogues, tmp_path / "out")) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "optimizer.pt",
+        "optimizer.bin",
+        "scheduler.pt",
+        "scaler.pt",
+        "rng_state.pth",
+        "rng_state_0.pth",
+        "training_args.bin",
+        "optimizer_0/.metadata",
+        "pytorch_model_fsdp_0/.metadata",
+        "random-0.pkl",
+    ],
+)
+def test_a_checkpoint_with_a_program_beside_its_states(models, dialogues, tmp_path, mark, name):
+    # The manifest names what belongs to the checkpoint; nothing else is opened.
+    base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"
+    assert main(train(base, dialogues, whole)) == 0
+    kept = checkpoints(whole)[-1]
+    (kept / name).parent.mkdir(exist_ok=True)
+    plant(kept / name, mark, zipped=".metadata" not in name)
+    assert main(train(base, dialogues, out, "--resume_from_checkpoint", str(kept))) == 0
+    assert not mark.exists()
+    assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_of_another_tool_whose_state_is_a_program(  # noqa: PLR0917  # pytest's fixtures
+    models, dialogues, tmp_path, mark, capsys, name
+):
+    base, whole = models("llama"), tmp_path / "whole"
+    assert main(train(base, dialogues, whole)) == 0
+    foreign = tmp_path / "checkpoint-2"
+    shutil.copytree(checkpoints(whole)[-1], foreign)
+    states = {
+        stock: load_state(foreign, ours)
+        for stock, ours in (("optimizer.pt", "optimizer"), ("scheduler.pt", "schedule"))
+    }
+    for ours in ("manifest.json", "optimizer.json", "schedule.json", "random-0.json"):
+        (foreign / ours).unlink()
+    for stock, state in states.items():
+        torch.save(state, foreign / stock)
+    assert main(train(base, dialogues, tmp_path / "fit", "--resume_from_checkpoint", str(foreign))) == 0
+    plant(foreign / name, mark)
+    code = main(train(base, dialogues, tmp_path / "out", "--resume_from_checkpoint", str(foreign)))
+    said = capsys.readouterr().err
+    assert not mark.exists()
+    assert code == 2, said
+    assert "is a program and not only tensors" in said
+
+
+def test_a_base_whose_index_names_a_file_elsewhere(models, dialogues, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(models("llama"), base)
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    (base / "model.safetensors").rename(elsewhere)
+    index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": "../elsewhere.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert main(train(base, dialogues, tmp_path / "out")) == 2
+    assert "'../elsewhere.safetensors', which is not a file name in this folder" in capsys.readouterr().err
+
+
+def test_yaml_that_would_make_an_object(tmp_path, mark, capsys):
+    settings = tmp_path / "run.yaml"
+    settings.write_text(f"output_dir: !!python/object/apply:os.system ['touch {mark}']\n")
+    assert main(["train", str(settings)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert not mark.exists()
+    with pytest.raises(yaml.YAMLError):
+        yaml.safe_load(settings.read_text())
+
+
+def test_a_template_cannot_reach_the_system(models, dialogues, tmp_path, mark, capsys):
+    template = tmp_path / "mine.jinja"
+    escape = "{{ cycler.__init__.__globals__.os.system('touch " + str(mark) + "') }}"
+    template.write_text(escape + "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    assert main(train(models("llama"), dialogues, tmp_path / "out", "--template", str(template))) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert not mark.exists()
+
+
+def test_what_a_run_writes_holds_no_pickle(models, dialogues, tmp_path):
+    out = tmp_path / "out"
+    assert main(train(models("llama"), dialogues, out)) == 0
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".jinja", ".png", ".lock", ""}
+    for path in files:
+        content = path.read_bytes()
+        assert not content.startswith((b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")), path
+    assert not list(out.rglob("training_args.bin"))
+
+
+def test_a_token_is_written_nowhere(models, tmp_path, capsys):
+    token = "hf_" + "secret" * 5
+    data = write_jsonl(tmp_path / "d.jsonl", [{"instruction": f"q{n}", "output": "a"} for n in range(8)])
+    out = tmp_path / "out"
+    assert main(train(models("llama"), data, out, "--hub_token", token)) == 0
+    told = capsys.readouterr()
+    assert token not in told.out + told.err
+    assert not [path for path in out.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+    assert json.loads((out / "run.json").read_text())["settings"]["hub_token"]["value"] == "(not kept)"
+
+
+def test_a_torn_adapter_and_a_torn_base_are_named(models, dialogues, tmp_path, capsys):
+    out, base = tmp_path / "out", tmp_path / "base"
+    assert main(train(models("llama"), dialogues, out)) == 0
+    (out / "adapter_model.safetensors").write_bytes((out / "adapter_model.safetensors").read_bytes()[:-100])
+    assert main(["chat", "--prompt", "x", "--adapter_path", str(out)]) == 2
+    assert "cannot be read as tensors" in capsys.readouterr().err
+    shutil.copytree(models("llama"), base)
+    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-100])
+    assert main(train(base, dialogues, tmp_path / "two")) == 2
+    assert str(base) in capsys.readouterr().err
