@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench test-oldest clean
+.PHONY: demo test check bench reliability soak fuzz test-oldest clean
 
 demo: $(VENV)/installed
 	$(BIN)/atomtune train
@@ -21,6 +21,17 @@ check: $(VENV)/installed-test
 DATA ?= src/atomtune/demo/persona.jsonl
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks --source $(DATA) $(BENCH)
+
+# The same faults to atomtune and to the stock Trainer (docs/reliability.md); about ten minutes on two cores.
+reliability: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reliability $(RELIABILITY)
+
+# Every point of a save, a hundred kills, every step to resume from; ten thousand mutated data files.
+soak: $(VENV)/installed-test
+	ATOMTUNE_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/walk/test_faults.py tests/walk/test_same_run.py
+
+fuzz: $(VENV)/installed-test
+	ATOMTUNE_FUZZ=10000 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/data/test_fuzz.py
 
 # The lower bounds of pyproject.toml, in an environment of their own; `make test-oldest LEAVE=torch` leaves torch as it is.
 test-oldest: .venv-oldest/installed

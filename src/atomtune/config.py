@@ -274,6 +274,8 @@ def _listed(value: Any, kind: Any) -> Any:
 def _checked(name: str, one: Given, kind: Any, problems: list[str]) -> Any:
     """A Trainer's value as its own type; `{…}` is JSON."""
     value = one.value
+    if isinstance(value, str) and value.lower() in ("true", "false") and bool in typing.get_args(kind):
+        return value.lower() == "true"
     if isinstance(value, str) and value.startswith("{"):
         try:
             value = json.loads(value)

@@ -37,7 +37,9 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
     }
     values.pop("resume_from_checkpoint", None)
     values.setdefault("ddp_find_unused_parameters", False)  # every adapter weight has a gradient in every step
-    if not torch.accelerator.is_available() or values.get("use_cpu"):
+    if not torch.accelerator.is_available():
+        values["use_cpu"] = True  # else a launcher's ranks would not know of each other
+    if values.get("use_cpu"):
         # On a CPU the dtype of the base says all; the Trainer would refuse bf16 and ignore fp16 in silence.
         values |= {"fp16": False, "bf16": False, "dataloader_pin_memory": False}
     elif values.get("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):

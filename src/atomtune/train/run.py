@@ -152,6 +152,7 @@ def _run(job: Job, began: float) -> None:
         if is_out_of_memory(error):
             raise
         raise BadSettings([f"The Trainer refuses these settings: {error}"]) from error
+    _refuse_what_is_not_used(job, trainer)
     _say_length(job, len(data.train))
     if job.args.should_save:
         check_space(job, model, tokenizer)
@@ -161,6 +162,16 @@ def _run(job: Job, began: float) -> None:
     _save(job, trainer, loss)
     samples.show_after(job.voice.console)
     _say_next(job, trainer, loss, data.account)
+
+
+def _refuse_what_is_not_used(job: Job, trainer: LoraTrainer) -> None:
+    """Raise BadSettings where the library would pass a setting by in silence; say what it does by its own ways."""
+    if job.args.fsdp and not trainer.is_fsdp_enabled:
+        raise BadSettings(["--fsdp is not used here: it needs several processes on GPUs. Leave it out."])
+    if trainer.is_fsdp_enabled and "FULL" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
+        raise BadSettings(["--fsdp_config: an adapter is small and is saved whole: state_dict_type FULL_STATE_DICT."])
+    if trainer.is_deepspeed_enabled and job.start.kind == "resume":
+        job.voice.notice("DeepSpeed's own states hold pickles; resume from checkpoints of your own making only.")
 
 
 def _say_length(job: Job, records: int) -> None:

@@ -18,7 +18,7 @@ from atomtune.errors import BadModel, RunFailed
 from atomtune.model.adapter import Card, refuse_unlike
 from atomtune.train.checkpoint import STATE
 from atomtune.train.integrity import MANIFEST, checkpoints, damage, disk_failed, rotate, seal, staging_of
-from atomtune.train.state import load_state, random_state, save_state, set_random_state
+from atomtune.train.state import gathered, load_state, random_state, save_state, scatter, set_random_state
 from atomtune.train.watch import on_any_rank
 
 #: Saves that may fail one after another before the run ends.
@@ -134,25 +134,22 @@ class SavingTrainer(Trainer):
 
     # --- state, without pickles (state.py) ------------------------------------------------------------------------
 
-    @property
-    def library_keeps_optimizer(self) -> bool:
-        """Whether optimizer states lie in pieces on several ranks, which accelerate or DeepSpeed puts together."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
     def _is_foreign(self, checkpoint: str) -> bool:
-        """Whether the library has to read it. In a sealed one only what its manifest names is opened."""
-        return self.library_keeps_optimizer or not (Path(checkpoint) / MANIFEST).is_file()
+        """Whether the library has to read it: another tool's, or DeepSpeed's own. Else we open what we wrote alone."""
+        return self.is_deepspeed_enabled or not (Path(checkpoint) / MANIFEST).is_file()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The adapter came with the model (prepare.load_model); only ranks that share one out read it again."""
-        if self.library_keeps_optimizer:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        """Nothing: the adapter came with the model (prepare.load_model), on every rank."""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.library_keeps_optimizer:
+        if self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            save_state(Path(output_dir), "optimizer", self.optimizer.state_dict())
+            return
+        optimizer = (
+            gathered(self.model, self.optimizer.optimizer) if self.is_fsdp_enabled else self.optimizer.state_dict()
+        )
+        if self.args.should_save:
+            save_state(Path(output_dir), "optimizer", optimizer)
             save_state(Path(output_dir), "schedule", self.lr_scheduler.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -170,7 +167,11 @@ class SavingTrainer(Trainer):
             with _tensors_only(checkpoint):
                 super()._load_optimizer_and_scheduler(checkpoint)
         elif (Path(checkpoint) / "optimizer.json").is_file():  # else --save_only_model
-            self.optimizer.load_state_dict(load_state(Path(checkpoint), "optimizer"))
+            optimizer = load_state(Path(checkpoint), "optimizer")
+            if self.is_fsdp_enabled:
+                scatter(self.model, self.optimizer.optimizer, optimizer)
+            else:
+                self.optimizer.load_state_dict(optimizer)
             self.lr_scheduler.load_state_dict(load_state(Path(checkpoint), "schedule"))
         for group, settings in zip(self.optimizer.param_groups, asked, strict=True):
             group.update(settings)

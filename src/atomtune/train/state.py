@@ -12,6 +12,12 @@ from typing import Any
 import numpy
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 
 def save_state(folder: Path, name: str, value: Any) -> None:
@@ -64,6 +70,20 @@ def _nested(plain: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return {_nested(k, tensors): _nested(v, tensors) for k, v in content}
     items = [_nested(one, tensors) for one in content]
     return tuple(items) if kind == "tuple" else items
+
+
+#: A whole state on the CPU of the first rank, named by the weights' names, so that another number of ranks can read it.
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def gathered(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state whose weights are divided among ranks (FSDP), put together; every rank must ask."""
+    return get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+
+
+def scatter(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Give every rank its part of what `gathered` put together; every rank must ask, with the same state."""
+    set_optimizer_state_dict(model, optimizer, state, options=_WHOLE)
 
 
 def random_state() -> dict[str, Any]:

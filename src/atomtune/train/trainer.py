@@ -31,7 +31,7 @@ class LoraTrainer(SavingTrainer):
         self.finite = FiniteSteps(self.work, budget=skip_nonfinite, notice=self.notice)
         for callback in (self.work, AtBegin(self.begin), self.finite, stop, Spikes(self.notice)):
             self.add_callback(callback)
-        if not self.library_keeps_optimizer:
+        if self._ranks_evaluate_alone:  # else a rank holds parts of weights, which may well be zero
             self.add_callback(Reach(self.notice))
         self.add_callback(LogWhatIsSaved())  # after all that ask for a save
         # The loss below is already divided by the targets of all micro-batches. 5.17 reads the first name, 5.23 both.
