@@ -226,9 +226,9 @@ def _small_disk(folder: Path, size: str) -> Iterator[Path | None]:
 
 
 def full_disk(trial: Trial, size: int) -> str:
-    """Room for the first save and half of the second; then for all."""
+    """Room for two saves and a half; then for all."""
     room = sum(path.stat().st_size for path in trial.newest(trial.whole).iterdir())
-    with _small_disk(trial.folder, f"{int(1.6 * room) // 1024}k") as disk:
+    with _small_disk(trial.folder, f"{int(2.6 * room) // 1024}k") as disk:
         if disk is None:
             return "not measured: this machine does not let us mount"
         out = disk / "out"

@@ -13,13 +13,14 @@ MOST_LINES = 300
 #: room → the rooms and top-level modules it may import, besides itself.
 MAY_IMPORT = {
     "errors": set(),
+    "voice": set(),
     "sources": {"errors"},
     "config": {"errors", "sources"},
     "data": {"errors"},
     "batch": {"errors", "data"},
     "model": {"errors", "data", "batch"},
-    "train": {"errors", "config", "sources", "data", "batch", "model"},
-    "use": {"errors", "config", "sources", "data", "batch", "model"},
+    "train": {"errors", "voice", "config", "sources", "data", "batch", "model"},
+    "use": {"errors", "voice", "config", "sources", "data", "batch", "model"},
     "cli": {"errors", "config", "sources", "data", "batch", "model", "train", "use"},
     "__main__": {"cli"},
     "__init__": set(),

@@ -30,7 +30,8 @@ from atomtune.model.lowrank import compute_together, families_of
 from atomtune.model.memory import should_checkpoint
 from atomtune.train.arguments import CHECKPOINTING
 from atomtune.train.checkpoint import Start
-from atomtune.train.report import RunRecord, Voice
+from atomtune.train.report import RunRecord
+from atomtune.voice import Voice
 
 
 @dataclass(frozen=True)

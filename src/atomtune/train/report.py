@@ -1,9 +1,6 @@
-"""The run's record: run.json, loss.png, and what is said in the terminal."""
+"""The run's record: run.json, loss.png, and the line of figures while it trains."""
 
-import contextlib
-import os
 import platform
-import sys
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -11,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID
 from transformers import TrainerCallback
 
 from atomtune import __version__
 from atomtune.train.checkpoint import RECORD
 from atomtune.train.integrity import write_json
 from atomtune.train.watch import WorkCounter
+from atomtune.voice import bar
 
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
 SPOKEN_EVERY = 5.0  # seconds between lines where there is no terminal to draw a bar in
@@ -50,75 +48,12 @@ class RunRecord:
         self.update()
 
 
-class Patient(Console):
-    """A terminal that may go away: a run goes on when the reader of its output left, as `| head` does."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class Voice:
-    """What the user reads; silent on every rank but the first."""
-
-    def __init__(self, *, speaks: bool) -> None:
-        self.console = Patient(quiet=not speaks, highlight=False)
-        self.notices: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
-
-    def notice(self, text: str) -> None:
-        self.notices.append(text)
-        self.console.print(f"note: {text}", style="yellow", markup=False, soft_wrap=True)
-
-    def reading(self, total_bytes: int, what: str) -> "Reading":
-        return Reading(self.console, total_bytes, what)
-
-
-class Reading:
-    """A bar over the bytes of a file."""
-
-    def __init__(self, console: Console, total_bytes: int, what: str) -> None:
-        self.progress = _bar(console, "{task.fields[rate]}", count=False)
-        self.task = self.progress.add_task(what, total=total_bytes, rate="")
-        self.began, self.done = time.perf_counter(), 0
-
-    def __enter__(self) -> "Reading":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.progress.stop()
-
-    def advance(self, n_bytes: int) -> None:
-        self.done += n_bytes
-        rate = self.done / 2**20 / max(time.perf_counter() - self.began, 1e-6)
-        self.progress.update(self.task, advance=n_bytes, rate=f"{rate:.1f} MB/s")
-
-
-def _bar(console: Console, *texts: str, count: bool = True) -> Progress:
-    counted = [MofNCompleteColumn()] if count else []
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=28),
-        *counted,
-        *(TextColumn(text) for text in texts),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=not console.is_terminal,
-        disable=not console.is_terminal,
-    )
-
-
 class TrainingBar(TrainerCallback):
     """Steps, loss, examples/s, tokens/s and time left: a bar in a terminal, lines elsewhere."""
 
     def __init__(self, console: Console, work: WorkCounter) -> None:
         self.console, self.work = console, work
-        self.progress = _bar(console, "{task.fields[rate]}", "{task.fields[loss]}")
+        self.progress = bar(console, "{task.fields[rate]}", "{task.fields[loss]}")
         self.task: TaskID | None = None
         self.loss = ""
         self.first_step = self.first_examples = self.first_tokens = 0

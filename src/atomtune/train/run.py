@@ -30,10 +30,11 @@ from atomtune.train.identity import identity, refuse_another_run
 from atomtune.train.integrity import clear_staging, publish, staging_of
 from atomtune.train.layout import check_equal, choose_layout
 from atomtune.train.prepare import Data, Job, load_model, read_data
-from atomtune.train.report import RunRecord, TrainingBar, Voice, draw_loss
+from atomtune.train.report import RunRecord, TrainingBar, draw_loss
 from atomtune.train.samples import Samples
 from atomtune.train.trainer import LoraTrainer
 from atomtune.train.watch import Stop
+from atomtune.voice import Voice
 
 #: More passes over the records than this are probably not meant: the adapter learns them by heart.
 MANY_PASSES = 30

@@ -26,7 +26,7 @@ from atomtune.model.layout import why_padded, windows_of
 from atomtune.model.load import device_in_use, load_base, load_tokenizer, pad_id_of, quiet_libraries, resolve_dtype
 from atomtune.model.loss import target_log_probabilities, target_nats
 from atomtune.model.lowrank import compute_together, families_of
-from atomtune.train.report import Voice
+from atomtune.voice import Voice
 
 
 @dataclass(frozen=True)
