@@ -348,6 +348,12 @@ def test_the_tutorials_false_is_false():
     assert read_train([*BOTH, "--remove_unused_columns", "false"]).trainer["remove_unused_columns"] is False
 
 
+@pytest.mark.parametrize(("word", "value"), [("true", True), ("False", False), ("full_shard", "full_shard")])
+def test_a_setting_that_is_a_claim_or_words_takes_both(word, value):
+    # FSDP was words ("full_shard") and is a claim in newer versions of the library.
+    assert read_train([*BOTH, "--fsdp", word]).trainer["fsdp"] in (value, [value])
+
+
 @pytest.mark.parametrize(("flags", "value"), [((), False), (("--skip_bad",), True), (("--skip_bad", "false"), False)])
 def test_our_own_claims_have_the_same_forms(flags, value):
     assert read_train([*BOTH, *flags]).data.skip_bad is value

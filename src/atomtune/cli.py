@@ -1,7 +1,6 @@
 """The commands: parse, call, print. Each imports its rooms inside, so that --help loads no torch."""
 
 import difflib
-import errno
 import logging
 import signal
 import sys
@@ -95,22 +94,26 @@ def _answered(name: str, argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"\natomtune {name}: stopped by a signal.", file=sys.stderr)
         code = STOPPED
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"\natomtune {name}: The disk is full: {error}. Free some space and run it again.", file=sys.stderr)
-        code = FAILED
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
-        sys.stderr.close()
-        code = DONE
-    except Exception:  # noqa: BLE001  # the last line of defence: shown whole, never swallowed
-        traceback.print_exc()
-        said = f"this is a bug in atomtune {__version__}; please report the lines above."
-        print(f"\natomtune {name}: {said}", file=sys.stderr)
+    except Exception as error:  # noqa: BLE001  # the last line of defence: shown whole, never swallowed
+        code = _unforeseen(name, error)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return code
+
+
+def _unforeseen(name: str, error: Exception) -> int:
+    """A disk that failed, in a command without words of its own for it; else a bug, shown whole."""
+    from atomtune.train.integrity import disk_failed
+
+    if disk_failed(error):
+        print(f"\natomtune {name}: the disk is full, or it fails: {error}", file=sys.stderr)
+        print("Free some space and run the command again.", file=sys.stderr)
+        return FAILED
+    traceback.print_exc()
+    said = f"this is a bug in atomtune {__version__}; please report the lines above."
+    print(f"\natomtune {name}: {said}", file=sys.stderr)
+    return BUG
 
 
 def _leave_on_signals() -> dict[int, Any]:

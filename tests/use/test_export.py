@@ -84,3 +84,19 @@ def test_a_base_that_moved_is_asked_for(trained, tmp_path, capsys):
     assert "--model_path" in capsys.readouterr().err
     again = ["--model_path", str(trained[0])]
     assert main(["merge", "--adapter_path", str(moved), "--output_dir", str(tmp_path / "m"), *again]) == 0
+
+
+def test_a_disk_too_small_for_the_merged_model_is_told_so(trained, tmp_path, monkeypatch, capsys):
+    _, adapter = trained
+
+    from safetensors import SafetensorError
+    from transformers import PreTrainedModel
+
+    def full(self, *args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(tmp_path / "merged")]) == 3
+    said = capsys.readouterr().err
+    assert "the disk is full" in said
+    assert "Traceback" not in said

@@ -64,6 +64,9 @@ def test_from_every_step_the_run_is_the_same(models, dialogues, tmp_path, way):
     assert main(command(base, dialogues, whole, *flags)) == 0
     found = sorted(checkpoints(whole), key=lambda path: int(path.name[11:]))
     assert len(found) > 6
+    if way == "best":
+        best = json.loads((found[-1] / "trainer_state.json").read_text())["best_model_checkpoint"]
+        assert Path(best) in found, "named by the path it ends under"
     for kept in found if EVERY else (found[0], found[len(found) // 2], found[-2], found[-1]):
         out = tmp_path / f"from-{kept.name}"
         if way == "best":  # the best so far is named by its path

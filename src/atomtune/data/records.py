@@ -4,10 +4,12 @@ Before: a line in a file.  After: batch.row makes Rows of Examples.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-Role = Literal["system", "user", "assistant"]
+#: `text` is a stretch that belongs to no dialogue and is learned whole.
+Role = Literal["system", "user", "assistant", "tool", "text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +19,19 @@ class Turn:
     role: Role
     text: str
     input: str = ""
+    learn: int = 1  # how often an assistant's turn or a text is learned; 0: it is only read
+    reasoning: str = ""  # what an assistant thought before its text
+    calls: tuple[Mapping[str, Any], ...] = ()  # tools an assistant calls: {"name": …, "arguments": {…}}
+    name: str = ""  # the tool that answers, in a turn of role tool
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One conversation. The last turn is the assistant's: the answer to learn."""
+    """One conversation, which ends with the assistant's turn; or a single turn of role text."""
 
     turns: tuple[Turn, ...]
     origin: str  # "train.jsonl:17"
+    tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas of the tools at hand, as OpenAI's `tools`
 
     @property
     def prompt(self) -> tuple[Turn, ...]:
@@ -33,6 +40,11 @@ class Record:
     @property
     def answer(self) -> str:
         return self.turns[-1].text
+
+    @property
+    def learned(self) -> tuple[int, ...]:
+        """Where the turns stand that are learned."""
+        return tuple(i for i, turn in enumerate(self.turns) if turn.learn and turn.role in ("assistant", "text"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,10 +89,11 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def _follow_sentencepiece(tokenizer: Any, model_file: Path) -> None:
-    """Set the spaces at a text's beginning as the SentencePiece file says.
+    """Set how spaces are written and read back as the SentencePiece file says.
 
-    transformers 5 converts a lone tokenizer.model without its `add_dummy_prefix` and `remove_extra_whitespaces`
-    (seen on 5.23: "你好" becomes 你|好 where sentencepiece gives ▁你好), so a base would meet ids it never saw.
+    transformers before 5.24 converts a lone tokenizer.model without its `add_dummy_prefix` and
+    `remove_extra_whitespaces` (5.23: "你好" becomes 你|好 where sentencepiece gives ▁你好), so a base would meet ids it
+    never saw. The whole way is set, not amended: amending 5.24, which does it right, would do it twice.
     """
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import Regex, decoders, normalizers
@@ -106,10 +107,13 @@ def _follow_sentencepiece(tokenizer: Any, model_file: Path) -> None:
         steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    back: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if rules.add_dummy_prefix:
         steps.append(normalizers.Prepend("▁"))
-        backend.decoder = decoders.Sequence([backend.decoder, decoders.Strip(" ", 1, 0)])
+        back.append(decoders.Strip(" ", 1, 0))
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = None
+    backend.decoder = decoders.Sequence(back)
 
 
 def pad_id_of(tokenizer: Any) -> int:
