@@ -98,13 +98,14 @@ class Clock:
 
 def encoded(base: Path, data: Path) -> list[dict[str, list[int]]]:
     """Every record as ids and learned positions."""
-    from atomtune.data.store import examples_of
+    from atomtune.data.store import Rules, as_examples, examples_of
     from atomtune.data.template import load_template
     from atomtune.model.load import load_tokenizer
 
     template = load_template("atom", load_tokenizer(str(base)))
-    stored, *_ = examples_of(data, template, max_tokens=MAX_TOKENS, cache_dir=data.parent / "store")
-    return [{"input_ids": row["ids"], "completion_mask": row["learn"]} for row in stored]
+    stored, *_ = examples_of(data, template, Rules(max_tokens=MAX_TOKENS, learn="last"), cache_dir=data.parent / "store")
+    examples = (example for row in stored for example in as_examples(row))
+    return [{"input_ids": list(example.ids), "completion_mask": list(example.learn)} for example in examples]
 
 
 def plain_model(base: Path, dtype: torch.dtype) -> Any:
@@ -225,7 +226,7 @@ def atomtune(base: Path, data: Path, out: str, *, dtype: str) -> dict[str, Any]:
     code = main(
         [
             *("train", "--model_path", str(base), "--dataset_path", str(data), "--output_dir", f"{out}/run"),
-            *("--template", "atom", "--max_seq_length", str(MAX_TOKENS), "--num_train_epochs", "1"),
+            *("--template", "atom", "--learn", "last", "--max_seq_length", str(MAX_TOKENS), "--num_train_epochs", "1"),
             *("--per_device_train_batch_size", str(BATCH), "--learning_rate", str(RATE), "--dtype", dtype),
             *("--lora_rank", str(RANK), "--lora_alpha", str(ALPHA), "--lora_dropout", "0"),
             *("--gradient_checkpointing", "false", "--logging_steps", "10000", "--save_strategy", "no"),

@@ -14,14 +14,15 @@ MOST_LINES = 300
 MAY_IMPORT = {
     "errors": set(),
     "voice": set(),
+    "settings": set(),
     "sources": {"errors"},
-    "config": {"errors", "sources"},
+    "config": {"errors", "settings", "sources"},
     "data": {"errors"},
     "batch": {"errors", "data"},
     "model": {"errors", "data", "batch"},
-    "train": {"errors", "voice", "config", "sources", "data", "batch", "model"},
-    "use": {"errors", "voice", "config", "sources", "data", "batch", "model"},
-    "cli": {"errors", "config", "sources", "data", "batch", "model", "train", "use"},
+    "train": {"errors", "voice", "config", "settings", "sources", "data", "batch", "model"},
+    "use": {"errors", "voice", "config", "settings", "sources", "data", "batch", "model"},
+    "cli": {"errors", "config", "settings", "sources", "data", "batch", "model", "train", "use"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -85,7 +86,7 @@ def test_data_is_handed_its_tokenizer_and_imports_no_torch(path):
     assert not {module.split(".")[0] for module in imports_of(path)} & {"torch", "transformers", "peft", "accelerate"}
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in ("errors", "sources", "config", "cli")], ids=name)
+@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in ("errors", "settings", "sources", "config", "cli")], ids=name)
 def test_what_answers_a_wrong_flag_imports_no_torch(path):
     # At any depth of a function; the process itself is asked in test_cli.py.
     assert not {module.split(".")[0] for module in imports_of(path)} & {"torch", "transformers", "peft", "datasets"}

@@ -25,9 +25,21 @@ def train(argv: Sequence[str]) -> int:
     return run(settings)
 
 
+def inspect(argv: Sequence[str]) -> int:
+    """Show what of your records is learned, and what is wrong with them; no model is loaded."""
+    from atomtune.config import read_settings
+    from atomtune.settings import InspectSettings
+
+    settings = read_settings(InspectSettings, argv, command="inspect")
+    from atomtune.use.inspect import inspect as run
+
+    return run(settings)
+
+
 def verify(argv: Sequence[str]) -> int:
     """Prove the fast path equal to plain transformers + PEFT on your model and records."""
-    from atomtune.config import VerifySettings, read_settings
+    from atomtune.config import read_settings
+    from atomtune.settings import VerifySettings
 
     settings = read_settings(VerifySettings, argv, command="verify")
     from atomtune.train.verify import verify as run
@@ -37,7 +49,8 @@ def verify(argv: Sequence[str]) -> int:
 
 def merge(argv: Sequence[str]) -> int:
     """Write base + adapter as one plain model folder."""
-    from atomtune.config import MergeSettings, read_settings
+    from atomtune.config import read_settings
+    from atomtune.settings import MergeSettings
 
     settings = read_settings(MergeSettings, argv, command="merge")
     from atomtune.use.export import merge as run
@@ -47,7 +60,8 @@ def merge(argv: Sequence[str]) -> int:
 
 def chat(argv: Sequence[str]) -> int:
     """Talk to a trained adapter in the terminal."""
-    from atomtune.config import ChatSettings, read_settings
+    from atomtune.config import read_settings
+    from atomtune.settings import ChatSettings
 
     settings = read_settings(ChatSettings, argv, command="chat")
     from atomtune.use.chat import chat as run
@@ -57,6 +71,7 @@ def chat(argv: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
+    "inspect": inspect,
     "verify": verify,
     "merge": merge,
     "chat": chat,

@@ -1,4 +1,4 @@
-"""Settings: every one exists once, here, as flag, YAML key, help line, default and check.
+"""Config: settings.py's fields filled from flags and YAML, and checked.
 
 Before: sources.py, what flags and YAML say.  After: cli.py hands the settings to a command.
 default < YAML < flag, and where each value came from is remembered. All problems are reported at once, before data or
@@ -8,139 +8,16 @@ model is touched. transformers.TrainingArguments' own settings pass under their 
 import json
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from atomtune.errors import BadSettings
+from atomtune.settings import DataSettings, LoraSettings, ModelSettings, RunSettings, TrainSettings
 from atomtune.sources import Given, given_values, kinds_of, library_kinds, yaml_values
 
-STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 S = TypeVar("S")
-
-
-def setting(default: Any, text: str, *, at_least: float | None = None, below: float | None = None) -> Any:
-    """A field of a settings class: its default, its help line (with the unit) and its range."""
-    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return Field(description=text, ge=at_least, lt=below, **factory)
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class RecordSettings:
-    """Data"""
-
-    dataset_path: str | None = setting(
-        None, "training records: a .jsonl (or .json array) of instruction, input, output"
-    )
-    max_seq_length: int = setting(256, "longest example, in tokens", at_least=8)
-    overlength: Literal["shorten", "skip", "error"] = setting(
-        "shorten", "what to do with a longer one: shorten its prompt, skip it, or stop; the answer is never cut"
-    )
-    skip_overlength: bool = setting(False, "the tutorial's name for --overlength skip")
-    skip_bad: bool = setting(False, "train on the good records when some are broken; the broken are listed in run.json")
-    template: str = setting("auto", "auto (the tokenizer's own chat template, else atom), atom, or a .jinja file")
-    layout: Literal["auto", "tree", "packed", "padded"] = setting(
-        "auto", "how a batch is laid out: shared beginnings once, end to end, or padded; auto: the cheapest exact one"
-    )
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class DataSettings(RecordSettings):
-    """Data"""
-
-    eval_path: str | None = setting(None, "records to evaluate on, in the same form")
-    eval_size: float = setting(
-        0.0, "without --eval_path: hold out this share (below 1) or this many records", at_least=0
-    )
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ModelSettings:
-    """Model"""
-
-    model_path: str | None = setting(None, "the base: a folder or a hub name")
-    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = setting(
-        "auto", "of the base's weights; auto: bfloat16 where the device is good at it, else float32"
-    )
-    quantize: Literal["nf4", "int8"] | None = setting(None, "keep the base in 4 or 8 bits (needs atomtune[qlora])")
-    device_map: str | None = setting(None, "auto spreads a base larger than one device over all there are")
-    trust_remote_code: bool = setting(False, "run Python code that comes with the model; read it first")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class LoraSettings:
-    """LoRA"""
-
-    lora_rank: int = setting(8, "width of the adapter", at_least=1)
-    lora_alpha: float = setting(32.0, "the adapter's output is scaled by alpha / rank", at_least=0)
-    lora_dropout: float = setting(0.1, "share of the adapter's input dropped while training", at_least=0, below=1)
-    lora_targets: list[str] = setting(["all-linear"], "layer names, or all-linear")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class RunSettings:
-    """Run"""
-
-    resume: bool = setting(False, "go on from the newest whole checkpoint in --output_dir; from the start if none")
-    resume_from_checkpoint: str | None = setting(None, "go on from this checkpoint folder")
-    continue_training: bool = setting(False, "the tutorial's way to go on; needs --checkpoint")
-    checkpoint: str | None = setting(None, "with --continue_training: a checkpoint, or adapter weights to start from")
-    resume_anyway: bool = setting(False, "go on although data or settings are not those that the run began with")
-    max_minutes: float = setting(
-        0.0, "stop after so many minutes with a checkpoint, exit code 75; 0: no limit", at_least=0
-    )
-    skip_nonfinite: int = setting(
-        0,
-        "leave out up to so many steps whose loss or gradient is not finite; 0: the first one ends the run",
-        at_least=0,
-    )
-    gradient_checkpointing: Literal["auto", "true", "false"] = setting(
-        "auto", "recompute activations instead of keeping them; auto: when memory is short"
-    )
-    verify: bool = setting(
-        False, "first check this layout against plain transformers + PEFT, as `atomtune verify` does"
-    )
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class VerifySettings(RecordSettings, ModelSettings, LoraSettings):
-    """Verify"""
-
-    records: int = setting(32, "how many records, drawn at random", at_least=1)
-    per_device_train_batch_size: int = setting(16, "records in a batch, as the run will have them", at_least=1)
-    seed: int = setting(42, "of the draw", at_least=0)
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class MergeSettings:
-    """Merge"""
-
-    adapter_path: str = setting(..., "a run's output folder or one of its checkpoints")
-    output_dir: str = setting(..., "where the merged model goes")
-    model_path: str | None = setting(None, "the base, where it is not the one the adapter names")
-    other_base: bool = setting(False, "use a base whose weights are not those the adapter was trained on")
-    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = setting("auto", "auto: as the base is stored")
-    trust_remote_code: bool = setting(False, "run Python code that comes with the model; read it first")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ChatSettings:
-    """Chat"""
-
-    adapter_path: str = setting(..., "a run's output folder, one of its checkpoints, or a merged model")
-    prompt: str | None = setting(None, "answer this and end; without it, a conversation")
-    system: str | None = setting(None, "the instruction of the conversation")
-    max_new_tokens: int = setting(512, "longest answer, in tokens", at_least=1)
-    temperature: float = setting(0.0, "0: always the likeliest token; higher: more varied", at_least=0)
-    model_path: str | None = setting(None, "the base, where it is not the one the adapter names")
-    other_base: bool = setting(False, "use a base whose weights are not those the adapter was trained on")
-    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = setting("auto", "of the base's weights")
-    quantize: Literal["nf4", "int8"] | None = setting(None, "keep the base in 4 or 8 bits (needs atomtune[qlora])")
-    device_map: str | None = setting(None, "auto spreads a base larger than one device over all there are")
-    trust_remote_code: bool = setting(False, "run Python code that comes with the model; read it first")
 
 
 #: TrainingArguments whose defaults are set for LoRA on a small data set, and why.
@@ -151,38 +28,6 @@ LIBRARY_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 3,  # the tutorial's
     "report_to": "none",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """Everything `atomtune train` was told: its own groups, the Trainer's values, and the source of each."""
-
-    data: DataSettings
-    model: ModelSettings
-    lora: LoraSettings
-    run: RunSettings
-    trainer: dict[str, Any]
-    sources: dict[str, str]
-    demo: bool
-
-    def resolved(self) -> dict[str, dict[str, Any]]:
-        """Each setting of our own and each the Trainer was given, with its source."""
-        values = {
-            f.name: getattr(group, f.name)
-            for group in (self.data, self.model, self.lora, self.run)
-            for f in fields(group)
-        } | self.trainer
-        return {
-            name: {
-                "value": "(not kept)" if _secret(name) and value else value,
-                "source": self.sources.get(name, "default"),
-            }
-            for name, value in values.items()
-        }
-
-
-def _secret(name: str) -> bool:
-    return name.endswith(("_token", "_key", "_secret", "_password"))
 
 
 TRAIN_GROUPS = (DataSettings, ModelSettings, LoraSettings, RunSettings)
@@ -204,7 +49,7 @@ def read_train(argv: Sequence[str]) -> TrainSettings:
     for name in given.keys() - kinds_of(TRAIN_GROUPS).keys():
         trainer[name] = _checked(name, given[name], kinds[name], problems)
     settled = {name: value for group in groups if group for name, value in vars(group).items()} | trainer
-    problems += _contradictions(settled, given)
+    problems += [*_named_wrongly(settled), *_contradictions(settled, given)]
     if problems:
         raise BadSettings(problems)
     sources = dict.fromkeys(LIBRARY_DEFAULTS, "atomtune's default") | {n: g.source for n, g in given.items()}
@@ -216,6 +61,7 @@ def read_settings(group: type[S], argv: Sequence[str], *, command: str) -> S:
     """Settings of a command with one group and no Trainer."""
     given, problems = given_values(argv, kinds_of((group,)), (group,), command=command)
     settings = _validated(group, given, problems)
+    problems += _named_wrongly(vars(settings)) if settings is not None else []
     if problems:
         raise BadSettings(problems)
     assert settings is not None
@@ -237,8 +83,26 @@ def _contradictions(settled: Mapping[str, Any], given: Mapping[str, Given]) -> I
         yield f"{' and '.join(ways)} each name a place to go on from. Pass one of them."
     if on("eval_path") and on("eval_size"):
         yield "--eval_path and --eval_size each choose the evaluation records. Pass one of them."
+    if on("streaming") and not settled.get("max_steps", 0) > 0:
+        yield "--streaming needs --max_steps: how many records there are is not known before they are read."
+    for name in ("eval_size", "mix"):
+        if on("streaming") and on(name):
+            yield f"--{name} draws from all records, which --streaming never holds. Leave one of them out."
     if on("fp16") and on("bf16"):
         yield "--fp16 and --bf16 contradict each other. Pass one of them, or neither for the device's best."
+
+
+def _named_wrongly(settled: Mapping[str, Any]) -> Iterator[str]:
+    for name, example in (("keys", "question=instruction"), ("roles", "bot=assistant")):
+        for word in settled.get(name) or []:
+            if not all(word.partition("=")):
+                yield f"--{name} {word!r}: expected theirs=ours, as {example}."
+    files, mix = settled.get("dataset_path") or [], settled.get("mix") or []
+    count = 1 if isinstance(files, str) else len(files)
+    if mix and len(mix) != count:
+        yield f"--mix has {len(mix)} numbers for {count} files. Pass one a file, in their order."
+    if any(weight < 0 for weight in mix) or (mix and not any(mix)):
+        yield "--mix: a file's records are seen 0 times or more, and some file's more than 0 times."
 
 
 def _demo_values(kinds: Mapping[str, Any], problems: list[str]) -> dict[str, Given]:

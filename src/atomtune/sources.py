@@ -84,6 +84,8 @@ def given_values(
     given: dict[str, Given] = {}
     if yaml_file := spoken.pop("yaml", None):
         given |= yaml_values(Path(yaml_file), kinds, problems)
+    if paths := spoken.pop("paths", None):
+        given["dataset_path"] = Given(paths, "the word behind the command")
     for name, value in spoken.items():
         if value is not None:
             single = value[0] if isinstance(value, list) and len(value) == 1 else value
@@ -164,10 +166,25 @@ def library_kinds() -> dict[str, Any]:
         if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments"
     )
     return {
-        node.target.id: _plain_kind(node.annotation)
+        node.target.id: bool | _plain_kind(node.annotation)
+        if _may_stand_alone(node.value)
+        else _plain_kind(node.annotation)
         for node in body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and not node.target.id.startswith("_")
     }
+
+
+def _may_stand_alone(value: ast.expr | None) -> bool:
+    """Whether a setting's flag means True without a value, as `field(metadata={"const": True})` says (--fsdp)."""
+    dicts = [node for node in ast.walk(value) if isinstance(node, ast.Dict)] if value else []
+    pairs = [pair for one in dicts for pair in zip(one.keys, one.values, strict=True)]
+    return any(
+        isinstance(key, ast.Constant)
+        and key.value == "const"
+        and isinstance(const, ast.Constant)
+        and const.value is True
+        for key, const in pairs
+    )
 
 
 def _plain_kind(node: ast.expr) -> Any:
@@ -206,6 +223,8 @@ def parser_of(kinds: Mapping[str, Any], groups: Sequence[type], *, command: str)
     )
     if command == "train":
         parser.add_argument("yaml", nargs="?", metavar="run.yaml", help="the same settings as `name: value` lines")
+    if command == "inspect":
+        parser.add_argument("paths", nargs="*", metavar="DATA", help="the same as --dataset_path")
     for group in groups:
         section = parser.add_argument_group(str(group.__doc__))
         hints = typing.get_type_hints(group)
@@ -244,7 +263,7 @@ def _metavar(kind: Any) -> str | None:
 
 
 def _takes(kind: Any) -> dict[str, Any]:
-    parts = {kind, *typing.get_args(kind)}
+    parts = {kind, *typing.get_args(kind)}  # of list[str] | None: itself, list[str] and None
     if bool in parts or "true" in parts:
         return {"nargs": "?", "const": "true"}
-    return {"nargs": "+"} if kind == list[str] or list[str] in parts else {}
+    return {"nargs": "+"} if any(typing.get_origin(part) is list for part in parts) else {}

@@ -30,7 +30,7 @@ def collated(examples: list[Example], pad_id: int = PAD) -> Batch:
     collate = Collator(
         layout="padded",
         pad_id=pad_id,
-        as_example=lambda row: Example(tuple(row["ids"]), tuple(row["learn"]), row["origin"]),
+        as_examples=lambda row: (Example(tuple(row["ids"]), tuple(row["learn"]), row["origin"]),),
     )
     return collate([as_stored(example) for example in examples])
 

@@ -12,9 +12,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from atomtune.data.encode import BATCH_RECORDS, encode, ids_of, shorten
+from atomtune.data.encode import BATCH_RECORDS, encode
 from atomtune.data.files import Found
+from atomtune.data.ids import ids_of
 from atomtune.data.records import Account, Example, Record, Refusal, Turn
+from atomtune.data.shorten import shorten
 from atomtune.data.template import Template, load_template
 from atomtune.model.load import load_tokenizer
 from tests.tiny import CHATML, GEMMA, lone_sentencepiece, tokenizer_of
@@ -151,7 +153,8 @@ def as_read(tokenizer, parts: list[Control | str]) -> list[Control | str]:
 def encoded(template: Template, *values: dict, max_tokens: int = PLENTY, overlength="shorten"):
     account = Account()
     found = [Found(value, f"train.jsonl:{n}") for n, value in enumerate(values, start=1)]
-    return list(encode(found, template, account, max_tokens=max_tokens, overlength=overlength)), account
+    made = encode(found, template, account, max_tokens=max_tokens, overlength=overlength)
+    return [example for examples in made for example in examples], account
 
 
 def alpaca(instruction: str, text: str = "", output: str = "Yes.") -> dict:
@@ -420,8 +423,8 @@ def test_every_record_and_every_token_is_accounted_for(template, values, max_tok
 def test_a_line_that_could_not_be_read_is_counted_too(template):
     account = Account()
     broken = Refusal("train.jsonl:1", "not JSON")
-    examples = list(encode([broken, Found(alpaca("Hi"), "train.jsonl:2")], template, account, max_tokens=PLENTY))
-    assert [example.origin for example in examples] == ["train.jsonl:2"]
+    made = list(encode([broken, Found(alpaca("Hi"), "train.jsonl:2")], template, account, max_tokens=PLENTY))
+    assert [example.origin for (example,) in made] == ["train.jsonl:2"]
     assert (account.records_read, account.records_refused) == (2, [broken])
 
 

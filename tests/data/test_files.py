@@ -1,12 +1,19 @@
 """Laws of reading: every line is a value or a refusal that names it, and a file that cannot be read says what to do."""
 
 import codecs
+import csv
+import gzip
+import hashlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 
-from atomtune.data.files import Found, read_values
+from atomtune.data.files import Found, fingerprint_of, read_chunks, read_values, size_of
+from atomtune.data.jsonl import Lines, parse_chunk
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
 
@@ -174,11 +181,6 @@ def test_a_missing_file_is_named_with_its_flag(tmp_path):
         list(read_values(tmp_path / "nowhere.jsonl"))
 
 
-def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(BadData, match="not a file"):
-        list(read_values(tmp_path))
-
-
 @pytest.mark.parametrize("content", [b"", b" \n\r\n\t", codecs.BOM_UTF8, codecs.BOM_UTF8 + b"\n"])
 def test_an_empty_file_is_called_empty(tmp_path, content):
     with pytest.raises(BadData, match=r"empty.*instruction, input, output"):
@@ -231,3 +233,87 @@ def test_an_array_with_a_comma_too_many_or_too_few_breaks_there(tmp_path, conten
     path.write_text(content, encoding="utf-8")
     with pytest.raises(BadData, match=r"train\.json:1: the JSON array breaks here"):
         list(read_values(path))
+
+
+# --- kinds ----------------------------------------------------------------------------------------------------------
+
+RECORDS = [{"instruction": f'第{n}，\n"问"', "input": "", "output": f"{n}\t;"} for n in range(40)]
+
+
+def as_table(path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(RECORDS[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(RECORDS)
+
+
+WRITE: dict[str, Callable[[Path], object]] = {
+    "a.jsonl": lambda path: path.write_bytes(b"".join(map(line, RECORDS))),
+    "a.json": lambda path: path.write_text(json.dumps(RECORDS, indent=2)),
+    "a.csv": as_table,
+    "a.tsv": as_table,
+    "a.txt": as_table,
+    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(b"".join(map(line, RECORDS)))),
+    "a.parquet": lambda path: datasets.Dataset.from_list(RECORDS).to_parquet(path),
+    "saved": lambda path: datasets.Dataset.from_list(RECORDS).save_to_disk(path),
+}
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_the_same_records_are_the_same_values_in_every_kind_of_file(tmp_path, name):
+    WRITE[name](tmp_path / name)
+    found = list(read_values(tmp_path / name))
+    assert [one.value for one in found] == RECORDS
+    assert all(one.origin.startswith(f"{name}:") for one in found)
+    assert list(read_values(str(tmp_path / name))) == found, "a path as text is the path"
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_chunks_parsed_elsewhere_are_the_values(tmp_path, name):
+    WRITE[name](tmp_path / name)
+    chunks = list(read_chunks(tmp_path / name))
+    assert [one for chunk in chunks for one in parse_chunk(chunk)] == list(read_values(tmp_path / name))
+    assert isinstance(chunks[0], Lines) == ("jsonl" in name), "the parsing of JSON lines is left to the worker"
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.tsv", "train.parquet"])
+def test_json_lines_under_another_name_are_known_by_their_first_byte(tmp_path, name):
+    assert list(read_values(written(tmp_path, line(HELLO), name))) == [Found(HELLO, f"{name}:1")]
+
+
+@pytest.mark.parametrize(("separator", "ending"), [(",", "csv"), ("\t", "tsv"), (";", "csv")])
+def test_a_table_under_the_name_of_json_is_refused_with_the_name_it_needs(tmp_path, separator, ending):
+    # Renamed as the message says, it is read.
+    path = written(tmp_path, f"instruction{separator}output\nx{separator}y\n".encode())
+    with pytest.raises(BadData, match=rf"train\.jsonl:1: a table.*\n  mv train.jsonl train\.{ending}"):
+        list(read_values(path))
+    renamed = path.rename(path.with_suffix(f".{ending}"))
+    assert list(read_values(renamed)) == [Found({"instruction": "x", "output": "y"}, f"train.{ending}:2")]
+
+
+@pytest.mark.parametrize("content", [b"a text, with a comma\n", b"output\n", b"{broken, output\n", b"'output', 1\n"])
+def test_a_line_that_is_no_header_is_no_table(tmp_path, content):
+    assert "not JSON" in refusals(written(tmp_path, content))[0].reason
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(b"PK\x03\x04", "zip"), (b"BZh9", "bzip2"), (b"\xfd7zXZ\0", "xz"), (b"7z\xbc\xaf\x27\x1c", "7z")],
+)
+def test_an_archive_that_is_not_read_is_named(tmp_path, content, kind):
+    with pytest.raises(BadData, match=rf"a {kind}.* file; expected text. Unpack it"):
+        list(read_values(written(tmp_path, content + bytes(range(200)))))
+
+
+def test_the_fingerprint_of_a_file_is_the_hash_of_its_bytes(tmp_path):
+    path = written(tmp_path, line(HELLO))
+    assert fingerprint_of(path) == fingerprint_of(str(path)) == hashlib.sha256(line(HELLO)).hexdigest()
+    assert size_of(path) == size_of(str(path)) == len(line(HELLO))
+
+
+def test_what_is_neither_file_nor_folder_is_not_waited_for(tmp_path):
+    # A pipe would be read twice, and block.
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for ask in (fingerprint_of, lambda source: list(read_values(source))):
+        with pytest.raises(BadData, match="not a file"):
+            ask(tmp_path / "pipe.jsonl")

@@ -1,12 +1,14 @@
-"""Laws of the alpaca format: what is accepted, what is refused and with which words."""
+"""Laws of the alpaca format and of telling formats apart: what is accepted, what is refused and with which words."""
 
+import itertools
 import json
 
 import pytest
 
-from atomtune.data.files import Found
-from atomtune.data.formats import to_record
+from atomtune.data.formats import Form, recognise, to_record
+from atomtune.data.jsonl import Found
 from atomtune.data.records import Account, Record, Refusal, Turn
+from atomtune.errors import BadData
 
 ORIGIN = "train.jsonl:17"
 
@@ -171,3 +173,120 @@ def test_all_problems_of_a_record_come_in_one_reason():
 def test_a_refusal_does_not_repeat_the_text_of_the_record():
     # Data may be private, and run.json is passed around.
     assert "secret" not in reason({"instruction": "my secret", "input": 3, "output": ""})
+
+
+def test_the_answers_of_a_history_are_learned_too():
+    record, _ = read({"history": [["a?", "a."], ["b?", "b."]], "instruction": "c?", "output": "c."})
+    assert record.learned == (1, 3, 5)
+
+
+@pytest.mark.parametrize("history", [None, "", " ", [], "[]"])
+def test_no_history_is_none(history):
+    record, _ = read({"instruction": "x", "output": "y", "history": history})
+    assert record.turns == (Turn("user", "x"), Turn("assistant", "y"))
+
+
+def test_what_is_empty_in_a_history_is_named():
+    said = reason({"instruction": "x", "output": "y", "history": [["a?", "a."], ["b?", " "], ["", "c."]]})
+    assert "history 2's answer is empty: there is nothing to learn" in said
+    assert "history 3's question is empty" in said
+
+
+# --- recognising ----------------------------------------------------------------------------------------------------
+
+SIGNED = {
+    "alpaca": {"instruction": "x", "output": "y"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]},
+    "messages": {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+    "prompt": {"prompt": "x", "completion": "y"},
+    "text": {"text": "x"},
+}
+
+
+def told(values: list, **named: object) -> str:
+    with pytest.raises(BadData) as raised:
+        recognise(values, name="train.jsonl", **named)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_a_format_is_told_by_its_keys(name):
+    assert recognise([None, {"id": 1}, SIGNED[name]], name="train.jsonl") == Form(name)
+
+
+@pytest.mark.parametrize(("one", "other"), itertools.permutations(SIGNED, 2))
+def test_a_file_that_fits_two_formats_asks(one, other):
+    for values in ([{**SIGNED[one], **SIGNED[other]}], [SIGNED[one], SIGNED[other]]):
+        said = told(values)
+        assert f"--format {one}" in said and f"--format {other}" in said and said.startswith("train.jsonl fits ")
+        assert recognise(values, asked=other, name="train.jsonl") == Form(other)
+
+
+def test_two_formats_are_named_with_their_keys_and_what_to_pass():
+    assert told([{**SIGNED["alpaca"], **SIGNED["messages"]}]) == (
+        "train.jsonl fits alpaca (instruction, output) and messages (messages): "
+        "pass --format alpaca or --format messages."
+    )
+
+
+@pytest.mark.parametrize("nothing", [None, "", []])
+def test_a_column_without_a_value_is_no_sign(nothing):
+    # A table has a column for what other rows may have.
+    assert recognise([{**SIGNED["alpaca"], "messages": nothing, "text": nothing}], name="t").name == "alpaca"
+
+
+def test_an_empty_output_is_still_alpaca():
+    # So that each record is refused in its place, with its own reason.
+    assert recognise([{"instruction": "x", "output": ""}], name="t").name == "alpaca"
+
+
+@pytest.mark.parametrize("values", [[], [None, 3, "text", [1]]])
+def test_values_that_are_no_objects_are_left_to_be_refused_one_by_one(values):
+    assert recognise(values, name="t") == Form("alpaca")
+
+
+def test_no_format_names_the_keys_found_and_the_nearest():
+    said = told([{"instruction": "x", "response": "y"}])
+    assert 'no key "output"; keys here: instruction, response' in said
+    assert "nearest is alpaca" in said and "--keys YOURS=output" in said
+
+
+def test_a_misspelt_key_is_guessed():
+    assert "--keys ouput=output" in told([{"instruction": "x", "ouput": "y"}])
+    assert "--keys mesages=messages" in told([{"mesages": []}])
+
+
+def test_preference_data_is_called_what_it_is():
+    assert "preference data (chosen, rejected)" in told([{"prompt": "x", "chosen": "y", "rejected": "z"}])
+
+
+def test_preference_data_can_be_trained_on_as_the_message_says():
+    value = {"prompt": "x", "chosen": "y", "rejected": "z"}
+    form = recognise([value], keys={"chosen": "completion"}, name="t")
+    record = to_record(Found(value, ORIGIN), Account(), form)
+    assert isinstance(record, Record) and record.answer == "y"
+
+
+def test_the_users_keys_are_read_as_ours():
+    value = {"question": "x", "answer": "y", "output": "the user named another"}
+    form = recognise([value], keys={"question": "instruction", "answer": "output"}, name="t")
+    assert to_record(Found(value, ORIGIN), Account(), form) == Record(
+        (Turn("user", "x"), Turn("assistant", "y")), ORIGIN
+    )
+
+
+def test_keys_of_the_users_that_are_nowhere_are_said_all_at_once():
+    said = told([SIGNED["messages"]], keys={"ask": "instruction", "words": "content", "id": "messges"})
+    assert 'no key "ask"' in said and "keys here: messages" in said
+    assert 'no key "words"' in said and "keys here: role, content" in said
+    assert 'there is no key "messges"; did you mean messages?' in said
+
+
+def test_a_role_of_ours_that_does_not_exist_is_said():
+    assert "--roles bot=asistant: expected system, user, assistant or tool" in told(
+        [SIGNED["messages"]], roles={"bot": "asistant"}
+    )
+
+
+def test_two_keys_cannot_be_one():
+    assert "another key is output already" in told([SIGNED["text"]], keys={"text": "output", "b": "output"})

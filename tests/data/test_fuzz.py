@@ -10,7 +10,7 @@ import pytest
 from atomtune.data.files import read_values
 from atomtune.data.formats import to_record
 from atomtune.data.records import Account, Refusal
-from atomtune.data.store import examples_of
+from atomtune.data.store import Rules, examples_of
 from atomtune.data.template import load_template
 from atomtune.errors import UserError
 from tests.tiny import tokenizer_of
@@ -94,6 +94,6 @@ def test_no_file_breaks_the_reader_and_no_record_is_lost(tmp_path: Path, seed: i
         kinds = [one if isinstance(one, Refusal) else to_record(one, account) for one in found]
         refused = [one for one in kinds if isinstance(one, Refusal)]
         json.dumps([[one.origin, one.reason] for one in refused]).encode()
-        _, account, _ = examples_of(path, template, max_tokens=64, cache_dir=tmp_path / "store")
+        _, account, _ = examples_of(path, template, Rules(max_tokens=64), cache_dir=tmp_path / "store")
         assert account.records_read == len(found)
         assert account.records_used + len(account.records_refused) == account.records_read

@@ -16,7 +16,7 @@ from atomtune.data import store
 from atomtune.data.encode import encode
 from atomtune.data.files import read_values
 from atomtune.data.records import Account
-from atomtune.data.store import as_example, examples_of, file_hash
+from atomtune.data.store import Rules, as_examples, examples_of, fingerprint_of
 from atomtune.data.template import Template, load_template
 from atomtune.errors import BadData
 from tests.conftest import DIALOGUES, write_jsonl
@@ -32,7 +32,7 @@ def no_encoding(monkeypatch):
     def refuse(*_args, **_kwargs):
         raise EncodedAgainError
 
-    return lambda: monkeypatch.setattr(store, "encode", refuse)
+    return lambda: monkeypatch.setattr(store, "Encoder", refuse)
 
 
 @pytest.fixture
@@ -59,7 +59,8 @@ def template_of(kind: str = "bytes", source: str | None = CHATML) -> Template:
 
 def asked(data: Path, cache: Path, **changed) -> tuple:
     values = {"template": template_of(), "max_tokens": 120, "overlength": "shorten", **changed}
-    return examples_of(data, values.pop("template"), cache_dir=cache, **values)
+    template, advance = values.pop("template"), values.pop("advance", lambda n_bytes: None)
+    return examples_of(data, template, Rules(**values), cache_dir=cache, advance=advance)
 
 
 def entries(cache: Path) -> list[str]:
@@ -77,7 +78,7 @@ def test_what_is_served_is_what_was_encoded(data, tmp_path, source):
     direct = list(encode(read_values(data), template, account, max_tokens=120))
     for _ in ("encoded", "served"):
         examples, told, _ = asked(data, tmp_path / "cache", template=template)
-        assert [as_example(row) for row in examples] == direct
+        assert [as_examples(row) for row in examples] == direct
         assert told == account
     assert account.records_cut and account.control_origins and len(account.broken) == 2  # nothing was compared empty
 
@@ -124,8 +125,8 @@ def test_the_length_of_each_example_is_stored_for_sampling_by_length(data, tmp_p
 
 
 def test_the_hash_is_the_files_own(data, tmp_path):
-    assert asked(data, tmp_path / "cache")[2] == file_hash(data)
-    assert file_hash(data) == hashlib.sha256(data.read_bytes()).hexdigest()
+    assert asked(data, tmp_path / "cache")[2] == fingerprint_of(data)
+    assert fingerprint_of(data) == hashlib.sha256(data.read_bytes()).hexdigest()
 
 
 # --- what has another key -------------------------------------------------------------------------------------------
@@ -248,12 +249,8 @@ def test_a_rule_that_only_adds_special_tokens_changes_no_id(data, tmp_path):
 
 def test_stopped_half_way_nothing_is_left_behind(data, tmp_path):
     # Ctrl-C, or a bug in the middle of the file: no half-made entry that the next run would serve.
-    seen = []
-
     def interrupt(n_bytes: int) -> None:
-        seen.append(n_bytes)
-        if len(seen) == 5:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         asked(data, tmp_path / "cache", advance=interrupt)
@@ -263,18 +260,15 @@ def test_stopped_half_way_nothing_is_left_behind(data, tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from atomtune.data.store import examples_of
+from atomtune.data.store import Rules, examples_of
 from atomtune.data.template import load_template
 from tests.tiny import CHATML, tokenizer_of
 
-left = [5]
 def advance(n_bytes):
-    left[0] -= 1
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 template = load_template("auto", tokenizer_of("bytes", CHATML))
-examples_of(Path(sys.argv[1]), template, max_tokens=120, cache_dir=Path(sys.argv[2]), advance=advance)
+examples_of(Path(sys.argv[1]), template, Rules(max_tokens=120), cache_dir=Path(sys.argv[2]), advance=advance)
 """
 
 
@@ -317,7 +311,7 @@ def test_where_every_record_is_refused_there_are_no_examples_but_an_account(tmp_
     for _ in ("encoded", "served"):
         examples, account, _ = asked(data, tmp_path / "cache")
         assert len(examples) == 0
-        assert examples.column_names == ["ids", "learn", "origin", "length", "digest"]
+        assert examples.column_names == ["ids", "learn", "ends", "origin", "length", "digest"]
         assert [refusal.origin for refusal in account.records_refused] == ["train.jsonl:1", "train.jsonl:2"]
 
 

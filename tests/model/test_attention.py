@@ -194,3 +194,14 @@ def test_the_dtype_stays_and_so_does_the_accuracy(dtype):
     for ours, theirs in zip(by_plan(plan, low), by_mask(plan, one), strict=True):
         assert ours.dtype == dtype
         assert (ours.double() - theirs).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * theirs.norm()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["blocks", "dense"])
+def test_a_window_that_the_plan_does_not_know_is_not_passed_by(dropout):
+    # A layer with a window of its own, which the model's config does not name, would see everything instead.
+    row = some_rows(6)[5]
+    plan = plan_attention(row, windows=(None, 5))
+    with pytest.raises(NotImplementedError, match="a window of 3 tokens"):
+        attend(
+            nn.Module(), *asked(len(row), heads=2).inputs, None, dropout=dropout, sliding_window=3, **{ROW_PLAN: plan}
+        )

@@ -131,7 +131,7 @@ def at_once(model: Any, layout: collate.Layout, *, checkpointing: bool = False) 
         innermost(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
         assert innermost(model).is_gradient_checkpointing
-    lay = Collator(layout=layout, pad_id=0, as_example=lambda row: Example(**row), windows=windows_of(model)).lay
+    lay = Collator(layout=layout, pad_id=0, as_examples=lambda row: (Example(**row),), windows=windows_of(model)).lay
     nats, count = target_nats(model, lay(EXAMPLES))
     nats.backward()
     assert count == sum(sum(example.learn) for example in EXAMPLES)
@@ -233,7 +233,7 @@ def test_a_planted_bug_shows(monkeypatch, family, bug):
     assert why_padded(model) is None
     with monkeypatch.context() as planted:
         planted.setattr(collate, *PLANTED[bug])
-        lay = Collator(layout="tree", pad_id=0, as_example=lambda row: Example(**row), windows=windows_of(model)).lay
+        lay = Collator(layout="tree", pad_id=0, as_examples=lambda row: (Example(**row),), windows=windows_of(model)).lay
         nats, _ = target_nats(model, lay(EXAMPLES))
     nats.backward()
     loss, gradient = differs(Result(nats.item(), gradients(model)), alone(family))

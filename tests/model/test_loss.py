@@ -40,7 +40,7 @@ def adapted(family: str) -> Any:
 
 
 def batch_of(examples: list[Example]) -> Batch:
-    return Collator(layout="padded", pad_id=0, as_example=lambda row: Example(**row)).lay(examples)
+    return Collator(layout="padded", pad_id=0, as_examples=lambda row: (Example(**row),)).lay(examples)
 
 
 def chunks_of(monkeypatch: pytest.MonkeyPatch, targets: int) -> None:

@@ -150,3 +150,40 @@ def test_what_is_published_comes_whole_and_its_last_file_last(tmp_path, monkeypa
 )
 def test_a_disk_that_fails_is_told_from_a_bug(error, disk):
     assert disk_failed(error) is disk
+
+
+def test_a_step_that_is_saved_again_has_a_whole_checkpoint_at_every_moment(tmp_path, monkeypatch):
+    # The epoch's end and a stop may save one step twice; with --save_total_limit 1 nothing else is there.
+    real, renames = Path.rename, 0
+
+    def rename(self, goal):
+        nonlocal renames
+        renames += 1
+        if renames == int(folder.name):
+            raise SystemExit
+        return real(self, goal)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    survived = 0
+    for folder in (tmp_path / "1", tmp_path / "2", tmp_path / "3"):
+        renames = -1  # the first save's own is not counted
+        sealed(folder, 4, b"old")
+        try:
+            sealed(folder, 4, b"new")
+        except SystemExit:
+            clear_staging(folder)
+        else:
+            survived += 1
+        assert [path.name for path in folder.iterdir()] == ["checkpoint-4"]
+        assert damage(folder / "checkpoint-4") == []
+    assert survived == 1, "it died before the old name went, and between that and the new one's coming"
+
+
+def test_a_staged_folder_that_is_not_whole_is_cleared_and_none_replaces_what_has_its_name(tmp_path):
+    for step in (2, 4):
+        sealed(tmp_path, step).rename(tmp_path / f".saving-checkpoint-{step}")
+    sealed(tmp_path, 4, b"its own")
+    (tmp_path / ".saving-checkpoint-2" / "adapter.safetensors").write_bytes(b"torn")
+    clear_staging(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    assert (tmp_path / "checkpoint-4" / "adapter.safetensors").read_bytes() == b"its own"

@@ -102,3 +102,11 @@ def test_a_mean_over_no_step_is_none():
     step(watch, with_gradient(1.0), [float("nan")], 0)
     assert watch.corrected(0.0) is None
     assert watch.corrected(1.0) == 1.0
+
+
+def test_a_step_whose_gradients_are_not_finite_tells_nothing_of_what_is_reached():
+    said: list[str] = []
+    reach = Reach(said.append)
+    reach.on_pre_optimizer_step(None, state(0), None, model=with_gradient(float("nan")))
+    reach.on_pre_optimizer_step(None, state(1), None, model=with_gradient(0.0))
+    assert len(said) == 1, "the first step that can tell"

@@ -74,3 +74,28 @@ def test_an_adapter_of_another_tool_is_loaded_as_it_is(models, dialogues, tmp_pa
     assert main([*command, "--output_dir", str(out)]) == 0
     (out / "atomtune.json").unlink()
     assert main(["chat", "--prompt", "x", "--max_new_tokens", "2", "--adapter_path", str(out)]) == 0
+
+
+def pickled(base) -> None:
+    """The same weights as torch.save writes them, the form of older models."""
+    weights = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    torch.save(weights, base / "pytorch_model.bin")
+
+
+def test_a_base_without_safetensors_has_a_fingerprint_too(models, base):
+    pickled(base)
+    assert fingerprint(str(base)) == fingerprint(str(models("llama")))
+    torch.save(torch.load(base / "pytorch_model.bin"), base / "old.bin", _use_new_zipfile_serialization=False)
+    (base / "old.bin").replace(base / "pytorch_model.bin")
+    assert fingerprint(str(base)) == fingerprint(str(models("llama")))
+
+
+def test_a_sibling_without_safetensors_is_refused(models, base, dialogues, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["train", "--dataset_path", str(dialogues), "--max_steps", "1", "--output_dir", str(out)]
+    assert main([*command, "--model_path", str(models("llama"))]) == 0
+    changed(base, tuned)
+    pickled(base)
+    assert main(["chat", "--prompt", "x", "--adapter_path", str(out), "--model_path", str(base)]) == 2
+    assert "is not the base this adapter was trained on" in capsys.readouterr().err

@@ -349,3 +349,74 @@ def test_targets_that_lora_cannot_adapt(  # noqa: PLR0917  # pytest's fixtures
     told = capsys.readouterr().err
     assert said in told
     assert "Traceback" not in told
+
+
+def test_a_final_save_that_fails_leaves_nothing_half_written(models, dialogues, tmp_path, monkeypatch, capsys):
+    from atomtune.train import run
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "publish", full)
+    out = tmp_path / "out"
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "2")) == 3
+    assert "Last whole checkpoint" in capsys.readouterr().err
+    assert {path.name for path in out.iterdir()} == {".lock", "run.json", "checkpoint-2"}
+    monkeypatch.undo()
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "2", "--resume")) == 0
+
+
+def test_a_step_so_large_that_weights_are_not_finite_is_not_saved(models, dialogues, tmp_path, monkeypatch, capsys):
+    # Loss and gradient of the step were finite; only the next step's loss would tell, after the save.
+    from transformers import Trainer
+
+    real = Trainer._maybe_log_save_evaluate
+
+    def spoiled(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            with torch.no_grad():
+                next(p for n, p in self.model.named_parameters() if "lora_A" in n)[0, 0] = float("inf")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "_maybe_log_save_evaluate", spoiled)
+    out = tmp_path / "out"
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "5", "--save_steps", "1")) == 3
+    assert "not finite; it is not saved" in capsys.readouterr().err
+    assert {path.name for path in out.glob("*checkpoint*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_a_first_step_left_out_raises_no_false_alarm(models, dialogues, tmp_path, monkeypatch):
+    real, calls = trainer.target_nats, []
+
+    def failing(model, batch, **kwargs):
+        calls.append(1)
+        nats, count = real(model, batch, **kwargs)
+        return (nats * float("nan") if len(calls) == 1 else nats), count
+
+    monkeypatch.setattr(trainer, "target_nats", failing)
+    flags = ["--max_steps", "3", "--skip_nonfinite", "1"]
+    assert main(command(models("llama"), dialogues, tmp_path / "out", *flags)) == 0
+    notices = status(tmp_path / "out")["notices"]
+    assert any("The step is left out" in notice for notice in notices)
+    assert not any("no gradient reaches" in notice for notice in notices)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_under_the_store_of_records_is_named(models, dialogues, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk], check=False).returncode:
+        pytest.skip("this machine does not let us mount")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "atomtune", *command(models("llama"), dialogues, tmp_path / "out")],
+            env={**os.environ, "HF_DATASETS_CACHE": str(disk)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 3, done.stderr
+        assert f"{disk} could not be written" in done.stderr
+        assert "HF_DATASETS_CACHE" in done.stderr
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -265,3 +265,121 @@ def test_a_checkpoint_without_optimizer_says_so_and_lora_settings_stay(models, d
     said = " ".join(capsys.readouterr().out.split())
     assert "the optimizer begins anew" in said
     assert "--lora_rank 4 is not used: the checkpoint's adapter has 8" in said
+
+
+def test_a_run_that_began_from_weights_does_not_begin_again_without_them(whole, tmp_path, capsys):
+    base, data, undisturbed = whole
+    out = tmp_path / "out"
+    out.mkdir()
+    # As a kill before the first checkpoint leaves it.
+    (out / "run.json").write_text(json.dumps({"status": "running", "start": "weights"}))
+    assert main(arguments(base, data, out, "--resume")) == 2
+    assert "began from weights and has no whole checkpoint" in capsys.readouterr().err
+    weights = str(undisturbed / "adapter_model.safetensors")
+    assert main([*arguments(base, data, out, "--continue_training", "--checkpoint", weights), "--max_steps", "2"]) == 0
+
+
+def test_a_finished_runs_adapter_is_not_overwritten_from_elsewhere(models, whole, tmp_path, capsys):
+    base, data, undisturbed = whole
+    out = tmp_path / "out"
+    assert main([*arguments(base, data, out, "--save_strategy", "no"), "--max_steps", "1"]) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    elsewhere = next(undisturbed.glob("checkpoint-*"))
+    for named in (elsewhere, elsewhere / "adapter_model.safetensors", out / "adapter_model.safetensors"):
+        assert main(arguments(base, data, out, "--continue_training", "--checkpoint", str(named))) == 2
+        assert "holds the adapter of a finished run" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_what_a_stopped_run_says_to_do_next_can_be_done(whole, tmp_path, capsys):
+    base, data, undisturbed = whole
+    out, kept = tmp_path / "out", next(undisturbed.glob("checkpoint-*"))
+    flags = ["--resume_from_checkpoint", str(kept)]
+    assert main(arguments(base, data, out, *flags, "--max_minutes", "0.0001")) == 75
+    assert "The same command with --resume in place of --resume_from_checkpoint goes on" in capsys.readouterr().err
+    assert main(arguments(base, data, out, "--resume")) == 0
+    assert (out / "adapter_model.safetensors").read_bytes() == (undisturbed / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("fault", ["moved", "damaged", "gone"])
+def test_the_best_checkpoint_is_found_where_it_stands_now_or_missed_aloud(models, dialogues, tmp_path, capsys, fault):
+    # Killed after the last checkpoint, before the adapter was saved.
+    flags = ["--eval_size", "8", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
+    flags += ["--load_best_model_at_end", "--learning_rate", "3", "--save_total_limit", "9"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    command = [*arguments(models("llama"), dialogues, whole, *flags), "--max_steps", "6"]
+    assert main(command) == 0
+    best = Path(json.loads((whole / "checkpoint-6" / "trainer_state.json").read_text())["best_model_checkpoint"])
+    assert best.name != "checkpoint-6", "else the last weights are the best and nothing is seen"
+    expected = (whole / "adapter_model.safetensors").read_bytes()
+    (whole / "adapter_model.safetensors").unlink()
+    (whole / "run.json").write_text(json.dumps({"status": "running"}))
+    whole.rename(out)
+    if fault == "damaged":
+        (out / best.name / "adapter_model.safetensors").write_bytes(b"torn")
+    if fault == "gone":
+        shutil.rmtree(out / best.name)
+    capsys.readouterr()
+    code = main([str(out) if word == str(whole) else word for word in command] + ["--resume"])
+    if fault == "moved":
+        assert code == 0
+        assert (out / "adapter_model.safetensors").read_bytes() == expected
+    else:
+        assert code == 3
+        assert "The best checkpoint" in capsys.readouterr().err
+        assert not (out / "adapter_model.safetensors").exists()
+
+
+def test_other_versions_of_the_libraries_are_said(whole, tmp_path, capsys, monkeypatch):
+    base, data, undisturbed = whole
+    kept = next(undisturbed.glob("checkpoint-*"))
+    monkeypatch.setattr("atomtune.train.report.version", lambda name: "99.0")
+    flags = ["--resume_from_checkpoint", str(kept), "--max_minutes", "0.0001"]
+    assert main(arguments(base, data, tmp_path / "out", *flags)) == 75
+    assert "other versions than the run began with" in " ".join(capsys.readouterr().out.split())
+
+
+TORN = ["{", "[]", "{}", "null", '{"r": 8}', ""]
+
+
+@pytest.mark.parametrize("content", TORN)
+@pytest.mark.parametrize("name", ["atomtune.json", "adapter_config.json"])
+def test_a_torn_file_beside_the_weights_is_named_and_no_bug(  # noqa: PLR0917  # pytest's fixtures
+    whole, tmp_path, capsys, name, content
+):
+    base, data, undisturbed = whole
+    for source, use in (
+        (undisturbed, ["chat", "--prompt", "x", "--adapter_path"]),
+        (undisturbed, ["merge", "--output_dir", str(tmp_path / "merged"), "--adapter_path"]),
+        (next(undisturbed.glob("checkpoint-*")), arguments(base, data, tmp_path / "out", "--resume_from_checkpoint")),
+    ):
+        folder = tmp_path / use[0]
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+        (folder / "manifest.json").unlink(missing_ok=True)
+        (folder / name).write_text(content)
+        assert main([*use, str(folder)]) == 2, use
+        told = capsys.readouterr().err
+        assert str(folder / name) in told
+        assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "null"])
+def test_a_torn_state_of_another_tools_checkpoint_is_named(whole, tmp_path, capsys, content):
+    base, data, undisturbed = whole
+    folder = tmp_path / "checkpoint-7"
+    shutil.copytree(next(undisturbed.glob("checkpoint-*")), folder)
+    (folder / "manifest.json").unlink()
+    (folder / "trainer_state.json").write_text(content)
+    assert main(arguments(base, data, tmp_path / "out", "--resume_from_checkpoint", str(folder))) == 2
+    told = capsys.readouterr().err
+    assert "is not readable as a run's state" in told
+    assert "--continue_training" in told
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null", "3"])
+def test_a_record_that_is_not_one_is_taken_as_none(models, dialogues, tmp_path, content):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.json").write_text(content)
+    assert main([*arguments(models("llama"), dialogues, out), "--max_steps", "1"]) == 0
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from atomtune.cli import main
 from atomtune.train.integrity import checkpoints
@@ -147,6 +148,35 @@ def test_a_base_whose_index_names_a_file_elsewhere(models, dialogues, tmp_path, 
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     assert main(train(base, dialogues, tmp_path / "out")) == 2
     assert "'../elsewhere.safetensors', which is not a file name in this folder" in capsys.readouterr().err
+
+
+def test_an_index_of_pickled_weights_that_names_a_file_elsewhere(models, dialogues, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(models("llama"), base)
+    weights = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "elsewhere.bin")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "../elsewhere.bin")}
+    (base / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert main(train(base, dialogues, tmp_path / "out")) == 2
+    assert "'../elsewhere.bin', which is not a file name in this folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}'])
+def test_an_index_that_is_torn_is_named(models, dialogues, tmp_path, capsys, content):
+    base = tmp_path / "base"
+    shutil.copytree(models("llama"), base)
+    (base / "model.safetensors.index.json").write_text(content)
+    assert main(train(base, dialogues, tmp_path / "out")) == 2
+    assert "model.safetensors.index.json is not readable as an index of weights" in capsys.readouterr().err
+
+
+def test_a_mirrors_password_is_not_said(dialogues, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://me:sesame@127.0.0.1:9")
+    assert main(train("someone/some-model", dialogues, tmp_path / "out")) == 2
+    told = capsys.readouterr()
+    assert "127.0.0.1:9" in told.err
+    assert "sesame" not in told.out + told.err + (tmp_path / "out" / "run.json").read_text()
 
 
 def test_yaml_that_would_make_an_object(tmp_path, mark, capsys):

@@ -39,7 +39,7 @@ class Batch(_Targets):
     Plain numbers, known without asking the device:
     targets         sum(learn)
     tokens_padded   what the padded layout computes for these examples
-    examples        how many there are; origins names their records
+    examples        how many records they are of; origins names them
     """
 
     input_ids: torch.Tensor
@@ -104,22 +104,22 @@ def _targets(rows: Sequence[Row]) -> _Targets:
 
 @dataclass(frozen=True, kw_only=True)
 class Collator:
-    """A DataLoader's collate_fn: stored examples → the Batch of a layout.
+    """A DataLoader's collate_fn: stored records → the Batch of a layout.
 
     windows  the sliding windows of the model's layers (None: sees everything before)
     """
 
     layout: Layout
     pad_id: int
-    as_example: Callable[[Mapping[str, Any]], Example]
+    as_examples: Callable[[Mapping[str, Any]], Sequence[Example]]
     windows: Sequence[int | None] = (None,)
 
     def __call__(self, stored: Sequence[Mapping[str, Any]]) -> Batch:
-        return self.lay([self.as_example(row) for row in stored])
+        return self.lay([example for row in stored for example in self.as_examples(row)], records=len(stored))
 
-    def lay(self, examples: Sequence[Example]) -> Batch:
-        """The examples as one batch."""
-        counts = {"examples": len(examples), "tokens_padded": padded_tokens(examples)}
+    def lay(self, examples: Sequence[Example], *, records: int | None = None) -> Batch:
+        """The examples as one batch; records: of how many records they are, where not each of one of its own."""
+        counts = {"examples": records or len(examples), "tokens_padded": padded_tokens(examples)}
         if self.layout == "padded":
             return collate_chains([single(example) for example in examples], pad_id=self.pad_id, **counts)
         row = graft(examples) if self.layout == "tree" else pack(examples)

@@ -1,31 +1,199 @@
-"""Encoding: Pieces → Example, in batches, with every record accounted for.
+"""Encoding: Found → Record → Exchanges → Examples, in batches, with every record accounted for.
 
-Before: template.py.  After: batch.row.
+Before: files.py and formats.py.  After: batch.row.
 Laws (tests/data/test_encode.py):
 1. The prompt is tokenized in one go, as a server tokenizes it; the answer on its own, as it is generated behind it.
 2. Text from a record never becomes a control token: no token reaches across a Piece's breaks.
 3. Every answer ends with the stop token, and the stop token is learned.
 4. The answer and its stop token are never cut; what is cut, skipped or refused is counted and named.
+5. The answers of a conversation are one Example where each stands, token for token, behind the one before as a server
+   would send it; where a server would send other tokens, an Example ends and the next begins.
 """
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, Protocol, TypeVar
 
 from atomtune.data.files import Found
-from atomtune.data.formats import to_record
-from atomtune.data.records import Account, Example, Piece, Record, Refusal
+from atomtune.data.formats import Form, to_record
+from atomtune.data.ids import ids_of
+from atomtune.data.records import Account, Example, Exchange, Piece, Record, Refusal, Turn
+from atomtune.data.shorten import shorten
 from atomtune.data.template import CannotExpress, Template
 
 Overlength = Literal["shorten", "skip", "error"]
+Learn = Literal["all", "last"]
 BATCH_RECORDS = 1000
 # An instruction is "the" instruction of a data set when at least this share of its records carries it.
 SHARED_SHARE = 0.9
 INSTRUCTIONS_KEPT = 10_000
-# Put before a continuing part so that the tokenizer does not take it for the beginning of a text (and write a space).
-_ANCHORS = ("\n", "|", "1", "。")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The ids of one exchange: what is asked, and the answer with its stop token."""
+
+    prompt: list[int]
+    answer: list[int]
+    learn: int
+
+
+class Counted(Protocol):
+    """A part of a file with its account."""
+
+    @property
+    def account(self) -> Account: ...
+
+    @property
+    def instructions(self) -> Counter[str]: ...
+
+
+P = TypeVar("P", bound=Counted)
+
+
+@dataclass
+class Encoded:
+    """What a batch of values became: the Examples of each record that is used, in order, and the account of all."""
+
+    records: list[tuple[Example, ...]] = field(default_factory=list)
+    account: Account = field(default_factory=Account)
+    instructions: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How values become Examples; one call encodes a batch and knows nothing of the others."""
+
+    template: Template
+    form: Form
+    max_tokens: int
+    overlength: Overlength = "shorten"
+    learn: Learn = "all"
+
+    @cached_property
+    def _stop_id(self) -> int:
+        return int(self.template.tokenizer.convert_tokens_to_ids(self.template.stop))
+
+    @cached_property
+    def _unknown_id(self) -> int | None:
+        """None too where answers end with that very token, as in a tokenizer with one control token."""
+        unknown = self.template.tokenizer.unk_token_id
+        return None if unknown == self._stop_id else unknown
+
+    def __call__(self, found: Sequence[Found | Refusal]) -> Encoded:
+        made = Encoded(account=Account(format=self.form.name))
+        records: list[Record] = []
+        for one in found:
+            made.account.records_read += 1
+            record = one if isinstance(one, Refusal) else to_record(one, made.account, self.form)
+            if isinstance(record, Refusal):
+                made.account.refuse(record)
+                continue
+            records.append(record if self.learn == "all" else _last_only(record))
+            asked = record.turns[-2] if len(record.turns) > 1 else None
+            if asked is not None and asked.input and asked.text:
+                made.instructions[asked.text] += 1
+        self._encode(records, made)
+        return made
+
+    def _encode(self, records: Sequence[Record], made: Encoded) -> None:
+        expressed: list[tuple[Record, tuple[Exchange, ...]]] = []
+        for record in records:
+            try:
+                expressed.append((record, self.template.exchanges(record)))
+            except CannotExpress as error:
+                self._refuse(record, str(error), made.account)
+        every = [exchange for _, exchanges in expressed for exchange in exchanges]
+        tokenizer = self.template.tokenizer
+        prompts = iter(ids_of([exchange.prompt for exchange in every], tokenizer))
+        answers = iter(ids_of([exchange.answer for exchange in every], tokenizer))
+        for record, exchanges in expressed:
+            targets = [Target(next(prompts), [*next(answers), self._stop_id], one.learn) for one in exchanges]
+            self._settle(record, exchanges, targets, made)
+
+    def _settle(self, record: Record, exchanges: Sequence[Exchange], targets: list[Target], made: Encoded) -> None:
+        account, fitting, cut_tokens = made.account, [], 0
+        for exchange, target in zip(exchanges, targets, strict=True):
+            fits: Target | Refusal = target
+            if len(target.prompt) + len(target.answer) > self.max_tokens:
+                fits = self._made_to_fit(record, exchange.at, target)
+            if isinstance(fits, Refusal):
+                account.refuse(fits, sum(len(one.answer) * one.learn for one in targets))
+                return
+            cut_tokens += len(target.prompt) - len(fits.prompt)
+            fitting.append(fits)
+        if not all(target.prompt for target in fitting) and record.turns[-1].role != "text":
+            self._refuse(record, "the template writes nothing before the answer", account)
+            return
+        examples = joined(fitting, record.origin)
+        if cut_tokens:
+            account.cut(record.origin, cut_tokens)
+        if len(examples) > 1:
+            account.records_split += 1
+            account.split_origins.append(record.origin)
+        if any(exchange.prompt.breaks or exchange.answer.breaks for exchange in exchanges):
+            account.control_origins.append(record.origin)
+        self._note(record, exchanges, fitting, account)
+        account.use(examples)
+        made.records.append(examples)
+
+    def _note(self, record: Record, exchanges: Sequence[Exchange], targets: Sequence[Target], account: Account) -> None:
+        """What is accepted but worth saying: targets without a token, thoughts the template does not write."""
+        if self._unknown_id is not None:
+            account.unknown_tokens += sum(target.answer.count(self._unknown_id) for target in targets)
+        for exchange in exchanges:
+            reasoning = record.turns[exchange.at].reasoning.strip()
+            if reasoning and reasoning not in exchange.answer.text:
+                account.notices["the template does not write an answer's reasoning, which is not learned,"] += 1
+
+    def _refuse(self, record: Record, reason: str, account: Account) -> None:
+        """Refuse a record before its answers have ids; their number is counted all the same."""
+        answers = [Piece(record.turns[at].text, learn=True) for at in record.learned]
+        counts = [len(ids) + 1 for ids in ids_of(answers, self.template.tokenizer)]
+        learned = [record.turns[at].learn for at in record.learned]
+        account.refuse(Refusal(record.origin, reason), sum(n * learn for n, learn in zip(counts, learned, strict=True)))
+
+    def _made_to_fit(self, record: Record, at: int, target: Target) -> Target | Refusal:
+        """An exchange that is too long, its prompt shortened; or the refusal of one that must not or cannot be."""
+        room = self.max_tokens - len(target.answer)
+        if self.overlength != "shorten" and room > 0:
+            reason = f"longer than max_seq_length {self.max_tokens}"
+            return Refusal(record.origin, reason, broken=self.overlength == "error")
+
+        def prompt_ids(shorter: Record) -> list[int]:
+            return ids_of([self.template.pieces(shorter)[0]], self.template.tokenizer)[0]
+
+        until = replace(record, turns=record.turns[: at + 1])
+        shorter = shorten(until, lambda one: len(prompt_ids(one)) <= room) if room > 0 else None
+        if shorter is None:
+            which = f"answer {record.learned.index(at) + 1}" if len(record.learned) > 1 else "the answer"
+            return Refusal(
+                record.origin,
+                f"{which} alone, with its stop token and the template's markers, is longer than max_seq_length "
+                f"{self.max_tokens} ({len(target.answer)} tokens)",
+                broken=self.overlength == "error",
+            )
+        return replace(target, prompt=prompt_ids(shorter))
+
+
+def joined(targets: Sequence[Target], origin: str) -> tuple[Example, ...]:
+    """The exchanges of one record as few Examples as law 5 allows."""
+    examples: list[Example] = []
+    ids: list[int] = []
+    learn: list[int] = []
+    for target in targets:
+        if not ids or target.prompt[: len(ids)] != ids:
+            if ids:
+                examples.append(Example(tuple(ids), tuple(learn), origin))
+            ids, learn = [], []
+        learn += [0] * (len(target.prompt) - len(ids)) + [target.learn] * len(target.answer)
+        ids = target.prompt + target.answer
+        if not target.prompt:  # a text without a token before it: nothing predicts its first one
+            learn[0] = 0
+    return (*examples, Example(tuple(ids), tuple(learn), origin))
 
 
 def encode(
@@ -34,171 +202,42 @@ def encode(
     account: Account,
     *,
     max_tokens: int,
+    form: Form | None = None,
     overlength: Overlength = "shorten",
-) -> Iterator[Example]:
-    """Yield one Example per accepted record and write everything else into account."""
+    learn: Learn = "all",
+) -> Iterator[tuple[Example, ...]]:
+    """Yield the Examples of each accepted record and write everything else into account."""
+    encoder = Encoder(template, form or Form(), max_tokens, overlength, learn)
+    for made in accounted(map(encoder, batched(found)), account):
+        yield from made.records
+
+
+def accounted(parts: Iterable[P], account: Account) -> Iterator[P]:
+    """The parts as they come, each entered into account; at the end, the instruction that nearly all records share."""
     instructions: Counter[str] = Counter()  # of a large file's rare ones some are forgotten
-    for batch in _batched(found):
-        records: list[Record] = []
-        for one in batch:
-            account.records_read += 1
-            record = one if isinstance(one, Refusal) else to_record(one, account)
-            if isinstance(record, Refusal):
-                account.refuse(record)
-                continue
-            records.append(record)
-            user = record.prompt[-1]
-            if user.input and user.text:
-                instructions[user.text] += 1
+    for made in parts:
+        account.add(made.account)
+        instructions.update(made.instructions)
         if len(instructions) > INSTRUCTIONS_KEPT:
             instructions = Counter(dict(instructions.most_common(INSTRUCTIONS_KEPT // 10)))
-        yield from _encode_batch(records, template, account, max_tokens, overlength)
+        yield made
     for text, count in instructions.most_common(1):
         if count >= max(2, SHARED_SHARE * account.records_read):
             account.shared_instruction = text
 
 
-def _batched(items: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+def batched(items: Iterable[Any], size: int = BATCH_RECORDS) -> Iterator[tuple[Any, ...]]:
     """itertools.batched, which Python 3.11 lacks."""
     iterator = iter(items)
-    while batch := tuple(itertools.islice(iterator, BATCH_RECORDS)):
+    while batch := tuple(itertools.islice(iterator, size)):
         yield batch
 
 
-def _encode_batch(
-    records: Sequence[Record], template: Template, account: Account, max_tokens: int, overlength: Overlength
-) -> Iterator[Example]:
-    pieces: list[tuple[Record, Piece, Piece]] = []
-    for record in records:
-        try:
-            pieces.append((record, *template.pieces(record)))
-        except CannotExpress as error:
-            account.refuse(Refusal(record.origin, str(error)))
-    tokenizer = template.tokenizer
-    prompts = ids_of([prompt for _, prompt, _ in pieces], tokenizer)
-    answers = ids_of([answer for _, _, answer in pieces], tokenizer)
-    stop_id = tokenizer.convert_tokens_to_ids(template.stop)
-    for (record, prompt, answer), whole_prompt, answer_ids in zip(pieces, prompts, answers, strict=True):
-        target = [*answer_ids, stop_id]
-        room = max_tokens - len(target)
-        prompt_ids = whole_prompt
-        if len(prompt_ids) > room:
-            shorter = _make_room(record, template, room, max_tokens=max_tokens, overlength=overlength)
-            if isinstance(shorter, Refusal):
-                account.refuse(shorter)
-                continue
-            prompt_ids = shorter
-            account.records_cut += 1
-            account.cut_origins.append(record.origin)
-        if not prompt_ids:
-            account.refuse(Refusal(record.origin, "the template writes nothing before the answer"))
-            continue
-        if prompt.breaks or answer.breaks:
-            account.control_origins.append(record.origin)
-        account.unknown_tokens += answer_ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
-        learn = (0,) * len(prompt_ids) + (1,) * len(target)
-        example = Example((*prompt_ids, *target), learn, record.origin)
-        account.use(example, len(target))
-        yield example
+def _last_only(record: Record) -> Record:
+    """The record with its last answer alone learned."""
+    last = max(record.learned, default=-1)
 
+    def read_only(i: int, turn: Turn) -> Turn:
+        return turn if i == last else replace(turn, learn=0)
 
-def _make_room(
-    record: Record, template: Template, room: int, *, max_tokens: int, overlength: Overlength
-) -> list[int] | Refusal:
-    """Prompt ids of the shortened record, or the refusal of one that must not or cannot be shortened."""
-    answer_tokens = max_tokens - room
-    if overlength != "shorten" and room > 0:
-        reason = f"longer than max_seq_length {max_tokens}"
-        return Refusal(record.origin, reason, broken=overlength == "error")
-
-    def prompt_ids(shorter: Record) -> list[int]:
-        return ids_of([template.pieces(shorter)[0]], template.tokenizer)[0]
-
-    shorter = shorten(record, lambda candidate: len(prompt_ids(candidate)) <= room) if room > 0 else None
-    if shorter is None:
-        return Refusal(
-            record.origin,
-            f"the answer alone, with its stop token and the template's markers, is longer than max_seq_length "
-            f"{max_tokens} ({answer_tokens} tokens)",
-            broken=overlength == "error",
-        )
-    return prompt_ids(shorter)
-
-
-def shorten(record: Record, fits: Callable[[Record], bool]) -> Record | None:
-    """Drop the oldest turns, then the start of the longest prompt text, until the record fits; None if it cannot."""
-    system = tuple(turn for turn in record.prompt if turn.role == "system")
-    rest = [turn for turn in record.turns if turn.role != "system"]
-    while len(rest) > 2:  # the last question and the answer stay
-        later = next((i for i, turn in enumerate(rest[1:-1], start=1) if turn.role == "user"), len(rest))
-        if later > len(rest) - 2:
-            break
-        rest = rest[later:]
-        record = replace(record, turns=(*system, *rest))
-        if fits(record):
-            return record
-    for _ in range(2 * len(record.prompt)):
-        index, name, text = _longest_text(record)
-        if not text:
-            break
-        if not fits(_with_text(record, index, name, "")):
-            record = _with_text(record, index, name, "")
-            continue
-        low, high = 0, 8  # keeping `low` characters fits, keeping `high` is not known to
-        while high < len(text) and fits(_with_text(record, index, name, text[-high:])):
-            low, high = high, high * 2
-        high = min(high, len(text))
-        while high - low > 1:
-            middle = (low + high) // 2
-            if fits(_with_text(record, index, name, text[-middle:])):
-                low = middle
-            else:
-                high = middle
-        return _with_text(record, index, name, text[-low:] if low else "")
-    return record if fits(record) else None
-
-
-def _longest_text(record: Record) -> tuple[int, str, str]:
-    texts = [(i, name, getattr(turn, name)) for i, turn in enumerate(record.prompt) for name in ("text", "input")]
-    return max(texts, key=lambda entry: len(entry[2]))
-
-
-def _with_text(record: Record, index: int, name: str, text: str) -> Record:
-    turns = list(record.turns)
-    turn = turns[index]
-    turns[index] = replace(turn, text=text) if name == "text" else replace(turn, input=text)
-    return replace(record, turns=tuple(turns))
-
-
-def ids_of(pieces: Sequence[Piece], tokenizer: Any) -> list[list[int]]:
-    """Token ids of each piece; control strings are tokens only where no break says otherwise."""
-    ids = _tokenize([piece.text for piece in pieces if not piece.breaks], tokenizer)
-    whole = iter(ids)
-    return [_broken_ids(piece, tokenizer) if piece.breaks else next(whole) for piece in pieces]
-
-
-def _tokenize(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    if not texts:
-        return []
-    encoded = tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )
-    return [list(ids) for ids in encoded["input_ids"]]
-
-
-def _broken_ids(piece: Piece, tokenizer: Any) -> list[int]:
-    bounds = [0, *piece.breaks, len(piece.text)]
-    first, *rest = [piece.text[a:b] for a, b in itertools.pairwise(bounds)]
-    ids = _tokenize([first], tokenizer)[0]
-    for part in rest:
-        ids += _continuation(part, tokenizer)
-    return ids
-
-
-def _continuation(part: str, tokenizer: Any) -> list[int]:
-    """Ids of a text that goes on from another, without the space some tokenizers write at a beginning."""
-    for anchor in _ANCHORS:
-        alone, together = _tokenize([anchor, anchor + part], tokenizer)
-        if alone and together[: len(alone)] == alone:
-            return together[len(alone) :]
-    return _tokenize([part], tokenizer)[0]
+    return replace(record, turns=tuple(itertools.starmap(read_only, enumerate(record.turns))))

@@ -1,58 +1,131 @@
-"""Files: JSON values with the line each stands on.
+"""Files: values with the place each stands at, from any source of records.
 
-Before: a path.  After: formats.py turns each value into a Record.
-JSONL (one value a line) is streamed; a JSON array of the same is read whole. Strictly UTF-8; a BOM and CRLF are fine.
+Before: a path or a hub name.  After: formats.py turns each value into a Record.
+A file's kind is seen in its first bytes, and only where these fit several in its ending. JSONL (one value a line), a
+JSON array, CSV and TSV, each plain, .gz or .zst; Parquet; Arrow; a folder of `datasets`; a data set on the hub. All
+are streamed.
 """
 
 import codecs
-import json
-import re
+import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from atomtune.data import hub, jsonl
+from atomtune.data.array import read_array
+from atomtune.data.columns import ARROW_MAGIC, BATCH_ROWS, read_arrow, read_parquet
+from atomtune.data.hub import kind_of
+from atomtune.data.jsonl import Chunk, Found, parse_chunk
+from atomtune.data.packed import open_bytes, open_raw, packing_of
 from atomtune.data.records import Refusal
+from atomtune.data.tables import columns_of, read_table
 from atomtune.errors import BadData
 
-#: A longer line is refused without being read whole: two million words are no record, and memory stays bounded.
-LONGEST_LINE = 16 * 2**20
-_SPACE = re.compile(r"\s*")
-_NO_TEXT = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip (or xlsx)", b"PAR1": "Parquet", b"ARROW1": "Arrow"}
+Advance = Callable[[int], None]
+HEAD_BYTES = 4096
+PARQUET_MAGIC = b"PAR1"
+#: An Arrow stream has no magic word, but begins like this.
+_ARROW_STREAM = b"\xff\xff\xff\xff"
+_NOT_READ = {
+    b"PK\x03\x04": "zip (or xlsx)",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"7z\xbc\xaf": "7z",
+    PARQUET_MAGIC: "Parquet",
+    ARROW_MAGIC: "Arrow",
+}
+#: A first line in which one of these is a cell is a table's header.
+_COLUMNS = {"instruction", "output", "messages", "conversations", "prompt", "completion", "question", "answer"}
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A JSON value and where it stands."""
+def read_values(source: Path | str, advance: Advance = lambda n_bytes: None) -> Iterator[Found | Refusal]:
+    """Yield every value of the source, or the reason why a line or row is none.
 
-    value: Any
-    origin: str
-
-
-def read_values(path: Path, advance: Callable[[int], None] = lambda n_bytes: None) -> Iterator[Found | Refusal]:
-    """Yield every JSON value of the file, or the reason why a line is none.
-
-    advance is called with the number of bytes read since the last call.
-    Raises BadData when the file is missing, empty, a folder, or not text at all.
+    source is a file, a folder, or the name of a data set on the hub (`owner/name`, `owner/name:configuration`).
+    advance is called with the number of bytes read since the last call, packed ones where the file is packed; they
+    add up to size_of(source).
+    Raises BadData when the source is missing, empty, damaged, or nothing that is read here.
     """
+    for chunk in read_chunks(source, advance):
+        yield from parse_chunk(chunk)
+
+
+def read_chunks(source: Path | str, advance: Advance = lambda n_bytes: None) -> Iterator[Chunk]:
+    """The source in chunks, cheaply: what costs time, parsing lines of JSON, is left to parse_chunk in any process."""
+    if isinstance(source, str) and hub.is_hub_name(source):
+        yield from hub.read_hub(source)
+        return
+    path = _existing(source)
+    if not path.is_dir():
+        yield from _read_file(path, path.name, advance)
+    elif hub.is_saved(path):
+        yield from hub.read_saved(path, advance)
+    else:
+        for file in hub.files_of(path):
+            # A name that says which of them it is: chats/zh/train.jsonl.
+            yield from _read_file(file, f"{path.name}/{file.relative_to(path).as_posix()}", advance)
+
+
+def _existing(source: Path | str) -> Path:
+    path = Path(source)
     if not path.exists():
         raise BadData(f"{path}: no such file. Pass the data file with --dataset_path.")
-    if not path.is_file():
-        raise BadData(f"{path}: not a file. Pass one .jsonl or .json file with --dataset_path.")
-    try:
-        with path.open("rb") as file:
-            head = file.read(4096)
-    except OSError as error:
-        raise BadData(f"{path}: cannot be read: {error.strerror}.") from None
-    _refuse_no_json(path, head)
-    text_head = head.removeprefix(codecs.BOM_UTF8).lstrip()
-    if not text_head and path.stat().st_size <= len(head):
-        raise BadData(f"{path}: the file is empty. Expected one JSON object a line: instruction, input, output.")
-    yield from (_array if text_head.startswith(b"[") else _lines)(path, advance)
+    if not path.is_file() and not path.is_dir():
+        raise BadData(f"{path}: not a file. Pass a data file with --dataset_path.")
+    return path
 
 
-def _refuse_no_json(path: Path, head: bytes) -> None:
-    """Raise BadData for a file of another kind, as its first bytes tell; else each of its lines would be a problem."""
+def size_of(source: Path | str) -> int:
+    """Bytes that advance will have been called with at the end; 0 where nobody knows beforehand."""
+    if isinstance(source, str) and hub.is_hub_name(source):
+        return 0
+    return sum(file.stat().st_size for file in _files(Path(source)))
+
+
+def fingerprint_of(source: Path | str) -> str:
+    """SHA-256 of a file's bytes, or of the names and bytes of a folder's files; for the hub, of what was fetched.
+
+    Raises BadData where there is nothing to read.
+    """
+    if isinstance(source, str) and hub.is_hub_name(source):
+        return hub.hub_fingerprint(source)
+    path = _existing(source)
+    if path.is_file():
+        return _sha256(path)
+    lines = [f"{file.relative_to(path).as_posix()} {_sha256(file)}\n" for file in hub.all_files(path)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open_raw(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path] if path.is_file() else []
+    return hub.all_files(path) if hub.is_saved(path) else hub.files_of(path)
+
+
+def _read_file(path: Path, name: str, advance: Advance) -> Iterator[Chunk]:
+    with open_raw(path) as raw:
+        packed = packing_of(raw.read(4)) is not None
+    with open_bytes(path) as stream:
+        head = stream.read(HEAD_BYTES)
+    if head.startswith(PARQUET_MAGIC) and not packed:
+        yield from read_parquet(path, name, advance)
+    elif head.startswith((ARROW_MAGIC, _ARROW_STREAM) if kind_of(path) == ".arrow" else ARROW_MAGIC) and not packed:
+        yield from read_arrow(path, name, advance)
+    else:
+        _refuse_no_text(path, head)
+        reader = _reader_of(path, head)
+        with open_bytes(path, advance) as stream:
+            yield from reader(stream, name)
+
+
+def _refuse_no_text(path: Path, head: bytes) -> None:
+    """Raise BadData for what is no UTF-8 text, as its first bytes tell; else each of its lines would be a problem."""
     for encoding, marks in (
         ("UTF-32", (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
         ("UTF-16", (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
@@ -62,130 +135,48 @@ def _refuse_no_json(path: Path, head: bytes) -> None:
     for order, zeros in (("LE", head[1:64:2]), ("BE", head[0:64:2])):
         if len(zeros) > 1 and not any(zeros) and any(head):
             raise BadData(_to_utf8(path, f"UTF-16{order}"))
-    for magic, kind in _NO_TEXT.items():
+    for magic, kind in _NOT_READ.items():
         if head.startswith(magic):
             raise BadData(f"{path}: a {kind} file; expected text. Unpack it, or export it as JSONL.")
-    first = head.removeprefix(codecs.BOM_UTF8).lstrip().split(b"\n", 1)[0].strip()
-    separator = next((one for one in (b",", b"\t", b";") if one in first), None)
-    columns = [word.strip(b' "').lower() for word in first.split(separator)] if separator else []
-    if b"output" in columns or b"instruction" in columns:
-        raise BadData(
-            f"{path}:1: a table with columns (CSV); expected one JSON object a line. To convert it:\n"
-            f"  python -c \"import pandas; pandas.read_csv('{path.name}', sep={separator.decode()!r}, dtype=str, "  # type: ignore[union-attr]
-            "keep_default_na=False).to_json('new.jsonl', orient='records', lines=True, force_ascii=False)\""
-        )
+    if not head.removeprefix(codecs.BOM_UTF8).strip() and len(head) < HEAD_BYTES:
+        raise BadData(f"{path}: the file is empty. Expected one JSON object a line: instruction, input, output.")
 
 
 def _to_utf8(path: Path, encoding: str) -> str:
     return f"{path}: encoded as {encoding}; expected UTF-8.\n  iconv -f {encoding} -t UTF-8 {path.name} > new.jsonl"
 
 
-def _lines(path: Path, advance: Callable[[int], None]) -> Iterator[Found | Refusal]:
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(LONGEST_LINE):
-            number += 1
-            advance(len(line))
-            origin = f"{path.name}:{number}"
-            if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-                length = len(line) + _past_line(file, advance)
-                limit = LONGEST_LINE >> 20
-                yield Refusal(origin, f"a line of {length:,} bytes; at most {limit} MiB are read as one record")
-                continue
-            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if content.strip():
-                yield _parse(content, origin)
+def _reader_of(path: Path, head: bytes) -> Callable[[BinaryIO, str], Iterator[Chunk]]:
+    """What reads a text file that begins like this. Raises BadData for a table under the name of JSON."""
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    kind = kind_of(path)
+    if text.startswith(b"["):
+        return lambda stream, name: _batched(read_array(stream, name))
+    if text.startswith(b"{"):
+        return jsonl.read_chunks
+    if kind in (".parquet", ".arrow"):
+        raise BadData(f"{path}: it does not begin as a {kind} file does. Fetch or write it again.")
+    columns, separator = columns_of(text.split(b"\n", 1)[0].decode("utf-8", "replace").strip())
+    if kind in (".csv", ".tsv"):
+        return lambda stream, name: _batched(read_table(stream, name))
+    if len(columns) < 2 or _COLUMNS.isdisjoint(columns):
+        return jsonl.read_chunks
+    if kind in (".jsonl", ".ndjson", ".json"):
+        ending = ".tsv" if separator == "\t" else ".csv"
+        raise BadData(
+            f"{path}:1: a table with columns (CSV); expected one JSON object a line. Rename it, and it is read as a "
+            f"table:\n  mv {path.name} {path.stem}{ending}"
+        )
+    return lambda stream, name: _batched(read_table(stream, name))
 
 
-def _past_line(file: BinaryIO, advance: Callable[[int], None]) -> int:
-    """Read to the end of the line and forget it; its length."""
-    length = 0
-    while part := file.readline(LONGEST_LINE):
-        advance(len(part))
-        length += len(part)
-        if part.endswith(b"\n"):
-            break
-    return length
-
-
-def _parse(line: bytes, origin: str) -> Found | Refusal:
-    try:
-        return Found(_DECODER.decode(line.decode("utf-8")), origin)
-    except UnicodeDecodeError as error:
-        return Refusal(origin, _encoding_reason(line, error))
-    except json.JSONDecodeError as error:
-        return Refusal(origin, f"not JSON at column {error.colno}: {_why(line, error)}")
-    except (ValueError, RecursionError) as error:
-        return Refusal(origin, f"JSON that cannot be read: {error}")
-
-
-def _why(line: bytes, error: json.JSONDecodeError) -> str:
-    if b"\0" in line:
-        return "it holds NUL bytes, as a file does that was not written to its end"
-    if line.startswith(codecs.BOM_UTF8):
-        return "a byte-order mark in the middle of the file, as where two files were joined; remove these three bytes"
-    if error.msg == "Extra data":
-        return "text behind the end of the record; one record a line is expected"
-    if line.strip() in (b"{", b"["):
-        return f"{error.msg}; one record a line is expected, or a JSON array of them"
-    return error.msg
-
-
-def _constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON value")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that stands twice, json would keep the last in silence."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f'key "{next(key for key in keys if keys.count(key) > 1)}" stands twice')
-    return made
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
-
-
-def _encoding_reason(raw: bytes, error: UnicodeDecodeError) -> str:
-    reason = f"not UTF-8 at byte {error.start + 1}"
-    try:
-        raw.decode("gb18030")
-    except UnicodeDecodeError:
-        return f"{reason}; save the file as UTF-8"
-    return f"{reason}; it may be GBK: iconv -f GB18030 -t UTF-8 OLD > NEW"
-
-
-def _array(path: Path, advance: Callable[[int], None]) -> Iterator[Found | Refusal]:
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise BadData(f"{path.name}:{line}: {_encoding_reason(raw, error)}") from None
-    at, line, counted, advanced = _past_space(text, text.index("[") + 1), 1, 0, 0
-    closed = text[at : at + 1] == "]"
-    while not closed:
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            value, end = _DECODER.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise BadData(f"{path.name}:{line}: the JSON array breaks here: {error}") from None
-        n_bytes = len(text[at:end].encode("utf-8"))
-        advance(n_bytes)
-        advanced += n_bytes
-        yield Found(value, f"{path.name}:{line}")
-        at = _past_space(text, end)
-        closed = text[at : at + 1] == "]"
-        if not closed and text[at : at + 1] != ",":
-            line += text.count("\n", counted, at)
-            raise BadData(f"{path.name}:{line}: the JSON array breaks here: expected a comma or the closing bracket")
-        at = at if closed else _past_space(text, at + 1)
-    if text[at + 1 :].strip():
-        line += text.count("\n", counted, at)
-        raise BadData(f"{path.name}:{line}: text after the end of the JSON array; expected nothing behind its ].")
-    advance(len(raw) - advanced)
-
-
-def _past_space(text: str, at: int) -> int:
-    return _SPACE.match(text, at).end()  # type: ignore[union-attr]  # the pattern matches the empty string too
+def _batched(values: Iterator[Found] | Iterator[Found | Refusal]) -> Iterator[Chunk]:
+    """Values in lists, so that what hands chunks to other processes does not do it one by one."""
+    batch: list[Found | Refusal] = []
+    for value in values:
+        batch.append(value)
+        if len(batch) == BATCH_ROWS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,79 +1,155 @@
-"""Formats: one JSON value → one Record, or the reasons why not.
+"""Formats: a file's first values → its Form; one JSON value → one Record, or the reasons why not.
 
 Before: files.py.  After: template.py.
-Known here: `alpaca`, the tutorial's instruction/input/output, with `system` and `history` ([[question, answer], …])
-where a conversation went before. Only the last answer is learned.
+Known here: alpaca (alpaca.py), ShareGPT, OpenAI's messages, prompt and completion, text (chats.py). Whatever the
+format, equal conversations become equal Records (tests/data/test_mirrors.py).
 """
 
-from atomtune.data.files import Found
-from atomtune.data.records import Account, Record, Refusal, Turn
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
-_KEYS = ("instruction", "input", "output", "system")
-_OPTIONAL = ("input", "system")
-_TYPO = "instrution"  # stands in the tutorial's own format example
+from atomtune.data.alpaca import alpaca_record
+from atomtune.data.chats import messages_record, prompt_record, sharegpt_record, text_record
+from atomtune.data.form import RECORD_KEYS, ROLES, SIGNS, SPELLINGS, TURN_KEYS, Form, FormatName
+from atomtune.data.jsonl import Found
+from atomtune.data.reading import Reading, keys_of, kind, printable
+from atomtune.data.records import Account, Record, Refusal
+from atomtune.errors import BadData, listing
+
+__all__ = ["Form", "FormatName", "recognise", "to_record"]
+
+_READERS = {
+    "alpaca": alpaca_record,
+    "sharegpt": sharegpt_record,
+    "messages": messages_record,
+    "prompt": prompt_record,
+    "text": text_record,
+}
+_EXPECTED = {**{name: " and ".join(keys) for name, keys in SIGNS.items()}, "alpaca": "instruction, input and output"}
+_OURS = ("system", "user", "assistant", "tool")
+_ALPACA = Form()
+_PREFERENCE = (
+    "preference data (chosen, rejected), which this tool does not train on. To train on the chosen answers alone pass "
+    "--keys chosen=completion beside a prompt, --keys chosen=output beside an instruction, or --keys chosen=messages "
+    "where they are whole conversations"
+)
 
 
-def to_record(found: Found, account: Account) -> Record | Refusal:
-    """Read one alpaca record; what is accepted but unusual is counted in account.notices."""
-    value, origin = found.value, found.origin
-    if not isinstance(value, dict):
-        return Refusal(origin, f"{_kind(value)}; expected an object with instruction, input and output")
-    if _TYPO in value and "instruction" not in value:
-        value = {("instruction" if key == _TYPO else key): text for key, text in value.items()}
-        account.notices[f'key "{_TYPO}" read as "instruction"'] += 1
-    problems = [
-        f'no key "{key}"; keys here: {", ".join(map(_printable, found.value)) or "none"}'
-        for key in ("instruction", "output")
-        if key not in value
-    ]
-    texts = {key: _text(value.get(key), key, problems) for key in _KEYS if key in value}
-    earlier = _history(value.get("history") or [], problems)
+def to_record(found: Found, account: Account, form: Form = _ALPACA) -> Record | Refusal:
+    """Read one value by its file's form; what is accepted but unusual is counted in account.notices."""
+    given, origin = found
+    if not isinstance(given, dict):
+        return Refusal(origin, f"{kind(given)}; expected an object with {_EXPECTED[form.name]}")
+    value = form.record(given)
+    reading = Reading(origin, form, account)
+    if value is not given:
+        for theirs, ours in SPELLINGS.items():
+            if theirs in given and theirs not in value:
+                reading.notes.add(f'key "{theirs}" read as "{ours}"')
+    for key in SIGNS[form.name]:
+        if key not in value:
+            if "chosen" in given and "rejected" in given:
+                return Refusal(origin, _PREFERENCE)
+            reading.missing(key, given)
+    return _READERS[form.name](value, reading)
+
+
+def recognise(
+    values: Sequence[object],
+    *,
+    asked: str = "auto",
+    keys: Mapping[str, str] = {},
+    roles: Mapping[str, str] = {},
+    name: str,
+) -> Form:
+    """How the values of a file are read, told from the first of them; `name` is the file's, for messages.
+
+    Values that are no objects say nothing; where there is no other, it is alpaca, and each is refused in its place.
+    Raises BadData where they fit two formats or none, or where keys or roles name what is not there.
+    """
+    records = [value for value in values if isinstance(value, dict)]
+    problems = [*_wrong_names(records, keys, roles, name)]
     if problems:
-        return Refusal(origin, "; ".join(problems))
-    if not texts["output"].strip():
-        return Refusal(origin, "output is empty: there is nothing to learn")
-    question = texts.get("input", "")
-    if not texts["instruction"].strip() and not question.strip():
-        return Refusal(origin, "instruction and input are both empty")
-    for key in value.keys() - {*_KEYS, "history"}:
-        if value[key] not in (None, "", [], {}):
-            account.notices[f'key "{_printable(key)}" is not used by this format'] += 1
-    if texts.get("system", "").strip():
-        earlier.insert(0, Turn("system", texts["system"]))
-    return Record((*earlier, Turn("user", texts["instruction"], question), Turn("assistant", texts["output"])), origin)
+        raise BadData(listing(problems))
+    if asked != "auto":
+        return Form(cast(FormatName, asked), dict(keys), dict(roles))
+    named = Form("alpaca", dict(keys), dict(roles))
+    renamed = [named.record(record) for record in records]
+    fits = _fitting(renamed, filled=True) or _fitting(renamed, filled=False)
+    if len(fits) > 1:
+        which = " and ".join(f"{one} ({', '.join(SIGNS[one])})" for one in fits)
+        raise BadData(f"{name} fits {which}: pass {' or '.join(f'--format {one}' for one in fits)}.")
+    if records and not fits:
+        raise BadData(_fits_none(records, renamed, name))
+    return Form(fits[0] if fits else "alpaca", named.keys, named.roles)
 
 
-def _history(pairs: object, problems: list[str]) -> list[Turn]:
-    """Earlier turns from [[question, answer], …]."""
-    turns: list[Turn] = []
-    if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
-        problems.append(f"history is {_kind(pairs)}; expected a list of [question, answer] pairs")
-        return turns
-    for number, (question, answer) in enumerate(pairs, 1):
-        turns.append(Turn("user", _text(question, f"history {number}'s question", problems)))
-        turns.append(Turn("assistant", _text(answer, f"history {number}'s answer", problems)))
-    return turns
+def _fitting(records: Sequence[Mapping[str, Any]], *, filled: bool) -> list[FormatName]:
+    """The formats all of whose signs stand in some record; `filled`, with a value there."""
+
+    def is_sign(record: Mapping[str, Any], key: str) -> bool:
+        return key in record and not (filled and record[key] in (None, "", []))
+
+    return [
+        format for format, signs in SIGNS.items() if any(all(is_sign(one, key) for key in signs) for one in records)
+    ]
 
 
-def _text(value: object, key: str, problems: list[str]) -> str:
-    if value is None and key in _OPTIONAL:
-        return ""
-    if not isinstance(value, str):
-        problems.append(f"{key} is {_kind(value)}; expected text")
-        return ""
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            problems.append(f"{key} holds half a surrogate pair at character {error.start + 1}")
-    return value
+def _fits_none(records: Sequence[dict[str, Any]], renamed: Sequence[dict[str, Any]], name: str) -> str:
+    there = dict.fromkeys(key for record in records for key in record)
+    if "chosen" in there and "rejected" in there:
+        return f"{name} is {_PREFERENCE}."
+    ours = {key for record in renamed for key in record}
+    near = {
+        sign: found[0]
+        for signs in SIGNS.values()
+        for sign in signs
+        if sign not in ours and (found := difflib.get_close_matches(sign, map(str, there), n=1))
+    }
+
+    def closeness(format: FormatName) -> float:
+        return sum(1.0 if sign in ours else 0.9 if sign in near else 0.0 for sign in SIGNS[format]) / len(SIGNS[format])
+
+    nearest = max(SIGNS, key=closeness)
+    missing = [sign for sign in SIGNS[nearest] if sign not in ours]
+    lines = [f'no key "{sign}"; keys here: {keys_of(there)}' for sign in missing]
+    known = ", ".join(f"{format} ({', '.join(signs)})" for format, signs in SIGNS.items())
+    mapped = ",".join(f"{printable(near.get(sign, 'YOURS'))}={sign}" for sign in missing)
+    return (
+        f"{name} fits no format; the nearest is {nearest}: {'; '.join(lines)}.\n"
+        f"Known: {known}.\nRename the keys, or pass --keys {mapped}."
+    )
 
 
-def _printable(text: object) -> str:
-    """A key as it can be written down, halves of surrogate pairs included."""
-    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+def _wrong_names(
+    records: Sequence[dict[str, Any]], keys: Mapping[str, str], roles: Mapping[str, str], name: str
+) -> list[str]:
+    """What is wrong with the user's names for keys and roles."""
+    problems = []
+    known = RECORD_KEYS | TURN_KEYS
+    for theirs, ours in keys.items():
+        if ours not in known:
+            near = difflib.get_close_matches(ours, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(sorted(known))}."
+            problems.append(f'--keys {theirs}={ours}: there is no key "{ours}"{hint}')
+        elif list(keys.values()).count(ours) > 1:
+            problems.append(f"--keys {theirs}={ours}: another key is {ours} already.")
+        elif (objects := _objects(records, ours)) and not any(theirs in one for one in objects):
+            here = dict.fromkeys(key for one in objects for key in one)
+            problems.append(
+                f'{name}: --keys {theirs}={ours}: no key "{theirs}" in the first {len(records):,} records; '
+                f"keys here: {keys_of(here)}."
+            )
+    for theirs, ours in roles.items():
+        if ours not in ROLES:
+            problems.append(f"--roles {theirs}={ours}: expected {', '.join(_OURS[:-1])} or {_OURS[-1]}.")
+    return problems
 
 
-def _kind(value: object) -> str:
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list"}
-    return names.get(type(value), "an object")
+def _objects(records: Sequence[dict[str, Any]], ours: str) -> list[dict[str, Any]]:
+    """Where a key may stand that is to become one of ours: the records, or the turns in their lists."""
+    if ours in RECORD_KEYS:
+        return list(records)
+    lists = [one for record in records for one in record.values() if isinstance(one, list)]
+    return [turn for one in lists for turn in one if isinstance(turn, dict)]

@@ -2,43 +2,71 @@
 
 The key is a hash of the file's bytes, the tokenizer, the template and the settings: a changed file, or any other
 change that could change one token, has another key, so an old file is never served for it.
+A row is a record, with all the Examples it became: they are drawn together, so that what they share is computed once.
 """
 
 import hashlib
+import itertools
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy
+import pyarrow
 from datasets.arrow_writer import ArrowWriter
 
-from atomtune.data.encode import Overlength, encode
-from atomtune.data.files import read_values
+from atomtune.data.encode import Encoder, Learn, Overlength, accounted
+from atomtune.data.files import Found, fingerprint_of, read_chunks, size_of
+from atomtune.data.formats import Form, recognise
+from atomtune.data.jsonl import Chunk, parse_chunk
+from atomtune.data.pool import in_order, workers_here
 from atomtune.data.records import Account, Example
 from atomtune.data.template import Template
 from atomtune.errors import BadData
 
 FEATURES = datasets.Features(
     {
-        "ids": datasets.List(datasets.Value("int32")),
+        "ids": datasets.List(datasets.Value("int32")),  # of all Examples, one behind the other
         "learn": datasets.List(datasets.Value("int8")),
+        "ends": datasets.List(datasets.Value("int32")),  # one past the last token of each Example
         "origin": datasets.Value("string"),
         "length": datasets.Value("int32"),  # read by the Trainer's group_by_length sampling
         "digest": datasets.Value("int64"),  # equal for equal ids and marks
     }
 )
+#: How many values are looked at to tell a file's format.
+_LOOKED_AT = 100
+#: A smaller source, in bytes, is encoded in this process.
+_WORTH_A_POOL = 4 * 2**20
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of the file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What turns a file's values into examples, besides the template: plain values, each part of the key."""
+
+    max_tokens: int
+    overlength: Overlength = "shorten"
+    learn: Learn = "all"
+    format: str = "auto"
+    keys: tuple[tuple[str, str], ...] = ()  # (the file's key, ours)
+    roles: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished batch of rows, on its way from the process that made it."""
+
+    table: pyarrow.Table
+    account: Account
+    instructions: Counter[str]
 
 
 @cache
@@ -58,55 +86,93 @@ def tokenizer_text(tokenizer: Any) -> str:
 
 
 def examples_of(
-    path: Path,
+    source: Path | str,
     template: Template,
+    rules: Rules,
     *,
-    max_tokens: int,
-    overlength: Overlength = "shorten",
     advance: Callable[[int], None] = lambda n_bytes: None,
     cache_dir: Path | None = None,
 ) -> tuple[datasets.Dataset, Account, str]:
-    """All examples of a file (columns ids, learn, origin, length), their account, and the file's hash.
+    """All examples of a file, folder or hub data set (columns as in FEATURES, a row a record), their account, its hash.
 
     Served from the store when nothing changed. advance is called with bytes read.
-    Raises BadData for a file that cannot be read.
+    Raises BadData for a file that cannot be read, or whose format cannot be told.
     """
-    if not path.is_file():
-        next(iter(read_values(path)))  # raises with the reason
-    data_hash = file_hash(path)
-    key = hashlib.sha256(
-        json.dumps(
-            [
-                _code_hash(),
-                datasets.__version__,
-                data_hash,
-                path.name,
-                template.source,
-                template.stop,
-                template.instruction_role,
-                max_tokens,
-                overlength,
-                tokenizer_text(template.tokenizer),
-            ]
-        ).encode()
-    ).hexdigest()[:32]
+    data_hash = fingerprint_of(source)
+    made_of = [
+        _code_hash(),
+        datasets.__version__,
+        data_hash,
+        Path(source).name,
+        template.source,
+        template.stop,
+        template.instruction_role,
+        str(rules),
+        tokenizer_text(template.tokenizer),
+    ]
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
     folder = (cache_dir or Path(datasets.config.HF_DATASETS_CACHE)) / "atomtune" / key
     if (folder / "account.json").is_file():
-        advance(path.stat().st_size)
+        advance(size_of(source))
     else:
         account = Account()
-        _write(
-            folder,
-            account,
-            encode(read_values(path, advance), template, account, max_tokens=max_tokens, overlength=overlength),
-        )
+        _write(folder, account, encoded(source, template, rules, account, advance=advance))
     account = Account.from_json(json.loads((folder / "account.json").read_text(encoding="utf-8")))
     if account.records_used == 0:
         return datasets.Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES), account, data_hash
     return datasets.Dataset.from_file(str(folder / "examples.arrow")), account, data_hash
 
 
-def _write(folder: Path, account: Account, examples: Iterator[Example]) -> None:
+def together(parts: Sequence[tuple[datasets.Dataset, Account, str]]) -> tuple[datasets.Dataset, Account, str]:
+    """The examples of several files one behind the other, the account of all, and the hash of all their bytes."""
+    if len(parts) == 1:
+        return parts[0]
+    examples = datasets.concatenate_datasets([stored for stored, *_ in parts])
+    account = Account()
+    for _, one, _ in parts:
+        account.add(one)
+    shared = {one.shared_instruction for _, one, _ in parts}
+    account.shared_instruction = shared.pop() if len(shared) == 1 else None
+    account.records_copied = copies_in(examples)
+    return examples, account, hashlib.sha256("".join(one for *_, one in parts).encode()).hexdigest()
+
+
+def encoded(
+    source: Path | str,
+    template: Template,
+    rules: Rules,
+    account: Account,
+    *,
+    advance: Callable[[int], None] = lambda n_bytes: None,
+) -> Iterator[Part]:
+    """A source's records as finished rows, part by part, each entered into account."""
+    form, chunks = form_of(source, rules, advance)
+    encoder = Encoder(template, form, rules.max_tokens, rules.overlength, rules.learn)
+
+    def encode(chunk: Chunk) -> Part:
+        made = encoder(parse_chunk(chunk))
+        return Part(as_table(made.records), made.account, made.instructions)
+
+    workers = workers_here() if size_of(source) > _WORTH_A_POOL else 1
+    yield from accounted(in_order(encode, chunks, workers=workers), account)
+
+
+def form_of(
+    source: Path | str, rules: Rules, advance: Callable[[int], None] = lambda n_bytes: None
+) -> tuple[Form, Iterator[Chunk]]:
+    """How the source's values are read, told from the first of them; and all of it, the looked-at ones included.
+
+    Raises BadData where it cannot be read, or its format cannot be told.
+    """
+    chunks = read_chunks(source, advance)
+    first = list(itertools.islice(chunks, 1))
+    found = [one for chunk in first for one in parse_chunk(chunk)]
+    values = [one.value for one in found if isinstance(one, Found)][:_LOOKED_AT]
+    form = recognise(values, asked=rules.format, keys=dict(rules.keys), roles=dict(rules.roles), name=Path(source).name)
+    return form, itertools.chain(first, chunks)
+
+
+def _write(folder: Path, account: Account, parts: Iterable[Part]) -> None:
     """Fill a folder beside the final one and rename it: a killed run leaves no half-made entry."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(".new-*"):  # of processes that were killed; a living one is younger than a day
@@ -114,15 +180,17 @@ def _write(folder: Path, account: Account, examples: Iterator[Example]) -> None:
             shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as made:
         writer = ArrowWriter(path=str(Path(made) / "examples.arrow"), features=FEATURES)
-        for example in examples:
-            writer.write(_row(example))
+        for part in parts:
+            writer.write_table(part.table)
         if account.records_read == 0:
             raise BadData(
                 "The data file holds no records. Expected one JSON object a line: instruction, input, output."
             )
         writer.finalize()
         writer.close()
-        account.records_copied = _copies(Path(made) / "examples.arrow") if account.records_used else 0
+        account.records_copied = (
+            copies_in(datasets.Dataset.from_file(str(Path(made) / "examples.arrow"))) if account.records_used else 0
+        )
         (Path(made) / "account.json").write_text(json.dumps(account.to_json(), ensure_ascii=False), encoding="utf-8")
         done = Path(made).rename(folder.with_suffix(f".{Path(made).name[5:]}"))
     try:
@@ -133,27 +201,40 @@ def _write(folder: Path, account: Account, examples: Iterator[Example]) -> None:
         done.rmdir()
 
 
-def _copies(arrow: Path) -> int:
+def copies_in(examples: datasets.Dataset) -> int:
     """How many rows repeat an earlier one; eight bytes of memory a row."""
-    digests = datasets.Dataset.from_file(str(arrow)).with_format("numpy")["digest"][:]
-    return len(digests) - len(numpy.unique(digests))
+    digests = examples.with_format("numpy")["digest"][:]
+    return len(digests) - len(numpy.unique(digests)) if len(digests) else 0
 
 
-def _digest(example: Example) -> int:
-    content = numpy.array([example.ids, example.learn], dtype=numpy.int32).tobytes()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), signed=True)
+def as_table(records: Sequence[tuple[Example, ...]]) -> pyarrow.Table:
+    """The Examples of some records as rows of the store."""
+    ids = [list(itertools.chain.from_iterable(one.ids for one in examples)) for examples in records]
+    learn = [list(itertools.chain.from_iterable(one.learn for one in examples)) for examples in records]
+    ends = [list(itertools.accumulate(len(one.ids) for one in examples)) for examples in records]
+    arrays = [
+        _lists(ids, numpy.int32),
+        _lists(learn, numpy.int8),
+        _lists(ends, numpy.int32),
+        pyarrow.array([examples[0].origin for examples in records], pyarrow.string()),
+        pyarrow.array(list(map(len, ids)), pyarrow.int32()),
+        pyarrow.array(list(map(_digest, ids, learn, ends)), pyarrow.int64()),
+    ]
+    return pyarrow.Table.from_arrays(arrays, schema=FEATURES.arrow_schema)
 
 
-def _row(example: Example) -> dict[str, Any]:
-    return {
-        "ids": example.ids,
-        "learn": example.learn,
-        "origin": example.origin,
-        "length": len(example.ids),
-        "digest": _digest(example),
-    }
+def _lists(rows: Sequence[Sequence[int]], kind: Any) -> pyarrow.ListArray:
+    flat = numpy.fromiter(itertools.chain.from_iterable(rows), dtype=kind)
+    ends = numpy.cumsum([0, *map(len, rows)], dtype=numpy.int32)
+    return pyarrow.ListArray.from_arrays(ends, flat)
 
 
-def as_example(row: Mapping[str, Any]) -> Example:
-    """A row of the store as the frozen value it was made from."""
-    return Example(tuple(row["ids"]), tuple(row["learn"]), row["origin"])
+def _digest(*columns: Sequence[int]) -> int:
+    content = numpy.array([*itertools.chain.from_iterable(columns)], dtype=numpy.int32).tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
+
+
+def as_examples(row: Mapping[str, Any]) -> tuple[Example, ...]:
+    """The Examples of a row of the store, as the frozen values it was made from."""
+    bounds = itertools.pairwise([0, *row["ends"]])
+    return tuple(Example(tuple(row["ids"][a:b]), tuple(row["learn"][a:b]), row["origin"]) for a, b in bounds)

@@ -4,16 +4,17 @@ Before: load.py gives the base.  After: train.trainer, use.
 Stands on PEFT; LoRA: Hu et al. 2021, arXiv 2106.09685.
 """
 
+import contextlib
 import json
 import pickle
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -48,8 +49,21 @@ class Card:
         if not file.is_file():
             return None
         known = {field.name for field in fields(cls)}
-        values = json.loads(file.read_text(encoding="utf-8"))
-        return cls(**{name: value for name, value in values.items() if name in known})
+        with _readable(file):
+            values = json.loads(file.read_text(encoding="utf-8"))
+            return cls(**{name: value for name, value in values.items() if name in known})
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Raise BadModel where a small file beside the weights does not say what it should."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadModel(
+            f"{file} is not readable: {type(error).__name__}: {str(error)[:200]}\n"
+            "It may be torn: copy the folder again, or take another checkpoint."
+        ) from error
 
 
 def linear_names(base: Any) -> list[str]:
@@ -148,7 +162,9 @@ def start_from_weights(
     """
     weights = read_weights(file)
     if (file.parent / "adapter_config.json").is_file():
-        config = LoraConfig.from_pretrained(str(file.parent))
+        config = _config_in(file.parent)
+        if not isinstance(config, LoraConfig):
+            raise BadModel(f"{file.parent}: its adapter is not LoRA, so it cannot be trained on here.")
         config.inference_mode = False
         _say_unused(config, base, rank=rank, alpha=alpha, dropout=dropout, targets=targets, notice=notice)
         model = get_peft_model(base, config)
@@ -163,6 +179,14 @@ def start_from_weights(
         model = new_adapter(base, rank=found, alpha=alpha, dropout=dropout, targets=_shortest(base, modules))
     _fill(model, weights, file)
     return model
+
+
+def _config_in(folder: Path) -> PeftConfig:
+    with _readable(folder / "adapter_config.json"):
+        config = PeftConfig.from_pretrained(str(folder))
+        if type(config) is PeftConfig:
+            raise KeyError("peft_type")
+    return config
 
 
 def _say_unused(
@@ -216,7 +240,7 @@ def load_trained(base: Any, folder: Path) -> PeftModel:
             "Pass --adapter_path with a run's output folder or one of its checkpoint-N folders."
         )
     try:
-        return PeftModel.from_pretrained(base, str(folder)).eval()
+        return PeftModel.from_pretrained(base, str(folder), config=_config_in(folder)).eval()
     except (pickle.UnpicklingError, SafetensorError, EOFError) as error:
         raise BadModel(
             f"{folder}: its weights cannot be read as tensors: {str(error).splitlines()[0][:300]}\n"
@@ -231,7 +255,8 @@ def base_path_of(folder: Path) -> str:
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise BadModel(f"{folder}: no adapter_config.json here. Pass --adapter_path with a run's output folder.")
-    return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    with _readable(file):
+        return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
 def refuse_unlike(folder: Path, model: PeftModel) -> None:
@@ -254,11 +279,15 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     )
 
 
-def refuse_empty(model: PeftModel) -> None:
-    """Raise RunFailed when a trained adapter would change nothing or is not finite."""
-    tensors = get_peft_model_state_dict(model)
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+def refuse_not_finite(model: nn.Module) -> None:
+    """Raise RunFailed when a weight that is trained is not finite: a step too large spoils it before any loss tells."""
+    if not all(bool(torch.isfinite(weight).all()) for weight in model.parameters() if weight.requires_grad):
         raise RunFailed("The adapter holds values that are not finite; it is not saved. Lower --learning_rate.")
+
+
+def refuse_empty(model: PeftModel) -> None:
+    """Raise RunFailed when a trained adapter would change nothing."""
+    tensors = get_peft_model_state_dict(model)
     if not any(bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name):
         raise RunFailed(
             "The adapter is empty: after training every B matrix is still zero, so it would change nothing.\n"

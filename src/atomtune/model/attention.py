@@ -56,13 +56,15 @@ def attend(
     for name, said in _MORE_THAN_SOFTMAX.items():
         if kwargs.get(name) is not None:
             raise NotImplementedError(said)
+    if sliding_window not in plan.blocks:
+        raise NotImplementedError(f"a window of {sliding_window} tokens that the config does not name")
     heads = query.shape[1]
     if key.shape[1] != heads:
         key, value = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in (key, value))
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     if by_dense_mask(query, dropout):
-        seen = plan.visible(sliding_window if sliding_window in plan.blocks else None)
+        seen = plan.visible(sliding_window)
         out = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=seen, dropout_p=dropout, scale=scaling
         )

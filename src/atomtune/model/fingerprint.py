@@ -1,12 +1,13 @@
 """Fingerprint: which base an adapter belongs to, told from a few numbers of every weight.
 
 Two bases of one shape (a model and its fine-tuned sibling) take each other's adapters without a word and answer
-nonsense. Read from the safetensors files, so that it does not depend on the dtype, quantization or device in use.
+nonsense. Read from the weights' files, so that it does not depend on the dtype, quantization or device in use.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,37 @@ from transformers.utils import cached_file
 from atomtune.errors import BadModel
 
 INDEX = "model.safetensors.index.json"
+OLD_INDEX = "pytorch_model.bin.index.json"
 #: How many numbers are read at the beginning and in the middle of each weight.
 _NUMBERS = 32
 
 
 def fingerprint(path: str) -> str | None:
-    """A hash over every weight's name, shape and some of its numbers in bfloat16; None without safetensors."""
+    """A hash over every weight's name, shape and some of its numbers in bfloat16; None where no weights are at hand."""
     folder = folder_of(path)
     files = weight_files(folder) if folder else []
     if not files:
         return None
-    entries = []
-    for file in files:
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118  # not a dict
-                entries.append((name, *_sample(weights.get_slice(name))))
+    entries = [entry for file in files for entry in _entries(file)]
     return hashlib.sha256(json.dumps(sorted(entries)).encode()).hexdigest()
 
 
-def _sample(weight: Any) -> tuple[list[int], list[float]]:
+def _entries(file: Path) -> Iterator[tuple[str, list[int], list[float]]]:
+    """Name, shape and numbers of every weight in a file; a pickled one is read as tensors only and runs nothing."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  # not a dict
+                part = weights.get_slice(name)
+                yield name, *_sample(part, list(part.get_shape()))
+        return
+    # Mapped, so that only what is looked at is read; files from before 2020 are no archives and are read whole.
+    held = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    for name, weight in held.items():
+        yield name, *_sample(weight, list(weight.shape))
+
+
+def _sample(weight: Any, shape: list[int]) -> tuple[list[int], list[float]]:
     """Shape, and numbers of the first row and the middle one, in bfloat16: a copy in another dtype has the same."""
-    shape = list(weight.get_shape())
     if not shape or 0 in shape:
         return shape, []
     if len(shape) == 1:
@@ -60,18 +71,26 @@ def folder_of(path: str) -> Path | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model's folder.
+    """The weights' files in a model's folder: safetensors, else what torch.save wrote.
 
-    Raises BadModel for an index that names a file outside of its folder.
+    Raises BadModel for an index that cannot be read or names a file outside of its folder.
     """
-    index = folder / INDEX
-    if not index.is_file():
-        return sorted(folder.glob("model*.safetensors"))
-    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    outside = sorted(name for name in names if not isinstance(name, str) or Path(name).name != name or "\\" in name)
+    shards = {index: _named_in(folder / index) for index in (INDEX, OLD_INDEX) if (folder / index).is_file()}
+    for index, pattern in ((INDEX, "model*.safetensors"), (OLD_INDEX, "pytorch_model*.bin")):
+        if found := shards.get(index) or sorted(folder.glob(pattern)):
+            return found
+    return []
+
+
+def _named_in(index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadModel(f"{index} is not readable as an index of weights: {error!r}. Copy the model again.") from error
+    outside = sorted(str(n) for n in names if not isinstance(n, str) or Path(n).name != n or "\\" in n)
     if outside:
         raise BadModel(f"{index}: names {', '.join(map(repr, outside[:3]))}, which is not a file name in this folder.")
-    return [folder / name for name in sorted(names) if (folder / name).is_file()]
+    return [index.parent / name for name in sorted(names) if (index.parent / name).is_file()]
 
 
 def refuse_other_base(path: str, expected: str, *, anyway: bool, notice: Callable[[str], None]) -> None:

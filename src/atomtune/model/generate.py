@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from atomtune.data.encode import ids_of
+from atomtune.data.ids import ids_of
 from atomtune.data.template import Message, Template
 from atomtune.model.load import pad_id_of
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from atomtune.errors import BadModel, BadSettings, UserError
+from atomtune.model.fingerprint import folder_of, weight_files
 
 DtypeName = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 Quantize = Literal["nf4", "int8"]
@@ -140,6 +141,8 @@ def load_base(
     extra: dict[str, Any] = {"device_map": device_map} if device_map else {}
     if quantize:
         extra = {"quantization_config": _quantization(quantize, dtype), "device_map": device_map or {"": device}}
+    if folder := folder_of(path):
+        weight_files(folder)  # an index that leads out of the folder is refused before anything is read
     with _explained(path, "model"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         base = AutoModelForCausalLM.from_pretrained(
@@ -227,7 +230,7 @@ def _remedy(path: str, what: str, error: BaseException) -> str:
     if "RepositoryNotFoundError" in names:
         return f"{path}: no folder here and no model on the hub has this name. Check the spelling, or hf auth login."
     if names & {"LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ConnectionError", "OfflineModeIsEnabled"}:
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rpartition("@")[2]  # no user:token@
         return (
             f"{path}: no folder here has this name, and the hub at {endpoint} cannot be reached.\n"
             "Set HF_ENDPOINT to a mirror you can reach, or download the model by other means and pass its folder."

@@ -9,8 +9,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from atomtune.config import TrainSettings
 from atomtune.errors import BadSettings
+from atomtune.settings import TrainSettings
 
 #: The Trainer's name for recomputing activations; renamed in transformers 5.23.
 CHECKPOINTING = next(
@@ -35,6 +35,8 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
         "disable_tqdm": True,  # train.report draws the bar
         "logging_nan_inf_filter": False,  # a loss that is not finite ends the run, it is not hidden
     }
+    if settings.data.streaming:  # each rank reads the stream and takes its part: a batch holds more than tensors
+        values["accelerator_config"] = {"dispatch_batches": False, **(values.get("accelerator_config") or {})}
     values.pop("resume_from_checkpoint", None)
     values.setdefault("ddp_find_unused_parameters", False)  # every adapter weight has a gradient in every step
     if not torch.accelerator.is_available():
@@ -57,7 +59,7 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
 
 def spare_folder(settings: TrainSettings) -> Path:
     """runs/<name>-<n>, the first that does not exist; a launcher's ranks agree through the environment."""
-    stem = "demo" if settings.demo else Path(str(settings.data.dataset_path)).stem
+    stem = "demo" if settings.demo else Path(settings.data.sources[0]).stem
     number = 1
     while (folder := Path("runs") / f"{stem}-{number}").exists():
         number += 1

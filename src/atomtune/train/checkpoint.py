@@ -76,6 +76,13 @@ def find_start(
     if record.get("status") == "finished" and not _asks_for_more(record, lengths):
         return Start("finished", output_dir, f"The run in {output_dir} is already finished; nothing to resume.")
     newest = newest_whole(output_dir, notice)
+    if newest is None and record.get("start") == "weights":
+        raise BadSettings(
+            [
+                f"The run in {output_dir} began from weights and has no whole checkpoint; --resume would begin without "
+                "them.\nGive the command it began with once more: --continue_training --checkpoint WEIGHTS."
+            ]
+        )
     if newest is None:
         return Start("fresh", None, f"--resume: no whole checkpoint in {output_dir}; starting from the beginning.")
     return _resumed(newest)
@@ -89,8 +96,14 @@ def _resumed(path: Path) -> Start:
 
 
 def step_of(path: Path) -> int:
-    """The step after which a checkpoint was made."""
-    return int(json.loads((path / STATE).read_text(encoding="utf-8"))["global_step"])
+    """The step after which a checkpoint was made. Raises BadModel where its state does not say."""
+    try:
+        return int(json.loads((path / STATE).read_text(encoding="utf-8"))["global_step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadModel(
+            f"{path / STATE} is not readable as a run's state ({error}).\n"
+            f"Take another checkpoint, or its weights alone: --continue_training --checkpoint {adapter_file(path)}"
+        ) from error
 
 
 def _has_optimizer(path: Path) -> bool:
@@ -120,7 +133,13 @@ def _explicit(path: Path, output_dir: Path) -> Start:
 
 
 def _refuse_to_mix(start: Start, output_dir: Path) -> None:
-    """Raise BadSettings where a later --resume could not tell this run's checkpoints from those of the run before."""
+    """Raise BadSettings where this run would overwrite a finished one's adapter, or where a later --resume could not
+    tell this run's checkpoints from those of the run before."""
+    goes_on = start.kind == "resume" and start.path and start.path.resolve().parent == output_dir.resolve()
+    if (output_dir / WEIGHTS).exists() and not goes_on:
+        raise BadSettings(
+            [f"{output_dir} holds the adapter of a finished run, which this one would overwrite. Pass another one."]
+        )
     step = step_of(start.path) if start.kind == "resume" and start.path else -1
     beyond = [path for path in checkpoints(output_dir) if (path / MANIFEST).is_file() and (step_in(path) or 0) > step]
     if beyond:
@@ -145,6 +164,7 @@ def _asks_for_more(record: dict[str, Any], lengths: dict[str, Any]) -> bool:
 def read_record(folder: Path) -> dict[str, Any]:
     """The folder's run.json, or nothing."""
     try:
-        return dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}

@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 from filelock import FileLock, Timeout
 from rich.filesize import decimal
 
 from atomtune.data.store import tokenizer_text
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped
 from atomtune.model.memory import is_out_of_memory
+from atomtune.settings import TrainSettings
 from atomtune.train.integrity import checkpoints, damage, disk_failed
-from atomtune.train.prepare import Job
+from atomtune.train.job import Job
 
 
 @contextlib.contextmanager
@@ -60,8 +62,19 @@ def check_space(job: Job, model: Any, tokenizer: Any) -> None:
         job.voice.say(f"{said[0].upper()}{said[1:]}.")
 
 
-def answer(error: BaseException, folder: Path) -> BaseException:
-    """What the user is told about an error that nobody below has put into words."""
+def same_command(settings: TrainSettings) -> str:
+    """How a user goes on: --resume does not stand beside what began the run from another place."""
+    ways = {"--continue_training --checkpoint": settings.run.continue_training}
+    ways["--resume_from_checkpoint"] = bool(settings.run.resume_from_checkpoint)
+    instead = next((f" in place of {way}" for way, given in ways.items() if given), "")
+    return f"The same command with --resume{instead}"
+
+
+def answer(error: BaseException, folder: Path, *, again: str) -> BaseException:
+    """What the user is told about an error that nobody below has put into words.
+
+    again  same_command
+    """
     if isinstance(error, AtomtuneError):
         return error
     kept = next((path for path in checkpoints(folder) if not damage(path)), None)
@@ -70,12 +83,16 @@ def answer(error: BaseException, folder: Path) -> BaseException:
         where = f"the last whole checkpoint is {kept}" if kept else "there is no checkpoint yet, nothing is kept"
         return Stopped(
             f"{name} received; stopped at once, {where}.\n"
-            f"The same command with --resume {'goes on from there' if kept else 'begins again'}: --output_dir {folder}"
+            f"{again if kept else 'The same command'} {'goes on from there' if kept else 'begins again'} "
+            f"(--output_dir {folder})."
         )
     if disk_failed(error):
+        store = Path(datasets.config.HF_DATASETS_CACHE)  # of the encoded records; often on another disk
+        full = min((path for path in (folder, store) if path.is_dir()), key=lambda path: shutil.disk_usage(path).free)
         return RunFailed(
-            f"The disk is full, or it fails: {folder} could not be written ({error}).\nLast whole checkpoint: "
-            f"{kept or 'none'}. Free some space (--save_total_limit keeps fewer checkpoints), then go on with --resume."
+            f"The disk is full, or it fails: {full} could not be written ({error}).\nLast whole checkpoint: "
+            f"{kept or 'none'}. Free some space (--save_total_limit keeps fewer checkpoints; HF_DATASETS_CACHE names "
+            "another place for encoded records), then go on with --resume."
         )
     if is_out_of_memory(error):
         return RunFailed(

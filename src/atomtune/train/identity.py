@@ -6,6 +6,7 @@ often is saved, logged and evaluated, how the work is shared out in a process, a
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from atomtune.data.store import tokenizer_text
@@ -13,7 +14,7 @@ from atomtune.data.template import Template
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import adapter_file
 from atomtune.train.integrity import read_manifest
-from atomtune.train.prepare import Job
+from atomtune.train.job import Job
 
 #: The Trainer's settings that decide which numbers a run computes.
 TRAINER_SETTINGS = (
@@ -37,13 +38,18 @@ TRAINER_SETTINGS = (
     "label_smoothing_factor",
     "neftune_noise_alpha",
     "train_sampling_strategy",
+    "accelerator_config",
+    "ignore_data_skip",
     "group_by_length",
     "dataloader_drop_last",
     "fp16",
     "bf16",
 )
 OURS = {
-    "data": ("max_seq_length", "overlength", "skip_overlength", "eval_size", "layout"),
+    "data": (
+        *("max_seq_length", "overlength", "skip_overlength", "eval_size", "layout"),
+        *("mix", "format", "keys", "roles", "learn", "streaming", "shuffle_buffer"),
+    ),
     "model": ("dtype", "quantize"),
     "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
     "run": ("skip_nonfinite",),
@@ -80,10 +86,14 @@ def refuse_another_run(job: Job, now: dict[str, Any]) -> None:
     if start.kind != "resume" or start.path is None:
         return
     try:
-        before = read_manifest(start.path).get("identity", {})
+        manifest = read_manifest(start.path)
     except (OSError, ValueError):
         voice.notice(f"{start.path} has no manifest; whether this is the run that it began is not known.")
         return
+    before = manifest.get("identity", {})
+    others = _other_versions(manifest.get("versions", {}), job.record.values["versions"])
+    if others:
+        voice.notice(f"other versions than the run began with, whose last bits may differ: {others}.")
     changed = [
         f"{_called(name)}: {_said(before[name])} in {start.path.name}, {_said(value)} now"
         for name, value in now.items()
@@ -102,6 +112,10 @@ def refuse_another_run(job: Job, now: dict[str, Any]) -> None:
             f"weights: --continue_training --checkpoint {adapter_file(start.path)} --output_dir NEW",
         ]
     )
+
+
+def _other_versions(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {before[name]} → {now[name]}" for name in now if before.get(name, now[name]) != now[name])
 
 
 def _called(name: str) -> str:

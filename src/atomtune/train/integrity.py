@@ -5,6 +5,7 @@ SHA-256, and takes its place in one rename. What can be seen under its own name 
 found by the manifest.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -46,8 +47,32 @@ def staging_of(final: Path) -> Path:
     return final.with_name(STAGING + final.name)
 
 
+@contextlib.contextmanager
+def staged(final: Path, *, clears: bool) -> Iterator[Path]:
+    """A folder to write in; what is left of it goes with the block, whatever ended it.
+
+    clears  on the rank that writes alone: another would take the folder away under its hands
+    """
+    staging = staging_of(final)
+    try:
+        yield staging
+    finally:
+        if clears:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
 def clear_staging(folder: Path) -> None:
-    """Remove what a killed run was writing or removing; for the holder of the folder's lock."""
+    """Finish or remove what a killed run was writing or removing; for the holder of the folder's lock.
+
+    A run that saves a step again gives up the old folder's name just before the new one takes it: killed in between,
+    the staged folder is whole and only its name is missing.
+    """
+    for left in folder.glob(f"{STAGING}checkpoint-*"):
+        final = left.with_name(left.name.removeprefix(STAGING))
+        if not final.exists() and not damage(left):
+            _to_disk(left)
+            left.rename(final)
+            _sync(folder)
     for left in (*folder.glob(f"{STAGING}*"), *folder.glob(f"{LEAVING}*")):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -77,7 +102,6 @@ def publish(staging: Path, folder: Path, *, last: str) -> None:
         goal = folder / file.relative_to(staging)
         goal.parent.mkdir(parents=True, exist_ok=True)
         file.replace(goal)
-    shutil.rmtree(staging)
     _sync(folder)
 
 

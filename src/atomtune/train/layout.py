@@ -3,8 +3,8 @@
 Before: prepare.py has read the data and loaded the model.  After: trainer.py.
 """
 
-import random
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,11 +15,13 @@ from atomtune.batch.collate import Collator, Layout
 from atomtune.batch.row import padded_tokens
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
-from atomtune.data.store import as_example
+from atomtune.data.store import as_examples
 from atomtune.errors import BadSettings
 from atomtune.model.layout import why_padded, windows_of
 from atomtune.model.load import device_in_use, pad_id_of
-from atomtune.train.prepare import Data, Job, dtype_of
+from atomtune.train.data import Data
+from atomtune.train.job import Job
+from atomtune.train.prepare import dtype_of
 from atomtune.train.verify import compare, say
 
 #: Batches drawn to see what a layout saves.
@@ -74,16 +76,15 @@ def choose_layout(job: Job, model: nn.Module, tokenizer: Any, data: Data) -> Col
     return Collator(
         layout=chosen,
         pad_id=pad_id_of(tokenizer),
-        as_example=as_example,
+        as_examples=as_examples,
         windows=windows_of(model) if chosen != "padded" else (None,),
     )
 
 
 def _draw(data: Data, *, per_batch: int, seed: int) -> list[list[Example]]:
-    """Batches as the sampler draws them: at random, without putting back."""
-    order = random.Random(seed).sample(range(len(data.train)), min(len(data.train), per_batch * _TRIED))
-    examples = [as_example(row) for row in data.train.select(order)]
-    return [examples[i : i + per_batch] for i in range(0, len(examples), per_batch)]
+    """Batches as the run may draw them."""
+    records = [as_examples(row) for row in data.some(per_batch * _TRIED, seed=seed)]
+    return [list(chain(*records[i : i + per_batch])) for i in range(0, len(records), per_batch)]
 
 
 def _tokens(examples: Sequence[Example]) -> tuple[int, int, int]:

@@ -1,21 +1,13 @@
-"""Prepare: the data and the model of one run, read, checked and said.
+"""Prepare: the model of one run, loaded, adapted, checked and said.
 
-Before: run.py decides where to start.  After: trainer.py.
+Before: data.py has read the records.  After: trainer.py.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-from transformers import TrainingArguments
 
-from atomtune.config import TrainSettings
-from atomtune.data.records import Account
-from atomtune.data.store import examples_of
-from atomtune.data.template import Template
-from atomtune.errors import BadData, BadSettings, listing
+from atomtune.errors import BadSettings
 from atomtune.model.adapter import (
     Card,
     adapter_file,
@@ -29,115 +21,7 @@ from atomtune.model.load import device_in_use, load_base, resolve_dtype
 from atomtune.model.lowrank import compute_together, families_of
 from atomtune.model.memory import should_checkpoint
 from atomtune.train.arguments import CHECKPOINTING
-from atomtune.train.checkpoint import Start
-from atomtune.train.report import RunRecord
-from atomtune.voice import Voice
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every part of one run shares: what was asked, where it starts, and where it speaks and writes."""
-
-    settings: TrainSettings
-    args: TrainingArguments
-    start: Start
-    before: dict[str, Any]  # the run.json that was here, if any
-    voice: Voice
-    record: RunRecord
-
-
-@dataclass(frozen=True)
-class Data:
-    """What one run learns from and is measured on."""
-
-    train: datasets.Dataset
-    evaluate: datasets.Dataset | None
-    account: Account
-    data_hash: str
-
-
-# --- data -------------------------------------------------------------------------------------------------------
-
-
-def read_data(job: Job, template: Template) -> Data:
-    """The examples to train and evaluate on; on several ranks the first one encodes, the others read the store."""
-    asked, voice = job.settings.data, job.voice
-
-    def read(path: Path) -> tuple[datasets.Dataset, Account, str]:
-        size = path.stat().st_size if path.is_file() else 0
-        with job.args.main_process_first(), voice.reading(size, f"reading {path.name}") as reading:
-            return examples_of(
-                path,
-                template,
-                max_tokens=asked.max_seq_length,
-                overlength="skip" if asked.skip_overlength else asked.overlength,
-                advance=reading.advance,
-            )
-
-    examples, account, data_hash = read(Path(str(asked.dataset_path)))
-    job.record.update(data={"path": asked.dataset_path, "sha256": data_hash}, **account.contract())
-    _say_account(account, template, voice)
-    _refuse_broken(account, asked.dataset_path, skip_bad=asked.skip_bad)
-    evaluate = None
-    if asked.eval_path:
-        evaluate, eval_account, _ = read(Path(asked.eval_path))
-        voice.say(f"{Path(asked.eval_path).name}, to evaluate on:")
-        _say_account(eval_account, template, voice)
-        _refuse_broken(eval_account, asked.eval_path, skip_bad=asked.skip_bad)
-    elif asked.eval_size:
-        held = round(asked.eval_size * len(examples)) if asked.eval_size < 1 else int(asked.eval_size)
-        if not 0 < held < len(examples):
-            raise BadSettings([f"--eval_size {asked.eval_size:g} holds out {held} of {len(examples)} records."])
-        parts = examples.train_test_split(test_size=held, seed=job.args.data_seed or job.args.seed)
-        examples, evaluate = parts["train"], parts["test"]
-        voice.say(f"{len(evaluate):,} records are held out to evaluate on, {len(examples):,} to train on.")
-    return Data(examples, evaluate, account, data_hash)
-
-
-def _say_account(account: Account, template: Template, voice: Voice) -> None:
-    voice.say(
-        f"{account.records_read:,} records read, {account.records_used:,} used, "
-        f"{len(account.records_refused):,} refused, {account.records_cut:,} shortened; "
-        f"{account.prompt_tokens:,} prompt and {account.target_tokens:,} target tokens; "
-        f"template {template.name}, stops at {template.stop}."
-    )
-    for said, count in account.notices.items():
-        voice.notice(f"{said} in {count:,} records.")
-    if account.records_copied:
-        voice.notice(f"{account.records_copied:,} records are copies of another and are learned once more.")
-    if account.cut_origins:
-        voice.notice(f"shortened to fit --max_seq_length: {_some(account.cut_origins)}.")
-    if account.control_origins:
-        voice.notice(f"control strings in the text stay text in: {_some(account.control_origins)}.")
-    if account.unknown_tokens:
-        voice.notice(f"{account.unknown_tokens:,} target tokens are unknown to this tokenizer and are learned as such.")
-    if account.shared_instruction is not None:
-        voice.notice("nearly all records share one instruction; it is stored with the adapter as chat's default.")
-    refused = [refusal for refusal in account.records_refused if not refusal.broken]
-    if refused:
-        voice.notice(f"not trained on:\n{listing([f'{r.origin}  {r.reason}' for r in refused], 5)}")
-
-
-def _some(origins: list[str], shown: int = 5) -> str:
-    rest = len(origins) - shown
-    return ", ".join(origins[:shown]) + (f" and {rest:,} more (all in run.json)" if rest > 0 else "")
-
-
-def _refuse_broken(account: Account, path: str | None, *, skip_bad: bool) -> None:
-    broken = account.broken
-    if broken and not skip_bad:
-        good = account.records_read - len(broken)
-        raise BadData(
-            f"{listing([f'{r.origin}  {r.reason}.' for r in broken])}\n"
-            f"{len(broken):,} of {account.records_read:,} records refused (all in run.json)."
-            + (f" --skip_bad trains on the other {good:,}." if good else "")
-        )
-    if not account.records_used:
-        first = account.records_refused[0]
-        raise BadData(f"{path}: none of {account.records_read:,} records can be used. {first.origin}: {first.reason}.")
-
-
-# --- model ------------------------------------------------------------------------------------------------------
+from atomtune.train.job import Job
 
 
 def dtype_of(job: Job, device: torch.device) -> torch.dtype:

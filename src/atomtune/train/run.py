@@ -15,7 +15,6 @@ import datasets
 import torch
 from transformers import PrinterCallback, set_seed
 
-from atomtune.config import TrainSettings
 from atomtune.data.records import Account
 from atomtune.data.template import load_template
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped, UserError
@@ -23,15 +22,19 @@ from atomtune.model.adapter import WEIGHTS, Card, refuse_empty
 from atomtune.model.fingerprint import fingerprint
 from atomtune.model.load import load_tokenizer, pad_id_of, quiet_libraries
 from atomtune.model.memory import StepShape, is_out_of_memory, peak_bytes, remedies
+from atomtune.settings import TrainSettings
 from atomtune.train.arguments import CHECKPOINTING, lengths, trainer_arguments
 from atomtune.train.checkpoint import Start, find_start, read_record
-from atomtune.train.folder import answer, check_space, locked
+from atomtune.train.data import Data, read_data
+from atomtune.train.folder import answer, check_space, locked, same_command
 from atomtune.train.identity import identity, refuse_another_run
-from atomtune.train.integrity import clear_staging, publish, staging_of
+from atomtune.train.integrity import clear_staging, publish, staged
+from atomtune.train.job import Job
 from atomtune.train.layout import check_equal, choose_layout
-from atomtune.train.prepare import Data, Job, load_model, read_data
+from atomtune.train.prepare import load_model
 from atomtune.train.report import RunRecord, TrainingBar, draw_loss
 from atomtune.train.samples import Samples
+from atomtune.train.stream import Stream
 from atomtune.train.trainer import LoraTrainer
 from atomtune.train.watch import Stop
 from atomtune.voice import Voice
@@ -50,6 +53,8 @@ def train(settings: TrainSettings) -> int:
     folder = Path(args.output_dir)
     lock = locked(folder) if first else contextlib.nullcontext()
     with lock:
+        if first:
+            clear_staging(folder)
         start = _as_the_first_rank(args, lambda: _start(settings, args, voice))
         if start.said:
             voice.say(start.said)
@@ -59,12 +64,10 @@ def train(settings: TrainSettings) -> int:
         record = RunRecord(folder, writes=first, waits=start.kind == "resume")
         job = Job(settings, args, start, read_record(folder), voice, record)
         try:
-            if first:
-                clear_staging(folder)
             record.update(settings=settings.resolved(), lengths=lengths(args), start=start.kind)
             _run(job, began)
         except BaseException as error:
-            told = answer(error, folder)
+            told = answer(error, folder, again=same_command(settings))
             status = "preempted" if isinstance(told, Stopped) else "failed"
             with contextlib.suppress(OSError):  # the record may not fit on a full disk either
                 record.update(status=status, reason=str(told) or type(told).__name__, notices=voice.notices)
@@ -120,7 +123,8 @@ def _run(job: Job, began: float) -> None:
     if settings.run.verify:
         check_equal(job, data, pad_id=pad_id_of(tokenizer))
     set_seed(job.args.seed)
-    model = load_model(job, longest_tokens=data.account.longest_tokens)
+    longest = settings.data.max_seq_length if settings.data.streaming else data.account.longest_tokens
+    model = load_model(job, longest_tokens=longest)
     collator = choose_layout(job, model, tokenizer, data)
     card = Card(
         template=template.name,
@@ -154,7 +158,8 @@ def _run(job: Job, began: float) -> None:
             raise
         raise BadSettings([f"The Trainer refuses these settings: {error}"]) from error
     _refuse_what_is_not_used(job, trainer)
-    _say_length(job, len(data.train))
+    if not isinstance(data.train, Stream):
+        _say_length(job, len(data.train))
     if job.args.should_save:
         check_space(job, model, tokenizer)
     samples = Samples.of_demo(settings, model, template)
@@ -219,12 +224,13 @@ def _fit(job: Job, trainer: LoraTrainer, data: Data) -> float:
     finally:
         bar.close()
         trainer.stop.restore()
-        job.record.update(**_figures(trainer), notices=voice.notices)
+        read = data.account.contract() if job.settings.data.streaming else {}
+        job.record.update(**_figures(trainer), **read, notices=voice.notices)
     owes = trainer.state.global_step < trainer.state.max_steps or trainer.work.owes_evaluation
     if trainer.stop.reason is not None and owes:
         raise Stopped(
             f"{trainer.stop.reason}; stopped after step {trainer.state.global_step:,} with a checkpoint.\n"
-            f"The same command with --resume goes on from there (--output_dir {args.output_dir})."
+            f"{same_command(job.settings)} goes on from there (--output_dir {args.output_dir})."
         )
     return trainer.mean_loss()
 
@@ -245,11 +251,12 @@ def _figures(trainer: LoraTrainer) -> dict[str, Any]:
 def _save(job: Job, trainer: LoraTrainer, loss: float) -> None:
     """The adapter, the picture and the finished record."""
     refuse_empty(trainer.accelerator.unwrap_model(trainer.model))
-    folder = Path(trainer.args.output_dir)
-    staging = staging_of(folder / "adapter")
-    trainer.save_model(str(staging))
-    if trainer.args.process_index == 0:
-        publish(staging, folder, last=WEIGHTS)
+    folder, first = Path(trainer.args.output_dir), trainer.args.process_index == 0
+    with staged(folder / "adapter", clears=first) as staging:
+        trainer.save_model(str(staging))
+        if first:
+            publish(staging, folder, last=WEIGHTS)
+    if first:
         draw_loss(trainer.state.log_history, folder / "loss.png")
     evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     job.record.update(

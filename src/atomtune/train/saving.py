@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import ExportableState
 
-from atomtune.errors import BadModel, RunFailed
-from atomtune.model.adapter import Card, refuse_unlike
+from atomtune.errors import BadModel, RunFailed, listing
+from atomtune.model.adapter import Card, refuse_not_finite, refuse_unlike
 from atomtune.train.checkpoint import STATE
 from atomtune.train.integrity import MANIFEST, checkpoints, damage, disk_failed, rotate, seal, staging_of
 from atomtune.train.state import gathered, load_state, random_state, save_state, scatter, set_random_state
@@ -60,6 +60,7 @@ class SavingTrainer(Trainer):
         """
         folder = Path(output_dir or self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        refuse_not_finite(model)
         model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
         if self.args.should_save:
             if state_dict is None:
@@ -94,9 +95,7 @@ class SavingTrainer(Trainer):
 
     def _fill_checkpoint(self, staging: Path, final: Path) -> None:
         self.store_flos()
-        best = getattr(self.state, "best_global_step", None)
-        if best and ((path := final.with_name(f"checkpoint-{best}")) == final or path.is_dir()):
-            self.state.best_model_checkpoint = str(path)
+        self._name_the_best(final)
         self.save_model(str(staging), _internal_call=True)
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(staging))
@@ -107,6 +106,24 @@ class SavingTrainer(Trainer):
                 if isinstance(callback, ExportableState):
                     self.state.stateful_callbacks[type(callback).__name__] = callback.state()
             self.state.save_to_json(str(staging / STATE))
+
+    def _name_the_best(self, final: Path | None = None) -> None:
+        """The best checkpoint by the path it stands under now: a run's folder may have been moved since."""
+        best = getattr(self.state, "best_global_step", None)
+        path = Path(self.args.output_dir) / f"checkpoint-{best}"
+        if best and (path == final or path.is_dir()):
+            self.state.best_model_checkpoint = str(path)
+
+    def _load_best_model(self) -> None:
+        """As the library does, from a checkpoint that is whole; it would pass a missing one by and keep the last."""
+        self._name_the_best()
+        best = Path(self.state.best_model_checkpoint)
+        if problems := damage(best):
+            raise RunFailed(
+                f"The best checkpoint, {best}, cannot be taken: {listing(problems, 3)}.\n"
+                "Without --load_best_model_at_end the run ends with the last step's adapter (add --resume)."
+            )
+        super()._load_best_model()
 
     def _seal_checkpoint(self, staging: Path, final: Path) -> None:
         if self.args.should_save:

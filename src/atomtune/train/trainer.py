@@ -29,10 +29,10 @@ class LoraTrainer(SavingTrainer):
         super().__init__(**kwargs)
         self.work, self.stop = WorkCounter(), stop
         self.finite = FiniteSteps(self.work, budget=skip_nonfinite, notice=self.notice)
+        if self._ranks_evaluate_alone:  # else a rank holds parts of weights, which may well be zero
+            self.add_callback(Reach(self.notice))  # before a step that is left out loses its gradients
         for callback in (self.work, AtBegin(self.begin), self.finite, stop, Spikes(self.notice)):
             self.add_callback(callback)
-        if self._ranks_evaluate_alone:  # else a rank holds parts of weights, which may well be zero
-            self.add_callback(Reach(self.notice))
         self.add_callback(LogWhatIsSaved())  # after all that ask for a save
         # The loss below is already divided by the targets of all micro-batches. 5.17 reads the first name, 5.23 both.
         self.model_accepts_loss_kwargs = True

@@ -16,9 +16,8 @@ from rich.table import Table
 
 from atomtune.batch.collate import Collator, Layout
 from atomtune.batch.row import padded_tokens
-from atomtune.config import LoraSettings, ModelSettings, VerifySettings
 from atomtune.data.records import Example
-from atomtune.data.store import as_example, examples_of
+from atomtune.data.store import Rules, as_examples, examples_of, together
 from atomtune.data.template import load_template
 from atomtune.errors import BadData, BadSettings, CheckFailed
 from atomtune.model.adapter import match_targets, new_adapter
@@ -26,6 +25,7 @@ from atomtune.model.layout import why_padded, windows_of
 from atomtune.model.load import device_in_use, load_base, load_tokenizer, pad_id_of, quiet_libraries, resolve_dtype
 from atomtune.model.loss import target_log_probabilities, target_nats
 from atomtune.model.lowrank import compute_together, families_of
+from atomtune.settings import LoraSettings, ModelSettings, VerifySettings
 from atomtune.voice import Voice
 
 
@@ -105,7 +105,7 @@ def verify(settings: VerifySettings) -> int:
     device = device_in_use()
     dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=voice.notice)
     examples, pad_id = _examples(settings)
-    voice.say(f"{len(examples)} records of {Path(str(settings.dataset_path)).name}, on {device}")
+    voice.say(f"{len(examples)} records of {', '.join(Path(source).name for source in settings.sources)}, on {device}")
     compared = compare(
         examples,
         model=settings,
@@ -123,16 +123,12 @@ def verify(settings: VerifySettings) -> int:
 
 def _examples(settings: VerifySettings) -> tuple[list[Example], int]:
     tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
-    stored, account, _ = examples_of(
-        Path(str(settings.dataset_path)),
-        load_template(settings.template, tokenizer),
-        max_tokens=settings.max_seq_length,
-        overlength="skip" if settings.skip_overlength else settings.overlength,
-    )
+    template, rules = load_template(settings.template, tokenizer), Rules(**settings.rules())
+    stored, account, _ = together([examples_of(source, template, rules) for source in settings.sources])
     if not len(stored):
-        raise BadData(f"{settings.dataset_path}: none of {account.records_read:,} records can be used.")
+        raise BadData(f"{', '.join(settings.sources)}: none of {account.records_read:,} records can be used.")
     order = random.Random(settings.seed).sample(range(len(stored)), min(settings.records, len(stored)))
-    return [as_example(row) for row in stored.select(order)], pad_id_of(tokenizer)
+    return [example for row in stored.select(order) for example in as_examples(row)], pad_id_of(tokenizer)
 
 
 def compare(
@@ -170,7 +166,7 @@ def compare(
     layout: Layout = "padded" if reason else "packed" if asked == "packed" else "tree"
     compute_together(families_of(fast, input_ids=torch.zeros(1, 2, dtype=torch.long, device=device)))
     windows = windows_of(fast) if layout != "padded" else (None,)
-    collator = Collator(layout=layout, pad_id=pad_id, as_example=as_example, windows=windows)
+    collator = Collator(layout=layout, pad_id=pad_id, as_examples=as_examples, windows=windows)
     voice.say("the fast path …")
     ours, computed = in_batches(fast, examples, collator, per_batch=per_batch)
     del fast

@@ -247,9 +247,11 @@ class Reach(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self._looked:
             return
-        self._looked = True
         # A's gradient is zero as long as B is, so B tells.
         grads = {name: weight.grad for name, weight in model.named_parameters() if "lora_B" in name}
+        if not all(bool(torch.isfinite(_local(grad)).all()) for grad in grads.values() if grad is not None):
+            return  # NaN spreads to every layer and tells nothing
+        self._looked = True
         unreached = sorted(
             name.partition(".lora_B")[0] for name, grad in grads.items() if grad is None or not bool(_local(grad).any())
         )

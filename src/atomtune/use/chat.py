@@ -9,7 +9,6 @@ import torch
 from rich.console import Console
 from transformers import TextStreamer
 
-from atomtune.config import ChatSettings
 from atomtune.data.records import Turn
 from atomtune.data.template import Message, Template
 from atomtune.errors import BadSettings
@@ -17,6 +16,7 @@ from atomtune.model.adapter import load_trained
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.generate import answer, prompt_ids
 from atomtune.model.load import device_in_use, load_base, quiet_libraries, resolve_dtype
+from atomtune.settings import ChatSettings
 from atomtune.use.trained import base_of, template_of
 
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from atomtune.config import MergeSettings
 from atomtune.data.template import Template
 from atomtune.errors import BadSettings, CheckFailed
 from atomtune.model.adapter import load_trained
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.generate import prompt_ids, stop_ids
 from atomtune.model.load import load_base, quiet_libraries, stored_dtype
+from atomtune.settings import MergeSettings
 from atomtune.use.trained import base_of, template_of
 from atomtune.voice import Voice
 

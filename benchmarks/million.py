@@ -1,0 +1,182 @@
+"""A million records: reading and encoding them, against the tokenizer alone; memory, and the second start.
+
+    python -m benchmarks.million --records 1000000 --source train.jsonl
+
+The tokenizer's own rate is the floor: the same prompts and answers as texts in memory, in batches, with all the threads
+it takes. Nothing is trained and no model is made.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.__main__ import PERSONA
+
+#: Texts a call of the tokenizer gets at once; larger ones were no faster.
+_BATCH = 1000
+
+
+def write(source: Path, count: int, path: Path) -> Path:
+    """Records like the source's, as many as asked: a question of one, the answer of another, a number to tell them by."""
+    with source.open(encoding="utf-8") as lines:
+        known = [json.loads(line) for line in lines if line.strip()]
+    draw = random.Random(0)
+    with path.open("w", encoding="utf-8") as out:
+        for number in range(count):
+            asked, answered = draw.choice(known), draw.choice(known)
+            record = {**asked, "instruction": f"{asked['instruction']} {number}", "output": answered["output"]}
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return path
+
+
+def bare(base: Path, data: Path, count: int) -> float:
+    """Records a second of the tokenizer alone: each prompt in one go, each answer on its own."""
+    from atomtune.data.template import load_template
+    from atomtune.model.load import load_tokenizer
+
+    tokenizer = load_tokenizer(str(base))
+    template = load_template("atom", tokenizer)
+    prompts, answers = [], []
+    with data.open(encoding="utf-8") as lines:
+        for _, line in zip(range(count), lines, strict=False):
+            one = json.loads(line)
+            asked = [{"role": "system", "content": one["instruction"]}, {"role": "user", "content": one["input"]}]
+            prompts.append(template.render(asked if one["input"] else [{**asked[0], "role": "user"}]))
+            answers.append(one["output"])
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    backend = tokenizer.backend_tokenizer
+    backend.encode_batch_fast(prompts[:_BATCH], add_special_tokens=False)
+    began = time.perf_counter()
+    for texts in (prompts, answers):
+        for start in range(0, len(texts), _BATCH):
+            made = backend.encode_batch_fast(texts[start : start + _BATCH], add_special_tokens=False)
+            [one.ids for one in made]
+    return len(prompts) / (time.perf_counter() - began)
+
+
+def encode(base: Path, data: Path, cache: Path) -> dict[str, Any]:
+    """One start of a run, up to the examples: seconds, records a second, and memory of this process and its own."""
+    from atomtune.data.store import Rules, examples_of
+    from atomtune.data.template import load_template
+    from atomtune.model.load import load_tokenizer
+
+    template = load_template("atom", load_tokenizer(str(base)))
+    before = _memory()
+    peak = Peak()
+    began = time.perf_counter()
+    examples, account, _ = examples_of(data, template, Rules(max_tokens=256), cache_dir=cache)
+    seconds = time.perf_counter() - began
+    return {
+        "records": account.records_read,
+        "rows": len(examples),
+        "seconds": seconds,
+        "records_per_second": account.records_read / seconds,
+        "peak_memory_mb": peak.stop() / 2**20,
+        "memory_before_mb": before / 2**20,
+        "largest_process_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+    }
+
+
+def _memory() -> int:
+    """Memory of this process and those it started, what they share counted once (PSS), in bytes."""
+    import psutil
+
+    me = psutil.Process()
+    total = 0
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            total += process.memory_full_info().pss
+        except psutil.Error:  # it ended meanwhile
+            continue
+    return total
+
+
+class Peak:
+    """The largest memory seen, looked at every fifth of a second."""
+
+    def __init__(self) -> None:
+        self.most, self._over = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.2):
+            self.most = max(self.most, _memory())
+
+    def stop(self) -> int:
+        self._over.set()
+        self._thread.join()
+        return self.most
+
+
+def _apart(*words: str) -> Any:
+    """What this module says in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.million", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=3, help="pairs of the tokenizer alone and a whole start")
+    parser.add_argument("--source", type=Path, default=PERSONA, help="dialogues that the records are made of")
+    parser.add_argument("--part", choices=("bare", "encode"), help=argparse.SUPPRESS)
+    parser.add_argument("--base", type=Path, help="a model's folder, for its tokenizer")
+    parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.part == "bare":
+        print(json.dumps(bare(asked.base, asked.data, asked.records)))
+    elif asked.part == "encode":
+        print(json.dumps(encode(asked.base, asked.data, asked.cache)))
+    else:
+        measure(asked)
+
+
+def measure(asked: argparse.Namespace) -> None:
+    """Pairs of both, and a start from the cache; a table on standard output."""
+    from benchmarks import workloads
+
+    with tempfile.TemporaryDirectory() as folder:
+        base = asked.base or workloads.build_base(Path(folder) / "base", workloads.read(asked.source, 10**9), "toy")
+        data = write(asked.source, asked.records, Path(folder) / "million.jsonl")
+        print(f"{asked.records:,} records, {data.stat().st_size / 2**20:.0f} MB", flush=True)
+        ratios, starts = [], []
+        for turn in range(asked.rounds):
+            alone = _apart(
+                *("--part", "bare", "--base", str(base), "--data", str(data)),
+                *("--records", str(min(asked.records, 200_000))),
+            )
+            cache = Path(folder) / f"cache-{turn}"
+            whole = ("--part", "encode", "--base", str(base), "--data", str(data), "--cache", str(cache))
+            first, second = _apart(*whole), _apart(*whole)
+            ratios.append(first["records_per_second"] / alone)
+            starts.append((alone, first, second))
+            print(
+                f"round {turn}: tokenizer alone {alone:,.0f} records/s; read and encoded {first['records_per_second']:,.0f} "
+                f"records/s ({ratios[-1]:.2f} of it), {first['seconds']:.1f} s, peak {first['peak_memory_mb']:,.0f} MB "
+                f"({first['memory_before_mb']:,.0f} before); from the cache {second['seconds']:.2f} s",
+                flush=True,
+            )
+    print(f"median share of the tokenizer's own rate: {statistics.median(ratios):.2f}")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "tokenizers", "datasets", "pyarrow"))
+    print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {versions}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Packed: the bytes of a file, unpacked on the way where it is .gz or .zst; known by its first bytes, not by its name.
+
+Before: a path.  After: jsonl.py, array.py or tables.py cut the bytes into records.
+Never more than a buffer is unpacked at once. zstd is pyarrow's own, which `datasets` needs anyway.
+"""
+
+import gzip
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import pyarrow
+
+from atomtune.errors import BadData
+
+#: Read from the disk, and unpacked, at once.
+BUFFER_BYTES = 256 * 2**10
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+Packing = Literal["gzip", "zstd"]
+
+
+def packing_of(head: bytes) -> Packing | None:
+    """How a file is packed, by its first bytes."""
+    if head.startswith(GZIP):
+        return "gzip"
+    return "zstd" if head.startswith(ZSTD) else None
+
+
+def open_raw(path: Path) -> io.FileIO:
+    """The file as it is. Raises BadData when it cannot be opened."""
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise BadData(f"{path}: cannot be read: {error.strerror}.") from None
+
+
+@contextmanager
+def open_bytes(path: Path, advance: Callable[[int], None] = lambda n_bytes: None) -> Iterator[BinaryIO]:
+    """The content of a file as a stream; advance is called with bytes read from the disk, packed ones where packed.
+
+    Raises BadData when the file cannot be opened; reading raises it at a damaged or unfinished place.
+    """
+    with open_raw(path) as raw:
+        counted = _Counted(raw, advance)
+        packing = packing_of(raw.read(4))
+        raw.seek(0)
+        if packing is None:
+            yield io.BufferedReader(counted, BUFFER_BYTES)
+            return
+        inner = _unpacked(counted, packing)
+        yield io.BufferedReader(_Watched(inner, path, packing), BUFFER_BYTES)
+
+
+def _unpacked(counted: io.RawIOBase, packing: Packing) -> Any:
+    if packing == "gzip":
+        return gzip.GzipFile(fileobj=io.BufferedReader(counted, BUFFER_BYTES))
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(counted, mode="r"), "zstd")
+
+
+class _Counted(io.RawIOBase):
+    """A file that says how much of it was read."""
+
+    def __init__(self, file: io.FileIO, advance: Callable[[int], None]) -> None:
+        self._file, self._advance = file, advance
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        n_bytes = self._file.readinto(buffer) or 0
+        if n_bytes:
+            self._advance(n_bytes)
+        return n_bytes
+
+
+class _Watched(io.RawIOBase):
+    """Unpacked bytes; what is wrong with the archive is said with the line that is reached."""
+
+    def __init__(self, inner: Any, path: Path, packing: Packing) -> None:
+        self._inner, self._path, self._packing = inner, path, packing
+        self._line = 1
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            part: bytes = self._inner.read(len(buffer))
+        except (EOFError, OSError, zlib.error) as error:  # gzip.BadGzipFile and pyarrow's errors are OSErrors
+            unfinished = isinstance(error, EOFError) or "Truncated" in str(error)
+            what = "ends in the middle, as a download does that stopped" if unfinished else f"is damaged ({error})"
+            raise BadData(
+                f"{self._path.name}:{self._line}: the {self._packing} file {what}. Fetch or pack it again; "
+                f"{'gzip -t' if self._packing == 'gzip' else 'zstd -t'} {self._path.name} tests it."
+            ) from None
+        self._line += part.count(b"\n")
+        buffer[: len(part)] = part
+        return len(part)

@@ -1,0 +1,278 @@
+"""Rendered texts: a `text` that some template has already written, read back into turns.
+
+Before: formats.py meets a `text`.  After: the turns are rendered again by whatever template a run has.
+Law: turns are given back only where writing them again, by the very template they are read as, gives the same text up
+to white space at its ends, one BOS and one final stop token (tests/data/test_rendered.py). Whatever cannot be told for
+sure (a marker inside a turn, a text that ends before its answer) is None: the text is then a text like any other.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, NoReturn
+
+from jinja2 import Template, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from atomtune.data.records import Turn
+
+#: What a known template writes near its beginning, and the family it belongs to; the first in the text decides.
+_SIGNS = (
+    ("<s>Human: ", "atom"),
+    ("<s>System: ", "atom"),
+    ("<|im_start|>", "chatml"),
+    ("<|start_header_id|>", "llama3"),
+    ("<start_of_turn>", "gemma"),
+    ("[INST] ", "mistral"),
+    ("### Instruction:\n", "alpaca"),
+    ("USER: ", "vicuna"),
+)
+_WITHIN = 200
+_BOS = ("<s>", "<bos>", "<|begin_of_text|>")
+_TUTORIAL = "请回答用户问题: "  # parts the instruction from the input in the tutorial's text
+#: System texts that a template writes by itself.
+_OWN_SYSTEM = {
+    "alpaca": (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.",
+    ),
+    "vicuna": (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    ),
+}
+# Published texts that no built-in template writes any more.
+_WITHOUT_NEWLINES = (  # the examples in Llama-Chinese's README
+    "{%- for m in messages -%}{{- '<s>' + {'system': 'System: ', 'user': 'Human: ', 'assistant': 'Assistant: '}"
+    "[m['role']] + m['content'] + '</s>' -}}{%- endfor -%}"
+)
+_LLAMA2 = (
+    "{%- set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' -%}{%- for m in messages -%}"
+    "{%- if m['role'] == 'user' -%}{{- '<s>[INST] ' -}}"
+    "{{- system if loop.index0 == 1 and messages[0]['role'] == 'system' -}}{{- m['content'] + ' [/INST]' -}}"
+    "{%- elif m['role'] == 'assistant' -%}{{- ' ' + m['content'] + ' </s>' -}}{%- endif -%}{%- endfor -%}"
+)
+_LLAMA3_AS_IT_IS = (  # not trimmed: Llama 3.1 ends its own system text with two newlines
+    "{%- for m in messages -%}{{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' -}}"
+    "{{- m['content'] + '<|eot_id|>' -}}{%- endfor -%}"
+)
+_ALPACA_INPUT = (  # Stanford's own: an input has a heading
+    "{%- for m in messages -%}{%- if m['role'] == 'system' -%}{{- m['content'] + '\\n\\n' -}}"
+    "{%- elif m['role'] == 'user' -%}{{- '### Instruction:\\n' + m['content'] + '\\n\\n' -}}"
+    "{{- '### Input:\\n' + m['input'] + '\\n\\n' if m['input'] -}}"
+    "{%- else -%}{{- '### Response:\\n' + m['content'] + eos_token + '\\n\\n' -}}{%- endif -%}{%- endfor -%}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How one template's text is taken apart, and the template that must write it again."""
+
+    name: str
+    step: re.Pattern[str]  # one turn or one exchange; its groups are roles, and `input`
+    markers: re.Pattern[str]  # what no turn may hold, or the turns could be others
+    stops: tuple[str, ...]  # what may end the text; the first is put there where it has none
+    source: str = ""  # the template, where it is not the built-in one of this name
+    opening: re.Pattern[str] | None = None  # a system text that stands before the first marker
+    own_bos: bool = False  # a BOS is a marker here, and none may be missing or added
+
+
+def _form(name: str, step: str, markers: str, *stops: str, opening: str = "", **more: Any) -> Form:
+    before = re.compile(opening, re.DOTALL) if opening else None
+    return Form(name, re.compile(step, re.DOTALL), re.compile(markers), stops, opening=before, **more)
+
+
+# Atomic groups, (?>…): where a step's later part fails, its earlier turns are not tried longer. They could not hold the
+# marker anyway, and a text with many of them would take its length squared.
+_ATOM, _EOS = r"</?s>", r"(?:</s>|<\|endoftext\|>)"
+_INST = r"</?s>|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|<</?SYS>>"
+_LLAMA3 = (
+    r"<\|start_header_id\|>(?:system<\|end_header_id\|>\n\n(?P<system>.*?)|user<\|end_header_id\|>\n\n(?P<user>.*?)"
+    r"|assistant<\|end_header_id\|>\n\n(?P<assistant>.*?))<\|eot_id\|>",
+    r"<\|(?:(?:start|end)_header_id|eot_id|eom_id|python_tag|begin_of_text)\|>",
+    "<|eot_id|>",
+)
+_ALPACA = (
+    r"### Instruction:\n(?>(?P<user>.*?)\n\n(?=### (?:Input|Response):\n))"
+    r"(?:### Input:\n(?>(?P<input>.*?)\n\n(?=### Response:\n)))?"
+    rf"### Response:\n(?P<assistant>.*?){_EOS}(?:\n\n|\Z)",
+    rf"### (?:Instruction|Input|Response):|<s>|{_EOS}",
+    *("</s>", "<|endoftext|>"),
+)
+_ALPACA_OPENING = r"(?!### Instruction:\n)(?P<system>.*?)\n\n(?=### Instruction:\n)"
+#: Family → its forms; the first that reads a text and writes it again is taken.
+_FORMS: dict[str, tuple[Form, ...]] = {
+    "tutorial": (
+        _form(
+            "atom",
+            rf"<s>(?:System: (?P<system>.*?)\n|Human: (?>(?P<user>.*?){_TUTORIAL})(?P<input>.*?)\n"
+            r"|Assistant:(?P<assistant>.*?))</s>",
+            *(f"{_ATOM}|{_TUTORIAL}", "</s>"),
+            own_bos=True,
+        ),
+    ),
+    "atom": (
+        _form(
+            "atom-official",
+            r"<s>(?:System: (?P<system>.*?)\n|Human: (?P<user>.*?)\n|Assistant: (?P<assistant>.*?))</s>",
+            *(_ATOM, "</s>"),
+            own_bos=True,
+        ),
+        _form(
+            "atom-official",
+            r"<s>(?:System: (?P<system>.*?)|Human: (?P<user>.*?)|Assistant: (?P<assistant>.*?))</s>",
+            *(_ATOM, "</s>"),
+            source=_WITHOUT_NEWLINES,
+            own_bos=True,
+        ),
+    ),
+    "chatml": (
+        _form(
+            "chatml",
+            r"<\|im_start\|>(?:system\n(?P<system>.*?)|user\n(?P<user>.*?)|assistant\n(?P<assistant>.*?)"
+            r"|tool\n(?P<tool>.*?))<\|im_end\|>(?:\n|\Z)",
+            *(r"<\|im_(?:start|end)\|>", "<|im_end|>"),
+        ),
+    ),
+    "llama3": (_form("llama3", *_LLAMA3), _form("llama3", *_LLAMA3, source=_LLAMA3_AS_IT_IS)),
+    "gemma": (
+        _form(
+            "gemma",
+            r"<start_of_turn>(?:user\n(?P<user>.*?)|model\n(?P<assistant>.*?))<end_of_turn>(?:\n|\Z)",
+            *(r"<(?:start|end)_of_turn>|<bos>", "<end_of_turn>"),
+        ),
+    ),
+    "mistral": (
+        _form(
+            "llama2",
+            r"<s>\[INST\] (?:<<SYS>>\n(?>(?P<system>.*?)\n<</SYS>>\n\n))?"
+            r"(?>(?P<user>.*?) \[/INST\] )(?P<assistant>.*?) </s>",
+            *(_INST, " </s>"),
+            source=_LLAMA2,
+            own_bos=True,
+        ),
+        _form("mistral", r"\[INST\] (?>(?P<user>.*?)\[/INST\] )(?P<assistant>.*?)</s>", _INST, "</s>"),
+    ),
+    "alpaca": (
+        _form("alpaca", *_ALPACA, opening=_ALPACA_OPENING),
+        _form("alpaca", *_ALPACA, opening=_ALPACA_OPENING, source=_ALPACA_INPUT),
+    ),
+    "vicuna": (
+        _form(
+            "vicuna",
+            r"USER: (?>(?P<user>.*?) ASSISTANT: )(?P<assistant>.*?)</s>",
+            *(r"\b(?:USER|ASSISTANT):|</?s>", "</s>"),
+            opening=r"(?!USER: )(?P<system>.*?) (?=USER: )",
+        ),
+    ),
+}
+
+
+def turns_of(text: str) -> tuple[str, tuple[Turn, ...]] | None:
+    """The template that wrote this text and the turns it wrote; None where it is no rendered conversation for sure.
+
+    The name is that of a built-in template, or `llama2`, whose published data looks much like Mistral's.
+    """
+    family = _family(text)
+    if family is None:
+        return None
+    for form in _FORMS[family]:
+        bare, stop = _bare(text, form)
+        if not stop and any(bare.endswith(one[:n]) for one in form.stops for n in range(1, len(one))):
+            continue  # it ends within its stop token
+        turns = _read(bare + (stop or form.stops[0]), form)
+        if turns is not None and _bare(_written(turns, form, stop or form.stops[0]), form)[0] == bare:
+            return form.name, _without_own_system(turns, form.name)
+    return None
+
+
+def _family(text: str) -> str | None:
+    """Whose signs the text begins with; `in` and `find` are many times faster here than one regular expression."""
+    head = text[:_WITHIN]
+    found = [(head.find(sign), family) for sign, family in _SIGNS if sign in head]
+    family = min(found)[1] if found else None
+    return "tutorial" if family == "atom" and _TUTORIAL in text else family
+
+
+def _bare(text: str, form: Form) -> tuple[str, str]:
+    """The text without what may stand at its ends or not, and the stop token it ended in, if any."""
+    text = text.strip()
+    bos = next((one for one in _BOS if text.startswith(one)), "")
+    if not form.own_bos:
+        text = text.removeprefix(bos).lstrip()
+    stop = next((one for one in form.stops if text.endswith(one)), "")
+    return text.removesuffix(stop), stop
+
+
+def _read(text: str, form: Form) -> tuple[Turn, ...] | None:
+    """All of the text as turns, or None; nothing is said yet about writing them again."""
+    turns: list[Turn] = []
+    at = 0
+    if form.opening and (before := form.opening.match(text)):
+        turns, at = list(_turns_in(before)), before.end()
+    while at < len(text):
+        step = form.step.match(text, at)
+        if step is None:
+            return None
+        turns += _turns_in(step)
+        at = step.end()
+    if any(form.markers.search(turn.text) or form.markers.search(turn.input) for turn in turns):
+        return None
+    return tuple(turns) if _is_a_conversation(turns) else None
+
+
+def _turns_in(step: re.Match[str]) -> Iterator[Turn]:
+    said = step.groupdict()
+    for role in ("system", "user", "tool", "assistant"):
+        if said.get(role) is not None:
+            yield Turn(role, said[role], (said.get("input") or "") if role == "user" else "")
+
+
+def _is_a_conversation(turns: Sequence[Turn]) -> bool:
+    """Whether it asks something, answers it last, and gives no answer without a question."""
+    roles = [turn.role for turn in turns if turn.role != "system"]
+    if not turns or turns[-1].role != "assistant" or not turns[-1].text.strip():
+        return False
+    return roles[0] == "user" and all(a != b for a, b in itertools.pairwise(roles))
+
+
+def _without_own_system(turns: tuple[Turn, ...], name: str) -> tuple[Turn, ...]:
+    own = turns[0].role == "system" and turns[0].text in _OWN_SYSTEM.get(name, ())
+    return turns[1:] if own else turns
+
+
+def _written(turns: Sequence[Turn], form: Form, stop: str) -> str:
+    """What the form's template writes for these turns; nothing where it refuses them."""
+    messages: list[dict[str, Any]] = []
+    if form.name in _OWN_SYSTEM and turns[0].role != "system":
+        messages.append({"role": "system", "content": ""})  # else the template writes its own
+    for turn in turns:
+        if form.name == "atom" and turn.input:
+            messages += [{"role": "system", "content": turn.text}, {"role": "user", "content": turn.input}]
+        else:
+            messages.append({"role": turn.role, "content": turn.text, "input": turn.input})
+    try:
+        return _template(form.name, form.source).render(
+            messages=messages, bos_token="<s>", eos_token=stop.strip(), add_generation_prompt=False
+        )
+    except TemplateError:
+        return ""
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise TemplateError(reason)
+
+
+@cache
+def _template(name: str, source: str) -> Template:
+    """The built-in template of this name, or another text of it, in an environment like transformers' own."""
+    if not source:
+        file = resources.files("atomtune.data") / "templates" / f"{name}.jinja"
+        source = file.read_text(encoding="utf-8").rstrip("\n")
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _refuse
+    return environment.from_string(source)

@@ -1,0 +1,181 @@
+"""Data: the records of one run, read, checked, mixed, split and said.
+
+Before: run.py decides where to start.  After: prepare.py loads the model, trainer.py draws batches.
+"""
+
+import hashlib
+import itertools
+import random
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from atomtune.data.files import fingerprint_of, size_of
+from atomtune.data.records import Account
+from atomtune.data.store import Rules, examples_of, together
+from atomtune.data.template import Template
+from atomtune.errors import BadData, BadSettings, listing
+from atomtune.train.job import Job
+from atomtune.train.stream import Stream
+from atomtune.voice import Voice
+
+
+@dataclass(frozen=True)
+class Data:
+    """What one run learns from and is measured on."""
+
+    train: datasets.Dataset | Stream
+    evaluate: datasets.Dataset | None
+    data_hash: str
+    stored: Account | None = None  # of what was read before training; a stream is read while training
+
+    @property
+    def account(self) -> Account:
+        """Where every record went; of a stream, as far as it was read."""
+        if self.stored is not None:
+            return self.stored
+        assert isinstance(self.train, Stream)
+        return self.train.account
+
+    def some(self, records: int, *, seed: int) -> list[dict[str, Any]]:
+        """So many of the training records at random, without putting back; of a stream, the first."""
+        if isinstance(self.train, Stream):
+            return list(itertools.islice(self.train, records))
+        order = random.Random(seed).sample(range(len(self.train)), min(len(self.train), records))
+        return list(self.train.select(order))
+
+
+def read_data(job: Job, template: Template) -> Data:
+    """The examples to train and evaluate on; on several ranks the first one encodes, the others read the store."""
+    evaluate = _to_evaluate(job, template)
+    asked, voice = job.settings.data, job.voice
+    if asked.streaming:
+        return _stream(job, template, evaluate)
+    parts = [_read(source, job, template) for source in asked.sources]
+    examples, account, data_hash = together(parts)
+    job.record.update(data={"path": asked.dataset_path, "sha256": data_hash}, **account.contract())
+    say_account(account, template, voice)
+    _refuse_broken(account, skip_bad=asked.skip_bad)
+    _refuse_empty(account, ", ".join(asked.sources))
+    learned = list(range(len(examples)))
+    if asked.eval_size:
+        learned, held = _held_out(job, len(examples))
+        evaluate = examples.select(held)
+        voice.say(f"{len(held):,} records are held out to evaluate on, {len(learned):,} to train on.")
+    ends = list(accumulate(len(stored) for stored, *_ in parts))
+    drawn = mixed(learned, ends, asked.mix, seed=job.args.seed)
+    if asked.mix:
+        voice.say(f"mixed as {asked.mix}: an epoch sees {len(drawn):,} records.")
+    train = examples if len(drawn) == len(examples) and not asked.mix else examples.select(drawn)
+    return Data(train, evaluate, data_hash, account)
+
+
+def _to_evaluate(job: Job, template: Template) -> datasets.Dataset | None:
+    """The records of --eval_path."""
+    asked, voice = job.settings.data, job.voice
+    if not asked.eval_path:
+        return None
+    evaluate, account, _ = _read(asked.eval_path, job, template)
+    voice.say(f"{Path(asked.eval_path).name}, to evaluate on:")
+    say_account(account, template, voice)
+    _refuse_broken(account, skip_bad=asked.skip_bad)
+    _refuse_empty(account, asked.eval_path)
+    return evaluate
+
+
+def _stream(job: Job, template: Template, evaluate: datasets.Dataset | None) -> Data:
+    asked, voice = job.settings.data, job.voice
+    names = ", ".join(asked.sources)
+
+    def check(account: Account) -> None:
+        _refuse_broken(account, skip_bad=asked.skip_bad)
+
+    rules = Rules(**asked.rules())
+    stream = Stream(asked.sources, template, rules, buffer=asked.shuffle_buffer, seed=job.args.seed, check=check)
+    data_hash = hashlib.sha256("".join(map(fingerprint_of, asked.sources)).encode()).hexdigest()
+    job.record.update(data={"path": asked.dataset_path, "sha256": data_hash})
+    voice.say(f"streaming {names}: encoded while training, each record drawn from {asked.shuffle_buffer:,} that wait.")
+    next(iter(stream))  # what is wrong with the first records is said before the model is loaded
+    return Data(stream, evaluate, data_hash)
+
+
+def _read(source: str, job: Job, template: Template) -> tuple[datasets.Dataset, Account, str]:
+    name = Path(source).name
+    with job.args.main_process_first(), job.voice.reading(size_of(source), f"reading {name}") as reading:
+        return examples_of(source, template, Rules(**job.settings.data.rules()), advance=reading.advance)
+
+
+def mixed(rows: list[int], ends: list[int], mix: list[float], *, seed: int) -> list[int]:
+    """The rows of an epoch: those of file f stand in it mix[f] times, a fraction of them drawn by the seed.
+
+    ends  where each file's rows end in the numbering of rows
+    """
+    if not mix:
+        return rows
+    draw = random.Random(seed)
+    chosen: list[int] = []
+    for (start, end), weight in zip(pairwise([0, *ends]), mix, strict=True):
+        own = [row for row in rows if start <= row < end]
+        whole = int(weight)
+        chosen += own * whole + sorted(draw.sample(own, round((weight - whole) * len(own))))
+    return chosen
+
+
+def _held_out(job: Job, records: int) -> tuple[list[int], list[int]]:
+    size = job.settings.data.eval_size
+    held = round(size * records) if size < 1 else int(size)
+    if not 0 < held < records:
+        raise BadSettings([f"--eval_size {size:g} holds out {held} of {records} records."])
+    order = list(range(records))
+    random.Random(job.args.data_seed or job.args.seed).shuffle(order)
+    return sorted(order[held:]), sorted(order[:held])
+
+
+def say_account(account: Account, template: Template, voice: Voice) -> None:
+    voice.say(
+        f"{account.records_read:,} records read, {account.records_used:,} used, "
+        f"{len(account.records_refused):,} refused, {account.records_cut:,} shortened; "
+        f"{account.prompt_tokens:,} prompt and {account.target_tokens:,} target tokens; "
+        f"template {template.name}, stops at {template.stop}."
+    )
+    for said, count in account.notices.items():
+        voice.notice(f"{said} in {count:,} records.")
+    if account.records_copied:
+        voice.notice(f"{account.records_copied:,} records are copies of another and are learned once more.")
+    if account.cut_origins:
+        voice.notice(f"shortened to fit --max_seq_length: {_some(account.cut_origins)}.")
+    if account.control_origins:
+        voice.notice(f"control strings in the text stay text in: {_some(account.control_origins)}.")
+    if account.unknown_tokens:
+        voice.notice(f"{account.unknown_tokens:,} target tokens are unknown to this tokenizer and are learned as such.")
+    if account.shared_instruction is not None:
+        voice.notice("nearly all records share one instruction; it is stored with the adapter as chat's default.")
+    refused = [refusal for refusal in account.records_refused if not refusal.broken]
+    if refused:
+        voice.notice(f"not trained on:\n{listing([f'{r.origin}  {r.reason}' for r in refused], 5)}")
+
+
+def _some(origins: list[str], shown: int = 5) -> str:
+    rest = len(origins) - shown
+    return ", ".join(origins[:shown]) + (f" and {rest:,} more (all in run.json)" if rest > 0 else "")
+
+
+def _refuse_broken(account: Account, *, skip_bad: bool) -> None:
+    """Raise BadData with every broken record, unless they are to be skipped."""
+    broken = account.broken
+    if broken and not skip_bad:
+        good = account.records_read - len(broken)
+        raise BadData(
+            f"{listing([f'{r.origin}  {r.reason}.' for r in broken])}\n"
+            f"{len(broken):,} of {account.records_read:,} records refused (all in run.json)."
+            + (f" --skip_bad trains on the other {good:,}." if good else "")
+        )
+
+
+def _refuse_empty(account: Account, path: str) -> None:
+    if not account.records_used:
+        first = account.records_refused[0]
+        raise BadData(f"{path}: none of {account.records_read:,} records can be used. {first.origin}: {first.reason}.")

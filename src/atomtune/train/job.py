@@ -1,0 +1,23 @@
+"""Job: what every part of one run shares."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+
+from atomtune.settings import TrainSettings
+from atomtune.train.checkpoint import Start
+from atomtune.train.report import RunRecord
+from atomtune.voice import Voice
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every part of one run shares: what was asked, where it starts, and where it speaks and writes."""
+
+    settings: TrainSettings
+    args: TrainingArguments
+    start: Start
+    before: dict[str, Any]  # the run.json that was here, if any
+    voice: Voice
+    record: RunRecord

@@ -1,0 +1,65 @@
+"""Allowed: how much of each problem --fail_on lets pass.
+
+Before: the words of the command.  After: inspect.py ends with exit code 4 where more is found.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from atomtune.data.profile import PROBLEMS, Problem
+from atomtune.data.records import Account
+from atomtune.errors import BadSettings, CheckFailed, listing
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """So many records may have this problem: a count, or a share of all that were read."""
+
+    name: str
+    limit: float = 0.0
+    share: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.limit:.6g} %" if self.share else f"{self.limit:,.0f}"
+
+    def holds(self, count: int, read: int) -> bool:
+        return count <= (self.limit * read / 100 if self.share else self.limit)
+
+
+def allowances(words: Sequence[str]) -> list[Allowance]:
+    """`cut`, `duplicates=5%`, `refused=10` as values. Raises BadSettings with every word that is none."""
+    made, problems = [], []
+    for word in words:
+        name, is_limited, limit = word.partition("=")
+        if name not in PROBLEMS:
+            near = difflib.get_close_matches(name, PROBLEMS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(PROBLEMS)}."
+            problems.append(f"--fail_on {word}: no check is named {name!r}; {hint}")
+            continue
+        number = _number(limit.removesuffix("%")) if is_limited else 0.0
+        if number is None or (limit.endswith("%") and number > 100):
+            problems.append(f"--fail_on {word}: {limit!r} is no limit; expected a count or a share, as {name}=5%.")
+            continue
+        made.append(Allowance(name, number, limit.endswith("%")))
+    if problems:
+        raise BadSettings(problems)
+    return made
+
+
+def _number(text: str) -> float | None:
+    """A plain number that is not negative; no nan, no 1e3, no 1_000."""
+    whole, _, part = text.partition(".")
+    return float(text) if whole.isascii() and whole.isdigit() and (not part or part.isdigit()) else None
+
+
+def check(allowed: Sequence[Allowance], problems: Mapping[str, Problem], account: Account) -> None:
+    """Raise CheckFailed with all that does not hold."""
+    read = account.records_read
+    failed = [
+        f"{one.name}: {count:,} of {read:,} records ({100 * count / max(1, read):.2f} %); at most {one} allowed."
+        for one in allowed
+        if not one.holds(count := problems[one.name].count, read)
+    ]
+    if failed:
+        raise CheckFailed(f"--fail_on does not hold:\n{listing(failed)}")

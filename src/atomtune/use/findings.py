@@ -1,0 +1,178 @@
+"""Findings: all that is found in a data set, by reading it the way a run does.
+
+Before: inspect.py hands the settings over.  After: summary.py says it in the terminal, page.py shows it in a browser.
+The walk ends after Example: these are the very tokens a run would train on, from the same store.
+"""
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import datasets
+import numpy
+import pyarrow
+import pyarrow.compute
+from rich.console import Console
+
+from atomtune.batch.attention import padded_length
+from atomtune.batch.row import padded_tokens
+from atomtune.batch.tree import graft
+from atomtune.data.files import size_of
+from atomtune.data.formats import to_record
+from atomtune.data.jsonl import parse_chunk
+from atomtune.data.likeness import Numbers
+from atomtune.data.profile import (
+    Limit,
+    Problem,
+    Texts,
+    Tokens,
+    limit_at,
+    problems_of,
+    read_texts,
+    read_tokens,
+    suggested,
+)
+from atomtune.data.records import Account, Example, Record, Refusal
+from atomtune.data.store import Rules, as_examples, examples_of, form_of, together
+from atomtune.data.template import Template
+from atomtune.settings import InspectSettings
+from atomtune.voice import Reading
+
+#: Longer than any record: with it, nothing is shortened or refused for its length.
+_NO_LIMIT = 2**31 - 1
+#: In the reason of a record that is refused for its length.
+TOO_LONG = "longer than max_seq_length"
+#: Batches drawn to see what a layout saves.
+_TRIED = 32
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Tokens that each layout computes for the batches drawn, and the beginning all of their records share."""
+
+    batches: int
+    records_per_batch: int
+    padded: int
+    packed: int
+    tree: int
+    trunk: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that inspect finds."""
+
+    sources: tuple[str, ...]
+    template: Template
+    max_tokens: int
+    account: Account
+    stored: datasets.Dataset
+    texts: Texts
+    tokens: Tokens
+    problems: dict[str, Problem]
+    limits: tuple[Limit, ...]  # the one asked for, one that nothing is longer than, one that under 1 % are longer than
+    saving: Saving | None
+
+    def origin(self, row: int) -> str:
+        return str(self.stored[row]["origin"])
+
+    def examples(self, row: int) -> tuple[Example, ...]:
+        return as_examples(self.stored[row])
+
+
+def look(settings: InspectSettings, template: Template, console: Console) -> Report:
+    """Read everything and find what there is to find."""
+    rules = Rules(**settings.rules())
+    parts = [_read(source, template, rules, console) for source in settings.sources]
+    stored, account, _ = together(parts)
+    records = chain.from_iterable(
+        _used(source, rules, _origins(part), console)
+        for source, (part, *_) in zip(settings.sources, parts, strict=True)
+    )
+    texts = read_texts(records)
+    assert len(texts.near) == len(stored), "the texts and the tokens of a record stand at the same place"
+    stop = template.tokenizer.convert_tokens_to_ids(template.stop)
+    tokens = read_tokens(_tables(stored), stop=stop, unknown=template.tokenizer.unk_token_id)
+    longest = tokens.longest
+    if account.records_cut or any(TOO_LONG in one.reason for one in account.records_refused):
+        longest = _whole_lengths(settings.sources, template, rules, console)
+    named = {"cut": _where(stored, account.cut_origins), "control": _where(stored, account.control_origins)}
+    return Report(
+        tuple(settings.sources),
+        template,
+        rules.max_tokens,
+        account,
+        stored,
+        texts,
+        tokens,
+        problems_of(account, texts, tokens, named),
+        (limit_at(longest, rules.max_tokens), *suggested(longest)) if len(longest) else (),
+        _saving(stored, per_batch=settings.per_device_train_batch_size, seed=settings.seed) if len(stored) else None,
+    )
+
+
+def _read(source: str, template: Template, rules: Rules, console: Console) -> tuple[datasets.Dataset, Account, str]:
+    with Reading(console, size_of(source), f"reading {Path(source).name}") as reading:
+        return examples_of(source, template, rules, advance=reading.advance)
+
+
+def _used(source: str, rules: Rules, origins: Iterable[str], console: Console) -> Iterator[Record]:
+    """The records of a source that became rows of the store, which are in the same order."""
+    wanted = iter(origins)
+    next_one = next(wanted, None)
+    with Reading(console, size_of(source), f"comparing {Path(source).name}") as reading:
+        form, chunks = form_of(source, rules, reading.advance)
+        for found in chain.from_iterable(map(parse_chunk, chunks)):
+            if found.origin != next_one or isinstance(found, Refusal):
+                continue
+            record = to_record(found, Account(), form)
+            if isinstance(record, Record):
+                yield record
+                next_one = next(wanted, None)
+
+
+def _whole_lengths(sources: Iterable[str], template: Template, rules: Rules, console: Console) -> Numbers:
+    """How long the records are where nothing is shortened, those included that are refused for their length."""
+    whole = replace(rules, max_tokens=_NO_LIMIT)
+    stored = [_read(source, template, whole, console)[0] for source in sources]
+    return read_tokens(chain.from_iterable(map(_tables, stored)), stop=0, unknown=None).longest
+
+
+def _tables(stored: datasets.Dataset) -> Iterator[pyarrow.Table]:
+    return iter(stored.with_format("arrow").iter(1000))
+
+
+def _origins(stored: datasets.Dataset) -> Iterator[str]:
+    for table in _tables(stored):
+        yield from table["origin"].to_pylist()
+
+
+def _where(stored: datasets.Dataset, named: Iterable[str]) -> Numbers:
+    """The rows of these origins."""
+    wanted = pyarrow.array(sorted(set(named)), pyarrow.string())
+    marks = [pyarrow.compute.is_in(table["origin"], wanted).to_numpy() for table in _tables(stored)]
+    return numpy.flatnonzero(numpy.concatenate([numpy.zeros(0, dtype=bool), *marks]))
+
+
+def drawn(rows: int, count: int, seed: int) -> list[int]:
+    return random.Random(seed).sample(range(rows), min(rows, count))
+
+
+def _saving(stored: datasets.Dataset, *, per_batch: int, seed: int) -> Saving:
+    """What each layout computes for batches drawn as the sampler draws them."""
+    rows = stored.select(drawn(len(stored), per_batch * _TRIED, seed))
+    records = [as_examples(row) for row in rows]
+    batches = [list(chain(*records[i : i + per_batch])) for i in range(0, len(records), per_batch)]
+    every = list(chain(*records))
+    first, last = min(one.ids for one in every), max(one.ids for one in every)  # what these share, all share
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return Saving(
+        len(batches),
+        per_batch,
+        sum(map(padded_tokens, batches)),
+        sum(padded_length(sum(len(one.ids) for one in batch)) for batch in batches),
+        sum(padded_length(len(graft(batch))) for batch in batches),
+        first[:shared] if len(every) > 1 else (),
+    )

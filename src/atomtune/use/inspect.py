@@ -1,0 +1,45 @@
+"""Inspect: what of a data set is learned and what is wrong with it, before a model is loaded.
+
+Before: cli.py hands the settings over.  After: nothing; what is found is said, written and checked here.
+"""
+
+import json
+from pathlib import Path
+
+from atomtune.data.template import load_template
+from atomtune.errors import BadSettings
+from atomtune.model.load import load_tokenizer, quiet_libraries
+from atomtune.settings import InspectSettings
+from atomtune.use.allowed import allowances, check
+from atomtune.use.findings import drawn, look
+from atomtune.use.page import write_page
+from atomtune.use.summary import say_report
+from atomtune.use.tokens import Lettering, show
+from atomtune.voice import Patient
+
+
+def inspect(settings: InspectSettings) -> int:
+    """Report on the records; 0, or CheckFailed where more is found than --fail_on allows.
+
+    Raises BadSettings for a setting that is missing or wrong, BadData for a file that cannot be read.
+    """
+    missing = [f"--{name} is missing." for name in ("dataset_path", "model_path") if not getattr(settings, name)]
+    if missing:
+        raise BadSettings([*missing, "atomtune inspect DATA --model_path MODEL"])
+    allowed = allowances(settings.fail_on)
+    quiet_libraries()
+    console = Patient(highlight=False, stderr=settings.json)
+    tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
+    report = look(settings, load_template(settings.template, tokenizer), console)
+    lettering = Lettering(tokenizer)
+    if settings.json:
+        print(json.dumps(report.account.contract(), ensure_ascii=False))
+    say_report(report, console)
+    if settings.samples and len(report.stored):
+        chosen = drawn(len(report.stored), settings.samples, settings.seed)
+        show(console, [one for row in chosen for one in report.examples(row)], lettering)
+    if settings.html:
+        write_page(report, Path(settings.html), lettering, seed=settings.seed)
+        console.print(f"\nwritten: {settings.html}", markup=False, soft_wrap=True)
+    check(allowed, report.problems, report.account)
+    return 0

@@ -1,0 +1,155 @@
+"""Page: what inspect found as one HTML file that opens from disk and loads nothing.
+
+Before: findings.py.  After: a browser.
+Texts of records reach the page as JSON in which no `<` stands, and are shown as text nodes only; the page's policy
+allows no script but its own, by its hash. A record that holds `</script>` stays text.
+"""
+
+import base64
+import hashlib
+import json
+import random
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from atomtune.data.likeness import equal_groups
+from atomtune.data.profile import PROBLEMS, Bar, Problem, histogram, near_or_equal, percentiles
+from atomtune.data.records import Example
+from atomtune.use.findings import Report
+from atomtune.use.summary import scripts
+from atomtune.use.tokens import Lettering
+
+#: What the page holds at most; a browser still searches it at once.
+MOST_RECORDS, MOST_TOKENS, MOST_REFUSED = 2000, 600_000, 500
+#: name → (English, Chinese, meaning in Chinese); what they mean in English stands in PROBLEMS.
+LABELS: Mapping[str, tuple[str, str, str]] = {
+    "refused": ("Refused", "被拒绝", "无法使用；每条旁边写有原因"),
+    "cut": ("Shortened", "被截短", "提示被截短，以放进 --max_seq_length"),
+    "duplicates": ("Exact copies", "完全重复", "与前面某条记录逐个词元相同"),
+    "near_duplicates": ("Near copies", "近似重复", "与前面某条记录几乎相同，不含完全重复"),
+    "conflicts": ("Different answers", "答案不一", "提示与另一条记录相同，答案却不同"),
+    "control": ("Control strings", "控制字符串", "文本里有控制字符串；它仍按普通文本处理"),
+    "blank": ("Blank answers", "空白答案", "答案只有空白"),
+    "one_token": ("One-token answers", "单词元答案", "除停止词元外，答案只有一个词元"),
+    "no_stop": ("No stop token", "缺停止词元", "答案没有以停止词元结尾"),
+    "unknown": ("Unknown tokens", "未知词元", "学习的内容里有分词器不认识的词元"),
+}
+
+
+SCRIPT_NAMES = {
+    "Han": ("Han (Chinese characters)", "汉字"),
+    "Latin": ("Latin", "拉丁字母"),
+    "Kana": ("Kana (Japanese)", "日文假名"),
+    "Hangul": ("Hangul (Korean)", "韩文"),
+    "Cyrillic": ("Cyrillic", "西里尔字母"),
+    "Arabic": ("Arabic", "阿拉伯字母"),
+    "other": ("other", "其他"),
+}
+
+
+def write_page(report: Report, path: Path, lettering: Lettering, *, seed: int) -> None:
+    """Write the report beside its name and rename it, so that no half of a page is ever found there."""
+    text = page(report, lettering, seed=seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        made = Path(folder) / path.name
+        made.write_text(text, encoding="utf-8")
+        made.replace(path)
+
+
+def page(report: Report, lettering: Lettering, *, seed: int) -> str:
+    """The report as HTML."""
+    files = resources.files("atomtune.use") / "html"
+    script = (files / "page.js").read_text(encoding="utf-8")
+    account = report.account
+    rows = chosen_rows(report, seed=seed)
+    longest, read, answers = report.tokens.longest, report.tokens.read, report.tokens.answers
+    lengths = [("Whole record", "整条记录", longest), ("Read only, by record", "只读部分（每条记录）", read)]
+    lengths.append(("Learned, by answer", "学习部分（每个答案）", answers))
+    refused = account.records_refused[:MOST_REFUSED]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string((files / "page.html.jinja").read_text(encoding="utf-8")).render(
+        title=", ".join(Path(source).name for source in report.sources),
+        report=report,
+        account=account,
+        target_tokens=account.target_tokens + account.target_tokens_refused,
+        problems=[(report.problems[name], PROBLEMS[name], *LABELS[name]) for name in PROBLEMS],
+        lengths=[(*names, percentiles(values), _drawn(histogram(values))) for *names, values in lengths],
+        scripts=[(*SCRIPT_NAMES.get(name, (name, name)), share) for name, share in scripts(report)],
+        shown=len(rows),
+        shown_refused=len(refused),
+        style=(files / "page.css").read_text(encoding="utf-8"),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        data=_as_json(records_of(report, rows, lettering) | {"refused": [(one.origin, one.reason) for one in refused]}),
+    )
+
+
+def chosen_rows(report: Report, *, seed: int) -> list[int]:
+    """Rows that the page shows: of each problem as many as of any other, then what fits, then a draw of the rest."""
+    flagged = [problem.where.tolist() for problem in report.problems.values()]
+    share = MOST_RECORDS // len(flagged)
+    total = len(report.stored)
+    drawn = random.Random(seed).sample(range(total), min(total, MOST_RECORDS))
+    wanted = [row for where in flagged for row in where[:share]]
+    wanted += [row for where in flagged for row in where[share:]]
+    rows: list[int] = []
+    tokens = 0
+    for row in dict.fromkeys([*wanted, *drawn]):
+        tokens += int(report.tokens.longest[row])
+        if len(rows) == MOST_RECORDS or (tokens > MOST_TOKENS and rows):
+            break
+        rows.append(row)
+    return rows
+
+
+def records_of(report: Report, rows: Sequence[int], lettering: Lettering) -> dict[str, Any]:
+    """The chosen records with what is wrong with each, as page.js reads them."""
+    place = {row: i for i, row in enumerate(rows)}
+    groups = {
+        "duplicates": report.tokens.copies,
+        "near_duplicates": near_or_equal(report.texts, report.tokens),
+        "conflicts": equal_groups(report.texts.prompts),
+    }
+    problems = {name: _placed(problem, place) for name, problem in report.problems.items()}
+    records: list[dict[str, Any]] = [{"origin": report.origin(row), "problems": {}} for row in rows]
+    for name, members in problems.items():
+        for i in members:
+            first = int(groups[name][rows[i]]) if name in groups else rows[i]
+            records[i]["problems"][name] = report.origin(first) if first != rows[i] else ""
+    pieces: dict[int, tuple[str, bool]] = {}
+    for record, row in zip(records, rows, strict=True):
+        examples = report.examples(row)
+        record["examples"] = [_example(one) for one in examples]
+        used = {number for one in examples for number in one.ids}
+        pieces |= {number: (lettering(number), number in lettering.control) for number in used - pieces.keys()}
+    return {"pieces": pieces, "records": records, "problems": problems}
+
+
+def _placed(problem: Problem, place: Mapping[int, int]) -> list[int]:
+    return [place[row] for row in problem.where.tolist() if row in place]
+
+
+def _example(example: Example) -> dict[str, Any]:
+    """Its ids, and its learn marks as (how many tokens, how often learned) runs."""
+    return {"ids": example.ids, "runs": [(len(list(run)), learn) for learn, run in groupby(example.learn)]}
+
+
+def _as_json(value: Any) -> str:
+    """JSON without a `<`, `>` or `&`, as it may stand inside a script element."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _drawn(bars: Sequence[Bar]) -> Iterator[tuple[Bar, float]]:
+    """Each bar with its height, the highest being 1."""
+    most = max((bar.count for bar in bars), default=1)
+    return ((bar, bar.count / most) for bar in bars)

@@ -1,0 +1,171 @@
+"""Summary: what inspect found, in the terminal.
+
+Before: findings.py.  After: a reader.
+No text of a record stands here, only origins and numbers; the samples come after it.
+"""
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+from atomtune.data.likeness import Numbers
+from atomtune.data.profile import PROBLEMS, Bar, Limit, Problem, histogram, percentiles
+from atomtune.data.records import Account
+from atomtune.data.scripts import SCRIPTS
+from atomtune.use.findings import TOO_LONG, Report
+
+#: Origins that stand beside a problem.
+_SHOWN = 3
+_BAR_WIDTH = 40
+
+
+def say_report(report: Report, console: Console) -> None:
+    """Print all of it, section by section."""
+
+    def say(text: str = "", style: str = "") -> None:
+        console.print(text, style=style, markup=False, soft_wrap=True)
+
+    account = report.account
+    say(f"{', '.join(report.sources)}", "bold")
+    form, template = account.format or "nothing", report.template
+    say(f"read as {form}; template {template.name}, an answer stops at {template.stop}")
+    _section(console, "Ledger")
+    for line in ledger(account):
+        say(f"  {line}")
+    for said, count in account.notices.items():
+        say(f"  note: {said} in {count:,} records", "yellow")
+    _section(console, "Lengths, in tokens")
+    console.print(_lengths({"read only, a record": report.tokens.read, "learned, an answer": report.tokens.answers}))
+    for title, values in (("read only, a record", report.tokens.read), ("learned, an answer", report.tokens.answers)):
+        say(f"  {title}", "bold")
+        for bar in _bars(histogram(values)):
+            say(f"  {bar}")
+    _section(console, f"--max_seq_length {report.max_tokens:,}")
+    for line in limits(report):
+        say(f"  {line}")
+    _section(console, "Shared beginnings")
+    for line in savings(report):
+        say(f"  {line}")
+    _section(console, "Writing")
+    say(f"  {', '.join(f'{name} {share:.1%}' for name, share in scripts(report)) or 'no letters'} of all letters")
+    _section(console, "Problems")
+    for line in problems(report):
+        say(f"  {line}")
+    say()
+
+
+def ledger(account: Account) -> Iterator[str]:
+    """The sums that must hold, as sums."""
+    refused, tokens = len(account.records_refused), account.target_tokens + account.target_tokens_refused
+    yield (
+        f"records        {account.records_read:,} read = {account.records_used:,} used + {refused:,} refused"
+        f"; {account.records_cut:,} of the used are shortened"
+    )
+    yield (
+        f"target tokens  {tokens:,} read = {account.target_tokens:,} used + {account.target_tokens_refused:,} refused"
+        "; none is cut"
+    )
+    yield f"prompt tokens  {account.prompt_tokens:,} used; {account.prompt_tokens_cut:,} cut away"
+    if account.records_split:
+        yield (
+            f"examples       {account.examples:,}: {account.records_split:,} conversations are learned in several"
+            " parts, as a server would send them"
+        )
+
+
+def limits(report: Report) -> Iterator[str]:
+    """What the asked length costs, and which ones to ask for instead."""
+    if not report.limits:
+        return
+    asked, nothing, little = report.limits
+    account, total = report.account, report.account.records_read
+    if asked.records:
+        refused = sum(TOO_LONG in one.reason for one in account.records_refused)
+        yield _cost(asked, total)
+        cut = f"{account.records_cut:,} shortened, by {account.prompt_tokens_cut:,} prompt tokens"
+        yield f"so {cut}, and {refused:,} refused"
+    else:
+        yield "no record is longer"
+    yield f"suggested: {nothing.tokens:,}, {_cost(nothing, total)}"
+    if little.tokens < nothing.tokens:
+        yield f"       or: {little.tokens:,}, {_cost(little, total)}"
+
+
+def _cost(limit: Limit, total: int) -> str:
+    if not limit.records:
+        return "shortens nothing"
+    longer = f"{counted(limit.records, 'record')} longer ({limit.records / max(1, total):.2%})"
+    return f"{longer}, by {counted(limit.lost, 'token')} together"
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def savings(report: Report) -> Iterator[str]:
+    """What each layout computes, as the run will choose among them."""
+    saving = report.saving
+    if saving is None:
+        return
+    what = f"{saving.batches:,} batches of {saving.records_per_batch}"
+    yield f"all records drawn begin with the same {len(saving.trunk):,} tokens"
+    yield f"padded  {saving.padded:>12,} tokens computed for {what}"
+    for name, tokens in (("packed", saving.packed), ("tree", saving.tree)):
+        yield f"{name:<7} {tokens:>12,}  {saving.padded / tokens:.2f}× less"
+
+
+def scripts(report: Report) -> list[tuple[str, float]]:
+    """Each script's share of all letters, the largest first."""
+    letters = report.texts.letters
+    total = letters.sum()
+    shares = [(name, float(count / total)) for name, count in zip(SCRIPTS, letters, strict=True) if count]
+    return sorted(shares, key=lambda one: -one[1])
+
+
+def _section(console: Console, title: str) -> None:
+    console.print(f"\n{title}", style="bold cyan", markup=False)
+
+
+def _lengths(columns: dict[str, Numbers]) -> Table:
+    table = Table(box=None, padding=(0, 2), show_edge=False)
+    table.add_column("")
+    for name in ("median", "90 %", "99 %", "longest"):
+        table.add_column(name, justify="right")
+    for title, values in columns.items():
+        table.add_row(title, *(f"{value:,}" for value in percentiles(values).values()))
+    return table
+
+
+def _bars(bars: list[Bar]) -> Iterator[str]:
+    most = max((bar.count for bar in bars), default=0)
+    width = max((len(_range(bar)) for bar in bars), default=0)
+    for bar in bars:
+        eighths = -(-bar.count * _BAR_WIDTH * 8 // max(1, most))
+        drawn = "█" * (eighths // 8) + (" ▏▎▍▌▋▊▉"[eighths % 8] if eighths % 8 else "")
+        yield f"  {_range(bar):>{width}}  {drawn} {bar.count:,}"
+
+
+def _range(bar: Bar) -> str:
+    return f"{bar.low:,}–{bar.high:,}"
+
+
+def problems(report: Report) -> Iterator[str]:
+    """A line for each check that found something, and one for all that found nothing."""
+    read = max(1, report.account.records_read)
+    for name, problem in report.problems.items():
+        if problem.count:
+            groups = f"; {counted(problem.groups, 'group')}" if problem.groups else ""
+            yield f"{name:<16}{problem.count:>8,}  {problem.count / read:>7.2%}  {PROBLEMS[name]}{groups}"
+            yield f"{'':<35}{_places(report, problem)}"
+    nothing = [name for name, problem in report.problems.items() if not problem.count]
+    if nothing:
+        yield f"nothing found by: {', '.join(nothing)}"
+
+
+def _places(report: Report, problem: Problem) -> str:
+    if problem.name == "refused":
+        shown = [one.origin for one in report.account.records_refused[:_SHOWN]]
+    else:
+        shown = [report.origin(int(row)) for row in problem.where[:_SHOWN]]
+    return ", ".join(shown) + (" …" if problem.count > len(shown) > 0 else "")

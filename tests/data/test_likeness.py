@@ -1,0 +1,122 @@
+"""Likeness: groups of nearly equal texts, against every pair measured with Python's sets."""
+
+import itertools
+import random
+import unicodedata
+
+import numpy
+import pytest
+
+from atomtune.data.likeness import equal_groups, folded, joined, near_groups
+
+ALPHABET = "的一是不了人我在有他这中大来上国个到说们为子和你地出道也时年得就那要下以生会自着去之过家学对可"
+
+
+def shingles(text: str) -> set[str]:
+    kept = [c for c in unicodedata.normalize("NFKC", text).casefold() if unicodedata.category(c)[0] not in "ZPC"]
+    marked = f"<{''.join(kept)}>>"
+    return {marked[i : i + 3] for i in range(len(marked) - 2)}
+
+
+def jaccard(one: str, other: str) -> float:
+    a, b = shingles(one), shingles(other)
+    return len(a & b) / len(a | b)
+
+
+def components(count: int, pairs: list[tuple[int, int]]) -> list[int]:
+    """The first member of what hangs together, by following edges."""
+    near: dict[int, set[int]] = {i: set() for i in range(count)}
+    for a, b in pairs:
+        near[a].add(b)
+        near[b].add(a)
+    first = [-1] * count
+    for start in range(count):
+        waiting = [start] if first[start] < 0 else []
+        while waiting:
+            if first[at := waiting.pop()] < 0:
+                first[at] = start
+                waiting += near[at]
+    return first
+
+
+def varied(draw: random.Random, texts: int, families: int) -> list[str]:
+    """Texts of which many are others with a few characters changed, left out or put in."""
+    made = ["".join(draw.choices(ALPHABET, k=draw.randint(8, 90))) for _ in range(families)]
+    while len(made) < texts:
+        text = list(draw.choice(made[:families]))
+        for _ in range(draw.randint(0, 4)):
+            at = draw.randrange(len(text))
+            text[at : at + draw.randint(0, 1)] = draw.choices(ALPHABET, k=draw.randint(0, 2))
+        made.append("".join(text))
+    draw.shuffle(made)
+    return made
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_are_those_of_all_pairs(seed):
+    texts = varied(random.Random(seed), 250, 60)
+    pairs = [(i, j) for i, j in itertools.combinations(range(250), 2) if jaccard(texts[i], texts[j]) >= 0.8]
+    assert len(pairs) > 60
+    # A pair exactly at 0.8 is proposed in 998 of 1,000 cases, and these seeds hold none that is not.
+    assert near_groups(texts).tolist() == components(250, pairs)
+
+
+def test_a_million_by_a_million_pairs_of_a_large_bucket_are_not_compared():
+    # Many equal texts fall into one bucket: all of them are found, and one that only shares their beginning is not.
+    texts = ["同一句话，说了很多很多遍。"] * 50_000 + ["同一句话，说了很多很多遍，后来就再也没有人说了。"]
+    groups = near_groups(texts)
+    assert groups[:-1].tolist() == [0] * 50_000
+    assert groups[-1] == 50_000
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Good Morning, Alice!", "good morning alice"),
+        ("ＡＢＣ１２３，你好", "abc123 你好。"),
+        ("一 行\n一 行", "一行一行"),
+        ("", ""),
+    ],
+)
+def test_case_width_space_and_punctuation_do_not_count(one, other):
+    assert near_groups([one, other]).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("one", "other"), [("？！", "。。。"), ("2 + 3", "2 - 3"), ("晚安", "早安"), ("", "x")])
+def test_short_texts_are_near_only_where_they_are_equal(one, other):
+    assert near_groups([one, other]).tolist() == [0, 1]
+
+
+def test_half_a_surrogate_pair_and_no_text_at_all_are_no_trouble():
+    assert near_groups(["\ud800 ok", "\ud800 ok"]).tolist() == [0, 0]
+    assert near_groups([]).tolist() == []
+
+
+def test_windows_do_not_change_the_groups(monkeypatch):
+    # A shingle that reached into the next text, or a row numbered from its window's start, would show here.
+    texts = varied(random.Random(9), 200, 60)
+    whole = near_groups(texts).tolist()
+    monkeypatch.setattr("atomtune.data.likeness._WINDOW", 300)
+    assert near_groups(texts).tolist() == whole
+
+
+def test_the_threshold_is_measured_exactly():
+    one, other = "甲乙丙丁戊己庚辛壬癸", "甲乙丙丁戊己庚辛壬子"
+    index = jaccard(one, other)
+    assert near_groups([one, other], threshold=index).tolist() == [0, 0]
+    assert near_groups([one, other], threshold=index + 0.01).tolist() == [0, 1]
+
+
+def test_joined_is_what_hangs_together_in_any_grouping():
+    draw = random.Random(5)
+    a, b = ([draw.randrange(60) for _ in range(100)] for _ in range(2))
+    pairs = [(i, j) for i, j in itertools.combinations(range(100), 2) if a[i] == a[j] or b[i] == b[j]]
+    assert joined(numpy.array(a), numpy.array(b)).tolist() == components(100, pairs)
+
+
+def test_equal_groups_are_named_by_their_first_place():
+    assert equal_groups(numpy.array([7, -3, 7, 9, -3])).tolist() == [0, 1, 0, 3, 1]
+
+
+def test_folding_keeps_symbols_that_mean_something():
+    assert folded("Ａ + b,  c！") == "a+bc"

@@ -1,0 +1,222 @@
+"""Profile: counts and marks of a data set, against loops over its records one at a time."""
+
+import json
+import random
+import sys
+import unicodedata
+from collections import Counter
+
+import numpy
+import pytest
+
+from atomtune.data.profile import (
+    PROBLEMS,
+    STEP,
+    histogram,
+    limit_at,
+    near_or_equal,
+    own_text,
+    percentiles,
+    problems_of,
+    read_texts,
+    read_tokens,
+    suggested,
+)
+from atomtune.data.records import Account, Example, Record, Refusal, Turn
+from atomtune.data.scripts import SCRIPTS, letters_of
+from atomtune.data.store import as_table
+from tests.conftest import SHARED_DATA
+
+STOP, UNKNOWN = 2, 0
+NAMED = {
+    "Han": ("CJK UNIFIED", "CJK COMPATIBILITY IDEOGRAPH"),
+    "Latin": ("LATIN", "FULLWIDTH LATIN"),
+    "Kana": ("HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA"),
+    "Hangul": ("HANGUL", "HALFWIDTH HANGUL"),
+    "Cyrillic": ("CYRILLIC",),
+    "Arabic": ("ARABIC",),
+}
+
+
+def dialogue(question: str, answer: str, origin: str = "a:1", **more: str) -> Record:
+    return Record((Turn("user", question, more.get("input", "")), Turn("assistant", answer)), origin)
+
+
+def some_records(seed: int, count: int = 60) -> list[tuple[Example, ...]]:
+    """Records of one or two Examples with one to three answers, some of one token, without a stop, or unknown."""
+    draw = random.Random(seed)
+
+    def example() -> Example:
+        ids, learn = [1], [0]
+        for _ in range(draw.randint(1, 3)):
+            asked = draw.randint(1, 6)
+            ids += [draw.randint(3, 6) for _ in range(asked)]
+            learn += [0] * asked
+            answer = [draw.choice([3, 4, UNKNOWN]) for _ in range(draw.randint(1, 4))] + [draw.choice([STOP, STOP, 5])]
+            ids += answer
+            learn += [draw.randint(1, 2)] * len(answer)
+        return Example(tuple(ids), tuple(learn), f"a:{seed}")
+
+    return [tuple(example() for _ in range(draw.randint(1, 2))) for _ in range(count)]
+
+
+def answers_in(examples: tuple[Example, ...]) -> list[list[int]]:
+    """The learned stretches, walked token by token."""
+    found: list[list[int]] = []
+    for example in examples:
+        before = 0
+        for number, learn in zip(example.ids, example.learn, strict=True):
+            if learn and not before:
+                found.append([])
+            if learn:
+                found[-1].append(number)
+            before = learn
+    return found
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_tokens_are_counted_as_by_a_walk_along_each_record(seed):
+    records = some_records(seed)
+    tables = [as_table(records[:17]), as_table(records[17:18]), as_table(records[18:])]
+    seen = read_tokens(tables, stop=STOP, unknown=UNKNOWN)
+    answers = [answers_in(one) for one in records]
+    assert seen.longest.tolist() == [max(len(example.ids) for example in one) for one in records]
+    assert seen.read.tolist() == [sum(example.learn.count(0) for example in one) for one in records]
+    assert seen.answers.tolist() == [len(answer) for one in answers for answer in one]
+    assert seen.one_token.tolist() == [any(len(answer) <= 2 for answer in one) for one in answers]
+    assert seen.no_stop.tolist() == [any(answer[-1] != STOP for answer in one) for one in answers]
+    assert seen.unknown.tolist() == [any(UNKNOWN in answer for answer in one) for one in answers]
+
+
+def test_what_is_read_alone_may_be_unknown():
+    (seen,) = [read_tokens([as_table([(Example((1, 0, 5, 2), (0, 0, 1, 1), "a:1"),)])], stop=2, unknown=0)]
+    assert not seen.unknown.any()
+
+
+def test_every_letter_belongs_to_the_script_of_its_name():
+    letters = [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Lu", "Ll", "Lo", "Lt")]
+    rows = letters_of(letters)
+    told = [SCRIPTS[row.argmax()] if row.any() else "none" for row in rows]
+    names = [unicodedata.name(letter, "") for letter in letters]
+    wanted = [next((script for script, starts in NAMED.items() if name.startswith(starts)), "other") for name in names]
+    wrong = Counter((a, b) for a, b in zip(wanted, told, strict=True) if a != b)
+    # Blocks, not letters, are told apart: letters that are mathematical symbols or stand far from their script differ.
+    assert wrong.total() < len(letters) / 300
+    assert not any(script in ("Han", "Hangul") for script, _ in wrong)
+
+
+@pytest.mark.parametrize("text", ["0123456789", " \n\t", "，。！？《》…", "😀👍🏽", "→≈½", ".,;:'\"()[]", "", "①②"])
+def test_what_is_no_letter_belongs_to_no_script(text):
+    assert not letters_of([text]).any()
+
+
+def test_letters_are_those_of_their_own_text():
+    assert letters_of(["", "ab你", "", "Привет"])[:, :5].tolist() == [
+        [0] * 5,
+        [1, 2, 0, 0, 0],
+        [0] * 5,
+        [0, 0, 0, 0, 6],
+    ]
+
+
+def test_an_instruction_above_an_input_does_not_make_records_alike():
+    style = "请模仿一位古代的人物说话，语气要庄重，不要使用现代的词语，也不要解释你为什么这样说。" * 3
+    asked = [dialogue(style, f"答案{c}{c}，如此而已", input=f"第{c}个问题是什么{c}") for c in "甲乙丙丁"]
+    records = [Record((Turn("system", style), *one.turns), one.origin) for one in asked]
+    assert style not in own_text(records[0])
+    assert read_texts(records).near.tolist() == [0, 1, 2, 3]
+
+
+def test_texts_keep_what_is_compared_and_nothing_else():
+    records = [
+        dialogue("你好", "早上好"),
+        dialogue("你好", "Good morning"),
+        dialogue("hello", " \n"),
+        dialogue("1", "2"),
+    ]
+    seen = read_texts(records)
+    assert seen.prompts[0] == seen.prompts[1] != seen.prompts[2]
+    assert len(set(seen.answers.tolist())) == 4
+    assert [SCRIPTS[script] if script >= 0 else None for script in seen.script] == ["Han", "Latin", "Latin", None]
+    assert seen.letters.sum() == 5 + 2 + 11 + 5
+    assert seen.blank.tolist() == [False, False, True, False]
+
+
+def test_where_a_prompt_ends_and_an_input_begins_is_part_of_the_prompt():
+    one, other = (read_texts([dialogue(a, "x", input=b)]).prompts[0] for a, b in (("ab", "c"), ("a", "bc")))
+    assert one != other
+
+
+def problems(records: list[Record], tables, account: Account | None = None):
+    texts, tokens = read_texts(records), read_tokens(tables, stop=STOP, unknown=None)
+    none = numpy.zeros(0, dtype=numpy.int64)
+    return problems_of(account or Account(), texts, tokens, {"cut": none, "control": none}), texts, tokens
+
+
+def test_copies_near_copies_and_conflicts_are_counted_once_each():
+    long = "从前有一座山，山上有一盏灯，灯下有一个人在读书，读的是一本很旧很旧的书。"
+    told = [("a", long), ("a", long), ("b", "其他"), ("a", long + "！"), ("c", "完全不同的话"), ("b", "另一种说法")]
+    records = [dialogue(question, answer, f"a:{i}") for i, (question, answer) in enumerate(told)]
+    ids = {pair: 10 + i for i, pair in enumerate(dict.fromkeys(told))}
+    tables = [as_table([(Example((1, ids[pair], STOP), (0, 1, 1), "a:1"),) for pair in told])]
+    found, texts, tokens = problems(records, tables)
+    assert list(found) == list(PROBLEMS)
+    assert (found["duplicates"].count, found["duplicates"].where.tolist()) == (1, [0, 1])
+    # Record 3 is near record 0; record 1, a copy of 0, is counted there and not here.
+    assert (found["near_duplicates"].count, found["near_duplicates"].where.tolist()) == (1, [0, 3])
+    # Two answers to b; to a two as well, which differ by one sign.
+    assert (found["conflicts"].count, found["conflicts"].where.tolist()) == (5, [0, 1, 3, 2, 5])
+    assert found["conflicts"].groups == 2
+    assert near_or_equal(texts, tokens).tolist() == [0, 0, 2, 0, 4, 5]
+
+
+def test_nothing_used_is_no_trouble():
+    account = Account(records_read=1, records_refused=[Refusal("a:1", "why")])
+    found, *_ = problems([], [], account)
+    assert {name: one.count for name, one in found.items() if one.count} == {"refused": 1}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_suggested_length_is_the_smallest_that_keeps_its_word(seed):
+    draw = random.Random(seed)
+    longest = numpy.array([draw.randint(1, 200) if draw.random() < 0.98 else 900 for _ in range(draw.randint(1, 500))])
+    nothing, little = suggested(longest)
+
+    def longer(tokens: int) -> int:
+        return sum(length > tokens for length in longest.tolist())
+
+    for limit in (nothing, little):
+        assert limit.tokens % STEP == 0
+        assert limit == limit_at(longest, limit.tokens)
+        assert limit.records == longer(limit.tokens)
+        assert limit.lost == sum(max(0, length - limit.tokens) for length in longest.tolist())
+    assert longer(nothing.tokens) == 0 < longer(nothing.tokens - STEP)
+    assert longer(little.tokens) < len(longest) / 100 <= longer(little.tokens - STEP)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_histogram_counts_everything_once(seed):
+    draw = random.Random(seed)
+    values = [int(draw.expovariate(1 / draw.choice([3, 80, 5000]))) for _ in range(draw.randint(1, 800))]
+    bars = histogram(numpy.array(values))
+    assert 1 <= len(bars) <= 14
+    assert bars[0].low == 0
+    assert all(one.high + 1 == other.low for one, other in zip(bars, bars[1:], strict=False))
+    assert [bar.count for bar in bars] == [sum(bar.low <= value <= bar.high for value in values) for bar in bars]
+    assert sum(bar.count for bar in bars) == len(values)
+
+
+def test_percentiles_are_values_that_occur():
+    assert percentiles(numpy.array([9, 1, 1, 1])) == {"median": 1, "90 %": 9, "99 %": 9, "longest": 9}
+
+
+def test_the_112_copies_of_the_dialogues_are_found():
+    if not SHARED_DATA.is_file():
+        pytest.skip("the dialogues' file is not here")
+    values = [json.loads(line) for line in SHARED_DATA.read_text(encoding="utf-8").splitlines()]
+    records = [dialogue(one["instruction"], one["output"], f"a:{i}") for i, one in enumerate(values)]
+    texts = read_texts(records)
+    equal = Counter((one["instruction"], one["output"]) for one in values)
+    assert len(values) - len(equal) == 112
+    groups = len(set(texts.near.tolist()))
+    assert 112 <= len(values) - groups < 130  # equal ones are all near, and few others are

@@ -1,0 +1,96 @@
+"""Laws of the stream: every record once a pass, in an order that the seed alone decides, and never more than a window."""
+
+import itertools
+import json
+from collections import Counter
+
+import pytest
+
+from atomtune.cli import main
+from atomtune.data.store import Rules
+from atomtune.data.template import load_template
+from atomtune.errors import BadData
+from atomtune.train.stream import Stream
+from tests.conftest import DIALOGUES, write_jsonl
+from tests.tiny import CHATML, tokenizer_of
+
+RECORDS = 40
+
+
+@pytest.fixture
+def files(tmp_path):
+    records = [{"instruction": f"question {n}", "output": f"answer {n}"} for n in range(RECORDS)]
+    return [str(write_jsonl(tmp_path / f"{name}.jsonl", part)) for name, part in (("a", records[:25]), ("b", records[25:]))]
+
+
+def stream(files, *, buffer: int = 8, seed: int = 1) -> Stream:
+    template = load_template("auto", tokenizer_of("bytes", CHATML))
+    return Stream(files, template, Rules(max_tokens=64), buffer=buffer, seed=seed, check=lambda account: None)
+
+
+def origins(one: Stream, count: int) -> list[str]:
+    return [row["origin"] for row in itertools.islice(one, count)]
+
+
+@pytest.mark.parametrize("buffer", [1, 8, 1000])
+def test_each_pass_has_every_record_once_and_in_an_order_of_its_own(files, buffer):
+    drawn = origins(stream(files, buffer=buffer), 3 * RECORDS)
+    passes = [drawn[i : i + RECORDS] for i in range(0, len(drawn), RECORDS)]
+    for one in passes:
+        assert sorted(Counter(one).values()) == [1] * RECORDS
+    assert passes[0] != passes[1] != passes[2]
+
+
+def test_the_seed_decides_and_nothing_else(files):
+    assert origins(stream(files), 90) == origins(stream(files), 90)
+    assert origins(stream(files), 90) != origins(stream(files, seed=2), 90)
+
+
+def test_no_record_comes_earlier_than_the_window_allows(files):
+    # Catches a stream that reads all before it gives the first: the record at n has at most n + buffer before it.
+    order = {f"a.jsonl:{n}": n - 1 for n in range(1, 26)} | {f"b.jsonl:{n}": n + 24 for n in range(1, 16)}
+    for at, origin in enumerate(origins(stream(files, buffer=4), RECORDS)):
+        assert order[origin] <= at + 4
+
+
+def test_the_account_is_of_one_pass_however_many_are_read(files):
+    one = stream(files)
+    origins(one, 3 * RECORDS)
+    assert (one.account.records_read, one.account.records_used) == (RECORDS, RECORDS)
+
+
+def test_files_without_a_usable_record_end_it(tmp_path):
+    path = write_jsonl(tmp_path / "bad.jsonl", [{"instruction": "x", "output": ""}])
+    with pytest.raises(BadData, match="none of 1 records"):
+        origins(stream([str(path)]), 1)
+
+
+def test_a_streamed_run_that_was_stopped_goes_on_bit_identically(models, tmp_path):
+    data = write_jsonl(tmp_path / "train.jsonl", DIALOGUES * 3)
+    command = [
+        *("train", "--model_path", str(models("qwen3")), "--dataset_path", str(data), "--streaming"),
+        *("--shuffle_buffer", "5", "--per_device_train_batch_size", "4", "--logging_steps", "1", "--save_steps", "5"),
+    ]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main([*command, "--max_steps", "15", "--output_dir", str(whole)]) == 0  # 2.5 passes
+    assert main([*command, "--max_steps", "15", "--output_dir", str(parts)]) == 0
+    for name in ("adapter_model.safetensors", "run.json"):
+        (parts / name).unlink()
+    for step in (10, 15):
+        for file in sorted((parts / f"checkpoint-{step}").iterdir()):
+            file.unlink()
+        (parts / f"checkpoint-{step}").rmdir()
+    assert main([*command, "--max_steps", "15", "--output_dir", str(parts), "--resume"]) == 0
+    weights = "adapter_model.safetensors"
+    assert (parts / weights).read_bytes() == (whole / weights).read_bytes()
+    run = json.loads((whole / "run.json").read_text())
+    assert (run["records_read"], run["records_used"]) == (24, 24)
+    assert run["status"] == "finished"
+
+
+def test_what_a_stream_cannot_do_is_said_before_anything_is_read(capsys):
+    both = ["train", "--model_path", "m", "--dataset_path", "nowhere.jsonl", "--streaming"]
+    assert main(both) == 2
+    assert "--max_steps" in capsys.readouterr().err
+    assert main([*both, "--max_steps", "5", "--eval_size", "0.1"]) == 2
+    assert "--eval_size" in capsys.readouterr().err
