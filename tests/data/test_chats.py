@@ -167,10 +167,10 @@ def test_text_parts_are_joined_and_thoughts_and_calls_kept_apart():
     assert answer == Turn("assistant", "Let me see.", reasoning="Hm.", calls=(CALL,))
 
 
-@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "tool_result"])
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "tool_result", "thinking", "tool_use"])
 def test_a_part_that_is_no_text_is_refused_by_name(kind):
     said = why_not({"role": "user", "content": [{"type": "text", "text": "Look:"}, {"type": kind, kind: {}}]}, TELL)
-    assert f'messages 1 holds a part of type "{kind}"' in said or f'content holds a part of type "{kind}"' in said
+    assert said == f'messages 1\'s content holds a part of type "{kind}"; only text can be trained on'
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
@@ -225,6 +225,8 @@ def test_tools_that_cannot_be_read_are_refused(tools, why):
         ({"function": {"name": "f", "arguments": "{1}"}}, "arguments is not JSON"),
         ("f()", "tool_calls is text"),
         ({"function": {"name": "f", "arguments": {"a": "\ud83d"}}}, "half a surrogate pair"),
+        ({"function": {"name": "f", "arguments": {"a": float("nan")}}}, "no JSON"),  # as a table may hold
+        ({"function": {"name": "f", "arguments": {"a": b"x"}}}, "no JSON"),
         ({"function": {"name": "f", "arguments": "[" * 100_000}}, "is not JSON"),
     ],
 )
@@ -278,6 +280,10 @@ def test_a_cell_of_a_table_holds_messages_as_json():
 )
 def test_what_is_no_conversation_is_refused_with_its_place(messages, why):
     assert why in reason({"messages": messages}, Form("messages"))
+
+
+def test_what_cannot_be_read_is_not_called_empty_too():
+    assert why_not({"role": "user", "content": 3}, TELL) == "messages 1's content is a number; expected text"
 
 
 def test_all_problems_of_a_conversation_come_at_once_and_none_repeats_its_text():
@@ -346,6 +352,13 @@ def test_a_rendered_text_is_its_turns_and_the_template_is_named():
     record, account = read({"text": "<s>Human: Q?\n</s><s>Assistant: A.\n</s>"}, Form("text"))
     assert [(turn.role, turn.text.strip()) for turn in record.turns] == [("user", "Q?"), ("assistant", "A.")]
     assert any("atom" in notice for notice in account.notices)
+
+
+def test_an_empty_answer_in_a_rendered_text_is_named():
+    exchange = "<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
+    assert reason({"text": exchange.format("") + exchange.format("A.")}, Form("text")) == (
+        "turn 2 of text (assistant) is empty: there is nothing to learn"
+    )
 
 
 @pytest.mark.parametrize(("text", "why"), [("", "text is empty"), (" \n", "text is empty"), (None, "text is null")])

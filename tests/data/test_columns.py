@@ -32,12 +32,12 @@ def parquet(path: Path) -> None:
 
 def arrow_file(path: Path) -> None:
     with pyarrow.ipc.new_file(str(path), TABLE.schema) as writer:
-        writer.write_table(TABLE, max_chunksize=700)
+        writer.write_table(TABLE, max_chunksize=1500)
 
 
 def arrow_stream(path: Path) -> None:
     with pyarrow.ipc.new_stream(str(path), TABLE.schema) as writer:
-        writer.write_table(TABLE, max_chunksize=700)
+        writer.write_table(TABLE, max_chunksize=1500)
 
 
 WRITE = {"parquet": parquet, "arrow": arrow_file, "stream.arrow": arrow_stream}
@@ -59,7 +59,7 @@ def test_progress_adds_up_to_the_size_of_the_file(written):
     seen: list[int] = []
     list(read_values(written, seen.append))
     assert sum(seen) == size_of(written) == written.stat().st_size
-    assert min(seen) >= 0 and len(seen) > 2
+    assert min(seen) >= 0 and len(seen) > 1
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])

@@ -48,9 +48,11 @@ def test_the_tutorials_typo_is_read_and_said():
     assert "instrution" in notice and "instruction" in notice and count == 1
 
 
-def test_the_typo_does_not_displace_a_rightly_spelled_instruction():
-    record, _ = read({"instrution": "wrong", "instruction": "right", "output": "2"})
-    assert record.prompt == (Turn("user", "right"),)
+@pytest.mark.parametrize("keys", [("instrution", "instruction"), ("instruction", "instrution")])
+def test_the_typo_does_not_displace_a_rightly_spelled_instruction(keys):
+    record, account = read({**{key: key for key in keys}, "output": "2"})
+    assert record.prompt == (Turn("user", "instruction"),)
+    assert account.notices == {'key "instrution" is not used by this format': 1}
 
 
 def test_texts_are_kept_to_the_character():
@@ -251,6 +253,10 @@ def test_no_format_names_the_keys_found_and_the_nearest():
     assert "nearest is alpaca" in said and "--keys YOURS=output" in said
 
 
+def test_the_signs_of_a_format_stand_in_one_record():
+    assert "fits no format" in told([{"instruction": "x"}, {"output": "y"}])
+
+
 def test_a_misspelt_key_is_guessed():
     assert "--keys ouput=output" in told([{"instruction": "x", "ouput": "y"}])
     assert "--keys mesages=messages" in told([{"mesages": []}])
@@ -268,11 +274,22 @@ def test_preference_data_can_be_trained_on_as_the_message_says():
 
 
 def test_the_users_keys_are_read_as_ours():
-    value = {"question": "x", "answer": "y", "output": "the user named another"}
-    form = recognise([value], keys={"question": "instruction", "answer": "output"}, name="t")
-    assert to_record(Found(value, ORIGIN), Account(), form) == Record(
-        (Turn("user", "x"), Turn("assistant", "y")), ORIGIN
-    )
+    keys = {"question": "instruction", "answer": "output"}
+    account = Account()
+    for more in ({}, {"output": "the user named another"}):
+        value = {"question": "x", "answer": "y", **more}
+        record = to_record(Found(value, ORIGIN), account, recognise([value], keys=keys, name="t"))
+        assert record == Record((Turn("user", "x"), Turn("assistant", "y")), ORIGIN)
+    assert account.notices == {'key "output" is not used, "answer" is read for it,': 1}
+
+
+def test_two_keys_may_change_places():
+    value = {"instruction": "y", "output": "x"}
+    form = recognise([value], keys={"instruction": "output", "output": "instruction"}, name="t")
+    account = Account()
+    record = to_record(Found(value, ORIGIN), account, form)
+    assert record == Record((Turn("user", "x"), Turn("assistant", "y")), ORIGIN)
+    assert not account.notices
 
 
 def test_keys_of_the_users_that_are_nowhere_are_said_all_at_once():

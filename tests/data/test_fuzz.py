@@ -94,6 +94,10 @@ def test_no_file_breaks_the_reader_and_no_record_is_lost(tmp_path: Path, seed: i
         kinds = [one if isinstance(one, Refusal) else to_record(one, account) for one in found]
         refused = [one for one in kinds if isinstance(one, Refusal)]
         json.dumps([[one.origin, one.reason] for one in refused]).encode()
-        _, account, _ = examples_of(path, template, Rules(max_tokens=64), cache_dir=tmp_path / "store")
+        try:
+            _, account, _ = examples_of(path, template, Rules(max_tokens=64), cache_dir=tmp_path / "store")
+        except UserError as error:  # a file none of whose records has the keys of a format
+            assert path.name in str(error) and any(form in str(error) for form in ("fits", "preference"))
+            continue
         assert account.records_read == len(found)
         assert account.records_used + len(account.records_refused) == account.records_read

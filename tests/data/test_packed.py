@@ -73,8 +73,10 @@ def test_half_an_archive_is_refused_with_its_place(tmp_path: Path, ending, share
     whole = PACK[ending](as_jsonl())
     path = tmp_path / f"a.jsonl.{ending}"
     path.write_bytes(whole[: max(5, min(len(whole) - 1, int(len(whole) * share)))])
-    with pytest.raises(BadData, match=rf"a\.jsonl\.{ending}:\d+: the \w+ file ends in the middle"):
+    with pytest.raises(BadData, match=rf"a\.jsonl\.{ending}:\d+: the \w+ file ends in the middle") as told:
         list(read_values(path))
+    line = int(str(told.value).split(":")[1])
+    assert len(RECORDS) * share - 1500 < line <= len(RECORDS) + 1, "to 64 KiB, which are some 1,000 of these lines"
 
 
 def test_a_bit_that_fell_over_is_found(tmp_path: Path):

@@ -1,5 +1,6 @@
 """Profile: counts and marks of a data set, against loops over its records one at a time."""
 
+import itertools
 import json
 import random
 import sys
@@ -89,7 +90,7 @@ def test_tokens_are_counted_as_by_a_walk_along_each_record(seed):
 
 
 def test_what_is_read_alone_may_be_unknown():
-    (seen,) = [read_tokens([as_table([(Example((1, 0, 5, 2), (0, 0, 1, 1), "a:1"),)])], stop=2, unknown=0)]
+    seen = read_tokens([as_table([(Example((1, 0, 5, 2), (0, 0, 1, 1), "a:1"),)])], stop=2, unknown=0)
     assert not seen.unknown.any()
 
 
@@ -194,6 +195,13 @@ def test_the_suggested_length_is_the_smallest_that_keeps_its_word(seed):
     assert longer(little.tokens) < len(longest) / 100 <= longer(little.tokens - STEP)
 
 
+@pytest.mark.parametrize(("outliers", "tokens"), [(0, 64), (1, 64), (2, 320)])
+def test_one_record_in_a_hundred_is_not_under_one_percent(outliers, tokens):
+    # Of 101 records one is under 1 %; of 100 it is 1 % itself.
+    assert suggested(numpy.array([10] * (101 - outliers) + [300] * outliers))[1].tokens == tokens
+    assert suggested(numpy.array([10] * 99 + [300]))[1].tokens == 320
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_a_histogram_counts_everything_once(seed):
     draw = random.Random(seed)
@@ -201,7 +209,7 @@ def test_a_histogram_counts_everything_once(seed):
     bars = histogram(numpy.array(values))
     assert 1 <= len(bars) <= 14
     assert bars[0].low == 0
-    assert all(one.high + 1 == other.low for one, other in zip(bars, bars[1:], strict=False))
+    assert all(one.high + 1 == other.low for one, other in itertools.pairwise(bars))
     assert [bar.count for bar in bars] == [sum(bar.low <= value <= bar.high for value in values) for bar in bars]
     assert sum(bar.count for bar in bars) == len(values)
 

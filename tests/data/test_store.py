@@ -307,7 +307,7 @@ def test_whoever_finishes_second_gives_way(data, tmp_path):
 
 
 def test_where_every_record_is_refused_there_are_no_examples_but_an_account(tmp_path):
-    data = write_jsonl(tmp_path / "train.jsonl", [{"instruction": "Hi"}, {"prompt": "Hi"}])
+    data = write_jsonl(tmp_path / "train.jsonl", [{"instruction": "Hi", "output": ""}, {"prompt": "Hi"}])
     for _ in ("encoded", "served"):
         examples, account, _ = asked(data, tmp_path / "cache")
         assert len(examples) == 0

@@ -201,7 +201,6 @@ def test_a_window_that_the_plan_does_not_know_is_not_passed_by(dropout):
     # A layer with a window of its own, which the model's config does not name, would see everything instead.
     row = some_rows(6)[5]
     plan = plan_attention(row, windows=(None, 5))
+    keywords = {"dropout": dropout, "sliding_window": 3, ROW_PLAN: plan}
     with pytest.raises(NotImplementedError, match="a window of 3 tokens"):
-        attend(
-            nn.Module(), *asked(len(row), heads=2).inputs, None, dropout=dropout, sliding_window=3, **{ROW_PLAN: plan}
-        )
+        attend(nn.Module(), *asked(len(row), heads=2).inputs, None, **keywords)

@@ -180,9 +180,11 @@ def test_a_step_that_is_saved_again_has_a_whole_checkpoint_at_every_moment(tmp_p
 
 
 def test_a_staged_folder_that_is_not_whole_is_cleared_and_none_replaces_what_has_its_name(tmp_path):
-    for step in (2, 4):
-        sealed(tmp_path, step).rename(tmp_path / f".saving-checkpoint-{step}")
-    sealed(tmp_path, 4, b"its own")
+    sealed(tmp_path, 2).rename(tmp_path / ".saving-checkpoint-2")
+    sealed(tmp_path / "other", 4).rename(tmp_path / ".saving-checkpoint-4")
+    (tmp_path / "other").rmdir()
+    sealed(tmp_path / "own", 4, b"its own").rename(tmp_path / "checkpoint-4")
+    (tmp_path / "own").rmdir()
     (tmp_path / ".saving-checkpoint-2" / "adapter.safetensors").write_bytes(b"torn")
     clear_staging(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]

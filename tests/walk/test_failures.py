@@ -405,7 +405,7 @@ def test_a_first_step_left_out_raises_no_false_alarm(models, dialogues, tmp_path
 def test_a_full_disk_under_the_store_of_records_is_named(models, dialogues, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk], check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", disk], check=False).returncode:
         pytest.skip("this machine does not let us mount")
     try:
         done = subprocess.run(

@@ -45,6 +45,29 @@ def test_two_ranks_give_the_run_of_one(models, dialogues, tmp_path):
     assert relative_difference(*adapters) < 1e-6  # padded to other widths: RMSNorm computes in float32
 
 
+def test_two_ranks_share_a_stream(models, dialogues, tmp_path):
+    # Each reads all of it and takes its part of each batch; catches a rank that trains on what the other does.
+    command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--use_cpu"]
+    command += ["--dtype", "float64", "--lora_dropout", "0", "--max_steps", "7", "--learning_rate", "1e-2"]
+    command += ["--logging_steps", "1", "--streaming", "--shuffle_buffer", "6"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main([*command, "--output_dir", str(one), "--per_device_train_batch_size", "4"]) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "atomtune"]
+    done = subprocess.run(
+        [*launcher, *command, "--output_dir", str(two), "--per_device_train_batch_size", "2"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (json.loads((folder / "run.json").read_text()) for folder in (two, one))
+    losses = [[entry["loss"] for entry in record["loss_history"]] for record in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (two, one)]
+    assert relative_difference(*adapters) < 1e-6
+
+
 def test_two_ranks_stop_together_when_one_is_told_and_go_on_as_one_run(models, dialogues, tmp_path):
     command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--use_cpu"]
     command += ["--dtype", "float32", "--max_steps", "150", "--save_steps", "5", "--save_total_limit", "2"]

@@ -305,7 +305,9 @@ def test_what_a_stopped_run_says_to_do_next_can_be_done(whole, tmp_path, capsys)
 def test_the_best_checkpoint_is_found_where_it_stands_now_or_missed_aloud(models, dialogues, tmp_path, capsys, fault):
     # Killed after the last checkpoint, before the adapter was saved.
     flags = ["--eval_size", "8", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
-    flags += ["--load_best_model_at_end", "--learning_rate", "3", "--save_total_limit", "9"]
+    # The worst loss is taken for the best, so that it is not the last one.
+    flags += ["--load_best_model_at_end", "--metric_for_best_model", "eval_loss", "--greater_is_better", "true"]
+    flags += ["--save_total_limit", "9"]
     whole, out = tmp_path / "whole", tmp_path / "out"
     command = [*arguments(models("llama"), dialogues, whole, *flags), "--max_steps", "6"]
     assert main(command) == 0
@@ -344,9 +346,7 @@ TORN = ["{", "[]", "{}", "null", '{"r": 8}', ""]
 
 @pytest.mark.parametrize("content", TORN)
 @pytest.mark.parametrize("name", ["atomtune.json", "adapter_config.json"])
-def test_a_torn_file_beside_the_weights_is_named_and_no_bug(  # noqa: PLR0917  # pytest's fixtures
-    whole, tmp_path, capsys, name, content
-):
+def test_a_torn_file_beside_the_weights_is_named_and_no_bug(whole, tmp_path, capsys, name, content):
     base, data, undisturbed = whole
     for source, use in (
         (undisturbed, ["chat", "--prompt", "x", "--adapter_path"]),

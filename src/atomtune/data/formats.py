@@ -47,6 +47,9 @@ def to_record(found: Found, account: Account, form: Form = _ALPACA) -> Record | 
         for theirs, ours in SPELLINGS.items():
             if theirs in given and theirs not in value:
                 reading.notes.add(f'key "{theirs}" read as "{ours}"')
+        for theirs, ours in form.keys.items():
+            if theirs in given and ours in given and ours not in form.keys and ours in RECORD_KEYS:
+                reading.notes.add(f'key "{ours}" is not used, "{printable(theirs)}" is read for it,')
     for key in SIGNS[form.name]:
         if key not in value:
             if "chosen" in given and "rejected" in given:
@@ -62,8 +65,11 @@ def recognise(
     keys: Mapping[str, str] = {},
     roles: Mapping[str, str] = {},
     name: str,
+    first: str = "",
 ) -> Form:
     """How the values of a file are read, told from the first of them; `name` is the file's, for messages.
+
+    first  where the first of the values stands, "train.jsonl:1"
 
     Values that are no objects say nothing; where there is no other, it is alpaca, and each is refused in its place.
     Raises BadData where they fit two formats or none, or where keys or roles name what is not there.
@@ -81,7 +87,7 @@ def recognise(
         which = " and ".join(f"{one} ({', '.join(SIGNS[one])})" for one in fits)
         raise BadData(f"{name} fits {which}: pass {' or '.join(f'--format {one}' for one in fits)}.")
     if records and not fits:
-        raise BadData(_fits_none(records, renamed, name))
+        raise BadData(_fits_none(records, renamed, first or name))
     return Form(fits[0] if fits else "alpaca", named.keys, named.roles)
 
 

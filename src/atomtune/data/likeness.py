@@ -91,7 +91,8 @@ def _united(groups: Numbers, left: Numbers, right: Numbers) -> Numbers:
         apart = a != b
         if not apart.any():
             return groups
-        numpy.minimum.at(groups, numpy.maximum(a, b)[apart], numpy.minimum(a, b)[apart])
+        # Of several that one is to join, any will do: the others are still apart from it in the next round.
+        groups[numpy.maximum(a, b)[apart]] = numpy.minimum(a, b)[apart]
         while (groups != (further := groups[groups])).any():
             groups = further
 

@@ -18,6 +18,8 @@ from atomtune.errors import BadData
 
 #: Read from the disk, and unpacked, at once.
 BUFFER_BYTES = 256 * 2**10
+#: Unpacked in one step: a step that meets the end of half a file gives nothing, so the place is exact to one.
+STEP_BYTES = 64 * 2**10
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 Packing = Literal["gzip", "zstd"]
 
@@ -88,7 +90,7 @@ class _Watched(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            part: bytes = self._inner.read(len(buffer))
+            part: bytes = self._inner.read(min(len(buffer), STEP_BYTES))
         except (EOFError, OSError, zlib.error) as error:  # gzip.BadGzipFile and pyarrow's errors are OSErrors
             unfinished = isinstance(error, EOFError) or "Truncated" in str(error)
             what = "ends in the middle, as a download does that stopped" if unfinished else f"is damaged ({error})"

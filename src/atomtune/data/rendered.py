@@ -4,6 +4,7 @@ Before: formats.py meets a `text`.  After: the turns are rendered again by whate
 Law: turns are given back only where writing them again, by the very template they are read as, gives the same text up
 to white space at its ends, one BOS and one final stop token (tests/data/test_rendered.py). Whatever cannot be told for
 sure (a marker inside a turn, a text that ends before its answer) is None: the text is then a text like any other.
+What Gemma's and Mistral's texts say in the first user turn stays there, a system text too: nothing parts the two.
 """
 
 import itertools

@@ -167,8 +167,9 @@ def form_of(
     chunks = read_chunks(source, advance)
     first = list(itertools.islice(chunks, 1))
     found = [one for chunk in first for one in parse_chunk(chunk)]
-    values = [one.value for one in found if isinstance(one, Found)][:_LOOKED_AT]
-    form = recognise(values, asked=rules.format, keys=dict(rules.keys), roles=dict(rules.roles), name=Path(source).name)
+    seen = [one for one in found if isinstance(one, Found)][:_LOOKED_AT]
+    values, place = [one.value for one in seen], next((one.origin for one in seen), "")
+    form = recognise(values, asked=rules.format, keys=dict(rules.keys), roles=dict(rules.roles), name=Path(source).name, first=place)
     return form, itertools.chain(first, chunks)
 
 

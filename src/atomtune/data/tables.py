@@ -128,11 +128,11 @@ class _Lines(Iterator[str]):
         return self._text(raw.removeprefix(codecs.BOM_UTF8) if self.number == 1 else raw)
 
     def _text(self, raw: bytes) -> str:
-        """The line as text. A byte that is none keeps its place, so that the row still ends where it ends."""
+        """The line as text; where it is none, near enough for its row to end where it ends and be refused whole."""
         if b"\0" in raw:
             self.trouble = NUL_BYTES
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
             self.trouble = encoding_reason(raw, error.start)
-            return raw.decode("utf-8", "surrogateescape")
+            return raw.decode("utf-8", "replace")

@@ -135,11 +135,6 @@ def _explicit(path: Path, output_dir: Path) -> Start:
 def _refuse_to_mix(start: Start, output_dir: Path) -> None:
     """Raise BadSettings where this run would overwrite a finished one's adapter, or where a later --resume could not
     tell this run's checkpoints from those of the run before."""
-    goes_on = start.kind == "resume" and start.path and start.path.resolve().parent == output_dir.resolve()
-    if (output_dir / WEIGHTS).exists() and not goes_on:
-        raise BadSettings(
-            [f"{output_dir} holds the adapter of a finished run, which this one would overwrite. Pass another one."]
-        )
     step = step_of(start.path) if start.kind == "resume" and start.path else -1
     beyond = [path for path in checkpoints(output_dir) if (path / MANIFEST).is_file() and (step_in(path) or 0) > step]
     if beyond:
@@ -148,6 +143,11 @@ def _refuse_to_mix(start: Start, output_dir: Path) -> None:
                 f"{output_dir} holds {', '.join(path.name for path in reversed(beyond))} of an earlier run, which "
                 "--resume would later take for this one's.\nPass another --output_dir, or move them away."
             ]
+        )
+    goes_on = start.kind == "resume" and start.path and start.path.resolve().parent == output_dir.resolve()
+    if (output_dir / WEIGHTS).exists() and not goes_on:
+        raise BadSettings(
+            [f"{output_dir} holds the adapter of a finished run, which this one would overwrite. Pass another one."]
         )
 
 

@@ -136,7 +136,7 @@ def _held_out(job: Job, records: int) -> tuple[list[int], list[int]]:
 
 def say_account(account: Account, template: Template, voice: Voice) -> None:
     voice.say(
-        f"{account.records_read:,} records read, {account.records_used:,} used, "
+        f"{account.records_read:,} records read ({account.format}), {account.records_used:,} used, "
         f"{len(account.records_refused):,} refused, {account.records_cut:,} shortened; "
         f"{account.prompt_tokens:,} prompt and {account.target_tokens:,} target tokens; "
         f"template {template.name}, stops at {template.stop}."
@@ -145,6 +145,16 @@ def say_account(account: Account, template: Template, voice: Voice) -> None:
         voice.notice(f"{said} in {count:,} records.")
     if account.records_copied:
         voice.notice(f"{account.records_copied:,} records are copies of another and are learned once more.")
+    if account.split_origins:
+        voice.notice(
+            f"a server would send other tokens before a later answer than stand there in one piece; these are laid out as "
+            f"one example an answer, with what they share computed once: {_some(account.split_origins)}."
+        )
+    if template.unknown_controls:
+        voice.notice(
+            f"the template {template.name} writes {', '.join(template.unknown_controls)}, which this tokenizer reads as "
+            "text, not as control tokens. Its own template or atom suits this model better."
+        )
     if account.cut_origins:
         voice.notice(f"shortened to fit --max_seq_length: {_some(account.cut_origins)}.")
     if account.control_origins:

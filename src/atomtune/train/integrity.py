@@ -102,6 +102,7 @@ def publish(staging: Path, folder: Path, *, last: str) -> None:
         goal = folder / file.relative_to(staging)
         goal.parent.mkdir(parents=True, exist_ok=True)
         file.replace(goal)
+    shutil.rmtree(staging)
     _sync(folder)
 
 

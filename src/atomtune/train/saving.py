@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 from atomtune.errors import BadModel, RunFailed, listing
 from atomtune.model.adapter import Card, refuse_not_finite, refuse_unlike
 from atomtune.train.checkpoint import STATE
-from atomtune.train.integrity import MANIFEST, checkpoints, damage, disk_failed, rotate, seal, staging_of
+from atomtune.train.integrity import MANIFEST, checkpoints, damage, disk_failed, rotate, seal, staged
 from atomtune.train.state import gathered, load_state, random_state, save_state, scatter, set_random_state
 from atomtune.train.watch import on_any_rank
 
@@ -71,18 +71,18 @@ class SavingTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that appears whole or not at all; where the disk fails, that is said and tried again later."""
         final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        staging = staging_of(final)
         failed: BaseException | None = None
-        for part in (self._begin_checkpoint, self._fill_checkpoint, self._seal_checkpoint):
-            try:
-                part(staging, final)
-            except Exception as error:
-                if not disk_failed(error):
-                    raise
-                failed = error
-            if on_any_rank(failed is not None, self.args):
-                self._give_up(staging, failed)
-                return
+        with staged(final, clears=self.args.should_save) as staging:
+            for part in (self._begin_checkpoint, self._fill_checkpoint, self._seal_checkpoint):
+                try:
+                    part(staging, final)
+                except Exception as error:
+                    if not disk_failed(error):
+                        raise
+                    failed = error
+                if on_any_rank(failed is not None, self.args):
+                    self._give_up(failed)
+                    return
         self.failed_saves = 0
         if self.args.should_save:
             protected = [path for path in (self.state.best_model_checkpoint, self.resumed_from) if path]
@@ -131,11 +131,9 @@ class SavingTrainer(Trainer):
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(final))
 
-    def _give_up(self, staging: Path, error: BaseException | None) -> None:
+    def _give_up(self, error: BaseException | None) -> None:
         """Training goes on without this checkpoint; a run that cannot save at all, or was told to stop, ends."""
         self.failed_saves += 1
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
         folder = Path(self.args.output_dir)
         kept = next((path for path in checkpoints(folder) if not damage(path)), None)
         said = (

@@ -26,6 +26,8 @@ def inspect(settings: InspectSettings) -> int:
     missing = [f"--{name} is missing." for name in ("dataset_path", "model_path") if not getattr(settings, name)]
     if missing:
         raise BadSettings([*missing, "atomtune inspect DATA --model_path MODEL"])
+    if settings.html and Path(settings.html).is_dir():
+        raise BadSettings([f"--html {settings.html}: a folder; expected the name of a file, as report.html."])
     allowed = allowances(settings.fail_on)
     quiet_libraries()
     console = Patient(highlight=False, stderr=settings.json)

@@ -43,12 +43,19 @@ function both(en, zh, className) {
   return made;
 }
 
-// What is searched: a record's tokens as running text, visible marks turned back into white space.
+// What is searched: a record's tokens as running text, visible marks turned back into white space and split characters
+// joined again.
 const texts = new Map();
+const bytes = new TextDecoder();
+function characters(run) {
+  return bytes.decode(Uint8Array.from(run.match(/[0-9A-F]{2}/g), (byte) => parseInt(byte, 16)));
+}
+
 function textOf(record) {
   if (!texts.has(record)) {
     const joined = record.examples.map((one) => one.ids.map((id) => data.pieces[id][0]).join("")).join(" ");
-    texts.set(record, (record.origin + " " + joined).replace(/·/g, " ").replace(/[↵⇥]/g, " ").toLowerCase());
+    const whole = joined.replace(/(?:⟨[0-9A-F]{2}⟩)+/g, characters);
+    texts.set(record, (record.origin + " " + whole).replace(/·/g, " ").replace(/[↵⇥]/g, " ").toLowerCase());
   }
   return texts.get(record);
 }
@@ -83,6 +90,8 @@ function card(record) {
   const size = record.examples.reduce((sum, one) => sum + one.ids.length, 0);
   const learned = record.examples.reduce((sum, one) => sum + one.runs.reduce((s, [n, l]) => s + (l ? n : 0), 0), 0);
   head.append(element("b", "", record.origin), both(`${size} tokens, ${learned} learned`, `${size} 个词元，学习 ${learned} 个`));
+  const parts = record.examples.length;
+  if (parts > 1) head.append(both(`learned in ${parts} parts, as a server would send them`, `分 ${parts} 段学习，与服务器所见一致`));
   for (const [name, like] of Object.entries(record.problems)) head.append(tag(name, like));
   made.append(head, ...record.examples.map(tokens));
   return made;

@@ -1,0 +1,275 @@
+"""Inspect: the ledger that adds up, what is found in a file, and the checks of a data repository."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from atomtune.cli import main
+from atomtune.data.profile import PROBLEMS
+from atomtune.data.records import Example
+from atomtune.use.page import LABELS
+from atomtune.use.tokens import Lettering, byte_of, coloured, show, visible
+from tests.conftest import DIALOGUES, SHARED_DATA, write_jsonl
+from tests.tiny import CHATML, tokenizer_of
+
+STORY = "Once upon a time there was a lighthouse on a small island, and a keeper who never slept."
+#: One record or more for every problem a file can have.
+TROUBLED = [
+    *DIALOGUES,
+    DIALOGUES[0],
+    {"instruction": "Tell me a story.", "input": "", "output": STORY},
+    {"instruction": "Tell me a story.", "input": "", "output": STORY + "!"},
+    {"instruction": "Say </s> please", "input": "", "output": "No <s> here"},
+    {"instruction": "x", "input": "", "output": "5"},
+    {"instruction": "word " * 300, "input": "", "output": "A long question."},
+    {"instruction": "why", "input": "", "output": "word " * 300},
+    {"instruction": "no answer"},
+]
+FOUND = {"refused": 2, "cut": 1, "duplicates": 1, "near_duplicates": 1, "conflicts": 2, "control": 1}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a tokenizer and no model at all."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer_of("sentencepiece").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def troubled(tmp_path):
+    return write_jsonl(tmp_path / "troubled.jsonl", TROUBLED)
+
+
+def inspected(capsys, *words: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = main(["inspect", *map(str, words)])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_json_is_all_that_stands_on_standard_output_and_it_adds_up(base, troubled, capsys):
+    code, out, err = inspected(capsys, troubled, "--model_path", base, "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert told["records_read"] == len(TROUBLED) == told["records_used"] + len(told["records_refused"])
+    assert sorted(one["origin"] for one in told["records_refused"]) == ["troubled.jsonl:15", "troubled.jsonl:16"]
+    assert told["records_cut"] == 1
+    assert "Ledger" in err
+
+
+def test_every_sum_that_is_shown_is_true(base, troubled, capsys):
+    _, out, _ = inspected(capsys, troubled, "--model_path", base)
+    sums = re.findall(r"([\d,]+) read = ([\d,]+) used \+ ([\d,]+) refused", out)
+    assert len(sums) == 2
+    for line in sums:
+        read, used, refused = (int(number.replace(",", "")) for number in line)
+        assert read == used + refused
+
+
+def test_each_problem_is_found_where_it_stands(base, troubled, capsys):
+    _, out, _ = inspected(capsys, troubled, "--model_path", base, "--samples", "0")
+    lines = out[out.index("\nProblems") :].splitlines()
+    told = {line.split()[0]: line.split()[1] for line in lines if line.split() and line.split()[0] in PROBLEMS}
+    told = {name: int(count) for name, count in told.items()}
+    assert {name: told[name] for name in FOUND} == FOUND
+    places = {line.split()[0]: lines[i + 1] for i, line in enumerate(lines) if line.split() and line.split()[0] in told}
+    assert places["duplicates"].strip() == "troubled.jsonl:1, troubled.jsonl:9"
+    assert places["near_duplicates"].strip() == "troubled.jsonl:10, troubled.jsonl:11"
+    assert places["cut"].strip() == "troubled.jsonl:14"
+    assert places["control"].strip() == "troubled.jsonl:12"
+    assert "troubled.jsonl:13" in places["one_token"]
+    nothing = next(line for line in lines if "nothing found by" in line)
+    assert all(name in nothing or told.get(name) for name in PROBLEMS)
+
+
+def test_no_text_of_a_record_is_said_where_no_sample_is_asked_for(base, troubled, capsys):
+    _, out, err = inspected(capsys, troubled, "--model_path", base, "--samples", "0")
+    assert "lighthouse" not in out + err
+    assert "灯" not in out + err
+
+
+def test_what_a_length_costs_is_told_before_it_is_asked_for(base, troubled, capsys):
+    _, out, _ = inspected(capsys, troubled, "--model_path", base)
+    suggested = next(line for line in out.splitlines() if "suggested" in line).split()[1].rstrip(",")
+    code, out, _ = inspected(
+        capsys, troubled, "--model_path", base, "--max_seq_length", suggested.replace(",", ""), "--json"
+    )
+    told = json.loads(out)
+    assert code == 0
+    assert told["records_cut"] == 0
+    assert len(told["records_refused"]) == 1  # the one without an answer; none for its length
+
+
+@pytest.mark.parametrize(
+    ("words", "failing"),
+    [
+        (["duplicates", "cut"], ["duplicates", "cut"]),
+        (["duplicates=1", "cut=1", "refused=2"], []),
+        (["duplicates=6%,refused=12%"], ["duplicates", "refused"]),  # 1 and 2 of 16 records are 6.25 % and 12.5 %
+        (["duplicates=6.25%,refused=12.5%"], []),
+        (["refused=1"], ["refused"]),
+        (["no_stop", "blank", "unknown"], []),
+        (["near_duplicates", "control", "conflicts=1"], ["near_duplicates", "control", "conflicts"]),
+    ],
+)
+def test_fail_on_ends_with_4_where_more_is_found_than_allowed(base, troubled, capsys, words, failing):
+    code, _, err = inspected(capsys, troubled, "--model_path", base, "--fail_on", *words)
+    assert code == (4 if failing else 0)
+    assert [line.split(":")[0] for line in err.splitlines() if "allowed" in line] == failing
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("duplicats", "did you mean duplicates?"),
+        ("xyzzy", "known: refused, cut"),
+        ("cut=", "no limit"),
+        ("cut=many", "no limit"),
+        ("cut=-1", "no limit"),
+        ("cut=nan", "no limit"),
+        ("cut=101%", "no limit"),
+    ],
+)
+def test_a_word_that_is_no_check_is_refused_before_anything_is_read(base, capsys, word, said):
+    code, _, err = inspected(capsys, "there-is-no-such-file.jsonl", "--model_path", base, "--fail_on", word)
+    assert code == 2
+    assert said in err
+    assert "no such file" not in err
+
+
+def test_what_is_missing_is_said_at_once(capsys):
+    code, _, err = inspected(capsys)
+    assert code == 2
+    assert "--dataset_path" in err
+    assert "--model_path" in err
+
+
+def test_a_folder_is_no_page(base, troubled, tmp_path, capsys):
+    code, _, err = inspected(capsys, troubled, "--model_path", base, "--html", tmp_path)
+    assert code == 2
+    assert "a folder; expected the name of a file" in err
+
+
+def test_several_files_are_one_data_set(base, tmp_path, capsys):
+    one = write_jsonl(tmp_path / "one.jsonl", DIALOGUES[:5])
+    two = write_jsonl(tmp_path / "two.jsonl", DIALOGUES[3:])
+    code, out, err = inspected(capsys, one, two, "--model_path", base, "--json")
+    told = json.loads(out)
+    assert (code, told["records_read"], told["records_copied"]) == (0, 10, 2)
+    assert "one.jsonl:4, two.jsonl:1, one.jsonl:5" in err
+
+
+def test_a_file_of_which_nothing_can_be_used_is_reported_too(base, tmp_path, capsys):
+    file = write_jsonl(tmp_path / "bad.jsonl", [{"instruction": "a", "output": ""}, {"instruction": "", "output": "b"}])
+    code, out, _ = inspected(capsys, file, "--model_path", base, "--html", tmp_path / "report.html")
+    assert code == 0
+    assert "2 read = 0 used + 2 refused" in out
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_a_json_array_on_one_line_keeps_texts_and_tokens_together(base, tmp_path, capsys):
+    # All of its values have one origin; a value in the middle is refused.
+    file = tmp_path / "array.json"
+    file.write_text(json.dumps([*DIALOGUES[:2], {"instruction": "x"}, *DIALOGUES[:2]]), encoding="utf-8")
+    code, out, _ = inspected(capsys, file, "--model_path", base, "--json")
+    assert (code, json.loads(out)["records_copied"]) == (0, 2)
+
+
+def test_the_dialogues_copies_lengths_and_beginnings_are_found(tmp_path, capsys):
+    if not SHARED_DATA.is_file():
+        pytest.skip("the dialogues' file is not here")
+    values = [json.loads(line) for line in SHARED_DATA.read_text(encoding="utf-8").splitlines()]
+    corpus = [value[key] for value in values for key in ("instruction", "output")]
+    tokenizer_of("sentencepiece", corpus=corpus).save_pretrained(tmp_path / "base")
+    code, out, _ = inspected(capsys, SHARED_DATA, "--model_path", tmp_path / "base")
+    assert code == 0
+    assert "3,729 read = 3,729 used + 0 refused" in out
+    assert next(line for line in out.splitlines() if line.split()[:1] == ["duplicates"]).split()[1] == "112"
+    tree = next(line for line in out.splitlines() if line.split()[:1] == ["tree"])
+    assert float(tree.split()[2].rstrip("×")) > 1.5
+    assert "Han 100.0%" in out
+
+
+def test_no_model_is_loaded(base, troubled):
+    # The folder holds a tokenizer alone; and no weights' library is asked for a model.
+    run = subprocess.run(
+        [sys.executable, "-m", "atomtune", "inspect", str(troubled), "--model_path", str(base)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "100", "PYTHONIOENCODING": "utf-8"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_every_check_has_its_labels():
+    assert list(LABELS) == list(PROBLEMS)
+
+
+def test_shades_show_what_is_learned_token_by_token(base):
+    tokenizer = tokenizer_of("sentencepiece")
+    ids = tuple(tokenizer("你好 world\n", add_special_tokens=False)["input_ids"])
+    example = Example((1, *ids, 2), (0, *[0] * (len(ids) - 1), 1, 1), "a:1")
+    text = coloured(example.ids, example.learn, Lettering(tokenizer))
+    assert [span.end - span.start > 0 for span in text.spans] == [True] * len(example.ids)
+    assert [("green" in str(span.style) or "yellow" in str(span.style)) for span in text.spans] == [
+        bool(learn) for learn in example.learn
+    ]
+    plain = coloured(example.ids, example.learn, Lettering(tokenizer), colour=False).plain
+    assert plain.startswith("<s>│")
+    assert plain.replace("\n", "").endswith("⟦↵│</s>⟧")
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes", "characters"])
+def test_tokens_together_are_the_text_with_its_spaces_seen(kind):
+    tokenizer = tokenizer_of(kind, CHATML if kind == "bytes" else None)
+    lettering = Lettering(tokenizer)
+    for text in ("你好 世界", "Hello,  world 12", "有雾，\n看不见"):
+        if kind == "characters" and not set(text) <= tokenizer.get_vocab().keys():
+            continue
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        seen = "".join(lettering(number) for number in ids)
+        raw = bytearray()
+        while seen:  # ⟨E4⟩ back to its byte
+            if seen[0] == "⟨":
+                raw += bytes([int(seen[1:3], 16)])
+                seen = seen[4:]
+            else:
+                raw += seen[0].encode()
+                seen = seen[1:]
+        assert raw.decode().replace("·", " ").replace("↵", "\n").strip(" ") == text
+
+
+def test_the_byte_alphabet_is_the_one_of_the_tokenizers_library():
+    from tokenizers import pre_tokenizers
+
+    assert byte_of().keys() == set(pre_tokenizers.ByteLevel.alphabet())
+    assert sorted(byte_of().values()) == list(range(256))
+    for text in ("é", "ÿ\x00 \n", "中"):
+        (piece,) = [
+            word for word, _ in pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+        ]
+        assert bytes(byte_of()[character] for character in piece) == text.encode()
+
+
+@pytest.mark.parametrize(("piece", "shown"), [(" a", "·a"), ("\x1b[31m", "⟨1B⟩[31m"), ("\u202e", "⟨202E⟩"), ("", "⟨⟩")])
+def test_nothing_hides_in_a_token(piece, shown):
+    assert visible(piece) == shown
+
+
+def test_of_a_long_record_the_end_is_shown():
+    tokenizer = tokenizer_of("characters")
+    example = Example((1, *[5] * 50, 2), (0, *[0] * 49, 1, 1), "a:1")
+    console = Console(file=io.StringIO(), width=200, color_system=None)
+    show(console, [example], Lettering(tokenizer), part=10)
+    said = console.file.getvalue()
+    assert "the first 42 are not shown" in said
+    assert said.rstrip().endswith("</s>⟧")
