@@ -103,7 +103,8 @@ def encoded(base: Path, data: Path) -> list[dict[str, list[int]]]:
     from atomtune.model.load import load_tokenizer
 
     template = load_template("atom", load_tokenizer(str(base)))
-    stored, *_ = examples_of(data, template, Rules(max_tokens=MAX_TOKENS, learn="last"), cache_dir=data.parent / "store")
+    rules = Rules(max_tokens=MAX_TOKENS, learn="last")
+    stored, *_ = examples_of(data, template, rules, cache_dir=data.parent / "store")
     examples = (example for row in stored for example in as_examples(row))
     return [{"input_ids": list(example.ids), "completion_mask": list(example.learn)} for example in examples]
 

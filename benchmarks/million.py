@@ -29,7 +29,7 @@ _BATCH = 1000
 
 
 def write(source: Path, count: int, path: Path) -> Path:
-    """Records like the source's, as many as asked: a question of one, the answer of another, a number to tell them by."""
+    """So many records like the source's: a question of one with a number to tell it by, the answer of another."""
     with source.open(encoding="utf-8") as lines:
         known = [json.loads(line) for line in lines if line.strip()]
     draw = random.Random(0)
@@ -168,8 +168,9 @@ def measure(asked: argparse.Namespace) -> None:
             ratios.append(first["records_per_second"] / alone)
             starts.append((alone, first, second))
             print(
-                f"round {turn}: tokenizer alone {alone:,.0f} records/s; read and encoded {first['records_per_second']:,.0f} "
-                f"records/s ({ratios[-1]:.2f} of it), {first['seconds']:.1f} s, peak {first['peak_memory_mb']:,.0f} MB "
+                f"round {turn}: tokenizer alone {alone:,.0f} records/s; read and encoded "
+                f"{first['records_per_second']:,.0f} records/s ({ratios[-1]:.2f} of it), {first['seconds']:.1f} s, "
+                f"peak {first['peak_memory_mb']:,.0f} MB "
                 f"({first['memory_before_mb']:,.0f} before); from the cache {second['seconds']:.2f} s",
                 flush=True,
             )

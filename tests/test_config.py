@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from atomtune.config import LIBRARY_DEFAULTS, TRAIN_GROUPS, read_settings, read_train
 from atomtune.errors import BadSettings
-from atomtune.settings import ChatSettings, InspectSettings, MergeSettings, TrainSettings
+from atomtune.settings import ChatSettings, MergeSettings, TrainSettings
 from atomtune.sources import RENAMED, kinds_of, library_kinds
 
 BOTH = ("--dataset_path", "train.jsonl", "--model_path", "base")

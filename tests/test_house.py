@@ -86,7 +86,10 @@ def test_data_is_handed_its_tokenizer_and_imports_no_torch(path):
     assert not {module.split(".")[0] for module in imports_of(path)} & {"torch", "transformers", "peft", "accelerate"}
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in ("errors", "settings", "sources", "config", "cli")], ids=name)
+LIGHT = ("errors", "settings", "sources", "config", "cli")
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in LIGHT], ids=name)
 def test_what_answers_a_wrong_flag_imports_no_torch(path):
     # At any depth of a function; the process itself is asked in test_cli.py.
     assert not {module.split(".")[0] for module in imports_of(path)} & {"torch", "transformers", "peft", "datasets"}

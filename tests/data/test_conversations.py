@@ -26,7 +26,26 @@ TOKENIZERS = {
     "bytes with ChatML": ("bytes", CHATML),
     "characters": ("characters", None),
 }
-WORDS = ["你好", "谁", "灯塔", "。", "Hello", " world", "!", "\n", "  ", "1+1=", "2", "é", "🙂", "\t", "《", "》", " x", "a b"]
+WORDS = [
+    "你好",
+    "谁",
+    "灯塔",
+    "。",
+    "Hello",
+    " world",
+    "!",
+    "\n",
+    "  ",
+    "1+1=",
+    "2",
+    "é",
+    "🙂",
+    "\t",
+    "《",
+    "》",
+    " x",
+    "a b",
+]
 
 
 @cache
@@ -71,11 +90,11 @@ def asked(template: Template, messages: list[dict[str, Any]]) -> list[tuple[list
             before, chat_template=template.source, tokenize=False, add_generation_prompt=True
         )
         prompt = speaks(rendered, add_special_tokens=False)["input_ids"]
-        found.append((prompt, answer_ids(template, before, message, rendered) + [stop], weight(message)))
+        found.append((prompt, [*answer_ids(template, message), stop], weight(message)))
     return found
 
 
-def answer_ids(template: Template, before: list[dict[str, Any]], message: dict[str, Any], rendered: str) -> list[int]:
+def answer_ids(template: Template, message: dict[str, Any]) -> list[int]:
     content = message["content"]
     if template.name == "qwen":  # the published template writes empty thoughts before an answer that has none
         content = f"<think>\n\n</think>\n\n{content.lstrip(chr(10))}"

@@ -8,7 +8,10 @@ from atomtune.data.engine import Frames, Sealed
 from atomtune.data.template import built_in, load_template
 from tests.tiny import CHATML, GEMMA, tokenizer_of
 
-WHOLE = "{% for m in messages %}<{{ m['role'] }}>BODY{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<go>{% endif %}"
+WHOLE = (
+    "{% for m in messages %}<{{ m['role'] }}>BODY{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<go>{% endif %}"
+)
 #: Ways to look at a text, or to hand it on where nobody sees what happens to it.
 LOOKS = {
     "trim": "{{ m['content'] | trim }}",

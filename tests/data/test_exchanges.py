@@ -74,7 +74,12 @@ def test_thoughts_are_learned_where_the_template_writes_them(qwen):
 
 def test_an_earlier_answer_is_asked_for_as_if_it_were_the_last(qwen):
     # What was answered first was answered with thoughts; what a server sends later has none of them.
-    turns = (Turn("user", "2+2?"), Turn("assistant", "4", reasoning="hm"), Turn("user", "And 3?"), Turn("assistant", "5"))
+    turns = (
+        Turn("user", "2+2?"),
+        Turn("assistant", "4", reasoning="hm"),
+        Turn("user", "And 3?"),
+        Turn("assistant", "5"),
+    )
     record = Record(turns, "a:1")
     assert texts(qwen, record, 1)[1] == "<think>\nhm\n</think>\n\n4"
     assert "hm" not in texts(qwen, record, 3)[0]

@@ -233,7 +233,8 @@ def test_a_planted_bug_shows(monkeypatch, family, bug):
     assert why_padded(model) is None
     with monkeypatch.context() as planted:
         planted.setattr(collate, *PLANTED[bug])
-        lay = Collator(layout="tree", pad_id=0, as_examples=lambda row: (Example(**row),), windows=windows_of(model)).lay
+        windows = windows_of(model)
+        lay = Collator(layout="tree", pad_id=0, as_examples=lambda row: (Example(**row),), windows=windows).lay
         nats, _ = target_nats(model, lay(EXAMPLES))
     nats.backward()
     loss, gradient = differs(Result(nats.item(), gradients(model)), alone(family))

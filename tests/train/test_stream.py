@@ -1,4 +1,4 @@
-"""Laws of the stream: every record once a pass, in an order that the seed alone decides, and never more than a window."""
+"""Laws of the stream: every record once a pass, in an order that the seed alone decides, out of a window."""
 
 import itertools
 import json
@@ -20,7 +20,9 @@ RECORDS = 40
 @pytest.fixture
 def files(tmp_path):
     records = [{"instruction": f"question {n}", "output": f"answer {n}"} for n in range(RECORDS)]
-    return [str(write_jsonl(tmp_path / f"{name}.jsonl", part)) for name, part in (("a", records[:25]), ("b", records[25:]))]
+    return [
+        str(write_jsonl(tmp_path / f"{name}.jsonl", part)) for name, part in (("a", records[:25]), ("b", records[25:]))
+    ]
 
 
 def stream(files, *, buffer: int = 8, seed: int = 1) -> Stream:

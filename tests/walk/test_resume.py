@@ -27,7 +27,7 @@ def arguments(base: Path, data: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
+def start(arguments: list[str], *, start_new_session: bool = False) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "atomtune", *arguments],
@@ -35,6 +35,7 @@ def start(arguments: list[str]) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
         env=environment,
+        start_new_session=start_new_session,
     )
 
 
@@ -383,3 +384,19 @@ def test_a_record_that_is_not_one_is_taken_as_none(models, dialogues, tmp_path, 
     (out / "run.json").write_text(content)
     assert main([*arguments(models("llama"), dialogues, out), "--max_steps", "1"]) == 0
     assert json.loads((out / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_to_every_process_of_a_job_is_one_stop(whole, tmp_path, number):
+    # Clusters and terminals signal the data's workers too, and a worker that dies is an error of the run.
+    base, data, undisturbed = whole
+    out, flags = tmp_path / "out", ["--dataloader_num_workers", "2"]
+    process = start(arguments(base, data, out, *flags), start_new_session=True)
+    wait_for(out / "checkpoint-7" / "manifest.json", process)
+    os.killpg(process.pid, number)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, said
+    assert "with a checkpoint" in said
+    process = start(arguments(base, data, out, *flags, "--resume"))
+    assert process.wait() == 0, process.communicate()[0]
+    assert (out / "adapter_model.safetensors").read_bytes() == (undisturbed / "adapter_model.safetensors").read_bytes()

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import loopcontrols
@@ -27,9 +27,10 @@ _HARMLESS_TESTS = frozenset(("boolean", "defined", "iterable", "mapping", "none"
 _DISGUISES = (nodes.AssignBlock, nodes.CallBlock, nodes.Concat, nodes.FilterBlock, nodes.Macro, nodes.Mod)
 
 
-def environment(
-    kind: type[ImmutableSandboxedEnvironment] = ImmutableSandboxedEnvironment,
-) -> ImmutableSandboxedEnvironment:
+E = TypeVar("E", bound=ImmutableSandboxedEnvironment)
+
+
+def environment(kind: type[E]) -> E:
     """What transformers gives a chat template: white space rules, filters and functions."""
     made = kind(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     made.filters["tojson"] = _tojson
@@ -42,7 +43,7 @@ def environment(
 def compiled(source: str) -> Template | None:
     """The template ready to render; None where it needs more than these rules know."""
     try:
-        return environment().from_string(source)
+        return environment(ImmutableSandboxedEnvironment).from_string(source)
     except TemplateError:
         return None
 
@@ -75,7 +76,7 @@ class Frames:
         frame = self._known[roles]
         if frame is None:
             return None
-        return "".join([one if type(one) is str else messages[one]["content"] for one in frame])
+        return "".join([one if isinstance(one, str) else messages[one]["content"] for one in frame])
 
     def _frame_of(self, messages: Sequence[Mapping[str, Any]], prompt: bool) -> list[str | int] | None:
         """Literal texts, and the numbers of the messages whose texts stand between them."""
@@ -152,11 +153,11 @@ class _Watching(ImmutableSandboxedEnvironment):
             raise LookedAtError
         return super().getitem(_unsealed(obj), argument)
 
-    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         return super().call(context, obj, *map(_without_seals, args), **_without_seals(kwargs))
 
 
-def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
+def _watched(function: Any) -> Callable[..., Any]:
     @functools.wraps(function)
     def watching(*args: Any, **kwargs: Any) -> Any:
         return function(*map(_without_seals, args), **_without_seals(kwargs))

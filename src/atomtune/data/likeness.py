@@ -150,7 +150,8 @@ def _shingled(window: list[str]) -> tuple[Numbers, Numbers]:
     for i in range(SHINGLE):
         hashes = _mixed(hashes * numpy.uint32(0x01000193) + points[i : i + size])
     own = rows[:size] == rows[SHINGLE - 1 :]  # not across two texts
-    both = numpy.unique((rows[:size][own] << numpy.uint64(32)) | hashes[own])
+    both = numpy.sort((rows[:size][own] << numpy.uint64(32)) | hashes[own])
+    both = both[numpy.concatenate([[True], both[1:] != both[:-1]])]  # numpy.unique hashes: five times the seconds
     return (both >> numpy.uint64(32)).astype(numpy.int64), both.astype(numpy.uint32)
 
 

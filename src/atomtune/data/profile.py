@@ -5,7 +5,8 @@ All of it is arrays with a few bytes a record: a million records fit, and none o
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ import pyarrow.compute
 from atomtune.data.likeness import Numbers, equal_groups, joined, near_groups
 from atomtune.data.records import Account, Record
 from atomtune.data.scripts import SCRIPTS, letters_of
+from atomtune.data.trunks import trunks_of, without_trunk
 
 #: What can be wrong with a record, and what the number beside it counts.
 PROBLEMS: Mapping[str, str] = {
@@ -32,6 +34,8 @@ PROBLEMS: Mapping[str, str] = {
 }
 #: Suggested lengths are multiples of this, as the kernels of accelerators like them.
 STEP = 64
+#: Records that the beginnings which many share are told from.
+_TOLD_FROM = 1000
 #: Texts whose letters are counted at once.
 _AT_ONCE = 1000
 
@@ -83,7 +87,8 @@ class Limit:
 class _Seen:
     """Collects by the way, while near_groups reads the texts."""
 
-    def __init__(self) -> None:
+    def __init__(self, trunks: Sequence[str]) -> None:
+        self.trunks = trunks
         self.prompts, self.answers, self.blank = _Column("q"), _Column("q"), _Column("?")
         self.script = _Column("b")
         self.letters = numpy.zeros(len(SCRIPTS), dtype=numpy.int64)
@@ -100,7 +105,7 @@ class _Seen:
             self._waiting.append(text)
             if len(self._waiting) == _AT_ONCE:
                 self.count_letters()
-            yield text
+            yield without_trunk(text, self.trunks)
         self.count_letters()
 
     def count_letters(self) -> None:
@@ -147,8 +152,10 @@ def _hash(*texts: str) -> int:
 
 def read_texts(records: Iterable[Record]) -> Texts:
     """One pass over the records."""
-    seen = _Seen()
-    near = near_groups(seen.own_texts(records))
+    coming = iter(records)
+    first = list(itertools.islice(coming, _TOLD_FROM))
+    seen = _Seen(trunks_of([own_text(record) for record in first]))
+    near = near_groups(seen.own_texts(itertools.chain(first, coming)))
     columns = (seen.prompts.whole(), seen.answers.whole())
     return Texts(*columns, near, seen.script.whole(), seen.letters, seen.blank.whole())
 

@@ -25,10 +25,10 @@ from datasets.arrow_writer import ArrowWriter
 
 from atomtune.data.encode import Encoder, Learn, Overlength, accounted
 from atomtune.data.files import Found, fingerprint_of, read_chunks, size_of
-from atomtune.data.formats import Form, recognise
+from atomtune.data.formats import Form, recognise, to_record
 from atomtune.data.jsonl import Chunk, parse_chunk
 from atomtune.data.pool import in_order, workers_here
-from atomtune.data.records import Account, Example
+from atomtune.data.records import Account, Example, Record, Refusal
 from atomtune.data.template import Template
 from atomtune.errors import BadData
 
@@ -169,8 +169,26 @@ def form_of(
     found = [one for chunk in first for one in parse_chunk(chunk)]
     seen = [one for one in found if isinstance(one, Found)][:_LOOKED_AT]
     values, place = [one.value for one in seen], next((one.origin for one in seen), "")
-    form = recognise(values, asked=rules.format, keys=dict(rules.keys), roles=dict(rules.roles), name=Path(source).name, first=place)
+    form = recognise(
+        values, asked=rules.format, keys=dict(rules.keys), roles=dict(rules.roles), name=Path(source).name, first=place
+    )
     return form, itertools.chain(first, chunks)
+
+
+def records_of(
+    source: Path | str, rules: Rules, stored: datasets.Dataset, advance: Callable[[int], None] = lambda n_bytes: None
+) -> Iterator[Record]:
+    """The records that became the rows of stored, in their order: for what only their texts can tell."""
+    origins = (origin for part in stored.with_format("arrow").iter(1000) for origin in part["origin"].to_pylist())
+    next_one = next(origins, None)
+    form, chunks = form_of(source, rules, advance)
+    for found in itertools.chain.from_iterable(map(parse_chunk, chunks)):
+        if found.origin != next_one or isinstance(found, Refusal):
+            continue
+        record = to_record(found, Account(), form)
+        if isinstance(record, Record):
+            yield record
+            next_one = next(origins, None)
 
 
 def _write(folder: Path, account: Account, parts: Iterable[Part]) -> None:

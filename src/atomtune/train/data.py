@@ -6,6 +6,7 @@ Before: run.py decides where to start.  After: prepare.py loads the model, train
 import hashlib
 import itertools
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 import datasets
 
 from atomtune.data.files import fingerprint_of, size_of
-from atomtune.data.records import Account
-from atomtune.data.store import Rules, examples_of, together
+from atomtune.data.profile import read_texts
+from atomtune.data.records import Account, Record
+from atomtune.data.split import alike, held_out, overlapping
+from atomtune.data.store import Rules, examples_of, records_of, together
 from atomtune.data.template import Template
 from atomtune.errors import BadData, BadSettings, listing
 from atomtune.train.job import Job
@@ -62,9 +65,11 @@ def read_data(job: Job, template: Template) -> Data:
     _refuse_empty(account, ", ".join(asked.sources))
     learned = list(range(len(examples)))
     if asked.eval_size:
-        learned, held = _held_out(job, len(examples))
+        learned, held = _held_out(job, parts)
         evaluate = examples.select(held)
         voice.say(f"{len(held):,} records are held out to evaluate on, {len(learned):,} to train on.")
+    elif evaluate is not None:
+        _say_overlap(job, [stored for stored, *_ in parts], evaluate)
     ends = list(accumulate(len(stored) for stored, *_ in parts))
     drawn = mixed(learned, ends, asked.mix, seed=job.args.seed)
     if asked.mix:
@@ -124,14 +129,44 @@ def mixed(rows: list[int], ends: list[int], mix: list[float], *, seed: int) -> l
     return chosen
 
 
-def _held_out(job: Job, records: int) -> tuple[list[int], list[int]]:
-    size = job.settings.data.eval_size
+def _held_out(job: Job, parts: list[tuple[datasets.Dataset, Account, str]]) -> tuple[list[int], list[int]]:
+    """(rows to learn, rows to hold out), whatever is alike on one side."""
+    size, records = job.settings.data.eval_size, sum(len(stored) for stored, *_ in parts)
     held = round(size * records) if size < 1 else int(size)
     if not 0 < held < records:
         raise BadSettings([f"--eval_size {size:g} holds out {held} of {records} records."])
-    order = list(range(records))
-    random.Random(job.args.data_seed or job.args.seed).shuffle(order)
-    return sorted(order[held:]), sorted(order[:held])
+    groups = alike(read_texts(_texts(job, job.settings.data.sources, [stored for stored, *_ in parts])))
+    rows = held_out(groups, held, seed=job.args.data_seed or job.args.seed)
+    if not rows[0]:
+        raise BadSettings([f"--eval_size {size:g}: all {records:,} records are alike, so none can be held out fairly."])
+    if len(rows[1]) != held:
+        job.voice.notice(
+            f"--eval_size asks for {held:,} records; groups of records that are alike allow {len(rows[1]):,}."
+        )
+    return rows
+
+
+def _say_overlap(job: Job, learned: list[datasets.Dataset], evaluate: datasets.Dataset) -> None:
+    """Say which evaluation records are like ones that are learned."""
+    asked = job.settings.data
+    sources = [*asked.sources, str(asked.eval_path)]
+    groups = alike(read_texts(_texts(job, sources, [*learned, evaluate])))
+    like = overlapping(groups, sum(map(len, learned)))
+    origins = evaluate.select(like)["origin"][:]
+    job.record.update(eval_records_like_trained_ones=origins)
+    if origins:
+        job.voice.notice(
+            f"{len(origins):,} of {len(evaluate):,} evaluation records are nearly the same as a trained one or ask the "
+            f"same: {_some(origins)}. Their loss says how well they were learned by heart."
+        )
+
+
+def _texts(job: Job, sources: list[str], stored: list[datasets.Dataset]) -> Iterator[Record]:
+    """The records behind the rows, read once more, with a bar."""
+    rules = Rules(**job.settings.data.rules())
+    for source, rows in zip(sources, stored, strict=True):
+        with job.voice.reading(size_of(source), f"comparing {Path(source).name}") as reading:
+            yield from records_of(source, rules, rows, reading.advance)
 
 
 def say_account(account: Account, template: Template, voice: Voice) -> None:
@@ -147,13 +182,13 @@ def say_account(account: Account, template: Template, voice: Voice) -> None:
         voice.notice(f"{account.records_copied:,} records are copies of another and are learned once more.")
     if account.split_origins:
         voice.notice(
-            f"a server would send other tokens before a later answer than stand there in one piece; these are laid out as "
-            f"one example an answer, with what they share computed once: {_some(account.split_origins)}."
+            "a server would send other tokens before a later answer than the earlier one was learned as; so these are "
+            f"several examples each, what they share computed once: {_some(account.split_origins)}."
         )
     if template.unknown_controls:
         voice.notice(
-            f"the template {template.name} writes {', '.join(template.unknown_controls)}, which this tokenizer reads as "
-            "text, not as control tokens. Its own template or atom suits this model better."
+            f"the template {template.name} writes {', '.join(template.unknown_controls)}, which are text to this "
+            "tokenizer, not control tokens. The model's own template, or atom, suits it better."
         )
     if account.cut_origins:
         voice.notice(f"shortened to fit --max_seq_length: {_some(account.cut_origins)}.")

@@ -19,7 +19,17 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from atomtune.model.loss import target_nats
 from atomtune.train.checkpoint import STATE
 from atomtune.train.saving import SavingTrainer
-from atomtune.train.watch import AtBegin, FiniteSteps, LogWhatIsSaved, Reach, Spikes, Stop, WorkCounter, on_any_rank
+from atomtune.train.watch import (
+    AtBegin,
+    FiniteSteps,
+    LogWhatIsSaved,
+    Reach,
+    Spikes,
+    Stop,
+    WorkCounter,
+    deaf_workers,
+    on_any_rank,
+)
 
 
 class LoraTrainer(SavingTrainer):
@@ -113,12 +123,16 @@ class LoraTrainer(SavingTrainer):
         """Whether a rank's forward needs no other rank, so that ranks may hold different numbers of batches."""
         return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
+    def get_train_dataloader(self) -> Any:
+        """As the library does."""
+        return deaf_workers(super().get_train_dataloader())
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Every record once; accelerate would fill the last ranks up with records that were already counted."""
         even, plan = self.accelerator.even_batches, self.accelerator.dataloader_config
         plan.even_batches = even and not self._ranks_evaluate_alone
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            return deaf_workers(super().get_eval_dataloader(eval_dataset))
         finally:
             plan.even_batches = even
 

@@ -1,0 +1,90 @@
+"""Laws of the split: what is alike stays on one side, the count is met as far as that allows, the seed decides."""
+
+import numpy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atomtune.data.profile import read_texts
+from atomtune.data.records import Record, Turn
+from atomtune.data.split import alike, held_out, overlapping
+from atomtune.data.trunks import trunks_of, without_trunk
+
+groupings = st.lists(st.integers(0, 30), min_size=2, max_size=120).map(numpy.array)
+same_every_time = settings(derandomize=True, database=None, deadline=None)
+
+
+def record(asked: str, answer: str, task: str = "") -> Record:
+    return Record((Turn("user", task, asked) if task else Turn("user", asked), Turn("assistant", answer)), "a:1")
+
+
+def together(*records: Record) -> list[list[int]]:
+    """The rows of each group that has several."""
+    groups = alike(read_texts(records)).tolist()
+    return [rows for one in sorted(set(groups)) if len(rows := [i for i, g in enumerate(groups) if g == one]) > 1]
+
+
+@same_every_time
+@given(groups=groupings, share=st.floats(0.01, 0.99), seed=st.integers(0, 5))
+def test_no_group_is_parted_and_no_row_is_lost(groups, share, seed):
+    learned, held = held_out(groups, max(1, int(share * len(groups))), seed=seed)
+    assert sorted([*learned, *held]) == list(range(len(groups)))
+    assert not set(groups[learned].tolist()) & set(groups[held].tolist())
+    assert held
+
+
+@same_every_time
+@given(groups=groupings, share=st.floats(0.05, 0.95), seed=st.integers(0, 5))
+def test_the_count_is_missed_by_less_than_a_group(groups, share, seed):
+    count = max(1, int(share * len(groups)))
+    _, held = held_out(groups, count, seed=seed)
+    largest = numpy.bincount(groups).max()
+    assert abs(len(held) - count) < largest or len(held) == largest
+
+
+def test_rows_that_are_not_alike_are_held_out_to_the_number():
+    groups = numpy.arange(1000)
+    learned, held = held_out(groups, 100, seed=1)
+    assert (len(learned), len(held)) == (900, 100)
+    assert held_out(groups, 100, seed=1) == (learned, held) != held_out(groups, 100, seed=2)
+
+
+def test_equal_prompts_and_near_equal_records_stay_together():
+    # Catches a split by whole records alone, under which the same question is learned and asked.
+    rows = [
+        record("你是谁？", "家父是大理寺少卿甄远道。"),
+        record("今天天气怎么样？", "有雾，看不见对岸。"),
+        record("你是谁？", "灯塔的看守人。"),
+        record("请用一句话介绍你住的地方，越短越好。", "一座小岛，三间屋子，许多海鸥，还有一盏灯。"),
+        record("请用一句话介绍你住的地方，越短越好!", "一座小岛，三间屋子，许多海鸥，还有一盏灯。"),
+    ]
+    assert together(*rows) == [[0, 2], [3, 4]]
+
+
+def test_what_a_task_says_to_every_record_makes_none_alike():
+    style = "请模仿下面案例中人物的说话风格和语气来回答用户的问题。要求：口语化，古雅含蓄，不说现代词语。" * 3
+    questions = [f"{word}是什么？" for word in "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏"]
+    assert together(*(record(one, f"答{one}。", style) for one in questions)) == [], "as instruction above an input"
+    assert together(*(record(f"{style}{one}", f"答{one}。") for one in questions)) == [], "in one text"
+
+
+def test_evaluation_records_like_trained_ones_are_found():
+    assert overlapping(numpy.array([0, 1, 1, 0, 4, 1]), learned=3) == [0, 2]
+    assert overlapping(numpy.array([0, 1, 2, 3]), learned=2) == []
+
+
+# --- trunks ---------------------------------------------------------------------------------------------------------
+
+
+def test_trunks_are_the_long_beginnings_that_many_share():
+    task = "Translate the following sentence into Chinese, please: "
+    nested = f"{task}this time as formally as you possibly can, and then "
+    texts = [f"{task}{n} birds" for n in range(30)] + [f"{nested}{n * 7} boats" for n in range(30)]
+    few = [f"A long beginning that only three records of all these share {n}" for n in range(3)]
+    assert trunks_of([*texts, *few, "short"] * 2) == (nested, task)
+
+
+@pytest.mark.parametrize("texts", [[], [""] * 50, ["same long text that everybody says again and again"] * 50])
+def test_nothing_is_left_empty(texts):
+    trunks = trunks_of(texts)
+    assert [without_trunk(text, trunks) for text in texts] == texts
