@@ -43,6 +43,23 @@ def test_a_toy_run_ends_in_a_table_and_a_figure(module, contenders, tmp_path):
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_profile_of_a_step_adds_up_and_memory_only_grows():
+    command = [sys.executable, "-m", "benchmarks.steps", "--source", str(PERSONA), "--shape", "toy"]
+    done = subprocess.run(
+        [*command, "--records", "96", "--workloads", "short"], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in done.stdout.splitlines() if "|" in line]
+    figures = {name: float(figure.replace(",", "")) for name, figure in rows if figure.replace(",", "").isdigit()}
+    parts = [
+        figure for name, figure in figures.items() if name.endswith(", ms") and not name.startswith(("a step", "the"))
+    ]
+    assert sum(parts) == pytest.approx(figures["a step under the profiler, ms"], abs=len(parts))  # each is rounded
+    assert figures["frozen matrices, ms"] > 0
+    memory = [figure for name, figure in figures.items() if name.endswith(", MB")]
+    assert memory == sorted(memory)
+
+
 @pytest.mark.parametrize("name", workloads.NAMES)
 def test_a_workload_is_readable_records_as_many_as_the_source_has(name, tmp_path):
     source = workloads.read(PERSONA, 40)

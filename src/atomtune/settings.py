@@ -146,7 +146,11 @@ class InspectSettings(RecordSettings):
     trust_remote_code: bool = setting(False, "run Python code that comes with the model; read it first")
     html: str | None = setting(None, "write the report as one page to this file")
     json: bool = setting(False, "print the account of records and tokens as JSON, and nothing else, on standard output")
-    fail_on: list[str] = setting([], "end with exit code 4 where more is found than allowed, as cut,duplicates=5%")
+    fail_on: list[str] = setting(
+        [],
+        "end with exit code 4 where more is found than allowed, as cut,duplicates=5%,control=10; of refused, cut, "
+        "duplicates, near_duplicates, conflicts, control, blank, one_token, no_stop, unknown",
+    )
     samples: int = setting(3, "how many records to show token by token", at_least=0)
     per_device_train_batch_size: int = setting(16, "records in a batch, to tell what a layout saves", at_least=1)
     seed: int = setting(42, "of the draw", at_least=0)

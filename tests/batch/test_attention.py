@@ -197,3 +197,12 @@ def test_rows_are_padded_to_few_lengths_a_little_longer():
         assert padded_length(padded) == padded, "padding a padded row changes it"
     assert lengths == sorted(lengths)
     assert len({padded for padded in lengths if padded >= 256}) <= 16 * 5  # five doublings
+
+
+def test_masks_do_not_gather_over_a_long_run():
+    # Below a window every length of a path asks for a mask of its own: thousands of megabytes in a long run.
+    trunk = tuple(range(400))
+    for above in range(1, 130):
+        leaves = [Example(trunk[:above] + (500 + k,) * 300, (0,) * above + (1,) * 300, str(k)) for k in range(2)]
+        plan_attention(graft(leaves, least_saved=1), windows=(None, 350))
+    assert attention._mask.cache_info().currsize <= 64

@@ -14,7 +14,7 @@ from atomtune.cli import main
 from atomtune.data.profile import PROBLEMS
 from atomtune.data.records import Example
 from atomtune.use.page import LABELS
-from atomtune.use.tokens import Lettering, byte_of, coloured, show, visible
+from atomtune.use.tokens import CONTROL_LEARNED, LEARNED, Lettering, byte_of, coloured, show, visible
 from tests.conftest import DIALOGUES, SHARED_DATA, write_jsonl
 from tests.tiny import CHATML, tokenizer_of
 
@@ -220,9 +220,8 @@ def test_shades_show_what_is_learned_token_by_token(base):
     example = Example((1, *ids, 2), (0, *[0] * (len(ids) - 1), 1, 1), "a:1")
     text = coloured(example.ids, example.learn, Lettering(tokenizer))
     assert [span.end - span.start > 0 for span in text.spans] == [True] * len(example.ids)
-    assert [("green" in str(span.style) or "yellow" in str(span.style)) for span in text.spans] == [
-        bool(learn) for learn in example.learn
-    ]
+    learned = {str(style) for style in (*LEARNED, CONTROL_LEARNED)}
+    assert [str(span.style) in learned for span in text.spans] == [bool(learn) for learn in example.learn]
     plain = coloured(example.ids, example.learn, Lettering(tokenizer), colour=False).plain
     assert plain.startswith("<s>│")
     assert plain.replace("\n", "").endswith("⟦↵│</s>⟧")

@@ -61,10 +61,9 @@ def test_held_out_records_are_evaluated_by_target_not_by_batch(models, dialogues
     assert main(command(models("llama"), dialogues, out, *flags, "--learning_rate", "1e-3")) == 0
     ours = record_of(out)["eval_loss"]
 
-    import datasets
-
     rows = [json.loads(line) for line in dialogues.read_text(encoding="utf-8").splitlines()]
-    held_out = datasets.Dataset.from_list(rows).train_test_split(test_size=4, seed=42)["test"]
+    held_out = [rows[int(origin.partition(":")[2]) - 1] for origin in record_of(out)["records_held_out"]]
+    assert len(held_out) == 4
     tokenizer = AutoTokenizer.from_pretrained(models("llama"))
     base = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float64)
     model = PeftModel.from_pretrained(base, str(out)).eval()

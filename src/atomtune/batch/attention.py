@@ -8,7 +8,7 @@ Letters: T tokens of the row, G segments of a block, n the longest of them, A to
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -245,7 +245,7 @@ def _width(part: Segment) -> int:
     return -(-len(part) // _WIDTH_STEP) * _WIDTH_STEP
 
 
-@cache
+@lru_cache(maxsize=64)  # bounded: below a sliding window every length of a path has a mask of its own
 def _mask(width: int, above: int, window: int | None) -> torch.Tensor:
     """[n, A + n] additive: causal among the n, and everything further up than the window hidden."""
     q, k = torch.arange(width)[:, None], torch.arange(-above, width)[None]

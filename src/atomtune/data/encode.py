@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from atomtune.data.files import Found
 from atomtune.data.formats import Form, to_record
@@ -32,8 +32,7 @@ SHARED_SHARE = 0.9
 INSTRUCTIONS_KEPT = 10_000
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """The ids of one exchange: what is asked, and the answer with its stop token."""
 
     prompt: list[int]
@@ -176,11 +175,14 @@ class Encoder:
                 f"{self.max_tokens} ({len(target.answer)} tokens)",
                 broken=self.overlength == "error",
             )
-        return replace(target, prompt=prompt_ids(shorter))
+        return target._replace(prompt=prompt_ids(shorter))
 
 
 def joined(targets: Sequence[Target], origin: str) -> tuple[Example, ...]:
     """The exchanges of one record as few Examples as law 5 allows."""
+    if len(targets) == 1 and targets[0].prompt:
+        prompt, answer, times = targets[0]
+        return (Example((*prompt, *answer), (0,) * len(prompt) + (times,) * len(answer), origin),)
     examples: list[Example] = []
     ids: list[int] = []
     learn: list[int] = []

@@ -4,6 +4,7 @@ A part is parsed, rendered and tokenized where it is sent to; what comes back is
 encoded in this process: a pool costs more than it saves there.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -59,7 +60,11 @@ def in_order(work: Callable[[Part], Made], parts: Iterable[Part], *, workers: in
 
 
 def _begin() -> None:
-    """In a new process: the parent alone answers signals, and its end is this one's."""
+    """In a new process: the parent alone answers signals, and its end is this one's.
+
+    What is made of records has no cycles; looking for some took a tenth of the time.
+    """
+    gc.disable()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

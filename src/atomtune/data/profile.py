@@ -32,8 +32,6 @@ PROBLEMS: Mapping[str, str] = {
     "no_stop": "an answer that does not end with the stop token",
     "unknown": "a learned token that the tokenizer does not know",
 }
-#: Suggested lengths are multiples of this, as the kernels of accelerators like them.
-STEP = 64
 #: Records that the beginnings which many share are told from.
 _TOLD_FROM = 1000
 #: Texts whose letters are counted at once.
@@ -73,15 +71,6 @@ class Problem:
     count: int
     where: Numbers = field(default_factory=lambda: numpy.zeros(0, dtype=numpy.int64))
     groups: int = 0
-
-
-@dataclass(frozen=True)
-class Limit:
-    """What a max_seq_length costs: so many records are longer, by so many tokens together."""
-
-    tokens: int
-    records: int
-    lost: int
 
 
 class _Seen:
@@ -251,51 +240,3 @@ def _conflicts(texts: Texts) -> Numbers:
     answers = numpy.bincount(pairs[0], minlength=len(prompts))
     where = numpy.flatnonzero(answers[prompts] > 1)
     return where[numpy.argsort(prompts[where], kind="stable")]
-
-
-@dataclass(frozen=True)
-class Bar:
-    """So many values from `low` to `high`, both included."""
-
-    low: int
-    high: int
-    count: int
-
-
-def histogram(values: Numbers, *, most: int = 14) -> list[Bar]:
-    """Bars of one round width, at most so many; what is longer than 99 in 100 may share the last one."""
-    if not len(values):
-        return []
-    usual = int(numpy.percentile(values, 99, method="inverted_cdf"))
-    steps = (int(digit * 10**power) for power in range(10) for digit in (1, 2, 5))
-    width = next(step for step in steps if usual // step < most - 1)
-    last = usual // width + (int(values.max()) // width > usual // width)
-    counts = numpy.bincount(numpy.minimum(values // width, last), minlength=last + 1)
-    ends = [*(width * (i + 1) - 1 for i in range(last)), max(width * (last + 1) - 1, int(values.max()))]
-    return [Bar(width * i, end, int(count)) for i, (end, count) in enumerate(zip(ends, counts, strict=True))]
-
-
-def percentiles(values: Numbers) -> dict[str, int]:
-    """Of lengths: values that occur, no means of two."""
-    if not len(values):
-        return {}
-    marks = {"median": 50, "90 %": 90, "99 %": 99, "longest": 100}
-    return {name: int(numpy.percentile(values, mark, method="inverted_cdf")) for name, mark in marks.items()}
-
-
-def limit_at(longest: Numbers, tokens: int) -> Limit:
-    """What this max_seq_length would cost."""
-    over = longest[longest > tokens] - tokens
-    return Limit(tokens, len(over), int(over.sum(dtype=numpy.int64)))
-
-
-def suggested(longest: Numbers) -> tuple[Limit, Limit]:
-    """The smallest multiple of STEP that no record is longer than, and the one that less than 1 % are longer than."""
-    assert len(longest)
-    ordered = numpy.sort(longest)
-    spared = ordered[len(ordered) - 1 - (len(ordered) - 1) // 100]
-    return limit_at(longest, _step_up(int(ordered[-1]))), limit_at(longest, _step_up(int(spared)))
-
-
-def _step_up(tokens: int) -> int:
-    return -(-tokens // STEP) * STEP

@@ -6,7 +6,7 @@ Before: a line in a file.  After: batch.row makes Rows of Examples.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 #: `text` is a stretch that belongs to no dialogue and is learned whole.
 Role = Literal["system", "user", "assistant", "tool", "text"]
@@ -47,9 +47,8 @@ class Record:
         return tuple(i for i, turn in enumerate(self.turns) if turn.learn and turn.role in ("assistant", "text"))
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A stretch of text that is learned or not.
+class Piece(NamedTuple):
+    """A stretch of text that is learned or not. A tuple: it takes a third of a frozen dataclass's time to make.
 
     `breaks` are positions no token may reach across: each lies inside a control string that a record's own text
     holds, so that it stays text (data.encode, law 2).
@@ -60,8 +59,7 @@ class Piece:
     breaks: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Exchange:
+class Exchange(NamedTuple):
     """An answer that is learned `learn` times, and everything a server would be sent before it."""
 
     prompt: Piece

@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -228,29 +229,33 @@ def copies_in(examples: datasets.Dataset) -> int:
 
 def as_table(records: Sequence[tuple[Example, ...]]) -> pyarrow.Table:
     """The Examples of some records as rows of the store."""
-    ids = [list(itertools.chain.from_iterable(one.ids for one in examples)) for examples in records]
-    learn = [list(itertools.chain.from_iterable(one.learn for one in examples)) for examples in records]
-    ends = [list(itertools.accumulate(len(one.ids) for one in examples)) for examples in records]
+    examples = [example for one in records for example in one]
+    # array and bytes take Python's integers over three times as fast as numpy does.
+    ids = array("i", itertools.chain.from_iterable(example.ids for example in examples))
+    learn = numpy.frombuffer(b"".join([bytes(example.learn) for example in examples]), dtype=numpy.int8)
+    ends = [list(itertools.accumulate(len(example.ids) for example in one)) for one in records]
+    lengths = [one[-1] for one in ends]
+    bounds = numpy.cumsum([0, *lengths], dtype=numpy.int32)
+    tokens = numpy.frombuffer(ids, dtype=numpy.int32)
     arrays = [
-        _lists(ids, numpy.int32),
-        _lists(learn, numpy.int8),
-        _lists(ends, numpy.int32),
-        pyarrow.array([examples[0].origin for examples in records], pyarrow.string()),
-        pyarrow.array(list(map(len, ids)), pyarrow.int32()),
-        pyarrow.array(list(map(_digest, ids, learn, ends)), pyarrow.int64()),
+        pyarrow.ListArray.from_arrays(bounds, tokens),
+        pyarrow.ListArray.from_arrays(bounds, learn),
+        pyarrow.array(ends, pyarrow.list_(pyarrow.int32())),
+        pyarrow.array([one[0].origin for one in records], pyarrow.string()),
+        pyarrow.array(lengths, pyarrow.int32()),
+        pyarrow.array(_digests(tokens, learn, bounds, ends), pyarrow.int64()),
     ]
     return pyarrow.Table.from_arrays(arrays, schema=FEATURES.arrow_schema)
 
 
-def _lists(rows: Sequence[Sequence[int]], kind: Any) -> pyarrow.ListArray:
-    flat = numpy.fromiter(itertools.chain.from_iterable(rows), dtype=kind)
-    ends = numpy.cumsum([0, *map(len, rows)], dtype=numpy.int32)
-    return pyarrow.ListArray.from_arrays(ends, flat)
-
-
-def _digest(*columns: Sequence[int]) -> int:
-    content = numpy.array([*itertools.chain.from_iterable(columns)], dtype=numpy.int32).tobytes()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
+def _digests(tokens: Any, learn: Any, bounds: Any, ends: Sequence[Sequence[int]]) -> list[int]:
+    """Of each row, eight bytes that are equal for equal ids, marks and ends."""
+    found = []
+    for (start, end), own in zip(itertools.pairwise(bounds.tolist()), ends, strict=True):
+        content = hashlib.blake2b(tokens[start:end].tobytes(), digest_size=8)
+        content.update(learn[start:end].tobytes() + bytes(str(own), "ascii"))
+        found.append(int.from_bytes(content.digest(), "big", signed=True))
+    return found
 
 
 def as_examples(row: Mapping[str, Any]) -> tuple[Example, ...]:

@@ -151,6 +151,8 @@ def _message(turn: Turn) -> Message:
 
 
 def _hidden(message: Message, shield: Shield) -> Message:
+    if len(message) == 2:  # a role and a text, as nearly all are
+        return {"role": message["role"], "content": shield.hide(message["content"])}
     return {key: value if key == "role" else shield.hide(value) for key, value in message.items()}
 
 

@@ -67,6 +67,7 @@ def read_data(job: Job, template: Template) -> Data:
     if asked.eval_size:
         learned, held = _held_out(job, parts)
         evaluate = examples.select(held)
+        job.record.update(records_held_out=evaluate["origin"][:])
         voice.say(f"{len(held):,} records are held out to evaluate on, {len(learned):,} to train on.")
     elif evaluate is not None:
         _say_overlap(job, [stored for stored, *_ in parts], evaluate)

@@ -27,9 +27,9 @@ from atomtune.train.watch import (
     Spikes,
     Stop,
     WorkCounter,
-    deaf_workers,
     on_any_rank,
 )
+from atomtune.train.workers import deaf_workers
 
 
 class LoraTrainer(SavingTrainer):

@@ -3,7 +3,6 @@
 Before: run.py hands in the limits.  After: trainer.py asks them around each step.
 """
 
-import functools
 import math
 import signal
 import statistics
@@ -20,23 +19,6 @@ from atomtune.errors import RunFailed, listing
 
 #: What asks a run to stop. A launcher sends TERM, a terminal INT or HUP, a cluster's scheduler USR1 before its limit.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
-
-
-def deaf_workers(loader: Any) -> Any:
-    """A DataLoader whose workers leave a stop to this process.
-
-    A terminal or a cluster's scheduler signals every process of a job; torch lets SIGTERM end a worker (its handlers are
-    set in each, so being deaf comes after them), and a worker's end is the run's.
-    """
-    loader.worker_init_fn = functools.partial(_begin_deaf, loader.worker_init_fn)
-    return loader
-
-
-def _begin_deaf(begin: Callable[[int], None] | None, worker: int) -> None:
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    if begin is not None:
-        begin(worker)
 
 
 def on_any_rank(flag: bool, args: Any) -> bool:

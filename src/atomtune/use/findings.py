@@ -20,22 +20,11 @@ from atomtune.batch.attention import padded_length
 from atomtune.batch.row import padded_tokens
 from atomtune.batch.tree import graft
 from atomtune.data.files import size_of
-from atomtune.data.formats import to_record
-from atomtune.data.jsonl import parse_chunk
+from atomtune.data.lengths import Limit, limit_at, suggested
 from atomtune.data.likeness import Numbers
-from atomtune.data.profile import (
-    Limit,
-    Problem,
-    Texts,
-    Tokens,
-    limit_at,
-    problems_of,
-    read_texts,
-    read_tokens,
-    suggested,
-)
-from atomtune.data.records import Account, Example, Record, Refusal
-from atomtune.data.store import Rules, as_examples, examples_of, form_of, together
+from atomtune.data.profile import Problem, Texts, Tokens, problems_of, read_texts, read_tokens
+from atomtune.data.records import Account, Example, Record
+from atomtune.data.store import Rules, as_examples, examples_of, records_of, together
 from atomtune.data.template import Template
 from atomtune.settings import InspectSettings
 from atomtune.voice import Reading
@@ -88,8 +77,7 @@ def look(settings: InspectSettings, template: Template, console: Console) -> Rep
     parts = [_read(source, template, rules, console) for source in settings.sources]
     stored, account, _ = together(parts)
     records = chain.from_iterable(
-        _used(source, rules, _origins(part), console)
-        for source, (part, *_) in zip(settings.sources, parts, strict=True)
+        _used(source, rules, part, console) for source, (part, *_) in zip(settings.sources, parts, strict=True)
     )
     texts = read_texts(records)
     assert len(texts.near) == len(stored), "the texts and the tokens of a record stand at the same place"
@@ -118,19 +106,9 @@ def _read(source: str, template: Template, rules: Rules, console: Console) -> tu
         return examples_of(source, template, rules, advance=reading.advance)
 
 
-def _used(source: str, rules: Rules, origins: Iterable[str], console: Console) -> Iterator[Record]:
-    """The records of a source that became rows of the store, which are in the same order."""
-    wanted = iter(origins)
-    next_one = next(wanted, None)
+def _used(source: str, rules: Rules, stored: datasets.Dataset, console: Console) -> Iterator[Record]:
     with Reading(console, size_of(source), f"comparing {Path(source).name}") as reading:
-        form, chunks = form_of(source, rules, reading.advance)
-        for found in chain.from_iterable(map(parse_chunk, chunks)):
-            if found.origin != next_one or isinstance(found, Refusal):
-                continue
-            record = to_record(found, Account(), form)
-            if isinstance(record, Record):
-                yield record
-                next_one = next(wanted, None)
+        yield from records_of(source, rules, stored, reading.advance)
 
 
 def _whole_lengths(sources: Iterable[str], template: Template, rules: Rules, console: Console) -> Numbers:
@@ -142,11 +120,6 @@ def _whole_lengths(sources: Iterable[str], template: Template, rules: Rules, con
 
 def _tables(stored: datasets.Dataset) -> Iterator[pyarrow.Table]:
     return iter(stored.with_format("arrow").iter(1000))
-
-
-def _origins(stored: datasets.Dataset) -> Iterator[str]:
-    for table in _tables(stored):
-        yield from table["origin"].to_pylist()
 
 
 def _where(stored: datasets.Dataset, named: Iterable[str]) -> Numbers:

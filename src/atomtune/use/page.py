@@ -18,8 +18,9 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from atomtune.data.lengths import Bar, histogram, percentiles
 from atomtune.data.likeness import equal_groups
-from atomtune.data.profile import PROBLEMS, Bar, Problem, histogram, near_or_equal, percentiles
+from atomtune.data.profile import PROBLEMS, Problem, near_or_equal
 from atomtune.data.records import Example
 from atomtune.use.findings import Report
 from atomtune.use.summary import scripts

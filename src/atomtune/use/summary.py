@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+from atomtune.data.lengths import Bar, Limit, histogram, percentiles
 from atomtune.data.likeness import Numbers
-from atomtune.data.profile import PROBLEMS, Bar, Limit, Problem, histogram, percentiles
+from atomtune.data.profile import PROBLEMS, Problem
 from atomtune.data.records import Account
 from atomtune.data.scripts import SCRIPTS
 from atomtune.use.findings import TOO_LONG, Report

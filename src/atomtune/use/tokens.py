@@ -17,9 +17,9 @@ from atomtune.data.records import Example
 SPACE, LINE_END, TAB = "·", "↵", "⇥"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 #: Two shades each, in turn, so that boundaries show without a mark between tokens.
-_LEARNED = (Style.parse("black on green3"), Style.parse("black on spring_green2"))
-_READ = (Style.parse("grey82 on grey19"), Style.parse("grey82 on grey27"))
-_CONTROL_LEARNED, _CONTROL_READ = Style.parse("bold black on yellow3"), Style.parse("bold orange1 on grey11")
+LEARNED = (Style.parse("black on #a9dfbb"), Style.parse("black on #7fcb9b"))
+READ = (Style.parse("grey82 on grey19"), Style.parse("grey82 on grey27"))
+CONTROL_LEARNED, CONTROL_READ = Style.parse("bold black on #f0cf65"), Style.parse("bold #c9b6ff on #2b2640")
 
 
 def byte_of() -> dict[str, int]:
@@ -80,9 +80,9 @@ def coloured(ids: Sequence[int], learned: Sequence[int], lettering: Lettering, *
             text.append(("⟧" if before and not learn else "") + ("⟦" if learn and not before else "│" if i else ""))
             text.append(shown)
         elif number in lettering.control:
-            text.append(shown, _CONTROL_LEARNED if learn else _CONTROL_READ)
+            text.append(shown, CONTROL_LEARNED if learn else CONTROL_READ)
         else:
-            text.append(shown, (_LEARNED if learn else _READ)[i % 2])
+            text.append(shown, (LEARNED if learn else READ)[i % 2])
         if LINE_END in shown:
             text.append("\n")
     if not colour and learned and learned[-1]:
@@ -96,10 +96,10 @@ def legend(*, colour: bool) -> Text:
         return Text(f"⟦learned⟧, the rest is read only; │ between tokens; {SPACE} space, {LINE_END} line end")
     text = Text()
     for word, style in (
-        ("learned", _LEARNED[0]),
-        ("read only", _READ[0]),
-        ("control token, learned", _CONTROL_LEARNED),
-        ("control token, read only", _CONTROL_READ),
+        ("learned", LEARNED[0]),
+        ("read only", READ[0]),
+        ("control token, learned", CONTROL_LEARNED),
+        ("control token, read only", CONTROL_READ),
     ):
         text.append(f" {word} ", style)
         text.append("  ")

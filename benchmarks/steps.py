@@ -1,0 +1,152 @@
+"""Where a step's time and a run's memory go: the profile behind the figures that were not reached.
+
+    python -m benchmarks.steps --source dialogues.jsonl
+
+Each workload in a process of its own: `atomtune train` as the benchmark runs it (bfloat16), its last steps under
+torch's profiler. Every kernel is counted once, by its name and its shapes.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from benchmarks import workloads
+from benchmarks.contender import BATCH, RANK, atomtune, matmul_rate, non_embedding_weights, peak_memory_mb
+
+HERE = Path(__file__).parent
+PROFILED = 4  # steps, the last ones
+FLOOR, SMALL, HEAD, ATTENTION = "frozen matrices", "LoRA's products", "output matrix and loss", "attention"
+ELEMENTWISE, COPIES, REST = "norms, SwiGLU, RoPE, residuals", "copies and casts", "other kernels"
+PYTHON = "between kernels (Python, and the profiler's own)"
+#: Kernels by the beginning of their names; products of matrices are told apart by their shapes.
+_KINDS = {
+    ATTENTION: "bmm baddbmm_ _softmax",
+    HEAD: "_log_softmax nll_loss",
+    COPIES: "copy_ index cat fill_ zero_ empty",
+    ELEMENTWISE: "mul add silu rsqrt pow mean neg div sum sigmoid sub cos sin",
+}
+
+
+def kind_of(name: str, shapes: list[Any], words: int) -> str:
+    """The part of a step that a kernel belongs to."""
+    if name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::linear", "mkldnn::_linear_pointwise"):
+        sides = {side for shape in shapes for side in shape if isinstance(side, int)}
+        if words in sides:
+            return HEAD
+        return SMALL if any(side <= 4 * RANK for side in sides if side > 1) else FLOOR
+    beginnings = {kind: tuple(f"aten::{one}" for one in names.split()) for kind, names in _KINDS.items()}
+    return next((kind for kind, names in beginnings.items() if name.startswith(names)), REST)
+
+
+def profiled(base: Path, data: Path) -> dict[str, Any]:
+    """One run; milliseconds a step by kind, and the process's memory in MB at its stations."""
+    from transformers import AutoConfig, TrainerCallback
+
+    from atomtune.train import run
+
+    rate = matmul_rate(torch.bfloat16)  # and once more behind the run: the host is noisy
+    memory = {"libraries imported": _resident_mb()}
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
+
+    class Watch(TrainerCallback):
+        tokens, began, step = 0, 0.0, 0.0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            memory["model loaded"] = _resident_mb()
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == state.max_steps - PROFILED:
+                memory["steps, before the profile"] = peak_memory_mb()
+                profiler.start()
+                Watch.began = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                memory["first step"] = peak_memory_mb()
+            if state.global_step == state.max_steps:
+                Watch.step = (time.perf_counter() - Watch.began) / PROFILED * 1e3
+                profiler.stop()
+
+    class Profiled(run.LoraTrainer):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.add_callback(Watch())
+
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+            batches, targets = super().get_batch_samples(*args, **kwargs)
+            if self.state.global_step >= self.state.max_steps - PROFILED:
+                Watch.tokens += sum(batch["input_ids"].numel() for batch in batches)
+            return batches, targets
+
+    run.LoraTrainer = Profiled  # type: ignore[misc]
+    words = AutoConfig.from_pretrained(base).vocab_size
+    with tempfile.TemporaryDirectory() as out:
+        atomtune(base, data, out, dtype="bfloat16")
+    parts: Counter[str] = Counter()
+    for event in profiler.key_averages(group_by_input_shape=True):
+        parts[kind_of(event.key, event.input_shapes, words)] += event.self_cpu_time_total / 1e3 / PROFILED
+    floor = 4 * non_embedding_weights(base) * Watch.tokens / PROFILED / max(rate, matmul_rate(torch.bfloat16)) * 1e3
+    parts[PYTHON] = Watch.step - parts.total()
+    tokens = Watch.tokens / PROFILED
+    return {"tokens": tokens, "step": Watch.step, "floor": floor, "parts": dict(parts), "memory": memory}
+
+
+def _resident_mb() -> float:
+    return float(psutil.Process().memory_info().rss) / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True, help="instruction/input/output JSONL")
+    parser.add_argument("--records", type=int, default=16 * BATCH, help="of each workload; the last steps are profiled")
+    parser.add_argument("--workloads", nargs="+", choices=workloads.NAMES, default=list(workloads.NAMES))
+    parser.add_argument("--shape", choices=workloads.SHAPES, default="small")
+    parser.add_argument(
+        "--one", nargs=2, type=Path, help=argparse.SUPPRESS
+    )  # base and data of the process that measures
+    asked = parser.parse_args()
+    if asked.one:
+        print(json.dumps(profiled(*asked.one)))
+        return
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        every = workloads.read(asked.source, 10**9)
+        base = workloads.build_base(Path(folder) / "base", every, asked.shape)
+        for name in asked.workloads:
+            data = workloads.write(name, every[: asked.records], Path(folder) / f"{name}.jsonl")
+            command = [sys.executable, "-m", "benchmarks.steps", "--source", str(asked.source), "--one", base, data]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=False)
+            if done.returncode:
+                raise SystemExit(f"{name} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+            found[name] = json.loads(done.stdout.splitlines()[-1])
+    print(table(found))
+
+
+def _row(name: str, figures: list[float]) -> str:
+    return f"| {name} | {' | '.join(f'{figure:,.0f}' for figure in figures)} |"
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Both profiles as Markdown, a column a workload."""
+    head = f"| | {' | '.join(found)} |\n|---|{'---|' * len(found)}"
+    kinds = (FLOOR, ATTENTION, HEAD, SMALL, ELEMENTWISE, COPIES, REST, PYTHON)
+    rows = [("tokens a step", "tokens"), ("a step under the profiler, ms", "step"), ("the floor, ms", "floor")]
+    lines = [head, *(_row(said, [one[key] for one in found.values()]) for said, key in rows)]
+    each = list(found.values())
+    lines += [_row(f"{kind}, ms", [one["parts"].get(kind, 0) for one in each]) for kind in kinds]
+    lines += ["", head]
+    lines += [_row(f"{station}, MB", [one["memory"][station] for one in each]) for station in each[0]["memory"]]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

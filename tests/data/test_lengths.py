@@ -1,0 +1,54 @@
+"""Lengths: histograms and suggested limits, against counting value by value."""
+
+import itertools
+import random
+
+import numpy
+import pytest
+
+from atomtune.data.lengths import STEP, histogram, limit_at, percentiles, suggested
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_suggested_length_is_the_smallest_that_keeps_its_word(seed):
+    draw = random.Random(seed)
+    longest = numpy.array([draw.randint(1, 200) if draw.random() < 0.98 else 900 for _ in range(draw.randint(1, 500))])
+    nothing, little = suggested(longest)
+
+    def longer(tokens: int) -> int:
+        return sum(length > tokens for length in longest.tolist())
+
+    for limit in (nothing, little):
+        assert limit.tokens % STEP == 0
+        assert limit == limit_at(longest, limit.tokens)
+        assert limit.records == longer(limit.tokens)
+        assert limit.lost == sum(max(0, length - limit.tokens) for length in longest.tolist())
+    assert longer(nothing.tokens) == 0 < longer(nothing.tokens - STEP)
+    assert longer(little.tokens) < len(longest) / 100 <= longer(little.tokens - STEP)
+
+
+@pytest.mark.parametrize(("outliers", "tokens"), [(0, 64), (1, 64), (2, 320)])
+def test_one_record_in_a_hundred_is_not_under_one_percent(outliers, tokens):
+    # Of 101 records one is under 1 %; of 100 it is 1 % itself.
+    assert suggested(numpy.array([10] * (101 - outliers) + [300] * outliers))[1].tokens == tokens
+    assert suggested(numpy.array([10] * 99 + [300]))[1].tokens == 320
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_histogram_counts_everything_once(seed):
+    draw = random.Random(seed)
+    values = [int(draw.expovariate(1 / draw.choice([3, 80, 5000]))) for _ in range(draw.randint(1, 800))]
+    bars = histogram(numpy.array(values))
+    assert 1 <= len(bars) <= 14
+    assert bars[0].low == 0
+    assert all(one.high + 1 == other.low for one, other in itertools.pairwise(bars))
+    assert [bar.count for bar in bars] == [sum(bar.low <= value <= bar.high for value in values) for bar in bars]
+    assert sum(bar.count for bar in bars) == len(values)
+    # Bars of one width, but for a last one that takes in the few that are far longer than the others.
+    widths = {bar.high - bar.low for bar in bars}
+    assert len({bar.high - bar.low for bar in bars[:-1]}) <= 1
+    assert len(widths) == 1 or bars[-1].count <= len(values) / 100
+
+
+def test_percentiles_are_values_that_occur():
+    assert percentiles(numpy.array([9, 1, 1, 1])) == {"median": 1, "90 %": 9, "99 %": 9, "longest": 9}
