@@ -88,6 +88,8 @@ def _contradictions(settled: Mapping[str, Any], given: Mapping[str, Given]) -> I
     for name in ("eval_size", "mix"):
         if on("streaming") and on(name):
             yield f"--{name} draws from all records, which --streaming never holds. Leave one of them out."
+    if on("streaming") and on("dataloader_num_workers"):
+        yield "--dataloader_num_workers: with --streaming each would read everything. Large files use all cores anyway."
     if on("fp16") and on("bf16"):
         yield "--fp16 and --bf16 contradict each other. Pass one of them, or neither for the device's best."
 

@@ -96,3 +96,5 @@ def test_what_a_stream_cannot_do_is_said_before_anything_is_read(capsys):
     assert "--max_steps" in capsys.readouterr().err
     assert main([*both, "--max_steps", "5", "--eval_size", "0.1"]) == 2
     assert "--eval_size" in capsys.readouterr().err
+    assert main([*both, "--max_steps", "5", "--dataloader_num_workers", "2"]) == 2
+    assert "--dataloader_num_workers" in capsys.readouterr().err

@@ -252,6 +252,17 @@ def test_template_tokenizer_and_data_are_compared_too(models, dialogues, tmp_pat
         assert f"{name} (SHA-256): " in said
 
 
+def test_another_evaluation_file_is_another_run(models, dialogues, tmp_path, capsys):
+    # With the best checkpoint kept, it decides which weights the run ends with.
+    out, held = tmp_path / "out", tmp_path / "held.jsonl"
+    held.write_text('{"instruction": "Hi", "output": "Hello"}\n')
+    flags = ["--eval_path", str(held), "--resume"]
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "2", *flags)) == 0
+    held.write_text('{"instruction": "Hi", "output": "Hullo"}\n')
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "4", *flags)) == 2
+    assert "the evaluation file (SHA-256): " in capsys.readouterr().err
+
+
 def test_anyway_means_with_the_settings_now(models, dialogues, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(command(models("llama"), dialogues, out, "--max_steps", "2")) == 0

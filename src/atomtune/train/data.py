@@ -33,6 +33,7 @@ class Data:
     train: datasets.Dataset | Stream
     evaluate: datasets.Dataset | None
     data_hash: str
+    eval_hash: str = ""  # of the file of --eval_path
     stored: Account | None = None  # of what was read before training; a stream is read while training
 
     @property
@@ -53,10 +54,10 @@ class Data:
 
 def read_data(job: Job, template: Template) -> Data:
     """The examples to train and evaluate on; on several ranks the first one encodes, the others read the store."""
-    evaluate = _to_evaluate(job, template)
+    evaluate, eval_hash = _to_evaluate(job, template)
     asked, voice = job.settings.data, job.voice
     if asked.streaming:
-        return _stream(job, template, evaluate)
+        return Data(_stream(job, template), evaluate, job.record.values["data"]["sha256"], eval_hash)
     parts = [_read(source, job, template) for source in asked.sources]
     examples, account, data_hash = together(parts)
     job.record.update(data={"path": asked.dataset_path, "sha256": data_hash}, **account.contract())
@@ -76,23 +77,23 @@ def read_data(job: Job, template: Template) -> Data:
     if asked.mix:
         voice.say(f"mixed as {asked.mix}: an epoch sees {len(drawn):,} records.")
     train = examples if len(drawn) == len(examples) and not asked.mix else examples.select(drawn)
-    return Data(train, evaluate, data_hash, account)
+    return Data(train, evaluate, data_hash, eval_hash, account)
 
 
-def _to_evaluate(job: Job, template: Template) -> datasets.Dataset | None:
-    """The records of --eval_path."""
+def _to_evaluate(job: Job, template: Template) -> tuple[datasets.Dataset | None, str]:
+    """The records of --eval_path, and the hash of that file."""
     asked, voice = job.settings.data, job.voice
     if not asked.eval_path:
-        return None
-    evaluate, account, _ = _read(asked.eval_path, job, template)
+        return None, ""
+    evaluate, account, eval_hash = _read(asked.eval_path, job, template)
     voice.say(f"{Path(asked.eval_path).name}, to evaluate on:")
     say_account(account, template, voice)
     _refuse_broken(account, skip_bad=asked.skip_bad)
     _refuse_empty(account, asked.eval_path)
-    return evaluate
+    return evaluate, eval_hash
 
 
-def _stream(job: Job, template: Template, evaluate: datasets.Dataset | None) -> Data:
+def _stream(job: Job, template: Template) -> Stream:
     asked, voice = job.settings.data, job.voice
     names = ", ".join(asked.sources)
 
@@ -105,7 +106,7 @@ def _stream(job: Job, template: Template, evaluate: datasets.Dataset | None) -> 
     job.record.update(data={"path": asked.dataset_path, "sha256": data_hash})
     voice.say(f"streaming {names}: encoded while training, each record drawn from {asked.shuffle_buffer:,} that wait.")
     next(iter(stream))  # what is wrong with the first records is said before the model is loaded
-    return Data(stream, evaluate, data_hash)
+    return stream
 
 
 def _read(source: str, job: Job, template: Template) -> tuple[datasets.Dataset, Account, str]:

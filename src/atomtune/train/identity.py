@@ -13,6 +13,7 @@ from atomtune.data.store import tokenizer_text
 from atomtune.data.template import Template
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import adapter_file
+from atomtune.train.data import Data
 from atomtune.train.integrity import read_manifest
 from atomtune.train.job import Job
 
@@ -56,17 +57,19 @@ OURS = {
 }
 _FILES = {
     "data": "the data file (SHA-256)",
+    "evaluation": "the evaluation file (SHA-256)",
     "template": "the template (SHA-256)",
     "tokenizer": "the tokenizer (SHA-256)",
     "ranks": "processes",
 }
 
 
-def identity(job: Job, template: Template, data_hash: str) -> dict[str, Any]:
+def identity(job: Job, template: Template, data: Data) -> dict[str, Any]:
     """Names and values, as JSON keeps them."""
     settings, args = job.settings, job.args
     found: dict[str, Any] = {
-        "data": data_hash,
+        "data": data.data_hash,
+        "evaluation": data.eval_hash,
         "template": _sha(template.source),
         "tokenizer": _sha(tokenizer_text(template.tokenizer)),
         "ranks": args.world_size,

@@ -114,7 +114,7 @@ def _run(job: Job, began: float) -> None:
     template = load_template(settings.data.template, tokenizer)
     tokenizer.chat_template = template.source  # what is trained is what is served
     data = read_data(job, template)
-    now = identity(job, template, data.data_hash)
+    now = identity(job, template, data)
     refuse_another_run(job, now)
     if job.before.get("lengths") and job.start.kind == "resume" and job.before["lengths"] != lengths(job.args):
         job.voice.notice(
