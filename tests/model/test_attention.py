@@ -171,6 +171,25 @@ def test_a_base_that_drops_attention_weights_draws_them_once_by_the_dense_mask(m
     torch.testing.assert_close(out, expected.transpose(1, 2), **EXACT)
 
 
+@pytest.mark.parametrize(("tokens", "dense"), [(attention.MOST_MASKED, True), (attention.MOST_MASKED + 1, False)])
+def test_on_a_gpu_only_rows_up_to_a_length_get_a_dense_mask(tokens, dense):
+    class OnAGpu:
+        is_cuda, shape = True, (1, 8, tokens, 64)
+
+    assert attention.by_dense_mask(OnAGpu(), 0.0) == dense
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_blocks_take_all_they_need_to_another_device(window):
+    # The meta device knows where tensors are and refuses to join those of two devices, as a GPU would.
+    row = some_rows(6)[5]
+    plan = plan_attention(row, windows=(None, 5), width=padded_length(len(row))).to(torch.device("meta"))
+    one = asked(len(plan.until))
+    there = Asked(*(x.detach().to("meta").requires_grad_() for x in one.inputs), one.grad.to("meta"))
+    for found, given in zip(by_plan(plan, there, window), (there.grad, *there.inputs), strict=True):
+        assert found.is_meta and found.shape == given.shape
+
+
 def test_without_a_plan_it_is_the_librarys_own():
     # Chat and padded batches go through the same function.
     one = asked(9)

@@ -20,6 +20,8 @@ from atomtune.batch.attention import AttentionPlan, Block, Places, Siblings, Whe
 #: The name under which models find this function, and the keyword that carries the plan to it.
 ROWS = "atomtune_rows"
 ROW_PLAN = "atomtune_plan"
+#: Tokens of the longest row that gets a dense mask on a GPU: 64 MiB of booleans, 128 as the kernel's bfloat16 bias.
+MOST_MASKED = 8192
 #: What some models' attention does beside a softmax over q k: they hand it over under these keywords.
 _MORE_THAN_SOFTMAX = {
     "softcap": "soft-capped attention scores",
@@ -78,9 +80,9 @@ def by_dense_mask(query: torch.Tensor, dropout: float) -> bool:
     """Whether one masked call serves better than blocks.
 
     A base that drops attention weights must draw them once. On CUDA one fused kernel over a mask was taken over many
-    small products without a measurement; FlexAttention is to be measured there.
+    small products without a measurement, up to a length: the mask grows with its square, and blocks do not.
     """
-    return dropout > 0 or query.is_cuda
+    return dropout > 0 or (query.is_cuda and query.shape[-2] <= MOST_MASKED)
 
 
 def register() -> None:
