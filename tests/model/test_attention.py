@@ -194,12 +194,12 @@ def tensors_in(value: object) -> list[torch.Tensor]:
 @pytest.mark.parametrize("window", [None, 5])
 def test_a_plan_goes_to_another_device_whole(window):
     # Catches a part that stays behind: on a GPU a row by blocks would end in an error about two devices.
-    row = some_rows(6)[5]
+    row = some_rows(6)[3]  # a tree
     here = plan_attention(row, windows=(None, 5), width=padded_length(len(row)))
     there = here.to(torch.device("meta"))
     there.places(window, 4)  # made on the device
     found = tensors_in(there)
-    assert len(found) > len(tensors_in(here)) > 20
+    assert len(found) > len(tensors_in(here)) >= 10
     assert all(tensor.is_meta for tensor in found)
 
 
