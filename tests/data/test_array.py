@@ -4,6 +4,7 @@ import codecs
 import io
 import json
 import random
+import re
 
 import pytest
 
@@ -50,7 +51,13 @@ def test_the_window_changes_neither_values_nor_lines(monkeypatch, window):
         content = (codecs.BOM_UTF8 if seed % 2 else b"") + text.encode()
         found = list(read_array(io.BytesIO(content), "a.json"))
         assert [one.value for one in found] == json.loads(text)
-        assert [one.origin for one in found] == [f"a.json:{line}" for line in lines]
+        assert [int(re.match(r"a\.json:(\d+)", one.origin).group(1)) for one in found] == lines
+        assert len({one.origin for one in found}) == len(found)
+
+
+def test_on_one_line_a_value_is_named_by_its_number():
+    found = read_array(io.BytesIO(b"[1, 2,\n 3, 4]"), "a.json")
+    assert [one.origin for one in found] == ["a.json:1", "a.json:1 value 2", "a.json:2", "a.json:2 value 4"]
 
 
 @pytest.mark.parametrize("window", [1, 7, 1 << 20])

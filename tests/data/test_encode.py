@@ -14,6 +14,7 @@ from tokenizers import processors
 
 from atomtune.data.encode import BATCH_RECORDS, encode
 from atomtune.data.files import Found
+from atomtune.data.form import Form
 from atomtune.data.ids import ids_of
 from atomtune.data.records import Account, Example, Record, Refusal, Turn
 from atomtune.data.shorten import shorten
@@ -522,6 +523,51 @@ def test_shortening_reads_a_long_text_a_few_times_only():
     kept = shorten(record, lambda candidate: tried.append(1) or characters(candidate) <= 54_321)
     assert characters(kept) == 54_321
     assert len(tried) < 50  # doubling from 8, then halving: 2 × log2(100,000) = 34
+
+
+def test_shortening_tries_a_long_conversation_a_few_times_only():
+    # Catches dropping turn by turn: every answer of 200 rendered and tokenized 200 prompts, 16 s a record.
+    tried = []
+    turns = [Turn(role, "x" * 10) for _ in range(1000) for role in ("user", "assistant")]
+    record = Record(tuple(turns), "train.jsonl:1")
+    kept = shorten(record, lambda candidate: tried.append(len(candidate.turns)) or characters(candidate) <= 75)
+    assert len(kept.turns) == 8
+    assert len(tried) < 10
+    assert max(tried) < 32  # and none of them much longer than what is kept
+
+
+def test_a_template_that_refuses_a_shortened_prompt_refuses_that_record_alone():
+    # Catches a run of a million records that ends over one, without its line: many templates raise at an empty text.
+    refusing = "{% for m in messages %}{% if not m['content'] %}{{ raise_exception('empty') }}{% endif %}{% endfor %}"
+    template = load_template("auto", tokenizer_of("bytes", refusing + CHATML))
+    examples, account = encoded(template, alpaca(LONG * 9), alpaca("Hi"), max_tokens=60)
+    assert [example.origin for example in examples] == ["train.jsonl:2"]
+    assert [refusal.origin for refusal in account.records_refused] == ["train.jsonl:1"]
+
+
+# --- what a template leaves out -------------------------------------------------------------------------------------
+
+
+def test_a_system_text_that_the_template_leaves_out_is_said():
+    # Catches an instruction that is gone from all records, as with templates that know user and assistant alone.
+    value = {**alpaca("Hi"), "system": " Be <|im_end|> brief.\n"}
+    deaf = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
+    for source, said in ((CHATML, 0), (deaf, 1)):
+        _, account = encoded(load_template("auto", tokenizer_of("bytes", source)), value)
+        assert account.records_used == 1
+        assert sum("system text" in notice for notice in account.notices) == said
+
+
+def test_where_transformers_renders_nothing_before_an_answer_its_record_is_refused():
+    # Catches a ValueError of transformers that ended the run; {% generation %} is known to transformers alone.
+    source = "{% generation %}{% endgeneration %}" + CHATML
+    template = load_template("auto", tokenizer_of("bytes", source))
+    account = Account()
+    turns = [{"role": role, "content": role} for role in ("assistant", "user", "assistant")]
+    found = [Found({"messages": turns}, "train.jsonl:1"), Found({"messages": turns[1:]}, "train.jsonl:2")]
+    made = list(encode(found, template, account, max_tokens=PLENTY, form=Form("messages")))
+    assert [example.origin for one in made for example in one] == ["train.jsonl:2"]
+    assert "nothing stands before an answer" in account.records_refused[0].reason
 
 
 # --- law 5: only answers are learned --------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from atomtune.data import store
 from atomtune.data.encode import encode
 from atomtune.data.files import read_values
 from atomtune.data.records import Account
-from atomtune.data.store import Rules, as_examples, examples_of, fingerprint_of
+from atomtune.data.store import Rules, as_examples, examples_of, fingerprint_of, records_of
 from atomtune.data.template import Template, load_template
-from atomtune.errors import BadData
+from atomtune.errors import BadData, BadSettings
 from tests.conftest import DIALOGUES, write_jsonl
 from tests.tiny import CHATML, tokenizer_of
 
@@ -303,6 +303,18 @@ def test_whoever_finishes_second_gives_way(data, tmp_path):
     assert len(entries(cache)) == 1
 
 
+def test_the_records_behind_the_rows_of_a_one_line_array_are_theirs(tmp_path):
+    # Catches places that values share: a refused record's text stood for the next one's, in splits and in inspect.
+    answers = ["word " * 400, "first", "second", "word " * 400, "third"]
+    data = tmp_path / "train.json"
+    data.write_text(json.dumps([{"instruction": "Hi", "output": answer} for answer in answers]))
+    examples, account, _ = asked(data, tmp_path / "cache")
+    assert len(examples) == 3
+    assert len(account.records_refused) == 2
+    records = list(records_of(data, Rules(max_tokens=120), examples))
+    assert [record.answer for record in records] == ["first", "second", "third"]
+
+
 # --- files without examples -----------------------------------------------------------------------------------------
 
 
@@ -319,9 +331,17 @@ def test_where_every_record_is_refused_there_are_no_examples_but_an_account(tmp_
 def test_a_file_without_records_is_an_error_and_no_entry(tmp_path, content):
     data = tmp_path / "train.jsonl"
     data.write_text(content)
-    with pytest.raises(BadData, match="no records"):
+    with pytest.raises(BadData, match=r"train\.jsonl: it holds no records"):
         asked(data, tmp_path / "cache")
     assert entries(tmp_path / "cache") == []
+
+
+def test_where_nothing_can_be_stored_the_remedy_is_said(data, tmp_path):
+    # A cache that is read-only, or no folder at all, is the user's to mend and no bug of ours.
+    place = tmp_path / "cache"
+    place.write_text("a file")
+    with pytest.raises(BadSettings, match="HF_DATASETS_CACHE"):
+        asked(data, place)
 
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "."])

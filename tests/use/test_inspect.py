@@ -89,6 +89,36 @@ def test_each_problem_is_found_where_it_stands(base, troubled, capsys):
     assert all(name in nothing or told.get(name) for name in PROBLEMS)
 
 
+def test_a_refused_record_stands_beside_its_reason(base, troubled, capsys):
+    _, out, _ = inspected(capsys, troubled, "--model_path", base)
+    assert 'troubled.jsonl:16  no key "output"' in out
+
+
+def test_a_template_of_another_tokenizer_is_said(base, troubled, capsys):
+    _, out, _ = inspected(capsys, troubled, "--model_path", base, "--template", "chatml")
+    assert "<|im_end|>, <|im_start|> of this template are text to this tokenizer" in out
+    _, out, _ = inspected(capsys, troubled, "--model_path", base)
+    assert "text to this tokenizer" not in out
+
+
+def test_of_two_files_with_one_name_the_right_one_has_the_problem(base, tmp_path, capsys):
+    # Catches looking for train.jsonl:1 in both.
+    for folder, question in (("a", "word " * 300), ("b", "word")):
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "train.jsonl", [{"instruction": question, "output": f"An answer of {folder}."}])
+    both = [tmp_path / folder / "train.jsonl" for folder in "ab"]
+    code, out, _ = inspected(capsys, *both, "--model_path", base, "--samples", "0")
+    assert code == 0
+    assert re.search(r"^ *cut +1 ", out, re.MULTILINE)
+
+
+def test_a_page_that_cannot_be_written_is_the_users_to_mend(base, troubled, capsys):
+    code, _, err = inspected(capsys, troubled, "--model_path", base, "--html", troubled / "report.html")
+    assert code == 2
+    assert "report.html: cannot be written" in err
+    assert "Traceback" not in err
+
+
 def test_no_text_of_a_record_is_said_where_no_sample_is_asked_for(base, troubled, capsys):
     _, out, err = inspected(capsys, troubled, "--model_path", base, "--samples", "0")
     assert "lighthouse" not in out + err

@@ -93,14 +93,20 @@ class _Window:
 
 
 def read_array(stream: BinaryIO, name: str) -> Iterator[Found]:
-    """Every value of the array with the line it begins on. Raises BadData where the array breaks."""
+    """Every value of the array with the line it begins on, and its number where another began there before.
+
+    Raises BadData where the array breaks.
+    """
     window = _Window(stream, name)
     assert window.next_character() == "["
     window.at += 1
     closed = window.next_character() == "]"
+    before, number = 0, 0
     while not closed:
-        origin = f"{name}:{window.line()}"
-        yield Found(window.value(), origin)
+        line, number = window.line(), number + 1
+        # No two values share an origin: an array is often written on one line.
+        yield Found(window.value(), f"{name}:{line}" if line > before else f"{name}:{line} value {number}")
+        before = line
         after = window.next_character()
         closed = after == "]"
         if not closed:

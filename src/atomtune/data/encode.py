@@ -140,13 +140,17 @@ class Encoder:
         made.records.append(examples)
 
     def _note(self, record: Record, exchanges: Sequence[Exchange], targets: Sequence[Target], account: Account) -> None:
-        """What is accepted but worth saying: targets without a token, thoughts the template does not write."""
+        """What is accepted but worth saying: targets without a token, texts that the template does not write."""
         if self._unknown_id is not None:
             account.unknown_tokens += sum(target.answer.count(self._unknown_id) for target in targets)
         for exchange in exchanges:
             reasoning = record.turns[exchange.at].reasoning.strip()
             if reasoning and reasoning not in exchange.answer.text:
                 account.notices["the template does not write an answer's reasoning, which is not learned,"] += 1
+        last = exchanges[-1]
+        systems = [turn.text.strip() for turn in record.turns[: last.at] if turn.role == "system"]
+        if not all(system in last.prompt.text for system in systems):
+            account.notices["the template does not write a system text, which is not read,"] += 1
 
     def _refuse(self, record: Record, reason: str, account: Account) -> None:
         """Refuse a record before its answers have ids; their number is counted all the same."""
@@ -165,13 +169,20 @@ class Encoder:
         def prompt_ids(shorter: Record) -> list[int]:
             return ids_of([self.template.pieces(shorter)[0]], self.template.tokenizer)[0]
 
+        def fits(shorter: Record) -> bool:
+            try:
+                return len(prompt_ids(shorter)) <= room
+            except CannotExpress:  # it says the whole prompt, but not with a turn or a text less
+                return False
+
         until = replace(record, turns=record.turns[: at + 1])
-        shorter = shorten(until, lambda one: len(prompt_ids(one)) <= room) if room > 0 else None
+        shorter = shorten(until, fits) if room > 0 else None
         if shorter is None:
             which = f"answer {record.learned.index(at) + 1}" if len(record.learned) > 1 else "the answer"
+            written = "markers and list of tools" if record.tools else "markers"
             return Refusal(
                 record.origin,
-                f"{which} alone, with its stop token and the template's markers, is longer than max_seq_length "
+                f"{which} alone, with its stop token and the template's {written}, is longer than max_seq_length "
                 f"{self.max_tokens} ({len(target.answer)} tokens)",
                 broken=self.overlength == "error",
             )

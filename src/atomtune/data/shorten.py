@@ -8,47 +8,82 @@ from dataclasses import replace
 
 from atomtune.data.records import Record
 
+#: A turn's number, and which of its texts: `text` or `input`.
+Place = tuple[int, str]
+
 
 def shorten(record: Record, fits: Callable[[Record], bool]) -> Record | None:
-    """Drop the oldest turns, then the start of the longest prompt text, until the record fits; None if it cannot."""
-    system = tuple(turn for turn in record.prompt if turn.role == "system")
-    rest = [turn for turn in record.turns if turn.role != "system"]
-    while len(rest) > 2:  # the last question and the answer stay
-        later = next((i for i, turn in enumerate(rest[1:-1], start=1) if turn.role == "user"), len(rest))
-        if later > len(rest) - 2:
-            break
-        rest = rest[later:]
-        record = replace(record, turns=(*system, *rest))
-        if fits(record):
-            return record
+    """Drop the oldest turns, then the start of the longest prompt text, until the record fits; None if it cannot.
+
+    record  does not fit as it is
+    fits    is taken to hold for less where it holds for more, so that few lengths are tried
+    """
+    record, fitting = _without_oldest(record, fits)
+    if fitting:
+        return record
     for _ in range(2 * len(record.prompt)):
-        index, name, text = _longest_text(record)
+        place, text = _longest_text(record)
         if not text:
-            break
-        if not fits(_with_text(record, index, name, "")):
-            record = _with_text(record, index, name, "")
-            continue
-        low, high = 0, 8  # keeping `low` characters fits, keeping `high` is not known to
-        while high < len(text) and fits(_with_text(record, index, name, text[-high:])):
-            low, high = high, high * 2
-        high = min(high, len(text))
-        while high - low > 1:
-            middle = (low + high) // 2
-            if fits(_with_text(record, index, name, text[-middle:])):
-                low = middle
-            else:
-                high = middle
-        return _with_text(record, index, name, text[-low:] if low else "")
+            return None
+        blank = _with_text(record, place, "")
+        if fits(blank):
+            return _with_end_of_text(record, place, text, fits)
+        record = blank
     return record if fits(record) else None
 
 
-def _longest_text(record: Record) -> tuple[int, str, str]:
-    texts = [(i, name, getattr(turn, name)) for i, turn in enumerate(record.prompt) for name in ("text", "input")]
-    return max(texts, key=lambda entry: len(entry[2]))
+def _without_oldest(record: Record, fits: Callable[[Record], bool]) -> tuple[Record, bool]:
+    """The record from one of its later questions on, and whether it fits: the longest that does, else the shortest."""
+    system = tuple(turn for turn in record.prompt if turn.role == "system")
+    rest = [turn for turn in record.turns if turn.role != "system"]
+    starts = [i for i, turn in enumerate(rest[:-1]) if i and turn.role == "user"]  # the last question stays
+
+    def last(exchanges: int) -> Record:
+        return replace(record, turns=(*system, *rest[starts[-exchanges] :]))
+
+    if not starts:
+        return record, False
+    if not fits(last(1)):
+        return last(1), False
+    return last(_most(lambda exchanges: fits(last(exchanges)), 1, len(starts) + 1)), True
 
 
-def _with_text(record: Record, index: int, name: str, text: str) -> Record:
+def _with_end_of_text(record: Record, place: Place, text: str, fits: Callable[[Record], bool]) -> Record:
+    """The record with as much of the end of a text as fits; nothing of it is known to."""
+
+    def ending(characters: int) -> Record:
+        return _with_text(record, place, text[len(text) - characters :])
+
+    return ending(_most(lambda characters: fits(ending(characters)), 0, len(text)))
+
+
+def _most(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest number that holds, from low, which does, to below high, which does not.
+
+    Doubling, then halving: what is tried is never much more than what is kept, however far away high is.
+    """
+    step = 1
+    while low + step < high:
+        if not holds(low + step):
+            high = low + step
+            break
+        low, step = low + step, 2 * step
+    while high - low > 1:
+        middle = (low + high) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _longest_text(record: Record) -> tuple[Place, str]:
+    texts = [((i, name), getattr(turn, name)) for i, turn in enumerate(record.prompt) for name in ("text", "input")]
+    return max(texts, key=lambda entry: len(entry[1]))
+
+
+def _with_text(record: Record, place: Place, text: str) -> Record:
+    index, name = place
     turns = list(record.turns)
-    turn = turns[index]
-    turns[index] = replace(turn, text=text) if name == "text" else replace(turn, input=text)
+    turns[index] = replace(turns[index], text=text) if name == "text" else replace(turns[index], input=text)
     return replace(record, turns=tuple(turns))

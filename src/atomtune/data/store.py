@@ -5,6 +5,7 @@ change that could change one token, has another key, so an old file is never ser
 A row is a record, with all the Examples it became: they are drawn together, so that what they share is computed once.
 """
 
+import errno
 import hashlib
 import itertools
 import json
@@ -31,7 +32,7 @@ from atomtune.data.jsonl import Chunk, parse_chunk
 from atomtune.data.pool import in_order, workers_here
 from atomtune.data.records import Account, Example, Record, Refusal
 from atomtune.data.template import Template
-from atomtune.errors import BadData
+from atomtune.errors import BadData, BadSettings
 
 FEATURES = datasets.Features(
     {
@@ -117,7 +118,7 @@ def examples_of(
         advance(size_of(source))
     else:
         account = Account()
-        _write(folder, account, encoded(source, template, rules, account, advance=advance))
+        _write(folder, Path(source).name, account, encoded(source, template, rules, account, advance=advance))
     account = Account.from_json(json.loads((folder / "account.json").read_text(encoding="utf-8")))
     if account.records_used == 0:
         return datasets.Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES), account, data_hash
@@ -192,9 +193,9 @@ def records_of(
             next_one = next(origins, None)
 
 
-def _write(folder: Path, account: Account, parts: Iterable[Part]) -> None:
+def _write(folder: Path, name: str, account: Account, parts: Iterable[Part]) -> None:
     """Fill a folder beside the final one and rename it: a killed run leaves no half-made entry."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    _prepare(folder.parent)
     for left in folder.parent.glob(".new-*"):  # of processes that were killed; a living one is younger than a day
         if time.time() - left.stat().st_mtime > 86_400:
             shutil.rmtree(left, ignore_errors=True)
@@ -203,9 +204,7 @@ def _write(folder: Path, account: Account, parts: Iterable[Part]) -> None:
         for part in parts:
             writer.write_table(part.table)
         if account.records_read == 0:
-            raise BadData(
-                "The data file holds no records. Expected one JSON object a line: instruction, input, output."
-            )
+            raise BadData(f"{name}: it holds no records. Expected one JSON object a line: instruction, input, output.")
         writer.finalize()
         writer.close()
         account.records_copied = (
@@ -219,6 +218,18 @@ def _write(folder: Path, account: Account, parts: Iterable[Part]) -> None:
         for file in done.iterdir():
             file.unlink()
         done.rmdir()
+
+
+def _prepare(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        why = f"finished examples cannot be stored here: {error.strerror}"
+        raise BadSettings([f"{folder}: {why}. Set HF_DATASETS_CACHE to a folder that can be written."]) from None
 
 
 def copies_in(examples: datasets.Dataset) -> int:

@@ -69,6 +69,8 @@ class Template:
                 if written is None:
                     return program.render(messages=messages, add_generation_prompt=prompt, **self._frames.given)
                 return written
+            if not messages:  # transformers renders no conversation without a message
+                raise CannotExpress(f"the template {self.name} cannot express it: nothing stands before an answer")
             return str(
                 self.tokenizer.apply_chat_template(
                     list(messages),

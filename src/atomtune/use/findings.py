@@ -5,7 +5,7 @@ The walk ends after Example: these are the very tokens a run would train on, fro
 """
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -86,7 +86,10 @@ def look(settings: InspectSettings, template: Template, console: Console) -> Rep
     longest = tokens.longest
     if account.records_cut or any(TOO_LONG in one.reason for one in account.records_refused):
         longest = _whole_lengths(settings.sources, template, rules, console)
-    named = {"cut": _where(stored, account.cut_origins), "control": _where(stored, account.control_origins)}
+    named = {
+        "cut": _where([(part, one.cut_origins) for part, one, _ in parts]),
+        "control": _where([(part, one.control_origins) for part, one, _ in parts]),
+    }
     return Report(
         tuple(settings.sources),
         template,
@@ -122,11 +125,13 @@ def _tables(stored: datasets.Dataset) -> Iterator[pyarrow.Table]:
     return iter(stored.with_format("arrow").iter(1000))
 
 
-def _where(stored: datasets.Dataset, named: Iterable[str]) -> Numbers:
-    """The rows of these origins."""
-    wanted = pyarrow.array(sorted(set(named)), pyarrow.string())
-    marks = [pyarrow.compute.is_in(table["origin"], wanted).to_numpy() for table in _tables(stored)]
-    return numpy.flatnonzero(numpy.concatenate([numpy.zeros(0, dtype=bool), *marks]))
+def _where(named: Iterable[tuple[datasets.Dataset, Sequence[str]]]) -> Numbers:
+    """The rows of these origins, each looked for in its own file: a/train.jsonl and b/train.jsonl have equal ones."""
+    marks = [numpy.zeros(0, dtype=bool)]
+    for part, origins in named:
+        wanted = pyarrow.array(origins, pyarrow.string())
+        marks += [pyarrow.compute.is_in(table["origin"], wanted).to_numpy() for table in _tables(part)]
+    return numpy.flatnonzero(numpy.concatenate(marks))
 
 
 def drawn(rows: int, count: int, seed: int) -> list[int]:

@@ -22,6 +22,7 @@ from atomtune.data.lengths import Bar, histogram, percentiles
 from atomtune.data.likeness import equal_groups
 from atomtune.data.profile import PROBLEMS, Problem, near_or_equal
 from atomtune.data.records import Example
+from atomtune.errors import BadSettings
 from atomtune.use.findings import Report
 from atomtune.use.summary import scripts
 from atomtune.use.tokens import Lettering
@@ -55,13 +56,19 @@ SCRIPT_NAMES = {
 
 
 def write_page(report: Report, path: Path, lettering: Lettering, *, seed: int) -> None:
-    """Write the report beside its name and rename it, so that no half of a page is ever found there."""
+    """Write the report beside its name and rename it, so that no half of a page is ever found there.
+
+    Raises BadSettings where it cannot be written.
+    """
     text = page(report, lettering, seed=seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        made = Path(folder) / path.name
-        made.write_text(text, encoding="utf-8")
-        made.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+            made = Path(folder) / path.name
+            made.write_text(text, encoding="utf-8")
+            made.replace(path)
+    except OSError as error:
+        raise BadSettings([f"--html {path}: cannot be written there: {error.strerror}. Name another place."]) from None
 
 
 def page(report: Report, lettering: Lettering, *, seed: int) -> str:

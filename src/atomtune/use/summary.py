@@ -31,11 +31,13 @@ def say_report(report: Report, console: Console) -> None:
     say(f"{', '.join(report.sources)}", "bold")
     form, template = account.format or "nothing", report.template
     say(f"read as {form}; template {template.name}, an answer stops at {template.stop}")
+    if template.unknown_controls:
+        say(f"note: {', '.join(template.unknown_controls)} of this template are text to this tokenizer", "yellow")
     _section(console, "Ledger")
     for line in ledger(account):
         say(f"  {line}")
     for said, count in account.notices.items():
-        say(f"  note: {said} in {count:,} records", "yellow")
+        say(f"  note: {said} in {counted(count, 'record')}", "yellow")
     _section(console, "Lengths, in tokens")
     console.print(_lengths({"read only, a record": report.tokens.read, "learned, an answer": report.tokens.answers}))
     for title, values in (("read only, a record", report.tokens.read), ("learned, an answer", report.tokens.answers)):
@@ -49,7 +51,8 @@ def say_report(report: Report, console: Console) -> None:
     for line in savings(report):
         say(f"  {line}")
     _section(console, "Writing")
-    say(f"  {', '.join(f'{name} {share:.1%}' for name, share in scripts(report)) or 'no letters'} of all letters")
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in scripts(report))
+    say(f"  {shares} of all letters" if shares else "  no letters")
     _section(console, "Problems")
     for line in problems(report):
         say(f"  {line}")
@@ -109,11 +112,12 @@ def savings(report: Report) -> Iterator[str]:
     saving = report.saving
     if saving is None:
         return
-    what = f"{saving.batches:,} batches of {saving.records_per_batch}"
+    what = f"{saving.batches:,} batch{'es' * (saving.batches != 1)} of {saving.records_per_batch}"
     yield f"all records drawn begin with the same {len(saving.trunk):,} tokens"
     yield f"padded  {saving.padded:>12,} tokens computed for {what}"
     for name, tokens in (("packed", saving.packed), ("tree", saving.tree)):
-        yield f"{name:<7} {tokens:>12,}  {saving.padded / tokens:.2f}× less"
+        less = saving.padded / tokens
+        yield f"{name:<7} {tokens:>12,}  {f'{less:.2f}× less' if less >= 1 else f'{1 / less:.2f}× more'}"
 
 
 def scripts(report: Report) -> list[tuple[str, float]]:
@@ -158,15 +162,19 @@ def problems(report: Report) -> Iterator[str]:
         if problem.count:
             groups = f"; {counted(problem.groups, 'group')}" if problem.groups else ""
             yield f"{name:<16}{problem.count:>8,}  {problem.count / read:>7.2%}  {PROBLEMS[name]}{groups}"
-            yield f"{'':<35}{_places(report, problem)}"
+            yield from (f"{'':<35}{place}" for place in _places(report, problem))
     nothing = [name for name, problem in report.problems.items() if not problem.count]
     if nothing:
         yield f"nothing found by: {', '.join(nothing)}"
 
 
-def _places(report: Report, problem: Problem) -> str:
+def _places(report: Report, problem: Problem) -> Iterator[str]:
+    """Where a problem is, on one line; a refused record with its reason, on a line of its own."""
+    refused = report.account.records_refused
     if problem.name == "refused":
-        shown = [one.origin for one in report.account.records_refused[:_SHOWN]]
+        yield from (f"{one.origin}  {one.reason}" for one in refused[:_SHOWN])
+        if len(refused) > _SHOWN:
+            yield f"… and {len(refused) - _SHOWN:,} more (all with --json)"
     else:
         shown = [report.origin(int(row)) for row in problem.where[:_SHOWN]]
-    return ", ".join(shown) + (" …" if problem.count > len(shown) > 0 else "")
+        yield ", ".join(shown) + (" …" if problem.count > len(shown) > 0 else "")
