@@ -336,6 +336,16 @@ def test_a_claim_may_stand_alone_or_with_its_value(flags, value):
     assert read_train([*BOTH, *flags]).trainer["fp16"] is value
 
 
+def test_a_list_may_be_given_in_one_flag_or_in_several():
+    expected = ["a=user", "b=assistant"]
+    for words in (
+        ["--roles", *expected],
+        ["--roles", ",".join(expected)],
+        ["--roles", "a=user", "--roles", "b=assistant"],
+    ):
+        assert read_train([*BOTH, *words]).data.roles == expected
+
+
 def test_the_tutorials_false_is_false():
     # Catches bool("false"), which is True.
     assert read_train([*BOTH, "--remove_unused_columns", "false"]).trainer["remove_unused_columns"] is False

@@ -266,4 +266,4 @@ def _takes(kind: Any) -> dict[str, Any]:
     parts = {kind, *typing.get_args(kind)}  # of list[str] | None: itself, list[str] and None
     if bool in parts or "true" in parts:
         return {"nargs": "?", "const": "true"}
-    return {"nargs": "+"} if any(typing.get_origin(part) is list for part in parts) else {}
+    return {"nargs": "+", "action": "extend"} if any(typing.get_origin(part) is list for part in parts) else {}

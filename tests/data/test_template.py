@@ -142,6 +142,20 @@ def test_a_jinja_file_is_a_template(tmp_path):
     assert template.name == "mine.jinja"
 
 
+def test_a_jinja_file_that_is_no_template_is_told_with_its_line(tmp_path):
+    path = tmp_path / "broken.jinja"
+    path.write_text("{% for m in messages %}\n{{ m['content' }}\n{% endfor %}", encoding="utf-8")
+    with pytest.raises(BadModel, match=r"broken\.jinja .*line 2.*\n.*template itself is at fault"):
+        load_template(str(path), tokenizer_of("sentencepiece"))
+
+
+@pytest.mark.parametrize(("source", "writes"), [("{{ bos_token }}", True), ("", False)])
+def test_a_template_that_writes_no_bos_is_known(source, writes):
+    body = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    assert own("sentencepiece", source + body).writes_bos == writes
+    assert own("bytes", source + body).writes_bos, "this tokenizer has none to write"
+
+
 def test_a_missing_jinja_file_is_named(tmp_path):
     with pytest.raises(BadSettings, match=r"nowhere\.jinja: no such file"):
         load_template(str(tmp_path / "nowhere.jinja"), tokenizer_of("sentencepiece"))

@@ -86,8 +86,17 @@ def test_a_streamed_run_that_was_stopped_goes_on_bit_identically(models, tmp_pat
     weights = "adapter_model.safetensors"
     assert (parts / weights).read_bytes() == (whole / weights).read_bytes()
     run = json.loads((whole / "run.json").read_text())
-    assert (run["records_read"], run["records_used"]) == (24, 24)
+    assert (run["records_read"], run["records_used"], run["records_copied"]) == (24, 24, None)
     assert run["status"] == "finished"
+
+
+def test_what_a_stream_refused_is_said_too(models, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "train.jsonl", [*DIALOGUES, {"instruction": "x", "output": ""}])
+    command = ["train", "--model_path", str(models("qwen3")), "--dataset_path", str(data), "--streaming", "--skip_bad"]
+    assert main([*command, "--max_steps", "2", "--output_dir", str(tmp_path / "out")]) == 0
+    assert "9 records read (alpaca), 8 used, 1 refused" in " ".join(capsys.readouterr().out.split())
+    refused = json.loads((tmp_path / "out" / "run.json").read_text())["records_refused"]
+    assert [one["origin"] for one in refused] == ["train.jsonl:9"]
 
 
 def test_what_a_stream_cannot_do_is_said_before_anything_is_read(capsys):

@@ -109,7 +109,7 @@ def test_of_two_files_with_one_name_the_right_one_has_the_problem(base, tmp_path
     both = [tmp_path / folder / "train.jsonl" for folder in "ab"]
     code, out, _ = inspected(capsys, *both, "--model_path", base, "--samples", "0")
     assert code == 0
-    assert re.search(r"^ *cut +1 ", out, re.MULTILINE)
+    assert re.search(r"^ *cut +1 .*\n +train\.jsonl:1$", out, re.MULTILINE), "one place, not two of one name"
 
 
 def test_a_page_that_cannot_be_written_is_the_users_to_mend(base, troubled, capsys):

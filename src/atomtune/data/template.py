@@ -42,6 +42,7 @@ class Template:
     stop: str = ""  # the control token that ends an answer
     behind: str = ""  # all that the template writes behind an answer
     plain: bool = True  # an answer stands as it is behind what the template writes to ask for it
+    writes_bos: bool = True  # False where the tokenizer has one and a prompt does not begin with it
     unknown_controls: tuple[str, ...] = ()  # written by the template, and no tokens of this tokenizer
     quick: bool = False  # plain texts are rendered without the tokenizer's help (engine.py)
 
@@ -81,7 +82,9 @@ class Template:
                 )
             )
         except (TemplateError, TypeError) as error:  # a template may add texts to what is none
-            raise CannotExpress(f"the template {self.name} cannot express it: {error}") from None
+            line = getattr(error, "lineno", None)  # of a text that is no template at all
+            place = f" (its line {line})" if line else ""
+            raise CannotExpress(f"the template {self.name} cannot express it: {error}{place}") from None
 
     @cached_property
     def _frames(self) -> Frames:
@@ -203,8 +206,13 @@ def _with_stop(name: str, source: str, tokenizer: Any, instruction_role: Literal
     template = Template(name, source, tokenizer, instruction_role)
     asked = [{"role": "user", "content": "?"}]
     # What the template writes behind an answer begins with the token that ends it (<|im_end|>, <end_of_turn>, </s>).
-    prompt = template.render(asked)
-    full = template.render([*asked, {"role": "assistant", "content": ANSWER}], prompt=False)
+    try:
+        prompt = template.render(asked)
+        full = template.render([*asked, {"role": "assistant", "content": ANSWER}], prompt=False)
+    except CannotExpress as error:
+        raise BadModel(
+            f"{error}.\nIt was asked one question and its answer, so the template itself is at fault."
+        ) from None
     before, _, behind = full.partition(ANSWER)
     match = control_pattern(tokenizer).match(behind.lstrip())
     stop = match.group() if match else tokenizer.eos_token
@@ -223,6 +231,7 @@ def _with_stop(name: str, source: str, tokenizer: Any, instruction_role: Literal
         instruction_role,
         str(stop),
         behind,
+        writes_bos=not tokenizer.bos_token or prompt.startswith(tokenizer.bos_token),
         plain=before.startswith(prompt) and not before[len(prompt) :].strip(),
         unknown_controls=tuple(one for one in written if one not in tokenizer.get_vocab()),
         quick=quick.quick and all(_outcome(quick, *probe) == _outcome(template, *probe) for probe in _probes()),

@@ -44,6 +44,13 @@ class Data:
         assert isinstance(self.train, Stream)
         return self.train.account
 
+    def read_meanwhile(self, voice: Voice) -> dict[str, Any]:
+        """Say and give the account of a stream as far as it was read; of stored records all was said before."""
+        if not isinstance(self.train, Stream):
+            return {}
+        say_account(self.train.account, self.train.template, voice)
+        return {**self.train.account.contract(), "records_copied": None}  # to tell copies takes all records at once
+
     def some(self, records: int, *, seed: int) -> list[dict[str, Any]]:
         """So many of the training records at random, without putting back; of a stream, the first."""
         if isinstance(self.train, Stream):
@@ -58,6 +65,9 @@ def read_data(job: Job, template: Template) -> Data:
     asked, voice = job.settings.data, job.voice
     if asked.streaming:
         return Data(_stream(job, template), evaluate, job.record.values["data"]["sha256"], eval_hash)
+    names = [Path(source).name for source in asked.sources]
+    if len(set(names)) < len(names):
+        voice.notice("some of these files have one name; where a record of theirs is named, look into each.")
     parts = [_read(source, job, template) for source in asked.sources]
     examples, account, data_hash = together(parts)
     job.record.update(data={"path": asked.dataset_path, "sha256": data_hash}, **account.contract())
@@ -186,6 +196,11 @@ def say_account(account: Account, template: Template, voice: Voice) -> None:
         voice.notice(
             "a server would send other tokens before a later answer than the earlier one was learned as; so these are "
             f"several examples each, what they share computed once: {_some(account.split_origins)}."
+        )
+    if not template.writes_bos:
+        voice.notice(
+            f"the template {template.name} writes no {template.tokenizer.bos_token}, with which this tokenizer begins texts, "
+            "so training has none, as servers that render it have none."
         )
     if template.unknown_controls:
         voice.notice(

@@ -224,8 +224,7 @@ def _fit(job: Job, trainer: LoraTrainer, data: Data) -> float:
     finally:
         bar.close()
         trainer.stop.restore()
-        read = data.account.contract() if job.settings.data.streaming else {}
-        job.record.update(**_figures(trainer), **read, notices=voice.notices)
+        job.record.update(**_figures(trainer), **data.read_meanwhile(voice), notices=voice.notices)
     owes = trainer.state.global_step < trainer.state.max_steps or trainer.work.owes_evaluation
     if trainer.stop.reason is not None and owes:
         raise Stopped(
