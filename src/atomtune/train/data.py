@@ -199,8 +199,8 @@ def say_account(account: Account, template: Template, voice: Voice) -> None:
         )
     if not template.writes_bos:
         voice.notice(
-            f"the template {template.name} writes no {template.tokenizer.bos_token}, which this tokenizer has for beginnings, "
-            "so training has none, as servers that render it have none."
+            f"the template {template.name} writes no {template.tokenizer.bos_token}, which this tokenizer has for a "
+            "text's beginning; so training has none, as servers that render it have none."
         )
     if template.unknown_controls:
         voice.notice(
