@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(BIN)/atomtune train
 
 test: $(VENV)/installed-test check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -35,7 +35,7 @@ fuzz: $(VENV)/installed-test
 
 # The lower bounds of pyproject.toml, in an environment of their own; `make test-oldest LEAVE=torch` leaves torch as it is.
 test-oldest: .venv-oldest/installed
-	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist worksteal
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \

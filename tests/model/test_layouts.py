@@ -5,6 +5,7 @@ side is everything at once: rows of many, LoRA layers together, chunked logits.
 """
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -256,7 +257,12 @@ def test_a_planted_bug_shows(monkeypatch, family, bug):
             "exper",
         ),
         ("mamba", {"state_size": 4}, "takes no position_ids"),
-        ("recurrent_gemma", {"attention_window_size": 16, "lru_width": 32}, "layers of the kind linear_attention"),
+        # Before transformers 5.23 its config does not name the kinds of its layers; then the trial tells.
+        (
+            "recurrent_gemma",
+            {"attention_window_size": 16, "lru_width": 32},
+            "layers of the kind linear_attention|a trial tree differs",
+        ),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of the kind conv"),
         ("bloom", {}, "takes no position_ids"),
     ],
@@ -267,7 +273,7 @@ def test_a_model_that_a_tree_would_change_is_refused_with_the_reason(family, val
     before = base.config._attn_implementation
     said = why_padded(base)
     assert said is not None
-    assert reason in said
+    assert re.search(reason, said)
     assert base.config._attn_implementation == before, "a refused model keeps its own attention"
 
 
