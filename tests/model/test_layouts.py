@@ -257,7 +257,7 @@ def test_a_planted_bug_shows(monkeypatch, family, bug):
             "exper",
         ),
         ("mamba", {"state_size": 4}, "takes no position_ids"),
-        # Before transformers 5.23 its config does not name the kinds of its layers; then the trial tells.
+        # In transformers 5.17 its config does not name the kinds of its layers; then the trial tells.
         (
             "recurrent_gemma",
             {"attention_window_size": 16, "lru_width": 32},
