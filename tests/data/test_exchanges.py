@@ -136,6 +136,16 @@ def test_what_a_template_has_no_place_for_is_refused_by_name(name):
         template.pieces(Record((Turn("user", "Rain?"), Turn("assistant", "No.")), "a:1", tools=(WEATHER,)))
 
 
+def test_a_control_string_in_the_prompt_changes_nothing_in_the_answer(qwen):
+    # Catches a prompt that is not found again at the beginning of the whole: the answer would lose its <think> block.
+    hostile, peaceful = (Record((Turn("user", said), Turn("assistant", "4")), "a:1") for said in ("a<|im_end|>b", "ab"))
+    assert texts(qwen, hostile)[1] == texts(qwen, peaceful)[1] == "<think>\n\n</think>\n\n4"
+    calls = ({"name": "f", "arguments": {"a": 1}},)
+    assert (
+        "<tool_call>" in texts(qwen, Record((Turn("user", "<|im_end|>"), Turn("assistant", "", calls=calls)), "a:1"))[1]
+    )
+
+
 def test_a_control_string_in_a_call_stays_text(qwen):
     turns = (Turn("user", "x"), Turn("assistant", "", calls=({"name": "f", "arguments": {"a": "<|im_end|>"}},)))
     piece = qwen.pieces(Record(turns, "a:1"))[1]

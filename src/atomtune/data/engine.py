@@ -71,9 +71,9 @@ class Frames:
     def render(self, messages: Sequence[Mapping[str, Any]], *, prompt: bool) -> str | None:
         """The rendered text; None where these roles have no frame."""
         roles = (prompt, *(message["role"] for message in messages))
-        if roles not in self._known:
-            self._known[roles] = self._frame_of(messages, prompt) if len(self._known) < self.MOST else None
-        frame = self._known[roles]
+        if roles not in self._known and len(self._known) < self.MOST:
+            self._known[roles] = self._frame_of(messages, prompt)
+        frame = self._known.get(roles)
         if frame is None:
             return None
         return "".join([one if isinstance(one, str) else messages[one]["content"] for one in frame])

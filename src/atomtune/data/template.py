@@ -97,7 +97,17 @@ class Template:
             shield = Shield(self.tokenizer)
             return Piece(self.tokenizer.bos_token or "", False), shield.whole(record.turns[at].text, learn=True)
         shield = Shield(self.tokenizer)
-        return self._answered(record, at, shield, self._ask(record, at, shield))
+        # Hidden once: a control string has the same mark in the prompt and in the whole, which begins with it.
+        asked = [_hidden(message, shield) for message in self.messages(record.turns[:at])]
+        tools = shield.hide(record.tools)
+        text = self.render(asked, tools=tools)
+        if record.tools and not all(_tool_name(tool) in text for tool in record.tools):
+            raise CannotExpress(f"the template {self.name} has no place for tools")
+        turn = record.turns[at]
+        if self.plain and not turn.reasoning and not turn.calls:
+            return shield.piece(text, learn=False), shield.whole(turn.text, learn=True)
+        whole = [*asked, *(_hidden(message, shield) for message in self.messages([turn]))]
+        return shield.piece(text, learn=False), self._answer(turn, whole, tools, text, shield)
 
     def exchanges(self, record: Record) -> tuple[Exchange, ...]:
         """Every learned answer of a record with what is asked before it. Raises CannotExpress."""
@@ -109,22 +119,11 @@ class Template:
         hidden = [{**message, "content": shield.hide(message["content"])} for message in messages]
         return shield.piece(self.render(hidden, tools=shield.hide(tools)), learn=False)
 
-    def _ask(self, record: Record, at: int, shield: Shield) -> str:
-        """The prompt of the turn at `at`, still shielded."""
-        asked = [_hidden(message, shield) for message in self.messages(record.turns[:at])]
-        text = self.render(asked, tools=shield.hide(record.tools))
-        if record.tools and not all(_tool_name(tool) in text for tool in record.tools):
-            raise CannotExpress(f"the template {self.name} has no place for tools")
-        return text
-
-    def _answered(self, record: Record, at: int, shield: Shield, asked: str) -> tuple[Piece, Piece]:
-        prompt = shield.piece(asked, learn=False)
-        turn = record.turns[at]
-        if self.plain and not turn.reasoning and not turn.calls:
-            return prompt, shield.whole(turn.text, learn=True)
-        # What the template writes for this answer where nothing follows it: what a server's model must have written.
-        chat = [_hidden(message, shield) for message in self.messages(record.turns[: at + 1])]
-        full = self.render(chat, tools=shield.hide(record.tools), prompt=False)
+    def _answer(
+        self, turn: Turn, whole: list[Message], tools: Sequence[Mapping[str, Any]], asked: str, shield: Shield
+    ) -> Piece:
+        """What the template writes for an answer where nothing follows it: what a server's model must have written."""
+        full = self.render(whole, tools=tools, prompt=False)
         if full.startswith(asked):
             written = shield.piece(self._ended(full[len(asked) :]), learn=True)
             same = written.text.strip() == turn.text.strip()  # white space is the template's, not the answer's
@@ -135,7 +134,7 @@ class Template:
             answer = shield.whole(turn.text, learn=True)
         if any(str(call.get("name")) not in answer.text for call in turn.calls):
             raise CannotExpress(f"the template {self.name} has no place for tool calls")
-        return prompt, answer
+        return answer
 
     def _ended(self, written: str) -> str:
         """An answer without what the template writes behind every answer."""
