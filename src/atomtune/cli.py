@@ -31,7 +31,7 @@ def inspect(argv: Sequence[str]) -> int:
     from atomtune.settings import InspectSettings
 
     settings = read_settings(InspectSettings, argv, command="inspect")
-    from atomtune.use.inspect import inspect as run
+    from atomtune.inspect.command import inspect as run
 
     return run(settings)
 

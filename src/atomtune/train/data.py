@@ -15,9 +15,9 @@ from typing import Any
 import datasets
 
 from atomtune.data.files import fingerprint_of, size_of
-from atomtune.data.profile import read_texts
+from atomtune.analysis.texts import read_texts
 from atomtune.data.records import Account, Record
-from atomtune.data.split import alike, held_out, overlapping
+from atomtune.analysis.holdout import alike, held_out, overlapping
 from atomtune.data.store import Rules, examples_of, records_of, together
 from atomtune.data.template import Template
 from atomtune.errors import BadData, BadSettings, listing

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from atomtune.data.lengths import Bar, Limit, histogram, percentiles
-from atomtune.data.likeness import Numbers
-from atomtune.data.profile import PROBLEMS, Problem
+from atomtune.inspect.histogram import Bar, Limit, histogram, percentiles
+from atomtune.analysis.near_duplicates import Numbers
+from atomtune.analysis.texts import PROBLEMS, Problem
 from atomtune.data.records import Account
-from atomtune.data.scripts import SCRIPTS
-from atomtune.use.findings import TOO_LONG, Report
+from atomtune.analysis.unicode_scripts import SCRIPTS
+from atomtune.inspect.report import TOO_LONG, Report
 
 #: Origins that stand beside a problem.
 _SHOWN = 3

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy
 
-from atomtune.data.likeness import Numbers
+from atomtune.analysis.near_duplicates import Numbers
 
 SCRIPTS = ("Han", "Latin", "Kana", "Hangul", "Cyrillic", "Arabic", "other")
 _HAN, _LATIN, _KANA, _HANGUL, _CYRILLIC, _ARABIC, _OTHER, _NONE = range(8)

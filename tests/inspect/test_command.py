@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from atomtune.cli import main
-from atomtune.data.profile import PROBLEMS
+from atomtune.analysis.texts import PROBLEMS
 from atomtune.data.records import Example
-from atomtune.use.page import LABELS
-from atomtune.use.tokens import CONTROL_LEARNED, LEARNED, Lettering, byte_of, coloured, show, visible
+from atomtune.inspect.html_page import LABELS
+from atomtune.inspect.tokens import CONTROL_LEARNED, LEARNED, Lettering, byte_of, coloured, show, visible
 from tests.conftest import DIALOGUES, SHARED_DATA, write_jsonl
 from tests.tiny import CHATML, tokenizer_of
 

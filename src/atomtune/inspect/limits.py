@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from atomtune.data.profile import PROBLEMS, Problem
+from atomtune.analysis.texts import PROBLEMS, Problem
 from atomtune.data.records import Account
 from atomtune.errors import BadSettings, CheckFailed, listing
 

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atomtune.data.profile import read_texts
+from atomtune.analysis.texts import read_texts
 from atomtune.data.records import Record, Turn
-from atomtune.data.split import alike, held_out, overlapping
-from atomtune.data.trunks import trunks_of, without_trunk
+from atomtune.analysis.holdout import alike, held_out, overlapping
+from atomtune.analysis.shared_beginnings import trunks_of, without_trunk
 
 groupings = st.lists(st.integers(0, 30), min_size=2, max_size=120).map(numpy.array)
 same_every_time = settings(derandomize=True, database=None, deadline=None)

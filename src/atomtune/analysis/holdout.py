@@ -8,8 +8,8 @@ import random
 
 import numpy
 
-from atomtune.data.likeness import Numbers, joined
-from atomtune.data.profile import Texts
+from atomtune.analysis.near_duplicates import Numbers, joined
+from atomtune.analysis.texts import Texts
 
 
 def alike(texts: Texts) -> Numbers:

@@ -1,6 +1,6 @@
 """Profile: what a data set's texts and tokens are like, and which records have a problem.
 
-Before: records, and the store's rows of the same records in the same order.  After: use.inspect says it.
+Before: records, and the store's rows of the same records in the same order.  After: inspect.command says it.
 All of it is arrays with a few bytes a record: a million records fit, and none of their texts is kept.
 """
 
@@ -14,10 +14,10 @@ import numpy
 import pyarrow
 import pyarrow.compute
 
-from atomtune.data.likeness import Numbers, equal_groups, joined, near_groups
+from atomtune.analysis.near_duplicates import Numbers, equal_groups, joined, near_groups
 from atomtune.data.records import Account, Record
-from atomtune.data.scripts import SCRIPTS, letters_of
-from atomtune.data.trunks import trunks_of, without_trunk
+from atomtune.analysis.unicode_scripts import SCRIPTS, letters_of
+from atomtune.analysis.shared_beginnings import trunks_of, without_trunk
 
 #: What can be wrong with a record, and what the number beside it counts.
 PROBLEMS: Mapping[str, str] = {

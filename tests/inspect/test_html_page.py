@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from atomtune.cli import main
-from atomtune.use import page as page_module
+from atomtune.inspect import html_page as page_module
 from tests.conftest import DIALOGUES, write_jsonl
 from tests.tiny import tokenizer_of
 

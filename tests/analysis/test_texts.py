@@ -9,9 +9,9 @@ from collections import Counter
 import numpy
 import pytest
 
-from atomtune.data.profile import PROBLEMS, near_or_equal, own_text, problems_of, read_texts, read_tokens
+from atomtune.analysis.texts import PROBLEMS, near_or_equal, own_text, problems_of, read_texts, read_tokens
 from atomtune.data.records import Account, Example, Record, Refusal, Turn
-from atomtune.data.scripts import SCRIPTS, letters_of
+from atomtune.analysis.unicode_scripts import SCRIPTS, letters_of
 from atomtune.data.store import as_table
 from tests.conftest import SHARED_DATA
 

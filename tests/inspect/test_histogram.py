@@ -6,7 +6,7 @@ import random
 import numpy
 import pytest
 
-from atomtune.data.lengths import STEP, histogram, limit_at, percentiles, suggested
+from atomtune.inspect.histogram import STEP, histogram, limit_at, percentiles, suggested
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -7,7 +7,7 @@ import unicodedata
 import numpy
 import pytest
 
-from atomtune.data.likeness import equal_groups, folded, joined, near_groups
+from atomtune.analysis.near_duplicates import equal_groups, folded, joined, near_groups
 
 ALPHABET = "的一是不了人我在有他这中大来上国个到说们为子和你地出道也时年得就那要下以生会自着去之过家学对可"
 
@@ -92,7 +92,7 @@ def test_windows_do_not_change_the_groups(monkeypatch):
     # A shingle that reached into the next text, or a row numbered from its window's start, would show here.
     texts = varied(random.Random(9), 200, 60)
     whole = near_groups(texts).tolist()
-    monkeypatch.setattr("atomtune.data.likeness._WINDOW", 300)
+    monkeypatch.setattr("atomtune.analysis.near_duplicates._WINDOW", 300)
     assert near_groups(texts).tolist() == whole
 
 

@@ -10,11 +10,11 @@ from atomtune.data.template import load_template
 from atomtune.errors import BadSettings
 from atomtune.model.load import load_tokenizer, quiet_libraries
 from atomtune.settings import InspectSettings
-from atomtune.use.allowed import allowances, check
-from atomtune.use.findings import drawn, look
-from atomtune.use.page import write_page
-from atomtune.use.summary import say_report
-from atomtune.use.tokens import Lettering, show
+from atomtune.inspect.limits import allowances, check
+from atomtune.inspect.report import drawn, look
+from atomtune.inspect.html_page import write_page
+from atomtune.inspect.terminal import say_report
+from atomtune.inspect.tokens import Lettering, show
 from atomtune.voice import Patient
 
 

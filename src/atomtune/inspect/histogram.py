@@ -1,13 +1,13 @@
 """Lengths: how long records are, and what a max_seq_length would cost them.
 
-Before: profile.py gives the lengths as arrays.  After: use.inspect draws and says them.
+Before: profile.py gives the lengths as arrays.  After: inspect.command draws and says them.
 """
 
 from dataclasses import dataclass
 
 import numpy
 
-from atomtune.data.likeness import Numbers
+from atomtune.analysis.near_duplicates import Numbers
 
 #: Suggested lengths are multiples of this, as the kernels of accelerators like them.
 STEP = 64

@@ -18,14 +18,14 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from atomtune.data.lengths import Bar, histogram, percentiles
-from atomtune.data.likeness import equal_groups
-from atomtune.data.profile import PROBLEMS, Problem, near_or_equal
+from atomtune.inspect.histogram import Bar, histogram, percentiles
+from atomtune.analysis.near_duplicates import equal_groups
+from atomtune.analysis.texts import PROBLEMS, Problem, near_or_equal
 from atomtune.data.records import Example
 from atomtune.errors import BadSettings
-from atomtune.use.findings import Report
-from atomtune.use.summary import scripts
-from atomtune.use.tokens import Lettering
+from atomtune.inspect.report import Report
+from atomtune.inspect.terminal import scripts
+from atomtune.inspect.tokens import Lettering
 
 #: What the page holds at most; a browser still searches it at once.
 MOST_RECORDS, MOST_TOKENS, MOST_REFUSED = 2000, 600_000, 500
@@ -73,7 +73,7 @@ def write_page(report: Report, path: Path, lettering: Lettering, *, seed: int) -
 
 def page(report: Report, lettering: Lettering, *, seed: int) -> str:
     """The report as HTML."""
-    files = resources.files("atomtune.use") / "html"
+    files = resources.files("atomtune.inspect") / "html"
     script = (files / "page.js").read_text(encoding="utf-8")
     account = report.account
     rows = chosen_rows(report, seed=seed)

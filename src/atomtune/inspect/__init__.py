@@ -1,0 +1,1 @@
+"""`atomtune inspect`: what of your records is learned, and what is wrong with them."""
