@@ -29,7 +29,7 @@ MAY_IMPORT = {
 
 
 def module_of(path: Path) -> str:
-    """src/atomtune/data/store.py is atomtune.data.store."""
+    """src/atomtune/data/cache.py is atomtune.data.cache."""
     parts = path.relative_to(SOURCE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

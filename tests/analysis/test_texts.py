@@ -12,7 +12,7 @@ import pytest
 from atomtune.analysis.texts import PROBLEMS, near_or_equal, own_text, problems_of, read_texts, read_tokens
 from atomtune.data.records import Account, Example, Record, Refusal, Turn
 from atomtune.analysis.unicode_scripts import SCRIPTS, letters_of
-from atomtune.data.store import as_table
+from atomtune.data.cache import as_table
 from tests.conftest import SHARED_DATA
 
 STOP, UNKNOWN = 2, 0

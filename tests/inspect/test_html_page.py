@@ -116,7 +116,7 @@ def test_all_records_are_there_and_those_with_a_problem_first(report):
 def test_a_large_data_set_is_shown_in_part_and_that_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(page_module, "MOST_RECORDS", 20)
     tokenizer_of("sentencepiece").save_pretrained(tmp_path)
-    data = write_jsonl(tmp_path / "data.jsonl", RECORDS)
+    data = write_jsonl(tmp_path / "data.reading.jsonl", RECORDS)
     assert main(["inspect", str(data), "--model_path", str(tmp_path), "--html", str(tmp_path / "r.html")]) == 0
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     told = told_in(text)
@@ -128,7 +128,7 @@ def test_a_large_data_set_is_shown_in_part_and_that_is_said(tmp_path, monkeypatc
 
 def test_who_reads_the_old_page_reads_it_to_its_end(tmp_path):
     tokenizer_of("sentencepiece").save_pretrained(tmp_path)
-    data, file = write_jsonl(tmp_path / "data.jsonl", DIALOGUES), tmp_path / "r.html"
+    data, file = write_jsonl(tmp_path / "data.reading.jsonl", DIALOGUES), tmp_path / "r.html"
     file.write_text("the old page")
     with file.open() as reader:
         assert main(["inspect", str(data), "--model_path", str(tmp_path), "--html", str(file)]) == 0

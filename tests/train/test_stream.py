@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from atomtune.cli import main
-from atomtune.data.store import Rules
-from atomtune.data.template import load_template
+from atomtune.data.cache import Rules
+from atomtune.data.encoding.chat_template import load_template
 from atomtune.errors import BadData
 from atomtune.train.stream import Stream
 from tests.conftest import DIALOGUES, write_jsonl

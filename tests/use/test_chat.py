@@ -13,7 +13,7 @@ from tests.conftest import DIALOGUES, write_jsonl
 def trained(models, tmp_path_factory):
     """An adapter that has learned its few records by heart, so that answers can be told apart."""
     folder = tmp_path_factory.mktemp("chat")
-    data = write_jsonl(folder / "data.jsonl", DIALOGUES)
+    data = write_jsonl(folder / "data.reading.jsonl", DIALOGUES)
     command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(data)]
     flags = ["--output_dir", str(folder / "out"), "--max_steps", "150", "--learning_rate", "1e-2", "--lora_rank", "16"]
     assert main([*command, *flags, "--dtype", "float32", "--lora_dropout", "0"]) == 0

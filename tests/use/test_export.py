@@ -14,7 +14,7 @@ def trained(models, tmp_path_factory):
     from tests.conftest import DIALOGUES, write_jsonl
 
     folder = tmp_path_factory.mktemp("merge")
-    data = write_jsonl(folder / "data.jsonl", DIALOGUES)
+    data = write_jsonl(folder / "data.reading.jsonl", DIALOGUES)
     command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(data)]
     flags = ["--output_dir", str(folder / "out"), "--max_steps", "4", "--learning_rate", "2e-2", "--dtype", "float32"]
     assert main([*command, *flags]) == 0

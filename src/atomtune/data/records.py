@@ -51,7 +51,7 @@ class Piece(NamedTuple):
     """A stretch of text that is learned or not. A tuple: it takes a third of a frozen dataclass's time to make.
 
     `breaks` are positions no token may reach across: each lies inside a control string that a record's own text
-    holds, so that it stays text (data.encode, law 2).
+    holds, so that it stays text (data.encoding.encode, law 2).
     """
 
     text: str

@@ -6,7 +6,7 @@ Before: cli.py hands the settings over.  After: nothing; what is found is said, 
 import json
 from pathlib import Path
 
-from atomtune.data.template import load_template
+from atomtune.data.encoding.chat_template import load_template
 from atomtune.errors import BadSettings
 from atomtune.model.load import load_tokenizer, quiet_libraries
 from atomtune.settings import InspectSettings

@@ -19,13 +19,13 @@ from rich.console import Console
 from atomtune.batch.attention import padded_length
 from atomtune.batch.row import padded_tokens
 from atomtune.batch.tree import graft
-from atomtune.data.files import size_of
+from atomtune.data.reading.sources import size_of
 from atomtune.inspect.histogram import Limit, limit_at, suggested
 from atomtune.analysis.near_duplicates import Numbers
 from atomtune.analysis.texts import Problem, Texts, Tokens, problems_of, read_texts, read_tokens
 from atomtune.data.records import Account, Example, Record
-from atomtune.data.store import Rules, as_examples, examples_of, records_of, together
-from atomtune.data.template import Template
+from atomtune.data.cache import Rules, as_examples, examples_of, records_of, together
+from atomtune.data.encoding.chat_template import Template
 from atomtune.settings import InspectSettings
 from atomtune.voice import Reading
 

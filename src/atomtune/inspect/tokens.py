@@ -1,6 +1,6 @@
 """Tokens: an example as one sees it, each token apart, what is learned coloured.
 
-Before: data.encode's Examples.  After: inspect.py prints them, page.py shows them in a browser.
+Before: data.encoding.encode's Examples.  After: inspect.py prints them, page.py shows them in a browser.
 Nothing is hidden: spaces, line ends, control tokens and the bytes of a character that was split are all visible.
 """
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import datasets
 
-from atomtune.data.files import fingerprint_of, size_of
+from atomtune.data.reading.sources import fingerprint_of, size_of
 from atomtune.analysis.texts import read_texts
 from atomtune.data.records import Account, Record
 from atomtune.analysis.holdout import alike, held_out, overlapping
-from atomtune.data.store import Rules, examples_of, records_of, together
-from atomtune.data.template import Template
+from atomtune.data.cache import Rules, examples_of, records_of, together
+from atomtune.data.encoding.chat_template import Template
 from atomtune.errors import BadData, BadSettings, listing
 from atomtune.train.job import Job
 from atomtune.train.stream import Stream

@@ -10,7 +10,7 @@ import datasets
 from filelock import FileLock, Timeout
 from rich.filesize import decimal
 
-from atomtune.data.store import tokenizer_text
+from atomtune.data.cache import tokenizer_text
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped
 from atomtune.model.memory import is_out_of_memory
 from atomtune.settings import TrainSettings

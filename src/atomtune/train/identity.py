@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from atomtune.data.store import tokenizer_text
-from atomtune.data.template import Template
+from atomtune.data.cache import tokenizer_text
+from atomtune.data.encoding.chat_template import Template
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import adapter_file
 from atomtune.train.data import Data

@@ -15,7 +15,7 @@ from atomtune.batch.collate import Collator, Layout
 from atomtune.batch.row import padded_tokens
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
-from atomtune.data.store import as_examples
+from atomtune.data.cache import as_examples
 from atomtune.errors import BadSettings
 from atomtune.model.layout import why_padded, windows_of
 from atomtune.model.load import device_in_use, pad_id_of

@@ -1,6 +1,6 @@
 """One run: settings in, adapter out, every step said and recorded.
 
-The walk of the house: data.store → batch.collate → model → trainer → run.json.
+The walk of the house: data.cache → batch.collate → model → trainer → run.json.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import torch
 from transformers import PrinterCallback, set_seed
 
 from atomtune.data.records import Account
-from atomtune.data.template import load_template
+from atomtune.data.encoding.chat_template import load_template
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped, UserError
 from atomtune.model.adapter import WEIGHTS, Card, refuse_empty
 from atomtune.model.fingerprint import fingerprint

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from atomtune.config import DEMO_FOLDER
 from atomtune.data.records import Turn
-from atomtune.data.template import Template
+from atomtune.data.encoding.chat_template import Template
 from atomtune.model.generate import answer
 from atomtune.settings import TrainSettings
 

@@ -1,6 +1,6 @@
 """Stream: records encoded as they are drawn, for data larger than what a disk should keep twice.
 
-Before: data.store encodes part by part.  After: batch.collate.
+Before: data.cache encodes part by part.  After: batch.collate.
 The order is a function of the files and the seed alone, so a resumed run finds its place by reading again.
 """
 
@@ -12,8 +12,8 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from atomtune.data.records import Account
-from atomtune.data.store import Rules, encoded
-from atomtune.data.template import Template
+from atomtune.data.cache import Rules, encoded
+from atomtune.data.encoding.chat_template import Template
 from atomtune.errors import BadData
 
 

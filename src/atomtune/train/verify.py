@@ -17,8 +17,8 @@ from rich.table import Table
 from atomtune.batch.collate import Collator, Layout
 from atomtune.batch.row import padded_tokens
 from atomtune.data.records import Example
-from atomtune.data.store import Rules, as_examples, examples_of, together
-from atomtune.data.template import load_template
+from atomtune.data.cache import Rules, as_examples, examples_of, together
+from atomtune.data.encoding.chat_template import load_template
 from atomtune.errors import BadData, BadSettings, CheckFailed
 from atomtune.model.adapter import match_targets, new_adapter
 from atomtune.model.layout import why_padded, windows_of

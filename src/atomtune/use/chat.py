@@ -10,7 +10,7 @@ from rich.console import Console
 from transformers import TextStreamer
 
 from atomtune.data.records import Turn
-from atomtune.data.template import Message, Template
+from atomtune.data.encoding.chat_template import Message, Template
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import load_trained
 from atomtune.model.fingerprint import refuse_other_base

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from atomtune.data.template import Template
+from atomtune.data.encoding.chat_template import Template
 from atomtune.errors import BadSettings, CheckFailed
 from atomtune.model.adapter import load_trained
 from atomtune.model.fingerprint import refuse_other_base

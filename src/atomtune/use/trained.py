@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from atomtune.data.template import Template, load_template, restore_template
+from atomtune.data.encoding.chat_template import Template, load_template, restore_template
 from atomtune.errors import BadModel
 from atomtune.model.adapter import Card, base_path_of
 from atomtune.model.load import load_tokenizer

@@ -1,0 +1,1 @@
+"""Values to Records: which keys hold what."""

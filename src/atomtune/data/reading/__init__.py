@@ -1,0 +1,1 @@
+"""Bytes to values: every source of records, each value with the place it stands at."""

@@ -1,0 +1,138 @@
+"""Tables: the rows of a CSV or TSV file as objects whose keys are the columns; every cell is text.
+
+Before: packed.py gives the file's bytes.  After: formats.py turns each value into a Record.
+Law: a row stands at the line it begins on; quoted cells may hold separators, quotes ("" for one) and newlines.
+"""
+
+import codecs
+import csv
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from atomtune.data.reading.jsonl import LONGEST_LINE, NUL_BYTES, Found, encoding_reason
+from atomtune.data.records import Refusal
+from atomtune.errors import BadData
+
+SEPARATORS = (",", "\t", ";")
+
+
+def columns_of(header: str) -> tuple[list[str], str]:
+    """The names in a header line, in lower case, and the separator that makes most of them; a comma where none does."""
+    separator = max(SEPARATORS, key=lambda one: len(_cells(header, one)))
+    return [name.lower() for name in _cells(header, separator)], separator
+
+
+def _cells(header: str, separator: str) -> list[str]:
+    try:
+        return [cell.strip() for cell in next(csv.reader([header], delimiter=separator, strict=True), [])]
+    except csv.Error:  # quotes that make no cells with this separator
+        return []
+
+
+def read_table(stream: BinaryIO, name: str) -> Iterator[Found | Refusal]:
+    """Every row as an object, or the reason why it is none; blank lines between rows are passed over.
+
+    Raises BadData for a header that cannot be used and for a quote that never closes.
+    """
+    # The limit is one for the whole process; it is only ever raised.
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_LINE))
+    lines = _Lines(stream, name)
+    _, separator = columns_of(lines.peek())
+    rows = csv.reader(lines, delimiter=separator, strict=True)
+    keys = _header(rows, lines)
+    while True:
+        lines.begin_row()
+        origin = f"{name}:{lines.number + 1}"
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if lines.ended:
+                raise BadData(
+                    f"{origin}: a quote opens in this row and never closes. Close it, or double it."
+                ) from None
+            yield Refusal(origin, _why(error))
+            continue
+        if cells and (len(cells) > 1 or cells[0].strip()):
+            yield _row(keys, cells, lines.trouble, origin)
+
+
+def _why(error: csv.Error) -> str:
+    if "new-line character" in str(error):
+        return "not CSV: a carriage return stands outside quotes; lines end in \\n or \\r\\n"
+    return f'not CSV: {error}; a quote inside a quoted cell is written twice: ""'
+
+
+def _row(keys: list[str], cells: list[str], trouble: str, origin: str) -> Found | Refusal:
+    if trouble:
+        return Refusal(origin, trouble)
+    if len(cells) != len(keys):
+        return Refusal(
+            origin,
+            f"{len(cells)} cells, but {len(keys)} columns in the header; a cell that holds the separator or a "
+            "newline stands in quotes",
+        )
+    return Found(dict(zip(keys, cells, strict=True)), origin)
+
+
+def _header(rows: Iterator[list[str]], lines: "_Lines") -> list[str]:
+    try:
+        keys = [cell.strip() for cell in next(rows, [])]
+    except csv.Error as error:
+        raise BadData(f"{lines.name}:{lines.number}: the header is {_why(error)}.") from None
+    if lines.trouble:
+        raise BadData(f"{lines.name}:{lines.number}: {lines.trouble}.")
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise BadData(
+            f'{lines.name}:{lines.number}: column "{twice[0]}" stands twice in the header. Rename or remove one.'
+        )
+    return keys
+
+
+class _Lines(Iterator[str]):
+    """The lines of a table as text, with their count; what is wrong with one is kept for its row, which goes on."""
+
+    def __init__(self, stream: BinaryIO, name: str) -> None:
+        self.name, self.number, self.trouble = name, 0, ""
+        self.ended = False
+        self._stream, self._row_bytes = stream, 0
+        self._kept: str | None = None
+
+    def begin_row(self) -> None:
+        self.trouble, self._row_bytes = "", 0
+
+    def peek(self) -> str:
+        """The first line that is not blank, which is the header's; it is given again by the next call."""
+        line = next(self, "")
+        while not line.strip() and not self.ended:
+            line = next(self, "")
+        self._kept = line
+        return line
+
+    def __next__(self) -> str:
+        if self._kept is not None:
+            line, self._kept = self._kept, None
+            return line
+        raw = self._stream.readline(LONGEST_LINE)
+        if not raw:
+            self.ended = True
+            raise StopIteration
+        self._row_bytes += len(raw)
+        if self._row_bytes >= LONGEST_LINE:
+            raise BadData(
+                f"{self.name}:{self.number + 1}: the row that reaches to here has more than {LONGEST_LINE >> 20} MiB; "
+                "a quote before it may never close."
+            )
+        self.number += 1
+        return self._text(raw.removeprefix(codecs.BOM_UTF8) if self.number == 1 else raw)
+
+    def _text(self, raw: bytes) -> str:
+        """The line as text; where it is none, near enough for its row to end where it ends and be refused whole."""
+        if b"\0" in raw:
+            self.trouble = NUL_BYTES
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            self.trouble = encoding_reason(raw, error.start)
+            return raw.decode("utf-8", "replace")

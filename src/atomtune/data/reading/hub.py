@@ -1,0 +1,180 @@
+"""Hub: data sets in the forms of the `datasets` library: saved in a folder, a folder of data files, or on the hub.
+
+Before: a folder or a name.  After: formats.py turns each value into a Record.
+Of several splits, `train` is read. Rows are taken as Arrow gives them: no image or sound is decoded. No code of a data
+set is ever run.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import datasets
+import pyarrow
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever this version of the hub stands on
+
+from atomtune.data.reading.arrow_rows import BATCH_ROWS, checked, explained, read_batches
+from atomtune.data.reading.jsonl import Found
+from atomtune.data.records import Refusal
+from atomtune.errors import BadData
+
+#: Endings of the files that hold records, apart from .gz and .zst.
+READ = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+PACKED = (".gz", ".zst")
+#: JSON files that describe a data set, as `datasets` knows them.
+_NO_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+
+
+def kind_of(path: Path) -> str:
+    """The ending that says what a file holds: `.csv` of `train.csv.gz`."""
+    return (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether the text names a data set on the hub: `name` or `owner/name`, and `:configuration` if it has several."""
+    exists = Path(source).exists()
+    return not exists and bool(_HUB_NAME.fullmatch(source)) and kind_of(Path(source)) not in (*READ, ".txt")
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def read_saved(folder: Path, advance: Callable[[int], None]) -> Iterator[list[Found | Refusal]]:
+    """The rows of a folder that `save_to_disk` wrote. Raises BadData where it is damaged or has no split to take."""
+    size = sum(path.stat().st_size for path in all_files(folder))
+    with explained(folder, "a data set saved by datasets"):
+        try:
+            found = datasets.load_from_disk(str(folder))
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadData(
+                f"{folder}: a folder saved by datasets whose description cannot be read ({type(error).__name__}). "
+                "Save it again with save_to_disk."
+            ) from None
+        name = folder.name
+        if isinstance(found, datasets.DatasetDict):
+            split = _only_split(folder, sorted(found))
+            found, name = found[split], f"{name}/{split}"
+        yield from _rows(found, name, size, advance)
+
+
+def _only_split(folder: Path, splits: list[str]) -> str:
+    if "train" in splits:
+        return "train"
+    if len(splits) != 1:
+        raise BadData(f"{folder}: no split train; splits here: {', '.join(splits) or 'none'}. Pass the folder of one.")
+    return splits[0]
+
+
+def _rows(
+    found: datasets.Dataset, name: str, size: int, advance: Callable[[int], None]
+) -> Iterator[list[Found | Refusal]]:
+    read = told = 0
+
+    def count(n_rows: int) -> None:
+        nonlocal read, told
+        read += n_rows
+        advance(size * read // len(found) - told)
+        told = size * read // len(found)
+
+    tables = found.with_format("arrow").iter(batch_size=BATCH_ROWS)
+    yield from read_batches(checked(batch for table in tables for batch in table.to_batches()), name, count)
+    advance(size - told)
+
+
+def all_files(folder: Path) -> list[Path]:
+    """Every file in a folder and below it that is not hidden, in the order of their names."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files of the train split of a folder of data files, as `datasets.load_dataset` chooses them.
+
+    Raises BadData when there are none, or when a data file would be left out because others are of another kind.
+    """
+    here = [path for path in all_files(folder) if kind_of(path) in READ and path.name not in _NO_DATA]
+    if not here:
+        raise BadData(f"{folder}: not a file, and no folder of data files. Pass one with --dataset_path.")
+    with _told(str(folder)):
+        chosen = datasets.load_dataset_builder(str(folder)).config.data_files
+    try:
+        # `datasets` follows links to the folder, not those in it (a snapshot of the hub is a folder of links).
+        splits = {
+            str(split): [Path(one).relative_to(folder.resolve()) for one in files] for split, files in chosen.items()
+        }
+    except ValueError:
+        raise BadData(
+            f"{folder}: its README names data files outside this folder. Pass the files themselves."
+        ) from None
+    taken = {file for files in splits.values() for file in files}
+    left = [file for file in here if file.relative_to(folder) not in taken]
+    if left:
+        raise BadData(
+            f"{folder}: files of several kinds; {len(left)} would be left out, first {left[0].name}. Pass the files "
+            "themselves, or keep files of one kind in the folder."
+        )
+    return [folder / file for file in splits[_only_split(folder, sorted(splits))]]
+
+
+def read_hub(name: str) -> Iterator[list[Found | Refusal]]:
+    """The rows of a data set on the hub, which is kept in the cache of `datasets`. Raises BadData with the remedy."""
+    found = _fetched(name)
+    yield from _rows(found, name, 0, lambda n_bytes: None)
+
+
+def hub_fingerprint(name: str) -> str:
+    """A hash that another revision, or other files, of the data set changes."""
+    return hashlib.sha256(f"{name} {_fetched(name)._fingerprint}".encode()).hexdigest()
+
+
+@cache
+def _fetched(name: str) -> datasets.Dataset:
+    """The data set, once a process: what its hash is taken of is what is read."""
+    repository, _, configuration = name.partition(":")
+    with _told(name):
+        return datasets.load_dataset(repository, configuration or None, split="train")
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Turn what `datasets` raises into a BadData that says what to do."""
+    try:
+        yield
+    except DatasetNotFoundError as error:
+        if "gated" in str(error):
+            raise BadData(
+                f"{name}: a gated data set. Accept its conditions on its hub page, then log in: hf auth login"
+            ) from None
+        raise BadData(
+            f"{name}: no file or folder here and no data set on the hub has this name. Check the spelling, or hf auth "
+            "login."
+        ) from None
+    except (ConnectionError, HTTPError):
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        raise BadData(
+            f"{name}: no file or folder here has this name, and the hub at {endpoint} cannot be reached.\n"
+            "Set HF_ENDPOINT to a mirror you can reach, or download the data set by other means and pass its file."
+        ) from None
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        raise BadData(
+            f"{name}: this data set is made by a program of its own, which is not run here. Pass a version of it that "
+            "is stored as Parquet or JSONL."
+        ) from None
+    except (DatasetsError, OSError, ValueError, pyarrow.ArrowException) as error:
+        remedy = "\nName one as in owner/name:configuration." if "onfig" in str(error) else ""
+        raise BadData(
+            f"{name}: no data set could be loaded. {type(error).__name__}: {str(error)[:600]}{remedy}"
+        ) from None

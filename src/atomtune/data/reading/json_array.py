@@ -1,0 +1,120 @@
+"""Array: the values of one JSON array, a window at a time.
+
+Before: packed.py gives the file's bytes.  After: formats.py turns each value into a Record.
+Memory is bounded by the longest value, which has the bound of a line of JSONL.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NoReturn
+
+from atomtune.data.reading.jsonl import DECODER, LONGEST_LINE, Found, encoding_reason
+from atomtune.errors import BadData
+
+_SPACE = re.compile(r"\s*")
+WINDOW_BYTES = 2**20
+
+
+class _Window:
+    """The part of the text that is not read yet, and the line it begins on."""
+
+    def __init__(self, stream: BinaryIO, name: str) -> None:
+        self.text, self.at = "", 0
+        self.ended = False
+        self.name = name
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("strict")
+        self._lines_read, self._bytes_read = 0, 0
+        self._line, self._counted = 1, 0  # the line at position `counted`
+
+    def line(self) -> int:
+        """The line that `at` stands on."""
+        self._line += self.text.count("\n", self._counted, self.at)
+        self._counted = self.at
+        return self._line
+
+    def grow(self) -> None:
+        """Forget what is read and take in as much again as is left, so that a long value costs no square of it."""
+        self.line()  # counted before the text goes
+        self.text, self.at, self._counted = self.text[self.at :], 0, 0
+        raw = self._stream.read(max(WINDOW_BYTES, len(self.text)))
+        try:
+            self.text += self._decoder.decode(raw, final=not raw)
+        except UnicodeDecodeError as error:
+            self._refuse_encoding(error, raw)
+        self._lines_read += raw.count(b"\n")
+        self._bytes_read += len(raw)
+        self.ended = not raw
+
+    def _refuse_encoding(self, error: UnicodeDecodeError, raw: bytes) -> NoReturn:
+        content = error.object  # the beginning of a character that was read before, and raw
+        begin = content.rfind(b"\n", 0, error.start) + 1
+        end = content.find(b"\n", error.start)
+        line = self._lines_read + content.count(b"\n", 0, error.start) + 1
+        at = self._bytes_read + len(raw) - len(content) + error.start
+        raise BadData(
+            f"{self.name}:{line}: {encoding_reason(content[begin : end if end >= 0 else None], at)}"
+        ) from None
+
+    def next_character(self) -> str:
+        """The first character behind white space, "" at the end; `at` then stands on it."""
+        while True:
+            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]  # it matches the empty string
+            if self.at < len(self.text) or self.ended:
+                return self.text[self.at : self.at + 1]
+            self.grow()
+
+    def value(self) -> Any:
+        """The value that begins at `at`; `at` then stands behind it."""
+        while True:
+            try:
+                value, end = DECODER.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                if self.ended or not self._cut_off(error):
+                    self.refuse(error.msg)
+            except (ValueError, RecursionError) as error:
+                self.refuse(str(error))
+            else:
+                if end + 2 < len(self.text) or self.ended:  # 12 may be the beginning of 12e+3
+                    self.at = end
+                    return value
+            if len(self.text) - self.at > LONGEST_LINE:
+                self.refuse(f"a value of more than {LONGEST_LINE >> 20} MiB")
+            self.grow()
+
+    def _cut_off(self, error: json.JSONDecodeError) -> bool:
+        """Whether the window's end may be all that is wrong; no word, number sign or escape has over 12 characters."""
+        return error.pos >= len(self.text) - 12 or error.msg.startswith("Unterminated string")
+
+    def refuse(self, why: str) -> NoReturn:
+        raise BadData(f"{self.name}:{self.line()}: the JSON array breaks here: {why}.")
+
+
+def read_array(stream: BinaryIO, name: str) -> Iterator[Found]:
+    """Every value of the array with the line it begins on, and its number where another began there before.
+
+    Raises BadData where the array breaks.
+    """
+    window = _Window(stream, name)
+    assert window.next_character() == "["
+    window.at += 1
+    closed = window.next_character() == "]"
+    before, number = 0, 0
+    while not closed:
+        line, number = window.line(), number + 1
+        # No two values share an origin: an array is often written on one line.
+        yield Found(window.value(), f"{name}:{line}" if line > before else f"{name}:{line} value {number}")
+        before = line
+        after = window.next_character()
+        closed = after == "]"
+        if not closed:
+            if after != ",":
+                window.refuse("expected a comma or the closing bracket")
+            window.at += 1
+            window.next_character()
+    end = window.line()
+    window.at += 1
+    if window.next_character():
+        raise BadData(f"{name}:{end}: text after the end of the JSON array; expected nothing behind its ].")

@@ -1,0 +1,294 @@
+"""Laws of the templates: the text that is trained is the text that a server renders from the saved tokenizer."""
+
+import pytest
+from transformers import AutoTokenizer
+
+from atomtune.data.encoding.token_ids import ids_of
+from atomtune.data.records import Record, Turn
+from atomtune.data.encoding.chat_template import CannotExpress, Template, load_template, restore_template
+from atomtune.errors import BadModel, BadSettings, UserError
+from atomtune.model.load import load_tokenizer
+from tests.tiny import CHATML, GEMMA, lone_sentencepiece, tokenizer_of
+
+
+def record(*turns: Turn) -> Record:
+    return Record((*turns, Turn("assistant", "(the answer)")), "train.jsonl:1")
+
+
+def prompt(template: Template, *turns: Turn) -> str:
+    return template.pieces(record(*turns))[0].text
+
+
+def own(kind: str, source: str | None) -> Template:
+    return load_template("auto", tokenizer_of(kind, source))
+
+
+# --- atom's text ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("instruction", "text"),
+    [("请模仿甄嬛的口吻。", "你是谁?"), ("你是谁?", ""), ("", "你是谁?"), (" a\n", "\tb\r\n"), ("{{ x }}", "{% if %}")],
+)
+def test_atoms_text_is_the_tutorials(instruction, text):
+    # The tutorial's own line, copied; the last case: a record is no template.
+    written = "<s>Human: " + instruction + "请回答用户问题: " + text + "\n" + "</s><s>Assistant:"
+    assert prompt(own("sentencepiece", None), Turn("user", instruction, text)) == written
+
+
+def test_earlier_turns_stand_before_in_the_same_form():
+    turns = (Turn("user", "翻译", "早上好"), Turn("assistant", "Good morning."), Turn("user", "再译", "晚安"))
+    assert prompt(own("sentencepiece", None), *turns) == (
+        "<s>Human: 翻译请回答用户问题: 早上好\n</s><s>Assistant:Good morning.</s>"
+        "<s>Human: 再译请回答用户问题: 晚安\n</s><s>Assistant:"
+    )
+
+
+def test_earlier_turns_without_an_input_stand_in_the_same_form_too():
+    turns = (Turn("user", "你好"), Turn("assistant", "你好!"), Turn("user", "你是谁?"))
+    assert prompt(own("sentencepiece", None), *turns) == (
+        "<s>Human: 你好请回答用户问题: \n</s><s>Assistant:你好!</s><s>Human: 你是谁?请回答用户问题: \n</s><s>Assistant:"
+    )
+
+
+def test_a_system_text_is_atoms_instruction():
+    turns = (Turn("system", "你是灯塔的看守人。"), Turn("user", "你是谁?"))
+    assert prompt(own("sentencepiece", None), *turns) == (
+        "<s>Human: 你是灯塔的看守人。请回答用户问题: 你是谁?\n</s><s>Assistant:"
+    )
+
+
+def test_a_system_text_before_an_instruction_with_an_input_is_not_lost():
+    # Both want atom's one place for an instruction; whichever way it is settled, no text goes in silence.
+    turns = (Turn("system", "你是灯塔的看守人。"), Turn("user", "翻译", "早上好"))
+    try:
+        text = prompt(own("sentencepiece", None), *turns)
+    except CannotExpress:
+        return
+    assert "你是灯塔的看守人。" in text and "翻译" in text and "早上好" in text
+
+
+def test_atom_has_no_place_for_a_tool():
+    with pytest.raises(CannotExpress, match=r"atom.*tool"):
+        own("sentencepiece", None).render([{"role": "user", "content": "?"}, {"role": "tool", "content": "4"}])
+
+
+def test_atom_on_a_tokenizer_without_a_bos_leaves_it_out():
+    assert prompt(load_template("atom", tokenizer_of("bytes")), Turn("user", "Hi")) == (
+        "Human: Hi请回答用户问题: \n<|endoftext|>Assistant:"
+    )
+
+
+# --- role templates -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("turn", "content"),
+    [
+        (Turn("user", "Translate", "早上好"), "Translate\n早上好"),
+        (Turn("user", "Translate"), "Translate"),
+        (Turn("user", "", "早上好"), "早上好"),
+    ],
+)
+def test_a_role_template_puts_the_input_under_the_instruction(turn, content):
+    expected = f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt(own("bytes", CHATML), turn) == expected
+
+
+def test_the_answer_is_the_outputs_own_text():
+    template = own("sentencepiece", None)
+    piece = template.pieces(Record((Turn("user", "?"), Turn("assistant", "  a\n")), "train.jsonl:1"))[1]
+    assert (piece.text, piece.learn) == ("  a\n", True)
+
+
+def test_what_a_template_refuses_is_said_in_its_own_words():
+    template = own("sentencepiece", GEMMA)
+    with pytest.raises(CannotExpress, match="no system role"):
+        template.pieces(record(Turn("system", "Be brief."), Turn("user", "Hi")))
+
+
+# --- choosing a template --------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_the_tokenizers_own_template():
+    template = own("bytes", CHATML)
+    assert template.source == CHATML
+    assert "own" in template.name
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes", "characters"])
+def test_auto_takes_atom_where_the_tokenizer_has_none(kind):
+    assert own(kind, None).name == "atom"
+    assert prompt(own(kind, None), Turn("user", "Hi")) == prompt(
+        load_template("atom", tokenizer_of(kind)), Turn("user", "Hi")
+    )
+
+
+def test_atom_can_be_asked_for_where_the_tokenizer_has_its_own():
+    tokenizer = tokenizer_of("bytes", CHATML)
+    assert prompt(load_template("atom", tokenizer), Turn("user", "Hi")).startswith("Human: Hi请回答用户问题: \n")
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones():
+    with pytest.raises(BadSettings, match=r"--template atmo.*auto, .*atom.*\.jinja"):
+        load_template("atmo", tokenizer_of("characters"))
+
+
+def test_a_jinja_file_is_a_template(tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text("{% for m in messages %}[{{ m['content'] }}]{{ eos_token }}{% endfor %}答:", encoding="utf-8")
+    template = load_template(str(path), tokenizer_of("sentencepiece"))
+    assert prompt(template, Turn("user", "问", "题")) == "[问\n题]</s>答:"
+    assert template.name == "mine.jinja"
+
+
+def test_a_jinja_file_that_is_no_template_is_told_with_its_line(tmp_path):
+    path = tmp_path / "broken.jinja"
+    path.write_text("{% for m in messages %}\n{{ m['content' }}\n{% endfor %}", encoding="utf-8")
+    with pytest.raises(BadModel, match=r"broken\.jinja .*line 2.*\n.*template itself is at fault"):
+        load_template(str(path), tokenizer_of("sentencepiece"))
+
+
+@pytest.mark.parametrize(("source", "writes"), [("{{ bos_token }}", True), ("", False)])
+def test_a_template_that_writes_no_bos_is_known(source, writes):
+    body = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    assert own("sentencepiece", source + body).writes_bos == writes
+    assert own("bytes", source + body).writes_bos, "this tokenizer has none to write"
+
+
+def test_a_missing_jinja_file_is_named(tmp_path):
+    with pytest.raises(BadSettings, match=r"nowhere\.jinja: no such file"):
+        load_template(str(tmp_path / "nowhere.jinja"), tokenizer_of("sentencepiece"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"{% for m in messages %}{{ m['content'] ", id="a tag that never ends"),
+        pytest.param("{{ '问' }}{{ eos_token }}".encode("gbk"), id="GBK"),
+        pytest.param(b"{{ raise_exception('no') }}", id="refuses every conversation"),
+    ],
+)
+def test_a_jinja_file_that_cannot_be_used_is_the_users_mistake(tmp_path, content):
+    # Exit code 2 with the file's name, not a traceback and "this is a bug".
+    path = tmp_path / "broken.jinja"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"broken\.jinja"):
+        load_template(str(path), tokenizer_of("sentencepiece"))
+
+
+# --- where an answer stops ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "stop"),
+    [
+        ("bytes", CHATML, "<|im_end|>"),
+        ("sentencepiece", GEMMA, "<end_of_turn>"),
+        ("sentencepiece", None, "</s>"),
+        ("characters", None, "</s>"),
+        ("bytes", None, "<|endoftext|>"),
+    ],
+)
+def test_an_answer_stops_where_the_template_ends_it(kind, source, stop):
+    # Gemma's EOS is </s> here: learning that one, a server that waits for <end_of_turn> would never stop.
+    assert own(kind, source).stop == stop
+
+
+def test_chatml_stops_at_its_own_token_even_where_eos_is_another():
+    # As in Qwen's base models: EOS is <|endoftext|>, the template ends a turn with <|im_end|>.
+    tokenizer = tokenizer_of("bytes", CHATML)
+    tokenizer.eos_token = "<|endoftext|>"
+    assert load_template("auto", tokenizer).stop == "<|im_end|>"
+
+
+def test_a_template_that_ends_answers_with_plain_text_stops_at_eos(tmp_path):
+    path = tmp_path / "plain.jinja"
+    path.write_text("{% for m in messages %}### {{ m['role'] }}\n{{ m['content'] }}\n{% endfor %}###", encoding="utf-8")
+    assert load_template(str(path), tokenizer_of("sentencepiece")).stop == "</s>"
+
+
+def test_an_answer_that_could_never_stop_is_refused():
+    tokenizer = tokenizer_of("characters")
+    tokenizer.eos_token = None
+    with pytest.raises(BadModel, match="eos_token"):
+        load_template("atom", tokenizer)
+
+
+# --- law 2 begins here ----------------------------------------------------------------------------------------------
+
+
+def test_a_control_string_of_a_record_is_broken_inside_and_the_templates_own_are_not():
+    template = own("sentencepiece", None)
+    piece, answer = template.pieces(
+        Record((Turn("user", "a</s>b", "<s>"), Turn("assistant", "c</s>")), "train.jsonl:1")
+    )
+    text = "<s>Human: a</s>b请回答用户问题: <s>\n</s><s>Assistant:"
+    assert piece.text == text
+    assert piece.breaks == (text.index("</s>b") + 1, text.index("<s>\n") + 1)
+    assert answer.breaks == (2,)
+
+
+def test_a_template_that_trims_still_finds_the_control_strings():
+    # Breaks counted in the untrimmed text would miss.
+    piece = own("sentencepiece", GEMMA).prompt_piece([{"role": "user", "content": "  \n<end_of_turn> x </s>  "}])
+    text = "<s><start_of_turn>user\n<end_of_turn> x </s><end_of_turn>\n<start_of_turn>model\n"
+    assert piece.text == text
+    assert piece.breaks == (text.index("<end_of_turn> x") + 1, text.index("</s>") + 1)
+
+
+@pytest.mark.parametrize("imitation", ["\ufdd0control0\ufdd1", "\ufdd0control7\ufdd1", "\ufdd0answer\ufdd1"])
+@pytest.mark.parametrize("other", ["", "</s>"])
+def test_a_record_cannot_imitate_the_shield(imitation, other):
+    # The shield stands in for control strings while the template renders; whoever writes it himself keeps his text.
+    text = f"a{imitation}b{other}c"
+    assert f"Human: {text}请回答" in prompt(own("sentencepiece", None), Turn("user", text))
+
+
+# --- what is trained is what is served ------------------------------------------------------------------------------
+
+KINDS = [("sentencepiece", None), ("sentencepiece", GEMMA), ("bytes", CHATML), ("bytes", None), ("characters", None)]
+ASKED = [
+    (Turn("user", "把这句话翻译成英文", " 早上好 👩‍🚀"),),
+    (Turn("user", "Who are you?"),),
+    (Turn("user", "你好"), Turn("assistant", "你好!"), Turn("user", "Add:", "2 + 3")),
+]
+
+
+@pytest.mark.parametrize("turns", ASKED)
+@pytest.mark.parametrize(("kind", "source"), KINDS)
+def test_the_saved_tokenizer_renders_the_trained_prompt(tmp_path, kind, source, turns):
+    # A server reads the folder with AutoTokenizer and calls apply_chat_template; text and ids must be the trained ones.
+    template = own(kind, source)
+    template.tokenizer.chat_template = template.source
+    template.tokenizer.save_pretrained(tmp_path)
+    served = AutoTokenizer.from_pretrained(tmp_path)
+    piece, _ = template.pieces(record(*turns))
+    messages = template.messages(turns)
+    assert served.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) == piece.text
+    ids = served.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert ids == ids_of([piece], template.tokenizer)[0]
+
+
+def test_a_lone_sentencepiece_file_is_served_as_it_was_trained(tmp_path):
+    # It is saved as tokenizer.json: the spaces at a beginning must have been written into that.
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    lone_sentencepiece(before)
+    template = load_template("auto", load_tokenizer(str(before)))
+    template.tokenizer.chat_template = template.source
+    template.tokenizer.save_pretrained(after)
+    piece, _ = template.pieces(record(Turn("user", "早上好", " a  b")))
+    served = AutoTokenizer.from_pretrained(after)
+    ids = served.apply_chat_template(template.messages([Turn("user", "早上好", " a  b")]), add_generation_prompt=True)
+    assert ids["input_ids"] == ids_of([piece], template.tokenizer)[0]
+
+
+@pytest.mark.parametrize(("kind", "source"), KINDS)
+def test_a_restored_template_is_the_saved_one(tmp_path, kind, source):
+    template = own(kind, source)
+    template.tokenizer.chat_template = template.source
+    template.tokenizer.save_pretrained(tmp_path)
+    restored = restore_template(template.name, template.instruction_role, AutoTokenizer.from_pretrained(tmp_path))
+    assert (restored.source, restored.stop) == (template.source, template.stop)
+    assert restored.messages(ASKED[0]) == template.messages(ASKED[0])

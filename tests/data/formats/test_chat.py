@@ -1,0 +1,422 @@
+"""Laws of the chat formats: ShareGPT, OpenAI's messages, prompt and completion, text."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atomtune.data.formats.schema import RECORD_KEYS, ROLES, SIGNS, TURN_KEYS
+from atomtune.data.formats.detect import Form, to_record
+from atomtune.data.reading.jsonl import Found
+from atomtune.data.records import Account, Record, Refusal, Turn
+
+ORIGIN = "train.jsonl:17"
+ASK = {"role": "user", "content": "Q?"}
+TELL = {"role": "assistant", "content": "A."}
+CALL = {"name": "weather", "arguments": {"city": "苏州"}}
+TOOL = {"type": "function", "function": {"name": "weather", "description": "…", "parameters": {"type": "object"}}}
+
+
+def read(value: object, form: Form) -> tuple[Record | Refusal, Account]:
+    account = Account()
+    return to_record(Found(value, ORIGIN), account, form), account
+
+
+def chat(*messages: object, **beside: object) -> Record:
+    record, _ = read({"messages": list(messages), **beside}, Form("messages"))
+    assert isinstance(record, Record), record
+    return record
+
+
+def shared(*turns: object, **beside: object) -> Record:
+    record, _ = read({"conversations": list(turns), **beside}, Form("sharegpt"))
+    assert isinstance(record, Record), record
+    return record
+
+
+def reason(value: object, form: Form) -> str:
+    refusal, account = read(value, form)
+    assert isinstance(refusal, Refusal), refusal
+    assert refusal.origin == ORIGIN
+    assert not account.notices, "what is refused is not accepted with a notice too"
+    refusal.reason.encode()
+    return refusal.reason
+
+
+def why_not(*messages: object, **beside: object) -> str:
+    return reason({"messages": list(messages), **beside}, Form("messages"))
+
+
+# --- roles ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("said", ["gpt", "assistant", "chatgpt", "bing", "bard", "model"])
+@pytest.mark.parametrize("asked", ["human", "user"])
+def test_sharegpt_names_both_sides_in_many_ways(asked, said):
+    record = shared({"from": asked, "value": "Q?"}, {"from": said, "value": "A."})
+    assert record.turns == (Turn("user", "Q?"), Turn("assistant", "A."))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("developer", "system"), ("system", "system"), ("function", "tool"), ("tool", "tool")]
+)
+def test_openai_has_two_names_for_a_system_and_a_tool(theirs, ours):
+    assert chat({"role": theirs, "content": "x"}, ASK, TELL).turns[0] == Turn(ours, "x")
+
+
+def test_an_unknown_role_is_named_with_its_turn_and_what_to_pass():
+    said = why_not(ASK, {"role": "bot", "content": "A."})
+    assert 'turn 2 says role "bot"; expected system, user, assistant or tool' in said
+    assert "--roles bot=assistant" in said
+
+
+def test_the_role_that_is_meant_is_guessed_from_its_spelling():
+    assert "--roles User=user" in why_not({"role": "User", "content": "Q?"}, TELL)
+
+
+def test_the_users_roles_are_read_as_they_say_and_stand_before_ours():
+    form = Form("messages", roles={"bot": "assistant", "model": "user"})
+    record, _ = read({"messages": [{"role": "model", "content": "Q?"}, {"role": "bot", "content": "A."}]}, form)
+    assert record.turns == (Turn("user", "Q?"), Turn("assistant", "A."))
+
+
+def test_a_system_turn_keeps_its_place():
+    late = {"role": "system", "content": "Now in verse."}
+    assert [turn.role for turn in chat(ASK, TELL, late, ASK, TELL).turns][2] == "system"
+
+
+def test_turns_of_one_role_behind_each_other_stay_apart():
+    assert [turn.text for turn in chat(ASK, {"role": "user", "content": "Well?"}, TELL).turns] == ["Q?", "Well?", "A."]
+
+
+# --- what is learned ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["weight", "loss_weight", "train", "loss"])
+@pytest.mark.parametrize(("weight", "times"), [(0, 0), (1, 1), (3, 3), (False, 0), (True, 1), (2.0, 2), (None, 1)])
+def test_an_answer_is_learned_as_often_as_its_weight_says(key, weight, times):
+    # null stands in a table's rows that say nothing.
+    record = chat(ASK, {**TELL, key: weight}, ASK, TELL)
+    assert [turn.learn for turn in record.turns if turn.role == "assistant"] == [times, 1]
+
+
+@pytest.mark.parametrize("weight", [0.5, -1, 128, "1", [1], 1e300, 10**400])
+def test_a_weight_that_is_no_number_of_times_is_refused(weight):
+    # Catches int(0.5), which would leave the answer out in silence; and 128, which the store cannot hold.
+    assert "messages 2's weight is" in why_not(ASK, {**TELL, "weight": weight})
+
+
+def test_weights_that_contradict_each_other_are_refused():
+    assert "weight 1 and train 0" in why_not(ASK, {**TELL, "weight": 1, "train": False})
+
+
+@pytest.mark.parametrize("weight", [0, False])
+def test_a_weight_of_nothing_may_stand_on_a_question(weight):
+    assert chat({**ASK, "weight": weight}, TELL).turns[0] == Turn("user", "Q?")
+
+
+def test_a_question_cannot_be_learned():
+    said = why_not({**ASK, "weight": 1}, TELL)
+    assert "messages 1 (user) has a weight" in said and "assistant" in said
+
+
+def test_a_record_whose_answers_all_have_no_weight_is_refused():
+    assert "weight 0 on every answer" in why_not(ASK, {**TELL, "weight": 0})
+
+
+def test_what_nothing_answers_is_left_out_and_said():
+    record, account = read({"messages": [ASK, TELL, ASK, ASK]}, Form("messages"))
+    assert len(record.turns) == 2
+    assert account.notices == {"turns behind the last answer are left out": 1}
+
+
+@pytest.mark.parametrize("messages", [[ASK], [{"role": "system", "content": "x"}, ASK]])
+def test_a_record_without_an_answer_is_refused(messages):
+    assert "nothing to learn" in why_not(*messages)
+
+
+@pytest.mark.parametrize("nothing", ["", " \n", [], [{"type": "text", "text": ""}]])
+def test_an_empty_answer_is_named(nothing):
+    said = why_not({"role": "system", "content": "x"}, ASK, {"role": "assistant", "content": nothing})
+    assert said == "messages 3 (assistant) is empty: there is nothing to learn"
+
+
+def test_an_empty_question_is_named():
+    assert "conversations 1 (user) is empty" in reason(
+        {"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "A."}]}, Form("sharegpt")
+    )
+
+
+def test_an_empty_system_is_no_turn_and_an_empty_answer_of_a_tool_is_one():
+    record = chat({"role": "system", "content": ""}, ASK, {"role": "tool", "content": ""}, TELL)
+    assert [turn.role for turn in record.turns] == ["user", "tool", "assistant"]
+
+
+# --- contents -------------------------------------------------------------------------------------------------------
+
+
+def test_text_parts_are_joined_and_thoughts_and_calls_kept_apart():
+    parts = [
+        {"type": "thinking", "thinking": "Hm."},
+        {"type": "text", "text": "Let me "},
+        {"type": "text", "text": "see."},
+        {"type": "tool_use", "id": "7", "name": "weather", "input": {"city": "苏州"}},
+    ]
+    answer = chat(ASK, {"role": "assistant", "content": parts}).turns[-1]
+    assert answer == Turn("assistant", "Let me see.", reasoning="Hm.", calls=(CALL,))
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "tool_result", "thinking", "tool_use"])
+def test_a_part_that_is_no_text_is_refused_by_name(kind):
+    said = why_not({"role": "user", "content": [{"type": "text", "text": "Look:"}, {"type": kind, kind: {}}]}, TELL)
+    assert said == f'messages 1\'s content holds a part of type "{kind}"; only text can be trained on'
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_kept_beside_the_answer(key):
+    assert chat(ASK, {**TELL, key: "Hm."}).turns[-1] == Turn("assistant", "A.", reasoning="Hm.")
+
+
+def test_reasoning_that_is_given_twice_is_one_and_two_differing_are_refused():
+    both = {"reasoning": "Hm.", "reasoning_content": "Hm."}  # as vLLM answers
+    assert chat(ASK, {**TELL, **both}).turns[-1].reasoning == "Hm."
+    assert "reasoning twice" in why_not(ASK, {**TELL, **both, "reasoning": "Oh."})
+
+
+@pytest.mark.parametrize("arguments", [CALL["arguments"], json.dumps(CALL["arguments"])])
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_calls_need_no_text_and_their_arguments_are_an_object(arguments, content):
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    record = chat(
+        ASK,
+        {"role": "assistant", **content, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "name": "weather", "content": "28°"},
+        TELL,
+        tools=[TOOL],
+    )
+    assert record.turns[1:3] == (Turn("assistant", "", calls=(CALL,)), Turn("tool", "28°", name="weather"))
+    assert record.tools == (TOOL,)
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), json.dumps([TOOL["function"]]), [TOOL["function"]]])
+def test_tools_are_read_in_every_shape_and_kept_in_one(tools):
+    assert chat(ASK, TELL, tools=tools).tools == (TOOL,)
+
+
+@pytest.mark.parametrize("tools", [None, "", "[]", [], " "])
+def test_no_tools_are_none(tools):
+    assert chat(ASK, TELL, tools=tools).tools == ()
+
+
+@pytest.mark.parametrize(
+    ("tools", "why"),
+    [("{", "tools is not JSON"), ([{}], "tools 1 has no name"), ([3], "tools 1 is a number"), (3, "tools is a number")],
+)
+def test_tools_that_cannot_be_read_are_refused(tools, why):
+    assert why in why_not(ASK, TELL, tools=tools)
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        ({"function": {"arguments": "{}"}}, "has no name"),
+        ({"function": {"name": "f", "arguments": "[1]"}}, "arguments are a list"),
+        ({"function": {"name": "f", "arguments": "{1}"}}, "arguments is not JSON"),
+        ("f()", "tool_calls is text"),
+        ({"function": {"name": "f", "arguments": {"a": "\ud83d"}}}, "half a surrogate pair"),
+        ({"function": {"name": "f", "arguments": {"a": float("nan")}}}, "no JSON"),  # as a table may hold
+        ({"function": {"name": "f", "arguments": {"a": b"x"}}}, "no JSON"),
+        ({"function": {"name": "f", "arguments": "[" * 100_000}}, "is not JSON"),
+    ],
+)
+def test_a_call_that_cannot_be_read_is_refused(call, why):
+    assert why in why_not(ASK, {"role": "assistant", "content": None, "tool_calls": [call]})
+
+
+def test_sharegpt_calls_tools_in_turns_of_their_own():
+    record = shared(
+        {"from": "human", "value": "Warm?"},
+        {"from": "function_call", "value": json.dumps(CALL)},
+        {"from": "observation", "value": "28°"},
+        {"from": "gpt", "value": "Yes."},
+        system="Be brief.",
+        tools=json.dumps([TOOL["function"]]),
+    )
+    assert record.turns == (
+        *(Turn("system", "Be brief."), Turn("user", "Warm?"), Turn("assistant", "", calls=(CALL,))),
+        *(Turn("tool", "28°"), Turn("assistant", "Yes.")),
+    )
+    assert record.tools == (TOOL,)
+
+
+def test_a_table_of_columns_writes_null_for_what_another_message_has():
+    # Parquet gives every message every key.
+    empty = {"role": None, "content": None, "name": None, "tool_calls": None, "weight": None, "reasoning": None}
+    assert chat({**empty, **ASK}, {**empty, **TELL}) == chat(ASK, TELL)
+
+
+def test_a_cell_of_a_table_holds_messages_as_json():
+    record, _ = read({"messages": json.dumps([ASK, TELL]), "tools": ""}, Form("messages"))
+    assert record == chat(ASK, TELL)
+
+
+@pytest.mark.parametrize(
+    ("messages", "why"),
+    [
+        ([], "holds no turn"),
+        ("x", "messages is not JSON"),
+        (None, "messages is null"),
+        ({"role": "user"}, "an object"),
+        (["x"], "messages 1 is text; expected an object"),
+        ([{"content": "x"}], 'messages 1 has no key "role"; keys here: content'),
+        ([{"role": "user"}], 'messages 1 has no key "content"; keys here: role'),
+        ([{"from": "human"}], 'messages 1 has no key "value"; keys here: from'),
+        ([{"role": "user", "content": None}], "messages 1's content is null"),
+        ([{"from": "human", "value": 3}], "messages 1's value is a number"),
+        ([{"role": ["user"], "content": "x"}], "messages 1's role is a list"),
+        ([{"role": "user", "content": "\ud83d"}], "messages 1's content holds half a surrogate pair at character 1"),
+    ],
+)
+def test_what_is_no_conversation_is_refused_with_its_place(messages, why):
+    assert why in reason({"messages": messages}, Form("messages"))
+
+
+def test_what_cannot_be_read_is_not_called_empty_too():
+    assert why_not({"role": "user", "content": 3}, TELL) == "messages 1's content is a number; expected text"
+
+
+def test_all_problems_of_a_conversation_come_at_once_and_none_repeats_its_text():
+    said = why_not({"role": "bot", "content": "secret"}, {"role": "user", "content": 3}, {**TELL, "weight": 0.5})
+    assert all(part in said for part in ('turn 1 says role "bot"', "messages 2's content", "messages 3's weight"))
+    assert "secret" not in said
+
+
+def test_keys_that_are_passed_over_are_said_once_a_record():
+    _, account = read({"id": 7, "messages": [ASK, {**TELL, "mood": "x"}, ASK, {**TELL, "mood": "y"}]}, Form("messages"))
+    assert account.notices == {
+        'key "id" is not used by this format': 1,
+        'key "mood" of a turn is not used by this format': 1,
+    }
+
+
+def test_a_system_beside_the_messages_may_repeat_but_not_contradict_the_first_turn():
+    first = {"role": "system", "content": "x"}
+    assert chat(first, ASK, TELL, system="x") == chat(first, ASK, TELL) == chat(ASK, TELL, system="x")
+    assert "differ" in why_not(first, ASK, TELL, system="y")
+
+
+# --- prompt and completion ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["Q?", [ASK]])
+@pytest.mark.parametrize("completion", ["A.", [TELL]])
+def test_prompt_and_completion_are_texts_or_messages(prompt, completion):
+    record, account = read({"prompt": prompt, "completion": completion}, Form("prompt"))
+    assert record.turns == (Turn("user", "Q?"), Turn("assistant", "A."))
+    assert not account.notices
+
+
+def test_answers_in_a_prompt_are_learned_and_it_is_said():
+    record, account = read({"prompt": [ASK, TELL, ASK], "completion": "A."}, Form("prompt"))
+    assert record.learned == (1, 3)
+    assert any('"prompt" are learned' in notice for notice in account.notices)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ({"prompt": "Q?"}, 'no key "completion"; keys here: prompt'),
+        ({"prompt": "", "completion": "A."}, "prompt is empty"),
+        ({"prompt": "Q?", "completion": " "}, "completion is empty: there is nothing to learn"),
+        ({"prompt": [ASK, TELL], "completion": [ASK]}, "completion holds no turn of an assistant"),
+        ({"prompt": 3, "completion": None}, "prompt is a number; expected text; completion is null; expected text"),
+        ({"prompt": "Q?", "completion": "A.", "label": False}, "not wanted"),
+        ({"prompt": "Q?", "chosen": "A.", "rejected": "B."}, "preference data (chosen, rejected)"),
+    ],
+)
+def test_what_is_no_prompt_with_a_completion_is_refused(value, why):
+    assert why in reason(value, Form("prompt"))
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_of_no_known_template_is_learned_whole_and_it_is_said():
+    record, account = read({"text": "Once upon a time …\n"}, Form("text"))
+    assert record.turns == (Turn("text", "Once upon a time …\n"),)
+    assert account.notices == {"a text that no known template has written is learned whole": 1}
+
+
+def test_a_rendered_text_is_its_turns_and_the_template_is_named():
+    record, account = read({"text": "<s>Human: Q?\n</s><s>Assistant: A.\n</s>"}, Form("text"))
+    assert [(turn.role, turn.text.strip()) for turn in record.turns] == [("user", "Q?"), ("assistant", "A.")]
+    assert any("atom" in notice for notice in account.notices)
+
+
+def test_an_empty_answer_in_a_rendered_text_is_named():
+    exchange = "<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
+    assert reason({"text": exchange.format("") + exchange.format("A.")}, Form("text")) == (
+        "turn 2 of text (assistant) is empty: there is nothing to learn"
+    )
+
+
+@pytest.mark.parametrize(("text", "why"), [("", "text is empty"), (" \n", "text is empty"), (None, "text is null")])
+def test_no_text_is_nothing_to_learn(text, why):
+    assert why in reason({"text": text}, Form("text"))
+
+
+# --- whatever a file holds ------------------------------------------------------------------------------------------
+
+WORDS = sorted(
+    {"", "x", "\ud83d", "chosen", "rejected", "label", "type", "function", "arguments", "input", "{}", "[]", "[1]"}
+    | RECORD_KEYS
+    | TURN_KEYS
+    | ROLES.keys()
+    | {"thinking", "image_url", "tool_use", '{"name": "f", "arguments": {}}'}
+)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(WORDS) | st.text(max_size=5)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=5),
+    max_leaves=25,
+)
+PARTS = st.dictionaries(st.sampled_from(["type", "text", "name", "arguments", "function"]), SCALARS, max_size=4)
+MESSAGES = st.fixed_dictionaries(
+    {"role": st.sampled_from(sorted(ROLES))},
+    optional={
+        "content": SCALARS | st.lists(PARTS, max_size=3),
+        "value": SCALARS,
+        "tool_calls": VALUES,
+        "weight": SCALARS,
+        "reasoning": SCALARS,
+        "name": SCALARS,
+    },
+)
+CHATS = st.lists(MESSAGES | VALUES, max_size=5)
+RECORDS = VALUES | st.dictionaries(st.sampled_from(WORDS), CHATS | VALUES, max_size=6)
+
+
+@pytest.mark.parametrize("name", SIGNS)
+@settings(max_examples=150, deadline=None)
+@given(values=st.lists(RECORDS, max_size=8), data=st.data())
+def test_any_value_is_a_record_or_a_reason_and_none_is_lost(name, values, data):
+    signs = {key: data.draw(CHATS | st.text(min_size=1, max_size=9) | VALUES) for key in SIGNS[name]}
+    values = [*values, signs]
+    form = Form(name, keys={"x": "content"}, roles={"x": "assistant"})
+    account = Account()
+    made = [to_record(Found(value, f"f:{n}"), account, form) for n, value in enumerate(values)]
+    used = [one for one in made if isinstance(one, Record)]
+    refused = [one for one in made if isinstance(one, Refusal)]
+    assert len(used) + len(refused) == len(values)
+    for refusal in refused:
+        assert refusal.reason
+        refusal.reason.encode()
+    for note in account.notices:
+        note.encode()
+    for record in used:
+        assert record.turns[-1].role in ("assistant", "text") and record.learned
+        assert all(0 <= turn.learn <= 127 for turn in record.turns)
+        for turn in record.turns:
+            json.dumps([turn.text, turn.reasoning, turn.name, turn.calls], ensure_ascii=False).encode()
+        json.dumps(record.tools, ensure_ascii=False).encode()

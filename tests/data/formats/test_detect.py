@@ -1,0 +1,309 @@
+"""Laws of the alpaca format and of telling formats apart: what is accepted, what is refused and with which words."""
+
+import itertools
+import json
+
+import pytest
+
+from atomtune.data.formats.detect import Form, recognise, to_record
+from atomtune.data.reading.jsonl import Found
+from atomtune.data.records import Account, Record, Refusal, Turn
+from atomtune.errors import BadData
+
+ORIGIN = "train.jsonl:17"
+
+
+def read(value: object) -> tuple[Record | Refusal, Account]:
+    account = Account()
+    return to_record(Found(value, ORIGIN), account), account
+
+
+def reason(value: object) -> str:
+    refusal, _ = read(value)
+    assert isinstance(refusal, Refusal)
+    assert refusal.origin == ORIGIN
+    return refusal.reason
+
+
+# --- accepted -------------------------------------------------------------------------------------------------------
+
+
+def test_instruction_and_input_are_asked_and_output_is_answered():
+    record, account = read({"instruction": "翻译", "input": "早上好", "output": "Good morning."})
+    assert record == Record((Turn("user", "翻译", "早上好"), Turn("assistant", "Good morning.")), ORIGIN)
+    assert not account.notices
+
+
+@pytest.mark.parametrize("missing", [{}, {"input": None}, {"input": ""}])
+def test_an_input_that_is_absent_null_or_empty_is_no_input(missing):
+    record, _ = read({"instruction": "Hi", "output": "Hello", **missing})
+    assert record == Record((Turn("user", "Hi", ""), Turn("assistant", "Hello")), ORIGIN)
+
+
+def test_the_tutorials_typo_is_read_and_said():
+    # The tutorial's own format example says "instrution"; people copied it.
+    record, account = read({"instrution": "1+1=?", "input": "", "output": "2"})
+    assert record.prompt == (Turn("user", "1+1=?"),)
+    ((notice, count),) = account.notices.items()
+    assert "instrution" in notice and "instruction" in notice and count == 1
+
+
+@pytest.mark.parametrize("keys", [("instrution", "instruction"), ("instruction", "instrution")])
+def test_the_typo_does_not_displace_a_rightly_spelled_instruction(keys):
+    record, account = read({**{key: key for key in keys}, "output": "2"})
+    assert record.prompt == (Turn("user", "instruction"),)
+    assert account.notices == {'key "instrution" is not used by this format': 1}
+
+
+def test_texts_are_kept_to_the_character():
+    # Catches a strip(): leading spaces and newlines are part of what a record teaches.
+    texts = {"instruction": "  code:\n", "input": "\tx\r\n", "output": "\n    return x  \n"}
+    record, _ = read(texts)
+    assert record.turns == (Turn("user", texts["instruction"], texts["input"]), Turn("assistant", texts["output"]))
+
+
+def test_unused_keys_with_a_value_are_counted_and_empty_ones_are_not():
+    account = Account()
+    for value in ({"id": 0, "tags": []}, {"id": 7, "tags": ["a", "b"]}, {"id": 8, "source": ""}):
+        record = to_record(Found({"instruction": "Hi", "output": "Hello", **value}, ORIGIN), account)
+        assert isinstance(record, Record)
+    by_key = {key: n for key in ("id", "tags", "source") for said, n in account.notices.items() if f'"{key}"' in said}
+    assert by_key == {"id": 3, "tags": 1}
+
+
+def test_a_system_text_and_earlier_turns_stand_before_the_question():
+    record, _ = read(
+        {"system": "Be brief.", "history": [["a?", "a."], ["b?", "b."]], "instruction": "c?", "output": "c."}
+    )
+    assert [(turn.role, turn.text) for turn in record.turns] == [
+        *[("system", "Be brief."), ("user", "a?"), ("assistant", "a."), ("user", "b?"), ("assistant", "b.")],
+        *[("user", "c?"), ("assistant", "c.")],
+    ]
+
+
+@pytest.mark.parametrize("history", ["text", [["only a question"]], [["a", 1]], {"a": "b"}])
+def test_a_history_that_is_not_pairs_of_texts_is_refused(history):
+    assert "history" in reason({"instruction": "x", "output": "y", "history": history})
+
+
+# --- refused --------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_key_is_named_together_with_the_keys_that_are_there():
+    said = reason({"prompt": "Hi", "instruction": "x", "response": "Hello"})
+    assert 'no key "output"' in said
+    for key in ("prompt", "instruction", "response"):
+        assert key in said
+
+
+def test_the_keys_that_are_there_are_spelled_as_in_the_file():
+    # A user searches the file for the word in the message.
+    said = reason({"instrution": "Hi", "response": "Hello"})
+    assert "instrution" in said.partition("keys here")[2]
+
+
+def test_an_object_without_keys_is_refused_in_words():
+    assert "none" in reason({})
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(None, "null"), ([1], "a list"), ("text", "text"), (1, "a number"), (1.5, "a number"), (True, "a boolean")],
+)
+def test_a_value_that_is_no_object_is_called_what_it_is(value, kind):
+    said = reason(value)
+    assert said.startswith(kind) and "expected an object" in said
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"),
+    [(None, "null"), (3, "a number"), (False, "a boolean"), (["a"], "a list"), ({"a": 1}, "an object")],
+)
+@pytest.mark.parametrize("key", ["instruction", "output"])
+def test_a_text_of_a_wrong_type_is_named_with_its_key(key, wrong, kind):
+    # Catches str(value): "None" or "['a']" would be learned as text.
+    assert f"{key} is {kind}" in reason({"instruction": "Hi", "output": "Hello", key: wrong})
+
+
+def test_an_input_of_a_wrong_type_is_refused():
+    assert "input is a number" in reason({"instruction": "Hi", "input": 5, "output": "Hello"})
+
+
+@pytest.mark.parametrize("output", ["", " ", "\n\t\u3000"])
+def test_an_empty_output_has_nothing_to_learn(output):
+    assert "output is empty" in reason({"instruction": "Hi", "output": output})
+
+
+def test_instruction_and_input_may_not_both_be_empty():
+    assert "both empty" in reason({"instruction": " ", "input": "\n", "output": "Hello"})
+
+
+def test_an_input_alone_is_enough_of_a_question():
+    record, _ = read({"instruction": "", "input": "你是谁?", "output": "我。"})
+    assert record.prompt == (Turn("user", "", "你是谁?"),)
+
+
+def test_half_a_surrogate_pair_is_refused_with_its_place():
+    # json.loads accepts it; the tokenizer would raise in the middle of the file, without a line.
+    value = json.loads('{"instruction": "Hi", "output": "ab\\ud83d"}')
+    assert "output holds half a surrogate pair at character 3" in reason(value)
+
+
+def test_a_whole_surrogate_pair_is_one_character():
+    record, _ = read(json.loads('{"instruction": "Hi", "output": "\\ud83d\\ude00"}'))
+    assert record.answer == "😀"
+
+
+@pytest.mark.parametrize("record", [{"\ud83d": 1}, {"\ud83d": 1, "instruction": "Hi", "output": "Hello"}])
+def test_what_is_said_about_a_record_can_be_written_as_utf_8(record):
+    # A key may hold half a surrogate pair; a reason or notice that repeats it would break run.json.
+    answer, account = read(record)
+    said = [*account.notices, *([answer.reason] if isinstance(answer, Refusal) else [])]
+    assert said
+    for text in said:
+        text.encode("utf-8")
+
+
+def test_all_problems_of_a_record_come_in_one_reason():
+    # A user mends a record once.
+    said = reason({"instruction": 7, "input": ["x"], "response": "Hello"})
+    assert "instruction is a number" in said
+    assert "input is a list" in said
+    assert 'no key "output"' in said
+
+
+def test_a_refusal_does_not_repeat_the_text_of_the_record():
+    # Data may be private, and run.json is passed around.
+    assert "secret" not in reason({"instruction": "my secret", "input": 3, "output": ""})
+
+
+def test_the_answers_of_a_history_are_learned_too():
+    record, _ = read({"history": [["a?", "a."], ["b?", "b."]], "instruction": "c?", "output": "c."})
+    assert record.learned == (1, 3, 5)
+
+
+@pytest.mark.parametrize("history", [None, "", " ", [], "[]"])
+def test_no_history_is_none(history):
+    record, _ = read({"instruction": "x", "output": "y", "history": history})
+    assert record.turns == (Turn("user", "x"), Turn("assistant", "y"))
+
+
+def test_what_is_empty_in_a_history_is_named():
+    said = reason({"instruction": "x", "output": "y", "history": [["a?", "a."], ["b?", " "], ["", "c."]]})
+    assert "history 2's answer is empty: there is nothing to learn" in said
+    assert "history 3's question is empty" in said
+
+
+# --- recognising ----------------------------------------------------------------------------------------------------
+
+SIGNED = {
+    "alpaca": {"instruction": "x", "output": "y"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]},
+    "messages": {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+    "prompt": {"prompt": "x", "completion": "y"},
+    "text": {"text": "x"},
+}
+
+
+def told(values: list, **named: object) -> str:
+    with pytest.raises(BadData) as raised:
+        recognise(values, name="train.jsonl", **named)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_a_format_is_told_by_its_keys(name):
+    assert recognise([None, {"id": 1}, SIGNED[name]], name="train.jsonl") == Form(name)
+
+
+@pytest.mark.parametrize(("one", "other"), itertools.permutations(SIGNED, 2))
+def test_a_file_that_fits_two_formats_asks(one, other):
+    for values in ([{**SIGNED[one], **SIGNED[other]}], [SIGNED[one], SIGNED[other]]):
+        said = told(values)
+        assert f"--format {one}" in said and f"--format {other}" in said and said.startswith("train.jsonl fits ")
+        assert recognise(values, asked=other, name="train.jsonl") == Form(other)
+
+
+def test_two_formats_are_named_with_their_keys_and_what_to_pass():
+    assert told([{**SIGNED["alpaca"], **SIGNED["messages"]}]) == (
+        "train.jsonl fits alpaca (instruction, output) and messages (messages): "
+        "pass --format alpaca or --format messages."
+    )
+
+
+@pytest.mark.parametrize("nothing", [None, "", []])
+def test_a_column_without_a_value_is_no_sign(nothing):
+    # A table has a column for what other rows may have.
+    assert recognise([{**SIGNED["alpaca"], "messages": nothing, "text": nothing}], name="t").name == "alpaca"
+
+
+def test_an_empty_output_is_still_alpaca():
+    # So that each record is refused in its place, with its own reason.
+    assert recognise([{"instruction": "x", "output": ""}], name="t").name == "alpaca"
+
+
+@pytest.mark.parametrize("values", [[], [None, 3, "text", [1]]])
+def test_values_that_are_no_objects_are_left_to_be_refused_one_by_one(values):
+    assert recognise(values, name="t") == Form("alpaca")
+
+
+def test_no_format_names_the_keys_found_and_the_nearest():
+    said = told([{"instruction": "x", "response": "y"}])
+    assert 'no key "output"; keys here: instruction, response' in said
+    assert "nearest is alpaca" in said and "--keys YOURS=output" in said
+
+
+def test_the_signs_of_a_format_stand_in_one_record():
+    assert "fits no format" in told([{"instruction": "x"}, {"output": "y"}])
+
+
+def test_a_misspelt_key_is_guessed():
+    assert "--keys ouput=output" in told([{"instruction": "x", "ouput": "y"}])
+    assert "--keys mesages=messages" in told([{"mesages": []}])
+
+
+def test_preference_data_is_called_what_it_is():
+    assert "preference data (chosen, rejected)" in told([{"prompt": "x", "chosen": "y", "rejected": "z"}])
+
+
+def test_preference_data_can_be_trained_on_as_the_message_says():
+    value = {"prompt": "x", "chosen": "y", "rejected": "z"}
+    form = recognise([value], keys={"chosen": "completion"}, name="t")
+    record = to_record(Found(value, ORIGIN), Account(), form)
+    assert isinstance(record, Record) and record.answer == "y"
+
+
+def test_the_users_keys_are_read_as_ours():
+    keys = {"question": "instruction", "answer": "output"}
+    account = Account()
+    for more in ({}, {"output": "the user named another"}):
+        value = {"question": "x", "answer": "y", **more}
+        record = to_record(Found(value, ORIGIN), account, recognise([value], keys=keys, name="t"))
+        assert record == Record((Turn("user", "x"), Turn("assistant", "y")), ORIGIN)
+    assert account.notices == {'key "output" is not used, "answer" is read for it,': 1}
+
+
+def test_two_keys_may_change_places():
+    value = {"instruction": "y", "output": "x"}
+    form = recognise([value], keys={"instruction": "output", "output": "instruction"}, name="t")
+    account = Account()
+    record = to_record(Found(value, ORIGIN), account, form)
+    assert record == Record((Turn("user", "x"), Turn("assistant", "y")), ORIGIN)
+    assert not account.notices
+
+
+def test_keys_of_the_users_that_are_nowhere_are_said_all_at_once():
+    said = told([SIGNED["messages"]], keys={"ask": "instruction", "words": "content", "id": "messges"})
+    assert 'no key "ask"' in said and "keys here: messages" in said
+    assert 'no key "words"' in said and "keys here: role, content" in said
+    assert 'there is no key "messges"; did you mean messages?' in said
+
+
+def test_a_role_of_ours_that_does_not_exist_is_said():
+    assert "--roles bot=asistant: expected system, user, assistant or tool" in told(
+        [SIGNED["messages"]], roles={"bot": "asistant"}
+    )
+
+
+def test_two_keys_cannot_be_one():
+    assert "another key is output already" in told([SIGNED["text"]], keys={"text": "output", "b": "output"})

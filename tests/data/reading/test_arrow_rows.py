@@ -1,0 +1,137 @@
+"""Laws of Parquet and Arrow: every row is what was written, numbered from 1, in memory that does not grow with it."""
+
+import datetime
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from atomtune.data.reading.sources import Found, read_values, size_of
+from atomtune.data.records import Refusal
+from atomtune.errors import BadData
+
+ROWS = [
+    {
+        "instruction": f"第{n}个🙂" if n % 7 else None,
+        "messages": [{"role": "user", "content": "x" * (n % 5)}] * (n % 3),
+        "meta": {"score": n / 2, "day": datetime.date(2024, 1, 1 + n % 28)},
+        "image": b"\x89PNG" * (n % 2),
+    }
+    for n in range(2345)
+]
+TABLE = pyarrow.Table.from_pylist(ROWS)
+
+
+def parquet(path: Path) -> None:
+    pyarrow.parquet.write_table(TABLE, path, row_group_size=700)
+
+
+def arrow_file(path: Path) -> None:
+    with pyarrow.ipc.new_file(str(path), TABLE.schema) as writer:
+        writer.write_table(TABLE, max_chunksize=1500)
+
+
+def arrow_stream(path: Path) -> None:
+    with pyarrow.ipc.new_stream(str(path), TABLE.schema) as writer:
+        writer.write_table(TABLE, max_chunksize=1500)
+
+
+WRITE = {"parquet": parquet, "arrow": arrow_file, "stream.arrow": arrow_stream}
+
+
+@pytest.fixture(params=WRITE)
+def written(request, tmp_path: Path) -> Path:
+    path = tmp_path / f"train.{request.param}"
+    WRITE[request.param](path)
+    return path
+
+
+def test_every_row_is_what_was_written_and_is_numbered_from_one(written):
+    # Lists, structs, dates, bytes and nulls; batches that end inside a row group, and the other way round.
+    assert list(read_values(written)) == [Found(row, f"{written.name}:{n}") for n, row in enumerate(ROWS, 1)]
+
+
+def test_progress_adds_up_to_the_size_of_the_file(written):
+    seen: list[int] = []
+    list(read_values(written, seen.append))
+    assert sum(seen) == size_of(written) == written.stat().st_size
+    assert min(seen) >= 0 and len(seen) > 1
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_half_a_file_is_refused_with_the_remedy(written, share):
+    written.write_bytes(written.read_bytes()[: int(written.stat().st_size * share)])
+    with pytest.raises(BadData, match=rf"{written.name}: .* cannot be read(.|\n)*fetch or write it again"):
+        list(read_values(written))
+
+
+def test_a_page_of_noise_is_refused_without_a_crash(written):
+    whole = bytearray(written.read_bytes())
+    whole[len(whole) // 3 : len(whole) // 3 + 4000] = b"\xff" * 4000
+    written.write_bytes(whole)
+    with pytest.raises(BadData, match=rf"{written.name}: .* cannot be read"):
+        list(read_values(written))
+
+
+def test_a_text_that_is_no_utf_8_is_refused_alone(tmp_path: Path):
+    # Other programs write Latin-1 into string columns; pyarrow finds out when a value is taken.
+    raw = pyarrow.array([b"good", b"caf\xe9", b"good too"], type=pyarrow.binary())
+    texts = pyarrow.StringArray.from_buffers(3, raw.buffers()[1], raw.buffers()[2])
+    pyarrow.parquet.write_table(pyarrow.table({"output": texts}), tmp_path / "a.parquet")
+    first, wrong, last = read_values(tmp_path / "a.parquet")
+    assert (first, last) == (Found({"output": "good"}, "a.parquet:1"), Found({"output": "good too"}, "a.parquet:3"))
+    assert isinstance(wrong, Refusal) and wrong.origin == "a.parquet:2" and "not UTF-8 at byte 4" in wrong.reason
+
+
+def test_a_column_that_stands_twice_is_not_settled_in_silence(tmp_path: Path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["output", "output"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(BadData, match='column "output" stands twice'):
+        list(read_values(tmp_path / "a.parquet"))
+
+
+def test_a_table_without_rows_gives_none(tmp_path: Path):
+    pyarrow.parquet.write_table(TABLE.slice(0, 0), tmp_path / "a.parquet")
+    assert list(read_values(tmp_path / "a.parquet")) == []
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_page_of_html_under_the_name_is_no_data(tmp_path: Path, name):
+    # What a failed download leaves; without this every line would be a broken record.
+    (tmp_path / name).write_text("<!DOCTYPE html>\n<html>\n")
+    with pytest.raises(BadData, match="does not begin as"):
+        list(read_values(tmp_path / name))
+
+
+def test_json_lines_under_the_name_are_read_as_what_they_are(tmp_path: Path):
+    (tmp_path / "a.parquet").write_text(json.dumps({"a": 1}) + "\n")
+    assert list(read_values(tmp_path / "a.parquet")) == [Found({"a": 1}, "a.parquet:1")]
+
+
+def test_one_large_row_group_is_read_in_little_memory(tmp_path: Path):
+    # 190 MiB of incompressible text in one group. pyarrow's own defaults keep the group: they need 150 MiB more.
+    path = tmp_path / "big.parquet"
+    code = f"""if True:
+        import random, pyarrow, pyarrow.parquet
+        draw = random.Random(0)
+        texts = pyarrow.array([draw.randbytes(500).hex() for _ in range(200_000)])
+        pyarrow.parquet.write_table(pyarrow.table({{"output": texts}}), {str(path)!r}, use_dictionary=False,
+                                    row_group_size=1 << 30, compression="none")
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+    code = """if True:
+        import resource, sys
+        from pathlib import Path
+        from atomtune.data.reading.sources import read_values
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        before = peak()
+        print(sum(1 for _ in read_values(Path(sys.argv[1]))), peak() - before)
+    """
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    rows, mebibytes = map(int, done.stdout.split())
+    assert rows == 200_000
+    assert mebibytes < 80

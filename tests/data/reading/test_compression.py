@@ -1,0 +1,154 @@
+"""Laws of packed files: unpacked on the way they are what they were, in bounded memory; half a file is never whole."""
+
+import csv
+import gzip
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pytest
+
+from atomtune.data.reading.sources import read_values, size_of
+from atomtune.data.reading.compression import open_bytes
+from atomtune.data.records import Refusal
+from atomtune.errors import BadData
+
+RECORDS = [{"instruction": f'第{n}个，"问"', "input": "", "output": f"答\n{n * 7919}"} for n in range(3000)]
+
+
+def as_jsonl() -> bytes:
+    return b"".join(json.dumps(one, ensure_ascii=False).encode() + b"\n" for one in RECORDS)
+
+
+def as_csv(separator: str) -> bytes:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(RECORDS[0]), delimiter=separator)
+    writer.writeheader()
+    writer.writerows(RECORDS)
+    return out.getvalue().encode()
+
+
+def zstd(content: bytes) -> bytes:
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+PACK: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zstd}
+TEXTS = {
+    "jsonl": as_jsonl(),
+    "json": json.dumps(RECORDS, indent=1).encode(),
+    "csv": as_csv(","),
+    "tsv": as_csv("\t"),
+}
+
+
+@pytest.mark.parametrize("ending", PACK)
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_packed_file_is_what_it_was(tmp_path: Path, kind, ending):
+    plain, packed, seen = tmp_path / f"a.{kind}", tmp_path / f"a.{kind}.{ending}", []
+    plain.write_bytes(TEXTS[kind])
+    packed.write_bytes(PACK[ending](TEXTS[kind]))
+    expected = [(one.value, one.origin.replace(f"a.{kind}:", f"a.{kind}.{ending}:")) for one in read_values(plain)]
+    assert list(read_values(packed, seen.append)) == expected
+    assert [value for value, _ in expected] == RECORDS
+    assert sum(seen) == size_of(packed) == packed.stat().st_size < plain.stat().st_size
+
+
+@pytest.mark.parametrize("ending", PACK)
+def test_files_that_were_packed_apart_and_joined_are_read_to_the_end(tmp_path: Path, ending):
+    # What `cat a.gz b.gz` and parallel packers write; a reader that stops at the first end loses the rest in silence.
+    pack, lines = PACK[ending], as_jsonl().splitlines(keepends=True)
+    path = tmp_path / f"a.jsonl.{ending}"
+    path.write_bytes(b"".join(pack(b"".join(lines[n : n + 1000])) for n in (0, 1000, 2000)))
+    assert [one.value for one in read_values(path)] == RECORDS
+
+
+@pytest.mark.parametrize("ending", PACK)
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99, 1.0])
+def test_half_an_archive_is_refused_with_its_place(tmp_path: Path, ending, share):
+    # At 1.0 only the last byte is missing: gzip's check sum, zstd's last block.
+    whole = PACK[ending](as_jsonl())
+    path = tmp_path / f"a.jsonl.{ending}"
+    path.write_bytes(whole[: max(5, min(len(whole) - 1, int(len(whole) * share)))])
+    with pytest.raises(BadData, match=rf"a\.jsonl\.{ending}:\d+: the \w+ file ends in the middle") as told:
+        list(read_values(path))
+    line = int(str(told.value).split(":")[1])
+    assert len(RECORDS) * share - 1500 < line <= len(RECORDS) + 1, "to 64 KiB, which are some 1,000 of these lines"
+
+
+def test_a_bit_that_fell_over_is_found(tmp_path: Path):
+    whole = bytearray(gzip.compress(as_jsonl()))
+    whole[len(whole) // 2] ^= 4
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(whole)
+    with pytest.raises(BadData, match=r"a\.jsonl\.gz:\d+: the gzip file is damaged.*gzip -t"):
+        list(read_values(path))
+
+
+def test_a_packed_file_is_known_by_its_bytes_not_by_its_name(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(gzip.compress(as_jsonl()))
+    assert len(list(read_values(path))) == len(RECORDS)
+    (tmp_path / "b.jsonl.gz").write_bytes(as_jsonl())
+    assert len(list(read_values(tmp_path / "b.jsonl.gz"))) == len(RECORDS)
+
+
+def test_parquet_inside_gzip_is_refused_with_the_remedy(tmp_path: Path):
+    path = tmp_path / "a.parquet.gz"
+    path.write_bytes(gzip.compress(b"PAR1" + bytes(100)))
+    with pytest.raises(BadData, match=r"Parquet file.*Unpack it"):
+        list(read_values(path))
+
+
+def test_an_archive_of_nothing_is_called_empty(tmp_path: Path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b""))
+    with pytest.raises(BadData, match="the file is empty"):
+        list(read_values(path))
+
+
+def test_content_is_unpacked_a_buffer_at_a_time(tmp_path: Path):
+    # Catches gzip.decompress(path.read_bytes()).
+    path, seen = tmp_path / "a.jsonl.gz", []
+    path.write_bytes(gzip.compress(as_jsonl(), compresslevel=0) * 20)
+    with open_bytes(path, seen.append) as stream:
+        stream.read(1)
+        assert sum(seen) < path.stat().st_size / 4
+
+
+@pytest.mark.parametrize("ending", PACK)
+def test_a_bomb_is_a_line_that_is_too_long(tmp_path: Path, ending):
+    # 600 MiB in one line out of half a megabyte. The process may use 250 MiB more than it does for a short file.
+    path = tmp_path / f"bomb.jsonl.{ending}"
+    if ending == "gz":
+        with gzip.open(path, "wb", compresslevel=1) as file:
+            file.write(b'{"output": "')
+            for _ in range(600):
+                file.write(bytes(1 << 20))
+    else:
+        with pyarrow.CompressedOutputStream(pyarrow.OSFile(str(path), "wb"), "zstd") as file:
+            file.write(b'{"output": "')
+            for _ in range(600):
+                file.write(bytes(1 << 20))
+    code = """if True:
+        import resource, sys
+        from pathlib import Path
+        from atomtune.data.reading.sources import read_values
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        (only,) = read_values(Path(sys.argv[1]))
+        print(only.reason)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+    """
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    reason, mebibytes = done.stdout.splitlines()
+    assert "at most 16 MiB are read as one record" in reason
+    assert int(mebibytes) < 250
+
+
+def test_a_refusal_in_a_packed_file_has_its_line(tmp_path: Path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"a": 1}\n\n{"a": \n'))
+    assert [one.origin for one in read_values(path) if isinstance(one, Refusal)] == ["a.jsonl.gz:3"]

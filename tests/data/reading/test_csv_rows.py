@@ -1,0 +1,129 @@
+"""Laws of tables: what csv writes is what is read, row by row at the line where it begins; no row is lost."""
+
+import csv
+import io
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from atomtune.data.reading import csv_rows
+from atomtune.data.reading.sources import Found, read_values
+from atomtune.data.records import Refusal
+from atomtune.data.reading.csv_rows import columns_of, read_table
+from atomtune.errors import BadData
+
+ALPHABET = ["a", "长", "🙂", '"', ",", "\t", ";", "\n", "\r\n", " ", "'", "\\", "\u2028"]
+
+
+def read(content: bytes) -> list[Found | Refusal]:
+    return list(read_table(io.BytesIO(content), "a.csv"))
+
+
+@pytest.mark.parametrize("separator", [",", "\t", ";"])
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_written_is_what_is_read_at_the_line_where_it_begins(separator, seed):
+    # Catches rows numbered by row instead of by line, and newlines in cells that are changed on the way.
+    draw = random.Random(seed)
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter=separator, lineterminator=draw.choice(["\n", "\r\n"]))
+    writer.writerow(["instruction", "input", "output"])
+    expected = []
+    for _ in range(50):
+        cells = ["".join(draw.choices(ALPHABET, k=draw.randrange(9))) for _ in range(3)]
+        line = out.getvalue().count("\n") + 1
+        expected.append(Found(dict(zip(("instruction", "input", "output"), cells, strict=True)), f"a.csv:{line}"))
+        writer.writerow(cells)
+    assert read(out.getvalue().encode("utf-8")) == expected
+    assert read(out.getvalue().encode("utf-8-sig")) == expected
+
+
+def test_an_empty_cell_is_empty_text_and_a_number_stays_text():
+    # Catches what pandas does by default: nan for an empty cell, NA for a surname, 7.0 for 007.
+    (found,) = read(b"instruction,input,output\nNA,,007\n")
+    assert found.value == {"instruction": "NA", "input": "", "output": "007"}
+
+
+@pytest.mark.parametrize("row", ["only one,two", "one,two,three,four", "a text, not quoted,,x"])
+def test_a_row_of_another_length_is_refused_and_those_around_it_are_read(row):
+    first, wrong, last = read(f"instruction,input,output\na,,b\n{row}\nc,,d\n".encode())
+    assert (first.value["output"], last.value["output"]) == ("b", "d")
+    assert wrong.origin == "a.csv:3" and "3 columns in the header" in wrong.reason
+
+
+def test_blank_lines_are_no_rows_but_are_counted():
+    found = read(b"\n\ninstruction,output\n\na,b\n  \n\nc,d\n\n")
+    assert [one.origin for one in found] == ["a.csv:5", "a.csv:8"]
+
+
+def test_a_row_that_is_not_utf_8_is_refused_whole_and_alone():
+    # The bad byte is in the second of three lines of one cell: the row must still end where it ends.
+    first, wrong, last = read(b'instruction,output\na,b\nc,"x\n' + "你好".encode("gbk") + b'\ny"\nd,e\n')
+    assert (first.value["output"], last) == ("b", Found({"instruction": "d", "output": "e"}, "a.csv:6"))
+    assert wrong.origin == "a.csv:3" and "iconv -f GB18030" in wrong.reason
+
+
+def test_nul_bytes_are_refused():
+    (wrong,) = read(b"instruction,output\na,b\0c\n")
+    assert "NUL bytes" in wrong.reason
+
+
+def test_a_quote_inside_a_quoted_cell_is_refused_with_its_line():
+    first, *_ = read(b'instruction,output\n"say "hi" twice",b\nc,d\n')
+    assert isinstance(first, Refusal) and first.origin == "a.csv:2" and '""' in first.reason
+
+
+def test_a_carriage_return_alone_ends_no_row():
+    # Where it did, the row would be two, and a file with such line ends a header without rows.
+    first, last = read(b"instruction,output\na,b\rc,d\ne,f\n")
+    assert first.origin == "a.csv:2" and "carriage return" in first.reason
+    assert last == Found({"instruction": "e", "output": "f"}, "a.csv:3")
+    with pytest.raises(BadData, match=r"a\.csv:1: .*carriage return"):
+        read(b"instruction,output\ra,b\r")
+
+
+def test_a_quote_that_never_closes_does_not_swallow_the_file_in_silence():
+    # csv would give the rest of the file as one cell.
+    with pytest.raises(BadData, match=r"a\.csv:3: a quote opens in this row and never closes"):
+        read(b'instruction,output\na,b\nc,"d\ne,f\ng,h\n')
+
+
+def test_a_row_beyond_the_bound_stops_before_memory_does(monkeypatch):
+    monkeypatch.setattr(csv_rows, "LONGEST_LINE", 1000)
+    stream = io.BytesIO(b'instruction,output\na,"' + b"x\n" * 100_000)
+    with pytest.raises(BadData, match="a quote before it may never close"):
+        list(read_table(stream, "a.csv"))
+    assert stream.tell() < 2000
+
+
+def test_a_cell_of_a_megabyte_is_read():
+    # csv's own limit is 131,072 characters.
+    (found,) = read(b"instruction,output\na," + b"x" * 1_000_000 + b"\n")
+    assert len(found.value["output"]) == 1_000_000
+
+
+def test_a_column_that_stands_twice_is_not_settled_in_silence():
+    with pytest.raises(BadData, match=r'a\.csv:1: column "output" stands twice'):
+        read(b"output,instruction,output\na,b,c\n")
+
+
+@pytest.mark.parametrize(
+    ("header", "columns", "separator"),
+    [
+        ("instruction,output", ["instruction", "output"], ","),
+        ("Instruction\tOutput", ["instruction", "output"], "\t"),
+        ('"instruction";"out,put"', ["instruction", "out,put"], ";"),
+        ("text", ["text"], ","),
+        ("", [], ","),
+    ],
+)
+def test_the_separator_is_the_one_that_makes_most_columns(header, columns, separator):
+    assert columns_of(header) == (columns, separator)
+
+
+def test_a_table_of_messages_keeps_its_text(tmp_path: Path):
+    messages = json.dumps([{"role": "user", "content": "a,b"}])
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["messages"], [messages]])
+    assert list(read_values(tmp_path / "a.csv")) == [Found({"messages": messages}, "a.csv:2")]

@@ -1,0 +1,250 @@
+"""Laws of data sets: saved folders, folders of files and hub names give the rows put in, or say what to do."""
+
+import json
+import os
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import datasets
+import pytest
+
+from atomtune.data.reading.sources import Found, fingerprint_of, read_values, size_of
+from atomtune.data.reading.hub import is_hub_name
+from atomtune.errors import BadData
+
+ROWS = [{"instruction": f"第{n}个", "messages": [{"role": "user", "content": str(n)}]} for n in range(2500)]
+OTHER = [{"instruction": "held out", "messages": []}]
+SAVED = datasets.Dataset.from_list(ROWS)
+HELD_OUT = datasets.Dataset.from_list(OTHER, features=SAVED.features)
+
+
+def numbered(name: str, rows: list[dict] = ROWS) -> list[Found]:
+    return [Found(row, f"{name}:{n}") for n, row in enumerate(rows, 1)]
+
+
+# --- folders that save_to_disk wrote --------------------------------------------------------------------------------
+
+
+def test_a_saved_data_set_gives_its_rows(tmp_path: Path):
+    SAVED.save_to_disk(tmp_path / "saved", num_shards=3)
+    seen: list[int] = []
+    assert list(read_values(tmp_path / "saved", seen.append)) == numbered("saved")
+    assert sum(seen) == size_of(tmp_path / "saved") > 0
+
+
+def test_rows_come_in_the_order_of_the_data_set_not_of_the_file(tmp_path: Path):
+    # Catches reading the Arrow files past the data set's own order.
+    SAVED.select([5, 3, 8]).save_to_disk(tmp_path / "saved")
+    assert [one.value for one in read_values(tmp_path / "saved")] == [ROWS[5], ROWS[3], ROWS[8]]
+
+
+def test_of_several_splits_train_is_read(tmp_path: Path):
+    datasets.DatasetDict(train=SAVED, test=HELD_OUT).save_to_disk(tmp_path / "saved")
+    assert list(read_values(tmp_path / "saved")) == numbered("saved/train")
+    assert list(read_values(tmp_path / "saved" / "test")) == numbered("test", OTHER)
+
+
+def test_splits_without_train_are_named(tmp_path: Path):
+    datasets.DatasetDict(dev=HELD_OUT, test=HELD_OUT).save_to_disk(tmp_path / "saved")
+    with pytest.raises(BadData, match="no split train; splits here: dev, test"):
+        list(read_values(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("damage", ["no rows", "half the rows", "no description", "half a description"])
+def test_a_damaged_folder_says_what_to_do(tmp_path: Path, damage):
+    folder = tmp_path / "saved"
+    SAVED.save_to_disk(folder)
+    (rows,) = folder.glob("*.arrow")
+    if damage == "no rows":
+        rows.unlink()
+    elif damage == "half the rows":
+        os.truncate(rows, rows.stat().st_size // 2)
+    elif damage == "no description":
+        (folder / "dataset_info.json").unlink()
+    else:
+        (folder / "state.json").write_text((folder / "state.json").read_text()[:20])
+    with pytest.raises(BadData, match=r"saved(.|\n)*again"):
+        list(read_values(folder))
+
+
+# --- folders of data files ------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_parquet_files_gives_the_train_split_with_the_name_of_each_file(tmp_path: Path):
+    # The names under which `push_to_hub` stores; load_dataset's own choice of files is the oracle.
+    folder = tmp_path / "repo"
+    (folder / "data").mkdir(parents=True)
+    for n in range(2):
+        part = SAVED.select(range(n * 1250, n * 1250 + 1250))
+        part.to_parquet(folder / "data" / f"train-0000{n}-of-00002.parquet")
+    HELD_OUT.to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+    found = list(read_values(folder))
+    assert [one.value for one in found] == list(datasets.load_dataset(str(folder), split="train"))
+    assert found[1249].origin == "repo/data/train-00000-of-00002.parquet:1250"
+    assert found[1250].origin == "repo/data/train-00001-of-00002.parquet:1"
+
+
+def test_a_folder_of_jsonl_is_read_as_strictly_as_a_file(tmp_path: Path):
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"a": 1}\n{"a": 1, "a": 2}\n')
+    (folder / "b.jsonl").write_text('{"b": "1"}\n')
+    for name in (".hidden", "README.md", "LICENSE.txt", "dataset_infos.json"):
+        (folder / name).write_text("{}")
+    first, twice, last = read_values(folder)
+    assert (first, last) == (Found({"a": 1}, "chats/a.jsonl:1"), Found({"b": "1"}, "chats/b.jsonl:1"))
+    assert twice.origin == "chats/a.jsonl:2" and "stands twice" in twice.reason
+
+
+def test_a_folder_of_links_as_the_hub_s_cache_makes_it_is_read(tmp_path: Path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "blobs" / "5ac3").write_text('{"a": 1}\n')
+    (tmp_path / "snapshot" / "train.jsonl").symlink_to(tmp_path / "blobs" / "5ac3")
+    assert list(read_values(tmp_path / "snapshot")) == [Found({"a": 1}, "snapshot/train.jsonl:1")]
+
+
+def test_files_of_several_kinds_are_not_passed_over_in_silence(tmp_path: Path):
+    # load_dataset reads the kind that most files have and drops the others without a word.
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "b.csv").write_text("a\n1\n")
+    with pytest.raises(BadData, match=r"1 would be left out, first (a\.jsonl|b\.csv)"):
+        list(read_values(tmp_path))
+
+
+def test_an_empty_folder_is_no_data(tmp_path: Path):
+    with pytest.raises(BadData, match="not a file, and no folder of data files"):
+        list(read_values(tmp_path))
+    with pytest.raises(BadData, match="not a file, and no folder of data files"):
+        size_of(tmp_path)
+
+
+# --- the hub --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["squad", "openai/gsm8k", "openai/gsm8k:main", "a-b/c.d_e"])
+def test_names_of_the_hub_are_known(name):
+    assert is_hub_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["train.jsonl", "data/train.csv.gz", "notes.txt", "./x", "/x/y", "a/b/c", "~/x", "../x", "a b", ""]
+)
+def test_paths_are_no_names_of_the_hub(name):
+    assert not is_hub_name(name)
+
+
+def test_a_path_that_exists_is_no_name_of_the_hub(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    SAVED.save_to_disk("saved")
+    assert list(read_values("saved")) == numbered("saved")
+
+
+def test_a_hub_that_cannot_be_reached_is_named_with_the_setting_that_moves_it():
+    # The tests run with HF_HUB_OFFLINE=1.
+    with pytest.raises(BadData, match=r"nobody/nothing: no file or folder here(.|\n)*HF_ENDPOINT"):
+        list(read_values("nobody/nothing"))
+
+
+class _KnowsNothing(BaseHTTPRequestHandler):
+    """A hub on which there is no repository, as the real one answers."""
+
+    def do_GET(self) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *said: object) -> None:
+        """Not on the tests' standard error."""
+
+
+def test_a_name_that_the_hub_does_not_know_is_a_matter_of_spelling():
+    # In a process of its own, in which the library is not told to stay offline, against a real server. (One that does
+    # not answer at all is asked six times within 24 seconds before the message above comes.)
+    code = "from atomtune.data.reading.sources import read_values; list(read_values('nobody/nothing'))"
+    with ThreadingHTTPServer(("127.0.0.1", 0), _KnowsNothing) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "NO_PROXY": "127.0.0.1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        server.shutdown()
+    assert "BadData: nobody/nothing: no file or folder here and no data set on the hub has this name" in done.stderr
+
+
+def repository(folder: Path, *, configurations: bool = False) -> Path:
+    """A folder with the files of a hub repository; `datasets` loads it by its relative name as it does from the hub."""
+    (folder / "owner" / "name").mkdir(parents=True)
+    for name in ("zh", "en"):
+        SAVED.to_parquet(folder / "owner" / "name" / name / "train.parquet")
+    if configurations:
+        (folder / "owner" / "name" / "README.md").write_text(
+            "---\nconfigs:\n- {config_name: zh, data_files: zh/*}\n- {config_name: en, data_files: en/*}\n---\n"
+        )
+    return folder
+
+
+def test_a_configuration_is_chosen_behind_a_colon(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(repository(tmp_path, configurations=True))
+    assert list(read_values("owner/name:zh")) == numbered("owner/name:zh")
+    assert size_of("owner/name:zh") == 0
+
+
+def test_a_configuration_that_is_missing_names_those_there_are(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(repository(tmp_path, configurations=True))
+    with pytest.raises(BadData, match=r"'?zh'?(.|\n)*owner/name:configuration"):
+        list(read_values("owner/name:fr"))
+
+
+def test_a_data_set_that_is_a_program_is_not_run(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("program").mkdir()
+    Path("program/program.py").write_text("from pathlib import Path; Path('ran').touch()")
+    with pytest.raises(BadData, match="made by a program of its own, which is not run"):
+        list(read_values("program:all"))
+    assert not Path("ran").exists()
+
+
+# --- fingerprints ---------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_s_hash_changes_with_bytes_and_names_and_with_nothing_else(tmp_path: Path):
+    folder, seen = tmp_path / "chats", []
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(json.dumps({"a": 1}))
+    seen.append(fingerprint_of(folder))
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x").write_text("x")
+    os.utime(folder / "a.jsonl", (1, 1))
+    assert fingerprint_of(folder) == seen[0]
+    (folder / "a.jsonl").write_text(json.dumps({"a": 2}))
+    seen.append(fingerprint_of(folder))
+    (folder / "a.jsonl").rename(folder / "b.jsonl")
+    seen.append(fingerprint_of(folder))
+    assert len(set(seen)) == 3
+
+
+def test_a_hub_data_set_has_the_same_hash_in_every_process(tmp_path: Path):
+    # A hash that is drawn anew would make the store useless, and resume refuse its own data.
+    repository(tmp_path)
+    code = "from atomtune.data.reading.sources import fingerprint_of; print(fingerprint_of('owner/name:default'))"
+    hashes = {
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    }
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("ask", [fingerprint_of, lambda source: list(read_values(source))])
+def test_what_is_missing_is_said_whichever_is_asked_first(tmp_path: Path, ask):
+    with pytest.raises(BadData, match="no such file"):
+        ask(tmp_path / "nowhere.jsonl")
+    with pytest.raises(BadData, match="no such file"):
+        ask(str(tmp_path / "nowhere"))

@@ -1,0 +1,61 @@
+"""Laws of chunks: wherever a file is cut, the same values stand at the same lines."""
+
+import io
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from atomtune.data.reading import jsonl
+from atomtune.data.reading.jsonl import Found, Lines, parse_chunk, read_chunks
+from atomtune.data.records import Refusal
+
+VALUES = [{"output": "长" * n + "\u2028x" * (n % 3)} for n in (0, 1, 40, 3, 200, 7, 0, 90)]
+CONTENT = b"".join(
+    b"\n" * (n % 3) + json.dumps(value, ensure_ascii=False).encode() + b"\r\n" for n, value in enumerate(VALUES)
+)
+
+
+def read(content: bytes) -> list[Found | Refusal]:
+    return [one for chunk in read_chunks(io.BytesIO(content), "a.jsonl") for one in parse_chunk(chunk)]
+
+
+def by_lines(content: bytes) -> list[tuple[object, str]]:
+    lines = content.decode().split("\n")
+    return [(json.loads(line), f"a.jsonl:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 7, 50, 300, 10_000])
+def test_where_a_file_is_cut_changes_nothing(monkeypatch, chunk_bytes):
+    # Catches lines cut in two, lines counted twice at a seam, and a seam that falls on a newline.
+    monkeypatch.setattr(jsonl, "CHUNK_BYTES", chunk_bytes)
+    assert read(CONTENT) == by_lines(CONTENT)
+    assert read(CONTENT.rstrip()) == by_lines(CONTENT.rstrip())
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 5, 16, 64])
+def test_a_line_beyond_the_bound_is_refused_and_the_others_keep_their_numbers(monkeypatch, chunk_bytes):
+    monkeypatch.setattr(jsonl, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(jsonl, "LONGEST_LINE", 64)
+    found = read(b'{"a": 1}\n\n"' + b"x" * 300 + b'"\n{"a": 2}\n"' + b"y" * 62)
+    assert [one.origin for one in found] == ["a.jsonl:1", "a.jsonl:3", "a.jsonl:4", "a.jsonl:5"]
+    assert [one.value for one in found if isinstance(one, Found)] == [{"a": 1}, {"a": 2}]
+    assert "a line of 303 bytes" in found[1].reason
+
+
+def test_a_chunk_can_be_parsed_in_another_process():
+    # What a pool sends: pickled, and without what only the first chunk knows (the byte-order mark).
+    (chunk,) = read_chunks(io.BytesIO(b"\xef\xbb\xbf" + CONTENT), "a.jsonl")
+    assert isinstance(chunk, Lines)
+    assert parse_chunk(pickle.loads(pickle.dumps(chunk))) == by_lines(CONTENT)
+
+
+def test_what_a_worker_loads_is_light():
+    # A spawned worker that imports datasets pays a second before its first record.
+    code = (
+        "import sys, atomtune.data.reading.jsonl; print(sorted({'torch', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

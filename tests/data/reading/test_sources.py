@@ -1,0 +1,319 @@
+"""Laws of reading: every line is a value or a refusal that names it, and a file that cannot be read says what to do."""
+
+import codecs
+import csv
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+
+from atomtune.data.reading.sources import Found, fingerprint_of, read_chunks, read_values, size_of
+from atomtune.data.reading.jsonl import Lines, parse_chunk
+from atomtune.data.records import Refusal
+from atomtune.errors import BadData
+
+HELLO = {"instruction": "你好", "input": "", "output": "Hello"}
+BYE = {"instruction": "再见", "input": "", "output": "Bye"}
+
+
+def line(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
+def written(folder: Path, content: bytes, name: str = "train.jsonl") -> Path:
+    path = folder / name
+    path.write_bytes(content)
+    return path
+
+
+def refusals(path: Path) -> list[Refusal]:
+    return [one for one in read_values(path) if isinstance(one, Refusal)]
+
+
+# --- what is read ---------------------------------------------------------------------------------------------------
+
+
+def test_every_line_is_a_value_with_its_number(tmp_path):
+    # Catches numbering from 0, or by record instead of by line.
+    path = written(tmp_path, line(HELLO) + line(BYE))
+    assert list(read_values(path)) == [Found(HELLO, "train.jsonl:1"), Found(BYE, "train.jsonl:2")]
+
+
+def test_a_missing_newline_at_the_end_loses_nothing(tmp_path):
+    path = written(tmp_path, line(HELLO) + line(BYE).rstrip())
+    assert [found.value for found in read_values(path)] == [HELLO, BYE]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path):
+    # Catches plain utf-8 decoding: json refuses a text that begins with U+FEFF.
+    path = written(tmp_path, codecs.BOM_UTF8 + line(HELLO) + line(BYE))
+    assert [found.value for found in read_values(path)] == [HELLO, BYE]
+
+
+def test_a_byte_order_mark_before_an_array_does_not_hide_the_array(tmp_path):
+    path = written(tmp_path, codecs.BOM_UTF8 + json.dumps([HELLO, BYE]).encode())
+    assert [found.value for found in read_values(path)] == [HELLO, BYE]
+
+
+def test_windows_line_ends_change_neither_values_nor_numbers(tmp_path):
+    path = written(tmp_path, (line(HELLO) + line(BYE)).replace(b"\n", b"\r\n"))
+    assert list(read_values(path)) == [Found(HELLO, "train.jsonl:1"), Found(BYE, "train.jsonl:2")]
+
+
+def test_blank_lines_are_passed_over_but_counted(tmp_path):
+    # Catches numbering the values instead of the lines, and a blank last line read as a broken record.
+    path = written(tmp_path, b"\n" + line(HELLO) + b" \t\r\n\n" + line(BYE) + b"\n\n")
+    assert [found.origin for found in read_values(path)] == ["train.jsonl:2", "train.jsonl:5"]
+
+
+def test_a_unicode_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
+    # Catches str.splitlines(), which also breaks at U+2028, U+0085 and form feeds.
+    value = {"output": "one\u2028two\u0085three\u000bfour"}
+    assert list(read_values(written(tmp_path, line(value)))) == [Found(value, "train.jsonl:1")]
+
+
+def test_a_line_of_ten_megabytes_is_one_value(tmp_path):
+    value = {"output": "长" * (10_000_000 // 3)}
+    path = written(tmp_path, line(HELLO) + line(value) + line(BYE))
+    assert [found.value for found in read_values(path)] == [HELLO, value, BYE]
+
+
+# --- what is refused, line by line ----------------------------------------------------------------------------------
+
+
+def test_a_broken_line_is_named_and_the_lines_around_it_are_read(tmp_path):
+    path = written(tmp_path, line(HELLO) + b'{"instruction": "x", "output": \n' + line(BYE))
+    first, broken, last = read_values(path)
+    assert (first.value, last.value) == (HELLO, BYE)
+    assert broken.origin == "train.jsonl:2"
+    assert "not JSON" in broken.reason and "column" in broken.reason
+
+
+def test_a_gbk_line_is_refused_with_the_command_that_converts_it(tmp_path):
+    # Catches errors="ignore" or "replace", which train on mangled text in silence.
+    path = written(tmp_path, line(BYE) + json.dumps(HELLO, ensure_ascii=False).encode("gbk") + b"\n")
+    (refusal,) = refusals(path)
+    assert refusal.origin == "train.jsonl:2"
+    assert "iconv -f GB18030 -t UTF-8" in refusal.reason
+
+
+def test_bytes_of_no_known_encoding_are_not_called_gbk(tmp_path):
+    path = written(tmp_path, b'{"output": "caf\xe9"}\n')  # Latin-1: \xe9 followed by a quote is no GB18030 character
+    (refusal,) = refusals(path)
+    assert "UTF-8" in refusal.reason and "GB18030" not in refusal.reason
+
+
+def test_a_pretty_printed_object_is_told_that_a_record_is_a_line(tmp_path):
+    path = written(tmp_path, json.dumps(HELLO, indent=2).encode())
+    first = refusals(path)[0]
+    assert first.origin == "train.jsonl:1"
+    assert "one record a line" in first.reason
+
+
+@pytest.mark.parametrize("content", [b'{"output": ' + b"[" * 200_000, b'{"output": ' + b"9" * 5000 + b"}"])
+def test_json_that_python_cannot_hold_is_a_refusal_and_no_crash(tmp_path, content):
+    # Nesting beyond the recursion limit; an integer beyond Python's limit of 4,300 digits.
+    path = written(tmp_path, line(HELLO) + content + b"\n" + line(BYE))
+    assert [one.origin for one in read_values(path)] == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3"]
+    (refusal,) = refusals(path)
+    assert refusal.origin == "train.jsonl:2"
+
+
+# --- arrays ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_array_gives_the_line_each_record_begins_on(tmp_path):
+    text = "\n[\n" + json.dumps(HELLO, indent=1) + ",\n\n" + json.dumps(BYE) + "\n]\n"
+    path = written(tmp_path, text.encode(), "train.json")
+    lines_of_hello = json.dumps(HELLO, indent=1).count("\n") + 1
+    assert list(read_values(path)) == [
+        Found(HELLO, "train.json:3"),
+        Found(BYE, f"train.json:{3 + lines_of_hello + 1}"),
+    ]
+
+
+def test_an_array_is_known_by_its_first_character_not_by_the_files_name(tmp_path):
+    path = written(tmp_path, json.dumps([HELLO, BYE]).encode(), "train.jsonl")
+    assert [found.value for found in read_values(path)] == [HELLO, BYE]
+
+
+def test_an_array_that_breaks_in_the_middle_names_the_line(tmp_path):
+    path = written(tmp_path, b"[\n" + line(HELLO).rstrip() + b",\n" + b'{"instruction": "x", }\n]', "train.json")
+    with pytest.raises(BadData, match=r"train\.json:3"):
+        list(read_values(path))
+
+
+def test_an_array_that_never_ends_is_not_taken_for_whole(tmp_path):
+    # A download that stopped: the records before the break must not be trained on as if they were all.
+    path = written(tmp_path, b"[\n" + line(HELLO).rstrip() + b",\n" + line(BYE), "train.json")
+    with pytest.raises(BadData, match=r"train\.json:4"):
+        list(read_values(path))
+
+
+def test_text_behind_an_array_is_not_passed_over(tmp_path):
+    path = written(tmp_path, b"[" + line(HELLO).rstrip() + b"]\n" + line(BYE), "train.json")
+    with pytest.raises(BadData, match=r"train\.json:1.*after the end"):
+        list(read_values(path))
+
+
+def test_an_array_nested_too_deeply_names_the_line(tmp_path):
+    path = written(tmp_path, b"[\n" + b"[" * 200_000, "train.json")
+    with pytest.raises(BadData, match=r"train\.json:2"):
+        list(read_values(path))
+
+
+def test_a_gbk_array_names_the_line_and_the_command(tmp_path):
+    text = "[\n" + json.dumps(BYE) + ",\n" + json.dumps(HELLO, ensure_ascii=False) + "]"
+    with pytest.raises(BadData, match=r"train\.json:3: .*iconv -f GB18030"):
+        list(read_values(written(tmp_path, text.encode("gbk"), "train.json")))
+
+
+# --- files that are no data -----------------------------------------------------------------------------------------
+
+
+def test_a_missing_file_is_named_with_its_flag(tmp_path):
+    with pytest.raises(BadData, match=r"nowhere\.jsonl: no such file.*--dataset_path"):
+        list(read_values(tmp_path / "nowhere.jsonl"))
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\r\n\t", codecs.BOM_UTF8, codecs.BOM_UTF8 + b"\n"])
+def test_an_empty_file_is_called_empty(tmp_path, content):
+    with pytest.raises(BadData, match=r"empty.*instruction, input, output"):
+        list(read_values(written(tmp_path, content)))
+
+
+@pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_named_with_the_command_that_converts_it(tmp_path, order):
+    # What Windows' Notepad calls "Unicode"; without this every line would be a broken record.
+    path = written(tmp_path, ("\ufeff" + json.dumps(HELLO)).encode(order))
+    with pytest.raises(BadData, match=r"UTF-16.*\n *iconv -f UTF-16 -t UTF-8"):
+        list(read_values(path))
+
+
+# --- progress -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(line(HELLO) + b"\r\n" + b"{broken\n" + line(BYE).rstrip(), id="lines"),
+        pytest.param(codecs.BOM_UTF8 + line(HELLO) + line(BYE), id="lines with a BOM"),
+        pytest.param(b"\n[ " + line(HELLO) + b" ,\n" + line(BYE) + b" ]\n\n", id="array"),
+        pytest.param(codecs.BOM_UTF8 + b"[" + line(HELLO) + b"]", id="array with a BOM"),
+    ],
+)
+def test_progress_adds_up_to_the_size_of_the_file(tmp_path, content):
+    # Otherwise the bar stops short of 100%, or runs past it where characters are counted instead of bytes.
+    path, seen = written(tmp_path, content), []
+    list(read_values(path, seen.append))
+    assert sum(seen) == path.stat().st_size
+    assert min(seen) >= 0
+
+
+@pytest.mark.parametrize("content", ['{"a": 1, "a": 2}\n', '[{"a": 1}, {"b": 1, "b": 2}]'])
+def test_a_key_that_stands_twice_is_not_settled_in_silence(tmp_path, content):
+    path = tmp_path / "train.jsonl"
+    path.write_text(content, encoding="utf-8")
+    try:
+        (refusal,) = list(read_values(path))
+        said = refusal.reason
+    except BadData as error:
+        said = str(error)
+    assert "stands twice" in said
+
+
+@pytest.mark.parametrize("content", ["[1 2]", "[1,,2]", "[1,]", "[,1]"])
+def test_an_array_with_a_comma_too_many_or_too_few_breaks_there(tmp_path, content):
+    path = tmp_path / "train.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(BadData, match=r"train\.json:1: the JSON array breaks here"):
+        list(read_values(path))
+
+
+# --- kinds ----------------------------------------------------------------------------------------------------------
+
+RECORDS = [{"instruction": f'第{n}，\n"问"', "input": "", "output": f"{n}\t;"} for n in range(40)]
+
+
+def as_table(path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(RECORDS[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(RECORDS)
+
+
+WRITE: dict[str, Callable[[Path], object]] = {
+    "a.jsonl": lambda path: path.write_bytes(b"".join(map(line, RECORDS))),
+    "a.json": lambda path: path.write_text(json.dumps(RECORDS, indent=2)),
+    "a.csv": as_table,
+    "a.tsv": as_table,
+    "a.txt": as_table,
+    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(b"".join(map(line, RECORDS)))),
+    "a.parquet": lambda path: datasets.Dataset.from_list(RECORDS).to_parquet(path),
+    "saved": lambda path: datasets.Dataset.from_list(RECORDS).save_to_disk(path),
+}
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_the_same_records_are_the_same_values_in_every_kind_of_file(tmp_path, name):
+    WRITE[name](tmp_path / name)
+    found = list(read_values(tmp_path / name))
+    assert [one.value for one in found] == RECORDS
+    assert all(one.origin.startswith(f"{name}:") for one in found)
+    assert list(read_values(str(tmp_path / name))) == found, "a path as text is the path"
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_chunks_parsed_elsewhere_are_the_values(tmp_path, name):
+    WRITE[name](tmp_path / name)
+    chunks = list(read_chunks(tmp_path / name))
+    assert [one for chunk in chunks for one in parse_chunk(chunk)] == list(read_values(tmp_path / name))
+    assert isinstance(chunks[0], Lines) == ("jsonl" in name), "the parsing of JSON lines is left to the worker"
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.tsv", "train.parquet"])
+def test_json_lines_under_another_name_are_known_by_their_first_byte(tmp_path, name):
+    assert list(read_values(written(tmp_path, line(HELLO), name))) == [Found(HELLO, f"{name}:1")]
+
+
+@pytest.mark.parametrize(("separator", "ending"), [(",", "csv"), ("\t", "tsv"), (";", "csv")])
+def test_a_table_under_the_name_of_json_is_refused_with_the_name_it_needs(tmp_path, separator, ending):
+    # Renamed as the message says, it is read.
+    path = written(tmp_path, f"instruction{separator}output\nx{separator}y\n".encode())
+    with pytest.raises(BadData, match=rf"train\.jsonl:1: a table.*\n  mv train.jsonl train\.{ending}"):
+        list(read_values(path))
+    renamed = path.rename(path.with_suffix(f".{ending}"))
+    assert list(read_values(renamed)) == [Found({"instruction": "x", "output": "y"}, f"train.{ending}:2")]
+
+
+@pytest.mark.parametrize("content", [b"a text, with a comma\n", b"output\n", b"{broken, output\n", b"'output', 1\n"])
+def test_a_line_that_is_no_header_is_no_table(tmp_path, content):
+    assert "not JSON" in refusals(written(tmp_path, content))[0].reason
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(b"PK\x03\x04", "zip"), (b"BZh9", "bzip2"), (b"\xfd7zXZ\0", "xz"), (b"7z\xbc\xaf\x27\x1c", "7z")],
+)
+def test_an_archive_that_is_not_read_is_named(tmp_path, content, kind):
+    with pytest.raises(BadData, match=rf"a {kind}.* file; expected text. Unpack it"):
+        list(read_values(written(tmp_path, content + bytes(range(200)))))
+
+
+def test_the_fingerprint_of_a_file_is_the_hash_of_its_bytes(tmp_path):
+    path = written(tmp_path, line(HELLO))
+    assert fingerprint_of(path) == fingerprint_of(str(path)) == hashlib.sha256(line(HELLO)).hexdigest()
+    assert size_of(path) == size_of(str(path)) == len(line(HELLO))
+
+
+def test_what_is_neither_file_nor_folder_is_not_waited_for(tmp_path):
+    # A pipe would be read twice, and block.
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for ask in (fingerprint_of, lambda source: list(read_values(source))):
+        with pytest.raises(BadData, match="not a file"):
+            ask(tmp_path / "pipe.jsonl")

@@ -1,0 +1,374 @@
+"""Laws of the store: what did not change is not encoded again, what did change is never served from it."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import processors
+from transformers import PreTrainedTokenizer
+
+from atomtune.data import cache
+from atomtune.data.encoding.encode import encode
+from atomtune.data.reading.sources import read_values
+from atomtune.data.records import Account
+from atomtune.data.cache import Rules, as_examples, examples_of, fingerprint_of, records_of
+from atomtune.data.encoding.chat_template import Template, load_template
+from atomtune.errors import BadData, BadSettings
+from tests.conftest import DIALOGUES, write_jsonl
+from tests.tiny import CHATML, tokenizer_of
+
+
+class EncodedAgainError(AssertionError):
+    """Raised in place of encoding: whoever meets it was not served from the store."""
+
+
+@pytest.fixture
+def no_encoding(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise EncodedAgainError
+
+    return lambda: monkeypatch.setattr(cache, "Encoder", refuse)
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Records of every fate: used, shortened, hostile, refused, too long, broken."""
+    path = write_jsonl(
+        tmp_path / "train.jsonl",
+        [
+            *DIALOGUES,
+            {"instruction": "long " * 60, "output": "cut"},
+            {"instruction": "a<|im_end|></s>b", "output": "text stays text"},
+            {"instruction": "no output"},
+            {"instruction": "Hi", "output": "too long " * 60},
+        ],
+    )
+    with path.open("a") as file:
+        file.write("{broken\n")
+    return path
+
+
+def template_of(kind: str = "bytes", source: str | None = CHATML) -> Template:
+    return load_template("auto", tokenizer_of(kind, source))
+
+
+def asked(data: Path, cache: Path, **changed) -> tuple:
+    values = {"template": template_of(), "max_tokens": 120, "overlength": "shorten", **changed}
+    template, advance = values.pop("template"), values.pop("advance", lambda n_bytes: None)
+    return examples_of(data, template, Rules(**values), cache_dir=cache, advance=advance)
+
+
+def entries(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.glob("atomtune/*"))
+
+
+# --- what is served -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [CHATML, None])
+def test_what_is_served_is_what_was_encoded(data, tmp_path, source):
+    # Against encode() itself: no example lost, reordered or changed on its way through Arrow, and the account whole.
+    template = template_of("sentencepiece" if source is None else "bytes", source)
+    account = Account()
+    direct = list(encode(read_values(data), template, account, max_tokens=120))
+    for _ in ("encoded", "served"):
+        examples, told, _ = asked(data, tmp_path / "cache", template=template)
+        assert [as_examples(row) for row in examples] == direct
+        assert told == account
+    assert account.records_cut and account.control_origins and len(account.broken) == 2  # nothing was compared empty
+
+
+def test_notices_survive_the_store(tmp_path):
+    # What was accepted but is worth saying is said again for a file that is served.
+    records = [{"instrution": "typo", "output": "read"}, *({"instruction": "Hi", "output": "Hi", "id": 7},) * 2]
+    data = write_jsonl(tmp_path / "train.jsonl", records)
+    for _ in ("encoded", "served"):
+        _, account, _ = asked(data, tmp_path / "cache")
+        assert sorted(account.notices.values()) == [1, 2]
+        assert {type(notice) for notice in account.notices} == {str}
+
+
+def test_a_second_time_nothing_is_encoded(data, tmp_path, no_encoding):
+    first, account, data_hash = asked(data, tmp_path / "cache")
+    no_encoding()
+    again, same_account, same_hash = asked(data, tmp_path / "cache")
+    assert (same_account, same_hash) == (account, data_hash)
+    assert again.to_list() == first.to_list()
+
+
+def test_the_same_tokenizer_loaded_again_is_the_same_key(data, tmp_path, no_encoding):
+    # Catches a key made of an object's identity, or of anything that use changes (padding, truncation, caches).
+    template = template_of()
+    asked(data, tmp_path / "cache", template=template)
+    template.tokenizer(["a", "b c"], padding=True, truncation=True, max_length=3)
+    no_encoding()
+    asked(data, tmp_path / "cache", template=template_of())
+    template.tokenizer(["a", "b c"])
+    asked(data, tmp_path / "cache", template=template)
+
+
+def test_a_file_that_was_only_touched_is_served(data, tmp_path, no_encoding):
+    asked(data, tmp_path / "cache")
+    os.utime(data, (1, 1))
+    no_encoding()
+    asked(data, tmp_path / "cache")
+
+
+def test_the_length_of_each_example_is_stored_for_sampling_by_length(data, tmp_path):
+    examples, _, _ = asked(data, tmp_path / "cache")
+    assert examples["length"][:] == [len(ids) for ids in examples["ids"]]
+
+
+def test_the_hash_is_the_files_own(data, tmp_path):
+    assert asked(data, tmp_path / "cache")[2] == fingerprint_of(data)
+    assert fingerprint_of(data) == hashlib.sha256(data.read_bytes()).hexdigest()
+
+
+# --- what has another key -------------------------------------------------------------------------------------------
+
+
+def without_merges() -> Template:
+    """The same vocabulary, other merges: every text becomes other ids."""
+    template = template_of()
+    state = json.loads(template.tokenizer.backend_tokenizer.to_str())
+    state["model"]["merges"] = state["model"]["merges"][:5]
+    template.tokenizer._tokenizer = type(template.tokenizer._tokenizer).from_str(json.dumps(state))
+    return load_template("auto", template.tokenizer)
+
+
+def with_another_control_token() -> Template:
+    template = template_of()
+    template.tokenizer.add_special_tokens({"additional_special_tokens": ["</s>"]})
+    return load_template("auto", template.tokenizer)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param({"max_tokens": 121}, id="max_tokens"),
+        pytest.param({"overlength": "skip"}, id="overlength"),
+        pytest.param({"overlength": "error"}, id="overlength error"),
+        pytest.param({"template": template_of(source=CHATML.replace("assistant", "model"))}, id="template"),
+        pytest.param({"template": template_of("sentencepiece", None)}, id="tokenizer"),
+        pytest.param({"template": without_merges()}, id="merges"),
+        pytest.param({"template": with_another_control_token()}, id="control token"),
+    ],
+)
+def test_whatever_could_change_a_token_has_another_key(data, tmp_path, no_encoding, changed):
+    asked(data, tmp_path / "cache")
+    no_encoding()
+    with pytest.raises(EncodedAgainError):
+        asked(data, tmp_path / "cache", **changed)
+
+
+@pytest.mark.parametrize("which", ["eos_token", "bos_token"])
+def test_another_end_or_beginning_has_another_key(data, tmp_path, no_encoding, which):
+    # atom writes whatever the tokenizer's own are; the template's text and the vocabulary stay the same.
+    asked(data, tmp_path / "cache", template=template_of(source=None))
+    tokenizer = tokenizer_of("bytes")
+    setattr(tokenizer, which, "<|im_start|>")
+    no_encoding()
+    with pytest.raises(EncodedAgainError):
+        asked(data, tmp_path / "cache", template=load_template("auto", tokenizer))
+
+
+def test_a_file_of_the_same_size_and_time_with_another_letter_has_another_key(data, tmp_path, no_encoding):
+    # Catches keys made of size and modification time.
+    before = data.stat()
+    asked(data, tmp_path / "cache")
+    data.write_bytes(data.read_bytes().replace(b"I keep", b"I kept"))
+    os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert data.stat().st_size == before.st_size
+    no_encoding()
+    with pytest.raises(EncodedAgainError):
+        asked(data, tmp_path / "cache")
+
+
+def test_the_same_bytes_under_another_name_keep_their_own_origins(data, tmp_path):
+    # Otherwise an error in other.jsonl would send the user to train.jsonl.
+    asked(data, tmp_path / "cache")
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(data.read_bytes())
+    examples, account, _ = asked(other, tmp_path / "cache")
+    named = [*examples["origin"], *account.cut_origins, *(refusal.origin for refusal in account.records_refused)]
+    assert {origin.partition(":")[0] for origin in named} == {"other.jsonl"}
+
+
+class WordByWord(PreTrainedTokenizer):
+    """A tokenizer written in Python, as many that come with remote code: its rules are not in its vocabulary."""
+
+    def __init__(self, backwards: bool = False, **kwargs):
+        self.backwards = backwards
+        self.words = {"<unk>": 0, "</s>": 1, **{chr(code): code for code in range(32, 127)}}
+        super().__init__(backwards=backwards, eos_token="</s>", unk_token="<unk>", **kwargs)
+
+    @property
+    def vocab_size(self):
+        return 127
+
+    def get_vocab(self):
+        return dict(self.words)
+
+    def _tokenize(self, text):
+        return list(text[::-1] if self.backwards else text)
+
+    def _convert_token_to_id(self, token):
+        return self.words.get(token, 0)
+
+    def _convert_id_to_token(self, index):
+        return chr(index)
+
+
+def test_a_python_tokenizer_with_another_rule_has_another_key(data, tmp_path, no_encoding):
+    # Same class, same vocabulary, another argument: every id changes places.
+    asked(data, tmp_path / "cache", template=load_template("atom", WordByWord()))
+    assert WordByWord(backwards=True)("ab")["input_ids"] == WordByWord()("ba")["input_ids"]
+    no_encoding()
+    asked(data, tmp_path / "cache", template=load_template("atom", WordByWord()))
+    with pytest.raises(EncodedAgainError):
+        asked(data, tmp_path / "cache", template=load_template("atom", WordByWord(backwards=True)))
+
+
+def test_a_rule_that_only_adds_special_tokens_changes_no_id(data, tmp_path):
+    # The post-processor is part of the key; its BOS must not get into an example, whichever way it is asked.
+    template = template_of("sentencepiece", None)
+    plain, _, _ = asked(data, tmp_path / "cache", template=template)
+    bos = ("<s>", template.tokenizer.bos_token_id)
+    template.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[bos])
+    adding, _, _ = asked(data, tmp_path / "cache", template=template)
+    assert adding["ids"][:] == plain["ids"][:]
+
+
+# --- what is left behind --------------------------------------------------------------------------------------------
+
+
+def test_stopped_half_way_nothing_is_left_behind(data, tmp_path):
+    # Ctrl-C, or a bug in the middle of the file: no half-made entry that the next run would serve.
+    def interrupt(n_bytes: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        asked(data, tmp_path / "cache", advance=interrupt)
+    assert entries(tmp_path / "cache") == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from atomtune.data.cache import Rules, examples_of
+from atomtune.data.encoding.chat_template import load_template
+from tests.tiny import CHATML, tokenizer_of
+
+def advance(n_bytes):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+template = load_template("auto", tokenizer_of("bytes", CHATML))
+examples_of(Path(sys.argv[1]), template, Rules(max_tokens=120), cache_dir=Path(sys.argv[2]), advance=advance)
+"""
+
+
+def test_killed_half_way_nothing_is_served(data, tmp_path):
+    # A real process, a real SIGKILL: nobody could clean up, and still the next run reads every record.
+    script = [sys.executable, "-c", KILLED, str(data), str(tmp_path / "cache")]
+    assert subprocess.run(script, cwd=Path(__file__).parents[2], check=False).returncode == -signal.SIGKILL
+    assert not list((tmp_path / "cache").rglob("account.json"))
+    _, account, _ = asked(data, tmp_path / "cache")
+    assert account.records_read == 13
+
+
+def test_one_entry_is_one_folder_and_no_other(data, tmp_path):
+    asked(data, tmp_path / "cache")
+    asked(data, tmp_path / "cache")
+    (entry,) = (tmp_path / "cache" / "atomtune").iterdir()
+    assert sorted(path.name for path in entry.iterdir()) == ["account.json", "examples.arrow"]
+
+
+def test_whoever_finishes_second_gives_way(data, tmp_path):
+    # Two processes begin on the same file; here the other one runs to its end while ours is reading.
+    cache, others = tmp_path / "cache", []
+
+    def meanwhile(n_bytes: int) -> None:
+        if not others:
+            others.append(None)
+            others[0] = asked(data, cache)
+
+    examples, account, _ = asked(data, cache, advance=meanwhile)
+    assert account == others[0][1]
+    assert examples.to_list() == others[0][0].to_list()
+    assert len(entries(cache)) == 1
+
+
+def test_the_records_behind_the_rows_of_a_one_line_array_are_theirs(tmp_path):
+    # Catches places that values share: a refused record's text stood for the next one's, in splits and in inspect.
+    answers = ["word " * 400, "first", "second", "word " * 400, "third"]
+    data = tmp_path / "train.json"
+    data.write_text(json.dumps([{"instruction": "Hi", "output": answer} for answer in answers]))
+    examples, account, _ = asked(data, tmp_path / "cache")
+    assert len(examples) == 3
+    assert len(account.records_refused) == 2
+    records = list(records_of(data, Rules(max_tokens=120), examples))
+    assert [record.answer for record in records] == ["first", "second", "third"]
+
+
+# --- files without examples -----------------------------------------------------------------------------------------
+
+
+def test_where_every_record_is_refused_there_are_no_examples_but_an_account(tmp_path):
+    data = write_jsonl(tmp_path / "train.jsonl", [{"instruction": "Hi", "output": ""}, {"prompt": "Hi"}])
+    for _ in ("encoded", "served"):
+        examples, account, _ = asked(data, tmp_path / "cache")
+        assert len(examples) == 0
+        assert examples.column_names == ["ids", "learn", "ends", "origin", "length", "digest"]
+        assert [refusal.origin for refusal in account.records_refused] == ["train.jsonl:1", "train.jsonl:2"]
+
+
+@pytest.mark.parametrize("content", ["\n" * 5000, "[]", "[\n]\n"])
+def test_a_file_without_records_is_an_error_and_no_entry(tmp_path, content):
+    data = tmp_path / "train.jsonl"
+    data.write_text(content)
+    with pytest.raises(BadData, match=r"train\.jsonl: it holds no records"):
+        asked(data, tmp_path / "cache")
+    assert entries(tmp_path / "cache") == []
+
+
+def test_where_nothing_can_be_stored_the_remedy_is_said(data, tmp_path):
+    # A cache that is read-only, or no folder at all, is the user's to mend and no bug of ours.
+    place = tmp_path / "cache"
+    place.write_text("a file")
+    with pytest.raises(BadSettings, match="HF_DATASETS_CACHE"):
+        asked(data, place)
+
+
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "."])
+def test_what_is_no_file_says_so(tmp_path, name):
+    with pytest.raises(BadData, match=r"no such file|not a file"):
+        asked(tmp_path / name, tmp_path / "cache")
+
+
+def test_progress_of_a_served_file_is_its_size(data, tmp_path):
+    # The bar reaches 100% either way.
+    for _ in ("encoded", "served"):
+        seen: list[int] = []
+        asked(data, tmp_path / "cache", advance=seen.append)
+        assert sum(seen) == data.stat().st_size
+
+
+# --- the account ----------------------------------------------------------------------------------------------------
+
+
+def test_an_account_comes_back_from_json_as_it_was(data):
+    account = Account()
+    list(encode(read_values(data), template_of(), account, max_tokens=120))
+    assert Account.from_json(json.loads(json.dumps(account.to_json()))) == account
+
+
+def test_an_account_of_another_version_is_not_guessed_at():
+    values = Account().to_json()
+    values.pop("records_cut")
+    with pytest.raises(ValueError, match="another version"):
+        Account.from_json(values)

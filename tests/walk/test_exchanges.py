@@ -1,0 +1,220 @@
+"""Laws of exchanges beyond plain turns: thoughts, tool calls, texts, what is learned of a conversation, what is cut."""
+
+import json
+
+import pytest
+
+from atomtune.data.encoding.encode import encode
+from atomtune.data.reading.sources import Found
+from atomtune.data.formats.detect import Form
+from atomtune.data.records import Account, Record, Turn
+from atomtune.data.cache import as_examples, as_table
+from atomtune.data.encoding.chat_template import CannotExpress, Template, load_template
+from tests.tiny import CHATML, tokenizer_of
+
+#: As DeepSeek-R1's: the prompt opens the thoughts, and an earlier answer is shown without them.
+THINKS_IN_THE_PROMPT = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>{{ m['content'] }}{% else %}<|im_end|>"
+    "{{ m['content'].split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_end|><think>\n{% endif %}"
+)
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "description": "of a place", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Template:
+    return load_template("qwen", tokenizer_of("bytes", CHATML))
+
+
+@pytest.fixture(scope="module")
+def chatml() -> Template:
+    return load_template("chatml", tokenizer_of("bytes", CHATML))
+
+
+def texts(template: Template, record: Record, at: int = -1) -> tuple[str, str]:
+    prompt, answer = template.pieces(record, at)
+    return prompt.text, answer.text
+
+
+def encoded(template: Template, *values: dict, form: str = "messages", max_tokens: int = 10_000, **more):
+    account = Account()
+    found = [Found(value, f"train.jsonl:{n}") for n, value in enumerate(values, 1)]
+    return list(encode(found, template, account, form=Form(form), max_tokens=max_tokens, **more)), account
+
+
+def chat(*texts: str, **more) -> dict:
+    roles = ("user", "assistant") * len(texts)
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)], **more}
+
+
+def learned(template: Template, examples) -> list[str]:
+    """The learned stretches of a record's examples, as text."""
+    found = []
+    for example in examples:
+        run: list[int] = []
+        for one, times in [*zip(example.ids, example.learn, strict=True), (0, 0)]:
+            if times:
+                run.append(one)
+            elif run:
+                found.append(template.tokenizer.decode(run))
+                run = []
+    return found
+
+
+# --- thoughts and tools ---------------------------------------------------------------------------------------------
+
+
+def test_thoughts_are_learned_where_the_template_writes_them(qwen):
+    record = Record((Turn("user", "2+2?"), Turn("assistant", "4", reasoning="two and two")), "a:1")
+    assert texts(qwen, record)[1] == "<think>\ntwo and two\n</think>\n\n4"
+
+
+def test_an_earlier_answer_is_asked_for_as_if_it_were_the_last(qwen):
+    # What was answered first was answered with thoughts; what a server sends later has none of them.
+    turns = (
+        Turn("user", "2+2?"),
+        Turn("assistant", "4", reasoning="hm"),
+        Turn("user", "And 3?"),
+        Turn("assistant", "5"),
+    )
+    record = Record(turns, "a:1")
+    assert texts(qwen, record, 1)[1] == "<think>\nhm\n</think>\n\n4"
+    assert "hm" not in texts(qwen, record, 3)[0]
+    value = chat("2+2?", "4", "And 3?", "5")
+    value["messages"][1]["reasoning_content"] = "hm"
+    ((first, second),), account = encoded(qwen, value)
+    assert account.split_origins == ["train.jsonl:1"]
+    stop = "<|im_end|>"
+    assert learned(qwen, [first]) == [f"<think>\nhm\n</think>\n\n4{stop}"]
+    assert learned(qwen, [second]) == [f"<think>\n\n</think>\n\n5{stop}"]
+
+
+def test_a_prompt_that_opens_the_thoughts_is_gone_on_from():
+    template = load_template("auto", tokenizer_of("bytes", THINKS_IN_THE_PROMPT))
+    record = Record((Turn("user", "2+2?"), Turn("assistant", "4", reasoning="hm")), "a:1")
+    assert texts(template, record) == ("<|im_start|>2+2?<|im_end|><think>\n", "hm\n</think>\n\n4")
+
+
+def test_thoughts_that_a_template_leaves_out_are_said(chatml):
+    value = chat("2+2?", "4")
+    value["messages"][1]["reasoning_content"] = "two and two"
+    ((example,),), account = encoded(chatml, value)
+    assert "two" not in chatml.tokenizer.decode(example.ids)
+    assert any("reasoning" in notice for notice in account.notices)
+
+
+def test_a_call_is_learned_and_its_answer_is_read(qwen):
+    value = chat("Rain?", tools=[WEATHER])
+    value["messages"] += [
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {"name": "weather", "arguments": json.dumps({"at": "灯塔"})}}],
+        },
+        {"role": "tool", "content": "fog", "name": "weather"},
+        {"role": "assistant", "content": "Fog."},
+    ]
+    (examples,), account = encoded(qwen, value)
+    assert not account.records_refused
+    first, second = learned(qwen, examples)
+    assert '<tool_call>\n{"name": "weather", "arguments": {"at": "灯塔"}}\n</tool_call>' in first
+    assert second.endswith("Fog.<|im_end|>")
+    assert "fog" not in "".join(learned(qwen, examples)), "what a tool answers is not learned"
+    assert all('"name": "weather", "description"' in qwen.tokenizer.decode(example.ids) for example in examples)
+
+
+@pytest.mark.parametrize("name", ["atom", "alpaca", "plain"])
+def test_what_a_template_has_no_place_for_is_refused_by_name(name):
+    template = load_template(name, tokenizer_of("sentencepiece"))
+    calls = ({"name": "weather", "arguments": {}},)
+    with pytest.raises(CannotExpress, match=f"{name}.*"):
+        template.pieces(Record((Turn("user", "Rain?"), Turn("assistant", "", calls=calls)), "a:1"))
+    with pytest.raises(CannotExpress, match=f"{name}.*tools"):
+        template.pieces(Record((Turn("user", "Rain?"), Turn("assistant", "No.")), "a:1", tools=(WEATHER,)))
+
+
+def test_a_control_string_in_the_prompt_changes_nothing_in_the_answer(qwen):
+    # Catches a prompt that is not found again at the beginning of the whole: the answer would lose its <think> block.
+    hostile, peaceful = (Record((Turn("user", said), Turn("assistant", "4")), "a:1") for said in ("a<|im_end|>b", "ab"))
+    assert texts(qwen, hostile)[1] == texts(qwen, peaceful)[1] == "<think>\n\n</think>\n\n4"
+    calls = ({"name": "f", "arguments": {"a": 1}},)
+    assert (
+        "<tool_call>" in texts(qwen, Record((Turn("user", "<|im_end|>"), Turn("assistant", "", calls=calls)), "a:1"))[1]
+    )
+
+
+def test_a_control_string_in_a_call_stays_text(qwen):
+    turns = (Turn("user", "x"), Turn("assistant", "", calls=({"name": "f", "arguments": {"a": "<|im_end|>"}},)))
+    piece = qwen.pieces(Record(turns, "a:1"))[1]
+    assert "<|im_end|>" in piece.text and piece.breaks
+
+
+# --- what is learned ------------------------------------------------------------------------------------------------
+
+
+def test_all_answers_are_learned_or_the_last(chatml):
+    value = chat("a", "first", "b", "second")
+    (both,), _ = encoded(chatml, value)
+    (last,), _ = encoded(chatml, value, learn="last")
+    assert learned(chatml, both) == ["first<|im_end|>", "second<|im_end|>"]
+    assert learned(chatml, last) == ["second<|im_end|>"]
+    assert [one.ids for one in both] == [one.ids for one in last], "on this tokenizer one sequence holds both"
+
+
+def test_a_weight_of_two_counts_twice_and_of_none_not_at_all(chatml):
+    value = chat("a", "first", "b", "second")
+    value["messages"][1]["weight"] = 0
+    value["messages"][3]["weight"] = 2
+    ((example,),), account = encoded(chatml, value)
+    assert learned(chatml, [example]) == ["second<|im_end|>"]
+    assert set(example.learn) == {0, 2}
+    assert account.target_tokens == sum(example.learn)
+
+
+def test_a_text_is_learned_whole_and_ends(chatml):
+    for kind, own in (("sentencepiece", None), ("bytes", CHATML)):
+        template = load_template("auto", tokenizer_of(kind, own))
+        ((example,),), _ = encoded(template, {"text": "从前有一座山。"}, form="text")
+        tokenizer = template.tokenizer
+        ids = tokenizer("从前有一座山。", add_special_tokens=False)["input_ids"]
+        bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        assert list(example.ids) == [*bos, *ids, tokenizer.convert_tokens_to_ids(template.stop)]
+        assert list(example.learn) == [0] + [1] * (len(example.ids) - 1)
+
+
+# --- too long -------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_answers_with_too_much_before_them_lose_the_oldest_turns(chatml):
+    value = chat("first question", "one", "second question", "two", "third question", "three")
+    (whole,), _ = encoded(chatml, value)
+    room = len(whole[0].ids) - 1
+    (examples,), account = encoded(chatml, value, max_tokens=room)
+    assert learned(chatml, examples) == ["one<|im_end|>", "two<|im_end|>", "three<|im_end|>"], "no answer is lost"
+    kept, shortened = examples
+    assert list(kept.ids) == list(whole[0].ids[: len(kept.ids)])
+    assert "first question" not in chatml.tokenizer.decode(shortened.ids)
+    assert account.cut_origins == ["train.jsonl:1"] and account.prompt_tokens_cut > 0
+    assert max(len(one.ids) for one in examples) <= room
+
+
+def test_a_refused_records_targets_are_counted(chatml):
+    value = chat("a", "one", "b", "far too long an answer " * 20)
+    records, account = encoded(chatml, value, chat("a", "one"), max_tokens=60)
+    whole, _ = encoded(chatml, value)
+    assert len(records) == 1
+    assert "answer 2" in account.records_refused[0].reason
+    assert account.target_tokens_refused == sum(sum(one.learn) for one in whole[0])
+
+
+# --- kept together --------------------------------------------------------------------------------------------------
+
+
+def test_the_examples_of_a_record_are_one_row_of_the_store(qwen):
+    records, _ = encoded(qwen, chat("a", "b", "c", "d"), chat("e", "f"))
+    table = as_table(records)
+    assert [as_examples(row) for row in table.to_pylist()] == records
+    assert [len(examples) for examples in records] == [2, 1]

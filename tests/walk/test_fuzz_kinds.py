@@ -1,0 +1,85 @@
+"""Mutated files of every kind but plain JSON: values, refusals or one clear error, whatever the bytes; no crash."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from atomtune.data.reading.sources import Found, read_values
+from atomtune.data.records import Refusal
+from atomtune.errors import BadData
+
+FILES = int(os.environ.get("ATOMTUNE_FUZZ", "300"))
+ROWS = [
+    {"instruction": f'第{n}，\n"问"', "messages": [{"role": "user", "content": "x" * n}], "n": n} for n in range(50)
+]
+TABLE = pyarrow.Table.from_pylist(ROWS)
+LINES = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in ROWS)
+
+
+def parquet() -> bytes:
+    out = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(TABLE, out, row_group_size=20)
+    return out.getvalue().to_pybytes()
+
+
+def arrow(new: Callable[..., pyarrow.ipc.RecordBatchStreamWriter]) -> bytes:
+    out = pyarrow.BufferOutputStream()
+    with new(out, TABLE.schema) as writer:
+        writer.write_table(TABLE, max_chunksize=20)
+    return out.getvalue().to_pybytes()
+
+
+def table() -> bytes:
+    out = io.StringIO()
+    csv.writer(out).writerows([["instruction", "output"], *([row["instruction"], "x,y"] for row in ROWS)])
+    return out.getvalue().encode()
+
+
+WHOLE = {
+    "a.csv": table(),
+    "a.parquet": parquet(),
+    "file.arrow": arrow(pyarrow.ipc.new_file),
+    "stream.arrow": arrow(pyarrow.ipc.new_stream),
+    "a.jsonl.gz": gzip.compress(LINES),
+    "a.jsonl.zst": pyarrow.compress(LINES, codec="zstd", asbytes=True),
+    "a.csv.gz": gzip.compress(table()),
+}
+
+
+def mutated(content: bytes, draw: random.Random) -> bytes:
+    made = bytearray(content)
+    for _ in range(draw.randint(1, 4)):
+        at, kind = draw.randrange(len(made)), draw.randrange(4)
+        if kind == 0:
+            made[at] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            del made[at : at + draw.randint(1, 60)]
+        elif kind == 2:
+            made[at:at] = draw.randbytes(draw.randint(1, 20))
+        else:
+            made[at : at + 8] = draw.choice([b"\xff", b"\0", b"\x7f"]) * 8
+    return bytes(made)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_no_bytes_break_the_reader(tmp_path: Path, name):
+    # Found by it: a schema whose column name is no UTF-8, and a length that asks for all memory there is.
+    draw = random.Random(name)
+    path = tmp_path / name
+    for _ in range(FILES // len(WHOLE)):
+        path.write_bytes(mutated(WHOLE[name], draw))
+        try:
+            for one in read_values(path):
+                assert isinstance(one, Found | Refusal)
+                assert one.origin.startswith(f"{name}:")
+        except BadData as error:
+            assert name in str(error)
