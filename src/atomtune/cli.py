@@ -119,7 +119,7 @@ def _answered(name: str, argv: Sequence[str]) -> int:
 
 def _unforeseen(name: str, error: Exception) -> int:
     """A disk that failed, in a command without words of its own for it; else a bug, shown whole."""
-    from atomtune.train.integrity import disk_failed
+    from atomtune.train.checkpoint.atomic import disk_failed
 
     if disk_failed(error):
         print(f"\natomtune {name}: the disk is full, or it fails: {error}", file=sys.stderr)

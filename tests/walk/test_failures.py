@@ -207,7 +207,7 @@ def test_an_output_folder_that_is_a_file_is_refused(models, dialogues, tmp_path,
 
 def failing_disk(monkeypatch, fails) -> list[int]:
     """Saves for which `fails` is true end with the error of a full disk, after half of their files."""
-    from atomtune.train import saving
+    from atomtune.train.checkpoint import saving_trainer
 
     real, saves = saving.save_state, []
 

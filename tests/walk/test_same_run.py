@@ -15,7 +15,7 @@ import pytest
 
 from atomtune.cli import main
 from atomtune.train import trainer as trainer_module
-from atomtune.train.integrity import checkpoints
+from atomtune.train.checkpoint.atomic import checkpoints
 
 EVERY = bool(os.environ.get("ATOMTUNE_SOAK"))
 

@@ -12,8 +12,8 @@ import yaml
 from safetensors.torch import load_file
 
 from atomtune.cli import main
-from atomtune.train.integrity import checkpoints
-from atomtune.train.state import load_state
+from atomtune.train.checkpoint.atomic import checkpoints
+from atomtune.train.checkpoint.state import load_state
 from tests.conftest import write_jsonl
 
 

@@ -14,7 +14,7 @@ from atomtune.data.cache import tokenizer_text
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped
 from atomtune.model.memory import is_out_of_memory
 from atomtune.settings import TrainSettings
-from atomtune.train.integrity import checkpoints, damage, disk_failed
+from atomtune.train.checkpoint.atomic import checkpoints, damage, disk_failed
 from atomtune.train.job import Job
 
 

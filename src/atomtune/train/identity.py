@@ -14,7 +14,7 @@ from atomtune.data.encoding.chat_template import Template
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import adapter_file
 from atomtune.train.data import Data
-from atomtune.train.integrity import read_manifest
+from atomtune.train.checkpoint.atomic import read_manifest
 from atomtune.train.job import Job
 
 #: The Trainer's settings that decide which numbers a run computes.

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from atomtune.settings import TrainSettings
-from atomtune.train.checkpoint import Start
+from atomtune.train.checkpoint.start import Start
 from atomtune.train.report import RunRecord
 from atomtune.voice import Voice
 

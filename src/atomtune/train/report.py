@@ -12,8 +12,8 @@ from rich.progress import TaskID
 from transformers import TrainerCallback
 
 from atomtune import __version__
-from atomtune.train.checkpoint import RECORD
-from atomtune.train.integrity import write_json
+from atomtune.train.checkpoint.start import RECORD
+from atomtune.train.checkpoint.atomic import write_json
 from atomtune.train.watch import WorkCounter
 from atomtune.voice import bar
 

@@ -24,11 +24,11 @@ from atomtune.model.load import load_tokenizer, pad_id_of, quiet_libraries
 from atomtune.model.memory import StepShape, is_out_of_memory, peak_bytes, remedies
 from atomtune.settings import TrainSettings
 from atomtune.train.arguments import CHECKPOINTING, lengths, trainer_arguments
-from atomtune.train.checkpoint import Start, find_start, read_record
+from atomtune.train.checkpoint.start import Start, find_start, read_record
 from atomtune.train.data import Data, read_data
 from atomtune.train.folder import answer, check_space, locked, same_command
 from atomtune.train.identity import identity, refuse_another_run
-from atomtune.train.integrity import clear_staging, publish, staged
+from atomtune.train.checkpoint.atomic import clear_staging, publish, staged
 from atomtune.train.job import Job
 from atomtune.train.layout import check_equal, choose_layout
 from atomtune.train.prepare import load_model

@@ -17,8 +17,8 @@ from transformers import TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from atomtune.model.loss import target_nats
-from atomtune.train.checkpoint import STATE
-from atomtune.train.saving import SavingTrainer
+from atomtune.train.checkpoint.start import STATE
+from atomtune.train.checkpoint.saving_trainer import SavingTrainer
 from atomtune.train.watch import (
     AtBegin,
     FiniteSteps,

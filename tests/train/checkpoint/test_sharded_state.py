@@ -12,7 +12,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from atomtune.train.state import gathered, load_state, save_state, scatter
+from atomtune.train.checkpoint.state import gathered, load_state, save_state, scatter
 
 folder, ranks = Path(sys.argv[1]), int(sys.argv[2])
 distributed.init_process_group("gloo")

@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 
-from atomtune.train.state import load_state, random_state, save_state, set_random_state
+from atomtune.train.checkpoint.state import load_state, random_state, save_state, set_random_state
 
 
 def same(one, other) -> bool:

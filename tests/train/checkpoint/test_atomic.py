@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from atomtune.train.integrity import (
+from atomtune.train.checkpoint.atomic import (
     MANIFEST,
     checkpoints,
     clear_staging,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from atomtune.errors import BadModel, BadSettings, listing
 from atomtune.model.adapter import WEIGHTS, adapter_file
-from atomtune.train.integrity import MANIFEST, checkpoints, damage, step_in
+from atomtune.train.checkpoint.atomic import MANIFEST, checkpoints, damage, step_in
 
 STATE = "trainer_state.json"
 RECORD = "run.json"
