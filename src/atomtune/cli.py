@@ -42,7 +42,7 @@ def verify(argv: Sequence[str]) -> int:
     from atomtune.settings import VerifySettings
 
     settings = read_settings(VerifySettings, argv, command="verify")
-    from atomtune.train.verify import verify as run
+    from atomtune.verify import verify as run
 
     return run(settings)
 

@@ -123,7 +123,7 @@ def alone(family: str) -> Result:
 
 
 def at_once(model: Any, layout: collate.Layout, *, checkpointing: bool = False) -> Result:
-    """The fast side, as train.prepare sets it up. Padded batches need no attention of ours and get none."""
+    """The fast side, as train.model sets it up. Padded batches need no attention of ours and get none."""
     if layout != "padded":
         assert why_padded(model) is None
     compute_together(families_of(model, input_ids=torch.zeros(1, 2, dtype=torch.long)))

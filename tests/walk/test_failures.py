@@ -316,13 +316,13 @@ def test_a_disk_that_holds_no_checkpoint_is_refused_before_the_first_step(models
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("atomtune.train.folder.shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    monkeypatch.setattr("atomtune.train.output_folder.shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
     assert main(command(models("llama"), dialogues, tmp_path / "out", "--max_steps", "2")) == 3
     assert "The disk is full" in status(tmp_path / "out")["reason"]
 
 
 def test_out_of_memory_while_loading_is_told_so(models, dialogues, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("atomtune.train.prepare.load_base", lambda *a, **k: torch.empty(1 << 50, dtype=torch.uint8))
+    monkeypatch.setattr("atomtune.train.model.load_base", lambda *a, **k: torch.empty(1 << 50, dtype=torch.uint8))
     assert main(command(models("llama"), dialogues, tmp_path / "out", "--max_steps", "2")) == 3
     assert "--quantize nf4" in capsys.readouterr().err
 

@@ -55,7 +55,7 @@ def test_a_planted_fault_ends_with_4(models, dialogues, monkeypatch, capsys, pla
     monkeypatch.setattr(collate, "plan_attention", planted)
     flags = ["--layout", "tree", "--dtype", "float32", "--records", "12"]
     # The model's own trial refuses first; it is silenced here, so that the comparison has to find it.
-    monkeypatch.setattr("atomtune.train.verify.why_padded", _give_rows)
+    monkeypatch.setattr("atomtune.verify.why_padded", _give_rows)
     assert main(command(models("llama"), dialogues, *flags)) == 4
     said = capsys.readouterr()
     assert "DOES NOT HOLD" in said.out

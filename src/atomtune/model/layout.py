@@ -1,6 +1,6 @@
 """Layouts: whether this model computes rows with branches exactly, asked of the model itself.
 
-Before: load.py, adapter.py.  After: train.prepare chooses a layout.
+Before: load.py, adapter.py.  After: train.model chooses a layout.
 Nothing is taken from a list of architectures: a small tree is computed and compared with its records one at a time.
 """
 

@@ -19,10 +19,10 @@ from atomtune.data.cache import as_examples
 from atomtune.errors import BadSettings
 from atomtune.model.layout import why_padded, windows_of
 from atomtune.model.load import device_in_use, pad_id_of
-from atomtune.train.data import Data
-from atomtune.train.job import Job
-from atomtune.train.prepare import dtype_of
-from atomtune.train.verify import compare, say
+from atomtune.train.dataset import Data
+from atomtune.train.run_context import Job
+from atomtune.train.model import dtype_of
+from atomtune.verify import compare, say
 
 #: Batches drawn to see what a layout saves.
 _TRIED = 32

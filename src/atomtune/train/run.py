@@ -25,18 +25,18 @@ from atomtune.model.memory import StepShape, is_out_of_memory, peak_bytes, remed
 from atomtune.settings import TrainSettings
 from atomtune.train.arguments import CHECKPOINTING, lengths, trainer_arguments
 from atomtune.train.checkpoint.start import Start, find_start, read_record
-from atomtune.train.data import Data, read_data
-from atomtune.train.folder import answer, check_space, locked, same_command
-from atomtune.train.identity import identity, refuse_another_run
+from atomtune.train.dataset import Data, read_data
+from atomtune.train.output_folder import answer, check_space, locked, same_command
+from atomtune.train.run_identity import identity, refuse_another_run
 from atomtune.train.checkpoint.atomic import clear_staging, publish, staged
-from atomtune.train.job import Job
+from atomtune.train.run_context import Job
 from atomtune.train.layout import check_equal, choose_layout
-from atomtune.train.prepare import load_model
-from atomtune.train.report import RunRecord, TrainingBar, draw_loss
-from atomtune.train.samples import Samples
-from atomtune.train.stream import Stream
+from atomtune.train.model import load_model
+from atomtune.train.run_report import RunRecord, TrainingBar, draw_loss
+from atomtune.train.demo import Samples
+from atomtune.train.streaming import Stream
 from atomtune.train.trainer import LoraTrainer
-from atomtune.train.watch import Stop
+from atomtune.train.callbacks import Stop
 from atomtune.voice import Voice
 
 #: More passes over the records than this are probably not meant: the adapter learns them by heart.

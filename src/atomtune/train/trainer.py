@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from atomtune.model.loss import target_nats
 from atomtune.train.checkpoint.start import STATE
 from atomtune.train.checkpoint.saving_trainer import SavingTrainer
-from atomtune.train.watch import (
+from atomtune.train.callbacks import (
     AtBegin,
     FiniteSteps,
     LogWhatIsSaved,
@@ -29,7 +29,7 @@ from atomtune.train.watch import (
     WorkCounter,
     on_any_rank,
 )
-from atomtune.train.workers import deaf_workers
+from atomtune.train.dataloader import deaf_workers
 
 
 class LoraTrainer(SavingTrainer):

@@ -15,7 +15,7 @@ from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped
 from atomtune.model.memory import is_out_of_memory
 from atomtune.settings import TrainSettings
 from atomtune.train.checkpoint.atomic import checkpoints, damage, disk_failed
-from atomtune.train.job import Job
+from atomtune.train.run_context import Job
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import signal
 from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any
 
-from atomtune.train.watch import SIGNALS
+from atomtune.train.callbacks import SIGNALS
 
 
 class _Deaf(ForkProcess):

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from atomtune.settings import TrainSettings
 from atomtune.train.checkpoint.start import Start
-from atomtune.train.report import RunRecord
+from atomtune.train.run_report import RunRecord
 from atomtune.voice import Voice
 
 

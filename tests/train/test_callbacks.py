@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from atomtune.errors import RunFailed
-from atomtune.train.watch import FiniteSteps, Reach, Spikes, WorkCounter
+from atomtune.train.callbacks import FiniteSteps, Reach, Spikes, WorkCounter
 
 ONE_RANK = SimpleNamespace(world_size=1)
 

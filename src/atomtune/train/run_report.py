@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from atomtune import __version__
 from atomtune.train.checkpoint.start import RECORD
 from atomtune.train.checkpoint.atomic import write_json
-from atomtune.train.watch import WorkCounter
+from atomtune.train.callbacks import WorkCounter
 from atomtune.voice import bar
 
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "safetensors")

@@ -10,7 +10,7 @@ from atomtune.cli import main
 from atomtune.data.cache import Rules
 from atomtune.data.encoding.chat_template import load_template
 from atomtune.errors import BadData
-from atomtune.train.stream import Stream
+from atomtune.train.streaming import Stream
 from tests.conftest import DIALOGUES, write_jsonl
 from tests.tiny import CHATML, tokenizer_of
 

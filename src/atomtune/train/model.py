@@ -21,7 +21,7 @@ from atomtune.model.load import device_in_use, load_base, resolve_dtype
 from atomtune.model.lowrank import compute_together, families_of
 from atomtune.model.memory import should_checkpoint
 from atomtune.train.arguments import CHECKPOINTING
-from atomtune.train.job import Job
+from atomtune.train.run_context import Job
 
 
 def dtype_of(job: Job, device: torch.device) -> torch.dtype:

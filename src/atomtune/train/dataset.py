@@ -21,8 +21,8 @@ from atomtune.analysis.holdout import alike, held_out, overlapping
 from atomtune.data.cache import Rules, examples_of, records_of, together
 from atomtune.data.encoding.chat_template import Template
 from atomtune.errors import BadData, BadSettings, listing
-from atomtune.train.job import Job
-from atomtune.train.stream import Stream
+from atomtune.train.run_context import Job
+from atomtune.train.streaming import Stream
 from atomtune.voice import Voice
 
 
