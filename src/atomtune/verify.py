@@ -21,10 +21,10 @@ from atomtune.data.cache import Rules, as_examples, examples_of, together
 from atomtune.data.encoding.chat_template import load_template
 from atomtune.errors import BadData, BadSettings, CheckFailed
 from atomtune.model.adapter import match_targets, new_adapter
-from atomtune.model.layout import why_padded, windows_of
+from atomtune.model.layout_support import why_padded, windows_of
 from atomtune.model.load import device_in_use, load_base, load_tokenizer, pad_id_of, quiet_libraries, resolve_dtype
 from atomtune.model.loss import target_log_probabilities, target_nats
-from atomtune.model.lowrank import compute_together, families_of
+from atomtune.model.fused_lora import compute_together, families_of
 from atomtune.settings import LoraSettings, ModelSettings, VerifySettings
 from atomtune.voice import Voice
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atomtune.batch.attention import visible
+from atomtune.batch.attention_plan import visible
 from atomtune.batch.pack import pack
 from atomtune.batch.row import Row
 from atomtune.batch.tree import LEAST_SAVED, graft

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from atomtune.batch import collate
-from atomtune.batch.attention import plan_attention
+from atomtune.batch.attention_plan import plan_attention
 from atomtune.cli import main
-from atomtune.model import lowrank
+from atomtune.model import fused_lora
 
 
 def command(base, data, *more) -> list[str]:
@@ -63,7 +63,7 @@ def test_a_planted_fault_ends_with_4(models, dialogues, monkeypatch, capsys, pla
 
 
 def _give_rows(model) -> None:
-    from atomtune.model.attention import ROWS, register
+    from atomtune.model.row_attention import ROWS, register
     from atomtune.model.loss import innermost
 
     register()

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict
 
 import torch
 
-from atomtune.batch.attention import AttentionPlan, padded_length, plan_attention
+from atomtune.batch.attention_plan import AttentionPlan, padded_length, plan_attention
 from atomtune.batch.pack import pack
 from atomtune.batch.row import Row, padded_tokens, single
 from atomtune.batch.tree import graft

@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.compute
 from rich.console import Console
 
-from atomtune.batch.attention import padded_length
+from atomtune.batch.attention_plan import padded_length
 from atomtune.batch.row import padded_tokens
 from atomtune.batch.tree import graft
 from atomtune.data.reading.sources import size_of

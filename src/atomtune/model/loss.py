@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
-from atomtune.model.attention import ROW_PLAN, ROWS
+from atomtune.model.row_attention import ROW_PLAN, ROWS
 
 #: Logits that exist at once: 2^20 of them are 4 MiB in float32, and as much again for their gradient.
 CHUNK_LOGITS = 2**20

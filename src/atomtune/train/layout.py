@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from atomtune.batch.attention import padded_length
+from atomtune.batch.attention_plan import padded_length
 from atomtune.batch.collate import Collator, Layout
 from atomtune.batch.row import padded_tokens
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
 from atomtune.data.cache import as_examples
 from atomtune.errors import BadSettings
-from atomtune.model.layout import why_padded, windows_of
+from atomtune.model.layout_support import why_padded, windows_of
 from atomtune.model.load import device_in_use, pad_id_of
 from atomtune.train.dataset import Data
 from atomtune.train.run_context import Job

@@ -18,7 +18,7 @@ from atomtune.model.adapter import (
 )
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.load import device_in_use, load_base, resolve_dtype
-from atomtune.model.lowrank import compute_together, families_of
+from atomtune.model.fused_lora import compute_together, families_of
 from atomtune.model.memory import should_checkpoint
 from atomtune.train.arguments import CHECKPOINTING
 from atomtune.train.run_context import Job

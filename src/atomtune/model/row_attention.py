@@ -1,6 +1,6 @@
 """Attention over rows: the function that transformers' models call instead of their own.
 
-Before: batch.attention plans the blocks; the plan rides through the model's forward as the keyword ROW_PLAN.
+Before: batch.attention_plan plans the blocks; the plan rides through the model's forward as the keyword ROW_PLAN.
 Source of the formulas: scaled dot-product attention (Vaswani et al. 2017) and its backward, P * (dP - sum(dP * P)).
 Letters: H heads, T tokens of the row, D head dimension; G segments of a block, n the longest, A tokens of their path.
 """
@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from atomtune.batch.attention import AttentionPlan, Block, Places, Siblings, Where
+from atomtune.batch.attention_plan import AttentionPlan, Block, Places, Siblings, Where
 
 #: The name under which models find this function, and the keyword that carries the plan to it.
 ROWS = "atomtune_rows"

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from atomtune.batch import attention as plans
-from atomtune.batch.attention import AttentionPlan, padded_length, plan_attention
+from atomtune.batch import attention_plan as plans
+from atomtune.batch.attention_plan import AttentionPlan, padded_length, plan_attention
 from atomtune.batch.pack import pack
 from atomtune.batch.row import Row, single
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
-from atomtune.model import attention
-from atomtune.model.attention import ROW_PLAN, attend
+from atomtune.model import row_attention
+from atomtune.model.row_attention import ROW_PLAN, attend
 from tests.batch.test_tree import forest
 
 #: float64 on a CPU: only the order of sums differs.

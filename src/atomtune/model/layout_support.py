@@ -13,7 +13,7 @@ from atomtune.batch.collate import collate_row
 from atomtune.batch.row import Row, untils
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
-from atomtune.model.attention import ROWS, register
+from atomtune.model.row_attention import ROWS, register
 from atomtune.model.loss import innermost, model_inputs, takes
 
 #: Layers whose attention the plan can express: everything before, or the last tokens before.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from atomtune.model.lowrank import Family, compute_together, families_of, keep_mask
+from atomtune.model.fused_lora import Family, compute_together, families_of, keep_mask
 from tests.model.test_layouts import build, with_adapter
 
 IDS = torch.tensor([[5, 9, 3, 11, 60, 2, 7]])

@@ -17,16 +17,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from atomtune.batch import collate
-from atomtune.batch.attention import plan_attention
+from atomtune.batch.attention_plan import plan_attention
 from atomtune.batch.collate import Collator
 from atomtune.batch.row import Row
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
-from atomtune.model import attention
+from atomtune.model import row_attention
 from atomtune.model.adapter import new_adapter
-from atomtune.model.layout import why_padded, windows_of
+from atomtune.model.layout_support import why_padded, windows_of
 from atomtune.model.loss import innermost, target_nats
-from atomtune.model.lowrank import compute_together, families_of
+from atomtune.model.fused_lora import compute_together, families_of
 from tests.tiny import FAMILIES, SIZE
 
 WORDS = 97

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from atomtune.batch import attention
-from atomtune.batch.attention import AttentionPlan, Siblings, padded_length, plan_attention, visible
+from atomtune.batch import attention_plan
+from atomtune.batch.attention_plan import AttentionPlan, Siblings, padded_length, plan_attention, visible
 from atomtune.batch.pack import pack
 from atomtune.batch.row import Row, segments, single
 from atomtune.batch.tree import graft

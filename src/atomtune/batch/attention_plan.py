@@ -1,6 +1,6 @@
 """Attention plans: which queries of a row meet which keys, as a few dense blocks instead of a T x T mask.
 
-Before: tree.py or pack.py makes the Row.  After: model.attention computes the blocks.
+Before: tree.py or pack.py makes the Row.  After: model.row_attention computes the blocks.
 A row is cut where it branches. Segments that hang on the same token see the same path above them, so they are laid
 under each other: one block of queries against [path | themselves]. Derivation: docs/geometry.md.
 Letters: T tokens of the row, G segments of a block, n the longest of them, A tokens of their path.
