@@ -67,7 +67,7 @@ def test_the_rules_know_every_room():
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_imports_run_one_way(path):
-    # data, batch and model take plain values: atomtune.config is not among what they may import; nor do train and use
+    # data, batch and model take plain values: atomtune.settings.read is not among what they may import; nor do train and use
     # know each other.
     room = room_of(path)
     entered = {module.split(".")[1] for module in imports_of(path) if module.startswith("atomtune.")}

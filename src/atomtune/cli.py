@@ -17,7 +17,7 @@ DONE, BUG, USER, FAILED, STOPPED = 0, 1, 2, 3, 75
 
 def train(argv: Sequence[str]) -> int:
     """Train a LoRA adapter on a file of records."""
-    from atomtune.config import read_train
+    from atomtune.settings.read import read_train
 
     settings = read_train(argv)
     from atomtune.train.run import train as run
@@ -27,8 +27,8 @@ def train(argv: Sequence[str]) -> int:
 
 def inspect(argv: Sequence[str]) -> int:
     """Show what of your records is learned, and what is wrong with them; no model is loaded."""
-    from atomtune.config import read_settings
-    from atomtune.settings import InspectSettings
+    from atomtune.settings.read import read_settings
+    from atomtune.settings.fields import InspectSettings
 
     settings = read_settings(InspectSettings, argv, command="inspect")
     from atomtune.inspect.command import inspect as run
@@ -38,8 +38,8 @@ def inspect(argv: Sequence[str]) -> int:
 
 def verify(argv: Sequence[str]) -> int:
     """Prove the fast path equal to plain transformers + PEFT on your model and records."""
-    from atomtune.config import read_settings
-    from atomtune.settings import VerifySettings
+    from atomtune.settings.read import read_settings
+    from atomtune.settings.fields import VerifySettings
 
     settings = read_settings(VerifySettings, argv, command="verify")
     from atomtune.verify import verify as run
@@ -49,8 +49,8 @@ def verify(argv: Sequence[str]) -> int:
 
 def merge(argv: Sequence[str]) -> int:
     """Write base + adapter as one plain model folder."""
-    from atomtune.config import read_settings
-    from atomtune.settings import MergeSettings
+    from atomtune.settings.read import read_settings
+    from atomtune.settings.fields import MergeSettings
 
     settings = read_settings(MergeSettings, argv, command="merge")
     from atomtune.use.export import merge as run
@@ -60,8 +60,8 @@ def merge(argv: Sequence[str]) -> int:
 
 def chat(argv: Sequence[str]) -> int:
     """Talk to a trained adapter in the terminal."""
-    from atomtune.config import read_settings
-    from atomtune.settings import ChatSettings
+    from atomtune.settings.read import read_settings
+    from atomtune.settings.fields import ChatSettings
 
     settings = read_settings(ChatSettings, argv, command="chat")
     from atomtune.use.chat import chat as run

@@ -25,8 +25,8 @@ from atomtune.model.layout_support import why_padded, windows_of
 from atomtune.model.load import device_in_use, load_base, load_tokenizer, pad_id_of, quiet_libraries, resolve_dtype
 from atomtune.model.loss import target_log_probabilities, target_nats
 from atomtune.model.fused_lora import compute_together, families_of
-from atomtune.settings import LoraSettings, ModelSettings, VerifySettings
-from atomtune.voice import Voice
+from atomtune.settings.fields import LoraSettings, ModelSettings, VerifySettings
+from atomtune.console import Voice
 
 
 @dataclass(frozen=True)

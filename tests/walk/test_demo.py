@@ -3,7 +3,7 @@
 import json
 
 from atomtune.cli import main
-from atomtune.config import DEMO_FOLDER
+from atomtune.settings.read import DEMO_FOLDER
 
 
 def test_the_demo_learns_its_persona(tmp_path, monkeypatch, capsys):

@@ -9,13 +9,13 @@ from pathlib import Path
 from atomtune.data.encoding.chat_template import load_template
 from atomtune.errors import BadSettings
 from atomtune.model.load import load_tokenizer, quiet_libraries
-from atomtune.settings import InspectSettings
+from atomtune.settings.fields import InspectSettings
 from atomtune.inspect.limits import allowances, check
 from atomtune.inspect.report import drawn, look
 from atomtune.inspect.html_page import write_page
 from atomtune.inspect.terminal import say_report
 from atomtune.inspect.tokens import Lettering, show
-from atomtune.voice import Patient
+from atomtune.console import Patient
 
 
 def inspect(settings: InspectSettings) -> int:

@@ -26,8 +26,8 @@ from atomtune.analysis.texts import Problem, Texts, Tokens, problems_of, read_te
 from atomtune.data.records import Account, Example, Record
 from atomtune.data.cache import Rules, as_examples, examples_of, records_of, together
 from atomtune.data.encoding.chat_template import Template
-from atomtune.settings import InspectSettings
-from atomtune.voice import Reading
+from atomtune.settings.fields import InspectSettings
+from atomtune.console import Reading
 
 #: Longer than any record: with it, nothing is shortened or refused for its length.
 _NO_LIMIT = 2**31 - 1

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from atomtune.errors import BadSettings
-from atomtune.settings import TrainSettings
+from atomtune.settings.fields import TrainSettings
 
 #: The Trainer's name for recomputing activations; renamed in transformers 5.23.
 CHECKPOINTING = next(

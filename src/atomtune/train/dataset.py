@@ -23,7 +23,7 @@ from atomtune.data.encoding.chat_template import Template
 from atomtune.errors import BadData, BadSettings, listing
 from atomtune.train.run_context import Job
 from atomtune.train.streaming import Stream
-from atomtune.voice import Voice
+from atomtune.console import Voice
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from atomtune.config import DEMO_FOLDER
+from atomtune.settings.read import DEMO_FOLDER
 from atomtune.data.records import Turn
 from atomtune.data.encoding.chat_template import Template
 from atomtune.model.generate import answer
-from atomtune.settings import TrainSettings
+from atomtune.settings.fields import TrainSettings
 
 LONGEST_ANSWER = 60  # tokens; the demo's answers are one or two sentences
 

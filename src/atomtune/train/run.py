@@ -22,7 +22,7 @@ from atomtune.model.adapter import WEIGHTS, Card, refuse_empty
 from atomtune.model.fingerprint import fingerprint
 from atomtune.model.load import load_tokenizer, pad_id_of, quiet_libraries
 from atomtune.model.memory import StepShape, is_out_of_memory, peak_bytes, remedies
-from atomtune.settings import TrainSettings
+from atomtune.settings.fields import TrainSettings
 from atomtune.train.arguments import CHECKPOINTING, lengths, trainer_arguments
 from atomtune.train.checkpoint.start import Start, find_start, read_record
 from atomtune.train.dataset import Data, read_data
@@ -37,7 +37,7 @@ from atomtune.train.demo import Samples
 from atomtune.train.streaming import Stream
 from atomtune.train.trainer import LoraTrainer
 from atomtune.train.callbacks import Stop
-from atomtune.voice import Voice
+from atomtune.console import Voice
 
 #: More passes over the records than this are probably not meant: the adapter learns them by heart.
 MANY_PASSES = 30

@@ -15,7 +15,7 @@ from atomtune import __version__
 from atomtune.train.checkpoint.start import RECORD
 from atomtune.train.checkpoint.atomic import write_json
 from atomtune.train.callbacks import WorkCounter
-from atomtune.voice import bar
+from atomtune.console import bar
 
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
 SPOKEN_EVERY = 5.0  # seconds between lines where there is no terminal to draw a bar in

@@ -16,7 +16,7 @@ from atomtune.model.adapter import load_trained
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.generate import answer, prompt_ids
 from atomtune.model.load import device_in_use, load_base, quiet_libraries, resolve_dtype
-from atomtune.settings import ChatSettings
+from atomtune.settings.fields import ChatSettings
 from atomtune.use.trained import base_of, template_of
 
 

@@ -11,9 +11,9 @@ from atomtune.model.adapter import load_trained
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.generate import prompt_ids, stop_ids
 from atomtune.model.load import load_base, quiet_libraries, stored_dtype
-from atomtune.settings import MergeSettings
+from atomtune.settings.fields import MergeSettings
 from atomtune.use.trained import base_of, template_of
-from atomtune.voice import Voice
+from atomtune.console import Voice
 
 #: Probe prompts of the check: both languages, digits, several lines.
 PROBES = ("你是谁？", "Who are you?", "1 + 1 = ?\n请一步一步地想。", "今天天气怎么样？")

@@ -1,6 +1,6 @@
 """Settings: every one exists once, here, as flag, YAML key, help line, default and check.
 
-After: config.py fills them from flags and YAML.
+After: settings/read.py fills them from flags and YAML.
 """
 
 from collections.abc import Sequence

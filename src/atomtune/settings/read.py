@@ -1,6 +1,6 @@
-"""Config: settings.py's fields filled from flags and YAML, and checked.
+"""Config: settings/fields.py's fields filled from flags and YAML, and checked.
 
-Before: sources.py, what flags and YAML say.  After: cli.py hands the settings to a command.
+Before: settings/flags.py, what flags and YAML say.  After: cli.py hands the settings to a command.
 default < YAML < flag, and where each value came from is remembered. All problems are reported at once, before data or
 model is touched. transformers.TrainingArguments' own settings pass under their own names.
 """
@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from atomtune.errors import BadSettings
-from atomtune.settings import DataSettings, LoraSettings, ModelSettings, RunSettings, TrainSettings
-from atomtune.sources import Given, given_values, kinds_of, library_kinds, yaml_values
+from atomtune.settings.fields import DataSettings, LoraSettings, ModelSettings, RunSettings, TrainSettings
+from atomtune.settings.flags import Given, given_values, kinds_of, library_kinds, yaml_values
 
 S = TypeVar("S")
 
@@ -31,7 +31,7 @@ LIBRARY_DEFAULTS: dict[str, Any] = {
 
 
 TRAIN_GROUPS = (DataSettings, ModelSettings, LoraSettings, RunSettings)
-DEMO_FOLDER = Path(__file__).parent / "demo"
+DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 
 
 def read_train(argv: Sequence[str]) -> TrainSettings:
