@@ -53,7 +53,7 @@ def merge(argv: Sequence[str]) -> int:
     from atomtune.settings.fields import MergeSettings
 
     settings = read_settings(MergeSettings, argv, command="merge")
-    from atomtune.use.export import merge as run
+    from atomtune.export.merge import merge as run
 
     return run(settings)
 
@@ -64,7 +64,7 @@ def chat(argv: Sequence[str]) -> int:
     from atomtune.settings.fields import ChatSettings
 
     settings = read_settings(ChatSettings, argv, command="chat")
-    from atomtune.use.chat import chat as run
+    from atomtune.serve.chat import chat as run
 
     return run(settings)
 

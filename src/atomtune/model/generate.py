@@ -1,6 +1,6 @@
 """Answers: a prompt through the training template, tokens until the stop token.
 
-Before: adapter.py.  After: use.chat, train.run's samples.
+Before: adapter.py.  After: serve.chat, train.run's samples.
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atomtune.cli import main
-from atomtune.use import export
+from atomtune.export import merge
 
 
 @pytest.fixture(scope="module")

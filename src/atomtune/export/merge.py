@@ -12,7 +12,7 @@ from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.generate import prompt_ids, stop_ids
 from atomtune.model.load import load_base, quiet_libraries, stored_dtype
 from atomtune.settings.fields import MergeSettings
-from atomtune.use.trained import base_of, template_of
+from atomtune.model.adapter_folder import base_of, template_of
 from atomtune.console import Voice
 
 #: Probe prompts of the check: both languages, digits, several lines.

@@ -17,7 +17,7 @@ from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.generate import answer, prompt_ids
 from atomtune.model.load import device_in_use, load_base, quiet_libraries, resolve_dtype
 from atomtune.settings.fields import ChatSettings
-from atomtune.use.trained import base_of, template_of
+from atomtune.model.adapter_folder import base_of, template_of
 
 
 def chat(settings: ChatSettings) -> int:

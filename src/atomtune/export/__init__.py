@@ -1,0 +1,1 @@
+"""From an adapter to other forms of the model."""
