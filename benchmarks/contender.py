@@ -104,7 +104,7 @@ def encoded(base: Path, data: Path) -> list[dict[str, list[int]]]:
 
     template = load_template("atom", load_tokenizer(str(base)))
     rules = Rules(max_tokens=MAX_TOKENS, learn="last")
-    stored, *_ = examples_of(data, template, rules, cache_dir=data.parent / "store")
+    stored = examples_of(data, template, rules, cache_dir=data.parent / "store").examples
     examples = (example for row in stored for example in as_examples(row))
     return [{"input_ids": list(example.ids), "completion_mask": list(example.learn)} for example in examples]
 

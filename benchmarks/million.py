@@ -76,13 +76,13 @@ def encode(base: Path, data: Path, cache: Path) -> dict[str, Any]:
     before = _memory()
     peak = Peak()
     began = time.perf_counter()
-    examples, account, _ = examples_of(data, template, Rules(max_tokens=256), cache_dir=cache)
+    encoded = examples_of(data, template, Rules(max_tokens=256), cache_dir=cache)
     seconds = time.perf_counter() - began
     return {
-        "records": account.records_read,
-        "rows": len(examples),
+        "records": encoded.ledger.records_read,
+        "rows": len(encoded.examples),
         "seconds": seconds,
-        "records_per_second": account.records_read / seconds,
+        "records_per_second": encoded.ledger.records_read / seconds,
         "peak_memory_mb": peak.stop() / 2**20,
         "memory_before_mb": before / 2**20,
         "largest_process_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,

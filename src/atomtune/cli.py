@@ -27,8 +27,8 @@ def train(argv: Sequence[str]) -> int:
 
 def inspect(argv: Sequence[str]) -> int:
     """Show what of your records is learned, and what is wrong with them; no model is loaded."""
-    from atomtune.settings.read import read_settings
     from atomtune.settings.fields import InspectSettings
+    from atomtune.settings.read import read_settings
 
     settings = read_settings(InspectSettings, argv, command="inspect")
     from atomtune.inspect.command import inspect as run
@@ -38,8 +38,8 @@ def inspect(argv: Sequence[str]) -> int:
 
 def verify(argv: Sequence[str]) -> int:
     """Prove the fast path equal to plain transformers + PEFT on your model and records."""
-    from atomtune.settings.read import read_settings
     from atomtune.settings.fields import VerifySettings
+    from atomtune.settings.read import read_settings
 
     settings = read_settings(VerifySettings, argv, command="verify")
     from atomtune.verify import verify as run
@@ -49,8 +49,8 @@ def verify(argv: Sequence[str]) -> int:
 
 def merge(argv: Sequence[str]) -> int:
     """Write base + adapter as one plain model folder."""
-    from atomtune.settings.read import read_settings
     from atomtune.settings.fields import MergeSettings
+    from atomtune.settings.read import read_settings
 
     settings = read_settings(MergeSettings, argv, command="merge")
     from atomtune.export.merge import merge as run
@@ -60,8 +60,8 @@ def merge(argv: Sequence[str]) -> int:
 
 def chat(argv: Sequence[str]) -> int:
     """Talk to a trained adapter in the terminal."""
-    from atomtune.settings.read import read_settings
     from atomtune.settings.fields import ChatSettings
+    from atomtune.settings.read import read_settings
 
     settings = read_settings(ChatSettings, argv, command="chat")
     from atomtune.serve.chat import chat as run
@@ -119,7 +119,7 @@ def _answered(name: str, argv: Sequence[str]) -> int:
 
 def _unforeseen(name: str, error: Exception) -> int:
     """A disk that failed, in a command without words of its own for it; else a bug, shown whole."""
-    from atomtune.train.checkpoint.atomic import disk_failed
+    from atomtune.disk import disk_failed
 
     if disk_failed(error):
         print(f"\natomtune {name}: the disk is full, or it fails: {error}", file=sys.stderr)

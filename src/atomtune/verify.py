@@ -5,7 +5,6 @@ its logits, PEFT's own layers, the library's attention.
 """
 
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +13,29 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from atomtune.batch.collate import Collator, Layout
+from atomtune.batch.collate import Collator
+from atomtune.batch.cost import sample_rows
 from atomtune.batch.row import padded_tokens
-from atomtune.data.records import Example
-from atomtune.data.cache import Rules, as_examples, examples_of, together
+from atomtune.choices import Layout
+from atomtune.console import Voice
+from atomtune.data.cache import Rules, as_examples, concatenate, examples_of
 from atomtune.data.encoding.chat_template import load_template
+from atomtune.data.records import Example
 from atomtune.errors import BadData, BadSettings, CheckFailed
 from atomtune.model.adapter import match_targets, new_adapter
-from atomtune.model.layout_support import why_padded, windows_of
-from atomtune.model.load import device_in_use, load_base, load_tokenizer, pad_id_of, quiet_libraries, resolve_dtype
-from atomtune.model.loss import target_log_probabilities, target_nats
 from atomtune.model.fused_lora import compute_together, families_of
+from atomtune.model.layout_support import why_padded, windows_of
+from atomtune.model.load import (
+    BaseSpec,
+    device_in_use,
+    load_base,
+    load_tokenizer,
+    pad_id_of,
+    quiet_libraries,
+    resolve_dtype,
+)
+from atomtune.model.loss import target_log_probabilities, target_nats
 from atomtune.settings.fields import LoraSettings, ModelSettings, VerifySettings
-from atomtune.console import Voice
 
 
 @dataclass(frozen=True)
@@ -124,11 +133,11 @@ def verify(settings: VerifySettings) -> int:
 def _examples(settings: VerifySettings) -> tuple[list[Example], int]:
     tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     template, rules = load_template(settings.template, tokenizer), Rules(**settings.rules())
-    stored, account, _ = together([examples_of(source, template, rules) for source in settings.sources])
-    if not len(stored):
-        raise BadData(f"{', '.join(settings.sources)}: none of {account.records_read:,} records can be used.")
-    order = random.Random(settings.seed).sample(range(len(stored)), min(settings.records, len(stored)))
-    return [example for row in stored.select(order) for example in as_examples(row)], pad_id_of(tokenizer)
+    data = concatenate([examples_of(source, template, rules) for source in settings.sources])
+    if not len(data.examples):
+        raise BadData(f"{', '.join(settings.sources)}: none of {data.ledger.records_read:,} records can be used.")
+    rows = data.examples.select(sample_rows(len(data.examples), settings.records, seed=settings.seed))
+    return [example for row in rows for example in as_examples(row)], pad_id_of(tokenizer)
 
 
 def compare(
@@ -146,14 +155,7 @@ def compare(
     """Compute the examples in both ways, one model in memory at a time, at dropout 0."""
 
     def load() -> Any:
-        base = load_base(
-            str(model.model_path),
-            dtype=dtype,
-            device=device,
-            device_map=model.device_map,
-            quantize=model.quantize,
-            trust_remote_code=model.trust_remote_code,
-        )
+        base = load_base(BaseSpec(**model.base(), dtype=dtype, device=device))
         match_targets(base, lora.lora_targets)
         adapted = new_adapter(base, rank=lora.lora_rank, alpha=lora.lora_alpha, dropout=0.0, targets=lora.lora_targets)
         _fill(adapted)

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atomtune.analysis.texts import read_texts
-from atomtune.data.records import Record, Turn
 from atomtune.analysis.holdout import alike, held_out, overlapping
 from atomtune.analysis.shared_beginnings import trunks_of, without_trunk
+from atomtune.analysis.texts import read_texts
+from atomtune.data.records import Record, Turn
 
 groupings = st.lists(st.integers(0, 30), min_size=2, max_size=120).map(numpy.array)
 same_every_time = settings(derandomize=True, database=None, deadline=None)

@@ -9,10 +9,12 @@ from collections import Counter
 import numpy
 import pytest
 
-from atomtune.analysis.texts import PROBLEMS, near_or_equal, own_text, problems_of, read_texts, read_tokens
-from atomtune.data.records import Account, Example, Record, Refusal, Turn
+from atomtune.analysis.texts import own_text, read_texts
 from atomtune.analysis.unicode_scripts import SCRIPTS, letters_of
 from atomtune.data.cache import as_table
+from atomtune.data.ledger import Ledger
+from atomtune.data.records import Example, Record, Refusal, RefusalKind, Turn
+from atomtune.inspect.checks import PROBLEMS, near_or_equal, problems_of, read_tokens
 from tests.conftest import SHARED_DATA
 
 STOP, UNKNOWN = 2, 0
@@ -135,10 +137,10 @@ def test_where_a_prompt_ends_and_an_input_begins_is_part_of_the_prompt():
     assert one != other
 
 
-def problems(records: list[Record], tables, account: Account | None = None):
+def problems(records: list[Record], tables, ledger: Ledger | None = None):
     texts, tokens = read_texts(records), read_tokens(tables, stop=STOP, unknown=None)
     none = numpy.zeros(0, dtype=numpy.int64)
-    return problems_of(account or Account(), texts, tokens, {"cut": none, "control": none}), texts, tokens
+    return problems_of(ledger or Ledger(), texts, tokens, {"cut": none, "control": none}), texts, tokens
 
 
 def test_copies_near_copies_and_conflicts_are_counted_once_each():
@@ -159,8 +161,8 @@ def test_copies_near_copies_and_conflicts_are_counted_once_each():
 
 
 def test_nothing_used_is_no_trouble():
-    account = Account(records_read=1, records_refused=[Refusal("a:1", "why")])
-    found, *_ = problems([], [], account)
+    ledger = Ledger(records_read=1, records_refused=[Refusal("a:1", "why", RefusalKind.UNREADABLE)])
+    found, *_ = problems([], [], ledger)
     assert {name: one.count for name, one in found.items() if one.count} == {"refused": 1}
 
 

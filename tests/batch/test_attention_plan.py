@@ -69,7 +69,7 @@ def assert_same_sight(row: Row, window: int | None, width: int | None = None) ->
 @pytest.mark.parametrize("longest_segment", [3, 384])
 def test_the_blocks_together_are_the_law(monkeypatch, window, longest_segment):
     # Catches a key met twice (in the path and in the segment), a lost one, a sibling's, and a window off by one.
-    monkeypatch.setattr(attention, "LONGEST_SEGMENT", longest_segment)
+    monkeypatch.setattr(attention_plan, "LONGEST_SEGMENT", longest_segment)
     for row in rows(120, longest=14):
         assert_same_sight(row, window)
     for row in rows(40, longest=60):
@@ -155,13 +155,13 @@ def some_record(tokens: int, origin: str = "train.jsonl:1", last: int = 1) -> Ex
 @pytest.mark.parametrize("tokens", [384, 385, 768, 769, 1_000])
 def test_a_long_record_is_cut_into_a_chain_of_about_equal_parts(tokens):
     row = single(some_record(tokens))
-    parts = segments(row, longest=attention.LONGEST_SEGMENT)
+    parts = segments(row, longest=attention_plan.LONGEST_SEGMENT)
     assert [part.parent for part in parts] == list(range(-1, len(parts) - 1))
     assert [part.start for part in parts[1:]] == [part.end for part in parts[:-1]]
     lengths = [len(part) for part in parts]
-    assert len(parts) == -(-tokens // attention.LONGEST_SEGMENT)
+    assert len(parts) == -(-tokens // attention_plan.LONGEST_SEGMENT)
     assert sum(lengths) == tokens
-    assert max(lengths) <= attention.LONGEST_SEGMENT
+    assert max(lengths) <= attention_plan.LONGEST_SEGMENT
     assert max(lengths) - min(lengths) <= 1
 
 
@@ -177,7 +177,7 @@ def test_long_trunks_and_long_branches_are_computed_in_short_blocks(window):
     assert len(row) == 900 + 500 + 20 + 21 + 390
     plan = plan_attention(row, windows=(window,))
     widths = [block.width for siblings in plan.blocks[window].each for block in siblings.blocks]
-    assert max(widths) <= attention.LONGEST_SEGMENT
+    assert max(widths) <= attention_plan.LONGEST_SEGMENT
     assert_same_sight(row, window)
 
 
@@ -205,4 +205,4 @@ def test_masks_do_not_gather_over_a_long_run():
     for above in range(1, 130):
         leaves = [Example(trunk[:above] + (500 + k,) * 300, (0,) * above + (1,) * 300, str(k)) for k in range(2)]
         plan_attention(graft(leaves, least_saved=1), windows=(None, 350))
-    assert attention._mask.cache_info().currsize <= 64
+    assert attention_plan._mask.cache_info().currsize <= 64

@@ -13,11 +13,11 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizer
 
 from atomtune.data import cache
-from atomtune.data.encoding.encode import encode
-from atomtune.data.reading.sources import read_values
-from atomtune.data.records import Account
 from atomtune.data.cache import Rules, as_examples, examples_of, fingerprint_of, records_of
 from atomtune.data.encoding.chat_template import Template, load_template
+from atomtune.data.encoding.encode import encode
+from atomtune.data.ledger import Ledger
+from atomtune.data.reading.sources import read_values
 from atomtune.errors import BadData, BadSettings
 from tests.conftest import DIALOGUES, write_jsonl
 from tests.tiny import CHATML, tokenizer_of
@@ -60,7 +60,8 @@ def template_of(kind: str = "bytes", source: str | None = CHATML) -> Template:
 def asked(data: Path, cache: Path, **changed) -> tuple:
     values = {"template": template_of(), "max_tokens": 120, "overlength": "shorten", **changed}
     template, advance = values.pop("template"), values.pop("advance", lambda n_bytes: None)
-    return examples_of(data, template, Rules(**values), cache_dir=cache, advance=advance)
+    encoded = examples_of(data, template, Rules(**values), cache_dir=cache, advance=advance)
+    return encoded.examples, encoded.ledger, encoded.data_hash
 
 
 def entries(cache: Path) -> list[str]:
@@ -72,15 +73,15 @@ def entries(cache: Path) -> list[str]:
 
 @pytest.mark.parametrize("source", [CHATML, None])
 def test_what_is_served_is_what_was_encoded(data, tmp_path, source):
-    # Against encode() itself: no example lost, reordered or changed on its way through Arrow, and the account whole.
+    # Against encode() itself: no example lost, reordered or changed on its way through Arrow, and the ledger whole.
     template = template_of("sentencepiece" if source is None else "bytes", source)
-    account = Account()
-    direct = list(encode(read_values(data), template, account, max_tokens=120))
+    ledger = Ledger()
+    direct = list(encode(read_values(data), template, ledger, max_tokens=120))
     for _ in ("encoded", "served"):
         examples, told, _ = asked(data, tmp_path / "cache", template=template)
         assert [as_examples(row) for row in examples] == direct
-        assert told == account
-    assert account.records_cut and account.control_origins and len(account.broken) == 2  # nothing was compared empty
+        assert told == ledger
+    assert ledger.records_cut and ledger.control_origins and len(ledger.broken) == 2  # nothing was compared empty
 
 
 def test_notices_survive_the_store(tmp_path):
@@ -88,16 +89,16 @@ def test_notices_survive_the_store(tmp_path):
     records = [{"instrution": "typo", "output": "read"}, *({"instruction": "Hi", "output": "Hi", "id": 7},) * 2]
     data = write_jsonl(tmp_path / "train.jsonl", records)
     for _ in ("encoded", "served"):
-        _, account, _ = asked(data, tmp_path / "cache")
-        assert sorted(account.notices.values()) == [1, 2]
-        assert {type(notice) for notice in account.notices} == {str}
+        _, ledger, _ = asked(data, tmp_path / "cache")
+        assert sorted(ledger.notices.values()) == [1, 2]
+        assert {type(notice) for notice in ledger.notices} == {str}
 
 
 def test_a_second_time_nothing_is_encoded(data, tmp_path, no_encoding):
-    first, account, data_hash = asked(data, tmp_path / "cache")
+    first, ledger, data_hash = asked(data, tmp_path / "cache")
     no_encoding()
     again, same_account, same_hash = asked(data, tmp_path / "cache")
-    assert (same_account, same_hash) == (account, data_hash)
+    assert (same_account, same_hash) == (ledger, data_hash)
     assert again.to_list() == first.to_list()
 
 
@@ -194,8 +195,8 @@ def test_the_same_bytes_under_another_name_keep_their_own_origins(data, tmp_path
     asked(data, tmp_path / "cache")
     other = tmp_path / "other.jsonl"
     other.write_bytes(data.read_bytes())
-    examples, account, _ = asked(other, tmp_path / "cache")
-    named = [*examples["origin"], *account.cut_origins, *(refusal.origin for refusal in account.records_refused)]
+    examples, ledger, _ = asked(other, tmp_path / "cache")
+    named = [*examples["origin"], *ledger.cut_origins, *(refusal.origin for refusal in ledger.records_refused)]
     assert {origin.partition(":")[0] for origin in named} == {"other.jsonl"}
 
 
@@ -276,16 +277,16 @@ def test_killed_half_way_nothing_is_served(data, tmp_path):
     # A real process, a real SIGKILL: nobody could clean up, and still the next run reads every record.
     script = [sys.executable, "-c", KILLED, str(data), str(tmp_path / "cache")]
     assert subprocess.run(script, cwd=Path(__file__).parents[2], check=False).returncode == -signal.SIGKILL
-    assert not list((tmp_path / "cache").rglob("account.json"))
-    _, account, _ = asked(data, tmp_path / "cache")
-    assert account.records_read == 13
+    assert not list((tmp_path / "cache").rglob("ledger.json"))
+    _, ledger, _ = asked(data, tmp_path / "cache")
+    assert ledger.records_read == 13
 
 
 def test_one_entry_is_one_folder_and_no_other(data, tmp_path):
     asked(data, tmp_path / "cache")
     asked(data, tmp_path / "cache")
     (entry,) = (tmp_path / "cache" / "atomtune").iterdir()
-    assert sorted(path.name for path in entry.iterdir()) == ["account.json", "examples.arrow"]
+    assert sorted(path.name for path in entry.iterdir()) == ["ledger.json", "examples.arrow"]
 
 
 def test_whoever_finishes_second_gives_way(data, tmp_path):
@@ -297,8 +298,8 @@ def test_whoever_finishes_second_gives_way(data, tmp_path):
             others.append(None)
             others[0] = asked(data, cache)
 
-    examples, account, _ = asked(data, cache, advance=meanwhile)
-    assert account == others[0][1]
+    examples, ledger, _ = asked(data, cache, advance=meanwhile)
+    assert ledger == others[0][1]
     assert examples.to_list() == others[0][0].to_list()
     assert len(entries(cache)) == 1
 
@@ -308,9 +309,9 @@ def test_the_records_behind_the_rows_of_a_one_line_array_are_theirs(tmp_path):
     answers = ["word " * 400, "first", "second", "word " * 400, "third"]
     data = tmp_path / "train.json"
     data.write_text(json.dumps([{"instruction": "Hi", "output": answer} for answer in answers]))
-    examples, account, _ = asked(data, tmp_path / "cache")
+    examples, ledger, _ = asked(data, tmp_path / "cache")
     assert len(examples) == 3
-    assert len(account.records_refused) == 2
+    assert len(ledger.records_refused) == 2
     records = list(records_of(data, Rules(max_tokens=120), examples))
     assert [record.answer for record in records] == ["first", "second", "third"]
 
@@ -321,10 +322,10 @@ def test_the_records_behind_the_rows_of_a_one_line_array_are_theirs(tmp_path):
 def test_where_every_record_is_refused_there_are_no_examples_but_an_account(tmp_path):
     data = write_jsonl(tmp_path / "train.jsonl", [{"instruction": "Hi", "output": ""}, {"prompt": "Hi"}])
     for _ in ("encoded", "served"):
-        examples, account, _ = asked(data, tmp_path / "cache")
+        examples, ledger, _ = asked(data, tmp_path / "cache")
         assert len(examples) == 0
         assert examples.column_names == ["ids", "learn", "ends", "origin", "length", "digest"]
-        assert [refusal.origin for refusal in account.records_refused] == ["train.jsonl:1", "train.jsonl:2"]
+        assert [refusal.origin for refusal in ledger.records_refused] == ["train.jsonl:1", "train.jsonl:2"]
 
 
 @pytest.mark.parametrize("content", ["\n" * 5000, "[]", "[\n]\n"])
@@ -358,17 +359,17 @@ def test_progress_of_a_served_file_is_its_size(data, tmp_path):
         assert sum(seen) == data.stat().st_size
 
 
-# --- the account ----------------------------------------------------------------------------------------------------
+# --- the ledger ----------------------------------------------------------------------------------------------------
 
 
 def test_an_account_comes_back_from_json_as_it_was(data):
-    account = Account()
-    list(encode(read_values(data), template_of(), account, max_tokens=120))
-    assert Account.from_json(json.loads(json.dumps(account.to_json()))) == account
+    ledger = Ledger()
+    list(encode(read_values(data), template_of(), ledger, max_tokens=120))
+    assert Ledger.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
 
 
 def test_an_account_of_another_version_is_not_guessed_at():
-    values = Account().to_json()
+    values = Ledger().to_json()
     values.pop("records_cut")
     with pytest.raises(ValueError, match="another version"):
-        Account.from_json(values)
+        Ledger.from_json(values)

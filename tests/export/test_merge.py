@@ -51,7 +51,7 @@ def test_chat_answers_from_the_merged_folder_as_from_the_adapter(trained, tmp_pa
 
 def test_a_merge_that_changed_the_answers_fails_with_exit_code_4(trained, tmp_path, capsys, monkeypatch):
     """The bug: something is lost between the adapter and the written folder."""
-    real = export.load_base
+    real = merge.load_base
 
     def forgetful(path, **kwargs):
         model = real(path, **kwargs)
@@ -60,7 +60,7 @@ def test_a_merge_that_changed_the_answers_fails_with_exit_code_4(trained, tmp_pa
                 model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
         return model
 
-    monkeypatch.setattr(export, "load_base", forgetful)
+    monkeypatch.setattr(merge, "load_base", forgetful)
     assert main(["merge", "--adapter_path", str(trained[1]), "--output_dir", str(tmp_path / "m")]) == 4
     assert "do not serve it" in capsys.readouterr().err
 

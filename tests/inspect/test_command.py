@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from atomtune.cli import main
-from atomtune.analysis.texts import PROBLEMS
 from atomtune.data.records import Example
+from atomtune.inspect.checks import PROBLEMS
 from atomtune.inspect.html_page import LABELS
 from atomtune.inspect.tokens import CONTROL_LEARNED, LEARNED, Lettering, byte_of, coloured, show, visible
 from tests.conftest import DIALOGUES, SHARED_DATA, write_jsonl

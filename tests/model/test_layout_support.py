@@ -24,9 +24,9 @@ from atomtune.batch.tree import graft
 from atomtune.data.records import Example
 from atomtune.model import row_attention
 from atomtune.model.adapter import new_adapter
+from atomtune.model.fused_lora import compute_together, families_of
 from atomtune.model.layout_support import why_padded, windows_of
 from atomtune.model.loss import innermost, target_nats
-from atomtune.model.fused_lora import compute_together, families_of
 from tests.tiny import FAMILIES, SIZE
 
 WORDS = 97
@@ -175,7 +175,7 @@ def test_recomputed_activations_change_nothing(family, layout):
 @every_family
 @pytest.mark.parametrize("layout", ["packed", "tree"])
 def test_the_dense_mask_of_a_gpu_gives_the_same(monkeypatch, family, layout):
-    monkeypatch.setattr(attention, "by_dense_mask", lambda query, dropout: True)
+    monkeypatch.setattr(row_attention, "by_dense_mask", lambda query, dropout: True)
     assert_equal(family, layout, at_once(copy.deepcopy(adapted(family)), layout))
 
 

@@ -3,7 +3,7 @@
 import sentencepiece
 import torch
 
-from atomtune.model.load import load_base, load_tokenizer, resolve_dtype
+from atomtune.model.load import BaseSpec, load_base, load_tokenizer, resolve_dtype
 from tests.tiny import texts
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def test_nf4_weights_are_four_bits(models):
     import pytest
 
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    base = load_base(str(models("llama")), dtype=torch.bfloat16, device=CPU, quantize="nf4")
+    base = load_base(BaseSpec(path=str(models("llama")), dtype=torch.bfloat16, device=CPU, quantize="nf4"))
     layer = base.model.layers[0].mlp.gate_proj
     assert isinstance(layer, bitsandbytes.nn.Linear4bit)
     assert layer.weight.numel() * 2 == 32 * 64, "two weights lie in each byte"

@@ -160,7 +160,7 @@ def test_a_plan_serves_every_layer():
 @pytest.mark.parametrize("window", [None, 5])
 def test_a_base_that_drops_attention_weights_draws_them_once_by_the_dense_mask(monkeypatch, window):
     # The blocks compute weights twice and know no draws.
-    monkeypatch.setattr(attention, "_BlockAttention", None)
+    monkeypatch.setattr(row_attention, "_BlockAttention", None)
     row = some_rows(6)[5]
     plan = plan_attention(row, windows=(None, 5))
     one = asked(len(row), heads=2)
@@ -172,12 +172,14 @@ def test_a_base_that_drops_attention_weights_draws_them_once_by_the_dense_mask(m
     torch.testing.assert_close(out, expected.transpose(1, 2), **EXACT)
 
 
-@pytest.mark.parametrize(("tokens", "dense"), [(attention.MOST_MASKED, True), (attention.MOST_MASKED + 1, False)])
+@pytest.mark.parametrize(
+    ("tokens", "dense"), [(row_attention.MOST_MASKED, True), (row_attention.MOST_MASKED + 1, False)]
+)
 def test_on_a_gpu_only_rows_up_to_a_length_get_a_dense_mask(tokens, dense):
     class OnAGpu:
         is_cuda, shape = True, (1, 8, tokens, 64)
 
-    assert attention.by_dense_mask(OnAGpu(), 0.0) == dense
+    assert row_attention.by_dense_mask(OnAGpu(), 0.0) == dense
 
 
 def tensors_in(value: object) -> list[torch.Tensor]:

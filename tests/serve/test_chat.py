@@ -53,8 +53,8 @@ def test_a_conversation_reads_lines_and_an_empty_one_begins_anew(trained, capsys
 
 def test_control_strings_that_are_typed_stay_text(trained, capsys):
     """`</s>` typed by a user must not end the prompt."""
-    from atomtune.model.generate import prompt_ids
     from atomtune.model.adapter_folder import template_of
+    from atomtune.model.generate import prompt_ids
 
     template, _ = template_of(trained, trust_remote_code=False)
     plain = prompt_ids(template, [{"role": "user", "content": "x"}])

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from atomtune.settings.read import LIBRARY_DEFAULTS, TRAIN_GROUPS, read_settings, read_train
 from atomtune.errors import BadSettings
 from atomtune.settings.fields import ChatSettings, MergeSettings, TrainSettings
 from atomtune.settings.flags import RENAMED, kinds_of, library_kinds
+from atomtune.settings.read import LIBRARY_DEFAULTS, TRAIN_GROUPS, read_settings, read_train
 
 BOTH = ("--dataset_path", "train.jsonl", "--model_path", "base")
 

@@ -27,7 +27,7 @@ def files(tmp_path):
 
 def stream(files, *, buffer: int = 8, seed: int = 1) -> Stream:
     template = load_template("auto", tokenizer_of("bytes", CHATML))
-    return Stream(files, template, Rules(max_tokens=64), buffer=buffer, seed=seed, check=lambda account: None)
+    return Stream(files, template, Rules(max_tokens=64), buffer=buffer, seed=seed, check=lambda ledger: None)
 
 
 def origins(one: Stream, count: int) -> list[str]:
@@ -58,7 +58,7 @@ def test_no_record_comes_earlier_than_the_window_allows(files):
 def test_the_account_is_of_one_pass_however_many_are_read(files):
     one = stream(files)
     origins(one, 3 * RECORDS)
-    assert (one.account.records_read, one.account.records_used) == (RECORDS, RECORDS)
+    assert (one.ledger.records_read, one.ledger.records_used) == (RECORDS, RECORDS)
 
 
 def test_files_without_a_usable_record_end_it(tmp_path):

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from atomtune.data.encoding.encode import encode
-from atomtune.data.reading.sources import Found
-from atomtune.data.formats.detect import Form
-from atomtune.data.records import Account, Example
 from atomtune.data.encoding.chat_template import Template, built_in, load_template
+from atomtune.data.encoding.encode import encode
+from atomtune.data.formats.detect import Form
+from atomtune.data.ledger import Ledger
+from atomtune.data.reading.sources import Found
+from atomtune.data.records import Example
 from tests.tiny import CHATML, GEMMA, tokenizer_of
 
 CONVERSATIONS = 1000
@@ -114,13 +115,13 @@ def test_every_answer_stands_behind_what_a_server_would_send(kind, name):
     template = load_template(name, tokenizer(kind))
     draw = random.Random(f"{kind}{name}")
     chats = [conversation(draw) for _ in range(CONVERSATIONS)]
-    account = Account()
+    ledger = Ledger()
     found = [Found({"messages": chat}, f"chats.jsonl:{n}") for n, chat in enumerate(chats)]
     used = {
         examples[0].origin: examples
-        for examples in encode(found, template, account, form=Form("messages"), max_tokens=100_000)
+        for examples in encode(found, template, ledger, form=Form("messages"), max_tokens=100_000)
     }
-    refused = {refusal.origin for refusal in account.records_refused}
+    refused = {refusal.origin for refusal in ledger.records_refused}
     assert len(used) + len(refused) == CONVERSATIONS
     for n, chat in enumerate(chats):
         origin = f"chats.jsonl:{n}"
@@ -133,7 +134,7 @@ def test_every_answer_stands_behind_what_a_server_would_send(kind, name):
         learned = sum(sum(example.learn) for example in used[origin])
         assert learned == sum(len(answer) * times for _, answer, times in answers), "nothing else is learned"
         split = len(used[origin]) > 1
-        assert split == (origin in account.split_origins)
+        assert split == (origin in ledger.split_origins)
         if not split:  # the prefix law holds: one Example holds them all, in order
             (example,) = used[origin]
             assert list(example.ids) == answers[-1][0] + answers[-1][1]

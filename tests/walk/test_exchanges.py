@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from atomtune.data.encoding.encode import encode
-from atomtune.data.reading.sources import Found
-from atomtune.data.formats.detect import Form
-from atomtune.data.records import Account, Record, Turn
 from atomtune.data.cache import as_examples, as_table
 from atomtune.data.encoding.chat_template import CannotExpress, Template, load_template
+from atomtune.data.encoding.encode import encode
+from atomtune.data.formats.detect import Form
+from atomtune.data.ledger import Ledger
+from atomtune.data.reading.sources import Found
+from atomtune.data.records import Record, Turn
 from tests.tiny import CHATML, tokenizer_of
 
 #: As DeepSeek-R1's: the prompt opens the thoughts, and an earlier answer is shown without them.
@@ -40,9 +41,9 @@ def texts(template: Template, record: Record, at: int = -1) -> tuple[str, str]:
 
 
 def encoded(template: Template, *values: dict, form: str = "messages", max_tokens: int = 10_000, **more):
-    account = Account()
+    ledger = Ledger()
     found = [Found(value, f"train.jsonl:{n}") for n, value in enumerate(values, 1)]
-    return list(encode(found, template, account, form=Form(form), max_tokens=max_tokens, **more)), account
+    return list(encode(found, template, ledger, form=Form(form), max_tokens=max_tokens, **more)), ledger
 
 
 def chat(*texts: str, **more) -> dict:
@@ -85,8 +86,8 @@ def test_an_earlier_answer_is_asked_for_as_if_it_were_the_last(qwen):
     assert "hm" not in texts(qwen, record, 3)[0]
     value = chat("2+2?", "4", "And 3?", "5")
     value["messages"][1]["reasoning_content"] = "hm"
-    ((first, second),), account = encoded(qwen, value)
-    assert account.split_origins == ["train.jsonl:1"]
+    ((first, second),), ledger = encoded(qwen, value)
+    assert ledger.split_origins == ["train.jsonl:1"]
     stop = "<|im_end|>"
     assert learned(qwen, [first]) == [f"<think>\nhm\n</think>\n\n4{stop}"]
     assert learned(qwen, [second]) == [f"<think>\n\n</think>\n\n5{stop}"]
@@ -101,9 +102,9 @@ def test_a_prompt_that_opens_the_thoughts_is_gone_on_from():
 def test_thoughts_that_a_template_leaves_out_are_said(chatml):
     value = chat("2+2?", "4")
     value["messages"][1]["reasoning_content"] = "two and two"
-    ((example,),), account = encoded(chatml, value)
+    ((example,),), ledger = encoded(chatml, value)
     assert "two" not in chatml.tokenizer.decode(example.ids)
-    assert any("reasoning" in notice for notice in account.notices)
+    assert any("reasoning" in notice for notice in ledger.notices)
 
 
 def test_a_call_is_learned_and_its_answer_is_read(qwen):
@@ -117,8 +118,8 @@ def test_a_call_is_learned_and_its_answer_is_read(qwen):
         {"role": "tool", "content": "fog", "name": "weather"},
         {"role": "assistant", "content": "Fog."},
     ]
-    (examples,), account = encoded(qwen, value)
-    assert not account.records_refused
+    (examples,), ledger = encoded(qwen, value)
+    assert not ledger.records_refused
     first, second = learned(qwen, examples)
     assert '<tool_call>\n{"name": "weather", "arguments": {"at": "灯塔"}}\n</tool_call>' in first
     assert second.endswith("Fog.<|im_end|>")
@@ -168,10 +169,10 @@ def test_a_weight_of_two_counts_twice_and_of_none_not_at_all(chatml):
     value = chat("a", "first", "b", "second")
     value["messages"][1]["weight"] = 0
     value["messages"][3]["weight"] = 2
-    ((example,),), account = encoded(chatml, value)
+    ((example,),), ledger = encoded(chatml, value)
     assert learned(chatml, [example]) == ["second<|im_end|>"]
     assert set(example.learn) == {0, 2}
-    assert account.target_tokens == sum(example.learn)
+    assert ledger.target_tokens == sum(example.learn)
 
 
 def test_a_text_is_learned_whole_and_ends(chatml):
@@ -192,22 +193,22 @@ def test_only_the_answers_with_too_much_before_them_lose_the_oldest_turns(chatml
     value = chat("first question", "one", "second question", "two", "third question", "three")
     (whole,), _ = encoded(chatml, value)
     room = len(whole[0].ids) - 1
-    (examples,), account = encoded(chatml, value, max_tokens=room)
+    (examples,), ledger = encoded(chatml, value, max_tokens=room)
     assert learned(chatml, examples) == ["one<|im_end|>", "two<|im_end|>", "three<|im_end|>"], "no answer is lost"
     kept, shortened = examples
     assert list(kept.ids) == list(whole[0].ids[: len(kept.ids)])
     assert "first question" not in chatml.tokenizer.decode(shortened.ids)
-    assert account.cut_origins == ["train.jsonl:1"] and account.prompt_tokens_cut > 0
+    assert ledger.cut_origins == ["train.jsonl:1"] and ledger.prompt_tokens_cut > 0
     assert max(len(one.ids) for one in examples) <= room
 
 
 def test_a_refused_records_targets_are_counted(chatml):
     value = chat("a", "one", "b", "far too long an answer " * 20)
-    records, account = encoded(chatml, value, chat("a", "one"), max_tokens=60)
+    records, ledger = encoded(chatml, value, chat("a", "one"), max_tokens=60)
     whole, _ = encoded(chatml, value)
     assert len(records) == 1
-    assert "answer 2" in account.records_refused[0].reason
-    assert account.target_tokens_refused == sum(sum(one.learn) for one in whole[0])
+    assert "answer 2" in ledger.records_refused[0].reason
+    assert ledger.target_tokens_refused == sum(sum(one.learn) for one in whole[0])
 
 
 # --- kept together --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 
 from atomtune.cli import main
 from atomtune.train import trainer
+from atomtune.train.checkpoint import saving_trainer
 
 
 def command(base: Path, data: Path, out: Path, *more: str) -> list[str]:
@@ -207,9 +208,8 @@ def test_an_output_folder_that_is_a_file_is_refused(models, dialogues, tmp_path,
 
 def failing_disk(monkeypatch, fails) -> list[int]:
     """Saves for which `fails` is true end with the error of a full disk, after half of their files."""
-    from atomtune.train.checkpoint import saving_trainer
 
-    real, saves = saving.save_state, []
+    real, saves = saving_trainer.save_state, []
 
     def save_state(folder, name, value):
         if name == "schedule":
@@ -218,7 +218,7 @@ def failing_disk(monkeypatch, fails) -> list[int]:
                 raise OSError(28, "No space left on device")
         real(folder, name, value)
 
-    monkeypatch.setattr(saving, "save_state", save_state)
+    monkeypatch.setattr(saving_trainer, "save_state", save_state)
     return saves
 
 

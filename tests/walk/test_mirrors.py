@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atomtune.data.reading.sources import read_values
 from atomtune.data.formats.detect import recognise, to_record
-from atomtune.data.reading.jsonl import Found
-from atomtune.data.records import Account, Record, Turn
+from atomtune.data.ledger import Ledger
+from atomtune.data.reading.raw import RawRecord
+from atomtune.data.reading.sources import read_values
+from atomtune.data.records import Record, Turn
 from tests.conftest import write_jsonl
 
 
@@ -128,7 +129,7 @@ WRITERS: list[Callable[[Chat], dict[str, Any]]] = [
 
 def read(values: list[dict[str, Any]], **named: Any) -> list[tuple[Turn, ...]]:
     form = recognise(values, name="train.jsonl", **named)
-    made = [to_record(Found(value, f"train.jsonl:{n}"), Account(), form) for n, value in enumerate(values)]
+    made = [to_record(RawRecord(value, f"train.jsonl:{n}"), Ledger(), form) for n, value in enumerate(values)]
     assert all(isinstance(one, Record) for one in made), made
     return [one.turns for one in made if isinstance(one, Record)]
 
@@ -192,7 +193,7 @@ def test_calls_of_tools_are_the_same_record_in_sharegpt_and_messages():
         "tools": [{"type": "function", "function": tool}],
     }
     records = [
-        to_record(Found(value, "one:1"), Account(), recognise([value], name="one")) for value in (theirs, openai)
+        to_record(RawRecord(value, "one:1"), Ledger(), recognise([value], name="one")) for value in (theirs, openai)
     ]
     assert isinstance(records[0], Record) and records[0] == records[1]
 
@@ -222,7 +223,7 @@ def test_a_conversation_is_the_same_record_out_of_every_kind_of_file(tmp_path):
         parquet_of(tmp_path / "prompt.parquet", [prompt(chat) for chat in CHATS]),
     ]
     for file in files:
-        found = [one for one in read_values(file) if isinstance(one, Found)]
+        found = [one for one in read_values(file) if isinstance(one, RawRecord)]
         assert read([one.value for one in found]) == [chat.turns for chat in CHATS], file.name
 
 

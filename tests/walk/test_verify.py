@@ -63,8 +63,8 @@ def test_a_planted_fault_ends_with_4(models, dialogues, monkeypatch, capsys, pla
 
 
 def _give_rows(model) -> None:
-    from atomtune.model.row_attention import ROWS, register
     from atomtune.model.loss import innermost
+    from atomtune.model.row_attention import ROWS, register
 
     register()
     innermost(model).set_attn_implementation(ROWS)
@@ -72,13 +72,13 @@ def _give_rows(model) -> None:
 
 def test_a_fault_in_the_adapters_gradients_ends_with_4(models, dialogues, monkeypatch, capsys):
     # Loss and log-probabilities are right; only what is learned from them is not.
-    right = lowrank._LowRank.backward
+    right = fused_lora._LowRank.backward
 
     def scaled(ctx, *grads):
         x, keep, p, scales, *rest = right(ctx, *grads)
         return x, keep, p, scales, *(g * 1.1 if i % 4 == 3 and g is not None else g for i, g in enumerate(rest))
 
-    monkeypatch.setattr(lowrank._LowRank, "backward", staticmethod(scaled))
+    monkeypatch.setattr(fused_lora._LowRank, "backward", staticmethod(scaled))
     assert main(command(models("llama"), dialogues, "--dtype", "float32", "--records", "12")) == 4
     said = capsys.readouterr()
     assert said.out.count("DOES NOT HOLD") == 1
@@ -118,9 +118,9 @@ def test_a_run_that_verifies_writes_what_it_found(models, dialogues, tmp_path):
 
 
 def test_a_run_that_is_found_wrong_does_not_start(models, dialogues, monkeypatch, tmp_path):
-    right = lowrank._LowRank.forward
+    right = fused_lora._LowRank.forward
     monkeypatch.setattr(
-        lowrank._LowRank, "forward", staticmethod(lambda *given: tuple(1.2 * out for out in right(*given)))
+        fused_lora._LowRank, "forward", staticmethod(lambda *given: tuple(1.2 * out for out in right(*given)))
     )
     out = tmp_path / "out"
     assert train(models("llama"), dialogues, out, "--verify", "--dtype", "float32") == 4

@@ -7,7 +7,7 @@ Packed and tree layouts: all examples in one row, and the plan of its attention.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -15,9 +15,8 @@ from atomtune.batch.attention_plan import AttentionPlan, padded_length, plan_att
 from atomtune.batch.pack import pack
 from atomtune.batch.row import Row, padded_tokens, single
 from atomtune.batch.tree import graft
+from atomtune.choices import Layout
 from atomtune.data.records import Example
-
-Layout = Literal["padded", "packed", "tree"]
 
 
 class _Targets(TypedDict):

@@ -25,13 +25,16 @@ import numpy
 import pyarrow
 from datasets.arrow_writer import ArrowWriter
 
-from atomtune.data.encoding.encode import Encoder, Learn, Overlength, accounted
-from atomtune.data.reading.sources import Found, fingerprint_of, read_chunks, size_of
-from atomtune.data.formats.detect import Form, recognise, to_record
-from atomtune.data.reading.jsonl import Chunk, parse_chunk
-from atomtune.data.workers import in_order, workers_here
-from atomtune.data.records import Account, Example, Record, Refusal
+from atomtune.choices import FormatChoice, Learn, Overlength
 from atomtune.data.encoding.chat_template import Template
+from atomtune.data.encoding.encode import Encoder, entered_in_ledger
+from atomtune.data.formats.detect import Form, recognise, to_record
+from atomtune.data.ledger import Ledger
+from atomtune.data.reading.jsonl import parse_chunk
+from atomtune.data.reading.raw import Chunk
+from atomtune.data.reading.sources import RawRecord, fingerprint_of, read_chunks, size_of
+from atomtune.data.records import Example, Record, Refusal
+from atomtune.data.workers import in_order, workers_here
 from atomtune.errors import BadData, BadSettings
 
 FEATURES = datasets.Features(
@@ -57,9 +60,18 @@ class Rules:
     max_tokens: int
     overlength: Overlength = "shorten"
     learn: Learn = "all"
-    format: str = "auto"
+    format: FormatChoice = "auto"
     keys: tuple[tuple[str, str], ...] = ()  # (the file's key, ours)
     roles: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class EncodedData:
+    """The finished examples of one file or several."""
+
+    examples: datasets.Dataset  # columns as in FEATURES, a row a record
+    ledger: Ledger
+    data_hash: str  # of the bytes they were read from
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ class Part:
     """A finished batch of rows, on its way from the process that made it."""
 
     table: pyarrow.Table
-    account: Account
+    ledger: Ledger
     instructions: Counter[str]
 
 
@@ -94,8 +106,8 @@ def examples_of(
     *,
     advance: Callable[[int], None] = lambda n_bytes: None,
     cache_dir: Path | None = None,
-) -> tuple[datasets.Dataset, Account, str]:
-    """All examples of a file, folder or hub data set (columns as in FEATURES, a row a record), their account, its hash.
+) -> EncodedData:
+    """All examples of a file, folder or hub data set.
 
     Served from the store when nothing changed. advance is called with bytes read.
     Raises BadData for a file that cannot be read, or whose format cannot be told.
@@ -114,49 +126,51 @@ def examples_of(
     ]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
     folder = (cache_dir or Path(datasets.config.HF_DATASETS_CACHE)) / "atomtune" / key
-    if (folder / "account.json").is_file():
+    if (folder / "ledger.json").is_file():
         advance(size_of(source))
     else:
-        account = Account()
-        _write(folder, Path(source).name, account, encoded(source, template, rules, account, advance=advance))
-    account = Account.from_json(json.loads((folder / "account.json").read_text(encoding="utf-8")))
-    if account.records_used == 0:
-        return datasets.Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES), account, data_hash
-    return datasets.Dataset.from_file(str(folder / "examples.arrow")), account, data_hash
+        ledger = Ledger()
+        _write(folder, Path(source).name, ledger, encoded(source, template, rules, ledger, advance=advance))
+    ledger = Ledger.from_json(json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
+    if ledger.records_used == 0:
+        empty = datasets.Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)
+        return EncodedData(empty, ledger, data_hash)
+    return EncodedData(datasets.Dataset.from_file(str(folder / "examples.arrow")), ledger, data_hash)
 
 
-def together(parts: Sequence[tuple[datasets.Dataset, Account, str]]) -> tuple[datasets.Dataset, Account, str]:
-    """The examples of several files one behind the other, the account of all, and the hash of all their bytes."""
+def concatenate(parts: Sequence[EncodedData]) -> EncodedData:
+    """The examples of several files one behind the other, one ledger, and one hash of all their bytes."""
     if len(parts) == 1:
         return parts[0]
-    examples = datasets.concatenate_datasets([stored for stored, *_ in parts])
-    account = Account()
-    for _, one, _ in parts:
-        account.add(one)
-    shared = {one.shared_instruction for _, one, _ in parts}
-    account.shared_instruction = shared.pop() if len(shared) == 1 else None
-    account.records_copied = copies_in(examples)
-    return examples, account, hashlib.sha256("".join(one for *_, one in parts).encode()).hexdigest()
+    examples = datasets.concatenate_datasets([part.examples for part in parts])
+    ledger = Ledger()
+    for part in parts:
+        ledger.add(part.ledger)
+    shared_instructions = {part.ledger.shared_instruction for part in parts}
+    ledger.shared_instruction = shared_instructions.pop() if len(shared_instructions) == 1 else None
+    ledger.records_copied = copies_in(examples)
+    data_hash = hashlib.sha256("".join(part.data_hash for part in parts).encode()).hexdigest()
+    return EncodedData(examples, ledger, data_hash)
 
 
 def encoded(
     source: Path | str,
     template: Template,
     rules: Rules,
-    account: Account,
+    ledger: Ledger,
     *,
     advance: Callable[[int], None] = lambda n_bytes: None,
 ) -> Iterator[Part]:
-    """A source's records as finished rows, part by part, each entered into account."""
+    """A source's records as finished rows, part by part, each entered into ledger."""
     form, chunks = form_of(source, rules, advance)
     encoder = Encoder(template, form, rules.max_tokens, rules.overlength, rules.learn)
 
     def encode(chunk: Chunk) -> Part:
         made = encoder(parse_chunk(chunk))
-        return Part(as_table(made.records), made.account, made.instructions)
+        return Part(as_table(made.records), made.ledger, made.instructions)
 
     workers = workers_here() if size_of(source) > _WORTH_A_POOL else 1
-    yield from accounted(in_order(encode, chunks, workers=workers), account)
+    yield from entered_in_ledger(in_order(encode, chunks, workers=workers), ledger)
 
 
 def form_of(
@@ -169,7 +183,7 @@ def form_of(
     chunks = read_chunks(source, advance)
     first = list(itertools.islice(chunks, 1))
     found = [one for chunk in first for one in parse_chunk(chunk)]
-    seen = [one for one in found if isinstance(one, Found)][:_LOOKED_AT]
+    seen = [one for one in found if isinstance(one, RawRecord)][:_LOOKED_AT]
     values, place = [one.value for one in seen], next((one.origin for one in seen), "")
     form = recognise(
         values, asked=rules.format, keys=dict(rules.keys), roles=dict(rules.roles), name=Path(source).name, first=place
@@ -187,13 +201,13 @@ def records_of(
     for found in itertools.chain.from_iterable(map(parse_chunk, chunks)):
         if found.origin != next_one or isinstance(found, Refusal):
             continue
-        record = to_record(found, Account(), form)
+        record = to_record(found, Ledger(), form)
         if isinstance(record, Record):
             yield record
             next_one = next(origins, None)
 
 
-def _write(folder: Path, name: str, account: Account, parts: Iterable[Part]) -> None:
+def _write(folder: Path, name: str, ledger: Ledger, parts: Iterable[Part]) -> None:
     """Fill a folder beside the final one and rename it: a killed run leaves no half-made entry."""
     _prepare(folder.parent)
     for left in folder.parent.glob(".new-*"):  # of processes that were killed; a living one is younger than a day
@@ -203,14 +217,14 @@ def _write(folder: Path, name: str, account: Account, parts: Iterable[Part]) -> 
         writer = ArrowWriter(path=str(Path(made) / "examples.arrow"), features=FEATURES)
         for part in parts:
             writer.write_table(part.table)
-        if account.records_read == 0:
+        if ledger.records_read == 0:
             raise BadData(f"{name}: it holds no records. Expected one JSON object a line: instruction, input, output.")
         writer.finalize()
         writer.close()
-        account.records_copied = (
-            copies_in(datasets.Dataset.from_file(str(Path(made) / "examples.arrow"))) if account.records_used else 0
+        ledger.records_copied = (
+            copies_in(datasets.Dataset.from_file(str(Path(made) / "examples.arrow"))) if ledger.records_used else 0
         )
-        (Path(made) / "account.json").write_text(json.dumps(account.to_json(), ensure_ascii=False), encoding="utf-8")
+        (Path(made) / "ledger.json").write_text(json.dumps(ledger.to_json(), ensure_ascii=False), encoding="utf-8")
         done = Path(made).rename(folder.with_suffix(f".{Path(made).name[5:]}"))
     try:
         done.rename(folder)

@@ -1,11 +1,11 @@
-"""The nouns of the walk: Turn, Record, Piece, Exchange, Example, Refusal, and the Account that loses none of them.
+"""The nouns of the walk: Turn, Record, Piece, Exchange, Example, Refusal, and the Ledger that loses none of them.
 
 Before: a line in a file.  After: batch.row makes Rows of Examples.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Literal, NamedTuple
 
 #: `text` is a stretch that belongs to no dialogue and is learned whole.
@@ -83,102 +83,20 @@ class Example:
             raise ValueError(f"{self.origin}: the first token cannot be learned, nothing stands before it")
 
 
+class RefusalKind(StrEnum):
+    """Why a record is not trained on, for code; `Refusal.reason` is for people."""
+
+    UNREADABLE = "unreadable"  # no value could be read here
+    NO_RECORD = "no record"  # a value, but not a record of its file's format
+    TEMPLATE = "template"  # the chat template cannot write it
+    TOO_LONG = "too long"
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """A record that is not trained on, and why. `broken` records stop a run unless --skip_bad."""
 
     origin: str
     reason: str
+    kind: RefusalKind
     broken: bool = True
-
-
-@dataclass
-class Account:
-    """Where every record and token of one pass over a file went: read = used + refused."""
-
-    records_read: int = 0
-    records_used: int = 0
-    records_refused: list[Refusal] = field(default_factory=list)
-    records_cut: int = 0
-    records_split: int = 0  # used, and more than one Example, since a server would send earlier answers otherwise
-    records_copied: int = 0  # used, and token for token the same as an earlier one
-    prompt_tokens: int = 0
-    target_tokens: int = 0
-    examples: int = 0
-    target_tokens_refused: int = 0  # in the answers of refused records, as far as they could be read
-    prompt_tokens_cut: int = 0
-    format: str = ""  # how the file's values were read: alpaca, messages, …
-    cut_origins: list[str] = field(default_factory=list)
-    split_origins: list[str] = field(default_factory=list)
-    control_origins: list[str] = field(default_factory=list)  # records whose text holds a control string
-    unknown_tokens: int = 0  # targets the tokenizer has no token for
-    longest_tokens: int = 0
-    notices: Counter[str] = field(default_factory=Counter)  # what was accepted but is worth saying
-    shared_instruction: str | None = None  # the one instruction nearly all records carry
-
-    def refuse(self, refusal: Refusal, target_tokens: int = 0) -> None:
-        self.records_refused.append(refusal)
-        self.target_tokens_refused += target_tokens
-
-    def cut(self, origin: str, tokens: int) -> None:
-        self.records_cut += 1
-        self.cut_origins.append(origin)
-        self.prompt_tokens_cut += tokens
-
-    def use(self, examples: Sequence[Example]) -> None:
-        """Enter one record that is trained on, as the Examples it became."""
-        self.records_used += 1
-        self.examples += len(examples)
-        for example in examples:
-            targets = sum(example.learn)
-            self.target_tokens += targets
-            self.prompt_tokens += example.learn.count(0)
-            self.longest_tokens = max(self.longest_tokens, len(example.ids))
-
-    def add(self, other: "Account") -> None:
-        """Enter all of another account, of later records of the same file or of another file."""
-        for one in fields(self):
-            mine, theirs = getattr(self, one.name), getattr(other, one.name)
-            if isinstance(mine, Counter):
-                mine.update(theirs)
-            elif isinstance(mine, list):
-                mine += theirs
-            elif isinstance(mine, int):
-                setattr(self, one.name, max(mine, theirs) if one.name == "longest_tokens" else mine + theirs)
-        if other.format not in self.format.split(", "):
-            self.format = ", ".join(filter(None, (self.format, other.format)))
-
-    @property
-    def broken(self) -> list[Refusal]:
-        return [refusal for refusal in self.records_refused if refusal.broken]
-
-    def contract(self) -> dict[str, Any]:
-        """The data keys of `run.json`."""
-        return {
-            "records_read": self.records_read,
-            "records_used": self.records_used,
-            "records_refused": [{"origin": r.origin, "reason": r.reason} for r in self.records_refused],
-            "records_cut": self.records_cut,
-            "records_copied": self.records_copied,
-            "records_split": self.records_split,
-            "examples": self.examples,
-            "prompt_tokens": self.prompt_tokens,
-            "target_tokens": self.target_tokens,
-            "target_tokens_refused": self.target_tokens_refused,
-            "prompt_tokens_cut": self.prompt_tokens_cut,
-            "format": self.format,
-            "records_with_control_strings": self.control_origins,
-            "records_cut_origins": self.cut_origins,
-        }
-
-    def to_json(self) -> dict[str, Any]:
-        refused = [asdict(refusal) for refusal in self.records_refused]
-        return {**vars(self), "records_refused": refused, "notices": dict(self.notices)}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Account":
-        known = {f.name for f in fields(cls)}
-        if set(values) != known:
-            raise ValueError("the account was written by another version")
-        refused = [Refusal(**refusal) for refusal in values["records_refused"]]
-        return cls(**{**values, "records_refused": refused, "notices": Counter(values["notices"])})

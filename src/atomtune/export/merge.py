@@ -5,16 +5,17 @@ from typing import Any
 
 import torch
 
+from atomtune.console import Voice
 from atomtune.data.encoding.chat_template import Template
 from atomtune.errors import BadSettings, CheckFailed
 from atomtune.model.adapter import load_trained
+from atomtune.model.adapter_folder import base_of, template_of
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.generate import prompt_ids, stop_ids
-from atomtune.model.load import load_base, quiet_libraries, stored_dtype
+from atomtune.model.load import BaseSpec, load_base, quiet_libraries, stored_dtype
 from atomtune.settings.fields import MergeSettings
-from atomtune.model.adapter_folder import base_of, template_of
-from atomtune.console import Voice
 
+CPU = torch.device("cpu")
 #: Probe prompts of the check: both languages, digits, several lines.
 PROBES = ("你是谁？", "Who are you?", "1 + 1 = ?\n请一步一步地想。", "今天天气怎么样？")
 
@@ -39,7 +40,7 @@ def merge(settings: MergeSettings) -> int:
         stored_dtype(base_path, trust_remote_code=trust) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     )
     voice.say(f"loading {base_path} in {str(dtype).removeprefix('torch.')} …")
-    base = load_base(base_path, dtype=dtype, device=torch.device("cpu"), trust_remote_code=trust)
+    base = load_base(BaseSpec(path=base_path, dtype=dtype, device=CPU, trust_remote_code=trust))
     refuse_other_base(base_path, card.base, anyway=settings.other_base, notice=voice.notice)
     model = load_trained(base, adapter)
     before = _log_probabilities(model, template)
@@ -50,7 +51,7 @@ def merge(settings: MergeSettings) -> int:
     template.tokenizer.save_pretrained(out)
     card.save(out)
     voice.say("checking the written folder …")
-    written = load_base(str(out), dtype=dtype, device=torch.device("cpu"), trust_remote_code=trust).eval()
+    written = load_base(BaseSpec(path=str(out), dtype=dtype, device=CPU, trust_remote_code=trust)).eval()
     worst = max((a - b).abs().max().item() for a, b in zip(before, _log_probabilities(written, template), strict=True))
     allowed = TOLERANCE[dtype]
     name = str(dtype).removeprefix("torch.")

@@ -6,16 +6,17 @@ Before: cli.py hands the settings over.  After: nothing; what is found is said, 
 import json
 from pathlib import Path
 
+from atomtune.batch.cost import sample_rows
+from atomtune.console import Patient
 from atomtune.data.encoding.chat_template import load_template
 from atomtune.errors import BadSettings
-from atomtune.model.load import load_tokenizer, quiet_libraries
-from atomtune.settings.fields import InspectSettings
-from atomtune.inspect.limits import allowances, check
-from atomtune.inspect.report import drawn, look
 from atomtune.inspect.html_page import write_page
+from atomtune.inspect.limits import allowances, check
+from atomtune.inspect.report import look
 from atomtune.inspect.terminal import say_report
 from atomtune.inspect.tokens import Lettering, show
-from atomtune.console import Patient
+from atomtune.model.load import load_tokenizer, quiet_libraries
+from atomtune.settings.fields import InspectSettings
 
 
 def inspect(settings: InspectSettings) -> int:
@@ -35,13 +36,13 @@ def inspect(settings: InspectSettings) -> int:
     report = look(settings, load_template(settings.template, tokenizer), console)
     lettering = Lettering(tokenizer)
     if settings.json:
-        print(json.dumps(report.account.contract(), ensure_ascii=False))
+        print(json.dumps(report.ledger.contract(), ensure_ascii=False))
     say_report(report, console)
     if settings.samples and len(report.stored):
-        chosen = drawn(len(report.stored), settings.samples, settings.seed)
+        chosen = sample_rows(len(report.stored), settings.samples, seed=settings.seed)
         show(console, [one for row in chosen for one in report.examples(row)], lettering)
     if settings.html:
         write_page(report, Path(settings.html), lettering, seed=settings.seed)
         console.print(f"\nwritten: {settings.html}", markup=False, soft_wrap=True)
-    check(allowed, report.problems, report.account)
+    check(allowed, report.problems, report.ledger)
     return 0

@@ -18,11 +18,11 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from atomtune.inspect.histogram import Bar, histogram, percentiles
 from atomtune.analysis.near_duplicates import equal_groups
-from atomtune.analysis.texts import PROBLEMS, Problem, near_or_equal
 from atomtune.data.records import Example
 from atomtune.errors import BadSettings
+from atomtune.inspect.checks import PROBLEMS, Problem, near_or_equal
+from atomtune.inspect.histogram import Bar, histogram, percentiles
 from atomtune.inspect.report import Report
 from atomtune.inspect.terminal import scripts
 from atomtune.inspect.tokens import Lettering
@@ -75,18 +75,18 @@ def page(report: Report, lettering: Lettering, *, seed: int) -> str:
     """The report as HTML."""
     files = resources.files("atomtune.inspect") / "html"
     script = (files / "page.js").read_text(encoding="utf-8")
-    account = report.account
+    ledger = report.ledger
     rows = chosen_rows(report, seed=seed)
     longest, read, answers = report.tokens.longest, report.tokens.read, report.tokens.answers
     lengths = [("Whole record", "整条记录", longest), ("Read only, by record", "只读部分（每条记录）", read)]
     lengths.append(("Learned, by answer", "学习部分（每个答案）", answers))
-    refused = account.records_refused[:MOST_REFUSED]
+    refused = ledger.records_refused[:MOST_REFUSED]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string((files / "page.html.jinja").read_text(encoding="utf-8")).render(
         title=", ".join(Path(source).name for source in report.sources),
         report=report,
-        account=account,
-        target_tokens=account.target_tokens + account.target_tokens_refused,
+        ledger=ledger,
+        target_tokens=ledger.target_tokens + ledger.target_tokens_refused,
         problems=[(report.problems[name], PROBLEMS[name], *LABELS[name]) for name in PROBLEMS],
         lengths=[(*names, percentiles(values), _drawn(histogram(values))) for *names, values in lengths],
         scripts=[(*SCRIPT_NAMES.get(name, (name, name)), share) for name, share in scripts(report)],

@@ -7,9 +7,9 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from atomtune.analysis.texts import PROBLEMS, Problem
-from atomtune.data.records import Account
+from atomtune.data.ledger import Ledger
 from atomtune.errors import BadSettings, CheckFailed, listing
+from atomtune.inspect.checks import PROBLEMS, Problem
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ def _number(text: str) -> float | None:
     return float(text) if whole.isascii() and whole.isdigit() and (not part or part.isdigit()) else None
 
 
-def check(allowed: Sequence[Allowance], problems: Mapping[str, Problem], account: Account) -> None:
+def check(allowed: Sequence[Allowance], problems: Mapping[str, Problem], ledger: Ledger) -> None:
     """Raise CheckFailed with all that does not hold."""
-    read = account.records_read
+    read = ledger.records_read
     failed = [
         f"{one.name}: {count:,} of {read:,} records ({100 * count / max(1, read):.2f} %); at most {one} allowed."
         for one in allowed

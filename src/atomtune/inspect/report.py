@@ -4,7 +4,6 @@ Before: inspect.py hands the settings over.  After: summary.py says it in the te
 The walk ends after Example: these are the very tokens a run would train on, from the same store.
 """
 
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -16,25 +15,21 @@ import pyarrow
 import pyarrow.compute
 from rich.console import Console
 
-from atomtune.batch.attention_plan import padded_length
-from atomtune.batch.row import padded_tokens
-from atomtune.batch.tree import graft
-from atomtune.data.reading.sources import size_of
-from atomtune.inspect.histogram import Limit, limit_at, suggested
 from atomtune.analysis.near_duplicates import Numbers
-from atomtune.analysis.texts import Problem, Texts, Tokens, problems_of, read_texts, read_tokens
-from atomtune.data.records import Account, Example, Record
-from atomtune.data.cache import Rules, as_examples, examples_of, records_of, together
-from atomtune.data.encoding.chat_template import Template
-from atomtune.settings.fields import InspectSettings
+from atomtune.analysis.texts import Texts, read_texts
+from atomtune.batch.cost import SAMPLED_BATCHES, LayoutTokens, batches_of, sample_rows
 from atomtune.console import Reading
+from atomtune.data.cache import EncodedData, Rules, as_examples, concatenate, examples_of, records_of
+from atomtune.data.encoding.chat_template import Template
+from atomtune.data.ledger import Ledger
+from atomtune.data.reading.sources import size_of
+from atomtune.data.records import Example, Record, RefusalKind
+from atomtune.inspect.checks import Problem, Tokens, problems_of, read_tokens
+from atomtune.inspect.histogram import Limit, limit_at, suggested
+from atomtune.settings.fields import InspectSettings
 
 #: Longer than any record: with it, nothing is shortened or refused for its length.
 _NO_LIMIT = 2**31 - 1
-#: In the reason of a record that is refused for its length.
-TOO_LONG = "longer than max_seq_length"
-#: Batches drawn to see what a layout saves.
-_TRIED = 32
 
 
 @dataclass(frozen=True)
@@ -43,9 +38,7 @@ class Saving:
 
     batches: int
     records_per_batch: int
-    padded: int
-    packed: int
-    tree: int
+    tokens: LayoutTokens
     trunk: tuple[int, ...]
 
 
@@ -56,7 +49,7 @@ class Report:
     sources: tuple[str, ...]
     template: Template
     max_tokens: int
-    account: Account
+    ledger: Ledger
     stored: datasets.Dataset
     texts: Texts
     tokens: Tokens
@@ -75,36 +68,37 @@ def look(settings: InspectSettings, template: Template, console: Console) -> Rep
     """Read everything and find what there is to find."""
     rules = Rules(**settings.rules())
     parts = [_read(source, template, rules, console) for source in settings.sources]
-    stored, account, _ = together(parts)
+    data = concatenate(parts)
+    stored, ledger = data.examples, data.ledger
     records = chain.from_iterable(
-        _used(source, rules, part, console) for source, (part, *_) in zip(settings.sources, parts, strict=True)
+        _used(source, rules, part.examples, console) for source, part in zip(settings.sources, parts, strict=True)
     )
     texts = read_texts(records)
     assert len(texts.near) == len(stored), "the texts and the tokens of a record stand at the same place"
     stop = template.tokenizer.convert_tokens_to_ids(template.stop)
     tokens = read_tokens(_tables(stored), stop=stop, unknown=template.tokenizer.unk_token_id)
     longest = tokens.longest
-    if account.records_cut or any(TOO_LONG in one.reason for one in account.records_refused):
+    if ledger.records_cut or ledger.refused_as(RefusalKind.TOO_LONG):
         longest = _whole_lengths(settings.sources, template, rules, console)
     named = {
-        "cut": _where([(part, one.cut_origins) for part, one, _ in parts]),
-        "control": _where([(part, one.control_origins) for part, one, _ in parts]),
+        "cut": _where([(part.examples, part.ledger.cut_origins) for part in parts]),
+        "control": _where([(part.examples, part.ledger.control_origins) for part in parts]),
     }
     return Report(
         tuple(settings.sources),
         template,
         rules.max_tokens,
-        account,
+        ledger,
         stored,
         texts,
         tokens,
-        problems_of(account, texts, tokens, named),
+        problems_of(ledger, texts, tokens, named),
         (limit_at(longest, rules.max_tokens), *suggested(longest)) if len(longest) else (),
         _saving(stored, per_batch=settings.per_device_train_batch_size, seed=settings.seed) if len(stored) else None,
     )
 
 
-def _read(source: str, template: Template, rules: Rules, console: Console) -> tuple[datasets.Dataset, Account, str]:
+def _read(source: str, template: Template, rules: Rules, console: Console) -> EncodedData:
     with Reading(console, size_of(source), f"reading {Path(source).name}") as reading:
         return examples_of(source, template, rules, advance=reading.advance)
 
@@ -117,7 +111,7 @@ def _used(source: str, rules: Rules, stored: datasets.Dataset, console: Console)
 def _whole_lengths(sources: Iterable[str], template: Template, rules: Rules, console: Console) -> Numbers:
     """How long the records are where nothing is shortened, those included that are refused for their length."""
     whole = replace(rules, max_tokens=_NO_LIMIT)
-    stored = [_read(source, template, whole, console)[0] for source in sources]
+    stored = [_read(source, template, whole, console).examples for source in sources]
     return read_tokens(chain.from_iterable(map(_tables, stored)), stop=0, unknown=None).longest
 
 
@@ -134,23 +128,16 @@ def _where(named: Iterable[tuple[datasets.Dataset, Sequence[str]]]) -> Numbers:
     return numpy.flatnonzero(numpy.concatenate(marks))
 
 
-def drawn(rows: int, count: int, seed: int) -> list[int]:
-    return random.Random(seed).sample(range(rows), min(rows, count))
-
-
 def _saving(stored: datasets.Dataset, *, per_batch: int, seed: int) -> Saving:
     """What each layout computes for batches drawn as the sampler draws them."""
-    rows = stored.select(drawn(len(stored), per_batch * _TRIED, seed))
-    records = [as_examples(row) for row in rows]
-    batches = [list(chain(*records[i : i + per_batch])) for i in range(0, len(records), per_batch)]
-    every = list(chain(*records))
+    rows = stored.select(sample_rows(len(stored), per_batch * SAMPLED_BATCHES, seed=seed))
+    batches = batches_of(rows, per_batch, as_examples)
+    every = list(chain(*batches))
     first, last = min(one.ids for one in every), max(one.ids for one in every)  # what these share, all share
     shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return Saving(
         len(batches),
         per_batch,
-        sum(map(padded_tokens, batches)),
-        sum(padded_length(sum(len(one.ids) for one in batch)) for batch in batches),
-        sum(padded_length(len(graft(batch))) for batch in batches),
+        LayoutTokens.of(batches),
         first[:shared] if len(every) > 1 else (),
     )

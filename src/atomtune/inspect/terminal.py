@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from atomtune.inspect.histogram import Bar, Limit, histogram, percentiles
 from atomtune.analysis.near_duplicates import Numbers
-from atomtune.analysis.texts import PROBLEMS, Problem
-from atomtune.data.records import Account
 from atomtune.analysis.unicode_scripts import SCRIPTS
-from atomtune.inspect.report import TOO_LONG, Report
+from atomtune.data.ledger import Ledger
+from atomtune.data.records import RefusalKind
+from atomtune.inspect.checks import PROBLEMS, Problem
+from atomtune.inspect.histogram import Bar, Limit, histogram, percentiles
+from atomtune.inspect.report import Report
 
 #: Origins that stand beside a problem.
 _SHOWN = 3
@@ -27,16 +28,16 @@ def say_report(report: Report, console: Console) -> None:
     def say(text: str = "", style: str = "") -> None:
         console.print(text, style=style, markup=False, soft_wrap=True)
 
-    account = report.account
+    ledger = report.ledger
     say(f"{', '.join(report.sources)}", "bold")
-    form, template = account.format or "nothing", report.template
+    form, template = ledger.format or "nothing", report.template
     say(f"read as {form}; template {template.name}, an answer stops at {template.stop}")
     if template.unknown_controls:
         say(f"note: {', '.join(template.unknown_controls)} of this template are text to this tokenizer", "yellow")
     _section(console, "Ledger")
-    for line in ledger(account):
+    for line in ledger_lines(ledger):
         say(f"  {line}")
-    for said, count in account.notices.items():
+    for said, count in ledger.notices.items():
         say(f"  note: {said} in {counted(count, 'record')}", "yellow")
     _section(console, "Lengths, in tokens")
     console.print(_lengths({"read only, a record": report.tokens.read, "learned, an answer": report.tokens.answers}))
@@ -59,21 +60,21 @@ def say_report(report: Report, console: Console) -> None:
     say()
 
 
-def ledger(account: Account) -> Iterator[str]:
+def ledger_lines(ledger: Ledger) -> Iterator[str]:
     """The sums that must hold, as sums."""
-    refused, tokens = len(account.records_refused), account.target_tokens + account.target_tokens_refused
+    refused, tokens = len(ledger.records_refused), ledger.target_tokens + ledger.target_tokens_refused
     yield (
-        f"records        {account.records_read:,} read = {account.records_used:,} used + {refused:,} refused"
-        f"; {account.records_cut:,} of the used are shortened"
+        f"records        {ledger.records_read:,} read = {ledger.records_used:,} used + {refused:,} refused"
+        f"; {ledger.records_cut:,} of the used are shortened"
     )
     yield (
-        f"target tokens  {tokens:,} read = {account.target_tokens:,} used + {account.target_tokens_refused:,} refused"
+        f"target tokens  {tokens:,} read = {ledger.target_tokens:,} used + {ledger.target_tokens_refused:,} refused"
         "; none is cut"
     )
-    yield f"prompt tokens  {account.prompt_tokens:,} used; {account.prompt_tokens_cut:,} cut away"
-    if account.records_split:
+    yield f"prompt tokens  {ledger.prompt_tokens:,} used; {ledger.prompt_tokens_cut:,} cut away"
+    if ledger.records_split:
         yield (
-            f"examples       {account.examples:,}: {account.records_split:,} conversations are learned in several"
+            f"examples       {ledger.examples:,}: {ledger.records_split:,} conversations are learned in several"
             " parts, as a server would send them"
         )
 
@@ -83,11 +84,11 @@ def limits(report: Report) -> Iterator[str]:
     if not report.limits:
         return
     asked, nothing, little = report.limits
-    account, total = report.account, report.account.records_read
+    ledger, total = report.ledger, report.ledger.records_read
     if asked.records:
-        refused = sum(TOO_LONG in one.reason for one in account.records_refused)
+        refused = len(ledger.refused_as(RefusalKind.TOO_LONG))
         yield _cost(asked, total)
-        cut = f"{account.records_cut:,} shortened, by {account.prompt_tokens_cut:,} prompt tokens"
+        cut = f"{ledger.records_cut:,} shortened, by {ledger.prompt_tokens_cut:,} prompt tokens"
         yield f"so {cut}, and {refused:,} refused"
     else:
         yield "no record is longer"
@@ -114,9 +115,9 @@ def savings(report: Report) -> Iterator[str]:
         return
     what = f"{saving.batches:,} batch{'es' * (saving.batches != 1)} of {saving.records_per_batch}"
     yield f"all records drawn begin with the same {len(saving.trunk):,} tokens"
-    yield f"padded  {saving.padded:>12,} tokens computed for {what}"
-    for name, tokens in (("packed", saving.packed), ("tree", saving.tree)):
-        less = saving.padded / tokens
+    yield f"padded  {saving.tokens.padded:>12,} tokens computed for {what}"
+    for name, tokens in (("packed", saving.tokens.packed), ("tree", saving.tokens.tree)):
+        less = saving.tokens.padded / tokens
         yield f"{name:<7} {tokens:>12,}  {f'{less:.2f}× less' if less >= 1 else f'{1 / less:.2f}× more'}"
 
 
@@ -157,7 +158,7 @@ def _range(bar: Bar) -> str:
 
 def problems(report: Report) -> Iterator[str]:
     """A line for each check that found something, and one for all that found nothing."""
-    read = max(1, report.account.records_read)
+    read = max(1, report.ledger.records_read)
     for name, problem in report.problems.items():
         if problem.count:
             groups = f"; {counted(problem.groups, 'group')}" if problem.groups else ""
@@ -170,7 +171,7 @@ def problems(report: Report) -> Iterator[str]:
 
 def _places(report: Report, problem: Problem) -> Iterator[str]:
     """Where a problem is, on one line; a refused record with its reason, on a line of its own."""
-    refused = report.account.records_refused
+    refused = report.ledger.records_refused
     if problem.name == "refused":
         yield from (f"{one.origin}  {one.reason}" for one in refused[:_SHOWN])
         if len(refused) > _SHOWN:

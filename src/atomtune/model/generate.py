@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from atomtune.data.encoding.token_ids import ids_of
 from atomtune.data.encoding.chat_template import Message, Template
+from atomtune.data.encoding.token_ids import ids_of
 from atomtune.model.load import pad_id_of
 
 

@@ -13,8 +13,8 @@ from atomtune.batch.collate import collate_row
 from atomtune.batch.row import Row, untils
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
-from atomtune.model.row_attention import ROWS, register
 from atomtune.model.loss import innermost, model_inputs, takes
+from atomtune.model.row_attention import ROWS, register
 
 #: Layers whose attention the plan can express: everything before, or the last tokens before.
 _EXPRESSIBLE = {"full_attention", "sliding_attention"}

@@ -8,8 +8,9 @@ import os
 import pickle
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -17,11 +18,9 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from atomtune.choices import Dtype, Quantize
 from atomtune.errors import BadModel, BadSettings, UserError
 from atomtune.model.fingerprint import folder_of, weight_files
-
-DtypeName = Literal["auto", "float64", "float32", "bfloat16", "float16"]
-Quantize = Literal["nf4", "int8"]
 
 
 def quiet_libraries() -> None:
@@ -57,7 +56,7 @@ def _cpu_bfloat16_instructions() -> bool:
 
 
 def resolve_dtype(
-    name: DtypeName, device: torch.device, *, fp16: bool, bf16: bool, notice: Callable[[str], None]
+    name: Dtype, device: torch.device, *, fp16: bool, bf16: bool, notice: Callable[[str], None]
 ) -> torch.dtype:
     """The dtype of the base's weights: as asked, else what --fp16/--bf16 mean here, else the device's best.
 
@@ -125,31 +124,38 @@ def pad_id_of(tokenizer: Any) -> int:
     return 0
 
 
-def load_base(
-    path: str,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    device_map: str | None = None,
-    quantize: Quantize | None = None,
-    trust_remote_code: bool = False,
-) -> Any:
+@dataclass(frozen=True, kw_only=True)
+class BaseSpec:
+    """Which base model, and how its weights are held."""
+
+    path: str  # a folder or a hub name
+    dtype: torch.dtype
+    device: torch.device
+    device_map: str | None = None
+    quantize: Quantize | None = None
+    trust_remote_code: bool = False
+
+
+def load_base(spec: BaseSpec) -> Any:
     """The frozen base model on its device, KV cache off.
 
     Raises BadModel with the remedy: not there, gated, no network, needs remote code, does not fit.
     """
-    extra: dict[str, Any] = {"device_map": device_map} if device_map else {}
-    if quantize:
-        extra = {"quantization_config": _quantization(quantize, dtype), "device_map": device_map or {"": device}}
-    if folder := folder_of(path):
+    placement: dict[str, Any] = {"device_map": spec.device_map} if spec.device_map else {}
+    if spec.quantize:
+        placement = {
+            "quantization_config": _quantization(spec.quantize, spec.dtype),
+            "device_map": spec.device_map or {"": spec.device},
+        }
+    if folder := folder_of(spec.path):
         weight_files(folder)  # an index that leads out of the folder is refused before anything is read
-    with _explained(path, "model"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with _explained(spec.path, "model"):
+        config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
         base = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, **extra
+            spec.path, config=config, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code, **placement
         )
-    if not extra:
-        base.to(device)
+    if not placement:
+        base.to(spec.device)
     base.config.use_cache = False
     base.requires_grad_(False)
     return base

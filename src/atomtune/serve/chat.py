@@ -9,15 +9,15 @@ import torch
 from rich.console import Console
 from transformers import TextStreamer
 
-from atomtune.data.records import Turn
 from atomtune.data.encoding.chat_template import Message, Template
+from atomtune.data.records import Turn
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import load_trained
+from atomtune.model.adapter_folder import base_of, template_of
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.generate import answer, prompt_ids
-from atomtune.model.load import device_in_use, load_base, quiet_libraries, resolve_dtype
+from atomtune.model.load import BaseSpec, device_in_use, load_base, quiet_libraries, resolve_dtype
 from atomtune.settings.fields import ChatSettings
-from atomtune.model.adapter_folder import base_of, template_of
 
 
 def chat(settings: ChatSettings) -> int:
@@ -62,14 +62,8 @@ def _model(settings: ChatSettings, folder: Path, trained_on: str, notices: Conso
         raise BadSettings([f"--model_path: {folder} is a whole model already."])
     path = str(folder) if merged else base_of(folder, settings.model_path)
     device = device_in_use()
-    base = load_base(
-        path,
-        dtype=resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=notice),
-        device=device,
-        device_map=settings.device_map,
-        quantize=settings.quantize,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=notice)
+    base = load_base(BaseSpec(**{**settings.base(), "path": path}, dtype=dtype, device=device))
     if merged:
         return base.eval()
     refuse_other_base(path, trained_on, anyway=settings.other_base, notice=notice)

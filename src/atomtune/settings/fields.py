@@ -10,6 +10,8 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from atomtune.choices import CHECKS, TEMPLATES, Dtype, FormatChoice, LayoutChoice, Learn, Overlength, Quantize
+
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
 
@@ -27,24 +29,21 @@ class RecordSettings:
         None, "records: files (JSONL, JSON, CSV, TSV, Parquet, also .gz and .zst), a `datasets` folder or a hub name"
     )
     mix: list[float] = setting([], "with several files: how often each one's records are seen in an epoch, as 1 0.5")
-    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt", "text"] = setting(
-        "auto", "how a record is written; auto: told from each file's first records"
-    )
+    format: FormatChoice = setting("auto", "how a record is written; auto: told from each file's first records")
     keys: list[str] = setting([], "other names of keys, as question=instruction,answer=output")
     roles: list[str] = setting([], "other names of roles, as bot=assistant")
-    learn: Literal["all", "last"] = setting("all", "of a conversation: every answer, or the last one alone")
+    learn: Learn = setting("all", "of a conversation: every answer, or the last one alone")
     max_seq_length: int = setting(256, "longest example, in tokens", at_least=8)
-    overlength: Literal["shorten", "skip", "error"] = setting(
+    overlength: Overlength = setting(
         "shorten", "what to do with a longer one: shorten its prompt, skip it, or stop; the answer is never cut"
     )
     skip_overlength: bool = setting(False, "the tutorial's name for --overlength skip")
     skip_bad: bool = setting(False, "train on the good records when some are broken; the broken are listed in run.json")
     template: str = setting(
         "auto",
-        "auto (the tokenizer's own chat template, else atom), a .jinja file, or one of atom, atom-official, chatml, "
-        "llama3, mistral, gemma, qwen, alpaca, vicuna, plain",
+        f"auto (the tokenizer's own chat template, else atom), a .jinja file, or one of {', '.join(TEMPLATES)}",
     )
-    layout: Literal["auto", "tree", "packed", "padded"] = setting(
+    layout: LayoutChoice = setting(
         "auto", "how a batch is laid out: shared beginnings once, end to end, or padded; auto: the cheapest exact one"
     )
 
@@ -82,16 +81,31 @@ class DataSettings(RecordSettings):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ModelSettings:
+class TokenizerSettings:
+    """The base whose tokenizer reads the records"""
+
+    model_path: str | None = setting(None, "the base model: a folder or a name on the hub")
+    trust_remote_code: bool = setting(False, "run Python code that comes with the model; read it first")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelSettings(TokenizerSettings):
     """Model"""
 
-    model_path: str | None = setting(None, "the base: a folder or a hub name")
-    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = setting(
-        "auto", "of the base's weights; auto: bfloat16 where the device is good at it, else float32"
+    dtype: Dtype = setting(
+        "auto", "number format of the base's weights; auto: bfloat16 where the device is good at it, else float32"
     )
-    quantize: Literal["nf4", "int8"] | None = setting(None, "keep the base in 4 or 8 bits (needs atomtune[qlora])")
+    quantize: Quantize | None = setting(None, "keep the base in 4 or 8 bits (needs atomtune[qlora])")
     device_map: str | None = setting(None, "auto spreads a base larger than one device over all there are")
-    trust_remote_code: bool = setting(False, "run Python code that comes with the model; read it first")
+
+    def base(self) -> dict[str, Any]:
+        """What model.load.BaseSpec needs to know, besides dtype and device."""
+        return {
+            "path": str(self.model_path),
+            "device_map": self.device_map,
+            "quantize": self.quantize,
+            "trust_remote_code": self.trust_remote_code,
+        }
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -139,17 +153,15 @@ class VerifySettings(RecordSettings, ModelSettings, LoraSettings):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class InspectSettings(RecordSettings):
+class InspectSettings(RecordSettings, TokenizerSettings):
     """Inspect"""
 
-    model_path: str | None = setting(None, "the base whose tokenizer reads the records; no weights are loaded")
-    trust_remote_code: bool = setting(False, "run Python code that comes with the model; read it first")
     html: str | None = setting(None, "write the report as one page to this file")
-    json: bool = setting(False, "print the account of records and tokens as JSON, and nothing else, on standard output")
+    json: bool = setting(False, "print the ledger of records and tokens as JSON, and nothing else, on standard output")
     fail_on: list[str] = setting(
         [],
-        "end with exit code 4 where more is found than allowed, as cut,duplicates=5%,control=10; of refused, cut, "
-        "duplicates, near_duplicates, conflicts, control, blank, one_token, no_stop, unknown",
+        "end with exit code 4 where more is found than allowed, as cut,duplicates=5%,control=10; "
+        f"of {', '.join(CHECKS)}",
     )
     samples: int = setting(3, "how many records to show token by token", at_least=0)
     per_device_train_batch_size: int = setting(16, "records in a batch, to tell what a layout saves", at_least=1)
@@ -157,19 +169,17 @@ class InspectSettings(RecordSettings):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class MergeSettings:
+class MergeSettings(TokenizerSettings):
     """Merge"""
 
     adapter_path: str = setting(..., "a run's output folder or one of its checkpoints")
     output_dir: str = setting(..., "where the merged model goes")
-    model_path: str | None = setting(None, "the base, where it is not the one the adapter names")
     other_base: bool = setting(False, "use a base whose weights are not those the adapter was trained on")
-    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = setting("auto", "auto: as the base is stored")
-    trust_remote_code: bool = setting(False, "run Python code that comes with the model; read it first")
+    dtype: Dtype = setting("auto", "number format of the merged weights; auto: as the base is stored")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ChatSettings:
+class ChatSettings(ModelSettings):
     """Chat"""
 
     adapter_path: str = setting(..., "a run's output folder, one of its checkpoints, or a merged model")
@@ -177,12 +187,7 @@ class ChatSettings:
     system: str | None = setting(None, "the instruction of the conversation")
     max_new_tokens: int = setting(512, "longest answer, in tokens", at_least=1)
     temperature: float = setting(0.0, "0: always the likeliest token; higher: more varied", at_least=0)
-    model_path: str | None = setting(None, "the base, where it is not the one the adapter names")
     other_base: bool = setting(False, "use a base whose weights are not those the adapter was trained on")
-    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = setting("auto", "of the base's weights")
-    quantize: Literal["nf4", "int8"] | None = setting(None, "keep the base in 4 or 8 bits (needs atomtune[qlora])")
-    device_map: str | None = setting(None, "auto spreads a base larger than one device over all there are")
-    trust_remote_code: bool = setting(False, "run Python code that comes with the model; read it first")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Sources: what flags and a YAML file say, before anyone asks whether it may be said.
 
-After: settings/read.py checks the values. transformers.TrainingArguments' names and types are read from that file's text, so
+transformers.TrainingArguments' names and types are read from that file's text, so
 that a wrong flag is answered without importing torch.
 """
 

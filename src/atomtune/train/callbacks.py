@@ -16,18 +16,10 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from atomtune.errors import RunFailed, listing
+from atomtune.train.ranks import of_all_ranks, on_any_rank
 
 #: What asks a run to stop. A launcher sends TERM, a terminal INT or HUP, a cluster's scheduler USR1 before its limit.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
-
-
-def on_any_rank(flag: bool, args: Any) -> bool:
-    """Whether the flag is up on one rank at least; every rank must ask."""
-    if args.world_size <= 1:
-        return flag
-    shared = torch.tensor(int(flag), device=args.device)
-    torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
-    return bool(shared.item())
 
 
 class WorkCounter(TrainerCallback, ExportableState):
@@ -170,7 +162,7 @@ class FiniteSteps(TrainerCallback):
         if not on_any_rank(bool(self._spoiled) or not finite, args):
             return
         what = f"The loss is {self._value}" if self._spoiled else "A gradient is not finite"
-        records = _of_all_ranks(self._spoiled or self._origins, args)
+        records = of_all_ranks(self._spoiled or self._origins, args)
         said = f"{what} at step {state.global_step + 1}, in a batch with these records:\n{listing(records)}"
         if self.work.skipped_steps >= self.budget:
             left_out = f"{self.work.skipped_steps} such steps were left out before. " if self.work.skipped_steps else ""
@@ -203,14 +195,6 @@ class FiniteSteps(TrainerCallback):
 def _local(gradient: torch.Tensor) -> torch.Tensor:
     """This rank's part of a gradient that is divided among ranks."""
     return gradient.to_local() if hasattr(gradient, "to_local") else gradient
-
-
-def _of_all_ranks(origins: list[str], args: Any) -> list[str]:
-    if args.world_size <= 1:
-        return origins
-    every: list[Any] = [None] * args.world_size
-    torch.distributed.all_gather_object(every, origins)
-    return [origin for some in every for origin in some]
 
 
 class Spikes(TrainerCallback):

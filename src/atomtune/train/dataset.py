@@ -14,16 +14,18 @@ from typing import Any
 
 import datasets
 
-from atomtune.data.reading.sources import fingerprint_of, size_of
-from atomtune.analysis.texts import read_texts
-from atomtune.data.records import Account, Record
 from atomtune.analysis.holdout import alike, held_out, overlapping
-from atomtune.data.cache import Rules, examples_of, records_of, together
+from atomtune.analysis.texts import read_texts
+from atomtune.batch.cost import sample_rows
+from atomtune.console import Voice
+from atomtune.data.cache import EncodedData, Rules, concatenate, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template
+from atomtune.data.ledger import Ledger
+from atomtune.data.reading.sources import fingerprint_of, size_of
+from atomtune.data.records import Record
 from atomtune.errors import BadData, BadSettings, listing
 from atomtune.train.run_context import Job
 from atomtune.train.streaming import Stream
-from atomtune.console import Voice
 
 
 @dataclass(frozen=True)
@@ -34,29 +36,28 @@ class Data:
     evaluate: datasets.Dataset | None
     data_hash: str
     eval_hash: str = ""  # of the file of --eval_path
-    stored: Account | None = None  # of what was read before training; a stream is read while training
+    stored: Ledger | None = None  # of what was read before training; a stream is read while training
 
     @property
-    def account(self) -> Account:
+    def ledger(self) -> Ledger:
         """Where every record went; of a stream, as far as it was read."""
         if self.stored is not None:
             return self.stored
         assert isinstance(self.train, Stream)
-        return self.train.account
+        return self.train.ledger
 
     def read_meanwhile(self, voice: Voice) -> dict[str, Any]:
-        """Say and give the account of a stream as far as it was read; of stored records all was said before."""
+        """Say and give the ledger of a stream as far as it was read; of stored records all was said before."""
         if not isinstance(self.train, Stream):
             return {}
-        say_account(self.train.account, self.train.template, voice)
-        return {**self.train.account.contract(), "records_copied": None}  # to tell copies takes all records at once
+        say_ledger(self.train.ledger, self.train.template, voice)
+        return {**self.train.ledger.contract(), "records_copied": None}  # to tell copies takes all records at once
 
     def some(self, records: int, *, seed: int) -> list[dict[str, Any]]:
         """So many of the training records at random, without putting back; of a stream, the first."""
         if isinstance(self.train, Stream):
             return list(itertools.islice(self.train, records))
-        order = random.Random(seed).sample(range(len(self.train)), min(len(self.train), records))
-        return list(self.train.select(order))
+        return list(self.train.select(sample_rows(len(self.train), records, seed=seed)))
 
 
 def read_data(job: Job, template: Template) -> Data:
@@ -69,11 +70,12 @@ def read_data(job: Job, template: Template) -> Data:
     if len(set(names)) < len(names):
         voice.notice("some of these files have one name; where a record of theirs is named, look into each.")
     parts = [_read(source, job, template) for source in asked.sources]
-    examples, account, data_hash = together(parts)
-    job.record.update(data={"path": asked.dataset_path, "sha256": data_hash}, **account.contract())
-    say_account(account, template, voice)
-    _refuse_broken(account, skip_bad=asked.skip_bad)
-    _refuse_empty(account, ", ".join(asked.sources))
+    data = concatenate(parts)
+    examples, ledger = data.examples, data.ledger
+    job.record.update(data={"path": asked.dataset_path, "sha256": data.data_hash}, **ledger.contract())
+    say_ledger(ledger, template, voice)
+    _refuse_broken(ledger, skip_bad=asked.skip_bad)
+    _refuse_empty(ledger, ", ".join(asked.sources))
     learned = list(range(len(examples)))
     if asked.eval_size:
         learned, held = _held_out(job, parts)
@@ -81,13 +83,13 @@ def read_data(job: Job, template: Template) -> Data:
         job.record.update(records_held_out=evaluate["origin"][:])
         voice.say(f"{len(held):,} records are held out to evaluate on, {len(learned):,} to train on.")
     elif evaluate is not None:
-        _say_overlap(job, [stored for stored, *_ in parts], evaluate)
-    ends = list(accumulate(len(stored) for stored, *_ in parts))
+        _say_overlap(job, [part.examples for part in parts], evaluate)
+    ends = list(accumulate(len(part.examples) for part in parts))
     drawn = mixed(learned, ends, asked.mix, seed=job.args.seed)
     if asked.mix:
         voice.say(f"mixed as {asked.mix}: an epoch sees {len(drawn):,} records.")
     train = examples if len(drawn) == len(examples) and not asked.mix else examples.select(drawn)
-    return Data(train, evaluate, data_hash, eval_hash, account)
+    return Data(train, evaluate, data.data_hash, eval_hash, ledger)
 
 
 def _to_evaluate(job: Job, template: Template) -> tuple[datasets.Dataset | None, str]:
@@ -95,20 +97,20 @@ def _to_evaluate(job: Job, template: Template) -> tuple[datasets.Dataset | None,
     asked, voice = job.settings.data, job.voice
     if not asked.eval_path:
         return None, ""
-    evaluate, account, eval_hash = _read(asked.eval_path, job, template)
+    data = _read(asked.eval_path, job, template)
     voice.say(f"{Path(asked.eval_path).name}, to evaluate on:")
-    say_account(account, template, voice)
-    _refuse_broken(account, skip_bad=asked.skip_bad)
-    _refuse_empty(account, asked.eval_path)
-    return evaluate, eval_hash
+    say_ledger(data.ledger, template, voice)
+    _refuse_broken(data.ledger, skip_bad=asked.skip_bad)
+    _refuse_empty(data.ledger, asked.eval_path)
+    return data.examples, data.data_hash
 
 
 def _stream(job: Job, template: Template) -> Stream:
     asked, voice = job.settings.data, job.voice
     names = ", ".join(asked.sources)
 
-    def check(account: Account) -> None:
-        _refuse_broken(account, skip_bad=asked.skip_bad)
+    def check(ledger: Ledger) -> None:
+        _refuse_broken(ledger, skip_bad=asked.skip_bad)
 
     rules = Rules(**asked.rules())
     stream = Stream(asked.sources, template, rules, buffer=asked.shuffle_buffer, seed=job.args.seed, check=check)
@@ -119,7 +121,7 @@ def _stream(job: Job, template: Template) -> Stream:
     return stream
 
 
-def _read(source: str, job: Job, template: Template) -> tuple[datasets.Dataset, Account, str]:
+def _read(source: str, job: Job, template: Template) -> EncodedData:
     name = Path(source).name
     with job.args.main_process_first(), job.voice.reading(size_of(source), f"reading {name}") as reading:
         return examples_of(source, template, Rules(**job.settings.data.rules()), advance=reading.advance)
@@ -141,13 +143,13 @@ def mixed(rows: list[int], ends: list[int], mix: list[float], *, seed: int) -> l
     return chosen
 
 
-def _held_out(job: Job, parts: list[tuple[datasets.Dataset, Account, str]]) -> tuple[list[int], list[int]]:
+def _held_out(job: Job, parts: list[EncodedData]) -> tuple[list[int], list[int]]:
     """(rows to learn, rows to hold out), whatever is alike on one side."""
-    size, records = job.settings.data.eval_size, sum(len(stored) for stored, *_ in parts)
+    size, records = job.settings.data.eval_size, sum(len(part.examples) for part in parts)
     held = round(size * records) if size < 1 else int(size)
     if not 0 < held < records:
         raise BadSettings([f"--eval_size {size:g} holds out {held} of {records} records."])
-    groups = alike(read_texts(_texts(job, job.settings.data.sources, [stored for stored, *_ in parts])))
+    groups = alike(read_texts(_texts(job, job.settings.data.sources, [part.examples for part in parts])))
     rows = held_out(groups, held, seed=job.args.data_seed or job.args.seed)
     if not rows[0]:
         raise BadSettings([f"--eval_size {size:g}: all {records:,} records are alike, so none can be held out fairly."])
@@ -181,21 +183,21 @@ def _texts(job: Job, sources: list[str], stored: list[datasets.Dataset]) -> Iter
             yield from records_of(source, rules, rows, reading.advance)
 
 
-def say_account(account: Account, template: Template, voice: Voice) -> None:
+def say_ledger(ledger: Ledger, template: Template, voice: Voice) -> None:
     voice.say(
-        f"{account.records_read:,} records read ({account.format}), {account.records_used:,} used, "
-        f"{len(account.records_refused):,} refused, {account.records_cut:,} shortened; "
-        f"{account.prompt_tokens:,} prompt and {account.target_tokens:,} target tokens; "
+        f"{ledger.records_read:,} records read ({ledger.format}), {ledger.records_used:,} used, "
+        f"{len(ledger.records_refused):,} refused, {ledger.records_cut:,} shortened; "
+        f"{ledger.prompt_tokens:,} prompt and {ledger.target_tokens:,} target tokens; "
         f"template {template.name}, stops at {template.stop}."
     )
-    for said, count in account.notices.items():
+    for said, count in ledger.notices.items():
         voice.notice(f"{said} in {count:,} records.")
-    if account.records_copied:
-        voice.notice(f"{account.records_copied:,} records are copies of another and are learned once more.")
-    if account.split_origins:
+    if ledger.records_copied:
+        voice.notice(f"{ledger.records_copied:,} records are copies of another and are learned once more.")
+    if ledger.split_origins:
         voice.notice(
             "a server would send other tokens before a later answer than the earlier one was learned as; so these are "
-            f"several examples each, what they share computed once: {_some(account.split_origins)}."
+            f"several examples each, what they share computed once: {_some(ledger.split_origins)}."
         )
     if not template.writes_bos:
         voice.notice(
@@ -207,15 +209,15 @@ def say_account(account: Account, template: Template, voice: Voice) -> None:
             f"the template {template.name} writes {', '.join(template.unknown_controls)}, which are text to this "
             "tokenizer, not control tokens. The model's own template, or atom, suits it better."
         )
-    if account.cut_origins:
-        voice.notice(f"shortened to fit --max_seq_length: {_some(account.cut_origins)}.")
-    if account.control_origins:
-        voice.notice(f"control strings in the text stay text in: {_some(account.control_origins)}.")
-    if account.unknown_tokens:
-        voice.notice(f"{account.unknown_tokens:,} target tokens are unknown to this tokenizer and are learned as such.")
-    if account.shared_instruction is not None:
+    if ledger.cut_origins:
+        voice.notice(f"shortened to fit --max_seq_length: {_some(ledger.cut_origins)}.")
+    if ledger.control_origins:
+        voice.notice(f"control strings in the text stay text in: {_some(ledger.control_origins)}.")
+    if ledger.unknown_tokens:
+        voice.notice(f"{ledger.unknown_tokens:,} target tokens are unknown to this tokenizer and are learned as such.")
+    if ledger.shared_instruction is not None:
         voice.notice("nearly all records share one instruction; it is stored with the adapter as chat's default.")
-    refused = [refusal for refusal in account.records_refused if not refusal.broken]
+    refused = [refusal for refusal in ledger.records_refused if not refusal.broken]
     if refused:
         voice.notice(f"not trained on:\n{listing([f'{r.origin}  {r.reason}' for r in refused], 5)}")
 
@@ -225,19 +227,19 @@ def _some(origins: list[str], shown: int = 5) -> str:
     return ", ".join(origins[:shown]) + (f" and {rest:,} more (all in run.json)" if rest > 0 else "")
 
 
-def _refuse_broken(account: Account, *, skip_bad: bool) -> None:
+def _refuse_broken(ledger: Ledger, *, skip_bad: bool) -> None:
     """Raise BadData with every broken record, unless they are to be skipped."""
-    broken = account.broken
+    broken = ledger.broken
     if broken and not skip_bad:
-        good = account.records_read - len(broken)
+        good = ledger.records_read - len(broken)
         raise BadData(
             f"{listing([f'{r.origin}  {r.reason}.' for r in broken])}\n"
-            f"{len(broken):,} of {account.records_read:,} records refused (all in run.json)."
+            f"{len(broken):,} of {ledger.records_read:,} records refused (all in run.json)."
             + (f" --skip_bad trains on the other {good:,}." if good else "")
         )
 
 
-def _refuse_empty(account: Account, path: str) -> None:
-    if not account.records_used:
-        first = account.records_refused[0]
-        raise BadData(f"{path}: none of {account.records_read:,} records can be used. {first.origin}: {first.reason}.")
+def _refuse_empty(ledger: Ledger, path: str) -> None:
+    if not ledger.records_used:
+        first = ledger.records_refused[0]
+        raise BadData(f"{path}: none of {ledger.records_read:,} records can be used. {first.origin}: {first.reason}.")

@@ -7,11 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from atomtune.settings.read import DEMO_FOLDER
-from atomtune.data.records import Turn
 from atomtune.data.encoding.chat_template import Template
+from atomtune.data.records import Turn
 from atomtune.model.generate import answer
 from atomtune.settings.fields import TrainSettings
+from atomtune.settings.read import DEMO_FOLDER
 
 LONGEST_ANSWER = 60  # tokens; the demo's answers are one or two sentences
 

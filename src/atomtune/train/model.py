@@ -17,8 +17,8 @@ from atomtune.model.adapter import (
     start_from_weights,
 )
 from atomtune.model.fingerprint import refuse_other_base
-from atomtune.model.load import device_in_use, load_base, resolve_dtype
 from atomtune.model.fused_lora import compute_together, families_of
+from atomtune.model.load import BaseSpec, device_in_use, load_base, resolve_dtype
 from atomtune.model.memory import should_checkpoint
 from atomtune.train.arguments import CHECKPOINTING
 from atomtune.train.run_context import Job
@@ -50,14 +50,7 @@ def load_model(job: Job, *, longest_tokens: int) -> Any:
             f"torchrun --nproc_per_node {torch.cuda.device_count()} -m atomtune train …"
         )
     voice.say(f"loading {model.model_path} …")
-    base = load_base(
-        str(model.model_path),
-        dtype=dtype,
-        device=device,
-        device_map=model.device_map,
-        quantize=model.quantize,
-        trust_remote_code=model.trust_remote_code,
-    )
+    base = load_base(BaseSpec(**model.base(), dtype=dtype, device=device))
     if start.path is not None:
         card = Card.load(start.path if start.path.is_dir() else start.path.parent)
         refuse_other_base(

@@ -11,10 +11,11 @@ from filelock import FileLock, Timeout
 from rich.filesize import decimal
 
 from atomtune.data.cache import tokenizer_text
+from atomtune.disk import disk_failed
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped
 from atomtune.model.memory import is_out_of_memory
 from atomtune.settings.fields import TrainSettings
-from atomtune.train.checkpoint.atomic import checkpoints, damage, disk_failed
+from atomtune.train.checkpoint.atomic import checkpoints, damage
 from atomtune.train.run_context import Job
 
 

@@ -15,8 +15,9 @@ import datasets
 import torch
 from transformers import PrinterCallback, set_seed
 
-from atomtune.data.records import Account
+from atomtune.console import Voice
 from atomtune.data.encoding.chat_template import load_template
+from atomtune.data.ledger import Ledger
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped, UserError
 from atomtune.model.adapter import WEIGHTS, Card, refuse_empty
 from atomtune.model.fingerprint import fingerprint
@@ -24,20 +25,20 @@ from atomtune.model.load import load_tokenizer, pad_id_of, quiet_libraries
 from atomtune.model.memory import StepShape, is_out_of_memory, peak_bytes, remedies
 from atomtune.settings.fields import TrainSettings
 from atomtune.train.arguments import CHECKPOINTING, lengths, trainer_arguments
-from atomtune.train.checkpoint.start import Start, find_start, read_record
-from atomtune.train.dataset import Data, read_data
-from atomtune.train.output_folder import answer, check_space, locked, same_command
-from atomtune.train.run_identity import identity, refuse_another_run
+from atomtune.train.callbacks import Stop
 from atomtune.train.checkpoint.atomic import clear_staging, publish, staged
-from atomtune.train.run_context import Job
+from atomtune.train.checkpoint.start import Start, find_start
+from atomtune.train.dataset import Data, read_data
+from atomtune.train.demo import Samples
 from atomtune.train.layout import check_equal, choose_layout
 from atomtune.train.model import load_model
-from atomtune.train.run_report import RunRecord, TrainingBar, draw_loss
-from atomtune.train.demo import Samples
+from atomtune.train.output_folder import answer, check_space, locked, same_command
+from atomtune.train.progress import TrainingBar
+from atomtune.train.run_context import Job
+from atomtune.train.run_identity import identity, refuse_another_run
+from atomtune.train.run_report import RunRecord, draw_loss, read_record
 from atomtune.train.streaming import Stream
 from atomtune.train.trainer import LoraTrainer
-from atomtune.train.callbacks import Stop
-from atomtune.console import Voice
 
 #: More passes over the records than this are probably not meant: the adapter learns them by heart.
 MANY_PASSES = 30
@@ -123,14 +124,14 @@ def _run(job: Job, began: float) -> None:
     if settings.run.verify:
         check_equal(job, data, pad_id=pad_id_of(tokenizer))
     set_seed(job.args.seed)
-    longest = settings.data.max_seq_length if settings.data.streaming else data.account.longest_tokens
+    longest = settings.data.max_seq_length if settings.data.streaming else data.ledger.longest_tokens
     model = load_model(job, longest_tokens=longest)
     collator = choose_layout(job, model, tokenizer, data)
     card = Card(
         template=template.name,
         instruction_role=template.instruction_role,
         stop=template.stop,
-        instruction=data.account.shared_instruction,
+        instruction=data.ledger.shared_instruction,
         data_hash=data.data_hash,
         max_seq_length=settings.data.max_seq_length,
         base=fingerprint(str(settings.model.model_path)) or "",
@@ -167,7 +168,7 @@ def _run(job: Job, began: float) -> None:
     loss = _fit(job, trainer, data)
     _save(job, trainer, loss)
     samples.show_after(job.voice.console)
-    _say_next(job, trainer, loss, data.account)
+    _say_next(job, trainer, loss, data.ledger)
 
 
 def _refuse_what_is_not_used(job: Job, trainer: LoraTrainer) -> None:
@@ -214,7 +215,7 @@ def _fit(job: Job, trainer: LoraTrainer, data: Data) -> float:
             batch=args.per_device_train_batch_size,
             accumulation=args.gradient_accumulation_steps,
             max_seq_length=job.settings.data.max_seq_length,
-            longest_tokens=data.account.longest_tokens,
+            longest_tokens=data.ledger.longest_tokens,
             checkpointing=bool(getattr(args, CHECKPOINTING)),
             quantize=job.settings.model.quantize,
             on_gpu=device.type == "cuda",
@@ -268,7 +269,7 @@ def _save(job: Job, trainer: LoraTrainer, loss: float) -> None:
     )
 
 
-def _say_next(job: Job, trainer: LoraTrainer, loss: float, account: Account) -> None:
+def _say_next(job: Job, trainer: LoraTrainer, loss: float, ledger: Ledger) -> None:
     history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     fell = f" (from {history[0]:.3f} to {history[-1]:.3f})" if len(history) > 1 else ""
     work, folder, voice = trainer.work, job.args.output_dir, job.voice
@@ -283,7 +284,7 @@ def _say_next(job: Job, trainer: LoraTrainer, loss: float, account: Account) -> 
     )
     if job.settings.demo:
         voice.say(f"  {atomtune} train --model_path YOUR_MODEL --dataset_path YOUR.jsonl")
-    if account.shared_instruction is not None:
+    if ledger.shared_instruction is not None:
         voice.say(
             "Other servers need the shared instruction (atomtune.json) with every request, as training had it: as the "
             "system message under atom, else in front of what the user says."

@@ -5,10 +5,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from atomtune.console import Voice
 from atomtune.settings.fields import TrainSettings
 from atomtune.train.checkpoint.start import Start
 from atomtune.train.run_report import RunRecord
-from atomtune.console import Voice
 
 
 @dataclass(frozen=True)

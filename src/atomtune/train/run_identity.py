@@ -13,8 +13,8 @@ from atomtune.data.cache import tokenizer_text
 from atomtune.data.encoding.chat_template import Template
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import adapter_file
-from atomtune.train.dataset import Data
 from atomtune.train.checkpoint.atomic import read_manifest
+from atomtune.train.dataset import Data
 from atomtune.train.run_context import Job
 
 #: The Trainer's settings that decide which numbers a run computes.

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from atomtune.data.records import Account
 from atomtune.data.cache import Rules, encoded
 from atomtune.data.encoding.chat_template import Template
+from atomtune.data.ledger import Ledger
 from atomtune.errors import BadData
 
 
@@ -21,8 +21,8 @@ class Stream(IterableDataset):
     """Rows as the store has them, pass after pass without an end; each record once a pass.
 
     buffer   rows that wait; each time one of them is drawn at random
-    check    is shown the account after every part and may raise
-    account  of the newest reading's first pass, as far as it has come
+    check    is shown the ledger after every part and may raise
+    ledger  of the newest reading's first pass, as far as it has come
     """
 
     def __init__(
@@ -33,19 +33,19 @@ class Stream(IterableDataset):
         *,
         buffer: int,
         seed: int,
-        check: Callable[[Account], None],
+        check: Callable[[Ledger], None],
     ) -> None:
         super().__init__()
         self.sources, self.template, self.rules = sources, template, rules
         self.buffer, self.seed, self.check = buffer, seed, check
-        self.account = Account()
+        self.ledger = Ledger()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self.account = Account()
+        self.ledger = Ledger()
         for number in itertools.count():
             draw = random.Random(f"{self.seed} {number}")
             waiting: list[dict[str, Any]] = []
-            for row in self._rows(self.account if number == 0 else Account()):
+            for row in self._rows(self.ledger if number == 0 else Ledger()):
                 waiting.append(row)
                 if len(waiting) > self.buffer:
                     at = draw.randrange(len(waiting))
@@ -54,10 +54,10 @@ class Stream(IterableDataset):
             draw.shuffle(waiting)
             yield from waiting
 
-    def _rows(self, account: Account) -> Iterator[dict[str, Any]]:
+    def _rows(self, ledger: Ledger) -> Iterator[dict[str, Any]]:
         for source in self.sources:
-            for part in encoded(source, self.template, self.rules, account):
-                self.check(account)
+            for part in encoded(source, self.template, self.rules, ledger):
+                self.check(ledger)
                 yield from part.table.to_pylist()
-        if not account.records_used:
-            raise BadData(f"{', '.join(self.sources)}: none of {account.records_read:,} records can be used.")
+        if not ledger.records_used:
+            raise BadData(f"{', '.join(self.sources)}: none of {ledger.records_read:,} records can be used.")

@@ -17,19 +17,11 @@ from transformers import TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from atomtune.model.loss import target_nats
-from atomtune.train.checkpoint.start import STATE
+from atomtune.train.callbacks import AtBegin, FiniteSteps, LogWhatIsSaved, Reach, Spikes, Stop, WorkCounter
 from atomtune.train.checkpoint.saving_trainer import SavingTrainer
-from atomtune.train.callbacks import (
-    AtBegin,
-    FiniteSteps,
-    LogWhatIsSaved,
-    Reach,
-    Spikes,
-    Stop,
-    WorkCounter,
-    on_any_rank,
-)
+from atomtune.train.checkpoint.start import STATE
 from atomtune.train.dataloader import deaf_workers
+from atomtune.train.ranks import on_any_rank
 
 
 class LoraTrainer(SavingTrainer):

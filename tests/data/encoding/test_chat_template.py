@@ -3,9 +3,9 @@
 import pytest
 from transformers import AutoTokenizer
 
+from atomtune.data.encoding.chat_template import CannotExpress, Template, load_template, restore_template
 from atomtune.data.encoding.token_ids import ids_of
 from atomtune.data.records import Record, Turn
-from atomtune.data.encoding.chat_template import CannotExpress, Template, load_template, restore_template
 from atomtune.errors import BadModel, BadSettings, UserError
 from atomtune.model.load import load_tokenizer
 from tests.tiny import CHATML, GEMMA, lone_sentencepiece, tokenizer_of

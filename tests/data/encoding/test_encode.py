@@ -12,13 +12,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from atomtune.data.encoding.encode import BATCH_RECORDS, encode
-from atomtune.data.reading.sources import Found
-from atomtune.data.formats.schema import Form
-from atomtune.data.encoding.token_ids import ids_of
-from atomtune.data.records import Account, Example, Record, Refusal, Turn
-from atomtune.data.encoding.truncate import shorten
 from atomtune.data.encoding.chat_template import Template, load_template
+from atomtune.data.encoding.encode import BATCH_RECORDS, encode
+from atomtune.data.encoding.token_ids import ids_of
+from atomtune.data.encoding.truncate import shorten
+from atomtune.data.formats.schema import Form
+from atomtune.data.ledger import Ledger
+from atomtune.data.reading.sources import Found
+from atomtune.data.records import Example, Record, Refusal, RefusalKind, Turn
 from atomtune.model.load import load_tokenizer
 from tests.tiny import CHATML, GEMMA, lone_sentencepiece, tokenizer_of
 
@@ -152,10 +153,10 @@ def as_read(tokenizer, parts: list[Control | str]) -> list[Control | str]:
 
 
 def encoded(template: Template, *values: dict, max_tokens: int = PLENTY, overlength="shorten"):
-    account = Account()
+    ledger = Ledger()
     found = [Found(value, f"train.jsonl:{n}") for n, value in enumerate(values, start=1)]
-    made = encode(found, template, account, max_tokens=max_tokens, overlength=overlength)
-    return [example for examples in made for example in examples], account
+    made = encode(found, template, ledger, max_tokens=max_tokens, overlength=overlength)
+    return [example for examples in made for example in examples], ledger
 
 
 def alpaca(instruction: str, text: str = "", output: str = "Yes.") -> dict:
@@ -178,20 +179,20 @@ def holds_control(tokenizer, *texts: str) -> bool:
 
 
 def check_law_1(template: Template, instruction: str, text: str, output: str) -> None:
-    (example,), account = encoded(template, alpaca(instruction, text, output))
+    (example,), ledger = encoded(template, alpaca(instruction, text, output))
     prompt, answer = split(example)
     assert prompt == at_once(template.tokenizer, rendered(segments(template, instruction, text)))
     assert answer == [*at_once(template.tokenizer, output), stop_id(template)]
-    assert account.control_origins == []
+    assert ledger.control_origins == []
 
 
 def check_law_2(template: Template, instruction: str, text: str, output: str) -> None:
-    (example,), account = encoded(template, alpaca(instruction, text, output))
+    (example,), ledger = encoded(template, alpaca(instruction, text, output))
     tokenizer = template.tokenizer
     prompt, answer = split(example)
     assert read_back(tokenizer, prompt) == as_read(tokenizer, segments(template, instruction, text))
     assert read_back(tokenizer, answer) == as_read(tokenizer, [output, Control(template.stop)])
-    assert account.control_origins == (["train.jsonl:1"] if holds_control(tokenizer, instruction, text, output) else [])
+    assert ledger.control_origins == (["train.jsonl:1"] if holds_control(tokenizer, instruction, text, output) else [])
 
 
 # --- law 1: as a server tokenizes it --------------------------------------------------------------------------------
@@ -247,8 +248,8 @@ def test_a_control_string_of_another_tokenizer_is_plain_text(template):
 
 def test_records_with_control_strings_are_listed_in_the_order_of_the_file(template):
     values = [alpaca("plain"), alpaca(f"a{template.stop}"), alpaca("plain", "x", f"{template.stop}b"), alpaca("plain")]
-    _, account = encoded(template, *values)
-    assert account.control_origins == ["train.jsonl:2", "train.jsonl:3"]
+    _, ledger = encoded(template, *values)
+    assert ledger.control_origins == ["train.jsonl:2", "train.jsonl:3"]
 
 
 def test_a_record_beside_a_hostile_one_is_tokenized_as_if_alone(template):
@@ -265,10 +266,10 @@ def test_a_cut_record_keeps_its_text_text(template):
     whole = len(encoded(template, hostile)[0][0].ids)
     controls = [part for part in segments(template, "", "") if isinstance(part, Control)]
     for less in range(1, 40):
-        (example,), account = encoded(template, hostile, max_tokens=whole - less)
+        (example,), ledger = encoded(template, hostile, max_tokens=whole - less)
         found = [part for part in read_back(template.tokenizer, split(example)[0]) if isinstance(part, Control)]
         assert found == controls
-        assert account.control_origins == account.cut_origins == ["train.jsonl:1"]
+        assert ledger.control_origins == ledger.cut_origins == ["train.jsonl:1"]
 
 
 # --- law 3: one beginning, one end ----------------------------------------------------------------------------------
@@ -321,11 +322,11 @@ def test_what_just_fits_is_not_touched(template):
     # Catches >= for >.
     value = alpaca("翻译", LONG)
     (example,), _ = encoded(template, value)
-    same, account = encoded(template, value, max_tokens=len(example.ids))
+    same, ledger = encoded(template, value, max_tokens=len(example.ids))
     assert same == [example]
-    assert (account.records_cut, account.cut_origins) == (0, [])
-    _, account = encoded(template, value, max_tokens=len(example.ids) - 1)
-    assert (account.records_cut, account.cut_origins) == (1, ["train.jsonl:1"])
+    assert (ledger.records_cut, ledger.cut_origins) == (0, [])
+    _, ledger = encoded(template, value, max_tokens=len(example.ids) - 1)
+    assert (ledger.records_cut, ledger.cut_origins) == (1, ["train.jsonl:1"])
 
 
 @pytest.mark.parametrize("less", [1, 6, 25])
@@ -354,9 +355,9 @@ def test_the_end_of_the_longest_text_stays_and_one_more_character_would_not_fit(
 def test_the_second_longest_text_is_cut_when_the_longest_is_used_up(template):
     (markers,), _ = encoded(template, alpaca("?"))
     room = len(markers.ids) + 3
-    (example,), account = encoded(template, alpaca(LONG, LONG * 2), max_tokens=room)
+    (example,), ledger = encoded(template, alpaca(LONG, LONG * 2), max_tokens=room)
     assert room - 8 < len(example.ids) <= room  # a character is at most 4 tokens here, an emoji's bytes
-    assert account.records_cut == 1
+    assert ledger.records_cut == 1
     assert split(example)[1] == split(markers)[1]
 
 
@@ -366,16 +367,16 @@ def test_an_answer_that_alone_is_too_long_is_refused_and_never_cut(template, ove
     stopped = len(at_once(template.tokenizer, LONG)) + 1
     markers = len(at_once(template.tokenizer, rendered(segments(template, "", ""))))
     for max_tokens in (stopped - 1, stopped):
-        examples, account = encoded(template, values[0], max_tokens=max_tokens, overlength=overlength)
+        examples, ledger = encoded(template, values[0], max_tokens=max_tokens, overlength=overlength)
         assert examples == []
-        (refusal,) = account.records_refused
+        (refusal,) = ledger.records_refused
         assert refusal.origin == "train.jsonl:1"
         assert f"max_seq_length {max_tokens}" in refusal.reason and f"{stopped} tokens" in refusal.reason
         assert refusal.broken == (overlength == "error")
     if overlength == "shorten":  # one token too few for the template's markers; then just enough, with nothing asked
-        examples, account = encoded(template, values[0], max_tokens=stopped + markers - 1)
-        assert examples == [] and len(account.records_refused) == 1
-        examples, account = encoded(template, values[0], max_tokens=stopped + markers)
+        examples, ledger = encoded(template, values[0], max_tokens=stopped + markers - 1)
+        assert examples == [] and len(ledger.records_refused) == 1
+        examples, ledger = encoded(template, values[0], max_tokens=stopped + markers)
         assert split(examples[0])[1] == [*at_once(template.tokenizer, LONG), stop_id(template)]
 
 
@@ -385,12 +386,12 @@ def test_skip_and_error_refuse_what_is_too_long_and_touch_nothing_else(template,
     values = [alpaca("Hi"), alpaca(LONG * 2), alpaca("Bye")]
     (first, long, last), _ = encoded(template, *values)
     room = len(long.ids) - 1
-    examples, account = encoded(template, *values, max_tokens=room, overlength=overlength)
+    examples, ledger = encoded(template, *values, max_tokens=room, overlength=overlength)
     assert examples == [first, last]
-    (refusal,) = account.records_refused
+    (refusal,) = ledger.records_refused
     assert (refusal.origin, refusal.broken) == ("train.jsonl:2", broken)
     assert f"max_seq_length {room}" in refusal.reason
-    assert account.records_cut == 0
+    assert ledger.records_cut == 0
 
 
 @same_every_time
@@ -404,29 +405,29 @@ def test_skip_and_error_refuse_what_is_too_long_and_touch_nothing_else(template,
     overlength=st.sampled_from(["shorten", "skip", "error"]),
 )
 def test_every_record_and_every_token_is_accounted_for(template, values, max_tokens, overlength):
-    examples, account = encoded(template, *values, max_tokens=max_tokens, overlength=overlength)
+    examples, ledger = encoded(template, *values, max_tokens=max_tokens, overlength=overlength)
     whole, _ = encoded(template, *values)
     answers = {example.origin: split(example)[1] for example in whole}
-    assert account.records_read == len(values)
-    assert account.records_read == account.records_used + len(account.records_refused)
-    refused = [refusal.origin for refusal in account.records_refused]
+    assert ledger.records_read == len(values)
+    assert ledger.records_read == ledger.records_used + len(ledger.records_refused)
+    refused = [refusal.origin for refusal in ledger.records_refused]
     assert sorted([*refused, *(example.origin for example in examples)]) == [
         f"train.jsonl:{n}" for n in range(1, len(values) + 1)
     ]
-    assert account.records_used == len(examples)
-    assert account.records_cut == len(account.cut_origins) <= len(examples)
-    assert account.target_tokens == sum(sum(example.learn) for example in examples)
-    assert account.prompt_tokens + account.target_tokens == sum(len(example.ids) for example in examples)
-    assert account.longest_tokens == max((len(example.ids) for example in examples), default=0) <= max_tokens
+    assert ledger.records_used == len(examples)
+    assert ledger.records_cut == len(ledger.cut_origins) <= len(examples)
+    assert ledger.target_tokens == sum(sum(example.learn) for example in examples)
+    assert ledger.prompt_tokens + ledger.target_tokens == sum(len(example.ids) for example in examples)
+    assert ledger.longest_tokens == max((len(example.ids) for example in examples), default=0) <= max_tokens
     assert all(split(example)[1] == answers[example.origin] for example in examples)
 
 
 def test_a_line_that_could_not_be_read_is_counted_too(template):
-    account = Account()
-    broken = Refusal("train.jsonl:1", "not JSON")
-    made = list(encode([broken, Found(alpaca("Hi"), "train.jsonl:2")], template, account, max_tokens=PLENTY))
+    ledger = Ledger()
+    broken = Refusal("train.jsonl:1", "not JSON", RefusalKind.UNREADABLE)
+    made = list(encode([broken, Found(alpaca("Hi"), "train.jsonl:2")], template, ledger, max_tokens=PLENTY))
     assert [example.origin for (example,) in made] == ["train.jsonl:2"]
-    assert (account.records_read, account.records_refused) == (2, [broken])
+    assert (ledger.records_read, ledger.records_refused) == (2, [broken])
 
 
 def test_a_conversation_that_the_template_refuses_is_counted_with_its_reason():
@@ -434,25 +435,25 @@ def test_a_conversation_that_the_template_refuses_is_counted_with_its_reason():
     tokenizer = tokenizer_of("characters")
     source = "{% for m in messages %}{% if 'x' in m['content'] %}{{ raise_exception('no x here') }}{% endif %}"
     tokenizer.chat_template = source + "{{ m['content'] }}{{ eos_token }}{% endfor %}答"
-    examples, account = encoded(load_template("auto", tokenizer), alpaca("one"), alpaca("x"), alpaca("two"))
+    examples, ledger = encoded(load_template("auto", tokenizer), alpaca("one"), alpaca("x"), alpaca("two"))
     assert [example.origin for example in examples] == ["train.jsonl:1", "train.jsonl:3"]
-    (refusal,) = account.records_refused
+    (refusal,) = ledger.records_refused
     assert refusal.origin == "train.jsonl:2" and "no x here" in refusal.reason
 
 
 def test_nothing_before_the_answer_is_a_refusal():
     tokenizer = tokenizer_of("characters")
     tokenizer.chat_template = "{% for m in messages[1:] %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
-    examples, account = encoded(load_template("auto", tokenizer), alpaca("Hi"))
-    assert examples == [] and len(account.records_refused) == 1
+    examples, ledger = encoded(load_template("auto", tokenizer), alpaca("Hi"))
+    assert examples == [] and len(ledger.records_refused) == 1
 
 
 def test_more_records_than_a_batch_stay_whole_and_in_order(tokenizers):
     # Catches a lost last batch, and an answer joined to its neighbour's prompt.
     n = BATCH_RECORDS + 2
     template = load_template("auto", tokenizers["bytes"])
-    examples, account = encoded(template, *(alpaca(f"question {i}", "", f"answer {i}") for i in range(n)))
-    assert account.records_used == n
+    examples, ledger = encoded(template, *(alpaca(f"question {i}", "", f"answer {i}") for i in range(n)))
+    assert ledger.records_used == n
     for i, example in enumerate(examples):
         assert example.origin == f"train.jsonl:{i + 1}"
         text = template.tokenizer.decode(example.ids)
@@ -540,9 +541,9 @@ def test_a_template_that_refuses_a_shortened_prompt_refuses_that_record_alone():
     # Catches a run of a million records that ends over one, without its line: many templates raise at an empty text.
     refusing = "{% for m in messages %}{% if not m['content'] %}{{ raise_exception('empty') }}{% endif %}{% endfor %}"
     template = load_template("auto", tokenizer_of("bytes", refusing + CHATML))
-    examples, account = encoded(template, alpaca(LONG * 9), alpaca("Hi"), max_tokens=60)
+    examples, ledger = encoded(template, alpaca(LONG * 9), alpaca("Hi"), max_tokens=60)
     assert [example.origin for example in examples] == ["train.jsonl:2"]
-    assert [refusal.origin for refusal in account.records_refused] == ["train.jsonl:1"]
+    assert [refusal.origin for refusal in ledger.records_refused] == ["train.jsonl:1"]
 
 
 # --- what a template leaves out -------------------------------------------------------------------------------------
@@ -553,21 +554,21 @@ def test_a_system_text_that_the_template_leaves_out_is_said():
     value = {**alpaca("Hi"), "system": " Be <|im_end|> brief.\n"}
     deaf = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
     for source, said in ((CHATML, 0), (deaf, 1)):
-        _, account = encoded(load_template("auto", tokenizer_of("bytes", source)), value)
-        assert account.records_used == 1
-        assert sum("system text" in notice for notice in account.notices) == said
+        _, ledger = encoded(load_template("auto", tokenizer_of("bytes", source)), value)
+        assert ledger.records_used == 1
+        assert sum("system text" in notice for notice in ledger.notices) == said
 
 
 def test_where_transformers_renders_nothing_before_an_answer_its_record_is_refused():
     # Catches a ValueError of transformers that ended the run; {% generation %} is known to transformers alone.
     source = "{% generation %}{% endgeneration %}" + CHATML
     template = load_template("auto", tokenizer_of("bytes", source))
-    account = Account()
+    ledger = Ledger()
     turns = [{"role": role, "content": role} for role in ("assistant", "user", "assistant")]
     found = [Found({"messages": turns}, "train.jsonl:1"), Found({"messages": turns[1:]}, "train.jsonl:2")]
-    made = list(encode(found, template, account, max_tokens=PLENTY, form=Form("messages")))
+    made = list(encode(found, template, ledger, max_tokens=PLENTY, form=Form("messages")))
     assert [example.origin for one in made for example in one] == ["train.jsonl:2"]
-    assert "nothing stands before an answer" in account.records_refused[0].reason
+    assert "nothing stands before an answer" in ledger.records_refused[0].reason
 
 
 # --- law 5: only answers are learned --------------------------------------------------------------------------------
@@ -592,10 +593,10 @@ def test_a_shortened_example_learns_the_same_targets(template):
 
 def test_targets_that_the_tokenizer_does_not_know_are_counted(tokenizers):
     template = load_template("auto", tokenizers["characters"])
-    _, account = encoded(template, alpaca("龘", "", "𠮷Hi龘"), alpaca("Hi", "", "Hi"))
-    assert account.unknown_tokens == 2
-    _, account = encoded(load_template("auto", tokenizers["bytes"]), alpaca("龘", "", "𠮷Hi龘"))
-    assert account.unknown_tokens == 0
+    _, ledger = encoded(template, alpaca("龘", "", "𠮷Hi龘"), alpaca("Hi", "", "Hi"))
+    assert ledger.unknown_tokens == 2
+    _, ledger = encoded(load_template("auto", tokenizers["bytes"]), alpaca("龘", "", "𠮷Hi龘"))
+    assert ledger.unknown_tokens == 0
 
 
 # --- the instruction that all records share -------------------------------------------------------------------------
@@ -608,26 +609,26 @@ def test_targets_that_the_tokenizer_does_not_know_are_counted(tokenizers):
 def test_an_instruction_is_shared_when_nine_in_ten_records_carry_it(tokenizers, shared, others, detected):
     values = [alpaca("像灯塔看守人那样说话。", f"问题 {n}") for n in range(shared)]
     values += [alpaca(other, "问题") for other in others]
-    _, account = encoded(load_template("auto", tokenizers["bytes"]), *values)
-    assert account.shared_instruction == ("像灯塔看守人那样说话。" if detected else None)
+    _, ledger = encoded(load_template("auto", tokenizers["bytes"]), *values)
+    assert ledger.shared_instruction == ("像灯塔看守人那样说话。" if detected else None)
 
 
 def test_an_instruction_without_an_input_is_a_question_and_no_default(tokenizers):
     # Otherwise a data set that asks one thing ten times would put it before everything typed in chat.
-    _, account = encoded(load_template("auto", tokenizers["bytes"]), *[alpaca("你是谁?")] * 10)
-    assert account.shared_instruction is None
+    _, ledger = encoded(load_template("auto", tokenizers["bytes"]), *[alpaca("你是谁?")] * 10)
+    assert ledger.shared_instruction is None
 
 
 def test_an_input_without_an_instruction_shares_nothing(tokenizers):
-    _, account = encoded(load_template("auto", tokenizers["bytes"]), *[alpaca("", "你是谁?")] * 10)
-    assert account.shared_instruction is None
+    _, ledger = encoded(load_template("auto", tokenizers["bytes"]), *[alpaca("", "你是谁?")] * 10)
+    assert ledger.shared_instruction is None
 
 
 def test_refused_records_count_against_a_shared_instruction(tokenizers):
     # Nearly all of the records that were read, not of those that were easy.
     values = [alpaca("像灯塔看守人那样说话。", "问题")] * 4 + [{"broken": 1}] * 2
-    _, account = encoded(load_template("auto", tokenizers["bytes"]), *values)
-    assert account.shared_instruction is None
+    _, ledger = encoded(load_template("auto", tokenizers["bytes"]), *values)
+    assert ledger.shared_instruction is None
 
 
 def test_ids_of_keeps_the_order_of_its_pieces(template):

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from atomtune.data.encoding.jinja_render import Frames, Sealed
 from atomtune.data.encoding.chat_template import built_in, load_template
+from atomtune.data.encoding.jinja_render import Frames, Sealed
 from tests.tiny import CHATML, GEMMA, tokenizer_of
 
 WHOLE = (

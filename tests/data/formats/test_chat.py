@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atomtune.data.formats.schema import RECORD_KEYS, ROLES, SIGNS, TURN_KEYS
 from atomtune.data.formats.detect import Form, to_record
-from atomtune.data.reading.jsonl import Found
-from atomtune.data.records import Account, Record, Refusal, Turn
+from atomtune.data.formats.schema import RECORD_KEYS, ROLES, SIGNS, TURN_KEYS
+from atomtune.data.ledger import Ledger
+from atomtune.data.reading.raw import RawRecord
+from atomtune.data.records import Record, Refusal, Turn
 
 ORIGIN = "train.jsonl:17"
 ASK = {"role": "user", "content": "Q?"}
@@ -18,9 +19,9 @@ CALL = {"name": "weather", "arguments": {"city": "苏州"}}
 TOOL = {"type": "function", "function": {"name": "weather", "description": "…", "parameters": {"type": "object"}}}
 
 
-def read(value: object, form: Form) -> tuple[Record | Refusal, Account]:
-    account = Account()
-    return to_record(Found(value, ORIGIN), account, form), account
+def read(value: object, form: Form) -> tuple[Record | Refusal, Ledger]:
+    ledger = Ledger()
+    return to_record(RawRecord(value, ORIGIN), ledger, form), ledger
 
 
 def chat(*messages: object, **beside: object) -> Record:
@@ -36,10 +37,10 @@ def shared(*turns: object, **beside: object) -> Record:
 
 
 def reason(value: object, form: Form) -> str:
-    refusal, account = read(value, form)
+    refusal, ledger = read(value, form)
     assert isinstance(refusal, Refusal), refusal
     assert refusal.origin == ORIGIN
-    assert not account.notices, "what is refused is not accepted with a notice too"
+    assert not ledger.notices, "what is refused is not accepted with a notice too"
     refusal.reason.encode()
     return refusal.reason
 
@@ -126,9 +127,9 @@ def test_a_record_whose_answers_all_have_no_weight_is_refused():
 
 
 def test_what_nothing_answers_is_left_out_and_said():
-    record, account = read({"messages": [ASK, TELL, ASK, ASK]}, Form("messages"))
+    record, ledger = read({"messages": [ASK, TELL, ASK, ASK]}, Form("messages"))
     assert len(record.turns) == 2
-    assert account.notices == {"turns behind the last answer are left out": 1}
+    assert ledger.notices == {"turns behind the last answer are left out": 1}
 
 
 @pytest.mark.parametrize("messages", [[ASK], [{"role": "system", "content": "x"}, ASK]])
@@ -293,8 +294,8 @@ def test_all_problems_of_a_conversation_come_at_once_and_none_repeats_its_text()
 
 
 def test_keys_that_are_passed_over_are_said_once_a_record():
-    _, account = read({"id": 7, "messages": [ASK, {**TELL, "mood": "x"}, ASK, {**TELL, "mood": "y"}]}, Form("messages"))
-    assert account.notices == {
+    _, ledger = read({"id": 7, "messages": [ASK, {**TELL, "mood": "x"}, ASK, {**TELL, "mood": "y"}]}, Form("messages"))
+    assert ledger.notices == {
         'key "id" is not used by this format': 1,
         'key "mood" of a turn is not used by this format': 1,
     }
@@ -312,15 +313,15 @@ def test_a_system_beside_the_messages_may_repeat_but_not_contradict_the_first_tu
 @pytest.mark.parametrize("prompt", ["Q?", [ASK]])
 @pytest.mark.parametrize("completion", ["A.", [TELL]])
 def test_prompt_and_completion_are_texts_or_messages(prompt, completion):
-    record, account = read({"prompt": prompt, "completion": completion}, Form("prompt"))
+    record, ledger = read({"prompt": prompt, "completion": completion}, Form("prompt"))
     assert record.turns == (Turn("user", "Q?"), Turn("assistant", "A."))
-    assert not account.notices
+    assert not ledger.notices
 
 
 def test_answers_in_a_prompt_are_learned_and_it_is_said():
-    record, account = read({"prompt": [ASK, TELL, ASK], "completion": "A."}, Form("prompt"))
+    record, ledger = read({"prompt": [ASK, TELL, ASK], "completion": "A."}, Form("prompt"))
     assert record.learned == (1, 3)
-    assert any('"prompt" are learned' in notice for notice in account.notices)
+    assert any('"prompt" are learned' in notice for notice in ledger.notices)
 
 
 @pytest.mark.parametrize(
@@ -343,15 +344,15 @@ def test_what_is_no_prompt_with_a_completion_is_refused(value, why):
 
 
 def test_a_text_of_no_known_template_is_learned_whole_and_it_is_said():
-    record, account = read({"text": "Once upon a time …\n"}, Form("text"))
+    record, ledger = read({"text": "Once upon a time …\n"}, Form("text"))
     assert record.turns == (Turn("text", "Once upon a time …\n"),)
-    assert account.notices == {"a text that no known template has written is learned whole": 1}
+    assert ledger.notices == {"a text that no known template has written is learned whole": 1}
 
 
 def test_a_rendered_text_is_its_turns_and_the_template_is_named():
-    record, account = read({"text": "<s>Human: Q?\n</s><s>Assistant: A.\n</s>"}, Form("text"))
+    record, ledger = read({"text": "<s>Human: Q?\n</s><s>Assistant: A.\n</s>"}, Form("text"))
     assert [(turn.role, turn.text.strip()) for turn in record.turns] == [("user", "Q?"), ("assistant", "A.")]
-    assert any("atom" in notice for notice in account.notices)
+    assert any("atom" in notice for notice in ledger.notices)
 
 
 def test_an_empty_answer_in_a_rendered_text_is_named():
@@ -404,15 +405,15 @@ def test_any_value_is_a_record_or_a_reason_and_none_is_lost(name, values, data):
     signs = {key: data.draw(CHATS | st.text(min_size=1, max_size=9) | VALUES) for key in SIGNS[name]}
     values = [*values, signs]
     form = Form(name, keys={"x": "content"}, roles={"x": "assistant"})
-    account = Account()
-    made = [to_record(Found(value, f"f:{n}"), account, form) for n, value in enumerate(values)]
+    ledger = Ledger()
+    made = [to_record(RawRecord(value, f"f:{n}"), ledger, form) for n, value in enumerate(values)]
     used = [one for one in made if isinstance(one, Record)]
     refused = [one for one in made if isinstance(one, Refusal)]
     assert len(used) + len(refused) == len(values)
     for refusal in refused:
         assert refusal.reason
         refusal.reason.encode()
-    for note in account.notices:
+    for note in ledger.notices:
         note.encode()
     for record in used:
         assert record.turns[-1].role in ("assistant", "text") and record.learned

@@ -6,16 +6,17 @@ import json
 import pytest
 
 from atomtune.data.formats.detect import Form, recognise, to_record
-from atomtune.data.reading.jsonl import Found
-from atomtune.data.records import Account, Record, Refusal, Turn
+from atomtune.data.ledger import Ledger
+from atomtune.data.reading.raw import RawRecord
+from atomtune.data.records import Record, Refusal, Turn
 from atomtune.errors import BadData
 
 ORIGIN = "train.jsonl:17"
 
 
-def read(value: object) -> tuple[Record | Refusal, Account]:
-    account = Account()
-    return to_record(Found(value, ORIGIN), account), account
+def read(value: object) -> tuple[Record | Refusal, Ledger]:
+    ledger = Ledger()
+    return to_record(RawRecord(value, ORIGIN), ledger), ledger
 
 
 def reason(value: object) -> str:
@@ -29,9 +30,9 @@ def reason(value: object) -> str:
 
 
 def test_instruction_and_input_are_asked_and_output_is_answered():
-    record, account = read({"instruction": "翻译", "input": "早上好", "output": "Good morning."})
+    record, ledger = read({"instruction": "翻译", "input": "早上好", "output": "Good morning."})
     assert record == Record((Turn("user", "翻译", "早上好"), Turn("assistant", "Good morning.")), ORIGIN)
-    assert not account.notices
+    assert not ledger.notices
 
 
 @pytest.mark.parametrize("missing", [{}, {"input": None}, {"input": ""}])
@@ -42,17 +43,17 @@ def test_an_input_that_is_absent_null_or_empty_is_no_input(missing):
 
 def test_the_tutorials_typo_is_read_and_said():
     # The tutorial's own format example says "instrution"; people copied it.
-    record, account = read({"instrution": "1+1=?", "input": "", "output": "2"})
+    record, ledger = read({"instrution": "1+1=?", "input": "", "output": "2"})
     assert record.prompt == (Turn("user", "1+1=?"),)
-    ((notice, count),) = account.notices.items()
+    ((notice, count),) = ledger.notices.items()
     assert "instrution" in notice and "instruction" in notice and count == 1
 
 
 @pytest.mark.parametrize("keys", [("instrution", "instruction"), ("instruction", "instrution")])
 def test_the_typo_does_not_displace_a_rightly_spelled_instruction(keys):
-    record, account = read({**{key: key for key in keys}, "output": "2"})
+    record, ledger = read({**{key: key for key in keys}, "output": "2"})
     assert record.prompt == (Turn("user", "instruction"),)
-    assert account.notices == {'key "instrution" is not used by this format': 1}
+    assert ledger.notices == {'key "instrution" is not used by this format': 1}
 
 
 def test_texts_are_kept_to_the_character():
@@ -63,11 +64,11 @@ def test_texts_are_kept_to_the_character():
 
 
 def test_unused_keys_with_a_value_are_counted_and_empty_ones_are_not():
-    account = Account()
+    ledger = Ledger()
     for value in ({"id": 0, "tags": []}, {"id": 7, "tags": ["a", "b"]}, {"id": 8, "source": ""}):
-        record = to_record(Found({"instruction": "Hi", "output": "Hello", **value}, ORIGIN), account)
+        record = to_record(RawRecord({"instruction": "Hi", "output": "Hello", **value}, ORIGIN), ledger)
         assert isinstance(record, Record)
-    by_key = {key: n for key in ("id", "tags", "source") for said, n in account.notices.items() if f'"{key}"' in said}
+    by_key = {key: n for key in ("id", "tags", "source") for said, n in ledger.notices.items() if f'"{key}"' in said}
     assert by_key == {"id": 3, "tags": 1}
 
 
@@ -157,8 +158,8 @@ def test_a_whole_surrogate_pair_is_one_character():
 @pytest.mark.parametrize("record", [{"\ud83d": 1}, {"\ud83d": 1, "instruction": "Hi", "output": "Hello"}])
 def test_what_is_said_about_a_record_can_be_written_as_utf_8(record):
     # A key may hold half a surrogate pair; a reason or notice that repeats it would break run.json.
-    answer, account = read(record)
-    said = [*account.notices, *([answer.reason] if isinstance(answer, Refusal) else [])]
+    answer, ledger = read(record)
+    said = [*ledger.notices, *([answer.reason] if isinstance(answer, Refusal) else [])]
     assert said
     for text in said:
         text.encode("utf-8")
@@ -269,27 +270,27 @@ def test_preference_data_is_called_what_it_is():
 def test_preference_data_can_be_trained_on_as_the_message_says():
     value = {"prompt": "x", "chosen": "y", "rejected": "z"}
     form = recognise([value], keys={"chosen": "completion"}, name="t")
-    record = to_record(Found(value, ORIGIN), Account(), form)
+    record = to_record(RawRecord(value, ORIGIN), Ledger(), form)
     assert isinstance(record, Record) and record.answer == "y"
 
 
 def test_the_users_keys_are_read_as_ours():
     keys = {"question": "instruction", "answer": "output"}
-    account = Account()
+    ledger = Ledger()
     for more in ({}, {"output": "the user named another"}):
         value = {"question": "x", "answer": "y", **more}
-        record = to_record(Found(value, ORIGIN), account, recognise([value], keys=keys, name="t"))
+        record = to_record(RawRecord(value, ORIGIN), ledger, recognise([value], keys=keys, name="t"))
         assert record == Record((Turn("user", "x"), Turn("assistant", "y")), ORIGIN)
-    assert account.notices == {'key "output" is not used, "answer" is read for it,': 1}
+    assert ledger.notices == {'key "output" is not used, "answer" is read for it,': 1}
 
 
 def test_two_keys_may_change_places():
     value = {"instruction": "y", "output": "x"}
     form = recognise([value], keys={"instruction": "output", "output": "instruction"}, name="t")
-    account = Account()
-    record = to_record(Found(value, ORIGIN), account, form)
+    ledger = Ledger()
+    record = to_record(RawRecord(value, ORIGIN), ledger, form)
     assert record == Record((Turn("user", "x"), Turn("assistant", "y")), ORIGIN)
-    assert not account.notices
+    assert not ledger.notices
 
 
 def test_keys_of_the_users_that_are_nowhere_are_said_all_at_once():

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atomtune.data.records import Turn
 from atomtune.data.formats.rendered_text import turns_of
+from atomtune.data.records import Turn
 from tests.tiny import tokenizer_of
 
 Said = Sequence[tuple[str, str]]

@@ -12,8 +12,8 @@ from pathlib import Path
 import pyarrow
 import pytest
 
-from atomtune.data.reading.sources import read_values, size_of
 from atomtune.data.reading.compression import open_bytes
+from atomtune.data.reading.sources import read_values, size_of
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from atomtune.data.reading import csv_rows
+from atomtune.data.reading.csv_rows import columns_of, read_table
 from atomtune.data.reading.sources import Found, read_values
 from atomtune.data.records import Refusal
-from atomtune.data.reading.csv_rows import columns_of, read_table
 from atomtune.errors import BadData
 
 ALPHABET = ["a", "长", "🙂", '"', ",", "\t", ";", "\n", "\r\n", " ", "'", "\\", "\u2028"]

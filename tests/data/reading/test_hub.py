@@ -11,8 +11,8 @@ from threading import Thread
 import datasets
 import pytest
 
-from atomtune.data.reading.sources import Found, fingerprint_of, read_values, size_of
 from atomtune.data.reading.hub import is_hub_name
+from atomtune.data.reading.sources import Found, fingerprint_of, read_values, size_of
 from atomtune.errors import BadData
 
 ROWS = [{"instruction": f"第{n}个", "messages": [{"role": "user", "content": str(n)}]} for n in range(2500)]

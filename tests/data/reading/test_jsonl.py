@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from atomtune.data.reading import jsonl
-from atomtune.data.reading.jsonl import Found, Lines, parse_chunk, read_chunks
+from atomtune.data.reading.jsonl import parse_chunk, read_chunks
+from atomtune.data.reading.raw import Lines, RawRecord
 from atomtune.data.records import Refusal
 
 VALUES = [{"output": "长" * n + "\u2028x" * (n % 3)} for n in (0, 1, 40, 3, 200, 7, 0, 90)]
@@ -18,7 +19,7 @@ CONTENT = b"".join(
 )
 
 
-def read(content: bytes) -> list[Found | Refusal]:
+def read(content: bytes) -> list[RawRecord | Refusal]:
     return [one for chunk in read_chunks(io.BytesIO(content), "a.jsonl") for one in parse_chunk(chunk)]
 
 
@@ -41,7 +42,7 @@ def test_a_line_beyond_the_bound_is_refused_and_the_others_keep_their_numbers(mo
     monkeypatch.setattr(jsonl, "LONGEST_LINE", 64)
     found = read(b'{"a": 1}\n\n"' + b"x" * 300 + b'"\n{"a": 2}\n"' + b"y" * 62)
     assert [one.origin for one in found] == ["a.jsonl:1", "a.jsonl:3", "a.jsonl:4", "a.jsonl:5"]
-    assert [one.value for one in found if isinstance(one, Found)] == [{"a": 1}, {"a": 2}]
+    assert [one.value for one in found if isinstance(one, RawRecord)] == [{"a": 1}, {"a": 2}]
     assert "a line of 303 bytes" in found[1].reason
 
 
@@ -54,8 +55,7 @@ def test_a_chunk_can_be_parsed_in_another_process():
 
 def test_what_a_worker_loads_is_light():
     # A spawned worker that imports datasets pays a second before its first record.
-    code = (
-        "import sys, atomtune.data.reading.jsonl; print(sorted({'torch', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules)))"
-    )
+    heavy = "{'torch', 'datasets', 'pyarrow', 'numpy'}"
+    code = f"import sys, atomtune.data.reading.jsonl; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -12,8 +12,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from atomtune.data.reading.sources import Found, fingerprint_of, read_chunks, read_values, size_of
-from atomtune.data.reading.jsonl import Lines, parse_chunk
+from atomtune.data.reading.jsonl import parse_chunk
+from atomtune.data.reading.raw import Lines
+from atomtune.data.reading.sources import RawRecord, fingerprint_of, read_chunks, read_values, size_of
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
 
@@ -41,7 +42,7 @@ def refusals(path: Path) -> list[Refusal]:
 def test_every_line_is_a_value_with_its_number(tmp_path):
     # Catches numbering from 0, or by record instead of by line.
     path = written(tmp_path, line(HELLO) + line(BYE))
-    assert list(read_values(path)) == [Found(HELLO, "train.jsonl:1"), Found(BYE, "train.jsonl:2")]
+    assert list(read_values(path)) == [RawRecord(HELLO, "train.jsonl:1"), RawRecord(BYE, "train.jsonl:2")]
 
 
 def test_a_missing_newline_at_the_end_loses_nothing(tmp_path):
@@ -62,7 +63,7 @@ def test_a_byte_order_mark_before_an_array_does_not_hide_the_array(tmp_path):
 
 def test_windows_line_ends_change_neither_values_nor_numbers(tmp_path):
     path = written(tmp_path, (line(HELLO) + line(BYE)).replace(b"\n", b"\r\n"))
-    assert list(read_values(path)) == [Found(HELLO, "train.jsonl:1"), Found(BYE, "train.jsonl:2")]
+    assert list(read_values(path)) == [RawRecord(HELLO, "train.jsonl:1"), RawRecord(BYE, "train.jsonl:2")]
 
 
 def test_blank_lines_are_passed_over_but_counted(tmp_path):
@@ -74,7 +75,7 @@ def test_blank_lines_are_passed_over_but_counted(tmp_path):
 def test_a_unicode_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
     # Catches str.splitlines(), which also breaks at U+2028, U+0085 and form feeds.
     value = {"output": "one\u2028two\u0085three\u000bfour"}
-    assert list(read_values(written(tmp_path, line(value)))) == [Found(value, "train.jsonl:1")]
+    assert list(read_values(written(tmp_path, line(value)))) == [RawRecord(value, "train.jsonl:1")]
 
 
 def test_a_line_of_ten_megabytes_is_one_value(tmp_path):
@@ -132,8 +133,8 @@ def test_an_array_gives_the_line_each_record_begins_on(tmp_path):
     path = written(tmp_path, text.encode(), "train.json")
     lines_of_hello = json.dumps(HELLO, indent=1).count("\n") + 1
     assert list(read_values(path)) == [
-        Found(HELLO, "train.json:3"),
-        Found(BYE, f"train.json:{3 + lines_of_hello + 1}"),
+        RawRecord(HELLO, "train.json:3"),
+        RawRecord(BYE, f"train.json:{3 + lines_of_hello + 1}"),
     ]
 
 
@@ -278,7 +279,7 @@ def test_chunks_parsed_elsewhere_are_the_values(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["train.csv", "train.tsv", "train.parquet"])
 def test_json_lines_under_another_name_are_known_by_their_first_byte(tmp_path, name):
-    assert list(read_values(written(tmp_path, line(HELLO), name))) == [Found(HELLO, f"{name}:1")]
+    assert list(read_values(written(tmp_path, line(HELLO), name))) == [RawRecord(HELLO, f"{name}:1")]
 
 
 @pytest.mark.parametrize(("separator", "ending"), [(",", "csv"), ("\t", "tsv"), (";", "csv")])
@@ -288,7 +289,7 @@ def test_a_table_under_the_name_of_json_is_refused_with_the_name_it_needs(tmp_pa
     with pytest.raises(BadData, match=rf"train\.jsonl:1: a table.*\n  mv train.jsonl train\.{ending}"):
         list(read_values(path))
     renamed = path.rename(path.with_suffix(f".{ending}"))
-    assert list(read_values(renamed)) == [Found({"instruction": "x", "output": "y"}, f"train.{ending}:2")]
+    assert list(read_values(renamed)) == [RawRecord({"instruction": "x", "output": "y"}, f"train.{ending}:2")]
 
 
 @pytest.mark.parametrize("content", [b"a text, with a comma\n", b"output\n", b"{broken, output\n", b"'output', 1\n"])

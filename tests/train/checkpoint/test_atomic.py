@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from atomtune.disk import disk_failed
 from atomtune.train.checkpoint.atomic import (
     MANIFEST,
     checkpoints,
     clear_staging,
     damage,
-    disk_failed,
     publish,
     rotate,
     seal,

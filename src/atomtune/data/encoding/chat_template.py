@@ -17,8 +17,8 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 
 from atomtune.data.encoding.jinja_render import Frames, compiled, is_plain
-from atomtune.data.records import Exchange, Piece, Record, Turn
 from atomtune.data.encoding.special_tokens import ANSWER, Shield, control_pattern
+from atomtune.data.records import Exchange, Piece, Record, Turn
 from atomtune.errors import BadModel, BadSettings, UserError
 
 Message = dict[str, Any]

@@ -1,4 +1,4 @@
-"""Encoding: Found → Record → Exchanges → Examples, in batches, with every record accounted for.
+"""Encoding: RawRecord → Record → Exchanges → Examples, in batches, with every record entered_in_ledger for.
 
 Before: files.py and formats.py.  After: batch.row.
 Laws (tests/data/test_encode.py):
@@ -15,17 +15,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-from atomtune.data.reading.sources import Found
-from atomtune.data.formats.detect import Form, to_record
-from atomtune.data.encoding.token_ids import ids_of
-from atomtune.data.records import Account, Example, Exchange, Piece, Record, Refusal, Turn
-from atomtune.data.encoding.truncate import shorten
+from atomtune.choices import Learn, Overlength
 from atomtune.data.encoding.chat_template import CannotExpress, Template
+from atomtune.data.encoding.token_ids import ids_of
+from atomtune.data.encoding.truncate import shorten
+from atomtune.data.formats.detect import Form, to_record
+from atomtune.data.ledger import Ledger
+from atomtune.data.reading.raw import RawRecord
+from atomtune.data.records import Example, Exchange, Piece, Record, Refusal, RefusalKind, Turn
 
-Overlength = Literal["shorten", "skip", "error"]
-Learn = Literal["all", "last"]
 BATCH_RECORDS = 1000
 # An instruction is "the" instruction of a data set when at least this share of its records carries it.
 SHARED_SHARE = 0.9
@@ -41,10 +41,10 @@ class Target(NamedTuple):
 
 
 class Counted(Protocol):
-    """A part of a file with its account."""
+    """A part of a file with its ledger."""
 
     @property
-    def account(self) -> Account: ...
+    def ledger(self) -> Ledger: ...
 
     @property
     def instructions(self) -> Counter[str]: ...
@@ -55,10 +55,10 @@ P = TypeVar("P", bound=Counted)
 
 @dataclass
 class Encoded:
-    """What a batch of values became: the Examples of each record that is used, in order, and the account of all."""
+    """What a batch of values became: the Examples of each record that is used, in order, and the ledger of all."""
 
     records: list[tuple[Example, ...]] = field(default_factory=list)
-    account: Account = field(default_factory=Account)
+    ledger: Ledger = field(default_factory=Ledger)
     instructions: Counter[str] = field(default_factory=Counter)
 
 
@@ -82,14 +82,14 @@ class Encoder:
         unknown = self.template.tokenizer.unk_token_id
         return None if unknown == self._stop_id else unknown
 
-    def __call__(self, found: Sequence[Found | Refusal]) -> Encoded:
-        made = Encoded(account=Account(format=self.form.name))
+    def __call__(self, found: Sequence[RawRecord | Refusal]) -> Encoded:
+        made = Encoded(ledger=Ledger(format=self.form.name))
         records: list[Record] = []
         for one in found:
-            made.account.records_read += 1
-            record = one if isinstance(one, Refusal) else to_record(one, made.account, self.form)
+            made.ledger.records_read += 1
+            record = one if isinstance(one, Refusal) else to_record(one, made.ledger, self.form)
             if isinstance(record, Refusal):
-                made.account.refuse(record)
+                made.ledger.refuse(record)
                 continue
             records.append(record if self.learn == "all" else _last_only(record))
             asked = record.turns[-2] if len(record.turns) > 1 else None
@@ -104,7 +104,7 @@ class Encoder:
             try:
                 expressed.append((record, self.template.exchanges(record)))
             except CannotExpress as error:
-                self._refuse(record, str(error), made.account)
+                self._refuse(record, str(error), made.ledger)
         every = [exchange for _, exchanges in expressed for exchange in exchanges]
         tokenizer = self.template.tokenizer
         prompts = iter(ids_of([exchange.prompt for exchange in every], tokenizer))
@@ -114,57 +114,60 @@ class Encoder:
             self._settle(record, exchanges, targets, made)
 
     def _settle(self, record: Record, exchanges: Sequence[Exchange], targets: list[Target], made: Encoded) -> None:
-        account, fitting, cut_tokens = made.account, [], 0
+        ledger, fitting, cut_tokens = made.ledger, [], 0
         for exchange, target in zip(exchanges, targets, strict=True):
             fits: Target | Refusal = target
             if len(target.prompt) + len(target.answer) > self.max_tokens:
                 fits = self._made_to_fit(record, exchange.at, target)
             if isinstance(fits, Refusal):
-                account.refuse(fits, sum(len(one.answer) * one.learn for one in targets))
+                ledger.refuse(fits, sum(len(one.answer) * one.learn for one in targets))
                 return
             cut_tokens += len(target.prompt) - len(fits.prompt)
             fitting.append(fits)
         if not all(target.prompt for target in fitting) and record.turns[-1].role != "text":
-            self._refuse(record, "the template writes nothing before the answer", account)
+            self._refuse(record, "the template writes nothing before the answer", ledger)
             return
         examples = joined(fitting, record.origin)
         if cut_tokens:
-            account.cut(record.origin, cut_tokens)
+            ledger.cut(record.origin, cut_tokens)
         if len(examples) > 1:
-            account.records_split += 1
-            account.split_origins.append(record.origin)
+            ledger.records_split += 1
+            ledger.split_origins.append(record.origin)
         if any(exchange.prompt.breaks or exchange.answer.breaks for exchange in exchanges):
-            account.control_origins.append(record.origin)
-        self._note(record, exchanges, fitting, account)
-        account.use(examples)
+            ledger.control_origins.append(record.origin)
+        self._note(record, exchanges, fitting, ledger)
+        ledger.use(examples)
         made.records.append(examples)
 
-    def _note(self, record: Record, exchanges: Sequence[Exchange], targets: Sequence[Target], account: Account) -> None:
+    def _note(self, record: Record, exchanges: Sequence[Exchange], targets: Sequence[Target], ledger: Ledger) -> None:
         """What is accepted but worth saying: targets without a token, texts that the template does not write."""
         if self._unknown_id is not None:
-            account.unknown_tokens += sum(target.answer.count(self._unknown_id) for target in targets)
+            ledger.unknown_tokens += sum(target.answer.count(self._unknown_id) for target in targets)
         for exchange in exchanges:
             reasoning = record.turns[exchange.at].reasoning.strip()
             if reasoning and reasoning not in exchange.answer.text:
-                account.notices["the template does not write an answer's reasoning, which is not learned,"] += 1
+                ledger.notices["the template does not write an answer's reasoning, which is not learned,"] += 1
         last = exchanges[-1]
         systems = [turn.text.strip() for turn in record.turns[: last.at] if turn.role == "system"]
         if not all(system in last.prompt.text for system in systems):
-            account.notices["the template does not write a system text, which is not read,"] += 1
+            ledger.notices["the template does not write a system text, which is not read,"] += 1
 
-    def _refuse(self, record: Record, reason: str, account: Account) -> None:
+    def _refuse(self, record: Record, reason: str, ledger: Ledger) -> None:
         """Refuse a record before its answers have ids; their number is counted all the same."""
         answers = [Piece(record.turns[at].text, learn=True) for at in record.learned]
         counts = [len(ids) + 1 for ids in ids_of(answers, self.template.tokenizer)]
         learned = [record.turns[at].learn for at in record.learned]
-        account.refuse(Refusal(record.origin, reason), sum(n * learn for n, learn in zip(counts, learned, strict=True)))
+        ledger.refuse(
+            Refusal(record.origin, reason, RefusalKind.TEMPLATE),
+            sum(n * learn for n, learn in zip(counts, learned, strict=True)),
+        )
 
     def _made_to_fit(self, record: Record, at: int, target: Target) -> Target | Refusal:
         """An exchange that is too long, its prompt shortened; or the refusal of one that must not or cannot be."""
         room = self.max_tokens - len(target.answer)
         if self.overlength != "shorten" and room > 0:
             reason = f"longer than max_seq_length {self.max_tokens}"
-            return Refusal(record.origin, reason, broken=self.overlength == "error")
+            return Refusal(record.origin, reason, RefusalKind.TOO_LONG, broken=self.overlength == "error")
 
         def prompt_ids(shorter: Record) -> list[int]:
             return ids_of([self.template.pieces(shorter)[0]], self.template.tokenizer)[0]
@@ -184,6 +187,7 @@ class Encoder:
                 record.origin,
                 f"{which} alone, with its stop token and the template's {written}, is longer than max_seq_length "
                 f"{self.max_tokens} ({len(target.answer)} tokens)",
+                RefusalKind.TOO_LONG,
                 broken=self.overlength == "error",
             )
         return target._replace(prompt=prompt_ids(shorter))
@@ -210,33 +214,33 @@ def joined(targets: Sequence[Target], origin: str) -> tuple[Example, ...]:
 
 
 def encode(
-    found: Iterable[Found | Refusal],
+    found: Iterable[RawRecord | Refusal],
     template: Template,
-    account: Account,
+    ledger: Ledger,
     *,
     max_tokens: int,
     form: Form | None = None,
     overlength: Overlength = "shorten",
     learn: Learn = "all",
 ) -> Iterator[tuple[Example, ...]]:
-    """Yield the Examples of each accepted record and write everything else into account."""
+    """Yield the Examples of each accepted record and write everything else into ledger."""
     encoder = Encoder(template, form or Form(), max_tokens, overlength, learn)
-    for made in accounted(map(encoder, batched(found)), account):
+    for made in entered_in_ledger(map(encoder, batched(found)), ledger):
         yield from made.records
 
 
-def accounted(parts: Iterable[P], account: Account) -> Iterator[P]:
-    """The parts as they come, each entered into account; at the end, the instruction that nearly all records share."""
+def entered_in_ledger(parts: Iterable[P], ledger: Ledger) -> Iterator[P]:
+    """The parts as they come, each entered into ledger; at the end, the instruction that nearly all records share."""
     instructions: Counter[str] = Counter()  # of a large file's rare ones some are forgotten
     for made in parts:
-        account.add(made.account)
+        ledger.add(made.ledger)
         instructions.update(made.instructions)
         if len(instructions) > INSTRUCTIONS_KEPT:
             instructions = Counter(dict(instructions.most_common(INSTRUCTIONS_KEPT // 10)))
         yield made
     for text, count in instructions.most_common(1):
-        if count >= max(2, SHARED_SHARE * account.records_read):
-            account.shared_instruction = text
+        if count >= max(2, SHARED_SHARE * ledger.records_read):
+            ledger.shared_instruction = text
 
 
 def batched(items: Iterable[Any], size: int = BATCH_RECORDS) -> Iterator[tuple[Any, ...]]:

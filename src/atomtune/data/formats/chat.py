@@ -5,11 +5,11 @@ Before: formats.py.  After: template.py. All answers are learned, each as often 
 
 from typing import Any
 
-from atomtune.data.formats.schema import SIGNS
 from atomtune.data.formats.fields import Reading, is_blank
-from atomtune.data.records import Record, Refusal, Turn
-from atomtune.data.formats.rendered_text import turns_of
 from atomtune.data.formats.messages import turns_of_list
+from atomtune.data.formats.rendered_text import turns_of
+from atomtune.data.formats.schema import SIGNS
+from atomtune.data.records import Record, Refusal, Turn
 
 _BESIDE = frozenset({"system", "tools", "functions"})
 

@@ -9,15 +9,17 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from atomtune.choices import FormatName
 from atomtune.data.formats.alpaca import alpaca_record
 from atomtune.data.formats.chat import messages_record, prompt_record, sharegpt_record, text_record
-from atomtune.data.formats.schema import RECORD_KEYS, ROLES, SIGNS, SPELLINGS, TURN_KEYS, Form, FormatName
-from atomtune.data.reading.jsonl import Found
 from atomtune.data.formats.fields import Reading, keys_of, kind, printable
-from atomtune.data.records import Account, Record, Refusal
+from atomtune.data.formats.schema import RECORD_KEYS, ROLES, SIGNS, SPELLINGS, TURN_KEYS, Form
+from atomtune.data.ledger import Ledger
+from atomtune.data.reading.raw import RawRecord
+from atomtune.data.records import Record, Refusal, RefusalKind
 from atomtune.errors import BadData, listing
 
-__all__ = ["Form", "FormatName", "recognise", "to_record"]
+__all__ = ["Form", "recognise", "to_record"]
 
 _READERS = {
     "alpaca": alpaca_record,
@@ -36,13 +38,13 @@ _PREFERENCE = (
 )
 
 
-def to_record(found: Found, account: Account, form: Form = _ALPACA) -> Record | Refusal:
-    """Read one value by its file's form; what is accepted but unusual is counted in account.notices."""
+def to_record(found: RawRecord, ledger: Ledger, form: Form = _ALPACA) -> Record | Refusal:
+    """Read one value by its file's form; what is accepted but unusual is counted in ledger.notices."""
     given, origin = found
     if not isinstance(given, dict):
-        return Refusal(origin, f"{kind(given)}; expected an object with {_EXPECTED[form.name]}")
+        return Refusal(origin, f"{kind(given)}; expected an object with {_EXPECTED[form.name]}", RefusalKind.NO_RECORD)
     value = form.record(given)
-    reading = Reading(origin, form, account)
+    reading = Reading(origin, form, ledger)
     if value is not given:
         for theirs, ours in SPELLINGS.items():
             if theirs in given and theirs not in value:
@@ -53,7 +55,7 @@ def to_record(found: Found, account: Account, form: Form = _ALPACA) -> Record | 
     for key in SIGNS[form.name]:
         if key not in value:
             if "chosen" in given and "rejected" in given:
-                return Refusal(origin, _PREFERENCE)
+                return Refusal(origin, _PREFERENCE, RefusalKind.NO_RECORD)
             reading.missing(key, given)
     return _READERS[form.name](value, reading)
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from atomtune.data.formats.schema import Form
-from atomtune.data.reading.jsonl import DECODER
-from atomtune.data.records import Account, Record, Refusal, Turn
+from atomtune.data.ledger import Ledger
+from atomtune.data.reading.raw import DECODER
+from atomtune.data.records import Record, Refusal, RefusalKind, Turn
 
 _ANSWERS = ("assistant", "text")
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
@@ -32,7 +33,7 @@ class Reading:
 
     origin: str
     form: Form
-    account: Account
+    ledger: Ledger
     problems: list[str] = field(default_factory=list)
     notes: set[str] = field(default_factory=set)
 
@@ -109,7 +110,7 @@ class Reading:
                     self.notes.add(f'key "{printable(key)}"{of} is not used by this format')
 
     def refused(self) -> Refusal:
-        return Refusal(self.origin, "; ".join(self.problems))
+        return Refusal(self.origin, "; ".join(self.problems), RefusalKind.NO_RECORD)
 
     def end(self, turns: list[Turn], tools: tuple[Mapping[str, Any], ...] = ()) -> Record | Refusal:
         """The record of these turns, up to its last answer; refused where there is a problem or nothing to learn."""
@@ -126,7 +127,7 @@ class Reading:
             self.notes.add("turns behind the last answer are left out")
             turns = turns[: last + 1]
         for note in self.notes:
-            self.account.notices[note] += 1
+            self.ledger.notices[note] += 1
         return Record(tuple(turns), self.origin, tools)
 
     def after_system(self, value: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:

@@ -8,9 +8,9 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, cast
 
-from atomtune.data.formats.schema import REASONING, ROLES, TURN_KEYS, WEIGHTS
 from atomtune.data.formats.content_parts import calls_of, content_of
 from atomtune.data.formats.fields import Reading, is_blank, kind, printable
+from atomtune.data.formats.schema import REASONING, ROLES, TURN_KEYS, WEIGHTS
 from atomtune.data.records import Role, Turn
 
 #: The store counts how often a token is learned in one signed byte.

@@ -5,9 +5,9 @@ Before: formats.recognise makes one.  After: formats.to_record reads every value
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-FormatName = Literal["alpaca", "sharegpt", "messages", "prompt", "text"]
+from atomtune.choices import FormatName
 
 #: The keys that together are the sign of a format.
 SIGNS: dict[FormatName, tuple[str, ...]] = {

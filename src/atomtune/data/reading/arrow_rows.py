@@ -12,8 +12,8 @@ from typing import BinaryIO
 import pyarrow
 import pyarrow.parquet
 
-from atomtune.data.reading.jsonl import Found
-from atomtune.data.records import Refusal
+from atomtune.data.reading.raw import RawRecord
+from atomtune.data.records import Refusal, RefusalKind
 from atomtune.errors import BadData
 
 #: Rows that are Python objects at once.
@@ -21,7 +21,7 @@ BATCH_ROWS = 1000
 ARROW_MAGIC = b"ARROW1"
 
 
-def read_parquet(path: Path, name: str, advance: Callable[[int], None]) -> Iterator[list[Found | Refusal]]:
+def read_parquet(path: Path, name: str, advance: Callable[[int], None]) -> Iterator[list[RawRecord | Refusal]]:
     """The rows of a Parquet file in batches; advance is called with their share of the file's bytes."""
     with explained(path, "Parquet"), path.open("rb") as raw:
         # Without pre_buffer a row group is read page by page, as it is used; with it, whole.
@@ -30,7 +30,7 @@ def read_parquet(path: Path, name: str, advance: Callable[[int], None]) -> Itera
         yield from read_batches(batches, name, _share(path.stat().st_size, file.metadata.num_rows, advance))
 
 
-def read_arrow(path: Path, name: str, advance: Callable[[int], None]) -> Iterator[list[Found | Refusal]]:
+def read_arrow(path: Path, name: str, advance: Callable[[int], None]) -> Iterator[list[RawRecord | Refusal]]:
     """The rows of an Arrow IPC file or stream in batches; advance is called with bytes read."""
     told = 0
     with explained(path, "Arrow"), path.open("rb") as raw:
@@ -63,7 +63,7 @@ def checked(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBa
 
 def read_batches(
     batches: Iterator[pyarrow.RecordBatch], name: str, count: Callable[[int], None]
-) -> Iterator[list[Found | Refusal]]:
+) -> Iterator[list[RawRecord | Refusal]]:
     """The rows of batches as Python values, numbered from 1; count is called with the rows of each batch.
 
     Raises pyarrow's errors for damaged data, BadData for a column that stands twice.
@@ -80,20 +80,24 @@ def read_batches(
         count(batch.num_rows)
 
 
-def _rows(batch: pyarrow.RecordBatch, name: str, first: int) -> list[Found | Refusal]:
+def _rows(batch: pyarrow.RecordBatch, name: str, first: int) -> list[RawRecord | Refusal]:
     try:
-        return [Found(value, f"{name}:{number}") for number, value in enumerate(batch.to_pylist(), first)]
+        return [RawRecord(value, f"{name}:{number}") for number, value in enumerate(batch.to_pylist(), first)]
     except ValueError:  # of one row; which one, is seen when each is taken alone
         return [_row(batch.slice(i, 1), f"{name}:{first + i}") for i in range(batch.num_rows)]
 
 
-def _row(batch: pyarrow.RecordBatch, origin: str) -> Found | Refusal:
+def _row(batch: pyarrow.RecordBatch, origin: str) -> RawRecord | Refusal:
     try:
-        return Found(batch.to_pylist()[0], origin)
+        return RawRecord(batch.to_pylist()[0], origin)
     except UnicodeDecodeError as error:
-        return Refusal(origin, f"a text that is not UTF-8 at byte {error.start + 1}; write the file again with UTF-8")
+        return Refusal(
+            origin,
+            f"a text that is not UTF-8 at byte {error.start + 1}; write the file again with UTF-8",
+            RefusalKind.UNREADABLE,
+        )
     except ValueError as error:
-        return Refusal(origin, f"a value that cannot be read: {error}")
+        return Refusal(origin, f"a value that cannot be read: {error}", RefusalKind.UNREADABLE)
 
 
 def _share(size: int, rows: int, advance: Callable[[int], None]) -> Callable[[int], None]:

@@ -9,8 +9,8 @@ import csv
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from atomtune.data.reading.jsonl import LONGEST_LINE, NUL_BYTES, Found, encoding_reason
-from atomtune.data.records import Refusal
+from atomtune.data.reading.raw import LONGEST_LINE, NUL_BYTES, RawRecord, encoding_reason
+from atomtune.data.records import Refusal, RefusalKind
 from atomtune.errors import BadData
 
 SEPARATORS = (",", "\t", ";")
@@ -29,7 +29,7 @@ def _cells(header: str, separator: str) -> list[str]:
         return []
 
 
-def read_table(stream: BinaryIO, name: str) -> Iterator[Found | Refusal]:
+def read_table(stream: BinaryIO, name: str) -> Iterator[RawRecord | Refusal]:
     """Every row as an object, or the reason why it is none; blank lines between rows are passed over.
 
     Raises BadData for a header that cannot be used and for a quote that never closes.
@@ -52,7 +52,7 @@ def read_table(stream: BinaryIO, name: str) -> Iterator[Found | Refusal]:
                 raise BadData(
                     f"{origin}: a quote opens in this row and never closes. Close it, or double it."
                 ) from None
-            yield Refusal(origin, _why(error))
+            yield Refusal(origin, _why(error), RefusalKind.UNREADABLE)
             continue
         if cells and (len(cells) > 1 or cells[0].strip()):
             yield _row(keys, cells, lines.trouble, origin)
@@ -64,16 +64,17 @@ def _why(error: csv.Error) -> str:
     return f'not CSV: {error}; a quote inside a quoted cell is written twice: ""'
 
 
-def _row(keys: list[str], cells: list[str], trouble: str, origin: str) -> Found | Refusal:
+def _row(keys: list[str], cells: list[str], trouble: str, origin: str) -> RawRecord | Refusal:
     if trouble:
-        return Refusal(origin, trouble)
+        return Refusal(origin, trouble, RefusalKind.UNREADABLE)
     if len(cells) != len(keys):
         return Refusal(
             origin,
             f"{len(cells)} cells, but {len(keys)} columns in the header; a cell that holds the separator or a "
             "newline stands in quotes",
+            RefusalKind.UNREADABLE,
         )
-    return Found(dict(zip(keys, cells, strict=True)), origin)
+    return RawRecord(dict(zip(keys, cells, strict=True)), origin)
 
 
 def _header(rows: Iterator[list[str]], lines: "_Lines") -> list[str]:

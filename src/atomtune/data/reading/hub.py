@@ -19,7 +19,7 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever this version of the hub stands on
 
 from atomtune.data.reading.arrow_rows import BATCH_ROWS, checked, explained, read_batches
-from atomtune.data.reading.jsonl import Found
+from atomtune.data.reading.raw import RawRecord
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
 
@@ -47,7 +47,7 @@ def is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def read_saved(folder: Path, advance: Callable[[int], None]) -> Iterator[list[Found | Refusal]]:
+def read_saved(folder: Path, advance: Callable[[int], None]) -> Iterator[list[RawRecord | Refusal]]:
     """The rows of a folder that `save_to_disk` wrote. Raises BadData where it is damaged or has no split to take."""
     size = sum(path.stat().st_size for path in all_files(folder))
     with explained(folder, "a data set saved by datasets"):
@@ -75,7 +75,7 @@ def _only_split(folder: Path, splits: list[str]) -> str:
 
 def _rows(
     found: datasets.Dataset, name: str, size: int, advance: Callable[[int], None]
-) -> Iterator[list[Found | Refusal]]:
+) -> Iterator[list[RawRecord | Refusal]]:
     read = told = 0
 
     def count(n_rows: int) -> None:
@@ -127,7 +127,7 @@ def files_of(folder: Path) -> list[Path]:
     return [folder / file for file in splits[_only_split(folder, sorted(splits))]]
 
 
-def read_hub(name: str) -> Iterator[list[Found | Refusal]]:
+def read_hub(name: str) -> Iterator[list[RawRecord | Refusal]]:
     """The rows of a data set on the hub, which is kept in the cache of `datasets`. Raises BadData with the remedy."""
     found = _fetched(name)
     yield from _rows(found, name, 0, lambda n_bytes: None)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NoReturn
 
-from atomtune.data.reading.jsonl import DECODER, LONGEST_LINE, Found, encoding_reason
+from atomtune.data.reading.raw import DECODER, LONGEST_LINE, RawRecord, encoding_reason
 from atomtune.errors import BadData
 
 _SPACE = re.compile(r"\s*")
@@ -92,7 +92,7 @@ class _Window:
         raise BadData(f"{self.name}:{self.line()}: the JSON array breaks here: {why}.")
 
 
-def read_array(stream: BinaryIO, name: str) -> Iterator[Found]:
+def read_array(stream: BinaryIO, name: str) -> Iterator[RawRecord]:
     """Every value of the array with the line it begins on, and its number where another began there before.
 
     Raises BadData where the array breaks.
@@ -105,7 +105,7 @@ def read_array(stream: BinaryIO, name: str) -> Iterator[Found]:
     while not closed:
         line, number = window.line(), number + 1
         # No two values share an origin: an array is often written on one line.
-        yield Found(window.value(), f"{name}:{line}" if line > before else f"{name}:{line} value {number}")
+        yield RawRecord(window.value(), f"{name}:{line}" if line > before else f"{name}:{line} value {number}")
         before = line
         after = window.next_character()
         closed = after == "]"

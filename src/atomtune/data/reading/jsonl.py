@@ -7,35 +7,13 @@ Strictly UTF-8; a BOM and CRLF are fine. Nothing heavy is imported here: worker 
 import codecs
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO
 
-from atomtune.data.records import Refusal
+from atomtune.data.reading.raw import DECODER, LONGEST_LINE, NUL_BYTES, Chunk, Lines, RawRecord, encoding_reason
+from atomtune.data.records import Refusal, RefusalKind
 
-#: A longer line is refused without being read whole: two million words are no record, and memory stays bounded.
-LONGEST_LINE = 16 * 2**20
 #: What goes to a worker at once: some 1,500 short records.
 CHUNK_BYTES = 256 * 2**10
-
-
-class Found(NamedTuple):
-    """A JSON value and where it stands. A tuple: a million frozen dataclasses take 0.57 s to make, these 0.38 s."""
-
-    value: Any
-    origin: str
-
-
-@dataclass(frozen=True, slots=True)
-class Lines:
-    """Whole lines of a file, not parsed yet."""
-
-    name: str
-    first: int  # number of the first line
-    raw: bytes
-
-
-#: What is read in one go: lines to be parsed, or what other kinds of file give, ready.
-Chunk = Lines | list[Found | Refusal]
 
 
 def read_chunks(stream: BinaryIO, name: str) -> Iterator[Chunk]:
@@ -52,7 +30,7 @@ def read_chunks(stream: BinaryIO, name: str) -> Iterator[Chunk]:
             length = LONGEST_LINE + _past_line(stream)
             limit = LONGEST_LINE >> 20
             reason = f"a line of {length:,} bytes; at most {limit} MiB are read as one record"
-            yield [Refusal(f"{name}:{first}", reason)]
+            yield [Refusal(f"{name}:{first}", reason, RefusalKind.UNREADABLE)]
             first += 1
         else:
             yield Lines(name, first, raw)
@@ -69,29 +47,29 @@ def _past_line(stream: BinaryIO) -> int:
     return length
 
 
-def parse_chunk(chunk: Chunk) -> list[Found | Refusal]:
+def parse_chunk(chunk: Chunk) -> list[RawRecord | Refusal]:
     """Every value of a chunk with its origin, or the reason why a line is none; blank lines are passed over."""
     if isinstance(chunk, list):
         return chunk
     raw, name = chunk.raw, chunk.name
     if chunk.first == 1:
         raw = raw.removeprefix(codecs.BOM_UTF8)
-    parsed: list[Found | Refusal] = []
+    parsed: list[RawRecord | Refusal] = []
     for number, line in enumerate(raw.split(b"\n"), chunk.first):
         if line and not line.isspace():
             parsed.append(_parse(line, f"{name}:{number}"))
     return parsed
 
 
-def _parse(line: bytes, origin: str) -> Found | Refusal:
+def _parse(line: bytes, origin: str) -> RawRecord | Refusal:
     try:
-        return Found(DECODER.decode(line.decode()), origin)
+        return RawRecord(DECODER.decode(line.decode()), origin)
     except UnicodeDecodeError as error:
-        return Refusal(origin, encoding_reason(line, error.start))
+        return Refusal(origin, encoding_reason(line, error.start), RefusalKind.UNREADABLE)
     except json.JSONDecodeError as error:
-        return Refusal(origin, f"not JSON at column {error.colno}: {_why(line, error)}")
+        return Refusal(origin, f"not JSON at column {error.colno}: {_why(line, error)}", RefusalKind.UNREADABLE)
     except (ValueError, RecursionError) as error:
-        return Refusal(origin, f"JSON that cannot be read: {error}")
+        return Refusal(origin, f"JSON that cannot be read: {error}", RefusalKind.UNREADABLE)
 
 
 def _why(line: bytes, error: json.JSONDecodeError) -> str:
@@ -104,32 +82,3 @@ def _why(line: bytes, error: json.JSONDecodeError) -> str:
     if line.strip() in (b"{", b"["):
         return f"{error.msg}; one record a line is expected, or a JSON array of them"
     return error.msg
-
-
-NUL_BYTES = "it holds NUL bytes, as a file does that was not written to its end"
-
-
-def _constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON value")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that stands twice, json would keep the last in silence."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f'key "{next(key for key in keys if keys.count(key) > 1)}" stands twice')
-    return made
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
-
-
-def encoding_reason(line: bytes, at: int) -> str:
-    """Why a line is refused that is not UTF-8 at byte `at`, and what mends it."""
-    reason = f"not UTF-8 at byte {at + 1}"
-    try:
-        line.decode("gb18030")
-    except UnicodeDecodeError:
-        return f"{reason}; save the file as UTF-8"
-    return f"{reason}; it may be GBK: iconv -f GB18030 -t UTF-8 OLD > NEW"

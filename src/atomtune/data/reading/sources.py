@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from atomtune.data.reading import hub
-from atomtune.data.reading import jsonl
-from atomtune.data.reading.json_array import read_array
+from atomtune.data.reading import hub, jsonl
 from atomtune.data.reading.arrow_rows import ARROW_MAGIC, BATCH_ROWS, read_arrow, read_parquet
-from atomtune.data.reading.hub import kind_of
-from atomtune.data.reading.jsonl import Chunk, Found, parse_chunk
 from atomtune.data.reading.compression import open_bytes, open_raw, packing_of
-from atomtune.data.records import Refusal
 from atomtune.data.reading.csv_rows import columns_of, read_table
+from atomtune.data.reading.hub import kind_of
+from atomtune.data.reading.json_array import read_array
+from atomtune.data.reading.jsonl import parse_chunk
+from atomtune.data.reading.raw import Chunk, RawRecord
+from atomtune.data.records import Refusal
 from atomtune.errors import BadData
 
 Advance = Callable[[int], None]
@@ -40,7 +40,7 @@ _NOT_READ = {
 _COLUMNS = {"instruction", "output", "messages", "conversations", "prompt", "completion", "question", "answer"}
 
 
-def read_values(source: Path | str, advance: Advance = lambda n_bytes: None) -> Iterator[Found | Refusal]:
+def read_values(source: Path | str, advance: Advance = lambda n_bytes: None) -> Iterator[RawRecord | Refusal]:
     """Yield every value of the source, or the reason why a line or row is none.
 
     source is a file, a folder, or the name of a data set on the hub (`owner/name`, `owner/name:configuration`).
@@ -171,9 +171,9 @@ def _reader_of(path: Path, head: bytes) -> Callable[[BinaryIO, str], Iterator[Ch
     return lambda stream, name: _batched(read_table(stream, name))
 
 
-def _batched(values: Iterator[Found] | Iterator[Found | Refusal]) -> Iterator[Chunk]:
+def _batched(values: Iterator[RawRecord] | Iterator[RawRecord | Refusal]) -> Iterator[Chunk]:
     """Values in lists, so that what hands chunks to other processes does not do it one by one."""
-    batch: list[Found | Refusal] = []
+    batch: list[RawRecord | Refusal] = []
     for value in values:
         batch.append(value)
         if len(batch) == BATCH_ROWS:

@@ -6,40 +6,18 @@ found by the manifest.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from atomtune.disk import sync, write_json
+
 MANIFEST = "manifest.json"
 #: In front of the name of a folder that is being written, and of one that is being removed.
 STAGING, LEAVING = ".saving-", ".removing-"
-#: The write failed for want of space or of a working disk, not by a bug.
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE}
-
-
-def disk_failed(error: BaseException) -> bool:
-    """Whether a write failed because of the disk; torch and safetensors say so in words only."""
-    said = str(error)
-    return getattr(error, "errno", None) in _DISK_ERRORS or "No space left" in said or "file write failed" in said
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write beside the name and rename: a reader never sees half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            json.dump(values, file, ensure_ascii=False, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def staging_of(final: Path) -> Path:
@@ -72,7 +50,7 @@ def clear_staging(folder: Path) -> None:
         if not final.exists() and not damage(left):
             _to_disk(left)
             left.rename(final)
-            _sync(folder)
+            sync(folder)
     for left in (*folder.glob(f"{STAGING}*"), *folder.glob(f"{LEAVING}*")):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -92,7 +70,7 @@ def seal(staging: Path, final: Path, facts: Mapping[str, Any]) -> None:
         else:
             final.rename(_free_name(final))
     staging.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def publish(staging: Path, folder: Path, *, last: str) -> None:
@@ -103,7 +81,7 @@ def publish(staging: Path, folder: Path, *, last: str) -> None:
         goal.parent.mkdir(parents=True, exist_ok=True)
         file.replace(goal)
     shutil.rmtree(staging)
-    _sync(folder)
+    sync(folder)
 
 
 def damage(folder: Path) -> list[str]:
@@ -189,18 +167,7 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def _to_disk(folder: Path) -> None:
     for path in (*folder.rglob("*"), folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Bring a file or a folder's list of names to the disk; Windows opens no folders."""
-    if os.name == "nt" and path.is_dir():
-        return
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+        sync(path)
 
 
 def _free_name(path: Path) -> Path:

@@ -14,12 +14,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import ExportableState
 
+from atomtune.disk import disk_failed
 from atomtune.errors import BadModel, RunFailed, listing
 from atomtune.model.adapter import Card, refuse_not_finite, refuse_unlike
+from atomtune.train.checkpoint.atomic import MANIFEST, checkpoints, damage, rotate, seal, staged
 from atomtune.train.checkpoint.start import STATE
-from atomtune.train.checkpoint.atomic import MANIFEST, checkpoints, damage, disk_failed, rotate, seal, staged
 from atomtune.train.checkpoint.state import gathered, load_state, random_state, save_state, scatter, set_random_state
-from atomtune.train.callbacks import on_any_rank
+from atomtune.train.ranks import on_any_rank
 
 #: Saves that may fail one after another before the run ends.
 FAILED_SAVES = 3

@@ -12,9 +12,9 @@ from typing import Any, Literal
 from atomtune.errors import BadModel, BadSettings, listing
 from atomtune.model.adapter import WEIGHTS, adapter_file
 from atomtune.train.checkpoint.atomic import MANIFEST, checkpoints, damage, step_in
+from atomtune.train.run_report import RECORD, read_record
 
 STATE = "trainer_state.json"
-RECORD = "run.json"
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,3 @@ def _asks_for_more(record: dict[str, Any], lengths: dict[str, Any]) -> bool:
     if lengths["max_steps"] > 0:
         return bool(lengths["max_steps"] > record.get("steps", 0))
     return before["max_steps"] > 0 or bool(lengths["num_train_epochs"] > before["num_train_epochs"])
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """The folder's run.json, or nothing."""
-    try:
-        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
