@@ -1,0 +1,57 @@
+"""Tokenizer: what this project asks of a tokenizer, written down as a type.
+
+transformers' fast and slow tokenizers have all of it; data/ is handed one and imports no transformers.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+
+class Tokenizer(Protocol):
+    """A transformers tokenizer, as far as it is used here."""
+
+    bos_token: str | None
+    eos_token: str | None
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+    unk_token_id: int | None
+    chat_template: Any  # a text, or texts by name; None where there is none
+    init_kwargs: dict[str, Any]
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]: ...
+
+    @property
+    def all_special_ids(self) -> Sequence[int]: ...
+
+    @property
+    def all_special_tokens(self) -> Sequence[str]: ...
+
+    @property
+    def special_tokens_map(self) -> Mapping[str, Any]: ...
+
+    def __call__(self, text: str | Sequence[str], **options: Any) -> Mapping[str, Any]: ...
+
+    def __len__(self) -> int: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+    def decode(self, token_ids: Any, **options: Any) -> str: ...
+
+    @overload
+    def convert_tokens_to_ids(self, tokens: str) -> int: ...
+    @overload
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]: ...
+
+    @overload
+    def convert_ids_to_tokens(self, ids: int) -> str: ...
+    @overload
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]: ...
+
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, Any]], **options: Any) -> Any: ...
+
+    def get_chat_template(self) -> str: ...
+
+    def save_pretrained(self, save_directory: str | Path) -> Any: ...
