@@ -17,7 +17,7 @@ from atomtune.batch.collate import Collator
 from atomtune.batch.cost import sample_rows
 from atomtune.batch.row import padded_tokens
 from atomtune.choices import Layout
-from atomtune.console import Voice
+from atomtune.console import Console
 from atomtune.data.cache import Rules, as_examples, concatenate, examples_of
 from atomtune.data.encoding.chat_template import load_template
 from atomtune.data.records import Example
@@ -110,11 +110,13 @@ def verify(settings: VerifySettings) -> int:
     if problems:
         raise BadSettings(problems)
     quiet_libraries()
-    voice = Voice(speaks=True)
+    console = Console()
     device = device_in_use()
-    dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=voice.notice)
+    dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=console.notice)
     examples, pad_id = _examples(settings)
-    voice.say(f"{len(examples)} records of {', '.join(Path(source).name for source in settings.sources)}, on {device}")
+    console.say(
+        f"{len(examples)} records of {', '.join(Path(source).name for source in settings.sources)}, on {device}"
+    )
     compared = compare(
         examples,
         model=settings,
@@ -124,9 +126,9 @@ def verify(settings: VerifySettings) -> int:
         device=device,
         pad_id=pad_id,
         per_batch=settings.per_device_train_batch_size,
-        voice=voice,
+        console=console,
     )
-    say(compared, voice)
+    say(compared, console)
     return 0
 
 
@@ -150,7 +152,7 @@ def compare(
     device: torch.device,
     pad_id: int,
     per_batch: int,
-    voice: Voice,
+    console: Console,
 ) -> Comparison:
     """Compute the examples in both ways, one model in memory at a time, at dropout 0."""
 
@@ -169,10 +171,10 @@ def compare(
     compute_together(families_of(fast, input_ids=torch.zeros(1, 2, dtype=torch.long, device=device)))
     windows = windows_of(fast) if layout != "padded" else (None,)
     collator = Collator(layout=layout, pad_id=pad_id, as_examples=as_examples, windows=windows)
-    voice.say("the fast path …")
+    console.say("the fast path …")
     ours, computed = in_batches(fast, examples, collator, per_batch=per_batch)
     del fast
-    voice.say("plain transformers + PEFT, one record at a time …")
+    console.say("plain transformers + PEFT, one record at a time …")
     plain = one_at_a_time(load(), examples)
     apart = {
         name: ((ours.gradients[name] - one).norm() / max(one.norm().item(), 1e-30)).nan_to_num(nan=math.inf).item()
@@ -262,7 +264,7 @@ def _gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad.double().cpu() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def say(compared: Comparison, voice: Voice) -> None:
+def say(compared: Comparison, console: Console) -> None:
     """The comparison as a table and a sentence. Raises CheckFailed when it does not hold."""
     allowed, name = ALLOWED[compared.dtype], str(compared.dtype).removeprefix("torch.")
     table = Table(title=f"layout {compared.layout} against one record at a time, {name}", title_justify="left")
@@ -274,9 +276,9 @@ def say(compared: Comparison, voice: Voice) -> None:
         (f"gradients of {compared.layers} adapter weights (relative)", compared.gradient, allowed.gradient),
     ):
         table.add_row(what, f"{found:.1e}", f"{limit:g}", "holds" if found <= limit else "DOES NOT HOLD")
-    voice.console.print(table)
+    console.print(table)
     saved = compared.tokens_padded / compared.tokens_computed
-    voice.say(
+    console.say(
         f"Allowed because {allowed.reason}.\nWork: {compared.tokens_padded:,} tokens padded, "
         f"{compared.tokens_computed:,} computed, {saved:.1f}× less."
     )
@@ -285,4 +287,4 @@ def say(compared: Comparison, voice: Voice) -> None:
             f"The fast path is not equal to plain transformers + PEFT here (worst: {compared.worst_layer}).\n"
             "Train with --layout padded, and please report the model's name and this table."
         )
-    voice.say("The fast path is equal to plain transformers + PEFT on these records.")
+    console.say("The fast path is equal to plain transformers + PEFT on these records.")

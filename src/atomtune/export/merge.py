@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from atomtune.console import Voice
+from atomtune.console import Console
 from atomtune.data.encoding.chat_template import Template
 from atomtune.errors import BadSettings, CheckFailed
 from atomtune.model.adapter import load_trained
@@ -32,25 +32,25 @@ def merge(settings: MergeSettings) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadSettings([f"--output_dir {out} is not an empty folder. Pass a new one."])
     quiet_libraries()
-    voice = Voice(speaks=True)
+    console = Console()
     trust = settings.trust_remote_code
     template, card = template_of(adapter, trust_remote_code=trust)
     base_path = base_of(adapter, settings.model_path)
     dtype = (
         stored_dtype(base_path, trust_remote_code=trust) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     )
-    voice.say(f"loading {base_path} in {str(dtype).removeprefix('torch.')} …")
+    console.say(f"loading {base_path} in {str(dtype).removeprefix('torch.')} …")
     base = load_base(BaseSpec(path=base_path, dtype=dtype, device=CPU, trust_remote_code=trust))
-    refuse_other_base(base_path, card.base, anyway=settings.other_base, notice=voice.notice)
+    refuse_other_base(base_path, card.base, anyway=settings.other_base, notice=console.notice)
     model = load_trained(base, adapter)
     before = _log_probabilities(model, template)
-    voice.say("merging …")
+    console.say("merging …")
     merged = model.merge_and_unload()
     _ready_to_serve(merged, template)
     merged.save_pretrained(out)
     template.tokenizer.save_pretrained(out)
     card.save(out)
-    voice.say("checking the written folder …")
+    console.say("checking the written folder …")
     written = load_base(BaseSpec(path=str(out), dtype=dtype, device=CPU, trust_remote_code=trust)).eval()
     worst = max((a - b).abs().max().item() for a, b in zip(before, _log_probabilities(written, template), strict=True))
     allowed = TOLERANCE[dtype]
@@ -61,7 +61,7 @@ def merge(settings: MergeSettings) -> int:
     )
     if not worst <= allowed:
         raise CheckFailed(f"{said}\nThe merged model in {out} does not answer as the adapter does; do not serve it.")
-    voice.say(
+    console.say(
         f"{said}\nThe merged model lies in {out}; transformers, vLLM and others load it as it is.\n\nNext:\n"
         f"  atomtune chat --adapter_path {out}"
     )

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from atomtune.batch.cost import sample_rows
-from atomtune.console import Patient
+from atomtune.console import Console
 from atomtune.data.encoding.chat_template import load_template
 from atomtune.errors import BadSettings
 from atomtune.inspect.html_page import write_page
@@ -31,7 +31,7 @@ def inspect(settings: InspectSettings) -> int:
         raise BadSettings([f"--html {settings.html}: a folder; expected the name of a file, as report.html."])
     allowed = allowances(settings.fail_on)
     quiet_libraries()
-    console = Patient(highlight=False, stderr=settings.json)
+    console = Console(stderr=settings.json)
     tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     report = look(settings, load_template(settings.template, tokenizer), console)
     lettering = Lettering(tokenizer)

@@ -13,12 +13,11 @@ import datasets
 import numpy
 import pyarrow
 import pyarrow.compute
-from rich.console import Console
 
 from atomtune.analysis.near_duplicates import Numbers
 from atomtune.analysis.texts import Texts, read_texts
 from atomtune.batch.cost import SAMPLED_BATCHES, LayoutTokens, batches_of, sample_rows
-from atomtune.console import Reading
+from atomtune.console import Console
 from atomtune.data.cache import EncodedData, Rules, as_examples, concatenate, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.ledger import Ledger
@@ -99,12 +98,12 @@ def look(settings: InspectSettings, template: Template, console: Console) -> Rep
 
 
 def _read(source: str, template: Template, rules: Rules, console: Console) -> EncodedData:
-    with Reading(console, size_of(source), f"reading {Path(source).name}") as reading:
+    with console.reading_progress(size_of(source), f"reading {Path(source).name}") as reading:
         return examples_of(source, template, rules, advance=reading.advance)
 
 
 def _used(source: str, rules: Rules, stored: datasets.Dataset, console: Console) -> Iterator[Record]:
-    with Reading(console, size_of(source), f"comparing {Path(source).name}") as reading:
+    with console.reading_progress(size_of(source), f"comparing {Path(source).name}") as reading:
         yield from records_of(source, rules, stored, reading.advance)
 
 

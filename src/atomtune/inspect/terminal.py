@@ -6,11 +6,11 @@ No text of a record stands here, only origins and numbers; the samples come afte
 
 from collections.abc import Iterator
 
-from rich.console import Console
 from rich.table import Table
 
 from atomtune.analysis.near_duplicates import Numbers
 from atomtune.analysis.unicode_scripts import SCRIPTS
+from atomtune.console import Console
 from atomtune.data.ledger import Ledger
 from atomtune.data.records import RefusalKind
 from atomtune.inspect.checks import PROBLEMS, Problem

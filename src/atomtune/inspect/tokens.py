@@ -8,10 +8,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
+from atomtune.console import Console
 from atomtune.data.records import Example
 
 SPACE, LINE_END, TAB = "·", "↵", "⇥"

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import TextStreamer
 
+from atomtune.console import Console
 from atomtune.data.encoding.chat_template import Message, Template
 from atomtune.data.records import Turn
 from atomtune.errors import BadSettings
@@ -23,15 +23,15 @@ from atomtune.settings.fields import ChatSettings
 def chat(settings: ChatSettings) -> int:
     """Answer --prompt, or lines from the terminal until Ctrl-D."""
     quiet_libraries()
-    notices = Console(stderr=True, highlight=False)
+    console = Console(stderr=True)
     folder = Path(settings.adapter_path)
     template, card = template_of(folder, trust_remote_code=settings.trust_remote_code)
-    model = _model(settings, folder, card.base, notices)
+    model = _model(settings, folder, card.base, console)
     asked = _Asked(template, settings.system, card.instruction)
     if settings.prompt is not None:
         _reply(model, template, [*asked.opening, *asked.by_user(settings.prompt)], settings)
         return 0
-    _converse(model, template, asked, settings, notices)
+    _converse(model, template, asked, settings, console)
     return 0
 
 
@@ -53,26 +53,23 @@ class _Asked:
         return self.template.messages([turn])
 
 
-def _model(settings: ChatSettings, folder: Path, trained_on: str, notices: Console) -> Any:
-    def notice(text: str) -> None:
-        notices.print(f"note: {text}", style="yellow", markup=False, soft_wrap=True)
-
+def _model(settings: ChatSettings, folder: Path, trained_on: str, console: Console) -> Any:
     merged = not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file()
     if merged and settings.model_path:
         raise BadSettings([f"--model_path: {folder} is a whole model already."])
     path = str(folder) if merged else base_of(folder, settings.model_path)
     device = device_in_use()
-    dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=notice)
+    dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=console.notice)
     base = load_base(BaseSpec(**{**settings.base(), "path": path}, dtype=dtype, device=device))
     if merged:
         return base.eval()
-    refuse_other_base(path, trained_on, anyway=settings.other_base, notice=notice)
+    refuse_other_base(path, trained_on, anyway=settings.other_base, notice=console.notice)
     return load_trained(base, folder)
 
 
-def _converse(model: Any, template: Template, asked: _Asked, settings: ChatSettings, notices: Console) -> None:
+def _converse(model: Any, template: Template, asked: _Asked, settings: ChatSettings, console: Console) -> None:
     """Lines in, answers out. The oldest exchange is dropped, and said, when the model's positions run out."""
-    notices.print(f"Talking to {settings.adapter_path}. An empty line starts a new conversation, Ctrl-D ends.")
+    console.say(f"Talking to {settings.adapter_path}. An empty line starts a new conversation, Ctrl-D ends.")
     exchanges: list[list[Message]] = []
     while True:
         try:
@@ -81,14 +78,14 @@ def _converse(model: Any, template: Template, asked: _Asked, settings: ChatSetti
             return
         if not line.strip():
             exchanges = []
-            notices.print("(new conversation)")
+            console.say("(new conversation)")
             continue
         typed = asked.by_user(line)
         messages = [*asked.opening, *itertools.chain(*exchanges), *typed]
         while exchanges and len(prompt_ids(template, messages)) + 64 > _positions(model):
             exchanges = exchanges[1:]
             messages = [*asked.opening, *itertools.chain(*exchanges), *typed]
-            notices.print("(the oldest exchange no longer fits and is left out)")
+            console.say("(the oldest exchange no longer fits and is left out)")
         said = _reply(model, template, messages, settings)
         exchanges.append([*typed, {"role": "assistant", "content": said}])
 

@@ -17,7 +17,7 @@ import datasets
 from atomtune.analysis.holdout import alike, held_out, overlapping
 from atomtune.analysis.texts import read_texts
 from atomtune.batch.cost import sample_rows
-from atomtune.console import Voice
+from atomtune.console import Console
 from atomtune.data.cache import EncodedData, Rules, concatenate, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.ledger import Ledger
@@ -46,11 +46,11 @@ class Data:
         assert isinstance(self.train, Stream)
         return self.train.ledger
 
-    def read_meanwhile(self, voice: Voice) -> dict[str, Any]:
+    def read_meanwhile(self, console: Console) -> dict[str, Any]:
         """Say and give the ledger of a stream as far as it was read; of stored records all was said before."""
         if not isinstance(self.train, Stream):
             return {}
-        say_ledger(self.train.ledger, self.train.template, voice)
+        say_ledger(self.train.ledger, self.train.template, console)
         return {**self.train.ledger.contract(), "records_copied": None}  # to tell copies takes all records at once
 
     def some(self, records: int, *, seed: int) -> list[dict[str, Any]]:
@@ -63,17 +63,17 @@ class Data:
 def read_data(job: Job, template: Template) -> Data:
     """The examples to train and evaluate on; on several ranks the first one encodes, the others read the store."""
     evaluate, eval_hash = _to_evaluate(job, template)
-    asked, voice = job.settings.data, job.voice
+    asked, console = job.settings.data, job.console
     if asked.streaming:
         return Data(_stream(job, template), evaluate, job.record.values["data"]["sha256"], eval_hash)
     names = [Path(source).name for source in asked.sources]
     if len(set(names)) < len(names):
-        voice.notice("some of these files have one name; where a record of theirs is named, look into each.")
+        console.notice("some of these files have one name; where a record of theirs is named, look into each.")
     parts = [_read(source, job, template) for source in asked.sources]
     data = concatenate(parts)
     examples, ledger = data.examples, data.ledger
     job.record.update(data={"path": asked.dataset_path, "sha256": data.data_hash}, **ledger.contract())
-    say_ledger(ledger, template, voice)
+    say_ledger(ledger, template, console)
     _refuse_broken(ledger, skip_bad=asked.skip_bad)
     _refuse_empty(ledger, ", ".join(asked.sources))
     learned = list(range(len(examples)))
@@ -81,32 +81,32 @@ def read_data(job: Job, template: Template) -> Data:
         learned, held = _held_out(job, parts)
         evaluate = examples.select(held)
         job.record.update(records_held_out=evaluate["origin"][:])
-        voice.say(f"{len(held):,} records are held out to evaluate on, {len(learned):,} to train on.")
+        console.say(f"{len(held):,} records are held out to evaluate on, {len(learned):,} to train on.")
     elif evaluate is not None:
         _say_overlap(job, [part.examples for part in parts], evaluate)
     ends = list(accumulate(len(part.examples) for part in parts))
     drawn = mixed(learned, ends, asked.mix, seed=job.args.seed)
     if asked.mix:
-        voice.say(f"mixed as {asked.mix}: an epoch sees {len(drawn):,} records.")
+        console.say(f"mixed as {asked.mix}: an epoch sees {len(drawn):,} records.")
     train = examples if len(drawn) == len(examples) and not asked.mix else examples.select(drawn)
     return Data(train, evaluate, data.data_hash, eval_hash, ledger)
 
 
 def _to_evaluate(job: Job, template: Template) -> tuple[datasets.Dataset | None, str]:
     """The records of --eval_path, and the hash of that file."""
-    asked, voice = job.settings.data, job.voice
+    asked, console = job.settings.data, job.console
     if not asked.eval_path:
         return None, ""
     data = _read(asked.eval_path, job, template)
-    voice.say(f"{Path(asked.eval_path).name}, to evaluate on:")
-    say_ledger(data.ledger, template, voice)
+    console.say(f"{Path(asked.eval_path).name}, to evaluate on:")
+    say_ledger(data.ledger, template, console)
     _refuse_broken(data.ledger, skip_bad=asked.skip_bad)
     _refuse_empty(data.ledger, asked.eval_path)
     return data.examples, data.data_hash
 
 
 def _stream(job: Job, template: Template) -> Stream:
-    asked, voice = job.settings.data, job.voice
+    asked, console = job.settings.data, job.console
     names = ", ".join(asked.sources)
 
     def check(ledger: Ledger) -> None:
@@ -116,14 +116,16 @@ def _stream(job: Job, template: Template) -> Stream:
     stream = Stream(asked.sources, template, rules, buffer=asked.shuffle_buffer, seed=job.args.seed, check=check)
     data_hash = hashlib.sha256("".join(map(fingerprint_of, asked.sources)).encode()).hexdigest()
     job.record.update(data={"path": asked.dataset_path, "sha256": data_hash})
-    voice.say(f"streaming {names}: encoded while training, each record drawn from {asked.shuffle_buffer:,} that wait.")
+    console.say(
+        f"streaming {names}: encoded while training, each record drawn from {asked.shuffle_buffer:,} that wait."
+    )
     next(iter(stream))  # what is wrong with the first records is said before the model is loaded
     return stream
 
 
 def _read(source: str, job: Job, template: Template) -> EncodedData:
     name = Path(source).name
-    with job.args.main_process_first(), job.voice.reading(size_of(source), f"reading {name}") as reading:
+    with job.args.main_process_first(), job.console.reading_progress(size_of(source), f"reading {name}") as reading:
         return examples_of(source, template, Rules(**job.settings.data.rules()), advance=reading.advance)
 
 
@@ -154,7 +156,7 @@ def _held_out(job: Job, parts: list[EncodedData]) -> tuple[list[int], list[int]]
     if not rows[0]:
         raise BadSettings([f"--eval_size {size:g}: all {records:,} records are alike, so none can be held out fairly."])
     if len(rows[1]) != held:
-        job.voice.notice(
+        job.console.notice(
             f"--eval_size asks for {held:,} records; groups of records that are alike allow {len(rows[1]):,}."
         )
     return rows
@@ -169,7 +171,7 @@ def _say_overlap(job: Job, learned: list[datasets.Dataset], evaluate: datasets.D
     origins = evaluate.select(like)["origin"][:]
     job.record.update(eval_records_like_trained_ones=origins)
     if origins:
-        job.voice.notice(
+        job.console.notice(
             f"{len(origins):,} of {len(evaluate):,} evaluation records are nearly the same as a trained one or ask the "
             f"same: {_some(origins)}. Their loss says how well they were learned by heart."
         )
@@ -179,47 +181,49 @@ def _texts(job: Job, sources: list[str], stored: list[datasets.Dataset]) -> Iter
     """The records behind the rows, read once more, with a bar."""
     rules = Rules(**job.settings.data.rules())
     for source, rows in zip(sources, stored, strict=True):
-        with job.voice.reading(size_of(source), f"comparing {Path(source).name}") as reading:
+        with job.console.reading_progress(size_of(source), f"comparing {Path(source).name}") as reading:
             yield from records_of(source, rules, rows, reading.advance)
 
 
-def say_ledger(ledger: Ledger, template: Template, voice: Voice) -> None:
-    voice.say(
+def say_ledger(ledger: Ledger, template: Template, console: Console) -> None:
+    console.say(
         f"{ledger.records_read:,} records read ({ledger.format}), {ledger.records_used:,} used, "
         f"{len(ledger.records_refused):,} refused, {ledger.records_cut:,} shortened; "
         f"{ledger.prompt_tokens:,} prompt and {ledger.target_tokens:,} target tokens; "
         f"template {template.name}, stops at {template.stop}."
     )
     for said, count in ledger.notices.items():
-        voice.notice(f"{said} in {count:,} records.")
+        console.notice(f"{said} in {count:,} records.")
     if ledger.records_copied:
-        voice.notice(f"{ledger.records_copied:,} records are copies of another and are learned once more.")
+        console.notice(f"{ledger.records_copied:,} records are copies of another and are learned once more.")
     if ledger.split_origins:
-        voice.notice(
+        console.notice(
             "a server would send other tokens before a later answer than the earlier one was learned as; so these are "
             f"several examples each, what they share computed once: {_some(ledger.split_origins)}."
         )
     if not template.writes_bos:
-        voice.notice(
+        console.notice(
             f"the template {template.name} writes no {template.tokenizer.bos_token}, which this tokenizer has for a "
             "text's beginning; so training has none, as servers that render it have none."
         )
     if template.unknown_controls:
-        voice.notice(
+        console.notice(
             f"the template {template.name} writes {', '.join(template.unknown_controls)}, which are text to this "
             "tokenizer, not control tokens. The model's own template, or atom, suits it better."
         )
     if ledger.cut_origins:
-        voice.notice(f"shortened to fit --max_seq_length: {_some(ledger.cut_origins)}.")
+        console.notice(f"shortened to fit --max_seq_length: {_some(ledger.cut_origins)}.")
     if ledger.control_origins:
-        voice.notice(f"control strings in the text stay text in: {_some(ledger.control_origins)}.")
+        console.notice(f"control strings in the text stay text in: {_some(ledger.control_origins)}.")
     if ledger.unknown_tokens:
-        voice.notice(f"{ledger.unknown_tokens:,} target tokens are unknown to this tokenizer and are learned as such.")
+        console.notice(
+            f"{ledger.unknown_tokens:,} target tokens are unknown to this tokenizer and are learned as such."
+        )
     if ledger.shared_instruction is not None:
-        voice.notice("nearly all records share one instruction; it is stored with the adapter as chat's default.")
+        console.notice("nearly all records share one instruction; it is stored with the adapter as chat's default.")
     refused = [refusal for refusal in ledger.records_refused if not refusal.broken]
     if refused:
-        voice.notice(f"not trained on:\n{listing([f'{r.origin}  {r.reason}' for r in refused], 5)}")
+        console.notice(f"not trained on:\n{listing([f'{r.origin}  {r.reason}' for r in refused], 5)}")
 
 
 def _some(origins: list[str], shown: int = 5) -> str:

@@ -4,9 +4,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from atomtune.console import Console
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.records import Turn
 from atomtune.model.generate import answer

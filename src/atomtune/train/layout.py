@@ -38,10 +38,10 @@ def check_equal(job: Job, data: Data, *, pad_id: int) -> None:
         device=device,
         pad_id=pad_id,
         per_batch=args.per_device_train_batch_size,
-        voice=job.voice,
+        console=job.console,
     )
     job.record.update(verified=compared.figures())
-    say(compared, job.voice)
+    say(compared, job.console)
 
 
 def choose_layout(job: Job, model: nn.Module, tokenizer: Any, data: Data) -> Collator:
@@ -69,7 +69,7 @@ def choose_layout(job: Job, model: nn.Module, tokenizer: Any, data: Data) -> Col
         f"; tokens {tokens.padded:,} → {computed:,}, {tokens.padded / computed:.1f}× less work "
         f"({len(batches)} batches tried)"
     )
-    job.voice.say(f"layout {chosen}: {why}{saved if chosen != 'padded' else ''}.")
+    job.console.say(f"layout {chosen}: {why}{saved if chosen != 'padded' else ''}.")
     job.record.update(layout=chosen)
     return Collator(
         layout=chosen,

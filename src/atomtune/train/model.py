@@ -32,24 +32,24 @@ def dtype_of(job: Job, device: torch.device) -> torch.dtype:
         device,
         fp16=bool(trainer.get("fp16")),
         bf16=bool(trainer.get("bf16")),
-        notice=job.voice.notice,
+        notice=job.console.notice,
     )
 
 
 def load_model(job: Job, *, longest_tokens: int) -> Any:
     """The base with its adapter, new or filled from the start's weights, on its device."""
-    settings, args, start, voice = job.settings, job.args, job.start, job.voice
+    settings, args, start, console = job.settings, job.args, job.start, job.console
     model, lora = settings.model, settings.lora
     device = torch.device("cpu") if args.use_cpu else device_in_use()
     dtype = dtype_of(job, device)
     if device.type == "cpu" and settings.trainer.get("bf16") and dtype is not torch.bfloat16:
-        voice.notice(f"--bf16 is not used: on a CPU --dtype {model.dtype} alone decides.")
+        console.notice(f"--bf16 is not used: on a CPU --dtype {model.dtype} alone decides.")
     if device.type == "cuda" and torch.cuda.device_count() > 1 and args.world_size == 1 and not model.device_map:
-        voice.notice(
+        console.notice(
             f"{torch.cuda.device_count()} GPUs are here and this process uses one. All of them: "
             f"torchrun --nproc_per_node {torch.cuda.device_count()} -m atomtune train …"
         )
-    voice.say(f"loading {model.model_path} …")
+    console.say(f"loading {model.model_path} …")
     base = load_base(BaseSpec(**model.base(), dtype=dtype, device=device))
     if start.path is not None:
         card = Card.load(start.path if start.path.is_dir() else start.path.parent)
@@ -57,7 +57,7 @@ def load_model(job: Job, *, longest_tokens: int) -> Any:
             str(model.model_path),
             card.base if card else "",
             anyway=start.kind == "weights" or settings.run.resume_anyway,
-            notice=voice.notice,
+            notice=console.notice,
         )
     _check_positions(base, longest_tokens)
     if start.path is not None:
@@ -71,16 +71,16 @@ def load_model(job: Job, *, longest_tokens: int) -> Any:
             alpha=lora.lora_alpha,
             dropout=lora.lora_dropout,
             targets=lora.lora_targets,
-            notice=voice.notice,
+            notice=console.notice,
         )
     else:
         counts = match_targets(base, lora.lora_targets)
-        voice.say(f"LoRA on {', '.join(f'{name} ({count})' for name, count in counts.items())}")
+        console.say(f"LoRA on {', '.join(f'{name} ({count})' for name, count in counts.items())}")
         adapted = new_adapter(
             base, rank=lora.lora_rank, alpha=lora.lora_alpha, dropout=lora.lora_dropout, targets=lora.lora_targets
         )
     trainable, total = parameter_counts(adapted)
-    voice.say(
+    console.say(
         f"{model.model_path} in {str(dtype).removeprefix('torch.')}{f', {model.quantize}' if model.quantize else ''} "
         f"on {device}: {trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)."
     )
@@ -110,7 +110,7 @@ def _set_checkpointing(job: Job, model: Any, *, longest_tokens: int, dtype: torc
         tokens = args.per_device_train_batch_size * longest_tokens
         wanted = should_checkpoint(model.config, tokens=tokens, element_bytes=dtype.itemsize, device=device)
         if wanted:
-            job.voice.notice("activations are recomputed to save memory (--gradient_checkpointing false keeps them).")
+            job.console.notice("activations are recomputed to save memory (--gradient_checkpointing false keeps them).")
     setattr(args, CHECKPOINTING, wanted)
     if wanted:
         kwargs = getattr(args, f"{CHECKPOINTING}_kwargs") or {}

@@ -58,9 +58,9 @@ def check_space(job: Job, model: Any, tokenizer: Any) -> None:
     if args.save_strategy != "no" and one + final > free:
         raise RunFailed(f"The disk is full: {said}. Free some space, or pass another --output_dir.")
     if needed > free:
-        job.voice.notice(f"the disk may not suffice: {said}. --save_total_limit 1 keeps fewer.")
+        job.console.notice(f"the disk may not suffice: {said}. --save_total_limit 1 keeps fewer.")
     else:
-        job.voice.say(f"{said[0].upper()}{said[1:]}.")
+        job.console.say(f"{said[0].upper()}{said[1:]}.")
 
 
 def same_command(settings: TrainSettings) -> str:

@@ -3,11 +3,10 @@
 import time
 from typing import Any
 
-from rich.console import Console
 from rich.progress import TaskID
 from transformers import TrainerCallback
 
-from atomtune.console import bar
+from atomtune.console import Console, progress_bar
 from atomtune.train.callbacks import WorkCounter
 
 SPOKEN_EVERY = 5.0  # seconds between lines where there is no terminal to draw a bar in
@@ -18,7 +17,7 @@ class TrainingBar(TrainerCallback):
 
     def __init__(self, console: Console, work: WorkCounter) -> None:
         self.console, self.work = console, work
-        self.progress = bar(console, "{task.fields[rate]}", "{task.fields[loss]}")
+        self.progress = progress_bar(console, "{task.fields[rate]}", "{task.fields[loss]}")
         self.task: TaskID | None = None
         self.loss = ""
         self.first_step = self.first_examples = self.first_tokens = 0

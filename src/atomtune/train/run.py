@@ -15,7 +15,7 @@ import datasets
 import torch
 from transformers import PrinterCallback, set_seed
 
-from atomtune.console import Voice
+from atomtune.console import Console
 from atomtune.data.encoding.chat_template import load_template
 from atomtune.data.ledger import Ledger
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped, UserError
@@ -49,21 +49,21 @@ def train(settings: TrainSettings) -> int:
     began = time.monotonic()
     args = trainer_arguments(settings)
     first = args.process_index == 0
-    voice = Voice(speaks=first)
+    console = Console(speaks=first)
     _quiet(settings)
     folder = Path(args.output_dir)
     lock = locked(folder) if first else contextlib.nullcontext()
     with lock:
         if first:
             clear_staging(folder)
-        start = _as_the_first_rank(args, lambda: _start(settings, args, voice))
+        start = _as_the_first_rank(args, lambda: _start(settings, args, console))
         if start.said:
-            voice.say(start.said)
+            console.say(start.said)
         if start.kind == "finished":
             return 0
         # A resumed run that does not come to train leaves the record of the run that did.
         record = RunRecord(folder, writes=first, waits=start.kind == "resume")
-        job = Job(settings, args, start, read_record(folder), voice, record)
+        job = Job(settings, args, start, read_record(folder), console, record)
         try:
             record.update(settings=settings.resolved(), lengths=lengths(args), start=start.kind)
             _run(job, began)
@@ -71,7 +71,7 @@ def train(settings: TrainSettings) -> int:
             told = answer(error, folder, again=same_command(settings))
             status = "preempted" if isinstance(told, Stopped) else "failed"
             with contextlib.suppress(OSError):  # the record may not fit on a full disk either
-                record.update(status=status, reason=str(told) or type(told).__name__, notices=voice.notices)
+                record.update(status=status, reason=str(told) or type(told).__name__, notices=console.notices)
             if isinstance(error, Stopped) and args.world_size > 1:
                 torch.distributed.barrier()  # a launcher ends the other ranks as soon as one is gone
             if told is error:
@@ -80,7 +80,7 @@ def train(settings: TrainSettings) -> int:
     return 0
 
 
-def _start(settings: TrainSettings, args: Any, voice: Voice) -> Start:
+def _start(settings: TrainSettings, args: Any, console: Console) -> Start:
     asked = settings.run
     return find_start(
         Path(args.output_dir),
@@ -88,7 +88,7 @@ def _start(settings: TrainSettings, args: Any, voice: Voice) -> Start:
         resume_from_checkpoint=asked.resume_from_checkpoint,
         checkpoint=asked.checkpoint,
         lengths=lengths(args),
-        notice=voice.notice,
+        notice=console.notice,
     )
 
 
@@ -118,7 +118,7 @@ def _run(job: Job, began: float) -> None:
     now = identity(job, template, data)
     refuse_another_run(job, now)
     if job.before.get("lengths") and job.start.kind == "resume" and job.before["lengths"] != lengths(job.args):
-        job.voice.notice(
+        job.console.notice(
             "the run's length changed, so the learning-rate schedule is stretched to the new length from here."
         )
     if settings.run.verify:
@@ -147,7 +147,7 @@ def _run(job: Job, began: float) -> None:
             ),
             skip_nonfinite=settings.run.skip_nonfinite,
             resumed_from=job.start.path if job.start.kind == "resume" else None,
-            notice=job.voice.notice,
+            notice=job.console.notice,
             model=model,
             args=job.args,
             train_dataset=data.train,
@@ -167,7 +167,7 @@ def _run(job: Job, began: float) -> None:
     job.record.begin()
     loss = _fit(job, trainer, data)
     _save(job, trainer, loss)
-    samples.show_after(job.voice.console)
+    samples.show_after(job.console)
     _say_next(job, trainer, loss, data.ledger)
 
 
@@ -178,7 +178,7 @@ def _refuse_what_is_not_used(job: Job, trainer: LoraTrainer) -> None:
     if trainer.is_fsdp_enabled and "FULL" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
         raise BadSettings(["--fsdp_config: an adapter is small and is saved whole: state_dict_type FULL_STATE_DICT."])
     if trainer.is_deepspeed_enabled and job.start.kind == "resume":
-        job.voice.notice("DeepSpeed's own states hold pickles; resume from checkpoints of your own making only.")
+        job.console.notice("DeepSpeed's own states hold pickles; resume from checkpoints of your own making only.")
 
 
 def _say_length(job: Job, records: int) -> None:
@@ -187,7 +187,7 @@ def _say_length(job: Job, records: int) -> None:
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     passes = args.max_steps * per_step / records
     if passes > MANY_PASSES:
-        job.voice.notice(
+        job.console.notice(
             f"--max_steps {args.max_steps:,} goes through the {records:,} records {passes:,.0f} times; "
             "two to five passes are usual (--num_train_epochs 3)."
         )
@@ -195,15 +195,15 @@ def _say_length(job: Job, records: int) -> None:
 
 def _fit(job: Job, trainer: LoraTrainer, data: Data) -> float:
     """Train; the mean training loss. Raises Stopped, or RunFailed with the cause."""
-    args, device, start, voice = job.args, job.args.device, job.start, job.voice
+    args, device, start, console = job.args, job.args.device, job.start, job.console
     trainer.remove_callback(PrinterCallback)
-    bar = TrainingBar(voice.console, trainer.work)
+    bar = TrainingBar(console, trainer.work)
     trainer.add_callback(bar)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
         if start.kind == "resume" and start.path and trainer.all_steps_made(start.path):
-            voice.say("All steps were made before; the adapter is saved from this checkpoint.")
+            console.say("All steps were made before; the adapter is saved from this checkpoint.")
         else:
             trainer.train(resume_from_checkpoint=str(start.path) if start.kind == "resume" else None)
     except ImportError as error:  # an optimizer from a package that is not installed
@@ -225,7 +225,7 @@ def _fit(job: Job, trainer: LoraTrainer, data: Data) -> float:
     finally:
         bar.close()
         trainer.stop.restore()
-        job.record.update(**_figures(trainer), **data.read_meanwhile(voice), notices=voice.notices)
+        job.record.update(**_figures(trainer), **data.read_meanwhile(console), notices=console.notices)
     owes = trainer.state.global_step < trainer.state.max_steps or trainer.work.owes_evaluation
     if trainer.stop.reason is not None and owes:
         raise Stopped(
@@ -265,17 +265,17 @@ def _save(job: Job, trainer: LoraTrainer, loss: float) -> None:
         **({"eval_loss": evaluated[-1]} if evaluated else {}),
         loss_history=[{"step": e["step"], "loss": e["loss"]} for e in trainer.state.log_history if "loss" in e],
         **_figures(trainer),
-        notices=job.voice.notices,
+        notices=job.console.notices,
     )
 
 
 def _say_next(job: Job, trainer: LoraTrainer, loss: float, ledger: Ledger) -> None:
     history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     fell = f" (from {history[0]:.3f} to {history[-1]:.3f})" if len(history) > 1 else ""
-    work, folder, voice = trainer.work, job.args.output_dir, job.voice
+    work, folder, console = trainer.work, job.args.output_dir, job.console
     # `make demo` runs from an environment that is not activated; what is said to do next must work as it stands.
     atomtune = "atomtune" if shutil.which("atomtune") else f"{sys.executable} -m atomtune"
-    voice.say(
+    console.say(
         f"Done: {trainer.state.global_step:,} steps in {work.elapsed():.0f} s, "
         f"{work.examples / max(work.elapsed(), 1e-9):.1f} examples/s, mean loss {loss:.3f}{fell}.\n"
         f"The adapter lies in {folder} (run.json: every figure; loss.png: the curve).\n\n"
@@ -283,9 +283,9 @@ def _say_next(job: Job, trainer: LoraTrainer, loss: float, ledger: Ledger) -> No
         f"  {atomtune} merge --adapter_path {folder} --output_dir {folder}/merged"
     )
     if job.settings.demo:
-        voice.say(f"  {atomtune} train --model_path YOUR_MODEL --dataset_path YOUR.jsonl")
+        console.say(f"  {atomtune} train --model_path YOUR_MODEL --dataset_path YOUR.jsonl")
     if ledger.shared_instruction is not None:
-        voice.say(
+        console.say(
             "Other servers need the shared instruction (atomtune.json) with every request, as training had it: as the "
             "system message under atom, else in front of what the user says."
         )

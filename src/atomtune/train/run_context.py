@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from atomtune.console import Voice
+from atomtune.console import Console
 from atomtune.settings.fields import TrainSettings
 from atomtune.train.checkpoint.start import Start
 from atomtune.train.run_report import RunRecord
@@ -19,5 +19,5 @@ class Job:
     args: TrainingArguments
     start: Start
     before: dict[str, Any]  # the run.json that was here, if any
-    voice: Voice
+    console: Console
     record: RunRecord

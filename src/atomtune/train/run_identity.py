@@ -85,18 +85,18 @@ def refuse_another_run(job: Job, now: dict[str, Any]) -> None:
 
     --resume_anyway turns that into a notice. A checkpoint of another tool has no identity to compare.
     """
-    start, voice = job.start, job.voice
+    start, console = job.start, job.console
     if start.kind != "resume" or start.path is None:
         return
     try:
         manifest = read_manifest(start.path)
     except (OSError, ValueError):
-        voice.notice(f"{start.path} has no manifest; whether this is the run that it began is not known.")
+        console.notice(f"{start.path} has no manifest; whether this is the run that it began is not known.")
         return
     before = manifest.get("identity", {})
     others = _other_versions(manifest.get("versions", {}), job.record.values["versions"])
     if others:
-        voice.notice(f"other versions than the run began with, whose last bits may differ: {others}.")
+        console.notice(f"other versions than the run began with, whose last bits may differ: {others}.")
     changed = [
         f"{_called(name)}: {_said(before[name])} in {start.path.name}, {_said(value)} now"
         for name, value in now.items()
@@ -105,7 +105,7 @@ def refuse_another_run(job: Job, now: dict[str, Any]) -> None:
     if not changed:
         return
     if job.settings.run.resume_anyway:
-        voice.notice(f"this is not the run that began (--resume_anyway): {'; '.join(changed)}.")
+        console.notice(f"this is not the run that began (--resume_anyway): {'; '.join(changed)}.")
         return
     raise BadSettings(
         [
