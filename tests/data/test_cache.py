@@ -286,7 +286,7 @@ def test_one_entry_is_one_folder_and_no_other(data, tmp_path):
     asked(data, tmp_path / "cache")
     asked(data, tmp_path / "cache")
     (entry,) = (tmp_path / "cache" / "atomtune").iterdir()
-    assert sorted(path.name for path in entry.iterdir()) == ["ledger.json", "examples.arrow"]
+    assert sorted(path.name for path in entry.iterdir()) == ["examples.arrow", "ledger.json"]
 
 
 def test_whoever_finishes_second_gives_way(data, tmp_path):

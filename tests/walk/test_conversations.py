@@ -12,9 +12,9 @@ import pytest
 
 from atomtune.data.encoding.chat_template import Template, built_in, load_template
 from atomtune.data.encoding.encode import encode
-from atomtune.data.formats.detect import Form
+from atomtune.data.formats.detect import Schema
 from atomtune.data.ledger import Ledger
-from atomtune.data.reading.sources import Found
+from atomtune.data.reading.raw import RawRecord
 from atomtune.data.records import Example
 from tests.tiny import CHATML, GEMMA, tokenizer_of
 
@@ -116,10 +116,10 @@ def test_every_answer_stands_behind_what_a_server_would_send(kind, name):
     draw = random.Random(f"{kind}{name}")
     chats = [conversation(draw) for _ in range(CONVERSATIONS)]
     ledger = Ledger()
-    found = [Found({"messages": chat}, f"chats.jsonl:{n}") for n, chat in enumerate(chats)]
+    found = [RawRecord({"messages": chat}, f"chats.jsonl:{n}") for n, chat in enumerate(chats)]
     used = {
         examples[0].origin: examples
-        for examples in encode(found, template, ledger, form=Form("messages"), max_tokens=100_000)
+        for examples in encode(found, template, ledger, schema=Schema("messages"), max_tokens=100_000)
     }
     refused = {refusal.origin for refusal in ledger.records_refused}
     assert len(used) + len(refused) == CONVERSATIONS

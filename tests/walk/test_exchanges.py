@@ -7,9 +7,9 @@ import pytest
 from atomtune.data.cache import as_examples, as_table
 from atomtune.data.encoding.chat_template import CannotExpress, Template, load_template
 from atomtune.data.encoding.encode import encode
-from atomtune.data.formats.detect import Form
+from atomtune.data.formats.detect import Schema
 from atomtune.data.ledger import Ledger
-from atomtune.data.reading.sources import Found
+from atomtune.data.reading.raw import RawRecord
 from atomtune.data.records import Record, Turn
 from tests.tiny import CHATML, tokenizer_of
 
@@ -40,10 +40,10 @@ def texts(template: Template, record: Record, at: int = -1) -> tuple[str, str]:
     return prompt.text, answer.text
 
 
-def encoded(template: Template, *values: dict, form: str = "messages", max_tokens: int = 10_000, **more):
+def encoded(template: Template, *values: dict, format: str = "messages", max_tokens: int = 10_000, **more):
     ledger = Ledger()
-    found = [Found(value, f"train.jsonl:{n}") for n, value in enumerate(values, 1)]
-    return list(encode(found, template, ledger, form=Form(form), max_tokens=max_tokens, **more)), ledger
+    found = [RawRecord(value, f"train.jsonl:{n}") for n, value in enumerate(values, 1)]
+    return list(encode(found, template, ledger, schema=Schema(format), max_tokens=max_tokens, **more)), ledger
 
 
 def chat(*texts: str, **more) -> dict:
@@ -178,7 +178,7 @@ def test_a_weight_of_two_counts_twice_and_of_none_not_at_all(chatml):
 def test_a_text_is_learned_whole_and_ends(chatml):
     for kind, own in (("sentencepiece", None), ("bytes", CHATML)):
         template = load_template("auto", tokenizer_of(kind, own))
-        ((example,),), _ = encoded(template, {"text": "从前有一座山。"}, form="text")
+        ((example,),), _ = encoded(template, {"text": "从前有一座山。"}, format="text")
         tokenizer = template.tokenizer
         ids = tokenizer("从前有一座山。", add_special_tokens=False)["input_ids"]
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []

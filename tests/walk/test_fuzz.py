@@ -10,7 +10,6 @@ import pytest
 from atomtune.data.cache import Rules, examples_of
 from atomtune.data.encoding.chat_template import load_template
 from atomtune.data.formats.detect import to_record
-from atomtune.data.ledger import Ledger
 from atomtune.data.reading.sources import read_values
 from atomtune.data.records import Refusal
 from atomtune.errors import UserError
@@ -91,14 +90,13 @@ def test_no_file_breaks_the_reader_and_no_record_is_lost(tmp_path: Path, seed: i
             continue
         if not content.lstrip().removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             assert len(found) == lines_with_content(content), "every line is a value or a refusal"
-        ledger = Ledger()
-        kinds = [one if isinstance(one, Refusal) else to_record(one, ledger) for one in found]
+        kinds = [one if isinstance(one, Refusal) else to_record(one).outcome for one in found]
         refused = [one for one in kinds if isinstance(one, Refusal)]
         json.dumps([[one.origin, one.reason] for one in refused]).encode()
         try:
             ledger = examples_of(path, template, Rules(max_tokens=64), cache_dir=tmp_path / "store").ledger
         except UserError as error:  # a file none of whose records has the keys of a format
-            assert path.name in str(error) and any(form in str(error) for form in ("fits", "preference"))
+            assert path.name in str(error) and any(word in str(error) for word in ("fits", "preference"))
             continue
         assert ledger.records_read == len(found)
         assert ledger.records_used + len(ledger.records_refused) == ledger.records_read

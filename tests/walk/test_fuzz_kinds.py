@@ -13,7 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from atomtune.data.reading.sources import Found, read_values
+from atomtune.data.reading.raw import RawRecord
+from atomtune.data.reading.sources import read_values
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
 
@@ -79,7 +80,7 @@ def test_no_bytes_break_the_reader(tmp_path: Path, name):
         path.write_bytes(mutated(WHOLE[name], draw))
         try:
             for one in read_values(path):
-                assert isinstance(one, Found | Refusal)
+                assert isinstance(one, RawRecord | Refusal)
                 assert one.origin.startswith(f"{name}:")
         except BadData as error:
             assert name in str(error)

@@ -1,7 +1,7 @@
 """Equal conversations become equal Records, in whatever format they are written.
 
 The oracle is one dumb writer for each format, made from plain pairs of texts; what a format cannot say is said beside
-its writer. The same holds of the whole way through a file and recognise.
+its writer. The same holds of the whole way through a file and detect_schema.
 """
 
 import csv
@@ -16,8 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atomtune.data.formats.detect import recognise, to_record
-from atomtune.data.ledger import Ledger
+from atomtune.data.formats.detect import detect_schema, to_record
 from atomtune.data.reading.raw import RawRecord
 from atomtune.data.reading.sources import read_values
 from atomtune.data.records import Record, Turn
@@ -128,8 +127,8 @@ WRITERS: list[Callable[[Chat], dict[str, Any]]] = [
 
 
 def read(values: list[dict[str, Any]], **named: Any) -> list[tuple[Turn, ...]]:
-    form = recognise(values, name="train.jsonl", **named)
-    made = [to_record(RawRecord(value, f"train.jsonl:{n}"), Ledger(), form) for n, value in enumerate(values)]
+    schema = detect_schema(values, name="train.jsonl", **named)
+    made = [to_record(RawRecord(value, f"train.jsonl:{n}"), schema).outcome for n, value in enumerate(values)]
     assert all(isinstance(one, Record) for one in made), made
     return [one.turns for one in made if isinstance(one, Record)]
 
@@ -193,7 +192,7 @@ def test_calls_of_tools_are_the_same_record_in_sharegpt_and_messages():
         "tools": [{"type": "function", "function": tool}],
     }
     records = [
-        to_record(RawRecord(value, "one:1"), Ledger(), recognise([value], name="one")) for value in (theirs, openai)
+        to_record(RawRecord(value, "one:1"), detect_schema([value], name="one")).outcome for value in (theirs, openai)
     ]
     assert isinstance(records[0], Record) and records[0] == records[1]
 

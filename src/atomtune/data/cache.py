@@ -28,7 +28,7 @@ from datasets.arrow_writer import ArrowWriter
 from atomtune.choices import FormatChoice, Learn, Overlength
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.encode import Encoder, entered_in_ledger
-from atomtune.data.formats.detect import Form, recognise, to_record
+from atomtune.data.formats.detect import Schema, detect_schema, to_record
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.jsonl import parse_chunk
 from atomtune.data.reading.raw import Chunk
@@ -162,8 +162,8 @@ def encoded(
     advance: Callable[[int], None] = lambda n_bytes: None,
 ) -> Iterator[Part]:
     """A source's records as finished rows, part by part, each entered into ledger."""
-    form, chunks = form_of(source, rules, advance)
-    encoder = Encoder(template, form, rules.max_tokens, rules.overlength, rules.learn)
+    schema, chunks = schema_of(source, rules, advance)
+    encoder = Encoder(template, schema, rules.max_tokens, rules.overlength, rules.learn)
 
     def encode(chunk: Chunk) -> Part:
         made = encoder(parse_chunk(chunk))
@@ -173,9 +173,9 @@ def encoded(
     yield from entered_in_ledger(in_order(encode, chunks, workers=workers), ledger)
 
 
-def form_of(
+def schema_of(
     source: Path | str, rules: Rules, advance: Callable[[int], None] = lambda n_bytes: None
-) -> tuple[Form, Iterator[Chunk]]:
+) -> tuple[Schema, Iterator[Chunk]]:
     """How the source's values are read, told from the first of them; and all of it, the looked-at ones included.
 
     Raises BadData where it cannot be read, or its format cannot be told.
@@ -185,10 +185,10 @@ def form_of(
     found = [one for chunk in first for one in parse_chunk(chunk)]
     seen = [one for one in found if isinstance(one, RawRecord)][:_LOOKED_AT]
     values, place = [one.value for one in seen], next((one.origin for one in seen), "")
-    form = recognise(
+    schema = detect_schema(
         values, asked=rules.format, keys=dict(rules.keys), roles=dict(rules.roles), name=Path(source).name, first=place
     )
-    return form, itertools.chain(first, chunks)
+    return schema, itertools.chain(first, chunks)
 
 
 def records_of(
@@ -197,11 +197,11 @@ def records_of(
     """The records that became the rows of stored, in their order: for what only their texts can tell."""
     origins = (origin for part in stored.with_format("arrow").iter(1000) for origin in part["origin"].to_pylist())
     next_one = next(origins, None)
-    form, chunks = form_of(source, rules, advance)
+    schema, chunks = schema_of(source, rules, advance)
     for found in itertools.chain.from_iterable(map(parse_chunk, chunks)):
         if found.origin != next_one or isinstance(found, Refusal):
             continue
-        record = to_record(found, Ledger(), form)
+        record = to_record(found, schema).outcome
         if isinstance(record, Record):
             yield record
             next_one = next(origins, None)

@@ -71,7 +71,7 @@ class Ledger:
     def broken(self) -> list[Refusal]:
         return [refusal for refusal in self.records_refused if refusal.broken]
 
-    def contract(self) -> dict[str, Any]:
+    def to_run_json(self) -> dict[str, Any]:
         """The data keys of `run.json`."""
         return {
             "records_read": self.records_read,

@@ -100,3 +100,10 @@ class Refusal:
     reason: str
     kind: RefusalKind
     broken: bool = True
+
+
+class ParsedRecord(NamedTuple):
+    """What one value of a file was read as. A tuple: one is made for every record."""
+
+    outcome: Record | Refusal
+    notes: tuple[str, ...] = ()  # what was accepted but is worth saying; empty where the record is refused

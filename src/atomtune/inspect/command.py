@@ -36,7 +36,7 @@ def inspect(settings: InspectSettings) -> int:
     report = look(settings, load_template(settings.template, tokenizer), console)
     lettering = Lettering(tokenizer)
     if settings.json:
-        print(json.dumps(report.ledger.contract(), ensure_ascii=False))
+        print(json.dumps(report.ledger.to_run_json(), ensure_ascii=False))
     say_report(report, console)
     if settings.samples and len(report.stored):
         chosen = sample_rows(len(report.stored), settings.samples, seed=settings.seed)

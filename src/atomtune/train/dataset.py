@@ -51,7 +51,7 @@ class Data:
         if not isinstance(self.train, Stream):
             return {}
         say_ledger(self.train.ledger, self.train.template, console)
-        return {**self.train.ledger.contract(), "records_copied": None}  # to tell copies takes all records at once
+        return {**self.train.ledger.to_run_json(), "records_copied": None}  # to tell copies takes all records at once
 
     def some(self, records: int, *, seed: int) -> list[dict[str, Any]]:
         """So many of the training records at random, without putting back; of a stream, the first."""
@@ -72,7 +72,7 @@ def read_data(job: Job, template: Template) -> Data:
     parts = [_read(source, job, template) for source in asked.sources]
     data = concatenate(parts)
     examples, ledger = data.examples, data.ledger
-    job.record.update(data={"path": asked.dataset_path, "sha256": data.data_hash}, **ledger.contract())
+    job.record.update(data={"path": asked.dataset_path, "sha256": data.data_hash}, **ledger.to_run_json())
     say_ledger(ledger, template, console)
     _refuse_broken(ledger, skip_bad=asked.skip_bad)
     _refuse_empty(ledger, ", ".join(asked.sources))

@@ -16,9 +16,9 @@ from atomtune.data.encoding.chat_template import Template, load_template
 from atomtune.data.encoding.encode import BATCH_RECORDS, encode
 from atomtune.data.encoding.token_ids import ids_of
 from atomtune.data.encoding.truncate import shorten
-from atomtune.data.formats.schema import Form
+from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import Ledger
-from atomtune.data.reading.sources import Found
+from atomtune.data.reading.raw import RawRecord
 from atomtune.data.records import Example, Record, Refusal, RefusalKind, Turn
 from atomtune.model.load import load_tokenizer
 from tests.tiny import CHATML, GEMMA, lone_sentencepiece, tokenizer_of
@@ -154,7 +154,7 @@ def as_read(tokenizer, parts: list[Control | str]) -> list[Control | str]:
 
 def encoded(template: Template, *values: dict, max_tokens: int = PLENTY, overlength="shorten"):
     ledger = Ledger()
-    found = [Found(value, f"train.jsonl:{n}") for n, value in enumerate(values, start=1)]
+    found = [RawRecord(value, f"train.jsonl:{n}") for n, value in enumerate(values, start=1)]
     made = encode(found, template, ledger, max_tokens=max_tokens, overlength=overlength)
     return [example for examples in made for example in examples], ledger
 
@@ -425,7 +425,7 @@ def test_every_record_and_every_token_is_accounted_for(template, values, max_tok
 def test_a_line_that_could_not_be_read_is_counted_too(template):
     ledger = Ledger()
     broken = Refusal("train.jsonl:1", "not JSON", RefusalKind.UNREADABLE)
-    made = list(encode([broken, Found(alpaca("Hi"), "train.jsonl:2")], template, ledger, max_tokens=PLENTY))
+    made = list(encode([broken, RawRecord(alpaca("Hi"), "train.jsonl:2")], template, ledger, max_tokens=PLENTY))
     assert [example.origin for (example,) in made] == ["train.jsonl:2"]
     assert (ledger.records_read, ledger.records_refused) == (2, [broken])
 
@@ -565,8 +565,8 @@ def test_where_transformers_renders_nothing_before_an_answer_its_record_is_refus
     template = load_template("auto", tokenizer_of("bytes", source))
     ledger = Ledger()
     turns = [{"role": role, "content": role} for role in ("assistant", "user", "assistant")]
-    found = [Found({"messages": turns}, "train.jsonl:1"), Found({"messages": turns[1:]}, "train.jsonl:2")]
-    made = list(encode(found, template, ledger, max_tokens=PLENTY, form=Form("messages")))
+    found = [RawRecord({"messages": turns}, "train.jsonl:1"), RawRecord({"messages": turns[1:]}, "train.jsonl:2")]
+    made = list(encode(found, template, ledger, max_tokens=PLENTY, schema=Schema("messages")))
     assert [example.origin for one in made for example in one] == ["train.jsonl:2"]
     assert "nothing stands before an answer" in ledger.records_refused[0].reason
 

@@ -6,11 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atomtune.data.formats.detect import Form, to_record
+from atomtune.data.formats.detect import Schema, to_record
 from atomtune.data.formats.schema import RECORD_KEYS, ROLES, SIGNS, TURN_KEYS
-from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord
-from atomtune.data.records import Record, Refusal, Turn
+from atomtune.data.records import ParsedRecord, Record, Refusal, Turn
 
 ORIGIN = "train.jsonl:17"
 ASK = {"role": "user", "content": "Q?"}
@@ -19,34 +18,33 @@ CALL = {"name": "weather", "arguments": {"city": "苏州"}}
 TOOL = {"type": "function", "function": {"name": "weather", "description": "…", "parameters": {"type": "object"}}}
 
 
-def read(value: object, form: Form) -> tuple[Record | Refusal, Ledger]:
-    ledger = Ledger()
-    return to_record(RawRecord(value, ORIGIN), ledger, form), ledger
+def read(value: object, schema: Schema) -> ParsedRecord:
+    return to_record(RawRecord(value, ORIGIN), schema)
 
 
 def chat(*messages: object, **beside: object) -> Record:
-    record, _ = read({"messages": list(messages), **beside}, Form("messages"))
+    record, _ = read({"messages": list(messages), **beside}, Schema("messages"))
     assert isinstance(record, Record), record
     return record
 
 
 def shared(*turns: object, **beside: object) -> Record:
-    record, _ = read({"conversations": list(turns), **beside}, Form("sharegpt"))
+    record, _ = read({"conversations": list(turns), **beside}, Schema("sharegpt"))
     assert isinstance(record, Record), record
     return record
 
 
-def reason(value: object, form: Form) -> str:
-    refusal, ledger = read(value, form)
+def reason(value: object, schema: Schema) -> str:
+    refusal, notes = read(value, schema)
     assert isinstance(refusal, Refusal), refusal
     assert refusal.origin == ORIGIN
-    assert not ledger.notices, "what is refused is not accepted with a notice too"
+    assert not notes, "what is refused is not accepted with a notice too"
     refusal.reason.encode()
     return refusal.reason
 
 
 def why_not(*messages: object, **beside: object) -> str:
-    return reason({"messages": list(messages), **beside}, Form("messages"))
+    return reason({"messages": list(messages), **beside}, Schema("messages"))
 
 
 # --- roles ----------------------------------------------------------------------------------------------------------
@@ -77,8 +75,8 @@ def test_the_role_that_is_meant_is_guessed_from_its_spelling():
 
 
 def test_the_users_roles_are_read_as_they_say_and_stand_before_ours():
-    form = Form("messages", roles={"bot": "assistant", "model": "user"})
-    record, _ = read({"messages": [{"role": "model", "content": "Q?"}, {"role": "bot", "content": "A."}]}, form)
+    schema = Schema("messages", roles={"bot": "assistant", "model": "user"})
+    record, _ = read({"messages": [{"role": "model", "content": "Q?"}, {"role": "bot", "content": "A."}]}, schema)
     assert record.turns == (Turn("user", "Q?"), Turn("assistant", "A."))
 
 
@@ -127,9 +125,9 @@ def test_a_record_whose_answers_all_have_no_weight_is_refused():
 
 
 def test_what_nothing_answers_is_left_out_and_said():
-    record, ledger = read({"messages": [ASK, TELL, ASK, ASK]}, Form("messages"))
+    record, notes = read({"messages": [ASK, TELL, ASK, ASK]}, Schema("messages"))
     assert len(record.turns) == 2
-    assert ledger.notices == {"turns behind the last answer are left out": 1}
+    assert notes == ("turns behind the last answer are left out",)
 
 
 @pytest.mark.parametrize("messages", [[ASK], [{"role": "system", "content": "x"}, ASK]])
@@ -145,7 +143,7 @@ def test_an_empty_answer_is_named(nothing):
 
 def test_an_empty_question_is_named():
     assert "conversations 1 (user) is empty" in reason(
-        {"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "A."}]}, Form("sharegpt")
+        {"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "A."}]}, Schema("sharegpt")
     )
 
 
@@ -258,7 +256,7 @@ def test_a_table_of_columns_writes_null_for_what_another_message_has():
 
 
 def test_a_cell_of_a_table_holds_messages_as_json():
-    record, _ = read({"messages": json.dumps([ASK, TELL]), "tools": ""}, Form("messages"))
+    record, _ = read({"messages": json.dumps([ASK, TELL]), "tools": ""}, Schema("messages"))
     assert record == chat(ASK, TELL)
 
 
@@ -280,7 +278,7 @@ def test_a_cell_of_a_table_holds_messages_as_json():
     ],
 )
 def test_what_is_no_conversation_is_refused_with_its_place(messages, why):
-    assert why in reason({"messages": messages}, Form("messages"))
+    assert why in reason({"messages": messages}, Schema("messages"))
 
 
 def test_what_cannot_be_read_is_not_called_empty_too():
@@ -294,11 +292,8 @@ def test_all_problems_of_a_conversation_come_at_once_and_none_repeats_its_text()
 
 
 def test_keys_that_are_passed_over_are_said_once_a_record():
-    _, ledger = read({"id": 7, "messages": [ASK, {**TELL, "mood": "x"}, ASK, {**TELL, "mood": "y"}]}, Form("messages"))
-    assert ledger.notices == {
-        'key "id" is not used by this format': 1,
-        'key "mood" of a turn is not used by this format': 1,
-    }
+    _, notes = read({"id": 7, "messages": [ASK, {**TELL, "mood": "x"}, ASK, {**TELL, "mood": "y"}]}, Schema("messages"))
+    assert sorted(notes) == ['key "id" is not used by this format', 'key "mood" of a turn is not used by this format']
 
 
 def test_a_system_beside_the_messages_may_repeat_but_not_contradict_the_first_turn():
@@ -313,15 +308,15 @@ def test_a_system_beside_the_messages_may_repeat_but_not_contradict_the_first_tu
 @pytest.mark.parametrize("prompt", ["Q?", [ASK]])
 @pytest.mark.parametrize("completion", ["A.", [TELL]])
 def test_prompt_and_completion_are_texts_or_messages(prompt, completion):
-    record, ledger = read({"prompt": prompt, "completion": completion}, Form("prompt"))
+    record, notes = read({"prompt": prompt, "completion": completion}, Schema("prompt"))
     assert record.turns == (Turn("user", "Q?"), Turn("assistant", "A."))
-    assert not ledger.notices
+    assert not notes
 
 
 def test_answers_in_a_prompt_are_learned_and_it_is_said():
-    record, ledger = read({"prompt": [ASK, TELL, ASK], "completion": "A."}, Form("prompt"))
+    record, notes = read({"prompt": [ASK, TELL, ASK], "completion": "A."}, Schema("prompt"))
     assert record.learned == (1, 3)
-    assert any('"prompt" are learned' in notice for notice in ledger.notices)
+    assert any('"prompt" are learned' in notice for notice in notes)
 
 
 @pytest.mark.parametrize(
@@ -337,34 +332,34 @@ def test_answers_in_a_prompt_are_learned_and_it_is_said():
     ],
 )
 def test_what_is_no_prompt_with_a_completion_is_refused(value, why):
-    assert why in reason(value, Form("prompt"))
+    assert why in reason(value, Schema("prompt"))
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_text_of_no_known_template_is_learned_whole_and_it_is_said():
-    record, ledger = read({"text": "Once upon a time …\n"}, Form("text"))
+    record, notes = read({"text": "Once upon a time …\n"}, Schema("text"))
     assert record.turns == (Turn("text", "Once upon a time …\n"),)
-    assert ledger.notices == {"a text that no known template has written is learned whole": 1}
+    assert notes == ("a text that no known template has written is learned whole",)
 
 
 def test_a_rendered_text_is_its_turns_and_the_template_is_named():
-    record, ledger = read({"text": "<s>Human: Q?\n</s><s>Assistant: A.\n</s>"}, Form("text"))
+    record, notes = read({"text": "<s>Human: Q?\n</s><s>Assistant: A.\n</s>"}, Schema("text"))
     assert [(turn.role, turn.text.strip()) for turn in record.turns] == [("user", "Q?"), ("assistant", "A.")]
-    assert any("atom" in notice for notice in ledger.notices)
+    assert any("atom" in notice for notice in notes)
 
 
 def test_an_empty_answer_in_a_rendered_text_is_named():
     exchange = "<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
-    assert reason({"text": exchange.format("") + exchange.format("A.")}, Form("text")) == (
+    assert reason({"text": exchange.format("") + exchange.format("A.")}, Schema("text")) == (
         "turn 2 of text (assistant) is empty: there is nothing to learn"
     )
 
 
 @pytest.mark.parametrize(("text", "why"), [("", "text is empty"), (" \n", "text is empty"), (None, "text is null")])
 def test_no_text_is_nothing_to_learn(text, why):
-    assert why in reason({"text": text}, Form("text"))
+    assert why in reason({"text": text}, Schema("text"))
 
 
 # --- whatever a file holds ------------------------------------------------------------------------------------------
@@ -404,17 +399,16 @@ RECORDS = VALUES | st.dictionaries(st.sampled_from(WORDS), CHATS | VALUES, max_s
 def test_any_value_is_a_record_or_a_reason_and_none_is_lost(name, values, data):
     signs = {key: data.draw(CHATS | st.text(min_size=1, max_size=9) | VALUES) for key in SIGNS[name]}
     values = [*values, signs]
-    form = Form(name, keys={"x": "content"}, roles={"x": "assistant"})
-    ledger = Ledger()
-    made = [to_record(RawRecord(value, f"f:{n}"), ledger, form) for n, value in enumerate(values)]
-    used = [one for one in made if isinstance(one, Record)]
-    refused = [one for one in made if isinstance(one, Refusal)]
+    schema = Schema(name, keys={"x": "content"}, roles={"x": "assistant"})
+    parsed = [to_record(RawRecord(value, f"f:{n}"), schema) for n, value in enumerate(values)]
+    used = [record for record, _ in parsed if isinstance(record, Record)]
+    refused = [refusal for refusal, _ in parsed if isinstance(refusal, Refusal)]
     assert len(used) + len(refused) == len(values)
     for refusal in refused:
         assert refusal.reason
         refusal.reason.encode()
-    for note in ledger.notices:
-        note.encode()
+    for _, notes in parsed:
+        "".join(notes).encode()
     for record in used:
         assert record.turns[-1].role in ("assistant", "text") and record.learned
         assert all(0 <= turn.learn <= 127 for turn in record.turns)

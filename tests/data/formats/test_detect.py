@@ -2,21 +2,20 @@
 
 import itertools
 import json
+from collections import Counter
 
 import pytest
 
-from atomtune.data.formats.detect import Form, recognise, to_record
-from atomtune.data.ledger import Ledger
+from atomtune.data.formats.detect import Schema, detect_schema, to_record
 from atomtune.data.reading.raw import RawRecord
-from atomtune.data.records import Record, Refusal, Turn
+from atomtune.data.records import ParsedRecord, Record, Refusal, Turn
 from atomtune.errors import BadData
 
 ORIGIN = "train.jsonl:17"
 
 
-def read(value: object) -> tuple[Record | Refusal, Ledger]:
-    ledger = Ledger()
-    return to_record(RawRecord(value, ORIGIN), ledger), ledger
+def read(value: object) -> ParsedRecord:
+    return to_record(RawRecord(value, ORIGIN))
 
 
 def reason(value: object) -> str:
@@ -30,9 +29,9 @@ def reason(value: object) -> str:
 
 
 def test_instruction_and_input_are_asked_and_output_is_answered():
-    record, ledger = read({"instruction": "翻译", "input": "早上好", "output": "Good morning."})
+    record, notes = read({"instruction": "翻译", "input": "早上好", "output": "Good morning."})
     assert record == Record((Turn("user", "翻译", "早上好"), Turn("assistant", "Good morning.")), ORIGIN)
-    assert not ledger.notices
+    assert not notes
 
 
 @pytest.mark.parametrize("missing", [{}, {"input": None}, {"input": ""}])
@@ -43,17 +42,17 @@ def test_an_input_that_is_absent_null_or_empty_is_no_input(missing):
 
 def test_the_tutorials_typo_is_read_and_said():
     # The tutorial's own format example says "instrution"; people copied it.
-    record, ledger = read({"instrution": "1+1=?", "input": "", "output": "2"})
+    record, notes = read({"instrution": "1+1=?", "input": "", "output": "2"})
     assert record.prompt == (Turn("user", "1+1=?"),)
-    ((notice, count),) = ledger.notices.items()
-    assert "instrution" in notice and "instruction" in notice and count == 1
+    (note,) = notes
+    assert "instrution" in note and "instruction" in note
 
 
 @pytest.mark.parametrize("keys", [("instrution", "instruction"), ("instruction", "instrution")])
 def test_the_typo_does_not_displace_a_rightly_spelled_instruction(keys):
-    record, ledger = read({**{key: key for key in keys}, "output": "2"})
+    record, notes = read({**{key: key for key in keys}, "output": "2"})
     assert record.prompt == (Turn("user", "instruction"),)
-    assert ledger.notices == {'key "instrution" is not used by this format': 1}
+    assert notes == ('key "instrution" is not used by this format',)
 
 
 def test_texts_are_kept_to_the_character():
@@ -64,12 +63,12 @@ def test_texts_are_kept_to_the_character():
 
 
 def test_unused_keys_with_a_value_are_counted_and_empty_ones_are_not():
-    ledger = Ledger()
+    counts = Counter()
     for value in ({"id": 0, "tags": []}, {"id": 7, "tags": ["a", "b"]}, {"id": 8, "source": ""}):
-        record = to_record(RawRecord({"instruction": "Hi", "output": "Hello", **value}, ORIGIN), ledger)
+        record, notes = read({"instruction": "Hi", "output": "Hello", **value})
         assert isinstance(record, Record)
-    by_key = {key: n for key in ("id", "tags", "source") for said, n in ledger.notices.items() if f'"{key}"' in said}
-    assert by_key == {"id": 3, "tags": 1}
+        counts.update(notes)
+    assert counts == {f'key "{key}" is not used by this format': count for key, count in (("id", 3), ("tags", 1))}
 
 
 def test_a_system_text_and_earlier_turns_stand_before_the_question():
@@ -158,8 +157,8 @@ def test_a_whole_surrogate_pair_is_one_character():
 @pytest.mark.parametrize("record", [{"\ud83d": 1}, {"\ud83d": 1, "instruction": "Hi", "output": "Hello"}])
 def test_what_is_said_about_a_record_can_be_written_as_utf_8(record):
     # A key may hold half a surrogate pair; a reason or notice that repeats it would break run.json.
-    answer, ledger = read(record)
-    said = [*ledger.notices, *([answer.reason] if isinstance(answer, Refusal) else [])]
+    outcome, notes = read(record)
+    said = [*notes, *([outcome.reason] if isinstance(outcome, Refusal) else [])]
     assert said
     for text in said:
         text.encode("utf-8")
@@ -208,13 +207,13 @@ SIGNED = {
 
 def told(values: list, **named: object) -> str:
     with pytest.raises(BadData) as raised:
-        recognise(values, name="train.jsonl", **named)
+        detect_schema(values, name="train.jsonl", **named)
     return str(raised.value)
 
 
 @pytest.mark.parametrize("name", SIGNED)
 def test_a_format_is_told_by_its_keys(name):
-    assert recognise([None, {"id": 1}, SIGNED[name]], name="train.jsonl") == Form(name)
+    assert detect_schema([None, {"id": 1}, SIGNED[name]], name="train.jsonl") == Schema(name)
 
 
 @pytest.mark.parametrize(("one", "other"), itertools.permutations(SIGNED, 2))
@@ -222,7 +221,7 @@ def test_a_file_that_fits_two_formats_asks(one, other):
     for values in ([{**SIGNED[one], **SIGNED[other]}], [SIGNED[one], SIGNED[other]]):
         said = told(values)
         assert f"--format {one}" in said and f"--format {other}" in said and said.startswith("train.jsonl fits ")
-        assert recognise(values, asked=other, name="train.jsonl") == Form(other)
+        assert detect_schema(values, asked=other, name="train.jsonl") == Schema(other)
 
 
 def test_two_formats_are_named_with_their_keys_and_what_to_pass():
@@ -235,17 +234,17 @@ def test_two_formats_are_named_with_their_keys_and_what_to_pass():
 @pytest.mark.parametrize("nothing", [None, "", []])
 def test_a_column_without_a_value_is_no_sign(nothing):
     # A table has a column for what other rows may have.
-    assert recognise([{**SIGNED["alpaca"], "messages": nothing, "text": nothing}], name="t").name == "alpaca"
+    assert detect_schema([{**SIGNED["alpaca"], "messages": nothing, "text": nothing}], name="t").name == "alpaca"
 
 
 def test_an_empty_output_is_still_alpaca():
     # So that each record is refused in its place, with its own reason.
-    assert recognise([{"instruction": "x", "output": ""}], name="t").name == "alpaca"
+    assert detect_schema([{"instruction": "x", "output": ""}], name="t").name == "alpaca"
 
 
 @pytest.mark.parametrize("values", [[], [None, 3, "text", [1]]])
 def test_values_that_are_no_objects_are_left_to_be_refused_one_by_one(values):
-    assert recognise(values, name="t") == Form("alpaca")
+    assert detect_schema(values, name="t") == Schema("alpaca")
 
 
 def test_no_format_names_the_keys_found_and_the_nearest():
@@ -269,28 +268,26 @@ def test_preference_data_is_called_what_it_is():
 
 def test_preference_data_can_be_trained_on_as_the_message_says():
     value = {"prompt": "x", "chosen": "y", "rejected": "z"}
-    form = recognise([value], keys={"chosen": "completion"}, name="t")
-    record = to_record(RawRecord(value, ORIGIN), Ledger(), form)
+    schema = detect_schema([value], keys={"chosen": "completion"}, name="t")
+    record = to_record(RawRecord(value, ORIGIN), schema).outcome
     assert isinstance(record, Record) and record.answer == "y"
 
 
 def test_the_users_keys_are_read_as_ours():
     keys = {"question": "instruction", "answer": "output"}
-    ledger = Ledger()
     for more in ({}, {"output": "the user named another"}):
         value = {"question": "x", "answer": "y", **more}
-        record = to_record(RawRecord(value, ORIGIN), ledger, recognise([value], keys=keys, name="t"))
+        record, notes = to_record(RawRecord(value, ORIGIN), detect_schema([value], keys=keys, name="t"))
         assert record == Record((Turn("user", "x"), Turn("assistant", "y")), ORIGIN)
-    assert ledger.notices == {'key "output" is not used, "answer" is read for it,': 1}
+    assert notes == ('key "output" is not used, "answer" is read for it,',)
 
 
 def test_two_keys_may_change_places():
     value = {"instruction": "y", "output": "x"}
-    form = recognise([value], keys={"instruction": "output", "output": "instruction"}, name="t")
-    ledger = Ledger()
-    record = to_record(RawRecord(value, ORIGIN), ledger, form)
+    schema = detect_schema([value], keys={"instruction": "output", "output": "instruction"}, name="t")
+    record, notes = to_record(RawRecord(value, ORIGIN), schema)
     assert record == Record((Turn("user", "x"), Turn("assistant", "y")), ORIGIN)
-    assert not ledger.notices
+    assert not notes
 
 
 def test_keys_of_the_users_that_are_nowhere_are_said_all_at_once():

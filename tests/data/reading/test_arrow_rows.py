@@ -10,7 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from atomtune.data.reading.sources import Found, read_values, size_of
+from atomtune.data.reading.raw import RawRecord
+from atomtune.data.reading.sources import read_values, size_of
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
 
@@ -52,7 +53,7 @@ def written(request, tmp_path: Path) -> Path:
 
 def test_every_row_is_what_was_written_and_is_numbered_from_one(written):
     # Lists, structs, dates, bytes and nulls; batches that end inside a row group, and the other way round.
-    assert list(read_values(written)) == [Found(row, f"{written.name}:{n}") for n, row in enumerate(ROWS, 1)]
+    assert list(read_values(written)) == [RawRecord(row, f"{written.name}:{n}") for n, row in enumerate(ROWS, 1)]
 
 
 def test_progress_adds_up_to_the_size_of_the_file(written):
@@ -83,7 +84,10 @@ def test_a_text_that_is_no_utf_8_is_refused_alone(tmp_path: Path):
     texts = pyarrow.StringArray.from_buffers(3, raw.buffers()[1], raw.buffers()[2])
     pyarrow.parquet.write_table(pyarrow.table({"output": texts}), tmp_path / "a.parquet")
     first, wrong, last = read_values(tmp_path / "a.parquet")
-    assert (first, last) == (Found({"output": "good"}, "a.parquet:1"), Found({"output": "good too"}, "a.parquet:3"))
+    assert (first, last) == (
+        RawRecord({"output": "good"}, "a.parquet:1"),
+        RawRecord({"output": "good too"}, "a.parquet:3"),
+    )
     assert isinstance(wrong, Refusal) and wrong.origin == "a.parquet:2" and "not UTF-8 at byte 4" in wrong.reason
 
 
@@ -109,7 +113,7 @@ def test_a_page_of_html_under_the_name_is_no_data(tmp_path: Path, name):
 
 def test_json_lines_under_the_name_are_read_as_what_they_are(tmp_path: Path):
     (tmp_path / "a.parquet").write_text(json.dumps({"a": 1}) + "\n")
-    assert list(read_values(tmp_path / "a.parquet")) == [Found({"a": 1}, "a.parquet:1")]
+    assert list(read_values(tmp_path / "a.parquet")) == [RawRecord({"a": 1}, "a.parquet:1")]
 
 
 def test_one_large_row_group_is_read_in_little_memory(tmp_path: Path):

@@ -10,14 +10,15 @@ import pytest
 
 from atomtune.data.reading import csv_rows
 from atomtune.data.reading.csv_rows import columns_of, read_table
-from atomtune.data.reading.sources import Found, read_values
+from atomtune.data.reading.raw import RawRecord
+from atomtune.data.reading.sources import read_values
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
 
 ALPHABET = ["a", "长", "🙂", '"', ",", "\t", ";", "\n", "\r\n", " ", "'", "\\", "\u2028"]
 
 
-def read(content: bytes) -> list[Found | Refusal]:
+def read(content: bytes) -> list[RawRecord | Refusal]:
     return list(read_table(io.BytesIO(content), "a.csv"))
 
 
@@ -33,7 +34,7 @@ def test_what_is_written_is_what_is_read_at_the_line_where_it_begins(separator, 
     for _ in range(50):
         cells = ["".join(draw.choices(ALPHABET, k=draw.randrange(9))) for _ in range(3)]
         line = out.getvalue().count("\n") + 1
-        expected.append(Found(dict(zip(("instruction", "input", "output"), cells, strict=True)), f"a.csv:{line}"))
+        expected.append(RawRecord(dict(zip(("instruction", "input", "output"), cells, strict=True)), f"a.csv:{line}"))
         writer.writerow(cells)
     assert read(out.getvalue().encode("utf-8")) == expected
     assert read(out.getvalue().encode("utf-8-sig")) == expected
@@ -60,7 +61,7 @@ def test_blank_lines_are_no_rows_but_are_counted():
 def test_a_row_that_is_not_utf_8_is_refused_whole_and_alone():
     # The bad byte is in the second of three lines of one cell: the row must still end where it ends.
     first, wrong, last = read(b'instruction,output\na,b\nc,"x\n' + "你好".encode("gbk") + b'\ny"\nd,e\n')
-    assert (first.value["output"], last) == ("b", Found({"instruction": "d", "output": "e"}, "a.csv:6"))
+    assert (first.value["output"], last) == ("b", RawRecord({"instruction": "d", "output": "e"}, "a.csv:6"))
     assert wrong.origin == "a.csv:3" and "iconv -f GB18030" in wrong.reason
 
 
@@ -78,7 +79,7 @@ def test_a_carriage_return_alone_ends_no_row():
     # Where it did, the row would be two, and a file with such line ends a header without rows.
     first, last = read(b"instruction,output\na,b\rc,d\ne,f\n")
     assert first.origin == "a.csv:2" and "carriage return" in first.reason
-    assert last == Found({"instruction": "e", "output": "f"}, "a.csv:3")
+    assert last == RawRecord({"instruction": "e", "output": "f"}, "a.csv:3")
     with pytest.raises(BadData, match=r"a\.csv:1: .*carriage return"):
         read(b"instruction,output\ra,b\r")
 
@@ -126,4 +127,4 @@ def test_a_table_of_messages_keeps_its_text(tmp_path: Path):
     messages = json.dumps([{"role": "user", "content": "a,b"}])
     with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["messages"], [messages]])
-    assert list(read_values(tmp_path / "a.csv")) == [Found({"messages": messages}, "a.csv:2")]
+    assert list(read_values(tmp_path / "a.csv")) == [RawRecord({"messages": messages}, "a.csv:2")]

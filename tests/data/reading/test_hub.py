@@ -12,7 +12,8 @@ import datasets
 import pytest
 
 from atomtune.data.reading.hub import is_hub_name
-from atomtune.data.reading.sources import Found, fingerprint_of, read_values, size_of
+from atomtune.data.reading.raw import RawRecord
+from atomtune.data.reading.sources import fingerprint_of, read_values, size_of
 from atomtune.errors import BadData
 
 ROWS = [{"instruction": f"第{n}个", "messages": [{"role": "user", "content": str(n)}]} for n in range(2500)]
@@ -21,8 +22,8 @@ SAVED = datasets.Dataset.from_list(ROWS)
 HELD_OUT = datasets.Dataset.from_list(OTHER, features=SAVED.features)
 
 
-def numbered(name: str, rows: list[dict] = ROWS) -> list[Found]:
-    return [Found(row, f"{name}:{n}") for n, row in enumerate(rows, 1)]
+def numbered(name: str, rows: list[dict] = ROWS) -> list[RawRecord]:
+    return [RawRecord(row, f"{name}:{n}") for n, row in enumerate(rows, 1)]
 
 
 # --- folders that save_to_disk wrote --------------------------------------------------------------------------------
@@ -95,7 +96,7 @@ def test_a_folder_of_jsonl_is_read_as_strictly_as_a_file(tmp_path: Path):
     for name in (".hidden", "README.md", "LICENSE.txt", "dataset_infos.json"):
         (folder / name).write_text("{}")
     first, twice, last = read_values(folder)
-    assert (first, last) == (Found({"a": 1}, "chats/a.jsonl:1"), Found({"b": "1"}, "chats/b.jsonl:1"))
+    assert (first, last) == (RawRecord({"a": 1}, "chats/a.jsonl:1"), RawRecord({"b": "1"}, "chats/b.jsonl:1"))
     assert twice.origin == "chats/a.jsonl:2" and "stands twice" in twice.reason
 
 
@@ -104,7 +105,7 @@ def test_a_folder_of_links_as_the_hub_s_cache_makes_it_is_read(tmp_path: Path):
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "blobs" / "5ac3").write_text('{"a": 1}\n')
     (tmp_path / "snapshot" / "train.jsonl").symlink_to(tmp_path / "blobs" / "5ac3")
-    assert list(read_values(tmp_path / "snapshot")) == [Found({"a": 1}, "snapshot/train.jsonl:1")]
+    assert list(read_values(tmp_path / "snapshot")) == [RawRecord({"a": 1}, "snapshot/train.jsonl:1")]
 
 
 def test_files_of_several_kinds_are_not_passed_over_in_silence(tmp_path: Path):

@@ -13,8 +13,8 @@ import datasets
 import pytest
 
 from atomtune.data.reading.jsonl import parse_chunk
-from atomtune.data.reading.raw import Lines
-from atomtune.data.reading.sources import RawRecord, fingerprint_of, read_chunks, read_values, size_of
+from atomtune.data.reading.raw import Lines, RawRecord
+from atomtune.data.reading.sources import fingerprint_of, read_chunks, read_values, size_of
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
 

@@ -21,10 +21,10 @@ from atomtune.choices import Learn, Overlength
 from atomtune.data.encoding.chat_template import CannotExpress, Template
 from atomtune.data.encoding.token_ids import ids_of
 from atomtune.data.encoding.truncate import shorten
-from atomtune.data.formats.detect import Form, to_record
+from atomtune.data.formats.detect import Schema, to_record
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord
-from atomtune.data.records import Example, Exchange, Piece, Record, Refusal, RefusalKind, Turn
+from atomtune.data.records import Example, Exchange, ParsedRecord, Piece, Record, Refusal, RefusalKind, Turn
 
 BATCH_RECORDS = 1000
 # An instruction is "the" instruction of a data set when at least this share of its records carries it.
@@ -67,7 +67,7 @@ class Encoder:
     """How values become Examples; one call encodes a batch and knows nothing of the others."""
 
     template: Template
-    form: Form
+    schema: Schema
     max_tokens: int
     overlength: Overlength = "shorten"
     learn: Learn = "all"
@@ -83,11 +83,12 @@ class Encoder:
         return None if unknown == self._stop_id else unknown
 
     def __call__(self, found: Sequence[RawRecord | Refusal]) -> Encoded:
-        made = Encoded(ledger=Ledger(format=self.form.name))
+        made = Encoded(ledger=Ledger(format=self.schema.name))
         records: list[Record] = []
         for one in found:
             made.ledger.records_read += 1
-            record = one if isinstance(one, Refusal) else to_record(one, made.ledger, self.form)
+            record, notes = ParsedRecord(one) if isinstance(one, Refusal) else to_record(one, self.schema)
+            made.ledger.notices.update(notes)
             if isinstance(record, Refusal):
                 made.ledger.refuse(record)
                 continue
@@ -219,12 +220,12 @@ def encode(
     ledger: Ledger,
     *,
     max_tokens: int,
-    form: Form | None = None,
+    schema: Schema | None = None,
     overlength: Overlength = "shorten",
     learn: Learn = "all",
 ) -> Iterator[tuple[Example, ...]]:
     """Yield the Examples of each accepted record and write everything else into ledger."""
-    encoder = Encoder(template, form or Form(), max_tokens, overlength, learn)
+    encoder = Encoder(template, schema or Schema(), max_tokens, overlength, learn)
     for made in entered_in_ledger(map(encoder, batched(found)), ledger):
         yield from made.records
 

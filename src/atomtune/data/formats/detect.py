@@ -1,4 +1,4 @@
-"""Formats: a file's first values → its Form; one JSON value → one Record, or the reasons why not.
+"""Formats: a file's first values → its Schema; one JSON value → one Record, or the reasons why not.
 
 Before: files.py.  After: template.py.
 Known here: alpaca (alpaca.py), ShareGPT, OpenAI's messages, prompt and completion, text (chats.py). Whatever the
@@ -13,13 +13,12 @@ from atomtune.choices import FormatName
 from atomtune.data.formats.alpaca import alpaca_record
 from atomtune.data.formats.chat import messages_record, prompt_record, sharegpt_record, text_record
 from atomtune.data.formats.fields import Reading, keys_of, kind, printable
-from atomtune.data.formats.schema import RECORD_KEYS, ROLES, SIGNS, SPELLINGS, TURN_KEYS, Form
-from atomtune.data.ledger import Ledger
+from atomtune.data.formats.schema import RECORD_KEYS, ROLES, SIGNS, SPELLINGS, TURN_KEYS, Schema
 from atomtune.data.reading.raw import RawRecord
-from atomtune.data.records import Record, Refusal, RefusalKind
+from atomtune.data.records import ParsedRecord, Record, Refusal, RefusalKind
 from atomtune.errors import BadData, listing
 
-__all__ = ["Form", "recognise", "to_record"]
+__all__ = ["Schema", "detect_schema", "to_record"]
 
 _READERS = {
     "alpaca": alpaca_record,
@@ -30,7 +29,7 @@ _READERS = {
 }
 _EXPECTED = {**{name: " and ".join(keys) for name, keys in SIGNS.items()}, "alpaca": "instruction, input and output"}
 _OURS = ("system", "user", "assistant", "tool")
-_ALPACA = Form()
+_ALPACA = Schema()
 _PREFERENCE = (
     "preference data (chosen, rejected), which this tool does not train on. To train on the chosen answers alone pass "
     "--keys chosen=completion beside a prompt, --keys chosen=output beside an instruction, or --keys chosen=messages "
@@ -38,29 +37,31 @@ _PREFERENCE = (
 )
 
 
-def to_record(found: RawRecord, ledger: Ledger, form: Form = _ALPACA) -> Record | Refusal:
-    """Read one value by its file's form; what is accepted but unusual is counted in ledger.notices."""
-    given, origin = found
+def to_record(raw: RawRecord, schema: Schema = _ALPACA) -> ParsedRecord:
+    """Read one value by its file's schema: a Record with notes on what is unusual in it, or the Refusal of it."""
+    given, origin = raw
     if not isinstance(given, dict):
-        return Refusal(origin, f"{kind(given)}; expected an object with {_EXPECTED[form.name]}", RefusalKind.NO_RECORD)
-    value = form.record(given)
-    reading = Reading(origin, form, ledger)
+        reason = f"{kind(given)}; expected an object with {_EXPECTED[schema.name]}"
+        return ParsedRecord(Refusal(origin, reason, RefusalKind.NO_RECORD))
+    value = schema.rename_keys(given)
+    reading = Reading(origin, schema)
     if value is not given:
         for theirs, ours in SPELLINGS.items():
             if theirs in given and theirs not in value:
                 reading.notes.add(f'key "{theirs}" read as "{ours}"')
-        for theirs, ours in form.keys.items():
-            if theirs in given and ours in given and ours not in form.keys and ours in RECORD_KEYS:
+        for theirs, ours in schema.keys.items():
+            if theirs in given and ours in given and ours not in schema.keys and ours in RECORD_KEYS:
                 reading.notes.add(f'key "{ours}" is not used, "{printable(theirs)}" is read for it,')
-    for key in SIGNS[form.name]:
+    for key in SIGNS[schema.name]:
         if key not in value:
             if "chosen" in given and "rejected" in given:
-                return Refusal(origin, _PREFERENCE, RefusalKind.NO_RECORD)
+                return ParsedRecord(Refusal(origin, _PREFERENCE, RefusalKind.NO_RECORD))
             reading.missing(key, given)
-    return _READERS[form.name](value, reading)
+    outcome = _READERS[schema.name](value, reading)
+    return ParsedRecord(outcome, tuple(reading.notes) if isinstance(outcome, Record) else ())
 
 
-def recognise(
+def detect_schema(
     values: Sequence[object],
     *,
     asked: str = "auto",
@@ -68,7 +69,7 @@ def recognise(
     roles: Mapping[str, str] = {},
     name: str,
     first: str = "",
-) -> Form:
+) -> Schema:
     """How the values of a file are read, told from the first of them; `name` is the file's, for messages.
 
     first  where the first of the values stands, "train.jsonl:1"
@@ -81,16 +82,16 @@ def recognise(
     if problems:
         raise BadData(listing(problems))
     if asked != "auto":
-        return Form(cast(FormatName, asked), dict(keys), dict(roles))
-    named = Form("alpaca", dict(keys), dict(roles))
-    renamed = [named.record(record) for record in records]
+        return Schema(cast(FormatName, asked), dict(keys), dict(roles))
+    named = Schema("alpaca", dict(keys), dict(roles))
+    renamed = [named.rename_keys(record) for record in records]
     fits = _fitting(renamed, filled=True) or _fitting(renamed, filled=False)
     if len(fits) > 1:
         which = " and ".join(f"{one} ({', '.join(SIGNS[one])})" for one in fits)
         raise BadData(f"{name} fits {which}: pass {' or '.join(f'--format {one}' for one in fits)}.")
     if records and not fits:
         raise BadData(_fits_none(records, renamed, first or name))
-    return Form(fits[0] if fits else "alpaca", named.keys, named.roles)
+    return Schema(fits[0] if fits else "alpaca", named.keys, named.roles)
 
 
 def _fitting(records: Sequence[Mapping[str, Any]], *, filled: bool) -> list[FormatName]:

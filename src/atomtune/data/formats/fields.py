@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from atomtune.data.formats.schema import Form
-from atomtune.data.ledger import Ledger
+from atomtune.data.formats.schema import Schema
 from atomtune.data.reading.raw import DECODER
 from atomtune.data.records import Record, Refusal, RefusalKind, Turn
 
@@ -32,8 +31,7 @@ class Reading:
     """One record while it is read: its problems, and what is accepted but worth saying."""
 
     origin: str
-    form: Form
-    ledger: Ledger
+    schema: Schema
     problems: list[str] = field(default_factory=list)
     notes: set[str] = field(default_factory=set)
 
@@ -126,8 +124,6 @@ class Reading:
         if last < len(turns) - 1:
             self.notes.add("turns behind the last answer are left out")
             turns = turns[: last + 1]
-        for note in self.notes:
-            self.ledger.notices[note] += 1
         return Record(tuple(turns), self.origin, tools)
 
     def after_system(self, value: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:

@@ -29,9 +29,9 @@ def turns_of_list(value: object, key: str, reading: Reading) -> list[Turn]:
         return turns
     if not messages:
         reading.problems.append(f"{key} holds no turn")
-    roles = {**ROLES, **reading.form.roles} if reading.form.roles else ROLES
-    if reading.form.keys:
-        messages = [reading.form.turn(one) if isinstance(one, dict) else one for one in messages]
+    roles = {**ROLES, **reading.schema.roles} if reading.schema.roles else ROLES
+    if reading.schema.keys:
+        messages = [reading.schema.rename_turn_keys(one) if isinstance(one, dict) else one for one in messages]
     for number, message in enumerate(messages, 1):
         turn = _simple(message, roles) or _Message(message, key, number, reading).turn(roles)
         if turn is not None and (turn.role != "system" or not is_blank(turn.text)):

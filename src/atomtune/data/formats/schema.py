@@ -1,6 +1,6 @@
-"""Form: how the values of one file are read: its format, and the names that the user's keys and roles have here.
+"""Schema: how the values of one file are read: its format, and the names that the user's keys and roles have here.
 
-Before: formats.recognise makes one.  After: formats.to_record reads every value by it.
+Before: formats.detect_schema makes one.  After: formats.to_record reads every value by it.
 """
 
 from collections.abc import Mapping
@@ -42,14 +42,14 @@ ROLES: dict[str, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class Schema:
     """How the values of one file are read."""
 
     name: FormatName = "alpaca"
     keys: Mapping[str, str] = field(default_factory=dict)  # the user's key → ours
     roles: Mapping[str, str] = field(default_factory=dict)  # the user's role → ours
 
-    def record(self, value: dict[str, Any]) -> dict[str, Any]:
+    def rename_keys(self, value: dict[str, Any]) -> dict[str, Any]:
         """The value under our keys; what the user named stands before a key that is spelled like ours."""
         renamed = _renamed(value, self.keys, RECORD_KEYS) if self.keys else value
         for theirs, ours in SPELLINGS.items():
@@ -57,7 +57,7 @@ class Form:
                 renamed = {(ours if key == theirs else key): one for key, one in renamed.items()}
         return renamed
 
-    def turn(self, value: dict[str, Any]) -> dict[str, Any]:
+    def rename_turn_keys(self, value: dict[str, Any]) -> dict[str, Any]:
         """A turn under our keys."""
         return _renamed(value, self.keys, TURN_KEYS)
 
