@@ -115,7 +115,7 @@ def verify(settings: VerifySettings) -> int:
     dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=console.notice)
     examples, pad_id = _examples(settings)
     console.say(
-        f"{len(examples)} records of {', '.join(Path(source).name for source in settings.sources)}, on {device}"
+        f"{len(examples)} records of {', '.join(Path(source).name for source in settings.dataset_paths)}, on {device}"
     )
     compared = compare(
         examples,
@@ -135,9 +135,9 @@ def verify(settings: VerifySettings) -> int:
 def _examples(settings: VerifySettings) -> tuple[list[Example], int]:
     tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     template, rules = load_template(settings.template, tokenizer), Rules(**settings.rules())
-    data = concatenate([examples_of(source, template, rules) for source in settings.sources])
+    data = concatenate([examples_of(source, template, rules) for source in settings.dataset_paths])
     if not len(data.examples):
-        raise BadData(f"{', '.join(settings.sources)}: none of {data.ledger.records_read:,} records can be used.")
+        raise BadData(f"{', '.join(settings.dataset_paths)}: none of {data.ledger.records_read:,} records can be used.")
     rows = data.examples.select(sample_rows(len(data.examples), settings.records, seed=settings.seed))
     return [example for row in rows for example in as_examples(row)], pad_id_of(tokenizer)
 

@@ -62,7 +62,7 @@ def test_every_value_says_where_it_came_from(run_yaml):
 def test_a_default_of_ours_for_the_trainer_gives_way_to_what_was_said(run_yaml):
     settings = run_yaml("logging_steps: 3\n", "--learning_rate", "5e-5")
     assert settings.trainer == {**LIBRARY_DEFAULTS, "logging_steps": 3, "learning_rate": 5e-5}
-    assert settings.sources["logging_steps"] == "run.yaml:1"
+    assert settings.origins["logging_steps"] == "run.yaml:1"
 
 
 def test_the_last_of_two_equal_flags_counts():

@@ -66,11 +66,11 @@ class Report:
 def look(settings: InspectSettings, template: Template, console: Console) -> Report:
     """Read everything and find what there is to find."""
     rules = Rules(**settings.rules())
-    parts = [_read(source, template, rules, console) for source in settings.sources]
+    parts = [_read(source, template, rules, console) for source in settings.dataset_paths]
     data = concatenate(parts)
     stored, ledger = data.examples, data.ledger
     records = chain.from_iterable(
-        _used(source, rules, part.examples, console) for source, part in zip(settings.sources, parts, strict=True)
+        _used(source, rules, part.examples, console) for source, part in zip(settings.dataset_paths, parts, strict=True)
     )
     texts = read_texts(records)
     assert len(texts.near) == len(stored), "the texts and the tokens of a record stand at the same place"
@@ -78,13 +78,13 @@ def look(settings: InspectSettings, template: Template, console: Console) -> Rep
     tokens = read_tokens(_tables(stored), stop=stop, unknown=template.tokenizer.unk_token_id)
     longest = tokens.longest
     if ledger.records_cut or ledger.refused_as(RefusalKind.TOO_LONG):
-        longest = _whole_lengths(settings.sources, template, rules, console)
+        longest = _whole_lengths(settings.dataset_paths, template, rules, console)
     named = {
         "cut": _where([(part.examples, part.ledger.cut_origins) for part in parts]),
         "control": _where([(part.examples, part.ledger.control_origins) for part in parts]),
     }
     return Report(
-        tuple(settings.sources),
+        tuple(settings.dataset_paths),
         template,
         rules.max_tokens,
         ledger,

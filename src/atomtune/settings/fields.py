@@ -48,7 +48,7 @@ class RecordSettings:
     )
 
     @property
-    def sources(self) -> list[str]:
+    def dataset_paths(self) -> list[str]:
         """The files, folders and hub names in dataset_path."""
         if self.dataset_path is None:
             return []
@@ -192,18 +192,18 @@ class ChatSettings(ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """Everything `atomtune train` was told: its own groups, the Trainer's values, and the source of each."""
+    """Everything `atomtune train` was told: its own groups, the Trainer's values, and where each was set."""
 
     data: DataSettings
     model: ModelSettings
     lora: LoraSettings
     run: RunSettings
     trainer: dict[str, Any]
-    sources: dict[str, str]
+    origins: dict[str, str]  # setting → `--lora_rank`, `run.yaml:3`, `atomtune's default`
     demo: bool
 
     def resolved(self) -> dict[str, dict[str, Any]]:
-        """Each setting of our own and each the Trainer was given, with its source."""
+        """Each setting of our own and each that the Trainer gets, with its origin."""
         values = {
             f.name: getattr(group, f.name)
             for group in (self.data, self.model, self.lora, self.run)
@@ -212,7 +212,7 @@ class TrainSettings:
         return {
             name: {
                 "value": "(not kept)" if _secret(name) and value else value,
-                "source": self.sources.get(name, "default"),
+                "source": self.origins.get(name, "default"),
             }
             for name, value in values.items()
         }

@@ -52,9 +52,9 @@ def read_train(argv: Sequence[str]) -> TrainSettings:
     problems += [*_named_wrongly(settled), *_contradictions(settled, given)]
     if problems:
         raise BadSettings(problems)
-    sources = dict.fromkeys(LIBRARY_DEFAULTS, "atomtune's default") | {n: g.source for n, g in given.items()}
+    origins = dict.fromkeys(LIBRARY_DEFAULTS, "atomtune's default") | {n: g.source for n, g in given.items()}
     data, model, lora, run = groups
-    return TrainSettings(data=data, model=model, lora=lora, run=run, trainer=trainer, sources=sources, demo=demo)
+    return TrainSettings(data=data, model=model, lora=lora, run=run, trainer=trainer, origins=origins, demo=demo)
 
 
 def read_settings(group: type[S], argv: Sequence[str], *, command: str) -> S:

@@ -59,7 +59,7 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
 
 def spare_folder(settings: TrainSettings) -> Path:
     """runs/<name>-<n>, the first that does not exist; a launcher's ranks agree through the environment."""
-    stem = "demo" if settings.demo else Path(settings.data.sources[0]).stem
+    stem = "demo" if settings.demo else Path(settings.data.dataset_paths[0]).stem
     number = 1
     while (folder := Path("runs") / f"{stem}-{number}").exists():
         number += 1

@@ -66,16 +66,16 @@ def read_data(job: Job, template: Template) -> Data:
     asked, console = job.settings.data, job.console
     if asked.streaming:
         return Data(_stream(job, template), evaluate, job.record.values["data"]["sha256"], eval_hash)
-    names = [Path(source).name for source in asked.sources]
+    names = [Path(source).name for source in asked.dataset_paths]
     if len(set(names)) < len(names):
         console.notice("some of these files have one name; where a record of theirs is named, look into each.")
-    parts = [_read(source, job, template) for source in asked.sources]
+    parts = [_read(source, job, template) for source in asked.dataset_paths]
     data = concatenate(parts)
     examples, ledger = data.examples, data.ledger
     job.record.update(data={"path": asked.dataset_path, "sha256": data.data_hash}, **ledger.to_run_json())
     say_ledger(ledger, template, console)
     _refuse_broken(ledger, skip_bad=asked.skip_bad)
-    _refuse_empty(ledger, ", ".join(asked.sources))
+    _refuse_empty(ledger, ", ".join(asked.dataset_paths))
     learned = list(range(len(examples)))
     if asked.eval_size:
         learned, held = _held_out(job, parts)
@@ -107,14 +107,14 @@ def _to_evaluate(job: Job, template: Template) -> tuple[datasets.Dataset | None,
 
 def _stream(job: Job, template: Template) -> Stream:
     asked, console = job.settings.data, job.console
-    names = ", ".join(asked.sources)
+    names = ", ".join(asked.dataset_paths)
 
     def check(ledger: Ledger) -> None:
         _refuse_broken(ledger, skip_bad=asked.skip_bad)
 
     rules = Rules(**asked.rules())
-    stream = Stream(asked.sources, template, rules, buffer=asked.shuffle_buffer, seed=job.args.seed, check=check)
-    data_hash = hashlib.sha256("".join(map(fingerprint_of, asked.sources)).encode()).hexdigest()
+    stream = Stream(asked.dataset_paths, template, rules, buffer=asked.shuffle_buffer, seed=job.args.seed, check=check)
+    data_hash = hashlib.sha256("".join(map(fingerprint_of, asked.dataset_paths)).encode()).hexdigest()
     job.record.update(data={"path": asked.dataset_path, "sha256": data_hash})
     console.say(
         f"streaming {names}: encoded while training, each record drawn from {asked.shuffle_buffer:,} that wait."
@@ -151,7 +151,7 @@ def _held_out(job: Job, parts: list[EncodedData]) -> tuple[list[int], list[int]]
     held = round(size * records) if size < 1 else int(size)
     if not 0 < held < records:
         raise BadSettings([f"--eval_size {size:g} holds out {held} of {records} records."])
-    groups = alike(read_texts(_texts(job, job.settings.data.sources, [part.examples for part in parts])))
+    groups = alike(read_texts(_texts(job, job.settings.data.dataset_paths, [part.examples for part in parts])))
     rows = held_out(groups, held, seed=job.args.data_seed or job.args.seed)
     if not rows[0]:
         raise BadSettings([f"--eval_size {size:g}: all {records:,} records are alike, so none can be held out fairly."])
@@ -165,7 +165,7 @@ def _held_out(job: Job, parts: list[EncodedData]) -> tuple[list[int], list[int]]
 def _say_overlap(job: Job, learned: list[datasets.Dataset], evaluate: datasets.Dataset) -> None:
     """Say which evaluation records are like ones that are learned."""
     asked = job.settings.data
-    sources = [*asked.sources, str(asked.eval_path)]
+    sources = [*asked.dataset_paths, str(asked.eval_path)]
     groups = alike(read_texts(_texts(job, sources, [*learned, evaluate])))
     like = overlapping(groups, sum(map(len, learned)))
     origins = evaluate.select(like)["origin"][:]
