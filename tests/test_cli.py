@@ -1,5 +1,6 @@
 """Laws of the command line, asked of real processes: what is printed where, and with which exit code."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from atomtune import __version__
-from atomtune.cli import COMMANDS
+from atomtune.cli import COMMANDS, main
+from atomtune.errors import AtomtuneError, ExitCode
 
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "numpy", "matplotlib"}
 #: Run the command in a process of its own, then print which modules it loaded.
@@ -121,3 +123,40 @@ def test_a_mistake_goes_to_standard_error_alone():
     done = atomtune("train", "--no_cuda")
     assert (done.returncode, done.stdout) == (2, "")
     assert "--use_cpu" in done.stderr
+
+
+def every_error(kind: type = AtomtuneError) -> list[type]:
+    return [kind, *(error for below in kind.__subclasses__() for error in every_error(below))]
+
+
+def test_the_exit_codes_are_those_that_scripts_rely_on():
+    # Written out once more, on purpose: a renumbering would break every job script there is.
+    promised = {"DONE": 0, "BUG": 1, "USER_MISTAKE": 2, "RUN_FAILED": 3, "CHECK_FAILED": 4, "STOPPED": 75}
+    assert {code.name: code.value for code in ExitCode} == promised
+
+
+@pytest.mark.parametrize("error", every_error(), ids=lambda error: error.__name__)
+def test_an_error_ends_the_process_with_its_own_exit_code(error, monkeypatch, capsys):
+    def fail(*_: object) -> int:
+        raise error(["what happened"])
+
+    monkeypatch.setattr("atomtune.cli._run", fail)
+    assert main(["train"]) == error.exit_code
+    assert "what happened" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (KeyboardInterrupt("SIGTERM"), ExitCode.STOPPED),
+        (OSError(errno.ENOSPC, "No space left on device"), ExitCode.RUN_FAILED),
+        (ZeroDivisionError("division by zero"), ExitCode.BUG),
+    ],
+)
+def test_what_is_no_error_of_ours_has_an_exit_code_too(raised, code, monkeypatch, capsys):
+    def fail(*_: object) -> int:
+        raise raised
+
+    monkeypatch.setattr("atomtune.cli._run", fail)
+    assert main(["merge"]) == code
+    assert ("Traceback" in capsys.readouterr().err) is (code == ExitCode.BUG)

@@ -1,120 +1,86 @@
-"""The commands: parse, call, print. Each imports its rooms inside, so that --help loads no torch."""
+"""The commands: read the settings, call a room, print. Rooms are imported inside, so that --help loads no torch."""
 
 import difflib
+import importlib
 import logging
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from atomtune import __version__
-from atomtune.errors import AtomtuneError
-
-#: What a failed process answers, by cause; see also errors.py.
-DONE, BUG, USER, FAILED, STOPPED = 0, 1, 2, 3, 75
+from atomtune.errors import AtomtuneError, ExitCode
 
 
-def train(argv: Sequence[str]) -> int:
-    """Train a LoRA adapter on a file of records."""
-    from atomtune.settings.read import read_train
+@dataclass(frozen=True)
+class Command:
+    """One command: what the overview says of it, and the module whose function of the same name runs it."""
 
-    settings = read_train(argv)
-    from atomtune.train.run import train as run
-
-    return run(settings)
+    summary: str
+    module: str
 
 
-def inspect(argv: Sequence[str]) -> int:
-    """Show what of your records is learned, and what is wrong with them; no model is loaded."""
-    from atomtune.settings.fields import InspectSettings
-    from atomtune.settings.read import read_settings
-
-    settings = read_settings(InspectSettings, argv, command="inspect")
-    from atomtune.inspect.command import inspect as run
-
-    return run(settings)
-
-
-def verify(argv: Sequence[str]) -> int:
-    """Prove the fast path equal to plain transformers + PEFT on your model and records."""
-    from atomtune.settings.fields import VerifySettings
-    from atomtune.settings.read import read_settings
-
-    settings = read_settings(VerifySettings, argv, command="verify")
-    from atomtune.verify import verify as run
-
-    return run(settings)
-
-
-def merge(argv: Sequence[str]) -> int:
-    """Write base + adapter as one plain model folder."""
-    from atomtune.settings.fields import MergeSettings
-    from atomtune.settings.read import read_settings
-
-    settings = read_settings(MergeSettings, argv, command="merge")
-    from atomtune.export.merge import merge as run
-
-    return run(settings)
-
-
-def chat(argv: Sequence[str]) -> int:
-    """Talk to a trained adapter in the terminal."""
-    from atomtune.settings.fields import ChatSettings
-    from atomtune.settings.read import read_settings
-
-    settings = read_settings(ChatSettings, argv, command="chat")
-    from atomtune.serve.chat import chat as run
-
-    return run(settings)
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "train": train,
-    "inspect": inspect,
-    "verify": verify,
-    "merge": merge,
-    "chat": chat,
+COMMANDS = {
+    "train": Command("Train a LoRA adapter on a file of records.", "atomtune.train.run"),
+    "inspect": Command(
+        "Show what of your records is learned, and what is wrong with them; no model is loaded.",
+        "atomtune.inspect.command",
+    ),
+    "verify": Command(
+        "Prove the fast path equal to plain transformers + PEFT on your model and records.", "atomtune.verify"
+    ),
+    "merge": Command("Write base + adapter as one plain model folder.", "atomtune.export.merge"),
+    "chat": Command("Talk to a trained adapter in the terminal.", "atomtune.serve.chat"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code (see the README for their meaning)."""
+    """Run one command and return its exit code; what each means: errors.ExitCode."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
-    elif words[0] in ("-V", "--version"):
+        return ExitCode.DONE
+    name, *flags = words
+    if name in ("-V", "--version"):
         print(f"atomtune {__version__}")
-    elif words[0] in COMMANDS:
-        return _answered(words[0], words[1:])
-    else:
-        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"Commands: {', '.join(COMMANDS)}."
-        print(f"atomtune: no command {words[0]!r}. {hint}", file=sys.stderr)
-        return USER
-    return DONE
+        return ExitCode.DONE
+    if name not in COMMANDS:
+        similar = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"Did you mean {similar[0]}?" if similar else f"The commands are {', '.join(COMMANDS)}."
+        _say_error(f"atomtune: there is no command {name!r}. {hint}")
+        return ExitCode.USER_MISTAKE
+    return _exit_code_of(name, flags)
 
 
-def _answered(name: str, argv: Sequence[str]) -> int:
-    """The exit code of a command; errors as text on standard error."""
-    code = BUG
-    # bitsandbytes speaks of missing optional kernels at import, which happens wherever PEFT is imported.
+def _exit_code_of(name: str, flags: Sequence[str]) -> int:
+    """Run a command; an error becomes text on standard error and an exit code."""
+    # bitsandbytes complains of missing optional kernels at import, which happens wherever PEFT is imported.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    before = _leave_on_signals()  # until a run installs its own
+    handlers_before = _stop_on_signals()  # until a run installs its own
     try:
-        return COMMANDS[name](argv)
+        return _run(name, flags)
     except AtomtuneError as error:
-        print(f"\natomtune {name}: {error}", file=sys.stderr)
-        code = error.exit_code
+        _say_error(f"\natomtune {name}: {error}")
+        return error.exit_code
     except KeyboardInterrupt:
-        print(f"\natomtune {name}: stopped by a signal.", file=sys.stderr)
-        code = STOPPED
+        _say_error(f"\natomtune {name}: stopped by a signal.")
+        return ExitCode.STOPPED
     except Exception as error:  # noqa: BLE001  # the last line of defence: shown whole, never swallowed
-        code = _unforeseen(name, error)
+        return _unforeseen(name, error)
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers_before.items():
             signal.signal(number, handler)
-    return code
+
+
+def _run(name: str, flags: Sequence[str]) -> int:
+    """Read the settings first: a wrong flag is answered before the command's module imports torch."""
+    from atomtune.settings.read import read
+
+    settings = read(name, flags)
+    command = getattr(importlib.import_module(COMMANDS[name].module), name)
+    return int(command(settings))
 
 
 def _unforeseen(name: str, error: Exception) -> int:
@@ -122,36 +88,44 @@ def _unforeseen(name: str, error: Exception) -> int:
     from atomtune.disk import disk_failed
 
     if disk_failed(error):
-        print(f"\natomtune {name}: the disk is full, or it fails: {error}", file=sys.stderr)
-        print("Free some space and run the command again.", file=sys.stderr)
-        return FAILED
-    traceback.print_exc()
-    said = f"this is a bug in atomtune {__version__}; please report the lines above."
-    print(f"\natomtune {name}: {said}", file=sys.stderr)
-    return BUG
+        _say_error(f"\natomtune {name}: the disk is full or failing: {error}")
+        _say_error("Free some space and run the command again.")
+        return ExitCode.RUN_FAILED
+    traceback.print_exception(error)
+    _say_error(f"\natomtune {name}: this is a bug in atomtune {__version__}. Please report the lines above.")
+    return ExitCode.BUG
 
 
-def _leave_on_signals() -> dict[int, Any]:
-    """Have the signals that end a process raise KeyboardInterrupt with their name; what was there before."""
+def _say_error(text: str) -> None:
+    from atomtune.console import Console
 
-    def leave(number: int, frame: object) -> None:
+    Console(stderr=True).say(text)
+
+
+def _stop_on_signals() -> dict[int, Any]:
+    """Have the signals that end a process raise KeyboardInterrupt with their name; returns the handlers before."""
+
+    def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)
 
-    numbers = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP", "SIGUSR1"))
-    heard = [number for number in numbers if number is not None and signal.getsignal(number) is not signal.SIG_IGN]
-    return {number: signal.signal(number, leave) for number in heard}
+    handlers_before = {}
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):
+        number = getattr(signal, name, None)  # Windows has only the first
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            handlers_before[number] = signal.signal(number, stop)
+    return handlers_before
 
 
 def _overview() -> str:
-    lines = [f"  {name:<8} {command.__doc__}" for name, command in COMMANDS.items()]
+    commands = [f"  {name:<8} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             f"atomtune {__version__}: LoRA instruction fine-tuning",
             "",
             "usage: atomtune COMMAND [--help] …",
             "",
-            *lines,
+            *commands,
             "",
-            "`atomtune train` with nothing else runs the embedded demo, on a CPU, in about a minute.",
+            "`atomtune train` with nothing else trains the built-in demo on a CPU, in about a minute.",
         ]
     )

@@ -1,12 +1,35 @@
-"""Errors: one small tree; only the CLI turns one into text and an exit code.
+"""Errors: one small tree, and what a process ends with; only the CLI turns an error into text and an exit code.
 
 A message says where, what was found, what was expected, what to do. All problems of one kind come in one error,
 so that a user mends a file or a command once.
 """
 
 from collections.abc import Sequence
+from enum import IntEnum
 
 SHOWN = 20
+
+
+class ExitCode(IntEnum):
+    """What a process ends with. Scripts and job schedulers rely on these numbers."""
+
+    DONE = 0
+    BUG = 1
+    USER_MISTAKE = 2
+    RUN_FAILED = 3
+    CHECK_FAILED = 4
+    STOPPED = 75  # EX_TEMPFAIL of sysexits.h: schedulers start such a job again
+
+
+#: For `--help` and the guide.
+EXIT_CODE_MEANINGS = {
+    ExitCode.DONE: "done",
+    ExitCode.BUG: "a bug in atomtune",
+    ExitCode.USER_MISTAKE: "a setting, a file or a model cannot be used; the message says what to change",
+    ExitCode.RUN_FAILED: "the run failed: the loss is not finite, the disk is full, memory ran out, …",
+    ExitCode.CHECK_FAILED: "a check did not hold: verify, inspect --fail_on, or merge",
+    ExitCode.STOPPED: "stopped by a signal or by --max_minutes; --resume goes on",
+}
 
 
 def listing(lines: Sequence[str], shown: int = SHOWN) -> str:
@@ -18,13 +41,13 @@ def listing(lines: Sequence[str], shown: int = SHOWN) -> str:
 class AtomtuneError(Exception):
     """Base of all errors that are answered without a traceback."""
 
-    exit_code = 1
+    exit_code = ExitCode.BUG
 
 
 class UserError(AtomtuneError):
     """The user can mend it: a wrong flag, a broken file, a missing model."""
 
-    exit_code = 2
+    exit_code = ExitCode.USER_MISTAKE
 
 
 class BadSettings(UserError):
@@ -45,16 +68,16 @@ class BadModel(UserError):
 class RunFailed(AtomtuneError):
     """The run failed for a stated reason: non-finite loss, disk full, out of memory, empty adapter."""
 
-    exit_code = 3
+    exit_code = ExitCode.RUN_FAILED
 
 
 class CheckFailed(AtomtuneError):
     """A check that was asked for did not hold."""
 
-    exit_code = 4
+    exit_code = ExitCode.CHECK_FAILED
 
 
 class Stopped(AtomtuneError):
     """A signal stopped the run; it can be resumed."""
 
-    exit_code = 75
+    exit_code = ExitCode.STOPPED

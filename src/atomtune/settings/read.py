@@ -14,7 +14,17 @@ from typing import Any, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from atomtune.errors import BadSettings
-from atomtune.settings.fields import DataSettings, LoraSettings, ModelSettings, RunSettings, TrainSettings
+from atomtune.settings.fields import (
+    ChatSettings,
+    DataSettings,
+    InspectSettings,
+    LoraSettings,
+    MergeSettings,
+    ModelSettings,
+    RunSettings,
+    TrainSettings,
+    VerifySettings,
+)
 from atomtune.settings.flags import Given, given_values, kinds_of, library_kinds, yaml_values
 
 S = TypeVar("S")
@@ -31,7 +41,18 @@ LIBRARY_DEFAULTS: dict[str, Any] = {
 
 
 TRAIN_GROUPS = (DataSettings, ModelSettings, LoraSettings, RunSettings)
+SETTINGS_OF: dict[str, type] = {
+    "inspect": InspectSettings,
+    "verify": VerifySettings,
+    "merge": MergeSettings,
+    "chat": ChatSettings,
+}
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
+
+
+def read(command: str, argv: Sequence[str]) -> Any:
+    """The settings of one command."""
+    return read_train(argv) if command == "train" else read_settings(SETTINGS_OF[command], argv, command=command)
 
 
 def read_train(argv: Sequence[str]) -> TrainSettings:
