@@ -22,7 +22,7 @@ from atomtune.data.cache import Rules, as_examples, concatenate, examples_of
 from atomtune.data.encoding.chat_template import load_template
 from atomtune.data.records import Example
 from atomtune.errors import BadData, BadSettings, CheckFailed
-from atomtune.model.adapter import match_targets, new_adapter
+from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.fused_lora import compute_together, families_of
 from atomtune.model.layout_support import why_padded, windows_of
 from atomtune.model.load import (
@@ -34,6 +34,7 @@ from atomtune.model.load import (
     quiet_libraries,
     resolve_dtype,
 )
+from atomtune.model.lora_targets import match_targets
 from atomtune.model.loss import target_log_probabilities, target_nats
 from atomtune.settings.fields import LoraSettings, ModelSettings, VerifySettings
 
@@ -159,7 +160,7 @@ def compare(
     def load() -> Any:
         base = load_base(BaseSpec(**model.base(), dtype=dtype, device=device))
         match_targets(base, lora.lora_targets)
-        adapted = new_adapter(base, rank=lora.lora_rank, alpha=lora.lora_alpha, dropout=0.0, targets=lora.lora_targets)
+        adapted = new_adapter(base, LoraSpec(**{**lora.lora(), "dropout": 0.0}))
         _fill(adapted)
         return adapted.eval()  # a base's own dropout would draw differently in rows of another shape
 

@@ -53,9 +53,9 @@ def test_a_merge_that_changed_the_answers_fails_with_exit_code_4(trained, tmp_pa
     """The bug: something is lost between the adapter and the written folder."""
     real = merge.load_base
 
-    def forgetful(path, **kwargs):
-        model = real(path, **kwargs)
-        if str(path).endswith("m"):
+    def forgetful(spec):
+        model = real(spec)
+        if spec.path.endswith("m"):
             with torch.no_grad():
                 model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
         return model

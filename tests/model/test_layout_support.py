@@ -23,7 +23,7 @@ from atomtune.batch.row import Row
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
 from atomtune.model import row_attention
-from atomtune.model.adapter import new_adapter
+from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.fused_lora import compute_together, families_of
 from atomtune.model.layout_support import why_padded, windows_of
 from atomtune.model.loss import innermost, target_nats
@@ -64,7 +64,7 @@ def build(family: str, **more: Any) -> Any:
 def with_adapter(base: Any) -> Any:
     """LoRA as after some training: a B of zero would leave A without a gradient."""
     base.requires_grad_(False)
-    model = new_adapter(base, rank=4, alpha=8, dropout=0.0, targets=["all-linear"]).double().eval()
+    model = new_adapter(base, LoraSpec(rank=4, alpha=8, dropout=0.0, targets=["all-linear"])).double().eval()
     draw = torch.Generator().manual_seed(1)
     for name, weight in model.named_parameters():
         if "lora_" in name:

@@ -1,8 +1,13 @@
 """Loading: tokenizers as published, dtypes as the device can, and errors that say what to do."""
 
+import shutil
+
+import pytest
 import sentencepiece
 import torch
+from safetensors.torch import load_file, save_file
 
+from atomtune.errors import BadModel
 from atomtune.model.load import BaseSpec, load_base, load_tokenizer, resolve_dtype
 from tests.tiny import texts
 
@@ -36,8 +41,6 @@ def test_control_tokens_of_the_lone_tokenizer_are_one_id(models):
 
 
 def test_nf4_weights_are_four_bits(models):
-    import pytest
-
     bitsandbytes = pytest.importorskip("bitsandbytes")
     base = load_base(BaseSpec(path=str(models("llama")), dtype=torch.bfloat16, device=CPU, quantize="nf4"))
     layer = base.model.layers[0].mlp.gate_proj
@@ -56,3 +59,51 @@ def test_fp16_on_a_cpu_takes_the_nearest_and_says_so():
 def test_a_dtype_that_is_asked_for_is_given():
     for name in ("float64", "float32", "bfloat16", "float16"):
         assert resolve_dtype(name, CPU, fp16=False, bf16=False, notice=print) == getattr(torch, name)
+
+
+def rewritten(base, folder, change):
+    """A copy of a base whose weight file went through `change`."""
+    shutil.copytree(base, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    return BaseSpec(path=str(folder), dtype=torch.float32, device=CPU)
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def test_a_weight_that_the_file_lacks_is_named_and_not_made_up(models, tmp_path):
+    spec = rewritten(models("llama"), tmp_path / "m", lambda w: {n: t for n, t in w.items() if n != DOWN})
+    with pytest.raises(BadModel, match=rf"{DOWN}: not in the weight files"):
+        load_base(spec)
+
+
+def test_a_weight_under_another_name_is_named_twice(models, tmp_path):
+    spec = rewritten(models("llama"), tmp_path / "m", lambda w: {n.replace("down_proj", "w2"): t for n, t in w.items()})
+    with pytest.raises(BadModel) as raised:
+        load_base(spec)
+    assert f"{DOWN}: not in the weight files" in str(raised.value)
+    assert f"{DOWN.replace('down_proj', 'w2')}: in the weight files, but the model has no place" in str(raised.value)
+
+
+def test_buffers_of_older_versions_are_no_weights(models, tmp_path):
+    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "x.attn.masked_bias": torch.ones(1)}
+    load_base(rewritten(models("llama"), tmp_path / "m", lambda w: {**w, **buffers}))
+
+
+def test_tied_weights_are_stored_once(tmp_path):
+    from tests.tiny import build
+
+    folder = build("llama", tmp_path, tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    base = load_base(BaseSpec(path=str(folder), dtype=torch.float32, device=CPU))
+    assert base.get_output_embeddings().weight is base.get_input_embeddings().weight
+
+
+def test_a_git_lfs_pointer_is_said_to_be_one(models, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(models("llama"), folder)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123456789abcdef\nsize 269060552\n"
+    (folder / "model.safetensors").write_text(pointer)
+    with pytest.raises(BadModel, match="git-lfs pointer"):
+        load_base(BaseSpec(path=str(folder), dtype=torch.float32, device=CPU))

@@ -1,35 +1,132 @@
-"""Trained: what an adapter's folder says about how to use it."""
+"""Adapter folder: what a saved adapter or merged model says about itself, read without loading the base."""
 
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftConfig
+from safetensors.torch import load_file
 
 from atomtune.data.encoding.chat_template import Template, load_template, restore_template
 from atomtune.errors import BadModel
-from atomtune.model.adapter import Card, base_path_of
 from atomtune.model.load import load_tokenizer
 
+METADATA = "atomtune.json"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+#: What the tutorial and PEFT before 0.5 write.
+OLD_WEIGHTS = "adapter_model.bin"
 
-def template_of(folder: Path, *, trust_remote_code: bool) -> tuple[Template, Card]:
-    """The training template of a saved adapter or merged model, with its card.
 
+@dataclass(frozen=True, kw_only=True)
+class AdapterMetadata:
+    """What a server must know beyond PEFT's config: how a prompt is written and where an answer stops."""
+
+    template: str
+    instruction_role: Literal["system", "user"]
+    stop: str
+    instruction: str | None = None  # the one nearly all records shared: chat's default
+    data_hash: str = ""
+    base: str = ""  # the fingerprint of the weights it was trained on
+    max_seq_length: int = 256
+
+    def save(self, folder: Path) -> None:
+        text = json.dumps(asdict(self), ensure_ascii=False, indent=2)
+        (folder / METADATA).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "AdapterMetadata | None":
+        """The metadata beside an adapter; None where another tool wrote it. Unknown keys are of a later version."""
+        file = folder / METADATA
+        if not file.is_file():
+            return None
+        known = {field.name for field in fields(cls)}
+        with _readable(file):
+            values = json.loads(file.read_text(encoding="utf-8"))
+            return cls(**{name: value for name, value in values.items() if name in known})
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Raise BadModel where a small file beside the weights does not say what it should."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadModel(
+            f"{file} is not readable: {type(error).__name__}: {str(error)[:200]}\n"
+            "It may be torn: copy the folder again, or use another checkpoint."
+        ) from error
+
+
+def template_of(folder: Path, *, trust_remote_code: bool) -> tuple[Template, AdapterMetadata]:
+    """The training template of a saved adapter or merged model, with its metadata.
+
+    A folder of another tool has no metadata; then its tokenizer's own template is used, or atom where it has none.
     Whether code that comes with a model may run is the user's word each time, never a downloaded folder's.
-
-    A folder of another tool has no card; then its tokenizer's own template, else atom, is taken.
     """
     if not folder.is_dir():
         raise BadModel(f"{folder}: no such folder. Pass --adapter_path with a run's output folder.")
-    card = Card.load(folder)
+    metadata = AdapterMetadata.load(folder)
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
-    if card is not None:
-        return restore_template(card.template, card.instruction_role, tokenizer), card
+    if metadata is not None:
+        return restore_template(metadata.template, metadata.instruction_role, tokenizer), metadata
     template = load_template("auto", tokenizer)
-    return template, Card(template=template.name, instruction_role=template.instruction_role, stop=template.stop)
+    return template, AdapterMetadata(
+        template=template.name, instruction_role=template.instruction_role, stop=template.stop
+    )
 
 
-def base_of(adapter: Path, model_path: str | None) -> str:
-    """The base's path: as given, else as the adapter names it."""
-    path = model_path or base_path_of(adapter)
+def base_of(folder: Path, model_path: str | None) -> str:
+    """The base's path: --model_path, else the one that the adapter's config names."""
+    path = model_path or base_path_of(folder)
     if not model_path and path.startswith(("/", ".")) and not Path(path).is_dir():
-        raise BadModel(
-            f"{adapter} was trained on {path}, which is not there any more. Pass --model_path with the base."
-        )
+        raise BadModel(f"{folder} was trained on {path}, which is not there any more. Pass --model_path with the base.")
     return path
+
+
+def base_path_of(folder: Path) -> str:
+    """The base an adapter was trained on, as its config says."""
+    file = folder / CONFIG
+    if not file.is_file():
+        raise BadModel(f"{folder}: no {CONFIG} here. Pass --adapter_path with a run's output folder.")
+    with _readable(file):
+        return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+
+
+def adapter_config(folder: Path) -> PeftConfig:
+    """PEFT's config of an adapter. Raises BadModel where it cannot be read or names no kind of adapter."""
+    with _readable(folder / CONFIG):
+        config = PeftConfig.from_pretrained(str(folder))
+        if type(config) is PeftConfig:
+            raise KeyError("peft_type")
+    return config
+
+
+def adapter_file(path: Path) -> Path | None:
+    """The weights a path means: the file itself, or the one in the folder."""
+    if path.is_file():
+        return path
+    for name in (WEIGHTS, OLD_WEIGHTS):
+        if (path / name).is_file():
+            return path / name
+    return None
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """Adapter tensors under PEFT's names; the tutorial's `.default.` keys lose that part. No pickled code runs."""
+    try:
+        if file.suffix == ".safetensors":
+            tensors: Mapping[str, Any] = load_file(file)
+        else:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+    # Both readers raise many kinds of error for a file that is torn, pickled or something else altogether.
+    except Exception as error:
+        raise BadModel(
+            f"{file}: its weights cannot be read as tensors: {type(error).__name__}: {str(error)[:300]}\n"
+            "A file that holds a program (a pickle) is not run. A torn one can be copied again."
+        ) from error
+    return {name.replace(".default.", "."): tensor for name, tensor in tensors.items()}

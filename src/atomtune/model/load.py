@@ -1,13 +1,12 @@
-"""Load: tokenizer and base model, from a folder or the hub, with errors that say what to do.
+"""Load: tokenizer and base model, from a folder or the hub.
 
-Before: the settings' plain values.  After: adapter.py wraps the base.
+What a library raises here comes out as a BadModel that says what to do: load_errors.py.
 """
 
 import logging
 import os
-import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,21 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from atomtune.choices import Dtype, Quantize
-from atomtune.errors import BadModel, BadSettings, UserError
+from atomtune.data.tokenizer import Tokenizer
+from atomtune.errors import BadModel, BadSettings, listing
+from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import folder_of, weight_files
+from atomtune.model.load_errors import explained, refuse_lfs_pointers
+
+#: Buffers that older versions saved beside the weights: constants that a model computes for itself.
+_OLD_BUFFERS = (".masked_bias", "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 
 
 def quiet_libraries() -> None:
-    """Silence what the libraries print; the rooms say it in their own words."""
+    """Silence the libraries' own messages and bars; the commands print what matters."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # a download of many GB keeps its bar
@@ -51,44 +55,55 @@ def good_at_bfloat16(device: torch.device) -> bool:
 
 
 def _cpu_bfloat16_instructions() -> bool:
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, probe)() for probe in probes if hasattr(torch.cpu, probe))
+    # Private, and torch has no public question for it: mkldnn alone says yes where it would emulate.
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        supported = getattr(torch.cpu, name, None)
+        if supported is not None and supported():
+            return True
+    return False
 
 
 def resolve_dtype(
     name: Dtype, device: torch.device, *, fp16: bool, bf16: bool, notice: Callable[[str], None]
 ) -> torch.dtype:
-    """The dtype of the base's weights: as asked, else what --fp16/--bf16 mean here, else the device's best.
+    """The dtype of the base's weights: --dtype, else what --fp16/--bf16 mean here, else the device's best.
 
-    fp16 on a CPU has neither speed nor a loss scaler, so the nearest the device can is taken and said.
+    float16 on a CPU has neither speed nor a loss scaler; the device's best is used instead, with a notice.
     """
     if name != "auto":
         return getattr(torch, name)
     best = torch.bfloat16 if good_at_bfloat16(device) else torch.float32
     if fp16 and device.type == "cpu":
-        notice(f"--fp16: this CPU cannot train in float16; taking {str(best).removeprefix('torch.')} instead.")
+        notice(f"--fp16: this CPU cannot train in float16; {dtype_name(best)} is used instead.")
         return best
     if fp16:
         return torch.float16
     if bf16 and best != torch.bfloat16:
-        notice("--bf16: this device has no bfloat16 arithmetic; taking float32 instead.")
+        notice("--bf16: this device has no bfloat16 arithmetic; float32 is used instead.")
     return best
 
 
-def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 as users write it: bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
     """The model's tokenizer; one that is published as `tokenizer.model` alone is read as sentencepiece reads it.
 
     Raises BadModel with the remedy when there is none.
     """
-    with _explained(path, "tokenizer"):
+    with explained(path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    lone = Path(path) / "tokenizer.model"
-    if lone.is_file() and not any((lone.parent / f"tokenizer{end}.json").exists() for end in ("", "_config")):
-        _follow_sentencepiece(tokenizer, lone)
+    folder = Path(path)
+    sentencepiece = folder / "tokenizer.model"
+    converted = (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists()
+    if sentencepiece.is_file() and not converted:
+        _follow_sentencepiece(tokenizer.backend_tokenizer, sentencepiece)
     return tokenizer
 
 
-def _follow_sentencepiece(tokenizer: Any, model_file: Path) -> None:
+def _follow_sentencepiece(backend: Any, model_file: Path) -> None:
     """Set how spaces are written and read back as the SentencePiece file says.
 
     transformers before 5.24 converts a lone tokenizer.model without its `add_dummy_prefix` and
@@ -101,22 +116,22 @@ def _follow_sentencepiece(tokenizer: Any, model_file: Path) -> None:
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(model_file.read_bytes())
     rules = proto.normalizer_spec
-    backend = tokenizer.backend_tokenizer
-    steps: list[Any] = []
+    written: list[Any] = []  # a text on its way to tokens
     if rules.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
+        written.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    back: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        written += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    read: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]  # tokens on their way back
     if rules.add_dummy_prefix:
-        steps.append(normalizers.Prepend("▁"))
-        back.append(decoders.Strip(" ", 1, 0))
-    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+        written.append(normalizers.Prepend("▁"))
+        read.append(decoders.Strip(" ", 1, 0))
+    written.append(normalizers.Replace(" ", "▁"))
+    backend.normalizer = normalizers.Sequence(written)
     backend.pre_tokenizer = None
-    backend.decoder = decoders.Sequence(back)
+    backend.decoder = decoders.Sequence(read)
 
 
-def pad_id_of(tokenizer: Any) -> int:
+def pad_id_of(tokenizer: Tokenizer) -> int:
     """The id to fill up with: PAD, else UNK, else EOS. Padding is masked by position, so any id would do."""
     for token_id in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
         if token_id is not None:
@@ -136,7 +151,7 @@ class BaseSpec:
     trust_remote_code: bool = False
 
 
-def load_base(spec: BaseSpec) -> Any:
+def load_base(spec: BaseSpec) -> CausalLM:
     """The frozen base model on its device, KV cache off.
 
     Raises BadModel with the remedy: not there, gated, no network, needs remote code, does not fit.
@@ -148,12 +163,19 @@ def load_base(spec: BaseSpec) -> Any:
             "device_map": spec.device_map or {"": spec.device},
         }
     if folder := folder_of(spec.path):
-        weight_files(folder)  # an index that leads out of the folder is refused before anything is read
-    with _explained(spec.path, "model"):
+        # An index that leads out of the folder is refused before anything is read, and so is a pointer to weights.
+        refuse_lfs_pointers(weight_files(folder))
+    with explained(spec.path, "model"):
         config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
-        base = AutoModelForCausalLM.from_pretrained(
-            spec.path, config=config, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code, **placement
+        base, report = AutoModelForCausalLM.from_pretrained(
+            spec.path,
+            config=config,
+            dtype=spec.dtype,
+            trust_remote_code=spec.trust_remote_code,
+            output_loading_info=True,
+            **placement,
         )
+    _refuse_partial(spec.path, report)
     if not placement:
         base.to(spec.device)
     base.config.use_cache = False
@@ -161,9 +183,26 @@ def load_base(spec: BaseSpec) -> Any:
     return base
 
 
+def _refuse_partial(path: str, report: Mapping[str, Any]) -> None:
+    """Raise BadModel where the weight files and the model do not hold the same tensors.
+
+    transformers fills what the files lack with random numbers and drops what the model has no place for. Tied weights
+    and what the model's own class names as ignorable are not in its report.
+    """
+    missing = sorted(report["missing_keys"])
+    unused = sorted(name for name in report["unexpected_keys"] if not name.endswith(_OLD_BUFFERS))
+    problems = [f"  {name}: not in the weight files; it would be random numbers" for name in missing]
+    problems += [f"  {name}: in the weight files, but the model has no place for it" for name in unused]
+    if problems:
+        raise BadModel(
+            f"{path}: the weight files do not fit the model that its config.json describes.\n{listing(problems)}\n"
+            "Use the files that were published together, or mend the names."
+        )
+
+
 def stored_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype:
     """The dtype a model's weights are stored in; float32 where its config does not say."""
-    with _explained(path, "model"):
+    with explained(path, "model"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     dtype = getattr(config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
@@ -184,64 +223,3 @@ def _quantization(quantize: Quantize, dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-
-
-_LOADERS_RAISE = (OSError, ValueError, ImportError, EOFError, pickle.UnpicklingError, SafetensorError)
-
-
-class _explained:
-    """Turn what a loader raises into a BadModel that says what to do."""
-
-    def __init__(self, path: str, what: str) -> None:
-        self.path, self.what = path, what
-
-    def __enter__(self) -> None:
-        if _looks_local(self.path) and not Path(self.path).expanduser().is_dir():
-            raise BadModel(f"{self.path}: no such folder. Pass --model_path with a model's folder or its hub name.")
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, UserError) or not isinstance(error, _LOADERS_RAISE):
-            return
-        if isinstance(error, pickle.UnpicklingError):
-            raise BadModel(
-                f"{self.path}: its weights are pickled together with a program, which was not run. Take the model's "
-                "safetensors files, or convert it where you trust it."
-            ) from error
-        raise BadModel(_remedy(self.path, self.what, error)) from error
-
-
-def _looks_local(path: str) -> bool:
-    return Path(path).exists() or path.startswith((".", "~", os.sep)) or path.count("/") > 1 or "\\" in path
-
-
-def _remedy(path: str, what: str, error: BaseException) -> str:
-    """Name the cause of a failed load and what to do about it."""
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    names = {type(cause).__name__ for cause in causes}
-    said = str(error)
-    if "trust_remote_code" in said:
-        return (
-            f"{path}: this {what} comes with its own Python code, which would run on this machine.\n"
-            "Read that code (the .py files beside its config.json), and if you trust it, pass --trust_remote_code."
-        )
-    if "GatedRepoError" in names or "gated" in said:
-        return (
-            f"{path}: a gated model. Accept its licence on its hub page, then log in: hf auth login\n"
-            "(or set HF_TOKEN to a token of an account that has access)."
-        )
-    if "RepositoryNotFoundError" in names:
-        return f"{path}: no folder here and no model on the hub has this name. Check the spelling, or hf auth login."
-    if names & {"LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ConnectionError", "OfflineModeIsEnabled"}:
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rpartition("@")[2]  # no user:token@
-        return (
-            f"{path}: no folder here has this name, and the hub at {endpoint} cannot be reached.\n"
-            "Set HF_ENDPOINT to a mirror you can reach, or download the model by other means and pass its folder."
-        )
-    if isinstance(error, ImportError):
-        return f"{path}: loading the {what} needs a package that is not installed: {said}"
-    here = f" Files there: {', '.join(sorted(os.listdir(path))[:12])}." if Path(path).is_dir() else ""  # noqa: PTH208
-    return f"{path}: no {what} could be loaded.{here}\n{type(error).__name__}: {said[:600]}"

@@ -25,9 +25,9 @@ def chat(settings: ChatSettings) -> int:
     quiet_libraries()
     console = Console(stderr=True)
     folder = Path(settings.adapter_path)
-    template, card = template_of(folder, trust_remote_code=settings.trust_remote_code)
-    model = _model(settings, folder, card.base, console)
-    asked = _Asked(template, settings.system, card.instruction)
+    template, metadata = template_of(folder, trust_remote_code=settings.trust_remote_code)
+    model = _model(settings, folder, metadata.base, console)
+    asked = _Asked(template, settings.system, metadata.instruction)
     if settings.prompt is not None:
         _reply(model, template, [*asked.opening, *asked.by_user(settings.prompt)], settings)
         return 0

@@ -117,6 +117,15 @@ class LoraSettings:
     lora_dropout: float = setting(0.1, "share of the adapter's input dropped while training", at_least=0, below=1)
     lora_targets: list[str] = setting(["all-linear"], "layer names, or all-linear")
 
+    def lora(self) -> dict[str, Any]:
+        """What model.adapter.LoraSpec needs to know."""
+        return {
+            "rank": self.lora_rank,
+            "alpha": self.lora_alpha,
+            "dropout": self.lora_dropout,
+            "targets": tuple(self.lora_targets),
+        }
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunSettings:

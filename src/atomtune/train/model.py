@@ -8,17 +8,12 @@ from typing import Any
 import torch
 
 from atomtune.errors import BadSettings
-from atomtune.model.adapter import (
-    Card,
-    adapter_file,
-    match_targets,
-    new_adapter,
-    parameter_counts,
-    start_from_weights,
-)
+from atomtune.model.adapter import LoraSpec, new_adapter, parameter_counts, start_from_weights
+from atomtune.model.adapter_folder import AdapterMetadata, adapter_file
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.fused_lora import compute_together, families_of
 from atomtune.model.load import BaseSpec, device_in_use, load_base, resolve_dtype
+from atomtune.model.lora_targets import match_targets
 from atomtune.model.memory import should_checkpoint
 from atomtune.train.arguments import CHECKPOINTING
 from atomtune.train.run_context import Job
@@ -39,7 +34,7 @@ def dtype_of(job: Job, device: torch.device) -> torch.dtype:
 def load_model(job: Job, *, longest_tokens: int) -> Any:
     """The base with its adapter, new or filled from the start's weights, on its device."""
     settings, args, start, console = job.settings, job.args, job.start, job.console
-    model, lora = settings.model, settings.lora
+    model, lora = settings.model, LoraSpec(**settings.lora.lora())
     device = torch.device("cpu") if args.use_cpu else device_in_use()
     dtype = dtype_of(job, device)
     if device.type == "cpu" and settings.trainer.get("bf16") and dtype is not torch.bfloat16:
@@ -52,10 +47,10 @@ def load_model(job: Job, *, longest_tokens: int) -> Any:
     console.say(f"loading {model.model_path} …")
     base = load_base(BaseSpec(**model.base(), dtype=dtype, device=device))
     if start.path is not None:
-        card = Card.load(start.path if start.path.is_dir() else start.path.parent)
+        metadata = AdapterMetadata.load(start.path if start.path.is_dir() else start.path.parent)
         refuse_other_base(
             str(model.model_path),
-            card.base if card else "",
+            metadata.base if metadata else "",
             anyway=start.kind == "weights" or settings.run.resume_anyway,
             notice=console.notice,
         )
@@ -64,29 +59,20 @@ def load_model(job: Job, *, longest_tokens: int) -> Any:
         file = adapter_file(start.path)
         if file is None:
             raise BadSettings([f"{start.path}: no adapter weights in this checkpoint."])
-        adapted: Any = start_from_weights(
-            base,
-            file,
-            rank=lora.lora_rank,
-            alpha=lora.lora_alpha,
-            dropout=lora.lora_dropout,
-            targets=lora.lora_targets,
-            notice=console.notice,
-        )
+        adapted: Any = start_from_weights(base, file, lora, notice=console.notice)
     else:
-        counts = match_targets(base, lora.lora_targets)
+        counts = match_targets(base, lora.targets)
         console.say(f"LoRA on {', '.join(f'{name} ({count})' for name, count in counts.items())}")
-        adapted = new_adapter(
-            base, rank=lora.lora_rank, alpha=lora.lora_alpha, dropout=lora.lora_dropout, targets=lora.lora_targets
-        )
+        adapted = new_adapter(base, lora)
     trainable, total = parameter_counts(adapted)
     console.say(
         f"{model.model_path} in {str(dtype).removeprefix('torch.')}{f', {model.quantize}' if model.quantize else ''} "
         f"on {device}: {trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)."
     )
     if not (args.fsdp or args.deepspeed):  # they take the weights out of the layers between calls
-        some = torch.zeros(1, 2, dtype=torch.long, device=base.get_input_embeddings().weight.device)
-        compute_together(families_of(adapted, input_ids=some))
+        embeddings: Any = base.get_input_embeddings()
+        two_tokens = torch.zeros(1, 2, dtype=torch.long, device=embeddings.weight.device)
+        compute_together(families_of(adapted, input_ids=two_tokens))
     _set_checkpointing(job, adapted, longest_tokens=longest_tokens, dtype=dtype, device=device)
     return adapted
 

@@ -19,7 +19,8 @@ from atomtune.console import Console
 from atomtune.data.encoding.chat_template import load_template
 from atomtune.data.ledger import Ledger
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped, UserError
-from atomtune.model.adapter import WEIGHTS, Card, refuse_empty
+from atomtune.model.adapter import refuse_empty
+from atomtune.model.adapter_folder import WEIGHTS, AdapterMetadata
 from atomtune.model.fingerprint import fingerprint
 from atomtune.model.load import load_tokenizer, pad_id_of, quiet_libraries
 from atomtune.model.memory import StepShape, is_out_of_memory, peak_bytes, remedies
@@ -127,7 +128,7 @@ def _run(job: Job, began: float) -> None:
     longest = settings.data.max_seq_length if settings.data.streaming else data.ledger.longest_tokens
     model = load_model(job, longest_tokens=longest)
     collator = choose_layout(job, model, tokenizer, data)
-    card = Card(
+    metadata = AdapterMetadata(
         template=template.name,
         instruction_role=template.instruction_role,
         stop=template.stop,
@@ -140,7 +141,7 @@ def _run(job: Job, began: float) -> None:
     try:
         trainer = LoraTrainer(
             tokenizer=tokenizer,
-            card=card,
+            metadata=metadata,
             facts={"identity": now, "versions": job.record.values["versions"]},
             stop=Stop(
                 deadline=began + 60 * minutes if minutes else None, said=f"the time is over (--max_minutes {minutes:g})"

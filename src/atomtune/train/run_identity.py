@@ -12,7 +12,7 @@ from typing import Any
 from atomtune.data.cache import tokenizer_text
 from atomtune.data.encoding.chat_template import Template
 from atomtune.errors import BadSettings
-from atomtune.model.adapter import adapter_file
+from atomtune.model.adapter_folder import adapter_file
 from atomtune.train.checkpoint.atomic import read_manifest
 from atomtune.train.dataset import Data
 from atomtune.train.run_context import Job

@@ -16,7 +16,8 @@ from transformers.trainer_callback import ExportableState
 
 from atomtune.disk import disk_failed
 from atomtune.errors import BadModel, RunFailed, listing
-from atomtune.model.adapter import Card, refuse_not_finite, refuse_unlike
+from atomtune.model.adapter import refuse_not_finite, refuse_unlike
+from atomtune.model.adapter_folder import AdapterMetadata
 from atomtune.train.checkpoint.atomic import MANIFEST, checkpoints, damage, rotate, seal, staged
 from atomtune.train.checkpoint.start import STATE
 from atomtune.train.checkpoint.state import gathered, load_state, random_state, save_state, scatter, set_random_state
@@ -44,18 +45,18 @@ class SavingTrainer(Trainer):
         self,
         *,
         tokenizer: Any,
-        card: Card,
+        metadata: AdapterMetadata,
         facts: Mapping[str, Any],
         resumed_from: Path | None,
         notice: Callable[[str], None],
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.tokenizer_to_save, self.card, self.facts, self.notice = tokenizer, card, facts, notice
+        self.tokenizer_to_save, self.metadata, self.facts, self.notice = tokenizer, metadata, facts, notice
         self.resumed_from, self.failed_saves = resumed_from, 0
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The adapter in PEFT's form, the tokenizer with its template, and the card; no pickled settings.
+        """The adapter in PEFT's form, the tokenizer with its template, and its metadata; no pickled settings.
 
         Raises RunFailed when what was written is not what is in memory.
         """
@@ -67,7 +68,7 @@ class SavingTrainer(Trainer):
             if state_dict is None:
                 refuse_unlike(folder, model)
             self.tokenizer_to_save.save_pretrained(folder)
-            self.card.save(folder)
+            self.metadata.save(folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that appears whole or not at all; where the disk fails, that is said and tried again later."""

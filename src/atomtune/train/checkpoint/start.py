@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from atomtune.errors import BadModel, BadSettings, listing
-from atomtune.model.adapter import WEIGHTS, adapter_file
+from atomtune.model.adapter_folder import WEIGHTS, adapter_file
 from atomtune.train.checkpoint.atomic import MANIFEST, checkpoints, damage, step_in
 from atomtune.train.run_report import RECORD, read_record
 

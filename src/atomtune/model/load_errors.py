@@ -1,0 +1,109 @@
+"""Load errors: what a library raised while it read a model, as a BadModel that says what to do."""
+
+import os
+import pickle
+from pathlib import Path
+
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError
+
+from atomtune.errors import BadModel, UserError
+
+#: What loaders raise for a file, a name or a config that they cannot use. Anything else is a bug and stays one.
+_LOADERS_RAISE = (OSError, ValueError, ImportError, EOFError, pickle.UnpicklingError, SafetensorError)
+#: The hub was asked and did not answer.
+_UNREACHABLE = (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
+#: The same from the HTTP library below. By name, because it is httpx or httpx2, as the hub library's version wants it.
+_TRANSPORT_ERRORS = {"ConnectError", "ConnectTimeout", "ReadTimeout", "ProxyError"}
+#: The first bytes of the small text that git leaves in place of a large file that was not fetched.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+class explained:
+    """Within this, a loader's error becomes a BadModel with the remedy."""
+
+    def __init__(self, path: str, what: str) -> None:
+        self.path, self.what = path, what
+
+    def __enter__(self) -> None:
+        if _looks_local(self.path) and not Path(self.path).expanduser().is_dir():
+            raise BadModel(f"{self.path}: no such folder. Pass --model_path with a model's folder or its hub name.")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, _LOADERS_RAISE) and not isinstance(error, UserError):
+            raise BadModel(f"{self.path}: {_remedy(self.path, self.what, error)}") from error
+
+
+def refuse_lfs_pointers(files: list[Path]) -> None:
+    """Raise BadModel where git-lfs left pointers in place of the files of a cloned repository."""
+    pointers = [file for file in files if _is_lfs_pointer(file)]
+    if pointers:
+        folder = pointers[0].parent
+        raise BadModel(
+            f"{folder}: {', '.join(file.name for file in pointers[:3])} is a git-lfs pointer, not the weights.\n"
+            f"Fetch the weights: git lfs install && git -C {folder} lfs pull"
+        )
+
+
+def _is_lfs_pointer(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(len(_LFS_POINTER)) == _LFS_POINTER
+
+
+def _looks_local(path: str) -> bool:
+    """Whether this can only mean a folder; `owner/name` may be a name on the hub."""
+    return Path(path).exists() or path.startswith((".", "~", os.sep)) or path.count("/") > 1 or "\\" in path
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and all that led to it; libraries wrap the telling one."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return causes
+
+
+def _remedy(path: str, what: str, error: BaseException) -> str:  # noqa: PLR0911  # one return a cause
+    """What is wrong and what to do about it."""
+    causes = _causes(error)
+
+    def caused_by(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "its weights are pickled together with a program, which was not run.\n"
+            "Use the model's safetensors files, or convert it yourself if you trust it."
+        )
+    # transformers raises a plain ValueError here; its text is the only sign.
+    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+        return (
+            f"this {what} comes with its own Python code, which would run on this machine.\n"
+            "Read that code (the .py files beside its config.json). If you trust it, pass --trust_remote_code."
+        )
+    if caused_by(GatedRepoError):
+        return (
+            "a gated model. Accept its licence on its hub page, then log in: hf auth login\n"
+            "(or set HF_TOKEN to a token of an account that has access)."
+        )
+    if caused_by(RepositoryNotFoundError):
+        return "no folder here and no model on the hub has this name. Check the spelling, or hf auth login."
+    if caused_by(*_UNREACHABLE) or _TRANSPORT_ERRORS & {type(cause).__name__ for cause in causes}:
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rpartition("@")[2]  # no user:token@
+        return (
+            f"no folder here has this name, and the hub at {endpoint} cannot be reached.\n"
+            "Set HF_ENDPOINT to a mirror you can reach, or download the model by other means and pass its folder."
+        )
+    if isinstance(error, ImportError):
+        return f"loading the {what} needs a package that is not installed: {error}"
+    folder = Path(path).expanduser()
+    files = sorted(file.name for file in folder.iterdir())[:12] if folder.is_dir() else []
+    listing = f" Files there: {', '.join(files)}." if files else ""
+    return f"no {what} could be loaded.{listing}\n{type(error).__name__}: {str(error)[:600]}"

@@ -1,0 +1,82 @@
+"""Adapters: a file fills every tensor of the adapter, or each one that does not fit is named."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from atomtune.cli import main
+from atomtune.errors import BadModel
+from atomtune.model.adapter import LoraSpec, load_trained, new_adapter, start_from_weights
+from atomtune.model.load import BaseSpec, load_base
+
+CPU = torch.device("cpu")
+LORA = LoraSpec(rank=4, alpha=8, dropout=0.0, targets=["q_proj", "v_proj"])
+
+
+def base(models):
+    return load_base(BaseSpec(path=str(models("llama")), dtype=torch.float32, device=CPU))
+
+
+@pytest.fixture
+def saved(models, tmp_path):
+    """An adapter's folder as a run leaves it, its B no zeros."""
+    model = new_adapter(base(models), LORA)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def spoil(folder, change) -> str:
+    """Write the tensors after `change`; returns the name of the first, which the faults below are about."""
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    first = min(weights)
+    save_file(change(weights, first), file)
+    return first
+
+
+def test_a_saved_adapter_answers_as_it_did(models, saved):
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        plain, adapted = base(models)(input_ids=ids).logits, load_trained(base(models), saved)(input_ids=ids).logits
+    assert not torch.allclose(plain, adapted, atol=1e-3)
+
+
+FAULTS = {
+    "missing": (lambda w, first: {n: t for n, t in w.items() if n != first}, "not in the file"),
+    "renamed": (lambda w, first: {n.replace("self_attn", "attention"): t for n, t in w.items()}, "not in this model"),
+    "integers": (lambda w, first: {**w, first: w[first].int()}, "holds int32"),
+    "NaN": (lambda w, first: {**w, first: w[first] * torch.nan}, "not finite"),
+    "transposed": (lambda w, first: {**w, first: w[first].T.contiguous()}, "(4, 32) in this model"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("use", ["to answer", "to train on"])
+def test_a_tensor_that_does_not_fit_is_named(models, saved, fault, use):
+    change, reason = FAULTS[fault]
+    first = spoil(saved, change)
+    with pytest.raises(BadModel) as raised:
+        if use == "to answer":
+            load_trained(base(models), saved)
+        else:
+            start_from_weights(base(models), saved / "adapter_model.safetensors", LORA, notice=print)
+    assert reason in str(raised.value)
+    assert first in str(raised.value)
+
+
+@pytest.mark.parametrize("command", ["chat", "merge"])
+def test_chat_and_merge_end_with_2(models, saved, tmp_path, capsys, command):
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(models("llama")).save_pretrained(saved)
+    config = json.loads((saved / "adapter_config.json").read_text())
+    (saved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(models("llama"))}))
+    spoil(saved, FAULTS["renamed"][0])
+    flags = ["--prompt", "x"] if command == "chat" else ["--output_dir", str(tmp_path / "merged")]
+    assert main([command, "--adapter_path", str(saved), *flags]) == 2
+    assert "not in this model" in capsys.readouterr().err
