@@ -11,7 +11,7 @@ from atomtune.errors import BadSettings, CheckFailed
 from atomtune.model.adapter import load_trained
 from atomtune.model.adapter_folder import base_of, template_of
 from atomtune.model.fingerprint import refuse_other_base
-from atomtune.model.generate import prompt_ids, stop_ids
+from atomtune.model.generate import prompt_ids, ready_to_answer
 from atomtune.model.load import BaseSpec, load_base, quiet_libraries, stored_dtype
 from atomtune.settings.fields import MergeSettings
 
@@ -46,7 +46,7 @@ def merge(settings: MergeSettings) -> int:
     before = _log_probabilities(model, template)
     console.say("merging …")
     merged = model.merge_and_unload()
-    _ready_to_serve(merged, template)
+    ready_to_answer(merged, template, notice=console.notice)
     merged.save_pretrained(out)
     template.tokenizer.save_pretrained(out)
     metadata.save(out)
@@ -76,10 +76,3 @@ def _log_probabilities(model: Any, template: Template) -> list[torch.Tensor]:
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]  # [T, V]
         found.append(torch.log_softmax(logits.double(), dim=-1))
     return found
-
-
-def _ready_to_serve(model: Any, template: Template) -> None:
-    """A served model stops where the trained one learned to stop, and uses its cache."""
-    model.config.use_cache = True
-    model.generation_config.eos_token_id = stop_ids(template)
-    model.generation_config.use_cache = True

@@ -42,8 +42,8 @@ def _entries(file: Path) -> Iterator[tuple[str, list[int], list[float]]]:
                 yield name, *_sample(part, list(part.get_shape()))
         return
     # Mapped, so that only what is looked at is read; files from before 2020 are no archives and are read whole.
-    held = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    for name, weight in held.items():
+    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    for name, weight in tensors.items():
         yield name, *_sample(weight, list(weight.shape))
 
 
@@ -75,10 +75,12 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises BadModel for an index that cannot be read or names a file outside of its folder.
     """
+    # Both indexes are read first: a bad one is refused even where the other would do.
     shards = {index: _named_in(folder / index) for index in (INDEX, OLD_INDEX) if (folder / index).is_file()}
     for index, pattern in ((INDEX, "model*.safetensors"), (OLD_INDEX, "pytorch_model*.bin")):
-        if found := shards.get(index) or sorted(folder.glob(pattern)):
-            return found
+        files = shards.get(index) or sorted(folder.glob(pattern))
+        if files:
+            return files
     return []
 
 
@@ -87,21 +89,25 @@ def _named_in(index: Path) -> list[Path]:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadModel(f"{index} is not readable as an index of weights: {error!r}. Copy the model again.") from error
-    outside = sorted(str(n) for n in names if not isinstance(n, str) or Path(n).name != n or "\\" in n)
+    outside = sorted(str(name) for name in names if not _is_file_name(name))
     if outside:
         raise BadModel(f"{index}: names {', '.join(map(repr, outside[:3]))}, which is not a file name in this folder.")
     return [index.parent / name for name in sorted(names) if (index.parent / name).is_file()]
 
 
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name and "\\" not in name
+
+
 def refuse_other_base(path: str, expected: str, *, anyway: bool, notice: Callable[[str], None]) -> None:
     """Raise BadModel when an adapter was trained on another base than this one; a notice with `anyway`."""
-    found = fingerprint(path)
-    if not expected or found is None or found == expected:
+    actual = fingerprint(path)
+    if not expected or actual is None or actual == expected:
         return
-    said = (
-        f"{path} is not the base this adapter was trained on: its weights are others "
-        f"(fingerprint {found[:12]}…; trained on {expected[:12]}…)."
+    difference = (
+        f"{path} is not the base this adapter was trained on: its weights differ "
+        f"(fingerprint {actual[:12]}…; trained on {expected[:12]}…)."
     )
     if not anyway:
-        raise BadModel(f"{said}\nPass --model_path with the right one, or --other_base to use this one nevertheless.")
-    notice(said)
+        raise BadModel(f"{difference}\nPass --model_path with the right base, or --other_base to use this one anyway.")
+    notice(difference)

@@ -1,16 +1,30 @@
-"""Answers: a prompt through the training template, tokens until the stop token.
+"""Answers: a prompt through the training template, then tokens until the stop token."""
 
-Before: adapter.py.  After: serve.chat, train.run's samples.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from atomtune.data.encoding.chat_template import Message, Template
 from atomtune.data.encoding.token_ids import ids_of
+from atomtune.model.causal_lm import CausalLM
 from atomtune.model.load import pad_id_of
+
+#: Settings of a generation config that write or hold back tokens whatever the model says.
+_FORCING = ("min_length", "min_new_tokens", "forced_bos_token_id", "forced_eos_token_id")
+#: Settings that forbid tokens: dropped where they forbid a stop token.
+_SUPPRESSING = ("suppress_tokens", "begin_suppress_tokens")
+#: Settings that only a drawn answer has, and the value at which each changes nothing.
+_SAMPLING = {
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
 
 
 def prompt_ids(template: Template, messages: Sequence[Message]) -> list[int]:
@@ -18,36 +32,58 @@ def prompt_ids(template: Template, messages: Sequence[Message]) -> list[int]:
     return ids_of([template.prompt_piece(messages)], template.tokenizer)[0]
 
 
-def stop_ids(template: Template) -> list[int]:
-    """The trained stop token, and the tokenizer's own end of text."""
-    stop = template.tokenizer.convert_tokens_to_ids(template.stop)
-    return sorted({stop, template.tokenizer.eos_token_id} - {None})
+def stop_ids(model: CausalLM, template: Template) -> list[int]:
+    """Where an answer ends: at the trained stop token, the tokenizer's end of text, and wherever the base stops."""
+    of_base = model.generation_config.eos_token_id
+    stops = set(of_base) if isinstance(of_base, list) else {of_base}
+    stops |= {template.tokenizer.convert_tokens_to_ids(template.stop), template.tokenizer.eos_token_id}
+    return sorted(stops - {None})
+
+
+def ready_to_answer(model: CausalLM, template: Template, *, notice: Callable[[str], None]) -> None:
+    """Let the model stop where it was trained to, and use its cache; what its config has against that is dropped."""
+    config = model.generation_config
+    stops = stop_ids(model, template)
+    dropped = [name for name in _FORCING if getattr(config, name, None)]
+    dropped += [name for name in _SUPPRESSING if set(getattr(config, name, None) or ()) & set(stops)]
+    if not config.do_sample:  # greedy: what shapes a draw has no effect, and transformers refuses to save it
+        dropped += [name for name, neutral in _SAMPLING.items() if getattr(config, name, None) not in (None, neutral)]
+    for name in dropped:
+        setattr(config, name, None)
+    if dropped:
+        notice(
+            f"not used from the base's generation config: {', '.join(dropped)}. They keep an answer from stopping, "
+            "or have no effect without do_sample."
+        )
+    config.eos_token_id = stops
+    config.use_cache = True
+    model.config.use_cache = True
 
 
 @torch.no_grad()
 def answer(
-    model: Any,
+    model: CausalLM,
     template: Template,
     messages: Sequence[Message],
     *,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
-    streamer: Any = None,
+    streamer: Any = None,  # a transformers TextStreamer
 ) -> str:
     """One answer; greedy at temperature 0, so that the same prompt gives the same answer."""
-    ids = torch.tensor([prompt_ids(template, messages)], device=model.device)
+    ids = torch.tensor([prompt_ids(template, messages)], device=model.device)  # [1, T]
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     was_training = model.training
     model.eval()
-    made = model.generate(
+    written = model.generate(  # [1, T + new]
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
-        eos_token_id=stop_ids(template),
+        eos_token_id=stop_ids(model, template),
         pad_token_id=pad_id_of(template.tokenizer),
         use_cache=True,
         streamer=streamer,
         **sampling,
     )
     model.train(was_training)
-    return template.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+    return template.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)

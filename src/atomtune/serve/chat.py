@@ -2,8 +2,8 @@
 
 import itertools
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TextStreamer
@@ -13,11 +13,15 @@ from atomtune.data.encoding.chat_template import Message, Template
 from atomtune.data.records import Turn
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import load_trained
-from atomtune.model.adapter_folder import base_of, template_of
+from atomtune.model.adapter_folder import CONFIG, base_of, template_of
+from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import refuse_other_base
-from atomtune.model.generate import answer, prompt_ids
+from atomtune.model.generate import answer, prompt_ids, ready_to_answer
 from atomtune.model.load import BaseSpec, device_in_use, load_base, quiet_libraries, resolve_dtype
 from atomtune.settings.fields import ChatSettings
+
+#: Tokens kept free for an answer when a long conversation is shortened.
+ROOM_FOR_ANSWER = 64
 
 
 def chat(settings: ChatSettings) -> int:
@@ -26,35 +30,44 @@ def chat(settings: ChatSettings) -> int:
     console = Console(stderr=True)
     folder = Path(settings.adapter_path)
     template, metadata = template_of(folder, trust_remote_code=settings.trust_remote_code)
-    model = _model(settings, folder, metadata.base, console)
-    asked = _Asked(template, settings.system, metadata.instruction)
+    model = _load(settings, folder, metadata.base, console)
+    ready_to_answer(model, template, notice=console.notice)
+    wording = Wording.of(template, settings.system, metadata.instruction)
     if settings.prompt is not None:
-        _reply(model, template, [*asked.opening, *asked.by_user(settings.prompt)], settings)
-        return 0
-    _converse(model, template, asked, settings, console)
+        _reply(model, template, [*wording.opening, *wording.messages(settings.prompt)], settings)
+    else:
+        _converse(model, wording, settings, console)
     return 0
 
 
-class _Asked:
-    """What is typed, as the messages the model was trained on.
+@dataclass(frozen=True)
+class Wording:
+    """How what is typed becomes the messages that the model was trained on.
 
-    The instruction (--system with atom, else the one the training records shared) stands where training put it; with a
-    role template --system is a system message.
+    The instruction (--system with atom, else the one that the training records shared) stands where training put it.
+    With a role template --system is a system message.
     """
 
-    def __init__(self, template: Template, system: str | None, shared: str | None) -> None:
-        self.template = template
-        as_message = system is not None and template.instruction_role == "user"
-        self.opening: list[Message] = [{"role": "system", "content": str(system)}] if as_message else []
-        self.instruction = "" if as_message else system if system is not None else shared or ""
+    template: Template
+    opening: list[Message]  # stands before everything that is typed
+    instruction: str
 
-    def by_user(self, typed: str) -> list[Message]:
+    @classmethod
+    def of(cls, template: Template, system: str | None, shared_instruction: str | None) -> "Wording":
+        if system is None:
+            return cls(template, [], shared_instruction or "")
+        if template.instruction_role == "user":
+            return cls(template, [{"role": "system", "content": system}], "")
+        return cls(template, [], system)
+
+    def messages(self, typed: str) -> list[Message]:
         turn = Turn("user", self.instruction, typed) if self.instruction else Turn("user", typed)
         return self.template.messages([turn])
 
 
-def _model(settings: ChatSettings, folder: Path, trained_on: str, console: Console) -> Any:
-    merged = not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file()
+def _load(settings: ChatSettings, folder: Path, trained_on: str, console: Console) -> CausalLM:
+    """The adapter on its base, or the merged model that the folder holds."""
+    merged = not (folder / CONFIG).is_file() and (folder / "config.json").is_file()
     if merged and settings.model_path:
         raise BadSettings([f"--model_path: {folder} is a whole model already."])
     path = str(folder) if merged else base_of(folder, settings.model_path)
@@ -67,8 +80,8 @@ def _model(settings: ChatSettings, folder: Path, trained_on: str, console: Conso
     return load_trained(base, folder)
 
 
-def _converse(model: Any, template: Template, asked: _Asked, settings: ChatSettings, console: Console) -> None:
-    """Lines in, answers out. The oldest exchange is dropped, and said, when the model's positions run out."""
+def _converse(model: CausalLM, wording: Wording, settings: ChatSettings, console: Console) -> None:
+    """Lines in, answers out. When the model's positions run out, the oldest exchange is left out, with a notice."""
     console.say(f"Talking to {settings.adapter_path}. An empty line starts a new conversation, Ctrl-D ends.")
     exchanges: list[list[Message]] = []
     while True:
@@ -80,26 +93,27 @@ def _converse(model: Any, template: Template, asked: _Asked, settings: ChatSetti
             exchanges = []
             console.say("(new conversation)")
             continue
-        typed = asked.by_user(line)
-        messages = [*asked.opening, *itertools.chain(*exchanges), *typed]
-        while exchanges and len(prompt_ids(template, messages)) + 64 > _positions(model):
+        question = wording.messages(line)
+        messages = [*wording.opening, *itertools.chain(*exchanges), *question]
+        while exchanges and len(prompt_ids(wording.template, messages)) + ROOM_FOR_ANSWER > _positions(model):
             exchanges = exchanges[1:]
-            messages = [*asked.opening, *itertools.chain(*exchanges), *typed]
+            messages = [*wording.opening, *itertools.chain(*exchanges), *question]
             console.say("(the oldest exchange no longer fits and is left out)")
-        said = _reply(model, template, messages, settings)
-        exchanges.append([*typed, {"role": "assistant", "content": said}])
+        reply = _reply(model, wording.template, messages, settings)
+        exchanges.append([*question, {"role": "assistant", "content": reply}])
 
 
-def _positions(model: Any) -> int:
+def _positions(model: CausalLM) -> int:
+    """How many tokens the model has positions for; without a limit in its config, as many as you like."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
 
-def _reply(model: Any, template: Template, messages: list[Message], settings: ChatSettings) -> str:
+def _reply(model: CausalLM, template: Template, messages: list[Message], settings: ChatSettings) -> str:
+    """Print an answer as it is written, and return it."""
     room = _positions(model) - len(prompt_ids(template, messages))
     if room < 1:
         raise BadSettings([f"The prompt alone fills the model's {_positions(model)} positions. Ask something shorter."])
-    streamer = TextStreamer(template.tokenizer, skip_prompt=True, skip_special_tokens=True)
     torch.manual_seed(0)
     return answer(
         model,
@@ -107,5 +121,5 @@ def _reply(model: Any, template: Template, messages: list[Message], settings: Ch
         messages,
         max_new_tokens=min(settings.max_new_tokens, room),
         temperature=settings.temperature,
-        streamer=streamer,
+        streamer=TextStreamer(template.tokenizer, skip_prompt=True, skip_special_tokens=True),
     )

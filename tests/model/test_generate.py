@@ -1,0 +1,74 @@
+"""Answers end where training taught them to, whatever the base's generation config says."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GenerationConfig
+
+from atomtune.cli import main
+from atomtune.data.encoding.chat_template import load_template
+from atomtune.model.adapter import LoraSpec, new_adapter
+from atomtune.model.generate import ready_to_answer, stop_ids
+from atomtune.model.load import BaseSpec, load_base, load_tokenizer
+
+CPU = torch.device("cpu")
+#: As published bases have them: each keeps an answer from its stop token (id 2), or clashes with itself.
+CONFIGS = {
+    "minimum": {"min_new_tokens": 50, "eos_token_id": 2},
+    "forced": {"forced_bos_token_id": 5, "suppress_tokens": [2], "eos_token_id": 2},
+    "clash": {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": 2, "bos_token_id": 1},
+}
+
+
+def loaded(models, config):
+    base = load_base(BaseSpec(path=str(models("llama")), dtype=torch.float32, device=CPU))
+    base.generation_config = GenerationConfig(**config)
+    return base, load_template("auto", load_tokenizer(str(models("llama"))))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_keeps_an_answer_from_stopping_is_dropped_and_said(models, name):
+    model, template = loaded(models, CONFIGS[name])
+    notices: list[str] = []
+    ready_to_answer(model, template, notice=notices.append)
+    config = model.generation_config
+    assert len(notices) == 1
+    for setting in CONFIGS[name].keys() - {"eos_token_id", "bos_token_id", "do_sample"}:
+        assert getattr(config, setting) is None
+        assert setting in notices[0]
+    config.validate(strict=True)  # else transformers would not save it
+
+
+def test_what_shapes_a_draw_stays_where_there_is_one(models):
+    model, template = loaded(models, {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "eos_token_id": 2})
+    notices: list[str] = []
+    ready_to_answer(model, template, notice=notices.append)
+    assert (model.generation_config.temperature, model.generation_config.top_p) == (0.7, 0.8)
+    assert not notices
+
+
+def test_the_base_stops_where_it_did_and_where_it_was_trained_to(models):
+    # Llama 3.1 stops at three tokens; one of them alone would let tool calls run on.
+    model, template = loaded(models, {"eos_token_id": [7, 8, 9]})
+    assert stop_ids(model, template) == [2, 7, 8, 9]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_chat_and_merge_work_on_such_a_base(models, tmp_path, capsys, name):
+    base, adapter, merged = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    shutil.copytree(models("llama"), base)
+    (base / "generation_config.json").write_text(json.dumps(CONFIGS[name]))
+    model = new_adapter(
+        load_base(BaseSpec(path=str(base), dtype=torch.float32, device=CPU)),
+        LoraSpec(rank=4, alpha=8, dropout=0.0, targets=["q_proj"]),
+    )
+    model.save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(base).save_pretrained(adapter)
+    assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(merged)]) == 0
+    written = json.loads((merged / "generation_config.json").read_text())
+    assert written["eos_token_id"] in (2, [2])
+    assert "min_new_tokens" not in written
+    assert main(["chat", "--adapter_path", str(adapter), "--prompt", "x", "--max_new_tokens", "3"]) == 0
+    assert "not used from the base's generation config" in capsys.readouterr().err
