@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench reliability soak fuzz test-oldest clean
+.PHONY: demo test check house bench reliability soak fuzz test-oldest clean
 
 demo: $(VENV)/installed
 	$(BIN)/atomtune train
@@ -15,6 +15,10 @@ check: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The walks of a record, a setting, a bad line and --resume, taken from real runs, into CONTRIBUTING.md; then the signs to look at.
+house: $(VENV)/installed-test
+	$(BIN)/python -m tools.house
 
 # Against the tutorial's loop and TRL, each in a process of its own: about half an hour on two cores; on your own
 # dialogues: make bench DATA=train.jsonl BENCH="--records 512 --rounds 5 --contenders trl-packed-bf16 atomtune-bf16"

@@ -1,0 +1,49 @@
+"""CONTRIBUTING's map is what a real run walks; `make house` writes it again."""
+
+from pathlib import Path
+
+import pytest
+
+from tools.house.map import BEGIN, END, computed
+from tools.house.source import Source
+from tools.house.walks import Walk, between, take_walks
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_map_in_contributing_is_the_walk_of_today(tmp_path):
+    source = Source(ROOT / "src" / "atomtune")
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    stated = page.partition(BEGIN)[2].partition(END)[0].strip()
+    assert stated == computed(source, take_walks(source, tmp_path)), "run `make house`"
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Three files in two rooms."""
+    for file, text in {
+        "top.py": "def start():\n    return 1\n",
+        "room/first.py": "class A:\n    def f(self):\n        return 1\n\n    def g(self):\n        return 2\n",
+        "room/second.py": "def h():\n    x = 1\n    return x\n",
+    }.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(text)
+    return Source(tmp_path)
+
+
+def test_a_walk_counts_each_function_once_and_each_return(small):
+    f, g, h, start = ("room/first.py", "A.f"), ("room/first.py", "A.g"), ("room/second.py", "h"), ("top.py", "start")
+    walk = Walk("record", small, (f, h, f, start, g, h))
+    assert walk.functions == [f, h, start, g]
+    assert walk.files == {"room/first.py": ["A.f", "A.g"], "room/second.py": ["h"], "top.py": ["start"]}
+    assert walk.file_lines() == 6 + 3 + 2
+    assert walk.function_lines() == 2 + 3 + 2 + 2
+    assert walk.returns() == 1  # to first.py, for A.g
+    assert walk.rooms == ["room", "top.py"]
+
+
+def test_a_walk_is_cut_between_two_landmarks(small):
+    entries = [("a.py", name) for name in ("x", "C.begin", "y", "end", "begin", "end")]
+    assert between(entries, "begin", "end") == entries[1:3]
+    with pytest.raises(SystemExit, match="no function nowhere was entered"):
+        between(entries, "nowhere", "end")

@@ -1,0 +1,1 @@
+"""The computed map of the house and the signs to look at: `make house`."""
