@@ -105,7 +105,7 @@ def private_names_of(tree: ast.AST) -> set[str]:
             owner: ast.expr = node.value
             while isinstance(owner, ast.Attribute):
                 owner = owner.value
-            # What hangs on self, on a class of ours, or is defined in this file is ours; the rest is taken for a library's.
+            # What hangs on self or on a class of ours, or is defined in this file, is ours; the rest is a library's.
             if (
                 node.attr not in defined
                 and isinstance(owner, ast.Name)
