@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(BIN)/atomtune train
 
 test: $(VENV)/installed-test check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -32,14 +32,14 @@ reliability: $(VENV)/installed-test
 
 # Every point of a save, a hundred kills, every step to resume from; ten thousand mutated data files.
 soak: $(VENV)/installed-test
-	ATOMTUNE_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/walk/test_faults.py tests/walk/test_same_run.py
+	ATOMTUNE_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/walk/test_faults.py tests/walk/test_same_run.py
 
 fuzz: $(VENV)/installed-test
-	ATOMTUNE_FUZZ=10000 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/data/test_fuzz.py tests/data/test_fuzz_kinds.py
+	ATOMTUNE_FUZZ=10000 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/data/test_fuzz.py tests/data/test_fuzz_kinds.py
 
 # The lower bounds of pyproject.toml, in an environment of their own; `make test-oldest LEAVE=torch` leaves torch as it is.
 test-oldest: .venv-oldest/installed
-	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -q -n 2 --dist worksteal
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
