@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from atomtune.model.fused_lora import Family, compute_together, families_of, keep_mask
-from tests.model.test_layouts import build, with_adapter
+from tests.model.test_layout_support import build, with_adapter
 
 IDS = torch.tensor([[5, 9, 3, 11, 60, 2, 7]])
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

@@ -13,7 +13,7 @@ from atomtune.batch.collate import Batch, Collator
 from atomtune.data.records import Example
 from atomtune.model import loss
 from atomtune.model.loss import Head, innermost, model_inputs, target_log_probabilities, target_nats
-from tests.model.test_layouts import EXAMPLES, WORDS, Result, build, differs, gradients, with_adapter
+from tests.model.test_layout_support import EXAMPLES, WORDS, Result, build, differs, gradients, with_adapter
 from tests.tiny import SIZE
 
 #: float64 on a CPU: only the order of sums differs; both sides share the body's forward.

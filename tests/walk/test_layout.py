@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from atomtune.cli import main
 from tests.conftest import write_jsonl
-from tests.train.test_oracle import relative_difference
+from tests.train.test_trainer import relative_difference
 
 
 def train(base, data, out, *more) -> int:

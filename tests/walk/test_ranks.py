@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from atomtune.cli import main
-from tests.train.test_oracle import relative_difference
+from tests.train.test_trainer import relative_difference
 
 
 def test_two_ranks_give_the_run_of_one(models, dialogues, tmp_path):
