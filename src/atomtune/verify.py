@@ -23,8 +23,8 @@ from atomtune.data.encoding.chat_template import load_template
 from atomtune.data.records import Example
 from atomtune.errors import BadData, BadSettings, CheckFailed
 from atomtune.model.adapter import LoraSpec, new_adapter
-from atomtune.model.fused_lora import compute_together, families_of
-from atomtune.model.layout_support import why_padded, windows_of
+from atomtune.model.fused_lora import compute_together
+from atomtune.model.layout_support import cut_of, why_padded, windows_of
 from atomtune.model.load import (
     BaseSpec,
     device_in_use,
@@ -169,9 +169,9 @@ def compare(
     if reason and asked in ("tree", "packed"):
         raise BadSettings([f"--layout {asked} would not be exact for this model: {reason}."])
     layout: Layout = "padded" if reason else "packed" if asked == "packed" else "tree"
-    compute_together(families_of(fast, input_ids=torch.zeros(1, 2, dtype=torch.long, device=device)))
+    compute_together(fast, input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
     windows = windows_of(fast) if layout != "padded" else (None,)
-    collator = Collator(layout=layout, pad_id=pad_id, as_examples=as_examples, windows=windows)
+    collator = Collator(layout=layout, pad_id=pad_id, as_examples=as_examples, windows=windows, cut=cut_of(fast))
     console.say("the fast path …")
     ours, computed = in_batches(fast, examples, collator, per_batch=per_batch)
     del fast
@@ -243,7 +243,9 @@ def _by_record(batch: Any, found: torch.Tensor, examples: Sequence[Example]) -> 
     plan = batch["plan"]
     ids = batch["input_ids"].cpu()
     by_path: dict[tuple[int, ...], float] = {}
-    rows = zip(batch["row"].tolist(), batch["source"].tolist(), batch["target"].tolist(), found.tolist(), strict=True)
+    rows = zip(
+        batch["row"].tolist(), batch["predicted_from"].tolist(), batch["target"].tolist(), found.tolist(), strict=True
+    )
     for row, source, target, value in rows:
         if plan is None:
             path = tuple(ids[row, : source + 1].tolist())

@@ -41,15 +41,15 @@ def counted(plan: AttentionPlan, window: int | None) -> torch.Tensor:
         for block in siblings.blocks:
             span = slice(block.first, block.first + block.count * block.width)
             own, holds = blocks.slots[span].view(block.count, -1), blocks.holds[span].view(block.count, -1)
-            assert len(above) >= block.path, "a block multiplies more of the path than is there"
-            seen = torch.zeros(block.width, block.path + block.width, dtype=torch.bool)
-            seen[:, block.path :] = block.mask[:, -block.width :] == 0
+            assert len(above) >= block.path_keys, "a block multiplies more of the path than is there"
+            seen = torch.zeros(block.width, block.path_keys + block.width, dtype=torch.bool)
+            seen[:, block.path_keys :] = block.mask[:, -block.width :] == 0
             cut = block.mask.shape[1] > block.width  # a window hides a part of the path
-            seen[:, : siblings.above] = block.mask[:, : siblings.above] == 0 if cut else True
-            assert block.mask.shape[1] == block.width + (siblings.above if cut else 0)
+            seen[:, : siblings.path_tokens] = block.mask[:, : siblings.path_tokens] == 0 if cut else True
+            assert block.mask.shape[1] == block.width + (siblings.path_tokens if cut else 0)
             assert seen.any(1).all(), "a query that sees nothing has no softmax"
             for tokens_in, real in zip(own, holds, strict=True):
-                keys = torch.cat([above[: block.path], tokens_in])
+                keys = torch.cat([above[: block.path_keys], tokens_in])
                 assert real[: int(real.sum())].all(), "padding stands on the right"
                 each = (tokens_in[real, None].expand(-1, len(keys)), keys.expand(int(real.sum()), -1))
                 met.index_put_(each, seen[real].long(), accumulate=True)
@@ -74,6 +74,43 @@ def test_the_blocks_together_are_the_law(monkeypatch, window, longest_segment):
         assert_same_sight(row, window)
     for row in rows(40, longest=60):
         assert_same_sight(row, window, padded_length(len(row)))
+
+
+def seen_by_spans(plan: AttentionPlan, window: int | None) -> torch.Tensor:
+    """[T, T] how often each query meets each key, read from the spans alone."""
+    tokens, spans = len(plan.until), plan.spans[window]
+    keys = torch.arange(tokens) if spans.keys is None else spans.keys
+    queries, begins = spans.query_starts.tolist(), spans.key_starts.tolist()
+    assert (queries[0], queries[-1], begins[0], begins[-1]) == (0, tokens, 0, len(keys))
+    met = torch.zeros(tokens, tokens, dtype=torch.long)
+    for number in range(len(queries) - 1):
+        segment = range(queries[number], queries[number + 1])
+        own = keys[begins[number] : begins[number + 1]].tolist()
+        assert len(segment) <= spans.longest_queries
+        assert len(own) <= spans.longest_keys
+        for back, query in enumerate(reversed(segment)):  # causal from the lower right corner
+            ahead = own[: len(own) - back]
+            for key in ahead if window is None else ahead[-window:]:
+                met[query, key] += 1
+    return met
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_the_spans_together_are_the_law(window):
+    # Catches a path that is too short for its window, a segment that sees a sibling, and keys that lie by one off.
+    for row in rows(60, longest=14) + rows(30, longest=60):
+        plan = plan_attention(row, windows=(None, window), width=padded_length(len(row)), cut="spans")
+        law = visible(torch.tensor(row.until), torch.tensor(row.positions()), window=window).long()
+        met = seen_by_spans(plan, window)
+        assert torch.equal(met[: len(row), : len(row)], law)
+        assert not met[: len(row), len(row) :].any()
+        assert not met[len(row) :, : len(row)].any()
+        assert met.sum(1).all(), "a query that sees nothing has no softmax"
+
+
+def test_a_packed_row_gathers_no_keys():
+    row = pack(forest(3, longest=40))
+    assert plan_attention(row, cut="spans", width=padded_length(len(row))).spans[None].keys is None
 
 
 def test_a_window_that_reaches_the_start_of_every_path_costs_no_blocks_of_its_own():
@@ -110,7 +147,7 @@ def test_the_path_reaches_into_no_token_that_is_not_there():
                 assert ((keys >= 0) & (keys < width)).all()
                 for block in siblings.blocks:
                     assert block.width % 16 == 0
-                    assert not siblings.above or (block.path + block.width) % 32 == 0
+                    assert not siblings.path_tokens or (block.path_keys + block.width) % 32 == 0
 
 
 def test_every_head_finds_its_slots():

@@ -51,7 +51,7 @@ def test_targets_are_those_of_shifted_labels(examples):
     for r, example in by_origin(batch, examples):
         labels = [token if times else -100 for token, times in zip(example.ids, example.learn, strict=True)]
         expected += [(r, position, label) for position, label in enumerate(labels[1:]) if label != -100]
-    told = zip(batch["row"].tolist(), batch["source"].tolist(), batch["target"].tolist(), strict=True)
+    told = zip(batch["row"].tolist(), batch["predicted_from"].tolist(), batch["target"].tolist(), strict=True)
     assert sorted(told) == sorted(expected)
 
 
@@ -94,8 +94,8 @@ def test_no_target_is_padding_or_predicted_from_padding(examples):
     # Catches a learn column laid out for the padded width.
     batch = collated(examples)
     real = batch["attention_mask"].bool()
-    assert real[batch["row"], batch["source"]].all()
-    assert real[batch["row"], batch["source"] + 1].all()
+    assert real[batch["row"], batch["predicted_from"]].all()
+    assert real[batch["row"], batch["predicted_from"] + 1].all()
 
 
 @same_every_time
@@ -128,7 +128,7 @@ def test_examples_without_targets_make_a_batch_without_targets():
     # An evaluation set may hold them; torch.tensor([]) would be a float without four columns.
     batch = collated([Example((1, 2, 3), (0, 0, 0), "a:1"), Example((1, 2), (0, 0), "a:2")])
     assert batch["targets"] == 0
-    for name in ("row", "source", "target", "learn"):
+    for name in ("row", "predicted_from", "target", "learn"):
         assert batch[name].shape == (0,)
         assert batch[name].dtype == torch.long
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from atomtune.model.fused_lora import Family, compute_together, families_of, keep_mask
+from atomtune.model.fused_lora import Group, compute_together, groups_of, keep_mask
 from tests.model.test_layout_support import build, with_adapter
 
 IDS = torch.tensor([[5, 9, 3, 11, 60, 2, 7]])
@@ -15,7 +15,7 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
 def together(model: Any) -> Any:
-    assert compute_together(families_of(model, input_ids=IDS)) > 0
+    assert compute_together(model, input_ids=IDS) > 0
     return model
 
 
@@ -41,20 +41,20 @@ def test_it_is_pefts_own_result(family):
     assert_equal(together(copy.deepcopy(plain)), plain, rtol=1e-6, atol=1e-9)  # RMSNorm computes in float32
 
 
-def test_layers_that_read_one_tensor_are_a_family():
+def test_layers_that_read_one_tensor_are_a_group():
     model = with_adapter(build("llama"))
     names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
-    families = [[names[id(layer)] for layer in members] for members in families_of(model, input_ids=IDS)]
-    assert families == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
+    groups = [[names[id(layer)] for layer in members] for members in groups_of(model, input_ids=IDS)]
+    assert groups == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
 
 
 def test_layers_that_are_not_plain_stay_pefts():
     # GPT-2 has transposed Conv1D layers; its adapters must not be touched.
-    assert families_of(with_adapter(build("gpt2")), input_ids=IDS) == []
+    assert groups_of(with_adapter(build("gpt2")), input_ids=IDS) == []
 
 
-def test_a_model_without_adapters_has_no_families():
-    assert families_of(build("llama"), input_ids=IDS) == []
+def test_a_model_without_adapters_has_no_groups():
+    assert groups_of(build("llama"), input_ids=IDS) == []
 
 
 def test_a_layer_that_is_called_twice_stays_pefts():
@@ -67,7 +67,7 @@ def test_a_layer_that_is_called_twice_stays_pefts():
             self.inner(input_ids=input_ids)
             return self.inner(input_ids=input_ids + 1)
 
-    assert families_of(Twice(with_adapter(build("llama"))), input_ids=IDS) == []
+    assert groups_of(Twice(with_adapter(build("llama"))), input_ids=IDS) == []
 
 
 def test_measured_models_compute_bit_for_bit_as_served():
@@ -101,9 +101,9 @@ def test_what_is_saved_and_loaded_is_pefts(tmp_path):
 
 def test_an_output_nobody_uses_gets_no_gradient():
     model = with_adapter(build("llama"))
-    q, k, v = next(m for m in families_of(model, input_ids=IDS) if len(m) == 3)
+    q, k, v = next(m for m in groups_of(model, input_ids=IDS) if len(m) == 3)
     x = torch.randn(7, 32, dtype=torch.float64, requires_grad=True)
-    out = Family((q, k, v)).call(q, x)
+    out = Group((q, k, v)).output_of(q, x)
     out.sum().backward()
     assert q.lora_B["default"].weight.grad.any()
     assert k.lora_B["default"].weight.grad is None
@@ -133,11 +133,11 @@ def test_dropout_draws_anew_and_as_the_seed_says():
 def test_dropout_in_backward_is_the_one_of_forward():
     # Against plain autograd over the same mask; catches a mask that is drawn twice, or not scaled by 1 / (1 - p).
     model = with_adapter(build("llama")).train()
-    layer = next(m for m in families_of(model, input_ids=IDS) if len(m) == 1)[0]
+    layer = next(m for m in groups_of(model, input_ids=IDS) if len(m) == 1)[0]
     layer.lora_dropout["default"] = nn.Dropout(0.3)
     x = torch.randn(40, 32, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(3)
-    out = Family((layer,)).call(layer, x)
+    out = Group((layer,)).output_of(layer, x)
     torch.manual_seed(3)
     keep = keep_mask(x, 0.3)
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -149,3 +149,41 @@ def test_dropout_in_backward_is_the_one_of_forward():
         torch.autograd.grad(out, (x, a, b), draw), torch.autograd.grad(expected, (x, a, b), draw), strict=True
     ):
         torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+def step(model: Any) -> None:
+    out = model(input_ids=IDS).logits
+    out.square().mean().backward()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.data -= weight.grad / weight.grad.norm()  # through .data, as foreign optimizers write
+                weight.grad = None
+
+
+@pytest.mark.parametrize("scales", ["equal", "unlike"])
+def test_weights_are_cast_anew_in_every_step(scales):
+    # Weights are cast once, before the layers run: a copy that outlives its step would train on old weights.
+    plain = with_adapter(build("llama"))
+    if scales == "unlike":
+        for number, layer in enumerate(m for m in plain.modules() if hasattr(m, "lora_A")):
+            layer.scaling["default"] = 1.0 + number / 4
+    model = together(copy.deepcopy(plain))
+    for _ in range(3):
+        step(model)
+        step(plain)
+        assert_equal(model, plain, rtol=1e-5, atol=1e-8)
+        model.zero_grad()
+        plain.zero_grad()
+
+
+def test_a_layer_called_alone_sees_its_weights_as_they_are():
+    # As a trainer of another kind may do: no forward of the whole model comes before.
+    model = together(with_adapter(build("llama")).to(torch.bfloat16))
+    layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
+    model(input_ids=IDS)
+    x = torch.randn(7, 32, dtype=torch.bfloat16)
+    before = layer(x)
+    with torch.no_grad():
+        layer.lora_B["default"].weight.mul_(2)
+    torch.testing.assert_close(layer(x), 2 * before - layer.base_layer(x), rtol=5e-2, atol=5e-2)

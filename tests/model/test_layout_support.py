@@ -22,9 +22,9 @@ from atomtune.batch.collate import Collator
 from atomtune.batch.row import Row
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
-from atomtune.model import row_attention
+from atomtune.model import layout_support, row_attention
 from atomtune.model.adapter import LoraSpec, new_adapter
-from atomtune.model.fused_lora import compute_together, families_of
+from atomtune.model.fused_lora import compute_together
 from atomtune.model.layout_support import why_padded, windows_of
 from atomtune.model.loss import innermost, target_nats
 from tests.tiny import FAMILIES, SIZE
@@ -32,6 +32,23 @@ from tests.tiny import FAMILIES, SIZE
 WORDS = 97
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 GRANITE = {"logits_scaling": 3.0, "embedding_multiplier": 2.5, "residual_multiplier": 0.4, "attention_multiplier": 0.2}
+#: Scores of these tiny models reach some 2: this cap bends them, the published one of 50 hardly would.
+SOFTCAP = {"attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 8}
+#: Latent attention: queries and keys of 12 numbers, values of 8. All layers dense; routing is another matter.
+DEEPSEEK = {
+    **SIZE,
+    "num_key_value_heads": SIZE["num_attention_heads"],
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 99,
+    "n_routed_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 1,
+}
 BOTH_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
 #: family → config values beyond those of tests.tiny. Windows (16 and 24) are shorter than the records and the rows.
 VALUES: dict[str, dict[str, Any]] = {
@@ -41,7 +58,12 @@ VALUES: dict[str, dict[str, Any]] = {
     "mistral": {**SIZE, **FAMILIES["mistral"][2]},
     "gpt2": {**FAMILIES["gpt2"][2], **NO_DROPOUT},
     "granite": {**SIZE, **GRANITE},
+    "gemma2": {**SIZE, "head_dim": 8, "sliding_window": 16, **SOFTCAP, **BOTH_KINDS},
+    "granite_swa": {**SIZE, "head_dim": 8, "sliding_window": 16},  # attention sinks
+    "deepseek_v3": DEEPSEEK,
 }
+#: Their attention is more than a softmax over a mask; a GPU computes it by spans.
+BESIDE_A_MASK = ("gemma2", "granite_swa")
 every_family = pytest.mark.parametrize("family", VALUES)
 
 
@@ -123,16 +145,26 @@ def alone(family: str) -> Result:
 
 
 def at_once(model: Any, layout: collate.Layout, *, checkpointing: bool = False) -> Result:
-    """The fast side, as train.model sets it up. Padded batches need no attention of ours and get none."""
-    if layout != "padded":
+    """The fast side, as train.model sets it up. Padded batches need no attention of ours and get none.
+
+    But for transformers' eager attention: it casts its mask to float32, where float64's lowest number is -inf, and a
+    padded token that a window hides from everything is then 0 / 0.
+    """
+    if layout != "padded" or innermost(model).config._attn_implementation == "eager":
         assert why_padded(model) is None
-    compute_together(families_of(model, input_ids=torch.zeros(1, 2, dtype=torch.long)))
+    compute_together(model, input_ids=torch.zeros(1, 2, dtype=torch.long))
     if checkpointing:
         model.enable_input_require_grads()
         innermost(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
         assert innermost(model).is_gradient_checkpointing
-    lay = Collator(layout=layout, pad_id=0, as_examples=lambda row: (Example(**row),), windows=windows_of(model)).lay
+    lay = Collator(
+        layout=layout,
+        pad_id=0,
+        as_examples=lambda row: (Example(**row),),
+        windows=windows_of(model),
+        cut=layout_support.cut_of(model),
+    ).lay
     nats, count = target_nats(model, lay(EXAMPLES))
     nats.backward()
     assert count == sum(sum(example.learn) for example in EXAMPLES)
@@ -155,6 +187,10 @@ def assert_equal(family: str, layout: collate.Layout, ours: Result) -> None:
     """
     loss, gradient = differs(ours, alone(family))
     print(f"{family}: loss {loss:.1e}, gradient {gradient:.1e}")
+    if family in BESIDE_A_MASK:  # transformers' eager attention takes its softmax in float32
+        assert loss < 1e-7
+        assert gradient < 1e-5
+        return
     assert loss < 1e-12
     assert gradient < (1e-6 if layout == "tree" and family != "gpt2" else 1e-12)
 
@@ -175,7 +211,16 @@ def test_recomputed_activations_change_nothing(family, layout):
 @every_family
 @pytest.mark.parametrize("layout", ["packed", "tree"])
 def test_the_dense_mask_of_a_gpu_gives_the_same(monkeypatch, family, layout):
-    monkeypatch.setattr(row_attention, "by_dense_mask", lambda query, dropout: True)
+    if family not in BESIDE_A_MASK:
+        monkeypatch.setattr(row_attention, "way_of", lambda *_, **__: "mask")
+        assert_equal(family, layout, at_once(copy.deepcopy(adapted(family)), layout))
+
+
+@every_family
+@pytest.mark.parametrize("layout", ["packed", "tree"])
+def test_the_spans_of_a_gpu_give_the_same(monkeypatch, family, layout):
+    monkeypatch.setattr(row_attention, "way_of", lambda *_, **__: "spans")
+    monkeypatch.setattr(layout_support, "cut_of", lambda model: "spans")
     assert_equal(family, layout, at_once(copy.deepcopy(adapted(family)), layout))
 
 
@@ -280,17 +325,6 @@ def test_a_model_that_a_tree_would_change_is_refused_with_the_reason(family, val
 def test_remote_code_is_refused_with_the_reason(models):
     base = AutoModelForCausalLM.from_pretrained(models("baichuan_like"), trust_remote_code=True)
     assert why_padded(base) == "its forward takes no position_ids"
-
-
-@pytest.mark.parametrize(
-    ("family", "values", "reason"),
-    [("gemma2", {"attn_logit_softcapping": 50.0}, "soft-capped"), ("granite_swa", {}, "sinks")],
-)
-def test_an_attention_that_does_more_than_softmax_is_refused(family, values, reason):
-    # A softcap of 50 hardly shows in a trial; a keyword that is dropped shows in nothing.
-    said = why_padded(build(family, **{**SIZE, "head_dim": 8, "sliding_window": 16, **values}))
-    assert said is not None
-    assert reason in said
 
 
 def test_a_model_whose_forward_fails_on_rows_is_refused_and_not_a_crash():

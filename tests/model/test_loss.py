@@ -58,7 +58,7 @@ def all_logits(model: Any, batch: Batch, label_smoothing: float = 0.0) -> Result
     """The oracle: [B, T, V] by the model itself, the surprise written out; a share of it spread over all words."""
     logits = model(**model_inputs(model, batch), use_cache=False).logits
     assert logits.shape == (*batch["input_ids"].shape, WORDS)
-    scores = logits[batch["row"], batch["source"]].log_softmax(-1)  # [N, V]
+    scores = logits[batch["row"], batch["predicted_from"]].log_softmax(-1)  # [N, V]
     surprise = -scores[torch.arange(len(scores)), batch["target"]]
     each = (1 - label_smoothing) * surprise - label_smoothing * scores.mean(-1)
     nats = (each * batch["learn"]).sum()
@@ -154,7 +154,7 @@ def test_a_trained_output_matrix_gets_its_gradient(monkeypatch):
 def test_the_log_probabilities_are_those_of_all_logits(family):
     model, batch = adapted(family), batch_of(EXAMPLES)
     with torch.no_grad():
-        logits = model(**model_inputs(model, batch), use_cache=False).logits[batch["row"], batch["source"]]
+        logits = model(**model_inputs(model, batch), use_cache=False).logits[batch["row"], batch["predicted_from"]]
     expected = -functional.cross_entropy(logits, batch["target"], reduction="none")
     torch.testing.assert_close(target_log_probabilities(model, batch), expected, rtol=EXACT, atol=EXACT)
 

@@ -1,8 +1,8 @@
 """Collate: Rows → the tensors of one batch.
 
-Before: row.py.  After: model.loss.
 Padded layout: one example a row, longest first, padded on the right; padding is known by its position, not by its id.
 Packed and tree layouts: all examples in one row, and the plan of its attention.
+Letters: B rows, T positions, N targets.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from atomtune.batch.attention_plan import AttentionPlan, padded_length, plan_attention
+from atomtune.batch.attention_plan import AttentionPlan, Cut, padded_length, plan_attention
 from atomtune.batch.pack import pack
 from atomtune.batch.row import Row, padded_tokens, single
 from atomtune.batch.tree import graft
@@ -21,7 +21,7 @@ from atomtune.data.records import Example
 
 class _Targets(TypedDict):
     row: torch.Tensor
-    source: torch.Tensor
+    predicted_from: torch.Tensor
     target: torch.Tensor
     learn: torch.Tensor
     targets: int
@@ -33,8 +33,8 @@ class Batch(_Targets):
     input_ids, position_ids   [B, T]
     attention_mask            [B, T], or None where the plan says who sees whom
     plan                      of the attention in a packed or tree row (B = 1), else None
-    row, source, target, learn                [N]  the N targets: their row, the position they are predicted from,
-                                                   the id to predict and how often it counts
+    row, predicted_from, target, learn   [N]  of each target: its row, the position it is predicted from, the id to
+                                              predict and how often it counts
     Plain numbers, known without asking the device:
     targets         sum(learn)
     tokens_padded   what the padded layout computes for these examples
@@ -58,11 +58,17 @@ def collate_chains(rows: Sequence[Row], *, pad_id: int, examples: int, tokens_pa
     assert all(row.is_chain for row in rows), "a branching row needs its own attention, not padding"
     rows = sorted(rows, key=len, reverse=True)
     width = len(rows[0])
-    return Batch(
-        input_ids=torch.tensor([[*row.ids, *[pad_id] * (width - len(row))] for row in rows]),
+    ids, positions, mask = [], [], []
+    for row in rows:
+        padding = width - len(row)
+        ids.append([*row.ids, *[pad_id] * padding])
         # Padding stays at the last real position, so that no model is asked for a position it does not have.
-        position_ids=torch.tensor([[*row.positions(), *[len(row) - 1] * (width - len(row))] for row in rows]),
-        attention_mask=torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+        positions.append([*row.positions(), *[len(row) - 1] * padding])
+        mask.append([1] * len(row) + [0] * padding)
+    return Batch(
+        input_ids=torch.tensor(ids),
+        position_ids=torch.tensor(positions),
+        attention_mask=torch.tensor(mask),
         plan=None,
         **_targets(rows),
         tokens_padded=tokens_padded,
@@ -71,10 +77,18 @@ def collate_chains(rows: Sequence[Row], *, pad_id: int, examples: int, tokens_pa
     )
 
 
-def collate_row(row: Row, *, pad_id: int, windows: Sequence[int | None], examples: int, tokens_padded: int) -> Batch:
+def collate_row(
+    row: Row,
+    *,
+    pad_id: int,
+    windows: Sequence[int | None],
+    examples: int,
+    tokens_padded: int,
+    cut: Cut = "blocks",
+) -> Batch:
     """One row that holds all examples, and who sees whom in it."""
     width = padded_length(len(row))
-    plan = plan_attention(row, windows=windows, width=width)
+    plan = plan_attention(row, windows=windows, width=width, cut=cut)
     return Batch(
         input_ids=torch.tensor([[*row.ids, *[pad_id] * (width - len(row))]]),
         position_ids=plan.position[None],
@@ -89,16 +103,20 @@ def collate_row(row: Row, *, pad_id: int, windows: Sequence[int | None], example
 
 def _targets(rows: Sequence[Row]) -> _Targets:
     """Where the targets stand, in the order of the rows."""
-    targets = [
-        (r, row.parent[i], row.ids[i], times)
-        for r, row in enumerate(rows)
-        for i, times in enumerate(row.learn)
-        if times
-    ]
+    targets: list[tuple[int, int, int, int]] = []
+    for number, row in enumerate(rows):
+        for i, times in enumerate(row.learn):
+            if times:
+                targets.append((number, row.parent[i], row.ids[i], times))
     columns = torch.tensor(targets, dtype=torch.long).reshape(-1, 4).T  # [4, N]
-    row, source, target, learn = (column.contiguous() for column in columns)
-    total = sum(times for *_, times in targets)
-    return _Targets(row=row, source=source, target=target, learn=learn, targets=total)
+    of_row, predicted_from, target, learn = (column.contiguous() for column in columns)
+    return _Targets(
+        row=of_row,
+        predicted_from=predicted_from,
+        target=target,
+        learn=learn,
+        targets=sum(times for *_, times in targets),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,20 +124,26 @@ class Collator:
     """A DataLoader's collate_fn: stored records → the Batch of a layout.
 
     windows  the sliding windows of the model's layers (None: sees everything before)
+    cut      how a row's attention is cut: blocks for a CPU, spans for a GPU
     """
 
     layout: Layout
     pad_id: int
     as_examples: Callable[[Mapping[str, Any]], Sequence[Example]]
     windows: Sequence[int | None] = (None,)
+    cut: Cut = "blocks"
 
     def __call__(self, stored: Sequence[Mapping[str, Any]]) -> Batch:
-        return self.lay([example for row in stored for example in self.as_examples(row)], records=len(stored))
+        examples = [example for row in stored for example in self.as_examples(row)]
+        return self.lay(examples, records=len(stored))
 
     def lay(self, examples: Sequence[Example], *, records: int | None = None) -> Batch:
-        """The examples as one batch; records: of how many records they are, where not each of one of its own."""
+        """The examples as one batch.
+
+        records  how many stored records they are of; without it each is a record
+        """
         counts = {"examples": records or len(examples), "tokens_padded": padded_tokens(examples)}
         if self.layout == "padded":
             return collate_chains([single(example) for example in examples], pad_id=self.pad_id, **counts)
         row = graft(examples) if self.layout == "tree" else pack(examples)
-        return collate_row(row, pad_id=self.pad_id, windows=self.windows, **counts)
+        return collate_row(row, pad_id=self.pad_id, windows=self.windows, cut=self.cut, **counts)

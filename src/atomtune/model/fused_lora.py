@@ -1,15 +1,15 @@
 """LoRA layers computed together: the ones that read the same tensor, in one step, without copies and casts.
 
-Before: adapter.py wraps the base.  After: train.trainer.
 PEFT's layers compute x A^T in the adapter's own dtype (float32), which casts every input and adds every output in one
-more pass; q, k and v each do so for the same x. Here the layers of one input form a Family: one product with all A
+more pass; q, k and v each do so for the same x. Here the layers of one input form a group: one product with all A
 stacked, every B added into its base's output in place, and one autograd node. The layers, their weights and what is
 saved stay PEFT's; a case this does not know goes PEFT's own way. Formulas: Hu et al. 2021, arXiv 2106.09685.
-Letters: T tokens, I inputs, O outputs, R the ranks of a family together.
+Letters: T tokens, I inputs, O outputs, r a layer's rank, R the ranks of a group together.
 """
 
-from collections.abc import Sequence
-from types import MethodType
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,41 +18,51 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 
-def compute_together(families: Sequence[Sequence[LoraLinear]]) -> int:
-    """Let each family of LoRA layers compute as one; returns how many layers do."""
-    for members in families:
-        family = Family(members)
-        for layer in members:
-            layer.forward = MethodType(family.call, layer)
-    return sum(map(len, families))
+def compute_together(model: nn.Module, **example_inputs: Any) -> int:
+    """Let the LoRA layers of a model that read the same tensor compute as one; returns how many layers do.
+
+    The weights of all of them are cast once, together, when a forward of the model begins.
+    """
+    groups = [Group(members) for members in groups_of(model, **example_inputs)]
+    for group in groups:
+        for layer in group.members:
+            # PEFT has no public way to compute a layer otherwise (a variant is handed the base's output, ready made). A
+            # change of class, as FSDP2 makes it, leaves modules, names and what is saved as they are.
+            layer.__class__ = GroupedLora
+            layer.group = group
+    if groups:
+        model.register_forward_pre_hook(Casts(groups).refresh)
+    return sum(len(group.members) for group in groups)
 
 
-def families_of(model: nn.Module, **example_inputs: Any) -> list[list[LoraLinear]]:
+def groups_of(model: nn.Module, **example_inputs: Any) -> list[list[LoraLinear]]:
     """The LoRA layers of a model by the tensor they read, seen in one forward pass."""
-    read: list[tuple[torch.Tensor, list[LoraLinear]]] = []
-
-    def see(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if read and inputs[0] is read[-1][0]:
-            read[-1][1].append(layer)
-        else:
-            read.append((inputs[0], [layer]))
-
     layers = [module for module in model.modules() if type(module) is LoraLinear and _is_plain(module)]
     if not layers:
         return []
-    hooks = [layer.register_forward_pre_hook(see) for layer in layers]
-    trained = model.training
+    calls: list[tuple[torch.Tensor, LoraLinear]] = []  # in the order of the forward pass
+
+    def note(layer: LoraLinear, inputs: tuple[Any, ...]) -> None:
+        calls.append((inputs[0], layer))
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    training = model.training
     model.eval()
     try:
         with torch.no_grad():
             model(**example_inputs)
     finally:
-        model.train(trained)
+        model.train(training)
         for hook in hooks:
             hook.remove()
-    called = [id(layer) for _, members in read for layer in members]
     # A layer that is called more than once (shared weights, loops) has no single place: PEFT's own way.
-    return [members for _, members in read if all(called.count(id(layer)) == 1 for layer in members)]
+    names = [id(layer) for _, layer in calls]
+    groups: list[list[LoraLinear]] = []
+    for _, same_input in groupby(calls, key=lambda call: id(call[0])):  # every input is alive: an id is one tensor's
+        members = [layer for _, layer in same_input]
+        if all(names.count(id(layer)) == 1 for layer in members):
+            groups.append(members)
+    return groups
 
 
 def _is_plain(layer: LoraLinear) -> bool:
@@ -68,48 +78,141 @@ def _is_plain(layer: LoraLinear) -> bool:
     )
 
 
-class Family:
+class GroupedLora(LoraLinear):
+    """PEFT's layer; while it trains, its group computes for it."""
+
+    group: "Group"
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # The model that is measured is, bit for bit, the model that any program with PEFT loads.
+        served = not (self.training or torch.is_grad_enabled())
+        if served or args or kwargs or not self.group.computes(x):
+            return super().forward(x, *args, **kwargs)
+        return self.group.output_of(self, x)
+
+
+class Group:
     """LoRA layers that read the same tensor. The first that is called computes for all."""
 
     def __init__(self, members: Sequence[LoraLinear]) -> None:
         self.members = tuple(members)
-        self.read: torch.Tensor | None = None
-        self.ready: dict[int, torch.Tensor] = {}
+        self.cast: Cast | None = None
+        self._input: torch.Tensor | None = None
+        self._outputs: dict[int, torch.Tensor] = {}  # by id of the members that have not asked for theirs yet
 
-    def call(self, layer: LoraLinear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The forward of a member."""
-        if self.read is x and id(layer) in self.ready:
-            out = self.ready.pop(id(layer))
-            if not self.ready:
-                self.read = None
-            return out
-        # The model that is measured is, bit for bit, the model that any program with PEFT loads.
-        served = not (layer.training or torch.is_grad_enabled())
-        if served or args or kwargs or not all(_as_expected(member, x) for member in self.members):
-            return LoraLinear.forward(layer, x, *args, **kwargs)
-        outputs = self.compute(x)
-        self.ready = {id(m): out for m, out in zip(self.members, outputs, strict=True) if m is not layer}
-        self.read = x if self.ready else None
-        return outputs[self.members.index(layer)]
+    def computes(self, x: torch.Tensor) -> bool:
+        """Whether this call is the plain one: an adapter in use, nothing merged, one dtype throughout."""
+        autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype
+        return not autocast and all(
+            not layer.disable_adapters and not layer.merged and layer.get_base_layer().weight.dtype == x.dtype
+            for layer in self.members
+        )
 
-    def compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def output_of(self, layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
+        """A member's output, [..., I] → [..., O]."""
+        if self._input is not x or id(layer) not in self._outputs:
+            outputs = self._compute(x)
+            self._outputs = {id(member): output for member, output in zip(self.members, outputs, strict=True)}
+        output = self._outputs.pop(id(layer))
+        self._input = x if self._outputs else None
+        return output
+
+    def _compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         first = self.members[0]
         dropout = first.lora_dropout[first.active_adapters[0]]
         p = dropout.p if isinstance(dropout, nn.Dropout) and first.training else 0.0
         keep = keep_mask(x.flatten(0, -2), p) if p else None
-        flat: list[torch.Tensor | None] = []
+        if self.cast is None or not self.cast.is_of(self, x.dtype):
+            self.cast = cast_together([self])[0]
+        weights: list[torch.Tensor | None] = []
         for layer in self.members:
-            name, base = layer.active_adapters[0], layer.get_base_layer()
-            flat += [base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight]
-        scales = tuple(layer.scaling[layer.active_adapters[0]] for layer in self.members)
-        return _LowRank.apply(x, keep, p, scales, *flat)
+            base = layer.get_base_layer()
+            weights += [base.weight, base.bias, *_matrices(layer)]
+        return _LowRank.apply(x, keep, p, self.cast, *weights)
 
 
-def _as_expected(layer: LoraLinear, x: torch.Tensor) -> bool:
-    """Whether this call is the plain one: an adapter in use, nothing merged, one dtype throughout."""
-    weight = layer.get_base_layer().weight
-    autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype
-    return not (layer.disable_adapters or layer.merged or autocast) and x.dtype == weight.dtype
+def _matrices(layer: LoraLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r, I] and B [O, r]."""
+    name = layer.active_adapters[0]
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """A group's weights in the dtype of its input.
+
+    down      [R, I] all A under each other
+    ups       each layer's B times its scaling, [O, r]
+    scales    each layer's scaling
+    versions  of the weights when they were cast
+    """
+
+    down: torch.Tensor
+    ups: tuple[torch.Tensor, ...]
+    scales: tuple[float, ...]
+    versions: tuple[int, ...]
+
+    @property
+    def ranks(self) -> list[int]:
+        return [up.shape[1] for up in self.ups]
+
+    def is_of(self, group: Group, dtype: torch.dtype) -> bool:
+        """Whether the group's weights are still those that were cast."""
+        return self.down.dtype == dtype and self.versions == _versions(group)
+
+
+def _versions(group: Group) -> tuple[int, ...]:
+    """Numbers that grow with every change in place."""
+    return tuple(weight._version for layer in group.members for weight in _matrices(layer))
+
+
+class Casts:
+    """Casts the weights of all groups when a forward of the whole model begins.
+
+    Layer by layer it was 1,200 small kernels a step on a 7B model; together it is a handful. Recomputed layers use the
+    same copies in the backward pass: no weight changes between a forward and its backward.
+    """
+
+    def __init__(self, groups: Iterable[Group]) -> None:
+        #: Groups whose copies may lie in one tensor: of one device and one dtype.
+        self._alike: dict[tuple[torch.device, torch.dtype], list[Group]] = {}
+        for group in groups:
+            weight = group.members[0].get_base_layer().weight
+            self._alike.setdefault((weight.device, weight.dtype), []).append(group)
+
+    def refresh(self, model: nn.Module, _inputs: Any) -> None:
+        """A forward pre-hook of the model."""
+        if not (model.training or torch.is_grad_enabled()):
+            return  # served by PEFT's own layers
+        for groups in self._alike.values():
+            for group, cast in zip(groups, cast_together(groups), strict=True):
+                group.cast = cast
+
+
+@torch.no_grad()
+def cast_together(groups: Sequence[Group]) -> list[Cast]:
+    """The weights of these groups, of one device, in the dtype of their base: one copy of all A, one of all B."""
+    layers = [layer for group in groups for layer in group.members]
+    dtype = layers[0].get_base_layer().weight.dtype
+    downs, ups = zip(*map(_matrices, layers), strict=True)
+    scales = [float(layer.scaling[layer.active_adapters[0]]) for layer in layers]
+    all_downs = torch.cat([a.flatten() for a in downs]).to(dtype)
+    if len(set(scales)) == 1:
+        all_ups = torch.cat([b.flatten() for b in ups]).mul_(scales[0]).to(dtype)
+    else:
+        all_ups = torch.cat([b.flatten() * scale for b, scale in zip(ups, scales, strict=True)]).to(dtype)
+    # The A of a group lie one behind the other, so together they are one matrix without a further copy.
+    of_groups = all_downs.split([sum(_matrices(layer)[0].numel() for layer in group.members) for group in groups])
+    of_layers = all_ups.split([b.numel() for b in ups])
+    casts: list[Cast] = []
+    first = 0
+    for group, group_downs in zip(groups, of_groups, strict=True):
+        members = slice(first, first + len(group.members))
+        first = members.stop
+        group_ups = tuple(flat.view_as(b) for flat, b in zip(of_layers[members], ups[members], strict=True))
+        down = group_downs.view(-1, downs[members.start].shape[1])
+        casts.append(Cast(down, group_ups, tuple(scales[members]), _versions(group)))
+    return casts
 
 
 def keep_mask(x: torch.Tensor, p: float) -> torch.Tensor:
@@ -133,20 +236,18 @@ class _LowRank(torch.autograd.Function):
         x: torch.Tensor,
         keep: torch.Tensor | None,
         p: float,
-        scales: tuple[float, ...],
+        cast: Cast,
         *weights: Any,
     ) -> tuple[torch.Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])  # [T, I]
-        bases, biases, downs, ups = weights[0::4], weights[1::4], weights[2::4], weights[3::4]
-        down = torch.cat([a.to(x.dtype) for a in downs])  # [R, I]
-        up = [(b * scale).to(x.dtype) for b, scale in zip(ups, scales, strict=True)]  # each [O, r]
-        low = (_dropped(flat, keep, p) @ down.T).split([b.shape[1] for b in up], dim=1)  # each [T, r]
+        bases, biases, downs = weights[0::4], weights[1::4], weights[2::4]
+        lows = (_dropped(flat, keep, p) @ cast.down.T).split(cast.ranks, dim=1)  # each [T, r]
         outputs = []
-        for base, bias, b, h in zip(bases, biases, up, low, strict=True):
-            out = nn.functional.linear(flat, base, bias).addmm_(h, b.T)  # [T, O]
+        for base, bias, up, low in zip(bases, biases, cast.ups, lows, strict=True):
+            out = nn.functional.linear(flat, base, bias).addmm_(low, up.T)  # [T, O]
             outputs.append(out.view(*x.shape[:-1], -1))
-        ctx.save_for_backward(flat, keep, down, *up, *low, *bases)
-        ctx.p, ctx.scales, ctx.dtype, ctx.shape = p, scales, downs[0].dtype, x.shape
+        ctx.save_for_backward(flat, keep, cast.down, *cast.ups, *lows, *bases)
+        ctx.p, ctx.scales, ctx.dtype, ctx.shape = p, cast.scales, downs[0].dtype, x.shape
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -154,31 +255,43 @@ class _LowRank(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         n = len(ctx.scales)
-        flat, keep, down, *rest = ctx.saved_tensors
-        up, low, bases = rest[:n], rest[n : 2 * n], rest[2 * n :]
+        flat, keep, down, *of_layers = ctx.saved_tensors
+        ups, lows, bases = of_layers[:n], of_layers[n : 2 * n], of_layers[2 * n :]
+        flat_grads = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]  # each [T, O]
+        # Of an output that nobody used there is no gradient.
+        grad_lows = [
+            torch.zeros_like(low) if grad is None else grad @ up
+            for grad, up, low in zip(flat_grads, ups, lows, strict=True)
+        ]
+        grad_low = torch.cat(grad_lows, 1)  # [T, R]
+        grad_down = (grad_low.T @ _dropped(flat, keep, ctx.p)).to(ctx.dtype)  # [R, I]
+        grad_downs = grad_down.split([low.shape[1] for low in lows])
+        grad_ups = [
+            None if grad is None else (low.T @ grad).T.to(ctx.dtype) * scale  # twice as fast as grad.T @ low
+            for grad, low, scale in zip(flat_grads, lows, ctx.scales, strict=True)
+        ]
         grad_x: torch.Tensor | None = None
-        grad_low: list[torch.Tensor] = []
-        grad_up: list[torch.Tensor | None] = []
-        for grad, b, h, base, scale in zip(grads, up, low, bases, ctx.scales, strict=True):
-            if grad is None:  # an output nobody used
-                grad_low.append(torch.zeros_like(h))
-                grad_up.append(None)
-                continue
-            g = grad.reshape(-1, grad.shape[-1])  # [T, O]
-            grad_low.append(g @ b)
-            grad_up.append((h.T @ g).T.to(ctx.dtype) * scale)  # twice as fast as g.T @ h
-            if ctx.needs_input_grad[0]:
-                grad_x = g @ base if grad_x is None else grad_x.addmm_(g, base)
-        together = torch.cat(grad_low, 1)  # [T, R]
-        grad_down = (together.T @ _dropped(flat, keep, ctx.p)).to(ctx.dtype).split([h.shape[1] for h in low])
-        if grad_x is not None:
+        if ctx.needs_input_grad[0]:
+            grad_x = _input_gradient(flat_grads, bases)  # [T, I]
             if keep is None:
-                grad_x.addmm_(together, down)
+                grad_x.addmm_(grad_low, down)
             else:
-                grad_x += _dropped(together @ down, keep, ctx.p)
+                grad_x += _dropped(grad_low @ down, keep, ctx.p)
             grad_x = grad_x.view(ctx.shape)
-        per_layer = [one for a, b in zip(grad_down, grad_up, strict=True) for one in (None, None, a, b)]
+        per_layer: list[torch.Tensor | None] = []
+        for layer_down, layer_up in zip(grad_downs, grad_ups, strict=True):
+            per_layer += [None, None, layer_down, layer_up]
         return grad_x, None, None, None, *per_layer
+
+
+def _input_gradient(grads: Sequence[torch.Tensor | None], bases: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of each layer's output [T, O] and matrix [O, I] → the sum [T, I] through the frozen matrices."""
+    total: torch.Tensor | None = None
+    for grad, base in zip(grads, bases, strict=True):
+        if grad is not None:
+            total = grad @ base if total is None else total.addmm_(grad, base)
+    assert total is not None, "a backward without any gradient"
+    return total
 
 
 def _dropped(x: torch.Tensor, keep: torch.Tensor | None, p: float) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from atomtune.batch.attention_plan import Cut
 from atomtune.batch.collate import collate_row
 from atomtune.batch.row import Row, untils
 from atomtune.batch.tree import graft
@@ -20,6 +21,11 @@ from atomtune.model.row_attention import ROWS, register
 _EXPRESSIBLE = {"full_attention", "sliding_attention"}
 #: A tree must come this much nearer to its records alone than the same tree with its branches cut from their trunk.
 _NEARER = 0.2
+
+
+def cut_of(model: nn.Module) -> Cut:
+    """How rows are cut for this model's device."""
+    return "spans" if _device(model).type == "cuda" else "blocks"
 
 
 def windows_of(model: nn.Module) -> tuple[int | None, ...]:
@@ -84,7 +90,7 @@ def _difference(model: nn.Module, trunk: int, examples: list[Example], alone: to
         together = _logits(model, _as_row(model, tree))[trunk : len(tree)]
         without = _logits(model, _as_row(model, blind, tree.positions()))[trunk : len(tree)]
     except NotImplementedError as error:
-        return f"its attention is more than a softmax over the tokens seen ({error})"
+        return f"its attention is more than rows allow for ({error})"
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         return f"a row of many fails in its forward ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
     apart = (together - alone).abs().max().item()
@@ -100,7 +106,9 @@ def _plain(model: nn.Module, example: Example) -> dict[str, Any]:
 
 
 def _as_row(model: nn.Module, row: Row, positions: tuple[int, ...] | None = None) -> dict[str, Any]:
-    batch: Any = collate_row(row, pad_id=0, windows=windows_of(model), examples=1, tokens_padded=len(row))
+    batch: Any = collate_row(
+        row, pad_id=0, windows=windows_of(model), cut=cut_of(model), examples=1, tokens_padded=len(row)
+    )
     if positions is not None:
         batch["position_ids"][0, : len(row)] = torch.tensor(positions)
     for name in ("input_ids", "position_ids"):

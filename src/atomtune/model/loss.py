@@ -1,12 +1,13 @@
-"""Loss: the surprise of the target tokens, summed, and their count.
+"""Loss: the surprise of the target tokens, summed, and their count; the trainer divides by the whole global batch's.
 
-Before: batch.collate.  After: train.trainer divides by the targets of the whole global batch.
 Only target positions reach the output matrix, a chunk at a time: the logits of a batch never exist at once.
 Letters: B rows, T positions, D hidden width, N targets, V words.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ CHUNK_LOGITS = 2**20
 #: But at least this many targets at a time, because the output matrix is read once for each chunk (128 x 65,000 words
 #: are 32 MiB).
 LEAST_TARGETS = 128
+#: On a GPU a chunk may take a sixteenth of the free memory, so that the output matrix (1 GB for 150,000 words) is read
+#: once or twice. A logit takes 14 bytes: itself in bfloat16, in float32, its softmax and its gradient.
+FREE_FOR_LOGITS, BYTES_A_LOGIT, MOST_LOGITS = 1 / 16, 14, 2**27
 
 
 def innermost(model: nn.Module) -> Any:
@@ -47,8 +51,9 @@ def target_nats(
 
     batch  a collate.Batch on the model's device
     Returns (nats, count): nats is a float32 sum (float64 for a float64 model), count is sum(learn).
-    Memory: CHUNK_LOGITS * 4 bytes for logits, and as much for their gradient, where the model's output layers can be
-    called apart from its body (`Head`); else [B, K, V] for the K columns that hold a target.
+    Memory: CHUNK_LOGITS * 4 bytes for logits, and as much for their gradient (on a GPU FREE_FOR_LOGITS of what is
+    free), where the model's output layers can be called apart from its body (`Head`); else [B, K, V] for the K columns
+    that hold a target.
     A batch without targets gives a zero that is tied to the weights, so that every rank has a gradient.
     Checked against one record at a time: tests/train/test_oracle.py.
     """
@@ -73,12 +78,12 @@ def target_log_probabilities(model: nn.Module, batch: Mapping[str, Any]) -> torc
 def _target_logits(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     """[N, V] from one call of the whole model; all its logits, tied to the weights, where there is no target."""
     inputs = model_inputs(model, batch)
-    columns, where = torch.unique(batch["source"], return_inverse=True)  # [K], [N]
+    columns, where = torch.unique(batch["predicted_from"], return_inverse=True)  # [K], [N]
     if takes(model, "logits_to_keep") and len(columns):
         logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits  # [B, K, V]
     else:
         logits = model(**inputs, use_cache=False).logits  # [B, T, V]
-        where = batch["source"]
+        where = batch["predicted_from"]
     return logits[batch["row"], where] if len(columns) else logits
 
 
@@ -106,15 +111,27 @@ def _weighted(logits: torch.Tensor, target: torch.Tensor, learn: torch.Tensor, l
     return (each * learn).sum()
 
 
+class _HandThrough(nn.Module):
+    """Stands where a causal LM has its body, and gives as hidden states what it is handed."""
+
+    def __init__(self, output: type[ModelOutput]) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_args: Any, inputs_embeds: torch.Tensor, **_kwargs: Any) -> ModelOutput:
+        return self.output(last_hidden_state=inputs_embeds)
+
+
 class Head:
     """Everything a causal LM does after its body: output matrix, scaling, soft-capping, by the model's own code.
 
-    The model's forward is run with a body that only hands through what it is given, so no architecture's arithmetic is
-    written down here.
+    A twin of the model runs the model's own forward, with the same weights, and a body that only hands through; so no
+    architecture's arithmetic is written down here, and the model itself is not touched.
+    (`get_output_embeddings` alone would leave out the scaling of Granite and the caps of Gemma.)
     """
 
     def __init__(self, model: Any) -> None:
-        self.model, self.name = model, model.base_model_prefix
+        self.model, self.body_name = model, model.base_model_prefix
         self.output_of_body: type[ModelOutput] = BaseModelOutput
 
     @classmethod
@@ -131,7 +148,7 @@ class Head:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         for name, child in self.model.named_children():
-            if name != self.name:
+            if name != self.body_name:
                 yield from child.parameters()
 
     def hidden(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
@@ -139,30 +156,30 @@ class Head:
 
         `model` may wrap this one (DDP, PEFT) and is called as a whole; of its logits only one position is computed.
         """
-        seen: list[ModelOutput] = []
-        hook = getattr(self.model, self.name).register_forward_hook(lambda _m, _i, output: seen.append(output))
+        outputs: list[ModelOutput] = []
+        body = getattr(self.model, self.body_name)
+        hook = body.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
         try:
-            model(**model_inputs(model, batch), use_cache=False, logits_to_keep=batch["source"][:1])
+            model(**model_inputs(model, batch), use_cache=False, logits_to_keep=batch["predicted_from"][:1])
         finally:
             hook.remove()
-        if isinstance(seen[0], ModelOutput):
-            self.output_of_body = type(seen[0])
-        return seen[0][0][batch["row"], batch["source"]]
+        output = outputs[0]
+        if isinstance(output, ModelOutput):
+            self.output_of_body = type(output)
+        return output[0][batch["row"], batch["predicted_from"]]  # [B, T, D] → [N, D]
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def twin(self) -> Any:
+        """The model, sharing all but its body, which hands through."""
+        twin = copy.copy(self.model)
+        twin._modules = dict(self.model._modules)  # as torch's DataParallel makes replicas; no public name for it
+        vars(twin).pop("forward", None)  # accelerate's hooked forward would call the model that it was made for
+        setattr(twin, self.body_name, _HandThrough(self.output_of_body))
+        return twin
+
+    def logits(self, hidden: torch.Tensor, twin: Any = None) -> torch.Tensor:
         """[N, D] → [N, V]"""
-        body = getattr(self.model, self.name)
-        own = vars(body).get("forward")  # of its own where accelerate has hooked it
-        body.forward = self._hand_through
-        try:
-            return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
-        finally:
-            del body.forward
-            if own is not None:
-                body.forward = own
-
-    def _hand_through(self, *_args: Any, inputs_embeds: torch.Tensor, **_kwargs: Any) -> ModelOutput:
-        return self.output_of_body(last_hidden_state=inputs_embeds)
+        output = (twin or self.twin())(inputs_embeds=hidden[None], use_cache=False)
+        return output.logits[0].to(hidden.device)
 
     def nats(
         self,
@@ -175,11 +192,28 @@ class Head:
         """Sum of learn * surprise over [N, D] hidden states, some targets at a time."""
         words = self.model.config.get_text_config().vocab_size
         weights = [p for p in self.parameters() if p.requires_grad]
+        twin = self.twin()
 
-        def part(hidden: torch.Tensor, span: slice) -> torch.Tensor:
-            return _weighted(self.logits(hidden), target[span], learn[span], label_smoothing)
+        def nats_of(hidden: torch.Tensor, chunk: slice) -> torch.Tensor:
+            return _weighted(self.logits(hidden, twin), target[chunk], learn[chunk], label_smoothing)
 
-        return _Chunked.apply(part, max(LEAST_TARGETS, CHUNK_LOGITS // words), hidden, *weights)
+        return _Chunked.apply(nats_of, targets_at_once(words, hidden.device), hidden, *weights)
+
+
+def targets_at_once(words: int, device: torch.device) -> int:
+    """How many targets' logits exist at once."""
+    logits = CHUNK_LOGITS if device.type == "cpu" else _logits_that_fit(device)
+    return max(LEAST_TARGETS, logits // words)
+
+
+@cache
+def _logits_that_fit(device: torch.device) -> int:
+    """By the memory that is free when the first loss is computed, behind the activations of a whole forward."""
+    if device.type != "cuda":
+        return CHUNK_LOGITS
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(MOST_LOGITS, max(CHUNK_LOGITS, int(FREE_FOR_LOGITS * (free + unused)) // BYTES_A_LOGIT))
 
 
 class _Chunked(torch.autograd.Function):
@@ -191,25 +225,26 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        part: Callable[[torch.Tensor, slice], torch.Tensor],
+        nats_of: Callable[[torch.Tensor, slice], torch.Tensor],
         size: int,
         hidden: torch.Tensor,
         *weights: nn.Parameter,
     ) -> torch.Tensor:
-        wanted = any(ctx.needs_input_grad)
-        grad_hidden = torch.empty_like(hidden) if wanted else None
-        grad_weights = [torch.zeros_like(weight) for weight in weights] if wanted else []
+        learns = any(ctx.needs_input_grad)
+        grad_hidden = torch.empty_like(hidden) if learns else None
+        grad_weights = [torch.zeros_like(weight) for weight in weights] if learns else []
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         for start in range(0, len(hidden), size):
-            span = slice(start, start + size)
-            with torch.set_grad_enabled(wanted):
-                piece = hidden[span].detach().requires_grad_(wanted)
-                nats = part(piece, span)
+            chunk = slice(start, start + size)
+            with torch.set_grad_enabled(learns):
+                hidden_chunk = hidden[chunk].detach().requires_grad_(learns)
+                nats = nats_of(hidden_chunk, chunk)
             total += nats.detach()
             if grad_hidden is not None:
-                grad_hidden[span], *more = torch.autograd.grad(nats, (piece, *weights))
-                grad_weights = [so_far + one for so_far, one in zip(grad_weights, more, strict=True)]
-        ctx.save_for_backward(*([grad_hidden, *grad_weights] if grad_hidden is not None else []))
+                grad_hidden[chunk], *grads = torch.autograd.grad(nats, (hidden_chunk, *weights))
+                for total_grad, grad in zip(grad_weights, grads, strict=True):
+                    total_grad.add_(grad)
+        ctx.save_for_backward(*([] if grad_hidden is None else [grad_hidden, *grad_weights]))
         return total
 
     @staticmethod

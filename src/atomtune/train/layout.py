@@ -14,7 +14,7 @@ from atomtune.choices import Layout
 from atomtune.data.cache import as_examples
 from atomtune.data.records import Example
 from atomtune.errors import BadSettings
-from atomtune.model.layout_support import why_padded, windows_of
+from atomtune.model.layout_support import cut_of, why_padded, windows_of
 from atomtune.model.load import device_in_use, pad_id_of
 from atomtune.train.dataset import Data
 from atomtune.train.model import dtype_of
@@ -76,6 +76,7 @@ def choose_layout(job: Job, model: nn.Module, tokenizer: Any, data: Data) -> Col
         pad_id=pad_id_of(tokenizer),
         as_examples=as_examples,
         windows=windows_of(model) if chosen != "padded" else (None,),
+        cut=cut_of(model),
     )
 
 

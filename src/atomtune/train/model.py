@@ -11,7 +11,7 @@ from atomtune.errors import BadSettings
 from atomtune.model.adapter import LoraSpec, new_adapter, parameter_counts, start_from_weights
 from atomtune.model.adapter_folder import AdapterMetadata, adapter_file
 from atomtune.model.fingerprint import refuse_other_base
-from atomtune.model.fused_lora import compute_together, families_of
+from atomtune.model.fused_lora import compute_together
 from atomtune.model.load import BaseSpec, device_in_use, load_base, resolve_dtype
 from atomtune.model.lora_targets import match_targets
 from atomtune.model.memory import should_checkpoint
@@ -72,7 +72,7 @@ def load_model(job: Job, *, longest_tokens: int) -> Any:
     if not (args.fsdp or args.deepspeed):  # they take the weights out of the layers between calls
         embeddings: Any = base.get_input_embeddings()
         two_tokens = torch.zeros(1, 2, dtype=torch.long, device=embeddings.weight.device)
-        compute_together(families_of(adapted, input_ids=two_tokens))
+        compute_together(adapted, input_ids=two_tokens)
     _set_checkpointing(job, adapted, longest_tokens=longest_tokens, dtype=dtype, device=device)
     return adapted
 

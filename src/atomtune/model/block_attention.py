@@ -1,0 +1,229 @@
+"""Attention by blocks, for a CPU: a few dense products instead of a T x T mask.
+
+batch.attention_plan says which blocks. The backward computes the weights again instead of keeping them (Dao et al.
+2022, arXiv 2205.14135): P = softmax(S), dP = dO V^T, dS = P * (dP - sum(dP * P)), dQ = dS K, dK = dS^T Q, dV = P^T dO.
+Letters: H heads, T tokens, D head dimension; S slots, G segments of a block, n the longest, A tokens of their path.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from atomtune.batch.attention_plan import Block, Places, Siblings, Where
+from atomtune.model.scores import ScoreRules, weights_beside_sinks
+
+
+@dataclass(frozen=True, slots=True)
+class _QKV:
+    """Queries, keys and values by slot, or their gradients: [H * S, D] each, block behind block."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def empty_like(self) -> "_QKV":
+        return _QKV(torch.empty_like(self.q), torch.empty_like(self.k), torch.empty_like(self.v))
+
+
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """Keys and values of the path above some siblings, [H, A, D]; or what its tokens get as gradients, [H, D, A]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+class BlockAttention(torch.autograd.Function):
+    """q, k [H, T, D], v [H, T, D'], sinks [H] or None → [H, T, D'].
+
+    Every head has keys of its own here. Padding behind the row gets zero, and gives nothing.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0917  # autograd passes them by place
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        siblings: tuple[Siblings, ...],
+        places: Places,
+        rules: ScoreRules,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v, sinks)
+        ctx.siblings, ctx.places, ctx.rules = siblings, places, rules
+        by_slot = _laid_out(q, k, v, places, rules)
+        k, v = k.contiguous(), v.contiguous()
+        out = torch.empty_like(by_slot.v)  # [H * S, D']
+        for family in siblings:
+            path = _Path(_take(k, family.path), _take(v, family.path))
+            for block in family.blocks:
+                view = _BlockView(block, family.path_tokens, len(q))
+                weights, _ = view.weights(by_slot, path, rules, sinks)
+                torch.bmm(view.on_segment(weights), view.segments(by_slot.v), out=view.segments(out))
+                if block.path_keys:
+                    view.slots(out).baddbmm_(view.on_path(weights), path.v[:, : block.path_keys])
+        return _by_token(out, places, v.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, sinks = ctx.saved_tensors
+        places, rules = ctx.places, ctx.rules
+        by_slot = _laid_out(q, k, v, places, rules)
+        # Padding repeats a token, so it must not hand on that token's gradient.
+        grad_slots = _lay(grad_out, places).mul_(places.holds)  # [H * S, D']
+        grad_sinks = torch.zeros_like(sinks) if ctx.needs_input_grad[3] else None
+        own = by_slot.empty_like()  # gradients that stay within a segment
+        above: list[tuple[Where | None, _Path]] = []  # and those that the tokens of a path gather from all below
+        k, v = k.contiguous(), v.contiguous()
+        for family in ctx.siblings:
+            path = _Path(_take(k, family.path), _take(v, family.path))
+            into_path = _Path(torch.zeros_like(path.k.mT), torch.zeros_like(path.v.mT))
+            above.append((family.path, into_path))
+            for block in family.blocks:
+                view = _BlockView(block, family.path_tokens, len(q))
+                view.backward(
+                    by_slot, path, grad_slots, rules, sinks, into=own, into_path=into_path, into_sinks=grad_sinks
+                )
+        grad_q, grad_k, grad_v = (_by_token(own.q, places, q.shape), _by_token(own.k, places, k.shape),
+                                  _by_token(own.v, places, v.shape))  # fmt: skip
+        for where, into_path in above:
+            _add(grad_k, where, into_path.k.mT)
+            _add(grad_v, where, into_path.v.mT)
+        return grad_q.mul_(rules.scaling), grad_k, grad_v, grad_sinks, None, None, None
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockView:
+    """One block within the tensors of all slots.
+
+    Its scores and weights are [H * G, n, A + n]:
+
+               |  path  | the segment |
+        slot 0 | . . .  |   .         |     on_path(x)     [H, G * n, A]   one product for all segments: same keys
+        slot 1 | . . .  |   . .       |     on_segment(x)  [H * G, n, n]   one product a segment
+    """
+
+    block: Block
+    path_tokens: int  # keys of the path that are seen; what fills it up to path_keys is seen by nobody
+    heads: int
+
+    def slots(self, x: torch.Tensor) -> torch.Tensor:
+        """[H * S, D] → [H, G * n, D]"""
+        first, size = self.block.first, self.block.count * self.block.width
+        return x[self.heads * first : self.heads * (first + size)].view(self.heads, size, -1)
+
+    def segments(self, x: torch.Tensor) -> torch.Tensor:
+        """[H * S, D] → [H * G, n, D]"""
+        return self.slots(x).view(self.heads * self.block.count, self.block.width, -1)
+
+    def on_segment(self, scores: torch.Tensor) -> torch.Tensor:
+        """[H * G, n, A + n] → [H * G, n, n]"""
+        return scores[..., self.block.path_keys :]
+
+    def on_path(self, scores: torch.Tensor) -> torch.Tensor:
+        """[H * G, n, A + n] → [H, G * n, A]"""
+        return scores.view(self.heads, -1, scores.shape[-1])[..., : self.block.path_keys]
+
+    def products(self, a: torch.Tensor, b: torch.Tensor, path_b: torch.Tensor) -> torch.Tensor:
+        """Each of the block's slots in a with the path and its segment's slots in b.
+
+        a, b [H * S, D], path_b [H, A, D]
+        Returns [H * G, n, A + n]
+        """
+        segments_a, path_keys = self.segments(a), self.block.path_keys
+        out = a.new_empty(len(segments_a), self.block.width, path_keys + self.block.width)
+        torch.bmm(segments_a, self.segments(b).mT, out=self.on_segment(out))
+        if path_keys:
+            torch.bmm(self.slots(a), path_b[:, :path_keys].mT, out=self.on_path(out))
+        return out
+
+    def weights(
+        self, by_slot: _QKV, path: _Path, rules: ScoreRules, sinks: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weights [H * G, n, A + n] of scaled queries, and the slope of their soft cap.
+
+        A softmax is computed in float32 at least, whatever it is handed.
+        """
+        scores, slope = rules.capped(self.products(by_slot.q, by_slot.k, path.k))
+        mask = self.block.mask.to(scores.dtype)
+        if self.block.path_keys > self.path_tokens:
+            scores[..., self.path_tokens : self.block.path_keys] = -torch.inf
+        if mask.shape[-1] > self.block.width:  # a window cuts the path
+            scores[..., : self.path_tokens].add_(mask[:, : self.path_tokens])
+        self.on_segment(scores).add_(mask[:, -self.block.width :])
+        if sinks is not None:
+            sinks = sinks.repeat_interleave(self.block.count)[:, None, None]  # [H * G, 1, 1]
+        return weights_beside_sinks(scores, sinks), slope
+
+    def backward(
+        self,
+        by_slot: _QKV,
+        path: _Path,
+        grad_slots: torch.Tensor,
+        rules: ScoreRules,
+        sinks: torch.Tensor | None,
+        *,
+        into: _QKV,
+        into_path: _Path,
+        into_sinks: torch.Tensor | None,
+    ) -> None:
+        """Write the gradients of the block's own slots, and add to those of its path and of the sinks.
+
+        grad_slots [H * S, D'] what comes back to each slot's output
+        """
+        weights, slope = self.weights(by_slot, path, rules, sinks)  # P
+        grad_weights = self.products(grad_slots, by_slot.v, path.v)  # dP
+        if into_sinks is not None:
+            sink_share = 1 - weights.sum(-1)  # [H * G, n]
+            per_slot = sink_share * (weights * grad_weights).sum(-1)
+            into_sinks -= per_slot.view(self.heads, -1).sum(-1)
+        # autograd's own kernel has no public name; written out it is three passes over the scores.
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)  # dS
+        if slope is not None:
+            grad_scores *= slope
+        torch.bmm(self.on_segment(grad_scores), self.segments(by_slot.k), out=self.segments(into.q))
+        torch.bmm(self.on_segment(grad_scores).mT, self.segments(by_slot.q), out=self.segments(into.k))
+        torch.bmm(self.on_segment(weights).mT, self.segments(grad_slots), out=self.segments(into.v))
+        keys = self.block.path_keys
+        if keys:
+            self.slots(into.q).baddbmm_(self.on_path(grad_scores), path.k[:, :keys])
+            into_path.k[..., :keys].add_(self.slots(by_slot.q).mT @ self.on_path(grad_scores))
+            into_path.v[..., :keys].add_(self.slots(grad_slots).mT @ self.on_path(weights))
+
+
+def _laid_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: Places, rules: ScoreRules) -> _QKV:
+    """[H, T, D] each → by slot, the queries scaled."""
+    return _QKV(_lay(q * rules.scaling, places), _lay(k, places), _lay(v, places))
+
+
+def _lay(x: torch.Tensor, places: Places) -> torch.Tensor:
+    """[H, T, D] by token → [H * S, D] by slot."""
+    return x.transpose(0, 1).reshape(-1, x.shape[-1]).index_select(0, places.gather)
+
+
+def _by_token(x: torch.Tensor, places: Places, shape: torch.Size) -> torch.Tensor:
+    """[H * S, D] by slot → [H, T, D] by token, zero where the row is padding; in memory the tokens come first."""
+    heads, tokens, width = shape
+    out = x.new_empty(tokens * heads, width)
+    torch.index_select(x, 0, places.back, out=out[: len(places.back)])
+    out[len(places.back) :].zero_()
+    return out.view(tokens, heads, width).transpose(0, 1)
+
+
+def _take(x: torch.Tensor, path: Where | None) -> torch.Tensor:
+    """[H, T, D] → [H, A, D], its rows together in memory."""
+    if path is None:
+        return x[:, :0]
+    return x.index_select(1, path) if isinstance(path, torch.Tensor) else x[:, path]
+
+
+def _add(x: torch.Tensor, path: Where | None, part: torch.Tensor) -> None:
+    """Add [H, A, D] to the tokens of the path in x [H, T, D]."""
+    if isinstance(path, torch.Tensor):
+        x.index_add_(1, path, part)
+    elif path is not None:
+        x[:, path].add_(part)
