@@ -111,9 +111,15 @@ def test_a_module_has_a_noun_for_a_name_and_says_where_it_stands(path):
 PRIVATE = {
     "data/encoding/special_tokens.py": {"tokenizer._atomtune_controls"},
     "data/encoding/token_ids.py": {"tokenizer._atomtune_short_way"},
+    "model/block_attention.py": {"torch._softmax_backward_data"},
+    "model/fused_lora.py": {"weight._version"},
     "model/layout_support.py": {"inner.config._attn_implementation"},
     "model/load.py": {"torch.ops.mkldnn._is_mkldnn_bf16_supported"},
-    "model/row_attention.py": {"torch._softmax", "torch._softmax_backward_data"},
+    "model/loss.py": {"twin._modules"},
+    "model/span_attention.py": {
+        "torch.ops.aten._flash_attention_backward",
+        "torch.ops.aten._flash_attention_forward",
+    },
     "train/arguments.py": {"args._n_gpu"},
     "train/checkpoint/saving_trainer.py": {
         "Trainer._load_best_model",
