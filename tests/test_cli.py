@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +83,7 @@ def test_help_of_train_shows_ranges_choices_defaults_and_the_trainers_names():
         (("train", "nowhere.yaml"), "no such file"),
         (("train", "--lora_rank", "x", "--model_path", "a", "--dataset_path", "b"), "--lora_rank 'x'"),
         (("merge",), "--adapter_path"),
-        (("chat", "--adapter", "x"), "Did you mean --adapter_path?"),
+        (("chat", "--adapter_pat", "x"), "Did you mean --adapter_path?"),
         (("train", "-x"), "-x"),
     ],
 )
@@ -160,3 +161,26 @@ def test_what_is_no_error_of_ours_has_an_exit_code_too(raised, code, monkeypatch
     monkeypatch.setattr("atomtune.cli._run", fail)
     assert main(["merge"]) == code
     assert ("Traceback" in capsys.readouterr().err) is (code == ExitCode.BUG)
+
+
+def test_help_may_be_read_by_a_program_that_leaves():
+    done = subprocess.run(
+        f"{sys.executable} -m atomtune train --help | head -1",
+        shell=True,
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+        timeout=60,
+    )
+    assert (done.stdout, done.stderr) == ("usage: atomtune train [run.yaml] [--setting value …]\n", "")
+
+
+@pytest.mark.parametrize("words", [("train", "--help"), ("train", "灯.yaml")])
+def test_a_terminal_without_these_characters_shows_them_escaped(words):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-m", "atomtune", *words], capture_output=True, check=False, timeout=60, env=environment
+    )
+    assert done.returncode == (0 if "--help" in words else 2)
+    said = (done.stdout + done.stderr).decode("ascii")
+    assert "Traceback" not in said and ("\\u2026" if "--help" in words else "\\u706f.yaml: no such file") in said

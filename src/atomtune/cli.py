@@ -2,7 +2,9 @@
 
 import difflib
 import importlib
+import io
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -38,19 +40,25 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; what each means: errors.ExitCode."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without 灯 or … shows them as \u706f
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview())
+        _say(_overview())
         return ExitCode.DONE
     name, *flags = words
     if name in ("-V", "--version"):
-        print(f"atomtune {__version__}")
+        _say(f"atomtune {__version__}")
         return ExitCode.DONE
     if name not in COMMANDS:
         similar = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"Did you mean {similar[0]}?" if similar else f"The commands are {', '.join(COMMANDS)}."
         _say_error(f"atomtune: there is no command {name!r}. {hint}")
         return ExitCode.USER_MISTAKE
+    if any(word in ("-h", "--help") for word in flags):
+        _say(_help(name, everything="all" in flags))
+        return ExitCode.DONE
     return _exit_code_of(name, flags)
 
 
@@ -78,7 +86,7 @@ def _run(name: str, flags: Sequence[str]) -> int:
     """Read the settings first: a wrong flag is answered before the command's module imports torch."""
     from atomtune.settings.read import read
 
-    settings = read(name, flags)
+    settings = read(name, flags, notice=_notice)
     command = getattr(importlib.import_module(COMMANDS[name].module), name)
     return int(command(settings))
 
@@ -94,6 +102,26 @@ def _unforeseen(name: str, error: Exception) -> int:
     traceback.print_exception(error)
     _say_error(f"\natomtune {name}: this is a bug in atomtune {__version__}. Please report the lines above.")
     return ExitCode.BUG
+
+
+def _help(name: str, *, everything: bool) -> str:
+    from atomtune.settings.help import help_text
+    from atomtune.settings.read import GROUPS
+
+    return help_text(name, COMMANDS[name].summary, GROUPS[name], everything=everything)
+
+
+def _notice(text: str) -> None:
+    """On standard error, where it is in nobody's way; in a job of several processes by the first alone."""
+    from atomtune.console import Console
+
+    Console(stderr=True, speaks=os.environ.get("RANK", "0") == "0").notice(text)
+
+
+def _say(text: str) -> None:
+    from atomtune.console import Console
+
+    Console().say(text)
 
 
 def _say_error(text: str) -> None:

@@ -1,6 +1,6 @@
-"""Settings: every one exists once, here, as flag, YAML key, help line, default and check.
+"""Settings: every one exists once, here, as flag, YAML key, help line, default and range.
 
-After: settings/read.py fills them from flags and YAML.
+The docstring of a class is the heading over its settings in `--help`.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,39 @@ from pydantic.dataclasses import dataclass
 
 from atomtune.choices import CHECKS, TEMPLATES, Dtype, FormatChoice, LayoutChoice, Learn, Overlength, Quantize
 
-STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+
+#: numpy's generators take no larger seed.
+LARGEST_SEED = 2**32 - 1
 
 
-def setting(default: Any, text: str, *, at_least: float | None = None, below: float | None = None) -> Any:
-    """A field of a settings class: its default, its help line (with the unit) and its range."""
-    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return Field(description=text, ge=at_least, lt=below, **factory)
+def setting(
+    default: Any,
+    text: str,
+    *,
+    value: str | None = None,
+    rare: bool = False,
+    at_least: float | None = None,
+    more_than: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A field of a settings class.
+
+    text: the help line: what it does, in which unit.
+    value: the placeholder in --help, as FILE or N.
+    rare: shown by `--help all` only.
+    """
+    is_list = isinstance(default, list)
+    return Field(
+        **{"default_factory": lambda: list(default)} if is_list else {"default": default},
+        description=text,
+        ge=at_least,
+        gt=more_than,
+        le=at_most,
+        lt=below,
+        json_schema_extra={"value": value, "rare": rare},
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -26,25 +52,55 @@ class RecordSettings:
     """Data"""
 
     dataset_path: str | list[str] | None = setting(
-        None, "records: files (JSONL, JSON, CSV, TSV, Parquet, also .gz and .zst), a `datasets` folder or a hub name"
+        None,
+        "the records: one or more files (JSONL, JSON, CSV, TSV, Parquet, Arrow; also .gz and .zst), a folder saved by "
+        "`datasets`, or the name of a data set on the hub",
+        value="FILE",
     )
-    mix: list[float] = setting([], "with several files: how often each one's records are seen in an epoch, as 1 0.5")
-    format: FormatChoice = setting("auto", "how a record is written; auto: told from each file's first records")
-    keys: list[str] = setting([], "other names of keys, as question=instruction,answer=output")
-    roles: list[str] = setting([], "other names of roles, as bot=assistant")
-    learn: Learn = setting("all", "of a conversation: every answer, or the last one alone")
-    max_seq_length: int = setting(256, "longest example, in tokens", at_least=8)
-    overlength: Overlength = setting(
-        "shorten", "what to do with a longer one: shorten its prompt, skip it, or stop; the answer is never cut"
+    format: FormatChoice = setting(
+        "auto", "how the records are written; auto looks at the first records of each file", rare=True
     )
-    skip_overlength: bool = setting(False, "the tutorial's name for --overlength skip")
-    skip_bad: bool = setting(False, "train on the good records when some are broken; the broken are listed in run.json")
+    keys: list[str] = setting(
+        [], "rename keys of your records, as question=instruction answer=output", value="THEIRS=OURS", rare=True
+    )
+    roles: list[str] = setting(
+        [], "rename roles of your conversations, as bot=assistant", value="THEIRS=OURS", rare=True
+    )
+    mix: list[float] = setting(
+        [],
+        "with several files: how often an epoch sees the records of each, in the order of the files, as 1 0.5",
+        value="X",
+        rare=True,
+    )
     template: str = setting(
         "auto",
-        f"auto (the tokenizer's own chat template, else atom), a .jinja file, or one of {', '.join(TEMPLATES)}",
+        "how a conversation becomes text: auto (the tokenizer's own chat template, else atom), a .jinja file, or one "
+        f"of {', '.join(TEMPLATES)}",
+        value="FILE_OR_NAME",
+    )
+    learn: Learn = setting(
+        "all", "which answers of a conversation are learned: all of them, or only the last", rare=True
+    )
+    max_seq_length: int = setting(
+        256, "longest record, in tokens; longer ones are treated as --overlength says", at_least=8
+    )
+    overlength: Overlength = setting(
+        "shorten",
+        "for a record that is too long: shorten its prompt, skip the record, or stop with an error; an answer is never "
+        "cut",
+    )
+    skip_overlength: bool = setting(False, "the tutorial's name for --overlength skip", rare=True)
+    skip_bad: bool = setting(
+        False,
+        "leave out records that cannot be used and train on the others; run.json lists them. Without it, one such "
+        "record stops the run",
+        rare=True,
     )
     layout: LayoutChoice = setting(
-        "auto", "how a batch is laid out: shared beginnings once, end to end, or padded; auto: the cheapest exact one"
+        "auto",
+        "how the records of a batch are laid out: tree computes shared beginnings once, packed puts records end to "
+        "end, padded fills up to the longest; auto takes the cheapest that gives the same result",
+        rare=True,
     )
 
     @property
@@ -70,22 +126,29 @@ class RecordSettings:
 class DataSettings(RecordSettings):
     """Data"""
 
-    eval_path: str | None = setting(None, "records to evaluate on, in the same form")
+    eval_path: str | None = setting(None, "records to evaluate on, written like those to train on", value="FILE")
     eval_size: float = setting(
         0.0,
-        "without --eval_path: hold out this share (below 1) or this many records; what is alike stays on one side",
+        "without --eval_path: how many records to hold out and evaluate on: a share (below 1) or a number; records "
+        "that are alike stay on one side",
         at_least=0,
     )
-    streaming: bool = setting(False, "encode while training and store nothing; needs --max_steps")
-    shuffle_buffer: int = setting(10_000, "with --streaming: records that wait to be drawn from", at_least=1)
+    streaming: bool = setting(
+        False, "encode records while training and keep nothing on the disk; needs --max_steps", rare=True
+    )
+    shuffle_buffer: int = setting(10_000, "with --streaming: shuffle among so many records", at_least=1, rare=True)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TokenizerSettings:
-    """The base whose tokenizer reads the records"""
+    """Model"""
 
-    model_path: str | None = setting(None, "the base model: a folder or a name on the hub")
-    trust_remote_code: bool = setting(False, "run Python code that comes with the model; read it first")
+    model_path: str | None = setting(
+        None, "the base model: a folder, or a name on the Hugging Face hub", value="FOLDER_OR_NAME"
+    )
+    trust_remote_code: bool = setting(
+        False, "run Python code that comes with the model; read that code first", rare=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -93,10 +156,15 @@ class ModelSettings(TokenizerSettings):
     """Model"""
 
     dtype: Dtype = setting(
-        "auto", "number format of the base's weights; auto: bfloat16 where the device is good at it, else float32"
+        "auto",
+        "number format of the base model's weights; auto: bfloat16 where the device is fast with it, else float32",
     )
-    quantize: Quantize | None = setting(None, "keep the base in 4 or 8 bits (needs atomtune[qlora])")
-    device_map: str | None = setting(None, "auto spreads a base larger than one device over all there are")
+    quantize: Quantize | None = setting(
+        None, "keep the base model in 4 bits (nf4) or 8 bits (int8) to save memory; needs atomtune[qlora]"
+    )
+    device_map: str | None = setting(
+        None, "auto spreads a model that is too large for one device over all devices", value="auto", rare=True
+    )
 
     def base(self) -> dict[str, Any]:
         """What model.load.BaseSpec needs to know, besides dtype and device."""
@@ -112,10 +180,21 @@ class ModelSettings(TokenizerSettings):
 class LoraSettings:
     """LoRA"""
 
-    lora_rank: int = setting(8, "width of the adapter", at_least=1)
-    lora_alpha: float = setting(32.0, "the adapter's output is scaled by alpha / rank", at_least=0)
-    lora_dropout: float = setting(0.1, "share of the adapter's input dropped while training", at_least=0, below=1)
-    lora_targets: list[str] = setting(["all-linear"], "layer names, or all-linear")
+    lora_rank: int = setting(
+        8, "rank of the adapter's two matrices: a higher rank can learn more and takes more memory", at_least=1
+    )
+    lora_alpha: float = setting(32.0, "the adapter's output is multiplied by alpha / rank", at_least=0)
+    lora_dropout: float = setting(
+        0.1,
+        "share of the adapter's input that is set to zero in training, against overfitting",
+        at_least=0,
+        below=1,
+    )
+    lora_targets: list[str] = setting(
+        ["all-linear"],
+        "which layers get an adapter, by name, as q_proj v_proj; all-linear: every linear layer but the output layer",
+        value="LAYER",
+    )
 
     def lora(self) -> dict[str, Any]:
         """What model.adapter.LoraSpec needs to know."""
@@ -128,27 +207,120 @@ class LoraSettings:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainerSettings:
+    """Training"""
+
+    # Names and meanings are transformers.TrainingArguments'; here stand those that people change, and those with a
+    # range that the library does not check. All its others pass through: settings/library.py.
+
+    output_dir: str | None = setting(
+        None, "folder for the adapter, its checkpoints and run.json; default: a new folder runs/NAME-1", value="FOLDER"
+    )
+    learning_rate: float = setting(
+        1e-4, "step size of the optimizer at its peak; LoRA bears far larger ones than full fine-tuning", at_least=0
+    )
+    lr_scheduler_type: str = setting("linear", "how the learning rate changes after the warm-up")
+    warmup_steps: float = setting(
+        0, "steps in which the learning rate rises from 0, or their share of all steps (below 1)", at_least=0
+    )
+    num_train_epochs: float = setting(3.0, "how often every record is seen", more_than=0)
+    max_steps: int = setting(
+        -1, "how many optimizer steps to make, whatever --num_train_epochs says; -1: no limit", at_least=-1
+    )
+    per_device_train_batch_size: int = setting(16, "records in a batch, on each device", at_least=1)
+    gradient_accumulation_steps: int = setting(
+        1, "batches that are added up before a step; more saves memory: 4 batches of 4 are a step of 16", at_least=1
+    )
+    logging_steps: float = setting(
+        10, "steps between two lines of loss and speed; below 1, a share of all steps", more_than=0
+    )
+    eval_strategy: str = setting(
+        "no", "when to evaluate; default: after each epoch if there are records to evaluate on, else no"
+    )
+    eval_steps: float | None = setting(
+        None, "with --eval_strategy steps: steps between two evaluations [as --logging_steps]", more_than=0
+    )
+    save_steps: float = setting(500, "steps between two checkpoints; below 1, a share of all steps", more_than=0)
+    save_total_limit: int | None = setting(3, "how many checkpoints to keep; the oldest are removed", at_least=1)
+    seed: int = setting(42, "seed for shuffling, initial weights and dropout", at_least=0, at_most=LARGEST_SEED)
+    data_seed: int | None = setting(
+        None, "seed for shuffling alone [as --seed]", at_least=0, at_most=LARGEST_SEED, rare=True
+    )
+    per_device_eval_batch_size: int = setting(
+        8, "records in a batch of an evaluation, on each device", at_least=1, rare=True
+    )
+    eval_accumulation_steps: int | None = setting(
+        None, "batches of an evaluation whose results stay on the device", at_least=1, rare=True
+    )
+    eval_delay: float = setting(0, "steps or epochs before the first evaluation", at_least=0, rare=True)
+    weight_decay: float = setting(
+        0.0, "weights shrink by this times the learning rate in a step", at_least=0, rare=True
+    )
+    max_grad_norm: float = setting(
+        1.0, "longer gradients are scaled down to this length; 0: never", at_least=0, rare=True
+    )
+    label_smoothing_factor: float = setting(
+        0.0, "share of probability that the target leaves to all other tokens", at_least=0, below=1, rare=True
+    )
+    adam_beta1: float = setting(0.9, "Adam: how much of the mean gradient a step keeps", at_least=0, below=1, rare=True)
+    adam_beta2: float = setting(
+        0.999, "Adam: how much of the mean squared gradient a step keeps", at_least=0, below=1, rare=True
+    )
+    adam_epsilon: float = setting(1e-8, "Adam: added to the divisor against division by zero", more_than=0, rare=True)
+    neftune_noise_alpha: float | None = setting(
+        None, "noise on the embeddings in training; the paper takes 5 to 15", at_least=0, rare=True
+    )
+    dataloader_num_workers: int = setting(0, "processes that prepare batches ahead", at_least=0, rare=True)
+    dataloader_prefetch_factor: int | None = setting(
+        None, "batches that each of these processes prepares ahead", at_least=1, rare=True
+    )
+    torch_empty_cache_steps: int | None = setting(
+        None, "steps between two clearings of the device's memory cache", at_least=1, rare=True
+    )
+    ddp_timeout: int = setting(1800, "seconds that one process of a job waits for the others", at_least=1, rare=True)
+
+
+#: Defaults in TrainerSettings that are not the library's.
+CHANGED_DEFAULTS = (
+    "learning_rate",  # the tutorial's; transformers' 5e-5 is for full fine-tuning
+    "per_device_train_batch_size",  # the tutorial's
+    "logging_steps",  # the tutorial's
+    "save_total_limit",  # the tutorial's
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunSettings:
     """Run"""
 
-    resume: bool = setting(False, "go on from the newest whole checkpoint in --output_dir; from the start if none")
-    resume_from_checkpoint: str | None = setting(None, "go on from this checkpoint folder")
-    continue_training: bool = setting(False, "the tutorial's way to go on; needs --checkpoint")
-    checkpoint: str | None = setting(None, "with --continue_training: a checkpoint, or adapter weights to start from")
-    resume_anyway: bool = setting(False, "go on although data or settings are not those that the run began with")
+    resume: bool = setting(
+        False, "go on from the newest complete checkpoint in --output_dir; start from the beginning if there is none"
+    )
+    resume_from_checkpoint: str | None = setting(None, "go on from this checkpoint", value="FOLDER", rare=True)
+    continue_training: bool = setting(False, "the tutorial's way to go on; needs --checkpoint", rare=True)
+    checkpoint: str | None = setting(
+        None,
+        "with --continue_training: a checkpoint to go on from, or an adapter's weights to start from",
+        value="FOLDER_OR_FILE",
+        rare=True,
+    )
+    resume_anyway: bool = setting(False, "go on although data or settings have changed since the run began", rare=True)
     max_minutes: float = setting(
-        0.0, "stop after so many minutes with a checkpoint, exit code 75; 0: no limit", at_least=0
+        0.0, "stop after so many minutes with a checkpoint and exit code 75; 0: no limit", at_least=0, rare=True
     )
     skip_nonfinite: int = setting(
         0,
         "leave out up to so many steps whose loss or gradient is not finite; 0: the first one ends the run",
         at_least=0,
+        rare=True,
     )
     gradient_checkpointing: Literal["auto", "true", "false"] = setting(
-        "auto", "recompute activations instead of keeping them; auto: when memory is short"
+        "auto", "save memory by computing activations twice, which is slower; auto: when memory is short"
     )
     verify: bool = setting(
-        False, "first check this layout against plain transformers + PEFT, as `atomtune verify` does"
+        False,
+        "before training, compare this layout with plain transformers + PEFT, as `atomtune verify` does",
+        rare=True,
     )
 
 
@@ -156,47 +328,60 @@ class RunSettings:
 class VerifySettings(RecordSettings, ModelSettings, LoraSettings):
     """Verify"""
 
-    records: int = setting(32, "how many records, drawn at random", at_least=1)
+    records: int = setting(32, "how many records to compare, chosen at random", at_least=1)
     per_device_train_batch_size: int = setting(16, "records in a batch, as the run will have them", at_least=1)
-    seed: int = setting(42, "of the draw", at_least=0)
+    seed: int = setting(42, "seed for choosing the records", at_least=0, at_most=LARGEST_SEED)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class InspectSettings(RecordSettings, TokenizerSettings):
     """Inspect"""
 
-    html: str | None = setting(None, "write the report as one page to this file")
-    json: bool = setting(False, "print the ledger of records and tokens as JSON, and nothing else, on standard output")
+    html: str | None = setting(None, "write the report to this file, as one web page", value="FILE")
+    json: bool = setting(
+        False, "print the counts of records and tokens as JSON on standard output, and nothing else there"
+    )
     fail_on: list[str] = setting(
         [],
-        "end with exit code 4 where more is found than allowed, as cut,duplicates=5%,control=10; "
-        f"of {', '.join(CHECKS)}",
+        "end with exit code 4 where more is found than allowed, as cut duplicates=5% control=10; of "
+        f"{', '.join(CHECKS)}",
+        value="CHECK",
     )
     samples: int = setting(3, "how many records to show token by token", at_least=0)
-    per_device_train_batch_size: int = setting(16, "records in a batch, to tell what a layout saves", at_least=1)
-    seed: int = setting(42, "of the draw", at_least=0)
+    per_device_train_batch_size: int = setting(
+        16, "records in a batch, to tell what sharing saves", at_least=1, rare=True
+    )
+    seed: int = setting(42, "seed for choosing the records to show", at_least=0, at_most=LARGEST_SEED, rare=True)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MergeSettings(TokenizerSettings):
     """Merge"""
 
-    adapter_path: str = setting(..., "a run's output folder or one of its checkpoints")
-    output_dir: str = setting(..., "where the merged model goes")
-    other_base: bool = setting(False, "use a base whose weights are not those the adapter was trained on")
-    dtype: Dtype = setting("auto", "number format of the merged weights; auto: as the base is stored")
+    adapter_path: str = setting(..., "the output folder of a run, or one of its checkpoints", value="FOLDER")
+    output_dir: str = setting(..., "folder for the merged model", value="FOLDER")
+    other_base: bool = setting(
+        False, "accept a base model whose weights are not those that the adapter was trained on", rare=True
+    )
+    dtype: Dtype = setting("auto", "number format of the merged weights; auto: as the base model is stored")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ChatSettings(ModelSettings):
     """Chat"""
 
-    adapter_path: str = setting(..., "a run's output folder, one of its checkpoints, or a merged model")
-    prompt: str | None = setting(None, "answer this and end; without it, a conversation")
-    system: str | None = setting(None, "the instruction of the conversation")
+    adapter_path: str = setting(
+        ..., "the output folder of a run, one of its checkpoints, or a merged model", value="FOLDER"
+    )
+    prompt: str | None = setting(None, "answer this and end; without it, a conversation begins", value="TEXT")
+    system: str | None = setting(None, "instruction for the whole conversation", value="TEXT")
     max_new_tokens: int = setting(512, "longest answer, in tokens", at_least=1)
-    temperature: float = setting(0.0, "0: always the likeliest token; higher: more varied", at_least=0)
-    other_base: bool = setting(False, "use a base whose weights are not those the adapter was trained on")
+    temperature: float = setting(
+        0.0, "0 always takes the most likely token; the higher, the more varied the answers", at_least=0
+    )
+    other_base: bool = setting(
+        False, "accept a base model whose weights are not those that the adapter was trained on", rare=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,25 +397,23 @@ class TrainSettings:
     demo: bool
 
     def resolved(self) -> dict[str, dict[str, Any]]:
-        """Each setting of our own and each that the Trainer gets, with its origin."""
-        values = {
-            f.name: getattr(group, f.name)
-            for group in (self.data, self.model, self.lora, self.run)
-            for f in fields(group)
-        } | self.trainer
-        return {
-            name: {
-                "value": "(not kept)" if _secret(name) and value else value,
-                "source": self.origins.get(name, "default"),
-            }
-            for name, value in values.items()
-        }
+        """Each setting of our own and each that the Trainer gets, with its origin; secrets left out."""
+        values: dict[str, Any] = {}
+        for group in (self.data, self.model, self.lora, self.run):
+            values |= {field.name: getattr(group, field.name) for field in fields(group)}
+        values |= self.trainer
+        resolved = {}
+        for name, value in values.items():
+            shown = "(not kept)" if _is_secret(name) and value else value
+            resolved[name] = {"value": shown, "source": self.origins.get(name, "default")}
+        return resolved
 
 
-def _secret(name: str) -> bool:
+def _is_secret(name: str) -> bool:
     return name.endswith(("_token", "_key", "_secret", "_password"))
 
 
 def _pairs(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """`theirs=ours` words as pairs."""
-    return tuple((theirs, ours) for theirs, _, ours in (word.partition("=") for word in words))
+    pairs = (word.partition("=") for word in words)
+    return tuple((theirs, ours) for theirs, _, ours in pairs)

@@ -1,20 +1,24 @@
-"""Config: settings/fields.py's fields filled from flags and YAML, and checked.
+"""Read: settings/fields.py's classes filled from flags and YAML, and checked.
 
-Before: settings/flags.py, what flags and YAML say.  After: cli.py hands the settings to a command.
-default < YAML < flag, and where each value came from is remembered. All problems are reported at once, before data or
+default < YAML < flag, and where each value was set is remembered. All problems are reported at once, before data or
 model is touched. transformers.TrainingArguments' own settings pass under their own names.
 """
 
 import json
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from atomtune.errors import BadSettings
+from atomtune.settings.contradictions import contradictions
+from atomtune.settings.entry import Entry
+from atomtune.settings.environment import environment_problems, waiting_notice
+from atomtune.settings.expect import expected, field_infos
 from atomtune.settings.fields import (
+    CHANGED_DEFAULTS,
     ChatSettings,
     DataSettings,
     InspectSettings,
@@ -22,155 +26,189 @@ from atomtune.settings.fields import (
     MergeSettings,
     ModelSettings,
     RunSettings,
+    TrainerSettings,
     TrainSettings,
     VerifySettings,
 )
-from atomtune.settings.flags import Given, given_values, kinds_of, library_kinds, yaml_values
+from atomtune.settings.flags import EntryReader, types_of
+from atomtune.settings.library import choices_of, library_settings, library_types
 
 S = TypeVar("S")
 
-
-#: TrainingArguments whose defaults are set for LoRA on a small data set, and why.
+OWN_GROUPS = (DataSettings, ModelSettings, LoraSettings, RunSettings)
+TRAIN_GROUPS = (DataSettings, ModelSettings, LoraSettings, TrainerSettings, RunSettings)
+GROUPS: dict[str, tuple[type[Any], ...]] = {
+    "train": TRAIN_GROUPS,
+    "inspect": (InspectSettings,),
+    "verify": (VerifySettings,),
+    "merge": (MergeSettings,),
+    "chat": (ChatSettings,),
+}
+#: What the Trainer gets where nothing is said, instead of its own defaults.
 LIBRARY_DEFAULTS: dict[str, Any] = {
-    "learning_rate": 1e-4,  # the tutorial's; transformers' 5e-5 is for full fine-tuning
-    "per_device_train_batch_size": 16,  # the tutorial's
-    "logging_steps": 10,  # the tutorial's
-    "save_total_limit": 3,  # the tutorial's
+    **{name: field_infos([TrainerSettings])[name].default for name in CHANGED_DEFAULTS},
     "report_to": "none",
 }
-
-
-TRAIN_GROUPS = (DataSettings, ModelSettings, LoraSettings, RunSettings)
-SETTINGS_OF: dict[str, type] = {
-    "inspect": InspectSettings,
-    "verify": VerifySettings,
-    "merge": MergeSettings,
-    "chat": ChatSettings,
-}
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
+#: Words of list settings, for errors.
+EXAMPLES = {"dataset_path": "train.jsonl", "keys": "question=instruction", "roles": "bot=assistant"}
+
+_LIBRARY_VALUES = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
-def read(command: str, argv: Sequence[str]) -> Any:
-    """The settings of one command."""
-    return read_train(argv) if command == "train" else read_settings(SETTINGS_OF[command], argv, command=command)
+def _say_nothing(_: str) -> None:
+    pass
 
 
-def read_train(argv: Sequence[str]) -> TrainSettings:
+def read(command: str, argv: Sequence[str], *, notice: Callable[[str], None] = _say_nothing) -> Any:
+    """The settings of one command. Raises BadSettings with every problem."""
+    if command == "train":
+        return read_train(argv, notice=notice)
+    return read_settings(GROUPS[command][0], argv, command=command, notice=notice)
+
+
+def read_train(argv: Sequence[str], *, notice: Callable[[str], None] = _say_nothing) -> TrainSettings:
     """Settings of `atomtune train [run.yaml] --flag value …`. Raises BadSettings with every problem."""
-    kinds = {**library_kinds(), **kinds_of(TRAIN_GROUPS)}
-    given, problems = given_values(argv, kinds, TRAIN_GROUPS, command="train")
-    demo = not (given.keys() & {"dataset_path", "model_path"})
+    types = {**library_types(), **types_of(TRAIN_GROUPS)}
+    reader = EntryReader("train", types)
+    entries = _entries(reader, argv, notice)
+    demo = not entries.keys() & {"dataset_path", "model_path"}
     if demo and (DEMO_FOLDER / "demo.yaml").is_file():
-        given = {**_demo_values(kinds, problems), **given}
-    for one, other in (("dataset_path", "model_path"), ("model_path", "dataset_path")):
-        if one in given and other not in given:
-            problems.append(f"--{one} is given without --{other}. Pass both, or neither for the embedded demo.")
-    groups: list[Any] = [_validated(group, given, problems) for group in TRAIN_GROUPS]
-    trainer = dict(LIBRARY_DEFAULTS)
-    for name in given.keys() - kinds_of(TRAIN_GROUPS).keys():
-        trainer[name] = _checked(name, given[name], kinds[name], problems)
-    settled = {name: value for group in groups if group for name, value in vars(group).items()} | trainer
-    problems += [*_named_wrongly(settled), *_contradictions(settled, given)]
+        entries = {**_demo_entries(reader), **entries}
+    problems = reader.problems
+    for name, other in (("dataset_path", "model_path"), ("model_path", "dataset_path")):
+        if name in entries and other not in entries:
+            problems.append(f"--{name} is given without --{other}. Pass both, or neither for the built-in demo.")
+    groups: dict[type, Any] = {group: _validated(group, entries, problems) for group in TRAIN_GROUPS}
+    trainer = _trainer_values(groups[TrainerSettings], entries, problems)
+    values = _values_of(groups.values()) | trainer
+    problems += [*_ill_formed(values), *contradictions(values, entries.keys()), *environment_problems()]
     if problems:
         raise BadSettings(problems)
-    origins = dict.fromkeys(LIBRARY_DEFAULTS, "atomtune's default") | {n: g.source for n, g in given.items()}
-    data, model, lora, run = groups
+    if waiting := waiting_notice():
+        notice(waiting)
+    origins = dict.fromkeys(LIBRARY_DEFAULTS, "atomtune's default")
+    origins |= {name: entry.origin for name, entry in entries.items()}
+    data, model, lora, run = (groups[group] for group in OWN_GROUPS)
     return TrainSettings(data=data, model=model, lora=lora, run=run, trainer=trainer, origins=origins, demo=demo)
 
 
-def read_settings(group: type[S], argv: Sequence[str], *, command: str) -> S:
-    """Settings of a command with one group and no Trainer."""
-    given, problems = given_values(argv, kinds_of((group,)), (group,), command=command)
-    settings = _validated(group, given, problems)
-    problems += _named_wrongly(vars(settings)) if settings is not None else []
-    if problems:
-        raise BadSettings(problems)
-    assert settings is not None
+def read_settings(
+    group: type[S], argv: Sequence[str], *, command: str, notice: Callable[[str], None] = _say_nothing
+) -> S:
+    """Settings of a command with one class and no Trainer. Raises BadSettings with every problem."""
+    reader = EntryReader(command, types_of((group,)))
+    entries = _entries(reader, argv, notice)
+    settings = _validated(group, entries, reader.problems)
+    if settings is not None:
+        reader.problems += _ill_formed(vars(settings))
+    if reader.problems or settings is None:
+        raise BadSettings(reader.problems)
     return settings
 
 
-def _contradictions(settled: Mapping[str, Any], given: Mapping[str, Given]) -> Iterator[str]:
-    def on(name: str) -> bool:
-        return bool(settled.get(name))
-
-    if on("skip_overlength") and "overlength" in given and settled.get("overlength") != "skip":
-        yield f"--skip_overlength and --overlength {settled.get('overlength')} contradict each other. Pass one of them."
-    if on("continue_training") and not on("checkpoint"):
-        yield "--continue_training needs --checkpoint with the folder to go on from. --resume finds the newest itself."
-    if on("checkpoint") and not on("continue_training"):
-        yield "--checkpoint is only read with --continue_training. Add it, or use --resume_from_checkpoint."
-    ways = [f"--{name}" for name in ("resume", "resume_from_checkpoint", "continue_training") if on(name)]
-    if len(ways) > 1:
-        yield f"{' and '.join(ways)} each name a place to go on from. Pass one of them."
-    if on("eval_path") and on("eval_size"):
-        yield "--eval_path and --eval_size each choose the evaluation records. Pass one of them."
-    if on("streaming") and not settled.get("max_steps", 0) > 0:
-        yield "--streaming needs --max_steps: how many records there are is not known before they are read."
-    for name in ("eval_size", "mix"):
-        if on("streaming") and on(name):
-            yield f"--{name} draws from all records, which --streaming never holds. Leave one of them out."
-    if on("streaming") and on("dataloader_num_workers"):
-        yield "--dataloader_num_workers: with --streaming each would read everything. Large files use all cores anyway."
-    if on("fp16") and on("bf16"):
-        yield "--fp16 and --bf16 contradict each other. Pass one of them, or neither for the device's best."
+def _entries(reader: EntryReader, argv: Sequence[str], notice: Callable[[str], None]) -> dict[str, Entry]:
+    entries = reader.read(argv)
+    if reader.translated:
+        notice(f"names of other tools, read as atomtune's: {', '.join(reader.translated)}.")
+    return entries
 
 
-def _named_wrongly(settled: Mapping[str, Any]) -> Iterator[str]:
-    for name, example in (("keys", "question=instruction"), ("roles", "bot=assistant")):
-        for word in settled.get(name) or []:
-            if not all(word.partition("=")):
-                yield f"--{name} {word!r}: expected theirs=ours, as {example}."
-    files, mix = settled.get("dataset_path") or [], settled.get("mix") or []
-    count = 1 if isinstance(files, str) else len(files)
-    if mix and len(mix) != count:
-        yield f"--mix has {len(mix)} numbers for {count} files. Pass one a file, in their order."
-    if any(weight < 0 for weight in mix) or (mix and not any(mix)):
-        yield "--mix: a file's records are seen 0 times or more, and some file's more than 0 times."
+def _demo_entries(reader: EntryReader) -> dict[str, Entry]:
+    return {
+        **reader.read_yaml(DEMO_FOLDER / "demo.yaml"),
+        "dataset_path": Entry(str(DEMO_FOLDER / "persona.jsonl"), "the demo"),
+        "model_path": Entry(str(DEMO_FOLDER / "base"), "the demo"),
+    }
 
 
-def _demo_values(kinds: Mapping[str, Any], problems: list[str]) -> dict[str, Given]:
-    values = yaml_values(DEMO_FOLDER / "demo.yaml", kinds, problems)
-    values["dataset_path"] = Given(str(DEMO_FOLDER / "persona.jsonl"), "the demo")
-    values["model_path"] = Given(str(DEMO_FOLDER / "base"), "the demo")
-    return values
-
-
-def _validated(group: type[S], given: Mapping[str, Given], problems: list[str]) -> S | None:
-    kinds = kinds_of((group,))
-    values = {name: _listed(given[name].value, kinds[name]) for name in given.keys() & kinds.keys()}
+def _validated(group: type[S], entries: Mapping[str, Entry], problems: list[str]) -> S | None:
+    """One class filled from the entries; None where one of them does not fit, with the problem said."""
+    types, infos = types_of((group,)), field_infos([group])
+    values = {name: _value(entries[name], types[name]) for name in types if name in entries}
     try:
         return group(**values)
     except ValidationError as error:
         for problem in error.errors():
             name = str(problem["loc"][0])
-            place = given[name].called(name) if name in given else f"--{name}"
-            problems.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}.")
+            if name in entries and _holds_mappings(entries[name].value):
+                text = f"{entries[name].origin}: {name}: expected words, as `{name}: {EXAMPLES.get(name, 'a b')}`."
+            elif name in entries:
+                text = f"{entries[name].place(name)}: expected {expected(types[name], infos[name])}."
+            else:
+                text = f"--{name} is missing: {infos[name].description}."
+            if text not in problems:  # a list has one problem a word
+                problems.append(text)
         return None
 
 
-def _listed(value: Any, kind: Any) -> Any:
+def _holds_mappings(value: Any) -> bool:
+    """As `datasets: [{path: …, type: …}]`, which other tools write."""
+    return isinstance(value, list) and any(isinstance(item, dict) for item in value)
+
+
+def _value(entry: Entry, kind: Any) -> Any:
     """A list setting may be one word, words, or words joined by commas."""
     if "true" in typing.get_args(kind):  # auto|true|false, however true is written
-        return str(value).lower()
+        return str(entry.value).lower()
     if typing.get_origin(kind) is not list:
-        return value
-    words = value if isinstance(value, list) else [value]
+        return entry.value
+    words = entry.value if isinstance(entry.value, list) else [entry.value]
     return [part for word in words for part in str(word).split(",") if part]
 
 
-def _checked(name: str, one: Given, kind: Any, problems: list[str]) -> Any:
+def _trainer_values(
+    declared: TrainerSettings | None, entries: Mapping[str, Entry], problems: list[str]
+) -> dict[str, Any]:
+    """What the Trainer gets: our defaults, and everything that was set, as its own types."""
+    own, ranged, library = types_of(OWN_GROUPS), types_of((TrainerSettings,)), library_settings()
+    values = dict(LIBRARY_DEFAULTS)
+    for name, entry in entries.items():
+        if name in own:
+            continue
+        if name not in ranged:
+            values[name] = _library_value(name, entry, library[name].type, problems)
+        elif declared is not None:
+            values[name] = getattr(declared, name)
+        choices = choices_of(library[name])
+        if choices and str(entry.value) not in choices:
+            problems.append(f"{entry.place(name)}: expected one of {', '.join(choices)}.")
+    return values
+
+
+def _library_value(name: str, entry: Entry, kind: Any, problems: list[str]) -> Any:
     """A Trainer's value as its own type; `{…}` is JSON."""
-    value = one.value
+    value = entry.value
     if isinstance(value, str) and value.lower() in ("true", "false") and bool in typing.get_args(kind):
         return value.lower() == "true"
     if isinstance(value, str) and value.startswith("{"):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
-            problems.append(f"{one.called(name)}: not JSON: {error}.")
+        except (json.JSONDecodeError, RecursionError) as error:
+            problems.append(f"{entry.place(name)}: not JSON: {error}.")
             return None
     try:
-        return TypeAdapter(kind, config=ConfigDict(coerce_numbers_to_str=True)).validate_python(value)
-    except ValidationError as error:
-        problems.append(f"{one.called(name)}: {error.errors()[0]['msg']}.")
+        return TypeAdapter(kind, config=_LIBRARY_VALUES).validate_python(value)
+    except ValidationError:
+        problems.append(f"{entry.place(name)}: expected {expected(kind)}.")
         return None
+
+
+def _values_of(groups: typing.Iterable[Any]) -> dict[str, Any]:
+    return {name: value for group in groups if group is not None for name, value in vars(group).items()}
+
+
+def _ill_formed(values: Mapping[str, Any]) -> list[str]:
+    """Lists whose words have a form of their own."""
+    problems = []
+    for name in ("keys", "roles"):
+        for word in values.get(name) or []:
+            if not all(word.partition("=")):
+                problems.append(f"--{name} {word!r}: expected THEIRS=OURS, as {EXAMPLES[name]}.")
+    paths, mix = values.get("dataset_path") or [], values.get("mix") or []
+    count = 1 if isinstance(paths, str) else len(paths)
+    if mix and len(mix) != count:
+        problems.append(f"--mix has {len(mix)} numbers for {count} files. Pass one number a file, in their order.")
+    if any(weight < 0 for weight in mix) or (mix and not any(mix)):
+        problems.append("--mix: expected numbers of 0 or more, one of them more than 0.")
+    return problems

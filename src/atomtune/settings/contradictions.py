@@ -1,0 +1,49 @@
+"""Contradictions: settings that are right alone and cannot go together."""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+
+def contradictions(values: Mapping[str, Any], written: Collection[str]) -> Iterator[str]:
+    """A line for each. written: the settings that the user set; all others have their defaults."""
+    yield from _of_data(values, written)
+    yield from _of_the_start(values)
+    yield from _of_the_trainer(values)
+
+
+def _of_data(values: Mapping[str, Any], written: Collection[str]) -> Iterator[str]:
+    def on(name: str) -> bool:
+        return bool(values.get(name))
+
+    overlength = values.get("overlength")
+    if on("skip_overlength") and "overlength" in written and overlength != "skip":
+        yield f"--skip_overlength and --overlength {overlength} contradict each other. Pass one of them."
+    if on("eval_path") and on("eval_size"):
+        yield "--eval_path and --eval_size each choose the records to evaluate on. Pass one of them."
+    if not on("streaming"):
+        return
+    if (values.get("max_steps") or 0) <= 0:
+        yield "--streaming needs --max_steps: how many records there are is not known before they are read."
+    for name in ("eval_size", "mix"):
+        if on(name):
+            yield f"--{name} chooses among all records, which --streaming never holds. Leave one of them out."
+    if on("dataloader_num_workers"):
+        yield (
+            "--dataloader_num_workers and --streaming: every worker would read all the files. Leave one of them out; "
+            "reading uses all processor cores anyway."
+        )
+
+
+def _of_the_start(values: Mapping[str, Any]) -> Iterator[str]:
+    ways = [f"--{name}" for name in ("resume", "resume_from_checkpoint", "continue_training") if values.get(name)]
+    if len(ways) > 1:
+        yield f"{' and '.join(ways)} each name a place to go on from. Pass one of them."
+    if values.get("continue_training") and not values.get("checkpoint"):
+        yield "--continue_training needs --checkpoint with the folder to go on from. --resume finds the newest itself."
+    if values.get("checkpoint") and not values.get("continue_training"):
+        yield "--checkpoint is read with --continue_training alone. Add it, or use --resume_from_checkpoint."
+
+
+def _of_the_trainer(values: Mapping[str, Any]) -> Iterator[str]:
+    if values.get("fp16") and values.get("bf16"):
+        yield "--fp16 and --bf16 contradict each other. Pass one of them, or neither for what suits the device."

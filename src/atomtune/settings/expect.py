@@ -1,0 +1,69 @@
+"""Expect: what a setting may be, in words, for --help and for errors."""
+
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, Literal
+
+from pydantic.fields import FieldInfo
+
+
+def field_infos(groups: Sequence[type[Any]]) -> dict[str, FieldInfo]:
+    """Name → declaration of every setting of these classes."""
+    infos = {}
+    for group in groups:
+        for field in fields(group):
+            assert isinstance(field.default, FieldInfo), f"{field.name} is declared by setting(…)"
+            infos[field.name] = field.default
+    return infos
+
+
+def choices_in(kind: Any) -> tuple[str, ...]:
+    """The words of a Literal, alone or in a union."""
+    parts = (kind, *typing.get_args(kind))
+    return tuple(word for part in parts if typing.get_origin(part) is Literal for word in typing.get_args(part))
+
+
+def expected(kind: Any, info: FieldInfo | None = None) -> str:
+    """`a whole number, 1 or more`; `one of shorten, skip, error`."""
+    parts = _parts(kind)
+    words = [_KINDS[part] for part in _KINDS if part in parts]
+    if bool in parts and str in parts:  # as --fsdp: the flag alone, or words
+        words = ["true, false or text"]
+    if choices := choices_in(kind):
+        words = [f"one of {', '.join(choices)}"]
+    limits = _range(info) if info is not None else ""
+    return f"{' or '.join(words)}{f', {limits}' if limits else ''}"
+
+
+#: In the order in which a union names them.
+_KINDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list[float]: "numbers",
+    list[str]: "words",
+    dict: 'JSON, as {"name": 1}',
+}
+
+
+def _parts(kind: Any) -> set[Any]:
+    """The members of a union, dict[str, bool] as dict; None left out, and list[str] beside str."""
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    parts = set(typing.get_args(kind)) if union else {kind}
+    parts = {dict if typing.get_origin(part) is dict else part for part in parts}
+    if str in parts:
+        parts -= {list[str]}
+    if dict in parts:  # a dict or str: the text of a file's name
+        parts -= {str}
+    return parts
+
+
+def _range(info: FieldInfo) -> str:
+    limits = {name: getattr(limit, name) for limit in info.metadata for name in _RANGE_WORDS if hasattr(limit, name)}
+    return " and ".join(_RANGE_WORDS[name].format(limits[name]) for name in _RANGE_WORDS if name in limits)
+
+
+_RANGE_WORDS = {"ge": "{:,} or more", "gt": "more than {}", "le": "at most {:,}", "lt": "less than {}"}

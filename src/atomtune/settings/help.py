@@ -1,0 +1,176 @@
+"""Help: `--help` of a command, in two steps: what people change, and with `--help all` everything."""
+
+import inspect
+import shutil
+import textwrap
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from atomtune.errors import EXIT_CODE_MEANINGS
+from atomtune.settings.expect import choices_in, field_infos
+from atomtune.settings.library import choices_of, library_settings
+
+NARROW, WIDE = 40, 110  # columns
+INDENT = " " * 6
+
+NAMES_IN_FLAG = 60  # characters of one|of|these; more choices stand in the text
+
+#: Along the walk of a record; a command's own settings come behind them.
+HEADINGS = ["Data", "Model", "LoRA", "Training", "Run"]
+
+#: How a command is called.
+USAGE = {
+    "train": "[run.yaml] [--setting value …]",
+    "inspect": "FILE … --model_path FOLDER_OR_NAME [--setting value …]",
+    "verify": "--model_path FOLDER_OR_NAME --dataset_path FILE [--setting value …]",
+    "merge": "--adapter_path FOLDER --output_dir FOLDER [--setting value …]",
+    "chat": "--adapter_path FOLDER [--setting value …]",
+}
+EXAMPLES = {
+    "train": [
+        "--model_path Qwen/Qwen3-0.6B --dataset_path train.jsonl --output_dir out",
+        "run.yaml --learning_rate 5e-4",
+    ],
+    "inspect": [
+        "train.jsonl --model_path Qwen/Qwen3-0.6B --html report.html",
+        "train.jsonl --model_path Qwen/Qwen3-0.6B --fail_on refused duplicates=5%",
+    ],
+    "verify": [
+        "--model_path Qwen/Qwen3-0.6B --dataset_path train.jsonl",
+        "--model_path Qwen/Qwen3-0.6B --dataset_path train.jsonl --dtype float32 --records 64",
+    ],
+    "merge": [
+        "--adapter_path out --output_dir out-merged",
+        "--adapter_path out/checkpoint-500 --output_dir out-merged --dtype bfloat16",
+    ],
+    "chat": [
+        "--adapter_path out",
+        '--adapter_path out --prompt "Who are you?" --temperature 0.7',
+    ],
+}
+
+#: What a command does, beyond its line in the overview.
+ABOUT = {
+    "train": "Without --model_path and --dataset_path the built-in demo is trained. run.yaml holds the same settings "
+    "as lines of `name: value`; a flag goes before it.",
+}
+
+
+def help_text(command: str, summary: str, groups: Sequence[type[Any]], *, everything: bool) -> str:
+    """The whole page, wrapped at word ends to the width of the terminal."""
+    width = min(max(shutil.get_terminal_size().columns, NARROW), WIDE)
+    lines = [*_wrapped(f"usage: atomtune {command} {USAGE[command]}", width, indent=INDENT), ""]
+    lines += _wrapped(f"{summary} {ABOUT.get(command, '')}", width)
+    sections = _sections(groups, everything=everything)
+    if everything and command == "train":
+        sections["More settings of transformers.TrainingArguments"] = _library_lines(field_infos(groups))
+    for title, settings in sections.items():
+        lines += ["", f"{title}:"]
+        for flag, text in settings:
+            lines += _wrapped(f"  {flag}", width, indent=INDENT)
+            lines += _wrapped(f"{INDENT}{text}", width, indent=INDENT)
+    if not everything:
+        lines += ["", *_wrapped(f"`atomtune {command} --help all` shows all settings.", width)]
+    lines += ["", "Examples:"]
+    lines += [f"  atomtune {command} {example}" for example in EXAMPLES[command]]
+    lines += ["", "Exit codes:"]
+    for code, meaning in EXIT_CODE_MEANINGS.items():
+        lines += _wrapped(f"{code:>4}  {meaning}", width, indent=INDENT)
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, width: int, *, indent: str = "") -> list[str]:
+    """Lines that end at a word's end; a word longer than a line is left whole, so that it can be copied."""
+    own_indent = text[: len(text) - len(text.lstrip())]
+    return textwrap.wrap(
+        text.strip(),
+        width,
+        initial_indent=own_indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _sections(groups: Sequence[type[Any]], *, everything: bool) -> dict[str, list[tuple[str, str]]]:
+    """Heading → (flag, help line); a setting stands under the class that declares it."""
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for group in groups:
+        types = typing.get_type_hints(group)
+        for name, info in field_infos([group]).items():
+            if everything or not _extra(info, "rare"):
+                settings = sections.setdefault(_heading(group, name), [])
+                settings.append((f"--{name} {_placeholder(name, types[name], info)}", _described(name, info)))
+    ordered = sorted(sections, key=lambda heading: HEADINGS.index(heading) if heading in HEADINGS else len(HEADINGS))
+    return {heading: sections[heading] for heading in ordered}
+
+
+def _heading(group: type[Any], name: str) -> str:
+    declaring = next(cls for cls in group.__mro__ if name in inspect.get_annotations(cls))
+    return str(declaring.__doc__)
+
+
+def _extra(info: FieldInfo, key: str) -> Any:
+    return info.json_schema_extra.get(key) if isinstance(info.json_schema_extra, dict) else None
+
+
+def _described(name: str, info: FieldInfo) -> str:
+    """What a setting does, and its default."""
+    text = str(info.description)
+    choices = _library_choices(name)
+    if len("|".join(choices)) > NAMES_IN_FLAG:
+        text += f": {', '.join(choices)}"
+    default = info.get_default(call_default_factory=True, validated_data={})
+    if info.is_required():
+        return f"{text} (required)"
+    if default is None or default is False or default == [] or "default:" in text:
+        return text
+    return f"{text} [{_shown(default)}]"
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, list):
+        return " ".join(map(str, default))
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _placeholder(name: str, kind: Any, info: FieldInfo | None = None) -> str:
+    """What goes in: FILE, N, one|of|these."""
+    choices = "|".join(choices_in(kind) or _library_choices(name))
+    if len(choices) > NAMES_IN_FLAG:
+        choices = "NAME"
+    word = (_extra(info, "value") if info else None) or choices or _placeholder_of_type(kind)
+    takes_list = any(typing.get_origin(part) is list for part in (kind, *typing.get_args(kind)))
+    return f"{word} …" if takes_list else word
+
+
+def _library_choices(name: str) -> tuple[str, ...]:
+    setting = library_settings().get(name)
+    return choices_of(setting) if setting else ()
+
+
+def _placeholder_of_type(kind: Any) -> str:
+    parts = {kind, *typing.get_args(kind)}
+    for part, word in ((bool, "true|false"), (float, "X"), (int, "N"), (dict, "JSON")):
+        if part in parts or any(typing.get_origin(member) is part for member in parts):
+            return word
+    return "TEXT"
+
+
+def _library_lines(own: Mapping[str, FieldInfo]) -> list[tuple[str, str]]:
+    """The Trainer's settings that are not declared here, with the library's own help."""
+    lines = []
+    for name, setting in library_settings().items():
+        if name in own:
+            continue
+        text = setting.help
+        choices = choices_of(setting)
+        if len("|".join(choices)) > NAMES_IN_FLAG:
+            text += f": {', '.join(choices)}"
+        if setting.default not in (None, False, ""):
+            text += f" [{_shown(setting.default)}]"
+        lines.append((f"--{name} {_placeholder(name, setting.type)}", text))
+    return lines

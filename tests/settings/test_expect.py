@@ -1,0 +1,87 @@
+"""Laws of what is said to be expected: one voice, in words, with the range."""
+
+import re
+
+import pytest
+
+from atomtune.errors import BadSettings
+from atomtune.settings.read import read, read_train
+
+BOTH = ("--dataset_path", "train.jsonl", "--model_path", "base")
+SEED = "a whole number, 0 or more and at most 4,294,967,295"
+
+
+def problem(*flags: str) -> str:
+    with pytest.raises(BadSettings) as caught:
+        read_train([*BOTH, *flags])
+    (line,) = str(caught.value).splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expectation"),
+    [
+        ("lora_rank", "x", "a whole number, 1 or more"),
+        ("lora_rank", "2.5", "a whole number, 1 or more"),
+        ("lora_dropout", "1", "a number, 0 or more and less than 1"),
+        ("lora_alpha", "inf", "a number, 0 or more"),
+        ("overlength", "cut", "one of shorten, skip, error"),
+        ("quantize", "fp4", "one of nf4, int8"),
+        ("skip_bad", "perhaps", "true or false"),
+        ("mix", "a", "numbers"),
+        ("save_total_limit", "0", "a whole number, 1 or more"),
+        ("gradient_checkpointing", "often", "one of auto, true, false"),
+        # Of the library's own settings, which pydantic and argparse let pass and a library died of.
+        ("per_device_train_batch_size", "0", "a whole number, 1 or more"),
+        ("per_device_eval_batch_size", "0", "a whole number, 1 or more"),
+        ("gradient_accumulation_steps", "0", "a whole number, 1 or more"),
+        ("learning_rate", "nan", "a number, 0 or more"),
+        ("learning_rate", "-1", "a number, 0 or more"),
+        ("learning_rate", "-1e-4", "a number, 0 or more"),
+        ("learning_rate", "inf", "a number, 0 or more"),
+        ("seed", "-1", SEED),
+        ("seed", "4294967296", SEED),
+        ("data_seed", "-1", SEED),
+        ("adam_beta1", "2", "a number, 0 or more and less than 1"),
+        ("adam_beta2", "1", "a number, 0 or more and less than 1"),
+        ("adam_epsilon", "0", "a number, more than 0"),
+        ("weight_decay", "-0.1", "a number, 0 or more"),
+        ("max_grad_norm", "-1", "a number, 0 or more"),
+        ("num_train_epochs", "0", "a number, more than 0"),
+        ("max_steps", "-2", "a whole number, -1 or more"),
+        ("warmup_steps", "-1", "a number, 0 or more"),
+        ("logging_steps", "0", "a number, more than 0"),
+        ("save_steps", "0", "a number, more than 0"),
+        ("dataloader_num_workers", "-1", "a whole number, 0 or more"),
+        ("label_smoothing_factor", "1", "a number, 0 or more and less than 1"),
+        ("fp16", "perhaps", "true or false"),
+        ("eval_strategy", "sometimes", "one of no, steps, epoch"),
+        ("hub_strategy", "never", "one of end, every_save, checkpoint, all_checkpoints"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_told_what_was_expected(name, value, expectation):
+    assert problem(f"--{name}", value) == f"--{name} '{value}': expected {expectation}."
+
+
+@pytest.mark.parametrize("name", ["lr_scheduler_type", "optim"])
+def test_a_long_list_of_choices_is_named_whole(name):
+    assert re.match(rf"--{name} 'cosin': expected one of (\w+, )+\w+\.$", problem(f"--{name}", "cosin"))
+
+
+def test_a_setting_that_is_missing_is_explained():
+    with pytest.raises(BadSettings) as caught:
+        read("merge", ["--adapter_path", "a"])
+    assert str(caught.value) == "--output_dir is missing: folder for the merged model."
+
+
+def test_a_value_of_a_page_is_not_printed_whole():
+    # A file name pasted as a number, or an alias in YAML that stands for millions of values.
+    line = problem("--lora_rank", "9" * 5000)
+    assert len(line) < 200 and "…" in line
+
+
+@pytest.mark.parametrize("flags", [("--lora_rank", "x"), ("--mix", "a", "b"), ("--fp16", "7"), ("--report_to", "{1}")])
+def test_no_sentence_of_a_library_reaches_the_user(flags):
+    with pytest.raises(BadSettings) as caught:
+        read_train([*BOTH, *flags])
+    assert not re.search("Input should|unable to parse|valid (integer|number)|Field required", str(caught.value))

@@ -1,0 +1,69 @@
+"""Laws of --help: what people change first, every setting once, and no word cut in two."""
+
+import pytest
+
+from atomtune.cli import COMMANDS
+from atomtune.errors import ExitCode
+from atomtune.settings.flags import types_of
+from atomtune.settings.help import help_text
+from atomtune.settings.library import library_types
+from atomtune.settings.read import GROUPS, TRAIN_GROUPS
+
+#: Those of the library that people change.
+USUAL = (
+    "output_dir learning_rate num_train_epochs per_device_train_batch_size gradient_accumulation_steps max_steps "
+    "warmup_steps lr_scheduler_type logging_steps save_steps eval_strategy"
+)
+
+
+def page(command: str, *, everything: bool = False) -> str:
+    return help_text(command, COMMANDS[command].summary, GROUPS[command], everything=everything)
+
+
+def names(text: str) -> list[str]:
+    return [line.split()[0][2:] for line in text.splitlines() if line.startswith("  --")]
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+@pytest.mark.parametrize("columns", ["1", "40", "80", "200"])
+def test_lines_end_at_word_ends_at_any_width(command, columns, monkeypatch):
+    unwrapped = page(command, everything=True).split()
+    monkeypatch.setenv("COLUMNS", columns)
+    wrapped = page(command, everything=True)
+    assert wrapped.split() == unwrapped, "a word was cut, or lost"
+    for line in wrapped.partition("\nExamples:\n")[0].splitlines():
+        # Only a word that is longer than a line stands out: it is left whole, to be copied.
+        assert len(line) <= min(max(int(columns), 40), 110) or len(line.split()) == 1
+
+
+def test_the_first_page_of_train_shows_what_people_change():
+    shown = names(page("train"))
+    assert 20 <= len(shown) <= 35
+    assert set(USUAL.split()) <= set(shown)
+    assert "`atomtune train --help all`" in page("train")
+
+
+def test_the_whole_page_shows_every_setting_once():
+    shown = names(page("train", everything=True))
+    assert sorted(shown) == sorted(library_types().keys() | types_of(TRAIN_GROUPS).keys())
+    for command in COMMANDS:
+        assert sorted(names(page(command, everything=True)))[-3:] and "--help all`" not in page(
+            command, everything=True
+        )
+        assert types_of(GROUPS[command]).keys() <= set(names(page(command, everything=True)))
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_page_has_two_examples_and_the_exit_codes(command):
+    assert page(command).count(f"\n  atomtune {command} ") == 2
+    codes = page(command).partition("Exit codes:")[2]
+    assert all(f" {code}  " in codes for code in map(int, ExitCode))
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_setting_says_what_goes_in_and_what_it_does(command):
+    lines = page(command, everything=True).splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith("  --"):
+            assert len(line.split()) >= 2, f"{line} takes what?"
+            assert lines[number + 1].strip(), f"{line} does what?"
