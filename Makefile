@@ -35,7 +35,7 @@ soak: $(VENV)/installed-test
 	ATOMTUNE_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/walk/test_faults.py tests/walk/test_same_run.py
 
 fuzz: $(VENV)/installed-test
-	ATOMTUNE_FUZZ=10000 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/data/test_fuzz.py tests/data/test_fuzz_kinds.py
+	ATOMTUNE_FUZZ=10000 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/walk/test_fuzz.py tests/walk/test_fuzz_kinds.py
 
 # The lower bounds of pyproject.toml, in an environment of their own; `make test-oldest LEAVE=torch` leaves torch as it is.
 test-oldest: .venv-oldest/installed
