@@ -1,4 +1,4 @@
-"""Which defaults: held-out loss and chrF by learning rate, batch, epochs, warm-up and rank, on small sets of three kinds.
+"""Which defaults: held-out loss and chrF by rate, batch, epochs, warm-up and rank, on small sets of three kinds.
 
     python -m benchmarks.defaults --base FOLDER --records 50 200 --seeds 1 --out defaults.jsonl
     python -m benchmarks.defaults --table defaults.jsonl
@@ -137,8 +137,8 @@ def run_trial(base: str, files: tuple[Path, Path], settings: Settings, *, seed: 
         "learning_rate": settings.learning_rate, "per_device_train_batch_size": settings.batch,
         "num_train_epochs": settings.epochs, "warmup_steps": round(settings.warmup * steps),
         "lr_scheduler_type": settings.schedule, "lora_rank": settings.rank, "lora_alpha": settings.alpha,
-        "lora_dropout": settings.dropout, "eval_strategy": "steps", "eval_steps": steps, "logging_steps": 1, "save_strategy": "no",
-        "max_seq_length": 1024,
+        "lora_dropout": settings.dropout, "eval_strategy": "steps", "eval_steps": steps, "logging_steps": 1,
+        "save_strategy": "no", "max_seq_length": 1024,
     }  # fmt: skip
     command = ["train", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
     printed = io.StringIO()
@@ -258,8 +258,8 @@ def words_of(trial: dict[str, Any]) -> str:
     warmup = f", warm-up {trial['warmup']:.0%}" if trial["warmup"] else ""
     schedule = "" if trial["schedule"] == "linear" else f", {trial['schedule']}"
     return (
-        f"{named}rate {trial['learning_rate']:g}, batch {trial['batch']}, {trial['epochs']:g} epochs{warmup}{schedule}, "
-        f"rank {trial['rank']}, alpha {trial['alpha']:g}, dropout {trial['dropout']:g}"
+        f"{named}rate {trial['learning_rate']:g}, batch {trial['batch']}, {trial['epochs']:g} epochs"
+        f"{warmup}{schedule}, rank {trial['rank']}, alpha {trial['alpha']:g}, dropout {trial['dropout']:g}"
     )
 
 
