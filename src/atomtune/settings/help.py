@@ -66,7 +66,7 @@ def help_text(command: str, summary: str, groups: Sequence[type[Any]], *, everyt
     lines += _wrapped(f"{summary} {ABOUT.get(command, '')}", width)
     sections = _sections(groups, everything=everything)
     if everything and command == "train":
-        sections["More settings of transformers.TrainingArguments"] = _library_lines(field_infos(groups))
+        sections["More settings, of transformers.Trainer"] = _library_lines(field_infos(groups))
     for title, settings in sections.items():
         lines += ["", f"{title}:"]
         for flag, text in settings:
