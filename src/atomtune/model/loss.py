@@ -55,7 +55,7 @@ def target_nats(
     free), where the model's output layers can be called apart from its body (`Head`); else [B, K, V] for the K columns
     that hold a target.
     A batch without targets gives a zero that is tied to the weights, so that every rank has a gradient.
-    Checked against one record at a time: tests/train/test_oracle.py.
+    Checked against one record at a time: tests/train/test_trainer.py.
     """
     target, learn = batch["target"], batch["learn"]
     if len(target) and (head := Head.of(model)):

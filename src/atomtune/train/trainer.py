@@ -2,7 +2,7 @@
 
 Ours: the loss (sum over targets / targets of the whole global batch), evaluation by the same law, what is counted and
 when it stops; saves are saving.py's. Law: a step's loss and gradient do not depend on how its examples are divided into
-micro-batches or ranks (tests/train/test_oracle.py).
+micro-batches or ranks (tests/train/test_trainer.py).
 """
 
 import math
