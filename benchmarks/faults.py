@@ -140,8 +140,6 @@ def _around_writers(operation: Callable[[object], None]) -> None:
     """Native writers open files unheard; each counts once before it writes and once after."""
     import peft.peft_model
 
-    import atomtune.train.checkpoint.state
-
     def around(module: Any, name: str, path_at: int) -> None:
         real = getattr(module, name)
 
@@ -155,7 +153,6 @@ def _around_writers(operation: Callable[[object], None]) -> None:
 
     around(torch, "save", 1)
     around(peft.peft_model, "safe_save_file", 1)
-    around(atomtune.train.checkpoint.state, "save_file", 1)
 
 
 def points_of_a_save(runner: Callable[..., int], base: Path, data: Path, out: Path) -> int:

@@ -1,34 +1,97 @@
-"""Disk: a file is written whole or not at all; which errors are the disk's and not a bug."""
+"""Disk: a file or folder is written whole or not at all; which errors are the disk's and not a bug."""
 
+import contextlib
 import errno
 import json
+import math
 import os
-from collections.abc import Mapping
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 #: The write failed for want of space or of a working disk, not by a bug.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE}
+#: torch.save closes its archive, finds fewer bytes than it wrote and says only that: no errno, no class of its own.
+_TORCH_WROTE_LESS = re.compile(r"unexpected pos \d+ vs \d+|file write failed")
+#: Behind the name of a file that is being written.
+_PART = ".part"
 
 
 def disk_failed(error: BaseException) -> bool:
-    """Whether a write failed because of the disk; torch and safetensors say so in words only."""
-    said = str(error)
-    return getattr(error, "errno", None) in _DISK_ERRORS or "No space left" in said or "file write failed" in said
+    """Whether a write failed because of the disk; torch and safetensors, written in C++ and Rust, say so in words."""
+    text = str(error)
+    number = re.search(r"\(os error (\d+)\)", text)  # safetensors
+    code = int(number.group(1)) if number else getattr(error, "errno", None)
+    return code in _DISK_ERRORS or "No space left" in text or _TORCH_WROTE_LESS.search(text) is not None
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write beside the name and rename: a reader never sees half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write in, which takes the place of `path` when all of it is on the disk.
+
+    A reader never sees half a file. A link under either name is replaced, never written through.
+    """
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PART}")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            json.dump(values, file, ensure_ascii=False, indent=2)
-            file.write("\n")
+        with beside.open("xb") as file:  # x: never through a link that waits under this name
+            yield file
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Replace a file by these values as JSON; JSON has no NaN and no infinity, so these become null."""
+    text = json.dumps(only_finite(values), ensure_ascii=False, indent=2, allow_nan=False)
+    with replacing(path) as file:
+        file.write(f"{text}\n".encode())
+
+
+def only_finite(value: Any) -> Any:
+    """The value as JSON can keep it: every number in it that is NaN or infinite is None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: only_finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [only_finite(item) for item in value]
+    return value
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object. Raises OSError where it cannot be read, ValueError where it holds anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(values, dict):
+        raise ValueError("not an object")
+    return values
+
+
+def new_folder(path: Path) -> None:
+    """An empty folder of its own under this name, whatever stood there before."""
+    remove_tree(path)
+    path.mkdir(parents=True)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder as far as that goes; of a link only the link, never what it leads to."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes were writing beside its name; for the only one who writes in this folder."""
+    for part in folder.glob(f".*{_PART}"):
+        remove_tree(part)
 
 
 def sync(path: Path) -> None:
@@ -40,3 +103,9 @@ def sync(path: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring a folder and all in it to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from atomtune.errors import RunFailed
-from atomtune.train.callbacks import FiniteSteps, Reach, Spikes, WorkCounter
+from atomtune.train.callbacks import GradientCheck, LossSpikeWarning, SkipNonFinite, WorkCounter
 
 ONE_RANK = SimpleNamespace(world_size=1)
 
@@ -17,7 +17,7 @@ def state(step: int) -> SimpleNamespace:
 
 def spikes_of(losses: list[float]) -> list[str]:
     said: list[str] = []
-    spikes = Spikes(said.append)
+    spikes = LossSpikeWarning(said.append)
     for step, loss in enumerate(losses):
         spikes.on_log(None, state(step), None, logs={"loss": loss})
     return said
@@ -41,10 +41,10 @@ def model() -> torch.nn.Module:
 
 def test_layers_without_gradient_are_named_once():
     said: list[str] = []
-    one, reach = model(), Reach(said.append)
+    one, check = model(), GradientCheck(said.append)
     one.lora_B(one.lora_A(torch.zeros(1, 3))).sum().backward()  # a zero input: no gradient for B
     for _ in range(2):
-        reach.on_pre_optimizer_step(None, state(0), None, model=one)
+        check.on_pre_optimizer_step(None, state(0), None, model=one)
     assert len(said) == 1
     assert "no gradient reaches 1 of 1 adapter layers" in said[0]
 
@@ -52,15 +52,15 @@ def test_layers_without_gradient_are_named_once():
 def test_layers_with_gradient_are_not_mentioned():
     one = model()
     one.lora_B(one.lora_A(torch.ones(1, 3))).sum().backward()
-    Reach(pytest.fail).on_pre_optimizer_step(None, state(0), None, model=one)
+    GradientCheck(pytest.fail).on_pre_optimizer_step(None, state(0), None, model=one)
 
 
-def finite(budget: int, said: list[str] | None = None) -> FiniteSteps:
-    return FiniteSteps(WorkCounter(), budget=budget, notice=(said if said is not None else []).append)
+def finite(budget: int, said: list[str] | None = None) -> SkipNonFinite:
+    return SkipNonFinite(WorkCounter(), budget=budget, notice=(said if said is not None else []).append)
 
 
-def step(watch: FiniteSteps, one: torch.nn.Module, losses: list[float], number: int) -> float:
-    total = sum(watch.see(torch.tensor(loss), [f"d.jsonl:{number}{i}"]).item() for i, loss in enumerate(losses))
+def step(watch: SkipNonFinite, one: torch.nn.Module, losses: list[float], number: int) -> float:
+    total = sum(watch.finite_loss(torch.tensor(loss), [f"d.jsonl:{number}{i}"]).item() for i, loss in enumerate(losses))
     watch.on_pre_optimizer_step(ONE_RANK, state(number), None, model=one)
     watch.on_step_end(ONE_RANK, state(number + 1), None)
     return total
@@ -90,7 +90,7 @@ def test_a_step_left_out_changes_no_weight_and_no_mean():
     sums = step(watch, with_gradient(1.0), [0.5, 0.5], 0) + step(watch, one, [0.7, float("nan")], 1)
     sums += step(watch, with_gradient(1.0), [1.0, 1.0], 2)
     assert all(weight.grad is None for weight in one.parameters())
-    assert watch.corrected(sums / 3) == pytest.approx((1.0 + 2.0) / 2)
+    assert watch.mean_of_steps_made(sums / 3) == pytest.approx((1.0 + 2.0) / 2)
     assert watch.work.skipped_steps == 1
     assert "left out (1 of at most 1)" in said[0]
     with pytest.raises(RunFailed, match="1 such steps were left out before"):
@@ -100,13 +100,13 @@ def test_a_step_left_out_changes_no_weight_and_no_mean():
 def test_a_mean_over_no_step_is_none():
     watch = finite(1)
     step(watch, with_gradient(1.0), [float("nan")], 0)
-    assert watch.corrected(0.0) is None
-    assert watch.corrected(1.0) == 1.0
+    assert watch.mean_of_steps_made(0.0) is None
+    assert watch.mean_of_steps_made(1.0) == 1.0
 
 
 def test_a_step_whose_gradients_are_not_finite_tells_nothing_of_what_is_reached():
     said: list[str] = []
-    reach = Reach(said.append)
-    reach.on_pre_optimizer_step(None, state(0), None, model=with_gradient(float("nan")))
-    reach.on_pre_optimizer_step(None, state(1), None, model=with_gradient(0.0))
+    check = GradientCheck(said.append)
+    check.on_pre_optimizer_step(None, state(0), None, model=with_gradient(float("nan")))
+    check.on_pre_optimizer_step(None, state(1), None, model=with_gradient(0.0))
     assert len(said) == 1, "the first step that can tell"

@@ -102,12 +102,12 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(whole, tmp_path, caps
     for newer in out.glob("checkpoint-*"):
         if int(newer.name.partition("-")[2]) > 14:
             (newer / "manifest.json").unlink(missing_ok=True)
-    weights = out / "checkpoint-14" / "optimizer.safetensors"
+    weights = out / "checkpoint-14" / "optimizer.pt"
     weights.write_bytes(weights.read_bytes()[:-7])  # a torn file under a whole manifest
     assert main(arguments(base, data, out, "--resume")) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "checkpoint-21 is passed over" in said
-    assert "checkpoint-14 is passed over: optimizer.safetensors is not as it was written" in said
+    assert "checkpoint-14 is passed over: optimizer.pt is not as it was written" in said
     assert "Going on from" in said
     assert "checkpoint-7 at step 7" in said
     same_run(out, undisturbed)
@@ -339,7 +339,7 @@ def test_other_versions_of_the_libraries_are_said(whole, tmp_path, capsys, monke
     monkeypatch.setattr("atomtune.train.run_report.version", lambda name: "99.0")
     flags = ["--resume_from_checkpoint", str(kept), "--max_minutes", "0.0001"]
     assert main(arguments(base, data, tmp_path / "out", *flags)) == 75
-    assert "other versions than the run began with" in " ".join(capsys.readouterr().out.split())
+    assert "versions changed since the run began" in " ".join(capsys.readouterr().out.split())
 
 
 TORN = ["{", "[]", "{}", "null", '{"r": 8}', ""]

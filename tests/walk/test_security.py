@@ -1,9 +1,12 @@
 """Planted programs: files that would run something when read carelessly. None runs; each is refused or passed by."""
 
+import io
 import json
 import os
 import pickle
+import pickletools
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,8 @@ import yaml
 from safetensors.torch import load_file
 
 from atomtune.cli import main
-from atomtune.train.checkpoint.atomic import checkpoints
-from atomtune.train.checkpoint.state import load_state
+from atomtune.train.checkpoint.atomic import MANIFEST, checkpoints, damage, read_manifest, seal
+from atomtune.train.checkpoint.state import state_files
 from tests.conftest import write_jsonl
 
 
@@ -87,23 +90,49 @@ def test_a_base_that_is_a_program(models, dialogues, tmp_path, mark, capsys):
     assert not mark.exists()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "optimizer.pt",
-        "optimizer.bin",
-        "scheduler.pt",
-        "scaler.pt",
-        "rng_state.pth",
-        "rng_state_0.pth",
-        "training_args.bin",
-        "optimizer_0/.metadata",
-        "pytorch_model_fsdp_0/.metadata",
-        "random-0.pkl",
-    ],
-)
-def test_a_checkpoint_with_a_program_beside_its_states(models, dialogues, tmp_path, mark, name):
-    # The manifest names what belongs to the checkpoint; nothing else is opened.
+#: Every name under which the library would open a state, and what else has been seen to be opened somewhere.
+STATES = ["optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_0.pth"]
+STATES += ["pytorch_model_fsdp.bin"]
+OTHERS = ["training_args.bin", "optimizer_0/.metadata", "pytorch_model_fsdp_0/.metadata", "random-0.pkl"]
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_that_is_a_program_put_into_a_checkpoint(  # noqa: PLR0917  # pytest's fixtures
+    models, dialogues, tmp_path, mark, capsys, name
+):
+    # Another file than was sealed, or one more than was sealed: the checkpoint is not what it was.
+    base, whole = models("llama"), tmp_path / "whole"
+    assert main(train(base, dialogues, whole)) == 0
+    kept = checkpoints(whole)[-1]
+    plant(kept / name, mark)
+    assert main(train(base, dialogues, tmp_path / "out", "--resume_from_checkpoint", str(kept))) == 2
+    assert name in capsys.readouterr().err
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["torch.save", "pickle"])
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_that_is_a_program_sealed_with_the_others(  # noqa: PLR0917  # pytest's fixtures
+    models, dialogues, tmp_path, mark, capsys, name, zipped
+):
+    # A manifest proves that nothing changed, not who wrote it: the file itself must be harmless.
+    base, whole = models("llama"), tmp_path / "whole"
+    assert main(train(base, dialogues, whole)) == 0
+    kept = checkpoints(whole)[-1]
+    plant(kept / name, mark, zipped=zipped)
+    facts = {key: value for key, value in read_manifest(kept).items() if key not in ("files", "sha256")}
+    staging = kept.rename(tmp_path / "staging")
+    (staging / MANIFEST).unlink()
+    seal(staging, kept, facts)
+    assert damage(kept) == []
+    assert main(train(base, dialogues, tmp_path / "out", "--resume_from_checkpoint", str(kept))) == 2
+    told = capsys.readouterr().err
+    assert f"{kept / name} is damaged, or it is a program and not only tensors" in told
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_program_beside_a_checkpoints_states_is_not_opened(models, dialogues, tmp_path, mark, name):
     base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"
     assert main(train(base, dialogues, whole)) == 0
     kept = checkpoints(whole)[-1]
@@ -114,7 +143,7 @@ def test_a_checkpoint_with_a_program_beside_its_states(models, dialogues, tmp_pa
     assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("name", STATES)
 def test_a_checkpoint_of_another_tool_whose_state_is_a_program(  # noqa: PLR0917  # pytest's fixtures
     models, dialogues, tmp_path, mark, capsys, name
 ):
@@ -122,14 +151,7 @@ def test_a_checkpoint_of_another_tool_whose_state_is_a_program(  # noqa: PLR0917
     assert main(train(base, dialogues, whole)) == 0
     foreign = tmp_path / "checkpoint-2"
     shutil.copytree(checkpoints(whole)[-1], foreign)
-    states = {
-        stock: load_state(foreign, ours)
-        for stock, ours in (("optimizer.pt", "optimizer"), ("scheduler.pt", "schedule"))
-    }
-    for ours in ("manifest.json", "optimizer.json", "schedule.json", "random-0.json"):
-        (foreign / ours).unlink()
-    for stock, state in states.items():
-        torch.save(state, foreign / stock)
+    (foreign / MANIFEST).unlink()
     assert main(train(base, dialogues, tmp_path / "fit", "--resume_from_checkpoint", str(foreign))) == 0
     plant(foreign / name, mark)
     code = main(train(base, dialogues, tmp_path / "out", "--resume_from_checkpoint", str(foreign)))
@@ -198,15 +220,36 @@ def test_a_template_cannot_reach_the_system(models, dialogues, tmp_path, mark, c
     assert not mark.exists()
 
 
-def test_what_a_run_writes_holds_no_pickle(models, dialogues, tmp_path):
+def test_the_only_pickles_a_run_writes_are_states_that_hold_tensors_alone(models, dialogues, tmp_path):
     out = tmp_path / "out"
     assert main(train(models("llama"), dialogues, out)) == 0
-    files = [path for path in out.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".jinja", ".png", ".lock", ""}
-    for path in files:
-        content = path.read_bytes()
-        assert not content.startswith((b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")), path
-    assert not list(out.rglob("training_args.bin"))
+    states = [file for checkpoint in checkpoints(out) for file in state_files(checkpoint)]
+    assert {file.name for file in states} == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    others = [path for path in out.rglob("*") if path.is_file() and path not in states]
+    assert {path.suffix for path in others} <= {".json", ".safetensors", ".md", ".jinja", ".png", ".lock", ""}
+    for path in others:
+        assert not path.read_bytes().startswith((b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")), path
+    harmless = {"torch._utils _rebuild_tensor_v2", "torch FloatStorage", "torch ByteStorage", "torch DoubleStorage"}
+    harmless |= {"collections OrderedDict", "numpy dtype", "numpy ndarray", "_codecs encode"}
+    harmless |= {"numpy._core.multiarray _reconstruct", "numpy.core.multiarray _reconstruct"}
+    for file in states:
+        with zipfile.ZipFile(file) as archive:
+            (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            assert names_in(archive.read(name)) <= harmless
+
+
+def names_in(pickled: bytes) -> set[str]:
+    """Everything that unpickling would look up and call, told without unpickling."""
+    words: list[str] = []
+    found = set()
+    for opcode, argument, _ in pickletools.genops(io.BytesIO(pickled)):
+        if opcode.name == "GLOBAL":
+            found.add(argument)
+        elif opcode.name == "STACK_GLOBAL":
+            found.add(" ".join(words[-2:]))
+        elif isinstance(argument, str):
+            words.append(argument)
+    return found
 
 
 def test_a_token_is_written_nowhere(models, tmp_path, capsys):

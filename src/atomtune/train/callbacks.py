@@ -1,7 +1,4 @@
-"""Watch: callbacks that count a run's work, stop it in good order, and look at what it learns from.
-
-Before: run.py hands in the limits.  After: trainer.py asks them around each step.
-"""
+"""Callbacks: they count a run's work, stop it in good order, and watch its losses and gradients."""
 
 import math
 import signal
@@ -9,7 +6,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import TrainerCallback
@@ -66,18 +63,19 @@ class Stop(TrainerCallback):
     reason  why this rank or another asked to stop, once all have agreed
     """
 
-    def __init__(self, *, deadline: float | None, said: str) -> None:
+    def __init__(self, *, deadline: float | None, limit: str) -> None:
+        """deadline by time.monotonic(), and the setting behind it as the user wrote it"""
         self.received: int | None = None
         self.reason: str | None = None
-        self._deadline, self._said = deadline, said
-        self._before: dict[int, Any] = {}
+        self._deadline, self._limit = deadline, limit
+        self._handlers_before: dict[int, Any] = {}
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Whether this rank was told to stop."""
-        return self.received is not None or self._late()
+        return self.received is not None or self._time_is_over()
 
-    def _late(self) -> bool:
+    def _time_is_over(self) -> bool:
         return self._deadline is not None and time.monotonic() >= self._deadline
 
     def _receive(self, number: int, frame: object) -> None:
@@ -88,30 +86,32 @@ class Stop(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has a run outlive its terminal
-                self._before[number] = signal.signal(number, self._receive)
+                self._handlers_before[number] = signal.signal(number, self._receive)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if on_any_rank(self.asked, args) and state.global_step < state.max_steps:
-            self.agree(control)
+        if on_any_rank(self.requested, args) and state.global_step < state.max_steps:
+            self.stop_here(control)
 
-    def agree(self, control: Any) -> None:
-        """All ranks stop here, with a checkpoint."""
+    def stop_here(self, control: Any) -> None:
+        """The run ends behind this step, with a checkpoint; every rank calls this, or none."""
         if self.received is not None:
             self.reason = f"{signal.Signals(self.received).name} received"
+        elif self._time_is_over():
+            self.reason = f"the time is over ({self._limit})"
         else:
-            self.reason = self._said if self._late() else "another rank was told to stop"
+            self.reason = "another rank was told to stop"
         control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.restore()
 
     def restore(self) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
-        self._before.clear()
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
+        self._handlers_before.clear()
 
 
-class AtBegin(TrainerCallback):
+class BeforeFirstStep(TrainerCallback):
     """Does something before the first step, when a resumed run has its state again."""
 
     def __init__(self, action: Callable[[], None]) -> None:
@@ -121,7 +121,7 @@ class AtBegin(TrainerCallback):
         self.action()
 
 
-class LogWhatIsSaved(TrainerCallback):
+class LogBeforeSaving(TrainerCallback):
     """The losses since the last log go into the history before a checkpoint and at the end, so none is lost with it."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -129,7 +129,7 @@ class LogWhatIsSaved(TrainerCallback):
             control.should_log = True
 
 
-class FiniteSteps(TrainerCallback):
+class SkipNonFinite(TrainerCallback):
     """No update is made from a loss or gradient that is not finite.
 
     budget  how many such steps of a run may be left out; one more ends it
@@ -137,19 +137,22 @@ class FiniteSteps(TrainerCallback):
 
     def __init__(self, work: WorkCounter, *, budget: int, notice: Callable[[str], None]) -> None:
         self.work, self.budget, self.notice = work, budget, notice
+        # Of this step: every record, those in a micro-batch with a loss that is not finite, and that loss.
         self._origins: list[str] = []
         self._spoiled: list[str] = []
-        self._step_loss = self._lost = 0.0
-        self._value = math.nan
-        self._steps = self._left_out = 0
+        self._bad_loss = math.nan
+        self._step_loss = 0.0
+        # Since the last log.
+        self._steps = self._skipped = 0
+        self._skipped_loss = 0.0
 
-    def see(self, loss: torch.Tensor, origins: Sequence[str]) -> torch.Tensor:
-        """A micro-batch's loss, or zero in its place when it is not finite: `corrected` mends the mean."""
+    def finite_loss(self, loss: torch.Tensor, origins: Sequence[str]) -> torch.Tensor:
+        """A micro-batch's loss, or zero in its place when it is not finite: `mean_of_steps_made` mends the mean."""
         self._origins += origins
         if torch.isfinite(loss):
             self._step_loss += loss.item()
             return loss
-        self._value = loss.item()
+        self._bad_loss = loss.item()
         self._spoiled += origins
         return torch.zeros_like(loss)
 
@@ -161,35 +164,40 @@ class FiniteSteps(TrainerCallback):
         finite = scaled or all(bool(torch.isfinite(_local(weight.grad)).all()) for weight in weights)
         if not on_any_rank(bool(self._spoiled) or not finite, args):
             return
-        what = f"The loss is {self._value}" if self._spoiled else "A gradient is not finite"
+        cause = f"The loss is {self._bad_loss}" if self._spoiled else "A gradient is not finite"
         records = of_all_ranks(self._spoiled or self._origins, args)
-        said = f"{what} at step {state.global_step + 1}, in a batch with these records:\n{listing(records)}"
+        place = f"{cause} at step {state.global_step + 1}, in a batch with these records:\n{listing(records)}"
         if self.work.skipped_steps >= self.budget:
-            left_out = f"{self.work.skipped_steps} such steps were left out before. " if self.work.skipped_steps else ""
-            raise RunFailed(
-                f"{said}\n{left_out}The adapter on disk is the one of the last checkpoint. "
-                "Lower --learning_rate, pass --dtype bfloat16 (or float32) instead of float16, or leave out up to N "
-                "such steps with --skip_nonfinite N."
-            )
+            self._end_the_run(place)
         self.work.skipped_steps += 1
-        self.notice(f"{said}\nThe step is left out ({self.work.skipped_steps} of at most {self.budget}).")
+        self.notice(f"{place}\nThe step is left out ({self.work.skipped_steps} of at most {self.budget}).")
         for weight in weights:
             weight.grad = None  # an optimizer passes such weights by
-        self._lost += self._step_loss
-        self._left_out += 1
+        self._skipped_loss += self._step_loss
+        self._skipped += 1
+
+    def _end_the_run(self, place: str) -> NoReturn:
+        skipped = self.work.skipped_steps
+        earlier = f"{skipped} such steps were left out before. " if skipped else ""
+        raise RunFailed(
+            f"{place}\n{earlier}The adapter on disk is the one of the last checkpoint. "
+            "Lower --learning_rate, pass --dtype bfloat16 (or float32) instead of float16, or leave out up to N "
+            "such steps with --skip_nonfinite N."
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._steps += 1
         self._step_loss = 0.0
         self._origins, self._spoiled = [], []
 
-    def corrected(self, mean: float) -> float | None:
-        """The mean loss since the last log over the steps that were made; None when there was none."""
-        steps, left_out, lost = self._steps, self._left_out, self._lost
-        self._steps, self._left_out, self._lost = 0, 0, 0.0
-        if not left_out:
+    def mean_of_steps_made(self, mean: float) -> float | None:
+        """The mean loss since the last log without the steps that were left out; None when none was made."""
+        steps, skipped, skipped_loss = self._steps, self._skipped, self._skipped_loss
+        self._steps, self._skipped, self._skipped_loss = 0, 0, 0.0
+        if not skipped:
             return mean
-        return (mean * steps - lost) / (steps - left_out) if steps > left_out else None
+        made = steps - skipped
+        return (mean * steps - skipped_loss) / made if made > 0 else None
 
 
 def _local(gradient: torch.Tensor) -> torch.Tensor:
@@ -197,50 +205,53 @@ def _local(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.to_local() if hasattr(gradient, "to_local") else gradient
 
 
-class Spikes(TrainerCallback):
+class LossSpikeWarning(TrainerCallback):
     """Says when the loss jumps far above what it was."""
 
-    REMEMBERED, KNOWN, SAID = 20, 10, 5
+    #: Logs that are remembered; how many must be known before a jump can be told; how many jumps are said.
+    REMEMBERED, KNOWN, WARNINGS = 20, 10, 5
 
     def __init__(self, notice: Callable[[str], None]) -> None:
-        self.notice, self._said = notice, 0
+        self.notice, self._warnings = notice, 0
         self._losses: deque[float] = deque(maxlen=self.REMEMBERED)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss")
         if loss is None:
             return
-        if len(self._losses) >= self.KNOWN and self._said < self.SAID:
-            middle = statistics.median(self._losses)
-            spread = statistics.median(abs(one - middle) for one in self._losses)
-            if loss > 1.5 * middle and loss - middle > 6 * spread:
-                self._said += 1
+        if len(self._losses) >= self.KNOWN and self._warnings < self.WARNINGS:
+            median = statistics.median(self._losses)
+            spread = statistics.median(abs(earlier - median) for earlier in self._losses)
+            if loss > 1.5 * median and loss - median > 6 * spread:
+                self._warnings += 1
                 self.notice(
-                    f"the loss jumped to {loss:.3f} at step {state.global_step:,}; it was {middle:.3f} "
+                    f"the loss jumped to {loss:.3f} at step {state.global_step:,}; it was {median:.3f} "
                     f"(median of {len(self._losses)} logs). A lower --learning_rate or --max_grad_norm may help."
                 )
         self._losses.append(loss)
 
 
-class Reach(TrainerCallback):
-    """Says at the first step which adapter layers no gradient reaches: they would never learn."""
+class GradientCheck(TrainerCallback):
+    """Says at the first step which adapter layers get no gradient: they would never learn."""
 
     def __init__(self, notice: Callable[[str], None]) -> None:
-        self.notice, self._looked = notice, False
+        self.notice, self._done = notice, False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if self._looked:
+        if self._done:
             return
         # A's gradient is zero as long as B is, so B tells.
-        grads = {name: weight.grad for name, weight in model.named_parameters() if "lora_B" in name}
-        if not all(bool(torch.isfinite(_local(grad)).all()) for grad in grads.values() if grad is not None):
+        gradients = {name: weight.grad for name, weight in model.named_parameters() if "lora_B" in name}
+        if not all(bool(torch.isfinite(_local(grad)).all()) for grad in gradients.values() if grad is not None):
             return  # NaN spreads to every layer and tells nothing
-        self._looked = True
-        unreached = sorted(
-            name.partition(".lora_B")[0] for name, grad in grads.items() if grad is None or not bool(_local(grad).any())
+        self._done = True
+        without = sorted(
+            name.partition(".lora_B")[0]
+            for name, gradient in gradients.items()
+            if gradient is None or not bool(_local(gradient).any())
         )
-        if unreached:
+        if without:
             self.notice(
-                f"no gradient reaches {len(unreached)} of {len(grads)} adapter layers in the first step:\n"
-                f"{listing(unreached, 5)}"
+                f"no gradient reaches {len(without)} of {len(gradients)} adapter layers in the first step:\n"
+                f"{listing(without, 5)}"
             )

@@ -1,6 +1,5 @@
-"""Workers: the processes that collate batches ahead, which leave a stop to the run.
+"""Dataloader: the processes that collate batches ahead leave a signal to the run.
 
-Before: the Trainer's DataLoader.  After: trainer.py.
 A terminal or a cluster's scheduler signals every process of a job. torch lets SIGTERM end a worker, and a worker's end
 is an error of the run; so workers begin, and stay, with these signals blocked.
 """
@@ -13,28 +12,28 @@ from typing import Any
 from atomtune.train.callbacks import SIGNALS
 
 
-class _Deaf(ForkProcess):
+class _SignalMaskedProcess(ForkProcess):
     """A process that no signal to the job reaches; it ends with its work or with its parent, as torch's workers do."""
 
     def start(self) -> None:
-        # Blocked before the fork: a handler set in the worker would come too late for a signal that comes at once.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        # Blocked before the fork: worker_init_fn runs too late for a signal that comes at once.
+        mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             super().start()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask_before)
 
     def terminate(self) -> None:
         self.kill()
 
 
-class _Fork(ForkContext):
-    Process = _Deaf  # the library asks the context for it
+class _SignalMaskedContext(ForkContext):
+    Process = _SignalMaskedProcess  # torch asks the context for the class of its workers
 
 
-def deaf_workers(loader: Any) -> Any:
-    """The DataLoader, its workers deaf; as it is where it has none, or where they are not forked."""
+def with_signal_masked_workers(loader: Any) -> Any:
+    """The same DataLoader; its workers, where it forks any, do not hear a signal to the job."""
     inner = getattr(loader, "base_dataloader", loader)  # inside accelerate's
     if inner.num_workers and inner.multiprocessing_context is None and multiprocessing.get_start_method() == "fork":
-        inner.multiprocessing_context = _Fork()
+        inner.multiprocessing_context = _SignalMaskedContext()
     return loader

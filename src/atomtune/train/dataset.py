@@ -1,7 +1,4 @@
-"""Data: the records of one run, read, checked, mixed, split and said.
-
-Before: run.py decides where to start.  After: prepare.py loads the model, trainer.py draws batches.
-"""
+"""Dataset: the records of one run, read, checked, mixed and divided into training and evaluation."""
 
 import hashlib
 import itertools
@@ -24,7 +21,7 @@ from atomtune.data.ledger import Ledger
 from atomtune.data.reading.sources import fingerprint_of, size_of
 from atomtune.data.records import Record
 from atomtune.errors import BadData, BadSettings, listing
-from atomtune.train.run_context import Job
+from atomtune.train.run_context import RunContext
 from atomtune.train.streaming import Stream
 
 
@@ -60,73 +57,80 @@ class Data:
         return list(self.train.select(sample_rows(len(self.train), records, seed=seed)))
 
 
-def read_data(job: Job, template: Template) -> Data:
-    """The examples to train and evaluate on; on several ranks the first one encodes, the others read the store."""
-    evaluate, eval_hash = _to_evaluate(job, template)
-    asked, console = job.settings.data, job.console
-    if asked.streaming:
-        return Data(_stream(job, template), evaluate, job.record.values["data"]["sha256"], eval_hash)
-    names = [Path(source).name for source in asked.dataset_paths]
+def read_data(run: RunContext, template: Template) -> Data:
+    """The examples to train and evaluate on; on several ranks the first one encodes, the others read the cache."""
+    settings, console = run.settings.data, run.console
+    evaluation = _evaluation_file(run, template)
+    eval_hash = evaluation.data_hash if evaluation else ""
+    if settings.streaming:
+        stream, data_hash = _stream(run, template)
+        return Data(stream, evaluation.examples if evaluation else None, data_hash, eval_hash)
+    names = [Path(source).name for source in settings.dataset_paths]
     if len(set(names)) < len(names):
-        console.notice("some of these files have one name; where a record of theirs is named, look into each.")
-    parts = [_read(source, job, template) for source in asked.dataset_paths]
+        console.notice("some data files have the same name; a record that a message names may lie in either.")
+    parts = [_read(source, run, template) for source in settings.dataset_paths]
     data = concatenate(parts)
-    examples, ledger = data.examples, data.ledger
-    job.record.update(data={"path": asked.dataset_path, "sha256": data.data_hash}, **ledger.to_run_json())
-    say_ledger(ledger, template, console)
-    _refuse_broken(ledger, skip_bad=asked.skip_bad)
-    _refuse_empty(ledger, ", ".join(asked.dataset_paths))
-    learned = list(range(len(examples)))
-    if asked.eval_size:
-        learned, held = _held_out(job, parts)
-        evaluate = examples.select(held)
-        job.record.update(records_held_out=evaluate["origin"][:])
-        console.say(f"{len(held):,} records are held out to evaluate on, {len(learned):,} to train on.")
-    elif evaluate is not None:
-        _say_overlap(job, [part.examples for part in parts], evaluate)
-    ends = list(accumulate(len(part.examples) for part in parts))
-    drawn = mixed(learned, ends, asked.mix, seed=job.args.seed)
-    if asked.mix:
-        console.say(f"mixed as {asked.mix}: an epoch sees {len(drawn):,} records.")
-    train = examples if len(drawn) == len(examples) and not asked.mix else examples.select(drawn)
-    return Data(train, evaluate, data.data_hash, eval_hash, ledger)
-
-
-def _to_evaluate(job: Job, template: Template) -> tuple[datasets.Dataset | None, str]:
-    """The records of --eval_path, and the hash of that file."""
-    asked, console = job.settings.data, job.console
-    if not asked.eval_path:
-        return None, ""
-    data = _read(asked.eval_path, job, template)
-    console.say(f"{Path(asked.eval_path).name}, to evaluate on:")
+    run.record.update(data={"path": settings.dataset_path, "sha256": data.data_hash}, **data.ledger.to_run_json())
     say_ledger(data.ledger, template, console)
-    _refuse_broken(data.ledger, skip_bad=asked.skip_bad)
-    _refuse_empty(data.ledger, asked.eval_path)
-    return data.examples, data.data_hash
+    _refuse_broken(data.ledger, skip_bad=settings.skip_bad)
+    _refuse_empty(data.ledger, ", ".join(settings.dataset_paths))
+
+    rows = list(range(len(data.examples)))
+    evaluate = evaluation.examples if evaluation else None
+    if settings.eval_size:
+        rows, rows_held_out = _hold_out(run, parts)
+        evaluate = data.examples.select(rows_held_out)
+        run.record.update(records_held_out=evaluate["origin"][:])
+        console.say(f"{len(evaluate):,} records are held out for evaluation; {len(rows):,} are trained on.")
+    elif evaluate is not None:
+        _say_overlap(run, [part.examples for part in parts], evaluate)
+    if settings.mix:
+        ends = list(accumulate(len(part.examples) for part in parts))
+        rows = mixed(rows, ends, settings.mix, seed=run.args.seed)
+        console.say(f"--mix {','.join(f'{weight:g}' for weight in settings.mix)}: an epoch has {len(rows):,} records.")
+    # Left as it is where every row is in: a selection is read through one more list of indices.
+    train = data.examples if rows == list(range(len(data.examples))) else data.examples.select(rows)
+    return Data(train, evaluate, data.data_hash, eval_hash, data.ledger)
 
 
-def _stream(job: Job, template: Template) -> Stream:
-    asked, console = job.settings.data, job.console
-    names = ", ".join(asked.dataset_paths)
+def _evaluation_file(run: RunContext, template: Template) -> EncodedData | None:
+    """The records of --eval_path."""
+    settings = run.settings.data
+    if not settings.eval_path:
+        return None
+    data = _read(settings.eval_path, run, template)
+    run.console.say(f"{Path(settings.eval_path).name}, for evaluation:")
+    say_ledger(data.ledger, template, run.console)
+    _refuse_broken(data.ledger, skip_bad=settings.skip_bad)
+    _refuse_empty(data.ledger, settings.eval_path)
+    return data
+
+
+def _stream(run: RunContext, template: Template) -> tuple[Stream, str]:
+    """Records that are encoded while training, and the hash of the files they come from."""
+    settings = run.settings.data
 
     def check(ledger: Ledger) -> None:
-        _refuse_broken(ledger, skip_bad=asked.skip_bad)
+        _refuse_broken(ledger, skip_bad=settings.skip_bad)
 
-    rules = Rules(**asked.rules())
-    stream = Stream(asked.dataset_paths, template, rules, buffer=asked.shuffle_buffer, seed=job.args.seed, check=check)
-    data_hash = hashlib.sha256("".join(map(fingerprint_of, asked.dataset_paths)).encode()).hexdigest()
-    job.record.update(data={"path": asked.dataset_path, "sha256": data_hash})
-    console.say(
-        f"streaming {names}: encoded while training, each record drawn from {asked.shuffle_buffer:,} that wait."
+    rules = Rules(**settings.rules())
+    stream = Stream(
+        settings.dataset_paths, template, rules, buffer=settings.shuffle_buffer, seed=run.args.seed, check=check
+    )
+    data_hash = hashlib.sha256("".join(map(fingerprint_of, settings.dataset_paths)).encode()).hexdigest()
+    run.record.update(data={"path": settings.dataset_path, "sha256": data_hash})
+    run.console.say(
+        f"streaming {', '.join(settings.dataset_paths)}: records are encoded while training and shuffled in a buffer "
+        f"of {settings.shuffle_buffer:,}."
     )
     next(iter(stream))  # what is wrong with the first records is said before the model is loaded
-    return stream
+    return stream, data_hash
 
 
-def _read(source: str, job: Job, template: Template) -> EncodedData:
+def _read(source: str, run: RunContext, template: Template) -> EncodedData:
     name = Path(source).name
-    with job.args.main_process_first(), job.console.reading_progress(size_of(source), f"reading {name}") as reading:
-        return examples_of(source, template, Rules(**job.settings.data.rules()), advance=reading.advance)
+    with run.args.main_process_first(), run.console.reading_progress(size_of(source), f"reading {name}") as progress:
+        return examples_of(source, template, Rules(**run.settings.data.rules()), advance=progress.advance)
 
 
 def mixed(rows: list[int], ends: list[int], mix: list[float], *, seed: int) -> list[int]:
@@ -134,8 +138,6 @@ def mixed(rows: list[int], ends: list[int], mix: list[float], *, seed: int) -> l
 
     ends  where each file's rows end in the numbering of rows
     """
-    if not mix:
-        return rows
     draw = random.Random(seed)
     chosen: list[int] = []
     for (start, end), weight in zip(pairwise([0, *ends]), mix, strict=True):
@@ -145,102 +147,117 @@ def mixed(rows: list[int], ends: list[int], mix: list[float], *, seed: int) -> l
     return chosen
 
 
-def _held_out(job: Job, parts: list[EncodedData]) -> tuple[list[int], list[int]]:
-    """(rows to learn, rows to hold out), whatever is alike on one side."""
-    size, records = job.settings.data.eval_size, sum(len(part.examples) for part in parts)
-    held = round(size * records) if size < 1 else int(size)
-    if not 0 < held < records:
-        raise BadSettings([f"--eval_size {size:g} holds out {held} of {records} records."])
-    groups = alike(read_texts(_texts(job, job.settings.data.dataset_paths, [part.examples for part in parts])))
-    rows = held_out(groups, held, seed=job.args.data_seed or job.args.seed)
+def _hold_out(run: RunContext, parts: list[EncodedData]) -> tuple[list[int], list[int]]:
+    """(rows to learn, rows to hold out); records that are alike stay on one side."""
+    size, records = run.settings.data.eval_size, sum(len(part.examples) for part in parts)
+    wanted = round(size * records) if size < 1 else int(size)
+    if not 0 < wanted < records:
+        raise BadSettings([f"--eval_size {size:g} holds out {wanted} of {records} records."])
+    groups = alike(read_texts(_texts(run, run.settings.data.dataset_paths, [part.examples for part in parts])))
+    rows = held_out(groups, wanted, seed=run.args.data_seed or run.args.seed)
     if not rows[0]:
         raise BadSettings([f"--eval_size {size:g}: all {records:,} records are alike, so none can be held out fairly."])
-    if len(rows[1]) != held:
-        job.console.notice(
-            f"--eval_size asks for {held:,} records; groups of records that are alike allow {len(rows[1]):,}."
+    if len(rows[1]) != wanted:
+        run.console.notice(
+            f"--eval_size asks for {wanted:,} records; {len(rows[1]):,} are held out, because records that are nearly "
+            "the same are kept together."
         )
     return rows
 
 
-def _say_overlap(job: Job, learned: list[datasets.Dataset], evaluate: datasets.Dataset) -> None:
+def _say_overlap(run: RunContext, learned: list[datasets.Dataset], evaluate: datasets.Dataset) -> None:
     """Say which evaluation records are like ones that are learned."""
-    asked = job.settings.data
-    sources = [*asked.dataset_paths, str(asked.eval_path)]
-    groups = alike(read_texts(_texts(job, sources, [*learned, evaluate])))
-    like = overlapping(groups, sum(map(len, learned)))
-    origins = evaluate.select(like)["origin"][:]
-    job.record.update(eval_records_like_trained_ones=origins)
+    settings = run.settings.data
+    sources = [*settings.dataset_paths, str(settings.eval_path)]
+    groups = alike(read_texts(_texts(run, sources, [*learned, evaluate])))
+    rows = overlapping(groups, sum(map(len, learned)))
+    origins = evaluate.select(rows)["origin"][:]
+    run.record.update(eval_records_like_trained_ones=origins)
     if origins:
-        job.console.notice(
-            f"{len(origins):,} of {len(evaluate):,} evaluation records are nearly the same as a trained one or ask the "
-            f"same: {_some(origins)}. Their loss says how well they were learned by heart."
+        run.console.notice(
+            f"{len(origins):,} of {len(evaluate):,} evaluation records are nearly the same as a training record or ask "
+            f"the same: {_first_few(origins)}. Their loss shows what was memorised, not what was learned."
         )
 
 
-def _texts(job: Job, sources: list[str], stored: list[datasets.Dataset]) -> Iterator[Record]:
+def _texts(run: RunContext, sources: list[str], stored: list[datasets.Dataset]) -> Iterator[Record]:
     """The records behind the rows, read once more, with a bar."""
-    rules = Rules(**job.settings.data.rules())
+    rules = Rules(**run.settings.data.rules())
     for source, rows in zip(sources, stored, strict=True):
-        with job.console.reading_progress(size_of(source), f"comparing {Path(source).name}") as reading:
-            yield from records_of(source, rules, rows, reading.advance)
+        with run.console.reading_progress(size_of(source), f"comparing {Path(source).name}") as progress:
+            yield from records_of(source, rules, rows, progress.advance)
 
 
 def say_ledger(ledger: Ledger, template: Template, console: Console) -> None:
+    """What became of the records, in one line, and a notice for each thing a user may not expect."""
     console.say(
         f"{ledger.records_read:,} records read ({ledger.format}), {ledger.records_used:,} used, "
         f"{len(ledger.records_refused):,} refused, {ledger.records_cut:,} shortened; "
         f"{ledger.prompt_tokens:,} prompt and {ledger.target_tokens:,} target tokens; "
         f"template {template.name}, stops at {template.stop}."
     )
-    for said, count in ledger.notices.items():
-        console.notice(f"{said} in {count:,} records.")
-    if ledger.records_copied:
-        console.notice(f"{ledger.records_copied:,} records are copies of another and are learned once more.")
+    for text, count in ledger.notices.items():
+        console.notice(f"{text} in {count:,} records.")
+    for notice in (*_about_template(ledger, template), *_about_records(ledger)):
+        console.notice(notice)
+
+
+def _about_template(ledger: Ledger, template: Template) -> Iterator[str]:
     if ledger.split_origins:
-        console.notice(
-            "a server would send other tokens before a later answer than the earlier one was learned as; so these are "
-            f"several examples each, what they share computed once: {_some(ledger.split_origins)}."
+        yield (
+            f"template {template.name} writes an earlier answer differently once another turn follows it. In these "
+            "records every answer is therefore an example of its own, with the prompt that a server would send: "
+            f"{_first_few(ledger.split_origins)}."
         )
     if not template.writes_bos:
-        console.notice(
-            f"the template {template.name} writes no {template.tokenizer.bos_token}, which this tokenizer has for a "
-            "text's beginning; so training has none, as servers that render it have none."
+        yield (
+            f"template {template.name} does not begin with {template.tokenizer.bos_token}, the tokenizer's "
+            "beginning-of-text token. Training leaves it out, as a server with this template does."
         )
     if template.unknown_controls:
-        console.notice(
-            f"the template {template.name} writes {', '.join(template.unknown_controls)}, which are text to this "
-            "tokenizer, not control tokens. The model's own template, or atom, suits it better."
+        yield (
+            f"template {template.name} uses {', '.join(template.unknown_controls)}, which this tokenizer does not have "
+            "as control tokens: they are read as plain text. Another --template suits this model better."
         )
+
+
+def _about_records(ledger: Ledger) -> Iterator[str]:
+    if ledger.records_copied:
+        yield f"{ledger.records_copied:,} records are exact copies of earlier ones. They are trained on as well."
     if ledger.cut_origins:
-        console.notice(f"shortened to fit --max_seq_length: {_some(ledger.cut_origins)}.")
+        yield f"shortened to fit --max_seq_length: {_first_few(ledger.cut_origins)}."
     if ledger.control_origins:
-        console.notice(f"control strings in the text stay text in: {_some(ledger.control_origins)}.")
+        yield (
+            "the text of these records contains control tokens such as an end-of-turn mark; they are kept as plain "
+            f"text: {_first_few(ledger.control_origins)}."
+        )
     if ledger.unknown_tokens:
-        console.notice(
-            f"{ledger.unknown_tokens:,} target tokens are unknown to this tokenizer and are learned as such."
+        yield (
+            f"{ledger.unknown_tokens:,} target tokens are the unknown token: this tokenizer cannot write that text, "
+            "and the model learns the unknown token in its place."
         )
     if ledger.shared_instruction is not None:
-        console.notice("nearly all records share one instruction; it is stored with the adapter as chat's default.")
-    refused = [refusal for refusal in ledger.records_refused if not refusal.broken]
+        yield "nearly all records share one instruction; it is stored with the adapter as chat's default."
+    refused = [f"{refusal.origin}  {refusal.reason}" for refusal in ledger.records_refused if not refusal.broken]
     if refused:
-        console.notice(f"not trained on:\n{listing([f'{r.origin}  {r.reason}' for r in refused], 5)}")
+        yield f"not trained on:\n{listing(refused, 5)}"
 
 
-def _some(origins: list[str], shown: int = 5) -> str:
+def _first_few(origins: list[str], shown: int = 5) -> str:
     rest = len(origins) - shown
     return ", ".join(origins[:shown]) + (f" and {rest:,} more (all in run.json)" if rest > 0 else "")
 
 
 def _refuse_broken(ledger: Ledger, *, skip_bad: bool) -> None:
     """Raise BadData with every broken record, unless they are to be skipped."""
-    broken = ledger.broken
-    if broken and not skip_bad:
-        good = ledger.records_read - len(broken)
-        raise BadData(
-            f"{listing([f'{r.origin}  {r.reason}.' for r in broken])}\n"
-            f"{len(broken):,} of {ledger.records_read:,} records refused (all in run.json)."
-            + (f" --skip_bad trains on the other {good:,}." if good else "")
-        )
+    broken = [f"{refusal.origin}  {refusal.reason}." for refusal in ledger.broken]
+    if not broken or skip_bad:
+        return
+    good = ledger.records_read - len(broken)
+    way_on = f" --skip_bad trains on the other {good:,}." if good else ""
+    raise BadData(
+        f"{listing(broken)}\n{len(broken):,} of {ledger.records_read:,} records refused (all in run.json).{way_on}"
+    )
 
 
 def _refuse_empty(ledger: Ledger, path: str) -> None:

@@ -1,11 +1,7 @@
-"""Layout: how this run's batches are laid out, chosen by what is exact for the model and what the data saves.
-
-Before: prepare.py has read the data and loaded the model.  After: trainer.py.
-"""
+"""Layout: how this run's batches are laid out, chosen by what is exact for the model and what the data saves."""
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from atomtune.batch.collate import Collator
@@ -15,50 +11,49 @@ from atomtune.data.cache import as_examples
 from atomtune.data.records import Example
 from atomtune.errors import BadSettings
 from atomtune.model.layout_support import cut_of, why_padded, windows_of
-from atomtune.model.load import device_in_use, pad_id_of
+from atomtune.model.load import pad_id_of
 from atomtune.train.dataset import Data
-from atomtune.train.model import dtype_of
-from atomtune.train.run_context import Job
+from atomtune.train.model import device_of, dtype_of
+from atomtune.train.run_context import RunContext
 from atomtune.verify import compare, say
 
 #: A tree that saves less than this share of the packed tokens is not worth its planning.
 _WORTH = 0.02
 
 
-def check_equal(job: Job, data: Data, *, pad_id: int) -> None:
+def check_equal(run: RunContext, data: Data, *, pad_id: int) -> None:
     """What `--verify` asks for: this run's model, dtype, layout and records against plain transformers + PEFT."""
-    settings, args = job.settings, job.args
-    device = torch.device("cpu") if args.use_cpu else device_in_use()
+    settings, args = run.settings, run.args
     compared = compare(
         _sampled_batches(data, per_batch=args.per_device_train_batch_size, seed=args.seed)[0],
         model=settings.model,
         lora=settings.lora,
         asked=settings.data.layout,
-        dtype=dtype_of(job, device),
-        device=device,
+        dtype=dtype_of(run),
+        device=device_of(run),
         pad_id=pad_id,
         per_batch=args.per_device_train_batch_size,
-        console=job.console,
+        console=run.console,
     )
-    job.record.update(verified=compared.figures())
-    say(compared, job.console)
+    run.record.update(verified=compared.figures())
+    say(compared, run.console)
 
 
-def choose_layout(job: Job, model: nn.Module, tokenizer: Any, data: Data) -> Collator:
+def choose_layout(run: RunContext, model: nn.Module, tokenizer: Any, data: Data) -> Collator:
     """The collator of the run; says which layout, why, and what it saves. Raises BadSettings if it were not exact."""
-    asked = job.settings.data.layout
-    batches = _sampled_batches(data, per_batch=job.args.per_device_train_batch_size, seed=job.args.seed)
+    choice = run.settings.data.layout
+    batches = _sampled_batches(data, per_batch=run.args.per_device_train_batch_size, seed=run.args.seed)
     tokens = LayoutTokens.of(batches)
-    reason = why_padded(model) if asked != "padded" else "it was asked for"
-    if asked in ("tree", "packed") and reason is not None:
-        raise BadSettings([f"--layout {asked} would not be exact for this model: {reason}.\nPass --layout padded."])
+    reason = why_padded(model) if choice != "padded" else "--layout padded"
+    if choice in ("tree", "packed") and reason is not None:
+        raise BadSettings([f"--layout {choice} would not be exact for this model: {reason}.\nPass --layout padded."])
     chosen: Layout
     if reason is not None:
         chosen = "padded"
-    elif asked == "auto":
+    elif choice == "auto":
         chosen = "tree" if tokens.tree < tokens.packed * (1 - _WORTH) else "packed"
     else:
-        chosen = asked
+        chosen = choice
     computed = getattr(tokens, chosen)
     why = {
         "tree": "records that begin alike share that beginning",
@@ -69,8 +64,8 @@ def choose_layout(job: Job, model: nn.Module, tokenizer: Any, data: Data) -> Col
         f"; tokens {tokens.padded:,} → {computed:,}, {tokens.padded / computed:.1f}× less work "
         f"({len(batches)} batches tried)"
     )
-    job.console.say(f"layout {chosen}: {why}{saved if chosen != 'padded' else ''}.")
-    job.record.update(layout=chosen)
+    run.console.say(f"layout {chosen}: {why}{saved if chosen != 'padded' else ''}.")
+    run.record.update(layout=chosen)
     return Collator(
         layout=chosen,
         pad_id=pad_id_of(tokenizer),

@@ -1,7 +1,4 @@
-"""Prepare: the model of one run, loaded, adapted, checked and said.
-
-Before: data.py has read the records.  After: trainer.py.
-"""
+"""Model: the base of one run with its adapter, loaded, checked and put on its device."""
 
 from typing import Any
 
@@ -16,68 +13,60 @@ from atomtune.model.load import BaseSpec, device_in_use, load_base, resolve_dtyp
 from atomtune.model.lora_targets import match_targets
 from atomtune.model.memory import should_checkpoint
 from atomtune.train.arguments import CHECKPOINTING
-from atomtune.train.run_context import Job
+from atomtune.train.checkpoint.start import Fresh, FromWeights, Resumed
+from atomtune.train.run_context import RunContext
 
 
-def dtype_of(job: Job, device: torch.device) -> torch.dtype:
-    """The dtype of the base's weights in this run."""
-    trainer = job.settings.trainer
+def device_of(run: RunContext) -> torch.device:
+    """Where this run computes."""
+    return torch.device("cpu") if run.args.use_cpu else device_in_use()
+
+
+def dtype_of(run: RunContext) -> torch.dtype:
+    """The number format of the base's weights in this run."""
+    trainer = run.settings.trainer
     return resolve_dtype(
-        job.settings.model.dtype,
-        device,
+        run.settings.model.dtype,
+        device_of(run),
         fp16=bool(trainer.get("fp16")),
         bf16=bool(trainer.get("bf16")),
-        notice=job.console.notice,
+        notice=run.console.notice,
     )
 
 
-def load_model(job: Job, *, longest_tokens: int) -> Any:
-    """The base with its adapter, new or filled from the start's weights, on its device."""
-    settings, args, start, console = job.settings, job.args, job.start, job.console
-    model, lora = settings.model, LoraSpec(**settings.lora.lora())
-    device = torch.device("cpu") if args.use_cpu else device_in_use()
-    dtype = dtype_of(job, device)
-    if device.type == "cpu" and settings.trainer.get("bf16") and dtype is not torch.bfloat16:
-        console.notice(f"--bf16 is not used: on a CPU --dtype {model.dtype} alone decides.")
-    if device.type == "cuda" and torch.cuda.device_count() > 1 and args.world_size == 1 and not model.device_map:
-        console.notice(
-            f"{torch.cuda.device_count()} GPUs are here and this process uses one. All of them: "
-            f"torchrun --nproc_per_node {torch.cuda.device_count()} -m atomtune train …"
-        )
-    console.say(f"loading {model.model_path} …")
-    base = load_base(BaseSpec(**model.base(), dtype=dtype, device=device))
-    if start.path is not None:
-        metadata = AdapterMetadata.load(start.path if start.path.is_dir() else start.path.parent)
-        refuse_other_base(
-            str(model.model_path),
-            metadata.base if metadata else "",
-            anyway=start.kind == "weights" or settings.run.resume_anyway,
-            notice=console.notice,
-        )
-    _check_positions(base, longest_tokens)
-    if start.path is not None:
-        file = adapter_file(start.path)
-        if file is None:
-            raise BadSettings([f"{start.path}: no adapter weights in this checkpoint."])
-        adapted: Any = start_from_weights(base, file, lora, notice=console.notice)
-    else:
-        counts = match_targets(base, lora.targets)
-        console.say(f"LoRA on {', '.join(f'{name} ({count})' for name, count in counts.items())}")
-        adapted = new_adapter(base, lora)
-    trainable, total = parameter_counts(adapted)
-    console.say(
-        f"{model.model_path} in {str(dtype).removeprefix('torch.')}{f', {model.quantize}' if model.quantize else ''} "
-        f"on {device}: {trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)."
-    )
-    if not (args.fsdp or args.deepspeed):  # they take the weights out of the layers between calls
+def load_model(run: RunContext, *, longest_tokens: int) -> Any:
+    """The base with its adapter, new or filled from the weights this run starts from.
+
+    longest_tokens  of any example: what the base's positions and the memory must hold
+    """
+    device, dtype = device_of(run), dtype_of(run)
+    _say_what_is_not_used(run, device, dtype)
+    run.console.say(f"loading {run.settings.model.model_path} …")
+    base = load_base(BaseSpec(**run.settings.model.base(), dtype=dtype, device=device))
+    _refuse_too_few_positions(base, longest_tokens)
+    model = _new_adapter(run, base) if isinstance(run.start, Fresh) else _adapter_of_start(run, base, run.start)
+    _say_size(run, model, device, dtype)
+    if not (run.args.fsdp or run.args.deepspeed):  # they take the weights out of the layers between calls
         embeddings: Any = base.get_input_embeddings()
         two_tokens = torch.zeros(1, 2, dtype=torch.long, device=embeddings.weight.device)
-        compute_together(adapted, input_ids=two_tokens)
-    _set_checkpointing(job, adapted, longest_tokens=longest_tokens, dtype=dtype, device=device)
-    return adapted
+        compute_together(model, input_ids=two_tokens)
+    _set_checkpointing(run, model, longest_tokens=longest_tokens, dtype=dtype, device=device)
+    return model
 
 
-def _check_positions(base: Any, longest_tokens: int) -> None:
+def _say_what_is_not_used(run: RunContext, device: torch.device, dtype: torch.dtype) -> None:
+    model = run.settings.model
+    if device.type == "cpu" and run.settings.trainer.get("bf16") and dtype is not torch.bfloat16:
+        run.console.notice(f"--bf16 is not used: on a CPU --dtype {model.dtype} alone decides.")
+    if device.type == "cuda" and torch.cuda.device_count() > 1 and run.args.world_size == 1 and not model.device_map:
+        gpus = torch.cuda.device_count()
+        run.console.notice(
+            f"this machine has {gpus} GPUs and this process uses one. To use all of them: "
+            f"torchrun --nproc_per_node {gpus} -m atomtune train …"
+        )
+
+
+def _refuse_too_few_positions(base: Any, longest_tokens: int) -> None:
     text = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
     positions = getattr(text, "max_position_embeddings", None)
     if positions and longest_tokens > positions:
@@ -89,16 +78,51 @@ def _check_positions(base: Any, longest_tokens: int) -> None:
         )
 
 
-def _set_checkpointing(job: Job, model: Any, *, longest_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-    args, asked = job.args, job.settings.run.gradient_checkpointing
-    wanted = bool(getattr(args, CHECKPOINTING)) or asked == "true"
-    if not wanted and asked == "auto":
+def _new_adapter(run: RunContext, base: Any) -> Any:
+    lora = LoraSpec(**run.settings.lora.lora())
+    counts = match_targets(base, lora.targets)
+    run.console.say(f"LoRA on {', '.join(f'{name} ({count})' for name, count in counts.items())}")
+    return new_adapter(base, lora)
+
+
+def _adapter_of_start(run: RunContext, base: Any, start: Resumed | FromWeights) -> Any:
+    """The adapter of a checkpoint or of a weights' file. Raises BadModel where this base is not the one it knows."""
+    path = start.checkpoint if isinstance(start, Resumed) else start.file
+    metadata = AdapterMetadata.load(path if path.is_dir() else path.parent)
+    refuse_other_base(
+        str(run.settings.model.model_path),
+        metadata.base if metadata else "",
+        anyway=isinstance(start, FromWeights) or run.settings.run.resume_anyway,
+        notice=run.console.notice,
+    )
+    file = adapter_file(path)
+    if file is None:
+        raise BadSettings([f"{path}: no adapter weights in this checkpoint."])
+    return start_from_weights(base, file, LoraSpec(**run.settings.lora.lora()), notice=run.console.notice)
+
+
+def _say_size(run: RunContext, model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    settings = run.settings.model
+    trainable, total = parameter_counts(model)
+    number_format = str(dtype).removeprefix("torch.") + (f", {settings.quantize}" if settings.quantize else "")
+    run.console.say(
+        f"{settings.model_path} in {number_format} on {device}: "
+        f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)."
+    )
+
+
+def _set_checkpointing(
+    run: RunContext, model: Any, *, longest_tokens: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    args, choice = run.args, run.settings.run.gradient_checkpointing
+    recompute = bool(getattr(args, CHECKPOINTING)) or choice == "true"
+    if not recompute and choice == "auto":
         tokens = args.per_device_train_batch_size * longest_tokens
-        wanted = should_checkpoint(model.config, tokens=tokens, element_bytes=dtype.itemsize, device=device)
-        if wanted:
-            job.console.notice("activations are recomputed to save memory (--gradient_checkpointing false keeps them).")
-    setattr(args, CHECKPOINTING, wanted)
-    if wanted:
+        recompute = should_checkpoint(model.config, tokens=tokens, element_bytes=dtype.itemsize, device=device)
+        if recompute:
+            run.console.notice("activations are recomputed to save memory (--gradient_checkpointing false keeps them).")
+    setattr(args, CHECKPOINTING, recompute)
+    if recompute:
         kwargs = getattr(args, f"{CHECKPOINTING}_kwargs") or {}
         setattr(args, f"{CHECKPOINTING}_kwargs", {"use_reentrant": False, **kwargs})
         model.enable_input_require_grads()

@@ -1,4 +1,4 @@
-"""Folder: the output folder, held by one run, looked at for space, and named in what a failure is answered with."""
+"""Output folder: held by one run, looked at for space, and named where a run fails."""
 
 import contextlib
 import shutil
@@ -16,13 +16,16 @@ from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped
 from atomtune.model.memory import is_out_of_memory
 from atomtune.settings.fields import TrainSettings
 from atomtune.train.checkpoint.atomic import checkpoints, damage
-from atomtune.train.run_context import Job
+from atomtune.train.run_context import RunContext
+
+#: A little more than what a checkpoint holds beside tensors and tokenizer, in bytes.
+_SMALL_FILES = 2**16
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """The output folder, made if need be, held against every other run. Raises BadSettings when one holds it."""
-    made = not folder.exists()
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -38,62 +41,59 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        if made and not any(path.name != ".lock" for path in folder.iterdir()):
+        if is_new and not any(path.name != ".lock" for path in folder.iterdir()):
             shutil.rmtree(folder, ignore_errors=True)  # refused before it wrote anything
 
 
-def check_space(job: Job, model: Any, tokenizer: Any) -> None:
+def check_space(run: RunContext, model: Any, tokenizer: Any) -> None:
     """Say what the checkpoints will take; raise RunFailed when not even one fits."""
-    args, folder = job.args, Path(job.args.output_dir)
+    args, folder = run.args, Path(run.args.output_dir)
     weights = sum(w.numel() * w.element_size() for w in model.parameters() if w.requires_grad)
     states = 0 if args.save_only_model else 2 * weights  # AdamW's two moments
-    beside = len(tokenizer_text(tokenizer)) + 2**16
-    one, final, free = weights + states + beside, weights + beside, shutil.disk_usage(folder).free
+    adapter = weights + len(tokenizer_text(tokenizer)) + _SMALL_FILES
+    checkpoint, free = adapter + states, shutil.disk_usage(folder).free
     kept = args.save_total_limit or 1
-    needed = (kept + 1) * one + final  # one more while it is written, and the adapter
-    said = (
-        f"a checkpoint takes about {decimal(one)}; {args.save_total_limit or 'all'} are kept; "
+    needed = (kept + 1) * checkpoint + adapter  # one more while it is written, and the adapter
+    figures = (
+        f"a checkpoint takes about {decimal(checkpoint)}; {args.save_total_limit or 'all'} are kept; "
         f"{decimal(free)} are free in {folder}"
     )
-    if args.save_strategy != "no" and one + final > free:
-        raise RunFailed(f"The disk is full: {said}. Free some space, or pass another --output_dir.")
+    if args.save_strategy != "no" and checkpoint + adapter > free:
+        raise RunFailed(f"The disk is full: {figures}. Free some space, or pass another --output_dir.")
     if needed > free:
-        job.console.notice(f"the disk may not suffice: {said}. --save_total_limit 1 keeps fewer.")
+        run.console.notice(f"the disk may be too small: {figures}. --save_total_limit 1 keeps fewer.")
     else:
-        job.console.say(f"{said[0].upper()}{said[1:]}.")
+        run.console.say(f"{figures[0].upper()}{figures[1:]}.")
 
 
 def same_command(settings: TrainSettings) -> str:
     """How a user goes on: --resume does not stand beside what began the run from another place."""
-    ways = {"--continue_training --checkpoint": settings.run.continue_training}
-    ways["--resume_from_checkpoint"] = bool(settings.run.resume_from_checkpoint)
-    instead = next((f" in place of {way}" for way, given in ways.items() if given), "")
-    return f"The same command with --resume{instead}"
+    began_with = {
+        "--continue_training --checkpoint": settings.run.continue_training,
+        "--resume_from_checkpoint": bool(settings.run.resume_from_checkpoint),
+    }
+    in_place_of = [f" in place of {flags}" for flags, used in began_with.items() if used]
+    return f"The same command with --resume{''.join(in_place_of[:1])}"
 
 
-def answer(error: BaseException, folder: Path, *, again: str) -> BaseException:
-    """What the user is told about an error that nobody below has put into words.
+def explained(error: BaseException, folder: Path, *, again: str) -> BaseException:
+    """An error that nobody below has put into words, as one that tells the user what happened and what to do.
 
     again  same_command
     """
     if isinstance(error, AtomtuneError):
         return error
-    kept = next((path for path in checkpoints(folder) if not damage(path)), None)
+    newest_whole = next((path for path in checkpoints(folder) if not damage(path)), None)
     if isinstance(error, KeyboardInterrupt):
-        name = error.args[0] if error.args else "SIGINT"
-        where = f"the last whole checkpoint is {kept}" if kept else "there is no checkpoint yet, nothing is kept"
-        return Stopped(
-            f"{name} received; stopped at once, {where}.\n"
-            f"{again if kept else 'The same command'} {'goes on from there' if kept else 'begins again'} "
-            f"(--output_dir {folder})."
-        )
+        signal_name = error.args[0] if error.args else "SIGINT"
+        return _stopped_at_once(signal_name, newest_whole, folder, again)
     if disk_failed(error):
-        store = Path(datasets.config.HF_DATASETS_CACHE)  # of the encoded records; often on another disk
-        full = min((path for path in (folder, store) if path.is_dir()), key=lambda path: shutil.disk_usage(path).free)
+        cache = Path(datasets.config.HF_DATASETS_CACHE)  # of the encoded records; often on another disk
+        full = min((path for path in (folder, cache) if path.is_dir()), key=lambda path: shutil.disk_usage(path).free)
         return RunFailed(
             f"The disk is full, or it fails: {full} could not be written ({error}).\nLast whole checkpoint: "
-            f"{kept or 'none'}. Free some space (--save_total_limit keeps fewer checkpoints; HF_DATASETS_CACHE names "
-            "another place for encoded records), then go on with --resume."
+            f"{newest_whole or 'none'}. Free some space (--save_total_limit keeps fewer checkpoints; HF_DATASETS_CACHE "
+            "names another place for encoded records), then go on with --resume."
         )
     if is_out_of_memory(error):
         return RunFailed(
@@ -101,3 +101,15 @@ def answer(error: BaseException, folder: Path, *, again: str) -> BaseException:
             "quarter of the memory), --dtype bfloat16, --device_map auto, a smaller model."
         )
     return error
+
+
+def _stopped_at_once(signal_name: str, newest_whole: Path | None, folder: Path, again: str) -> Stopped:
+    if newest_whole is None:
+        return Stopped(
+            f"{signal_name} received; stopped at once, there is no checkpoint yet, nothing is kept.\n"
+            f"The same command begins again (--output_dir {folder})."
+        )
+    return Stopped(
+        f"{signal_name} received; stopped at once, the last whole checkpoint is {newest_whole}.\n"
+        f"{again} goes on from there (--output_dir {folder})."
+    )

@@ -1,4 +1,4 @@
-"""One run: settings in, adapter out, every step said and recorded.
+"""Run: one training from settings to adapter, every step said and recorded.
 
 The walk of the house: data.cache → batch.collate → model → trainer → run.json.
 """
@@ -13,10 +13,12 @@ from typing import Any, cast
 
 import datasets
 import torch
+from torch.distributed.fsdp import StateDictType
 from transformers import PrinterCallback, set_seed
 
+from atomtune.batch.collate import Collator
 from atomtune.console import Console
-from atomtune.data.encoding.chat_template import load_template
+from atomtune.data.encoding.chat_template import Template, load_template
 from atomtune.data.ledger import Ledger
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped, UserError
 from atomtune.model.adapter import refuse_empty
@@ -28,14 +30,14 @@ from atomtune.settings.fields import TrainSettings
 from atomtune.train.arguments import CHECKPOINTING, lengths, trainer_arguments
 from atomtune.train.callbacks import Stop
 from atomtune.train.checkpoint.atomic import clear_staging, publish, staged
-from atomtune.train.checkpoint.start import Start, find_start
+from atomtune.train.checkpoint.start import Finished, Resumed, Start, find_start
 from atomtune.train.dataset import Data, read_data
 from atomtune.train.demo import Samples
 from atomtune.train.layout import check_equal, choose_layout
 from atomtune.train.model import load_model
-from atomtune.train.output_folder import answer, check_space, locked, same_command
+from atomtune.train.output_folder import check_space, explained, locked, same_command
 from atomtune.train.progress import TrainingBar
-from atomtune.train.run_context import Job
+from atomtune.train.run_context import RunContext
 from atomtune.train.run_identity import identity, refuse_another_run
 from atomtune.train.run_report import RunRecord, draw_loss, read_record
 from atomtune.train.streaming import Stream
@@ -49,51 +51,45 @@ def train(settings: TrainSettings) -> int:
     """Run `atomtune train`; the exit code, or an AtomtuneError that holds it."""
     began = time.monotonic()
     args = trainer_arguments(settings)
-    first = args.process_index == 0
-    console = Console(speaks=first)
+    is_first = args.process_index == 0
+    console = Console(speaks=is_first)
     _quiet(settings)
     folder = Path(args.output_dir)
-    lock = locked(folder) if first else contextlib.nullcontext()
-    with lock:
-        if first:
+    with locked(folder) if is_first else contextlib.nullcontext():
+        if is_first:
             clear_staging(folder)
-        start = _as_the_first_rank(args, lambda: _start(settings, args, console))
-        if start.said:
-            console.say(start.said)
-        if start.kind == "finished":
+        start = _decided_by_first_rank(args, lambda: _find_start(settings, args, console))
+        if start.message:
+            console.say(start.message)
+        if isinstance(start, Finished):
             return 0
         # A resumed run that does not come to train leaves the record of the run that did.
-        record = RunRecord(folder, writes=first, waits=start.kind == "resume")
-        job = Job(settings, args, start, read_record(folder), console, record)
+        record = RunRecord(folder, writes=is_first, waits=isinstance(start, Resumed))
+        run = RunContext(settings, args, start, read_record(folder), console, record)
         try:
-            record.update(settings=settings.resolved(), lengths=lengths(args), start=start.kind)
-            _run(job, began)
+            record.update(settings=settings.resolved(), lengths=lengths(args), start=start.name)
+            _run(run, began)
         except BaseException as error:
-            told = answer(error, folder, again=same_command(settings))
-            status = "preempted" if isinstance(told, Stopped) else "failed"
-            with contextlib.suppress(OSError):  # the record may not fit on a full disk either
-                record.update(status=status, reason=str(told) or type(told).__name__, notices=console.notices)
-            if isinstance(error, Stopped) and args.world_size > 1:
-                torch.distributed.barrier()  # a launcher ends the other ranks as soon as one is gone
-            if told is error:
+            answer = _recorded_failure(run, error)
+            if answer is error:
                 raise
-            raise told from error
+            raise answer from error
     return 0
 
 
-def _start(settings: TrainSettings, args: Any, console: Console) -> Start:
-    asked = settings.run
+def _find_start(settings: TrainSettings, args: Any, console: Console) -> Start | Finished:
+    flags = settings.run
     return find_start(
         Path(args.output_dir),
-        resume=asked.resume,
-        resume_from_checkpoint=asked.resume_from_checkpoint,
-        checkpoint=asked.checkpoint,
+        resume=flags.resume,
+        resume_from_checkpoint=flags.resume_from_checkpoint,
+        checkpoint=flags.checkpoint,
         lengths=lengths(args),
         notice=console.notice,
     )
 
 
-def _as_the_first_rank(args: Any, decide: Callable[[], Start]) -> Start:
+def _decided_by_first_rank(args: Any, decide: Callable[[], Start | Finished]) -> Start | Finished:
     """What the first rank decides; the others would look into a folder that it has begun to fill."""
     if args.world_size <= 1:
         return decide()
@@ -107,28 +103,62 @@ def _as_the_first_rank(args: Any, decide: Callable[[], Start]) -> Start:
     torch.distributed.broadcast_object_list(outcome)
     if isinstance(outcome[0], str):
         raise UserError(outcome[0])
-    return cast(Start, outcome[0])
+    return cast(Start | Finished, outcome[0])
 
 
-def _run(job: Job, began: float) -> None:
-    settings = job.settings
+def _recorded_failure(run: RunContext, error: BaseException) -> BaseException:
+    """What the user is told of an error, once run.json says it too."""
+    answer = explained(error, Path(run.args.output_dir), again=same_command(run.settings))
+    with contextlib.suppress(OSError):  # the record may not fit on a full disk either
+        run.record.update(
+            status="preempted" if isinstance(answer, Stopped) else "failed",
+            reason=str(answer) or type(answer).__name__,
+            notices=run.console.notices,
+        )
+    if isinstance(error, Stopped) and run.args.world_size > 1:
+        torch.distributed.barrier()  # a launcher ends the other ranks as soon as one is gone
+    return answer
+
+
+def _run(run: RunContext, began: float) -> None:
+    """The story of one run; a resumed one is first compared with the run that began."""
+    settings = run.settings
     tokenizer = load_tokenizer(str(settings.model.model_path), trust_remote_code=settings.model.trust_remote_code)
     template = load_template(settings.data.template, tokenizer)
     tokenizer.chat_template = template.source  # what is trained is what is served
-    data = read_data(job, template)
-    now = identity(job, template, data)
-    refuse_another_run(job, now)
-    if job.before.get("lengths") and job.start.kind == "resume" and job.before["lengths"] != lengths(job.args):
-        job.console.notice(
-            "the run's length changed, so the learning-rate schedule is stretched to the new length from here."
-        )
+    data = read_data(run, template)
+    run_identity = identity(run, template, data)
+    refuse_another_run(run, run_identity)
+    _say_changed_length(run)
     if settings.run.verify:
-        check_equal(job, data, pad_id=pad_id_of(tokenizer))
-    set_seed(job.args.seed)
-    longest = settings.data.max_seq_length if settings.data.streaming else data.ledger.longest_tokens
-    model = load_model(job, longest_tokens=longest)
-    collator = choose_layout(job, model, tokenizer, data)
-    metadata = AdapterMetadata(
+        check_equal(run, data, pad_id=pad_id_of(tokenizer))
+
+    set_seed(run.args.seed)
+    model = load_model(run, longest_tokens=_longest_tokens(run, data))
+    collator = choose_layout(run, model, tokenizer, data)
+    trainer = _trainer(run, data, model, collator, tokenizer, _metadata(run, template, data), run_identity, began)
+    _refuse_unused_settings(run, trainer)
+    _say_many_passes(run, data)
+    if run.args.should_save:
+        check_space(run, model, tokenizer)
+
+    samples = Samples.of_demo(settings, model, template)
+    run.record.begin()
+    loss = _fit(run, trainer, data)
+    _save(run, trainer, loss)
+    samples.show_after(run.console)
+    _say_what_is_next(run, trainer, loss, data.ledger)
+
+
+def _longest_tokens(run: RunContext, data: Data) -> int:
+    """Of any example; of a stream, what may come."""
+    settings = run.settings.data
+    return settings.max_seq_length if settings.streaming else data.ledger.longest_tokens
+
+
+def _metadata(run: RunContext, template: Template, data: Data) -> AdapterMetadata:
+    settings = run.settings
+    return AdapterMetadata(
         template=template.name,
         instruction_role=template.instruction_role,
         stop=template.stop,
@@ -137,20 +167,31 @@ def _run(job: Job, began: float) -> None:
         max_seq_length=settings.data.max_seq_length,
         base=fingerprint(str(settings.model.model_path)) or "",
     )
-    minutes = settings.run.max_minutes
+
+
+def _trainer(  # noqa: PLR0917  # each is a station of the walk
+    run: RunContext,
+    data: Data,
+    model: Any,
+    collator: Collator,
+    tokenizer: Any,
+    metadata: AdapterMetadata,
+    run_identity: dict[str, Any],
+    began: float,
+) -> LoraTrainer:
+    minutes = run.settings.run.max_minutes
+    stop = Stop(deadline=began + 60 * minutes if minutes else None, limit=f"--max_minutes {minutes:g}")
     try:
-        trainer = LoraTrainer(
+        return LoraTrainer(
             tokenizer=tokenizer,
             metadata=metadata,
-            facts={"identity": now, "versions": job.record.values["versions"]},
-            stop=Stop(
-                deadline=began + 60 * minutes if minutes else None, said=f"the time is over (--max_minutes {minutes:g})"
-            ),
-            skip_nonfinite=settings.run.skip_nonfinite,
-            resumed_from=job.start.path if job.start.kind == "resume" else None,
-            notice=job.console.notice,
+            facts={"identity": run_identity, "versions": run.record.values["versions"]},
+            stop=stop,
+            skip_nonfinite=run.settings.run.skip_nonfinite,
+            resumed_from=run.resumed.checkpoint if run.resumed else None,
+            notice=run.console.notice,
             model=model,
-            args=job.args,
+            args=run.args,
             train_dataset=data.train,
             eval_dataset=data.evaluate,
             data_collator=collator,
@@ -159,81 +200,97 @@ def _run(job: Job, began: float) -> None:
         if is_out_of_memory(error):
             raise
         raise BadSettings([f"The Trainer refuses these settings: {error}"]) from error
-    _refuse_what_is_not_used(job, trainer)
-    if not isinstance(data.train, Stream):
-        _say_length(job, len(data.train))
-    if job.args.should_save:
-        check_space(job, model, tokenizer)
-    samples = Samples.of_demo(settings, model, template)
-    job.record.begin()
-    loss = _fit(job, trainer, data)
-    _save(job, trainer, loss)
-    samples.show_after(job.console)
-    _say_next(job, trainer, loss, data.ledger)
 
 
-def _refuse_what_is_not_used(job: Job, trainer: LoraTrainer) -> None:
+def _refuse_unused_settings(run: RunContext, trainer: LoraTrainer) -> None:
     """Raise BadSettings where the library would pass a setting by in silence; say what it does by its own ways."""
-    if job.args.fsdp and not trainer.is_fsdp_enabled:
+    if run.args.fsdp and not trainer.is_fsdp_enabled:
         raise BadSettings(["--fsdp is not used here: it needs several processes on GPUs. Leave it out."])
-    if trainer.is_fsdp_enabled and "FULL" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
-        raise BadSettings(["--fsdp_config: an adapter is small and is saved whole: state_dict_type FULL_STATE_DICT."])
-    if trainer.is_deepspeed_enabled and job.start.kind == "resume":
-        job.console.notice("DeepSpeed's own states hold pickles; resume from checkpoints of your own making only.")
+    if trainer.is_fsdp_enabled:
+        plugin = trainer.accelerator.state.fsdp_plugin
+        if plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
+            raise BadSettings(["--fsdp_config: an adapter is small and saved whole: state_dict_type FULL_STATE_DICT."])
+    if trainer.is_deepspeed_enabled and run.resumed:
+        run.console.notice("DeepSpeed's own states hold pickles; resume from checkpoints of your own making only.")
 
 
-def _say_length(job: Job, records: int) -> None:
+def _say_changed_length(run: RunContext) -> None:
+    before = run.earlier_record.get("lengths")
+    if run.resumed and before and before != lengths(run.args):
+        run.console.notice(
+            "the run's length changed, so the learning-rate schedule is stretched to the new length from here."
+        )
+
+
+def _say_many_passes(run: RunContext, data: Data) -> None:
     """Say how often the records are gone through, where a number of steps hides it."""
-    args = job.args
+    if isinstance(data.train, Stream):
+        return
+    args, records = run.args, len(data.train)
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     passes = args.max_steps * per_step / records
     if passes > MANY_PASSES:
-        job.console.notice(
+        run.console.notice(
             f"--max_steps {args.max_steps:,} goes through the {records:,} records {passes:,.0f} times; "
             "two to five passes are usual (--num_train_epochs 3)."
         )
 
 
-def _fit(job: Job, trainer: LoraTrainer, data: Data) -> float:
+def _fit(run: RunContext, trainer: LoraTrainer, data: Data) -> float:
     """Train; the mean training loss. Raises Stopped, or RunFailed with the cause."""
-    args, device, start, console = job.args, job.args.device, job.start, job.console
     trainer.remove_callback(PrinterCallback)
-    bar = TrainingBar(console, trainer.work)
+    bar = TrainingBar(run.console, trainer.work)
     trainer.add_callback(bar)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if run.args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.args.device)
     try:
-        if start.kind == "resume" and start.path and trainer.all_steps_made(start.path):
-            console.say("All steps were made before; the adapter is saved from this checkpoint.")
-        else:
-            trainer.train(resume_from_checkpoint=str(start.path) if start.kind == "resume" else None)
+        _train_steps(run, trainer)
     except ImportError as error:  # an optimizer from a package that is not installed
         raise BadSettings([f"The Trainer refuses these settings: {error}"]) from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        shape = StepShape(
-            batch=args.per_device_train_batch_size,
-            accumulation=args.gradient_accumulation_steps,
-            max_seq_length=job.settings.data.max_seq_length,
-            longest_tokens=data.ledger.longest_tokens,
-            checkpointing=bool(getattr(args, CHECKPOINTING)),
-            quantize=job.settings.model.quantize,
-            on_gpu=device.type == "cuda",
-            peak=peak_bytes(device),
-        )
-        raise RunFailed(remedies(shape)) from error
+        raise RunFailed(remedies(_step_shape(run, data))) from error
     finally:
         bar.close()
         trainer.stop.restore()
-        job.record.update(**_figures(trainer), **data.read_meanwhile(console), notices=console.notices)
-    owes = trainer.state.global_step < trainer.state.max_steps or trainer.work.owes_evaluation
-    if trainer.stop.reason is not None and owes:
-        raise Stopped(
-            f"{trainer.stop.reason}; stopped after step {trainer.state.global_step:,} with a checkpoint.\n"
-            f"{same_command(job.settings)} goes on from there (--output_dir {args.output_dir})."
-        )
+        run.record.update(**_figures(trainer), **data.read_meanwhile(run.console), notices=run.console.notices)
+    _raise_if_stopped(run, trainer)
     return trainer.mean_loss()
+
+
+def _train_steps(run: RunContext, trainer: LoraTrainer) -> None:
+    if run.resumed is None:
+        trainer.train()
+    elif trainer.all_steps_made(run.resumed.checkpoint):
+        run.console.say("All steps were made before; the adapter is saved from this checkpoint.")
+    else:
+        trainer.train(resume_from_checkpoint=str(run.resumed.checkpoint))
+
+
+def _step_shape(run: RunContext, data: Data) -> StepShape:
+    """What decides the memory of one step."""
+    args = run.args
+    return StepShape(
+        batch=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        max_seq_length=run.settings.data.max_seq_length,
+        longest_tokens=data.ledger.longest_tokens,
+        checkpointing=bool(getattr(args, CHECKPOINTING)),
+        quantize=run.settings.model.quantize,
+        on_gpu=args.device.type == "cuda",
+        peak=peak_bytes(args.device),
+    )
+
+
+def _raise_if_stopped(run: RunContext, trainer: LoraTrainer) -> None:
+    state = trainer.state
+    unfinished = state.global_step < state.max_steps or trainer.work.owes_evaluation
+    if trainer.stop.reason is not None and unfinished:
+        raise Stopped(
+            f"{trainer.stop.reason}; stopped after step {state.global_step:,} with a checkpoint.\n"
+            f"{same_command(run.settings)} goes on from there (--output_dir {run.args.output_dir})."
+        )
 
 
 def _figures(trainer: LoraTrainer) -> dict[str, Any]:
@@ -249,31 +306,32 @@ def _figures(trainer: LoraTrainer) -> dict[str, Any]:
     }
 
 
-def _save(job: Job, trainer: LoraTrainer, loss: float) -> None:
+def _save(run: RunContext, trainer: LoraTrainer, loss: float) -> None:
     """The adapter, the picture and the finished record."""
     refuse_empty(trainer.accelerator.unwrap_model(trainer.model))
-    folder, first = Path(trainer.args.output_dir), trainer.args.process_index == 0
-    with staged(folder / "adapter", clears=first) as staging:
+    folder, is_first = Path(run.args.output_dir), run.args.process_index == 0
+    history = trainer.state.log_history
+    with staged(folder / "adapter", clears=is_first) as staging:
         trainer.save_model(str(staging))
-        if first:
+        if is_first:
             publish(staging, folder, last=WEIGHTS)
-    if first:
-        draw_loss(trainer.state.log_history, folder / "loss.png")
-    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    job.record.update(
+    if is_first:
+        draw_loss(history, folder / "loss.png")
+    evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    run.record.update(
         status="finished",
         train_loss=loss,
-        **({"eval_loss": evaluated[-1]} if evaluated else {}),
-        loss_history=[{"step": e["step"], "loss": e["loss"]} for e in trainer.state.log_history if "loss" in e],
+        **({"eval_loss": evaluations[-1]} if evaluations else {}),
+        loss_history=[{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry],
         **_figures(trainer),
-        notices=job.console.notices,
+        notices=run.console.notices,
     )
 
 
-def _say_next(job: Job, trainer: LoraTrainer, loss: float, ledger: Ledger) -> None:
-    history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    fell = f" (from {history[0]:.3f} to {history[-1]:.3f})" if len(history) > 1 else ""
-    work, folder, console = trainer.work, job.args.output_dir, job.console
+def _say_what_is_next(run: RunContext, trainer: LoraTrainer, loss: float, ledger: Ledger) -> None:
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    fell = f" (from {losses[0]:.3f} to {losses[-1]:.3f})" if len(losses) > 1 else ""
+    work, folder, console = trainer.work, run.args.output_dir, run.console
     # `make demo` runs from an environment that is not activated; what is said to do next must work as it stands.
     atomtune = "atomtune" if shutil.which("atomtune") else f"{sys.executable} -m atomtune"
     console.say(
@@ -283,7 +341,7 @@ def _say_next(job: Job, trainer: LoraTrainer, loss: float, ledger: Ledger) -> No
         f"Next:\n  {atomtune} chat --adapter_path {folder}\n"
         f"  {atomtune} merge --adapter_path {folder} --output_dir {folder}/merged"
     )
-    if job.settings.demo:
+    if run.settings.demo:
         console.say(f"  {atomtune} train --model_path YOUR_MODEL --dataset_path YOUR.jsonl")
     if ledger.shared_instruction is not None:
         console.say(

@@ -15,7 +15,7 @@ from atomtune.errors import BadSettings
 from atomtune.model.adapter_folder import adapter_file
 from atomtune.train.checkpoint.atomic import read_manifest
 from atomtune.train.dataset import Data
-from atomtune.train.run_context import Job
+from atomtune.train.run_context import RunContext
 
 #: The Trainer's settings that decide which numbers a run computes.
 TRAINER_SETTINGS = (
@@ -64,10 +64,10 @@ _FILES = {
 }
 
 
-def identity(job: Job, template: Template, data: Data) -> dict[str, Any]:
+def identity(run: RunContext, template: Template, data: Data) -> dict[str, Any]:
     """Names and values, as JSON keeps them."""
-    settings, args = job.settings, job.args
-    found: dict[str, Any] = {
+    settings, args = run.settings, run.args
+    values: dict[str, Any] = {
         "data": data.data_hash,
         "evaluation": data.eval_hash,
         "template": _sha(template.source),
@@ -75,44 +75,45 @@ def identity(job: Job, template: Template, data: Data) -> dict[str, Any]:
         "ranks": args.world_size,
     }
     for group, names in OURS.items():
-        found |= {name: getattr(getattr(settings, group), name) for name in names}
-    found |= {name: getattr(args, name) for name in TRAINER_SETTINGS if hasattr(args, name)}
-    return dict(json.loads(json.dumps(found, default=str)))
+        values |= {name: getattr(getattr(settings, group), name) for name in names}
+    values |= {name: getattr(args, name) for name in TRAINER_SETTINGS if hasattr(args, name)}
+    return dict(json.loads(json.dumps(values, default=str)))
 
 
-def refuse_another_run(job: Job, now: dict[str, Any]) -> None:
+def refuse_another_run(run: RunContext, now: dict[str, Any]) -> None:
     """Raise BadSettings with every setting in which a resumed run would not be the one that began, both values named.
 
     --resume_anyway turns that into a notice. A checkpoint of another tool has no identity to compare.
     """
-    start, console = job.start, job.console
-    if start.kind != "resume" or start.path is None:
+    console, resumed = run.console, run.resumed
+    if resumed is None:
         return
+    checkpoint = resumed.checkpoint
     try:
-        manifest = read_manifest(start.path)
+        manifest = read_manifest(checkpoint)
     except (OSError, ValueError):
-        console.notice(f"{start.path} has no manifest; whether this is the run that it began is not known.")
+        console.notice(f"{checkpoint} has no manifest; whether this is the run that made it cannot be told.")
         return
     before = manifest.get("identity", {})
-    others = _other_versions(manifest.get("versions", {}), job.record.values["versions"])
+    others = _other_versions(manifest.get("versions", {}), run.record.values["versions"])
     if others:
-        console.notice(f"other versions than the run began with, whose last bits may differ: {others}.")
+        console.notice(f"versions changed since the run began, so the last bits may differ: {others}.")
     changed = [
-        f"{_called(name)}: {_said(before[name])} in {start.path.name}, {_said(value)} now"
+        f"{_name_of(name)}: {_shown(before[name])} in {checkpoint.name}, {_shown(value)} now"
         for name, value in now.items()
         if name in before and before[name] != value
     ]
     if not changed:
         return
-    if job.settings.run.resume_anyway:
-        console.notice(f"this is not the run that began (--resume_anyway): {'; '.join(changed)}.")
+    if run.settings.run.resume_anyway:
+        console.notice(f"this is not the run that began (--resume_anyway). Changed: {'; '.join(changed)}.")
         return
     raise BadSettings(
         [
-            "This would not be the run that began.",
+            f"This is not the run that made {checkpoint.name}. What changed:",
             *changed,
-            "Give back what was; or pass --resume_anyway to go on with what is now; or start a new run from these "
-            f"weights: --continue_training --checkpoint {adapter_file(start.path)} --output_dir NEW",
+            "Undo these changes; or pass --resume_anyway to go on with the new values; or start a new run from these "
+            f"weights: --continue_training --checkpoint {adapter_file(checkpoint)} --output_dir NEW",
         ]
     )
 
@@ -121,11 +122,11 @@ def _other_versions(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {before[name]} → {now[name]}" for name in now if before.get(name, now[name]) != now[name])
 
 
-def _called(name: str) -> str:
+def _name_of(name: str) -> str:
     return _FILES.get(name, f"--{name}")
 
 
-def _said(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, str) and len(value) == 64:  # a SHA-256
         return f"{value[:12]}…"
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)

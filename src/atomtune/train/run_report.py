@@ -1,14 +1,15 @@
 """Run report: run.json and loss.png, what stays of a run."""
 
-import json
 import platform
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from atomtune import __version__
-from atomtune.disk import write_json
+from atomtune.disk import read_json_object, replacing, write_json
+from atomtune.errors import BadSettings
 
 RECORD = "run.json"
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
@@ -59,16 +60,38 @@ def draw_loss(history: list[dict[str, Any]], path: Path) -> None:
     if axes.lines:
         axes.legend()
     figure.tight_layout()
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, format="png")
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
     pyplot.close(figure)
-    beside.replace(path)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The folder's run.json, or nothing."""
+    """The folder's run.json; nothing where there is none or it cannot be read, and no value that is not what we write.
+
+    Raises BadSettings where a folder has that name: the record of a run could not be written.
+    """
+    path = folder / RECORD
+    if path.is_dir():
+        raise BadSettings([f"{path} is a folder; a run writes its record there. Move it away."])
     try:
-        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        values = read_json_object(path)
+    except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return {name: value for name, value in values.items() if name not in _IS_OURS or _IS_OURS[name](value)}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_lengths(value: object) -> bool:
+    return isinstance(value, dict) and all(_is_number(value.get(name)) for name in ("max_steps", "num_train_epochs"))
+
+
+#: What a later run reads from a record, and how each looks when it is as we wrote it.
+_IS_OURS: dict[str, Callable[[object], bool]] = {
+    "status": lambda value: isinstance(value, str),
+    "start": lambda value: isinstance(value, str),
+    "steps": _is_number,
+    "lengths": _are_lengths,
+}

@@ -1,8 +1,9 @@
 """The Trainer, subclassed at few points; schedulers, accelerate and trackers stay the library's.
 
 Ours: the loss (sum over targets / targets of the whole global batch), evaluation by the same law, what is counted and
-when it stops; saves are saving.py's. Law: a step's loss and gradient do not depend on how its examples are divided into
-micro-batches or ranks (tests/train/test_trainer.py).
+when it stops; saves are saving_trainer's.
+Law: a step's loss and gradient do not depend on how its examples are divided into micro-batches or ranks
+(tests/train/test_trainer.py).
 """
 
 import math
@@ -12,15 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from atomtune.model.loss import target_nats
-from atomtune.train.callbacks import AtBegin, FiniteSteps, LogWhatIsSaved, Reach, Spikes, Stop, WorkCounter
+from atomtune.train.callbacks import (
+    BeforeFirstStep,
+    GradientCheck,
+    LogBeforeSaving,
+    LossSpikeWarning,
+    SkipNonFinite,
+    Stop,
+    WorkCounter,
+)
 from atomtune.train.checkpoint.saving_trainer import SavingTrainer
 from atomtune.train.checkpoint.start import STATE
-from atomtune.train.dataloader import deaf_workers
+from atomtune.train.dataloader import with_signal_masked_workers
 from atomtune.train.ranks import on_any_rank
 
 
@@ -30,12 +40,15 @@ class LoraTrainer(SavingTrainer):
     def __init__(self, *, stop: Stop, skip_nonfinite: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.work, self.stop = WorkCounter(), stop
-        self.finite = FiniteSteps(self.work, budget=skip_nonfinite, notice=self.notice)
+        self.non_finite = SkipNonFinite(self.work, budget=skip_nonfinite, notice=self.notice)
         if self._ranks_evaluate_alone:  # else a rank holds parts of weights, which may well be zero
-            self.add_callback(Reach(self.notice))  # before a step that is left out loses its gradients
-        for callback in (self.work, AtBegin(self.begin), self.finite, stop, Spikes(self.notice)):
-            self.add_callback(callback)
-        self.add_callback(LogWhatIsSaved())  # after all that ask for a save
+            self.add_callback(GradientCheck(self.notice))  # before a step that is left out loses its gradients
+        self.add_callback(self.work)
+        self.add_callback(BeforeFirstStep(self.begin))
+        self.add_callback(self.non_finite)
+        self.add_callback(stop)
+        self.add_callback(LossSpikeWarning(self.notice))
+        self.add_callback(LogBeforeSaving())  # after all that ask for a save
         # The loss below is already divided by the targets of all micro-batches. 5.17 reads the first name, 5.23 both.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -75,13 +88,13 @@ class LoraTrainer(SavingTrainer):
         return nats * self.args.world_size / num_items_in_batch.clamp(min=1)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """One micro-batch; a loss that is not finite is held back from the adapter (watch.FiniteSteps)."""
-        return self.finite.see(super().training_step(model, inputs, num_items_in_batch), inputs["origins"])
+        """One micro-batch; a loss that is not finite is held back from the adapter (callbacks.SkipNonFinite)."""
+        return self.non_finite.finite_loss(super().training_step(model, inputs, num_items_in_batch), inputs["origins"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The mean loss is that of the steps that were made."""
         if "loss" in logs:
-            mean = self.finite.corrected(logs.pop("loss"))
+            mean = self.non_finite.mean_of_steps_made(logs.pop("loss"))
             logs = {**({} if mean is None else {"loss": mean}), **logs}
         super().log(logs, start_time)
 
@@ -116,17 +129,19 @@ class LoraTrainer(SavingTrainer):
         return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def get_train_dataloader(self) -> Any:
-        """As the library does."""
-        return deaf_workers(super().get_train_dataloader())
+        """The library's loader, whose workers leave a signal to this process."""
+        return with_signal_masked_workers(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Every record once; accelerate would fill the last ranks up with records that were already counted."""
-        even, plan = self.accelerator.even_batches, self.accelerator.dataloader_config
-        plan.even_batches = even and not self._ranks_evaluate_alone
+        # accelerate knows one setting for all its loaders, so it is another while this one is made.
+        plan = self.accelerator.dataloader_config
+        even_for_training = plan.even_batches
+        plan.even_batches = even_for_training and not self._ranks_evaluate_alone
         try:
-            return deaf_workers(super().get_eval_dataloader(eval_dataset))
+            return with_signal_masked_workers(super().get_eval_dataloader(eval_dataset))
         finally:
-            plan.even_batches = even
+            plan.even_batches = even_for_training
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -139,21 +154,21 @@ class LoraTrainer(SavingTrainer):
         began = time.perf_counter()
         model = self.model if self._ranks_evaluate_alone else self.model_wrapped
         model.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device="cpu")
+        sums = torch.zeros(3, dtype=torch.float64, device="cpu")  # nats, targets, ranks that gave up
         for batch in loader:
-            asked = self.stop.asked and isinstance(self.lr_scheduler, LambdaLR)  # others wait for its result
-            if asked if self._ranks_evaluate_alone else on_any_rank(asked, self.args):
+            give_up = self.stop.requested and isinstance(self.lr_scheduler, LambdaLR)  # others wait for its result
+            if give_up if self._ranks_evaluate_alone else on_any_rank(give_up, self.args):
                 sums[2] = 1
                 break
             with torch.no_grad(), self.compute_loss_context_manager():
-                nats, count = target_nats(model, self._prepare_inputs(batch))
+                nats, count = target_nats(model, send_to_device(batch, self.args.device))
             sums[:2] += torch.stack([nats.double(), count.double()]).cpu()
         model.train()
         if self.args.world_size > 1:
             sums = self.accelerator.gather(sums.to(self.args.device)[None]).sum(0).cpu()
         if sums[2]:
             self.work.owes_evaluation = True
-            self.stop.agree(self.control)
+            self.stop.stop_here(self.control)
             return {}
         loss = (sums[0] / sums[1].clamp(min=1)).item()
         metrics = {
@@ -166,10 +181,12 @@ class LoraTrainer(SavingTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    # Private: the Trainer asks it for each evaluation's result, also for one that has none.
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """As the library does; an evaluation that was given up for a stop is saved as owed, not as the best."""
         return super()._determine_best_metric(metrics, trial) if metrics else self.work.owes_evaluation
 
+    # Private: the only place where a sampler can be put into the Trainer's own DataLoader.
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """As the library does; grouping by length draws anew in each epoch from the seed, so that a resume can too."""
         sampler = super()._get_train_sampler(train_dataset)
@@ -187,7 +204,7 @@ class LoraTrainer(SavingTrainer):
         """The evaluation that the run before gave up."""
         if self.work.owes_evaluation:
             self.work.owes_evaluation = False
-            self._determine_best_metric(self._evaluate(None, None), None)
+            self._determine_best_metric(self.evaluate(), None)
 
 
 class _ByLength(LengthGroupedSampler):

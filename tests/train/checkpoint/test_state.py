@@ -1,78 +1,86 @@
-"""States come back as they were, and nothing in their files can run."""
+"""The Trainer's states are read as tensors only, and one that is anything else is named before it is opened."""
 
-import json
+import os
 import random
 
 import numpy
 import pytest
 import torch
+from transformers import get_scheduler
+from transformers.trainer_utils import SchedulerType
 
-from atomtune.train.checkpoint.state import load_state, random_state, save_state, set_random_state
+from atomtune.errors import BadModel
+from atomtune.train.checkpoint.state import has_optimizer, refuse_programs, state_files
+
+NEEDED = {
+    "cosine_with_min_lr": {"min_lr": 1e-5},
+    "cosine_warmup_with_min_lr": {"min_lr": 1e-5},
+    "warmup_stable_decay": {"num_decay_steps": 3},
+}
 
 
-def same(one, other) -> bool:
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
-    return type(one) is type(other) and one == other
+def weight() -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.randn(4, 3))
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        lambda weights: torch.optim.AdamW(weights, lr=1e-3, fused=True),
-        lambda weights: torch.optim.SGD(weights, lr=1e-3, momentum=0.9),
-        lambda weights: torch.optim.Adafactor(weights, lr=1e-3),
-        lambda weights: torch.optim.LBFGS(weights, lr=1e-3),
-    ],
-)
-def test_an_optimizer_comes_back(tmp_path, optimizer):
-    weight = torch.nn.Parameter(torch.randn(4, 3))
-    made = optimizer([weight])
+@pytest.mark.parametrize("schedule", [kind.value for kind in SchedulerType])
+def test_every_schedule_of_the_library_leaves_a_state_without_a_program(tmp_path, schedule):
+    made = get_scheduler(
+        schedule,
+        torch.optim.AdamW([weight()], lr=1e-3),
+        num_warmup_steps=2,
+        num_training_steps=9,
+        scheduler_specific_kwargs=NEEDED.get(schedule, {}),
+    )
+    torch.save(made.state_dict(), tmp_path / "scheduler.pt")
+    refuse_programs(tmp_path)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor, torch.optim.LBFGS])
+def test_an_optimizer_leaves_a_state_without_a_program(tmp_path, optimizer):
+    one = weight()
+    made = optimizer([one], lr=1e-3)
 
     def step():
         made.zero_grad()
-        loss = (weight**2).sum()
+        loss = (one**2).sum()
         loss.backward()
         return loss
 
-    for _ in range(3):
-        made.step(step)
-    save_state(tmp_path, "optimizer", made.state_dict())
-    assert same(load_state(tmp_path, "optimizer"), made.state_dict())
+    made.step(step)
+    torch.save(made.state_dict(), tmp_path / "optimizer.pt")
+    refuse_programs(tmp_path)
+    assert has_optimizer(tmp_path)
 
 
-def test_what_json_does_not_know_is_kept(tmp_path):
-    value = {
-        1: (1, 2.5, None, True, "词"),
-        "nested": [{"infinite": float("inf")}, ()],
-        (0, "pair"): torch.tensor(3, dtype=torch.bfloat16),
-        "dict": {"tensor": "a name that our own notation uses"},
-    }
-    save_state(tmp_path, "state", value)
-    assert same(load_state(tmp_path, "state"), value)
+def test_random_numbers_are_kept_without_a_program(tmp_path):
+    states = {"python": random.getstate(), "numpy": numpy.random.get_state(), "cpu": torch.get_rng_state()}
+    torch.save(states, tmp_path / "rng_state.pth")
+    refuse_programs(tmp_path)
 
 
-def test_every_random_number_goes_on(tmp_path):
-    save_state(tmp_path, "random", random_state())
-    drawn = [random.random(), numpy.random.rand(), torch.rand(1).item()]
-    set_random_state(load_state(tmp_path, "random"))
-    assert [random.random(), numpy.random.rand(), torch.rand(1).item()] == drawn
+@pytest.mark.parametrize("content", [b"", b"\x80\x04", b"PK\x03\x04torn", b"not a state"])
+def test_a_torn_state_is_named(tmp_path, content):
+    (tmp_path / "rng_state_3.pth").write_bytes(content)
+    with pytest.raises(BadModel, match=r"rng_state_3\.pth .*\n.*--continue_training"):
+        refuse_programs(tmp_path)
 
 
-def test_what_could_only_be_pickled_is_refused_with_its_place(tmp_path):
-    with pytest.raises(TypeError, match=r"state\.function is a function"):
-        save_state(tmp_path, "state", {"function": lambda: None})
+class Program:
+    def __reduce__(self):
+        return (os.mkdir, ("it-ran",))
 
 
-def test_a_state_is_no_pickle_and_does_not_hold_on_to_its_file(tmp_path):
-    tensor = torch.arange(4.0)
-    save_state(tmp_path, "state", {"tensor": tensor})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["state.json", "state.safetensors"]
-    json.loads((tmp_path / "state.json").read_text())
-    read = load_state(tmp_path, "state")["tensor"]
-    (tmp_path / "state.safetensors").write_bytes(b"\0" * 100)  # a rotation may take the file away
-    assert torch.equal(read, tensor)
+def test_a_program_is_named_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"step": Program()}, "scaler.pt")
+    with pytest.raises(BadModel, match=r"scaler\.pt is damaged, or it is a program"):
+        refuse_programs(tmp_path)
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_what_the_library_does_not_open_is_no_state(tmp_path):
+    for name in ("training_args.bin", "adapter_model.safetensors", "optimizer.json", "my_optimizer.pt"):
+        (tmp_path / name).write_bytes(b"")
+    assert state_files(tmp_path) == []
+    assert not has_optimizer(tmp_path)

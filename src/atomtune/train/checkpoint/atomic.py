@@ -1,4 +1,4 @@
-"""Integrity: a folder that is whole or not there, on disks that fill up and machines that lose power.
+"""Atomic: a folder that is whole or not there, on disks that fill up and machines that lose power.
 
 A checkpoint is written under a hidden name, every file brought to the disk, named in a manifest with its size and
 SHA-256, and takes its place in one rename. What can be seen under its own name was finished; what was changed since is
@@ -8,12 +8,12 @@ found by the manifest.
 import contextlib
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from atomtune.disk import sync, write_json
+from atomtune.disk import only_finite, read_json_object, remove_tree, remove_unfinished, sync, sync_tree, write_json
+from atomtune.train.checkpoint.state import state_files
 
 MANIFEST = "manifest.json"
 #: In front of the name of a folder that is being written, and of one that is being removed.
@@ -36,23 +36,24 @@ def staged(final: Path, *, clears: bool) -> Iterator[Path]:
         yield staging
     finally:
         if clears:
-            shutil.rmtree(staging, ignore_errors=True)
+            remove_tree(staging)
 
 
 def clear_staging(folder: Path) -> None:
     """Finish or remove what a killed run was writing or removing; for the holder of the folder's lock.
 
     A run that saves a step again gives up the old folder's name just before the new one takes it: killed in between,
-    the staged folder is whole and only its name is missing.
+    the staged folder is whole and only its name is missing. A link under such a name is not ours and leads elsewhere.
     """
     for left in folder.glob(f"{STAGING}checkpoint-*"):
         final = left.with_name(left.name.removeprefix(STAGING))
-        if not final.exists() and not damage(left):
-            _to_disk(left)
+        if not left.is_symlink() and not final.exists() and not damage(left):
+            sync_tree(left)
             left.rename(final)
             sync(folder)
     for left in (*folder.glob(f"{STAGING}*"), *folder.glob(f"{LEAVING}*")):
-        shutil.rmtree(left, ignore_errors=True)
+        remove_tree(left)
+    remove_unfinished(folder)
 
 
 def seal(staging: Path, final: Path, facts: Mapping[str, Any]) -> None:
@@ -61,11 +62,11 @@ def seal(staging: Path, final: Path, facts: Mapping[str, Any]) -> None:
     What stood under that name and has a manifest is replaced; without one it is not ours, and is moved aside.
     """
     entries = {name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for name, file in _files(staging)}
-    body = {**facts, "files": entries}
+    body = only_finite({**facts, "files": entries})
     write_json(staging / MANIFEST, {**body, "sha256": _digest(body)})
-    _to_disk(staging)
-    if final.exists():
-        if (final / MANIFEST).is_file():
+    sync_tree(staging)
+    if final.exists() or final.is_symlink():
+        if (final / MANIFEST).is_file() and not final.is_symlink():
             remove(final)
         else:
             final.rename(_free_name(final))
@@ -75,12 +76,12 @@ def seal(staging: Path, final: Path, facts: Mapping[str, Any]) -> None:
 
 def publish(staging: Path, folder: Path, *, last: str) -> None:
     """Move the files of a staged folder into another, each in one rename; `last` is the one that others wait for."""
-    _to_disk(staging)
+    sync_tree(staging)
     for _, file in sorted(_files(staging), key=lambda entry: entry[0] == last):
         goal = folder / file.relative_to(staging)
         goal.parent.mkdir(parents=True, exist_ok=True)
         file.replace(goal)
-    shutil.rmtree(staging)
+    remove_tree(staging)
     sync(folder)
 
 
@@ -103,15 +104,14 @@ def damage(folder: Path) -> list[str]:
             problems.append(f"{name} is missing")
         elif file.stat().st_size != size or sha256(file) != digest:
             problems.append(f"{name} is not as it was written")
-    return problems
+    # The Trainer opens its states by name; one that was not sealed with the others was put there by someone else.
+    strangers = [file.name for file in state_files(folder) if file.name not in expected]
+    return problems + [f"{name} was put there afterwards" for name in strangers]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest's content. Raises OSError or ValueError when there is none that can be read."""
-    found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError("not an object")
-    return found
+    return read_json_object(folder / MANIFEST)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -146,9 +146,9 @@ def rotate(folder: Path, *, keep: int | None, protected: Collection[str | Path],
 def remove(folder: Path) -> None:
     """Remove a sealed folder: first its name, so that nobody finds half of it."""
     leaving = folder.with_name(LEAVING + folder.name)
-    shutil.rmtree(leaving, ignore_errors=True)
+    remove_tree(leaving)
     folder.rename(leaving)
-    shutil.rmtree(leaving, ignore_errors=True)
+    remove_tree(leaving)
 
 
 def sha256(file: Path) -> str:
@@ -163,11 +163,6 @@ def _digest(body: Mapping[str, Any]) -> str:
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     found = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST)
     return ((file.relative_to(folder).as_posix(), file) for file in found)
-
-
-def _to_disk(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        sync(path)
 
 
 def _free_name(path: Path) -> Path:

@@ -1,29 +1,70 @@
-"""Checkpoints: where a run may start from.
+"""Start: where a run begins, told from its folder and the flags."""
 
-Before: integrity.py says which are whole.  After: run.py.
-"""
-
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, NoReturn
 
+from atomtune.disk import read_json_object
 from atomtune.errors import BadModel, BadSettings, listing
 from atomtune.model.adapter_folder import WEIGHTS, adapter_file
 from atomtune.train.checkpoint.atomic import MANIFEST, checkpoints, damage, step_in
+from atomtune.train.checkpoint.state import has_optimizer, refuse_programs
 from atomtune.train.run_report import RECORD, read_record
 
 STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
-class Start:
-    """How a run begins: afresh, from a checkpoint with its state, from weights alone, or not at all any more."""
+class Fresh:
+    """A new adapter on the base."""
 
-    kind: Literal["fresh", "resume", "weights", "finished"]
-    path: Path | None = None
-    said: str = ""
+    name: ClassVar[str] = "fresh"  # in run.json
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The run that made this checkpoint goes on, with all of its state."""
+
+    checkpoint: Path
+    step: int
+    name: ClassVar[str] = "resume"
+
+    @property
+    def message(self) -> str:
+        without = " It holds no optimizer state (--save_only_model), so the optimizer begins anew."
+        return (
+            f"Going on from {self.checkpoint} at step {self.step:,}.{'' if has_optimizer(self.checkpoint) else without}"
+        )
+
+
+@dataclass(frozen=True)
+class FromWeights:
+    """A new run that begins with the adapter weights of another."""
+
+    file: Path
+    name: ClassVar[str] = "weights"
+
+    @property
+    def message(self) -> str:
+        return (
+            f"{self.file} holds weights only: starting from them with a new optimizer, schedule and order of the data."
+        )
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Nothing to do: the run in this folder came to its end."""
+
+    folder: Path
+
+    @property
+    def message(self) -> str:
+        return f"The run in {self.folder} is already finished; nothing to resume."
+
+
+Start = Fresh | Resumed | FromWeights
 
 
 def newest_whole(folder: Path, notice: Callable[[str], None]) -> Path | None:
@@ -50,7 +91,7 @@ def find_start(
     checkpoint: str | None,
     lengths: dict[str, Any],
     notice: Callable[[str], None],
-) -> Start:
+) -> Start | Finished:
     """Decide from the folder and the flags.
 
     lengths  max_steps and num_train_epochs as asked now
@@ -62,59 +103,56 @@ def find_start(
         if newest is None:
             raise BadSettings([f"--resume_from_checkpoint: no whole checkpoint in {output_dir}."])
         return _resumed(newest)
-    if explicit := resume_from_checkpoint or checkpoint:
-        start = _explicit(Path(explicit).expanduser(), output_dir)
+    if named := resume_from_checkpoint or checkpoint:
+        start = _named(Path(named).expanduser(), output_dir)
         _refuse_to_mix(start, output_dir)
         return start
-    if not resume:
-        if holds_a_run(output_dir):
-            raise BadSettings(
-                [f"{output_dir} already holds a run. --resume goes on with it; another --output_dir starts a new one."]
-            )
-        return Start("fresh")
+    if resume:
+        return _last_run_in(output_dir, lengths, notice)
+    if holds_a_run(output_dir):
+        raise BadSettings(
+            [f"{output_dir} already holds a run. --resume goes on with it; another --output_dir starts a new one."]
+        )
+    return Fresh()
+
+
+def _last_run_in(output_dir: Path, lengths: dict[str, Any], notice: Callable[[str], None]) -> Start | Finished:
     record = read_record(output_dir)
     if record.get("status") == "finished" and not _asks_for_more(record, lengths):
-        return Start("finished", output_dir, f"The run in {output_dir} is already finished; nothing to resume.")
+        return Finished(output_dir)
     newest = newest_whole(output_dir, notice)
-    if newest is None and record.get("start") == "weights":
+    if newest is not None:
+        return _resumed(newest)
+    if record.get("start") == FromWeights.name:
         raise BadSettings(
             [
                 f"The run in {output_dir} began from weights and has no whole checkpoint; --resume would begin without "
                 "them.\nGive the command it began with once more: --continue_training --checkpoint WEIGHTS."
             ]
         )
-    if newest is None:
-        return Start("fresh", None, f"--resume: no whole checkpoint in {output_dir}; starting from the beginning.")
-    return _resumed(newest)
+    return Fresh(f"--resume: no whole checkpoint in {output_dir}; starting from the beginning.")
 
 
-def _resumed(path: Path) -> Start:
-    said = f"Going on from {path} at step {step_of(path):,}."
-    if not _has_optimizer(path):
-        said += " It holds no optimizer state (--save_only_model), so the optimizer begins anew."
-    return Start("resume", path, said)
+def _resumed(checkpoint: Path) -> Resumed:
+    refuse_programs(checkpoint)
+    return Resumed(checkpoint, step_of(checkpoint))
 
 
-def step_of(path: Path) -> int:
+def step_of(checkpoint: Path) -> int:
     """The step after which a checkpoint was made. Raises BadModel where its state does not say."""
     try:
-        return int(json.loads((path / STATE).read_text(encoding="utf-8"))["global_step"])
+        return int(read_json_object(checkpoint / STATE)["global_step"])
     except (ValueError, KeyError, TypeError) as error:
         raise BadModel(
-            f"{path / STATE} is not readable as a run's state ({error}).\n"
-            f"Take another checkpoint, or its weights alone: --continue_training --checkpoint {adapter_file(path)}"
+            f"{checkpoint / STATE} is not readable as a run's state ({error}).\n"
+            "Take another checkpoint, or its weights alone: "
+            f"--continue_training --checkpoint {adapter_file(checkpoint)}"
         ) from error
 
 
-def _has_optimizer(path: Path) -> bool:
-    """Whether the checkpoint holds an optimizer: ours, another tool's, or DeepSpeed's global_step folder."""
-    return any(path.glob("optimizer*")) or any(path.glob("global_step*"))
-
-
-def _explicit(path: Path, output_dir: Path) -> Start:
+def _named(path: Path, output_dir: Path) -> Resumed | FromWeights:
     if not path.exists():
-        there = ", ".join(str(found) for found in checkpoints(path.parent) or checkpoints(output_dir))
-        raise BadSettings([f"{path}: no such checkpoint. {f'There are: {there}.' if there else ''}".rstrip()])
+        _no_such_checkpoint(path, checkpoints(path.parent) or checkpoints(output_dir))
     if path.is_dir() and (path / STATE).is_file():
         problems = damage(path) if (path / MANIFEST).is_file() else []
         if problems:
@@ -125,17 +163,18 @@ def _explicit(path: Path, output_dir: Path) -> Start:
     file = adapter_file(path)
     if file is None:
         raise BadSettings([f"{path}: neither a checkpoint nor adapter weights ({WEIGHTS}, adapter_model.bin) here."])
-    return Start(
-        "weights",
-        file,
-        f"{file} holds weights only: starting from them with a new optimizer, schedule and order of the data.",
-    )
+    return FromWeights(file)
 
 
-def _refuse_to_mix(start: Start, output_dir: Path) -> None:
+def _no_such_checkpoint(path: Path, others: list[Path]) -> NoReturn:
+    there = f" There are: {', '.join(map(str, others))}." if others else ""
+    raise BadSettings([f"{path}: no such checkpoint.{there}"])
+
+
+def _refuse_to_mix(start: Resumed | FromWeights, output_dir: Path) -> None:
     """Raise BadSettings where this run would overwrite a finished one's adapter, or where a later --resume could not
     tell this run's checkpoints from those of the run before."""
-    step = step_of(start.path) if start.kind == "resume" and start.path else -1
+    step = start.step if isinstance(start, Resumed) else -1
     beyond = [path for path in checkpoints(output_dir) if (path / MANIFEST).is_file() and (step_in(path) or 0) > step]
     if beyond:
         raise BadSettings(
@@ -144,7 +183,7 @@ def _refuse_to_mix(start: Start, output_dir: Path) -> None:
                 "--resume would later take for this one's.\nPass another --output_dir, or move them away."
             ]
         )
-    goes_on = start.kind == "resume" and start.path and start.path.resolve().parent == output_dir.resolve()
+    goes_on = isinstance(start, Resumed) and start.checkpoint.resolve().parent == output_dir.resolve()
     if (output_dir / WEIGHTS).exists() and not goes_on:
         raise BadSettings(
             [f"{output_dir} holds the adapter of a finished run, which this one would overwrite. Pass another one."]
