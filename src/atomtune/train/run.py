@@ -316,7 +316,8 @@ def _save(run: RunContext, trainer: LoraTrainer, loss: float) -> None:
         if is_first:
             publish(staging, folder, last=WEIGHTS)
     if is_first:
-        draw_loss(history, folder / "loss.png")
+        files = ", ".join(Path(path).name for path in run.settings.data.dataset_paths)
+        draw_loss(history, folder / "loss.png", title=f"{folder.name}: {files}")
     evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     run.record.update(
         status="finished",

@@ -1,7 +1,9 @@
 """Run report: run.json and loss.png, what stays of a run."""
 
 import platform
-from collections.abc import Callable
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -42,27 +44,61 @@ class RunRecord:
         self.update()
 
 
-def draw_loss(history: list[dict[str, Any]], path: Path) -> None:
-    """Training and evaluation loss over steps, as a picture."""
+def draw_loss(history: list[dict[str, Any]], path: Path, *, title: str = "") -> None:
+    """Draw the training loss (each logged value, and smoothed) and the held-out loss with its best value."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.6, markersize=4)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("nats per target token")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    figure.tight_layout()
-    with replacing(path) as file:
-        figure.savefig(file, format="png")
-    pyplot.close(figure)
+    training = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    held_out = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    with matplotlib.rc_context({"font.sans-serif": fonts()}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a title may be in any script
+        figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+        if training:
+            steps, losses = zip(*training, strict=True)
+            smooth = smoothed(losses)
+            axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=1)
+            axes.plot(steps, smooth, color="C0", linewidth=1.8, label=f"training, smoothed: last {smooth[-1]:.3f}")
+        if held_out:
+            steps, losses = zip(*held_out, strict=True)
+            best_step, best = min(held_out, key=lambda point: point[1])
+            label = f"held out: last {losses[-1]:.3f}, best {best:.3f} at step {best_step:,}"
+            axes.plot(steps, losses, "o-", color="C1", linewidth=1.6, markersize=4, label=label)
+            axes.plot([best_step], [best], "*", color="C1", markersize=13)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss per token (nats)")
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+        figure.tight_layout()
+        with replacing(path) as file:
+            figure.savefig(file, format="png")
+        pyplot.close(figure)
+
+
+def smoothed(losses: Sequence[float]) -> list[float]:
+    """At each point the mean of a tenth of all points, around it: a mean that only looks back would lag behind."""
+    reach = len(losses) // 20
+    return [statistics.fmean(losses[max(0, at - reach) : at + reach + 1]) for at in range(len(losses))]
+
+
+def fonts() -> list[str]:
+    """matplotlib's own font, and one with Chinese letters where the machine has it."""
+    from matplotlib import font_manager
+
+    here = {font.name for font in font_manager.fontManager.ttflist}
+    chinese = (
+        "Noto Sans CJK SC",
+        "Source Han Sans SC",
+        "Microsoft YaHei",
+        "PingFang SC",
+        "WenQuanYi Micro Hei",
+        "SimHei",
+    )
+    return ["DejaVu Sans", *(name for name in chinese if name in here)]
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,36 @@
+"""What stays of a run: the smoothing of the curve, and a picture for any history."""
+
+import warnings
+
+import pytest
+
+from atomtune.train.run_report import draw_loss, smoothed
+
+
+def test_smoothing_keeps_a_flat_curve_and_halves_noise():
+    assert smoothed([2.0] * 50) == pytest.approx([2.0] * 50)
+    noisy = [1.0 + (-1) ** n for n in range(200)]
+    assert max(abs(value - 1) for value in smoothed(noisy)) < 0.1
+    assert smoothed([3.0, 1.0]) == [3.0, 1.0]  # few points stand as they are
+
+
+def test_smoothing_does_not_lag_behind_the_curve():
+    falling = [10.0 - n / 20 for n in range(200)]
+    assert smoothed(falling)[10:-10] == pytest.approx(falling[10:-10])
+    assert smoothed(falling)[-1] == pytest.approx(falling[-1], abs=0.3)  # the last mean has only points before it
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [],
+        [{"step": 1, "loss": 2.0}],
+        [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.5}, {"step": 3, "train_runtime": 1.0}],
+    ],
+)
+def test_any_history_becomes_a_picture_without_a_word(history, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_loss(history, tmp_path / "loss.png", title="输出: 甄嬛.jsonl")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
