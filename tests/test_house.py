@@ -18,7 +18,7 @@ FLOORS = (
     ("data",),
     ("analysis", "batch"),
     ("model",),
-    ("verify", "inspect", "export", "serve"),
+    ("verify", "inspect", "evaluate", "export", "serve"),
     ("train",),
     ("cli",),
     ("__main__",),

@@ -33,6 +33,7 @@ COMMANDS = {
     "verify": Command(
         "Prove the fast path equal to plain transformers + PEFT on your model and records.", "atomtune.verify"
     ),
+    "evaluate": Command("Compare base and tuned on records that were not learned.", "atomtune.evaluate.command"),
     "merge": Command("Write base + adapter as one plain model folder.", "atomtune.export.merge"),
     "chat": Command("Talk to a trained adapter in the terminal.", "atomtune.serve.chat"),
 }

@@ -21,6 +21,7 @@ from atomtune.settings.fields import (
     CHANGED_DEFAULTS,
     ChatSettings,
     DataSettings,
+    EvaluateSettings,
     InspectSettings,
     LoraSettings,
     MergeSettings,
@@ -41,6 +42,7 @@ GROUPS: dict[str, tuple[type[Any], ...]] = {
     "train": TRAIN_GROUPS,
     "inspect": (InspectSettings,),
     "verify": (VerifySettings,),
+    "evaluate": (EvaluateSettings,),
     "merge": (MergeSettings,),
     "chat": (ChatSettings,),
 }

@@ -1,0 +1,1 @@
+"""How well models answer: base against tuned, on records that were not learned."""

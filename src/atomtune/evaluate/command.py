@@ -1,0 +1,180 @@
+"""Evaluate: base against tuned, on a file or on the records that a run held out."""
+
+from pathlib import Path
+
+from rich.table import Table
+
+from atomtune.batch.collate import Collator
+from atomtune.batch.cost import sample_rows
+from atomtune.console import Console
+from atomtune.data.cache import Rules, as_examples
+from atomtune.data.encoding.chat_template import Template
+from atomtune.errors import BadData, BadSettings, Stopped
+from atomtune.evaluate.evaluation import Plan, evaluate_records
+from atomtune.evaluate.models import Models, load_models
+from atomtune.evaluate.probe import probe_prompts, probe_scores
+from atomtune.evaluate.questions import EvalRecord, Key, read_records
+from atomtune.evaluate.report import Report, interval_text, make_report, used_measures, write_reports
+from atomtune.evaluate.run_folder import refuse_changed_files, run_records
+from atomtune.model.layout_support import why_padded, windows_of
+from atomtune.model.load import pad_id_of, quiet_libraries
+from atomtune.settings.fields import EvaluateSettings, RecordSettings
+
+
+def evaluate(settings: EvaluateSettings) -> int:
+    """Run `atomtune evaluate`. Raises Stopped (exit code 75) after Ctrl-C, with the report of what was done."""
+    console = Console()
+    report = measure(settings, console)
+    _say(report, console)
+    folder = output_folder(settings)
+    write_reports(report, folder)
+    console.say(f"\nreport.html, report.md and report.json lie in {folder}.")
+    if report.stopped_early:
+        raise Stopped(f"stopped early: the report is of the {report.records:,} records that all models have answered.")
+    return 0
+
+
+def output_folder(settings: EvaluateSettings) -> Path:
+    """Where the reports go."""
+    if settings.output_dir:
+        return Path(settings.output_dir)
+    return Path(settings.adapter_path[0]) / "evaluation" if settings.adapter_path else Path("evaluation")
+
+
+def measure(settings: EvaluateSettings, console: Console) -> Report:
+    """Load the models, go through the records, and give the figures.
+
+    Raises BadSettings where no records are named or held out, Stopped where Ctrl-C came before the first batch's end.
+    """
+    _refuse_missing(settings)
+    if not settings.no_generate:
+        _refuse_without_sacrebleu()
+    quiet_libraries()
+    sources, reading, wanted = _what_to_read(settings)
+    models = load_models(settings, console)
+    records = _records_by_template(settings, models, sources, reading, wanted)
+    first = next(iter(records.values()))
+    subjects = ", ".join(subject.name for subject in models.subjects)
+    answers = sum(len(record.questions) for record in first)
+    console.say(f"{len(first):,} records with {answers:,} answers of {', '.join(sources)}; models: {subjects}.")
+    collator = _collator(models)
+    plan = Plan(settings.per_device_eval_batch_size, settings.max_new_tokens, not settings.no_generate)
+    done = evaluate_records(models, records, collator, plan, console)
+    if not done.records:
+        raise Stopped("stopped before the first records were done; nothing is written.")
+    if not settings.no_probe and len(models.subjects) > 1 and not done.stopped_early:
+        try:
+            done.probe = probe_scores(
+                models,
+                collator,
+                console,
+                prompts=probe_prompts(),
+                batch_size=settings.per_device_eval_batch_size,
+            )
+        except KeyboardInterrupt:
+            done.stopped_early = True
+    return make_report(
+        done,
+        base_path=str(models.base_path),
+        sources=[Path(source).name for source in sources],
+        max_new_tokens=settings.max_new_tokens,
+        seed=settings.seed,
+    )
+
+
+def _refuse_missing(settings: EvaluateSettings) -> None:
+    """Raise BadSettings where no model, or no records, are named."""
+    missing: list[str] = []
+    if not settings.adapter_path and not settings.model_path:
+        missing.append("--adapter_path is missing: the run's output folder. --model_path alone evaluates a base.")
+    if not settings.adapter_path and not settings.dataset_path:
+        missing.append("--dataset_path is missing: records to evaluate on.")
+    if missing:
+        raise BadSettings(missing)
+
+
+def _refuse_without_sacrebleu() -> None:
+    try:
+        import sacrebleu  # noqa: F401
+    except ImportError:
+        raise BadSettings(
+            [
+                "Comparing generated answers needs sacrebleu, which is not installed.\n"
+                "  pip install 'atomtune[evaluate]'   (or pass --no_generate)"
+            ]
+        ) from None
+
+
+def _what_to_read(settings: EvaluateSettings) -> tuple[list[str], RecordSettings, frozenset[str] | None]:
+    """The files, how they are read, and the origins that are wanted of them (None: all)."""
+    run = run_records(Path(settings.adapter_path[0])) if settings.adapter_path else None
+    if settings.dataset_path:
+        own = {name: getattr(settings, name) for name in ("dataset_path", "format", "keys", "roles")}
+        learn = run.reading.learn if run else "all"
+        reading = RecordSettings(**own, learn=learn)
+        return reading.dataset_paths, reading, None
+    if run is None:
+        raise BadSettings(
+            [f"{settings.adapter_path[0]} has no run.json. Pass --dataset_path with records to evaluate on."]
+        )
+    if run.eval_path:
+        return [run.eval_path], run.reading, None
+    if not run.held_out:
+        raise BadSettings(
+            [
+                f"The run in {settings.adapter_path[0]} held no records out (--eval_size, --eval_path). "
+                "Pass --dataset_path with records that it did not learn."
+            ]
+        )
+    return run.reading.dataset_paths, run.reading, run.held_out
+
+
+def _records_by_template(
+    settings: EvaluateSettings,
+    models: Models,
+    sources: list[str],
+    reading: RecordSettings,
+    wanted: frozenset[str] | None,
+) -> dict[str, list[EvalRecord]]:
+    """The records as each model's template writes them: those that every template can, in one order."""
+    rules = Rules(**{**reading.rules(), "max_tokens": models.max_seq_length, "overlength": "shorten"})
+    templates: dict[str, Template] = {subject.template.source: subject.template for subject in models.subjects}
+    read: dict[str, dict[Key, EvalRecord]] = {}
+    for source, template in templates.items():
+        records, data = read_records(sources, template, rules, wanted)
+        if wanted is not None:
+            refuse_changed_files(Path(settings.adapter_path[0]), data.data_hash)
+        read[source] = records
+    common = [key for key in next(iter(read.values())) if all(key in records for records in read.values())]
+    if not common:
+        raise BadData(f"{', '.join(sources)}: no record can be used.")
+    chosen = common
+    if settings.records and len(common) > settings.records:
+        chosen = [common[row] for row in sample_rows(len(common), settings.records, seed=settings.seed)]
+    return {source: [records[key] for key in chosen] for source, records in read.items()}
+
+
+def _collator(models: Models) -> Collator:
+    """Shared beginnings once, where this model computes them exactly."""
+    padded = why_padded(models.model) is not None
+    tokenizer = models.subjects[0].template.tokenizer
+    return Collator(
+        layout="padded" if padded else "tree",
+        pad_id=pad_id_of(tokenizer),
+        as_examples=as_examples,
+        windows=(None,) if padded else windows_of(models.model),
+    )
+
+
+def _say(report: Report, console: Console) -> None:
+    """The figures as a table, and what they say."""
+    table = Table(title=f"{report.records:,} records; in brackets the 95 % interval", title_justify="left")
+    table.add_column("")
+    for name in report.models:
+        table.add_column(name, justify="right")
+    for one in used_measures(report):
+        figures = [own.get(one.name) for own in report.models.values()]
+        table.add_row(one.title, *(interval_text(one, figure) if figure else "–" for figure in figures))
+    console.print(table)
+    for sentence in report.sentences():
+        console.say(sentence)

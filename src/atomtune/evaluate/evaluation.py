@@ -1,0 +1,123 @@
+"""Evaluation: every model over every record, batch by batch, so that what is done compares all of them."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from atomtune.batch.collate import Collator
+from atomtune.console import Console, progress_bar
+from atomtune.data.encoding.chat_template import Template
+from atomtune.evaluate.answers import calls_in, chrf, exactly_equal, thinks
+from atomtune.evaluate.generation import Generated, generate_answers
+from atomtune.evaluate.likelihood import TargetScores, score_targets
+from atomtune.evaluate.measures import AnswerResult, RecordResult
+from atomtune.evaluate.models import Models, Subject
+from atomtune.evaluate.questions import EvalRecord, Question, answer_text
+from atomtune.model.generate import stop_ids
+from atomtune.model.load import pad_id_of
+
+
+@dataclass
+class Evaluation:
+    """What was done: of every model one result for each of the first records, and the probe's scores."""
+
+    records: list[EvalRecord]  # as the first model's template writes them
+    results: dict[str, list[RecordResult]]
+    probe: dict[str, list[TargetScores]] = field(default_factory=dict)
+    stopped_early: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the records are gone through."""
+
+    batch_size: int
+    max_new_tokens: int
+    generate: bool
+
+
+def evaluate_records(
+    models: Models, records_by_template: dict[str, list[EvalRecord]], collator: Collator, plan: Plan, console: Console
+) -> Evaluation:
+    """Go through the records; Ctrl-C ends it, and what all models have done stays.
+
+    records_by_template  the same records in the same order, as each template (by its text) writes them
+    """
+    first = records_by_template[models.subjects[0].template.source]
+    order = _by_length(first)
+    done = Evaluation([], {subject.name: [] for subject in models.subjects})
+    began = time.monotonic()
+    with progress_bar(console) as progress:
+        task = progress.add_task(f"{len(models.subjects)} models", total=len(order))
+        for start in range(0, len(order), plan.batch_size):
+            rows = order[start : start + plan.batch_size]
+            try:
+                batch: dict[str, list[RecordResult]] = {}
+                for subject in models.subjects:
+                    records = [records_by_template[subject.template.source][row] for row in rows]
+                    batch[subject.name] = _batch_results(models, subject, records, collator, plan)
+            except KeyboardInterrupt:
+                done.stopped_early = True
+                break
+            done.records += [first[row] for row in rows]
+            for name, results in batch.items():
+                done.results[name] += results
+            progress.advance(task, len(rows))
+            if start == 0 and len(order) > len(rows):
+                minutes = (time.monotonic() - began) * (len(order) / len(rows) - 1) / 60
+                console.say(f"About {max(1, round(minutes))} minutes. Ctrl-C ends it early and keeps what is done.")
+    return done
+
+
+def _by_length(records: Sequence[EvalRecord]) -> list[int]:
+    """Rows with the longest prompt first: the memory needed shows at once, and batches hold prompts of like length."""
+    return sorted(range(len(records)), key=lambda row: -max(len(one.ids) for one in records[row].examples))
+
+
+def _batch_results(
+    models: Models, subject: Subject, records: Sequence[EvalRecord], collator: Collator, plan: Plan
+) -> list[RecordResult]:
+    """One model's results for some records."""
+    tokenizer = subject.template.tokenizer
+    questions = [question for record in records for question in record.questions]
+    generated: list[Generated] = []
+    with models.answering_as(subject) as model:
+        scores = score_targets(model, [record.examples for record in records], collator)
+        if plan.generate:
+            for start in range(0, len(questions), plan.batch_size):
+                batch = questions[start : start + plan.batch_size]
+                generated += generate_answers(
+                    model,
+                    [question.prompt_ids for question in batch],
+                    stop_ids=stop_ids(subject.template),
+                    pad_id=pad_id_of(tokenizer),
+                    max_new_tokens=plan.max_new_tokens,
+                )
+    answers = iter(generated)
+    results: list[RecordResult] = []
+    for record, score in zip(records, scores, strict=True):
+        own: list[AnswerResult] = []
+        if plan.generate:
+            for question in record.questions:
+                own.append(_compared(next(answers), question, record.tools, subject.template))
+        results.append(RecordResult(score, tuple(own)))
+    return results
+
+
+def _compared(answer: Generated, question: Question, tools: frozenset[str], template: Template) -> AnswerResult:
+    """A generated answer beside its reference."""
+    text = answer_text(answer.ids, template.tokenizer)
+    calls: tuple[bool, bool] | None = None
+    if tools and calls_in(question.reference, tools).parsed:
+        found = calls_in(text, tools)
+        calls = (found.parsed > 0, found.known > 0)
+    return AnswerResult(
+        text=text,
+        chrf=chrf(text, question.reference),
+        exact=exactly_equal(text, question.reference),
+        stopped=answer.stopped,
+        tokens=len(answer.ids),
+        reference_tokens=len(question.reference_ids) - 1,
+        thinks=thinks(text),
+        calls=calls,
+    )

@@ -1,0 +1,111 @@
+"""Generation: greedy answers to many prompts at once, equal to answering them one at a time.
+
+Prompts of a batch are filled up on the left, and positions count real tokens only. Where all begin alike, that
+beginning is computed once and its keys and values are handed to every row:
+
+    shared        p p p p                 computed once, [1, P]
+    row 0           · · a a a  →          filled up behind the beginning, masked
+    row 1           b b b b b  →
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig
+
+from atomtune.model.causal_lm import CausalLM
+from atomtune.model.layout_support import windows_of
+
+#: A shorter common beginning is not worth a call of its own.
+LEAST_SHARED = 16
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer's ids, its stop token left out; stopped is False where it met the limit first."""
+
+    ids: tuple[int, ...]
+    stopped: bool
+
+
+@torch.no_grad()
+def generate_answers(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    max_new_tokens: int,
+    share_beginning: bool = True,
+) -> list[Generated]:
+    """Answer every prompt greedily, until a stop token or the limit."""
+    width = max(len(prompt) for prompt in prompts)
+    shared = _shared_length(prompts) if share_beginning and len(prompts) > 1 and _may_share(model) else 0
+    rows: list[list[int]] = []
+    masks: list[list[int]] = []
+    for prompt in prompts:
+        fill = width - len(prompt)
+        rows.append([*prompt[:shared], *[pad_id] * fill, *prompt[shared:]])
+        masks.append([1] * shared + [0] * fill + [1] * (len(prompt) - shared))
+    inputs: dict[str, Any] = {
+        "input_ids": torch.tensor(rows, device=model.device),  # [B, T]
+        "attention_mask": torch.tensor(masks, device=model.device),
+    }
+    if shared:
+        inputs["past_key_values"] = _computed_once(model, prompts[0][:shared], rows=len(prompts))
+    generated = _greedily(model, inputs, list(stop_ids), pad_id=pad_id, max_new_tokens=max_new_tokens)
+    return [_until_stop(row[width:].tolist(), stop_ids) for row in generated]
+
+
+def _greedily(
+    model: CausalLM, inputs: dict[str, Any], stop_ids: list[int], *, pad_id: int, max_new_tokens: int
+) -> torch.Tensor:
+    """The likeliest token each time, whatever else the model's own generation settings ask for."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = inner.generation_config
+    inner.generation_config = GenerationConfig()  # what is None in ours would be filled in from the model's own
+    plain = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop_ids,
+        pad_token_id=pad_id,
+        use_cache=True,
+    )
+    try:
+        return model.generate(**inputs, generation_config=plain)
+    finally:
+        inner.generation_config = own
+
+
+def _may_share(model: CausalLM) -> bool:
+    """Filling up behind a beginning would shift sliding windows, which count places and not positions."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return not any(windows_of(model)) and kinds <= {"full_attention"}  # type: ignore[arg-type]
+
+
+def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with; at least one is left to each, for its answer to be predicted from."""
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # in sorted order: what these two share, all share
+    most = min(len(prompt) for prompt in prompts) - 1
+    length = 0
+    while length < most and first[length] == last[length]:
+        length += 1
+    return length if length >= LEAST_SHARED else 0
+
+
+def _computed_once(model: CausalLM, ids: Sequence[int], *, rows: int) -> DynamicCache:
+    """Keys and values of a beginning, for so many rows."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.tensor([list(ids)], device=model.device), past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(rows)
+    return cache
+
+
+def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> Generated:
+    for i, token in enumerate(ids):
+        if token in stop_ids:
+            return Generated(tuple(ids[:i]), stopped=True)
+    return Generated(tuple(ids), stopped=False)

@@ -1,0 +1,76 @@
+"""Page: the report as one HTML file that opens from disk, loads nothing and runs no script.
+
+Texts of records reach it escaped; the page's policy allows no script at all, so a record that holds one stays text.
+"""
+
+from dataclasses import dataclass
+from importlib import resources
+
+from jinja2 import Environment, StrictUndefined
+
+from atomtune.evaluate.intervals import Figure
+from atomtune.evaluate.measures import Measure, judged
+from atomtune.evaluate.report import Report, interval_text, shown, used_measures
+
+#: Width of a drawing of intervals, in its own units.
+WIDTH = 240
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model's figure: its text, its place in the drawing, and what its difference from the base says."""
+
+    text: str
+    interval: str
+    left: float
+    right: float
+    at: float
+    verdict: str
+
+
+def page(report: Report) -> str:
+    """The report as HTML."""
+    files = resources.files("atomtune.evaluate") / "html"
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((files / "page.html.jinja").read_text(encoding="utf-8"))
+    measures = used_measures(report)
+    return template.render(
+        report=report,
+        names=list(report.models),
+        rows=[(measure, cells_of(report, measure)) for measure in measures],
+        sides=[
+            ("Most improved", "进步最大的记录", report.improved),
+            ("Most worsened", "退步最大的记录", report.worsened),
+        ],
+        style=(files / "page.css").read_text(encoding="utf-8"),
+        width=WIDTH,
+    )
+
+
+def cells_of(report: Report, measure: Measure) -> list[Cell | None]:
+    """A measure of every model, drawn on one scale; None where a model has no such figure."""
+    figures = [own.get(measure.name) for own in report.models.values()]
+    there = [figure for figure in figures if figure is not None]
+    low, high = min(figure.low for figure in there), max(figure.high for figure in there)
+    span = high - low or 1.0
+
+    def place(value: float) -> float:
+        return 6 + (WIDTH - 12) * min(max((value - low) / span, 0.0), 1.0)
+
+    cells: list[Cell | None] = []
+    for name, figure in zip(report.models, figures, strict=True):
+        cells.append(None if figure is None else _cell(measure, figure, report.changes.get(name, {}), place))
+    return cells
+
+
+def _cell(measure: Measure, figure: Figure, changes: dict[str, Figure], place: object) -> Cell:
+    assert callable(place)
+    change = changes.get(measure.name)
+    return Cell(
+        text=shown(measure, figure.value),
+        interval=interval_text(measure, figure).partition(" (")[2].rstrip(")"),
+        left=place(figure.low),
+        right=place(figure.high),
+        at=place(figure.value),
+        verdict="" if change is None else judged(measure, change),
+    )

@@ -1,0 +1,213 @@
+"""Measures: from what each record gave to figures with intervals, and to a sentence about two models."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from atomtune.evaluate.intervals import Bootstrap, Figure
+from atomtune.evaluate.likelihood import TargetScores
+
+
+@dataclass(frozen=True)
+class AnswerResult:
+    """One generated answer beside its reference."""
+
+    text: str
+    chrf: float
+    exact: bool
+    stopped: bool
+    tokens: int
+    reference_tokens: int
+    thinks: bool
+    calls: tuple[bool, bool] | None  # where the reference calls a tool: (a call can be read, it names a known tool)
+
+
+@dataclass(frozen=True)
+class RecordResult:
+    """What one model gave for one record."""
+
+    scores: TargetScores
+    answers: tuple[AnswerResult, ...]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure as a ratio over records: parts gives numerator and denominator of one record."""
+
+    name: str
+    title: str
+    title_zh: str
+    meaning: str
+    meaning_zh: str
+    better: Literal["lower", "higher", "neither"]
+    parts: Callable[[RecordResult], tuple[float, float]]
+
+
+def _per_answer(value: Callable[[AnswerResult], float]) -> Callable[[RecordResult], tuple[float, float]]:
+    return lambda result: (sum(map(value, result.answers)), len(result.answers))
+
+
+def _per_call(which: int) -> Callable[[RecordResult], tuple[float, float]]:
+    def parts(result: RecordResult) -> tuple[float, float]:
+        calls = [answer.calls for answer in result.answers if answer.calls is not None]
+        return sum(call[which] for call in calls), len(calls)
+
+    return parts
+
+
+NATS = Measure(
+    "nats_per_token",
+    "Loss (nats per token)",
+    "损失（每个词元，nats）",
+    "how surprising the reference answers are to the model",
+    "参考答案让模型感到多意外",
+    "lower",
+    lambda result: (result.scores.nats, result.scores.tokens),
+)
+MEASURES: tuple[Measure, ...] = (
+    NATS,
+    Measure(
+        "token_accuracy",
+        "Token accuracy",
+        "词元准确率",
+        "share of reference tokens that were the model's first choice",
+        "参考答案的词元中，模型首选正是它的比例",
+        "higher",
+        lambda result: (result.scores.right, result.scores.tokens),
+    ),
+    Measure(
+        "chrf",
+        "chrF",
+        "chrF",
+        "likeness of generated and reference text by character n-grams, 0 to 100",
+        "生成文本与参考答案的字符 n 元相似度，0 到 100",
+        "higher",
+        _per_answer(lambda answer: answer.chrf),
+    ),
+    Measure(
+        "exact_match",
+        "Exact match",
+        "完全一致",
+        "share of answers equal to their reference",
+        "与参考答案完全相同的比例",
+        "higher",
+        _per_answer(lambda answer: answer.exact),
+    ),
+    Measure(
+        "stop_rate",
+        "Stops by itself",
+        "自行停止",
+        "share of answers that end with a stop token before --max_new_tokens",
+        "在 --max_new_tokens 之前以停止词元结束的比例",
+        "higher",
+        _per_answer(lambda answer: answer.stopped),
+    ),
+    Measure(
+        "length_ratio",
+        "Length ratio",
+        "长度比",
+        "generated tokens by reference tokens; 1 is as long as the references",
+        "生成词元数与参考词元数之比；1 表示一样长",
+        "neither",
+        lambda result: (
+            sum(answer.tokens for answer in result.answers),
+            sum(answer.reference_tokens for answer in result.answers),
+        ),
+    ),
+    Measure(
+        "think_rate",
+        "Thinks",
+        "有思考",
+        "share of answers that hold a thought",
+        "含有思考内容的答案的比例",
+        "neither",
+        _per_answer(lambda answer: answer.thinks),
+    ),
+    Measure(
+        "call_parse_rate",
+        "Tool calls readable",
+        "工具调用可解析",
+        "where the reference calls a tool: share of answers in which a call can be read",
+        "参考答案调用工具时，答案里能解析出调用的比例",
+        "higher",
+        _per_call(0),
+    ),
+    Measure(
+        "call_known_rate",
+        "Tool calls known",
+        "调用已知工具",
+        "where the reference calls a tool: share of answers that call a tool at hand",
+        "参考答案调用工具时，答案调用了可用工具的比例",
+        "higher",
+        _per_call(1),
+    ),
+)
+PERPLEXITY = Measure(
+    "perplexity",
+    "Perplexity",
+    "困惑度",
+    "e to the loss: among how many tokens the model chooses, as it were",
+    "e 的损失次方：相当于在多少个词元中选择",
+    "lower",
+    NATS.parts,
+)
+PROBE = Measure(
+    "probe_nats_per_token",
+    "Forgetting probe (nats per token)",
+    "遗忘探测（每个词元，nats）",
+    "how surprising the base's own answers to general prompts are; the base's figure is the floor",
+    "基座对通用问题的回答让模型感到多意外；以基座的数值为底",
+    "lower",
+    NATS.parts,
+)
+ALL_MEASURES = (NATS, PERPLEXITY, *MEASURES[1:], PROBE)
+
+
+def figures_of(results: Sequence[RecordResult], draws: Bootstrap) -> dict[str, Figure]:
+    """Every figure that these records can give: without generated answers, only those of the likelihood."""
+    figures: dict[str, Figure] = {}
+    for measure in MEASURES:
+        figure = draws.ratio(*_columns(measure, results))
+        if figure is not None:
+            figures[measure.name] = figure
+            if measure is NATS:
+                figures[PERPLEXITY.name] = figure.exp()
+    return figures
+
+
+def differences(ours: Sequence[RecordResult], theirs: Sequence[RecordResult], draws: Bootstrap) -> dict[str, Figure]:
+    """Our figures less theirs, record by record."""
+    found: dict[str, Figure] = {}
+    for measure in MEASURES:
+        figure = draws.difference(_columns(measure, ours), _columns(measure, theirs))
+        if figure is not None:
+            found[measure.name] = figure
+    return found
+
+
+def _columns(measure: Measure, results: Sequence[RecordResult]) -> tuple[list[float], list[float]]:
+    parts = [measure.parts(result) for result in results]
+    return [above for above, _ in parts], [below for _, below in parts]
+
+
+def probe_results(scores: Sequence[TargetScores]) -> list[RecordResult]:
+    """The probe's scores in the form of records, so that they are drawn alike."""
+    return [RecordResult(score, ()) for score in scores]
+
+
+def judged(measure: Measure, difference: Figure) -> Literal["better", "worse", "unclear", "other"]:
+    """What an interval of a difference says: unclear where it holds 0."""
+    if difference.low <= 0 <= difference.high or not math.isfinite(difference.value):
+        return "unclear"
+    if measure.better == "neither":
+        return "other"
+    return "better" if (difference.value < 0) == (measure.better == "lower") else "worse"
+
+
+def change_per_record(ours: Sequence[RecordResult], theirs: Sequence[RecordResult]) -> list[float]:
+    """Of each record, our nats per token less theirs: below 0 is an improvement."""
+    return [
+        one.scores.nats / max(one.scores.tokens, 1) - other.scores.nats / max(other.scores.tokens, 1)
+        for one, other in zip(ours, theirs, strict=True)
+    ]

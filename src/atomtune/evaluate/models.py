@@ -1,0 +1,114 @@
+"""Models: the base and its adapters, one copy of the base in memory."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atomtune.console import Console
+from atomtune.data.encoding.chat_template import Template, load_template
+from atomtune.errors import BadModel, BadSettings
+from atomtune.model.adapter import load_trained
+from atomtune.model.adapter_folder import base_of, template_of
+from atomtune.model.causal_lm import CausalLM
+from atomtune.model.fingerprint import refuse_other_base
+from atomtune.model.load import BaseSpec, device_in_use, load_base, load_tokenizer, resolve_dtype
+from atomtune.settings.fields import EvaluateSettings
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model that is evaluated: the base, or one adapter on it."""
+
+    name: str
+    adapter: str | None  # PEFT's name of it
+    template: Template  # its own prompts: those it was trained on
+
+
+@dataclass(frozen=True)
+class Models:
+    """The base with all its adapters loaded, and which of them answers."""
+
+    model: Any  # a PeftModel where there is an adapter
+    base_path: str
+    subjects: tuple[Subject, ...]
+    max_seq_length: int
+
+    @contextlib.contextmanager
+    def answering_as(self, subject: Subject) -> Iterator[CausalLM]:
+        """The model with this subject's adapter switched on, or none."""
+        if len(self.subjects) == 1 and subject.adapter is None:
+            yield self.model
+        elif subject.adapter is None:
+            with self.model.disable_adapter():
+                yield self.model
+        else:
+            self.model.set_adapter(subject.adapter)
+            yield self.model
+
+
+def load_models(settings: EvaluateSettings, console: Console) -> Models:
+    """The base and every adapter of --adapter_path.
+
+    Raises BadModel for an adapter that does not fit, BadSettings when two adapters were trained on different bases.
+    """
+    folders = [Path(path) for path in settings.adapter_path]
+    trained = [template_of(folder, trust_remote_code=settings.trust_remote_code) for folder in folders]
+    base_path = _common_base(settings, folders)
+    device = device_in_use()
+    dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=console.notice)
+    console.say(f"loading {base_path} in {str(dtype).removeprefix('torch.')} on {device} …")
+    base = load_base(BaseSpec(**{**settings.base(), "path": base_path}, dtype=dtype, device=device))
+    if not folders:
+        tokenizer = load_tokenizer(base_path, trust_remote_code=settings.trust_remote_code)
+        template = load_template(settings.template, tokenizer)
+        return Models(base.eval(), base_path, (Subject(BASE, None, template),), settings.max_seq_length or 2048)
+    for _, card in trained:
+        refuse_other_base(base_path, card.base, anyway=settings.other_base, notice=console.notice)
+    model = load_trained(base, folders[0])
+    subjects = [Subject(BASE, None, trained[0][0])]
+    for i, (folder, name, (template, _)) in enumerate(zip(folders, _names(folders), trained, strict=True)):
+        adapter = "default" if i == 0 else f"adapter_{i}"  # PEFT takes no dots in a name
+        if i > 0:
+            _load_another(model, folder, adapter)
+        subjects.append(Subject(name, adapter, template))
+    longest = max(card.max_seq_length for _, card in trained)
+    return Models(model.eval(), base_path, tuple(subjects), settings.max_seq_length or longest)
+
+
+def _common_base(settings: EvaluateSettings, folders: Sequence[Path]) -> str:
+    if not folders:
+        if not settings.model_path:
+            raise BadSettings(
+                ["--adapter_path is missing: the run's output folder. (--model_path alone takes a base.)"]
+            )
+        return settings.model_path
+    bases = {base_of(folder, settings.model_path) for folder in folders}
+    if len(bases) > 1:
+        raise BadSettings(
+            [
+                f"These adapters name different bases: {', '.join(sorted(bases))}.",
+                "Evaluate them apart, or pass --model_path.",
+            ]
+        )
+    return bases.pop()
+
+
+def _load_another(model: Any, folder: Path, name: str) -> None:
+    try:
+        model.load_adapter(str(folder), adapter_name=name)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise BadModel(f"{folder} does not fit this base: {str(error)[:600]}") from error
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Short names that differ: the folder's own, with its parent's where two are alike."""
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names) or BASE in names:
+        names = ["/".join(folder.resolve().parts[-2:]) for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    return names

@@ -1,0 +1,61 @@
+"""Probe: general prompts, to see whether a tuned model forgot what its base could do.
+
+The base answers them; then each model is asked how likely these answers are to it. A model that forgot nothing finds
+them as likely as the base does. The prompts are our own (probe.jsonl): half English, half Chinese, a line or two each.
+"""
+
+import json
+from collections.abc import Sequence
+from importlib import resources
+
+from atomtune.batch.collate import Collator
+from atomtune.console import Console, progress_bar
+from atomtune.data.records import Example
+from atomtune.evaluate.generation import generate_answers
+from atomtune.evaluate.likelihood import TargetScores, score_targets
+from atomtune.evaluate.models import Models
+from atomtune.model.causal_lm import CausalLM
+from atomtune.model.generate import prompt_ids, stop_ids
+from atomtune.model.load import pad_id_of
+
+#: Longest answer of the base, in tokens.
+ANSWER_TOKENS = 48
+
+
+def probe_prompts() -> list[str]:
+    """The prompts shipped with the tool."""
+    text = (resources.files("atomtune.evaluate") / "probe.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line)["prompt"] for line in text.splitlines()]
+
+
+def probe_scores(
+    models: Models, collator: Collator, console: Console, *, prompts: Sequence[str], batch_size: int
+) -> dict[str, list[TargetScores]]:
+    """Of every model, how likely it finds the base's own answers; one entry a prompt."""
+    base = models.subjects[0]
+    scores: dict[str, list[TargetScores]] = {subject.name: [] for subject in models.subjects}
+    tokenizer = base.template.tokenizer
+    questions = [prompt_ids(base.template, [{"role": "user", "content": prompt}]) for prompt in prompts]
+    with progress_bar(console) as progress:
+        task = progress.add_task("forgetting probe", total=len(questions))
+        for start in range(0, len(questions), batch_size):
+            batch = questions[start : start + batch_size]
+            with models.answering_as(base) as model:
+                examples = _base_answers(model, batch, stop_ids(base.template), pad_id_of(tokenizer))
+            for subject in models.subjects:
+                with models.answering_as(subject) as model:
+                    scores[subject.name] += score_targets(model, [[example] for example in examples], collator)
+            progress.advance(task, len(batch))
+    return scores
+
+
+def _base_answers(
+    model: CausalLM, questions: Sequence[Sequence[int]], stops: Sequence[int], pad_id: int
+) -> list[Example]:
+    """Each prompt with the base's answer behind it, and the stop token where it came to one."""
+    generated = generate_answers(model, questions, stop_ids=stops, pad_id=pad_id, max_new_tokens=ANSWER_TOKENS)
+    examples: list[Example] = []
+    for question, answer in zip(questions, generated, strict=True):
+        ids = [*answer.ids, stops[0]] if answer.stopped or not answer.ids else list(answer.ids)
+        examples.append(Example((*question, *ids), (0,) * len(question) + (1,) * len(ids), "probe"))
+    return examples

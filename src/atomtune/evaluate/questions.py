@@ -1,0 +1,98 @@
+"""Questions: each learned answer of a record, with everything a server would be sent before it.
+
+Taken from the Examples that training would make of the same record, so that what is measured is what is learned.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from atomtune.data.cache import EncodedData, Rules, as_examples, concatenate, examples_of, records_of
+from atomtune.data.encoding.chat_template import Template
+from atomtune.data.records import Example, Record
+from atomtune.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Question:
+    """One answer to generate, and the reference to compare it with."""
+
+    prompt_ids: tuple[int, ...]
+    reference_ids: tuple[int, ...]  # with its stop token
+    prompt: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """One record: what its likelihood is taken of, and what is asked."""
+
+    origin: str
+    examples: tuple[Example, ...]
+    questions: tuple[Question, ...]
+    tools: frozenset[str]  # names of the tools at hand
+
+
+#: The file's number and the record's place in it: two files may have one name.
+Key = tuple[int, str]
+
+
+def read_records(
+    sources: Sequence[str], template: Template, rules: Rules, wanted: frozenset[str] | None = None
+) -> tuple[dict[Key, EvalRecord], EncodedData]:
+    """The records of these files through a template, only the wanted origins where they are named."""
+    parts = [examples_of(source, template, rules) for source in sources]
+    records: dict[Key, EvalRecord] = {}
+    for number, (source, part) in enumerate(zip(sources, parts, strict=True)):
+        if not len(part.examples):
+            continue
+        for row, record in zip(part.examples, records_of(source, rules, part.examples), strict=True):
+            if wanted is None or record.origin in wanted:
+                records[number, record.origin] = eval_record(record, as_examples(row), template.tokenizer)
+    return records, concatenate(parts)
+
+
+def eval_record(record: Record, examples: tuple[Example, ...], tokenizer: Tokenizer) -> EvalRecord:
+    """A record with its questions; a text without a dialogue has none, only a likelihood."""
+    questions: list[Question] = []
+    if record.turns[-1].role != "text":
+        for example in examples:
+            for start, end in learned_spans(example):
+                questions.append(_question(example.ids, start, end, tokenizer))
+    tools = frozenset(_tool_name(tool) for tool in record.tools)
+    return EvalRecord(record.origin, examples, tuple(questions), tools)
+
+
+def learned_spans(example: Example) -> list[tuple[int, int]]:
+    """Where each answer of an example begins and ends.
+
+    learn  0 0 0 1 1 0 0 1 1 1   →   (3, 5), (7, 10)
+    """
+    spans: list[tuple[int, int]] = []
+    start: int | None = None
+    for i, times in enumerate((*example.learn, 0)):
+        if times and start is None:
+            start = i
+        elif not times and start is not None:
+            spans.append((start, i))
+            start = None
+    return spans
+
+
+def _question(ids: tuple[int, ...], start: int, end: int, tokenizer: Tokenizer) -> Question:
+    answer = ids[start:end]
+    return Question(
+        prompt_ids=ids[:start],
+        reference_ids=answer,
+        prompt=tokenizer.decode(list(ids[:start]), skip_special_tokens=False),
+        reference=answer_text(answer[:-1], tokenizer),
+    )
+
+
+def answer_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """An answer without its stop token, as text; marks of thoughts and tool calls may be control tokens and stay."""
+    return tokenizer.decode(list(ids), skip_special_tokens=False).strip()
+
+
+def _tool_name(tool: object) -> str:
+    described = tool.get("function", tool) if isinstance(tool, dict) else {}
+    return str(described.get("name", "")) if isinstance(described, dict) else ""

@@ -1,0 +1,215 @@
+"""Report: figures of all models, what they say in a sentence, and report.json, report.md and report.html."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from atomtune import __version__
+from atomtune.disk import write_json
+from atomtune.evaluate.evaluation import Evaluation
+from atomtune.evaluate.intervals import Bootstrap, Figure
+from atomtune.evaluate.measures import (
+    ALL_MEASURES,
+    NATS,
+    PROBE,
+    Measure,
+    change_per_record,
+    differences,
+    figures_of,
+    judged,
+    probe_results,
+)
+
+#: How many records are shown on each side.
+SHOWN = 8
+#: Measures by whose differences the sentence judges.
+_TELLING = ("nats_per_token", "chrf", "exact_match", "stop_rate", "call_known_rate", "probe_nats_per_token")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One record side by side."""
+
+    origin: str
+    prompt: str
+    reference: str
+    answers: dict[str, str]  # by model
+    nats: dict[str, float]  # per token, by model
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is written and shown."""
+
+    base_path: str
+    sources: list[str]
+    records: int
+    answers: int
+    models: dict[str, dict[str, Figure]]
+    changes: dict[str, dict[str, Figure]]  # model → measure → difference from the base
+    improved: list[Shown]
+    worsened: list[Shown]
+    max_new_tokens: int
+    stopped_early: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """report.json; its `models` are a contract."""
+        return {
+            "atomtune": __version__,
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            "base": self.base_path,
+            "records": self.records,
+            "answers": self.answers,
+            "data": self.sources,
+            "stopped_early": self.stopped_early,
+            "interval": "95 %, bootstrap over records",
+            "models": _listed(self.models),
+            "against_base": _listed(self.changes),
+        }
+
+    def sentences(self) -> list[str]:
+        """What the figures say about each tuned model."""
+        return [_sentence(name, self.models, changes) for name, changes in self.changes.items()]
+
+
+def make_report(done: Evaluation, *, base_path: str, sources: list[str], max_new_tokens: int, seed: int) -> Report:
+    """Figures with intervals, over the same draws of records for every model."""
+    names = list(done.results)
+    draws = Bootstrap(len(done.records), seed=seed)
+    models = {name: figures_of(results, draws) for name, results in done.results.items()}
+    changes = {name: differences(done.results[name], done.results[names[0]], draws) for name in names[1:]}
+    if done.probe:
+        probe = {name: probe_results(scores) for name, scores in done.probe.items()}
+        probe_draws = Bootstrap(len(probe[names[0]]), seed=seed)
+        for name in names:
+            models[name][PROBE.name] = figures_of(probe[name], probe_draws)[NATS.name]
+        for name in names[1:]:
+            changes[name][PROBE.name] = differences(probe[name], probe[names[0]], probe_draws)[NATS.name]
+    improved, worsened = _most_changed(done, names)
+    return Report(
+        base_path=base_path,
+        sources=sources,
+        records=len(done.records),
+        answers=sum(len(result.answers) for result in done.results[names[0]]),
+        models=models,
+        changes=changes,
+        improved=improved,
+        worsened=worsened,
+        max_new_tokens=max_new_tokens,
+        stopped_early=done.stopped_early,
+    )
+
+
+def _most_changed(done: Evaluation, names: list[str]) -> tuple[list[Shown], list[Shown]]:
+    """The records whose loss the first tuned model lowered most, and those whose loss it raised."""
+    if len(names) < 2:
+        return [], []
+    changes = change_per_record(done.results[names[1]], done.results[names[0]])
+    order = sorted(range(len(changes)), key=lambda row: changes[row])
+    improved = [row for row in order if changes[row] < 0][:SHOWN]
+    worsened = [row for row in reversed(order) if changes[row] > 0][:SHOWN]
+    return [_shown(done, row) for row in improved], [_shown(done, row) for row in worsened]
+
+
+def _shown(done: Evaluation, row: int) -> Shown:
+    """A record's last answer: what stands before it is then whole."""
+    record = done.records[row]
+    question = record.questions[-1] if record.questions else None
+    answers: dict[str, str] = {}
+    nats: dict[str, float] = {}
+    for name, results in done.results.items():
+        result = results[row]
+        nats[name] = result.scores.nats / max(result.scores.tokens, 1)
+        if result.answers:
+            answers[name] = result.answers[-1].text
+    return Shown(
+        record.origin, question.prompt if question else "", question.reference if question else "", answers, nats
+    )
+
+
+def _listed(figures: Mapping[str, Mapping[str, Figure]]) -> dict[str, dict[str, list[float]]]:
+    return {name: {key: figure.as_list() for key, figure in own.items()} for name, own in figures.items()}
+
+
+def _sentence(name: str, models: Mapping[str, Mapping[str, Figure]], changes: Mapping[str, Figure]) -> str:
+    base = next(iter(models))
+    words: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
+    for measure in ALL_MEASURES:
+        if measure.name not in _TELLING or measure.name not in changes:
+            continue
+        verdict = judged(measure, changes[measure.name])
+        before, after = models[base][measure.name], models[name][measure.name]
+        if verdict in words:
+            words[verdict].append(f"{measure.title} {shown(measure, before.value)} → {shown(measure, after.value)}")
+    parts = [f"{title}: {', '.join(words[key])}." for key, title in _TITLES if words[key]]
+    return f"{name} against {base}. " + " ".join(parts)
+
+
+_TITLES = (("better", "Better"), ("worse", "Worse"), ("unclear", "No difference that so few records could show"))
+
+
+def shown(measure: Measure, value: float) -> str:
+    """A value in the measure's own unit."""
+    if measure.name.endswith("_rate") or measure.name in ("token_accuracy", "exact_match"):
+        return f"{100 * value:.1f} %"
+    return f"{value:.1f}" if measure.name == "chrf" else f"{value:.3g}" if value >= 1000 else f"{value:.2f}"
+
+
+def interval_text(measure: Measure, figure: Figure) -> str:
+    """A value with its interval."""
+    return f"{shown(measure, figure.value)} ({shown(measure, figure.low)} to {shown(measure, figure.high)})"
+
+
+def used_measures(report: Report) -> list[Measure]:
+    """The measures that at least one model has."""
+    return [measure for measure in ALL_MEASURES if any(measure.name in own for own in report.models.values())]
+
+
+def markdown(report: Report) -> str:
+    """report.md"""
+    names = list(report.models)
+    lines = [
+        "# Evaluation",
+        "",
+        *report.sentences(),
+        "",
+        f"{report.records:,} records of {', '.join(report.sources)}; base {report.base_path}. "
+        "In brackets: the interval of 95 % of other draws of as many records.",
+        "",
+        f"| | {' | '.join(names)} |",
+        f"|---|{'---|' * len(names)}",
+    ]
+    for measure in used_measures(report):
+        cells = [
+            interval_text(measure, report.models[name][measure.name]) if measure.name in report.models[name] else "–"
+            for name in names
+        ]
+        lines.append(f"| {measure.title} | {' | '.join(cells)} |")
+    for title, records in (("Most improved", report.improved), ("Most worsened", report.worsened)):
+        if records:
+            lines += ["", f"## {title}", ""]
+        for record in records:
+            lines += [f"### {record.origin}", "", *_quoted("prompt", record.prompt)]
+            lines += _quoted("reference", record.reference)
+            for name, answer in record.answers.items():
+                lines += _quoted(f"{name} ({record.nats[name]:.2f} nats per token)", answer)
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(title: str, text: str) -> list[str]:
+    """A text as an indented block, in which no mark of Markdown has a meaning."""
+    return [f"{title}:", "", *(f"    {line}" for line in text.splitlines() or [""]), ""]
+
+
+def write_reports(report: Report, folder: Path) -> None:
+    """report.json, report.md and report.html."""
+    from atomtune.evaluate.html_page import page
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "report.json", report.to_json())
+    for name, text in (("report.md", markdown(report)), ("report.html", page(report))):
+        beside = folder / f".{name}"
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(folder / name)

@@ -1,0 +1,166 @@
+"""`atomtune evaluate`, whole, on tiny models."""
+
+import json
+import re
+import shutil
+
+import pytest
+from pytest import approx
+
+from atomtune.cli import main
+from atomtune.evaluate import evaluation
+from atomtune.evaluate.measures import MEASURES, NATS
+from tests.conftest import DIALOGUES, write_jsonl
+from tests.evaluate.conftest import train_by_heart
+
+
+def evaluate(*words: str) -> int:
+    return main(["evaluate", *words, "--dtype", "float32"])
+
+
+def report_in(folder) -> dict:
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def report(by_heart, tmp_path_factory):
+    """The folder of an evaluation of what was learned by heart."""
+    folder = tmp_path_factory.mktemp("report")
+    data = write_jsonl(folder / "same.jsonl", DIALOGUES)
+    out = folder / "out"
+    words = ["--adapter_path", str(by_heart), "--dataset_path", str(data), "--output_dir", str(out)]
+    assert evaluate(*words, "--max_new_tokens", "60", "--per_device_eval_batch_size", "3") == 0
+    return out
+
+
+def test_what_was_learned_by_heart_is_told_from_the_base(report):
+    figures = report_in(report)["models"]
+    assert list(figures) == ["base", "out"]
+    tuned, base = figures["out"], figures["base"]
+    assert tuned["exact_match"][0] == 1 and base["exact_match"][0] == 0
+    assert tuned["stop_rate"][0] == 1
+    assert tuned["chrf"][0] == approx(100)
+    assert tuned["token_accuracy"][0] > 0.95
+    assert tuned["length_ratio"][0] == approx(1)
+    assert tuned["nats_per_token"][0] < 0.2 < base["nats_per_token"][0]
+    assert report_in(report)["against_base"]["out"]["nats_per_token"][2] < 0  # the whole interval
+
+
+def test_every_figure_has_an_interval_around_it(report):
+    for figures in report_in(report)["models"].values():
+        assert figures.keys() >= {"nats_per_token", "perplexity", "probe_nats_per_token"}
+        for value, low, high in figures.values():
+            assert low <= value <= high
+
+
+def test_the_loss_is_that_of_the_run_itself(models, tmp_path):
+    """evaluate's nats are the eval_loss that training reported for the same adapter and records."""
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
+    flags = ["--model_path", str(models("llama")), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    more = ["--max_steps", "3", "--eval_size", "3", "--eval_strategy", "steps", "--eval_steps", "3"]
+    assert main(["train", *flags, *more, "--learning_rate", "1e-2", "--dtype", "float32", "--lora_dropout", "0"]) == 0
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert evaluate("--adapter_path", str(tmp_path / "out"), "--no_generate", "--no_probe") == 0
+    found = report_in(tmp_path / "out" / "evaluation")
+    assert found["records"] == len(run["records_held_out"]) == 3
+    assert found["models"]["out"]["nats_per_token"][0] == approx(run["eval_loss"], rel=1e-5)  # float32
+    assert "chrf" not in found["models"]["out"]
+
+
+def test_a_page_opens_from_disk_and_runs_nothing_of_a_records_text(by_heart, tmp_path):
+    hostile = {"instruction": "<script>alert(1)</script>", "input": "", "output": '</p><img src=x onerror="alert(2)">'}
+    data = write_jsonl(tmp_path / "hostile.jsonl", [hostile, *DIALOGUES[:2]])
+    words = ["--adapter_path", str(by_heart), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    assert evaluate(*words, "--no_probe", "--max_new_tokens", "20") == 0
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "&lt;script&gt;" in page and "<script" not in page and "<img" not in page
+    assert not re.search(r'(src|href)="', page)
+    assert "default-src 'none'" in page
+
+
+def test_the_markdown_report_has_every_figure_and_the_records(report):
+    text = (report / "report.md").read_text(encoding="utf-8")
+    used = [measure for measure in MEASURES if measure.name in report_in(report)["models"]["out"]]
+    assert NATS in used and all(measure.title in text for measure in used)
+    assert "Better: " in text and "same.jsonl:" in text
+
+
+def test_several_adapters_of_different_templates_are_compared(by_heart, models, tmp_path):
+    """Each answers through the template it was trained with; of both, the one that learned these records is better."""
+    other = train_by_heart(models("llama"), tmp_path, DIALOGUES[:4], steps=1)
+    shutil.move(other, tmp_path / "barely")
+    plain = tmp_path / "plain"
+    flags = ["--model_path", str(models("llama")), "--dataset_path", str(tmp_path / "data.jsonl")]
+    learning = ["--max_steps", "120", "--learning_rate", "1e-2", "--lora_rank", "16", "--lora_dropout", "0"]
+    more = ["--dtype", "float32", "--template", "plain"]
+    assert main(["train", *flags, "--output_dir", str(plain), *learning, *more]) == 0
+    adapters = [str(by_heart), str(tmp_path / "barely"), str(plain)]
+    data = write_jsonl(tmp_path / "asked.jsonl", DIALOGUES[:4])
+    words = ["--adapter_path", *adapters, "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    assert evaluate(*words, "--no_probe", "--max_new_tokens", "40") == 0
+    figures = report_in(tmp_path / "out")["models"]
+    assert list(figures) == ["base", "out", "barely", "plain"]
+    assert figures["out"]["exact_match"][0] == figures["plain"]["exact_match"][0] == 1
+    assert figures["barely"]["exact_match"][0] < 1
+
+
+def test_a_stop_in_the_middle_keeps_what_all_models_have_done(by_heart, tmp_path, monkeypatch):
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
+    calls, real = [], evaluation.score_targets
+
+    def interrupted(*arguments: object, **more: object) -> object:
+        calls.append(1)
+        if len(calls) == 4:  # the tuned model's second batch
+            raise KeyboardInterrupt
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(evaluation, "score_targets", interrupted)
+    words = ["--adapter_path", str(by_heart), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    assert evaluate(*words, "--per_device_eval_batch_size", "3", "--max_new_tokens", "8") == 75
+    found = report_in(tmp_path / "out")
+    assert found["records"] == 3 and found["stopped_early"] is True
+    assert "stopped early" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_base_alone_is_evaluated(models, tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES[:3])
+    words = ["--model_path", str(models("llama")), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    assert evaluate(*words, "--max_new_tokens", "8") == 0
+    assert list(report_in(tmp_path / "out")["models"]) == ["base"]
+
+
+def test_tool_calls_are_counted_where_the_reference_has_one(models, tmp_path):
+    def record(answer: dict) -> dict:
+        turns = [{"role": "user", "content": "你是谁？"}, {"role": "assistant", **answer}]
+        schema = {"name": "weather", "description": "", "parameters": {"type": "object", "properties": {}}}
+        return {"messages": turns, "tools": [{"type": "function", "function": schema}]}
+
+    call = {"name": "weather", "arguments": {"city": "x"}}
+    calling = record({"content": "", "tool_calls": [{"type": "function", "function": call}]})
+    data = write_jsonl(tmp_path / "data.jsonl", [calling, record({"content": "5"})])
+    words = ["--model_path", str(models("qwen3")), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    assert evaluate(*words, "--template", "qwen", "--max_new_tokens", "8") == 0
+    figures = report_in(tmp_path / "out")["models"]["base"]
+    assert figures["call_parse_rate"] == [0, 0, 0]  # an untrained model calls nothing
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "--adapter_path is missing"),
+        (["--adapter_path", "ADAPTER"], "held no records out"),
+        (["--adapter_path", "nowhere", "--dataset_path", "x.jsonl"], "no such folder"),
+    ],
+)
+def test_what_is_missing_is_said(words, said, by_heart, capsys):
+    assert evaluate(*(str(by_heart) if word == "ADAPTER" else word for word in words)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_run_whose_file_changed_since_is_refused(models, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
+    flags = ["--model_path", str(models("llama")), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    assert main(["train", *flags, "--max_steps", "1", "--eval_size", "2", "--dtype", "float32"]) == 0
+    write_jsonl(data, DIALOGUES[1:])
+    assert evaluate("--adapter_path", str(tmp_path / "out")) == 2
+    assert "have changed since" in capsys.readouterr().err

@@ -1,0 +1,58 @@
+"""Law: many answers at once are the answers one at a time."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from atomtune.evaluate.generation import generate_answers
+
+STOP, PAD, LIMIT = 5, 0, 12
+
+
+@pytest.fixture(params=["llama", "gpt2", "gemma3_text", "mistral"])
+def model(request, models):
+    # float64: left padding only moves sums, so a tie would have to be closer than 1e-15 to turn an answer.
+    return AutoModelForCausalLM.from_pretrained(models(request.param), dtype=torch.float64).eval()
+
+
+def alone(model, prompt: list[int]) -> tuple[list[int], bool]:
+    """The dumb way: the whole forward again for every token, no cache, no padding."""
+    ids = list(prompt)
+    for _ in range(LIMIT):
+        with torch.no_grad():
+            token = int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if token == STOP:
+            return ids[len(prompt) :], True
+        ids.append(token)
+    return ids[len(prompt) :], False
+
+
+def prompts_of(beginning: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    shared = torch.randint(10, 300, (beginning,), generator=generator).tolist()
+    return [shared + torch.randint(10, 300, (n,), generator=generator).tolist() for n in (3, 17, 1, 8)]
+
+
+@pytest.mark.parametrize("beginning", [0, 24], ids=["nothing shared", "24 tokens shared"])
+def test_a_batch_gives_the_answers_of_its_prompts_alone(model, beginning):
+    prompts = prompts_of(beginning)
+    together = generate_answers(model, prompts, stop_ids=[STOP], pad_id=PAD, max_new_tokens=LIMIT)
+    assert [(list(answer.ids), answer.stopped) for answer in together] == [alone(model, prompt) for prompt in prompts]
+
+
+def test_a_stop_token_ends_an_answer_and_is_no_part_of_it(model):
+    (prompt,) = prompts_of(0)[:1]
+    (free,) = generate_answers(model, [prompt], stop_ids=[10_000], pad_id=PAD, max_new_tokens=LIMIT)
+    assert len(free.ids) == LIMIT and not free.stopped
+    stop = free.ids[4]
+    (ended,) = generate_answers(model, [prompt], stop_ids=[stop], pad_id=PAD, max_new_tokens=LIMIT)
+    assert ended.stopped and ended.ids == free.ids[: free.ids.index(stop)]
+
+
+def test_a_models_own_generation_settings_do_not_mix_in(model):
+    prompts = prompts_of(0)
+    before = generate_answers(model, prompts, stop_ids=[STOP], pad_id=PAD, max_new_tokens=LIMIT)
+    own = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=LIMIT, forced_eos_token_id=7)
+    model.generation_config = own
+    assert generate_answers(model, prompts, stop_ids=[STOP], pad_id=PAD, max_new_tokens=LIMIT) == before
+    assert model.generation_config is own

@@ -1,0 +1,58 @@
+"""Laws of the questions."""
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atomtune.data.cache import Rules
+from atomtune.data.encoding.chat_template import load_template
+from atomtune.data.records import Example, Turn
+from atomtune.evaluate.questions import learned_spans, read_records
+from atomtune.model.generate import prompt_ids
+from tests.conftest import DIALOGUES, write_jsonl
+from tests.tiny import CHATML, tokenizer_of
+
+
+@given(st.lists(st.integers(0, 2), max_size=30))
+def test_spans_hold_every_learned_token_once_and_no_other(marks):
+    learn = (0, *marks)
+    spans = learned_spans(Example(tuple(range(len(learn))), learn, ""))
+    inside = [i for start, end in spans for i in range(start, end)]
+    assert inside == [i for i, times in enumerate(learn) if times]
+    assert all(end < start for (_, end), (start, _) in itertools.pairwise(spans))  # spans do not touch
+
+
+def test_a_question_is_the_prompt_that_chat_sends_and_the_answer_with_its_stop(tmp_path):
+    template = load_template("atom", tokenizer_of("sentencepiece"))
+    records, _ = read_records([str(write_jsonl(tmp_path / "d.jsonl", DIALOGUES))], template, Rules(max_tokens=256))
+    assert len(records) == len(DIALOGUES)
+    for record, dialogue in zip(records.values(), DIALOGUES, strict=True):
+        (question,) = record.questions
+        messages = template.messages([Turn("user", dialogue["instruction"], dialogue["input"])])
+        assert list(question.prompt_ids) == prompt_ids(template, messages)
+        assert question.reference == dialogue["output"]
+        assert question.reference_ids[-1] == template.tokenizer.eos_token_id
+
+
+def test_each_answer_of_a_conversation_is_a_question_behind_all_before_it(tmp_path):
+    turns = [
+        ("user", "你是谁？"),
+        ("assistant", "我是灯塔的看守人。"),
+        ("user", "晚安"),
+        ("assistant", "晚安，愿你好梦。"),
+    ]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    template = load_template("auto", tokenizer_of("bytes", CHATML))
+    path = write_jsonl(tmp_path / "d.jsonl", [{"messages": messages}])
+    records, _ = read_records([str(path)], template, Rules(max_tokens=256))
+    (record,) = records.values()
+    assert [question.reference for question in record.questions] == [turns[1][1], turns[3][1]]
+    assert list(record.questions[1].prompt_ids) == prompt_ids(template, messages[:3])
+
+
+def test_only_wanted_records_are_taken(tmp_path):
+    template = load_template("atom", tokenizer_of("sentencepiece"))
+    path = write_jsonl(tmp_path / "d.jsonl", DIALOGUES)
+    records, _ = read_records([str(path)], template, Rules(max_tokens=256), frozenset({"d.jsonl:3", "d.jsonl:5"}))
+    assert list(records) == [(0, "d.jsonl:3"), (0, "d.jsonl:5")]
