@@ -89,7 +89,7 @@ def _batch_results(
                 generated += generate_answers(
                     model,
                     [question.prompt_ids for question in batch],
-                    stop_ids=stop_ids(subject.template),
+                    stop_ids=stop_ids(model, subject.template),
                     pad_id=pad_id_of(tokenizer),
                     max_new_tokens=plan.max_new_tokens,
                 )

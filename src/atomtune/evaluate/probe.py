@@ -10,6 +10,7 @@ from importlib import resources
 
 from atomtune.batch.collate import Collator
 from atomtune.console import Console, progress_bar
+from atomtune.data.encoding.chat_template import Template
 from atomtune.data.records import Example
 from atomtune.evaluate.generation import generate_answers
 from atomtune.evaluate.likelihood import TargetScores, score_targets
@@ -34,14 +35,13 @@ def probe_scores(
     """Of every model, how likely it finds the base's own answers; one entry a prompt."""
     base = models.subjects[0]
     scores: dict[str, list[TargetScores]] = {subject.name: [] for subject in models.subjects}
-    tokenizer = base.template.tokenizer
     questions = [prompt_ids(base.template, [{"role": "user", "content": prompt}]) for prompt in prompts]
     with progress_bar(console) as progress:
         task = progress.add_task("forgetting probe", total=len(questions))
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
             with models.answering_as(base) as model:
-                examples = _base_answers(model, batch, stop_ids(base.template), pad_id_of(tokenizer))
+                examples = _base_answers(model, batch, base.template)
             for subject in models.subjects:
                 with models.answering_as(subject) as model:
                     scores[subject.name] += score_targets(model, [[example] for example in examples], collator)
@@ -49,13 +49,18 @@ def probe_scores(
     return scores
 
 
-def _base_answers(
-    model: CausalLM, questions: Sequence[Sequence[int]], stops: Sequence[int], pad_id: int
-) -> list[Example]:
+def _base_answers(model: CausalLM, questions: Sequence[Sequence[int]], template: Template) -> list[Example]:
     """Each prompt with the base's answer behind it, and the stop token where it came to one."""
-    generated = generate_answers(model, questions, stop_ids=stops, pad_id=pad_id, max_new_tokens=ANSWER_TOKENS)
+    stop = template.tokenizer.convert_tokens_to_ids(template.stop)
+    generated = generate_answers(
+        model,
+        questions,
+        stop_ids=stop_ids(model, template),
+        pad_id=pad_id_of(template.tokenizer),
+        max_new_tokens=ANSWER_TOKENS,
+    )
     examples: list[Example] = []
     for question, answer in zip(questions, generated, strict=True):
-        ids = [*answer.ids, stops[0]] if answer.stopped or not answer.ids else list(answer.ids)
+        ids = [*answer.ids, stop] if answer.stopped else list(answer.ids)
         examples.append(Example((*question, *ids), (0,) * len(question) + (1,) * len(ids), "probe"))
     return examples
