@@ -9,12 +9,14 @@ from atomtune.batch.cost import sample_rows
 from atomtune.console import Console
 from atomtune.data.cache import Rules, as_examples
 from atomtune.data.encoding.chat_template import Template
+from atomtune.disk import write_json
 from atomtune.errors import BadData, BadSettings, Stopped
 from atomtune.evaluate.evaluation import Plan, evaluate_records
+from atomtune.evaluate.html_page import page
 from atomtune.evaluate.models import Models, load_models
 from atomtune.evaluate.probe import probe_prompts, probe_scores
 from atomtune.evaluate.questions import EvalRecord, Key, read_records
-from atomtune.evaluate.report import Report, interval_text, make_report, used_measures, write_reports
+from atomtune.evaluate.report import Report, interval_text, make_report, markdown, used_measures
 from atomtune.evaluate.run_folder import refuse_changed_files, run_records
 from atomtune.model.layout_support import why_padded, windows_of
 from atomtune.model.load import pad_id_of, quiet_libraries
@@ -178,3 +180,13 @@ def _say(report: Report, console: Console) -> None:
     console.print(table)
     for sentence in report.sentences():
         console.say(sentence)
+
+
+def write_reports(report: Report, folder: Path) -> None:
+    """report.json, report.md and report.html."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "report.json", report.to_json())
+    for name, text in (("report.md", markdown(report)), ("report.html", page(report))):
+        beside = folder / f".{name}"
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(folder / name)

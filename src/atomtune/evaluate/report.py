@@ -1,13 +1,11 @@
-"""Report: figures of all models, what they say in a sentence, and report.json, report.md and report.html."""
+"""Report: figures of all models, what they say in a sentence, and how report.json and report.md are written."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from atomtune import __version__
-from atomtune.disk import write_json
 from atomtune.evaluate.evaluation import Evaluation
 from atomtune.evaluate.intervals import Bootstrap, Figure
 from atomtune.evaluate.measures import (
@@ -201,15 +199,3 @@ def markdown(report: Report) -> str:
 def _quoted(title: str, text: str) -> list[str]:
     """A text as an indented block, in which no mark of Markdown has a meaning."""
     return [f"{title}:", "", *(f"    {line}" for line in text.splitlines() or [""]), ""]
-
-
-def write_reports(report: Report, folder: Path) -> None:
-    """report.json, report.md and report.html."""
-    from atomtune.evaluate.html_page import page
-
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "report.json", report.to_json())
-    for name, text in (("report.md", markdown(report)), ("report.html", page(report))):
-        beside = folder / f".{name}"
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(folder / name)
