@@ -46,7 +46,7 @@ def _scores(model: CausalLM, batch: dict[str, object]) -> tuple[list[float], lis
     head = Head.of(model)  # type: ignore[arg-type]  # every CausalLM is an nn.Module
     if head is None:
         every = model(**model_inputs(model, batch), use_cache=False).logits  # type: ignore[arg-type]
-        picked = every[batch["row"], batch["source"]]  # [N, V]
+        picked = every[batch["row"], batch["predicted_from"]]  # [N, V]
     else:
         picked = head.hidden(model, batch)  # type: ignore[arg-type]  # [N, D]
     width = model.config.get_text_config().vocab_size
@@ -66,7 +66,7 @@ def _scores(model: CausalLM, batch: dict[str, object]) -> tuple[list[float], lis
 def _paths(batch: Batch) -> Iterator[tuple[int, ...]]:
     """Of every target, all ids of its record up to itself: they name it, whichever row or branch it stands in."""
     ids, plan = batch["input_ids"].cpu(), batch["plan"]
-    places = zip(batch["row"].tolist(), batch["source"].tolist(), batch["target"].tolist(), strict=True)
+    places = zip(batch["row"].tolist(), batch["predicted_from"].tolist(), batch["target"].tolist(), strict=True)
     for row, source, target in places:
         path = ids[row, : source + 1]
         if plan is not None:

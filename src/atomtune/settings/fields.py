@@ -388,14 +388,18 @@ class ChatSettings(ModelSettings):
 class EvaluateSettings(ModelSettings):
     """Evaluate"""
 
-    adapter_path: list[str] = setting([], "one or more adapters: a run's output folder or one of its checkpoints")
+    adapter_path: list[str] = setting(
+        [], "one or more adapters: a run's output folder or one of its checkpoints", value="FOLDER"
+    )
     dataset_path: str | list[str] | None = setting(
-        None, "records to evaluate on; without it, those that the first adapter's run held out"
+        None, "records to evaluate on; without it, those that the first adapter's run held out", value="FILE"
     )
     format: FormatChoice = setting("auto", "how a record is written; auto: told from each file's first records")
-    keys: list[str] = setting([], "other names of keys, as question=instruction,answer=output")
-    roles: list[str] = setting([], "other names of roles, as bot=assistant")
-    template: str = setting("auto", "of a base without an adapter; an adapter brings its own")
+    keys: list[str] = setting(
+        [], "other names of keys, as question=instruction,answer=output", value="THEIRS=OURS", rare=True
+    )
+    roles: list[str] = setting([], "other names of roles, as bot=assistant", value="THEIRS=OURS", rare=True)
+    template: str = setting("auto", "of a base without an adapter; an adapter brings its own", rare=True)
     max_seq_length: int = setting(0, "longest example, in tokens; 0: as the adapter was trained", at_least=0)
     records: int = setting(200, "how many records at most, drawn at random; 0: all", at_least=0)
     per_device_eval_batch_size: int = setting(8, "records in a batch", at_least=1)
@@ -403,7 +407,7 @@ class EvaluateSettings(ModelSettings):
     no_generate: bool = setting(False, "take the likelihood of the reference answers alone; much faster")
     no_probe: bool = setting(False, "leave the forgetting probe out")
     output_dir: str | None = setting(
-        None, "where the reports go; without it, evaluation/ in the first adapter's folder"
+        None, "where the reports go; without it, evaluation/ in the first adapter's folder", value="FOLDER"
     )
     other_base: bool = setting(False, "use a base whose weights are not those the adapters were trained on")
     seed: int = setting(42, "seed for the choice of records and for the intervals", at_least=0)

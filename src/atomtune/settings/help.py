@@ -26,6 +26,7 @@ USAGE = {
     "train": "[run.yaml] [--setting value …]",
     "inspect": "FILE … --model_path FOLDER_OR_NAME [--setting value …]",
     "verify": "--model_path FOLDER_OR_NAME --dataset_path FILE [--setting value …]",
+    "evaluate": "--adapter_path FOLDER [--dataset_path FILE] [--setting value …]",
     "merge": "--adapter_path FOLDER --output_dir FOLDER [--setting value …]",
     "chat": "--adapter_path FOLDER [--setting value …]",
 }
@@ -41,6 +42,10 @@ EXAMPLES = {
     "verify": [
         "--model_path Qwen/Qwen3-0.6B --dataset_path train.jsonl",
         "--model_path Qwen/Qwen3-0.6B --dataset_path train.jsonl --dtype float32 --records 64",
+    ],
+    "evaluate": [
+        "--adapter_path out",
+        "--adapter_path out other-out --dataset_path test.jsonl --output_dir compared",
     ],
     "merge": [
         "--adapter_path out --output_dir out-merged",
