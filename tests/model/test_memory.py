@@ -1,9 +1,11 @@
 """Memory: the decision to recompute activations, and what is said when memory ran out."""
 
-import torch
-from transformers import LlamaConfig
+from types import SimpleNamespace
 
-from atomtune.model.memory import StepShape, activation_bytes, is_out_of_memory, peak_bytes, remedies, should_checkpoint
+import torch
+from transformers import LlamaConfig, Qwen2Config
+
+from atomtune.model.memory import ActivationMemory, StepShape, activation_bytes, is_out_of_memory, peak_bytes, remedies
 
 CPU = torch.device("cpu")
 ATOM_7B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
@@ -17,10 +19,37 @@ def test_activations_grow_with_tokens_layers_and_element_size():
     assert activation_bytes(shallow, tokens=1, element_bytes=2) * 2 == one
 
 
+def test_the_estimate_is_near_what_was_measured():
+    # An H100, Qwen2.5-7B shape, bfloat16, LoRA on all linear layers without dropout: 6.3 MB a token.
+    qwen = Qwen2Config(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28)
+    assert 6.3e6 < activation_bytes(qwen, tokens=1, element_bytes=2) < 6.8e6
+
+
+def test_dropout_keeps_its_masks():
+    one = activation_bytes(ATOM_7B, tokens=1, element_bytes=2)
+    masks = activation_bytes(ATOM_7B, tokens=1, element_bytes=2, dropout=True) - one
+    assert masks == 32 * (3 * 4096 + 11008)  # a byte for each number that a LoRA input may lose
+
+
+def test_a_width_for_each_layer_is_no_error():
+    # Gemma 3n's config holds a list.
+    config = SimpleNamespace(hidden_size=32, num_hidden_layers=2, intermediate_size=[64, 128])
+    assert activation_bytes(config, tokens=1, element_bytes=4) == 2 * (11 * 32 + 4 * 96) * 4
+
+
+def memory(config, tokens: int) -> ActivationMemory:
+    return ActivationMemory.of(config, tokens=tokens, element_bytes=2, dropout=False, device=CPU)
+
+
 def test_a_tiny_step_keeps_its_activations_and_a_huge_one_does_not():
     tiny = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
-    assert not should_checkpoint(tiny, tokens=1000, element_bytes=4, device=CPU)
-    assert should_checkpoint(ATOM_7B, tokens=10_000_000, element_bytes=2, device=CPU)
+    assert memory(tiny, 1_000).fits
+    assert not memory(ATOM_7B, 10_000_000).fits
+
+
+def test_the_choice_is_said_with_its_figures():
+    said = str(ActivationMemory(tokens=1_100, needed=7_150_000_000, free=61_000_000_000, usable=0.85))
+    assert said == "a step of 1,100 tokens keeps 7.2 GB, 61.0 GB are free"
 
 
 def test_the_peak_of_this_process_is_more_than_nothing():

@@ -84,6 +84,28 @@ def test_a_gradient_that_is_not_finite_names_all_records_of_the_step():
         step(finite(0), with_gradient(float("inf")), [1.0, 1.0], 3)
 
 
+def test_a_device_is_waited_for_once_a_step(monkeypatch):
+    # A look at each loss and each of 400 gradients let a GPU wait 392 times a step.
+    waits: list[int] = []
+    for name in ("item", "tolist", "__bool__", "__float__"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, real=real: (waits.append(1), real(self))[1])
+    watch = finite(0)
+    for loss in (1.0, 2.0, 3.0):
+        watch.finite_loss(torch.tensor(loss), ["d.jsonl:1"])
+    watch.on_pre_optimizer_step(ONE_RANK, state(0), None, model=with_gradient(1.0))
+    assert len(waits) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_large_gradient_is_no_infinite_one(dtype):
+    # A sum of squares would overflow.
+    one = with_gradient(1.0).to(dtype)
+    for weight in one.parameters():
+        weight.grad = torch.full_like(weight, torch.finfo(dtype).max)
+    step(finite(0), one, [1.0], 0)
+
+
 def test_a_step_left_out_changes_no_weight_and_no_mean():
     said: list[str] = []
     watch, one = finite(1, said), with_gradient(float("nan"))

@@ -4,8 +4,11 @@ import json
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from atomtune.cli import main
+from atomtune.model import memory
+from atomtune.model.memory import activation_bytes
 from tests.conftest import write_jsonl
 from tests.train.test_trainer import relative_difference
 
@@ -89,3 +92,24 @@ def test_a_layout_that_would_not_be_exact_is_refused_before_a_step(models, dialo
     said = capsys.readouterr().err
     assert "its forward takes no position_ids" in said
     assert "--layout padded" in said
+
+
+def test_activations_are_recomputed_by_the_tokens_of_the_layout_that_is_taken(models, tmp_path, monkeypatch, capsys):
+    # Counted as padded, a tree would be recomputed on a card that has room for it: two fifths of its speed.
+    data = tmp_path / "styled.jsonl"
+    style = "Answer as the keeper of a lighthouse would, in one short line and without a hurry. " * 3
+    write_jsonl(data, [{"instruction": style, "input": f"Who {n}?", "output": f"I, {n}."} for n in range(32)])
+    flags = ("--max_steps", "1", "--per_device_train_batch_size", "16", "--lora_dropout", "0", "--dtype", "float32")
+    for layout in ("tree", "padded"):
+        out = tmp_path / f"count-{layout}"
+        assert train(models("llama"), data, out, *flags, "--layout", layout) == 0
+    computed = {layout: record_of(tmp_path / f"count-{layout}")["tokens_computed"] for layout in ("tree", "padded")}
+    assert 1.4 * computed["tree"] < 0.95 * computed["padded"], f"this shows nothing: {computed}"
+    config = AutoConfig.from_pretrained(models("llama"))
+    enough = activation_bytes(config, tokens=int(0.95 * computed["padded"]), element_bytes=4) / memory.USABLE
+    monkeypatch.setattr(memory, "free_bytes", lambda device: enough)
+    for layout, recomputed in (("tree", False), ("padded", True)):
+        out = tmp_path / layout
+        assert train(models("llama"), data, out, *flags, "--layout", layout) == 0
+        assert record_of(out)["activations_recomputed"] == recomputed
+    assert "activations are recomputed: a step of" in " ".join(capsys.readouterr().out.split())

@@ -8,6 +8,7 @@ from typing import Any
 from atomtune.batch.attention_plan import padded_length
 from atomtune.batch.row import padded_tokens
 from atomtune.batch.tree import graft
+from atomtune.choices import Layout
 from atomtune.data.records import Example
 
 #: Batches that are sampled to see what a layout saves.
@@ -16,20 +17,25 @@ SAMPLED_BATCHES = 32
 
 @dataclass(frozen=True)
 class LayoutTokens:
-    """Tokens that each layout computes for the same batches."""
+    """Tokens that each layout computes for the same batches.
+
+    heaviest  the same three for the heaviest of these batches, each by itself
+    """
 
     padded: int
     packed: int
     tree: int
+    heaviest: Mapping[Layout, int]
 
     @classmethod
     def of(cls, batches: Iterable[Sequence[Example]]) -> "LayoutTokens":
-        padded = packed = tree = 0
+        counts: dict[Layout, list[int]] = {"padded": [], "packed": [], "tree": []}
         for examples in batches:
-            padded += padded_tokens(examples)
-            packed += padded_length(sum(len(example.ids) for example in examples))
-            tree += padded_length(len(graft(examples)))
-        return cls(padded, packed, tree)
+            counts["padded"].append(padded_tokens(examples))
+            counts["packed"].append(padded_length(sum(len(example.ids) for example in examples)))
+            counts["tree"].append(padded_length(len(graft(examples))))
+        heaviest = {layout: max(tokens, default=0) for layout, tokens in counts.items()}
+        return cls(sum(counts["padded"]), sum(counts["packed"]), sum(counts["tree"]), heaviest)
 
 
 def sample_rows(count: int, size: int, *, seed: int) -> list[int]:

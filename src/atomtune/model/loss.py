@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
+from atomtune.model.memory import free_bytes
 from atomtune.model.row_attention import ROW_PLAN, ROWS
 
 #: Logits that exist at once: 2^20 of them are 4 MiB in float32, and as much again for their gradient.
@@ -211,9 +212,8 @@ def _logits_that_fit(device: torch.device) -> int:
     """By the memory that is free when the first loss is computed, behind the activations of a whole forward."""
     if device.type != "cuda":
         return CHUNK_LOGITS
-    free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(MOST_LOGITS, max(CHUNK_LOGITS, int(FREE_FOR_LOGITS * (free + unused)) // BYTES_A_LOGIT))
+    logits = int(FREE_FOR_LOGITS * free_bytes(device)) // BYTES_A_LOGIT
+    return min(MOST_LOGITS, max(CHUNK_LOGITS, logits))
 
 
 class _Chunked(torch.autograd.Function):

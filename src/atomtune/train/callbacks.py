@@ -132,15 +132,13 @@ class LogBeforeSaving(TrainerCallback):
 class SkipNonFinite(TrainerCallback):
     """No update is made from a loss or gradient that is not finite.
 
+    Losses and gradients are looked at together, before the update: a device is waited for once a step.
     budget  how many such steps of a run may be left out; one more ends it
     """
 
     def __init__(self, work: WorkCounter, *, budget: int, notice: Callable[[str], None]) -> None:
         self.work, self.budget, self.notice = work, budget, notice
-        # Of this step: every record, those in a micro-batch with a loss that is not finite, and that loss.
-        self._origins: list[str] = []
-        self._spoiled: list[str] = []
-        self._bad_loss = math.nan
+        self._micro_batches: list[tuple[torch.Tensor, Sequence[str]]] = []  # (loss, origins) of the step under way
         self._step_loss = 0.0
         # Since the last log.
         self._steps = self._skipped = 0
@@ -148,24 +146,26 @@ class SkipNonFinite(TrainerCallback):
 
     def finite_loss(self, loss: torch.Tensor, origins: Sequence[str]) -> torch.Tensor:
         """A micro-batch's loss, or zero in its place when it is not finite: `mean_of_steps_made` mends the mean."""
-        self._origins += origins
-        if torch.isfinite(loss):
-            self._step_loss += loss.item()
-            return loss
-        self._bad_loss = loss.item()
-        self._spoiled += origins
-        return torch.zeros_like(loss)
+        self._micro_batches.append((loss.detach(), origins))
+        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         weights = [weight for weight in model.parameters() if weight.grad is not None]
         scaled = getattr(optimizer, "scaler", None) is not None  # float16's scaler skips such gradients itself
-        finite = scaled or all(bool(torch.isfinite(_local(weight.grad)).all()) for weight in weights)
-        if not on_any_rank(bool(self._spoiled) or not finite, args):
+        # The largest number of all gradients is finite when each is: one wait, and no overflow as in a sum of squares.
+        gradients = [] if scaled else [_local(weight.grad) for weight in weights]
+        largest, *losses = _to_host(
+            [torch.nn.utils.get_total_norm(gradients, math.inf), *(loss for loss, _ in self._micro_batches)]
+        )
+        spoiled = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
+        self._step_loss = sum(loss for loss in losses if math.isfinite(loss))
+        if not on_any_rank(bool(spoiled) or not math.isfinite(largest), args):
             return
-        cause = f"The loss is {self._bad_loss}" if self._spoiled else "A gradient is not finite"
-        records = of_all_ranks(self._spoiled or self._origins, args)
+        cause = f"The loss is {losses[spoiled[-1]]}" if spoiled else "A gradient is not finite"
+        numbers = spoiled or range(len(self._micro_batches))
+        records = of_all_ranks([origin for number in numbers for origin in self._micro_batches[number][1]], args)
         place = f"{cause} at step {state.global_step + 1}, in a batch with these records:\n{listing(records)}"
         if self.work.skipped_steps >= self.budget:
             self._end_the_run(place)
@@ -188,7 +188,7 @@ class SkipNonFinite(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._steps += 1
         self._step_loss = 0.0
-        self._origins, self._spoiled = [], []
+        self._micro_batches = []
 
     def mean_of_steps_made(self, mean: float) -> float | None:
         """The mean loss since the last log without the steps that were left out; None when none was made."""
@@ -198,6 +198,13 @@ class SkipNonFinite(TrainerCallback):
             return mean
         made = steps - skipped
         return (mean * steps - skipped_loss) / made if made > 0 else None
+
+
+def _to_host(numbers: Sequence[torch.Tensor]) -> list[float]:
+    """Single numbers of any device, in one wait."""
+    device = numbers[-1].device
+    exact = [number.to(device, torch.promote_types(number.dtype, torch.float32)) for number in numbers]
+    return torch.stack(exact).tolist()
 
 
 def _local(gradient: torch.Tensor) -> torch.Tensor:

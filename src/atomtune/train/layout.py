@@ -1,9 +1,12 @@
 """Layout: how this run's batches are laid out, chosen by what is exact for the model and what the data saves."""
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from atomtune.batch.attention_plan import padded_length
 from atomtune.batch.collate import Collator
 from atomtune.batch.cost import SAMPLED_BATCHES, LayoutTokens, batches_of
 from atomtune.choices import Layout
@@ -39,7 +42,17 @@ def check_equal(run: RunContext, data: Data, *, pad_id: int) -> None:
     say(compared, run.console)
 
 
-def choose_layout(run: RunContext, model: nn.Module, tokenizer: Any, data: Data) -> Collator:
+@dataclass(frozen=True)
+class ChosenLayout:
+    """How a run lays its batches out, and the tokens that a heavy step of it computes."""
+
+    collator: Collator
+    heaviest_tokens: int
+
+
+def choose_layout(
+    run: RunContext, model: nn.Module, tokenizer: Any, data: Data, *, longest_tokens: int
+) -> ChosenLayout:
     """The collator of the run; says which layout, why, and what it saves. Raises BadSettings if it were not exact."""
     choice = run.settings.data.layout
     batches = _sampled_batches(data, per_batch=run.args.per_device_train_batch_size, seed=run.args.seed)
@@ -66,13 +79,26 @@ def choose_layout(run: RunContext, model: nn.Module, tokenizer: Any, data: Data)
     )
     run.console.say(f"layout {chosen}: {why}{saved if chosen != 'padded' else ''}.")
     run.record.update(layout=chosen)
-    return Collator(
+    collator = Collator(
         layout=chosen,
         pad_id=pad_id_of(tokenizer),
         as_examples=as_examples,
         windows=windows_of(model) if chosen != "padded" else (None,),
         cut=cut_of(model),
     )
+    per_batch = run.args.per_device_train_batch_size
+    heaviest = _heaviest_of_the_run(tokens.heaviest[chosen], per_batch=per_batch, longest_tokens=longest_tokens)
+    return ChosenLayout(collator, heaviest)
+
+
+def _heaviest_of_the_run(sampled: int, *, per_batch: int, longest_tokens: int) -> int:
+    """Tokens of a step as heavy as a run may meet, from the heaviest of the sampled batches.
+
+    In one of twenty draws from the demo's dialogues, 320 batches held one heavier than the heaviest of 32 by 61 % at 4
+    records a batch, 32 % at 16 and 13 % at 64.
+    """
+    margin = 1 + 1.3 / math.sqrt(per_batch)
+    return min(math.ceil(sampled * margin), padded_length(per_batch * longest_tokens))
 
 
 def _sampled_batches(data: Data, *, per_batch: int, seed: int) -> list[list[Example]]:

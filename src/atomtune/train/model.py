@@ -11,7 +11,7 @@ from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.fused_lora import compute_together
 from atomtune.model.load import BaseSpec, device_in_use, load_base, resolve_dtype
 from atomtune.model.lora_targets import match_targets
-from atomtune.model.memory import should_checkpoint
+from atomtune.model.memory import ActivationMemory
 from atomtune.train.arguments import CHECKPOINTING
 from atomtune.train.checkpoint.start import Fresh, FromWeights, Resumed
 from atomtune.train.run_context import RunContext
@@ -37,7 +37,7 @@ def dtype_of(run: RunContext) -> torch.dtype:
 def load_model(run: RunContext, *, longest_tokens: int) -> Any:
     """The base with its adapter, new or filled from the weights this run starts from.
 
-    longest_tokens  of any example: what the base's positions and the memory must hold
+    longest_tokens  of any example: what the base's positions must hold
     """
     device, dtype = device_of(run), dtype_of(run)
     _say_what_is_not_used(run, device, dtype)
@@ -50,7 +50,6 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
         embeddings: Any = base.get_input_embeddings()
         two_tokens = torch.zeros(1, 2, dtype=torch.long, device=embeddings.weight.device)
         compute_together(model, input_ids=two_tokens)
-    _set_checkpointing(run, model, longest_tokens=longest_tokens, dtype=dtype, device=device)
     return model
 
 
@@ -111,17 +110,29 @@ def _say_size(run: RunContext, model: Any, device: torch.device, dtype: torch.dt
     )
 
 
-def _set_checkpointing(
-    run: RunContext, model: Any, *, longest_tokens: int, dtype: torch.dtype, device: torch.device
-) -> None:
+def keep_or_recompute(run: RunContext, model: Any, *, heaviest_tokens: int) -> None:
+    """Decide whether activations are kept or recomputed, and say why.
+
+    heaviest_tokens  that a step of this run is expected to compute, in its layout
+    """
     args, choice = run.args, run.settings.run.gradient_checkpointing
     recompute = bool(getattr(args, CHECKPOINTING)) or choice == "true"
     if not recompute and choice == "auto":
-        tokens = args.per_device_train_batch_size * longest_tokens
-        recompute = should_checkpoint(model.config, tokens=tokens, element_bytes=dtype.itemsize, device=device)
+        device = device_of(run)
+        memory = ActivationMemory.of(
+            model.config,
+            tokens=heaviest_tokens,
+            element_bytes=dtype_of(run).itemsize,
+            dropout=run.settings.lora.lora_dropout > 0,
+            device=device,
+        )
+        recompute = not memory.fits
         if recompute:
-            run.console.notice("activations are recomputed to save memory (--gradient_checkpointing false keeps them).")
+            run.console.notice(f"activations are recomputed: {memory} (--gradient_checkpointing false keeps them).")
+        elif device.type == "cuda":
+            run.console.say(f"activations are kept: {memory}.")
     setattr(args, CHECKPOINTING, recompute)
+    run.record.update(activations_recomputed=recompute)
     if recompute:
         kwargs = getattr(args, f"{CHECKPOINTING}_kwargs") or {}
         setattr(args, f"{CHECKPOINTING}_kwargs", {"use_reentrant": False, **kwargs})

@@ -34,7 +34,7 @@ from atomtune.train.checkpoint.start import Finished, Resumed, Start, find_start
 from atomtune.train.dataset import Data, read_data
 from atomtune.train.demo import Samples
 from atomtune.train.layout import check_equal, choose_layout
-from atomtune.train.model import load_model
+from atomtune.train.model import keep_or_recompute, load_model
 from atomtune.train.output_folder import check_space, explained, locked, same_command
 from atomtune.train.progress import TrainingBar
 from atomtune.train.run_context import RunContext
@@ -134,9 +134,13 @@ def _run(run: RunContext, began: float) -> None:
         check_equal(run, data, pad_id=pad_id_of(tokenizer))
 
     set_seed(run.args.seed)
-    model = load_model(run, longest_tokens=_longest_tokens(run, data))
-    collator = choose_layout(run, model, tokenizer, data)
-    trainer = _trainer(run, data, model, collator, tokenizer, _metadata(run, template, data), run_identity, began)
+    longest_tokens = _longest_tokens(run, data)
+    model = load_model(run, longest_tokens=longest_tokens)
+    layout = choose_layout(run, model, tokenizer, data, longest_tokens=longest_tokens)
+    keep_or_recompute(run, model, heaviest_tokens=layout.heaviest_tokens)
+    trainer = _trainer(
+        run, data, model, layout.collator, tokenizer, _metadata(run, template, data), run_identity, began
+    )
     _refuse_unused_settings(run, trainer)
     _say_many_passes(run, data)
     if run.args.should_save:

@@ -70,7 +70,8 @@ class LoraTrainer(SavingTrainer):
             counts = self.accelerator.gather(counts.to(device)[None]).sum(0).cpu()
         targets, computed, padded, examples = counts.tolist()
         self.work.add(tokens_computed=computed, tokens_padded=padded, examples=examples)
-        return batches, torch.tensor(targets, device=device)
+        # Left on the CPU: a copy to the device would wait until it has done all that it was given before.
+        return batches, torch.tensor(targets)
 
     def compute_loss(
         self,
