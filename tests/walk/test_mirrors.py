@@ -165,7 +165,7 @@ def test_weights_are_the_same_record_under_each_of_their_names():
 
 
 def test_calls_of_tools_are_the_same_record_in_sharegpt_and_messages():
-    # ShareGPT cannot say which tool answers, nor that a call and a text are one turn.
+    # ShareGPT cannot say which tool answers, nor which call.
     call, tool = {"name": "add", "arguments": {"a": 1, "b": 2}}, {"name": "add", "parameters": {"type": "object"}}
     theirs = {
         "conversations": [
@@ -182,11 +182,9 @@ def test_calls_of_tools_are_the_same_record_in_sharegpt_and_messages():
             {
                 "role": "assistant",
                 "content": None,
-                "tool_calls": [
-                    {"id": "c1", "type": "function", "function": {**call, "arguments": json.dumps(call["arguments"])}}
-                ],
+                "tool_calls": [{"type": "function", "function": {**call, "arguments": json.dumps(call["arguments"])}}],
             },
-            {"role": "tool", "tool_call_id": "c1", "content": "3"},
+            {"role": "tool", "content": "3"},
             {"role": "assistant", "content": "Three."},
         ],
         "tools": [{"type": "function", "function": tool}],

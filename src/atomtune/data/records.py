@@ -1,7 +1,4 @@
-"""The nouns of the walk: Turn, Record, Piece, Exchange, Example, Refusal, and the Ledger that loses none of them.
-
-Before: a line in a file.  After: batch.row makes Rows of Examples.
-"""
+"""The nouns of the walk: Turn, Record, Piece, Exchange, Example, Refusal, each frozen."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,8 +18,11 @@ class Turn:
     input: str = ""
     learn: int = 1  # how often an assistant's turn or a text is learned; 0: it is only read
     reasoning: str = ""  # what an assistant thought before its text
-    calls: tuple[Mapping[str, Any], ...] = ()  # tools an assistant calls: {"name": …, "arguments": {…}}
+    calls: tuple[
+        Mapping[str, Any], ...
+    ] = ()  # tools an assistant calls: {"id": …, "name": …, "arguments": {…}}, the id where there is one
     name: str = ""  # the tool that answers, in a turn of role tool
+    call_id: str = ""  # the id of the call that it answers, where the record has one
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,9 +147,11 @@ def test_an_empty_question_is_named():
     )
 
 
-def test_an_empty_system_is_no_turn_and_an_empty_answer_of_a_tool_is_one():
-    record = chat({"role": "system", "content": ""}, ASK, {"role": "tool", "content": ""}, TELL)
-    assert [turn.role for turn in record.turns] == ["user", "tool", "assistant"]
+@pytest.mark.parametrize("text", ["", "  \n"])
+def test_an_empty_system_text_and_an_empty_answer_of_a_tool_are_turns(text):
+    # An empty system text switches a template's default persona off, for a server too.
+    record = chat({"role": "system", "content": text}, ASK, {"role": "tool", "content": ""}, TELL)
+    assert record.turns == (Turn("system", text), Turn("user", "Q?"), Turn("tool", ""), Turn("assistant", "A."))
 
 
 # --- contents -------------------------------------------------------------------------------------------------------
@@ -163,7 +165,7 @@ def test_text_parts_are_joined_and_thoughts_and_calls_kept_apart():
         {"type": "tool_use", "id": "7", "name": "weather", "input": {"city": "苏州"}},
     ]
     answer = chat(ASK, {"role": "assistant", "content": parts}).turns[-1]
-    assert answer == Turn("assistant", "Let me see.", reasoning="Hm.", calls=(CALL,))
+    assert answer == Turn("assistant", "Let me see.", reasoning="Hm.", calls=({"id": "7", **CALL},))
 
 
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "tool_result", "thinking", "tool_use"])
@@ -194,7 +196,10 @@ def test_calls_need_no_text_and_their_arguments_are_an_object(arguments, content
         TELL,
         tools=[TOOL],
     )
-    assert record.turns[1:3] == (Turn("assistant", "", calls=(CALL,)), Turn("tool", "28°", name="weather"))
+    assert record.turns[1:3] == (
+        Turn("assistant", "", calls=({"id": "call_1", **CALL},)),
+        Turn("tool", "28°", name="weather", call_id="call_1"),
+    )
     assert record.tools == (TOOL,)
 
 
@@ -328,7 +333,7 @@ def test_answers_in_a_prompt_are_learned_and_it_is_said():
         ({"prompt": [ASK, TELL], "completion": [ASK]}, "completion holds no turn of an assistant"),
         ({"prompt": 3, "completion": None}, "prompt is a number; expected text; completion is null; expected text"),
         ({"prompt": "Q?", "completion": "A.", "label": False}, "not wanted"),
-        ({"prompt": "Q?", "chosen": "A.", "rejected": "B."}, "preference data (chosen, rejected)"),
+        ({"chosen": "A.", "rejected": "B."}, "preference data (chosen, rejected) without a prompt"),
     ],
 )
 def test_what_is_no_prompt_with_a_completion_is_refused(value, why):

@@ -250,7 +250,7 @@ def test_values_that_are_no_objects_are_left_to_be_refused_one_by_one(values):
 def test_no_format_names_the_keys_found_and_the_nearest():
     said = told([{"instruction": "x", "response": "y"}])
     assert 'no key "output"; keys here: instruction, response' in said
-    assert "nearest is alpaca" in said and "--keys YOURS=output" in said
+    assert "nearest is alpaca" in said and "--keys response=output" in said
 
 
 def test_the_signs_of_a_format_stand_in_one_record():
@@ -263,10 +263,10 @@ def test_a_misspelt_key_is_guessed():
 
 
 def test_preference_data_is_called_what_it_is():
-    assert "preference data (chosen, rejected)" in told([{"prompt": "x", "chosen": "y", "rejected": "z"}])
+    assert "preference data (chosen, rejected) without a prompt" in told([{"chosen": "y", "rejected": "z"}])
 
 
-def test_preference_data_can_be_trained_on_as_the_message_says():
+def test_the_users_key_for_an_answer_stands_before_what_a_preference_chooses():
     value = {"prompt": "x", "chosen": "y", "rejected": "z"}
     schema = detect_schema([value], keys={"chosen": "completion"}, name="t")
     record = to_record(RawRecord(value, ORIGIN), schema).outcome
@@ -298,7 +298,7 @@ def test_keys_of_the_users_that_are_nowhere_are_said_all_at_once():
 
 
 def test_a_role_of_ours_that_does_not_exist_is_said():
-    assert "--roles bot=asistant: expected system, user, assistant or tool" in told(
+    assert "--roles bot=asistant: expected system, user, assistant, tool or function_call" in told(
         [SIGNED["messages"]], roles={"bot": "asistant"}
     )
 

@@ -161,6 +161,26 @@ def test_llama_chineses_published_text_without_newlines_is_read():
     )
 
 
+def test_llama_chineses_data_files_end_every_turn_with_a_line_end_that_is_no_part_of_it():
+    # data/dev_sft.csv: the line end was learned in all 200 of its answers.
+    text = "<s>Human: 地球？\n</s><s>Assistant: 唯一。\n</s>"
+    assert turns_of(text) == ("atom-official", (Turn("user", "地球？"), Turn("assistant", "唯一。")))
+    assert turns_of(text.removesuffix("\n</s>")) == turns_of(text)
+    own_line_end = "<s>Human: 地球？\n</s><s>Assistant: 唯一。\n\n</s>"
+    assert turns_of(own_line_end) == ("atom-official", (Turn("user", "地球？"), Turn("assistant", "唯一。\n")))
+
+
+def test_a_rendered_conversation_may_end_unanswered_and_llama_chineses_ask_twice():
+    ask, more, tell = Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c")
+    human, assistant = "<s>Human: {}\n</s>", "<s>Assistant: c\n</s>"
+    unanswered = human.format("a") + assistant + human.format("b")
+    twice = human.format("a") + human.format("b") + assistant
+    assert turns_of(unanswered) == ("atom-official", (ask, tell, more))
+    assert turns_of(twice) == ("atom-official", (ask, more, tell))
+    assert turns_of(human.format("a")) == ("atom-official", (ask,))
+    assert turns_of("<|im_start|>user\na<|im_end|>\n") == ("chatml", (ask,))
+
+
 def test_stanfords_text_with_an_input_is_read():
     text = (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
@@ -220,6 +240,8 @@ def test_a_marker_inside_a_text_is_never_taken_for_the_templates(name, marker):
     said = [("system", "be good"), ("user", "ask"), ("assistant", "say"), ("user", "more"), ("assistant", "end")]
     said = said[1:] if name in NO_SYSTEM else said
     for at, (role, text) in enumerate(said):
+        if at == len(said) - 1 and marker.endswith("user\n"):
+            continue  # an answer that writes the beginning of a question: a question behind it, for all one can tell
         for hostile in (marker + text, text[:2] + marker + text[2:], text + marker):
             turns = [*said[:at], (role, hostile), *said[at + 1 :]]
             found = turns_of(WRITERS[name](turns))
@@ -237,7 +259,7 @@ def test_a_text_cut_anywhere_gives_no_wrong_turns(name):
             continue
         *before, last = found[1]
         assert tuple(before) == turns[: len(before)]
-        assert last.role == "assistant" and turns[len(before)].text.startswith(last.text)
+        assert last.role == turns[len(before)].role and turns[len(before)].text.startswith(last.text)
 
 
 @pytest.mark.parametrize(
@@ -247,14 +269,12 @@ def test_a_text_cut_anywhere_gives_no_wrong_turns(name):
         " ",
         "plain text",
         "<s>",
-        "<s>Human: a\n</s>",
         "<s>Human: a\n</s><s>Assistant: ",
         "<s>Human: a\n</s><s>Assistant: b</s>and more",
         "and before <s>Human: a\n</s><s>Assistant: b</s>",
         "<s>Assistant: b</s><s>Human: a\n</s><s>Assistant: b</s>",
-        "<s>Human: a\n</s><s>Human: a\n</s><s>Assistant: b</s>",
         "<s>Human: a请回答用户问题: b请回答用户问题: c\n</s><s>Assistant:d</s>",
-        "<|im_start|>user\na<|im_end|>\n",
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n",
         "<|im_start|>judge\na<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n",
         "<|im_start|>user\na<|im_end|><|im_start|>assistant\nb<|im_end|>",
         "The function takes [INST] and [/INST] as markers.",

@@ -148,10 +148,19 @@ def _message(turn: Turn) -> Message:
     if turn.reasoning:
         message["reasoning_content"] = turn.reasoning
     if turn.calls:
-        message["tool_calls"] = [{"type": "function", "function": dict(call)} for call in turn.calls]
+        message["tool_calls"] = [_tool_call(call) for call in turn.calls]
     if turn.name:
         message["name"] = turn.name
+    if turn.call_id:
+        message["tool_call_id"] = turn.call_id
     return message
+
+
+def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call as OpenAI's `tool_calls` hold it, which is what templates read."""
+    function = {key: value for key, value in call.items() if key != "id"}
+    tool_call = {"type": "function", "function": function}
+    return {"id": call["id"], **tool_call} if "id" in call else tool_call
 
 
 def _hidden(message: Message, shield: Shield) -> Message:

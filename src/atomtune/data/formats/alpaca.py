@@ -1,56 +1,56 @@
 """Alpaca: the tutorial's instruction/input/output, with `system` and `history` ([[question, answer], …]).
 
-Before: formats.py.  After: template.py. The answers in history are learned like the last one.
+The answers in history are learned like the last one.
 """
 
 from typing import Any
 
-from atomtune.data.formats.fields import Reading, is_blank, kind
-from atomtune.data.records import Record, Refusal, Turn
+from atomtune.data.formats.conversation import Conversation, with_system
+from atomtune.data.formats.fields import Field, is_blank, kind, notes_on_unused, read_json, read_text, read_tools
+from atomtune.data.formats.schema import Schema
+from atomtune.data.records import Turn
 
 _USED = frozenset({"instruction", "input", "output", "system", "history", "tools", "functions"})
+_NO_TEXT = Field("")
 
 
-def alpaca_record(value: dict[str, Any], reading: Reading) -> Record | Refusal:
+def read_alpaca(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
     """Read one alpaca record, given under our keys."""
-    problems = reading.problems
-    texts = {}
-    for key in ("instruction", "output"):
-        if key in value:
-            texts[key] = reading.text(value[key], key)
-    question = value.get("input")
-    question = "" if question is None else reading.text(question, "input")
-    history = value.get("history")
-    turns = _history(history, reading) if history else []
-    tools = reading.tools(value) if "tools" in value or "functions" in value else ()
-    if "system" in value:
-        turns = reading.after_system(value, turns)
-    if problems:
-        return reading.refused()
-    if is_blank(texts["output"]):
-        problems.append("output is empty: there is nothing to learn")
-    elif is_blank(texts["instruction"]) and is_blank(question):
-        problems.append("instruction and input are both empty")
-    reading.note_unused(value, _USED)
-    turns += [Turn("user", texts["instruction"], question), Turn("assistant", texts["output"])]
-    return reading.end(turns, tools)
+    instruction = read_text(record["instruction"], "instruction") if "instruction" in record else _NO_TEXT
+    answer = read_text(record["output"], "output") if "output" in record else _NO_TEXT
+    question = _NO_TEXT if record.get("input") is None else read_text(record["input"], "input")
+    history = read_history(record.get("history"))
+    tools = read_tools(record)
+    earlier = with_system(record, history.value)
+    problems = instruction.problems + answer.problems + question.problems
+    problems += history.problems + tools.problems + earlier.problems
+    if not problems and "output" in record and is_blank(answer.value):
+        problems = ("output is empty: there is nothing to learn",)
+    if not problems and "instruction" in record and is_blank(instruction.value) and is_blank(question.value):
+        problems = ("instruction and input are both empty",)
+    last_question = Turn("user", instruction.value, question.value)
+    turns = (*earlier.value, last_question, Turn("assistant", answer.value))
+    return Field(Conversation(turns, tools.value), problems, notes_on_unused(record, _USED))
 
 
-def _history(history: object, reading: Reading) -> list[Turn]:
+def read_history(value: object) -> Field[tuple[Turn, ...]]:
     """Earlier turns from [[question, answer], …], or the JSON text of it."""
-    turns: list[Turn] = []
-    pairs = reading.json(history, "history") if isinstance(history, str) and history.lstrip()[:1] == "[" else history
-    if pairs is None or (isinstance(pairs, str) and is_blank(pairs)):
-        return turns
+    if not value or (isinstance(value, str) and is_blank(value)):
+        return Field(())
+    is_json = isinstance(value, str) and value.lstrip().startswith("[")
+    pairs, problems, _ = read_json(value, "history") if is_json else Field[Any](value)
+    if problems:
+        return Field((), problems)
     if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
-        reading.problems.append(f"history is {kind(pairs)}; expected a list of [question, answer] pairs")
-        return turns
+        return Field((), (f"history is {kind(pairs)}; expected a list of [question, answer] pairs",))
+    turns: list[Turn] = []
     for number, (question, answer) in enumerate(pairs, 1):
-        asked = reading.text(question, f"history {number}'s question")
-        said = reading.text(answer, f"history {number}'s answer")
-        if isinstance(question, str) and is_blank(asked):
-            reading.problems.append(f"history {number}'s question is empty")
-        if isinstance(answer, str) and is_blank(said):
-            reading.problems.append(f"history {number}'s answer is empty: there is nothing to learn")
-        turns += [Turn("user", asked), Turn("assistant", said)]
-    return turns
+        asked = read_text(question, f"history {number}'s question")
+        answered = read_text(answer, f"history {number}'s answer")
+        problems = (*problems, *asked.problems, *answered.problems)
+        if not asked.problems and is_blank(asked.value):
+            problems = (*problems, f"history {number}'s question is empty")
+        if not answered.problems and is_blank(answered.value):
+            problems = (*problems, f"history {number}'s answer is empty: there is nothing to learn")
+        turns += [Turn("user", asked.value), Turn("assistant", answered.value)]
+    return Field(tuple(turns), problems)

@@ -1,93 +1,102 @@
 """Chats: records that are conversations: ShareGPT, OpenAI's messages, prompt and completion, rendered texts.
 
-Before: formats.py.  After: template.py. All answers are learned, each as often as its weight says (once, unsaid).
+All answers are learned, each as often as its weight says (once where none is given).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
-from atomtune.data.formats.fields import Reading, is_blank
-from atomtune.data.formats.messages import turns_of_list
-from atomtune.data.formats.rendered_text import turns_of
-from atomtune.data.formats.schema import SIGNS
-from atomtune.data.records import Record, Refusal, Turn
+from atomtune.data.formats.conversation import Conversation, with_system
+from atomtune.data.formats.fields import Field, is_blank, notes_on_unused, read_text, read_tools
+from atomtune.data.formats.messages import read_turns
+from atomtune.data.formats.rendered_text import begins_like, turns_of
+from atomtune.data.formats.schema import SIGNS, Schema
+from atomtune.data.records import Role, Turn
 
 _BESIDE = frozenset({"system", "tools", "functions"})
+_NOTHING = Field(Conversation(()))
+_LEARNED_TOO = 'the answers inside "prompt" are learned too (--learn last leaves them out)'
 
 
-def sharegpt_record(value: dict[str, Any], reading: Reading) -> Record | Refusal:
+def read_sharegpt(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
     """{"conversations": [{"from": "human", "value": …}, …]}"""
-    return _listed(value, "conversations", reading)
+    return _read_list(record, "conversations", schema)
 
 
-def messages_record(value: dict[str, Any], reading: Reading) -> Record | Refusal:
+def read_messages(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
     """{"messages": [{"role": "user", "content": …}, …]}"""
-    return _listed(value, "messages", reading)
+    return _read_list(record, "messages", schema)
 
 
-def _listed(value: dict[str, Any], key: str, reading: Reading) -> Record | Refusal:
-    if key not in value:
-        return reading.refused()
-    turns = turns_of_list(value[key], key, reading)
-    return _ended(value, turns, frozenset({key}), reading)
+def _read_list(record: dict[str, Any], key: str, schema: Schema) -> Field[Conversation]:
+    if key not in record:
+        return _NOTHING
+    return _with_the_rest(record, read_turns(record[key], key, schema), frozenset({key}))
 
 
-def _ended(value: dict[str, Any], turns: list[Turn], used: frozenset[str], reading: Reading) -> Record | Refusal:
-    tools: tuple[Any, ...] = ()
-    if len(value) > len(used):
-        turns = reading.after_system(value, turns)
-        tools = reading.tools(value)
-        reading.note_unused(value, used | _BESIDE)
-    return reading.end(turns, tools)
+def _with_the_rest(record: dict[str, Any], turns: Field[tuple[Turn, ...]], used: frozenset[str]) -> Field[Conversation]:
+    """The turns with the system text and the tools that stand beside them."""
+    if len(record) <= len(used):
+        return Field(Conversation(turns.value), turns.problems, turns.notes)
+    all_turns = with_system(record, turns.value)
+    tools = read_tools(record)
+    problems = (*turns.problems, *all_turns.problems, *tools.problems)
+    notes = (*turns.notes, *notes_on_unused(record, used | _BESIDE))
+    return Field(Conversation(all_turns.value, tools.value), problems, notes)
 
 
-def prompt_record(value: dict[str, Any], reading: Reading) -> Record | Refusal:
+def read_prompt(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
     """{"prompt": …, "completion": …}, each a text or a list of messages."""
-    used = {*SIGNS["prompt"]}
-    if isinstance(value.get("label"), bool):  # TRL's unpaired preferences: an answer, and whether it is wanted
-        used.add("label")
-        if not value["label"]:
-            reading.problems.append("label is false: an answer that is not wanted is not trained on")
-    if reading.problems:
-        return reading.refused()
-    prompt, completion = value["prompt"], value["completion"]
-    asked = turns_of_list(prompt, "prompt", reading) if isinstance(prompt, list) else _one("user", prompt, reading)
-    if isinstance(completion, list):
-        said = turns_of_list(completion, "completion", reading)
-        if not reading.problems and not any(turn.role == "assistant" for turn in said):
-            reading.problems.append("completion holds no turn of an assistant: there is nothing to learn")
-    else:
-        said = _one("assistant", completion, reading)
-    if any(turn.role == "assistant" for turn in asked):
-        reading.notes.add('the answers inside "prompt" are learned too (--learn last leaves them out)')
-    return _ended(value, asked + said, frozenset(used), reading)
+    if "prompt" not in record or "completion" not in record:
+        return _NOTHING
+    prompt = _read_side(record["prompt"], "user", "prompt", schema)
+    completion = _read_side(record["completion"], "assistant", "completion", schema)
+    problems = (*prompt.problems, *completion.problems)
+    notes = (*prompt.notes, *completion.notes)
+    if not problems and not _has_answer(completion.value):
+        problems = ("completion holds no turn of an assistant: there is nothing to learn",)
+    if _has_answer(prompt.value):
+        notes = (*notes, _LEARNED_TOO)
+    turns = Field((*prompt.value, *completion.value), problems, notes)
+    return _with_the_rest(record, turns, frozenset(SIGNS["prompt"]))
 
 
-def _one(role: Any, value: object, reading: Reading) -> list[Turn]:
-    key, why = ("prompt", "to answer") if role == "user" else ("completion", "to learn")
-    text = reading.text(value, key)
-    if isinstance(value, str) and is_blank(text):
-        reading.problems.append(f"{key} is empty: there is nothing {why}")
-    return [Turn(role, text)]
+def _read_side(value: object, role: Role, key: str, schema: Schema) -> Field[tuple[Turn, ...]]:
+    if isinstance(value, list):
+        return read_turns(value, key, schema)
+    text = read_text(value, key)
+    if not text.problems and is_blank(text.value):
+        purpose = "answer" if role == "user" else "learn"
+        return Field((), (f"{key} is empty: there is nothing to {purpose}",))
+    return Field((Turn(role, text.value),), text.problems)
 
 
-def text_record(value: dict[str, Any], reading: Reading) -> Record | Refusal:
+def _has_answer(turns: Sequence[Turn]) -> bool:
+    return any(turn.role == "assistant" for turn in turns)
+
+
+def read_rendered(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
     """{"text": …}: what a known template has written is taken apart again; another text is learned whole."""
-    if reading.problems:
-        return reading.refused()
-    text = reading.text(value["text"], "text")
-    if reading.problems:
-        return reading.refused()
-    if is_blank(text):
-        reading.problems.append("text is empty: there is nothing to learn")
-        return reading.refused()
-    rendered = turns_of(text)
+    if "text" not in record:
+        return _NOTHING
+    text = read_text(record["text"], "text")
+    if text.problems:
+        return Field(Conversation(()), text.problems)
+    if is_blank(text.value):
+        return Field(Conversation(()), ("text is empty: there is nothing to learn",))
+    rendered = turns_of(text.value)
     if rendered is None:
-        reading.notes.add("a text that no known template has written is learned whole")
-        reading.note_unused(value, frozenset({"text"}))
-        return reading.end([Turn("text", text)])
+        family = begins_like(text.value)
+        note = "a text that no known template has written is learned whole"
+        if family:
+            note = f"a text with markers of {family}, but not as that template writes them, is learned whole"
+        notes = (note, *notes_on_unused(record, frozenset({"text"})))
+        return Field(Conversation((Turn("text", text.value),)), notes=notes)
     name, turns = rendered
-    for number, turn in enumerate(turns, 1):
-        if turn.role == "assistant" and is_blank(turn.text) and not turn.calls:
-            reading.problems.append(f"turn {number} of text (assistant) is empty: there is nothing to learn")
-    reading.notes.add(f"a text that the template {name} has written is read as its turns")
-    return _ended(value, list(turns), frozenset({"text"}), reading)
+    problems = tuple(
+        f"turn {number} of text (assistant) is empty: there is nothing to learn"
+        for number, turn in enumerate(turns, 1)
+        if turn.role == "assistant" and is_blank(turn.text)
+    )
+    note = f"a text that the template {name} has written is read as its turns"
+    return _with_the_rest(record, Field(turns, problems, (note,)), frozenset({"text"}))

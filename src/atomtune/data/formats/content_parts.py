@@ -1,96 +1,125 @@
-"""Parts: what a message's content may be besides a text: text parts, thoughts, calls of tools; images are refused.
+"""Content parts: what a message's content may be besides a text: text parts, thoughts, calls of tools.
 
-Before: turns.py.  After: a Turn's text, reasoning and calls.
+Published shapes are OpenAI's ({"type": "text", "text": …}), Anthropic's ({"type": "tool_use", …}) and LLaMA-Factory's
+({"type": "text", "value": …}). Images, sound and video are refused.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from atomtune.data.formats.fields import Reading, kind, printable
+from atomtune.data.formats.fields import Field, kind, printable, read_json, read_plain, read_text
 
+#: {"name": …, "arguments": {…}}, and the "id" that a tool's turn answers to, where the record has one
 Call = Mapping[str, Any]
 #: type of a part → the keys its text may stand under
-_TEXTS = {"text": ("text",), "input_text": ("text",), "output_text": ("text",), "refusal": ("refusal",)}
-_THOUGHTS = {"reasoning": ("reasoning", "text"), "thinking": ("thinking", "text")}
+_TEXTS = {
+    **dict.fromkeys(("text", "input_text", "output_text"), ("text", "value")),
+    "refusal": ("refusal", "value"),
+}
+_THOUGHTS = {"reasoning": ("reasoning", "text", "value"), "thinking": ("thinking", "text", "value")}
 _CALLS = ("tool_call", "tool_use", "function_call", "function")
 
 
-def content_of(content: object, where: str, reading: Reading, *, answer: bool) -> tuple[str, str, list[Call]]:
-    """Text, reasoning and calls of a content; only an answer may hold the last two."""
-    if not isinstance(content, list):
-        return reading.text(content, where), "", []
-    texts: list[str] = []
-    thoughts: list[str] = []
-    calls: list[Call] = []
-    for part in content:
-        if isinstance(part, str):
-            texts.append(reading.text(part, where))
-            continue
-        if not isinstance(part, dict):
-            reading.problems.append(f"{where} holds a part that is {kind(part)}; expected an object with a type")
-            continue
-        said = part.get("type")
-        name = said if isinstance(said, str) else ""
-        if name in _TEXTS:
-            texts.append(_text(part, _TEXTS[name], where, reading))
-        elif answer and name in _THOUGHTS:
-            thoughts.append(_text(part, _THOUGHTS[name], where, reading))
-        elif answer and name in _CALLS:
-            calls += calls_of(_called(part, name), f"{where}'s part of type {name}", reading)
-        else:
-            reading.problems.append(_not_read(name, said, where))
-    return "".join(texts), "".join(thoughts), calls
+class Content(NamedTuple):
+    """What a message says."""
+
+    text: str = ""
+    reasoning: str = ""
+    calls: tuple[Call, ...] = ()
 
 
-def _text(part: dict[str, Any], keys: tuple[str, ...], where: str, reading: Reading) -> str:
-    given = next((part[key] for key in keys if part.get(key) is not None), None)
-    return reading.text(given, f"{where}'s part of type {part['type']}")
+def read_content(value: object, place: str, *, is_answer: bool) -> Field[Content]:
+    """The content of a message; only an answer may hold thoughts and calls."""
+    if not isinstance(value, list):
+        text = read_text(value, place)
+        return Field(Content(text.value), text.problems)
+    parts = [_read_part(part, place, is_answer=is_answer) for part in value]
+    content = Content(
+        text="".join(part.value.text for part in parts),
+        reasoning="".join(part.value.reasoning for part in parts),
+        calls=tuple(call for part in parts for call in part.value.calls),
+    )
+    return Field(content, tuple(problem for part in parts for problem in part.problems))
 
 
-def _called(part: dict[str, Any], name: str) -> Any:
-    """A part that is a call, in the shape of `tool_calls`."""
-    inner = next((part[key] for key in ("function", name) if isinstance(part.get(key), dict)), part)
-    return {"name": inner.get("name"), "arguments": inner.get("arguments", inner.get("input"))}
+def _read_part(part: object, place: str, *, is_answer: bool) -> Field[Content]:
+    if isinstance(part, str):
+        text = read_text(part, place)
+        return Field(Content(text.value), text.problems)
+    if not isinstance(part, dict):
+        return Field(Content(), (f"{place} holds a part that is {kind(part)}; expected an object with a type",))
+    type_name = part.get("type")
+    if isinstance(type_name, str) and type_name:
+        return _read_typed_part(part, type_name, place, is_answer=is_answer)
+    return Field(Content(), (f"{place} holds a part whose type is {kind(type_name)}; expected text",))
 
 
-def _not_read(name: str, said: object, where: str) -> str:
-    if not name:
-        return f"{where} holds a part whose type is {kind(said)}; expected text"
-    return f'{where} holds a part of type "{printable(name)[:40]}"; only text can be trained on'
+def _read_typed_part(part: dict[str, Any], type_name: str, place: str, *, is_answer: bool) -> Field[Content]:
+    part_place = f"{place}'s part of type {printable(type_name)}"
+    if type_name in _TEXTS:
+        text = read_text(_first_of(part, _TEXTS[type_name]), part_place)
+        return Field(Content(text.value), text.problems)
+    if is_answer and type_name in _THOUGHTS:
+        thought = read_text(_first_of(part, _THOUGHTS[type_name]), part_place)
+        return Field(Content(reasoning=thought.value), thought.problems)
+    if is_answer and type_name in _CALLS:
+        calls = read_calls(_call_in(part, type_name), part_place)
+        return Field(Content(calls=calls.value), calls.problems)
+    short_name = printable(type_name)[:40]
+    return Field(Content(), (f'{place} holds a part of type "{short_name}"; only text can be trained on',))
 
 
-def calls_of(value: object, where: str, reading: Reading) -> list[Call]:
-    """Calls of tools as {"name": …, "arguments": {…}}, from a list, one of them, or the JSON text of either."""
-    before = len(reading.problems)
-    given = reading.json(value, where)
-    if len(reading.problems) > before:
-        return []
-    calls = []
-    for one in given if isinstance(given, list) else [given]:
-        call = _call(one, where, reading)
-        if call is not None and reading.plain(call, where):
-            calls.append(call)
-    if given == []:
-        reading.problems.append(f"{where} holds no call")
-    return calls
+def _first_of(part: Mapping[str, Any], keys: tuple[str, ...]) -> object:
+    """The first of these keys that has a value."""
+    for key in keys:
+        if part.get(key) is not None:
+            return part[key]
+    return None
 
 
-def _call(one: object, where: str, reading: Reading) -> Call | None:
-    inner = one.get("function", one) if isinstance(one, dict) else one
-    if not isinstance(inner, dict):
-        reading.problems.append(f"{where} is {kind(inner)}; expected a call with name and arguments")
-        return None
-    name, given = inner.get("name"), inner.get("arguments")
+def _call_in(part: dict[str, Any], type_name: str) -> object:
+    """A part that is a call, in the shape of one of `tool_calls`."""
+    if isinstance(part.get("value"), str | list | dict):  # LLaMA-Factory: the call as it is, or its JSON text
+        return part["value"]
+    function = part
+    for key in ("function", type_name):
+        if isinstance(part.get(key), dict):
+            function = part[key]
+            break
+    arguments = function.get("arguments", function.get("input"))
+    return {"id": part.get("id"), "name": function.get("name"), "arguments": arguments}
+
+
+def read_calls(value: object, place: str) -> Field[tuple[Call, ...]]:
+    """Calls of tools from a list, one of them, or the JSON text of either."""
+    parsed = read_json(value, place)
+    if parsed.problems:
+        return Field((), parsed.problems)
+    listed = parsed.value if isinstance(parsed.value, list) else [parsed.value]
+    if not listed:
+        return Field((), (f"{place} holds no call",))
+    calls = [_read_call(call, place) for call in listed]
+    return Field(tuple(call.value for call in calls), tuple(problem for call in calls for problem in call.problems))
+
+
+def _read_call(call: object, place: str) -> Field[Call]:
+    function = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(call, dict) or not isinstance(function, dict):
+        return Field({}, (f"{place} is {kind(function)}; expected a call with name and arguments",))
+    name = function.get("name")
     if not isinstance(name, str) or not name:
-        reading.problems.append(f"{where} has no name")
-        return None
-    if given is None or given == "":
-        return {"name": name, "arguments": {}}
-    before = len(reading.problems)
-    arguments = reading.json(given, f"{where}'s arguments")
-    if len(reading.problems) > before:
-        return None
-    if not isinstance(arguments, dict):
-        reading.problems.append(f"{where}'s arguments are {kind(arguments)}; expected an object or its JSON text")
-        return None
-    return {"name": name, "arguments": arguments}
+        return Field({}, (f"{place} has no name",))
+    arguments = function.get("arguments")
+    if arguments is None or arguments == "":
+        arguments = {}
+    parsed = read_json(arguments, f"{place}'s arguments")
+    if parsed.problems:
+        return Field({}, parsed.problems)
+    if not isinstance(parsed.value, dict):
+        is_what = f"{place}'s arguments are {kind(parsed.value)}"
+        return Field({}, (f"{is_what}; expected an object or its JSON text",))
+    named = {"name": name, "arguments": parsed.value}
+    call_id = call.get("id")
+    if isinstance(call_id, str) and call_id:
+        named = {"id": call_id, **named}
+    return read_plain(named, place)

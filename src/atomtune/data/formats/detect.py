@@ -1,64 +1,91 @@
 """Formats: a file's first values → its Schema; one JSON value → one Record, or the reasons why not.
 
-Before: files.py.  After: template.py.
-Known here: alpaca (alpaca.py), ShareGPT, OpenAI's messages, prompt and completion, text (chats.py). Whatever the
-format, equal conversations become equal Records (tests/data/test_mirrors.py).
+Known here: alpaca, ShareGPT, OpenAI's messages, prompt and completion, text. Whatever the format, equal conversations
+become equal Records (tests/walk/test_mirrors.py).
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, cast
 
 from atomtune.choices import FormatName
-from atomtune.data.formats.alpaca import alpaca_record
-from atomtune.data.formats.chat import messages_record, prompt_record, sharegpt_record, text_record
-from atomtune.data.formats.fields import Reading, keys_of, kind, printable
+from atomtune.data.formats import media, preference
+from atomtune.data.formats.alpaca import read_alpaca
+from atomtune.data.formats.chat import read_messages, read_prompt, read_rendered, read_sharegpt
+from atomtune.data.formats.conversation import Conversation, as_parsed
+from atomtune.data.formats.fields import Field, is_empty, keys_of, kind, missing_key, printable
 from atomtune.data.formats.schema import RECORD_KEYS, ROLES, SIGNS, SPELLINGS, TURN_KEYS, Schema
 from atomtune.data.reading.raw import RawRecord
-from atomtune.data.records import ParsedRecord, Record, Refusal, RefusalKind
+from atomtune.data.records import ParsedRecord, Refusal, RefusalKind
 from atomtune.errors import BadData, listing
 
 __all__ = ["Schema", "detect_schema", "to_record"]
 
-_READERS = {
-    "alpaca": alpaca_record,
-    "sharegpt": sharegpt_record,
-    "messages": messages_record,
-    "prompt": prompt_record,
-    "text": text_record,
+Json = dict[str, Any]
+_READERS: dict[FormatName, Callable[[Json, Schema], Field[Conversation]]] = {
+    "alpaca": read_alpaca,
+    "sharegpt": read_sharegpt,
+    "messages": read_messages,
+    "prompt": read_prompt,
+    "text": read_rendered,
 }
 _EXPECTED = {**{name: " and ".join(keys) for name, keys in SIGNS.items()}, "alpaca": "instruction, input and output"}
-_OURS = ("system", "user", "assistant", "tool")
 _ALPACA = Schema()
-_PREFERENCE = (
-    "preference data (chosen, rejected), which this tool does not train on. To train on the chosen answers alone pass "
-    "--keys chosen=completion beside a prompt, --keys chosen=output beside an instruction, or --keys chosen=messages "
-    "where they are whole conversations"
+_OUR_ROLES = "system, user, assistant, tool or function_call"
+#: Keys of other people's data sets and what they are here; a spelling alone would lead astray (context is near text).
+_SYNONYMS = {
+    "output": ("response", "answer", "target", "completion"),
+    "instruction": ("question", "query", "prompt"),
+    "input": ("context",),
+    "completion": ("response", "answer", "output", "target"),
+    "prompt": ("question", "query", "instruction"),
+    "conversations": ("dialogue", "dialog", "turns", "conversation"),
+    "messages": ("chat",),
+}
+#: A spelling that is less like a key than this is another word.
+_LIKE = 0.75
+_PAIR_ALONE = (
+    "preference data (chosen, rejected) without a prompt beside it. The chosen answers are learned where an "
+    "instruction, a prompt, messages or conversations stand beside them, or where chosen is a list of messages"
 )
 
 
 def to_record(raw: RawRecord, schema: Schema = _ALPACA) -> ParsedRecord:
     """Read one value by its file's schema: a Record with notes on what is unusual in it, or the Refusal of it."""
-    given, origin = raw
-    if not isinstance(given, dict):
-        reason = f"{kind(given)}; expected an object with {_EXPECTED[schema.name]}"
+    value, origin = raw
+    if not isinstance(value, dict):
+        reason = f"{kind(value)}; expected an object with {_EXPECTED[schema.name]}"
         return ParsedRecord(Refusal(origin, reason, RefusalKind.NO_RECORD))
-    value = schema.rename_keys(given)
-    reading = Reading(origin, schema)
-    if value is not given:
-        for theirs, ours in SPELLINGS.items():
-            if theirs in given and theirs not in value:
-                reading.notes.add(f'key "{theirs}" read as "{ours}"')
-        for theirs, ours in schema.keys.items():
-            if theirs in given and ours in given and ours not in schema.keys and ours in RECORD_KEYS:
-                reading.notes.add(f'key "{ours}" is not used, "{printable(theirs)}" is read for it,')
-    for key in SIGNS[schema.name]:
-        if key not in value:
-            if "chosen" in given and "rejected" in given:
-                return ParsedRecord(Refusal(origin, _PREFERENCE, RefusalKind.NO_RECORD))
-            reading.missing(key, given)
-    outcome = _READERS[schema.name](value, reading)
-    return ParsedRecord(outcome, tuple(reading.notes) if isinstance(outcome, Record) else ())
+    record = schema.rename_keys(value)
+    problems: tuple[str, ...] = ()
+    notes = () if record is value else _notes_on_renaming(value, record, schema)
+    if not preference.KEYS.isdisjoint(record):
+        record, problems, more_notes = preference.read_preference(record, schema)
+        notes = (*notes, *more_notes)
+    missing = [key for key in SIGNS[schema.name] if key not in record]
+    if missing and "chosen" in value and "rejected" in value:
+        return ParsedRecord(Refusal(origin, _PAIR_ALONE, RefusalKind.NO_RECORD))
+    conversation = _READERS[schema.name](record, schema)
+    problems = (
+        *problems,
+        *[missing_key(key, value) for key in missing],
+        *conversation.problems,
+        *media.problems_of_media(record, conversation.value.turns),
+    )
+    return as_parsed(Field(conversation.value, problems, notes + conversation.notes), origin)
+
+
+def _notes_on_renaming(value: Json, record: Json, schema: Schema) -> tuple[str, ...]:
+    notes = [
+        f'key "{theirs}" read as "{ours}"'
+        for theirs, ours in SPELLINGS.items()
+        if theirs in value and theirs not in record
+    ]
+    for theirs, ours in schema.keys.items():
+        if theirs in value and ours in value and ours not in schema.keys and ours in RECORD_KEYS:
+            notes.append(f'key "{ours}" is not used, "{printable(theirs)}" is read for it,')
+    return tuple(notes)
 
 
 def detect_schema(
@@ -78,87 +105,130 @@ def detect_schema(
     Raises BadData where they fit two formats or none, or where keys or roles name what is not there.
     """
     records = [value for value in values if isinstance(value, dict)]
-    problems = [*_wrong_names(records, keys, roles, name)]
+    problems = [*_problems_of_keys(records, keys, name), *_problems_of_roles(roles)]
     if problems:
         raise BadData(listing(problems))
-    if asked != "auto":
-        return Schema(cast(FormatName, asked), dict(keys), dict(roles))
     named = Schema("alpaca", dict(keys), dict(roles))
     renamed = [named.rename_keys(record) for record in records]
-    fits = _fitting(renamed, filled=True) or _fitting(renamed, filled=False)
+    are_classes = preference.labels_are_classes(renamed)
+    if asked != "auto":
+        return Schema(cast(FormatName, asked), named.keys, named.roles, are_classes)
+    plain = [preference.read_preference(record, named).value for record in renamed]
+    fits = _fitting(plain, filled=True) or _fitting(plain, filled=False)
+    if len(fits) > 1 and "text" in fits and _text_renders_the_rest(plain, [fit for fit in fits if fit != "text"]):
+        fits.remove("text")
     if len(fits) > 1:
-        which = " and ".join(f"{one} ({', '.join(SIGNS[one])})" for one in fits)
-        raise BadData(f"{name} fits {which}: pass {' or '.join(f'--format {one}' for one in fits)}.")
+        which = " and ".join(f"{fit} ({', '.join(SIGNS[fit])})" for fit in fits)
+        raise BadData(f"{name} fits {which}: pass {' or '.join(f'--format {fit}' for fit in fits)}.")
     if records and not fits:
-        raise BadData(_fits_none(records, renamed, first or name))
-    return Schema(fits[0] if fits else "alpaca", named.keys, named.roles)
+        raise BadData(_fits_none(records, plain, first or name))
+    return Schema(fits[0] if fits else "alpaca", named.keys, named.roles, are_classes)
 
 
 def _fitting(records: Sequence[Mapping[str, Any]], *, filled: bool) -> list[FormatName]:
     """The formats all of whose signs stand in some record; `filled`, with a value there."""
 
-    def is_sign(record: Mapping[str, Any], key: str) -> bool:
-        return key in record and not (filled and record[key] in (None, "", []))
+    def has_signs(record: Mapping[str, Any], signs: Iterable[str]) -> bool:
+        return all(key in record and not (filled and record[key] in (None, "", [])) for key in signs)
 
-    return [
-        format for format, signs in SIGNS.items() if any(all(is_sign(one, key) for key in signs) for one in records)
-    ]
+    return [name for name, signs in SIGNS.items() if any(has_signs(record, signs) for record in records)]
 
 
-def _fits_none(records: Sequence[dict[str, Any]], renamed: Sequence[dict[str, Any]], name: str) -> str:
-    there = dict.fromkeys(key for record in records for key in record)
-    if "chosen" in there and "rejected" in there:
-        return f"{name} is {_PREFERENCE}."
-    ours = {key for record in renamed for key in record}
-    near = {
-        sign: found[0]
-        for signs in SIGNS.values()
-        for sign in signs
-        if sign not in ours and (found := difflib.get_close_matches(sign, map(str, there), n=1))
-    }
+def _text_renders_the_rest(records: Sequence[Mapping[str, Any]], others: Sequence[FormatName]) -> bool:
+    """Whether `text` only repeats, as a template wrote it, what stands under the keys of another format.
+
+    Stanford Alpaca is published so: instruction, input, output, and all of it rendered under text.
+    """
+    answer_keys = [key for name in others for key in ("output", "completion") if key in SIGNS[name]]
+    both = [record for record in records if not is_empty(record.get("text"))]
+    if not answer_keys or not both:
+        return False
+    for record in both:
+        answers = [record.get(key) for key in answer_keys]
+        texts = [answer for answer in answers if isinstance(answer, str)]
+        if (
+            not texts
+            or not isinstance(record["text"], str)
+            or any(text.strip() not in record["text"] for text in texts)
+        ):
+            return False
+    return True
+
+
+def _fits_none(records: Sequence[Json], plain: Sequence[Json], name: str) -> str:
+    """What to say of records that are of no format: the nearest, what it lacks, and how the keys may be named."""
+    here = dict.fromkeys(key for record in records for key in record)
+    if "chosen" in here and "rejected" in here:
+        return f"{name} is {_PAIR_ALONE}."
+    ours = {key for record in plain for key in record}
+    meant = {}
+    for sign in [*(key for signs in SIGNS.values() for key in signs), "input"]:
+        likely = None if sign in ours else _likely_key(sign, here)
+        if likely is not None:
+            meant[sign] = likely
 
     def closeness(format: FormatName) -> float:
-        return sum(1.0 if sign in ours else 0.9 if sign in near else 0.0 for sign in SIGNS[format]) / len(SIGNS[format])
+        signs = SIGNS[format]
+        return sum(1.0 if sign in ours else 0.9 if sign in meant else 0.0 for sign in signs) / len(signs)
 
     nearest = max(SIGNS, key=closeness)
     missing = [sign for sign in SIGNS[nearest] if sign not in ours]
-    lines = [f'no key "{sign}"; keys here: {keys_of(there)}' for sign in missing]
+    lines = [f'no key "{sign}"; keys here: {keys_of(here)}' for sign in missing]
     known = ", ".join(f"{format} ({', '.join(signs)})" for format, signs in SIGNS.items())
-    mapped = ",".join(f"{printable(near.get(sign, 'YOURS'))}={sign}" for sign in missing)
+    mapped = {meant.get(sign, "YOURS"): sign for sign in missing}
+    if nearest == "alpaca" and "input" in meant:
+        mapped[meant["input"]] = "input"
+    flag = ",".join(f"{printable(theirs)}={sign}" for theirs, sign in mapped.items())
     return (
         f"{name} fits no format; the nearest is {nearest}: {'; '.join(lines)}.\n"
-        f"Known: {known}.\nRename the keys, or pass --keys {mapped}."
+        f"Known: {known}.\nRename the keys, or pass --keys {flag}."
     )
 
 
-def _wrong_names(
-    records: Sequence[dict[str, Any]], keys: Mapping[str, str], roles: Mapping[str, str], name: str
-) -> list[str]:
-    """What is wrong with the user's names for keys and roles."""
+def _likely_key(sign: str, here: Mapping[str, object]) -> str | None:
+    """The key of a file that is probably meant by one of ours: another word for it, or another spelling."""
+    for synonym in _SYNONYMS.get(sign, ()):
+        if synonym in here:
+            return synonym
+    # Of very many keys the first: comparing spellings takes its time.
+    near = difflib.get_close_matches(sign, map(str, islice(here, 200)), n=1, cutoff=_LIKE)
+    return near[0] if near else None
+
+
+def _problems_of_keys(records: Sequence[Json], keys: Mapping[str, str], name: str) -> list[str]:
+    """What is wrong with the user's names for keys."""
     problems = []
     known = RECORD_KEYS | TURN_KEYS
     for theirs, ours in keys.items():
+        shown = f"--keys {printable(theirs)}={printable(ours)}"
+        objects = _objects(records, ours)
         if ours not in known:
             near = difflib.get_close_matches(ours, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(sorted(known))}."
-            problems.append(f'--keys {theirs}={ours}: there is no key "{ours}"{hint}')
+            problems.append(f'{shown}: there is no key "{printable(ours)}"{hint}')
         elif list(keys.values()).count(ours) > 1:
-            problems.append(f"--keys {theirs}={ours}: another key is {ours} already.")
-        elif (objects := _objects(records, ours)) and not any(theirs in one for one in objects):
-            here = dict.fromkeys(key for one in objects for key in one)
+            problems.append(f"{shown}: another key is {ours} already.")
+        elif objects and not any(theirs in record for record in objects):
+            here = dict.fromkeys(key for record in objects for key in record)
             problems.append(
-                f'{name}: --keys {theirs}={ours}: no key "{theirs}" in the first {len(records):,} records; '
+                f'{name}: {shown}: no key "{printable(theirs)}" in the first {len(records):,} records; '
                 f"keys here: {keys_of(here)}."
             )
-    for theirs, ours in roles.items():
-        if ours not in ROLES:
-            problems.append(f"--roles {theirs}={ours}: expected {', '.join(_OURS[:-1])} or {_OURS[-1]}.")
     return problems
 
 
-def _objects(records: Sequence[dict[str, Any]], ours: str) -> list[dict[str, Any]]:
+def _problems_of_roles(roles: Mapping[str, str]) -> list[str]:
+    """What is wrong with the user's names for roles."""
+    return [
+        f"--roles {printable(theirs)}={printable(ours)}: expected {_OUR_ROLES}."
+        for theirs, ours in roles.items()
+        if ours not in ROLES
+    ]
+
+
+def _objects(records: Sequence[Json], ours: str) -> list[Json]:
     """Where a key may stand that is to become one of ours: the records, or the turns in their lists."""
     if ours in RECORD_KEYS:
         return list(records)
-    lists = [one for record in records for one in record.values() if isinstance(one, list)]
-    return [turn for one in lists for turn in one if isinstance(turn, dict)]
+    lists = [value for record in records for value in record.values() if isinstance(value, list)]
+    return [turn for turns in lists for turn in turns if isinstance(turn, dict)]

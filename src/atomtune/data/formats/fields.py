@@ -1,18 +1,23 @@
-"""Reading: texts, tools and turns taken out of one JSON value, with everything that is wrong with it.
+"""Fields: one value of a record read as what it should be, with what is wrong with it.
 
-Before: formats.py knows the format.  After: a Record, or a Refusal that names all problems at once.
+Every reader returns a Field and changes nothing it is handed. A reader of several fields joins theirs, so all problems
+of a record come in one refusal.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from atomtune.data.formats.schema import Schema
 from atomtune.data.reading.raw import DECODER
-from atomtune.data.records import Record, Refusal, RefusalKind, Turn
 
-_ANSWERS = ("assistant", "text")
+T = TypeVar("T")
+Tool = Mapping[str, Any]
+
+#: Deeper lists and objects are no conversation, and a template that walks them ends in a recursion error.
+DEEPEST = 64
+#: So many keys are named in a message or a note: a record may have a hundred thousand.
+KEYS_NAMED = 20
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 _KINDS: dict[type, str] = {
     type(None): "null",
@@ -26,130 +31,143 @@ _KINDS: dict[type, str] = {
 }
 
 
-@dataclass(slots=True)
-class Reading:
-    """One record while it is read: its problems, and what is accepted but worth saying."""
+class Field(NamedTuple, Generic[T]):
+    """What was read at one place of a record."""
 
-    origin: str
-    schema: Schema
-    problems: list[str] = field(default_factory=list)
-    notes: set[str] = field(default_factory=set)
+    value: T
+    problems: tuple[str, ...] = ()  # each refuses the record
+    notes: tuple[str, ...] = ()  # accepted, but worth saying
 
-    def text(self, value: object, where: str) -> str:
-        """The value, which must be a text that can be written as UTF-8."""
-        if not isinstance(value, str):
-            self.problems.append(f"{where} is {kind(value)}; expected text")
-            return ""
-        if not value.isascii():
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError as error:
-                self.problems.append(f"{where} holds half a surrogate pair at character {error.start + 1}")
-        return value
 
-    def json(self, value: object, where: str) -> Any:
-        """The value that a text holds as JSON, as a cell of a table does; any other value as it is."""
-        if not isinstance(value, str):
-            return value
+_NO_TOOLS: Field[tuple[Tool, ...]] = Field(())
+
+
+def read_text(value: object, place: str) -> Field[str]:
+    """A text that can be written as UTF-8."""
+    if not isinstance(value, str):
+        return Field("", (f"{place} is {kind(value)}; expected text",))
+    if not value.isascii():
         try:
-            return DECODER.decode(value)
-        except (ValueError, RecursionError) as error:
-            why = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            self.problems.append(f"{where} is not JSON: {printable(why)}")
-            return None
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return Field(value, (f"{place} holds half a surrogate pair at character {error.start + 1}",))
+    return Field(value)
 
-    def plain(self, value: Any, where: str) -> bool:
-        """Whether the value can be written as JSON in UTF-8, as a template will."""
-        try:
-            json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
-        except UnicodeEncodeError:
-            self.problems.append(f"{where} holds half a surrogate pair")
-        except (TypeError, ValueError, RecursionError):
-            self.problems.append(f"{where} holds a value that is no JSON")
-        else:
-            return True
-        return False
 
-    def tools(self, value: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-        """The record's `tools` (or older `functions`) in the shape OpenAI gives them, from a list or its JSON text."""
-        key = "tools" if value.get("tools") else "functions"
-        given = value.get(key)
-        if not given or (isinstance(given, str) and not given.strip()):
-            return ()
-        listed = self.json(given, key)
-        if isinstance(listed, dict):
-            listed = [listed]
-        if not isinstance(listed, list):
-            if listed is not None or not isinstance(given, str):
-                self.problems.append(f"{key} is {kind(listed)}; expected a list of tools")
-            return ()
-        return tuple(tool for number, one in enumerate(listed, 1) if (tool := self._tool(one, f"{key} {number}")))
+def read_json(value: object, place: str) -> Field[Any]:
+    """The value that a text holds as JSON, as a cell of a table does; any other value as it is."""
+    if not isinstance(value, str):
+        return Field(value)
+    try:
+        return Field(DECODER.decode(value))
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        return Field(None, (f"{place} is not JSON: {printable(reason)}",))
 
-    def _tool(self, tool: object, where: str) -> Mapping[str, Any] | None:
-        if not isinstance(tool, dict):
-            self.problems.append(f"{where} is {kind(tool)}; expected an object with a name")
-            return None
-        function = tool.get("function") or tool
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            self.problems.append(f"{where} has no name")
-            return None
-        if not self.plain(tool, where):
-            return None
-        return tool if function is not tool else {"type": "function", "function": tool}
 
-    def missing(self, key: str, value: Mapping[str, Any], where: str = "") -> None:
-        self.problems.append(f'{where}no key "{key}"; keys here: {keys_of(value)}')
+def read_plain(value: T, place: str) -> Field[T]:
+    """A value that a template can write as JSON in UTF-8, and that is not nested without end."""
+    if _is_deeper(value, DEEPEST):
+        return Field(value, (f"{place} holds lists or objects more than {DEEPEST} levels deep",))
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return Field(value, (f"{place} holds half a surrogate pair",))
+    except (TypeError, ValueError):
+        return Field(value, (f"{place} holds a value that is no JSON",))
+    return Field(value)
 
-    def note_unused(self, value: Mapping[str, Any], used: frozenset[str], of: str = "") -> None:
-        """Say once per record and key that a key with a value is passed over."""
-        if not value.keys() <= used:
-            for key in value.keys() - used:
-                if value[key] not in _EMPTY:
-                    self.notes.add(f'key "{printable(key)}"{of} is not used by this format')
 
-    def refused(self) -> Refusal:
-        return Refusal(self.origin, "; ".join(self.problems), RefusalKind.NO_RECORD)
+def _is_deeper(value: object, levels: int) -> bool:
+    """Whether lists and objects stand in each other more often than this.
 
-    def end(self, turns: list[Turn], tools: tuple[Mapping[str, Any], ...] = ()) -> Record | Refusal:
-        """The record of these turns, up to its last answer; refused where there is a problem or nothing to learn."""
-        last, learned = -1, False
-        for i, turn in enumerate(turns):
-            if turn.role in _ANSWERS:
-                last, learned = i, learned or turn.learn > 0
-        if not learned and not self.problems:
-            why = "weight 0 on every answer" if last >= 0 else "no turn of an assistant"
-            self.problems.append(f"{why}: there is nothing to learn")
-        if self.problems:
-            return self.refused()
-        if last < len(turns) - 1:
-            self.notes.add("turns behind the last answer are left out")
-            turns = turns[: last + 1]
-        return Record(tuple(turns), self.origin, tools)
+    A loop, since a recursion is what it protects from.
+    """
+    layer = [value]
+    for _ in range(levels):
+        inner: list[object] = []
+        for item in layer:
+            if isinstance(item, dict):
+                inner += item.values()
+            elif isinstance(item, list):
+                inner += item
+        if not inner:
+            return False
+        layer = inner
+    return any(isinstance(item, dict | list) and item for item in layer)
 
-    def after_system(self, value: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
-        """The turns behind the record's own `system` text, which a first turn of role system may repeat."""
-        given = value.get("system")
-        text = self.text(given, "system") if given is not None else ""
-        if not text.strip():
-            return turns
-        if not turns or turns[0].role != "system":
-            return [Turn("system", text), *turns]
-        if turns[0].text != text:
-            self.problems.append("system and the first turn, which is of role system, differ; leave one of them out")
-        return turns
+
+def read_tools(record: Mapping[str, Any]) -> Field[tuple[Tool, ...]]:
+    """The record's `tools` (or older `functions`) in the shape OpenAI gives them, from a list or its JSON text."""
+    key = "tools" if record.get("tools") else "functions"
+    if key not in record:
+        return _NO_TOOLS
+    value = record[key]
+    if not value or (isinstance(value, str) and is_blank(value)):
+        return _NO_TOOLS
+    parsed = read_json(value, key)
+    if parsed.problems:
+        return Field((), parsed.problems)
+    listed = [parsed.value] if isinstance(parsed.value, dict) else parsed.value
+    if listed is None:
+        return _NO_TOOLS
+    if not isinstance(listed, list):
+        return Field((), (f"{key} is {kind(listed)}; expected a list of tools",))
+    fields = [_read_tool(tool, f"{key} {number}") for number, tool in enumerate(listed, 1)]
+    return Field(tuple(field.value for field in fields), problems_of(fields))
+
+
+def _read_tool(tool: object, place: str) -> Field[Tool]:
+    if not isinstance(tool, dict):
+        return Field({}, (f"{place} is {kind(tool)}; expected an object with a name",))
+    function = tool.get("function") or tool
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        return Field({}, (f"{place} has no name",))
+    return read_plain(tool if function is not tool else {"type": "function", "function": tool}, place)
+
+
+def missing_key(key: str, record: Mapping[str, Any], place: str = "") -> str:
+    return f'{place}no key "{key}"; keys here: {keys_of(record)}'
+
+
+def notes_on_unused(record: Mapping[str, Any], used: frozenset[str], of: str = "") -> tuple[str, ...]:
+    """A note for each key that has a value and is passed over."""
+    if record.keys() <= used:
+        return ()
+    unused = [key for key in record if key not in used and record[key] not in _EMPTY]
+    return tuple(f'key "{printable(key)}"{of} is not used by this format' for key in unused[:KEYS_NAMED])
+
+
+def problems_of(fields: Iterable[Field[Any]]) -> tuple[str, ...]:
+    return tuple(problem for field in fields for problem in field.problems)
 
 
 def is_blank(text: str) -> bool:
     return not text or text.isspace()
 
 
-def keys_of(value: Mapping[str, Any]) -> str:
-    return ", ".join(map(printable, value)) or "none"
+def is_empty(value: object) -> bool:
+    return value in _EMPTY
+
+
+def keys_of(record: Mapping[str, Any]) -> str:
+    """The keys of a record for a message, the first of very many."""
+    named = ", ".join(printable(key) for key in islice(record, KEYS_NAMED))
+    rest = len(record) - KEYS_NAMED
+    if rest > 0:
+        return f"{named} and {rest:,} more"
+    return named or "none"
 
 
 def printable(text: object) -> str:
-    """A key as it can be written down, halves of surrogate pairs included."""
-    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+    """A word from the data as a message can show it: control characters and halves of surrogate pairs are escaped."""
+    word = str(text)
+    if word.isprintable():
+        return word
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in word
+    )
 
 
 def kind(value: object) -> str:

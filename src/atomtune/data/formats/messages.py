@@ -1,190 +1,248 @@
-"""Turns: a list of messages, as OpenAI's (role, content) or ShareGPT's (from, value), → Turns.
+"""Messages: a list of messages, as OpenAI's (role, content) or ShareGPT's (from, value), → Turns.
 
-Before: chats.py.  After: a Record's turns.
 Most messages are a role and a text; they are read on a short path, since a million records go along it.
 """
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
-from atomtune.data.formats.content_parts import calls_of, content_of
-from atomtune.data.formats.fields import Reading, is_blank, kind, printable
-from atomtune.data.formats.schema import REASONING, ROLES, TURN_KEYS, WEIGHTS
+from atomtune.data.formats.content_parts import Call, Content, read_calls, read_content
+from atomtune.data.formats.fields import (
+    Field,
+    is_blank,
+    kind,
+    missing_key,
+    notes_on_unused,
+    printable,
+    problems_of,
+    read_json,
+    read_text,
+)
+from atomtune.data.formats.schema import REASONING, ROLES, TURN_KEYS, WEIGHTS, Schema
 from atomtune.data.records import Role, Turn
 
-#: The store counts how often a token is learned in one signed byte.
+#: The example cache counts how often a token is learned in one signed byte.
 MOST_OFTEN = 127
-#: Keys that say nothing about what is learned; ids tie a tool's turn to a call, which its place does already.
 _KNOWN = TURN_KEYS | {"id", "tool_call_id"}
+_EMPTY_CONTENT = Field(Content())
 
 
-def turns_of_list(value: object, key: str, reading: Reading) -> list[Turn]:
-    """The turns of a list of messages (or its JSON text) that stands under this key; problems go to reading."""
-    messages = reading.json(value, key) if isinstance(value, str) else value
-    turns: list[Turn] = []
+def read_turns(value: object, key: str, schema: Schema) -> Field[tuple[Turn, ...]]:
+    """The turns of a list of messages, or of its JSON text, that stands under this key."""
+    parsed = read_json(value, key)
+    messages = parsed.value
+    if parsed.problems:
+        return Field((), parsed.problems)
     if not isinstance(messages, list):
-        if not isinstance(value, str) or messages is not None:
-            reading.problems.append(f"{key} is {kind(messages)}; expected a list of turns")
-        return turns
+        return Field((), (f"{key} is {kind(messages)}; expected a list of turns",))
     if not messages:
-        reading.problems.append(f"{key} holds no turn")
-    roles = {**ROLES, **reading.schema.roles} if reading.schema.roles else ROLES
-    if reading.schema.keys:
-        messages = [reading.schema.rename_turn_keys(one) if isinstance(one, dict) else one for one in messages]
+        return Field((), (f"{key} holds no turn",))
+    roles = schema.all_roles()
+    turns: list[Turn] = []
+    problems: list[str] = []
+    notes: list[str] = []
     for number, message in enumerate(messages, 1):
-        turn = _simple(message, roles) or _Message(message, key, number, reading).turn(roles)
-        if turn is not None and (turn.role != "system" or not is_blank(turn.text)):
+        if schema.keys and isinstance(message, dict):
+            message = schema.rename_turn_keys(message)  # noqa: PLW2901  # the same message under our keys
+        turn = _plain_turn(message, roles)
+        if turn is not None:
             turns.append(turn)
-    return turns
+            continue
+        full = _read_message(message, key, number, roles)
+        problems += full.problems
+        notes += full.notes
+        if full.value is None:
+            continue
+        if _is_parallel_call(message, full.value, turns, roles):
+            turns[-1] = replace(turns[-1], calls=(*turns[-1].calls, *full.value.calls))
+        else:
+            turns.append(full.value)
+    return Field(tuple(turns), tuple(problems), tuple(notes))
 
 
-def _simple(message: Any, roles: Mapping[str, str]) -> Turn | None:
+def _plain_turn(message: Any, roles: Mapping[str, str]) -> Turn | None:
     """The turn of a message that is a role and a text and nothing else; None sends it the long way."""
     if type(message) is not dict or len(message) != 2:
         return None
-    said, text = message.get("role"), message.get("content")
-    if said is None:
-        said, text = message.get("from"), message.get("value")
-    if type(said) is not str or type(text) is not str or not text or text.isspace():
+    role_name, text = message.get("role"), message.get("content")
+    if role_name is None:
+        role_name, text = message.get("from"), message.get("value")
+    if type(role_name) is not str or type(text) is not str or not text or text.isspace():
         return None
     if not text.isascii():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
             return None
-    role = roles.get(said)
+    role = roles.get(role_name)
     return None if role is None or role == "call" else Turn(cast(Role, role), text)
 
 
-class _Message:
+def _is_parallel_call(message: object, turn: Turn, before: list[Turn], roles: Mapping[str, str]) -> bool:
+    """Whether a turn of role `tool_call` goes on with the assistant's turn before it.
+
+    Formats that call tools in turns of their own write one turn a call, and one answer may hold several calls.
+    """
+    assert isinstance(message, dict)
+    is_call = roles.get(message.get("role") or message.get("from") or "") == "call"
+    return is_call and bool(before) and before[-1].role == "assistant" and before[-1].learn == turn.learn
+
+
+def _read_message(message: object, key: str, number: int, roles: Mapping[str, str]) -> Field[Turn | None]:
     """One message with anything a message may have."""
+    place = f"{key} {number}"
+    if not isinstance(message, dict):
+        return Field(None, (f"{place} is {kind(message)}; expected an object with role and content",))
+    # A table of columns writes null for every key that another message has.
+    filled = {name: value for name, value in message.items() if value is not None}
+    role = _read_role(filled, message, place, number, roles)
+    if role.problems:
+        return Field(None, role.problems)
+    if role.value in ("assistant", "call"):
+        turn = _read_answer(filled, message, place, calls_alone=role.value == "call")
+    else:
+        turn = _read_other(filled, message, place, cast(Role, role.value))
+    problems = turn.problems or _problems_of_empty(turn.value, place)
+    return Field(turn.value, problems, (*notes_on_unused(filled, _KNOWN, " of a turn"), *turn.notes))
 
-    def __init__(self, message: object, key: str, number: int, reading: Reading) -> None:
-        self.given = message
-        self.where = f"{key} {number}"
-        self.number = number
-        self.reading = reading
-        self.problems = reading.problems
 
-    def turn(self, roles: Mapping[str, str]) -> Turn | None:
-        if not isinstance(self.given, dict):
-            self.problems.append(f"{self.where} is {kind(self.given)}; expected an object with role and content")
-            return None
-        # A table of columns writes null for every key that another message has.
-        message = {key: one for key, one in self.given.items() if one is not None}
-        role = self._role(message, roles)
-        if role is None:
-            return None
-        before = len(self.problems)
-        self.reading.note_unused(message, _KNOWN, " of a turn")
-        turn = self._assistant(message, calls_alone=role == "call") if role in ("assistant", "call") else None
-        if turn is None:
-            turn = self._other(message, cast(Role, role))
-        if len(self.problems) == before:
-            self._refuse_empty(turn)
-        return turn
+def _read_role(
+    filled: dict[str, Any], message: dict[str, Any], place: str, number: int, roles: Mapping[str, str]
+) -> Field[str]:
+    key = "from" if "role" not in filled and "from" in filled else "role"
+    if key not in filled:
+        return Field("", (missing_key(key, message, f"{place} has "),))
+    name = filled[key]
+    if not isinstance(name, str):
+        return Field("", (f"{place}'s {key} is {kind(name)}; expected text",))
+    if name in roles:
+        return Field(roles[name])
+    word = printable(name)[:40]
+    near = difflib.get_close_matches(name.lower()[:40], list(ROLES), n=1)
+    problem = (
+        f'turn {number} says role "{word}"; expected system, user, assistant or tool. '
+        f"Rename it, or pass --roles {word}={near[0] if near else 'assistant'}"
+    )
+    return Field("", (problem,))
 
-    def _role(self, message: dict[str, Any], roles: Mapping[str, str]) -> str | None:
-        key = "from" if "role" not in message and "from" in message else "role"
-        if key not in message:
-            self.reading.missing(key, self.given_keys(), f"{self.where} has ")
-            return None
-        said = message[key]
-        role = roles.get(said) if isinstance(said, str) else None
-        if role is None and isinstance(said, str):
-            near = difflib.get_close_matches(said.lower()[:40], list(ROLES), n=1)
-            word = printable(said)[:40]
-            self.problems.append(
-                f'turn {self.number} says role "{word}"; expected system, user, assistant or tool. '
-                f"Rename it, or pass --roles {word}={ROLES[near[0]] if near else 'assistant'}"
+
+def _read_answer(filled: dict[str, Any], message: dict[str, Any], place: str, *, calls_alone: bool) -> Field[Turn]:
+    """An assistant's turn."""
+    calls: list[Call] = []
+    problems: list[str] = []
+    for key in ("tool_calls", "function_call"):
+        if filled.get(key):
+            listed = read_calls(filled[key], f"{place}'s {key}")
+            calls += listed.value
+            problems += listed.problems
+    body = _content_of(filled)
+    content: Field[Content] = _EMPTY_CONTENT
+    if calls_alone and body is not None:
+        written = read_calls(body, f"{place} (function_call)")
+        content = Field(Content(calls=written.value), written.problems)
+    elif body is not None:
+        content = read_content(body, _place_of_content(filled, place), is_answer=True)
+    elif not calls and not problems:
+        problems.append(_no_content(message, place))
+    weight = _read_weight(filled, place, default=1)
+    reasoning = _read_reasoning(filled, content.value.reasoning, place)
+    turn = Turn(
+        "assistant",
+        content.value.text,
+        learn=weight.value,
+        reasoning=reasoning.value,
+        calls=(*calls, *content.value.calls),
+    )
+    return Field(turn, (*problems, *problems_of([content, weight, reasoning])))
+
+
+def _read_other(filled: dict[str, Any], message: dict[str, Any], place: str, role: Role) -> Field[Turn]:
+    """A turn that is read and not learned."""
+    problems: list[str] = []
+    body = _content_of(filled)
+    content: Field[Content] = _EMPTY_CONTENT
+    if body is None:
+        problems.append(_no_content(message, place))
+    else:
+        content = read_content(body, _place_of_content(filled, place), is_answer=False)
+    weight = _read_weight(filled, place, default=0)
+    if weight.value:
+        problems.append(
+            f"{place} ({role}) has a weight; only an assistant's turn is learned. Leave it out or make it 0"
+        )
+    unused = ["tool_calls", "function_call", *REASONING]
+    if role != "tool":
+        unused.append("name")
+    notes = tuple(f'key "{key}" of a turn of role {role} is not used' for key in unused if filled.get(key))
+    name = read_text(filled.get("name", "") if role == "tool" else "", f"{place}'s name")
+    call_id = filled.get("tool_call_id", "") if role == "tool" else ""
+    turn = Turn(role, content.value.text, name=name.value, call_id=call_id if isinstance(call_id, str) else "")
+    return Field(turn, (*problems, *problems_of([content, weight, name])), notes)
+
+
+def _content_of(filled: dict[str, Any]) -> Any:
+    return filled["content"] if "content" in filled else filled.get("value")
+
+
+def _place_of_content(filled: dict[str, Any], place: str) -> str:
+    return f"{place}'s {'content' if 'content' in filled else 'value'}"
+
+
+def _no_content(message: dict[str, Any], place: str) -> str:
+    """The problem of a message that says nothing."""
+    key = "content"
+    if "content" not in message and ("value" in message or "from" in message):
+        key = "value"
+    if key in message:
+        return f"{place}'s {key} is null; expected text"
+    return missing_key(key, message, f"{place} has ")
+
+
+def _read_reasoning(filled: dict[str, Any], from_parts: str, place: str) -> Field[str]:
+    """What the assistant thought; servers give it under several names at once, with equal texts."""
+    fields = [read_text(filled[key], f"{place}'s {key}") for key in REASONING if key in filled]
+    problems = problems_of(fields)
+    texts = [*(field.value for field in fields), from_parts]
+    thoughts = sorted({text for text in texts if text.strip()})
+    if len(thoughts) > 1:
+        problems = (*problems, f"{place} gives its reasoning twice, and differently; leave one out")
+    return Field(thoughts[0] if thoughts else "", problems)
+
+
+def _read_weight(filled: dict[str, Any], place: str, *, default: int) -> Field[int]:
+    """How often the turn is learned."""
+    weights: dict[str, int] = {}
+    problems: list[str] = []
+    for key in WEIGHTS:
+        if key not in filled:
+            continue
+        value = filled[key]
+        if not isinstance(value, int | float) or not 0 <= value <= MOST_OFTEN:
+            is_short_number = type(value) in (int, float) and abs(value) < 1e15
+            shown = f"{value:g}" if is_short_number else kind(value)
+            problems.append(f"{place}'s {key} is {shown}; expected a whole number from 0 to {MOST_OFTEN}")
+        elif value != int(value):
+            problems.append(
+                f"{place}'s {key} is {value:g}; an answer is learned a whole number of times: 0, 1, 2 … Only the "
+                "ratio of weights counts: multiply all of them, and the 1 of answers without a weight, until they are "
+                "whole"
             )
-        elif role is None:
-            self.problems.append(f"{self.where}'s {key} is {kind(said)}; expected text")
-        return role
-
-    def given_keys(self) -> Mapping[str, Any]:
-        return cast(Mapping[str, Any], self.given)
-
-    def _assistant(self, message: dict[str, Any], *, calls_alone: bool) -> Turn:
-        calls = []
-        for key in ("tool_calls", "function_call"):
-            if message.get(key):
-                calls += calls_of(message[key], f"{self.where}'s {key}", self.reading)
-        text = reasoning = ""
-        content = self._content(message)
-        if calls_alone and content is not None:
-            calls += calls_of(content, f"{self.where} (function_call)", self.reading)
-        elif content is not None:
-            text, reasoning, more = content_of(content, self._place(message), self.reading, answer=True)
-            calls += more
-        elif not calls:
-            self._refuse_no_content()
-        learn = self._weight(message, unsaid=1)
-        return Turn("assistant", text, "", learn, self._reasoning(message, reasoning), tuple(calls))
-
-    def _other(self, message: dict[str, Any], role: Role) -> Turn:
-        content, text = self._content(message), ""
-        if content is None:
-            self._refuse_no_content()
         else:
-            text, *_ = content_of(content, self._place(message), self.reading, answer=False)
-        if self._weight(message, unsaid=0):
-            self.problems.append(
-                f"{self.where} ({role}) has a weight; only an assistant's turn is learned. Leave it out or make it 0"
-            )
-        for key in ("tool_calls", "function_call", *REASONING, *(() if role == "tool" else ("name",))):
-            if message.get(key):
-                self.reading.notes.add(f'key "{key}" of a turn of role {role} is not used')
-        name = self.reading.text(message.get("name", ""), f"{self.where}'s name") if role == "tool" else ""
-        return Turn(role, text, name=name)
+            weights[key] = int(value)
+    if len(set(weights.values())) > 1:
+        named = " and ".join(f"{key} {weight}" for key, weight in weights.items())
+        problems.append(f"{place} says {named}; leave one out")
+    return Field(next(iter(weights.values()), default), tuple(problems))
 
-    def _content(self, message: dict[str, Any]) -> Any:
-        return message["content"] if "content" in message else message.get("value")
 
-    def _place(self, message: dict[str, Any]) -> str:
-        return f"{self.where}'s {'content' if 'content' in message else 'value'}"
-
-    def _refuse_no_content(self) -> None:
-        given = self.given_keys()
-        key = "value" if "content" not in given and ("value" in given or "from" in given) else "content"
-        if key in given:
-            self.problems.append(f"{self.where}'s {key} is null; expected text")
-        else:
-            self.reading.missing(key, given, f"{self.where} has ")
-
-    def _reasoning(self, message: dict[str, Any], from_parts: str) -> str:
-        said = [self.reading.text(message[key], f"{self.where}'s {key}") for key in REASONING if key in message]
-        thoughts = sorted({text for text in [*said, from_parts] if text.strip()})
-        if len(thoughts) > 1:
-            self.problems.append(f"{self.where} gives its reasoning twice, and differently; leave one out")
-        return thoughts[0] if thoughts else ""
-
-    def _weight(self, message: dict[str, Any], *, unsaid: int) -> int:
-        """How often the turn is learned."""
-        weights = {}
-        for key in WEIGHTS:
-            if key not in message:
-                continue
-            given = message[key]
-            if not isinstance(given, int | float) or not 0 <= given <= MOST_OFTEN:
-                said = f"{given:g}" if type(given) in (int, float) and abs(given) < 1e15 else kind(given)
-                self.problems.append(f"{self.where}'s {key} is {said}; expected a whole number from 0 to {MOST_OFTEN}")
-            elif given != int(given):
-                self.problems.append(
-                    f"{self.where}'s {key} is {given:g}; an answer is learned a whole number of times: 0, 1, 2 …"
-                )
-            else:
-                weights[key] = int(given)
-        if len(set(weights.values())) > 1:
-            said = " and ".join(f"{key} {weight}" for key, weight in weights.items())
-            self.problems.append(f"{self.where} says {said}; leave one out")
-        return next(iter(weights.values()), unsaid)
-
-    def _refuse_empty(self, turn: Turn) -> None:
-        if not is_blank(turn.text) or turn.calls:
-            return
-        if turn.role == "assistant" and turn.learn:
-            self.problems.append(f"{self.where} (assistant) is empty: there is nothing to learn")
-        elif turn.role == "user":
-            self.problems.append(f"{self.where} (user) is empty: there is nothing to answer")
+def _problems_of_empty(turn: Turn, place: str) -> tuple[str, ...]:
+    """What a turn without words is refused for; a system text and a tool's answer may be empty."""
+    if not is_blank(turn.text) or turn.calls:
+        return ()
+    if turn.role == "assistant" and turn.learn:
+        return (f"{place} (assistant) is empty: there is nothing to learn",)
+    if turn.role == "user":
+        return (f"{place} (user) is empty: there is nothing to answer",)
+    return ()

@@ -1,9 +1,8 @@
 """Rendered texts: a `text` that some template has already written, read back into turns.
 
-Before: formats.py meets a `text`.  After: the turns are rendered again by whatever template a run has.
 Law: turns are given back only where writing them again, by the very template they are read as, gives the same text up
-to white space at its ends, one BOS and one final stop token (tests/data/test_rendered.py). Whatever cannot be told for
-sure (a marker inside a turn, a text that ends before its answer) is None: the text is then a text like any other.
+to white space at its ends, one BOS and one final stop token (tests/data/formats/test_rendered_text.py). Whatever cannot
+be told for sure (a marker inside a turn) is None: the text is then a text like any other.
 What Gemma's and Mistral's texts say in the first user turn stays there, a system text too: nothing parts the two.
 """
 
@@ -51,6 +50,10 @@ _WITHOUT_NEWLINES = (  # the examples in Llama-Chinese's README
     "{%- for m in messages -%}{{- '<s>' + {'system': 'System: ', 'user': 'Human: ', 'assistant': 'Assistant: '}"
     "[m['role']] + m['content'] + '</s>' -}}{%- endfor -%}"
 )
+_LINE_ENDS = (  # Llama-Chinese's data/train_sft.csv
+    "{%- for m in messages -%}{{- '<s>' + {'system': 'System: ', 'user': 'Human: ', 'assistant': 'Assistant: '}"
+    "[m['role']] + m['content'] + '\\n</s>' -}}{%- endfor -%}"
+)
 _LLAMA2 = (
     "{%- set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' -%}{%- for m in messages -%}"
     "{%- if m['role'] == 'user' -%}{{- '<s>[INST] ' -}}"
@@ -70,7 +73,7 @@ _ALPACA_INPUT = (  # Stanford's own: an input has a heading
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class TextLayout:
     """How one template's text is taken apart, and the template that must write it again."""
 
     name: str
@@ -80,11 +83,12 @@ class Form:
     source: str = ""  # the template, where it is not the built-in one of this name
     opening: re.Pattern[str] | None = None  # a system text that stands before the first marker
     own_bos: bool = False  # a BOS is a marker here, and none may be missing or added
+    may_repeat: frozenset[str] = frozenset()  # roles that published texts have twice in a row
 
 
-def _form(name: str, step: str, markers: str, *stops: str, opening: str = "", **more: Any) -> Form:
+def _layout(name: str, step: str, markers: str, *stops: str, opening: str = "", **more: Any) -> TextLayout:
     before = re.compile(opening, re.DOTALL) if opening else None
-    return Form(name, re.compile(step, re.DOTALL), re.compile(markers), stops, opening=before, **more)
+    return TextLayout(name, re.compile(step, re.DOTALL), re.compile(markers), stops, opening=before, **more)
 
 
 # Atomic groups, (?>…): where a step's later part fails, its earlier turns are not tried longer. They could not hold the
@@ -105,10 +109,10 @@ _ALPACA = (
     *("</s>", "<|endoftext|>"),
 )
 _ALPACA_OPENING = r"(?!### Instruction:\n)(?P<system>.*?)\n\n(?=### Instruction:\n)"
-#: Family → its forms; the first that reads a text and writes it again is taken.
-_FORMS: dict[str, tuple[Form, ...]] = {
+#: Family → its layouts; the first that reads a text and writes it again is taken.
+_LAYOUTS: dict[str, tuple[TextLayout, ...]] = {
     "tutorial": (
-        _form(
+        _layout(
             "atom",
             rf"<s>(?:System: (?P<system>.*?)\n|Human: (?>(?P<user>.*?){_TUTORIAL})(?P<input>.*?)\n"
             r"|Assistant:(?P<assistant>.*?))</s>",
@@ -117,38 +121,49 @@ _FORMS: dict[str, tuple[Form, ...]] = {
         ),
     ),
     "atom": (
-        _form(
+        # Llama-Chinese's data files end every turn, answers too, with a line end that belongs to no turn.
+        _layout(
+            "atom-official",
+            r"<s>(?:System: (?P<system>.*?)|Human: (?P<user>.*?)|Assistant: (?P<assistant>.*?))\n</s>",
+            *(_ATOM, "\n</s>"),
+            source=_LINE_ENDS,
+            own_bos=True,
+            may_repeat=frozenset({"user"}),
+        ),
+        _layout(
             "atom-official",
             r"<s>(?:System: (?P<system>.*?)\n|Human: (?P<user>.*?)\n|Assistant: (?P<assistant>.*?))</s>",
             *(_ATOM, "</s>"),
             own_bos=True,
+            may_repeat=frozenset({"user"}),
         ),
-        _form(
+        _layout(
             "atom-official",
-            r"<s>(?:System: (?P<system>.*?)|Human: (?P<user>.*?)|Assistant: (?P<assistant>.*?))</s>",
+            r"<s>(?:System: (?P<system>.*?)|Human: (?P<user>.*?)(?<!\n)|Assistant: (?P<assistant>.*?))</s>",
             *(_ATOM, "</s>"),
             source=_WITHOUT_NEWLINES,
             own_bos=True,
+            may_repeat=frozenset({"user"}),
         ),
     ),
     "chatml": (
-        _form(
+        _layout(
             "chatml",
             r"<\|im_start\|>(?:system\n(?P<system>.*?)|user\n(?P<user>.*?)|assistant\n(?P<assistant>.*?)"
             r"|tool\n(?P<tool>.*?))<\|im_end\|>(?:\n|\Z)",
             *(r"<\|im_(?:start|end)\|>", "<|im_end|>"),
         ),
     ),
-    "llama3": (_form("llama3", *_LLAMA3), _form("llama3", *_LLAMA3, source=_LLAMA3_AS_IT_IS)),
+    "llama3": (_layout("llama3", *_LLAMA3), _layout("llama3", *_LLAMA3, source=_LLAMA3_AS_IT_IS)),
     "gemma": (
-        _form(
+        _layout(
             "gemma",
             r"<start_of_turn>(?:user\n(?P<user>.*?)|model\n(?P<assistant>.*?))<end_of_turn>(?:\n|\Z)",
             *(r"<(?:start|end)_of_turn>|<bos>", "<end_of_turn>"),
         ),
     ),
     "mistral": (
-        _form(
+        _layout(
             "llama2",
             r"<s>\[INST\] (?:<<SYS>>\n(?>(?P<system>.*?)\n<</SYS>>\n\n))?"
             r"(?>(?P<user>.*?) \[/INST\] )(?P<assistant>.*?) </s>",
@@ -156,14 +171,14 @@ _FORMS: dict[str, tuple[Form, ...]] = {
             source=_LLAMA2,
             own_bos=True,
         ),
-        _form("mistral", r"\[INST\] (?>(?P<user>.*?)\[/INST\] )(?P<assistant>.*?)</s>", _INST, "</s>"),
+        _layout("mistral", r"\[INST\] (?>(?P<user>.*?)\[/INST\] )(?P<assistant>.*?)</s>", _INST, "</s>"),
     ),
     "alpaca": (
-        _form("alpaca", *_ALPACA, opening=_ALPACA_OPENING),
-        _form("alpaca", *_ALPACA, opening=_ALPACA_OPENING, source=_ALPACA_INPUT),
+        _layout("alpaca", *_ALPACA, opening=_ALPACA_OPENING),
+        _layout("alpaca", *_ALPACA, opening=_ALPACA_OPENING, source=_ALPACA_INPUT),
     ),
     "vicuna": (
-        _form(
+        _layout(
             "vicuna",
             r"USER: (?>(?P<user>.*?) ASSISTANT: )(?P<assistant>.*?)</s>",
             *(r"\b(?:USER|ASSISTANT):|</?s>", "</s>"),
@@ -181,83 +196,111 @@ def turns_of(text: str) -> tuple[str, tuple[Turn, ...]] | None:
     family = _family(text)
     if family is None:
         return None
-    for form in _FORMS[family]:
-        bare, stop = _bare(text, form)
-        if not stop and any(bare.endswith(one[:n]) for one in form.stops for n in range(1, len(one))):
-            continue  # it ends within its stop token
-        turns = _read(bare + (stop or form.stops[0]), form)
-        if turns is not None and _bare(_written(turns, form, stop or form.stops[0]), form)[0] == bare:
-            return form.name, _without_own_system(turns, form.name)
+    for layout in _LAYOUTS[family]:
+        bare, stop = _bare(text, layout)
+        if not stop and _ends_within(bare, layout.stops):
+            continue
+        turns = _take_apart(bare + (stop or layout.stops[0]), layout)
+        if turns is None:
+            continue
+        if _bare(_write(turns, layout, stop or layout.stops[0]), layout)[0] == bare:
+            return layout.name, _without_own_system(turns, layout.name)
     return None
+
+
+def begins_like(text: str) -> str:
+    """The name of the template whose markers stand near the beginning of this text; "" where there are none."""
+    family = _family(text)
+    return "" if family is None else _LAYOUTS[family][0].name
 
 
 def _family(text: str) -> str | None:
     """Whose signs the text begins with; `in` and `find` are many times faster here than one regular expression."""
     head = text[:_WITHIN]
-    found = [(head.find(sign), family) for sign, family in _SIGNS if sign in head]
-    family = min(found)[1] if found else None
+    signs = [(head.find(sign), family) for sign, family in _SIGNS if sign in head]
+    if not signs:
+        return None
+    _, family = min(signs)
     return "tutorial" if family == "atom" and _TUTORIAL in text else family
 
 
-def _bare(text: str, form: Form) -> tuple[str, str]:
+def _bare(text: str, layout: TextLayout) -> tuple[str, str]:
     """The text without what may stand at its ends or not, and the stop token it ended in, if any."""
     text = text.strip()
-    bos = next((one for one in _BOS if text.startswith(one)), "")
-    if not form.own_bos:
-        text = text.removeprefix(bos).lstrip()
-    stop = next((one for one in form.stops if text.endswith(one)), "")
-    return text.removesuffix(stop), stop
+    if not layout.own_bos:
+        for bos in _BOS:
+            if text.startswith(bos):
+                text = text.removeprefix(bos).lstrip()
+                break
+    for stop in layout.stops:
+        if text.endswith(stop):
+            return text.removesuffix(stop), stop
+    return text, ""
 
 
-def _read(text: str, form: Form) -> tuple[Turn, ...] | None:
-    """All of the text as turns, or None; nothing is said yet about writing them again."""
+def _ends_within(text: str, stops: Sequence[str]) -> bool:
+    """Whether the text is cut off in the middle of a stop token."""
+    beginnings = [stop.strip()[:length] for stop in stops for length in range(1, len(stop.strip()))]
+    return any(text.endswith(beginning) for beginning in beginnings)
+
+
+def _take_apart(text: str, layout: TextLayout) -> tuple[Turn, ...] | None:
+    """All of the text as turns, or None; whether the template writes them so is not looked at yet."""
     turns: list[Turn] = []
     at = 0
-    if form.opening and (before := form.opening.match(text)):
-        turns, at = list(_turns_in(before)), before.end()
+    opening = layout.opening.match(text) if layout.opening else None
+    if opening:
+        turns += _turns_in(opening)
+        at = opening.end()
     while at < len(text):
-        step = form.step.match(text, at)
+        step = layout.step.match(text, at)
         if step is None:
             return None
         turns += _turns_in(step)
         at = step.end()
-    if any(form.markers.search(turn.text) or form.markers.search(turn.input) for turn in turns):
-        return None
-    return tuple(turns) if _is_a_conversation(turns) else None
+    for turn in turns:
+        if layout.markers.search(turn.text) or layout.markers.search(turn.input):
+            return None
+    return tuple(turns) if _is_a_conversation(turns, layout) else None
 
 
 def _turns_in(step: re.Match[str]) -> Iterator[Turn]:
-    said = step.groupdict()
+    texts = step.groupdict()
     for role in ("system", "user", "tool", "assistant"):
-        if said.get(role) is not None:
-            yield Turn(role, said[role], (said.get("input") or "") if role == "user" else "")
+        if texts.get(role) is not None:
+            yield Turn(role, texts[role], (texts.get("input") or "") if role == "user" else "")
 
 
-def _is_a_conversation(turns: Sequence[Turn]) -> bool:
-    """Whether it asks something, answers it last, and gives no answer without a question."""
+def _is_a_conversation(turns: Sequence[Turn], layout: TextLayout) -> bool:
+    """Whether it begins with a question, and the roles take turns.
+
+    It may end before its answer: what then follows the last answer is left out where it is read as a record, and a
+    text without any answer is refused there.
+    """
     roles = [turn.role for turn in turns if turn.role != "system"]
-    if not turns or turns[-1].role != "assistant" or not turns[-1].text.strip():
+    if not roles or roles[0] != "user":
         return False
-    return roles[0] == "user" and all(a != b for a, b in itertools.pairwise(roles))
+    repeated = {before for before, after in itertools.pairwise(roles) if before == after}
+    return repeated <= layout.may_repeat
 
 
 def _without_own_system(turns: tuple[Turn, ...], name: str) -> tuple[Turn, ...]:
-    own = turns[0].role == "system" and turns[0].text in _OWN_SYSTEM.get(name, ())
-    return turns[1:] if own else turns
+    is_own = turns[0].role == "system" and turns[0].text in _OWN_SYSTEM.get(name, ())
+    return turns[1:] if is_own else turns
 
 
-def _written(turns: Sequence[Turn], form: Form, stop: str) -> str:
-    """What the form's template writes for these turns; nothing where it refuses them."""
+def _write(turns: Sequence[Turn], layout: TextLayout, stop: str) -> str:
+    """What the layout's template writes for these turns; nothing where it refuses them."""
     messages: list[dict[str, Any]] = []
-    if form.name in _OWN_SYSTEM and turns[0].role != "system":
+    if layout.name in _OWN_SYSTEM and turns[0].role != "system":
         messages.append({"role": "system", "content": ""})  # else the template writes its own
     for turn in turns:
-        if form.name == "atom" and turn.input:
+        if layout.name == "atom" and turn.input:
             messages += [{"role": "system", "content": turn.text}, {"role": "user", "content": turn.input}]
         else:
             messages.append({"role": turn.role, "content": turn.text, "input": turn.input})
     try:
-        return _template(form.name, form.source).render(
+        return _template(layout.name, layout.source).render(
             messages=messages, bos_token="<s>", eos_token=stop.strip(), add_generation_prompt=False
         )
     except TemplateError:

@@ -1,7 +1,4 @@
-"""Schema: how the values of one file are read: its format, and the names that the user's keys and roles have here.
-
-Before: formats.detect_schema makes one.  After: formats.to_record reads every value by it.
-"""
+"""Schema: how the values of one file are read: its format, and the names its keys and roles have here."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,10 +19,12 @@ SPELLINGS = {
     "instrution": "instruction",  # stands in the tutorial's own format example
     "conversation": "conversations",
 }
+#: Keys that say whether an answer is wanted: TRL's unpaired preferences, LLaMA-Factory's KTO.
+WANTED = ("label", "kto_tag")
 #: Keys of a record, and keys of a turn inside it.
 RECORD_KEYS = frozenset(
     {"instruction", "input", "output", "system", "history", "conversations", "messages"}
-    | {"prompt", "completion", "text", "tools", "functions"}
+    | {"prompt", "completion", "text", "tools", "functions", "chosen", "rejected", *WANTED}
 )
 WEIGHTS = ("weight", "loss_weight", "train", "loss")
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -37,7 +36,7 @@ ROLES: dict[str, str] = {
     "human": "user",
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
     **dict.fromkeys(("function", "observation", "function_response", "tool_response"), "tool"),
-    "function_call": "call",
+    **dict.fromkeys(("function_call", "tool_call"), "call"),
 }
 
 
@@ -46,25 +45,33 @@ class Schema:
     """How the values of one file are read."""
 
     name: FormatName = "alpaca"
-    keys: Mapping[str, str] = field(default_factory=dict)  # the user's key → ours
-    roles: Mapping[str, str] = field(default_factory=dict)  # the user's role → ours
+    keys: Mapping[str, str] = field(default_factory=dict)  # the file's key → ours
+    roles: Mapping[str, str] = field(default_factory=dict)  # the file's role → a role of ROLES
+    labels_are_classes: bool = False  # its "label" is a class of many, not whether an answer is wanted
 
-    def rename_keys(self, value: dict[str, Any]) -> dict[str, Any]:
-        """The value under our keys; what the user named stands before a key that is spelled like ours."""
-        renamed = _renamed(value, self.keys, RECORD_KEYS) if self.keys else value
+    def rename_keys(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record under our keys; what the user named stands before a key that is spelled like ours."""
+        renamed = _renamed(record, self.keys, RECORD_KEYS) if self.keys else record
         for theirs, ours in SPELLINGS.items():
             if theirs in renamed and ours not in renamed:
-                renamed = {(ours if key == theirs else key): one for key, one in renamed.items()}
+                renamed = {(ours if key == theirs else key): value for key, value in renamed.items()}
         return renamed
 
-    def rename_turn_keys(self, value: dict[str, Any]) -> dict[str, Any]:
+    def rename_turn_keys(self, turn: dict[str, Any]) -> dict[str, Any]:
         """A turn under our keys."""
-        return _renamed(value, self.keys, TURN_KEYS)
+        return _renamed(turn, self.keys, TURN_KEYS)
+
+    def all_roles(self) -> Mapping[str, str]:
+        """Every role that is read here → system, user, assistant, tool or call; the user's stand before ours."""
+        if not self.roles:
+            return ROLES
+        return ROLES | {theirs: ROLES[ours] for theirs, ours in self.roles.items()}
 
 
-def _renamed(value: dict[str, Any], keys: Mapping[str, str], known: frozenset[str]) -> dict[str, Any]:
-    given = {ours: value[theirs] for theirs, ours in keys.items() if ours in known and theirs in value}
-    if not given:
-        return value
-    moved = {theirs for theirs, ours in keys.items() if ours in known}
-    return {key: one for key, one in value.items() if key not in moved} | given
+def _renamed(record: dict[str, Any], keys: Mapping[str, str], known: frozenset[str]) -> dict[str, Any]:
+    moved = {theirs: ours for theirs, ours in keys.items() if ours in known}
+    values = {ours: record[theirs] for theirs, ours in moved.items() if theirs in record}
+    if not values:
+        return record
+    unmoved = {key: value for key, value in record.items() if key not in moved}
+    return unmoved | values

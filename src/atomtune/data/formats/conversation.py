@@ -1,0 +1,53 @@
+"""Conversation: the turns and tools of a record, whatever its format, made into a Record or refused."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from atomtune.data.formats.fields import Field, Tool, read_text
+from atomtune.data.records import ParsedRecord, Record, Refusal, RefusalKind, Turn
+
+_ANSWERS = ("assistant", "text")
+
+
+class Conversation(NamedTuple):
+    """What a format's reader takes out of a record."""
+
+    turns: tuple[Turn, ...]
+    tools: tuple[Tool, ...] = ()
+
+
+def with_system(record: Mapping[str, Any], turns: Sequence[Turn]) -> Field[tuple[Turn, ...]]:
+    """The turns behind the record's own `system` text, which a first turn of role system may repeat."""
+    value = record.get("system")
+    if value is None:
+        return Field(tuple(turns))
+    system = read_text(value, "system")
+    if not system.value.strip():
+        return Field(tuple(turns), system.problems)
+    if not turns or turns[0].role != "system":
+        return Field((Turn("system", system.value), *turns), system.problems)
+    if turns[0].text != system.value:
+        differ = "system and the first turn, which is of role system, differ; leave one of them out"
+        return Field(tuple(turns), (*system.problems, differ))
+    return Field(tuple(turns), system.problems)
+
+
+def as_parsed(conversation: Field[Conversation], origin: str) -> ParsedRecord:
+    """The record up to its last answer; a refusal where there is a problem or nothing to learn."""
+    (turns, tools), problems, notes = conversation
+    end, learns = 0, False  # one past the last answer, and whether any is learned
+    for number, turn in enumerate(turns, 1):
+        if turn.role in _ANSWERS:
+            end = number
+            learns = learns or turn.learn > 0
+    if not problems and not learns:
+        reason = "weight 0 on every answer" if end else "no turn of an assistant"
+        problems = (f"{reason}: there is nothing to learn",)
+    if problems:
+        return ParsedRecord(Refusal(origin, "; ".join(problems), RefusalKind.NO_RECORD))
+    if end < len(turns):
+        notes = (*notes, "turns behind the last answer are left out")
+        turns = turns[:end]
+    if notes:
+        notes = tuple(dict.fromkeys(notes))  # a note counts records: it is said once a record
+    return ParsedRecord(Record(turns, origin, tools), notes)

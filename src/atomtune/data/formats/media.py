@@ -1,0 +1,35 @@
+"""Media: images, sound and video that a record is about, which a model of text cannot see."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from atomtune.data.formats.fields import is_empty
+from atomtune.data.records import Turn
+
+KEYS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+#: What stands in a text for an image, as published data has it: at an end of the text or on a line of its own, so that
+#: a question about the HTML tag <video> stays a question.
+_PLACEHOLDER = re.compile(
+    r"\A\s*<(?:image|video|audio)>"
+    r"|^[ \t]*<(?:image|video|audio)>[ \t]*$"
+    r"|<image>\s*\Z"
+    r"|<\|(?:image|video|audio)_?(?:pad|start)?\|>|<\|vision_start\|>|<start_of_image>|<image_soft_token>",
+    re.MULTILINE,
+)
+
+
+def problems_of_media(record: Mapping[str, Any], turns: Iterable[Turn]) -> tuple[str, ...]:
+    """Why a record with images, sound or video is refused: trained on as text it would teach to guess."""
+    if not KEYS.isdisjoint(record):
+        for key in sorted(KEYS.intersection(record)):
+            if not is_empty(record[key]):
+                return (f'key "{key}" holds media; only text can be trained on',)
+    for number, turn in enumerate(turns, 1):
+        if "<" not in turn.text and "<" not in turn.input:
+            continue
+        found = _PLACEHOLDER.search(turn.text) or _PLACEHOLDER.search(turn.input)
+        if found and turn.role not in ("assistant", "text"):
+            placeholder = found.group().strip()
+            return (f"turn {number} holds {placeholder}, which stands for media; only text can be trained on",)
+    return ()

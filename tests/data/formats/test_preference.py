@@ -1,0 +1,110 @@
+"""Laws of preference data: a wanted answer is learned behind its prompt, an unwanted one never."""
+
+import pytest
+
+from atomtune.data.formats.detect import detect_schema, to_record
+from atomtune.data.reading.raw import RawRecord
+from atomtune.data.records import ParsedRecord, Record, Refusal, Turn
+
+QUESTION, GOOD, BAD = "夸我一句", "真棒", "笨蛋"
+TURNS = (Turn("user", QUESTION), Turn("assistant", GOOD))
+
+
+def asks(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def tells(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+def human(text: str) -> dict:
+    return {"from": "human", "value": text}
+
+
+def gpt(text: str) -> dict:
+    return {"from": "gpt", "value": text}
+
+
+def read(*values: dict) -> list[ParsedRecord]:
+    """The values as one file."""
+    schema = detect_schema(values, name="train.jsonl")
+    return [to_record(RawRecord(value, f"train.jsonl:{n}"), schema) for n, value in enumerate(values, 1)]
+
+
+#: One answer in the shape of every format.
+ANSWERED = {
+    "alpaca": lambda answer: {"instruction": QUESTION, "input": "", "output": answer},
+    "messages": lambda answer: {"messages": [asks(QUESTION), tells(answer)]},
+    "sharegpt": lambda answer: {"conversations": [human(QUESTION), gpt(answer)]},
+    "prompt": lambda answer: {"prompt": QUESTION, "completion": answer},
+    "prompt of messages": lambda answer: {"prompt": [asks(QUESTION)], "completion": [tells(answer)]},
+    "text": lambda answer: {"text": f"<s>Human: {QUESTION}\n</s><s>Assistant: {answer}\n</s>"},
+}
+
+
+@pytest.mark.parametrize("key", ["label", "kto_tag"])
+@pytest.mark.parametrize(("yes", "no"), [(True, False), (1, 0), (1.0, 0.0), ("true", "False"), ("1", "0")])
+@pytest.mark.parametrize("format", ANSWERED)
+def test_an_unwanted_answer_is_refused_whatever_the_format_and_the_type_of_the_mark(format, yes, no, key):
+    # Catches `label is False` alone: a mark of 0 or "false" was trained on as a good answer.
+    (good, notes), (bad, _) = read({**ANSWERED[format](GOOD), key: yes}, {**ANSWERED[format](BAD), key: no})
+    assert isinstance(good, Record) and good.turns == TURNS
+    assert not any(key in note for note in notes), "a mark that was read is not called unused"
+    assert isinstance(bad, Refusal) and bad.reason == f"{key} is {no}: an answer that is not wanted is not trained on"
+
+
+@pytest.mark.parametrize("labels", [(0, 1, 2), ("sport", "news", "0")])
+def test_a_label_of_many_classes_says_nothing_about_the_answer(labels):
+    outcomes = [record for record, _ in read(*({**ANSWERED["alpaca"](GOOD), "label": label} for label in labels))]
+    assert all(isinstance(record, Record) for record in outcomes)
+
+
+#: Pairs as they are published.
+PAIRS = {
+    "TRL": {"prompt": QUESTION, "chosen": GOOD, "rejected": BAD},
+    "TRL with messages": {"prompt": [asks(QUESTION)], "chosen": [tells(GOOD)], "rejected": [tells(BAD)]},
+    "TRL with whole conversations": {
+        "chosen": [asks(QUESTION), tells(GOOD)],
+        "rejected": [asks(QUESTION), tells(BAD)],
+    },
+    "UltraFeedback": {
+        "prompt": QUESTION,
+        "chosen": [asks(QUESTION), tells(GOOD)],
+        "rejected": [asks(QUESTION), tells(BAD)],
+    },
+    "LLaMA-Factory, alpaca": {"instruction": QUESTION, "input": "", "chosen": GOOD, "rejected": BAD},
+    "LLaMA-Factory, sharegpt": {"conversations": [human(QUESTION)], "chosen": gpt(GOOD), "rejected": gpt(BAD)},
+    "LLaMA-Factory, openai": {"messages": [asks(QUESTION)], "chosen": tells(GOOD), "rejected": tells(BAD)},
+    "LLaMA-Factory v1": {
+        "chosen_messages": [asks(QUESTION), tells(GOOD)],
+        "rejected_messages": [asks(QUESTION), tells(BAD)],
+    },
+    "a text behind messages": {"messages": [asks(QUESTION)], "chosen": GOOD, "rejected": BAD},
+}
+
+
+@pytest.mark.parametrize("shape", PAIRS)
+def test_the_chosen_answer_is_learned_behind_its_prompt_and_it_is_said(shape):
+    ((record, notes),) = read(PAIRS[shape])
+    assert isinstance(record, Record) and record.turns == TURNS, record
+    assert any("is learned as the answer" in note and "rejected" in note for note in notes)
+    assert BAD not in str(record)
+
+
+def test_the_earlier_turns_of_a_pair_stay():
+    # LLaMA-Factory's pairs over several turns: the last question was dropped, and the earlier answer learned alone.
+    pair = {"conversations": [human("a"), gpt("b"), human("c")], "chosen": gpt("d"), "rejected": gpt("e")}
+    ((record, _),) = read(pair)
+    assert [turn.text for turn in record.turns] == ["a", "b", "c", "d"]
+
+
+def test_a_conversation_with_an_answer_and_another_chosen_is_refused():
+    ((refusal, _),) = read({"messages": [asks("a"), tells("b")], "chosen": tells("c"), "rejected": tells("d")})
+    assert isinstance(refusal, Refusal) and "ends with an answer already" in refusal.reason
+
+
+def test_a_chosen_text_without_a_prompt_is_refused():
+    first, second = read({"text": "x"}, {"chosen": "y", "rejected": "z"})
+    assert isinstance(first.outcome, Record)
+    assert isinstance(second.outcome, Refusal) and "without a prompt" in second.outcome.reason
