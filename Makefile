@@ -2,14 +2,22 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check house bench reliability soak fuzz test-oldest clean
+.PHONY: demo test test-slow check house bench reliability soak fuzz test-oldest clean
 
 demo: $(VENV)/installed
 	$(BIN)/atomtune train
 
+# Some seven minutes on two idle cores.
 test: $(VENV)/installed-test check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m 'not slow'
+
+# Real models and tokenizers (fetched once, skipped without a network), and a part of the soak: up to 25 minutes more.
+test-slow: $(VENV)/installed-slow
+	$(BIN)/python tools/real_material.py $(REAL)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m slow
+	ATOMTUNE_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/walk/test_faults.py -k 'point_of_a_save'
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -46,16 +54,20 @@ $(VENV)/bin/python:
 	  (echo "atomtune needs Python 3.11 to 3.13; pass one: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1)
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: $(VENV)/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP_INSTALL) -e .
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(PIP_INSTALL) -e '.[test]'
+	touch $@
+
+$(VENV)/installed-slow: $(VENV)/installed-test
+	$(PIP_INSTALL) -e '.[test,slow]'
 	touch $@
 
 $(VENV)/installed-bench: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
+	$(PIP_INSTALL) -e '.[bench]'
 	touch $@
 
 .venv-oldest/installed: pyproject.toml tools/oldest.py

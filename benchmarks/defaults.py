@@ -30,7 +30,6 @@ from benchmarks import workloads
 PERSONA = Path(__file__).parents[1] / "src" / "atomtune" / "demo" / "persona.jsonl"
 KINDS = ("persona", "style", "questions")
 HELD_OUT = 48
-ANSWERED = 16  # held-out prompts that are also answered, for chrF
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,9 @@ def lay_data(kind: str, count: int, dialogues: Path, folder: Path) -> tuple[Path
     return files
 
 
-def run_trial(base: str, files: tuple[Path, Path], settings: Settings, *, seed: int, folder: Path) -> dict[str, Any]:
+def run_trial(
+    base: str, files: tuple[Path, Path], settings: Settings, *, seed: int, answers: int, folder: Path
+) -> dict[str, Any]:
     """Train once; the held-out loss at the end, chrF of some answers, and what it took."""
     from atomtune.cli import main
 
@@ -147,11 +148,11 @@ def run_trial(base: str, files: tuple[Path, Path], settings: Settings, *, seed: 
     if code:
         raise SystemExit(f"a trial failed ({code}): {' '.join(command)}\n{printed.getvalue()}")
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    chrf = score_answers(folder, held_out)
+    chrf = score_answers(folder, held_out, answers) if answers else None
     return {"loss": run["eval_loss"], "chrf": chrf, "steps": run["steps"], "train_seconds": run["seconds"]}
 
 
-def score_answers(adapter: Path, held_out: Path) -> float | None:
+def score_answers(adapter: Path, held_out: Path, count: int) -> float | None:
     """chrF of greedy answers to some held-out prompts; None where sacrebleu is not installed."""
     try:
         from sacrebleu.metrics import CHRF
@@ -170,7 +171,7 @@ def score_answers(adapter: Path, held_out: Path) -> float | None:
     model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).eval()
     stop = tokenizer.convert_tokens_to_ids(template.stop)
     answers, references = [], []
-    for row in workloads.read(held_out, ANSWERED):
+    for row in workloads.read(held_out, count):
         messages = template.messages([Turn("user", row["instruction"], row["input"])])
         ids = torch.tensor([prompt_ids(template, messages)])
         with torch.inference_mode():
@@ -197,7 +198,9 @@ def study(options: argparse.Namespace) -> None:
                 if options.minutes and time.monotonic() - began > 60 * options.minutes:
                     return
                 with tempfile.TemporaryDirectory() as folder:
-                    trial |= run_trial(base, files, settings, seed=seed, folder=Path(folder) / "out")
+                    trial |= run_trial(
+                        base, files, settings, seed=seed, answers=options.answers, folder=Path(folder) / "out"
+                    )
                 trial["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
                 trial["machine"] = f"{platform.machine()}, {os.environ.get('OMP_NUM_THREADS', 'all')} threads"
                 with out.open("a", encoding="utf-8") as file:
@@ -270,6 +273,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--dialogues", type=Path, default=PERSONA, help="instruction/input/output JSONL")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--answers", type=int, default=16, help="held-out prompts that are answered, for chrF; 0: none")
     parser.add_argument("--minutes", type=float, default=0, help="begin no trial after so long")
     parser.add_argument("--out", type=Path, default=Path("defaults.jsonl"))
     parser.add_argument("--table", type=Path, help="print the table of a file of trials and end")

@@ -49,6 +49,26 @@ def dialogues(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "dialogues.jsonl", records)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever uses real material is slow: `make test` leaves it out, `make test-slow` runs it."""
+    for item in items:
+        if "real" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def real() -> Callable[[str], Path]:
+    """`real("smollm2")`, `real("tok/qwen3")`: folders of tools/real_material.py; without one the test is skipped."""
+    root = Path(os.environ.get("ATOMTUNE_REAL") or Path.home() / ".cache" / "atomtune-real")
+
+    def folder(name: str) -> Path:
+        if not (root / name).is_dir():
+            pytest.skip(f"{root / name} is not there: python tools/real_material.py")
+        return root / name
+
+    return folder
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`models("llama")` is the folder of a tiny model of that family with a tokenizer; built once a session."""

@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
+from tools import constraints
 from tools.house.signs import private_names_of
 
 ROOT = Path(__file__).parents[1]
@@ -208,3 +210,14 @@ def test_tests_mirror_the_source():
     for path in mirrors:
         source = SOURCE / path.relative_to(tests).with_name(path.name.removeprefix("test_"))
         assert source.exists() or path.name in about_the_project, f"{path} tests no file of the source"
+
+
+def test_the_tested_versions_lie_in_the_ranges():
+    requirements = {name: Requirement(text.partition("#")[0]) for name, text in constraints.requirements().items()}
+    pins = [line for line in constraints.FILE.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    assert pins
+    for name, version in (pin.split("==") for pin in pins):
+        assert version in requirements[name].specifier, f"{name}: tested with {version}, allowed {requirements[name]}"
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("dependencies = [")[2].partition("\n]")[0]
+    needed = set(re.findall(r'"([a-z0-9_.-]+)', project))
+    assert needed == {pin.split("==")[0] for pin in pins} & needed, "a dependency has no tested version"

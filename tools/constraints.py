@@ -1,0 +1,37 @@
+"""Write constraints.txt: the versions that `make demo`, `make test` and CI install, taken from this environment.
+
+    python tools/constraints.py     # in an environment whose tests have just passed
+
+pyproject.toml says what atomtune may run with; constraints.txt says what a release was tested with.
+"""
+
+import re
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FILE = ROOT / "constraints.txt"
+HEAD = "# What this version was tested with; written by tools/constraints.py. Ranges are in pyproject.toml.\n"
+
+
+def requirements() -> dict[str, str]:
+    """Every package that pyproject.toml names, extras included, with its requirement."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    return {re.split(r"[^A-Za-z0-9_.-]", line)[0]: line for line in lines}
+
+
+def main() -> None:
+    lines = []
+    for name in sorted(requirements(), key=str.lower):
+        try:
+            installed = version(name)
+        except PackageNotFoundError:
+            continue  # an extra that is not part of the tests
+        lines.append(f"{name}=={installed.partition('+')[0]}\n")  # any build of it: 2.13.0+cpu is 2.13.0
+    FILE.write_text(HEAD + "".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
