@@ -99,7 +99,7 @@ class Clock:
 def encoded(base: Path, data: Path) -> list[dict[str, list[int]]]:
     """Every record as ids and learned positions."""
     from atomtune.data.cache import Rules, as_examples, examples_of
-    from atomtune.data.encoding.chat_template import load_template
+    from atomtune.data.encoding.choose_template import load_template
     from atomtune.model.load import load_tokenizer
 
     template = load_template("atom", load_tokenizer(str(base)))

@@ -162,7 +162,7 @@ def score_answers(adapter: Path, held_out: Path, count: int) -> float | None:
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
 
-    from atomtune.data.encoding.chat_template import load_template
+    from atomtune.data.encoding.choose_template import load_template
     from atomtune.data.records import Turn
     from atomtune.model.generate import prompt_ids
 

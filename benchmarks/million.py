@@ -43,7 +43,7 @@ def write(source: Path, count: int, path: Path) -> Path:
 
 def bare(base: Path, data: Path, count: int) -> float:
     """Records a second of the tokenizer alone: each prompt in one go, each answer on its own."""
-    from atomtune.data.encoding.chat_template import load_template
+    from atomtune.data.encoding.choose_template import load_template
     from atomtune.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(str(base))
@@ -69,7 +69,7 @@ def bare(base: Path, data: Path, count: int) -> float:
 def encode(base: Path, data: Path, cache: Path) -> dict[str, Any]:
     """One start of a run, up to the examples: seconds, records a second, and memory of this process and its own."""
     from atomtune.data.cache import Rules, examples_of
-    from atomtune.data.encoding.chat_template import load_template
+    from atomtune.data.encoding.choose_template import load_template
     from atomtune.model.load import load_tokenizer
 
     template = load_template("atom", load_tokenizer(str(base)))

@@ -19,7 +19,7 @@ from atomtune.batch.row import padded_tokens
 from atomtune.choices import Layout
 from atomtune.console import Console
 from atomtune.data.cache import Rules, as_examples, concatenate, examples_of
-from atomtune.data.encoding.chat_template import load_template
+from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.records import Example
 from atomtune.errors import BadData, BadSettings, CheckFailed
 from atomtune.model.adapter import LoraSpec, new_adapter

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizer
 
 from atomtune.data import cache
 from atomtune.data.cache import Rules, as_examples, examples_of, fingerprint_of, records_of
-from atomtune.data.encoding.chat_template import Template, load_template
+from atomtune.data.encoding.chat_template import Template
+from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.encoding.encode import encode
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.sources import read_values
@@ -262,7 +263,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from atomtune.data.cache import Rules, examples_of
-from atomtune.data.encoding.chat_template import load_template
+from atomtune.data.encoding.choose_template import load_template
 from tests.tiny import CHATML, tokenizer_of
 
 def advance(n_bytes):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atomtune.data.cache import Rules
-from atomtune.data.encoding.chat_template import load_template
+from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.records import Example, Turn
 from atomtune.evaluate.questions import learned_spans, read_records
 from atomtune.model.generate import prompt_ids

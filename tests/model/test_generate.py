@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from atomtune.cli import main
-from atomtune.data.encoding.chat_template import load_template
+from atomtune.data.encoding.choose_template import load_template
 from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.generate import ready_to_answer, stop_ids
 from atomtune.model.load import BaseSpec, load_base, load_tokenizer

@@ -8,7 +8,7 @@ import pytest
 
 from atomtune.cli import main
 from atomtune.data.cache import Rules
-from atomtune.data.encoding.chat_template import load_template
+from atomtune.data.encoding.choose_template import load_template
 from atomtune.errors import BadData
 from atomtune.train.streaming import Stream
 from tests.conftest import DIALOGUES, write_jsonl

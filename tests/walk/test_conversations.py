@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from atomtune.data.encoding.chat_template import Template, built_in, load_template
+from atomtune.data.encoding.chat_template import Template
+from atomtune.data.encoding.choose_template import built_in, load_template
 from atomtune.data.encoding.encode import encode
 from atomtune.data.formats.detect import Schema
 from atomtune.data.ledger import Ledger
@@ -99,7 +100,15 @@ def answer_ids(template: Template, message: dict[str, Any]) -> list[int]:
     content = message["content"]
     if template.name == "qwen":  # the published template writes empty thoughts before an answer that has none
         content = f"<think>\n\n</think>\n\n{content.lstrip(chr(10))}"
+    if template.name in ("gemma", "llama3", "mistral"):  # as published: what they write in a conversation is trimmed
+        content = content.strip()
+    if template.name in ("mistral", "vicuna") and not writes_a_space(template.tokenizer):
+        content = f" {content}"
     return template.tokenizer(content, add_special_tokens=False)["input_ids"]
+
+
+def writes_a_space(speaks: Any) -> bool:
+    return str(speaks.tokenize("a")[0]).startswith("▁")
 
 
 def stands_in(example: Example, prompt: list[int], answer: list[int], times: int) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from atomtune.data.cache import Rules, examples_of
-from atomtune.data.encoding.chat_template import load_template
+from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.formats.detect import to_record
 from atomtune.data.reading.sources import read_values
 from atomtune.data.records import Refusal

@@ -50,8 +50,8 @@ class Record:
 class Piece(NamedTuple):
     """A stretch of text that is learned or not. A tuple: it takes a third of a frozen dataclass's time to make.
 
-    `breaks` are positions no token may reach across: each lies inside a control string that a record's own text
-    holds, so that it stays text (data.encoding.encode, law 2).
+    `breaks` are positions inside control strings that a record's own text holds, which stay text
+    (data.encoding.encode, law 2).
     """
 
     text: str
@@ -62,10 +62,12 @@ class Piece(NamedTuple):
 class Exchange(NamedTuple):
     """An answer that is learned `learn` times, and everything a server would be sent before it."""
 
-    prompt: Piece
+    prompt: tuple[Piece, ...]  # cut only where the ids of the parts are those of the whole
     answer: Piece
     learn: int
     at: int  # which of the record's turns the answer is
+    stop: str  # the control token behind the answer
+    lost: tuple[str, ...] = ()  # notes on what of the answer the template does not write
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from atomtune.console import Console
-from atomtune.data.encoding.chat_template import Template, load_template
+from atomtune.data.encoding.chat_template import Template
+from atomtune.data.encoding.choose_template import load_template
 from atomtune.errors import BadModel, BadSettings
 from atomtune.model.adapter import load_trained
 from atomtune.model.adapter_folder import base_of, template_of

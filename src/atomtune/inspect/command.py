@@ -8,7 +8,7 @@ from pathlib import Path
 
 from atomtune.batch.cost import sample_rows
 from atomtune.console import Console
-from atomtune.data.encoding.chat_template import load_template
+from atomtune.data.encoding.choose_template import load_template
 from atomtune.errors import BadSettings
 from atomtune.inspect.html_page import write_page
 from atomtune.inspect.limits import allowances, check

@@ -11,7 +11,8 @@ import torch
 from peft import PeftConfig
 from safetensors.torch import load_file
 
-from atomtune.data.encoding.chat_template import Template, load_template, restore_template
+from atomtune.data.encoding.chat_template import Template
+from atomtune.data.encoding.choose_template import load_template, restore_template
 from atomtune.errors import BadModel
 from atomtune.model.load import load_tokenizer
 

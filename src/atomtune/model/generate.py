@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from atomtune.data.encoding.chat_template import Message, Template
-from atomtune.data.encoding.token_ids import ids_of
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.load import pad_id_of
 
@@ -29,14 +28,15 @@ _SAMPLING = {
 
 def prompt_ids(template: Template, messages: Sequence[Message]) -> list[int]:
     """The ids the model was trained to answer: the same template, the same laws."""
-    return ids_of([template.prompt_piece(messages)], template.tokenizer)[0]
+    return template.tokens.ids_of([template.prompt_piece(messages)])[0]
 
 
 def stop_ids(model: CausalLM, template: Template) -> list[int]:
-    """Where an answer ends: at the trained stop token, the tokenizer's end of text, and wherever the base stops."""
+    """Where an answer ends: where the template ends the assistant's turns, at the end of text, where the base stops."""
     of_base = model.generation_config.eos_token_id
     stops = set(of_base) if isinstance(of_base, list) else {of_base}
-    stops |= {template.tokenizer.convert_tokens_to_ids(template.stop), template.tokenizer.eos_token_id}
+    stops |= {template.tokenizer.convert_tokens_to_ids(stop) for stop in template.stops}
+    stops.add(template.tokenizer.eos_token_id)
     return sorted(stops - {None})
 
 

@@ -18,7 +18,8 @@ from transformers import PrinterCallback, set_seed
 
 from atomtune.batch.collate import Collator
 from atomtune.console import Console
-from atomtune.data.encoding.chat_template import Template, load_template
+from atomtune.data.encoding.chat_template import Template
+from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.ledger import Ledger
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped, UserError
 from atomtune.model.adapter import refuse_empty

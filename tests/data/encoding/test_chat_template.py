@@ -3,8 +3,8 @@
 import pytest
 from transformers import AutoTokenizer
 
-from atomtune.data.encoding.chat_template import CannotExpress, Template, load_template, restore_template
-from atomtune.data.encoding.token_ids import ids_of
+from atomtune.data.encoding.chat_template import CannotExpress, Template
+from atomtune.data.encoding.choose_template import load_template, restore_template
 from atomtune.data.records import Record, Turn
 from atomtune.errors import BadModel, BadSettings, UserError
 from atomtune.model.load import load_tokenizer
@@ -267,7 +267,7 @@ def test_the_saved_tokenizer_renders_the_trained_prompt(tmp_path, kind, source, 
     messages = template.messages(turns)
     assert served.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) == piece.text
     ids = served.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    assert ids == ids_of([piece], template.tokenizer)[0]
+    assert ids == template.tokens.ids_of([piece])[0]
 
 
 def test_a_lone_sentencepiece_file_is_served_as_it_was_trained(tmp_path):
@@ -281,7 +281,7 @@ def test_a_lone_sentencepiece_file_is_served_as_it_was_trained(tmp_path):
     piece, _ = template.pieces(record(Turn("user", "早上好", " a  b")))
     served = AutoTokenizer.from_pretrained(after)
     ids = served.apply_chat_template(template.messages([Turn("user", "早上好", " a  b")]), add_generation_prompt=True)
-    assert ids["input_ids"] == ids_of([piece], template.tokenizer)[0]
+    assert ids["input_ids"] == template.tokens.ids_of([piece])[0]
 
 
 @pytest.mark.parametrize(("kind", "source"), KINDS)

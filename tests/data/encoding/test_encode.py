@@ -12,9 +12,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from atomtune.data.encoding.chat_template import Template, load_template
+from atomtune.data.encoding.chat_template import Template
+from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.encoding.encode import BATCH_RECORDS, encode
-from atomtune.data.encoding.token_ids import ids_of
 from atomtune.data.encoding.truncate import shorten
 from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import Ledger
@@ -354,7 +354,7 @@ def test_the_end_of_the_longest_text_stays_and_one_more_character_would_not_fit(
 
 def test_the_second_longest_text_is_cut_when_the_longest_is_used_up(template):
     (markers,), _ = encoded(template, alpaca("?"))
-    room = len(markers.ids) + 3
+    room = len(markers.ids) + 8
     (example,), ledger = encoded(template, alpaca(LONG, LONG * 2), max_tokens=room)
     assert room - 8 < len(example.ids) <= room  # a character is at most 4 tokens here, an emoji's bytes
     assert ledger.records_cut == 1
@@ -373,10 +373,13 @@ def test_an_answer_that_alone_is_too_long_is_refused_and_never_cut(template, ove
         assert refusal.origin == "train.jsonl:1"
         assert f"max_seq_length {max_tokens}" in refusal.reason and f"{stopped} tokens" in refusal.reason
         assert refusal.broken == (overlength == "error")
-    if overlength == "shorten":  # one token too few for the template's markers; then just enough, with nothing asked
-        examples, ledger = encoded(template, values[0], max_tokens=stopped + markers - 1)
-        assert examples == [] and len(ledger.records_refused) == 1
-        examples, ledger = encoded(template, values[0], max_tokens=stopped + markers)
+    if overlength == "shorten":
+        # One token too few for the template's markers; then just enough, but with nothing asked; then a bit of it.
+        for max_tokens in (stopped + markers - 1, stopped + markers):
+            examples, ledger = encoded(template, values[0], max_tokens=max_tokens)
+            assert examples == []
+            assert "leaves no room for its question" in ledger.records_refused[0].reason
+        examples, ledger = encoded(template, values[0], max_tokens=stopped + markers + 2)
         assert split(examples[0])[1] == [*at_once(template.tokenizer, LONG), stop_id(template)]
 
 
@@ -482,7 +485,9 @@ def shortened_one_by_one(record: Record, room: int) -> Record | None:
         while getattr(turns[i], name) and characters(Record(tuple(turns), "")) > room:
             texts = {"text": turns[i].text, "input": turns[i].input}
             turns[i] = Turn(turns[i].role, **{**texts, name: texts[name][1:]})
-    return Record(tuple(turns), record.origin)
+    asked, question = record.turns[-2], turns[-2]
+    removed = (asked.text + asked.input) and not (question.text + question.input)
+    return None if removed else Record(tuple(turns), record.origin)
 
 
 short = st.text("abc好", max_size=20)
@@ -633,5 +638,5 @@ def test_refused_records_count_against_a_shared_instruction(tokenizers):
 
 def test_ids_of_keeps_the_order_of_its_pieces(template):
     pieces = [template.prompt_piece([{"role": "user", "content": text}]) for text in ("a", template.stop, "b")]
-    assert ids_of(pieces, template.tokenizer) == [ids_of([piece], template.tokenizer)[0] for piece in pieces]
-    assert ids_of([], template.tokenizer) == []
+    assert template.tokens.ids_of(pieces) == [template.tokens.ids_of([piece])[0] for piece in pieces]
+    assert template.tokens.ids_of([]) == []

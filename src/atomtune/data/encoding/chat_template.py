@@ -1,30 +1,55 @@
-"""Templates: Record → Exchanges, through the very chat template a server will use.
+"""Chat templates: Record → Exchanges, through the very template a server will use.
 
-Before: formats.py.  After: encode.py.
 A template is a Jinja text, the built-in ones too, and it is saved with the adapter's tokenizer: what is trained is what
 is served, because it is the same text. Each learned answer is asked for as a server asks for it: everything before it,
-rendered up to where the answer starts, as if the conversation ended there.
+rendered up to where the answer starts, as if the conversation ended there. The answer is what the template writes
+behind that, thoughts, calls and channels included.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cached_property
-from importlib import resources
-from pathlib import Path
+from itertools import pairwise
 from typing import Any, Literal
 
-from jinja2 import TemplateError
-
-from atomtune.data.encoding.jinja_render import Frames, compiled, is_plain
-from atomtune.data.encoding.special_tokens import ANSWER, Shield, control_pattern
+from atomtune.data.encoding.jinja_render import TEMPLATE_ERRORS, Renderer
+from atomtune.data.encoding.thoughts import (
+    behind_thoughts,
+    closed,
+    mentions_thoughts,
+    opened,
+    with_thoughts_apart,
+)
+from atomtune.data.encoding.token_ids import Escaper, PieceTokenizer
 from atomtune.data.records import Exchange, Piece, Record, Turn
-from atomtune.errors import BadModel, BadSettings, UserError
+from atomtune.data.tokenizer import Tokenizer
+from atomtune.errors import UserError
 
 Message = dict[str, Any]
-#: What reads like a control string in the texts that templates write.
-_LIKE_CONTROL = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]")
-_THINK = "<think>"
+InstructionRole = Literal["system", "user"]
+
+#: Stands for a text where only the text around it matters; a noncharacter, so that no template has it.
+_OTHER = "\ufdd4"
+#: What a template does to the white space around an answer.
+TRIMS = {
+    "nothing": lambda text: text,
+    "both ends": str.strip,
+    "the end": str.rstrip,
+    "the beginning": str.lstrip,
+    "line ends": lambda text: text.strip("\n"),
+    "line ends before": lambda text: text.lstrip("\n"),
+    "line ends behind": lambda text: text.rstrip("\n"),
+}
+#: Conversations of up to so many answers are rendered once for each; longer ones once, where that is the same.
+RENDERED_EACH = 4
+NOT_WRITTEN = {
+    "thoughts": "the template does not write an answer's reasoning, which is not learned,",
+    "text": "the template does not write the text beside a tool call, which is not learned,",
+    "white space": "the template trims white space around an answer, which is not learned,",
+    "system": "the template does not write a system text, which is not read,",
+}
 
 
 class CannotExpress(UserError):
@@ -32,19 +57,44 @@ class CannotExpress(UserError):
 
 
 @dataclass(frozen=True)
+class AnswerForm:
+    """How a template writes the answer of a plain turn, if that depends on nothing but its text."""
+
+    lead: str = ""  # stands before every such answer: "<think>\n\n</think>\n\n" of Qwen3
+    trims: str = "nothing"
+
+    def written(self, text: str) -> str:
+        return self.lead + TRIMS[self.trims](text)
+
+
+@dataclass(frozen=True)
 class Template:
-    """A chat template and the tokenizer it speaks to."""
+    """A chat template and the tokenizer it speaks to. `choose_template.probed` finds out what stands below `day`."""
 
     name: str
     source: str = field(repr=False)
-    tokenizer: Any = field(repr=False)
-    instruction_role: Literal["system", "user"]  # where an instruction with an input goes
+    tokenizer: Tokenizer = field(repr=False)
+    instruction_role: InstructionRole  # where an instruction with an input goes
+    variables: Mapping[str, Any] = field(default_factory=dict)  # what the user sets in it, as enable_thinking
+    day: date = field(default_factory=date.today)
     stop: str = ""  # the control token that ends an answer
+    stops: tuple[str, ...] = ()  # that, and those that end other turns of the assistant: <|call|>
     behind: str = ""  # all that the template writes behind an answer
-    plain: bool = True  # an answer stands as it is behind what the template writes to ask for it
+    form: AnswerForm | None = None  # None: each answer is rendered to see how it is written
+    header: str = ""  # begins every turn of the assistant with a control token; "": no text does, or none is known
+    asks: str = ""  # the end of a prompt from there on; longer than header where it opens or closes thoughts
+    knows_thoughts: bool = False  # it takes thoughts apart from the text
+    calls_as_text: bool = False  # it takes a call's arguments as JSON text
     writes_bos: bool = True  # False where the tokenizer has one and a prompt does not begin with it
     unknown_controls: tuple[str, ...] = ()  # written by the template, and no tokens of this tokenizer
-    quick: bool = False  # plain texts are rendered without the tokenizer's help (engine.py)
+
+    @cached_property
+    def tokens(self) -> PieceTokenizer:
+        return PieceTokenizer(self.tokenizer)
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        return Renderer(self.source, {**self.tokenizer.special_tokens_map, **self.variables}, self.day)
 
     def messages(self, turns: Sequence[Turn]) -> list[Message]:
         """Turns as chat messages; atom keeps an instruction and its input apart, role templates join them."""
@@ -56,208 +106,277 @@ class Template:
                 joined = f"{turn.text}\n{turn.input}" if turn.text else turn.input
                 messages.append({"role": "user", "content": joined})
             else:
-                messages.append(_message(turn))
+                messages.append(self._message(turn))
         return messages
 
+    def _message(self, turn: Turn) -> Message:
+        if self.knows_thoughts:
+            turn = with_thoughts_apart(turn)
+        message: Message = {"role": turn.role, "content": turn.text}
+        if turn.reasoning:
+            message["reasoning_content"] = message["thinking"] = turn.reasoning  # gpt-oss reads the second
+        if turn.calls:
+            message["tool_calls"] = [self._call(call) for call in turn.calls]
+        if turn.name:
+            message["name"] = turn.name
+        if turn.call_id:
+            message["tool_call_id"] = turn.call_id
+        return message
+
+    def _call(self, call: Mapping[str, Any]) -> Message:
+        """A call as OpenAI's `tool_calls` hold it, which is what templates read."""
+        function = {key: value for key, value in call.items() if key != "id"}
+        if self.calls_as_text and not isinstance(call.get("arguments"), str):
+            function["arguments"] = json.dumps(call.get("arguments"), ensure_ascii=False)
+        tool_call = {"type": "function", "function": function}
+        return {"id": call["id"], **tool_call} if "id" in call else tool_call
+
     def render(
-        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = (), prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The text a server renders; with `prompt`, up to where the answer starts."""
+        if not messages:  # a server takes no conversation without a message
+            raise CannotExpress(f"the template {self.name} cannot express it: nothing stands before an answer")
         try:
-            program = compiled(self.source)
-            if self.quick and program is not None and not tools and is_plain(messages):
-                written = self._frames.render(messages, prompt=prompt)
-                if written is None:
-                    return program.render(messages=messages, add_generation_prompt=prompt, **self._frames.given)
-                return written
-            if not messages:  # transformers renders no conversation without a message
-                raise CannotExpress(f"the template {self.name} cannot express it: nothing stands before an answer")
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(messages),
-                    chat_template=self.source,
-                    tools=list(tools) or None,
-                    tokenize=False,
-                    add_generation_prompt=prompt,
-                )
-            )
-        except (TemplateError, TypeError) as error:  # a template may add texts to what is none
+            return self._renderer(messages, prompt=prompt, tools=tools, variables=variables)
+        except TEMPLATE_ERRORS as error:  # a template may do anything to any value
             line = getattr(error, "lineno", None)  # of a text that is no template at all
             place = f" (its line {line})" if line else ""
             raise CannotExpress(f"the template {self.name} cannot express it: {error}{place}") from None
 
-    @cached_property
-    def _frames(self) -> Frames:
-        return Frames(self.source, {"tools": None, "documents": None, **self.tokenizer.special_tokens_map})
-
     def pieces(self, record: Record, at: int = -1) -> tuple[Piece, Piece]:
         """The prompt, which is not learned, and the answer behind it: the turn at `at`."""
-        at %= len(record.turns)
-        if record.turns[at].role == "text":
-            shield = Shield(self.tokenizer)
-            return Piece(self.tokenizer.bos_token or "", False), shield.whole(record.turns[at].text, learn=True)
-        shield = Shield(self.tokenizer)
-        # Hidden once: a control string has the same mark in the prompt and in the whole, which begins with it.
-        asked = [_hidden(message, shield) for message in self.messages(record.turns[:at])]
-        tools = shield.hide(record.tools)
-        text = self.render(asked, tools=tools)
-        if record.tools and not all(_tool_name(tool) in text for tool in record.tools):
-            raise CannotExpress(f"the template {self.name} has no place for tools")
-        turn = record.turns[at]
-        if self.plain and not turn.reasoning and not turn.calls:
-            return shield.piece(text, learn=False), shield.whole(turn.text, learn=True)
-        whole = [*asked, *(_hidden(message, shield) for message in self.messages([turn]))]
-        return shield.piece(text, learn=False), self._answer(turn, whole, tools, text, shield)
+        conversation = _Conversation(self, record)
+        exchange = conversation.exchange(at % len(record.turns))
+        return joined(exchange.prompt), exchange.answer
 
     def exchanges(self, record: Record) -> tuple[Exchange, ...]:
         """Every learned answer of a record with what is asked before it. Raises CannotExpress."""
-        return tuple(Exchange(*self.pieces(record, at), record.turns[at].learn, at) for at in record.learned)
+        return _Conversation(self, record).exchanges()
+
+    def prompt(self, record: Record, at: int) -> tuple[Piece, ...]:
+        """What is asked before the turn at `at`, as pieces whose ids are those of the whole."""
+        return _Conversation(self, record).prompt(at)
 
     def prompt_piece(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Piece:
         """The rendered prompt, with a break inside every control string that comes from the messages' own texts."""
-        shield = Shield(self.tokenizer)
-        hidden = [{**message, "content": shield.hide(message["content"])} for message in messages]
-        return shield.piece(self.render(hidden, tools=shield.hide(tools)), learn=False)
+        escaper = Escaper(self.tokens)
+        hidden = [_hidden(message, escaper) for message in messages]
+        return escaper.piece(self.render(hidden, tools=escaper.hide(tools)), learn=False)
 
-    def _answer(
-        self, turn: Turn, whole: list[Message], tools: Sequence[Mapping[str, Any]], asked: str, shield: Shield
-    ) -> Piece:
-        """What the template writes for an answer where nothing follows it: what a server's model must have written."""
-        full = self.render(whole, tools=tools, prompt=False)
-        if full.startswith(asked):
-            written = shield.piece(self._ended(full[len(asked) :]), learn=True)
-            same = written.text.strip() == turn.text.strip()  # white space is the template's, not the answer's
-            answer = shield.whole(turn.text, learn=True) if same else written
-        elif asked.rstrip().endswith(_THINK):  # the prompt begins the thoughts, as DeepSeek-R1's does
-            answer = shield.whole(f"{turn.reasoning}\n</think>\n\n{turn.text}", learn=True)
-        else:
-            answer = shield.whole(turn.text, learn=True)
-        if any(str(call.get("name")) not in answer.text for call in turn.calls):
-            raise CannotExpress(f"the template {self.name} has no place for tool calls")
-        return answer
-
-    def _ended(self, written: str) -> str:
-        """An answer without what the template writes behind every answer."""
+    def ended(self, written: str) -> tuple[str, str]:
+        """What the template writes for an answer, as the text before its stop token, and that token."""
+        for last in list(self.tokens.controls.finditer(written))[-1:]:
+            if not written[last.end() :].strip():
+                return written[: last.start()], last.group()
         if self.behind and written.endswith(self.behind):
-            return written[: -len(self.behind)]
-        return written.rpartition(self.stop)[0] if self.stop in written else written
+            return written[: -len(self.behind)], self.stop
+        return written, self.stop
 
 
-def _message(turn: Turn) -> Message:
-    message: Message = {"role": turn.role, "content": turn.text}
-    if turn.reasoning:
-        message["reasoning_content"] = turn.reasoning
-    if turn.calls:
-        message["tool_calls"] = [_tool_call(call) for call in turn.calls]
-    if turn.name:
-        message["name"] = turn.name
-    if turn.call_id:
-        message["tool_call_id"] = turn.call_id
-    return message
+class _Conversation:
+    """A record on its way through a template: its messages, control strings hidden."""
+
+    def __init__(self, template: Template, record: Record) -> None:
+        self.template = template
+        self.record = record
+        self.escaper = Escaper(template.tokens)
+        # Hidden once: a control string has the same mark in the prompt and in the whole, which begins with it.
+        self.tools = self.escaper.hide(record.tools)
+        self.messages: list[Message] = []
+        self.starts: list[int] = []  # where the messages of each turn begin
+        for turn in record.turns:
+            self.starts.append(len(self.messages))
+            if turn.role != "text":
+                self.messages += [_hidden(message, self.escaper) for message in template.messages([turn])]
+
+    def exchanges(self) -> tuple[Exchange, ...]:
+        learned = self.record.learned
+        prompts = self._prompts(learned)
+        exchanges = tuple(self._exchange(at, prompt) for at, prompt in zip(learned, prompts, strict=True))
+        if exchanges and self.record.turns[-1].role != "text":
+            self._look_for_lost_turns(learned[-1], prompts[-1])
+        return exchanges
+
+    def exchange(self, at: int) -> Exchange:
+        return self._exchange(at, self._render_prompt(at))
+
+    def prompt(self, at: int) -> tuple[Piece, ...]:
+        return self._pieces(self._render_prompt(at))
+
+    def _prompts(self, learned: Sequence[int]) -> list[str]:
+        """What is asked before each learned answer, control strings hidden."""
+        if len(learned) > RENDERED_EACH and (cut := self._cut_prompts(learned)) is not None:
+            return cut
+        return [self._render_prompt(at) for at in learned]
+
+    def _render_prompt(self, at: int) -> str:
+        if self.record.turns[at].role == "text":
+            return self.template.tokenizer.bos_token or ""
+        prompt = self._render(self.messages[: self.starts[at]], prompt=True)
+        if self.tools and not all(_tool_name(tool) in prompt for tool in self.tools):
+            raise CannotExpress(f"the template {self.template.name} has no place for tools")
+        return prompt
+
+    def _render(self, messages: Sequence[Message], *, prompt: bool) -> str:
+        return self.template.render(messages, tools=self.tools, prompt=prompt)
+
+    def _cut_prompts(self, learned: Sequence[int]) -> list[str] | None:
+        """All prompts from one rendering: the last, cut where each answer starts; None where they are not its parts.
+
+        A long conversation would be rendered once for every answer, which takes as long as its length squared. That
+        the parts are the prompts is tried on the 1st, 2nd, 4th, 8th, … answer, together not much longer than the last.
+        """
+        template, turns = self.template, self.record.turns
+        if not template.header or any(turn.reasoning or mentions_thoughts(turn.text) for turn in turns):
+            return None
+        whole = self._render_prompt(learned[-1])
+        spots = _all_places(whole, template.header)
+        assistants = [i for i, turn in enumerate(turns[: learned[-1]]) if turn.role == "assistant"]
+        if len(spots) != len(assistants) + 1 or not whole.endswith(template.asks):
+            return None
+        spot_of = dict(zip([*assistants, learned[-1]], spots, strict=True))
+        prompts = [whole[: spot_of[at]] + template.asks for at in learned]
+        number = 0
+        while number < len(learned) - 1:
+            if self._render_prompt(learned[number]) != prompts[number]:
+                return None
+            number = 2 * number + 1
+        return prompts
+
+    def _pieces(self, prompt: str) -> tuple[Piece, ...]:
+        """A rendered prompt in pieces that begin where the assistant's turns begin.
+
+        Prompts of one conversation have most pieces in common, so that each is tokenized once.
+        """
+        spots = _all_places(prompt, self.template.header) if self.template.header else []
+        bounds = [0, *(spot for spot in spots if spot), len(prompt)]
+        return tuple(self.escaper.piece(prompt[start:end], learn=False) for start, end in pairwise(bounds))
+
+    def _exchange(self, at: int, prompt: str) -> Exchange:
+        turn, template = self.record.turns[at], self.template
+        pieces = self._pieces(prompt)
+        if turn.role == "text":
+            return Exchange(pieces, self.escaper.whole(turn.text, learn=True), turn.learn, at, template.stop)
+        form = template.form
+        if form is not None and not turn.reasoning and not turn.calls and not mentions_thoughts(turn.text):
+            text, stop = form.written(str(self.messages[self.starts[at]]["content"])), template.stop
+        else:
+            text, stop = template.ended(self._written(at, prompt))
+            if not form and text.startswith(" ") and not turn.text.startswith(" ") and template.tokens.writes_a_space:
+                text = text[1:]  # the tokenizer writes it
+        answer = self.escaper.piece(text, learn=True)
+        return Exchange(pieces, answer, turn.learn, at, stop, self._lost_of(turn, answer.text))
+
+    def _written(self, at: int, prompt: str) -> str:
+        """What the template writes for an answer where nothing follows it: what a server's model must have written."""
+        before, own = self.messages[: self.starts[at]], self.messages[self.starts[at] : self.starts[at] + 1]
+        full = self._render([*before, *own], prompt=False)
+        if full.startswith(prompt):
+            return full[len(prompt) :]
+        # With the answer in it the conversation is written otherwise: thoughts of earlier turns are gone, or this
+        # answer's stand elsewhere than where the prompt asks for them.
+        start = self._start_of_turn(full, before, own[0])
+        written = full[start:]
+        thoughts = opened(prompt)
+        if thoughts is not None:  # the prompt begins the thoughts, as DeepSeek-R1's does
+            space, closes = thoughts
+            text = behind_thoughts(written)
+            return f"{own[0].get('reasoning_content', '')}{space}{closes}{space * 2}{text}"
+        return behind_thoughts(written) if closed(prompt) else written
+
+    def _start_of_turn(self, full: str, before: Sequence[Message], own: Message) -> int:
+        """Where the last turn's own text begins in a rendering: behind the last header before another text differs."""
+        other = {key: _OTHER if isinstance(value, str) and key != "role" else value for key, value in own.items()}
+        if own.get("tool_calls") and not own["content"] and not own.get("thinking"):
+            calls = [
+                {"type": "function", "function": {**call["function"], "name": _OTHER}} for call in own["tool_calls"]
+            ]
+            other = {**own, "tool_calls": calls}
+        beginning = common_beginning(full, self._render([*before, other], prompt=False))
+        header = self.template.header
+        start = full.rfind(header, 0, beginning) if header else -1
+        if start < 0:
+            raise CannotExpress(
+                f"the template {self.template.name} writes the turns before an answer otherwise once the answer is "
+                "there, and where the answer begins cannot be told"
+            )
+        return start + len(header)
+
+    def _lost_of(self, turn: Turn, answer: str) -> tuple[str, ...]:
+        """What of an answer the template leaves out. Raises CannotExpress where that is its calls or all of it."""
+        name = self.template.name
+        if any(str(call.get("name")) not in answer for call in turn.calls):
+            raise CannotExpress(f"the template {name} has no place for tool calls")
+        if self.template.knows_thoughts:
+            turn = with_thoughts_apart(turn)
+        lost = []
+        if turn.reasoning.strip() and turn.reasoning.strip() not in answer:
+            lost.append(NOT_WRITTEN["thoughts"])
+        if turn.text.strip() and turn.text.strip() not in answer:
+            if not turn.calls:
+                raise CannotExpress(f"the template {name} does not write the text of an answer")
+            lost.append(NOT_WRITTEN["text"])
+        elif turn.text not in answer and not turn.reasoning:
+            lost.append(NOT_WRITTEN["white space"])
+        return tuple(lost)
+
+    def _look_for_lost_turns(self, until: int, prompt: str) -> None:
+        """Raises CannotExpress where a question or a tool's answer is in no prompt."""
+        for number, turn in enumerate(self.record.turns[:until]):
+            if turn.role not in ("user", "tool"):
+                continue
+            for message in self.messages[self.starts[number] : self.starts[number + 1]]:
+                text = str(message["content"]).strip()
+                if text in prompt or any(
+                    json.dumps(text, ensure_ascii=ascii_only)[1:-1] in prompt for ascii_only in (False, True)
+                ):
+                    continue
+                raise CannotExpress(
+                    f"the template {self.template.name} leaves out what turn {number + 1} ({turn.role}) says"
+                )
 
 
-def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call as OpenAI's `tool_calls` hold it, which is what templates read."""
-    function = {key: value for key, value in call.items() if key != "id"}
-    tool_call = {"type": "function", "function": function}
-    return {"id": call["id"], **tool_call} if "id" in call else tool_call
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Pieces that stand one behind the other, as one."""
+    breaks, length = [], 0
+    for piece in pieces:
+        breaks += [length + at for at in piece.breaks]
+        length += len(piece.text)
+    return Piece("".join(piece.text for piece in pieces), pieces[0].learn if pieces else False, tuple(breaks))
 
 
-def _hidden(message: Message, shield: Shield) -> Message:
+def _hidden(message: Message, escaper: Escaper) -> Message:
     if len(message) == 2:  # a role and a text, as nearly all are
-        return {"role": message["role"], "content": shield.hide(message["content"])}
-    return {key: value if key == "role" else shield.hide(value) for key, value in message.items()}
+        return {"role": message["role"], "content": escaper.hide(message["content"])}
+    return {key: value if key == "role" else escaper.hide(value) for key, value in message.items()}
+
+
+def _all_places(text: str, part: str) -> list[int]:
+    places, at = [], text.find(part)
+    while at >= 0:
+        places.append(at)
+        at = text.find(part, at + len(part))
+    return places
+
+
+def common_beginning(first: str, second: str) -> int:
+    """How many characters two texts begin alike."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[:middle] == second[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _tool_name(tool: Mapping[str, Any]) -> str:
     function = tool.get("function", tool)
     return str(function.get("name", "")) if isinstance(function, Mapping) else ""
-
-
-def load_template(name: str, tokenizer: Any) -> Template:
-    """`auto` (the tokenizer's own, else atom), a built-in name, or a .jinja file.
-
-    Raises BadSettings for a name that does not exist, BadModel when the tokenizer has no token to stop at.
-    """
-    if name == "auto" and tokenizer.chat_template:
-        return _with_stop("the tokenizer's own", tokenizer.get_chat_template(), tokenizer, "user")
-    if name == "auto":
-        name = "atom"
-    if name.endswith((".jinja", ".jinja2", ".j2")):
-        path = Path(name)
-        if not path.is_file():
-            raise BadSettings([f"--template {name}: no such file."])
-        try:
-            return _with_stop(path.name, path.read_text(encoding="utf-8"), tokenizer, "user")
-        except UnicodeDecodeError as error:
-            raise BadSettings([f"--template {name}: not UTF-8: {error}"]) from None
-    if name not in built_in():
-        known = ", ".join(["auto", *built_in()])
-        raise BadSettings([f"--template {name}: no such template. Known: {known}, or the path of a .jinja file."])
-    file = resources.files("atomtune.data") / "templates" / f"{name}.jinja"
-    source = file.read_text(encoding="utf-8").rstrip("\n")
-    return _with_stop(name, source, tokenizer, "system" if name == "atom" else "user")
-
-
-def built_in() -> list[str]:
-    """The names of the templates that come with the tool."""
-    folder = resources.files("atomtune.data") / "templates"
-    return sorted(file.name.removesuffix(".jinja") for file in folder.iterdir())
-
-
-def restore_template(name: str, instruction_role: Literal["system", "user"], tokenizer: Any) -> Template:
-    """The template saved with an adapter's tokenizer."""
-    return _with_stop(name, tokenizer.get_chat_template(), tokenizer, instruction_role)
-
-
-def _with_stop(name: str, source: str, tokenizer: Any, instruction_role: Literal["system", "user"]) -> Template:
-    template = Template(name, source, tokenizer, instruction_role)
-    asked = [{"role": "user", "content": "?"}]
-    # What the template writes behind an answer begins with the token that ends it (<|im_end|>, <end_of_turn>, </s>).
-    try:
-        prompt = template.render(asked)
-        full = template.render([*asked, {"role": "assistant", "content": ANSWER}], prompt=False)
-    except CannotExpress as error:
-        raise BadModel(
-            f"{error}.\nIt was asked one question and its answer, so the template itself is at fault."
-        ) from None
-    before, _, behind = full.partition(ANSWER)
-    match = control_pattern(tokenizer).match(behind.lstrip())
-    stop = match.group() if match else tokenizer.eos_token
-    if not stop:
-        raise BadModel(
-            "The tokenizer has no end-of-sequence token and the template writes none, so an answer could never stop.\n"
-            "Set eos_token in its tokenizer_config.json, or pass --template with one that ends answers by a token."
-        )
-    quick = Template(name, source, tokenizer, instruction_role, quick=compiled(source) is not None)
-    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    written = sorted(set(_LIKE_CONTROL.findall(full)) - tokens - {ANSWER})
-    return Template(
-        name,
-        source,
-        tokenizer,
-        instruction_role,
-        str(stop),
-        behind,
-        writes_bos=not tokenizer.bos_token or prompt.startswith(tokenizer.bos_token),
-        plain=before.startswith(prompt) and not before[len(prompt) :].strip(),
-        unknown_controls=tuple(one for one in written if one not in tokenizer.get_vocab()),
-        quick=quick.quick and all(_outcome(quick, *probe) == _outcome(template, *probe) for probe in _probes()),
-    )
-
-
-def _probes() -> Iterator[tuple[list[Message], bool]]:
-    """Conversations on which the two ways to render are compared."""
-    roles = ("user", "assistant", "user", "assistant")
-    turns = [{"role": role, "content": f" {role} {n}\n<b> "} for n, role in enumerate(roles)]
-    for before in ([], [{"role": "system", "content": "S\n"}], [{"role": "system", "content": "1"}] * 2):
-        for count in range(1, 5):
-            for prompt in (True, False):
-                yield [*before, *turns[:count]], prompt
-
-
-def _outcome(template: Template, messages: list[Message], prompt: bool) -> str:
-    try:
-        return template.render(messages, prompt=prompt)
-    except CannotExpress as error:
-        return str(error)

@@ -1,10 +1,10 @@
-"""Encoding: RawRecord → Record → Exchanges → Examples, in batches, with every record entered_in_ledger for.
+"""Encoding: RawRecord → Record → Exchanges → Examples, in batches, with every record entered in a ledger.
 
-Before: files.py and formats.py.  After: batch.row.
-Laws (tests/data/test_encode.py):
-1. The prompt is tokenized in one go, as a server tokenizes it; the answer on its own, as it is generated behind it.
-2. Text from a record never becomes a control token: no token reaches across a Piece's breaks.
-3. Every answer ends with the stop token, and the stop token is learned.
+Laws (tests/data/encoding/test_encode.py):
+1. The prompt has the ids of the whole text tokenized in one go, as a server tokenizes it; the answer is tokenized on
+   its own, as it is generated behind it.
+2. Text from a record never becomes a control token.
+3. Every answer ends with the token that the template ends it with, and that token is learned.
 4. The answer and its stop token are never cut; what is cut, skipped or refused is counted and named.
 5. The answers of a conversation are one Example where each stands, token for token, behind the one before as a server
    would send it; where a server would send other tokens, an Example ends and the next begins.
@@ -15,16 +15,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from atomtune.choices import Learn, Overlength
-from atomtune.data.encoding.chat_template import CannotExpress, Template
-from atomtune.data.encoding.token_ids import ids_of
+from atomtune.data.encoding.chat_template import NOT_WRITTEN, CannotExpress, Template
 from atomtune.data.encoding.truncate import shorten
 from atomtune.data.formats.detect import Schema, to_record
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord
-from atomtune.data.records import Example, Exchange, ParsedRecord, Piece, Record, Refusal, RefusalKind, Turn
+from atomtune.data.records import Example, Exchange, Piece, Record, Refusal, RefusalKind, Turn
 
 BATCH_RECORDS = 1000
 # An instruction is "the" instruction of a data set when at least this share of its records carries it.
@@ -33,11 +32,29 @@ INSTRUCTIONS_KEPT = 10_000
 
 
 class Target(NamedTuple):
-    """The ids of one exchange: what is asked, and the answer with its stop token."""
+    """The ids of one exchange: what is asked, in parts, and the answer with its stop token."""
 
-    prompt: list[int]
+    prompt: tuple[list[int], ...]
     answer: list[int]
     learn: int
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.prompt))
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRecord:
+    """What one record became: its Examples, or why it has none."""
+
+    origin: str
+    examples: tuple[Example, ...] = ()
+    refusal: Refusal | None = None
+    refused_target_tokens: int = 0
+    cut_tokens: int = 0  # of its prompts
+    unknown_tokens: int = 0  # targets the tokenizer has no token for
+    holds_control_strings: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class Counted(Protocol):
@@ -50,16 +67,35 @@ class Counted(Protocol):
     def instructions(self) -> Counter[str]: ...
 
 
-P = TypeVar("P", bound=Counted)
+CountedPart = TypeVar("CountedPart", bound=Counted)
+Item = TypeVar("Item")
 
 
 @dataclass
-class Encoded:
+class EncodedBatch:
     """What a batch of values became: the Examples of each record that is used, in order, and the ledger of all."""
 
     records: list[tuple[Example, ...]] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
     instructions: Counter[str] = field(default_factory=Counter)
+
+
+class _PieceIds:
+    """Ids of pieces, each tokenized once: the prompts of a conversation have most of theirs in common."""
+
+    def __init__(self, template: Template) -> None:
+        self._tokens = template.tokens
+        self._known: dict[Piece, list[int]] = {}
+
+    def learn(self, pieces: Iterable[Piece]) -> None:
+        """Tokenize many at once, which takes a fraction of the time."""
+        new = [piece for piece in dict.fromkeys(pieces) if piece not in self._known]
+        self._known.update(zip(new, self._tokens.ids_of(new), strict=True))
+
+    def __getitem__(self, piece: Piece) -> list[int]:
+        if piece not in self._known:
+            self.learn([piece])
+        return self._known[piece]
 
 
 @dataclass(frozen=True)
@@ -73,149 +109,180 @@ class Encoder:
     learn: Learn = "all"
 
     @cached_property
-    def _stop_id(self) -> int:
-        return int(self.template.tokenizer.convert_tokens_to_ids(self.template.stop))
-
-    @cached_property
     def _unknown_id(self) -> int | None:
         """None too where answers end with that very token, as in a tokenizer with one control token."""
-        unknown = self.template.tokenizer.unk_token_id
-        return None if unknown == self._stop_id else unknown
+        tokenizer = self.template.tokenizer
+        unknown = tokenizer.unk_token_id
+        return None if unknown == tokenizer.convert_tokens_to_ids(self.template.stop) else unknown
 
-    def __call__(self, found: Sequence[RawRecord | Refusal]) -> Encoded:
-        made = Encoded(ledger=Ledger(format=self.schema.name))
+    def __call__(self, raw_records: Sequence[RawRecord | Refusal]) -> EncodedBatch:
+        batch = EncodedBatch(ledger=Ledger(format=self.schema.name))
         records: list[Record] = []
-        for one in found:
-            made.ledger.records_read += 1
-            record, notes = ParsedRecord(one) if isinstance(one, Refusal) else to_record(one, self.schema)
-            made.ledger.notices.update(notes)
+        for raw in raw_records:
+            batch.ledger.records_read += 1
+            if isinstance(raw, Refusal):
+                batch.ledger.refuse(raw)
+                continue
+            record, notes = to_record(raw, self.schema)
+            batch.ledger.notices.update(notes)
             if isinstance(record, Refusal):
-                made.ledger.refuse(record)
+                batch.ledger.refuse(record)
                 continue
             records.append(record if self.learn == "all" else _last_only(record))
-            asked = record.turns[-2] if len(record.turns) > 1 else None
-            if asked is not None and asked.input and asked.text:
-                made.instructions[asked.text] += 1
-        self._encode(records, made)
-        return made
+            if (instruction := _instruction_of(record)) is not None:
+                batch.instructions[instruction] += 1
+        for encoded in self._encode(records):
+            _enter(encoded, batch)
+        return batch
 
-    def _encode(self, records: Sequence[Record], made: Encoded) -> None:
-        expressed: list[tuple[Record, tuple[Exchange, ...]]] = []
+    def _encode(self, records: Sequence[Record]) -> Iterator[EncodedRecord]:
+        """The records, all their texts tokenized together."""
+        exchanges_of: list[tuple[Exchange, ...] | CannotExpress] = []
         for record in records:
             try:
-                expressed.append((record, self.template.exchanges(record)))
+                exchanges_of.append(self.template.exchanges(record))
             except CannotExpress as error:
-                self._refuse(record, str(error), made.ledger)
-        every = [exchange for _, exchanges in expressed for exchange in exchanges]
-        tokenizer = self.template.tokenizer
-        prompts = iter(ids_of([exchange.prompt for exchange in every], tokenizer))
-        answers = iter(ids_of([exchange.answer for exchange in every], tokenizer))
-        for record, exchanges in expressed:
-            targets = [Target(next(prompts), [*next(answers), self._stop_id], one.learn) for one in exchanges]
-            self._settle(record, exchanges, targets, made)
+                exchanges_of.append(error)
+        ids = _PieceIds(self.template)
+        every = [exchange for exchanges in exchanges_of if isinstance(exchanges, tuple) for exchange in exchanges]
+        ids.learn(piece for exchange in every for piece in (*exchange.prompt, exchange.answer))
+        for record, exchanges in zip(records, exchanges_of, strict=True):
+            if isinstance(exchanges, tuple):
+                yield self._encode_record(record, exchanges, ids)
+            else:
+                yield self._refused(record, str(exchanges), ids)
 
-    def _settle(self, record: Record, exchanges: Sequence[Exchange], targets: list[Target], made: Encoded) -> None:
-        ledger, fitting, cut_tokens = made.ledger, [], 0
+    def _encode_record(self, record: Record, exchanges: Sequence[Exchange], ids: _PieceIds) -> EncodedRecord:
+        targets = [self._target(exchange, ids) for exchange in exchanges]
+        fitting: list[Target] = []
         for exchange, target in zip(exchanges, targets, strict=True):
             fits: Target | Refusal = target
-            if len(target.prompt) + len(target.answer) > self.max_tokens:
-                fits = self._made_to_fit(record, exchange.at, target)
+            if target.prompt_tokens + len(target.answer) > self.max_tokens:
+                fits = self._made_to_fit(record, exchange.at, target, ids)
             if isinstance(fits, Refusal):
-                ledger.refuse(fits, sum(len(one.answer) * one.learn for one in targets))
-                return
-            cut_tokens += len(target.prompt) - len(fits.prompt)
+                refused_tokens = sum(len(one.answer) * one.learn for one in targets)
+                return EncodedRecord(record.origin, refusal=fits, refused_target_tokens=refused_tokens)
             fitting.append(fits)
-        if not all(target.prompt for target in fitting) and record.turns[-1].role != "text":
-            self._refuse(record, "the template writes nothing before the answer", ledger)
-            return
-        examples = joined(fitting, record.origin)
-        if cut_tokens:
-            ledger.cut(record.origin, cut_tokens)
-        if len(examples) > 1:
-            ledger.records_split += 1
-            ledger.split_origins.append(record.origin)
-        if any(exchange.prompt.breaks or exchange.answer.breaks for exchange in exchanges):
-            ledger.control_origins.append(record.origin)
-        self._note(record, exchanges, fitting, ledger)
-        ledger.use(examples)
-        made.records.append(examples)
-
-    def _note(self, record: Record, exchanges: Sequence[Exchange], targets: Sequence[Target], ledger: Ledger) -> None:
-        """What is accepted but worth saying: targets without a token, texts that the template does not write."""
-        if self._unknown_id is not None:
-            ledger.unknown_tokens += sum(target.answer.count(self._unknown_id) for target in targets)
-        for exchange in exchanges:
-            reasoning = record.turns[exchange.at].reasoning.strip()
-            if reasoning and reasoning not in exchange.answer.text:
-                ledger.notices["the template does not write an answer's reasoning, which is not learned,"] += 1
-        last = exchanges[-1]
-        systems = [turn.text.strip() for turn in record.turns[: last.at] if turn.role == "system"]
-        if not all(system in last.prompt.text for system in systems):
-            ledger.notices["the template does not write a system text, which is not read,"] += 1
-
-    def _refuse(self, record: Record, reason: str, ledger: Ledger) -> None:
-        """Refuse a record before its answers have ids; their number is counted all the same."""
-        answers = [Piece(record.turns[at].text, learn=True) for at in record.learned]
-        counts = [len(ids) + 1 for ids in ids_of(answers, self.template.tokenizer)]
-        learned = [record.turns[at].learn for at in record.learned]
-        ledger.refuse(
-            Refusal(record.origin, reason, RefusalKind.TEMPLATE),
-            sum(n * learn for n, learn in zip(counts, learned, strict=True)),
+        if not all(target.prompt_tokens for target in fitting) and record.turns[-1].role != "text":
+            return self._refused(record, "the template writes nothing before the answer", ids)
+        unknown = self._unknown_id
+        return EncodedRecord(
+            record.origin,
+            joined(fitting, record.origin),
+            cut_tokens=sum(a.prompt_tokens - b.prompt_tokens for a, b in zip(targets, fitting, strict=True)),
+            unknown_tokens=0 if unknown is None else sum(target.answer.count(unknown) for target in fitting),
+            holds_control_strings=any(
+                piece.breaks for piece in (*exchanges[-1].prompt, *(exchange.answer for exchange in exchanges))
+            ),
+            notes=_notes(record, exchanges),
         )
 
-    def _made_to_fit(self, record: Record, at: int, target: Target) -> Target | Refusal:
+    def _target(self, exchange: Exchange, ids: _PieceIds) -> Target:
+        stop = self.template.tokenizer.convert_tokens_to_ids(exchange.stop)
+        return Target(tuple(ids[piece] for piece in exchange.prompt), [*ids[exchange.answer], stop], exchange.learn)
+
+    def _refused(self, record: Record, reason: str, ids: _PieceIds) -> EncodedRecord:
+        """Refuse a record before its answers have ids; their number is counted all the same."""
+        answers = [record.turns[at] for at in record.learned]
+        tokens = sum((len(ids[Piece(turn.text, learn=True)]) + 1) * turn.learn for turn in answers)
+        refusal = Refusal(record.origin, reason, RefusalKind.TEMPLATE)
+        return EncodedRecord(record.origin, refusal=refusal, refused_target_tokens=tokens)
+
+    def _made_to_fit(self, record: Record, at: int, target: Target, ids: _PieceIds) -> Target | Refusal:
         """An exchange that is too long, its prompt shortened; or the refusal of one that must not or cannot be."""
         room = self.max_tokens - len(target.answer)
         if self.overlength != "shorten" and room > 0:
             reason = f"longer than max_seq_length {self.max_tokens}"
             return Refusal(record.origin, reason, RefusalKind.TOO_LONG, broken=self.overlength == "error")
 
-        def prompt_ids(shorter: Record) -> list[int]:
-            return ids_of([self.template.pieces(shorter)[0]], self.template.tokenizer)[0]
+        def prompt_ids(shorter: Record) -> tuple[list[int], ...]:
+            return tuple(ids[piece] for piece in self.template.prompt(shorter, len(shorter.turns) - 1))
 
         def fits(shorter: Record) -> bool:
             try:
-                return len(prompt_ids(shorter)) <= room
+                return sum(map(len, prompt_ids(shorter))) <= room
             except CannotExpress:  # it says the whole prompt, but not with a turn or a text less
                 return False
 
         until = replace(record, turns=record.turns[: at + 1])
-        shorter = shorten(until, fits) if room > 0 else None
-        if shorter is None:
-            which = f"answer {record.learned.index(at) + 1}" if len(record.learned) > 1 else "the answer"
-            written = "markers and list of tools" if record.tools else "markers"
-            return Refusal(
-                record.origin,
-                f"{which} alone, with its stop token and the template's {written}, is longer than max_seq_length "
-                f"{self.max_tokens} ({len(target.answer)} tokens)",
-                RefusalKind.TOO_LONG,
-                broken=self.overlength == "error",
-            )
-        return target._replace(prompt=prompt_ids(shorter))
+        shorter = shorten(until, fits, share=room / target.prompt_tokens) if room > 0 else None
+        if shorter is not None:
+            return target._replace(prompt=prompt_ids(shorter))
+        which = f"answer {record.learned.index(at) + 1}" if len(record.learned) > 1 else "the answer"
+        beside = "the template's markers and list of tools" if record.tools else "the template's markers"
+        return Refusal(
+            record.origin,
+            f"{which} leaves no room for its question within max_seq_length {self.max_tokens}: "
+            f"with its stop token it is {len(target.answer)} tokens long, and {beside} come on top",
+            RefusalKind.TOO_LONG,
+            broken=self.overlength == "error",
+        )
+
+
+def _notes(record: Record, exchanges: Sequence[Exchange]) -> tuple[str, ...]:
+    """What is accepted but worth saying: texts that the template does not write."""
+    notes = [note for exchange in exchanges for note in exchange.lost]
+    last = exchanges[-1]
+    systems = [turn.text.strip() for turn in record.turns[: last.at] if turn.role == "system"]
+    if systems:
+        prompt = "".join(piece.text for piece in last.prompt)
+        if not all(system in prompt for system in systems):
+            notes.append(NOT_WRITTEN["system"])
+    return tuple(notes)
+
+
+def _enter(encoded: EncodedRecord, batch: EncodedBatch) -> None:
+    """Enter what a record became in its batch."""
+    ledger = batch.ledger
+    if encoded.refusal is not None:
+        ledger.refuse(encoded.refusal, encoded.refused_target_tokens)
+        return
+    if encoded.cut_tokens:
+        ledger.cut(encoded.origin, encoded.cut_tokens)
+    if len(encoded.examples) > 1:
+        ledger.records_split += 1
+        ledger.split_origins.append(encoded.origin)
+    if encoded.holds_control_strings:
+        ledger.control_origins.append(encoded.origin)
+    ledger.unknown_tokens += encoded.unknown_tokens
+    ledger.notices.update(encoded.notes)
+    ledger.use(encoded.examples)
+    batch.records.append(encoded.examples)
 
 
 def joined(targets: Sequence[Target], origin: str) -> tuple[Example, ...]:
     """The exchanges of one record as few Examples as law 5 allows."""
-    if len(targets) == 1 and targets[0].prompt:
-        prompt, answer, times = targets[0]
-        return (Example((*prompt, *answer), (0,) * len(prompt) + (times,) * len(answer), origin),)
     examples: list[Example] = []
     ids: list[int] = []
     learn: list[int] = []
+    before: Target | None = None
     for target in targets:
-        if not ids or target.prompt[: len(ids)] != ids:
+        new = None if before is None else _continued(before, target)
+        if new is None:
             if ids:
                 examples.append(Example(tuple(ids), tuple(learn), origin))
-            ids, learn = [], []
-        learn += [0] * (len(target.prompt) - len(ids)) + [target.learn] * len(target.answer)
-        ids = target.prompt + target.answer
-        if not target.prompt:  # a text without a token before it: nothing predicts its first one
+            ids, learn, new = [], [], list(itertools.chain.from_iterable(target.prompt))
+        ids += new
+        ids += target.answer
+        learn += [0] * len(new) + [target.learn] * len(target.answer)
+        if not target.prompt_tokens:  # a text without a token before it: nothing predicts its first one
             learn[0] = 0
+        before = target
     return (*examples, Example(tuple(ids), tuple(learn), origin))
 
 
+def _continued(before: Target, target: Target) -> list[int] | None:
+    """What a prompt adds to the exchange before it; None where it does not begin with all of that."""
+    shared = len(before.prompt) - 1  # all parts but the one that asks for the answer
+    if target.prompt[:shared] != before.prompt[:shared]:
+        return None
+    new = list(itertools.chain.from_iterable(target.prompt[shared:]))
+    known = [*(before.prompt[-1] if before.prompt else []), *before.answer]
+    return new[len(known) :] if new[: len(known)] == known else None
+
+
 def encode(
-    found: Iterable[RawRecord | Refusal],
+    raw_records: Iterable[RawRecord | Refusal],
     template: Template,
     ledger: Ledger,
     *,
@@ -226,29 +293,35 @@ def encode(
 ) -> Iterator[tuple[Example, ...]]:
     """Yield the Examples of each accepted record and write everything else into ledger."""
     encoder = Encoder(template, schema or Schema(), max_tokens, overlength, learn)
-    for made in entered_in_ledger(map(encoder, batched(found)), ledger):
-        yield from made.records
+    for batch in entered_in_ledger(map(encoder, batched(raw_records)), ledger):
+        yield from batch.records
 
 
-def entered_in_ledger(parts: Iterable[P], ledger: Ledger) -> Iterator[P]:
+def entered_in_ledger(parts: Iterable[CountedPart], ledger: Ledger) -> Iterator[CountedPart]:
     """The parts as they come, each entered into ledger; at the end, the instruction that nearly all records share."""
     instructions: Counter[str] = Counter()  # of a large file's rare ones some are forgotten
-    for made in parts:
-        ledger.add(made.ledger)
-        instructions.update(made.instructions)
+    for part in parts:
+        ledger.add(part.ledger)
+        instructions.update(part.instructions)
         if len(instructions) > INSTRUCTIONS_KEPT:
             instructions = Counter(dict(instructions.most_common(INSTRUCTIONS_KEPT // 10)))
-        yield made
+        yield part
     for text, count in instructions.most_common(1):
         if count >= max(2, SHARED_SHARE * ledger.records_read):
             ledger.shared_instruction = text
 
 
-def batched(items: Iterable[Any], size: int = BATCH_RECORDS) -> Iterator[tuple[Any, ...]]:
+def batched(items: Iterable[Item], size: int = BATCH_RECORDS) -> Iterator[tuple[Item, ...]]:
     """itertools.batched, which Python 3.11 lacks."""
     iterator = iter(items)
     while batch := tuple(itertools.islice(iterator, size)):
         yield batch
+
+
+def _instruction_of(record: Record) -> str | None:
+    """The instruction of the last question, where that has an input too."""
+    question = record.turns[-2] if len(record.turns) > 1 else None
+    return question.text if question is not None and question.input and question.text else None
 
 
 def _last_only(record: Record) -> Record:

@@ -1,6 +1,7 @@
-"""Shorten: what of a record's prompt goes first when an example would be too long.
+"""Shortening: what of a record's prompt goes first when an example would be too long.
 
-The oldest turns, then the start of the longest prompt text. The template's markers and the answer are not touched.
+The oldest turns, then the start of the longest prompt text. The template's markers and the answer are not touched, and
+something of the question that is answered always stays.
 """
 
 from collections.abc import Callable
@@ -12,13 +13,15 @@ from atomtune.data.records import Record
 Place = tuple[int, str]
 
 
-def shorten(record: Record, fits: Callable[[Record], bool]) -> Record | None:
+def shorten(record: Record, fits: Callable[[Record], bool], *, share: float = 0.0) -> Record | None:
     """Drop the oldest turns, then the start of the longest prompt text, until the record fits; None if it cannot.
 
     record  does not fit as it is
     fits    is taken to hold for less where it holds for more, so that few lengths are tried
+    share   about how much of the prompt fits: where the search begins
     """
-    record, fitting = _without_oldest(record, fits)
+    asks_something = _asks_something(record)
+    record, fitting = _without_oldest(record, fits, share)
     if fitting:
         return record
     for _ in range(2 * len(record.prompt)):
@@ -27,12 +30,19 @@ def shorten(record: Record, fits: Callable[[Record], bool]) -> Record | None:
             return None
         blank = _with_text(record, place, "")
         if fits(blank):
-            return _with_end_of_text(record, place, text, fits)
+            record = _with_end_of_text(record, place, text, fits, share)
+            return record if _asks_something(record) >= asks_something else None
         record = blank
-    return record if fits(record) else None
+    return record if fits(record) and _asks_something(record) >= asks_something else None
 
 
-def _without_oldest(record: Record, fits: Callable[[Record], bool]) -> tuple[Record, bool]:
+def _asks_something(record: Record) -> bool:
+    """Whether anything is left of the last question, where the record has one."""
+    questions = [turn for turn in record.prompt if turn.role == "user"]
+    return not questions or bool((questions[-1].text + questions[-1].input).strip())
+
+
+def _without_oldest(record: Record, fits: Callable[[Record], bool], share: float) -> tuple[Record, bool]:
     """The record from one of its later questions on, and whether it fits: the longest that does, else the shortest."""
     system = tuple(turn for turn in record.prompt if turn.role == "system")
     rest = [turn for turn in record.turns if turn.role != "system"]
@@ -45,29 +55,35 @@ def _without_oldest(record: Record, fits: Callable[[Record], bool]) -> tuple[Rec
         return record, False
     if not fits(last(1)):
         return last(1), False
-    return last(_most(lambda exchanges: fits(last(exchanges)), 1, len(starts) + 1)), True
+    most = _most(lambda exchanges: fits(last(exchanges)), 1, len(starts) + 1, likely=int(len(starts) * share))
+    return last(most), True
 
 
-def _with_end_of_text(record: Record, place: Place, text: str, fits: Callable[[Record], bool]) -> Record:
+def _with_end_of_text(record: Record, place: Place, text: str, fits: Callable[[Record], bool], share: float) -> Record:
     """The record with as much of the end of a text as fits; nothing of it is known to."""
 
     def ending(characters: int) -> Record:
         return _with_text(record, place, text[len(text) - characters :])
 
-    return ending(_most(lambda characters: fits(ending(characters)), 0, len(text)))
+    return ending(_most(lambda characters: fits(ending(characters)), 0, len(text), likely=int(len(text) * share)))
 
 
-def _most(holds: Callable[[int], bool], low: int, high: int) -> int:
+def _most(holds: Callable[[int], bool], low: int, high: int, *, likely: int) -> int:
     """The largest number that holds, from low, which does, to below high, which does not.
 
-    Doubling, then halving: what is tried is never much more than what is kept, however far away high is.
+    In steps that double from the likely number on, then by halving: what is tried is never much more than what is kept.
     """
-    step = 1
-    while low + step < high:
-        if not holds(low + step):
-            high = low + step
-            break
-        low, step = low + step, 2 * step
+    number, step = max(likely, low + 1), 1
+    if number < high and holds(number):
+        low = number
+        while low + step < high and holds(low + step):
+            low, step = low + step, 2 * step
+        high = min(high, low + step)
+    else:
+        high = min(high, number)
+        while high - step > low and not holds(high - step):
+            high, step = high - step, 2 * step
+        low = max(low, high - step)
     while high - low > 1:
         middle = (low + high) // 2
         if holds(middle):

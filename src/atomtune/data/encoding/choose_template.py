@@ -1,0 +1,212 @@
+"""Choosing a chat template, and asking it a few questions to find out how it writes."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from datetime import date
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from atomtune.data.encoding.chat_template import (
+    TRIMS,
+    AnswerForm,
+    CannotExpress,
+    InstructionRole,
+    Message,
+    Template,
+    common_beginning,
+)
+from atomtune.data.encoding.thoughts import opened
+from atomtune.data.encoding.token_ids import LIKE_CONTROL
+from atomtune.data.tokenizer import Tokenizer
+from atomtune.errors import BadModel, BadSettings
+
+#: Stands for a text whose surroundings are looked at; a noncharacter, so that no template has it.
+_TEXT = "\ufdd5"
+#: White space of every kind around a text, more line ends than any template writes.
+_SPACED = f"\n\n\n\n \n {_TEXT} \n \n\n\n\n"
+_QUESTION: Message = {"role": "user", "content": "?"}
+_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}},
+}
+_FILES = (".jinja", ".jinja2", ".j2")
+
+
+def load_template(
+    name: str, tokenizer: Tokenizer, *, variables: Mapping[str, Any] | None = None, day: date | None = None
+) -> Template:
+    """`auto` (the tokenizer's own, else atom), a built-in name, or a .jinja file.
+
+    Raises BadSettings for a name that does not exist, BadModel when the tokenizer has no token to stop at.
+    """
+    source, role = _source_of(name, tokenizer)
+    if name == "auto":
+        name = "the tokenizer's own" if tokenizer.chat_template else "atom"
+    elif name.endswith(_FILES):
+        name = Path(name).name
+    return probed(Template(name, source, tokenizer, role, variables or {}, day or date.today()))
+
+
+def _source_of(name: str, tokenizer: Tokenizer) -> tuple[str, InstructionRole]:
+    if name == "auto" and tokenizer.chat_template:
+        return tokenizer.get_chat_template(), "user"
+    if name == "auto":
+        name = "atom"
+    if name.endswith(_FILES):
+        path = Path(name)
+        if not path.is_file():
+            raise BadSettings([f"--template {name}: no such file."])
+        try:
+            return path.read_text(encoding="utf-8"), "user"
+        except UnicodeDecodeError as error:
+            raise BadSettings([f"--template {name}: not UTF-8: {error}"]) from None
+    if name not in built_in():
+        known = ", ".join(["auto", *built_in()])
+        raise BadSettings([f"--template {name}: no such template. Known: {known}, or the path of a .jinja file."])
+    file = resources.files("atomtune.data") / "templates" / f"{name}.jinja"
+    return file.read_text(encoding="utf-8").rstrip("\n"), "system" if name == "atom" else "user"
+
+
+def built_in() -> list[str]:
+    """The names of the templates that come with the tool."""
+    folder = resources.files("atomtune.data") / "templates"
+    return sorted(file.name.removesuffix(".jinja") for file in folder.iterdir())
+
+
+def restore_template(name: str, instruction_role: InstructionRole, tokenizer: Tokenizer) -> Template:
+    """The template saved with an adapter's tokenizer."""
+    return probed(Template(name, tokenizer.get_chat_template(), tokenizer, instruction_role))
+
+
+def probed(template: Template) -> Template:
+    """The template with what a few small conversations tell about how it writes.
+
+    Raises BadModel where it cannot write a question and its answer, or has nothing to end the answer with.
+    """
+    tokenizer, controls = template.tokenizer, template.tokens.controls
+    answer = {"role": "assistant", "content": _TEXT}
+    try:
+        prompt = template.render([_QUESTION])
+        full = template.render([_QUESTION, answer], prompt=False)
+    except CannotExpress as error:
+        raise BadModel(
+            f"{error}.\nIt was asked one question and its answer, so the template itself is at fault."
+        ) from None
+    # What the template writes behind an answer begins with the token that ends it (<|im_end|>, <end_of_turn>, </s>).
+    behind = full.partition(_TEXT)[2]
+    match = controls.match(behind.lstrip())
+    stop = match.group() if match else tokenizer.eos_token
+    if not stop:
+        raise BadModel(
+            "The tokenizer has no end-of-sequence token and the template writes none, so an answer could never stop.\n"
+            "Set eos_token in its tokenizer_config.json, or pass --template with one that ends answers by a token."
+        )
+    template = replace(template, stop=stop, behind=behind, stops=(stop,))
+    header, asks = _header(template, prompt)
+    template = replace(
+        template,
+        header=header,
+        asks=asks,
+        form=_answer_form(template),
+        knows_thoughts=opened(prompt) is not None or _writes_thoughts(template),
+        calls_as_text=_takes_calls_as_text(template),
+        writes_bos=not tokenizer.bos_token or prompt.startswith(tokenizer.bos_token),
+        unknown_controls=_unknown_controls(template, full),
+    )
+    return replace(template, stops=tuple(dict.fromkeys([stop, *_other_stops(template)])))
+
+
+def _unknown_controls(template: Template, written: str) -> tuple[str, ...]:
+    """What reads like a control string in what the template writes, and is no token of this tokenizer."""
+    tokens = {str(token) for token in template.tokenizer.added_tokens_decoder.values()}
+    tokens |= template.tokenizer.get_vocab().keys()
+    return tuple(sorted(set(LIKE_CONTROL.findall(written)) - tokens))
+
+
+def _header(template: Template, prompt: str) -> tuple[str, str]:
+    """What begins each turn of the assistant, from a control token on, and the end of a prompt from there on.
+
+    Both empty where no control token stands there, or where a text may not be cut before it.
+    """
+    controls = template.tokens.controls
+    history = _written(template, [_QUESTION])
+    asks = prompt[len(history) :] if history is not None and prompt.startswith(history) else ""
+    if not controls.match(asks):
+        last = [match.start() for match in controls.finditer(prompt)][-1:]
+        asks = prompt[last[0] :] if last and last[0] else ""
+    earlier = _written(template, [_QUESTION, {"role": "assistant", "content": _TEXT}, _QUESTION])
+    start = len(prompt) - len(asks)
+    if not asks or earlier is None or not earlier.startswith(prompt[:start]):
+        return "", ""
+    turn = earlier[start:].partition(_TEXT)[0]
+    header = asks[: common_beginning(asks, turn)]
+    if not controls.match(header) or not template.tokens.splits_before(header):
+        return "", ""
+    return header, asks
+
+
+def _answer_form(template: Template) -> AnswerForm | None:
+    """How plain answers are written, if the same at the first and at a later place, spaced out or not."""
+    earlier = [_QUESTION, {"role": "assistant", "content": "A"}, _QUESTION]
+    forms = set()
+    for before in ([_QUESTION], earlier):
+        try:
+            prompt = template.render(before)
+        except CannotExpress:
+            continue  # a template of one question and one answer
+        for text in (_TEXT, _SPACED, f"{_TEXT}<b>\n\n{_TEXT}"):
+            full = _written(template, [*before, {"role": "assistant", "content": text}])
+            if full is None or not full.startswith(prompt):
+                return None
+            written, stop = template.ended(full[len(prompt) :])
+            if stop != template.stop:
+                return None
+            forms.add(frozenset(_forms_of(written, text)))
+    common = frozenset.intersection(*forms)
+    for trims in TRIMS:
+        for lead in sorted(form.lead for form in common if form.trims == trims):
+            unsaid = lead == " " and template.tokens.writes_a_space
+            return AnswerForm("" if unsaid else lead, trims)
+    return None
+
+
+def _forms_of(written: str, text: str) -> Iterator[AnswerForm]:
+    """All the ways in which a text may have become what is written."""
+    for trims, trim in TRIMS.items():
+        if written.endswith(trim(text)):
+            yield AnswerForm(written[: len(written) - len(trim(text))], trims)
+
+
+def _writes_thoughts(template: Template) -> bool:
+    turn = {"role": "assistant", "content": "A", "reasoning_content": _TEXT, "thinking": _TEXT}
+    return _TEXT in (_written(template, [_QUESTION, turn]) or "")
+
+
+def _takes_calls_as_text(template: Template) -> bool:
+    def called(arguments: Any) -> str | None:
+        return _written(template, [_QUESTION, _calling(arguments)], tools=True)
+
+    as_values = called({"a": _TEXT})
+    return (as_values is None or "{'a'" in as_values) and _TEXT in (called(f'{{"a": "{_TEXT}"}}') or "")
+
+
+def _calling(arguments: Any) -> Message:
+    function = {"name": "f", "arguments": arguments}
+    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+
+
+def _other_stops(template: Template) -> Iterator[str]:
+    """The tokens that end a turn of the assistant which calls a tool."""
+    call = _calling('{"a": 1}' if template.calls_as_text else {"a": 1})
+    written = _written(template, [_QUESTION, call], tools=True)
+    if written is not None and "f" in written:
+        yield template.ended(written)[1]
+
+
+def _written(template: Template, messages: list[Message], *, tools: bool = False) -> str | None:
+    """The rendered conversation; None where the template refuses it."""
+    try:
+        return template.render(messages, prompt=False, tools=[_TOOL] if tools else [])
+    except CannotExpress:
+        return None
