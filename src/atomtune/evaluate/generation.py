@@ -17,6 +17,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.layout_support import windows_of
+from atomtune.model.loss import innermost
 
 #: A shorter common beginning is not worth a call of its own.
 LEAST_SHARED = 16
@@ -63,7 +64,7 @@ def _greedily(
     model: CausalLM, inputs: dict[str, Any], stop_ids: list[int], *, pad_id: int, max_new_tokens: int
 ) -> torch.Tensor:
     """The likeliest token each time, whatever else the model's own generation settings ask for."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = innermost(model)
     own = inner.generation_config
     inner.generation_config = GenerationConfig()  # what is None in ours would be filled in from the model's own
     plain = GenerationConfig(
@@ -83,7 +84,7 @@ def _may_share(model: CausalLM) -> bool:
     """Filling up behind a beginning would shift sliding windows, which count places and not positions."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
-    return not any(windows_of(model)) and kinds <= {"full_attention"}  # type: ignore[arg-type]
+    return not any(windows_of(model)) and kinds <= {"full_attention"}
 
 
 def _shared_length(prompts: Sequence[Sequence[int]]) -> int:

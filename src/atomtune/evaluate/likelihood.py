@@ -43,12 +43,12 @@ def _scores(model: CausalLM, batch: dict[str, object]) -> tuple[list[float], lis
     """Of every target its surprise in nats, and whether it was the likeliest token."""
     target = batch["target"]
     assert isinstance(target, torch.Tensor)
-    head = Head.of(model)  # type: ignore[arg-type]  # every CausalLM is an nn.Module
+    head = Head.of(model)
     if head is None:
-        every = model(**model_inputs(model, batch), use_cache=False).logits  # type: ignore[arg-type]
+        every = model(**model_inputs(model, batch), use_cache=False).logits
         picked = every[batch["row"], batch["predicted_from"]]  # [N, V]
     else:
-        picked = head.hidden(model, batch)  # type: ignore[arg-type]  # [N, D]
+        picked = head.hidden(model, batch)  # [N, D]
     width = model.config.get_text_config().vocab_size
     step = max(1, CHUNK_LOGITS // width)
     nats: list[float] = []

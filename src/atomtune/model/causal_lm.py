@@ -4,46 +4,23 @@ Every class that transformers' AutoModelForCausalLM gives has it, and so does on
 their own code lack some (`model.loss.takes` asks before a keyword is passed).
 """
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 
-class CausalLM(Protocol):
-    """A transformers causal LM or a PeftModel around one: an nn.Module with a config and logits."""
+class CausalLM(nn.Module):
+    """The type of a transformers causal LM or of a PeftModel around one. For annotations: nothing is made of it.
+
+    A class and not a Protocol, because only so can it be handed to whatever wants an nn.Module.
+    """
 
     config: Any
     generation_config: Any
-    training: bool
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def __call__(self, **inputs: Any) -> Any: ...  # .logits [B, T, V]
-
-    def generate(self, **options: Any) -> torch.Tensor: ...  # [B, T + new]
-
-    def train(self, mode: bool = True) -> "CausalLM": ...
-
-    def eval(self) -> "CausalLM": ...
-
-    def requires_grad_(self, requires_grad: bool = True) -> "CausalLM": ...
-
-    def to(self, *target: Any) -> "CausalLM": ...
-
-    def modules(self) -> Iterator[nn.Module]: ...
-
-    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    def get_input_embeddings(self) -> nn.Module: ...
-
-    def get_output_embeddings(self) -> nn.Module | None: ...
-
-    def save_pretrained(self, save_directory: str | Path) -> Any: ...
+    device: torch.device
+    generate: Callable[..., torch.Tensor]  # → [B, T + new]
+    get_input_embeddings: Callable[[], nn.Module]
+    get_output_embeddings: Callable[[], nn.Module | None]
+    save_pretrained: Callable[..., Any]

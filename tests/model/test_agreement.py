@@ -1,0 +1,92 @@
+"""Agreement: rounding is told from faults, by the noise of two plain runs."""
+
+import pytest
+import torch
+
+from atomtune.model.agreement import (
+    another_plain_way,
+    distribution_measures,
+    gradient_measures,
+    log_probability_measures,
+    worst_gradient,
+)
+
+DRAW = torch.Generator().manual_seed(0)
+WORDS, POSITIONS = 500, 200
+
+
+def some_logits() -> torch.Tensor:
+    return 3 * torch.randn(POSITIONS, WORDS, generator=DRAW).double()
+
+
+def noisy(logits: torch.Tensor, size: float) -> torch.Tensor:
+    return (logits + size * torch.randn(logits.shape, generator=DRAW).double()).log_softmax(-1)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-2])
+def test_as_much_noise_as_two_plain_runs_holds_and_ten_times_does_not(size):
+    logits = some_logits()
+    plain, again = noisy(logits, size), noisy(logits, size)
+    for times, holds in ((1, True), (10, False)):
+        ours = noisy(logits, times * size)
+        measures = distribution_measures(ours, plain, again, dtype=torch.float32)
+        assert all(measure.holds for measure in measures) == holds
+        targets = [x[:, 0] for x in (ours, plain, again)]
+        assert all(measure.holds for measure in log_probability_measures(*targets, dtype=torch.float32)) == holds
+
+
+def test_one_wild_position_is_no_fault_and_five_in_a_hundred_are():
+    # The maximum is what rounding makes of a hundred thousand numbers.
+    logits = some_logits()
+    plain, again = noisy(logits, 1e-2), noisy(logits, 1e-2)
+    for wild, holds in ((1, True), (POSITIONS // 20, False)):
+        ours = noisy(logits, 1e-2)
+        ours[:wild, 0] += 0.5
+        assert (
+            all(m.holds for m in log_probability_measures(ours[:, 0], plain[:, 0], again[:, 0], dtype=torch.float32))
+            == holds
+        )
+
+
+def test_plain_runs_that_are_equal_leave_a_unit_in_the_last_place():
+    plain = noisy(some_logits(), 0)[:, 0]
+    for apart, holds in ((0.5, True), (3.0, False)):
+        ours = plain + apart * torch.finfo(torch.bfloat16).eps
+        assert all(m.holds for m in log_probability_measures(ours, plain, plain, dtype=torch.bfloat16)) == holds
+
+
+def test_nan_never_holds():
+    plain = noisy(some_logits(), 0)[:, 0]
+    assert not all(m.holds for m in log_probability_measures(plain * torch.nan, plain, plain, dtype=torch.float32))
+
+
+def test_a_gradient_that_is_wrong_in_one_weight_shows_and_is_named():
+    plain = {name: torch.randn(20, 30, generator=DRAW).double() for name in "abc"}
+    again = {name: value * (1 + 1e-3) for name, value in plain.items()}
+    assert all(m.holds for m in gradient_measures(again, plain, again, dtype=torch.float32))
+    wrong = {**again, "b": 1.1 * plain["b"]}
+    assert worst_gradient(wrong, plain) == "b"
+    assert not all(m.holds for m in gradient_measures(wrong, plain, again, dtype=torch.float32))
+
+
+def test_a_gradient_that_is_missing_or_nan_shows():
+    plain = {"a": torch.ones(3).double(), "never reached": torch.zeros(3).double()}
+    assert all(m.holds for m in gradient_measures(plain, plain, plain, dtype=torch.float32))
+    for value in (torch.zeros(3), torch.full((3,), torch.nan)):
+        ours = {**plain, "a": value.double()}
+        assert not all(m.holds for m in gradient_measures(ours, plain, plain, dtype=torch.float32))
+
+
+def test_the_other_plain_way_is_another_attention_and_is_left_again(models):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(models("llama"))
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        first = model(input_ids=ids).logits
+        with another_plain_way(model) as other:
+            assert other
+            second = model(input_ids=ids).logits
+        assert torch.equal(model(input_ids=ids).logits, first)
+    assert not torch.equal(first, second)
+    assert torch.allclose(first, second, atol=1e-4)
