@@ -113,6 +113,7 @@ def test_a_module_has_a_noun_for_a_name_and_says_where_it_stands(path):
 PRIVATE = {
     "data/encoding/special_tokens.py": {"tokenizer._atomtune_controls"},
     "data/encoding/token_ids.py": {"tokenizer._atomtune_short_way"},
+    "model/agreement.py": {"inner.config._attn_implementation"},
     "model/block_attention.py": {"torch._softmax_backward_data"},
     "model/fused_lora.py": {"weight._version"},
     "model/layout_support.py": {"inner.config._attn_implementation"},

@@ -248,9 +248,9 @@ def _by_record(batch: Any, scores: torch.Tensor, examples: Sequence[Example]) ->
     """
     ids = batch["input_ids"].cpu()
     by_path: dict[tuple[int, ...], float] = {}
-    targets = zip(*(batch[name].tolist() for name in ("row", "source", "target")), scores.tolist(), strict=True)
-    for row, source, target, score in targets:
-        path = ids[row, _path_to(source, batch["plan"])].tolist()
+    targets = zip(*(batch[name].tolist() for name in ("row", "predicted_from", "target")), scores.tolist(), strict=True)
+    for row, predicted_from, target, score in targets:
+        path = ids[row, _path_to(predicted_from, batch["plan"])].tolist()
         by_path[(*path, target)] = score
     found = []
     for example in examples:
@@ -259,12 +259,12 @@ def _by_record(batch: Any, scores: torch.Tensor, examples: Sequence[Example]) ->
     return found
 
 
-def _path_to(source: int, plan: AttentionPlan | None) -> list[int]:
+def _path_to(position: int, plan: AttentionPlan | None) -> list[int]:
     """The positions that a position sees, itself included."""
     if plan is None:
-        return list(range(source + 1))
+        return list(range(position + 1))
     until = plan.until.cpu()
-    return [k for k in range(source + 1) if source < until[k]]
+    return [k for k in range(position + 1) if position < until[k]]
 
 
 def _forget_gradients(model: CausalLM) -> None:
