@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from atomtune import __version__
 from atomtune.disk import read_json_object, replacing, write_json
 from atomtune.errors import BadSettings
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 RECORD = "run.json"
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
@@ -51,22 +54,11 @@ def draw_loss(history: list[dict[str, Any]], path: Path, *, title: str = "") -> 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    training = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    held_out = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
     with matplotlib.rc_context({"font.sans-serif": fonts()}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a title may be in any script
         figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-        if training:
-            steps, losses = zip(*training, strict=True)
-            smooth = smoothed(losses)
-            axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=1)
-            axes.plot(steps, smooth, color="C0", linewidth=1.8, label=f"training, smoothed: last {smooth[-1]:.3f}")
-        if held_out:
-            steps, losses = zip(*held_out, strict=True)
-            best_step, best = min(held_out, key=lambda point: point[1])
-            label = f"held out: last {losses[-1]:.3f}, best {best:.3f} at step {best_step:,}"
-            axes.plot(steps, losses, "o-", color="C1", linewidth=1.6, markersize=4, label=label)
-            axes.plot([best_step], [best], "*", color="C1", markersize=13)
+        draw_training(axes, [(entry["step"], entry["loss"]) for entry in history if "loss" in entry])
+        draw_held_out(axes, [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry])
         axes.set_xlabel("step")
         axes.set_ylabel("loss per token (nats)")
         axes.set_title(title, fontsize=10)
@@ -77,6 +69,25 @@ def draw_loss(history: list[dict[str, Any]], path: Path, *, title: str = "") -> 
         with replacing(path) as file:
             figure.savefig(file, format="png")
         pyplot.close(figure)
+
+
+def draw_training(axes: "Axes", points: list[tuple[int, float]]) -> None:
+    """A pale line through every logged value, a strong one through their mean."""
+    if points:
+        steps, losses = zip(*points, strict=True)
+        smooth = smoothed(losses)
+        axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=1)
+        axes.plot(steps, smooth, color="C0", linewidth=1.8, label=f"training, smoothed: last {smooth[-1]:.3f}")
+
+
+def draw_held_out(axes: "Axes", points: list[tuple[int, float]]) -> None:
+    """The held-out loss, with a star at its lowest value."""
+    if points:
+        steps, losses = zip(*points, strict=True)
+        best_step, best = min(points, key=lambda point: point[1])
+        label = f"held out: last {losses[-1]:.3f}, best {best:.3f} at step {best_step:,}"
+        axes.plot(steps, losses, "o-", color="C1", linewidth=1.6, markersize=4, label=label)
+        axes.plot([best_step], [best], "*", color="C1", markersize=13)
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:

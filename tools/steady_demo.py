@@ -1,0 +1,93 @@
+"""Whether the demo gives the same answers on another machine.
+
+It is run several times, with noise as small as another processor's rounding and with other numbers of threads, and the
+answers to every held-out prompt are listed.
+
+    python tools/steady_demo.py --runs 4 [--prompts CANDIDATES.jsonl]
+
+Exit code 1 where a prompt got more than one answer. The noise: every weight of the base times 1 + 1e-6 * a normal number.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from atomtune.settings import read
+from atomtune.train import demo
+
+NOISE = 1e-6  # float32 rounds at 6e-8 of a value; a sum over a row of weights errs by some ten times that
+
+
+def lay_noisy_demo(folder: Path, seed: int, prompts: Path | None) -> None:
+    """A copy of the demo whose base has noise in every weight; seed 0 has none."""
+    shutil.copytree(read.DEMO_FOLDER, folder)
+    if prompts:
+        shutil.copy(prompts, folder / "held_out.jsonl")
+    weights = {name: tensor.float() for name, tensor in load_file(folder / "base" / "model.safetensors").items()}
+    generator = torch.Generator().manual_seed(seed)
+    if seed:
+        weights = {name: w * (1 + NOISE * torch.randn(w.shape, generator=generator)) for name, w in weights.items()}
+    save_file(weights, folder / "base" / "model.safetensors", metadata={"format": "pt"})
+
+
+def answers_of_a_run(seed: int, threads: int, prompts: Path | None) -> dict[str, tuple[str, str]]:
+    """Prompt → the answers before and after training."""
+    from atomtune.cli import main as command
+
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as temporary, contextlib.chdir(temporary):
+        folder = Path(temporary, "demo")
+        lay_noisy_demo(folder, seed, prompts)
+        read.DEMO_FOLDER = demo.DEMO_FOLDER = folder
+        seen: dict[str, tuple[str, str]] = {}
+        show = demo.Samples.show_after
+
+        def note(samples: demo.Samples, console: object) -> None:
+            prompts = ["\n".join(filter(None, (turn.text, turn.input))) for turn in samples.turns]
+            seen.update(zip(prompts, zip(samples.before, samples._answers(), strict=True), strict=True))
+
+        demo.Samples.show_after = note  # type: ignore[method-assign, assignment]
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                code = command(["train"])
+        finally:
+            demo.Samples.show_after = show  # type: ignore[method-assign]
+    if code:
+        raise SystemExit(f"the demo ended with {code}")
+    return seen
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=4, help="the first without noise")
+    parser.add_argument("--prompts", type=Path, help="candidates instead of the demo's held_out.jsonl")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="used in turn")
+    options = parser.parse_args()
+    original = read.DEMO_FOLDER
+    answers: dict[str, list[tuple[str, str]]] = {}
+    for seed in range(options.runs):
+        read.DEMO_FOLDER = original
+        seen = answers_of_a_run(seed, options.threads[seed % len(options.threads)], options.prompts)
+        for prompt, pair in seen.items():
+            answers.setdefault(prompt, []).append(pair)
+    unsteady = 0
+    for prompt, pairs in answers.items():
+        same = len(set(pairs)) == 1
+        unsteady += not same
+        print(json.dumps({"prompt": prompt, "steady": same, "answers": sorted(set(pairs))}, ensure_ascii=False))
+    print(f"{len(answers) - unsteady} of {len(answers)} prompts: the same answers in all {options.runs} runs")
+    return 1 if unsteady else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    sys.exit(main())
