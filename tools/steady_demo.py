@@ -5,7 +5,7 @@ answers to every held-out prompt are listed.
 
     python tools/steady_demo.py --runs 4 [--prompts CANDIDATES.jsonl]
 
-Exit code 1 where a prompt got more than one answer. The noise: every weight of the base times 1 + 1e-6 * a normal number.
+Exit code 1 where a prompt got more than one answer. The noise: each weight of the base times 1 + 1e-6 * a normal draw.
 """
 
 import argparse
