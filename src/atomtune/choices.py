@@ -15,6 +15,9 @@ Learn = Literal["all", "last"]
 Layout = Literal["padded", "packed", "tree"]
 LayoutChoice = Literal["auto", "tree", "packed", "padded"]
 
+#: What --metric_for_best_model may name, with or without `eval_` before it; lower is better for both.
+METRICS = ("loss", "perplexity")
+
 #: The built-in chat templates, data/templates/NAME.jinja.
 TEMPLATES = (
     "atom",

@@ -339,7 +339,7 @@ def test_a_reader_of_the_output_that_leaves_does_not_end_the_run(models, dialogu
     assert status(tmp_path / "out")["status"] == "finished"
 
 
-@pytest.mark.parametrize(("targets", "said"), [("input_layernorm", "not supported"), (",", "lora_targets")])
+@pytest.mark.parametrize(("targets", "said"), [("input_layernorm", "linear layers here"), (",", "lora_targets")])
 def test_targets_that_lora_cannot_adapt(  # noqa: PLR0917  # pytest's fixtures
     models, dialogues, tmp_path, capsys, targets, said
 ):

@@ -3,6 +3,8 @@
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from atomtune.choices import METRICS
+
 
 def contradictions(values: Mapping[str, Any], written: Collection[str]) -> Iterator[str]:
     """A line for each. written: the settings that the user set; all others have their defaults."""
@@ -47,3 +49,6 @@ def _of_the_start(values: Mapping[str, Any]) -> Iterator[str]:
 def _of_the_trainer(values: Mapping[str, Any]) -> Iterator[str]:
     if values.get("fp16") and values.get("bf16"):
         yield "--fp16 and --bf16 contradict each other. Pass one of them, or neither for what suits the device."
+    metric = values.get("metric_for_best_model")
+    if metric is not None and metric.removeprefix("eval_") not in METRICS:
+        yield f"--metric_for_best_model {metric!r}: expected one of {', '.join(METRICS)}."

@@ -27,6 +27,8 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
     evaluates = bool(settings.data.eval_path or settings.data.eval_size)
     if values.get("eval_strategy", "no") != "no" and not evaluates:
         raise BadSettings([f"--eval_strategy {values['eval_strategy']} needs records: --eval_path or --eval_size."])
+    if values.get("metric_for_best_model") is not None:
+        values.setdefault("greater_is_better", False)  # the library guesses by name, and guesses perplexity wrong
     if evaluates:
         values.setdefault("eval_strategy", "epoch")
     values |= {

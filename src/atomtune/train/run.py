@@ -38,6 +38,7 @@ from atomtune.train.layout import check_equal, choose_layout
 from atomtune.train.model import keep_or_recompute, load_model
 from atomtune.train.output_folder import check_space, explained, locked, same_command
 from atomtune.train.progress import TrainingBar
+from atomtune.train.rehearsal import check_last_batch, rehearse
 from atomtune.train.run_context import RunContext
 from atomtune.train.run_identity import identity, refuse_another_run
 from atomtune.train.run_report import RunRecord, draw_loss, read_record
@@ -52,6 +53,7 @@ def train(settings: TrainSettings) -> int:
     """Run `atomtune train`; the exit code, or an AtomtuneError that holds it."""
     began = time.monotonic()
     args = trainer_arguments(settings)
+    rehearse(settings, args)
     is_first = args.process_index == 0
     console = Console(speaks=is_first)
     _quiet(settings)
@@ -128,6 +130,8 @@ def _run(run: RunContext, began: float) -> None:
     template = load_template(settings.data.template, tokenizer)
     tokenizer.chat_template = template.source  # what is trained is what is served
     data = read_data(run, template)
+    if not isinstance(data.train, Stream):
+        check_last_batch(run.args, len(data.train))
     run_identity = identity(run, template, data)
     refuse_another_run(run, run_identity)
     _say_changed_length(run)

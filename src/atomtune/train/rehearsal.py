@@ -1,0 +1,107 @@
+"""Rehearsal: what a library would refuse late, tried on small objects before data and model are read."""
+
+import os
+from collections.abc import Iterator
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, get_scheduler
+
+from atomtune.errors import BadSettings
+from atomtune.model.load_errors import explained
+from atomtune.model.lora_targets import ALL_LINEAR, match_targets
+from atomtune.settings.fields import ModelSettings, TrainSettings
+
+STEPS = 20  # of the rehearsed schedule, where the run's own number is not known yet
+
+#: What optimizers and schedules raise for arguments that they cannot use.
+_REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, ArithmeticError, NotImplementedError)
+
+
+def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
+    """Raise BadSettings with every setting that would end the run after data and model were read."""
+    problems = [*_optimizer_problems(args), *_hub_problems(args)]
+    if problems:
+        raise BadSettings(problems)
+    if settings.lora.lora_targets != [ALL_LINEAR]:
+        check_targets(settings.model, settings.lora.lora_targets)
+
+
+def _optimizer_problems(args: TrainingArguments) -> Iterator[str]:
+    """The optimizer on one weight, and its schedule to the last step."""
+    model = nn.Linear(1, 1)
+    try:
+        optimizer_class, arguments = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        # Some optimizers bring their own list of weights, chosen in the real model.
+        weights = {} if {"params", "model", "optimizer_dict"} & arguments.keys() else {"params": model.parameters()}
+        optimizer = optimizer_class(**weights, **arguments)
+    except _REFUSALS as error:
+        optim_args = f" --optim_args {args.optim_args!r}" if args.optim_args else ""
+        yield f"--optim {_value(args.optim)}{optim_args}: {error}"
+        return
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return
+    steps = args.max_steps if 0 < args.max_steps < STEPS else STEPS
+    try:
+        schedule = get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+        if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):  # the others take the loss for every step
+            for _ in range(steps):
+                optimizer.step()
+                schedule.step()
+    except _REFUSALS as error:
+        kwargs = f" --lr_scheduler_kwargs '{args.lr_scheduler_kwargs}'" if args.lr_scheduler_kwargs else ""
+        yield f"--lr_scheduler_type {_value(args.lr_scheduler_type)}{kwargs}: {error}"
+
+
+def _value(choice: object) -> str:
+    """`linear` of SchedulerType.LINEAR."""
+    return str(getattr(choice, "value", choice))
+
+
+def _hub_problems(args: TrainingArguments) -> Iterator[str]:
+    """Whether the hub knows us, asked without changing anything there."""
+    if not args.push_to_hub or args.process_index:
+        return
+    later = "Leave it out; a finished adapter can be uploaded later: hf upload OWNER/NAME FOLDER"
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rpartition("@")[2]  # no user:token@
+    try:
+        HfApi().whoami(token=args.hub_token)
+    except LocalTokenNotFoundError:
+        yield f"--push_to_hub: nobody is logged in to the hub here. hf auth login, or set HF_TOKEN. {later}"
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        yield f"--push_to_hub: the hub at {endpoint} does not accept this login ({status}). hf auth login. {later}"
+    except (OfflineModeIsEnabled, HTTPError, OSError):
+        yield f"--push_to_hub: the hub at {endpoint} cannot be reached. {later}"
+
+
+def check_targets(model: ModelSettings, targets: list[str]) -> None:
+    """Raise BadSettings where the base has no layer that a target names, or none that LoRA can adapt.
+
+    The model is built without its weights, which takes a second at most.
+    """
+    with explained(str(model.model_path), "model"):
+        config = AutoConfig.from_pretrained(str(model.model_path), trust_remote_code=model.trust_remote_code)
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    match_targets(base, targets)
+
+
+def check_last_batch(args: TrainingArguments, records: int) -> None:
+    """Raise BadSettings where --dataloader_drop_last drops everything: a whole batch is needed for a step."""
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and records < batch:
+        raise BadSettings(
+            [
+                f"--dataloader_drop_last leaves out a batch that is not full, and {records:,} records do not fill one "
+                f"of {batch:,}. Leave it out, or pass a smaller --per_device_train_batch_size."
+            ]
+        )

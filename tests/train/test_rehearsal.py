@@ -1,0 +1,125 @@
+"""Laws of the rehearsal: what would end a run late ends it before a record is read and before the output folder is."""
+
+import pytest
+
+from atomtune.cli import main
+
+
+@pytest.fixture
+def refused(models, dialogues, tmp_path, capsys):
+    """What `train` says with these flags, after exit code 2 and nothing written."""
+
+    def run(*flags: str, family: str = "llama") -> str:
+        out = tmp_path / "out"
+        words = ["train", "--model_path", str(models(family)), "--dataset_path", str(dialogues)]
+        assert main([*words, "--output_dir", str(out), "--max_steps", "1", *flags]) == 2
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        assert not out.exists() and "records" not in printed.out, "found out too late"
+        return printed.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--lr_scheduler_type", "cosine_with_min_lr"), ("--lr_scheduler_type cosine_with_min_lr:", "min_lr")),
+        (
+            ("--lr_scheduler_type", "warmup_stable_decay"),
+            ("--lr_scheduler_type warmup_stable_decay:", "num_decay_steps"),
+        ),
+        (
+            ("--lr_scheduler_type", "polynomial", "--learning_rate", "1e-9"),
+            ("--lr_scheduler_type polynomial:", "must be smaller than initial lr"),
+        ),
+        (
+            ("--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"min_lr": 1}'),
+            ("--lr_scheduler_type cosine --lr_scheduler_kwargs", "min_lr"),
+        ),
+        (("--optim", "adamw_torch", "--optim_args", "nonsense"), ("--optim adamw_torch --optim_args 'nonsense'",)),
+        (("--optim", "lomo"), ("--optim lomo:",)),
+        (("--optim", "galore_adamw"), ("--optim galore_adamw:",)),
+    ],
+)
+def test_an_optimizer_or_schedule_without_its_arguments_is_refused(refused, flags, named):
+    said = refused(*flags)
+    assert all(part in said for part in named)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-6}'),
+        ("--lr_scheduler_type", "warmup_stable_decay", "--lr_scheduler_kwargs", '{"num_decay_steps": 1}'),
+        ("--lr_scheduler_type", "inverse_sqrt", "--warmup_steps", "1"),
+        ("--lr_scheduler_type", "constant"),
+        ("--optim", "sgd"),
+        ("--optim", "adafactor"),
+    ],
+)
+def test_what_the_library_takes_is_not_refused(models, dialogues, tmp_path, flags):
+    words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--max_steps", "2"]
+    assert main([*words, "--output_dir", str(tmp_path / "out"), *flags]) == 0
+
+
+def test_a_target_that_is_no_layer_is_told_the_layers(refused):
+    said = refused("--lora_targets", "W_pack")
+    assert "no module is called W_pack" in said and "q_proj (2)" in said
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"), [("embed_tokens", "Embedding"), ("mlp", "MLP"), ("input_layernorm", "RMSNorm")]
+)
+def test_a_target_that_is_no_linear_layer_is_refused(refused, target, kind):
+    said = refused("--lora_targets", "q_proj", target)
+    assert f"--lora_targets {target}: " in said and kind in said and "q_proj (2)" in said
+
+
+def test_an_output_layer_that_is_the_embedding_is_refused(refused):
+    said = refused("--lora_targets", "c_attn", "lm_head", family="gpt2")  # its weights are tied
+    assert "--lora_targets lm_head: in this model the output layer and the embedding are one matrix" in said
+
+
+def test_an_output_layer_of_its_own_may_be_a_target(models, dialogues, tmp_path):
+    words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--max_steps", "2"]
+    assert main([*words, "--output_dir", str(tmp_path / "out"), "--lora_targets", "q_proj", "lm_head"]) == 0
+
+
+def test_a_push_to_a_hub_that_cannot_be_reached_is_refused(refused, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    said = refused("--push_to_hub", "--hub_token", "hf_x")
+    assert "--push_to_hub: the hub at" in said and "cannot be reached" in said and "hf upload" in said
+    assert "hf_x" not in said
+
+
+def test_a_push_without_a_login_is_refused(refused, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: None)
+    assert "hf auth login" in refused("--push_to_hub")
+
+
+def test_dropping_the_last_batch_where_it_is_the_only_one_is_refused(models, dialogues, tmp_path, capsys):
+    # Not before the records are counted, but before the model is loaded; the dialogues are 40.
+    words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--max_steps", "1"]
+    flags = ["--dataloader_drop_last", "true", "--per_device_train_batch_size", "41"]
+    assert main([*words, "--output_dir", str(tmp_path / "out"), *flags]) == 2
+    printed = capsys.readouterr()
+    assert "40 records do not fill one of 41" in printed.err and "loading" not in printed.out
+    flags[-1] = "40"
+    assert main([*words, "--output_dir", str(tmp_path / "two"), *flags]) == 0
+
+
+def test_the_best_checkpoint_by_perplexity_is_that_of_the_lowest(models, dialogues, tmp_path):
+    # The library takes every metric that is not called loss for one of which more is better.
+    from atomtune.settings.read import read_train
+    from atomtune.train.arguments import trainer_arguments
+
+    flags = ["--eval_size", "4", "--load_best_model_at_end", "--save_strategy", "epoch"]
+    for metric in ("perplexity", "eval_perplexity", "loss"):
+        words = ["--model_path", "m", "--dataset_path", "d", *flags, "--metric_for_best_model", metric]
+        assert trainer_arguments(read_train(words)).greater_is_better is False
+
+
+def test_a_metric_that_is_never_computed_is_refused(refused):
+    said = refused("--eval_size", "4", "--metric_for_best_model", "accuracy")
+    assert "--metric_for_best_model 'accuracy': expected one of loss, perplexity." in said
