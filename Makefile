@@ -8,6 +8,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constrai
 
 demo: $(VENV)/installed
 	$(BIN)/atomtune train
+	@echo "To use the command atomtune in this shell:  . $(VENV)/bin/activate"
 
 # Some seven minutes on two idle cores.
 test: $(VENV)/installed-test check

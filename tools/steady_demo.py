@@ -3,9 +3,10 @@
 It is run several times, with noise as small as another processor's rounding and with other numbers of threads, and the
 answers to every held-out prompt are listed.
 
-    python tools/steady_demo.py --runs 4 [--prompts CANDIDATES.jsonl]
+    python tools/steady_demo.py --runs 4 [--prompts CANDIDATES.jsonl] [--seeds]
 
 Exit code 1 where a prompt got more than one answer. The noise: each weight of the base times 1 + 1e-6 * a normal draw.
+--seeds also gives each run another seed: far more than a processor changes, and what a later version may change.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -39,7 +41,7 @@ def lay_noisy_demo(folder: Path, seed: int, prompts: Path | None) -> None:
     save_file(weights, folder / "base" / "model.safetensors", metadata={"format": "pt"})
 
 
-def answers_of_a_run(seed: int, threads: int, prompts: Path | None) -> dict[str, tuple[str, str]]:
+def answers_of_a_run(seed: int, threads: int, prompts: Path | None, flags: list[str]) -> dict[str, tuple[str, str]]:
     """Prompt → the answers before and after training."""
     from atomtune.cli import main as command
 
@@ -58,7 +60,7 @@ def answers_of_a_run(seed: int, threads: int, prompts: Path | None) -> dict[str,
         demo.Samples.show_after = note  # type: ignore[method-assign, assignment]
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                code = command(["train"])
+                code = command(["train", *flags])
         finally:
             demo.Samples.show_after = show  # type: ignore[method-assign]
     if code:
@@ -71,19 +73,23 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=4, help="the first without noise")
     parser.add_argument("--prompts", type=Path, help="candidates instead of the demo's held_out.jsonl")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="used in turn")
-    options = parser.parse_args()
+    parser.add_argument("--seeds", action="store_true", help="another seed in each run")
+    options, flags = parser.parse_known_args()  # what is left goes to `atomtune train`
     original = read.DEMO_FOLDER
     answers: dict[str, list[tuple[str, str]]] = {}
     for seed in range(options.runs):
         read.DEMO_FOLDER = original
-        seen = answers_of_a_run(seed, options.threads[seed % len(options.threads)], options.prompts)
+        seeded = [*flags, "--seed", str(42 + seed)] if options.seeds else flags
+        seen = answers_of_a_run(seed, options.threads[seed % len(options.threads)], options.prompts, seeded)
         for prompt, pair in seen.items():
             answers.setdefault(prompt, []).append(pair)
     unsteady = 0
     for prompt, pairs in answers.items():
         same = len(set(pairs)) == 1
         unsteady += not same
-        print(json.dumps({"prompt": prompt, "steady": same, "answers": sorted(set(pairs))}, ensure_ascii=False))
+        print(
+            json.dumps({"prompt": prompt, "steady": same, "answers": Counter(pairs).most_common()}, ensure_ascii=False)
+        )
     print(f"{len(answers) - unsteady} of {len(answers)} prompts: the same answers in all {options.runs} runs")
     return 1 if unsteady else 0
 
