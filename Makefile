@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow check house bench reliability soak fuzz test-oldest clean
+.PHONY: demo test test-slow check house bench token-truth reliability soak fuzz test-oldest clean
 
 demo: $(VENV)/installed
 	$(BIN)/atomtune train
@@ -34,6 +34,10 @@ house: $(VENV)/installed-test
 DATA ?= src/atomtune/demo/persona.jsonl
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks --source $(DATA) $(BENCH)
+
+# Trained tokens against served tokens, on published tokenizers and templates (docs/token-truth.md).
+token-truth: $(VENV)/installed-bench
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.token_truth --write
 
 # The same faults to atomtune and to the stock Trainer (docs/reliability.md); about ten minutes on two cores.
 reliability: $(VENV)/installed-test

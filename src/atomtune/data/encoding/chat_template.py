@@ -28,8 +28,12 @@ from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import UserError
 
 Message = dict[str, Any]
+#: A rendered prompt, cut where the assistant's turns begin.
+Parts = tuple[str, ...]
 InstructionRole = Literal["system", "user"]
 
+#: The name of the template that comes with the tokenizer.
+OWN = "the tokenizer's own"
 #: Stands for a text where only the text around it matters; a noncharacter, so that no template has it.
 _OTHER = "\ufdd4"
 #: What a template does to the white space around an answer.
@@ -88,6 +92,11 @@ class Template:
     writes_bos: bool = True  # False where the tokenizer has one and a prompt does not begin with it
     unknown_controls: tuple[str, ...] = ()  # written by the template, and no tokens of this tokenizer
 
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return "the tokenizer's own template" if self.name == OWN else f"the template {self.name}"
+
     @cached_property
     def tokens(self) -> PieceTokenizer:
         return PieceTokenizer(self.tokenizer)
@@ -141,27 +150,27 @@ class Template:
     ) -> str:
         """The text a server renders; with `prompt`, up to where the answer starts."""
         if not messages:  # a server takes no conversation without a message
-            raise CannotExpress(f"the template {self.name} cannot express it: nothing stands before an answer")
+            raise CannotExpress(f"{self.title} cannot express it: nothing stands before an answer")
         try:
             return self._renderer(messages, prompt=prompt, tools=tools, variables=variables)
         except TEMPLATE_ERRORS as error:  # a template may do anything to any value
             line = getattr(error, "lineno", None)  # of a text that is no template at all
             place = f" (its line {line})" if line else ""
-            raise CannotExpress(f"the template {self.name} cannot express it: {error}{place}") from None
+            raise CannotExpress(f"{self.title} cannot express it: {error}{place}") from None
 
     def pieces(self, record: Record, at: int = -1) -> tuple[Piece, Piece]:
         """The prompt, which is not learned, and the answer behind it: the turn at `at`."""
-        conversation = _Conversation(self, record)
+        conversation = Conversation(self, record)
         exchange = conversation.exchange(at % len(record.turns))
         return joined(exchange.prompt), exchange.answer
 
     def exchanges(self, record: Record) -> tuple[Exchange, ...]:
         """Every learned answer of a record with what is asked before it. Raises CannotExpress."""
-        return _Conversation(self, record).exchanges()
+        return Conversation(self, record).exchanges()
 
     def prompt(self, record: Record, at: int) -> tuple[Piece, ...]:
         """What is asked before the turn at `at`, as pieces whose ids are those of the whole."""
-        return _Conversation(self, record).prompt(at)
+        return Conversation(self, record).prompt(at)
 
     def prompt_piece(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Piece:
         """The rendered prompt, with a break inside every control string that comes from the messages' own texts."""
@@ -179,7 +188,7 @@ class Template:
         return written, self.stop
 
 
-class _Conversation:
+class Conversation:
     """A record on its way through a template: its messages, control strings hidden."""
 
     def __init__(self, template: Template, record: Record) -> None:
@@ -188,6 +197,7 @@ class _Conversation:
         self.escaper = Escaper(template.tokens)
         # Hidden once: a control string has the same mark in the prompt and in the whole, which begins with it.
         self.tools = self.escaper.hide(record.tools)
+        self._piece_of: dict[str, Piece] = {}
         self.messages: list[Message] = []
         self.starts: list[int] = []  # where the messages of each turn begin
         for turn in record.turns:
@@ -200,33 +210,33 @@ class _Conversation:
         prompts = self._prompts(learned)
         exchanges = tuple(self._exchange(at, prompt) for at, prompt in zip(learned, prompts, strict=True))
         if exchanges and self.record.turns[-1].role != "text":
-            self._look_for_lost_turns(learned[-1], prompts[-1])
+            self._look_for_lost_turns(learned[-1], "".join(prompts[-1]))
         return exchanges
 
     def exchange(self, at: int) -> Exchange:
-        return self._exchange(at, self._render_prompt(at))
+        return self._exchange(at, self._parts(self._render_prompt(at)))
 
     def prompt(self, at: int) -> tuple[Piece, ...]:
-        return self._pieces(self._render_prompt(at))
+        return self._pieces(self._parts(self._render_prompt(at)))
 
-    def _prompts(self, learned: Sequence[int]) -> list[str]:
+    def _prompts(self, learned: Sequence[int]) -> list[Parts]:
         """What is asked before each learned answer, control strings hidden."""
         if len(learned) > RENDERED_EACH and (cut := self._cut_prompts(learned)) is not None:
             return cut
-        return [self._render_prompt(at) for at in learned]
+        return [self._parts(self._render_prompt(at)) for at in learned]
 
     def _render_prompt(self, at: int) -> str:
         if self.record.turns[at].role == "text":
             return self.template.tokenizer.bos_token or ""
         prompt = self._render(self.messages[: self.starts[at]], prompt=True)
         if self.tools and not all(_tool_name(tool) in prompt for tool in self.tools):
-            raise CannotExpress(f"the template {self.template.name} has no place for tools")
+            raise CannotExpress(f"{self.template.title} has no place for tools")
         return prompt
 
     def _render(self, messages: Sequence[Message], *, prompt: bool) -> str:
         return self.template.render(messages, tools=self.tools, prompt=prompt)
 
-    def _cut_prompts(self, learned: Sequence[int]) -> list[str] | None:
+    def _cut_prompts(self, learned: Sequence[int]) -> list[Parts] | None:
         """All prompts from one rendering: the last, cut where each answer starts; None where they are not its parts.
 
         A long conversation would be rendered once for every answer, which takes as long as its length squared. That
@@ -235,45 +245,53 @@ class _Conversation:
         template, turns = self.template, self.record.turns
         if not template.header or any(turn.reasoning or mentions_thoughts(turn.text) for turn in turns):
             return None
-        whole = self._render_prompt(learned[-1])
-        spots = _all_places(whole, template.header)
+        parts = self._parts(self._render_prompt(learned[-1]))
         assistants = [i for i, turn in enumerate(turns[: learned[-1]]) if turn.role == "assistant"]
-        if len(spots) != len(assistants) + 1 or not whole.endswith(template.asks):
+        if len(parts) != len(assistants) + 2 or parts[-1] != template.asks:
             return None
-        spot_of = dict(zip([*assistants, learned[-1]], spots, strict=True))
-        prompts = [whole[: spot_of[at]] + template.asks for at in learned]
+        parts_before = dict(zip([*assistants, learned[-1]], range(1, len(parts)), strict=True))
+        prompts = [(*parts[: parts_before[at]], template.asks) for at in learned]
         number = 0
         while number < len(learned) - 1:
-            if self._render_prompt(learned[number]) != prompts[number]:
+            if self._render_prompt(learned[number]) != "".join(prompts[number]):
                 return None
             number = 2 * number + 1
         return prompts
 
-    def _pieces(self, prompt: str) -> tuple[Piece, ...]:
-        """A rendered prompt in pieces that begin where the assistant's turns begin.
+    def _parts(self, prompt: str) -> Parts:
+        """A rendered prompt cut where the assistant's turns begin.
 
-        Prompts of one conversation have most pieces in common, so that each is tokenized once.
+        Prompts of one conversation have most parts in common, so that each is tokenized once.
         """
         spots = _all_places(prompt, self.template.header) if self.template.header else []
-        bounds = [0, *(spot for spot in spots if spot), len(prompt)]
-        return tuple(self.escaper.piece(prompt[start:end], learn=False) for start, end in pairwise(bounds))
+        return tuple(prompt[start:end] for start, end in pairwise([0, *(spot for spot in spots if spot), len(prompt)]))
 
-    def _exchange(self, at: int, prompt: str) -> Exchange:
+    def _pieces(self, parts: Parts) -> tuple[Piece, ...]:
+        for part in parts:
+            if part not in self._piece_of:
+                self._piece_of[part] = self.escaper.piece(part, learn=False)
+        return tuple([self._piece_of[part] for part in parts])
+
+    def _exchange(self, at: int, parts: Parts) -> Exchange:
         turn, template = self.record.turns[at], self.template
-        pieces = self._pieces(prompt)
+        pieces = self._pieces(parts)
         if turn.role == "text":
             return Exchange(pieces, self.escaper.whole(turn.text, learn=True), turn.learn, at, template.stop)
         form = template.form
         if form is not None and not turn.reasoning and not turn.calls and not mentions_thoughts(turn.text):
             text, stop = form.written(str(self.messages[self.starts[at]]["content"])), template.stop
         else:
-            text, stop = template.ended(self._written(at, prompt))
-            if not form and text.startswith(" ") and not turn.text.startswith(" ") and template.tokens.writes_a_space:
+            text, stop = template.ended(self.written(at, "".join(parts)))
+            if text.startswith(" ") and not turn.text.startswith(" ") and template.tokens.writes_a_space:
                 text = text[1:]  # the tokenizer writes it
         answer = self.escaper.piece(text, learn=True)
         return Exchange(pieces, answer, turn.learn, at, stop, self._lost_of(turn, answer.text))
 
-    def _written(self, at: int, prompt: str) -> str:
+    def written_at(self, at: int) -> str:
+        """What the template writes for the turn at `at`, up to the end of all that stands behind it."""
+        return self.written(at, self._render_prompt(at))
+
+    def written(self, at: int, prompt: str) -> str:
         """What the template writes for an answer where nothing follows it: what a server's model must have written."""
         before, own = self.messages[: self.starts[at]], self.messages[self.starts[at] : self.starts[at] + 1]
         full = self._render([*before, *own], prompt=False)
@@ -303,16 +321,15 @@ class _Conversation:
         start = full.rfind(header, 0, beginning) if header else -1
         if start < 0:
             raise CannotExpress(
-                f"the template {self.template.name} writes the turns before an answer otherwise once the answer is "
+                f"{self.template.title} writes the turns before an answer otherwise once the answer is "
                 "there, and where the answer begins cannot be told"
             )
         return start + len(header)
 
     def _lost_of(self, turn: Turn, answer: str) -> tuple[str, ...]:
         """What of an answer the template leaves out. Raises CannotExpress where that is its calls or all of it."""
-        name = self.template.name
         if any(str(call.get("name")) not in answer for call in turn.calls):
-            raise CannotExpress(f"the template {name} has no place for tool calls")
+            raise CannotExpress(f"{self.template.title} has no place for tool calls")
         if self.template.knows_thoughts:
             turn = with_thoughts_apart(turn)
         lost = []
@@ -320,7 +337,7 @@ class _Conversation:
             lost.append(NOT_WRITTEN["thoughts"])
         if turn.text.strip() and turn.text.strip() not in answer:
             if not turn.calls:
-                raise CannotExpress(f"the template {name} does not write the text of an answer")
+                raise CannotExpress(f"{self.template.title} does not write the text of an answer")
             lost.append(NOT_WRITTEN["text"])
         elif turn.text not in answer and not turn.reasoning:
             lost.append(NOT_WRITTEN["white space"])
@@ -337,9 +354,7 @@ class _Conversation:
                     json.dumps(text, ensure_ascii=ascii_only)[1:-1] in prompt for ascii_only in (False, True)
                 ):
                     continue
-                raise CannotExpress(
-                    f"the template {self.template.name} leaves out what turn {number + 1} ({turn.role}) says"
-                )
+                raise CannotExpress(f"{self.template.title} leaves out what turn {number + 1} ({turn.role}) says")
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:

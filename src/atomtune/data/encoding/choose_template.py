@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from atomtune.data.encoding.chat_template import (
+    OWN,
     TRIMS,
     AnswerForm,
     CannotExpress,
+    Conversation,
     InstructionRole,
     Message,
     Template,
@@ -18,6 +20,7 @@ from atomtune.data.encoding.chat_template import (
 )
 from atomtune.data.encoding.thoughts import opened
 from atomtune.data.encoding.token_ids import LIKE_CONTROL
+from atomtune.data.records import Record, Turn
 from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import BadModel, BadSettings
 
@@ -42,7 +45,7 @@ def load_template(
     """
     source, role = _source_of(name, tokenizer)
     if name == "auto":
-        name = "the tokenizer's own" if tokenizer.chat_template else "atom"
+        name = OWN if tokenizer.chat_template else "atom"
     elif name.endswith(_FILES):
         name = Path(name).name
     return probed(Template(name, source, tokenizer, role, variables or {}, day or date.today()))
@@ -102,12 +105,10 @@ def probed(template: Template) -> Template:
             "The tokenizer has no end-of-sequence token and the template writes none, so an answer could never stop.\n"
             "Set eos_token in its tokenizer_config.json, or pass --template with one that ends answers by a token."
         )
-    template = replace(template, stop=stop, behind=behind, stops=(stop,))
     header, asks = _header(template, prompt)
+    template = replace(template, stop=stop, behind=behind, header=header, asks=asks)
     template = replace(
         template,
-        header=header,
-        asks=asks,
         form=_answer_form(template),
         knows_thoughts=opened(prompt) is not None or _writes_thoughts(template),
         calls_as_text=_takes_calls_as_text(template),
@@ -148,18 +149,15 @@ def _header(template: Template, prompt: str) -> tuple[str, str]:
 
 def _answer_form(template: Template) -> AnswerForm | None:
     """How plain answers are written, if the same at the first and at a later place, spaced out or not."""
-    earlier = [_QUESTION, {"role": "assistant", "content": "A"}, _QUESTION]
+    question = Turn("user", "?")
     forms = set()
-    for before in ([_QUESTION], earlier):
-        try:
-            prompt = template.render(before)
-        except CannotExpress:
-            continue  # a template of one question and one answer
+    for before in ([question], [question, Turn("assistant", "A"), question]):
         for text in (_TEXT, _SPACED, f"{_TEXT}<b>\n\n{_TEXT}"):
-            full = _written(template, [*before, {"role": "assistant", "content": text}])
-            if full is None or not full.startswith(prompt):
+            try:
+                record = Record((*before, Turn("assistant", text)), "")
+                written, stop = template.ended(Conversation(template, record).written_at(len(before)))
+            except CannotExpress:
                 return None
-            written, stop = template.ended(full[len(prompt) :])
             if stop != template.stop:
                 return None
             forms.add(frozenset(_forms_of(written, text)))

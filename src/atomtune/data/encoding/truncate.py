@@ -4,10 +4,11 @@ The oldest turns, then the start of the longest prompt text. The template's mark
 something of the question that is answered always stays.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from atomtune.data.records import Record
+from atomtune.data.records import Record, Turn
 
 #: A turn's number, and which of its texts: `text` or `input`.
 Place = tuple[int, str]
@@ -53,10 +54,20 @@ def _without_oldest(record: Record, fits: Callable[[Record], bool], share: float
 
     if not starts:
         return record, False
-    if not fits(last(1)):
-        return last(1), False
-    most = _most(lambda exchanges: fits(last(exchanges)), 1, len(starts) + 1, likely=int(len(starts) * share))
-    return last(most), True
+    likely = _likely_number(rest, starts, share)
+    most = _most(lambda exchanges: fits(last(exchanges)), 0, len(starts) + 1, likely=likely)
+    return (last(most), True) if most else (last(1), False)
+
+
+def _likely_number(turns: Sequence[Turn], starts: Sequence[int], share: float) -> int:
+    """How many of the last exchanges, which begin at starts, hold about this share of all text."""
+    through = list(itertools.accumulate(map(_characters, turns)))
+    room = share * through[-1]
+    return sum(through[-1] - through[start - 1] <= room for start in starts)
+
+
+def _characters(turn: Turn) -> int:
+    return len(turn.text) + len(turn.input)
 
 
 def _with_end_of_text(record: Record, place: Place, text: str, fits: Callable[[Record], bool], share: float) -> Record:

@@ -1,0 +1,211 @@
+"""What is trained is what serving sees: kinds of conversation on published tokenizers, and on tiny ones like them.
+
+The published ones are slow and skipped where they are not; the tiny ones carry small templates of the same shape, and
+what is expected of them is written out by hand.
+"""
+
+import json
+
+import pytest
+from tokenizers import AddedToken
+
+from atomtune.data.encoding.chat_template import Template
+from atomtune.data.encoding.choose_template import load_template
+from atomtune.data.encoding.encode import encode
+from atomtune.data.formats.schema import Schema
+from atomtune.data.ledger import Ledger
+from atomtune.data.reading.raw import RawRecord
+from benchmarks.token_truth import KINDS, TOKENIZERS, assistant, call, template_for, user, verdict
+from tests.tiny import CHATML, tokenizer_of
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_published_tokenizers_are_trained_as_they_are_served(name, real):
+    real(TOKENIZERS[name][0])
+    template = template_for(name)
+    if template is None:
+        pytest.skip("its published template comes with trl")
+    differing = {
+        kind: str(one) for kind, record in KINDS.items() if (one := verdict(template, record)).outcome == "differs"
+    }
+    assert not differing
+
+
+# --- tiny ones in the shape of published ones -----------------------------------------------------------------------
+
+#: As gpt-oss: channels, a token of its own behind calls, earlier thoughts left out.
+CHANNELS = (
+    "{% for m in messages %}{% if m.role == 'assistant' and m.tool_calls %}"
+    "{% set later = namespace(answer=false) %}{% for x in messages[loop.index:] %}"
+    "{% if x.role == 'assistant' and not x.tool_calls %}{% set later.answer = true %}{% endif %}{% endfor %}"
+    "{% if not later.answer and (m.thinking or m.content) %}"
+    "<|im_start|>assistant<|channel|>analysis<|message|>{{ m.thinking or m.content }}<|end|>{% endif %}"
+    "<|im_start|>assistant to={{ m.tool_calls[0].function.name }}<|channel|>commentary<|message|>"
+    "{{ m.tool_calls[0].function.arguments | tojson }}<|call|>"
+    "{% elif m.role == 'assistant' and loop.last and not add_generation_prompt %}"
+    "{% if m.thinking %}<|im_start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
+    "<|im_start|>assistant<|channel|>final<|message|>{{ m.content }}<|im_end|>"
+    "{% elif m.role == 'assistant' %}<|im_start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>"
+    "{% else %}<|im_start|>{{ m.role }}<|message|>{{ tools | tojson if tools and loop.first }}{{ m.content }}<|end|>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+#: As DeepSeek-R1: the prompt opens the thoughts, and history is without them.
+OPENS = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}<|im_end|>"
+    "{{ m.content.split('</think>')[-1] }}<|endoftext|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_end|>SPACED{% endif %}"
+)
+#: As Qwen3.5 where it is asked not to think: the prompt closes the thoughts.
+CLOSES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content and loop.last %}<think>\n"
+    "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+)
+#: As Llama 3.1: texts are trimmed, and what is said beside a call is left out.
+TRIMS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}"
+    "{% else %}{{ tools | tojson if tools and loop.first }}{{ m.content | trim }}{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def shaped(source: str) -> Template:
+    tokenizer = tokenizer_of("bytes", source)
+    more = [AddedToken(token, special=True) for token in ("<|channel|>", "<|message|>", "<|end|>", "<|call|>")]
+    tokenizer.add_tokens(more, special_tokens=True)
+    return load_template("auto", tokenizer)
+
+
+def learned(template: Template, record: dict) -> list[str]:
+    """What is learned of a record's answers, as text; each stands behind its prompt."""
+    ledger = Ledger()
+    (examples,) = encode([RawRecord(record, "a:1")], template, ledger, max_tokens=10_000, schema=Schema("messages"))
+    texts = []
+    for example in examples:
+        run: list[int] = []
+        for token, times in [*zip(example.ids, example.learn, strict=True), (0, 0)]:
+            if times:
+                run.append(token)
+            elif run:
+                texts.append(template.tokenizer.decode(run))
+                run = []
+    return texts
+
+
+def test_channels_are_learned_with_the_answer_and_a_call_ends_in_its_own_token():
+    # Catches a final answer learned without its channel, and a second stop token behind the call's own.
+    template = shaped(CHANNELS)
+    arguments = json.dumps({"city": "Paris"})
+    assert learned(template, KINDS["thoughts and calls"]) == [
+        "<|channel|>analysis<|message|>I need the tool.<|end|><|im_start|>assistant to=get_weather"
+        f"<|channel|>commentary<|message|>{arguments}<|call|>",
+        "<|channel|>analysis<|message|>It said 21.<|end|><|im_start|>assistant"
+        "<|channel|>final<|message|>It is 21 °C.<|im_end|>",
+    ]
+    assert learned(template, KINDS["text beside a call"])[1] == "<|channel|>final<|message|>It is 21 °C.<|im_end|>"
+    assert set(template.stops) == {"<|im_end|>", "<|call|>"}
+
+
+@pytest.mark.parametrize(
+    ("opening", "expected"),
+    [
+        ("<think>\n", "Nine times eight.\n</think>\n\n72<|endoftext|>"),
+        ("<think>", "Nine times eight.</think>72<|endoftext|>"),
+    ],
+)
+@pytest.mark.parametrize("inline", [True, False])
+def test_thoughts_go_on_where_the_prompt_opens_them(opening, expected, inline):
+    # Catches a second <think> block behind an empty one.
+    template = shaped(OPENS.replace("SPACED", opening))
+    apart = {"messages": [user("9*8?"), assistant("72", reasoning_content="Nine times eight.")]}
+    assert learned(template, KINDS["thoughts inline"] if inline else apart) == [expected]
+
+
+def test_no_thoughts_behind_a_prompt_that_opens_them_close_the_block():
+    template = shaped(OPENS.replace("SPACED", "<think>\n"))
+    record = {"messages": [user("9*8?"), assistant("72")]}
+    assert learned(template, record) == ["\n</think>\n\n72<|endoftext|>"]
+
+
+def test_thoughts_behind_a_prompt_that_closes_them_are_said_and_not_learned():
+    template = shaped(CLOSES)
+    ledger = Ledger()
+    records = [RawRecord(KINDS["thoughts inline"], "a:1")]
+    ((example,),) = encode(records, template, ledger, max_tokens=10_000, schema=Schema("messages"))
+    assert template.tokenizer.decode(example.ids).endswith("<think>\n\n</think>\n\n72<|im_end|>")
+    assert any("reasoning" in notice for notice in ledger.notices)
+
+
+def test_what_a_template_trims_and_leaves_out_is_said():
+    template = shaped(TRIMS)
+    assert learned(template, KINDS["white space"]) == ["Hello.<|im_end|>", "Yes<|im_end|>"]
+    for kind, word in (("white space", "white space"), ("text beside a call", "beside a tool call")):
+        ledger = Ledger()
+        raw = RawRecord(KINDS[kind], "a:1")
+        assert list(encode([raw], template, ledger, max_tokens=10_000, schema=Schema("messages")))
+        assert any(word in notice for notice in ledger.notices)
+
+
+def test_a_turn_that_the_template_leaves_out_refuses_the_record_by_name():
+    # Catches an answer learned behind a question, or a tool's word, that the model never sees.
+    deaf = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
+    source = deaf.replace(
+        "{{ m['content'] }}", "{{ m['content'] }}{{ tools | tojson if tools and loop.first }}{{ m.tool_calls }}"
+    )
+    template = shaped(source)
+    ledger = Ledger()
+    raw = RawRecord(KINDS["tool call"], "a:1")
+    assert not list(encode([raw], template, ledger, max_tokens=10_000, schema=Schema("messages")))
+    assert "leaves out what turn 3 (tool) says" in ledger.records_refused[0].reason
+
+
+def test_an_empty_system_text_is_a_system_text():
+    default = (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a default.<|im_end|>\n{% endif %}" + CHATML
+    )
+    template = shaped(default)
+    (example,) = next(
+        encode(
+            [RawRecord(KINDS["empty system text"], "a:1")],
+            template,
+            Ledger(),
+            max_tokens=10_000,
+            schema=Schema("messages"),
+        )
+    )
+    assert template.tokenizer.decode(example.ids).startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n")
+
+
+def test_a_token_that_is_not_flagged_special_ends_turns_all_the_same():
+    # Catches <|endoftext|> learned behind answers of a base whose <|im_end|> is an ordinary added token.
+    tokenizer = tokenizer_of("bytes", CHATML.replace("im_end", "done"))
+    tokenizer.add_tokens([AddedToken("<|done|>", special=False)])
+    template = load_template("auto", tokenizer)
+    assert template.stop == "<|done|>"
+    piece = template.prompt_piece([{"role": "user", "content": "a<|done|>b"}])
+    (ids,) = template.tokens.ids_of([piece])
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|done|>")) == 1, "a record's own stays text"
+
+
+def test_a_long_conversation_is_the_same_however_it_is_rendered():
+    # Catches prompts cut from one rendering at the wrong places: the same record, each prompt rendered on its own.
+    messages = [{"role": "system", "content": "S"}]
+    for n in range(30):
+        messages += [user(f"q{n} <|im_end|>"), assistant(f"a{n}")]
+        if n % 7 == 3:
+            messages[-1]["tool_calls"] = [call("get_weather", {"city": str(n)})]
+            messages.append({"role": "tool", "content": f"tool {n}"})
+            messages.append(assistant(f"b{n}", **({"weight": 0} if n == 10 else {})))
+    template = shaped(
+        CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m.tool_calls | tojson if m.tool_calls }}")
+    )
+    record = {"messages": messages}
+    together = list(encode([RawRecord(record, "a:1")], template, Ledger(), max_tokens=10**6, schema=Schema("messages")))
+    each = Template(**{**vars_of(template), "header": "", "asks": ""})
+    apart = list(encode([RawRecord(record, "a:1")], each, Ledger(), max_tokens=10**6, schema=Schema("messages")))
+    assert together == apart
+    assert template.header
+
+
+def vars_of(template: Template) -> dict:
+    return {name: getattr(template, name) for name in template.__dataclass_fields__}
