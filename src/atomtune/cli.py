@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The commands: read the settings, call a room, print. Rooms are imported inside, so that --help loads no torch."""
 
 import difflib
@@ -44,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without 灯 or … shows them as \u706f
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
+        from atomtune.settings.completion import complete
+
+        complete({name: command.summary for name, command in COMMANDS.items()})
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         _say(_overview())

@@ -115,11 +115,11 @@ def parser_of(command: str, types: Mapping[str, Any]) -> argparse.ArgumentParser
     if command == "inspect":
         parser.add_argument("paths", nargs="*")
     for name, kind in types.items():
-        parser.add_argument(f"--{name}", **_arity(kind))
+        parser.add_argument(f"--{name}", **arity(kind))
     return parser
 
 
-def _arity(kind: Any) -> dict[str, Any]:
+def arity(kind: Any) -> dict[str, Any]:
     """How many words a flag takes: a boolean none or one, a list one or more, all others one."""
     parts = {kind, *typing.get_args(kind)}  # of list[str] | None: itself, list[str] and None
     if bool in parts or "true" in parts:

@@ -144,12 +144,19 @@ def _shown(default: Any) -> str:
 
 def _placeholder(name: str, kind: Any, info: FieldInfo | None = None) -> str:
     """What goes in: FILE, N, one|of|these."""
-    choices = "|".join(choices_in(kind) or _library_choices(name))
+    choices = "|".join(choices_of_setting(name, kind))
     if len(choices) > NAMES_IN_FLAG:
         choices = "NAME"
     word = (_extra(info, "value") if info else None) or choices or _placeholder_of_type(kind)
     takes_list = any(typing.get_origin(part) is list for part in (kind, *typing.get_args(kind)))
     return f"{word} …" if takes_list else word
+
+
+def choices_of_setting(name: str, kind: Any) -> tuple[str, ...]:
+    """What a setting may be, where that is a list of names."""
+    if bool in (kind, *typing.get_args(kind)):
+        return ("true", "false")
+    return choices_in(kind) or _library_choices(name)
 
 
 def _library_choices(name: str) -> tuple[str, ...]:

@@ -1,0 +1,30 @@
+"""Completion: what the Tab key offers in a shell, from the same names and choices as --help.
+
+argcomplete asks the program itself, so nothing that was generated once can go stale, and bash, zsh and fish are its
+concern. Turned on by `eval "$(register-python-argcomplete atomtune)"`.
+"""
+
+import argparse
+from collections.abc import Mapping
+
+import argcomplete
+
+from atomtune.settings.flags import arity, types_of
+from atomtune.settings.help import choices_of_setting
+from atomtune.settings.library import library_types
+from atomtune.settings.read import GROUPS
+
+
+def complete(summaries: Mapping[str, str]) -> None:
+    """Answer the shell and end the process. summaries: command → its line in the overview."""
+    program = argparse.ArgumentParser(prog="atomtune", add_help=False)
+    commands = program.add_subparsers()
+    for command, summary in summaries.items():
+        parser = commands.add_parser(command, help=summary, add_help=False)
+        parser.add_argument("--help", nargs="?", choices=["all"])
+        if command in ("train", "inspect"):
+            parser.add_argument("files", nargs="*")  # run.yaml, or records
+        library = library_types() if command == "train" else {}
+        for name, kind in (library | types_of(GROUPS[command])).items():
+            parser.add_argument(f"--{name}", choices=choices_of_setting(name, kind) or None, **arity(kind))
+    argcomplete.autocomplete(program)
