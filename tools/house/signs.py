@@ -95,7 +95,8 @@ def private_names(source: Source) -> list[str]:
 
 
 def private_names_of(tree: ast.AST) -> set[str]:
-    """`from torch.x import _y`, `torch._y`, `config._y`, and which methods of transformers' Trainer are overridden."""
+    """`from torch.x import _y`, `torch._y`, `config._y`, a method put on another's object, and the private methods of
+    transformers' Trainer that a subclass overrides or calls."""
     names: set[str] = set()
     defined = names_defined_in(tree)
     for node in ast.walk(tree):
@@ -113,9 +114,13 @@ def private_names_of(tree: ast.AST) -> set[str]:
                 and owner.id[0].islower()
             ):
                 names.add(ast.unparse(node))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("MethodType"):
+            names.add(ast.unparse(node.func))
         elif isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Trainer") for base in node.bases):
-            methods = {item.name for item in node.body if isinstance(item, ast.FunctionDef) and is_private(item.name)}
-            names |= {f"Trainer.{method}" for method in methods & trainer_methods()}
+            overridden = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+            called = {inner.attr for inner in ast.walk(node) if isinstance(inner, ast.Attribute)}
+            private = {method for method in overridden | called if is_private(method)}
+            names |= {f"Trainer.{method}" for method in private & trainer_methods()}
     return names
 
 

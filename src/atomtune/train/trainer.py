@@ -110,8 +110,7 @@ class LoraTrainer(SavingTrainer):
         self.state = state
         self.work.on_train_begin(self.args, state, self.control)
         self.make_owed_evaluation()
-        if self.args.load_best_model_at_end and state.best_model_checkpoint:
-            self._load_best_model()
+        self.take_the_best()
         self.work.on_train_end(self.args, state, self.control)
         return True
 

@@ -139,6 +139,11 @@ class SavingTrainer(Trainer):
         if best and (path == final or path.is_dir()):
             self.state.best_model_checkpoint = str(path)
 
+    def take_the_best(self) -> None:
+        """The best checkpoint's weights in place of the last step's, where that was asked for."""
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            self._load_best_model()
+
     # Private: the Trainer would pass a missing checkpoint by and keep the last step's weights in its place.
     def _load_best_model(self) -> None:
         """The best checkpoint's weights, if it is whole. Raises RunFailed if it is not."""
