@@ -45,7 +45,7 @@ reliability: $(VENV)/installed-test
 
 # Every point of a save, a hundred kills, every step to resume from; ten thousand mutated data files.
 soak: $(VENV)/installed-test
-	ATOMTUNE_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/walk/test_faults.py tests/walk/test_same_run.py
+	ATOMTUNE_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/walk/test_faults.py tests/walk/test_same_run.py tests/walk/test_same_run_evaluated.py
 
 fuzz: $(VENV)/installed-test
 	ATOMTUNE_FUZZ=10000 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/walk/test_fuzz.py tests/walk/test_fuzz_kinds.py

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -107,3 +108,15 @@ def test_what_a_stream_cannot_do_is_said_before_anything_is_read(capsys):
     assert "--eval_size" in capsys.readouterr().err
     assert main([*both, "--max_steps", "5", "--dataloader_num_workers", "2"]) == 2
     assert "--dataloader_num_workers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["in a pass", "between passes"])
+def test_a_file_that_changes_while_it_is_read_is_named(files, late):
+    rows = iter(stream(files, buffer=1))
+    for _ in range(RECORDS if late else 5):
+        next(rows)
+    with Path(files[1]).open("a", encoding="utf-8") as file:
+        file.write('{"instruction": "one more", "output": "record"}\n')
+    with pytest.raises(BadData, match=r"b\.jsonl changed while the run was reading it"):
+        for _ in range(RECORDS + 2):
+            next(rows)

@@ -65,6 +65,28 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_adapter(models, di
     assert not (out / "adapter_model.safetensors").exists()
 
 
+def test_an_evaluation_that_is_not_finite_fails_the_run_by_name(models, dialogues, tmp_path, monkeypatch, capsys):
+    real = trainer.target_nats
+
+    def failing(model, batch, **kwargs):
+        nats, count = real(model, batch, **kwargs)
+        spoiled = not model.training and "dialogues.jsonl:7" in batch["origins"]
+        return (nats * float("nan") if spoiled else nats), count
+
+    monkeypatch.setattr(trainer, "target_nats", failing)
+    out = tmp_path / "out"
+    flags = ["--max_steps", "4", "--eval_path", str(dialogues), "--eval_strategy", "steps", "--eval_steps", "2"]
+    flags += ["--per_device_eval_batch_size", "1", "--save_steps", "1"]
+    assert main(command(models("llama"), dialogues, out, *flags)) == 3
+    said = capsys.readouterr().err
+    assert "The evaluation loss is nan at step 2" in said
+    assert "\ndialogues.jsonl:7\n" in said
+    assert "dialogues.jsonl:8" not in said
+    assert status(out)["status"] == "failed"
+    assert "NaN" not in (out / "run.json").read_text()
+    assert not (out / "adapter_model.safetensors").exists()
+
+
 def test_an_adapter_that_learned_nothing_is_not_saved(models, dialogues, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(command(models("llama"), dialogues, out, "--max_steps", "1", "--learning_rate", "0")) == 3

@@ -149,9 +149,30 @@ def test_a_run_that_died_after_its_last_checkpoint_makes_no_step_more(models, di
     (out / "adapter_model.safetensors").unlink()
     (out / "run.json").write_text(json.dumps({**before, "status": "running"}))
     assert main([*command, "--resume"]) == 0
-    assert "All steps were made before" in capsys.readouterr().out
+    assert "Nothing is left to train: all steps were made before" in capsys.readouterr().out
     assert (out / "adapter_model.safetensors").read_bytes() == adapter
     after = json.loads((out / "run.json").read_text())
+    for key in ("steps", "train_loss", "loss_history", "tokens_computed"):
+        assert after[key] == before[key], key
+
+
+@pytest.mark.parametrize("length", [["--max_steps", "20"], ["--num_train_epochs", "2"]], ids=["steps", "epochs"])
+def test_nothing_left_to_do_is_said_and_no_earlier_time_is_given_out(models, dialogues, tmp_path, capsys, length):
+    out = tmp_path / "out"
+    command = arguments(models("llama"), dialogues, out, "--gradient_accumulation_steps", "1", "--save_steps", "5")
+    at = command.index("--max_steps")
+    command = [*command[:at], *command[at + 2 :], *length]  # 40 records in batches of 4: 20 steps either way
+    assert main(command) == 0
+    before = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**before, "status": "running"}))
+    capsys.readouterr()
+    assert main([*command, "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert "Nothing is left to train: all steps were made before" in said
+    assert "Done: 20 steps, all made before, mean loss" in said
+    assert "examples/s" not in said
+    after = json.loads((out / "run.json").read_text())
+    assert (before["seconds"] > 0, after["seconds"], after["examples_per_second"]) == (True, 0, 0)
     for key in ("steps", "train_loss", "loss_history", "tokens_computed"):
         assert after[key] == before[key], key
 
@@ -248,7 +269,7 @@ def test_the_tutorials_own_checkpoint_gives_the_weights(whole, tmp_path, capsys)
     assert main([*arguments(base, data, out, *flags), "--max_steps", "1"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "weights only" in said
-    assert "taking 8 instead of --lora_rank 4" in said
+    assert "adapter_model.bin holds an adapter of rank 8. It is used instead of --lora_rank 4" in said
     after = load_file(out / "adapter_model.safetensors")
     assert after.keys() == weights.keys()
     assert all(torch.allclose(after[name], weights[name], atol=1e-9) for name in weights)

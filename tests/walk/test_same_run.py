@@ -253,6 +253,20 @@ def test_template_tokenizer_and_data_are_compared_too(models, dialogues, tmp_pat
         assert f"{name} (SHA-256): " in said
 
 
+def test_another_config_of_the_base_is_another_run(models, dialogues, tmp_path, capsys):
+    # The weights are the same, so their fingerprint is too; what is computed with them is not.
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(models("llama"), base)
+    assert main(command(base, dialogues, out, "--max_steps", "2")) == 0
+    config = json.loads((base / "config.json").read_text())
+    saved_elsewhere = {**config, "_name_or_path": "elsewhere", "transformers_version": "6.1"}
+    (base / "config.json").write_text(json.dumps(saved_elsewhere))
+    assert main(command(base, dialogues, out, "--max_steps", "3", "--resume")) == 0
+    (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    assert main(command(base, dialogues, out, "--max_steps", "4", "--resume")) == 2
+    assert "the base's config.json (SHA-256): " in capsys.readouterr().err
+
+
 def test_another_evaluation_file_is_another_run(models, dialogues, tmp_path, capsys):
     # With the best checkpoint kept, it decides which weights the run ends with.
     out, held = tmp_path / "out", tmp_path / "held.jsonl"

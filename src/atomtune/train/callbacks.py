@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
-from transformers import TrainerCallback
+from transformers import IntervalStrategy, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from atomtune.errors import RunFailed, listing
@@ -22,7 +22,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 class WorkCounter(TrainerCallback, ExportableState):
     """Counts what the run computed; carried through checkpoints, so that a resumed run's figures are of the whole.
 
-    owes_evaluation  an evaluation was given up for a stop; the resumed run makes it first
+    owes_evaluation  an evaluation was due at this step and is not made; a run resumed from here makes it first
     """
 
     def __init__(self) -> None:
@@ -38,6 +38,15 @@ class WorkCounter(TrainerCallback, ExportableState):
         self.tokens_computed += tokens_computed
         self.tokens_padded += tokens_padded
         self.examples += examples
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An epoch's evaluation comes after the save of its last step, so that checkpoint still owes it."""
+        ends = state.epoch == round(state.epoch) or state.global_step >= state.max_steps
+        by_epoch = args.eval_strategy == IntervalStrategy.EPOCH
+        self.owes_evaluation = by_epoch and ends and args.eval_delay <= state.epoch
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.owes_evaluation = False
 
     def state(self) -> dict[str, Any]:
         names = ("tokens_computed", "tokens_padded", "examples", "skipped_steps", "owes_evaluation")
@@ -101,6 +110,11 @@ class Stop(TrainerCallback):
         else:
             self.reason = "another rank was told to stop"
         control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer ends the epoch where the run stops; what is due at its real end is not due yet."""
+        if self.reason is not None and state.epoch != round(state.epoch):
+            control.should_log = control.should_evaluate = control.should_save = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.restore()

@@ -12,6 +12,7 @@ from atomtune.data.records import Turn
 from atomtune.model.generate import answer
 from atomtune.settings.fields import TrainSettings
 from atomtune.settings.read import DEMO_FOLDER
+from atomtune.train.random_state import random_state_kept
 
 LONGEST_ANSWER = 60  # tokens; the demo's answers are one or two sentences
 
@@ -33,7 +34,7 @@ class Samples:
             lines = (DEMO_FOLDER / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
             records = [json.loads(line) for line in lines if line.strip()]
             samples.turns = [Turn("user", record["instruction"], record["input"]) for record in records]
-            with model.disable_adapter():  # a resumed run's adapter is half trained already
+            with random_state_kept(), model.disable_adapter():  # a resumed run's adapter is half trained already
                 samples.before = samples._answers()
         return samples
 

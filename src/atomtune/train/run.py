@@ -272,7 +272,7 @@ def _train_steps(run: RunContext, trainer: LoraTrainer) -> None:
     if run.resumed is None:
         trainer.train()
     elif trainer.all_steps_made(run.resumed.checkpoint):
-        run.console.say("All steps were made before; the adapter is saved from this checkpoint.")
+        run.console.say("Nothing is left to train: all steps were made before. This checkpoint's adapter is saved.")
     else:
         trainer.train(resume_from_checkpoint=str(run.resumed.checkpoint))
 
@@ -303,7 +303,9 @@ def _raise_if_stopped(run: RunContext, trainer: LoraTrainer) -> None:
 
 
 def _figures(trainer: LoraTrainer) -> dict[str, Any]:
-    work, seconds = trainer.work, trainer.work.elapsed()
+    """The work of the whole run, and its pace; 0 where this process made no step, for the time was another's."""
+    work = trainer.work
+    seconds = work.elapsed() if trainer.state.global_step > trainer.first_step else 0.0
     return {
         "steps": trainer.state.global_step,
         "tokens_padded": work.tokens_padded,
@@ -344,9 +346,13 @@ def _say_what_is_next(run: RunContext, trainer: LoraTrainer, loss: float, ledger
     work, folder, console = trainer.work, run.args.output_dir, run.console
     # `make demo` runs from an environment that is not activated; what is said to do next must work as it stands.
     atomtune = "atomtune" if shutil.which("atomtune") else f"{sys.executable} -m atomtune"
+    steps = trainer.state.global_step
+    if steps > trainer.first_step:
+        pace = f" in {work.elapsed():.0f} s, {work.examples / max(work.elapsed(), 1e-9):.1f} examples/s"
+    else:
+        pace = ", all made before"
     console.say(
-        f"Done: {trainer.state.global_step:,} steps in {work.elapsed():.0f} s, "
-        f"{work.examples / max(work.elapsed(), 1e-9):.1f} examples/s, mean loss {loss:.3f}{fell}.\n"
+        f"Done: {steps:,} steps{pace}, mean loss {loss:.3f}{fell}.\n"
         f"The adapter lies in {folder} (run.json: every figure; loss.png: the curve).\n\n"
         f"Next:\n  {atomtune} chat --adapter_path {folder}\n"
         f"  {atomtune} merge --adapter_path {folder} --output_dir {folder}/merged"

@@ -7,10 +7,14 @@ often is saved, logged and evaluated, how the work is shared out in a process, a
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from transformers.utils import cached_file
 
 from atomtune.data.cache import tokenizer_text
 from atomtune.data.encoding.chat_template import Template
+from atomtune.disk import read_json_object
 from atomtune.errors import BadSettings
 from atomtune.model.adapter_folder import adapter_file
 from atomtune.train.checkpoint.atomic import read_manifest
@@ -58,6 +62,7 @@ OURS = {
 _FILES = {
     "data": "the data file (SHA-256)",
     "evaluation": "the evaluation file (SHA-256)",
+    "base_config": "the base's config.json (SHA-256)",
     "template": "the template (SHA-256)",
     "tokenizer": "the tokenizer (SHA-256)",
     "ranks": "processes",
@@ -74,10 +79,23 @@ def identity(run: RunContext, template: Template, data: Data) -> dict[str, Any]:
         "tokenizer": _sha(tokenizer_text(template.tokenizer)),
         "ranks": args.world_size,
     }
+    base_config = _config_of_base(str(settings.model.model_path))
+    if base_config is not None:
+        values["base_config"] = _sha(json.dumps(base_config, sort_keys=True))
     for group, names in OURS.items():
         values |= {name: getattr(getattr(settings, group), name) for name in names}
     values |= {name: getattr(args, name) for name in TRAINER_SETTINGS if hasattr(args, name)}
     return dict(json.loads(json.dumps(values, default=str)))
+
+
+def _config_of_base(path: str) -> dict[str, Any] | None:
+    """What the base's config.json says of the model; None where it cannot be read, which loading the model will say."""
+    try:
+        values = read_json_object(Path(cached_file(path, "config.json") or ""))
+    except (OSError, ValueError):
+        return None
+    # Where it was saved, and by which version, decides nothing.
+    return {name: value for name, value in values.items() if name not in ("_name_or_path", "transformers_version")}
 
 
 def refuse_another_run(run: RunContext, now: dict[str, Any]) -> None:

@@ -1,12 +1,12 @@
 """Stream: records encoded as they are drawn, for data larger than what a disk should keep twice.
 
-Before: data.cache encodes part by part.  After: batch.collate.
 The order is a function of the files and the seed alone, so a resumed run finds its place by reading again.
 """
 
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -18,11 +18,12 @@ from atomtune.errors import BadData
 
 
 class Stream(IterableDataset):
-    """Rows as the store has them, pass after pass without an end; each record once a pass.
+    """Rows as the cache would have them, pass after pass without an end; each record once a pass.
 
     buffer   rows that wait; each time one of them is drawn at random
     check    is shown the ledger after every part and may raise
-    ledger  of the newest reading's first pass, as far as it has come
+    ledger   of the newest reading's first pass, as far as it has come
+    Raises BadData where a file changes while it is read: its records are no longer those that a resume would find.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Stream(IterableDataset):
         self.sources, self.template, self.rules = sources, template, rules
         self.buffer, self.seed, self.check = buffer, seed, check
         self.ledger = Ledger()
+        self._stamps = {source: _stamp(source) for source in sources}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.ledger = Ledger()
@@ -57,7 +59,23 @@ class Stream(IterableDataset):
     def _rows(self, ledger: Ledger) -> Iterator[dict[str, Any]]:
         for source in self.sources:
             for part in encoded(source, self.template, self.rules, ledger):
+                self._refuse_changed(source)
                 self.check(ledger)
                 yield from part.table.to_pylist()
+            self._refuse_changed(source)
         if not ledger.records_used:
             raise BadData(f"{', '.join(self.sources)}: none of {ledger.records_read:,} records can be used.")
+
+    def _refuse_changed(self, source: str) -> None:
+        if _stamp(source) != self._stamps[source]:
+            raise BadData(
+                f"{source} changed while the run was reading it, so its records are not those the run began with.\n"
+                "Put the file back and go on with --resume, or start a new run in another --output_dir."
+            )
+
+
+def _stamp(source: str) -> list[tuple[str, int, int]]:
+    """Size and time of every file of a source; nothing for one on the hub, whose files carry their hash as a name."""
+    path = Path(source)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from atomtune.errors import RunFailed, listing
 from atomtune.model.loss import target_nats
 from atomtune.train.callbacks import (
     BeforeFirstStep,
@@ -31,7 +32,8 @@ from atomtune.train.callbacks import (
 from atomtune.train.checkpoint.saving_trainer import SavingTrainer
 from atomtune.train.checkpoint.start import STATE
 from atomtune.train.dataloader import with_signal_masked_workers
-from atomtune.train.ranks import on_any_rank
+from atomtune.train.random_state import random_state_kept
+from atomtune.train.ranks import of_all_ranks, on_any_rank
 
 
 class LoraTrainer(SavingTrainer):
@@ -40,6 +42,7 @@ class LoraTrainer(SavingTrainer):
     def __init__(self, *, stop: Stop, skip_nonfinite: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.work, self.stop = WorkCounter(), stop
+        self.first_step = 0  # where this process began; the steps before it were another's
         self.non_finite = SkipNonFinite(self.work, budget=skip_nonfinite, notice=self.notice)
         if self._ranks_evaluate_alone:  # else a rank holds parts of weights, which may well be zero
             self.add_callback(GradientCheck(self.notice))  # before a step that is left out loses its gradients
@@ -105,9 +108,13 @@ class LoraTrainer(SavingTrainer):
         The library would make one more step from such a checkpoint (seen on 5.23, with max_steps).
         """
         state = TrainerState.load_from_json(str(checkpoint / STATE))
-        if not 0 < self.args.max_steps <= state.global_step:
+        if self.args.max_steps > 0:
+            steps_are_made = state.global_step >= self.args.max_steps
+        else:  # at the end of an epoch it is a whole number, exactly
+            steps_are_made = (state.epoch or 0) >= self.args.num_train_epochs
+        if not steps_are_made:
             return False
-        self.state = state
+        self.state, self.first_step = state, state.global_step
         self.work.on_train_begin(self.args, state, self.control)
         self.make_owed_evaluation()
         self.take_the_best()
@@ -148,38 +155,64 @@ class LoraTrainer(SavingTrainer):
     ) -> dict[str, float]:
         """Nats per target over the evaluation records, each counted by its targets, whatever the batch size.
 
-        Given up when the run is told to stop; the resumed run then makes it first.
+        Given up, with nothing returned, when the run is told to stop; the resumed run then makes it first.
+        Training goes on as if it had not been. Raises RunFailed where the loss is not finite.
         """
-        loader = self.get_eval_dataloader(eval_dataset)
         began = time.perf_counter()
-        model = self.model if self._ranks_evaluate_alone else self.model_wrapped
-        model.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device="cpu")  # nats, targets, ranks that gave up
-        for batch in loader:
-            give_up = self.stop.requested and isinstance(self.lr_scheduler, LambdaLR)  # others wait for its result
-            if give_up if self._ranks_evaluate_alone else on_any_rank(give_up, self.args):
-                sums[2] = 1
-                break
-            with torch.no_grad(), self.compute_loss_context_manager():
-                nats, count = target_nats(model, send_to_device(batch, self.args.device))
-            sums[:2] += torch.stack([nats.double(), count.double()]).cpu()
-        model.train()
-        if self.args.world_size > 1:
-            sums = self.accelerator.gather(sums.to(self.args.device)[None]).sum(0).cpu()
-        if sums[2]:
+        with random_state_kept():
+            sums = self._evaluation_sums(eval_dataset)
+        if sums is None:
             self.work.owes_evaluation = True
+            self.control.should_evaluate = False  # else it would be begun again at the end of the epoch
             self.stop.stop_here(self.control)
             return {}
-        loss = (sums[0] / sums[1].clamp(min=1)).item()
+        nats, targets = sums
+        loss = nats / max(targets, 1)
         metrics = {
             f"{metric_key_prefix}_loss": loss,
             f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0)),
-            f"{metric_key_prefix}_targets": int(sums[1]),
+            f"{metric_key_prefix}_targets": targets,
             f"{metric_key_prefix}_runtime": time.perf_counter() - began,
         }
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _evaluation_sums(self, eval_dataset: Any) -> tuple[float, int] | None:
+        """(nats, targets) of all evaluation records on all ranks; None where a stop cut it short."""
+        model = self.model if self._ranks_evaluate_alone else self.model_wrapped
+        model.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device="cpu")  # nats, targets, ranks that gave up
+        not_finite: list[str] = []
+        for batch in self.get_eval_dataloader(eval_dataset):
+            give_up = self._may_give_up and self.stop.requested
+            if give_up if self._ranks_evaluate_alone else on_any_rank(give_up, self.args):
+                sums[2] = 1
+                break
+            with torch.no_grad(), self.compute_loss_context_manager():
+                nats, count = target_nats(model, send_to_device(batch, self.args.device))
+            if not torch.isfinite(nats):
+                not_finite += batch["origins"]
+            sums[:2] += torch.stack([nats.double(), count.double()]).cpu()
+        model.train()
+        if self.args.world_size > 1:
+            sums = self.accelerator.gather(sums.to(self.args.device)[None]).sum(0).cpu()
+        if sums[2]:
+            return None
+        if not torch.isfinite(sums[0]):
+            raise RunFailed(
+                f"The evaluation loss is {sums[0].item()} at step {self.state.global_step}, in batches with these "
+                f"records:\n{listing(of_all_ranks(not_finite, self.args))}\n"
+                "The adapter on disk is the one of the last checkpoint. Lower --learning_rate, or pass --dtype bfloat16"
+                " or float32 instead of float16."
+            )
+        return sums[0].item(), int(sums[1])
+
+    @property
+    def _may_give_up(self) -> bool:
+        """Whether a stop may end an evaluation early: not where the schedule waits for its result, and not before the
+        first step, where no checkpoint could say that it is owed."""
+        return isinstance(self.lr_scheduler, LambdaLR) and self.state.global_step > 0
 
     # Private: the Trainer asks it for each evaluation's result, also for one that has none.
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -197,14 +230,19 @@ class LoraTrainer(SavingTrainer):
 
     def begin(self) -> None:
         """Before the first step: the intervals asked for now, not the checkpoint's; and what a stop left over."""
+        self.first_step = self.state.global_step
         self.state.compute_steps(self.args, self.state.max_steps)
+        if self.state.global_step:
+            self.args.eval_on_start = False  # that was at the start of the run that began
         self.make_owed_evaluation()
 
     def make_owed_evaluation(self) -> None:
-        """The evaluation that the run before gave up."""
+        """The evaluation that was due at the step of the checkpoint and not made before it was saved."""
         if self.work.owes_evaluation:
             self.work.owes_evaluation = False
-            self._determine_best_metric(self.evaluate(), None)
+            # Private: evaluate() and, behind it, the step of a schedule that waits for the result.
+            self._determine_best_metric(self._evaluate(None, None), None)
+            self.name_the_best()
 
 
 class _ByLength(LengthGroupedSampler):

@@ -1,0 +1,181 @@
+"""Evaluation measures a run and never changes it: not its weights, and not what a stop and a resume make of it.
+
+CPU, one thread, exact. The fast tests take a few ways through each choice; `make soak` takes all of them, each stopped
+in every step and every batch of every evaluation, and resumed from every checkpoint.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from atomtune.cli import main
+from atomtune.train import trainer as trainer_module
+from atomtune.train.checkpoint.atomic import checkpoints
+from tests.conftest import write_jsonl
+
+EVERY = bool(os.environ.get("ATOMTUNE_SOAK"))
+
+EVALUATIONS = {
+    "unevaluated": [],
+    "by steps": ["--eval_strategy", "steps", "--eval_steps", "3"],
+    "by epoch": ["--eval_strategy", "epoch"],
+    "at the start": ["--eval_strategy", "steps", "--eval_steps", "4", "--eval_on_start", "true"],
+    "plateau": ["--eval_strategy", "epoch", "--lr_scheduler_type", "reduce_lr_on_plateau"],
+}
+SAVES = {
+    "every step": ["--save_strategy", "steps", "--save_steps", "1"],
+    "by epoch": ["--save_strategy", "epoch"],
+    "the best": ["--save_strategy", "best", "--metric_for_best_model", "eval_loss"],
+    # The worst loss counts as the best, so that it is not the last one.
+    "load the best": [
+        *("--load_best_model_at_end", "true", "--metric_for_best_model", "eval_loss", "--greater_is_better", "true"),
+    ],
+}
+BATCHES = {"plain": [], "accumulated": ["--gradient_accumulation_steps", "3"]}
+SOURCES = {"stored": [], "mixed": ["--mix", "1.5,0.5"], "streamed": ["--streaming", "true", "--shuffle_buffer", "7"]}
+
+
+@pytest.fixture
+def files(tmp_path) -> tuple[Path, Path, Path]:
+    """Two files to train on and one to evaluate on."""
+    records = [{"instruction": f"Say number {n}", "output": f"Number {n} it is, and {n * 7}."} for n in range(33)]
+    return (
+        write_jsonl(tmp_path / "one.jsonl", records[:16]),
+        write_jsonl(tmp_path / "two.jsonl", records[16:24]),
+        write_jsonl(tmp_path / "held.jsonl", records[24:]),
+    )
+
+
+def command(base: Path, files: tuple[Path, Path, Path], out: Path, *more: str) -> list[str]:
+    one, two, held = files
+    return [
+        *("train", "--model_path", str(base), "--dataset_path", str(one), str(two), "--eval_path", str(held)),
+        *("--output_dir", str(out), "--dtype", "float32", "--lora_dropout", "0.2", "--learning_rate", "5e-3"),
+        *("--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "3", "--logging_steps", "1"),
+        *("--save_total_limit", "100", *more),
+    ]
+
+
+def flags_of(evaluation: str, save: str, batch: str, source: str) -> list[str]:
+    """A run of two epochs of six batches; a stream has no end, so it is counted in steps."""
+    length = ["--max_steps", "12" if batch == "plain" else "5"] if source == "streamed" else ["--num_train_epochs", "2"]
+    saved = SAVES[save]
+    if save == "load the best":  # the library wants to save as it evaluates
+        by_epoch = "epoch" in EVALUATIONS[evaluation]
+        saved = [*saved, *(("--save_strategy", "epoch") if by_epoch else ("--save_strategy", "steps", "--save_steps"))]
+        saved = saved if by_epoch else [*saved, EVALUATIONS[evaluation][3]]
+    return [*EVALUATIONS[evaluation], *saved, *BATCHES[batch], *SOURCES[source], *length]
+
+
+def can_be(evaluation: str, save: str, batch: str, source: str) -> bool:
+    unmeasured = evaluation == "unevaluated" and save in ("the best", "load the best")
+    in_epochs = evaluation in ("by epoch", "plateau") or save == "by epoch"
+    return not unmeasured and not (source == "streamed" and in_epochs)
+
+
+WAYS = [way for way in itertools.product(EVALUATIONS, SAVES, BATCHES, SOURCES) if can_be(*way)]
+#: Each choice at least twice; the first is the case in which this was first seen to fail.
+FEW = [
+    ("by epoch", "every step", "plain", "stored"),
+    ("by epoch", "load the best", "accumulated", "mixed"),
+    ("by steps", "the best", "plain", "mixed"),
+    ("by steps", "load the best", "plain", "streamed"),
+    ("at the start", "by epoch", "accumulated", "stored"),
+    ("plateau", "every step", "plain", "stored"),
+]
+
+
+def history(out: Path) -> list[dict]:
+    """Every logged figure of the run but the clock's."""
+    record = json.loads((out / "run.json").read_text())
+    assert record["status"] == "finished"
+    last = json.loads((checkpoints(out)[0] / "trainer_state.json").read_text())
+    clock = ("eval_runtime", "train_runtime")
+    logs = [{name: value for name, value in entry.items() if name not in clock} for entry in last["log_history"]]
+    return [*logs, {name: record.get(name) for name in ("steps", "train_loss", "eval_loss", "tokens_computed")}]
+
+
+def signals_at(monkeypatch, call: int, *, inside_evaluation: bool) -> list[int]:
+    """SIGTERM to this process in the given micro-batch, or the given batch of evaluations; the calls so far."""
+    real, calls = trainer_module.target_nats, []
+
+    def target_nats(model, batch, **kwargs):
+        if model.training is not inside_evaluation:
+            calls.append(1)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return real(model, batch, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "target_nats", target_nats)
+    return calls
+
+
+def stopped_and_resumed(run: Callable[..., int], monkeypatch, out: Path, call: int, *, inside_evaluation: bool) -> bool:
+    """Whether the run came to that call; it was stopped there then, and resumed to its end."""
+    with monkeypatch.context() as patch:
+        calls = signals_at(patch, call, inside_evaluation=inside_evaluation)
+        code = run(out)
+    if len(calls) < call:
+        return False
+    if code == 0:  # the signal came in the last step: nothing was left to stop
+        return True
+    assert code == 75
+    assert run(out, "--resume") == 0
+    return True
+
+
+@pytest.mark.parametrize("way", WAYS if EVERY else FEW, ids=", ".join)
+def test_a_run_that_is_stopped_anywhere_is_the_undisturbed_run(models, files, tmp_path, monkeypatch, way):
+    base, whole, flags = models("llama"), tmp_path / "whole", flags_of(*way)
+
+    def run(out: Path, *more: str) -> int:
+        return main(command(base, files, out, *flags, *more))
+
+    assert run(whole) == 0
+    expected = (whole / "adapter_model.safetensors").read_bytes(), history(whole)
+    for inside_evaluation in (False, True):
+        for call in range(1, 1000) if EVERY else (2, 7):
+            out = tmp_path / f"{inside_evaluation}-{call}"
+            if not stopped_and_resumed(run, monkeypatch, out, call, inside_evaluation=inside_evaluation):
+                break
+            assert ((out / "adapter_model.safetensors").read_bytes(), history(out)) == expected, out.name
+
+
+@pytest.mark.parametrize("way", WAYS if EVERY else FEW, ids=", ".join)
+def test_from_every_checkpoint_the_run_is_the_undisturbed_run(models, files, tmp_path, way):
+    # As a kill between that save and the next leaves the folder.
+    base, whole, flags = models("llama"), tmp_path / "whole", flags_of(*way)
+    assert main(command(base, files, whole, *flags)) == 0
+    expected = (whole / "adapter_model.safetensors").read_bytes(), history(whole)
+    found = checkpoints(whole)[::-1]
+    for number in range(len(found)) if EVERY else sorted({len(found) // 2 - 1, len(found) - 1}):
+        out = tmp_path / found[number].name
+        shutil.copytree(whole, out)
+        for later in found[number + 1 :]:
+            shutil.rmtree(out / later.name)
+        (out / "adapter_model.safetensors").unlink()
+        (out / "run.json").write_text(json.dumps({"status": "running"}))
+        assert main(command(base, files, out, *flags, "--resume")) == 0
+        assert ((out / "adapter_model.safetensors").read_bytes(), history(out)) == expected, out.name
+
+
+@pytest.mark.parametrize("evaluation", ["by steps", "by epoch", "at the start"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_run_that_is_evaluated_is_the_run_that_is_not(models, files, tmp_path, evaluation, source):
+    if not can_be(evaluation, "every step", "plain", source):
+        pytest.skip("a stream has no epochs")
+    adapters = []
+    for number, way in enumerate(("unevaluated", evaluation)):
+        out = tmp_path / str(number)
+        flags = flags_of(way, "every step", "plain", source)
+        if way == "unevaluated":
+            flags += ["--eval_strategy", "no"]
+        assert main(command(models("llama"), files, out, *flags)) == 0
+        adapters.append((out / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
