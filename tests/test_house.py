@@ -134,7 +134,7 @@ PRIVATE = {
         "Trainer._save_rng_state",
         "Trainer._save_scaler",
     },
-    "train/trainer.py": {"Trainer._determine_best_metric", "Trainer._get_train_sampler"},
+    "train/trainer.py": {"Trainer._determine_best_metric", "Trainer._evaluate", "Trainer._get_train_sampler"},
 }
 
 
