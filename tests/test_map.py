@@ -1,9 +1,11 @@
 """CONTRIBUTING's map is what a real run walks; `make house` writes it again."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+from tests.test_house import name, written_files
 from tools.house.map import BEGIN, END, computed
 from tools.house.source import Source
 from tools.house.walks import Walk, between, take_walks
@@ -47,3 +49,18 @@ def test_a_walk_is_cut_between_two_landmarks(small):
     assert between(entries, "begin", "end") == entries[1:3]
     with pytest.raises(SystemExit, match="no function nowhere was entered"):
         between(entries, "nowhere", "end")
+
+
+#: Files of other projects that ours are named after or speak of.
+FOREIGN = {"training_args.py", "run.py"}
+
+
+@pytest.mark.parametrize("path", written_files(), ids=name)
+def test_a_python_file_that_is_named_is_there(path):
+    # `data/cache.py`, `tests/walk/test_faults.py`: files move, and what names them stays behind.
+    folders = [ROOT / folder for folder in ("src", "tests", "tools", "benchmarks")]
+    files = {p.relative_to(ROOT).as_posix() for folder in folders for p in folder.rglob("*.py")}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for named in re.findall(r"(?<![\w/.<>{}-])[a-z_][\w/]*\.py\b", line):
+            known = any(f"/{file}".endswith(f"/{named}") for file in files) or named in FOREIGN
+            assert known, f"{name(path)}:{number} names {named}, which is not there"

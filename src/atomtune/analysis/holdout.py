@@ -1,7 +1,6 @@
-"""Split: records held out to evaluate on, none of which is like one that is learned.
+"""Hold-out split: records to evaluate on, none of which is nearly equal to a record that is learned.
 
-Before: the records of all files, grouped by likeness.  After: train.dataset selects the rows.
-A split that parts two equal questions, or a record and its near copy, measures what was learned by heart.
+A split that separates two equal questions, or a record and its near copy, measures what was learned by heart.
 """
 
 import random

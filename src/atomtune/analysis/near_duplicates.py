@@ -1,6 +1,5 @@
-"""Likeness: which texts are nearly equal, told without comparing each with each.
+"""Near-duplicates: which texts are nearly equal, found without comparing each with each (MinHash).
 
-Before: the texts of records, one at a time.  After: profile.py counts groups, a split keeps each on one side.
 Two texts are near where the Jaccard index of their shingles (three characters in a row, ends marked; case, width, space
 and punctuation folded away) reaches the threshold. MinHash in bands proposes pairs, and every pair is then measured
 exactly: what stands in one group is near by measurement, never by chance. What chance decides is whether a pair is
@@ -49,7 +48,7 @@ def near_groups(texts: Iterable[str], *, threshold: float = 0.8) -> Numbers:
     """A group for each text, by the number of its first member; texts that are near, or linked by near ones, share it.
 
     The texts are read once. The same texts in the same order give the same groups.
-    Checked against all pairs: tests/data/test_likeness.py.
+    Checked against all pairs: tests/analysis/test_near_duplicates.py.
     """
     assert 0 < threshold <= 1
     with tempfile.TemporaryFile() as file:

@@ -1,7 +1,6 @@
-"""Trunks: long beginnings that many texts share, and the texts without them.
+"""Shared beginnings: long beginnings that many texts have in common, and the texts without them.
 
-Before: the texts of records.  After: likeness.py compares what is left.
-Ten thousand questions behind one instruction of 400 characters are not near to each other for what they share.
+Ten thousand questions after one instruction of 400 characters are not near-duplicates because of that instruction.
 """
 
 import itertools

@@ -1,6 +1,5 @@
-"""Profile: what a data set's texts and tokens are like, and which records have a problem.
+"""Statistics of a data set's texts and tokens, and which records have a problem.
 
-Before: records, and the store's rows of the same records in the same order.  After: inspect.command says it.
 All of it is arrays with a few bytes a record: a million records fit, and none of their texts is kept.
 """
 

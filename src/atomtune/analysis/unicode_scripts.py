@@ -1,6 +1,5 @@
-"""Scripts: which writing a text is in, by its code points; no model guesses here.
+"""Writing systems: which one a text is in, by its code points; no model guesses here.
 
-Before: the texts of records.  After: profile.py sums them up.
 Letters count; digits, punctuation, symbols and emoji belong to no script.
 """
 

@@ -1,6 +1,5 @@
 """Rows: where every token of a batch stands, and whom it may see.
 
-Before: data.encoding.encode makes Examples.  After: collate turns Rows into tensors.
 Law: token q sees token k exactly when k <= q < until[k]; token i is predicted from the hidden state of parent[i] and
 counted learn[i] times. There is no label shift anywhere.
 No torch here.

@@ -1,6 +1,5 @@
 """Trees: examples that begin alike share one trunk in a row.
 
-Before: data.encoding.encode makes Examples.  After: collate turns the Row into tensors.
 Sharing is exact, so where to share is a question of cost alone. Prior work with shared prefixes in training: TRL's
 AsyncGRPO, Unsloth's GRPO grouping, Tree Training (arXiv 2511.00413).
 No torch here.
