@@ -1,6 +1,6 @@
 """Choices: every closed list of names, written once for flags, help, pages and code."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 Quantize = Literal["nf4", "int8"]
@@ -33,7 +33,7 @@ TEMPLATES = (
 )
 
 #: The checks of `atomtune inspect`, as --fail_on names them; what each counts: inspect/checks.py.
-CHECKS = (
+Check = Literal[
     "refused",
     "cut",
     "duplicates",
@@ -44,4 +44,5 @@ CHECKS = (
     "one_token",
     "no_stop",
     "unknown",
-)
+]
+CHECKS: tuple[Check, ...] = get_args(Check)

@@ -22,6 +22,7 @@ from atomtune.choices import Layout
 from atomtune.console import Console
 from atomtune.data.cache import Rules, as_examples, concatenate, examples_of
 from atomtune.data.encoding.choose_template import load_template
+from atomtune.data.reading.sources import distinct_names
 from atomtune.data.records import Example
 from atomtune.errors import BadData, BadSettings, CheckFailed
 from atomtune.model.adapter import LoraSpec, new_adapter
@@ -118,7 +119,12 @@ def verify(settings: VerifySettings) -> int:
 def _examples(settings: VerifySettings) -> tuple[list[Example], int]:
     tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     template, rules = load_template(settings.template, tokenizer), Rules(**settings.rules())
-    data = concatenate([examples_of(source, template, rules) for source in settings.dataset_paths])
+    names = distinct_names(settings.dataset_paths)
+    parts = [
+        examples_of(source, template, rules, name=name)
+        for source, name in zip(settings.dataset_paths, names, strict=True)
+    ]
+    data = concatenate(parts)
     if not len(data.examples):
         raise BadData(f"{', '.join(settings.dataset_paths)}: none of {data.ledger.records_read:,} records can be used.")
     rows = data.examples.select(sample_rows(len(data.examples), settings.records, seed=settings.seed))

@@ -11,10 +11,11 @@ import pytest
 
 from atomtune.analysis.texts import own_text, read_texts
 from atomtune.analysis.unicode_scripts import SCRIPTS, letters_of
+from atomtune.choices import CHECKS
 from atomtune.data.cache import as_table
 from atomtune.data.ledger import Ledger
 from atomtune.data.records import Example, Record, Refusal, RefusalKind, Turn
-from atomtune.inspect.checks import PROBLEMS, near_or_equal, problems_of, read_tokens
+from atomtune.inspect.checks import findings_of, near_or_equal, read_tokens
 from tests.conftest import SHARED_DATA
 
 STOP, UNKNOWN = 2, 0
@@ -140,7 +141,7 @@ def test_where_a_prompt_ends_and_an_input_begins_is_part_of_the_prompt():
 def problems(records: list[Record], tables, ledger: Ledger | None = None):
     texts, tokens = read_texts(records), read_tokens(tables, stop=STOP, unknown=None)
     none = numpy.zeros(0, dtype=numpy.int64)
-    return problems_of(ledger or Ledger(), texts, tokens, {"cut": none, "control": none}), texts, tokens
+    return findings_of(ledger or Ledger(), texts, tokens, {"cut": none, "control": none}), texts, tokens
 
 
 def test_copies_near_copies_and_conflicts_are_counted_once_each():
@@ -150,12 +151,12 @@ def test_copies_near_copies_and_conflicts_are_counted_once_each():
     ids = {pair: 10 + i for i, pair in enumerate(dict.fromkeys(told))}
     tables = [as_table([(Example((1, ids[pair], STOP), (0, 1, 1), "a:1"),) for pair in told])]
     found, texts, tokens = problems(records, tables)
-    assert list(found) == list(PROBLEMS)
-    assert (found["duplicates"].count, found["duplicates"].where.tolist()) == (1, [0, 1])
+    assert list(found) == list(CHECKS)
+    assert (found["duplicates"].count, found["duplicates"].rows.tolist()) == (1, [0, 1])
     # Record 3 is near record 0; record 1, a copy of 0, is counted there and not here.
-    assert (found["near_duplicates"].count, found["near_duplicates"].where.tolist()) == (1, [0, 3])
+    assert (found["near_duplicates"].count, found["near_duplicates"].rows.tolist()) == (1, [0, 3])
     # Two answers to b; to a two as well, which differ by one sign.
-    assert (found["conflicts"].count, found["conflicts"].where.tolist()) == (5, [0, 1, 3, 2, 5])
+    assert (found["conflicts"].count, found["conflicts"].rows.tolist()) == (5, [0, 1, 3, 2, 5])
     assert found["conflicts"].groups == 2
     assert near_or_equal(texts, tokens).tolist() == [0, 0, 2, 0, 4, 5]
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizer
@@ -98,8 +99,8 @@ def test_notices_survive_the_store(tmp_path):
 def test_a_second_time_nothing_is_encoded(data, tmp_path, no_encoding):
     first, ledger, data_hash = asked(data, tmp_path / "cache")
     no_encoding()
-    again, same_account, same_hash = asked(data, tmp_path / "cache")
-    assert (same_account, same_hash) == (ledger, data_hash)
+    again, same_ledger, same_hash = asked(data, tmp_path / "cache")
+    assert (same_ledger, same_hash) == (ledger, data_hash)
     assert again.to_list() == first.to_list()
 
 
@@ -287,7 +288,7 @@ def test_one_entry_is_one_folder_and_no_other(data, tmp_path):
     asked(data, tmp_path / "cache")
     asked(data, tmp_path / "cache")
     (entry,) = (tmp_path / "cache" / "atomtune").iterdir()
-    assert sorted(path.name for path in entry.iterdir()) == ["examples.arrow", "ledger.json"]
+    assert sorted(path.name for path in entry.iterdir()) == ["checksums.json", "examples.arrow", "ledger.json"]
 
 
 def test_whoever_finishes_second_gives_way(data, tmp_path):
@@ -305,6 +306,82 @@ def test_whoever_finishes_second_gives_way(data, tmp_path):
     assert len(entries(cache)) == 1
 
 
+def flip(path: Path) -> None:
+    """One bit, in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def swap(path: Path) -> None:
+    """A whole Arrow file, of something else."""
+    datasets.Dataset.from_dict({"ids": [[1, 2]]}).save_to_disk(str(path.parent / "other"))
+    path.write_bytes(next((path.parent / "other").glob("*.arrow")).read_bytes())
+
+
+DAMAGES = {
+    "a bit": flip,
+    "no file": lambda path: path.unlink(),
+    "an empty file": lambda path: path.write_bytes(b""),
+    "half a file": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "another file": swap,
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "deep JSON": lambda path: path.write_text("[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["examples.arrow", "ledger.json", "checksums.json"])
+def test_an_entry_that_is_not_whole_is_made_again_and_it_is_said(data, tmp_path, file, damage):
+    # One flipped bit in an id was trained on; most other damages were a traceback until the folder was removed by hand.
+    cache = tmp_path / "cache"
+    examples, ledger, _ = asked(data, cache)
+    rows = examples.to_list()
+    (entry,) = (cache / "atomtune").iterdir()
+    DAMAGES[damage](entry / file)
+    again = examples_of(data, template_of(), Rules(max_tokens=120), cache_dir=cache)
+    assert (again.examples.to_list(), again.ledger) == (rows, ledger)
+    (note,) = again.notes
+    assert "train.jsonl are made again" in note
+    assert examples_of(data, template_of(), Rules(max_tokens=120), cache_dir=cache).notes == ()
+    assert len(entries(cache)) == 1, "nothing is left beside it"
+
+
+def test_the_rights_of_an_entry_are_those_of_the_users_umask(data, tmp_path):
+    # A temporary folder's rights are its owner's alone: a shared cache could not be shared.
+    asked(data, tmp_path / "cache")
+    (tmp_path / "plain").mkdir()
+    (entry,) = (tmp_path / "cache" / "atomtune").iterdir()
+    assert entry.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# --- files of a folder ------------------------------------------------------------------------------------------------
+
+
+def test_each_file_of_a_folder_has_its_own_format(tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", [{"instruction": "早", "output": "早上好"}])
+    write_jsonl(
+        folder / "b.jsonl", [{"messages": [{"role": "user", "content": "晚"}, {"role": "assistant", "content": "安"}]}]
+    )
+    examples, ledger, _ = asked(folder, tmp_path / "cache")
+    assert (ledger.records_used, ledger.records_refused) == (2, [])
+    assert ledger.format == "alpaca, messages"
+    assert examples["origin"][:] == ["mixed/a.jsonl:1", "mixed/b.jsonl:1"]
+    answers = [record.answer for record in records_of(folder, Rules(max_tokens=120), examples)]
+    assert answers == ["早上好", "安"]
+
+
+def test_files_of_one_name_have_origins_of_their_own(data, tmp_path):
+    for name in ("a/train.jsonl", "b/train.jsonl"):
+        encoded = examples_of(data, template_of(), Rules(max_tokens=120), name=name, cache_dir=tmp_path / "cache")
+        assert all(origin.startswith(f"{name}:") for origin in encoded.examples["origin"][:])
+        assert all(refusal.origin.startswith(f"{name}:") for refusal in encoded.ledger.records_refused)
+        records = list(records_of(data, Rules(max_tokens=120), encoded.examples, name=name))
+        assert [record.origin for record in records] == encoded.examples["origin"][:]
+
+
 def test_the_records_behind_the_rows_of_a_one_line_array_are_theirs(tmp_path):
     # Catches places that values share: a refused record's text stood for the next one's, in splits and in inspect.
     answers = ["word " * 400, "first", "second", "word " * 400, "third"]
@@ -320,7 +397,7 @@ def test_the_records_behind_the_rows_of_a_one_line_array_are_theirs(tmp_path):
 # --- files without examples -----------------------------------------------------------------------------------------
 
 
-def test_where_every_record_is_refused_there_are_no_examples_but_an_account(tmp_path):
+def test_where_every_record_is_refused_there_are_no_examples_but_a_ledger(tmp_path):
     data = write_jsonl(tmp_path / "train.jsonl", [{"instruction": "Hi", "output": ""}, {"prompt": "Hi"}])
     for _ in ("encoded", "served"):
         examples, ledger, _ = asked(data, tmp_path / "cache")
@@ -363,13 +440,13 @@ def test_progress_of_a_served_file_is_its_size(data, tmp_path):
 # --- the ledger ----------------------------------------------------------------------------------------------------
 
 
-def test_an_account_comes_back_from_json_as_it_was(data):
+def test_a_ledger_comes_back_from_json_as_it_was(data):
     ledger = Ledger()
     list(encode(read_values(data), template_of(), ledger, max_tokens=120))
     assert Ledger.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
 
 
-def test_an_account_of_another_version_is_not_guessed_at():
+def test_a_ledger_of_another_version_is_not_guessed_at():
     values = Ledger().to_json()
     values.pop("records_cut")
     with pytest.raises(ValueError, match="another version"):

@@ -10,11 +10,11 @@ import sys
 import pytest
 from rich.console import Console
 
+from atomtune.choices import CHECKS
 from atomtune.cli import main
 from atomtune.data.records import Example
-from atomtune.inspect.checks import PROBLEMS
 from atomtune.inspect.html_page import LABELS
-from atomtune.inspect.tokens import CONTROL_LEARNED, LEARNED, Lettering, byte_of, coloured, show, visible
+from atomtune.inspect.tokens import CONTROL_LEARNED, LEARNED, TokenDecoder, byte_of, coloured, show, visible
 from tests.conftest import DIALOGUES, SHARED_DATA, write_jsonl
 from tests.tiny import CHATML, tokenizer_of
 
@@ -76,7 +76,7 @@ def test_every_sum_that_is_shown_is_true(base, troubled, capsys):
 def test_each_problem_is_found_where_it_stands(base, troubled, capsys):
     _, out, _ = inspected(capsys, troubled, "--model_path", base, "--samples", "0")
     lines = out[out.index("\nProblems") :].splitlines()
-    told = {line.split()[0]: line.split()[1] for line in lines if line.split() and line.split()[0] in PROBLEMS}
+    told = {line.split()[0]: line.split()[1] for line in lines if line.split() and line.split()[0] in CHECKS}
     told = {name: int(count) for name, count in told.items()}
     assert {name: told[name] for name in FOUND} == FOUND
     places = {line.split()[0]: lines[i + 1] for i, line in enumerate(lines) if line.split() and line.split()[0] in told}
@@ -86,7 +86,7 @@ def test_each_problem_is_found_where_it_stands(base, troubled, capsys):
     assert places["control"].strip() == "troubled.jsonl:12"
     assert "troubled.jsonl:13" in places["one_token"]
     nothing = next(line for line in lines if "nothing found by" in line)
-    assert all(name in nothing or told.get(name) for name in PROBLEMS)
+    assert all(name in nothing or told.get(name) for name in CHECKS)
 
 
 def test_a_refused_record_stands_beside_its_reason(base, troubled, capsys):
@@ -109,7 +109,7 @@ def test_of_two_files_with_one_name_the_right_one_has_the_problem(base, tmp_path
     both = [tmp_path / folder / "train.jsonl" for folder in "ab"]
     code, out, _ = inspected(capsys, *both, "--model_path", base, "--samples", "0")
     assert code == 0
-    assert re.search(r"^ *cut +1 .*\n +train\.jsonl:1$", out, re.MULTILINE), "one place, not two of one name"
+    assert re.search(r"^ *cut +1 .*\n +a/train\.jsonl:1$", out, re.MULTILINE), "one place, not two of one name"
 
 
 def test_a_page_that_cannot_be_written_is_the_users_to_mend(base, troubled, capsys):
@@ -241,18 +241,18 @@ def test_no_model_is_loaded(base, troubled):
 
 
 def test_every_check_has_its_labels():
-    assert list(LABELS) == list(PROBLEMS)
+    assert list(LABELS) == list(CHECKS)
 
 
 def test_shades_show_what_is_learned_token_by_token(base):
     tokenizer = tokenizer_of("sentencepiece")
     ids = tuple(tokenizer("你好 world\n", add_special_tokens=False)["input_ids"])
     example = Example((1, *ids, 2), (0, *[0] * (len(ids) - 1), 1, 1), "a:1")
-    text = coloured(example.ids, example.learn, Lettering(tokenizer))
+    text = coloured(example.ids, example.learn, TokenDecoder(tokenizer))
     assert [span.end - span.start > 0 for span in text.spans] == [True] * len(example.ids)
     learned = {str(style) for style in (*LEARNED, CONTROL_LEARNED)}
     assert [str(span.style) in learned for span in text.spans] == [bool(learn) for learn in example.learn]
-    plain = coloured(example.ids, example.learn, Lettering(tokenizer), colour=False).plain
+    plain = coloured(example.ids, example.learn, TokenDecoder(tokenizer), colour=False).plain
     assert plain.startswith("<s>│")
     assert plain.replace("\n", "").endswith("⟦↵│</s>⟧")
 
@@ -260,12 +260,12 @@ def test_shades_show_what_is_learned_token_by_token(base):
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes", "characters"])
 def test_tokens_together_are_the_text_with_its_spaces_seen(kind):
     tokenizer = tokenizer_of(kind, CHATML if kind == "bytes" else None)
-    lettering = Lettering(tokenizer)
+    decoder = TokenDecoder(tokenizer)
     for text in ("你好 世界", "Hello,  world 12", "有雾，\n看不见"):
         if kind == "characters" and not set(text) <= tokenizer.get_vocab().keys():
             continue
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        seen = "".join(lettering(number) for number in ids)
+        seen = "".join(decoder(number) for number in ids)
         raw = bytearray()
         while seen:  # ⟨E4⟩ back to its byte
             if seen[0] == "⟨":
@@ -298,7 +298,7 @@ def test_of_a_long_record_the_end_is_shown():
     tokenizer = tokenizer_of("characters")
     example = Example((1, *[5] * 50, 2), (0, *[0] * 49, 1, 1), "a:1")
     console = Console(file=io.StringIO(), width=200, color_system=None)
-    show(console, [example], Lettering(tokenizer), part=10)
+    show(console, [example], TokenDecoder(tokenizer), part=10)
     said = console.file.getvalue()
     assert "the first 42 are not shown" in said
     assert said.rstrip().endswith("</s>⟧")

@@ -32,9 +32,9 @@ CLASSES: dict[str, tuple[bytes, str, str]] = {
     "invalid JSON": (behind(b'{"instruction": "x", output: "y"}'), ":5", "not JSON at column 22"),
     "truncated last line": (FILE[:-9], ":4", "not JSON at column"),
     "byte-order mark in the middle": (FILE + codecs.BOM_UTF8 + FILE, ":5", "byte-order mark in the middle"),
-    "UTF-16": (FILE.decode().encode("utf-16"), "", "iconv -f UTF-16 -t UTF-8"),
-    "UTF-16 without a mark": (FILE.decode().encode("utf-16-le"), "", "iconv -f UTF-16LE -t UTF-8"),
-    "UTF-32": (FILE.decode().encode("utf-32"), "", "iconv -f UTF-32 -t UTF-8"),
+    "half a character of UTF-16": (FILE.decode().encode("utf-16") + b"x", ":5", "not UTF-16"),
+    "half a character of UTF-16 without a mark": (FILE.decode().encode("utf-16-le") + b"x", ":5", "not UTF-16-LE"),
+    "half a character of UTF-32": (FILE.decode().encode("utf-32") + b"x", ":5", "not UTF-32"),
     "GBK": (CHINESE.encode("gbk"), ":1", "iconv -f GB18030 -t UTF-8"),
     "GB18030": (CHINESE.replace("好", "㐀").encode("gb18030"), ":1", "iconv -f GB18030 -t UTF-8"),
     "Latin-1": (b'{"instruction": "x", "output": "caf\xe9"}', ":1", "not UTF-8 at byte 36"),
@@ -65,7 +65,7 @@ CLASSES: dict[str, tuple[bytes, str, str]] = {
     "zip": (b"PK\x03\x04" + bytes(range(256)), "", "a zip (or xlsx) file"),
     "empty file": (b"", "", "the file is empty"),
     "blank lines alone": (b"\n \r\n\n", "", "the file is empty"),
-    "a line beyond all bounds": (FILE + b'{"instruction": "' + b"x" * (17 << 20) + b'"}\n', ":5", "at most 16 MiB"),
+    "a line beyond all bounds": (FILE + b'{"instruction": "' + b"x" * (5 << 20) + b'"}\n', ":5", "at most 4 MiB"),
 }
 
 

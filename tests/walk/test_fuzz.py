@@ -1,5 +1,6 @@
 """Mutated files: no traceback, and used + refused = read, whatever the bytes. `make fuzz` takes ten thousand."""
 
+import codecs
 import json
 import os
 import random
@@ -71,7 +72,17 @@ def mutated(draw: random.Random) -> bytes:
     return bytes(content)
 
 
+MARKS = {
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
+
+
 def lines_with_content(content: bytes) -> int:
+    for encoding, marks in MARKS.items():
+        if content.startswith(marks):
+            content = content.decode(encoding, "replace").encode("utf-8", "replace")
+            break
     return sum(bool(part.strip()) for part in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"))
 
 

@@ -1,10 +1,12 @@
-"""The store: finished examples kept as Arrow files, found again by what they were made of.
+"""Example cache: finished examples kept as Arrow files, found again by what they were made of.
 
 The key is a hash of the file's bytes, the tokenizer, the template and the settings: a changed file, or any other
-change that could change one token, has another key, so an old file is never served for it.
+change that could change one token, has another key, so an old entry is never served for it.
+An entry is a folder of two files and their checksums; one that does not match them is made again, which is said.
 A row is a record, with all the Examples it became: they are drawn together, so that what they share is computed once.
 """
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -24,6 +26,7 @@ import datasets
 import numpy
 import pyarrow
 from datasets.arrow_writer import ArrowWriter
+from numpy.typing import NDArray
 
 from atomtune.choices import FormatChoice, Learn, Overlength
 from atomtune.data.encoding.chat_template import Template
@@ -31,10 +34,11 @@ from atomtune.data.encoding.encode import Encoder, entered_in_ledger
 from atomtune.data.formats.detect import Schema, detect_schema, to_record
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.jsonl import parse_chunk
-from atomtune.data.reading.raw import Chunk
-from atomtune.data.reading.sources import RawRecord, fingerprint_of, read_chunks, size_of
+from atomtune.data.reading.raw import Chunk, RawRecord
+from atomtune.data.reading.sources import DataFile, distinct_names, fingerprint_of, read_files, size_of
 from atomtune.data.records import Example, Record, Refusal
 from atomtune.data.workers import in_order, workers_here
+from atomtune.disk import sync
 from atomtune.errors import BadData, BadSettings
 
 FEATURES = datasets.Features(
@@ -47,8 +51,10 @@ FEATURES = datasets.Features(
         "digest": datasets.Value("int64"),  # equal for equal ids and marks
     }
 )
-#: How many values are looked at to tell a file's format.
-_LOOKED_AT = 100
+#: How many values of a file its format is told from.
+_SAMPLE_VALUES = 100
+#: The files of an entry, and their checksums.
+EXAMPLES, LEDGER, CHECKSUMS = "examples.arrow", "ledger.json", "checksums.json"
 #: A smaller source, in bytes, is encoded in this process.
 _WORTH_A_POOL = 4 * 2**20
 
@@ -72,6 +78,7 @@ class EncodedData:
     examples: datasets.Dataset  # columns as in FEATURES, a row a record
     ledger: Ledger
     data_hash: str  # of the bytes they were read from
+    notes: tuple[str, ...] = ()  # what happened to the cache that a user should know
 
 
 @dataclass(frozen=True)
@@ -104,20 +111,24 @@ def examples_of(
     template: Template,
     rules: Rules,
     *,
+    name: str | None = None,
     advance: Callable[[int], None] = lambda n_bytes: None,
     cache_dir: Path | None = None,
 ) -> EncodedData:
     """All examples of a file, folder or hub data set.
 
-    Served from the store when nothing changed. advance is called with bytes read.
+    name  how origins name the source, where not by its file's name
+
+    Served from the cache when nothing changed. advance is called with bytes read.
     Raises BadData for a file that cannot be read, or whose format cannot be told.
     """
+    name = distinct_names([source])[0] if name is None else name
     data_hash = fingerprint_of(source)
     made_of = [
         _code_hash(),
         datasets.__version__,
         data_hash,
-        Path(source).name,
+        name,
         template.source,
         template.stop,
         template.instruction_role,
@@ -125,17 +136,46 @@ def examples_of(
         tokenizer_text(template.tokenizer),
     ]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
-    folder = (cache_dir or Path(datasets.config.HF_DATASETS_CACHE)) / "atomtune" / key
-    if (folder / "ledger.json").is_file():
-        advance(size_of(source))
-    else:
+    entry = (cache_dir or Path(datasets.config.HF_DATASETS_CACHE)) / "atomtune" / key
+    notes: tuple[str, ...] = ()
+    problem = entry_problem(entry)
+    if problem:
+        if entry.exists():
+            notes = (f"the cached examples of {name} are made again: {problem}.",)
         ledger = Ledger()
-        _write(folder, Path(source).name, ledger, encoded(source, template, rules, ledger, advance=advance))
-    ledger = Ledger.from_json(json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
+        parts = encoded(source, template, rules, ledger, name=name, advance=advance)
+        _write_entry(entry, name, ledger, parts)
+    else:
+        advance(size_of(source))
+    ledger = Ledger.from_json(json.loads((entry / LEDGER).read_text(encoding="utf-8")))
     if ledger.records_used == 0:
-        empty = datasets.Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)
-        return EncodedData(empty, ledger, data_hash)
-    return EncodedData(datasets.Dataset.from_file(str(folder / "examples.arrow")), ledger, data_hash)
+        empty = datasets.Dataset.from_dict({column: [] for column in FEATURES}, features=FEATURES)
+        return EncodedData(empty, ledger, data_hash, notes)
+    return EncodedData(datasets.Dataset.from_file(str(entry / EXAMPLES)), ledger, data_hash, notes)
+
+
+def entry_problem(entry: Path) -> str:
+    """Why an entry of the cache is not served; "" where it is whole.
+
+    Every byte is compared with its checksum: a flipped bit in an id would be trained on without a word.
+    """
+    try:
+        checksums = json.loads((entry / CHECKSUMS).read_text(encoding="utf-8"))
+        if not isinstance(checksums, dict) or checksums.keys() != {EXAMPLES, LEDGER}:
+            return f"{CHECKSUMS} is not one of this version"
+        for file_name, checksum in checksums.items():
+            if _checksum(entry / file_name) != checksum:
+                return f"{file_name} is not as it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, RecursionError) as error:
+        return f"it cannot be read ({type(error).__name__})"
+    return ""
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def concatenate(parts: Sequence[EncodedData]) -> EncodedData:
@@ -150,7 +190,7 @@ def concatenate(parts: Sequence[EncodedData]) -> EncodedData:
     ledger.shared_instruction = shared_instructions.pop() if len(shared_instructions) == 1 else None
     ledger.records_copied = copies_in(examples)
     data_hash = hashlib.sha256("".join(part.data_hash for part in parts).encode()).hexdigest()
-    return EncodedData(examples, ledger, data_hash)
+    return EncodedData(examples, ledger, data_hash, tuple(note for part in parts for note in part.notes))
 
 
 def encoded(
@@ -159,79 +199,119 @@ def encoded(
     rules: Rules,
     ledger: Ledger,
     *,
+    name: str | None = None,
     advance: Callable[[int], None] = lambda n_bytes: None,
 ) -> Iterator[Part]:
     """A source's records as finished rows, part by part, each entered into ledger."""
-    schema, chunks = schema_of(source, rules, advance)
-    encoder = Encoder(template, schema, rules.max_tokens, rules.overlength, rules.learn)
 
-    def encode(chunk: Chunk) -> Part:
-        made = encoder(parse_chunk(chunk))
-        return Part(as_table(made.records), made.ledger, made.instructions)
+    def encode(work: tuple[Schema, Chunk]) -> Part:
+        schema, chunk = work
+        encoder = Encoder(template, schema, rules.max_tokens, rules.overlength, rules.learn)
+        batch = encoder(parse_chunk(chunk))
+        return Part(as_table(batch.records), batch.ledger, batch.instructions)
 
     workers = workers_here() if size_of(source) > _WORTH_A_POOL else 1
+    chunks = chunks_with_schema(source, rules, name=name, advance=advance)
     yield from entered_in_ledger(in_order(encode, chunks, workers=workers), ledger)
 
 
-def schema_of(
-    source: Path | str, rules: Rules, advance: Callable[[int], None] = lambda n_bytes: None
-) -> tuple[Schema, Iterator[Chunk]]:
-    """How the source's values are read, told from the first of them; and all of it, the looked-at ones included.
+def chunks_with_schema(
+    source: Path | str,
+    rules: Rules,
+    *,
+    name: str | None = None,
+    advance: Callable[[int], None] = lambda n_bytes: None,
+) -> Iterator[tuple[Schema, Chunk]]:
+    """Every chunk of the source, with how the values of its file are read: each file of a folder has its own format.
 
-    Raises BadData where it cannot be read, or its format cannot be told.
+    Raises BadData where a file cannot be read, or its format cannot be told.
     """
-    chunks = read_chunks(source, advance)
-    first = list(itertools.islice(chunks, 1))
-    found = [one for chunk in first for one in parse_chunk(chunk)]
-    seen = [one for one in found if isinstance(one, RawRecord)][:_LOOKED_AT]
-    values, place = [one.value for one in seen], next((one.origin for one in seen), "")
-    schema = detect_schema(
-        values, asked=rules.format, keys=dict(rules.keys), roles=dict(rules.roles), name=Path(source).name, first=place
+    for file in read_files(source, advance, name=name):
+        first = list(itertools.islice(file.chunks, 1))
+        schema = _schema_of(file, first, rules)
+        for chunk in itertools.chain(first, file.chunks):
+            yield schema, chunk
+
+
+def _schema_of(file: DataFile, first: Sequence[Chunk], rules: Rules) -> Schema:
+    """How a file's values are read, told from the first of them; what the user says stands before a description."""
+    raw_records = [value for chunk in first for value in parse_chunk(chunk) if isinstance(value, RawRecord)]
+    sample = raw_records[:_SAMPLE_VALUES]
+    asked = file.format if file.format and rules.format == "auto" else rules.format
+    return detect_schema(
+        [raw.value for raw in sample],
+        asked=asked,
+        keys={**file.keys, **dict(rules.keys)},
+        roles={**file.roles, **dict(rules.roles)},
+        name=file.name,
+        first=sample[0].origin if sample else "",
     )
-    return schema, itertools.chain(first, chunks)
 
 
 def records_of(
-    source: Path | str, rules: Rules, stored: datasets.Dataset, advance: Callable[[int], None] = lambda n_bytes: None
+    source: Path | str,
+    rules: Rules,
+    stored: datasets.Dataset,
+    advance: Callable[[int], None] = lambda n_bytes: None,
+    *,
+    name: str | None = None,
 ) -> Iterator[Record]:
     """The records that became the rows of stored, in their order: for what only their texts can tell."""
-    origins = (origin for part in stored.with_format("arrow").iter(1000) for origin in part["origin"].to_pylist())
-    next_one = next(origins, None)
-    schema, chunks = schema_of(source, rules, advance)
-    for found in itertools.chain.from_iterable(map(parse_chunk, chunks)):
-        if found.origin != next_one or isinstance(found, Refusal):
-            continue
-        record = to_record(found, schema).outcome
-        if isinstance(record, Record):
-            yield record
-            next_one = next(origins, None)
+    batches = stored.with_format("arrow").iter(1000)
+    origins = (origin for batch in batches for origin in batch["origin"].to_pylist())
+    next_origin = next(origins, None)
+    for schema, chunk in chunks_with_schema(source, rules, name=name, advance=advance):
+        for raw in parse_chunk(chunk):
+            if raw.origin != next_origin or isinstance(raw, Refusal):
+                continue
+            record = to_record(raw, schema).outcome
+            if isinstance(record, Record):
+                yield record
+                next_origin = next(origins, None)
 
 
-def _write(folder: Path, name: str, ledger: Ledger, parts: Iterable[Part]) -> None:
-    """Fill a folder beside the final one and rename it: a killed run leaves no half-made entry."""
-    _prepare(folder.parent)
-    for left in folder.parent.glob(".new-*"):  # of processes that were killed; a living one is younger than a day
-        if time.time() - left.stat().st_mtime > 86_400:
-            shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as made:
-        writer = ArrowWriter(path=str(Path(made) / "examples.arrow"), features=FEATURES)
+def _write_entry(entry: Path, name: str, ledger: Ledger, parts: Iterable[Part]) -> None:
+    """Fill a folder beside the entry's place, bring it to the disk and rename it: no half of an entry is ever found."""
+    _prepare(entry.parent)
+    _sweep(entry.parent)
+    with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".new-") as scratch:
+        folder = Path(scratch) / entry.name
+        folder.mkdir()  # with the rights that the user's umask gives; a temporary folder is for its owner alone
+        writer = ArrowWriter(path=str(folder / EXAMPLES), features=FEATURES)
         for part in parts:
             writer.write_table(part.table)
         if ledger.records_read == 0:
             raise BadData(f"{name}: it holds no records. Expected one JSON object a line: instruction, input, output.")
         writer.finalize()
         writer.close()
-        ledger.records_copied = (
-            copies_in(datasets.Dataset.from_file(str(Path(made) / "examples.arrow"))) if ledger.records_used else 0
-        )
-        (Path(made) / "ledger.json").write_text(json.dumps(ledger.to_json(), ensure_ascii=False), encoding="utf-8")
-        done = Path(made).rename(folder.with_suffix(f".{Path(made).name[5:]}"))
+        if ledger.records_used:
+            ledger.records_copied = copies_in(datasets.Dataset.from_file(str(folder / EXAMPLES)))
+        (folder / LEDGER).write_text(json.dumps(ledger.to_json(), ensure_ascii=False), encoding="utf-8")
+        checksums = {file_name: _checksum(folder / file_name) for file_name in (EXAMPLES, LEDGER)}
+        (folder / CHECKSUMS).write_text(json.dumps(checksums), encoding="utf-8")
+        for path in (folder / EXAMPLES, folder / LEDGER, folder / CHECKSUMS, folder):
+            sync(path)
+        _put(folder, entry, Path(scratch))
+
+
+def _put(folder: Path, entry: Path, scratch: Path) -> None:
+    """Give the finished folder the entry's name, in place of what is not whole; another process may do so first."""
     try:
-        done.rename(folder)
-    except OSError:  # another process finished the same entry first; its content is equal
-        for file in done.iterdir():
-            file.unlink()
-        done.rmdir()
+        folder.rename(entry)
+    except OSError:
+        if not entry_problem(entry):
+            return  # another process finished the same entry; its content is equal
+        # Moved aside, not emptied: a process that reads the old files goes on reading them.
+        entry.rename(scratch / "not-whole")
+        folder.rename(entry)
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what killed processes left; a living one's folder is younger than a day."""
+    for left in cache.glob(".new-*"):
+        with contextlib.suppress(OSError):  # its process is alive and just done, or another user's
+            if time.time() - left.stat().st_mtime > 86_400:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _prepare(folder: Path) -> None:
@@ -253,37 +333,48 @@ def copies_in(examples: datasets.Dataset) -> int:
 
 
 def as_table(records: Sequence[tuple[Example, ...]]) -> pyarrow.Table:
-    """The Examples of some records as rows of the store."""
-    examples = [example for one in records for example in one]
+    """The Examples of some records as rows of the cache, a row a record."""
+    examples = [example for record in records for example in record]
     # array and bytes take Python's integers over three times as fast as numpy does.
     ids = array("i", itertools.chain.from_iterable(example.ids for example in examples))
-    learn = numpy.frombuffer(b"".join([bytes(example.learn) for example in examples]), dtype=numpy.int8)
-    ends = [list(itertools.accumulate(len(example.ids) for example in one)) for one in records]
-    lengths = [one[-1] for one in ends]
-    bounds = numpy.cumsum([0, *lengths], dtype=numpy.int32)
-    tokens = numpy.frombuffer(ids, dtype=numpy.int32)
+    learn = numpy.frombuffer(b"".join([bytes(example.learn) for example in examples]), dtype=numpy.int8)  # [tokens]
+    ends = [list(itertools.accumulate(len(example.ids) for example in record)) for record in records]
+    lengths = [record_ends[-1] for record_ends in ends]
+    bounds = numpy.cumsum([0, *lengths], dtype=numpy.int32)  # [records + 1]
+    tokens = numpy.frombuffer(ids, dtype=numpy.int32)  # [tokens]
     arrays = [
         pyarrow.ListArray.from_arrays(bounds, tokens),
         pyarrow.ListArray.from_arrays(bounds, learn),
         pyarrow.array(ends, pyarrow.list_(pyarrow.int32())),
-        pyarrow.array([one[0].origin for one in records], pyarrow.string()),
+        pyarrow.array([record[0].origin for record in records], pyarrow.string()),
         pyarrow.array(lengths, pyarrow.int32()),
         pyarrow.array(_digests(tokens, learn, bounds, ends), pyarrow.int64()),
     ]
     return pyarrow.Table.from_arrays(arrays, schema=FEATURES.arrow_schema)
 
 
-def _digests(tokens: Any, learn: Any, bounds: Any, ends: Sequence[Sequence[int]]) -> list[int]:
-    """Of each row, eight bytes that are equal for equal ids, marks and ends."""
-    found = []
-    for (start, end), own in zip(itertools.pairwise(bounds.tolist()), ends, strict=True):
+def _digests(
+    tokens: NDArray[numpy.int32],
+    learn: NDArray[numpy.int8],
+    bounds: NDArray[numpy.int32],
+    ends: Sequence[Sequence[int]],
+) -> list[int]:
+    """Of each row, eight bytes that are equal for equal ids, marks and ends.
+
+    tokens  [T]      ids of all rows, one behind the other
+    learn   [T]      their learn marks
+    bounds  [R + 1]  where each row begins
+    ends    [R]      of each row, where its Examples end
+    """
+    digests = []
+    for (start, end), row_ends in zip(itertools.pairwise(bounds.tolist()), ends, strict=True):
         content = hashlib.blake2b(tokens[start:end].tobytes(), digest_size=8)
-        content.update(learn[start:end].tobytes() + bytes(str(own), "ascii"))
-        found.append(int.from_bytes(content.digest(), "big", signed=True))
-    return found
+        content.update(learn[start:end].tobytes() + bytes(str(row_ends), "ascii"))
+        digests.append(int.from_bytes(content.digest(), "big", signed=True))
+    return digests
 
 
 def as_examples(row: Mapping[str, Any]) -> tuple[Example, ...]:
-    """The Examples of a row of the store, as the frozen values it was made from."""
+    """The Examples of a row of the cache, as the frozen values it was made from."""
     bounds = itertools.pairwise([0, *row["ends"]])
     return tuple(Example(tuple(row["ids"][a:b]), tuple(row["learn"][a:b]), row["origin"]) for a, b in bounds)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from atomtune.data.cache import EncodedData, Rules, as_examples, concatenate, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template
+from atomtune.data.reading.sources import distinct_names
 from atomtune.data.records import Example, Record
 from atomtune.data.tokenizer import Tokenizer
 
@@ -40,12 +41,13 @@ def read_records(
     sources: Sequence[str], template: Template, rules: Rules, wanted: frozenset[str] | None = None
 ) -> tuple[dict[Key, EvalRecord], EncodedData]:
     """The records of these files through a template, only the wanted origins where they are named."""
-    parts = [examples_of(source, template, rules) for source in sources]
+    names = distinct_names(sources)
+    parts = [examples_of(source, template, rules, name=name) for source, name in zip(sources, names, strict=True)]
     records: dict[Key, EvalRecord] = {}
-    for number, (source, part) in enumerate(zip(sources, parts, strict=True)):
+    for number, (source, name, part) in enumerate(zip(sources, names, parts, strict=True)):
         if not len(part.examples):
             continue
-        for row, record in zip(part.examples, records_of(source, rules, part.examples), strict=True):
+        for row, record in zip(part.examples, records_of(source, rules, part.examples, name=name), strict=True):
             if wanted is None or record.origin in wanted:
                 records[number, record.origin] = eval_record(record, as_examples(row), template.tokenizer)
     return records, concatenate(parts)

@@ -9,13 +9,18 @@ from dataclasses import dataclass, field
 import numpy
 import pyarrow
 import pyarrow.compute
+from numpy.typing import NDArray
 
-from atomtune.analysis.near_duplicates import Numbers, equal_groups, joined
+from atomtune.analysis.near_duplicates import equal_groups, joined
 from atomtune.analysis.texts import Texts
+from atomtune.choices import CHECKS, Check
 from atomtune.data.ledger import Ledger
 
-#: What can be wrong with a record, and what the number beside it counts.
-PROBLEMS: Mapping[str, str] = {
+Rows = NDArray[numpy.int64]
+Marks = NDArray[numpy.bool_]
+
+#: What the number beside each check counts.
+MEANINGS: Mapping[Check, str] = {
     "refused": "cannot be used; the reason stands beside each",
     "cut": "their prompt was shortened to fit --max_seq_length",
     "duplicates": "token for token the same as an earlier record",
@@ -31,115 +36,143 @@ PROBLEMS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Tokens:
-    """What is seen of the tokens, by record and by answer."""
+    """What is seen of the tokens, by record (N of them) and by answer (A)."""
 
-    longest: Numbers  # int32 [N], tokens of the record, or of its longest part where it became several Examples
-    read: Numbers  # int32 [N], tokens that are not learned
-    answers: Numbers  # int32 [answers], learned tokens of each answer with its stop token
-    copies: Numbers  # int64 [N], equal for records that are the same token for token
-    one_token: Numbers  # bool [N]
-    no_stop: Numbers  # bool [N]
-    unknown: Numbers  # bool [N]
+    longest: NDArray[numpy.int32]  # [N] tokens of the record, or of its longest part where it became several Examples
+    read: NDArray[numpy.int32]  # [N] tokens that are not learned
+    answers: NDArray[numpy.int32]  # [A] learned tokens of each answer with its stop token
+    copies: Rows  # [N] equal for records that are the same token for token
+    one_token: Marks  # [N]
+    no_stop: Marks  # [N]
+    unknown: Marks  # [N]
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One kind of problem: how many records it counts and where they stand; refused ones stand nowhere."""
+class Finding:
+    """What one check found: how many records, and the rows where they stand; refused records have no row."""
 
-    name: str
+    check: Check
     count: int
-    where: Numbers = field(default_factory=lambda: numpy.zeros(0, dtype=numpy.int64))
+    rows: Rows = field(default_factory=lambda: numpy.zeros(0, dtype=numpy.int64))
     groups: int = 0
 
 
 def read_tokens(tables: Iterable[pyarrow.Table], *, stop: int, unknown: int | None) -> Tokens:
-    """One pass over rows of the store (columns ids, learn, ends, digest), some at a time."""
-    parts = [_tokens(table, stop, unknown) for table in tables]
-    columns = [numpy.concatenate(column) for column in zip(*parts, strict=True)]
-    longest, read, answers, digests, *marks = columns or [numpy.zeros(0, dtype=numpy.int64)] * 7
-    return Tokens(longest, read, answers, equal_groups(digests), *marks)
-
-
-def _tokens(table: pyarrow.Table, stop: int, unknown: int | None) -> tuple[Numbers, ...]:
-    ids, learned, ends = (_flat(table[name]) for name in ("ids", "learn", "ends"))
-    learned = learned > 0
-    sizes = pyarrow.compute.list_value_length(table["ids"]).to_numpy()  # [rows]
-    parts = pyarrow.compute.list_value_length(table["ends"]).to_numpy()
-    rows = numpy.repeat(numpy.arange(len(sizes)), sizes)  # [tokens]
-    heads = numpy.cumsum(parts) - parts  # of each row's Examples
-    lengths = numpy.diff(ends, prepend=0)
-    lengths[heads] = ends[heads]
-    # An Example's first token is never learned, so a run of learned tokens never reaches across two.
-    first = numpy.flatnonzero(learned & ~numpy.concatenate([[False], learned[:-1]]))
-    last = numpy.flatnonzero(learned & ~numpy.concatenate([learned[1:], [False]]))
-    answers = (last - first + 1).astype(numpy.int32)
-    return (
-        numpy.maximum.reduceat(lengths, heads).astype(numpy.int32),
-        numpy.bincount(rows[~learned], minlength=len(sizes)).astype(numpy.int32),
-        answers,
-        table["digest"].to_numpy(),
-        _any(rows[first[answers <= 2]], len(sizes)),
-        _any(rows[last[ids[last] != stop]], len(sizes)),
-        _any(rows[learned & (ids == (-1 if unknown is None else unknown))], len(sizes)),
+    """One pass over rows of the example cache (columns ids, learn, ends, digest), some at a time."""
+    parts = [_read_table(table, stop, unknown) for table in tables]
+    if not parts:
+        none, no_marks = numpy.zeros(0, dtype=numpy.int32), numpy.zeros(0, dtype=bool)
+        return Tokens(none, none, none, numpy.zeros(0, dtype=numpy.int64), no_marks, no_marks, no_marks)
+    digests = numpy.concatenate([digest for _, digest in parts])
+    tokens = [part for part, _ in parts]
+    return Tokens(
+        longest=numpy.concatenate([part.longest for part in tokens]),
+        read=numpy.concatenate([part.read for part in tokens]),
+        answers=numpy.concatenate([part.answers for part in tokens]),
+        copies=equal_groups(digests),
+        one_token=numpy.concatenate([part.one_token for part in tokens]),
+        no_stop=numpy.concatenate([part.no_stop for part in tokens]),
+        unknown=numpy.concatenate([part.unknown for part in tokens]),
     )
 
 
-def _flat(column: pyarrow.ChunkedArray) -> Numbers:
-    flat: Numbers = pyarrow.compute.list_flatten(column).to_numpy()
+def _read_table(table: pyarrow.Table, stop: int, unknown: int | None) -> tuple[Tokens, Rows]:
+    """The tokens of R rows (copies are told later, from all rows), and the digest of each row."""
+    ids = _flat(table["ids"])  # [T] of all rows, one behind the other
+    learned = _flat(table["learn"]) > 0  # [T]
+    ends = _flat(table["ends"])  # [E] where each Example of each row ends
+    row_lengths = pyarrow.compute.list_value_length(table["ids"]).to_numpy()  # [R]
+    row_examples = pyarrow.compute.list_value_length(table["ends"]).to_numpy()  # [R]
+    n_rows = len(row_lengths)
+    row_of_token = numpy.repeat(numpy.arange(n_rows), row_lengths)  # [T]
+
+    # ends count from the row's beginning: the first Example of a row is as long as its end says.
+    first_example = numpy.cumsum(row_examples) - row_examples  # [R]
+    example_lengths = numpy.diff(ends, prepend=0)  # [E]
+    example_lengths[first_example] = ends[first_example]
+    longest = numpy.maximum.reduceat(example_lengths, first_example)
+
+    # An Example's first token is never learned, so a run of learned tokens never reaches across two.
+    before = numpy.concatenate([[False], learned[:-1]])
+    after = numpy.concatenate([learned[1:], [False]])
+    answer_starts = numpy.flatnonzero(learned & ~before)  # [A]
+    answer_ends = numpy.flatnonzero(learned & ~after)  # [A], the last token
+    answer_lengths = answer_ends - answer_starts + 1
+
+    is_unknown = numpy.zeros(len(ids), dtype=bool)
+    if unknown is not None:
+        is_unknown = learned & (ids == unknown)
+    short_answers = answer_starts[answer_lengths <= 2]  # a token and the stop token
+    unstopped_answers = answer_ends[ids[answer_ends] != stop]
+    tokens = Tokens(
+        longest=longest.astype(numpy.int32),
+        read=numpy.bincount(row_of_token[~learned], minlength=n_rows).astype(numpy.int32),
+        answers=answer_lengths.astype(numpy.int32),
+        copies=numpy.arange(n_rows),
+        one_token=_marks(row_of_token[short_answers], n_rows),
+        no_stop=_marks(row_of_token[unstopped_answers], n_rows),
+        unknown=_marks(row_of_token[is_unknown], n_rows),
+    )
+    return tokens, table["digest"].to_numpy()
+
+
+def _flat(column: pyarrow.ChunkedArray) -> NDArray[numpy.int32]:
+    flat: NDArray[numpy.int32] = pyarrow.compute.list_flatten(column).to_numpy()
     return flat
 
 
-def _any(rows: Numbers, count: int) -> Numbers:
-    return numpy.bincount(rows, minlength=count) > 0
+def _marks(rows: Rows, n_rows: int) -> Marks:
+    """[n_rows] Whether each row is among these."""
+    return numpy.bincount(rows, minlength=n_rows) > 0
 
 
-def problems_of(ledger: Ledger, texts: Texts, tokens: Tokens, origins: Mapping[str, Numbers]) -> dict[str, Problem]:
-    """Every kind of problem by name, those that count nothing included.
+def findings_of(ledger: Ledger, texts: Texts, tokens: Tokens, rows_named: Mapping[str, Rows]) -> dict[Check, Finding]:
+    """What every check found, in the order of CHECKS, those that found nothing included.
 
-    origins  for `cut` and `control`: where the records stand that the ledger names
+    rows_named  for `cut` and `control`: where the records stand that the ledger names
     """
-    originals = numpy.flatnonzero(tokens.copies == numpy.arange(len(tokens.copies)))  # of exact copies only the first
-    near = _repeats("near_duplicates", near_or_equal(texts, tokens)[originals], originals)
-    conflicts = _conflicts(texts)
-    found = [
-        Problem("refused", len(ledger.records_refused)),
-        Problem("cut", ledger.records_cut, origins["cut"]),
-        _repeats("duplicates", tokens.copies, numpy.arange(len(tokens.copies))),
-        near,
-        Problem("conflicts", len(conflicts), conflicts, len(numpy.unique(texts.prompts[conflicts]))),
-        Problem("control", len(ledger.control_origins), origins["control"]),
-        *(_marked(name, marks) for name, marks in _marks(texts, tokens).items()),
+    n_rows = len(tokens.copies)
+    all_rows = numpy.arange(n_rows)
+    firsts = numpy.flatnonzero(tokens.copies == all_rows)  # of exact copies only the first
+    conflicts = _conflicting_rows(texts)
+    findings = [
+        Finding("refused", len(ledger.records_refused)),
+        Finding("cut", ledger.records_cut, rows_named["cut"]),
+        _repetitions("duplicates", tokens.copies, all_rows),
+        _repetitions("near_duplicates", near_or_equal(texts, tokens)[firsts], firsts),
+        Finding("conflicts", len(conflicts), conflicts, groups=len(numpy.unique(texts.prompts[conflicts]))),
+        Finding("control", len(ledger.control_origins), rows_named["control"]),
+        _marked("blank", texts.blank),
+        _marked("one_token", tokens.one_token),
+        _marked("no_stop", tokens.no_stop),
+        _marked("unknown", tokens.unknown),
     ]
-    assert [one.name for one in found] == list(PROBLEMS)
-    return {one.name: one for one in found}
+    by_check = {finding.check: finding for finding in findings}
+    return {check: by_check[check] for check in CHECKS}
 
 
-def _marks(texts: Texts, tokens: Tokens) -> dict[str, Numbers]:
-    marks = {"blank": texts.blank, "one_token": tokens.one_token, "no_stop": tokens.no_stop}
-    return {**marks, "unknown": tokens.unknown}
+def _marked(check: Check, marks: Marks) -> Finding:
+    return Finding(check, int(marks.sum()), numpy.flatnonzero(marks))
 
 
-def _marked(name: str, marks: Numbers) -> Problem:
-    return Problem(name, int(marks.sum()), numpy.flatnonzero(marks))
-
-
-def near_or_equal(texts: Texts, tokens: Tokens) -> Numbers:
-    """A group for each record, by the number of its first: nearly equal in what it says, or equal in its tokens."""
+def near_or_equal(texts: Texts, tokens: Tokens) -> Rows:
+    """[N] A group for each record, by its first: nearly equal in what it says, or equal in its tokens."""
     return joined(texts.near, tokens.copies)
 
 
-def _repeats(name: str, groups: Numbers, rows: Numbers) -> Problem:
+def _repetitions(check: Check, groups: Rows, rows: Rows) -> Finding:
     """Counted are the rows that repeat an earlier one; shown are these and the first, group by group."""
     sizes = numpy.bincount(groups)
     repeated = numpy.flatnonzero(sizes[groups] > 1)
-    where = rows[repeated[numpy.argsort(groups[repeated], kind="stable")]]
-    return Problem(name, len(groups) - int((sizes > 0).sum()), where, int((sizes > 1).sum()))
+    by_group = numpy.argsort(groups[repeated], kind="stable")
+    n_groups = int((sizes > 0).sum())
+    return Finding(check, len(groups) - n_groups, rows[repeated[by_group]], groups=int((sizes > 1).sum()))
 
 
-def _conflicts(texts: Texts) -> Numbers:
+def _conflicting_rows(texts: Texts) -> Rows:
     """Records whose prompt another record answers otherwise, prompt by prompt."""
     prompts = equal_groups(texts.prompts)
-    pairs = numpy.unique(numpy.stack([prompts, texts.answers]), axis=1)  # each answer to each prompt once
-    answers = numpy.bincount(pairs[0], minlength=len(prompts))
-    where = numpy.flatnonzero(answers[prompts] > 1)
-    return where[numpy.argsort(prompts[where], kind="stable")]
+    pairs = numpy.unique(numpy.stack([prompts, texts.answers]), axis=1)  # [2, P] each answer to each prompt once
+    answers_to = numpy.bincount(pairs[0], minlength=len(prompts))
+    rows = numpy.flatnonzero(answers_to[prompts] > 1)
+    return rows[numpy.argsort(prompts[rows], kind="stable")]

@@ -1,7 +1,4 @@
-"""Inspect: what of a data set is learned and what is wrong with it, before a model is loaded.
-
-Before: cli.py hands the settings over.  After: nothing; what is found is said, written and checked here.
-"""
+"""Inspect: what of a data set is learned and what is wrong with it, before a model is loaded."""
 
 import json
 from pathlib import Path
@@ -11,10 +8,10 @@ from atomtune.console import Console
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.errors import BadSettings
 from atomtune.inspect.html_page import write_page
-from atomtune.inspect.limits import allowances, check
-from atomtune.inspect.report import look
+from atomtune.inspect.limits import allowances, require
+from atomtune.inspect.report import build_report
 from atomtune.inspect.terminal import say_report
-from atomtune.inspect.tokens import Lettering, show
+from atomtune.inspect.tokens import TokenDecoder, show
 from atomtune.model.load import load_tokenizer, quiet_libraries
 from atomtune.settings.fields import InspectSettings
 
@@ -33,16 +30,16 @@ def inspect(settings: InspectSettings) -> int:
     quiet_libraries()
     console = Console(stderr=settings.json)
     tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
-    report = look(settings, load_template(settings.template, tokenizer), console)
-    lettering = Lettering(tokenizer)
+    report = build_report(settings, load_template(settings.template, tokenizer), console)
+    decoder = TokenDecoder(tokenizer)
     if settings.json:
         print(json.dumps(report.ledger.to_run_json(), ensure_ascii=False))
     say_report(report, console)
     if settings.samples and len(report.stored):
         chosen = sample_rows(len(report.stored), settings.samples, seed=settings.seed)
-        show(console, [one for row in chosen for one in report.examples(row)], lettering)
+        show(console, [example for row in chosen for example in report.examples(row)], decoder)
     if settings.html:
-        write_page(report, Path(settings.html), lettering, seed=settings.seed)
+        write_page(report, Path(settings.html), decoder, seed=settings.seed)
         console.print(f"\nwritten: {settings.html}", markup=False, soft_wrap=True)
-    check(allowed, report.problems, report.ledger)
+    require(allowed, report.findings, report.ledger)
     return 0

@@ -1,6 +1,5 @@
-"""Page: what inspect found as one HTML file that opens from disk and loads nothing.
+"""HTML page: what inspect found as one file that opens from disk and loads nothing.
 
-Before: findings.py.  After: a browser.
 Texts of records reach the page as JSON in which no `<` stands, and are shown as text nodes only; the page's policy
 allows no script but its own, by its hash. A record that holds `</script>` stays text.
 """
@@ -10,7 +9,7 @@ import hashlib
 import json
 import random
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
@@ -19,18 +18,20 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from atomtune.analysis.near_duplicates import equal_groups
+from atomtune.choices import CHECKS, Check
+from atomtune.data.reading.raw import printable
 from atomtune.data.records import Example
 from atomtune.errors import BadSettings
-from atomtune.inspect.checks import PROBLEMS, Problem, near_or_equal
+from atomtune.inspect.checks import MEANINGS, near_or_equal
 from atomtune.inspect.histogram import Bar, histogram, percentiles
 from atomtune.inspect.report import Report
 from atomtune.inspect.terminal import scripts
-from atomtune.inspect.tokens import Lettering
+from atomtune.inspect.tokens import TokenDecoder
 
 #: What the page holds at most; a browser still searches it at once.
 MOST_RECORDS, MOST_TOKENS, MOST_REFUSED = 2000, 600_000, 500
-#: name → (English, Chinese, meaning in Chinese); what they mean in English stands in PROBLEMS.
-LABELS: Mapping[str, tuple[str, str, str]] = {
+#: check → (English, Chinese, meaning in Chinese); what they mean in English stands in MEANINGS.
+LABELS: Mapping[Check, tuple[str, str, str]] = {
     "refused": ("Refused", "被拒绝", "无法使用；每条旁边写有原因"),
     "cut": ("Shortened", "被截短", "提示被截短，以放进 --max_seq_length"),
     "duplicates": ("Exact copies", "完全重复", "与前面某条记录逐个词元相同"),
@@ -42,8 +43,6 @@ LABELS: Mapping[str, tuple[str, str, str]] = {
     "no_stop": ("No stop token", "缺停止词元", "答案没有以停止词元结尾"),
     "unknown": ("Unknown tokens", "未知词元", "学习的内容里有分词器不认识的词元"),
 }
-
-
 SCRIPT_NAMES = {
     "Han": ("Han (Chinese characters)", "汉字"),
     "Latin": ("Latin", "拉丁字母"),
@@ -55,96 +54,101 @@ SCRIPT_NAMES = {
 }
 
 
-def write_page(report: Report, path: Path, lettering: Lettering, *, seed: int) -> None:
+def write_page(report: Report, path: Path, decoder: TokenDecoder, *, seed: int) -> None:
     """Write the report beside its name and rename it, so that no half of a page is ever found there.
 
     Raises BadSettings where it cannot be written.
     """
-    text = page(report, lettering, seed=seed)
+    text = page(report, decoder, seed=seed)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-            made = Path(folder) / path.name
-            made.write_text(text, encoding="utf-8")
-            made.replace(path)
+            beside = Path(folder) / path.name
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(path)
     except OSError as error:
         raise BadSettings([f"--html {path}: cannot be written there: {error.strerror}. Name another place."]) from None
 
 
-def page(report: Report, lettering: Lettering, *, seed: int) -> str:
+def page(report: Report, decoder: TokenDecoder, *, seed: int) -> str:
     """The report as HTML."""
     files = resources.files("atomtune.inspect") / "html"
     script = (files / "page.js").read_text(encoding="utf-8")
     ledger = report.ledger
     rows = chosen_rows(report, seed=seed)
-    longest, read, answers = report.tokens.longest, report.tokens.read, report.tokens.answers
-    lengths = [("Whole record", "整条记录", longest), ("Read only, by record", "只读部分（每条记录）", read)]
-    lengths.append(("Learned, by answer", "学习部分（每个答案）", answers))
     refused = ledger.records_refused[:MOST_REFUSED]
+    lengths = [
+        ("Whole record", "整条记录", report.tokens.longest),
+        ("Read only, by record", "只读部分（每条记录）", report.tokens.read),
+        ("Learned, by answer", "学习部分（每个答案）", report.tokens.answers),
+    ]
+    data = records_of(report, rows, decoder)
+    data["refused"] = [(refusal.origin, refusal.reason) for refusal in refused]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string((files / "page.html.jinja").read_text(encoding="utf-8")).render(
-        title=", ".join(Path(source).name for source in report.sources),
+    template = environment.from_string((files / "page.html.jinja").read_text(encoding="utf-8"))
+    return template.render(
+        title=", ".join(printable(Path(source).name) for source in report.sources),
         report=report,
         ledger=ledger,
         target_tokens=ledger.target_tokens + ledger.target_tokens_refused,
-        problems=[(report.problems[name], PROBLEMS[name], *LABELS[name]) for name in PROBLEMS],
-        lengths=[(*names, percentiles(values), _drawn(histogram(values))) for *names, values in lengths],
+        findings=[(report.findings[check], MEANINGS[check], *LABELS[check]) for check in CHECKS],
+        lengths=[(*names, percentiles(values), _with_heights(histogram(values))) for *names, values in lengths],
         scripts=[(*SCRIPT_NAMES.get(name, (name, name)), share) for name, share in scripts(report)],
         shown=len(rows),
         shown_refused=len(refused),
         style=(files / "page.css").read_text(encoding="utf-8"),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        data=_as_json(records_of(report, rows, lettering) | {"refused": [(one.origin, one.reason) for one in refused]}),
+        data=_as_json(data),
     )
 
 
 def chosen_rows(report: Report, *, seed: int) -> list[int]:
-    """Rows that the page shows: of each problem as many as of any other, then what fits, then a draw of the rest."""
-    flagged = [problem.where.tolist() for problem in report.problems.values()]
+    """Rows that the page shows: of each check's as many as of any other's, then what fits, then a random sample."""
+    flagged = [finding.rows.tolist() for finding in report.findings.values()]
     share = MOST_RECORDS // len(flagged)
     total = len(report.stored)
-    drawn = random.Random(seed).sample(range(total), min(total, MOST_RECORDS))
-    wanted = [row for where in flagged for row in where[:share]]
-    wanted += [row for where in flagged for row in where[share:]]
-    rows: list[int] = []
+    wanted = [row for rows in flagged for row in rows[:share]]
+    wanted += [row for rows in flagged for row in rows[share:]]
+    wanted += random.Random(seed).sample(range(total), min(total, MOST_RECORDS))
+    chosen: list[int] = []
     tokens = 0
-    for row in dict.fromkeys([*wanted, *drawn]):
+    for row in dict.fromkeys(wanted):
         tokens += int(report.tokens.longest[row])
-        if len(rows) == MOST_RECORDS or (tokens > MOST_TOKENS and rows):
+        if len(chosen) == MOST_RECORDS or (tokens > MOST_TOKENS and chosen):
             break
-        rows.append(row)
-    return rows
+        chosen.append(row)
+    return chosen
 
 
-def records_of(report: Report, rows: Sequence[int], lettering: Lettering) -> dict[str, Any]:
+def records_of(report: Report, rows: Sequence[int], decoder: TokenDecoder) -> dict[str, Any]:
     """The chosen records with what is wrong with each, as page.js reads them."""
-    place = {row: i for i, row in enumerate(rows)}
+    # Each record of a group is shown with the group's first.
     groups = {
         "duplicates": report.tokens.copies,
         "near_duplicates": near_or_equal(report.texts, report.tokens),
         "conflicts": equal_groups(report.texts.prompts),
     }
-    problems = {name: _placed(problem, place) for name, problem in report.problems.items()}
-    records: list[dict[str, Any]] = [{"origin": report.origin(row), "problems": {}} for row in rows]
-    for name, members in problems.items():
-        for i in members:
-            first = int(groups[name][rows[i]]) if name in groups else rows[i]
-            records[i]["problems"][name] = report.origin(first) if first != rows[i] else ""
     pieces: dict[int, tuple[str, bool]] = {}
-    for record, row in zip(records, rows, strict=True):
+    records: list[dict[str, Any]] = []
+    for row in rows:
         examples = report.examples(row)
-        record["examples"] = [_example(one) for one in examples]
-        used = {number for one in examples for number in one.ids}
-        pieces |= {number: (lettering(number), number in lettering.control) for number in used - pieces.keys()}
-    return {"pieces": pieces, "records": records, "problems": problems}
+        for token_id in {token_id for example in examples for token_id in example.ids} - pieces.keys():
+            pieces[token_id] = (decoder(token_id), token_id in decoder.control)
+        records.append({"origin": report.origin(row), "problems": {}, "examples": [_as_runs(one) for one in examples]})
+    place_of = {row: place for place, row in enumerate(rows)}
+    places_by_check: dict[str, list[int]] = {}
+    for check, finding in report.findings.items():
+        places = [place_of[row] for row in finding.rows.tolist() if row in place_of]
+        places_by_check[check] = places
+        for place in places:
+            row = rows[place]
+            first = int(groups[check][row]) if check in groups else row
+            records[place]["problems"][check] = report.origin(first) if first != row else ""
+    return {"pieces": pieces, "records": records, "problems": places_by_check}
 
 
-def _placed(problem: Problem, place: Mapping[int, int]) -> list[int]:
-    return [place[row] for row in problem.where.tolist() if row in place]
-
-
-def _example(example: Example) -> dict[str, Any]:
+def _as_runs(example: Example) -> dict[str, Any]:
     """Its ids, and its learn marks as (how many tokens, how often learned) runs."""
     return {"ids": example.ids, "runs": [(len(list(run)), learn) for learn, run in groupby(example.learn)]}
 
@@ -157,7 +161,7 @@ def _as_json(value: Any) -> str:
     return text
 
 
-def _drawn(bars: Sequence[Bar]) -> Iterator[tuple[Bar, float]]:
+def _with_heights(bars: Sequence[Bar]) -> list[tuple[Bar, float]]:
     """Each bar with its height, the highest being 1."""
     most = max((bar.count for bar in bars), default=1)
-    return ((bar, bar.count / most) for bar in bars)
+    return [(bar, bar.count / most) for bar in bars]

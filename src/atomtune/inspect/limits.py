@@ -1,22 +1,20 @@
-"""Allowed: how much of each problem --fail_on lets pass.
-
-Before: the words of the command.  After: inspect.py ends with exit code 4 where more is found.
-"""
+"""Limits: how many records with a problem --fail_on lets pass; where more are found, the command ends with code 4."""
 
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from atomtune.choices import CHECKS, Check
 from atomtune.data.ledger import Ledger
 from atomtune.errors import BadSettings, CheckFailed, listing
-from atomtune.inspect.checks import PROBLEMS, Problem
+from atomtune.inspect.checks import Finding
 
 
 @dataclass(frozen=True)
 class Allowance:
     """So many records may have this problem: a count, or a share of all that were read."""
 
-    name: str
+    name: Check
     limit: float = 0.0
     share: bool = False
 
@@ -29,22 +27,23 @@ class Allowance:
 
 def allowances(words: Sequence[str]) -> list[Allowance]:
     """`cut`, `duplicates=5%`, `refused=10` as values. Raises BadSettings with every word that is none."""
-    made, problems = [], []
+    allowed: list[Allowance] = []
+    problems: list[str] = []
     for word in words:
         name, is_limited, limit = word.partition("=")
-        if name not in PROBLEMS:
-            near = difflib.get_close_matches(name, PROBLEMS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(PROBLEMS)}."
+        if name not in CHECKS:
+            near = difflib.get_close_matches(name, CHECKS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(CHECKS)}."
             problems.append(f"--fail_on {word}: no check is named {name!r}; {hint}")
             continue
         number = _number(limit.removesuffix("%")) if is_limited else 0.0
         if number is None or (limit.endswith("%") and number > 100):
             problems.append(f"--fail_on {word}: {limit!r} is no limit; expected a count or a share, as {name}=5%.")
             continue
-        made.append(Allowance(name, number, limit.endswith("%")))
+        allowed.append(Allowance(name, number, limit.endswith("%")))
     if problems:
         raise BadSettings(problems)
-    return made
+    return allowed
 
 
 def _number(text: str) -> float | None:
@@ -53,13 +52,16 @@ def _number(text: str) -> float | None:
     return float(text) if whole.isascii() and whole.isdigit() and (not part or part.isdigit()) else None
 
 
-def check(allowed: Sequence[Allowance], problems: Mapping[str, Problem], ledger: Ledger) -> None:
+def require(allowed: Sequence[Allowance], findings: Mapping[Check, Finding], ledger: Ledger) -> None:
     """Raise CheckFailed with all that does not hold."""
     read = ledger.records_read
-    failed = [
-        f"{one.name}: {count:,} of {read:,} records ({100 * count / max(1, read):.2f} %); at most {one} allowed."
-        for one in allowed
-        if not one.holds(count := problems[one.name].count, read)
-    ]
+    failed = []
+    for allowance in allowed:
+        count = findings[allowance.name].count
+        if not allowance.holds(count, read):
+            share = 100 * count / max(1, read)
+            failed.append(
+                f"{allowance.name}: {count:,} of {read:,} records ({share:.2f} %); at most {allowance} allowed."
+            )
     if failed:
         raise CheckFailed(f"--fail_on does not hold:\n{listing(failed)}")

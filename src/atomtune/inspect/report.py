@@ -1,44 +1,44 @@
-"""Findings: all that is found in a data set, by reading it the way a run does.
+"""Report: all that inspect finds in a data set, by reading it the way a run does.
 
-Before: inspect.py hands the settings over.  After: summary.py says it in the terminal, page.py shows it in a browser.
-The walk ends after Example: these are the very tokens a run would train on, from the same store.
+The walk ends after Example: these are the very tokens a run would train on, from the same cache.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 
 import datasets
 import numpy
 import pyarrow
 import pyarrow.compute
+from numpy.typing import NDArray
 
-from atomtune.analysis.near_duplicates import Numbers
 from atomtune.analysis.texts import Texts, read_texts
 from atomtune.batch.cost import SAMPLED_BATCHES, LayoutTokens, batches_of, sample_rows
+from atomtune.choices import Check
 from atomtune.console import Console
 from atomtune.data.cache import EncodedData, Rules, as_examples, concatenate, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.ledger import Ledger
-from atomtune.data.reading.sources import size_of
+from atomtune.data.reading.sources import distinct_names, size_of
 from atomtune.data.records import Example, Record, RefusalKind
-from atomtune.inspect.checks import Problem, Tokens, problems_of, read_tokens
+from atomtune.inspect.checks import Finding, Tokens, findings_of, read_tokens
 from atomtune.inspect.histogram import Limit, limit_at, suggested
 from atomtune.settings.fields import InspectSettings
 
 #: Longer than any record: with it, nothing is shortened or refused for its length.
 _NO_LIMIT = 2**31 - 1
+_ROWS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
 class Saving:
-    """Tokens that each layout computes for the batches drawn, and the beginning all of their records share."""
+    """Tokens that each layout computes for some sampled batches, and the beginning that all their records share."""
 
     batches: int
     records_per_batch: int
     tokens: LayoutTokens
-    trunk: tuple[int, ...]
+    shared_prefix: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,10 @@ class Report:
     stored: datasets.Dataset
     texts: Texts
     tokens: Tokens
-    problems: dict[str, Problem]
+    findings: Mapping[Check, Finding]  # by the name of the check
     limits: tuple[Limit, ...]  # the one asked for, one that nothing is longer than, one that under 1 % are longer than
     saving: Saving | None
+    notes: tuple[str, ...] = ()
 
     def origin(self, row: int) -> str:
         return str(self.stored[row]["origin"])
@@ -63,80 +64,104 @@ class Report:
         return as_examples(self.stored[row])
 
 
-def look(settings: InspectSettings, template: Template, console: Console) -> Report:
+@dataclass(frozen=True)
+class _Source:
+    """One data file with the name that origins give it, and the rules it is read by."""
+
+    path: str
+    name: str
+    template: Template
+    rules: Rules
+    console: Console
+
+    def encode(self, rules: Rules) -> EncodedData:
+        with self.console.reading_progress(size_of(self.path), f"reading {self.name}") as progress:
+            return examples_of(self.path, self.template, rules, name=self.name, advance=progress.advance)
+
+    def records(self, stored: datasets.Dataset) -> Iterator[Record]:
+        """The records behind the stored rows, read once more for their texts."""
+        with self.console.reading_progress(size_of(self.path), f"comparing {self.name}") as progress:
+            yield from records_of(self.path, self.rules, stored, progress.advance, name=self.name)
+
+
+def build_report(settings: InspectSettings, template: Template, console: Console) -> Report:
     """Read everything and find what there is to find."""
     rules = Rules(**settings.rules())
-    parts = [_read(source, template, rules, console) for source in settings.dataset_paths]
+    paths = settings.dataset_paths
+    names = distinct_names(paths)
+    sources = [_Source(path, name, template, rules, console) for path, name in zip(paths, names, strict=True)]
+    parts = [source.encode(rules) for source in sources]
     data = concatenate(parts)
-    stored, ledger = data.examples, data.ledger
-    records = chain.from_iterable(
-        _used(source, rules, part.examples, console) for source, part in zip(settings.dataset_paths, parts, strict=True)
-    )
-    texts = read_texts(records)
+    ledger, stored = data.ledger, data.examples
+
+    texts = read_texts(chain.from_iterable(map(_Source.records, sources, (part.examples for part in parts))))
     assert len(texts.near) == len(stored), "the texts and the tokens of a record stand at the same place"
-    stop = template.tokenizer.convert_tokens_to_ids(template.stop)
-    tokens = read_tokens(_tables(stored), stop=stop, unknown=template.tokenizer.unk_token_id)
-    longest = tokens.longest
+    stop_id = template.tokenizer.convert_tokens_to_ids(template.stop)
+    tokens = read_tokens(_tables(stored), stop=stop_id, unknown=template.tokenizer.unk_token_id)
+
+    whole_lengths = tokens.longest
     if ledger.records_cut or ledger.refused_as(RefusalKind.TOO_LONG):
-        longest = _whole_lengths(settings.dataset_paths, template, rules, console)
-    named = {
-        "cut": _where([(part.examples, part.ledger.cut_origins) for part in parts]),
-        "control": _where([(part.examples, part.ledger.control_origins) for part in parts]),
+        whole_lengths = _whole_lengths(sources, rules)
+    limits: tuple[Limit, ...] = ()
+    if len(whole_lengths):
+        limits = (limit_at(whole_lengths, rules.max_tokens), *suggested(whole_lengths))
+
+    saving = None
+    if len(stored):
+        saving = _saving(stored, per_batch=settings.per_device_train_batch_size, seed=settings.seed)
+    rows_named = {
+        "cut": _rows_of([(part.examples, part.ledger.cut_origins) for part in parts]),
+        "control": _rows_of([(part.examples, part.ledger.control_origins) for part in parts]),
     }
     return Report(
-        tuple(settings.dataset_paths),
-        template,
-        rules.max_tokens,
-        ledger,
-        stored,
-        texts,
-        tokens,
-        problems_of(ledger, texts, tokens, named),
-        (limit_at(longest, rules.max_tokens), *suggested(longest)) if len(longest) else (),
-        _saving(stored, per_batch=settings.per_device_train_batch_size, seed=settings.seed) if len(stored) else None,
+        sources=tuple(paths),
+        template=template,
+        max_tokens=rules.max_tokens,
+        ledger=ledger,
+        stored=stored,
+        texts=texts,
+        tokens=tokens,
+        findings=findings_of(ledger, texts, tokens, rows_named),
+        limits=limits,
+        saving=saving,
+        notes=data.notes,
     )
 
 
-def _read(source: str, template: Template, rules: Rules, console: Console) -> EncodedData:
-    with console.reading_progress(size_of(source), f"reading {Path(source).name}") as reading:
-        return examples_of(source, template, rules, advance=reading.advance)
-
-
-def _used(source: str, rules: Rules, stored: datasets.Dataset, console: Console) -> Iterator[Record]:
-    with console.reading_progress(size_of(source), f"comparing {Path(source).name}") as reading:
-        yield from records_of(source, rules, stored, reading.advance)
-
-
-def _whole_lengths(sources: Iterable[str], template: Template, rules: Rules, console: Console) -> Numbers:
-    """How long the records are where nothing is shortened, those included that are refused for their length."""
-    whole = replace(rules, max_tokens=_NO_LIMIT)
-    stored = [_read(source, template, whole, console).examples for source in sources]
+def _whole_lengths(sources: Iterable[_Source], rules: Rules) -> NDArray[numpy.int32]:
+    """[records] How long they are where nothing is shortened, those included that are refused for their length."""
+    without_limit = replace(rules, max_tokens=_NO_LIMIT)
+    stored = [source.encode(without_limit).examples for source in sources]
     return read_tokens(chain.from_iterable(map(_tables, stored)), stop=0, unknown=None).longest
 
 
 def _tables(stored: datasets.Dataset) -> Iterator[pyarrow.Table]:
-    return iter(stored.with_format("arrow").iter(1000))
+    return iter(stored.with_format("arrow").iter(_ROWS_AT_ONCE))
 
 
-def _where(named: Iterable[tuple[datasets.Dataset, Sequence[str]]]) -> Numbers:
-    """The rows of these origins, each looked for in its own file: a/train.jsonl and b/train.jsonl have equal ones."""
+def _rows_of(named: Iterable[tuple[datasets.Dataset, Sequence[str]]]) -> NDArray[numpy.int64]:
+    """The rows of these origins, each looked for among the rows of its own source."""
     marks = [numpy.zeros(0, dtype=bool)]
-    for part, origins in named:
+    for stored, origins in named:
         wanted = pyarrow.array(origins, pyarrow.string())
-        marks += [pyarrow.compute.is_in(table["origin"], wanted).to_numpy() for table in _tables(part)]
+        for table in _tables(stored):
+            marks.append(pyarrow.compute.is_in(table["origin"], wanted).to_numpy())
     return numpy.flatnonzero(numpy.concatenate(marks))
 
 
 def _saving(stored: datasets.Dataset, *, per_batch: int, seed: int) -> Saving:
-    """What each layout computes for batches drawn as the sampler draws them."""
+    """What each layout computes for batches sampled as the sampler does."""
     rows = stored.select(sample_rows(len(stored), per_batch * SAMPLED_BATCHES, seed=seed))
     batches = batches_of(rows, per_batch, as_examples)
-    every = list(chain(*batches))
-    first, last = min(one.ids for one in every), max(one.ids for one in every)  # what these share, all share
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return Saving(
-        len(batches),
-        per_batch,
-        LayoutTokens.of(batches),
-        first[:shared] if len(every) > 1 else (),
-    )
+    all_ids = [example.ids for example in chain(*batches)]
+    shared: tuple[int, ...] = ()
+    if len(all_ids) > 1:
+        shared = _shared_prefix(min(all_ids), max(all_ids))  # what these two share, all between them share
+    return Saving(len(batches), per_batch, LayoutTokens.of(batches), shared)
+
+
+def _shared_prefix(first: tuple[int, ...], last: tuple[int, ...]) -> tuple[int, ...]:
+    for length, (ours, theirs) in enumerate(zip(first, last, strict=False)):
+        if ours != theirs:
+            return first[:length]
+    return first[: len(last)]

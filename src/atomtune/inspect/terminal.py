@@ -1,19 +1,19 @@
-"""Summary: what inspect found, in the terminal.
+"""Terminal: what inspect found, printed section by section.
 
-Before: findings.py.  After: a reader.
 No text of a record stands here, only origins and numbers; the samples come after it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+import numpy
+from numpy.typing import NDArray
 from rich.table import Table
 
-from atomtune.analysis.near_duplicates import Numbers
 from atomtune.analysis.unicode_scripts import SCRIPTS
 from atomtune.console import Console
 from atomtune.data.ledger import Ledger
 from atomtune.data.records import RefusalKind
-from atomtune.inspect.checks import PROBLEMS, Problem
+from atomtune.inspect.checks import MEANINGS, Finding
 from atomtune.inspect.histogram import Bar, Limit, histogram, percentiles
 from atomtune.inspect.report import Report
 
@@ -30,15 +30,17 @@ def say_report(report: Report, console: Console) -> None:
 
     ledger = report.ledger
     say(f"{', '.join(report.sources)}", "bold")
-    form, template = ledger.format or "nothing", report.template
-    say(f"read as {form}; template {template.name}, an answer stops at {template.stop}")
+    template = report.template
+    for note in report.notes:
+        say(f"note: {note}", "yellow")
+    say(f"read as {ledger.format or 'nothing'}; template {template.name}, an answer stops at {template.stop}")
     if template.unknown_controls:
         say(f"note: {', '.join(template.unknown_controls)} of this template are text to this tokenizer", "yellow")
     _section(console, "Ledger")
     for line in ledger_lines(ledger):
         say(f"  {line}")
-    for said, count in ledger.notices.items():
-        say(f"  note: {said} in {counted(count, 'record')}", "yellow")
+    for notice, count in ledger.notices.items():
+        say(f"  note: {notice} in {counted(count, 'record')}", "yellow")
     _section(console, "Lengths, in tokens")
     console.print(_lengths({"read only, a record": report.tokens.read, "learned, an answer": report.tokens.answers}))
     for title, values in (("read only, a record", report.tokens.read), ("learned, an answer", report.tokens.answers)):
@@ -55,7 +57,7 @@ def say_report(report: Report, console: Console) -> None:
     shares = ", ".join(f"{name} {share:.1%}" for name, share in scripts(report))
     say(f"  {shares} of all letters" if shares else "  no letters")
     _section(console, "Problems")
-    for line in problems(report):
+    for line in check_lines(report):
         say(f"  {line}")
     say()
 
@@ -114,7 +116,7 @@ def savings(report: Report) -> Iterator[str]:
     if saving is None:
         return
     what = f"{saving.batches:,} batch{'es' * (saving.batches != 1)} of {saving.records_per_batch}"
-    yield f"all records drawn begin with the same {len(saving.trunk):,} tokens"
+    yield f"all records sampled begin with the same {len(saving.shared_prefix):,} tokens"
     yield f"padded  {saving.tokens.padded:>12,} tokens computed for {what}"
     for name, tokens in (("packed", saving.tokens.packed), ("tree", saving.tokens.tree)):
         less = saving.tokens.padded / tokens
@@ -126,14 +128,14 @@ def scripts(report: Report) -> list[tuple[str, float]]:
     letters = report.texts.letters
     total = letters.sum()
     shares = [(name, float(count / total)) for name, count in zip(SCRIPTS, letters, strict=True) if count]
-    return sorted(shares, key=lambda one: -one[1])
+    return sorted(shares, key=lambda name_and_share: -name_and_share[1])
 
 
 def _section(console: Console, title: str) -> None:
     console.print(f"\n{title}", style="bold cyan", markup=False)
 
 
-def _lengths(columns: dict[str, Numbers]) -> Table:
+def _lengths(columns: Mapping[str, NDArray[numpy.int32]]) -> Table:
     table = Table(box=None, padding=(0, 2), show_edge=False)
     table.add_column("")
     for name in ("median", "90 %", "99 %", "longest"):
@@ -148,34 +150,36 @@ def _bars(bars: list[Bar]) -> Iterator[str]:
     width = max((len(_range(bar)) for bar in bars), default=0)
     for bar in bars:
         eighths = -(-bar.count * _BAR_WIDTH * 8 // max(1, most))
-        drawn = "█" * (eighths // 8) + (" ▏▎▍▌▋▊▉"[eighths % 8] if eighths % 8 else "")
-        yield f"  {_range(bar):>{width}}  {drawn} {bar.count:,}"
+        blocks = "█" * (eighths // 8) + "▏▎▍▌▋▊▉"[eighths % 8 - 1 : eighths % 8]
+        yield f"  {_range(bar):>{width}}  {blocks} {bar.count:,}"
 
 
 def _range(bar: Bar) -> str:
     return f"{bar.low:,}–{bar.high:,}"
 
 
-def problems(report: Report) -> Iterator[str]:
+def check_lines(report: Report) -> Iterator[str]:
     """A line for each check that found something, and one for all that found nothing."""
     read = max(1, report.ledger.records_read)
-    for name, problem in report.problems.items():
-        if problem.count:
-            groups = f"; {counted(problem.groups, 'group')}" if problem.groups else ""
-            yield f"{name:<16}{problem.count:>8,}  {problem.count / read:>7.2%}  {PROBLEMS[name]}{groups}"
-            yield from (f"{'':<35}{place}" for place in _places(report, problem))
-    nothing = [name for name, problem in report.problems.items() if not problem.count]
+    for check, finding in report.findings.items():
+        if finding.count:
+            groups = f"; {counted(finding.groups, 'group')}" if finding.groups else ""
+            yield f"{check:<16}{finding.count:>8,}  {finding.count / read:>7.2%}  {MEANINGS[check]}{groups}"
+            for place in _places(report, finding):
+                yield f"{'':<35}{place}"
+    nothing = [check for check, finding in report.findings.items() if not finding.count]
     if nothing:
         yield f"nothing found by: {', '.join(nothing)}"
 
 
-def _places(report: Report, problem: Problem) -> Iterator[str]:
+def _places(report: Report, finding: Finding) -> Iterator[str]:
     """Where a problem is, on one line; a refused record with its reason, on a line of its own."""
+    if finding.check != "refused":
+        origins = [report.origin(int(row)) for row in finding.rows[:_SHOWN]]
+        yield ", ".join(origins) + (" …" if finding.count > len(origins) > 0 else "")
+        return
     refused = report.ledger.records_refused
-    if problem.name == "refused":
-        yield from (f"{one.origin}  {one.reason}" for one in refused[:_SHOWN])
-        if len(refused) > _SHOWN:
-            yield f"… and {len(refused) - _SHOWN:,} more (all with --json)"
-    else:
-        shown = [report.origin(int(row)) for row in problem.where[:_SHOWN]]
-        yield ", ".join(shown) + (" …" if problem.count > len(shown) > 0 else "")
+    for refusal in refused[:_SHOWN]:
+        yield f"{refusal.origin}  {refusal.reason}"
+    if len(refused) > _SHOWN:
+        yield f"… and {len(refused) - _SHOWN:,} more (all with --json)"

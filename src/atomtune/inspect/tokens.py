@@ -1,6 +1,5 @@
 """Tokens: an example as one sees it, each token apart, what is learned coloured.
 
-Before: data.encoding.encode's Examples.  After: inspect.py prints them, page.py shows them in a browser.
 Nothing is hidden: spaces, line ends, control tokens and the bytes of a character that was split are all visible.
 """
 
@@ -29,7 +28,7 @@ def byte_of() -> dict[str, int]:
     return {chr(byte): byte for byte in shown} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
 
 
-class Lettering:
+class TokenDecoder:
     """How a tokenizer's ids look; each id is asked for once."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -59,9 +58,8 @@ class Lettering:
 
 
 def _decoded(raw: bytes) -> str:
-    return re.sub(
-        r"[\udc80-\udcff]", lambda one: f"⟨{ord(one.group()) - 0xDC00:02X}⟩", raw.decode("utf-8", "surrogateescape")
-    )
+    text = raw.decode("utf-8", "surrogateescape")  # a byte that is no character alone: a lone surrogate
+    return re.sub(r"[\udc80-\udcff]", lambda byte: f"⟨{ord(byte.group()) - 0xDC00:02X}⟩", text)
 
 
 def visible(piece: str) -> str:
@@ -70,16 +68,16 @@ def visible(piece: str) -> str:
     return "".join(c if c.isprintable() else f"⟨{ord(c):02X}⟩" for c in shown) or "⟨⟩"
 
 
-def coloured(ids: Sequence[int], learned: Sequence[int], lettering: Lettering, *, colour: bool = True) -> Text:
+def coloured(ids: Sequence[int], learned: Sequence[int], decoder: TokenDecoder, *, colour: bool = True) -> Text:
     """Tokens for a terminal; without colours, │ stands between them and ⟦ ⟧ around what is learned."""
     text = Text(overflow="fold")
     for i, (number, learn) in enumerate(zip(ids, learned, strict=True)):
-        shown = lettering(number)
+        shown = decoder(number)
         if not colour:
             before = learned[i - 1] if i else 0
             text.append(("⟧" if before and not learn else "") + ("⟦" if learn and not before else "│" if i else ""))
             text.append(shown)
-        elif number in lettering.control:
+        elif number in decoder.control:
             text.append(shown, CONTROL_LEARNED if learn else CONTROL_READ)
         else:
             text.append(shown, (LEARNED if learn else READ)[i % 2])
@@ -106,7 +104,7 @@ def legend(*, colour: bool) -> Text:
     return text.append(f"{SPACE} space  {LINE_END} line end  ⟨E4⟩ a byte of a split character")
 
 
-def show(console: Console, examples: Sequence[Example], lettering: Lettering, *, part: int = 1500) -> None:
+def show(console: Console, examples: Sequence[Example], decoder: TokenDecoder, *, part: int = 1500) -> None:
     """Print examples token by token; of one that is longer than `part` tokens its end, where its answer stands."""
     colour = console.color_system is not None
     console.print(legend(colour=colour))
@@ -115,4 +113,4 @@ def show(console: Console, examples: Sequence[Example], lettering: Lettering, *,
         learned = sum(map(bool, example.learn))
         more = f"; the first {hidden:,} are not shown" if hidden else ""
         console.print(f"\n{example.origin}  {len(example.ids):,} tokens, {learned:,} learned{more}", markup=False)
-        console.print(coloured(example.ids[hidden:], example.learn[hidden:], lettering, colour=colour))
+        console.print(coloured(example.ids[hidden:], example.learn[hidden:], decoder, colour=colour))

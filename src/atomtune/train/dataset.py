@@ -18,7 +18,7 @@ from atomtune.console import Console
 from atomtune.data.cache import EncodedData, Rules, concatenate, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.ledger import Ledger
-from atomtune.data.reading.sources import fingerprint_of, size_of
+from atomtune.data.reading.sources import distinct_names, fingerprint_of, size_of
 from atomtune.data.records import Record
 from atomtune.errors import BadData, BadSettings, listing
 from atomtune.train.run_context import RunContext
@@ -65,9 +65,6 @@ def read_data(run: RunContext, template: Template) -> Data:
     if settings.streaming:
         stream, data_hash = _stream(run, template)
         return Data(stream, evaluation.examples if evaluation else None, data_hash, eval_hash)
-    names = [Path(source).name for source in settings.dataset_paths]
-    if len(set(names)) < len(names):
-        console.notice("some data files have the same name; a record that a message names may lie in either.")
     parts = [_read(source, run, template) for source in settings.dataset_paths]
     data = concatenate(parts)
     run.record.update(data={"path": settings.dataset_path, "sha256": data.data_hash}, **data.ledger.to_run_json())
@@ -128,9 +125,20 @@ def _stream(run: RunContext, template: Template) -> tuple[Stream, str]:
 
 
 def _read(source: str, run: RunContext, template: Template) -> EncodedData:
-    name = Path(source).name
+    name = _names(run)[source]
+    rules = Rules(**run.settings.data.rules())
     with run.args.main_process_first(), run.console.reading_progress(size_of(source), f"reading {name}") as progress:
-        return examples_of(source, template, Rules(**run.settings.data.rules()), advance=progress.advance)
+        data = examples_of(source, template, rules, name=name, advance=progress.advance)
+    for note in data.notes:
+        run.console.notice(note)
+    return data
+
+
+def _names(run: RunContext) -> dict[str, str]:
+    """Each source's name in origins: enough of its path to tell files of one name apart, the evaluation's too."""
+    settings = run.settings.data
+    sources = [*settings.dataset_paths, *([settings.eval_path] if settings.eval_path else [])]
+    return dict(zip(sources, distinct_names(sources), strict=True))
 
 
 def mixed(rows: list[int], ends: list[int], mix: list[float], *, seed: int) -> list[int]:
@@ -184,8 +192,9 @@ def _texts(run: RunContext, sources: list[str], stored: list[datasets.Dataset]) 
     """The records behind the rows, read once more, with a bar."""
     rules = Rules(**run.settings.data.rules())
     for source, rows in zip(sources, stored, strict=True):
-        with run.console.reading_progress(size_of(source), f"comparing {Path(source).name}") as progress:
-            yield from records_of(source, rules, rows, progress.advance)
+        name = _names(run)[source]
+        with run.console.reading_progress(size_of(source), f"comparing {name}") as progress:
+            yield from records_of(source, rules, rows, progress.advance, name=name)
 
 
 def say_ledger(ledger: Ledger, template: Template, console: Console) -> None:

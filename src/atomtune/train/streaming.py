@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 from atomtune.data.cache import Rules, encoded
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.ledger import Ledger
+from atomtune.data.reading.sources import distinct_names
 from atomtune.errors import BadData
 
 
@@ -57,8 +58,8 @@ class Stream(IterableDataset):
             yield from waiting
 
     def _rows(self, ledger: Ledger) -> Iterator[dict[str, Any]]:
-        for source in self.sources:
-            for part in encoded(source, self.template, self.rules, ledger):
+        for source, name in zip(self.sources, distinct_names(self.sources), strict=True):
+            for part in encoded(source, self.template, self.rules, ledger, name=name):
                 self._refuse_changed(source)
                 self.check(ledger)
                 yield from part.table.to_pylist()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -139,3 +140,64 @@ def test_one_large_row_group_is_read_in_little_memory(tmp_path: Path):
     rows, mebibytes = map(int, done.stdout.split())
     assert rows == 200_000
     assert mebibytes < 80
+
+
+# --- nulls ------------------------------------------------------------------------------------------------------------
+
+CALLS = [
+    {"messages": [{"role": "assistant", "arguments": {"city": "北京"}}], "tools": [{"properties": {"city": {"a": 1}}}]},
+    {"messages": [{"role": "assistant", "arguments": {"code": "600000", "days": 5}}], "tools": [{"properties": {}}]},
+    {"messages": [{"role": "assistant", "arguments": {}}], "tools": []},
+]
+
+
+def arrow_of(path: Path, table: pyarrow.Table) -> None:
+    with pyarrow.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def stream_of(path: Path, table: pyarrow.Table) -> None:
+    with pyarrow.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.parquet", lambda path, table: pyarrow.parquet.write_table(table, path)),
+        ("a.arrow", arrow_of),
+        ("b.arrow", stream_of),
+    ],
+)
+def test_the_nulls_that_a_struct_is_filled_up_with_are_no_values(tmp_path, name, write):
+    # {"city": "北京", "code": null, "days": null} was learned as the arguments of a call.
+    write(tmp_path / name, pyarrow.Table.from_pylist(CALLS))
+    assert [raw.value for raw in read_values(tmp_path / name)] == CALLS
+
+
+def test_the_nulls_of_a_saved_data_set_are_no_values(tmp_path):
+    datasets.Dataset.from_list(CALLS).save_to_disk(str(tmp_path / "saved"))
+    assert [raw.value for raw in read_values(tmp_path / "saved")] == CALLS
+
+
+def test_a_null_that_no_struct_was_filled_up_with_stays(tmp_path):
+    # Of a column, of a list, in a map and in a text of JSON: Arrow adds none there.
+    rows = pyarrow.table(
+        {
+            "output": pyarrow.array([None, "b"]),
+            "history": pyarrow.array([[["a", None]], None]),
+            "labels": pyarrow.array([[("k", None)], []], pyarrow.map_(pyarrow.string(), pyarrow.string())),
+            "arguments": pyarrow.array(['{"code": null}', "{}"]),
+            "turns": pyarrow.array([[{"a": "x"}, None], None]),
+        }
+    )
+    pyarrow.parquet.write_table(rows, tmp_path / "a.parquet")
+    first, second = (raw.value for raw in read_values(tmp_path / "a.parquet"))
+    assert first == {
+        "output": None,
+        "history": [["a", None]],
+        "labels": [("k", None)],
+        "arguments": '{"code": null}',
+        "turns": [{"a": "x"}, None],
+    }
+    assert (second["history"], second["turns"]) == (None, None)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 
+from atomtune.data.reading import compression
 from atomtune.data.reading.compression import open_bytes
 from atomtune.data.reading.sources import read_values, size_of
 from atomtune.data.records import Refusal
@@ -121,17 +122,17 @@ def test_content_is_unpacked_a_buffer_at_a_time(tmp_path: Path):
 
 @pytest.mark.parametrize("ending", PACK)
 def test_a_bomb_is_a_line_that_is_too_long(tmp_path: Path, ending):
-    # 600 MiB in one line out of half a megabyte. The process may use 250 MiB more than it does for a short file.
+    # 240 MiB in one line out of half a megabyte. The process may use 100 MiB more than it does for a short file.
     path = tmp_path / f"bomb.jsonl.{ending}"
     if ending == "gz":
         with gzip.open(path, "wb", compresslevel=1) as file:
             file.write(b'{"output": "')
-            for _ in range(600):
+            for _ in range(240):
                 file.write(bytes(1 << 20))
     else:
         with pyarrow.CompressedOutputStream(pyarrow.OSFile(str(path), "wb"), "zstd") as file:
             file.write(b'{"output": "')
-            for _ in range(600):
+            for _ in range(240):
                 file.write(bytes(1 << 20))
     code = """if True:
         import resource, sys
@@ -144,11 +145,26 @@ def test_a_bomb_is_a_line_that_is_too_long(tmp_path: Path, ending):
     """
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     reason, mebibytes = done.stdout.splitlines()
-    assert "at most 16 MiB are read as one record" in reason
-    assert int(mebibytes) < 250
+    assert "at most 4 MiB are read as one record" in reason
+    assert int(mebibytes) < 100
 
 
 def test_a_refusal_in_a_packed_file_has_its_line(tmp_path: Path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"a": 1}\n\n{"a": \n'))
     assert [one.origin for one in read_values(path) if isinstance(one, Refusal)] == ["a.jsonl.gz:3"]
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lambda raw: pyarrow.compress(raw, "zstd", asbytes=True)])
+def test_a_few_bytes_do_not_unpack_without_end(tmp_path: Path, monkeypatch, pack):
+    # Blank lines alone, a thousand times and more of the file: hours of reading for kilobytes.
+    monkeypatch.setattr(compression, "FREE_BYTES", 2**20)
+    (tmp_path / "a.jsonl.gz").write_bytes(pack(b'{"text": "x"}\n' + b"\n" * (8 << 20)))
+    with pytest.raises(BadData, match="more than 200 times its size"):
+        list(read_values(tmp_path / "a.jsonl.gz"))
+
+
+def test_data_that_packs_well_is_read(tmp_path: Path):
+    record = b'{"instruction": "the same persona in front of every question", "output": "yes"}\n'
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(record * 20_000))
+    assert len(list(read_values(tmp_path / "a.jsonl.gz"))) == 20_000

@@ -1,5 +1,6 @@
 """Laws of tables: what csv writes is what is read, row by row at the line where it begins; no row is lost."""
 
+import codecs
 import csv
 import io
 import json
@@ -34,7 +35,9 @@ def test_what_is_written_is_what_is_read_at_the_line_where_it_begins(separator, 
     for _ in range(50):
         cells = ["".join(draw.choices(ALPHABET, k=draw.randrange(9))) for _ in range(3)]
         line = out.getvalue().count("\n") + 1
-        expected.append(RawRecord(dict(zip(("instruction", "input", "output"), cells, strict=True)), f"a.csv:{line}"))
+        if any(cell.strip() for cell in cells):  # a row of blank cells is no row
+            row = dict(zip(("instruction", "input", "output"), cells, strict=True))
+            expected.append(RawRecord(row, f"a.csv:{line}"))
         writer.writerow(cells)
     assert read(out.getvalue().encode("utf-8")) == expected
     assert read(out.getvalue().encode("utf-8-sig")) == expected
@@ -107,6 +110,37 @@ def test_a_cell_of_a_megabyte_is_read():
 def test_a_column_that_stands_twice_is_not_settled_in_silence():
     with pytest.raises(BadData, match=r'a\.csv:1: column "output" stands twice'):
         read(b"output,instruction,output\na,b,c\n")
+
+
+# --- what a spreadsheet writes around its table -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("first", ["sep={}", '"sep={}"', "SEP={}\r"])
+def test_excels_first_line_names_the_separator_and_is_no_header(separator, first):
+    table = f"{first.format(separator)}\ninstruction{separator}output\na{separator}b\n"
+    for content in (table.encode(), codecs.BOM_UTF8 + table.encode()):
+        assert read(content) == [RawRecord({"instruction": "a", "output": "b"}, "a.csv:3")]
+
+
+def test_a_column_that_is_called_sep_is_a_column():
+    assert read(b"sep,output\na,b\n") == [RawRecord({"sep": "a", "output": "b"}, "a.csv:2")]
+
+
+@pytest.mark.parametrize("blank", [",", ",,", " , ", '"",""', '"\n",'])
+def test_a_row_of_blank_cells_is_no_row(blank):
+    # Each was refused with "output is empty", and stopped the run.
+    found = read(f"instruction,output\na,b\n{blank}\nc,d\n".encode())
+    assert [raw.value["output"] for raw in found] == ["b", "d"]
+    assert found[1].origin == f"a.csv:{4 + blank.count(chr(10))}"
+
+
+def test_empty_columns_at_the_right_end_are_no_columns():
+    # Two empty names were "column stands twice".
+    rows = read(b"instruction,input,output,,\na,,b,,\nc,d,e\nf,,,,\n")
+    assert [list(raw.value.values()) for raw in rows] == [["a", "", "b"], ["c", "d", "e"], ["f", "", ""]]
+    (refused,) = read(b"instruction,output,,\na,b,c,\n")
+    assert isinstance(refused, Refusal) and "3 cells, but 2 columns" in refused.reason
 
 
 @pytest.mark.parametrize(

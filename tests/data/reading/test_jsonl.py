@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -59,3 +60,12 @@ def test_what_a_worker_loads_is_light():
     code = f"import sys, atomtune.data.reading.jsonl; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_wide_object_with_a_key_twice_is_refused_in_linear_time():
+    # Counting each key among all took the square of 100,000.
+    wide = "{" + ", ".join(f'"k{number}": 1' for number in range(100_000)) + ', "k99999": 2}'
+    began = time.perf_counter()
+    (refusal,) = read(wide.encode())
+    assert isinstance(refusal, Refusal) and 'key "k99999" stands twice' in refusal.reason
+    assert time.perf_counter() - began < 5

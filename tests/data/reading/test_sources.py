@@ -14,7 +14,7 @@ import pytest
 
 from atomtune.data.reading.jsonl import parse_chunk
 from atomtune.data.reading.raw import Lines, RawRecord
-from atomtune.data.reading.sources import fingerprint_of, read_chunks, read_values, size_of
+from atomtune.data.reading.sources import distinct_names, fingerprint_of, read_chunks, read_values, size_of
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
 
@@ -78,8 +78,8 @@ def test_a_unicode_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
     assert list(read_values(written(tmp_path, line(value)))) == [RawRecord(value, "train.jsonl:1")]
 
 
-def test_a_line_of_ten_megabytes_is_one_value(tmp_path):
-    value = {"output": "长" * (10_000_000 // 3)}
+def test_a_line_of_three_megabytes_is_one_value(tmp_path):
+    value = {"output": "长" * (3_000_000 // 3)}
     path = written(tmp_path, line(HELLO) + line(value) + line(BYE))
     assert [found.value for found in read_values(path)] == [HELLO, value, BYE]
 
@@ -188,12 +188,17 @@ def test_an_empty_file_is_called_empty(tmp_path, content):
         list(read_values(written(tmp_path, content)))
 
 
-@pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])
-def test_utf_16_is_named_with_the_command_that_converts_it(tmp_path, order):
-    # What Windows' Notepad calls "Unicode"; without this every line would be a broken record.
-    path = written(tmp_path, ("\ufeff" + json.dumps(HELLO)).encode(order))
-    with pytest.raises(BadData, match=r"UTF-16.*\n *iconv -f UTF-16 -t UTF-8"):
-        list(read_values(path))
+@pytest.mark.parametrize("name", ["data", "a/data.jsonl", "/deep/a/data.jsonl"])
+def test_a_name_alone_is_the_files_own(name):
+    assert distinct_names([name]) == [name.rpartition("/")[2]]
+    assert distinct_names([name, name]) == [name.rpartition("/")[2]] * 2, "the same file twice is one file"
+
+
+def test_files_of_one_name_are_told_apart_by_as_much_of_their_path_as_that_takes():
+    sources = ["x/a/train.jsonl", "x/b/train.jsonl", "y/b/train.jsonl", "other.jsonl", "train.jsonl"]
+    names = distinct_names(sources)
+    assert names == ["a/train.jsonl", "x/b/train.jsonl", "y/b/train.jsonl", "other.jsonl", "train.jsonl"]
+    assert len(set(names)) == len(names)
 
 
 # --- progress -------------------------------------------------------------------------------------------------------

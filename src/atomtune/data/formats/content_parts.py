@@ -7,7 +7,8 @@ Published shapes are OpenAI's ({"type": "text", "text": …}), Anthropic's ({"ty
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from atomtune.data.formats.fields import Field, kind, printable, read_json, read_plain, read_text
+from atomtune.data.formats.fields import Field, kind, read_json, read_plain, read_text
+from atomtune.data.reading.raw import printable
 
 #: {"name": …, "arguments": {…}}, and the "id" that a tool's turn answers to, where the record has one
 Call = Mapping[str, Any]

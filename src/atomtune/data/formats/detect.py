@@ -14,9 +14,9 @@ from atomtune.data.formats import media, preference
 from atomtune.data.formats.alpaca import read_alpaca
 from atomtune.data.formats.chat import read_messages, read_prompt, read_rendered, read_sharegpt
 from atomtune.data.formats.conversation import Conversation, as_parsed
-from atomtune.data.formats.fields import Field, is_empty, keys_of, kind, missing_key, printable
+from atomtune.data.formats.fields import Field, is_empty, keys_of, kind, missing_key
 from atomtune.data.formats.schema import RECORD_KEYS, ROLES, SIGNS, SPELLINGS, TURN_KEYS, Schema
-from atomtune.data.reading.raw import RawRecord
+from atomtune.data.reading.raw import RawRecord, printable
 from atomtune.data.records import ParsedRecord, Refusal, RefusalKind
 from atomtune.errors import BadData, listing
 

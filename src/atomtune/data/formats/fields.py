@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from atomtune.data.reading.raw import DECODER
+from atomtune.data.reading.raw import DECODER, printable
 
 T = TypeVar("T")
 Tool = Mapping[str, Any]
@@ -157,17 +157,6 @@ def keys_of(record: Mapping[str, Any]) -> str:
     if rest > 0:
         return f"{named} and {rest:,} more"
     return named or "none"
-
-
-def printable(text: object) -> str:
-    """A word from the data as a message can show it: control characters and halves of surrogate pairs are escaped."""
-    word = str(text)
-    if word.isprintable():
-        return word
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in word
-    )
 
 
 def kind(value: object) -> str:

@@ -15,12 +15,12 @@ from atomtune.data.formats.fields import (
     kind,
     missing_key,
     notes_on_unused,
-    printable,
     problems_of,
     read_json,
     read_text,
 )
 from atomtune.data.formats.schema import REASONING, ROLES, TURN_KEYS, WEIGHTS, Schema
+from atomtune.data.reading.raw import printable
 from atomtune.data.records import Role, Turn
 
 #: The example cache counts how often a token is learned in one signed byte.

@@ -8,8 +8,9 @@ The wanted answer is learned like any other; an unwanted one never is. Published
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from atomtune.data.formats.fields import Field, is_empty, printable
+from atomtune.data.formats.fields import Field, is_empty
 from atomtune.data.formats.schema import WANTED, Schema
+from atomtune.data.reading.raw import printable
 
 Json = dict[str, Any]
 _PAIRS = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"))

@@ -1,13 +1,15 @@
-"""Columns: the rows of a Parquet or Arrow file as objects, a batch at a time.
+"""Arrow rows: the rows of a Parquet or Arrow file as objects, a batch at a time.
 
-Before: a path.  After: formats.py turns each value into a Record.
 Lists and structs become Python lists and dicts; what is no text (bytes, images, times) stays what it is.
+A struct has every key in every row, and a null where a record had no such key: such nulls are dropped. A null in a
+column, in a list, in a map or in a text of JSON is the record's own and stays.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow
 import pyarrow.parquet
@@ -32,16 +34,16 @@ def read_parquet(path: Path, name: str, advance: Callable[[int], None]) -> Itera
 
 def read_arrow(path: Path, name: str, advance: Callable[[int], None]) -> Iterator[list[RawRecord | Refusal]]:
     """The rows of an Arrow IPC file or stream in batches; advance is called with bytes read."""
-    told = 0
+    bytes_read = 0
     with explained(path, "Arrow"), path.open("rb") as raw:
 
-        def tell(n_rows: int) -> None:
-            nonlocal told
-            told, before = raw.tell(), told
-            advance(told - before)
+        def count(n_rows: int) -> None:
+            nonlocal bytes_read
+            before, bytes_read = bytes_read, raw.tell()
+            advance(bytes_read - before)
 
-        yield from read_batches(checked(_record_batches(raw)), name, tell)
-    advance(path.stat().st_size - told)
+        yield from read_batches(checked(_record_batches(raw)), name, count)
+    advance(path.stat().st_size - bytes_read)
 
 
 def _record_batches(raw: BinaryIO) -> Iterator[pyarrow.RecordBatch]:
@@ -70,10 +72,9 @@ def read_batches(
     """
     first = 1
     for batch in batches:
-        names = batch.schema.names
-        if len(set(names)) < len(names):
-            twice = next(one for one in names if names.count(one) > 1)
-            raise BadData(f'{name}: column "{twice}" stands twice. Rename or remove one.')
+        repeated = [column for column, count_of in Counter(batch.schema.names).items() if count_of > 1]
+        if repeated:
+            raise BadData(f'{name}: column "{repeated[0]}" stands twice. Rename or remove one.')
         for start in range(0, batch.num_rows, BATCH_ROWS):
             yield _rows(batch.slice(start, BATCH_ROWS), name, first + start)
         first += batch.num_rows
@@ -82,14 +83,14 @@ def read_batches(
 
 def _rows(batch: pyarrow.RecordBatch, name: str, first: int) -> list[RawRecord | Refusal]:
     try:
-        return [RawRecord(value, f"{name}:{number}") for number, value in enumerate(batch.to_pylist(), first)]
+        return [RawRecord(row, f"{name}:{number}") for number, row in enumerate(_as_python(batch), first)]
     except ValueError:  # of one row; which one, is seen when each is taken alone
         return [_row(batch.slice(i, 1), f"{name}:{first + i}") for i in range(batch.num_rows)]
 
 
 def _row(batch: pyarrow.RecordBatch, origin: str) -> RawRecord | Refusal:
     try:
-        return RawRecord(batch.to_pylist()[0], origin)
+        return RawRecord(_as_python(batch)[0], origin)
     except UnicodeDecodeError as error:
         return Refusal(
             origin,
@@ -100,14 +101,47 @@ def _row(batch: pyarrow.RecordBatch, origin: str) -> RawRecord | Refusal:
         return Refusal(origin, f"a value that cannot be read: {error}", RefusalKind.UNREADABLE)
 
 
+def _as_python(batch: pyarrow.RecordBatch) -> list[dict[str, Any]]:
+    """The rows as Python objects, without the nulls that structs were filled up with."""
+    rows = batch.to_pylist()
+    for column in batch.schema:
+        if _holds_struct(column.type):
+            for row in rows:
+                row[column.name] = _without_filling(row[column.name], column.type)
+    return rows
+
+
+def _holds_struct(kind: pyarrow.DataType) -> bool:
+    if pyarrow.types.is_struct(kind):
+        return True
+    return _is_list(kind) and _holds_struct(kind.value_type)
+
+
+def _is_list(kind: pyarrow.DataType) -> bool:
+    types = pyarrow.types
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+
+
+def _without_filling(value: Any, kind: pyarrow.DataType) -> Any:
+    """A value of this type without keys whose value is null."""
+    if value is None:
+        return None
+    if pyarrow.types.is_struct(kind):
+        fields = {field.name: field.type for field in kind}
+        return {key: _without_filling(item, fields[key]) for key, item in value.items() if item is not None}
+    if _is_list(kind) and _holds_struct(kind):
+        return [_without_filling(item, kind.value_type) for item in value]
+    return value
+
+
 def _share(size: int, rows: int, advance: Callable[[int], None]) -> Callable[[int], None]:
     """Turns rows into their share of the bytes, so that all rows make all bytes."""
-    read = 0
+    rows_read = 0
 
     def count(n_rows: int) -> None:
-        nonlocal read
-        advance(size * (read + n_rows) // rows - size * read // rows)
-        read += n_rows
+        nonlocal rows_read
+        advance(size * (rows_read + n_rows) // rows - size * rows_read // rows)
+        rows_read += n_rows
 
     return count
 

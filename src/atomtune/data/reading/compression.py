@@ -1,6 +1,5 @@
-"""Packed: the bytes of a file, unpacked on the way where it is .gz or .zst; known by its first bytes, not by its name.
+"""Compression: the bytes of a file, unpacked on the way where it is .gz or .zst, as its first bytes tell.
 
-Before: a path.  After: jsonl.py, array.py or tables.py cut the bytes into records.
 Never more than a buffer is unpacked at once. zstd is pyarrow's own, which `datasets` needs anyway.
 """
 
@@ -21,11 +20,15 @@ BUFFER_BYTES = 256 * 2**10
 #: Unpacked in one step: a step that meets the end of half a file gives nothing, so the place is exact to one.
 STEP_BYTES = 64 * 2**10
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-Packing = Literal["gzip", "zstd"]
+Compression = Literal["gzip", "zstd"]
+#: Text of people packs to a fifth, of machines to a fiftieth. What grows more, and beyond the bytes below, is no data:
+#: a few kilobytes could keep a reader busy for hours.
+MOST_GROWTH = 200
+FREE_BYTES = 256 * 2**20
 
 
-def packing_of(head: bytes) -> Packing | None:
-    """How a file is packed, by its first bytes."""
+def compression_of(head: bytes) -> Compression | None:
+    """How a file is compressed, by its first bytes."""
     if head.startswith(GZIP):
         return "gzip"
     return "zstd" if head.startswith(ZSTD) else None
@@ -40,24 +43,29 @@ def open_raw(path: Path) -> io.FileIO:
 
 
 @contextmanager
-def open_bytes(path: Path, advance: Callable[[int], None] = lambda n_bytes: None) -> Iterator[BinaryIO]:
+def open_bytes(
+    path: Path, advance: Callable[[int], None] = lambda n_bytes: None, *, name: str = ""
+) -> Iterator[BinaryIO]:
     """The content of a file as a stream; advance is called with bytes read from the disk, packed ones where packed.
+
+    name  the file's in messages, where it is not its own
 
     Raises BadData when the file cannot be opened; reading raises it at a damaged or unfinished place.
     """
     with open_raw(path) as raw:
         counted = _Counted(raw, advance)
-        packing = packing_of(raw.read(4))
+        compression = compression_of(raw.read(4))
         raw.seek(0)
-        if packing is None:
+        if compression is None:
             yield io.BufferedReader(counted, BUFFER_BYTES)
             return
-        inner = _unpacked(counted, packing)
-        yield io.BufferedReader(_Watched(inner, path, packing), BUFFER_BYTES)
+        unpacked = _unpacked(counted, compression)
+        most_bytes = max(FREE_BYTES, MOST_GROWTH * path.stat().st_size)
+        yield io.BufferedReader(_Watched(unpacked, name or path.name, compression, most_bytes), BUFFER_BYTES)
 
 
-def _unpacked(counted: io.RawIOBase, packing: Packing) -> Any:
-    if packing == "gzip":
+def _unpacked(counted: io.RawIOBase, compression: Compression) -> Any:
+    if compression == "gzip":
         return gzip.GzipFile(fileobj=io.BufferedReader(counted, BUFFER_BYTES))
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(counted, mode="r"), "zstd")
 
@@ -81,8 +89,9 @@ class _Counted(io.RawIOBase):
 class _Watched(io.RawIOBase):
     """Unpacked bytes; what is wrong with the archive is said with the line that is reached."""
 
-    def __init__(self, inner: Any, path: Path, packing: Packing) -> None:
-        self._inner, self._path, self._packing = inner, path, packing
+    def __init__(self, unpacked: Any, name: str, compression: Compression, most_bytes: int) -> None:
+        self._unpacked, self._name, self._compression = unpacked, name, compression
+        self._most_bytes, self._bytes = most_bytes, 0
         self._line = 1
 
     def readable(self) -> bool:
@@ -90,14 +99,21 @@ class _Watched(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            part: bytes = self._inner.read(min(len(buffer), STEP_BYTES))
+            part: bytes = self._unpacked.read(min(len(buffer), STEP_BYTES))
         except (EOFError, OSError, zlib.error) as error:  # gzip.BadGzipFile and pyarrow's errors are OSErrors
             unfinished = isinstance(error, EOFError) or "Truncated" in str(error)
             what = "ends in the middle, as a download does that stopped" if unfinished else f"is damaged ({error})"
+            command = "gzip -t" if self._compression == "gzip" else "zstd -t"
             raise BadData(
-                f"{self._path.name}:{self._line}: the {self._packing} file {what}. Fetch or pack it again; "
-                f"{'gzip -t' if self._packing == 'gzip' else 'zstd -t'} {self._path.name} tests it."
+                f"{self._name}:{self._line}: the {self._compression} file {what}. Fetch or pack it again; {command} "
+                f"{self._name} tests it."
             ) from None
+        self._bytes += len(part)
+        if self._bytes > self._most_bytes:
+            raise BadData(
+                f"{self._name}:{self._line}: the {self._compression} file unpacks to more than {MOST_GROWTH} times its "
+                "size, which no data does. Unpack it yourself if it is right."
+            )
         self._line += part.count(b"\n")
         buffer[: len(part)] = part
         return len(part)

@@ -1,11 +1,13 @@
-"""Tables: the rows of a CSV or TSV file as objects whose keys are the columns; every cell is text.
+"""CSV rows: the rows of a CSV or TSV file as objects whose keys are the columns; every cell is text.
 
-Before: packed.py gives the file's bytes.  After: formats.py turns each value into a Record.
 Law: a row stands at the line it begins on; quoted cells may hold separators, quotes ("" for one) and newlines.
+What a spreadsheet writes around its table is no content: a first line `sep=;`, empty columns at its right end, rows in
+which every cell is empty.
 """
 
 import codecs
 import csv
+from collections import Counter
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -16,9 +18,15 @@ from atomtune.errors import BadData
 SEPARATORS = (",", "\t", ";")
 
 
+def separator_line(line: str) -> str:
+    """The separator that a line `sep=;` names, which Excel writes and reads as the first; "" for any other line."""
+    name, equals, separator = line.lstrip("\ufeff").strip("\r\n ").strip('"').partition("=")
+    return separator if name.lower() == "sep" and equals and len(separator) == 1 else ""
+
+
 def columns_of(header: str) -> tuple[list[str], str]:
     """The names in a header line, in lower case, and the separator that makes most of them; a comma where none does."""
-    separator = max(SEPARATORS, key=lambda one: len(_cells(header, one)))
+    separator = max(SEPARATORS, key=lambda candidate: len(_cells(header, candidate)))
     return [name.lower() for name in _cells(header, separator)], separator
 
 
@@ -30,16 +38,21 @@ def _cells(header: str, separator: str) -> list[str]:
 
 
 def read_table(stream: BinaryIO, name: str) -> Iterator[RawRecord | Refusal]:
-    """Every row as an object, or the reason why it is none; blank lines between rows are passed over.
+    """Every row as an object, or the reason why it is none; rows without a word are passed over.
 
     Raises BadData for a header that cannot be used and for a quote that never closes.
     """
     # The limit is one for the whole process; it is only ever raised.
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_LINE))
     lines = _Lines(stream, name)
-    _, separator = columns_of(lines.peek())
+    separator = separator_line(lines.peek())
+    if separator:
+        lines.skip()
+        lines.peek()
+    else:
+        _, separator = columns_of(lines.peek())
     rows = csv.reader(lines, delimiter=separator, strict=True)
-    keys = _header(rows, lines)
+    keys = _read_header(rows, lines)
     while True:
         lines.begin_row()
         origin = f"{name}:{lines.number + 1}"
@@ -52,41 +65,46 @@ def read_table(stream: BinaryIO, name: str) -> Iterator[RawRecord | Refusal]:
                 raise BadData(
                     f"{origin}: a quote opens in this row and never closes. Close it, or double it."
                 ) from None
-            yield Refusal(origin, _why(error), RefusalKind.UNREADABLE)
+            yield Refusal(origin, _explain(error), RefusalKind.UNREADABLE)
             continue
-        if cells and (len(cells) > 1 or cells[0].strip()):
-            yield _row(keys, cells, lines.trouble, origin)
+        if any(cell.strip() for cell in cells):
+            yield _read_row(keys, cells, lines.trouble, origin)
 
 
-def _why(error: csv.Error) -> str:
+def _explain(error: csv.Error) -> str:
     if "new-line character" in str(error):
         return "not CSV: a carriage return stands outside quotes; lines end in \\n or \\r\\n"
     return f'not CSV: {error}; a quote inside a quoted cell is written twice: ""'
 
 
-def _row(keys: list[str], cells: list[str], trouble: str, origin: str) -> RawRecord | Refusal:
+def _read_row(keys: list[str], cells: list[str], trouble: str, origin: str) -> RawRecord | Refusal:
     if trouble:
         return Refusal(origin, trouble, RefusalKind.UNREADABLE)
+    while len(cells) > len(keys) and not cells[-1].strip():
+        cells = cells[:-1]
     if len(cells) != len(keys):
-        return Refusal(
-            origin,
-            f"{len(cells)} cells, but {len(keys)} columns in the header; a cell that holds the separator or a "
-            "newline stands in quotes",
-            RefusalKind.UNREADABLE,
+        reason = (
+            f"{len(cells)} cells, but {len(keys)} columns in the header; a cell that holds the separator or a newline "
+            "stands in quotes"
         )
+        return Refusal(origin, reason, RefusalKind.UNREADABLE)
     return RawRecord(dict(zip(keys, cells, strict=True)), origin)
 
 
-def _header(rows: Iterator[list[str]], lines: "_Lines") -> list[str]:
+def _read_header(rows: Iterator[list[str]], lines: "_Lines") -> list[str]:
+    """The names of the columns, without empty ones at the right end."""
     try:
         keys = [cell.strip() for cell in next(rows, [])]
     except csv.Error as error:
-        raise BadData(f"{lines.name}:{lines.number}: the header is {_why(error)}.") from None
+        raise BadData(f"{lines.name}:{lines.number}: the header is {_explain(error)}.") from None
     if lines.trouble:
         raise BadData(f"{lines.name}:{lines.number}: {lines.trouble}.")
-    if twice := [key for key in keys if keys.count(key) > 1]:
+    while keys and not keys[-1]:
+        keys.pop()
+    repeated = [key for key, count in Counter(keys).items() if count > 1]
+    if repeated:
         raise BadData(
-            f'{lines.name}:{lines.number}: column "{twice[0]}" stands twice in the header. Rename or remove one.'
+            f'{lines.name}:{lines.number}: column "{repeated[0]}" stands twice in the header. Rename or remove one.'
         )
     return keys
 
@@ -98,22 +116,27 @@ class _Lines(Iterator[str]):
         self.name, self.number, self.trouble = name, 0, ""
         self.ended = False
         self._stream, self._row_bytes = stream, 0
-        self._kept: str | None = None
+        self._peeked: str | None = None
 
     def begin_row(self) -> None:
         self.trouble, self._row_bytes = "", 0
 
     def peek(self) -> str:
-        """The first line that is not blank, which is the header's; it is given again by the next call."""
-        line = next(self, "")
-        while not line.strip() and not self.ended:
+        """The first line that is not blank, which is the header's; the next call gives it again."""
+        if self._peeked is None:
             line = next(self, "")
-        self._kept = line
-        return line
+            while not line.strip() and not self.ended:
+                line = next(self, "")
+            self._peeked = line
+        return self._peeked
+
+    def skip(self) -> None:
+        """Pass over the line that was peeked at."""
+        self._peeked = None
 
     def __next__(self) -> str:
-        if self._kept is not None:
-            line, self._kept = self._kept, None
+        if self._peeked is not None:
+            line, self._peeked = self._peeked, None
             return line
         raw = self._stream.readline(LONGEST_LINE)
         if not raw:

@@ -1,6 +1,5 @@
 """Hub: data sets in the forms of the `datasets` library: saved in a folder, a folder of data files, or on the hub.
 
-Before: a folder or a name.  After: formats.py turns each value into a Record.
 Of several splits, `train` is read. Rows are taken as Arrow gives them: no image or sound is decoded. No code of a data
 set is ever run.
 """
@@ -19,7 +18,7 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever this version of the hub stands on
 
 from atomtune.data.reading.arrow_rows import BATCH_ROWS, checked, explained, read_batches
-from atomtune.data.reading.raw import RawRecord
+from atomtune.data.reading.raw import RawRecord, printable
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
 
@@ -47,22 +46,24 @@ def is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def read_saved(folder: Path, advance: Callable[[int], None]) -> Iterator[list[RawRecord | Refusal]]:
-    """The rows of a folder that `save_to_disk` wrote. Raises BadData where it is damaged or has no split to take."""
+def read_saved(folder: Path, advance: Callable[[int], None], *, name: str) -> Iterator[list[RawRecord | Refusal]]:
+    """The rows of a folder that `save_to_disk` wrote, by this name in origins.
+
+    Raises BadData where it is damaged or has no split to take.
+    """
     size = sum(path.stat().st_size for path in all_files(folder))
     with explained(folder, "a data set saved by datasets"):
         try:
-            found = datasets.load_from_disk(str(folder))
+            saved = datasets.load_from_disk(str(folder))
         except (KeyError, TypeError, ValueError) as error:
             raise BadData(
                 f"{folder}: a folder saved by datasets whose description cannot be read ({type(error).__name__}). "
                 "Save it again with save_to_disk."
             ) from None
-        name = folder.name
-        if isinstance(found, datasets.DatasetDict):
-            split = _only_split(folder, sorted(found))
-            found, name = found[split], f"{name}/{split}"
-        yield from _rows(found, name, size, advance)
+        if isinstance(saved, datasets.DatasetDict):
+            split = _only_split(folder, sorted(saved))
+            saved, name = saved[split], f"{name}/{split}"
+        yield from _rows(saved, name, size, advance)
 
 
 def _only_split(folder: Path, splits: list[str]) -> str:
@@ -74,19 +75,20 @@ def _only_split(folder: Path, splits: list[str]) -> str:
 
 
 def _rows(
-    found: datasets.Dataset, name: str, size: int, advance: Callable[[int], None]
+    rows: datasets.Dataset, name: str, size: int, advance: Callable[[int], None]
 ) -> Iterator[list[RawRecord | Refusal]]:
-    read = told = 0
+    rows_read = bytes_read = 0
 
     def count(n_rows: int) -> None:
-        nonlocal read, told
-        read += n_rows
-        advance(size * read // len(found) - told)
-        told = size * read // len(found)
+        nonlocal rows_read, bytes_read
+        rows_read += n_rows
+        share = size * rows_read // len(rows)
+        advance(share - bytes_read)
+        bytes_read = share
 
-    tables = found.with_format("arrow").iter(batch_size=BATCH_ROWS)
+    tables = rows.with_format("arrow").iter(batch_size=BATCH_ROWS)
     yield from read_batches(checked(batch for table in tables for batch in table.to_batches()), name, count)
-    advance(size - told)
+    advance(size - bytes_read)
 
 
 def all_files(folder: Path) -> list[Path]:
@@ -106,22 +108,22 @@ def files_of(folder: Path) -> list[Path]:
     here = [path for path in all_files(folder) if kind_of(path) in READ and path.name not in _NO_DATA]
     if not here:
         raise BadData(f"{folder}: not a file, and no folder of data files. Pass one with --dataset_path.")
-    with _told(str(folder)):
+    with _explained(str(folder)):
         chosen = datasets.load_dataset_builder(str(folder)).config.data_files
     try:
         # `datasets` follows links to the folder, not those in it (a snapshot of the hub is a folder of links).
-        splits = {
-            str(split): [Path(one).relative_to(folder.resolve()) for one in files] for split, files in chosen.items()
-        }
+        root = folder.resolve()
+        splits = {str(split): [Path(file).relative_to(root) for file in files] for split, files in chosen.items()}
     except ValueError:
         raise BadData(
             f"{folder}: its README names data files outside this folder. Pass the files themselves."
         ) from None
-    taken = {file for files in splits.values() for file in files}
-    left = [file for file in here if file.relative_to(folder) not in taken]
-    if left:
+    chosen_files = {file for files in splits.values() for file in files}
+    left_out = [file for file in here if file.relative_to(folder) not in chosen_files]
+    if left_out:
+        first = printable(left_out[0].name)
         raise BadData(
-            f"{folder}: files of several kinds; {len(left)} would be left out, first {left[0].name}. Pass the files "
+            f"{folder}: files of several kinds; {len(left_out)} would be left out, first {first}. Pass the files "
             "themselves, or keep files of one kind in the folder."
         )
     return [folder / file for file in splits[_only_split(folder, sorted(splits))]]
@@ -129,8 +131,7 @@ def files_of(folder: Path) -> list[Path]:
 
 def read_hub(name: str) -> Iterator[list[RawRecord | Refusal]]:
     """The rows of a data set on the hub, which is kept in the cache of `datasets`. Raises BadData with the remedy."""
-    found = _fetched(name)
-    yield from _rows(found, name, 0, lambda n_bytes: None)
+    yield from _rows(_fetched(name), name, 0, lambda n_bytes: None)
 
 
 def hub_fingerprint(name: str) -> str:
@@ -142,12 +143,12 @@ def hub_fingerprint(name: str) -> str:
 def _fetched(name: str) -> datasets.Dataset:
     """The data set, once a process: what its hash is taken of is what is read."""
     repository, _, configuration = name.partition(":")
-    with _told(name):
+    with _explained(name):
         return datasets.load_dataset(repository, configuration or None, split="train")
 
 
 @contextmanager
-def _told(name: str) -> Iterator[None]:
+def _explained(name: str) -> Iterator[None]:
     """Turn what `datasets` raises into a BadData that says what to do."""
     try:
         yield

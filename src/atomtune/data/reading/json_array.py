@@ -1,6 +1,5 @@
-"""Array: the values of one JSON array, a window at a time.
+"""JSON array: the values of one JSON array, a window at a time.
 
-Before: packed.py gives the file's bytes.  After: formats.py turns each value into a Record.
 Memory is bounded by the longest value, which has the bound of a line of JSONL.
 """
 

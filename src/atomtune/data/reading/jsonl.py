@@ -1,6 +1,5 @@
 """JSONL: one JSON value a line, cut into chunks cheaply and parsed wherever there is a free core.
 
-Before: packed.py gives the file's bytes.  After: formats.py turns each value into a Record.
 Strictly UTF-8; a BOM and CRLF are fine. Nothing heavy is imported here: worker processes load this module.
 """
 

@@ -4,13 +4,15 @@ Nothing heavy is imported here: worker processes load this module.
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from atomtune.data.records import Refusal
 
-#: A longer line is refused without being read whole: two million words are no record, and memory stays bounded.
-LONGEST_LINE = 16 * 2**20
+#: A longer line is refused without being read whole: a million words are no record, and memory stays bounded. A line of
+#: nothing but brackets becomes Python objects of 160 times its bytes.
+LONGEST_LINE = 4 * 2**20
 
 
 class RawRecord(NamedTuple):
@@ -42,11 +44,12 @@ def _refuse_constant(name: str) -> float:
 
 def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; of a key that stands twice, json would keep the last in silence."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f'key "{next(key for key in keys if keys.count(key) > 1)}" stands twice')
-    return made
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        repeated = next(key for key, count in counts.items() if count > 1)
+        raise ValueError(f"key {json.dumps(repeated[:100])} stands twice")
+    return value
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object_without_repeats, parse_constant=_refuse_constant)
@@ -60,3 +63,14 @@ def encoding_reason(line: bytes, at: int) -> str:
     except UnicodeDecodeError:
         return f"{reason}; save the file as UTF-8"
     return f"{reason}; it may be GBK: iconv -f GB18030 -t UTF-8 OLD > NEW"
+
+
+def printable(text: object) -> str:
+    """A word from the data as a message can show it: control characters and halves of surrogate pairs are escaped."""
+    word = str(text)
+    if word.isprintable():
+        return word
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in word
+    )

@@ -1,25 +1,28 @@
-"""Files: values with the place each stands at, from any source of records.
+"""Sources: values with the place each stands at, from any source of records.
 
-Before: a path or a hub name.  After: formats.py turns each value into a Record.
 A file's kind is seen in its first bytes, and only where these fit several in its ending. JSONL (one value a line), a
-JSON array, CSV and TSV, each plain, .gz or .zst; Parquet; Arrow; a folder of `datasets`; a data set on the hub. All
-are streamed.
+JSON array, CSV and TSV, each plain, .gz or .zst; Parquet; Arrow; a folder of `datasets` or of LLaMA-Factory; a data
+set on the hub. All are streamed.
 """
 
 import codecs
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from atomtune.choices import FormatName
 from atomtune.data.reading import hub, jsonl
 from atomtune.data.reading.arrow_rows import ARROW_MAGIC, BATCH_ROWS, read_arrow, read_parquet
-from atomtune.data.reading.compression import open_bytes, open_raw, packing_of
-from atomtune.data.reading.csv_rows import columns_of, read_table
+from atomtune.data.reading.compression import compression_of, open_bytes, open_raw
+from atomtune.data.reading.csv_rows import columns_of, read_table, separator_line
+from atomtune.data.reading.dataset_info import FILE_NAME, ListedFile, listed_files
 from atomtune.data.reading.hub import kind_of
 from atomtune.data.reading.json_array import read_array
 from atomtune.data.reading.jsonl import parse_chunk
-from atomtune.data.reading.raw import Chunk, RawRecord
+from atomtune.data.reading.raw import Chunk, RawRecord, printable
+from atomtune.data.reading.transcoding import as_utf8, encoding_of
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
 
@@ -40,6 +43,30 @@ _NOT_READ = {
 _COLUMNS = {"instruction", "output", "messages", "conversations", "prompt", "completion", "question", "answer"}
 
 
+@dataclass(frozen=True)
+class DataFile:
+    """One file of a source, and how it is written where a description beside it says so."""
+
+    name: str  # as origins name it
+    chunks: Iterator[Chunk]
+    format: FormatName | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+
+def distinct_names(sources: Sequence[Path | str]) -> list[str]:
+    """A name for each source, by which origins name it: its file's, with as much of the path as tells them apart."""
+    parts = [_described(Path(source)).parts for source in sources]
+    names = []
+    for own in parts:
+        others = [other for other in parts if other != own]
+        length = 1
+        while length < len(own) and any(other[-length:] == own[-length:] for other in others):
+            length += 1
+        names.append(Path(*own[-length:]).as_posix() if own else "")
+    return names
+
+
 def read_values(source: Path | str, advance: Advance = lambda n_bytes: None) -> Iterator[RawRecord | Refusal]:
     """Yield every value of the source, or the reason why a line or row is none.
 
@@ -54,22 +81,36 @@ def read_values(source: Path | str, advance: Advance = lambda n_bytes: None) -> 
 
 def read_chunks(source: Path | str, advance: Advance = lambda n_bytes: None) -> Iterator[Chunk]:
     """The source in chunks, cheaply: what costs time, parsing lines of JSON, is left to parse_chunk in any process."""
+    for file in read_files(source, advance):
+        yield from file.chunks
+
+
+def read_files(
+    source: Path | str, advance: Advance = lambda n_bytes: None, *, name: str | None = None
+) -> Iterator[DataFile]:
+    """The files of a source one after the other; each must be read before the next is taken.
+
+    name  how origins name the source, where not by its file's name
+    """
     if isinstance(source, str) and hub.is_hub_name(source):
-        yield from hub.read_hub(source)
+        yield DataFile(source, hub.read_hub(source))
         return
     path = _existing(source)
+    name = printable(distinct_names([source])[0] if name is None else name)
     if not path.is_dir():
-        yield from _read_file(path, path.name, advance)
+        yield DataFile(name, _read_file(path, name, advance))
     elif hub.is_saved(path):
-        yield from hub.read_saved(path, advance)
+        yield DataFile(name, hub.read_saved(path, advance, name=name))
     else:
-        for file in hub.files_of(path):
+        for file in _files_in(path):
             # A name that says which of them it is: chats/zh/train.jsonl.
-            yield from _read_file(file, f"{path.name}/{file.relative_to(path).as_posix()}", advance)
+            file_name = printable(f"{name}/{file.path.relative_to(path).as_posix()}")
+            chunks = _read_file(file.path, file_name, advance)
+            yield DataFile(file_name, chunks, file.format, file.keys, file.roles)
 
 
 def _existing(source: Path | str) -> Path:
-    path = Path(source)
+    path = _described(Path(source))
     if not path.exists():
         raise BadData(f"{path}: no such file. Pass the data file with --dataset_path.")
     if not path.is_file() and not path.is_dir():
@@ -77,11 +118,33 @@ def _existing(source: Path | str) -> Path:
     return path
 
 
+def _described(path: Path) -> Path:
+    """The folder that a path to a description of one stands for; any other path as it is."""
+    if path.name == FILE_NAME and listed_files(path.parent) is not None:
+        return path.parent
+    return path
+
+
+def _files_in(folder: Path) -> list[ListedFile]:
+    """The data files of a folder: those its description names, or all."""
+    listed = listed_files(folder)
+    if listed is not None:
+        return listed
+    return [ListedFile(file) for file in hub.files_of(folder)]
+
+
 def size_of(source: Path | str) -> int:
     """Bytes that advance will have been called with at the end; 0 where nobody knows beforehand."""
     if isinstance(source, str) and hub.is_hub_name(source):
         return 0
-    return sum(file.stat().st_size for file in _files(Path(source)))
+    path = Path(source)
+    if not path.exists():
+        return 0
+    path = _existing(path)
+    if not path.is_dir():
+        return path.stat().st_size
+    files = hub.all_files(path) if hub.is_saved(path) else [file.path for file in _files_in(path)]
+    return sum(file.stat().st_size for file in files)
 
 
 def fingerprint_of(source: Path | str) -> str:
@@ -95,7 +158,7 @@ def fingerprint_of(source: Path | str) -> str:
     if path.is_file():
         return _sha256(path)
     lines = [f"{file.relative_to(path).as_posix()} {_sha256(file)}\n" for file in hub.all_files(path)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _sha256(path: Path) -> str:
@@ -103,39 +166,29 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path] if path.is_file() else []
-    return hub.all_files(path) if hub.is_saved(path) else hub.files_of(path)
-
-
 def _read_file(path: Path, name: str, advance: Advance) -> Iterator[Chunk]:
     with open_raw(path) as raw:
-        packed = packing_of(raw.read(4)) is not None
-    with open_bytes(path) as stream:
+        is_compressed = compression_of(raw.read(4)) is not None
+    with open_bytes(path, name=name) as stream:
         head = stream.read(HEAD_BYTES)
-    if head.startswith(PARQUET_MAGIC) and not packed:
+    if head.startswith(PARQUET_MAGIC) and not is_compressed:
         yield from read_parquet(path, name, advance)
-    elif head.startswith((ARROW_MAGIC, _ARROW_STREAM) if kind_of(path) == ".arrow" else ARROW_MAGIC) and not packed:
+        return
+    is_stream = kind_of(path) == ".arrow" and head.startswith(_ARROW_STREAM)
+    if (is_stream or head.startswith(ARROW_MAGIC)) and not is_compressed:
         yield from read_arrow(path, name, advance)
-    else:
-        _refuse_no_text(path, head)
-        reader = _reader_of(path, head)
-        with open_bytes(path, advance) as stream:
-            yield from reader(stream, name)
+        return
+    encoding = encoding_of(head)
+    if encoding != "utf-8":
+        head = head.decode(encoding, "replace").encode("utf-8", "replace")
+    _refuse_no_text(path, head)
+    reader = _reader_of(path, head)
+    with open_bytes(path, advance, name=name) as stream:
+        yield from reader(stream if encoding == "utf-8" else as_utf8(stream, encoding, name), name)
 
 
 def _refuse_no_text(path: Path, head: bytes) -> None:
-    """Raise BadData for what is no UTF-8 text, as its first bytes tell; else each of its lines would be a problem."""
-    for encoding, marks in (
-        ("UTF-32", (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
-        ("UTF-16", (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
-    ):
-        if head.startswith(marks):
-            raise BadData(_to_utf8(path, encoding))
-    for order, zeros in (("LE", head[1:64:2]), ("BE", head[0:64:2])):
-        if len(zeros) > 1 and not any(zeros) and any(head):
-            raise BadData(_to_utf8(path, f"UTF-16{order}"))
+    """Raise BadData for what is no text, as its first bytes tell; else each of its lines would be a problem."""
     for magic, kind in _NOT_READ.items():
         if head.startswith(magic):
             raise BadData(f"{path}: a {kind} file; expected text. Unpack it, or export it as JSONL.")
@@ -143,23 +196,21 @@ def _refuse_no_text(path: Path, head: bytes) -> None:
         raise BadData(f"{path}: the file is empty. Expected one JSON object a line: instruction, input, output.")
 
 
-def _to_utf8(path: Path, encoding: str) -> str:
-    return f"{path}: encoded as {encoding}; expected UTF-8.\n  iconv -f {encoding} -t UTF-8 {path.name} > new.jsonl"
-
-
 def _reader_of(path: Path, head: bytes) -> Callable[[BinaryIO, str], Iterator[Chunk]]:
     """What reads a text file that begins like this. Raises BadData for a table under the name of JSON."""
     text = head.removeprefix(codecs.BOM_UTF8).lstrip()
     kind = kind_of(path)
     if text.startswith(b"["):
-        return lambda stream, name: _batched(read_array(stream, name))
+        return _array_chunks
     if text.startswith(b"{"):
         return jsonl.read_chunks
     if kind in (".parquet", ".arrow"):
         raise BadData(f"{path}: it does not begin as a {kind} file does. Fetch or write it again.")
-    columns, separator = columns_of(text.split(b"\n", 1)[0].decode("utf-8", "replace").strip())
+    first_line, _, rest = text.decode("utf-8", "replace").partition("\n")
+    header = rest.partition("\n")[0] if separator_line(first_line) else first_line
+    columns, separator = columns_of(header.strip())
     if kind in (".csv", ".tsv"):
-        return lambda stream, name: _batched(read_table(stream, name))
+        return _table_chunks
     if len(columns) < 2 or _COLUMNS.isdisjoint(columns):
         return jsonl.read_chunks
     if kind in (".jsonl", ".ndjson", ".json"):
@@ -168,7 +219,15 @@ def _reader_of(path: Path, head: bytes) -> Callable[[BinaryIO, str], Iterator[Ch
             f"{path}:1: a table with columns (CSV); expected one JSON object a line. Rename it, and it is read as a "
             f"table:\n  mv {path.name} {path.stem}{ending}"
         )
-    return lambda stream, name: _batched(read_table(stream, name))
+    return _table_chunks
+
+
+def _array_chunks(stream: BinaryIO, name: str) -> Iterator[Chunk]:
+    return _batched(read_array(stream, name))
+
+
+def _table_chunks(stream: BinaryIO, name: str) -> Iterator[Chunk]:
+    return _batched(read_table(stream, name))
 
 
 def _batched(values: Iterator[RawRecord] | Iterator[RawRecord | Refusal]) -> Iterator[Chunk]:

@@ -1,0 +1,104 @@
+"""Laws of LLaMA-Factory's dataset_info.json: a folder with one is read as it says."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from atomtune.data.cache import Rules, examples_of, records_of
+from atomtune.data.encoding.choose_template import load_template
+from atomtune.data.reading.dataset_info import ListedFile, listed_files
+from atomtune.data.reading.sources import size_of
+from atomtune.data.records import Record
+from atomtune.errors import BadData
+from tests.tiny import CHATML, tokenizer_of
+
+RULES = Rules(max_tokens=1000)
+
+
+def folder_of(tmp_path: Path, info: object, **files: object) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    for name, values in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(values), encoding="utf-8")
+    return folder
+
+
+def read(source: Path, cache: Path) -> list[Record]:
+    encoded = examples_of(source, load_template("auto", tokenizer_of("bytes", CHATML)), RULES, cache_dir=cache)
+    assert encoded.ledger.records_refused == []
+    return list(records_of(source, RULES, encoded.examples))
+
+
+ALPACA = [{"instruction": "早", "input": "", "output": "早上好"}]
+TALK = [{"talk": [{"who": "me", "says": "晚"}, {"who": "it", "says": "晚安"}], "persona": "温和"}]
+TALK_INFO = {
+    "file_name": "chats.json",
+    "formatting": "sharegpt",
+    "columns": {"messages": "talk", "system": "persona"},
+    "tags": {"role_tag": "who", "content_tag": "says", "user_tag": "me", "assistant_tag": "it"},
+}
+
+
+@pytest.mark.parametrize("source", ["", "dataset_info.json"])
+def test_files_columns_and_tags_are_read_as_they_stand(tmp_path, source):
+    info = {"mine": {"file_name": "mine.json"}, "chats": TALK_INFO, "far": {"hf_hub_url": "owner/name"}}
+    folder = folder_of(tmp_path, info, mine=ALPACA, chats=TALK, unlisted=[{"x": 1}])
+    records = read(folder / source, tmp_path / "cache")
+    assert [[turn.text for turn in record.turns] for record in records] == [["早", "早上好"], ["温和", "晚", "晚安"]]
+    assert records[0].origin == "data/mine.json:1"
+    assert size_of(folder / source) == sum((folder / name).stat().st_size for name in ("mine.json", "chats.json"))
+
+
+def test_columns_of_an_instruction_file_have_their_names(tmp_path):
+    columns = {"prompt": "q", "query": "more", "response": "a"}
+    folder = folder_of(
+        tmp_path, {"x": {"file_name": "x.json", "columns": columns}}, x=[{"q": "译", "more": "早", "a": "Morning"}]
+    )
+    ((question, answer),) = [record.turns for record in read(folder, tmp_path / "cache")]
+    assert (question.text, question.input, answer.text) == ("译", "早", "Morning")
+
+
+def test_pairs_learn_the_chosen_answer(tmp_path):
+    pair = {
+        "conversations": [{"from": "human", "value": "早"}],
+        "good": {"from": "gpt", "value": "早上好"},
+        "bad": {"from": "gpt", "value": "滚"},
+    }
+    columns = {"messages": "conversations", "chosen": "good", "rejected": "bad"}
+    info = {"x": {"file_name": "x.json", "formatting": "sharegpt", "ranking": True, "columns": columns}}
+    (record,) = read(folder_of(tmp_path, info, x=[pair]), tmp_path / "cache")
+    assert [turn.text for turn in record.turns] == ["早", "早上好"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "why"),
+    [
+        ({"file_name": "no.json"}, "is not there"),
+        ({"file_name": "../secret.json"}, "is not in this folder"),
+        ({"file_name": "/etc/hostname"}, "is not in this folder"),
+        ({"file_name": "x.json", "formatting": "parrot"}, "expected one of alpaca, sharegpt, openai"),
+    ],
+)
+def test_an_entry_that_cannot_be_followed_is_named(tmp_path, entry, why):
+    (tmp_path / "secret.json").write_text("[]")
+    folder = folder_of(tmp_path, {"x": entry}, x=ALPACA)
+    with pytest.raises(BadData, match=why):
+        listed_files(folder)
+
+
+@pytest.mark.parametrize("info", [{}, [], 3, {"features": {"a": {"dtype": "string"}}, "citation": ""}])
+def test_the_description_that_datasets_writes_is_not_this_one(tmp_path, info):
+    assert listed_files(folder_of(tmp_path, info, x=ALPACA)) is None
+
+
+def test_what_is_read_anyway_is_not_renamed(tmp_path):
+    entry = {
+        "file_name": "x.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "conversations"},
+        "tags": {"role_tag": "role", "content_tag": "content"},
+    }
+    folder = folder_of(tmp_path, {"x": entry}, x=[])
+    assert listed_files(folder) == [ListedFile(folder / "x.json", "sharegpt", {}, {})]

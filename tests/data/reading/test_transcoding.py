@@ -1,0 +1,49 @@
+"""Laws of reading UTF-16 and UTF-32: what a spreadsheet or Notepad writes is read as if it were UTF-8."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from atomtune.data.reading.sources import read_values
+from atomtune.data.reading.transcoding import encoding_of
+from atomtune.errors import BadData
+
+RECORDS = [{"instruction": "说早", "output": "早上好😀"}, {"instruction": "say\nit", "output": "now"}]
+LINES = "".join(json.dumps(record, ensure_ascii=False) + "\r\n" for record in RECORDS)
+TABLE = 'instruction\tinput\toutput\r\n说早\t\t早上好\r\n"say\nit"\t\tnow\r\n'  # Excel's "Unicode text"
+#: With a mark, and without where every second byte of plain ASCII is zero.
+ENCODINGS = ["utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-8", "utf-8-sig"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_file_of_another_encoding_is_read_as_utf_8_is(tmp_path: Path, encoding):
+    # Windows' Notepad calls UTF-16 "Unicode"; advice to convert it was refused when it was followed.
+    for name, text in (("a.jsonl", LINES), ("a.json", json.dumps(RECORDS, indent=1)), ("a.csv", TABLE)):
+        plain, other = tmp_path / "plain" / name, tmp_path / name
+        plain.parent.mkdir(exist_ok=True)
+        plain.write_bytes(text.encode("utf-8"))
+        other.write_bytes(text.encode(encoding))
+        assert list(read_values(other)) == list(read_values(plain)), name
+        bytes_seen: list[int] = []
+        list(read_values(other, bytes_seen.append))
+        assert sum(bytes_seen) == other.stat().st_size
+
+
+def test_a_character_that_a_step_of_reading_cuts_in_two_is_whole(tmp_path: Path):
+    text = json.dumps({"instruction": "x", "output": "😀" * 100_000}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_bytes(text.encode("utf-16"))
+    (found,) = read_values(tmp_path / "a.jsonl")
+    assert found.value["output"] == "😀" * 100_000
+
+
+@pytest.mark.parametrize("damage", [b"x", b"\x00\xd8x\x00"])
+def test_what_is_not_of_the_encoding_it_begins_in_is_named_with_its_line(tmp_path: Path, damage):
+    (tmp_path / "a.jsonl").write_bytes(LINES.encode("utf-16") + damage)
+    with pytest.raises(BadData, match=r"a\.jsonl:3: not UTF-16"):
+        list(read_values(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("head", [b"", b"{", b"[1]", b"\0\0\0\0", "早上好".encode(), b"a\0"])
+def test_other_beginnings_are_utf_8(head):
+    assert encoding_of(head) == "utf-8"
