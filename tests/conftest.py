@@ -82,3 +82,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return built[family]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def by_heart(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter on the tiny llama that has learned the dialogues: its output folder."""
+    from tests.trained import train_by_heart
+
+    return train_by_heart(models("llama"), tmp_path_factory.mktemp("by_heart"), DIALOGUES)

@@ -17,6 +17,8 @@ LayoutChoice = Literal["auto", "tree", "packed", "padded"]
 
 #: What --metric_for_best_model may name, with or without `eval_` before it; lower is better for both.
 METRICS = ("loss", "perplexity")
+#: The programs that serve a model.
+EngineName = Literal["transformers", "llama.cpp", "in-process"]
 
 #: The built-in chat templates, data/templates/NAME.jinja.
 TEMPLATES = (

@@ -35,6 +35,7 @@ COMMANDS = {
         "Prove the fast path equal to plain transformers + PEFT on your model and records.", "atomtune.verify"
     ),
     "evaluate": Command("Compare base and tuned on records that were not learned.", "atomtune.evaluate.command"),
+    "certify": Command("Prove that an engine serves the model that was trained.", "atomtune.certify.command"),
     "merge": Command("Write base + adapter as one plain model folder.", "atomtune.export.merge"),
     "chat": Command("Talk to a trained adapter in the terminal.", "atomtune.serve.chat"),
 }

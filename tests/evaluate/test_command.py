@@ -11,7 +11,7 @@ from atomtune.cli import main
 from atomtune.evaluate import evaluation
 from atomtune.evaluate.measures import MEASURES, NATS
 from tests.conftest import DIALOGUES, write_jsonl
-from tests.evaluate.conftest import train_by_heart
+from tests.trained import train_by_heart
 
 
 def evaluate(*words: str) -> int:

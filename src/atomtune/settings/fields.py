@@ -10,7 +10,17 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from atomtune.choices import CHECKS, TEMPLATES, Dtype, FormatChoice, LayoutChoice, Learn, Overlength, Quantize
+from atomtune.choices import (
+    CHECKS,
+    TEMPLATES,
+    Dtype,
+    EngineName,
+    FormatChoice,
+    LayoutChoice,
+    Learn,
+    Overlength,
+    Quantize,
+)
 
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
 
@@ -411,6 +421,22 @@ class EvaluateSettings(ModelSettings):
     )
     other_base: bool = setting(False, "use a base whose weights are not those the adapters were trained on")
     seed: int = setting(42, "seed for the choice of records and for the intervals", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CertifySettings(ModelSettings):
+    """Certify"""
+
+    adapter_path: str = setting(..., "the trained adapter: a run's output folder or a checkpoint", value="FOLDER")
+    served: str | None = setting(
+        None, "what the engine serves, where it is not the adapter: a merged folder or a .gguf", value="FOLDER_OR_FILE"
+    )
+    engine: list[EngineName] = setting(
+        [], "engines to start; without it, llama.cpp for a .gguf and transformers for a folder"
+    )
+    prompts: int = setting(10, "how many prompts are sent, of several kinds", at_least=1)
+    max_new_tokens: int = setting(32, "longest greedy answer that is compared, in tokens", at_least=1)
+    other_base: bool = setting(False, "use a base whose weights are not those the adapter was trained on")
 
 
 @dataclass(frozen=True, kw_only=True)

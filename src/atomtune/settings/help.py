@@ -27,6 +27,7 @@ USAGE = {
     "inspect": "FILE … --model_path FOLDER_OR_NAME [--setting value …]",
     "verify": "--model_path FOLDER_OR_NAME --dataset_path FILE [--setting value …]",
     "evaluate": "--adapter_path FOLDER [--dataset_path FILE] [--setting value …]",
+    "certify": "--adapter_path FOLDER [--served FOLDER_OR_FILE] [--setting value …]",
     "merge": "--adapter_path FOLDER --output_dir FOLDER [--setting value …]",
     "chat": "--adapter_path FOLDER [--setting value …]",
 }
@@ -46,6 +47,10 @@ EXAMPLES = {
     "evaluate": [
         "--adapter_path out",
         "--adapter_path out other-out --dataset_path test.jsonl --output_dir compared",
+    ],
+    "certify": [
+        "--adapter_path out",
+        "--adapter_path out --served out-gguf/model.gguf",
     ],
     "merge": [
         "--adapter_path out --output_dir out-merged",

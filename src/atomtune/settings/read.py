@@ -19,6 +19,7 @@ from atomtune.settings.environment import environment_problems, waiting_notice
 from atomtune.settings.expect import expected, field_infos
 from atomtune.settings.fields import (
     CHANGED_DEFAULTS,
+    CertifySettings,
     ChatSettings,
     DataSettings,
     EvaluateSettings,
@@ -43,6 +44,7 @@ GROUPS: dict[str, tuple[type[Any], ...]] = {
     "inspect": (InspectSettings,),
     "verify": (VerifySettings,),
     "evaluate": (EvaluateSettings,),
+    "certify": (CertifySettings,),
     "merge": (MergeSettings,),
     "chat": (ChatSettings,),
 }

@@ -1,0 +1,203 @@
+"""Certify: the command, and the certificate that merge, export and serve ask for."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atomtune.certify.comparison import Outcome, compare
+from atomtune.certify.prompts import CertPrompt, choose_prompts
+from atomtune.certify.reference import Expected, expect, free_memory
+from atomtune.choices import EngineName
+from atomtune.console import Console
+from atomtune.data.cache import Rules, examples_of, records_of
+from atomtune.data.encoding.chat_template import Template
+from atomtune.data.records import Record
+from atomtune.engines.llama_cpp import LlamaCpp
+from atomtune.engines.llama_cpp import refuse_without_packages as refuse_without_llama_cpp
+from atomtune.engines.served_folder import ServedFolder
+from atomtune.engines.transformers_in_process import TransformersInProcess
+from atomtune.engines.transformers_serve import TransformersServe
+from atomtune.engines.transformers_serve import refuse_without_packages as refuse_without_transformers_serve
+from atomtune.errors import BadSettings, CheckFailed
+from atomtune.evaluate.run_folder import run_records
+from atomtune.model.adapter import load_trained
+from atomtune.model.adapter_folder import base_of, template_of
+from atomtune.model.fingerprint import refuse_other_base
+from atomtune.model.generate import stop_ids
+from atomtune.model.load import BaseSpec, device_in_use, load_base, quiet_libraries, resolve_dtype
+from atomtune.settings.fields import CertifySettings
+
+CERTIFICATE = "certificate.json"
+#: Records that are read to choose prompts from.
+LOOKED_AT = 2000
+
+
+@dataclass(frozen=True)
+class TrainedSide:
+    """All that is asked of our side: made once, held against any number of engines."""
+
+    template: Template
+    expected: list[Expected]
+    stop_ids: list[int]
+    dtype: str
+    max_new_tokens: int
+    max_tokens: int
+
+
+def certify(settings: CertifySettings) -> int:
+    """Run `atomtune certify`. Raises CheckFailed (exit code 4) where an engine does not serve the tuned model."""
+    quiet_libraries()
+    console = Console()
+    served = Path(settings.served or settings.adapter_path)
+    engines = engines_for(served, settings.engine)
+    side = trained_side(settings, console)
+    outcomes = [certify_served(side, served, engine, settings, console) for engine in engines]
+    write_certificate(outcomes, served)
+    refuse_failed(outcomes, served)
+    return 0
+
+
+def engines_for(served: Path, wanted: Sequence[EngineName]) -> list[EngineName]:
+    """The engines to start: those named, else the one for what is served.
+
+    Raises BadSettings where one cannot serve it or is not installed.
+    """
+    if not served.exists():
+        raise BadSettings([f"--served {served}: no such file or folder."])
+    is_gguf = served.suffix == ".gguf"
+    engines: list[EngineName] = list(wanted) or ["llama.cpp" if is_gguf else "transformers"]
+    problems: list[str] = []
+    if "llama.cpp" in engines and not is_gguf:
+        problems.append(
+            f"--engine llama.cpp serves a GGUF, and {served} is none. `atomtune export --to gguf` writes one and "
+            "certifies it."
+        )
+    for engine in engines:
+        if engine != "llama.cpp" and is_gguf:
+            problems.append(f"--engine {engine} serves a folder; {served} is a GGUF, which llama.cpp serves.")
+    if problems:
+        raise BadSettings(problems)
+    if "llama.cpp" in engines:
+        refuse_without_llama_cpp()
+    if "transformers" in engines:
+        refuse_without_transformers_serve()
+    return engines
+
+
+def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
+    """Load adapter and base, answer the prompts, and let the model go again."""
+    adapter, trust = Path(settings.adapter_path), settings.trust_remote_code
+    template, metadata = template_of(adapter, trust_remote_code=trust)
+    base_path = base_of(adapter, settings.model_path)
+    refuse_other_base(base_path, metadata.base, anyway=settings.other_base, notice=console.notice)
+    max_tokens = max(metadata.max_seq_length, 64)
+    prompts = choose_prompts(_records(adapter, template), template, count=settings.prompts, max_tokens=max_tokens)
+    device = device_in_use()
+    dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=console.notice)
+    dtype_name = str(dtype).removeprefix("torch.")
+    console.say(f"{len(prompts)} prompts ({_kinds(prompts)}), answered by {adapter} in {dtype_name} …")
+    base = load_base(BaseSpec(**{**settings.base(), "path": base_path}, dtype=dtype, device=device))
+    model = load_trained(base, adapter).eval()
+    expected = expect(model, prompts, template, max_new_tokens=settings.max_new_tokens)
+    stops = stop_ids(model, template)
+    del model, base
+    free_memory()
+    return TrainedSide(template, expected, stops, dtype_name, settings.max_new_tokens, max_tokens)
+
+
+def _kinds(prompts: Sequence[CertPrompt]) -> str:
+    return ", ".join(dict.fromkeys(prompt.kind for prompt in prompts))
+
+
+def _records(adapter: Path, template: Template) -> list[Record]:
+    """The run's held-out records, else those it learned; none where its files are gone or another tool trained it."""
+    run = run_records(adapter)
+    if run is None:
+        return []
+    sources = [run.eval_path] if run.eval_path else run.reading.dataset_paths
+    records: list[Record] = []
+    for source in sources:
+        if not Path(source).exists():
+            continue
+        rules = Rules(**run.reading.rules())
+        stored = examples_of(source, template, rules).examples
+        if not len(stored):
+            continue
+        for record in records_of(source, rules, stored):
+            if run.eval_path or not run.held_out or record.origin in run.held_out:
+                records.append(record)
+            if len(records) >= LOOKED_AT:
+                return records
+    return records
+
+
+def certify_served(
+    side: TrainedSide, served: Path, engine: EngineName, settings: CertifySettings, console: Console
+) -> Outcome:
+    """Start one engine on what is served, ask it everything, and end it."""
+    console.say(f"starting {engine} on {served} …")
+    with start(engine, served, side, settings) as running:
+        outcome = compare(running, side.expected, side.template, max_new_tokens=side.max_new_tokens)
+    free_memory()
+    console.say(one_line(outcome))
+    return outcome
+
+
+def start(engine: EngineName, served: Path, side: TrainedSide, settings: CertifySettings) -> Any:
+    """The engine, to be entered by `with`."""
+    if engine == "llama.cpp":
+        return LlamaCpp(served, context=side.max_tokens + side.max_new_tokens)
+    folder = ServedFolder(served, base=settings.model_path, stop_ids=side.stop_ids)
+    kind = TransformersServe if engine == "transformers" else TransformersInProcess
+    return kind(folder, dtype=side.dtype, trust_remote_code=settings.trust_remote_code)
+
+
+def one_line(outcome: Outcome) -> str:
+    """The certificate as one line."""
+    n = outcome.prompts
+    verdict = "serves the tuned model" if not outcome.problems() else "DOES NOT serve the tuned model"
+    apart = f"{outcome.mean_difference:.1e} nats on average (allowed in {outcome.dtype}: {outcome.allowed.mean:g})"
+    return (
+        f"{outcome.engine} ({outcome.version}) {verdict}: prompt ids {outcome.prompt_ids_equal}/{n}, log-probabilities "
+        f"differ by {apart}, "
+        f"greedy text {outcome.greedy_equal}/{n}, nearer to tuned than to base {outcome.differs_from_base}/{n}, "
+        f"stops {outcome.stops}/{outcome.should_stop}."
+    )
+
+
+def write_certificate(outcomes: Sequence[Outcome], served: Path) -> Path:
+    """certificate.json in what is served, or beside a GGUF; entries of other engines stay."""
+    file = (served if served.is_dir() else served.parent) / CERTIFICATE
+    entries = [outcome.to_json() for outcome in outcomes]
+    own = {entry["engine"] for entry in entries}
+    kept = [entry for entry in _read(file) if entry.get("engine") not in own]
+    beside = file.with_name(f".{file.name}")
+    beside.write_text(json.dumps([*kept, *entries], ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    beside.replace(file)
+    return file
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return entries if isinstance(entries, list) else []
+
+
+def refuse_failed(outcomes: Sequence[Outcome], served: Path) -> None:
+    """Raise CheckFailed with what does not hold, and the first difference side by side."""
+    failed = [outcome for outcome in outcomes if outcome.problems()]
+    if not failed:
+        return
+    lines: list[str] = []
+    for outcome in failed:
+        lines.append(f"{outcome.engine} does not serve the tuned model from {served}:")
+        lines += [f"  - {problem}" for problem in outcome.problems()]
+        if outcome.differences:
+            first = outcome.differences[0]
+            lines.append(f"  First difference, prompt of the kind “{first.kind}”, {first.what}:")
+            lines += [f"    trained  {first.ours}", f"    engine   {first.engine}"]
+    raise CheckFailed("\n".join(lines))

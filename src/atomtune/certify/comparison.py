@@ -1,0 +1,197 @@
+"""Comparison: what an engine answers, held against what our side expects."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from atomtune.certify.prompts import CertPrompt
+from atomtune.certify.reference import Expected
+from atomtune.data.encoding.chat_template import Template
+from atomtune.data.records import Piece
+from atomtune.data.tokenizer import Tokenizer
+from atomtune.engines.engine import Engine, Reply
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """How far the engine's log-probabilities may lie from ours in nats: the mean over all tokens, and a tie's gap."""
+
+    mean: float
+    tie: float
+    reason: str
+
+
+#: By the number format of what is served.
+ALLOWED = {
+    "float64": Allowed(1e-4, 1e-3, "float64 keeps 15 digits; the library computes some layers in float32"),
+    "float32": Allowed(2e-3, 2e-2, "float32 keeps 7 digits; sums are taken in another order"),
+    "bfloat16": Allowed(0.1, 0.5, "bfloat16 keeps 2 to 3 digits; every layer rounds"),
+    "float16": Allowed(0.05, 0.2, "float16 keeps 3 to 4 digits; every layer rounds"),
+    "q8_0": Allowed(0.15, 0.6, "q8_0 keeps 8 bits of a weight, scaled by blocks of 32"),
+}
+#: A format that is not listed holds 4 to 6 bits: the engine still must be nearer to the tuned model than to its base.
+FEW_BITS = Allowed(0.6, 1.5, "this format keeps 6 bits of a weight or fewer")
+#: The engine's distance from the tuned model, as a share of its distance from the base: an adapter that is ignored has
+#: all of the second and none of the first.
+NEARER = 0.5
+#: Below this mean difference, in nats a token, the adapter does nothing.
+NOTHING = 1e-4
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where an engine first differs, both sides to be shown beside each other."""
+
+    kind: str
+    what: str
+    ours: str
+    engine: str
+
+
+@dataclass
+class Outcome:
+    """What one engine did with all prompts."""
+
+    engine: str
+    version: str
+    dtype: str
+    allowed: Allowed
+    prompts: int = 0
+    prompt_ids_equal: int = 0
+    greedy_equal: int = 0
+    differs_from_base: int = 0
+    stops: int = 0
+    should_stop: int = 0
+    from_tuned: list[float] = field(default_factory=list)  # of every reference token, |engine - ours|
+    from_base: list[float] = field(default_factory=list)
+    tuned_from_base: list[float] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
+
+    @property
+    def mean_difference(self) -> float:
+        return _mean(self.from_tuned)
+
+    def problems(self) -> list[str]:
+        """What does not hold, in sentences."""
+        found: list[str] = []
+        if _mean(self.tuned_from_base) < NOTHING:
+            found.append("the adapter changes nothing: tuned and base give the same log-probabilities")
+        if self.prompt_ids_equal < self.prompts:
+            found.append(f"{self.prompts - self.prompt_ids_equal} of {self.prompts} prompts have other ids")
+        if not self.mean_difference <= self.allowed.mean:
+            found.append(
+                f"log-probabilities of the reference answers differ by {self.mean_difference:.2g} nats a token on "
+                f"average (allowed in {self.dtype}: {self.allowed.mean:g}; {self.allowed.reason})"
+            )
+        if not self.mean_difference <= NEARER * _mean(self.from_base):
+            found.append("the engine answers as the base does: the adapter is not applied")
+        if self.greedy_equal < self.prompts:
+            found.append(
+                f"{self.prompts - self.greedy_equal} of {self.prompts} greedy answers differ by more than a tie"
+            )
+        if self.stops < self.should_stop:
+            found.append(f"{self.should_stop - self.stops} of {self.should_stop} answers do not end where they should")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry of certificate.json; the names up to `holds` are a contract."""
+        return {
+            "engine": self.engine,
+            "version": self.version,
+            "prompts": self.prompts,
+            "prompt_ids_equal": self.prompt_ids_equal,
+            "max_logprob_difference": max(self.from_tuned, default=0.0),
+            "greedy_equal": self.greedy_equal,
+            "differs_from_base": self.differs_from_base,
+            "stops": self.stops,
+            "holds": not self.problems(),
+            "mean_logprob_difference": self.mean_difference,
+            "allowed_mean_logprob_difference": self.allowed.mean,
+            "dtype": self.dtype,
+            "should_stop": self.should_stop,
+            "problems": self.problems(),
+        }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def compare(engine: Engine, expected: Sequence[Expected], template: Template, *, max_new_tokens: int) -> Outcome:
+    """Send every prompt to a running engine and hold its answers against ours."""
+    outcome = Outcome(engine.name, engine.version, engine.dtype, ALLOWED.get(engine.dtype, FEW_BITS))
+    for ours in expected:
+        prompt = ours.prompt
+        outcome.prompts += 1
+        ids = engine.prompt_ids(prompt.request)
+        reply = engine.chat(prompt.request, max_tokens=max_new_tokens)
+        if ids == list(prompt.prompt_ids) and reply.prompt_tokens == len(ids):
+            outcome.prompt_ids_equal += 1
+        else:
+            outcome.differences.append(_ids_difference(prompt, ids, reply, template.tokenizer))
+        scores = engine.log_probabilities(prompt.prompt_ids, ours.reference_ids)
+        _enter_scores(outcome, ours, scores)
+        difference = _text_difference(ours, reply, template, outcome.allowed)
+        if difference is None:
+            outcome.greedy_equal += 1
+        else:
+            outcome.differences.append(difference)
+        if ours.stopped and reply.text.strip().startswith(ours.greedy_text.strip()):
+            outcome.should_stop += 1
+            outcome.stops += reply.stopped and _same(reply.text, ours.greedy_text)
+    return outcome
+
+
+def _enter_scores(outcome: Outcome, ours: Expected, scores: Sequence[float]) -> None:
+    from_tuned = [abs(a - b) for a, b in zip(scores, ours.tuned, strict=True)]
+    from_base = [abs(a - b) for a, b in zip(scores, ours.base, strict=True)]
+    outcome.from_tuned += from_tuned
+    outcome.from_base += from_base
+    outcome.tuned_from_base += [abs(a - b) for a, b in zip(ours.tuned, ours.base, strict=True)]
+    outcome.differs_from_base += _mean(from_tuned) < _mean(from_base)
+
+
+def _ids_difference(prompt: CertPrompt, ids: Sequence[int], reply: Reply, tokenizer: Tokenizer) -> Difference:
+    """The first differing id, with some tokens around it."""
+    expected = prompt.prompt_ids
+    if list(expected) == list(ids):
+        return Difference(
+            prompt.kind,
+            "the number of prompt tokens that the engine counts",
+            str(len(ids)),
+            str(reply.prompt_tokens),
+        )
+    at = next((i for i, (a, b) in enumerate(zip(expected, ids, strict=False)) if a != b), min(len(expected), len(ids)))
+
+    def around(tokens: Sequence[int]) -> str:
+        here = tokens[at] if at < len(tokens) else "nothing"
+        return f"{here} in {tokenizer.decode(list(tokens[max(at - 4, 0) : at + 8]), skip_special_tokens=False)!r}"
+
+    return Difference(prompt.kind, f"prompt id {at}", around(expected), around(ids))
+
+
+def _same(text: str, other: str) -> bool:
+    return text.strip() == other.strip()
+
+
+def _text_difference(ours: Expected, reply: Reply, template: Template, allowed: Allowed) -> Difference | None:
+    """The first token at which the engine's greedy answer leaves ours by more than a tie; None where it does not."""
+    if _same(reply.text, ours.greedy_text):
+        return None
+    tokenizer = template.tokenizer
+    (theirs,) = template.tokens.ids_of([Piece(reply.text, learn=False)])
+    text_ids = [token for token in ours.greedy_ids if token not in tokenizer.all_special_ids]
+    step = next((i for i, (a, b) in enumerate(zip(text_ids, theirs, strict=False)) if a != b), None)
+    if step is None:
+        step = min(len(text_ids), len(theirs))
+    if len(text_ids) == len(ours.greedy_ids) and step < len(ours.choices) and step < len(theirs):
+        choices = ours.choices[step]
+        chosen = choices.get(theirs[step])
+        if chosen is not None and max(choices.values()) - chosen <= allowed.tie:
+            return None
+
+    def around(tokens: Sequence[int]) -> str:
+        shown = tokenizer.decode(list(tokens[max(step - 4, 0) : step + 6]), skip_special_tokens=False)
+        return f"… {shown!r}" if step < len(tokens) else f"… {shown!r} and stops"
+
+    return Difference(ours.prompt.kind, f"answer token {step}", around(text_ids), around(theirs))

@@ -1,0 +1,119 @@
+"""Prompts: what an engine is asked, of several kinds, from the run's own records where they have them.
+
+Kinds: one turn, several turns, a system text, Chinese, tools, and text that looks like a control string and is none.
+Records that hold a real control string are left out: an engine reads it as a control token, training as text.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from atomtune.data.encoding.chat_template import CannotExpress, Message, Template, joined
+from atomtune.data.records import Record
+from atomtune.engines.engine import Request
+from atomtune.errors import BadData
+
+#: Prompts of our own, for kinds that the records lack. A role a template has no place for leaves a prompt out.
+OWN: tuple[tuple[str, tuple[Message, ...]], ...] = (
+    ("one turn", ({"role": "user", "content": "Name a fruit."},)),
+    ("Chinese", ({"role": "user", "content": "请用一句话介绍你自己。"},)),
+    (
+        "several turns",
+        (
+            {"role": "user", "content": "Name a colour."},
+            {"role": "assistant", "content": "Blue."},
+            {"role": "user", "content": "And one more?"},
+        ),
+    ),
+    (
+        "system",
+        ({"role": "system", "content": "Answer in one short line."}, {"role": "user", "content": "What is rain?"}),
+    ),
+    ("look-alike", ({"role": "user", "content": "What does <|end_of_file|> in [brackets] and < /s > mean?"},)),
+)
+KINDS = ("one turn", "several turns", "system", "Chinese", "tools", "look-alike")
+_CHINESE = re.compile(r"[\u4e00-\u9fff]")
+_LOOK_ALIKE = re.compile(r"<[|｜/]?\w+[|｜]?>|\[/?[A-Z_]{2,}\]")
+
+
+@dataclass(frozen=True)
+class CertPrompt:
+    """One request, the ids training makes of it, and the record's answer; no answer in a prompt of our own."""
+
+    kind: str
+    request: Request
+    prompt_ids: tuple[int, ...]
+    reference_ids: tuple[int, ...]
+    origin: str
+
+
+def choose_prompts(records: Iterable[Record], template: Template, *, count: int, max_tokens: int) -> list[CertPrompt]:
+    """So many prompts: of each kind one where the records have it, then of our own, then what comes.
+
+    Raises BadData where nothing can be asked.
+    """
+    candidates = [prompt for record in records for prompt in _of_record(record, template, max_tokens=max_tokens)]
+    chosen: list[CertPrompt] = []
+    for kind in KINDS:
+        chosen += [prompt for prompt in candidates if prompt.kind == kind][:1]
+    there = {prompt.kind for prompt in chosen}
+    for kind, messages in OWN:
+        if kind not in there:
+            chosen += _own(kind, messages, template)
+    chosen += [prompt for prompt in candidates if prompt not in chosen]
+    if not chosen:
+        raise BadData("No prompt can be written with this template, so there is nothing to ask an engine.")
+    return chosen[: max(count, 1)]
+
+
+def _of_record(record: Record, template: Template, *, max_tokens: int) -> list[CertPrompt]:
+    """The last answer of a record as a request; none where it is too long, no dialogue, or holds control strings."""
+    if record.turns[-1].role == "text" or not record.learned:
+        return []
+    at = record.learned[-1]
+    try:
+        exchange = template.exchanges(record)[-1]
+    except CannotExpress:
+        return []
+    prompt, answer = joined(exchange.prompt), exchange.answer
+    if prompt.breaks or answer.breaks:
+        return []
+    prompt_ids, answer_ids = template.tokens.ids_of([prompt, answer])
+    stop = template.tokenizer.convert_tokens_to_ids(exchange.stop)
+    if not prompt_ids or len(prompt_ids) + len(answer_ids) + 1 > max_tokens:
+        return []
+    messages = tuple(template.messages(record.turns[:at]))
+    return [
+        CertPrompt(
+            kind_of(messages, record.tools),
+            Request(messages, record.tools, template.variables),
+            tuple(prompt_ids),
+            (*answer_ids, stop),
+            record.origin,
+        )
+    ]
+
+
+def _own(kind: str, messages: Sequence[Message], template: Template) -> list[CertPrompt]:
+    try:
+        piece = template.prompt_piece(messages)
+    except CannotExpress:
+        return []
+    (ids,) = template.tokens.ids_of([piece])
+    return [CertPrompt(kind, Request(tuple(messages), (), template.variables), tuple(ids), (), "our own")]
+
+
+def kind_of(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
+    """The rarest thing about a request."""
+    text = "\n".join(str(message.get("content", "")) for message in messages)
+    roles = [message["role"] for message in messages]
+    if tools:
+        return "tools"
+    if _LOOK_ALIKE.search(text):
+        return "look-alike"
+    if roles.count("assistant"):
+        return "several turns"
+    if "system" in roles:
+        return "system"
+    return "Chinese" if _CHINESE.search(text) else "one turn"

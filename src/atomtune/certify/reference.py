@@ -1,0 +1,77 @@
+"""Reference: what our side gives for each prompt, before any engine is started."""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from atomtune.certify.prompts import CertPrompt
+from atomtune.data.encoding.chat_template import Template
+from atomtune.evaluate.generation import generate_answers
+from atomtune.model.generate import stop_ids
+from atomtune.model.load import pad_id_of
+
+#: How many of the likeliest tokens are kept of each step, to tell a tie.
+KEPT_CHOICES = 8
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What our side gives for one prompt."""
+
+    prompt: CertPrompt
+    reference_ids: tuple[int, ...]  # the record's answer with its stop token; of a prompt without one, our own answer
+    tuned: list[float]  # log-probability of each reference token
+    base: list[float]
+    greedy_ids: tuple[int, ...]
+    greedy_text: str
+    stopped: bool
+    choices: list[dict[int, float]]  # at each greedy step, and behind the last: likeliest tokens, log-probability
+
+
+def expect(model: Any, prompts: Sequence[CertPrompt], template: Template, *, max_new_tokens: int) -> list[Expected]:
+    """Our side of every prompt; model is a PeftModel, whose adapter can be switched off."""
+    return [_expected(model, prompt, template, max_new_tokens=max_new_tokens) for prompt in prompts]
+
+
+def _expected(model: Any, prompt: CertPrompt, template: Template, *, max_new_tokens: int) -> Expected:
+    tokenizer = template.tokenizer
+    (answer,) = generate_answers(
+        model,
+        [prompt.prompt_ids],
+        stop_ids=stop_ids(model, template),
+        pad_id=pad_id_of(tokenizer),
+        max_new_tokens=max_new_tokens,
+    )
+    stop = tokenizer.convert_tokens_to_ids(template.stop)
+    own = (*answer.ids, stop) if answer.stopped else answer.ids
+    reference_ids = prompt.reference_ids or own
+    tuned = _of_tokens(model, prompt.prompt_ids, reference_ids)
+    with model.disable_adapter():
+        base = _of_tokens(model, prompt.prompt_ids, reference_ids)
+    top = _log_probabilities(model, prompt.prompt_ids, answer.ids).topk(KEPT_CHOICES)
+    choices = [dict(zip(i.tolist(), v.tolist(), strict=True)) for v, i in zip(top.values, top.indices, strict=True)]
+    text = tokenizer.decode(list(answer.ids), skip_special_tokens=True)
+    return Expected(prompt, reference_ids, tuned, base, answer.ids, text, answer.stopped, choices)
+
+
+def _of_tokens(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
+    scores = _log_probabilities(model, prompt, answer)[: len(answer)]
+    return scores.gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
+
+
+@torch.no_grad()
+def _log_probabilities(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
+    """[A + 1, V] log-probabilities at each answer token and, in the last row, behind it."""
+    ids = torch.tensor([[*prompt, *answer]], device=model.device)
+    logits = model(input_ids=ids).logits[0, len(prompt) - 1 :]
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1).cpu()
+
+
+def free_memory() -> None:
+    """Give back what a dropped model held, before an engine loads its own."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

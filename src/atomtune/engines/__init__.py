@@ -1,0 +1,1 @@
+"""The programs that serve a model: each is started as a user would start it and asked over HTTP."""

@@ -1,0 +1,92 @@
+"""Engine: what is asked of a program that serves a model, and how it is asked."""
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from atomtune.errors import RunFailed
+
+#: One answer of a small model on a slow CPU takes seconds, the first one of a large model minutes.
+ANSWERS_WITHIN = 600
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a chat request holds."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)  # of the chat template, as enable_thinking
+
+    def body(self) -> dict[str, Any]:
+        """As JSON, in the names that OpenAI-compatible servers share."""
+        body: dict[str, Any] = {"messages": list(self.messages)}
+        if self.tools:
+            body["tools"] = list(self.tools)
+        if self.variables:
+            body["chat_template_kwargs"] = dict(self.variables)
+        return body
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a chat request is answered with."""
+
+    text: str
+    stopped: bool  # by itself, not at the limit
+    prompt_tokens: int
+
+
+class Engine(Protocol):
+    """A running engine with one model."""
+
+    name: str
+    version: str
+    dtype: str  # number format of the weights it serves: float32, bfloat16, float16, q8_0
+
+    def __enter__(self) -> "Engine": ...
+
+    def __exit__(self, *exc: Any) -> None: ...
+
+    def prompt_ids(self, request: Request) -> list[int]:
+        """The ids it makes of a chat request."""
+        ...
+
+    def log_probabilities(self, prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
+        """Of each answer token behind the prompt and the answer tokens before it."""
+        ...
+
+    def chat(self, request: Request, *, max_tokens: int) -> Reply:
+        """Its greedy answer, over its OpenAI-compatible endpoint."""
+        ...
+
+
+def post(url: str, body: Mapping[str, Any], *, api_key: str | None = None) -> Any:
+    """A JSON request and its JSON answer. Raises RunFailed with the engine's own words."""
+    headers = {"Content-Type": "application/json"}
+    if api_key:
+        headers["Authorization"] = f"Bearer {api_key}"
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=ANSWERS_WITHIN) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        said = error.read().decode(errors="replace")[:600]
+        raise RunFailed(f"The engine refused a request ({error.code} at {url}): {said}") from None
+    except (OSError, ValueError) as error:
+        raise RunFailed(f"The engine does not answer at {url}: {error}") from None
+
+
+def chat_reply(url: str, model: str, request: Request, *, max_tokens: int) -> Reply:
+    """A greedy answer from any OpenAI-compatible endpoint."""
+    greedy = {"model": model, "max_tokens": max_tokens, "temperature": 0, "stream": False}
+    answer = post(f"{url}/v1/chat/completions", {**request.body(), **greedy})
+    choice = answer["choices"][0]
+    return Reply(
+        text=choice["message"].get("content") or "",
+        stopped=choice["finish_reason"] != "length",
+        prompt_tokens=int(answer["usage"]["prompt_tokens"]),
+    )

@@ -1,0 +1,90 @@
+"""llama.cpp: for a GGUF, through the package xllamacpp, its server in a process of its own."""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from atomtune.engines.engine import Reply, Request, chat_reply, post
+from atomtune.engines.server_process import ServerProcess, free_port
+from atomtune.errors import BadModel, BadSettings
+
+#: Added to a token's logit so that it is drawn; the log-probability told is that before the addition.
+_FORCED = 1e4
+
+
+def command(file: Path, *, host: str, port: int, context: int, api_key: str | None = None) -> list[str]:
+    """The words that start it; an API key goes by the environment (ATOMTUNE_API_KEY), which no other user can read."""
+    words = [sys.executable, "-m", "atomtune.engines.llama_cpp_server", str(file)]
+    return [*words, "--host", host, "--port", str(port), "--context", str(context)]
+
+
+def refuse_without_packages() -> None:
+    """Raise BadSettings where xllamacpp is not installed."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise BadSettings(["llama.cpp needs xllamacpp, which is not installed here.\n  pip install 'atomtune[gguf]'"])
+
+
+def weights_format(file: Path) -> str:
+    """The number format of a GGUF's matrices, from the file itself: bf16, f16, q8_0, …"""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(file)
+    except (ValueError, OSError) as error:
+        raise BadModel(f"{file}: not readable as a GGUF: {error}") from error
+    kinds = [tensor.tensor_type.name.lower() for tensor in reader.tensors if len(tensor.shape) > 1]
+    return max(set(kinds), key=kinds.count) if kinds else "f32"
+
+
+class LlamaCpp:
+    """A running llama.cpp server."""
+
+    name = "llama.cpp"
+
+    def __init__(self, file: Path, *, context: int) -> None:
+        refuse_without_packages()
+        self.file, self.version = file, f"xllamacpp {version('xllamacpp')}"
+        names = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+        kind = weights_format(file)
+        self.dtype = names.get(kind, kind)
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        words = command(file, host="127.0.0.1", port=port, context=context)
+        self.server = ServerProcess(words, health=f"{self.url}/health")
+
+    def __enter__(self) -> "LlamaCpp":
+        self.server.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.server.__exit__(*exc)
+
+    def prompt_ids(self, request: Request) -> list[int]:
+        prompt = post(f"{self.url}/apply-template", request.body())["prompt"]
+        return list(
+            post(f"{self.url}/tokenize", {"content": prompt, "add_special": True, "parse_special": True})["tokens"]
+        )
+
+    def log_probabilities(self, prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
+        """Token by token: each is forced, and the server tells how likely it was. What was computed is kept."""
+        scores: list[float] = []
+        for i, token in enumerate(answer):
+            body = {
+                "prompt": [*prompt, *answer[:i]],
+                "n_predict": 1,
+                "temperature": 0,
+                "n_probs": 1,
+                "logit_bias": [[token, _FORCED]],
+                "cache_prompt": True,
+            }
+            (drawn,) = post(f"{self.url}/completion", body)["completion_probabilities"]
+            assert drawn["id"] == token, f"token {token} was forced, {drawn['id']} came"
+            scores.append(float(drawn["logprob"]))
+        return scores
+
+    def chat(self, request: Request, *, max_tokens: int) -> Reply:
+        self.server.refuse_ended()
+        return chat_reply(self.url, self.file.stem, request, max_tokens=max_tokens)

@@ -1,0 +1,70 @@
+"""Served folder: base and adapter in the one form that every loader of transformers takes.
+
+An adapter's folder alone has no config.json, which `transformers serve` asks for; with one, transformers takes the
+folder for a whole model with an adapter in it. So that is what it gets: links to the base's files and the adapter's,
+under the adapter's own name, which becomes the model's name. The adapter's tokenizer and template win.
+"""
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers.utils import cached_file
+
+ADAPTER_CONFIG = "adapter_config.json"
+GENERATION_CONFIG = "generation_config.json"
+#: Of the base: what decides how text becomes ids is the adapter's.
+_NOT_OF_BASE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*")
+
+
+class ServedFolder:
+    """What a server is pointed at: the folder itself, or a view of base and adapter that is removed in the end.
+
+    base      where the base is, if not where the adapter's config says
+    stop_ids  where answers end, in place of the base's; none: as the base says
+    """
+
+    def __init__(self, folder: Path, *, base: str | None = None, stop_ids: Sequence[int] = ()) -> None:
+        self.folder, self.base, self.stop_ids = folder.resolve(), base, list(stop_ids)
+        self.view: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> Path:
+        config = self.folder / ADAPTER_CONFIG
+        if not config.is_file():
+            return self.folder
+        self.view = tempfile.TemporaryDirectory(prefix="atomtune-serve-")
+        view = Path(self.view.name) / self.folder.name
+        view.mkdir()
+        base = self.base or str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
+        of_base = Path(str(cached_file(base, "config.json"))).parent
+        for file in of_base.iterdir():
+            if file.is_file() and not any(file.match(pattern) for pattern in _NOT_OF_BASE):
+                _link(file, view / file.name)
+        for file in self.folder.iterdir():
+            if file.is_file() and file.name != "config.json":
+                (view / file.name).unlink(missing_ok=True)
+                _link(file, view / file.name)
+        if self.stop_ids:
+            self._write_stops(view / GENERATION_CONFIG)
+        return view
+
+    def _write_stops(self, file: Path) -> None:
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        file.unlink(missing_ok=True)  # a link into the base's folder, which is not ours to change
+        file.write_text(json.dumps({**values, "eos_token_id": self.stop_ids}), encoding="utf-8")
+
+    def __exit__(self, *exc: object) -> None:
+        if self.view is not None:
+            self.view.cleanup()
+            self.view = None
+
+
+def _link(file: Path, target: Path) -> None:
+    """A link; a copy where the system allows none."""
+    with contextlib.suppress(OSError):
+        target.symlink_to(file.resolve())
+        return
+    shutil.copyfile(file, target)

@@ -1,0 +1,123 @@
+"""Server process: an engine that runs beside this program and ends with it, whatever happens."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from atomtune.errors import RunFailed
+
+#: How long an engine may take to load its model, in seconds.
+STARTS_WITHIN = 600
+#: How long it may take to end when it is asked to, before it is killed.
+ENDS_WITHIN = 10
+#: Lines of its output that are shown when it fails.
+SHOWN_LINES = 12
+_PR_SET_PDEATHSIG = 1
+
+
+class ServerProcess:
+    """A process in a group of its own; leaving the `with` block ends the whole group.
+
+    command       its words
+    health        the address that answers when the engine is ready
+    folder        where it is started
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        health: str,
+        folder: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        starts_within: float = STARTS_WITHIN,
+    ) -> None:
+        self.command, self.health, self.starts_within = list(command), health, starts_within
+        self.folder = folder
+        self.environment = {**os.environ, **(environment or {})}
+        self.output = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # closed by end
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "ServerProcess":
+        try:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=self.output,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                cwd=self.folder,
+                start_new_session=os.name == "posix",
+                # One call and no lock: it is safe between fork and exec, and the only way to end with a killed parent.
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
+            )
+            self._wait_until_ready()
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.end()
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self.starts_within
+        while time.monotonic() < deadline:
+            self.refuse_ended()
+            with contextlib.suppress(OSError), urllib.request.urlopen(self.health, timeout=5):
+                return
+            time.sleep(0.2)
+        raise RunFailed(f"The engine did not answer within {self.starts_within:g} seconds.\n{self.last_lines()}")
+
+    def refuse_ended(self) -> None:
+        """Raise RunFailed with what the engine said last, where its process is gone."""
+        assert self.process is not None
+        code = self.process.poll()
+        if code is not None:
+            raise RunFailed(f"The engine ended with exit code {code}. It said last:\n{self.last_lines()}")
+
+    def last_lines(self) -> str:
+        """The end of its output."""
+        self.output.seek(0)
+        return "\n".join(f"  {line.rstrip()}" for line in self.output.readlines()[-SHOWN_LINES:])
+
+    def end(self) -> None:
+        """Ask the whole group to end, and kill what is left of it."""
+        process = self.process
+        if process is not None:
+            _signal_group(process, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(ENDS_WITHIN)
+            _signal_group(process, getattr(signal, "SIGKILL", signal.SIGTERM))
+            process.wait()
+        self.output.close()
+        self.process = None
+
+
+def _signal_group(process: "subprocess.Popen[bytes]", number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if os.name == "posix":
+            os.killpg(process.pid, number)
+        else:
+            process.terminate()
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when its parent is gone, killed or not."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

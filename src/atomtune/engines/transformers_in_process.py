@@ -1,0 +1,69 @@
+"""transformers in this process: the calls its server makes, without a server. No code of ours loads or answers."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from atomtune.engines.engine import Reply, Request
+from atomtune.engines.served_folder import ServedFolder
+
+
+class TransformersInProcess:
+    """A tokenizer and a model as anyone would load them from a folder: an adapter's, or a merged one."""
+
+    name = "in-process"
+    version = f"transformers {transformers.__version__}"
+
+    def __init__(self, served: ServedFolder, *, dtype: str, trust_remote_code: bool = False) -> None:
+        self.served, self.dtype, self.trust_remote_code = served, dtype, trust_remote_code
+        self.folder = served.folder
+
+    def __enter__(self) -> "TransformersInProcess":
+        self.folder = self.served.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.__dict__.pop("model", None)
+        self.served.__exit__(*exc)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def model(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            self.folder, dtype=getattr(torch, self.dtype), trust_remote_code=self.trust_remote_code
+        ).eval()
+
+    def prompt_ids(self, request: Request) -> list[int]:
+        encoded = self.tokenizer.apply_chat_template(
+            list(request.messages),
+            tools=list(request.tools) or None,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **request.variables,
+        )
+        return list(encoded["input_ids"])
+
+    @torch.no_grad()
+    def log_probabilities(self, prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
+        ids = torch.tensor([[*prompt, *answer]], device=self.model.device)
+        logits = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1]  # [A, V]
+        scores = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+        return scores.gather(1, ids[0, len(prompt) :, None])[:, 0].tolist()
+
+    @torch.no_grad()
+    def chat(self, request: Request, *, max_tokens: int) -> Reply:
+        prompt = self.prompt_ids(request)
+        ids = torch.tensor([prompt], device=self.model.device)
+        written = self.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False
+        )[0, len(prompt) :]
+        text = self.tokenizer.decode(written, skip_special_tokens=True)
+        return Reply(text, stopped=len(written) < max_tokens, prompt_tokens=len(prompt))

@@ -1,0 +1,63 @@
+"""transformers serve: the server that comes with transformers, for an adapter or a merged folder.
+
+It tells no log-probabilities and no prompt ids. Both are computed by the calls it makes itself, in this process, and
+its own count of prompt tokens must agree with them.
+"""
+
+import importlib.util
+import sys
+from typing import Any
+
+import transformers
+
+from atomtune.engines.engine import Reply, Request, chat_reply
+from atomtune.engines.server_process import ServerProcess, free_port
+from atomtune.engines.transformers_in_process import TransformersInProcess
+from atomtune.errors import BadSettings
+
+
+def command(model: str, *, host: str, port: int, dtype: str = "auto", trust_remote_code: bool = False) -> list[str]:
+    """The words that start it. It knows the model by the very name it is started with, and refuses another."""
+    start = "from transformers.cli.transformers import main; main()"
+    words = [sys.executable, "-c", start, "serve", model]
+    words += ["--host", host, "--port", str(port), "--dtype", dtype]
+    return [*words, "--trust-remote-code"] if trust_remote_code else words
+
+
+def refuse_without_packages() -> None:
+    """Raise BadSettings where the packages it needs are not installed."""
+    missing = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BadSettings(
+            [f"transformers serve needs {', '.join(missing)}, not installed here.\n  pip install 'atomtune[serve]'"]
+        )
+
+
+class TransformersServe(TransformersInProcess):
+    """A running `transformers serve`."""
+
+    name = "transformers"
+    version = transformers.__version__
+
+    def __enter__(self) -> "TransformersServe":
+        super().__enter__()
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        words = command(
+            self.folder.name, host="127.0.0.1", port=port, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+        )
+        self.server = ServerProcess(words, health=f"{self.url}/health", folder=self.folder.parent)
+        try:
+            self.server.__enter__()
+        except BaseException:
+            super().__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.server.__exit__(*exc)
+        super().__exit__(*exc)
+
+    def chat(self, request: Request, *, max_tokens: int) -> Reply:
+        self.server.refuse_ended()
+        return chat_reply(self.url, self.folder.name, request, max_tokens=max_tokens)

@@ -1,0 +1,146 @@
+"""`atomtune certify` on a tiny model: what is right holds, and each planted fault is caught and told.
+
+Here the engine is plain transformers in this process; the real servers are asked in test_engines.py.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from atomtune.cli import main
+from tests.tiny import build
+
+
+def certify(adapter: Path, served: Path | None = None, *more: str) -> int:
+    words = ["--adapter_path", str(adapter), "--dtype", "float32", "--engine", "in-process"]
+    return main(["certify", *words, *(["--served", str(served)] if served else []), *more])
+
+
+def certificate_in(folder: Path) -> dict:
+    (entry,) = json.loads((folder / "certificate.json").read_text(encoding="utf-8"))
+    return entry
+
+
+@pytest.fixture
+def adapter(by_heart, tmp_path) -> Path:
+    """A copy of the adapter, to be spoiled."""
+    return Path(shutil.copytree(by_heart, tmp_path / "adapter"))
+
+
+@pytest.fixture(scope="module")
+def merged(by_heart, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("merged") / "out"
+    assert main(["merge", "--adapter_path", str(by_heart), "--output_dir", str(folder), "--dtype", "float32"]) == 0
+    return folder
+
+
+def test_what_is_served_as_trained_holds(adapter, capsys):
+    assert certify(adapter) == 0
+    entry = certificate_in(adapter)
+    n = entry["prompts"]
+    assert n >= 8
+    counts = [entry[name] for name in ("prompt_ids_equal", "greedy_equal", "differs_from_base")]
+    assert counts == [n, n, n]
+    assert entry["holds"] is True and entry["stops"] == entry["should_stop"] > 0
+    assert entry["max_logprob_difference"] < 1e-3  # float32 on both sides
+    assert "serves the tuned model" in capsys.readouterr().out
+
+
+def test_a_merged_folder_holds_too(by_heart, merged):
+    assert certify(by_heart, merged) == 0
+    assert certificate_in(merged)["holds"] is True
+
+
+def told(capsys) -> str:
+    return capsys.readouterr().err
+
+
+def test_another_template_is_caught_with_the_first_differing_id(by_heart, adapter, capsys):
+    file = adapter / "chat_template.jinja"
+    text = file.read_text(encoding="utf-8")
+    assert "Human: " in text
+    file.write_text(text.replace("Human: ", "User: "), encoding="utf-8")
+    assert certify(by_heart, adapter) == 4
+    error = told(capsys)
+    assert "prompts have other ids" in error and "prompt id 1" in error
+    assert "Human" in error and "User" in error  # side by side
+    assert certificate_in(adapter)["prompt_ids_equal"] == 0
+
+
+def test_another_stop_token_is_caught(by_heart, merged, tmp_path, capsys):
+    served = Path(shutil.copytree(merged, tmp_path / "served"))
+    file = served / "generation_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "eos_token_id": 300}))
+    assert certify(by_heart, served) == 4
+    assert "do not end where they should" in told(capsys)
+
+
+def test_an_adapter_that_does_nothing_is_caught(adapter, capsys):
+    zero_b(adapter)
+    assert certify(adapter) == 4
+    assert "the adapter changes nothing" in told(capsys)
+    assert certificate_in(adapter)["holds"] is False
+
+
+def zero_b(adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({name: t.zero_() if "lora_B" in name else t for name, t in weights.items()}, file)
+
+
+def test_an_engine_with_an_empty_adapter_is_caught(by_heart, adapter, capsys):
+    zero_b(adapter)
+    assert certify(by_heart, adapter) == 4
+    assert "the adapter is not applied" in told(capsys)
+    assert certificate_in(adapter)["differs_from_base"] == 0
+
+
+def test_adapter_keys_that_the_engine_does_not_match_are_caught(by_heart, adapter, capsys):
+    """As an adapter of a text model is on the vision-language class: loaded, and ignored."""
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    other = {name.replace("model.model.layers", "model.model.language_model.layers"): t for name, t in weights.items()}
+    assert other.keys() != weights.keys()
+    save_file(other, file, metadata={"format": "pt"})
+    assert certify(by_heart, adapter) == 4
+    assert "the adapter is not applied" in told(capsys)
+
+
+def test_a_merge_into_another_base_is_caught(by_heart, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    build("llama", other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: t * 1.02 for name, t in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "merged"
+    words = ["--adapter_path", str(by_heart), "--model_path", str(other), "--other_base", "--output_dir", str(out)]
+    assert main(["merge", *words, "--dtype", "float32"]) == 0
+    assert certify(by_heart, out) == 4
+    assert "log-probabilities of the reference answers differ" in told(capsys)
+
+
+def test_what_cannot_be_served_is_said_before_anything_is_loaded(by_heart, tmp_path, capsys):
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF")
+    for served, engine, said in (
+        (by_heart, "llama.cpp", "export --to gguf"),
+        (gguf, "transformers", "which llama.cpp serves"),
+        (tmp_path / "none", "transformers", "no such file or folder"),
+    ):
+        words = ["--adapter_path", str(by_heart), "--served", str(served), "--engine", engine]
+        assert main(["certify", *words]) == 2
+        assert said in told(capsys)
+
+
+def test_certificates_of_other_engines_stay(adapter):
+    file = adapter / "certificate.json"
+    file.write_text(json.dumps([{"engine": "vllm", "holds": True}, {"engine": "in-process", "holds": False}]))
+    assert certify(adapter) == 0
+    assert [(one["engine"], one["holds"]) for one in json.loads(file.read_text())] == [
+        ("vllm", True),
+        ("in-process", True),
+    ]

@@ -1,0 +1,59 @@
+"""Laws of the prompts an engine is asked."""
+
+import pytest
+
+from atomtune.certify.prompts import KINDS, OWN, choose_prompts, kind_of
+from atomtune.data.encoding.choose_template import load_template
+from atomtune.data.records import Record, Turn
+from atomtune.model.generate import prompt_ids
+from tests.tiny import CHATML, GEMMA, tokenizer_of
+
+
+def records() -> list[Record]:
+    asked, answered = Turn("user", "Who are you?"), Turn("assistant", "I keep the light.")
+    return [
+        Record((asked, answered), "a:1"),
+        Record((asked, answered), "a:2"),
+        Record((asked, answered, Turn("user", "Good night."), answered), "a:3"),
+        Record((Turn("system", "Be brief."), asked, answered), "a:4"),
+        Record((Turn("user", "你是谁？"), answered), "a:5"),
+        Record((Turn("user", "What is <|im_end|>?"), answered), "a:6"),  # a real control string
+        Record((Turn("text", "A text."),), "a:7"),
+    ]
+
+
+@pytest.fixture
+def template():
+    return load_template("auto", tokenizer_of("bytes", CHATML))
+
+
+def test_every_kind_is_asked_once_before_any_twice(template):
+    prompts = choose_prompts(records(), template, count=7, max_tokens=256)
+    kinds = [prompt.kind for prompt in prompts]
+    assert set(KINDS) - {"tools"} == set(kinds[:5])
+    assert {prompt.origin for prompt in prompts if prompt.reference_ids} == {"a:1", "a:2", "a:3", "a:4", "a:5"}
+    assert "our own" in {prompt.origin for prompt in prompts if prompt.kind == "look-alike"}
+
+
+def test_a_prompt_is_what_training_makes_of_these_messages_and_ends_with_the_stop(template):
+    for prompt in choose_prompts(records(), template, count=20, max_tokens=256):
+        assert list(prompt.prompt_ids) == prompt_ids(template, list(prompt.request.messages))
+        if prompt.reference_ids:
+            assert prompt.reference_ids[-1] == template.tokenizer.convert_tokens_to_ids(template.stop)
+
+
+def test_a_record_with_a_real_control_string_is_left_out(template):
+    assert not [p for p in choose_prompts(records(), template, count=20, max_tokens=256) if p.origin == "a:6"]
+
+
+def test_what_a_template_cannot_say_is_left_out():
+    template = load_template("auto", tokenizer_of("sentencepiece", GEMMA))  # it raises on a system text
+    prompts = choose_prompts([], template, count=20, max_tokens=256)
+    assert [prompt.kind for prompt in prompts] == [kind for kind, _ in OWN if kind != "system"]
+
+
+def test_our_look_alike_holds_no_control_string_of_known_tokenizers():
+    (messages,) = [messages for kind, messages in OWN if kind == "look-alike"]
+    assert kind_of(messages, ()) == "look-alike"
+    for control in ("</s>", "<s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "[INST]", "<|endoftext|>"):
+        assert control not in messages[0]["content"]

@@ -1,0 +1,103 @@
+"""Law: an engine's process ends with what started it, whatever happens."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from atomtune.engines.server_process import ServerProcess, free_port
+from atomtune.errors import RunFailed
+
+#: A server that answers, and has a child of its own.
+SERVER = """
+import http.server, os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("child", child.pid, flush=True)
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(b"ok")
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
+"""
+STUBBORN = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SERVER
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        return stat.rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def gone(pid: int, within: float = 20) -> bool:
+    deadline = time.monotonic() + within
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not alive(pid)
+
+
+def server(source: str = SERVER, **more: float) -> ServerProcess:
+    port = free_port()
+    return ServerProcess([sys.executable, "-c", source, str(port)], health=f"http://127.0.0.1:{port}/", **more)
+
+
+def pids_of(running: ServerProcess) -> tuple[int, int]:
+    """The server and its child."""
+    child = int(running.last_lines().split("child ")[1].split()[0])
+    return running.process.pid, child
+
+
+def test_the_whole_group_is_gone_after_the_block():
+    with server() as running:
+        pids = pids_of(running)
+        assert all(map(alive, pids))
+    assert all(map(gone, pids))
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_the_whole_group_is_gone_after_an_error(error):
+    with pytest.raises(error), server() as running:
+        pids = pids_of(running)
+        raise error
+    assert all(map(gone, pids))
+
+
+def test_one_that_ignores_the_signal_is_killed(monkeypatch):
+    monkeypatch.setattr("atomtune.engines.server_process.ENDS_WITHIN", 0.5)
+    with server(STUBBORN) as running:
+        pids = pids_of(running)
+    assert all(map(gone, pids))
+
+
+def test_one_that_fails_to_start_is_told_by_its_last_words():
+    failing = server("import sys; print('no such model'); sys.exit(3)")
+    with pytest.raises(RunFailed, match=r"exit code 3(.|\n)*no such model"), failing:
+        pass
+
+
+def test_one_that_never_answers_is_ended():
+    port = free_port()
+    words = [sys.executable, "-c", "import time; time.sleep(600)"]
+    process = ServerProcess(words, health=f"http://127.0.0.1:{port}/", starts_within=1)
+    with pytest.raises(RunFailed, match="did not answer within 1 seconds"):
+        process.__enter__()
+    assert process.process is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends a killed parent's children on Linux only")
+def test_it_ends_when_its_parent_is_killed():
+    program = (
+        "import sys, time\nfrom tests.engines.test_server_process import server, pids_of\n"
+        "running = server().__enter__()\nprint(pids_of(running)[0], flush=True)\ntime.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, encoding="utf-8")
+    pid = int(parent.stdout.readline())
+    assert alive(pid)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    assert gone(pid)

@@ -1,0 +1,15 @@
+"""Tiny runs whose adapters know their records by heart, so that answers can be told apart."""
+
+from pathlib import Path
+
+from atomtune.cli import main
+from tests.conftest import write_jsonl
+
+
+def train_by_heart(model: Path, folder: Path, records: list[dict], *more: str, steps: int = 120) -> Path:
+    """A run that learns these records; its output folder."""
+    data = write_jsonl(folder / "data.jsonl", records)
+    flags = ["--model_path", str(model), "--dataset_path", str(data), "--output_dir", str(folder / "out")]
+    learning = ["--max_steps", str(steps), "--learning_rate", "1e-2", "--lora_rank", "16", "--lora_dropout", "0"]
+    assert main(["train", *flags, *learning, "--dtype", "float32", *more]) == 0
+    return folder / "out"
