@@ -186,7 +186,7 @@ def study(options: argparse.Namespace) -> None:
     out: Path = options.out
     lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
     finished = {key_of(json.loads(line)) for line in lines}
-    began = time.monotonic()
+    began, trials = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as temporary:
         for seed, number in ((seed, number) for seed in range(1, options.seeds + 1) for number in range(len(grid()))):
             for base, count, kind in ((b, c, k) for b in options.base for c in options.records for k in options.kinds):
@@ -195,8 +195,10 @@ def study(options: argparse.Namespace) -> None:
                 files = lay_data(kind, count, options.dialogues, Path(temporary))
                 if key_of(trial) in finished or files is None:
                     continue
-                if options.minutes and time.monotonic() - began > 60 * options.minutes:
+                late = options.minutes and time.monotonic() - began > 60 * options.minutes
+                if late or trials == options.limit:
                     return
+                trials += 1
                 with tempfile.TemporaryDirectory() as folder:
                     trial |= run_trial(
                         base, files, settings, seed=seed, answers=options.answers, folder=Path(folder) / "out"
@@ -275,6 +277,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--answers", type=int, default=16, help="held-out prompts that are answered, for chrF; 0: none")
     parser.add_argument("--minutes", type=float, default=0, help="begin no trial after so long")
+    parser.add_argument("--limit", type=int, help="so many trials at most")
     parser.add_argument("--out", type=Path, default=Path("defaults.jsonl"))
     parser.add_argument("--table", type=Path, help="print the table of a file of trials and end")
     options = parser.parse_args()

@@ -67,3 +67,42 @@ def test_a_workload_is_readable_records_as_many_as_the_source_has(name, tmp_path
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(records) == len(source)
     assert all(record["output"] for record in records)
+
+
+def test_a_study_of_defaults_goes_on_where_it_stopped_and_ends_in_a_table(tmp_path):
+    out = tmp_path / "trials.jsonl"
+    command = [sys.executable, "-m", "benchmarks.defaults", "--records", "12", "--kinds", "questions", "--seeds", "1"]
+
+    def trials(limit: str) -> list[dict]:
+        flags = ["--limit", limit, "--answers", "0", "--out", str(out)]
+        done = subprocess.run([*command, *flags], cwd=ROOT, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    first = trials("1")
+    both = trials("1")
+    assert [trial["name"] for trial in first] == ["atomtune 0.1"]
+    assert both[0] == first[0] and len(both) == 2, "what the file has is not run again"
+    assert both[1]["learning_rate"] > both[0]["learning_rate"]
+    assert both[1]["loss"] < both[0]["loss"], "twelve records in three steps at 1e-4 teach nothing"
+    table = subprocess.run(
+        [sys.executable, "-m", "benchmarks.defaults", "--table", str(out)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    rows = [line for line in table.splitlines() if line.startswith("| ") and "rate" in line]
+    assert len(rows) == 2 and "| 0% |" in rows[0] and "batch 4" in rows[0]
+
+
+def test_the_questions_of_the_study_are_all_different_and_answered_by_their_text():
+    from itertools import islice
+
+    from benchmarks.defaults import questions
+
+    records = list(islice(questions(), 500))
+    assert len({record["input"] for record in records}) == 500
+    for record in records:
+        names = [word for word in record["output"].rstrip(".").split() if word[0].isupper() or word[0].isdigit()]
+        assert all(word.strip(",") in record["input"] for word in names if word not in ("It",))
