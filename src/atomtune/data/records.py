@@ -1,7 +1,7 @@
 """The nouns of the walk: Turn, Record, Piece, Exchange, Example, Refusal, each frozen."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, NamedTuple
 
@@ -32,6 +32,7 @@ class Record:
     turns: tuple[Turn, ...]
     origin: str  # "train.jsonl:17"
     tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas of the tools at hand, as OpenAI's `tools`
+    variables: Mapping[str, Any] = field(default_factory=dict)  # what it sets in its template, as enable_thinking
 
     @property
     def prompt(self) -> tuple[Turn, ...]:

@@ -6,14 +6,14 @@ All answers are learned, each as often as its weight says (once where none is gi
 from collections.abc import Sequence
 from typing import Any
 
-from atomtune.data.formats.conversation import Conversation, with_system
+from atomtune.data.formats.conversation import Conversation, read_variables, with_system
 from atomtune.data.formats.fields import Field, is_blank, notes_on_unused, read_text, read_tools
 from atomtune.data.formats.messages import read_turns
 from atomtune.data.formats.rendered_text import begins_like, turns_of
-from atomtune.data.formats.schema import SIGNS, Schema
+from atomtune.data.formats.schema import KWARGS, SIGNS, VARIABLES, Schema
 from atomtune.data.records import Role, Turn
 
-_BESIDE = frozenset({"system", "tools", "functions"})
+_BESIDE = frozenset({"system", "tools", "functions", KWARGS, *VARIABLES})
 _NOTHING = Field(Conversation(()))
 _LEARNED_TOO = 'the answers inside "prompt" are learned too (--learn last leaves them out)'
 
@@ -40,9 +40,10 @@ def _with_the_rest(record: dict[str, Any], turns: Field[tuple[Turn, ...]], used:
         return Field(Conversation(turns.value), turns.problems, turns.notes)
     all_turns = with_system(record, turns.value)
     tools = read_tools(record)
-    problems = (*turns.problems, *all_turns.problems, *tools.problems)
+    variables = read_variables(record)
+    problems = (*turns.problems, *all_turns.problems, *tools.problems, *variables.problems)
     notes = (*turns.notes, *notes_on_unused(record, used | _BESIDE))
-    return Field(Conversation(all_turns.value, tools.value), problems, notes)
+    return Field(Conversation(all_turns.value, tools.value, variables.value), problems, notes)
 
 
 def read_prompt(record: dict[str, Any], schema: Schema) -> Field[Conversation]:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from atomtune.data.formats.fields import Field, Tool, read_text
+from atomtune.data.formats.fields import Field, Tool, kind, read_json, read_plain, read_text
+from atomtune.data.formats.schema import KWARGS, VARIABLES
 from atomtune.data.records import ParsedRecord, Record, Refusal, RefusalKind, Turn
 
 _ANSWERS = ("assistant", "text")
@@ -14,6 +15,7 @@ class Conversation(NamedTuple):
 
     turns: tuple[Turn, ...]
     tools: tuple[Tool, ...] = ()
+    variables: Mapping[str, Any] = {}  # of the chat template
 
 
 def with_system(record: Mapping[str, Any], turns: Sequence[Turn]) -> Field[tuple[Turn, ...]]:
@@ -32,9 +34,29 @@ def with_system(record: Mapping[str, Any], turns: Sequence[Turn]) -> Field[tuple
     return Field(tuple(turns), system.problems)
 
 
+def read_variables(record: Mapping[str, Any]) -> Field[dict[str, Any]]:
+    """What a record sets in its chat template."""
+    variables: dict[str, Any] = {}
+    problems: list[str] = []
+    if record.get(KWARGS) is not None:
+        parsed = read_json(record[KWARGS], KWARGS)
+        plain = read_plain(parsed.value, KWARGS)
+        problems += [*parsed.problems, *plain.problems]
+        if isinstance(plain.value, dict):
+            variables |= plain.value
+        elif not parsed.problems:
+            problems.append(f"{KWARGS} is {kind(plain.value)}; expected an object")
+    for key in VARIABLES:
+        if record.get(key) is not None:
+            plain = read_plain(record[key], key)
+            problems += plain.problems
+            variables[key] = plain.value
+    return Field(variables, tuple(problems))
+
+
 def as_parsed(conversation: Field[Conversation], origin: str) -> ParsedRecord:
     """The record up to its last answer; a refusal where there is a problem or nothing to learn."""
-    (turns, tools), problems, notes = conversation
+    (turns, tools, variables), problems, notes = conversation
     end, learns = 0, False  # one past the last answer, and whether any is learned
     for number, turn in enumerate(turns, 1):
         if turn.role in _ANSWERS:
@@ -50,4 +72,4 @@ def as_parsed(conversation: Field[Conversation], origin: str) -> ParsedRecord:
         turns = turns[:end]
     if notes:
         notes = tuple(dict.fromkeys(notes))  # a note counts records: it is said once a record
-    return ParsedRecord(Record(turns, origin, tools), notes)
+    return ParsedRecord(Record(turns, origin, tools, variables), notes)
