@@ -118,7 +118,8 @@ def verify(settings: VerifySettings) -> int:
 
 def _examples(settings: VerifySettings) -> tuple[list[Example], int]:
     tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
-    template, rules = load_template(settings.template, tokenizer), Rules(**settings.rules())
+    template = load_template(settings.template, tokenizer, **settings.template_options())
+    rules = Rules(**settings.rules())
     names = distinct_names(settings.dataset_paths)
     parts = [
         examples_of(source, template, rules, name=name)

@@ -129,9 +129,7 @@ def examples_of(
         datasets.__version__,
         data_hash,
         name,
-        template.source,
-        template.stop,
-        template.instruction_role,
+        *template.made_of(),
         str(rules),
         tokenizer_text(template.tokenizer),
     ]

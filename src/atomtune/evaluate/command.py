@@ -140,20 +140,20 @@ def _records_by_template(
 ) -> dict[str, list[EvalRecord]]:
     """The records as each model's template writes them: those that every template can, in one order."""
     rules = Rules(**{**reading.rules(), "max_tokens": models.max_seq_length, "overlength": "shorten"})
-    templates: dict[str, Template] = {subject.template.source: subject.template for subject in models.subjects}
+    templates: dict[str, Template] = {subject.template.key: subject.template for subject in models.subjects}
     read: dict[str, dict[Key, EvalRecord]] = {}
-    for source, template in templates.items():
+    for template_key, template in templates.items():
         records, data = read_records(sources, template, rules, wanted)
         if wanted is not None:
             refuse_changed_files(Path(settings.adapter_path[0]), data.data_hash)
-        read[source] = records
+        read[template_key] = records
     common = [key for key in next(iter(read.values())) if all(key in records for records in read.values())]
     if not common:
         raise BadData(f"{', '.join(sources)}: no record can be used.")
     chosen = common
     if settings.records and len(common) > settings.records:
         chosen = [common[row] for row in sample_rows(len(common), settings.records, seed=settings.seed)]
-    return {source: [records[key] for key in chosen] for source, records in read.items()}
+    return {template_key: [records[key] for key in chosen] for template_key, records in read.items()}
 
 
 def _collator(models: Models) -> Collator:

@@ -41,9 +41,9 @@ def evaluate_records(
 ) -> Evaluation:
     """Go through the records; Ctrl-C ends it, and what all models have done stays.
 
-    records_by_template  the same records in the same order, as each template (by its text) writes them
+    records_by_template  the same records in the same order, as each template (by its key) writes them
     """
-    first = records_by_template[models.subjects[0].template.source]
+    first = records_by_template[models.subjects[0].template.key]
     order = _by_length(first)
     done = Evaluation([], {subject.name: [] for subject in models.subjects})
     began = time.monotonic()
@@ -54,7 +54,7 @@ def evaluate_records(
             try:
                 batch: dict[str, list[RecordResult]] = {}
                 for subject in models.subjects:
-                    records = [records_by_template[subject.template.source][row] for row in rows]
+                    records = [records_by_template[subject.template.key][row] for row in rows]
                     batch[subject.name] = _batch_results(models, subject, records, collator, plan)
             except KeyboardInterrupt:
                 done.stopped_early = True

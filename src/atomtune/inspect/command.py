@@ -30,7 +30,8 @@ def inspect(settings: InspectSettings) -> int:
     quiet_libraries()
     console = Console(stderr=settings.json)
     tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
-    report = build_report(settings, load_template(settings.template, tokenizer), console)
+    template = load_template(settings.template, tokenizer, **settings.template_options())
+    report = build_report(settings, template, console)
     decoder = TokenDecoder(tokenizer)
     if settings.json:
         print(json.dumps(report.ledger.to_run_json(), ensure_ascii=False))

@@ -3,7 +3,8 @@
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,8 @@ class AdapterMetadata:
     template: str
     instruction_role: Literal["system", "user"]
     stop: str
+    template_variables: dict[str, Any] = field(default_factory=dict)  # what training set in the template
+    template_date: str = ""  # the day that a template names which names one
     instruction: str | None = None  # the one nearly all records shared: chat's default
     data_hash: str = ""
     base: str = ""  # the fingerprint of the weights it was trained on
@@ -45,7 +48,7 @@ class AdapterMetadata:
         file = folder / METADATA
         if not file.is_file():
             return None
-        known = {field.name for field in fields(cls)}
+        known = {entry.name for entry in fields(cls)}
         with _readable(file):
             values = json.loads(file.read_text(encoding="utf-8"))
             return cls(**{name: value for name, value in values.items() if name in known})
@@ -74,7 +77,14 @@ def template_of(folder: Path, *, trust_remote_code: bool) -> tuple[Template, Ada
     metadata = AdapterMetadata.load(folder)
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
     if metadata is not None:
-        return restore_template(metadata.template, metadata.instruction_role, tokenizer), metadata
+        template = restore_template(
+            metadata.template,
+            metadata.instruction_role,
+            tokenizer,
+            variables=metadata.template_variables,
+            day=date.fromisoformat(metadata.template_date) if metadata.template_date else None,
+        )
+        return template, metadata
     template = load_template("auto", tokenizer)
     return template, AdapterMetadata(
         template=template.name, instruction_role=template.instruction_role, stop=template.stop

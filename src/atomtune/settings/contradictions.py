@@ -1,6 +1,8 @@
 """Contradictions: settings that are right alone and cannot go together."""
 
+import json
 from collections.abc import Collection, Iterator, Mapping
+from datetime import date
 from typing import Any
 
 from atomtune.choices import METRICS
@@ -8,9 +10,29 @@ from atomtune.choices import METRICS
 
 def contradictions(values: Mapping[str, Any], written: Collection[str]) -> Iterator[str]:
     """A line for each. written: the settings that the user set; all others have their defaults."""
+    yield from _of_the_template(values)
     yield from _of_data(values, written)
     yield from _of_the_start(values)
     yield from _of_the_trainer(values)
+
+
+def _of_the_template(values: Mapping[str, Any]) -> Iterator[str]:
+    variables, day = values.get("chat_template_kwargs"), values.get("template_date")
+    if variables is not None:
+        try:
+            is_object = isinstance(json.loads(variables), dict)
+        except ValueError:
+            is_object = False
+        if not is_object:
+            yield (
+                f"--chat_template_kwargs {variables}: expected a JSON object, as "
+                "--chat_template_kwargs '{\"enable_thinking\": false}'."
+            )
+    if day is not None:
+        try:
+            date.fromisoformat(day)
+        except ValueError:
+            yield f"--template_date {day}: expected a date as 2026-01-31."
 
 
 def _of_data(values: Mapping[str, Any], written: Collection[str]) -> Iterator[str]:

@@ -3,8 +3,10 @@
 The docstring of a class is the heading over its settings in `--help`.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import fields
+from datetime import date
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -88,6 +90,19 @@ class RecordSettings:
         f"of {', '.join(TEMPLATES)}",
         value="FILE_OR_NAME",
     )
+    chat_template_kwargs: str | None = setting(
+        None,
+        "variables of the template, as a JSON object: '{\"enable_thinking\": false}'; a record's own "
+        "chat_template_kwargs stand before them",
+        value="JSON",
+        rare=True,
+    )
+    template_date: str | None = setting(
+        None,
+        "the date that a template writes which writes one, as 2026-01-31; default: the day the run began",
+        value="DATE",
+        rare=True,
+    )
     learn: Learn = setting(
         "all", "which answers of a conversation are learned: all of them, or only the last", rare=True
     )
@@ -119,6 +134,13 @@ class RecordSettings:
         if self.dataset_path is None:
             return []
         return [self.dataset_path] if isinstance(self.dataset_path, str) else self.dataset_path
+
+    def template_options(self) -> dict[str, Any]:
+        """What load_template needs to know besides the template's name."""
+        return {
+            "variables": json.loads(self.chat_template_kwargs) if self.chat_template_kwargs else {},
+            "day": date.fromisoformat(self.template_date) if self.template_date else None,
+        }
 
     def rules(self) -> dict[str, Any]:
         """How values become examples, as plain values."""

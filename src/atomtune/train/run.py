@@ -21,6 +21,7 @@ from atomtune.console import Console
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.ledger import Ledger
+from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped, UserError
 from atomtune.model.adapter import refuse_empty
 from atomtune.model.adapter_folder import WEIGHTS, AdapterMetadata
@@ -40,7 +41,7 @@ from atomtune.train.output_folder import check_space, explained, locked, same_co
 from atomtune.train.progress import TrainingBar
 from atomtune.train.rehearsal import check_last_batch, rehearse
 from atomtune.train.run_context import RunContext
-from atomtune.train.run_identity import identity, refuse_another_run
+from atomtune.train.run_identity import day_of, identity, refuse_another_run
 from atomtune.train.run_report import RunRecord, draw_loss, read_record
 from atomtune.train.streaming import Stream
 from atomtune.train.trainer import LoraTrainer
@@ -127,7 +128,7 @@ def _run(run: RunContext, began: float) -> None:
     """The story of one run; a resumed one is first compared with the run that began."""
     settings = run.settings
     tokenizer = load_tokenizer(str(settings.model.model_path), trust_remote_code=settings.model.trust_remote_code)
-    template = load_template(settings.data.template, tokenizer)
+    template = _template(run, tokenizer)
     tokenizer.chat_template = template.source  # what is trained is what is served
     data = read_data(run, template)
     if not isinstance(data.train, Stream):
@@ -159,6 +160,14 @@ def _run(run: RunContext, began: float) -> None:
     _say_what_is_next(run, trainer, loss, data.ledger)
 
 
+def _template(run: RunContext, tokenizer: Tokenizer) -> Template:
+    """The template of the run; one that names the day names the day on which a resumed run began."""
+    options = run.settings.data.template_options()
+    if options["day"] is None and run.resumed is not None:
+        options["day"] = day_of(run.resumed.checkpoint)
+    return load_template(run.settings.data.template, tokenizer, **options)
+
+
 def _longest_tokens(run: RunContext, data: Data) -> int:
     """Of any example; of a stream, what may come."""
     settings = run.settings.data
@@ -171,6 +180,8 @@ def _metadata(run: RunContext, template: Template, data: Data) -> AdapterMetadat
         template=template.name,
         instruction_role=template.instruction_role,
         stop=template.stop,
+        template_variables=dict(template.variables),
+        template_date=template.day.isoformat() if template.names_the_day else "",
         instruction=data.ledger.shared_instruction,
         data_hash=data.data_hash,
         max_seq_length=settings.data.max_seq_length,

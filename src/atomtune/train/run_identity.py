@@ -7,6 +7,7 @@ often is saved, logged and evaluated, how the work is shared out in a process, a
 import hashlib
 import json
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ TRAINER_SETTINGS = (
 OURS = {
     "data": (
         *("max_seq_length", "overlength", "skip_overlength", "eval_size", "layout"),
-        *("mix", "format", "keys", "roles", "learn", "streaming", "shuffle_buffer"),
+        *("mix", "format", "keys", "roles", "learn", "streaming", "shuffle_buffer", "chat_template_kwargs"),
     ),
     "model": ("dtype", "quantize"),
     "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
@@ -69,6 +70,17 @@ _FILES = {
 }
 
 
+_DAY = "template_date"
+
+
+def day_of(checkpoint: Path) -> date | None:
+    """The day that the template of the run which made a checkpoint names; None where it names none."""
+    try:
+        return date.fromisoformat(read_manifest(checkpoint)["identity"][_DAY])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def identity(run: RunContext, template: Template, data: Data) -> dict[str, Any]:
     """Names and values, as JSON keeps them."""
     settings, args = run.settings, run.args
@@ -82,6 +94,8 @@ def identity(run: RunContext, template: Template, data: Data) -> dict[str, Any]:
     base_config = _config_of_base(str(settings.model.model_path))
     if base_config is not None:
         values["base_config"] = _sha(json.dumps(base_config, sort_keys=True))
+    if template.names_the_day:
+        values[_DAY] = template.day.isoformat()
     for group, names in OURS.items():
         values |= {name: getattr(getattr(settings, group), name) for name in names}
     values |= {name: getattr(args, name) for name in TRAINER_SETTINGS if hasattr(args, name)}

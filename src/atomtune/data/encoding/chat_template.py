@@ -97,6 +97,20 @@ class Template:
         """What messages call it."""
         return "the tokenizer's own template" if self.name == OWN else f"the template {self.name}"
 
+    @property
+    def names_the_day(self) -> bool:
+        return "strftime_now" in self.source
+
+    def made_of(self) -> list[str]:
+        """All that decides what it writes, besides the tokenizer."""
+        day = self.day.isoformat() if self.names_the_day else ""
+        return [self.source, self.stop, self.instruction_role, json.dumps(self.variables, sort_keys=True), day]
+
+    @cached_property
+    def key(self) -> str:
+        """Equal for templates that write equal prompts."""
+        return json.dumps(self.made_of())
+
     @cached_property
     def tokens(self) -> PieceTokenizer:
         return PieceTokenizer(self.tokenizer)
@@ -197,6 +211,7 @@ class Conversation:
         self.escaper = Escaper(template.tokens)
         # Hidden once: a control string has the same mark in the prompt and in the whole, which begins with it.
         self.tools = self.escaper.hide(record.tools)
+        self.variables = self.escaper.hide(record.variables)
         self._piece_of: dict[str, Piece] = {}
         self.messages: list[Message] = []
         self.starts: list[int] = []  # where the messages of each turn begin
@@ -234,7 +249,7 @@ class Conversation:
         return prompt
 
     def _render(self, messages: Sequence[Message], *, prompt: bool) -> str:
-        return self.template.render(messages, tools=self.tools, prompt=prompt)
+        return self.template.render(messages, tools=self.tools, prompt=prompt, variables=self.variables)
 
     def _cut_prompts(self, learned: Sequence[int]) -> list[Parts] | None:
         """All prompts from one rendering: the last, cut where each answer starts; None where they are not its parts.
@@ -243,7 +258,11 @@ class Conversation:
         the parts are the prompts is tried on the 1st, 2nd, 4th, 8th, … answer, together not much longer than the last.
         """
         template, turns = self.template, self.record.turns
-        if not template.header or any(turn.reasoning or mentions_thoughts(turn.text) for turn in turns):
+        if (
+            not template.header
+            or self.variables
+            or any(turn.reasoning or mentions_thoughts(turn.text) for turn in turns)
+        ):
             return None
         parts = self._parts(self._render_prompt(learned[-1]))
         assistants = [i for i, turn in enumerate(turns[: learned[-1]]) if turn.role == "assistant"]
@@ -277,7 +296,7 @@ class Conversation:
         pieces = self._pieces(parts)
         if turn.role == "text":
             return Exchange(pieces, self.escaper.whole(turn.text, learn=True), turn.learn, at, template.stop)
-        form = template.form
+        form = None if self.variables else template.form
         if form is not None and not turn.reasoning and not turn.calls and not mentions_thoughts(turn.text):
             text, stop = form.written(str(self.messages[self.starts[at]]["content"])), template.stop
         else:

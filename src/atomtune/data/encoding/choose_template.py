@@ -77,9 +77,17 @@ def built_in() -> list[str]:
     return sorted(file.name.removesuffix(".jinja") for file in folder.iterdir())
 
 
-def restore_template(name: str, instruction_role: InstructionRole, tokenizer: Tokenizer) -> Template:
+def restore_template(
+    name: str,
+    instruction_role: InstructionRole,
+    tokenizer: Tokenizer,
+    *,
+    variables: Mapping[str, Any] | None = None,
+    day: date | None = None,
+) -> Template:
     """The template saved with an adapter's tokenizer."""
-    return probed(Template(name, tokenizer.get_chat_template(), tokenizer, instruction_role))
+    source = tokenizer.get_chat_template()
+    return probed(Template(name, source, tokenizer, instruction_role, variables or {}, day or date.today()))
 
 
 def probed(template: Template) -> Template:
