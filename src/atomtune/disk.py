@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 #: The write failed for want of space or of a working disk, not by a bug.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE}
 #: torch.save closes its archive, finds fewer bytes than it wrote and says only that: no errno, no class of its own.
-_TORCH_WROTE_LESS = re.compile(r"unexpected pos \d+ vs \d+|file write failed")
+_TORCH_WROTE_LESS = re.compile(r"unexpected pos \d+ vs \d+|file write failed|iostream error")
 #: Behind the name of a file that is being written.
 _PART = ".part"
 
@@ -72,6 +72,24 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError("not an object")
     return values
+
+
+def identity_of(folder: Path) -> tuple[int, int] | None:
+    """Which folder stands under this name: another one has another pair of numbers; None where there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def open_to_umask(folder: Path) -> None:
+    """Give every file the mode of an ordinary new one; safetensors makes its files readable for their owner alone."""
+    mask = os.umask(0o077)  # the mask can only be read by setting another
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~mask)
 
 
 def new_folder(path: Path) -> None:

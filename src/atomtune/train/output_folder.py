@@ -1,6 +1,7 @@
 """Output folder: held by one run, looked at for space, and named where a run fails."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,17 @@ from filelock import FileLock, Timeout
 from rich.filesize import decimal
 
 from atomtune.data.cache import tokenizer_text
-from atomtune.disk import disk_failed
+from atomtune.disk import disk_failed, identity_of
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped
 from atomtune.model.memory import is_out_of_memory
 from atomtune.settings.fields import TrainSettings
 from atomtune.train.checkpoint.atomic import checkpoints, damage
 from atomtune.train.run_context import RunContext
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 #: A little more than what a checkpoint holds beside tensors and tokenizer, in bytes.
 _SMALL_FILES = 2**16
@@ -26,6 +32,7 @@ _SMALL_FILES = 2**16
 def locked(folder: Path) -> Iterator[None]:
     """The output folder, made if need be, held against every other run. Raises BadSettings when one holds it."""
     is_new = not folder.exists()
+    held_elsewhere = BadSettings([f"{folder}: another run is writing here now. Pass another --output_dir."])
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -34,15 +41,44 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise BadSettings([f"{folder}: another run is writing here now. Pass another --output_dir."]) from None
+        raise held_elsewhere from None
     except OSError as error:
         raise BadSettings([f"--output_dir {folder} cannot be written: {error.strerror}."]) from None
     try:
-        yield
+        with _folder_itself_locked(folder, held_elsewhere):
+            ours = identity_of(folder)
+            try:
+                yield
+            finally:
+                if is_new and identity_of(folder) == ours:
+                    _remove_if_unused(folder)
     finally:
         lock.release()
-        if is_new and not any(path.name != ".lock" for path in folder.iterdir()):
-            shutil.rmtree(folder, ignore_errors=True)  # refused before it wrote anything
+
+
+@contextlib.contextmanager
+def _folder_itself_locked(folder: Path, held_elsewhere: BadSettings) -> Iterator[None]:
+    """Hold the folder too, where the system can: the file .lock may be removed while a run goes, and made anew."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise held_elsewhere from None
+        except OSError:  # some network file systems lock files but not folders
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_if_unused(folder: Path) -> None:
+    """Remove a folder that holds nothing but the lock: its run was refused before it wrote anything."""
+    if all(path.name == ".lock" for path in folder.iterdir()):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_space(run: RunContext, model: Any, tokenizer: Any) -> None:

@@ -332,6 +332,8 @@ def _save(run: RunContext, trainer: LoraTrainer, loss: float) -> None:
     """The adapter, the picture and the finished record."""
     refuse_empty(trainer.accelerator.unwrap_model(trainer.model))
     folder, is_first = Path(run.args.output_dir), run.args.process_index == 0
+    if is_first:
+        trainer.refuse_replaced_folder()
     history = trainer.state.log_history
     with staged(folder / "adapter", clears=is_first) as staging:
         trainer.save_model(str(staging))

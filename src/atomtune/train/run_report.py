@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atomtune import __version__
-from atomtune.disk import read_json_object, replacing, write_json
+from atomtune.disk import identity_of, read_json_object, replacing, write_json
 from atomtune.errors import BadSettings
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class RunRecord:
 
     def __init__(self, folder: Path, *, writes: bool = True, waits: bool = False) -> None:
         self.folder, self.writes, self.waits = folder, writes, waits
+        self._folder_identity = identity_of(folder)
         self.values: dict[str, Any] = {
             "status": "running",
             "atomtune": __version__,
@@ -37,8 +38,12 @@ class RunRecord:
     def update(self, **values: Any) -> None:
         self.values |= values
         self.values["updated"] = datetime.now(UTC).isoformat(timespec="seconds")
-        if self.writes and not self.waits:
+        if not self.writes or self.waits:
+            return
+        if self._folder_identity is None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._folder_identity = identity_of(self.folder)
+        if identity_of(self.folder) == self._folder_identity:  # a folder that took its place is not this run's
             write_json(self.folder / RECORD, self.values)
 
     def begin(self) -> None:

@@ -12,7 +12,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from atomtune.disk import only_finite, read_json_object, remove_tree, remove_unfinished, sync, sync_tree, write_json
+from atomtune.disk import (
+    only_finite,
+    open_to_umask,
+    read_json_object,
+    remove_tree,
+    remove_unfinished,
+    sync,
+    sync_tree,
+    write_json,
+)
 from atomtune.train.checkpoint.state import state_files
 
 MANIFEST = "manifest.json"
@@ -64,6 +73,7 @@ def seal(staging: Path, final: Path, facts: Mapping[str, Any]) -> None:
     entries = {name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for name, file in _files(staging)}
     body = only_finite({**facts, "files": entries})
     write_json(staging / MANIFEST, {**body, "sha256": _digest(body)})
+    open_to_umask(staging)
     sync_tree(staging)
     if final.exists() or final.is_symlink():
         if (final / MANIFEST).is_file() and not final.is_symlink():
@@ -76,6 +86,7 @@ def seal(staging: Path, final: Path, facts: Mapping[str, Any]) -> None:
 
 def publish(staging: Path, folder: Path, *, last: str) -> None:
     """Move the files of a staged folder into another, each in one rename; `last` is the one that others wait for."""
+    open_to_umask(staging)
     sync_tree(staging)
     for _, file in sorted(_files(staging), key=lambda entry: entry[0] == last):
         goal = folder / file.relative_to(staging)

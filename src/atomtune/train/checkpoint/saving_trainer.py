@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import ExportableState
 
-from atomtune.disk import disk_failed, new_folder
+from atomtune.disk import disk_failed, identity_of, new_folder
 from atomtune.errors import BadModel, RunFailed, listing
 from atomtune.model.adapter import refuse_not_finite, refuse_unlike
 from atomtune.model.adapter_folder import AdapterMetadata
@@ -53,6 +53,16 @@ class SavingTrainer(Trainer):
         # Not the Trainer's processing_class: that would change the model's special ids to the tokenizer's.
         self.tokenizer_to_save, self.metadata, self.facts, self.notice = tokenizer, metadata, facts, notice
         self.resumed_from, self.failed_saves = resumed_from, 0
+        self._folder_identity = identity_of(Path(self.args.output_dir))
+
+    def refuse_replaced_folder(self) -> None:
+        """Raise RunFailed where another folder took the place of the one this run holds."""
+        folder = Path(self.args.output_dir)
+        if self._folder_identity is not None and identity_of(folder) != self._folder_identity:
+            raise RunFailed(
+                f"{folder} is not the folder this run began in: it was moved or replaced while the run went. Nothing "
+                "was written into the new one. Find the old folder and go on there: --resume --output_dir OLD_FOLDER."
+            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter in PEFT's form, the tokenizer with its template, and the adapter's metadata.
@@ -94,6 +104,7 @@ class SavingTrainer(Trainer):
 
     def _begin_checkpoint(self, staging: Path, final: Path) -> None:
         if self.args.should_save:
+            self.refuse_replaced_folder()
             new_folder(staging)
 
     def _fill_checkpoint(self, staging: Path, final: Path) -> None:

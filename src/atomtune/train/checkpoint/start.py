@@ -118,7 +118,8 @@ def find_start(
 
 def _last_run_in(output_dir: Path, lengths: dict[str, Any], notice: Callable[[str], None]) -> Start | Finished:
     record = read_record(output_dir)
-    if record.get("status") == "finished" and not _asks_for_more(record, lengths):
+    finished = record.get("status") == "finished" and (output_dir / WEIGHTS).is_file()
+    if finished and not _asks_for_more(record, lengths):
         return Finished(output_dir)
     newest = newest_whole(output_dir, notice)
     if newest is not None:

@@ -1,0 +1,184 @@
+"""A run keeps to its output folder, whatever lies or happens there: links, damage, other runs, limits of the system."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from atomtune.cli import main
+from atomtune.train import trainer as trainer_module
+from atomtune.train.checkpoint.atomic import MANIFEST, checkpoints, damage
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(base: Path, data: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *("train", "--model_path", str(base), "--dataset_path", str(data), "--output_dir", str(out)),
+        *("--dtype", "float32", "--per_device_train_batch_size", "4", "--max_steps", "4", "--save_steps", "2", *more),
+    ]
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+NAMES = [
+    *(".saving-adapter", ".saving-checkpoint-2", ".saving-checkpoint-4", ".removing-checkpoint-2", "checkpoint-2"),
+    *("run.json", "loss.png", "adapter_model.safetensors", "tokenizer.json", ".lock"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_behind_a_link_is_written_moved_or_removed(models, dialogues, tmp_path, name):
+    # A shared output folder, in which someone put links under the names that a run uses.
+    elsewhere, out = tmp_path / "elsewhere", tmp_path / "out"
+    whole = tmp_path / "whole"
+    assert main(command(models("llama"), dialogues, whole)) == 0
+    shutil.copytree(whole / "checkpoint-2", elsewhere)
+    (elsewhere / "diary.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine too")
+    out.mkdir()
+    leads_to = elsewhere if "saving" in name or "removing" in name or "checkpoint" in name else tmp_path / "file"
+    (out / name).symlink_to(leads_to)
+    before = everything_in(elsewhere)
+    code = main(command(models("llama"), dialogues, out))
+    assert everything_in(elsewhere) == before
+    assert (tmp_path / "file").read_text() == "mine too"
+    if name in ("checkpoint-2", "run.json", "adapter_model.safetensors"):
+        assert code in (0, 2)  # a run's own names: it may be taken for a run that is there
+    elif name == ".lock":
+        assert code == 2
+    else:
+        assert code == 0
+        assert damage(out / "checkpoint-4") == []
+
+
+DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
+RECORDS = {
+    "nested": DEEP,
+    "other kinds": '{"status": ["finished"], "lengths": 3, "steps": "many", "start": {}}',
+    "lengths of other kinds": '{"status": "finished", "lengths": {"max_steps": "4", "num_train_epochs": null}}',
+    "binary": "\x00\x01\x02",
+}
+
+
+@pytest.mark.parametrize("content", RECORDS.values(), ids=RECORDS)
+@pytest.mark.parametrize("name", ["run.json", "checkpoint-4/manifest.json", "checkpoint-4/trainer_state.json"])
+def test_damaged_json_in_a_runs_folder_is_passed_over_or_named(models, dialogues, tmp_path, capsys, name, content):  # noqa: PLR0917
+    out = tmp_path / "out"
+    assert main(command(models("llama"), dialogues, out)) == 0
+    expected = (out / "adapter_model.safetensors").read_bytes()
+    if name == "run.json":
+        (out / "adapter_model.safetensors").unlink()
+    else:
+        (out / "run.json").write_text('{"status": "running"}')
+    (out / name).write_text(content)
+    assert main(command(models("llama"), dialogues, out, "--resume")) == 0
+    assert "Traceback" not in capsys.readouterr().err
+    assert (out / "adapter_model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["new", "resumed"])
+def test_a_folder_in_place_of_the_record_is_named(models, dialogues, tmp_path, capsys, resume):
+    (tmp_path / "out" / "run.json").mkdir(parents=True)
+    assert main(command(models("llama"), dialogues, tmp_path / "out", *resume)) == 2
+    assert "run.json is a folder" in capsys.readouterr().err
+
+
+def meanwhile(monkeypatch, action) -> None:
+    """The action in the middle of the run, once."""
+    real, calls = trainer_module.target_nats, []
+
+    def target_nats(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            action()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "target_nats", target_nats)
+
+
+def test_a_run_whose_lock_file_was_removed_still_holds_its_folder(models, dialogues, tmp_path, monkeypatch):
+    out, codes = tmp_path / "out", []
+
+    def begin_another() -> None:
+        (out / ".lock").unlink()
+        again = command(models("llama"), dialogues, out, "--resume")
+        done = subprocess.run([sys.executable, "-m", "atomtune", *again], capture_output=True, text=True, check=False)
+        codes.append((done.returncode, "another run is writing here now" in done.stderr))
+
+    meanwhile(monkeypatch, begin_another)
+    assert main(command(models("llama"), dialogues, out)) == 0
+    assert codes == [(2, True)]
+
+
+def test_an_output_folder_that_is_replaced_while_the_run_goes_is_noticed(
+    models, dialogues, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+
+    def replace() -> None:
+        out.rename(tmp_path / "moved")
+        out.mkdir()
+        (out / "theirs.txt").write_text("another run's")
+
+    meanwhile(monkeypatch, replace)
+    assert main(command(models("llama"), dialogues, out)) == 3
+    assert f"{out} is not the folder this run began in" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["theirs.txt"]
+    assert [path.name for path in checkpoints(tmp_path / "moved")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("share", [0.001, 0.2, 0.5, 0.8, 0.95])
+def test_a_limit_on_the_size_of_files_keeps_the_last_checkpoint(models, dialogues, tmp_path, share):
+    """`ulimit -f`, at any size up to the largest file of a save, from the second save on."""
+    base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"
+    flags = ["--max_steps", "12", "--save_total_limit", "9"]
+    assert main(command(base, dialogues, whole, *flags)) == 0
+    largest = max(file.stat().st_size for file in (whole / "checkpoint-2").iterdir())
+    script = (
+        "import resource, sys\n"
+        "import atomtune.train.trainer as trainer\n"
+        "from atomtune.cli import main\n"
+        "real, calls = trainer.target_nats, []\n"
+        "def limited(*a, **k):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3:\n"
+        f"        resource.setrlimit(resource.RLIMIT_FSIZE, ({int(share * largest)}, resource.RLIM_INFINITY))\n"
+        "    return real(*a, **k)\n"
+        "trainer.target_nats = limited\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command(base, dialogues, out, *flags)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Last whole checkpoint" in done.stderr
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-2"]
+    assert damage(out / "checkpoint-2") == []
+    assert not [path for path in out.iterdir() if path.name.startswith((".saving", ".removing"))]
+    assert main(command(base, dialogues, out, *flags, "--resume")) == 0
+    assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+
+
+def test_what_a_run_leaves_is_as_readable_as_the_umask_says(models, dialogues, tmp_path):
+    out = tmp_path / "out"
+    before = os.umask(0o022)
+    try:
+        assert main(command(models("llama"), dialogues, out)) == 0
+    finally:
+        os.umask(before)
+    files = [path for path in out.rglob("*") if path.is_file() and path.name != ".lock"]
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o644"}
+    assert json.loads((out / "checkpoint-4" / MANIFEST).read_text())["step"] == 4
