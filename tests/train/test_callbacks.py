@@ -119,6 +119,22 @@ def test_a_step_left_out_changes_no_weight_and_no_mean():
         step(watch, with_gradient(1.0), [float("nan")], 3)
 
 
+def test_steps_whose_gradients_are_clipped_to_zero_are_counted_and_said():
+    # Each gradient is finite, and the norm of all is not: clipping divides by infinity.
+    said: list[str] = []
+    watch = finite(0, said)
+    for number in range(8):
+        one = with_gradient(1e30)
+        torch.nn.utils.clip_grad_norm_(one.parameters(), 1.0)
+        step(watch, one, [1.0], number)
+    step(watch, with_gradient(1.0), [1.0], 8)
+    assert watch.work.steps_without_gradient == 8
+    assert len(said) == SkipNonFinite.WARNINGS
+    assert "every gradient is zero at step 1" in said[0]
+    assert "--max_grad_norm" in said[0]
+    assert "d.jsonl:00" in said[0]
+
+
 def test_a_mean_over_no_step_is_none():
     watch = finite(1)
     step(watch, with_gradient(1.0), [float("nan")], 0)

@@ -313,6 +313,22 @@ def test_steps_that_are_not_finite_are_left_out_when_asked(models, dialogues, tm
     assert "(2 of at most 2)" in said
 
 
+def test_a_step_whose_gradients_are_clipped_to_zero_is_said(models, dialogues, tmp_path, monkeypatch, capsys):
+    real, calls = trainer.target_nats, []
+
+    def enormous(model, batch, **kwargs):
+        calls.append(1)
+        nats, count = real(model, batch, **kwargs)
+        return (nats * 1e30 if len(calls) == 3 else nats), count
+
+    monkeypatch.setattr(trainer, "target_nats", enormous)
+    flags = ["--max_steps", "4", "--layout", "padded", "--dtype", "float32"]
+    assert main(command(models("llama"), dialogues, tmp_path / "out", *flags)) == 0
+    assert "every gradient is zero at step 3" in capsys.readouterr().out
+    record = status(tmp_path / "out")
+    assert (record["steps_without_gradient"], record["skipped_steps"]) == (1, 0)
+
+
 def test_a_gradient_that_is_not_finite_is_no_update(models, dialogues, tmp_path, monkeypatch, capsys):
     from atomtune.train.trainer import LoraTrainer
 

@@ -25,12 +25,19 @@ class WorkCounter(TrainerCallback, ExportableState):
     owes_evaluation  an evaluation was due at this step and is not made; a run resumed from here makes it first
     """
 
+    #: What a checkpoint keeps, beside the seconds.
+    CARRIED = (
+        *("tokens_computed", "tokens_padded", "examples", "owes_evaluation"),
+        *("skipped_steps", "steps_without_gradient"),
+    )
+
     def __init__(self) -> None:
         self.tokens_computed = 0
         self.tokens_padded = 0
         self.examples = 0
         self.seconds = 0.0
         self.skipped_steps = 0
+        self.steps_without_gradient = 0
         self.owes_evaluation = False
         self._since = 0.0
 
@@ -49,8 +56,9 @@ class WorkCounter(TrainerCallback, ExportableState):
         self.owes_evaluation = False
 
     def state(self) -> dict[str, Any]:
-        names = ("tokens_computed", "tokens_padded", "examples", "skipped_steps", "owes_evaluation")
-        return {"args": {}, "attributes": {**{n: getattr(self, n) for n in names}, "seconds": self.elapsed()}}
+        attributes = {name: getattr(self, name) for name in self.CARRIED}
+        attributes["seconds"] = self.elapsed()
+        return {"args": {}, "attributes": attributes}
 
     def elapsed(self) -> float:
         return self.seconds + (time.perf_counter() - self._since if self._since else 0.0)
@@ -148,7 +156,11 @@ class SkipNonFinite(TrainerCallback):
 
     Losses and gradients are looked at together, before the update: a device is waited for once a step.
     budget  how many such steps of a run may be left out; one more ends it
+    A step whose gradients are all zero is counted and said: it changes nothing.
     """
+
+    #: Steps without a gradient that are said; all are counted.
+    WARNINGS = 5
 
     def __init__(self, work: WorkCounter, *, budget: int, notice: Callable[[str], None]) -> None:
         self.work, self.budget, self.notice = work, budget, notice
@@ -168,27 +180,55 @@ class SkipNonFinite(TrainerCallback):
     ) -> None:
         weights = [weight for weight in model.parameters() if weight.grad is not None]
         scaled = getattr(optimizer, "scaler", None) is not None  # float16's scaler skips such gradients itself
-        # The largest number of all gradients is finite when each is: one wait, and no overflow as in a sum of squares.
         gradients = [] if scaled else [_local(weight.grad) for weight in weights]
-        largest, *losses = _to_host(
-            [torch.nn.utils.get_total_norm(gradients, math.inf), *(loss for loss, _ in self._micro_batches)]
-        )
+        largest, losses = self._largest_gradient_and_losses(gradients)
         spoiled = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
         self._step_loss = sum(loss for loss in losses if math.isfinite(loss))
-        if not on_any_rank(bool(spoiled) or not math.isfinite(largest), args):
+        step = state.global_step + 1
+        if on_any_rank(bool(spoiled) or not math.isfinite(largest), args):
+            cause = f"The loss is {losses[spoiled[-1]]}" if spoiled else "A gradient is not finite"
+            records = of_all_ranks(self._records_of(spoiled or range(len(losses))), args)
+            self._leave_out(weights, f"{cause} at step {step}, in a batch with these records:\n{listing(records)}")
             return
-        cause = f"The loss is {losses[spoiled[-1]]}" if spoiled else "A gradient is not finite"
-        numbers = spoiled or range(len(self._micro_batches))
-        records = of_all_ranks([origin for number in numbers for origin in self._micro_batches[number][1]], args)
-        place = f"{cause} at step {state.global_step + 1}, in a batch with these records:\n{listing(records)}"
+        divided = any(hasattr(weight.grad, "to_local") for weight in weights)  # a rank's own part may well be zero
+        if largest == 0 and gradients and not divided:
+            self._warn_of_no_gradient(step)
+
+    def _largest_gradient_and_losses(self, gradients: list[torch.Tensor]) -> tuple[float, list[float]]:
+        """The largest number in all gradients, and each micro-batch's loss."""
+        # The largest is finite when each is: one wait, and no overflow as in a sum of squares.
+        largest = torch.nn.utils.get_total_norm(gradients, math.inf)
+        numbers = _to_host([largest, *(loss for loss, _ in self._micro_batches)])
+        return numbers[0], numbers[1:]
+
+    def _records_of(self, micro_batches: Sequence[int]) -> list[str]:
+        records: list[str] = []
+        for number in micro_batches:
+            _, origins = self._micro_batches[number]
+            records.extend(origins)
+        return records
+
+    def _leave_out(self, weights: list[torch.nn.Parameter], place: str) -> None:
         if self.work.skipped_steps >= self.budget:
             self._end_the_run(place)
         self.work.skipped_steps += 1
         self.notice(f"{place}\nThe step is left out ({self.work.skipped_steps} of at most {self.budget}).")
         for weight in weights:
-            weight.grad = None  # an optimizer passes such weights by
+            weight.grad = None  # the optimizer then leaves this weight as it is
         self._skipped_loss += self._step_loss
         self._skipped += 1
+
+    def _warn_of_no_gradient(self, step: int) -> None:
+        """Clipping divides by the norm of all gradients; where that overflows, finite gradients become zeros."""
+        self.work.steps_without_gradient += 1
+        if self.work.steps_without_gradient > self.WARNINGS:
+            return
+        records = self._records_of(range(len(self._micro_batches)))
+        self.notice(
+            f"every gradient is zero at step {step}, so this step teaches nothing. The gradients may be so large that "
+            "--max_grad_norm clips them to zero: look at these records, or lower --learning_rate.\n"
+            f"{listing(records, 5)}"
+        )
 
     def _end_the_run(self, place: str) -> NoReturn:
         skipped = self.work.skipped_steps

@@ -323,6 +323,7 @@ def _figures(trainer: LoraTrainer) -> dict[str, Any]:
         "tokens_computed": work.tokens_computed,
         "seconds": seconds,
         "skipped_steps": work.skipped_steps,
+        "steps_without_gradient": work.steps_without_gradient,
         "examples_per_second": work.examples / seconds if seconds else 0.0,
         "peak_memory_bytes": peak_bytes(trainer.args.device),
     }
