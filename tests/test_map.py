@@ -1,23 +1,36 @@
 """CONTRIBUTING's map is what a real run walks; `make house` writes it again."""
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from tests.test_house import name, written_files
-from tools.house.map import BEGIN, END, computed
+from tools.house.map import stated, tree, walks_text
 from tools.house.source import Source
 from tools.house.walks import Walk, between, take_walks
 
 ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "atomtune"
+PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+#: Libraries that decide which of our functions are called; the page is written with the versions of constraints.txt.
+CALLERS = ("accelerate", "datasets", "jinja2", "peft", "tokenizers", "torch", "transformers")
 
 
-def test_the_map_in_contributing_is_the_walk_of_today(tmp_path):
-    source = Source(ROOT / "src" / "atomtune")
-    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    stated = page.partition(BEGIN)[2].partition(END)[0].strip()
-    assert stated == computed(source, take_walks(source, tmp_path)), "run `make house`"
+def test_the_tree_in_contributing_has_every_file_and_its_first_sentence():
+    lines, today = stated(PAGE)[0].splitlines(), tree(Source(SOURCE)).splitlines()
+    assert lines == today, "run `make house`"
+
+
+def test_the_walks_in_contributing_are_those_of_today(tmp_path):
+    constraints = dict(re.findall(r"(?m)^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8")))
+    for library in CALLERS:
+        if version(library).partition("+")[0] != constraints[library].partition("+")[0]:
+            pytest.skip(f"{library} {version(library)} is not the version that the walks were taken with")
+    lines, source = stated(PAGE)[1].splitlines(), Source(SOURCE)
+    today = walks_text(take_walks(source, tmp_path)).splitlines()
+    assert lines == today, "run `make house`"
 
 
 @pytest.fixture

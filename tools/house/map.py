@@ -45,10 +45,14 @@ def tree_line(depth: int, name: str, words: str) -> str:
 
 
 def walks_text(walks: dict[str, Walk]) -> str:
-    """The figures of each walk, and its files in order; of the record's walk the functions too."""
-    parts = []
+    """The files of each walk in order; of the record's walk the functions too.
+
+    No figures: they change with every line that anybody adds anywhere. `make house` prints them.
+    """
+    rooms = " → ".join(walks["record"].rooms)
+    parts = [textwrap.fill(f"Rooms in the order entered: {rooms}.", 118)]
     for name, walk in walks.items():
-        parts.append(f"### {TITLES[name]}\n\n{figures(walk)}\n\n```\n{steps(walk, functions=name == 'record')}\n```")
+        parts.append(f"### {TITLES[name]}\n\n```\n{steps(walk, functions=name == 'record')}\n```")
     return "\n\n".join(parts)
 
 
@@ -71,8 +75,7 @@ def steps(walk: Walk, *, functions: bool) -> str:
 
 
 def computed(source: Source, walks: dict[str, Walk]) -> str:
-    rooms = textwrap.fill("Rooms in the order entered: " + " → ".join(walks["record"].rooms) + ".", 118)
-    return f"```\n{tree(source)}\n```\n\n{rooms}\n\n{walks_text(walks)}"
+    return f"```\n{tree(source)}\n```\n\n{walks_text(walks)}"
 
 
 def with_map(page: str, text: str) -> str:
@@ -81,3 +84,10 @@ def with_map(page: str, text: str) -> str:
     return re.sub(
         f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: f"{BEGIN}\n\n{text}\n\n{END}", page, flags=re.DOTALL
     )
+
+
+def stated(page: str) -> tuple[str, str]:
+    """The tree and the walks as the page has them: its computed part, cut behind the tree."""
+    text = page.partition(BEGIN)[2].partition(END)[0]
+    _, tree_text, walks_part = text.split("```", 2)
+    return tree_text.strip(), walks_part.strip()

@@ -34,7 +34,7 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
     values |= {
         "output_dir": values["output_dir"] or str(spare_folder(settings)),
         "remove_unused_columns": False,  # ours are read by our collator
-        "disable_tqdm": True,  # train.run_report draws the bar
+        "disable_tqdm": True,  # train.progress draws the bar
         "logging_nan_inf_filter": False,  # a loss that is not finite ends the run, it is not hidden
     }
     if settings.data.streaming:  # each rank reads the stream and takes its part: a batch holds more than tensors
