@@ -1,0 +1,130 @@
+"""The clock of one contender on a GPU: warm-up, as many steps as fill the time, three more under the profiler."""
+
+import json
+import math
+import re
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+PROFILED_STEPS = 3
+#: Kinds of kernels by their names, the first that fits.
+KINDS = (
+    ("attention", r"flash|fmha|attention|sdpa|cudnn.*(sdp|fprop|bprop|mha)"),
+    ("matmul", r"gemm|nvjet|cutlass|xmma|splitK|cublas|gemv"),
+    ("optimizer and norms of gradients", r"multi_tensor|fused_adam|lpnorm|foreach"),
+    ("loss", r"softmax|nll|cross_entropy"),
+    ("Liger", r"triton|liger|_rms|_swiglu|rope"),
+    ("copies and casts", r"memcpy|memset|copy|CatArray|index|gather|scatter|transpose|fill"),
+    ("reductions", r"reduce|norm|isfinite"),
+    ("elementwise", r"elementwise|vectorized|unrolled|silu|mul|add|rsqrt|pow|neg|dropout|bernoulli|distribution"),
+)
+
+
+def wait() -> None:
+    """For all that the device was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Meter(TrainerCallback):
+    """Measures a Trainer's steps; the trainer tells it what each step holds with `count`."""
+
+    def __init__(self, *, dry_run: bool, profile: bool) -> None:
+        self.warm_up, self.seconds = (2, 0.1) if dry_run else (4, 2.5)
+        self.fewest, self.most = (1, 1) if dry_run else (4, 16)
+        self.profiles = profile and torch.cuda.is_available()
+        self.figures: dict[str, Any] = {}
+        self._counts: list[tuple[int, int]] = []  # (tokens, examples) of each step
+        self._measured = 0
+        self._profiler: Any = None
+
+    def count(self, *, tokens: int, examples: int) -> None:
+        """What the next step computes."""
+        self._counts.append((tokens, examples))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wait()
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = state.global_step
+        if step == 1:
+            wait()
+            self.figures["first_step_s"] = time.perf_counter() - self._began
+            self._began = time.perf_counter()
+        elif step == self.warm_up:
+            wait()
+            each = (time.perf_counter() - self._began) / (step - 1)
+            self._measured = max(self.fewest, min(self.most, math.ceil(self.seconds / each)))
+            self._began = time.perf_counter()
+        elif self._measured and step == self.warm_up + self._measured:
+            wait()
+            self._finish(time.perf_counter() - self._began)
+            if self.profiles:
+                self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+                self._profiler.start()
+                self._began = time.perf_counter()
+            else:
+                control.should_training_stop = True
+        elif self._profiler and step == self.warm_up + self._measured + PROFILED_STEPS:
+            wait()
+            seconds = time.perf_counter() - self._began
+            self._profiler.stop()
+            self.figures["profile"] = kernels(self._profiler, seconds)
+            self._profiler = None
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if "seconds" not in self.figures and self._measured:  # the records were too few
+            wait()
+            self._measured = state.global_step - self.warm_up
+            self._finish(time.perf_counter() - self._began)
+
+    def _finish(self, seconds: float) -> None:
+        counts = self._counts[self.warm_up : self.warm_up + self._measured]
+        tokens, examples = (sum(column) for column in zip(*counts, strict=True))
+        self.figures |= {
+            "steps": self._measured,
+            "seconds": seconds,
+            "step_ms": 1e3 * seconds / self._measured,
+            "tokens_a_step": tokens / self._measured,
+            "tokens_per_s": tokens / seconds,
+            "examples_per_s": examples / seconds,
+        }
+
+
+def kernels(profiler: Any, seconds: float) -> dict[str, Any]:
+    """Of the profiled steps: the share of time in which the device had nothing to do, kernels, and time by kind."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(errors="replace"))["traceEvents"]
+    on_device = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    if not on_device:
+        return {"error": "no kernels seen"}
+    by_kind: Counter[str] = Counter()
+    by_name: Counter[str] = Counter()
+    for event in on_device:
+        kind = next((kind for kind, names in KINDS if re.search(names, event["name"], re.IGNORECASE)), "other")
+        by_kind[kind] += event["dur"]
+        by_name[event["name"]] += event["dur"]
+    busy, end = 0.0, 0.0
+    for begin, stop in sorted((event["ts"], event["ts"] + event["dur"]) for event in on_device):
+        busy += max(0.0, stop - max(begin, end))
+        end = max(end, stop)
+    waits = Counter(event["name"] for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver"))
+    return {
+        "idle_share": 1 - busy / (1e6 * seconds),
+        "step_ms": 1e3 * seconds / PROFILED_STEPS,
+        "busy_ms": busy / 1e3 / PROFILED_STEPS,
+        "kernels_a_step": len(on_device) / PROFILED_STEPS,
+        "kinds_ms": {kind: round(time_us / 1e3 / PROFILED_STEPS, 2) for kind, time_us in by_kind.most_common()},
+        "longest_ms": [[name[:110], round(us / 1e3 / PROFILED_STEPS, 2)] for name, us in by_name.most_common(14)],
+        "calls_a_step": {name: round(times / PROFILED_STEPS, 1) for name, times in waits.most_common(10)},
+    }
