@@ -28,12 +28,6 @@ CONTENDERS = {
     "atomtune-fp32": "atomtune, --layout auto, float32",
     "atomtune-bf16": "atomtune, --layout auto, bfloat16",
 }
-GPU_CONTENDERS = {
-    "plain-bf16": "transformers' Trainer and PEFT, padded, bfloat16",
-    "trl-packed-bf16": "TRL SFTTrainer, packed, bfloat16",
-    "trl-packed-liger-bf16": "the same with Liger kernels",
-    "atomtune-bf16": "atomtune, --layout auto, bfloat16",
-}
 
 
 def device() -> torch.device:
@@ -254,7 +248,7 @@ def train(name: str, base: Path, data: Path, out: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=CONTENDERS | GPU_CONTENDERS)
+    parser.add_argument("name", choices=CONTENDERS)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     asked = parser.parse_args()

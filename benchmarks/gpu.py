@@ -1,16 +1,15 @@
 """What a step costs on a GPU, beside TRL and plain PEFT: one prepared call of at most eight minutes.
 
-    python -m benchmarks.gpu --out runs/gpu
-    python -m benchmarks.gpu --out runs/gpu --dry_run    # tiny shapes, also on a CPU: shows that everything runs
+    python -m benchmarks.gpu --out runs/gpu.jsonl
+    python -m benchmarks.gpu --out runs/gpu.jsonl --dry_run    # tiny shapes, also on a CPU: shows that everything runs
 
-Every job runs in a forked process of its own and adds its line to results.jsonl as it ends, so a call that is stopped
-early is of use. First the attention of every row is checked against a dense float32 softmax and timed, and loss and
-gradients against plain PEFT; then the contenders, warm-up outside the clock. Bases are random weights of a real shape,
-made on the device. The parent imports everything once, and starts neither the device nor a thread: neither is forked.
+Every job runs in a forked process of its own and adds its line of JSON as it ends, so a call that is stopped early is
+of use. First the attention of every row is checked against a dense float64 softmax and timed, and loss and gradients
+against plain PEFT; then the contenders, warm-up outside the clock. Bases are random weights of a real shape, made on
+the device. The parent imports everything once, and starts neither the device nor a thread: neither can be forked.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import signal
@@ -18,6 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,121 +26,167 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
-from benchmarks import gpu_jobs  # after the environment that torch reads
+from benchmarks import gpu_checks, gpu_contenders, gpu_workloads  # after the environment that torch reads
 
-#: (workload, batch, contenders): what the first lines say is what is wanted most.
+Figures = dict[str, Any]
+
+#: (workload, batch, contenders), in the order of their worth: a call that ends early lacks the last of them.
 RUNS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("style", 16, ("atomtune", "trl-packed-liger")),
-    ("long", 1, ("atomtune", "trl-padded-liger")),
-    ("style", 64, ("atomtune", "atomtune-liger")),
-    ("short", 64, ("atomtune", "atomtune-liger", "trl-packed-liger")),
-    ("rows", 2, ("atomtune-liger", "atomtune")),
-    ("long", 4, ("atomtune-liger", "atomtune", "trl-padded-liger")),
-    ("style", 16, ("atomtune-liger", "trl-packed", "plain")),
+    ("long", 1, ("atomtune", "atomtune-liger", "trl-padded-liger")),
+    ("short", 64, ("atomtune", "trl-packed-liger")),
+    ("style", 64, ("atomtune", "trl-packed-liger")),
+    ("rows", 2, ("atomtune", "atomtune-liger")),
+    ("long", 4, ("atomtune", "trl-padded-liger")),
+    ("style", 16, ("atomtune-liger",)),
+    ("style", 64, ("atomtune-liger",)),
+    ("short", 64, ("atomtune-liger",)),
+    ("long", 4, ("atomtune-liger",)),
+    ("style", 16, ("plain", "trl-packed")),
+    ("long", 1, ("plain",)),
+    ("short", 64, ("plain",)),
 )
-#: Contenders of which three steps are profiled.
-PROFILED = ("atomtune", "atomtune-liger")
-#: A job gets so many seconds, and is not begun with less than the second left.
-LIMIT, LEAST = 60, 14
+#: Runs of which three steps are profiled.
+PROFILED = {("style", 16, "atomtune"), ("long", 1, "atomtune"), ("long", 1, "atomtune-liger"), ("rows", 2, "atomtune")}
+#: A job gets at most so many seconds, and is not begun with less than the second left.
+LIMIT, LEAST = 75, 12
+#: The end of what a job wrote to its terminal, in characters, kept beside its figures.
+TAIL = 1_500
 
 
-def jobs(*, dry_run: bool) -> list[dict[str, Any]]:
+def files(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
+    """What the others read; in a process of its own, because a tokenizer's threads do not outlive a fork."""
+    gpu_workloads.write_base(base, job["shape"])
+    gpu_workloads.write_all(folder, dry_run=job["dry_run"])
+    for name in gpu_workloads.RECORDS:
+        gpu_workloads.encoded(base, folder / f"{name}.jsonl")
+    return {"files": sorted(path.name for path in folder.glob("*.jsonl"))}
+
+
+KINDS: dict[str, Callable[[Figures, Path, Path, Path], Figures]] = {
+    "machine": gpu_checks.machine,
+    "files": files,
+    "attention": gpu_checks.attention,
+    "equality": gpu_checks.equality,
+    "throughput": gpu_contenders.throughput,
+}
+
+
+def jobs(*, dry_run: bool) -> list[Figures]:
     """Every job, in the order of their worth."""
     shape = "tiny" if dry_run else "qwen2.5-7b"
-    planned: list[dict[str, Any]] = [
-        {"name": "machine", "kind": "machine"},
-        {"name": "files", "kind": "files", "shape": shape},
-        {"name": "attention", "kind": "attention"},
-        {"name": "equality", "kind": "equality"},
-    ]
+    planned: list[Figures] = [{"name": kind, "kind": kind} for kind in ("machine", "files", "attention", "equality")]
     for workload, batch, contenders in RUNS:
         for contender in contenders:
-            planned.append(
-                {
-                    "name": f"{workload} {batch} {contender}",
-                    "kind": "throughput",
-                    "workload": workload,
-                    "batch": min(batch, 4) if dry_run else batch,
-                    "contender": contender,
-                    "shape": shape,
-                    "profile": contender in PROFILED,
-                }
-            )
-    return planned
+            run = {"workload": workload, "contender": contender, "batch": min(batch, 4) if dry_run else batch}
+            run["profile"] = (workload, batch, contender) in PROFILED
+            planned.append({"name": f"{workload} {batch} {contender}", "kind": "throughput", **run})
+    return [{**job, "shape": shape, "dry_run": dry_run} for job in planned]
 
 
-def run_forked(job: dict[str, Any], base: Path, folder: Path, out: Path) -> float:
-    """One job in a process of its own; seconds it took. Its line is in results.jsonl, whatever became of it."""
+def import_everything() -> None:
+    """What the jobs need, once, before they are forked."""
+    import peft  # noqa: F401
+    from transformers import Qwen2ForCausalLM, Trainer  # noqa: F401
+
+    import atomtune.cli
+    import atomtune.train.run
+    import atomtune.verify  # noqa: F401
+
+    if gpu_contenders.has("trl"):
+        from trl import SFTTrainer  # noqa: F401
+
+
+def run_forked(job: Figures, base: Path, folder: Path, *, limit: float) -> Figures:
+    """One job in a process of its own: its figures, or what ended it."""
     began = time.monotonic()
-    log = folder / f"{job['name'].replace(' ', '-')}.log"
+    answer, log = folder / "answer.json", folder / "log.txt"
+    answer.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
-        _as_child(job, base, folder, out, log)
-    while not os.waitpid(child, os.WNOHANG)[0]:
-        if time.monotonic() - began > LIMIT:
+        _as_child(job, base, folder, answer, log)
+    status = 0
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        if time.monotonic() - began > limit:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            _add_line(out, {"name": job["name"], "error": f"killed after {LIMIT} s"})
             break
         time.sleep(0.05)
-    with (out / "log.txt").open("a", encoding="utf-8") as logs:
-        logs.write(f"=== {job['name']}\n{log.read_text(errors='replace')[-3000:] if log.exists() else ''}\n")
-    return time.monotonic() - began
+    took = time.monotonic() - began
+    figures = json.loads(answer.read_text()) if answer.exists() else {}
+    if not figures:
+        code = os.waitstatus_to_exitcode(status)
+        figures = {"error": f"killed after {limit:.0f} s" if took > limit else f"its process ended with {code}"}
+    tail = log.read_text(errors="replace")[-TAIL:] if log.exists() else ""
+    return {"name": job["name"], **figures, "took_s": round(took, 1), "stderr": tail}
 
 
-def _as_child(job: dict[str, Any], base: Path, folder: Path, out: Path, log: Path) -> None:
-    """Do the job, write its line, and end the process."""
+def _as_child(job: Figures, base: Path, folder: Path, answer: Path, log: Path) -> None:
+    """Do the job, write its figures, and end the process."""
     try:
         with log.open("w", encoding="utf-8") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        _prepare(folder, dry_run=job["dry_run"])
         with tempfile.TemporaryDirectory() as scratch:
             try:
-                figures = gpu_jobs.KINDS[job["kind"]](job, base, folder, Path(scratch))
+                figures = KINDS[job["kind"]](job, base, folder, Path(scratch))
             except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever it is, the next job is to run
                 traceback.print_exc()
-                figures = {"error": f"{type(error).__name__}: {str(error)[:600]}", **gpu_jobs.memory_figures()}
-        _add_line(out, {"name": job["name"], **figures})
+                figures = {
+                    "error": f"{type(error).__name__}: {str(error)[:600]}",
+                    "traceback": traceback.format_exc()[-2_000:],
+                    **gpu_contenders.memory_figures(),
+                }
+        part = answer.with_suffix(".part")
+        part.write_text(json.dumps(figures), encoding="utf-8")
+        part.replace(answer)  # whole or not at all
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
 
 
-def _add_line(out: Path, figures: dict[str, Any]) -> None:
-    with (out / "results.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(figures) + "\n")
+def _prepare(folder: Path, *, dry_run: bool) -> None:
+    import datasets
+    import torch
+
+    datasets.config.HF_DATASETS_CACHE = folder / "datasets"
+    if dry_run:
+        torch.set_num_threads(1)  # tiny products: more threads wait for each other
 
 
-def lines_of(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def summary(figures: dict[str, Any]) -> str:
+def summary(figures: Figures) -> str:
     """One job's line as a person reads it while the call goes on."""
-    if "error" in figures:
-        return f"ERROR {' '.join(figures['error'].split())[:200]}"
+    if "left_out" in figures:
+        return f"left out: {figures['left_out']}"
     if "step_ms" not in figures:
-        shown = {key: value for key, value in figures.items() if key != "name"}
-        return json.dumps(shown)[:1500]
+        if "error" in figures:
+            return f"ERROR {' '.join(figures['error'].split())[:300]}"
+        shown = {key: value for key, value in figures.items() if key not in ("name", "took_s", "stderr")}
+        return json.dumps(shown)[:2_500]
     profile = figures.get("profile", {})
-    idle = (
-        f" idle {profile['idle_share']:.0%}, {profile['kernels_a_step']:,.0f} kernels"
-        if "idle_share" in profile
-        else ""
-    )
+    idle = ""
+    if "idle_share" in profile:
+        idle = f" idle {profile['idle_share']:.0%}, {profile['kernels_a_step']:,.0f} kernels"
     return (
         f"{figures['examples_per_s']:8.1f} examples/s {figures['tokens_per_s']:8,.0f} tokens/s "
         f"{figures['step_ms']:7.1f} ms  {figures['peak_gb']:.1f} GB of {figures['reserved_gb']:.1f}  "
-        f"{figures['share_of_matmul']:.0%} of matmul{idle}  loss {figures['loss']:.3f} {figures.get('note', '')}"
+        f"{figures['share_of_matmul']:.0%} of matmul{idle}  loss {figures['loss'] or 0:.3f} {figures.get('note', '')}"
+        f"{' ERROR ' + figures['error'][:200] if 'error' in figures else ''}"
     )
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown: the card, and every contender by workload."""
+def table(lines: list[Figures]) -> str:
+    """Markdown: the card, the checks, and every contender by workload."""
     machine = next((line for line in lines if line["name"] == "machine"), {})
+    checks = ", ".join(f"{line['name']}: {line['verdict']}" for line in lines if "verdict" in line)
     rows = [
         f"{machine.get('card')}; {machine.get('matmul_tflops', 0):.0f} TFLOP/s; {machine.get('versions')}",
+        f"Checks: {checks}",
         "",
         "| run | examples/s | tokens/s | ms a step | tokens a step | peak GB | share of matmul | idle |",
         "|---|---|---|---|---|---|---|---|",
@@ -148,8 +194,9 @@ def table(lines: list[dict[str, Any]]) -> str:
     for line in lines:
         if "step_ms" in line:
             idle = line.get("profile", {}).get("idle_share")
+            note = f" ({line['note']})" if line.get("note") else ""
             rows.append(
-                f"| {line['name']} | {line['examples_per_s']:.1f} | {line['tokens_per_s']:,.0f} | "
+                f"| {line['name']}{note} | {line['examples_per_s']:.1f} | {line['tokens_per_s']:,.0f} | "
                 f"{line['step_ms']:.1f} | {line['tokens_a_step']:,.0f} | {line['peak_gb']:.1f} | "
                 f"{line['share_of_matmul']:.0%} | {'' if idle is None else f'{idle:.0%}'} |"
             )
@@ -158,41 +205,49 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def _bench(options: argparse.Namespace, began: float) -> list[Figures]:
+    """All jobs that there is time for, each line written as it comes."""
+    lines: list[Figures] = []
+    rate: Figures = {}
+    with tempfile.TemporaryDirectory() as name, options.out.open("a", encoding="utf-8") as out:
+        folder = Path(name)
+        for job in jobs(dry_run=options.dry_run):
+            if options.only not in job["name"] and job["kind"] not in ("machine", "files"):
+                continue
+            left = options.seconds - (time.monotonic() - began)
+            if left < LEAST:
+                line = {"name": job["name"], "left_out": "no time"}
+            else:
+                line = run_forked({**job, **rate}, folder / "base", folder, limit=min(LIMIT, left + LEAST))
+            if "matmul_tflops" in line:
+                rate = {"matmul_tflops": line["matmul_tflops"]}
+            lines.append(line)
+            out.write(json.dumps(line) + "\n")
+            out.flush()
+            now = time.monotonic() - began
+            print(f"[{now:4.0f} s] {line['name']:28} {line.get('took_s', 0):5.1f} s  {summary(line)}", flush=True)
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench-gpu"), help="results.jsonl, table.md and log.txt")
-    parser.add_argument("--minutes", type=float, default=8.0, help="jobs that would end later are left out")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu.jsonl"), help="a line of JSON a job is added here")
+    parser.add_argument("--seconds", type=float, default=420, help="after these nothing new is started")
     parser.add_argument("--only", default="", help="jobs with this in their name")
     parser.add_argument("--dry_run", action="store_true", help="tiny shapes and few steps, also without a GPU")
     options = parser.parse_args()
     began = time.monotonic()
-    if not (options.dry_run or gpu_jobs.has_gpu()):
+    if not (options.dry_run or gpu_workloads.has_gpu()):
         raise SystemExit(
             "There is no GPU here, and 7 billion weights do not train on a CPU in your lifetime: --dry_run."
         )
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "results.jsonl").write_text("")
-    gpu_jobs.import_everything()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        base = folder / "base"
-        print(f"[{time.monotonic() - began:4.0f} s] imported", flush=True)
-        for job in jobs(dry_run=options.dry_run):
-            if options.only not in job["name"]:
-                continue
-            if time.monotonic() - began > 60 * options.minutes - LEAST:
-                print(f"{job['name']:28} left out: no time", flush=True)
-                continue
-            job |= {"dry_run": options.dry_run}
-            with contextlib.suppress(StopIteration):
-                job["matmul_tflops"] = next(
-                    line["matmul_tflops"] for line in lines_of(options.out) if "matmul_tflops" in line
-                )
-            took = run_forked(job, base, folder, options.out)
-            now = time.monotonic() - began
-            print(f"[{now:4.0f} s] {job['name']:28} {took:5.1f} s  {summary(lines_of(options.out)[-1])}", flush=True)
-    (options.out / "table.md").write_text(table(lines_of(options.out)) + "\n", encoding="utf-8")
-    print(f"\n{table(lines_of(options.out))}\n\nThe results lie in {options.out}.")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    import_everything()
+    print(f"[{time.monotonic() - began:4.0f} s] imported", flush=True)
+    lines = _bench(options, began)
+    print(f"\n{table(lines)}\n\nThe lines are in {options.out}.")
+    if any(line.get("verdict", "PASS") != "PASS" for line in lines):
+        raise SystemExit("A check failed.")
 
 
 if __name__ == "__main__":

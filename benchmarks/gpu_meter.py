@@ -76,7 +76,7 @@ class Meter(TrainerCallback):
             wait()
             seconds = time.perf_counter() - self._began
             self._profiler.stop()
-            self.figures["profile"] = kernels(self._profiler, seconds)
+            self.figures["profile"] = kernels(trace_of(self._profiler), seconds)
             self._profiler = None
             control.should_training_stop = True
 
@@ -99,12 +99,19 @@ class Meter(TrainerCallback):
         }
 
 
-def kernels(profiler: Any, seconds: float) -> dict[str, Any]:
-    """Of the profiled steps: the share of time in which the device had nothing to do, kernels, and time by kind."""
+def trace_of(profiler: Any) -> list[dict[str, Any]]:
+    """What the profiler saw, as the events of a Chrome trace; times in microseconds."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(errors="replace"))["traceEvents"]
+        return json.loads(path.read_text(errors="replace"))["traceEvents"]
+
+
+def kernels(events: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """Of the profiled steps: the share of time in which the device had nothing to do, kernels, and time by kind.
+
+    seconds  of all profiled steps, by the wall's clock
+    """
     on_device = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     if not on_device:
         return {"error": "no kernels seen"}

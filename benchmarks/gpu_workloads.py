@@ -5,6 +5,7 @@ short  25 to 95 tokens a record, nothing shared
 long   about 3,000 tokens a record
 rows   4,096 tokens a record
 The words are made up, so that a token is a word and two records share what they should and nothing else.
+Bases have random weights, made on the device: no file of weights is read.
 """
 
 import json
@@ -13,14 +14,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-#: Qwen2 shapes: hidden, intermediate, layers, heads, heads of keys, vocabulary.
+import torch
+
+#: Qwen2 shapes: hidden, intermediate, layers, heads, heads of keys, vocabulary, and whether the output matrix is tied.
 SHAPES = {
-    "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152_064),
-    "tiny": (64, 176, 2, 4, 2, 8_000),
+    "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152_064, False),
+    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151_936, True),
+    "tiny": (64, 176, 2, 4, 2, 8_000, False),
 }
 #: Tokens that a record may have, and records of each file: warm-up, measured and profiled steps at the largest batch.
 LENGTHS = {"style": 512, "short": 256, "long": 4_096, "rows": 4_096}
 RECORDS = {"style": 1_600, "short": 1_600, "long": 96, "rows": 48}
+#: What the first epoch holds in a dry run, at so small a part of their length.
+DRY_RECORDS, DRY_SHARE = 16, 0.2
 _SYLLABLES = [f"{consonant}{vowel}" for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 
 
@@ -54,7 +60,7 @@ def records_of(workload: str, count: int, *, share: float = 1.0) -> list[dict[st
 def write_all(folder: Path, *, dry_run: bool) -> None:
     """Every workload as a file of the folder."""
     for workload, count in RECORDS.items():
-        records = records_of(workload, 16, share=0.2) if dry_run else records_of(workload, count)
+        records = records_of(workload, DRY_RECORDS, share=DRY_SHARE) if dry_run else records_of(workload, count)
         lines = (json.dumps(record) + "\n" for record in records)
         (folder / f"{workload}.jsonl").write_text("".join(lines), encoding="utf-8")
 
@@ -85,7 +91,7 @@ def write_base(folder: Path, shape: str) -> Path:
 def config_of(shape: str) -> Any:
     from transformers import Qwen2Config
 
-    hidden, inner, layers, heads, key_heads, vocabulary = SHAPES[shape]
+    hidden, inner, layers, heads, key_heads, vocabulary, tied = SHAPES[shape]
     return Qwen2Config(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -94,10 +100,52 @@ def config_of(shape: str) -> Any:
         num_attention_heads=heads,
         num_key_value_heads=key_heads,
         max_position_embeddings=32_768,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
         architectures=["Qwen2ForCausalLM"],
         dtype="bfloat16",
     )
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    return torch.device("cuda", 0) if has_gpu() else torch.device("cpu")
+
+
+def random_model(base: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A base of random weights, made where it computes; the same weights at every call."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device()):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base), dtype=dtype)
+
+
+def load_random_weights() -> None:
+    """From here on in this process, whatever loads a causal base from a folder gets random weights."""
+    import transformers
+
+    def from_pretrained(path: str, *_: Any, **keywords: Any) -> Any:
+        model = random_model(Path(path), keywords.get("dtype", torch.bfloat16))
+        if keywords.get("output_loading_info"):
+            return model, {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+        return model
+
+    transformers.AutoModelForCausalLM.from_pretrained = staticmethod(from_pretrained)
+
+
+def encoded(base: Path, data: Path) -> list[Any]:
+    """Every record as atomtune's Example, for all contenders alike."""
+    from atomtune.data.cache import Rules, as_examples, examples_of
+    from atomtune.data.encoding.choose_template import load_template
+    from atomtune.model.load import load_tokenizer
+
+    template = load_template("atom", load_tokenizer(str(base)))
+    rules = Rules(max_tokens=LENGTHS[data.stem], learn="last")
+    stored = examples_of(data, template, rules, cache_dir=data.parent / "store").examples
+    return [example for row in stored for example in as_examples(row)]

@@ -2,28 +2,25 @@
 
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks import workloads
+from benchmarks import gpu, gpu_meter, workloads
 
 ROOT = Path(__file__).parents[1]
 PERSONA = ROOT / "src" / "atomtune" / "demo" / "persona.jsonl"
 TRL = importlib.util.find_spec("trl") is not None
 
 
-@pytest.mark.parametrize(
-    ("module", "contenders"),
-    [
-        ("benchmarks", ["tutorial", *(["trl-packed-bf16"] if TRL else []), "atomtune-fp32", "atomtune-bf16"]),
-        ("benchmarks.gpu", ["plain-bf16", "atomtune-bf16"]),
-    ],
-)
-def test_a_toy_run_ends_in_a_table_and_a_figure(module, contenders, tmp_path):
-    command = [sys.executable, "-m", module, "--toy", "--records", "64", "--rounds", "1", "--workloads", "style"]
+def test_a_toy_run_ends_in_a_table_and_a_figure(tmp_path):
+    contenders = ["tutorial", *(["trl-packed-bf16"] if TRL else []), "atomtune-fp32", "atomtune-bf16"]
+    command = [sys.executable, "-m", "benchmarks", "--toy", "--records", "64", "--rounds", "1", "--workloads", "style"]
     done = subprocess.run(
         [*command, "--contenders", *contenders, "--out", str(tmp_path)],
         cwd=ROOT,
@@ -41,6 +38,54 @@ def test_a_toy_run_ends_in_a_table_and_a_figure(module, contenders, tmp_path):
     assert shared["computed_tokens"] < runs[0]["computed_tokens"] / 2
     assert "atomtune bf16" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_dry_run_for_a_gpu_does_every_job_and_ends_with_a_verdict(tmp_path):
+    out = tmp_path / "gpu.jsonl"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry_run", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = {line["name"]: line for line in map(json.loads, out.read_text(encoding="utf-8").splitlines())}
+    assert list(lines) == [job["name"] for job in gpu.jobs(dry_run=True)]
+    assert {name for name, line in lines.items() if "verdict" in line} == {"machine", "attention", "equality"}
+    for name, line in lines.items():
+        assert "error" not in line, line
+        if name.endswith((" atomtune", " plain")):
+            assert line["tokens_per_s"] > 0 and line["loss"] > 0, line
+    # A tree computes the shared instruction once; the padded contender computes it for each record.
+    assert lines["style 16 atomtune"]["tokens_a_step"] < lines["style 16 plain"]["tokens_a_step"] / 2
+
+
+def test_a_job_that_crashes_or_hangs_ends_alone_and_says_so(tmp_path, monkeypatch):
+    def crash(*_):
+        os.write(2, b"last words")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setitem(gpu.KINDS, "crash", crash)
+    monkeypatch.setitem(gpu.KINDS, "hang", lambda *_: time.sleep(60))
+    monkeypatch.setitem(gpu.KINDS, "raise", lambda *_: 1 / 0)
+    lines = {
+        kind: gpu.run_forked({"name": kind, "kind": kind, "dry_run": True}, tmp_path, tmp_path, limit=5)
+        for kind in ("crash", "hang", "raise")
+    }
+    assert "-9" in lines["crash"]["error"] and "last words" in lines["crash"]["stderr"]
+    assert lines["hang"]["error"] == "killed after 5 s"
+    assert "ZeroDivisionError" in lines["raise"]["error"]
+
+
+def test_the_profile_of_a_gpu_counts_what_overlaps_once():
+    kernel = {"cat": "kernel"}
+    events = [
+        {**kernel, "name": "sm90_gemm", "ts": 0.0, "dur": 300.0},
+        {**kernel, "name": "flash_fwd", "ts": 200.0, "dur": 200.0},  # beside the first for 100
+        {"cat": "gpu_memcpy", "name": "Memcpy HtoD", "ts": 700.0, "dur": 50.0},
+        {"cat": "cuda_runtime", "name": "cudaStreamSynchronize", "ts": 0.0, "dur": 900.0},
+    ]
+    profile = gpu_meter.kernels(events, seconds=900e-6)
+    assert profile["idle_share"] == pytest.approx(1 - 450 / 900)
+    assert profile["kernels_a_step"] == 1
+    assert profile["kinds_ms"] == {"matmul": 0.1, "attention": 0.07, "copies and casts": 0.02}
 
 
 def test_the_profile_of_a_step_adds_up_and_memory_only_grows():

@@ -55,6 +55,15 @@ def test_plain_runs_that_are_equal_leave_a_unit_in_the_last_place():
         assert all(m.holds for m in log_probability_measures(ours, plain, plain, dtype=torch.bfloat16)) == holds
 
 
+def test_a_softmax_in_float32_is_no_fault_where_every_word_is_unlikely():
+    # A log-probability near -11.5 has neighbours 1e-6 apart in float32, eight times its epsilon.
+    logits = 0.01 * torch.randn(POSITIONS, 100_000, generator=DRAW)
+    plain, ours = logits.double().log_softmax(-1)[:, 0], logits.log_softmax(-1)[:, 0].double()
+    assert all(m.holds for m in log_probability_measures(ours, plain, plain, dtype=torch.float32))
+    ours += 1e-5
+    assert not all(m.holds for m in log_probability_measures(ours, plain, plain, dtype=torch.float32))
+
+
 def test_nan_never_holds():
     plain = noisy(some_logits(), 0)[:, 0]
     assert not all(m.holds for m in log_probability_measures(plain * torch.nan, plain, plain, dtype=torch.float32))

@@ -1,0 +1,239 @@
+"""The contenders on a GPU: the same ids, learned positions, base and LoRA; each returns its figures as plain numbers.
+
+atomtune      the command a user types, with its defaults
+trl-packed    TRL's SFTTrainer; a row holds about as many records as the others' batch
+trl-padded    the same, a record a row
+plain         transformers' Trainer and PEFT, a record a row, padded to the batch's longest
+-liger        with Liger's kernels
+Those that are not atomtune keep all activations if they fit, which is their fastest way.
+"""
+
+import importlib.util
+import json
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import gpu_workloads
+from benchmarks.gpu_meter import Meter
+from benchmarks.gpu_workloads import LENGTHS, device, has_gpu, random_model
+
+RANK, ALPHA, RATE = 8, 32, 1e-4
+#: Bytes that a Qwen2.5-7B shape keeps for a token when nothing is recomputed, as measured, and those of its weights.
+TOKEN_BYTES, WEIGHT_BYTES = 6.5e6, 17e9
+
+Figures = dict[str, Any]
+
+
+def has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def missing(contender: str) -> str | None:
+    """What this machine lacks for a contender."""
+    if contender.startswith("trl") and not has("trl"):
+        return "TRL is not installed"
+    if "liger" in contender and not (has("liger_kernel") and has_gpu()):
+        return "Liger needs its package and a GPU"
+    return None
+
+
+def throughput(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
+    """A contender's steps."""
+    contender = job["contender"]
+    lacks = missing(contender)
+    if lacks:
+        return {"left_out": lacks}
+    meter = Meter(dry_run=job["dry_run"], profile=job["profile"])
+    data = folder / f"{job['workload']}.jsonl"
+    run = RUNS[contender.split("-")[0]]
+    notes = run(job, meter, base, data, scratch)
+    figures = meter.figures | memory_figures() | notes
+    if "tokens_per_s" not in figures:
+        return figures | {"error": "it ended before its warm-up did"}
+    rate = 1e12 * job.get("matmul_tflops", float("inf"))
+    return figures | {"share_of_matmul": 4 * _weights_of_layers(base) * figures["tokens_per_s"] / rate}
+
+
+def memory_figures() -> dict[str, float]:
+    """Gigabytes at their highest, of the device or of this process."""
+    if has_gpu():
+        used, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return {"peak_gb": used / 1e9, "reserved_gb": reserved / 1e9}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"peak_gb": peak / 1e9, "reserved_gb": peak / 1e9}
+
+
+def _weights_of_layers(base: Path) -> int:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    return sum(weight.numel() for name, weight in model.named_parameters() if ".layers." in name)
+
+
+def atomtune(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) -> Figures:
+    """The command a user types, with its defaults."""
+    from atomtune.cli import main
+    from atomtune.train import run
+
+    gpu_workloads.load_random_weights()
+
+    class Metered(run.LoraTrainer):
+        def __init__(self, **keywords: Any) -> None:
+            super().__init__(**keywords)
+            self.add_callback(meter)
+
+        def get_batch_samples(self, *arguments: Any, **keywords: Any) -> Any:
+            batches, targets = super().get_batch_samples(*arguments, **keywords)
+            if batches:
+                meter.count(
+                    tokens=sum(batch["input_ids"].numel() for batch in batches),
+                    examples=sum(batch["examples"] for batch in batches),
+                )
+            return batches, targets
+
+    run.LoraTrainer = Metered  # type: ignore[misc]
+    flags = {
+        "model_path": base, "dataset_path": data, "output_dir": scratch / "run", "template": "atom", "learn": "last",
+        "max_seq_length": LENGTHS[data.stem], "num_train_epochs": 1, "per_device_train_batch_size": job["batch"],
+        "learning_rate": RATE, "lora_rank": RANK, "lora_alpha": ALPHA, "lora_dropout": 0, "dtype": "bfloat16",
+        "save_strategy": "no", "logging_steps": 1 if job["dry_run"] else 5,
+    }  # fmt: skip
+    if "liger" in job["contender"]:
+        # The loss is atomtune's own; Liger's would want all logits' labels.
+        flags |= {"use_liger_kernel": "true", "liger_kernel_config": '{"fused_linear_cross_entropy": false}'}
+    code = main(["train", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))])
+    record = json.loads((scratch / "run" / "run.json").read_text())
+    recomputed = ", recomputed" if record.get("activations_recomputed") else ""
+    return {
+        "loss": record.get("train_loss"),
+        "note": f"{record.get('layout')}{recomputed}",
+        "exit": code,
+        "notices": record.get("notices"),
+        **({} if code == 0 else {"error": f"exit code {code}: {record.get('reason')}"}),
+    }
+
+
+def trl(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) -> Figures:
+    """TRL's SFTTrainer."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    records = _records(base, data)
+    lengths = [len(record["input_ids"]) for record in records]
+    packed = "packed" in job["contender"]
+    row_tokens = job["batch"] * sum(lengths) // len(lengths)
+    recompute = _must_recompute(row_tokens if packed else job["batch"] * max(lengths))
+    trainer = SFTTrainer(
+        model=random_model(base),
+        args=SFTConfig(
+            **_trainer_arguments(scratch),
+            per_device_train_batch_size=1 if packed else job["batch"],
+            max_length=max(row_tokens, *lengths) if packed else LENGTHS[data.stem],
+            packing=packed,
+            completion_only_loss=True,
+            gradient_checkpointing=recompute,
+            use_liger_kernel="liger" in job["contender"],
+        ),
+        train_dataset=Dataset.from_list(records),
+        processing_class=AutoTokenizer.from_pretrained(base),
+        peft_config=_lora(),
+        callbacks=[meter],
+    )
+    trainer.data_collator = _counted(trainer.data_collator, meter)
+    result = trainer.train()
+    return {"loss": result.training_loss, "note": "recomputed" if recompute else ""}
+
+
+def plain(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) -> Figures:
+    """transformers' Trainer and PEFT."""
+    from peft import get_peft_model
+    from transformers import Trainer, TrainingArguments
+
+    records = _records(base, data)
+    model = random_model(base)
+    model.config.use_cache = False
+    recompute = _must_recompute(job["batch"] * max(len(record["input_ids"]) for record in records))
+    trainer = Trainer(
+        model=get_peft_model(model, _lora()),
+        train_dataset=records,
+        args=TrainingArguments(
+            **_trainer_arguments(scratch),
+            per_device_train_batch_size=job["batch"],
+            remove_unused_columns=False,
+            gradient_checkpointing=recompute,
+        ),
+        data_collator=_counted(_padded, meter),
+        callbacks=[meter],
+    )
+    loss = trainer.train().training_loss
+    return {"loss": loss, "note": "recomputed" if recompute else ""}
+
+
+RUNS: dict[str, Callable[[Figures, Meter, Path, Path, Path], Figures]] = {
+    "atomtune": atomtune,
+    "trl": trl,
+    "plain": plain,
+}
+
+
+def _records(base: Path, data: Path) -> list[dict[str, list[int]]]:
+    examples = gpu_workloads.encoded(base, data)
+    return [{"input_ids": list(example.ids), "completion_mask": list(example.learn)} for example in examples]
+
+
+def _must_recompute(tokens: int) -> bool:
+    if not has_gpu():
+        return False
+    return WEIGHT_BYTES + tokens * TOKEN_BYTES > 0.9 * torch.cuda.get_device_properties(0).total_memory
+
+
+def _lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _trainer_arguments(scratch: Path) -> Figures:
+    return {
+        "output_dir": str(scratch),
+        "num_train_epochs": 1,
+        "learning_rate": RATE,
+        "logging_steps": 5,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": has_gpu(),
+        "use_cpu": device().type == "cpu",
+    }
+
+
+def _padded(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """[B, longest] each: ids, labels (-100 where nothing is learned) and mask."""
+    longest = max(len(record["input_ids"]) for record in batch)
+    ids, labels, mask = [], [], []
+    for record in batch:
+        tokens, learned = record["input_ids"], record["completion_mask"]
+        filling = longest - len(tokens)
+        ids.append(tokens + [0] * filling)
+        answers = [token if times else -100 for token, times in zip(tokens, learned, strict=True)]
+        labels.append(answers + [-100] * filling)
+        mask.append([1] * len(tokens) + [0] * filling)
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "attention_mask": torch.tensor(mask)}
+
+
+def _counted(collate: Callable[[Any], Any], meter: Meter) -> Callable[[Any], Any]:
+    """The same collator; the meter learns of every batch. A packed row says how many records it holds."""
+
+    def counted(features: list[dict[str, Any]]) -> Any:
+        batch = collate(features)
+        examples = sum(len(feature["seq_lengths"]) if "seq_lengths" in feature else 1 for feature in features)
+        meter.count(tokens=batch["input_ids"].numel(), examples=examples)
+        return batch
+
+    return counted
