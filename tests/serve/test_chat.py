@@ -51,6 +51,19 @@ def test_a_conversation_reads_lines_and_an_empty_one_begins_anew(trained, capsys
     assert said.splitlines() == ["晚安，愿你好梦。", "I keep the light."]
 
 
+def test_an_empty_system_text_is_a_system_text():
+    # It switches a default persona off, as it does for a server.
+    from atomtune.data.encoding.choose_template import load_template
+    from atomtune.serve.chat import Wording
+    from tests.tiny import CHATML, tokenizer_of
+
+    persona = "{% if messages[0].role != 'system' %}I am a default.{% endif %}"
+    template = load_template("auto", tokenizer_of("bytes", persona + CHATML))
+    for system, begins in ((None, "I am a default."), ("", "<|im_start|>system\n<|im_end|>")):
+        wording = Wording.of(template, system, None)
+        assert template.render([*wording.opening, *wording.messages("Hi")]).startswith(begins)
+
+
 def test_control_strings_that_are_typed_stay_text(trained, capsys):
     """`</s>` typed by a user must not end the prompt."""
     from atomtune.model.adapter_folder import template_of

@@ -61,16 +61,16 @@ def ready_to_answer(model: CausalLM, template: Template, *, notice: Callable[[st
 
 
 @torch.no_grad()
-def answer(
+def answer_ids(
     model: CausalLM,
     template: Template,
     messages: Sequence[Message],
     *,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
-    streamer: Any = None,  # a transformers TextStreamer
-) -> str:
-    """One answer; greedy at temperature 0, so that the same prompt gives the same answer."""
+    streamer: Any = None,  # a transformers BaseStreamer
+) -> list[int]:
+    """The ids of one answer, its stop token with them; greedy at temperature 0: equal prompts have equal answers."""
     ids = torch.tensor([prompt_ids(template, messages)], device=model.device)  # [1, T]
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     was_training = model.training
@@ -86,4 +86,10 @@ def answer(
         **sampling,
     )
     model.train(was_training)
-    return template.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+    return [int(token) for token in written[0, ids.shape[1] :]]
+
+
+def answer(model: CausalLM, template: Template, messages: Sequence[Message], *, max_new_tokens: int = 512) -> str:
+    """One greedy answer as text."""
+    ids = answer_ids(model, template, messages, max_new_tokens=max_new_tokens)
+    return template.tokenizer.decode(ids, skip_special_tokens=True)

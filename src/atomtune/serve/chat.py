@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from atomtune.console import Console
 from atomtune.data.encoding.chat_template import Message, Template
+from atomtune.data.encoding.reply import read_reply, shown
 from atomtune.data.records import Turn
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import load_trained
 from atomtune.model.adapter_folder import CONFIG, base_of, template_of
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import refuse_other_base
-from atomtune.model.generate import answer, prompt_ids, ready_to_answer
+from atomtune.model.generate import answer_ids, prompt_ids, ready_to_answer
 from atomtune.model.load import BaseSpec, device_in_use, load_base, quiet_libraries, resolve_dtype
 from atomtune.settings.fields import ChatSettings
 
@@ -100,7 +101,7 @@ def _converse(model: CausalLM, wording: Wording, settings: ChatSettings, console
             messages = [*wording.opening, *itertools.chain(*exchanges), *question]
             console.say("(the oldest exchange no longer fits and is left out)")
         reply = _reply(model, wording.template, messages, settings)
-        exchanges.append([*question, {"role": "assistant", "content": reply}])
+        exchanges.append([*question, *wording.template.messages([reply])])
 
 
 def _positions(model: CausalLM) -> int:
@@ -109,17 +110,41 @@ def _positions(model: CausalLM) -> int:
     return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
 
-def _reply(model: CausalLM, template: Template, messages: list[Message], settings: ChatSettings) -> str:
-    """Print an answer as it is written, and return it."""
+def _reply(model: CausalLM, template: Template, messages: list[Message], settings: ChatSettings) -> Turn:
+    """Print an answer as it is written, and return the turn that it stands for: its thoughts and calls apart."""
     room = _positions(model) - len(prompt_ids(template, messages))
     if room < 1:
         raise BadSettings([f"The prompt alone fills the model's {_positions(model)} positions. Ask something shorter."])
     torch.manual_seed(0)
-    return answer(
+    ids = answer_ids(
         model,
         template,
         messages,
         max_new_tokens=min(settings.max_new_tokens, room),
         temperature=settings.temperature,
-        streamer=TextStreamer(template.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=_Printer(template),
     )
+    return read_reply(template, template.render(messages), ids)
+
+
+class _Printer(BaseStreamer):
+    """Prints an answer while the model writes it."""
+
+    def __init__(self, template: Template) -> None:
+        self.template = template
+        self.ids: list[int] | None = None  # None: the prompt comes first
+        self.printed = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.ids is None:
+            self.ids = []
+            return
+        self.ids += value.flatten().tolist()
+        text = shown(self.template, self.ids)
+        # A character of several tokens is shown once it is whole.
+        if text.startswith(self.printed) and not text.endswith("\ufffd"):
+            print(text[len(self.printed) :], end="", flush=True)
+            self.printed = text
+
+    def end(self) -> None:
+        print(shown(self.template, self.ids or [])[len(self.printed) :], flush=True)

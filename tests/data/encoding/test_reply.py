@@ -1,0 +1,124 @@
+"""Replies: what training learned of a turn, read back, is the turn."""
+
+from itertools import pairwise
+
+import pytest
+
+from atomtune.data.encoding.chat_template import Template
+from atomtune.data.encoding.choose_template import load_template
+from atomtune.data.encoding.reply import read_reply, shown
+from atomtune.data.records import Record, Turn
+from benchmarks.token_truth import TOKENIZERS, template_for
+from tests.tiny import CHATML, GEMMA, tokenizer_of
+from tests.walk.test_token_truth import CHANNELS, OPENS, TRIMS, shaped
+
+ASKED = Turn("user", "9*8?")
+TOOL = {"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}
+ANSWERS = {
+    "plain": Turn("assistant", "Seventy-two."),
+    "several lines": Turn("assistant", "7\n\n2  and\n more"),
+    "control strings": Turn("assistant", "The token <|im_end|> or </s> ends it."),
+    "thoughts": Turn("assistant", "72", reasoning="Nine times eight.\nThat is 72."),
+}
+
+
+def template_of(name: str) -> Template:
+    shapes = {
+        "channels": CHANNELS,
+        "opens": OPENS.replace("SPACED", "<think>\n"),
+        "opens close by": OPENS.replace("SPACED", "<think>"),
+        "trims": TRIMS,
+        "a space": CHATML.replace("{{ m['content'] }}", "{{ ' ' + m['content'] }}"),
+    }
+    if name in shapes:
+        return shaped(shapes[name])
+    if name in ("qwen", "chatml"):
+        return load_template(name, tokenizer_of("bytes", CHATML))
+    return load_template(name, tokenizer_of("sentencepiece", GEMMA))
+
+
+def written(template: Template, record: Record) -> list[int]:
+    """The ids that training learned for the last turn, its stop token with them."""
+    exchange = template.exchanges(record)[-1]
+    (ids,) = template.tokens.ids_of([exchange.answer])
+    return [*ids, template.tokenizer.convert_tokens_to_ids(exchange.stop)]
+
+
+def prompt_of(template: Template, record: Record) -> str:
+    return template.render(template.messages(record.prompt), tools=record.tools)
+
+
+NAMES = [
+    "channels",
+    "opens",
+    "opens close by",
+    "trims",
+    "a space",
+    "qwen",
+    "chatml",
+    "auto",
+    "atom",
+    "mistral",
+    "plain",
+]
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_learned_of_an_answer_is_read_back_as_that_answer(name, answer):
+    # Catches `analysis…assistantfinal72`, thoughts without their marks, and a space more in the history every turn.
+    template, turn = template_of(name), ANSWERS[answer]
+    record = Record((ASKED, turn), "a:1")
+    if turn.reasoning and not template.knows_thoughts:
+        pytest.skip("this template writes no thoughts")
+    assert read_reply(template, prompt_of(template, record), written(template, record)) == turn
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_next_prompt_is_that_of_the_record(name):
+    # The history that chat sends is the one that training read.
+    template = template_of(name)
+    turn = ANSWERS["thoughts" if template.knows_thoughts else "plain"]
+    record = Record((ASKED, turn), "a:1")
+    reply = read_reply(template, prompt_of(template, record), written(template, record))
+    nexts = [template.render(template.messages([ASKED, answer, ASKED])) for answer in (turn, reply)]
+    assert nexts[0] == nexts[1]
+
+
+@pytest.mark.parametrize(("name", "reasoning"), [("qwen", ""), ("qwen", "I need it."), ("channels", "I need it.")])
+def test_calls_are_read_back_as_calls(name, reasoning):
+    turn = Turn("assistant", "", reasoning=reasoning, calls=({"name": "add", "arguments": {"x": "两", "y": 3}},))
+    template = template_of(name)
+    record = Record((ASKED, turn), "a:1", tools=(TOOL,))
+    assert read_reply(template, prompt_of(template, record), written(template, record)) == turn
+
+
+def test_an_answer_cut_off_in_its_thoughts_has_no_text():
+    template = template_of("opens")
+    ids = template.tokenizer("Nine times", add_special_tokens=False)["input_ids"]
+    assert read_reply(template, "…<think>\n", ids) == Turn("assistant", "", reasoning="Nine times")
+
+
+def test_a_reader_sees_texts_and_no_headers_and_what_was_shown_stays():
+    # Catches `analysis` and `assistantfinal` on the screen; a stream can take nothing back.
+    template = template_of("channels")
+    record = Record((ASKED, ANSWERS["thoughts"]), "a:1")
+    ids = written(template, record)
+    stages = [shown(template, ids[:end]) for end in range(len(ids) + 1)]
+    assert stages[-1] == "Nine times eight.\nThat is 72.\n\n72"
+    assert all(later.startswith(earlier) for earlier, later in pairwise(stages))
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_answers_of_published_tokenizers_are_read_back(name, real):
+    real(TOKENIZERS[name][0])
+    template = template_for(name)
+    if template is None:
+        pytest.skip("its published template comes with trl")
+    for turn in ANSWERS.values():
+        if turn.reasoning and not template.knows_thoughts:
+            continue
+        record = Record((ASKED, turn), "a:1")
+        ids = written(template, record)
+        assert read_reply(template, prompt_of(template, record), ids) == turn
+        assert shown(template, ids).endswith(turn.text)
