@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from atomtune.cli import main
+from atomtune.model.fingerprint import fingerprint
 from atomtune.train import trainer as trainer_module
 from atomtune.train.checkpoint.atomic import checkpoints
 
@@ -265,6 +267,24 @@ def test_another_config_of_the_base_is_another_run(models, dialogues, tmp_path, 
     (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
     assert main(command(base, dialogues, out, "--max_steps", "4", "--resume")) == 2
     assert "the base's config.json (SHA-256): " in capsys.readouterr().err
+
+
+def test_another_row_in_the_bases_weights_is_another_run(models, dialogues, tmp_path, capsys):
+    # The fingerprint looks at the first and the middle row of a weight: this one is neither.
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(models("llama"), base)
+    assert main(command(base, dialogues, out, "--max_steps", "2")) == 0
+    weights = load_file(base / "model.safetensors")
+    original = (base / "model.safetensors").read_bytes()
+    name = next(name for name in weights if "embed_tokens" in name)
+    weights[name][7] += 1
+    before = fingerprint(str(base))
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint(str(base)) == before
+    assert main(command(base, dialogues, out, "--max_steps", "4", "--resume")) == 2
+    assert "the base's weights (checksum): " in capsys.readouterr().err
+    (base / "model.safetensors").write_bytes(original)  # a copy is the same base, whenever it was written
+    assert main(command(base, dialogues, out, "--max_steps", "4", "--resume")) == 0
 
 
 def test_another_evaluation_file_is_another_run(models, dialogues, tmp_path, capsys):
