@@ -106,7 +106,7 @@ def _unforeseen(name: str, error: Exception) -> int:
         _say_error(f"\natomtune {name}: the disk is full or failing: {error}")
         _say_error("Free some space and run the command again.")
         return ExitCode.RUN_FAILED
-    traceback.print_exception(error)
+    _say_error("".join(traceback.format_exception(error)).rstrip())
     _say_error(f"\natomtune {name}: this is a bug in atomtune {__version__}. Please report the lines above.")
     return ExitCode.BUG
 

@@ -1,12 +1,30 @@
-"""Console: the one way a command speaks in the terminal, and the bars it draws there."""
+"""Console: the one way a command speaks in the terminal, and the bars it draws there.
+
+Law: no character of a file, a name or a message gives the terminal an order; it is shown as `\\x1b` instead.
+"""
 
 import contextlib
+import json
 import os
+import re
 import sys
 import time
+from collections.abc import Iterable
 
 import rich.console
+from rich.cells import cell_len
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+
+#: What a terminal obeys instead of showing it: C0 and C1 control characters, all but tab and line end, and the marks
+#: that turn the direction of writing or end a line.
+_ORDERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+#: What a line may end behind: spaces, a word, or one character of Chinese or Japanese with the marks around it.
+_WIDE = "\u2e80-\u9fff\uf900-\ufaff\uff01-\uff60"
+_OPENING, _CLOSING = "（「『《〈【“‘", "）」』》〉】”’、。，；：！？…"
+_WORDS = re.compile(
+    f" +|[{_OPENING}]*[{_WIDE}][{_CLOSING}]*|[^ {_WIDE}{_OPENING}{_CLOSING}]+[{_CLOSING}]*|[{_OPENING}{_CLOSING}]+"
+)
 
 
 class Console(rich.console.Console):
@@ -17,17 +35,33 @@ class Console(rich.console.Console):
     """
 
     def __init__(self, *, speaks: bool = True, stderr: bool = False) -> None:
-        super().__init__(quiet=not speaks, stderr=stderr, highlight=False)
+        super().__init__(quiet=not speaks, stderr=stderr, highlight=False, markup=False, emoji=False)
         self.notices: list[str] = []
 
-    def say(self, text: str, style: str | None = None) -> None:
-        """One text, exactly as it is: `[` begins no markup."""
-        self.print(text, style=style, markup=False, soft_wrap=True)
+    def say(self, text: str, style: str | None = None, *, wrap: bool = True) -> None:
+        """One text as it is: `[` begins no markup. On a terminal its lines end at a word's end.
+
+        wrap  False leaves a long line to the terminal, so that a command in it can be copied whole
+        """
+        text = visible(text)
+        if wrap and self.is_terminal:
+            text = "\n".join(wrapped(line, self.width) for line in text.split("\n"))
+        self.print(text, style=style, soft_wrap=True)
 
     def notice(self, text: str) -> None:
         """Something the user should know and need not answer; kept for run.json."""
         self.notices.append(text)
         self.say(f"note: {text}", style="yellow")
+
+    def render(
+        self, renderable: rich.console.RenderableType, options: rich.console.ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """All that rich is about to write, cells of tables and bars too, with no order to the terminal but rich's."""
+        for segment in super().render(renderable, options):
+            if segment.control or not _ORDERS.search(segment.text):
+                yield segment
+            else:
+                yield Segment(visible(segment.text), segment.style)
 
     def reading_progress(self, total_bytes: int, what: str) -> "ReadingProgress":
         return ReadingProgress(self, total_bytes, what)
@@ -37,6 +71,43 @@ class Console(rich.console.Console):
         self.quiet = True
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def visible(text: str) -> str:
+    """A text whose control characters are shown, not obeyed: `\\x1b`, `\\u202e`. Tabs and line ends stay."""
+    return _ORDERS.sub(lambda order: order.group().encode("unicode_escape").decode("ascii"), text)
+
+
+def print_json(value: object) -> None:
+    """A command's result, on one line of standard output; what reads it gets the very same value."""
+    line = json.dumps(value, ensure_ascii=False)
+    print(_ORDERS.sub(lambda order: f"\\u{ord(order.group()):04x}", line))
+
+
+def wrapped(line: str, width: int) -> str:
+    """A line as several that end at a word's end and are indented alike.
+
+    A word that is longer than a line stays where it is: the terminal breaks it without a line end, so a path or an
+    address can be copied.
+    """
+    indent = min(len(line) - len(line.lstrip(" ")), width // 2)
+    lines, current, gap = [], "", ""
+    cells = 0  # that `current` takes
+    for word in _WORDS.findall(line):
+        if word.isspace():
+            gap += word
+            continue
+        word_cells = cell_len(word)
+        is_first = not current.strip()
+        if cells + len(gap) + word_cells > width and not is_first and word_cells <= width - indent:
+            lines.append(current)
+            current, cells, gap = " " * indent, indent, ""
+        current += gap + word
+        cells = cells + len(gap) + word_cells
+        if cells > width:  # broken by the terminal
+            cells %= width
+        gap = ""
+    return "\n".join([*lines, current])
 
 
 class ReadingProgress:
@@ -64,11 +135,11 @@ def progress_bar(console: Console, *texts: str, count: bool = True) -> Progress:
     """A progress bar with the given columns and the time left; nothing where there is no terminal."""
     steps = [MofNCompleteColumn()] if count else []
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=28),
         *steps,
-        *(TextColumn(text) for text in texts),
-        TextColumn("left"),
+        *(TextColumn(text, markup=False) for text in texts),
+        TextColumn("left", markup=False),
         TimeRemainingColumn(),
         console=console,
         transient=not console.is_terminal,

@@ -8,10 +8,10 @@ import subprocess
 import sys
 
 import pytest
-from rich.console import Console
 
 from atomtune.choices import CHECKS
 from atomtune.cli import main
+from atomtune.console import Console
 from atomtune.data.records import Example
 from atomtune.inspect.html_page import LABELS
 from atomtune.inspect.tokens import CONTROL_LEARNED, LEARNED, TokenDecoder, byte_of, coloured, show, visible
@@ -297,7 +297,8 @@ def test_nothing_hides_in_a_token(piece, shown):
 def test_of_a_long_record_the_end_is_shown():
     tokenizer = tokenizer_of("characters")
     example = Example((1, *[5] * 50, 2), (0, *[0] * 49, 1, 1), "a:1")
-    console = Console(file=io.StringIO(), width=200, color_system=None)
+    console = Console()
+    console.file, console.width = io.StringIO(), 200
     show(console, [example], TokenDecoder(tokenizer), part=10)
     said = console.file.getvalue()
     assert "the first 42 are not shown" in said

@@ -86,9 +86,9 @@ def merge(settings: MergeSettings) -> int:
         f"{weights.same:,} other tensors are the base's.\n"
         f"Answers to {len(PROBES)} prompts differ from the adapter's by {divergence.apart:.1e} nats a token (KL); two "
         f"plain runs differ by {divergence.noise:.1e}.\n"
-        f"The merged model lies in {out}; transformers, vLLM and others load it as it is.\n\nNext:\n"
-        f"  atomtune chat --adapter_path {out}"
+        f"The merged model lies in {out}; transformers, vLLM and others load it as it is.\n\nNext:"
     )
+    console.say(f"  atomtune chat --adapter_path {out}", wrap=False)
     return 0
 
 

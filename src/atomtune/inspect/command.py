@@ -1,10 +1,9 @@
 """Inspect: what of a data set is learned and what is wrong with it, before a model is loaded."""
 
-import json
 from pathlib import Path
 
 from atomtune.batch.cost import sample_rows
-from atomtune.console import Console
+from atomtune.console import Console, print_json
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.errors import BadSettings
 from atomtune.inspect.html_page import write_page
@@ -34,13 +33,13 @@ def inspect(settings: InspectSettings) -> int:
     report = build_report(settings, template, console)
     decoder = TokenDecoder(tokenizer)
     if settings.json:
-        print(json.dumps(report.ledger.to_run_json(), ensure_ascii=False))
+        print_json(report.ledger.to_run_json())
     say_report(report, console)
     if settings.samples and len(report.stored):
         chosen = sample_rows(len(report.stored), settings.samples, seed=settings.seed)
         show(console, [example for row in chosen for example in report.examples(row)], decoder)
     if settings.html:
         write_page(report, Path(settings.html), decoder, seed=settings.seed)
-        console.print(f"\nwritten: {settings.html}", markup=False, soft_wrap=True)
+        console.say(f"\nwritten: {settings.html}")
     require(allowed, report.findings, report.ledger)
     return 0

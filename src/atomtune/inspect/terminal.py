@@ -25,9 +25,7 @@ _BAR_WIDTH = 40
 def say_report(report: Report, console: Console) -> None:
     """Print all of it, section by section."""
 
-    def say(text: str = "", style: str = "") -> None:
-        console.print(text, style=style, markup=False, soft_wrap=True)
-
+    say = console.say
     ledger = report.ledger
     say(f"{', '.join(report.sources)}", "bold")
     template = report.template
@@ -59,7 +57,7 @@ def say_report(report: Report, console: Console) -> None:
     _section(console, "Problems")
     for line in check_lines(report):
         say(f"  {line}")
-    say()
+    say("")
 
 
 def ledger_lines(ledger: Ledger) -> Iterator[str]:
@@ -132,7 +130,7 @@ def scripts(report: Report) -> list[tuple[str, float]]:
 
 
 def _section(console: Console, title: str) -> None:
-    console.print(f"\n{title}", style="bold cyan", markup=False)
+    console.say(f"\n{title}", "bold cyan")
 
 
 def _lengths(columns: Mapping[str, NDArray[numpy.int32]]) -> Table:

@@ -106,11 +106,11 @@ def legend(*, colour: bool) -> Text:
 
 def show(console: Console, examples: Sequence[Example], decoder: TokenDecoder, *, part: int = 1500) -> None:
     """Print examples token by token; of one that is longer than `part` tokens its end, where its answer stands."""
-    colour = console.color_system is not None
+    colour = console.color_system is not None and not console.no_color
     console.print(legend(colour=colour))
     for example in examples:
         hidden = max(0, len(example.ids) - part)
         learned = sum(map(bool, example.learn))
         more = f"; the first {hidden:,} are not shown" if hidden else ""
-        console.print(f"\n{example.origin}  {len(example.ids):,} tokens, {learned:,} learned{more}", markup=False)
+        console.say(f"\n{example.origin}  {len(example.ids):,} tokens, {learned:,} learned{more}")
         console.print(coloured(example.ids[hidden:], example.learn[hidden:], decoder, colour=colour))

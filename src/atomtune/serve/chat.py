@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from atomtune.console import Console
+from atomtune.console import Console, visible
 from atomtune.data.encoding.chat_template import Message, Template
 from atomtune.data.encoding.reply import read_reply, shown
 from atomtune.data.records import Turn
@@ -128,10 +128,11 @@ def _reply(model: CausalLM, template: Template, messages: list[Message], setting
 
 
 class _Printer(BaseStreamer):
-    """Prints an answer while the model writes it."""
+    """Prints an answer while the model writes it; on a terminal, control characters in it are shown, not obeyed."""
 
     def __init__(self, template: Template) -> None:
         self.template = template
+        self.on_terminal = sys.stdout.isatty()
         self.ids: list[int] | None = None  # None: the prompt comes first
         self.printed = ""
 
@@ -143,8 +144,11 @@ class _Printer(BaseStreamer):
         text = shown(self.template, self.ids)
         # A character of several tokens is shown once it is whole.
         if text.startswith(self.printed) and not text.endswith("\ufffd"):
-            print(text[len(self.printed) :], end="", flush=True)
+            self._print(text[len(self.printed) :])
             self.printed = text
 
     def end(self) -> None:
-        print(shown(self.template, self.ids or [])[len(self.printed) :], flush=True)
+        self._print(shown(self.template, self.ids or [])[len(self.printed) :] + "\n")
+
+    def _print(self, text: str) -> None:
+        print(visible(text) if self.on_terminal else text, end="", flush=True)

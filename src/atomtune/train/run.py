@@ -367,12 +367,15 @@ def _say_what_is_next(run: RunContext, trainer: LoraTrainer, loss: float, ledger
         pace = ", all made before"
     console.say(
         f"Done: {steps:,} steps{pace}, mean loss {loss:.3f}{fell}.\n"
-        f"The adapter lies in {folder} (run.json: every figure; loss.png: the curve).\n\n"
-        f"Next:\n  {atomtune} chat --adapter_path {folder}\n"
-        f"  {atomtune} merge --adapter_path {folder} --output_dir {folder}/merged"
+        f"The adapter lies in {folder} (run.json: every figure; loss.png: the curve).\n\nNext:"
+    )
+    console.say(
+        f"  {atomtune} chat --adapter_path {folder}\n"
+        f"  {atomtune} merge --adapter_path {folder} --output_dir {folder}/merged",
+        wrap=False,
     )
     if run.settings.demo:
-        console.say(f"  {atomtune} train --model_path YOUR_MODEL --dataset_path YOUR.jsonl")
+        console.say(f"  {atomtune} train --model_path YOUR_MODEL --dataset_path YOUR.jsonl", wrap=False)
     if ledger.shared_instruction is not None:
         console.say(
             "Other servers need the shared instruction (atomtune.json) with every request, as training had it: as the "
