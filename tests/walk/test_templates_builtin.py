@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from atomtune.data.encoding.choose_template import load_template
 from atomtune.model.load import load_tokenizer
 from tests.tiny import CHATML, lone_sentencepiece, tokenizer_of
 
@@ -159,6 +160,24 @@ def test_a_conversation_has_one_bos_and_it_is_the_first(name, kind, tokenizers):
         assert written.startswith(tokenizer.bos_token) and written.count(tokenizer.bos_token) == 1
     else:
         assert written == render(name, tokenizer, chat("q", "a", "q", system="S"), prompt=True, bos_token=None)
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen"])
+def test_a_bos_that_begins_every_turn_is_not_doubled(name):
+    # SmolLM2's and others' BOS is <|im_start|>.
+    tokenizer = tokenizer_of("bytes", CHATML)
+    tokenizer.bos_token = "<|im_start|>"
+    written = render(name, tokenizer, chat("q"), prompt=True)
+    assert written == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_mark_for_thoughts_that_is_no_token_here_is_named():
+    # Catches a think block taught to a model that has no token for it, in silence.
+    tokenizer = tokenizer_of("bytes", CHATML)
+    assert load_template("qwen", tokenizer).unknown_controls == ("</think>", "<think>")
+    assert load_template("chatml", tokenizer).unknown_controls == ()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    assert load_template("qwen", tokenizer).unknown_controls == ()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -32,6 +32,8 @@ def say_report(report: Report, console: Console) -> None:
     for note in report.notes:
         say(f"note: {note}", "yellow")
     say(f"read as {ledger.format or 'nothing'}; template {template.name}, an answer stops at {template.stop}")
+    if template.why:
+        say(f"note: {template.why}", "yellow")
     if template.unknown_controls:
         say(f"note: {', '.join(template.unknown_controls)} of this template are text to this tokenizer", "yellow")
     _section(console, "Ledger")

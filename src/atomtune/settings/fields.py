@@ -86,8 +86,8 @@ class RecordSettings:
     )
     template: str = setting(
         "auto",
-        "how a conversation becomes text: auto (the tokenizer's own chat template, else atom), a .jinja file, or one "
-        f"of {', '.join(TEMPLATES)}",
+        "how a conversation becomes text: auto (the tokenizer's own chat template; without one, atom for a Chinese "
+        f"vocabulary, else plain), a .jinja file, or one of {', '.join(TEMPLATES)}",
         value="FILE_OR_NAME",
     )
     chat_template_kwargs: str | None = setting(

@@ -218,6 +218,8 @@ def _about_template(ledger: Ledger, template: Template) -> Iterator[str]:
             "records every answer is therefore an example of its own, with the prompt that a server would send: "
             f"{_first_few(ledger.split_origins)}."
         )
+    if template.why:
+        yield f"{template.why}."
     if not template.writes_bos:
         yield (
             f"template {template.name} does not begin with {template.tokenizer.bos_token}, the tokenizer's "

@@ -1,7 +1,8 @@
 """Laws of the templates: the text that is trained is the text that a server renders from the saved tokenizer."""
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from atomtune.data.encoding.chat_template import CannotExpress, Template
 from atomtune.data.encoding.choose_template import load_template, restore_template
@@ -122,6 +123,27 @@ def test_auto_takes_atom_where_the_tokenizer_has_none(kind):
     assert prompt(own(kind, None), Turn("user", "Hi")) == prompt(
         load_template("atom", tokenizer_of(kind)), Turn("user", "Hi")
     )
+
+
+def test_auto_takes_a_neutral_format_where_the_tokenizer_is_not_chinese():
+    # Catches `请回答用户问题: ` in every prompt of an English base.
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=alphabet)
+    backend.train_from_iterator(
+        ["Who keeps the light? I keep it, and the gulls keep me company all winter long."], trainer
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    template = load_template("auto", tokenizer)
+    assert template.name == "plain"
+    assert prompt(template, Turn("user", "Who are you?")) == "<s>Who are you?\n"
+    assert "no chat template" in template.why
+    assert not load_template("plain", tokenizer).why  # who asks for it knows
+
+
+def test_auto_takes_a_neutral_format_on_llama_2(real):
+    assert load_template("auto", load_tokenizer(str(real("tok/llama2")))).name == "plain"
 
 
 def test_atom_can_be_asked_for_where_the_tokenizer_has_its_own():

@@ -81,6 +81,7 @@ class Template:
     instruction_role: InstructionRole  # where an instruction with an input goes
     variables: Mapping[str, Any] = field(default_factory=dict)  # what the user sets in it, as enable_thinking
     day: date = field(default_factory=date.today)
+    why: str = ""  # said to the user, where no template was named and the tokenizer has none
     stop: str = ""  # the control token that ends an answer
     stops: tuple[str, ...] = ()  # that, and those that end other turns of the assistant: <|call|>
     behind: str = ""  # all that the template writes behind an answer
