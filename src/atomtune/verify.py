@@ -160,7 +160,7 @@ def compare(
     console.say("plain transformers + PEFT, one record at a time …")
     model_again = load()
     plain = one_at_a_time(model_again, examples)
-    console.say("the same once more by the library's other attention, for the noise of this model …")
+    console.say("plain again with the library's other attention, to see how much rounding differs …")
     with another_plain_way(model_again):
         again = one_at_a_time(model_again, examples)
     return Comparison(

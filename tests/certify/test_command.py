@@ -65,7 +65,7 @@ def test_another_template_is_caught_with_the_first_differing_id(by_heart, adapte
     file.write_text(text.replace("Human: ", "User: "), encoding="utf-8")
     assert certify(by_heart, adapter) == 4
     error = told(capsys)
-    assert "prompts have other ids" in error and "prompt id 1" in error
+    assert "prompts have other token ids" in error and "prompt id 1" in error
     assert "Human" in error and "User" in error  # side by side
     assert certificate_in(adapter)["prompt_ids_equal"] == 0
 

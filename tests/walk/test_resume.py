@@ -106,8 +106,8 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(whole, tmp_path, caps
     weights.write_bytes(weights.read_bytes()[:-7])  # a torn file under a whole manifest
     assert main(arguments(base, data, out, "--resume")) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "checkpoint-21 is passed over" in said
-    assert "checkpoint-14 is passed over: optimizer.pt is not as it was written" in said
+    assert "checkpoint-21 is skipped" in said
+    assert "checkpoint-14 is skipped: optimizer.pt is not as it was written" in said
     assert "Going on from" in said
     assert "checkpoint-7 at step 7" in said
     same_run(out, undisturbed)
@@ -149,7 +149,7 @@ def test_a_run_that_died_after_its_last_checkpoint_makes_no_step_more(models, di
     (out / "adapter_model.safetensors").unlink()
     (out / "run.json").write_text(json.dumps({**before, "status": "running"}))
     assert main([*command, "--resume"]) == 0
-    assert "Nothing is left to train: all steps were made before" in capsys.readouterr().out
+    assert "Nothing is left to train: all steps are done" in capsys.readouterr().out
     assert (out / "adapter_model.safetensors").read_bytes() == adapter
     after = json.loads((out / "run.json").read_text())
     for key in ("steps", "train_loss", "loss_history", "tokens_computed"):
@@ -168,8 +168,8 @@ def test_nothing_left_to_do_is_said_and_no_earlier_time_is_given_out(models, dia
     capsys.readouterr()
     assert main([*command, "--resume"]) == 0
     said = capsys.readouterr().out
-    assert "Nothing is left to train: all steps were made before" in said
-    assert "Done: 20 steps, all made before, mean loss" in said
+    assert "Nothing is left to train: all steps are done" in said
+    assert "Done: 20 steps, all done before, mean loss" in said
     assert "examples/s" not in said
     after = json.loads((out / "run.json").read_text())
     assert (before["seconds"] > 0, after["seconds"], after["examples_per_second"]) == (True, 0, 0)

@@ -159,7 +159,7 @@ def test_the_end_of_the_time_is_a_stop(models, dialogues, tmp_path, capsys):
     flags = ["--max_steps", "5"]
     assert main(command(base, dialogues, whole, *flags)) == 0
     assert main(command(base, dialogues, out, *flags, "--max_minutes", "0.0001")) == 75
-    assert "the time is over (--max_minutes 0.0001); stopped after step 1" in capsys.readouterr().err
+    assert "the time limit is reached (--max_minutes 0.0001); stopped after step 1" in capsys.readouterr().err
     assert main(command(base, dialogues, out, *flags, "--resume")) == 0
     same_run(out, whole)
 
@@ -337,6 +337,6 @@ def test_every_file_of_a_checkpoint_damaged_in_turn_is_passed_over(models, dialo
         (out / name).write_bytes(content)
         assert main(command(base, dialogues, out, "--max_steps", "4", "--save_steps", "2", "--resume")) == 0
         said = " ".join(capsys.readouterr().out.split())
-        assert "checkpoint-4 is passed over" in said, name
+        assert "checkpoint-4 is skipped" in said, name
         assert "Going on from" in said
         same_run(out, whole)

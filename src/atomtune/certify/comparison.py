@@ -77,7 +77,7 @@ class Outcome:
         if _mean(self.tuned_from_base) < NOTHING:
             found.append("the adapter changes nothing: tuned and base give the same log-probabilities")
         if self.prompt_ids_equal < self.prompts:
-            found.append(f"{self.prompts - self.prompt_ids_equal} of {self.prompts} prompts have other ids")
+            found.append(f"{self.prompts - self.prompt_ids_equal} of {self.prompts} prompts have other token ids")
         if not self.mean_difference <= self.allowed.mean:
             found.append(
                 f"log-probabilities of the reference answers differ by {self.mean_difference:.2g} nats a token on "

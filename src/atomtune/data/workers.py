@@ -1,4 +1,4 @@
-"""Pool: parts of a file encoded by several processes, in order and in bounded memory.
+"""Workers: parts of a file encoded by several processes, in order and in bounded memory.
 
 A part is parsed, rendered and tokenized where it is sent to; what comes back is a finished table. Small files are
 encoded in this process: a pool costs more than it saves there.

@@ -83,7 +83,7 @@ class ServerProcess:
         assert self.process is not None
         code = self.process.poll()
         if code is not None:
-            raise RunFailed(f"The engine ended with exit code {code}. It said last:\n{self.last_lines()}")
+            raise RunFailed(f"The engine ended with exit code {code}. Its last lines:\n{self.last_lines()}")
 
     def last_lines(self) -> str:
         """The end of its output."""

@@ -147,7 +147,7 @@ PERPLEXITY = Measure(
     "perplexity",
     "Perplexity",
     "困惑度",
-    "e to the loss: among how many tokens the model chooses, as it were",
+    "e to the power of the loss: among how many equally likely tokens the model seems to choose",
     "e 的损失次方：相当于在多少个词元中选择",
     "lower",
     NATS.parts,

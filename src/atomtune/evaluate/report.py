@@ -145,7 +145,7 @@ def _sentence(name: str, models: Mapping[str, Mapping[str, Figure]], changes: Ma
     return f"{name} against {base}. " + " ".join(parts)
 
 
-_TITLES = (("better", "Better"), ("worse", "Worse"), ("unclear", "No difference that so few records could show"))
+_TITLES = (("better", "Better"), ("worse", "Worse"), ("unclear", "No difference that so few records can show"))
 
 
 def shown(measure: Measure, value: float) -> str:
@@ -174,7 +174,7 @@ def markdown(report: Report) -> str:
         *report.sentences(),
         "",
         f"{report.records:,} records of {', '.join(report.sources)}; base {report.base_path}. "
-        "In brackets: the interval of 95 % of other draws of as many records.",
+        "In brackets: the 95 % interval (bootstrap over records).",
         "",
         f"| | {' | '.join(names)} |",
         f"|---|{'---|' * len(names)}",

@@ -21,12 +21,12 @@ Marks = NDArray[numpy.bool_]
 
 #: What the number beside each check counts.
 MEANINGS: Mapping[Check, str] = {
-    "refused": "cannot be used; the reason stands beside each",
+    "refused": "cannot be used; the reason is beside each",
     "cut": "their prompt was shortened to fit --max_seq_length",
     "duplicates": "token for token the same as an earlier record",
     "near_duplicates": "nearly the same as an earlier record, exact copies not counted",
     "conflicts": "the same prompt as another record, but another answer",
-    "control": "a control string stands in their text; it stays text",
+    "control": "their text contains a control string, which is kept as plain text",
     "blank": "an answer of white space alone",
     "one_token": "an answer of one token, apart from its stop token",
     "no_stop": "an answer that does not end with the stop token",

@@ -62,7 +62,7 @@ def _readable(file: Path) -> Iterator[None]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadModel(
             f"{file} is not readable: {type(error).__name__}: {str(error)[:200]}\n"
-            "It may be torn: copy the folder again, or use another checkpoint."
+            "It may be incomplete: copy the folder again, or use another checkpoint."
         ) from error
 
 
@@ -138,6 +138,6 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
     except Exception as error:
         raise BadModel(
             f"{file}: its weights cannot be read as tensors: {type(error).__name__}: {str(error)[:300]}\n"
-            "A file that holds a program (a pickle) is not run. A torn one can be copied again."
+            "A file that holds a program (a pickle) is not run. An incomplete one can be copied again."
         ) from error
     return {name.replace(".default.", "."): tensor for name, tensor in tensors.items()}

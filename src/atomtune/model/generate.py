@@ -1,4 +1,4 @@
-"""Answers: a prompt through the training template, then tokens until the stop token."""
+"""Generation: a prompt through the training template, then tokens until the stop token."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Layouts: whether this model computes rows with branches exactly, asked of the model itself.
+"""Layout support: whether this model computes rows with branches exactly, asked of the model itself.
 
 Before: load.py, adapter.py.  After: train.model chooses a layout.
 Nothing is taken from a list of architectures: a small tree is computed and compared with its records one at a time.

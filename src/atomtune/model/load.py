@@ -196,7 +196,7 @@ def _refuse_partial(path: str, report: Mapping[str, Any]) -> None:
     if problems:
         raise BadModel(
             f"{path}: the weight files do not fit the model that its config.json describes.\n{listing(problems)}\n"
-            "Use the files that were published together, or mend the names."
+            "Use the files that were published together, or correct the names."
         )
 
 

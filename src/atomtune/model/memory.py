@@ -115,7 +115,7 @@ def remedies(shape: StepShape) -> str:
     """What to change, in the order of least loss, with this run's figures."""
     lines = [
         f"Out of memory. The run's peak before that was {shape.peak / 2**30:.1f} GiB at batch {shape.batch}, longest "
-        f"example {shape.longest_tokens} tokens. What to change, in the order of least loss:"
+        f"example {shape.longest_tokens} tokens. What to change, the least costly first:"
     ]
     steps: list[str] = []
     if not shape.checkpointing:

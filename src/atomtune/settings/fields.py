@@ -93,13 +93,13 @@ class RecordSettings:
     chat_template_kwargs: str | None = setting(
         None,
         "variables of the template, as a JSON object: '{\"enable_thinking\": false}'; a record's own "
-        "chat_template_kwargs stand before them",
+        "chat_template_kwargs take precedence",
         value="JSON",
         rare=True,
     )
     template_date: str | None = setting(
         None,
-        "the date that a template writes which writes one, as 2026-01-31; default: the day the run began",
+        "the date for templates that write one, as 2026-01-31; default: the day the run began",
         value="DATE",
         rare=True,
     )
@@ -426,18 +426,18 @@ class EvaluateSettings(ModelSettings):
     dataset_path: str | list[str] | None = setting(
         None, "records to evaluate on; without it, those that the first adapter's run held out", value="FILE"
     )
-    format: FormatChoice = setting("auto", "how a record is written; auto: told from each file's first records")
+    format: FormatChoice = setting("auto", "how the records are written; auto looks at the first records of each file")
     keys: list[str] = setting(
         [], "other names of keys, as question=instruction,answer=output", value="THEIRS=OURS", rare=True
     )
     roles: list[str] = setting([], "other names of roles, as bot=assistant", value="THEIRS=OURS", rare=True)
-    template: str = setting("auto", "of a base without an adapter; an adapter brings its own", rare=True)
+    template: str = setting("auto", "chat template of a base without an adapter; an adapter brings its own", rare=True)
     max_seq_length: int = setting(0, "longest example, in tokens; 0: as the adapter was trained", at_least=0)
-    records: int = setting(200, "how many records at most, drawn at random; 0: all", at_least=0)
+    records: int = setting(200, "how many records at most, chosen at random; 0: all", at_least=0)
     per_device_eval_batch_size: int = setting(8, "records in a batch", at_least=1)
     max_new_tokens: int = setting(256, "longest generated answer, in tokens", at_least=1)
-    no_generate: bool = setting(False, "take the likelihood of the reference answers alone; much faster")
-    no_probe: bool = setting(False, "leave the forgetting probe out")
+    no_generate: bool = setting(False, "compute only the likelihood of the reference answers; much faster")
+    no_probe: bool = setting(False, "skip the forgetting probe")
     output_dir: str | None = setting(
         None, "where the reports go; without it, evaluation/ in the first adapter's folder", value="FOLDER"
     )

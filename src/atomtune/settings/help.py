@@ -65,7 +65,7 @@ EXAMPLES = {
 #: What a command does, beyond its line in the overview.
 ABOUT = {
     "train": "Without --model_path and --dataset_path the built-in demo is trained. run.yaml holds the same settings "
-    "as lines of `name: value`; a flag goes before it.",
+    "as lines of `name: value`; a flag takes precedence.",
 }
 
 

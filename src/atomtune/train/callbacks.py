@@ -114,7 +114,7 @@ class Stop(TrainerCallback):
         if self.received is not None:
             self.reason = f"{signal.Signals(self.received).name} received"
         elif self._time_is_over():
-            self.reason = f"the time is over ({self._limit})"
+            self.reason = f"the time limit is reached ({self._limit})"
         else:
             self.reason = "another rank was told to stop"
         control.should_save = control.should_training_stop = True

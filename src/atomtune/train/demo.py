@@ -1,4 +1,4 @@
-"""Samples: what the demo's held-out prompts are answered before and after training."""
+"""Demo: the answers to its held-out prompts before and after training."""
 
 import json
 from dataclasses import dataclass, field

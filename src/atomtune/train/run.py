@@ -283,7 +283,7 @@ def _train_steps(run: RunContext, trainer: LoraTrainer) -> None:
     if run.resumed is None:
         trainer.train()
     elif trainer.all_steps_made(run.resumed.checkpoint):
-        run.console.say("Nothing is left to train: all steps were made before. This checkpoint's adapter is saved.")
+        run.console.say("Nothing is left to train: all steps are done. This checkpoint's adapter is saved.")
     else:
         trainer.train(resume_from_checkpoint=str(run.resumed.checkpoint))
 
@@ -364,7 +364,7 @@ def _say_what_is_next(run: RunContext, trainer: LoraTrainer, loss: float, ledger
     if steps > trainer.first_step:
         pace = f" in {work.elapsed():.0f} s, {work.examples / max(work.elapsed(), 1e-9):.1f} examples/s"
     else:
-        pace = ", all made before"
+        pace = ", all done before"
     console.say(
         f"Done: {steps:,} steps{pace}, mean loss {loss:.3f}{fell}.\n"
         f"The adapter lies in {folder} (run.json: every figure; loss.png: the curve).\n\nNext:"

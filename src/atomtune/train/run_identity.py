@@ -1,4 +1,4 @@
-"""Identity: what makes a resumed run the run that began, and what may change.
+"""Run identity: what makes a resumed run the run that began, and what may change.
 
 Kept in each checkpoint's manifest, compared by name on resume. What is not named here may change freely: where and how
 often is saved, logged and evaluated, how the work is shared out in a process, and the run's length (which is said).
@@ -156,7 +156,7 @@ def refuse_another_run(run: RunContext, now: dict[str, Any]) -> None:
     try:
         manifest = read_manifest(checkpoint)
     except (OSError, ValueError):
-        console.notice(f"{checkpoint} has no manifest; whether this is the run that made it cannot be told.")
+        console.notice(f"{checkpoint} has no manifest; so whether this run made it cannot be checked.")
         return
     before = manifest.get("identity", {})
     others = _other_versions(manifest.get("versions", {}), run.record.values["versions"])

@@ -1,4 +1,4 @@
-"""Stream: records encoded as they are drawn, for data larger than what a disk should keep twice.
+"""Streaming: records encoded as they are drawn, for data larger than what a disk should keep twice.
 
 The order is a function of the files and the seed alone, so a resumed run finds its place by reading again.
 """

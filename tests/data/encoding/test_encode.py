@@ -573,7 +573,7 @@ def test_where_transformers_renders_nothing_before_an_answer_its_record_is_refus
     found = [RawRecord({"messages": turns}, "train.jsonl:1"), RawRecord({"messages": turns[1:]}, "train.jsonl:2")]
     made = list(encode(found, template, ledger, max_tokens=PLENTY, schema=Schema("messages")))
     assert [example.origin for one in made for example in one] == ["train.jsonl:2"]
-    assert "nothing stands before an answer" in ledger.records_refused[0].reason
+    assert "it writes nothing before an answer" in ledger.records_refused[0].reason
 
 
 # --- law 5: only answers are learned --------------------------------------------------------------------------------

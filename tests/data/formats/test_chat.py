@@ -127,7 +127,7 @@ def test_a_record_whose_answers_all_have_no_weight_is_refused():
 def test_what_nothing_answers_is_left_out_and_said():
     record, notes = read({"messages": [ASK, TELL, ASK, ASK]}, Schema("messages"))
     assert len(record.turns) == 2
-    assert notes == ("turns behind the last answer are left out",)
+    assert notes == ("turns after the last answer are left out",)
 
 
 @pytest.mark.parametrize("messages", [[ASK], [{"role": "system", "content": "x"}, ASK]])

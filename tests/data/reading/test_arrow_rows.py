@@ -67,7 +67,7 @@ def test_progress_adds_up_to_the_size_of_the_file(written):
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_half_a_file_is_refused_with_the_remedy(written, share):
     written.write_bytes(written.read_bytes()[: int(written.stat().st_size * share)])
-    with pytest.raises(BadData, match=rf"{written.name}: .* cannot be read(.|\n)*fetch or write it again"):
+    with pytest.raises(BadData, match=rf"{written.name}: .* cannot be read(.|\n)*download or write it again"):
         list(read_values(written))
 
 
@@ -95,7 +95,7 @@ def test_a_text_that_is_no_utf_8_is_refused_alone(tmp_path: Path):
 def test_a_column_that_stands_twice_is_not_settled_in_silence(tmp_path: Path):
     table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["output", "output"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(BadData, match='column "output" stands twice'):
+    with pytest.raises(BadData, match='column "output" appears twice'):
         list(read_values(tmp_path / "a.parquet"))
 
 
@@ -108,7 +108,7 @@ def test_a_table_without_rows_gives_none(tmp_path: Path):
 def test_a_page_of_html_under_the_name_is_no_data(tmp_path: Path, name):
     # What a failed download leaves; without this every line would be a broken record.
     (tmp_path / name).write_text("<!DOCTYPE html>\n<html>\n")
-    with pytest.raises(BadData, match="does not begin as"):
+    with pytest.raises(BadData, match="does not begin like"):
         list(read_values(tmp_path / name))
 
 

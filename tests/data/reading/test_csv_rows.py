@@ -96,7 +96,7 @@ def test_a_quote_that_never_closes_does_not_swallow_the_file_in_silence():
 def test_a_row_beyond_the_bound_stops_before_memory_does(monkeypatch):
     monkeypatch.setattr(csv_rows, "LONGEST_LINE", 1000)
     stream = io.BytesIO(b'instruction,output\na,"' + b"x\n" * 100_000)
-    with pytest.raises(BadData, match="a quote before it may never close"):
+    with pytest.raises(BadData, match="an earlier quote may never close"):
         list(read_table(stream, "a.csv"))
     assert stream.tell() < 2000
 
@@ -108,7 +108,7 @@ def test_a_cell_of_a_megabyte_is_read():
 
 
 def test_a_column_that_stands_twice_is_not_settled_in_silence():
-    with pytest.raises(BadData, match=r'a\.csv:1: column "output" stands twice'):
+    with pytest.raises(BadData, match=r'a\.csv:1: column "output" appears twice'):
         read(b"output,instruction,output\na,b,c\n")
 
 
@@ -136,7 +136,7 @@ def test_a_row_of_blank_cells_is_no_row(blank):
 
 
 def test_empty_columns_at_the_right_end_are_no_columns():
-    # Two empty names were "column stands twice".
+    # Two empty names were "column appears twice".
     rows = read(b"instruction,input,output,,\na,,b,,\nc,d,e\nf,,,,\n")
     assert [list(raw.value.values()) for raw in rows] == [["a", "", "b"], ["c", "d", "e"], ["f", "", ""]]
     (refused,) = read(b"instruction,output,,\na,b,c,\n")

@@ -97,7 +97,7 @@ def test_a_folder_of_jsonl_is_read_as_strictly_as_a_file(tmp_path: Path):
         (folder / name).write_text("{}")
     first, twice, last = read_values(folder)
     assert (first, last) == (RawRecord({"a": 1}, "chats/a.jsonl:1"), RawRecord({"b": "1"}, "chats/b.jsonl:1"))
-    assert twice.origin == "chats/a.jsonl:2" and "stands twice" in twice.reason
+    assert twice.origin == "chats/a.jsonl:2" and "appears twice" in twice.reason
 
 
 def test_a_folder_of_links_as_the_hub_s_cache_makes_it_is_read(tmp_path: Path):
@@ -208,7 +208,7 @@ def test_a_data_set_that_is_a_program_is_not_run(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("program").mkdir()
     Path("program/program.py").write_text("from pathlib import Path; Path('ran').touch()")
-    with pytest.raises(BadData, match="made by a program of its own, which is not run"):
+    with pytest.raises(BadData, match="built by a script of its own, which atomtune does not run"):
         list(read_values("program:all"))
     assert not Path("ran").exists()
 

@@ -67,5 +67,5 @@ def test_a_wide_object_with_a_key_twice_is_refused_in_linear_time():
     wide = "{" + ", ".join(f'"k{number}": 1' for number in range(100_000)) + ', "k99999": 2}'
     began = time.perf_counter()
     (refusal,) = read(wide.encode())
-    assert isinstance(refusal, Refusal) and 'key "k99999" stands twice' in refusal.reason
+    assert isinstance(refusal, Refusal) and 'key "k99999" appears twice' in refusal.reason
     assert time.perf_counter() - began < 5

@@ -230,7 +230,7 @@ def test_a_key_that_stands_twice_is_not_settled_in_silence(tmp_path, content):
         said = refusal.reason
     except BadData as error:
         said = str(error)
-    assert "stands twice" in said
+    assert "appears twice" in said
 
 
 @pytest.mark.parametrize("content", ["[1 2]", "[1,,2]", "[1,]", "[,1]"])

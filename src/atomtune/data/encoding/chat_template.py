@@ -165,7 +165,7 @@ class Template:
     ) -> str:
         """The text a server renders; with `prompt`, up to where the answer starts."""
         if not messages:  # a server takes no conversation without a message
-            raise CannotExpress(f"{self.title} cannot express it: nothing stands before an answer")
+            raise CannotExpress(f"{self.title} cannot express it: it writes nothing before an answer")
         try:
             return self._renderer(messages, prompt=prompt, tools=tools, variables=variables)
         except TEMPLATE_ERRORS as error:  # a template may do anything to any value
@@ -341,8 +341,8 @@ class Conversation:
         start = full.rfind(header, 0, beginning) if header else -1
         if start < 0:
             raise CannotExpress(
-                f"{self.template.title} writes the turns before an answer otherwise once the answer is "
-                "there, and where the answer begins cannot be told"
+                f"{self.template.title} changes the turns before an answer once the answer is there, so "
+                "the beginning of the answer cannot be found"
             )
         return start + len(header)
 

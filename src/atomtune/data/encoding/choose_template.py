@@ -119,7 +119,7 @@ def probed(template: Template) -> Template:
         full = template.render([_QUESTION, answer], prompt=False)
     except CannotExpress as error:
         raise BadModel(
-            f"{error}.\nIt was asked one question and its answer, so the template itself is at fault."
+            f"{error}.\nThis happened with one plain question and answer, so the template itself is at fault."
         ) from None
     # What the template writes behind an answer begins with the token that ends it (<|im_end|>, <end_of_turn>, </s>).
     behind = full.partition(_TEXT)[2]

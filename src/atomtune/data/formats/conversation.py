@@ -68,7 +68,7 @@ def as_parsed(conversation: Field[Conversation], origin: str) -> ParsedRecord:
     if problems:
         return ParsedRecord(Refusal(origin, "; ".join(problems), RefusalKind.NO_RECORD))
     if end < len(turns):
-        notes = (*notes, "turns behind the last answer are left out")
+        notes = (*notes, "turns after the last answer are left out")
         turns = turns[:end]
     if notes:
         notes = tuple(dict.fromkeys(notes))  # a note counts records: it is said once a record

@@ -68,13 +68,13 @@ def read_batches(
 ) -> Iterator[list[RawRecord | Refusal]]:
     """The rows of batches as Python values, numbered from 1; count is called with the rows of each batch.
 
-    Raises pyarrow's errors for damaged data, BadData for a column that stands twice.
+    Raises pyarrow's errors for damaged data, BadData for a column that appears twice.
     """
     first = 1
     for batch in batches:
         repeated = [column for column, count_of in Counter(batch.schema.names).items() if count_of > 1]
         if repeated:
-            raise BadData(f'{name}: column "{repeated[0]}" stands twice. Rename or remove one.')
+            raise BadData(f'{name}: column "{repeated[0]}" appears twice. Rename or remove one.')
         for start in range(0, batch.num_rows, BATCH_ROWS):
             yield _rows(batch.slice(start, BATCH_ROWS), name, first + start)
         first += batch.num_rows
@@ -156,5 +156,5 @@ def explained(path: Path, kind: str) -> Iterator[None]:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadData(
             f"{path}: {kind} that cannot be read: {why.rstrip('.')}.\nThe file is damaged or was not written to its "
-            "end: fetch or write it again."
+            "end: download or write it again."
         ) from None

@@ -102,17 +102,17 @@ class _Watched(io.RawIOBase):
             part: bytes = self._unpacked.read(min(len(buffer), STEP_BYTES))
         except (EOFError, OSError, zlib.error) as error:  # gzip.BadGzipFile and pyarrow's errors are OSErrors
             unfinished = isinstance(error, EOFError) or "Truncated" in str(error)
-            what = "ends in the middle, as a download does that stopped" if unfinished else f"is damaged ({error})"
+            what = "ends in the middle, like an interrupted download" if unfinished else f"is damaged ({error})"
             command = "gzip -t" if self._compression == "gzip" else "zstd -t"
             raise BadData(
-                f"{self._name}:{self._line}: the {self._compression} file {what}. Fetch or pack it again; {command} "
-                f"{self._name} tests it."
+                f"{self._name}:{self._line}: the {self._compression} file {what}. Download or compress it "
+                f"again; {command} {self._name} tests it."
             ) from None
         self._bytes += len(part)
         if self._bytes > self._most_bytes:
             raise BadData(
                 f"{self._name}:{self._line}: the {self._compression} file unpacks to more than {MOST_GROWTH} times its "
-                "size, which no data does. Unpack it yourself if it is right."
+                "size, more than real data does. If that is right, unpack it yourself."
             )
         self._line += part.count(b"\n")
         buffer[: len(part)] = part

@@ -73,7 +73,7 @@ def read_table(stream: BinaryIO, name: str) -> Iterator[RawRecord | Refusal]:
 
 def _explain(error: csv.Error) -> str:
     if "new-line character" in str(error):
-        return "not CSV: a carriage return stands outside quotes; lines end in \\n or \\r\\n"
+        return "not CSV: a carriage return outside quotes; lines end in \\n or \\r\\n"
     return f'not CSV: {error}; a quote inside a quoted cell is written twice: ""'
 
 
@@ -84,8 +84,8 @@ def _read_row(keys: list[str], cells: list[str], trouble: str, origin: str) -> R
         cells = cells[:-1]
     if len(cells) != len(keys):
         reason = (
-            f"{len(cells)} cells, but {len(keys)} columns in the header; a cell that holds the separator or a newline "
-            "stands in quotes"
+            f"{len(cells)} cells, but {len(keys)} columns in the header; put a cell that holds the separator or a "
+            "line break in quotes"
         )
         return Refusal(origin, reason, RefusalKind.UNREADABLE)
     return RawRecord(dict(zip(keys, cells, strict=True)), origin)
@@ -104,7 +104,7 @@ def _read_header(rows: Iterator[list[str]], lines: "_Lines") -> list[str]:
     repeated = [key for key, count in Counter(keys).items() if count > 1]
     if repeated:
         raise BadData(
-            f'{lines.name}:{lines.number}: column "{repeated[0]}" stands twice in the header. Rename or remove one.'
+            f'{lines.name}:{lines.number}: column "{repeated[0]}" appears twice in the header. Rename or remove one.'
         )
     return keys
 
@@ -145,8 +145,8 @@ class _Lines(Iterator[str]):
         self._row_bytes += len(raw)
         if self._row_bytes >= LONGEST_LINE:
             raise BadData(
-                f"{self.name}:{self.number + 1}: the row that reaches to here has more than {LONGEST_LINE >> 20} MiB; "
-                "a quote before it may never close."
+                f"{self.name}:{self.number + 1}: the row that ends here is larger than {LONGEST_LINE >> 20} MiB; "
+                "an earlier quote may never close."
             )
         self.number += 1
         return self._text(raw.removeprefix(codecs.BOM_UTF8) if self.number == 1 else raw)

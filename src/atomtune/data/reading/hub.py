@@ -171,11 +171,11 @@ def _explained(name: str) -> Iterator[None]:
         if "scripts are no longer supported" not in str(error):
             raise
         raise BadData(
-            f"{name}: this data set is made by a program of its own, which is not run here. Pass a version of it that "
-            "is stored as Parquet or JSONL."
+            f"{name}: this data set is built by a script of its own, which atomtune does not run. Pass a "
+            "version of it that is stored as Parquet or JSONL."
         ) from None
     except (DatasetsError, OSError, ValueError, pyarrow.ArrowException) as error:
-        remedy = "\nName one as in owner/name:configuration." if "onfig" in str(error) else ""
+        remedy = "\nName one of them: owner/name:configuration." if "onfig" in str(error) else ""
         raise BadData(
             f"{name}: no data set could be loaded. {type(error).__name__}: {str(error)[:600]}{remedy}"
         ) from None

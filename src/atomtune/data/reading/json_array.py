@@ -116,4 +116,4 @@ def read_array(stream: BinaryIO, name: str) -> Iterator[RawRecord]:
     end = window.line()
     window.at += 1
     if window.next_character():
-        raise BadData(f"{name}:{end}: text after the end of the JSON array; expected nothing behind its ].")
+        raise BadData(f"{name}:{end}: text after the end of the JSON array; expected nothing after its ].")

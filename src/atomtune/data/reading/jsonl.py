@@ -75,9 +75,12 @@ def _why(line: bytes, error: json.JSONDecodeError) -> str:
     if b"\0" in line:
         return NUL_BYTES
     if line.startswith(codecs.BOM_UTF8):
-        return "a byte-order mark in the middle of the file, as where two files were joined; remove these three bytes"
+        return (
+            "a byte-order mark in the middle of the file, probably where two files were joined; "
+            "remove these three bytes"
+        )
     if error.msg == "Extra data":
-        return "text behind the end of the record; one record a line is expected"
+        return "text after the end of the record; one record a line is expected"
     if line.strip() in (b"{", b"["):
         return f"{error.msg}; one record a line is expected, or a JSON array of them"
     return error.msg

@@ -35,7 +35,7 @@ class Lines:
 Chunk = Lines | list[RawRecord | Refusal]
 
 
-NUL_BYTES = "it holds NUL bytes, as a file does that was not written to its end"
+NUL_BYTES = "it holds NUL bytes; the file was probably not written to its end"
 
 
 def _refuse_constant(name: str) -> float:
@@ -43,12 +43,12 @@ def _refuse_constant(name: str) -> float:
 
 
 def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that stands twice, json would keep the last in silence."""
+    """A JSON object; of a key that appears twice, json would keep the last in silence."""
     value = dict(pairs)
     if len(value) < len(pairs):
         counts = Counter(key for key, _ in pairs)
         repeated = next(key for key, count in counts.items() if count > 1)
-        raise ValueError(f"key {json.dumps(repeated[:100])} stands twice")
+        raise ValueError(f"key {json.dumps(repeated[:100])} appears twice")
     return value
 
 

@@ -205,7 +205,7 @@ def _reader_of(path: Path, head: bytes) -> Callable[[BinaryIO, str], Iterator[Ch
     if text.startswith(b"{"):
         return jsonl.read_chunks
     if kind in (".parquet", ".arrow"):
-        raise BadData(f"{path}: it does not begin as a {kind} file does. Fetch or write it again.")
+        raise BadData(f"{path}: it does not begin like a {kind} file. Download or write it again.")
     first_line, _, rest = text.decode("utf-8", "replace").partition("\n")
     header = rest.partition("\n")[0] if separator_line(first_line) else first_line
     columns, separator = columns_of(header.strip())

@@ -117,7 +117,7 @@ def damage(folder: Path) -> list[str]:
             problems.append(f"{name} is not as it was written")
     # The Trainer opens its states by name; one that was not sealed with the others was put there by someone else.
     strangers = [file.name for file in state_files(folder) if file.name not in expected]
-    return problems + [f"{name} was put there afterwards" for name in strangers]
+    return problems + [f"{name} was added afterwards" for name in strangers]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

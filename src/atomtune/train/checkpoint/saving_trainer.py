@@ -138,7 +138,7 @@ class SavingTrainer(Trainer):
         )
         if self.failed_saves >= FAILED_SAVES or self.control.should_training_stop:
             raise RunFailed(
-                f"The disk is full, or it fails ({self.failed_saves} saves one after another). {what}\nFree some space "
+                f"The disk is full, or it fails ({self.failed_saves} saves in a row failed). {what}\nFree some space "
                 "(--save_total_limit keeps fewer checkpoints), then go on with --resume."
             ) from error
         self.notice(f"{what} Training goes on; the next save tries again.")
@@ -162,7 +162,7 @@ class SavingTrainer(Trainer):
         best = Path(self.state.best_model_checkpoint)
         if problems := damage(best):
             raise RunFailed(
-                f"The best checkpoint, {best}, cannot be taken: {listing(problems, 3)}.\n"
+                f"The best checkpoint, {best}, cannot be used: {listing(problems, 3)}.\n"
                 "Without --load_best_model_at_end the run ends with the last step's adapter (add --resume)."
             )
         super()._load_best_model()

@@ -73,7 +73,7 @@ def newest_whole(folder: Path, notice: Callable[[str], None]) -> Path | None:
         problems = damage(path)
         if not problems:
             return path
-        notice(f"{path.name} is passed over: {listing(problems, 3)}.")
+        notice(f"{path.name} is skipped: {listing(problems, 3)}.")
     return None
 
 
@@ -128,7 +128,7 @@ def _last_run_in(output_dir: Path, lengths: dict[str, Any], notice: Callable[[st
         raise BadSettings(
             [
                 f"The run in {output_dir} began from weights and has no whole checkpoint; --resume would begin without "
-                "them.\nGive the command it began with once more: --continue_training --checkpoint WEIGHTS."
+                "them.\nRepeat the command it began with: --continue_training --checkpoint WEIGHTS."
             ]
         )
     return Fresh(f"--resume: no whole checkpoint in {output_dir}; starting from the beginning.")
