@@ -21,29 +21,47 @@ def graft(examples: Sequence[Example], *, least_saved: int = LEAST_SAVED) -> Row
     A beginning is shared where that saves at least `least_saved` tokens: (examples - 1) * tokens. Below one, nothing is
     too little. A target that several examples share counts as often.
     """
-    ids: list[int] = []
-    parents: list[int] = []
-    learn: list[int] = []
+    row = _GrowingRow()
     # Sorting puts equal beginnings next to each other: what the first and the last share, all between them share.
-    waiting = [(sorted(examples, key=lambda example: example.ids), 0, -1)]
+    in_order = sorted(examples, key=lambda example: example.ids)
+    waiting = [(in_order, 0, -1)]
     while waiting:  # a stack and not recursion: a batch may hold a thousand records, each the beginning of the next
         group, start, parent = waiting.pop()
         end = _shared_until(group, start)
-        if worth := len(group) == 1 or (len(group) - 1) * (end - start) >= least_saved:
-            first = len(ids)
-            ids += group[0].ids[start:end]
-            learn += map(sum, zip(*(example.learn[start:end] for example in group), strict=True))
-            if end > start:
-                parents += (parent, *range(first, len(ids) - 1))
-                parent = len(ids) - 1
+        ending, branches = _parted(group, end)
+        saved = (len(group) - 1) * (end - start)
+        if len(group) == 1 or saved >= least_saved:
+            parent = row.add(group, start, end, parent)
             start = end
-        whole, parts = _parted(group, end)
-        if not worth:
+        else:
             # Equal examples, or one that begins others, too short for a trunk to pay: each stands alone.
-            parts += [[example] for example in whole]
+            branches += [[example] for example in ending]
         # Popped from the end, so short leaves come first: neighbours of one length share an attention block.
-        waiting += [(part, start, parent) for part in sorted(parts, key=_weight, reverse=True)]
-    return Row(tuple(ids), tuple(parents), untils(parents), tuple(learn), tuple(e.origin for e in examples))
+        branches.sort(key=_weight, reverse=True)
+        waiting += [(branch, start, parent) for branch in branches]
+    origins = tuple(example.origin for example in examples)
+    return Row(tuple(row.ids), tuple(row.parents), untils(row.parents), tuple(row.learn), origins)
+
+
+class _GrowingRow:
+    """The lists that a Row is made of, token by token."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.parents: list[int] = []
+        self.learn: list[int] = []
+
+    def add(self, group: Sequence[Example], start: int, end: int, parent: int) -> int:
+        """Lay the tokens start..end that a group shares under a parent; the last token laid, for what hangs on them."""
+        if end == start:
+            return parent
+        first = len(self.ids)
+        self.ids += group[0].ids[start:end]
+        marks = zip(*(example.learn[start:end] for example in group), strict=True)  # of all examples, by token
+        self.learn += map(sum, marks)
+        last = len(self.ids) - 1
+        self.parents += (parent, *range(first, last))
+        return last
 
 
 def _weight(group: Sequence[Example]) -> tuple[bool, int]:
@@ -53,19 +71,19 @@ def _weight(group: Sequence[Example]) -> tuple[bool, int]:
 def _shared_until(group: Sequence[Example], start: int) -> int:
     """One past the last token that all examples of a sorted group share, which are known to agree before start."""
     first, last = group[0].ids, group[-1].ids
-    most = min(len(first), len(last))
-    while start < most and first[start] == last[start]:
+    shorter = min(len(first), len(last))
+    while start < shorter and first[start] == last[start]:
         start += 1
     return start
 
 
 def _parted(group: Sequence[Example], at: int) -> tuple[list[Example], list[list[Example]]]:
-    """(examples that end here, the others by their next token)."""
-    whole = [example for example in group if len(example.ids) == at]
-    parts: list[list[Example]] = []
-    for example in group[len(whole) :]:
-        if parts and parts[-1][0].ids[at] == example.ids[at]:
-            parts[-1].append(example)
+    """Of a sorted group: (examples that end here, the others by their next token)."""
+    ending = [example for example in group if len(example.ids) == at]
+    branches: list[list[Example]] = []
+    for example in group[len(ending) :]:
+        if branches and branches[-1][0].ids[at] == example.ids[at]:
+            branches[-1].append(example)
         else:
-            parts.append([example])
-    return whole, parts
+            branches.append([example])
+    return ending, branches
