@@ -196,23 +196,29 @@ def cast_together(groups: Sequence[Group]) -> list[Cast]:
     dtype = layers[0].get_base_layer().weight.dtype
     downs, ups = zip(*map(_matrices, layers), strict=True)
     scales = [float(layer.scaling[layer.active_adapters[0]]) for layer in layers]
-    all_downs = torch.cat([a.flatten() for a in downs]).to(dtype)
-    if len(set(scales)) == 1:
-        all_ups = torch.cat([b.flatten() for b in ups]).mul_(scales[0]).to(dtype)
-    else:
-        all_ups = torch.cat([b.flatten() * scale for b, scale in zip(ups, scales, strict=True)]).to(dtype)
-    # The A of a group lie one behind the other, so together they are one matrix without a further copy.
-    of_groups = all_downs.split([sum(_matrices(layer)[0].numel() for layer in group.members) for group in groups])
-    of_layers = all_ups.split([b.numel() for b in ups])
+    all_downs = torch.cat([down.flatten() for down in downs]).to(dtype)
+    all_ups = _scaled_together(ups, scales).to(dtype)
+    flat_ups = all_ups.split([up.numel() for up in ups])
+    ups = tuple(flat.view_as(up) for flat, up in zip(flat_ups, ups, strict=True))
     casts: list[Cast] = []
-    first = 0
-    for group, group_downs in zip(groups, of_groups, strict=True):
-        members = slice(first, first + len(group.members))
-        first = members.stop
-        group_ups = tuple(flat.view_as(b) for flat, b in zip(of_layers[members], ups[members], strict=True))
-        down = group_downs.view(-1, downs[members.start].shape[1])
-        casts.append(Cast(down, group_ups, tuple(scales[members]), _versions(group)))
+    first_layer = first_number = 0
+    for group in groups:
+        layers_end = first_layer + len(group.members)
+        inputs = downs[first_layer].shape[1]
+        # The A of a group lie one behind the other, so together they are one matrix without a further copy.
+        numbers = sum(down.numel() for down in downs[first_layer:layers_end])
+        down = all_downs.narrow(0, first_number, numbers).view(-1, inputs)  # [R, I]
+        scales_here = tuple(scales[first_layer:layers_end])
+        casts.append(Cast(down, ups[first_layer:layers_end], scales_here, _versions(group)))
+        first_layer, first_number = layers_end, first_number + numbers
     return casts
+
+
+def _scaled_together(ups: Sequence[torch.Tensor], scales: Sequence[float]) -> torch.Tensor:
+    """Every B times its scaling, one behind the other; nearly always there is one scaling for all."""
+    if len(set(scales)) == 1:
+        return torch.cat([up.flatten() for up in ups]).mul_(scales[0])
+    return torch.cat([up.flatten() * scale for up, scale in zip(ups, scales, strict=True)])
 
 
 def keep_mask(x: torch.Tensor, p: float) -> torch.Tensor:

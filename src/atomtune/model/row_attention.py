@@ -4,6 +4,7 @@ batch.attention_plan plans it; the plan rides through the model's forward as the
 Letters: H heads, H' heads of keys, T tokens, D head dimension.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from atomtune.batch.attention_plan import AttentionPlan
+from atomtune.batch.attention_plan import AttentionPlan, Spans
 from atomtune.model.block_attention import BlockAttention
 from atomtune.model.scores import ScoreRules, weights_beside_sinks
 from atomtune.model.span_attention import SpanAttention, flash_takes
@@ -67,28 +68,23 @@ def attend(
         raise NotImplementedError("dropout of attention weights beside a soft cap or sinks")
     if plan is None:
         return _over_mask(query, key, value, attention_mask, rules, sinks), None
-    for name, meaning in _NOT_IN_A_PLAN.items():
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(meaning)
-    if sliding_window not in plan.windows:
-        raise NotImplementedError(f"a window of {sliding_window} tokens that the config does not name")
+    _refuse_what_no_plan_expresses(plan, sliding_window, kwargs)
     way = way_of(plan, query, value, sliding_window, rules, sinks=sinks is not None, dropout=dropout > 0)
     if way == "spans":
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
-        spans = plan.spans[sliding_window]
-        return SpanAttention.apply(q, k, v, sinks, spans, sliding_window, rules)[None], None
-    key, value = _repeated(key, query), _repeated(value, query)  # [1, H, T, D]
-    if way == "mask":
-        bias = plan.bias(sliding_window, query.dtype)
-        # cuDNN makes a plan of 50 to 200 ms for every new length of a row.
-        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            out = functional.scaled_dot_product_attention(
-                query, key, value, attn_mask=bias, dropout_p=dropout, scale=rules.scaling
-            )
-        return out.transpose(1, 2).contiguous(), None
-    blocks, places = plan.blocks[sliding_window].each, plan.places(sliding_window, query.shape[1])
-    out = BlockAttention.apply(query[0], key[0], value[0], sinks, blocks, places, rules)  # [H, T, D']
-    return out.transpose(0, 1)[None], None
+        out = _by_spans(query, key, value, sinks, plan.spans[sliding_window], sliding_window, rules)
+    elif way == "mask":
+        out = _by_mask(query, key, value, plan.bias(sliding_window, query.dtype), rules, dropout)
+    else:
+        out = _by_blocks(query, key, value, sinks, plan, sliding_window, rules)
+    return out, None
+
+
+def _refuse_what_no_plan_expresses(plan: AttentionPlan, window: int | None, keywords: Mapping[str, Any]) -> None:
+    for name, meaning in _NOT_IN_A_PLAN.items():
+        if keywords.get(name) is not None:
+            raise NotImplementedError(meaning)
+    if window not in plan.windows:
+        raise NotImplementedError(f"a window of {window} tokens that the config does not name")
 
 
 def way_of(
@@ -112,6 +108,49 @@ def way_of(
     if flash_takes(query, value, rules):
         return "spans" if packed or tokens > MOST_MASKED_TREE else "mask"
     return "mask" if tokens <= MOST_MASKED else "spans"
+
+
+def _by_spans(  # noqa: PLR0917
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    spans: Spans,
+    window: int | None,
+    rules: ScoreRules,
+) -> torch.Tensor:
+    """[1, H, T, D] and twice [1, H', T, D] → [1, T, H, D'], by one kernel for sequences of many lengths."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
+    return SpanAttention.apply(q, k, v, sinks, spans, window, rules)[None]
+
+
+def _by_mask(  # noqa: PLR0917
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, rules: ScoreRules, dropout: float
+) -> torch.Tensor:
+    """The same by one call over a dense bias [1, 1, T, T]."""
+    key, value = _repeated(key, query), _repeated(value, query)  # [1, H, T, D]
+    # cuDNN makes a plan of 50 to 200 ms for every new length of a row.
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        out = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, dropout_p=dropout, scale=rules.scaling
+        )
+    return out.transpose(1, 2).contiguous()
+
+
+def _by_blocks(  # noqa: PLR0917
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    plan: AttentionPlan,
+    window: int | None,
+    rules: ScoreRules,
+) -> torch.Tensor:
+    """The same by the plan's dense blocks, a few products each."""
+    key, value = _repeated(key, query), _repeated(value, query)  # [1, H, T, D]
+    blocks, places = plan.blocks[window].each, plan.places(window, query.shape[1])
+    out = BlockAttention.apply(query[0], key[0], value[0], sinks, blocks, places, rules)  # [H, T, D']
+    return out.transpose(0, 1)[None]
 
 
 def register() -> None:
