@@ -36,7 +36,7 @@ from atomtune.model.agreement import (
 )
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fused_lora import compute_together
-from atomtune.model.layout_support import cut_of, why_padded, windows_of
+from atomtune.model.layout_support import carries_state, cut_of, why_padded, windows_of
 from atomtune.model.load import (
     BaseSpec,
     device_in_use,
@@ -153,7 +153,14 @@ def compare(
     layout = _layout(fast, asked)
     compute_together(fast, input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
     windows = windows_of(fast) if layout != "padded" else (None,)
-    collator = Collator(layout=layout, pad_id=pad_id, as_examples=as_examples, windows=windows, cut=cut_of(fast))
+    collator = Collator(
+        layout=layout,
+        pad_id=pad_id,
+        as_examples=as_examples,
+        windows=windows,
+        cut=cut_of(fast),
+        carries_state=carries_state(fast),
+    )
     console.say("the fast path …")
     ours, tokens_computed = in_batches(fast, examples, collator, per_batch=per_batch)
     del fast

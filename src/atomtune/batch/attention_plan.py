@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from atomtune.batch.row import Row, Segment, segments
+from atomtune.batch.segment_plan import SegmentPlan, plan_segments
 
 #: Longer stretches are cut into chains of about equal length, which bounds the memory of one block's scores.
 LONGEST_SEGMENT = 384
@@ -172,6 +173,7 @@ class AttentionPlan:
     until: torch.Tensor
     position: torch.Tensor
     real: int
+    segments: SegmentPlan | None = None  # for layers that carry a state from token to token
     _dense: dict[int | None, torch.Tensor] = field(default_factory=dict)
     _bias: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
     _places: dict[tuple[int | None, int], Places] = field(default_factory=dict)
@@ -193,7 +195,8 @@ class AttentionPlan:
     def _each_tensor(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "AttentionPlan":
         blocks = {window: _changed(blocks, change) for window, blocks in self.blocks.items()}
         spans = {window: _changed(spans, change) for window, spans in self.spans.items()}
-        return AttentionPlan(blocks, spans, change(self.until), change(self.position), self.real)
+        segments = _changed(self.segments, change)
+        return AttentionPlan(blocks, spans, change(self.until), change(self.position), self.real, segments)
 
     def places(self, window: int | None, heads: int) -> Places:
         """Where each head's slots lie; made once for all layers."""
@@ -248,12 +251,18 @@ def padded_length(tokens: int) -> int:
 
 
 def plan_attention(
-    row: Row, *, windows: Iterable[int | None] = (None,), width: int | None = None, cut: Cut = "blocks"
+    row: Row,
+    *,
+    windows: Iterable[int | None] = (None,),
+    width: int | None = None,
+    cut: Cut = "blocks",
+    carries_state: bool = False,
 ) -> AttentionPlan:
     """The plan of a row, for each kind of layer the model has.
 
     windows  the layers' sliding windows; None is a layer that sees everything before
     width    the row's length with padding
+    carries_state   whether the model has layers that carry a state from token to token
     """
     position = row.positions()
     deepest = max(position, default=0) + 1
@@ -271,7 +280,8 @@ def plan_attention(
         else:
             spans[window] = _spans(parts, window if hides else None, tokens)
     real = torch.tensor((*position, *[0] * padding))
-    return AttentionPlan(blocks, spans, torch.tensor(until), real, len(row))
+    forks = plan_segments(row) if carries_state else None
+    return AttentionPlan(blocks, spans, torch.tensor(until), real, len(row), forks)
 
 
 class _SlotLists:

@@ -80,17 +80,20 @@ def collate_chains(rows: Sequence[Row], *, pad_id: int, examples: int, tokens_pa
 def collate_row(
     row: Row,
     *,
-    pad_id: int,
     windows: Sequence[int | None],
     examples: int,
     tokens_padded: int,
     cut: Cut = "blocks",
+    carries_state: bool = False,
 ) -> Batch:
     """One row that holds all examples, and who sees whom in it."""
     width = padded_length(len(row))
-    plan = plan_attention(row, windows=windows, width=width, cut=cut)
+    plan = plan_attention(row, windows=windows, width=width, cut=cut, carries_state=carries_state)
+    # Filled up with a real token: a pad id's embedding is a row of zeros, and a model that normalises it (Gemma 3n)
+    # has a gradient of NaN there, which reaches every weight.
+    padding = [row.ids[-1]] * (width - len(row))
     return Batch(
-        input_ids=torch.tensor([[*row.ids, *[pad_id] * (width - len(row))]]),
+        input_ids=torch.tensor([[*row.ids, *padding]]),
         position_ids=plan.position[None],
         attention_mask=None,
         plan=plan,
@@ -125,6 +128,7 @@ class Collator:
 
     windows  the sliding windows of the model's layers (None: sees everything before)
     cut      how a row's attention is cut: blocks for a CPU, spans for a GPU
+    carries_state   whether the model has layers that carry a state from token to token
     """
 
     layout: Layout
@@ -132,6 +136,7 @@ class Collator:
     as_examples: Callable[[Mapping[str, Any]], Sequence[Example]]
     windows: Sequence[int | None] = (None,)
     cut: Cut = "blocks"
+    carries_state: bool = False
 
     def __call__(self, stored: Sequence[Mapping[str, Any]]) -> Batch:
         examples = [example for row in stored for example in self.as_examples(row)]
@@ -146,4 +151,4 @@ class Collator:
         if self.layout == "padded":
             return collate_chains([single(example) for example in examples], pad_id=self.pad_id, **counts)
         row = graft(examples) if self.layout == "tree" else pack(examples)
-        return collate_row(row, pad_id=self.pad_id, windows=self.windows, cut=self.cut, **counts)
+        return collate_row(row, windows=self.windows, cut=self.cut, carries_state=self.carries_state, **counts)

@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from atomtune.model.memory import free_bytes
+from atomtune.model.recurrent import announce
 from atomtune.model.row_attention import ROW_PLAN, ROWS
 
 #: Logits that exist at once: 2^20 of them are 4 MiB in float32, and as much again for their gradient.
@@ -35,6 +36,13 @@ def innermost(model: nn.Module) -> Any:
     while hasattr(inner, "module"):
         inner = inner.module
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """What a causal LM has below its head; the model itself where these are not apart."""
+    inner = innermost(model)
+    body = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)
+    return inner if body is None else body
 
 
 def takes(model: nn.Module, name: str) -> bool:
@@ -95,8 +103,12 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         inputs["position_ids"] = batch["position_ids"]
     plan = batch["plan"]
     if plan is None:
+        announce(body_of(model), None)
         return {**inputs, "attention_mask": batch["attention_mask"]}
     plan = plan.to(batch["input_ids"].device)
+    announce(body_of(model), plan)
+    if not takes(model, "position_ids"):  # nothing in it attends: all its layers carry a state
+        return inputs
     if innermost(model).config._attn_implementation != ROWS:
         return {**inputs, "attention_mask": plan.visible(None)}
     # A mask of four dimensions is handed on as it is, so the library neither builds one nor guesses packing.

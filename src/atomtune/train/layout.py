@@ -4,8 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from atomtune.batch.attention_plan import padded_length
 from atomtune.batch.collate import Collator
 from atomtune.batch.cost import SAMPLED_BATCHES, LayoutTokens, batches_of
@@ -13,7 +11,8 @@ from atomtune.choices import Layout
 from atomtune.data.cache import as_examples
 from atomtune.data.records import Example
 from atomtune.errors import BadSettings
-from atomtune.model.layout_support import cut_of, why_padded, windows_of
+from atomtune.model.causal_lm import CausalLM
+from atomtune.model.layout_support import carries_state, cut_of, why_padded, windows_of
 from atomtune.model.load import pad_id_of
 from atomtune.train.dataset import Data
 from atomtune.train.model import device_of, dtype_of
@@ -50,9 +49,7 @@ class ChosenLayout:
     heaviest_tokens: int
 
 
-def choose_layout(
-    run: RunContext, model: nn.Module, tokenizer: Any, data: Data, *, longest_tokens: int
-) -> ChosenLayout:
+def choose_layout(run: RunContext, model: CausalLM, tokenizer: Any, data: Data, *, longest_tokens: int) -> ChosenLayout:
     """The collator of the run; says which layout, why, and what it saves. Raises BadSettings if it were not exact."""
     choice = run.settings.data.layout
     batches = _sampled_batches(data, per_batch=run.args.per_device_train_batch_size, seed=run.args.seed)
@@ -85,6 +82,7 @@ def choose_layout(
         as_examples=as_examples,
         windows=windows_of(model) if chosen != "padded" else (None,),
         cut=cut_of(model),
+        carries_state=carries_state(model),
     )
     per_batch = run.args.per_device_train_batch_size
     heaviest = _heaviest_of_the_run(tokens.heaviest[chosen], per_batch=per_batch, longest_tokens=longest_tokens)

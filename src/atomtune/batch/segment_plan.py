@@ -1,0 +1,161 @@
+"""Segment plans: how layers that carry a state along their tokens compute a row that branches.
+
+A row is cut where it branches. Each segment is a sequence that starts from the state its parent segment ended in: the
+state is forked at a branch, and a record begins without one. Segments that can run together form a batch; padding
+stands last, where it reaches no token of its own and no state that another segment starts from.
+
+    tokens    p p p p a a a b b          segments   0: p p p p    1: a a a, of 0    2: b b, of 0
+    batch 0   p p p p                    starts empty, ends in state s
+    batch 1   a a a                      both start from s
+              b b b'                     b' is padding
+
+Layers that cannot start from a state compute every path from a root to a leaf instead, and the first path that a token
+lies on gives its result.
+Letters: T tokens of the row, G segments of a batch, n the longest of them, P paths, L the longest of them.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from atomtune.batch.row import Row, Segment, segments
+
+#: Leaves share a batch when the longest has at most this many times the tokens of the shortest, or so many more.
+_LONGER = 1.5
+_LONGER_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentBatch:
+    """Segments that are computed as one batch of sequences.
+
+    tokens    [G, n]  the token of the row at each place; the last one of a segment repeated as padding
+    places    [K]     the places, in [G * n], that hold the segment's own tokens
+    parents   for each segment, (number of the batch, row in it) of the segment it goes on from; empty at a root
+    """
+
+    tokens: torch.Tensor
+    places: torch.Tensor
+    parents: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentPlan:
+    """A row for layers that carry a state.
+
+    batches   in an order in which every parent comes before its children
+    order     [T]     where the result of each token lies in the batches' own tokens, one batch behind the other
+    paths     [P, L]  the tokens of every path from root to leaf; the last one repeated as padding
+    first_on  [T]     the place, in [P * L], where each token lies first
+    """
+
+    batches: tuple[SegmentBatch, ...]
+    order: torch.Tensor
+    paths: torch.Tensor
+    first_on: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One segment as it is computed: tokens that are run again before its own, and where it starts from."""
+
+    again: tuple[int, ...]
+    own: range
+    parent: int  # the segment whose state it starts from, or -1
+    is_inner: bool  # others start from its end, so padding may not follow it
+
+    def __len__(self) -> int:
+        return len(self.again) + len(self.own)
+
+
+def plan_segments(row: Row) -> SegmentPlan:
+    """The batches and paths of a row."""
+    parts = segments(row)
+    runs = _runs(parts)
+    groups = list(_groups(runs))
+    where = {number: (g, i) for g, group in enumerate(groups) for i, number in enumerate(group)}
+    batches: list[SegmentBatch] = []
+    own: list[int] = []
+    for group in groups:
+        width = max(len(runs[number]) for number in group)
+        if not runs[group[0]].is_inner:
+            width = max(width, 2)  # a mixer would decode one token and not read it
+        tokens, places = [], []
+        for i, number in enumerate(group):
+            run = runs[number]
+            sequence = [*run.again, *run.own]
+            tokens.append(sequence + [sequence[-1]] * (width - len(sequence)))
+            places += [i * width + place for place in range(len(run.again), len(run))]
+            own += run.own
+        parents = tuple(where[runs[number].parent] for number in group if runs[number].parent >= 0)
+        batches.append(SegmentBatch(torch.tensor(tokens), torch.tensor(places), parents))
+    order = torch.empty(len(row), dtype=torch.long)
+    order[torch.tensor(own)] = torch.arange(len(row))
+    paths, first_on = _paths(parts, len(row))
+    return SegmentPlan(tuple(batches), order, paths, first_on)
+
+
+def _runs(parts: Sequence[Segment]) -> list[_Run]:
+    """How each segment is computed.
+
+    A mixer that is handed one token and a state takes its decoding way, which often changes the state in place. So an
+    inner segment of one token is a leaf for itself (padded to two), and its children run its token again.
+    """
+    children = [0] * len(parts)
+    for part in parts:
+        if part.parent >= 0:
+            children[part.parent] += 1
+    single = [children[i] > 0 and len(part) == 1 and part.parent >= 0 for i, part in enumerate(parts)]
+    runs = []
+    for i, part in enumerate(parts):
+        again: tuple[int, ...] = ()
+        parent = part.parent
+        while parent >= 0 and single[parent]:
+            again = (parts[parent].start, *again)
+            parent = parts[parent].parent
+        runs.append(_Run(again, range(part.start, part.end), parent, children[i] > 0 and not single[i]))
+    return runs
+
+
+def _groups(runs: Sequence[_Run]) -> Iterable[list[int]]:
+    """Segments that run together: inner ones of one depth and length, then leaves of about one length."""
+    depth: list[int] = []
+    for run in runs:
+        depth.append(0 if run.parent < 0 else depth[run.parent] + 1)
+    inner: dict[tuple[int, int], list[int]] = {}
+    for number, run in enumerate(runs):
+        if run.is_inner:
+            inner.setdefault((depth[number], len(run)), []).append(number)
+    for _, group in sorted(inner.items()):
+        yield group
+    for at_root in (True, False):
+        group = []
+        leaves = [number for number, run in enumerate(runs) if not run.is_inner and (run.parent < 0) == at_root]
+        for number in sorted(leaves, key=lambda number: len(runs[number])):
+            shortest = len(runs[group[0]]) if group else 0
+            if group and len(runs[number]) > max(_LONGER * shortest, shortest + _LONGER_TOKENS):
+                yield group
+                group = []
+            group.append(number)
+        if group:
+            yield group
+
+
+def _paths(parts: Sequence[Segment], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    inner = {part.parent for part in parts}
+    paths = []
+    for number in range(len(parts)):
+        if number in inner:
+            continue
+        path: list[int] = []
+        at = number
+        while at >= 0:
+            path = [*range(parts[at].start, parts[at].end), *path]
+            at = parts[at].parent
+        paths.append(path)
+    longest = max(map(len, paths))
+    first_on = torch.full((tokens,), -1)
+    for number in reversed(range(len(paths))):  # the first path comes last and stays
+        first_on[torch.tensor(paths[number])] = number * longest + torch.arange(len(paths[number]))
+    return torch.tensor([path + [path[-1]] * (longest - len(path)) for path in paths]), first_on

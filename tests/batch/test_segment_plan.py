@@ -1,0 +1,76 @@
+"""Segment plans: a layer that carries a state computes a branching row as each record alone."""
+
+from random import Random
+
+import pytest
+import torch
+
+from atomtune.batch.pack import pack
+from atomtune.batch.row import Row
+from atomtune.batch.segment_plan import plan_segments
+from atomtune.batch.tree import graft
+from atomtune.data.records import Example
+
+
+def examples(seed: int, words: int) -> list[Example]:
+    """Records over so few words that many begin alike, by one token too."""
+    draw = Random(seed)
+    ids = {tuple(draw.randrange(words) for _ in range(draw.randint(2, 14))) for _ in range(draw.randint(1, 9))}
+    return [Example(i, (0,) + (1,) * (len(i) - 1), "x") for i in sorted(ids)]
+
+
+def paths_of(row: Row) -> list[list[int]]:
+    """For each token, the tokens from its root to itself."""
+    paths: list[list[int]] = []
+    for i, parent in enumerate(row.parent):
+        paths.append([*(paths[parent] if parent >= 0 else []), i])
+    return paths
+
+
+rows = [graft(examples(seed, words), least_saved=1) for seed in range(40) for words in (2, 3, 5)]
+rows += [pack(examples(1, 5)), graft([Example((1, 2, 3), (0, 1, 1), "x")])]
+
+
+@pytest.mark.parametrize("row", rows)
+def test_a_state_that_is_forked_has_seen_each_tokens_path_and_nothing_else(row):
+    # The "layer" is the list of tokens seen so far; its state is that list.
+    plan = plan_segments(row)
+    states, results = [], []
+    for batch in plan.batches:
+        assert not batch.parents or len(batch.parents) == len(batch.tokens)
+        started = [list(states[b][i]) for b, i in batch.parents] or [[] for _ in batch.tokens]
+        seen_at, ends = [], []
+        for state, tokens in zip(started, batch.tokens.tolist(), strict=True):
+            for token in tokens:
+                state.append(token)
+                seen_at.append(list(state))
+            ends.append(state)
+        states.append(ends)
+        results += [seen_at[place] for place in batch.places.tolist()]
+    assert [results[place] for place in plan.order.tolist()] == paths_of(row)
+
+
+@pytest.mark.parametrize("row", rows)
+def test_a_token_lies_on_its_path(row):
+    plan = plan_segments(row)
+    longest = plan.paths.shape[1]
+    for token, place in enumerate(plan.first_on.tolist()):
+        path, at = divmod(place, longest)
+        assert plan.paths[path, : at + 1].tolist() == paths_of(row)[token]
+
+
+def test_padding_follows_no_segment_that_others_start_from():
+    for row in rows:
+        plan = plan_segments(row)
+        for number, batch in enumerate(plan.batches):
+            is_parent = any(number == b for other in plan.batches for b, _ in other.parents)
+            width = batch.tokens.shape[1]
+            last_places = {i * width + width - 1 for i in range(len(batch.tokens))}
+            assert not is_parent or last_places <= set(batch.places.tolist())
+
+
+def test_records_that_share_a_beginning_run_it_once():
+    row = graft([Example((*range(50), 60 + i, 70 + i), (0,) * 51 + (1,), "x") for i in range(5)])
+    plan = plan_segments(row)
+    assert [tuple(batch.tokens.shape) for batch in plan.batches] == [(1, 50), (5, 2)]
+    assert torch.equal(plan.order.sort().values, torch.arange(60))
