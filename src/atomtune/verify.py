@@ -169,7 +169,9 @@ def compare(
     plain = one_at_a_time(model_again, examples)
     console.say("plain again with the library's other attention, to see how much rounding differs …")
     with another_plain_way(model_again):
-        again = one_at_a_time(model_again, examples)
+        # The library's loss sums the softmax of a whole vocabulary in float32, which rounds more than its attention
+        # does, so the noise is that of both.
+        again = one_at_a_time(model_again, examples, softmax_dtype=torch.promote_types(dtype, torch.float32))
     return Comparison(
         layout=layout,
         dtype=dtype,
@@ -217,7 +219,9 @@ def _measures(ours: Result, plain: Result, again: Result, *, dtype: torch.dtype)
     return (loss, *of_targets, *of_gradients)
 
 
-def one_at_a_time(model: CausalLM, examples: Sequence[Example]) -> Result:
+def one_at_a_time(
+    model: CausalLM, examples: Sequence[Example], *, softmax_dtype: torch.dtype = torch.float64
+) -> Result:
     """The dumb side: each record alone through the model's own forward; the loss from its logits, in full."""
     _forget_gradients(model)
     targets = sum(sum(example.learn) for example in examples)
@@ -226,12 +230,12 @@ def one_at_a_time(model: CausalLM, examples: Sequence[Example]) -> Result:
         ids = torch.tensor([example.ids], device=model.device)  # [1, T]
         learned = [i for i, times in enumerate(example.learn) if times]
         times = torch.tensor([example.learn[i] for i in learned], device=model.device)  # [N]
-        logits = model(input_ids=ids).logits[0, [i - 1 for i in learned]].double()  # [N, V]
-        scores = logits.log_softmax(-1).gather(1, ids[0, learned][:, None])[:, 0]  # [N]
-        share = -(scores * times).sum() / targets
+        logits = model(input_ids=ids).logits[0, [i - 1 for i in learned]]  # [N, V]
+        scores = logits.to(softmax_dtype).log_softmax(-1).gather(1, ids[0, learned][:, None])[:, 0]  # [N]
+        share = -(scores.double() * times).sum() / targets
         share.backward()
         loss += share.item()
-        log_probabilities.append(scores.detach().cpu())
+        log_probabilities.append(scores.detach().double().cpu())
     return Result(loss, torch.cat(log_probabilities), _gradients(model))
 
 
