@@ -60,7 +60,7 @@ def why_padded(model: CausalLM) -> str | None:
         return f"it has layers of the kind {', '.join(sorted(foreign - _KNOWN_ATTENTION))}"
     register()
     mixers, attends = recurrent.find_mixers(inner)
-    if not mixers and not takes(model, "position_ids"):
+    if not takes(model, "position_ids") and not any(map(recurrent.takes_cache, mixers)):
         return "its forward takes no position_ids"
     reasons = []
     for way in _ways(mixers, attends, any(windows_of(model)[1:])):
@@ -84,7 +84,8 @@ def _ways(mixers: list[nn.Module], attends: bool, has_window: bool) -> Iterator[
         attention = [None]  # type: ignore[list-item]
     for name in attention:
         if mixers:
-            yield _Way(name, "fork")
+            if all(map(recurrent.takes_cache, mixers)):
+                yield _Way(name, "fork")
             yield _Way(name, "paths")
         else:
             yield _Way(name, None)

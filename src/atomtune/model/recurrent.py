@@ -30,7 +30,7 @@ from atomtune.model.row_attention import attend
 
 Way = Literal["fork", "paths"]
 #: Names under which mixers take transformers' cache.
-_CACHE_NAMES = ("cache", "cache_params", "past_key_values")
+_CACHE_NAMES = {"cache", "cache_params", "past_key_values"}
 #: Names under which they take hidden states.
 _INPUT_NAMES = ("hidden_states", "x", "input")
 _PROBE_TOKENS = 12
@@ -63,6 +63,11 @@ def announce(body: nn.Module, plan: AttentionPlan | None) -> None:
         row.announced = plan
 
 
+def takes_cache(mixer: nn.Module) -> bool:
+    """Whether a mixer can be handed a state."""
+    return bool(_CACHE_NAMES & inspect.signature(type(mixer).forward).parameters.keys())
+
+
 def carries_state(body: nn.Module) -> bool:
     """Whether this model's mixers were given a way to compute rows."""
     return "atomtune_row" in vars(body)
@@ -86,13 +91,20 @@ def find_mixers(inner: nn.Module) -> tuple[list[nn.Module], bool]:
     """
     calls = _calls_in_a_probe(inner)
     mixers: list[nn.Module] = []
+    known: dict[tuple[Any, ...], bool] = {}  # layers that are built alike are probed once
+
+    def mixes(module: nn.Module) -> bool:
+        built = (calls[module].attends, *((name, type(part)) for name, part in module.named_modules()))
+        if built not in known:
+            known[built] = _mixes(module, calls[module])
+        return known[built]
 
     def look_into(module: nn.Module) -> None:
         call = calls.get(module)
         if call is not None:
-            if not _mixes(module, call):
+            if not mixes(module):
                 return
-            if not call.attends and not any(calls.get(m) and _mixes(m, calls[m]) for m in module.children()):
+            if not call.attends and not any(mixes(child) for child in module.children() if child in calls):
                 mixers.append(module)
                 return
         for child in module.children():
@@ -127,12 +139,26 @@ def _calls_in_a_probe(inner: Any) -> dict[nn.Module, _Call]:
     hooks = [m.register_forward_pre_hook(before, with_kwargs=True) for m in inner.modules()]
     hooks += [m.register_forward_hook(after, with_kwargs=True) for m in inner.modules()]
     try:
-        with _attention(inner, _PROBE_ATTENTION), torch.no_grad():
+        with _attention(inner, _PROBE_ATTENTION), as_in_training(inner):
             inner(input_ids=ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
     return calls
+
+
+@contextlib.contextmanager
+def as_in_training(inner: Any) -> Iterator[None]:
+    """Within this, every layer is handed what needs a gradient, as in training.
+
+    bitsandbytes repacks its 4-bit layers for serving, for good, when they are called without.
+    """
+    hook = inner.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager
@@ -153,17 +179,17 @@ def _mixes(module: nn.Module, call: _Call) -> bool:
     at, hidden = _input_of(call)
     if hidden is None:
         return False
+    hidden = hidden.detach()
     changed = hidden.clone()
     changed[:, 3] += torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(0)).to(hidden)
     outputs = []
-    for states in (hidden, changed):
+    for states in (hidden.requires_grad_(), changed.requires_grad_()):
         args = tuple(states if at == i else value for i, value in enumerate(call.args))
         kwargs = {name: states if at == name else value for name, value in call.kwargs.items()}
-        with torch.no_grad():
-            outputs.append(_first(module(*args, **kwargs)))
+        outputs.append(_first(module(*args, **kwargs)))
     if not all(isinstance(out, torch.Tensor) and out.dim() == 3 and out.shape[1] == hidden.shape[1] for out in outputs):
         return False
-    difference = (outputs[0] - outputs[1]).abs()
+    difference = (outputs[0] - outputs[1]).detach().abs()
     # Other tokens' kernels may round otherwise when one token takes another expert.
     rounding = max(1e-4, 8 * torch.finfo(difference.dtype).eps)
     return bool(difference[:, 4:].max() > rounding * difference.max())

@@ -21,7 +21,8 @@ from atomtune.data.records import Example
 from atomtune.errors import BadModel
 from atomtune.model.agreement import another_plain_way, unit
 from atomtune.model.causal_lm import CausalLM
-from atomtune.model.loss import innermost, model_inputs
+from atomtune.model.loss import innermost, model_inputs, takes
+from atomtune.model.recurrent import as_in_training
 
 #: How many times its noise a right tree may differ. A forked state takes its sums in another order than a whole
 #: sequence does: up to 8 times the noise of attention was seen. Wrong ones differ by 10,000 times and more in float32.
@@ -39,7 +40,7 @@ _MOST_GRADIENT = 0.3
 class _Side:
     """What one way of computing gives."""
 
-    scores: torch.Tensor  # [N] log-probabilities of the row's targets
+    scores: torch.Tensor  # [N] log-probabilities of the targets
     gradients: Mapping[str, torch.Tensor | None]
 
 
@@ -51,16 +52,19 @@ def difference(model: CausalLM, *, windows: Sequence[int | None], cut: Cut, carr
     training = model.training
     model.eval()
     try:
-        plain = _one_at_a_time(model, examples, tree)
-        if not bool(torch.isfinite(plain.scores).all()):
-            return "its own log-probabilities are not finite"
-        _refuse_without_gradient(plain)
-        with another_plain_way(model) as other:
-            again = _one_at_a_time(model, examples, tree) if other else plain
-        if _looks_ahead(model, examples[0], plain, tree):
-            return "it is not causal: later tokens change earlier ones"
-        rows = _as_row(model, tree, settings)
-        without = _as_row(model, tree, settings, computed_as=_cut_off(tree), learns=False)
+        with as_in_training(innermost(model)):
+            alone = [_alone(model, example) for example in examples]
+            if not all(bool(torch.isfinite(side.scores).all()) for side in alone):
+                return "its own log-probabilities are not finite"
+            plain = _as_one(alone, examples, tree)
+            _refuse_without_gradient(plain)
+            if _looks_ahead(model, examples[0], alone[0]):
+                return "it is not causal: later tokens change earlier ones"
+            # One record tells the noise as well as all four do, and a plain run is the dearest part of the trial.
+            with another_plain_way(model) as other:
+                again = _alone(model, examples[0]) if other else alone[0]
+            rows = _as_row(model, tree, settings)
+            without = _as_row(model, tree, settings, computed_as=_cut_off(tree), learns=False)
     except NotImplementedError as error:
         return f"its attention is more than rows allow for ({error})"
     # What a forward raises that was not made for rows: shapes, missing arguments, assertions.
@@ -69,23 +73,25 @@ def difference(model: CausalLM, *, windows: Sequence[int | None], cut: Cut, carr
         return f"a row of many fails in its forward ({type(error).__name__}: {first_line[:120]})"
     finally:
         model.train(training)
-    return _verdict(plain, again, rows, without, dtype=_dtype(model))
+    noise = (_apart(again, alone[0]), _gradient_difference(again, alone[0]))
+    return _verdict(plain, rows, without, noise=noise, dtype=_dtype(model))
 
 
-def _verdict(plain: _Side, again: _Side, rows: _Side, without: _Side, *, dtype: torch.dtype) -> str | None:
-    apart = (rows.scores - plain.scores).abs().mean().item()
-    noise = (again.scores - plain.scores).abs().mean().item()
-    contrast = (without.scores - plain.scores).abs().mean().item()
-    allowed = max(_TIMES_NOISE * noise, _LEAST_ULPS * unit(dtype))
+def _verdict(
+    plain: _Side, rows: _Side, without: _Side, *, noise: tuple[float, float], dtype: torch.dtype
+) -> str | None:
+    """noise  of log-probabilities, and of gradients"""
+    apart, contrast = _apart(rows, plain), _apart(without, plain)
+    allowed = max(_TIMES_NOISE * noise[0], _LEAST_ULPS * unit(dtype))
     if not (apart <= allowed and apart <= _NEARER * contrast):
         return (
-            f"a trial tree differs from its records alone by {apart:.1e} nats a token (noise: {noise:.1e}; with its "
+            f"a trial tree differs from its records alone by {apart:.1e} nats a token (noise: {noise[0]:.1e}; with its "
             f"branches cut off: {contrast:.1e})"
         )
-    gradient, noise = _gradient_difference(rows, plain), _gradient_difference(again, plain)
-    allowed = min(_MOST_GRADIENT, max(_TIMES_NOISE * noise, _LEAST_GRADIENT_ULPS * unit(dtype)))
+    gradient = _gradient_difference(rows, plain)
+    allowed = min(_MOST_GRADIENT, max(_TIMES_NOISE * noise[1], _LEAST_GRADIENT_ULPS * unit(dtype)))
     if not gradient <= allowed:
-        return f"gradients of a trial tree differ from its records' by {gradient:.1e} (relative; noise: {noise:.1e})"
+        return f"gradients of a trial tree differ from its records' by {gradient:.1e} (relative; noise: {noise[1]:.1e})"
     return None
 
 
@@ -99,42 +105,54 @@ def _examples(words: int) -> list[Example]:
         return tuple(lowest + (next(numbers) * 7_919 + 13) % (words - lowest) for _ in range(tokens))
 
     trunk, branch = text(72), text(20)
-    ids = [(*trunk, *branch, *text(8)), (*trunk, *branch, *text(13)), (*trunk, *text(17)), text(24)]
-    return [Example(i, (0,) * 4 + (1,) * (len(i) - 4), f"trial {n}") for n, i in enumerate(ids, 1)]
+    records = [(trunk, branch, text(8)), (trunk, branch, text(13)), (trunk, text(17)), (text(24),)]
+    return [_example(parts, f"trial {number}") for number, parts in enumerate(records, 1)]
 
 
-def _one_at_a_time(model: CausalLM, examples: Sequence[Example], tree: Row) -> _Side:
-    """Each record alone, as any program would compute it."""
+def _example(parts: Sequence[tuple[int, ...]], origin: str) -> Example:
+    """Its targets: the first two tokens behind a branch, and every fourth.
+
+    With a vocabulary of 262,000 words the output matrix of all positions would cost more than the layers.
+    """
+    ids = tuple(token for part in parts for token in part)
+    learn = [int(place < 2 or place % 4 == 3) for part in parts for place in range(len(part))]
+    return Example(ids, (0, *learn[1:]), origin)
+
+
+def _alone(model: CausalLM, example: Example) -> _Side:
+    """A record alone, as any program would compute it."""
+    targets = [i for i, times in enumerate(example.learn) if times]
+    ids = torch.tensor([example.ids], device=_device(model))  # [1, T]
+    scores = _scores(model, {"input_ids": ids}, [i - 1 for i in targets], [example.ids[i] for i in targets])
+    return _Side(scores.detach().double().cpu(), _gradients(model, -scores.sum()))
+
+
+def _as_one(alone: Sequence[_Side], examples: Sequence[Example], tree: Row) -> _Side:
+    """What the records give together: for each target of the tree its score, and the sum of the gradients."""
     by_path: dict[tuple[int, ...], torch.Tensor] = {}
-    nats: list[torch.Tensor] = []
-    for example in examples:
-        ids = torch.tensor([example.ids], device=_device(model))
-        logits = _called(model, {"input_ids": ids})  # [T, V]
-        targets = torch.tensor(example.ids[1:], device=logits.device)
-        scores = logits[:-1].log_softmax(-1).gather(1, targets[:, None])[:, 0]  # [T - 1]
-        learn = torch.tensor(example.learn[1:], device=scores.device)
-        nats.append(-(scores * learn).sum())
-        for i in range(1, len(example.ids)):
-            by_path[example.ids[: i + 1]] = scores[i - 1].detach()
-    scores = torch.stack([by_path[path] for path in _paths(tree)])
-    return _Side(scores.double().cpu(), _gradients(model, torch.stack(nats).sum()))
+    for side, example in zip(alone, examples, strict=True):
+        targets = [i for i, times in enumerate(example.learn) if times]
+        by_path.update(zip([example.ids[: i + 1] for i in targets], side.scores, strict=True))
+    gradients: dict[str, torch.Tensor | None] = {}
+    for name in alone[0].gradients:
+        of_records = [gradient for side in alone if (gradient := side.gradients[name]) is not None]
+        gradients[name] = torch.stack(of_records).sum(0) if of_records else None
+    return _Side(torch.stack([by_path[path] for path in _paths(tree)]), gradients)
 
 
 def _as_row(
     model: CausalLM, tree: Row, settings: Mapping[str, Any], *, computed_as: Row | None = None, learns: bool = True
 ) -> _Side:
     """The tree in one call; or another row of the same tokens, at the tree's positions and for its targets."""
-    row = computed_as or tree
-    batch: Any = collate_row(row, examples=1, tokens_padded=len(row), **settings)
+    batch: Any = collate_row(computed_as or tree, examples=1, tokens_padded=len(tree), **settings)
     batch["position_ids"][0, : len(tree)] = torch.tensor(tree.positions())
     for name in ("input_ids", "position_ids"):
         batch[name] = batch[name].to(_device(model))
-    logits = _called(model, model_inputs(model, batch))  # [T, V]
     targets = [i for i, times in enumerate(tree.learn) if times]
     predicted_from = [tree.parent[i] for i in targets]
-    ids, learn = (torch.tensor([column[i] for i in targets], device=logits.device) for column in (tree.ids, tree.learn))
-    scores = logits[predicted_from].log_softmax(-1).gather(1, ids[:, None])[:, 0]  # [N]
-    gradients = _gradients(model, -(scores * learn).sum()) if learns else {}
+    scores = _scores(model, model_inputs(model, batch), predicted_from, [tree.ids[i] for i in targets])
+    times = torch.tensor([tree.learn[i] for i in targets], device=scores.device)  # [N]
+    gradients = _gradients(model, -(scores * times).sum()) if learns else {}
     return _Side(scores.detach().double().cpu(), gradients)
 
 
@@ -152,16 +170,12 @@ def _cut_off(tree: Row) -> Row:
     return Row(tree.ids, parents, untils(parents), tree.learn, tree.origins)
 
 
-def _looks_ahead(model: CausalLM, example: Example, plain: _Side, tree: Row) -> bool:
+def _looks_ahead(model: CausalLM, example: Example, whole: _Side) -> bool:
     """Whether the beginning of a record alone has other log-probabilities than with what follows."""
-    half = len(example.ids) // 2
-    with torch.no_grad():
-        whole, alone = (
-            _called(model, {"input_ids": torch.tensor([ids], device=_device(model))})[: half - 1].log_softmax(-1)
-            for ids in (example.ids, example.ids[:half])
-        )
-    targets = torch.tensor(example.ids[1:half], device=whole.device)[:, None]
-    apart = (whole - alone).gather(1, targets).abs().mean().item()
+    targets = [i for i, times in enumerate(example.learn[: len(example.ids) // 2]) if times]
+    ids = torch.tensor([example.ids[: len(example.ids) // 2]], device=_device(model))  # [1, T / 2]
+    beginning = _scores(model, {"input_ids": ids}, [i - 1 for i in targets], [example.ids[i] for i in targets])
+    apart = (beginning.detach().double().cpu() - whole.scores[: len(targets)]).abs().mean().item()
     return not apart <= max(0.05, _LEAST_ULPS * unit(_dtype(model)))
 
 
@@ -179,10 +193,17 @@ def _refuse_without_gradient(plain: _Side) -> None:
         )
 
 
-def _called(model: CausalLM, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """[T, V] of one row, in float32 at least."""
-    logits = model(**inputs, use_cache=False).logits[0]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _scores(
+    model: CausalLM, inputs: Mapping[str, Any], predicted_from: Sequence[int], targets: Sequence[int]
+) -> torch.Tensor:
+    """[N] log-probabilities of target ids at positions of one row, in float32 at least."""
+    columns = torch.tensor(predicted_from, device=_device(model))
+    if takes(model, "logits_to_keep"):
+        logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits[0]  # [N, V]
+    else:
+        logits = model(**inputs, use_cache=False).logits[0, predicted_from]
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return scores.gather(1, torch.tensor(targets, device=logits.device)[:, None])[:, 0]
 
 
 def _gradients(model: CausalLM, nats: torch.Tensor) -> dict[str, torch.Tensor | None]:
@@ -192,6 +213,11 @@ def _gradients(model: CausalLM, nats: torch.Tensor) -> dict[str, torch.Tensor | 
         return dict.fromkeys(trained)
     gradients = torch.autograd.grad(nats, list(trained.values()), allow_unused=True)
     return dict(zip(trained, gradients, strict=True))
+
+
+def _apart(side: _Side, plain: _Side) -> float:
+    """Nats a target, the mean."""
+    return (side.scores - plain.scores).abs().mean().item()
 
 
 def _gradient_difference(side: _Side, plain: _Side) -> float:

@@ -1,0 +1,123 @@
+"""The trial at start-up: what it must refuse is planted, and what it must accept is right."""
+
+import pytest
+import torch
+
+from atomtune.batch import attention_plan
+from atomtune.batch.row import Row, untils
+from atomtune.batch.segment_plan import plan_segments
+from atomtune.errors import BadModel
+from atomtune.model import recurrent, trial
+from atomtune.model.layout_support import why_padded, windows_of
+from atomtune.model.loss import body_of, innermost
+from atomtune.model.recurrent import find_mixers, give_way
+from atomtune.model.row_attention import ROWS, register
+from tests.hybrids import HYBRIDS, hybrid
+
+
+def by_forks(family):
+    """A model that computes its rows by forked states."""
+    register()
+    model = hybrid(family)
+    mixers, attends = find_mixers(innermost(model))
+    if attends:
+        innermost(model).set_attn_implementation(ROWS)
+    give_way(body_of(model), mixers, "fork")
+    return model
+
+
+def tried(model):
+    return trial.difference(model, windows=windows_of(model), cut="blocks", carries_state=True)
+
+
+def no_state(batch, states):
+    return recurrent._States()
+
+
+picked = recurrent._picked
+
+
+def state_of_another_parent(of_parents, batch):
+    return picked(of_parents, batch).roll(1, 0)
+
+
+def all_behind_each_other(row):
+    parents = tuple(range(-1, len(row) - 1))
+    return plan_segments(Row(row.ids, parents, untils(parents), row.learn, row.origins))
+
+
+def records_behind_each_other(row):
+    parents = tuple(i - 1 if parent < 0 else parent for i, parent in enumerate(row.parent))
+    return plan_segments(Row(row.ids, parents, untils(parents), row.learn, row.origins))
+
+
+FAULTS = {
+    "no state is handed over": (recurrent, "_start", no_state),
+    "a state of another parent": (recurrent, "_picked", state_of_another_parent),
+    "a branch reads its sibling": (attention_plan, "plan_segments", all_behind_each_other),
+    "a record reads the one before": (attention_plan, "plan_segments", records_behind_each_other),
+}
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_a_right_row_is_accepted(family):
+    assert tried(by_forks(family)) is None
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_planted_fault_is_refused(monkeypatch, family, fault, dtype):
+    model = by_forks(family).to(dtype)
+    monkeypatch.setattr(*FAULTS[fault])
+    assert "trial tree" in tried(model)
+
+
+class _Poisoned(torch.autograd.Function):
+    """Right values, and a gradient of NaN."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.nan
+
+
+def test_a_gradient_that_is_nan_in_rows_alone_is_refused():
+    # As Gemma 3n's was: it normalises the zero row of the pad id.
+    model = by_forks("lfm2")
+    longest = 105
+    innermost(model).model.layers[2].register_forward_pre_hook(
+        lambda _m, args: (_Poisoned.apply(args[0]), *args[1:]) if args[0].shape[1] > longest else args
+    )
+    assert "gradients of a trial tree differ" in tried(model)
+
+
+def test_a_model_that_looks_ahead_is_refused():
+    model = hybrid("lfm2")
+    innermost(model).get_input_embeddings().register_forward_hook(lambda _m, _i, out: out + out.mean(1, keepdim=True))
+    reason = why_padded(model)
+    assert reason is not None
+    assert "not causal" in reason
+
+
+def test_a_layer_that_never_gets_a_gradient_is_an_error_that_names_it():
+    model = hybrid("lfm2")
+    for layer in innermost(model).model.layers:
+        if hasattr(layer, "conv"):
+            # A model that reads a layer's weight and never calls the layer (as Jamba reads dt_proj).
+            weight = layer.conv.in_proj.base_layer.weight
+            layer.conv.in_proj.forward = lambda x, weight=weight: torch.nn.functional.linear(x, weight)
+    with pytest.raises(BadModel, match="LoRA on in_proj never gets a gradient"):
+        why_padded(model)
+
+
+def test_a_refused_model_keeps_its_own_attention_and_forward(monkeypatch):
+    model = hybrid("qwen3_5_text")
+    before = innermost(model).config._attn_implementation
+    monkeypatch.setattr(trial, "_verdict", lambda *_, **__: "planted")
+    assert why_padded(model) == "planted"
+    assert innermost(model).config._attn_implementation == before
+    assert not any("forward" in vars(module) for module in model.modules())
