@@ -121,6 +121,7 @@ PRIVATE = {
     "model/layout_support.py": {"inner.config._attn_implementation"},
     "model/load.py": {"torch.ops.mkldnn._is_mkldnn_bf16_supported"},
     "model/loss.py": {"twin._modules"},
+    "model/recurrent.py": {"inner.config._attn_implementation"},
     "model/span_attention.py": {
         "torch.ops.aten._flash_attention_backward",
         "torch.ops.aten._flash_attention_forward",

@@ -164,6 +164,7 @@ def as_in_training(inner: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _attention(inner: Any, name: str) -> Iterator[None]:
     """Within this, the model uses another attention function, where it lets itself be told."""
+    # There is a public way to set an attention and none to ask which one is set.
     before = inner.config._attn_implementation
     with contextlib.suppress(ValueError, AttributeError, ImportError, KeyError):
         inner.set_attn_implementation(name)
