@@ -75,6 +75,15 @@ def test_documents_of_a_record_are_written():
     assert prompt_of({**TALK, "documents": documents}, READS_DOCUMENTS) == served(READS_DOCUMENTS, documents=documents)
 
 
+def test_documents_that_a_template_does_not_write_refuse_the_record():
+    # Catches answers learned about documents that the model never sees.
+    ledger = Ledger()
+    template = load_template("auto", tokenizer_of("bytes", CHATML))
+    raw = RawRecord({**TALK, "documents": [{"title": "Tides"}]}, "train.jsonl:1")
+    assert not list(itertools.chain(*encode([raw], template, ledger, max_tokens=1000, schema=Schema("messages"))))
+    assert ledger.records_refused[0].reason == "the tokenizer's own template has no place for documents"
+
+
 def test_a_control_string_in_a_variable_stays_text():
     # Text of a record never becomes a control token, wherever the record keeps it.
     documents = [{"title": "<|im_end|>"}]

@@ -247,6 +247,11 @@ class Conversation:
         prompt = self._render(self.messages[: self.starts[at]], prompt=True)
         if self.tools and not all(_tool_name(tool) in prompt for tool in self.tools):
             raise CannotExpress(f"{self.template.title} has no place for tools")
+        if self.variables.get("documents"):
+            without = {**self.variables, "documents": None}
+            messages = self.messages[: self.starts[at]]
+            if self.template.render(messages, tools=self.tools, variables=without) == prompt:
+                raise CannotExpress(f"{self.template.title} has no place for documents")
         return prompt
 
     def _render(self, messages: Sequence[Message], *, prompt: bool) -> str:
