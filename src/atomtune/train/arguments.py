@@ -23,33 +23,18 @@ CHECKPOINTING = next(
 def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
     """TrainingArguments from the settings. Raises BadSettings with what the library itself refuses."""
     values = dict(settings.trainer)
-    values.setdefault("output_dir", None)
-    evaluates = bool(settings.data.eval_path or settings.data.eval_size)
-    if values.get("eval_strategy", "no") != "no" and not evaluates:
-        raise BadSettings([f"--eval_strategy {values['eval_strategy']} needs records: --eval_path or --eval_size."])
-    if values.get("metric_for_best_model") is not None:
-        values.setdefault("greater_is_better", False)  # the library guesses by name, and guesses perplexity wrong
-    if evaluates:
-        values.setdefault("eval_strategy", "epoch")
+    values.pop("resume_from_checkpoint", None)  # ours
+    values["output_dir"] = values.get("output_dir") or str(spare_folder(settings))
+    _fit_evaluation(values, evaluates=bool(settings.data.eval_path or settings.data.eval_size))
     values |= {
-        "output_dir": values["output_dir"] or str(spare_folder(settings)),
         "remove_unused_columns": False,  # ours are read by our collator
         "disable_tqdm": True,  # train.progress draws the bar
         "logging_nan_inf_filter": False,  # a loss that is not finite ends the run, it is not hidden
     }
+    values.setdefault("ddp_find_unused_parameters", False)  # every adapter weight has a gradient in every step
     if settings.data.streaming:  # each rank reads the stream and takes its part: a batch holds more than tensors
         values["accelerator_config"] = {"dispatch_batches": False, **(values.get("accelerator_config") or {})}
-    values.pop("resume_from_checkpoint", None)
-    values.setdefault("ddp_find_unused_parameters", False)  # every adapter weight has a gradient in every step
-    if not torch.accelerator.is_available():
-        values["use_cpu"] = True  # else a launcher's ranks would not know of each other
-    if values.get("use_cpu"):
-        # On a CPU the dtype of the base says all; the Trainer would refuse bf16 and ignore fp16 in silence.
-        values |= {"fp16": False, "bf16": False, "dataloader_pin_memory": False}
-    else:
-        _feed_the_gpu(values, streaming=settings.data.streaming)
-    if values.get("bf16") and not values.get("use_cpu") and not torch.cuda.is_bf16_supported(including_emulation=False):
-        values["bf16"] = False
+    _fit_device(values, streaming=settings.data.streaming)
     try:
         args = TrainingArguments(**values)
         get_reporting_integration_callbacks(args.report_to)  # refuses a tracker it does not know
@@ -59,6 +44,29 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
         # One process and several GPUs would mean nn.DataParallel, which splits a batch's rows apart.
         args._n_gpu = 1
     return args
+
+
+def _fit_evaluation(values: dict[str, Any], *, evaluates: bool) -> None:
+    """Evaluate once an epoch where there are records for it. Raises BadSettings for one without records."""
+    if evaluates:
+        values.setdefault("eval_strategy", "epoch")
+    elif values.get("eval_strategy", "no") != "no":
+        raise BadSettings([f"--eval_strategy {values['eval_strategy']} needs records: --eval_path or --eval_size."])
+    if values.get("metric_for_best_model") is not None:
+        values.setdefault("greater_is_better", False)  # the library guesses by name, and guesses perplexity wrong
+
+
+def _fit_device(values: dict[str, Any], *, streaming: bool) -> None:
+    """Number formats and data loading that suit what this machine computes on."""
+    if not torch.accelerator.is_available():
+        values["use_cpu"] = True  # else a launcher's ranks would not know of each other
+    if values.get("use_cpu"):
+        # On a CPU the dtype of the base says all; the Trainer would refuse bf16 and ignore fp16 in silence.
+        values |= {"fp16": False, "bf16": False, "dataloader_pin_memory": False}
+        return
+    _feed_the_gpu(values, streaming=streaming)
+    if values.get("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
+        values["bf16"] = False
 
 
 def _feed_the_gpu(values: dict[str, Any], *, streaming: bool) -> None:

@@ -59,35 +59,61 @@ class Data:
 
 def read_data(run: RunContext, template: Template) -> Data:
     """The examples to train and evaluate on; on several ranks the first one encodes, the others read the cache."""
-    settings, console = run.settings.data, run.console
     evaluation = _evaluation_file(run, template)
+    evaluate = evaluation.examples if evaluation else None
     eval_hash = evaluation.data_hash if evaluation else ""
-    if settings.streaming:
+    if run.settings.data.streaming:
         stream, data_hash = _stream(run, template)
-        return Data(stream, evaluation.examples if evaluation else None, data_hash, eval_hash)
-    parts = [_read(source, run, template) for source in settings.dataset_paths]
+        return Data(stream, evaluate, data_hash, eval_hash)
+    parts = [_read(source, run, template) for source in run.settings.data.dataset_paths]
     data = concatenate(parts)
+    _check_read(run, template, data)
+
+    rows = list(range(len(data.examples)))
+    if run.settings.data.eval_size:
+        rows, evaluate = _held_out_of(data.examples, parts, run)
+    elif evaluate is not None:
+        _say_overlap(run, [part.examples for part in parts], evaluate)
+    if run.settings.data.mix:
+        rows = _mixed_by_setting(rows, parts, run)
+    return Data(_selected(data.examples, rows), evaluate, data.data_hash, eval_hash, data.ledger)
+
+
+def _check_read(run: RunContext, template: Template, data: EncodedData) -> None:
+    """Say and record what became of every record. Raises BadData where records are broken, or none can be used."""
+    settings = run.settings.data
     run.record.update(data={"path": settings.dataset_path, "sha256": data.data_hash}, **data.ledger.to_run_json())
-    say_ledger(data.ledger, template, console)
+    say_ledger(data.ledger, template, run.console)
     _refuse_broken(data.ledger, skip_bad=settings.skip_bad)
     _refuse_empty(data.ledger, ", ".join(settings.dataset_paths))
 
-    rows = list(range(len(data.examples)))
-    evaluate = evaluation.examples if evaluation else None
-    if settings.eval_size:
-        rows, rows_held_out = _hold_out(run, parts)
-        evaluate = data.examples.select(rows_held_out)
-        run.record.update(records_held_out=evaluate["origin"][:])
-        console.say(f"{len(evaluate):,} records are held out for evaluation; {len(rows):,} are trained on.")
-    elif evaluate is not None:
-        _say_overlap(run, [part.examples for part in parts], evaluate)
-    if settings.mix:
-        ends = list(accumulate(len(part.examples) for part in parts))
-        rows = mixed(rows, ends, settings.mix, seed=run.args.seed)
-        console.say(f"--mix {','.join(f'{weight:g}' for weight in settings.mix)}: an epoch has {len(rows):,} records.")
-    # Left as it is where every row is in: a selection is read through one more list of indices.
-    train = data.examples if rows == list(range(len(data.examples))) else data.examples.select(rows)
-    return Data(train, evaluate, data.data_hash, eval_hash, data.ledger)
+
+def _held_out_of(
+    examples: datasets.Dataset, parts: list[EncodedData], run: RunContext
+) -> tuple[list[int], datasets.Dataset]:
+    """The rows that stay to be learned, and the examples that --eval_size holds out."""
+    rows, rows_held_out = _hold_out(run, parts)
+    evaluate = examples.select(rows_held_out)
+    run.record.update(records_held_out=evaluate["origin"][:])
+    run.console.say(f"{len(evaluate):,} records are held out for evaluation; {len(rows):,} are trained on.")
+    return rows, evaluate
+
+
+def _mixed_by_setting(rows: list[int], parts: list[EncodedData], run: RunContext) -> list[int]:
+    """The rows of an epoch under --mix."""
+    mix = run.settings.data.mix
+    ends = list(accumulate(len(part.examples) for part in parts))
+    rows = mixed(rows, ends, mix, seed=run.args.seed)
+    weights = ",".join(f"{weight:g}" for weight in mix)
+    run.console.say(f"--mix {weights}: an epoch has {len(rows):,} records.")
+    return rows
+
+
+def _selected(examples: datasets.Dataset, rows: list[int]) -> datasets.Dataset:
+    """These rows; all of them as they are, for a selection is read through one more list of indices."""
+    if rows == list(range(len(examples))):
+        return examples
+    return examples.select(rows)
 
 
 def _evaluation_file(run: RunContext, template: Template) -> EncodedData | None:

@@ -51,42 +51,51 @@ class ChosenLayout:
 
 def choose_layout(run: RunContext, model: CausalLM, tokenizer: Any, data: Data, *, longest_tokens: int) -> ChosenLayout:
     """The collator of the run; says which layout, why, and what it saves. Raises BadSettings if it were not exact."""
-    choice = run.settings.data.layout
-    batches = _sampled_batches(data, per_batch=run.args.per_device_train_batch_size, seed=run.args.seed)
+    per_batch = run.args.per_device_train_batch_size
+    batches = _sampled_batches(data, per_batch=per_batch, seed=run.args.seed)
     tokens = LayoutTokens.of(batches)
-    reason = why_padded(model) if choice != "padded" else "--layout padded"
+    choice = run.settings.data.layout
+    reason = "--layout padded" if choice == "padded" else why_padded(model)
     if choice in ("tree", "packed") and reason is not None:
         raise BadSettings([f"--layout {choice} would not be exact for this model: {reason}.\nPass --layout padded."])
-    chosen: Layout
+    layout: Layout
     if reason is not None:
-        chosen = "padded"
+        layout = "padded"
     elif choice == "auto":
-        chosen = "tree" if tokens.tree < tokens.packed * (1 - _WORTH) else "packed"
+        layout = _cheapest(tokens)
     else:
-        chosen = choice
-    computed = getattr(tokens, chosen)
-    why = {
-        "tree": "records that begin alike share that beginning",
-        "packed": "records stand end to end without padding",
-        "padded": f"one record a row, because {reason}",
-    }[chosen]
-    saved = (
-        f"; tokens {tokens.padded:,} → {computed:,}, {tokens.padded / computed:.1f}× less work "
-        f"({len(batches)} batches tried)"
-    )
-    run.console.say(f"layout {chosen}: {why}{saved if chosen != 'padded' else ''}.")
-    run.record.update(layout=chosen)
+        layout = choice
+    run.console.say(_described(layout, reason, tokens, len(batches)))
+    run.record.update(layout=layout)
     collator = Collator(
-        layout=chosen,
+        layout=layout,
         pad_id=pad_id_of(tokenizer),
         as_examples=as_examples,
-        windows=windows_of(model) if chosen != "padded" else (None,),
+        windows=windows_of(model) if layout != "padded" else (None,),
         cut=cut_of(model),
         carries_state=carries_state(model),
     )
-    per_batch = run.args.per_device_train_batch_size
-    heaviest = _heaviest_of_the_run(tokens.heaviest[chosen], per_batch=per_batch, longest_tokens=longest_tokens)
+    heaviest = _heaviest_of_the_run(tokens.heaviest[layout], per_batch=per_batch, longest_tokens=longest_tokens)
     return ChosenLayout(collator, heaviest)
+
+
+def _cheapest(tokens: LayoutTokens) -> Layout:
+    """Of the two without padding: trees where they save enough over packing."""
+    return "tree" if tokens.tree < tokens.packed * (1 - _WORTH) else "packed"
+
+
+def _described(layout: Layout, reason: str | None, tokens: LayoutTokens, batches: int) -> str:
+    """Which layout, why, and what it saves in the sampled batches."""
+    if layout == "padded":
+        return f"layout padded: one record a row, because {reason}."
+    if layout == "tree":
+        why, computed = "records that begin alike share that beginning", tokens.tree
+    else:
+        why, computed = "records stand end to end without padding", tokens.packed
+    return (
+        f"layout {layout}: {why}; tokens {tokens.padded:,} → {computed:,}, {tokens.padded / computed:.1f}× less work "
+        f"({batches} batches tried)."
+    )
 
 
 def _heaviest_of_the_run(sampled: int, *, per_batch: int, longest_tokens: int) -> int:
