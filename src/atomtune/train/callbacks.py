@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
-from transformers import IntervalStrategy, TrainerCallback
+from torch import nn
+from torch.optim import Optimizer
+from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from atomtune.errors import RunFailed, listing
@@ -46,13 +48,13 @@ class WorkCounter(TrainerCallback, ExportableState):
         self.tokens_padded += tokens_padded
         self.examples += examples
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """An epoch's evaluation comes after the save of its last step, so that checkpoint still owes it."""
         ends = state.epoch == round(state.epoch) or state.global_step >= state.max_steps
         by_epoch = args.eval_strategy == IntervalStrategy.EPOCH
         self.owes_evaluation = by_epoch and ends and args.eval_delay <= state.epoch
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.owes_evaluation = False
 
     def state(self) -> dict[str, Any]:
@@ -63,14 +65,18 @@ class WorkCounter(TrainerCallback, ExportableState):
     def elapsed(self) -> float:
         return self.seconds + (time.perf_counter() - self._since if self._since else 0.0)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step:
             for name, value in saved["attributes"].items():
                 setattr(self, name, value)
         self._since = time.perf_counter()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.seconds, self._since = self.elapsed(), 0.0
 
 
@@ -100,16 +106,18 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt(signal.Signals(number).name)
         self.received = number
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has a run outlive its terminal
                 self._handlers_before[number] = signal.signal(number, self._receive)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if on_any_rank(self.requested, args) and state.global_step < state.max_steps:
             self.stop_here(control)
 
-    def stop_here(self, control: Any) -> None:
+    def stop_here(self, control: TrainerControl) -> None:
         """The run ends behind this step, with a checkpoint; every rank calls this, or none."""
         if self.received is not None:
             self.reason = f"{signal.Signals(self.received).name} received"
@@ -119,12 +127,16 @@ class Stop(TrainerCallback):
             self.reason = "another rank was told to stop"
         control.should_save = control.should_training_stop = True
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """The Trainer ends the epoch where the run stops; what is due at its real end is not due yet."""
         if self.reason is not None and state.epoch != round(state.epoch):
             control.should_log = control.should_evaluate = control.should_save = False
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.restore()
 
     def restore(self) -> None:
@@ -139,14 +151,16 @@ class BeforeFirstStep(TrainerCallback):
     def __init__(self, action: Callable[[], None]) -> None:
         self.action = action
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.action()
 
 
 class LogBeforeSaving(TrainerCallback):
     """The losses since the last log go into the history before a checkpoint and at the end, so none is lost with it."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
 
@@ -176,11 +190,18 @@ class SkipNonFinite(TrainerCallback):
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
 
     def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
     ) -> None:
         weights = [weight for weight in model.parameters() if weight.grad is not None]
-        scaled = getattr(optimizer, "scaler", None) is not None  # float16's scaler skips such gradients itself
-        gradients = [] if scaled else [_local(weight.grad) for weight in weights]
+        gradients = [_local(weight.grad) for weight in weights if weight.grad is not None]
+        if getattr(optimizer, "scaler", None) is not None:
+            gradients = []  # float16's scaler skips such gradients itself
         largest, losses = self._largest_gradient_and_losses(gradients)
         spoiled = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
         self._step_loss = sum(loss for loss in losses if math.isfinite(loss))
@@ -239,7 +260,7 @@ class SkipNonFinite(TrainerCallback):
             "such steps with --skip_nonfinite N."
         )
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._steps += 1
         self._step_loss = 0.0
         self._micro_batches = []
@@ -250,8 +271,10 @@ class SkipNonFinite(TrainerCallback):
         self._steps, self._skipped, self._skipped_loss = 0, 0, 0.0
         if not skipped:
             return mean
-        made = steps - skipped
-        return (mean * steps - skipped_loss) / made if made > 0 else None
+        steps_made = steps - skipped
+        if steps_made <= 0:
+            return None
+        return (mean * steps - skipped_loss) / steps_made
 
 
 def _to_host(numbers: Sequence[torch.Tensor]) -> list[float]:
@@ -276,7 +299,14 @@ class LossSpikeWarning(TrainerCallback):
         self.notice, self._warnings = notice, 0
         self._losses: deque[float] = deque(maxlen=self.REMEMBERED)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         loss = (logs or {}).get("loss")
         if loss is None:
             return
@@ -298,7 +328,9 @@ class GradientCheck(TrainerCallback):
     def __init__(self, notice: Callable[[str], None]) -> None:
         self.notice, self._done = notice, False
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
         if self._done:
             return
         # A's gradient is zero as long as B is, so B tells.

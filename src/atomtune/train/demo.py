@@ -39,8 +39,11 @@ class Samples:
         return samples
 
     def _answers(self) -> list[str]:
-        asked = [self.template.messages([turn]) for turn in self.turns]
-        return [answer(self.model, self.template, one, max_new_tokens=LONGEST_ANSWER) for one in asked]
+        answers = []
+        for turn in self.turns:
+            messages = self.template.messages([turn])
+            answers.append(answer(self.model, self.template, messages, max_new_tokens=LONGEST_ANSWER))
+        return answers
 
     def show_after(self, console: Console) -> None:
         """A table of prompts and both answers."""

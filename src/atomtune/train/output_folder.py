@@ -88,8 +88,8 @@ def check_space(run: RunContext, model: Any, tokenizer: Any) -> None:
     states = 0 if args.save_only_model else 2 * weights  # AdamW's two moments
     adapter = weights + len(tokenizer_text(tokenizer)) + _SMALL_FILES
     checkpoint, free = adapter + states, shutil.disk_usage(folder).free
-    kept = args.save_total_limit or 1
-    needed = (kept + 1) * checkpoint + adapter  # one more while it is written, and the adapter
+    checkpoints_at_once = (args.save_total_limit or 1) + 1
+    needed = checkpoints_at_once * checkpoint + adapter  # one more while it is written, and the adapter
     figures = (
         f"a checkpoint takes about {decimal(checkpoint)}; {args.save_total_limit or 'all'} are kept; "
         f"{decimal(free)} are free in {folder}"

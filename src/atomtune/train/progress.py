@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from rich.progress import TaskID
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from atomtune.console import Console, progress_bar
 from atomtune.train.callbacks import WorkCounter
@@ -23,7 +23,9 @@ class TrainingBar(TrainerCallback):
         self.first_step = self.first_examples = self.first_tokens = 0
         self.began = self.spoken = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.began = time.perf_counter()
         self.first_step = state.global_step
         self.first_examples, self.first_tokens = self.work.examples, self.work.tokens_computed
@@ -37,11 +39,18 @@ class TrainingBar(TrainerCallback):
         examples = (self.work.examples - self.first_examples) / seconds
         return f"{examples:.1f} ex/s {(self.work.tokens_computed - self.first_tokens) / seconds:,.0f} tok/s"
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.task is not None:
             self.progress.update(self.task, completed=state.global_step, rate=self._rate(), loss=self.loss)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         logs = logs or {}
         if "eval_loss" in logs:
             self.console.print(f"step {state.global_step:,}  eval loss {logs['eval_loss']:.4f}")
@@ -59,7 +68,9 @@ class TrainingBar(TrainerCallback):
                 soft_wrap=True,
             )
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.close()
 
     def close(self) -> None:

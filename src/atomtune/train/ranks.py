@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 
-def on_any_rank(flag: bool, args: Any) -> bool:
+def on_any_rank(flag: bool, args: TrainingArguments) -> bool:
     """Whether the flag is up on one rank at least; every rank must ask."""
     if args.world_size <= 1:
         return flag
@@ -14,9 +15,10 @@ def on_any_rank(flag: bool, args: Any) -> bool:
     return bool(shared.item())
 
 
-def of_all_ranks(origins: list[str], args: Any) -> list[str]:
+def of_all_ranks(origins: list[str], args: TrainingArguments) -> list[str]:
+    """The records that any rank names; every rank must ask."""
     if args.world_size <= 1:
         return origins
-    every: list[Any] = [None] * args.world_size
+    every: list[Any] = [None] * args.world_size  # a list of every rank
     torch.distributed.all_gather_object(every, origins)
-    return [origin for some in every for origin in some]
+    return [origin for of_one_rank in every for origin in of_one_rank]

@@ -127,8 +127,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """checkpoint-N folders, newest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and step_in(path) is not None]
-    return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
+    folders = [path for path in folder.glob("checkpoint-*") if path.is_dir() and step_in(path) is not None]
+    return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
 
 
 def step_in(path: Path) -> int | None:
@@ -142,12 +142,13 @@ def rotate(folder: Path, *, keep: int | None, protected: Collection[str | Path],
     """Remove the oldest checkpoints beyond `keep`: only ours, never a protected one, never the newest that is whole."""
     if keep is None or keep <= 0:
         return
-    held = {Path(path).resolve() for path in protected}
     ours = [path for path in checkpoints(folder) if (path / MANIFEST).is_file() and not path.is_symlink()]
     newest_whole = next((path for path in ours if not damage(path)), None)
-    kept = {path.resolve() for path in ours[:keep]} | held | ({newest_whole.resolve()} if newest_whole else set())
+    stay = {Path(path).resolve() for path in (*ours[:keep], *protected)}
+    if newest_whole is not None:
+        stay.add(newest_whole.resolve())
     for path in reversed(ours):
-        if path.resolve() not in kept:
+        if path.resolve() not in stay:
             try:
                 remove(path)
             except OSError as error:
@@ -172,8 +173,9 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    found = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST)
-    return ((file.relative_to(folder).as_posix(), file) for file in found)
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.name != MANIFEST:
+            yield file.relative_to(folder).as_posix(), file
 
 
 def _free_name(path: Path) -> Path:
