@@ -212,7 +212,8 @@ def _bench(options: argparse.Namespace, began: float) -> list[Figures]:
     with tempfile.TemporaryDirectory() as name, options.out.open("a", encoding="utf-8") as out:
         folder = Path(name)
         for job in jobs(dry_run=options.dry_run):
-            if options.only not in job["name"] and job["kind"] not in ("machine", "files"):
+            wanted = not options.only or any(part in job["name"] for part in options.only)
+            if not wanted and job["kind"] not in ("machine", "files"):
                 continue
             left = options.seconds - (time.monotonic() - began)
             if left < LEAST:
@@ -233,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu.jsonl"), help="a line of JSON a job is added here")
     parser.add_argument("--seconds", type=float, default=420, help="after these nothing new is started")
-    parser.add_argument("--only", default="", help="jobs with this in their name")
+    parser.add_argument("--only", nargs="+", default=[], help="jobs with one of these in their name", metavar="TEXT")
     parser.add_argument("--dry_run", action="store_true", help="tiny shapes and few steps, also without a GPU")
     options = parser.parse_args()
     began = time.monotonic()

@@ -1,7 +1,7 @@
 """The contenders on a GPU: the same ids, learned positions, base and LoRA; each returns its figures as plain numbers.
 
 atomtune      the command a user types, with its defaults
-trl-packed    TRL's SFTTrainer; a row holds about as many records as the others' batch
+trl-packed    TRL's SFTTrainer with rows of its default length, about as many as hold the others' batch
 trl-padded    the same, a record a row
 plain         transformers' Trainer and PEFT, a record a row, padded to the batch's longest
 -liger        with Liger's kernels
@@ -22,6 +22,8 @@ from benchmarks.gpu_meter import Meter
 from benchmarks.gpu_workloads import LENGTHS, device, has_gpu, random_model
 
 RANK, ALPHA, RATE = 8, 32, 1e-4
+#: Tokens of TRL's packed rows, its own default. Longer rows are slower: without flash-attn each has a dense mask.
+TRL_ROW = 1_024
 #: Bytes that a Qwen2.5-7B shape keeps for a token when nothing is recomputed, as measured, and those of its weights.
 TOKEN_BYTES, WEIGHT_BYTES = 6.5e6, 17e9
 
@@ -127,14 +129,17 @@ def trl(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) -> Fi
     records = _records(base, data)
     lengths = [len(record["input_ids"]) for record in records]
     packed = "packed" in job["contender"]
-    row_tokens = job["batch"] * sum(lengths) // len(lengths)
-    recompute = _must_recompute(row_tokens if packed else job["batch"] * max(lengths))
+    row_tokens = max(128 if job["dry_run"] else TRL_ROW, *lengths) if packed else LENGTHS[data.stem]
+    rows = job["batch"]
+    if packed:
+        rows = max(1, round(job["batch"] * sum(lengths) / len(lengths) / row_tokens))
+    recompute = _must_recompute(rows * (row_tokens if packed else max(lengths)))
     trainer = SFTTrainer(
         model=random_model(base),
         args=SFTConfig(
             **_trainer_arguments(scratch),
-            per_device_train_batch_size=1 if packed else job["batch"],
-            max_length=max(row_tokens, *lengths) if packed else LENGTHS[data.stem],
+            per_device_train_batch_size=rows,
+            max_length=row_tokens,
             packing=packed,
             completion_only_loss=True,
             gradient_checkpointing=recompute,
