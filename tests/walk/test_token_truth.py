@@ -209,3 +209,21 @@ def test_a_long_conversation_is_the_same_however_it_is_rendered():
 
 def vars_of(template: Template) -> dict:
     return {name: getattr(template, name) for name in template.__dataclass_fields__}
+
+
+def test_a_model_that_is_taught_not_to_think_is_told_and_the_variable_named():
+    # Catches a thinking model that loses its thoughts to records without any, in silence.
+    plain, thinking = KINDS["question and answer"], KINDS["thoughts inline"]
+    for template, names in (
+        (load_template("qwen", tokenizer_of("bytes", CHATML)), "enable_thinking"),
+        (shaped(OPENS.replace("SPACED", "<think>\n")), "learns to answer without thinking"),
+    ):
+        ledgers = [Ledger(), Ledger()]
+        for records, ledger in zip(([plain], [plain, thinking]), ledgers, strict=True):
+            raws = [RawRecord(record, "a:1") for record in records]
+            list(encode(raws, template, ledger, max_tokens=10_000, schema=Schema("messages")))
+        told = [template.about_thoughts(ledger.records_used, ledger.records_with_thoughts) for ledger in ledgers]
+        assert names in told[0]
+        assert told[1] == "1 of 2 records have answers with thoughts"
+    chatml = load_template("chatml", tokenizer_of("bytes", CHATML))
+    assert chatml.about_thoughts(1, 0) == ""

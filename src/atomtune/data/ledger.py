@@ -28,6 +28,7 @@ class Ledger:
     split_origins: list[str] = field(default_factory=list)
     control_origins: list[str] = field(default_factory=list)  # records whose text holds a control string
     unknown_tokens: int = 0  # targets the tokenizer has no token for
+    records_with_thoughts: int = 0  # used, and the model learns to think in an answer
     longest_tokens: int = 0
     notices: Counter[str] = field(default_factory=Counter)  # what was accepted but is worth saying
     shared_instruction: str | None = None  # the one instruction nearly all records carry

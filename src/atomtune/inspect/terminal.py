@@ -32,6 +32,9 @@ def say_report(report: Report, console: Console) -> None:
     for note in report.notes:
         say(f"note: {note}", "yellow")
     say(f"read as {ledger.format or 'nothing'}; template {template.name}, an answer stops at {template.stop}")
+    thoughts = template.about_thoughts(ledger.records_used, ledger.records_with_thoughts)
+    if thoughts:
+        say(f"note: {thoughts}", "" if ledger.records_with_thoughts else "yellow")
     if template.why:
         say(f"note: {template.why}", "yellow")
     if template.unknown_controls:

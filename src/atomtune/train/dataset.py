@@ -246,6 +246,9 @@ def _about_template(ledger: Ledger, template: Template) -> Iterator[str]:
         )
     if template.why:
         yield f"{template.why}."
+    thoughts = template.about_thoughts(ledger.records_used, ledger.records_with_thoughts)
+    if thoughts and not ledger.records_with_thoughts:
+        yield f"{thoughts}."
     if not template.writes_bos:
         yield (
             f"template {template.name} does not begin with {template.tokenizer.bos_token}, the tokenizer's "

@@ -89,6 +89,7 @@ class Template:
     header: str = ""  # begins every turn of the assistant with a control token; "": no text does, or none is known
     asks: str = ""  # the end of a prompt from there on; longer than header where it opens or closes thoughts
     knows_thoughts: bool = False  # it takes thoughts apart from the text
+    lets_think: bool = False  # behind its prompt a model thinks, and an answer without thoughts has an empty block
     calls_as_text: bool = False  # it takes a call's arguments as JSON text
     writes_bos: bool = True  # False where the tokenizer has one and a prompt does not begin with it
     unknown_controls: tuple[str, ...] = ()  # written by the template, and no tokens of this tokenizer
@@ -101,6 +102,22 @@ class Template:
     @property
     def names_the_day(self) -> bool:
         return "strftime_now" in self.source
+
+    def about_thoughts(self, records: int, with_thoughts: int) -> str:
+        """What a user should know about thoughts in so many records; nothing where there is nothing to say."""
+        if with_thoughts:
+            return f"{with_thoughts:,} of {records:,} records have answers with thoughts"
+        if not records or not self.lets_think:
+            return ""
+        variable = (
+            ": --chat_template_kwargs '{\"enable_thinking\": false}' asks for that in the prompt too"
+            if "enable_thinking" in self.source
+            else ""
+        )
+        return (
+            f"no answer has thoughts, and {self.title} lets the model think: it learns to answer without thinking"
+            f"{variable}"
+        )
 
     def made_of(self) -> list[str]:
         """All that decides what it writes, besides the tokenizer."""

@@ -18,7 +18,7 @@ from atomtune.data.encoding.chat_template import (
     Template,
     common_beginning,
 )
-from atomtune.data.encoding.thoughts import TAGS, opened
+from atomtune.data.encoding.thoughts import TAGS, mentions_thoughts, opened
 from atomtune.data.encoding.token_ids import LIKE_CONTROL
 from atomtune.data.records import Record, Turn
 from atomtune.data.tokenizer import Tokenizer
@@ -140,6 +140,8 @@ def probed(template: Template) -> Template:
         writes_bos=not tokenizer.bos_token or prompt.startswith(tokenizer.bos_token),
         unknown_controls=_unknown_controls(template, full),
     )
+    lead = template.form.lead if template.form is not None else ""
+    template = replace(template, lets_think=opened(prompt) is not None or mentions_thoughts(lead))
     return replace(template, stops=tuple(dict.fromkeys([stop, *_other_stops(template)])))
 
 

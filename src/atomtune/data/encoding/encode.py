@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from atomtune.choices import Learn, Overlength
 from atomtune.data.encoding.chat_template import NOT_WRITTEN, CannotExpress, Template
+from atomtune.data.encoding.thoughts import with_thoughts_apart
 from atomtune.data.encoding.truncate import shorten
 from atomtune.data.formats.detect import Schema, to_record
 from atomtune.data.ledger import Ledger
@@ -54,6 +55,7 @@ class EncodedRecord:
     cut_tokens: int = 0  # of its prompts
     unknown_tokens: int = 0  # targets the tokenizer has no token for
     holds_control_strings: bool = False
+    has_thoughts: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -175,6 +177,7 @@ class Encoder:
             holds_control_strings=any(
                 piece.breaks for piece in (*exchanges[-1].prompt, *(exchange.answer for exchange in exchanges))
             ),
+            has_thoughts=any(with_thoughts_apart(record.turns[exchange.at]).reasoning for exchange in exchanges),
             notes=_notes(record, exchanges),
         )
 
@@ -246,6 +249,7 @@ def _enter(encoded: EncodedRecord, batch: EncodedBatch) -> None:
     if encoded.holds_control_strings:
         ledger.control_origins.append(encoded.origin)
     ledger.unknown_tokens += encoded.unknown_tokens
+    ledger.records_with_thoughts += encoded.has_thoughts
     ledger.notices.update(encoded.notes)
     ledger.use(encoded.examples)
     batch.records.append(encoded.examples)
