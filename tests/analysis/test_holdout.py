@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atomtune.analysis.holdout import alike, held_out, overlapping
-from atomtune.analysis.shared_beginnings import trunks_of, without_trunk
+from atomtune.analysis.shared_beginnings import beginnings_of, without_beginning
 from atomtune.analysis.texts import read_texts
 from atomtune.data.records import Record, Turn
 
@@ -73,18 +73,18 @@ def test_evaluation_records_like_trained_ones_are_found():
     assert overlapping(numpy.array([0, 1, 2, 3]), learned=2) == []
 
 
-# --- trunks ---------------------------------------------------------------------------------------------------------
+# --- shared beginnings-----------------------------------------------------------------------------------------------
 
 
-def test_trunks_are_the_long_beginnings_that_many_share():
+def test_shared_beginnings_are_the_long_beginnings_that_many_share():
     task = "Translate the following sentence into Chinese, please: "
     nested = f"{task}this time as formally as you possibly can, and then "
     texts = [f"{task}{n} birds" for n in range(30)] + [f"{nested}{n * 7} boats" for n in range(30)]
     few = [f"A long beginning that only three records of all these share {n}" for n in range(3)]
-    assert trunks_of([*texts, *few, "short"] * 2) == (nested, task)
+    assert beginnings_of([*texts, *few, "short"] * 2) == (nested, task)
 
 
 @pytest.mark.parametrize("texts", [[], [""] * 50, ["same long text that everybody says again and again"] * 50])
 def test_nothing_is_left_empty(texts):
-    trunks = trunks_of(texts)
-    assert [without_trunk(text, trunks) for text in texts] == texts
+    beginnings = beginnings_of(texts)
+    assert [without_beginning(text, beginnings) for text in texts] == texts

@@ -202,6 +202,22 @@ def test_a_file_of_which_nothing_can_be_used_is_reported_too(base, tmp_path, cap
     assert code == 0
     assert "2 read = 0 used + 2 refused" in out
     assert (tmp_path / "report.html").is_file()
+    # No empty tables: the ledger, and what is wrong.
+    assert "Lengths" not in out and "Shared beginnings" not in out
+    assert "bad.jsonl:2  instruction and input are both empty" in out
+
+
+def test_a_histogram_begins_where_the_records_do(base, tmp_path, capsys):
+    file = write_jsonl(tmp_path / "one.jsonl", [{"instruction": "q", "output": "a"}])
+    _, out, _ = inspected(capsys, file, "--model_path", base)
+    bars = [line.split() for line in out.splitlines() if "█" in line]
+    ranges = [[int(end) for end in bar[0].split("–")] for bar in bars]
+    lengths = out.splitlines()[out.splitlines().index("Lengths, in tokens") + 2 :]
+    longest = [int(line.split()[-1]) for line in lengths[:2]]
+    assert all(ends[0] <= length <= ends[-1] for ends, length in zip(ranges, longest, strict=True))  # one bar each
+    assert "3–3" not in out
+    assert not [line for line in out.splitlines() if line.strip().endswith("  0")]
+    assert "the same 0 tokens" not in out
 
 
 def test_a_json_array_on_one_line_keeps_texts_and_tokens_together(base, tmp_path, capsys):

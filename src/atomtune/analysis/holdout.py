@@ -17,30 +17,34 @@ def alike(texts: Texts) -> Numbers:
 
 
 def held_out(groups: Numbers, count: int, *, seed: int) -> tuple[list[int], list[int]]:
-    """(rows to learn, rows to hold out): whole groups, drawn by the seed, as near to count as they allow.
+    """(rows to learn, rows to hold out): whole groups in an order drawn by the seed, at most `count` rows together.
 
-    A group that would overshoot is passed over, unless nothing has been drawn when all are tried: then the smallest is.
+    A group that is too large for the room left is passed over. Where every group is, the smallest is held out.
+
+    groups  [N]  the group of each row
     """
-    members = _members(groups)
-    order = list(range(len(members)))
-    random.Random(seed).shuffle(order)
-    held: list[int] = []
-    for one in order:
-        if len(held) + len(members[one]) <= count:
-            held += members[one]
-    if not held:
-        held = members[min(order, key=lambda one: len(members[one]))]
-    apart = set(held)
-    return [row for row in range(len(groups)) if row not in apart], sorted(held)
+    shuffled = _members(groups)
+    random.Random(seed).shuffle(shuffled)
+    rows_held_out: list[int] = []
+    for rows in shuffled:
+        if len(rows_held_out) + len(rows) <= count:
+            rows_held_out += rows
+    if not rows_held_out:
+        rows_held_out = min(shuffled, key=len)
+    apart = set(rows_held_out)
+    rows_to_learn = [row for row in range(len(groups)) if row not in apart]
+    return rows_to_learn, sorted(rows_held_out)
 
 
 def _members(groups: Numbers) -> list[list[int]]:
-    order = numpy.argsort(groups, kind="stable")
-    cuts = numpy.flatnonzero(numpy.diff(groups[order])) + 1
-    return [part.tolist() for part in numpy.split(order, cuts)]
+    """The rows of each group, in ascending order."""
+    by_group = numpy.argsort(groups, kind="stable")  # [N] rows, those of a group together
+    begins = numpy.flatnonzero(numpy.diff(groups[by_group])) + 1  # where the next group begins
+    return [rows.tolist() for rows in numpy.split(by_group, begins)]
 
 
 def overlapping(groups: Numbers, learned: int) -> list[int]:
-    """Of groups over learned rows and then others: which of the others are like a learned one, counted from 0."""
-    seen = set(groups[:learned].tolist())
-    return [at for at, group in enumerate(groups[learned:].tolist()) if group in seen]
+    """Which rows behind the first `learned` share a group with one of those, counted from the first behind them."""
+    learned_groups = set(groups[:learned].tolist())
+    other_groups = groups[learned:].tolist()
+    return [row for row, group in enumerate(other_groups) if group in learned_groups]

@@ -8,37 +8,48 @@ from collections.abc import Sequence
 
 #: A shorter beginning is no instruction, it is how people begin a sentence.
 LEAST_CHARACTERS = 32
-#: A beginning that fewer texts share is a group of near-equal records, not a task; and of how many texts it is told.
+#: A beginning is a task's where so many of the texts have it, as a share and as a number; fewer are near-equal records.
 LEAST_SHARE, LEAST_TEXTS = 0.02, 20
 
 
-def trunks_of(texts: Sequence[str]) -> tuple[str, ...]:
+def beginnings_of(texts: Sequence[str]) -> tuple[str, ...]:
     """Beginnings that many of the texts share, the longer of two nested ones first."""
     enough = max(LEAST_TEXTS, LEAST_SHARE * len(texts))
-    found: list[str] = []
+    beginnings: list[str] = []
+    # Sorting puts texts with an equal beginning next to each other, so each beginning is one stretch of them. A stretch
+    # is looked through again behind what it shares: a longer beginning may be nested in it.
     waiting = [(sorted(texts), 0)]
     while waiting:
-        group, known = waiting.pop()
-        for run in _runs(group, known + LEAST_CHARACTERS):
-            if len(run) >= enough:
-                trunk = _shared(run[0], run[-1])  # sorted: what these share, all between them share
-                found.append(trunk)
-                waiting.append((run, len(trunk)))
-    return tuple(sorted(found, key=len, reverse=True))
+        group, known_characters = waiting.pop()
+        for stretch in _stretches(group, known_characters + LEAST_CHARACTERS):
+            if len(stretch) < enough:
+                continue
+            # In sorted texts, what the first and the last share, all between them share.
+            beginning = _common_beginning(stretch[0], stretch[-1])
+            beginnings.append(beginning)
+            waiting.append((stretch, len(beginning)))
+    return tuple(sorted(beginnings, key=len, reverse=True))
 
 
-def _runs(ordered: Sequence[str], characters: int) -> list[list[str]]:
-    """Stretches of sorted texts that agree in so many first characters."""
-    long_enough = (text for text in ordered if len(text) >= characters)
-    return [list(run) for _, run in itertools.groupby(long_enough, key=lambda text: text[:characters])]
+def without_beginning(text: str, beginnings: Sequence[str]) -> str:
+    """The text behind the longest of these that it begins with; the whole of it where nothing would be left."""
+    for beginning in beginnings:  # the longest first
+        if text.startswith(beginning):
+            return text[len(beginning) :] or text
+    return text
 
 
-def _shared(first: str, last: str) -> str:
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-    return "".join(one for one, _ in same)
+def _stretches(ordered: Sequence[str], characters: int) -> list[list[str]]:
+    """Sorted texts in stretches that agree in so many first characters; shorter texts are left out."""
+    long_enough = [text for text in ordered if len(text) >= characters]
+    by_beginning = itertools.groupby(long_enough, key=lambda text: text[:characters])
+    return [list(stretch) for _, stretch in by_beginning]
 
 
-def without_trunk(text: str, trunks: Sequence[str]) -> str:
-    """The text behind the longest trunk it begins with; the whole of it where nothing would be left."""
-    trunk = next((one for one in trunks if text.startswith(one)), "")
-    return text[len(trunk) :] or text
+def _common_beginning(first: str, last: str) -> str:
+    length = 0
+    for left, right in zip(first, last, strict=False):
+        if left != right:
+            break
+        length += 1
+    return first[:length]

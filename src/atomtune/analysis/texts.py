@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 
 from atomtune.analysis.near_duplicates import Numbers, near_groups
-from atomtune.analysis.shared_beginnings import trunks_of, without_trunk
+from atomtune.analysis.shared_beginnings import beginnings_of, without_beginning
 from atomtune.analysis.unicode_scripts import SCRIPTS, letters_of
 from atomtune.data.records import Record
 
@@ -37,8 +37,8 @@ class Texts:
 class _Seen:
     """Collects by the way, while near_groups reads the texts."""
 
-    def __init__(self, trunks: Sequence[str]) -> None:
-        self.trunks = trunks
+    def __init__(self, beginnings: Sequence[str]) -> None:
+        self.beginnings = beginnings
         self.prompts, self.answers, self.blank = _Column("q"), _Column("q"), _Column("?")
         self.script = _Column("b")
         self.letters = numpy.zeros(len(SCRIPTS), dtype=numpy.int64)
@@ -49,13 +49,13 @@ class _Seen:
             self.prompts.append(_hash(*(part for turn in record.prompt for part in (turn.role, turn.text, turn.input))))
             last = record.turns[-1]
             self.answers.append(_hash(last.text, last.reasoning, repr(last.calls)))
-            said = (record.turns[at] for at in record.learned)
-            self.blank.append(any(not (turn.text.strip() or turn.calls) for turn in said))
+            learned = [record.turns[at] for at in record.learned]
+            self.blank.append(any(not (turn.text.strip() or turn.calls) for turn in learned))
             text = own_text(record)
             self._waiting.append(text)
             if len(self._waiting) == _AT_ONCE:
                 self.count_letters()
-            yield without_trunk(text, self.trunks)
+            yield without_beginning(text, self.beginnings)
         self.count_letters()
 
     def count_letters(self) -> None:
@@ -91,8 +91,8 @@ def own_text(record: Record) -> str:
 
     Many records share those word for word; compared with them, any two records of one task would be near.
     """
-    said = [turn.input or turn.text for turn in record.turns if turn.role != "system"]
-    return "\n".join(said)
+    own = [turn.input or turn.text for turn in record.turns if turn.role != "system"]
+    return "\n".join(own)
 
 
 def _hash(*texts: str) -> int:
@@ -104,7 +104,7 @@ def read_texts(records: Iterable[Record]) -> Texts:
     """One pass over the records."""
     coming = iter(records)
     first = list(itertools.islice(coming, _TOLD_FROM))
-    seen = _Seen(trunks_of([own_text(record) for record in first]))
+    seen = _Seen(beginnings_of([own_text(record) for record in first]))
     near = near_groups(seen.own_texts(itertools.chain(first, coming)))
     columns = (seen.prompts.whole(), seen.answers.whole())
     return Texts(*columns, near, seen.script.whole(), seen.letters, seen.blank.whole())

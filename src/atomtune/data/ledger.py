@@ -57,14 +57,15 @@ class Ledger:
 
     def add(self, other: "Ledger") -> None:
         """Enter all of another ledger, of later records of the same file or of another file."""
-        for one in fields(self):
-            mine, theirs = getattr(self, one.name), getattr(other, one.name)
+        for field_ in fields(self):
+            mine, theirs = getattr(self, field_.name), getattr(other, field_.name)
             if isinstance(mine, Counter):
                 mine.update(theirs)
             elif isinstance(mine, list):
                 mine += theirs
             elif isinstance(mine, int):
-                setattr(self, one.name, max(mine, theirs) if one.name == "longest_tokens" else mine + theirs)
+                total = max(mine, theirs) if field_.name == "longest_tokens" else mine + theirs
+                setattr(self, field_.name, total)
         if other.format not in self.format.split(", "):
             self.format = ", ".join(filter(None, (self.format, other.format)))
 

@@ -44,6 +44,11 @@ def say_report(report: Report, console: Console) -> None:
         say(f"  {line}")
     for notice, count in ledger.notices.items():
         say(f"  note: {notice} in {counted(count, 'record')}", "yellow")
+    if not len(report.stored):
+        _section(console, "Problems")
+        for line in check_lines(report):
+            say(f"  {line}")
+        return
     _section(console, "Lengths, in tokens")
     console.print(_lengths({"read only, a record": report.tokens.read, "learned, an answer": report.tokens.answers}))
     for title, values in (("read only, a record", report.tokens.read), ("learned, an answer", report.tokens.answers)):
@@ -78,10 +83,13 @@ def ledger_lines(ledger: Ledger) -> Iterator[str]:
     )
     yield f"prompt tokens  {ledger.prompt_tokens:,} used; {ledger.prompt_tokens_cut:,} cut away"
     if ledger.records_split:
-        yield (
-            f"examples       {ledger.examples:,}: {ledger.records_split:,} conversations are learned in several"
-            " parts, as a server would send them"
-        )
+        split = _learned_in_parts(ledger.records_split)
+        yield f"examples       {ledger.examples:,}: {split}, as a server would send them"
+
+
+def _learned_in_parts(conversations: int) -> str:
+    verb = "is" if conversations == 1 else "are"
+    return f"{counted(conversations, 'conversation')} {verb} learned in several parts"
 
 
 def limits(report: Report) -> Iterator[str]:
@@ -119,7 +127,10 @@ def savings(report: Report) -> Iterator[str]:
     if saving is None:
         return
     what = f"{saving.batches:,} batch{'es' * (saving.batches != 1)} of {saving.records_per_batch}"
-    yield f"all records sampled begin with the same {len(saving.shared_prefix):,} tokens"
+    if saving.shared_prefix:
+        yield f"all records sampled begin with the same {len(saving.shared_prefix):,} tokens"
+    else:
+        yield "there is none that all records sampled have"
     yield f"padded  {saving.tokens.padded:>12,} tokens computed for {what}"
     for name, tokens in (("packed", saving.tokens.packed), ("tree", saving.tokens.tree)):
         less = saving.tokens.padded / tokens
@@ -149,6 +160,8 @@ def _lengths(columns: Mapping[str, NDArray[numpy.int32]]) -> Table:
 
 
 def _bars(bars: list[Bar]) -> Iterator[str]:
+    """The bars as lines, from the first that holds something on."""
+    bars = bars[next((number for number, bar in enumerate(bars) if bar.count), 0) :]
     most = max((bar.count for bar in bars), default=0)
     width = max((len(_range(bar)) for bar in bars), default=0)
     for bar in bars:
@@ -158,7 +171,7 @@ def _bars(bars: list[Bar]) -> Iterator[str]:
 
 
 def _range(bar: Bar) -> str:
-    return f"{bar.low:,}–{bar.high:,}"
+    return f"{bar.low:,}" if bar.low == bar.high else f"{bar.low:,}–{bar.high:,}"
 
 
 def check_lines(report: Report) -> Iterator[str]:

@@ -231,7 +231,7 @@ def test_tools_that_cannot_be_read_are_refused(tools, why):
         ({"function": {"name": "f", "arguments": {"a": "\ud83d"}}}, "half a surrogate pair"),
         ({"function": {"name": "f", "arguments": {"a": float("nan")}}}, "no JSON"),  # as a table may hold
         ({"function": {"name": "f", "arguments": {"a": b"x"}}}, "no JSON"),
-        ({"function": {"name": "f", "arguments": "[" * 100_000}}, "is not JSON"),
+        ({"function": {"name": "f", "arguments": "[" * 100_000}}, "nested too deeply"),
     ],
 )
 def test_a_call_that_cannot_be_read_is_refused(call, why):

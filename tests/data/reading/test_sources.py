@@ -123,6 +123,9 @@ def test_json_that_python_cannot_hold_is_a_refusal_and_no_crash(tmp_path, conten
     assert [one.origin for one in read_values(path)] == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3"]
     (refusal,) = refusals(path)
     assert refusal.origin == "train.jsonl:2"
+    assert "recursion" not in refusal.reason
+    if b"[" in content:
+        assert "nested too deeply" in refusal.reason
 
 
 # --- arrays ---------------------------------------------------------------------------------------------------------

@@ -45,12 +45,13 @@ def read_history(value: object) -> Field[tuple[Turn, ...]]:
         return Field((), (f"history is {kind(pairs)}; expected a list of [question, answer] pairs",))
     turns: list[Turn] = []
     for number, (question, answer) in enumerate(pairs, 1):
-        asked = read_text(question, f"history {number}'s question")
-        answered = read_text(answer, f"history {number}'s answer")
-        problems = (*problems, *asked.problems, *answered.problems)
-        if not asked.problems and is_blank(asked.value):
+        question_text = read_text(question, f"history {number}'s question")
+        answer_text = read_text(answer, f"history {number}'s answer")
+        problems = (*problems, *question_text.problems, *answer_text.problems)
+        if not question_text.problems and is_blank(question_text.value):
             problems = (*problems, f"history {number}'s question is empty")
-        if not answered.problems and is_blank(answered.value):
+        if not answer_text.problems and is_blank(answer_text.value):
             problems = (*problems, f"history {number}'s answer is empty: there is nothing to learn")
-        turns += [Turn("user", asked.value), Turn("assistant", answered.value)]
+        turns.append(Turn("user", question_text.value))
+        turns.append(Turn("assistant", answer_text.value))
     return Field(tuple(turns), problems)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from atomtune.data.reading.raw import DECODER, printable
+from atomtune.data.reading.raw import DECODER, TOO_DEEP, printable
 
 T = TypeVar("T")
 Tool = Mapping[str, Any]
@@ -60,7 +60,9 @@ def read_json(value: object, place: str) -> Field[Any]:
         return Field(value)
     try:
         return Field(DECODER.decode(value))
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        return Field(None, (f"{place} cannot be read as JSON: {TOO_DEEP}",))
+    except ValueError as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         return Field(None, (f"{place} is not JSON: {printable(reason)}",))
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NoReturn
 
-from atomtune.data.reading.raw import DECODER, LONGEST_LINE, RawRecord, encoding_reason
+from atomtune.data.reading.raw import DECODER, LONGEST_LINE, TOO_DEEP, RawRecord, encoding_reason
 from atomtune.errors import BadData
 
 _SPACE = re.compile(r"\s*")
@@ -73,7 +73,9 @@ class _Window:
             except json.JSONDecodeError as error:
                 if self.ended or not self._cut_off(error):
                     self.refuse(error.msg)
-            except (ValueError, RecursionError) as error:
+            except RecursionError:
+                self.refuse(TOO_DEEP)
+            except ValueError as error:
                 self.refuse(str(error))
             else:
                 if end + 2 < len(self.text) or self.ended:  # 12 may be the beginning of 12e+3

@@ -8,7 +8,16 @@ import json
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from atomtune.data.reading.raw import DECODER, LONGEST_LINE, NUL_BYTES, Chunk, Lines, RawRecord, encoding_reason
+from atomtune.data.reading.raw import (
+    DECODER,
+    LONGEST_LINE,
+    NUL_BYTES,
+    TOO_DEEP,
+    Chunk,
+    Lines,
+    RawRecord,
+    encoding_reason,
+)
 from atomtune.data.records import Refusal, RefusalKind
 
 #: What goes to a worker at once: some 1,500 short records.
@@ -67,7 +76,9 @@ def _parse(line: bytes, origin: str) -> RawRecord | Refusal:
         return Refusal(origin, encoding_reason(line, error.start), RefusalKind.UNREADABLE)
     except json.JSONDecodeError as error:
         return Refusal(origin, f"not JSON at column {error.colno}: {_why(line, error)}", RefusalKind.UNREADABLE)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        return Refusal(origin, f"JSON that cannot be read: {TOO_DEEP}", RefusalKind.UNREADABLE)
+    except ValueError as error:
         return Refusal(origin, f"JSON that cannot be read: {error}", RefusalKind.UNREADABLE)
 
 

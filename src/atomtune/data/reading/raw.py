@@ -35,6 +35,8 @@ class Lines:
 Chunk = Lines | list[RawRecord | Refusal]
 
 
+#: Python's own words for it speak of recursion.
+TOO_DEEP = "lists or objects are nested too deeply"
 NUL_BYTES = "it holds NUL bytes; the file was probably not written to its end"
 
 
