@@ -44,11 +44,17 @@ def say_report(report: Report, console: Console) -> None:
         say(f"  {line}")
     for notice, count in ledger.notices.items():
         say(f"  note: {notice} in {counted(count, 'record')}", "yellow")
-    if not len(report.stored):
-        _section(console, "Problems")
-        for line in check_lines(report):
-            say(f"  {line}")
-        return
+    if len(report.stored):  # else every record was refused, and there is nothing to count
+        _say_numbers(report, console)
+    _section(console, "Problems")
+    for line in check_lines(report):
+        say(f"  {line}")
+    say("")
+
+
+def _say_numbers(report: Report, console: Console) -> None:
+    """Lengths, what shortening would cost, what the layouts save, and the scripts."""
+    say = console.say
     _section(console, "Lengths, in tokens")
     console.print(_lengths({"read only, a record": report.tokens.read, "learned, an answer": report.tokens.answers}))
     for title, values in (("read only, a record", report.tokens.read), ("learned, an answer", report.tokens.answers)):
@@ -64,10 +70,6 @@ def say_report(report: Report, console: Console) -> None:
     _section(console, "Writing")
     shares = ", ".join(f"{name} {share:.1%}" for name, share in scripts(report))
     say(f"  {shares} of all letters" if shares else "  no letters")
-    _section(console, "Problems")
-    for line in check_lines(report):
-        say(f"  {line}")
-    say("")
 
 
 def ledger_lines(ledger: Ledger) -> Iterator[str]:
