@@ -121,3 +121,15 @@ def test_a_refused_model_keeps_its_own_attention_and_forward(monkeypatch):
     assert why_padded(model) == "planted"
     assert innermost(model).config._attn_implementation == before
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_the_trial_draws_no_random_numbers():
+    # A resumed run reads its random numbers back; a draw in between would be another run's dropout.
+    model = hybrid("lfm2").train()
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.5)
+    before = torch.get_rng_state()
+    assert why_padded(model) is None
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in model.modules())

@@ -89,6 +89,17 @@ def find_mixers(inner: nn.Module) -> tuple[list[nn.Module], bool]:
     """The outermost modules in the decoder's layers that mix tokens without the library's attention; and whether other
     modules use it.
     """
+    # Without dropout: a probe that draws random numbers would change what a resumed run draws.
+    in_training = [module for module in inner.modules() if module.training]
+    inner.eval()
+    try:
+        return _find_mixers(inner)
+    finally:
+        for module in in_training:
+            module.training = True
+
+
+def _find_mixers(inner: nn.Module) -> tuple[list[nn.Module], bool]:
     calls = _calls_in_a_probe(inner)
     mixers: list[nn.Module] = []
     known: dict[tuple[Any, ...], bool] = {}  # layers that are built alike are probed once
