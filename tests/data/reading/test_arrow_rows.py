@@ -142,6 +142,20 @@ def test_one_large_row_group_is_read_in_little_memory(tmp_path: Path):
     assert mebibytes < 80
 
 
+def test_a_dictionary_of_a_huge_value_is_not_repeated_in_memory(tmp_path: Path):
+    # 1,000 rows of one text of 8 MB: a file of a kilobyte, 8 GB in memory.
+    path = tmp_path / "swollen.parquet"
+    text = pyarrow.array(["y" * 8_000_000])
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 10, pyarrow.int32()), text)
+    pyarrow.parquet.write_table(pyarrow.table({"output": column}), path, compression="zstd")
+    assert path.stat().st_size < 10_000
+    with pytest.raises(BadData, match=r'swollen.parquet: column "output" unpacks to more than 200 times'):
+        list(read_values(path))
+    # One short text in very many rows is as it should be.
+    pyarrow.parquet.write_table(pyarrow.table({"output": ["the same"] * 100_000}), path, compression="zstd")
+    assert sum(1 for _ in read_values(path)) == 100_000
+
+
 # --- nulls ------------------------------------------------------------------------------------------------------------
 
 CALLS = [

@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 import pyarrow
 import pyarrow.parquet
 
-from atomtune.data.reading.raw import RawRecord
+from atomtune.data.reading.compression import MOST_GROWTH
+from atomtune.data.reading.raw import LONGEST_LINE, RawRecord
 from atomtune.data.records import Refusal, RefusalKind
 from atomtune.errors import BadData
 
@@ -28,8 +29,25 @@ def read_parquet(path: Path, name: str, advance: Callable[[int], None]) -> Itera
     with explained(path, "Parquet"), path.open("rb") as raw:
         # Without pre_buffer a row group is read page by page, as it is used; with it, whole.
         file = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
+        _refuse_swollen(file.metadata, name)
         batches = file.iter_batches(batch_size=BATCH_ROWS, use_threads=False)  # other processes may be forked
         yield from read_batches(batches, name, _share(path.stat().st_size, file.metadata.num_rows, advance))
+
+
+def _refuse_swollen(metadata: pyarrow.parquet.FileMetaData, name: str) -> None:
+    """Raises BadData for a dictionary of values that hardly take space in the file: each row repeats one in memory.
+
+    A kilobyte may hold a value of eight megabytes and ask for it a thousand times in one batch.
+    """
+    for group in range(metadata.num_row_groups):
+        for number in range(metadata.num_columns):
+            chunk = metadata.row_group(group).column(number)
+            swollen = chunk.total_uncompressed_size > max(LONGEST_LINE, MOST_GROWTH * chunk.total_compressed_size)
+            if swollen and chunk.has_dictionary_page:
+                raise BadData(
+                    f'{name}: column "{chunk.path_in_schema}" unpacks to more than {MOST_GROWTH} times its size, which '
+                    "no data does. Write the file again without dictionaries if it is right."
+                )
 
 
 def read_arrow(path: Path, name: str, advance: Callable[[int], None]) -> Iterator[list[RawRecord | Refusal]]:
