@@ -1,11 +1,13 @@
 """Tiny models whose layers carry a state from token to token, in float64 with an adapter as after some training."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from atomtune.model.adapter import LoraSpec, new_adapter
+from tests.tiny import CHATML, tokenizer_of
 
 WORDS = 211
 _SIZE = {
@@ -75,3 +77,28 @@ def hybrid(family: str) -> Any:
         if "lora_" in name:
             weight.data.copy_(torch.randn(weight.shape, generator=draw) * (0.3 if "lora_A" in name else 0.1))
     return model
+
+
+#: family → config of a model that is trained through the whole walk
+WALKED: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": {**_SIZE, **_DELTA_NET},
+    "gpt_oss": {
+        **_SIZE,
+        "num_hidden_layers": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+
+
+def write_walked(family: str, folder: Path) -> Path:
+    """A model of this family in float32, with a tokenizer of Qwen's kind, in a folder."""
+    tokenizer = tokenizer_of("bytes", CHATML)
+    tokenizer.save_pretrained(folder)
+    words = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(7)
+    config = AutoConfig.for_model(family, **{**WALKED[family], **words, "pad_token_id": None})
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder

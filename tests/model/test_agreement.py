@@ -99,3 +99,23 @@ def test_the_other_plain_way_is_another_attention_and_is_left_again(models):
         assert torch.equal(model(input_ids=ids).logits, first)
     assert not torch.equal(first, second)
     assert torch.allclose(first, second, atol=1e-4)
+
+
+def test_a_model_with_one_attention_only_has_noise_too():
+    # gpt-oss knows no other attention; a noise of zero would call every rounding a fault.
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tests.hybrids import WALKED
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gpt_oss", **WALKED["gpt_oss"])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        first = model(input_ids=ids).logits
+        with another_plain_way(model) as other:
+            assert not other
+            second = model(input_ids=ids).logits
+        assert torch.equal(model(input_ids=ids).logits, first)
+    assert not torch.equal(first, second)
+    assert torch.allclose(first, second, atol=1e-4)

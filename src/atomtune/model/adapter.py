@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from atomtune.errors import BadModel, BadSettings, RunFailed, listing
 from atomtune.model.adapter_folder import CONFIG, WEIGHTS, adapter_config, adapter_file, read_weights
 from atomtune.model.causal_lm import CausalLM
-from atomtune.model.lora_targets import ALL_LINEAR, linear_names, matched, shortest
+from atomtune.model.lora_targets import ALL_LINEAR, all_linear, matched, shortest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +31,15 @@ class LoraSpec:
 
 def new_adapter(base: CausalLM, lora: LoraSpec) -> PeftModel:
     """Wrap the base in a fresh LoRA adapter: B is zero, so the model still answers as the base."""
+    targets = lora.targets
+    if list(targets) == [ALL_LINEAR]:
+        targets = shortest(base, set(all_linear(base).adapted))
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=ALL_LINEAR if list(lora.targets) == [ALL_LINEAR] else list(lora.targets),
+        target_modules=list(targets),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
     )
     try:
@@ -108,7 +111,7 @@ def _notice_unused(config: LoraConfig, base: CausalLM, lora: LoraSpec, *, notice
             notice(f"--lora_{name} {setting:g} is not used: the checkpoint's adapter has {in_checkpoint:g}.")
     if not isinstance(config.target_modules, set | list):  # a pattern
         return
-    wanted = linear_names(base) if list(lora.targets) == [ALL_LINEAR] else lora.targets
+    wanted = all_linear(base).adapted if list(lora.targets) == [ALL_LINEAR] else lora.targets
     adapted = matched(base, config.target_modules)
     if adapted != matched(base, wanted):
         names = ",".join(shortest(base, adapted))

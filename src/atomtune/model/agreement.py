@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -151,6 +152,7 @@ def another_plain_way(model: CausalLM) -> Iterator[bool]:
 
     The difference that this makes is the noise of the model in its dtype. (Another batch or another order of records
     makes a difference that is 25 times smaller, because most roundings then stay the same.)
+    A model that has one only (gpt-oss and its sinks, Mamba) begins from embeddings that are rounded otherwise.
     """
     inner = innermost(model)
     before = inner.config._attn_implementation
@@ -158,9 +160,21 @@ def another_plain_way(model: CausalLM) -> Iterator[bool]:
     try:
         inner.set_attn_implementation(other)
     except (ValueError, ImportError, AttributeError):
-        yield False
+        embeddings: Any = inner.get_input_embeddings()
+        hook = embeddings.register_forward_hook(lambda _m, _i, out: rounded_otherwise(out))
+        try:
+            yield False
+        finally:
+            hook.remove()
         return
     try:
         yield inner.config._attn_implementation == other
     finally:
         inner.set_attn_implementation(before)
+
+
+def rounded_otherwise(hidden: torch.Tensor) -> torch.Tensor:
+    """The same numbers, every second one by a unit in the last place larger."""
+    ones = torch.ones_like(hidden).flatten()
+    ones[::2] += torch.finfo(hidden.dtype).eps
+    return hidden * ones.view_as(hidden)

@@ -250,8 +250,10 @@ class _LowRank(torch.autograd.Function):
         lows = (_dropped(flat, keep, p) @ cast.down.T).split(cast.ranks, dim=1)  # each [T, r]
         outputs = []
         for base, bias, up, low in zip(bases, biases, cast.ups, lows, strict=True):
-            out = nn.functional.linear(flat, base, bias).addmm_(low, up.T)  # [T, O]
-            outputs.append(out.view(*x.shape[:-1], -1))
+            out = nn.functional.linear(flat.view(x.shape), base, bias)  # [..., O]
+            # What is returned is no view: a model may change it in place (Gemma 3n does).
+            out.view(-1, out.shape[-1]).addmm_(low, up.T)
+            outputs.append(out)
         ctx.save_for_backward(flat, keep, cast.down, *cast.ups, *lows, *bases)
         ctx.p, ctx.scales, ctx.dtype, ctx.shape = p, cast.scales, downs[0].dtype, x.shape
         ctx.set_materialize_grads(False)

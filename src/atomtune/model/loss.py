@@ -127,9 +127,19 @@ def _weighted(logits: torch.Tensor, target: torch.Tensor, learn: torch.Tensor, l
 class _HandThrough(nn.Module):
     """Stands where a causal LM has its body, and gives as hidden states what it is handed."""
 
-    def __init__(self, output: type[ModelOutput]) -> None:
+    def __init__(self, output: type[ModelOutput], body: nn.Module) -> None:
+        vars(self)["body"] = body  # no part of this module: the twin's weights are those of its head
         super().__init__()
         self.output = output
+
+    def __getattr__(self, name: str) -> Any:
+        """What a head reads from its body is the body's own (Falcon-H1 keeps the scale of its logits there)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "body" not in vars(self):
+                raise
+            return getattr(vars(self)["body"], name)
 
     def forward(self, *_args: Any, inputs_embeds: torch.Tensor, **_kwargs: Any) -> ModelOutput:
         return self.output(last_hidden_state=inputs_embeds)
@@ -186,7 +196,8 @@ class Head:
         twin = copy.copy(self.model)
         twin._modules = dict(self.model._modules)  # as torch's DataParallel makes replicas; no public name for it
         vars(twin).pop("forward", None)  # accelerate's hooked forward would call the model that it was made for
-        setattr(twin, self.body_name, _HandThrough(self.output_of_body))
+        body = getattr(self.model, self.body_name)
+        setattr(twin, self.body_name, _HandThrough(self.output_of_body, body))
         return twin
 
     def logits(self, hidden: torch.Tensor, twin: Any = None) -> torch.Tensor:

@@ -61,8 +61,8 @@ def difference(model: CausalLM, *, windows: Sequence[int | None], cut: Cut, carr
             if _looks_ahead(model, examples[0], alone[0]):
                 return "it is not causal: later tokens change earlier ones"
             # One record tells the noise as well as all four do, and a plain run is the dearest part of the trial.
-            with another_plain_way(model) as other:
-                again = _alone(model, examples[0]) if other else alone[0]
+            with another_plain_way(model):
+                again = _alone(model, examples[0])
             rows = _as_row(model, tree, settings)
             without = _as_row(model, tree, settings, computed_as=_cut_off(tree), learns=False)
     except NotImplementedError as error:

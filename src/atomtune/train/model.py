@@ -10,7 +10,7 @@ from atomtune.model.adapter_folder import AdapterMetadata, adapter_file
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.fused_lora import compute_together
 from atomtune.model.load import BaseSpec, device_in_use, load_base, resolve_dtype
-from atomtune.model.lora_targets import match_targets
+from atomtune.model.lora_targets import ALL_LINEAR, all_linear, match_targets
 from atomtune.model.memory import ActivationMemory
 from atomtune.train.arguments import CHECKPOINTING
 from atomtune.train.checkpoint.start import Fresh, FromWeights, Resumed
@@ -81,7 +81,20 @@ def _new_adapter(run: RunContext, base: Any) -> Any:
     lora = LoraSpec(**run.settings.lora.lora())
     counts = match_targets(base, lora.targets)
     run.console.say(f"LoRA on {', '.join(f'{name} ({count})' for name, count in counts.items())}")
+    if list(lora.targets) == [ALL_LINEAR]:
+        _say_left_out(run, base)
     return new_adapter(base, lora)
+
+
+def _say_left_out(run: RunContext, base: Any) -> None:
+    """Say which linear layers, and how much of the weights in experts, all-linear does not reach."""
+    left_out = [f"{name} ({why})" for name, why in all_linear(base).left_out.items()]
+    weights = {name: weight.numel() for name, weight in base.named_parameters()}
+    in_experts = sum(count for name, count in weights.items() if ".experts." in name and "lora_" not in name)
+    if in_experts:
+        left_out.append(f"experts ({in_experts / sum(weights.values()):.0%} of the weights)")
+    if left_out:
+        run.console.say(f"These stay frozen: {', '.join(left_out)}.")
 
 
 def _adapter_of_start(run: RunContext, base: Any, start: Resumed | FromWeights) -> Any:

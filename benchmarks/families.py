@@ -1,0 +1,480 @@
+"""Which families of models are trained how?  Tiny ones of the installed transformers, in one table.
+
+    python -m benchmarks.families                  prints the table
+    python -m benchmarks.families --write          and writes it to docs/models.md
+    python -m benchmarks.families qwen3_moe lfm2   some families
+
+Each model is built with random weights, adapted with the default settings, and laid out as `train` lays it out. Its
+loss, log-probabilities and adapter gradients are compared with one record at a time by plain transformers + PEFT.
+"""
+
+import argparse
+import contextlib
+import copy
+import os
+import platform
+import signal
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+import transformers
+
+from atomtune.batch.collate import Collator
+from atomtune.data.records import Example
+from atomtune.errors import AtomtuneError
+from atomtune.model.adapter import LoraSpec, new_adapter
+from atomtune.model.agreement import another_plain_way, rounded_otherwise
+from atomtune.model.fused_lora import compute_together
+from atomtune.model.layout_support import carries_state, cut_of, why_padded, windows_of
+from atomtune.model.load import quiet_libraries
+from atomtune.model.lora_targets import match_targets
+from atomtune.model.loss import innermost
+from atomtune.settings.fields import LoraSettings
+from atomtune.verify import Result, in_batches, one_at_a_time
+
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+WORDS = 512
+#: A layout is called equal up to these, or up to so many times what two plain runs of the model differ by (float32).
+_EQUAL_LOSS, _EQUAL_GRADIENT, _TIMES_NOISE = 1e-5, 1e-4, 20.0
+
+Values = dict[str, Any]
+_TOKENS: Values = {"vocab_size": WORDS, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_SIZE: Values = {
+    **_TOKENS,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    # With the usual 0.02 every prediction of a model this small is near uniform, and a fault would hardly show.
+    "initializer_range": 0.15,
+}
+_HEAD: Values = {"head_dim": 16}
+_WINDOW: Values = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+_FOUR: Values = {"num_hidden_layers": 4}
+_TWICE_WINDOW: Values = {**_WINDOW, **_FOUR, "layer_types": 2 * ["sliding_attention", "full_attention"]}
+_LATENT: Values = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
+}
+_EXPERTS: Values = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LOCAL_EXPERTS: Values = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_ROUTED: Values = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+_THREE_TO_ONE: Values = {**_FOUR, "layer_types": [*3 * ["linear_attention"], "full_attention"]}
+_DELTA: Values = {
+    **_THREE_TO_ONE,
+    **_HEAD,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+_SHARED: Values = {**_EXPERTS, "shared_expert_intermediate_size": 32}
+_MAMBA: Values = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 16,
+    "mamba_expand": 2,
+}
+_CONVOLUTIONS: Values = {**_FOUR, "layer_types": ["conv", "conv", "full_attention", "conv"]}
+_PER_LAYER: Values = {
+    **_TWICE_WINDOW,
+    **_HEAD,
+    "vocab_size_per_layer_input": WORDS,
+    "hidden_size_per_layer_input": 16,
+    "num_kv_shared_layers": 2,
+}
+
+#: kind of layers → family → config values beyond _SIZE (None in place of _SIZE: all values are given)
+FAMILIES: dict[str, dict[str, Values]] = {
+    "dense": {
+        "llama": {},
+        "qwen2": {},
+        "qwen3": _HEAD,
+        "mistral": {"sliding_window": 24},
+        "ministral3": _HEAD,
+        "gemma": _HEAD,
+        "gemma2": {**_HEAD, "sliding_window": 16, "query_pre_attn_scalar": 16},
+        "gemma3_text": {**_HEAD, **_WINDOW},
+        "phi3": {},
+        "olmo2": {},
+        "olmo3": _WINDOW,
+        "smollm3": {"no_rope_layers": [1, 0]},
+        "glm4": _HEAD,
+        "cohere": {},
+        "cohere2": _WINDOW,
+        "exaone4": {**_HEAD, **_WINDOW},
+        "apertus": {},
+        "hunyuan_v1_dense": _HEAD,
+        "seed_oss": _HEAD,
+        "granite": {},
+        "minicpm3": _LATENT,
+    },
+    "inputs for each layer, keys that layers share": {
+        "gemma3n_text": {
+            **_PER_LAYER,
+            "laurel_rank": 8,
+            "altup_num_inputs": 2,
+            "intermediate_size": 4 * [96],
+            "activation_sparsity_pattern": 4 * [0.0],
+        },
+        "gemma4_text": {**_PER_LAYER, "global_head_dim": 16},
+    },
+    "experts": {
+        "qwen3_moe": {**_HEAD, **_EXPERTS},
+        "mixtral": _LOCAL_EXPERTS,
+        "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+        "granitemoe": _LOCAL_EXPERTS,
+        "gpt_oss": {**_HEAD, **_LOCAL_EXPERTS, **_WINDOW},
+        "glm4_moe": {**_HEAD, **_ROUTED},
+        "glm4_moe_lite": {**_LATENT, **_ROUTED, "num_hidden_layers": 3},
+        "deepseek_v2": {**_LATENT, **_ROUTED},
+        "deepseek_v3": {**_LATENT, **_ROUTED, "n_group": 2},
+        "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
+        "minimax_m2": {**_HEAD, **_LOCAL_EXPERTS},
+        "phimoe": _LOCAL_EXPERTS,
+        "mistral4": {},
+        "llama4_text": {
+            **_HEAD,
+            **_FOUR,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 96,
+            "attention_chunk_size": 16,
+            "layer_types": [*3 * ["chunked_attention"], "full_attention"],
+        },
+    },
+    "linear attention, short convolutions": {
+        "qwen3_next": {**_DELTA, **_SHARED},
+        "qwen3_5_text": _DELTA,
+        "qwen3_5_moe_text": {**_DELTA, **_SHARED},
+        "olmo_hybrid": _DELTA,
+        "kimi_linear": {
+            **_LATENT,
+            **_THREE_TO_ONE,
+            **_LOCAL_EXPERTS,
+            "q_lora_rank": None,
+            "moe_intermediate_size": 32,
+            "linear_head_dim": 16,
+            "linear_num_heads": 4,
+        },
+        "minimax": {
+            **_HEAD,
+            **_LOCAL_EXPERTS,
+            "layer_types": ["linear_attention", "full_attention"],
+            "block_size": 16,
+        },
+        "lfm2": {**_CONVOLUTIONS, "block_auto_adjust_ff_dim": False},
+        "lfm2_moe": {**_CONVOLUTIONS, **_EXPERTS, "num_dense_layers": 2},
+        "lfm3": {},
+        "bailing_hybrid": {},
+        "lara_mini": {},
+    },
+    "Mamba": {
+        "mamba": {"state_size": 8, "intermediate_size": 128},
+        "mamba2": {
+            "intermediate_size": 128,
+            "num_heads": 8,
+            "head_dim": 16,
+            "state_size": 16,
+            "n_groups": 2,
+            "chunk_size": 16,
+        },
+        "jamba": {
+            **_FOUR,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+        "granitemoehybrid": {
+            **_MAMBA,
+            **_LOCAL_EXPERTS,
+            "shared_intermediate_size": 32,
+            "layer_types": ["mamba", "attention"],
+        },
+        "bamba": {**_MAMBA, "num_hidden_layers": 3, "attn_layer_indices": [1], "attn_rotary_emb": 8},
+        "falcon_h1": {**_MAMBA, **_HEAD, "mamba_d_ssm": 128},
+        "nemotron_h": {
+            **_FOUR,
+            **_HEAD,
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 2,
+            "chunk_size": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "moe_shared_expert_intermediate_size": 32,
+        },
+        "zamba2": {
+            **_FOUR,
+            "layers_block_type": 2 * ["mamba", "hybrid"],
+            "mamba_d_state": 16,
+            "mamba_ngroups": 2,
+            "n_mamba_heads": 8,
+            "chunk_size": 16,
+            "num_mem_blocks": 1,
+            "use_mamba_kernels": False,
+            "num_key_value_heads": 4,
+            "attention_head_dim": 32,
+        },
+        "zaya": {},
+    },
+    "others": {
+        "recurrent_gemma": {
+            **_HEAD,
+            "lru_width": 64,
+            "attention_window_size": 16,
+            "num_hidden_layers": 3,
+            "block_types": ["recurrent", "recurrent", "attention"],
+        },
+        "deepseek_v32": {},
+        "bloom": {"n_head": 4, "n_layer": 2},
+        "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is known of one family after its trial."""
+
+    family: str
+    class_name: str = ""
+    layout: str = ""
+    reason: str = ""  # why it is padded, or what failed
+    apart: tuple[float, float, float] | None = None  # loss (relative), worst log-probability, worst gradient (relative)
+    noise: tuple[float, float, float] = (0.0, 0.0, 0.0)  # the same of two plain runs
+    adapted: str = ""
+    seconds: float = 0.0
+
+    @property
+    def is_equal(self) -> bool:
+        if self.apart is None:
+            return False
+        loss, _, gradient = self.apart
+        return loss <= max(_EQUAL_LOSS, _TIMES_NOISE * self.noise[0]) and gradient <= max(
+            _EQUAL_GRADIENT, _TIMES_NOISE * self.noise[2]
+        )
+
+    @property
+    def verdict(self) -> str:
+        if self.apart is None:
+            return "not here" if self.reason.startswith("not in") else "fails"
+        return "equal" if self.is_equal else "DIFFERS"
+
+
+def build(family: str, values: Values) -> Any:
+    """A tiny model in float32. Raises ValueError where transformers does not know the family."""
+    torch.manual_seed(7)
+    config = transformers.AutoConfig.for_model(family, **{**_SIZE, **values})
+    config.use_cache = False
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def some_examples() -> list[Example]:
+    """A trunk longer than a chunk of linear attention, branches at two levels, a record twice, one that is alone."""
+    draw = Random(3)
+
+    def text(tokens: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(3, WORDS) for _ in range(tokens))
+
+    long, short = text(70), text(18)
+    fork = (*short, *text(17))
+    ids = [(*long, *text(n)) for n in (4, 9, 21)] + [(*fork, *text(n)) for n in (3, 12)] + [(*short, *text(6))]
+    ids += [text(11), ids[1], (*long, ids[0][70], *text(3))]
+    return [
+        Example(record, (*9 * [0], *[draw.randint(0, 1) for _ in record[10:]], 1), f"record {number}")
+        for number, record in enumerate(ids, 1)
+    ]
+
+
+def examine(family: str, values: Values) -> Finding:
+    """Adapt, lay out and compare one family as `train` and `verify` would."""
+    base = build(family, values)
+    base.requires_grad_(False)
+    class_name = type(base).__name__
+    lora = LoraSettings()
+    counts = match_targets(base, lora.lora_targets)
+    model = new_adapter(base, LoraSpec(**{**lora.lora(), "rank": 4})).eval()
+    adapted = ", ".join(sorted(counts))
+    _as_after_training(model)
+    examples = some_examples()
+    plain = one_at_a_time(copy.deepcopy(model), examples)
+    noise = _noise(model, examples, plain)
+    compute_together(model, input_ids=torch.zeros(1, 2, dtype=torch.long))
+    reason = why_padded(model)
+    collator = Collator(
+        layout="tree" if reason is None else "padded",
+        pad_id=0,
+        as_examples=lambda stored: (Example(**stored),),
+        windows=windows_of(model) if reason is None else (None,),
+        cut=cut_of(model),
+        carries_state=carries_state(model),
+    )
+    ours, _ = in_batches(model, examples, collator, per_batch=len(examples))
+    return Finding(family, class_name, collator.layout, reason or "", _apart(ours, plain), noise, adapted)
+
+
+def _as_after_training(model: Any) -> None:
+    draw = torch.Generator().manual_seed(1)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            size = weight.shape[-1] ** -0.5 * (1.0 if "lora_A" in name else 0.2)
+            weight.data.copy_(torch.randn(weight.shape, generator=draw) * size)
+
+
+def _noise(model: Any, examples: Sequence[Example], plain: Result) -> tuple[float, float, float]:
+    """What plain runs differ by: with another attention, and from embeddings that are rounded otherwise.
+
+    The delta rule multiplies roundings that no attention makes; in float64 throughout, Qwen3.5 is equal to 1e-12.
+    """
+    with another_plain_way(model):
+        other_attention = _apart(one_at_a_time(copy.deepcopy(model), examples), plain)
+    embeddings = innermost(model).get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda _m, _i, out: rounded_otherwise(out))
+    other_rounding = _apart(one_at_a_time(model, examples), plain)
+    hook.remove()
+    loss, score, gradient = map(max, zip(other_attention, other_rounding, strict=True))
+    return loss, score, gradient
+
+
+def _apart(ours: Result, plain: Result) -> tuple[float, float, float]:
+    worst = 0.0
+    for name, gradient in plain.gradients.items():
+        difference = (ours.gradients[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
+        worst = max(worst, difference.nan_to_num(nan=float("inf")).item())
+    score = (ours.log_probabilities - plain.log_probabilities).abs().max().item()
+    return abs(ours.loss - plain.loss) / plain.loss, score, worst
+
+
+@contextlib.contextmanager
+def _at_most(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in what takes longer."""
+
+    def stop(*_signal: Any) -> None:
+        raise TimeoutError(f"took longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def tried(family: str, values: Values, *, limit: int, trace: bool = False) -> Finding:
+    """The finding of one family, failures included."""
+    if family not in transformers.CONFIG_MAPPING:
+        return Finding(family, reason=f"not in transformers {transformers.__version__}")
+    start = time.perf_counter()
+    try:
+        with _at_most(limit):
+            finding = examine(family, values)
+    except AtomtuneError as error:
+        finding = Finding(family, reason=f"refused: {str(error).splitlines()[0]}")
+    except Exception as error:  # noqa: BLE001  # whatever a family raises belongs in the table
+        if trace:
+            traceback.print_exc()
+        finding = Finding(family, reason=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:140]}")
+    return Finding(**{**vars(finding), "seconds": time.perf_counter() - start})
+
+
+def page(findings: Sequence[tuple[str, Finding]]) -> str:
+    """docs/models.md."""
+    here = [finding for _, finding in findings if finding.verdict != "not here"]
+    exact = sum(finding.is_equal and finding.layout == "tree" for finding in here)
+    padded = sum(finding.is_equal and finding.layout == "padded" for finding in here)
+    lines = [
+        "# Families of models",
+        "",
+        f"Written by `python -m benchmarks.families --write` with transformers {transformers.__version__}, "
+        f"torch {torch.__version__.partition('+')[0]}, Python {platform.python_version()}.",
+        "Tiny models with random weights, float32, LoRA with the default settings. Nine records are laid out as "
+        "`train` lays them out, and compared with",
+        "one record at a time by plain transformers + PEFT. *Apart*: loss (relative), worst log-probability, worst "
+        "gradient of an adapter matrix (relative L2 norm).",
+        "*Noise*: that gradient between two plain runs (another attention, or embeddings rounded otherwise). "
+        f"*Equal*: loss within {_EQUAL_LOSS:.0e} and gradient within {_EQUAL_GRADIENT:.0e}, or within "
+        f"{_TIMES_NOISE:g} times the noise.",
+        "",
+        f"**{len(here)} families: {exact} share beginnings (layout tree) and are equal, {padded} are trained padded "
+        f"and are equal, {len(here) - exact - padded} fail.**",
+        "",
+        "| layers | family | class | layout | equal | apart | noise | LoRA on, or why not |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for kind, finding in findings:
+        if finding.verdict == "not here":
+            continue
+        apart = " · ".join(f"{figure:.0e}" for figure in finding.apart or ())
+        layout = f"{finding.layout}: {finding.reason}" if finding.apart and finding.reason else finding.layout
+        last = finding.adapted if finding.apart else finding.reason.replace("|", "/")
+        noise = f"{finding.noise[2]:.0e}" if finding.apart else ""
+        cells = (kind, finding.family, finding.class_name, layout, finding.verdict, apart, noise, last)
+        lines.append(f"| {' | '.join(cells)} |")
+    missing = [finding.family for _, finding in findings if finding.verdict == "not here"]
+    if missing:
+        lines += ["", f"Known here and not in this transformers: {', '.join(missing)}."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
+    parser.add_argument("--trace", action="store_true", help="print the traceback of what fails")
+    parser.add_argument("--seconds", type=int, default=90, help="limit for each family")
+    chosen = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    quiet_libraries()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    findings = []
+    for kind, families in FAMILIES.items():
+        for family, values in families.items():
+            if chosen.families and family not in chosen.families:
+                continue
+            finding = tried(family, values, limit=chosen.seconds, trace=chosen.trace)
+            apart = " ".join(f"{figure:.0e}" for figure in finding.apart or ())
+            start = f"{family:18} {finding.layout:7} {finding.verdict:8} {apart:18} noise {finding.noise[2]:.0e}"
+            print(f"{start} {finding.seconds:4.1f} s  {finding.reason}", flush=True)
+            findings.append((kind, finding))
+    text = page(findings)
+    print(text.split("**")[1])
+    if chosen.write:
+        PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

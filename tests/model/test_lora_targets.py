@@ -1,0 +1,91 @@
+"""LoRA targets: all-linear is every layer that an adapter reaches, and trains with the default dropout."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from atomtune.model.adapter import LoraSpec, new_adapter
+from atomtune.model.lora_targets import all_linear, match_targets
+
+SIZE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+#: family → config values, kinds that are adapted, kinds that are linear and left out
+FAMILIES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
+    "llama": ({}, {*ATTENTION, "gate_proj", "up_proj", "down_proj"}, set()),
+    "qwen3_moe": (
+        {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        ATTENTION,
+        set(),
+    ),
+    # PEFT takes a dense gate_proj for the experts' in this architecture, so the first, dense layer has none either.
+    "glm4_moe": (
+        {
+            "head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        ATTENTION,
+        {"gate_proj", "up_proj", "down_proj"},
+    ),
+    "phimoe": ({"num_local_experts": 4, "num_experts_per_tok": 2}, ATTENTION, {"router"}),
+    "mamba2": (
+        {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 16},
+        {"in_proj"},
+        {"out_proj"},
+    ),
+    "jamba": (
+        {
+            "num_experts": 1,
+            "num_experts_per_tok": 1,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+        {*ATTENTION, "in_proj", "x_proj", "out_proj", "gate_proj", "up_proj", "down_proj"},
+        {"dt_proj"},
+    ),
+}
+
+
+def tiny(family: str) -> Any:
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(family, **{**SIZE, **FAMILIES[family][0]}, use_cache=False)
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_linear_is_what_an_adapter_reaches(family):
+    base = tiny(family)
+    _, adapted, left_out = FAMILIES[family]
+    assert set(match_targets(base, ["all-linear"])) == adapted
+    assert all_linear(base).left_out.keys() == left_out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_of_all_linear_gets_a_gradient_with_the_default_dropout(family):
+    model = new_adapter(tiny(family), LoraSpec(rank=2, alpha=4, dropout=0.05, targets=["all-linear"])).train()
+    ids = torch.randint(3, 97, (1, 60), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, use_cache=False).logits.square().sum().backward()
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    adapted = {name.partition(".lora_")[0].rpartition(".")[2] for name in trained}
+    assert adapted == FAMILIES[family][1]
+    assert [name for name, weight in trained.items() if weight.grad is None] == []
