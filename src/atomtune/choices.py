@@ -26,13 +26,24 @@ TEMPLATES = (
     "atom-official",
     "chatml",
     "llama3",
-    "mistral",
+    "llama3.1",
+    "mistral-v1",
+    "mistral-v3",
+    "mistral-tekken",
     "gemma",
-    "qwen",
+    "qwen2.5",
+    "qwen3",
     "alpaca",
     "vicuna",
     "plain",
 )
+
+#: Names that named no generation → the template they always meant.
+RENAMED_TEMPLATES = {"qwen": "qwen3"}
+#: Names of several formats → those to choose from, each with the models that speak it.
+SPLIT_TEMPLATES = {
+    "mistral": "mistral-v1 (7B v0.1 and v0.2, Mixtral 8x7B), mistral-v3 (7B v0.3) or mistral-tekken (Nemo, Ministral)"
+}
 
 #: The checks of `atomtune inspect`, as --fail_on names them; what each counts: inspect/checks.py.
 Check = Literal[

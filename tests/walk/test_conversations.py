@@ -98,11 +98,13 @@ def asked(template: Template, messages: list[dict[str, Any]]) -> list[tuple[list
 
 def answer_ids(template: Template, message: dict[str, Any]) -> list[int]:
     content = message["content"]
-    if template.name == "qwen":  # the published template writes empty thoughts before an answer that has none
+    if template.name == "qwen3":  # the published template writes empty thoughts before an answer that has none
         content = f"<think>\n\n</think>\n\n{content.lstrip(chr(10))}"
-    if template.name in ("gemma", "llama3", "mistral"):  # as published: what they write in a conversation is trimmed
+    if template.name in ("gemma", "llama3", "llama3.1"):  # as published: what they write in a conversation is trimmed
         content = content.strip()
-    if template.name in ("mistral", "vicuna") and not writes_a_space(template.tokenizer):
+    if template.name in ("mistral-v3", "mistral-tekken"):
+        content = content.rstrip(" ")
+    if template.name in ("mistral-v1", "mistral-v3", "vicuna") and not writes_a_space(template.tokenizer):
         content = f" {content}"
     return template.tokenizer(content, add_special_tokens=False)["input_ids"]
 

@@ -28,7 +28,7 @@ WEATHER = {
 
 @pytest.fixture(scope="module")
 def qwen() -> Template:
-    return load_template("qwen", tokenizer_of("bytes", CHATML))
+    return load_template("qwen3", tokenizer_of("bytes", CHATML))
 
 
 @pytest.fixture(scope="module")

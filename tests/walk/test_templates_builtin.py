@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from atomtune.choices import TEMPLATES
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.model.load import load_tokenizer
 from tests.tiny import CHATML, lone_sentencepiece, tokenizer_of
 
-NAMES = ["alpaca", "atom", "atom-official", "chatml", "gemma", "llama3", "mistral", "plain", "qwen", "vicuna"]
+NAMES = sorted(TEMPLATES)
 TOKENIZERS = ["sentencepiece", "lone", "bytes", "chatml bytes", "characters"]
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 VICUNA = (
@@ -22,9 +23,15 @@ VICUNA = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 #: Between the prompt and the answer of an earlier exchange: what SentencePiece writes before every text.
-GAP = {"mistral": " ", "vicuna": " "}
+GAP = {"mistral-v1": " ", "mistral-v3": " ", "vicuna": " "}
 #: What ends an answer, without a tokenizer's own eos; None: that eos.
-END = {"chatml": "<|im_end|>\n", "gemma": "<end_of_turn>\n", "llama3": "<|eot_id|>", "qwen": "<|im_end|>\n"}
+END = {
+    **dict.fromkeys(("chatml", "qwen2.5", "qwen3"), "<|im_end|>\n"),
+    **dict.fromkeys(("llama3", "llama3.1"), "<|eot_id|>"),
+    "gemma": "<end_of_turn>\n",
+}
+#: Their system text stands in the last question, so that no prompt goes on from the one before.
+SYSTEM_LAST = ("mistral-v3", "mistral-tekken")
 TOOL = {
     "type": "function",
     "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}},
@@ -77,7 +84,11 @@ WRITTEN = {
         "<s><|im_start|>system\nS<|im_end|>\n<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
         "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
     ),
-    "qwen": (
+    "qwen2.5": (
+        "<s><|im_start|>system\nS<|im_end|>\n<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "qwen3": (
         "<s><|im_start|>system\nS<|im_end|>\n<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
         "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
     ),
@@ -86,11 +97,19 @@ WRITTEN = {
         "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\na<|eot_id|><|start_header_id|>user<|end_header_id|>"
         "\n\nq<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     ),
+    "llama3.1": (
+        "<s><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n你好"
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\na<|eot_id|><|start_header_id|>user<|end_header_id|>"
+        "\n\nq<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
     "gemma": (
         "<s><start_of_turn>user\nS\n\n你好<end_of_turn>\n<start_of_turn>model\na<end_of_turn>\n"
         "<start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\n"
     ),
-    "mistral": "<s>[INST] S\n\n你好[/INST] a</s>[INST] q[/INST]",
+    "mistral-v1": "<s> [INST] S\n\n你好 [/INST] a</s> [INST] q [/INST]",
+    "mistral-v3": "<s>[INST] 你好[/INST] a</s>[INST] S\n\nq[/INST]",
+    "mistral-tekken": "<s>[INST]你好[/INST]a</s>[INST]S\n\nq[/INST]",
     "alpaca": ("<s>S\n\n### Instruction:\n你好\n\n### Response:\na</s>\n\n### Instruction:\nq\n\n### Response:\n"),
     "vicuna": "<s>S USER: 你好 ASSISTANT: a</s>USER: q ASSISTANT:",
     "plain": "<s>S\n你好\na</s>\nq\n",
@@ -109,9 +128,9 @@ def test_a_format_with_a_preamble_writes_its_own_where_there_is_no_system_text(n
     assert render(name, llama, chat("q"), prompt=True).startswith(before)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("alpaca", "vicuna")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("alpaca", "vicuna", "llama3.1", "qwen2.5")])
 def test_the_others_write_no_text_of_their_own(name, llama):
-    # Llama 3.1 writes dates here, Qwen2.5 who it is: neither stands in anybody's records.
+    # Llama 3.1 writes dates here, Qwen2.5 who it is.
     written = render(name, llama, chat("q"), prompt=True)
     with_system = render(name, llama, chat("q", system="SYSTEM"), prompt=True)
     assert len(written) < len(with_system)
@@ -142,12 +161,14 @@ def test_each_prompt_begins_with_the_one_before_and_its_answer(name, kind, token
     eos = tokenizer.eos_token
     end = END.get(name) or eos + ("\n\n" if name == "alpaca" else "")
     first = len(chat(texts[0], system=system))
+    if name in SYSTEM_LAST:
+        system, first = None, 1
     messages = chat(*texts, system=system)
     for at in range(first, len(messages), 2):
         asked = render(name, tokenizer, messages[:at], prompt=True)
         answered = asked + GAP.get(name, "") + messages[at]["content"] + end
         assert render(name, tokenizer, messages[: at + 2], prompt=True).startswith(answered)
-        if name != "qwen":  # its very last answer has a block for thoughts
+        if name != "qwen3":  # its very last answer has a block for thoughts
             assert render(name, tokenizer, messages[: at + 1]) == answered
 
 
@@ -162,7 +183,7 @@ def test_a_conversation_has_one_bos_and_it_is_the_first(name, kind, tokenizers):
         assert written == render(name, tokenizer, chat("q", "a", "q", system="S"), prompt=True, bos_token=None)
 
 
-@pytest.mark.parametrize("name", ["chatml", "qwen"])
+@pytest.mark.parametrize("name", ["chatml", "qwen3"])
 def test_a_bos_that_begins_every_turn_is_not_doubled(name):
     # SmolLM2's and others' BOS is <|im_start|>.
     tokenizer = tokenizer_of("bytes", CHATML)
@@ -174,15 +195,15 @@ def test_a_bos_that_begins_every_turn_is_not_doubled(name):
 def test_a_mark_for_thoughts_that_is_no_token_here_is_named():
     # Catches a think block taught to a model that has no token for it, in silence.
     tokenizer = tokenizer_of("bytes", CHATML)
-    assert load_template("qwen", tokenizer).unknown_controls == ("</think>", "<think>")
+    assert load_template("qwen3", tokenizer).unknown_controls == ("</think>", "<think>")
     assert load_template("chatml", tokenizer).unknown_controls == ()
     tokenizer.add_tokens(["<think>", "</think>"])
-    assert load_template("qwen", tokenizer).unknown_controls == ()
+    assert load_template("qwen3", tokenizer).unknown_controls == ()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_white_space_is_kept_unless_the_family_trims(name, llama):
-    trims = {"gemma": {"user", "assistant"}, "llama3": {"user", "assistant"}, "mistral": {"assistant"}}.get(name, set())
+    trims = {"user", "assistant"} if name in ("gemma", "llama3", "llama3.1") else set()
     written = render(name, llama, chat(" \nuser\n ", "\n assistant \n", "q"), prompt=True)
     for role in ("user", "assistant"):
         kept = {"user": " \nuser\n ", "assistant": "\n assistant \n"}[role] in written
@@ -192,26 +213,30 @@ def test_white_space_is_kept_unless_the_family_trims(name, llama):
 # --- what a template has no place for ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["alpaca", "atom", "atom-official", "gemma", "plain", "vicuna"])
+@pytest.mark.parametrize(
+    "name", ["alpaca", "atom", "atom-official", "gemma", "llama3", "mistral-v1", "plain", "vicuna"]
+)
 def test_a_tools_answer_is_refused_by_name_where_there_is_no_place(name, llama):
     with pytest.raises(TemplateError, match=rf'the {name} template has no place.*role "tool"'):
         render(name, llama, [*chat("q"), {"role": "tool", "name": "add", "content": "5"}])
 
 
-@pytest.mark.parametrize("name", ["alpaca", "atom-official", "chatml", "gemma", "plain", "vicuna"])
+@pytest.mark.parametrize(
+    "name", ["alpaca", "atom-official", "chatml", "gemma", "llama3", "mistral-v1", "plain", "vicuna"]
+)
 def test_a_call_is_never_lost_in_silence(name, llama):
     with pytest.raises(TemplateError, match=rf'the {name} template has no place.*"assistant" that calls a tool'):
         render(name, llama, CALLED[:2])
 
 
-@pytest.mark.parametrize("name", ["llama3", "mistral"])
+@pytest.mark.parametrize("name", ["llama3.1", "mistral-v3"])
 def test_a_turn_that_speaks_and_calls_is_refused_where_one_would_be_lost(name, llama):
     spoken = [CALLED[0], {**CALLED[1], "content": "Let me see."}]
     with pytest.raises(TemplateError, match="calls a tool and says something"):
         render(name, llama, spoken, tools=[TOOL])
 
 
-@pytest.mark.parametrize("name", ["gemma", "mistral"])
+@pytest.mark.parametrize("name", ["gemma", "mistral-v1", "mistral-v3"])
 @pytest.mark.parametrize("roles", ["uu", "a", "uaa", "us", "s"])
 def test_where_user_and_assistant_must_take_turns_nothing_else_passes(name, roles, llama):
     said = {"u": "user", "a": "assistant", "s": "system"}
@@ -220,7 +245,7 @@ def test_where_user_and_assistant_must_take_turns_nothing_else_passes(name, role
         render(name, llama, messages)
 
 
-@pytest.mark.parametrize("name", ["chatml", "llama3", "qwen"])
+@pytest.mark.parametrize("name", ["chatml", "llama3", "llama3.1", "qwen2.5", "qwen3"])
 def test_an_unknown_role_is_refused(name, llama):
     with pytest.raises(TemplateError, match=rf'the {name} template has no place.*"judge"'):
         render(name, llama, [*chat("q"), {"role": "judge", "content": "guilty"}])
@@ -230,7 +255,7 @@ def test_an_unknown_role_is_refused(name, llama):
 
 
 def test_qwen_tells_tools_and_writes_calls_and_answers_as_published(tokenizers):
-    written = render("qwen", tokenizers["bytes"], chat(system="S") + CALLED, prompt=True, tools=[TOOL])
+    written = render("qwen3", tokenizers["bytes"], chat(system="S") + CALLED, prompt=True, tools=[TOOL])
     assert written == (
         "<|im_start|>system\nS\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
         "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
@@ -245,7 +270,7 @@ def test_qwen_tells_tools_and_writes_calls_and_answers_as_published(tokenizers):
 
 def test_qwen_joins_several_tools_answers_in_one_turn(tokenizers):
     answers = [{"role": "tool", "name": "add", "content": text} for text in ("5", "6")]
-    written = render("qwen", tokenizers["bytes"], [*CALLED[:2], *answers], prompt=True)
+    written = render("qwen3", tokenizers["bytes"], [*CALLED[:2], *answers], prompt=True)
     assert written.endswith(
         "<|im_start|>user\n<tool_response>\n5\n</tool_response>\n<tool_response>\n6\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n"
@@ -260,7 +285,7 @@ def test_qwen_keeps_thoughts_behind_the_last_question_alone(tokenizers, inside):
         return {"role": "assistant", "content": text, "reasoning_content": f"hm {text}"}
 
     messages = [*chat("q1"), thought("a1"), *chat("q2"), thought("a2")]
-    assert render("qwen", tokenizers["bytes"], messages) == (
+    assert render("qwen3", tokenizers["bytes"], messages) == (
         "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n"
         "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n<think>\nhm a2\n</think>\n\na2<|im_end|>\n"
     )
@@ -268,7 +293,7 @@ def test_qwen_keeps_thoughts_behind_the_last_question_alone(tokenizers, inside):
 
 def test_qwen_keeps_the_thoughts_between_a_call_and_the_answer(tokenizers):
     messages = [CALLED[0], {**CALLED[1], "reasoning_content": "add them"}, CALLED[2], *chat("q", "5")[1:]]
-    assert render("qwen", tokenizers["bytes"], messages) == (
+    assert render("qwen3", tokenizers["bytes"], messages) == (
         "<|im_start|>user\n2+3?<|im_end|>\n<|im_start|>assistant\n<think>\nadd them\n</think>\n\n"
         '<tool_call>\n{"name": "add", "arguments": {"x": "两", "y": 3}}\n</tool_call><|im_end|>\n'
         "<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n"
@@ -277,13 +302,13 @@ def test_qwen_keeps_the_thoughts_between_a_call_and_the_answer(tokenizers):
 
 
 def test_qwen_without_thinking_closes_the_block_in_the_prompt(tokenizers):
-    asked = render("qwen", tokenizers["bytes"], chat("q"), prompt=True, enable_thinking=False)
+    asked = render("qwen3", tokenizers["bytes"], chat("q"), prompt=True, enable_thinking=False)
     assert asked == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    assert render("qwen", tokenizers["bytes"], chat("q", "a")).startswith(asked + "a")
+    assert render("qwen3", tokenizers["bytes"], chat("q", "a")).startswith(asked + "a")
 
 
-def test_llama3_with_tools_is_llama_31s(llama):
-    assert render("llama3", llama, chat(system="S") + CALLED, prompt=True, tools=[TOOL]) == (
+def test_llama31_tells_tools_in_the_first_question(llama):
+    assert render("llama3.1", llama, chat(system="S") + CALLED, prompt=True, tools=[TOOL]) == (
         "<s><|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\nCutting Knowledge Date: December 2023\n"
         "Today Date: 26 Jul 2024\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
         "Given the following functions, please respond with a JSON for a function call with its proper arguments that "
@@ -298,7 +323,7 @@ def test_llama3_with_tools_is_llama_31s(llama):
 
 def test_mistral_tells_tools_before_the_last_question(llama):
     messages = [*chat("hi", "ho"), *CALLED, *chat("q", "5")[1:]]
-    assert render("mistral", llama, messages, tools=[TOOL]) == (
+    assert render("mistral-v3", llama, messages, tools=[TOOL]) == (
         f"<s>[INST] hi[/INST] ho</s>[AVAILABLE_TOOLS] [{json.dumps(TOOL)}][/AVAILABLE_TOOLS][INST] 2+3?[/INST]"
         '[TOOL_CALLS] [{"name": "add", "arguments": {"x": "两", "y": 3}}]</s>'
         '[TOOL_RESULTS] {"content": 5}[/TOOL_RESULTS] 5</s>'
@@ -307,7 +332,7 @@ def test_mistral_tells_tools_before_the_last_question(llama):
 
 def test_mistral_writes_the_ids_of_calls_where_there_are_any(llama):
     call = {**CALLED[1], "tool_calls": [{**CALL, "id": "abcdefghi"}]}
-    written = render("mistral", llama, [CALLED[0], call, {**CALLED[2], "tool_call_id": "abcdefghi"}])
+    written = render("mistral-v3", llama, [CALLED[0], call, {**CALLED[2], "tool_call_id": "abcdefghi"}])
     assert written.endswith(
         '[TOOL_CALLS] [{"name": "add", "arguments": {"x": "两", "y": 3}, "id": "abcdefghi"}]</s>'
         '[TOOL_RESULTS] {"content": 5, "call_id": "abcdefghi"}[/TOOL_RESULTS]'

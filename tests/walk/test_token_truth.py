@@ -215,7 +215,7 @@ def test_a_model_that_is_taught_not_to_think_is_told_and_the_variable_named():
     # Catches a thinking model that loses its thoughts to records without any, in silence.
     plain, thinking = KINDS["question and answer"], KINDS["thoughts inline"]
     for template, names in (
-        (load_template("qwen", tokenizer_of("bytes", CHATML)), "enable_thinking"),
+        (load_template("qwen3", tokenizer_of("bytes", CHATML)), "enable_thinking"),
         (shaped(OPENS.replace("SPACED", "<think>\n")), "learns to answer without thinking"),
     ):
         ledgers = [Ledger(), Ledger()]

@@ -95,6 +95,13 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
     """
     with explained(path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if type(tokenizer).__name__ == "MistralCommonBackend":
+            # Beside an installed mistral-common, which reads no control token in a text: a rendered [INST] becomes
+            # five tokens of text. What servers read, transformers' own tokenizer, makes one of it.
+            specials = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, trust_remote_code=trust_remote_code, mistral_format=False, **specials
+            )
     folder = Path(path)
     sentencepiece = folder / "tokenizer.model"
     converted = (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists()

@@ -32,7 +32,7 @@ def template_of(name: str) -> Template:
     }
     if name in shapes:
         return shaped(shapes[name])
-    if name in ("qwen", "chatml"):
+    if name in ("qwen3", "qwen2.5", "chatml"):
         return load_template(name, tokenizer_of("bytes", CHATML))
     return load_template(name, tokenizer_of("sentencepiece", GEMMA))
 
@@ -54,11 +54,13 @@ NAMES = [
     "opens close by",
     "trims",
     "a space",
-    "qwen",
+    "qwen3",
+    "qwen2.5",
     "chatml",
     "auto",
     "atom",
-    "mistral",
+    "mistral-v1",
+    "mistral-v3",
     "plain",
 ]
 
@@ -85,7 +87,9 @@ def test_the_next_prompt_is_that_of_the_record(name):
     assert nexts[0] == nexts[1]
 
 
-@pytest.mark.parametrize(("name", "reasoning"), [("qwen", ""), ("qwen", "I need it."), ("channels", "I need it.")])
+@pytest.mark.parametrize(
+    ("name", "reasoning"), [("qwen2.5", ""), ("qwen3", ""), ("qwen3", "I need it."), ("channels", "I need it.")]
+)
 def test_calls_are_read_back_as_calls(name, reasoning):
     turn = Turn("assistant", "", reasoning=reasoning, calls=({"name": "add", "arguments": {"x": "两", "y": 3}},))
     template = template_of(name)

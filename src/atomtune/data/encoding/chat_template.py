@@ -45,6 +45,7 @@ TRIMS = {
     "line ends": lambda text: text.strip("\n"),
     "line ends before": lambda text: text.lstrip("\n"),
     "line ends behind": lambda text: text.rstrip("\n"),
+    "spaces behind": lambda text: text.rstrip(" "),
 }
 #: Conversations of up to so many answers are rendered once for each; longer ones once, where that is the same.
 RENDERED_EACH = 4

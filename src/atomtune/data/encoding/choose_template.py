@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from atomtune.choices import RENAMED_TEMPLATES, SPLIT_TEMPLATES
 from atomtune.data.encoding.chat_template import (
     OWN,
     TRIMS,
@@ -58,6 +59,7 @@ def load_template(
         if name == "auto":
             name = "atom" if _is_chinese(tokenizer) else "plain"
             why = _NO_TEMPLATE if name == "plain" else ""
+        name = RENAMED_TEMPLATES.get(name, name)
         source, role = _source_of(name)
         name = Path(name).name
     return probed(Template(name, source, tokenizer, role, variables or {}, day or date.today(), why=why))
@@ -81,6 +83,8 @@ def _source_of(name: str) -> tuple[str, InstructionRole]:
             return path.read_text(encoding="utf-8"), "user"
         except UnicodeDecodeError as error:
             raise BadSettings([f"--template {name}: not UTF-8: {error}"]) from None
+    if name in SPLIT_TEMPLATES:
+        raise BadSettings([f"--template {name}: its format differs by generation. Pass {SPLIT_TEMPLATES[name]}."])
     if name not in built_in():
         known = ", ".join(["auto", *built_in()])
         raise BadSettings([f"--template {name}: no such template. Known: {known}, or the path of a .jinja file."])
@@ -182,7 +186,7 @@ def _answer_form(template: Template) -> AnswerForm | None:
     question = Turn("user", "?")
     forms = set()
     for before in ([question], [question, Turn("assistant", "A"), question]):
-        for text in (_TEXT, _SPACED, f"{_TEXT}<b>\n\n{_TEXT}"):
+        for text in (_TEXT, _SPACED, f"{_TEXT} \n  ", f"{_TEXT}<b>\n\n{_TEXT}"):
             try:
                 record = Record((*before, Turn("assistant", text)), "")
                 written, stop = template.ended(Conversation(template, record).written_at(len(before)))
