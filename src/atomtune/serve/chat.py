@@ -1,6 +1,7 @@
 """Chat: talk to a trained adapter, through the template it was trained with."""
 
 import itertools
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from atomtune.settings.fields import ChatSettings
 
 #: Tokens kept free for an answer when a long conversation is shortened.
 ROOM_FOR_ANSWER = 64
+#: A byte of a character that SentencePiece has no piece for.
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def chat(settings: ChatSettings) -> int:
@@ -142,10 +145,16 @@ class _Printer(BaseStreamer):
             return
         self.ids += value.flatten().tolist()
         text = shown(self.template, self.ids)
-        # A character of several tokens is shown once it is whole.
-        if text.startswith(self.printed) and not text.endswith("\ufffd"):
+        # A character of several tokens is shown once it is whole. SentencePiece decodes a run of byte tokens as one:
+        # where a later byte makes it invalid, all of it turns into replacement characters.
+        whole = not text.endswith("\ufffd") and not self._ends_in_a_byte()
+        if whole and text.startswith(self.printed):
             self._print(text[len(self.printed) :])
             self.printed = text
+
+    def _ends_in_a_byte(self) -> bool:
+        token = self.template.tokenizer.convert_ids_to_tokens((self.ids or [0])[-1])
+        return bool(token and _BYTE_TOKEN.fullmatch(token))
 
     def end(self) -> None:
         self._print(shown(self.template, self.ids or [])[len(self.printed) :] + "\n")
