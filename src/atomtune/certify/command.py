@@ -139,7 +139,7 @@ def certify_served(
     """Start one engine on what is served, ask it everything, and end it."""
     console.say(f"starting {engine} on {served} …")
     with start(engine, served, side, settings) as running:
-        outcome = compare(running, side.expected, side.template, max_new_tokens=side.max_new_tokens)
+        outcome = compare(running, side.expected, side.template, dtype=side.dtype, max_new_tokens=side.max_new_tokens)
     free_memory()
     console.say(one_line(outcome))
     return outcome

@@ -1,13 +1,12 @@
 """Comparison: what an engine answers, held against what our side expects."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from atomtune.certify.prompts import CertPrompt
 from atomtune.certify.reference import Expected
 from atomtune.data.encoding.chat_template import Template
-from atomtune.data.records import Piece
 from atomtune.data.tokenizer import Tokenizer
 from atomtune.engines.engine import Engine, Reply
 
@@ -31,6 +30,8 @@ ALLOWED = {
 }
 #: A format that is not listed holds 4 to 6 bits: the engine still must be nearer to the tuned model than to its base.
 FEW_BITS = Allowed(0.6, 1.5, "this format keeps 6 bits of a weight or fewer")
+#: What a decoder writes for bytes that are no whole character.
+_BROKEN = "\ufffd"
 #: The engine's distance from the tuned model, as a share of its distance from the base: an adapter that is ignored has
 #: all of the second and none of the first.
 NEARER = 0.5
@@ -117,9 +118,15 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def compare(engine: Engine, expected: Sequence[Expected], template: Template, *, max_new_tokens: int) -> Outcome:
-    """Send every prompt to a running engine and hold its answers against ours."""
-    outcome = Outcome(engine.name, engine.version, engine.dtype, ALLOWED.get(engine.dtype, FEW_BITS))
+def compare(
+    engine: Engine, expected: Sequence[Expected], template: Template, *, dtype: str, max_new_tokens: int
+) -> Outcome:
+    """Send every prompt to a running engine and hold its answers against ours.
+
+    dtype  number format of our own side; the coarser of the two decides what is allowed
+    """
+    coarser = max((engine.dtype, dtype), key=lambda name: ALLOWED.get(name, FEW_BITS).mean)
+    outcome = Outcome(engine.name, engine.version, coarser, ALLOWED.get(coarser, FEW_BITS))
     for ours in expected:
         prompt = ours.prompt
         outcome.prompts += 1
@@ -175,23 +182,57 @@ def _same(text: str, other: str) -> bool:
 
 
 def _text_difference(ours: Expected, reply: Reply, template: Template, allowed: Allowed) -> Difference | None:
-    """The first token at which the engine's greedy answer leaves ours by more than a tie; None where it does not."""
+    """The first token at which the engine's greedy answer leaves ours by more than a tie; None where it does not.
+
+    The engine answers with text, and the same text can be other tokens. So the fork is looked for in the text.
+    """
     if _same(reply.text, ours.greedy_text):
         return None
-    tokenizer = template.tokenizer
-    (theirs,) = template.tokens.ids_of([Piece(reply.text, learn=False)])
-    text_ids = [token for token in ours.greedy_ids if token not in tokenizer.all_special_ids]
-    step = next((i for i, (a, b) in enumerate(zip(text_ids, theirs, strict=False)) if a != b), None)
-    if step is None:
-        step = min(len(text_ids), len(theirs))
-    if len(text_ids) == len(ours.greedy_ids) and step < len(ours.choices) and step < len(theirs):
-        choices = ours.choices[step]
-        chosen = choices.get(theirs[step])
-        if chosen is not None and max(choices.values()) - chosen <= allowed.tie:
-            return None
+    ids, theirs, tokenizer = ours.greedy_ids, reply.text.strip(), template.tokenizer
+    written = [_written(tokenizer, ids[:count]) for count in range(len(ids) + 1)]
+    together = 0  # so many of our tokens, one after the other, are in the engine's text
+    while together < len(ids) and theirs.startswith(written[together + 1]):
+        together += 1
+    # Tokens that end inside a character add no text: the fork may be at any of them.
+    forks = [step for step in range(together + 1) if written[step] == written[together]]
+    if any(_is_tie(tokenizer, ids[:step], theirs, ours.choices[step], allowed.tie) for step in forks):
+        return None
+    return Difference(
+        ours.prompt.kind,
+        f"answer token {together}",
+        _around(written[-1], len(written[together])),
+        _around(theirs, len(written[together])),
+    )
 
-    def around(tokens: Sequence[int]) -> str:
-        shown = tokenizer.decode(list(tokens[max(step - 4, 0) : step + 6]), skip_special_tokens=False)
-        return f"… {shown!r}" if step < len(tokens) else f"… {shown!r} and stops"
 
-    return Difference(ours.prompt.kind, f"answer token {step}", around(text_ids), around(theirs))
+def _written(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The whole characters of the text that these ids begin an answer with."""
+    return _decoded(tokenizer, ids).rstrip(_BROKEN)
+
+
+def _decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=True).lstrip()
+
+
+def _is_tie(tokenizer: Tokenizer, before: Sequence[int], theirs: str, choices: Mapping[int, float], gap: float) -> bool:
+    """Whether the engine's text goes on with one of our likeliest tokens, no more than a gap below the best."""
+    text, best = _written(tokenizer, before), max(choices.values())
+    for token, log_probability in choices.items():
+        if best - log_probability <= gap and _goes_on(text, _decoded(tokenizer, [*before, token]), theirs):
+            return True
+    return False
+
+
+def _goes_on(text: str, longer: str, theirs: str) -> bool:
+    """Whether `theirs` is `longer`, which is `text` and one token, with or without more behind it."""
+    if longer.endswith(_BROKEN):  # the token ends inside a character: what comes next is no ASCII
+        return theirs.startswith(text) and not theirs[len(text) : len(text) + 1].isascii()
+    if longer == text:  # a stop token
+        return theirs == text.rstrip()
+    return theirs.startswith(longer.rstrip())
+
+
+def _around(text: str, at: int) -> str:
+    """A part of an answer around the place where two answers part."""
+    shown = text[max(at - 20, 0) : at + 30]
+    return f"… {shown!r}" if len(text) > at else f"… {shown!r} and stops"

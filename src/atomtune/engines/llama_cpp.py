@@ -13,6 +13,8 @@ from atomtune.errors import BadModel, BadSettings
 
 #: Added to a token's logit so that it is drawn; the log-probability told is that before the addition.
 _FORCED = 1e4
+#: More than any vocabulary holds.
+_ALL = 1_000_000
 
 
 def command(file: Path, *, host: str, port: int, context: int, api_key: str | None = None) -> list[str]:
@@ -72,18 +74,36 @@ class LlamaCpp:
         """Token by token: each is forced, and the server tells how likely it was. What was computed is kept."""
         scores: list[float] = []
         for i, token in enumerate(answer):
-            body = {
-                "prompt": [*prompt, *answer[:i]],
-                "n_predict": 1,
-                "temperature": 0,
-                "n_probs": 1,
-                "logit_bias": [[token, _FORCED]],
-                "cache_prompt": True,
-            }
-            (drawn,) = post(f"{self.url}/completion", body)["completion_probabilities"]
-            assert drawn["id"] == token, f"token {token} was forced, {drawn['id']} came"
+            context = [*prompt, *answer[:i]]
+            drawn = self._forced(context, token, likeliest=1)
+            if drawn is None:  # it ends inside a character, and the server tells nothing of such a token
+                drawn = self._one_of_all(context, token, whole=prompt[-1])
             scores.append(float(drawn["logprob"]))
         return scores
+
+    def _forced(self, context: Sequence[int], token: int, *, likeliest: int) -> dict[str, Any] | None:
+        """What the server tells of this token when it is drawn behind the context; None where it tells nothing."""
+        body = {
+            "prompt": list(context),
+            "n_predict": 1,
+            "temperature": 0,
+            "n_probs": likeliest,
+            "logit_bias": [[token, _FORCED]],
+            "cache_prompt": True,
+        }
+        told = post(f"{self.url}/completion", body).get("completion_probabilities")
+        if not told:
+            return None
+        drawn: dict[str, Any] = told[0]
+        assert drawn["id"] == token, f"token {token} was forced, {drawn['id']} came"
+        return drawn
+
+    def _one_of_all(self, context: Sequence[int], token: int, *, whole: int) -> dict[str, Any]:
+        """The entry of this token among all of the vocabulary, told when a whole character is drawn instead."""
+        told = self._forced(context, whole, likeliest=_ALL)
+        assert told is not None, f"token {whole} ends inside a character too"
+        entry: dict[str, Any] = next(entry for entry in told["top_logprobs"] if entry["id"] == token)
+        return entry
 
     def chat(self, request: Request, *, max_tokens: int) -> Reply:
         self.server.refuse_ended()
