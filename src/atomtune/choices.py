@@ -17,6 +17,9 @@ LayoutChoice = Literal["auto", "tree", "packed", "padded"]
 
 #: What --metric_for_best_model may name, with or without `eval_` before it; lower is better for both.
 METRICS = ("loss", "perplexity")
+ExportTarget = Literal["gguf", "peft"]
+#: Number formats of a GGUF that the converter writes itself.
+GgufFormat = Literal["bf16", "f16", "q8_0", "f32"]
 #: The programs that serve a model.
 EngineName = Literal["transformers", "llama.cpp", "in-process"]
 

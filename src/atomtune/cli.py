@@ -37,6 +37,9 @@ COMMANDS = {
     "evaluate": Command("Compare base and tuned on records that were not learned.", "atomtune.evaluate.command"),
     "certify": Command("Prove that an engine serves the model that was trained.", "atomtune.certify.command"),
     "merge": Command("Write base + adapter as one plain model folder.", "atomtune.export.merge"),
+    "export": Command(
+        "Write a GGUF for llama.cpp and Ollama, or the adapter for another class.", "atomtune.export.command"
+    ),
     "chat": Command("Talk to a trained adapter in the terminal.", "atomtune.serve.chat"),
 }
 

@@ -43,11 +43,20 @@ LEAST_SHARE_KEPT = 0.9
 
 def merge(settings: MergeSettings) -> int:
     """Write the merged model and prove it equal. Raises CheckFailed otherwise; the folder is kept for a look."""
-    adapter, out = Path(settings.adapter_path), Path(settings.output_dir)
+    out = Path(settings.output_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadSettings([f"--output_dir {out} is not an empty folder. Pass a new one."])
     quiet_libraries()
     console = Console()
+    write_merged(settings, console)
+    console.say(f"The merged model lies in {out}; transformers, vLLM and others load it as it is.\n\nNext:")
+    console.say(f"  atomtune chat --adapter_path {out}", wrap=False)
+    return 0
+
+
+def write_merged(settings: MergeSettings, console: Console) -> None:
+    """Write the merged model into --output_dir and prove it equal. Raises CheckFailed where it is not."""
+    adapter, out = Path(settings.adapter_path), Path(settings.output_dir)
     trust = settings.trust_remote_code
     template, metadata = template_of(adapter, trust_remote_code=trust)
     base_path = base_of(adapter, settings.model_path)
@@ -85,11 +94,8 @@ def merge(settings: MergeSettings) -> int:
         f"Checked: {weights.adapted:,} adapted matrices are base + adapter, rounded once to {dtype_name(dtype)}, and "
         f"{weights.same:,} other tensors are the base's.\n"
         f"Answers to {len(PROBES)} prompts differ from the adapter's by {divergence.apart:.1e} nats a token (KL); two "
-        f"plain runs differ by {divergence.noise:.1e}.\n"
-        f"The merged model lies in {out}; transformers, vLLM and others load it as it is.\n\nNext:"
+        f"plain runs differ by {divergence.noise:.1e}."
     )
-    console.say(f"  atomtune chat --adapter_path {out}", wrap=False)
-    return 0
 
 
 @torch.no_grad()

@@ -17,7 +17,9 @@ from atomtune.choices import (
     TEMPLATES,
     Dtype,
     EngineName,
+    ExportTarget,
     FormatChoice,
+    GgufFormat,
     LayoutChoice,
     Learn,
     Overlength,
@@ -459,6 +461,21 @@ class CertifySettings(ModelSettings):
     prompts: int = setting(10, "how many prompts are sent, of several kinds", at_least=1)
     max_new_tokens: int = setting(32, "longest greedy answer that is compared, in tokens", at_least=1)
     other_base: bool = setting(False, "use a base whose weights are not those the adapter was trained on")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ExportSettings(TokenizerSettings):
+    """Export"""
+
+    adapter_path: str = setting(..., "the output folder of a run, or one of its checkpoints", value="FOLDER")
+    output_dir: str = setting(..., "folder for what is written", value="FOLDER")
+    to: ExportTarget = setting("gguf", "gguf: for llama.cpp and Ollama; peft: the adapter for another class")
+    quantize: GgufFormat = setting("bf16", "number format of the GGUF")
+    for_class: str | None = setting(None, "with --to peft: the transformers class that is to load it", value="CLASS")
+    no_certify: bool = setting(False, "do not start the engine to prove that it serves the tuned model")
+    other_base: bool = setting(
+        False, "accept a base model whose weights are not those that the adapter was trained on", rare=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ USAGE = {
     "verify": "--model_path FOLDER_OR_NAME --dataset_path FILE [--setting value …]",
     "evaluate": "--adapter_path FOLDER [--dataset_path FILE] [--setting value …]",
     "certify": "--adapter_path FOLDER [--served FOLDER_OR_FILE] [--setting value …]",
+    "export": "--adapter_path FOLDER --output_dir FOLDER [--to gguf] [--setting value …]",
     "merge": "--adapter_path FOLDER --output_dir FOLDER [--setting value …]",
     "chat": "--adapter_path FOLDER [--setting value …]",
 }
@@ -51,6 +52,10 @@ EXAMPLES = {
     "certify": [
         "--adapter_path out",
         "--adapter_path out --served out-gguf/model.gguf",
+    ],
+    "export": [
+        "--adapter_path out --output_dir out-gguf --quantize q8_0",
+        "--adapter_path out --output_dir out-full --to peft --for_class Gemma3ForConditionalGeneration",
     ],
     "merge": [
         "--adapter_path out --output_dir out-merged",

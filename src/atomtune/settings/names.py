@@ -48,6 +48,7 @@ SYNONYMS = _by_name(
         "shuffle_buffer": "buffer_size shuffle_buffer_size",
         "hub_token": "hf_hub_token hf_token",
         "adapter_path": "adapter adapter_name_or_path adapter_dir lora_path peft_model peft_model_id",
+        "for_class": "for",
         "system": "system_prompt",
         "max_new_tokens": "max_tokens max_new_token num_predict",
     }

@@ -23,6 +23,7 @@ from atomtune.settings.fields import (
     ChatSettings,
     DataSettings,
     EvaluateSettings,
+    ExportSettings,
     InspectSettings,
     LoraSettings,
     MergeSettings,
@@ -45,6 +46,7 @@ GROUPS: dict[str, tuple[type[Any], ...]] = {
     "verify": (VerifySettings,),
     "evaluate": (EvaluateSettings,),
     "certify": (CertifySettings,),
+    "export": (ExportSettings,),
     "merge": (MergeSettings,),
     "chat": (ChatSettings,),
 }

@@ -1,0 +1,129 @@
+"""Export: an adapter in the form that another program takes, with the proof that it serves the tuned model there."""
+
+import tempfile
+from pathlib import Path
+
+from atomtune.certify.command import certify_served, refuse_failed, trained_side, write_certificate
+from atomtune.console import Console
+from atomtune.errors import BadSettings
+from atomtune.export.gguf import (
+    adds_bos,
+    convert,
+    copy_sentencepiece,
+    refuse_unknown_architecture,
+    refuse_without_converter,
+)
+from atomtune.export.merge import write_merged
+from atomtune.export.ollama import modelfile, ollama_template
+from atomtune.export.peft_keys import rewrite_keys
+from atomtune.model.adapter_folder import base_of, template_of
+from atomtune.model.fingerprint import refuse_other_base
+from atomtune.model.load import quiet_libraries
+from atomtune.settings.fields import CertifySettings, ExportSettings, MergeSettings
+
+
+def export(settings: ExportSettings) -> int:
+    """Run `atomtune export`. Raises CheckFailed (exit code 4) where the engine does not serve the tuned model."""
+    _refuse_impossible(settings)
+    quiet_libraries()
+    console = Console()
+    if settings.to == "peft":
+        _to_peft(settings, console)
+    else:
+        _to_gguf(settings, console)
+    return 0
+
+
+def _refuse_impossible(settings: ExportSettings) -> None:
+    out = Path(settings.output_dir)
+    problems: list[str] = []
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        problems.append(f"--output_dir {out} is not an empty folder. Pass a new one.")
+    if settings.to == "peft" and not settings.for_class:
+        problems.append("--to peft needs --for_class, for example --for_class Gemma3ForConditionalGeneration.")
+    if settings.to != "peft" and settings.for_class:
+        problems.append("--for_class is used with --to peft only.")
+    if problems:
+        raise BadSettings(problems)
+
+
+def _to_peft(settings: ExportSettings, console: Console) -> None:
+    adapter, out, class_name = Path(settings.adapter_path), Path(settings.output_dir), str(settings.for_class)
+    trust = settings.trust_remote_code
+    _, metadata = template_of(adapter, trust_remote_code=trust)
+    base_path = base_of(adapter, settings.model_path)
+    refuse_other_base(base_path, metadata.base, anyway=settings.other_base, notice=console.notice)
+    renamed = rewrite_keys(adapter, out, class_name, base_path, trust_remote_code=trust)
+    console.say(f"{out}: the adapter for {class_name}; {renamed:,} of its tensors have a new name.")
+
+
+def _to_gguf(settings: ExportSettings, console: Console) -> None:
+    adapter, out = Path(settings.adapter_path), Path(settings.output_dir)
+    refuse_without_converter()
+    base_path = base_of(adapter, settings.model_path)
+    refuse_unknown_architecture(base_path, trust_remote_code=settings.trust_remote_code)
+    out.mkdir(parents=True, exist_ok=True)
+    name = adapter.resolve().name
+    file = out / f"{name}-{settings.quantize}.gguf"
+    with tempfile.TemporaryDirectory(dir=out, prefix=".merged-") as folder:
+        merged = Path(folder) / name  # the converter takes the model's name from the folder's
+        write_merged(_merge_settings(settings, merged), console)
+        copy_sentencepiece(base_path, merged)
+        console.say(f"converting to {file.name} …")
+        convert(merged, file, settings.quantize)
+    has_modelfile = _write_modelfile(settings, adapter, file, console)
+    if settings.no_certify:
+        console.notice("--no_certify: nobody has checked that llama.cpp serves the tuned model from this file.")
+    else:
+        _certify(settings, file, console)
+    console.say(f"{file.name} lies in {out}.")
+    if has_modelfile:
+        console.say("\nNext:")
+        console.say(f"  ollama create {name} -f {out / 'Modelfile'}", wrap=False)
+
+
+def _merge_settings(settings: ExportSettings, merged: Path) -> MergeSettings:
+    return MergeSettings(
+        adapter_path=settings.adapter_path,
+        model_path=settings.model_path,
+        output_dir=str(merged),
+        other_base=settings.other_base,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def _certify(settings: ExportSettings, file: Path, console: Console) -> None:
+    """Start llama.cpp on the file, write the certificate beside it. Raises CheckFailed where it does not hold."""
+    certify_settings = CertifySettings(
+        adapter_path=settings.adapter_path,
+        model_path=settings.model_path,
+        other_base=settings.other_base,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    side = trained_side(certify_settings, console)
+    outcome = certify_served(side, file, "llama.cpp", certify_settings, console)
+    write_certificate([outcome], file)
+    refuse_failed([outcome], file)
+
+
+def _write_modelfile(settings: ExportSettings, adapter: Path, file: Path, console: Console) -> bool:
+    """Write a Modelfile beside the GGUF, or give notice why there is none; whether it was written."""
+    template, metadata = template_of(adapter, trust_remote_code=settings.trust_remote_code)
+    for_ollama = ollama_template(template, adds_bos=adds_bos(file))
+    if for_ollama is None:
+        console.notice(
+            f"no Modelfile: Ollama's template language cannot write the template {template.name} as training did. "
+            "llama.cpp uses the template inside the GGUF and needs no Modelfile."
+        )
+        return False
+    # In a role template the shared instruction is the beginning of the user's text, not a system text.
+    system = metadata.instruction if template.instruction_role == "system" else None
+    if metadata.instruction and system is None:
+        console.notice("the training records share an instruction: begin the first message in Ollama with it.")
+    try:
+        text = modelfile(file, for_ollama, stops=template.stops or (template.stop,), system=system)
+    except ValueError as error:
+        console.notice(f"no Modelfile: {error}.")
+        return False
+    (file.parent / "Modelfile").write_text(text, encoding="utf-8")
+    return True

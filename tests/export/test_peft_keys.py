@@ -1,0 +1,93 @@
+"""An adapter of the text class on the whole class: PEFT finds every tensor, and the model answers as before."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+
+from atomtune.cli import main
+from atomtune.errors import BadModel
+from atomtune.export.peft_keys import new_names
+from tests.conftest import DIALOGUES
+from tests.trained import train_by_heart
+
+
+@pytest.fixture(scope="module")
+def text_adapter(models, tmp_path_factory) -> Path:
+    return train_by_heart(models("gemma3_text"), tmp_path_factory.mktemp("gemma"), DIALOGUES, steps=10)
+
+
+@pytest.fixture(scope="module")
+def whole_base(models, tmp_path_factory) -> Path:
+    """A vision-language checkpoint whose text model has the very weights of the text class's."""
+    folder = tmp_path_factory.mktemp("whole")
+    text = AutoModelForCausalLM.from_pretrained(models("gemma3_text"), dtype=torch.float32)
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=AutoConfig.from_pretrained(models("gemma3_text")).to_dict(),
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=1,
+    )
+    whole = Gemma3ForConditionalGeneration(config).float()
+    whole.model.language_model.load_state_dict(text.model.state_dict())
+    whole.save_pretrained(folder)
+    return folder
+
+
+def export_to(class_name: str, adapter: Path, base: Path, out: Path) -> int:
+    words = ["--adapter_path", str(adapter), "--output_dir", str(out), "--model_path", str(base), "--other_base"]
+    return main(["export", *words, "--to", "peft", "--for", class_name])
+
+
+@torch.no_grad()
+def test_the_whole_class_finds_every_tensor_and_gives_the_same_logits(models, text_adapter, whole_base, tmp_path):
+    out = tmp_path / "out"
+    assert export_to("Gemma3ForConditionalGeneration", text_adapter, whole_base, out) == 0
+    ids = torch.arange(20)[None] + 5
+    text = AutoModelForCausalLM.from_pretrained(models("gemma3_text"), dtype=torch.float32)
+    expected = PeftModel.from_pretrained(text, str(text_adapter)).eval()(input_ids=ids).logits
+    whole = Gemma3ForConditionalGeneration.from_pretrained(whole_base, dtype=torch.float32)
+    base_logits = whole.eval()(input_ids=ids).logits
+    logits = PeftModel.from_pretrained(whole, str(out)).eval()(input_ids=ids).logits
+    assert not torch.allclose(base_logits, expected, atol=1e-3)
+    assert torch.allclose(logits, expected, atol=1e-4)  # float32; the whole class builds its masks another way
+
+
+def test_back_to_the_text_class_gives_the_first_names(models, text_adapter, whole_base, tmp_path):
+    out, back = tmp_path / "out", tmp_path / "back"
+    assert export_to("Gemma3ForConditionalGeneration", text_adapter, whole_base, out) == 0
+    assert export_to("Gemma3ForCausalLM", out, models("gemma3_text"), back) == 0
+    weights, again = (load_file(folder / "adapter_model.safetensors") for folder in (text_adapter, back))
+    assert weights.keys() == again.keys()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_targets_that_are_full_names_follow(text_adapter, whole_base, tmp_path):
+    spelled = Path(shutil.copytree(text_adapter, tmp_path / "spelled"))
+    file = spelled / "adapter_config.json"
+    values = json.loads(file.read_text())
+    values["target_modules"] = ["model.layers.0.mlp.up_proj", "q_proj"]
+    file.write_text(json.dumps(values))
+    assert export_to("Gemma3ForConditionalGeneration", spelled, whole_base, tmp_path / "out") == 0
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert written["target_modules"] == ["model.language_model.layers.0.mlp.up_proj", "q_proj"]
+
+
+def test_a_class_that_cannot_be_is_refused(text_adapter, whole_base, tmp_path, capsys):
+    for class_name, message in (("NoSuchForCausalLM", "no such class"), ("GPT2LMHeadModel", "it is no class for")):
+        assert export_to(class_name, text_adapter, whole_base, tmp_path / "out") == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_with_no_place_or_two_is_refused():
+    weights = ["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]
+    with pytest.raises(BadModel, match="0 places"):
+        new_names(weights, ["model.layers.0.attn.q_proj"])
+    with pytest.raises(BadModel, match="2 places"):
+        new_names(weights, ["model.a.layers.0.mlp.up_proj", "model.b.layers.0.mlp.up_proj"])
