@@ -7,7 +7,7 @@ the written model's next-token distributions differ from the adapter's by no mor
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from atomtune.console import Console
 from atomtune.data.encoding.chat_template import Template
 from atomtune.errors import BadSettings, CheckFailed, listing
 from atomtune.model.adapter import load_trained
-from atomtune.model.adapter_folder import base_of, template_of
+from atomtune.model.adapter_folder import AdapterMetadata, base_of, template_of
 from atomtune.model.agreement import Measure, another_plain_way, distribution_measures
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import refuse_other_base
@@ -41,6 +41,16 @@ PROBES = (
 LEAST_SHARE_KEPT = 0.9
 
 
+@dataclass(frozen=True)
+class Weights:
+    """How the written weights compare with base + adapter."""
+
+    adapted: int  # matrices that the adapter changes
+    same: int  # other tensors, equal bit by bit
+    share_kept: float  # of the adapter's change, what rounding to the dtype left; 1 is all
+    problems: tuple[str, ...]
+
+
 def merge(settings: MergeSettings) -> int:
     """Write the merged model and prove it equal. Raises CheckFailed otherwise; the folder is kept for a look."""
     out = Path(settings.output_dir)
@@ -56,34 +66,69 @@ def merge(settings: MergeSettings) -> int:
 
 def write_merged(settings: MergeSettings, console: Console) -> None:
     """Write the merged model into --output_dir and prove it equal. Raises CheckFailed where it is not."""
-    adapter, out = Path(settings.adapter_path), Path(settings.output_dir)
+    out = Path(settings.output_dir)
+    trained = _trained_model(settings)
+
+    console.say(f"loading {trained.spec.path} in {dtype_name(trained.spec.dtype)} …")
+    base = load_base(trained.spec)
+    refuse_other_base(trained.spec.path, trained.metadata.base, anyway=settings.other_base, notice=console.notice)
+    console.say("merging …")
+    _save_merged(base, trained, out, console)
+    del base  # two models are loaded for the check, and memory for a third may be missing
+
+    console.say("checking the written folder …")
+    weights, measures = _check_written(trained, out)
+    _say_checked(weights, measures, trained.spec.dtype, console)
+
+
+@dataclass(frozen=True)
+class _TrainedModel:
+    """What is merged: an adapter, the base it belongs to, and the template its prompts are written with."""
+
+    adapter: Path
+    spec: BaseSpec
+    template: Template
+    metadata: AdapterMetadata
+
+
+def _trained_model(settings: MergeSettings) -> _TrainedModel:
+    adapter = Path(settings.adapter_path)
     trust = settings.trust_remote_code
     template, metadata = template_of(adapter, trust_remote_code=trust)
     base_path = base_of(adapter, settings.model_path)
-    stored = stored_dtype(base_path, trust_remote_code=trust)
-    dtype = stored if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    dtype = stored_dtype(base_path, trust_remote_code=trust)
+    if settings.dtype != "auto":
+        dtype = getattr(torch, settings.dtype)
     spec = BaseSpec(path=base_path, dtype=dtype, device=CPU, trust_remote_code=trust)
+    return _TrainedModel(adapter, spec, template, metadata)
 
-    console.say(f"loading {base_path} in {dtype_name(dtype)} …")
-    base = load_base(spec)
-    refuse_other_base(base_path, metadata.base, anyway=settings.other_base, notice=console.notice)
-    console.say("merging …")
-    merged = merge_weights(load_trained(base, adapter))
-    ready_to_answer(merged, template, notice=console.notice)
+
+def _save_merged(base: CausalLM, trained: _TrainedModel, out: Path, console: Console) -> None:
+    """Write the merged model with its tokenizer, template and metadata; the base's matrices change."""
+    merged = merge_weights(load_trained(base, trained.adapter))
+    ready_to_answer(merged, trained.template, notice=console.notice)
     merged.save_pretrained(out)
-    template.tokenizer.chat_template = template.source  # an adapter of another tool may have been saved without one
-    template.tokenizer.save_pretrained(out)
-    metadata.save(out)
-    del base, merged
+    tokenizer = trained.template.tokenizer
+    tokenizer.chat_template = trained.template.source  # an adapter of another tool may have been saved without one
+    tokenizer.save_pretrained(out)
+    trained.metadata.save(out)
 
-    console.say("checking the written folder …")
-    adapted = load_trained(load_base(spec), adapter)
-    written = load_base(BaseSpec(path=str(out), dtype=dtype, device=CPU, trust_remote_code=trust)).eval()
+
+def _check_written(trained: _TrainedModel, out: Path) -> tuple[Weights, Sequence[Measure]]:
+    """Read the written folder back and compare it with base + adapter. Raises CheckFailed where they differ."""
+    adapted = load_trained(load_base(trained.spec), trained.adapter)
+    written = load_base(replace(trained.spec, path=str(out))).eval()
+    written_template, _ = template_of(out, trust_remote_code=trained.spec.trust_remote_code)
+
     weights = compare_weights(adapted, written)
     _refuse_other_weights(weights, out)
-    _refuse_other_prompts(template, template_of(out, trust_remote_code=trust)[0], out)
-    measures = _compare_answers(adapted, written, template, dtype=dtype)
+    _refuse_other_prompts(trained.template, written_template, out)
+    measures = _compare_answers(adapted, written, trained.template, dtype=trained.spec.dtype)
     _refuse_other_answers(measures, out)
+    return weights, measures
+
+
+def _say_checked(weights: Weights, measures: Sequence[Measure], dtype: torch.dtype, console: Console) -> None:
     if weights.share_kept < LEAST_SHARE_KEPT:
         console.notice(
             f"{dtype_name(dtype)} is too coarse for this adapter: rounding loses {1 - weights.share_kept:.0%} of its "
@@ -116,17 +161,11 @@ def merge_weights(model: PeftModel) -> CausalLM:
 
 
 def _lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
-    return {name: m for name, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
-
-
-@dataclass(frozen=True)
-class Weights:
-    """How the written weights compare with base + adapter."""
-
-    adapted: int  # matrices that the adapter changes
-    same: int  # other tensors, equal bit by bit
-    share_kept: float  # of the adapter's change, what rounding to the dtype left; 1 is all
-    problems: tuple[str, ...]
+    layers = {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            layers[name] = module
+    return layers
 
 
 @torch.no_grad()
@@ -136,32 +175,41 @@ def compare_weights(adapted: PeftModel, written: CausalLM) -> Weights:
     Each number must be the nearest one to the exact sum that its dtype has, so any fault of any size shows: a wrong
     base, a layer left out, an adapter scaled by 1.01.
     """
-    tensors = dict(written.named_parameters())
-    problems, asked, kept = [], 0.0, 0.0
+    unchecked = dict(written.named_parameters())
     layers = _lora_layers(adapted)
+    problems: list[str] = []
+    # The change the adapter asks for, D, and what is left of it, M - W, projected on D: <M - W, D> / <D, D>.
+    change_wanted, change_written = 0.0, 0.0
     for name, layer in layers.items():
         base = layer.get_base_layer().weight.double()
         delta = _delta(layer)
-        merged = tensors.pop(f"{name}.weight", None)
+        merged = unchecked.pop(f"{name}.weight", None)
         if merged is None or merged.shape != base.shape:
             problems.append(f"{name}.weight: not in the written files as it should be")
             continue
         problems += [f"{name}.weight: {fault}" for fault in _not_nearest(merged, base, delta)]
-        change = merged.double() - base
-        kept += (change * delta).sum().item()
-        asked += delta.square().sum().item()
-    # Under PEFT a matrix that is adapted is called …base_layer.weight; all other names are those of the plain model.
-    plain = {
-        name: weight
-        for name, weight in adapted.get_base_model().named_parameters()
-        if "lora_" not in name and ".base_layer.weight" not in name
-    }
-    plain = {name.replace(".base_layer.", "."): weight for name, weight in plain.items()}
-    for name, weight in tensors.items():
-        if name not in plain or not torch.equal(plain[name], weight):
+        change_written += ((merged.double() - base) * delta).sum().item()
+        change_wanted += delta.square().sum().item()
+
+    # All matrices with an adapter are checked now; what is left must be the base's.
+    unadapted = _unadapted_weights(adapted)
+    for name, weight in unchecked.items():
+        if name not in unadapted or not torch.equal(unadapted[name], weight):
             problems.append(f"{name}: is not the base's")
-    problems += [f"{name}: not in the written files" for name in plain.keys() - tensors.keys()]
-    return Weights(len(layers), len(tensors), kept / asked if asked else 1.0, tuple(sorted(problems)))
+    for name in unadapted.keys() - unchecked.keys():
+        problems.append(f"{name}: not in the written files")
+    share_kept = change_written / change_wanted if change_wanted else 1.0
+    return Weights(len(layers), len(unchecked), share_kept, tuple(sorted(problems)))
+
+
+def _unadapted_weights(adapted: PeftModel) -> dict[str, torch.Tensor]:
+    """The base's weights that have no adapter, by their names in the plain model."""
+    weights = {}
+    for name, weight in adapted.get_base_model().named_parameters():
+        # PEFT calls an adapted matrix q_proj.base_layer.weight and its bias q_proj.base_layer.bias; LoRA has no bias.
+        if "lora_" not in name and ".base_layer.weight" not in name:
+            weights[name.replace(".base_layer.", ".")] = weight
+    return weights
 
 
 def _delta(layer: LoraLayer) -> torch.Tensor:
@@ -179,7 +227,8 @@ def _not_nearest(merged: torch.Tensor, base: torch.Tensor, delta: torch.Tensor) 
     # Half a unit in the last place for the rounding, and the float32 sums before it.
     rounding = torch.finfo(merged.dtype).eps / 2 * exact.abs()
     sums = 8 * torch.finfo(torch.float32).eps * (base.abs() + delta.abs().max())
-    wrong = int(((merged.double() - exact).abs() > rounding + sums).sum())
+    off_by = (merged.double() - exact).abs()
+    wrong = int((off_by > rounding + sums).sum())
     if not wrong and bool(torch.isfinite(merged).all()):
         return []
     return [f"{wrong:,} of {merged.numel():,} numbers are not base + adapter"]
@@ -214,17 +263,18 @@ def _log_probabilities(model: CausalLM, prompts: Sequence[Sequence[int]]) -> tor
     """[N, V] of the token after each position of the prompts."""
     rows = []
     for prompt in prompts:
-        ids = torch.tensor([prompt])
-        rows.append(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].double().log_softmax(-1))
-    return torch.cat(rows)
+        ids = torch.tensor([prompt])  # [1, T]
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]  # [T, V]
+        rows.append(logits.double().log_softmax(-1))
+    return torch.cat(rows)  # [N, V], N tokens of all prompts
 
 
 def _refuse_other_answers(measures: Sequence[Measure], out: Path) -> None:
-    failed = [
-        f"  {measure.name}: {measure.apart:.1e} (two plain runs: {measure.noise:.1e}, allowed: {measure.allowed:.1e})"
-        for measure in measures
-        if not measure.holds
-    ]
+    failed = []
+    for measure in measures:
+        if not measure.holds:
+            apart, noise, allowed = f"{measure.apart:.1e}", f"{measure.noise:.1e}", f"{measure.allowed:.1e}"
+            failed.append(f"  {measure.name}: {apart} (two plain runs: {noise}, allowed: {allowed})")
     if failed:
         raise CheckFailed(
             f"The merged model in {out} does not answer as the adapter does; do not serve it.\n" + "\n".join(failed)
