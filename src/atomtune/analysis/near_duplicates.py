@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 Numbers: TypeAlias = NDArray[Any]
 
 SHINGLE = 3
+#: A pair of Jaccard index j is proposed with the chance 1 - (1 - j**ROWS)**BANDS:
+#:     j        0.5   0.6   0.7   0.8    0.9
+#:     chance   0.40  0.73  0.95  0.998  0.999999
 BANDS, ROWS = 16, 5
 #: Characters that are shingled at once, and shingles that are compared at once.
 _WINDOW = 2**20
@@ -30,9 +33,11 @@ class _Folds(dict[int, str]):
     """Code point → what stands for it: nothing for space, punctuation and controls; found once and kept."""
 
     def __missing__(self, point: int) -> str:
-        kept = "" if unicodedata.category(chr(point))[0] in "ZPC" else chr(point)
-        self[point] = kept
-        return kept
+        character = chr(point)
+        if unicodedata.category(character)[0] in "ZPC":
+            character = ""
+        self[point] = character
+        return character
 
 
 _FOLDS = _Folds()
@@ -60,10 +65,11 @@ def near_groups(texts: Iterable[str], *, threshold: float = 0.8) -> Numbers:
         groups = numpy.arange(len(sizes))
         for band in range(BANDS):
             for left, right in _proposed(keys[band]):
+                # Pairs in one group already are not measured again: most of what a later band proposes.
                 apart = groups[left] != groups[right]
-                left, right = left[apart], right[apart]  # noqa: PLW2901  # the rest is known
-                near = shingles.near(left, right, threshold)
-                groups = _united(groups, left[near], right[near])
+                left_apart, right_apart = left[apart], right[apart]
+                near = shingles.near(left_apart, right_apart, threshold)
+                groups = _united(groups, left_apart[near], right_apart[near])
     return groups
 
 
@@ -86,44 +92,64 @@ def _united(groups: Numbers, left: Numbers, right: Numbers) -> Numbers:
     """The groups with each left[i] and right[i] in one. Each member names its group's first, before and after."""
     groups = groups.copy()
     while True:
-        a, b = groups[left], groups[right]
-        apart = a != b
+        left_firsts, right_firsts = groups[left], groups[right]
+        apart = left_firsts != right_firsts
         if not apart.any():
             return groups
+        earlier = numpy.minimum(left_firsts, right_firsts)[apart]
+        later = numpy.maximum(left_firsts, right_firsts)[apart]
         # Of several that one is to join, any will do: the others are still apart from it in the next round.
-        groups[numpy.maximum(a, b)[apart]] = numpy.minimum(a, b)[apart]
-        while (groups != (further := groups[groups])).any():
-            groups = further
+        groups[later] = earlier
+        groups = _named_by_firsts(groups)
+
+
+def _named_by_firsts(groups: Numbers) -> Numbers:
+    """Chains followed to their end: 3 → 2 → 0 becomes 3 → 0."""
+    while True:
+        further = groups[groups]
+        if (further == groups).all():
+            return groups
+        groups = further
 
 
 def _sketch(texts: Iterable[str], file: IO[bytes]) -> tuple[Numbers, Numbers]:
-    """Write every text's shingles, each once and sorted; (how many of each text, [BANDS, texts] keys of its bands)."""
+    """Write every text's shingles, each once and sorted; ([N] how many of each text, [BANDS, N] keys of its bands)."""
     factors, offsets = _hashes()
     sizes, keys = [], []
     for window in _windows(texts):
         rows, shingles = _shingled(window)
         shingles.tofile(file)
-        size = numpy.bincount(rows, minlength=len(window))
-        starts = numpy.cumsum(size) - size
-        band_keys = numpy.zeros((BANDS, len(window)), dtype=numpy.uint32)
-        for number, (factor, offset) in enumerate(zip(factors, offsets, strict=True)):
-            least = numpy.minimum.reduceat(_mixed((shingles ^ offset) * factor), starts)
-            band = number // ROWS
-            band_keys[band] = _mixed(band_keys[band] * numpy.uint32(0x9E3779B1) + least)
-        sizes.append(size)
-        keys.append(band_keys)
+        window_sizes = numpy.bincount(rows, minlength=len(window))  # [W]
+        sizes.append(window_sizes)
+        keys.append(_band_keys(shingles, window_sizes, factors, offsets))
     if not sizes:
         return numpy.zeros(0, dtype=numpy.int64), numpy.zeros((BANDS, 0), dtype=numpy.uint32)
     return numpy.concatenate(sizes), numpy.concatenate(keys, axis=1)
 
 
+def _band_keys(shingles: Numbers, sizes: Numbers, factors: Numbers, offsets: Numbers) -> Numbers:
+    """[BANDS, W] One number for each band of each text: texts whose minima agree in all of its ROWS hashes share it.
+
+    shingles  of W texts, one behind the other
+    sizes     [W] how many of each
+    """
+    starts = numpy.cumsum(sizes) - sizes
+    keys = numpy.zeros((BANDS, len(sizes)), dtype=numpy.uint32)
+    for number, (factor, offset) in enumerate(zip(factors, offsets, strict=True)):
+        hashes = _mixed((shingles ^ offset) * factor)
+        minima = numpy.minimum.reduceat(hashes, starts)  # [W]
+        band = number // ROWS
+        keys[band] = _mixed(keys[band] * numpy.uint32(0x9E3779B1) + minima)  # a prime near 2**32 / golden ratio
+    return keys
+
+
 def _hashes() -> tuple[Numbers, Numbers]:
     """Odd factors and offsets of the BANDS * ROWS hash functions: the same ones in every process."""
-    draw = numpy.random.default_rng(20_26)
-    count = BANDS * ROWS
-    return draw.integers(0, 2**31, count, numpy.uint32) * numpy.uint32(2) + numpy.uint32(1), draw.integers(
-        0, 2**32, count, numpy.uint32
-    )
+    generator = numpy.random.default_rng(20_26)
+    halves = generator.integers(0, 2**31, BANDS * ROWS, numpy.uint32)
+    factors = halves * numpy.uint32(2) + numpy.uint32(1)  # odd: an even factor gives many shingles one hash
+    offsets = generator.integers(0, 2**32, BANDS * ROWS, numpy.uint32)
+    return factors, offsets
 
 
 def _windows(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -141,17 +167,25 @@ def _windows(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def _shingled(window: list[str]) -> tuple[Numbers, Numbers]:
     """(row, shingle) of each different shingle of each text, sorted by both."""
-    points = numpy.frombuffer("".join(window).encode("utf-32-le", "surrogatepass"), dtype=numpy.uint32)
+    points = numpy.frombuffer("".join(window).encode("utf-32-le", "surrogatepass"), dtype=numpy.uint32)  # [P]
     lengths = numpy.fromiter(map(len, window), dtype=numpy.int64, count=len(window))
-    rows = numpy.repeat(numpy.arange(len(window), dtype=numpy.uint64), lengths)
-    size = len(points) - SHINGLE + 1
-    hashes = numpy.zeros(size, dtype=numpy.uint32)
+    rows = numpy.repeat(numpy.arange(len(window), dtype=numpy.uint64), lengths)  # [P] the text of each character
+
+    n_shingles = len(points) - SHINGLE + 1
+    hashes = numpy.zeros(n_shingles, dtype=numpy.uint32)
     for i in range(SHINGLE):
-        hashes = _mixed(hashes * numpy.uint32(0x01000193) + points[i : i + size])
-    own = rows[:size] == rows[SHINGLE - 1 :]  # not across two texts
-    both = numpy.sort((rows[:size][own] << numpy.uint64(32)) | hashes[own])
-    both = both[numpy.concatenate([[True], both[1:] != both[:-1]])]  # numpy.unique hashes: five times the seconds
-    return (both >> numpy.uint64(32)).astype(numpy.int64), both.astype(numpy.uint32)
+        hashes = _mixed(hashes * numpy.uint32(0x01000193) + points[i : i + n_shingles])  # FNV's prime
+    within_text = rows[:n_shingles] == rows[SHINGLE - 1 :]  # first and last character are of one text
+
+    # row and shingle as one number, so that one sort orders both:   row << 32 | shingle
+    pairs = numpy.sort((rows[:n_shingles][within_text] << numpy.uint64(32)) | hashes[within_text])
+    pairs = pairs[_is_new(pairs)]  # numpy.unique hashes: five times the seconds
+    return (pairs >> numpy.uint64(32)).astype(numpy.int64), pairs.astype(numpy.uint32)
+
+
+def _is_new(ordered: Numbers) -> Numbers:
+    """Whether each value differs from the one before it."""
+    return numpy.concatenate([[True], ordered[1:] != ordered[:-1]])
 
 
 def _mixed(values: Numbers) -> Numbers:
@@ -167,9 +201,12 @@ def _proposed(keys: Numbers) -> Iterator[tuple[Numbers, Numbers]]:
     """Pairs with an equal key, the likeliest first: each with its bucket's first, then with those just before it."""
     order = numpy.argsort(keys, kind="stable")
     ordered = keys[order]
-    begins = numpy.concatenate([[True], ordered[1:] != ordered[:-1]])
-    first = numpy.maximum.accumulate(numpy.where(begins, numpy.arange(len(keys)), 0))
-    yield order[first[~begins]], order[~begins]
+    # keys in order   5 5 5 8 9 9
+    # begins          1 . . 1 1 .
+    # bucket_first    0 0 0 3 4 4
+    begins = _is_new(ordered)
+    bucket_first = numpy.maximum.accumulate(numpy.where(begins, numpy.arange(len(keys)), 0))
+    yield order[bucket_first[~begins]], order[~begins]
     for distance in range(1, _NEIGHBOURS + 1):
         same = numpy.flatnonzero(ordered[distance:] == ordered[:-distance])
         if not len(same):
@@ -187,25 +224,35 @@ class _Shingles:
     def near(self, left: Numbers, right: Numbers, threshold: float) -> Numbers:
         """Whether the Jaccard index of each pair reaches the threshold, exactly."""
         near = numpy.zeros(len(left), dtype=bool)
-        sizes = self.sizes[left], self.sizes[right]
-        may = numpy.flatnonzero(numpy.minimum(*sizes) >= threshold * numpy.maximum(*sizes))
-        ends = numpy.cumsum(self.sizes[left[may]] + self.sizes[right[may]])
-        for part in numpy.split(may, numpy.flatnonzero(numpy.diff(ends // (4 * _WINDOW))) + 1):
+        left_sizes, right_sizes = self.sizes[left], self.sizes[right]
+        smaller = numpy.minimum(left_sizes, right_sizes)
+        larger = numpy.maximum(left_sizes, right_sizes)
+        # The index is at most smaller / larger, so sizes alone rule most pairs out.
+        possible = numpy.flatnonzero(smaller >= threshold * larger)
+
+        # A part has some four windows of shingles: a new one begins where their running sum passes a multiple of that.
+        both_sizes = left_sizes + right_sizes
+        part_numbers = numpy.cumsum(both_sizes[possible]) // (4 * _WINDOW)
+        borders = numpy.flatnonzero(numpy.diff(part_numbers)) + 1
+        for part in numpy.split(possible, borders):
             shared = self._shared(left[part], right[part])
-            union = self.sizes[left[part]] + self.sizes[right[part]] - shared
+            union = both_sizes[part] - shared
             near[part] = shared >= threshold * union
         return near
 
     def _shared(self, left: Numbers, right: Numbers) -> Numbers:
         """How many shingles each pair has in common."""
+        # A text has each shingle once, so what stands twice behind one number is in both texts of that pair.
         both = numpy.sort(numpy.concatenate([self._numbered(left), self._numbered(right)]))
-        twice = both[1:][both[1:] == both[:-1]] >> numpy.uint64(32)
-        return numpy.bincount(twice.astype(numpy.int64), minlength=len(left))
+        twice = both[1:][both[1:] == both[:-1]]
+        pairs = (twice >> numpy.uint64(32)).astype(numpy.int64)
+        return numpy.bincount(pairs, minlength=len(left))
 
     def _numbered(self, texts: Numbers) -> Numbers:
-        """The shingles of these texts, each behind the place of its text among them."""
+        """The shingles of these texts, each behind the place of its text among them: place << 32 | shingle."""
         sizes = self.sizes[texts]
         places = numpy.repeat(numpy.arange(len(texts), dtype=numpy.uint64), sizes)
-        within = numpy.arange(len(places)) - numpy.repeat(numpy.cumsum(sizes) - sizes, sizes)
-        flat = self.flat[numpy.repeat(self.starts[texts], sizes) + within]
-        return (places << numpy.uint64(32)) | flat
+        first_places = numpy.repeat(numpy.cumsum(sizes) - sizes, sizes)
+        number_in_text = numpy.arange(len(places)) - first_places
+        shingles = self.flat[numpy.repeat(self.starts[texts], sizes) + number_in_text]
+        return (places << numpy.uint64(32)) | shingles

@@ -1,4 +1,7 @@
-"""Likelihood: how well a model foresees the reference answers, target by target, beginnings shared."""
+"""Likelihood: how well a model foresees the reference answers, target by target, beginnings shared.
+
+N targets of a batch, n of them at once; D the model's width, V the vocabulary.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -32,57 +35,68 @@ def score_targets(model: CausalLM, records: Sequence[Sequence[Example]], collato
     """
     examples = [example for record in records for example in record]
     batch = collator.lay(examples)
-    on_device = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    surprise: dict[tuple[int, ...], tuple[float, bool]] = {}
-    for path, nats, right in zip(_paths(batch), *_scores(model, on_device), strict=True):
-        surprise[path] = (nats, right)
-    return [_of_record(record, surprise) for record in records]
+    nats, right = _scores(model, _on_device(batch, model.device))
+    # Records with a common beginning share its targets; by its path a record finds those that are its own.
+    scores = dict(zip(_paths(batch), zip(nats, right, strict=True), strict=True))
+    return [_of_record(record, scores) for record in records]
+
+
+def _on_device(batch: Batch, device: torch.device) -> dict[str, object]:
+    moved: dict[str, object] = {}
+    for key, value in batch.items():
+        moved[key] = value.to(device) if isinstance(value, torch.Tensor) else value
+    return moved
 
 
 def _scores(model: CausalLM, batch: dict[str, object]) -> tuple[list[float], list[bool]]:
     """Of every target its surprise in nats, and whether it was the likeliest token."""
-    target = batch["target"]
+    target = batch["target"]  # [N]
     assert isinstance(target, torch.Tensor)
     head = Head.of(model)
     if head is None:
-        every = model(**model_inputs(model, batch), use_cache=False).logits
-        picked = every[batch["row"], batch["predicted_from"]]  # [N, V]
+        all_logits = model(**model_inputs(model, batch), use_cache=False).logits  # [B, T, V]
+        predicting = all_logits[batch["row"], batch["predicted_from"]]  # [N, V]
     else:
-        picked = head.hidden(model, batch)  # [N, D]
-    width = model.config.get_text_config().vocab_size
-    step = max(1, CHUNK_LOGITS // width)
+        predicting = head.hidden(model, batch)  # [N, D]
+    vocabulary = model.config.get_text_config().vocab_size
+    step = max(1, CHUNK_LOGITS // vocabulary)
     nats: list[float] = []
     right: list[bool] = []
     for start in range(0, len(target), step):
-        part, wanted = picked[start : start + step], target[start : start + step]
+        part = predicting[start : start + step]
+        part_target = target[start : start + step]  # [n]
         logits = part if head is None else head.logits(part)  # [n, V]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        chosen = logits.gather(1, wanted[:, None])[:, 0]
-        nats += (logits.logsumexp(-1) - chosen).tolist()
-        right += (logits.argmax(-1) == wanted).tolist()
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        target_logits = logits.gather(1, part_target[:, None])[:, 0]  # [n]
+        nats += (logits.logsumexp(-1) - target_logits).tolist()
+        right += (logits.argmax(-1) == part_target).tolist()
     return nats, right
 
 
 def _paths(batch: Batch) -> Iterator[tuple[int, ...]]:
     """Of every target, all ids of its record up to itself: they name it, whichever row or branch it stands in."""
-    ids, plan = batch["input_ids"].cpu(), batch["plan"]
-    places = zip(batch["row"].tolist(), batch["predicted_from"].tolist(), batch["target"].tolist(), strict=True)
-    for row, source, target in places:
-        path = ids[row, : source + 1]
-        if plan is not None:
-            seen = plan.until.cpu()[: source + 1] > source  # token k is on the path where source < until[k]
-            path = path[seen]
+    ids = batch["input_ids"].cpu()  # [B, T]
+    until = None if batch["plan"] is None else batch["plan"].until.cpu()
+    rows = batch["row"].tolist()
+    predicting_places = batch["predicted_from"].tolist()
+    targets = batch["target"].tolist()
+    for row, place, target in zip(rows, predicting_places, targets, strict=True):
+        path = ids[row, : place + 1]
+        if until is not None:
+            path = path[until[: place + 1] > place]  # the tokens that `place` sees: k <= place < until[k]
         yield (*path.tolist(), target)
 
 
-def _of_record(examples: Sequence[Example], surprise: dict[tuple[int, ...], tuple[float, bool]]) -> TargetScores:
+def _of_record(examples: Sequence[Example], scores: dict[tuple[int, ...], tuple[float, bool]]) -> TargetScores:
     nats, right, tokens = 0.0, 0, 0
     for example in examples:
         for i, times in enumerate(example.learn):
-            if times:
-                target_nats, target_right = surprise[example.ids[: i + 1]]
-                nats += target_nats * times
-                right += target_right * times
-                tokens += times
+            if times == 0:
+                continue
+            target_nats, target_right = scores[example.ids[: i + 1]]
+            nats += target_nats * times
+            right += target_right * times
+            tokens += times
     assert math.isfinite(nats) or nats == math.inf
     return TargetScores(nats, right, tokens)

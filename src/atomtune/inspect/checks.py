@@ -85,18 +85,7 @@ def _read_table(table: pyarrow.Table, stop: int, unknown: int | None) -> tuple[T
     row_examples = pyarrow.compute.list_value_length(table["ends"]).to_numpy()  # [R]
     n_rows = len(row_lengths)
     row_of_token = numpy.repeat(numpy.arange(n_rows), row_lengths)  # [T]
-
-    # ends count from the row's beginning: the first Example of a row is as long as its end says.
-    first_example = numpy.cumsum(row_examples) - row_examples  # [R]
-    example_lengths = numpy.diff(ends, prepend=0)  # [E]
-    example_lengths[first_example] = ends[first_example]
-    longest = numpy.maximum.reduceat(example_lengths, first_example)
-
-    # An Example's first token is never learned, so a run of learned tokens never reaches across two.
-    before = numpy.concatenate([[False], learned[:-1]])
-    after = numpy.concatenate([learned[1:], [False]])
-    answer_starts = numpy.flatnonzero(learned & ~before)  # [A]
-    answer_ends = numpy.flatnonzero(learned & ~after)  # [A], the last token
+    answer_starts, answer_ends = _answers(learned)  # [A]
     answer_lengths = answer_ends - answer_starts + 1
 
     is_unknown = numpy.zeros(len(ids), dtype=bool)
@@ -105,7 +94,7 @@ def _read_table(table: pyarrow.Table, stop: int, unknown: int | None) -> tuple[T
     short_answers = answer_starts[answer_lengths <= 2]  # a token and the stop token
     unstopped_answers = answer_ends[ids[answer_ends] != stop]
     tokens = Tokens(
-        longest=longest.astype(numpy.int32),
+        longest=_longest_examples(ends, row_examples).astype(numpy.int32),
         read=numpy.bincount(row_of_token[~learned], minlength=n_rows).astype(numpy.int32),
         answers=answer_lengths.astype(numpy.int32),
         copies=numpy.arange(n_rows),
@@ -114,6 +103,31 @@ def _read_table(table: pyarrow.Table, stop: int, unknown: int | None) -> tuple[T
         unknown=_marks(row_of_token[is_unknown], n_rows),
     )
     return tokens, table["digest"].to_numpy()
+
+
+def _longest_examples(ends: NDArray[numpy.int32], row_examples: NDArray[numpy.int32]) -> NDArray[numpy.int32]:
+    """[R] The tokens of each row's longest Example."""
+    # rows       0        1    2          2 Examples, 1 and 3
+    # ends       40 70    25   30 50 90   count from the row's beginning
+    # lengths    40 30    25   30 20 40
+    first_example = numpy.cumsum(row_examples) - row_examples  # [R]
+    lengths = numpy.diff(ends, prepend=0)  # [E]
+    lengths[first_example] = ends[first_example]
+    longest: NDArray[numpy.int32] = numpy.maximum.reduceat(lengths, first_example)
+    return longest
+
+
+def _answers(learned: Marks) -> tuple[Rows, Rows]:
+    """[A] The first and the last token of each run of learned tokens.
+
+    An Example's first token is never learned, so no run reaches across two.
+    """
+    # learned    . . 1 1 1 . . 1 1
+    # first          ^         ^
+    # last               ^       ^
+    before = numpy.concatenate([[False], learned[:-1]])
+    after = numpy.concatenate([learned[1:], [False]])
+    return numpy.flatnonzero(learned & ~before), numpy.flatnonzero(learned & ~after)
 
 
 def _flat(column: pyarrow.ChunkedArray) -> NDArray[numpy.int32]:
@@ -171,8 +185,9 @@ def _repetitions(check: Check, groups: Rows, rows: Rows) -> Finding:
 
 def _conflicting_rows(texts: Texts) -> Rows:
     """Records whose prompt another record answers otherwise, prompt by prompt."""
-    prompts = equal_groups(texts.prompts)
+    prompts = equal_groups(texts.prompts)  # [N]
     pairs = numpy.unique(numpy.stack([prompts, texts.answers]), axis=1)  # [2, P] each answer to each prompt once
-    answers_to = numpy.bincount(pairs[0], minlength=len(prompts))
+    answers_to = numpy.bincount(pairs[0], minlength=len(prompts))  # [N], by the prompt's first record
     rows = numpy.flatnonzero(answers_to[prompts] > 1)
-    return rows[numpy.argsort(prompts[rows], kind="stable")]
+    by_prompt = numpy.argsort(prompts[rows], kind="stable")
+    return rows[by_prompt]

@@ -1,5 +1,6 @@
 """Histogram: how long records are, and what a max_seq_length would cost them."""
 
+import math
 from dataclasses import dataclass
 
 import numpy
@@ -33,16 +34,31 @@ def histogram(values: Lengths, *, most: int = 14) -> list[Bar]:
     """Bars of one round width, at most so many; what is longer than 99 in 100 may share the last one."""
     if not len(values):
         return []
-    usual, longest = int(numpy.percentile(values, 99, method="inverted_cdf")), int(values.max())
-    round_widths = (digit * 10**power for power in range(10) for digit in (1, 2, 5))
-    width = next(width for width in round_widths if usual // width < most - 1)
+    usual = int(numpy.percentile(values, 99, method="inverted_cdf"))
+    longest = int(values.max())
+    width = _round_width(usual, most - 1)  # a bar is left for the longer ones
     last = usual // width  # number of the last bar
     if longest // width > last:
         last += 1
-    counts = numpy.bincount(numpy.minimum(values // width, last), minlength=last + 1)  # [bars]
-    bars = [Bar(width * number, width * (number + 1) - 1, int(count)) for number, count in enumerate(counts)]
-    bars[-1] = Bar(bars[-1].low, max(bars[-1].high, longest), bars[-1].count)
+    bar_numbers = numpy.minimum(values // width, last)  # [N]
+    counts = numpy.bincount(bar_numbers, minlength=last + 1)  # [bars]
+    bars = []
+    for number, count in enumerate(counts.tolist()):
+        high = width * (number + 1) - 1
+        if number == last:
+            high = max(high, longest)
+        bars.append(Bar(width * number, high, count))
     return bars
+
+
+def _round_width(value: int, bars: int) -> int:
+    """The smallest of 1, 2, 5, 10, 20, 50, … with which so many bars reach this value."""
+    for power in range(10):  # to 5 billion, beyond any length
+        for digit in (1, 2, 5):
+            width = digit * 10**power
+            if value // width < bars:
+                return width
+    raise AssertionError(f"no width for {value}")
 
 
 def percentiles(values: Lengths) -> dict[str, int]:
@@ -56,16 +72,19 @@ def percentiles(values: Lengths) -> dict[str, int]:
 def limit_at(longest: Lengths, tokens: int) -> Limit:
     """What this max_seq_length would cost."""
     over = longest[longest > tokens] - tokens
-    return Limit(tokens, len(over), int(over.sum(dtype=numpy.int64)))
+    tokens_lost = over.sum(dtype=numpy.int64)  # a million records pass what 32 bits hold
+    return Limit(tokens, len(over), int(tokens_lost))
 
 
 def suggested(longest: Lengths) -> tuple[Limit, Limit]:
     """The smallest multiple of STEP that no record is longer than, and the one that less than 1 % are longer than."""
     assert len(longest)
     ordered = numpy.sort(longest)
-    spared = ordered[len(ordered) - 1 - (len(ordered) - 1) // 100]
-    return limit_at(longest, _step_up(int(ordered[-1]))), limit_at(longest, _step_up(int(spared)))
+    last = len(ordered) - 1
+    for_all = _step_up(int(ordered[last]))
+    for_most = _step_up(int(ordered[last - last // 100]))
+    return limit_at(longest, for_all), limit_at(longest, for_most)
 
 
 def _step_up(tokens: int) -> int:
-    return -(-tokens // STEP) * STEP
+    return math.ceil(tokens / STEP) * STEP

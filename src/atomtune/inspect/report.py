@@ -88,13 +88,14 @@ def build_report(settings: InspectSettings, template: Template, console: Console
     """Read everything and find what there is to find."""
     rules = Rules(**settings.rules())
     paths = settings.dataset_paths
-    names = distinct_names(paths)
-    sources = [_Source(path, name, template, rules, console) for path, name in zip(paths, names, strict=True)]
+    sources = []
+    for path, name in zip(paths, distinct_names(paths), strict=True):
+        sources.append(_Source(path, name, template, rules, console))
     parts = [source.encode(rules) for source in sources]
     data = concatenate(parts)
     ledger, stored = data.ledger, data.examples
 
-    texts = read_texts(chain.from_iterable(map(_Source.records, sources, (part.examples for part in parts))))
+    texts = read_texts(_records_of(sources, parts))
     assert len(texts.near) == len(stored), "the texts and the tokens of a record stand at the same place"
     stop_id = template.tokenizer.convert_tokens_to_ids(template.stop)
     tokens = read_tokens(_tables(stored), stop=stop_id, unknown=template.tokenizer.unk_token_id)
@@ -102,17 +103,9 @@ def build_report(settings: InspectSettings, template: Template, console: Console
     whole_lengths = tokens.longest
     if ledger.records_cut or ledger.refused_as(RefusalKind.TOO_LONG):
         whole_lengths = _whole_lengths(sources, rules)
-    limits: tuple[Limit, ...] = ()
-    if len(whole_lengths):
-        limits = (limit_at(whole_lengths, rules.max_tokens), *suggested(whole_lengths))
-
     saving = None
     if len(stored):
         saving = _saving(stored, per_batch=settings.per_device_train_batch_size, seed=settings.seed)
-    rows_named = {
-        "cut": _rows_of([(part.examples, part.ledger.cut_origins) for part in parts]),
-        "control": _rows_of([(part.examples, part.ledger.control_origins) for part in parts]),
-    }
     return Report(
         sources=tuple(paths),
         template=template,
@@ -121,11 +114,22 @@ def build_report(settings: InspectSettings, template: Template, console: Console
         stored=stored,
         texts=texts,
         tokens=tokens,
-        findings=findings_of(ledger, texts, tokens, rows_named),
-        limits=limits,
+        findings=findings_of(ledger, texts, tokens, _rows_named(parts)),
+        limits=_limits(whole_lengths, rules.max_tokens),
         saving=saving,
         notes=data.notes,
     )
+
+
+def _records_of(sources: Sequence[_Source], parts: Sequence[EncodedData]) -> Iterator[Record]:
+    for source, part in zip(sources, parts, strict=True):
+        yield from source.records(part.examples)
+
+
+def _limits(lengths: NDArray[numpy.int32], max_tokens: int) -> tuple[Limit, ...]:
+    if not len(lengths):
+        return ()
+    return (limit_at(lengths, max_tokens), *suggested(lengths))
 
 
 def _whole_lengths(sources: Iterable[_Source], rules: Rules) -> NDArray[numpy.int32]:
@@ -139,14 +143,22 @@ def _tables(stored: datasets.Dataset) -> Iterator[pyarrow.Table]:
     return iter(stored.with_format("arrow").iter(_ROWS_AT_ONCE))
 
 
-def _rows_of(named: Iterable[tuple[datasets.Dataset, Sequence[str]]]) -> NDArray[numpy.int64]:
-    """The rows of these origins, each looked for among the rows of its own source."""
+def _rows_named(parts: Sequence[EncodedData]) -> dict[str, NDArray[numpy.int64]]:
+    """For `cut` and `control`, which the ledger lists by origin: the rows of all sources together."""
+    return {
+        "cut": numpy.flatnonzero(_marks([(part.examples, part.ledger.cut_origins) for part in parts])),
+        "control": numpy.flatnonzero(_marks([(part.examples, part.ledger.control_origins) for part in parts])),
+    }
+
+
+def _marks(parts: Iterable[tuple[datasets.Dataset, Sequence[str]]]) -> NDArray[numpy.bool_]:
+    """[records] Whether each is named, by an origin of its own source: two sources may use the same ones."""
     marks = [numpy.zeros(0, dtype=bool)]
-    for stored, origins in named:
-        wanted = pyarrow.array(origins, pyarrow.string())
+    for stored, origins in parts:
+        named = pyarrow.array(origins, pyarrow.string())
         for table in _tables(stored):
-            marks.append(pyarrow.compute.is_in(table["origin"], wanted).to_numpy())
-    return numpy.flatnonzero(numpy.concatenate(marks))
+            marks.append(pyarrow.compute.is_in(table["origin"], named).to_numpy())
+    return numpy.concatenate(marks)
 
 
 def _saving(stored: datasets.Dataset, *, per_batch: int, seed: int) -> Saving:
@@ -156,12 +168,15 @@ def _saving(stored: datasets.Dataset, *, per_batch: int, seed: int) -> Saving:
     all_ids = [example.ids for example in chain(*batches)]
     shared: tuple[int, ...] = ()
     if len(all_ids) > 1:
-        shared = _shared_prefix(min(all_ids), max(all_ids))  # what these two share, all between them share
+        # In dictionary order the first and the last differ most: what these two begin with, all between begin with.
+        shared = _shared_prefix(min(all_ids), max(all_ids))
     return Saving(len(batches), per_batch, LayoutTokens.of(batches), shared)
 
 
 def _shared_prefix(first: tuple[int, ...], last: tuple[int, ...]) -> tuple[int, ...]:
-    for length, (ours, theirs) in enumerate(zip(first, last, strict=False)):
-        if ours != theirs:
-            return first[:length]
-    return first[: len(last)]
+    length = 0
+    for first_id, last_id in zip(first, last, strict=False):
+        if first_id != last_id:
+            break
+        length += 1
+    return first[:length]

@@ -3,6 +3,7 @@
 No text of a record stands here, only origins and numbers; the samples come after it.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy
@@ -24,40 +25,45 @@ _BAR_WIDTH = 40
 
 def say_report(report: Report, console: Console) -> None:
     """Print all of it, section by section."""
-
-    say = console.say
-    ledger = report.ledger
-    say(f"{', '.join(report.sources)}", "bold")
-    template = report.template
-    for note in report.notes:
-        say(f"note: {note}", "yellow")
-    say(f"read as {ledger.format or 'nothing'}; template {template.name}, an answer stops at {template.stop}")
-    thoughts = template.about_thoughts(ledger.records_used, ledger.records_with_thoughts)
-    if thoughts:
-        say(f"note: {thoughts}", "" if ledger.records_with_thoughts else "yellow")
-    if template.why:
-        say(f"note: {template.why}", "yellow")
-    if template.unknown_controls:
-        say(f"note: {', '.join(template.unknown_controls)} of this template are text to this tokenizer", "yellow")
+    _say_head(report, console)
     _section(console, "Ledger")
-    for line in ledger_lines(ledger):
-        say(f"  {line}")
-    for notice, count in ledger.notices.items():
-        say(f"  note: {notice} in {counted(count, 'record')}", "yellow")
+    for line in ledger_lines(report.ledger):
+        console.say(f"  {line}")
+    for notice, count in report.ledger.notices.items():
+        console.say(f"  note: {notice} in {counted(count, 'record')}", "yellow")
     if len(report.stored):  # else every record was refused, and there is nothing to count
         _say_numbers(report, console)
     _section(console, "Problems")
     for line in check_lines(report):
-        say(f"  {line}")
-    say("")
+        console.say(f"  {line}")
+    console.say("")
+
+
+def _say_head(report: Report, console: Console) -> None:
+    """What was read, as what, and what is unusual in how the template writes it."""
+    ledger, template = report.ledger, report.template
+    console.say(", ".join(report.sources), "bold")
+    for note in report.notes:
+        console.say(f"note: {note}", "yellow")
+    read_as = ledger.format or "nothing"
+    console.say(f"read as {read_as}; template {template.name}, an answer stops at {template.stop}")
+    thoughts = template.about_thoughts(ledger.records_used, ledger.records_with_thoughts)
+    if thoughts:
+        console.say(f"note: {thoughts}", "" if ledger.records_with_thoughts else "yellow")
+    if template.why:
+        console.say(f"note: {template.why}", "yellow")
+    if template.unknown_controls:
+        controls = ", ".join(template.unknown_controls)
+        console.say(f"note: {controls} of this template are text to this tokenizer", "yellow")
 
 
 def _say_numbers(report: Report, console: Console) -> None:
     """Lengths, what shortening would cost, what the layouts save, and the scripts."""
     say = console.say
+    columns = {"read only, a record": report.tokens.read, "learned, an answer": report.tokens.answers}
     _section(console, "Lengths, in tokens")
-    console.print(_lengths({"read only, a record": report.tokens.read, "learned, an answer": report.tokens.answers}))
-    for title, values in (("read only, a record", report.tokens.read), ("learned, an answer", report.tokens.answers)):
+    console.print(_lengths(columns))
+    for title, values in columns.items():
         say(f"  {title}", "bold")
         for bar in _bars(histogram(values)):
             say(f"  {bar}")
@@ -74,13 +80,14 @@ def _say_numbers(report: Report, console: Console) -> None:
 
 def ledger_lines(ledger: Ledger) -> Iterator[str]:
     """The sums that must hold, as sums."""
-    refused, tokens = len(ledger.records_refused), ledger.target_tokens + ledger.target_tokens_refused
+    refused = len(ledger.records_refused)
+    target_tokens = ledger.target_tokens + ledger.target_tokens_refused
     yield (
         f"records        {ledger.records_read:,} read = {ledger.records_used:,} used + {refused:,} refused"
         f"; {ledger.records_cut:,} of the used are shortened"
     )
     yield (
-        f"target tokens  {tokens:,} read = {ledger.target_tokens:,} used + {ledger.target_tokens_refused:,} refused"
+        f"target tokens  {target_tokens:,} read = {ledger.target_tokens:,} used + {ledger.target_tokens_refused:,} refused"
         "; none is cut"
     )
     yield f"prompt tokens  {ledger.prompt_tokens:,} used; {ledger.prompt_tokens_cut:,} cut away"
@@ -95,21 +102,21 @@ def _learned_in_parts(conversations: int) -> str:
 
 
 def limits(report: Report) -> Iterator[str]:
-    """What the asked length costs, and which ones to ask for instead."""
+    """What this run's length costs, and which ones cost nothing or little."""
     if not report.limits:
         return
-    asked, nothing, little = report.limits
+    this_run, nothing_lost, little_lost = report.limits
     ledger, total = report.ledger, report.ledger.records_read
-    if asked.records:
+    if this_run.records:
         refused = len(ledger.refused_as(RefusalKind.TOO_LONG))
-        yield _cost(asked, total)
-        cut = f"{ledger.records_cut:,} shortened, by {ledger.prompt_tokens_cut:,} prompt tokens"
-        yield f"so {cut}, and {refused:,} refused"
+        yield _cost(this_run, total)
+        shortened = f"{ledger.records_cut:,} shortened, by {ledger.prompt_tokens_cut:,} prompt tokens"
+        yield f"so {shortened}, and {refused:,} refused"
     else:
         yield "no record is longer"
-    yield f"suggested: {nothing.tokens:,}, {_cost(nothing, total)}"
-    if little.tokens < nothing.tokens:
-        yield f"       or: {little.tokens:,}, {_cost(little, total)}"
+    yield f"suggested: {nothing_lost.tokens:,}, {_cost(nothing_lost, total)}"
+    if little_lost.tokens < nothing_lost.tokens:
+        yield f"       or: {little_lost.tokens:,}, {_cost(little_lost, total)}"
 
 
 def _cost(limit: Limit, total: int) -> str:
@@ -128,22 +135,29 @@ def savings(report: Report) -> Iterator[str]:
     saving = report.saving
     if saving is None:
         return
-    what = f"{saving.batches:,} batch{'es' * (saving.batches != 1)} of {saving.records_per_batch}"
+    batches = "1 batch" if saving.batches == 1 else f"{saving.batches:,} batches"
     if saving.shared_prefix:
         yield f"all records sampled begin with the same {len(saving.shared_prefix):,} tokens"
     else:
         yield "there is none that all records sampled have"
-    yield f"padded  {saving.tokens.padded:>12,} tokens computed for {what}"
+    yield f"padded  {saving.tokens.padded:>12,} tokens computed for {batches} of {saving.records_per_batch}"
     for name, tokens in (("packed", saving.tokens.packed), ("tree", saving.tokens.tree)):
-        less = saving.tokens.padded / tokens
-        yield f"{name:<7} {tokens:>12,}  {f'{less:.2f}× less' if less >= 1 else f'{1 / less:.2f}× more'}"
+        yield f"{name:<7} {tokens:>12,}  {_against(saving.tokens.padded, tokens)}"
+
+
+def _against(padded: int, tokens: int) -> str:
+    less = padded / tokens
+    return f"{less:.2f}× less" if less >= 1 else f"{1 / less:.2f}× more"
 
 
 def scripts(report: Report) -> list[tuple[str, float]]:
     """Each script's share of all letters, the largest first."""
-    letters = report.texts.letters
+    letters = report.texts.letters  # [SCRIPTS]
     total = letters.sum()
-    shares = [(name, float(count / total)) for name, count in zip(SCRIPTS, letters, strict=True) if count]
+    shares = []
+    for name, count in zip(SCRIPTS, letters, strict=True):
+        if count:
+            shares.append((name, float(count / total)))
     return sorted(shares, key=lambda name_and_share: -name_and_share[1])
 
 
@@ -163,13 +177,21 @@ def _lengths(columns: Mapping[str, NDArray[numpy.int32]]) -> Table:
 
 def _bars(bars: list[Bar]) -> Iterator[str]:
     """The bars as lines, from the first that holds something on."""
-    bars = bars[next((number for number, bar in enumerate(bars) if bar.count), 0) :]
-    most = max((bar.count for bar in bars), default=0)
-    width = max((len(_range(bar)) for bar in bars), default=0)
+    filled = [number for number, bar in enumerate(bars) if bar.count]
+    if not filled:
+        return
+    bars = bars[filled[0] :]
+    most = max(bar.count for bar in bars)
+    width = max(len(_range(bar)) for bar in bars)
     for bar in bars:
-        eighths = -(-bar.count * _BAR_WIDTH * 8 // max(1, most))
-        blocks = "█" * (eighths // 8) + "▏▎▍▌▋▊▉"[eighths % 8 - 1 : eighths % 8]
-        yield f"  {_range(bar):>{width}}  {blocks} {bar.count:,}"
+        yield f"  {_range(bar):>{width}}  {_blocks(bar.count, most)} {bar.count:,}"
+
+
+def _blocks(count: int, most: int) -> str:
+    """A bar of _BAR_WIDTH characters at most, to the eighth of one: █████▍. What is not nothing shows an eighth."""
+    eighths = math.ceil(count * _BAR_WIDTH * 8 / most)
+    whole, rest = divmod(eighths, 8)
+    return "█" * whole + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[rest]
 
 
 def _range(bar: Bar) -> str:
@@ -180,21 +202,25 @@ def check_lines(report: Report) -> Iterator[str]:
     """A line for each check that found something, and one for all that found nothing."""
     read = max(1, report.ledger.records_read)
     for check, finding in report.findings.items():
-        if finding.count:
-            groups = f"; {counted(finding.groups, 'group')}" if finding.groups else ""
-            yield f"{check:<16}{finding.count:>8,}  {finding.count / read:>7.2%}  {MEANINGS[check]}{groups}"
-            for place in _places(report, finding):
-                yield f"{'':<35}{place}"
-    nothing = [check for check, finding in report.findings.items() if not finding.count]
-    if nothing:
-        yield f"nothing found by: {', '.join(nothing)}"
+        if not finding.count:
+            continue
+        meaning = MEANINGS[check]
+        if finding.groups:
+            meaning += f"; {counted(finding.groups, 'group')}"
+        yield f"{check:<16}{finding.count:>8,}  {finding.count / read:>7.2%}  {meaning}"
+        for place in _places(report, finding):
+            yield f"{'':<35}{place}"  # under the meaning
+    without_finding = [check for check, finding in report.findings.items() if not finding.count]
+    if without_finding:
+        yield f"nothing found by: {', '.join(without_finding)}"
 
 
 def _places(report: Report, finding: Finding) -> Iterator[str]:
     """Where a problem is, on one line; a refused record with its reason, on a line of its own."""
     if finding.check != "refused":
         origins = [report.origin(int(row)) for row in finding.rows[:_SHOWN]]
-        yield ", ".join(origins) + (" …" if finding.count > len(origins) > 0 else "")
+        more = " …" if finding.count > len(origins) > 0 else ""
+        yield ", ".join(origins) + more
         return
     refused = report.ledger.records_refused
     for refusal in refused[:_SHOWN]:

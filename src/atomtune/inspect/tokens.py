@@ -15,7 +15,7 @@ from atomtune.data.records import Example
 
 SPACE, LINE_END, TAB = "·", "↵", "⇥"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-#: Two shades each, in turn, so that boundaries show without a mark between tokens.
+#: Two shades each, in turn, so that boundaries show without a mark between tokens. Yellow and violet: control tokens.
 LEARNED = (Style.parse("black on #a9dfbb"), Style.parse("black on #7fcb9b"))
 READ = (Style.parse("grey82 on grey19"), Style.parse("grey82 on grey27"))
 CONTROL_LEARNED, CONTROL_READ = Style.parse("bold black on #f0cf65"), Style.parse("bold #c9b6ff on #2b2640")
@@ -23,9 +23,14 @@ CONTROL_LEARNED, CONTROL_READ = Style.parse("bold black on #f0cf65"), Style.pars
 
 def byte_of() -> dict[str, int]:
     """GPT-2's alphabet: the printable character that byte-level tokenizers write for each byte."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(0x100) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
+    # Printable Latin-1 stands for itself: ! to ~, ¡ to ¬, ® to ÿ. The other 68 bytes are the characters from U+0100 on,
+    # in order, so that a space is Ġ and a line end Ċ.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    bytes_of = {chr(byte): byte for byte in printable}
+    for i, byte in enumerate(others):
+        bytes_of[chr(0x100 + i)] = byte
+    return bytes_of
 
 
 class TokenDecoder:
@@ -33,11 +38,15 @@ class TokenDecoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._added = {int(number): str(token) for number, token in tokenizer.added_tokens_decoder.items()}
-        self.control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.control |= set(tokenizer.all_special_ids)
+        self._added: dict[int, str] = {}
+        self.control: set[int] = set(tokenizer.all_special_ids)
+        for number, token in tokenizer.added_tokens_decoder.items():
+            self._added[int(number)] = str(token)
+            if token.special:
+                self.control.add(number)
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._bytes = byte_of() if backend is not None and "ByteLevel" in str(backend.decoder) else {}
+        is_byte_level = backend is not None and "ByteLevel" in str(backend.decoder)
+        self._bytes = byte_of() if is_byte_level else {}
         self._known: dict[int, str] = {}
 
     def __call__(self, number: int) -> str:
@@ -64,28 +73,44 @@ def _decoded(raw: bytes) -> str:
 
 def visible(piece: str) -> str:
     """A token's text with what is not to be seen made visible."""
-    shown = piece.replace(" ", SPACE).replace("\n", LINE_END).replace("\t", TAB)
-    return "".join(c if c.isprintable() else f"⟨{ord(c):02X}⟩" for c in shown) or "⟨⟩"
+    marked = piece.replace(" ", SPACE).replace("\n", LINE_END).replace("\t", TAB)
+    shown = ""
+    for character in marked:
+        shown += character if character.isprintable() else f"⟨{ord(character):02X}⟩"
+    return shown or "⟨⟩"  # a token of no text at all
 
 
 def coloured(ids: Sequence[int], learned: Sequence[int], decoder: TokenDecoder, *, colour: bool = True) -> Text:
     """Tokens for a terminal; without colours, │ stands between them and ⟦ ⟧ around what is learned."""
     text = Text(overflow="fold")
-    for i, (number, learn) in enumerate(zip(ids, learned, strict=True)):
-        shown = decoder(number)
-        if not colour:
-            before = learned[i - 1] if i else 0
-            text.append(("⟧" if before and not learn else "") + ("⟦" if learn and not before else "│" if i else ""))
-            text.append(shown)
-        elif number in decoder.control:
-            text.append(shown, CONTROL_LEARNED if learn else CONTROL_READ)
+    learned_before = False
+    for i, (number, times) in enumerate(zip(ids, learned, strict=True)):
+        shown, is_learned = decoder(number), times > 0
+        if colour:
+            text.append(shown, _style(i, is_learned, is_control=number in decoder.control))
         else:
-            text.append(shown, (LEARNED if learn else READ)[i % 2])
+            text.append(_border(i, learned_before, is_learned) + shown)
         if LINE_END in shown:
             text.append("\n")
-    if not colour and learned and learned[-1]:
+        learned_before = is_learned
+    if learned_before and not colour:
         text.append("⟧")
     return text
+
+
+def _style(place: int, is_learned: bool, *, is_control: bool) -> Style:
+    if is_control:
+        return CONTROL_LEARNED if is_learned else CONTROL_READ
+    shades = LEARNED if is_learned else READ
+    return shades[place % 2]
+
+
+def _border(place: int, learned_before: bool, is_learned: bool) -> str:
+    """What stands before a token where there are no colours: who│are│you⟦I│am⟧│ok."""
+    if is_learned and not learned_before:
+        return "⟦"
+    between = "│" if place else ""
+    return f"⟧{between}" if learned_before and not is_learned else between
 
 
 def legend(*, colour: bool) -> Text:
@@ -93,12 +118,13 @@ def legend(*, colour: bool) -> Text:
     if not colour:
         return Text(f"⟦learned⟧, the rest is read only; │ between tokens; {SPACE} space, {LINE_END} line end")
     text = Text()
-    for word, style in (
-        ("learned", LEARNED[0]),
-        ("read only", READ[0]),
-        ("control token, learned", CONTROL_LEARNED),
-        ("control token, read only", CONTROL_READ),
-    ):
+    styles = {
+        "learned": LEARNED[0],
+        "read only": READ[0],
+        "control token, learned": CONTROL_LEARNED,
+        "control token, read only": CONTROL_READ,
+    }
+    for word, style in styles.items():
         text.append(f" {word} ", style)
         text.append("  ")
     return text.append(f"{SPACE} space  {LINE_END} line end  ⟨E4⟩ a byte of a split character")
@@ -109,8 +135,8 @@ def show(console: Console, examples: Sequence[Example], decoder: TokenDecoder, *
     colour = console.color_system is not None and not console.no_color
     console.print(legend(colour=colour))
     for example in examples:
-        hidden = max(0, len(example.ids) - part)
-        learned = sum(map(bool, example.learn))
-        more = f"; the first {hidden:,} are not shown" if hidden else ""
-        console.say(f"\n{example.origin}  {len(example.ids):,} tokens, {learned:,} learned{more}")
-        console.print(coloured(example.ids[hidden:], example.learn[hidden:], decoder, colour=colour))
+        first = max(0, len(example.ids) - part)
+        n_learned = sum(times > 0 for times in example.learn)
+        not_shown = f"; the first {first:,} are not shown" if first else ""
+        console.say(f"\n{example.origin}  {len(example.ids):,} tokens, {n_learned:,} learned{not_shown}")
+        console.print(coloured(example.ids[first:], example.learn[first:], decoder, colour=colour))

@@ -21,49 +21,69 @@ def shorten(record: Record, fits: Callable[[Record], bool], *, share: float = 0.
     fits    is taken to hold for less where it holds for more, so that few lengths are tried
     share   about how much of the prompt fits: where the search begins
     """
-    asks_something = _asks_something(record)
-    record, fitting = _without_oldest(record, fits, share)
-    if fitting:
-        return record
-    for _ in range(2 * len(record.prompt)):
-        place, text = _longest_text(record)
-        if not text:
-            return None
-        blank = _with_text(record, place, "")
-        if fits(blank):
-            record = _with_end_of_text(record, place, text, fits, share)
-            return record if _asks_something(record) >= asks_something else None
-        record = blank
-    return record if fits(record) and _asks_something(record) >= asks_something else None
+    record_asks = _asks_something(record)
+    recent, is_short_enough = _without_oldest(record, fits, share)
+    if is_short_enough:
+        return recent
+    shortened = _with_shorter_texts(recent, fits, share)
+    if shortened is None:
+        return None
+    if record_asks and not _asks_something(shortened):
+        return None  # an answer to nothing is not trained on
+    return shortened
 
 
 def _asks_something(record: Record) -> bool:
     """Whether anything is left of the last question, where the record has one."""
     questions = [turn for turn in record.prompt if turn.role == "user"]
-    return not questions or bool((questions[-1].text + questions[-1].input).strip())
+    if not questions:
+        return True
+    return bool((questions[-1].text + questions[-1].input).strip())
+
+
+def _with_shorter_texts(record: Record, fits: Callable[[Record], bool], share: float) -> Record | None:
+    """The record with the longest prompt text blanked, then the next, and of the last of them as much as fits."""
+    for _ in range(2 * len(record.prompt)):  # a turn has two texts
+        place, text = _longest_text(record)
+        if not text:
+            return None
+        blank = _with_text(record, place, "")
+        if fits(blank):
+            return _with_end_of_text(record, place, text, fits, share)
+        record = blank
+    return record if fits(record) else None
 
 
 def _without_oldest(record: Record, fits: Callable[[Record], bool], share: float) -> tuple[Record, bool]:
     """The record from one of its later questions on, and whether it fits: the longest that does, else the shortest."""
-    system = tuple(turn for turn in record.prompt if turn.role == "system")
-    rest = [turn for turn in record.turns if turn.role != "system"]
-    starts = [i for i, turn in enumerate(rest[:-1]) if i and turn.role == "user"]  # the last question stays
-
-    def last(exchanges: int) -> Record:
-        return replace(record, turns=(*system, *rest[starts[-exchanges] :]))
-
+    system = [turn for turn in record.turns if turn.role == "system"]
+    others = [turn for turn in record.turns if turn.role != "system"]
+    # turns    user  assistant  user  assistant  user  assistant
+    # starts                    2                4                the later exchanges; 0 would be the whole record
+    starts = [i for i, turn in enumerate(others[:-1]) if i and turn.role == "user"]
     if not starts:
         return record, False
-    likely = _likely_number(rest, starts, share)
-    most = _most(lambda exchanges: fits(last(exchanges)), 0, len(starts) + 1, likely=likely)
-    return (last(most), True) if most else (last(1), False)
+
+    def with_last(exchanges: int) -> Record:
+        return replace(record, turns=(*system, *others[starts[-exchanges] :]))
+
+    most = _most(
+        lambda exchanges: fits(with_last(exchanges)),
+        low=0,
+        high=len(starts) + 1,  # all exchanges: the record, which does not fit
+        likely=_likely_number(others, starts, share),
+    )
+    if most == 0:
+        return with_last(1), False
+    return with_last(most), True
 
 
 def _likely_number(turns: Sequence[Turn], starts: Sequence[int], share: float) -> int:
     """How many of the last exchanges, which begin at starts, hold about this share of all text."""
-    through = list(itertools.accumulate(map(_characters, turns)))
-    room = share * through[-1]
-    return sum(through[-1] - through[start - 1] <= room for start in starts)
+    through = list(itertools.accumulate(map(_characters, turns)))  # [turns] characters up to and with each
+    total = through[-1]
+    from_starts = [total - through[start - 1] for start in starts]
+    return sum(characters <= share * total for characters in from_starts)
 
 
 def _characters(turn: Turn) -> int:
@@ -76,10 +96,11 @@ def _with_end_of_text(record: Record, place: Place, text: str, fits: Callable[[R
     def ending(characters: int) -> Record:
         return _with_text(record, place, text[len(text) - characters :])
 
-    return ending(_most(lambda characters: fits(ending(characters)), 0, len(text), likely=int(len(text) * share)))
+    most = _most(lambda characters: fits(ending(characters)), low=0, high=len(text), likely=int(len(text) * share))
+    return ending(most)
 
 
-def _most(holds: Callable[[int], bool], low: int, high: int, *, likely: int) -> int:
+def _most(holds: Callable[[int], bool], *, low: int, high: int, likely: int) -> int:
     """The largest number that holds, from low, which does, to below high, which does not.
 
     In steps that double from the likely number on, then by halving: what is tried is never much more than what is kept.
@@ -105,12 +126,18 @@ def _most(holds: Callable[[int], bool], low: int, high: int, *, likely: int) -> 
 
 
 def _longest_text(record: Record) -> tuple[Place, str]:
-    texts = [((i, name), getattr(turn, name)) for i, turn in enumerate(record.prompt) for name in ("text", "input")]
-    return max(texts, key=lambda entry: len(entry[1]))
+    texts: list[tuple[Place, str]] = []
+    for i, turn in enumerate(record.prompt):
+        texts.append(((i, "text"), turn.text))
+        texts.append(((i, "input"), turn.input))
+    return max(texts, key=lambda place_and_text: len(place_and_text[1]))
 
 
 def _with_text(record: Record, place: Place, text: str) -> Record:
     index, name = place
     turns = list(record.turns)
-    turns[index] = replace(turns[index], text=text) if name == "text" else replace(turns[index], input=text)
+    if name == "text":
+        turns[index] = replace(turns[index], text=text)
+    else:
+        turns[index] = replace(turns[index], input=text)
     return replace(record, turns=tuple(turns))

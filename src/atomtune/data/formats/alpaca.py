@@ -22,36 +22,57 @@ def read_alpaca(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
     history = read_history(record.get("history"))
     tools = read_tools(record)
     earlier = with_system(record, history.value)
-    problems = instruction.problems + answer.problems + question.problems
-    problems += history.problems + tools.problems + earlier.problems
-    if not problems and "output" in record and is_blank(answer.value):
-        problems = ("output is empty: there is nothing to learn",)
-    if not problems and "instruction" in record and is_blank(instruction.value) and is_blank(question.value):
-        problems = ("instruction and input are both empty",)
+    problems = (
+        *instruction.problems,
+        *answer.problems,
+        *question.problems,
+        *history.problems,
+        *tools.problems,
+        *earlier.problems,
+    )
+    if not problems:  # a text that is no text is no empty one
+        problems = _problems_of_blank(record, instruction.value, question.value, answer.value)
     last_question = Turn("user", instruction.value, question.value)
     turns = (*earlier.value, last_question, Turn("assistant", answer.value))
     return Field(Conversation(turns, tools.value), problems, notes_on_unused(record, _USED))
+
+
+def _problems_of_blank(record: dict[str, Any], instruction: str, question: str, answer: str) -> tuple[str, ...]:
+    """What is wrong with texts of white space alone; a key that is missing is refused elsewhere."""
+    if "output" in record and is_blank(answer):
+        return ("output is empty: there is nothing to learn",)
+    if "instruction" in record and is_blank(instruction) and is_blank(question):
+        return ("instruction and input are both empty",)
+    return ()
 
 
 def read_history(value: object) -> Field[tuple[Turn, ...]]:
     """Earlier turns from [[question, answer], …], or the JSON text of it."""
     if not value or (isinstance(value, str) and is_blank(value)):
         return Field(())
-    is_json = isinstance(value, str) and value.lstrip().startswith("[")
-    pairs, problems, _ = read_json(value, "history") if is_json else Field[Any](value)
-    if problems:
-        return Field((), problems)
-    if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
+    pairs: Any = value
+    if isinstance(value, str) and value.lstrip().startswith("["):  # a cell of a table
+        parsed = read_json(value, "history")
+        if parsed.problems:
+            return Field((), parsed.problems)
+        pairs = parsed.value
+    if not isinstance(pairs, list) or not all(_is_pair(item) for item in pairs):
         return Field((), (f"history is {kind(pairs)}; expected a list of [question, answer] pairs",))
     turns: list[Turn] = []
+    problems: list[str] = []
     for number, (question, answer) in enumerate(pairs, 1):
         question_text = read_text(question, f"history {number}'s question")
         answer_text = read_text(answer, f"history {number}'s answer")
-        problems = (*problems, *question_text.problems, *answer_text.problems)
+        problems += question_text.problems
+        problems += answer_text.problems
         if not question_text.problems and is_blank(question_text.value):
-            problems = (*problems, f"history {number}'s question is empty")
+            problems.append(f"history {number}'s question is empty")
         if not answer_text.problems and is_blank(answer_text.value):
-            problems = (*problems, f"history {number}'s answer is empty: there is nothing to learn")
+            problems.append(f"history {number}'s answer is empty: there is nothing to learn")
         turns.append(Turn("user", question_text.value))
         turns.append(Turn("assistant", answer_text.value))
-    return Field(tuple(turns), problems)
+    return Field(tuple(turns), tuple(problems))
+
+
+def _is_pair(item: object) -> bool:
+    return isinstance(item, list) and len(item) == 2

@@ -77,13 +77,13 @@ def to_record(raw: RawRecord, schema: Schema = _ALPACA) -> ParsedRecord:
 
 
 def _notes_on_renaming(value: Json, record: Json, schema: Schema) -> tuple[str, ...]:
-    notes = [
-        f'key "{theirs}" read as "{ours}"'
-        for theirs, ours in SPELLINGS.items()
-        if theirs in value and theirs not in record
-    ]
+    notes = []
+    for theirs, ours in SPELLINGS.items():
+        if theirs in value and theirs not in record:
+            notes.append(f'key "{theirs}" read as "{ours}"')
     for theirs, ours in schema.keys.items():
-        if theirs in value and ours in value and ours not in schema.keys and ours in RECORD_KEYS:
+        both_there = theirs in value and ours in value
+        if both_there and ours not in schema.keys and ours in RECORD_KEYS:
             notes.append(f'key "{ours}" is not used, "{printable(theirs)}" is read for it,')
     return tuple(notes)
 
@@ -114,84 +114,117 @@ def detect_schema(
     if asked != "auto":
         return Schema(cast(FormatName, asked), named.keys, named.roles, are_classes)
     plain = [preference.read_preference(record, named).value for record in renamed]
+    # A table writes every column in every row, so keys without a value count only where no others fit.
     fits = _fitting(plain, filled=True) or _fitting(plain, filled=False)
-    if len(fits) > 1 and "text" in fits and _text_renders_the_rest(plain, [fit for fit in fits if fit != "text"]):
-        fits.remove("text")
+    beside_text: list[FormatName] = [fit for fit in fits if fit != "text"]
+    if "text" in fits and beside_text and _text_renders_the_rest(plain, beside_text):
+        fits = beside_text
     if len(fits) > 1:
-        which = " and ".join(f"{fit} ({', '.join(SIGNS[fit])})" for fit in fits)
-        raise BadData(f"{name} fits {which}: pass {' or '.join(f'--format {fit}' for fit in fits)}.")
+        signs = " and ".join(f"{fit} ({', '.join(SIGNS[fit])})" for fit in fits)
+        flags = " or ".join(f"--format {fit}" for fit in fits)
+        raise BadData(f"{name} fits {signs}: pass {flags}.")
     if records and not fits:
         raise BadData(_fits_none(records, plain, first or name))
     return Schema(fits[0] if fits else "alpaca", named.keys, named.roles, are_classes)
 
 
-def _fitting(records: Sequence[Mapping[str, Any]], *, filled: bool) -> list[FormatName]:
+def _fitting(records: Sequence[Json], *, filled: bool) -> list[FormatName]:
     """The formats all of whose signs stand in some record; `filled`, with a value there."""
+    fits = []
+    for name, signs in SIGNS.items():
+        if any(_has_signs(record, signs, filled=filled) for record in records):
+            fits.append(name)
+    return fits
 
-    def has_signs(record: Mapping[str, Any], signs: Iterable[str]) -> bool:
-        return all(key in record and not (filled and record[key] in (None, "", [])) for key in signs)
 
-    return [name for name, signs in SIGNS.items() if any(has_signs(record, signs) for record in records)]
+def _has_signs(record: Json, signs: Iterable[str], *, filled: bool) -> bool:
+    for key in signs:
+        if key not in record:
+            return False
+        if filled and record[key] in (None, "", []):
+            return False
+    return True
 
 
-def _text_renders_the_rest(records: Sequence[Mapping[str, Any]], others: Sequence[FormatName]) -> bool:
+def _text_renders_the_rest(records: Sequence[Json], others: Sequence[FormatName]) -> bool:
     """Whether `text` only repeats, as a template wrote it, what stands under the keys of another format.
 
     Stanford Alpaca is published so: instruction, input, output, and all of it rendered under text.
     """
     answer_keys = [key for name in others for key in ("output", "completion") if key in SIGNS[name]]
-    both = [record for record in records if not is_empty(record.get("text"))]
-    if not answer_keys or not both:
+    with_text = [record for record in records if not is_empty(record.get("text"))]
+    if not answer_keys or not with_text:
         return False
-    for record in both:
-        answers = [record.get(key) for key in answer_keys]
-        texts = [answer for answer in answers if isinstance(answer, str)]
-        if (
-            not texts
-            or not isinstance(record["text"], str)
-            or any(text.strip() not in record["text"] for text in texts)
-        ):
-            return False
-    return True
+    return all(_text_holds_answers(record, answer_keys) for record in with_text)
+
+
+def _text_holds_answers(record: Json, answer_keys: Sequence[str]) -> bool:
+    rendered = record["text"]
+    answers = [record[key] for key in answer_keys if isinstance(record.get(key), str)]
+    if not answers or not isinstance(rendered, str):
+        return False
+    return all(answer.strip() in rendered for answer in answers)
 
 
 def _fits_none(records: Sequence[Json], plain: Sequence[Json], name: str) -> str:
-    """What to say of records that are of no format: the nearest, what it lacks, and how the keys may be named."""
-    here = dict.fromkeys(key for record in records for key in record)
-    if "chosen" in here and "rejected" in here:
+    """What to say of records that are of no format: the nearest, what it lacks, and how the keys may be named.
+
+    plain  the same records under our keys, preference pairs read
+    """
+    their_keys = _all_keys(records)
+    if "chosen" in their_keys and "rejected" in their_keys:
         return f"{name} is {_PAIR_ALONE}."
-    ours = {key for record in plain for key in record}
-    meant = {}
-    for sign in [*(key for signs in SIGNS.values() for key in signs), "input"]:
-        likely = None if sign in ours else _likely_key(sign, here)
-        if likely is not None:
-            meant[sign] = likely
+    our_keys = _all_keys(plain)
+    likely = _likely_keys(their_keys, our_keys)
+    nearest = max(SIGNS, key=lambda format_name: _closeness(SIGNS[format_name], our_keys, likely))
+    missing = [sign for sign in SIGNS[nearest] if sign not in our_keys]
 
-    def closeness(format: FormatName) -> float:
-        signs = SIGNS[format]
-        return sum(1.0 if sign in ours else 0.9 if sign in meant else 0.0 for sign in signs) / len(signs)
-
-    nearest = max(SIGNS, key=closeness)
-    missing = [sign for sign in SIGNS[nearest] if sign not in ours]
-    lines = [f'no key "{sign}"; keys here: {keys_of(here)}' for sign in missing]
-    known = ", ".join(f"{format} ({', '.join(signs)})" for format, signs in SIGNS.items())
-    mapped = {meant.get(sign, "YOURS"): sign for sign in missing}
-    if nearest == "alpaca" and "input" in meant:
-        mapped[meant["input"]] = "input"
-    flag = ",".join(f"{printable(theirs)}={sign}" for theirs, sign in mapped.items())
+    renamed = {likely.get(sign, "YOURS"): sign for sign in missing}
+    if nearest == "alpaca" and "input" in likely:  # no sign of alpaca, but lost if it is not named too
+        renamed[likely["input"]] = "input"
+    flag = ",".join(f"{printable(theirs)}={ours}" for theirs, ours in renamed.items())
+    lacks = "; ".join(f'no key "{sign}"; keys here: {keys_of(their_keys)}' for sign in missing)
+    known = ", ".join(f"{format_name} ({', '.join(signs)})" for format_name, signs in SIGNS.items())
     return (
-        f"{name} fits no format; the nearest is {nearest}: {'; '.join(lines)}.\n"
+        f"{name} fits no format; the nearest is {nearest}: {lacks}.\n"
         f"Known: {known}.\nRename the keys, or pass --keys {flag}."
     )
 
 
-def _likely_key(sign: str, here: Mapping[str, object]) -> str | None:
+def _all_keys(records: Iterable[Json]) -> dict[str, None]:
+    """The keys of all records, in their order; a dict, since a set has none."""
+    return dict.fromkeys(key for record in records for key in record)
+
+
+def _likely_keys(their_keys: Mapping[str, None], our_keys: Mapping[str, None]) -> dict[str, str]:
+    """Signs of formats that no record has → the key that is probably meant by each."""
+    signs = [sign for format_signs in SIGNS.values() for sign in format_signs]
+    likely = {}
+    for sign in [*signs, "input"]:
+        key = None if sign in our_keys else _likely_key(sign, their_keys)
+        if key is not None:
+            likely[sign] = key
+    return likely
+
+
+def _closeness(signs: Sequence[str], our_keys: Mapping[str, None], likely: Mapping[str, str]) -> float:
+    """The share of a format's signs that are there; one that only another key may mean counts a little less."""
+    points = 0.0
+    for sign in signs:
+        if sign in our_keys:
+            points += 1.0
+        elif sign in likely:
+            points += 0.9
+    return points / len(signs)
+
+
+def _likely_key(sign: str, their_keys: Mapping[str, None]) -> str | None:
     """The key of a file that is probably meant by one of ours: another word for it, or another spelling."""
     for synonym in _SYNONYMS.get(sign, ()):
-        if synonym in here:
+        if synonym in their_keys:
             return synonym
     # Of very many keys the first: comparing spellings takes its time.
-    near = difflib.get_close_matches(sign, map(str, islice(here, 200)), n=1, cutoff=_LIKE)
+    near = difflib.get_close_matches(sign, map(str, islice(their_keys, 200)), n=1, cutoff=_LIKE)
     return near[0] if near else None
 
 
@@ -199,6 +232,7 @@ def _problems_of_keys(records: Sequence[Json], keys: Mapping[str, str], name: st
     """What is wrong with the user's names for keys."""
     problems = []
     known = RECORD_KEYS | TURN_KEYS
+    targets = list(keys.values())
     for theirs, ours in keys.items():
         shown = f"--keys {printable(theirs)}={printable(ours)}"
         objects = _objects(records, ours)
@@ -206,13 +240,12 @@ def _problems_of_keys(records: Sequence[Json], keys: Mapping[str, str], name: st
             near = difflib.get_close_matches(ours, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(sorted(known))}."
             problems.append(f'{shown}: there is no key "{printable(ours)}"{hint}')
-        elif list(keys.values()).count(ours) > 1:
+        elif targets.count(ours) > 1:
             problems.append(f"{shown}: another key is {ours} already.")
         elif objects and not any(theirs in record for record in objects):
-            here = dict.fromkeys(key for record in objects for key in record)
             problems.append(
                 f'{name}: {shown}: no key "{printable(theirs)}" in the first {len(records):,} records; '
-                f"keys here: {keys_of(here)}."
+                f"keys here: {keys_of(_all_keys(objects))}."
             )
     return problems
 
@@ -230,5 +263,9 @@ def _objects(records: Sequence[Json], ours: str) -> list[Json]:
     """Where a key may stand that is to become one of ours: the records, or the turns in their lists."""
     if ours in RECORD_KEYS:
         return list(records)
-    lists = [value for record in records for value in record.values() if isinstance(value, list)]
-    return [turn for turns in lists for turn in turns if isinstance(turn, dict)]
+    turns: list[Json] = []
+    for record in records:
+        for value in record.values():
+            if isinstance(value, list):
+                turns += [turn for turn in value if isinstance(turn, dict)]
+    return turns
