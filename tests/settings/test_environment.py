@@ -29,6 +29,7 @@ def test_what_a_launcher_sets_passes(environment):
         ({"RANK": "2"}, ("RANK=2", "unset RANK")),
         ({"RANK": "0", "WORLD_SIZE": "2"}, ("RANK=0, WORLD_SIZE=2", "not MASTER_ADDR, MASTER_PORT")),
         (FOUR | {"RANK": "4"}, ("RANK=4 of WORLD_SIZE=4", "unset RANK WORLD_SIZE")),
+        ({"WORLD_SIZE": "0"}, ("WORLD_SIZE=0", "unset WORLD_SIZE")),
         (FOUR | {"WORLD_SIZE": "many"}, ("WORLD_SIZE is 'many'", "a whole number")),
         (FOUR | {"LOCAL_RANK": "-1"}, ("LOCAL_RANK is '-1'",)),
     ],

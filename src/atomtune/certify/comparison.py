@@ -74,25 +74,26 @@ class Outcome:
 
     def problems(self) -> list[str]:
         """What does not hold, in sentences."""
-        found: list[str] = []
+        problems: list[str] = []
         if _mean(self.tuned_from_base) < NOTHING:
-            found.append("the adapter changes nothing: tuned and base give the same log-probabilities")
+            problems.append("the adapter changes nothing: tuned and base give the same log-probabilities")
         if self.prompt_ids_equal < self.prompts:
-            found.append(f"{self.prompts - self.prompt_ids_equal} of {self.prompts} prompts have other token ids")
-        if not self.mean_difference <= self.allowed.mean:
-            found.append(
+            others = self.prompts - self.prompt_ids_equal
+            problems.append(f"{others} of {self.prompts} prompts have other token ids")
+        if not self.mean_difference <= self.allowed.mean:  # written so that NaN is a problem too
+            problems.append(
                 f"log-probabilities of the reference answers differ by {self.mean_difference:.2g} nats a token on "
                 f"average (allowed in {self.dtype}: {self.allowed.mean:g}; {self.allowed.reason})"
             )
         if not self.mean_difference <= NEARER * _mean(self.from_base):
-            found.append("the engine answers as the base does: the adapter is not applied")
+            problems.append("the engine answers as the base does: the adapter is not applied")
         if self.greedy_equal < self.prompts:
-            found.append(
-                f"{self.prompts - self.greedy_equal} of {self.prompts} greedy answers differ by more than a tie"
-            )
+            others = self.prompts - self.greedy_equal
+            problems.append(f"{others} of {self.prompts} greedy answers differ by more than a tie")
         if self.stops < self.should_stop:
-            found.append(f"{self.should_stop - self.stops} of {self.should_stop} answers do not end where they should")
-        return found
+            missed = self.should_stop - self.stops
+            problems.append(f"{missed} of {self.should_stop} answers do not end where they should")
+        return problems
 
     def to_json(self) -> dict[str, Any]:
         """One entry of certificate.json; the names up to `holds` are a contract."""
@@ -130,32 +131,42 @@ def compare(
     for ours in expected:
         prompt = ours.prompt
         outcome.prompts += 1
+        # 1. The prompt: the same ids, rendered and tokenized by the engine, and as many as it says it read.
         ids = engine.prompt_ids(prompt.request)
         reply = engine.chat(prompt.request, max_tokens=max_new_tokens)
         if ids == list(prompt.prompt_ids) and reply.prompt_tokens == len(ids):
             outcome.prompt_ids_equal += 1
         else:
             outcome.differences.append(_ids_difference(prompt, ids, reply, template.tokenizer))
+        # 2. The reference answer: its log-probabilities, token by token.
         scores = engine.log_probabilities(prompt.prompt_ids, ours.reference_ids)
         _enter_scores(outcome, ours, scores)
+        # 3. The engine's own greedy answer.
         difference = _text_difference(ours, reply, template, outcome.allowed)
         if difference is None:
             outcome.greedy_equal += 1
         else:
             outcome.differences.append(difference)
+        # 4. Its end: an answer that left ours before the end need not stop where ours does.
         if ours.stopped and reply.text.strip().startswith(ours.greedy_text.strip()):
             outcome.should_stop += 1
-            outcome.stops += reply.stopped and _same(reply.text, ours.greedy_text)
+            if reply.stopped and _same(reply.text, ours.greedy_text):
+                outcome.stops += 1
     return outcome
 
 
 def _enter_scores(outcome: Outcome, ours: Expected, scores: Sequence[float]) -> None:
-    from_tuned = [abs(a - b) for a, b in zip(scores, ours.tuned, strict=True)]
-    from_base = [abs(a - b) for a, b in zip(scores, ours.base, strict=True)]
+    from_tuned = _distances(scores, ours.tuned)
+    from_base = _distances(scores, ours.base)
     outcome.from_tuned += from_tuned
     outcome.from_base += from_base
-    outcome.tuned_from_base += [abs(a - b) for a, b in zip(ours.tuned, ours.base, strict=True)]
-    outcome.differs_from_base += _mean(from_tuned) < _mean(from_base)
+    outcome.tuned_from_base += _distances(ours.tuned, ours.base)
+    if _mean(from_tuned) < _mean(from_base):
+        outcome.differs_from_base += 1
+
+
+def _distances(scores: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [abs(score - other) for score, other in zip(scores, others, strict=True)]
 
 
 def _ids_difference(prompt: CertPrompt, ids: Sequence[int], reply: Reply, tokenizer: Tokenizer) -> Difference:
@@ -168,13 +179,24 @@ def _ids_difference(prompt: CertPrompt, ids: Sequence[int], reply: Reply, tokeni
             str(len(ids)),
             str(reply.prompt_tokens),
         )
-    at = next((i for i, (a, b) in enumerate(zip(expected, ids, strict=False)) if a != b), min(len(expected), len(ids)))
+    place = _first_difference(expected, ids)
 
     def around(tokens: Sequence[int]) -> str:
-        here = tokens[at] if at < len(tokens) else "nothing"
-        return f"{here} in {tokenizer.decode(list(tokens[max(at - 4, 0) : at + 8]), skip_special_tokens=False)!r}"
+        token = tokens[place] if place < len(tokens) else "nothing"
+        neighbours = list(tokens[max(place - 4, 0) : place + 8])
+        return f"{token} in {tokenizer.decode(neighbours, skip_special_tokens=False)!r}"
 
-    return Difference(prompt.kind, f"prompt id {at}", around(expected), around(ids))
+    return Difference(prompt.kind, f"prompt id {place}", around(expected), around(ids))
+
+
+def _first_difference(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """The first place where they differ; where one goes on with the other, the end of the shorter."""
+    place = 0
+    for token, other in zip(tokens, others, strict=False):
+        if token != other:
+            break
+        place += 1
+    return place
 
 
 def _same(text: str, other: str) -> bool:

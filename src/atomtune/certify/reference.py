@@ -46,28 +46,34 @@ def _expected(model: Any, prompt: CertPrompt, template: Template, *, max_new_tok
         max_new_tokens=max_new_tokens,
     )
     stop = tokenizer.convert_tokens_to_ids(template.stop)
-    own = (*answer.ids, stop) if answer.stopped else answer.ids
-    reference_ids = prompt.reference_ids or own
+    our_answer = (*answer.ids, stop) if answer.stopped else answer.ids
+    reference_ids = prompt.reference_ids or our_answer
     tuned = _of_tokens(model, prompt.prompt_ids, reference_ids)
     with model.disable_adapter():
         base = _of_tokens(model, prompt.prompt_ids, reference_ids)
-    top = _log_probabilities(model, prompt.prompt_ids, answer.ids).topk(KEPT_CHOICES)
-    choices = [dict(zip(i.tolist(), v.tolist(), strict=True)) for v, i in zip(top.values, top.indices, strict=True)]
+    # One row a greedy step, and one behind the last: an engine may go on where ours stops.
+    likeliest = _log_probabilities(model, prompt.prompt_ids, answer.ids).topk(KEPT_CHOICES)  # [A + 1, KEPT_CHOICES]
+    choices = []
+    for token_ids, scores in zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True):
+        choices.append(dict(zip(token_ids, scores, strict=True)))
     text = tokenizer.decode(list(answer.ids), skip_special_tokens=True)
     return Expected(prompt, reference_ids, tuned, base, answer.ids, text, answer.stopped, choices)
 
 
 def _of_tokens(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
-    scores = _log_probabilities(model, prompt, answer)[: len(answer)]
-    return scores.gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
+    scores = _log_probabilities(model, prompt, answer)[: len(answer)]  # [A, V]
+    own_scores = scores.gather(1, torch.tensor(answer)[:, None])[:, 0]  # [A]
+    return own_scores.tolist()
 
 
 @torch.no_grad()
 def _log_probabilities(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
     """[A + 1, V] log-probabilities at each answer token and, in the last row, behind it."""
-    ids = torch.tensor([[*prompt, *answer]], device=model.device)
-    logits = model(input_ids=ids).logits[0, len(prompt) - 1 :]
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1).cpu()
+    ids = torch.tensor([[*prompt, *answer]], device=model.device)  # [1, P + A]
+    logits = model(input_ids=ids).logits[0, len(prompt) - 1 :]  # [A + 1, V], from the prompt's last token on
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return logits.log_softmax(-1).cpu()
 
 
 def free_memory() -> None:

@@ -13,6 +13,7 @@ from atomtune.evaluate.likelihood import TargetScores, score_targets
 from atomtune.evaluate.measures import AnswerResult, RecordResult
 from atomtune.evaluate.models import Models, Subject
 from atomtune.evaluate.questions import EvalRecord, Question, answer_text
+from atomtune.model.causal_lm import CausalLM
 from atomtune.model.generate import stop_ids
 from atomtune.model.load import pad_id_of
 
@@ -52,9 +53,11 @@ def evaluate_records(
         for start in range(0, len(order), plan.batch_size):
             rows = order[start : start + plan.batch_size]
             try:
+                # A batch counts when all models have answered it, so that every figure is over the same records.
                 batch: dict[str, list[RecordResult]] = {}
                 for subject in models.subjects:
-                    records = [records_by_template[subject.template.key][row] for row in rows]
+                    written = records_by_template[subject.template.key]
+                    records = [written[row] for row in rows]
                     batch[subject.name] = _batch_results(models, subject, records, collator, plan)
             except KeyboardInterrupt:
                 done.stopped_early = True
@@ -64,44 +67,53 @@ def evaluate_records(
                 done.results[name] += results
             progress.advance(task, len(rows))
             if start == 0 and len(order) > len(rows):
-                minutes = (time.monotonic() - began) * (len(order) / len(rows) - 1) / 60
+                batches_left = len(order) / len(rows) - 1
+                minutes = (time.monotonic() - began) * batches_left / 60
                 console.say(f"About {max(1, round(minutes))} minutes. Ctrl-C ends it early and keeps what is done.")
     return done
 
 
 def _by_length(records: Sequence[EvalRecord]) -> list[int]:
     """Rows with the longest prompt first: the memory needed shows at once, and batches hold prompts of like length."""
-    return sorted(range(len(records)), key=lambda row: -max(len(one.ids) for one in records[row].examples))
+    longest = [max(len(example.ids) for example in record.examples) for record in records]
+    return sorted(range(len(records)), key=lambda row: -longest[row])
 
 
 def _batch_results(
     models: Models, subject: Subject, records: Sequence[EvalRecord], collator: Collator, plan: Plan
 ) -> list[RecordResult]:
     """One model's results for some records."""
-    tokenizer = subject.template.tokenizer
+    examples = [record.examples for record in records]
     questions = [question for record in records for question in record.questions]
     generated: list[Generated] = []
     with models.answering_as(subject) as model:
-        scores = score_targets(model, [record.examples for record in records], collator)
+        scores = score_targets(model, examples, collator)
         if plan.generate:
-            for start in range(0, len(questions), plan.batch_size):
-                batch = questions[start : start + plan.batch_size]
-                generated += generate_answers(
-                    model,
-                    [question.prompt_ids for question in batch],
-                    stop_ids=stop_ids(model, subject.template),
-                    pad_id=pad_id_of(tokenizer),
-                    max_new_tokens=plan.max_new_tokens,
-                )
+            generated = _answers_to(model, questions, subject.template, plan)
+    # The answers come in the order of the questions, a record's behind each other.
     answers = iter(generated)
     results: list[RecordResult] = []
     for record, score in zip(records, scores, strict=True):
-        own: list[AnswerResult] = []
+        record_answers: list[AnswerResult] = []
         if plan.generate:
             for question in record.questions:
-                own.append(_compared(next(answers), question, record.tools, subject.template))
-        results.append(RecordResult(score, tuple(own)))
+                record_answers.append(_compared(next(answers), question, record.tools, subject.template))
+        results.append(RecordResult(score, tuple(record_answers)))
     return results
+
+
+def _answers_to(model: CausalLM, questions: Sequence[Question], template: Template, plan: Plan) -> list[Generated]:
+    generated: list[Generated] = []
+    for start in range(0, len(questions), plan.batch_size):
+        batch = questions[start : start + plan.batch_size]
+        generated += generate_answers(
+            model,
+            [question.prompt_ids for question in batch],
+            stop_ids=stop_ids(model, template),
+            pad_id=pad_id_of(template.tokenizer),
+            max_new_tokens=plan.max_new_tokens,
+        )
+    return generated
 
 
 def _compared(answer: Generated, question: Question, tools: frozenset[str], template: Template) -> AnswerResult:
@@ -109,15 +121,15 @@ def _compared(answer: Generated, question: Question, tools: frozenset[str], temp
     text = answer_text(answer.ids, template.tokenizer)
     calls: tuple[bool, bool] | None = None
     if tools and calls_in(question.reference, tools).parsed:
-        found = calls_in(text, tools)
-        calls = (found.parsed > 0, found.known > 0)
+        answer_calls = calls_in(text, tools)
+        calls = (answer_calls.parsed > 0, answer_calls.known > 0)
     return AnswerResult(
         text=text,
         chrf=chrf(text, question.reference),
         exact=exactly_equal(text, question.reference),
         stopped=answer.stopped,
         tokens=len(answer.ids),
-        reference_tokens=len(question.reference_ids) - 1,
+        reference_tokens=len(question.reference_ids) - 1,  # without its stop token, as the answer's
         thinks=thinks(text),
         calls=calls,
     )

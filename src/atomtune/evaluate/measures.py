@@ -178,17 +178,21 @@ def figures_of(results: Sequence[RecordResult], draws: Bootstrap) -> dict[str, F
 
 def differences(ours: Sequence[RecordResult], theirs: Sequence[RecordResult], draws: Bootstrap) -> dict[str, Figure]:
     """Our figures less theirs, record by record."""
-    found: dict[str, Figure] = {}
+    figures: dict[str, Figure] = {}
     for measure in MEASURES:
         figure = draws.difference(_columns(measure, ours), _columns(measure, theirs))
         if figure is not None:
-            found[measure.name] = figure
-    return found
+            figures[measure.name] = figure
+    return figures
 
 
 def _columns(measure: Measure, results: Sequence[RecordResult]) -> tuple[list[float], list[float]]:
-    parts = [measure.parts(result) for result in results]
-    return [above for above, _ in parts], [below for _, below in parts]
+    numerators, denominators = [], []
+    for result in results:
+        above, below = measure.parts(result)
+        numerators.append(above)
+        denominators.append(below)
+    return numerators, denominators
 
 
 def probe_results(scores: Sequence[TargetScores]) -> list[RecordResult]:
@@ -202,12 +206,15 @@ def judged(measure: Measure, difference: Figure) -> Literal["better", "worse", "
         return "unclear"
     if measure.better == "neither":
         return "other"
-    return "better" if (difference.value < 0) == (measure.better == "lower") else "worse"
+    is_lower, lower_is_better = difference.value < 0, measure.better == "lower"
+    return "better" if is_lower == lower_is_better else "worse"
 
 
 def change_per_record(ours: Sequence[RecordResult], theirs: Sequence[RecordResult]) -> list[float]:
     """Of each record, our nats per token less theirs: below 0 is an improvement."""
-    return [
-        one.scores.nats / max(one.scores.tokens, 1) - other.scores.nats / max(other.scores.tokens, 1)
-        for one, other in zip(ours, theirs, strict=True)
-    ]
+    pairs = zip(ours, theirs, strict=True)
+    return [_nats_per_token(our_result) - _nats_per_token(their_result) for our_result, their_result in pairs]
+
+
+def _nats_per_token(result: RecordResult) -> float:
+    return result.scores.nats / max(result.scores.tokens, 1)

@@ -15,7 +15,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy
 from jinja2 import Environment, StrictUndefined
+from numpy.typing import NDArray
 
 from atomtune.analysis.near_duplicates import equal_groups
 from atomtune.choices import CHECKS, Check
@@ -74,14 +76,10 @@ def page(report: Report, decoder: TokenDecoder, *, seed: int) -> str:
     """The report as HTML."""
     files = resources.files("atomtune.inspect") / "html"
     script = (files / "page.js").read_text(encoding="utf-8")
+    script_hash = hashlib.sha256(script.encode()).digest()
     ledger = report.ledger
     rows = chosen_rows(report, seed=seed)
     refused = ledger.records_refused[:MOST_REFUSED]
-    lengths = [
-        ("Whole record", "整条记录", report.tokens.longest),
-        ("Read only, by record", "只读部分（每条记录）", report.tokens.read),
-        ("Learned, by answer", "学习部分（每个答案）", report.tokens.answers),
-    ]
     data = records_of(report, rows, decoder)
     data["refused"] = [(refusal.origin, refusal.reason) for refusal in refused]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -92,28 +90,44 @@ def page(report: Report, decoder: TokenDecoder, *, seed: int) -> str:
         ledger=ledger,
         target_tokens=ledger.target_tokens + ledger.target_tokens_refused,
         findings=[(report.findings[check], MEANINGS[check], *LABELS[check]) for check in CHECKS],
-        lengths=[(*names, percentiles(values), _with_heights(histogram(values))) for *names, values in lengths],
+        lengths=_lengths(report),
         scripts=[(*SCRIPT_NAMES.get(name, (name, name)), share) for name, share in scripts(report)],
         shown=len(rows),
         shown_refused=len(refused),
         style=(files / "page.css").read_text(encoding="utf-8"),
         script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        script_hash=base64.b64encode(script_hash).decode(),
         data=_as_json(data),
     )
 
 
+def _lengths(report: Report) -> list[tuple[str, str, dict[str, int], list[tuple[Bar, float]]]]:
+    """(English, Chinese, percentiles, bars with their heights) of each kind of length."""
+    tokens = report.tokens
+    lengths = []
+    for english, chinese, values in (
+        ("Whole record", "整条记录", tokens.longest),
+        ("Read only, by record", "只读部分（每条记录）", tokens.read),
+        ("Learned, by answer", "学习部分（每个答案）", tokens.answers),
+    ):
+        lengths.append((english, chinese, percentiles(values), _with_heights(histogram(values))))
+    return lengths
+
+
 def chosen_rows(report: Report, *, seed: int) -> list[int]:
     """Rows that the page shows: of each check's as many as of any other's, then what fits, then a random sample."""
-    flagged = [finding.rows.tolist() for finding in report.findings.values()]
-    share = MOST_RECORDS // len(flagged)
+    rows_by_check = [finding.rows.tolist() for finding in report.findings.values()]
+    share = MOST_RECORDS // len(rows_by_check)
     total = len(report.stored)
-    wanted = [row for rows in flagged for row in rows[:share]]
-    wanted += [row for rows in flagged for row in rows[share:]]
+    wanted: list[int] = []
+    for rows in rows_by_check:
+        wanted += rows[:share]
+    for rows in rows_by_check:
+        wanted += rows[share:]
     wanted += random.Random(seed).sample(range(total), min(total, MOST_RECORDS))
     chosen: list[int] = []
     tokens = 0
-    for row in dict.fromkeys(wanted):
+    for row in dict.fromkeys(wanted):  # each once
         tokens += int(report.tokens.longest[row])
         if len(chosen) == MOST_RECORDS or (tokens > MOST_TOKENS and chosen):
             break
@@ -123,34 +137,47 @@ def chosen_rows(report: Report, *, seed: int) -> list[int]:
 
 def records_of(report: Report, rows: Sequence[int], decoder: TokenDecoder) -> dict[str, Any]:
     """The chosen records with what is wrong with each, as page.js reads them."""
-    # Each record of a group is shown with the group's first.
-    groups = {
+    pieces: dict[int, tuple[str, bool]] = {}  # token id → (text, is it a control token)
+    records: list[dict[str, Any]] = []
+    for row in rows:
+        examples = report.examples(row)
+        for example in examples:
+            for token_id in set(example.ids) - pieces.keys():
+                pieces[token_id] = (decoder(token_id), token_id in decoder.control)
+        runs = [_as_runs(example) for example in examples]
+        records.append({"origin": report.origin(row), "problems": {}, "examples": runs})
+    places = _places_by_check(report, rows)
+    firsts = _firsts_of_groups(report)
+    for check, check_places in places.items():
+        for place in check_places:
+            row = rows[place]
+            first = int(firsts[check][row]) if check in firsts else row
+            records[place]["problems"][check] = report.origin(first) if first != row else ""
+    return {"pieces": pieces, "records": records, "problems": places}
+
+
+def _places_by_check(report: Report, rows: Sequence[int]) -> dict[str, list[int]]:
+    """Of each check, where on the page the records stand that it found."""
+    place_of = {row: place for place, row in enumerate(rows)}
+    places: dict[str, list[int]] = {}
+    for check, finding in report.findings.items():
+        places[check] = [place_of[row] for row in finding.rows.tolist() if row in place_of]
+    return places
+
+
+def _firsts_of_groups(report: Report) -> dict[str, NDArray[numpy.int64]]:
+    """Of checks that find groups: for each record the first of its group, which is shown beside it."""
+    return {
         "duplicates": report.tokens.copies,
         "near_duplicates": near_or_equal(report.texts, report.tokens),
         "conflicts": equal_groups(report.texts.prompts),
     }
-    pieces: dict[int, tuple[str, bool]] = {}
-    records: list[dict[str, Any]] = []
-    for row in rows:
-        examples = report.examples(row)
-        for token_id in {token_id for example in examples for token_id in example.ids} - pieces.keys():
-            pieces[token_id] = (decoder(token_id), token_id in decoder.control)
-        records.append({"origin": report.origin(row), "problems": {}, "examples": [_as_runs(one) for one in examples]})
-    place_of = {row: place for place, row in enumerate(rows)}
-    places_by_check: dict[str, list[int]] = {}
-    for check, finding in report.findings.items():
-        places = [place_of[row] for row in finding.rows.tolist() if row in place_of]
-        places_by_check[check] = places
-        for place in places:
-            row = rows[place]
-            first = int(groups[check][row]) if check in groups else row
-            records[place]["problems"][check] = report.origin(first) if first != row else ""
-    return {"pieces": pieces, "records": records, "problems": places_by_check}
 
 
 def _as_runs(example: Example) -> dict[str, Any]:
-    """Its ids, and its learn marks as (how many tokens, how often learned) runs."""
-    return {"ids": example.ids, "runs": [(len(list(run)), learn) for learn, run in groupby(example.learn)]}
+    """Its ids, and its learn marks as (how many tokens, how often learned) runs: 0 0 0 1 1 is (3, 0) (2, 1)."""
+    runs = [(len(list(run)), learn) for learn, run in groupby(example.learn)]
+    return {"ids": example.ids, "runs": runs}
 
 
 def _as_json(value: Any) -> str:

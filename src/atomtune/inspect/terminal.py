@@ -81,13 +81,13 @@ def _say_numbers(report: Report, console: Console) -> None:
 def ledger_lines(ledger: Ledger) -> Iterator[str]:
     """The sums that must hold, as sums."""
     refused = len(ledger.records_refused)
-    target_tokens = ledger.target_tokens + ledger.target_tokens_refused
+    targets_used, targets_refused = ledger.target_tokens, ledger.target_tokens_refused
     yield (
         f"records        {ledger.records_read:,} read = {ledger.records_used:,} used + {refused:,} refused"
         f"; {ledger.records_cut:,} of the used are shortened"
     )
     yield (
-        f"target tokens  {target_tokens:,} read = {ledger.target_tokens:,} used + {ledger.target_tokens_refused:,} refused"
+        f"target tokens  {targets_used + targets_refused:,} read = {targets_used:,} used + {targets_refused:,} refused"
         "; none is cut"
     )
     yield f"prompt tokens  {ledger.prompt_tokens:,} used; {ledger.prompt_tokens_cut:,} cut away"

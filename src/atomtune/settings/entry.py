@@ -19,5 +19,9 @@ class Entry:
         return f"{where} {self.shown()}"
 
     def shown(self) -> str:
-        value = " ".join(map(str, self.value[:9])) if isinstance(self.value, list) else str(self.value)
-        return repr(value if len(value) <= LONGEST_SHOWN else f"{value[:LONGEST_SHOWN]}…")
+        """The value in quotes, cut where it is long."""
+        words = self.value if isinstance(self.value, list) else [self.value]
+        text = " ".join(map(str, words[:9]))  # more would be cut anyway
+        if len(text) > LONGEST_SHOWN:
+            text = f"{text[:LONGEST_SHOWN]}…"
+        return repr(text)

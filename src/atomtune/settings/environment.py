@@ -26,9 +26,12 @@ def environment_problems(environment: Mapping[str, str] = os.environ) -> Iterato
             f"the environment has {listed}, but not {', '.join(missing)}. A launcher sets all of them; these look left "
             f"over from another job. {_remedy(*present)}"
         )
-    if numbers.get("RANK", 0) >= numbers.get("WORLD_SIZE", numbers.get("RANK", 0) + 1):
+    ranks = numbers.get("WORLD_SIZE")
+    if ranks == 0:
+        yield f"the environment says WORLD_SIZE=0; a job has one process or more. {_remedy('WORLD_SIZE')}"
+    elif ranks is not None and numbers.get("RANK", 0) >= ranks:
         yield (
-            f"the environment says RANK={numbers['RANK']} of WORLD_SIZE={numbers['WORLD_SIZE']} processes, which count "
+            f"the environment says RANK={numbers['RANK']} of WORLD_SIZE={ranks} processes, which count "
             f"from 0. {_remedy('RANK', 'WORLD_SIZE')}"
         )
 

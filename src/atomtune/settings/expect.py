@@ -21,8 +21,11 @@ def field_infos(groups: Sequence[type[Any]]) -> dict[str, FieldInfo]:
 
 def choices_in(kind: Any) -> tuple[str, ...]:
     """The words of a Literal, alone or in a union."""
-    parts = (kind, *typing.get_args(kind))
-    return tuple(word for part in parts if typing.get_origin(part) is Literal for word in typing.get_args(part))
+    choices: tuple[str, ...] = ()
+    for part in (kind, *typing.get_args(kind)):
+        if typing.get_origin(part) is Literal:
+            choices += typing.get_args(part)
+    return choices
 
 
 def expected(kind: Any, info: FieldInfo | None = None) -> str:
@@ -31,10 +34,12 @@ def expected(kind: Any, info: FieldInfo | None = None) -> str:
     words = [_KINDS[part] for part in _KINDS if part in parts]
     if bool in parts and str in parts:  # as --fsdp: the flag alone, or words
         words = ["true, false or text"]
-    if choices := choices_in(kind):
+    choices = choices_in(kind)
+    if choices:
         words = [f"one of {', '.join(choices)}"]
+    text = " or ".join(words)
     limits = _range(info) if info is not None else ""
-    return f"{' or '.join(words)}{f', {limits}' if limits else ''}"
+    return f"{text}, {limits}" if limits else text
 
 
 #: In the order in which a union names them.
@@ -62,8 +67,13 @@ def _parts(kind: Any) -> set[Any]:
 
 
 def _range(info: FieldInfo) -> str:
-    limits = {name: getattr(limit, name) for limit in info.metadata for name in _RANGE_WORDS if hasattr(limit, name)}
-    return " and ".join(_RANGE_WORDS[name].format(limits[name]) for name in _RANGE_WORDS if name in limits)
+    """`1 or more and at most 8`, from pydantic's metadata: Ge(ge=1), Le(le=8)."""
+    words = []
+    for name, text in _RANGE_WORDS.items():
+        limits = [getattr(limit, name) for limit in info.metadata if hasattr(limit, name)]
+        if limits:
+            words.append(text.format(limits[-1]))
+    return " and ".join(words)
 
 
 _RANGE_WORDS = {"ge": "{:,} or more", "gt": "more than {}", "le": "at most {:,}", "lt": "less than {}"}

@@ -35,30 +35,37 @@ class EntryReader:
 
     def read(self, argv: Sequence[str]) -> dict[str, Entry]:
         """YAML first, then flags, which win."""
-        words = list(self._known_words(argv))
+        values = self._parsed(argv)
+        entries = self._yaml_entries(values.pop("yaml", None), values.pop("config", None))
+        paths = values.pop("paths", None)  # inspect FILE …
+        if paths:
+            entries["dataset_path"] = Entry(paths, "--dataset_path")
+        for name, value in values.items():
+            if value is not None:
+                entries[name] = Entry(_words(value), f"--{name}")
+        return {name: self._in_our_words(name, entry) for name, entry in entries.items()}
+
+    def _parsed(self, argv: Sequence[str]) -> dict[str, Any]:
+        """What argparse makes of the words: name → a word, words, or None where a setting is not set."""
+        known_words = list(self._known_words(argv))
         try:
-            parsed, unused = parser_of(self.command, self.types).parse_known_args(words)
+            parsed, unused = parser_of(self.command, self.types).parse_known_args(known_words)
         except argparse.ArgumentError as error:
             reason = error.message.replace("expected one argument", "its value is missing")
             reason = reason.replace("expected at least one argument", "its value is missing")
             raise BadSettings([*self.problems, f"{error.argument_name or self.command}: {reason}."]) from None
         self.problems += [f"{word}: belongs to no setting." for word in unused]
-        values = vars(parsed)
+        return vars(parsed)
+
+    def _yaml_entries(self, *paths: str | None) -> dict[str, Entry]:
+        """The settings of run.yaml, which may also be given as `--config run.yaml`."""
+        files = [path for path in paths if path]
+        if len(files) > 1:
+            self.problems.append(f"{' and '.join(files)}: one file of settings is read. Leave one of them out.")
         entries: dict[str, Entry] = {}
-        yaml_files = [file for file in (values.pop("yaml", None), values.pop("config", None)) if file]
-        if len(yaml_files) > 1:
-            self.problems.append(f"{' and '.join(yaml_files)}: one file of settings is read. Leave one of them out.")
-        for file in yaml_files:
+        for file in files:
             entries |= self.read_yaml(Path(file))
-        if paths := values.pop("paths", None):
-            entries["dataset_path"] = Entry(paths, "--dataset_path")
-        for name, value in values.items():
-            if isinstance(value, list):
-                words = [word.removeprefix(_VALUE) for word in value]
-                entries[name] = Entry(words[0] if len(words) == 1 else words, f"--{name}")
-            elif value is not None:
-                entries[name] = Entry(value.removeprefix(_VALUE), f"--{name}")
-        return {name: self._in_our_words(name, entry) for name, entry in entries.items()}
+        return entries
 
     def _in_our_words(self, name: str, entry: Entry) -> Entry:
         ours = VALUE_SYNONYMS.get((name, str(entry.value).lower()))
@@ -87,7 +94,8 @@ class EntryReader:
     def _known_flag(self, name: str) -> str | None:
         if name in self.types or (self.command == "train" and name == "config"):
             return name
-        if ours := synonym(name, self.types):
+        ours = synonym(name, self.types)
+        if ours:
             self.translated.append(f"--{name} → --{ours}")
             return ours
         self.problems.append(f"--{name}: {advice(name, self.types, in_yaml=False)}")
@@ -97,11 +105,20 @@ class EntryReader:
         name = key.replace("-", "_")
         if name in self.types:
             return name
-        if ours := synonym(name, self.types):
+        ours = synonym(name, self.types)
+        if ours:
             self.translated.append(f"{place} {key} → {ours}")
             return ours
         self.problems.append(f"{place}: {key}: {advice(name, self.types, in_yaml=True)}")
         return None
+
+
+def _words(value: str | list[str]) -> str | list[str]:
+    """A flag's value as it was typed; of a flag that may have several, one alone is no list."""
+    if isinstance(value, str):
+        return value.removeprefix(_VALUE)
+    words = [word.removeprefix(_VALUE) for word in value]
+    return words[0] if len(words) == 1 else words
 
 
 def parser_of(command: str, types: Mapping[str, Any]) -> argparse.ArgumentParser:

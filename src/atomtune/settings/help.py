@@ -119,7 +119,8 @@ def _sections(groups: Sequence[type[Any]], *, everything: bool) -> dict[str, lis
             if everything or not _extra(info, "rare"):
                 settings = sections.setdefault(_heading(group, name), [])
                 settings.append((f"--{name} {_placeholder(name, types[name], info)}", _described(name, info)))
-    ordered = sorted(sections, key=lambda heading: HEADINGS.index(heading) if heading in HEADINGS else len(HEADINGS))
+    ordered = [heading for heading in HEADINGS if heading in sections]
+    ordered += [heading for heading in sections if heading not in HEADINGS]
     return {heading: sections[heading] for heading in ordered}
 
 
@@ -157,7 +158,8 @@ def _placeholder(name: str, kind: Any, info: FieldInfo | None = None) -> str:
     choices = "|".join(choices_of_setting(name, kind))
     if len(choices) > NAMES_IN_FLAG:
         choices = "NAME"
-    word = (_extra(info, "value") if info else None) or choices or _placeholder_of_type(kind)
+    own_word = _extra(info, "value") if info else None
+    word = own_word or choices or _placeholder_of_type(kind)
     takes_list = any(typing.get_origin(part) is list for part in (kind, *typing.get_args(kind)))
     return f"{word} …" if takes_list else word
 

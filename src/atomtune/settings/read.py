@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from atomtune.errors import BadSettings
 from atomtune.settings.contradictions import contradictions
@@ -75,28 +76,40 @@ def read(command: str, argv: Sequence[str], *, notice: Callable[[str], None] = _
 
 def read_train(argv: Sequence[str], *, notice: Callable[[str], None] = _say_nothing) -> TrainSettings:
     """Settings of `atomtune train [run.yaml] --flag value …`. Raises BadSettings with every problem."""
-    types = {**library_types(), **types_of(TRAIN_GROUPS)}
-    reader = EntryReader("train", types)
+    reader = EntryReader("train", {**library_types(), **types_of(TRAIN_GROUPS)})
     entries = _entries(reader, argv, notice)
     demo = not entries.keys() & {"dataset_path", "model_path"}
     if demo and (DEMO_FOLDER / "demo.yaml").is_file():
         entries = {**_demo_entries(reader), **entries}
+
     problems = reader.problems
-    for name, other in (("dataset_path", "model_path"), ("model_path", "dataset_path")):
-        if name in entries and other not in entries:
-            problems.append(f"--{name} is given without --{other}. Pass both, or neither for the built-in demo.")
+    problems += _half_of_a_run(entries)
     groups: dict[type, Any] = {group: _validated(group, entries, problems) for group in TRAIN_GROUPS}
     trainer = _trainer_values(groups[TrainerSettings], entries, problems)
     values = _values_of(groups.values()) | trainer
-    problems += [*_ill_formed(values), *contradictions(values, entries.keys()), *environment_problems()]
+    problems += _ill_formed(values)
+    problems += contradictions(values, entries.keys())
+    problems += environment_problems()
     if problems:
         raise BadSettings(problems)
-    if waiting := waiting_notice():
+
+    waiting = waiting_notice()
+    if waiting:
         notice(waiting)
     origins = dict.fromkeys(LIBRARY_DEFAULTS, "atomtune's default")
-    origins |= {name: entry.origin for name, entry in entries.items()}
+    for name, entry in entries.items():
+        origins[name] = entry.origin
     data, model, lora, run = (groups[group] for group in OWN_GROUPS)
     return TrainSettings(data=data, model=model, lora=lora, run=run, trainer=trainer, origins=origins, demo=demo)
+
+
+def _half_of_a_run(entries: Mapping[str, Entry]) -> list[str]:
+    """A model without data is a mistake, and so are data without a model; only without both is it the demo."""
+    problems = []
+    for name, other in (("dataset_path", "model_path"), ("model_path", "dataset_path")):
+        if name in entries and other not in entries:
+            problems.append(f"--{name} is given without --{other}. Pass both, or neither for the built-in demo.")
+    return problems
 
 
 def read_settings(
@@ -137,15 +150,19 @@ def _validated(group: type[S], entries: Mapping[str, Entry], problems: list[str]
     except ValidationError as error:
         for problem in error.errors():
             name = str(problem["loc"][0])
-            if name in entries and _holds_mappings(entries[name].value):
-                text = f"{entries[name].origin}: {name}: expected words, as `{name}: {EXAMPLES.get(name, 'a b')}`."
-            elif name in entries:
-                text = f"{entries[name].place(name)}: expected {expected(types[name], infos[name])}."
-            else:
-                text = f"--{name} is missing: {infos[name].description}."
+            text = _misfit(name, entries.get(name), types[name], infos[name])
             if text not in problems:  # a list has one problem a word
                 problems.append(text)
         return None
+
+
+def _misfit(name: str, entry: Entry | None, kind: Any, info: FieldInfo) -> str:
+    """What is wrong with a setting that its class did not take."""
+    if entry is None:
+        return f"--{name} is missing: {info.description}."
+    if _holds_mappings(entry.value):
+        return f"{entry.origin}: {name}: expected words, as `{name}: {EXAMPLES.get(name, 'a b')}`."
+    return f"{entry.place(name)}: expected {expected(kind, info)}."
 
 
 def _holds_mappings(value: Any) -> bool:
@@ -160,19 +177,23 @@ def _value(entry: Entry, kind: Any) -> Any:
     if typing.get_origin(kind) is not list:
         return entry.value
     words = entry.value if isinstance(entry.value, list) else [entry.value]
-    return [part for word in words for part in str(word).split(",") if part]
+    parts: list[str] = []
+    for word in words:
+        parts += str(word).split(",")
+    return [part for part in parts if part]
 
 
 def _trainer_values(
     declared: TrainerSettings | None, entries: Mapping[str, Entry], problems: list[str]
 ) -> dict[str, Any]:
     """What the Trainer gets: our defaults, and everything that was set, as its own types."""
-    own, ranged, library = types_of(OWN_GROUPS), types_of((TrainerSettings,)), library_settings()
+    own, with_our_ranges = types_of(OWN_GROUPS), types_of((TrainerSettings,))
+    library = library_settings()
     values = dict(LIBRARY_DEFAULTS)
     for name, entry in entries.items():
         if name in own:
             continue
-        if name not in ranged:
+        if name not in with_our_ranges:
             values[name] = _library_value(name, entry, library[name].type, problems)
         elif declared is not None:
             values[name] = getattr(declared, name)
@@ -201,7 +222,11 @@ def _library_value(name: str, entry: Entry, kind: Any, problems: list[str]) -> A
 
 
 def _values_of(groups: typing.Iterable[Any]) -> dict[str, Any]:
-    return {name: value for group in groups if group is not None for name, value in vars(group).items()}
+    values: dict[str, Any] = {}
+    for group in groups:
+        if group is not None:  # a problem of it was reported
+            values |= vars(group)
+    return values
 
 
 def _ill_formed(values: Mapping[str, Any]) -> list[str]:

@@ -123,4 +123,5 @@ def _refuse_unusual(top: yaml.Node) -> None:
         if isinstance(node, yaml.SequenceNode):
             waiting += [(item, depth + 1) for item in node.value]
         elif isinstance(node, yaml.MappingNode):
-            waiting += [(part, depth + 1) for pair in node.value for part in pair]
+            for key, value in node.value:
+                waiting += [(key, depth + 1), (value, depth + 1)]
