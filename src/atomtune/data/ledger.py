@@ -47,8 +47,7 @@ class Ledger:
         self.records_used += 1
         self.examples += len(examples)
         for example in examples:
-            targets = sum(example.learn)
-            self.target_tokens += targets
+            self.target_tokens += sum(example.learn)
             self.prompt_tokens += example.learn.count(0)
             self.longest_tokens = max(self.longest_tokens, len(example.ids))
 

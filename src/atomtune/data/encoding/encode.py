@@ -11,6 +11,7 @@ Laws (tests/data/encoding/test_encode.py):
 """
 
 import itertools
+import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -199,19 +200,23 @@ class Encoder:
             reason = f"longer than max_seq_length {self.max_tokens}"
             return Refusal(record.origin, reason, RefusalKind.TOO_LONG, broken=self.overlength == "error")
 
-        def prompt_ids(shorter: Record) -> tuple[list[int], ...]:
-            return tuple(ids[piece] for piece in self.template.prompt(shorter, len(shorter.turns) - 1))
+        fitting: list[tuple[Record, tuple[list[int], ...]]] = []
 
         def fits(shorter: Record) -> bool:
             try:
-                return sum(map(len, prompt_ids(shorter))) <= room
+                prompt = self.template.prompt(shorter, len(shorter.turns) - 1)
             except CannotExpress:  # it says the whole prompt, but not with a turn or a text less
                 return False
+            prompt_ids = tuple(ids[piece] for piece in prompt)
+            if sum(map(len, prompt_ids)) > room:
+                return False
+            fitting.append((shorter, prompt_ids))
+            return True
 
         until = replace(record, turns=record.turns[: at + 1])
         shorter = shorten(until, fits, share=room / target.prompt_tokens) if room > 0 else None
         if shorter is not None:
-            return target._replace(prompt=prompt_ids(shorter))
+            return target._replace(prompt=next(prompt for tried, prompt in reversed(fitting) if tried == shorter))
         which = f"answer {record.learned.index(at) + 1}" if len(record.learned) > 1 else "the answer"
         beside = "the template's markers and list of tools" if record.tools else "the template's markers"
         return Refusal(
@@ -261,12 +266,13 @@ def joined(targets: Sequence[Target], origin: str) -> tuple[Example, ...]:
     ids: list[int] = []
     learn: list[int] = []
     before: Target | None = None
+    prompts = _Prompts()
     for target in targets:
         new = None if before is None else _continued(before, target)
         if new is None:
             if ids:
                 examples.append(Example(tuple(ids), tuple(learn), origin))
-            ids, learn, new = [], [], list(itertools.chain.from_iterable(target.prompt))
+            ids, learn, new = [], [], prompts.whole(target)
         ids += new
         ids += target.answer
         learn += [0] * len(new) + [target.learn] * len(target.answer)
@@ -276,10 +282,27 @@ def joined(targets: Sequence[Target], origin: str) -> tuple[Example, ...]:
     return (*examples, Example(tuple(ids), tuple(learn), origin))
 
 
+class _Prompts:
+    """Whole prompts of one record: each is mostly the one before, so that only what is new is put together."""
+
+    def __init__(self) -> None:
+        self._parts: tuple[list[int], ...] = ()
+        self._ids: list[int] = []
+
+    def whole(self, target: Target) -> list[int]:
+        shared = self._parts
+        if len(target.prompt) <= len(shared) or not all(map(operator.is_, shared, target.prompt)):
+            shared, self._ids = (), []
+        # The last part asks for the answer, and is no beginning of the next prompt's.
+        self._ids += itertools.chain.from_iterable(target.prompt[len(shared) : -1])
+        self._parts = target.prompt[:-1]
+        return self._ids + target.prompt[-1] if target.prompt else []
+
+
 def _continued(before: Target, target: Target) -> list[int] | None:
     """What a prompt adds to the exchange before it; None where it does not begin with all of that."""
     shared = len(before.prompt) - 1  # all parts but the one that asks for the answer
-    if target.prompt[:shared] != before.prompt[:shared]:
+    if target.prompt[:shared] != before.prompt[:shared]:  # mostly the same lists, which takes no time
         return None
     new = list(itertools.chain.from_iterable(target.prompt[shared:]))
     known = [*(before.prompt[-1] if before.prompt else []), *before.answer]
