@@ -5,17 +5,31 @@ what is expected of them is written out by hand.
 """
 
 import json
+import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken
 
+from atomtune.data.encoding import chat_template
 from atomtune.data.encoding.chat_template import Template
-from atomtune.data.encoding.choose_template import load_template
+from atomtune.data.encoding.choose_template import built_in, load_template
 from atomtune.data.encoding.encode import encode
 from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord
-from benchmarks.token_truth import KINDS, TOKENIZERS, assistant, call, template_for, user, verdict
+from benchmarks.token_truth import (
+    KINDS,
+    TOKENIZERS,
+    WEATHER,
+    answered,
+    assistant,
+    call,
+    template_for,
+    user,
+    verdict,
+)
 from tests.tiny import CHATML, tokenizer_of
 
 
@@ -201,7 +215,7 @@ def test_a_long_conversation_is_the_same_however_it_is_rendered():
     )
     record = {"messages": messages}
     together = list(encode([RawRecord(record, "a:1")], template, Ledger(), max_tokens=10**6, schema=Schema("messages")))
-    each = Template(**{**vars_of(template), "header": "", "asks": ""})
+    each = Template(**{**vars_of(template), "header": "", "asks": "", "cut": ""})
     apart = list(encode([RawRecord(record, "a:1")], each, Ledger(), max_tokens=10**6, schema=Schema("messages")))
     assert together == apart
     assert template.header
@@ -227,3 +241,80 @@ def test_a_model_that_is_taught_not_to_think_is_told_and_the_variable_named():
         assert told[1] == "1 of 2 records have answers with thoughts"
     chatml = load_template("chatml", tokenizer_of("bytes", CHATML))
     assert chatml.about_thoughts(1, 0) == ""
+
+
+def long_conversation(seed: int, *, tools: bool) -> dict:
+    """Up to 20 exchanges, a few of them with thoughts, calls, answers that are only read, or a mode of their own."""
+    draw = random.Random(seed)
+    record: dict = {"messages": [], **({"tools": [WEATHER]} if tools else {})}
+    if draw.random() < 0.3:
+        record["enable_thinking"] = draw.random() < 0.5
+    if draw.random() < 0.5:
+        record["messages"].append({"role": "system", "content": "S"})
+    thinks = draw.choice([0.0, 0.1, 0.8])
+
+    def answer(text: str, **more: Any) -> dict:
+        if draw.random() < thinks:
+            more["reasoning_content"] = f"hm {text}"
+        return assistant(text, **more, **({"weight": 0} if draw.random() < 0.1 else {}))
+
+    for n in range(draw.randint(5, 20)):
+        record["messages"].append(user(draw.choice([f"q{n}", "again", "x</s>y", "多少?"])))
+        if tools and draw.random() < 0.3:
+            called = call("get_weather", {"city": str(n)}, f"abcdefg{n:02}")
+            record["messages"] += [answer("", tool_calls=[called]), answered("get_weather", "5", f"abcdefg{n:02}")]
+        record["messages"].append(answer(draw.choice([f"a{n}", "yes", "a\n\nb", "好。"])))
+    return record
+
+
+def same_however_rendered(template: Template, monkeypatch: pytest.MonkeyPatch, *, tools: bool) -> int:
+    """Compare the short way with rendering and tokenizing every prompt on its own; how many records were encoded."""
+    records = [RawRecord(long_conversation(seed, tools=tools), f"a:{seed}") for seed in range(10)]
+    ledgers = Ledger(), Ledger()
+    short = list(encode(records, template, ledgers[0], max_tokens=10**6, schema=Schema("messages")))
+    with monkeypatch.context() as patch:
+        patch.setattr(chat_template, "RENDERED_EACH", 10**9)
+        each = replace(template, cut="")
+        assert short == list(encode(records, each, ledgers[1], max_tokens=10**6, schema=Schema("messages")))
+    refused = [[refusal.origin for refusal in ledger.records_refused] for ledger in ledgers]
+    assert refused[0] == refused[1]  # of two reasons another may be met first
+    return len(short)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_long_conversations_have_the_ids_of_their_prompts_one_by_one(name, real, monkeypatch):
+    # Catches a prompt cut out of another that is not its beginning: thoughts kept behind the last question, calls,
+    # modes that a record sets.
+    real(TOKENIZERS[name][0])
+    template = template_for(name)
+    if template is None:
+        pytest.skip("its published template comes with trl")
+    assert same_however_rendered(template, monkeypatch, tools=False)
+    same_however_rendered(template, monkeypatch, tools=True)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
+@pytest.mark.parametrize("name", built_in())
+def test_long_conversations_of_built_in_templates_have_the_ids_of_their_prompts(name, kind, monkeypatch):
+    template = load_template(name, tokenizer_of(kind))
+    assert same_however_rendered(template, monkeypatch, tools=False)
+    same_however_rendered(template, monkeypatch, tools=True)
+
+
+@pytest.mark.parametrize("name", built_in())
+def test_a_long_conversation_is_rendered_a_few_times_and_not_once_for_every_answer(name, monkeypatch):
+    tokenizer = tokenizer_of("sentencepiece")
+    marks = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"]
+    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in [*marks, "<end_of_turn>", "[INST]", "[/INST]"]])
+    template = load_template(name, tokenizer)
+    rendered: list[int] = []
+    render = Template.render
+
+    def counted(self: Template, messages: Any, **more: Any) -> str:
+        rendered.append(len(messages))
+        return render(self, messages, **more)
+
+    monkeypatch.setattr(Template, "render", counted)
+    record = {"messages": [message for n in range(100) for message in (user(f"q{n}"), assistant(f"a{n}"))]}
+    assert list(encode([RawRecord(record, "a:1")], template, Ledger(), max_tokens=10**6, schema=Schema("messages")))
+    assert sum(rendered) < 6 * len(record["messages"])

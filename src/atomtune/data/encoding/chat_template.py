@@ -89,6 +89,8 @@ class Template:
     form: AnswerForm | None = None  # None: each answer is rendered to see how it is written
     header: str = ""  # begins every turn of the assistant with a control token; "": no text does, or none is known
     asks: str = ""  # the end of a prompt from there on; longer than header where it opens or closes thoughts
+    cut: str = ""  # a control string before which prompts are cut: header, else stop; "": a text may not be cut there
+    forgets_thoughts: bool = False  # behind a question it writes earlier answers without their thoughts
     knows_thoughts: bool = False  # it takes thoughts apart from the text
     lets_think: bool = False  # behind its prompt a model thinks, and an answer without thoughts has an empty block
     calls_as_text: bool = False  # it takes a call's arguments as JSON text
@@ -281,19 +283,21 @@ class Conversation:
         A long conversation would be rendered once for every answer, which takes as long as its length squared. That
         the parts are the prompts is tried on the 1st, 2nd, 4th, 8th, … answer, together not much longer than the last.
         """
-        template, turns = self.template, self.record.turns
-        if (
-            not template.header
-            or self.variables
-            or any(turn.reasoning or mentions_thoughts(turn.text) for turn in turns)
-        ):
+        turns = self.record.turns
+        thinks = any(turn.reasoning or "reasoning_content" in self._message_of(i) for i, turn in enumerate(turns))
+        texts = [str(message["content"]) for message in self.messages]
+        if not self.template.cut or any(map(mentions_thoughts, texts)) or thinks > self.template.forgets_thoughts:
             return None
         parts = self._parts(self._render_prompt(learned[-1]))
-        assistants = [i for i, turn in enumerate(turns[: learned[-1]]) if turn.role == "assistant"]
-        if len(parts) != len(assistants) + 2 or parts[-1] != template.asks:
+        prompts = self._at_headers(learned, parts) if self.template.header else self._at_stops(learned, parts)
+        if prompts is None:
             return None
-        parts_before = dict(zip([*assistants, learned[-1]], range(1, len(parts)), strict=True))
-        prompts = [(*parts[: parts_before[at]], template.asks) for at in learned]
+        if (
+            self.template.knows_thoughts
+        ):  # between a question and its answer it keeps those of each call, empty ones too
+            for number, at in enumerate(learned):
+                if turns[at - 1].role != "user":
+                    prompts[number] = self._parts(self._render_prompt(at))
         number = 0
         while number < len(learned) - 1:
             if self._render_prompt(learned[number]) != "".join(prompts[number]):
@@ -301,12 +305,45 @@ class Conversation:
             number = 2 * number + 1
         return prompts
 
+    def _message_of(self, at: int) -> Message:
+        return self.messages[self.starts[at]] if self.starts[at] < len(self.messages) else {}
+
+    def _at_headers(self, learned: Sequence[int], parts: Parts) -> list[Parts] | None:
+        """The prompts, where each part but the first begins with a turn of the assistant; None where it does not."""
+        assistants = [i for i, turn in enumerate(self.record.turns[: learned[-1]]) if turn.role == "assistant"]
+        asks = parts[-1]
+        if len(parts) != len(assistants) + 2 or (asks != self.template.asks and not self.variables):
+            return None
+        parts_before = dict(zip([*assistants, learned[-1]], range(1, len(parts)), strict=True))
+        return [(*parts[: parts_before[at]], asks) for at in learned]
+
+    def _at_stops(self, learned: Sequence[int], parts: Parts) -> list[Parts] | None:
+        """The prompts, where each part but the last ends with an answer, and the next begins with its stop token.
+
+        <s> [INST] q1 [/INST] a1 | </s> [INST] q2 [/INST] a2 | </s> [INST] q3 [/INST]
+        """
+        assistants = [i for i, turn in enumerate(self.record.turns[: learned[-1]]) if turn.role == "assistant"]
+        if len(parts) != len(assistants) + 1:
+            return None
+        if any(not str(self._message_of(at)["content"]).strip() for at in assistants):
+            return None  # calls alone: where one begins cannot be seen
+        first = self._render_prompt(assistants[0])
+        gap = parts[0][len(first) :].partition(str(self._message_of(assistants[0])["content"]).strip())[0]
+        prompts: dict[int, Parts] = {learned[-1]: parts}
+        for number, at in enumerate(assistants):
+            answer = gap + str(self._message_of(at)["content"]).strip()
+            asks, found, rest = parts[number].rpartition(answer)
+            if not found or rest.strip():
+                return None
+            prompts[at] = (*parts[:number], asks)
+        return [prompts[at] for at in learned]
+
     def _parts(self, prompt: str) -> Parts:
-        """A rendered prompt cut where the assistant's turns begin.
+        """A rendered prompt cut where the assistant's turns begin, or else where they end.
 
         Prompts of one conversation have most parts in common, so that each is tokenized once.
         """
-        spots = _all_places(prompt, self.template.header) if self.template.header else []
+        spots = _all_places(prompt, self.template.cut) if self.template.cut else []
         return tuple(prompt[start:end] for start, end in pairwise([0, *(spot for spot in spots if spot), len(prompt)]))
 
     def _pieces(self, parts: Parts) -> tuple[Piece, ...]:

@@ -135,11 +135,13 @@ def probed(template: Template) -> Template:
             "Set eos_token in its tokenizer_config.json, or pass --template with one that ends answers by a token."
         )
     header, asks = _header(template, prompt)
-    template = replace(template, stop=stop, behind=behind, header=header, asks=asks)
+    cut = header or (stop if template.tokens.splits_before(stop) else "")
+    template = replace(template, stop=stop, behind=behind, header=header, asks=asks, cut=cut)
     template = replace(
         template,
         form=_answer_form(template),
         knows_thoughts=opened(prompt) is not None or _writes_thoughts(template),
+        forgets_thoughts=_forgets_thoughts(template),
         calls_as_text=_takes_calls_as_text(template),
         writes_bos=not tokenizer.bos_token or prompt.startswith(tokenizer.bos_token),
         unknown_controls=_unknown_controls(template, full),
@@ -213,6 +215,14 @@ def _forms_of(written: str, text: str) -> Iterator[AnswerForm]:
 def _writes_thoughts(template: Template) -> bool:
     turn = {"role": "assistant", "content": "A", "reasoning_content": _TEXT, "thinking": _TEXT}
     return _TEXT in (_written(template, [_QUESTION, turn]) or "")
+
+
+def _forgets_thoughts(template: Template) -> bool:
+    """Whether an earlier answer, the one before the last question too, is written as if nothing had been thought."""
+    plain: Message = {"role": "assistant", "content": "A"}
+    thought = {**plain, "reasoning_content": _TEXT, "thinking": _TEXT}
+    without = _written(template, [_QUESTION, plain, _QUESTION, plain, _QUESTION])
+    return without is not None and without == _written(template, [_QUESTION, thought, _QUESTION, thought, _QUESTION])
 
 
 def _takes_calls_as_text(template: Template) -> bool:

@@ -23,12 +23,12 @@ MOST_CHARACTERS = 2**25
 TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 _DICT_ATTRIBUTES = frozenset(dir(dict))
-#: Attributes whose safety is remembered; a template names a few dozen, and one that makes up names gets no memory for it.
+#: Attributes whose safety is remembered: a template names a few dozen, and one that makes up names fills no memory.
 _MOST_ATTRIBUTES = 1000
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which a text cannot be multiplied past all bounds, and which is asked once for each attribute.
+    """Jinja's sandbox, in which no text is multiplied past all bounds, and which is asked once for each attribute.
 
     Half of the time of a long conversation went into the same two questions: is `content` an attribute of a dict, and
     is `startswith` of a text safe? Both answers depend on the type alone.
