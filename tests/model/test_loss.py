@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
+from transformers import LlamaForCausalLM, LlamaModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from atomtune.batch.collate import Batch, Collator
 from atomtune.data.records import Example
@@ -25,6 +27,8 @@ HEADS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"final_logit_softcapping": 2.0},
     "cohere": {**SIZE, "logit_scale": 0.25},
     "gpt2": {},
+    # Its forward calls the decoder inside its body, past the body; the decoder's last layer is narrower than the rest.
+    "opt": {"word_embed_proj_dim": 16, "ffn_dim": 64},
 }
 every_head = pytest.mark.parametrize("family", HEADS)
 TARGETS = sum(sum(example.learn) for example in EXAMPLES)
@@ -192,3 +196,29 @@ def test_a_model_that_reads_more_of_its_body_than_hidden_states(family, values):
     model = with_adapter(build(family, **{**SIZE, **values})).float()  # grouped experts know no float64
     theirs = all_logits(copy.deepcopy(model), batch_of(EXAMPLES))
     assert in_chunks(model, batch_of(EXAMPLES)).nats == pytest.approx(theirs.nats, rel=1e-5)
+
+
+class _CallsItsBodysForward(LlamaForCausalLM):
+    """As remote code may: past the call of the body, where hooks are."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **options):
+        keep = options.pop("logits_to_keep", slice(None))
+        output = LlamaModel.forward(
+            self.model,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **options,
+        )
+        return CausalLMOutput(logits=self.lm_head(output[0][:, keep]))
+
+
+def test_a_model_whose_body_is_never_called_is_called_as_a_whole():
+    model = with_adapter(build("llama"))
+    innermost(model).__class__ = _CallsItsBodysForward
+    ours, batch = in_chunks(model, batch_of(EXAMPLES)), batch_of(EXAMPLES)
+    nats, gradient = differs(ours, all_logits(adapted("llama"), batch))
+    assert nats < EXACT
+    assert gradient < EXACT
+    assert target_log_probabilities(model, batch).shape == batch["target"].shape

@@ -53,11 +53,11 @@ def _scores(model: CausalLM, batch: dict[str, object]) -> tuple[list[float], lis
     target = batch["target"]  # [N]
     assert isinstance(target, torch.Tensor)
     head = Head.of(model)
-    if head is None:
+    predicting = head.hidden(model, batch) if head else None  # [N, D]
+    if predicting is None:
+        head = None
         all_logits = model(**model_inputs(model, batch), use_cache=False).logits  # [B, T, V]
         predicting = all_logits[batch["row"], batch["predicted_from"]]  # [N, V]
-    else:
-        predicting = head.hidden(model, batch)  # [N, D]
     vocabulary = model.config.get_text_config().vocab_size
     step = max(1, CHUNK_LOGITS // vocabulary)
     nats: list[float] = []

@@ -69,7 +69,8 @@ def target_nats(
     target, learn = batch["target"], batch["learn"]
     if len(target) and (head := Head.of(model)):
         picked = head.hidden(model, batch)  # [N, D]
-        return head.nats(picked, target, learn, label_smoothing=label_smoothing), learn.sum()
+        if picked is not None:
+            return head.nats(picked, target, learn, label_smoothing=label_smoothing), learn.sum()
     logits = _target_logits(model, batch)  # [N, V]
     if not len(target):
         return _exact(logits).sum() * 0, learn.sum()
@@ -80,7 +81,8 @@ def target_nats(
 def target_log_probabilities(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     """Of each target [N], by the same road as the loss."""
     head = Head.of(model)
-    logits = head.logits(head.hidden(model, batch)) if head else _target_logits(model, batch)
+    picked = head.hidden(model, batch) if head else None
+    logits = _target_logits(model, batch) if head is None or picked is None else head.logits(picked)
     return -functional.cross_entropy(_exact(logits), batch["target"], reduction="none")
 
 
@@ -145,6 +147,14 @@ class _HandThrough(nn.Module):
         return self.output(last_hidden_state=inputs_embeds)
 
 
+def _twin(module: Any) -> Any:
+    """The module with the same children and weights, whose children can be changed."""
+    twin = copy.copy(module)
+    twin._modules = dict(twin._modules)  # as torch's DataParallel makes replicas; no public name for it
+    vars(twin).pop("forward", None)  # accelerate's hooked forward would call the module that it was made for
+    return twin
+
+
 class Head:
     """Everything a causal LM does after its body: output matrix, scaling, soft-capping, by the model's own code.
 
@@ -155,6 +165,7 @@ class Head:
 
     def __init__(self, model: Any) -> None:
         self.model, self.body_name = model, model.base_model_prefix
+        self.path: tuple[str, ...] = (self.body_name,)  # from the model down to the module whose output the head reads
         self.output_of_body: type[ModelOutput] = BaseModelOutput
 
     @classmethod
@@ -174,30 +185,47 @@ class Head:
             if name != self.body_name:
                 yield from child.parameters()
 
-    def hidden(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    def hidden(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor | None:
         """[N, D] hidden states from which the targets are predicted: what the body gives when the whole is called.
 
+        None where the model's forward calls no body (remote code that calls its layers itself).
         `model` may wrap this one (DDP, PEFT) and is called as a whole; of its logits only one position is computed.
         """
-        outputs: list[ModelOutput] = []
-        body = getattr(self.model, self.body_name)
-        hook = body.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        outputs: dict[tuple[str, ...], ModelOutput] = {}
+        hooks = [
+            body.register_forward_hook(lambda _module, _inputs, output, path=path: outputs.update({path: output}))
+            for path, body in self._bodies().items()
+        ]
         try:
             model(**model_inputs(model, batch), use_cache=False, logits_to_keep=batch["predicted_from"][:1])
         finally:
-            hook.remove()
-        output = outputs[0]
+            for hook in hooks:
+                hook.remove()
+        if not outputs:
+            return None
+        self.path = min(outputs, key=len)  # the outermost that was called
+        output = outputs[self.path]
         if isinstance(output, ModelOutput):
             self.output_of_body = type(output)
         return output[0][batch["row"], batch["predicted_from"]]  # [B, T, D] → [N, D]
 
+    def _bodies(self) -> dict[tuple[str, ...], nn.Module]:
+        """What the head may read its hidden states from: the body, or, past it, the decoder inside (OPT)."""
+        body = getattr(self.model, self.body_name)
+        bodies: dict[tuple[str, ...], nn.Module] = {(self.body_name,): body}
+        if isinstance(decoder := getattr(body, "decoder", None), nn.Module):
+            bodies[self.body_name, "decoder"] = decoder
+        return bodies
+
     def twin(self) -> Any:
         """The model, sharing all but its body, which hands through."""
-        twin = copy.copy(self.model)
-        twin._modules = dict(self.model._modules)  # as torch's DataParallel makes replicas; no public name for it
-        vars(twin).pop("forward", None)  # accelerate's hooked forward would call the model that it was made for
-        body = getattr(self.model, self.body_name)
-        setattr(twin, self.body_name, _HandThrough(self.output_of_body, body))
+        twin = outer = _twin(self.model)
+        *above, last = self.path
+        for name in above:
+            inner = _twin(getattr(outer, name))
+            setattr(outer, name, inner)
+            outer = inner
+        setattr(outer, last, _HandThrough(self.output_of_body, getattr(outer, last)))
         return twin
 
     def logits(self, hidden: torch.Tensor, twin: Any = None) -> torch.Tensor:
