@@ -40,6 +40,7 @@ from atomtune.model.load import (
     BaseSpec,
     device_in_use,
     dtype_name,
+    embedding_rows,
     load_base,
     load_tokenizer,
     pad_id_of,
@@ -48,6 +49,7 @@ from atomtune.model.load import (
 )
 from atomtune.model.lora_targets import match_targets
 from atomtune.model.loss import target_log_probabilities, target_nats
+from atomtune.model.token_rows import refuse_tokens_without_row
 from atomtune.settings.fields import LoraSettings, ModelSettings, VerifySettings
 
 
@@ -96,7 +98,7 @@ def verify(settings: VerifySettings) -> int:
     console = Console()
     device = device_in_use()
     dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=console.notice)
-    examples, pad_id = _examples(settings)
+    examples, pad_id = _examples(settings, console)
     console.say(
         f"{len(examples)} records of {', '.join(Path(source).name for source in settings.dataset_paths)}, on {device}"
     )
@@ -115,7 +117,7 @@ def verify(settings: VerifySettings) -> int:
     return 0
 
 
-def _examples(settings: VerifySettings) -> tuple[list[Example], int]:
+def _examples(settings: VerifySettings, console: Console) -> tuple[list[Example], int]:
     tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     template = load_template(settings.template, tokenizer, **settings.template_options())
     rules = Rules(**settings.rules())
@@ -128,7 +130,12 @@ def _examples(settings: VerifySettings) -> tuple[list[Example], int]:
     if not len(data.examples):
         raise BadData(f"{', '.join(settings.dataset_paths)}: none of {data.ledger.records_read:,} records can be used.")
     rows = data.examples.select(sample_rows(len(data.examples), settings.records, seed=settings.seed))
-    return [example for row in rows for example in as_examples(row)], pad_id_of(tokenizer)
+    examples = [example for row in rows for example in as_examples(row)]
+    known = embedding_rows(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
+    if known is not None:
+        ids = ((example.origin, example.ids) for example in examples)
+        refuse_tokens_without_row(tokenizer, known, ids, path=str(settings.model_path), notice=console.notice)
+    return examples, pad_id_of(tokenizer)
 
 
 def compare(

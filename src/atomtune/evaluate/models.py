@@ -15,6 +15,7 @@ from atomtune.model.adapter_folder import base_of, template_of
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.load import BaseSpec, device_in_use, load_base, load_tokenizer, resolve_dtype
+from atomtune.model.token_rows import guard_embedding
 from atomtune.settings.fields import EvaluateSettings
 
 BASE = "base"
@@ -66,9 +67,11 @@ def load_models(settings: EvaluateSettings, console: Console) -> Models:
     if not folders:
         tokenizer = load_tokenizer(base_path, trust_remote_code=settings.trust_remote_code)
         template = load_template(settings.template, tokenizer)
+        guard_embedding(base, tokenizer, path=base_path)
         return Models(base.eval(), base_path, (Subject(BASE, None, template),), settings.max_seq_length or 2048)
     for _, card in trained:
         refuse_other_base(base_path, card.base, anyway=settings.other_base, notice=console.notice)
+    guard_embedding(base, trained[0][0].tokenizer, path=base_path)
     model = load_trained(base, folders[0])
     subjects = [Subject(BASE, None, trained[0][0])]
     for i, (folder, name, (template, _)) in enumerate(zip(folders, _names(folders), trained, strict=True)):

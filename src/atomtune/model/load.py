@@ -215,6 +215,13 @@ def stored_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
+def embedding_rows(path: str, *, trust_remote_code: bool = False) -> int | None:
+    """How many tokens a model can read, by its config; None where that does not say."""
+    with explained(path, "model"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
 def _quantization(quantize: Quantize, dtype: torch.dtype) -> Any:
     try:
         import bitsandbytes  # noqa: F401

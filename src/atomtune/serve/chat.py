@@ -20,6 +20,7 @@ from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.generate import answer_ids, prompt_ids, ready_to_answer
 from atomtune.model.load import BaseSpec, device_in_use, load_base, quiet_libraries, resolve_dtype
+from atomtune.model.token_rows import guard_embedding
 from atomtune.settings.fields import ChatSettings
 
 #: Tokens kept free for an answer when a long conversation is shortened.
@@ -35,6 +36,7 @@ def chat(settings: ChatSettings) -> int:
     folder = Path(settings.adapter_path)
     template, metadata = template_of(folder, trust_remote_code=settings.trust_remote_code)
     model = _load(settings, folder, metadata.base, console)
+    guard_embedding(model, template.tokenizer, path=str(folder))
     ready_to_answer(model, template, notice=console.notice)
     wording = Wording.of(template, settings.system, metadata.instruction)
     if settings.prompt is not None:

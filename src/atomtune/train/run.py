@@ -26,8 +26,9 @@ from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped, User
 from atomtune.model.adapter import refuse_empty
 from atomtune.model.adapter_folder import WEIGHTS, AdapterMetadata
 from atomtune.model.fingerprint import fingerprint
-from atomtune.model.load import load_tokenizer, pad_id_of, quiet_libraries
+from atomtune.model.load import embedding_rows, load_tokenizer, pad_id_of, quiet_libraries
 from atomtune.model.memory import StepShape, is_out_of_memory, peak_bytes, remedies
+from atomtune.model.token_rows import guard_embedding, refuse_tokens_without_row
 from atomtune.settings.fields import TrainSettings
 from atomtune.train.arguments import CHECKPOINTING, lengths, trainer_arguments
 from atomtune.train.callbacks import Stop
@@ -133,6 +134,7 @@ def _run(run: RunContext, began: float) -> None:
     data = read_data(run, template)
     if not isinstance(data.train, Stream):
         check_last_batch(run.args, len(data.train))
+        _refuse_tokens_without_row(run, tokenizer, data)
     run_identity = identity(run, template, data)
     refuse_another_run(run, run_identity)
     _say_changed_length(run)
@@ -142,6 +144,7 @@ def _run(run: RunContext, began: float) -> None:
     set_seed(run.args.seed)
     longest_tokens = _longest_tokens(run, data)
     model = load_model(run, longest_tokens=longest_tokens)
+    guard_embedding(model, tokenizer, path=str(run.settings.model.model_path))
     layout = choose_layout(run, model, tokenizer, data, longest_tokens=longest_tokens)
     keep_or_recompute(run, model, heaviest_tokens=layout.heaviest_tokens)
     trainer = _trainer(
@@ -158,6 +161,16 @@ def _run(run: RunContext, began: float) -> None:
     _save(run, trainer, loss)
     samples.show_after(run.console)
     _say_what_is_next(run, trainer, loss, data.ledger)
+
+
+def _refuse_tokens_without_row(run: RunContext, tokenizer: Tokenizer, data: Data) -> None:
+    """Before the model is loaded; of a stream, each batch is looked at when it comes."""
+    model = run.settings.model
+    rows = embedding_rows(str(model.model_path), trust_remote_code=model.trust_remote_code)
+    tables = [table for table in (data.train, data.evaluate) if isinstance(table, datasets.Dataset)]
+    records = ((row["origin"], row["ids"]) for table in tables for row in table)
+    if rows is not None:
+        refuse_tokens_without_row(tokenizer, rows, records, path=str(model.model_path), notice=run.console.notice)
 
 
 def _template(run: RunContext, tokenizer: Tokenizer) -> Template:

@@ -1,0 +1,86 @@
+"""Token rows: tokens that the tokenizer has and the model's embedding has no row for.
+
+They were added to a tokenizer and never to its model: an end-of-turn mark beside a base, most often. Such a base works
+as long as no text needs one of them.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from atomtune.data.tokenizer import Tokenizer
+from atomtune.errors import BadData, listing
+from atomtune.model.causal_lm import CausalLM
+
+_NAMED = 5  # tokens in a message
+
+
+def tokens_without_row(tokenizer: Tokenizer, rows: int) -> dict[int, str]:
+    """Id and token of those that an embedding of so many rows lacks."""
+    return {token_id: token for token, token_id in tokenizer.get_vocab().items() if token_id >= rows}
+
+
+def refuse_tokens_without_row(
+    tokenizer: Tokenizer,
+    rows: int,
+    records: Iterable[tuple[str, Sequence[int]]],
+    *,
+    path: str,
+    notice: Callable[[str], None],
+) -> None:
+    """Raise BadData, naming records and tokens, where one holds a token that the model has no row for.
+
+    rows     of the model's embedding
+    records  origin and ids of each; not looked at where there is a row for every token
+    """
+    missing = tokens_without_row(tokenizer, rows)
+    if not missing:
+        return
+    problems = []
+    for origin, ids in records:
+        beyond = {missing[token_id] for token_id in ids if token_id in missing}
+        if beyond:
+            problems.append(f"{origin}  has {_names(beyond)}, for which the model has no embedding.")
+    if problems:
+        raise BadData(f"{listing(problems, 5)}\n{_remedy(missing, rows, path)}")
+    notice(
+        f"the tokenizer of {path} has {_names(missing.values())}, for which the model has no embedding; unused here."
+    )
+
+
+def guard_embedding(base: CausalLM, tokenizer: Tokenizer, *, path: str) -> None:
+    """Have the base refuse a token that it has no row for, by name: an index error otherwise, and on a GPU the end.
+
+    Nothing is done, and so nothing waited for, where there is a row for every token.
+    """
+    embedding: Any = base.get_input_embeddings()
+    rows = len(embedding.weight)
+    missing = tokens_without_row(tokenizer, rows)
+    if not missing:
+        return
+
+    def refuse(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        beyond = {missing.get(token_id, str(token_id)) for token_id in inputs[0].flatten().tolist() if token_id >= rows}
+        if beyond:
+            raise BadData(
+                f"The text has {_names(beyond)}, for which the model has no embedding.\n{_remedy(missing, rows, path)}"
+            )
+
+    embedding.register_forward_pre_hook(refuse)
+
+
+def _names(tokens: Iterable[str]) -> str:
+    names = sorted(tokens)
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return f"{'the tokens' if len(names) > 1 else 'the token'} {', '.join(names[:_NAMED])}{more}"
+
+
+def _remedy(missing: Mapping[int, str], rows: int, path: str) -> str:
+    tokens = max(missing) + 1
+    return (
+        f"The tokenizer of {path} has {tokens:,} tokens, the model's embedding {rows:,} rows.\n"
+        "Leave these texts out, pass a --template that does not write such a token, or give the base the rows first: "
+        f"model.resize_token_embeddings({tokens})."
+    )
