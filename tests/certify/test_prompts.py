@@ -57,3 +57,14 @@ def test_our_look_alike_holds_no_control_string_of_known_tokenizers():
     assert kind_of(messages, ()) == "look-alike"
     for control in ("</s>", "<s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "[INST]", "<|endoftext|>"):
         assert control not in messages[0]["content"]
+
+
+def test_an_engine_is_sent_the_variables_of_the_run_and_those_of_the_record():
+    # Catches an engine that thinks, asked about a record that was trained without thinking.
+    template = load_template("qwen3", tokenizer_of("bytes", CHATML), variables={"enable_thinking": True, "mine": 1})
+    record = Record((Turn("user", "Who?"), Turn("assistant", "I.")), "a:1", variables={"enable_thinking": False})
+    (prompt, *_) = choose_prompts([record], template, count=1, max_tokens=256)
+    assert prompt.request.variables == {"enable_thinking": False, "mine": 1}
+    asked = template.render(prompt.request.messages, variables=prompt.request.variables)
+    assert list(prompt.prompt_ids) == template.tokenizer(asked, add_special_tokens=False)["input_ids"]
+    assert asked.endswith("</think>\n\n")

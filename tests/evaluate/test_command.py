@@ -129,6 +129,19 @@ def test_a_base_alone_is_evaluated(models, tmp_path):
     assert list(report_in(tmp_path / "out")["models"]) == ["base"]
 
 
+def test_a_base_alone_is_evaluated_in_the_mode_that_is_asked_for(models, tmp_path):
+    # Without thinking the empty block of thoughts stands in the prompt; with it, it is part of what is measured.
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES[:3])
+    nats = {}
+    for thinks in ("true", "false"):
+        out = tmp_path / thinks
+        words = ["--model_path", str(models("qwen3")), "--dataset_path", str(data), "--output_dir", str(out)]
+        words += ["--template", "qwen3", "--chat_template_kwargs", f'{{"enable_thinking": {thinks}}}']
+        assert evaluate(*words, "--no_generate", "--no_probe") == 0
+        nats[thinks] = report_in(out)["models"]["base"]["nats_per_token"][0]
+    assert nats["true"] != nats["false"]
+
+
 def test_tool_calls_are_counted_where_the_reference_has_one(models, tmp_path):
     def record(answer: dict) -> dict:
         turns = [{"role": "user", "content": "你是谁？"}, {"role": "assistant", **answer}]
@@ -139,7 +152,7 @@ def test_tool_calls_are_counted_where_the_reference_has_one(models, tmp_path):
     calling = record({"content": "", "tool_calls": [{"type": "function", "function": call}]})
     data = write_jsonl(tmp_path / "data.jsonl", [calling, record({"content": "5"})])
     words = ["--model_path", str(models("qwen3")), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
-    assert evaluate(*words, "--template", "qwen", "--max_new_tokens", "8") == 0
+    assert evaluate(*words, "--template", "qwen3", "--max_new_tokens", "8") == 0
     figures = report_in(tmp_path / "out")["models"]["base"]
     assert figures["call_parse_rate"] == [0, 0, 0]  # an untrained model calls nothing
 

@@ -87,7 +87,7 @@ def _of_record(record: Record, template: Template, *, max_tokens: int) -> list[C
     return [
         CertPrompt(
             kind_of(messages, record.tools),
-            Request(messages, record.tools, template.variables),
+            Request(messages, record.tools, {**template.variables, **record.variables}),
             tuple(prompt_ids),
             (*answer_ids, stop),
             record.origin,

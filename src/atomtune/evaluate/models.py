@@ -1,6 +1,7 @@
 """Models: the base and its adapters, one copy of the base in memory."""
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,8 @@ def load_models(settings: EvaluateSettings, console: Console) -> Models:
     base = load_base(BaseSpec(**{**settings.base(), "path": base_path}, dtype=dtype, device=device))
     if not folders:
         tokenizer = load_tokenizer(base_path, trust_remote_code=settings.trust_remote_code)
-        template = load_template(settings.template, tokenizer)
+        variables = json.loads(settings.chat_template_kwargs) if settings.chat_template_kwargs else {}
+        template = load_template(settings.template, tokenizer, variables=variables)
         guard_embedding(base, tokenizer, path=base_path)
         return Models(base.eval(), base_path, (Subject(BASE, None, template),), settings.max_seq_length or 2048)
     for _, card in trained:

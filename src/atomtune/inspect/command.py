@@ -4,15 +4,22 @@ from pathlib import Path
 
 from atomtune.batch.cost import sample_rows
 from atomtune.console import Console, print_json
+from atomtune.data.cache import Rules, records_of
 from atomtune.data.encoding.choose_template import load_template
+from atomtune.data.reading.sources import distinct_names
+from atomtune.data.records import Record
 from atomtune.errors import BadSettings
 from atomtune.inspect.html_page import write_page
 from atomtune.inspect.limits import allowances, require
-from atomtune.inspect.report import build_report
+from atomtune.inspect.modes import VARIABLE, modes_of
+from atomtune.inspect.report import Report, build_report
 from atomtune.inspect.terminal import say_report
 from atomtune.inspect.tokens import TokenDecoder, show
 from atomtune.model.load import load_tokenizer, quiet_libraries
 from atomtune.settings.fields import InspectSettings
+
+#: The end of the prompt is where the modes differ.
+_SHOWN_OF_A_MODE = 120
 
 
 def inspect(settings: InspectSettings) -> int:
@@ -38,8 +45,24 @@ def inspect(settings: InspectSettings) -> int:
     if settings.samples and len(report.stored):
         chosen = sample_rows(len(report.stored), settings.samples, seed=settings.seed)
         show(console, [example for row in chosen for example in report.examples(row)], decoder)
+        modes = modes_of(template, _record_of(report, settings, chosen[0])) if VARIABLE in template.source else ()
+        if modes:
+            console.say(
+                f"\nThe template has two modes. The last answer of {report.origin(chosen[0])} in each, as "
+                f"--chat_template_kwargs '{{\"{VARIABLE}\": …}}' or a record's own {VARIABLE} chooses:"
+            )
+            show(console, modes, decoder, part=_SHOWN_OF_A_MODE)
     if settings.html:
         write_page(report, Path(settings.html), decoder, seed=settings.seed)
         console.say(f"\nwritten: {settings.html}")
     require(allowed, report.findings, report.ledger)
     return 0
+
+
+def _record_of(report: Report, settings: InspectSettings, row: int) -> Record:
+    """The record behind a stored row, read once more."""
+    rules = Rules(**settings.rules())
+    for path, name in zip(report.sources, distinct_names(report.sources), strict=True):
+        for record in records_of(path, rules, report.stored.select([row]), name=name):
+            return record
+    raise AssertionError(f"{report.origin(row)} was read a moment ago")

@@ -434,6 +434,9 @@ class EvaluateSettings(ModelSettings):
     )
     roles: list[str] = setting([], "other names of roles, as bot=assistant", value="THEIRS=OURS", rare=True)
     template: str = setting("auto", "chat template of a base without an adapter; an adapter brings its own", rare=True)
+    chat_template_kwargs: str | None = setting(
+        None, "variables of that template, as a JSON object; an adapter brings its own", value="JSON", rare=True
+    )
     max_seq_length: int = setting(0, "longest example, in tokens; 0: as the adapter was trained", at_least=0)
     records: int = setting(200, "how many records at most, chosen at random; 0: all", at_least=0)
     per_device_eval_batch_size: int = setting(8, "records in a batch", at_least=1)

@@ -1,0 +1,37 @@
+"""Modes: one record as a template writes it when it asks the model to think and when it asks it not to.
+
+A template has the two modes where it reads the variable `enable_thinking`, as Qwen3's does.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from atomtune.data.encoding.chat_template import CannotExpress, Conversation, Template, joined
+from atomtune.data.encoding.choose_template import probed
+from atomtune.data.records import Example, Record
+
+VARIABLE = "enable_thinking"
+
+
+def modes_of(template: Template, record: Record) -> tuple[Example, ...]:
+    """The record's last answer behind its prompt, thinking and not; none where the template has one mode."""
+    if VARIABLE not in template.source or not record.learned:
+        return ()
+    examples = []
+    for thinks in (True, False):
+        mode = probed(replace(template, variables={**template.variables, VARIABLE: thinks}))
+        try:
+            examples.append(_example(mode, record, f"{record.origin}  {VARIABLE}={str(thinks).lower()}"))
+        except CannotExpress:
+            return ()
+    return tuple(examples)
+
+
+def _example(template: Template, record: Record, origin: str) -> Example:
+    variables: Mapping[str, Any] = {key: value for key, value in record.variables.items() if key != VARIABLE}
+    conversation = Conversation(template, replace(record, variables=variables))
+    exchange = conversation.exchange(record.learned[-1])
+    prompt_ids, answer_ids = template.tokens.ids_of([joined(exchange.prompt), exchange.answer])
+    answer_ids = [*answer_ids, template.tokenizer.convert_tokens_to_ids(exchange.stop)]
+    return Example((*prompt_ids, *answer_ids), (*[0] * len(prompt_ids), *[1] * len(answer_ids)), origin)

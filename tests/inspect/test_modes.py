@@ -1,0 +1,36 @@
+"""Laws of the two modes of a template that thinks."""
+
+from atomtune.cli import main
+from atomtune.data.encoding.choose_template import load_template
+from atomtune.data.records import Record, Turn
+from atomtune.inspect.modes import modes_of
+from tests.conftest import write_jsonl
+from tests.tiny import CHATML, tokenizer_of
+
+RECORD = Record((Turn("user", "9*8?"), Turn("assistant", "72")), "a:1", variables={"enable_thinking": True})
+
+
+def test_each_mode_has_its_own_prompt_and_answer():
+    tokenizer = tokenizer_of("bytes", CHATML)
+    thinking, plain = modes_of(load_template("qwen3", tokenizer), RECORD)
+    for example, learned, asked in (
+        (thinking, "<think>\n\n</think>\n\n72<|im_end|>", "assistant\n"),
+        (plain, "72<|im_end|>", "assistant\n<think>\n\n</think>\n\n"),
+    ):
+        ids = list(zip(example.ids, example.learn, strict=True))
+        assert tokenizer.decode([token for token, times in ids if times]) == learned
+        assert tokenizer.decode([token for token, times in ids if not times]).endswith(asked)
+
+
+def test_a_template_with_one_mode_shows_none():
+    assert modes_of(load_template("chatml", tokenizer_of("bytes", CHATML)), RECORD) == ()
+
+
+def test_inspect_shows_both_modes(models, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "9*8?", "output": "72"}] * 3)
+    words = ["inspect", str(data), "--model_path", str(models("qwen3")), "--samples", "1"]
+    assert main([*words, "--template", "qwen3"]) == 0
+    shown = capsys.readouterr().out
+    assert "enable_thinking=true" in shown and "enable_thinking=false" in shown
+    assert main([*words, "--template", "chatml"]) == 0
+    assert "enable_thinking" not in capsys.readouterr().out
