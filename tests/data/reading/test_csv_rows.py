@@ -143,6 +143,24 @@ def test_empty_columns_at_the_right_end_are_no_columns():
     assert isinstance(refused, Refusal) and "3 cells, but 2 columns" in refused.reason
 
 
+@pytest.mark.parametrize("blank", [",", ",,", " ; ", '"",""', ",\r"])
+def test_a_row_of_blank_cells_above_the_header_is_no_header(blank):
+    # Every row was refused: the header had no names.
+    for first in ("", "sep=,\n"):
+        origin = f"a.csv:{3 + bool(first)}"
+        content = f"{first}{blank}\ninstruction,output\na,b\n".encode()
+        assert read(content) == [RawRecord({"instruction": "a", "output": "b"}, origin)]
+
+
+def test_empty_columns_at_the_left_end_are_no_columns():
+    # Two empty names were "column appears twice".
+    (row,) = read(b",,instruction,output\n,,a,b\n")
+    assert row.value == {"": "", "instruction": "a", "output": "b"}
+    numbered, refused = read(b",,instruction,output\n,7,a,b\n6,7,a,b\n")
+    assert numbered.value == {"": "7", "instruction": "a", "output": "b"}
+    assert isinstance(refused, Refusal) and "two columns without a name" in refused.reason
+
+
 @pytest.mark.parametrize(
     ("header", "columns", "separator"),
     [

@@ -1,8 +1,8 @@
 """CSV rows: the rows of a CSV or TSV file as objects whose keys are the columns; every cell is text.
 
 Law: a row stands at the line it begins on; quoted cells may hold separators, quotes ("" for one) and newlines.
-What a spreadsheet writes around its table is no content: a first line `sep=;`, empty columns at its right end, rows in
-which every cell is empty.
+What a spreadsheet writes around its table is no content: a first line `sep=;`, empty columns, rows in which every cell
+is empty.
 """
 
 import codecs
@@ -16,6 +16,8 @@ from atomtune.data.records import Refusal, RefusalKind
 from atomtune.errors import BadData
 
 SEPARATORS = (",", "\t", ";")
+#: What a row of empty cells is made of: separators, white space and empty quotes.
+_BLANK_CELLS = "".join(SEPARATORS) + ' "\r\n\ufeff'
 
 
 def separator_line(line: str) -> str:
@@ -88,7 +90,16 @@ def _read_row(keys: list[str], cells: list[str], trouble: str, origin: str) -> R
             "line break in quotes"
         )
         return Refusal(origin, reason, RefusalKind.UNREADABLE)
-    return RawRecord(dict(zip(keys, cells, strict=True)), origin)
+    record: dict[str, str] = {}
+    for key, cell in zip(keys, cells, strict=True):
+        if not key and record.get(key, "").strip():
+            if cell.strip():
+                return Refusal(
+                    origin, "text in two columns without a name; name them in the header", RefusalKind.UNREADABLE
+                )
+            continue
+        record[key] = cell
+    return RawRecord(record, origin)
 
 
 def _read_header(rows: Iterator[list[str]], lines: "_Lines") -> list[str]:
@@ -101,7 +112,7 @@ def _read_header(rows: Iterator[list[str]], lines: "_Lines") -> list[str]:
         raise BadData(f"{lines.name}:{lines.number}: {lines.trouble}.")
     while keys and not keys[-1]:
         keys.pop()
-    repeated = [key for key, count in Counter(keys).items() if count > 1]
+    repeated = [key for key, count in Counter(keys).items() if count > 1 and key]
     if repeated:
         raise BadData(
             f'{lines.name}:{lines.number}: column "{repeated[0]}" appears twice in the header. Rename or remove one.'
@@ -122,10 +133,13 @@ class _Lines(Iterator[str]):
         self.trouble, self._row_bytes = "", 0
 
     def peek(self) -> str:
-        """The first line that is not blank, which is the header's; the next call gives it again."""
+        """The first line that is not blank, which is the header's; the next call gives it again.
+
+        A row of empty cells above the table is a blank line of a spreadsheet.
+        """
         if self._peeked is None:
             line = next(self, "")
-            while not line.strip() and not self.ended:
+            while not self.ended and not line.strip(_BLANK_CELLS) and line.count('"') % 2 == 0:
                 line = next(self, "")
             self._peeked = line
         return self._peeked
