@@ -60,6 +60,13 @@ def test_a_label_of_many_classes_says_nothing_about_the_answer(labels):
     assert all(isinstance(record, Record) for record in outcomes)
 
 
+def test_false_is_no_class_beside_a_label_that_is_no_mark():
+    # One "unsure" among true and false had every unwanted answer of the file trained on.
+    marks = (True, False, "unsure")
+    good, bad, unsure = (record for record, _ in read(*({**ANSWERED["prompt"](GOOD), "label": mark} for mark in marks)))
+    assert isinstance(good, Record) and isinstance(bad, Refusal) and isinstance(unsure, Record)
+
+
 #: Pairs as they are published.
 PAIRS = {
     "TRL": {"prompt": QUESTION, "chosen": GOOD, "rejected": BAD},

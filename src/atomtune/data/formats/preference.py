@@ -33,8 +33,10 @@ def read_preference(record: Json, schema: Schema) -> Field[Json]:
 
 def _without_mark(record: Json, schema: Schema) -> Field[Json]:
     for key in WANTED:
-        if key not in record or (key == "label" and schema.labels_are_classes):
+        if key not in record:
             continue
+        if key == "label" and schema.labels_are_classes and not isinstance(record[key], bool):
+            continue  # true and false are no names of classes, whatever stands in the other records
         wanted = is_wanted(record[key])
         if wanted is False:
             problem = f"{key} is {printable(record[key])}: an answer that is not wanted is not trained on"
