@@ -46,7 +46,10 @@ class _Seen:
 
     def own_texts(self, records: Iterable[Record]) -> Iterator[str]:
         for record in records:
-            self.prompts.append(_hash(*(part for turn in record.prompt for part in (turn.role, turn.text, turn.input))))
+            prompt_texts: list[str] = []
+            for turn in record.prompt:
+                prompt_texts += (turn.role, turn.text, turn.input)
+            self.prompts.append(_hash(*prompt_texts))
             last = record.turns[-1]
             self.answers.append(_hash(last.text, last.reasoning, repr(last.calls)))
             learned = [record.turns[at] for at in record.learned]
@@ -60,9 +63,10 @@ class _Seen:
 
     def count_letters(self) -> None:
         if self._waiting:
-            letters = letters_of(self._waiting)
+            letters = letters_of(self._waiting)  # [texts, SCRIPTS]
             self.letters += letters.sum(axis=0)
-            self.script.extend(numpy.where(letters.any(axis=1), letters.argmax(axis=1), -1))
+            most_letters = letters.argmax(axis=1)
+            self.script.extend(numpy.where(letters.any(axis=1), most_letters, -1))
             self._waiting = []
 
 
@@ -102,6 +106,7 @@ def _hash(*texts: str) -> int:
 
 def read_texts(records: Iterable[Record]) -> Texts:
     """One pass over the records."""
+    # The first records are read ahead: what many of them begin with is cut off before texts are compared.
     coming = iter(records)
     first = list(itertools.islice(coming, _TOLD_FROM))
     seen = _Seen(beginnings_of([own_text(record) for record in first]))

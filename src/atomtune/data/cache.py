@@ -100,9 +100,14 @@ def _code_hash() -> str:
 def tokenizer_text(tokenizer: Any) -> str:
     """Everything about a tokenizer that decides which ids a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    body = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    # A tokenizer written in Python has rules outside its vocabulary; its arguments choose among them.
-    arguments = {} if backend is not None else {k: str(v) for k, v in sorted(tokenizer.init_kwargs.items())}
+    arguments: dict[str, str] = {}
+    if backend is not None:
+        body = backend.to_str()
+    else:
+        body = json.dumps(sorted(tokenizer.get_vocab().items()))
+        # A tokenizer written in Python has rules outside its vocabulary; its arguments choose among them.
+        for name, value in sorted(tokenizer.init_kwargs.items()):
+            arguments[name] = str(value)
     return json.dumps([type(tokenizer).__name__, body, str(tokenizer.special_tokens_map), arguments])
 
 
@@ -122,19 +127,11 @@ def examples_of(
     Served from the cache when nothing changed. advance is called with bytes read.
     Raises BadData for a file that cannot be read, or whose format cannot be told.
     """
-    name = distinct_names([source])[0] if name is None else name
+    if name is None:
+        name = distinct_names([source])[0]
     data_hash = fingerprint_of(source)
-    made_of = [
-        _code_hash(),
-        datasets.__version__,
-        data_hash,
-        name,
-        *template.made_of(),
-        str(rules),
-        tokenizer_text(template.tokenizer),
-    ]
-    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
-    entry = (cache_dir or Path(datasets.config.HF_DATASETS_CACHE)) / "atomtune" / key
+    folder = cache_dir or Path(datasets.config.HF_DATASETS_CACHE)
+    entry = folder / "atomtune" / _key(name, data_hash, template, rules)
     notes: tuple[str, ...] = ()
     problem = entry_problem(entry)
     if problem:
@@ -150,6 +147,20 @@ def examples_of(
         empty = datasets.Dataset.from_dict({column: [] for column in FEATURES}, features=FEATURES)
         return EncodedData(empty, ledger, data_hash, notes)
     return EncodedData(datasets.Dataset.from_file(str(entry / EXAMPLES)), ledger, data_hash, notes)
+
+
+def _key(name: str, data_hash: str, template: Template, rules: Rules) -> str:
+    """A hash of all that could change a token, or the origin of one."""
+    made_of = [
+        _code_hash(),
+        datasets.__version__,
+        data_hash,
+        name,
+        *template.made_of(),
+        str(rules),
+        tokenizer_text(template.tokenizer),
+    ]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
 
 
 def entry_problem(entry: Path) -> str:
@@ -187,8 +198,10 @@ def concatenate(parts: Sequence[EncodedData]) -> EncodedData:
     shared_instructions = {part.ledger.shared_instruction for part in parts}
     ledger.shared_instruction = shared_instructions.pop() if len(shared_instructions) == 1 else None
     ledger.records_copied = copies_in(examples)
-    data_hash = hashlib.sha256("".join(part.data_hash for part in parts).encode()).hexdigest()
-    return EncodedData(examples, ledger, data_hash, tuple(note for part in parts for note in part.notes))
+    hashes = "".join(part.data_hash for part in parts)
+    data_hash = hashlib.sha256(hashes.encode()).hexdigest()
+    notes = itertools.chain.from_iterable(part.notes for part in parts)
+    return EncodedData(examples, ledger, data_hash, tuple(notes))
 
 
 def encoded(
@@ -233,12 +246,16 @@ def chunks_with_schema(
 
 def _schema_of(file: DataFile, first: Sequence[Chunk], rules: Rules) -> Schema:
     """How a file's values are read, told from the first of them; what the user says stands before a description."""
-    raw_records = [value for chunk in first for value in parse_chunk(chunk) if isinstance(value, RawRecord)]
-    sample = raw_records[:_SAMPLE_VALUES]
-    asked = file.format if file.format and rules.format == "auto" else rules.format
+    sample: list[RawRecord] = []
+    for chunk in first:
+        sample += [raw for raw in parse_chunk(chunk) if isinstance(raw, RawRecord)]
+    sample = sample[:_SAMPLE_VALUES]
+    format_choice = rules.format
+    if format_choice == "auto" and file.format:
+        format_choice = file.format
     return detect_schema(
         [raw.value for raw in sample],
-        asked=asked,
+        asked=format_choice,
         keys={**file.keys, **dict(rules.keys)},
         roles={**file.roles, **dict(rules.roles)},
         name=file.name,
@@ -326,8 +343,10 @@ def _prepare(folder: Path) -> None:
 
 def copies_in(examples: datasets.Dataset) -> int:
     """How many rows repeat an earlier one; eight bytes of memory a row."""
+    if not len(examples):
+        return 0
     digests = examples.with_format("numpy")["digest"][:]
-    return len(digests) - len(numpy.unique(digests)) if len(digests) else 0
+    return len(digests) - len(numpy.unique(digests))
 
 
 def as_table(records: Sequence[tuple[Example, ...]]) -> pyarrow.Table:
@@ -335,11 +354,12 @@ def as_table(records: Sequence[tuple[Example, ...]]) -> pyarrow.Table:
     examples = [example for record in records for example in record]
     # array and bytes take Python's integers over three times as fast as numpy does.
     ids = array("i", itertools.chain.from_iterable(example.ids for example in examples))
-    learn = numpy.frombuffer(b"".join([bytes(example.learn) for example in examples]), dtype=numpy.int8)  # [tokens]
+    marks = b"".join([bytes(example.learn) for example in examples])
+    tokens = numpy.frombuffer(ids, dtype=numpy.int32)  # [T], T tokens of all records, R of them
+    learn = numpy.frombuffer(marks, dtype=numpy.int8)  # [T]
     ends = [list(itertools.accumulate(len(example.ids) for example in record)) for record in records]
     lengths = [record_ends[-1] for record_ends in ends]
-    bounds = numpy.cumsum([0, *lengths], dtype=numpy.int32)  # [records + 1]
-    tokens = numpy.frombuffer(ids, dtype=numpy.int32)  # [tokens]
+    bounds = numpy.cumsum([0, *lengths], dtype=numpy.int32)  # [R + 1]
     arrays = [
         pyarrow.ListArray.from_arrays(bounds, tokens),
         pyarrow.ListArray.from_arrays(bounds, learn),
@@ -374,5 +394,10 @@ def _digests(
 
 def as_examples(row: Mapping[str, Any]) -> tuple[Example, ...]:
     """The Examples of a row of the cache, as the frozen values it was made from."""
-    bounds = itertools.pairwise([0, *row["ends"]])
-    return tuple(Example(tuple(row["ids"][a:b]), tuple(row["learn"][a:b]), row["origin"]) for a, b in bounds)
+    # ids   1 5 6 7 1 5 8      the Examples of a record, one behind the other
+    # ends        4     7      one past the last token of each
+    ids, learn, origin = row["ids"], row["learn"], row["origin"]
+    examples = []
+    for start, end in itertools.pairwise([0, *row["ends"]]):
+        examples.append(Example(tuple(ids[start:end]), tuple(learn[start:end]), origin))
+    return tuple(examples)

@@ -62,9 +62,10 @@ class Ledger:
                 mine.update(theirs)
             elif isinstance(mine, list):
                 mine += theirs
+            elif field_.name == "longest_tokens":
+                self.longest_tokens = max(mine, theirs)
             elif isinstance(mine, int):
-                total = max(mine, theirs) if field_.name == "longest_tokens" else mine + theirs
-                setattr(self, field_.name, total)
+                setattr(self, field_.name, mine + theirs)
         if other.format not in self.format.split(", "):
             self.format = ", ".join(filter(None, (self.format, other.format)))
 
@@ -100,7 +101,8 @@ class Ledger:
         known = {f.name for f in fields(cls)}
         if set(values) != known:
             raise ValueError("the ledger was written by another version")
-        refused = [
-            Refusal(**{**refusal, "kind": RefusalKind(refusal["kind"])}) for refusal in values["records_refused"]
-        ]
+        refused = []
+        for refusal in values["records_refused"]:
+            kind = RefusalKind(refusal["kind"])
+            refused.append(Refusal(**{**refusal, "kind": kind}))
         return cls(**{**values, "records_refused": refused, "notices": Counter(values["notices"])})

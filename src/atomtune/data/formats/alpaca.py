@@ -19,8 +19,8 @@ def read_alpaca(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
     instruction = read_text(record["instruction"], "instruction") if "instruction" in record else _NO_TEXT
     answer = read_text(record["output"], "output") if "output" in record else _NO_TEXT
     question = _NO_TEXT if record.get("input") is None else read_text(record["input"], "input")
-    history = read_history(record.get("history"))
     tools = read_tools(record)
+    history = read_history(record.get("history"))
     earlier = with_system(record, history.value)
     problems = (
         *instruction.problems,

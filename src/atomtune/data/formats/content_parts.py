@@ -7,7 +7,7 @@ Published shapes are OpenAI's ({"type": "text", "text": …}), Anthropic's ({"ty
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from atomtune.data.formats.fields import Field, kind, read_json, read_plain, read_text
+from atomtune.data.formats.fields import Field, kind, problems_of, read_json, read_plain, read_text
 from atomtune.data.reading.raw import printable
 
 #: {"name": …, "arguments": {…}}, and the "id" that a tool's turn answers to, where the record has one
@@ -32,15 +32,18 @@ class Content(NamedTuple):
 def read_content(value: object, place: str, *, is_answer: bool) -> Field[Content]:
     """The content of a message; only an answer may hold thoughts and calls."""
     if not isinstance(value, list):
-        text = read_text(value, place)
-        return Field(Content(text.value), text.problems)
-    parts = [_read_part(part, place, is_answer=is_answer) for part in value]
-    content = Content(
-        text="".join(part.value.text for part in parts),
-        reasoning="".join(part.value.reasoning for part in parts),
-        calls=tuple(call for part in parts for call in part.value.calls),
-    )
-    return Field(content, tuple(problem for part in parts for problem in part.problems))
+        whole = read_text(value, place)
+        return Field(Content(whole.value), whole.problems)
+    text, reasoning = "", ""
+    calls: list[Call] = []
+    problems: list[str] = []
+    for part in value:
+        content, part_problems, _ = _read_part(part, place, is_answer=is_answer)
+        text += content.text
+        reasoning += content.reasoning
+        calls += content.calls
+        problems += part_problems
+    return Field(Content(text, reasoning, tuple(calls)), tuple(problems))
 
 
 def _read_part(part: object, place: str, *, is_answer: bool) -> Field[Content]:
@@ -79,7 +82,11 @@ def _first_of(part: Mapping[str, Any], keys: tuple[str, ...]) -> object:
 
 
 def _call_in(part: dict[str, Any], type_name: str) -> object:
-    """A part that is a call, in the shape of one of `tool_calls`."""
+    """A part that is a call, in the shape of one of `tool_calls`.
+
+    OpenAI     {"type": "function", "function": {"name": …, "arguments": …}}
+    Anthropic  {"type": "tool_use", "name": …, "input": {…}}
+    """
     if isinstance(part.get("value"), str | list | dict):  # LLaMA-Factory: the call as it is, or its JSON text
         return part["value"]
     function = part
@@ -100,12 +107,14 @@ def read_calls(value: object, place: str) -> Field[tuple[Call, ...]]:
     if not listed:
         return Field((), (f"{place} holds no call",))
     calls = [_read_call(call, place) for call in listed]
-    return Field(tuple(call.value for call in calls), tuple(problem for call in calls for problem in call.problems))
+    return Field(tuple(call.value for call in calls), problems_of(calls))
 
 
 def _read_call(call: object, place: str) -> Field[Call]:
-    function = call.get("function", call) if isinstance(call, dict) else call
-    if not isinstance(call, dict) or not isinstance(function, dict):
+    if not isinstance(call, dict):
+        return Field({}, (f"{place} is {kind(call)}; expected a call with name and arguments",))
+    function = call.get("function", call)
+    if not isinstance(function, dict):
         return Field({}, (f"{place} is {kind(function)}; expected a call with name and arguments",))
     name = function.get("name")
     if not isinstance(name, str) or not name:
@@ -117,8 +126,8 @@ def _read_call(call: object, place: str) -> Field[Call]:
     if parsed.problems:
         return Field({}, parsed.problems)
     if not isinstance(parsed.value, dict):
-        is_what = f"{place}'s arguments are {kind(parsed.value)}"
-        return Field({}, (f"{is_what}; expected an object or its JSON text",))
+        problem = f"{place}'s arguments are {kind(parsed.value)}; expected an object or its JSON text"
+        return Field({}, (problem,))
     named = {"name": name, "arguments": parsed.value}
     call_id = call.get("id")
     if isinstance(call_id, str) and call_id:

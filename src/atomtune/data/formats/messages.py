@@ -120,10 +120,10 @@ def _read_role(
     if name in roles:
         return Field(roles[name])
     word = printable(name)[:40]
-    near = difflib.get_close_matches(name.lower()[:40], list(ROLES), n=1)
+    near = [*difflib.get_close_matches(name.lower()[:40], list(ROLES), n=1), "assistant"]
     problem = (
         f'turn {number} says role "{word}"; expected system, user, assistant or tool. '
-        f"Rename it, or pass --roles {word}={near[0] if near else 'assistant'}"
+        f"Rename it, or pass --roles {word}={near[0]}"
     )
     return Field("", (problem,))
 
@@ -173,13 +173,18 @@ def _read_other(filled: dict[str, Any], message: dict[str, Any], place: str, rol
             f"{place} ({role}) has a weight; only an assistant's turn is learned. Leave it out or make it 0"
         )
     unused = ["tool_calls", "function_call", *REASONING]
-    if role != "tool":
+    turn = Turn(role, content.value.text)
+    if role == "tool":
+        # Only a tool's turn has a name, of the tool, and says which call it answers.
+        name = read_text(filled.get("name", ""), f"{place}'s name")
+        call_id = filled.get("tool_call_id", "")
+        turn = replace(turn, name=name.value, call_id=call_id if isinstance(call_id, str) else "")
+        problems_of_all = (*problems, *problems_of([content, weight, name]))
+    else:
         unused.append("name")
+        problems_of_all = (*problems, *problems_of([content, weight]))
     notes = tuple(f'key "{key}" of a turn of role {role} is not used' for key in unused if filled.get(key))
-    name = read_text(filled.get("name", "") if role == "tool" else "", f"{place}'s name")
-    call_id = filled.get("tool_call_id", "") if role == "tool" else ""
-    turn = Turn(role, content.value.text, name=name.value, call_id=call_id if isinstance(call_id, str) else "")
-    return Field(turn, (*problems, *problems_of([content, weight, name])), notes)
+    return Field(turn, problems_of_all, notes)
 
 
 def _content_of(filled: dict[str, Any]) -> Any:
@@ -202,13 +207,17 @@ def _no_content(message: dict[str, Any], place: str) -> str:
 
 def _read_reasoning(filled: dict[str, Any], from_parts: str, place: str) -> Field[str]:
     """What the assistant thought; servers give it under several names at once, with equal texts."""
-    fields = [read_text(filled[key], f"{place}'s {key}") for key in REASONING if key in filled]
-    problems = problems_of(fields)
-    texts = [*(field.value for field in fields), from_parts]
-    thoughts = sorted({text for text in texts if text.strip()})
-    if len(thoughts) > 1:
-        problems = (*problems, f"{place} gives its reasoning twice, and differently; leave one out")
-    return Field(thoughts[0] if thoughts else "", problems)
+    thoughts = {from_parts}
+    problems: list[str] = []
+    for key in REASONING:
+        if key in filled:
+            text = read_text(filled[key], f"{place}'s {key}")
+            thoughts.add(text.value)
+            problems += text.problems
+    different = sorted(text for text in thoughts if text.strip())
+    if len(different) > 1:
+        problems.append(f"{place} gives its reasoning twice, and differently; leave one out")
+    return Field(different[0] if different else "", tuple(problems))
 
 
 def _read_weight(filled: dict[str, Any], place: str, *, default: int) -> Field[int]:
@@ -219,22 +228,29 @@ def _read_weight(filled: dict[str, Any], place: str, *, default: int) -> Field[i
         if key not in filled:
             continue
         value = filled[key]
-        if not isinstance(value, int | float) or not 0 <= value <= MOST_OFTEN:
-            is_short_number = type(value) in (int, float) and abs(value) < 1e15
-            shown = f"{value:g}" if is_short_number else kind(value)
-            problems.append(f"{place}'s {key} is {shown}; expected a whole number from 0 to {MOST_OFTEN}")
-        elif value != int(value):
-            problems.append(
-                f"{place}'s {key} is {value:g}; an answer is learned a whole number of times: 0, 1, 2 … Only the "
-                "ratio of weights counts: multiply all of them, and the 1 of answers without a weight, until they are "
-                "whole"
-            )
+        problem = _problem_of_weight(value, f"{place}'s {key}")
+        if problem:
+            problems.append(problem)
         else:
             weights[key] = int(value)
     if len(set(weights.values())) > 1:
         named = " and ".join(f"{key} {weight}" for key, weight in weights.items())
         problems.append(f"{place} says {named}; leave one out")
     return Field(next(iter(weights.values()), default), tuple(problems))
+
+
+def _problem_of_weight(value: object, place: str) -> str:
+    """What is wrong with a weight; "" where it is a whole number that the example cache can hold."""
+    if not isinstance(value, int | float) or not 0 <= value <= MOST_OFTEN:
+        is_short_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
+        shown = f"{value:g}" if is_short_number else kind(value)
+        return f"{place} is {shown}; expected a whole number from 0 to {MOST_OFTEN}"
+    if value != int(value):
+        return (
+            f"{place} is {value:g}; an answer is learned a whole number of times: 0, 1, 2 … Only the ratio of weights "
+            "counts: multiply all of them, and the 1 of answers without a weight, until they are whole"
+        )
+    return ""
 
 
 def _problems_of_empty(turn: Turn, place: str) -> tuple[str, ...]:

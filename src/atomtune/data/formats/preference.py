@@ -71,18 +71,23 @@ def _with_chosen(record: Json, chosen: str, rejected: str) -> Field[Json]:
     answer = record[chosen]
     rest = {key: value for key, value in record.items() if key not in (chosen, rejected)}
     note = _NOTE.format(chosen, rejected)
+    # Beside an instruction: the answer is a text, or one message whose text it is.
     if "instruction" in rest and "output" not in rest:
         return Field({**rest, "output": _text_of(answer)}, notes=(note,))
+    # Beside the earlier turns: the answer is the last one, or repeats them all before it.
     for key in ("conversations", "messages"):
         if isinstance(rest.get(key), list):
             return _behind(rest, key, answer, note)
+    # Beside a prompt: TRL's explicit shape, or its conversational one, where chosen holds the prompt once more.
     if "prompt" in rest and "completion" not in rest:
         if _is_whole_conversation(answer, rest["prompt"]):
-            conversation = {key: value for key, value in rest.items() if key != "prompt"}
-            return Field({**conversation, "messages": answer}, notes=(note,))
+            del rest["prompt"]
+            return Field({**rest, "messages": answer}, notes=(note,))
         completion = [answer] if isinstance(answer, dict) else answer
         return Field({**rest, "completion": completion}, notes=(note,))
-    if isinstance(answer, list) and not any(key in rest for key in ("text", "completion", "output")):
+    # Alone: the whole conversation, with its prompt implied.
+    has_answer = any(key in rest for key in ("text", "completion", "output"))
+    if isinstance(answer, list) and not has_answer:
         return Field({**rest, "messages": answer}, notes=(note,))
     return Field(record)
 
@@ -105,10 +110,10 @@ def _behind(rest: Json, key: str, answer: object, note: str) -> Field[Json]:
         problem = f"{key} ends with an answer already, and another is chosen: leave one of them out"
         return Field(rest, (problem,))
     if isinstance(answer, str):
-        uses_from = bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
-        answer = {"from": "gpt", "value": answer} if uses_from else {"role": "assistant", "content": answer}
-    more = answer if isinstance(answer, list) else [answer]
-    return Field({**rest, key: [*turns, *more]}, notes=(note,))
+        is_sharegpt = bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
+        answer = {"from": "gpt", "value": answer} if is_sharegpt else {"role": "assistant", "content": answer}
+    answer_turns = answer if isinstance(answer, list) else [answer]
+    return Field({**rest, key: [*turns, *answer_turns]}, notes=(note,))
 
 
 def _is_answer(turn: object) -> bool:

@@ -20,11 +20,19 @@ BUFFER_BYTES = 256 * 2**10
 #: Unpacked in one step: a step that meets the end of half a file gives nothing, so the place is exact to one.
 STEP_BYTES = 64 * 2**10
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+ENDINGS = (".gz", ".zst")
 Compression = Literal["gzip", "zstd"]
 #: Text of people packs to a fifth, of machines to a fiftieth. What grows more, and beyond the bytes below, is no data:
 #: a few kilobytes could keep a reader busy for hours.
 MOST_GROWTH = 200
 FREE_BYTES = 256 * 2**20
+
+
+def ending_of(path: Path) -> str:
+    """The ending that says what a file holds: `.csv` of `train.csv.gz`."""
+    if path.suffix.lower() in ENDINGS:
+        path = path.with_suffix("")
+    return path.suffix.lower()
 
 
 def compression_of(head: bytes) -> Compression | None:

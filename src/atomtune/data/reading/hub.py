@@ -18,27 +18,22 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever this version of the hub stands on
 
 from atomtune.data.reading.arrow_rows import BATCH_ROWS, checked, explained, read_batches
+from atomtune.data.reading.compression import ending_of
 from atomtune.data.reading.raw import RawRecord, printable
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
 
 #: Endings of the files that hold records, apart from .gz and .zst.
 READ = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-PACKED = (".gz", ".zst")
 #: JSON files that describe a data set, as `datasets` knows them.
 _NO_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
-def kind_of(path: Path) -> str:
-    """The ending that says what a file holds: `.csv` of `train.csv.gz`."""
-    return (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
-
-
 def is_hub_name(source: str) -> bool:
     """Whether the text names a data set on the hub: `name` or `owner/name`, and `:configuration` if it has several."""
     exists = Path(source).exists()
-    return not exists and bool(_HUB_NAME.fullmatch(source)) and kind_of(Path(source)) not in (*READ, ".txt")
+    return not exists and bool(_HUB_NAME.fullmatch(source)) and ending_of(Path(source)) not in (*READ, ".txt")
 
 
 def is_saved(folder: Path) -> bool:
@@ -105,7 +100,7 @@ def files_of(folder: Path) -> list[Path]:
 
     Raises BadData when there are none, or when a data file would be left out because others are of another kind.
     """
-    here = [path for path in all_files(folder) if kind_of(path) in READ and path.name not in _NO_DATA]
+    here = [path for path in all_files(folder) if ending_of(path) in READ and path.name not in _NO_DATA]
     if not here:
         raise BadData(f"{folder}: not a file, and no folder of data files. Pass one with --dataset_path.")
     with _explained(str(folder)):

@@ -15,10 +15,9 @@ from typing import BinaryIO
 from atomtune.choices import FormatName
 from atomtune.data.reading import hub, jsonl
 from atomtune.data.reading.arrow_rows import ARROW_MAGIC, BATCH_ROWS, read_arrow, read_parquet
-from atomtune.data.reading.compression import compression_of, open_bytes, open_raw
+from atomtune.data.reading.compression import compression_of, ending_of, open_bytes, open_raw
 from atomtune.data.reading.csv_rows import columns_of, read_table, separator_line
 from atomtune.data.reading.dataset_info import FILE_NAME, ListedFile, listed_files
-from atomtune.data.reading.hub import kind_of
 from atomtune.data.reading.json_array import read_array
 from atomtune.data.reading.jsonl import parse_chunk
 from atomtune.data.reading.raw import Chunk, RawRecord, printable
@@ -169,12 +168,13 @@ def _sha256(path: Path) -> str:
 def _read_file(path: Path, name: str, advance: Advance) -> Iterator[Chunk]:
     with open_raw(path) as raw:
         is_compressed = compression_of(raw.read(4)) is not None
+    ending = ending_of(path)
     with open_bytes(path, name=name) as stream:
         head = stream.read(HEAD_BYTES)
     if head.startswith(PARQUET_MAGIC) and not is_compressed:
         yield from read_parquet(path, name, advance)
         return
-    is_stream = kind_of(path) == ".arrow" and head.startswith(_ARROW_STREAM)
+    is_stream = ending == ".arrow" and head.startswith(_ARROW_STREAM)
     if (is_stream or head.startswith(ARROW_MAGIC)) and not is_compressed:
         yield from read_arrow(path, name, advance)
         return
@@ -182,9 +182,10 @@ def _read_file(path: Path, name: str, advance: Advance) -> Iterator[Chunk]:
     if encoding != "utf-8":
         head = head.decode(encoding, "replace").encode("utf-8", "replace")
     _refuse_no_text(path, head)
-    reader = _reader_of(path, head)
+    reader = _reader_of(path, ending, head)
     with open_bytes(path, advance, name=name) as stream:
-        yield from reader(stream if encoding == "utf-8" else as_utf8(stream, encoding, name), name)
+        text = stream if encoding == "utf-8" else as_utf8(stream, encoding, name)
+        yield from reader(text, name)
 
 
 def _refuse_no_text(path: Path, head: bytes) -> None:
@@ -196,28 +197,28 @@ def _refuse_no_text(path: Path, head: bytes) -> None:
         raise BadData(f"{path}: the file is empty. Expected one JSON object a line: instruction, input, output.")
 
 
-def _reader_of(path: Path, head: bytes) -> Callable[[BinaryIO, str], Iterator[Chunk]]:
+def _reader_of(path: Path, ending: str, head: bytes) -> Callable[[BinaryIO, str], Iterator[Chunk]]:
     """What reads a text file that begins like this. Raises BadData for a table under the name of JSON."""
     text = head.removeprefix(codecs.BOM_UTF8).lstrip()
-    kind = kind_of(path)
     if text.startswith(b"["):
         return _array_chunks
     if text.startswith(b"{"):
         return jsonl.read_chunks
-    if kind in (".parquet", ".arrow"):
-        raise BadData(f"{path}: it does not begin like a {kind} file. Download or write it again.")
+    if ending in (".parquet", ".arrow"):
+        raise BadData(f"{path}: it does not begin like a {ending} file. Download or write it again.")
+    # No JSON: a table, where its header or the file's ending says so; else lines that are refused one by one.
     first_line, _, rest = text.decode("utf-8", "replace").partition("\n")
     header = rest.partition("\n")[0] if separator_line(first_line) else first_line
     columns, separator = columns_of(header.strip())
-    if kind in (".csv", ".tsv"):
+    if ending in (".csv", ".tsv"):
         return _table_chunks
     if len(columns) < 2 or _COLUMNS.isdisjoint(columns):
         return jsonl.read_chunks
-    if kind in (".jsonl", ".ndjson", ".json"):
-        ending = ".tsv" if separator == "\t" else ".csv"
+    if ending in (".jsonl", ".ndjson", ".json"):
+        table_ending = ".tsv" if separator == "\t" else ".csv"
         raise BadData(
             f"{path}:1: a table with columns (CSV); expected one JSON object a line. Rename it, and it is read as a "
-            f"table:\n  mv {path.name} {path.stem}{ending}"
+            f"table:\n  mv {path.name} {path.stem}{table_ending}"
         )
     return _table_chunks
 
