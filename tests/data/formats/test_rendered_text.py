@@ -57,12 +57,12 @@ WRITERS: dict[str, Callable[[Said], str]] = {
         "<bos>"
         + every(user="<start_of_turn>user\n@<end_of_turn>\n", assistant="<start_of_turn>model\n@<end_of_turn>\n")(said)
     ),
-    "mistral": mistral,
+    "mistral-v3": mistral,
     "llama2": llama2,
     "alpaca": with_preamble(ALPACA, "\n\n", user="### Instruction:\n@\n\n", assistant="### Response:\n@</s>\n\n"),
     "vicuna": with_preamble(VICUNA, " ", user="USER: @ ", assistant="ASSISTANT: @</s>"),
 }
-NO_SYSTEM = ("gemma", "mistral")  # there it is part of the first user turn
+NO_SYSTEM = ("gemma", "mistral-v3")  # there it is part of the first user turn
 MARKERS = {
     "atom-official": ["<s>", "</s>", "<s>Human: ", "\n</s>", "</s><s>Assistant: "],
     "chatml": [
@@ -79,7 +79,7 @@ MARKERS = {
         "<|begin_of_text|>",
     ],
     "gemma": ["<start_of_turn>", "<end_of_turn>", "<end_of_turn>\n", "<start_of_turn>model\n", "<bos>"],
-    "mistral": ["[INST]", "[/INST]", "[INST] ", "</s>", "<s>", " [/INST] ", "[TOOL_CALLS]"],
+    "mistral-v3": ["[INST]", "[/INST]", "[INST] ", "</s>", "<s>", " [/INST] ", "[TOOL_CALLS]"],
     "llama2": ["[INST]", "[/INST]", " [/INST] ", " </s>", "<s>", "<<SYS>>\n", "\n<</SYS>>\n\n"],
     "alpaca": ["### Instruction:\n", "\n\n### Response:\n", "</s>", "</s>\n\n", "### Input:"],
     "vicuna": ["USER: ", " ASSISTANT: ", "</s>", "ASSISTANT:", "USER:"],
@@ -117,7 +117,7 @@ def test_a_rendered_conversation_is_read_back(name, data, before, behind):
         ("chatml", "", "<|im_end|>\n"),
         ("llama3", "<|begin_of_text|>", "<|eot_id|>"),
         ("gemma", "<bos>", "<end_of_turn>\n"),
-        ("mistral", "<s>", "</s>"),
+        ("mistral-v3", "<s>", "</s>"),
         ("alpaca", "", "</s>\n\n"),
         ("vicuna", "", "</s>"),
         ("atom-official", "", "</s>"),

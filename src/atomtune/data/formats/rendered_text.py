@@ -171,7 +171,7 @@ _LAYOUTS: dict[str, tuple[TextLayout, ...]] = {
             source=_LLAMA2,
             own_bos=True,
         ),
-        _layout("mistral", r"\[INST\] (?>(?P<user>.*?)\[/INST\] )(?P<assistant>.*?)</s>", _INST, "</s>"),
+        _layout("mistral-v3", r"\[INST\] (?>(?P<user>.*?)\[/INST\] )(?P<assistant>.*?)</s>", _INST, "</s>"),
     ),
     "alpaca": (
         _layout("alpaca", *_ALPACA, opening=_ALPACA_OPENING),
