@@ -197,7 +197,7 @@ def test_the_schema_of_a_tool_may_be_nested_as_deep_as_schemas_are():
 def test_control_characters_of_a_key_or_role_are_shown_not_sent_to_the_terminal():
     key = "\x1b]0;PWNED\x07\x1b[2J\x1b[31mk"
     _, (note,) = read({"instruction": "q", "output": "a", key: "v"})
-    missing = reason({"instruction": "q", key: "a"}, asked="alpaca")
+    missing = reason({"instruction": "q", key: "a"}, format_choice="alpaca")
     unknown = reason({"messages": [{"role": key, "content": "q"}, TELL]})
     with pytest.raises(BadData) as raised:
         detect_schema([{"instruction": "q", key: "a"}], name="x.jsonl")

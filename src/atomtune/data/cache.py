@@ -250,12 +250,12 @@ def _schema_of(file: DataFile, first: Sequence[Chunk], rules: Rules) -> Schema:
     for chunk in first:
         sample += [raw for raw in parse_chunk(chunk) if isinstance(raw, RawRecord)]
     sample = sample[:_SAMPLE_VALUES]
-    format_choice = rules.format
+    format_choice: FormatChoice = rules.format
     if format_choice == "auto" and file.format:
         format_choice = file.format
     return detect_schema(
         [raw.value for raw in sample],
-        asked=format_choice,
+        format_choice=format_choice,
         keys={**file.keys, **dict(rules.keys)},
         roles={**file.roles, **dict(rules.roles)},
         name=file.name,

@@ -53,12 +53,7 @@ def evaluate_records(
         for start in range(0, len(order), plan.batch_size):
             rows = order[start : start + plan.batch_size]
             try:
-                # A batch counts when all models have answered it, so that every figure is over the same records.
-                batch: dict[str, list[RecordResult]] = {}
-                for subject in models.subjects:
-                    written = records_by_template[subject.template.key]
-                    records = [written[row] for row in rows]
-                    batch[subject.name] = _batch_results(models, subject, records, collator, plan)
+                batch = _batch_of_all_models(models, records_by_template, rows, collator, plan)
             except KeyboardInterrupt:
                 done.stopped_early = True
                 break
@@ -71,6 +66,22 @@ def evaluate_records(
                 minutes = (time.monotonic() - began) * batches_left / 60
                 console.say(f"About {max(1, round(minutes))} minutes. Ctrl-C ends it early and keeps what is done.")
     return done
+
+
+def _batch_of_all_models(
+    models: Models,
+    records_by_template: dict[str, list[EvalRecord]],
+    rows: Sequence[int],
+    collator: Collator,
+    plan: Plan,
+) -> dict[str, list[RecordResult]]:
+    """Every model's results for these rows. They count only together, so that all figures are over the same records."""
+    batch: dict[str, list[RecordResult]] = {}
+    for subject in models.subjects:
+        written = records_by_template[subject.template.key]
+        records = [written[row] for row in rows]
+        batch[subject.name] = _batch_results(models, subject, records, collator, plan)
+    return batch
 
 
 def _by_length(records: Sequence[EvalRecord]) -> list[int]:

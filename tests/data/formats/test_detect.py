@@ -221,7 +221,7 @@ def test_a_file_that_fits_two_formats_asks(one, other):
     for values in ([{**SIGNED[one], **SIGNED[other]}], [SIGNED[one], SIGNED[other]]):
         said = told(values)
         assert f"--format {one}" in said and f"--format {other}" in said and said.startswith("train.jsonl fits ")
-        assert detect_schema(values, asked=other, name="train.jsonl") == Schema(other)
+        assert detect_schema(values, format_choice=other, name="train.jsonl") == Schema(other)
 
 
 def test_two_formats_are_named_with_their_keys_and_what_to_pass():

@@ -7,9 +7,9 @@ become equal Records (tests/walk/test_mirrors.py).
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
-from atomtune.choices import FormatName
+from atomtune.choices import FormatChoice, FormatName
 from atomtune.data.formats import media, preference
 from atomtune.data.formats.alpaca import read_alpaca
 from atomtune.data.formats.chat import read_messages, read_prompt, read_rendered, read_sharegpt
@@ -91,7 +91,7 @@ def _notes_on_renaming(value: Json, record: Json, schema: Schema) -> tuple[str, 
 def detect_schema(
     values: Sequence[object],
     *,
-    asked: str = "auto",
+    format_choice: FormatChoice = "auto",
     keys: Mapping[str, str] = {},
     roles: Mapping[str, str] = {},
     name: str,
@@ -108,24 +108,34 @@ def detect_schema(
     problems = [*_problems_of_keys(records, keys, name), *_problems_of_roles(roles)]
     if problems:
         raise BadData(listing(problems))
-    named = Schema("alpaca", dict(keys), dict(roles))
-    renamed = [named.rename_keys(record) for record in records]
-    are_classes = preference.labels_are_classes(renamed)
-    if asked != "auto":
-        return Schema(cast(FormatName, asked), named.keys, named.roles, are_classes)
-    plain = [preference.read_preference(record, named).value for record in renamed]
+    schema = Schema("alpaca", dict(keys), dict(roles))
+    renamed = [schema.rename_keys(record) for record in records]
+    format_name: FormatName = "alpaca"
+    if format_choice != "auto":
+        format_name = format_choice
+    elif records:
+        plain = [preference.read_preference(record, schema).value for record in renamed]
+        format_name = _format_of(records, plain, name, first)
+    return Schema(format_name, schema.keys, schema.roles, preference.labels_are_classes(renamed))
+
+
+def _format_of(records: Sequence[Json], plain: Sequence[Json], name: str, first: str) -> FormatName:
+    """The one format that the records fit. Raises BadData where they fit several or none.
+
+    plain  the same records under our keys, preference pairs read
+    """
     # A table writes every column in every row, so keys without a value count only where no others fit.
     fits = _fitting(plain, filled=True) or _fitting(plain, filled=False)
     beside_text: list[FormatName] = [fit for fit in fits if fit != "text"]
     if "text" in fits and beside_text and _text_renders_the_rest(plain, beside_text):
         fits = beside_text
+    if not fits:
+        raise BadData(_fits_none(records, plain, first or name))
     if len(fits) > 1:
         signs = " and ".join(f"{fit} ({', '.join(SIGNS[fit])})" for fit in fits)
         flags = " or ".join(f"--format {fit}" for fit in fits)
         raise BadData(f"{name} fits {signs}: pass {flags}.")
-    if records and not fits:
-        raise BadData(_fits_none(records, plain, first or name))
-    return Schema(fits[0] if fits else "alpaca", named.keys, named.roles, are_classes)
+    return fits[0]
 
 
 def _fitting(records: Sequence[Json], *, filled: bool) -> list[FormatName]:
@@ -167,10 +177,7 @@ def _text_holds_answers(record: Json, answer_keys: Sequence[str]) -> bool:
 
 
 def _fits_none(records: Sequence[Json], plain: Sequence[Json], name: str) -> str:
-    """What to say of records that are of no format: the nearest, what it lacks, and how the keys may be named.
-
-    plain  the same records under our keys, preference pairs read
-    """
+    """What to say of records that are of no format: the nearest, what it lacks, and how the keys may be named."""
     their_keys = _all_keys(records)
     if "chosen" in their_keys and "rejected" in their_keys:
         return f"{name} is {_PAIR_ALONE}."

@@ -90,9 +90,9 @@ def read_batches(
     """
     first = 1
     for batch in batches:
-        repeated = [column for column, count_of in Counter(batch.schema.names).items() if count_of > 1]
-        if repeated:
-            raise BadData(f'{name}: column "{repeated[0]}" appears twice. Rename or remove one.')
+        for column, times in Counter(batch.schema.names).items():
+            if times > 1:
+                raise BadData(f'{name}: column "{column}" appears twice. Rename or remove one.')
         for start in range(0, batch.num_rows, BATCH_ROWS):
             yield _rows(batch.slice(start, BATCH_ROWS), name, first + start)
         first += batch.num_rows
@@ -145,8 +145,12 @@ def _without_filling(value: Any, kind: pyarrow.DataType) -> Any:
     if value is None:
         return None
     if pyarrow.types.is_struct(kind):
-        fields = {field.name: field.type for field in kind}
-        return {key: _without_filling(item, fields[key]) for key, item in value.items() if item is not None}
+        filled = {}
+        for field in kind:
+            item = value[field.name]
+            if item is not None:
+                filled[field.name] = _without_filling(item, field.type)
+        return filled
     if _is_list(kind) and _holds_struct(kind):
         return [_without_filling(item, kind.value_type) for item in value]
     return value
@@ -158,8 +162,9 @@ def _share(size: int, rows: int, advance: Callable[[int], None]) -> Callable[[in
 
     def count(n_rows: int) -> None:
         nonlocal rows_read
-        advance(size * (rows_read + n_rows) // rows - size * rows_read // rows)
+        bytes_before = size * rows_read // rows
         rows_read += n_rows
+        advance(size * rows_read // rows - bytes_before)
 
     return count
 

@@ -22,8 +22,9 @@ _BLANK_CELLS = "".join(SEPARATORS) + ' "\r\n\ufeff'
 
 def separator_line(line: str) -> str:
     """The separator that a line `sep=;` names, which Excel writes and reads as the first; "" for any other line."""
-    name, equals, separator = line.lstrip("\ufeff").strip("\r\n ").strip('"').partition("=")
-    return separator if name.lower() == "sep" and equals and len(separator) == 1 else ""
+    bare_line = line.lstrip("\ufeff").strip("\r\n ").strip('"')  # "sep=;" in quotes too
+    name, _, separator = bare_line.partition("=")
+    return separator if name.lower() == "sep" and len(separator) == 1 else ""
 
 
 def columns_of(header: str) -> tuple[list[str], str]:

@@ -53,9 +53,8 @@ class _Window:
         end = content.find(b"\n", error.start)
         line = self._lines_read + content.count(b"\n", 0, error.start) + 1
         at = self._bytes_read + len(raw) - len(content) + error.start
-        raise BadData(
-            f"{self.name}:{line}: {encoding_reason(content[begin : end if end >= 0 else None], at)}"
-        ) from None
+        bad_line = content[begin:end] if end >= 0 else content[begin:]
+        raise BadData(f"{self.name}:{line}: {encoding_reason(bad_line, at)}") from None
 
     def next_character(self) -> str:
         """The first character behind white space, "" at the end; `at` then stands on it."""
@@ -102,16 +101,18 @@ def read_array(stream: BinaryIO, name: str) -> Iterator[RawRecord]:
     assert window.next_character() == "["
     window.at += 1
     closed = window.next_character() == "]"
-    before, number = 0, 0
+    line_before, number = 0, 0
     while not closed:
         line, number = window.line(), number + 1
-        # No two values share an origin: an array is often written on one line.
-        yield RawRecord(window.value(), f"{name}:{line}" if line > before else f"{name}:{line} value {number}")
-        before = line
-        after = window.next_character()
-        closed = after == "]"
+        origin = f"{name}:{line}"
+        if line == line_before:  # no two values share an origin: an array is often written on one line
+            origin = f"{origin} value {number}"
+        yield RawRecord(window.value(), origin)
+        line_before = line
+        behind = window.next_character()
+        closed = behind == "]"
         if not closed:
-            if after != ",":
+            if behind != ",":
                 window.refuse("expected a comma or the closing bracket")
             window.at += 1
             window.next_character()

@@ -20,7 +20,9 @@ def encoding_of(head: bytes) -> str:
     for encoding, marks in _MARKS:
         if head.startswith(marks):
             return encoding
-    even_zeros, odd_zeros = head[0:_LOOKED_AT:2].count(0), head[1:_LOOKED_AT:2].count(0)
+    # "id" in UTF-16, little end first:  69 00 64 00;  big end first:  00 69 00 64
+    even_zeros = head[0:_LOOKED_AT:2].count(0)
+    odd_zeros = head[1:_LOOKED_AT:2].count(0)
     enough = max(4, len(head[:_LOOKED_AT]) // 8)  # every fourth letter is ASCII
     if odd_zeros >= enough and odd_zeros > 8 * even_zeros:
         return "utf-16-le"
@@ -60,6 +62,7 @@ class _Transcoded(io.RawIOBase):
             self._line += text.count("\n")
             if not raw:
                 break
-        part, self._waiting = self._waiting[: len(buffer)], self._waiting[len(buffer) :]
+        part = self._waiting[: len(buffer)]
+        self._waiting = self._waiting[len(buffer) :]
         buffer[: len(part)] = part
         return len(part)
