@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.ledger import Ledger
 from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped, UserError
+from atomtune.export.model_card import model_card
 from atomtune.model.adapter import refuse_empty
 from atomtune.model.adapter_folder import WEIGHTS, AdapterMetadata
 from atomtune.model.fingerprint import fingerprint
@@ -222,6 +224,7 @@ def _trainer(  # noqa: PLR0917  # each is a station of the walk
             stop=stop,
             skip_nonfinite=run.settings.run.skip_nonfinite,
             resumed_from=run.resumed.checkpoint if run.resumed else None,
+            card=partial(model_card, run.record.values, metadata),
             notice=run.console.notice,
             model=model,
             args=run.args,

@@ -5,7 +5,7 @@ that a checkpoint appears in one rename, is decided here.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ FAILED_SAVES = 3
 GROUP_SETTINGS = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
 #: The Trainer leaves its arguments beside every adapter, as a pickle that nothing reads.
 _TRAINING_ARGUMENTS = "training_args.bin"
+_CARD = "README.md"
 
 
 class SavingTrainer(Trainer):
     """transformers.Trainer whose checkpoints survive a kill, a full disk and flipped bits.
 
     facts         what each manifest says beside its files: the run's identity and the versions
+    card          the text of README.md, of the Trainer's log
     resumed_from  the checkpoint this run began from; never rotated away
     """
 
@@ -46,10 +48,12 @@ class SavingTrainer(Trainer):
         metadata: AdapterMetadata,
         facts: Mapping[str, Any],
         resumed_from: Path | None,
+        card: Callable[[Sequence[Mapping[str, Any]]], str],
         notice: Callable[[str], None],
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.card = card
         # Not the Trainer's processing_class: that would change the model's special ids to the tokenizer's.
         self.tokenizer_to_save, self.metadata, self.facts, self.notice = tokenizer, metadata, facts, notice
         self.resumed_from, self.failed_saves = resumed_from, 0
@@ -80,6 +84,7 @@ class SavingTrainer(Trainer):
             refuse_unlike(folder, model)
         self.tokenizer_to_save.save_pretrained(folder)
         self.metadata.save(folder)
+        (folder / _CARD).write_text(self.card(self.state.log_history), encoding="utf-8")  # in place of PEFT's form
 
     # Private, for want of a public place around all that a checkpoint is made of.
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

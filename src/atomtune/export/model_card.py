@@ -1,0 +1,191 @@
+"""Model card: README.md beside an adapter: what it is, from which records, by which settings, and how it is used.
+
+Everything in it is known from the run; what is not known is left out. No path of a machine and no text of a record
+stands in it, for an adapter's folder is what people hand on. No time either: the same run writes the same card.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from atomtune import __version__
+from atomtune.model.adapter_folder import AdapterMetadata
+
+#: Settings that every card shows, set by the user or not.
+_ALWAYS = (
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_targets",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_seq_length",
+    "dtype",
+    "quantize",
+    "seed",
+)
+#: Settings about places and processes, which say nothing about the adapter.
+_NOT_SHOWN = re.compile(
+    r"_(path|dir|from_checkpoint|token|key|secret|password|minutes)$|^(resume|checkpoint|report_to)"
+)
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def model_card(record: Mapping[str, Any], metadata: AdapterMetadata, history: Sequence[Mapping[str, Any]]) -> str:
+    """The text of README.md.
+
+    record   run.json's values up to now
+    history  the Trainer's log: entries with `step` and `loss` or `eval_loss`
+    """
+    base = str(record["settings"]["model_path"]["value"])
+    sections = [
+        _front_matter(base),
+        f"# A LoRA adapter for {shown_base(base)}",
+        f"Trained with atomtune {__version__}. {_licence_sentence(base)}",
+        _use(base, metadata),
+        _data(record),
+        _settings(record["settings"]),
+        _figures(history),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def shown_base(base: str) -> str:
+    """A hub's name, or the last part of a folder's path."""
+    return base if not Path(base).exists() and _HUB_NAME.fullmatch(base) else Path(base).name
+
+
+def licence_of(base: str) -> str | None:
+    """What the card in the base's folder says; None where there is none, or where the base is not on this disk."""
+    try:
+        text = (Path(base) / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    front = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+    try:
+        values = yaml.safe_load(front[1]) if front else None
+    except yaml.YAMLError:
+        return None
+    licence = values.get("license") if isinstance(values, dict) else None
+    return licence if isinstance(licence, str) else None
+
+
+def _front_matter(base: str) -> str:
+    """What a hub reads. A folder on this machine is no base that a hub could name."""
+    values: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "atomtune"]}
+    if shown_base(base) == base:
+        values["base_model"] = base
+    if licence := licence_of(base):
+        values["license"] = licence
+    return "---\n" + yaml.safe_dump(values, sort_keys=True, allow_unicode=True) + "---"
+
+
+def _licence_sentence(base: str) -> str:
+    licence = licence_of(base)
+    if licence is None:
+        return "The licence of the base applies to what is made from it: look it up before you hand this on."
+    return f"The base's licence is `{licence}`, which applies to what is made from it."
+
+
+def _use(base: str, metadata: AdapterMetadata) -> str:
+    lines = [
+        "## How to use",
+        "",
+        "```bash",
+        "atomtune chat --adapter_path THIS_FOLDER",
+        "```",
+        "",
+        "or with PEFT alone:",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'folder = "THIS_FOLDER"',
+        f'base = AutoModelForCausalLM.from_pretrained("{shown_base(base)}", dtype="auto")',
+        "model = PeftModel.from_pretrained(base, folder)",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)  # with the chat template of the training",
+        'messages = [{"role": "user", "content": "Hello"}]',
+        "prompt = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+        ")",
+        f'stop = tokenizer.convert_tokens_to_ids("{metadata.stop}")',
+        "answer = model.generate(**prompt, eos_token_id=stop, max_new_tokens=200)",
+        'print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
+        "```",
+        "",
+        f"Prompts are written by the template `{metadata.template}`; an answer ends with `{metadata.stop}`.",
+    ]
+    if metadata.template_variables:
+        variables = ", ".join(f"{name}={value!r}" for name, value in metadata.template_variables.items())
+        lines.append(f"The template was rendered with {variables}.")
+    if metadata.instruction is not None:
+        lines.append("The records share an instruction (`instruction` in `atomtune.json`); requests need it too.")
+    return "\n".join(lines)
+
+
+def _data(record: Mapping[str, Any]) -> str:
+    names = {
+        "records_read": "records read",
+        "records_used": "records used",
+        "records_refused": "records refused",
+        "records_cut": "records shortened",
+        "records_held_out": "records held out, not learned",
+        "prompt_tokens": "tokens of prompts",
+        "target_tokens": "tokens learned",
+    }
+    lines = ["## Training data", "", "| | |", "|---|---|"]
+    paths = record.get("data", {}).get("path") or []
+    for path in [paths] if isinstance(paths, str) else paths:
+        lines.append(f"| from | `{shown_base(str(path))}` |")
+    for name, words in names.items():
+        value = record.get(name)
+        count = len(value) if isinstance(value, list) else value
+        if isinstance(count, int):
+            lines.append(f"| {words} | {count:,} |")
+    if fingerprint := record.get("data", {}).get("sha256"):
+        lines.append(f"| SHA-256 | `{fingerprint}` |")
+    return "\n".join(lines)
+
+
+def _settings(settings: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = ["## Settings", "", "| setting | value |", "|---|---|"]
+    for name, entry in settings.items():
+        is_chosen = entry["source"] not in ("default", "atomtune's default")
+        if (is_chosen or name in _ALWAYS) and not _NOT_SHOWN.search(name) and entry["value"] is not None:
+            lines.append(f"| `{name}` | {_shown(entry['value'])} |")
+    return "\n".join([*lines, "", "All others have their defaults; `run.json` of the run lists every one."])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(str(part) for part in value)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _figures(history: Sequence[Mapping[str, Any]]) -> str:
+    training = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    held_out = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    lines = ["## Figures", "", "Loss in nats per learned token.", "", "| | step | loss |", "|---|---|---|"]
+    for name, points in (("training", training), ("held-out records", held_out)):
+        if points:
+            lines.append(f"| {name}, first | {points[0][0]:,} | {points[0][1]:.4f} |")
+            lines.append(f"| {name}, last | {points[-1][0]:,} | {points[-1][1]:.4f} |")
+    if held_out:
+        step, loss = min(held_out, key=lambda point: point[1])
+        lines.append(f"| held-out records, best | {step:,} | {loss:.4f} |")
+    if not held_out:
+        lines += [
+            "",
+            "No records were held out, so these figures say how well the records were learned, not how well new ones "
+            "are answered. `atomtune evaluate --adapter_path THIS_FOLDER --dataset_path TEST.jsonl` measures that.",
+        ]
+    return "\n".join(lines)
