@@ -20,7 +20,7 @@ FLOORS = (
     ("data", "engines"),
     ("analysis", "batch"),
     ("model",),
-    ("verify", "inspect", "evaluate"),
+    ("verify", "inspect", "evaluate", "runs"),
     ("certify",),
     ("export", "serve"),
     ("train",),

@@ -40,6 +40,7 @@ COMMANDS = {
     "export": Command(
         "Write a GGUF for llama.cpp and Ollama, or the adapter for another class.", "atomtune.export.command"
     ),
+    "runs": Command("List the runs in a folder, or compare runs: settings and losses.", "atomtune.runs"),
     "chat": Command("Talk to a trained adapter in the terminal.", "atomtune.serve.chat"),
 }
 

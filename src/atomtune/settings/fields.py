@@ -481,6 +481,15 @@ class ExportSettings(TokenizerSettings):
     )
 
 
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RunsSettings:
+    """Runs"""
+
+    folder: list[str] = setting(["."], "a folder with runs in it; two or more runs are compared", value="FOLDER")
+    plot: str | None = setting(None, "draw the training losses of the compared runs into this file", value="FILE.png")
+    json: bool = setting(False, "print the result as JSON")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """Everything `atomtune train` was told: its own groups, the Trainer's values, and where each was set."""

@@ -13,6 +13,8 @@ from atomtune.settings.entry import Entry
 from atomtune.settings.names import VALUE_SYNONYMS, advice, synonym
 from atomtune.settings.yaml_file import yaml_entries
 
+#: The setting that words without a flag belong to: inspect FILE …, runs FOLDER …
+PATHS_ARE = {"inspect": "dataset_path", "runs": "folder"}
 _NEGATIVE_NUMBER = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 _VALUE = "\0"  # put before a word that argparse would take for a flag; no command line can hold it
 
@@ -37,9 +39,10 @@ class EntryReader:
         """YAML first, then flags, which win."""
         values = self._parsed(argv)
         entries = self._yaml_entries(values.pop("yaml", None), values.pop("config", None))
-        paths = values.pop("paths", None)  # inspect FILE …
+        paths = values.pop("paths", None)
         if paths:
-            entries["dataset_path"] = Entry(paths, "--dataset_path")
+            name = PATHS_ARE[self.command]
+            entries[name] = Entry(paths, f"--{name}")
         for name, value in values.items():
             if value is not None:
                 entries[name] = Entry(_words(value), f"--{name}")
@@ -129,7 +132,7 @@ def parser_of(command: str, types: Mapping[str, Any]) -> argparse.ArgumentParser
     if command == "train":
         parser.add_argument("yaml", nargs="?")
         parser.add_argument("--config")  # what other tools call it
-    if command == "inspect":
+    if command in PATHS_ARE:
         parser.add_argument("paths", nargs="*")
     for name, kind in types.items():
         parser.add_argument(f"--{name}", **arity(kind))

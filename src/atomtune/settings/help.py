@@ -30,6 +30,7 @@ USAGE = {
     "certify": "--adapter_path FOLDER [--served FOLDER_OR_FILE] [--setting value …]",
     "export": "--adapter_path FOLDER --output_dir FOLDER [--to gguf] [--setting value …]",
     "merge": "--adapter_path FOLDER --output_dir FOLDER [--setting value …]",
+    "runs": "[FOLDER …] [--setting value …]",
     "chat": "--adapter_path FOLDER [--setting value …]",
 }
 EXAMPLES = {
@@ -60,6 +61,10 @@ EXAMPLES = {
     "merge": [
         "--adapter_path out --output_dir out-merged",
         "--adapter_path out/checkpoint-500 --output_dir out-merged --dtype bfloat16",
+    ],
+    "runs": [
+        "runs",
+        "out other-out --plot losses.png",
     ],
     "chat": [
         "--adapter_path out",

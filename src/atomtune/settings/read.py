@@ -30,6 +30,7 @@ from atomtune.settings.fields import (
     MergeSettings,
     ModelSettings,
     RunSettings,
+    RunsSettings,
     TrainerSettings,
     TrainSettings,
     VerifySettings,
@@ -48,6 +49,7 @@ GROUPS: dict[str, tuple[type[Any], ...]] = {
     "evaluate": (EvaluateSettings,),
     "certify": (CertifySettings,),
     "export": (ExportSettings,),
+    "runs": (RunsSettings,),
     "merge": (MergeSettings,),
     "chat": (ChatSettings,),
 }

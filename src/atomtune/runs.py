@@ -1,0 +1,196 @@
+"""Runs: the runs in a folder, and two or more of them side by side."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from atomtune.console import Console, print_json
+from atomtune.disk import read_json_object, replacing
+from atomtune.errors import BadSettings
+from atomtune.settings.fields import RunsSettings
+
+RECORD = "run.json"
+#: How deep below the folder a run is looked for: runs/day/name.
+DEPTH = 3
+#: Rows of the table of losses.
+STEPS_SHOWN = 8
+#: Settings that tell where a run lies, and so always differ.
+PLACES = ("output_dir", "logging_dir", "run_name")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder and what its run.json says."""
+
+    folder: Path
+    values: Mapping[str, Any]
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Step → training loss."""
+        history = self.values.get("loss_history") or []
+        return {entry["step"]: entry["loss"] for entry in history if isinstance(entry, dict)}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {name: entry.get("value") for name, entry in (self.values.get("settings") or {}).items()}
+
+    def summary(self) -> dict[str, Any]:
+        """What is listed of it."""
+        data = self.settings.get("dataset_path") or []
+        paths = [data] if isinstance(data, str) else data
+        return {
+            "folder": str(self.folder),
+            "status": self.values.get("status", "?"),
+            "data": ", ".join(Path(str(path)).name for path in paths),
+            "records": self.values.get("records_used"),
+            "steps": self.values.get("steps"),
+            "train_loss": self.values.get("train_loss"),
+            "eval_loss": self.values.get("eval_loss"),
+            "started": self.values.get("started", ""),
+        }
+
+
+def runs(settings: RunsSettings) -> int:
+    """Run `atomtune runs`: one folder is listed; several runs are compared."""
+    folders = [Path(folder) for folder in settings.folder]
+    console = Console(stderr=settings.json)
+    if len(folders) > 1:
+        _compare([_run_in(folder) for folder in folders], settings, console)
+        return 0
+    if settings.plot:
+        raise BadSettings(["--plot draws the runs that are compared. Name two or more: atomtune runs A B."])
+    _list(folders[0], settings, console)
+    return 0
+
+
+def _run_in(folder: Path) -> Run:
+    try:
+        return Run(folder, read_json_object(folder / RECORD))
+    except (OSError, ValueError) as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
+        raise BadSettings([f"{folder / RECORD}: {reason}. Pass the output folder of a run."]) from None
+
+
+def find_runs(folder: Path) -> list[Run]:
+    """The runs in a folder and below it, the earliest first. Records that cannot be read are not listed."""
+    found: list[Run] = []
+    for file in _records_below(folder, DEPTH):
+        try:
+            found.append(Run(file.parent, read_json_object(file)))
+        except (OSError, ValueError):
+            continue
+    return sorted(found, key=lambda run: (str(run.values.get("started", "")), str(run.folder)))
+
+
+def _records_below(folder: Path, depth: int) -> Iterator[Path]:
+    if (folder / RECORD).is_file():
+        yield folder / RECORD
+        return  # what lies in a run are its checkpoints
+    if depth == 0:
+        return
+    for child in sorted(folder.iterdir()):
+        if child.is_dir() and not child.is_symlink() and not child.name.startswith("."):
+            try:
+                yield from _records_below(child, depth - 1)
+            except PermissionError:
+                continue
+
+
+def _list(folder: Path, settings: RunsSettings, console: Console) -> None:
+    if not folder.is_dir():
+        raise BadSettings([f"{folder}: no such folder."])
+    listed = [run.summary() for run in find_runs(folder)]
+    if settings.json:
+        print_json(listed)
+        return
+    if not listed:
+        console.say(f"No runs in {folder}. `atomtune train` writes {RECORD} into its --output_dir.")
+        return
+    table = Table("run", "status", "data", "records", "steps", "loss", "held out", "started", box=None)
+    for summary in listed:
+        summary["folder"] = _below(Path(summary["folder"]), folder)
+        summary["started"] = str(summary["started"])[:16].replace("T", " ")
+        table.add_row(*(_text(value) for value in summary.values()))
+    console.print(table)
+
+
+def _below(folder: Path, top: Path) -> str:
+    relative = folder.relative_to(top)
+    return str(relative) if relative.parts else str(top)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _compare(compared: Sequence[Run], settings: RunsSettings, console: Console) -> None:
+    differing = differing_settings(compared)
+    if settings.json:
+        print_json({"settings": differing, "runs": [run.summary() for run in compared]})
+        return
+    names = [str(run.folder) for run in compared]
+    table = Table("setting", *names, box=None)
+    for name, values in differing.items():
+        table.add_row(name, *(_text(value) for value in values))
+    if differing:
+        console.print(table)
+    else:
+        console.say("All settings are the same.")
+    figures = Table("figure", *names, box=None)
+    for name in ("status", "records_used", "steps", "train_loss", "eval_loss", "seconds", "examples_per_second"):
+        figures.add_row(name, *(_text(run.values.get(name)) for run in compared))
+    console.say("")
+    console.print(figures)
+    _say_losses(compared, names, console)
+    if settings.plot:
+        draw(compared, Path(settings.plot))
+        console.say(f"\nwritten: {settings.plot}")
+
+
+def differing_settings(compared: Sequence[Run]) -> dict[str, list[Any]]:
+    """Setting → its value in each run, of the settings that are not the same in all."""
+    names = sorted(set().union(*(run.settings for run in compared)))
+    rows = {name: [run.settings.get(name) for run in compared] for name in names if name not in PLACES}
+    return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
+
+
+def _say_losses(compared: Sequence[Run], names: Sequence[str], console: Console) -> None:
+    """The training losses at some of the steps that any run logged."""
+    steps = sorted(set().union(*(run.losses for run in compared)))
+    if not steps:
+        return
+    every = max(len(steps) // STEPS_SHOWN, 1)
+    shown = [*steps[:-1:every], steps[-1]]
+    table = Table("loss at step", *names, box=None)
+    for step in shown:
+        table.add_row(f"{step:,}", *(_text(run.losses.get(step)) for run in compared))
+    console.say("")
+    console.print(table)
+
+
+def draw(compared: Sequence[Run], path: Path) -> None:
+    """The training losses of all runs in one picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    for run in compared:
+        axes.plot(list(run.losses), list(run.losses.values()), label=str(run.folder))
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per token (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix.lstrip(".") or "png")
+    pyplot.close(figure)

@@ -1,0 +1,66 @@
+"""`atomtune runs`: what a folder of runs lists, and what differs between two."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from atomtune.cli import main
+from tests.conftest import DIALOGUES, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def folder(models, tmp_path_factory) -> Path:
+    """Two real runs that differ in rate and rank, and a folder with a broken record."""
+    top = tmp_path_factory.mktemp("runs")
+    data = write_jsonl(top / "talk.jsonl", DIALOGUES)
+    for name, flags in (("slow", ("--lora_rank", "4")), ("fast", ("--learning_rate", "1e-2"))):
+        words = ["--model_path", str(models("llama")), "--dataset_path", str(data), "--dtype", "float32"]
+        more = ["--max_steps", "3", "--logging_steps", "1", "--save_steps", "2", "--output_dir", str(top / name)]
+        assert main(["train", *words, *more, *flags]) == 0
+    (top / "broken").mkdir()
+    (top / "broken" / "run.json").write_text('{"status": ')
+    return top
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+
+
+def test_runs_are_listed_with_data_and_loss_and_checkpoints_are_none(folder, capsys):
+    capsys.readouterr()
+    assert main(["runs", str(folder), "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [Path(run["folder"]).name for run in listed] == ["slow", "fast"]  # as they were started
+    for run in listed:
+        assert run["status"] == "finished" and run["data"] == "talk.jsonl" and run["steps"] == 3
+        assert run["train_loss"] == record_of(Path(run["folder"]))["train_loss"]
+    assert main(["runs", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "slow" in out and "fast" in out and "finished" in out
+
+
+def test_two_runs_show_the_settings_that_differ_and_no_others(folder, capsys):
+    capsys.readouterr()
+    assert main(["runs", str(folder / "slow"), str(folder / "fast"), "--json"]) == 0
+    compared = json.loads(capsys.readouterr().out)
+    assert compared["settings"] == {"learning_rate": [1e-4, 1e-2], "lora_rank": [4, 8]}
+    assert main(["runs", str(folder / "slow"), str(folder / "fast")]) == 0
+    out = capsys.readouterr().out
+    last = record_of(folder / "fast")["loss_history"][-1]["loss"]
+    assert "lora_rank" in out and "max_steps" not in out and f"{last:.4g}" in out
+
+
+def test_their_losses_are_drawn(folder, tmp_path, capsys):
+    picture = tmp_path / "losses.png"
+    assert main(["runs", str(folder / "slow"), str(folder / "fast"), "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_no_run_is_told(folder, tmp_path, capsys):
+    assert main(["runs", str(folder / "slow"), str(tmp_path)]) == 2
+    assert "Pass the output folder of a run" in capsys.readouterr().err
+    assert main(["runs", str(tmp_path / "none")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "No runs in" in capsys.readouterr().out
