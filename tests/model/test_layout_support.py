@@ -27,6 +27,7 @@ from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.fused_lora import compute_together
 from atomtune.model.layout_support import why_padded, windows_of
 from atomtune.model.loss import innermost, target_nats
+from tests.hybrids import HYBRIDS, hybrid
 from tests.tiny import FAMILIES, SIZE
 
 WORDS = 97
@@ -333,3 +334,17 @@ def test_a_model_that_takes_a_mask_but_no_plan_is_computed_by_the_mask(family):
     loss, gradient = differs(ours, one_at_a_time(plain))
     assert loss < 1e-7  # nemotron's LayerNorm computes in float32
     assert gradient < 1e-5
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_layers_that_carry_a_state_are_padded_where_weights_are_spread_over_processes(family):
+    model = hybrid(family)
+    plain = innermost(model).config._attn_implementation
+    assert "FSDP and DeepSpeed" in why_padded(model, sharded=True)
+    assert innermost(model).config._attn_implementation == plain
+    assert not layout_support.carries_state(model)
+    assert why_padded(model) is None
+
+
+def test_attention_alone_shares_beginnings_where_weights_are_spread_over_processes():
+    assert why_padded(with_adapter(build("llama")), sharded=True) is None

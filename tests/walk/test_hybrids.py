@@ -1,5 +1,5 @@
-"""A model with linear attention and one with experts and sinks train as a tree, are killed and
-resumed.
+"""A model with linear attention and one with experts and sinks through the whole walk: train as a tree, kill, resume,
+merge, chat.
 """
 
 import json
@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atomtune.cli import main
 from tests.conftest import DIALOGUES, write_jsonl
@@ -65,3 +66,24 @@ def test_killed_and_resumed_it_is_the_same_run(trained, tmp_path):
     assert (out / weights).read_bytes() == (whole / weights).read_bytes()
     ours, theirs = (json.loads((folder / "run.json").read_text()) for folder in (out, whole))
     assert ours["loss_history"] == theirs["loss_history"]
+
+
+def test_merged_it_answers_as_the_adapter_does(trained, tmp_path, capsys):
+    _, base, _, out = trained
+    merged = tmp_path / "merged"
+    merge = ["merge", "--adapter_path", str(out), "--output_dir", str(merged), "--dtype", "float32"]
+    assert main(merge) == 0
+    capsys.readouterr()
+    chat = ["chat", "--prompt", "你是谁？", "--system", LONG, "--max_new_tokens", "8", "--dtype", "float32"]
+    assert main([*chat, "--adapter_path", str(out)]) == 0
+    answer = capsys.readouterr().out.strip()
+
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    messages = [{"role": "system", "content": LONG}, {"role": "user", "content": "你是谁？"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    answered = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert answer == tokenizer.decode(answered[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert not torch.allclose(plain(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-3)

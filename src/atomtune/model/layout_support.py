@@ -48,9 +48,10 @@ class _Way:
     mixers: recurrent.Way | None  # how layers that carry a state do it; None: there are none
 
 
-def why_padded(model: CausalLM) -> str | None:
+def why_padded(model: CausalLM, *, sharded: bool = False) -> str | None:
     """The reason this model takes one example a row only, or None where rows of many are exact.
 
+    sharded  the run spreads the weights over processes (FSDP, DeepSpeed)
     Leaves the model in the first way that is exact, or as it was.
     """
     inner = innermost(model)
@@ -60,6 +61,10 @@ def why_padded(model: CausalLM) -> str | None:
         return f"it has layers of the kind {', '.join(sorted(foreign - _KNOWN_ATTENTION))}"
     register()
     mixers, attends = recurrent.find_mixers(inner)
+    if mixers and sharded:
+        # Such a layer is called once for each level of branches. Where weights are gathered around each call, processes
+        # whose batches have other numbers of levels would wait for each other. Not tried on several GPUs yet.
+        return "its layers carry a state from token to token, which FSDP and DeepSpeed allow in padded rows only"
     if not takes(model, "position_ids") and not any(map(recurrent.takes_cache, mixers)):
         return "its forward takes no position_ids"
     reasons = []

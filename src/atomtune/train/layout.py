@@ -55,7 +55,8 @@ def choose_layout(run: RunContext, model: CausalLM, tokenizer: Any, data: Data, 
     batches = _sampled_batches(data, per_batch=per_batch, seed=run.args.seed)
     tokens = LayoutTokens.of(batches)
     choice = run.settings.data.layout
-    reason = "--layout padded" if choice == "padded" else why_padded(model)
+    sharded = bool(run.args.fsdp or run.args.deepspeed)
+    reason = "--layout padded" if choice == "padded" else why_padded(model, sharded=sharded)
     if choice in ("tree", "packed") and reason is not None:
         raise BadSettings([f"--layout {choice} would not be exact for this model: {reason}.\nPass --layout padded."])
     layout: Layout
