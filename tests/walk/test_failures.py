@@ -262,7 +262,7 @@ def test_a_disk_that_stays_full_ends_the_run(models, dialogues, tmp_path, monkey
     assert main(command(models("llama"), dialogues, out, "--max_steps", "40", "--save_steps", "2")) == 3
     assert len(saves) == 4
     said = capsys.readouterr().err
-    assert "3 saves one after another" in said
+    assert "3 saves in a row failed" in said
     assert "checkpoint-2" in said
     assert status(out)["status"] == "failed"
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
