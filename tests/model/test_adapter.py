@@ -1,6 +1,7 @@
 """Adapters: a file fills every tensor of the adapter, or each one that does not fit is named."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from atomtune.cli import main
 from atomtune.errors import BadModel
-from atomtune.model.adapter import LoraSpec, load_trained, new_adapter, start_from_weights
+from atomtune.model.adapter import LoraSpec, load_another, load_trained, new_adapter, start_from_weights
 from atomtune.model.load import BaseSpec, load_base
 
 CPU = torch.device("cpu")
@@ -46,6 +47,18 @@ def test_a_saved_adapter_answers_as_it_did(models, saved):
     assert not torch.allclose(plain, adapted, atol=1e-3)
 
 
+def test_a_second_adapter_answers_as_it_does_alone(models, saved, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    shutil.copytree(saved, other, dirs_exist_ok=True)
+    spoil(other, lambda w, _: {name: tensor * 2 for name, tensor in w.items()})
+    both, ids = load_trained(base(models), saved), torch.arange(3, 15)[None]
+    load_another(both, other, "second")
+    with torch.no_grad():
+        for name, folder in (("second", other), ("default", saved)):
+            both.set_adapter(name)
+            assert torch.equal(both(input_ids=ids).logits, load_trained(base(models), folder)(input_ids=ids).logits)
+
+
 FAULTS = {
     "missing": (lambda w, first: {n: t for n, t in w.items() if n != first}, "not in the file"),
     "renamed": (lambda w, first: {n.replace("self_attn", "attention"): t for n, t in w.items()}, "not in this model"),
@@ -56,13 +69,16 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("use", ["to answer", "to train on"])
+@pytest.mark.parametrize("use", ["to answer", "to train on", "beside another"])
 def test_a_tensor_that_does_not_fit_is_named(models, saved, fault, use):
     change, reason = FAULTS[fault]
+    another = load_trained(base(models), saved)
     first = spoil(saved, change)
     with pytest.raises(BadModel) as raised:
         if use == "to answer":
             load_trained(base(models), saved)
+        elif use == "beside another":
+            load_another(another, saved, "second")
         else:
             start_from_weights(base(models), saved / "adapter_model.safetensors", LORA, notice=print)
     assert reason in str(raised.value)

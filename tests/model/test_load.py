@@ -86,6 +86,13 @@ def test_a_weight_under_another_name_is_named_twice(models, tmp_path):
     assert f"{DOWN.replace('down_proj', 'w2')}: in the weight files, but the model has no place" in str(raised.value)
 
 
+def test_a_weight_of_another_shape_is_named_with_both(models, tmp_path):
+    # It was a traceback that asked for a bug report.
+    spec = rewritten(models("llama"), tmp_path / "m", lambda w: {**w, DOWN: w[DOWN][:5].contiguous()})
+    with pytest.raises(BadModel, match=rf"{DOWN}: \(5, 64\) in the weight files, \(32, 64\) in the model"):
+        load_base(spec)
+
+
 def test_buffers_of_older_versions_are_no_weights(models, tmp_path):
     buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "x.attn.masked_bias": torch.ones(1)}
     load_base(rewritten(models("llama"), tmp_path / "m", lambda w: {**w, **buffers}))

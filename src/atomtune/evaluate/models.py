@@ -10,8 +10,8 @@ from typing import Any
 from atomtune.console import Console
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
-from atomtune.errors import BadModel, BadSettings
-from atomtune.model.adapter import load_trained
+from atomtune.errors import BadSettings
+from atomtune.model.adapter import load_another, load_trained
 from atomtune.model.adapter_folder import base_of, template_of
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import refuse_other_base
@@ -79,7 +79,7 @@ def load_models(settings: EvaluateSettings, console: Console) -> Models:
     for i, (folder, name, (template, _)) in enumerate(zip(folders, _names(folders), trained, strict=True)):
         adapter = "default" if i == 0 else f"adapter_{i}"  # PEFT takes no dots in a name
         if i > 0:
-            _load_another(model, folder, adapter)
+            load_another(model, folder, adapter)
         subjects.append(Subject(name, adapter, template))
     longest = max(card.max_seq_length for _, card in trained)
     return Models(model.eval(), base_path, tuple(subjects), settings.max_seq_length or longest)
@@ -101,13 +101,6 @@ def _common_base(settings: EvaluateSettings, folders: Sequence[Path]) -> str:
             ]
         )
     return bases.pop()
-
-
-def _load_another(model: Any, folder: Path, name: str) -> None:
-    try:
-        model.load_adapter(str(folder), adapter_name=name)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise BadModel(f"{folder} does not fit this base: {str(error)[:600]}") from error
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -118,9 +118,9 @@ def _notice_unused(config: LoraConfig, base: CausalLM, lora: LoraSpec, *, notice
         notice(f"--lora_targets {','.join(lora.targets)} is not used: the checkpoint's adapter has {names}.")
 
 
-def _fill(model: PeftModel, weights: Mapping[str, torch.Tensor], file: Path) -> None:
+def _fill(model: PeftModel, weights: Mapping[str, torch.Tensor], file: Path, adapter: str = "default") -> None:
     """Load every tensor of a file, or name each one that does not fit. Nothing is left as it was initialized."""
-    own = get_peft_model_state_dict(model)
+    own = get_peft_model_state_dict(model, adapter_name=adapter)
     problems = [f"{name}: not in the file" for name in own.keys() - weights.keys()]
     problems += [f"{name}: not in this model" for name in weights.keys() - own.keys()]
     for name in own.keys() & weights.keys():
@@ -133,7 +133,7 @@ def _fill(model: PeftModel, weights: Mapping[str, torch.Tensor], file: Path) -> 
             problems.append(f"{name}: holds values that are not finite (NaN or infinity)")
     if problems:
         raise BadModel(f"{file} does not fit this base and these LoRA settings:\n{listing(sorted(problems))}")
-    set_peft_model_state_dict(model, dict(weights))
+    set_peft_model_state_dict(model, dict(weights), adapter_name=adapter)
 
 
 def load_trained(base: CausalLM, folder: Path) -> PeftModel:
@@ -154,6 +154,21 @@ def load_trained(base: CausalLM, folder: Path) -> PeftModel:
         raise BadModel(f"{folder} does not fit this base: {str(error)[:1500]}") from error
     _fill(model, weights, file)
     return model.eval()
+
+
+def load_another(model: PeftModel, folder: Path, name: str) -> None:
+    """A further saved adapter beside those of the model, under a name. Raises BadModel unless every tensor fits."""
+    file = adapter_file(folder)
+    if file is None:
+        raise BadModel(f"{folder}: no adapter weights here.")
+    config = adapter_config(folder)
+    config.inference_mode = True
+    weights = read_weights(file)
+    try:
+        model.add_adapter(name, config)
+    except ValueError as error:  # PEFT: a target that no module of this base has
+        raise BadModel(f"{folder} does not fit this base: {str(error)[:1500]}") from error
+    _fill(model, weights, file, name)
 
 
 def refuse_unlike(folder: Path, model: PeftModel) -> None:

@@ -180,6 +180,7 @@ def load_base(spec: BaseSpec) -> CausalLM:
             dtype=spec.dtype,
             trust_remote_code=spec.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, and refused by name below
             **placement,
         )
     _refuse_partial(spec.path, report)
@@ -198,7 +199,12 @@ def _refuse_partial(path: str, report: Mapping[str, Any]) -> None:
     """
     missing = sorted(report["missing_keys"])
     unused = sorted(name for name in report["unexpected_keys"] if not name.endswith(_OLD_BUFFERS))
+    mismatched = sorted(report["mismatched_keys"])
     problems = [f"  {name}: not in the weight files; it would be random numbers" for name in missing]
+    problems += [
+        f"  {name}: {tuple(stored)} in the weight files, {tuple(expected)} in the model"
+        for name, stored, expected in mismatched
+    ]
     problems += [f"  {name}: in the weight files, but the model has no place for it" for name in unused]
     if problems:
         raise BadModel(
