@@ -6,16 +6,20 @@
 The published tokenizers are read from $ATOMTUNE_REAL or ~/.cache/atomtune-real; published templates that their folders
 lack, from the package trl where it is installed. Each learned answer is compared with what others make of the same
 messages: its prompt with transformers' apply_chat_template, tokenized at once; the answer with what the template writes
-behind that prompt, or, where the template hides it again, with what the model's publisher documents.
+behind that prompt, or, where the template hides it again, with what the model's publisher documents. Mistral's three
+are the built-in templates on the tokenizers of mistral-common, compared with the ids of its own encoders.
 """
 
 import argparse
 import importlib.util
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,12 @@ TOKENIZERS = {
     "DeepSeek-V3": ("tok/deepseek_v3", None),
     "DeepSeek-R1": ("tok/deepseek_v3", "deepseek_r1_distill"),
     "gpt-oss": ("tok/gptoss", "gptoss"),
+}
+#: name in the table → tokenizer file in the package mistral-common, built-in template; the server is its own encoder
+MISTRAL = {
+    "Mistral v1": ("tokenizer.model.v1", "mistral-v1"),
+    "Mistral v3": ("mistral_instruct_tokenizer_240323.model.v3", "mistral-v3"),
+    "Mistral Tekken": ("tekken_240718.json", "mistral-tekken"),
 }
 Message = dict[str, Any]
 
@@ -154,6 +164,8 @@ class Verdict:
 
 def template_for(name: str) -> Template | None:
     """A published tokenizer with its published template; None where one of them is not here."""
+    if name in MISTRAL:
+        return mistral_template(name)
     folder, published = TOKENIZERS[name]
     if not (REAL / folder / "tokenizer.json").is_file():
         return None
@@ -167,6 +179,24 @@ def template_for(name: str) -> Template | None:
     return load_template("auto", tokenizer, day=date.today())
 
 
+def mistral_template(name: str) -> Template | None:
+    """A tokenizer of mistral-common, read as transformers reads it, with the built-in template for it."""
+    file, built_in = MISTRAL[name]
+    spec = importlib.util.find_spec("mistral_common")
+    if spec is None or spec.origin is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        is_tekken = file.endswith(".json")
+        config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "legacy": False}
+        shutil.copy(
+            Path(spec.origin).parent / "data" / file, Path(folder, "tekken.json" if is_tekken else "tokenizer.model")
+        )
+        Path(folder, "config.json").write_text('{"model_type": "mistral"}')
+        if not is_tekken:
+            Path(folder, "tokenizer_config.json").write_text(json.dumps(config))
+        return load_template(built_in, load_tokenizer(folder))
+
+
 def verdict(template: Template, record: Message) -> Verdict:
     """Whether each answer of a record is learned behind the prompt that a server sends, and as it is published."""
     ledger = Ledger()
@@ -178,7 +208,7 @@ def verdict(template: Template, record: Message) -> Verdict:
     for at, message in enumerate(record["messages"]):
         if message["role"] != "assistant":
             continue
-        server = Server(template, record)
+        server = server_for(template, record)
         prompt, answer = server.prompt_ids(at), server.answer_ids(at)
         if not any(stands_in(example, prompt, answer) for example in examples):
             return Verdict("differs", f"answer in turn {at + 1}")
@@ -189,6 +219,55 @@ def verdict(template: Template, record: Message) -> Verdict:
 def stands_in(example: Any, prompt: list[int], answer: list[int]) -> bool:
     start, end = len(prompt), len(prompt) + len(answer)
     return list(example.ids[:end]) == prompt + answer and set(example.learn[start:end]) == {1}
+
+
+def server_for(template: Template, record: Message) -> "Server | MistralServer":
+    files = {built_in: file for file, built_in in MISTRAL.values()}
+    return MistralServer(files[template.name], record) if template.name in files else Server(template, record)
+
+
+class MistralServer:
+    """What mistral-common makes of the messages."""
+
+    def __init__(self, file: str, record: Message) -> None:
+        self.file = file
+        self.messages = [self._sent(message) for message in record["messages"]]
+        self.tools = record.get("tools")
+
+    def _sent(self, message: Message) -> Message:
+        """As a client sends it: no thoughts, a call's arguments as JSON text, and no empty text beside it."""
+        sent = {key: value for key, value in message.items() if key != "reasoning_content"}
+        if "tool_calls" in sent:
+            sent["tool_calls"] = [
+                {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+                for call in sent["tool_calls"]
+            ]
+            sent = {key: value for key, value in sent.items() if value != ""}
+        return sent
+
+    def _encoded(self, until: int, mode: str) -> list[int]:
+        from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+        request = ChatCompletionRequest.from_openai(messages=self.messages[:until], tools=self.tools)
+        return list(mistral_encoder(self.file, mode).encode_chat_completion(request).tokens)
+
+    def prompt_ids(self, at: int) -> list[int]:
+        return self._encoded(at, "test")
+
+    def answer_ids(self, at: int) -> list[int]:
+        prompt, full = self.prompt_ids(at), self._encoded(at + 1, "finetuning")
+        assert full[: len(prompt)] == prompt
+        return full[len(prompt) :]
+
+
+@cache
+def mistral_encoder(file: str, mode: str) -> Any:
+    import mistral_common
+    from mistral_common.protocol.instruct.validator import ValidationMode
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    path = Path(mistral_common.__file__).parent / "data" / file
+    return MistralTokenizer.from_file(str(path), mode=ValidationMode(mode))
 
 
 class Server:
@@ -315,8 +394,8 @@ def as_markdown(verdicts: dict[str, dict[str, Verdict]]) -> str:
             "",
             "Written by `make token-truth` (`benchmarks/token_truth.py`, whose head says what is compared).",
             "*equal*: every answer of the conversation is learned token for token as the published template or its",
-            "document writes it, behind the ids that a server makes of the messages before it. *refused*: the record",
-            "is not trained on, for the reason given.",
+            "document writes it (Mistral's: as its own encoder does), behind the ids that a server makes of the",
+            "messages before it. *refused*: the record is not trained on, for the reason given.",
             "",
             "| | " + " | ".join(names) + " |",
             "|---|" + "---|" * len(names),
@@ -331,7 +410,7 @@ def as_markdown(verdicts: dict[str, dict[str, Verdict]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write docs/token-truth.md")
-    parser.add_argument("--only", nargs="*", default=list(TOKENIZERS), help="names of tokenizers")
+    parser.add_argument("--only", nargs="*", default=[*TOKENIZERS, *MISTRAL], help="names of tokenizers")
     arguments = parser.parse_args()
     verdicts = table(arguments.only)
     text = as_markdown(verdicts)

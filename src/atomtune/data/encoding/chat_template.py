@@ -360,10 +360,12 @@ class Conversation:
         form = None if self.variables else template.form
         if form is not None and not turn.reasoning and not turn.calls and not mentions_thoughts(turn.text):
             text, stop = form.written(str(self.messages[self.starts[at]]["content"])), template.stop
+            has_space = form.lead == " "
         else:
             text, stop = template.ended(self.written(at, "".join(parts)))
-            if text.startswith(" ") and not turn.text.startswith(" ") and template.tokens.writes_a_space:
-                text = text[1:]  # the tokenizer writes it
+            has_space = text.startswith("  ") or not turn.text.startswith(" ")
+        if has_space:
+            text = template.tokens.without_written_space(text)
         answer = self.escaper.piece(text, learn=True)
         return Exchange(pieces, answer, turn.learn, at, stop, self._lost_of(turn, answer.text))
 

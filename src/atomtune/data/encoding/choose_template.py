@@ -200,8 +200,7 @@ def _answer_form(template: Template) -> AnswerForm | None:
     common = frozenset.intersection(*forms)
     for trims in TRIMS:
         for lead in sorted(form.lead for form in common if form.trims == trims):
-            unsaid = lead == " " and template.tokens.writes_a_space
-            return AnswerForm("" if unsaid else lead, trims)
+            return AnswerForm(lead, trims)
     return None
 
 

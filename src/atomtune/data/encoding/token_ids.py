@@ -50,6 +50,17 @@ class PieceTokenizer:
         """Whether a text tokenized on its own begins with a space, as SentencePiece's do: `▁Paris` for `Paris`."""
         return self._tokenize(["Paris"])[0] == self._continuation(" Paris")
 
+    @cached_property
+    def _writes_a_space_before_spaces(self) -> bool:
+        """Whether it does that before a text that begins with one too: sentencepiece does, transformers' Llama not."""
+        return self._tokenize([" Paris"])[0] == self._continuation("  Paris")
+
+    def without_written_space(self, text: str) -> str:
+        """What to tokenize on its own for the ids of a text behind a prompt that begins with a template's space."""
+        if not text.startswith(" ") or not self.writes_a_space:
+            return text
+        return text[1:] if not text.startswith("  ") or self._writes_a_space_before_spaces else text
+
     def splits_before(self, text: str) -> bool:
         """Whether a text may be cut before this one, which begins with a control token, and both parts tokenized."""
         if not self.controls.match(text):
@@ -95,7 +106,7 @@ class PieceTokenizer:
             breaks = tuple(b - start for b in piece.breaks if start < b < stop)
             text = piece.text[start:stop]
             anew = not ids or self._begins_anew_behind_controls
-            plain = self._as_plain_text(text) if breaks and anew else None
+            plain = self._as_plain_text(text, goes_on=not anew) if breaks else None
             if not breaks:
                 ids += self._continuation(text) if ids else self._tokenize([text])[0]
             elif plain is not None:
@@ -121,17 +132,25 @@ class PieceTokenizer:
                 joined.append((a, b))
         return joined
 
-    def _as_plain_text(self, text: str) -> list[int] | None:
-        """Ids of a text on its own, nothing in it special; None where this tokenizer cannot do that."""
+    def _as_plain_text(self, text: str, *, goes_on: bool) -> list[int] | None:
+        """Ids of a text, nothing in it special; None where this tokenizer cannot do that.
+
+        goes_on  it stands behind other text, so that no space is written before it
+        """
         if not self._short_way_is_the_same:
             return None
         backend = self.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        anchors = _ANCHORS if goes_on else ("",)
         backend.encode_special_tokens = True
         try:
-            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+            tried = [backend.encode_batch_fast([anchor, anchor + text], add_special_tokens=False) for anchor in anchors]
         finally:
             backend.encode_special_tokens = False
-        return ids if self.control_ids.isdisjoint(ids) else None
+        for alone, together in tried:
+            if together.ids[: len(alone.ids)] == alone.ids and (alone.ids or not goes_on):
+                ids: list[int] = together.ids[len(alone.ids) :]
+                return ids if self.control_ids.isdisjoint(ids) else None
+        return None
 
     @cached_property
     def _begins_anew_behind_controls(self) -> bool:
