@@ -1,3 +1,45 @@
-"""atomtune: LoRA instruction fine-tuning of causal language models."""
+"""atomtune: LoRA instruction fine-tuning of causal language models.
+
+from atomtune import train, load, inspect, evaluate: the commands as functions (api.py).
+from atomtune import share_prefixes: rows without repeated beginnings in a training loop of your own (own_loop.py).
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
 
 __version__ = "0.1.0"
+#: The functions of the library, and the modules they are imported from when they are first asked for.
+_FUNCTIONS = {
+    "train": "atomtune.api",
+    "load": "atomtune.api",
+    "inspect": "atomtune.api",
+    "evaluate": "atomtune.api",
+    "share_prefixes": "atomtune.own_loop",
+}
+__all__ = ["__version__", "evaluate", "inspect", "load", "share_prefixes", "train"]
+
+
+class _Package(ModuleType):
+    """The package, in which `train`, `inspect` and `evaluate` are functions although folders have these names too.
+
+    Python's import system would put the folder's module in the function's place as soon as it is imported.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _FUNCTIONS or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _FUNCTIONS:
+            raise AttributeError(f"module 'atomtune' has no attribute {name!r}")
+        function = getattr(importlib.import_module(_FUNCTIONS[name]), name)
+        setattr(self, name, function)
+        return function
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *_FUNCTIONS]
+
+
+sys.modules[__name__].__class__ = _Package

@@ -178,12 +178,10 @@ def _say_losses(compared: Sequence[Run], names: Sequence[str], console: Console)
 
 def draw(compared: Sequence[Run], path: Path) -> None:
     """The training losses of all runs in one picture."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    figure = Figure(figsize=(7, 4), dpi=120)
+    axes = figure.subplots()
     for run in compared:
         axes.plot(list(run.losses), list(run.losses.values()), label=str(run.folder))
     axes.set_xlabel("step")
@@ -193,4 +191,3 @@ def draw(compared: Sequence[Run], path: Path) -> None:
     figure.tight_layout()
     with replacing(path) as file:
         figure.savefig(file, format=path.suffix.lstrip(".") or "png")
-    pyplot.close(figure)

@@ -54,7 +54,7 @@ def test_a_conversation_reads_lines_and_an_empty_one_begins_anew(trained, capsys
 def test_an_empty_system_text_is_a_system_text():
     # It switches a default persona off, as it does for a server.
     from atomtune.data.encoding.choose_template import load_template
-    from atomtune.serve.chat import Wording
+    from atomtune.serve.tuned_model import Wording
     from tests.tiny import CHATML, tokenizer_of
 
     persona = "{% if messages[0].role != 'system' %}I am a default.{% endif %}"

@@ -37,3 +37,24 @@ def test_train_sh_runs(models, dialogues, tmp_path):
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["records_used"] == record["records_read"] == 40
     assert "--fp16" in done.stdout, "what becomes of --fp16 on a CPU is said"
+
+
+def test_the_notebook_runs_cell_by_cell(tmp_path):
+    """Its code cells one after the other in a new process, as a kernel runs them."""
+    notebook = json.loads((EXAMPLES / "library.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code")
+    program = f"names = {{}}\nfor cell in {cells!r}:\n    exec(compile(cell, 'cell', 'exec'), names)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, encoding="utf-8", check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "359 records" in done.stdout and "held-out loss" in done.stdout and "Better: " in done.stdout
+
+
+@pytest.mark.parametrize("name", ["share_prefixes_peft", "share_prefixes_trl"])
+def test_sharing_prefixes_takes_at_most_fifteen_lines(name):
+    # What they compute is held against padded loops in tests/test_own_loop.py.
+    lines = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8").partition('"""\n\n')[2].splitlines()
+    imports = ("import ", "from ")
+    assert 0 < len([line for line in lines if line.strip() and not line.startswith(imports)]) <= 15

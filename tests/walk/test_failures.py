@@ -186,7 +186,7 @@ def test_running_out_of_address_space_is_out_of_memory(models, dialogues, tmp_pa
     script = (
         "import resource, sys, torch\n"
         "from atomtune.cli import main\n"
-        "import atomtune.train.trainer as t\n"
+        "from atomtune.train import trainer as t\n"
         "real = t.target_nats\n"
         "def hungry(*a, **k):\n"
         f"    resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit}))\n"
@@ -353,13 +353,15 @@ def test_a_disk_that_holds_no_checkpoint_is_refused_before_the_first_step(models
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("atomtune.train.output_folder.shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
     assert main(command(models("llama"), dialogues, tmp_path / "out", "--max_steps", "2")) == 3
     assert "The disk is full" in status(tmp_path / "out")["reason"]
 
 
 def test_out_of_memory_while_loading_is_told_so(models, dialogues, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("atomtune.train.model.load_base", lambda *a, **k: torch.empty(1 << 50, dtype=torch.uint8))
+    from atomtune.train import model
+
+    monkeypatch.setattr(model, "load_base", lambda *a, **k: torch.empty(1 << 50, dtype=torch.uint8))
     assert main(command(models("llama"), dialogues, tmp_path / "out", "--max_steps", "2")) == 3
     assert "--quantize nf4" in capsys.readouterr().err
 

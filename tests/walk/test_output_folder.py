@@ -143,7 +143,7 @@ def test_a_limit_on_the_size_of_files_keeps_the_last_checkpoint(models, dialogue
     largest = max(file.stat().st_size for file in (whole / "checkpoint-2").iterdir())
     script = (
         "import resource, sys\n"
-        "import atomtune.train.trainer as trainer\n"
+        "from atomtune.train import trainer\n"
         "from atomtune.cli import main\n"
         "real, calls = trainer.target_nats, []\n"
         "def limited(*a, **k):\n"

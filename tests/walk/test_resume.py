@@ -357,7 +357,9 @@ def test_the_best_checkpoint_is_found_where_it_stands_now_or_missed_aloud(models
 def test_other_versions_of_the_libraries_are_said(whole, tmp_path, capsys, monkeypatch):
     base, data, undisturbed = whole
     kept = next(undisturbed.glob("checkpoint-*"))
-    monkeypatch.setattr("atomtune.train.run_report.version", lambda name: "99.0")
+    from atomtune.train import run_report
+
+    monkeypatch.setattr(run_report, "version", lambda name: "99.0")
     flags = ["--resume_from_checkpoint", str(kept), "--max_minutes", "0.0001"]
     assert main(arguments(base, data, tmp_path / "out", *flags)) == 75
     assert "versions changed since the run began" in " ".join(capsys.readouterr().out.split())

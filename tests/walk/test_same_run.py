@@ -171,7 +171,9 @@ def test_before_the_first_step_nothing_is_saved_and_that_is_said(models, dialogu
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr("atomtune.train.model.load_base", while_loading)
+    from atomtune.train import model
+
+    monkeypatch.setattr(model, "load_base", while_loading)
     assert main(command(models("llama"), dialogues, out, "--max_steps", "2")) == 75
     said = capsys.readouterr().err
     assert "SIGTERM received; stopped at once, there is no checkpoint yet" in said

@@ -27,7 +27,7 @@ def evaluate(settings: EvaluateSettings) -> int:
     """Run `atomtune evaluate`. Raises Stopped (exit code 75) after Ctrl-C, with the report of what was done."""
     console = Console()
     report = measure(settings, console)
-    _say(report, console)
+    say(report, console)
     folder = output_folder(settings)
     write_reports(report, folder)
     console.say(f"\nreport.html, report.md and report.json lie in {folder}.")
@@ -168,7 +168,7 @@ def _collator(models: Models) -> Collator:
     )
 
 
-def _say(report: Report, console: Console) -> None:
+def say(report: Report, console: Console) -> None:
     """The figures as a table, and what they say."""
     table = Table(title=f"{report.records:,} records; in brackets the 95 % interval", title_justify="left")
     table.add_column("")

@@ -27,18 +27,13 @@ def inspect(settings: InspectSettings) -> int:
 
     Raises BadSettings for a setting that is missing or wrong, BadData for a file that cannot be read.
     """
-    missing = [f"--{name} is missing." for name in ("dataset_path", "model_path") if not getattr(settings, name)]
-    if missing:
-        raise BadSettings([*missing, "atomtune inspect DATA --model_path MODEL"])
     if settings.html and Path(settings.html).is_dir():
         raise BadSettings([f"--html {settings.html}: a folder; expected the name of a file, as report.html."])
     allowed = allowances(settings.fail_on)
-    quiet_libraries()
     console = Console(stderr=settings.json)
-    tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
-    template = load_template(settings.template, tokenizer, **settings.template_options())
-    report = build_report(settings, template, console)
-    decoder = TokenDecoder(tokenizer)
+    report = examine(settings, console)
+    template = report.template
+    decoder = TokenDecoder(template.tokenizer)
     if settings.json:
         print_json(report.ledger.to_run_json())
     say_report(report, console)
@@ -57,6 +52,20 @@ def inspect(settings: InspectSettings) -> int:
         console.say(f"\nwritten: {settings.html}")
     require(allowed, report.findings, report.ledger)
     return 0
+
+
+def examine(settings: InspectSettings, console: Console) -> Report:
+    """Read the records as a run would, and find what there is to find.
+
+    Raises BadSettings for a setting that is missing or wrong, BadData for a file that cannot be read.
+    """
+    missing = [f"--{name} is missing." for name in ("dataset_path", "model_path") if not getattr(settings, name)]
+    if missing:
+        raise BadSettings([*missing, "atomtune inspect DATA --model_path MODEL"])
+    quiet_libraries()
+    tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
+    template = load_template(settings.template, tokenizer, **settings.template_options())
+    return build_report(settings, template, console)
 
 
 def _record_of(report: Report, settings: InspectSettings, row: int) -> Record:

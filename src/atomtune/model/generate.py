@@ -1,9 +1,11 @@
 """Generation: a prompt through the training template, then tokens until the stop token."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from atomtune.data.encoding.chat_template import Message, Template
 from atomtune.model.causal_lm import CausalLM
@@ -24,6 +26,37 @@ _SAMPLING = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token of an answer is chosen; None leaves it as the base's generation config says."""
+
+    temperature: float = 0.0  # 0: always the likeliest
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+
+    def values(self) -> dict[str, Any]:
+        """As transformers' generate takes them."""
+        values: dict[str, Any] = {"do_sample": self.temperature > 0}
+        if self.repetition_penalty is not None:
+            values["repetition_penalty"] = self.repetition_penalty
+        if self.temperature > 0:
+            values["temperature"] = self.temperature
+            drawn_from = {"top_p": self.top_p, "top_k": self.top_k}
+            values |= {name: value for name, value in drawn_from.items() if value is not None}
+        return values
+
+
+class _StopEarly(StoppingCriteria):
+    """Ends an answer when it is asked to."""
+
+    def __init__(self, stop: Callable[[], bool]) -> None:
+        self.stop = stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.stop(), dtype=torch.bool, device=input_ids.device)
 
 
 def prompt_ids(template: Template, messages: Sequence[Message]) -> list[int]:
@@ -67,12 +100,18 @@ def answer_ids(
     messages: Sequence[Message],
     *,
     max_new_tokens: int = 512,
-    temperature: float = 0.0,
+    sampling: Sampling | None = None,
     streamer: Any = None,  # a transformers BaseStreamer
+    stop_early: Callable[[], bool] | None = None,
 ) -> list[int]:
-    """The ids of one answer, its stop token with them; greedy at temperature 0: equal prompts have equal answers."""
+    """The ids of one answer, its stop token with them; without sampling equal prompts have equal answers.
+
+    stop_early  asked after each token; True ends the answer where it is
+    """
     ids = torch.tensor([prompt_ids(template, messages)], device=model.device)  # [1, T]
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    values = sampling.values() if sampling is not None else {"do_sample": False}
+    if stop_early is not None:
+        values["stopping_criteria"] = StoppingCriteriaList([_StopEarly(stop_early)])
     was_training = model.training
     model.eval()
     written = model.generate(  # [1, T + new]
@@ -83,7 +122,7 @@ def answer_ids(
         pad_token_id=pad_id_of(template.tokenizer),
         use_cache=True,
         streamer=streamer,
-        **sampling,
+        **values,
     )
     model.train(was_training)
     return [int(token) for token in written[0, ids.shape[1] :]]

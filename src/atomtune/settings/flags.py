@@ -1,6 +1,8 @@
-"""Flags: what the words of a command line and its YAML file say, each value with its origin."""
+"""Flags: what a command line, its YAML file or a function's keywords say, each value with its origin."""
 
 import argparse
+import json
+import os
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +30,7 @@ def types_of(groups: Sequence[type]) -> dict[str, Any]:
 
 
 class EntryReader:
-    """Reads command lines and YAML files of one command into entries, and collects what is wrong with them."""
+    """Reads command lines, YAML files and keywords of one command into entries; collects what is wrong with them."""
 
     def __init__(self, command: str, types: Mapping[str, Any]) -> None:
         self.command, self.types = command, types
@@ -46,6 +48,19 @@ class EntryReader:
         for name, value in values.items():
             if value is not None:
                 entries[name] = Entry(_words(value), f"--{name}")
+        return {name: self._in_our_words(name, entry) for name, entry in entries.items()}
+
+    def read_keywords(self, values: Mapping[str, Any]) -> dict[str, Entry]:
+        """As a YAML file with these lines; None leaves a default. `config` names a file of settings for train."""
+        origin = f"{self.command}()"
+        config = values.get("config") if self.command == "train" else None
+        entries = self._yaml_entries(None if config is None else os.fspath(config))
+        for key, value in values.items():
+            if value is None or (key == "config" and self.command == "train"):
+                continue
+            name = self._known_key(key, origin)
+            if name is not None:
+                entries[name] = Entry(_as_written(value), origin)
         return {name: self._in_our_words(name, entry) for name, entry in entries.items()}
 
     def _parsed(self, argv: Sequence[str]) -> dict[str, Any]:
@@ -122,6 +137,15 @@ def _words(value: str | list[str]) -> str | list[str]:
         return value.removeprefix(_VALUE)
     words = [word.removeprefix(_VALUE) for word in value]
     return words[0] if len(words) == 1 else words
+
+
+def _as_written(value: Any) -> str | list[str]:
+    """A Python value as a YAML file would hold it, so that all ways of setting one are read and checked alike."""
+    if isinstance(value, list | tuple):
+        return [str(item) for item in value]
+    if isinstance(value, Mapping):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def parser_of(command: str, types: Mapping[str, Any]) -> argparse.ArgumentParser:

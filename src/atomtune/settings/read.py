@@ -1,7 +1,7 @@
-"""Read: settings/fields.py's classes filled from flags and YAML, and checked.
+"""Read: settings/fields.py's classes filled from flags and YAML or from a function's keywords, and checked.
 
-default < YAML < flag, and where each value was set is remembered. All problems are reported at once, before data or
-model is touched. transformers.TrainingArguments' own settings pass under their own names.
+default < YAML < flag or keyword, and where each value was set is remembered. All problems are reported at once, before
+data or model is touched. transformers.TrainingArguments' own settings pass under their own names.
 """
 
 import json
@@ -69,17 +69,21 @@ def _say_nothing(_: str) -> None:
     pass
 
 
-def read(command: str, argv: Sequence[str], *, notice: Callable[[str], None] = _say_nothing) -> Any:
+#: The words of a command line, or the keywords of a function: name → value.
+Written = Sequence[str] | Mapping[str, Any]
+
+
+def read(command: str, written: Written, *, notice: Callable[[str], None] = _say_nothing) -> Any:
     """The settings of one command. Raises BadSettings with every problem."""
     if command == "train":
-        return read_train(argv, notice=notice)
-    return read_settings(GROUPS[command][0], argv, command=command, notice=notice)
+        return read_train(written, notice=notice)
+    return read_settings(GROUPS[command][0], written, command=command, notice=notice)
 
 
-def read_train(argv: Sequence[str], *, notice: Callable[[str], None] = _say_nothing) -> TrainSettings:
+def read_train(written: Written, *, notice: Callable[[str], None] = _say_nothing) -> TrainSettings:
     """Settings of `atomtune train [run.yaml] --flag value …`. Raises BadSettings with every problem."""
     reader = EntryReader("train", {**library_types(), **types_of(TRAIN_GROUPS)})
-    entries = _entries(reader, argv, notice)
+    entries = _entries(reader, written, notice)
     demo = not entries.keys() & {"dataset_path", "model_path"}
     if demo and (DEMO_FOLDER / "demo.yaml").is_file():
         entries = {**_demo_entries(reader), **entries}
@@ -114,12 +118,10 @@ def _half_of_a_run(entries: Mapping[str, Entry]) -> list[str]:
     return problems
 
 
-def read_settings(
-    group: type[S], argv: Sequence[str], *, command: str, notice: Callable[[str], None] = _say_nothing
-) -> S:
+def read_settings(group: type[S], written: Written, *, command: str, notice: Callable[[str], None] = _say_nothing) -> S:
     """Settings of a command with one class and no Trainer. Raises BadSettings with every problem."""
     reader = EntryReader(command, types_of((group,)))
-    entries = _entries(reader, argv, notice)
+    entries = _entries(reader, written, notice)
     settings = _validated(group, entries, reader.problems)
     if settings is not None:
         reader.problems += _ill_formed(vars(settings))
@@ -128,8 +130,8 @@ def read_settings(
     return settings
 
 
-def _entries(reader: EntryReader, argv: Sequence[str], notice: Callable[[str], None]) -> dict[str, Entry]:
-    entries = reader.read(argv)
+def _entries(reader: EntryReader, written: Written, notice: Callable[[str], None]) -> dict[str, Entry]:
+    entries = reader.read_keywords(written) if isinstance(written, Mapping) else reader.read(written)
     if reader.translated:
         notice(f"names of other tools, read as atomtune's: {', '.join(reader.translated)}.")
     return entries

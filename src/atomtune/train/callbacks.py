@@ -3,6 +3,7 @@
 import math
 import signal
 import statistics
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -109,6 +110,8 @@ class Stop(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python hands signals to the main thread alone: there a program that calls train() may stop it
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has a run outlive its terminal
                 self._handlers_before[number] = signal.signal(number, self._receive)

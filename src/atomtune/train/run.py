@@ -55,11 +55,20 @@ MANY_PASSES = 30
 
 def train(settings: TrainSettings) -> int:
     """Run `atomtune train`; the exit code, or an AtomtuneError that holds it."""
+    train_into_folder(settings)
+    return 0
+
+
+def train_into_folder(settings: TrainSettings, *, speaks: bool = True) -> Path:
+    """One run, and the folder that then holds its adapter and run.json.
+
+    speaks  False prints nothing; what would have been noticed stands in run.json
+    """
     began = time.monotonic()
     args = trainer_arguments(settings)
     rehearse(settings, args)
     is_first = args.process_index == 0
-    console = Console(speaks=is_first)
+    console = Console(speaks=is_first and speaks)
     _quiet(settings)
     folder = Path(args.output_dir)
     with locked(folder) if is_first else contextlib.nullcontext():
@@ -69,7 +78,7 @@ def train(settings: TrainSettings) -> int:
         if start.message:
             console.say(start.message)
         if isinstance(start, Finished):
-            return 0
+            return folder
         # A resumed run that does not come to train leaves the record of the run that did.
         record = RunRecord(folder, writes=is_first, waits=isinstance(start, Resumed))
         run = RunContext(settings, args, start, read_record(folder), console, record)
@@ -81,7 +90,7 @@ def train(settings: TrainSettings) -> int:
             if answer is error:
                 raise
             raise answer from error
-    return 0
+    return folder
 
 
 def _find_start(settings: TrainSettings, args: Any, console: Console) -> Start | Finished:

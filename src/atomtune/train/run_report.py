@@ -55,13 +55,12 @@ class RunRecord:
 def draw_loss(history: list[dict[str, Any]], path: Path, *, title: str = "") -> None:
     """Draw the training loss (each logged value, and smoothed) and the held-out loss with its best value."""
     import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"font.sans-serif": fonts()}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a title may be in any script
-        figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+        figure = Figure(figsize=(7, 4), dpi=120)  # not pyplot's: a notebook's own pictures stay as they are
+        axes = figure.subplots()
         draw_training(axes, [(entry["step"], entry["loss"]) for entry in history if "loss" in entry])
         draw_held_out(axes, [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry])
         axes.set_xlabel("step")
@@ -73,7 +72,6 @@ def draw_loss(history: list[dict[str, Any]], path: Path, *, title: str = "") -> 
         figure.tight_layout()
         with replacing(path) as file:
             figure.savefig(file, format="png")
-        pyplot.close(figure)
 
 
 def draw_training(axes: "Axes", points: list[tuple[int, float]]) -> None:

@@ -1,0 +1,16 @@
+"""Shared prefixes in TRL's SFTTrainer: its own data preparation, schedule and saving, atomtune's rows and loss."""
+
+from trl import SFTTrainer
+
+from atomtune import share_prefixes
+
+
+class SharingSFTTrainer(SFTTrainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sharing = share_prefixes(self.model)
+        self.data_collator = self.sharing.collate
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = self.sharing.loss(model, inputs, num_items_in_batch)
+        return (loss, {}) if return_outputs else loss

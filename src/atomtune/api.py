@@ -1,0 +1,218 @@
+"""The commands as functions for notebooks and programs: they return values, raise errors, and end no process.
+
+    from atomtune import evaluate, inspect, load, train
+
+    run = train("Qwen/Qwen3-0.6B", "train.jsonl", output_dir="out")
+    print(run.train_loss)
+    print(run.load().chat("Who are you?"))
+
+A setting has the name, the default and the checks of the command's flag. Nothing is printed unless `verbose` is true;
+what the command would have noticed is in the result's `notices`. What is wrong is raised as one of atomtune.errors:
+BadSettings, BadData, BadModel, RunFailed, Stopped.
+"""
+
+import inspect as signatures
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atomtune.console import Console
+from atomtune.settings.read import GROUPS, read
+
+if TYPE_CHECKING:
+    from atomtune.serve.tuned_model import TunedModel
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run.
+
+    folder   holds the adapter, its checkpoints and run.json
+    figures  all of run.json: counts of records and tokens, losses, speed, settings with their sources
+    """
+
+    folder: Path
+    figures: Mapping[str, Any]
+
+    @property
+    def train_loss(self) -> float:
+        """Mean training loss, in nats per learned token."""
+        return float(self.figures["train_loss"])
+
+    @property
+    def eval_loss(self) -> float | None:
+        """Loss of the held-out records at the end; None where none were held out."""
+        return self.figures.get("eval_loss")
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the command would have noticed on the way."""
+        return tuple(self.figures.get("notices", ()))
+
+    def load(self, **settings: Any) -> "TunedModel":
+        """The trained adapter on its base; settings as of `atomtune.load`."""
+        return load(self.folder, **settings)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What of the records is learned, and what was found in them.
+
+    figures   the data keys of run.json: records_read, records_used, records_refused, prompt_tokens, target_tokens, …
+    findings  how many records each check of `inspect --fail_on` found
+    tokens    what each layout computes for some sampled batches: padded, packed, tree; empty without records
+    """
+
+    figures: Mapping[str, Any]
+    findings: Mapping[str, int]
+    tokens: Mapping[str, int]
+    notices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How base and tuned models do on the same records.
+
+    models        model → measure → (value, low, high): the value with its 95 % interval
+    against_base  the same of the difference from the base
+    sentences     what the figures say of each tuned model
+    """
+
+    models: Mapping[str, Mapping[str, Sequence[float]]]
+    against_base: Mapping[str, Mapping[str, Sequence[float]]]
+    sentences: tuple[str, ...]
+    records: int
+    answers: int
+    stopped_early: bool
+    notices: tuple[str, ...]
+
+
+def train(
+    model_path: str | os.PathLike[str] | None = None,
+    dataset_path: Paths | None = None,
+    *,
+    output_dir: str | os.PathLike[str] | None = None,
+    verbose: bool = False,
+    **settings: Any,
+) -> Run:
+    """Train a LoRA adapter on records; without a model and records, the built-in demo.
+
+    config="run.yaml" reads a file of settings first. Ctrl-C ends the run after its step, with a checkpoint, and raises
+    Stopped; resume=True goes on from there. All settings: help(atomtune.train), or `atomtune train --help all`.
+    Raises BadSettings, BadData or BadModel before it trains, RunFailed while it does.
+    """
+    paths = {"model_path": model_path, "dataset_path": dataset_path, "output_dir": output_dir}
+    console = Console(speaks=verbose)
+    parsed = read("train", {**paths, **settings}, notice=console.notice)
+    from atomtune.train.run import train_into_folder
+    from atomtune.train.run_report import read_record
+
+    folder = train_into_folder(parsed, speaks=verbose)
+    return Run(folder, read_record(folder))
+
+
+def load(
+    adapter_path: str | os.PathLike[str],
+    *,
+    system: str | None = None,
+    other_base: bool = False,
+    verbose: bool = False,
+    **settings: Any,
+) -> "TunedModel":
+    """Load a run's adapter on its base, or a merged model, as one that answers: load("out").chat("Hello").
+
+    system      a system text, in place of the instruction that the training records shared
+    other_base  accept a base whose weights are not those that the adapter was trained on
+    Other settings: model_path, dtype, quantize, device_map, trust_remote_code.
+    Raises BadSettings or BadModel.
+    """
+    console = Console(speaks=verbose)
+    values = {"adapter_path": adapter_path, "system": system, "other_base": other_base, **settings}
+    parsed = read("chat", values, notice=console.notice)
+    from atomtune.serve.tuned_model import load_tuned
+
+    return load_tuned(
+        parsed, console, adapter_path=parsed.adapter_path, system=parsed.system, other_base=parsed.other_base
+    )
+
+
+def inspect(
+    dataset_path: Paths, model_path: str | os.PathLike[str], *, verbose: bool = False, **settings: Any
+) -> Inspection:
+    """Read records as a run would, with a model's tokenizer, and tell what is learned and what is wrong with them.
+
+    Raises BadSettings, or BadData for a file that cannot be read. verbose prints the report of `atomtune inspect`.
+    """
+    console = Console(speaks=verbose)
+    values = {"dataset_path": dataset_path, "model_path": model_path, **settings}
+    parsed = read("inspect", values, notice=console.notice)
+    from atomtune.inspect.command import examine
+    from atomtune.inspect.terminal import say_report
+
+    report = examine(parsed, console)
+    say_report(report, console)
+    tokens = {}
+    if report.saving is not None:
+        tokens = {name: getattr(report.saving.tokens, name) for name in ("padded", "packed", "tree")}
+    findings = {str(check): finding.count for check, finding in report.findings.items()}
+    return Inspection(report.ledger.to_run_json(), findings, tokens, (*console.notices, *report.notes))
+
+
+def evaluate(adapter_path: Paths = (), *, verbose: bool = False, **settings: Any) -> Evaluation:
+    """Compare base and tuned on records that were not learned: those of dataset_path, else what the run held out.
+
+    With output_dir, report.html, report.md and report.json are written there; without it, nothing is.
+    Raises BadSettings, BadData or BadModel.
+    """
+    console = Console(speaks=verbose)
+    parsed = read("evaluate", {"adapter_path": adapter_path or None, **settings}, notice=console.notice)
+    from atomtune.evaluate.command import measure, say, write_reports
+
+    report = measure(parsed, console)
+    say(report, console)
+    if parsed.output_dir:
+        write_reports(report, Path(parsed.output_dir))
+    values = report.to_json()
+    return Evaluation(
+        models=values["models"],
+        against_base=values["against_base"],
+        sentences=tuple(report.sentences()),
+        records=report.records,
+        answers=report.answers,
+        stopped_early=report.stopped_early,
+        notices=tuple(console.notices),
+    )
+
+
+def _with_settings(function: Callable[..., Any], groups: Iterable[type[Any]]) -> None:
+    """Show every setting in the function's signature, for help() and the Tab key; types and defaults are the flags'."""
+    signature = signatures.signature(function)
+    parameters = dict(signature.parameters)
+    rest = parameters.pop("settings")
+    for group in groups:
+        for field in fields(group):
+            if field.name not in parameters:
+                parameters[field.name] = signatures.Parameter(
+                    field.name, signatures.Parameter.KEYWORD_ONLY, default=_default(field), annotation=field.type
+                )
+    if function is train:  # any setting of transformers.TrainingArguments besides
+        parameters["settings"] = rest
+    function.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
+
+
+def _default(field: Any) -> Any:
+    """The setting's default; None for one that must be given, which the function checks itself."""
+    info = field.default
+    if getattr(info, "default_factory", None) is not None:
+        return info.default_factory()
+    value = getattr(info, "default", info)
+    return None if value in (MISSING, ...) or type(value).__name__ == "PydanticUndefinedType" else value
+
+
+_with_settings(train, GROUPS["train"])
+_with_settings(inspect, GROUPS["inspect"])
+_with_settings(evaluate, GROUPS["evaluate"])

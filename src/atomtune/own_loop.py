@@ -1,0 +1,107 @@
+"""Own loop: rows in which shared beginnings stand once, for a training loop that is not atomtune's.
+
+    sharing = share_prefixes(model)
+    for batch in DataLoader(examples, batch_size=16, shuffle=True, collate_fn=sharing.collate):
+        loss = sharing.loss(model, batch)
+        loss.backward()
+
+Law: loss and gradients are those of a padded batch of the same examples (tests/test_own_loop.py); dropout aside,
+which is drawn once for a shared token.
+Letters: N targets.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+
+from atomtune.batch.collate import Collator
+from atomtune.choices import Layout
+from atomtune.data.records import Example
+from atomtune.errors import BadData
+from atomtune.model.layout_support import carries_state, cut_of, why_padded, windows_of
+from atomtune.model.loss import innermost, target_nats
+
+#: What transformers' losses skip.
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class PrefixSharing:
+    """How batches are laid out for one model, and what their loss is.
+
+    layout  tree: shared beginnings once; padded where trees would not be exact for this model, for the stated `reason`
+    """
+
+    layout: Layout
+    reason: str | None
+    collator: Collator
+
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A DataLoader's collate_fn: examples with `input_ids` and `labels` → one batch.
+
+        labels  -100 at each token that is not learned, as transformers has them; without labels all are learned
+        attention_mask  0 at padding, which is taken out
+        The batch's own `labels` [1 + N] are for the Trainer, which counts the targets of a step by them.
+        """
+        laid = self.collator(examples)
+        learned = laid["target"].repeat_interleave(laid["learn"])
+        return {**laid, "labels": torch.cat([torch.tensor([IGNORED]), learned])}
+
+    def loss(
+        self, model: nn.Module, batch: Mapping[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Mean nats per learned token, of this batch or of all that make a step.
+
+        num_items_in_batch  learned tokens in all batches of the step (the Trainer hands it over); else this batch's
+        """
+        device = innermost(model).get_input_embeddings().weight.device
+        nats, count = target_nats(model, send_to_device(dict(batch), device))
+        targets = count if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=nats.device)
+        return nats / targets.clamp(min=1)
+
+
+def share_prefixes(model: nn.Module) -> PrefixSharing:
+    """Prepare a causal LM, with or without PEFT around it, for rows in which shared beginnings stand once.
+
+    A small tree is computed and compared with its records one at a time; only where they are equal is the attention
+    of the model exchanged. Batches without shared rows, and `generate`, go on as before.
+    """
+    reason = why_padded(model)  # type: ignore[arg-type]
+    shares = reason is None
+    config = innermost(model).config.get_text_config()
+    collator = Collator(
+        layout="tree" if shares else "padded",
+        pad_id=getattr(config, "pad_token_id", None) or 0,  # padding is masked by its place, so any token will do
+        as_examples=_as_example,
+        windows=windows_of(model) if shares else (None,),
+        cut=cut_of(model),
+        carries_state=carries_state(model),
+    )
+    return PrefixSharing(collator.layout, reason, collator)
+
+
+def _as_example(values: Mapping[str, Any]) -> tuple[Example]:
+    """`input_ids` and `labels` as ids and how often each is learned. Raises BadData where they are of no one text."""
+    ids = [int(token) for token in values["input_ids"]]
+    labels = [int(label) for label in values.get("labels", ids)]
+    if len(labels) != len(ids):
+        raise BadData(f"An example has {len(ids)} input_ids and {len(labels)} labels.")
+    real = [bool(mark) for mark in values.get("attention_mask", [1] * len(ids))]
+    kept_ids: list[int] = []
+    learn: list[int] = []
+    for token, label, is_real in zip(ids, labels, real, strict=True):
+        if not is_real:
+            continue
+        if label not in (IGNORED, token):
+            raise BadData(
+                f"An example's label at token {len(kept_ids)} is {label}, where input_ids has {token}. "
+                f"Expected {IGNORED} or the same id: labels are not shifted."
+            )
+        # Nothing stands before the first token, so nothing predicts it; transformers' shift leaves it out too.
+        learn.append(int(label != IGNORED and len(kept_ids) > 0))
+        kept_ids.append(token)
+    return (Example(tuple(kept_ids), tuple(learn), "own loop"),)

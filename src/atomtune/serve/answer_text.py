@@ -1,0 +1,48 @@
+"""Answer text: the tokens that a model writes, handed on as the text a reader sees, whole characters at a time."""
+
+import re
+from collections.abc import Callable
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from atomtune.data.encoding.chat_template import Template
+from atomtune.data.encoding.reply import shown
+
+#: A byte of a character that SentencePiece has no piece for.
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+class AnswerText(BaseStreamer):
+    """Hands on each piece of an answer's text as soon as it is certain; `ids` are all tokens written so far."""
+
+    def __init__(self, template: Template, hand_on: Callable[[str], None]) -> None:
+        self.template, self.hand_on = template, hand_on
+        self.ids: list[int] = []
+        self._prompt_is_over = False
+        self._text = ""  # what was handed on
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt_is_over:  # generate sends the prompt first
+            self._prompt_is_over = True
+            return
+        self.ids += value.flatten().tolist()
+        text = shown(self.template, self.ids)
+        # A character of several tokens is shown once it is whole. SentencePiece decodes a run of byte tokens as one:
+        # where a later byte makes it invalid, all of it turns into replacement characters.
+        whole = not text.endswith("\ufffd") and not self._ends_in_a_byte()
+        if whole and text.startswith(self._text):
+            self._hand_on(text)
+
+    def _ends_in_a_byte(self) -> bool:
+        token = self.template.tokenizer.convert_ids_to_tokens(self.ids[-1])
+        return bool(token and _BYTE_TOKEN.fullmatch(token))
+
+    def end(self) -> None:
+        self._hand_on(shown(self.template, self.ids))
+
+    def _hand_on(self, text: str) -> None:
+        more = text[len(self._text) :]
+        if more:
+            self.hand_on(more)
+        self._text = text

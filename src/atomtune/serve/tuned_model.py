@@ -1,0 +1,276 @@
+"""Tuned model: an adapter on its base, or a merged model, that answers as it was trained to.
+
+The terminal, the web page and `atomtune.load` all speak to the model through this.
+"""
+
+import contextlib
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atomtune.console import Console
+from atomtune.data.encoding.chat_template import Message, Template
+from atomtune.data.encoding.reply import read_reply
+from atomtune.data.records import Turn
+from atomtune.errors import BadSettings
+from atomtune.model.adapter import load_trained
+from atomtune.model.adapter_folder import CONFIG, base_of, template_of
+from atomtune.model.causal_lm import CausalLM
+from atomtune.model.fingerprint import refuse_other_base
+from atomtune.model.generate import Sampling, answer_ids, prompt_ids, ready_to_answer
+from atomtune.model.load import BaseSpec, device_in_use, load_base, quiet_libraries, resolve_dtype
+from atomtune.model.token_rows import guard_embedding
+from atomtune.serve.answer_text import AnswerText
+from atomtune.settings.fields import ModelSettings
+
+#: Tokens kept free for an answer when a long conversation is shortened.
+ROOM_FOR_ANSWER = 64
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How what is typed becomes the messages that the model was trained on.
+
+    The instruction (--system with atom, else the one that the training records shared) stands where training put it.
+    With a role template --system is a system message.
+    """
+
+    template: Template
+    opening: list[Message]  # stands before everything that is typed
+    instruction: str
+
+    @classmethod
+    def of(cls, template: Template, system: str | None, shared_instruction: str | None) -> "Wording":
+        if system is None:
+            return cls(template, [], shared_instruction or "")
+        if template.instruction_role == "user":
+            return cls(template, [{"role": "system", "content": system}], "")
+        return cls(template, [], system)
+
+    def messages(self, typed: str) -> list[Message]:
+        """What is typed, as the user's message."""
+        turn = Turn("user", self.instruction, typed) if self.instruction else Turn("user", typed)
+        return self.template.messages([turn])
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer: its tokens, the text that a reader saw, and the turn that it is in the next request."""
+
+    ids: tuple[int, ...]
+    text: str
+    turn: Turn
+
+
+class TunedModel:
+    """A loaded model, the template it was trained with, and the words that its training records shared.
+
+    model               the transformers or PEFT model itself
+    base                where the base lies
+    shared_instruction  what nearly all training records shared; None where they shared none
+    notices             what was worth saying while it was loaded
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        template: Template,
+        *,
+        folder: Path,
+        base: str,
+        shared_instruction: str | None = None,
+        system: str | None = None,
+        notices: Sequence[str] = (),
+    ) -> None:
+        self.model, self.template, self.folder, self.base = model, template, folder, base
+        self.shared_instruction, self.notices = shared_instruction, tuple(notices)
+        self.wording = Wording.of(template, system, shared_instruction)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, with the chat template of the training."""
+        return self.template.tokenizer
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the base can answer too: an adapter can be switched off, a merged model cannot."""
+        return hasattr(self.model, "disable_adapter")
+
+    @property
+    def positions(self) -> int:
+        """How many tokens the model has positions for; without a limit in its config, as many as you like."""
+        config = self.model.config
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
+
+    def with_system(self, system: str | None) -> "Wording":
+        """The wording under another system text; None: the training's own."""
+        return Wording.of(self.template, system, self.shared_instruction)
+
+    def chat(
+        self,
+        message: str | Sequence[Mapping[str, Any]],
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        repetition_penalty: float | None = None,
+        seed: int = 0,
+    ) -> str:
+        """Answer one message, or a conversation of `{"role": …, "content": …}` that ends with the user's.
+
+        A message alone is asked as `atomtune chat` asks it, with the instruction that the training records shared.
+        temperature  0: the most likely token each time, so that equal questions have equal answers
+        Raises BadSettings where the prompt is longer than the model has positions for.
+        """
+        reply = self.reply(
+            self.messages_of(message),
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_p, top_k, repetition_penalty),
+            seed=seed,
+        )
+        return reply.text.strip()
+
+    def stream(
+        self,
+        message: str | Sequence[Mapping[str, Any]],
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        repetition_penalty: float | None = None,
+        seed: int = 0,
+        base: bool = False,
+    ) -> Iterator[str]:
+        """The pieces of the answer that `chat` gives, as the model writes them. Leaving the loop ends the answer.
+
+        base  the base answers, with the adapter switched off
+        """
+        pieces: queue.Queue[str | BaseException | None] = queue.Queue()
+        left = threading.Event()
+
+        def write() -> None:
+            try:
+                self.reply(
+                    self.messages_of(message),
+                    max_new_tokens=max_new_tokens,
+                    sampling=Sampling(temperature, top_p, top_k, repetition_penalty),
+                    seed=seed,
+                    base=base,
+                    hand_on=pieces.put,
+                    stop_early=left.is_set,
+                )
+                pieces.put(None)
+            except BaseException as error:  # noqa: BLE001  # raised where the pieces are read
+                pieces.put(error)
+
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            left.set()
+            writer.join()
+
+    def messages_of(self, message: str | Sequence[Mapping[str, Any]]) -> list[Message]:
+        """A message as `atomtune chat` words it; a conversation as it is."""
+        if isinstance(message, str):
+            return [*self.wording.opening, *self.wording.messages(message)]
+        return [dict(turn) for turn in message]
+
+    def reply(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_new_tokens: int = 512,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        base: bool = False,
+        hand_on: Callable[[str], None] = lambda text: None,
+        stop_early: Callable[[], bool] | None = None,
+    ) -> Reply:
+        """One answer, each piece of its text handed on as it is written.
+
+        base        the base answers, with the adapter switched off
+        stop_early  asked after each token; True ends the answer there
+        Raises BadSettings where the prompt is longer than the model has positions for.
+        """
+        room = self.positions - len(prompt_ids(self.template, messages))
+        if room < 1:
+            raise BadSettings(
+                [f"The prompt alone fills the model's {self.positions} positions. Ask something shorter."]
+            )
+        texts: list[str] = []
+
+        def take(text: str) -> None:
+            texts.append(text)
+            hand_on(text)
+
+        writer = AnswerText(self.template, take)
+        answering = self.model.disable_adapter() if base else contextlib.nullcontext()  # type: ignore[operator]
+        gpus = [self.model.device] if self.model.device.type == "cuda" else []
+        with answering, torch.random.fork_rng(devices=gpus):
+            torch.manual_seed(seed)
+            answer_ids(
+                self.model,
+                self.template,
+                messages,
+                max_new_tokens=min(max_new_tokens, room),
+                sampling=sampling,
+                streamer=writer,
+                stop_early=stop_early,
+            )
+        turn = read_reply(self.template, self.template.render(messages), writer.ids)
+        return Reply(tuple(writer.ids), "".join(texts), turn)
+
+
+def load_tuned(
+    settings: ModelSettings,
+    console: Console,
+    *,
+    adapter_path: str,
+    system: str | None = None,
+    other_base: bool = False,
+) -> TunedModel:
+    """The adapter on its base, or the merged model that the folder holds, ready to answer.
+
+    Raises BadModel for a folder without one, or for a base that the adapter was not trained on.
+    """
+    quiet_libraries()
+    folder = Path(adapter_path)
+    template, metadata = template_of(folder, trust_remote_code=settings.trust_remote_code)
+    merged = not (folder / CONFIG).is_file() and (folder / "config.json").is_file()
+    if merged and settings.model_path:
+        raise BadSettings([f"--model_path: {folder} is a whole model already."])
+    path = str(folder) if merged else base_of(folder, settings.model_path)
+    device = device_in_use()
+    dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=console.notice)
+    model: Any = load_base(BaseSpec(**{**settings.base(), "path": path}, dtype=dtype, device=device))
+    if merged:
+        model.eval()
+    else:
+        refuse_other_base(path, metadata.base, anyway=other_base, notice=console.notice)
+        model = load_trained(model, folder)
+    guard_embedding(model, template.tokenizer, path=str(folder))
+    ready_to_answer(model, template, notice=console.notice)
+    return TunedModel(
+        model,
+        template,
+        folder=folder,
+        base=path,
+        shared_instruction=metadata.instruction,
+        system=system,
+        notices=console.notices,
+    )

@@ -1,0 +1,195 @@
+"""The commands as functions: same figures as the commands, values returned, errors raised, nothing printed."""
+
+import inspect as signatures
+import json
+import pickle
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from atomtune import evaluate, inspect, load, train
+from atomtune.cli import main
+from atomtune.errors import BadData, BadModel, BadSettings
+from tests.conftest import DIALOGUES, write_jsonl
+
+LEARNING = {"learning_rate": 1e-2, "lora_rank": 16, "lora_dropout": 0, "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def run(models, tmp_path_factory):
+    """A run by the library that knows its records by heart."""
+    folder = tmp_path_factory.mktemp("api")
+    data = write_jsonl(folder / "data.jsonl", DIALOGUES)
+    return train(models("llama"), data, output_dir=folder / "out", max_steps=150, **LEARNING)
+
+
+def test_the_import_is_fast_and_loads_no_torch():
+    program = (
+        "import sys, atomtune; from atomtune import train, load, inspect, evaluate; "
+        "assert callable(train) and callable(inspect); print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_a_function_stays_the_function_when_the_folder_of_its_name_is_imported():
+    import atomtune.evaluate.command
+    import atomtune.inspect.command
+    import atomtune.train.run
+
+    assert atomtune.train is train and atomtune.inspect is inspect and atomtune.evaluate is evaluate
+    assert pickle.loads(pickle.dumps(train)) is train
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = atomtune.trian
+
+
+def test_train_returns_the_figures_of_run_json(run):
+    record = json.loads((run.folder / "run.json").read_text())
+    assert run.figures == record and record["status"] == "finished"
+    assert run.train_loss == record["train_loss"] and run.eval_loss is None
+    assert record["records_used"] == len(DIALOGUES)
+    assert record["settings"]["lora_rank"] == {"value": 16, "source": "train()"}
+
+
+def test_a_run_is_the_same_as_the_commands(run, models, tmp_path):
+    """Bit for bit: the function is the command."""
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
+    flags = [word for name, value in LEARNING.items() for word in (f"--{name}", str(value))]
+    paths = ["--model_path", str(models("llama")), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    assert main(["train", *paths, "--max_steps", "150", *flags]) == 0
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (run.folder / weights).read_bytes()
+
+
+def test_a_loaded_model_answers_as_it_learned(run):
+    tuned = run.load(dtype="float32")
+    assert tuned.chat("晚安") == "晚安，愿你好梦。"
+    assert tuned.chat([{"role": "user", "content": "Who are you?"}]) == "I keep the light."
+    assert "".join(tuned.stream("晚安")).strip() == "晚安，愿你好梦。"
+    assert len(list(tuned.stream("晚安"))) > 1
+
+
+def test_leaving_a_stream_ends_the_answer(run):
+    tuned = load(run.folder, dtype="float32")
+    before = threading.active_count()
+    for _ in tuned.stream("晚安"):
+        break
+    assert threading.active_count() == before
+
+
+def test_the_base_answers_with_the_adapter_switched_off_and_the_adapter_comes_back(run):
+    tuned = load(run.folder, dtype="float32")
+    tuned_text = tuned.chat("晚安")
+    assert tuned.reply(tuned.messages_of("晚安"), base=True, max_new_tokens=20).text != tuned_text
+    assert tuned.chat("晚安") == tuned_text
+
+
+def test_equal_seeds_draw_equal_answers_and_the_programs_own_numbers_stay(run):
+    import torch
+
+    tuned = load(run.folder, dtype="float32")
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    drawn = [tuned.chat("something else", temperature=2.0, max_new_tokens=12, seed=seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_inspect_counts_what_the_command_counts(models, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "data.jsonl", [*DIALOGUES, DIALOGUES[0], {"instruction": "x"}])
+    found = inspect(data, models("llama"))
+    capsys.readouterr()
+    assert main(["inspect", str(data), "--model_path", str(models("llama")), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(found.figures))
+    assert found.findings["duplicates"] == 1 and found.findings["refused"] == 1
+    assert 0 < found.tokens["tree"] <= found.tokens["packed"] <= found.tokens["padded"]
+
+
+def test_evaluate_gives_the_values_of_report_json(run, tmp_path):
+    pytest.importorskip("sacrebleu")
+    data = write_jsonl(tmp_path / "test.jsonl", DIALOGUES[:4])
+    settings = {"dataset_path": data, "max_new_tokens": 16, "no_probe": True, "dtype": "float32"}
+    result = evaluate(run.folder, output_dir=tmp_path / "reports", **settings)
+    report = json.loads((tmp_path / "reports" / "report.json").read_text())
+    assert result.models == report["models"] and result.against_base == report["against_base"]
+    assert result.models["out"]["nats_per_token"][0] < result.models["base"]["nats_per_token"][0]
+    assert result.records == 4 and "Better" in result.sentences[0]
+
+
+def test_without_an_output_folder_evaluate_writes_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = write_jsonl(tmp_path / "test.jsonl", DIALOGUES[:2])
+    before = set(run.folder.rglob("*"))
+    evaluate(run.folder, dataset_path=data, no_generate=True, no_probe=True, dtype="float32")
+    assert set(run.folder.rglob("*")) == before and [path.name for path in tmp_path.iterdir()] == ["test.jsonl"]
+
+
+def test_nothing_is_printed_unless_it_is_asked_for(models, tmp_path, capfd):
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
+    capfd.readouterr()
+    run = train(models("llama"), data, output_dir=tmp_path / "out", max_steps=2, dtype="float32", bf16=True)
+    inspect(data, models("llama"))
+    run.load().chat("Hello", max_new_tokens=2)
+    assert capfd.readouterr() == ("", "")
+    assert run.figures["notices"] == list(run.notices)
+    inspect(data, models("llama"), verbose=True)
+    assert "records" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (
+            lambda: train("a", "b", learning_rat=1),
+            BadSettings,
+            r"train\(\): learning_rat: .*Did you mean learning_rate",
+        ),
+        (lambda: train("a", "b", lora_rank="x"), BadSettings, r"train\(\): lora_rank 'x': expected"),
+        (lambda: train("a"), BadSettings, "dataset_path"),
+        (lambda: load("nowhere"), BadModel, "no such folder"),
+        (lambda: inspect("nowhere.jsonl", "nowhere"), BadModel, "nowhere"),
+        (evaluate, BadSettings, "adapter_path"),
+    ],
+)
+def test_what_is_wrong_is_raised_and_ends_no_process(call, error, said):
+    with pytest.raises(error, match=said):
+        call()
+
+
+def test_a_broken_record_is_raised_with_its_line(models, tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", [*DIALOGUES, {"instruction": "x"}])
+    with pytest.raises(BadData, match=r"data\.jsonl:9"):
+        train(models("llama"), data, output_dir=tmp_path / "out", max_steps=1)
+
+
+def test_training_works_in_a_thread_of_the_program(models, tmp_path):
+    """Python hands signals to the main thread alone."""
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
+    runs = []
+    worker = threading.Thread(
+        target=lambda: runs.append(train(models("llama"), data, output_dir=tmp_path / "out", max_steps=1))
+    )
+    worker.start()
+    worker.join()
+    assert runs[0].figures["status"] == "finished"
+
+
+def test_signatures_name_every_setting_with_its_default():
+    parameters = signatures.signature(train).parameters
+    assert parameters["lora_rank"].default == 8 and parameters["lora_targets"].default == ["all-linear"]
+    assert parameters["output_dir"].default is None
+    assert signatures.signature(inspect).parameters["max_seq_length"].default == 256
+    assert "learning_rate" in parameters and parameters["settings"].kind is signatures.Parameter.VAR_KEYWORD
+    assert "settings" not in signatures.signature(evaluate).parameters
+
+
+def test_yaml_and_keywords_go_together(models, tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
+    (tmp_path / "run.yaml").write_text("lora_rank: 4\nmax_steps: 1\n")
+    run = train(models("llama"), [data, data], output_dir=tmp_path / "out", config=tmp_path / "run.yaml", lora_rank=2)
+    assert run.figures["settings"]["lora_rank"]["value"] == 2
+    assert run.figures["settings"]["max_steps"] == {"value": 1, "source": "run.yaml:2"}
+    assert run.figures["records_read"] == 2 * len(DIALOGUES)

@@ -1,0 +1,181 @@
+"""Law: a loop that shares prefixes learns what the same loop learns from padded batches.
+
+The oracle is plain transformers: its padding, its own loss, no code of ours.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from atomtune import share_prefixes
+from atomtune.errors import BadData
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load_once(model_path: Path) -> None:
+    """The first loading of a family imports more, which draws random numbers: two seeded loops would begin apart."""
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model_path), LoraConfig(target_modules="all-linear"))
+
+
+def example_module(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def examples_with_a_shared_beginning(vocabulary: int = 300, n: int = 12) -> list[dict]:
+    """A beginning of 24 tokens that all share, a question, an answer that alone is learned."""
+    draw = torch.Generator().manual_seed(3)
+    beginning = torch.randint(5, vocabulary, (24,), generator=draw).tolist()
+    examples = []
+    for i in range(n):
+        question = torch.randint(5, vocabulary, (3 + i % 4,), generator=draw).tolist()
+        answer = torch.randint(5, vocabulary, (2 + i % 5,), generator=draw).tolist()
+        labels = [-100] * (len(beginning) + len(question)) + answer
+        examples.append({"input_ids": beginning + question + answer, "labels": labels})
+    return examples
+
+
+def padded(examples: list[dict]) -> dict:
+    """As every tutorial does it."""
+    columns = {}
+    for name, filler in (("input_ids", 0), ("labels", -100)):
+        columns[name] = pad_sequence([torch.tensor(e[name]) for e in examples], batch_first=True, padding_value=filler)
+    lengths = torch.tensor([len(e["input_ids"]) for e in examples])
+    columns["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    return columns
+
+
+def train_padded(model_path, examples, *, batch_size: int, learning_rate: float, **model_settings):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_path, **model_settings),
+        LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    losses = []
+    for batch in DataLoader(examples, batch_size=batch_size, collate_fn=padded):
+        labels = batch.pop("labels")
+        logits = model(**batch).logits[:, :-1]  # the library's own loss rounds them to float32
+        loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return model, losses
+
+
+def assert_equal_adapters(model, other, rel: float) -> None:
+    ours, theirs = get_peft_model_state_dict(model), get_peft_model_state_dict(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.linalg.norm(tensor - theirs[name]) <= rel * (torch.linalg.norm(theirs[name]) + 1e-6), name
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+def test_the_plain_loop_of_the_examples_learns_what_a_padded_one_learns(models, family):
+    """float64: only the order of sums differs; the library's norms compute in float32."""
+    examples = examples_with_a_shared_beginning()
+    how = {"batch_size": 4, "learning_rate": 1e-3, "dtype": torch.float64}
+    train = example_module("share_prefixes_peft").train
+    load_once(models(family))
+    set_seed(0)
+    model, losses = train(models(family), examples, **how)
+    set_seed(0)
+    other, expected = train_padded(models(family), examples, **how)
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert_equal_adapters(model, other, rel=1e-3)  # AdamW makes whole steps of near-zero gradients
+
+
+def test_beginnings_stand_once_in_a_batch(models):
+    model = AutoModelForCausalLM.from_pretrained(models("llama"))
+    sharing = share_prefixes(model)
+    examples = examples_with_a_shared_beginning(n=8)
+    batch = sharing.collate(examples)
+    alone = sum(len(example["input_ids"]) - 24 for example in examples)
+    assert sharing.layout == "tree" and sharing.reason is None
+    assert 24 + alone <= batch["input_ids"].numel() < 24 + alone + 32  # filled up to a whole block
+    learned = sum(label != -100 for example in examples for label in example["labels"])
+    assert (batch["labels"] != -100).sum() == learned
+
+
+def test_padding_that_a_tokenizer_added_is_taken_out(models):
+    model = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float64)
+    sharing = share_prefixes(model)
+    examples = examples_with_a_shared_beginning(n=4)
+    columns = padded(examples)
+    rows = [{name: columns[name][i] for name in columns} for i in range(4)]
+    with torch.no_grad():
+        expected = sharing.loss(model, sharing.collate(examples))
+        assert sharing.loss(model, sharing.collate(rows)) == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_a_model_that_cannot_share_is_padded_and_says_why(models):
+    model = AutoModelForCausalLM.from_pretrained(models("baichuan_like"), trust_remote_code=True, dtype=torch.float64)
+    sharing = share_prefixes(model)
+    examples = [{k: [i % 90 for i in v] if k == "input_ids" else v for k, v in e.items()} for e in some_copies()]
+    batch = sharing.collate(examples)
+    assert sharing.layout == "padded" and "position_ids" in sharing.reason
+    assert batch["input_ids"].shape[0] == len(examples)
+
+
+def some_copies() -> list[dict]:
+    return [{"input_ids": example["input_ids"]} for example in examples_with_a_shared_beginning(n=3)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"), [([1, 2], r"3 input_ids and 2 labels"), ([-100, 7, 9], r"label at token 1 is 7")]
+)
+def test_labels_that_are_no_labels_of_these_tokens_are_refused(models, labels, said):
+    sharing = share_prefixes(AutoModelForCausalLM.from_pretrained(models("llama")))
+    with pytest.raises(BadData, match=said):
+        sharing.collate([{"input_ids": [5, 6, 9], "labels": labels}])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trls_trainer_learns_what_it_learns_without_sharing(models, tmp_path):
+    trl = pytest.importorskip("trl")
+    rows = examples_with_a_shared_beginning()
+    dataset = Dataset.from_list(rows)
+    tokenizer = AutoTokenizer.from_pretrained(models("qwen3"))
+    histories, trained = [], []
+    load_once(models("qwen3"))
+    for kind in (trl.SFTTrainer, example_module("share_prefixes_trl").SharingSFTTrainer):
+        base = AutoModelForCausalLM.from_pretrained(models("qwen3"), dtype=torch.float64)
+        set_seed(0)
+        trainer = kind(
+            model=base,
+            args=trl.SFTConfig(
+                output_dir=str(tmp_path / kind.__name__),
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=2,
+                max_steps=5,
+                learning_rate=1e-3,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                disable_tqdm=True,
+                seed=1,
+            ),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+        trainer.train()
+        histories.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        trained.append(trainer.model)
+    assert len(histories[0]) == 5
+    assert histories[1] == pytest.approx(histories[0], rel=1e-4)  # logged with few digits
+    assert_equal_adapters(trained[1], trained[0], rel=1e-3)
