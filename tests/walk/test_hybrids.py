@@ -1,5 +1,5 @@
 """A model with linear attention and one with experts and sinks through the whole walk: train as a tree, kill, resume,
-merge, chat.
+verify, merge, chat.
 """
 
 import json
@@ -66,6 +66,14 @@ def test_killed_and_resumed_it_is_the_same_run(trained, tmp_path):
     assert (out / weights).read_bytes() == (whole / weights).read_bytes()
     ours, theirs = (json.loads((folder / "run.json").read_text()) for folder in (out, whole))
     assert ours["loss_history"] == theirs["loss_history"]
+
+
+def test_it_is_verified_as_a_tree(trained, capsys):
+    _, base, command, _ = trained
+    data = command[command.index("--dataset_path") + 1]
+    assert main(["verify", "--model_path", str(base), "--dataset_path", data, "--dtype", "float32"]) == 0
+    report = capsys.readouterr().out
+    assert "layout tree" in report
 
 
 def test_merged_it_answers_as_the_adapter_does(trained, tmp_path, capsys):
