@@ -23,7 +23,7 @@ _SIZE = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_DELTA_NET = {
+DELTA_NET = {
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
@@ -40,8 +40,8 @@ _EXPERTS = {
 }
 #: family → its config
 HYBRIDS: dict[str, dict[str, Any]] = {
-    "qwen3_next": {**_SIZE, **_DELTA_NET, **_EXPERTS},
-    "qwen3_5_text": {**_SIZE, **_DELTA_NET},
+    "qwen3_next": {**_SIZE, **DELTA_NET, **_EXPERTS},
+    "qwen3_5_text": {**_SIZE, **DELTA_NET},
     "lfm2": {**_SIZE, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
     "mamba2": {
         "vocab_size": WORDS,
@@ -81,7 +81,7 @@ def hybrid(family: str) -> Any:
 
 #: family → config of a model that is trained through the whole walk
 WALKED: dict[str, dict[str, Any]] = {
-    "qwen3_5_text": {**_SIZE, **_DELTA_NET},
+    "qwen3_5_text": {**_SIZE, **DELTA_NET},
     "gpt_oss": {
         **_SIZE,
         "num_hidden_layers": 2,

@@ -11,8 +11,6 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from atomtune.cli import main
-from atomtune.errors import BadModel
-from atomtune.export.peft_keys import new_names
 from tests.conftest import DIALOGUES
 from tests.trained import train_by_heart
 
@@ -83,11 +81,3 @@ def test_a_class_that_cannot_be_is_refused(text_adapter, whole_base, tmp_path, c
         assert export_to(class_name, text_adapter, whole_base, tmp_path / "out") == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
-
-
-def test_a_layer_with_no_place_or_two_is_refused():
-    weights = ["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]
-    with pytest.raises(BadModel, match="0 places"):
-        new_names(weights, ["model.layers.0.attn.q_proj"])
-    with pytest.raises(BadModel, match="2 places"):
-        new_names(weights, ["model.a.layers.0.mlp.up_proj", "model.b.layers.0.mlp.up_proj"])

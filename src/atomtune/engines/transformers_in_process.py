@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from atomtune.engines.engine import Reply, Request
 from atomtune.engines.served_folder import ServedFolder
@@ -36,7 +36,11 @@ class TransformersInProcess:
 
     @cached_property
     def model(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        # As `transformers serve` does: a vision-language checkpoint is served whole, for its text too.
+        named = (config.architectures or [""])[0]
+        served_class = getattr(transformers, named, AutoModelForCausalLM)
+        return served_class.from_pretrained(
             self.folder, dtype=getattr(torch, self.dtype), trust_remote_code=self.trust_remote_code
         ).eval()
 

@@ -17,11 +17,12 @@ from peft.tuners.lora import LoraLayer
 from atomtune.console import Console
 from atomtune.data.encoding.chat_template import Template
 from atomtune.errors import BadSettings, CheckFailed, listing
+from atomtune.export.carried_tensors import carry_over, changed
 from atomtune.model.adapter import load_trained
 from atomtune.model.adapter_folder import AdapterMetadata, base_of, template_of
 from atomtune.model.agreement import Measure, another_plain_way, distribution_measures
 from atomtune.model.causal_lm import CausalLM
-from atomtune.model.fingerprint import refuse_other_base
+from atomtune.model.fingerprint import folder_of, refuse_other_base
 from atomtune.model.generate import prompt_ids, ready_to_answer
 from atomtune.model.load import BaseSpec, dtype_name, load_base, quiet_libraries, stored_dtype
 from atomtune.settings.fields import MergeSettings
@@ -73,12 +74,18 @@ def write_merged(settings: MergeSettings, console: Console) -> None:
     base = load_base(trained.spec)
     refuse_other_base(trained.spec.path, trained.metadata.base, anyway=settings.other_base, notice=console.notice)
     console.say("merging …")
-    _save_merged(base, trained, out, console)
+    carried = _save_merged(base, trained, out, console)
     del base  # two models are loaded for the check, and memory for a third may be missing
 
     console.say("checking the written folder …")
     weights, measures = _check_written(trained, out)
+    _refuse_changed(trained, out, carried)
     _say_checked(weights, measures, trained.spec.dtype, console)
+    if carried:
+        console.say(
+            f"{len(carried):,} tensors that transformers does not load ({', '.join(_first_parts(carried))}) are copied "
+            "from the base as they are."
+        )
 
 
 @dataclass(frozen=True)
@@ -103,8 +110,11 @@ def _trained_model(settings: MergeSettings) -> _TrainedModel:
     return _TrainedModel(adapter, spec, template, metadata)
 
 
-def _save_merged(base: CausalLM, trained: _TrainedModel, out: Path, console: Console) -> None:
-    """Write the merged model with its tokenizer, template and metadata; the base's matrices change."""
+def _save_merged(base: CausalLM, trained: _TrainedModel, out: Path, console: Console) -> tuple[str, ...]:
+    """Write the merged model with its tokenizer, template and metadata; the base's matrices change.
+
+    Returns the names of tensors that the class does not load, which are copied from the base's files.
+    """
     merged = merge_weights(load_trained(base, trained.adapter))
     ready_to_answer(merged, trained.template, notice=console.notice)
     merged.save_pretrained(out)
@@ -112,6 +122,12 @@ def _save_merged(base: CausalLM, trained: _TrainedModel, out: Path, console: Con
     tokenizer.chat_template = trained.template.source  # an adapter of another tool may have been saved without one
     tokenizer.save_pretrained(out)
     trained.metadata.save(out)
+    folder = folder_of(trained.spec.path)
+    return carry_over(folder, out, loaded=merged.state_dict().keys()) if folder else ()
+
+
+def _first_parts(names: Sequence[str]) -> list[str]:
+    return sorted({name.partition(".")[0] for name in names})
 
 
 def _check_written(trained: _TrainedModel, out: Path) -> tuple[Weights, Sequence[Measure]]:
@@ -239,6 +255,12 @@ def _refuse_other_weights(weights: Weights, out: Path) -> None:
         raise CheckFailed(
             f"The weights in {out} are not base + adapter; do not serve them:\n{listing(weights.problems)}"
         )
+
+
+def _refuse_changed(trained: _TrainedModel, out: Path, carried: Sequence[str]) -> None:
+    folder = folder_of(trained.spec.path)
+    if folder and (names := changed(folder, out, carried)):
+        raise CheckFailed(f"These tensors in {out} are not the base's; do not serve them:\n{listing(names)}")
 
 
 def _refuse_other_prompts(template: Template, written: Template, out: Path) -> None:

@@ -48,7 +48,7 @@ def model_card(record: Mapping[str, Any], metadata: AdapterMetadata, history: Se
         _front_matter(base),
         f"# A LoRA adapter for {shown_base(base)}",
         f"Trained with atomtune {__version__}. {_licence_sentence(base)}",
-        _use(base, metadata),
+        _use(base, str(record.get("auto_class", "AutoModelForCausalLM")), metadata),
         _data(record),
         _settings(record["settings"]),
         _figures(history),
@@ -93,7 +93,7 @@ def _licence_sentence(base: str) -> str:
     return f"The base's licence is `{licence}`, which applies to what is made from it."
 
 
-def _use(base: str, metadata: AdapterMetadata) -> str:
+def _use(base: str, auto_class: str, metadata: AdapterMetadata) -> str:
     lines = [
         "## How to use",
         "",
@@ -105,10 +105,10 @@ def _use(base: str, metadata: AdapterMetadata) -> str:
         "",
         "```python",
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto_class}, AutoTokenizer",
         "",
         'folder = "THIS_FOLDER"',
-        f'base = AutoModelForCausalLM.from_pretrained("{shown_base(base)}", dtype="auto")',
+        f'base = {auto_class}.from_pretrained("{shown_base(base)}", dtype="auto")',
         "model = PeftModel.from_pretrained(base, folder)",
         "tokenizer = AutoTokenizer.from_pretrained(folder)  # with the chat template of the training",
         'messages = [{"role": "user", "content": "Hello"}]',

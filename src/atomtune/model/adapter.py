@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from atomtune.errors import BadModel, BadSettings, RunFailed, listing
 from atomtune.model.adapter_folder import CONFIG, WEIGHTS, adapter_config, adapter_file, read_weights
+from atomtune.model.adapter_keys import module_of, names_in
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.lora_targets import ALL_LINEAR, all_linear, matched, shortest
 
@@ -73,9 +74,11 @@ def start_from_weights(base: CausalLM, file: Path, lora: LoraSpec, *, notice: Ca
         if not isinstance(config, LoraConfig):
             raise BadModel(f"{file.parent}: its adapter is not LoRA, so it cannot be trained on here.")
         config.inference_mode = False
+        weights = _named_as_in(base, weights, config)
         _notice_unused(config, base, lora, notice=notice)
         model = get_peft_model(base, config)
     else:
+        weights = _named_as_in(base, weights)
         model = new_adapter(base, _spec_in(weights, file, base, lora, notice=notice))
     _fill(model, weights, file)
     return model
@@ -96,8 +99,21 @@ def _spec_in(
     rank = ranks.pop()
     if rank != lora.rank:
         notice(f"{file.name} holds an adapter of rank {rank}. It is used instead of --lora_rank {lora.rank}.")
-    modules = {name.partition(".lora_")[0].removeprefix("base_model.model.") for name in weights}
+    modules = {module_of(name) for name in weights}
     return LoraSpec(rank=rank, alpha=lora.alpha, dropout=lora.dropout, targets=shortest(base, modules))
+
+
+def _named_as_in(
+    base: CausalLM, weights: Mapping[str, torch.Tensor], config: PeftConfig | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors by the names that this base's class has for their layers; the targets of their config follow."""
+    names = names_in(base, weights)
+    modules = {module_of(old): module_of(new) for old, new in names.items() if old != new}
+    targets = getattr(config, "target_modules", None)
+    if config is not None and modules and targets is not None:
+        # By full names: q_proj alone would mean the vision tower's too.
+        config.target_modules = set(modules.values())
+    return {names[name]: tensor for name, tensor in weights.items()}
 
 
 def _notice_unused(config: LoraConfig, base: CausalLM, lora: LoraSpec, *, notice: Callable[[str], None]) -> None:
@@ -147,7 +163,7 @@ def load_trained(base: CausalLM, folder: Path) -> PeftModel:
     config = adapter_config(folder)
     config.inference_mode = True
     config.base_model_name_or_path = None  # PEFT warns where the base has moved; its fingerprint is what counts
-    weights = read_weights(file)
+    weights = _named_as_in(base, read_weights(file), config)
     try:
         model = get_peft_model(base, config)
     except ValueError as error:  # PEFT: a target that no module of this base has

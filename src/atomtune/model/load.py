@@ -14,17 +14,18 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from atomtune.choices import Dtype, Quantize
 from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import BadModel, BadSettings, listing
+from atomtune.model.auto_class import auto_class
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import folder_of, weight_files
 from atomtune.model.load_errors import explained, refuse_lfs_pointers
 
 #: Buffers that older versions saved beside the weights: constants that a model computes for itself.
-_OLD_BUFFERS = (".masked_bias", "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+OLD_BUFFERS = (".masked_bias", "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 
 
 def quiet_libraries() -> None:
@@ -174,7 +175,7 @@ def load_base(spec: BaseSpec) -> CausalLM:
         refuse_lfs_pointers(weight_files(folder))
     with explained(spec.path, "model"):
         config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
-        base, report = AutoModelForCausalLM.from_pretrained(
+        base, report = auto_class(config).from_pretrained(
             spec.path,
             config=config,
             dtype=spec.dtype,
@@ -198,7 +199,7 @@ def _refuse_partial(path: str, report: Mapping[str, Any]) -> None:
     and what the model's own class names as ignorable are not in its report.
     """
     missing = sorted(report["missing_keys"])
-    unused = sorted(name for name in report["unexpected_keys"] if not name.endswith(_OLD_BUFFERS))
+    unused = sorted(name for name in report["unexpected_keys"] if not name.endswith(OLD_BUFFERS))
     mismatched = sorted(report["mismatched_keys"])
     problems = [f"  {name}: not in the weight files; it would be random numbers" for name in missing]
     problems += [
@@ -217,7 +218,8 @@ def stored_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype:
     """The dtype a model's weights are stored in; float32 where its config does not say."""
     with explained(path, "model"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    dtype = getattr(config, "dtype", None)
+    # Vision-language checkpoints say it of the whole, of the text part, or of both.
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 

@@ -1,8 +1,9 @@
 """LoRA targets: which layers of a base the names in --lora_targets mean."""
 
+import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from types import SimpleNamespace
@@ -37,7 +38,7 @@ class AllLinear:
     """What all-linear means for a base.
 
     adapted    full names of the linear layers that LoRA reaches
-    left_out   last part of a name → why layers of that name stay as they are
+    left_out   name of what stays as it is (the last part of a layer's name, or a whole tower's) → why
     """
 
     adapted: tuple[str, ...]
@@ -48,14 +49,15 @@ def all_linear(base: CausalLM) -> AllLinear:
     """Every linear layer but the output layer, without those that an adapter would not reach or PEFT does not take."""
     names = linear_names(base)
     modules = dict(base.named_modules())
-    called = _called_kinds(base, names)
+    called = _called(base, names)
+    uncalled = set() if called is None else set(unreached(names, called))
     adapted, left_out = [], {}
     for name in names:
         last = _last_part(name)
         if _is_router(modules[name]):
             left_out[last] = "a router"
-        elif called is not None and _kind(modules, name) not in called:
-            left_out[last] = "not called for text"
+        elif name in uncalled:
+            left_out[_tower(name, called or ())] = "not called for text"
         elif not _peft_takes(base.config.model_type, last):
             left_out[last] = "PEFT does not adapt it in this architecture"
         else:
@@ -69,23 +71,45 @@ def _is_router(module: nn.Module) -> bool:
     return of_an_architecture and isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
 
 
-def _kind(modules: Mapping[str, nn.Module], name: str) -> tuple[type, str]:
-    parent, _, last = name.rpartition(".")
-    return type(modules[parent]), last
+def unreached(names: Iterable[str], reached: Collection[str]) -> list[str]:
+    """Of layers the ones that a text does not reach, told from those that one short text reached.
 
-
-def _called_kinds(base: CausalLM, names: Sequence[str]) -> set[tuple[type, str]] | None:
-    """The kinds of linear layers that a text of four tokens calls; None where the base cannot be called so.
-
-    Not called are a vision tower, and layers whose weights a model reads by itself (Jamba's dt_proj). A kind is called
-    when one of its layers is: four tokens do not reach every expert.
+    An expert that no token of that text chose is reached by another text: nothing in `experts.3` was reached, and the
+    same layer of `experts.1` was. Not reached are a vision tower, and what a block has and does not use: keys of a
+    layer that shares another's (Gemma 3n), weights that a model reads by itself (Jamba's dt_proj).
     """
-    modules = dict(base.named_modules())
-    called: set[tuple[type, str]] = set()
-    hooks = []
+    blocks = {_block(name) for name in reached}
+    in_any_block = {_in_any_block(name) for name in reached}
+    missed = []
     for name in names:
-        note = partial(_note, called, _kind(modules, name))
-        hooks.append(modules[name].register_forward_pre_hook(note))
+        unchosen = _block(name) not in blocks and _in_any_block(name) in in_any_block
+        if name not in reached and not unchosen:
+            missed.append(name)
+    return missed
+
+
+def _block(name: str) -> str:
+    """`layers.0.mlp.experts.3.w1` → `layers.0.mlp.experts.3`"""
+    return name[: _innermost_number(name).end()]
+
+
+def _in_any_block(name: str) -> str:
+    """`layers.0.mlp.experts.3.w1` → `layers.0.mlp.experts.*.w1`"""
+    number = _innermost_number(name)
+    return f"{name[: number.start()]}*{name[number.end() :]}"
+
+
+def _innermost_number(name: str) -> re.Match[str]:
+    """The last part of a name that is a number, or the empty end of a name without one."""
+    numbers = list(re.finditer(r"(?<![^.])\d+(?![^.])|$", name))
+    return numbers[-2] if len(numbers) > 1 else numbers[-1]
+
+
+def _called(base: CausalLM, names: Sequence[str]) -> set[str] | None:
+    """The linear layers that a text of four tokens calls; None where the base cannot be called so."""
+    modules = dict(base.named_modules())
+    called: set[str] = set()
+    hooks = [modules[name].register_forward_pre_hook(partial(_note, called, name)) for name in names]
     training = base.training
     base.eval()
     try:
@@ -101,8 +125,21 @@ def _called_kinds(base: CausalLM, names: Sequence[str]) -> set[tuple[type, str]]
     return called
 
 
-def _note(called: set[tuple[type, str]], kind: tuple[type, str], *_call: Any) -> None:
-    called.add(kind)
+def _note(called: set[str], name: str, *_call: Any) -> None:
+    called.add(name)
+
+
+def _tower(name: str, called: Collection[str]) -> str:
+    """Of a layer that is not called: the last part of the outermost module around it in which nothing is."""
+    outermost = name
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        around = ".".join(parts[:depth])
+        if any(other.startswith(f"{around}.") for other in called):
+            break
+        outermost = around
+    # Of a part of a list its list's name too: adapter_list.0
+    return re.findall(r"[^.]+(?:\.\d+)*$", outermost)[-1]
 
 
 class _StandIn(nn.Module):

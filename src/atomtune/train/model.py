@@ -3,10 +3,13 @@
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import LoraSpec, new_adapter, parameter_counts, start_from_weights
 from atomtune.model.adapter_folder import AdapterMetadata, adapter_file
+from atomtune.model.adapter_keys import refuse_unread
+from atomtune.model.auto_class import auto_class
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.fused_lora import compute_together
 from atomtune.model.load import BaseSpec, device_in_use, load_base, resolve_dtype
@@ -43,8 +46,14 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
     _say_what_is_not_used(run, device, dtype)
     run.console.say(f"loading {run.settings.model.model_path} …")
     base = load_base(BaseSpec(**run.settings.model.base(), dtype=dtype, device=device))
+    run.record.update(auto_class=auto_class(base.config).__name__)
     _refuse_too_few_positions(base, longest_tokens)
     model = _new_adapter(run, base) if isinstance(run.start, Fresh) else _adapter_of_start(run, base, run.start)
+    refuse_unread(
+        get_peft_model_state_dict(model),
+        str(run.settings.model.model_path),
+        trust_remote_code=run.settings.model.trust_remote_code,
+    )
     _say_size(run, model, device, dtype)
     if not (run.args.fsdp or run.args.deepspeed):  # they take the weights out of the layers between calls
         embeddings: Any = base.get_input_embeddings()

@@ -7,9 +7,10 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, get_scheduler
+from transformers import AutoConfig, Trainer, TrainingArguments, get_scheduler
 
 from atomtune.errors import BadSettings
+from atomtune.model.auto_class import auto_class
 from atomtune.model.load_errors import explained
 from atomtune.model.lora_targets import ALL_LINEAR, match_targets
 from atomtune.settings.fields import ModelSettings, TrainSettings
@@ -91,7 +92,7 @@ def check_targets(model: ModelSettings, targets: list[str]) -> None:
     with explained(str(model.model_path), "model"):
         config = AutoConfig.from_pretrained(str(model.model_path), trust_remote_code=model.trust_remote_code)
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+            base = auto_class(config).from_config(config, trust_remote_code=model.trust_remote_code)
     match_targets(base, targets)
 
 

@@ -1,0 +1,92 @@
+"""Carried tensors: what a checkpoint's folder holds beside what its class loads, copied into a merged folder.
+
+Qwen3.5's files have layers that predict several tokens at once (`mtp.…`). transformers leaves them out without a word,
+and servers use them. A merged folder has them as its base had them, and the settings of its image processor too.
+"""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from atomtune.disk import open_to_umask
+from atomtune.model.fingerprint import INDEX, weight_files
+from atomtune.model.load import OLD_BUFFERS
+
+#: How an image processor and its like are set: preprocessor_config.json, video_preprocessor_config.json, …
+_PROCESSORS = "*processor_config.json"
+
+
+def carry_over(base: Path, out: Path, *, loaded: Collection[str]) -> tuple[str, ...]:
+    """Copy into a written model what its base's folder has beside it; the names of the tensors copied.
+
+    loaded  names of the tensors that the model has in memory, tied ones included
+    """
+    for file in base.glob(_PROCESSORS):
+        shutil.copyfile(file, out / file.name)
+    written = {name for file in weight_files(out) for name, _ in _tensors(file, names_only=True)}
+    known = {*written, *loaded}
+    carried: dict[str, torch.Tensor] = {}
+    for file in weight_files(base):
+        for name, tensor in _tensors(file, leaving_out=known):
+            if not name.endswith(OLD_BUFFERS):
+                carried[name] = tensor
+    if carried:
+        _add_shard(out, carried)
+    return tuple(sorted(carried))
+
+
+def changed(base: Path, out: Path, names: Collection[str]) -> list[str]:
+    """Which of these tensors are not, bit by bit, the base's."""
+    ours, theirs = (
+        {name: tensor for file in weight_files(folder) for name, tensor in _tensors(file) if name in names}
+        for folder in (out, base)
+    )
+    return sorted(name for name in names if name not in ours or not _same(ours[name], theirs[name]))
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def _tensors(
+    file: Path, *, leaving_out: Collection[str] = (), names_only: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of each weight in a file; a pickled one is read as tensors only and runs nothing."""
+    empty = torch.empty(0)
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  # not a dict
+                if name not in leaving_out:
+                    yield name, empty if names_only else weights.get_tensor(name)
+        return
+    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    for name, tensor in tensors.items():
+        if name not in leaving_out:
+            yield name, tensor.contiguous()
+
+
+def _add_shard(out: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Add a file of weights to a model's folder, and the index that names every file."""
+    files = weight_files(out)
+    count = len(files) + 1
+    shards: list[Path] = []
+    for number, file in enumerate(files, 1):
+        shards.append(file.rename(out / f"model-{number:05}-of-{count:05}.safetensors"))
+    shards.append(out / f"model-{count:05}-of-{count:05}.safetensors")
+    save_file(tensors, shards[-1], metadata={"format": "pt"})
+    weight_map, total_size = {}, 0
+    for shard in shards:
+        for name, tensor in _tensors(shard):
+            weight_map[name] = shard.name
+            total_size += tensor.nbytes
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    open_to_umask(out)

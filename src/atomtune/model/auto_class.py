@@ -1,0 +1,47 @@
+"""Auto class: with which of transformers' Auto classes a checkpoint is loaded.
+
+A vision-language checkpoint may have two classes that read text: the whole one, which its config names, and the text
+part alone (AutoModelForCausalLM gives that of Qwen3.5). The whole one is loaded: an adapter's names then fit the class
+that servers build, and a merged model keeps its vision tower.
+"""
+
+from typing import Any
+
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+)
+
+#: Which classes each Auto class knows, the plainest first.
+_KNOWN: tuple[tuple[Any, Any], ...] = (
+    (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING),
+)
+
+
+def auto_class(config: Any) -> Any:
+    """The Auto class that gives the class named in the config's `architectures`, else the first that takes it."""
+    named = set(getattr(config, "architectures", None) or ())
+    takes_config = []
+    for auto, classes_of in _KNOWN:
+        if type(config) not in classes_of:
+            continue
+        takes_config.append(auto)
+        classes = classes_of[type(config)]
+        classes = classes if isinstance(classes, tuple) else (classes,)
+        if named & {class_.__name__ for class_ in classes}:
+            return auto
+    # Code that comes with a model says in its config for which Auto class it stands.
+    own_code = getattr(config, "auto_map", None) or {}
+    takes_config += [auto for auto, _ in _KNOWN if auto.__name__ in own_code]
+    return takes_config[0] if takes_config else AutoModelForCausalLM
+
+
+def reads_more_than_text(config: Any) -> bool:
+    """Whether the text model is a part of the model: beside it stand towers for images or sound."""
+    return bool(config.get_text_config() is not config)

@@ -1,0 +1,28 @@
+"""Auto class: the class that a config names is the one that is loaded."""
+
+import pytest
+from transformers import AutoConfig
+
+from atomtune.model.auto_class import auto_class
+
+NAMED = {
+    ("qwen3_5", "Qwen3_5ForConditionalGeneration"): "AutoModelForImageTextToText",
+    ("qwen3_5", "Qwen3_5ForCausalLM"): "AutoModelForCausalLM",
+    ("qwen3_5_text", "Qwen3_5ForCausalLM"): "AutoModelForCausalLM",
+    ("gemma3", "Gemma3ForConditionalGeneration"): "AutoModelForCausalLM",  # which knows the whole class here
+    ("mistral3", "Mistral3ForConditionalGeneration"): "AutoModelForImageTextToText",
+    ("llama", "LlamaForCausalLM"): "AutoModelForCausalLM",
+    ("llama", "LlamaModel"): "AutoModelForCausalLM",  # some base models name their class without a head
+    ("t5", "T5ForConditionalGeneration"): "AutoModelForCausalLM",  # which refuses it, as no decoder alone
+}
+
+
+@pytest.mark.parametrize(("family", "named"), NAMED)
+def test_it_is_the_one_that_gives_the_named_class(family, named):
+    config = AutoConfig.for_model(family, architectures=[named])
+    assert auto_class(config).__name__ == NAMED[family, named]
+
+
+def test_code_that_comes_with_a_model_says_for_which_it_stands():
+    config = AutoConfig.for_model("t5", architectures=["Foreign"], auto_map={"AutoModelForImageTextToText": "a.B"})
+    assert auto_class(config).__name__ == "AutoModelForImageTextToText"

@@ -1,0 +1,59 @@
+"""Tiny vision-language checkpoints with random weights and a tokenizer, as a published one has them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from tests.hybrids import DELTA_NET
+from tests.tiny import CHATML, SIZE, tokenizer_of
+
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "image_size": 28,
+    "patch_size": 14,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    # Qwen's names for the same
+    "num_heads": 2,
+    "depth": 2,
+    "out_hidden_size": 32,
+}
+_HEAD = {"head_dim": 8}
+#: family → config values of the text part, of the vision tower, and of the whole
+CHECKPOINTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "qwen3_5": ({**DELTA_NET, **_HEAD, "tie_word_embeddings": False}, {}, {}),
+    "gemma3": (
+        {**_HEAD, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+        {},
+        {"mm_tokens_per_image": 1},
+    ),
+    "mistral3": (_HEAD, {"head_dim": 16}, {}),
+}
+
+
+def config_of(family: str, *, vocabulary: int, **special: Any) -> Any:
+    text, vision, whole = CHECKPOINTS[family]
+    config = AutoConfig.for_model(family)
+    words = {"vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **special}
+    text_config = type(config.text_config)(**{**SIZE, **text, **words})
+    vision_config = type(config.vision_config)(**{**_VISION, **vision})
+    return type(config)(text_config=text_config.to_dict(), vision_config=vision_config.to_dict(), **whole)
+
+
+def write_checkpoint(family: str, folder: Path) -> Path:
+    """A checkpoint of this family in float32, with a layer beside it that its class does not load (Qwen3.5's mtp)."""
+    tokenizer = tokenizer_of("bytes", CHATML)
+    tokenizer.save_pretrained(folder)
+    config = config_of(family, vocabulary=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    torch.manual_seed(7)
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}\n', encoding="utf-8")
+    if family == "qwen3_5":
+        file = folder / "model.safetensors"
+        more = {"mtp.fc.weight": torch.randn(4, 8), "mtp.norm.weight": torch.ones(8, dtype=torch.bfloat16)}
+        save_file({**load_file(file), **more}, file, metadata={"format": "pt"})
+    return folder
