@@ -16,6 +16,7 @@ from atomtune.data.encoding import chat_template
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import built_in, load_template
 from atomtune.data.encoding.encode import encode
+from atomtune.data.encoding.token_ids import PieceTokenizer
 from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord
@@ -320,3 +321,22 @@ def test_a_long_conversation_is_rendered_a_few_times_and_not_once_for_every_answ
     record = {"messages": [message for n in range(100) for message in (user(f"q{n}"), assistant(f"a{n}"))]}
     assert list(encode([RawRecord(record, "a:1")], template, Ledger(), max_tokens=10**6, schema=Schema("messages")))
     assert sum(rendered) < 6 * len(record["messages"])
+
+
+@pytest.mark.parametrize(("name", "parts"), [("chatml", 1), ("qwen3", 100)])
+def test_a_long_conversation_is_tokenized_about_once_and_not_once_for_every_answer(name, parts, monkeypatch):
+    template = load_template(name, tokenizer_of("bytes", CHATML))
+    characters: list[int] = []
+    ids_of = PieceTokenizer.ids_of
+
+    def counted(self: PieceTokenizer, pieces: Any) -> list[list[int]]:
+        pieces = list(pieces)
+        characters.append(sum(len(piece.text) for piece in pieces))
+        return ids_of(self, pieces)
+
+    monkeypatch.setattr(PieceTokenizer, "ids_of", counted)
+    record = {"messages": [message for n in range(100) for message in (user(f"q{n}"), assistant(f"a{n}"))]}
+    (examples,) = encode([RawRecord(record, "a:1")], template, Ledger(), max_tokens=10**6, schema=Schema("messages"))
+    assert len(examples) == parts
+    text = template.tokenizer.decode(examples[-1].ids)
+    assert sum(characters) < 3 * len(text)

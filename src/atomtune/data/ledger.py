@@ -42,14 +42,16 @@ class Ledger:
         self.cut_origins.append(origin)
         self.prompt_tokens_cut += tokens
 
-    def use(self, examples: Sequence[Example]) -> None:
-        """Enter one record that is trained on, as the Examples it became."""
+    def use(self, examples: Sequence[Example], *, prompt_tokens: int, target_tokens: int) -> None:
+        """Enter one record that is trained on, as the Examples it became.
+
+        Their tokens come with them: an Example of a long conversation has thousands, and the encoder knows how many.
+        """
         self.records_used += 1
         self.examples += len(examples)
-        for example in examples:
-            self.target_tokens += sum(example.learn)
-            self.prompt_tokens += example.learn.count(0)
-            self.longest_tokens = max(self.longest_tokens, len(example.ids))
+        self.prompt_tokens += prompt_tokens
+        self.target_tokens += target_tokens
+        self.longest_tokens = max(self.longest_tokens, *(len(example.ids) for example in examples))
 
     def refused_as(self, kind: RefusalKind) -> list[Refusal]:
         return [refusal for refusal in self.records_refused if refusal.kind == kind]

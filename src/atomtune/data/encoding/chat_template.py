@@ -292,9 +292,8 @@ class Conversation:
         prompts = self._at_headers(learned, parts) if self.template.header else self._at_stops(learned, parts)
         if prompts is None:
             return None
-        if (
-            self.template.knows_thoughts
-        ):  # between a question and its answer it keeps those of each call, empty ones too
+        if self.template.knows_thoughts:
+            # Between a question and its answer it keeps those of each call, empty ones too.
             for number, at in enumerate(learned):
                 if turns[at - 1].role != "user":
                     prompts[number] = self._parts(self._render_prompt(at))
@@ -347,10 +346,9 @@ class Conversation:
         return tuple(prompt[start:end] for start, end in pairwise([0, *(spot for spot in spots if spot), len(prompt)]))
 
     def _pieces(self, parts: Parts) -> tuple[Piece, ...]:
-        for part in parts:
-            if part not in self._piece_of:
-                self._piece_of[part] = self.escaper.piece(part, learn=False)
-        return tuple([self._piece_of[part] for part in parts])
+        for part in set(parts) - self._piece_of.keys():
+            self._piece_of[part] = self.escaper.piece(part, learn=False)
+        return tuple(map(self._piece_of.__getitem__, parts))
 
     def _exchange(self, at: int, parts: Parts) -> Exchange:
         turn, template = self.record.turns[at], self.template

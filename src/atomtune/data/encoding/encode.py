@@ -11,7 +11,6 @@ Laws (tests/data/encoding/test_encode.py):
 """
 
 import itertools
-import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,10 +38,12 @@ class Target(NamedTuple):
     prompt: tuple[list[int], ...]
     answer: list[int]
     learn: int
+    prompt_tokens: int  # of all parts together
 
     @property
-    def prompt_tokens(self) -> int:
-        return sum(map(len, self.prompt))
+    def learned_tokens(self) -> int:
+        """Of the answer; where nothing stands before a text, nothing predicts its first token."""
+        return len(self.answer) if self.prompt_tokens else len(self.answer) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,8 @@ class EncodedRecord:
     examples: tuple[Example, ...] = ()
     refusal: Refusal | None = None
     refused_target_tokens: int = 0
+    prompt_tokens: int = 0  # of its Examples, as the next
+    target_tokens: int = 0  # a token that is learned twice counts twice
     cut_tokens: int = 0  # of its prompts
     unknown_tokens: int = 0  # targets the tokenizer has no token for
     holds_control_strings: bool = False
@@ -72,6 +75,7 @@ class Counted(Protocol):
 
 CountedPart = TypeVar("CountedPart", bound=Counted)
 Item = TypeVar("Item")
+Part = TypeVar("Part")  # of a prompt: a Piece, or its ids
 
 
 @dataclass
@@ -92,8 +96,7 @@ class _PieceIds:
 
     def learn(self, pieces: Iterable[Piece]) -> None:
         """Tokenize many at once, which takes a fraction of the time."""
-        each_once = {id(piece): piece for piece in pieces}.values()  # to hash one takes ten times as long
-        new = [piece for piece in dict.fromkeys(each_once) if piece not in self._known]
+        new = [piece for piece in dict.fromkeys(pieces) if piece not in self._known]
         self._known.update(zip(new, self._tokens.ids_of(new), strict=True))
 
     def __getitem__(self, piece: Piece) -> list[int]:
@@ -148,8 +151,15 @@ class Encoder:
             except CannotExpress as error:
                 exchanges_of.append(error)
         ids = _PieceIds(self.template)
-        every = [exchange for exchanges in exchanges_of if isinstance(exchanges, tuple) for exchange in exchanges]
-        ids.learn(piece for exchange in every for piece in (*exchange.prompt, exchange.answer))
+        pieces: list[Piece] = []
+        for exchanges in exchanges_of:
+            if isinstance(exchanges, tuple):
+                before: tuple[Piece, ...] = ()
+                for exchange in exchanges:
+                    pieces += exchange.prompt[_shared(before, exchange.prompt) :]
+                    pieces.append(exchange.answer)
+                    before = exchange.prompt
+        ids.learn(pieces)
         for record, exchanges in zip(records, exchanges_of, strict=True):
             if isinstance(exchanges, tuple):
                 yield self._encode_record(record, exchanges, ids)
@@ -157,7 +167,7 @@ class Encoder:
                 yield self._refused(record, str(exchanges), ids)
 
     def _encode_record(self, record: Record, exchanges: Sequence[Exchange], ids: _PieceIds) -> EncodedRecord:
-        targets = [self._target(exchange, ids) for exchange in exchanges]
+        targets = self._targets(exchanges, ids)
         fitting: list[Target] = []
         for exchange, target in zip(exchanges, targets, strict=True):
             fits: Target | Refusal = target
@@ -170,9 +180,13 @@ class Encoder:
         if not all(target.prompt_tokens for target in fitting) and record.turns[-1].role != "text":
             return self._refused(record, "the template writes nothing before the answer", ids)
         unknown = self._unknown_id
+        examples = joined(fitting, record.origin)
+        all_tokens = sum(len(example.ids) for example in examples)
         return EncodedRecord(
             record.origin,
-            joined(fitting, record.origin),
+            examples,
+            prompt_tokens=all_tokens - sum(target.learned_tokens for target in fitting),
+            target_tokens=sum(target.learned_tokens * target.learn for target in fitting),
             cut_tokens=sum(a.prompt_tokens - b.prompt_tokens for a, b in zip(targets, fitting, strict=True)),
             unknown_tokens=0 if unknown is None else sum(target.answer.count(unknown) for target in fitting),
             holds_control_strings=any(
@@ -182,9 +196,20 @@ class Encoder:
             notes=_notes(record, exchanges),
         )
 
-    def _target(self, exchange: Exchange, ids: _PieceIds) -> Target:
-        stop = self.template.tokenizer.convert_tokens_to_ids(exchange.stop)
-        return Target(tuple(ids[piece] for piece in exchange.prompt), [*ids[exchange.answer], stop], exchange.learn)
+    def _targets(self, exchanges: Sequence[Exchange], ids: _PieceIds) -> list[Target]:
+        """The exchanges of one record in ids; what a prompt shares with the one before is looked up once."""
+        targets: list[Target] = []
+        pieces_before: tuple[Piece, ...] = ()
+        prompt: tuple[list[int], ...] = ()
+        for exchange in exchanges:
+            shared = _shared(pieces_before, exchange.prompt)
+            prompt = (*prompt[:shared], *(ids[piece] for piece in exchange.prompt[shared:]))
+            stop = self.template.tokenizer.convert_tokens_to_ids(exchange.stop)
+            targets.append(
+                Target(prompt, [*ids[exchange.answer], stop], exchange.learn, prompt_tokens=sum(map(len, prompt)))
+            )
+            pieces_before = exchange.prompt
+        return targets
 
     def _refused(self, record: Record, reason: str, ids: _PieceIds) -> EncodedRecord:
         """Refuse a record before its answers have ids; their number is counted all the same."""
@@ -216,7 +241,8 @@ class Encoder:
         until = replace(record, turns=record.turns[: at + 1])
         shorter = shorten(until, fits, share=room / target.prompt_tokens) if room > 0 else None
         if shorter is not None:
-            return target._replace(prompt=next(prompt for tried, prompt in reversed(fitting) if tried == shorter))
+            prompt = next(prompt for tried, prompt in reversed(fitting) if tried == shorter)
+            return target._replace(prompt=prompt, prompt_tokens=sum(map(len, prompt)))
         which = f"answer {record.learned.index(at) + 1}" if len(record.learned) > 1 else "the answer"
         beside = "the template's markers and list of tools" if record.tools else "the template's markers"
         return Refusal(
@@ -226,6 +252,16 @@ class Encoder:
             RefusalKind.TOO_LONG,
             broken=self.overlength == "error",
         )
+
+
+def _shared(before: tuple[Part, ...], prompt: tuple[Part, ...]) -> int:
+    """How many parts a prompt has in common with the one before it: all of that but its last part, or none.
+
+    The last part asks for the answer, and is no beginning of the next prompt's. Mostly the parts are the same objects,
+    which takes no time to see.
+    """
+    shared = max(0, len(before) - 1)
+    return shared if len(prompt) > shared and prompt[:shared] == before[:shared] else 0
 
 
 def _notes(record: Record, exchanges: Sequence[Exchange]) -> tuple[str, ...]:
@@ -256,7 +292,7 @@ def _enter(encoded: EncodedRecord, batch: EncodedBatch) -> None:
     ledger.unknown_tokens += encoded.unknown_tokens
     ledger.records_with_thoughts += encoded.has_thoughts
     ledger.notices.update(encoded.notes)
-    ledger.use(encoded.examples)
+    ledger.use(encoded.examples, prompt_tokens=encoded.prompt_tokens, target_tokens=encoded.target_tokens)
     batch.records.append(encoded.examples)
 
 
@@ -272,10 +308,12 @@ def joined(targets: Sequence[Target], origin: str) -> tuple[Example, ...]:
         if new is None:
             if ids:
                 examples.append(Example(tuple(ids), tuple(learn), origin))
-            ids, learn, new = [], [], prompts.whole(target)
-        ids += new
+            ids, learn = prompts.whole(target), [0] * target.prompt_tokens
+        else:
+            ids += new
+            learn += [0] * len(new)
         ids += target.answer
-        learn += [0] * len(new) + [target.learn] * len(target.answer)
+        learn += [target.learn] * len(target.answer)
         if not target.prompt_tokens:  # a text without a token before it: nothing predicts its first one
             learn[0] = 0
         before = target
@@ -286,23 +324,22 @@ class _Prompts:
     """Whole prompts of one record: each is mostly the one before, so that only what is new is put together."""
 
     def __init__(self) -> None:
-        self._parts: tuple[list[int], ...] = ()
-        self._ids: list[int] = []
+        self._parts: tuple[list[int], ...] = ()  # of the prompt before
+        self._ids: list[int] = []  # of all its parts but the last
 
     def whole(self, target: Target) -> list[int]:
-        shared = self._parts
-        if len(target.prompt) <= len(shared) or not all(map(operator.is_, shared, target.prompt)):
-            shared, self._ids = (), []
-        # The last part asks for the answer, and is no beginning of the next prompt's.
-        self._ids += itertools.chain.from_iterable(target.prompt[len(shared) : -1])
-        self._parts = target.prompt[:-1]
+        shared = _shared(self._parts, target.prompt)
+        if not shared:
+            self._ids = []
+        self._ids += itertools.chain.from_iterable(target.prompt[shared:-1])
+        self._parts = target.prompt
         return self._ids + target.prompt[-1] if target.prompt else []
 
 
 def _continued(before: Target, target: Target) -> list[int] | None:
     """What a prompt adds to the exchange before it; None where it does not begin with all of that."""
-    shared = len(before.prompt) - 1  # all parts but the one that asks for the answer
-    if target.prompt[:shared] != before.prompt[:shared]:  # mostly the same lists, which takes no time
+    shared = _shared(before.prompt, target.prompt)
+    if len(before.prompt) > 1 and not shared:
         return None
     new = list(itertools.chain.from_iterable(target.prompt[shared:]))
     known = [*(before.prompt[-1] if before.prompt else []), *before.answer]

@@ -1,0 +1,105 @@
+"""How long is a conversation encoded, against tokenizing its text once?
+
+    python -m benchmarks.encoding_time                       Qwen3's tokenizer and template, 1 to 200 exchanges
+    python -m benchmarks.encoding_time --tokenizer FOLDER    another tokenizer with its own template
+
+One core, processor time. The bar is the rendered text of all turns through the tokenizer in one call; encoding renders
+it, finds each answer, and tokenizes prompts and answers apart. A batch holds as many records as make 200 exchanges; of
+several rounds, the two in turn, the fastest counts.
+"""
+
+import argparse
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TURNS = (1, 10, 50, 200)
+EXCHANGES_A_BATCH = 200
+WORDS = [
+    "the",
+    "tide",
+    "灯塔",
+    "comes",
+    "in",
+    "at",
+    "noon,",
+    "says",
+    "who;",
+    "今天有雾",
+    "and",
+    "3.5",
+    "lamps",
+    "(oil)",
+]
+DEFAULT = Path(os.environ.get("ATOMTUNE_REAL", Path.home() / ".cache" / "atomtune-real")) / "tok" / "qwen3"
+
+
+def conversations(exchanges: int, draw: random.Random) -> list[dict[str, Any]]:
+    """Records of so many exchanges; every text has 8 to 40 words."""
+
+    def text() -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(8, 40)))
+
+    def record() -> dict[str, Any]:
+        roles = ["user", "assistant"] * exchanges
+        return {"messages": [{"role": role, "content": text()} for role in roles]}
+
+    return [record() for _ in range(EXCHANGES_A_BATCH // exchanges)]
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Of processor time, which other programs on the machine do not add to."""
+    began = time.process_time()
+    call()
+    return time.process_time() - began
+
+
+def measure(folder: Path, exchanges: int, rounds: int) -> tuple[float, float]:
+    """Seconds a batch of such conversations takes to tokenize, and to encode."""
+    from atomtune.data.encoding.choose_template import load_template
+    from atomtune.data.encoding.encode import encode
+    from atomtune.data.formats.schema import Schema
+    from atomtune.data.ledger import Ledger
+    from atomtune.data.reading.raw import RawRecord
+    from atomtune.model.load import load_tokenizer
+
+    tokenizer = load_tokenizer(str(folder))
+    template = load_template("auto", tokenizer)
+    values = conversations(exchanges, random.Random(exchanges))
+    records = [RawRecord(value, f"a:{number}") for number, value in enumerate(values, 1)]
+    texts = [str(tokenizer.apply_chat_template(value["messages"], tokenize=False)) for value in values]
+
+    def tokenized() -> None:
+        for text in texts:
+            tokenizer(text, add_special_tokens=False)
+
+    def encoded() -> None:
+        ledger = Ledger()
+        assert len(list(encode(records, template, ledger, max_tokens=10**6, schema=Schema("messages")))) == len(records)
+
+    tokenized()
+    encoded()
+    pairs = [(seconds(tokenized), seconds(encoded)) for _ in range(rounds)]
+    return min(tokenizing for tokenizing, _ in pairs), min(encoding for _, encoding in pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, default=DEFAULT, help="folder of a tokenizer with a chat template")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    print("| exchanges | tokenizing, ms a record | encoding, ms a record | times |")
+    print("|---|---|---|---|")
+    for exchanges in TURNS:
+        tokenizing, encoding = measure(arguments.tokenizer, exchanges, arguments.rounds)
+        records = EXCHANGES_A_BATCH // exchanges
+        milliseconds = [1000 * batch / records for batch in (tokenizing, encoding)]
+        print(f"| {exchanges} | {milliseconds[0]:.2f} | {milliseconds[1]:.2f} | {encoding / tokenizing:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
