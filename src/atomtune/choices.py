@@ -21,7 +21,9 @@ ExportTarget = Literal["gguf", "peft"]
 #: Number formats of a GGUF that the converter writes itself.
 GgufFormat = Literal["bf16", "f16", "q8_0", "f32"]
 #: The programs that serve a model.
-EngineName = Literal["transformers", "llama.cpp", "in-process"]
+EngineName = Literal["transformers", "vllm", "llama.cpp", "in-process"]
+#: Those that `serve` starts; auto: vllm on a GPU where it is installed, llama.cpp for a GGUF, else transformers.
+ServeEngine = Literal["auto", "transformers", "vllm", "llama.cpp"]
 
 #: The built-in chat templates, data/templates/NAME.jinja.
 TEMPLATES = (

@@ -40,6 +40,7 @@ COMMANDS = {
     "export": Command(
         "Write a GGUF for llama.cpp and Ollama, or the adapter for another class.", "atomtune.export.command"
     ),
+    "serve": Command("Serve a trained adapter with an OpenAI-compatible API.", "atomtune.serve.command"),
     "runs": Command("List the runs in a folder, or compare runs: settings and losses.", "atomtune.runs"),
     "chat": Command("Talk to a trained adapter in the terminal.", "atomtune.serve.chat"),
 }

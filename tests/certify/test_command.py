@@ -136,6 +136,12 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(by_heart, tmp_p
         assert said in told(capsys)
 
 
+def test_a_missing_adapter_is_blamed_on_its_own_setting(tmp_path, capsys):
+    assert main(["certify", "--adapter_path", str(tmp_path / "none")]) == 2
+    error = told(capsys)
+    assert f"--adapter_path {tmp_path / 'none'}: no such file or folder" in error and "--served" not in error
+
+
 def test_certificates_of_other_engines_stay(adapter):
     file = adapter / "certificate.json"
     file.write_text(json.dumps([{"engine": "vllm", "holds": True}, {"engine": "in-process", "holds": False}]))

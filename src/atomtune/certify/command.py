@@ -16,10 +16,12 @@ from atomtune.data.encoding.chat_template import Template
 from atomtune.data.records import Record
 from atomtune.engines.llama_cpp import LlamaCpp
 from atomtune.engines.llama_cpp import refuse_without_packages as refuse_without_llama_cpp
-from atomtune.engines.served_folder import ServedFolder
+from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder
 from atomtune.engines.transformers_in_process import TransformersInProcess
 from atomtune.engines.transformers_serve import TransformersServe
 from atomtune.engines.transformers_serve import refuse_without_packages as refuse_without_transformers_serve
+from atomtune.engines.vllm_serve import VllmServe
+from atomtune.engines.vllm_serve import refuse_without_packages as refuse_without_vllm
 from atomtune.errors import BadSettings, CheckFailed
 from atomtune.evaluate.run_folder import run_records
 from atomtune.model.adapter import load_trained
@@ -51,7 +53,7 @@ def certify(settings: CertifySettings) -> int:
     quiet_libraries()
     console = Console()
     served = Path(settings.served or settings.adapter_path)
-    engines = engines_for(served, settings.engine)
+    engines = engines_for(served, settings.engine, setting="--served" if settings.served else "--adapter_path")
     side = trained_side(settings, console)
     outcomes = [certify_served(side, served, engine, settings, console) for engine in engines]
     write_certificate(outcomes, served)
@@ -59,13 +61,14 @@ def certify(settings: CertifySettings) -> int:
     return 0
 
 
-def engines_for(served: Path, wanted: Sequence[EngineName]) -> list[EngineName]:
+def engines_for(served: Path, wanted: Sequence[EngineName], *, setting: str) -> list[EngineName]:
     """The engines to start: those named, else the one for what is served.
 
+    setting  what named it, for errors
     Raises BadSettings where one cannot serve it or is not installed.
     """
     if not served.exists():
-        raise BadSettings([f"--served {served}: no such file or folder."])
+        raise BadSettings([f"{setting} {served}: no such file or folder."])
     is_gguf = served.suffix == ".gguf"
     engines: list[EngineName] = list(wanted) or ["llama.cpp" if is_gguf else "transformers"]
     problems: list[str] = []
@@ -83,6 +86,8 @@ def engines_for(served: Path, wanted: Sequence[EngineName]) -> list[EngineName]:
         refuse_without_llama_cpp()
     if "transformers" in engines:
         refuse_without_transformers_serve()
+    if "vllm" in engines:
+        refuse_without_vllm()
     return engines
 
 
@@ -150,6 +155,11 @@ def start(engine: EngineName, served: Path, side: TrainedSide, settings: Certify
     if engine == "llama.cpp":
         return LlamaCpp(served, context=side.max_tokens + side.max_new_tokens)
     folder = ServedFolder(served, base=settings.model_path, stop_ids=side.stop_ids)
+    if engine == "vllm":
+        base = base_of(served, settings.model_path) if (served / ADAPTER_CONFIG).is_file() else None
+        context = side.max_tokens + side.max_new_tokens
+        trust = settings.trust_remote_code
+        return VllmServe(folder, base=base, dtype=side.dtype, context=context, trust_remote_code=trust)
     kind = TransformersServe if engine == "transformers" else TransformersInProcess
     return kind(folder, dtype=side.dtype, trust_remote_code=settings.trust_remote_code)
 

@@ -1,15 +1,16 @@
 """llama.cpp: for a GGUF, through the package xllamacpp, its server in a process of its own."""
 
-import importlib.util
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from atomtune.engines.engine import Reply, Request, chat_reply, post
 from atomtune.engines.server_process import ServerProcess, free_port
-from atomtune.errors import BadModel, BadSettings
+from atomtune.errors import BadModel
+from atomtune.extras import refuse_missing
 
 #: Added to a token's logit so that it is drawn; the log-probability told is that before the addition.
 _FORCED = 1e4
@@ -17,16 +18,20 @@ _FORCED = 1e4
 _ALL = 1_000_000
 
 
-def command(file: Path, *, host: str, port: int, context: int, api_key: str | None = None) -> list[str]:
-    """The words that start it; an API key goes by the environment (ATOMTUNE_API_KEY), which no other user can read."""
+def command(file: Path, *, host: str, port: int, context: int, variables: Mapping[str, Any] | None = None) -> list[str]:
+    """The words that start it; an API key goes by the environment (ATOMTUNE_API_KEY), which no other user can read.
+
+    context    tokens; 0: as the model was trained
+    variables  of the chat template, where a request sets none
+    """
     words = [sys.executable, "-m", "atomtune.engines.llama_cpp_server", str(file)]
-    return [*words, "--host", host, "--port", str(port), "--context", str(context)]
+    words += ["--host", host, "--port", str(port), "--context", str(context)]
+    return [*words, "--variables", json.dumps(variables)] if variables else words
 
 
 def refuse_without_packages() -> None:
     """Raise BadSettings where xllamacpp is not installed."""
-    if importlib.util.find_spec("xllamacpp") is None:
-        raise BadSettings(["llama.cpp needs xllamacpp, which is not installed here.\n  pip install 'atomtune[gguf]'"])
+    refuse_missing(["xllamacpp"], extra="gguf", what="llama.cpp")
 
 
 def weights_format(file: Path) -> str:

@@ -1,9 +1,11 @@
 """llama.cpp's server as a command: python -m atomtune.engines.llama_cpp_server MODEL.gguf --port 8000."""
 
 import argparse
+import json
 import os
 import signal
 import threading
+from pathlib import Path
 
 
 def main() -> None:
@@ -13,6 +15,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--context", type=int, default=0, help="tokens; 0: as the model was trained")
+    parser.add_argument("--variables", default="{}", help="of the chat template, as a JSON object")
     words = parser.parse_args()
     import xllamacpp
 
@@ -22,6 +25,8 @@ def main() -> None:
     params.port = words.port
     params.n_ctx = words.context
     params.n_parallel = 1
+    params.model_alias = {Path(words.model).stem}
+    params.default_template_kwargs = {name: json.dumps(value) for name, value in json.loads(words.variables).items()}
     params.fit_params = False  # the context asked for, or an error; never a smaller one in silence
     params.cpuparams.poll = 0  # waiting threads sleep: on a busy machine, spinning ones slow each other down
     threads = os.environ.get("OMP_NUM_THREADS")

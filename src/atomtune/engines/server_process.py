@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import socket
@@ -21,7 +22,10 @@ STARTS_WITHIN = 600
 ENDS_WITHIN = 10
 #: Lines of its output that are shown when it fails.
 SHOWN_LINES = 12
+#: By these an engine is told its API key, each engine by its own; a server gets one only from who starts it.
+KEY_VARIABLES = ("ATOMTUNE_API_KEY", "VLLM_API_KEY")
 _PR_SET_PDEATHSIG = 1
+_STANDARD_ERROR = 2
 
 
 class ServerProcess:
@@ -30,6 +34,8 @@ class ServerProcess:
     command       its words
     health        the address that answers when the engine is ready
     folder        where it is started
+    environment   variables beside this program's own, in which API keys are left out
+    shows         whether its own output goes to the terminal; else its last lines are shown when it fails
     """
 
     def __init__(
@@ -40,10 +46,12 @@ class ServerProcess:
         folder: Path | None = None,
         environment: Mapping[str, str] | None = None,
         starts_within: float = STARTS_WITHIN,
+        shows: bool = False,
     ) -> None:
         self.command, self.health, self.starts_within = list(command), health, starts_within
-        self.folder = folder
-        self.environment = {**os.environ, **(environment or {})}
+        self.folder, self.shows = folder, shows
+        inherited = {name: value for name, value in os.environ.items() if name not in KEY_VARIABLES}
+        self.environment = {**inherited, **(environment or {})}
         self.output = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # closed by end
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -52,7 +60,7 @@ class ServerProcess:
             self.process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.DEVNULL,
-                stdout=self.output,
+                stdout=_STANDARD_ERROR if self.shows else self.output,
                 stderr=subprocess.STDOUT,
                 env=self.environment,
                 cwd=self.folder,
@@ -90,6 +98,12 @@ class ServerProcess:
         self.output.seek(0)
         return "\n".join(f"  {line.rstrip()}" for line in self.output.readlines()[-SHOWN_LINES:])
 
+    def wait(self) -> None:
+        """Until the engine ends by itself, which is a failure. Raises RunFailed."""
+        assert self.process is not None
+        self.process.wait()
+        self.refuse_ended()
+
     def end(self) -> None:
         """Ask the whole group to end, and kill what is left of it."""
         process = self.process
@@ -114,6 +128,18 @@ def _signal_group(process: "subprocess.Popen[bytes]", number: int) -> None:
 def _end_with_parent() -> None:
     """Have the kernel end this process when its parent is gone, killed or not."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def port_in_use(host: str, port: int) -> bool:
+    """Whether a server could not listen there, because another does."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: an ended one is no obstacle
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 def free_port() -> int:

@@ -4,8 +4,9 @@ It tells no log-probabilities and no prompt ids. Both are computed by the calls 
 its own count of prompt tokens must agree with them.
 """
 
-import importlib.util
+import json
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
@@ -13,24 +14,33 @@ import transformers
 from atomtune.engines.engine import Reply, Request, chat_reply
 from atomtune.engines.server_process import ServerProcess, free_port
 from atomtune.engines.transformers_in_process import TransformersInProcess
-from atomtune.errors import BadSettings
+from atomtune.extras import refuse_missing
 
 
-def command(model: str, *, host: str, port: int, dtype: str = "auto", trust_remote_code: bool = False) -> list[str]:
-    """The words that start it. It knows the model by the very name it is started with, and refuses another."""
+def command(
+    model: str,
+    *,
+    host: str,
+    port: int,
+    dtype: str = "auto",
+    variables: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> list[str]:
+    """The words that start it. It knows the model by the very name it is started with, and refuses another.
+
+    variables  of the chat template, where a request sets none
+    """
     start = "from transformers.cli.transformers import main; main()"
     words = [sys.executable, "-c", start, "serve", model]
     words += ["--host", host, "--port", str(port), "--dtype", dtype]
+    if variables:
+        words += ["--chat-template-kwargs", json.dumps(variables)]
     return [*words, "--trust-remote-code"] if trust_remote_code else words
 
 
 def refuse_without_packages() -> None:
     """Raise BadSettings where the packages it needs are not installed."""
-    missing = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise BadSettings(
-            [f"transformers serve needs {', '.join(missing)}, not installed here.\n  pip install 'atomtune[serve]'"]
-        )
+    refuse_missing(["fastapi", "uvicorn", "openai"], extra="serve", what="transformers serve")
 
 
 class TransformersServe(TransformersInProcess):

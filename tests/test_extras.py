@@ -1,0 +1,22 @@
+"""A package that is missing is named with a command that installs it wherever atomtune came from."""
+
+import pytest
+
+from atomtune.errors import BadSettings
+from atomtune.extras import install_command, refuse_missing
+
+
+def test_the_command_names_the_packages_with_their_ranges():
+    assert install_command("qlora") == "pip install 'bitsandbytes<1,>=0.49'"
+
+
+def test_an_extra_that_the_installed_version_does_not_know_is_named_itself():
+    assert install_command("of tomorrow") == "pip install 'atomtune[of tomorrow]'"
+
+
+def test_what_is_missing_is_said_with_the_way_without_it():
+    refuse_missing(["json"], extra="evaluate", what="x")
+    with pytest.raises(
+        BadSettings, match=r"x needs no_such_module, not installed here\.\n  pip install .*--no_generate"
+    ):
+        refuse_missing(["json", "no_such_module"], extra="evaluate", what="x", otherwise="--no_generate")
