@@ -20,7 +20,7 @@ FLOORS = (
     ("data", "engines"),
     ("analysis", "batch"),
     ("model",),
-    ("verify", "inspect", "evaluate", "runs", "own_loop"),
+    ("verify", "inspect", "plan", "evaluate", "runs", "own_loop"),
     ("certify",),
     ("export", "serve"),
     ("train",),

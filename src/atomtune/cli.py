@@ -31,6 +31,10 @@ COMMANDS = {
         "Show what of your records is learned, and what is wrong with them; no model is loaded.",
         "atomtune.inspect.command",
     ),
+    "plan": Command(
+        "Say what a run would take in tokens, memory and time; only the model's config is read.",
+        "atomtune.plan.command",
+    ),
     "verify": Command(
         "Prove the fast path equal to plain transformers + PEFT on your model and records.", "atomtune.verify"
     ),

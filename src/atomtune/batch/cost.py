@@ -1,5 +1,6 @@
 """Cost: how many tokens each layout computes for a batch."""
 
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from atomtune.data.records import Example
 
 #: Batches that are sampled to see what a layout saves.
 SAMPLED_BATCHES = 32
+#: A tree that saves less than this share of the packed tokens is not worth its planning.
+_WORTH = 0.02
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,20 @@ class LayoutTokens:
             counts["tree"].append(padded_length(len(graft(examples))))
         heaviest = {layout: max(tokens, default=0) for layout, tokens in counts.items()}
         return cls(sum(counts["padded"]), sum(counts["packed"]), sum(counts["tree"]), heaviest)
+
+    def cheapest(self) -> Layout:
+        """Of the two without padding: trees where they save enough over packing."""
+        return "tree" if self.tree < self.packed * (1 - _WORTH) else "packed"
+
+
+def heaviest_of_the_run(sampled: int, *, per_batch: int, longest_tokens: int) -> int:
+    """Tokens of a step as heavy as a run may meet, from the heaviest of the sampled batches.
+
+    In one of twenty draws from the demo's dialogues, 320 batches held one heavier than the heaviest of 32 by 61 % at 4
+    records a batch, 32 % at 16 and 13 % at 64.
+    """
+    margin = 1 + 1.3 / math.sqrt(per_batch)
+    return min(math.ceil(sampled * margin), padded_length(per_batch * longest_tokens))
 
 
 def sample_rows(count: int, size: int, *, seed: int) -> list[int]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import argcomplete
 
-from atomtune.settings.flags import PATHS_ARE, arity, types_of
+from atomtune.settings.flags import OF_A_RUN, PATHS_ARE, arity, types_of
 from atomtune.settings.help import choices_of_setting
 from atomtune.settings.library import library_types
 from atomtune.settings.read import GROUPS
@@ -22,9 +22,9 @@ def complete(summaries: Mapping[str, str]) -> None:
     for command, summary in summaries.items():
         parser = commands.add_parser(command, help=summary, add_help=False)
         parser.add_argument("--help", nargs="?", choices=["all"])
-        if command == "train" or command in PATHS_ARE:
+        if command in OF_A_RUN or command in PATHS_ARE:
             parser.add_argument("files", nargs="*")  # run.yaml, records, or runs
-        library = library_types() if command == "train" else {}
+        library = library_types() if command in OF_A_RUN else {}
         for name, kind in (library | types_of(GROUPS[command])).items():
             parser.add_argument(f"--{name}", choices=choices_of_setting(name, kind) or None, **arity(kind))
     argcomplete.autocomplete(program)

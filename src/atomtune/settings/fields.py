@@ -522,12 +522,17 @@ class RunsSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """Everything `atomtune train` was told: its own groups, the Trainer's values, and where each was set."""
+    """Everything `atomtune train` was told: its own groups, the Trainer's values, and where each was set.
+
+    training  the Trainer's settings that have a default here
+    trainer   what the Trainer gets: all that was set, and the defaults that are not its own
+    """
 
     data: DataSettings
     model: ModelSettings
     lora: LoraSettings
     run: RunSettings
+    training: TrainerSettings
     trainer: dict[str, Any]
     origins: dict[str, str]  # setting → `--lora_rank`, `run.yaml:3`, `atomtune's default`
     demo: bool
@@ -543,6 +548,21 @@ class TrainSettings:
             shown = "(not kept)" if _is_secret(name) and value else value
             resolved[name] = {"value": shown, "source": self.origins.get(name, "default")}
         return resolved
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PlanOutput:
+    """Plan"""
+
+    json: bool = setting(False, "print the figures as JSON")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """The settings of a run that is only planned."""
+
+    train: TrainSettings
+    json: bool
 
 
 def _is_secret(name: str) -> bool:

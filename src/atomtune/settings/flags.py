@@ -17,6 +17,8 @@ from atomtune.settings.yaml_file import yaml_entries
 
 #: The setting that words without a flag belong to: inspect FILE …, runs FOLDER …
 PATHS_ARE = {"inspect": "dataset_path", "runs": "folder"}
+#: Commands that take the settings of a run, and a YAML file of them.
+OF_A_RUN = ("train", "plan")
 _NEGATIVE_NUMBER = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 _VALUE = "\0"  # put before a word that argparse would take for a flag; no command line can hold it
 
@@ -53,10 +55,10 @@ class EntryReader:
     def read_keywords(self, values: Mapping[str, Any]) -> dict[str, Entry]:
         """As a YAML file with these lines; None leaves a default. `config` names a file of settings for train."""
         origin = f"{self.command}()"
-        config = values.get("config") if self.command == "train" else None
+        config = values.get("config") if self.command in OF_A_RUN else None
         entries = self._yaml_entries(None if config is None else os.fspath(config))
         for key, value in values.items():
-            if value is None or (key == "config" and self.command == "train"):
+            if value is None or (key == "config" and self.command in OF_A_RUN):
                 continue
             name = self._known_key(key, origin)
             if name is not None:
@@ -110,7 +112,7 @@ class EntryReader:
                 yield f"{_VALUE}{word}" if _NEGATIVE_NUMBER.match(word) else word
 
     def _known_flag(self, name: str) -> str | None:
-        if name in self.types or (self.command == "train" and name == "config"):
+        if name in self.types or (self.command in OF_A_RUN and name == "config"):
             return name
         ours = synonym(name, self.types)
         if ours:
@@ -153,7 +155,7 @@ def parser_of(command: str, types: Mapping[str, Any]) -> argparse.ArgumentParser
     parser = argparse.ArgumentParser(
         prog=f"atomtune {command}", allow_abbrev=False, exit_on_error=False, add_help=False
     )
-    if command == "train":
+    if command in OF_A_RUN:
         parser.add_argument("yaml", nargs="?")
         parser.add_argument("--config")  # what other tools call it
     if command in PATHS_ARE:

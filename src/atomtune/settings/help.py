@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from atomtune.errors import EXIT_CODE_MEANINGS
 from atomtune.settings.expect import choices_in, field_infos
+from atomtune.settings.flags import OF_A_RUN
 from atomtune.settings.library import choices_of, library_settings
 
 NARROW, WIDE = 40, 110  # columns
@@ -25,6 +26,7 @@ HEADINGS = ["Data", "Model", "LoRA", "Training", "Run"]
 USAGE = {
     "train": "[run.yaml] [--setting value …]",
     "inspect": "FILE … --model_path FOLDER_OR_NAME [--setting value …]",
+    "plan": "[run.yaml] [--setting value …]",
     "verify": "--model_path FOLDER_OR_NAME --dataset_path FILE [--setting value …]",
     "evaluate": "--adapter_path FOLDER [--dataset_path FILE] [--setting value …]",
     "certify": "--adapter_path FOLDER [--served FOLDER_OR_FILE] [--setting value …]",
@@ -42,6 +44,10 @@ EXAMPLES = {
     "inspect": [
         "train.jsonl --model_path Qwen/Qwen3-0.6B --html report.html",
         "train.jsonl --model_path Qwen/Qwen3-0.6B --fail_on refused duplicates=5%",
+    ],
+    "plan": [
+        "--model_path Qwen/Qwen3-0.6B --dataset_path train.jsonl",
+        "run.yaml --quantize nf4 --json",
     ],
     "verify": [
         "--model_path Qwen/Qwen3-0.6B --dataset_path train.jsonl",
@@ -83,6 +89,7 @@ ABOUT = {
     "as lines of `name: value`; a flag takes precedence.",
     "serve": "The server is the engine's own. Before it starts, the engine is proved to serve the tuned model, as "
     "`atomtune certify` does; Ctrl-C stops it.",
+    "plan": "It takes every setting of `atomtune train`: write `plan` in place of `train`.",
 }
 
 
@@ -92,7 +99,7 @@ def help_text(command: str, summary: str, groups: Sequence[type[Any]], *, everyt
     lines = [*_wrapped(f"usage: atomtune {command} {USAGE[command]}", width, indent=INDENT), ""]
     lines += _wrapped(f"{summary} {ABOUT.get(command, '')}", width)
     sections = _sections(groups, everything=everything)
-    if everything and command == "train":
+    if everything and command in OF_A_RUN:
         sections["More settings, of transformers.Trainer"] = _library_lines(field_infos(groups))
     for title, settings in sections.items():
         lines += ["", f"{title}:"]

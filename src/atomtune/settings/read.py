@@ -29,6 +29,8 @@ from atomtune.settings.fields import (
     LoraSettings,
     MergeSettings,
     ModelSettings,
+    PlanOutput,
+    PlanSettings,
     RunSettings,
     RunsSettings,
     ServeSettings,
@@ -46,6 +48,7 @@ TRAIN_GROUPS = (DataSettings, ModelSettings, LoraSettings, TrainerSettings, RunS
 GROUPS: dict[str, tuple[type[Any], ...]] = {
     "train": TRAIN_GROUPS,
     "inspect": (InspectSettings,),
+    "plan": (PlanOutput, *TRAIN_GROUPS),
     "verify": (VerifySettings,),
     "evaluate": (EvaluateSettings,),
     "certify": (CertifySettings,),
@@ -79,13 +82,30 @@ def read(command: str, written: Written, *, notice: Callable[[str], None] = _say
     """The settings of one command. Raises BadSettings with every problem."""
     if command == "train":
         return read_train(written, notice=notice)
+    if command == "plan":
+        return read_plan(written, notice=notice)
     return read_settings(GROUPS[command][0], written, command=command, notice=notice)
 
 
 def read_train(written: Written, *, notice: Callable[[str], None] = _say_nothing) -> TrainSettings:
     """Settings of `atomtune train [run.yaml] --flag value …`. Raises BadSettings with every problem."""
     reader = EntryReader("train", {**library_types(), **types_of(TRAIN_GROUPS)})
+    return _train_settings(reader, _entries(reader, written, notice), notice)
+
+
+def read_plan(written: Written, *, notice: Callable[[str], None] = _say_nothing) -> PlanSettings:
+    """Settings of `atomtune plan`: those of the run it is about, and its own. Raises BadSettings with every problem."""
+    reader = EntryReader("plan", {**library_types(), **types_of(GROUPS["plan"])})
     entries = _entries(reader, written, notice)
+    own = types_of((PlanOutput,))
+    output = _validated(PlanOutput, {name: entry for name, entry in entries.items() if name in own}, reader.problems)
+    of_the_run = {name: entry for name, entry in entries.items() if name not in own}
+    train = _train_settings(reader, of_the_run, notice)
+    assert output is not None
+    return PlanSettings(train=train, json=output.json)
+
+
+def _train_settings(reader: EntryReader, entries: dict[str, Entry], notice: Callable[[str], None]) -> TrainSettings:
     demo = not entries.keys() & {"dataset_path", "model_path"}
     if demo and (DEMO_FOLDER / "demo.yaml").is_file():
         entries = {**_demo_entries(reader), **entries}
@@ -108,7 +128,16 @@ def read_train(written: Written, *, notice: Callable[[str], None] = _say_nothing
     for name, entry in entries.items():
         origins[name] = entry.origin
     data, model, lora, run = (groups[group] for group in OWN_GROUPS)
-    return TrainSettings(data=data, model=model, lora=lora, run=run, trainer=trainer, origins=origins, demo=demo)
+    return TrainSettings(
+        data=data,
+        model=model,
+        lora=lora,
+        run=run,
+        training=groups[TrainerSettings],
+        trainer=trainer,
+        origins=origins,
+        demo=demo,
+    )
 
 
 def _half_of_a_run(entries: Mapping[str, Entry]) -> list[str]:

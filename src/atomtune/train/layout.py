@@ -1,12 +1,10 @@
 """Layout: how this run's batches are laid out, chosen by what is exact for the model and what the data saves."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from atomtune.batch.attention_plan import padded_length
 from atomtune.batch.collate import Collator
-from atomtune.batch.cost import SAMPLED_BATCHES, LayoutTokens, batches_of
+from atomtune.batch.cost import SAMPLED_BATCHES, LayoutTokens, batches_of, heaviest_of_the_run
 from atomtune.choices import Layout
 from atomtune.data.cache import as_examples
 from atomtune.data.records import Example
@@ -18,9 +16,6 @@ from atomtune.train.dataset import Data
 from atomtune.train.model import device_of, dtype_of
 from atomtune.train.run_context import RunContext
 from atomtune.verify import compare, say
-
-#: A tree that saves less than this share of the packed tokens is not worth its planning.
-_WORTH = 0.02
 
 
 def check_equal(run: RunContext, data: Data, *, pad_id: int) -> None:
@@ -63,7 +58,7 @@ def choose_layout(run: RunContext, model: CausalLM, tokenizer: Any, data: Data, 
     if reason is not None:
         layout = "padded"
     elif choice == "auto":
-        layout = _cheapest(tokens)
+        layout = tokens.cheapest()
     else:
         layout = choice
     run.console.say(_described(layout, reason, tokens, len(batches)))
@@ -76,13 +71,8 @@ def choose_layout(run: RunContext, model: CausalLM, tokenizer: Any, data: Data, 
         cut=cut_of(model),
         carries_state=carries_state(model),
     )
-    heaviest = _heaviest_of_the_run(tokens.heaviest[layout], per_batch=per_batch, longest_tokens=longest_tokens)
+    heaviest = heaviest_of_the_run(tokens.heaviest[layout], per_batch=per_batch, longest_tokens=longest_tokens)
     return ChosenLayout(collator, heaviest)
-
-
-def _cheapest(tokens: LayoutTokens) -> Layout:
-    """Of the two without padding: trees where they save enough over packing."""
-    return "tree" if tokens.tree < tokens.packed * (1 - _WORTH) else "packed"
 
 
 def _described(layout: Layout, reason: str | None, tokens: LayoutTokens, batches: int) -> str:
@@ -97,16 +87,6 @@ def _described(layout: Layout, reason: str | None, tokens: LayoutTokens, batches
         f"layout {layout}: {why}; tokens {tokens.padded:,} → {computed:,}, {tokens.padded / computed:.1f}× less work "
         f"({batches} batches tried)."
     )
-
-
-def _heaviest_of_the_run(sampled: int, *, per_batch: int, longest_tokens: int) -> int:
-    """Tokens of a step as heavy as a run may meet, from the heaviest of the sampled batches.
-
-    In one of twenty draws from the demo's dialogues, 320 batches held one heavier than the heaviest of 32 by 61 % at 4
-    records a batch, 32 % at 16 and 13 % at 64.
-    """
-    margin = 1 + 1.3 / math.sqrt(per_batch)
-    return min(math.ceil(sampled * margin), padded_length(per_batch * longest_tokens))
 
 
 def _sampled_batches(data: Data, *, per_batch: int, seed: int) -> list[list[Example]]:

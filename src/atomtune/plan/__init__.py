@@ -1,0 +1,1 @@
+"""`atomtune plan`: what a run would cost in tokens, memory and time, before its model is loaded."""

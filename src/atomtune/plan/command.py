@@ -1,0 +1,290 @@
+"""Plan: what a run would cost, from the command line it would have."""
+
+import math
+from dataclasses import dataclass
+
+import psutil
+import torch
+from rich.table import Table
+
+from atomtune.batch.cost import SAMPLED_BATCHES, LayoutTokens, batches_of, heaviest_of_the_run, sample_rows
+from atomtune.choices import Layout
+from atomtune.console import Console, print_json
+from atomtune.data.cache import EncodedData, Rules, as_examples, concatenate, examples_of
+from atomtune.data.encoding.chat_template import Template
+from atomtune.data.encoding.choose_template import load_template
+from atomtune.data.reading.sources import distinct_names, size_of
+from atomtune.errors import BadData, BadSettings
+from atomtune.model.adapter import LoraSpec
+from atomtune.model.load import device_in_use, dtype_name, load_tokenizer, quiet_libraries, resolve_dtype
+from atomtune.model.memory import USABLE, USABLE_ON_GPU, free_bytes
+from atomtune.plan.estimate import (
+    CUDA_CONTEXT,
+    StepMemory,
+    StepSpec,
+    Work,
+    fits_on_gpu,
+    matmul_rate,
+    seconds,
+    step_memory,
+)
+from atomtune.plan.model_size import ModelSize, measure
+from atomtune.settings.fields import PlanSettings, TrainSettings
+
+#: GB of the cards that people have.
+CARDS = (8, 12, 16, 24, 32, 48, 80, 141)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSize:
+    """How much a run computes, counted on its records.
+
+    steps            optimizer steps
+    tokens_computed  in all rows of the run, in the layout it would have
+    tokens_padded    that padded rows would have
+    targets          learned tokens
+    mean_context     tokens that a token may see, on average
+    heaviest         tokens of a step as heavy as the run may meet
+    """
+
+    layout: Layout
+    steps: int
+    tokens_computed: int
+    tokens_padded: int
+    targets: int
+    mean_context: float
+    heaviest: int
+
+
+def plan(settings: PlanSettings) -> int:
+    """Read the records, count the model's weights on its shape, and say what the run would take.
+
+    Raises BadSettings, BadData or BadModel as the run would, as far as they can be known without the weights.
+    """
+    train = settings.train
+    if train.data.streaming:
+        raise BadSettings(["plan counts all records first. Leave --streaming out; the run's cost is the same."])
+    quiet_libraries()
+    console = Console(stderr=settings.json)
+    tokenizer = load_tokenizer(str(train.model.model_path), trust_remote_code=train.model.trust_remote_code)
+    template = load_template(train.data.template, tokenizer, **train.data.template_options())
+    run = _run_size(train, _encoded(train, template, console))
+    size = measure(
+        str(train.model.model_path),
+        LoraSpec(**train.lora.lora()),
+        trust_remote_code=train.model.trust_remote_code,
+    )
+    here = _Here.of(train)
+    memory = here.memory(train, size, run)
+    on_cards = {gigabytes: _on_card(train, size, run, gigabytes) for gigabytes in CARDS}
+    work = Work(steps=run.steps, tokens=run.tokens_computed, targets=run.targets, mean_context=run.mean_context)
+    rate = matmul_rate(here.device, here.dtype)
+    run_seconds = seconds(size, work, recomputed=memory.recomputed, kind=here.device.type, rate=rate)
+    fits = {str(here.device): memory.peak <= here.free}
+    fits |= {f"{gigabytes} GB GPU": fits_on_gpu(memory, gigabytes) for gigabytes, memory in on_cards.items()}
+    if settings.json:
+        print_json(
+            {
+                "peak_bytes": memory.peak,
+                "parts": memory.parts,
+                "activations_recomputed": memory.recomputed,
+                "fits": fits,
+                "layout": run.layout,
+                "steps": run.steps,
+                "tokens_computed": run.tokens_computed,
+                "tokens_padded": run.tokens_padded,
+                "seconds": round(run_seconds, 1),
+            }
+        )
+    _say(console, train, size, run, here, {str(here.device): memory} | _named(on_cards), fits)
+    console.say(
+        f"\nTime: about {_duration(run_seconds)} on {here.device} (matrix products in {dtype_name(here.dtype)}: "
+        f"{rate / 1e12:.2f} TFLOP/s). Loading, evaluating and saving come on top.\nThese are estimates; docs/guide.md "
+        "says how far they were off."
+    )
+    return 0
+
+
+def _encoded(settings: TrainSettings, template: Template, console: Console) -> EncodedData:
+    """The very examples of the run; they are in the cache when it begins. Raises BadData where there are none."""
+    rules, paths = Rules(**settings.data.rules()), settings.data.dataset_paths
+    parts = []
+    for path, name in zip(paths, distinct_names(paths), strict=True):
+        with console.reading_progress(size_of(path), f"reading {name}") as progress:
+            parts.append(examples_of(path, template, rules, name=name, advance=progress.advance))
+    data = concatenate(parts)
+    if not data.ledger.records_used:
+        refusal = data.ledger.records_refused[0]
+        raise BadData(f"{', '.join(paths)}: no record can be used. {refusal.origin}: {refusal.reason}.")
+    ledger = data.ledger
+    console.say(
+        f"{ledger.records_read:,} records read, {len(ledger.records_refused):,} refused; "
+        f"{ledger.prompt_tokens:,} prompt and {ledger.target_tokens:,} target tokens."
+    )
+    return data
+
+
+def _run_size(settings: TrainSettings, data: EncodedData) -> RunSize:
+    """Counted on batches as the run may draw them, and multiplied by how often the run sees its records."""
+    per_batch = settings.training.per_device_train_batch_size
+    rows = sample_rows(len(data.examples), per_batch * SAMPLED_BATCHES, seed=settings.training.seed)
+    batches = batches_of(data.examples.select(rows), per_batch, as_examples)
+    sampled = LayoutTokens.of(batches)
+    layout = _layout(settings, sampled)
+    computed = {"padded": sampled.padded, "packed": sampled.packed, "tree": sampled.tree}[layout]
+    examples = [example for batch in batches for example in batch]
+    records = _records_of_an_epoch(settings, len(data.examples))
+    steps = _steps(settings, records)
+    seen = min(steps * per_batch * settings.training.gradient_accumulation_steps, _most_seen(settings, records))
+    share = seen / len(rows)  # of the sampled rows' cost
+    return RunSize(
+        layout=layout,
+        steps=steps,
+        tokens_computed=round(computed * share),
+        tokens_padded=round(sampled.padded * share),
+        targets=round(data.ledger.target_tokens * seen / len(data.examples)),
+        # A token sees half of a causal example on average.
+        mean_context=sum(len(example.ids) for example in examples) / len(examples) / 2,
+        heaviest=heaviest_of_the_run(
+            sampled.heaviest[layout], per_batch=per_batch, longest_tokens=data.ledger.longest_tokens
+        ),
+    )
+
+
+def _layout(settings: TrainSettings, sampled: LayoutTokens) -> Layout:
+    """The run's, if the trial at its start finds it exact for the model."""
+    return sampled.cheapest() if settings.data.layout == "auto" else settings.data.layout
+
+
+def _records_of_an_epoch(settings: TrainSettings, records: int) -> int:
+    """Records that are learned: those held out are not."""
+    size = settings.data.eval_size
+    held_out = round(size * records) if size < 1 else int(size)
+    return max(1, records - held_out)
+
+
+def _steps(settings: TrainSettings, records: int) -> int:
+    training = settings.training
+    if training.max_steps > 0:
+        return training.max_steps
+    batches = math.ceil(records / training.per_device_train_batch_size)
+    return math.ceil(math.ceil(batches / training.gradient_accumulation_steps) * training.num_train_epochs)
+
+
+def _most_seen(settings: TrainSettings, records: int) -> float:
+    """The last batch of an epoch may be smaller than the others; a number of steps has no such end."""
+    return math.inf if settings.training.max_steps > 0 else records * settings.training.num_train_epochs
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Here:
+    """The device of this process, the base's number format on it, and what is free."""
+
+    device: torch.device
+    dtype: torch.dtype
+    free: int
+    libraries: int
+
+    @classmethod
+    def of(cls, settings: TrainSettings) -> "_Here":
+        device = torch.device("cpu") if settings.trainer.get("use_cpu") else device_in_use()
+        dtype = resolve_dtype(
+            settings.model.dtype,
+            device,
+            fp16=bool(settings.trainer.get("fp16")),
+            bf16=bool(settings.trainer.get("bf16")),
+            notice=lambda _: None,
+        )
+        used = int(psutil.Process().memory_info().rss)
+        if device.type == "cpu":
+            return cls(device=device, dtype=dtype, free=free_bytes(device) + used, libraries=used)
+        return cls(device=device, dtype=dtype, free=free_bytes(device), libraries=0)
+
+    def memory(self, settings: TrainSettings, size: ModelSize, run: RunSize) -> StepMemory:
+        step = StepSpec(
+            tokens=run.heaviest,
+            element_bytes=self.dtype.itemsize,
+            quantize=settings.model.quantize,
+            dropout=settings.lora.lora_dropout > 0,
+            libraries=self.libraries,
+        )
+        return _kept_or_recomputed(
+            settings, size, step, free=self.free, usable=USABLE if self.device.type == "cpu" else USABLE_ON_GPU
+        )
+
+
+def _on_card(settings: TrainSettings, size: ModelSize, run: RunSize, gigabytes: int) -> StepMemory:
+    """On a GPU with so much memory, in bfloat16 unless --dtype says otherwise."""
+    dtype = torch.bfloat16 if settings.model.dtype == "auto" else getattr(torch, settings.model.dtype)
+    step = StepSpec(
+        tokens=run.heaviest,
+        element_bytes=dtype.itemsize,
+        quantize=settings.model.quantize,
+        dropout=settings.lora.lora_dropout > 0,
+        libraries=CUDA_CONTEXT,
+    )
+    return _kept_or_recomputed(settings, size, step, free=gigabytes * 2**30, usable=USABLE_ON_GPU)
+
+
+def _kept_or_recomputed(
+    settings: TrainSettings, size: ModelSize, step: StepSpec, *, free: int, usable: float
+) -> StepMemory:
+    """As `--gradient_checkpointing auto` decides once the model is loaded: by the part of what is then free."""
+    choice = settings.run.gradient_checkpointing
+    kept = step_memory(size, step, recomputed=choice == "true")
+    if choice != "auto":
+        return kept
+    activations = kept.parts["activations"]
+    free_beside_the_model = free - (kept.peak - activations)
+    return kept if activations <= usable * free_beside_the_model else step_memory(size, step, recomputed=True)
+
+
+def _named(on_cards: dict[int, StepMemory]) -> dict[str, StepMemory]:
+    return {f"{gigabytes} GB GPU": memory for gigabytes, memory in on_cards.items()}
+
+
+def _say(  # noqa: PLR0917  # all that was found
+    console: Console,
+    settings: TrainSettings,
+    size: ModelSize,
+    run: RunSize,
+    here: _Here,
+    memories: dict[str, StepMemory],
+    fits: dict[str, bool],
+) -> None:
+    """The run's size, its memory on this device part by part, and which devices it fits on."""
+    console.say(
+        f"{size.weights:,} parameters, {size.trained:,} in the adapter.\n"
+        f"{run.steps:,} steps; layout {run.layout}: tokens {run.tokens_padded:,} → {run.tokens_computed:,}, "
+        f"{run.tokens_padded / run.tokens_computed:.1f}× less work than with padding."
+    )
+    memory = memories[str(here.device)]
+    parts = ", ".join(f"{name} {_gigabytes(part)}" for name, part in memory.parts.items())
+    console.say(
+        f"Memory of a heavy step ({run.heaviest:,} tokens) on {here.device}: {_gigabytes(memory.peak)} GB: {parts}."
+    )
+    table = Table("device", "needs, GB", "activations", "fits", box=None)
+    for name, memory in memories.items():
+        table.add_row(
+            name,
+            _gigabytes(memory.peak),
+            "recomputed" if memory.recomputed else "kept",
+            "yes" if fits[name] else "no",
+        )
+        if fits[name] and not memory.recomputed and name != str(here.device):
+            break  # on a larger card it is the same
+    console.print(table)
+    if settings.model.quantize is None and not fits[f"{CARDS[-2]} GB GPU"]:
+        console.say("--quantize nf4 keeps the base in a quarter of the memory.")
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f}" if size >= 1e9 else f"{size / 1e9:.2f}"
+
+
+def _duration(duration: float) -> str:
+    if duration < 90:
+        return f"{duration:.0f} seconds"
+    if duration < 90 * 60:
+        return f"{duration / 60:.0f} minutes"
+    return f"{duration / 3600:.1f} hours"

@@ -1,0 +1,141 @@
+"""Estimate: from counts of tokens and weights to bytes and seconds.
+
+Pure arithmetic, so that each figure can be followed by hand. Letters: N weights, T tokens, C tokens that may be seen,
+H hidden size.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from atomtune.choices import Quantize
+from atomtune.model.loss import CHUNK_LOGITS
+from atomtune.model.memory import activation_bytes
+from atomtune.plan.model_size import ModelSize
+
+#: Bytes a weight: nf4 with its scales quantized too (QLoRA, Dettmers et al. 2023, arXiv 2305.14314: 4.127 bits); int8.
+QUANTIZED_BYTES: dict[Quantize, float] = {"nf4": 4.127 / 8, "int8": 1.0}
+#: LoRA's weights, their gradients, and two states of Adam, all in float32.
+ADAPTER_BYTES, GRADIENT_BYTES, ADAM_BYTES = 4, 4, 8
+#: What CUDA itself takes before the first tensor, and the part of a card that a run can fill before it fragments.
+CUDA_CONTEXT, FILLED = 600 * 2**20, 0.94
+
+#: Of the machine's rate of matrix products, what a step reaches (benchmarks/README.md: 0.37 to 0.46 on a CPU).
+SHARE_OF_RATE = {"cpu": 0.45, "cuda": 0.5}
+#: However little a layer computes, its kernels have to be issued: a step of 28 layers took 0.2 s on an H200's host.
+SECONDS_A_LAYER = {"cpu": 0.003, "cuda": 0.0073}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMemory:
+    """Where the memory of the heaviest step goes.
+
+    parts       name → bytes
+    recomputed  whether activations are computed a second time in the backward pass
+    """
+
+    parts: dict[str, int]
+    recomputed: bool
+
+    @property
+    def peak(self) -> int:
+        """Bytes of all parts, which are all there when the backward pass begins."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSpec:
+    """What decides the memory of a step besides the model.
+
+    tokens        computed in the heaviest step
+    element_bytes of a number in the base's format
+    libraries     bytes of the process before any tensor, or of CUDA's context
+    """
+
+    tokens: int
+    element_bytes: int
+    quantize: Quantize | None
+    dropout: bool
+    libraries: int
+
+
+def step_memory(size: ModelSize, step: StepSpec, *, recomputed: bool) -> StepMemory:
+    """Bytes by part. Recomputed activations leave one layer whole and the inputs of all others."""
+    quantized = size.quantized if step.quantize else 0
+    weights = (size.weights - quantized) * step.element_bytes
+    if step.quantize:
+        weights += round(quantized * QUANTIZED_BYTES[step.quantize])
+    activations = activation_bytes(
+        size.config, tokens=step.tokens, element_bytes=step.element_bytes, dropout=step.dropout
+    )
+    if recomputed and size.layers:
+        inputs = step.tokens * int(getattr(size.text, "hidden_size", 0)) * step.element_bytes * size.layers
+        activations = activations // size.layers + inputs
+    parts = {
+        "base": weights,
+        "adapter": size.trained * ADAPTER_BYTES,
+        "gradients": size.trained * GRADIENT_BYTES,
+        "optimizer": size.trained * ADAM_BYTES,
+        "activations": activations,
+        "logits": 2 * CHUNK_LOGITS * 4,  # of the targets that are computed at once, and their gradient
+        "libraries": step.libraries,
+    }
+    return StepMemory(parts=parts, recomputed=recomputed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a run computes."""
+
+    steps: int
+    tokens: int  # in the rows of all steps
+    targets: int  # that are learned
+    mean_context: float  # tokens that a token may see
+
+
+def operations(size: ModelSize, work: Work, *, recomputed: bool) -> float:
+    """Floating-point operations of a run.
+
+    A product of T tokens with N weights is 2 N T. Frozen weights have it twice, forward and for the gradient of what is
+    below them; LoRA's weights three times; recomputed activations once more. Attention takes 12 C H a layer and token
+    (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+    """
+    passes = 3 if recomputed else 2
+    products = 2.0 * work.tokens * (passes * size.body + 3 * size.trained)
+    hidden = int(getattr(size.text, "hidden_size", 0))
+    attention = 12.0 * work.tokens * work.mean_context * hidden * size.layers
+    return products + attention + 4.0 * work.targets * size.head
+
+
+def seconds(size: ModelSize, work: Work, *, recomputed: bool, kind: str, rate: float) -> float:
+    """Of the training loop on a device of this kind whose matrix products reach `rate` operations a second."""
+    kind = "cpu" if kind == "cpu" else "cuda"
+    computing = operations(size, work, recomputed=recomputed) / (rate * SHARE_OF_RATE[kind])
+    issuing = work.steps * size.layers * SECONDS_A_LAYER[kind]
+    return max(computing, issuing) if kind == "cuda" else computing + issuing
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of square products, the best of a few: takes about a second."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    best = math.inf
+    for _ in range(5):
+        _wait(device)
+        began = time.perf_counter()
+        a @ b
+        _wait(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def fits_on_gpu(memory: StepMemory, gigabytes: int) -> bool:
+    """Whether a step of this size runs on a card sold with so many GB (2^30 bytes each)."""
+    return memory.peak <= FILLED * gigabytes * 2**30

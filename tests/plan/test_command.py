@@ -1,0 +1,67 @@
+"""What is planned is what the run then does: same steps, about the same tokens, the same layout."""
+
+import json
+
+import pytest
+
+from atomtune.cli import main
+
+
+def planned(capsys, *flags: str) -> dict:
+    capsys.readouterr()
+    assert main(["plan", *flags, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--num_train_epochs", "2", "--per_device_train_batch_size", "8"),
+        ("--num_train_epochs", "1.5", "--per_device_train_batch_size", "3", "--gradient_accumulation_steps", "4"),
+        ("--max_steps", "5", "--per_device_train_batch_size", "4"),
+        ("--max_steps", "3", "--layout", "padded"),
+    ],
+    ids=" ".join,
+)
+def test_the_plan_is_the_run(models, dialogues, tmp_path, capsys, flags):
+    run = ("--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--eval_size", "0", *flags)
+    plan = planned(capsys, *run)
+    assert main(["train", *run, "--output_dir", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (plan["steps"], plan["layout"]) == (record["steps"], record["layout"])
+    # Batches are drawn anew, so a tree saves a little more or less than in the sampled ones.
+    assert plan["tokens_computed"] == pytest.approx(record["tokens_computed"], rel=0.2)
+    assert plan["tokens_padded"] == pytest.approx(record["tokens_padded"], rel=0.2)
+
+
+def test_the_json_has_its_keys_and_the_parts_make_the_peak(models, dialogues, capsys):
+    plan = planned(capsys, "--model_path", str(models("llama")), "--dataset_path", str(dialogues))
+    assert plan["peak_bytes"] == sum(plan["parts"].values())
+    assert set(plan["parts"]) == {
+        "base", "adapter", "gradients", "optimizer", "activations", "logits", "libraries"
+    }  # fmt: skip
+    assert plan["fits"]["8 GB GPU"] is True
+    assert plan["seconds"] > 0
+
+
+def test_it_takes_the_settings_of_train_and_its_mistakes_are_the_same(models, dialogues, tmp_path, capsys):
+    run = tmp_path / "run.yaml"
+    run.write_text(f"model_path: {models('llama')}\ndataset_path: {dialogues}\nmax_steps: 7\nlearning_rate: 1e-3\n")
+    assert planned(capsys, str(run))["steps"] == 7
+    assert main(["plan", str(run), "--lora_rnak", "4"]) == 2
+    assert "Did you mean --lora_rank?" in capsys.readouterr().err
+
+
+def test_what_a_person_reads_names_the_memory_the_devices_and_the_time(models, dialogues, capsys):
+    assert main(["plan", "--model_path", str(models("llama")), "--dataset_path", str(dialogues)]) == 0
+    text = capsys.readouterr().out
+    for words in ("steps; layout", "Memory of a heavy step", "8 GB GPU", "Time: about"):
+        assert words in text
+
+
+def test_a_plan_writes_no_run(models, dialogues, tmp_path, capsys):
+    planned(
+        capsys, "--model_path", str(models("llama")), "--dataset_path", str(dialogues),
+        "--output_dir", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert not (tmp_path / "out").exists()

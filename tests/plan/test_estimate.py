@@ -1,0 +1,80 @@
+"""The estimates against what torch counts on a real model, and against what runs took."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from atomtune.model.adapter import LoraSpec
+from atomtune.plan.estimate import StepSpec, Work, fits_on_gpu, operations, step_memory
+from atomtune.plan.model_size import ModelSize, measure
+
+LORA = LoraSpec(rank=8, alpha=32, dropout=0.0, targets=["all-linear"])
+STEP = StepSpec(tokens=1000, element_bytes=2, quantize=None, dropout=False, libraries=0)
+
+
+@pytest.fixture(scope="module")
+def size(models) -> ModelSize:
+    return measure(str(models("llama")), LORA)
+
+
+@pytest.fixture(scope="module")
+def qwen_7b() -> ModelSize:
+    """The shape of a Qwen2.5-7B with an adapter of rank 8, as measured on a GPU (benchmarks/README.md)."""
+    config = AutoConfig.for_model(
+        "qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28
+    )
+    return ModelSize(
+        config=config,
+        weights=7_615_616_512,
+        quantized=6_525_288_448,
+        body=6_525_621_760,
+        head=544_997_376,
+        trained=20_185_088,
+    )
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_the_operations_are_those_that_torch_counts(models, size, recomputed):
+    """One row of 64 tokens, all of them targets, through plain transformers and PEFT.
+
+    The smallest products are not in the formula: 3 % of this tiny model, whose matrices are hardly larger than LoRA's.
+    """
+    base = AutoModelForCausalLM.from_pretrained(models("llama"), attn_implementation="eager")
+    model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.train()
+    if recomputed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    ids = torch.arange(3, 67)[None]
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    # Eager attention computes all 64 keys for each query, masked or not.
+    work = Work(steps=1, tokens=64, targets=64, mean_context=64)
+    assert operations(size, work, recomputed=recomputed) == pytest.approx(counter.get_total_flops(), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "measured"), [(1_500, 25.3e9), (5_300, 49.0e9)], ids=["style, batch 16", "short, batch 64"]
+)
+def test_the_memory_of_a_step_is_what_a_gpu_measured(qwen_7b, tokens, measured):
+    """Peak of torch's allocator on an H200 with activations kept; tokens of the heaviest step."""
+    step = StepSpec(tokens=tokens, element_bytes=2, quantize=None, dropout=False, libraries=0)
+    assert step_memory(qwen_7b, step, recomputed=False).peak == pytest.approx(measured, rel=0.1)
+
+
+def test_a_7b_in_nf4_fits_where_people_say_it_fits(qwen_7b):
+    """QLoRA of a 7B runs on cards of 8 to 12 GB, and in 16 bits on 24 but not on 16."""
+    in_4_bits = StepSpec(tokens=1000, element_bytes=2, quantize="nf4", dropout=True, libraries=600 * 2**20)
+    in_16_bits = StepSpec(tokens=1000, element_bytes=2, quantize=None, dropout=True, libraries=600 * 2**20)
+    assert fits_on_gpu(step_memory(qwen_7b, in_4_bits, recomputed=True), 12)
+    assert fits_on_gpu(step_memory(qwen_7b, in_16_bits, recomputed=True), 24)
+    assert not fits_on_gpu(step_memory(qwen_7b, in_16_bits, recomputed=True), 16)
+
+
+def test_the_peak_is_the_sum_of_the_parts_and_recomputing_takes_only_activations_away(size):
+    kept, recomputed = (step_memory(size, STEP, recomputed=flag) for flag in (False, True))
+    assert kept.peak == sum(kept.parts.values())
+    assert recomputed.parts["activations"] < kept.parts["activations"]
+    assert {**kept.parts, "activations": 0} == {**recomputed.parts, "activations": 0}
