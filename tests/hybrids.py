@@ -90,6 +90,18 @@ WALKED: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    # PEFT takes the layers of its shared expert, and of its first, dense layer, for the experts'.
+    "glm4_moe": {
+        **_SIZE,
+        "num_hidden_layers": 2,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
 }
 
 

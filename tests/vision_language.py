@@ -36,6 +36,7 @@ CHECKPOINTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = 
 
 
 def config_of(family: str, *, vocabulary: int, **special: Any) -> Any:
+    """Of the whole checkpoint."""
     text, vision, whole = CHECKPOINTS[family]
     config = AutoConfig.for_model(family)
     words = {"vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **special}

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atomtune.cli import main
 from tests.conftest import DIALOGUES, write_jsonl
-from tests.hybrids import WALKED, write_walked
+from tests.hybrids import write_walked
 
 STEPS = 12
 LONG = "You are a patient shopkeeper in an old town. Answer briefly, kindly and in the words of a story. " * 2
 
 
-@pytest.fixture(scope="module", params=WALKED)
+@pytest.fixture(scope="module", params=["qwen3_5_text", "gpt_oss"])
 def trained(request, tmp_path_factory):
     """(family, base, command without output folder, output folder) of a run that nobody disturbed."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -6,13 +6,14 @@ the written model's next-token distributions differ from the adapter's by no mor
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from torch import nn
 
 from atomtune.console import Console
 from atomtune.data.encoding.chat_template import Template
@@ -27,6 +28,8 @@ from atomtune.model.generate import prompt_ids, ready_to_answer
 from atomtune.model.load import BaseSpec, dtype_name, load_base, quiet_libraries, stored_dtype
 from atomtune.settings.fields import MergeSettings
 
+#: PEFT's part of a name, between a layer and what it wraps.
+_WRAPPED = ".base_layer"
 CPU = torch.device("cpu")
 #: Probe prompts of the check: several languages, digits, code, several lines.
 PROBES = (
@@ -166,22 +169,32 @@ def merge_weights(model: PeftModel) -> CausalLM:
     PEFT rounds BA to the base's dtype before it adds, which rounds twice.
     """
     for layer in _lora_layers(model).values():
-        matrix = layer.get_base_layer()
-        dtype = matrix.weight.dtype
-        matrix.to(torch.promote_types(dtype, torch.float32))
+        weight = _adapted_weight(layer)
+        dtype = weight.dtype
+        weight.data = weight.data.to(torch.promote_types(dtype, torch.float32))
         layer.merge()
-        matrix.to(dtype)
+        weight = _adapted_weight(layer)
+        weight.data = weight.data.to(dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All adapters are already merged")
         return model.merge_and_unload()  # takes PEFT's layers out
 
 
 def _lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
+    """By the name that the adapted weight has in the plain model."""
     layers = {}
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
-            layers[name] = module
+            # Two adapted tensors of one module (an expert's up and down) are wrapped one in the other.
+            plain = name.replace(_WRAPPED, "")
+            layers[f"{plain}.{getattr(module, 'parameter_name', 'weight')}"] = module
     return layers
+
+
+def _adapted_weight(layer: LoraLayer) -> nn.Parameter:
+    if isinstance(layer, ParamWrapper):
+        return layer.get_param()
+    return layer.get_base_layer().weight
 
 
 @torch.no_grad()
@@ -197,18 +210,18 @@ def compare_weights(adapted: PeftModel, written: CausalLM) -> Weights:
     # The change the adapter asks for, D, and what is left of it, M - W, projected on D: <M - W, D> / <D, D>.
     change_wanted, change_written = 0.0, 0.0
     for name, layer in layers.items():
-        base = layer.get_base_layer().weight.double()
+        base = _adapted_weight(layer).double()
         delta = _delta(layer)
-        merged = unchecked.pop(f"{name}.weight", None)
+        merged = unchecked.pop(name, None)
         if merged is None or merged.shape != base.shape:
-            problems.append(f"{name}.weight: not in the written files as it should be")
+            problems.append(f"{name}: not in the written files as it should be")
             continue
-        problems += [f"{name}.weight: {fault}" for fault in _not_nearest(merged, base, delta)]
+        problems += [f"{name}: {fault}" for fault in _not_nearest(merged, base, delta)]
         change_written += ((merged.double() - base) * delta).sum().item()
         change_wanted += delta.square().sum().item()
 
     # All matrices with an adapter are checked now; what is left must be the base's.
-    unadapted = _unadapted_weights(adapted)
+    unadapted = _unadapted_weights(adapted, layers)
     for name, weight in unchecked.items():
         if name not in unadapted or not torch.equal(unadapted[name], weight):
             problems.append(f"{name}: is not the base's")
@@ -218,22 +231,37 @@ def compare_weights(adapted: PeftModel, written: CausalLM) -> Weights:
     return Weights(len(layers), len(unchecked), share_kept, tuple(sorted(problems)))
 
 
-def _unadapted_weights(adapted: PeftModel) -> dict[str, torch.Tensor]:
-    """The base's weights that have no adapter, by their names in the plain model."""
+def _unadapted_weights(adapted: PeftModel, layers: Collection[str]) -> dict[str, torch.Tensor]:
+    """The base's weights that have no adapter, by their names in the plain model.
+
+    layers  names of those that have one
+    """
     weights = {}
     for name, weight in adapted.get_base_model().named_parameters():
         # PEFT calls an adapted matrix q_proj.base_layer.weight and its bias q_proj.base_layer.bias; LoRA has no bias.
-        if "lora_" not in name and ".base_layer.weight" not in name:
-            weights[name.replace(".base_layer.", ".")] = weight
+        plain = name.replace(_WRAPPED, "")
+        if ".lora_" not in name and plain not in layers:
+            weights[plain] = weight
     return weights
 
 
 def _delta(layer: LoraLayer) -> torch.Tensor:
-    """What LoRA adds to a matrix, in float64: scale * B A, written out here and not asked of PEFT's merging."""
+    """What LoRA adds to a matrix, in float64: scale * B A, written out here and not asked of PEFT's merging.
+
+    E experts, r the rank, I inputs, O outputs
+    """
     name = layer.active_adapters[0]
     if layer.lora_variant.get(name) is not None:  # DoRA and others have formulas of their own
         return layer.get_delta_weight(name).double()
-    delta = layer.scaling[name] * (layer.lora_B[name].weight.double() @ layer.lora_A[name].weight.double())
+    down, up = layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
+    if isinstance(layer, ParamWrapper) and layer.get_param().dim() == 3:
+        experts = layer.get_param().shape[0]
+        down = down.unflatten(0, (experts, -1))  # [E * r, I] → [E, r, I]
+        up = up.unflatten(1, (-1, experts)).permute(2, 0, 1)  # [O, r * E] → [E, O, r]
+        delta = layer.scaling[name] * (up @ down)  # [E, O, I]
+        # Some models hold their experts' matrices as [E, I, O], and say so.
+        return delta.mT if getattr(layer.get_base_layer(), "is_transposed", False) else delta
+    delta = layer.scaling[name] * (up @ down)
     return delta.T if layer.fan_in_fan_out else delta
 
 

@@ -20,6 +20,7 @@ _ALWAYS = (
     "lora_alpha",
     "lora_dropout",
     "lora_targets",
+    "lora_experts",
     "learning_rate",
     "num_train_epochs",
     "max_steps",

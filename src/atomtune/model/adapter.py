@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,7 +18,8 @@ from atomtune.errors import BadModel, BadSettings, RunFailed, listing
 from atomtune.model.adapter_folder import CONFIG, WEIGHTS, adapter_config, adapter_file, read_weights
 from atomtune.model.adapter_keys import module_of, names_in
 from atomtune.model.causal_lm import CausalLM
-from atomtune.model.lora_targets import ALL_LINEAR, all_linear, matched, shortest
+from atomtune.model.experts import count_of, endings, experts_of
+from atomtune.model.lora_targets import ALL_LINEAR, all_linear, for_text, matched, shortest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,7 @@ class LoraSpec:
     alpha: float
     dropout: float
     targets: Sequence[str]
+    experts: bool = False  # put LoRA on the experts too
 
 
 def new_adapter(base: CausalLM, lora: LoraSpec) -> PeftModel:
@@ -35,26 +38,58 @@ def new_adapter(base: CausalLM, lora: LoraSpec) -> PeftModel:
     targets = lora.targets
     if list(targets) == [ALL_LINEAR]:
         targets = shortest(base, set(all_linear(base).adapted))
+    else:
+        targets = for_text(base, targets)
+    tensors: Sequence[str] = ()
+    if lora.experts:
+        targets = [*targets, *experts_of(base).layers]
+        tensors = expert_tensors(base, lora.targets)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
+        lora_dropout=0.0 if tensors else lora.dropout,
         target_modules=list(targets),
+        target_parameters=endings(base, tensors) if tensors else None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
     )
     try:
-        return get_peft_model(base, config)
+        model = get_peft_model(base, config)
     except ValueError as error:  # e.g. a norm or a whole attention was named
         raise BadSettings([f"--lora_targets: {error}"]) from error
+    if tensors:
+        _drop_out_layers(model, lora.dropout)
+    return model
+
+
+def expert_tensors(base: CausalLM, targets: Sequence[str]) -> list[str]:
+    """Full names of the tensors that --lora_experts adapts: the experts', and of all-linear what PEFT takes for theirs.
+
+    Raises BadSettings where the base has no experts.
+    """
+    experts = experts_of(base)
+    if not experts:
+        raise BadSettings(["--lora_experts: this model has no experts. Leave it out."])
+    shared = all_linear(base).shared if list(targets) == [ALL_LINEAR] else ()
+    return [*experts.tensors, *(f"{name}.weight" for name in shared)]
+
+
+def _drop_out_layers(model: PeftModel, dropout: float) -> None:
+    """Give the layers that can have it the dropout that PEFT refuses for all beside adapted tensors.
+
+    It is in no saved config: who answers needs none, and PEFT would refuse to load it.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper) and dropout > 0:
+            for adapter in module.lora_dropout:
+                module.lora_dropout[adapter] = nn.Dropout(dropout)
 
 
 def parameter_counts(model: CausalLM) -> tuple[int, int]:
     """(trainable, all) parameters; a 4-bit weight counts as the parameters it stands for."""
     trainable = total = 0
     for parameter in model.parameters():
-        shape = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
-        count = torch.Size(shape).numel()
+        count = count_of(parameter)
         total += count
         if parameter.requires_grad:
             trainable += count
@@ -77,6 +112,8 @@ def start_from_weights(base: CausalLM, file: Path, lora: LoraSpec, *, notice: Ca
         weights = _named_as_in(base, weights, config)
         _notice_unused(config, base, lora, notice=notice)
         model = get_peft_model(base, config)
+        if config.target_parameters:
+            _drop_out_layers(model, lora.dropout)
     else:
         weights = _named_as_in(base, weights)
         model = new_adapter(base, _spec_in(weights, file, base, lora, notice=notice))
@@ -111,8 +148,11 @@ def _named_as_in(
     modules = {module_of(old): module_of(new) for old, new in names.items() if old != new}
     targets = getattr(config, "target_modules", None)
     if config is not None and modules and targets is not None:
-        # By full names: q_proj alone would mean the vision tower's too.
-        config.target_modules = set(modules.values())
+        # By full names: q_proj alone would mean the vision tower's too. Adapted tensors have ends of names in a list of
+        # their own, which mean the same in both classes.
+        tensors = tuple(f".{name}" for name in getattr(config, "target_parameters", None) or ())
+        of_tensors = {name.rpartition(".")[0] for name, _ in base.named_parameters() if name.endswith(tensors)}
+        config.target_modules = {name for name in modules.values() if name not in of_tensors}
     return {names[name]: tensor for name, tensor in weights.items()}
 
 
@@ -123,8 +163,13 @@ def _notice_unused(config: LoraConfig, base: CausalLM, lora: LoraSpec, *, notice
         ("alpha", lora.alpha, config.lora_alpha),
         ("dropout", lora.dropout, config.lora_dropout),
     ):
+        if name == "dropout" and config.target_parameters:
+            continue  # it is the run's: the config of adapted tensors has none
         if setting != in_checkpoint:
             notice(f"--lora_{name} {setting:g} is not used: the checkpoint's adapter has {in_checkpoint:g}.")
+    if lora.experts != bool(config.target_parameters):
+        state = "adapts them" if config.target_parameters else "leaves them as they are"
+        notice(f"--lora_experts {str(lora.experts).lower()} is not used: the checkpoint's adapter {state}.")
     if not isinstance(config.target_modules, set | list):  # a pattern
         return
     wanted = all_linear(base).adapted if list(lora.targets) == [ALL_LINEAR] else lora.targets
@@ -179,7 +224,7 @@ def load_another(model: PeftModel, folder: Path, name: str) -> None:
         raise BadModel(f"{folder}: no adapter weights here.")
     config = adapter_config(folder)
     config.inference_mode = True
-    weights = read_weights(file)
+    weights = _named_as_in(model.get_base_model(), read_weights(file), config)
     try:
         model.add_adapter(name, config)
     except ValueError as error:  # PEFT: a target that no module of this base has

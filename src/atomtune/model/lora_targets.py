@@ -15,7 +15,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from atomtune.errors import BadModel, BadSettings
+from atomtune.model.adapter_keys import text_modules
 from atomtune.model.causal_lm import CausalLM
+from atomtune.model.experts import experts_of
 from atomtune.model.recurrent import as_in_training
 
 ALL_LINEAR = "all-linear"
@@ -39,19 +41,26 @@ class AllLinear:
 
     adapted    full names of the linear layers that LoRA reaches
     left_out   name of what stays as it is (the last part of a layer's name, or a whole tower's) → why
+    shared     full names of layers that PEFT takes for the experts' and adapts as tensors only: those of shared experts
+               and of first layers without experts
     """
 
     adapted: tuple[str, ...]
     left_out: Mapping[str, str]
+    shared: tuple[str, ...] = ()
 
 
 def all_linear(base: CausalLM) -> AllLinear:
-    """Every linear layer but the output layer, without those that an adapter would not reach or PEFT does not take."""
-    names = linear_names(base)
+    """Every linear layer but the output layer, without those that an adapter would not reach or PEFT does not take.
+
+    Layers of experts are not among them: experts.py.
+    """
+    of_experts = set(experts_of(base).layers)
+    names = [name for name in linear_names(base) if name not in of_experts]
     modules = dict(base.named_modules())
     called = _called(base, names)
     uncalled = set() if called is None else set(unreached(names, called))
-    adapted, left_out = [], {}
+    adapted, left_out, shared = [], {}, []
     for name in names:
         last = _last_part(name)
         if _is_router(modules[name]):
@@ -60,9 +69,11 @@ def all_linear(base: CausalLM) -> AllLinear:
             left_out[_tower(name, called or ())] = "not called for text"
         elif not _peft_takes(base.config.model_type, last):
             left_out[last] = "PEFT does not adapt it in this architecture"
+            if _peft_takes(base.config.model_type, last, as_tensor=True):
+                shared.append(name)
         else:
             adapted.append(name)
-    return AllLinear(tuple(adapted), left_out)
+    return AllLinear(tuple(adapted), left_out, tuple(shared))
 
 
 def _is_router(module: nn.Module) -> bool:
@@ -152,13 +163,16 @@ class _StandIn(nn.Module):
 
 
 @cache
-def _peft_takes(model_type: str, name: str) -> bool:
+def _peft_takes(model_type: str, name: str, *, as_tensor: bool = False) -> bool:
     """Whether PEFT puts LoRA on a layer of this name in this architecture, and on that layer.
+
+    as_tensor  on its weight, as on a tensor that is no layer
 
     It refuses some of Mamba's, which fast kernels read without calling. In architectures whose experts were linear
     layers once, `gate_proj` and its like mean the experts' joint matrices to it, dense layers of that name included.
     """
-    config = LoraConfig(target_modules=[name], r=1)
+    config = LoraConfig(target_modules=[] if as_tensor else [name], r=1)
+    config.target_parameters = [f"{name}.weight"] if as_tensor else None
     try:
         # The stand-in's random numbers are none of the run's: its adapter begins as it would without this question.
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -212,12 +226,19 @@ def _unfit(base: CausalLM, target: str) -> list[str]:
 
 
 def matched(base: CausalLM, targets: Collection[str]) -> set[str]:
-    """The full names of the modules that target names mean: `q_proj` is every module whose name ends so."""
+    """The full names of the modules that target names mean: `q_proj` is every module for text whose name ends so."""
     names = set()
-    for name, _ in base.named_modules():
+    for name in text_modules(base):
         if any(name == target or name.endswith(f".{target}") for target in targets):
             names.add(name)
     return names
+
+
+def for_text(base: CausalLM, targets: Sequence[str]) -> Sequence[str]:
+    """Targets as they are, or full names where a tower for images or sound has layers of these names too."""
+    names = matched(base, targets)
+    everywhere = {name for name, _ in base.named_modules() if any(f".{name}".endswith(f".{end}") for end in targets)}
+    return targets if everywhere == names else sorted(names)
 
 
 def shortest(base: CausalLM, modules: set[str]) -> list[str]:

@@ -21,6 +21,7 @@ from atomtune.data.records import Example
 from atomtune.errors import BadModel
 from atomtune.model.agreement import another_plain_way, unit
 from atomtune.model.causal_lm import CausalLM
+from atomtune.model.lora_targets import unreached
 from atomtune.model.loss import innermost, model_inputs, takes
 from atomtune.model.recurrent import as_in_training
 
@@ -180,16 +181,15 @@ def _looks_ahead(model: CausalLM, example: Example, whole: _Side) -> bool:
 
 
 def _refuse_without_gradient(plain: _Side) -> None:
-    """Raise BadModel where adapter layers of a kind never get a gradient: they would stay as they are, unsaid."""
-    reached: set[str] = set()
-    missed: set[str] = set()
-    for name, gradient in plain.gradients.items():
-        kind = name.partition(".lora_")[0].rpartition(".")[2]
-        (missed if gradient is None else reached).add(kind)
-    if missed - reached:
+    """Raise BadModel where an adapter layer never gets a gradient: it would stay as it is, unsaid."""
+    layers = {name: name.partition(".lora_")[0] for name in plain.gradients}
+    reached = {layers[name] for name, gradient in plain.gradients.items() if gradient is not None}
+    missed = unreached(dict.fromkeys(layers.values()), reached)
+    if missed:
+        kinds = sorted({layer.rpartition(".")[2] for layer in missed})
         raise BadModel(
-            f"LoRA on {', '.join(sorted(missed - reached))} never gets a gradient: this model reads these weights "
-            "without calling the layer, or not for text. Leave them out of --lora_targets."
+            f"LoRA on {', '.join(kinds)} never gets a gradient ({len(missed)} layers, the first: {missed[0]}): this "
+            "model reads these weights without calling the layer, or not for text. Leave them out of --lora_targets."
         )
 
 

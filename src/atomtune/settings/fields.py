@@ -230,6 +230,10 @@ class LoraSettings:
         "which layers get an adapter, by name, as q_proj v_proj; all-linear: every linear layer but the output layer",
         value="LAYER",
     )
+    lora_experts: bool = setting(
+        False,
+        "adapt the experts of a mixture of experts too: they are most of its weights, and stay frozen otherwise",
+    )
 
     def lora(self) -> dict[str, Any]:
         """What model.adapter.LoraSpec needs to know."""
@@ -238,6 +242,7 @@ class LoraSettings:
             "alpha": self.lora_alpha,
             "dropout": self.lora_dropout,
             "targets": tuple(self.lora_targets),
+            "experts": self.lora_experts,
         }
 
 

@@ -1,15 +1,17 @@
 """Model: the base of one run with its adapter, loaded, checked and put on its device."""
 
+from collections import Counter
 from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
 
 from atomtune.errors import BadSettings
-from atomtune.model.adapter import LoraSpec, new_adapter, parameter_counts, start_from_weights
+from atomtune.model.adapter import LoraSpec, expert_tensors, new_adapter, parameter_counts, start_from_weights
 from atomtune.model.adapter_folder import AdapterMetadata, adapter_file
 from atomtune.model.adapter_keys import refuse_unread
 from atomtune.model.auto_class import auto_class
+from atomtune.model.experts import count_of, experts_of
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.fused_lora import compute_together
 from atomtune.model.load import BaseSpec, device_in_use, load_base, resolve_dtype
@@ -18,6 +20,9 @@ from atomtune.model.memory import ActivationMemory
 from atomtune.train.arguments import CHECKPOINTING
 from atomtune.train.checkpoint.start import Fresh, FromWeights, Resumed
 from atomtune.train.run_context import RunContext
+
+#: What stays frozen is said with its share of the weights from here on.
+_WORTH_SAYING = 0.01
 
 
 def device_of(run: RunContext) -> torch.device:
@@ -89,21 +94,37 @@ def _refuse_too_few_positions(base: Any, longest_tokens: int) -> None:
 def _new_adapter(run: RunContext, base: Any) -> Any:
     lora = LoraSpec(**run.settings.lora.lora())
     counts = match_targets(base, lora.targets)
+    if lora.experts:
+        adapted = [*expert_tensors(base, lora.targets), *experts_of(base).layers]
+        counts |= Counter(_as_said(name) for name in sorted(adapted))
     run.console.say(f"LoRA on {', '.join(f'{name} ({count})' for name, count in counts.items())}")
-    if list(lora.targets) == [ALL_LINEAR]:
-        _say_left_out(run, base)
+    _say_frozen(run, base, lora)
     return new_adapter(base, lora)
 
 
-def _say_left_out(run: RunContext, base: Any) -> None:
-    """Say which linear layers, and how much of the weights in experts, all-linear does not reach."""
-    left_out = [f"{name} ({why})" for name, why in all_linear(base).left_out.items()]
-    weights = {name: weight.numel() for name, weight in base.named_parameters()}
-    in_experts = sum(count for name, count in weights.items() if ".experts." in name and "lora_" not in name)
-    if in_experts:
-        left_out.append(f"experts ({in_experts / sum(weights.values()):.0%} of the weights)")
-    if left_out:
-        run.console.say(f"These stay frozen: {', '.join(left_out)}.")
+def _as_said(name: str) -> str:
+    """`layers.0.mlp.experts.up_proj` → `experts.up_proj`, `layers.0.mlp.up_proj.weight` → `up_proj`"""
+    parts = name.removesuffix(".weight").split(".")
+    return ".".join(parts[-2:] if "experts" in parts[-2:] else parts[-1:])
+
+
+def _say_frozen(run: RunContext, base: Any, lora: LoraSpec) -> None:
+    """Say what all-linear does not reach, with its share of the weights, and that experts are left as they are."""
+    weights = {f".{name}.": count_of(weight) for name, weight in base.named_parameters()}
+    frozen = []
+    reached = all_linear(base)
+    adapted = {name.rpartition(".")[2] for name in reached.shared} if lora.experts else set()
+    for name, why in reached.left_out.items() if list(lora.targets) == [ALL_LINEAR] else ():
+        share = sum(count for weight, count in weights.items() if f".{name}." in weight) / sum(weights.values())
+        if name not in adapted:
+            frozen.append(
+                f"{name} ({100 * share:.0f} % of the weights, {why})" if share >= _WORTH_SAYING else f"{name} ({why})"
+            )
+    experts = experts_of(base)
+    if experts and not lora.experts:
+        frozen.append(f"experts ({100 * experts.share:.0f} % of the weights; --lora_experts adapts them)")
+    if frozen:
+        run.console.say(f"These stay frozen: {', '.join(frozen)}.")
 
 
 def _adapter_of_start(run: RunContext, base: Any, start: Resumed | FromWeights) -> Any:

@@ -10,10 +10,11 @@ from torch import nn
 from transformers import AutoConfig, Trainer, TrainingArguments, get_scheduler
 
 from atomtune.errors import BadSettings
+from atomtune.model.adapter import expert_tensors
 from atomtune.model.auto_class import auto_class
 from atomtune.model.load_errors import explained
 from atomtune.model.lora_targets import ALL_LINEAR, match_targets
-from atomtune.settings.fields import ModelSettings, TrainSettings
+from atomtune.settings.fields import LoraSettings, ModelSettings, TrainSettings
 
 STEPS = 20  # of the rehearsed schedule, where the run's own number is not known yet
 
@@ -26,8 +27,8 @@ def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
     problems = [*_optimizer_problems(args), *_hub_problems(args)]
     if problems:
         raise BadSettings(problems)
-    if settings.lora.lora_targets != [ALL_LINEAR]:
-        check_targets(settings.model, settings.lora.lora_targets)
+    if settings.lora.lora_targets != [ALL_LINEAR] or settings.lora.lora_experts:
+        check_targets(settings.model, settings.lora)
 
 
 def _optimizer_problems(args: TrainingArguments) -> Iterator[str]:
@@ -84,8 +85,8 @@ def _hub_problems(args: TrainingArguments) -> Iterator[str]:
         yield f"--push_to_hub: the hub at {endpoint} cannot be reached. {later}"
 
 
-def check_targets(model: ModelSettings, targets: list[str]) -> None:
-    """Raise BadSettings where the base has no layer that a target names, or none that LoRA can adapt.
+def check_targets(model: ModelSettings, lora: LoraSettings) -> None:
+    """Raise BadSettings where the base has no layer that a target names, none that LoRA can adapt, or no experts.
 
     The model is built without its weights, which takes a second at most.
     """
@@ -93,7 +94,9 @@ def check_targets(model: ModelSettings, targets: list[str]) -> None:
         config = AutoConfig.from_pretrained(str(model.model_path), trust_remote_code=model.trust_remote_code)
         with torch.device("meta"):
             base = auto_class(config).from_config(config, trust_remote_code=model.trust_remote_code)
-    match_targets(base, targets)
+    match_targets(base, lora.lora_targets)
+    if lora.lora_experts:
+        expert_tensors(base, lora.lora_targets)
 
 
 def check_last_batch(args: TrainingArguments, records: int) -> None:

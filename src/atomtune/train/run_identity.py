@@ -60,7 +60,7 @@ OURS = {
         *("mix", "format", "keys", "roles", "learn", "streaming", "shuffle_buffer", "chat_template_kwargs"),
     ),
     "model": ("dtype", "quantize"),
-    "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
+    "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_experts"),
     "run": ("skip_nonfinite",),
 }
 _FILES = {
