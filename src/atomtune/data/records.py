@@ -91,7 +91,7 @@ class RefusalKind(StrEnum):
 
     UNREADABLE = "unreadable"  # no value could be read here
     NO_RECORD = "no record"  # a value, but not a record of its file's format
-    TEMPLATE = "template"  # the chat template cannot write it
+    TEMPLATE = "template"  # the chat template cannot write it, or the tokenizer not take it apart
     TOO_LONG = "too long"
 
 

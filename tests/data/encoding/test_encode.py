@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import Regex, pre_tokenizers, processors
 
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
@@ -640,3 +640,19 @@ def test_ids_of_keeps_the_order_of_its_pieces(template):
     pieces = [template.prompt_piece([{"role": "user", "content": text}]) for text in ("a", template.stop, "b")]
     assert template.tokens.ids_of(pieces) == [template.tokens.ids_of([piece])[0] for piece in pieces]
     assert template.tokens.ids_of([]) == []
+
+
+def test_a_text_on_which_the_tokenizer_gives_up_refuses_its_record_alone():
+    # It panics in Rust, which is no Exception: it was a traceback, and every record of the batch was lost.
+    tokenizer = tokenizer_of("bytes", CHATML)
+    backend = tokenizer.backend_tokenizer
+    hard = pre_tokenizers.Split(Regex("(a|aa|a?)+$"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([hard, backend.pre_tokenizer])
+    template = load_template("auto", tokenizer)
+    records = [alpaca("q1", "", "x"), alpaca("a" * 60 + "!", "", "y"), alpaca("q3", "", "a" * 60 + "!")]
+    raws = [RawRecord(record, f"train.jsonl:{line}") for line, record in enumerate(records, 1)]
+    ledger = Ledger()
+    (examples,) = encode(raws, template, ledger, max_tokens=1000)
+    assert [example.origin for example in examples] == ["train.jsonl:1"]
+    assert [refusal.origin for refusal in ledger.records_refused] == ["train.jsonl:2", "train.jsonl:3"]
+    assert all("the tokenizer cannot take a text apart" in refusal.reason for refusal in ledger.records_refused)

@@ -34,6 +34,8 @@ _TOOL = {
     "type": "function",
     "function": {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}},
 }
+#: The formats in which [INST] is a token; Llama 2 and the first Mistral write it as text.
+_INST_IS_A_TOKEN = ("mistral-v3", "mistral-tekken")
 _FILES = (".jinja", ".jinja2", ".j2")
 _ROLE: InstructionRole = "user"
 #: Of Llama 2's words 5 % hold a Chinese character, of Llama 3's 3 %, of SmolLM2's 0.2 %; of Qwen3's 17 %.
@@ -156,6 +158,8 @@ def _unknown_controls(template: Template, written: str) -> tuple[str, ...]:
     tokens = {str(token) for token in template.tokenizer.added_tokens_decoder.values()}
     tokens |= template.tokenizer.get_vocab().keys()
     looks = set(LIKE_CONTROL.findall(written))
+    if template.name not in _INST_IS_A_TOKEN:
+        looks -= {"[INST]", "[/INST]"}
     if template.name != OWN:  # a model's own template knows whether its tokenizer has a token for thoughts
         looks.update(tag for tags in TAGS for tag in tags if tag in written)
     return tuple(sorted(looks - tokens))

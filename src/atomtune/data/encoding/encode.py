@@ -10,6 +10,7 @@ Laws (tests/data/encoding/test_encode.py):
    would send it; where a server would send other tokens, an Example ends and the next begins.
 """
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from typing import NamedTuple, Protocol, TypeVar
 from atomtune.choices import Learn, Overlength
 from atomtune.data.encoding.chat_template import NOT_WRITTEN, CannotExpress, Template
 from atomtune.data.encoding.thoughts import with_thoughts_apart
+from atomtune.data.encoding.token_ids import CannotTokenize
 from atomtune.data.encoding.truncate import shorten
 from atomtune.data.formats.detect import Schema, to_record
 from atomtune.data.ledger import Ledger
@@ -144,29 +146,28 @@ class Encoder:
 
     def _encode(self, records: Sequence[Record]) -> Iterator[EncodedRecord]:
         """The records, all their texts tokenized together."""
-        exchanges_of: list[tuple[Exchange, ...] | CannotExpress] = []
-        for record in records:
-            try:
-                exchanges_of.append(self.template.exchanges(record))
-            except CannotExpress as error:
-                exchanges_of.append(error)
+        exchanges_of = [self._exchanges(record) for record in records]
         ids = _PieceIds(self.template)
-        pieces: list[Piece] = []
-        for exchanges in exchanges_of:
-            if isinstance(exchanges, tuple):
-                before: tuple[Piece, ...] = ()
-                for exchange in exchanges:
-                    pieces += exchange.prompt[_shared(before, exchange.prompt) :]
-                    pieces.append(exchange.answer)
-                    before = exchange.prompt
-        ids.learn(pieces)
+        with contextlib.suppress(CannotTokenize):  # it comes again below, at the record with that text
+            ids.learn(piece for exchanges in exchanges_of for piece in _different_pieces(exchanges))
         for record, exchanges in zip(records, exchanges_of, strict=True):
-            if isinstance(exchanges, tuple):
-                yield self._encode_record(record, exchanges, ids)
-            else:
-                yield self._refused(record, str(exchanges), ids)
+            try:
+                encoded = self._encode_record(record, exchanges, ids)
+            except (CannotExpress, CannotTokenize) as error:
+                encoded = self._refused(record, str(error), ids)
+            yield encoded
 
-    def _encode_record(self, record: Record, exchanges: Sequence[Exchange], ids: _PieceIds) -> EncodedRecord:
+    def _exchanges(self, record: Record) -> tuple[Exchange, ...] | CannotExpress:
+        try:
+            return self.template.exchanges(record)
+        except CannotExpress as error:
+            return error
+
+    def _encode_record(
+        self, record: Record, exchanges: tuple[Exchange, ...] | CannotExpress, ids: _PieceIds
+    ) -> EncodedRecord:
+        if isinstance(exchanges, CannotExpress):
+            raise exchanges
         targets = self._targets(exchanges, ids)
         fitting: list[Target] = []
         for exchange, target in zip(exchanges, targets, strict=True):
@@ -213,8 +214,10 @@ class Encoder:
 
     def _refused(self, record: Record, reason: str, ids: _PieceIds) -> EncodedRecord:
         """Refuse a record before its answers have ids; their number is counted all the same."""
-        answers = [record.turns[at] for at in record.learned]
-        tokens = sum((len(ids[Piece(turn.text, learn=True)]) + 1) * turn.learn for turn in answers)
+        tokens = 0
+        for turn in (record.turns[at] for at in record.learned):
+            with contextlib.suppress(CannotTokenize):
+                tokens += (len(ids[Piece(turn.text, learn=True)]) + 1) * turn.learn
         refusal = Refusal(record.origin, reason, RefusalKind.TEMPLATE)
         return EncodedRecord(record.origin, refusal=refusal, refused_target_tokens=tokens)
 
@@ -252,6 +255,17 @@ class Encoder:
             RefusalKind.TOO_LONG,
             broken=self.overlength == "error",
         )
+
+
+def _different_pieces(exchanges: tuple[Exchange, ...] | CannotExpress) -> Iterator[Piece]:
+    """The pieces of a record; those that a prompt shares with the one before are left out."""
+    if isinstance(exchanges, CannotExpress):
+        return
+    before: tuple[Piece, ...] = ()
+    for exchange in exchanges:
+        yield from exchange.prompt[_shared(before, exchange.prompt) :]
+        yield exchange.answer
+        before = exchange.prompt
 
 
 def _shared(before: tuple[Part, ...], prompt: tuple[Part, ...]) -> int:

@@ -4,14 +4,16 @@ Laws: where a Piece has a break stands no control token; a Piece without breaks 
 in a record's own text is hidden while the template renders and becomes text again afterwards, with a break inside it.
 """
 
+import contextlib
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from atomtune.data.records import Piece
 from atomtune.data.tokenizer import Tokenizer
+from atomtune.errors import UserError
 
 _MARK, _END = "\ufdd0", "\ufdd1"  # Unicode noncharacters: they mean nothing in any text
 _HIDDEN = re.compile(f"{_MARK}control(\\d+){_END}")
@@ -21,6 +23,25 @@ LIKE_CONTROL = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>|<(?:start|end)_of_tu
 _ANCHORS = ("\n", "|", "1", "。")
 #: Texts on which the short way to a tokenizer's ids is compared with the long one before it is taken.
 _PROBES = ("Hi", " two  spaces ", "你好\n", "<s>a</s>", "")
+
+
+class CannotTokenize(UserError):
+    """The tokenizer gave up on a text; the message says why."""
+
+
+@contextlib.contextmanager
+def _panics_told() -> Iterator[None]:
+    """A panic of the Rust tokenizer as CannotTokenize.
+
+    It panics where a pattern of its own, out of tokenizer.json, tries too long to match: `(a|aa)+$`. The exception
+    belongs to no module, is no Exception, and is known by its name alone.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise CannotTokenize(f"the tokenizer cannot take a text apart: {str(error)[:200]}") from None
 
 
 class PieceTokenizer:
@@ -77,13 +98,15 @@ class PieceTokenizer:
             return []
         if self._short_way_is_the_same:
             backend = self.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
-            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+            with _panics_told():
+                return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         return self._called(texts)
 
     def _called(self, texts: list[str]) -> list[list[int]]:
-        encoded = self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )
+        with _panics_told():
+            encoded = self.tokenizer(
+                texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+            )
         return [list(ids) for ids in encoded["input_ids"]]
 
     @cached_property
@@ -143,7 +166,10 @@ class PieceTokenizer:
         anchors = _ANCHORS if goes_on else ("",)
         backend.encode_special_tokens = True
         try:
-            tried = [backend.encode_batch_fast([anchor, anchor + text], add_special_tokens=False) for anchor in anchors]
+            with _panics_told():
+                tried = [
+                    backend.encode_batch_fast([anchor, anchor + text], add_special_tokens=False) for anchor in anchors
+                ]
         finally:
             backend.encode_special_tokens = False
         for alone, together in tried:
