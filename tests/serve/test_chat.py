@@ -2,8 +2,19 @@
 
 import io
 import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from atomtune.cli import main
 from tests.conftest import DIALOGUES, write_jsonl
@@ -36,8 +47,6 @@ def test_system_is_the_instruction_and_the_prompt_its_input(trained, capsys):
 
 
 def test_the_shared_instruction_is_the_default(trained, capsys, tmp_path):
-    import shutil
-
     folder = tmp_path / "shared"
     shutil.copytree(trained, folder)
     card = json.loads((folder / "atomtune.json").read_text())
@@ -84,3 +93,154 @@ def test_a_folder_without_an_adapter_says_so(tmp_path, capsys):
 def test_a_prompt_longer_than_the_model_is_refused(trained, capsys):
     assert main(["chat", "--adapter_path", str(trained), "--prompt", "长" * 600]) == 2
     assert "positions" in capsys.readouterr().err
+
+
+def test_a_pipe_is_read_line_by_line_with_the_commands_of_the_chat(trained, capsys, monkeypatch, tmp_path):
+    saved = tmp_path / "talk.jsonl"
+    lines = ["晚安", f"/save {saved}", "/system 把这句话翻译成英文", "早上好", f"/save {saved}", "/rest", "//help"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    capsys.readouterr()
+    assert main(["chat", "--adapter_path", str(trained), "--dtype", "float32"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[:2] == ["晚安，愿你好梦。", "Good morning."] and len(out.splitlines()) >= 3
+    assert "Did you mean /reset?" in err and "System text: “把这句话翻译成英文”" in err
+    records = [json.loads(line)["messages"] for line in saved.read_text(encoding="utf-8").splitlines()]
+    assert [message["content"] for message in records[0]] == ["晚安", "晚安，愿你好梦。"]
+    assert len(records[1]) == 3 and records[1][0] == {"role": "system", "content": "把这句话翻译成英文"}
+
+
+def test_what_was_saved_is_read_by_train(trained, tmp_path):
+    from atomtune import inspect, load
+    from atomtune.serve.conversation import Conversation
+
+    tuned = load(trained, dtype="float32")
+    talk = Conversation(tuned, None)
+    for question in ("晚安", "Who are you?"):
+        talk.answered(question, tuned.reply(talk.asking(question)).turn)
+    talk.save(tmp_path / "talk.jsonl")
+    figures = inspect(tmp_path / "talk.jsonl", trained).figures
+    assert figures["records_used"] == 1 and figures["records_refused"] == []
+
+
+def test_the_oldest_exchange_is_forgotten_where_the_positions_run_out(trained):
+    from atomtune import load
+    from atomtune.data.records import Turn
+    from atomtune.model.generate import prompt_ids
+    from atomtune.serve.conversation import Conversation
+
+    tuned = load(trained, dtype="float32")
+    talk = Conversation(tuned, None)
+    for number in range(4):
+        talk.answered(f"{number}" + "很长" * 40, Turn("assistant", "好"))
+    assert talk.make_room("晚安") > 0
+    assert "3很长" in talk.messages[0]["content"] or len(talk.messages) > 2
+    assert len(prompt_ids(tuned.template, talk.asking("晚安"))) < tuned.positions
+
+
+def test_base_and_tuned_are_compared_in_a_pipe(trained, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("晚安\n"))
+    said = ask(trained, capsys, "--compare", "--max_new_tokens", "12")
+    base, tuned = re.fullmatch(r"(?s)base: (.*)\ntuned: (.*)", said).groups()
+    assert tuned == "晚安，愿你好梦。" != base
+
+
+def test_compare_needs_an_adapter(trained, capsys, tmp_path):
+    merged = tmp_path / "merged"
+    assert main(["merge", "--adapter_path", str(trained), "--output_dir", str(merged), "--dtype", "float32"]) == 0
+    assert main(["chat", "--adapter_path", str(merged), "--compare", "--prompt", "x"]) == 2
+    assert "holds no base beside it" in capsys.readouterr().err
+
+
+def test_sampling_flags_draw_and_the_seed_repeats(trained, capsys):
+    flags = ["--temperature", "3", "--top_k", "0", "--max_new_tokens", "12", "--prompt", "something else"]
+    drawn = [ask(trained, capsys, *flags, "--seed", seed) for seed in ("1", "1", "2")]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert ask(trained, capsys, *flags[:4], "--top_k", "1", "--prompt", "晚安") == "晚安，愿你好梦。"
+
+
+class Terminal:
+    """A real terminal with `atomtune chat` in it: keys go in, what is shown comes out."""
+
+    def __init__(self, *words: str) -> None:
+        self.side, other = pty.openpty()
+        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40", "NO_COLOR": "1"}
+        command = [sys.executable, "-m", "atomtune", "chat", *words]
+        self.process = subprocess.Popen(
+            command, stdin=other, stdout=other, stderr=other, env=environment, start_new_session=True
+        )
+        os.close(other)
+        self.shown = ""
+
+    def wait_for(self, text: str, seconds: float = 40) -> str:
+        """What was shown since the last wait, up to and with this text."""
+        deadline = time.monotonic() + seconds
+        while text not in self.shown:
+            ready, _, _ = select.select([self.side], [], [], 1)
+            if ready:
+                try:
+                    data = os.read(self.side, 65536).decode("utf-8", errors="replace")
+                except OSError:  # the other side is closed
+                    data = ""
+                if "\x1b[6n" in data:  # it asks where the cursor is, as terminals answer
+                    os.write(self.side, b"\x1b[1;1R")
+                self.shown += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r|\x1b[=>]", "", data)
+            assert time.monotonic() < deadline and (ready or self.process.poll() is None), self.shown
+        before, _, self.shown = self.shown.partition(text)
+        return before + text
+
+    def press(self, keys: str) -> None:
+        os.write(self.side, keys.encode())
+
+    def interrupt(self) -> None:
+        """Ctrl-C while a program that reads no keys is in front: the terminal turns it into the signal."""
+        self.process.send_signal(signal.SIGINT)
+
+    def close(self) -> int:
+        self.press("\x04")
+        code = self.process.wait(30)
+        os.close(self.side)
+        return code
+
+
+def test_in_a_terminal_lines_are_edited_answers_stopped_and_the_chat_goes_on(trained, tmp_path):
+    # An adapter of zeros: the untrained base goes on to its last position, which takes seconds.
+    folder = Path(shutil.copytree(trained, tmp_path / "out"))
+    file = folder / "adapter_model.safetensors"
+    save_file({name: tensor * 0 for name, tensor in load_file(file).items()}, file)
+    terminal = Terminal("--adapter_path", str(folder), "--dtype", "float32")
+    head = terminal.wait_for("commands.\n>")
+    assert "adapter on" in head and "template atom" in head and "Alt+Enter" in head
+    terminal.press("/systemx\x7f 把这句话翻译成英文\r")  # the last letter is taken back
+    terminal.wait_for("System text: “把这句话翻译成英文”")
+    terminal.wait_for("(new conversation)\n>")
+    for _ in range(5):  # it takes a third of a second: on a busy machine the signal may come too late
+        terminal.press("early\r")
+        terminal.wait_for("early\n")
+        terminal.wait_for(" ")  # the answer has begun
+        terminal.interrupt()
+        if "(stopped)" in terminal.wait_for("\n>"):
+            break
+    else:
+        raise AssertionError("no answer was stopped")
+    terminal.press("\x1b[A")  # the line above
+    terminal.wait_for("early")
+    terminal.press("\x03")  # taken back, and the chat goes on
+    terminal.wait_for("\n>")
+    terminal.press("/help\r")
+    terminal.wait_for("/save")
+    terminal.wait_for("\n>")
+    assert terminal.close() == 0
+
+
+def test_a_new_line_is_no_end_of_the_message(trained, tmp_path):
+    saved = tmp_path / "talk.jsonl"
+    terminal = Terminal("--adapter_path", str(trained), "--dtype", "float32", "--max_new_tokens", "4")
+    terminal.wait_for("commands.\n>")
+    terminal.press("one\x1b\rtwo\r")
+    terminal.wait_for("two")
+    terminal.wait_for("\n>")
+    terminal.press(f"/save {saved}\r")
+    terminal.wait_for("saved:")
+    terminal.wait_for("\n>")
+    assert terminal.close() == 0
+    assert json.loads(saved.read_text(encoding="utf-8"))["messages"][0]["content"] == "one\ntwo"

@@ -1,17 +1,37 @@
-"""Chat: talk to a trained adapter in the terminal, through the template it was trained with."""
+"""Chat: talk to a tuned model in the terminal, through the template it was trained with."""
 
-import itertools
+import contextlib
+import difflib
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.table import Table
 
 from atomtune.console import Console, visible
 from atomtune.data.encoding.chat_template import Message
-from atomtune.model.generate import Sampling, prompt_ids
-from atomtune.serve.tuned_model import ROOM_FOR_ANSWER, Reply, TunedModel, load_tuned
+from atomtune.errors import BadSettings
+from atomtune.model.generate import Sampling
+from atomtune.model.load import dtype_name
+from atomtune.serve.conversation import Conversation
+from atomtune.serve.tuned_model import Reply, TunedModel, load_tuned
+from atomtune.serve.typed_input import TypedInput, lines_of_pipe
 from atomtune.settings.fields import ChatSettings
+
+#: What is typed to change the conversation, and what it does.
+COMMANDS = {
+    "/reset": "begin a new conversation (an empty line does too)",
+    "/system": "TEXT sets another system text; without a text, the training's own comes back",
+    "/save": "FILE appends the conversation to a file, as a record that `atomtune train` reads",
+    "/help": "this list",
+}
+_SHOWN_OF_INSTRUCTION = 200
 
 
 def chat(settings: ChatSettings) -> int:
-    """Answer --prompt, or lines from the terminal until Ctrl-D."""
+    """Answer --prompt, or what is typed until Ctrl-D, or the lines of a pipe."""
     console = Console(stderr=True)
     tuned = load_tuned(
         settings,
@@ -20,49 +40,188 @@ def chat(settings: ChatSettings) -> int:
         system=settings.system,
         other_base=settings.other_base,
     )
+    if settings.compare and not tuned.has_base:
+        raise BadSettings([f"--compare: {settings.adapter_path} is a merged model, which holds no base beside it."])
+    talk = Talk(tuned, settings, console)
     if settings.prompt is not None:
-        _reply(tuned, tuned.messages_of(settings.prompt), settings)
+        talk.answer(settings.prompt)
     else:
-        _converse(tuned, settings, console)
+        talk.run()
     return 0
 
 
-def _converse(tuned: TunedModel, settings: ChatSettings, console: Console) -> None:
-    """Lines in, answers out. When the model's positions run out, the oldest exchange is left out, with a notice."""
-    console.say(f"Talking to {settings.adapter_path}. An empty line starts a new conversation, Ctrl-D ends.")
-    wording = tuned.wording
-    exchanges: list[list[Message]] = []
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
+class Talk:
+    """One conversation with the tuned model, and with --compare another one with its base."""
+
+    def __init__(self, tuned: TunedModel, settings: ChatSettings, console: Console) -> None:
+        self.tuned, self.settings, self.console = tuned, settings, console
+        self.conversation = Conversation(tuned, settings.system)
+        self.with_base = Conversation(tuned, settings.system) if settings.compare else None
+        self.answers = 0
+
+    def run(self) -> None:
+        """Until Ctrl-D, or the end of the pipe. An empty line begins anew."""
+        typed = sys.stdin.isatty()
+        self._say_who_answers(typed=typed)
+        for text in TypedInput(list(COMMANDS)) if typed else lines_of_pipe():
+            if not text.strip():
+                self._begin_anew()
+            elif not self._obeyed(text):
+                # A pipe is read by a program or a job: there Ctrl-C ends it all, as it ends any program.
+                with _ctrl_c_stops() if typed else contextlib.nullcontext(None) as stop:
+                    self.answer(text.removeprefix("/") if text.startswith("//") else text, stop)
+
+    def _say_who_answers(self, *, typed: bool) -> None:
+        tuned, say = self.tuned, self.console.say
+        kind = "adapter on" if tuned.has_base else "merged model"
+        dtype = dtype_name(next(tuned.model.parameters()).dtype)
+        name = f"{tuned.folder}: {kind} {tuned.base}" if tuned.has_base else f"{tuned.folder}: {kind}"
+        say(f"{name} ({dtype} on {tuned.model.device.type}), template {tuned.template.name}.")
+        self._say_instruction()
+        if typed:
+            say(
+                "Enter sends, Alt+Enter makes a new line; Ctrl-C stops an answer, Ctrl-D ends the chat. "
+                "/help lists the commands."
+            )
+
+    def _say_instruction(self) -> None:
+        if self.conversation.system is not None:
+            self.console.say(f"System text: “{_shortened(self.conversation.system)}”")
+        elif self.tuned.shared_instruction:
+            self.console.say(
+                "Each message is sent with the instruction that the training records share: "
+                f"“{_shortened(self.tuned.shared_instruction)}” (/system TEXT sets another)."
+            )
+
+    def _obeyed(self, text: str) -> bool:
+        """Whether a text was a command; a word that is nearly one is answered with the command's name."""
+        word, _, rest = text.strip().partition(" ")
+        if word not in COMMANDS:
+            nearly = difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.75)
+            if word.startswith("//") or not word.startswith("/") or not nearly:
+                return False
+            self.console.say(f"{word} is no command. Did you mean {nearly[0]}? (//… sends a text that begins with /.)")
+        elif word == "/help":
+            self._say_help()
+        elif word == "/save":
+            self._save(rest.strip())
+        else:
+            if word == "/system":
+                for conversation in self._conversations():
+                    conversation.system = rest.strip() or None
+                self._say_instruction()
+            self._begin_anew()
+        return True
+
+    def _conversations(self) -> list[Conversation]:
+        return [self.conversation, *([self.with_base] if self.with_base else [])]
+
+    def _begin_anew(self) -> None:
+        for conversation in self._conversations():
+            conversation.begin_anew()
+        self.console.say("(new conversation)")
+
+    def _say_help(self) -> None:
+        for command, meaning in COMMANDS.items():
+            self.console.say(f"  {command:<8} {meaning}")
+
+    def _save(self, file: str) -> None:
+        if not file:
+            self.console.say("Name a file: /save talk.jsonl")
             return
-        if not line.strip():
-            exchanges = []
-            console.say("(new conversation)")
-            continue
-        question = wording.messages(line)
-        messages = [*wording.opening, *itertools.chain(*exchanges), *question]
-        while exchanges and len(prompt_ids(wording.template, messages)) + ROOM_FOR_ANSWER > tuned.positions:
-            exchanges = exchanges[1:]
-            messages = [*wording.opening, *itertools.chain(*exchanges), *question]
-            console.say("(the oldest exchange no longer fits and is left out)")
-        reply = _reply(tuned, messages, settings)
-        exchanges.append([*question, *wording.template.messages([reply.turn])])
+        try:
+            self.conversation.save(Path(file).expanduser())
+        except OSError as error:
+            self.console.say(f"{file} cannot be written: {error.strerror}.")
+            return
+        self.console.say(f"saved: {file}")
+
+    def answer(self, question: str, stop: threading.Event | None = None) -> None:
+        """Answer one question and remember both. What does not fit the model is said and not remembered."""
+        for conversation in self._conversations():
+            forgotten = conversation.make_room(question)
+            if forgotten:
+                self.console.say("(the oldest exchange no longer fits and is left out)")
+        try:
+            if self.with_base is None:
+                reply = self._written_out(self.conversation.asking(question), stop)
+            else:
+                reply = self._compared(question, self.with_base, stop)
+        except BadSettings as error:
+            if self.settings.prompt is not None or not sys.stdin.isatty():
+                raise
+            self.console.say(str(error))  # a chat goes on after a question that is too long
+            return
+        self.conversation.answered(question, reply.turn)
+        self.answers += 1
+        if stop is not None and stop.is_set():
+            self.console.say("(stopped)")
+
+    def _written_out(self, messages: list[Message], stop: threading.Event | None) -> Reply:
+        """Print the answer while it is written; on a terminal, control characters in it are shown, not obeyed."""
+        on_terminal = sys.stdout.isatty()
+
+        def write(text: str) -> None:
+            print(visible(text) if on_terminal else text, end="", flush=True)
+
+        reply = self._reply(messages, stop, write=write)
+        print(flush=True)
+        return reply
+
+    def _compared(self, question: str, with_base: Conversation, stop: threading.Event | None) -> Reply:
+        """Both answers beside each other; in a pipe one under the other."""
+        with self.console.status("the base answers …"):
+            of_base = self._reply(with_base.asking(question), stop, base=True)
+        if stop is not None:
+            stop.clear()  # Ctrl-C ended that answer alone
+        with self.console.status("the tuned model answers …"):
+            reply = self._reply(self.conversation.asking(question), stop)
+        with_base.answered(question, of_base.turn)
+        if sys.stdout.isatty():
+            table = Table("base", "tuned", expand=True)
+            table.columns[0].ratio = table.columns[1].ratio = 1
+            table.add_row(of_base.text.strip(), reply.text.strip())
+            Console().print(table)
+        else:
+            print(f"base: {of_base.text.strip()}\ntuned: {reply.text.strip()}", flush=True)
+        return reply
+
+    def _reply(
+        self,
+        messages: list[Message],
+        stop: threading.Event | None,
+        *,
+        base: bool = False,
+        write: Callable[[str], None] = lambda text: None,
+    ) -> Reply:
+        settings = self.settings
+        return self.tuned.reply(
+            messages,
+            max_new_tokens=settings.max_new_tokens,
+            sampling=Sampling(settings.temperature, settings.top_p, settings.top_k, settings.repetition_penalty),
+            seed=settings.seed + self.answers,
+            base=base,
+            hand_on=write,
+            stop_early=stop.is_set if stop is not None else None,
+        )
 
 
-def _reply(tuned: TunedModel, messages: list[Message], settings: ChatSettings) -> Reply:
-    """Print an answer as it is written; on a terminal, control characters in it are shown, not obeyed."""
-    on_terminal = sys.stdout.isatty()
+@contextlib.contextmanager
+def _ctrl_c_stops() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event, a second one interrupts; outside, Ctrl-C does what it did before."""
+    stop = threading.Event()
 
-    def write(text: str) -> None:
-        print(visible(text) if on_terminal else text, end="", flush=True)
+    def receive(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
 
-    reply = tuned.reply(
-        messages,
-        max_new_tokens=settings.max_new_tokens,
-        sampling=Sampling(settings.temperature),
-        hand_on=write,
-    )
-    print(flush=True)
-    return reply
+    before = signal.signal(signal.SIGINT, receive)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_OF_INSTRUCTION else f"{text[:_SHOWN_OF_INSTRUCTION]}…"

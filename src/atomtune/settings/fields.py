@@ -415,10 +415,24 @@ class ChatSettings(ModelSettings):
     )
     prompt: str | None = setting(None, "answer this and end; without it, a conversation begins", value="TEXT")
     system: str | None = setting(None, "instruction for the whole conversation", value="TEXT")
+    compare: bool = setting(False, "let the base answer too, with the adapter switched off, beside the tuned model")
     max_new_tokens: int = setting(512, "longest answer, in tokens", at_least=1)
     temperature: float = setting(
         0.0, "0 always takes the most likely token; the higher, the more varied the answers", at_least=0
     )
+    top_p: float | None = setting(
+        None,
+        "with --temperature: draw from the likeliest tokens that together have this probability [the base's own]",
+        more_than=0,
+        at_most=1,
+    )
+    top_k: int | None = setting(
+        None, "with --temperature: draw from so many of the likeliest tokens; 0: all [the base's own]", at_least=0
+    )
+    repetition_penalty: float | None = setting(
+        None, "above 1: tokens that were already used become less likely [the base's own]", more_than=0
+    )
+    seed: int = setting(0, "seed of the first answer that is drawn; each later one has the next", at_least=0)
     other_base: bool = setting(
         False, "accept a base model whose weights are not those that the adapter was trained on", rare=True
     )
