@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atomtune.cli import main
+from atomtune.model.token_rows import looks_untrained
 from tests.conftest import write_jsonl
 from tests.tiny import build
 
@@ -51,3 +53,31 @@ def test_where_no_text_has_such_a_token_the_base_works_and_it_is_said(base, tmp_
     capsys.readouterr()
     assert main([*chat, "--prompt", "lumen"]) == 2
     assert "The text has the token lumen" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", ["those of others", "zero", "trained"])
+def test_a_stop_token_that_was_never_trained_is_said_before_training(tmp_path, capsys, rows):
+    # Catches a base whose end mark is one of many equal rows: it never learns to stop, and nothing said so.
+    folder = build("qwen3", tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    stop, other = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    if rows != "trained":
+        with torch.no_grad():
+            for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+                matrix[stop] = 0 if rows == "zero" else matrix[other] * 1.001
+        model.save_pretrained(folder)
+    data = write_jsonl(tmp_path / "train.jsonl", RECORDS[:1])
+    flags = ["--model_path", str(folder), "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]
+    assert main(["train", "--dataset_path", str(data), *flags]) == 0
+    streams = capsys.readouterr()
+    said = streams.out + streams.err
+    assert ("the stop token <|im_end|> looks never trained" in " ".join(said.split())) == (rows != "trained")
+
+
+@pytest.mark.parametrize(("token", "expected"), [("<|im_end|>", False), ("<|endoftext|>", False), ("<gh_stars>", True)])
+def test_rows_of_a_real_model_are_told_apart(real, token, expected):
+    folder = real("smollm2")
+    token_id = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(token)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert looks_untrained(model.get_input_embeddings().weight, token_id) == expected

@@ -30,7 +30,7 @@ from atomtune.model.adapter_folder import WEIGHTS, AdapterMetadata
 from atomtune.model.fingerprint import fingerprint
 from atomtune.model.load import embedding_rows, load_tokenizer, pad_id_of, quiet_libraries
 from atomtune.model.memory import StepShape, is_out_of_memory, peak_bytes, remedies
-from atomtune.model.token_rows import guard_embedding, refuse_tokens_without_row
+from atomtune.model.token_rows import guard_embedding, refuse_tokens_without_row, say_untrained_stop
 from atomtune.settings.fields import TrainSettings
 from atomtune.train.arguments import CHECKPOINTING, lengths, trainer_arguments
 from atomtune.train.callbacks import Stop
@@ -156,6 +156,7 @@ def _run(run: RunContext, began: float) -> None:
     longest_tokens = _longest_tokens(run, data)
     model = load_model(run, longest_tokens=longest_tokens)
     guard_embedding(model, tokenizer, path=str(run.settings.model.model_path))
+    say_untrained_stop(model, tokenizer, template.stop, notice=run.console.notice)
     layout = choose_layout(run, model, tokenizer, data, longest_tokens=longest_tokens)
     keep_or_recompute(run, model, heaviest_tokens=layout.heaviest_tokens)
     trainer = _trainer(
