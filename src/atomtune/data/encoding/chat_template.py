@@ -113,7 +113,7 @@ class Template:
         if not records or not self.lets_think:
             return ""
         variable = (
-            ": --chat_template_kwargs '{\"enable_thinking\": false}' asks for that in the prompt too"
+            "; --chat_template_kwargs '{\"enable_thinking\": false}' asks for that in the prompt too"
             if "enable_thinking" in self.source
             else ""
         )
