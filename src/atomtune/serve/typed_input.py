@@ -22,7 +22,6 @@ class TypedInput:
     """
 
     def __init__(self, commands: Sequence[str]) -> None:
-
         self._session: PromptSession[str] = PromptSession(
             multiline=True,
             key_bindings=_keys(),
