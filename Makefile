@@ -43,12 +43,12 @@ token-truth: $(VENV)/installed-bench
 reliability: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reliability $(RELIABILITY)
 
-# Every point of a save, a hundred kills, every step to resume from; ten thousand mutated data files.
+# Every point of a save, a hundred kills, every step to resume from; ten thousand mutated files of data, of models and of adapters.
 soak: $(VENV)/installed-test
 	ATOMTUNE_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/walk/test_faults.py tests/walk/test_same_run.py tests/walk/test_same_run_evaluated.py
 
 fuzz: $(VENV)/installed-test
-	ATOMTUNE_FUZZ=10000 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/walk/test_fuzz.py tests/walk/test_fuzz_kinds.py
+	ATOMTUNE_FUZZ=10000 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/walk/test_fuzz.py tests/walk/test_fuzz_kinds.py tests/walk/test_fuzz_model_files.py
 
 # The lower bounds of pyproject.toml, in an environment of their own; `make test-oldest LEAVE=torch` leaves torch as it is.
 test-oldest: .venv-oldest/installed

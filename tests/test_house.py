@@ -16,7 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 #: Rooms and top-level modules by floor: each may import from the floors above it, and never from its own or below.
 FLOORS = (
     ("errors", "choices"),
-    ("console", "disk", "settings", "extras"),
+    ("console", "disk", "limits", "settings", "extras"),
     ("data", "engines"),
     ("analysis", "batch"),
     ("model",),

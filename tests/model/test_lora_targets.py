@@ -1,13 +1,16 @@
 """LoRA targets: all-linear is every layer that an adapter reaches, and trains with the default dropout."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from atomtune.errors import BadModel
 from atomtune.model.adapter import LoraSpec, new_adapter
-from atomtune.model.lora_targets import all_linear, match_targets
+from atomtune.model.lora_targets import all_linear, match_targets, refuse_endless_patterns
 
 SIZE = {
     "vocab_size": 97,
@@ -89,3 +92,20 @@ def test_every_layer_of_all_linear_gets_a_gradient_with_the_default_dropout(fami
     adapted = {name.partition(".lora_")[0].rpartition(".")[2] for name in trained}
     assert adapted == FAMILIES[family][1]
     assert [name for name, weight in trained.items() if weight.grad is None] == []
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_a_regex_of_an_adapter_that_never_ends_is_refused_by_name(models, key):
+    base = AutoModelForCausalLM.from_pretrained(models("llama"))
+    regex = r"((\w|\w\w|\.)+)+!"
+    config = LoraConfig(target_modules=["q_proj"])
+    setattr(config, key, {regex: 4} if key == "rank_pattern" else regex)
+    with pytest.raises(BadModel, match=r"adapter_config\.json: the regex .* did not end within"):
+        refuse_endless_patterns(config, base, Path("adapter_config.json"))
+
+
+def test_a_regex_that_is_none_is_refused_and_a_good_one_passes(models):
+    base = AutoModelForCausalLM.from_pretrained(models("llama"))
+    with pytest.raises(BadModel, match="is not a regex"):
+        refuse_endless_patterns(LoraConfig(target_modules="("), base, Path("adapter_config.json"))
+    refuse_endless_patterns(LoraConfig(target_modules=r".*\.(q|v)_proj"), base, Path("adapter_config.json"))

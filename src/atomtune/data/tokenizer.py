@@ -11,6 +11,7 @@ from typing import Any, Protocol, overload
 class Tokenizer(Protocol):
     """A transformers tokenizer, as far as it is used here."""
 
+    name_or_path: str
     bos_token: str | None
     eos_token: str | None
     bos_token_id: int | None

@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from atomtune.errors import BadModel, RunFailed
 from atomtune.extras import refuse_missing
+from atomtune.model.load import read_config
 
 #: Lines of the converter's output that are shown when it fails.
 SHOWN_LINES = 12
@@ -24,7 +24,7 @@ def refuse_unknown_architecture(model_path: str, *, trust_remote_code: bool) -> 
     """Raise BadModel where the converter does not know this class of model, before anything is loaded or merged."""
     import conversion  # the converter's own list of classes
 
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    config = read_config(model_path, trust_remote_code=trust_remote_code)
     names = list(config.architectures or ())
     try:
         conversion.get_model_class(names[0])

@@ -19,7 +19,15 @@ from atomtune.model.adapter_folder import CONFIG, WEIGHTS, adapter_config, adapt
 from atomtune.model.adapter_keys import module_of, names_in
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.experts import count_of, endings, experts_of
-from atomtune.model.lora_targets import ALL_LINEAR, all_linear, for_text, matched, shortest
+from atomtune.model.load_errors import explained
+from atomtune.model.lora_targets import (
+    ALL_LINEAR,
+    all_linear,
+    for_text,
+    matched,
+    refuse_endless_patterns,
+    shortest,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +117,11 @@ def start_from_weights(base: CausalLM, file: Path, lora: LoraSpec, *, notice: Ca
         if not isinstance(config, LoraConfig):
             raise BadModel(f"{file.parent}: its adapter is not LoRA, so it cannot be trained on here.")
         config.inference_mode = False
+        refuse_endless_patterns(config, base, file.parent / CONFIG)
         weights = _named_as_in(base, weights, config)
         _notice_unused(config, base, lora, notice=notice)
-        model = get_peft_model(base, config)
+        with explained(str(file.parent), "adapter", files=CONFIG):
+            model = get_peft_model(base, config)
         if config.target_parameters:
             _drop_out_layers(model, lora.dropout)
     else:
@@ -208,11 +218,13 @@ def load_trained(base: CausalLM, folder: Path) -> PeftModel:
     config = adapter_config(folder)
     config.inference_mode = True
     config.base_model_name_or_path = None  # PEFT warns where the base has moved; its fingerprint is what counts
+    refuse_endless_patterns(config, base, folder / CONFIG)
     weights = _named_as_in(base, read_weights(file), config)
-    try:
-        model = get_peft_model(base, config)
-    except ValueError as error:  # PEFT: a target that no module of this base has
-        raise BadModel(f"{folder} does not fit this base: {str(error)[:1500]}") from error
+    with explained(str(folder), "adapter", files=CONFIG):
+        try:
+            model = get_peft_model(base, config)
+        except ValueError as error:  # PEFT: a target that no module of this base has
+            raise BadModel(f"{folder} does not fit this base: {str(error)[:1500]}") from error
     _fill(model, weights, file)
     return model.eval()
 

@@ -1,21 +1,25 @@
 """Adapter folder: what a saved adapter or merged model says about itself, read without loading the base."""
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, field, fields
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from peft import PeftConfig
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file
 
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template, restore_template
 from atomtune.errors import BadModel
+from atomtune.model.file_schemas import AdapterConfig, LoraConfigFile
+from atomtune.model.json_files import checked, json_object, refusal
 from atomtune.model.load import load_tokenizer
+from atomtune.model.load_errors import explained
 
 METADATA = "atomtune.json"
 CONFIG = "adapter_config.json"
@@ -24,7 +28,13 @@ WEIGHTS = "adapter_model.safetensors"
 OLD_WEIGHTS = "adapter_model.bin"
 
 
-@dataclass(frozen=True, kw_only=True)
+def _day_or_nothing(text: str) -> str:
+    if text:
+        date.fromisoformat(text)
+    return text
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True))
 class AdapterMetadata:
     """What a server must know beyond PEFT's config: how a prompt is written and where an answer stops."""
 
@@ -32,11 +42,11 @@ class AdapterMetadata:
     instruction_role: Literal["system", "user"]
     stop: str
     template_variables: dict[str, Any] = field(default_factory=dict)  # what training set in the template
-    template_date: str = ""  # the day that a template names which names one
+    template_date: Annotated[str, AfterValidator(_day_or_nothing)] = ""  # the day that a template names which names one
     instruction: str | None = None  # the one nearly all records shared: chat's default
     data_hash: str = ""
     base: str = ""  # the fingerprint of the weights it was trained on
-    max_seq_length: int = 256
+    max_seq_length: Annotated[int, Field(ge=1)] = 256
 
     def save(self, folder: Path) -> None:
         text = json.dumps(asdict(self), ensure_ascii=False, indent=2)
@@ -46,24 +56,14 @@ class AdapterMetadata:
     def load(cls, folder: Path) -> "AdapterMetadata | None":
         """The metadata beside an adapter; None where another tool wrote it. Unknown keys are of a later version."""
         file = folder / METADATA
-        if not file.is_file():
+        if not file.exists():
             return None
         known = {entry.name for entry in fields(cls)}
-        with _readable(file):
-            values = json.loads(file.read_text(encoding="utf-8"))
+        values = json_object(file)
+        try:
             return cls(**{name: value for name, value in values.items() if name in known})
-
-
-@contextlib.contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    """Raise BadModel where a small file beside the weights does not say what it should."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadModel(
-            f"{file} is not readable: {type(error).__name__}: {str(error)[:200]}\n"
-            "It may be incomplete: copy the folder again, or use another checkpoint."
-        ) from error
+        except ValidationError as error:
+            raise BadModel(refusal(file, values, error)) from None
 
 
 def template_of(folder: Path, *, trust_remote_code: bool) -> tuple[Template, AdapterMetadata]:
@@ -104,17 +104,19 @@ def base_path_of(folder: Path) -> str:
     file = folder / CONFIG
     if not file.is_file():
         raise BadModel(f"{folder}: no {CONFIG} here. Pass --adapter_path with a run's output folder.")
-    with _readable(file):
-        return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    base = checked(file, AdapterConfig).base_model_name_or_path
+    if not base:
+        raise BadModel(f"{file}: base_model_name_or_path names no base. Pass --model_path with the base.")
+    return base
 
 
 def adapter_config(folder: Path) -> PeftConfig:
     """PEFT's config of an adapter. Raises BadModel where it cannot be read or names no kind of adapter."""
-    with _readable(folder / CONFIG):
-        config = PeftConfig.from_pretrained(str(folder))
-        if type(config) is PeftConfig:
-            raise KeyError("peft_type")
-    return config
+    kind = checked(folder / CONFIG, AdapterConfig).peft_type
+    if kind == "LORA":
+        checked(folder / CONFIG, LoraConfigFile)
+    with explained(str(folder), "adapter", files=CONFIG):
+        return PeftConfig.from_pretrained(str(folder))
 
 
 def adapter_file(path: Path) -> Path | None:

@@ -16,11 +16,14 @@ from safetensors import safe_open
 from transformers.utils import cached_file
 
 from atomtune.errors import BadModel
+from atomtune.model.file_schemas import WeightIndex
+from atomtune.model.json_files import checked
 
 INDEX = "model.safetensors.index.json"
 OLD_INDEX = "pytorch_model.bin.index.json"
 #: How many numbers are read at the beginning and in the middle of each weight.
 _NUMBERS = 32
+_LONGEST_NAME = 200  # characters of a file's name
 
 
 def fingerprint(path: str) -> str | None:
@@ -85,18 +88,19 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _named_in(index: Path) -> list[Path]:
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadModel(f"{index} is not readable as an index of weights: {error!r}. Copy the model again.") from error
-    outside = sorted(str(name) for name in names if not _is_file_name(name))
+    names = set(checked(index, WeightIndex).weight_map.values())
+    outside = sorted(name for name in names if not _is_file_name(name))
     if outside:
-        raise BadModel(f"{index}: names {', '.join(map(repr, outside[:3]))}, which is not a file name in this folder.")
-    return [index.parent / name for name in sorted(names) if (index.parent / name).is_file()]
+        listed = ", ".join(repr(name[:60]) for name in outside[:3])
+        raise BadModel(f"{index}: names {listed}, which is not a file name in this folder.")
+    missing = sorted(name for name in names if not (index.parent / name).is_file())
+    if missing:
+        raise BadModel(f"{index}: names {', '.join(missing[:3])}, which is not in this folder. Copy the model again.")
+    return [index.parent / name for name in sorted(names)]
 
 
-def _is_file_name(name: object) -> bool:
-    return isinstance(name, str) and Path(name).name == name and "\\" not in name
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name and "\\" not in name and len(name) <= _LONGEST_NAME
 
 
 def refuse_other_base(path: str, expected: str, *, anyway: bool, notice: Callable[[str], None]) -> None:

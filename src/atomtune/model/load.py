@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,13 @@ from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import BadModel, listing
 from atomtune.extras import refuse_missing
 from atomtune.model.auto_class import auto_class
+from atomtune.model.base_checks import check_base_folder, refuse_not_causal, refuse_other_kind
 from atomtune.model.causal_lm import CausalLM
+from atomtune.model.file_schemas import ModelConfig, SpecialTokens, TokenizerConfig
 from atomtune.model.fingerprint import folder_of, weight_files
-from atomtune.model.load_errors import explained, refuse_lfs_pointers
+from atomtune.model.json_files import JsonFile, checked, refuse_unreadable
+from atomtune.model.load_errors import explained, refuse_lfs_pointers, rust_silenced
+from atomtune.model.weight_sizes import refuse_other_sizes
 
 #: Buffers that older versions saved beside the weights: constants that a model computes for itself.
 OLD_BUFFERS = (".masked_bias", "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
@@ -96,6 +101,10 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
     Raises BadModel with the remedy when there is none.
     """
     with explained(path, "tokenizer"):
+        folder = folder_of(path)
+        files = _checked_tokenizer_files(folder) if folder else []
+    # Of a name on the hub, the bars of the download are wanted.
+    with explained(path, "tokenizer", files=", ".join(files)), rust_silenced() if files else nullcontext():
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         if type(tokenizer).__name__ == "MistralCommonBackend":
             # Beside an installed mistral-common, which reads no control token in a text: a rendered [INST] becomes
@@ -104,12 +113,36 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
             tokenizer = AutoTokenizer.from_pretrained(
                 path, trust_remote_code=trust_remote_code, mistral_format=False, **specials
             )
-    folder = Path(path)
-    sentencepiece = folder / "tokenizer.model"
-    converted = (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists()
-    if sentencepiece.is_file() and not converted:
-        _follow_sentencepiece(tokenizer.backend_tokenizer, sentencepiece)
+        local = Path(path)
+        sentencepiece = local / "tokenizer.model"
+        converted = (local / "tokenizer.json").exists() or (local / "tokenizer_config.json").exists()
+        if sentencepiece.is_file() and not converted:
+            _follow_sentencepiece(tokenizer.backend_tokenizer, sentencepiece)
+        # Special tokens that contradict each other show when they are asked for, and a regex when it meets a text.
+        _ = tokenizer.all_special_ids, tokenizer("Hi, 1 2\n你好")
     return tokenizer
+
+
+#: The JSON files that tell how a text becomes ids, and tokenizer.json, of which a few parts are 30 MB long: the library
+#: that reads it is strict about its shape.
+_TOKENIZER_FILES: dict[str, type[JsonFile] | None] = {
+    "tokenizer.json": None,
+    "tokenizer_config.json": TokenizerConfig,
+    "special_tokens_map.json": SpecialTokens,
+    "config.json": ModelConfig,
+}
+
+
+def _checked_tokenizer_files(folder: Path) -> list[str]:
+    """Check those that are there; their names, none where there is no tokenizer."""
+    present = [name for name in _TOKENIZER_FILES if (folder / name).exists()]
+    for name in present:
+        shape = _TOKENIZER_FILES[name]
+        if shape is None:
+            refuse_unreadable(folder / name)
+        else:
+            checked(folder / name, shape)
+    return present if present != ["config.json"] else []
 
 
 def _follow_sentencepiece(backend: Any, model_file: Path) -> None:
@@ -171,11 +204,13 @@ def load_base(spec: BaseSpec) -> CausalLM:
             "quantization_config": _quantization(spec.quantize, spec.dtype),
             "device_map": spec.device_map or {"": spec.device},
         }
+    config = read_config(spec.path, trust_remote_code=spec.trust_remote_code)
     if folder := folder_of(spec.path):
         # An index that leads out of the folder is refused before anything is read, and so is a pointer to weights.
         refuse_lfs_pointers(weight_files(folder))
+        with explained(spec.path, "model"):
+            refuse_other_sizes(spec.path, config, weight_files(folder), trust_remote_code=spec.trust_remote_code)
     with explained(spec.path, "model"):
-        config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
         base, report = auto_class(config).from_pretrained(
             spec.path,
             config=config,
@@ -190,7 +225,19 @@ def load_base(spec: BaseSpec) -> CausalLM:
         base.to(spec.device)
     base.config.use_cache = False
     base.requires_grad_(False)
+    refuse_not_causal(spec.path, base)
     return base
+
+
+def read_config(path: str, *, trust_remote_code: bool = False) -> Any:
+    """transformers' config of a base. Raises BadModel where the path is no base, or its small files are broken."""
+    with explained(path, "model"):
+        if folder := folder_of(path):
+            check_base_folder(folder)
+    with explained(path, "model", files="config.json"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        refuse_other_kind(path, config)
+    return config
 
 
 def _refuse_partial(path: str, report: Mapping[str, Any]) -> None:
@@ -217,8 +264,7 @@ def _refuse_partial(path: str, report: Mapping[str, Any]) -> None:
 
 def stored_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype:
     """The dtype a model's weights are stored in; float32 where its config does not say."""
-    with explained(path, "model"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    config = read_config(path, trust_remote_code=trust_remote_code)
     # Vision-language checkpoints say it of the whole, of the text part, or of both.
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
@@ -226,8 +272,7 @@ def stored_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype:
 
 def embedding_rows(path: str, *, trust_remote_code: bool = False) -> int | None:
     """How many tokens a model can read, by its config; None where that does not say."""
-    with explained(path, "model"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    config = read_config(path, trust_remote_code=trust_remote_code)
     return getattr(config.get_text_config(), "vocab_size", None)
 
 

@@ -1,7 +1,10 @@
 """Load errors: what a library raised while it read a model, as a BadModel that says what to do."""
 
+import contextlib
 import os
 import pickle
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub.errors import (
@@ -10,49 +13,69 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from safetensors import SafetensorError
 
-from atomtune.errors import BadModel, UserError
+from atomtune.errors import AtomtuneError, BadModel
+from atomtune.model.json_files import is_lfs_pointer
+from atomtune.model.memory import is_out_of_memory
 
-#: What loaders raise for a file, a name or a config that they cannot use. Anything else is a bug and stays one.
-_LOADERS_RAISE = (OSError, ValueError, ImportError, EOFError, pickle.UnpicklingError, SafetensorError)
 #: The hub was asked and did not answer.
 _UNREACHABLE = (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
 #: The same from the HTTP library below. By name, because it is httpx or httpx2, as the hub library's version wants it.
 _TRANSPORT_ERRORS = {"ConnectError", "ConnectTimeout", "ReadTimeout", "ProxyError"}
-#: The first bytes of the small text that git leaves in place of a large file that was not fetched.
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+#: What a library in Rust raises where it gave up; it is no Exception, and its class cannot be imported.
+_PANIC = "PanicException"
+_SHOWN_CHARACTERS = 600
 
 
 class explained:
-    """Within this, a loader's error becomes a BadModel with the remedy."""
+    """Within this, whatever a loader raises becomes a BadModel with the remedy.
 
-    def __init__(self, path: str, what: str) -> None:
-        self.path, self.what = path, what
+    what   "model", "tokenizer" or "adapter"
+    files  those that the loader reads here, as a user should hear of them
+    """
+
+    def __init__(self, path: str, what: str, *, files: str = "") -> None:
+        self.path, self.what, self.files = path, what, files
 
     def __enter__(self) -> None:
         if _looks_local(self.path) and not Path(self.path).expanduser().is_dir():
             raise BadModel(f"{self.path}: no such folder. Pass --model_path with a model's folder or its hub name.")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, _LOADERS_RAISE) and not isinstance(error, UserError):
-            raise BadModel(f"{self.path}: {_remedy(self.path, self.what, error)}") from error
+        if error is None or isinstance(error, AtomtuneError) or is_out_of_memory(error):
+            return
+        if isinstance(error, Exception) or is_panic(error):
+            raise BadModel(f"{self.path}: {_remedy(self.path, self.what, self.files, error)}") from error
+
+
+@contextlib.contextmanager
+def rust_silenced() -> Iterator[None]:
+    """What a library in Rust writes to standard error when it gives up is not shown: its exception is answered."""
+    sys.stderr.flush()
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust (tokenizers, safetensors) gave up; that is no Exception."""
+    return type(error).__name__ == _PANIC
 
 
 def refuse_lfs_pointers(files: list[Path]) -> None:
     """Raise BadModel where git-lfs left pointers in place of the files of a cloned repository."""
-    pointers = [file for file in files if _is_lfs_pointer(file)]
+    pointers = [file for file in files if is_lfs_pointer(file)]
     if pointers:
         folder = pointers[0].parent
         raise BadModel(
             f"{folder}: {', '.join(file.name for file in pointers[:3])} is a git-lfs pointer, not the weights.\n"
             f"Fetch the weights: git lfs install && git -C {folder} lfs pull"
         )
-
-
-def _is_lfs_pointer(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def _looks_local(path: str) -> bool:
@@ -70,7 +93,7 @@ def _causes(error: BaseException) -> list[BaseException]:
     return causes
 
 
-def _remedy(path: str, what: str, error: BaseException) -> str:  # noqa: PLR0911  # one return a cause
+def _remedy(path: str, what: str, files: str, error: BaseException) -> str:  # noqa: PLR0911  # one return a cause
     """What is wrong and what to do about it."""
     causes = _causes(error)
 
@@ -104,6 +127,12 @@ def _remedy(path: str, what: str, error: BaseException) -> str:  # noqa: PLR0911
     if isinstance(error, ImportError):
         return f"loading the {what} needs a package that is not installed: {error}"
     folder = Path(path).expanduser()
-    files = sorted(file.name for file in folder.iterdir())[:12] if folder.is_dir() else []
-    listing = f" Files there: {', '.join(files)}." if files else ""
-    return f"no {what} could be loaded.{listing}\n{type(error).__name__}: {str(error)[:600]}"
+    if files and folder.is_dir():
+        return f"the library that reads {files} refuses what it found there.\n{_words(error)}"
+    names = sorted(file.name for file in folder.iterdir())[:12] if folder.is_dir() else []
+    listing = f" Files there: {', '.join(names)}." if names else ""
+    return f"no {what} could be loaded.{listing}\n{_words(error)}"
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error)[:_SHOWN_CHARACTERS]}"

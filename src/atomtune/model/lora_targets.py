@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,12 +16,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from atomtune.errors import BadModel, BadSettings
+from atomtune.limits import trial
 from atomtune.model.adapter_keys import text_modules
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.experts import experts_of
 from atomtune.model.recurrent import as_in_training
 
 ALL_LINEAR = "all-linear"
+#: A name of a module, in which a regex has nothing to try.
+_PLAIN = re.compile(r"[\w.-]*")
 
 
 def linear_names(base: CausalLM) -> list[str]:
@@ -239,6 +243,27 @@ def for_text(base: CausalLM, targets: Sequence[str]) -> Sequence[str]:
     names = matched(base, targets)
     everywhere = {name for name, _ in base.named_modules() if any(f".{name}".endswith(f".{end}") for end in targets)}
     return targets if everywhere == names else sorted(names)
+
+
+def refuse_endless_patterns(config: Any, base: CausalLM, file: Path) -> None:
+    """Raise BadModel where a regex of an adapter's config is none, or does not come to an end on this base's names.
+
+    PEFT matches them with every module's name; `(a|aa)+$` takes longer than anybody waits.
+    """
+    patterns = [getattr(config, name, None) for name in ("target_modules", "exclude_modules")]
+    patterns += [*(getattr(config, "rank_pattern", None) or ()), *(getattr(config, "alpha_pattern", None) or ())]
+    regexes = [text for text in patterns if isinstance(text, str) and text != ALL_LINEAR and not _PLAIN.fullmatch(text)]
+    names = [name for name, _ in base.named_modules()]
+    for text in regexes:
+        try:
+            regex = re.compile(text)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise BadModel(f"{file}: {text[:60]!r} is not a regex: {error}.") from None
+        if tripped := trial(lambda say, regex=regex: [regex.search(name) for name in names]):  # type: ignore[misc]
+            raise BadModel(
+                f"{file}: the regex {text[:60]!r} {tripped.words}, matched with the names of this base's modules.\n"
+                'Name the modules instead: ["q_proj", "v_proj"].'
+            )
 
 
 def shortest(base: CausalLM, modules: set[str]) -> list[str]:

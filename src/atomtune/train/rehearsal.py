@@ -7,13 +7,14 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from torch import nn
-from transformers import AutoConfig, Trainer, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import expert_tensors
-from atomtune.model.auto_class import auto_class
+from atomtune.model.load import read_config
 from atomtune.model.load_errors import explained
 from atomtune.model.lora_targets import ALL_LINEAR, match_targets
+from atomtune.model.weight_sizes import without_weights
 from atomtune.settings.fields import LoraSettings, ModelSettings, TrainSettings
 
 STEPS = 20  # of the rehearsed schedule, where the run's own number is not known yet
@@ -23,11 +24,14 @@ _REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, Arith
 
 
 def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
-    """Raise BadSettings with every setting that would end the run after data and model were read."""
+    """Raise BadSettings with every setting that would end the run after data and model were read; BadModel for a path
+    that is no base's."""
     problems = [*_optimizer_problems(args), *_hub_problems(args)]
     if problems:
         raise BadSettings(problems)
-    if settings.lora.lora_targets != [ALL_LINEAR] or settings.lora.lora_experts:
+    if settings.lora.lora_targets == [ALL_LINEAR] and not settings.lora.lora_experts:
+        read_config(str(settings.model.model_path), trust_remote_code=settings.model.trust_remote_code)
+    else:
         check_targets(settings.model, settings.lora)
 
 
@@ -90,10 +94,9 @@ def check_targets(model: ModelSettings, lora: LoraSettings) -> None:
 
     The model is built without its weights, which takes a second at most.
     """
-    with explained(str(model.model_path), "model"):
-        config = AutoConfig.from_pretrained(str(model.model_path), trust_remote_code=model.trust_remote_code)
-        with torch.device("meta"):
-            base = auto_class(config).from_config(config, trust_remote_code=model.trust_remote_code)
+    config = read_config(str(model.model_path), trust_remote_code=model.trust_remote_code)
+    with explained(str(model.model_path), "model", files="config.json"):
+        base = without_weights(config, trust_remote_code=model.trust_remote_code)
     match_targets(base, lora.lora_targets)
     if lora.lora_experts:
         expert_tensors(base, lora.lora_targets)

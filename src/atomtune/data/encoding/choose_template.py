@@ -56,7 +56,7 @@ def load_template(
     """
     why = ""
     if name == "auto" and tokenizer.chat_template:
-        name, source, role = OWN, tokenizer.get_chat_template(), _ROLE
+        name, source, role = OWN, _own_source(tokenizer), _ROLE
     else:
         if name == "auto":
             name = "atom" if _is_chinese(tokenizer) else "plain"
@@ -65,6 +65,16 @@ def load_template(
         source, role = _source_of(name)
         name = Path(name).name
     return probed(Template(name, source, tokenizer, role, variables or {}, day or date.today(), why=why))
+
+
+def _own_source(tokenizer: Tokenizer) -> str:
+    """The tokenizer's own template. Raises BadModel where it has none, or several and no default."""
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError:
+        path, templates = tokenizer.name_or_path, tokenizer.chat_template
+        has = f"chat templates {', '.join(templates)} and no default" if templates else "no chat template"
+        raise BadModel(f"{path}: the tokenizer has {has}. Pass --template with a name or a .jinja file.") from None
 
 
 def _is_chinese(tokenizer: Tokenizer) -> bool:
@@ -109,7 +119,7 @@ def restore_template(
     day: date | None = None,
 ) -> Template:
     """The template saved with an adapter's tokenizer."""
-    source = tokenizer.get_chat_template()
+    source = _own_source(tokenizer)
     return probed(Template(name, source, tokenizer, instruction_role, variables or {}, day or date.today()))
 
 
@@ -133,7 +143,8 @@ def probed(template: Template) -> Template:
     stop = match.group() if match else tokenizer.eos_token
     if not stop:
         raise BadModel(
-            "The tokenizer has no end-of-sequence token and the template writes none, so an answer could never stop.\n"
+            f"{tokenizer.name_or_path}: the tokenizer has no end-of-sequence token and the template writes none, so an "
+            "answer could never stop.\n"
             "Set eos_token in its tokenizer_config.json, or pass --template with one that ends answers by a token."
         )
     header, asks = _header(template, prompt)

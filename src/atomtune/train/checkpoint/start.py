@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from atomtune.disk import read_json_object
 from atomtune.errors import BadModel, BadSettings, listing
 from atomtune.model.adapter_folder import WEIGHTS, adapter_file
+from atomtune.model.file_schemas import TrainerState
+from atomtune.model.json_files import checked
 from atomtune.train.checkpoint.atomic import MANIFEST, checkpoints, damage, step_in
 from atomtune.train.checkpoint.state import has_optimizer, refuse_programs
 from atomtune.train.run_report import RECORD, read_record
@@ -142,13 +143,12 @@ def _resumed(checkpoint: Path) -> Resumed:
 def step_of(checkpoint: Path) -> int:
     """The step after which a checkpoint was made. Raises BadModel where its state does not say."""
     try:
-        return int(read_json_object(checkpoint / STATE)["global_step"])
-    except (ValueError, KeyError, TypeError) as error:
+        return checked(checkpoint / STATE, TrainerState).global_step
+    except BadModel as error:
         raise BadModel(
-            f"{checkpoint / STATE} is not readable as a run's state ({error}).\n"
-            "Take another checkpoint, or its weights alone: "
+            f"{error}\nTake another checkpoint, or its weights alone: "
             f"--continue_training --checkpoint {adapter_file(checkpoint)}"
-        ) from error
+        ) from None
 
 
 def _named(path: Path, output_dir: Path) -> Resumed | FromWeights:

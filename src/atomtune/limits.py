@@ -1,0 +1,131 @@
+"""Limits: a stranger's program is run first in a process of its own that may not take long, nor much memory.
+
+Chat templates and the regexes of tokenizers and adapters are such programs: a dozen characters of one can compute for
+years or ask for a terabyte. Nothing inside this process can stop them, least of all what runs in Rust; another process
+can be ended. It is forked, so what it works on need not be sent, and what it says is only where it was.
+
+Where processes cannot be forked safely (macOS, Windows), nothing is tried beforehand.
+"""
+
+import os
+import resource
+import select
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+#: Of the processor, and by the clock where the processor is shared; and what may be taken beside what there is.
+SECONDS, CLOCK_SECONDS, MORE_BYTES = 5, 60, 2**31
+_DONE = "\0done"
+Cause = Literal["time", "memory", "crash"]
+
+
+@dataclass(frozen=True)
+class Tripped:
+    """How a trial ended that did not come to its end."""
+
+    cause: Cause
+    at: str  # what it was at, as it said
+
+    @property
+    def words(self) -> str:
+        return {
+            "time": f"did not end within {SECONDS} seconds",
+            "memory": f"asked for more than {MORE_BYTES / 2**30:.0f} GB of memory",
+            "crash": "ended the process that tried it",
+        }[self.cause]
+
+
+def trial(work: Callable[[Callable[[str], None]], object], *, seconds: int = SECONDS) -> Tripped | None:
+    """Do the work in a process with limits; None where it ended, by itself or by an exception.
+
+    work  is handed a function to say where it is; what it returns or raises stays in that process
+    """
+    if sys.platform != "linux":
+        return None
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        # Python warns of threads whose locks a forked process may find closed: it uses none of theirs.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _be_tried(work, writer, seconds)  # never returns
+    os.close(writer)
+    try:
+        said = _listen(reader, until=time.monotonic() + CLOCK_SECONDS)
+    finally:
+        os.close(reader)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    if said.endswith(_DONE):
+        return None
+    at = said.rpartition("\0")[2]
+    if said.endswith("\0memory"):
+        return Tripped("memory", said.removesuffix("\0memory").rpartition("\0")[2])
+    ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    cause: Cause = "time" if ended_by in (signal.SIGXCPU, signal.SIGKILL) else "crash"
+    return Tripped("memory" if ended_by == signal.SIGABRT else cause, at)
+
+
+def _be_tried(work: Callable[[Callable[[str], None]], object], writer: int, seconds: int) -> None:
+    """In the new process: take the limits, work, and end without whatever a process does in its end."""
+
+    def say(place: str) -> None:
+        os.write(writer, f"\0{place}".encode("utf-8", "backslashreplace"))
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+        _silence()
+        _limit(resource.RLIMIT_CPU, seconds)
+        _limit(resource.RLIMIT_CORE, 0)
+        _limit(resource.RLIMIT_AS, _address_space() + MORE_BYTES)
+        work(say)
+    except MemoryError:
+        say("memory")
+    except BaseException:  # noqa: BLE001  # what it raises here it raises again where somebody answers it
+        say("done")
+    else:
+        say("done")
+    finally:
+        os._exit(0)
+
+
+def _listen(reader: int, *, until: float) -> str:
+    """All that the process said, until it is done, ends or takes too long by the clock."""
+    said = b""
+    while (left := until - time.monotonic()) > 0:
+        ready, _, _ = select.select([reader], [], [], left)
+        if not ready:
+            break
+        part = os.read(reader, 2**16)
+        if not part:
+            break
+        said += part
+        if said.endswith(_DONE.encode()):
+            break
+    return said.decode("utf-8", "replace")
+
+
+def _silence() -> None:
+    """Rust writes where it panicked; the same is said in plain words later."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+
+
+def _limit(kind: int, most: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
+def _address_space() -> int:
+    """Bytes of addresses in use, most of which no memory stands behind."""
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[0]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,122 @@
+"""Base checks: whether what was given as a base is one: a folder of a causal language model that computes.
+
+Each other thing that is often given in its place gets a sentence of its own.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
+
+from atomtune.errors import BadModel
+from atomtune.model.causal_lm import CausalLM
+from atomtune.model.file_schemas import AdapterConfig, GenerationConfig, ModelConfig
+from atomtune.model.json_files import checked
+from atomtune.model.load_errors import explained, refuse_lfs_pointers
+from atomtune.model.recurrent import as_in_training
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+_STATE = "trainer_state.json"
+#: A text of so many tokens, and how many of them are looked at: what stands behind must not matter to them.
+_TOKENS, _LOOKED_AT = 6, 3
+
+
+def check_base_folder(folder: Path) -> None:
+    """Raise BadModel where a folder is no model's, or the small files in it are not what they should be."""
+    if not (folder / CONFIG).is_file():
+        _refuse_another_kind_of_folder(folder)
+        return  # the library says what is missing
+    checked(folder / CONFIG, ModelConfig)
+    if (folder / GENERATION_CONFIG).exists():
+        checked(folder / GENERATION_CONFIG, GenerationConfig)
+
+
+def _refuse_another_kind_of_folder(folder: Path) -> None:
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = checked(folder / ADAPTER_CONFIG, AdapterConfig).base_model_name_or_path
+        is_checkpoint = (folder / _STATE).is_file()
+        kind = "a checkpoint of a run" if is_checkpoint else "an adapter"
+        use = f"--resume_from_checkpoint {folder}" if is_checkpoint else f"--continue_training --checkpoint {folder}"
+        raise BadModel(
+            f"{folder} is {kind}, not a base model. It was trained on {base or 'a base that it does not name'}.\n"
+            f"Pass --model_path with that base. To train on from these weights: {use}. To use the adapter as a base, "
+            "merge it first (atomtune merge)."
+        )
+    if ggufs := sorted(folder.glob("*.gguf")):
+        raise BadModel(
+            f"{folder} holds {ggufs[0].name}, a GGUF file for llama.cpp, which cannot be trained.\n"
+            "Pass the folder or hub name of the model that it was made from."
+        )
+    refuse_lfs_pointers([file for file in folder.glob("*.safetensors") if file.is_file()])
+
+
+def refuse_other_kind(path: str, config: Any) -> None:
+    """Raise BadModel where transformers has no causal language model for a config."""
+    kind = type(config)
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return
+    if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        what = "an encoder-decoder, which reads a whole text before it writes"
+    elif kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        what = "a model of images and text, of which transformers loads no text model alone"
+    else:
+        what = "of another kind"
+    raise BadModel(
+        f"{path}: {config.model_type} is {what}. atomtune trains causal language models (Llama, Qwen, Gemma, …).\n"
+        "Pass --model_path with one of those."
+    )
+
+
+def refuse_not_causal(path: str, model: CausalLM) -> None:
+    """Raise BadModel where a later token changes what the model says of an earlier one, or where it cannot compute.
+
+    Told by the gradient: that of an earlier token's logits by a later token's embedding is exactly zero in a causal
+    model, in every dtype. Two texts compared would drown small changes in the rounding of 16 bits.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    rows = getattr(getattr(embeddings, "weight", None), "shape", (0,))[0]
+    if rows < _TOKENS:  # spread over processes (DeepSpeed)
+        return
+    device = embeddings.weight.device
+    ids = torch.arange(_TOKENS, device=device)[None] * (rows // _TOKENS)  # [1, T]
+    of_tokens: list[torch.Tensor] = []  # [1, T, D]
+
+    def watch(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        of_tokens.append(output.detach().requires_grad_())
+        return of_tokens[-1]
+
+    training = model.training
+    model.eval()
+    watching = embeddings.register_forward_hook(watch)
+    try:
+        reading = explained(path, "model", files="the model's config.json and weights")
+        with reading, as_in_training(model), torch.enable_grad():
+            logits = model(input_ids=ids, use_cache=False).logits.float()  # [1, T, V]
+        gradient = _gradient(logits[:, :_LOOKED_AT].square().mean(), of_tokens)
+    finally:
+        watching.remove()
+        model.train(training)
+    if not bool(torch.isfinite(logits).all()):
+        raise BadModel(f"{path}: what this model computes is not finite (NaN or infinity). Are its files whole?")
+    if gradient is not None and bool(gradient[:, _LOOKED_AT:].any()):
+        raise BadModel(
+            f"{path} is not a causal model: a later token changes what it says of earlier ones, as in BERT.\n"
+            "It would learn to copy the answer that it sees. Pass --model_path with a causal language model."
+        )
+
+
+def _gradient(value: torch.Tensor, of_tokens: list[torch.Tensor]) -> torch.Tensor | None:
+    """By the tokens' embeddings; None where the model has no way back to them, which training will say."""
+    if not of_tokens or not value.requires_grad:
+        return None
+    try:
+        return torch.autograd.grad(value, of_tokens[0], allow_unused=True)[0]
+    except (RuntimeError, NotImplementedError):
+        return None

@@ -1,0 +1,132 @@
+"""JSON files beside weights, read and checked by a schema before a library sees them.
+
+A library that is handed `"hidden_size": "32"` or a list for an object fails somewhere inside itself, or never ends.
+Here such a file is answered with its name, what was found in it and what was expected.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from atomtune.disk import read_json_object
+from atomtune.errors import BadModel, listing
+
+#: More than this no such file has: the largest known index of weights is 15 MB.
+MOST_BYTES = 2**27
+#: The first bytes of the small text that git leaves in place of a large file that was not fetched.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_SHOWN_CHARACTERS = 60
+_SHOWN_PROBLEMS = 8
+
+#: pydantic's kind of error → what was expected; the limits are in the error's context.
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "none_required": "null",
+    "missing": "a value",
+    "greater_than_equal": "{ge} or more",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "{le} or less",
+    "less_than": "less than {lt}",
+    "literal_error": "{expected}",
+    "enum": "{expected}",
+}
+
+Shape = TypeVar("Shape", bound="JsonFile")
+
+
+class JsonFile(BaseModel):
+    """A JSON object of which some keys are known. Text is no number here; unknown keys are left as they are."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, protected_namespaces=())
+
+
+def checked(file: Path, shape: type[Shape]) -> Shape:
+    """The content of a file. Raises BadModel where it is not of this shape."""
+    values = json_object(file)
+    try:
+        return shape.model_validate(values)
+    except ValidationError as error:
+        raise BadModel(refusal(file, values, error)) from None
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    """A file's JSON object. Raises BadModel where it holds anything else."""
+    refuse_unreadable(file)
+    try:
+        return read_json_object(file)
+    except (OSError, ValueError) as error:
+        raise BadModel(
+            f"{file} cannot be read: {str(error)[:200]}. Expected a JSON object.\n"
+            "It may be incomplete: copy the folder again, or use another one."
+        ) from None
+
+
+def refuse_unreadable(file: Path) -> None:
+    """Raise BadModel where there is no file, or one of another kind altogether."""
+    if not file.is_file():
+        raise BadModel(f"{file} is not a file. Copy the folder again.")
+    size = file.stat().st_size
+    if size == 0:
+        raise BadModel(f"{file} is empty; expected a JSON object. Copy the folder again.")
+    if size > MOST_BYTES:
+        raise BadModel(f"{file} has {size:,} bytes; a file of this kind has {MOST_BYTES:,} at most.")
+    if is_lfs_pointer(file):
+        raise BadModel(
+            f"{file} is a git-lfs pointer, not the file itself.\n"
+            f"Fetch the files: git lfs install && git -C {file.parent} lfs pull"
+        )
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def refusal(file: Path, values: Mapping[str, Any], error: ValidationError) -> str:
+    """What is wrong in a file, a line for each key: what was found, and what was expected."""
+    expected: dict[str, list[str]] = {}  # place → all that could stand there
+    found: dict[str, str] = {}
+    for problem in error.errors(include_url=False):
+        place, value = _place_of(values, problem["loc"])
+        words = _EXPECTED.get(problem["type"], problem["msg"]).format(**problem.get("ctx", {}))
+        if words not in expected.setdefault(place, []):
+            expected[place].append(words)
+        found[place] = "nothing" if problem["type"] == "missing" else _shown(value)
+    lines = [f"  {place}: found {found[place]}, expected {' or '.join(words)}" for place, words in expected.items()]
+    return f"{file} cannot be used:\n{listing(lines, _SHOWN_PROBLEMS)}"
+
+
+def _place_of(values: Any, loc: Sequence[int | str]) -> tuple[str, Any]:
+    """Where a problem is, as `text_config.layer_types[3]`, and what stands there.
+
+    pydantic names the members of a union behind the place; these are no keys of the file.
+    """
+    place = ""
+    for part in loc:
+        if isinstance(part, int) and isinstance(values, list) and part < len(values):
+            values, place = values[part], f"{place}[{part}]"
+        elif isinstance(part, str) and isinstance(values, Mapping):
+            place = f"{place}.{part}" if place else part
+            if part not in values:  # missing
+                break
+            values = values[part]
+    return place, values
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | Mapping):
+        kind, number = ("a list", len(value)) if isinstance(value, list) else ("an object", len(value))
+        return f"{kind} of {number:,}"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"

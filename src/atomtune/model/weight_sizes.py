@@ -1,0 +1,101 @@
+"""Weight sizes: whether the model that a config.json describes is the one in the weight files beside it.
+
+Asked before memory is: a config with a wrong size describes a model of terabytes, or of 10^9 layers, which a library
+would begin to build. Only the headers of the weight files are read.
+"""
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from atomtune.errors import BadModel, listing
+from atomtune.model.auto_class import auto_class
+from atomtune.model.causal_lm import CausalLM
+
+#: A model may have more parameters than its files hold numbers: a tied matrix, buffers. Not twice as many.
+_MOST_TIMES = 2
+#: Numbers of two bits that an integer of a packed weight may stand for.
+_PACKED = 32
+#: Counts below this are never compared: they cost nothing.
+_HARMLESS = 1024
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def refuse_other_sizes(path: str, config: Any, files: list[Path], *, trust_remote_code: bool) -> None:
+    """Raise BadModel where the config describes a model that is far larger than what the files hold.
+
+    config  a transformers config
+    """
+    shapes = [shape for file in files for shape in _shapes(file)]
+    if not shapes:
+        return
+    tensors, largest = len(shapes), max(max(shape, default=0) for shape, _ in shapes)
+    text = config.get_text_config()
+    problems = []
+    for name, value in sorted(text.to_dict().items()):
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        limit = tensors if name in _LAYERS else max(_HARMLESS, largest, tensors)
+        if _is_count(name) and value > limit:
+            problems.append(f"  {name} is {value:,}; the files hold {tensors:,} tensors, none longer than {largest:,}")
+    if problems:
+        raise BadModel(_not_together(path, problems))
+    described = _parameters(config, trust_remote_code=trust_remote_code)
+    stored = sum(numbers for _, numbers in shapes)
+    if described > _MOST_TIMES * stored:
+        raise BadModel(
+            _not_together(path, [f"  it describes {described:,} parameters; the files hold {stored:,} numbers"])
+        )
+
+
+def _not_together(path: str, problems: list[str]) -> str:
+    return (
+        f"{path}: its config.json describes another model than the weight files hold.\n{listing(problems)}\n"
+        "Use the files that were published together."
+    )
+
+
+def _is_count(name: str) -> bool:
+    """Whether a setting is the number of layers, heads, experts or words; positions take no memory."""
+    counts = name.startswith(("num_", "n_")) or name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")
+    return counts and not any(word in name for word in ("position", "ctx", "token", "steps"))
+
+
+def without_weights(config: Any, *, trust_remote_code: bool) -> CausalLM:
+    """The model that a config describes, on the device `meta`: every module is there, and no memory is taken."""
+    with torch.device("meta"):
+        model: CausalLM = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    return model
+
+
+def _parameters(config: Any, *, trust_remote_code: bool) -> int:
+    """How many a model of this config has; 0 where that cannot be asked, which loading it will say better."""
+    try:
+        model = without_weights(config, trust_remote_code=trust_remote_code)
+    except Exception:  # noqa: BLE001  # whatever a class raises for its config, it raises again when it is loaded
+        return 0
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def _shapes(file: Path) -> Iterator[tuple[list[int], int]]:
+    """Shape of every tensor in a file, and how many numbers it may stand for."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  # not a dict
+                part = weights.get_slice(name)
+                yield _counted(list(part.get_shape()), part.get_dtype().startswith(("F8", "F16", "F32", "F64", "BF")))
+        return
+    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    for weight in tensors.values():
+        yield _counted(list(weight.shape), weight.is_floating_point())
+
+
+def _counted(shape: list[int], is_floating_point: bool) -> tuple[list[int], int]:
+    numbers = 1
+    for size in shape:
+        numbers *= size
+    return shape, numbers if is_floating_point else numbers * _PACKED

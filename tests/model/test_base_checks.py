@@ -1,0 +1,87 @@
+"""What is given as a base and is none: each kind has its own sentence, before anything is trained on it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BertConfig, LlavaConfig, T5Config
+
+from atomtune.cli import main
+from atomtune.errors import BadModel
+from atomtune.model.base_checks import refuse_not_causal
+from atomtune.model.load import BaseSpec, load_base, read_config
+from tests.tiny import FAMILIES
+
+CPU = torch.device("cpu")
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def train(base, data, out) -> list[str]:
+    command = ["train", "--model_path", str(base), "--dataset_path", str(data), "--output_dir", str(out)]
+    return [*command, "--max_steps", "1"]
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "baichuan_like"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_causal_passes(models, family, dtype):
+    load_base(BaseSpec(path=str(models(family)), dtype=dtype, device=CPU))
+
+
+def test_a_model_that_sees_later_tokens_is_refused(models, dialogues, tmp_path, capsys):
+    folder = tmp_path / "bert"
+    shutil.copytree(models("llama"), folder)
+    (folder / "model.safetensors").unlink()
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    AutoModelForCausalLM.from_config(BertConfig(vocab_size=vocabulary, **SMALL)).save_pretrained(folder)
+    assert main(train(folder, dialogues, tmp_path / "out")) == 2
+    assert "is not a causal model: a later token changes what it says of earlier ones" in capsys.readouterr().err
+
+
+def test_a_causal_model_of_the_same_class_is_not_refused():
+    config = BertConfig(vocab_size=100, is_decoder=True, **SMALL)
+    torch.manual_seed(0)
+    refuse_not_causal("x", AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (T5Config(), "t5 is an encoder-decoder"),
+        (LlavaConfig(), "llava is a model of images and text"),
+    ],
+    ids=["t5", "llava"],
+)
+def test_a_model_of_another_kind_has_its_own_sentence(tmp_path, config, sentence):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(BadModel, match=sentence):
+        read_config(str(tmp_path))
+
+
+def test_an_adapter_and_a_checkpoint_are_no_base(models, by_heart, dialogues, tmp_path, capsys):
+    checkpoint = next(by_heart.glob("checkpoint-*"))
+    for folder, kind in ((by_heart, "is an adapter, not a base model"), (checkpoint, "is a checkpoint of a run")):
+        assert main(train(folder, dialogues, tmp_path / "out")) == 2
+        told = capsys.readouterr().err
+        assert kind in told
+        assert f"It was trained on {models('llama')}" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_and_a_git_lfs_pointer_have_their_own_sentences(models, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(BadModel, match="a GGUF file"):
+        read_config(str(tmp_path))
+    folder = tmp_path / "clone"
+    shutil.copytree(models("llama"), folder)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (folder / "config.json").write_text(pointer)
+    with pytest.raises(BadModel, match=r"config\.json is a git-lfs pointer"):
+        read_config(str(folder))
+
+
+def test_a_model_whose_numbers_are_not_finite_is_refused(models):
+    model = load_base(BaseSpec(path=str(models("llama")), dtype=torch.float32, device=CPU))
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(BadModel, match="not finite"):
+        refuse_not_causal("x", model)

@@ -1,0 +1,49 @@
+"""Files beside weights: what is wrong in one is said with its name, what was found and what was expected."""
+
+import json
+
+import pytest
+
+from atomtune.errors import BadModel
+from atomtune.model.file_schemas import GenerationConfig, ModelConfig
+from atomtune.model.json_files import checked
+
+
+def refused(tmp_path, content: str, shape=ModelConfig) -> str:
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    with pytest.raises(BadModel) as raised:
+        checked(file, shape)
+    assert str(file) in str(raised.value)
+    return str(raised.value)
+
+
+def test_every_problem_is_said_with_what_was_found_and_what_was_expected(tmp_path):
+    values = {"hidden_size": "32", "num_hidden_layers": 10**9, "tie_word_embeddings": 1, "layer_types": {"0": "full"}}
+    told = refused(tmp_path, json.dumps({**values, "text_config": {"vocab_size": -3}}))
+    assert 'hidden_size: found "32", expected a whole number' in told
+    assert "num_hidden_layers: found 1000000000, expected 10000 or less" in told
+    assert "tie_word_embeddings: found 1, expected true or false" in told
+    assert "layer_types: found an object of 1, expected a list" in told
+    assert "text_config.vocab_size: found -3, expected 1 or more" in told
+
+
+def test_a_value_of_several_kinds_is_said_once(tmp_path):
+    told = refused(tmp_path, '{"eos_token_id": [1, "x"]}', GenerationConfig)
+    assert told.count("eos_token_id") == 2, told  # the list is no number, and its second item is none
+    assert 'eos_token_id[1]: found "x", expected a whole number' in told
+
+
+def test_what_is_no_json_object(tmp_path):
+    assert "is empty" in refused(tmp_path, "")
+    assert "nested too deep" in refused(tmp_path, "[" * 200_000)
+    assert "not an object" in refused(tmp_path, "[]")
+    assert "line 1 column 2" in refused(tmp_path, "{")
+
+
+def test_published_values_pass(tmp_path):
+    # Falcon-H1 has an infinite limit, OpenELM a width for each layer, some tokenizers no padding token: -1.
+    values = {"time_step_limit": [0.0, float("inf")], "num_key_value_heads": [3, 4], "pad_token_id": -1}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**values, "rope_theta": 10000, "rope_scaling": {"type": "linear", "factor": 4}}))
+    checked(file, ModelConfig)
