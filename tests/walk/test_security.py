@@ -190,7 +190,9 @@ def test_an_index_that_is_torn_is_named(models, dialogues, tmp_path, capsys, con
     shutil.copytree(models("llama"), base)
     (base / "model.safetensors.index.json").write_text(content)
     assert main(train(base, dialogues, tmp_path / "out")) == 2
-    assert "model.safetensors.index.json is not readable as an index of weights" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "model.safetensors.index.json c" in told, "cannot be read, or cannot be used"
+    assert "xpected a" in told
 
 
 def test_a_mirrors_password_is_not_said(dialogues, tmp_path, capsys, monkeypatch):
@@ -198,7 +200,8 @@ def test_a_mirrors_password_is_not_said(dialogues, tmp_path, capsys, monkeypatch
     assert main(train("someone/some-model", dialogues, tmp_path / "out")) == 2
     told = capsys.readouterr()
     assert "127.0.0.1:9" in told.err
-    assert "sesame" not in told.out + told.err + (tmp_path / "out" / "run.json").read_text()
+    assert "sesame" not in told.out + told.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_yaml_that_would_make_an_object(tmp_path, mark, capsys):
