@@ -25,7 +25,7 @@ def altered(models, folder, **values) -> BaseSpec:
         {"vocab_size": 10**9},
         {"hidden_size": 2**20},
         {"intermediate_size": 10**8},
-        {"num_attention_heads": 10**6, "head_dim": 8},
+        {"num_key_value_heads": 10**6},
         {"num_hidden_layers": 15},
     ],
     ids=str,

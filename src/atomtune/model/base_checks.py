@@ -8,13 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-)
+from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from atomtune.errors import BadModel
+from atomtune.model.auto_class import is_known
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.file_schemas import AdapterConfig, GenerationConfig, ModelConfig
 from atomtune.model.json_files import checked
@@ -59,13 +56,10 @@ def _refuse_another_kind_of_folder(folder: Path) -> None:
 
 def refuse_other_kind(path: str, config: Any) -> None:
     """Raise BadModel where transformers has no causal language model for a config."""
-    kind = type(config)
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+    if is_known(config) and type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return
-    if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+    if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         what = "an encoder-decoder, which reads a whole text before it writes"
-    elif kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        what = "a model of images and text, of which transformers loads no text model alone"
     else:
         what = "of another kind"
     raise BadModel(
