@@ -1,6 +1,7 @@
 """`atomtune serve`, asked by the client that people use: what it answers is what `atomtune chat` answers."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,12 @@ from atomtune.model.generate import prompt_ids
 from tests.engines.test_server_process import gone
 
 openai = pytest.importorskip("openai", reason="needs the extra serve")
+
+
+@pytest.fixture
+def adapter(by_heart, tmp_path) -> Path:
+    """A copy, for a certificate is written into what is served."""
+    return Path(shutil.copytree(by_heart, tmp_path / "adapter"))
 
 
 class Served:
@@ -88,13 +95,13 @@ def assert_answers_as_chat(served: Served, tuned, model: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="children are listed as Linux lists them")
-def test_an_openai_client_gets_chats_answers_from_transformers_serve(by_heart):
+def test_an_openai_client_gets_chats_answers_from_transformers_serve(adapter):
     """Certified first; ended by Ctrl-C with everything it started."""
     pytest.importorskip("fastapi", reason="needs the extra serve")
     pytest.importorskip("uvicorn", reason="needs the extra serve")
-    with Served("--adapter_path", str(by_heart), "--prompts", "4") as served:
+    with Served("--adapter_path", str(adapter), "--prompts", "4") as served:
         assert "serves the tuned model" in served.printed
-        assert_answers_as_chat(served, load(by_heart, dtype="float32"), by_heart.name)
+        assert_answers_as_chat(served, load(adapter, dtype="float32"), adapter.name)
         children = served.children()
         assert children
     assert served.process.returncode == 0 and all(map(gone, children))
