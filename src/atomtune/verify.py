@@ -7,7 +7,7 @@ that noise is what the fast path's difference is judged by (model/agreement.py).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from atomtune.model.agreement import (
     log_probability_measures,
     worst_gradient,
 )
+from atomtune.model.base_shape import base_shape
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fused_lora import compute_together
 from atomtune.model.layout_support import carries_state, cut_of, why_padded, windows_of
@@ -120,6 +121,9 @@ def verify(settings: VerifySettings) -> int:
 def _examples(settings: VerifySettings, console: Console) -> tuple[list[Example], int]:
     tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     template = load_template(settings.template, tokenizer, **settings.template_options())
+    if settings.max_seq_length is None:
+        shape = base_shape(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
+        settings = replace(settings, max_seq_length=shape.longest)
     rules = Rules(**settings.rules())
     names = distinct_names(settings.dataset_paths)
     parts = [

@@ -58,7 +58,7 @@ def test_every_value_says_where_it_came_from(run_yaml):
     assert told["max_steps"] == {"value": 5, "source": "run.yaml:4"}
     assert told["lora_rank"] == {"value": 2, "source": "--lora_rank"}
     assert told["seed"] == {"value": 3, "source": "--seed"}
-    assert told["learning_rate"] == {"value": 1e-4, "source": "atomtune's default"}
+    assert told["save_total_limit"] == {"value": 3, "source": "atomtune's default"}
 
 
 def test_a_default_of_ours_for_the_trainer_gives_way_to_what_was_said(run_yaml):

@@ -1,5 +1,6 @@
 """Inspect: what of a data set is learned and what is wrong with it, before a model is loaded."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from atomtune.batch.cost import sample_rows
@@ -15,6 +16,7 @@ from atomtune.inspect.modes import VARIABLE, modes_of
 from atomtune.inspect.report import Report, build_report
 from atomtune.inspect.terminal import say_report
 from atomtune.inspect.tokens import TokenDecoder, show
+from atomtune.model.base_shape import base_shape
 from atomtune.model.load import load_tokenizer, quiet_libraries
 from atomtune.settings.fields import InspectSettings
 
@@ -65,12 +67,15 @@ def examine(settings: InspectSettings, console: Console) -> Report:
     quiet_libraries()
     tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     template = load_template(settings.template, tokenizer, **settings.template_options())
+    if settings.max_seq_length is None:
+        shape = base_shape(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
+        settings = replace(settings, max_seq_length=shape.longest)
     return build_report(settings, template, console)
 
 
 def _record_of(report: Report, settings: InspectSettings, row: int) -> Record:
     """The record behind a stored row, read once more."""
-    rules = Rules(**settings.rules())
+    rules = Rules(**replace(settings, max_seq_length=report.max_tokens).rules())
     for path, name in zip(report.sources, distinct_names(report.sources), strict=True):
         for record in records_of(path, rules, report.stored.select([row]), name=name):
             return record

@@ -4,8 +4,8 @@ The docstring of a class is the heading over its settings in `--help`.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from datetime import date
 from typing import Any, Literal
 
@@ -109,8 +109,11 @@ class RecordSettings:
     learn: Learn = setting(
         "all", "which answers of a conversation are learned: all of them, or only the last", rare=True
     )
-    max_seq_length: int = setting(
-        256, "longest record, in tokens; longer ones are treated as --overlength says", at_least=8
+    max_seq_length: int | None = setting(
+        None,
+        "longest record, in tokens; longer ones are treated as --overlength says; default: auto, as long as the base "
+        "and the memory allow",
+        at_least=8,
     )
     overlength: Overlength = setting(
         "shorten",
@@ -145,10 +148,16 @@ class RecordSettings:
             "day": date.fromisoformat(self.template_date) if self.template_date else None,
         }
 
+    @property
+    def max_tokens(self) -> int:
+        """max_seq_length; auto becomes a number before records are read."""
+        assert self.max_seq_length is not None
+        return self.max_seq_length
+
     def rules(self) -> dict[str, Any]:
         """How values become examples, as plain values."""
         return {
-            "max_tokens": self.max_seq_length,
+            "max_tokens": self.max_tokens,
             "overlength": "skip" if self.skip_overlength else self.overlength,
             "learn": self.learn,
             "format": self.format,
@@ -162,10 +171,10 @@ class DataSettings(RecordSettings):
     """Data"""
 
     eval_path: str | None = setting(None, "records to evaluate on, written like those to train on", value="FILE")
-    eval_size: float = setting(
-        0.0,
-        "without --eval_path: how many records to hold out and evaluate on: a share (below 1) or a number; records "
-        "that are alike stay on one side",
+    eval_size: float | None = setting(
+        None,
+        "without --eval_path: how many records to hold out and evaluate on: a share (below 1) or a number, 0 for none; "
+        "records that are alike stay on one side; default: auto, one in ten where there are enough",
         at_least=0,
     )
     streaming: bool = setting(
@@ -256,31 +265,56 @@ class TrainerSettings:
     output_dir: str | None = setting(
         None, "folder for the adapter, its checkpoints and run.json; default: a new folder runs/NAME-1", value="FOLDER"
     )
-    learning_rate: float = setting(
-        1e-4, "step size of the optimizer at its peak; LoRA bears far larger ones than full fine-tuning", at_least=0
+    learning_rate: float | None = setting(
+        None,
+        "step size of the optimizer at its peak; LoRA bears far larger ones than full fine-tuning; default: auto, by "
+        "the width of the base",
+        at_least=0,
     )
     lr_scheduler_type: str = setting("linear", "how the learning rate changes after the warm-up")
     warmup_steps: float = setting(
         0, "steps in which the learning rate rises from 0, or their share of all steps (below 1)", at_least=0
     )
-    num_train_epochs: float = setting(3.0, "how often every record is seen", more_than=0)
+    num_train_epochs: float | None = setting(
+        None, "how often every record is seen; default: auto, 3, and more where there are few records", more_than=0
+    )
     max_steps: int = setting(
         -1, "how many optimizer steps to make, whatever --num_train_epochs says; -1: no limit", at_least=-1
     )
-    per_device_train_batch_size: int = setting(16, "records in a batch, on each device", at_least=1)
+    per_device_train_batch_size: int | None = setting(
+        None,
+        "records in a batch, on each device; default: auto, 16, and fewer where that would make few steps",
+        at_least=1,
+    )
     gradient_accumulation_steps: int = setting(
         1, "batches that are added up before a step; more saves memory: 4 batches of 4 are a step of 16", at_least=1
     )
-    logging_steps: float = setting(
-        10, "steps between two lines of loss and speed; below 1, a share of all steps", more_than=0
+    logging_steps: float | None = setting(
+        None,
+        "steps between two lines of loss and speed; below 1, a share of all steps; default: auto, 50 lines or more",
+        more_than=0,
     )
-    eval_strategy: str = setting(
-        "no", "when to evaluate; default: after each epoch if there are records to evaluate on, else no"
+    eval_strategy: str | None = setting(
+        None,
+        "when to evaluate; default: auto, before the first step and after each epoch (or ten times in a run of few or "
+        "many epochs) if there are records to evaluate on",
     )
     eval_steps: float | None = setting(
         None, "with --eval_strategy steps: steps between two evaluations [as --logging_steps]", more_than=0
     )
-    save_steps: float = setting(500, "steps between two checkpoints; below 1, a share of all steps", more_than=0)
+    save_strategy: str | None = setting(
+        None, "when to save a checkpoint; default: auto, with each evaluation, else as --save_steps says"
+    )
+    save_steps: float | None = setting(
+        None,
+        "steps between two checkpoints; below 1, a share of all steps; default: auto, 500, and fewer in a short run",
+        more_than=0,
+    )
+    load_best_model_at_end: bool | None = setting(
+        None,
+        "end with the adapter of the best evaluation, not of the last step; default: auto, where a checkpoint is saved "
+        "with each evaluation",
+    )
     save_total_limit: int | None = setting(3, "how many checkpoints to keep; the oldest are removed", at_least=1)
     seed: int = setting(42, "seed for shuffling, initial weights and dropout", at_least=0, at_most=LARGEST_SEED)
     data_seed: int | None = setting(
@@ -321,11 +355,11 @@ class TrainerSettings:
 
 
 #: Defaults in TrainerSettings that are not the library's.
-CHANGED_DEFAULTS = (
-    "learning_rate",  # the tutorial's; transformers' 5e-5 is for full fine-tuning
-    "per_device_train_batch_size",  # the tutorial's
-    "logging_steps",  # the tutorial's
-    "save_total_limit",  # the tutorial's
+CHANGED_DEFAULTS = ("save_total_limit",)  # the tutorial's
+#: Settings that may be `auto`: the run then takes what suits its records and its base (train/defaults.py).
+AUTOMATIC = (
+    *("max_seq_length", "eval_size", "learning_rate", "num_train_epochs", "per_device_train_batch_size"),
+    *("logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps", "load_best_model_at_end"),
 )
 
 
@@ -345,6 +379,11 @@ class RunSettings:
         rare=True,
     )
     resume_anyway: bool = setting(False, "go on although data or settings have changed since the run began", rare=True)
+    early_stopping_patience: int = setting(
+        0,
+        "stop after so many evaluations in a row without a lower held-out loss; 0: never",
+        at_least=0,
+    )
     max_minutes: float = setting(
         0.0, "stop after so many minutes with a checkpoint and exit code 75; 0: no limit", at_least=0, rare=True
     )
@@ -555,6 +594,16 @@ class TrainSettings:
     trainer: dict[str, Any]
     origins: dict[str, str]  # setting → `--lora_rank`, `run.yaml:3`, `atomtune's default`
     demo: bool
+
+    def with_derived(self, values: Mapping[str, Any], reasons: Mapping[str, str]) -> "TrainSettings":
+        """These settings with values for those that were left to the run, and why each is so."""
+        of_data = {field.name for field in fields(DataSettings)} & values.keys()
+        data = replace(self.data, **{name: values[name] for name in of_data})
+        trainer = {**self.trainer, **{name: value for name, value in values.items() if name not in of_data}}
+        origins = dict(self.origins)
+        for name in values:
+            origins.setdefault(name, f"auto: {reasons[name]}" if name in reasons else "auto")
+        return replace(self, data=data, trainer=trainer, origins=origins)
 
     def resolved(self) -> dict[str, dict[str, Any]]:
         """Each setting of our own and each that the Trainer gets, with its origin; secrets left out."""

@@ -42,6 +42,7 @@ SYNONYMS = _by_name(
         "template": "chat_template prompt_template",
         "dtype": "torch_dtype",
         "seed": "random_seed random_state",
+        "early_stopping_patience": "early_stopping early_stopping_steps patience",
         "logging_steps": "log_steps log_every log_interval",
         "save_steps": "save_every save_interval",
         "eval_steps": "eval_every eval_interval",
@@ -125,7 +126,7 @@ ELSEWHERE = _by_name(
         "pissa_init loraplus_lr_ratio loraplus_lr_embedding lora_modules_to_save additional_target "
         "peft_layers_to_transform lora_fan_in_fan_out bias init_lora_weights",
         "there is no such setting; leave it out": "use_unsloth use_unsloth_gc cut_cross_entropy lora_mlp_kernel "
-        "lora_qkv_kernel lora_o_kernel early_stopping_patience rope_scaling freeze_trainable_layers plugins "
+        "lora_qkv_kernel lora_o_kernel rope_scaling freeze_trainable_layers plugins "
         "dataset_text_field model_init_kwargs shuffle_merged_datasets",
         "use --overlength and --max_seq_length": "excess_length_strategy truncation_side",
         "pass the file as the first argument: atomtune train run.yaml": "config_file yaml",

@@ -19,6 +19,7 @@ from atomtune.settings.entry import Entry
 from atomtune.settings.environment import environment_problems, waiting_notice
 from atomtune.settings.expect import expected, field_infos
 from atomtune.settings.fields import (
+    AUTOMATIC,
     CHANGED_DEFAULTS,
     CertifySettings,
     ChatSettings,
@@ -165,7 +166,8 @@ def _entries(reader: EntryReader, written: Written, notice: Callable[[str], None
     entries = reader.read_keywords(written) if isinstance(written, Mapping) else reader.read(written)
     if reader.translated:
         notice(f"names of other tools, read as atomtune's: {', '.join(reader.translated)}.")
-    return entries
+    # `auto` over a number in run.yaml: as if neither were written.
+    return {name: entry for name, entry in entries.items() if name not in AUTOMATIC or entry.value != "auto"}
 
 
 def _demo_entries(reader: EntryReader) -> dict[str, Entry]:

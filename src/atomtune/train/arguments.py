@@ -25,7 +25,8 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
     values = dict(settings.trainer)
     values.pop("resume_from_checkpoint", None)  # ours
     values["output_dir"] = values.get("output_dir") or str(spare_folder(settings))
-    _fit_evaluation(values, evaluates=bool(settings.data.eval_path or settings.data.eval_size))
+    eval_size = settings.data.eval_size
+    _fit_evaluation(values, evaluates=bool(settings.data.eval_path or eval_size), may_evaluate=eval_size is None)
     values |= {
         "remove_unused_columns": False,  # ours are read by our collator
         "disable_tqdm": True,  # train.progress draws the bar
@@ -46,11 +47,21 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
     return args
 
 
-def _fit_evaluation(values: dict[str, Any], *, evaluates: bool) -> None:
-    """Evaluate once an epoch where there are records for it. Raises BadSettings for one without records."""
-    if evaluates:
+def _fit_evaluation(values: dict[str, Any], *, evaluates: bool, may_evaluate: bool) -> None:
+    """Evaluate where there are records for it, by default so that checkpoints can be compared.
+
+    may_evaluate  whether records are held out is decided when they are read (train/defaults.py)
+    Raises BadSettings for an evaluation without records.
+    """
+    if evaluates or (may_evaluate and values.get("load_best_model_at_end")):
+        saves = "save_steps" in values and values.get("save_strategy", "steps") == "steps"
+        if values.get("load_best_model_at_end") and saves and "eval_strategy" not in values:
+            values["eval_strategy"] = "steps"
+            values.setdefault("eval_steps", values["save_steps"])
         values.setdefault("eval_strategy", "epoch")
-    elif values.get("eval_strategy", "no") != "no":
+        if values.get("load_best_model_at_end") and not saves:
+            values.setdefault("save_strategy", values["eval_strategy"])
+    elif values.get("eval_strategy", "no") != "no" and not may_evaluate:
         raise BadSettings([f"--eval_strategy {values['eval_strategy']} needs records: --eval_path or --eval_size."])
     if values.get("metric_for_best_model") is not None:
         values.setdefault("greater_is_better", False)  # the library guesses by name, and guesses perplexity wrong
@@ -90,5 +101,11 @@ def spare_folder(settings: TrainSettings) -> Path:
 
 
 def lengths(args: TrainingArguments) -> dict[str, Any]:
-    """How long the run was asked to be."""
+    """How long the run is to be."""
     return {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
+
+
+def lengths_asked(settings: TrainSettings) -> dict[str, Any]:
+    """How long the run was asked to be; None for epochs that are left to it."""
+    trainer = settings.trainer
+    return {"max_steps": trainer.get("max_steps", -1), "num_train_epochs": trainer.get("num_train_epochs")}

@@ -21,6 +21,7 @@ from atomtune.data.ledger import Ledger
 from atomtune.data.reading.sources import distinct_names, fingerprint_of, size_of
 from atomtune.data.records import Record
 from atomtune.errors import BadData, BadSettings, listing
+from atomtune.train.defaults import Size, records_to_hold_out
 from atomtune.train.run_context import RunContext
 from atomtune.train.streaming import Stream
 
@@ -34,6 +35,7 @@ class Data:
     data_hash: str
     eval_hash: str = ""  # of the file of --eval_path
     stored: Ledger | None = None  # of what was read before training; a stream is read while training
+    eval_size: float = 0  # what --eval_size says, or stands for
 
     @property
     def ledger(self) -> Ledger:
@@ -42,6 +44,15 @@ class Data:
             return self.stored
         assert isinstance(self.train, Stream)
         return self.train.ledger
+
+    @property
+    def size(self) -> Size:
+        """How much there is to learn from and to evaluate on."""
+        held_out = len(self.evaluate) if self.evaluate is not None else 0
+        if isinstance(self.train, Stream):
+            return Size(records=None, held_out=held_out, asked=0, longest=0)
+        longest = self.ledger.longest_tokens
+        return Size(records=len(self.train), held_out=held_out, asked=self.eval_size, longest=longest)
 
     def read_meanwhile(self, console: Console) -> dict[str, Any]:
         """Say and give the ledger of a stream as far as it was read; of stored records all was said before."""
@@ -70,13 +81,15 @@ def read_data(run: RunContext, template: Template) -> Data:
     _check_read(run, template, data)
 
     rows = list(range(len(data.examples)))
-    if run.settings.data.eval_size:
-        rows, evaluate = _held_out_of(data.examples, parts, run)
+    eval_size = records_to_hold_out(run, len(data.examples))
+    if eval_size:
+        rows, evaluate = _held_out_of(data.examples, parts, run, size=eval_size)
     elif evaluate is not None:
         _say_overlap(run, [part.examples for part in parts], evaluate)
     if run.settings.data.mix:
         rows = _mixed_by_setting(rows, parts, run)
-    return Data(_selected(data.examples, rows), evaluate, data.data_hash, eval_hash, data.ledger)
+    chosen = eval_size if evaluate is not None else 0
+    return Data(_selected(data.examples, rows), evaluate, data.data_hash, eval_hash, data.ledger, chosen)
 
 
 def _check_read(run: RunContext, template: Template, data: EncodedData) -> None:
@@ -89,10 +102,12 @@ def _check_read(run: RunContext, template: Template, data: EncodedData) -> None:
 
 
 def _held_out_of(
-    examples: datasets.Dataset, parts: list[EncodedData], run: RunContext
-) -> tuple[list[int], datasets.Dataset]:
-    """The rows that stay to be learned, and the examples that --eval_size holds out."""
-    rows, rows_held_out = _hold_out(run, parts)
+    examples: datasets.Dataset, parts: list[EncodedData], run: RunContext, *, size: float
+) -> tuple[list[int], datasets.Dataset | None]:
+    """The rows that stay to be learned, and the examples that are held out."""
+    rows, rows_held_out = _hold_out(run, parts, size=size)
+    if not rows_held_out:
+        return rows, None
     evaluate = examples.select(rows_held_out)
     run.record.update(records_held_out=evaluate["origin"][:])
     run.console.say(f"{len(evaluate):,} records are held out for evaluation; {len(rows):,} are trained on.")
@@ -181,17 +196,24 @@ def mixed(rows: list[int], ends: list[int], mix: list[float], *, seed: int) -> l
     return chosen
 
 
-def _hold_out(run: RunContext, parts: list[EncodedData]) -> tuple[list[int], list[int]]:
+def _hold_out(run: RunContext, parts: list[EncodedData], *, size: float) -> tuple[list[int], list[int]]:
     """(rows to learn, rows to hold out); records that are alike stay on one side."""
-    size, records = run.settings.data.eval_size, sum(len(part.examples) for part in parts)
+    records = sum(len(part.examples) for part in parts)
     wanted = round(size * records) if size < 1 else int(size)
     if not 0 < wanted < records:
         raise BadSettings([f"--eval_size {size:g} holds out {wanted} of {records} records."])
     groups = alike(read_texts(_texts(run, run.settings.data.dataset_paths, [part.examples for part in parts])))
     rows = held_out(groups, wanted, seed=run.args.data_seed or run.args.seed)
+    by_itself = run.settings.data.eval_size is None
+    if by_itself and (not rows[0] or len(rows[1]) > 2 * wanted):
+        run.console.notice(
+            f"no records are held out: {len(rows[1]):,} of {records:,} are nearly the same and would go together, so "
+            "the run cannot tell whether it works. --eval_path names records to evaluate on."
+        )
+        return list(range(records)), []
     if not rows[0]:
         raise BadSettings([f"--eval_size {size:g}: all {records:,} records are alike, so none can be held out fairly."])
-    if len(rows[1]) != wanted:
+    if len(rows[1]) != wanted and not by_itself:
         run.console.notice(
             f"--eval_size asks for {wanted:,} records; {len(rows[1]):,} are held out, because records that are nearly "
             "the same are kept together."

@@ -32,11 +32,12 @@ from atomtune.model.load import embedding_rows, load_tokenizer, pad_id_of, quiet
 from atomtune.model.memory import StepShape, is_out_of_memory, peak_bytes, remedies
 from atomtune.model.token_rows import guard_embedding, refuse_tokens_without_row, say_untrained_stop
 from atomtune.settings.fields import TrainSettings
-from atomtune.train.arguments import CHECKPOINTING, lengths, trainer_arguments
+from atomtune.train.arguments import CHECKPOINTING, lengths, lengths_asked, trainer_arguments
 from atomtune.train.callbacks import Stop
-from atomtune.train.checkpoint.atomic import clear_staging, publish, staged
+from atomtune.train.checkpoint.atomic import clear_staging, publish, read_manifest, staged
 from atomtune.train.checkpoint.start import Finished, Resumed, Start, find_start
 from atomtune.train.dataset import Data, read_data
+from atomtune.train.defaults import began_with, with_defaults, with_sequence_limit
 from atomtune.train.demo import Samples
 from atomtune.train.layout import check_equal, choose_layout
 from atomtune.train.model import keep_or_recompute, load_model
@@ -81,9 +82,10 @@ def train_into_folder(settings: TrainSettings, *, speaks: bool = True) -> Path:
             return folder
         # A resumed run that does not come to train leaves the record of the run that did.
         record = RunRecord(folder, writes=is_first, waits=isinstance(start, Resumed))
-        run = RunContext(settings, args, start, read_record(folder), console, record)
+        before = _began_with(start)
+        run = RunContext(settings, args, start, read_record(folder), console, record, began_with=before)
         try:
-            record.update(settings=settings.resolved(), lengths=lengths(args), start=start.name)
+            record.update(settings=settings.resolved(), start=start.name)
             _run(run, began)
         except BaseException as error:
             answer = _recorded_failure(run, error)
@@ -100,9 +102,19 @@ def _find_start(settings: TrainSettings, args: Any, console: Console) -> Start |
         resume=flags.resume,
         resume_from_checkpoint=flags.resume_from_checkpoint,
         checkpoint=flags.checkpoint,
-        lengths=lengths(args),
+        lengths=lengths_asked(settings),
         notice=console.notice,
     )
+
+
+def _began_with(start: Start) -> dict[str, Any]:
+    """What the run that a resumed one goes on with took where a setting was auto."""
+    if not isinstance(start, Resumed):
+        return {}
+    try:
+        return began_with(read_manifest(start.checkpoint))
+    except (OSError, ValueError):  # another tool's checkpoint
+        return {}
 
 
 def _decided_by_first_rank(args: Any, decide: Callable[[], Start | Finished]) -> Start | Finished:
@@ -138,11 +150,15 @@ def _recorded_failure(run: RunContext, error: BaseException) -> BaseException:
 
 def _run(run: RunContext, began: float) -> None:
     """The story of one run; a resumed one is first compared with the run that began."""
-    settings = run.settings
-    tokenizer = load_tokenizer(str(settings.model.model_path), trust_remote_code=settings.model.trust_remote_code)
+    model_settings = run.settings.model
+    tokenizer = load_tokenizer(str(model_settings.model_path), trust_remote_code=model_settings.trust_remote_code)
     template = _template(run, tokenizer)
     tokenizer.chat_template = template.source  # what is trained is what is served
+    run, shape = with_sequence_limit(run)
     data = read_data(run, template)
+    run = with_defaults(run, data.size, shape)
+    settings = run.settings
+    run.record.update(settings=settings.resolved(), lengths=lengths(run.args))
     if not isinstance(data.train, Stream):
         check_last_batch(run.args, len(data.train))
         _refuse_tokens_without_row(run, tokenizer, data)
@@ -196,7 +212,7 @@ def _template(run: RunContext, tokenizer: Tokenizer) -> Template:
 def _longest_tokens(run: RunContext, data: Data) -> int:
     """Of any example; of a stream, what may come."""
     settings = run.settings.data
-    return settings.max_seq_length if settings.streaming else data.ledger.longest_tokens
+    return settings.max_tokens if settings.streaming else data.ledger.longest_tokens
 
 
 def _metadata(run: RunContext, template: Template, data: Data) -> AdapterMetadata:
@@ -209,7 +225,7 @@ def _metadata(run: RunContext, template: Template, data: Data) -> AdapterMetadat
         template_date=template.day.isoformat() if template.names_the_day else "",
         instruction=data.ledger.shared_instruction,
         data_hash=data.data_hash,
-        max_seq_length=settings.data.max_seq_length,
+        max_seq_length=settings.data.max_tokens,
         base=fingerprint(str(settings.model.model_path)) or "",
     )
 
@@ -230,7 +246,7 @@ def _trainer(  # noqa: PLR0917  # each is a station of the walk
         return LoraTrainer(
             tokenizer=tokenizer,
             metadata=metadata,
-            facts={"identity": run_identity, "versions": run.record.values["versions"]},
+            facts={"identity": run_identity, "versions": run.record.values["versions"], "derived": dict(run.derived)},
             stop=stop,
             skip_nonfinite=run.settings.run.skip_nonfinite,
             resumed_from=run.resumed.checkpoint if run.resumed else None,
@@ -320,7 +336,7 @@ def _step_shape(run: RunContext, data: Data) -> StepShape:
     return StepShape(
         batch=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
-        max_seq_length=run.settings.data.max_seq_length,
+        max_seq_length=run.settings.data.max_tokens,
         longest_tokens=data.ledger.longest_tokens,
         checkpointing=bool(getattr(args, CHECKPOINTING)),
         quantize=run.settings.model.quantize,

@@ -95,7 +95,7 @@ def find_start(
 ) -> Start | Finished:
     """Decide from the folder and the flags.
 
-    lengths  max_steps and num_train_epochs as asked now
+    lengths  max_steps and num_train_epochs as asked now, None where the epochs are left to the run
     Raises BadSettings when the folder holds a run and no flag says to go on, or one that this would mix with another;
     BadModel for a damaged checkpoint.
     """
@@ -198,4 +198,5 @@ def _asks_for_more(record: dict[str, Any], lengths: dict[str, Any]) -> bool:
         return False
     if lengths["max_steps"] > 0:
         return bool(lengths["max_steps"] > record.get("steps", 0))
-    return before["max_steps"] > 0 or bool(lengths["num_train_epochs"] > before["num_train_epochs"])
+    epochs = lengths["num_train_epochs"]
+    return before["max_steps"] > 0 or (epochs is not None and bool(epochs > before["num_train_epochs"]))

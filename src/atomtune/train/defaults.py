@@ -1,0 +1,315 @@
+"""Defaults: what a run takes where a setting is `auto`, from its records and its base, each with its reason.
+
+A default that is the same for every run stands in settings/fields.py. The figures behind the numbers here are in
+docs/defaults.md, measured by benchmarks/defaults.py. A resumed run takes what the run that began took: a checkpoint's
+manifest holds it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformers import TrainingArguments
+
+from atomtune.errors import BadSettings
+from atomtune.model.base_shape import BaseShape, base_shape
+from atomtune.settings.fields import TrainSettings
+from atomtune.train.arguments import trainer_arguments
+from atomtune.train.run_context import RunContext
+
+#: Steps that a run should have; fewer records are seen more often, in smaller batches.
+WANTED_STEPS = 200
+#: Fewer steps than this rarely teach an adapter much.
+FEW_STEPS = 100
+#: The largest that leaves enough steps is taken; a step has at least so many records.
+BATCH_SIZES, SMALLEST_STEP = (16, 8, 4, 2, 1), 4
+USUAL_EPOCHS, MOST_EPOCHS = 3, 10
+#: Of fewer records all are learned: a handful held out would tell little and be missed.
+LEAST_TO_SPLIT = 50
+HELD_OUT_SHARE, MOST_HELD_OUT = 0.1, 200
+#: Lines of loss in a run, where it has so many steps; and steps between two lines at most.
+LOGGED_LINES, LONGEST_SILENCE = 50, 10
+#: A run with so many epochs is evaluated and saved after each; another one so often.
+FEWEST_EPOCHS, MANY_EPOCHS, TIMES = 2, 12, 10
+#: Without evaluation a run of fewer steps keeps its last checkpoint alone; a long one saves so often.
+SHORT_RUN, CHECKPOINT_STEPS = 50, 500
+#: "LoRA without regret" (Thinking Machines, 2025) fits the best rate of LoRA with alpha 32 and any rank, for Llama
+#: models, as 5e-4 * (2000 / width) ** 0.78. Bounded where nothing was measured.
+RATE, RATE_WIDTH, RATE_POWER, RATE_ALPHA = 5e-4, 2000, 0.78, 32
+LOWEST_RATE, HIGHEST_RATE, UNKNOWN_RATE = 1e-4, 2e-3, 2e-4
+
+#: In a checkpoint's manifest: the limit that records were encoded with where max_seq_length was auto.
+_LONGEST = "longest_record"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much there is to learn from.
+
+    records   of an epoch; None of a stream
+    held_out  records to evaluate on
+    asked     how many --eval_size stood for
+    longest   tokens of the longest example
+    """
+
+    records: int | None
+    held_out: int
+    asked: float
+    longest: int
+
+
+@dataclass
+class Derived:
+    """Values of settings that were left to the run, and why each is so, in the order in which they are said."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def take(self, name: str, value: Any, reason: str) -> None:
+        self.values[name], self.reasons[name] = value, reason
+
+
+def with_sequence_limit(run: RunContext) -> tuple[RunContext, BaseShape]:
+    """The run with the longest record that its base bears as max_seq_length, where that is auto; and the base's shape.
+
+    Records are encoded with this limit, whatever their lengths turn out to be.
+    """
+    model = run.settings.model
+    shape = base_shape(str(model.model_path), trust_remote_code=model.trust_remote_code)
+    if run.settings.data.max_seq_length is not None:
+        return run, shape
+    shape = replace(shape, longest=run.began_with.get(_LONGEST, shape.longest))
+    data = replace(run.settings.data, max_seq_length=shape.longest)
+    return replace(run, settings=replace(run.settings, data=data)), shape
+
+
+def records_to_hold_out(run: RunContext, records: int) -> float:
+    """What --eval_size says, or stands for where it is auto."""
+    settings = run.settings
+    if settings.data.eval_size is not None:
+        return settings.data.eval_size
+    if "eval_size" in run.began_with:
+        return float(run.began_with["eval_size"])
+    if settings.data.eval_path or settings.trainer.get("eval_strategy") == "no" or records < LEAST_TO_SPLIT:
+        return 0
+    return min(round(HELD_OUT_SHARE * records), MOST_HELD_OUT)
+
+
+def with_defaults(run: RunContext, size: Size, shape: BaseShape) -> RunContext:
+    """The run with a value for every setting that was left to it: in force, said and recorded."""
+    derived = derive(run.settings, run.args, size, shape)
+    for name in derived.values.keys() & run.began_with.keys():
+        derived.values[name] = run.began_with[name]
+    # A folder that was chosen for the run stays its folder.
+    settings = run.settings.with_derived({**derived.values, "output_dir": run.args.output_dir}, derived.reasons)
+    of_manifest = {**derived.values, _LONGEST: shape.longest}
+    run = replace(run, settings=settings, args=trainer_arguments(settings), derived=of_manifest)
+    _say(run, derived, size)
+    return run
+
+
+def derive(settings: TrainSettings, args: TrainingArguments, size: Size, shape: BaseShape) -> Derived:
+    """A value for every setting that the user left to the run."""
+    derived = Derived()
+    if _is_auto(settings, "max_seq_length"):
+        derived.take("max_seq_length", *_longest(size, shape))
+    if _is_auto(settings, "eval_size"):
+        derived.take("eval_size", size.asked, _held_out_why(size, settings))
+    epochs, batch = _epochs_and_batch(derived, settings, args, size)
+    if _is_auto(settings, "learning_rate"):
+        derived.take("learning_rate", *learning_rate(shape.width, settings.lora.lora_alpha))
+    per_step = batch * args.gradient_accumulation_steps * args.world_size
+    steps, epochs = _length(args, size, epochs=epochs, per_step=per_step)
+    if _is_auto(settings, "logging_steps"):
+        derived.values["logging_steps"] = min(max(steps // LOGGED_LINES, 1), LONGEST_SILENCE)
+    if _is_auto(settings, "logging_first_step"):
+        derived.values["logging_first_step"] = True
+    _evaluations(derived, settings, size, steps=steps, epochs=epochs)
+    _checkpoints(derived, settings, size, steps=steps, epochs=epochs)
+    _best(derived, settings, size)
+    return derived
+
+
+def _is_auto(settings: TrainSettings, name: str) -> bool:
+    """Whether the user left this setting to the run."""
+    return name not in settings.origins
+
+
+def _longest(size: Size, shape: BaseShape) -> tuple[int, str]:
+    """As long as the longest record, in steps of 64 tokens; only the base's limit cuts any."""
+    if size.records is None or size.longest >= shape.longest:
+        return shape.longest, shape.longest_why
+    tokens = max(64 * math.ceil(size.longest / 64), 256)
+    return min(tokens, shape.longest), f"the longest record has {size.longest:,} tokens"
+
+
+def _held_out_why(size: Size, settings: TrainSettings) -> str:
+    if size.asked:
+        return "records that are not trained on show whether the run works"
+    if settings.data.eval_path:
+        return "--eval_path has the records to evaluate on"
+    if size.records is None:
+        return "a stream holds none out"
+    if settings.trainer.get("eval_strategy") == "no":
+        return "--eval_strategy no"
+    return f"fewer than {LEAST_TO_SPLIT} records: all are trained on"
+
+
+def _epochs_and_batch(
+    derived: Derived, settings: TrainSettings, args: TrainingArguments, size: Size
+) -> tuple[float, int]:
+    """How often every record is seen, and how many make a batch: a small set gets enough steps."""
+    free_batch = _is_auto(settings, "per_device_train_batch_size")
+    free_epochs = _is_auto(settings, "num_train_epochs")
+    batch = BATCH_SIZES[0] if free_batch else args.per_device_train_batch_size
+    epochs = USUAL_EPOCHS if free_epochs else args.num_train_epochs
+    if size.records is None or args.max_steps > 0:
+        if free_batch:
+            derived.take("per_device_train_batch_size", batch, "so many steps as --max_steps says are made")
+        return epochs, batch
+    batches_a_step = args.gradient_accumulation_steps * args.world_size
+    if free_batch:
+        batch = largest_batch(size.records, epochs, batches_a_step=batches_a_step)
+    steps_an_epoch = math.ceil(size.records / (batch * batches_a_step))
+    if free_epochs:
+        epochs = min(max(USUAL_EPOCHS, math.ceil(WANTED_STEPS / steps_an_epoch)), MOST_EPOCHS)
+    why = f"{size.records:,} records make {math.ceil(epochs * steps_an_epoch):,} steps"
+    if free_batch:
+        derived.take("per_device_train_batch_size", batch, why)
+    if free_epochs:
+        derived.take("num_train_epochs", float(epochs), why)
+    return epochs, batch
+
+
+def largest_batch(records: int, epochs: float, *, batches_a_step: int) -> int:
+    """The largest batch that leaves enough steps."""
+    for batch in BATCH_SIZES:
+        steps = epochs * math.ceil(records / (batch * batches_a_step))
+        if steps >= WANTED_STEPS or batch * batches_a_step <= SMALLEST_STEP:
+            return batch
+    return BATCH_SIZES[-1]
+
+
+def learning_rate(width: int | None, alpha: float) -> tuple[float, str]:
+    """The rate for a base of this width, to two digits, and why."""
+    if width is None or not alpha:
+        return UNKNOWN_RATE, "the width of the base is not known"
+    rate = RATE * (RATE_WIDTH / width) ** RATE_POWER * RATE_ALPHA / alpha
+    rate = min(max(rate, LOWEST_RATE), HIGHEST_RATE)
+    of_alpha = "" if alpha == RATE_ALPHA else f" and --lora_alpha {alpha:g}"
+    return float(f"{rate:.1e}"), f"by the width of the base, {width:,}{of_alpha}"
+
+
+def _length(args: TrainingArguments, size: Size, *, epochs: float, per_step: int) -> tuple[int, float]:
+    """(steps, epochs) of the run; a stream has no epochs."""
+    if size.records is None:
+        return args.max_steps, math.inf
+    steps_an_epoch = math.ceil(size.records / per_step)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(epochs * steps_an_epoch)
+    return steps, steps / steps_an_epoch
+
+
+def _evaluations(derived: Derived, settings: TrainSettings, size: Size, *, steps: int, epochs: float) -> None:
+    """Before the first step, and then with each checkpoint the user asked for, or a few times in the run."""
+    trainer = settings.trainer
+    if not size.held_out:
+        if trainer.get("eval_strategy", "no") != "no":
+            raise BadSettings(
+                [
+                    f"--eval_strategy {trainer['eval_strategy']} needs records to evaluate on: --eval_path or "
+                    f"--eval_size. Without them a run holds some out where it has {LEAST_TO_SPLIT} or more."
+                ]
+            )
+        derived.values["eval_strategy"] = "no"
+        return
+    if _is_auto(settings, "eval_on_start"):
+        derived.values["eval_on_start"] = not trainer.get("eval_delay")
+    if not _is_auto(settings, "eval_strategy"):
+        return
+    save_steps = trainer.get("save_steps")
+    if "eval_steps" in trainer:
+        derived.values["eval_strategy"] = "steps"
+    elif save_steps and _is_auto(settings, "save_strategy") and _suits(save_steps, steps):
+        derived.values |= {"eval_strategy": "steps", "eval_steps": save_steps}
+    elif trainer.get("save_strategy") == "epoch" or FEWEST_EPOCHS <= epochs <= MANY_EPOCHS:
+        derived.values["eval_strategy"] = "epoch"
+    else:
+        derived.values |= {"eval_strategy": "steps", "eval_steps": max(math.ceil(steps / TIMES), 1)}
+
+
+def _suits(interval: float, steps: int) -> bool:
+    """Whether evaluations so many steps (or such a share of them) apart are neither too many nor none."""
+    times = 1 / interval if interval < 1 else steps / interval
+    return 2 <= times <= 2 * TIMES
+
+
+def _checkpoints(derived: Derived, settings: TrainSettings, size: Size, *, steps: int, epochs: float) -> None:
+    """One with each evaluation, so that the best can be kept; else after each epoch, or every so many steps."""
+    if not (_is_auto(settings, "save_strategy") and _is_auto(settings, "save_steps")):
+        return
+    values = {**settings.trainer, **derived.values}
+    if size.held_out:
+        eval_steps = values.get("eval_steps") or values["logging_steps"]
+        if values["eval_strategy"] == "epoch":
+            derived.values["save_strategy"] = "epoch"
+        elif eval_steps < 1:
+            derived.values |= {"save_strategy": "steps", "save_steps": eval_steps}
+        else:  # a multiple of it
+            times = max(math.ceil(steps / TIMES / eval_steps), 1)
+            derived.values |= {"save_strategy": "steps", "save_steps": int(times * eval_steps)}
+    elif steps >= SHORT_RUN and FEWEST_EPOCHS <= epochs <= MANY_EPOCHS and steps / epochs <= CHECKPOINT_STEPS:
+        derived.values["save_strategy"] = "epoch"
+    else:
+        interval = CHECKPOINT_STEPS if steps < SHORT_RUN else min(CHECKPOINT_STEPS, math.ceil(steps / TIMES))
+        derived.values |= {"save_strategy": "steps", "save_steps": interval}
+
+
+def _best(derived: Derived, settings: TrainSettings, size: Size) -> None:
+    """The best checkpoint is the result where one is saved with each evaluation and no rank holds a part of it."""
+    if not _is_auto(settings, "load_best_model_at_end"):
+        return
+    values = {**settings.trainer, **derived.values}
+    strategy, saves = values.get("eval_strategy"), values.get("save_strategy", "steps")
+    every, saved_every = values.get("eval_steps") or values.get("logging_steps"), values.get("save_steps", 500)
+    together = strategy == saves and (strategy == "epoch" or _is_multiple(saved_every, every))
+    sharded = values.get("fsdp") or values.get("deepspeed")
+    derived.values["load_best_model_at_end"] = bool(size.held_out and not sharded and (together or saves == "best"))
+
+
+def _is_multiple(larger: float, smaller: float | None) -> bool:
+    if not smaller:
+        return False
+    times = larger / smaller
+    return (larger < 1) == (smaller < 1) and abs(times - round(times)) < 1e-9
+
+
+def _say(run: RunContext, derived: Derived, size: Size) -> None:
+    """The values that decide the result, with their reasons; and whether so few steps are likely to be enough."""
+    said = dict.fromkeys(derived.reasons.values(), "")
+    for name, reason in derived.reasons.items():
+        said[reason] += f"{', ' if said[reason] else ''}{name} {_shown(derived.values[name])}"
+    width = max(map(len, said.values()), default=0)
+    if said:
+        lines = [f"  {values:<{width}}  {reason}" for reason, values in said.items()]
+        run.console.say("\n".join(["Chosen for this run (each is a setting of its own):", *lines]))
+    args = run.args
+    if size.records is None or args.max_steps > 0:
+        return
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = math.ceil(args.num_train_epochs * math.ceil(size.records / per_step))
+    if steps < FEW_STEPS:
+        run.console.notice(
+            f"{size.records:,} records make {steps:,} steps, which may be too few to learn much. More records help "
+            "most; then a higher --num_train_epochs, or a smaller --per_device_train_batch_size."
+        )
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def began_with(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run that made a checkpoint took for its settings on auto; nothing of another tool's."""
+    values = manifest.get("derived", {})
+    return dict(values) if isinstance(values, dict) else {}
