@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from atomtune.settings import read
-from atomtune.train import demo
+from atomtune.train import samples
 
 NOISE = 1e-6  # float32 rounds at 6e-8 of a value; a sum over a row of weights errs by some ten times that
 
@@ -49,23 +49,13 @@ def answers_of_a_run(seed: int, threads: int, prompts: Path | None, flags: list[
     with tempfile.TemporaryDirectory() as temporary, contextlib.chdir(temporary):
         folder = Path(temporary, "demo")
         lay_noisy_demo(folder, seed, prompts)
-        read.DEMO_FOLDER = demo.DEMO_FOLDER = folder
-        seen: dict[str, tuple[str, str]] = {}
-        show = demo.Samples.show_after
-
-        def note(samples: demo.Samples, console: object) -> None:
-            prompts = ["\n".join(filter(None, (turn.text, turn.input))) for turn in samples.turns]
-            seen.update(zip(prompts, zip(samples.before, samples._answers(), strict=True), strict=True))
-
-        demo.Samples.show_after = note  # type: ignore[method-assign, assignment]
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                code = command(["train", *flags])
-        finally:
-            demo.Samples.show_after = show  # type: ignore[method-assign]
-    if code:
-        raise SystemExit(f"the demo ended with {code}")
-    return seen
+        read.DEMO_FOLDER = samples.DEMO_FOLDER = folder
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = command(["train", *flags, "--output_dir", "out"])
+        if code:
+            raise SystemExit(f"the demo ended with {code}")
+        record = json.loads(Path("out", "run.json").read_text(encoding="utf-8"))
+    return {sample["prompt"]: (sample["before"], sample["after"]) for sample in record["samples"]}
 
 
 def main() -> int:

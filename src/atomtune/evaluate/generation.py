@@ -40,8 +40,9 @@ def generate_answers(
     pad_id: int,
     max_new_tokens: int,
     share_beginning: bool = True,
+    seconds: float | None = None,
 ) -> list[Generated]:
-    """Answer every prompt greedily, until a stop token or the limit."""
+    """Answer every prompt greedily, until a stop token or the limit, or for `seconds` at most."""
     width = max(len(prompt) for prompt in prompts)
     shared = _shared_length(prompts) if share_beginning and len(prompts) > 1 and _may_share(model) else 0
     rows: list[list[int]] = []
@@ -56,12 +57,18 @@ def generate_answers(
     }
     if shared:
         inputs["past_key_values"] = _computed_once(model, prompts[0][:shared], rows=len(prompts))
-    generated = _greedily(model, inputs, list(stop_ids), pad_id=pad_id, max_new_tokens=max_new_tokens)
+    generated = _greedily(model, inputs, list(stop_ids), pad_id=pad_id, max_new_tokens=max_new_tokens, seconds=seconds)
     return [_until_stop(row[width:].tolist(), stop_ids) for row in generated]
 
 
 def _greedily(
-    model: CausalLM, inputs: dict[str, Any], stop_ids: list[int], *, pad_id: int, max_new_tokens: int
+    model: CausalLM,
+    inputs: dict[str, Any],
+    stop_ids: list[int],
+    *,
+    pad_id: int,
+    max_new_tokens: int,
+    seconds: float | None,
 ) -> torch.Tensor:
     """The likeliest token each time, whatever else the model's own generation settings ask for."""
     inner = innermost(model)
@@ -73,6 +80,7 @@ def _greedily(
         eos_token_id=stop_ids,
         pad_token_id=pad_id,
         use_cache=True,
+        max_time=seconds,
     )
     try:
         return model.generate(**inputs, generation_config=plain)

@@ -594,6 +594,7 @@ class TrainSettings:
     trainer: dict[str, Any]
     origins: dict[str, str]  # setting → `--lora_rank`, `run.yaml:3`, `atomtune's default`
     demo: bool
+    argv: tuple[str, ...] = ()  # the words behind `atomtune train`
 
     def with_derived(self, values: Mapping[str, Any], reasons: Mapping[str, str]) -> "TrainSettings":
         """These settings with values for those that were left to the run, and why each is so."""

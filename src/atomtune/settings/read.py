@@ -138,6 +138,7 @@ def _train_settings(reader: EntryReader, entries: dict[str, Entry], notice: Call
         trainer=trainer,
         origins=origins,
         demo=demo,
+        argv=tuple(argv),
     )
 
 

@@ -6,7 +6,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -166,6 +166,25 @@ class LogBeforeSaving(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
+
+
+class EarlyStopping(TrainerCallback):
+    """Ends the run when so many evaluations in a row brought no lower held-out loss; told from the log alone.
+
+    patience  how many; 0: never
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def is_due(self, history: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the Trainer's log holds so many evaluations behind the best one."""
+        losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"] > 0]
+        return bool(self.patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= self.patience
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.is_due(state.log_history):
+            control.should_training_stop = True
 
 
 class SkipNonFinite(TrainerCallback):

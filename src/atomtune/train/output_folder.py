@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import shlex
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,20 +104,44 @@ def check_space(run: RunContext, model: Any, tokenizer: Any) -> None:
         run.console.say(f"{figures[0].upper()}{figures[1:]}.")
 
 
-def same_command(settings: TrainSettings) -> str:
-    """How a user goes on: --resume does not stand beside what began the run from another place."""
-    began_with = {
-        "--continue_training --checkpoint": settings.run.continue_training,
-        "--resume_from_checkpoint": bool(settings.run.resume_from_checkpoint),
-    }
-    in_place_of = [f" in place of {flags}" for flags, used in began_with.items() if used]
-    return f"The same command with --resume{''.join(in_place_of[:1])}"
+def goes_on(run: RunContext) -> str:
+    """How a user goes on, with the command on a line of its own where it is known whole."""
+    settings, folder = run.settings, run.args.output_dir
+    if run.args.world_size > 1:  # a launcher's own words stand in front of the command
+        return f"The same command with --resume{_in_place_of(settings)} goes on from there (--output_dir {folder})."
+    words = [word for word in _without_start(settings.argv) if word != "--resume"]
+    if "output_dir" not in settings.origins:
+        words += ["--output_dir", folder]
+    return f"To go on from there:\n  {program()} {shlex.join(['train', *words, '--resume'])}"
+
+
+def _in_place_of(settings: TrainSettings) -> str:
+    """--resume does not stand beside what began the run from another place."""
+    if settings.run.continue_training:
+        return " in place of --continue_training --checkpoint"
+    return " in place of --resume_from_checkpoint" if settings.run.resume_from_checkpoint else ""
+
+
+def _without_start(argv: Sequence[str]) -> Iterator[str]:
+    """The words of a command without the flags that began the run from another place, and their values."""
+    leaving_out = False
+    for word in argv:
+        if word.startswith("--"):
+            name = word.partition("=")[0].replace("-", "_").lstrip("_")
+            leaving_out = name in ("continue_training", "checkpoint", "resume_from_checkpoint")
+        if not leaving_out:
+            yield word
+
+
+def program() -> str:
+    """`atomtune`, or how it is called where it is not on the PATH: what is said to do next must work as it stands."""
+    return "atomtune" if shutil.which("atomtune") else f"{shlex.quote(sys.executable)} -m atomtune"
 
 
 def explained(error: BaseException, folder: Path, *, again: str) -> BaseException:
     """An error that nobody below has put into words, as one that tells the user what happened and what to do.
 
-    again  same_command
+    again  goes_on
     """
     if isinstance(error, AtomtuneError):
         return error
@@ -145,7 +171,4 @@ def _stopped_at_once(signal_name: str, newest_whole: Path | None, folder: Path, 
             f"{signal_name} received; stopped at once, there is no checkpoint yet, nothing is kept.\n"
             f"The same command begins again (--output_dir {folder})."
         )
-    return Stopped(
-        f"{signal_name} received; stopped at once, the last whole checkpoint is {newest_whole}.\n"
-        f"{again} goes on from there (--output_dir {folder})."
-    )
+    return Stopped(f"{signal_name} received; stopped at once, the last whole checkpoint is {newest_whole}.\n{again}")

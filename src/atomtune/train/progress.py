@@ -1,6 +1,9 @@
-"""Progress: the line of figures while a run trains, as a bar in a terminal and as lines elsewhere."""
+"""Progress: the figures while a run trains: a bar in a terminal, lines elsewhere, and the picture of the loss."""
 
+import contextlib
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.progress import TaskID
@@ -8,8 +11,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from atomtune.console import Console, progress_bar
 from atomtune.train.callbacks import WorkCounter
+from atomtune.train.run_report import PICTURE, draw_loss
 
 SPOKEN_EVERY = 5.0  # seconds between lines where there is no terminal to draw a bar in
+DRAWN_EVERY = 20.0  # seconds between two drawings of loss.png, each of which takes a third of a second
 
 
 class TrainingBar(TrainerCallback):
@@ -19,7 +24,7 @@ class TrainingBar(TrainerCallback):
         self.console, self.work = console, work
         self.progress = progress_bar(console, "{task.fields[rate]}", "{task.fields[loss]}")
         self.task: TaskID | None = None
-        self.loss = ""
+        self.loss = self.held_out = ""
         self.first_step = self.first_examples = self.first_tokens = 0
         self.began = self.spoken = 0.0
 
@@ -41,7 +46,8 @@ class TrainingBar(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.task is not None:
-            self.progress.update(self.task, completed=state.global_step, rate=self._rate(), loss=self.loss)
+            loss = "  ".join(filter(None, (self.loss, self.held_out)))
+            self.progress.update(self.task, completed=state.global_step, rate=self._rate(), loss=loss)
 
     def on_log(
         self,
@@ -53,7 +59,9 @@ class TrainingBar(TrainerCallback):
     ) -> None:
         logs = logs or {}
         if "eval_loss" in logs:
-            self.console.print(f"step {state.global_step:,}  eval loss {logs['eval_loss']:.4f}")
+            self.held_out = held_out_words([e["eval_loss"] for e in state.log_history if "eval_loss" in e])
+            place = f"step {state.global_step:,}" if state.global_step else "before training"
+            self.console.print(f"{place}  {self.held_out}")
         if "loss" not in logs:
             return
         self.loss = f"loss {logs['loss']:.3f}"
@@ -75,6 +83,39 @@ class TrainingBar(TrainerCallback):
 
     def close(self) -> None:
         self.progress.stop()
+
+
+class LossPicture(TrainerCallback):
+    """loss.png, drawn anew behind evaluations and saves while the run goes."""
+
+    def __init__(self, folder: Path, *, title: str) -> None:
+        self.folder, self.title = folder, title
+        self._drawn = time.monotonic()
+
+    def draw(self, state: TrainerState) -> None:
+        draw_loss(state.log_history, self.folder / PICTURE, title=self.title)
+        self._drawn = time.monotonic()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._draw_again(state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._draw_again(state)
+
+    def _draw_again(self, state: TrainerState) -> None:
+        if state.is_world_process_zero and time.monotonic() - self._drawn >= DRAWN_EVERY:
+            with contextlib.suppress(OSError):  # a disk that is full is the checkpoint's to say
+                self.draw(state)
+
+
+def held_out_words(losses: Sequence[float]) -> str:
+    """The last held-out loss, which way it went, and whether it is the best: `held-out loss 0.322 ↓ best`."""
+    last = losses[-1]
+    text = f"held-out loss {last:.3f}"
+    if len(losses) == 1:
+        return text
+    arrow = "↓" if last < losses[-2] else "↑" if last > losses[-2] else "→"
+    return f"{text} {arrow}{' best' if last == min(losses) else ''}"
 
 
 def _clock(seconds: float) -> str:

@@ -4,8 +4,6 @@ The walk of the house: data.cache → batch.collate → model → trainer → ru
 """
 
 import contextlib
-import shutil
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,12 +19,10 @@ from atomtune.batch.collate import Collator
 from atomtune.console import Console
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
-from atomtune.data.ledger import Ledger
 from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped, UserError
 from atomtune.export.model_card import model_card
-from atomtune.model.adapter import refuse_empty
-from atomtune.model.adapter_folder import WEIGHTS, AdapterMetadata
+from atomtune.model.adapter_folder import AdapterMetadata
 from atomtune.model.fingerprint import fingerprint
 from atomtune.model.load import embedding_rows, load_tokenizer, pad_id_of, quiet_libraries
 from atomtune.model.memory import StepShape, is_out_of_memory, peak_bytes, remedies
@@ -34,19 +30,20 @@ from atomtune.model.token_rows import guard_embedding, refuse_tokens_without_row
 from atomtune.settings.fields import TrainSettings
 from atomtune.train.arguments import CHECKPOINTING, lengths, lengths_asked, trainer_arguments
 from atomtune.train.callbacks import Stop
-from atomtune.train.checkpoint.atomic import clear_staging, publish, read_manifest, staged
+from atomtune.train.checkpoint.atomic import clear_staging, read_manifest
 from atomtune.train.checkpoint.start import Finished, Resumed, Start, find_start
 from atomtune.train.dataset import Data, read_data
 from atomtune.train.defaults import began_with, with_defaults, with_sequence_limit
-from atomtune.train.demo import Samples
+from atomtune.train.ending import figures, finish, title_of
 from atomtune.train.layout import check_equal, choose_layout
 from atomtune.train.model import keep_or_recompute, load_model
-from atomtune.train.output_folder import check_space, explained, locked, same_command
-from atomtune.train.progress import TrainingBar
+from atomtune.train.output_folder import check_space, explained, goes_on, locked
+from atomtune.train.progress import LossPicture, TrainingBar
 from atomtune.train.rehearsal import check_last_batch, rehearse
 from atomtune.train.run_context import RunContext
 from atomtune.train.run_identity import day_of, identity, refuse_another_run
-from atomtune.train.run_report import RunRecord, draw_loss, read_record
+from atomtune.train.run_report import RunRecord, read_record
+from atomtune.train.samples import Samples
 from atomtune.train.streaming import Stream
 from atomtune.train.trainer import LoraTrainer
 
@@ -136,7 +133,7 @@ def _decided_by_first_rank(args: Any, decide: Callable[[], Start | Finished]) ->
 
 def _recorded_failure(run: RunContext, error: BaseException) -> BaseException:
     """What the user is told of an error, once run.json says it too."""
-    answer = explained(error, Path(run.args.output_dir), again=same_command(run.settings))
+    answer = explained(error, Path(run.args.output_dir), again=goes_on(run))
     with contextlib.suppress(OSError):  # the record may not fit on a full disk either
         run.record.update(
             status="preempted" if isinstance(answer, Stopped) else "failed",
@@ -183,12 +180,11 @@ def _run(run: RunContext, began: float) -> None:
     if run.args.should_save:
         check_space(run, model, tokenizer)
 
-    samples = Samples.of_demo(settings, model, template)
+    samples = Samples.of_run(run, model, template, data.evaluate)
     run.record.begin()
-    loss = _fit(run, trainer, data)
-    _save(run, trainer, loss)
-    samples.show_after(run.console)
-    _say_what_is_next(run, trainer, loss, data.ledger)
+    picture = LossPicture(Path(run.args.output_dir), title=title_of(run))
+    _fit(run, trainer, data, picture)
+    finish(run, trainer, samples, picture, data.ledger)
 
 
 def _refuse_tokens_without_row(run: RunContext, tokenizer: Tokenizer, data: Data) -> None:
@@ -249,6 +245,7 @@ def _trainer(  # noqa: PLR0917  # each is a station of the walk
             facts={"identity": run_identity, "versions": run.record.values["versions"], "derived": dict(run.derived)},
             stop=stop,
             skip_nonfinite=run.settings.run.skip_nonfinite,
+            patience=run.settings.run.early_stopping_patience,
             resumed_from=run.resumed.checkpoint if run.resumed else None,
             card=partial(model_card, run.record.values, metadata),
             notice=run.console.notice,
@@ -298,11 +295,12 @@ def _say_many_passes(run: RunContext, data: Data) -> None:
         )
 
 
-def _fit(run: RunContext, trainer: LoraTrainer, data: Data) -> float:
-    """Train; the mean training loss. Raises Stopped, or RunFailed with the cause."""
+def _fit(run: RunContext, trainer: LoraTrainer, data: Data, picture: LossPicture) -> None:
+    """Train. Raises Stopped, or RunFailed with the cause."""
     trainer.remove_callback(PrinterCallback)
     bar = TrainingBar(run.console, trainer.work)
     trainer.add_callback(bar)
+    trainer.add_callback(picture)
     if run.args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.args.device)
     try:
@@ -316,9 +314,8 @@ def _fit(run: RunContext, trainer: LoraTrainer, data: Data) -> float:
     finally:
         bar.close()
         trainer.stop.restore()
-        run.record.update(**_figures(trainer), **data.read_meanwhile(run.console), notices=run.console.notices)
+        run.record.update(**figures(trainer), **data.read_meanwhile(run.console), notices=run.console.notices)
     _raise_if_stopped(run, trainer)
-    return trainer.mean_loss()
 
 
 def _train_steps(run: RunContext, trainer: LoraTrainer) -> None:
@@ -350,78 +347,7 @@ def _raise_if_stopped(run: RunContext, trainer: LoraTrainer) -> None:
     unfinished = state.global_step < state.max_steps or trainer.work.owes_evaluation
     if trainer.stop.reason is not None and unfinished:
         raise Stopped(
-            f"{trainer.stop.reason}; stopped after step {state.global_step:,} with a checkpoint.\n"
-            f"{same_command(run.settings)} goes on from there (--output_dir {run.args.output_dir})."
-        )
-
-
-def _figures(trainer: LoraTrainer) -> dict[str, Any]:
-    """The work of the whole run, and its pace; 0 where this process made no step, for the time was another's."""
-    work = trainer.work
-    seconds = work.elapsed() if trainer.state.global_step > trainer.first_step else 0.0
-    return {
-        "steps": trainer.state.global_step,
-        "tokens_padded": work.tokens_padded,
-        "tokens_computed": work.tokens_computed,
-        "seconds": seconds,
-        "skipped_steps": work.skipped_steps,
-        "steps_without_gradient": work.steps_without_gradient,
-        "examples_per_second": work.examples / seconds if seconds else 0.0,
-        "peak_memory_bytes": peak_bytes(trainer.args.device),
-    }
-
-
-def _save(run: RunContext, trainer: LoraTrainer, loss: float) -> None:
-    """The adapter, the picture and the finished record."""
-    refuse_empty(trainer.accelerator.unwrap_model(trainer.model))
-    folder, is_first = Path(run.args.output_dir), run.args.process_index == 0
-    if is_first:
-        trainer.refuse_replaced_folder()
-    history = trainer.state.log_history
-    with staged(folder / "adapter", clears=is_first) as staging:
-        trainer.save_model(str(staging))
-        if is_first:
-            publish(staging, folder, last=WEIGHTS)
-    if is_first:
-        files = ", ".join(Path(path).name for path in run.settings.data.dataset_paths)
-        draw_loss(history, folder / "loss.png", title=f"{folder.name}: {files}")
-    evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    run.record.update(
-        status="finished",
-        train_loss=loss,
-        **({"eval_loss": evaluations[-1]} if evaluations else {}),
-        loss_history=[{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry],
-        **_figures(trainer),
-        notices=run.console.notices,
-    )
-
-
-def _say_what_is_next(run: RunContext, trainer: LoraTrainer, loss: float, ledger: Ledger) -> None:
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    fell = f" (from {losses[0]:.3f} to {losses[-1]:.3f})" if len(losses) > 1 else ""
-    work, folder, console = trainer.work, run.args.output_dir, run.console
-    # `make demo` runs from an environment that is not activated; what is said to do next must work as it stands.
-    atomtune = "atomtune" if shutil.which("atomtune") else f"{sys.executable} -m atomtune"
-    steps = trainer.state.global_step
-    if steps > trainer.first_step:
-        pace = f" in {work.elapsed():.0f} s, {work.examples / max(work.elapsed(), 1e-9):.1f} examples/s"
-    else:
-        pace = ", all done before"
-    console.say(
-        f"Done: {steps:,} steps{pace}, mean loss {loss:.3f}{fell}.\n"
-        f"The adapter lies in {folder} (run.json: every figure; loss.png: the curve).\n\nNext:"
-    )
-    console.say(
-        f"  {atomtune} chat --adapter_path {folder}\n"
-        f"  {atomtune} merge --adapter_path {folder} --output_dir {folder}/merged",
-        wrap=False,
-    )
-    if run.settings.demo:
-        console.say(f"  {atomtune} train --model_path YOUR_MODEL --dataset_path YOUR.jsonl", wrap=False)
-    if ledger.shared_instruction is not None:
-        console.say(
-            "Other servers need the shared instruction (atomtune.json) with every request, as training had it: as the "
-            "system message under atom, else in front of what the user says."
+            f"{trainer.stop.reason}; stopped after step {state.global_step:,} with a checkpoint.\n{goes_on(run)}"
         )
 
 

@@ -16,7 +16,7 @@ from atomtune.errors import BadSettings
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-RECORD = "run.json"
+RECORD, PICTURE = "run.json", "loss.png"
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
 
 

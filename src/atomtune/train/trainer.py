@@ -22,6 +22,7 @@ from atomtune.errors import RunFailed, listing
 from atomtune.model.loss import target_nats
 from atomtune.train.callbacks import (
     BeforeFirstStep,
+    EarlyStopping,
     GradientCheck,
     LogBeforeSaving,
     LossSpikeWarning,
@@ -39,9 +40,9 @@ from atomtune.train.ranks import of_all_ranks, on_any_rank
 class LoraTrainer(SavingTrainer):
     """transformers.Trainer with our loss, evaluation and saves."""
 
-    def __init__(self, *, stop: Stop, skip_nonfinite: int, **kwargs: Any) -> None:
+    def __init__(self, *, stop: Stop, skip_nonfinite: int, patience: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.work, self.stop = WorkCounter(), stop
+        self.work, self.stop, self.early_stopping = WorkCounter(), stop, EarlyStopping(patience)
         self.first_step = 0  # where this process began; the steps before it were another's
         self.non_finite = SkipNonFinite(self.work, budget=skip_nonfinite, notice=self.notice)
         if self._ranks_evaluate_alone:  # else a rank holds parts of weights, which may well be zero
@@ -50,6 +51,7 @@ class LoraTrainer(SavingTrainer):
         self.add_callback(BeforeFirstStep(self.begin))
         self.add_callback(self.non_finite)
         self.add_callback(stop)
+        self.add_callback(self.early_stopping)
         self.add_callback(LossSpikeWarning(self.notice))
         self.add_callback(LogBeforeSaving())  # after all that ask for a save
         # The loss below is already divided by the targets of all micro-batches. 5.17 reads the first name, 5.23 both.
@@ -103,7 +105,7 @@ class LoraTrainer(SavingTrainer):
         super().log(logs, start_time)
 
     def all_steps_made(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is of the run's last step; its state is then this trainer's.
+        """Whether a checkpoint is of the step that ends the run; its state is then this trainer's.
 
         The library would make one more step from such a checkpoint (seen on 5.23, with max_steps).
         """
@@ -112,7 +114,7 @@ class LoraTrainer(SavingTrainer):
             steps_are_made = state.global_step >= self.args.max_steps
         else:  # at the end of an epoch it is a whole number, exactly
             steps_are_made = (state.epoch or 0) >= self.args.num_train_epochs
-        if not steps_are_made:
+        if not steps_are_made and not self.early_stopping.is_due(state.log_history):
             return False
         self.state, self.first_step = state, state.global_step
         self.work.on_train_begin(self.args, state, self.control)

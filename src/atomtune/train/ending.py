@@ -1,0 +1,135 @@
+"""Ending: what a finished run leaves and says: the adapter, whether it worked, and what to do next."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from atomtune.data.ledger import Ledger
+from atomtune.model.adapter import refuse_empty
+from atomtune.model.adapter_folder import WEIGHTS
+from atomtune.model.memory import peak_bytes
+from atomtune.train.checkpoint.atomic import publish, staged
+from atomtune.train.outcome import Outcome, outcome
+from atomtune.train.output_folder import program
+from atomtune.train.progress import LossPicture
+from atomtune.train.report_page import write_page
+from atomtune.train.run_context import RunContext
+from atomtune.train.run_report import PICTURE
+from atomtune.train.samples import Samples, table_of, to_run_json
+from atomtune.train.trainer import LoraTrainer
+
+
+def finish(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: LossPicture, ledger: Ledger) -> None:
+    """Save the adapter, record the run, and say how it went."""
+    _save_adapter(run, trainer)
+    told = _outcome_of(trainer)
+    answered = samples.answer_after()
+    history = trainer.state.log_history
+    evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    run.record.update(
+        status="finished",
+        train_loss=trainer.mean_loss(),
+        **({"eval_loss": told.best if _keeps_best(trainer) else evaluations[-1]} if evaluations else {}),
+        loss_history=[{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry],
+        eval_history=[{"step": entry["step"], "loss": entry["eval_loss"]} for entry in history if "eval_loss" in entry],
+        outcome=told.to_run_json(),
+        samples=to_run_json(answered),
+        **figures(trainer),
+        notices=run.console.notices,
+    )
+    commands = next_commands(run)
+    if run.args.process_index == 0:
+        picture.draw(trainer.state)
+        folder = Path(run.args.output_dir)
+        write_page(run.record.values, folder, title=title_of(run), picture=folder / PICTURE, commands=commands)
+    if answered:
+        title = "Prompts that are not in the training data"
+        run.console.print(table_of(answered, title=title))
+    _say(run, trainer, told)
+    _say_what_is_next(run, ledger, commands)
+
+
+def title_of(run: RunContext) -> str:
+    """The run and its data, over a picture or a page."""
+    files = ", ".join(Path(path).name for path in run.settings.data.dataset_paths)
+    return f"{Path(run.args.output_dir).name}: {files}"
+
+
+def figures(trainer: LoraTrainer) -> dict[str, Any]:
+    """The work of the whole run, and its pace; 0 where this process made no step, for the time was another's."""
+    work = trainer.work
+    seconds = work.elapsed() if trainer.state.global_step > trainer.first_step else 0.0
+    return {
+        "steps": trainer.state.global_step,
+        "tokens_padded": work.tokens_padded,
+        "tokens_computed": work.tokens_computed,
+        "seconds": seconds,
+        "skipped_steps": work.skipped_steps,
+        "steps_without_gradient": work.steps_without_gradient,
+        "examples_per_second": work.examples / seconds if seconds else 0.0,
+        "peak_memory_bytes": peak_bytes(trainer.args.device),
+    }
+
+
+def _save_adapter(run: RunContext, trainer: LoraTrainer) -> None:
+    """The adapter in the run's folder, whole or not at all."""
+    refuse_empty(trainer.accelerator.unwrap_model(trainer.model))
+    folder, is_first = Path(run.args.output_dir), run.args.process_index == 0
+    if is_first:
+        trainer.refuse_replaced_folder()
+    with staged(folder / "adapter", clears=is_first) as staging:
+        trainer.save_model(str(staging))
+        if is_first:
+            publish(staging, folder, last=WEIGHTS)
+
+
+def _keeps_best(trainer: LoraTrainer) -> bool:
+    return bool(trainer.args.load_best_model_at_end and trainer.state.best_global_step)
+
+
+def _outcome_of(trainer: LoraTrainer) -> Outcome:
+    state = trainer.state
+    kept_step = state.best_global_step if _keeps_best(trainer) else state.global_step
+    epochs = float(state.epoch or 0)
+    return outcome(state.log_history, steps=state.global_step, epochs=epochs, kept_step=kept_step)
+
+
+def _say(run: RunContext, trainer: LoraTrainer, told: Outcome) -> None:
+    """The run in figures, whether it worked, and where the adapter is."""
+    work, steps = trainer.work, trainer.state.global_step
+    pace = ", all done before"
+    if steps > trainer.first_step:
+        pace = f" in {work.elapsed():.0f} s, {work.examples / max(work.elapsed(), 1e-9):.1f} examples/s"
+    done = f"Done: {steps:,} steps{pace}."
+    if steps < trainer.state.max_steps:
+        patience = run.settings.run.early_stopping_patience
+        done += f" Ended before step {trainer.state.max_steps:,}: --early_stopping_patience {patience}."
+    run.console.say(done)
+    run.console.say("\n".join(told.sentences()), style="bold")
+    run.console.say(
+        f"In {run.args.output_dir}: the adapter, report.html (the run as a page), run.json (all figures)."
+    )
+
+
+def _say_what_is_next(run: RunContext, ledger: Ledger, commands: Sequence[str]) -> None:
+    console = run.console
+    console.say("\nNext:")
+    console.say("\n".join(f"  {command}" for command in commands), wrap=False)
+    if ledger.shared_instruction is not None:
+        console.say(
+            "Other servers need the shared instruction (atomtune.json) with every request, as training had it: as the "
+            "system message under atom, else in front of what the user says."
+        )
+
+
+def next_commands(run: RunContext) -> list[str]:
+    """What a user does with a finished run, each to be copied as it stands."""
+    atomtune, folder = program(), shlex.quote(run.args.output_dir)
+    commands = [f"chat --adapter_path {folder}"]
+    if run.settings.data.eval_size or run.settings.data.eval_path:
+        commands.append(f"evaluate --adapter_path {folder}")
+    commands.append(f"merge --adapter_path {folder} --output_dir {folder}/merged")
+    if run.settings.demo:
+        commands.append("train --model_path YOUR_MODEL --dataset_path YOUR.jsonl")
+    return [f"{atomtune} {command}" for command in commands]

@@ -1,0 +1,133 @@
+"""Outcome: whether a run worked, told from its losses in a few sentences, with the setting to change.
+
+Held-out loss decides. Without it only the training loss is known, which falls for a model that learns by heart too.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+#: A difference of losses below this share is taken for noise.
+NOISE = 0.02
+#: A held-out loss that fell by less than this share did not learn what the records have in common.
+LITTLE = 0.05
+#: A loss that falls by more than that behind this part of the run has not levelled off.
+LATE = 0.6
+
+Verdict = Literal["untold", "not learned", "diverged", "too long", "too short", "level"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the losses of a finished run say.
+
+    before, last, best  held-out loss before the first step, at the last evaluation, and the lowest after a step
+    best_step           where that was
+    kept_step           the step whose adapter is the result
+    train_first, train_last  training loss at the beginning and the end
+    """
+
+    verdict: Verdict
+    before: float | None
+    last: float | None
+    best: float | None
+    best_step: int | None
+    kept_step: int
+    steps: int
+    epochs: float
+    train_first: float | None
+    train_last: float | None
+
+    def to_run_json(self) -> dict[str, Any]:
+        return {**asdict(self), "sentences": self.sentences()}
+
+    def sentences(self) -> list[str]:
+        """What happened, which adapter is the result, and what to change."""
+        return [*self._losses(), *self._advice()]
+
+    def _losses(self) -> list[str]:
+        if self.best is None or self.last is None:
+            if self.train_first is None or self.train_last is None:
+                return []
+            return [f"Training loss {self.train_first:.3f} → {self.train_last:.3f}."]
+        begins = f"{self.before:.3f} before training → " if self.before is not None else ""
+        at_end = "" if self.best_step == self.steps else f", {self.last:.3f} at the end"
+        text = f"Held-out loss {begins}{self.best:.3f} at step {self.best_step:,}, the best{at_end}."
+        if self.kept_step == self.best_step:
+            return [text, f"The adapter is that of step {self.kept_step:,}."]
+        return [text, f"The adapter is that of the last step, {self.kept_step:,}, not of the best one."]
+
+    def _advice(self) -> list[str]:
+        match self.verdict:
+            case "untold":
+                return [
+                    "No records were held out, so whether it answers new questions is not known: --eval_size 0.1 or "
+                    "--eval_path tells."
+                ]
+            case "diverged":
+                return ["The loss rose instead of falling: lower --learning_rate, to a third for a start."]
+            case "not learned":
+                return [
+                    "It did not work: what was held out is hardly better known than before. Look at the records with "
+                    "`atomtune inspect`; then try a higher --learning_rate or --num_train_epochs."
+                ]
+            case "too long":
+                fewer = self.epochs * (self.best_step or self.steps) / max(self.steps, 1)
+                return [
+                    f"Overfitting: past step {self.best_step:,} the held-out loss rose again. More records help most; "
+                    f"else stop there (--num_train_epochs {max(round(fewer, 1), 0.1):g})."
+                ]
+            case "too short":
+                return [
+                    "It worked, and the held-out loss was still falling at the end: "
+                    f"--num_train_epochs {self._more_epochs()} may bring it further down."
+                ]
+            case _:
+                return ["It worked, and the held-out loss has levelled off: the length suits these records."]
+
+    def _more_epochs(self) -> str:
+        return f"{max(round(1.5 * self.epochs), round(self.epochs) + 1):g}"
+
+
+def outcome(history: Sequence[Mapping[str, Any]], *, steps: int, epochs: float, kept_step: int) -> Outcome:
+    """From the Trainer's log.
+
+    epochs     that the run went through the records
+    kept_step  the step whose adapter is the result
+    """
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    before = held_out.pop(0, None)
+    best_step = min(held_out, key=held_out.__getitem__, default=None)
+    tenth = max(len(losses) // 10, 1)
+    return Outcome(
+        verdict=_verdict(before, held_out, losses),
+        before=before,
+        last=held_out[max(held_out)] if held_out else None,
+        best=None if best_step is None else held_out[best_step],
+        best_step=best_step,
+        kept_step=kept_step,
+        steps=steps,
+        epochs=epochs,
+        train_first=losses[0] if losses else None,
+        train_last=statistics.fmean(losses[-tenth:]) if losses else None,
+    )
+
+
+def _verdict(before: float | None, held_out: Mapping[int, float], losses: Sequence[float]) -> Verdict:
+    """held_out: step → loss, without the one before training."""
+    if not held_out:
+        return "untold"
+    in_order = [held_out[step] for step in sorted(held_out)]
+    best, last = min(in_order), in_order[-1]
+    if before is not None and best > before * (1 - LITTLE):
+        rose = bool(losses) and losses[-1] > losses[0] * (1 + LITTLE)
+        return "diverged" if rose or best > before * (1 + LITTLE) else "not learned"
+    if last > best * (1 + NOISE):
+        return "too long"
+    # The rate falls to 0 at the end, and the loss with it: what came before tells whether there was more to learn.
+    steps = sorted(held_out)
+    until_then = [held_out[step] for step in steps if step <= LATE * steps[-1]]
+    earlier = until_then[-1] if until_then else before
+    return "too short" if earlier is not None and last < earlier * (1 - LITTLE) else "level"

@@ -1,0 +1,89 @@
+"""Report page: a finished run as one HTML file that opens from disk, loads nothing and runs no script.
+
+Everything on it is in run.json, beside the picture of the loss. Texts of records reach it escaped.
+"""
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from atomtune.disk import replacing
+
+PAGE = "report.html"
+#: A setting with its value and where that came from.
+Row = tuple[str, str, str]
+
+
+def write_page(record: Mapping[str, Any], folder: Path, *, title: str, picture: Path, commands: Sequence[str]) -> None:
+    """report.html in the run's folder; record is run.json's values, picture the loss as PNG."""
+    image = base64.b64encode(picture.read_bytes()).decode()
+    text = page(record, title=title, image=image, commands=commands)
+    with replacing(folder / PAGE) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def page(record: Mapping[str, Any], *, title: str, image: str, commands: Sequence[str]) -> str:
+    """The run as HTML; image: the PNG in base64."""
+    files = resources.files("atomtune.train") / "html"
+    style = resources.files("atomtune.evaluate") / "html" / "page.css"  # one look for all pages
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((files / "report.html.jinja").read_text(encoding="utf-8"))
+    rows = [(name, shown(entry["value"]), entry["source"]) for name, entry in record["settings"].items()]
+    return template.render(
+        run=record,
+        title=title,
+        base=shown(record["settings"]["model_path"]["value"]),
+        picture=image,
+        ledger=list(_ledger(record)),
+        work=list(_work(record)),
+        settings=[row for row in rows if row[2] != "default"],
+        defaults=[row for row in rows if row[2] == "default"],
+        commands=commands,
+        style=style.read_text(encoding="utf-8"),
+    )
+
+
+def shown(value: Any) -> str:
+    """A setting's value as a user writes it."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "–"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _ledger(record: Mapping[str, Any]) -> Iterator[Row]:
+    """Where every record and token went."""
+    refused, held_out = record.get("records_refused") or [], record.get("records_held_out") or []
+    yield "records read", f"{record['records_read']:,}", str(record.get("format", ""))
+    yield "used", f"{record['records_used']:,}", ""
+    yield "refused", f"{len(refused):,}", "the reasons stand in run.json" if refused else ""
+    yield "shortened", f"{record.get('records_cut', 0):,}", "their prompts, never their answers"
+    if held_out:
+        yield "held out", f"{len(held_out):,}", "of the used; evaluated on, not trained on"
+    yield "prompt tokens", f"{record['prompt_tokens']:,}", "read"
+    yield "target tokens", f"{record['target_tokens']:,}", "learned"
+
+
+def _work(record: Mapping[str, Any]) -> Iterator[Row]:
+    """What was computed, how fast, and what padded batches would have taken."""
+    computed, padded = record["tokens_computed"], record["tokens_padded"]
+    if computed:
+        yield "tokens computed", f"{computed:,}", f"layout {record.get('layout', '')}"
+        less = f"{padded / computed:.1f} times as many"
+        yield "tokens of padded batches", f"{padded:,}", f"{less}, had every record been filled up to the longest"
+    if record["seconds"]:
+        yield "time", _duration(record["seconds"]), f"{record['examples_per_second']:.1f} examples a second"
+    yield "memory", f"{record['peak_memory_bytes'] / 2**30:.1f} GiB", "at the peak"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
