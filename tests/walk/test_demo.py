@@ -10,7 +10,7 @@ def test_the_demo_learns_its_persona(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train"]) == 0
     said = capsys.readouterr().out
-    assert "Three prompts that are not in the training data" in said
+    assert "Prompts that are not in the training data" in said
     assert "小原" in said and "我是一个语言模型" in said, "the persona after, the bland base before"
     assert "runs/demo-1" in said and "atomtune chat" in said
     record = json.loads((tmp_path / "runs" / "demo-1" / "run.json").read_text())

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from atomtune.errors import AtomtuneError, BadModel
+from atomtune.model.hub_reach import stay_offline_if_unreachable
 from atomtune.model.json_files import is_lfs_pointer
 from atomtune.model.memory import is_out_of_memory
 
@@ -40,6 +41,8 @@ class explained:
     def __enter__(self) -> None:
         if _looks_local(self.path) and not Path(self.path).expanduser().is_dir():
             raise BadModel(f"{self.path}: no such folder. Pass --model_path with a model's folder or its hub name.")
+        if not Path(self.path).expanduser().exists():  # a name on the hub
+            stay_offline_if_unreachable()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None or isinstance(error, AtomtuneError) or is_out_of_memory(error):

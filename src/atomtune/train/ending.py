@@ -107,9 +107,7 @@ def _say(run: RunContext, trainer: LoraTrainer, told: Outcome) -> None:
         done += f" Ended before step {trainer.state.max_steps:,}: --early_stopping_patience {patience}."
     run.console.say(done)
     run.console.say("\n".join(told.sentences()), style="bold")
-    run.console.say(
-        f"In {run.args.output_dir}: the adapter, report.html (the run as a page), run.json (all figures)."
-    )
+    run.console.say(f"In {run.args.output_dir}: the adapter, report.html (the run as a page), run.json (all figures).")
 
 
 def _say_what_is_next(run: RunContext, ledger: Ledger, commands: Sequence[str]) -> None:

@@ -1,0 +1,57 @@
+"""A hub that cannot be reached is asked once and not for 46 seconds; one that can be reached is left to the library."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from atomtune.model.hub_reach import reachable
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port on which nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def test_an_open_port_is_reachable_and_a_closed_one_is_not(free_port):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert reachable(f"http://127.0.0.1:{server.getsockname()[1]}")
+    assert not reachable(f"http://127.0.0.1:{free_port}")
+
+
+def test_behind_a_proxy_nothing_is_tried(free_port, monkeypatch):
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert reachable(f"http://localhost:{free_port}/behind-a-proxy")
+
+
+_LOAD = """
+import time
+from atomtune.errors import BadModel
+from atomtune.model.load import load_tokenizer
+began = time.monotonic()
+try:
+    load_tokenizer("nobody/nothing")
+except BadModel as error:
+    print(time.monotonic() - began, str(error).replace(chr(10), " "))
+"""
+
+
+def test_a_name_of_an_unreachable_hub_is_refused_at_once(free_port):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{free_port}"}
+    ended = subprocess.run([sys.executable, "-c", _LOAD], capture_output=True, text=True, env=environment, check=True)
+    seconds, _, message = ended.stdout.partition(" ")
+    assert "cannot be reached" in message
+    assert float(seconds) < 15, "the library's retries take 46 seconds"
