@@ -103,6 +103,9 @@ def test_a_pipe_and_a_command_to_copy_get_whole_lines():
     assert spoken.file.getvalue() == long + "\n"
     spoken.say(long)
     assert max(map(len, spoken.file.getvalue().splitlines()[1:])) <= 40
+    command = "  atomtune train --model_path a-model --dataset_path some-records.jsonl --output_dir out --resume"
+    spoken.say(f"To go on from there:\n{command}")
+    assert spoken.file.getvalue().endswith(f"\n{command}\n")
 
 
 def test_no_command_lets_data_or_names_speak_to_the_terminal(models, tmp_path, capsys):

@@ -19,6 +19,8 @@ from rich.segment import Segment
 #: What a terminal obeys instead of showing it: C0 and C1 control characters, all but tab and line end, and the marks
 #: that turn the direction of writing or end a line.
 _ORDERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+#: A line that is a command of ours; it is left whole, so that it can be copied.
+_COMMAND = re.compile(r"  (atomtune|\S+ -m atomtune) ")
 #: What a line may end behind: spaces, a word, or one character of Chinese or Japanese with the marks around it.
 _WIDE = "\u2e80-\u9fff\uf900-\ufaff\uff01-\uff60"
 _OPENING, _CLOSING = "（「『《〈【“‘", "）」』》〉】”’、。，；：！？…"
@@ -45,7 +47,8 @@ class Console(rich.console.Console):
         """
         text = visible(text)
         if wrap and self.is_terminal:
-            text = "\n".join(wrapped(line, self.width) for line in text.split("\n"))
+            lines = text.split("\n")
+            text = "\n".join(line if _COMMAND.match(line) else wrapped(line, self.width) for line in lines)
         self.print(text, style=style, soft_wrap=True)
 
     def notice(self, text: str) -> None:

@@ -115,7 +115,7 @@ def held_out_words(losses: Sequence[float]) -> str:
     if len(losses) == 1:
         return text
     arrow = "↓" if last < losses[-2] else "↑" if last > losses[-2] else "→"
-    return f"{text} {arrow}{' best' if last == min(losses) else ''}"
+    return f"{text} {arrow}{' best' if last < min(losses[:-1]) else ''}"
 
 
 def _clock(seconds: float) -> str:

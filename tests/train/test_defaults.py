@@ -1,0 +1,156 @@
+"""What a run takes where nothing is set: enough steps for few records, a rate by the width, the best adapter kept."""
+
+import math
+
+import pytest
+
+from atomtune.errors import BadSettings
+from atomtune.model.base_shape import NO_LIMIT, BaseShape, tokens_in_memory
+from atomtune.settings.read import read_train
+from atomtune.train.arguments import trainer_arguments
+from atomtune.train.defaults import (
+    FEW_STEPS,
+    HIGHEST_RATE,
+    LOWEST_RATE,
+    MOST_EPOCHS,
+    SMALLEST_STEP,
+    WANTED_STEPS,
+    Size,
+    derive,
+    largest_batch,
+    learning_rate,
+)
+
+SHAPE = BaseShape(width=2000, longest=4096, longest_why="the base has 4,096 positions")
+
+
+def derived(tmp_path, *flags: str, records: int | None = 200, held_out: int = 20, longest: int = 90) -> dict:
+    settings = read_train(
+        ["--model_path", "m", "--dataset_path", "d.jsonl", "--output_dir", str(tmp_path), "--use_cpu", "true", *flags]
+    )
+    size = Size(records=records, held_out=held_out, asked=held_out, longest=longest)
+    return derive(settings, trainer_arguments(settings), size, SHAPE).values
+
+
+@pytest.mark.parametrize("records", [10, 50, 180, 450, 900, 4000, 100_000])
+def test_every_size_of_data_gets_enough_steps_or_all_that_are_sensible(tmp_path, records):
+    values = derived(tmp_path, records=records)
+    batch, epochs = values["per_device_train_batch_size"], values["num_train_epochs"]
+    steps = epochs * math.ceil(records / batch)
+    assert steps >= WANTED_STEPS or (epochs == MOST_EPOCHS and batch == SMALLEST_STEP)
+    assert 1 <= batch <= 16 and 3 <= epochs <= MOST_EPOCHS
+    assert steps >= FEW_STEPS or records < 50
+
+
+def test_a_larger_set_never_gets_smaller_batches_or_more_epochs(tmp_path):
+    sizes = [derived(tmp_path, records=records) for records in range(20, 3000, 61)]
+    batches = [values["per_device_train_batch_size"] for values in sizes]
+    epochs = [values["num_train_epochs"] for values in sizes]
+    assert batches == sorted(batches) and epochs == sorted(epochs, reverse=True)
+
+
+def test_what_the_user_sets_is_not_derived(tmp_path):
+    flags = {
+        "learning_rate": "1e-4", "num_train_epochs": "2", "per_device_train_batch_size": "16", "logging_steps": "10",
+        "save_steps": "40000", "max_seq_length": "256", "eval_size": "0", "load_best_model_at_end": "false",
+    }  # fmt: skip
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    assert not flags.keys() & derived(tmp_path, *words, held_out=0).keys()
+
+
+def test_auto_is_the_same_as_leaving_it_out(tmp_path):
+    names = ("learning_rate", "num_train_epochs", "max_seq_length", "eval_size", "save_steps", "eval_strategy")
+    words = [word for name in names for word in (f"--{name}", "auto")]
+    assert derived(tmp_path, *words) == derived(tmp_path)
+
+
+def test_a_number_of_steps_keeps_the_usual_batch(tmp_path):
+    values = derived(tmp_path, "--max_steps", "30", records=40)
+    assert values["per_device_train_batch_size"] == 16
+    assert "num_train_epochs" not in values
+
+
+def test_accumulated_batches_and_processes_count(tmp_path):
+    assert largest_batch(1000, 3, batches_a_step=1) == 8
+    assert largest_batch(1000, 3, batches_a_step=8) == 1
+    assert derived(tmp_path, "--gradient_accumulation_steps", "4", records=5000)["per_device_train_batch_size"] == 16
+
+
+@pytest.mark.parametrize(("width", "rate"), [(2000, 5e-4), (4096, 2.9e-4), (576, 1.3e-3)])
+def test_a_wider_base_gets_a_lower_rate(width, rate):
+    assert learning_rate(width, 32)[0] == pytest.approx(rate, rel=0.02)
+
+
+def test_the_rate_has_bounds_and_follows_alpha():
+    assert learning_rate(8, 32)[0] == HIGHEST_RATE
+    assert learning_rate(10**6, 32)[0] == LOWEST_RATE
+    assert learning_rate(2000, 64)[0] == pytest.approx(learning_rate(2000, 32)[0] / 2)
+    assert 0 < learning_rate(None, 32)[0] < HIGHEST_RATE
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--num_train_epochs", "1"],
+        ["--num_train_epochs", "30"],
+        ["--max_steps", "7"],
+        ["--save_steps", "20"],
+        ["--eval_steps", "7"],
+        ["--eval_steps", "0.1"],
+        ["--save_strategy", "epoch"],
+        ["--eval_strategy", "epoch"],
+        ["--eval_strategy", "steps"],
+    ],
+)
+def test_a_checkpoint_is_saved_with_each_evaluation_so_the_best_can_be_kept(tmp_path, flags):
+    """The library refuses load_best_model_at_end where that does not hold, so its own arguments are the oracle."""
+    values = derived(tmp_path, *flags)
+    assert values["load_best_model_at_end"] and values["eval_on_start"]
+    settings = read_train(
+        ["--model_path", "m", "--dataset_path", "d", "--output_dir", str(tmp_path), "--use_cpu", "true", *flags]
+    )
+    args = trainer_arguments(settings.with_derived(values, {}))
+    assert args.eval_strategy == args.save_strategy != "no"
+
+
+def test_saves_that_are_far_apart_leave_evaluation_its_own_rhythm(tmp_path):
+    values = derived(tmp_path, "--save_steps", "40000")
+    assert values["eval_strategy"] == "epoch"
+    assert not values["load_best_model_at_end"]
+
+
+def test_no_records_to_evaluate_on_means_no_evaluation(tmp_path):
+    values = derived(tmp_path, held_out=0)
+    assert values["eval_strategy"] == "no" and not values["load_best_model_at_end"]
+    with pytest.raises(BadSettings, match="needs records"):
+        derived(tmp_path, "--eval_strategy", "epoch", held_out=0)
+
+
+def test_a_curve_has_points_enough(tmp_path):
+    for records in (60, 500, 20_000):
+        values = derived(tmp_path, records=records)
+        batch, epochs = values["per_device_train_batch_size"], values["num_train_epochs"]
+        steps = epochs * math.ceil(records / batch)
+        assert steps / values["logging_steps"] >= min(50, steps)
+        assert values["logging_steps"] <= 10
+
+
+def test_the_longest_record_sets_the_length_until_the_base_does(tmp_path):
+    assert derived(tmp_path, longest=90)["max_seq_length"] == 256
+    assert derived(tmp_path, longest=1000)["max_seq_length"] == 1024
+    assert derived(tmp_path, longest=4090)["max_seq_length"] == 4096
+    assert derived(tmp_path, longest=4096)["max_seq_length"] == 4096
+    assert derived(tmp_path, "--max_steps", "5", records=None, held_out=0)["max_seq_length"] == 4096
+
+
+def test_more_memory_bears_longer_records():
+    class Config:
+        hidden_size, intermediate_size, num_hidden_layers = 4096, 11008, 32
+
+    limits = [tokens_in_memory(Config, gigabytes * 10**9) for gigabytes in (1, 8, 24, 80)]
+    assert limits == sorted(limits) and limits[0] >= 256
+    assert all(limit & (limit - 1) == 0 for limit in limits), "powers of two, so that two runs cut alike"
+    Config.hidden_size = 0
+    Config.intermediate_size = 0
+    assert tokens_in_memory(Config, 10**9) == NO_LIMIT

@@ -1,0 +1,48 @@
+"""The sentence at the end follows from the losses, and names the setting to change."""
+
+import pytest
+
+from atomtune.train.outcome import outcome
+
+
+def told(held_out: list[float], training: list[float], *, kept_step: int | None = None, epochs: float = 4):
+    """An outcome of evaluations at steps 0, 10, 20, …, and training losses between them."""
+    history = [{"step": 10 * i, "eval_loss": loss} for i, loss in enumerate(held_out)]
+    history += [{"step": i + 1, "loss": loss} for i, loss in enumerate(training)]
+    steps = 10 * (len(held_out) - 1)
+    return outcome(history, steps=steps, epochs=epochs, kept_step=steps if kept_step is None else kept_step)
+
+
+FALLING = [3.0, 2.0, 1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "training", "verdict", "setting"),
+    [
+        ([3.0, 2.0, 1.5, 1.2, 1.0], FALLING, "too short", "--num_train_epochs 6"),
+        ([3.0, 1.2, 1.02, 1.01, 1.0], FALLING, "level", "suits"),
+        ([3.0, 1.5, 1.0, 1.2, 1.5], FALLING, "too long", "--num_train_epochs 2"),
+        ([3.0, 2.95, 2.99, 3.0, 3.0], FALLING, "not learned", "--learning_rate"),
+        ([3.0, 4.0, 5.0, 6.0, 7.0], [3.0, 4.0, 5.0], "diverged", "lower --learning_rate"),
+        ([3.0, 4.0, 5.0, 6.0, 7.0], FALLING, "diverged", "lower --learning_rate"),
+        ([], FALLING, "untold", "--eval_size"),
+    ],
+)
+def test_the_verdict_follows_from_the_losses(held_out, training, verdict, setting):
+    found = told(held_out, training)
+    assert found.verdict == verdict
+    assert setting in " ".join(found.sentences())
+
+
+def test_the_best_step_and_the_one_that_is_kept_are_named():
+    kept = told([3.0, 1.5, 1.0, 1.2, 1.5], FALLING, kept_step=20)
+    assert (kept.best, kept.best_step, kept.last, kept.before) == (1.0, 20, 1.5, 3.0)
+    text = " ".join(kept.sentences())
+    assert "3.000 before training → 1.000 at step 20" in text and "1.500 at the end" in text
+    assert "The adapter is that of step 20." in text
+    assert "of the last step, 40, not of the best one" in " ".join(told([3.0, 1.5, 1.0, 1.2, 1.5], FALLING).sentences())
+
+
+def test_a_run_without_any_log_says_nothing_it_does_not_know():
+    assert told([], []).sentences()[:-1] == []
+    assert told([], []).to_run_json()["verdict"] == "untold"

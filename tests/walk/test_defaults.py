@@ -1,0 +1,128 @@
+"""A run with nothing set but model and data: some records held out, the best adapter kept, and told how it went."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from atomtune.cli import main
+from atomtune.data.records import Example
+from atomtune.model import base_shape
+from atomtune.train.samples import question_in
+from tests.conftest import write_jsonl
+from tests.tiny import tokenizer_of
+
+
+@pytest.fixture
+def numbers(tmp_path) -> Path:
+    """60 records that are not alike enough to be one group."""
+    words = ["lamp", "boat", "tea", "gull", "rope", "fog"]
+    records = []
+    for n in range(60):
+        word, other = words[n % 6], words[n // 6 % 6]
+        question = f"{n * 7919 % 1000} {word} {n * n} {other}?"
+        records.append({"instruction": question, "output": f"{other} {n * 31} and {word} {n}."})
+    return write_jsonl(tmp_path / "numbers.jsonl", records)
+
+
+def command(base, data, out, *more) -> list[str]:
+    short = ["--dtype", "float32", "--num_train_epochs", "2"]
+    return ["train", "--model_path", str(base), "--dataset_path", str(data), "--output_dir", str(out), *short, *more]
+
+
+def record_of(out) -> dict:
+    return json.loads((out / "run.json").read_text(encoding="utf-8"))
+
+
+def test_a_run_tells_whether_it_worked(models, numbers, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(command(models("llama"), numbers, out)) == 0
+    record = record_of(out)
+    assert len(record["records_held_out"]) == 6
+    assert record["settings"]["eval_size"]["source"].startswith("auto: ")
+    assert record["settings"]["learning_rate"]["value"] == 2e-3, "the tiny base is narrow"
+
+    evaluations = record["eval_history"]
+    assert [entry["step"] for entry in evaluations] == [0, 14, 28], "before the first step, and after each epoch"
+    best = min(evaluations[1:], key=lambda entry: entry["loss"])
+    told = record["outcome"]
+    assert (told["before"], told["best"], told["best_step"]) == (evaluations[0]["loss"], best["loss"], best["step"])
+    assert told["kept_step"] == best["step"] and record["eval_loss"] == best["loss"]
+    kept = out / f"checkpoint-{best['step']}" / "adapter_model.safetensors"
+    assert (out / "adapter_model.safetensors").read_bytes() == kept.read_bytes()
+
+    said = capsys.readouterr().out
+    for sentence in told["sentences"]:
+        assert sentence in " ".join(said.split())
+    assert f"\n  {'atomtune' if '  atomtune chat' in said else ''}" in said.partition("Next:")[2]
+
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert told["sentences"][0] in page and "numbers.jsonl" in page
+    assert 'src="http' not in page and "<script" not in page
+    assert len(record["samples"]) == 3
+    held_out = {json.loads(line)["output"] for n, line in enumerate(numbers.read_text().splitlines(), 1)
+                if f"numbers.jsonl:{n}" in record["records_held_out"]}  # fmt: skip
+    assert {sample["reference"] for sample in record["samples"]} <= held_out
+
+
+def test_a_resumed_run_takes_what_the_run_that_began_took(models, numbers, tmp_path, capsys, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main(command(models("llama"), numbers, whole)) == 0
+    assert main(command(models("llama"), numbers, out, "--max_minutes", "0.0001")) == 75
+    resume = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("  "))
+    words = shlex.split(resume.partition(" train ")[2])
+    limit = words.index("--max_minutes")
+    monkeypatch.setattr(base_shape, "tokens_in_memory", lambda config, memory_bytes: 256)  # another machine
+    assert main(["train", *words[:limit], *words[limit + 2 :]]) == 0
+    before, after = record_of(whole), record_of(out)
+    for name in before["settings"]:
+        if name not in ("output_dir", "resume"):
+            assert after["settings"][name]["value"] == before["settings"][name]["value"], name
+    for name in ("eval_history", "loss_history", "records_held_out", "samples"):
+        assert after[name] == before[name], name
+    weights = "adapter_model.safetensors"
+    assert (out / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_few_records_are_all_learned(models, dialogues, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(command(models("llama"), dialogues, out, "--num_train_epochs", "1")) == 0
+    record = record_of(out)
+    assert "records_held_out" not in record and "eval_loss" not in record and record["samples"] == []
+    assert record["outcome"]["verdict"] == "untold" and "--eval_size" in capsys.readouterr().out
+
+
+def test_records_that_are_all_alike_are_all_learned_and_that_is_said(models, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "same.jsonl", [{"instruction": "Hello?", "output": f"Yes {n}."} for n in range(60)])
+    assert main(command(models("llama"), data, tmp_path / "out", "--max_steps", "1")) == 0
+    assert "no records are held out: " in capsys.readouterr().out
+    assert "records_held_out" not in record_of(tmp_path / "out")
+
+
+def test_a_run_that_no_longer_gets_better_ends_early(models, numbers, tmp_path, capsys):
+    out = tmp_path / "out"
+    # At such a rate the weights move by less than the loss can show: no evaluation is better than the first.
+    flags = ["--learning_rate", "1e-12", "--eval_steps", "2", "--early_stopping_patience", "2"]
+    assert main(command(models("llama"), numbers, out, *flags)) == 0
+    assert record_of(out)["steps"] == 6
+    assert "--early_stopping_patience 2" in capsys.readouterr().out
+    assert main([*command(models("llama"), numbers, out, *flags), "--resume"]) == 0
+    assert "already finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["chatml", "llama3", "plain"])
+def test_a_prompt_is_shown_without_what_the_template_writes_around_it(models, form):
+    tokenizer = tokenizer_of(["Who are you? user assistant system You are a lamp. Human:"] * 3)
+    control = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": control})
+    text = {
+        "chatml": "<|im_start|>system\nYou are a lamp.<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        "llama3": "<|start_header_id|>user<|end_header_id|>\n\nWho are you?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "plain": "Human: Who are you?",
+    }[form]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    example = Example(tuple([*ids, 5]), (*[0] * len(ids), 1), "x:1")
+    assert question_in(example.ids[:-1], tokenizer) == "Who are you?"
