@@ -20,10 +20,11 @@ FLOORS = (
     ("data", "engines"),
     ("analysis", "batch"),
     ("model",),
-    ("verify", "inspect", "plan", "evaluate", "runs", "own_loop"),
+    ("verify", "inspect", "evaluate", "runs", "own_loop"),
     ("certify",),
     ("export", "serve"),
     ("train",),
+    ("plan",),  # a plan takes what the run would take for its settings on auto
     ("cli", "api"),
     ("__main__", "__init__"),
 )

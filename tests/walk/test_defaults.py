@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from atomtune.cli import main
-from atomtune.data.records import Example
 from atomtune.model import base_shape
 from atomtune.train.samples import question_in
 from tests.conftest import write_jsonl
@@ -124,5 +123,4 @@ def test_a_prompt_is_shown_without_what_the_template_writes_around_it(models, fo
         "plain": "Human: Who are you?",
     }[form]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    example = Example(tuple([*ids, 5]), (*[0] * len(ids), 1), "x:1")
-    assert question_in(example.ids[:-1], tokenizer) == "Who are you?"
+    assert question_in(ids, tokenizer) == "Who are you?"

@@ -1,11 +1,12 @@
 """Plan: what a run would cost, from the command line it would have."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
 from rich.table import Table
+from transformers import TrainingArguments
 
 from atomtune.batch.cost import SAMPLED_BATCHES, LayoutTokens, batches_of, heaviest_of_the_run, sample_rows
 from atomtune.choices import Layout
@@ -16,6 +17,7 @@ from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.reading.sources import distinct_names, size_of
 from atomtune.errors import BadData, BadSettings
 from atomtune.model.adapter import LoraSpec
+from atomtune.model.base_shape import base_shape
 from atomtune.model.load import device_in_use, dtype_name, load_tokenizer, quiet_libraries, resolve_dtype
 from atomtune.model.memory import USABLE, USABLE_ON_GPU, free_bytes
 from atomtune.plan.estimate import (
@@ -30,6 +32,8 @@ from atomtune.plan.estimate import (
 )
 from atomtune.plan.model_size import ModelSize, measure
 from atomtune.settings.fields import PlanSettings, TrainSettings
+from atomtune.train.arguments import trainer_arguments
+from atomtune.train.defaults import Size, derive, records_to_hold_out
 
 #: GB of the cards that people have.
 CARDS = (8, 12, 16, 24, 32, 48, 80, 141)
@@ -68,7 +72,8 @@ def plan(settings: PlanSettings) -> int:
     console = Console(stderr=settings.json)
     tokenizer = load_tokenizer(str(train.model.model_path), trust_remote_code=train.model.trust_remote_code)
     template = load_template(train.data.template, tokenizer, **train.data.template_options())
-    run = _run_size(train, _encoded(train, template, console))
+    train, data = _as_it_would_run(train, template, console)
+    run = _run_size(train, trainer_arguments(train), data)
     size = measure(
         str(train.model.model_path),
         LoraSpec(**train.lora.lora()),
@@ -105,6 +110,23 @@ def plan(settings: PlanSettings) -> int:
     return 0
 
 
+def _as_it_would_run(
+    settings: TrainSettings, template: Template, console: Console
+) -> tuple[TrainSettings, EncodedData]:
+    """The settings with a value for each that is left to the run, and its records."""
+    model = settings.model
+    shape = base_shape(str(model.model_path), trust_remote_code=model.trust_remote_code)
+    if settings.data.max_seq_length is None:
+        settings = replace(settings, data=replace(settings.data, max_seq_length=shape.longest))
+    data = _encoded(settings, template, console)
+    records = len(data.examples)
+    asked = records_to_hold_out(settings, records, began_with={})
+    held_out = round(asked * records) if asked < 1 else min(int(asked), records - 1)
+    size = Size(records=records - held_out, held_out=held_out, asked=asked, longest=data.ledger.longest_tokens)
+    derived = derive(settings, trainer_arguments(settings), size, shape)
+    return settings.with_derived({**derived.values, "eval_size": asked}, derived.reasons), data
+
+
 def _encoded(settings: TrainSettings, template: Template, console: Console) -> EncodedData:
     """The very examples of the run; they are in the cache when it begins. Raises BadData where there are none."""
     rules, paths = Rules(**settings.data.rules()), settings.data.dataset_paths
@@ -124,18 +146,20 @@ def _encoded(settings: TrainSettings, template: Template, console: Console) -> E
     return data
 
 
-def _run_size(settings: TrainSettings, data: EncodedData) -> RunSize:
+def _run_size(settings: TrainSettings, args: TrainingArguments, data: EncodedData) -> RunSize:
     """Counted on batches as the run may draw them, and multiplied by how often the run sees its records."""
-    per_batch = settings.training.per_device_train_batch_size
-    rows = sample_rows(len(data.examples), per_batch * SAMPLED_BATCHES, seed=settings.training.seed)
+    per_batch = args.per_device_train_batch_size
+    rows = sample_rows(len(data.examples), per_batch * SAMPLED_BATCHES, seed=args.seed)
     batches = batches_of(data.examples.select(rows), per_batch, as_examples)
     sampled = LayoutTokens.of(batches)
     layout = _layout(settings, sampled)
     computed = {"padded": sampled.padded, "packed": sampled.packed, "tree": sampled.tree}[layout]
     examples = [example for batch in batches for example in batch]
     records = _records_of_an_epoch(settings, len(data.examples))
-    steps = _steps(settings, records)
-    seen = min(steps * per_batch * settings.training.gradient_accumulation_steps, _most_seen(settings, records))
+    steps = _steps(args, records)
+    # The last batch of an epoch may be smaller than the others; a number of steps has no such end.
+    most = math.inf if args.max_steps > 0 else records * args.num_train_epochs
+    seen = min(steps * per_batch * args.gradient_accumulation_steps, most)
     share = seen / len(rows)  # of the sampled rows' cost
     return RunSize(
         layout=layout,
@@ -158,22 +182,16 @@ def _layout(settings: TrainSettings, sampled: LayoutTokens) -> Layout:
 
 def _records_of_an_epoch(settings: TrainSettings, records: int) -> int:
     """Records that are learned: those held out are not."""
-    size = settings.data.eval_size
+    size = settings.data.eval_size or 0
     held_out = round(size * records) if size < 1 else int(size)
     return max(1, records - held_out)
 
 
-def _steps(settings: TrainSettings, records: int) -> int:
-    training = settings.training
-    if training.max_steps > 0:
-        return training.max_steps
-    batches = math.ceil(records / training.per_device_train_batch_size)
-    return math.ceil(math.ceil(batches / training.gradient_accumulation_steps) * training.num_train_epochs)
-
-
-def _most_seen(settings: TrainSettings, records: int) -> float:
-    """The last batch of an epoch may be smaller than the others; a number of steps has no such end."""
-    return math.inf if settings.training.max_steps > 0 else records * settings.training.num_train_epochs
+def _steps(args: TrainingArguments, records: int) -> int:
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = math.ceil(records / args.per_device_train_batch_size)
+    return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
 
 
 @dataclass(frozen=True, kw_only=True)

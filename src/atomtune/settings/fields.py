@@ -580,21 +580,16 @@ class RunsSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """Everything `atomtune train` was told: its own groups, the Trainer's values, and where each was set.
-
-    training  the Trainer's settings that have a default here
-    trainer   what the Trainer gets: all that was set, and the defaults that are not its own
-    """
+    """Everything `atomtune train` was told: its own groups, the Trainer's values, and where each was set."""
 
     data: DataSettings
     model: ModelSettings
     lora: LoraSettings
     run: RunSettings
-    training: TrainerSettings
     trainer: dict[str, Any]
     origins: dict[str, str]  # setting → `--lora_rank`, `run.yaml:3`, `atomtune's default`
     demo: bool
-    argv: tuple[str, ...] = ()  # the words behind `atomtune train`
+    argv: tuple[str, ...] | None = None  # the words behind `atomtune train`; None where a function was called
 
     def with_derived(self, values: Mapping[str, Any], reasons: Mapping[str, str]) -> "TrainSettings":
         """These settings with values for those that were left to the run, and why each is so."""

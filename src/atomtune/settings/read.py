@@ -91,7 +91,7 @@ def read(command: str, written: Written, *, notice: Callable[[str], None] = _say
 def read_train(written: Written, *, notice: Callable[[str], None] = _say_nothing) -> TrainSettings:
     """Settings of `atomtune train [run.yaml] --flag value …`. Raises BadSettings with every problem."""
     reader = EntryReader("train", {**library_types(), **types_of(TRAIN_GROUPS)})
-    return _train_settings(reader, _entries(reader, written, notice), notice)
+    return _train_settings(reader, _entries(reader, written, notice), written, notice)
 
 
 def read_plan(written: Written, *, notice: Callable[[str], None] = _say_nothing) -> PlanSettings:
@@ -101,12 +101,14 @@ def read_plan(written: Written, *, notice: Callable[[str], None] = _say_nothing)
     own = types_of((PlanOutput,))
     output = _validated(PlanOutput, {name: entry for name, entry in entries.items() if name in own}, reader.problems)
     of_the_run = {name: entry for name, entry in entries.items() if name not in own}
-    train = _train_settings(reader, of_the_run, notice)
+    train = _train_settings(reader, of_the_run, written, notice)
     assert output is not None
     return PlanSettings(train=train, json=output.json)
 
 
-def _train_settings(reader: EntryReader, entries: dict[str, Entry], notice: Callable[[str], None]) -> TrainSettings:
+def _train_settings(
+    reader: EntryReader, entries: dict[str, Entry], written: Written, notice: Callable[[str], None]
+) -> TrainSettings:
     demo = not entries.keys() & {"dataset_path", "model_path"}
     if demo and (DEMO_FOLDER / "demo.yaml").is_file():
         entries = {**_demo_entries(reader), **entries}
@@ -134,11 +136,10 @@ def _train_settings(reader: EntryReader, entries: dict[str, Entry], notice: Call
         model=model,
         lora=lora,
         run=run,
-        training=groups[TrainerSettings],
         trainer=trainer,
         origins=origins,
         demo=demo,
-        argv=tuple(argv),
+        argv=None if isinstance(written, Mapping) else tuple(written),
     )
 
 

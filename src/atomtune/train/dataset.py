@@ -81,7 +81,7 @@ def read_data(run: RunContext, template: Template) -> Data:
     _check_read(run, template, data)
 
     rows = list(range(len(data.examples)))
-    eval_size = records_to_hold_out(run, len(data.examples))
+    eval_size = records_to_hold_out(run.settings, len(data.examples), began_with=run.began_with)
     if eval_size:
         rows, evaluate = _held_out_of(data.examples, parts, run, size=eval_size)
     elif evaluate is not None:

@@ -84,13 +84,15 @@ def with_sequence_limit(run: RunContext) -> tuple[RunContext, BaseShape]:
     return replace(run, settings=replace(run.settings, data=data)), shape
 
 
-def records_to_hold_out(run: RunContext, records: int) -> float:
-    """What --eval_size says, or stands for where it is auto."""
-    settings = run.settings
+def records_to_hold_out(settings: TrainSettings, records: int, *, began_with: Mapping[str, Any]) -> float:
+    """What --eval_size says, or stands for where it is auto.
+
+    began_with  what the run that is resumed took; empty for a new one
+    """
     if settings.data.eval_size is not None:
         return settings.data.eval_size
-    if "eval_size" in run.began_with:
-        return float(run.began_with["eval_size"])
+    if "eval_size" in began_with:
+        return float(began_with["eval_size"])
     if settings.data.eval_path or settings.trainer.get("eval_strategy") == "no" or records < LEAST_TO_SPLIT:
         return 0
     return min(round(HELD_OUT_SHARE * records), MOST_HELD_OUT)

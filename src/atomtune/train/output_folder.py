@@ -107,6 +107,8 @@ def check_space(run: RunContext, model: Any, tokenizer: Any) -> None:
 def goes_on(run: RunContext) -> str:
     """How a user goes on, with the command on a line of its own where it is known whole."""
     settings, folder = run.settings, run.args.output_dir
+    if settings.argv is None:
+        return f"The same call with resume=True goes on from there (output_dir={folder!r})."
     if run.args.world_size > 1:  # a launcher's own words stand in front of the command
         return f"The same command with --resume{_in_place_of(settings)} goes on from there (--output_dir {folder})."
     words = [word for word in _without_start(settings.argv) if word != "--resume"]
