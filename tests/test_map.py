@@ -71,7 +71,7 @@ FOREIGN = {"training_args.py", "run.py"}
 @pytest.mark.parametrize("path", written_files(), ids=name)
 def test_a_python_file_that_is_named_is_there(path):
     # `data/cache.py`, `tests/walk/test_faults.py`: files move, and what names them stays behind.
-    folders = [ROOT / folder for folder in ("src", "tests", "tools", "benchmarks")]
+    folders = [ROOT / folder for folder in ("src", "tests", "tools", "benchmarks", "examples")]
     files = {p.relative_to(ROOT).as_posix() for folder in folders for p in folder.rglob("*.py")}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         for named in re.findall(r"(?<![\w/.<>{}-])[a-z_][\w/]*\.py\b", line):

@@ -22,7 +22,10 @@ _WRAPPED = ".base_layer"
 
 def module_of(name: str) -> str:
     """The module that a tensor of an adapter belongs to, as the model names it."""
-    return name.removeprefix(_PREFIX).partition(".lora_")[0].replace(_WRAPPED, "")
+    layer, is_lora, _ = name.removeprefix(_PREFIX).partition(".lora_")
+    if not is_lora:  # a layer that PEFT saves whole beside its adapter, as `lm_head.weight`
+        layer = layer.rpartition(".")[0]
+    return layer.replace(_WRAPPED, "")
 
 
 def text_modules(model: Any) -> list[str]:
