@@ -20,6 +20,8 @@ from atomtune.model.recurrent import as_in_training
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
+#: Of the files of a folder that is no model's.
+_SHOWN_NAMES = 12
 _STATE = "trainer_state.json"
 #: A text of so many tokens, and how many of them are looked at: what stands behind must not matter to them.
 _TOKENS, _LOOKED_AT = 6, 3
@@ -29,7 +31,8 @@ def check_base_folder(folder: Path) -> None:
     """Raise BadModel where a folder is no model's, or the small files in it are not what they should be."""
     if not (folder / CONFIG).is_file():
         _refuse_another_kind_of_folder(folder)
-        return  # the library says what is missing
+        names = ", ".join(sorted(file.name for file in folder.iterdir())[:_SHOWN_NAMES]) or "none"
+        raise BadModel(f"{folder} has no {CONFIG}, so it is no model's folder. Files there: {names}.")
     checked(folder / CONFIG, ModelConfig)
     if (folder / GENERATION_CONFIG).exists():
         checked(folder / GENERATION_CONFIG, GenerationConfig)
