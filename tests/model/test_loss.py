@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from atomtune.batch.collate import Batch, Collator
 from atomtune.data.records import Example
 from atomtune.model import loss
+from atomtune.model.layout_support import why_padded
 from atomtune.model.loss import Head, innermost, model_inputs, target_log_probabilities, target_nats
 from tests.model.test_layout_support import EXAMPLES, WORDS, Result, build, differs, gradients, with_adapter
 from tests.tiny import SIZE
@@ -222,3 +223,33 @@ def test_a_model_whose_body_is_never_called_is_called_as_a_whole():
     assert nats < EXACT
     assert gradient < EXACT
     assert target_log_probabilities(model, batch).shape == batch["target"].shape
+
+
+def with_auxiliary_loss(family: str, **more: Any) -> Any:
+    model = with_adapter(build(family, **more)).float().train()  # torch's grouped product knows no float64
+    innermost(model).config.output_router_logits = True
+    return model
+
+
+EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4, "router_aux_loss_coef": 0.5}
+
+
+def test_an_auxiliary_loss_that_the_config_switches_on_is_transformers_own():
+    model = with_auxiliary_loss("mixtral", **EXPERTS)
+    batch = batch_of(EXAMPLES)
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[batch["row"], batch["predicted_from"] + 1] = batch["target"]
+    theirs = innermost(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels)
+    assert theirs.aux_loss > 0.1
+    once = dict(batch, learn=torch.ones_like(batch["learn"]))  # transformers' labels count a target once
+    nats, count = target_nats(model, once)
+    assert (nats / count).item() == pytest.approx(theirs.loss.item(), rel=1e-6)  # its routers compute in float32
+    model.eval()
+    assert (target_nats(model, once)[0] / count).item() == pytest.approx(
+        theirs.loss.item() - 0.5 * theirs.aux_loss.item(), rel=1e-6
+    )
+
+
+def test_with_an_auxiliary_loss_rows_of_many_are_refused_with_the_reason():
+    assert why_padded(with_adapter(build("mixtral", **EXPERTS)).float()) is None
+    assert "auxiliary loss" in str(why_padded(with_auxiliary_loss("mixtral", **EXPERTS)))

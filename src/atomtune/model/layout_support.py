@@ -14,7 +14,7 @@ from torch import nn
 from atomtune.batch.attention_plan import Cut
 from atomtune.model import recurrent, trial
 from atomtune.model.causal_lm import CausalLM
-from atomtune.model.loss import body_of, innermost, takes
+from atomtune.model.loss import auxiliary_factor, body_of, innermost, takes
 from atomtune.model.row_attention import ROWS, register
 
 #: Kinds of attention that a plan expresses, or that carry a state. Others (chunked, sparse) are refused by name:
@@ -59,6 +59,9 @@ def why_padded(model: CausalLM, *, sharded: bool = False) -> str | None:
     foreign = {kind for kind in getattr(config, "layer_types", None) or () if kind.endswith("attention")}
     if foreign - _KNOWN_ATTENTION:
         return f"it has layers of the kind {', '.join(sorted(foreign - _KNOWN_ATTENTION))}"
+    if auxiliary_factor(model):
+        # It is a product of means over the tokens of a batch, which a shared beginning would enter once.
+        return "its config switches on the routers' auxiliary loss (output_router_logits), which counts every token"
     register()
     mixers, attends = recurrent.find_mixers(inner)
     if mixers and sharded:

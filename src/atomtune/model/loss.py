@@ -60,6 +60,8 @@ def target_nats(
 
     batch  a collate.Batch on the model's device
     Returns (nats, count): nats is a float32 sum (float64 for a float64 model), count is sum(learn).
+    In training, a router's auxiliary loss that the config switches on is added, times its factor and count, so that
+    dividing by all counts gives the mean of the batches' losses, weighed by their targets.
     Memory: CHUNK_LOGITS * 4 bytes for logits, and as much for their gradient (on a GPU FREE_FOR_LOGITS of what is
     free), where the model's output layers can be called apart from its body (`Head`); else [B, K, V] for the K columns
     that hold a target.
@@ -70,11 +72,32 @@ def target_nats(
     if len(target) and (head := Head.of(model)):
         picked = head.hidden(model, batch)  # [N, D]
         if picked is not None:
-            return head.nats(picked, target, learn, label_smoothing=label_smoothing), learn.sum()
-    logits = _target_logits(model, batch)  # [N, V]
+            nats = head.nats(picked, target, learn, label_smoothing=label_smoothing)
+            return _with_auxiliary(nats, learn.sum(), model, head.output), learn.sum()
+    logits, output = _target_logits(model, batch)  # [N, V]
     if not len(target):
         return _exact(logits).sum() * 0, learn.sum()
-    return _weighted(logits, target, learn, label_smoothing), learn.sum()
+    nats = _weighted(logits, target, learn, label_smoothing)
+    return _with_auxiliary(nats, learn.sum(), model, output), learn.sum()
+
+
+def auxiliary_factor(model: nn.Module) -> float:
+    """By what a router's auxiliary loss is multiplied where the config switches it on; 0 where it does not.
+
+    It is off in nearly all published configs (`output_router_logits`), and so it is here.
+    """
+    inner = innermost(model)
+    config = inner.config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        return 0.0
+    return float(getattr(inner, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0)))
+
+
+def _with_auxiliary(nats: torch.Tensor, count: torch.Tensor, model: nn.Module, output: Any) -> torch.Tensor:
+    auxiliary = getattr(output, "aux_loss", None)
+    if auxiliary is None or not model.training:
+        return nats
+    return nats + auxiliary_factor(model) * auxiliary.to(nats) * count
 
 
 @torch.no_grad()
@@ -82,20 +105,23 @@ def target_log_probabilities(model: nn.Module, batch: Mapping[str, Any]) -> torc
     """Of each target [N], by the same road as the loss."""
     head = Head.of(model)
     picked = head.hidden(model, batch) if head else None
-    logits = _target_logits(model, batch) if head is None or picked is None else head.logits(picked)
+    logits = _target_logits(model, batch)[0] if head is None or picked is None else head.logits(picked)
     return -functional.cross_entropy(_exact(logits), batch["target"], reduction="none")
 
 
-def _target_logits(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-    """[N, V] from one call of the whole model; all its logits, tied to the weights, where there is no target."""
+def _target_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, Any]:
+    """[N, V] from one call of the whole model, and that call's output.
+
+    Without a target it is all logits, which are tied to the weights.
+    """
     inputs = model_inputs(model, batch)
     columns, where = torch.unique(batch["predicted_from"], return_inverse=True)  # [K], [N]
     if takes(model, "logits_to_keep") and len(columns):
-        logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits  # [B, K, V]
+        output = model(**inputs, use_cache=False, logits_to_keep=columns)  # logits [B, K, V]
     else:
-        logits = model(**inputs, use_cache=False).logits  # [B, T, V]
+        output = model(**inputs, use_cache=False)  # logits [B, T, V]
         where = batch["predicted_from"]
-    return logits[batch["row"], where] if len(columns) else logits
+    return (output.logits[batch["row"], where] if len(columns) else output.logits), output
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,6 +193,7 @@ class Head:
         self.model, self.body_name = model, model.base_model_prefix
         self.path: tuple[str, ...] = (self.body_name,)  # from the model down to the module whose output the head reads
         self.output_of_body: type[ModelOutput] = BaseModelOutput
+        self.output: Any = None  # of the last call of the whole model
 
     @classmethod
     def of(cls, model: nn.Module) -> "Head | None":
@@ -197,7 +224,9 @@ class Head:
             for path, body in self._bodies().items()
         ]
         try:
-            model(**model_inputs(model, batch), use_cache=False, logits_to_keep=batch["predicted_from"][:1])
+            self.output = model(
+                **model_inputs(model, batch), use_cache=False, logits_to_keep=batch["predicted_from"][:1]
+            )
         finally:
             for hook in hooks:
                 hook.remove()
