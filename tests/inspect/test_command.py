@@ -49,7 +49,7 @@ def troubled(tmp_path):
 
 def inspected(capsys, *words: object) -> tuple[int, str, str]:
     capsys.readouterr()
-    code = main(["inspect", *map(str, words)])
+    code = main(["inspect", "--max_seq_length", "256", *map(str, words)])
     said = capsys.readouterr()
     return code, said.out, said.err
 

@@ -229,7 +229,7 @@ def test_the_only_pickles_a_run_writes_are_states_that_hold_tensors_alone(models
     states = [file for checkpoint in checkpoints(out) for file in state_files(checkpoint)]
     assert {file.name for file in states} == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
     others = [path for path in out.rglob("*") if path.is_file() and path not in states]
-    assert {path.suffix for path in others} <= {".json", ".safetensors", ".md", ".jinja", ".png", ".lock", ""}
+    assert {path.suffix for path in others} <= {".json", ".safetensors", ".md", ".jinja", ".png", ".html", ".lock", ""}
     for path in others:
         assert not path.read_bytes().startswith((b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")), path
     harmless = {"torch._utils _rebuild_tensor_v2", "torch FloatStorage", "torch ByteStorage", "torch DoubleStorage"}

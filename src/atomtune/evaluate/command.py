@@ -1,5 +1,6 @@
 """Evaluate: base against tuned, on a file or on the records that a run held out."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich.table import Table
@@ -128,7 +129,8 @@ def _records_by_template(
     wanted: frozenset[str] | None,
 ) -> dict[str, list[EvalRecord]]:
     """The records as each model's template writes them: those that every template can, in one order."""
-    rules = Rules(**{**reading.rules(), "max_tokens": models.max_seq_length, "overlength": "shorten"})
+    reading = replace(reading, max_seq_length=models.max_seq_length, overlength="shorten", skip_overlength=False)
+    rules = Rules(**reading.rules())
     templates: dict[str, Template] = {subject.template.key: subject.template for subject in models.subjects}
     read: dict[str, dict[Key, EvalRecord]] = {}
     for template_key, template in templates.items():
