@@ -189,9 +189,10 @@ def _records_of_an_epoch(settings: TrainSettings, records: int) -> int:
 
 def _steps(args: TrainingArguments, records: int) -> int:
     if args.max_steps > 0:
-        return args.max_steps
-    batches = math.ceil(records / args.per_device_train_batch_size)
-    return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
+        return int(args.max_steps)
+    batches = math.ceil(records / int(args.per_device_train_batch_size))
+    steps_an_epoch = math.ceil(batches / int(args.gradient_accumulation_steps))
+    return math.ceil(steps_an_epoch * float(args.num_train_epochs))
 
 
 @dataclass(frozen=True, kw_only=True)

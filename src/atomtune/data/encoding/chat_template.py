@@ -7,7 +7,7 @@ behind that, thoughts, calls and channels included.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
@@ -37,7 +37,7 @@ OWN = "the tokenizer's own"
 #: Stands for a text where only the text around it matters; a noncharacter, so that no template has it.
 _OTHER = "\ufdd4"
 #: What a template does to the white space around an answer.
-TRIMS = {
+TRIMS: dict[str, Callable[[str], str]] = {
     "nothing": lambda text: text,
     "both ends": str.strip,
     "the end": str.rstrip,

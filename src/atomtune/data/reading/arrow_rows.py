@@ -121,7 +121,7 @@ def _row(batch: pyarrow.RecordBatch, origin: str) -> RawRecord | Refusal:
 
 def _as_python(batch: pyarrow.RecordBatch) -> list[dict[str, Any]]:
     """The rows as Python objects, without the nulls that structs were filled up with."""
-    rows = batch.to_pylist()
+    rows: list[dict[str, Any]] = batch.to_pylist()
     for column in batch.schema:
         if _holds_struct(column.type):
             for row in rows:
@@ -137,7 +137,7 @@ def _holds_struct(kind: pyarrow.DataType) -> bool:
 
 def _is_list(kind: pyarrow.DataType) -> bool:
     types = pyarrow.types
-    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
 
 
 def _without_filling(value: Any, kind: pyarrow.DataType) -> Any:
