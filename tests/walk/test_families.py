@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atomtune.cli import main
-from atomtune.train import run
+from atomtune.train import ending
 from tests.tiny import FAMILIES
 
 TUTORIAL_TARGETS = ["W_pack", "down_proj", "o_proj", "gate_proj", "up_proj"]
@@ -20,7 +20,7 @@ def test_trained_saved_and_loaded_gives_the_same_logits(  # noqa: PLR0917  # pyt
 ):
     base, out = models(family), tmp_path / "out"
     trained = {}
-    monkeypatch.setattr(run, "_say_what_is_next", lambda job, trainer, *rest: trained.update(model=trainer.model))
+    monkeypatch.setattr(ending, "_say", lambda job, trainer, *rest: trained.update(model=trainer.model))
     remote = ["--trust_remote_code"] if family == "baichuan_like" else []
     targets = ["--lora_targets", *TUTORIAL_TARGETS] if family == "baichuan_like" else []
     command = ["train", "--model_path", str(base), "--dataset_path", str(dialogues), "--output_dir", str(out)]
