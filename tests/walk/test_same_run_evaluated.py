@@ -97,8 +97,11 @@ def history(out: Path) -> list[dict]:
     assert record["status"] == "finished"
     last = json.loads((checkpoints(out)[0] / "trainer_state.json").read_text())
     clock = ("eval_runtime", "train_runtime")
-    logs = [{name: value for name, value in entry.items() if name not in clock} for entry in last["log_history"]]
-    return [*logs, {name: record.get(name) for name in ("steps", "train_loss", "eval_loss", "tokens_computed")}]
+    # The evaluation at the very end may have been made after that checkpoint, by the resumed run: run.json has it.
+    steps = [entry for entry in last["log_history"] if "eval_loss" not in entry]
+    logs = [{name: value for name, value in entry.items() if name not in clock} for entry in steps]
+    figures = ("steps", "train_loss", "eval_loss", "eval_history", "outcome", "samples", "tokens_computed")
+    return [*logs, {name: record.get(name) for name in figures}]
 
 
 def signals_at(monkeypatch, call: int, *, inside_evaluation: bool) -> list[int]:

@@ -220,7 +220,9 @@ def _unfit(base: CausalLM, target: str) -> list[str]:
         if name not in names:
             continue
         if not isinstance(module, nn.Linear | Conv1D):
-            return [f"--lora_targets {target}: {name} is a {type(module).__name__}; LoRA adapts linear layers here."]
+            kind = type(module).__name__
+            article = "an " if kind[0] in "AEIO" else "a "
+            return [f"--lora_targets {target}: {name} is {article}{kind}; LoRA adapts linear layers here."]
         if tied and module is head:
             return [
                 f"--lora_targets {target}: in this model the output layer and the embedding are one matrix, so an "

@@ -26,11 +26,11 @@ def finish(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Los
     told = _outcome_of(trainer)
     answered = samples.answer_after()
     history = trainer.state.log_history
-    evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     run.record.update(
         status="finished",
         train_loss=trainer.mean_loss(),
-        **({"eval_loss": told.best if _keeps_best(trainer) else evaluations[-1]} if evaluations else {}),
+        **({"eval_loss": held_out.get(told.kept_step, told.last)} if told.last is not None else {}),
         loss_history=[{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry],
         eval_history=[{"step": entry["step"], "loss": entry["eval_loss"]} for entry in history if "eval_loss" in entry],
         outcome=told.to_run_json(),
