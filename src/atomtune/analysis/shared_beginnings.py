@@ -5,6 +5,9 @@ Ten thousand questions after one instruction of 400 characters are not near-dupl
 
 import itertools
 from collections.abc import Sequence
+from typing import TypeVar
+
+S = TypeVar("S", str, tuple[int, ...])
 
 #: A shorter beginning is no instruction, it is how people begin a sentence.
 LEAST_CHARACTERS = 32
@@ -25,7 +28,7 @@ def beginnings_of(texts: Sequence[str]) -> tuple[str, ...]:
             if len(stretch) < enough:
                 continue
             # In sorted texts, what the first and the last share, all between them share.
-            beginning = _common_beginning(stretch[0], stretch[-1])
+            beginning = common_prefix(stretch[0], stretch[-1])
             beginnings.append(beginning)
             waiting.append((stretch, len(beginning)))
     return tuple(sorted(beginnings, key=len, reverse=True))
@@ -46,7 +49,8 @@ def _stretches(ordered: Sequence[str], characters: int) -> list[list[str]]:
     return [list(stretch) for _, stretch in by_beginning]
 
 
-def _common_beginning(first: str, last: str) -> str:
+def common_prefix(first: S, last: S) -> S:
+    """What two texts, or two lists of ids, begin with alike."""
     length = 0
     for left, right in zip(first, last, strict=False):
         if left != right:

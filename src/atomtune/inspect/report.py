@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.compute
 from numpy.typing import NDArray
 
+from atomtune.analysis.shared_beginnings import common_prefix
 from atomtune.analysis.texts import Texts, read_texts
 from atomtune.batch.cost import SAMPLED_BATCHES, LayoutTokens, batches_of, sample_rows
 from atomtune.choices import Check
@@ -169,14 +170,5 @@ def _saving(stored: datasets.Dataset, *, per_batch: int, seed: int) -> Saving:
     shared: tuple[int, ...] = ()
     if len(all_ids) > 1:
         # In dictionary order the first and the last differ most: what these two begin with, all between begin with.
-        shared = _shared_prefix(min(all_ids), max(all_ids))
+        shared = common_prefix(min(all_ids), max(all_ids))
     return Saving(len(batches), per_batch, LayoutTokens.of(batches), shared)
-
-
-def _shared_prefix(first: tuple[int, ...], last: tuple[int, ...]) -> tuple[int, ...]:
-    length = 0
-    for first_id, last_id in zip(first, last, strict=False):
-        if first_id != last_id:
-            break
-        length += 1
-    return first[:length]

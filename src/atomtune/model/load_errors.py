@@ -83,7 +83,8 @@ def refuse_lfs_pointers(files: list[Path]) -> None:
 
 def _looks_local(path: str) -> bool:
     """Whether this can only mean a folder; `owner/name` may be a name on the hub."""
-    return Path(path).exists() or path.startswith((".", "~", os.sep)) or path.count("/") > 1 or "\\" in path
+    is_written_as_path = path.startswith((".", "~", os.sep)) or path.endswith("/") or "\\" in path
+    return is_written_as_path or path.count("/") > 1 or Path(path).exists()
 
 
 def _causes(error: BaseException) -> list[BaseException]:

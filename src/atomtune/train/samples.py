@@ -158,7 +158,7 @@ def table_of(samples: Sequence[Sample], *, title: str) -> Table:
     """Prompts, references where they are known, and both answers."""
     table = Table(title=title, show_lines=True)
     with_references = any(sample.reference for sample in samples)
-    for heading in ("prompt", *(["in the records"] if with_references else []), "before", "after"):
+    for heading in ("prompt", *(["reference"] if with_references else []), "before", "after"):
         table.add_column(heading, overflow="fold")
     for sample in samples:
         references = [sample.reference] if with_references else []

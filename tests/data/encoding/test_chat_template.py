@@ -314,3 +314,18 @@ def test_a_restored_template_is_the_saved_one(tmp_path, kind, source):
     restored = restore_template(template.name, template.instruction_role, AutoTokenizer.from_pretrained(tmp_path))
     assert (restored.source, restored.stop) == (template.source, template.stop)
     assert restored.messages(ASKED[0]) == template.messages(ASKED[0])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",  # hours
+        "{{ '%10000000000d' % 1 }}",  # ten gigabytes, asked for while it is compiled
+    ],
+    ids=["time", "memory"],
+)
+def test_a_template_that_does_not_come_to_an_end_is_refused_by_name(models, tmp_path, source):
+    (tmp_path / "endless.jinja").write_text(source)
+    tokenizer = load_tokenizer(str(models("llama")))
+    with pytest.raises(BadModel, match=r"the template endless\.jinja .*(5 seconds|2 GB of memory)"):
+        load_template(str(tmp_path / "endless.jinja"), tokenizer)

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from atomtune.choices import RENAMED_TEMPLATES, SPLIT_TEMPLATES
+from atomtune.choices import RENAMED_TEMPLATES, SPLIT_TEMPLATES, TEMPLATES
 from atomtune.data.encoding.chat_template import (
     OWN,
     TRIMS,
@@ -24,6 +24,7 @@ from atomtune.data.encoding.token_ids import LIKE_CONTROL
 from atomtune.data.records import Record, Turn
 from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import BadModel, BadSettings
+from atomtune.limits import trial
 
 #: Stands for a text whose surroundings are looked at; a noncharacter, so that no template has it.
 _TEXT = "\ufdd5"
@@ -126,8 +127,19 @@ def restore_template(
 def probed(template: Template) -> Template:
     """The template with what a few small conversations tell about how it writes.
 
-    Raises BadModel where it cannot write a question and its answer, or has nothing to end the answer with.
+    A template that is not one of ours is a stranger's program, so all questions are put to it in another process first.
+    Raises BadModel where it does not come to an end, cannot write a question and its answer, or has nothing to end the
+    answer with.
     """
+    if template.name not in TEMPLATES and (tripped := trial(lambda _say: _probed(template))):
+        raise BadModel(
+            f"the template {template.name} {tripped.words} when it was asked to write a short conversation.\n"
+            "Pass --template with another one."
+        )
+    return _probed(template)
+
+
+def _probed(template: Template) -> Template:
     tokenizer, controls = template.tokenizer, template.tokens.controls
     answer = {"role": "assistant", "content": _TEXT}
     try:
