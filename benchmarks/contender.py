@@ -225,6 +225,7 @@ def atomtune(base: Path, data: Path, out: str, *, dtype: str) -> dict[str, Any]:
             *("--per_device_train_batch_size", str(BATCH), "--learning_rate", str(RATE), "--dtype", dtype),
             *("--lora_rank", str(RANK), "--lora_alpha", str(ALPHA), "--lora_dropout", "0"),
             *("--gradient_checkpointing", "false", "--logging_steps", "10000", "--save_strategy", "no"),
+            *("--eval_size", "0"),  # the others hold nothing out
         ]
     )
     assert code == 0, f"atomtune ended with exit code {code}"

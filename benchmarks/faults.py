@@ -27,7 +27,7 @@ def atomtune(base: Path, data: Path, out: Path, *, resume: bool) -> int:
 
     command = ["train", "--model_path", str(base), "--dataset_path", str(data), "--output_dir", str(out)]
     command += ["--dtype", "float32", "--per_device_train_batch_size", "4", "--learning_rate", "5e-3"]
-    command += ["--max_steps", str(STEPS), "--save_steps", str(SAVE_STEPS), "--logging_steps", "1"]
+    command += ["--max_steps", str(STEPS), "--save_steps", str(SAVE_STEPS), "--logging_steps", "1", "--eval_size", "0"]
     return main([*command, *(["--resume"] if resume else [])])
 
 

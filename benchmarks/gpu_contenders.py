@@ -103,7 +103,7 @@ def atomtune(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) 
         "model_path": base, "dataset_path": data, "output_dir": scratch / "run", "template": "atom", "learn": "last",
         "max_seq_length": LENGTHS[data.stem], "num_train_epochs": 1, "per_device_train_batch_size": job["batch"],
         "learning_rate": RATE, "lora_rank": RANK, "lora_alpha": ALPHA, "lora_dropout": 0, "dtype": "bfloat16",
-        "save_strategy": "no", "logging_steps": 1 if job["dry_run"] else 5,
+        "save_strategy": "no", "logging_steps": 1 if job["dry_run"] else 5, "eval_size": 0,
     }  # fmt: skip
     if "liger" in job["contender"]:
         # The loss is atomtune's own; Liger's would want all logits' labels.

@@ -58,16 +58,16 @@ def trial(work: Callable[[Callable[[str], None]], object], *, seconds: int = SEC
         _be_tried(work, writer, seconds)  # never returns
     os.close(writer)
     try:
-        said = _listen(reader, until=time.monotonic() + CLOCK_SECONDS)
+        output = _listen(reader, until=time.monotonic() + CLOCK_SECONDS)
     finally:
         os.close(reader)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-    if said.endswith(_DONE):
+    if output.endswith(_DONE):
         return None
-    at = said.rpartition("\0")[2]
-    if said.endswith("\0memory"):
-        return Tripped("memory", said.removesuffix("\0memory").rpartition("\0")[2])
+    at = output.rpartition("\0")[2]
+    if output.endswith("\0memory"):
+        return Tripped("memory", output.removesuffix("\0memory").rpartition("\0")[2])
     ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     cause: Cause = "time" if ended_by in (signal.SIGXCPU, signal.SIGKILL) else "crash"
     return Tripped("memory" if ended_by == signal.SIGABRT else cause, at)
@@ -99,7 +99,7 @@ def _be_tried(work: Callable[[Callable[[str], None]], object], writer: int, seco
 
 def _listen(reader: int, *, until: float) -> str:
     """All that the process said, until it is done, ends or takes too long by the clock."""
-    said = b""
+    output = b""
     while (left := until - time.monotonic()) > 0:
         ready, _, _ = select.select([reader], [], [], left)
         if not ready:
@@ -107,10 +107,10 @@ def _listen(reader: int, *, until: float) -> str:
         part = os.read(reader, 2**16)
         if not part:
             break
-        said += part
-        if said.endswith(_DONE.encode()):
+        output += part
+        if output.endswith(_DONE.encode()):
             break
-    return said.decode("utf-8", "replace")
+    return output.decode("utf-8", "replace")
 
 
 def _silence() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import psutil
 import torch
@@ -60,54 +61,86 @@ class RunSize:
     heaviest: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a run would take.
+
+    device    of this process
+    memories  device or card → memory of a heavy step there; this process's device first
+    fits      the same names → whether it has that much
+    seconds   of the training loop on this device, whose matrix products reach `rate` operations a second in `dtype`
+    """
+
+    size: ModelSize
+    run: RunSize
+    device: str
+    dtype: torch.dtype
+    memories: dict[str, StepMemory]
+    fits: dict[str, bool]
+    seconds: float
+    rate: float
+
+    def to_json(self) -> dict[str, Any]:
+        memory = self.memories[self.device]
+        return {
+            "peak_bytes": memory.peak,
+            "parts": memory.parts,
+            "activations_recomputed": memory.recomputed,
+            "fits": self.fits,
+            "layout": self.run.layout,
+            "steps": self.run.steps,
+            "tokens_computed": self.run.tokens_computed,
+            "tokens_padded": self.run.tokens_padded,
+            "seconds": round(self.seconds, 1),
+        }
+
+
 def plan(settings: PlanSettings) -> int:
     """Read the records, count the model's weights on its shape, and say what the run would take.
 
     Raises BadSettings, BadData or BadModel as the run would, as far as they can be known without the weights.
     """
-    train = settings.train
-    if train.data.streaming:
-        raise BadSettings(["plan counts all records first. Leave --streaming out; the run's cost is the same."])
+    for name in ("streaming", "mix"):
+        if getattr(settings.train.data, name):
+            raise BadSettings([f"plan counts every record once. Leave --{name} out."])
     quiet_libraries()
     console = Console(stderr=settings.json)
-    tokenizer = load_tokenizer(str(train.model.model_path), trust_remote_code=train.model.trust_remote_code)
-    template = load_template(train.data.template, tokenizer, **train.data.template_options())
-    train, data = _as_it_would_run(train, template, console)
-    run = _run_size(train, trainer_arguments(train), data)
-    size = measure(
-        str(train.model.model_path),
-        LoraSpec(**train.lora.lora()),
-        trust_remote_code=train.model.trust_remote_code,
-    )
-    here = _Here.of(train)
-    memory = here.memory(train, size, run)
-    on_cards = {gigabytes: _on_card(train, size, run, gigabytes) for gigabytes in CARDS}
-    work = Work(steps=run.steps, tokens=run.tokens_computed, targets=run.targets, mean_context=run.mean_context)
-    rate = matmul_rate(here.device, here.dtype)
-    run_seconds = seconds(size, work, recomputed=memory.recomputed, kind=here.device.type, rate=rate)
-    fits = {str(here.device): memory.peak <= here.free}
-    fits |= {f"{gigabytes} GB GPU": fits_on_gpu(memory, gigabytes) for gigabytes, memory in on_cards.items()}
+    forecast = forecast_of(settings.train, console)
     if settings.json:
-        print_json(
-            {
-                "peak_bytes": memory.peak,
-                "parts": memory.parts,
-                "activations_recomputed": memory.recomputed,
-                "fits": fits,
-                "layout": run.layout,
-                "steps": run.steps,
-                "tokens_computed": run.tokens_computed,
-                "tokens_padded": run.tokens_padded,
-                "seconds": round(run_seconds, 1),
-            }
-        )
-    _say(console, train, size, run, here, {str(here.device): memory} | _named(on_cards), fits)
-    console.say(
-        f"\nTime: about {_duration(run_seconds)} on {here.device} (matrix products in {dtype_name(here.dtype)}: "
-        f"{rate / 1e12:.2f} TFLOP/s). Loading, evaluating and saving come on top.\nThese are estimates; docs/guide.md "
-        "says how far they were off."
-    )
+        print_json(forecast.to_json())
+    _say(forecast, console, quantized=settings.train.model.quantize is not None)
     return 0
+
+
+def forecast_of(settings: TrainSettings, console: Console) -> Forecast:
+    model = settings.model
+    tokenizer = load_tokenizer(str(model.model_path), trust_remote_code=model.trust_remote_code)
+    template = load_template(settings.data.template, tokenizer, **settings.data.template_options())
+    settings, data = _as_it_would_run(settings, template, console)
+    run = _run_size(settings, trainer_arguments(settings), data)
+    lora = LoraSpec(**settings.lora.lora())
+    size = measure(str(model.model_path), lora, trust_remote_code=model.trust_remote_code)
+
+    here = _Here.of(settings)
+    device, memory = str(here.device), here.memory(settings, size, run)
+    memories, fits = {device: memory}, {device: memory.peak <= here.free}
+    for gigabytes in CARDS:
+        card = f"{gigabytes} GB GPU"
+        memories[card] = _on_card(settings, size, run, gigabytes)
+        fits[card] = fits_on_gpu(memories[card], gigabytes)
+
+    rate = matmul_rate(here.device, here.dtype)
+    work = Work(steps=run.steps, tokens=run.tokens_computed, targets=run.targets, mean_context=run.mean_context)
+    return Forecast(
+        size=size,
+        run=run,
+        device=device,
+        dtype=here.dtype,
+        memories=memories,
+        fits=fits,
+        seconds=seconds(size, work, recomputed=memory.recomputed, kind=here.device.type, rate=rate),
+        rate=rate,
+    )
 
 
 def _as_it_would_run(
@@ -119,12 +152,16 @@ def _as_it_would_run(
     if settings.data.max_seq_length is None:
         settings = replace(settings, data=replace(settings.data, max_seq_length=shape.longest))
     data = _encoded(settings, template, console)
-    records = len(data.examples)
-    asked = records_to_hold_out(settings, records, began_with={})
-    held_out = round(asked * records) if asked < 1 else min(int(asked), records - 1)
-    size = Size(records=records - held_out, held_out=held_out, asked=asked, longest=data.ledger.longest_tokens)
+    hold_out = records_to_hold_out(settings, len(data.examples), began_with={})
+    learned = _learned(data, hold_out)
+    size = Size(
+        records=learned,
+        held_out=len(data.examples) - learned,
+        asked=hold_out,
+        longest=data.ledger.longest_tokens,
+    )
     derived = derive(settings, trainer_arguments(settings), size, shape)
-    return settings.with_derived({**derived.values, "eval_size": asked}, derived.reasons), data
+    return settings.with_derived({**derived.values, "eval_size": hold_out}, derived.reasons), data
 
 
 def _encoded(settings: TrainSettings, template: Template, console: Console) -> EncodedData:
@@ -155,7 +192,7 @@ def _run_size(settings: TrainSettings, args: TrainingArguments, data: EncodedDat
     layout = _layout(settings, sampled)
     computed = {"padded": sampled.padded, "packed": sampled.packed, "tree": sampled.tree}[layout]
     examples = [example for batch in batches for example in batch]
-    records = _records_of_an_epoch(settings, len(data.examples))
+    records = _learned(data, settings.data.eval_size or 0)
     steps = _steps(args, records)
     # The last batch of an epoch may be smaller than the others; a number of steps has no such end.
     most = math.inf if args.max_steps > 0 else records * args.num_train_epochs
@@ -180,10 +217,10 @@ def _layout(settings: TrainSettings, sampled: LayoutTokens) -> Layout:
     return sampled.cheapest() if settings.data.layout == "auto" else settings.data.layout
 
 
-def _records_of_an_epoch(settings: TrainSettings, records: int) -> int:
-    """Records that are learned: those held out are not."""
-    size = settings.data.eval_size or 0
-    held_out = round(size * records) if size < 1 else int(size)
+def _learned(data: EncodedData, hold_out: float) -> int:
+    """Records that are not held out; how many stay together because they are alike is not known here."""
+    records = len(data.examples)
+    held_out = round(hold_out * records) if hold_out < 1 else int(hold_out)
     return max(1, records - held_out)
 
 
@@ -258,43 +295,37 @@ def _kept_or_recomputed(
     return kept if activations <= usable * free_beside_the_model else step_memory(size, step, recomputed=True)
 
 
-def _named(on_cards: dict[int, StepMemory]) -> dict[str, StepMemory]:
-    return {f"{gigabytes} GB GPU": memory for gigabytes, memory in on_cards.items()}
-
-
-def _say(  # noqa: PLR0917  # all that was found
-    console: Console,
-    settings: TrainSettings,
-    size: ModelSize,
-    run: RunSize,
-    here: _Here,
-    memories: dict[str, StepMemory],
-    fits: dict[str, bool],
-) -> None:
-    """The run's size, its memory on this device part by part, and which devices it fits on."""
+def _say(forecast: Forecast, console: Console, *, quantized: bool) -> None:
+    """The run's size, its memory on this device part by part, which devices it fits on, and how long it takes."""
+    run, memory = forecast.run, forecast.memories[forecast.device]
     console.say(
-        f"{size.weights:,} parameters, {size.trained:,} in the adapter.\n"
+        f"{forecast.size.weights:,} parameters, {forecast.size.trained:,} in the adapter.\n"
         f"{run.steps:,} steps; layout {run.layout}: tokens {run.tokens_padded:,} → {run.tokens_computed:,}, "
         f"{run.tokens_padded / run.tokens_computed:.1f}× less work than with padding."
     )
-    memory = memories[str(here.device)]
     parts = ", ".join(f"{name} {_gigabytes(part)}" for name, part in memory.parts.items())
-    console.say(
-        f"Memory of a heavy step ({run.heaviest:,} tokens) on {here.device}: {_gigabytes(memory.peak)} GB: {parts}."
-    )
-    table = Table("device", "needs, GB", "activations", "fits", box=None)
-    for name, memory in memories.items():
-        table.add_row(
-            name,
-            _gigabytes(memory.peak),
-            "recomputed" if memory.recomputed else "kept",
-            "yes" if fits[name] else "no",
-        )
-        if fits[name] and not memory.recomputed and name != str(here.device):
-            break  # on a larger card it is the same
-    console.print(table)
-    if settings.model.quantize is None and not fits[f"{CARDS[-2]} GB GPU"]:
+    needs = _gigabytes(memory.peak)
+    console.say(f"Memory of a heavy step ({run.heaviest:,} tokens) on {forecast.device}, GB: {needs} = {parts}.")
+    console.print(_table_of_devices(forecast))
+    if not quantized and not forecast.fits[f"{CARDS[-2]} GB GPU"]:
         console.say("--quantize nf4 keeps the base in a quarter of the memory.")
+    console.say(
+        f"\nTime: about {_duration(forecast.seconds)} on {forecast.device} (matrix products in "
+        f"{dtype_name(forecast.dtype)}: {forecast.rate / 1e12:.2f} TFLOP/s). Loading, evaluating and saving come on "
+        "top.\nThese are estimates; docs/guide.md says how far they were off."
+    )
+
+
+def _table_of_devices(forecast: Forecast) -> Table:
+    """This device and cards up to the first on which nothing is recomputed: on a larger one it is the same."""
+    table = Table("device", "needs, GB", "activations", "fits", box=None)
+    for name, memory in forecast.memories.items():
+        fits = forecast.fits[name]
+        activations = "recomputed" if memory.recomputed else "kept"
+        table.add_row(name, _gigabytes(memory.peak), activations, "yes" if fits else "no")
+        if fits and not memory.recomputed and name != forecast.device:
+            break
+    return table
 
 
 def _gigabytes(size: int) -> str:

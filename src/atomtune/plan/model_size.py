@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from atomtune.model.adapter import LoraSpec, new_adapter
-from atomtune.model.auto_class import auto_class
+from atomtune.model.load import read_config
 from atomtune.model.load_errors import explained
 from atomtune.model.lora_targets import match_targets
+from atomtune.model.weight_sizes import without_weights
 
 #: What configs call the number of experts, and how many of them a token meets.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -51,10 +51,9 @@ def measure(path: str, lora: LoraSpec, *, trust_remote_code: bool = False) -> Mo
 
     Raises BadModel where there is no such model, BadSettings where the adapter's targets match nothing.
     """
-    with explained(path, "model"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            base = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    with explained(path, "model", files="config.json"):
+        base = without_weights(config, trust_remote_code=trust_remote_code)
     base.requires_grad_(False)
     base.config.use_cache = False
     embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()

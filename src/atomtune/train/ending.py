@@ -23,17 +23,17 @@ from atomtune.train.trainer import LoraTrainer
 def finish(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: LossPicture, ledger: Ledger) -> None:
     """Save the adapter, record the run, and say how it went."""
     _save_adapter(run, trainer)
-    told = _outcome_of(trainer)
+    result = _outcome_of(trainer)
     answered = samples.answer_after()
     history = trainer.state.log_history
     held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     run.record.update(
         status="finished",
         train_loss=trainer.mean_loss(),
-        **({"eval_loss": held_out.get(told.kept_step, told.last)} if told.last is not None else {}),
+        **({"eval_loss": held_out.get(result.kept_step, result.last)} if result.last is not None else {}),
         loss_history=[{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry],
         eval_history=[{"step": entry["step"], "loss": entry["eval_loss"]} for entry in history if "eval_loss" in entry],
-        outcome=told.to_run_json(),
+        outcome=result.to_run_json(),
         samples=to_run_json(answered),
         **figures(trainer),
         notices=run.console.notices,
@@ -46,7 +46,7 @@ def finish(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Los
     if answered:
         title = "Prompts that are not in the training data"
         run.console.print(table_of(answered, title=title))
-    _say(run, trainer, told)
+    _say(run, trainer, result)
     _say_what_is_next(run, ledger, commands)
 
 
@@ -95,7 +95,7 @@ def _outcome_of(trainer: LoraTrainer) -> Outcome:
     return outcome(state.log_history, steps=state.global_step, epochs=epochs, kept_step=kept_step)
 
 
-def _say(run: RunContext, trainer: LoraTrainer, told: Outcome) -> None:
+def _say(run: RunContext, trainer: LoraTrainer, result: Outcome) -> None:
     """The run in figures, whether it worked, and where the adapter is."""
     work, steps = trainer.work, trainer.state.global_step
     pace = ", all done before"
@@ -106,7 +106,7 @@ def _say(run: RunContext, trainer: LoraTrainer, told: Outcome) -> None:
         patience = run.settings.run.early_stopping_patience
         done += f" Ended before step {trainer.state.max_steps:,}: --early_stopping_patience {patience}."
     run.console.say(done)
-    run.console.say("\n".join(told.sentences()), style="bold")
+    run.console.say("\n".join(result.sentences()), style="bold")
     run.console.say(f"In {run.args.output_dir}: the adapter, report.html (the run as a page), run.json (all figures).")
 
 
