@@ -1,6 +1,7 @@
 """Loading: tokenizers as published, dtypes as the device can, and errors that say what to do."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -114,3 +115,10 @@ def test_a_git_lfs_pointer_is_said_to_be_one(models, tmp_path):
     (folder / "model.safetensors").write_text(pointer)
     with pytest.raises(BadModel, match="git-lfs pointer"):
         load_base(BaseSpec(path=str(folder), dtype=torch.float32, device=CPU))
+
+
+@pytest.mark.parametrize("path", ["nowhere/", "./nowhere", "a/b/c", Path("/nowhere")], ids=str)
+def test_what_can_only_be_a_folder_is_not_looked_for_on_the_hub(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadModel, match="no such folder"):
+        load_tokenizer(path)

@@ -9,7 +9,6 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -102,16 +101,6 @@ def signalled(out: Path, number: int, step: int) -> threading.Thread:
 LONG = ["--max_steps", "60", "--eval_size", "7", "--eval_strategy", "steps", "--eval_steps", "4"]
 
 
-@pytest.fixture
-def heeded(number: signal.Signals) -> Iterator[None]:
-    """The signal as a shell leaves it: `nohup make test` would have these tests ignore SIGHUP, and a run heed that."""
-    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-    before = signal.signal(number, usual)
-    yield
-    signal.signal(number, before)
-
-
-@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1], ids=lambda n: n.name)
 def test_every_signal_that_asks_to_stop_keeps_the_run(models, dialogues, tmp_path, capsys, number):
     base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"

@@ -83,8 +83,9 @@ def refuse_lfs_pointers(files: list[Path]) -> None:
 
 def _looks_local(path: str) -> bool:
     """Whether this can only mean a folder; `owner/name` may be a name on the hub."""
-    is_written_as_path = path.startswith((".", "~", os.sep)) or path.endswith("/") or "\\" in path
-    return is_written_as_path or path.count("/") > 1 or Path(path).exists()
+    text = str(path)
+    is_written_as_path = text.startswith((".", "~", os.sep)) or text.endswith("/") or "\\" in text
+    return is_written_as_path or text.count("/") > 1 or Path(text).exists()
 
 
 def _causes(error: BaseException) -> list[BaseException]:
