@@ -277,7 +277,7 @@ def equality(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
             if way and not has_gpu():
                 continue  # on a CPU rows are cut to blocks, and there are no spans in the plan
             compared = compare(
-                examples, model=settings, lora=settings, asked=layout, dtype=dtype, device=device(),
+                examples, model=settings, lora=settings, wanted=layout, dtype=dtype, device=device(),
                 pad_id=0, per_batch=6, console=Console(speaks=False),
             )  # fmt: skip
             name = f"{str(dtype).removeprefix('torch.')} {layout} {way}".strip()

@@ -77,13 +77,13 @@ def _run_in(folder: Path) -> Run:
 
 def find_runs(folder: Path) -> list[Run]:
     """The runs in a folder and below it, the earliest first. Records that cannot be read are not listed."""
-    found: list[Run] = []
+    runs: list[Run] = []
     for file in _records_below(folder, DEPTH):
         try:
-            found.append(Run(file.parent, read_json_object(file)))
+            runs.append(Run(file.parent, read_json_object(file)))
         except (OSError, ValueError):
             continue
-    return sorted(found, key=lambda run: (str(run.values.get("started", "")), str(run.folder)))
+    return sorted(runs, key=lambda run: (str(run.values.get("started", "")), str(run.folder)))
 
 
 def _records_below(folder: Path, depth: int) -> Iterator[Path]:

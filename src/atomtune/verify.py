@@ -107,7 +107,7 @@ def verify(settings: VerifySettings) -> int:
         examples,
         model=settings,
         lora=settings,
-        asked=settings.layout,
+        wanted=settings.layout,
         dtype=dtype,
         device=device,
         pad_id=pad_id,
@@ -147,7 +147,7 @@ def compare(
     *,
     model: ModelSettings,
     lora: LoraSettings,
-    asked: str,
+    wanted: str,
     dtype: torch.dtype,
     device: torch.device,
     pad_id: int,
@@ -160,7 +160,7 @@ def compare(
         return _as_after_training(load_base(BaseSpec(**model.base(), dtype=dtype, device=device)), lora)
 
     fast = load()
-    layout = _layout(fast, asked)
+    layout = _layout(fast, wanted)
     compute_together(fast, input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
     windows = windows_of(fast) if layout != "padded" else (None,)
     collator = Collator(
@@ -193,15 +193,15 @@ def compare(
     )
 
 
-def _layout(fast: CausalLM, asked: str) -> Layout:
+def _layout(fast: CausalLM, wanted: str) -> Layout:
     """The layout to verify. Raises BadSettings where --layout names one that is not exact for this model."""
-    if asked == "padded":
+    if wanted == "padded":
         return "padded"
     reason = why_padded(fast)
     if reason is None:
-        return "packed" if asked == "packed" else "tree"
-    if asked in ("tree", "packed"):
-        raise BadSettings([f"--layout {asked} would not be exact for this model: {reason}."])
+        return "packed" if wanted == "packed" else "tree"
+    if wanted in ("tree", "packed"):
+        raise BadSettings([f"--layout {wanted} would not be exact for this model: {reason}."])
     return "padded"
 
 
@@ -282,11 +282,11 @@ def _by_record(batch: Any, scores: torch.Tensor, examples: Sequence[Example]) ->
     for row, predicted_from, target, score in targets:
         path = [ids[row][position] for position in _path_to(predicted_from, until)]
         by_path[(*path, target)] = score
-    found = []
+    log_probabilities = []
     for example in examples:
         paths = [example.ids[: i + 1] for i, times in enumerate(example.learn) if times]
-        found.append(torch.tensor([by_path.get(path, math.nan) for path in paths], dtype=torch.float64))
-    return found
+        log_probabilities.append(torch.tensor([by_path.get(path, math.nan) for path in paths], dtype=torch.float64))
+    return log_probabilities
 
 
 def _path_to(position: int, until: Sequence[int] | None) -> list[int]:

@@ -76,24 +76,36 @@ def plan_segments(row: Row) -> SegmentPlan:
     groups = list(_groups(runs))
     where = {number: (g, i) for g, group in enumerate(groups) for i, number in enumerate(group)}
     batches: list[SegmentBatch] = []
-    own: list[int] = []
+    computed: list[int] = []  # the tokens of the row in the order in which the batches give their results
     for group in groups:
-        width = max(len(runs[number]) for number in group)
-        if not runs[group[0]].is_inner:
-            width = max(width, 2)  # a mixer would decode one token and not read it
-        tokens, places = [], []
-        for i, number in enumerate(group):
-            run = runs[number]
-            sequence = [*run.again, *run.own]
-            tokens.append(sequence + [sequence[-1]] * (width - len(sequence)))
-            places += [i * width + place for place in range(len(run.again), len(run))]
-            own += run.own
-        parents = tuple(where[runs[number].parent] for number in group if runs[number].parent >= 0)
-        batches.append(SegmentBatch(torch.tensor(tokens), torch.tensor(places), parents))
+        members = [runs[number] for number in group]
+        parents = tuple(where[run.parent] for run in members if run.parent >= 0)
+        batches.append(_batch(members, parents))
+        for run in members:
+            computed += run.own
     order = torch.empty(len(row), dtype=torch.long)
-    order[torch.tensor(own)] = torch.arange(len(row))
+    order[torch.tensor(computed)] = torch.arange(len(row))
     paths, first_on = _paths(parts, len(row))
     return SegmentPlan(tuple(batches), order, paths, first_on)
+
+
+def _batch(runs: Sequence[_Run], parents: tuple[tuple[int, int], ...]) -> SegmentBatch:
+    """Segments side by side, each padded at its end with its own last token.
+
+    again a, own b    a b b b . → places of the b's alone are results; a was computed before, "." is padding
+    """
+    width = max(len(run) for run in runs)
+    if not runs[0].is_inner:
+        width = max(width, 2)  # a mixer would decode one token and not read it
+    tokens: list[list[int]] = []
+    places: list[int] = []
+    for i, run in enumerate(runs):
+        sequence = [*run.again, *run.own]
+        padding = [sequence[-1]] * (width - len(sequence))
+        tokens.append(sequence + padding)
+        first = i * width
+        places += range(first + len(run.again), first + len(run))
+    return SegmentBatch(torch.tensor(tokens), torch.tensor(places), parents)
 
 
 def _runs(parts: Sequence[Segment]) -> list[_Run]:

@@ -12,7 +12,7 @@ from atomtune.engines.server_process import ServerProcess, free_port
 from atomtune.errors import BadModel
 from atomtune.extras import refuse_missing
 
-#: Added to a token's logit so that it is drawn; the log-probability told is that before the addition.
+#: Added to a token's logit so that it is sampled; the log-probability in the answer is that before the addition.
 _FORCED = 1e4
 #: More than any vocabulary holds.
 _ALL = 1_000_000
@@ -80,14 +80,14 @@ class LlamaCpp:
         scores: list[float] = []
         for i, token in enumerate(answer):
             context = [*prompt, *answer[:i]]
-            drawn = self._forced(context, token, likeliest=1)
-            if drawn is None:  # it ends inside a character, and the server tells nothing of such a token
-                drawn = self._one_of_all(context, token, whole=prompt[-1])
-            scores.append(float(drawn["logprob"]))
+            entry = self._forced(context, token, likeliest=1)
+            if entry is None:  # it ends inside a character, and the server's answer leaves such a token out
+                entry = self._one_of_all(context, token, whole=prompt[-1])
+            scores.append(float(entry["logprob"]))
         return scores
 
     def _forced(self, context: Sequence[int], token: int, *, likeliest: int) -> dict[str, Any] | None:
-        """What the server tells of this token when it is drawn behind the context; None where it tells nothing."""
+        """The server's entry of this token when it is sampled behind the context; None where it gives none."""
         body = {
             "prompt": list(context),
             "n_predict": 1,
@@ -96,18 +96,18 @@ class LlamaCpp:
             "logit_bias": [[token, _FORCED]],
             "cache_prompt": True,
         }
-        told = post(f"{self.url}/completion", body).get("completion_probabilities")
-        if not told:
+        entries = post(f"{self.url}/completion", body).get("completion_probabilities")
+        if not entries:
             return None
-        drawn: dict[str, Any] = told[0]
-        assert drawn["id"] == token, f"token {token} was forced, {drawn['id']} came"
-        return drawn
+        entry: dict[str, Any] = entries[0]
+        assert entry["id"] == token, f"token {token} was forced, {entry['id']} came"
+        return entry
 
     def _one_of_all(self, context: Sequence[int], token: int, *, whole: int) -> dict[str, Any]:
-        """The entry of this token among all of the vocabulary, told when a whole character is drawn instead."""
-        told = self._forced(context, whole, likeliest=_ALL)
-        assert told is not None, f"token {whole} ends inside a character too"
-        entry: dict[str, Any] = next(entry for entry in told["top_logprobs"] if entry["id"] == token)
+        """The entry of this token among all of the vocabulary, given when a whole character is sampled instead."""
+        sampled = self._forced(context, whole, likeliest=_ALL)
+        assert sampled is not None, f"token {whole} ends inside a character too"
+        entry: dict[str, Any] = next(entry for entry in sampled["top_logprobs"] if entry["id"] == token)
         return entry
 
     def chat(self, request: Request, *, max_tokens: int) -> Reply:

@@ -165,9 +165,9 @@ def say(report: Report, console: Console) -> None:
     table.add_column("")
     for name in report.models:
         table.add_column(name, justify="right")
-    for one in used_measures(report):
-        figures = [own.get(one.name) for own in report.models.values()]
-        table.add_row(one.title, *(interval_text(one, figure) if figure else "–" for figure in figures))
+    for kind in used_measures(report):
+        figures = [own.get(kind.name) for own in report.models.values()]
+        table.add_row(kind.title, *(interval_text(kind, figure) if figure else "–" for figure in figures))
     console.print(table)
     for sentence in report.sentences():
         console.say(sentence)

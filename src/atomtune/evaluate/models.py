@@ -58,40 +58,49 @@ def load_models(settings: EvaluateSettings, console: Console) -> Models:
 
     Raises BadModel for an adapter that does not fit, BadSettings when two adapters were trained on different bases.
     """
+    if not settings.adapter_path:
+        return _base_alone(settings, console)
     folders = [Path(path) for path in settings.adapter_path]
     trained = [template_of(folder, trust_remote_code=settings.trust_remote_code) for folder in folders]
     base_path = _common_base(settings, folders)
-    device = device_in_use()
-    dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=console.notice)
-    console.say(f"loading {base_path} in {str(dtype).removeprefix('torch.')} on {device} …")
-    base = load_base(BaseSpec(**{**settings.base(), "path": base_path}, dtype=dtype, device=device))
-    if not folders:
-        tokenizer = load_tokenizer(base_path, trust_remote_code=settings.trust_remote_code)
-        variables = json.loads(settings.chat_template_kwargs) if settings.chat_template_kwargs else {}
-        template = load_template(settings.template, tokenizer, variables=variables)
-        guard_embedding(base, tokenizer, path=base_path)
-        return Models(base.eval(), base_path, (Subject(BASE, None, template),), settings.max_seq_length or 2048)
+    base = _load_base(settings, base_path, console)
     for _, card in trained:
         refuse_other_base(base_path, card.base, anyway=settings.other_base, notice=console.notice)
-    guard_embedding(base, trained[0][0].tokenizer, path=base_path)
+    templates = [template for template, _ in trained]
+    guard_embedding(base, templates[0].tokenizer, path=base_path)
+
+    # PEFT takes no dots in a name, and calls the first adapter by this one.
+    adapters = ["default", *(f"adapter_{i}" for i in range(1, len(folders)))]
     model = load_trained(base, folders[0])
-    subjects = [Subject(BASE, None, trained[0][0])]
-    for i, (folder, name, (template, _)) in enumerate(zip(folders, _names(folders), trained, strict=True)):
-        adapter = "default" if i == 0 else f"adapter_{i}"  # PEFT takes no dots in a name
-        if i > 0:
-            load_another(model, folder, adapter)
-        subjects.append(Subject(name, adapter, template))
+    for folder, adapter in zip(folders[1:], adapters[1:], strict=True):
+        load_another(model, folder, adapter)
+    tuned = [Subject(*names) for names in zip(_names(folders), adapters, templates, strict=True)]
+    subjects = (Subject(BASE, None, templates[0]), *tuned)
     longest = max(card.max_seq_length for _, card in trained)
-    return Models(model.eval(), base_path, tuple(subjects), settings.max_seq_length or longest)
+    return Models(model.eval(), base_path, subjects, settings.max_seq_length or longest)
+
+
+def _base_alone(settings: EvaluateSettings, console: Console) -> Models:
+    """A base without an adapter, asked by the template that the settings name."""
+    if not settings.model_path:
+        raise BadSettings(["--adapter_path is missing: the run's output folder. (--model_path alone takes a base.)"])
+    base = _load_base(settings, settings.model_path, console)
+    tokenizer = load_tokenizer(settings.model_path, trust_remote_code=settings.trust_remote_code)
+    variables = json.loads(settings.chat_template_kwargs) if settings.chat_template_kwargs else {}
+    template = load_template(settings.template, tokenizer, variables=variables)
+    guard_embedding(base, tokenizer, path=settings.model_path)
+    subjects = (Subject(BASE, None, template),)
+    return Models(base.eval(), settings.model_path, subjects, settings.max_seq_length or 2048)
+
+
+def _load_base(settings: EvaluateSettings, path: str, console: Console) -> CausalLM:
+    device = device_in_use()
+    dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=console.notice)
+    console.say(f"loading {path} in {str(dtype).removeprefix('torch.')} on {device} …")
+    return load_base(BaseSpec(**{**settings.base(), "path": path}, dtype=dtype, device=device))
 
 
 def _common_base(settings: EvaluateSettings, folders: Sequence[Path]) -> str:
-    if not folders:
-        if not settings.model_path:
-            raise BadSettings(
-                ["--adapter_path is missing: the run's output folder. (--model_path alone takes a base.)"]
-            )
-        return settings.model_path
     bases = {base_of(folder, settings.model_path) for folder in folders}
     if len(bases) > 1:
         raise BadSettings(

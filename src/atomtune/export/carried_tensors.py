@@ -50,10 +50,10 @@ def changed(base: Path, out: Path, names: Collection[str]) -> list[str]:
     return sorted(name for name in names if name not in ours or not _same(ours[name], theirs[name]))
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape:
+def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    if left.dtype != right.dtype or left.shape != right.shape:
         return False
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
 
 
 def _tensors(

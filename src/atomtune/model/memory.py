@@ -33,9 +33,9 @@ def activation_bytes(config: Any, *, tokens: int, element_bytes: int, dropout: b
     if isinstance(inner, list | tuple):  # Gemma 3n: a width for each layer
         inner = sum(inner) // len(inner)
     layers = getattr(text, "num_hidden_layers", 0)
-    kept = (11 * hidden + 4 * inner) * element_bytes
+    saved = (11 * hidden + 4 * inner) * element_bytes
     dropped = 3 * hidden + inner if dropout else 0
-    return tokens * layers * (kept + dropped)
+    return tokens * layers * (saved + dropped)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -91,9 +91,9 @@ def peak_bytes(device: torch.device) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is a device or the machine running out of memory."""
-    said = str(error)
+    text = str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in said or "out of memory" in said.lower())
+        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text.lower())
     )
 
 

@@ -287,12 +287,12 @@ def _kept_or_recomputed(
 ) -> StepMemory:
     """As `--gradient_checkpointing auto` decides once the model is loaded: by the part of what is then free."""
     choice = settings.run.gradient_checkpointing
-    kept = step_memory(size, step, recomputed=choice == "true")
+    without = step_memory(size, step, recomputed=choice == "true")
     if choice != "auto":
-        return kept
-    activations = kept.parts["activations"]
-    free_beside_the_model = free - (kept.peak - activations)
-    return kept if activations <= usable * free_beside_the_model else step_memory(size, step, recomputed=True)
+        return without
+    activations = without.parts["activations"]
+    free_beside_the_model = free - (without.peak - activations)
+    return without if activations <= usable * free_beside_the_model else step_memory(size, step, recomputed=True)
 
 
 def _say(forecast: Forecast, console: Console, *, quantized: bool) -> None:

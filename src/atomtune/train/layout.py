@@ -25,7 +25,7 @@ def check_equal(run: RunContext, data: Data, *, pad_id: int) -> None:
         _sampled_batches(data, per_batch=args.per_device_train_batch_size, seed=args.seed)[0],
         model=settings.model,
         lora=settings.lora,
-        asked=settings.data.layout,
+        wanted=settings.data.layout,
         dtype=dtype_of(run),
         device=device_of(run),
         pad_id=pad_id,

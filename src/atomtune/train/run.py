@@ -6,6 +6,7 @@ The walk of the house: data.cache → batch.collate → model → trainer → ru
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -145,46 +146,70 @@ def _recorded_failure(run: RunContext, error: BaseException) -> BaseException:
     return answer
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What is known of a run before its model is loaded.
+
+    run       with the settings that follow from the records
+    identity  what a resumed run must have in common with the one that began
+    """
+
+    run: RunContext
+    tokenizer: Tokenizer
+    template: Template
+    data: Data
+    identity: dict[str, Any]
+
+
 def _run(run: RunContext, began: float) -> None:
-    """The story of one run; a resumed one is first compared with the run that began."""
-    model_settings = run.settings.model
-    tokenizer = load_tokenizer(str(model_settings.model_path), trust_remote_code=model_settings.trust_remote_code)
+    """The story of one run."""
+    prepared = _prepare(run)
+    run, data = prepared.run, prepared.data
+    trainer = _load_trainer(prepared, began)
+    _refuse_unused_settings(run, trainer)
+    _say_many_passes(run, data)
+    if run.args.should_save:
+        check_space(run, trainer.model, prepared.tokenizer)
+
+    samples = Samples.of_run(run, trainer.model, prepared.template, data.evaluate)
+    run.record.begin()
+    picture = LossPicture(Path(run.args.output_dir), title=title_of(run))
+    _fit(run, trainer, data, picture)
+    finish(run, trainer, samples, picture, data.ledger)
+
+
+def _prepare(run: RunContext) -> _Prepared:
+    """Read the records; a resumed run is compared with the run that began."""
+    model = run.settings.model
+    tokenizer = load_tokenizer(str(model.model_path), trust_remote_code=model.trust_remote_code)
     template = _template(run, tokenizer)
     tokenizer.chat_template = template.source  # what is trained is what is served
     run, shape = with_sequence_limit(run)
     data = read_data(run, template)
     run = with_defaults(run, data.size, shape)
-    settings = run.settings
-    run.record.update(settings=settings.resolved(), lengths=lengths(run.args))
+    run.record.update(settings=run.settings.resolved(), lengths=lengths(run.args))
     if not isinstance(data.train, Stream):
         check_last_batch(run.args, len(data.train))
         _refuse_tokens_without_row(run, tokenizer, data)
     run_identity = identity(run, template, data)
     refuse_another_run(run, run_identity)
     _say_changed_length(run)
-    if settings.run.verify:
+    if run.settings.run.verify:
         check_equal(run, data, pad_id=pad_id_of(tokenizer))
+    return _Prepared(run, tokenizer, template, data, run_identity)
 
+
+def _load_trainer(prepared: _Prepared, began: float) -> LoraTrainer:
+    """The model with its adapter, the layout it is equal in, and the loop around them."""
+    run, tokenizer, data = prepared.run, prepared.tokenizer, prepared.data
     set_seed(run.args.seed)
     longest_tokens = _longest_tokens(run, data)
     model = load_model(run, longest_tokens=longest_tokens)
     guard_embedding(model, tokenizer, path=str(run.settings.model.model_path))
-    say_untrained_stop(model, tokenizer, template.stop, notice=run.console.notice)
+    say_untrained_stop(model, tokenizer, prepared.template.stop, notice=run.console.notice)
     layout = choose_layout(run, model, tokenizer, data, longest_tokens=longest_tokens)
     keep_or_recompute(run, model, heaviest_tokens=layout.heaviest_tokens)
-    trainer = _trainer(
-        run, data, model, layout.collator, tokenizer, _metadata(run, template, data), run_identity, began
-    )
-    _refuse_unused_settings(run, trainer)
-    _say_many_passes(run, data)
-    if run.args.should_save:
-        check_space(run, model, tokenizer)
-
-    samples = Samples.of_run(run, model, template, data.evaluate)
-    run.record.begin()
-    picture = LossPicture(Path(run.args.output_dir), title=title_of(run))
-    _fit(run, trainer, data, picture)
-    finish(run, trainer, samples, picture, data.ledger)
+    return _trainer(prepared, model, layout.collator, began)
 
 
 def _refuse_tokens_without_row(run: RunContext, tokenizer: Tokenizer, data: Data) -> None:
@@ -226,23 +251,20 @@ def _metadata(run: RunContext, template: Template, data: Data) -> AdapterMetadat
     )
 
 
-def _trainer(  # noqa: PLR0917  # each is a station of the walk
-    run: RunContext,
-    data: Data,
-    model: Any,
-    collator: Collator,
-    tokenizer: Any,
-    metadata: AdapterMetadata,
-    run_identity: dict[str, Any],
-    began: float,
-) -> LoraTrainer:
+def _trainer(prepared: _Prepared, model: Any, collator: Collator, began: float) -> LoraTrainer:
+    run, data = prepared.run, prepared.data
+    metadata = _metadata(run, prepared.template, data)
     minutes = run.settings.run.max_minutes
     stop = Stop(deadline=began + 60 * minutes if minutes else None, limit=f"--max_minutes {minutes:g}")
     try:
         return LoraTrainer(
-            tokenizer=tokenizer,
+            tokenizer=prepared.tokenizer,
             metadata=metadata,
-            facts={"identity": run_identity, "versions": run.record.values["versions"], "derived": dict(run.derived)},
+            facts={
+                "identity": prepared.identity,
+                "versions": run.record.values["versions"],
+                "derived": dict(run.derived),
+            },
             stop=stop,
             skip_nonfinite=run.settings.run.skip_nonfinite,
             patience=run.settings.run.early_stopping_patience,

@@ -29,7 +29,7 @@ class RunRecord:
         self.values: dict[str, Any] = {
             "status": "running",
             "atomtune": __version__,
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
             "machine": platform.machine(),
             "notices": [],
@@ -37,7 +37,7 @@ class RunRecord:
 
     def update(self, **values: Any) -> None:
         self.values |= values
-        self.values["updated"] = datetime.now(UTC).isoformat(timespec="seconds")
+        self.values["updated"] = datetime.now(UTC).isoformat(timespec="milliseconds")
         if not self.writes or self.waits:
             return
         if self._folder_identity is None:

@@ -150,8 +150,8 @@ def question_in(ids: Sequence[int], tokenizer: Tokenizer) -> str:
         else:
             parts[-1].append(token)
     texts = [tokenizer.decode(part).strip() for part in parts]
-    said = [text for text in texts if text and text.rstrip(":：").lower() not in _ROLES]
-    return _ROLE.sub("", said[-1], count=1) if said else ""
+    prompts = [text for text in texts if text and text.rstrip(":：").lower() not in _ROLES]
+    return _ROLE.sub("", prompts[-1], count=1) if prompts else ""
 
 
 def table_of(samples: Sequence[Sample], *, title: str) -> Table:

@@ -169,33 +169,48 @@ class Encoder:
         if isinstance(exchanges, CannotExpress):
             raise exchanges
         targets = self._targets(exchanges, ids)
+        fitting = self._fit(record, exchanges, targets, ids)
+        if isinstance(fitting, Refusal):
+            refused_tokens = sum(len(target.answer) * target.learn for target in targets)
+            return EncodedRecord(record.origin, refusal=fitting, refused_target_tokens=refused_tokens)
+        if not all(target.prompt_tokens for target in fitting) and record.turns[-1].role != "text":
+            return self._refused(record, "the template writes nothing before the answer", ids)
+
+        examples = joined(fitting, record.origin)
+        all_tokens = sum(len(example.ids) for example in examples)
+        learned_tokens = sum(target.learned_tokens for target in fitting)
+        pieces = (*exchanges[-1].prompt, *(exchange.answer for exchange in exchanges))
+        return EncodedRecord(
+            record.origin,
+            examples,
+            prompt_tokens=all_tokens - learned_tokens,
+            target_tokens=sum(target.learned_tokens * target.learn for target in fitting),
+            cut_tokens=_prompt_tokens(targets) - _prompt_tokens(fitting),
+            unknown_tokens=self._unknown_tokens(fitting),
+            holds_control_strings=any(piece.breaks for piece in pieces),
+            has_thoughts=any(with_thoughts_apart(record.turns[exchange.at]).reasoning for exchange in exchanges),
+            notes=_notes(record, exchanges),
+        )
+
+    def _fit(
+        self, record: Record, exchanges: Sequence[Exchange], targets: Sequence[Target], ids: _PieceIds
+    ) -> list[Target] | Refusal:
+        """The exchanges of a record within max_tokens; one that cannot be made to fit refuses the record."""
         fitting: list[Target] = []
         for exchange, target in zip(exchanges, targets, strict=True):
             fits: Target | Refusal = target
             if target.prompt_tokens + len(target.answer) > self.max_tokens:
                 fits = self._made_to_fit(record, exchange.at, target, ids)
             if isinstance(fits, Refusal):
-                refused_tokens = sum(len(one.answer) * one.learn for one in targets)
-                return EncodedRecord(record.origin, refusal=fits, refused_target_tokens=refused_tokens)
+                return fits
             fitting.append(fits)
-        if not all(target.prompt_tokens for target in fitting) and record.turns[-1].role != "text":
-            return self._refused(record, "the template writes nothing before the answer", ids)
-        unknown = self._unknown_id
-        examples = joined(fitting, record.origin)
-        all_tokens = sum(len(example.ids) for example in examples)
-        return EncodedRecord(
-            record.origin,
-            examples,
-            prompt_tokens=all_tokens - sum(target.learned_tokens for target in fitting),
-            target_tokens=sum(target.learned_tokens * target.learn for target in fitting),
-            cut_tokens=sum(a.prompt_tokens - b.prompt_tokens for a, b in zip(targets, fitting, strict=True)),
-            unknown_tokens=0 if unknown is None else sum(target.answer.count(unknown) for target in fitting),
-            holds_control_strings=any(
-                piece.breaks for piece in (*exchanges[-1].prompt, *(exchange.answer for exchange in exchanges))
-            ),
-            has_thoughts=any(with_thoughts_apart(record.turns[exchange.at]).reasoning for exchange in exchanges),
-            notes=_notes(record, exchanges),
-        )
+        return fitting
+
+    def _unknown_tokens(self, targets: Sequence[Target]) -> int:
+        """How many tokens of the answers stand for text that the tokenizer has no token for."""
+        if self._unknown_id is None:
+            return 0
+        return sum(target.answer.count(self._unknown_id) for target in targets)
 
     def _targets(self, exchanges: Sequence[Exchange], ids: _PieceIds) -> list[Target]:
         """The exchanges of one record in ids; what a prompt shares with the one before is looked up once."""
@@ -276,6 +291,10 @@ def _shared(before: tuple[Part, ...], prompt: tuple[Part, ...]) -> int:
     """
     shared = max(0, len(before) - 1)
     return shared if len(prompt) > shared and prompt[:shared] == before[:shared] else 0
+
+
+def _prompt_tokens(targets: Sequence[Target]) -> int:
+    return sum(target.prompt_tokens for target in targets)
 
 
 def _notes(record: Record, exchanges: Sequence[Exchange]) -> tuple[str, ...]:

@@ -28,8 +28,8 @@ def problems_of_media(record: Mapping[str, Any], turns: Iterable[Turn]) -> tuple
     for number, turn in enumerate(turns, 1):
         if "<" not in turn.text and "<" not in turn.input:
             continue
-        found = _PLACEHOLDER.search(turn.text) or _PLACEHOLDER.search(turn.input)
-        if found and turn.role not in ("assistant", "text"):
-            placeholder = found.group().strip()
+        match = _PLACEHOLDER.search(turn.text) or _PLACEHOLDER.search(turn.input)
+        if match and turn.role not in ("assistant", "text"):
+            placeholder = match.group().strip()
             return (f"turn {number} holds {placeholder}, which stands for media; only text can be trained on",)
     return ()
