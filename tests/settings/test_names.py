@@ -61,6 +61,10 @@ num_epochs: 4
 optimizer: paged_adamw_32bit
 lr_scheduler: cosine
 flash_attention: true
+bf16: auto
+gradient_accumulation_steps: 4
+gradient_checkpointing: true
+tf32: false
 evals_per_epoch: 4
 saves_per_epoch: 1
 special_tokens:
@@ -152,7 +156,8 @@ def test_the_right_setting_stands_beside_the_others_tools_name(tmp_path):
     said = "\n".join(problems(str(path)))
     for line in (
         "axo.yaml:2: load_in_4bit: if true, use quantize nf4; else leave it out.",
-        "axo.yaml:4: dataset_path: expected words, as `dataset_path: train.jsonl`.",
+        "axo.yaml:4: dataset_path: expected words, as `dataset_path: few.jsonl`. Its format is told from its records.",
+        "axo.yaml:18: bf16 'auto': expected true or false. Leave it out: dtype auto takes bfloat16 where the device is",
         "axo.yaml:12: sample_packing: use layout packed, or leave it out: layout auto finds the cheapest.",
     ):
         assert line in said

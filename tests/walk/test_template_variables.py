@@ -13,6 +13,7 @@ import pytest
 
 from atomtune.cli import main
 from atomtune.data.cache import Rules, examples_of
+from atomtune.data.encoding.chat_template import NOT_WRITTEN
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.encoding.encode import encode
 from atomtune.data.formats.schema import Schema
@@ -75,13 +76,17 @@ def test_documents_of_a_record_are_written():
     assert prompt_of({**TALK, "documents": documents}, READS_DOCUMENTS) == served(READS_DOCUMENTS, documents=documents)
 
 
-def test_documents_that_a_template_does_not_write_refuse_the_record():
-    # Catches answers learned about documents that the model never sees.
-    ledger = Ledger()
-    template = load_template("auto", tokenizer_of("bytes", CHATML))
-    raw = RawRecord({**TALK, "documents": [{"title": "Tides"}]}, "train.jsonl:1")
-    assert not list(itertools.chain(*encode([raw], template, ledger, max_tokens=1000, schema=Schema("messages"))))
-    assert ledger.records_refused[0].reason == "the tokenizer's own template has no place for documents"
+def test_documents_that_a_template_does_not_write_are_said_and_the_other_variables_count():
+    # A server that is sent them writes this very prompt. Refusing the record lost its enable_thinking too.
+    sets = {"enable_thinking": False, "documents": [{"title": "Tides", "text": "Twice a day."}]}
+    assert prompt_of({**TALK, **sets}, TWO_MODES) == served(TWO_MODES, **sets)
+    assert served(TWO_MODES, **sets) == served(TWO_MODES, enable_thinking=False)
+    for source, notices in ((TWO_MODES, {NOT_WRITTEN["documents"]: 1}), (READS_DOCUMENTS, {})):
+        ledger = Ledger()
+        template = load_template("auto", tokenizer_of("bytes", source))
+        raw = RawRecord({**TALK, **sets}, "train.jsonl:1")
+        assert list(encode([raw], template, ledger, max_tokens=1000, schema=Schema("messages")))
+        assert dict(ledger.notices) == notices
 
 
 def test_a_control_string_in_a_variable_stays_text():

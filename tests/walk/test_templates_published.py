@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 
 from atomtune.choices import RENAMED_TEMPLATES, SPLIT_TEMPLATES, TEMPLATES
+from atomtune.data.encoding.chat_template import NOT_WRITTEN, Template
 from atomtune.data.encoding.choose_template import built_in, load_template
 from atomtune.data.encoding.encode import encode
 from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord
+from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import BadSettings
 from atomtune.model.load import load_tokenizer
 from tests.tiny import tokenizer_of
@@ -80,7 +82,8 @@ class Talk:
         text = self.text()
         if text[0] in '{["':  # what only looks like JSON is written otherwise there, as mistral-v3's head says
             text = f"x{text}"
-        answered = self.random.choice([text, "5", "5.25", '{"sum": [1, "两"]}', "true"])
+        values = ["5", "5.25", '{"sum": [1, "两"]}', "true"]
+        answered = self.random.choice(values if "values" in self.holds else [text, *values])
         return [call, {"role": "tool", "name": "add", "tool_call_id": number, "content": answered}]
 
     def messages(self) -> list[Message]:
@@ -156,33 +159,139 @@ def encoded_by_mistral(name: str, messages: list[Message], tools: list[Message] 
     return mistral_encoder(name).encode_chat_completion(request)
 
 
+def mistral_tokenizer(name: str, folder: Path) -> Tokenizer:
+    """The tokenizer that mistral-common carries, as transformers reads it."""
+    mistral_encoder(name)
+    is_tekken = name == "mistral-tekken"
+    shutil.copy(mistral_file(name), folder / ("tekken.json" if is_tekken else "tokenizer.model"))
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "legacy": False}
+    if not is_tekken:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text('{"model_type": "mistral"}')
+    return load_tokenizer(str(folder))
+
+
+def assert_ids_of_the_encoder(
+    name: str, template: Template, talk: Talk, messages: list[Message], *, system_behind_tools: bool = True
+) -> Ledger:
+    """Each answer ends an Example that begins with what the encoder makes of the messages up to it.
+
+    system_behind_tools  the template writes the system text into a prompt that ends with a tool's answer too
+    """
+    record = {"messages": messages, **({"tools": talk.tools} if talk.tools else {})}
+    ledger = Ledger()
+    records = list(encode([RawRecord(record, "a:1")], template, ledger, max_tokens=10**5, schema=Schema("messages")))
+    assert not ledger.records_refused
+    for at, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        sent = messages[: at + 1]
+        if not system_behind_tools and messages[at - 1]["role"] == "tool":
+            sent = [message for message in sent if message["role"] != "system"]
+        expected = encoded_by_mistral(name, sent, talk.tools).tokens
+        assert any(list(example.ids[: len(expected)]) == expected for example in records[0]), (messages, at)
+    return ledger
+
+
 @pytest.mark.parametrize("name", MISTRAL)
 def test_what_is_learned_on_a_mistral_has_the_ids_of_its_own_encoder(name: str, tmp_path: Path) -> None:
     # Catches ids of calls that are lost, a system text in another question, a space too many or too few, and a
     # tokenizer that reads [INST] as text.
-    mistral_encoder(name)
-    is_tekken = name == "mistral-tekken"
-    shutil.copy(mistral_file(name), tmp_path / ("tekken.json" if is_tekken else "tokenizer.model"))
-    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "legacy": False}
-    if not is_tekken:
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
-    template = load_template(name, load_tokenizer(str(tmp_path)))
+    template = load_template(name, mistral_tokenizer(name, tmp_path))
     assert template.unknown_controls == ()  # [INST] is text in version 1
     holds = {"system"} if name == "mistral-v1" else {"system", "tools"}
     for seed in range(CONVERSATIONS):
         talk = Talk(seed, holds, tidy=True)
+        assert_ids_of_the_encoder(name, template, talk, talk.messages())
+
+
+# --- Mistral: its own published templates -----------------------------------------------------------------------------
+
+#: As the templates of Mistral-7B-Instruct-v0.3 (SPACE is a space) and Mistral-Nemo-Instruct-2407 (SPACE is nothing)
+#: write: the tools before the last question, the system text in it if it is the last message, each call with its id,
+#: an id of another length refused, and what a tool says written as it is.
+AS_PUBLISHED = """\
+{%- set talk = messages[1:] if messages[0].role == 'system' else messages -%}
+{%- set questions = talk | selectattr('role', 'equalto', 'user') | list -%}
+{%- macro id_of(id) -%}
+    {%- if not id or id | length != 9 -%}
+        {{- raise_exception('Tool call IDs should be alphanumeric strings with length 9!') -}}
+    {%- endif -%}
+    {{- id -}}
+{%- endmacro -%}
+{%- set turns = namespace(count=0) -%}
+{%- for message in talk if message.role != 'tool' and not message.tool_calls -%}
+    {%- if (message.role == 'user') != (turns.count % 2 == 0) -%}
+        {{- raise_exception('conversation roles must alternate user/assistant/user/assistant/...') -}}
+    {%- endif -%}
+    {%- set turns.count = turns.count + 1 -%}
+{%- endfor -%}
+{{- bos_token -}}
+{%- for message in talk -%}
+    {%- if message.role == 'user' -%}
+        {%- if tools and message == questions[-1] -%}
+            {{- '[AVAILABLE_TOOLS]SPACE' + tools | tojson + '[/AVAILABLE_TOOLS]' -}}
+        {%- endif -%}
+        {{- '[INST]SPACE' -}}
+        {%- if loop.last and messages[0].role == 'system' -%}
+            {{- messages[0].content + '\n\n' -}}
+        {%- endif -%}
+        {{- message.content + '[/INST]' -}}
+    {%- elif message.tool_calls -%}
+        {{- '[TOOL_CALLS]SPACE[' -}}
+        {%- for call in message.tool_calls -%}
+            {{- (call.function | tojson)[:-1] + ', "id": "' + id_of(call.id) + '"}' -}}
+            {{- ', ' if not loop.last -}}
+        {%- endfor -%}
+        {{- ']' + eos_token -}}
+    {%- elif message.role == 'tool' -%}
+        {{- '[TOOL_RESULTS]SPACE{"content": ' + message.content + ', "call_id": "' + id_of(message.tool_call_id) -}}
+        {{- '"}[/TOOL_RESULTS]' -}}
+    {%- else -%}
+        {{- 'SPACE' + message.content + eos_token -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+
+def mistral_with_its_own_template(name: str, folder: Path) -> Template:
+    tokenizer = mistral_tokenizer(name, folder)
+    tokenizer.chat_template = AS_PUBLISHED.replace("SPACE", "" if name == "mistral-tekken" else " ")
+    return load_template("auto", tokenizer)
+
+
+@pytest.mark.parametrize("name", ["mistral-v3", "mistral-tekken"])
+def test_a_mistrals_own_template_gives_the_ids_of_its_encoder(name: str, tmp_path: Path) -> None:
+    # Catches ids of calls that do not reach the template, which refuses the record then; tools and a system text
+    # that stand elsewhere once the answer is there.
+    template = mistral_with_its_own_template(name, tmp_path)
+    calls = 0
+    for seed in range(CONVERSATIONS):
+        talk = Talk(seed, {"system", "tools", "values"}, tidy=True)
         messages = talk.messages()
-        record = {"messages": messages, **({"tools": talk.tools} if talk.tools else {})}
-        ledger = Ledger()
-        records = list(
-            encode([RawRecord(record, "a:1")], template, ledger, max_tokens=10**5, schema=Schema("messages"))
-        )
-        assert not ledger.records_refused
-        for at, message in enumerate(messages):
-            if message["role"] == "assistant":
-                expected = encoded_by_mistral(name, messages[: at + 1], talk.tools).tokens
-                assert any(list(example.ids[: len(expected)]) == expected for example in records[0]), (seed, at)
+        if messages[0]["role"] == "system":
+            messages[0]["content"] += " Answer briefly."  # as no other text does, so that it is seen where it is lost
+        questions = [message["content"] for message in messages if message["role"] == "user"]
+        if len(set(questions)) < len(questions):
+            continue  # to such a template equal questions are the same one
+        calls += sum("tool_calls" in message for message in messages)
+        ledger = assert_ids_of_the_encoder(name, template, talk, messages, system_behind_tools=False)
+        roles = {message["role"] for message in messages}
+        assert (NOT_WRITTEN["system"] in ledger.notices) == (roles >= {"system", "tool"})
+    assert calls > CONVERSATIONS / 4
+
+
+@pytest.mark.parametrize("call_id", ["", "abc", "call_0123456789"])
+def test_ids_that_a_mistrals_own_template_refuses_refuse_the_record(call_id: str, tmp_path: Path) -> None:
+    template = mistral_with_its_own_template("mistral-v3", tmp_path)
+    talk = Talk(0, {"tools"}, tidy=True)
+    talk.tools = [TOOL]
+    called, answer = talk.called()
+    called["tool_calls"][0]["id"] = answer["tool_call_id"] = call_id
+    record = {"tools": [TOOL], "messages": [{"role": "user", "content": "1 + 2?"}, called, answer, talk.answer()]}
+    ledger = Ledger()
+    assert not list(encode([RawRecord(record, "a:1")], template, ledger, max_tokens=10**5, schema=Schema("messages")))
+    assert "Tool call IDs should be alphanumeric strings with length 9!" in ledger.records_refused[0].reason
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

@@ -65,6 +65,12 @@ VALUE_SYNONYMS = {
     ("dtype", "float"): "float32",
 }
 
+#: Values of other tools that the setting of that name does not take: what to do instead.
+VALUES_ELSEWHERE = {
+    ("bf16", "auto"): "Leave it out: --dtype auto takes bfloat16 where the device is good at it",
+    ("fp16", "auto"): "Leave it out: --dtype auto takes bfloat16 where the device is good at it",
+}
+
 #: Names that were in older transformers, or in the tutorial, and what to write now.
 RENAMED = {
     "warmup_ratio": "--warmup_steps with a number below 1",
@@ -139,6 +145,14 @@ def synonym(name: str, types: Collection[str]) -> str | None:
     """The setting of this command that another tool calls so."""
     ours = SYNONYMS.get(name)
     return ours if ours in types else None
+
+
+def value_advice(name: str, value: object, *, in_yaml: bool) -> str:
+    """What to do about a value that another tool has for a setting of this name; "" where nothing is known of it."""
+    text = VALUES_ELSEWHERE.get((name, str(value).lower()), "")
+    if not text:
+        return ""
+    return f" {text.replace(' --', ' ') if in_yaml else text}."
 
 
 def advice(name: str, types: Mapping[str, object], *, in_yaml: bool) -> str:

@@ -41,6 +41,7 @@ from atomtune.settings.fields import (
 )
 from atomtune.settings.flags import EntryReader, types_of
 from atomtune.settings.library import choices_of, library_settings, library_types
+from atomtune.settings.names import value_advice
 
 S = TypeVar("S")
 
@@ -200,7 +201,10 @@ def _misfit(name: str, entry: Entry | None, kind: Any, info: FieldInfo) -> str:
     if entry is None:
         return f"--{name} is missing: {info.description}."
     if _holds_mappings(entry.value):
-        return f"{entry.origin}: {name}: expected words, as `{name}: {EXAMPLES.get(name, 'a b')}`."
+        paths = [str(item["path"]) for item in entry.value if isinstance(item, dict) and item.get("path")]
+        example = f"[{', '.join(paths)}]" if len(paths) > 1 else "".join(paths) or EXAMPLES.get(name, "a b")
+        told = " Its format is told from its records." if paths else ""
+        return f"{entry.origin}: {name}: expected words, as `{name}: {example}`.{told}"
     return f"{entry.place(name)}: expected {expected(kind, info)}."
 
 
@@ -256,7 +260,8 @@ def _library_value(name: str, entry: Entry, kind: Any, problems: list[str]) -> A
     try:
         return TypeAdapter(kind, config=_LIBRARY_VALUES).validate_python(value)
     except ValidationError:
-        problems.append(f"{entry.place(name)}: expected {expected(kind)}.")
+        advised = value_advice(name, value, in_yaml=not entry.origin.startswith("--"))
+        problems.append(f"{entry.place(name)}: expected {expected(kind)}.{advised}")
         return None
 
 

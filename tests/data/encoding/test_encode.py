@@ -642,6 +642,13 @@ def test_ids_of_keeps_the_order_of_its_pieces(template):
     assert template.tokens.ids_of([]) == []
 
 
+def test_what_another_call_left_set_in_the_tokenizer_changes_nothing(template):
+    # Such a call leaves its options behind in the Rust tokenizer: control tokens were read as text, and texts cut off.
+    before = encoded(template, alpaca("你是谁?", "", "Hi"), alpaca("A" * 40))[0]
+    template.tokenizer("</s><|im_end|>", split_special_tokens=True, truncation=True, max_length=2)
+    assert encoded(template, alpaca("你是谁?", "", "Hi"), alpaca("A" * 40))[0] == before
+
+
 def test_a_text_on_which_the_tokenizer_gives_up_refuses_its_record_alone():
     # It panics in Rust, which is no Exception: it was a traceback, and every record of the batch was lost.
     tokenizer = tokenizer_of("bytes", CHATML)

@@ -54,6 +54,7 @@ NOT_WRITTEN = {
     "text": "the template does not write the text beside a tool call, which is not learned,",
     "white space": "the template trims white space around an answer, which is not learned,",
     "system": "the template does not write a system text, which is not read,",
+    "documents": "the template does not write a record's documents, which are not read,",
 }
 
 
@@ -244,10 +245,13 @@ class Conversation:
     def exchanges(self) -> tuple[Exchange, ...]:
         learned = self.record.learned
         prompts = self._prompts(learned)
-        exchanges = tuple(self._exchange(at, prompt) for at, prompt in zip(learned, prompts, strict=True))
+        exchanges = [self._exchange(at, prompt) for at, prompt in zip(learned, prompts, strict=True)]
         if exchanges and self.record.turns[-1].role != "text":
             self._look_for_lost_turns(learned[-1], "".join(prompts[-1]))
-        return exchanges
+            if self.variables.get("documents") and self._writes_no_documents(learned[-1], "".join(prompts[-1])):
+                lost = (*exchanges[-1].lost, NOT_WRITTEN["documents"])
+                exchanges[-1] = exchanges[-1]._replace(lost=lost)
+        return tuple(exchanges)
 
     def exchange(self, at: int) -> Exchange:
         return self._exchange(at, self._parts(self._render_prompt(at)))
@@ -267,11 +271,6 @@ class Conversation:
         prompt = self._render(self.messages[: self.starts[at]], prompt=True)
         if self.tools and not all(_tool_name(tool) in prompt for tool in self.tools):
             raise CannotExpress(f"{self.template.title} has no place for tools")
-        if self.variables.get("documents"):
-            without = {**self.variables, "documents": None}
-            messages = self.messages[: self.starts[at]]
-            if self.template.render(messages, tools=self.tools, variables=without) == prompt:
-                raise CannotExpress(f"{self.template.title} has no place for documents")
         return prompt
 
     def _render(self, messages: Sequence[Message], *, prompt: bool) -> str:
@@ -392,9 +391,7 @@ class Conversation:
         """Where the last turn's own text begins in a rendering: behind the last header before another text differs."""
         other = {key: _OTHER if isinstance(value, str) and key != "role" else value for key, value in own.items()}
         if own.get("tool_calls") and not own["content"] and not own.get("thinking"):
-            calls = [
-                {"type": "function", "function": {**call["function"], "name": _OTHER}} for call in own["tool_calls"]
-            ]
+            calls = [{**call, "function": {**call["function"], "name": _OTHER}} for call in own["tool_calls"]]
             other = {**own, "tool_calls": calls}
         beginning = common_beginning(full, self._render([*before, other], prompt=False))
         header = self.template.header
@@ -422,6 +419,14 @@ class Conversation:
         elif turn.text not in answer and not turn.reasoning:
             lost.append(NOT_WRITTEN["white space"])
         return tuple(lost)
+
+    def _writes_no_documents(self, at: int, prompt: str) -> bool:
+        """Whether the prompt before the turn at `at` is the same without the record's documents.
+
+        A server that is sent them writes the same prompt, without a word.
+        """
+        without = {**self.variables, "documents": None}
+        return self.template.render(self.messages[: self.starts[at]], tools=self.tools, variables=without) == prompt
 
     def _look_for_lost_turns(self, until: int, prompt: str) -> None:
         """Raises CannotExpress where a question or a tool's answer is in no prompt."""

@@ -146,8 +146,9 @@ def _probed(template: Template) -> Template:
         prompt = template.render([_QUESTION])
         full = template.render([_QUESTION, answer], prompt=False)
     except CannotExpress as error:
+        sentence = str(error) if str(error).endswith((".", "!", "?")) else f"{error}."
         raise BadModel(
-            f"{error}.\nThis happened with one plain question and answer, so the template itself is at fault."
+            f"{sentence}\nThis happened with one plain question and answer, so the template itself is at fault."
         ) from None
     # What the template writes behind an answer begins with the token that ends it (<|im_end|>, <end_of_turn>, </s>).
     behind = full.partition(_TEXT)[2]

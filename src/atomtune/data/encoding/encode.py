@@ -300,13 +300,12 @@ def _prompt_tokens(targets: Sequence[Target]) -> int:
 def _notes(record: Record, exchanges: Sequence[Exchange]) -> tuple[str, ...]:
     """What is accepted but worth saying: texts that the template does not write."""
     notes = [note for exchange in exchanges for note in exchange.lost]
-    last = exchanges[-1]
-    systems = [turn.text.strip() for turn in record.turns[: last.at] if turn.role == "system"]
-    if systems:
-        prompt = "".join(piece.text for piece in last.prompt)
-        if not all(system in prompt for system in systems):
+    for exchange in exchanges:
+        systems = [turn.text.strip() for turn in record.turns[: exchange.at] if turn.role == "system"]
+        if not all(any(system in piece.text for piece in exchange.prompt) for system in systems):
             notes.append(NOT_WRITTEN["system"])
-    return tuple(notes)
+            break
+    return tuple(dict.fromkeys(notes))  # they count records: each is said once a record
 
 
 def _enter(encoded: EncodedRecord, batch: EncodedBatch) -> None:

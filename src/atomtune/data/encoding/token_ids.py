@@ -97,10 +97,18 @@ class PieceTokenizer:
         if not texts:
             return []
         if self._short_way_is_the_same:
-            backend = self.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+            backend = self._backend()
             with _panics_told():
                 return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         return self._called(texts)
+
+    def _backend(self) -> Any:
+        """The Rust tokenizer, without the options that another call of the Python one left behind in it."""
+        backend = self.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = False
+        return backend
 
     def _called(self, texts: list[str]) -> list[list[int]]:
         with _panics_told():
@@ -162,7 +170,7 @@ class PieceTokenizer:
         """
         if not self._short_way_is_the_same:
             return None
-        backend = self.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        backend = self._backend()
         anchors = _ANCHORS if goes_on else ("",)
         backend.encode_special_tokens = True
         try:
