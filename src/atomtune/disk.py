@@ -12,12 +12,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 #: The write failed for want of space or of a working disk, not by a bug.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE}
 #: torch.save closes its archive, finds fewer bytes than it wrote and says only that: no errno, no class of its own.
 _TORCH_WROTE_LESS = re.compile(r"unexpected pos \d+ vs \d+|file write failed|iostream error")
 #: Behind the name of a file that is being written.
 _PART = ".part"
+#: In a folder that a command fills: what is not yet finished of it.
+_UNFINISHED = ".unfinished"
 
 
 def disk_failed(error: BaseException) -> bool:
@@ -72,6 +79,66 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError("not an object")
     return values
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a command may fill this folder: it is not there, empty, or all that a stopped command left."""
+    if not folder.exists():
+        return not folder.is_symlink()
+    return folder.is_dir() and all(path.name == _UNFINISHED for path in folder.iterdir())
+
+
+@contextlib.contextmanager
+def filled(folder: Path, *, last: str) -> Iterator[Path]:
+    """A place to write a folder's files, which get into the folder when the block is done; none of them before.
+
+    It lies inside the folder, which may be a disk of its own. What a killed process left there is removed.
+    last  the file by which others tell that the folder is whole
+    Raises BlockingIOError where another process fills the folder now.
+    """
+    is_new = not folder.exists()
+    staging = folder / _UNFINISHED
+    staging.mkdir(parents=True, exist_ok=True)
+    lock = _locked(folder)
+    try:
+        new_folder(staging)
+        yield staging
+        publish(staging, folder, last=last)
+    finally:
+        remove_tree(staging)
+        if is_new:
+            with contextlib.suppress(OSError):  # it holds what was written
+                folder.rmdir()
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """The folder held against other processes, as an open descriptor; None where the system cannot."""
+    if fcntl is None:
+        return None
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(opened)
+        raise
+    except OSError:  # some network file systems lock files but not folders
+        pass
+    return opened
+
+
+def publish(staging: Path, folder: Path, *, last: str) -> None:
+    """Move the files of a staged folder into another, each in one rename; `last` is the one that others wait for."""
+    open_to_umask(staging)
+    sync_tree(staging)
+    files = sorted(file for file in staging.rglob("*") if file.is_file())
+    for file in sorted(files, key=lambda file: file == staging / last):
+        goal = folder / file.relative_to(staging)
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(goal)
+    remove_tree(staging)
+    sync(folder)
 
 
 def identity_of(folder: Path) -> tuple[int, int] | None:

@@ -1,6 +1,9 @@
 """Merge: a plain folder that answers as the adapter does, and a certificate that can fail."""
 
 import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,14 +66,15 @@ def test_a_merge_that_changed_the_answers_fails_with_exit_code_4(trained, tmp_pa
 
     def forgetful(spec):
         model = real(spec)
-        if spec.path.endswith("m"):
+        if spec.path != str(trained[0]):
             with torch.no_grad():
                 model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
         return model
 
     monkeypatch.setattr(merge, "load_base", forgetful)
     assert main(["merge", "--adapter_path", str(trained[1]), "--output_dir", str(tmp_path / "m")]) == 4
-    assert "do not serve them" in capsys.readouterr().err
+    assert "The merged model is not kept" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(trained, tmp_path, capsys):
@@ -108,6 +112,29 @@ def test_a_disk_too_small_for_the_merged_model_is_told_so(trained, tmp_path, mon
     said = capsys.readouterr().err
     assert "the disk is full" in said
     assert "Traceback" not in said
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("moment", ["while it writes", "while it checks"])
+def test_a_merge_that_is_killed_leaves_no_model_and_the_next_one_works(trained, tmp_path, capsys, moment):
+    _, adapter = trained
+    out = tmp_path / "m"
+    end = "os.kill(os.getpid(), signal.SIGKILL)"
+    name = "_save_merged" if moment == "while it writes" else "_check_written"
+    program = (
+        "import os, signal, sys; from atomtune.cli import main; from atomtune.export import merge\n"
+        f"real = merge.{name}\n"
+        f"merge.{name} = lambda *words: (real(*words), {end})\n"
+        "main(sys.argv[1:])"
+    )
+    words = ["merge", "--adapter_path", str(adapter), "--output_dir", str(out)]
+    killed = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    capsys.readouterr()
+    assert main(["chat", "--adapter_path", str(out), "--prompt", "?"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(words) == 0
+    assert (out / "config.json").is_file() and not list(out.glob(".*"))
 
 
 # The checks themselves: right merges of small and large adapters hold in every dtype; planted faults of any size show.
@@ -198,7 +225,7 @@ def test_a_folder_that_writes_prompts_otherwise_fails(trained, tmp_path, monkeyp
 
     def other(folder, **kwargs):
         template, metadata = real(folder, **kwargs)
-        return (replace(template, source="{{ messages[0].content }}") if folder.name == "m" else template), metadata
+        return (replace(template, source="{{ messages[0].content }}") if folder != trained[1] else template), metadata
 
     monkeypatch.setattr(merge, "template_of", other)
     assert main(["merge", "--adapter_path", str(trained[1]), "--output_dir", str(tmp_path / "m")]) == 4

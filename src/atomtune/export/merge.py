@@ -5,8 +5,9 @@ every other tensor is the base's bit by bit. The prompts: the written folder ren
 the written model's next-token distributions differ from the adapter's by no more than rounding (model/agreement.py).
 """
 
+import contextlib
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from atomtune.console import Console
 from atomtune.data.encoding.chat_template import Template
+from atomtune.disk import disk_failed, filled, is_free
 from atomtune.errors import BadSettings, CheckFailed, listing
 from atomtune.export.carried_tensors import carry_over, changed
 from atomtune.model.adapter import load_trained
@@ -31,6 +33,10 @@ from atomtune.settings.fields import MergeSettings
 #: PEFT's part of a name, between a layer and what it wraps.
 _WRAPPED = ".base_layer"
 CPU = torch.device("cpu")
+#: Without it nobody takes a folder for a model's.
+LAST_WRITTEN = "config.json"
+#: Behind what a check says.
+_NOT_KEPT = "The merged model is not kept."
 #: Probe prompts of the check: several languages, digits, code, several lines.
 PROBES = (
     "你是谁？",
@@ -56,21 +62,40 @@ class Weights:
 
 
 def merge(settings: MergeSettings) -> int:
-    """Write the merged model and prove it equal. Raises CheckFailed otherwise; the folder is kept for a look."""
+    """Write the merged model and prove it equal. Raises CheckFailed otherwise, and nothing is left."""
     out = Path(settings.output_dir)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_free(out):
         raise BadSettings([f"--output_dir {out} is not an empty folder. Pass a new one."])
     quiet_libraries()
     console = Console()
-    write_merged(settings, console)
+    with filling(out, last=LAST_WRITTEN) as folder:
+        write_merged(settings, folder, console)
     console.say(f"The merged model lies in {out}; transformers, vLLM and others load it as it is.\n\nNext:")
     console.say(f"  atomtune chat --adapter_path {out}", wrap=False)
     return 0
 
 
-def write_merged(settings: MergeSettings, console: Console) -> None:
-    """Write the merged model into --output_dir and prove it equal. Raises CheckFailed where it is not."""
-    out = Path(settings.output_dir)
+@contextlib.contextmanager
+def filling(out: Path, *, last: str) -> Iterator[Path]:
+    """--output_dir, whose files appear in it when they are whole and checked. Raises BadSettings where it cannot be."""
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(filled(out, last=last))
+        except BlockingIOError:
+            problem = f"--output_dir {out}: another command is writing there now. Pass another one."
+            raise BadSettings([problem]) from None
+        except OSError as error:
+            if disk_failed(error):
+                raise
+            raise BadSettings([f"--output_dir {out} cannot be made: {error.strerror}: {error.filename}."]) from None
+        yield folder
+
+
+def write_merged(settings: MergeSettings, out: Path, console: Console) -> None:
+    """Write the merged model into a folder and prove it equal. Raises CheckFailed where it is not.
+
+    out  is not --output_dir, where nothing appears before it is proved
+    """
     trained = _trained_model(settings)
 
     console.say(f"loading {trained.spec.path} in {dtype_name(trained.spec.dtype)} …")
@@ -140,10 +165,10 @@ def _check_written(trained: _TrainedModel, out: Path) -> tuple[Weights, Sequence
     written_template, _ = template_of(out, trust_remote_code=trained.spec.trust_remote_code)
 
     weights = compare_weights(adapted, written)
-    _refuse_other_weights(weights, out)
-    _refuse_other_prompts(trained.template, written_template, out)
+    _refuse_other_weights(weights)
+    _refuse_other_prompts(trained.template, written_template)
     measures = _compare_answers(adapted, written, trained.template, dtype=trained.spec.dtype)
-    _refuse_other_answers(measures, out)
+    _refuse_other_answers(measures)
     return weights, measures
 
 
@@ -278,24 +303,24 @@ def _not_nearest(merged: torch.Tensor, base: torch.Tensor, delta: torch.Tensor) 
     return [f"{wrong:,} of {merged.numel():,} numbers are not base + adapter"]
 
 
-def _refuse_other_weights(weights: Weights, out: Path) -> None:
+def _refuse_other_weights(weights: Weights) -> None:
     if weights.problems:
-        raise CheckFailed(
-            f"The weights in {out} are not base + adapter; do not serve them:\n{listing(weights.problems)}"
-        )
+        raise CheckFailed(f"The merged weights are not base + adapter:\n{listing(weights.problems)}\n{_NOT_KEPT}")
 
 
 def _refuse_changed(trained: _TrainedModel, out: Path, carried: Sequence[str]) -> None:
     folder = folder_of(trained.spec.path)
     if folder and (names := changed(folder, out, carried)):
-        raise CheckFailed(f"These tensors in {out} are not the base's; do not serve them:\n{listing(names)}")
+        raise CheckFailed(f"These merged tensors are not the base's:\n{listing(names)}\n{_NOT_KEPT}")
 
 
-def _refuse_other_prompts(template: Template, written: Template, out: Path) -> None:
+def _refuse_other_prompts(template: Template, written: Template) -> None:
     for probe in PROBES:
         messages = [{"role": "user", "content": probe}]
         if prompt_ids(template, messages) != prompt_ids(written, messages):
-            raise CheckFailed(f"{out} writes {probe!r} with other tokens than training did; do not serve it.")
+            raise CheckFailed(
+                f"The merged model's tokenizer writes {probe!r} with other tokens than training did. {_NOT_KEPT}"
+            )
 
 
 @torch.no_grad()
@@ -319,13 +344,11 @@ def _log_probabilities(model: CausalLM, prompts: Sequence[Sequence[int]]) -> tor
     return torch.cat(rows)  # [N, V], N tokens of all prompts
 
 
-def _refuse_other_answers(measures: Sequence[Measure], out: Path) -> None:
+def _refuse_other_answers(measures: Sequence[Measure]) -> None:
     failed = []
     for measure in measures:
         if not measure.holds:
             apart, noise, allowed = f"{measure.apart:.1e}", f"{measure.noise:.1e}", f"{measure.allowed:.1e}"
             failed.append(f"  {measure.name}: {apart} (two plain runs: {noise}, allowed: {allowed})")
     if failed:
-        raise CheckFailed(
-            f"The merged model in {out} does not answer as the adapter does; do not serve it.\n" + "\n".join(failed)
-        )
+        raise CheckFailed("The merged model does not answer as the adapter does:\n" + "\n".join([*failed, _NOT_KEPT]))

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from atomtune.data.ledger import Ledger
+from atomtune.disk import publish
 from atomtune.model.adapter import refuse_empty
 from atomtune.model.adapter_folder import WEIGHTS
 from atomtune.model.memory import peak_bytes
-from atomtune.train.checkpoint.atomic import publish, staged
+from atomtune.train.checkpoint.atomic import staged
 from atomtune.train.outcome import Outcome, outcome
 from atomtune.train.output_folder import program
 from atomtune.train.progress import LossPicture

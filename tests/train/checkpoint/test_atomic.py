@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from atomtune.disk import disk_failed
 from atomtune.train.checkpoint.atomic import (
     MANIFEST,
     checkpoints,
     clear_staging,
     damage,
-    publish,
     rotate,
     seal,
     staging_of,
@@ -122,34 +120,6 @@ def test_what_a_killed_run_was_doing_is_cleared(tmp_path):
     kept = sealed(tmp_path, 6)
     clear_staging(tmp_path)
     assert list(tmp_path.iterdir()) == [kept]
-
-
-def test_what_is_published_comes_whole_and_its_last_file_last(tmp_path, monkeypatch):
-    staging = tmp_path / ".saving-adapter"
-    staging.mkdir()
-    for name in ("adapter_model.safetensors", "tokenizer.json", "zz.json"):
-        (staging / name).write_text(name)
-    moved = []
-    real = Path.replace
-    monkeypatch.setattr(Path, "replace", lambda self, goal: (moved.append(self.name), real(self, goal))[1])
-    publish(staging, tmp_path, last="adapter_model.safetensors")
-    assert moved == ["tokenizer.json", "zz.json", "adapter_model.safetensors"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(moved)
-
-
-@pytest.mark.parametrize(
-    ("error", "disk"),
-    [
-        (OSError(28, "No space left on device"), True),
-        (OSError(5, "Input/output error"), True),
-        (OSError(30, "Read-only file system"), True),
-        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0; file write failed"), True),
-        (PermissionError(13, "Permission denied"), False),
-        (RuntimeError("shapes do not fit"), False),
-    ],
-)
-def test_a_disk_that_fails_is_told_from_a_bug(error, disk):
-    assert disk_failed(error) is disk
 
 
 def test_a_step_that_is_saved_again_has_a_whole_checkpoint_at_every_moment(tmp_path, monkeypatch):

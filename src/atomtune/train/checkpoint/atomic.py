@@ -84,18 +84,6 @@ def seal(staging: Path, final: Path, facts: Mapping[str, Any]) -> None:
     sync(final.parent)
 
 
-def publish(staging: Path, folder: Path, *, last: str) -> None:
-    """Move the files of a staged folder into another, each in one rename; `last` is the one that others wait for."""
-    open_to_umask(staging)
-    sync_tree(staging)
-    for _, file in sorted(_files(staging), key=lambda entry: entry[0] == last):
-        goal = folder / file.relative_to(staging)
-        goal.parent.mkdir(parents=True, exist_ok=True)
-        file.replace(goal)
-    remove_tree(staging)
-    sync(folder)
-
-
 def damage(folder: Path) -> list[str]:
     """What keeps a sealed folder from being whole; empty when it is."""
     try:

@@ -1,0 +1,101 @@
+"""Laws of the disk: a folder that a command fills is whole or free again; which errors are the disk's."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from atomtune.disk import disk_failed, filled, is_free, publish
+
+
+def test_what_is_published_comes_whole_and_its_last_file_last(tmp_path, monkeypatch):
+    staging = tmp_path / ".saving-adapter"
+    staging.mkdir()
+    for name in ("adapter_model.safetensors", "tokenizer.json", "zz.json"):
+        (staging / name).write_text(name)
+    moved = []
+    real = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, goal: (moved.append(self.name), real(self, goal))[1])
+    publish(staging, tmp_path, last="adapter_model.safetensors")
+    assert moved == ["tokenizer.json", "zz.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(moved)
+
+
+@pytest.mark.parametrize(
+    ("error", "disk"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (OSError(5, "Input/output error"), True),
+        (OSError(30, "Read-only file system"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0; file write failed"), True),
+        (PermissionError(13, "Permission denied"), False),
+        (RuntimeError("shapes do not fit"), False),
+    ],
+)
+def test_a_disk_that_fails_is_told_from_a_bug(error, disk):
+    assert disk_failed(error) is disk
+
+
+def test_a_folder_is_filled_at_the_end_or_not_at_all(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ZeroDivisionError), filled(out, last="config.json") as folder:
+        (folder / "config.json").write_text("{}")
+        raise ZeroDivisionError
+    assert not out.exists()
+    with filled(out, last="config.json") as folder:
+        (folder / "config.json").write_text("{}")
+        (folder / "part").mkdir()
+        (folder / "part" / "a").write_text("a")
+        (folder / "config.json").chmod(0o600)
+        assert is_free(out), "nothing of it is seen before"
+    assert sorted(path.name for path in out.rglob("*")) == ["a", "config.json", "part"]
+    assert {oct(path.stat().st_mode & 0o777) for path in out.rglob("*") if path.is_file()} == {oct(0o666 & ~umask())}
+    assert not is_free(out)
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_an_empty_folder_of_the_users_own_stays_when_the_command_fails(tmp_path):
+    with pytest.raises(ZeroDivisionError), filled(tmp_path, last="a"):
+        raise ZeroDivisionError
+    assert tmp_path.is_dir() and is_free(tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from atomtune.disk import filled
+with filled(Path(sys.argv[1]), last="config.json") as folder:
+    (folder / "config.json").write_text("{}")
+    if sys.argv[2] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_command_left_is_in_nobodys_way(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), "kill"], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "config.json").exists(), "no reader takes it for a model"
+    assert is_free(tmp_path)
+    with filled(tmp_path, last="config.json") as folder:
+        assert not list(folder.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders are not locked there")
+def test_two_commands_do_not_fill_one_folder(tmp_path):
+    words = [sys.executable, "-c", KILLED, str(tmp_path / "out"), "wait"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(BlockingIOError), filled(tmp_path / "out", last="config.json"):
+            pass
+        other.communicate(b"")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
