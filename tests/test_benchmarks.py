@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, gpu_meter, workloads
+from benchmarks import gpu, gpu_meter, quality, workloads
 
 ROOT = Path(__file__).parents[1]
 PERSONA = ROOT / "src" / "atomtune" / "demo" / "persona.jsonl"
@@ -151,3 +151,27 @@ def test_the_questions_of_the_study_are_all_different_and_answered_by_their_text
     for record in records:
         names = [word for word in record["output"].rstrip(".").split() if word[0].isupper() or word[0].isdigit()]
         assert all(word.strip(",") in record["input"] for word in names if word not in ("It",))
+
+
+def test_a_question_is_learned_or_held_out_and_never_both(tmp_path):
+    data = tmp_path / "asked-twice.jsonl"
+    records = [{"instruction": f"question {i % 200}", "input": "", "output": str(i)} for i in range(400)]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    learned, held_out = (
+        {json.loads(line)["instruction"] for line in path.read_text().splitlines()}
+        for path in quality.split(data, seed=1, records=100, folder=tmp_path)
+    )
+    assert len(learned) == len(held_out) == 50
+    assert not learned & held_out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TRL, reason="trl is not installed")
+def test_at_equal_updates_trls_adapter_is_as_good(tmp_path):
+    base, out = ROOT / "src" / "atomtune" / "demo" / "base", tmp_path / "quality.jsonl"
+    command = [sys.executable, "-m", "benchmarks.quality", "--base", str(base), "--data", str(PERSONA)]
+    flags = ["--records", "64", "--epochs", "1", "--seeds", "1", "--out", str(out)]
+    subprocess.run([*command, *flags], cwd=ROOT, check=True, capture_output=True, text=True)
+    ours, theirs = (json.loads(line)["loss"] for line in out.read_text().splitlines())
+    assert ours == pytest.approx(theirs, abs=0.01)
+    assert "| persona | 1 | 4 |" in quality.table([json.loads(line) for line in out.read_text().splitlines()])

@@ -1,0 +1,216 @@
+"""Quality at equal updates: is what atomtune trains as good as what TRL trains, and how long does each take?
+
+    python -m benchmarks.quality --base FOLDER --data RECORDS.jsonl --seeds 1 2 3 --out quality.jsonl
+    python -m benchmarks.quality --table quality.jsonl
+
+Both get the same base, token ids, learned positions, batches of 16 and settings, so they make the same number of
+updates; TRL is padded, because packing changes them. The adapters are then scored by plain transformers and PEFT in
+float32 on records that neither saw: `loss` is the mean nats of an answer token. A process for each run, in turn.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.contender import ALPHA, BATCH, RANK, Clock, common, finish, lora, peak_memory_mb, plain_model
+
+CONTENDERS = ("atomtune", "trl")
+HELD_OUT, MAX_TOKENS = 100, 512
+
+
+def split(data: Path, *, seed: int, records: int, folder: Path) -> tuple[Path, Path]:
+    """(records to learn, records held out), drawn by the seed; a question that is asked twice is on one side."""
+    by_question: dict[str, list[str]] = {}
+    for line in data.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        by_question.setdefault(f"{record['instruction']}\n{record.get('input', '')}", []).append(line)
+    questions = list(by_question)
+    random.Random(seed).shuffle(questions)
+    held_out_lines: list[str] = []
+    while len(held_out_lines) < HELD_OUT:
+        held_out_lines += by_question[questions.pop()]
+    learned_lines = [line for question in questions for line in by_question[question]][:records]
+    learned, held_out = folder / "learned.jsonl", folder / "held-out.jsonl"
+    learned.write_text("\n".join(learned_lines) + "\n", encoding="utf-8")
+    held_out.write_text("\n".join(held_out_lines) + "\n", encoding="utf-8")
+    return learned, held_out
+
+
+def encoded(base: Path, data: Path) -> list[dict[str, list[int]]]:
+    """Every record as ids and learned positions, by the base's own template."""
+    from atomtune.data.cache import Rules, as_examples, examples_of
+    from atomtune.data.encoding.choose_template import load_template
+    from atomtune.model.load import load_tokenizer
+
+    template = load_template("auto", load_tokenizer(str(base)))
+    stored = examples_of(data, template, Rules(max_tokens=MAX_TOKENS), cache_dir=data.parent / "store").examples
+    examples = (example for row in stored for example in as_examples(row))
+    return [{"input_ids": list(example.ids), "completion_mask": list(example.learn)} for example in examples]
+
+
+def train_atomtune(base: Path, data: Path, out: Path, options: argparse.Namespace) -> float:
+    """Seconds of the training loop; the adapter lies in out."""
+    from atomtune.cli import main
+
+    code = main(
+        [
+            *("train", "--model_path", str(base), "--dataset_path", str(data), "--output_dir", str(out)),
+            *("--max_seq_length", str(MAX_TOKENS), "--num_train_epochs", str(options.epochs), "--dtype", "bfloat16"),
+            *("--per_device_train_batch_size", str(BATCH), "--learning_rate", str(options.rate)),
+            *("--warmup_steps", "0", "--lr_scheduler_type", "linear", "--lora_dropout", "0", "--eval_size", "0"),
+            *("--lora_rank", str(RANK), "--lora_alpha", str(ALPHA), "--seed", str(options.seed)),
+            *("--gradient_checkpointing", "false", "--logging_steps", "10000", "--save_strategy", "no"),
+        ]
+    )
+    assert code == 0, f"atomtune ended with exit code {code}"
+    seconds: float = json.loads((out / "run.json").read_text(encoding="utf-8"))["seconds"]
+    return seconds
+
+
+def train_trl(base: Path, data: Path, out: Path, options: argparse.Namespace) -> float:
+    """Seconds of the training loop; the adapter lies in out."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    clock = Clock()
+    settings = {**common(str(out)), "num_train_epochs": options.epochs, "learning_rate": options.rate}
+    trainer = SFTTrainer(
+        model=plain_model(base, torch.bfloat16),
+        args=SFTConfig(
+            **settings,
+            per_device_train_batch_size=BATCH,
+            max_length=MAX_TOKENS,
+            completion_only_loss=True,
+            gradient_checkpointing=False,
+            bf16=True,
+            seed=options.seed,
+        ),
+        train_dataset=Dataset.from_list(encoded(base, data)),
+        processing_class=AutoTokenizer.from_pretrained(base),
+        peft_config=lora(),
+        callbacks=[clock],
+    )
+    trainer.train()
+    trainer.save_model(str(out))
+    return float(clock.seconds)
+
+
+@torch.no_grad()
+def held_out_loss(base: Path, adapter: Path, data: Path) -> float:
+    """Mean nats of an answer token, one record at a time."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(plain_model(base, torch.float32), str(adapter)).eval()
+    nats, tokens = 0.0, 0
+    for example in encoded(base, data):
+        ids = torch.tensor([example["input_ids"]])
+        learned = torch.tensor(example["completion_mask"][1:], dtype=torch.bool)
+        log_probabilities = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)  # [T - 1, V]
+        of_targets = log_probabilities.gather(1, ids[0, 1:, None])[:, 0]
+        nats -= of_targets[learned].sum().item()
+        tokens += int(learned.sum())
+    return nats / tokens
+
+
+def run_one(options: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        learned, held_out = split(options.data, seed=options.seed, records=options.records, folder=folder)
+        out = folder / "run"
+        train = train_atomtune if options.one == "atomtune" else train_trl
+        seconds = train(options.base, learned, out, options)
+        finish()
+        return {
+            "name": options.one,
+            "data": options.data.stem,
+            "records": sum(1 for _ in learned.open(encoding="utf-8")),
+            "epochs": options.epochs,
+            "rate": options.rate,
+            "seed": options.seed,
+            "loss": held_out_loss(options.base, out, held_out),
+            "seconds": seconds,
+            "peak_memory_mb": peak_memory_mb(),
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
+        }
+
+
+def run_all(options: argparse.Namespace) -> None:
+    """Each seed's contenders in turn, each in a process of its own; a line of JSON as soon as one ends."""
+    shared = [
+        *("--base", str(options.base), "--data", str(options.data), "--records", str(options.records)),
+        *("--epochs", str(options.epochs), "--rate", str(options.rate)),
+    ]
+    for number, seed in enumerate(options.seeds):
+        for name in CONTENDERS if number % 2 == 0 else reversed(CONTENDERS):
+            command = [sys.executable, "-m", "benchmarks.quality", *shared, "--one", name, "--seed", str(seed)]
+            ended = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
+            if ended.returncode:
+                sys.exit(f"{name}, seed {seed}:\n{ended.stderr[-3000:]}")
+            line = ended.stdout.splitlines()[-1]
+            print(line, flush=True)
+            with options.out.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown: held-out loss of both by data set, their difference seed by seed, and the seconds of one over the
+    other."""
+    rows = [
+        "| records of | seeds | updates | held-out loss | TRL's | difference, by seed | TRL's seconds over ours |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for data in dict.fromkeys(line["data"] for line in lines):
+        of: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in CONTENDERS}
+        for line in lines:
+            if line["data"] == data:
+                of[line["name"]][line["seed"]] = line
+        seeds = sorted(of["atomtune"].keys() & of["trl"].keys())
+        if not seeds:
+            continue
+        ours, theirs = ([of[name][seed] for seed in seeds] for name in CONTENDERS)
+        losses = [statistics.mean(line["loss"] for line in side) for side in (ours, theirs)]
+        apart = ", ".join(f"{a['loss'] - b['loss']:+.4f}" for a, b in zip(ours, theirs, strict=True))
+        faster = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(ours, theirs, strict=True))
+        updates = int(ours[0]["epochs"] * -(-ours[0]["records"] // BATCH))
+        rows.append(
+            f"| {data} | {len(seeds)} | {updates} | {losses[0]:.4f} | {losses[1]:.4f} | {apart} | {faster:.1f} × |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--data", type=Path, help="instruction/input/output records, one JSON object a line")
+    parser.add_argument("--records", type=int, default=400, help="records to learn (default 400)")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--out", type=Path, default=Path("quality.jsonl"))
+    parser.add_argument("--table", type=Path, help="print the table of such a file and train nothing")
+    parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.table:
+        print(table([json.loads(line) for line in options.table.read_text(encoding="utf-8").splitlines()]))
+    elif options.base is None or options.data is None:
+        parser.error("--base and --data are needed")
+    elif options.one:
+        print(json.dumps(run_one(options)))
+    else:
+        run_all(options)
+
+
+if __name__ == "__main__":
+    main()
