@@ -148,15 +148,14 @@ def arguments(about: str | None, contenders: Mapping[str, str], *, records: int,
     parser.add_argument("--workloads", nargs="+", choices=workloads.NAMES, default=list(workloads.NAMES))
     parser.add_argument("--contenders", nargs="+", choices=contenders, default=list(contenders))
     parser.add_argument("--out", type=Path, default=Path(out), help=f"results.json, table.md and bench.png; {out}")
-    parser.add_argument("--toy", action="store_true", help="a tiny model, to see that everything runs")
+    parser.add_argument("--shape", choices=workloads.SHAPES, default="small", help="the model's sizes; small")
     return parser
 
 
-def bench(asked: argparse.Namespace, shape: str) -> None:
+def bench(asked: argparse.Namespace) -> None:
     """Measure, and write the table and the figure."""
     counts = {name: asked.records if name == "short" else asked.records // 4 for name in asked.workloads}
-    shape = "toy" if asked.toy else shape
-    found = measure(asked.source, counts, asked.contenders, rounds=asked.rounds, shape=shape)
+    found = measure(asked.source, counts, asked.contenders, rounds=asked.rounds, shape=asked.shape)
     asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / "results.json").write_text(json.dumps({"machine": machine(), "runs": found}, indent=1) + "\n")
     (asked.out / "table.md").write_text(f"{report(found)}\n\n{machine()}\n", encoding="utf-8")
@@ -165,4 +164,4 @@ def bench(asked: argparse.Namespace, shape: str) -> None:
 
 
 if __name__ == "__main__":
-    bench(arguments(__doc__, CONTENDERS, records=512, out="runs/bench").parse_args(), "small")
+    bench(arguments(__doc__, CONTENDERS, records=512, out="runs/bench").parse_args())

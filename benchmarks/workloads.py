@@ -10,7 +10,7 @@ turns  conversations of three turns that branch from common openings
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 NAMES = ("short", "style", "tasks", "turns")
 
@@ -85,12 +85,29 @@ def write(name: str, source: list[dict[str, str]], path: Path) -> Path:
     return path
 
 
-#: Llama shapes: hidden, intermediate, layers, heads, vocabulary.
+class Shape(NamedTuple):
+    """A Llama's sizes; the layers of a Qwen3 or a SmolLM2 are the same products."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_heads: int
+    head: int
+    words: int
+    tied: bool = False
+
+
 SHAPES = {
-    "toy": (64, 176, 2, 8, 8_000),
-    "small": (512, 1376, 8, 8, 8_000),
-    "atom-7b": (4096, 11008, 32, 32, 65_000),
+    "toy": Shape(64, 176, 2, 8, 8, 8, 8_000),
+    "small": Shape(512, 1376, 8, 8, 8, 64, 8_000),
+    "135m": Shape(576, 1536, 30, 9, 3, 64, 49_152, tied=True),  # SmolLM2-135M
+    "0.6b": Shape(1024, 3072, 28, 16, 8, 128, 151_936, tied=True),  # Qwen3-0.6B
+    "1.5b": Shape(1536, 8960, 28, 12, 2, 128, 151_936, tied=True),  # Qwen2.5-1.5B
+    "atom-7b": Shape(4096, 11008, 32, 32, 32, 128, 65_000),
 }
+#: From this many words on the weights are written in bfloat16, as such models are published.
+_PUBLISHED = 40_000
 
 
 def build_base(folder: Path, source: list[dict[str, str]], shape: str = "small") -> Path:
@@ -99,12 +116,12 @@ def build_base(folder: Path, source: list[dict[str, str]], shape: str = "small")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    hidden, intermediate, layers, heads, words = SHAPES[shape]
+    sizes = SHAPES[shape]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=min(words, 8_000),
+        vocab_size=min(sizes.words, 8_000),
         special_tokens=["<unk>", "<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -116,15 +133,18 @@ def build_base(folder: Path, source: list[dict[str, str]], shape: str = "small")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=words,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
+        vocab_size=sizes.words,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.key_heads,
+        head_dim=sizes.head,
+        tie_word_embeddings=sizes.tied,
         max_position_embeddings=2048,
         bos_token_id=1,
         eos_token_id=2,
-        dtype=torch.bfloat16 if shape == "atom-7b" else torch.float32,
+        dtype=torch.bfloat16 if sizes.words > _PUBLISHED else torch.float32,
     )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         LlamaForCausalLM._from_config(config).save_pretrained(folder)

@@ -20,7 +20,19 @@ TRL = importlib.util.find_spec("trl") is not None
 
 def test_a_toy_run_ends_in_a_table_and_a_figure(tmp_path):
     contenders = ["tutorial", *(["trl-packed-bf16"] if TRL else []), "atomtune-fp32", "atomtune-bf16"]
-    command = [sys.executable, "-m", "benchmarks", "--toy", "--records", "64", "--rounds", "1", "--workloads", "style"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "--shape",
+        "toy",
+        "--records",
+        "64",
+        "--rounds",
+        "1",
+        "--workloads",
+        "style",
+    ]
     done = subprocess.run(
         [*command, "--contenders", *contenders, "--out", str(tmp_path)],
         cwd=ROOT,
