@@ -163,6 +163,23 @@ def test_what_a_template_trims_and_leaves_out_is_said():
         assert [times for notice, times in ledger.notices.items() if word in notice] == [1], "it counts records"
 
 
+@pytest.mark.parametrize("names", [("get_weather", "get_weather"), ("get_weather", "get_time")])
+def test_a_call_that_the_template_leaves_out_refuses_the_record(names):
+    # gpt-oss's template writes the first call of a turn alone. Two of one name passed, the second lost in silence.
+    calls = [call(name, {"city": city}, f"abcdefgh{city}") for name, city in zip(names, "12", strict=True)]
+    messages = [user("Weather?"), assistant("", tool_calls=calls), answered(names[0], "5"), answered(names[1], "6")]
+    record = {"tools": [WEATHER], "messages": [*messages, assistant("5 and 6.")]}
+    every_call = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m.tool_calls | tojson if m.tool_calls }}")
+    with_tools = "{{ tools | tojson if tools }}" + every_call
+    for source, reasons in (
+        (CHANNELS, ["the tokenizer's own template writes 1 of the 2 calls of a turn"]),
+        (with_tools, []),
+    ):
+        ledger = Ledger()
+        list(encode([RawRecord(record, "a:1")], shaped(source), ledger, max_tokens=10_000, schema=Schema("messages")))
+        assert [refusal.reason for refusal in ledger.records_refused] == reasons
+
+
 def test_a_turn_that_the_template_leaves_out_refuses_the_record_by_name():
     # Catches an answer learned behind a question, or a tool's word, that the model never sees.
     deaf = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")

@@ -364,6 +364,8 @@ class Conversation:
         if has_space:
             text = template.tokens.without_written_space(text)
         answer = self.escaper.piece(text, learn=True)
+        if turn.calls:
+            self._look_for_lost_calls(at, answer.text)
         return Exchange(pieces, answer, turn.learn, at, stop, self._lost_of(turn, answer.text))
 
     def written_at(self, at: int) -> str:
@@ -404,9 +406,7 @@ class Conversation:
         return start + len(header)
 
     def _lost_of(self, turn: Turn, answer: str) -> tuple[str, ...]:
-        """What of an answer the template leaves out. Raises CannotExpress where that is its calls or all of it."""
-        if any(str(call.get("name")) not in answer for call in turn.calls):
-            raise CannotExpress(f"{self.template.title} has no place for tool calls")
+        """What of an answer the template leaves out. Raises CannotExpress where that is all of its text."""
         if self.template.knows_thoughts:
             turn = with_thoughts_apart(turn)
         lost = []
@@ -427,6 +427,24 @@ class Conversation:
         """
         without = {**self.variables, "documents": None}
         return self.template.render(self.messages[: self.starts[at]], tools=self.tools, variables=without) == prompt
+
+    def _look_for_lost_calls(self, at: int, answer: str) -> None:
+        """Raises CannotExpress where a call of a turn is not in its answer."""
+        if all(str(call.get("name")) not in answer for call in self.record.turns[at].calls):
+            raise CannotExpress(f"{self.template.title} has no place for tool calls")
+        start = self.starts[at]
+        calls = self.messages[start]["tool_calls"]
+        if len(calls) == 1:
+            return
+        # Several may have one name: each is given its own, and looked for.
+        names = [f"atomtune-call-{number}" for number in range(len(calls))]
+        renamed = [
+            {**call, "function": {**call["function"], "name": name}} for call, name in zip(calls, names, strict=True)
+        ]
+        whole = self._render([*self.messages[:start], {**self.messages[start], "tool_calls": renamed}], prompt=False)
+        written = sum(name in whole for name in names)
+        if written < len(calls):
+            raise CannotExpress(f"{self.template.title} writes {written} of the {len(calls)} calls of a turn")
 
     def _look_for_lost_turns(self, until: int, prompt: str) -> None:
         """Raises CannotExpress where a question or a tool's answer is in no prompt."""
