@@ -16,11 +16,11 @@ FILES = sorted(SOURCE.rglob("*.py"))
 #: Rooms and top-level modules by floor: each may import from the floors above it, and never from its own or below.
 FLOORS = (
     ("errors", "choices"),
-    ("console", "disk", "limits", "settings", "extras"),
+    ("console", "disk", "limits", "settings", "extras", "process"),
     ("data", "engines"),
     ("analysis", "batch"),
     ("model",),
-    ("verify", "inspect", "evaluate", "runs", "own_loop"),
+    ("verify", "inspect", "evaluate", "runs", "own_loop", "sweep"),
     ("certify",),
     ("export", "serve"),
     ("train",),

@@ -1,6 +1,6 @@
 """atomtune: LoRA instruction fine-tuning of causal language models.
 
-from atomtune import train, load, inspect, evaluate: the commands as functions (api.py).
+from atomtune import train, sweep, load, inspect, evaluate: the commands as functions (api.py).
 from atomtune import share_prefixes: rows without repeated beginnings in a training loop of your own (own_loop.py).
 """
 
@@ -13,16 +13,17 @@ __version__ = "0.1.0"
 #: The functions of the library, and the modules they are imported from when they are first asked for.
 _FUNCTIONS = {
     "train": "atomtune.api",
+    "sweep": "atomtune.api",
     "load": "atomtune.api",
     "inspect": "atomtune.api",
     "evaluate": "atomtune.api",
     "share_prefixes": "atomtune.own_loop",
 }
-__all__ = ["__version__", "evaluate", "inspect", "load", "share_prefixes", "train"]
+__all__ = ["__version__", "evaluate", "inspect", "load", "share_prefixes", "sweep", "train"]
 
 
 class _Package(ModuleType):
-    """The package, in which `train`, `inspect` and `evaluate` are functions although folders have these names too.
+    """The package: `train`, `sweep`, `inspect` and `evaluate` are functions in it, and folders have these names too.
 
     Python's import system would put the folder's module in the function's place as soon as it is imported.
     """

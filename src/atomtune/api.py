@@ -1,6 +1,6 @@
 """The commands as functions for notebooks and programs: they return values, raise errors, and end no process.
 
-    from atomtune import evaluate, inspect, load, train
+    from atomtune import evaluate, inspect, load, sweep, train
 
     run = train("Qwen/Qwen3-0.6B", "train.jsonl", output_dir="out")
     print(run.train_loss)
@@ -23,6 +23,7 @@ from atomtune.settings.read import GROUPS, read
 
 if TYPE_CHECKING:
     from atomtune.serve.tuned_model import TunedModel
+    from atomtune.sweep.trials import Trial
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -91,6 +92,30 @@ class Evaluation:
     notices: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """The trials of a sweep.
+
+    folder   holds a folder for each trial, sweep.json, sweep.html, and run.yaml with the best settings
+    trials   those that finished, the best first, then all others; each with settings, eval_loss, status, reason
+    command  trains with the best settings
+    """
+
+    folder: Path
+    trials: tuple["Trial", ...]
+    sentences: tuple[str, ...]
+    command: str
+
+    @property
+    def best(self) -> "Trial":
+        """The trial with the lowest held-out loss."""
+        return self.trials[0]
+
+    def load(self, **settings: Any) -> "TunedModel":
+        """The best trial's adapter on its base; settings as of `atomtune.load`."""
+        return load(self.folder / self.best.name, **settings)
+
+
 def train(
     model_path: str | os.PathLike[str] | None = None,
     dataset_path: Paths | None = None,
@@ -113,6 +138,33 @@ def train(
 
     folder = train_into_folder(parsed, speaks=verbose)
     return Run(folder, read_record(folder))
+
+
+def sweep(
+    model_path: str | os.PathLike[str] | None = None,
+    dataset_path: Paths | None = None,
+    *,
+    try_: Mapping[str, Sequence[Any]] | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    verbose: bool = False,
+    **settings: Any,
+) -> Sweep:
+    """Try settings of train on records that are held out: sweep(…, try_={"learning_rate": [1e-4, 3e-4]}).
+
+    Each trial is a run of its own process in a folder of its own. Without try_, three learning rates are tried.
+    resume=True goes on with a sweep that was stopped. All settings: those of train, and trials.
+    Raises BadSettings, BadData or BadModel before the first trial, RunFailed where all trials failed, Stopped.
+    """
+    paths = {"model_path": model_path, "dataset_path": dataset_path, "output_dir": output_dir, "try_": try_}
+    console = Console(speaks=verbose)
+    parsed = read("sweep", {**paths, **settings}, notice=console.notice)
+    from atomtune.sweep.command import sweep_into_folder
+    from atomtune.sweep.report import command_of_best, sentences
+
+    folder, result = sweep_into_folder(parsed, console)
+    ranked = result.ranked()
+    trials = (*ranked, *(trial for trial in result.trials if trial not in ranked))
+    return Sweep(folder, trials, tuple(sentences(result)), command_of_best(result, folder))
 
 
 def load(
@@ -199,7 +251,7 @@ def _with_settings(function: Callable[..., Any], groups: Iterable[type[Any]]) ->
                 parameters[field.name] = signatures.Parameter(
                     field.name, signatures.Parameter.KEYWORD_ONLY, default=_default(field), annotation=field.type
                 )
-    if function is train:  # any setting of transformers.TrainingArguments besides
+    if function in (train, sweep):  # any setting of transformers.TrainingArguments besides
         parameters["settings"] = rest
     function.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
 
@@ -214,5 +266,6 @@ def _default(field: Any) -> Any:
 
 
 _with_settings(train, GROUPS["train"])
+_with_settings(sweep, GROUPS["sweep"])
 _with_settings(inspect, GROUPS["inspect"])
 _with_settings(evaluate, GROUPS["evaluate"])

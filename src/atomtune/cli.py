@@ -35,6 +35,9 @@ COMMANDS = {
         "Say what a run would take in tokens, memory and time; only the model's config is read.",
         "atomtune.plan.command",
     ),
+    "sweep": Command(
+        "Try settings of train on records that are held out, and say which to take.", "atomtune.sweep.command"
+    ),
     "verify": Command(
         "Prove the fast path equal to plain transformers + PEFT on your model and records.", "atomtune.verify"
     ),

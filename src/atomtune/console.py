@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import re
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterable
@@ -74,6 +76,11 @@ class Console(rich.console.Console):
         self.quiet = True
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def program() -> str:
+    """`atomtune`, or how it is called where it is not on the PATH: what is said to do next must work as it stands."""
+    return "atomtune" if shutil.which("atomtune") else f"{shlex.quote(sys.executable)} -m atomtune"
 
 
 def visible(text: str) -> str:

@@ -1,7 +1,6 @@
 """Server process: an engine that runs beside this program and ends with it, whatever happens."""
 
 import contextlib
-import ctypes
 import errno
 import os
 import signal
@@ -15,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from atomtune.errors import RunFailed
+from atomtune.process import end_with_parent
 
 #: How long an engine may take to load its model, in seconds.
 STARTS_WITHIN = 600
@@ -24,7 +24,6 @@ ENDS_WITHIN = 10
 SHOWN_LINES = 12
 #: By these an engine is told its API key, each engine by its own; a server gets one only from who starts it.
 KEY_VARIABLES = ("ATOMTUNE_API_KEY", "VLLM_API_KEY")
-_PR_SET_PDEATHSIG = 1
 _STANDARD_ERROR = 2
 
 
@@ -66,7 +65,7 @@ class ServerProcess:
                 cwd=self.folder,
                 start_new_session=os.name == "posix",
                 # One call and no lock: it is safe between fork and exec, and the only way to end with a killed parent.
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
+                preexec_fn=end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
             )
             self._wait_until_ready()
         except BaseException:
@@ -123,11 +122,6 @@ def _signal_group(process: "subprocess.Popen[bytes]", number: int) -> None:
             os.killpg(process.pid, number)
         else:
             process.terminate()
-
-
-def _end_with_parent() -> None:
-    """Have the kernel end this process when its parent is gone, killed or not."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def port_in_use(host: str, port: int) -> bool:

@@ -69,6 +69,7 @@ class Forecast:
     memories  device or card → memory of a heavy step there; this process's device first
     fits      the same names → whether it has that much
     seconds   of the training loop on this device, whose matrix products reach `rate` operations a second in `dtype`
+    learning_rate, held_out  what the run would take, and how many records --eval_size holds out
     """
 
     size: ModelSize
@@ -79,6 +80,8 @@ class Forecast:
     fits: dict[str, bool]
     seconds: float
     rate: float
+    learning_rate: float
+    held_out: int
 
     def to_json(self) -> dict[str, Any]:
         memory = self.memories[self.device]
@@ -92,6 +95,8 @@ class Forecast:
             "tokens_computed": self.run.tokens_computed,
             "tokens_padded": self.run.tokens_padded,
             "seconds": round(self.seconds, 1),
+            "learning_rate": self.learning_rate,
+            "records_held_out": self.held_out,
         }
 
 
@@ -117,7 +122,8 @@ def forecast_of(settings: TrainSettings, console: Console) -> Forecast:
     tokenizer = load_tokenizer(str(model.model_path), trust_remote_code=model.trust_remote_code)
     template = load_template(settings.data.template, tokenizer, **settings.data.template_options())
     settings, data = _as_it_would_run(settings, template, console)
-    run = _run_size(settings, trainer_arguments(settings), data)
+    args = trainer_arguments(settings)
+    run = _run_size(settings, args, data)
     lora = LoraSpec(**settings.lora.lora())
     size = measure(str(model.model_path), lora, trust_remote_code=model.trust_remote_code)
 
@@ -140,6 +146,8 @@ def forecast_of(settings: TrainSettings, console: Console) -> Forecast:
         fits=fits,
         seconds=seconds(size, work, recomputed=memory.recomputed, kind=here.device.type, rate=rate),
         rate=rate,
+        learning_rate=float(args.learning_rate),
+        held_out=len(data.examples) - _learned(data, settings.data.eval_size or 0),
     )
 
 

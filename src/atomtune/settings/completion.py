@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import argcomplete
 
-from atomtune.settings.flags import OF_A_RUN, PATHS_ARE, arity, types_of
+from atomtune.settings.flags import OF_A_RUN, PATHS_ARE, arity, flag_of, types_of
 from atomtune.settings.help import choices_of_setting
 from atomtune.settings.library import library_types
 from atomtune.settings.read import GROUPS
@@ -26,5 +26,5 @@ def complete(summaries: Mapping[str, str]) -> None:
             parser.add_argument("files", nargs="*")  # run.yaml, records, or runs
         library = library_types() if command in OF_A_RUN else {}
         for name, kind in (library | types_of(GROUPS[command])).items():
-            parser.add_argument(f"--{name}", choices=choices_of_setting(name, kind) or None, **arity(kind))
+            parser.add_argument(flag_of(name), choices=choices_of_setting(name, kind) or None, **arity(kind))
     argcomplete.autocomplete(program)

@@ -629,6 +629,42 @@ class PlanSettings:
     json: bool
 
 
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SweepChoices:
+    """Sweep"""
+
+    try_: list[str] = setting(
+        [],
+        "the values of a setting that are tried, as learning_rate=1e-4,3e-4. Several of these: every combination is "
+        "tried. With --trials also a range, as learning_rate=1e-5:1e-3. Default: the learning rate that suits the "
+        "base, a third of it and three times as much",
+        value="NAME=A,B",
+    )
+    trials: int = setting(
+        0,
+        "make so many trials, each chosen by what the ones before gave, and stop those that are clearly behind; needs "
+        "atomtune[sweep]; 0: every combination of --try once",
+        at_least=0,
+    )
+    json: bool = setting(False, "print sweep.json on standard output, and nothing else there")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSettings:
+    """Trials of one run's settings.
+
+    train   the run as it is without --try
+    shared  what the user wrote for every trial, as written: setting → value
+    tried   setting → the values to try, or one range `LOW:HIGH`
+    """
+
+    train: TrainSettings
+    shared: Mapping[str, Any]
+    tried: Mapping[str, tuple[str, ...]]
+    trials: int
+    json: bool
+
+
 def _is_secret(name: str) -> bool:
     return name.endswith(("_token", "_key", "_secret", "_password"))
 

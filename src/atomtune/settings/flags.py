@@ -18,9 +18,14 @@ from atomtune.settings.yaml_file import yaml_entries
 #: The setting that words without a flag belong to: inspect FILE …, runs FOLDER …
 PATHS_ARE = {"inspect": "dataset_path", "runs": "folder"}
 #: Commands that take the settings of a run, and a YAML file of them.
-OF_A_RUN = ("train", "plan")
+OF_A_RUN = ("train", "plan", "sweep")
 _NEGATIVE_NUMBER = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 _VALUE = "\0"  # put before a word that argparse would take for a flag; no command line can hold it
+
+
+def flag_of(name: str) -> str:
+    """`try_` is `--try`: Python keeps that word for itself, and the underscore is its custom for such names."""
+    return f"--{name.rstrip('_')}"
 
 
 def types_of(groups: Sequence[type]) -> dict[str, Any]:
@@ -49,7 +54,7 @@ class EntryReader:
             entries[name] = Entry(paths, f"--{name}")
         for name, value in values.items():
             if value is not None:
-                entries[name] = Entry(_words(value), f"--{name}")
+                entries[name] = Entry(_words(value), flag_of(name))
         return {name: self._in_our_words(name, entry) for name, entry in entries.items()}
 
     def read_keywords(self, values: Mapping[str, Any]) -> dict[str, Entry]:
@@ -106,12 +111,13 @@ class EntryReader:
                 flag = self._known_flag(name.replace("-", "_"))
                 skipping = flag is None
                 if flag is not None:
-                    yield f"--{flag}{equals}{value}"
+                    yield f"{flag_of(flag)}{equals}{value}"
             elif not skipping:
                 # argparse reads `-1` as a number, but `-1e-4` and `-inf` as flags.
                 yield f"{_VALUE}{word}" if _NEGATIVE_NUMBER.match(word) else word
 
     def _known_flag(self, name: str) -> str | None:
+        name = f"{name}_" if f"{name}_" in self.types else name
         if name in self.types or (self.command in OF_A_RUN and name == "config"):
             return name
         ours = synonym(name, self.types)
@@ -121,8 +127,13 @@ class EntryReader:
         self.problems.append(f"--{name}: {advice(name, self.types, in_yaml=False)}")
         return None
 
+    def known_setting(self, name: str) -> str | None:
+        """A setting's name as in `--try name=…`; an unknown one becomes a problem."""
+        return self._known_flag(name.strip().replace("-", "_"))
+
     def _known_key(self, key: str, place: str) -> str | None:
         name = key.replace("-", "_")
+        name = f"{name}_" if f"{name}_" in self.types else name
         if name in self.types:
             return name
         ours = synonym(name, self.types)
@@ -161,7 +172,7 @@ def parser_of(command: str, types: Mapping[str, Any]) -> argparse.ArgumentParser
     if command in PATHS_ARE:
         parser.add_argument("paths", nargs="*")
     for name, kind in types.items():
-        parser.add_argument(f"--{name}", **arity(kind))
+        parser.add_argument(flag_of(name), dest=name, **arity(kind))
     return parser
 
 

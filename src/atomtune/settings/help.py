@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from atomtune.errors import EXIT_CODE_MEANINGS
 from atomtune.settings.expect import choices_in, field_infos
-from atomtune.settings.flags import OF_A_RUN
+from atomtune.settings.flags import OF_A_RUN, flag_of
 from atomtune.settings.library import choices_of, library_settings
 
 NARROW, WIDE = 40, 110  # columns
@@ -27,6 +27,7 @@ USAGE = {
     "train": "[run.yaml] [--setting value …]",
     "inspect": "FILE … --model_path FOLDER_OR_NAME [--setting value …]",
     "plan": "[run.yaml] [--setting value …]",
+    "sweep": "[run.yaml] [--try NAME=A,B …] [--setting value …]",
     "verify": "--model_path FOLDER_OR_NAME --dataset_path FILE [--setting value …]",
     "evaluate": "--adapter_path FOLDER [--dataset_path FILE] [--setting value …]",
     "certify": "--adapter_path FOLDER [--served FOLDER_OR_FILE] [--setting value …]",
@@ -48,6 +49,10 @@ EXAMPLES = {
     "plan": [
         "--model_path Qwen/Qwen3-0.6B --dataset_path train.jsonl",
         "run.yaml --quantize nf4 --json",
+    ],
+    "sweep": [
+        "--model_path Qwen/Qwen3-0.6B --dataset_path train.jsonl --output_dir sweep",
+        "run.yaml --try learning_rate=1e-4,3e-4,1e-3 --try lora_rank=8,32",
     ],
     "verify": [
         "--model_path Qwen/Qwen3-0.6B --dataset_path train.jsonl",
@@ -89,6 +94,9 @@ ABOUT = {
     "as lines of `name: value`; a flag takes precedence.",
     "serve": "The server is the engine's own. Before it starts, the engine is proved to serve the tuned model, as "
     "`atomtune certify` does; Ctrl-C stops it.",
+    "sweep": "It takes every setting of `atomtune train` for all its trials, and --try for what differs between them. "
+    "Each trial is a run in a folder of its own; all hold out the same records. --resume goes on with a sweep that was "
+    "stopped, and tries again what failed.",
     "plan": "It takes every setting of `atomtune train`: write `plan` in place of `train`.",
 }
 
@@ -137,7 +145,7 @@ def _sections(groups: Sequence[type[Any]], *, everything: bool) -> dict[str, lis
         for name, info in field_infos([group]).items():
             if everything or not _extra(info, "rare"):
                 settings = sections.setdefault(_heading(group, name), [])
-                settings.append((f"--{name} {_placeholder(name, types[name], info)}", _described(name, info)))
+                settings.append((f"{flag_of(name)} {_placeholder(name, types[name], info)}", _described(name, info)))
     ordered = [heading for heading in HEADINGS if heading in sections]
     ordered += [heading for heading in sections if heading not in HEADINGS]
     return {heading: sections[heading] for heading in ordered}

@@ -4,9 +4,11 @@ default < YAML < flag or keyword, and where each value was set is remembered. Al
 data or model is touched. transformers.TrainingArguments' own settings pass under their own names.
 """
 
+import contextlib
 import json
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +37,8 @@ from atomtune.settings.fields import (
     RunSettings,
     RunsSettings,
     ServeSettings,
+    SweepChoices,
+    SweepSettings,
     TrainerSettings,
     TrainSettings,
     VerifySettings,
@@ -42,6 +46,7 @@ from atomtune.settings.fields import (
 from atomtune.settings.flags import EntryReader, types_of
 from atomtune.settings.library import choices_of, library_settings, library_types
 from atomtune.settings.names import value_advice
+from atomtune.settings.tried import NOT_SHARED, as_words, not_comparable, points_of, values_tried
 
 S = TypeVar("S")
 
@@ -51,6 +56,7 @@ GROUPS: dict[str, tuple[type[Any], ...]] = {
     "train": TRAIN_GROUPS,
     "inspect": (InspectSettings,),
     "plan": (PlanOutput, *TRAIN_GROUPS),
+    "sweep": (SweepChoices, *TRAIN_GROUPS),
     "verify": (VerifySettings,),
     "evaluate": (EvaluateSettings,),
     "certify": (CertifySettings,),
@@ -86,6 +92,8 @@ def read(command: str, written: Written, *, notice: Callable[[str], None] = _say
         return read_train(written, notice=notice)
     if command == "plan":
         return read_plan(written, notice=notice)
+    if command == "sweep":
+        return read_sweep(written, notice=notice)
     return read_settings(GROUPS[command][0], written, command=command, notice=notice)
 
 
@@ -105,6 +113,46 @@ def read_plan(written: Written, *, notice: Callable[[str], None] = _say_nothing)
     train = _train_settings(reader, of_the_run, written, notice)
     assert output is not None
     return PlanSettings(train=train, json=output.json)
+
+
+def read_sweep(written: Written, *, notice: Callable[[str], None] = _say_nothing) -> SweepSettings:
+    """Settings of `atomtune sweep`; each trial's are checked here. Raises BadSettings with every problem."""
+    reader = EntryReader("sweep", {**library_types(), **types_of(GROUPS["sweep"])})
+    entries = _entries(reader, written, notice)
+    if "try_" in entries:
+        entries["try_"] = replace(entries["try_"], value=as_words(entries["try_"].value))
+    if not entries.keys() & {"dataset_path", "model_path"}:
+        entries = {**_demo_entries(reader), **entries}
+    own = types_of((SweepChoices,))
+    choices = _validated(SweepChoices, {name: entry for name, entry in entries.items() if name in own}, reader.problems)
+    of_the_run = {name: entry for name, entry in entries.items() if name not in own}
+    tried = values_tried(choices, reader.known_setting, reader.problems) if choices else {}
+    _check_trials(of_the_run, tried, reader, written)
+    train = _train_settings(reader, of_the_run, written, notice)
+    assert choices is not None
+    shared = {name: entry.value for name, entry in of_the_run.items() if name not in NOT_SHARED}
+    return SweepSettings(train=train, shared=shared, tried=tried, trials=choices.trials, json=choices.json)
+
+
+def _check_trials(
+    shared: Mapping[str, Entry], tried: Mapping[str, tuple[str, ...]], reader: EntryReader, written: Written
+) -> None:
+    """Every combination is read as its run will read it; what is wrong with the shared settings is said elsewhere."""
+    values = {name: entry.value for name, entry in shared.items()}
+    reader.problems += not_comparable(values, tried)
+    problems: dict[str, None] = {}  # in order, each once
+    for point in points_of(tried):
+        entries = {name: Entry(value, f"--try {name}") for name, value in point.items()}
+        problems |= dict.fromkeys(_problems_of_run(reader, {**shared, **entries}, written))
+    known = _problems_of_run(reader, shared, written)
+    reader.problems += [problem for problem in problems if problem not in known]
+
+
+def _problems_of_run(reader: EntryReader, entries: Mapping[str, Entry], written: Written) -> list[str]:
+    of_the_run = EntryReader(reader.command, reader.types)
+    with contextlib.suppress(BadSettings):
+        _train_settings(of_the_run, dict(entries), written, _say_nothing)
+    return of_the_run.problems
 
 
 def _train_settings(

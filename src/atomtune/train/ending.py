@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from atomtune.console import program
 from atomtune.data.ledger import Ledger
 from atomtune.disk import publish
 from atomtune.model.adapter import refuse_empty
@@ -12,11 +13,10 @@ from atomtune.model.adapter_folder import WEIGHTS
 from atomtune.model.memory import peak_bytes
 from atomtune.train.checkpoint.atomic import staged
 from atomtune.train.outcome import Outcome, outcome
-from atomtune.train.output_folder import program
 from atomtune.train.progress import LossPicture
 from atomtune.train.report_page import write_page
 from atomtune.train.run_context import RunContext
-from atomtune.train.run_report import PICTURE
+from atomtune.train.run_report import PICTURE, eval_history
 from atomtune.train.samples import Samples, table_of, to_run_json
 from atomtune.train.trainer import LoraTrainer
 
@@ -33,7 +33,7 @@ def finish(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Los
         train_loss=trainer.mean_loss(),
         **({"eval_loss": held_out.get(result.kept_step, result.last)} if result.last is not None else {}),
         loss_history=[{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry],
-        eval_history=[{"step": entry["step"], "loss": entry["eval_loss"]} for entry in history if "eval_loss" in entry],
+        eval_history=eval_history(history),
         outcome=result.to_run_json(),
         samples=to_run_json(answered),
         **figures(trainer),

@@ -4,7 +4,6 @@ import contextlib
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import datasets
 from filelock import FileLock, Timeout
 from rich.filesize import decimal
 
+from atomtune.console import program
 from atomtune.data.cache import tokenizer_text
 from atomtune.disk import disk_failed, identity_of
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped
@@ -133,11 +133,6 @@ def _without_start(argv: Sequence[str]) -> Iterator[str]:
             leaving_out = name in ("continue_training", "checkpoint", "resume_from_checkpoint")
         if not leaving_out:
             yield word
-
-
-def program() -> str:
-    """`atomtune`, or how it is called where it is not on the PATH: what is said to do next must work as it stands."""
-    return "atomtune" if shutil.which("atomtune") else f"{shlex.quote(sys.executable)} -m atomtune"
 
 
 def explained(error: BaseException, folder: Path, *, again: str) -> BaseException:

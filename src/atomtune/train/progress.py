@@ -1,6 +1,7 @@
 """Progress: the figures while a run trains: a bar in a terminal, lines elsewhere, and the picture of the loss."""
 
 import contextlib
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from atomtune.console import Console, progress_bar
 from atomtune.train.callbacks import WorkCounter
-from atomtune.train.run_report import PICTURE, draw_loss
+from atomtune.train.run_report import PICTURE, RunRecord, draw_loss, eval_history
 
 SPOKEN_EVERY = 5.0  # seconds between lines where there is no terminal to draw a bar in
+RECORDED_EVERY = 5.0  # seconds between two entries of the step in run.json; each evaluation is entered at once
 DRAWN_EVERY = 20.0  # seconds between two drawings of loss.png, each of which takes a third of a second
 
 
@@ -83,6 +85,28 @@ class TrainingBar(TrainerCallback):
 
     def close(self) -> None:
         self.progress.stop()
+
+
+class RecordedProgress(TrainerCallback):
+    """run.json says how far the run is while it goes: its step, of how many, and the held-out losses so far."""
+
+    def __init__(self, record: RunRecord) -> None:
+        self.record = record
+        self._recorded = -math.inf
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if time.monotonic() - self._recorded >= RECORDED_EVERY:
+            self._enter(state)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._enter(state)
+
+    def _enter(self, state: TrainerState) -> None:
+        self._recorded = time.monotonic()
+        with contextlib.suppress(OSError):  # a disk that is full is the checkpoint's to say
+            self.record.update(
+                steps=state.global_step, steps_planned=state.max_steps, eval_history=eval_history(state.log_history)
+            )
 
 
 class LossPicture(TrainerCallback):

@@ -39,7 +39,7 @@ from atomtune.train.ending import figures, finish, title_of
 from atomtune.train.layout import check_equal, choose_layout
 from atomtune.train.model import keep_or_recompute, load_model
 from atomtune.train.output_folder import check_space, explained, goes_on, locked
-from atomtune.train.progress import LossPicture, TrainingBar
+from atomtune.train.progress import LossPicture, RecordedProgress, TrainingBar
 from atomtune.train.rehearsal import check_last_batch, rehearse
 from atomtune.train.run_context import RunContext
 from atomtune.train.run_identity import day_of, identity, refuse_another_run
@@ -322,6 +322,7 @@ def _fit(run: RunContext, trainer: LoraTrainer, data: Data, picture: LossPicture
     trainer.remove_callback(PrinterCallback)
     bar = TrainingBar(run.console, trainer.work)
     trainer.add_callback(bar)
+    trainer.add_callback(RecordedProgress(run.record))
     trainer.add_callback(picture)
     if run.args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.args.device)

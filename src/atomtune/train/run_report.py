@@ -3,7 +3,7 @@
 import platform
 import statistics
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +50,11 @@ class RunRecord:
         """From here on this run's record stands in the folder, in place of an earlier one."""
         self.waits = False
         self.update()
+
+
+def eval_history(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The held-out losses of the Trainer's log, as run.json keeps them."""
+    return [{"step": entry["step"], "loss": entry["eval_loss"]} for entry in log_history if "eval_loss" in entry]
 
 
 def draw_loss(history: list[dict[str, Any]], path: Path, *, title: str = "") -> None:

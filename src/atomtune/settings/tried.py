@@ -1,0 +1,127 @@
+"""Tried settings: what `--try name=a,b` stands for, and which settings a sweep cannot try."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from atomtune.settings.fields import DataSettings, SweepChoices
+from atomtune.settings.flags import types_of
+
+#: A sweep sets these for its trials itself.
+NOT_SHARED = ("output_dir", "resume")
+#: Of the settings of the records, those that leave the held-out records and their tokens as they are.
+SAME_RECORDS = ("mix", "layout")
+#: They begin a run from elsewhere, end it before its end, or belong to the sweep.
+NOT_TRIED = {
+    **dict.fromkeys(("output_dir", "resume"), "the sweep sets it for each trial"),
+    "model_path": "losses of two bases cannot be compared; make a sweep for each",
+    "seed": "it also chooses the held-out records; make a sweep for each seed",
+    "data_seed": "it chooses the held-out records; make a sweep for each",
+    **dict.fromkeys(types_of((DataSettings,)), "it changes the records that are compared; make a sweep for each value"),
+}
+#: What a trial cannot have, and why.
+NOT_IN_A_SWEEP = {
+    "resume_from_checkpoint": "each trial begins from the base",
+    "continue_training": "each trial begins from the base",
+    "checkpoint": "each trial begins from the base",
+    "max_minutes": "it would stop each trial before its end; --max_steps makes them shorter",
+}
+RANGE = ":"
+
+
+def as_words(value: Any) -> list[str]:
+    """`{learning_rate: [1e-4, 3e-4]}`, from YAML or Python, as the words of a flag: `learning_rate=1e-4,3e-4`."""
+    if isinstance(value, str) and value.startswith("{"):
+        value = json.loads(value)
+    if not isinstance(value, Mapping):
+        return [str(word) for word in value] if isinstance(value, list) else [str(value)]
+    words = []
+    for name, values in value.items():
+        listed = values if isinstance(values, list) else [values]
+        words.append(f"{name}={','.join(map(str, listed))}")
+    return words
+
+
+def values_tried(
+    choices: SweepChoices, known: Callable[[str], str | None], problems: list[str]
+) -> dict[str, tuple[str, ...]]:
+    """Setting → the values to try, in the order written; what is wrong with them becomes lines of `problems`.
+
+    known  a name as written → the setting it means; None where it means none, which it says itself
+    """
+    tried: dict[str, tuple[str, ...]] = {}
+    name: str | None = None
+    for word in choices.try_:  # learning_rate=1e-4,3e-4 has come as two words, learning_rate=1e-4 and 3e-4
+        written, equals, value = word.partition("=")
+        if equals:
+            name = known(written)
+        elif not tried and name is None:
+            problems.append(f"--try {word!r}: expected NAME=A,B, as --try learning_rate=1e-4,3e-4.")
+            return {}
+        if name is not None:
+            values = tried.get(name, ())
+            new = value if equals else word
+            tried[name] = values if new in values else (*values, new)
+    for name, values in tried.items():
+        problems += _misfits(name, values, trials=choices.trials)
+    return tried
+
+
+def _misfits(name: str, values: tuple[str, ...], *, trials: int) -> Iterator[str]:
+    reason = NOT_IN_A_SWEEP.get(name) or (NOT_TRIED.get(name) if name not in SAME_RECORDS else None)
+    if reason:
+        yield f"--try {name}: {reason}."
+    ranges = [value for value in values if is_range(value)]
+    if "" in values:
+        yield f"--try {name}: a value is missing."
+    if ranges and not trials:
+        yield f"--try {name}={ranges[0]}: a range needs --trials N; without it, list the values: {name}=A,B."
+    if ranges and len(values) > 1:
+        yield f"--try {name}: expected one range or a list of values, not both."
+    if ranges:
+        low, high = ends_of(ranges[0])
+        if low >= high:
+            yield f"--try {name}={ranges[0]}: expected LOW{RANGE}HIGH, the lower number first."
+
+
+def is_range(value: str) -> bool:
+    """Whether this is `LOW:HIGH`, two numbers."""
+    try:
+        ends_of(value)
+    except ValueError:
+        return False
+    return True
+
+
+def ends_of(value: str) -> tuple[float, float]:
+    """The two numbers of a range. Raises ValueError where it is none."""
+    low, _, high = value.partition(RANGE)
+    return float(low), float(high)
+
+
+def points_of(tried: Mapping[str, tuple[str, ...]]) -> list[dict[str, str]]:
+    """Every combination of the values; of a range its two ends."""
+    values = [_ends_as_words(values) for values in tried.values()]
+    return [dict(zip(tried, combination, strict=True)) for combination in itertools.product(*values)]
+
+
+def _ends_as_words(values: tuple[str, ...]) -> tuple[str, ...]:
+    if len(values) == 1 and is_range(values[0]):
+        low, _, high = values[0].partition(RANGE)
+        return (low, high)
+    return values
+
+
+def not_comparable(shared: Mapping[str, Any], tried: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    """Lines for shared settings without which, or with which, trials cannot be compared."""
+    for name, reason in NOT_IN_A_SWEEP.items():
+        if shared.get(name) not in (None, "false", "0"):
+            yield f"--{name} in a sweep: {reason}. Leave it out."
+    holds_none_out = str(shared.get("eval_size", "auto")).strip("0.") == "" and not shared.get("eval_path")
+    never_evaluates = "no" in (str(shared.get("eval_strategy")).lower(), *tried.get("eval_strategy", ()))
+    if holds_none_out or never_evaluates:
+        yield (
+            "a sweep compares trials by the loss of held-out records, and this one has none. Leave out "
+            f"{'--eval_size 0' if holds_none_out else '--eval_strategy no'}."
+        )

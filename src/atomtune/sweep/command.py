@@ -1,0 +1,360 @@
+"""Sweep: the command: says the time first, runs the trials one after another, and says which settings to take."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from atomtune.console import Console, print_json, progress_bar
+from atomtune.errors import AtomtuneError, BadSettings, ExitCode, RunFailed, Stopped, UserError
+from atomtune.extras import refuse_missing
+from atomtune.settings.fields import SweepSettings
+from atomtune.settings.flags import types_of
+from atomtune.settings.library import library_types
+from atomtune.settings.read import TRAIN_GROUPS
+from atomtune.settings.tried import is_range
+from atomtune.sweep.report import BEST, command_of_best, say_result, write_report
+from atomtune.sweep.search import Grid, Sampled, Search, Watch, middle_of
+from atomtune.sweep.settings_file import write_settings
+from atomtune.sweep.trial_process import Progress, run_trial
+from atomtune.sweep.trials import DONE, Sweep, Trial, read_sweep_record, write_sweep
+
+#: How far the tried learning rates are apart where nothing is said: a half order of magnitude.
+RATE_FACTOR = 3
+#: What is searched with --trials where nothing is said: rates so far from the derived one, and these.
+RATE_REACH = 10
+USUAL_RANGES = {"lora_rank": ("4", "8", "16", "32", "64"), "lora_dropout": ("0", "0.05", "0.1")}
+#: plan counts every record once, so it does not know runs with these.
+NOT_PLANNED = ("streaming", "mix")
+
+
+def sweep(settings: SweepSettings) -> int:
+    """Run `atomtune sweep`; the exit code, or an AtomtuneError that holds it."""
+    folder, result = sweep_into_folder(settings, Console(stderr=settings.json))
+    if settings.json:
+        print_json({"folder": str(folder), **result.to_json(), "command": command_of_best(result, folder)})
+    return 0
+
+
+def sweep_into_folder(settings: SweepSettings, console: Console) -> tuple[Path, Sweep]:
+    """All trials, and the folder that holds them.
+
+    Raises BadSettings, BadData or BadModel before the first trial, RunFailed where every trial failed, Stopped on a
+    signal: what is finished stays, and --resume goes on.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BadSettings(["A sweep starts its trials itself, one process each: start it without torchrun."])
+    if settings.trials:
+        refuse_missing(["optuna"], extra="sweep", what="--trials", otherwise="--try NAME=A,B without it")
+    folder = _folder(settings)
+    with _held(folder):
+        sweep, search = _begin(settings, folder, console)
+        _say_beginning(sweep, search, folder, console)
+        try:
+            sweep = _run_trials(sweep, search, folder, console)
+        except KeyboardInterrupt as stop:
+            sweep = _stopped(folder)
+            done = sum(trial.status in DONE for trial in sweep.trials)
+            name = stop.args[0] if stop.args else "SIGINT"
+            raise Stopped(
+                f"{name} received; {done} of {search.total} trials are done and kept."
+                f"\nThe same command with --resume goes on with the others (--output_dir {folder})."
+            ) from None
+        sweep = replace(sweep, status="finished")
+        write_sweep(folder, sweep)
+        _refuse_nothing_finished(sweep)
+        _write_best(sweep, folder)
+        write_report(sweep, folder)
+        say_result(sweep, folder, console)
+    return folder, sweep
+
+
+def _folder(settings: SweepSettings) -> Path:
+    """--output_dir, or the first runs/sweep-NAME-1 that does not exist."""
+    chosen = settings.train.trainer.get("output_dir")
+    if chosen:
+        return Path(chosen)
+    if settings.train.run.resume:
+        raise BadSettings(["--resume needs the --output_dir of the sweep that is to go on."])
+    stem, number = Path(settings.train.data.dataset_paths[0]).stem, 1
+    while (folder := Path("runs") / f"sweep-{stem}-{number}").exists():
+        number += 1
+    return folder
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """The sweep's folder, made if need be, held against every other sweep. Raises BadSettings."""
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise BadSettings([f"{folder}: another sweep is writing here now. Pass another --output_dir."]) from None
+    except OSError as error:
+        raise BadSettings([f"--output_dir {folder} cannot be written: {error.strerror}."]) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        if is_new and all(path.name == ".lock" for path in folder.iterdir()):  # refused before it began
+            (folder / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _begin(settings: SweepSettings, folder: Path, console: Console) -> tuple[Sweep, Search]:
+    """The sweep as it stands in the folder, or a new one, planned."""
+    before = read_sweep_record(folder)
+    if before is None:
+        if any(path.name != ".lock" for path in folder.iterdir()):
+            raise BadSettings([f"{folder} is not empty and holds no sweep. Pass another --output_dir."])
+        sweep = _planned(settings, folder, console)
+    else:
+        if not settings.train.run.resume:
+            raise BadSettings(
+                [f"{folder} already holds a sweep. --resume goes on with it; another --output_dir starts a new one."]
+            )
+        _refuse_other_settings(settings, before)
+        sweep = replace(before, tried=dict(settings.tried) or before.tried)
+    search = _search(settings, sweep)
+    write_sweep(folder, sweep)
+    return sweep, search
+
+
+def _refuse_other_settings(settings: SweepSettings, before: Sweep) -> None:
+    """Raise BadSettings where this sweep's trials could not be compared with those of the folder."""
+    shared = json.loads(json.dumps(dict(settings.shared)))
+    names = sorted(name for name in shared.keys() | before.shared.keys() if shared.get(name) != before.shared.get(name))
+    problems = [
+        f"--{name} was {before.shared.get(name, 'not set')} when the sweep began and is {shared.get(name, 'not set')} "
+        "now. Pass what it was, or another --output_dir."
+        for name in names
+    ]
+    if settings.trials and settings.tried and dict(settings.tried) != dict(before.tried):
+        problems.append("--try differs from what it was when the sweep began. Leave it out, or pass what it was.")
+    if problems:
+        raise BadSettings(problems)
+
+
+def _planned(settings: SweepSettings, folder: Path, console: Console) -> Sweep:
+    """A new sweep: what a trial will take, and what is tried where nothing was said."""
+    tried = dict(settings.tried)
+    if any(getattr(settings.train.data, name) for name in NOT_PLANNED):
+        if "learning_rate" not in tried and not (tried and not settings.trials):
+            raise BadSettings(
+                ["With --streaming or --mix the learning rates to try must be named: --try learning_rate=A,B."]
+            )
+        return Sweep(status="running", shared=settings.shared, tried=tried)
+    console.say("Reading the records, and measuring how long a trial takes …")
+    began = time.monotonic()
+    forecast = _forecast(settings.shared, folder)
+    starting = time.monotonic() - began  # a trial starts Python, loads its libraries and reads the records too
+    held_out = int(forecast["records_held_out"])
+    if not held_out and not settings.train.data.eval_path:
+        raise UserError(
+            "A sweep compares trials by the loss of held-out records, and there are too few records to hold some out "
+            "by itself. Pass --eval_size N, or --eval_path FILE."
+        )
+    if not tried or settings.trials:
+        tried = {**_usual(settings, float(forecast["learning_rate"])), **tried}
+    return Sweep(
+        status="running",
+        shared=settings.shared,
+        tried=tried,
+        seconds_expected=round(starting + float(forecast["seconds"]), 1),
+        records_held_out=held_out or None,
+    )
+
+
+def _usual(settings: SweepSettings, rate: float) -> dict[str, tuple[str, ...]]:
+    """What is tried where nothing was said, the usual value first; what the user wrote for all trials stays."""
+    if not settings.trials:
+        return {"learning_rate": tuple(f"{value:.2g}" for value in (rate, rate / RATE_FACTOR, rate * RATE_FACTOR))}
+    ranges = {"learning_rate": (f"{rate / RATE_REACH:.2g}:{rate * RATE_REACH:.2g}",), **USUAL_RANGES}
+    if settings.tried:
+        return {}
+    return {name: values for name, values in ranges.items() if name not in settings.shared}
+
+
+def _forecast(shared: Mapping[str, object], folder: Path) -> Mapping[str, float]:
+    """`atomtune plan` of a run with these settings, in a process of its own: this one loads no torch and holds no GPU.
+
+    Its records are encoded then, once for all trials. Raises the error that the run would raise.
+    """
+    file = folder / "plan.yaml"
+    try:
+        write_settings(file, shared, comment="The settings that all trials share.")
+        done = subprocess.run(
+            [sys.executable, "-m", "atomtune", "plan", str(file), "--json"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+        )
+    finally:
+        file.unlink(missing_ok=True)
+    if done.returncode == ExitCode.DONE:
+        return json.loads(done.stdout.splitlines()[-1])
+    message = done.stderr.rpartition("atomtune plan: ")[2].strip()
+    if done.returncode == ExitCode.USER_MISTAKE:
+        raise UserError(message)
+    if done.returncode == ExitCode.STOPPED:
+        raise Stopped("stopped by a signal before the first trial.")
+    if done.returncode == ExitCode.RUN_FAILED or done.returncode < 0:
+        raise RunFailed(message or "Planning a trial was killed; most likely there was too little memory.")
+    raise AtomtuneError(message)
+
+
+def _search(settings: SweepSettings, sweep: Sweep) -> Search:
+    if not settings.trials:
+        return Grid(sweep.tried)
+    kinds = {**library_types(), **types_of(TRAIN_GROUPS)}
+    return Sampled(
+        sweep.tried,
+        trials=settings.trials,
+        seed=int(settings.train.trainer.get("seed", 42)),
+        first=_first(settings, sweep),
+        kinds=kinds,
+    )
+
+
+def _first(settings: SweepSettings, sweep: Sweep) -> dict[str, str]:
+    """The middle of each range, which is the derived value where nothing was said, and the defaults of the others."""
+    first = {}
+    for name, values in sweep.tried.items():
+        default = getattr(settings.train.lora, name, None)
+        if is_range(values[0]):
+            first[name] = middle_of(values[0])
+        elif default is not None and str(default) in values:
+            first[name] = str(default)
+    return first
+
+
+def _say_beginning(sweep: Sweep, search: Search, folder: Path, console: Console) -> None:
+    """What is tried, how often, where, and how long that takes."""
+    for name, values in sweep.tried.items():
+        console.say(f"  {name}: {', '.join(values)}")
+    done = sum(trial.status in DONE for trial in sweep.trials)
+    text = f"{search.total} trials" + (f", {done} of them done before" if done else "") + f", in {folder}"
+    if sweep.seconds_expected:
+        left = (search.total - done) * sweep.seconds_expected
+        text += (
+            f": about {_duration(sweep.seconds_expected)} each and {_duration(left)} in all; evaluating and saving "
+            "come on top"
+        )
+    console.say(f"{text}. Ctrl-C keeps what is done; --resume goes on.\n")
+
+
+def _run_trials(sweep: Sweep, search: Search, folder: Path, console: Console) -> Sweep:
+    """Each trial that has no result yet, then one after another as the search chooses them."""
+    attempted: set[int] = set()
+    while (trial := _next(sweep, search, attempted)) is not None:
+        attempted.add(trial.number)
+        _write_trial(sweep, trial, folder)
+        sweep = sweep.with_trial(replace(trial, status="running"))
+        write_sweep(folder, sweep)
+        with _shown(trial, search, console, behind=search.watching(trial, sweep.trials)) as watch:
+            trial = run_trial(trial, folder, watch=watch)
+        sweep = sweep.with_trial(trial)
+        if sweep.records_held_out is None:
+            sweep = replace(sweep, records_held_out=_held_out_in(folder / trial.name))
+        write_sweep(folder, sweep)
+        _say_trial(sweep, trial, search, console, attempted=attempted)
+    return sweep
+
+
+def _next(sweep: Sweep, search: Search, attempted: set[int]) -> Trial | None:
+    for trial in sweep.trials:
+        if trial.status not in DONE and trial.number not in attempted:
+            return trial
+    settings = search.next(sweep.trials)
+    return None if settings is None else Trial(len(sweep.trials) + 1, settings)
+
+
+def _write_trial(sweep: Sweep, trial: Trial, folder: Path) -> None:
+    """The trial's settings as a file: `atomtune train` with it is this very run."""
+    # One checkpoint and the best are enough to resume and to choose; a sweep would fill a disk with more.
+    values = {"save_total_limit": "1", **sweep.shared, **trial.settings, "output_dir": str(folder / trial.name)}
+    write_settings(folder / f"{trial.name}.yaml", values, comment=f"{trial.name} of a sweep: {trial.words()}")
+
+
+def _held_out_in(folder: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return len(json.loads((folder / "run.json").read_text(encoding="utf-8"))["records_held_out"])
+    return None
+
+
+@contextlib.contextmanager
+def _shown(trial: Trial, search: Search, console: Console, *, behind: Watch) -> Iterator[Watch]:
+    """A bar for the trial; what watches it draws it anew."""
+    name = f"trial {trial.number} of {search.total}: {trial.words()}"
+    if not console.is_terminal:
+        console.say(name)
+    with progress_bar(console, "{task.fields[loss]}") as bar:
+        task = bar.add_task(name, total=None, loss="starting")
+
+        def watch(progress: Progress) -> bool:
+            loss = "" if progress.last_loss is None else f"held-out loss {progress.last_loss:.3f}"
+            if progress.steps_planned:
+                bar.update(task, completed=progress.steps, total=progress.steps_planned, loss=loss)
+            return behind(progress)
+
+        yield watch
+
+
+def _say_trial(sweep: Sweep, trial: Trial, search: Search, console: Console, *, attempted: set[int]) -> None:
+    """What it gave, and the time that is left by the trials so far."""
+    match trial.status:
+        case "finished":
+            best = " the best so far" if sweep.best == trial else ""
+            text = f"held-out loss {trial.eval_loss:.4f} at step {trial.best_step}{',' if best else ''}{best}"
+        case "pruned":
+            text = "stopped early: clearly behind the others"
+        case "stopped":
+            text = "stopped from outside; --resume goes on with it"
+        case _:
+            text = f"failed: {trial.reason}"
+    seconds = [other.seconds for other in sweep.trials if other.seconds]
+    left = max(search.total - sum(other.status in DONE or other.number in attempted for other in sweep.trials), 0)
+    remaining = f"; about {_duration(left * sum(seconds) / len(seconds))} left" if left and seconds else ""
+    console.say(f"{trial.name}  {trial.words()}  {text} ({_duration(trial.seconds)}{remaining})")
+
+
+def _stopped(folder: Path) -> Sweep:
+    """The sweep as its record has it, with the trial that was running marked as stopped."""
+    sweep = read_sweep_record(folder)
+    assert sweep is not None
+    for trial in sweep.trials:
+        if trial.status == "running":
+            sweep = sweep.with_trial(replace(trial, status="stopped"))
+    sweep = replace(sweep, status="stopped")
+    write_sweep(folder, sweep)
+    return sweep
+
+
+def _refuse_nothing_finished(sweep: Sweep) -> None:
+    if sweep.best is None:
+        reasons = [f"  {trial.name} ({trial.words()}): {trial.reason or trial.status}" for trial in sweep.trials]
+        raise RunFailed("\n".join(["No trial finished:", *reasons, "Each trial's whole output is in trial-N.log."]))
+
+
+def _write_best(sweep: Sweep, folder: Path) -> None:
+    """run.yaml: the shared settings with the best trial's."""
+    assert sweep.best is not None
+    comment = f"The best settings of {len(sweep.trials)} trials, those of {sweep.best.name}: {sweep.best.words()}"
+    write_settings(folder / BEST, {**sweep.shared, **sweep.best.settings}, comment=comment)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

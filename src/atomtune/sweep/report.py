@@ -1,0 +1,170 @@
+"""Report: a sweep as a table, a few sentences, a picture and a page: which settings to take, and how sure that is."""
+
+import base64
+import shlex
+import warnings
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+
+from rich.table import Table
+
+from atomtune.console import Console, program
+from atomtune.disk import replacing
+from atomtune.sweep.trials import Sweep, Trial
+
+#: The best settings as a file for train, the curves, and all of it as a page.
+BEST, PICTURE, PAGE = "run.yaml", "sweep.png", "sweep.html"
+#: Losses closer than this share are taken for equal, as `train` takes them: other records, or another seed, would
+#: turn their order round.
+NOISE = 0.02
+
+
+def sentences(sweep: Sweep) -> list[str]:
+    """What the trials say: the best, what cannot be told from it, whether the range was wide enough, what failed."""
+    best = sweep.best
+    if best is None or best.eval_loss is None:
+        return ["No trial finished."]
+    before = f"{best.loss_before:.3f} before training → " if best.loss_before is not None else ""
+    lines = [
+        f"Best: {best.name} ({best.words()}). Held-out loss {before}{best.eval_loss:.4f}, at step {best.best_step}."
+    ]
+    lines += _noise(sweep, best)
+    lines += _at_an_end(sweep, best)
+    pruned = [trial.name for trial in sweep.trials if trial.status == "pruned"]
+    if pruned:
+        lines.append(f"Stopped early, clearly behind: {', '.join(pruned)}.")
+    lines += [f"{trial.name} failed: {trial.reason}." for trial in sweep.trials if trial.status == "failed"]
+    return lines
+
+
+def _noise(sweep: Sweep, best: Trial) -> Iterator[str]:
+    assert best.eval_loss is not None
+    others = sweep.ranked()[1:]
+    close = [trial for trial in others if trial.eval_loss and trial.eval_loss <= best.eval_loss * (1 + NOISE)]
+    records = f"{sweep.records_held_out:,} held-out records" if sweep.records_held_out else "so few records"
+    if close:
+        names = ", ".join(f"{trial.name} ({trial.words()})" for trial in close)
+        yield (
+            f"Within {NOISE:.0%} of it, which {records} and one seed do not tell apart: {names}. Take the cheapest of "
+            "these, or repeat the sweep with another --seed."
+        )
+    elif others:
+        gap = (others[0].eval_loss or 0) / best.eval_loss - 1
+        yield f"The next, {others[0].name}, is {gap:.0%} behind: more than the {NOISE:.0%} that are taken for noise."
+
+
+def _at_an_end(sweep: Sweep, best: Trial) -> Iterator[str]:
+    """A best value at the end of what was tried may not be the best there is."""
+    for name, word in best.settings.items():
+        try:
+            numbers = sorted({float(trial.settings[name]) for trial in sweep.ranked()})
+            value = float(word)
+        except ValueError:
+            continue
+        if len(numbers) > 1 and value in (numbers[0], numbers[-1]):
+            end, further = ("lowest", "lower") if value == numbers[0] else ("highest", "higher")
+            yield f"Its {name} is the {end} of those tried: a {further} one may be better still."
+
+
+def command_of_best(sweep: Sweep, folder: Path) -> str:
+    """The command that trains with the best settings; that adapter is in the best trial's folder already."""
+    return f"{program()} train {shlex.quote(str(folder / BEST))} --output_dir {shlex.quote(f'{folder}-best')}"
+
+
+def commands(sweep: Sweep, folder: Path) -> list[str]:
+    """What a user does next, each to be copied as it stands."""
+    assert sweep.best is not None
+    best = shlex.quote(str(folder / sweep.best.name))
+    return [
+        f"{program()} chat --adapter_path {best}",
+        f"{program()} evaluate --adapter_path {best}",
+        command_of_best(sweep, folder),
+    ]
+
+
+def rows(sweep: Sweep) -> list[list[str]]:
+    """The trials, the best first: name, what was tried, loss, step, seconds, how it ended."""
+    names = list(dict.fromkeys(name for trial in sweep.trials for name in trial.settings))
+    unfinished = [trial for trial in sweep.trials if trial not in sweep.ranked()]
+    table = []
+    for trial in [*sweep.ranked(), *unfinished]:
+        loss = "–" if trial.eval_loss is None else f"{trial.eval_loss:.4f}"
+        tried = [trial.settings.get(name, "–") for name in names]
+        step = "–" if trial.best_step is None else f"{trial.best_step:,}"
+        table.append([trial.name, *tried, loss, step, f"{trial.seconds:.0f} s", trial.status])
+    return table
+
+
+def headings(sweep: Sweep) -> list[str]:
+    names = list(dict.fromkeys(name for trial in sweep.trials for name in trial.settings))
+    return ["trial", *names, "held-out loss", "at step", "time", "status"]
+
+
+def say_result(sweep: Sweep, folder: Path, console: Console) -> None:
+    table = Table(*headings(sweep), box=None)
+    for row in rows(sweep):
+        table.add_row(*row)
+    console.say("")
+    console.print(table)
+    console.say("\n" + "\n".join(sentences(sweep)), style="bold")
+    assert sweep.best is not None
+    console.say(
+        f"In {folder}: {sweep.best.name}/ (the best adapter), {BEST} (its settings), {PAGE} (all trials as a page), "
+        "sweep.json (all figures)."
+    )
+    console.say("\nNext:")
+    console.say("\n".join(f"  {command}" for command in commands(sweep, folder)), wrap=False)
+
+
+def draw(sweep: Sweep, path: Path) -> None:
+    """The held-out loss of every trial by step; the best one strong."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120)  # not pyplot's: a notebook's own pictures stay as they are
+    axes = figure.subplots()
+    best = sweep.best
+    for trial in [trial for trial in sweep.trials if trial.eval_history]:
+        steps, losses = zip(*trial.eval_history, strict=True)
+        width, shade = (2.2, 1.0) if trial == best else (1.2, 0.55)
+        label = f"{trial.name}: {trial.words()}"
+        axes.plot(steps, losses, "o-", markersize=3, linewidth=width, alpha=shade, label=label)
+    if best is not None and best.best_step is not None:
+        axes.plot([best.best_step], [best.eval_loss or 0.0], "*", color="black", markersize=12)
+    axes.set_xlabel("step")
+    axes.set_ylabel("held-out loss per token (nats)")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(fontsize=7)
+    figure.tight_layout()
+    with warnings.catch_warnings(), replacing(path) as file:
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a name may be in any script
+        figure.savefig(file, format="png")
+
+
+def write_report(sweep: Sweep, folder: Path) -> None:
+    """sweep.png and sweep.html."""
+    draw(sweep, folder / PICTURE)
+    image = base64.b64encode((folder / PICTURE).read_bytes()).decode()
+    text = page(sweep, title=folder.name, image=image, commands=commands(sweep, folder))
+    with replacing(folder / PAGE) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def page(sweep: Sweep, *, title: str, image: str, commands: Sequence[str]) -> str:
+    """The sweep as HTML that opens from disk, loads nothing and runs no script; image: the PNG in base64."""
+    from jinja2 import Environment, StrictUndefined
+
+    template = (resources.files("atomtune.sweep") / "html" / "sweep.html.jinja").read_text(encoding="utf-8")
+    style = resources.files("atomtune.evaluate") / "html" / "page.css"  # one look for all pages
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(
+        title=title,
+        picture=image,
+        sentences=sentences(sweep),
+        headings=headings(sweep),
+        rows=rows(sweep),
+        shared=[(name, value if isinstance(value, str) else str(value)) for name, value in sweep.shared.items()],
+        commands=commands,
+        style=style.read_text(encoding="utf-8"),
+    )

@@ -1,0 +1,162 @@
+"""Search: which settings the next trial gets: every combination in turn, or by what the earlier trials gave."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from atomtune.settings.tried import ends_of, is_range, points_of
+from atomtune.sweep.trial_process import Progress
+from atomtune.sweep.trials import Trial
+
+#: A range whose ends are this far apart is searched by factors and not by differences.
+WIDE = 10
+#: Before so many trials have finished none is stopped early, nor before this part of its steps, in percent.
+TRIALS_BEFORE_PRUNING, PERCENT_BEFORE_PRUNING = 3, 20
+
+Watch = Callable[[Progress], bool]
+
+
+class Search(Protocol):
+    """Chooses the trials of a sweep."""
+
+    total: int
+
+    def next(self, trials: Sequence[Trial]) -> dict[str, str] | None:
+        """The settings of one more trial behind these; None where there are enough."""
+
+    def watching(self, trial: Trial, trials: Sequence[Trial]) -> Watch:
+        """Whether this trial, so far along, is to be stopped as one that is clearly behind the others."""
+
+
+class Grid:
+    """Every combination of the values, in the order in which they were written."""
+
+    def __init__(self, tried: Mapping[str, tuple[str, ...]]) -> None:
+        self.points = points_of(tried)
+        self.total = len(self.points)
+
+    def next(self, trials: Sequence[Trial]) -> dict[str, str] | None:
+        before = [trial.settings for trial in trials]
+        return next((point for point in self.points if point not in before), None)
+
+    def watching(self, trial: Trial, trials: Sequence[Trial]) -> Watch:
+        return lambda progress: False
+
+
+class Sampled:
+    """optuna's: the tree-structured Parzen estimator chooses, and trials behind the median are stopped.
+
+    first  the settings of the first trial, those a run takes by itself where they are known
+    """
+
+    def __init__(
+        self,
+        tried: Mapping[str, tuple[str, ...]],
+        *,
+        trials: int,
+        seed: int,
+        first: Mapping[str, str],
+        kinds: Mapping[str, Any],
+    ) -> None:
+        self.total, self.seed, self.first = trials, seed, first
+        self.distributions = {
+            name: _distribution(values, whole=float not in _members(kinds[name])) for name, values in tried.items()
+        }
+
+    def next(self, trials: Sequence[Trial]) -> dict[str, str] | None:
+        if len(trials) >= self.total:
+            return None
+        study = self._study(trials)
+        if not trials:
+            study.enqueue_trial({name: self._value(name, word) for name, word in self.first.items()})
+        params = study.ask(self.distributions).params
+        return {name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in params.items()}
+
+    def watching(self, trial: Trial, trials: Sequence[Trial]) -> Watch:
+        study = self._study([other for other in trials if other.number != trial.number])
+        study.enqueue_trial({name: self._value(name, word) for name, word in trial.settings.items()})
+        live = study.ask(self.distributions)
+        reported: set[int] = set()
+
+        def is_behind(progress: Progress) -> bool:
+            for percent, loss in _by_percent(progress.eval_history, progress.steps_planned).items():
+                if percent not in reported:
+                    reported.add(percent)
+                    live.report(loss, percent)
+            return bool(reported and live.should_prune())
+
+        return is_behind
+
+    def _study(self, trials: Sequence[Trial]) -> Any:
+        """A study that knows these trials; sweep.json is what stays of it, so a sweep goes on where it was stopped."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        study = optuna.create_study(
+            # Another seed for each trial: a study that was just made would draw the same again.
+            sampler=optuna.samplers.TPESampler(seed=self.seed + len(trials), n_startup_trials=4),
+            pruner=optuna.pruners.MedianPruner(
+                n_startup_trials=TRIALS_BEFORE_PRUNING, n_warmup_steps=PERCENT_BEFORE_PRUNING
+            ),
+        )
+        states = {
+            "finished": optuna.trial.TrialState.COMPLETE,
+            "pruned": optuna.trial.TrialState.PRUNED,
+            "failed": optuna.trial.TrialState.FAIL,
+        }
+        for trial in trials:
+            if trial.status in states:
+                steps = max((step for step, _ in trial.eval_history), default=0)
+                study.add_trial(
+                    optuna.trial.create_trial(
+                        state=states[trial.status],
+                        value=trial.eval_loss if trial.status == "finished" else None,
+                        params={name: self._value(name, word) for name, word in trial.settings.items()},
+                        distributions=self.distributions,
+                        intermediate_values=_by_percent(trial.eval_history, steps),
+                    )
+                )
+        return study
+
+    def _value(self, name: str, word: str) -> Any:
+        """A setting as optuna counts it, inside its range: `3.33e-05` may have been rounded out of it."""
+        import optuna
+
+        distribution = self.distributions[name]
+        if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+            return word
+        value = min(max(float(word), distribution.low), distribution.high)
+        return round(value) if isinstance(distribution, optuna.distributions.IntDistribution) else value
+
+
+def middle_of(written: str) -> str:
+    """The number in the middle of a range; by factors where its ends are far apart."""
+    low, high = ends_of(written)
+    middle = math.sqrt(low * high) if _is_wide(low, high) else (low + high) / 2
+    return f"{middle:.3g}"
+
+
+def _is_wide(low: float, high: float) -> bool:
+    return low > 0 and high / low >= WIDE
+
+
+def _distribution(values: tuple[str, ...], *, whole: bool) -> Any:
+    """One value of several, or a number of a range."""
+    import optuna
+
+    if len(values) > 1 or not is_range(values[0]):
+        return optuna.distributions.CategoricalDistribution(values)
+    low, high = ends_of(values[0])
+    if whole:
+        return optuna.distributions.IntDistribution(int(low), int(high), log=_is_wide(low, high))
+    return optuna.distributions.FloatDistribution(low, high, log=_is_wide(low, high))
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """A type, or those of a union."""
+    return (kind, *getattr(kind, "__args__", ()))
+
+
+def _by_percent(history: Sequence[tuple[int, float]], steps: int) -> dict[int, float]:
+    """Percent of the steps → held-out loss: trials of different lengths are compared where they are equally far."""
+    return {round(100 * step / steps): loss for step, loss in history if step > 0 and steps and math.isfinite(loss)}

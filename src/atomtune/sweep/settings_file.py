@@ -1,0 +1,28 @@
+"""Settings file: settings as the YAML that `atomtune train` reads."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from atomtune.disk import replacing
+
+#: Words that YAML reads as the text they are: a number, a path, a name.
+_PLAIN = re.compile(r"[A-Za-z0-9/][A-Za-z0-9_./@+-]*")
+_NOT_TEXT = ("null", "Null", "NULL")
+
+
+def write_settings(path: Path, settings: Mapping[str, Any], *, comment: str) -> None:
+    """`name: value` lines under a comment."""
+    lines = [f"# {comment}", *(f"{name}: {_written(value)}" for name, value in settings.items())]
+    with replacing(path) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(_written(item) for item in value)}]"
+    if isinstance(value, str):
+        return value if _PLAIN.fullmatch(value) and value not in _NOT_TEXT else json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False)  # JSON is YAML

@@ -1,0 +1,158 @@
+"""Trial process: one trial as `atomtune train` in a process of its own.
+
+A process a trial: one that the system kills for its memory ends alone, no memory of a GPU stays behind, and a trial is
+the very run that its command gives. The price is starting Python and its libraries, some seconds a trial.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from atomtune.disk import read_json_object
+from atomtune.errors import ExitCode
+from atomtune.process import end_with_parent
+from atomtune.sweep.trials import Trial
+
+#: Seconds between two looks at a trial.
+LOOK_EVERY = 0.5
+#: How long a trial may take for its checkpoint when it is stopped a second time, in seconds.
+ENDS_WITHIN = 20
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a trial is, from its run.json."""
+
+    steps: int = 0
+    steps_planned: int = 0
+    eval_history: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def last_loss(self) -> float | None:
+        return self.eval_history[-1][1] if self.eval_history else None
+
+
+def run_trial(trial: Trial, folder: Path, *, watch: Callable[[Progress], bool]) -> Trial:
+    """Run a trial until it ends, and what it gave.
+
+    folder  of the sweep; it holds the trial's file of settings
+    watch   is told the progress, and says whether to stop the trial as one that is clearly behind
+    Raises KeyboardInterrupt, when the trial has saved its checkpoint and ended.
+    """
+    began, pruned = time.monotonic(), False
+    log = folder / f"{trial.name}.log"
+    with log.open("ab") as output:
+        attempt = output.tell()
+        with _process(["train", str(folder / f"{trial.name}.yaml"), "--resume"], output) as process:
+            while process.poll() is None:
+                if watch(progress_of(folder / trial.name)) and not pruned:
+                    pruned = True
+                    process.send_signal(signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(LOOK_EVERY)
+        code = process.returncode
+    trial = replace(trial, seconds=round(trial.seconds + time.monotonic() - began, 1))
+    return result_of(trial, folder, code=code, pruned=pruned, said=_text_from(log, attempt))
+
+
+@contextlib.contextmanager
+def _process(words: Sequence[str], output: IO[bytes]) -> Iterator["subprocess.Popen[bytes]"]:
+    """`atomtune WORDS` in a session of its own: a Ctrl-C reaches it through us, once. It ends when the block does."""
+    environment = {name: value for name, value in os.environ.items() if name != "ATOMTUNE_OUTPUT_DIR"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "atomtune", *words],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=os.name == "posix",
+        preexec_fn=end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509  # safe: see there
+    )
+    try:
+        yield process
+    except BaseException:
+        _end(process)
+        raise
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Have it save a checkpoint and end; asked a second time, it ends at once."""
+    process.terminate()
+    try:
+        process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        try:
+            process.wait(ENDS_WITHIN)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.kill()
+            process.wait()
+
+
+def progress_of(folder: Path) -> Progress:
+    """From the trial's run.json; nothing where it has not begun."""
+    record = _record_of(folder)
+    with contextlib.suppress(TypeError, KeyError, ValueError):
+        history = tuple((int(entry["step"]), float(entry["loss"])) for entry in record.get("eval_history", ()))
+        return Progress(int(record.get("steps", 0)), int(record.get("steps_planned", 0)), history)
+    return Progress()
+
+
+def _record_of(folder: Path) -> Mapping[str, Any]:
+    try:
+        return read_json_object(folder / "run.json")
+    except (OSError, ValueError):
+        return {}
+
+
+def result_of(trial: Trial, folder: Path, *, code: int, pruned: bool, said: str) -> Trial:
+    """The trial as it ended.
+
+    code    its exit code; negative: the signal that killed it
+    pruned  whether it was told to stop as one that is behind
+    said    its output
+    """
+    record, progress = _record_of(folder / trial.name), progress_of(folder / trial.name)
+    after_steps = {step: loss for step, loss in progress.eval_history if step > 0}
+    trial = replace(
+        trial,
+        eval_history=progress.eval_history,
+        loss_before=dict(progress.eval_history).get(0),
+        best_step=min(after_steps, key=after_steps.__getitem__, default=None),
+        eval_loss=min(after_steps.values(), default=None),
+        reason=None,
+    )
+    if code == ExitCode.STOPPED:
+        return replace(trial, status="pruned" if pruned else "stopped")
+    if code != ExitCode.DONE:
+        return replace(trial, status="failed", eval_loss=None, best_step=None, reason=_reason(code, said))
+    loss = record.get("eval_loss")
+    if not isinstance(loss, int | float):
+        return replace(trial, status="failed", reason="it finished without a held-out loss")
+    kept_step = (record.get("outcome") or {}).get("kept_step", trial.best_step)
+    return replace(trial, status="finished", eval_loss=float(loss), best_step=kept_step)
+
+
+def _reason(code: int, said: str) -> str:
+    """What the run said of its end, in one line; of one that was killed, by what."""
+    if code < 0:
+        killed = f"killed by {signal.Signals(-code).name}"
+        return f"{killed}; most likely there was too little memory" if -code == 9 else killed
+    _, marker, words = said.rpartition("atomtune train: ")
+    lines = [line for line in (words if marker else said).splitlines() if line.strip()]
+    if not lines:
+        return f"exit code {code}"
+    return lines[0] if marker and code != ExitCode.BUG else f"exit code {code}: {lines[-1].strip()}"
+
+
+def _text_from(log: Path, offset: int) -> str:
+    with log.open("rb") as file:
+        file.seek(offset)
+        return file.read().decode("utf-8", "replace")

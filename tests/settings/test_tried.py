@@ -1,0 +1,74 @@
+"""Laws of --try: what is written is what is tried, and what cannot be compared is refused before anything is read."""
+
+import pytest
+
+from atomtune.errors import BadSettings
+from atomtune.settings.read import read
+from atomtune.settings.tried import points_of
+
+RUN = ["--model_path", "base", "--dataset_path", "train.jsonl"]
+
+
+def tried(*flags: str) -> dict[str, tuple[str, ...]]:
+    return dict(read("sweep", [*RUN, *flags]).tried)
+
+
+def problems(*flags: str) -> str:
+    with pytest.raises(BadSettings) as refused:
+        read("sweep", [*RUN, *flags])
+    return str(refused.value)
+
+
+def test_values_are_tried_as_they_are_written():
+    flags = ("--try", "learning_rate=1e-4,3e-4", "--try", "lora_rank=8,32", "lora_targets=all-linear,q_proj")
+    expected = {"learning_rate": ("1e-4", "3e-4"), "lora_rank": ("8", "32"), "lora_targets": ("all-linear", "q_proj")}
+    assert tried(*flags) == expected
+
+
+def test_a_file_and_a_function_say_it_as_a_mapping(tmp_path):
+    expected = {"lora_rank": ("8", "32"), "lora_dropout": ("0.1",)}
+    file = tmp_path / "run.yaml"
+    file.write_text("model_path: base\ndataset_path: train.jsonl\ntry:\n  lora_rank: [8, 32]\n  lora_dropout: 0.1\n")
+    assert dict(read("sweep", [str(file)]).tried) == expected
+    keywords = {"model_path": "base", "dataset_path": "d", "try_": {"lora_rank": [8, 32], "lora_dropout": [0.1]}}
+    assert dict(read("sweep", keywords).tried) == expected
+
+
+def test_names_of_other_tools_are_understood_here_too():
+    assert tried("--try", "lr=1e-4,3e-4") == {"learning_rate": ("1e-4", "3e-4")}
+
+
+def test_every_combination_stands_once():
+    points = points_of({"a": ("1", "2"), "b": ("x", "y", "z")})
+    assert sorted((point["a"], point["b"]) for point in points) == [(a, b) for a in "12" for b in "xyz"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--try", "learning_rat=1,2"), "Did you mean --learning_rate?"),
+        (("--try", "lora_rank=8,many"), "--try lora_rank 'many': expected a whole number, 1 or more."),
+        (("--try", "lora_rank=0"), "--try lora_rank '0': expected a whole number, 1 or more."),
+        (("--try", "lr_scheduler_type=linear,sine"), "--try lr_scheduler_type 'sine': expected one of linear, cosine"),
+        (("--try", "1e-4"), "expected NAME=A,B"),
+        (("--try", "lora_rank="), "a value is missing"),
+        (("--try", "max_seq_length=128,256"), "it changes the records that are compared"),
+        (("--try", "seed=1,2"), "it also chooses the held-out records"),
+        (("--try", "output_dir=a,b"), "the sweep sets it for each trial"),
+        (("--try", "model_path=a,b"), "losses of two bases cannot be compared"),
+        (("--try", "learning_rate=1e-5:1e-3"), "a range needs --trials N"),
+        (("--trials", "3", "--try", "learning_rate=1e-3:1e-5"), "the lower number first"),
+        (("--eval_size", "0"), "Leave out --eval_size 0."),
+        (("--eval_strategy", "no"), "Leave out --eval_strategy no."),
+        (("--max_minutes", "5"), "it would stop each trial before its end"),
+        (("--try", "learning_rate=1e-4", "--lora_rnak", "8"), "--lora_rnak"),
+    ],
+)
+def test_what_cannot_be_tried_is_refused(flags, words):
+    assert words in problems(*flags)
+
+
+def test_all_problems_come_at_once_and_each_once():
+    text = problems("--try", "lora_rank=0,8", "--try", "learning_rate=-1,1e-4,x", "--lora_alpha", "no")
+    assert text.count("--try lora_rank") == 1 and text.count("--try learning_rate") == 2
+    assert text.count("--lora_alpha") == 1

@@ -1,0 +1,161 @@
+"""Laws of a sweep: each trial is the run that its file gives, the best is the lowest, and nothing is done twice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from atomtune import sweep
+from atomtune.cli import main
+from atomtune.errors import BadSettings
+
+FAST = ("--max_steps", "12", "--eval_size", "8", "--eval_steps", "4", "--per_device_train_batch_size", "4")
+RATES = ("--try", "learning_rate=1e-3,1e-2")
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())
+
+
+def sweep_record(folder: Path) -> dict:
+    return json.loads((folder / "sweep.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def run(models, tmp_path_factory) -> tuple[str, ...]:
+    from tests.conftest import DIALOGUES, write_jsonl
+
+    records = [{**record, "instruction": f"{record['instruction']} ({n})"} for n in range(5) for record in DIALOGUES]
+    data = write_jsonl(tmp_path_factory.mktemp("data") / "dialogues.jsonl", records)
+    return ("--model_path", str(models("llama")), "--dataset_path", str(data), *FAST)
+
+
+@pytest.fixture(scope="module")
+def swept(run, tmp_path_factory) -> Path:
+    """Two rates, one of them far too high: its loss is not finite."""
+    folder = tmp_path_factory.mktemp("swept") / "out"
+    flags = ("--try", "learning_rate=1e-3,1e-2,1e30", "--output_dir", str(folder))
+    assert main(["sweep", *run, *flags]) == 0
+    return folder
+
+
+def test_every_trial_is_a_run_with_its_settings_on_the_same_held_out_records(swept):
+    trials = sweep_record(swept)["trials"]
+    assert [trial["settings"] for trial in trials] == [{"learning_rate": rate} for rate in ("1e-3", "1e-2", "1e30")]
+    records = [record_of(swept / f"trial-{number}") for number in (1, 2)]
+    assert [record["settings"]["learning_rate"]["value"] for record in records] == [1e-3, 1e-2]
+    assert records[0]["records_held_out"] == records[1]["records_held_out"]
+    assert [trial["eval_loss"] for trial in trials[:2]] == [record["eval_loss"] for record in records]
+
+
+def test_a_trial_that_fails_is_noted_and_ends_no_sweep(swept):
+    failed = sweep_record(swept)["trials"][2]
+    assert failed["status"] == "failed" and failed["eval_loss"] is None
+    assert "not finite" in failed["reason"] or "is nan" in failed["reason"]
+    assert sweep_record(swept)["status"] == "finished"
+
+
+def test_the_best_is_the_lowest_and_its_file_trains_the_very_same_adapter(swept, tmp_path):
+    losses = {name: record_of(swept / name)["eval_loss"] for name in ("trial-1", "trial-2")}
+    assert sweep_record(swept)["best"] == min(losses, key=losses.__getitem__)
+    assert main(["train", str(swept / "run.yaml"), "--output_dir", str(tmp_path / "best")]) == 0
+    assert record_of(tmp_path / "best")["eval_loss"] == min(losses.values())
+
+
+def test_the_page_and_the_picture_show_every_trial(swept):
+    page = (swept / "sweep.html").read_text()
+    assert all(f"trial-{number}" in page for number in (1, 2, 3)) and "<script" not in page
+    assert (swept / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_finished_never_runs_again_and_more_values_may_be_added(swept, run, capsys):
+    before = {name: (swept / name / "run.json").stat().st_mtime_ns for name in ("trial-1", "trial-2")}
+    flags = ("--try", "learning_rate=1e-3,1e-2,5e-3", "--output_dir", str(swept))
+    assert main(["sweep", *run, *flags]) == 2
+    assert "already holds a sweep" in capsys.readouterr().err
+    assert main(["sweep", *run, *flags, "--resume", "--lora_rank", "2"]) == 2
+    assert "--lora_rank was not set when the sweep began and is 2 now" in capsys.readouterr().err
+    assert main(["sweep", *run, *flags, "--resume", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [trial["status"] for trial in printed["trials"]] == ["finished", "finished", "failed", "finished"]
+    assert {name: (swept / name / "run.json").stat().st_mtime_ns for name in before} == before
+
+
+def started(run: tuple[str, ...], folder: Path, *flags: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "atomtune", "sweep", *run, "--output_dir", str(folder), *flags],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for_second_trial(process: subprocess.Popen, folder: Path) -> psutil.Process:
+    """The second trial's process, as soon as it has begun."""
+    for _ in range(1200):
+        assert process.poll() is None, process.stderr.read()
+        if (folder / "trial-2.yaml").exists() and (children := psutil.Process(process.pid).children()):
+            return children[0]
+        time.sleep(0.1)
+    raise AssertionError("no second trial within two minutes")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_sweep_that_is_stopped_goes_on_where_it_was(run, tmp_path, number):
+    folder = tmp_path / "out"
+    process = started(run, folder, *RATES)
+    trial = wait_for_second_trial(process, folder)
+    os.kill(process.pid, number)
+    error = process.communicate(timeout=120)[1]
+    trial.wait(60)  # it ends with the sweep, killed or not
+    if number == signal.SIGINT:
+        assert process.returncode == 75
+        assert "1 of 2 trials are done and kept" in error and "--resume" in error
+        assert [trial["status"] for trial in sweep_record(folder)["trials"]] == ["finished", "stopped"]
+    first = (folder / "trial-1" / "run.json").read_bytes()
+    assert main(["sweep", *run, *RATES, "--output_dir", str(folder), "--resume"]) == 0
+    assert [trial["status"] for trial in sweep_record(folder)["trials"]] == ["finished", "finished"]
+    assert (folder / "trial-1" / "run.json").read_bytes() == first
+
+
+def test_mistakes_are_answered_before_a_trial_and_leave_no_folder(run, tmp_path, capsys):
+    folder = tmp_path / "out"
+    flags = ("--output_dir", str(folder))
+    assert main(["sweep", *run, *flags, "--try", "learning_rat=1,2"]) == 2
+    assert "Did you mean --learning_rate?" in capsys.readouterr().err
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{}\n")
+    assert main(["sweep", *run[:2], "--dataset_path", str(broken), *flags]) == 2
+    assert "broken.jsonl" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_few_records_of_which_none_are_held_out_are_refused(run, tmp_path, capsys):
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"instruction": "a", "output": "b"}\n' * 3)
+    assert main(["sweep", *run[:2], "--dataset_path", str(few), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "--eval_size N, or --eval_path FILE" in capsys.readouterr().err
+
+
+def test_a_sweep_does_not_mix_with_other_files(run, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main(["sweep", *run, *RATES, "--output_dir", str(tmp_path)]) == 2
+    assert "is not empty and holds no sweep" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["mine.txt"]
+
+
+def test_without_try_three_learning_rates_around_the_derived_one(run, tmp_path):
+    settings = dict(zip([flag[2:] for flag in run[::2]], run[1::2], strict=True))
+    paths = {name: settings.pop(name) for name in ("model_path", "dataset_path")}
+    result = sweep(**paths, output_dir=tmp_path / "out", **{**settings, "max_steps": 2, "eval_steps": 2})
+    rates = sorted(float(trial.settings["learning_rate"]) for trial in result.trials)
+    # 5e-4 (2000 / 32)^0.78 is above the highest rate that is taken, 2e-3.
+    assert rates == pytest.approx([2e-3 / 3, 2e-3, 6e-3], rel=0.02)
+    assert result.best.eval_loss == min(trial.eval_loss for trial in result.trials)
+    assert result.load().chat("?") is not None
+    with pytest.raises(BadSettings, match="already holds a sweep"):
+        sweep(**paths, output_dir=tmp_path / "out")

@@ -1,0 +1,70 @@
+"""Laws of the search: combinations once each; optuna's trials lie in their ranges, differ, and go on after a stop."""
+
+import random
+
+import pytest
+
+from atomtune.sweep.search import Grid, Sampled, middle_of
+from atomtune.sweep.trial_process import Progress
+from atomtune.sweep.trials import Trial
+
+TRIED = {"learning_rate": ("1e-5:1e-3",), "lora_rank": ("4:64",), "lora_dropout": ("0", "0.1")}
+KINDS = {"learning_rate": float | None, "lora_rank": int, "lora_dropout": float}
+
+
+def sampled(trials: int, **first: str) -> Sampled:
+    pytest.importorskip("optuna")
+    return Sampled(TRIED, trials=trials, seed=3, first=first, kinds=KINDS)
+
+
+def test_a_grid_gives_each_combination_once_and_passes_over_what_was_tried():
+    grid, trials = Grid({"a": ("1", "2"), "b": ("x", "y")}), [Trial(1, {"a": "2", "b": "x"}, "finished")]
+    while (settings := grid.next(trials)) is not None:
+        trials.append(Trial(len(trials) + 1, settings))
+    assert sorted((trial.settings["a"], trial.settings["b"]) for trial in trials) == [
+        ("1", "x"), ("1", "y"), ("2", "x"), ("2", "y")
+    ]  # fmt: skip
+
+
+def trials_of(search: Sampled, *, known: list[Trial]) -> list[Trial]:
+    """Trials whose loss is lowest at a rate of 1e-4."""
+    trials = list(known)
+    while (settings := search.next(trials)) is not None:
+        loss = 1 + abs(float(settings["learning_rate"]) / 1e-4 - 1)
+        trials.append(Trial(len(trials) + 1, settings, "finished", eval_loss=loss, eval_history=((10, loss),)))
+    return trials
+
+
+def test_sampled_trials_lie_in_their_ranges_and_the_first_is_the_usual_one():
+    trials = trials_of(sampled(12, learning_rate="1e-4", lora_rank="8", lora_dropout="0.1"), known=[])
+    assert len(trials) == 12
+    assert trials[0].settings == {"learning_rate": "0.0001", "lora_rank": "8", "lora_dropout": "0.1"}
+    for trial in trials:
+        assert 1e-5 <= float(trial.settings["learning_rate"]) <= 1e-3
+        assert 4 <= int(trial.settings["lora_rank"]) <= 64
+        assert trial.settings["lora_dropout"] in ("0", "0.1")
+    assert len({tuple(trial.settings.values()) for trial in trials}) == 12
+
+
+def test_a_sweep_that_goes_on_makes_the_trials_it_would_have_made():
+    whole = trials_of(sampled(8), known=[])
+    assert trials_of(sampled(8), known=whole[:5]) == whole
+
+
+def test_a_trial_that_is_clearly_behind_is_stopped_and_a_better_one_is_not():
+    random.seed(0)
+    history = ((2, 2.0), (4, 1.5), (6, 1.2), (8, 1.1), (10, 1.0))
+    before = [Trial(n, settings_of(n), "finished", eval_loss=1.0, eval_history=history) for n in range(1, 5)]
+    search = sampled(10)
+    for loss, behind in ((9.0, True), (0.5, False)):
+        watch = search.watching(Trial(5, settings_of(5)), before)
+        assert watch(Progress(1, 10, ((0, 9.9),))) is False, "nothing is told before the first step"
+        assert watch(Progress(6, 10, ((0, 9.9), (2, loss), (4, loss), (6, loss)))) is behind
+
+
+def settings_of(number: int) -> dict[str, str]:
+    return {"learning_rate": f"{number}e-5", "lora_rank": "8", "lora_dropout": "0"}
+
+
+def test_the_middle_of_a_wide_range_is_by_factors():
+    assert (middle_of("1e-5:1e-3"), middle_of("0:0.4")) == ("0.0001", "0.2")
