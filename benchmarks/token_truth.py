@@ -57,6 +57,7 @@ TOKENIZERS = {
     "Qwen3.5": ("tok/qwen3", "qwen3_5_think"),
     "DeepSeek-V3": ("tok/deepseek_v3", None),
     "DeepSeek-R1": ("tok/deepseek_v3", "deepseek_r1_distill"),
+    "Nemotron 3": ("tok/qwen3", "nemotron_3_nano"),
     "gpt-oss": ("tok/gptoss", "gptoss"),
 }
 #: name in the table → tokenizer file in the package mistral-common, built-in template; the server is its own encoder
@@ -453,6 +454,9 @@ class Server:
 def documented_answer(source: str, prompt: str, full: str, message: Message) -> str:
     """The answer where the template, shown the whole conversation, writes it otherwise than behind its prompt."""
     thoughts, stop = message.get("reasoning_content", ""), "<" + full.rstrip("\n").rpartition("<")[2]
+    own = full.rpartition("<|im_start|>assistant\n")[2]
+    if prompt.endswith("<think>\n") and own.startswith("<think></think>"):  # Nemotron's way not to think
+        return own.removeprefix("<think>").rstrip("\n")
     if prompt.endswith("<think>\n"):  # DeepSeek-R1, README: the model's reply begins inside its thoughts
         return f"{thoughts}\n</think>\n\n{full.rpartition('<｜Assistant｜>')[2]}"
     if "<|channel|>" in source:  # openai.com, harmony response format: analysis, then the call or the final text

@@ -19,7 +19,7 @@ from atomtune.data.encoding.encode import encode
 from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord
-from benchmarks.token_truth import KINDS, TOKENIZERS, stands_in, template_for
+from benchmarks.token_truth import KINDS, TOKENIZERS, stands_in, template_for, with_arguments_as_values
 
 Message = dict[str, Any]
 
@@ -85,12 +85,12 @@ def assistants_messages(message: Message) -> Iterator[Any]:
     from openai_harmony import Message as HarmonyMessage
     from openai_harmony import Role
 
-    thoughts, text = message.get("reasoning_content", ""), message["content"]
+    thoughts, text = message.get("reasoning_content", ""), message["content"] or ""
     if message.get("tool_calls") and not thoughts:
         thoughts = text  # so the template writes the text beside a call
     if thoughts:
         yield HarmonyMessage.from_role_and_content(Role.ASSISTANT, thoughts).with_channel("analysis")
-    for call in message.get("tool_calls", []):
+    for call in map(with_arguments_as_values, message.get("tool_calls", [])):
         arguments = HarmonyMessage.from_role_and_content(Role.ASSISTANT, json.dumps(call["function"]["arguments"]))
         to_tool = arguments.with_channel("commentary").with_recipient(f"functions.{call['function']['name']}")
         yield to_tool.with_content_type("json")  # harmony's own examples: "<|constrain|>json"
@@ -108,10 +108,10 @@ def without_earlier_thoughts(messages: list[Message]) -> list[Message]:
     return [*history, *messages[finished:]]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "thoughts inline"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("thoughts inline", "two calls at once")])
 def test_every_answer_stands_behind_harmonys_prompt_with_harmonys_ids(harmony, template, kind):
     # Catches a final answer without its channel, a call that ends in two stop tokens, thoughts in the wrong place.
-    # (harmony knows no thoughts inside a text: for it <think> is text.)
+    # (harmony knows no thoughts inside a text: for it <think> is text; the template writes no second call.)
     from openai_harmony import Conversation, RenderConversationConfig, Role
 
     record, day = KINDS[kind], template.day.isoformat()

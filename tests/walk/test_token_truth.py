@@ -144,6 +144,36 @@ def test_no_thoughts_behind_a_prompt_that_opens_them_close_the_block():
     assert learned(template, record) == ["\n</think>\n\n72<|endoftext|>"]
 
 
+#: As Nemotron: the prompt opens the thoughts, and an answer without any has its own empty block.
+OPENS_OR_EMPTY = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{{ '<think>\n' + m.reasoning_content + '\n</think>\n' if m.reasoning_content else '<think></think>' }}{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def test_no_thoughts_are_the_templates_own_form_of_none():
+    # Catches a second closing mark: `\n</think>\n\n</think>72` was learned.
+    template = shaped(OPENS_OR_EMPTY)
+    assert learned(template, {"messages": [user("9*8?"), assistant("72")]}) == ["</think>72<|im_end|>"]
+    thought = assistant("72", reasoning_content="Nine times eight.")
+    assert learned(template, {"messages": [user("9*8?"), thought]}) == ["Nine times eight.\n</think>\n72<|im_end|>"]
+
+
+#: As Gemma 4's: behind a tool's answer the prompt ends without a header, and the answer has one all the same.
+NO_HEADER_BEHIND_TOOLS = (
+    "{{ tools | tojson if tools }}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt and messages[-1].role != 'tool' %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_an_answer_behind_a_tools_answer_is_as_the_template_writes_it_there():
+    answers = learned(shaped(NO_HEADER_BEHIND_TOOLS), KINDS["tool call"])
+    assert answers[-1] == "<|im_start|>assistant\nIt is 21 °C in Paris.<|im_end|>"
+
+
 def test_thoughts_behind_a_prompt_that_closes_them_are_said_and_not_learned():
     template = shaped(CLOSES)
     ledger = Ledger()

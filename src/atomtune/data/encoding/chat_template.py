@@ -18,9 +18,11 @@ from atomtune.data.encoding.jinja_render import TEMPLATE_ERRORS, Renderer
 from atomtune.data.encoding.thoughts import (
     behind_thoughts,
     closed,
+    closing_of_no_thoughts,
     mentions_thoughts,
     opened,
     with_thoughts_apart,
+    without_opening,
 )
 from atomtune.data.encoding.token_ids import Escaper, PieceTokenizer
 from atomtune.data.records import Exchange, Piece, Record, Turn
@@ -354,7 +356,8 @@ class Conversation:
         pieces = self._pieces(parts)
         if turn.role == "text":
             return Exchange(pieces, self.escaper.whole(turn.text, learn=True), turn.learn, at, template.stop)
-        form = None if self.variables else template.form
+        # Behind a tool's answer some prompts end otherwise; there the answer is rendered.
+        form = template.form if parts[-1].endswith(template.asks) and not self.variables else None
         if form is not None and not turn.reasoning and not turn.calls and not mentions_thoughts(turn.text):
             text, stop = form.written(str(self.messages[self.starts[at]]["content"])), template.stop
             has_space = form.lead == " "
@@ -384,6 +387,8 @@ class Conversation:
         written = full[start:]
         thoughts = opened(prompt)
         if thoughts is not None:  # the prompt begins the thoughts, as DeepSeek-R1's does
+            if closing := closing_of_no_thoughts(written):
+                return closing
             space, closes = thoughts
             text = behind_thoughts(written)
             return f"{own[0].get('reasoning_content', '')}{space}{closes}{space * 2}{text}"
@@ -403,7 +408,8 @@ class Conversation:
                 f"{self.template.title} changes the turns before an answer once the answer is there, so "
                 "the beginning of the answer cannot be found"
             )
-        return start + len(header)
+        # Where the header opens thoughts, what follows begins with them.
+        return start + len(without_opening(header))
 
     def _lost_of(self, turn: Turn, answer: str) -> tuple[str, ...]:
         """What of an answer the template leaves out. Raises CannotExpress where that is all of its text."""

@@ -34,6 +34,15 @@ def opened(prompt: str) -> tuple[str, str] | None:
     return None
 
 
+def without_opening(header: str) -> str:
+    """A header without the mark at its end that opens thoughts, and the white space behind that."""
+    bare = header.rstrip()
+    for opens, _ in TAGS:
+        if bare.endswith(opens):
+            return bare.removesuffix(opens)
+    return header
+
+
 def closed(prompt: str) -> bool:
     """Whether a prompt ends in a closing mark: the model is asked to answer without thinking."""
     return prompt.rstrip().endswith(tuple(closes for _, closes in TAGS))
@@ -45,3 +54,15 @@ def behind_thoughts(written: str) -> str:
         if match := pattern.match(written):
             return match.group(2).lstrip("\n")
     return written
+
+
+def closing_of_no_thoughts(written: str) -> str:
+    """Of an answer that a template writes with an empty block of thoughts, all from its closing mark on; else "".
+
+    Nemotron: `<think></think>72` → `</think>72`
+    """
+    for pattern in _INLINE:
+        match = pattern.match(written)
+        if match and not match.group(1).strip():
+            return written[match.end(1) :]
+    return ""
