@@ -64,7 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         complete({name: command.summary for name, command in COMMANDS.items()})
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
-        _say(_overview())
+        if words[1:] == ["json"]:
+            _print_help_as_json()
+        else:
+            _say(_overview())
         return ExitCode.DONE
     name, *flags = words
     if name in ("-V", "--version"):
@@ -76,7 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say_error(f"atomtune: there is no command {name!r}. {hint}")
         return ExitCode.USER_MISTAKE
     if any(word in ("-h", "--help") for word in flags):
-        _say(_help(name, everything="all" in flags))
+        if "json" in flags:
+            _print_help_as_json(name)
+        else:
+            _say(_help(name, everything="all" in flags))
         return ExitCode.DONE
     return _exit_code_of(name, flags)
 
@@ -130,6 +136,18 @@ def _help(name: str, *, everything: bool) -> str:
     return help_text(name, COMMANDS[name].summary, GROUPS[name], everything=everything)
 
 
+def _print_help_as_json(name: str | None = None) -> None:
+    """Of one command, or of all."""
+    from atomtune.console import print_json
+    from atomtune.settings.help_json import command_values, overview_values
+    from atomtune.settings.read import GROUPS
+
+    if name is not None:
+        print_json(command_values(name, COMMANDS[name].summary, GROUPS[name]))
+        return
+    print_json(overview_values({name: command.summary for name, command in COMMANDS.items()}, GROUPS))
+
+
 def _notice(text: str) -> None:
     """On standard error, where it is in nobody's way; in a job of several processes by the first alone."""
     from atomtune.console import Console
@@ -174,5 +192,6 @@ def _overview() -> str:
             *commands,
             "",
             "`atomtune train` with nothing else trains the built-in demo on a CPU, in about a minute.",
+            "`atomtune --help json` says all of this, and every setting, as data.",
         ]
     )

@@ -21,7 +21,7 @@ def complete(summaries: Mapping[str, str]) -> None:
     commands = program.add_subparsers()
     for command, summary in summaries.items():
         parser = commands.add_parser(command, help=summary, add_help=False)
-        parser.add_argument("--help", nargs="?", choices=["all"])
+        parser.add_argument("--help", nargs="?", choices=["all", "json"])
         if command in OF_A_RUN or command in PATHS_ARE:
             parser.add_argument("files", nargs="*")  # run.yaml, records, or runs
         library = library_types() if command in OF_A_RUN else {}

@@ -38,6 +38,7 @@ def setting(
     text: str,
     *,
     value: str | None = None,
+    unit: str | None = None,
     rare: bool = False,
     at_least: float | None = None,
     more_than: float | None = None,
@@ -48,6 +49,7 @@ def setting(
 
     text: the help line: what it does, in which unit.
     value: the placeholder in --help, as FILE or N.
+    unit: of a number, for programs; the help line says it in words.
     rare: shown by `--help all` only.
     """
     is_list = isinstance(default, list)
@@ -58,7 +60,7 @@ def setting(
         gt=more_than,
         le=at_most,
         lt=below,
-        json_schema_extra={"value": value, "rare": rare},
+        json_schema_extra={"value": value, "unit": unit, "rare": rare},
     )
 
 
@@ -114,6 +116,7 @@ class RecordSettings:
         "longest record, in tokens; longer ones are treated as --overlength says; default: auto, as long as the base "
         "and the memory allow",
         at_least=8,
+        unit="tokens",
     )
     overlength: Overlength = setting(
         "shorten",
@@ -180,7 +183,9 @@ class DataSettings(RecordSettings):
     streaming: bool = setting(
         False, "encode records while training and keep nothing on the disk; needs --max_steps", rare=True
     )
-    shuffle_buffer: int = setting(10_000, "with --streaming: shuffle among so many records", at_least=1, rare=True)
+    shuffle_buffer: int = setting(
+        10_000, "with --streaming: shuffle among so many records", at_least=1, rare=True, unit="records"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -273,26 +278,40 @@ class TrainerSettings:
     )
     lr_scheduler_type: str = setting("linear", "how the learning rate changes after the warm-up")
     warmup_steps: float = setting(
-        0, "steps in which the learning rate rises from 0, or their share of all steps (below 1)", at_least=0
+        0,
+        "steps in which the learning rate rises from 0, or their share of all steps (below 1)",
+        at_least=0,
+        unit="steps",
     )
     num_train_epochs: float | None = setting(
-        None, "how often every record is seen; default: auto, 3, and more where there are few records", more_than=0
+        None,
+        "how often every record is seen; default: auto, 3, and more where there are few records",
+        more_than=0,
+        unit="epochs",
     )
     max_steps: int = setting(
-        -1, "how many optimizer steps to make, whatever --num_train_epochs says; -1: no limit", at_least=-1
+        -1,
+        "how many optimizer steps to make, whatever --num_train_epochs says; -1: no limit",
+        at_least=-1,
+        unit="steps",
     )
     per_device_train_batch_size: int | None = setting(
         None,
         "records in a batch, on each device; default: auto, 16, and fewer where that would make few steps",
         at_least=1,
+        unit="records",
     )
     gradient_accumulation_steps: int = setting(
-        1, "batches that are added up before a step; more saves memory: 4 batches of 4 are a step of 16", at_least=1
+        1,
+        "batches that are added up before a step; more saves memory: 4 batches of 4 are a step of 16",
+        at_least=1,
+        unit="batches",
     )
     logging_steps: float | None = setting(
         None,
         "steps between two lines of loss and speed; below 1, a share of all steps; default: auto, 50 lines or more",
         more_than=0,
+        unit="steps",
     )
     eval_strategy: str | None = setting(
         None,
@@ -300,7 +319,10 @@ class TrainerSettings:
         "many epochs) if there are records to evaluate on",
     )
     eval_steps: float | None = setting(
-        None, "with --eval_strategy steps: steps between two evaluations [as --logging_steps]", more_than=0
+        None,
+        "with --eval_strategy steps: steps between two evaluations [as --logging_steps]",
+        more_than=0,
+        unit="steps",
     )
     save_strategy: str | None = setting(
         None, "when to save a checkpoint; default: auto, with each evaluation, else as --save_steps says"
@@ -309,22 +331,25 @@ class TrainerSettings:
         None,
         "steps between two checkpoints; below 1, a share of all steps; default: auto, 500, and fewer in a short run",
         more_than=0,
+        unit="steps",
     )
     load_best_model_at_end: bool | None = setting(
         None,
         "end with the adapter of the best evaluation, not of the last step; default: auto, where a checkpoint is saved "
         "with each evaluation",
     )
-    save_total_limit: int | None = setting(3, "how many checkpoints to keep; the oldest are removed", at_least=1)
+    save_total_limit: int | None = setting(
+        3, "how many checkpoints to keep; the oldest are removed", at_least=1, unit="checkpoints"
+    )
     seed: int = setting(42, "seed for shuffling, initial weights and dropout", at_least=0, at_most=LARGEST_SEED)
     data_seed: int | None = setting(
         None, "seed for shuffling alone [as --seed]", at_least=0, at_most=LARGEST_SEED, rare=True
     )
     per_device_eval_batch_size: int = setting(
-        8, "records in a batch of an evaluation, on each device", at_least=1, rare=True
+        8, "records in a batch of an evaluation, on each device", at_least=1, rare=True, unit="records"
     )
     eval_accumulation_steps: int | None = setting(
-        None, "batches of an evaluation whose results stay on the device", at_least=1, rare=True
+        None, "batches of an evaluation whose results stay on the device", at_least=1, rare=True, unit="batches"
     )
     eval_delay: float = setting(0, "steps or epochs before the first evaluation", at_least=0, rare=True)
     weight_decay: float = setting(
@@ -344,14 +369,18 @@ class TrainerSettings:
     neftune_noise_alpha: float | None = setting(
         None, "noise on the embeddings in training; the paper takes 5 to 15", at_least=0, rare=True
     )
-    dataloader_num_workers: int = setting(0, "processes that prepare batches ahead", at_least=0, rare=True)
+    dataloader_num_workers: int = setting(
+        0, "processes that prepare batches ahead", at_least=0, rare=True, unit="processes"
+    )
     dataloader_prefetch_factor: int | None = setting(
-        None, "batches that each of these processes prepares ahead", at_least=1, rare=True
+        None, "batches that each of these processes prepares ahead", at_least=1, rare=True, unit="batches"
     )
     torch_empty_cache_steps: int | None = setting(
-        None, "steps between two clearings of the device's memory cache", at_least=1, rare=True
+        None, "steps between two clearings of the device's memory cache", at_least=1, rare=True, unit="steps"
     )
-    ddp_timeout: int = setting(1800, "seconds that one process of a job waits for the others", at_least=1, rare=True)
+    ddp_timeout: int = setting(
+        1800, "seconds that one process of a job waits for the others", at_least=1, rare=True, unit="seconds"
+    )
 
 
 #: Defaults in TrainerSettings that are not the library's.
@@ -383,15 +412,21 @@ class RunSettings:
         0,
         "stop after so many evaluations in a row without a lower held-out loss; 0: never",
         at_least=0,
+        unit="evaluations",
     )
     max_minutes: float = setting(
-        0.0, "stop after so many minutes with a checkpoint and exit code 75; 0: no limit", at_least=0, rare=True
+        0.0,
+        "stop after so many minutes with a checkpoint and exit code 75; 0: no limit",
+        at_least=0,
+        rare=True,
+        unit="minutes",
     )
     skip_nonfinite: int = setting(
         0,
         "leave out up to so many steps whose loss or gradient is not finite; 0: the first one ends the run",
         at_least=0,
         rare=True,
+        unit="steps",
     )
     gradient_checkpointing: Literal["auto", "true", "false"] = setting(
         "auto", "save memory by computing activations twice, which is slower; auto: when memory is short"
@@ -407,8 +442,10 @@ class RunSettings:
 class VerifySettings(RecordSettings, ModelSettings, LoraSettings):
     """Verify"""
 
-    records: int = setting(32, "how many records to compare, chosen at random", at_least=1)
-    per_device_train_batch_size: int = setting(16, "records in a batch, as the run will have them", at_least=1)
+    records: int = setting(32, "how many records to compare, chosen at random", at_least=1, unit="records")
+    per_device_train_batch_size: int = setting(
+        16, "records in a batch, as the run will have them", at_least=1, unit="records"
+    )
     seed: int = setting(42, "seed for choosing the records", at_least=0, at_most=LARGEST_SEED)
 
 
@@ -426,9 +463,9 @@ class InspectSettings(RecordSettings, TokenizerSettings):
         f"{', '.join(CHECKS)}",
         value="CHECK",
     )
-    samples: int = setting(3, "how many records to show token by token", at_least=0)
+    samples: int = setting(3, "how many records to show token by token", at_least=0, unit="records")
     per_device_train_batch_size: int = setting(
-        16, "records in a batch, to tell what sharing saves", at_least=1, rare=True
+        16, "records in a batch, to tell what sharing saves", at_least=1, rare=True, unit="records"
     )
     seed: int = setting(42, "seed for choosing the records to show", at_least=0, at_most=LARGEST_SEED, rare=True)
 
@@ -455,7 +492,7 @@ class ChatSettings(ModelSettings):
     prompt: str | None = setting(None, "answer this and end; without it, a conversation begins", value="TEXT")
     system: str | None = setting(None, "instruction for the whole conversation", value="TEXT")
     compare: bool = setting(False, "let the base answer too, with the adapter switched off, beside the tuned model")
-    max_new_tokens: int = setting(512, "longest answer, in tokens", at_least=1)
+    max_new_tokens: int = setting(512, "longest answer, in tokens", at_least=1, unit="tokens")
     temperature: float = setting(
         0.0, "0 always takes the most likely token; the higher, the more varied the answers", at_least=0
     )
@@ -496,10 +533,12 @@ class EvaluateSettings(ModelSettings):
     chat_template_kwargs: str | None = setting(
         None, "variables of that template, as a JSON object; an adapter brings its own", value="JSON", rare=True
     )
-    max_seq_length: int = setting(0, "longest example, in tokens; 0: as the adapter was trained", at_least=0)
-    records: int = setting(200, "how many records at most, chosen at random; 0: all", at_least=0)
-    per_device_eval_batch_size: int = setting(8, "records in a batch", at_least=1)
-    max_new_tokens: int = setting(256, "longest generated answer, in tokens", at_least=1)
+    max_seq_length: int = setting(
+        0, "longest example, in tokens; 0: as the adapter was trained", at_least=0, unit="tokens"
+    )
+    records: int = setting(200, "how many records at most, chosen at random; 0: all", at_least=0, unit="records")
+    per_device_eval_batch_size: int = setting(8, "records in a batch", at_least=1, unit="records")
+    max_new_tokens: int = setting(256, "longest generated answer, in tokens", at_least=1, unit="tokens")
     no_generate: bool = setting(False, "compute only the likelihood of the reference answers; much faster")
     no_probe: bool = setting(False, "skip the forgetting probe")
     output_dir: str | None = setting(
@@ -520,8 +559,8 @@ class CertifySettings(ModelSettings):
     engine: list[EngineName] = setting(
         [], "engines to start; without it, llama.cpp for a .gguf and transformers for a folder"
     )
-    prompts: int = setting(10, "how many prompts are sent, of several kinds", at_least=1)
-    max_new_tokens: int = setting(32, "longest greedy answer that is compared, in tokens", at_least=1)
+    prompts: int = setting(10, "how many prompts are sent, of several kinds", at_least=1, unit="prompts")
+    max_new_tokens: int = setting(32, "longest greedy answer that is compared, in tokens", at_least=1, unit="tokens")
     other_base: bool = setting(False, "use a base whose weights are not those the adapter was trained on")
 
 
@@ -546,9 +585,9 @@ class ServeSettings(ModelSettings):
         "refuse requests without this key [the environment variable ATOMTUNE_API_KEY]; vllm and llama.cpp can",
         value="KEY",
     )
-    context: int = setting(0, "longest conversation, in tokens; 0: as the engine chooses", at_least=0)
+    context: int = setting(0, "longest conversation, in tokens; 0: as the engine chooses", at_least=0, unit="tokens")
     no_certify: bool = setting(False, "do not prove first that the engine serves the tuned model")
-    prompts: int = setting(10, "how many prompts are sent to prove it", at_least=1, rare=True)
+    prompts: int = setting(10, "how many prompts are sent to prove it", at_least=1, rare=True, unit="prompts")
     other_base: bool = setting(
         False, "accept a base model whose weights are not those that the adapter was trained on", rare=True
     )
@@ -645,6 +684,7 @@ class SweepChoices:
         "make so many trials, each chosen by what the ones before gave, and stop those that are clearly behind; needs "
         "atomtune[sweep]; 0: every combination of --try once",
         at_least=0,
+        unit="trials",
     )
     json: bool = setting(False, "print sweep.json on standard output, and nothing else there")
 

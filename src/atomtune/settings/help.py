@@ -115,7 +115,7 @@ def help_text(command: str, summary: str, groups: Sequence[type[Any]], *, everyt
             lines += _wrapped(f"  {flag}", width, indent=INDENT)
             lines += _wrapped(f"{INDENT}{text}", width, indent=INDENT)
     if not everything:
-        lines += ["", *_wrapped(f"`atomtune {command} --help all` shows all settings.", width)]
+        lines += ["", *_wrapped(f"`atomtune {command} --help all` shows all settings, `--help json` as data.", width)]
     lines += ["", "Examples:"]
     lines += [f"  atomtune {command} {example}" for example in EXAMPLES[command]]
     lines += ["", "Exit codes:"]
@@ -143,20 +143,20 @@ def _sections(groups: Sequence[type[Any]], *, everything: bool) -> dict[str, lis
     for group in groups:
         types = typing.get_type_hints(group)
         for name, info in field_infos([group]).items():
-            if everything or not _extra(info, "rare"):
-                settings = sections.setdefault(_heading(group, name), [])
+            if everything or not extra_of(info, "rare"):
+                settings = sections.setdefault(heading_of(group, name), [])
                 settings.append((f"{flag_of(name)} {_placeholder(name, types[name], info)}", _described(name, info)))
     ordered = [heading for heading in HEADINGS if heading in sections]
     ordered += [heading for heading in sections if heading not in HEADINGS]
     return {heading: sections[heading] for heading in ordered}
 
 
-def _heading(group: type[Any], name: str) -> str:
+def heading_of(group: type[Any], name: str) -> str:
     declaring = next(cls for cls in group.__mro__ if name in inspect.get_annotations(cls))
     return str(declaring.__doc__)
 
 
-def _extra(info: FieldInfo, key: str) -> Any:
+def extra_of(info: FieldInfo, key: str) -> Any:
     return info.json_schema_extra.get(key) if isinstance(info.json_schema_extra, dict) else None
 
 
@@ -185,7 +185,7 @@ def _placeholder(name: str, kind: Any, info: FieldInfo | None = None) -> str:
     choices = "|".join(choices_of_setting(name, kind))
     if len(choices) > NAMES_IN_FLAG:
         choices = "NAME"
-    own_word = _extra(info, "value") if info else None
+    own_word = extra_of(info, "value") if info else None
     word = own_word or choices or _placeholder_of_type(kind)
     takes_list = any(typing.get_origin(part) is list for part in (kind, *typing.get_args(kind)))
     return f"{word} …" if takes_list else word

@@ -102,7 +102,9 @@ def headings(sweep: Sweep) -> list[str]:
 
 
 def say_result(sweep: Sweep, folder: Path, console: Console) -> None:
-    table = Table(*headings(sweep), box=None)
+    table = Table(box=None)
+    for heading in headings(sweep):
+        table.add_column(heading, overflow="fold")  # a value that is cut short would be of no use
     for row in rows(sweep):
         table.add_row(*row)
     console.say("")
