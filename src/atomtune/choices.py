@@ -25,6 +25,9 @@ EngineName = Literal["transformers", "vllm", "llama.cpp", "in-process"]
 #: Those that `serve` starts; auto: vllm on a GPU where it is installed, llama.cpp for a GGUF, else transformers.
 ServeEngine = Literal["auto", "transformers", "vllm", "llama.cpp"]
 
+#: What the base is called beside adapters that have names.
+BASE = "base"
+
 #: The built-in chat templates, data/templates/NAME.jinja.
 TEMPLATES = (
     "atom",

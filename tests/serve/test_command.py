@@ -1,5 +1,7 @@
 """`atomtune serve`, asked by the client that people use: what it answers is what `atomtune chat` answers."""
 
+import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -10,10 +12,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from atomtune import load
 from atomtune.cli import main
 from atomtune.engines.server_process import free_port
+from atomtune.model.adapter_folder import short_names
 from atomtune.model.generate import prompt_ids
 from tests.engines.test_server_process import gone
 
@@ -142,6 +146,80 @@ def test_what_cannot_be_served_so_is_said_before_anything_is_loaded(by_heart, ca
     assert said in capsys.readouterr().err
 
 
+@pytest.fixture
+def two_adapters(by_heart, tmp_path) -> list[Path]:
+    """Two copies of an adapter, to be made unlike."""
+    return [Path(shutil.copytree(by_heart, tmp_path / name)) for name in ("polite", "terse")]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--engine", "transformers"], "serves one model: started without one, it loads whatever a request names"),
+        (["--engine", "llama.cpp"], "by number, not by the model's name"),
+        (["--engine", "vllm", "--served", "merged"], "--served is one folder or file, and --adapter_path names 2"),
+    ],
+)
+def test_an_engine_that_cannot_serve_several_adapters_by_name_is_refused(two_adapters, capsys, words, message):
+    assert main(["serve", "--adapter_path", *map(str, two_adapters), *words]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_without_vllm_several_adapters_are_refused_with_the_two_ways_there_are(two_adapters, capsys):
+    if importlib.util.find_spec("vllm"):
+        pytest.skip("vLLM is installed here: tests/engines/test_vllm_serve.py")
+    assert main(["serve", "--adapter_path", *map(str, two_adapters)]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "only vLLM serves several adapters by name" in error and "on a --port of its own" in error
+
+
+def test_a_folder_that_is_named_twice_or_is_no_adapter_is_refused(by_heart, tmp_path, capsys):
+    words = ["--adapter_path", str(by_heart), str(by_heart / "."), str(tmp_path), "--engine", "vllm"]
+    assert main(["serve", *words]) == 2
+    error = capsys.readouterr().err
+    assert f"--adapter_path names {by_heart} twice" in error
+    assert f"--adapter_path {tmp_path}: no adapter_config.json here" in error
+
+
+def set_metadata(adapter: Path, **values: object) -> None:
+    file = adapter / "atomtune.json"
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **values}), encoding="utf-8")
+
+
+def set_template(adapter: Path) -> None:
+    file = adapter / "chat_template.jinja"
+    file.write_text(file.read_text(encoding="utf-8").replace("Human: ", "User: "), encoding="utf-8")
+
+
+def add_token(adapter: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(adapter)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda adapter: set_metadata(adapter, base="another"), "base"),
+        (lambda adapter: set_metadata(adapter, template_variables={"enable_thinking": False}), "template variables"),
+        (set_template, "chat template"),
+        (add_token, "tokenizer"),
+    ],
+)
+def test_adapters_that_cannot_share_a_server_are_refused_by_what_they_do_not_share(two_adapters, capsys, change, what):
+    first, second = two_adapters
+    change(second)
+    assert main(["serve", "--adapter_path", str(first), str(second), "--engine", "vllm"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"--adapter_path {second}: its {what} is not that of {first}" in error
+
+
+def test_adapters_have_short_names_that_differ_from_each_other_and_from_the_base(tmp_path):
+    assert short_names([tmp_path / "polite", tmp_path / "terse"]) == ["polite", "terse"]
+    assert short_names([tmp_path / "a" / "out", tmp_path / "b" / "out"]) == ["a/out", "b/out"]
+    assert short_names([tmp_path / "a" / "base", tmp_path / "out"]) == ["a/base", f"{tmp_path.name}/out"]
+
+
 def test_a_host_for_others_needs_a_key(by_heart, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("ATOMTUNE_API_KEY", raising=False)
     gguf = tmp_path / "m.gguf"
@@ -182,7 +260,8 @@ def test_vllm_is_told_template_stops_and_every_adapter_by_name(tmp_path):
         "--model base",
         f"--tokenizer {tmp_path / 'view'} --generation-config {tmp_path / 'view'}",
         "--max-lora-rank 16",
-        f"--lora-modules one={tmp_path / 'one'} two={tmp_path / 'two'}",
+        "--max-loras 2 --lora-modules",
+        f'{{"name": "one", "path": "{tmp_path / "one"}"}} {{"name": "two", "path": "{tmp_path / "two"}"}}',
         '--default-chat-template-kwargs {"enable_thinking": false}',
     ):
         assert part in line
@@ -190,8 +269,6 @@ def test_vllm_is_told_template_stops_and_every_adapter_by_name(tmp_path):
 
 def test_a_server_that_serves_another_model_is_not_started(by_heart, tmp_path, capsys):
     """Another stop token: the certificate does not hold, so nothing listens."""
-    import json
-
     merged = tmp_path / "merged"
     assert main(["merge", "--adapter_path", str(by_heart), "--output_dir", str(merged), "--dtype", "float32"]) == 0
     file = merged / "generation_config.json"

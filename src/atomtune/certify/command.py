@@ -1,7 +1,7 @@
 """Certify: the command, and the certificate that merge, export and serve ask for."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder
 from atomtune.engines.transformers_in_process import TransformersInProcess
 from atomtune.engines.transformers_serve import TransformersServe
 from atomtune.engines.transformers_serve import refuse_without_packages as refuse_without_transformers_serve
-from atomtune.engines.vllm_serve import VllmServe
+from atomtune.engines.vllm_serve import ServedAdapter, VllmServe
 from atomtune.engines.vllm_serve import refuse_without_packages as refuse_without_vllm
 from atomtune.errors import BadSettings, CheckFailed
 from atomtune.evaluate.run_folder import run_records
@@ -57,7 +57,7 @@ def certify(settings: CertifySettings) -> int:
     side = trained_side(settings, console)
     outcomes = [certify_served(side, served, engine, settings, console) for engine in engines]
     write_certificate(outcomes, served)
-    refuse_failed(outcomes, served)
+    refuse_failed([(served, outcome) for outcome in outcomes])
     return 0
 
 
@@ -150,6 +150,35 @@ def certify_served(
     return outcome
 
 
+def certify_together(
+    sides: Mapping[Path, TrainedSide], names: Sequence[str], base: str, settings: CertifySettings, console: Console
+) -> list[Outcome]:
+    """Start one vLLM on all these adapters, as `serve` does, and ask each of them by its name.
+
+    sides  adapter's folder → what its training gives; the adapters share base, template and stop tokens
+    """
+    console.say(f"starting vllm on {', '.join(map(str, sides))} …")
+    first = next(iter(sides.values()))
+    view = ServedFolder(next(iter(sides)), base=settings.model_path, stop_ids=first.stop_ids)
+    running = VllmServe(
+        view,
+        base=base,
+        dtype=first.dtype,
+        context=max(side.max_tokens + side.max_new_tokens for side in sides.values()),
+        trust_remote_code=settings.trust_remote_code,
+        adapters=[ServedAdapter(name, folder.resolve()) for name, folder in zip(names, sides, strict=True)],
+    )
+    outcomes: list[Outcome] = []
+    with running:
+        for name, side in zip(names, sides.values(), strict=True):
+            running.ask(name)
+            outcomes.append(
+                compare(running, side.expected, side.template, dtype=side.dtype, max_new_tokens=side.max_new_tokens)
+            )
+            console.say(f"{name}: {one_line(outcomes[-1])}")
+    return outcomes
+
+
 def start(engine: EngineName, served: Path, side: TrainedSide, settings: CertifySettings) -> Any:
     """The engine, to be entered by `with`."""
     if engine == "llama.cpp":
@@ -197,13 +226,13 @@ def _read(file: Path) -> list[dict[str, Any]]:
     return entries if isinstance(entries, list) else []
 
 
-def refuse_failed(outcomes: Sequence[Outcome], served: Path) -> None:
-    """Raise CheckFailed with what does not hold, and the first difference side by side."""
-    failed = [outcome for outcome in outcomes if outcome.problems()]
+def refuse_failed(outcomes: Sequence[tuple[Path, Outcome]]) -> None:
+    """Raise CheckFailed with what does not hold of what was served, and the first difference side by side."""
+    failed = [(served, outcome) for served, outcome in outcomes if outcome.problems()]
     if not failed:
         return
     lines: list[str] = []
-    for outcome in failed:
+    for served, outcome in failed:
         lines.append(f"{outcome.engine} does not serve the tuned model from {served}:")
         lines += [f"  - {problem}" for problem in outcome.problems()]
         if outcome.differences:

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from atomtune.choices import BASE
 from atomtune.engines.engine import Reply, Request, chat_reply, post
 from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder
 from atomtune.engines.server_process import ServerProcess, free_port
@@ -16,6 +17,8 @@ from atomtune.errors import BadSettings
 
 #: The ranks that vLLM makes room for.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+#: Adapters that one batch may hold, each with its own room in the device's memory; further ones wait their turn.
+_IN_A_BATCH = 8
 #: On a CPU it is compiled at the first start.
 _STARTS_WITHIN = 1800
 
@@ -66,14 +69,17 @@ def command(
     """
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base or str(view)]
     words += ["--tokenizer", str(view), "--generation-config", str(view)]
-    words += ["--served-model-name", "base" if adapters else view.name]
+    words += ["--served-model-name", BASE if adapters else view.name]
     if adapters:
         most = max(adapter.rank() for adapter in adapters)
         room = next((rank for rank in _RANKS if rank >= most), None)
         if room is None:
             raise BadSettings([f"vLLM serves adapters up to rank {_RANKS[-1]}; this one has {most}. Merge it first."])
-        words += ["--enable-lora", "--max-lora-rank", str(room), "--lora-modules"]
-        words += [f"{adapter.name}={adapter.folder}" for adapter in adapters]
+        words += ["--enable-lora", "--max-lora-rank", str(room)]
+        words += ["--max-loras", str(min(len(adapters), _IN_A_BATCH)), "--lora-modules"]
+        # As JSON: written as name=folder, a comma in a path would be read as something else.
+        for adapter in adapters:
+            words.append(json.dumps({"name": adapter.name, "path": str(adapter.folder)}, ensure_ascii=False))
     words += ["--host", host, "--port", str(port), "--dtype", dtype]
     if context:
         words += ["--max-model-len", str(context)]
@@ -83,17 +89,35 @@ def command(
 
 
 class VllmServe:
-    """A running vLLM server with one model."""
+    """A running vLLM server with one model, or with several adapters on one base.
+
+    adapters  those it serves; none: the served folder, whole or as the one adapter on its base
+    `model` is the one that is asked: the first, until `ask` names another.
+    """
 
     name = "vllm"
 
     def __init__(
-        self, served: ServedFolder, *, base: str | None, dtype: str, context: int, trust_remote_code: bool = False
+        self,
+        served: ServedFolder,
+        *,
+        base: str | None,
+        dtype: str,
+        context: int,
+        trust_remote_code: bool = False,
+        adapters: Sequence[ServedAdapter] = (),
     ) -> None:
         refuse_without_packages()
         self.served, self.base, self.dtype, self.context = served, base, dtype, context
         self.version, self.trust_remote_code = _version(), trust_remote_code
-        self.model = served.folder.name
+        self.adapters = list(adapters)
+        if base and not self.adapters:
+            self.adapters = [ServedAdapter(served.folder.name, served.folder)]
+        self.model = self.adapters[0].name if self.adapters else served.folder.name
+
+    def ask(self, model: str) -> None:
+        """Whatever is asked from now on goes to this adapter."""
+        self.model = model
 
     def __enter__(self) -> "VllmServe":
         view = self.served.__enter__()
@@ -102,7 +126,7 @@ class VllmServe:
         words = command(
             view,
             base=self.base,
-            adapters=[ServedAdapter(self.model, self.served.folder)] if self.base else [],
+            adapters=self.adapters,
             host="127.0.0.1",
             port=port,
             dtype=self.dtype,

