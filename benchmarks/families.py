@@ -30,6 +30,7 @@ from atomtune.data.records import Example
 from atomtune.errors import AtomtuneError
 from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.agreement import another_plain_way
+from atomtune.model.auto_class import auto_class
 from atomtune.model.fused_lora import compute_together
 from atomtune.model.layout_support import carries_state, cut_of, why_padded, windows_of
 from atomtune.model.load import quiet_libraries
@@ -306,7 +307,7 @@ def build(family: str, values: Values) -> Any:
     torch.manual_seed(7)
     config = transformers.AutoConfig.for_model(family, **{**_SIZE, **values})
     config.use_cache = False
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return auto_class(config).from_config(config, dtype=torch.float32).eval()
 
 
 def some_examples() -> list[Example]:

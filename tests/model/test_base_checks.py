@@ -5,7 +5,16 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, T5Config, ViTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BertConfig,
+    GemmaConfig,
+    PaliGemmaConfig,
+    SiglipVisionConfig,
+    T5Config,
+    ViTConfig,
+)
 
 from atomtune.cli import main
 from atomtune.errors import BadModel
@@ -36,6 +45,17 @@ def test_a_model_that_sees_later_tokens_is_refused(models, dialogues, tmp_path, 
     AutoModelForCausalLM.from_config(BertConfig(vocab_size=vocabulary, **SMALL)).save_pretrained(folder)
     assert main(train(folder, dialogues, tmp_path / "out")) == 2
     assert "is not a causal model: a later token changes what it says of earlier ones" in capsys.readouterr().err
+
+
+def test_a_model_that_reads_its_prompt_in_both_directions_is_refused():
+    # PaliGemma: of a text without an image, all tokens are prompt.
+    text = GemmaConfig(vocab_size=100, head_dim=8, initializer_range=0.2, num_key_value_heads=2, **SMALL)
+    vision = SiglipVisionConfig(image_size=28, patch_size=14, **SMALL)
+    parts = {"text_config": text.to_dict(), "vision_config": vision.to_dict()}
+    config = PaliGemmaConfig(**parts, image_token_id=99, projection_dim=32)
+    torch.manual_seed(0)
+    with pytest.raises(BadModel, match="is not a causal model"):
+        refuse_not_causal("x", AutoModelForImageTextToText.from_config(config))
 
 
 def test_a_causal_model_of_the_same_class_is_not_refused():

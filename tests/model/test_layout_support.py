@@ -26,7 +26,9 @@ from atomtune.model import layout_support, row_attention
 from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.fused_lora import compute_together
 from atomtune.model.layout_support import why_padded, windows_of
+from atomtune.model.load import BaseSpec, load_base
 from atomtune.model.loss import innermost, target_nats
+from tests import tiny
 from tests.hybrids import HYBRIDS, hybrid
 from tests.tiny import FAMILIES, SIZE
 
@@ -51,6 +53,20 @@ DEEPSEEK = {
     "num_experts_per_tok": 1,
 }
 BOTH_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
+GEMMA_3N = {
+    **SIZE,
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "sliding_window": 16,
+    "layer_types": 2 * ["sliding_attention", "full_attention"],
+    "vocab_size_per_layer_input": WORDS,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 2,
+    "laurel_rank": 4,
+    "altup_num_inputs": 2,
+    "intermediate_size": 4 * [64],
+    "activation_sparsity_pattern": 4 * [0.0],
+}
 #: family → config values beyond those of tests.tiny. Windows (16 and 24) are shorter than the records and the rows.
 VALUES: dict[str, dict[str, Any]] = {
     "llama": SIZE,
@@ -87,7 +103,9 @@ def build(family: str, **more: Any) -> Any:
 def with_adapter(base: Any) -> Any:
     """LoRA as after some training: a B of zero would leave A without a gradient."""
     base.requires_grad_(False)
-    model = new_adapter(base, LoraSpec(rank=4, alpha=8, dropout=0.0, targets=["all-linear"])).double().eval()
+    model = new_adapter(base, LoraSpec(rank=4, alpha=8, dropout=0.0, targets=["all-linear"])).eval()
+    if base.dtype is torch.float64:
+        model.double()
     draw = torch.Generator().manual_seed(1)
     for name, weight in model.named_parameters():
         if "lora_" in name:
@@ -169,7 +187,7 @@ def at_once(model: Any, layout: collate.Layout, *, checkpointing: bool = False) 
     nats, count = target_nats(model, lay(EXAMPLES))
     nats.backward()
     assert count == sum(sum(example.learn) for example in EXAMPLES)
-    assert nats.dtype == torch.float64
+    assert nats.dtype == innermost(model).dtype
     return Result(nats.item(), gradients(model))
 
 
@@ -348,3 +366,44 @@ def test_layers_that_carry_a_state_are_padded_where_weights_are_spread_over_proc
 
 def test_attention_alone_shares_beginnings_where_weights_are_spread_over_processes():
     assert why_padded(with_adapter(build("llama")), sharded=True) is None
+
+
+def test_gemma_3n_has_finite_and_right_gradients_in_every_layout():
+    # It normalises each token's input: a row filled up with the pad id's zeros gave NaN gradients beside a right loss.
+    base = build("gemma3n_text", **GEMMA_3N)
+    base.get_input_embeddings().weight.data[0] = 0.0  # as a pad id's row is where the config names it
+    base.model.embed_tokens_per_layer.weight.data[0] = 0.0
+    plain = with_adapter(base)
+    expected = one_at_a_time(plain)
+    used = [name for name, gradient in expected.gradients.items() if gradient.any()]
+    assert len(used) > 0.8 * len(expected.gradients)  # beside them, matrices that its first layers multiply by zero
+    for layout in ("padded", "packed", "tree"):
+        model = copy.deepcopy(plain)
+        model.zero_grad()
+        ours = at_once(model, layout)
+        assert all(bool(torch.isfinite(gradient).all()) for gradient in ours.gradients.values())
+        of_used = [Result(side.nats, {name: side.gradients[name] for name in used}) for side in (ours, expected)]
+        loss, gradient = differs(*of_used)
+        print(f"gemma3n_text {layout}: loss {loss:.1e}, gradient {gradient:.1e}")
+        assert loss < 1e-7  # its norms compute in float32
+        assert gradient < 1e-4
+
+
+# A block of nf4 has 64 weights: rows must be that long.
+@pytest.mark.parametrize(("quantize", "width"), [("nf4", 64), ("int8", 32)])
+def test_a_tree_is_right_on_a_quantized_base(tmp_path, quantize, width):
+    # Weights in 4 or 8 bits are other weights, and the same ones in every layout.
+    pytest.importorskip("bitsandbytes")
+    folder = tiny.build("llama", tmp_path, hidden_size=width)
+    spec = BaseSpec(path=str(folder), dtype=torch.float32, device=torch.device("cpu"), quantize=quantize)
+    model = with_adapter(load_base(spec)).train()  # bitsandbytes repacks 4-bit layers for serving where none is trained
+    plain = one_at_a_time(model)
+    apart = {}
+    for layout in ("padded", "tree"):
+        model.zero_grad()
+        apart[layout] = differs(at_once(model, layout), plain)
+        print(f"{quantize} {layout}: loss {apart[layout][0]:.1e}, gradient {apart[layout][1]:.1e}")
+    # In 8 bits a token's values depend on what else is in the batch, in a padded one too (there: up to 2e-2).
+    loss, gradient = {"nf4": (1e-6, 1e-4), "int8": (1e-3, 5e-2)}[quantize]
+    assert apart["tree"][0] < loss
+    assert apart["tree"][1] < gradient

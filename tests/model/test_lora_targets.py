@@ -24,6 +24,14 @@ SIZE = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 #: family → config values, kinds that are adapted, kinds that are linear and left out
 FAMILIES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
@@ -48,6 +56,42 @@ FAMILIES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
         {"gate_proj", "up_proj", "down_proj"},
     ),
     "phimoe": ({"num_local_experts": 4, "num_experts_per_tok": 2}, ATTENTION, {"router"}),
+    # Its router is a small network of linear layers.
+    "zaya": (
+        {},
+        {"q_proj", "k_proj", "v_proj_current", "v_proj_delayed", "o_proj"},
+        {"gate"},
+    ),
+    # A shared expert's gate has one output.
+    "qwen2_moe": (
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+        {*ATTENTION, "gate_proj", "up_proj", "down_proj"},
+        {"shared_expert_gate"},
+    ),
+    # Its indexer only chooses which keys are read: no gradient goes through a choice.
+    "deepseek_v32": (
+        {
+            **LATENT,
+            "head_dim": 4,
+            "index_topk": 16,
+            "index_head_dim": 16,
+            "index_n_heads": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 0,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"},
+        {"wk", "wq_b", "weights_proj", "gate_proj", "up_proj", "down_proj"},
+    ),
     "mamba2": (
         {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 16},
         {"in_proj"},
@@ -92,6 +136,17 @@ def test_every_layer_of_all_linear_gets_a_gradient_with_the_default_dropout(fami
     adapted = {name.partition(".lora_")[0].rpartition(".")[2] for name in trained}
     assert adapted == FAMILIES[family][1]
     assert [name for name, weight in trained.items() if weight.grad is None] == []
+
+
+def test_a_router_of_a_model_that_brings_its_own_code_gets_no_adapter():
+    base = tiny("llama")
+    base.config.num_experts = 6
+    for layer, outputs in zip(base.model.layers, (6, 32), strict=True):  # six experts; a gate that is no router
+        layer.mlp.gate = torch.nn.Linear(32, outputs)
+        layer.mlp.register_forward_hook(lambda mlp, _inputs, out: out * mlp.gate(out).mean(-1, keepdim=True))
+    found = all_linear(base)
+    assert found.left_out == {"gate": "a router"}
+    assert [name for name in found.adapted if name.endswith("gate")] == ["model.layers.1.mlp.gate"]
 
 
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern"])

@@ -253,3 +253,9 @@ def test_an_auxiliary_loss_that_the_config_switches_on_is_transformers_own():
 def test_with_an_auxiliary_loss_rows_of_many_are_refused_with_the_reason():
     assert why_padded(with_adapter(build("mixtral", **EXPERTS)).float()) is None
     assert "auxiliary loss" in str(why_padded(with_auxiliary_loss("mixtral", **EXPERTS)))
+
+
+def test_an_auxiliary_loss_that_counts_nothing_is_switched_off():
+    model = with_auxiliary_loss("mixtral", **{**EXPERTS, "router_aux_loss_coef": 0.0})
+    assert why_padded(model) is None
+    assert not innermost(model).config.output_router_logits

@@ -104,7 +104,8 @@ def refuse_not_causal(path: str, model: CausalLM) -> None:
         raise BadModel(f"{path}: what this model computes is not finite (NaN or infinity). Are its files whole?")
     if gradient is not None and bool(gradient[:, _LOOKED_AT:].any()):
         raise BadModel(
-            f"{path} is not a causal model: a later token changes what it says of earlier ones, as in BERT.\n"
+            f"{path} is not a causal model: a later token changes what it says of earlier ones, as in BERT, or in a "
+            "prompt of PaliGemma.\n"
             "It would learn to copy the answer that it sees. Pass --model_path with a causal language model."
         )
 

@@ -33,7 +33,7 @@ class Experts:
 
 def experts_of(base: Any) -> Experts:
     """Look for experts in a base that has no adapter yet."""
-    counts = _numbers_of_experts(base.config)
+    counts = numbers_of_experts(base.config)
     modules = dict(base.named_modules())
     weights = {name: count_of(weight) for name, weight in base.named_parameters()}
     tensors = []
@@ -50,7 +50,7 @@ def experts_of(base: Any) -> Experts:
     return Experts(tuple(tensors), tuple(layers), share)
 
 
-def _numbers_of_experts(config: Any) -> set[int]:
+def numbers_of_experts(config: Any) -> set[int]:
     """What the config may mean by a number of experts: num_experts, n_routed_experts, num_local_experts, …"""
     values = config.get_text_config().to_dict()
     return {value for name, value in values.items() if "expert" in name and type(value) is int and value > 1}

@@ -59,6 +59,8 @@ def why_padded(model: CausalLM, *, sharded: bool = False) -> str | None:
     foreign = {kind for kind in getattr(config, "layer_types", None) or () if kind.endswith("attention")}
     if foreign - _KNOWN_ATTENTION:
         return f"it has layers of the kind {', '.join(sorted(foreign - _KNOWN_ATTENTION))}"
+    if getattr(config, "output_router_logits", False) and not auxiliary_factor(model):
+        config.output_router_logits = False  # the loss would be multiplied by 0, and its shapes fit no row of many
     if auxiliary_factor(model):
         # It is a product of means over the tokens of a batch, which a shared beginning would enter once.
         return "its config switches on the routers' auxiliary loss (output_router_logits), which counts every token"

@@ -19,7 +19,7 @@ from atomtune.errors import BadModel, BadSettings
 from atomtune.limits import trial
 from atomtune.model.adapter_keys import text_modules
 from atomtune.model.causal_lm import CausalLM
-from atomtune.model.experts import experts_of
+from atomtune.model.experts import experts_of, numbers_of_experts
 from atomtune.model.recurrent import as_in_training
 
 ALL_LINEAR = "all-linear"
@@ -62,15 +62,21 @@ def all_linear(base: CausalLM) -> AllLinear:
     of_experts = set(experts_of(base).layers)
     names = [name for name in linear_names(base) if name not in of_experts]
     modules = dict(base.named_modules())
-    called = _called(base, names)
-    uncalled = set() if called is None else set(unreached(names, called))
+    calls = _calls(base, names)
+    uncalled = set(unreached(names, calls.called)) if calls else set()
+    without_gradient = calls.called - calls.learned if calls else set()
     adapted, left_out, shared = [], {}, []
     for name in names:
         last = _last_part(name)
-        if _is_router(modules[name]):
-            left_out[last] = "a router"
+        if router := _router_of(base, name, modules):
+            left_out[router] = "a router"
+        elif "gate" in last and _outputs(modules[name]) == 1:
+            # It says how much of a shared expert a token takes. LoRA would hold several times its own numbers.
+            left_out[last] = "a gate with one output"
         elif name in uncalled:
-            left_out[_tower(name, called or ())] = "not called for text"
+            left_out[_tower(name, calls.called if calls else ())] = "not called for text"
+        elif name in without_gradient:
+            left_out[last] = "the loss has no gradient for it"
         elif not _peft_takes(base.config.model_type, last):
             left_out[last] = "PEFT does not adapt it in this architecture"
             if _peft_takes(base.config.model_type, last, as_tensor=True):
@@ -80,10 +86,30 @@ def all_linear(base: CausalLM) -> AllLinear:
     return AllLinear(tuple(adapted), left_out, tuple(shared))
 
 
-def _is_router(module: nn.Module) -> bool:
-    """Whether this linear layer returns something else than its output (the routers of Llama 4 and Phi-MoE)."""
-    of_an_architecture = type(module).__module__.startswith("transformers.models.")
-    return of_an_architecture and isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+def _router_of(base: CausalLM, name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The last part of the name of the router that this linear layer is, or is a part of; None where it is neither.
+
+    A router is told in three ways: it returns something else than its output (Llama 4, Phi-MoE); it or its class is
+    called a router (Zaya, Gemma 3n); or it is called `gate` and has an output for each expert (models that bring
+    their own code).
+    """
+    parts = name.split(".")
+    for depth in range(1, len(parts) + 1):
+        module = modules[".".join(parts[:depth])]
+        if "router" in parts[depth - 1].lower() or "router" in type(module).__name__.lower():
+            return parts[depth - 1]
+    layer = modules[name]
+    of_an_architecture = type(layer).__module__.startswith("transformers.models.")
+    if of_an_architecture and isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward:
+        return parts[-1]
+    if parts[-1] == "gate" and _outputs(layer) in numbers_of_experts(base.config):
+        return parts[-1]
+    return None
+
+
+def _outputs(module: nn.Module) -> int:
+    """How many numbers a linear layer gives for a token."""
+    return int(module.nf if isinstance(module, Conv1D) else module.out_features)  # type: ignore[arg-type]
 
 
 def unreached(names: Iterable[str], reached: Collection[str]) -> list[str]:
@@ -120,28 +146,57 @@ def _innermost_number(name: str) -> re.Match[str]:
     return numbers[-2] if len(numbers) > 1 else numbers[-1]
 
 
-def _called(base: CausalLM, names: Sequence[str]) -> set[str] | None:
-    """The linear layers that a text of four tokens calls; None where the base cannot be called so."""
+@dataclass(frozen=True)
+class _Calls:
+    """What one short text does with the linear layers of a base.
+
+    called   layers that it calls
+    learned  layers of which a loss would have a gradient: not those that only choose (the keys of a sparse attention)
+    """
+
+    called: set[str]
+    learned: set[str]
+
+
+def _calls(base: CausalLM, names: Sequence[str]) -> _Calls | None:
+    """For a text of four tokens; None where the base cannot be called so."""
     modules = dict(base.named_modules())
-    called: set[str] = set()
-    hooks = [modules[name].register_forward_pre_hook(partial(_note, called, name)) for name in names]
+    outputs: dict[str, list[Any]] = {}
+    hooks = [modules[name].register_forward_hook(partial(_note, outputs, name)) for name in names]
     training = base.training
     base.eval()
     try:
         with as_in_training(base):
             embeddings: Any = base.get_input_embeddings()
-            base(input_ids=torch.arange(3, 7, device=embeddings.weight.device)[None], use_cache=False)
+            ids = torch.arange(3, 7, device=embeddings.weight.device)[None]
+            logits = base(input_ids=ids, use_cache=False).logits
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError):
         return None
     finally:
         base.train(training)
         for hook in hooks:
             hook.remove()
-    return called
+    behind_the_loss = _graph(logits.grad_fn)
+    learned = {name for name, of_layer in outputs.items() if any(node in behind_the_loss for node in of_layer)}
+    return _Calls(set(outputs), learned)
 
 
-def _note(called: set[str], name: str, *_call: Any) -> None:
-    called.add(name)
+def _note(outputs: dict[str, list[Any]], name: str, _layer: nn.Module, _inputs: Any, output: Any) -> None:
+    """Keep how the graph of gradients knows what a layer gave; of a router's several tensors the first's."""
+    first = output[0] if isinstance(output, tuple) else output
+    outputs.setdefault(name, []).append(first.grad_fn)
+
+
+def _graph(last: Any) -> set[Any]:
+    """Every step of a computation that a gradient of its result goes through."""
+    steps: set[Any] = set()
+    open_steps = [last]
+    while open_steps:
+        step = open_steps.pop()
+        if step is not None and step not in steps:
+            steps.add(step)
+            open_steps += [before for before, _ in step.next_functions]
+    return steps
 
 
 def _tower(name: str, called: Collection[str]) -> str:

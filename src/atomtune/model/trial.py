@@ -240,5 +240,12 @@ def _device(model: CausalLM) -> torch.device:
 
 
 def _dtype(model: CausalLM) -> torch.dtype:
+    """The number format that the model rounds to.
+
+    LLM.int8 rounds to 8 bits, as bfloat16 does. It computes the columns in which any token of a batch is large in 16
+    bits, so a token's values depend on what else is in the batch: by 2e-2 of a gradient on a tiny Llama, padded or not.
+    """
+    if getattr(innermost(model), "is_loaded_in_8bit", False):
+        return torch.bfloat16
     embeddings: Any = innermost(model).get_input_embeddings()
     return embeddings.weight.dtype

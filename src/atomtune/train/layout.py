@@ -12,6 +12,7 @@ from atomtune.errors import BadSettings
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.layout_support import carries_state, cut_of, why_padded, windows_of
 from atomtune.model.load import pad_id_of
+from atomtune.model.mixer_kernels import kernels_of
 from atomtune.train.dataset import Data
 from atomtune.train.model import device_of, dtype_of
 from atomtune.train.run_context import RunContext
@@ -62,6 +63,8 @@ def choose_layout(run: RunContext, model: CausalLM, tokenizer: Any, data: Data, 
     else:
         layout = choice
     run.console.say(_described(layout, reason, tokens, len(batches)))
+    if kernels := kernels_of(model):
+        run.console.say(kernels.described(device_of(run)))
     run.record.update(layout=layout)
     collator = Collator(
         layout=layout,

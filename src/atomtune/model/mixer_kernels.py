@@ -1,0 +1,80 @@
+"""Mixer kernels: which code computes linear attention, Mamba layers and convolutions, and what would be faster.
+
+transformers writes each of these as a plain torch function, and puts a package's kernel in its place where that package
+is installed. Which one it took stands in the function's closure only; where another version keeps it elsewhere, nothing
+is known here and nothing is said.
+"""
+
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+#: module of a package → what pip calls it
+_DISTRIBUTIONS = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d", "mamba_ssm": "mamba-ssm"}
+
+
+@dataclass(frozen=True)
+class MixerKernels:
+    """The packages for which a model has a place, by pip's name.
+
+    used     installed, and computing
+    missing  not there: transformers' torch code computes in their place
+    """
+
+    used: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.used or self.missing)
+
+    def described(self, device: torch.device) -> str:
+        """What computes these layers, and what installing the rest would give."""
+        own = "transformers' own torch code"
+        computing = f"kernels of {' and '.join(self.used)}" if self.used else own
+        if self.used and self.missing:
+            computing += f", the rest by {own}"
+        line = f"linear attention, Mamba, convolutions: {computing}."
+        if not self.missing:
+            return line
+        if device.type == "cuda":
+            return f"{line} For faster kernels: pip install {' '.join(self.missing)}"
+        return f"{line} On a GPU, {' and '.join(self.missing)} would be faster."
+
+
+def kernels_of(model: nn.Module) -> MixerKernels:
+    """Look through the functions that the classes of a model's modules call."""
+    is_used: dict[str, bool] = {}
+    for class_ in {type(module) for module in model.modules()}:
+        for package, used in _places(class_):
+            is_used[package] = is_used.get(package, False) or used
+    names: dict[bool, list[str]] = {True: [], False: []}  # by whether they compute
+    for package, used in sorted(is_used.items()):
+        names[used].append(_DISTRIBUTIONS.get(package, package))
+    return MixerKernels(used=tuple(names[True]), missing=tuple(names[False]))
+
+
+def _places(class_: type) -> Iterator[tuple[str, bool]]:
+    """Of each function that a class calls and a package may replace: the package, and whether it does."""
+    functions_of_file = vars(sys.modules[class_.__module__])
+    for method in vars(class_).values():
+        if not inspect.isfunction(method):
+            continue
+        for name in inspect.unwrap(method).__code__.co_names:
+            place = _closure(functions_of_file.get(name))
+            if "package" in place and "is_new_implementation" in place:
+                yield place["package"], bool(place["is_new_implementation"])
+
+
+def _closure(function: Any) -> dict[str, Any]:
+    """The values that a function keeps from where it was defined, by name; those of what it wraps too."""
+    kept: dict[str, Any] = {}
+    while inspect.isfunction(function):
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        kept = {name: cell.cell_contents for name, cell in cells} | kept
+        function = vars(function).get("__wrapped__")
+    return kept

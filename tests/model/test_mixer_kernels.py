@@ -1,0 +1,55 @@
+"""Mixer kernels: what is said is what the library took, which is told by putting a package in its place."""
+
+import importlib
+import sys
+from types import ModuleType
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from atomtune.model.mixer_kernels import MixerKernels, kernels_of
+from tests.hybrids import HYBRIDS, hybrid
+from tests.tiny import FAMILIES, SIZE
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_without_packages_the_librarys_own_code_is_named_and_what_would_be_faster():
+    pip_names = {family: set(kernels_of(hybrid(family)).missing) for family in HYBRIDS}
+    assert pip_names == {
+        "qwen3_next": {"causal-conv1d", "flash-linear-attention"},
+        "qwen3_5_text": {"causal-conv1d", "flash-linear-attention"},
+        "lfm2": {"causal-conv1d"},
+        "mamba2": {"causal-conv1d", "mamba-ssm"},
+    }
+    assert not any(kernels_of(hybrid(family)).used for family in HYBRIDS)
+
+
+def test_a_package_that_is_installed_is_named_as_what_computes(monkeypatch):
+    # The library looks for packages when a model's file is imported; so that file is imported once more beside them.
+    package = ModuleType("causal_conv1d")
+    package.causal_conv1d_fn = lambda x, weight, bias=None, activation=None: x
+    package.causal_conv1d_update = package.causal_conv1d_fn
+    monkeypatch.setitem(sys.modules, "causal_conv1d", package)
+    file = sys.modules["transformers.models.lfm2.modeling_lfm2"]
+    with monkeypatch.context() as fresh:
+        fresh.delitem(sys.modules, file.__name__)
+        beside = importlib.import_module(file.__name__)
+        config = AutoConfig.for_model("lfm2", **HYBRIDS["lfm2"])
+        assert kernels_of(beside.Lfm2ForCausalLM(config)) == MixerKernels(used=("causal-conv1d",), missing=())
+    sys.modules["transformers.models.lfm2"].modeling_lfm2 = file
+
+
+def test_a_model_without_such_layers_has_nothing_to_say():
+    config = AutoConfig.for_model("llama", **{**SIZE, **FAMILIES["llama"][2]}, vocab_size=50)
+    assert not kernels_of(AutoModelForCausalLM.from_config(config))
+
+
+def test_what_to_install_is_said_for_a_gpu_as_a_command():
+    both = MixerKernels(used=("causal-conv1d",), missing=("flash-linear-attention",))
+    assert both.described(CUDA) == (
+        "linear attention, Mamba, convolutions: kernels of causal-conv1d, the rest by transformers' own torch code. "
+        "For faster kernels: pip install flash-linear-attention"
+    )
+    none = MixerKernels(used=(), missing=("causal-conv1d", "mamba-ssm"))
+    assert none.described(CPU).endswith("On a GPU, causal-conv1d and mamba-ssm would be faster.")
