@@ -56,8 +56,10 @@ def harmony_messages(record: Message, day: str) -> list[Any]:
     developer = DeveloperContent.new()
     if messages[0]["role"] == "system":
         instructions = messages.pop(0)["content"]
-        if instructions:  # the template writes no developer's message for an empty text, and line ends behind another
-            developer = developer.with_instructions(f"{instructions}\n\n")
+        # The template writes no developer's message for an empty text, and an empty line behind another.
+        behind = "" if record.get("tools") else "\n\n"
+        if instructions:
+            developer = developer.with_instructions(instructions + behind)
     tools = []
     for tool in record.get("tools", []):
         function = tool["function"]
