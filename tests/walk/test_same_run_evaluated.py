@@ -36,6 +36,19 @@ SAVES = {
     "load the best": [
         *("--load_best_model_at_end", "true", "--metric_for_best_model", "eval_loss", "--greater_is_better", "true"),
     ],
+    # At such a rate the loss does not fall: the second evaluation ends the run. The weights' last bits still move.
+    "stops early": [
+        *(
+            "--save_strategy",
+            "steps",
+            "--save_steps",
+            "1",
+            "--early_stopping_patience",
+            "1",
+            "--learning_rate",
+            "1e-12",
+        ),
+    ],
 }
 BATCHES = {"plain": [], "accumulated": ["--gradient_accumulation_steps", "3"]}
 SOURCES = {"stored": [], "mixed": ["--mix", "1.5,0.5"], "streamed": ["--streaming", "true", "--shuffle_buffer", "7"]}
@@ -70,11 +83,13 @@ def flags_of(evaluation: str, save: str, batch: str, source: str) -> list[str]:
         by_epoch = "epoch" in EVALUATIONS[evaluation]
         saved = [*saved, *(("--save_strategy", "epoch") if by_epoch else ("--save_strategy", "steps", "--save_steps"))]
         saved = saved if by_epoch else [*saved, EVALUATIONS[evaluation][3]]
+    if save == "stops early":  # the end is to come much later
+        length = ["--max_steps" if source == "streamed" else "--num_train_epochs", "20"]
     return [*EVALUATIONS[evaluation], *saved, *BATCHES[batch], *SOURCES[source], *length]
 
 
 def can_be(evaluation: str, save: str, batch: str, source: str) -> bool:
-    unmeasured = evaluation == "unevaluated" and save in ("the best", "load the best")
+    unmeasured = evaluation == "unevaluated" and save in ("the best", "load the best", "stops early")
     in_epochs = evaluation in ("by epoch", "plateau") or save == "by epoch"
     return not unmeasured and not (source == "streamed" and in_epochs)
 
@@ -88,6 +103,9 @@ FEW = [
     ("by steps", "load the best", "plain", "streamed"),
     ("at the start", "by epoch", "accumulated", "stored"),
     ("plateau", "every step", "plain", "stored"),
+    ("by steps", "stops early", "plain", "stored"),
+    ("by steps", "stops early", "accumulated", "streamed"),
+    ("by epoch", "stops early", "plain", "mixed"),
 ]
 
 
@@ -142,8 +160,12 @@ def test_a_run_that_is_stopped_anywhere_is_the_undisturbed_run(models, files, tm
 
     assert run(whole) == 0
     expected = (whole / "adapter_model.safetensors").read_bytes(), history(whole)
+    if "stops early" in way:
+        assert expected[1][-1]["steps"] < json.loads((whole / "run.json").read_text())["steps_planned"]
     for inside_evaluation in (False, True):
-        for call in range(1, 1000) if EVERY else (2, 7):
+        for call in (
+            range(1, 1000) if EVERY else (2, 5, 7)
+        ):  # each evaluation has three batches, that before the first step too
             out = tmp_path / f"{inside_evaluation}-{call}"
             if not stopped_and_resumed(run, monkeypatch, out, call, inside_evaluation=inside_evaluation):
                 break
