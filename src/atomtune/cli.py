@@ -50,6 +50,7 @@ COMMANDS = {
     "serve": Command("Serve a trained adapter with an OpenAI-compatible API.", "atomtune.serve.command"),
     "runs": Command("List the runs in a folder, or compare runs: settings and losses.", "atomtune.runs"),
     "chat": Command("Talk to a trained adapter in the terminal.", "atomtune.serve.chat"),
+    "web": Command("Talk to a trained adapter in a page, beside its base.", "atomtune.serve.web"),
 }
 
 

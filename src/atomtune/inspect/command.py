@@ -7,12 +7,13 @@ from atomtune.batch.cost import sample_rows
 from atomtune.console import Console, print_json
 from atomtune.data.cache import Rules, records_of
 from atomtune.data.encoding.choose_template import load_template
+from atomtune.data.encoding.thoughts import THINKING
 from atomtune.data.reading.sources import distinct_names
 from atomtune.data.records import Record
 from atomtune.errors import BadSettings
 from atomtune.inspect.html_page import write_page
 from atomtune.inspect.limits import allowances, require
-from atomtune.inspect.modes import VARIABLE, modes_of
+from atomtune.inspect.modes import modes_of
 from atomtune.inspect.report import Report, build_report
 from atomtune.inspect.terminal import say_report
 from atomtune.inspect.tokens import TokenDecoder, show
@@ -42,11 +43,11 @@ def inspect(settings: InspectSettings) -> int:
     if settings.samples and len(report.stored):
         chosen = sample_rows(len(report.stored), settings.samples, seed=settings.seed)
         show(console, [example for row in chosen for example in report.examples(row)], decoder)
-        modes = modes_of(template, _record_of(report, settings, chosen[0])) if VARIABLE in template.source else ()
+        modes = modes_of(template, _record_of(report, settings, chosen[0])) if THINKING in template.source else ()
         if modes:
             console.say(
                 f"\nThe template has two modes. The last answer of {report.origin(chosen[0])} in each, as "
-                f"--chat_template_kwargs '{{\"{VARIABLE}\": …}}' or a record's own {VARIABLE} chooses:"
+                f"--chat_template_kwargs '{{\"{THINKING}\": …}}' or a record's own {THINKING} chooses:"
             )
             show(console, modes, decoder, part=_SHOWN_OF_A_MODE)
     if settings.html:

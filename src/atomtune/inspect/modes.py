@@ -9,27 +9,26 @@ from typing import Any
 
 from atomtune.data.encoding.chat_template import CannotExpress, Conversation, Template, joined
 from atomtune.data.encoding.choose_template import probed
+from atomtune.data.encoding.thoughts import THINKING
 from atomtune.data.records import Example, Record
-
-VARIABLE = "enable_thinking"
 
 
 def modes_of(template: Template, record: Record) -> tuple[Example, ...]:
     """The record's last answer behind its prompt, thinking and not; none where the template has one mode."""
-    if VARIABLE not in template.source or not record.learned:
+    if THINKING not in template.source or not record.learned:
         return ()
     examples = []
     for thinks in (True, False):
-        mode = probed(replace(template, variables={**template.variables, VARIABLE: thinks}))
+        mode = probed(replace(template, variables={**template.variables, THINKING: thinks}))
         try:
-            examples.append(_example(mode, record, f"{record.origin}  {VARIABLE}={str(thinks).lower()}"))
+            examples.append(_example(mode, record, f"{record.origin}  {THINKING}={str(thinks).lower()}"))
         except CannotExpress:
             return ()
     return tuple(examples)
 
 
 def _example(template: Template, record: Record, origin: str) -> Example:
-    variables: Mapping[str, Any] = {key: value for key, value in record.variables.items() if key != VARIABLE}
+    variables: Mapping[str, Any] = {key: value for key, value in record.variables.items() if key != THINKING}
     conversation = Conversation(template, replace(record, variables=variables))
     exchange = conversation.exchange(record.learned[-1])
     prompt_ids, answer_ids = template.tokens.ids_of([joined(exchange.prompt), exchange.answer])

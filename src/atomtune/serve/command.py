@@ -1,7 +1,6 @@
 """Serve: a tuned model behind an OpenAI-compatible API, by an engine that exists, once it is proved to serve it."""
 
 import contextlib
-import ipaddress
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -32,6 +31,7 @@ from atomtune.model.adapter_folder import AdapterMetadata, base_of, short_names,
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.generate import stop_ids_on
 from atomtune.model.load import device_in_use, dtype_name, quiet_libraries, resolve_dtype
+from atomtune.serve.address import only_this_machine, own_address
 from atomtune.settings.fields import CertifySettings, ServeSettings
 
 
@@ -207,11 +207,8 @@ def _base_key(model: ServedModel, settings: ServeSettings) -> str:
 
 def _exposed(host: str, engine: str, api_key: str | None) -> list[str]:
     """What is wrong with listening to other machines: without a key, everyone who reaches the port is answered."""
-    if host == "localhost":
+    if only_this_machine(host):
         return []
-    with contextlib.suppress(ValueError):
-        if ipaddress.ip_address(host).is_loopback:
-            return []
     if api_key or engine == "transformers":
         return [] if engine != "transformers" else [_no_key(host)]
     return [f"--host {host}: other machines could use the model. Pass --api_key, or set ATOMTUNE_API_KEY."]
@@ -264,7 +261,7 @@ def running(plan: Plan, settings: ServeSettings, console: Console) -> Iterator[S
         environment = dict.fromkeys(KEY_VARIABLES, plan.api_key) if plan.api_key else {}
         server = ServerProcess(
             _words(plan, folder, settings, console),
-            health=f"http://{_own_address(settings.host)}:{settings.port}/health",
+            health=f"http://{own_address(settings.host)}:{settings.port}/health",
             folder=folder.parent if plan.engine == "transformers" else None,
             environment=environment,
             starts_within=1800,
@@ -287,15 +284,8 @@ def _words(plan: Plan, folder: Path, settings: ServeSettings, console: Console) 
     return vllm_serve.command(folder, base=plan.base, adapters=adapters, context=settings.context, **address)
 
 
-def _own_address(host: str) -> str:
-    """Where this machine asks a server that listens at `host`; IPv6 in brackets."""
-    if host in ("0.0.0.0", "::"):
-        return "127.0.0.1" if host == "0.0.0.0" else "[::1]"
-    return f"[{host}]" if ":" in host else host
-
-
 def _say_how_to_ask(plan: Plan, settings: ServeSettings, console: Console) -> None:
-    url = f"http://{_own_address(settings.host)}:{settings.port}/v1"
+    url = f"http://{own_address(settings.host)}:{settings.port}/v1"
     names = ", ".join(f'"{model.name}"' for model in plan.models)
     if len(plan.models) == 1:
         console.say(f"\nready: {url}, model {names}. Ctrl-C stops it.")

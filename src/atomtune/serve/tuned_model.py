@@ -7,8 +7,8 @@ import contextlib
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,19 @@ class TunedModel:
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
+    def asked_by(self, template: Template) -> "TunedModel":
+        """The same model in memory, asked by another template."""
+        other = TunedModel(
+            self.model,
+            template,
+            folder=self.folder,
+            base=self.base,
+            shared_instruction=self.shared_instruction,
+            notices=self.notices,
+        )
+        other.wording = replace(self.wording, template=template)
+        return other
+
     def with_system(self, system: str | None) -> "Wording":
         """The wording under another system text; None: the training's own."""
         return Wording.of(self.template, system, self.shared_instruction)
@@ -155,31 +168,39 @@ class TunedModel:
 
         base  the base answers, with the adapter switched off
         """
-        pieces: queue.Queue[str | BaseException | None] = queue.Queue()
+        sampling = Sampling(temperature, top_p, top_k, repetition_penalty)
+        yield from self.stream_reply(
+            self.messages_of(message), max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, base=base
+        )
+
+    def stream_reply(
+        self, messages: Sequence[Message], *, stop_early: Callable[[], bool] | None = None, **settings: Any
+    ) -> Generator[str, None, Reply]:
+        """`reply` in pieces: yields the answer's text as it is written, and returns the reply.
+
+        The model writes in a thread of its own. Leaving the loop ends the answer.
+        settings  those of `reply`
+        """
+        pieces: queue.Queue[str | BaseException | Reply] = queue.Queue()
         left = threading.Event()
+
+        def stops() -> bool:
+            return left.is_set() or (stop_early is not None and stop_early())
 
         def write() -> None:
             try:
-                self.reply(
-                    self.messages_of(message),
-                    max_new_tokens=max_new_tokens,
-                    sampling=Sampling(temperature, top_p, top_k, repetition_penalty),
-                    seed=seed,
-                    base=base,
-                    hand_on=pieces.put,
-                    stop_early=left.is_set,
-                )
-                pieces.put(None)
+                pieces.put(self.reply(messages, hand_on=pieces.put, stop_early=stops, **settings))
             except BaseException as error:  # noqa: BLE001  # raised where the pieces are read
                 pieces.put(error)
 
         writer = threading.Thread(target=write, daemon=True)
         writer.start()
         try:
-            while (piece := pieces.get()) is not None:
+            while not isinstance(piece := pieces.get(), Reply):
                 if isinstance(piece, BaseException):
                     raise piece
                 yield piece
+            return piece
         finally:
             left.set()
             writer.join()

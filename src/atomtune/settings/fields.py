@@ -515,6 +515,30 @@ class ChatSettings(ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class WebSettings(ModelSettings):
+    """Web"""
+
+    adapter_path: str = setting(
+        ..., "the output folder of a run, one of its checkpoints, or a merged model", value="FOLDER"
+    )
+    system: str | None = setting(None, "instruction that a conversation begins with", value="TEXT")
+    max_new_tokens: int = setting(512, "longest answer, in tokens; the page can change it", at_least=1)
+    host: str = setting(
+        "127.0.0.1", "address to listen at; another than this machine's own needs --password", value="ADDRESS"
+    )
+    port: int = setting(7860, "port to listen at", at_least=1, at_most=65535)
+    password: str | None = setting(
+        None,
+        "ask everyone for it, with the name atomtune [the environment variable ATOMTUNE_PASSWORD]",
+        value="TEXT",
+    )
+    open: bool = setting(False, "open the page in this machine's browser")
+    other_base: bool = setting(
+        False, "accept a base model whose weights are not those that the adapter was trained on", rare=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluateSettings(ModelSettings):
     """Evaluate"""
 

@@ -36,6 +36,7 @@ USAGE = {
     "serve": "--adapter_path FOLDER … [--served FOLDER_OR_FILE] [--setting value …]",
     "runs": "[FOLDER …] [--setting value …]",
     "chat": "--adapter_path FOLDER [--setting value …]",
+    "web": "--adapter_path FOLDER [--setting value …]",
 }
 EXAMPLES = {
     "train": [
@@ -87,6 +88,10 @@ EXAMPLES = {
         "--adapter_path out",
         '--adapter_path out --prompt "Who are you?" --temperature 0.7',
     ],
+    "web": [
+        "--adapter_path out --open",
+        "--adapter_path out --host 0.0.0.0 --password SECRET",
+    ],
 }
 
 #: What a command does, beyond its line in the overview.
@@ -98,6 +103,8 @@ ABOUT = {
     "sweep": "It takes every setting of `atomtune train` for all its trials, and --try for what differs between them. "
     "Each trial is a run in a folder of its own; all hold out the same records. --resume goes on with a sweep that was "
     "stopped, and tries again what failed.",
+    "web": "The page streams answers, stops, edits and asks again, and lets the base answer beside the tuned model. It "
+    "asks no other machine for anything; Ctrl-C ends it.",
     "plan": "It takes every setting of `atomtune train`: write `plan` in place of `train`.",
 }
 

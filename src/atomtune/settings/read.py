@@ -42,6 +42,7 @@ from atomtune.settings.fields import (
     TrainerSettings,
     TrainSettings,
     VerifySettings,
+    WebSettings,
 )
 from atomtune.settings.flags import EntryReader, types_of
 from atomtune.settings.library import choices_of, library_settings, library_types
@@ -65,6 +66,7 @@ GROUPS: dict[str, tuple[type[Any], ...]] = {
     "runs": (RunsSettings,),
     "merge": (MergeSettings,),
     "chat": (ChatSettings,),
+    "web": (WebSettings,),
 }
 #: What the Trainer gets where nothing is said, instead of its own defaults.
 LIBRARY_DEFAULTS: dict[str, Any] = {

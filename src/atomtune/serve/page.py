@@ -1,0 +1,357 @@
+"""Page: the boxes of `atomtune web`, and what a click does; its words are English or Chinese, as the browser's.
+
+Gradio draws it. The page asks no other machine for anything: no fonts, no analytics, no share link.
+"""
+
+import os
+import re
+import tempfile
+import threading
+import time
+import webbrowser
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+
+import gradio
+from gradio.blocks import Block
+
+from atomtune.disk import read_json_object
+from atomtune.errors import AtomtuneError
+from atomtune.model.generate import Sampling
+from atomtune.model.load import dtype_name
+from atomtune.serve.side_by_side import Answer, Asking, Exchange, Side, answered, conversation_of, modes_of
+from atomtune.serve.tuned_model import TunedModel
+from atomtune.settings.fields import WebSettings
+
+#: Words of the page: key → (English, Chinese).
+WORDS = {
+    "tuned": ("tuned", "微调后"),
+    "base": ("base", "微调前（底座）"),
+    "ask": ("Type a message. Enter sends, Shift+Enter makes a new line.", "输入消息。回车发送，Shift+回车换行。"),
+    "empty": ("Ask something.", "问点什么吧。"),
+    "examples": ("Prompts that were held out from training", "没有参加训练的问题"),
+    "new": ("New conversation", "新对话"),
+    "save": ("Save as a record", "存为一条训练记录"),
+    "settings": ("Settings", "设置"),
+    "compare": ("Let the base answer too", "让底座也回答，并排比较"),
+    "thinking": ("Think before answering", "先思考再回答"),
+    "system": ("System text", "系统提示"),
+    "longest": ("Longest answer", "回答长度上限"),
+    "tokens": ("in tokens", "单位：token"),
+    "temperature": ("Temperature", "温度"),
+    "greedy": ("0: always the likeliest token", "0：总取最可能的 token"),
+    "top_p": ("Top-p", "Top-p"),
+    "top_k": ("Top-k", "Top-k"),
+    "sampling": ("counts above temperature 0", "温度大于 0 时有效"),
+    "all": ("counts above temperature 0; 0: all", "温度大于 0 时有效；0：不限"),
+    "penalty": ("Repetition penalty", "重复惩罚"),
+    "none": ("1: none", "1：不惩罚"),
+    "seed": ("Seed", "随机种子"),
+    "forgot": ("The oldest messages no longer fit, so they are left out.", "最早的消息放不下，已略去。"),
+}
+_LANGUAGES = {"en": 0, "zh": 1, "zh-CN": 1, "zh-TW": 1}
+_CSS = """
+.about p { margin: 0; overflow-wrap: anywhere }
+footer { display: none !important }
+"""
+#: Fonts that lie on the reader's machine; those of Gradio's themes come from another.
+_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]
+#: A conversation takes what the window leaves beside the lines above it and the boxes below.
+_HEIGHT = "max(300px, calc(100dvh - 280px))"
+#: Seconds between two drawings of an answer that is being written: each draws all of it.
+_FRAME = 0.1
+_SHOWN_OF_INSTRUCTION = 200
+#: Code in Markdown: fenced, or between ticks.
+_CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
+
+#: What stands in the boxes, by box.
+Values = dict[Any, Any]
+
+
+class Page:
+    """One tuned model's page. Each method that a click calls gets what stands in the boxes and gives what they show."""
+
+    def __init__(self, tuned: TunedModel, settings: WebSettings) -> None:
+        self.tuned = tuned
+        self._modes = modes_of(tuned)
+        self._word: Any = gradio.I18n(
+            **{language: {key: pair[place] for key, pair in WORDS.items()} for language, place in _LANGUAGES.items()}
+        )
+        self._stops: dict[str | None, threading.Event] = {}  # by browser tab
+        title = f"atomtune: {tuned.folder.resolve().name}"
+        with gradio.Blocks(title=title, analytics_enabled=False, fill_height=True) as self.blocks:
+            gradio.Markdown(about(tuned), elem_classes="about")
+            with gradio.Sidebar(label=self._word("settings"), open=False, position="right"):
+                self._lay_settings(settings)
+            with gradio.Row(equal_height=True):
+                self.base = self._conversation_box("base")
+                self.answers = self._conversation_box("tuned")
+            self.typed = gradio.Textbox(
+                placeholder=self._word("ask"),
+                show_label=False,
+                container=False,
+                lines=1,
+                max_lines=8,
+                autofocus=True,
+                submit_btn=True,
+                elem_id="typed",
+            )
+            if prompts := held_out_prompts(tuned.folder):
+                gradio.Examples([[prompt] for prompt in prompts], self.typed, label=self._word("examples"))
+            with gradio.Row():
+                self.new = gradio.Button(self._word("new"), size="sm", min_width=120, elem_id="new")
+                self.save = gradio.DownloadButton(
+                    self._word("save"), size="sm", min_width=120, visible=False, elem_id="save"
+                )
+            self.exchanges = gradio.State([])
+            self._connect()
+
+    def _lay_settings(self, settings: WebSettings) -> None:
+        word = self._word
+        thinks = self.tuned.template.variables.get("enable_thinking", True)
+        self.compare = gradio.Checkbox(False, label=word("compare"), visible=self.tuned.has_base, elem_id="compare")
+        self.thinking = gradio.Checkbox(bool(thinks), label=word("thinking"), visible=bool(self._modes))
+        self.system = gradio.Textbox(settings.system or "", label=word("system"), lines=2, elem_id="system")
+        self.longest = gradio.Number(
+            settings.max_new_tokens,
+            label=word("longest"),
+            info=word("tokens"),
+            minimum=1,
+            precision=0,
+            elem_id="longest",
+        )
+        self.temperature = gradio.Slider(0, 2, 0, step=0.05, label=word("temperature"), info=word("greedy"))
+        own = self.tuned.model.generation_config  # what the base was published with, as `chat` uses it
+        self.top_p = gradio.Slider(
+            0.05, 1, getattr(own, "top_p", None) or 1, step=0.05, label=word("top_p"), info=word("sampling")
+        )
+        self.top_k = gradio.Number(
+            getattr(own, "top_k", None) or 0, label=word("top_k"), info=word("all"), minimum=0, precision=0
+        )
+        self.penalty = gradio.Slider(
+            1, 2, getattr(own, "repetition_penalty", None) or 1, step=0.05, label=word("penalty"), info=word("none")
+        )
+        self.seed = gradio.Number(0, label=word("seed"), minimum=0, precision=0)
+
+    def _conversation_box(self, side: Side) -> gradio.Chatbot:
+        return gradio.Chatbot(
+            label=self._word(side),
+            visible=side == "tuned",
+            elem_id=side,
+            height=_HEIGHT,
+            editable="user" if side == "tuned" else None,
+            placeholder=self._word("empty"),
+            buttons=["copy"],
+        )
+
+    def _connect(self) -> None:
+        settings = {self.compare, self.thinking, self.system, self.longest, self.temperature, self.top_p, self.top_k}
+        inputs: set[Block] = {self.typed, self.exchanges, self.penalty, self.seed, *settings}
+        shown = [self.base, self.answers, self.typed, self.exchanges]
+        # One model, whose adapter is switched on and off: the questions of all who ask are answered in turn.
+        in_turn: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
+        asks = [
+            self.typed.submit(self.ask, inputs, shown, **in_turn),
+            self.answers.retry(self.ask_again, inputs, shown, **in_turn),
+            self.answers.edit(self.ask_otherwise, inputs, shown, **in_turn),
+            self.answers.undo(self.take_back, inputs, shown),
+        ]
+        for ended in asks:  # what the button hands over must be there before it is clicked
+            ended.then(self.saved, inputs, self.save, show_progress="hidden")
+        self.typed.stop(self.stop, None, None, queue=False)
+        for event in (self.new.click, self.answers.clear):
+            event(self.stop, None, None, queue=False).then(self.begin_anew, None, [*shown, self.save])
+        self.compare.change(lambda compares: gradio.Chatbot(visible=compares), self.compare, self.base)
+        self.blocks.unload(self.stop)
+
+    # What a click does.
+
+    def ask(self, values: Values, request: gradio.Request) -> Iterator[tuple[Any, ...]]:
+        question = values[self.typed].strip()
+        exchanges = values[self.exchanges]
+        if question:
+            yield from self._answered(question, exchanges, values, request)
+        else:
+            yield self._drawn(exchanges, box=_box())
+
+    def ask_again(self, values: Values, request: gradio.Request, event: gradio.RetryData) -> Iterator[tuple[Any, ...]]:
+        exchanges, number = values[self.exchanges], _exchange_at(event.index, values[self.exchanges])
+        yield from self._answered(exchanges[number].question, exchanges[:number], values, request)
+
+    def ask_otherwise(
+        self, values: Values, request: gradio.Request, event: gradio.EditData
+    ) -> Iterator[tuple[Any, ...]]:
+        exchanges, number = values[self.exchanges], _exchange_at(event.index, values[self.exchanges])
+        yield from self._answered(str(event.value), exchanges[:number], values, request)
+
+    def take_back(self, values: Values, event: gradio.UndoData) -> tuple[Any, ...]:
+        exchanges, number = values[self.exchanges], _exchange_at(event.index, values[self.exchanges])
+        return self._drawn(exchanges[:number], box=_box(exchanges[number].question))
+
+    def begin_anew(self) -> tuple[Any, ...]:
+        return *self._drawn([], box=_box()), gradio.DownloadButton(visible=False)
+
+    def saved(self, values: Values) -> Any:
+        """The button that saves the conversation: a record of `messages`, as `atomtune train` reads them."""
+        if not values[self.exchanges]:
+            return gradio.DownloadButton(visible=False)
+        conversation = conversation_of(self.tuned, values[self.exchanges], values[self.system] or None)
+        file = Path(tempfile.mkdtemp()) / "conversation.jsonl"
+        conversation.save(file)
+        return gradio.DownloadButton(value=str(file), visible=True)
+
+    def stop(self, request: gradio.Request) -> None:
+        """End the answer that this tab is waiting for."""
+        if request.session_hash in self._stops:
+            self._stops[request.session_hash].set()
+
+    def _answered(
+        self, question: str, before: list[Exchange], values: Values, request: gradio.Request
+    ) -> Iterator[tuple[Any, ...]]:
+        stop = self._stops[request.session_hash] = threading.Event()
+        tuned = self._modes[values[self.thinking]] if self._modes else self.tuned
+        exchanges = [*before, Exchange(question, tuned=Answer())]
+        yield self._drawn(exchanges, box=gradio.Textbox(value="", submit_btn=False, stop_btn=True))
+        asking = self._asking(values)
+        drawn = time.monotonic()
+        try:
+            for exchange in answered(tuned, before, question, asking, stop=stop.is_set, forgot=self._say_forgotten):
+                exchanges = [*before, exchange]
+                if time.monotonic() - drawn < _FRAME:
+                    continue
+                drawn = time.monotonic()
+                yield self._drawn(exchanges, box=gradio.skip())  # a box that is drawn anew cannot be clicked
+        except AtomtuneError as error:  # a question that is too long: it comes back into its box
+            gradio.Warning(str(error))
+            yield self._drawn(before, box=_box(question))
+            return
+        finally:
+            self._stops.pop(request.session_hash, None)
+        yield self._drawn(exchanges, box=gradio.Textbox(submit_btn=True, stop_btn=False))
+
+    def _asking(self, values: Values) -> Asking:
+        return Asking(
+            compare=values[self.compare],
+            system=values[self.system] or None,
+            max_new_tokens=int(values[self.longest] or 1),
+            sampling=Sampling(
+                float(values[self.temperature]),
+                float(values[self.top_p]),
+                int(values[self.top_k] or 0),
+                float(values[self.penalty]),
+            ),
+            seed=int(values[self.seed] or 0),
+        )
+
+    def _say_forgotten(self, count: int) -> None:
+        gradio.Info(self._word("forgot"))
+
+    def _drawn(self, exchanges: list[Exchange], *, box: Any) -> tuple[Any, ...]:
+        """Both conversations, the box that is typed into, and the state."""
+        return self._messages(exchanges, "base"), self._messages(exchanges, "tuned"), box, exchanges
+
+    @staticmethod
+    def _messages(exchanges: list[Exchange], side: Side) -> list[dict[str, Any]]:
+        messages: list[dict[str, Any]] = []
+        for exchange in exchanges:
+            answer = exchange.by(side)
+            if answer is None:
+                continue
+            messages.append({"role": "user", "content": as_markdown(exchange.question)})
+            if answer.thoughts:
+                folded = {"title": "💭", "status": "done"}  # a title that needs no language
+                messages.append({"role": "assistant", "content": as_markdown(answer.thoughts), "metadata": folded})
+            messages.append({"role": "assistant", "content": as_markdown(answer.shown)})
+        return messages
+
+    # Its life.
+
+    def launch(self, *, host: str, port: int, login: tuple[str, str] | None = None) -> None:
+        """Begin to listen; returns at once."""
+        theme = gradio.themes.Default(primary_hue="green", neutral_hue="stone", font=_FONTS, font_mono=["monospace"])
+        self.blocks.launch(
+            server_name=host,
+            server_port=port,
+            auth=login,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            footer_links=[],
+            theme=theme,
+            css=_CSS,
+            i18n=self._word,
+        )
+
+    def wait(self, *, opens: str | None = None) -> None:
+        """Until it is interrupted. opens: an address to open in this machine's browser."""
+        if opens:
+            webbrowser.open(opens)
+        threading.Event().wait()
+
+    def close(self) -> None:
+        for stop in list(self._stops.values()):
+            stop.set()
+        self.blocks.close(verbose=False)
+
+
+def page_of(tuned: TunedModel, settings: WebSettings) -> Page:
+    """The page, not launched yet."""
+    return Page(tuned, settings)
+
+
+def about(tuned: TunedModel) -> str:
+    """Which model answers, by which template, and what every message is sent with; in Markdown."""
+    dtype = dtype_name(next(tuned.model.parameters()).dtype)
+    kind = f"adapter on {_code(tuned.base)}" if tuned.has_base else "merged model"
+    lines = [
+        f"**{_code(str(tuned.folder))}**  {kind}, {dtype} on {tuned.model.device.type}, "
+        f"template {_code(tuned.template.name)}"
+    ]
+    if tuned.wording.instruction:
+        lines.append(f"Each message is sent with the instruction {_code(_shortened(tuned.wording.instruction))}")
+    return "\n\n".join(lines)
+
+
+def held_out_prompts(folder: Path) -> list[str]:
+    """What the run's samples asked, so that a first question is one click away."""
+    try:
+        samples = read_json_object(folder / "run.json").get("samples")
+    except (OSError, ValueError):
+        return []
+    prompts = [sample.get("prompt") for sample in samples or () if isinstance(sample, dict)]
+    return [prompt for prompt in prompts if isinstance(prompt, str) and prompt.strip()]
+
+
+def _box(text: str = "") -> gradio.Textbox:
+    """The box that is typed into, with what it holds; one that sends."""
+    return gradio.Textbox(value=text, submit_btn=True, stop_btn=False)
+
+
+def as_markdown(text: str) -> str:
+    """A text for a box that reads Markdown: what looks like a tag outside code is shown and not taken for one."""
+    parts = _CODE.split(text)  # text, code, text, code, … text
+    return "".join(part if number % 2 else part.replace("<", "&lt;") for number, part in enumerate(parts))
+
+
+def _exchange_at(index: Any, exchanges: list[Exchange]) -> int:
+    """The exchange of the message that was clicked: a question, and its answer with or without thoughts."""
+    message = index[0] if isinstance(index, list | tuple) else int(index)
+    for number, exchange in enumerate(exchanges):
+        message -= 3 if exchange.tuned is not None and exchange.tuned.thoughts else 2
+        if message < 0:
+            return number
+    return len(exchanges) - 1
+
+
+def _code(text: str) -> str:
+    """A text as Markdown's code, whatever it holds."""
+    ticks = "``" if "`" in text else "`"
+    space = " " if "`" in text else ""
+    return f"{ticks}{space}{' '.join(text.split())}{space}{ticks}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_OF_INSTRUCTION else f"{text[:_SHOWN_OF_INSTRUCTION]}…"

@@ -1,0 +1,57 @@
+"""Web: talk to a tuned model in a page, beside its base."""
+
+import os
+
+from atomtune.console import Console
+from atomtune.engines.server_process import port_in_use
+from atomtune.errors import BadSettings
+from atomtune.extras import refuse_missing
+from atomtune.serve.address import only_this_machine, own_address
+from atomtune.serve.tuned_model import load_tuned
+from atomtune.settings.fields import WebSettings
+
+#: The name that --password is asked with.
+USER = "atomtune"
+
+
+def web(settings: WebSettings) -> int:
+    """Run `atomtune web` until Ctrl-C."""
+    refuse_missing(["gradio"], extra="web", what="atomtune web")
+    password = settings.password or os.environ.get("ATOMTUNE_PASSWORD")
+    _refuse(settings, password)
+    console = Console()
+    tuned = load_tuned(
+        settings,
+        console,
+        adapter_path=settings.adapter_path,
+        system=settings.system,
+        other_base=settings.other_base,
+    )
+    from atomtune.serve.page import page_of
+
+    page = page_of(tuned, settings)
+    page.launch(host=settings.host, port=settings.port, login=(USER, password) if password else None)
+    address = f"http://{own_address(settings.host)}:{settings.port}"
+    console.say(f"\nready: {address}  Ctrl-C stops it.")
+    if password:
+        console.say(f"The page asks for the name {USER} and the password.")
+    try:
+        page.wait(opens=address if settings.open else None)
+    except KeyboardInterrupt:
+        console.say("\nstopped.")
+    finally:
+        page.close()
+    return 0
+
+
+def _refuse(settings: WebSettings, password: str | None) -> None:
+    """Raise BadSettings with all that stands against it, before anything is loaded."""
+    problems = []
+    if not only_this_machine(settings.host) and not password:
+        problems.append(
+            f"--host {settings.host}: other machines could use the model. Pass --password, or set ATOMTUNE_PASSWORD."
+        )
+    if port_in_use(settings.host, settings.port):
+        problems.append(f"--port {settings.port}: another program listens there. Pass another port.")
+    if problems:
+        raise BadSettings(problems)

@@ -1,0 +1,202 @@
+"""The page of `atomtune web`, clicked through in a real browser; its server is the command's own process."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from atomtune import load
+from atomtune.engines.server_process import free_port
+from tests.conftest import DIALOGUES
+from tests.trained import train_by_heart
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("gradio", reason="needs the extra web")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
+#: Without these a browser asks its maker's servers for things of its own.
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+class Web:
+    """A running `atomtune web`."""
+
+    def __init__(self, *words: str) -> None:
+        self.port = free_port()
+        command = [sys.executable, "-m", "atomtune", "web", *words, "--port", str(self.port), "--dtype", "float32"]
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            env={**os.environ, "COLUMNS": "200"},
+        )
+        self.lines: list[str] = []
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if line.startswith("ready: "):
+                return
+        raise AssertionError("".join(self.lines))
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def end(self) -> int:
+        self.process.send_signal(signal.SIGINT)
+        self.process.communicate(timeout=30)
+        return self.process.returncode
+
+
+@pytest.fixture(scope="module")
+def web(by_heart) -> Iterator[Web]:
+    served = Web("--adapter_path", str(by_heart), "--max_new_tokens", "40")
+    yield served
+    assert served.end() == 0
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["playwright.Browser"]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=BROWSER, args=QUIET)
+        yield browser
+        browser.close()
+
+
+class Tab:
+    """A page in the browser, and all that it asked for and complained of."""
+
+    def __init__(self, page: "playwright.Page", address: str) -> None:
+        self.page, self.address = page, address
+        self.foreign: list[str] = []
+        self.errors: list[str] = []
+        page.on("request", self._note)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
+        page.goto(address)
+        page.wait_for_selector("#typed textarea")
+
+    def _note(self, request: "playwright.Request") -> None:
+        if not request.url.startswith((self.address, "data:", "blob:")):
+            self.foreign.append(request.url)
+
+    def ask(self, question: str) -> None:
+        self.page.fill("#typed textarea", question)
+        self.page.press("#typed textarea", "Enter")
+
+    def shows(self, side: str, text: str) -> None:
+        playwright.expect(self.page.locator(f"#{side}")).to_contain_text(text, timeout=20_000)
+
+    def settings(self) -> None:
+        self.page.click(".sidebar .toggle-button")
+        self.page.wait_for_selector("#compare input", state="visible")
+
+
+@pytest.fixture
+def opened(browser, web) -> Iterator[Callable[..., Tab]]:
+    contexts = []
+
+    def opened(**options: object) -> Tab:
+        contexts.append(
+            browser.new_context(**{"locale": "en-US", "viewport": {"width": 1280, "height": 800}, **options})
+        )
+        return Tab(contexts[-1].new_page(), web.address)
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+@needs_browser
+def test_a_question_is_answered_as_in_chat_and_no_other_machine_is_asked(opened, by_heart):
+    tuned = load(by_heart, dtype="float32")
+    tab = opened(locale="zh-CN")
+    assert "微调后" in tab.page.inner_text("#tuned")
+    assert "输入消息" in tab.page.get_attribute("#typed textarea", "placeholder")
+    for question in ("晚安", "今天天气怎么样？"):
+        tab.ask(question)
+        tab.shows("tuned", tuned.chat(question).replace("\n", ""))
+        tab.page.click("#new")
+        playwright.expect(tab.page.locator("#tuned .message")).to_have_count(0)
+    assert tab.foreign == [] and tab.errors == []
+
+
+@needs_browser
+def test_the_base_answers_beside_it(opened):
+    tab = opened()
+    assert not tab.page.is_visible("#base")
+    tab.settings()
+    tab.page.check("#compare input")
+    tab.ask("晚安")
+    tab.shows("tuned", "晚安，愿你好梦。")
+    tab.shows("base", "晚安")
+    playwright.expect(tab.page.locator("#base .message.bot")).to_have_count(1, timeout=20_000)
+    assert "愿你好梦" not in tab.page.inner_text("#base")
+
+
+@needs_browser
+def test_an_answer_is_asked_again_and_a_question_is_changed(opened):
+    tab = opened()
+    tab.ask("晚安")
+    tab.shows("tuned", "晚安，愿你好梦。")
+    tab.page.click("#tuned [aria-label='Retry'], #tuned button[title='Retry']")
+    playwright.expect(tab.page.locator("#tuned .message.bot")).to_have_count(1, timeout=20_000)
+    tab.shows("tuned", "晚安，愿你好梦。")
+    tab.page.click("#tuned [aria-label='Edit'], #tuned button[title='Edit']")
+    tab.page.fill("#tuned textarea", "Who are you?")
+    tab.page.click("#tuned [aria-label='Submit'], #tuned button[title='Submit']")
+    tab.shows("tuned", "I keep the light.")
+    assert "晚安" not in tab.page.inner_text("#tuned")
+    tab.page.click("#new")
+    playwright.expect(tab.page.locator("#tuned .message")).to_have_count(0)
+
+
+@needs_browser
+def test_a_stopped_answer_stays_and_the_next_question_is_answered(browser, models, tmp_path):
+    """An adapter of one step has learned no stop token, so its answers go on until they are stopped."""
+    base = Path(shutil.copytree(models("llama"), tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20_000}))
+    endless = train_by_heart(base, tmp_path, DIALOGUES, steps=1)
+    web = Web("--adapter_path", str(endless), "--max_new_tokens", "10000")
+    page = browser.new_page(locale="en-US")
+    tab = Tab(page, web.address)
+    for count in (1, 2):
+        tab.ask("晚安")
+        page.locator("#typed [data-testid='stop-button']").dispatch_event("click")
+        page.wait_for_selector("#typed [data-testid='submit-button']", timeout=5_000)
+        playwright.expect(page.locator("#tuned .message.bot")).to_have_count(count)
+    page.close()
+    assert web.end() == 0
+
+
+@needs_browser
+def test_text_that_looks_like_a_tag_is_shown(opened):
+    tab = opened()
+    tab.ask("</s><b>晚安</b>")
+    tab.shows("tuned", "</s><b>晚安</b>")
+
+
+@needs_browser
+def test_a_conversation_is_saved_as_a_record_that_training_reads(opened, tmp_path):
+    tab = opened()
+    tab.ask("晚安")
+    tab.shows("tuned", "晚安，愿你好梦。")
+    with tab.page.expect_download() as download:
+        tab.page.click("#save")
+    saved = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
+    assert [message["content"] for message in saved["messages"]] == ["晚安", "晚安，愿你好梦。"]
