@@ -74,6 +74,23 @@ def test_one_that_ignores_the_signal_is_killed(monkeypatch):
     assert all(map(gone, pids))
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a timer's signal stands for the second Ctrl-C")
+def test_a_second_ctrl_c_while_it_is_asked_to_end_kills_it_at_once():
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    pids: tuple[int, ...] = ()
+    try:
+        with pytest.raises(KeyboardInterrupt), server(STUBBORN) as running:
+            pids = pids_of(running)
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert pids and all(gone(pid, within=2) for pid in pids)
+
+
 def test_one_that_fails_to_start_is_told_by_its_last_words():
     failing = server("import sys; print('no such model'); sys.exit(3)")
     with pytest.raises(RunFailed, match=r"exit code 3(.|\n)*no such model"), failing:

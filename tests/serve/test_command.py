@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,7 @@ class Served:
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0)
 
     def children(self) -> list[int]:
-        listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return [int(pid) for pid in listed.split()]
+        return children_of(self.process.pid)
 
     def __enter__(self) -> "Served":
         return self
@@ -66,6 +66,11 @@ class Served:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             self.process.wait(30)
+
+
+def children_of(pid: int) -> list[int]:
+    """As Linux lists them."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def answers(client: "openai.OpenAI", model: str, messages: list[dict]) -> tuple[str, str, int]:
@@ -111,6 +116,55 @@ def test_an_openai_client_gets_chats_answers_from_transformers_serve(adapter):
     assert served.process.returncode == 0 and all(map(gone, children))
 
 
+def view_folders(temporary: Path) -> list[Path]:
+    """The folders in which an engine finds base and adapter together."""
+    return list(temporary.glob("atomtune-serve-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="children are listed as Linux lists them")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_whatever_signal_ends_a_server_no_process_and_no_folder_stays(by_heart, tmp_path, name):
+    """Ctrl-C, a service manager, a terminal that is closed."""
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    words = ["--adapter_path", str(by_heart), "--no_certify"]
+    with Served(*words, environment={"TMPDIR": str(tmp_path)}) as served:
+        children = served.children()
+        assert children and view_folders(tmp_path)
+        served.process.send_signal(signal.Signals[name])
+        assert served.process.wait(30) == 0
+    assert all(map(gone, children)) and not view_folders(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="children are listed as Linux lists them")
+def test_ctrl_c_while_the_engine_is_certified_leaves_nothing(adapter, tmp_path):
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "atomtune", "serve", "--adapter_path", str(adapter), "--port", str(free_port())],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    started = next(line for line in process.stdout if line.startswith("starting transformers"))
+    assert started
+    children = wait_for_children(process.pid)
+    process.send_signal(signal.SIGINT)
+    assert "stopped by a signal" in process.stdout.read()
+    assert process.wait(30) == 75
+    assert all(map(gone, children)) and not view_folders(tmp_path)
+
+
+def wait_for_children(pid: int, within: float = 30) -> list[int]:
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        if children := children_of(pid):
+            return children
+        time.sleep(0.05)
+    raise AssertionError("no engine was started")
+
+
 @pytest.mark.slow
 def test_a_gguf_is_served_by_llama_cpp_with_a_key_that_it_enforces(by_heart, tmp_path):
     pytest.importorskip("xllamacpp", reason="needs the extra gguf")
@@ -126,8 +180,9 @@ def test_a_gguf_is_served_by_llama_cpp_with_a_key_that_it_enforces(by_heart, tmp
             assert whole == streamed == tuned.chat(messages, max_new_tokens=40)
         with pytest.raises(openai.AuthenticationError):
             answers(served.client("another"), file.stem, CONVERSATIONS[0])
-        assert "a-key" not in Path(f"/proc/{served.children()[0]}/cmdline").read_text()
-    assert served.process.returncode == 0
+        children = served.children()
+        assert "a-key" not in Path(f"/proc/{children[0]}/cmdline").read_text()
+    assert served.process.returncode == 0 and all(map(gone, children))
 
 
 @pytest.mark.parametrize(

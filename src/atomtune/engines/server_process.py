@@ -108,10 +108,12 @@ class ServerProcess:
         process = self.process
         if process is not None:
             _signal_group(process, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(ENDS_WITHIN)
-            _signal_group(process, getattr(signal, "SIGKILL", signal.SIGTERM))
-            process.wait()
+            try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(ENDS_WITHIN)
+            finally:  # a second Ctrl-C during that wait must not leave the engine behind
+                _signal_group(process, getattr(signal, "SIGKILL", signal.SIGTERM))
+                process.wait()
         self.output.close()
         self.process = None
 
