@@ -24,7 +24,7 @@ def requirements() -> dict[str, str]:
 
 def main() -> None:
     lines = []
-    for name in sorted(requirements(), key=str.lower):
+    for name in sorted(requirements().keys() - {"atomtune"}, key=str.lower):  # an extra may name others of our own
         try:
             installed = version(name)
         except PackageNotFoundError:

@@ -52,8 +52,8 @@ def test_the_whole_page_shows_every_setting_once():
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_every_page_has_two_examples_and_the_exit_codes(command):
-    assert page(command).count(f"\n  atomtune {command} ") == 2
+def test_every_page_has_examples_and_the_exit_codes(command):
+    assert page(command).count(f"\n  atomtune {command} ") >= 2
     codes = page(command).partition("Exit codes:")[2]
     assert all(f" {code}  " in codes for code in map(int, ExitCode))
 
