@@ -81,8 +81,11 @@ class Page:
             **{language: {key: pair[place] for key, pair in WORDS.items()} for language, place in _LANGUAGES.items()}
         )
         self._stops: dict[str | None, threading.Event] = {}  # by browser tab
+        self._saved = tempfile.TemporaryDirectory(prefix="atomtune-web-")
         title = f"atomtune: {tuned.folder.resolve().name}"
-        with gradio.Blocks(title=title, analytics_enabled=False, fill_height=True) as self.blocks:
+        # delete_cache: Gradio's own copies of what was saved go when they are an hour old, and when the page ends.
+        options: dict[str, Any] = {"analytics_enabled": False, "fill_height": True, "delete_cache": (600, 3600)}
+        with gradio.Blocks(title=title, **options) as self.blocks:
             gradio.Markdown(about(tuned), elem_classes="about")
             with gradio.Sidebar(label=self._word("settings"), open=False, position="right"):
                 self._lay_settings(settings)
@@ -199,7 +202,7 @@ class Page:
         if not values[self.exchanges]:
             return gradio.DownloadButton(visible=False)
         conversation = conversation_of(self.tuned, values[self.exchanges], values[self.system] or None)
-        file = Path(tempfile.mkdtemp()) / "conversation.jsonl"
+        file = Path(tempfile.mkdtemp(dir=self._saved.name)) / "conversation.jsonl"
         conversation.save(file)
         return gradio.DownloadButton(value=str(file), visible=True)
 
@@ -295,6 +298,7 @@ class Page:
         for stop in list(self._stops.values()):
             stop.set()
         self.blocks.close(verbose=False)
+        self._saved.cleanup()
 
 
 def page_of(tuned: TunedModel, settings: WebSettings) -> Page:
