@@ -40,6 +40,22 @@ def spoil(folder, change) -> str:
     return first
 
 
+def test_a_saved_adapter_that_holds_the_output_matrix_too_is_read(models, tmp_path):
+    # PEFT writes it where the output layer has an adapter; this tool does not.
+    lora = LoraSpec(rank=4, alpha=8, dropout=0.0, targets=["all-linear", "lm_head"])
+    model = new_adapter(base(models), lora)
+    torch.nn.init.normal_(model.base_model.model.lm_head.lora_B["default"].weight)
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        type(model).save_pretrained(model, tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert all("lora_" in name for name in ours) and len(ours) < len(theirs)
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        for folder in ("ours", "theirs"):
+            assert torch.equal(load_trained(base(models), tmp_path / folder)(ids).logits, model.eval()(ids).logits)
+
+
 def test_a_saved_adapter_answers_as_it_did(models, saved):
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():

@@ -4,12 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atomtune.cli import main
+from atomtune.model.adapter import load_trained
+from atomtune.model.adapter_folder import template_of
+from atomtune.model.generate import prompt_ids
 from atomtune.model.token_rows import looks_untrained
 from tests.conftest import write_jsonl
 from tests.tiny import build
+from tests.trained import train_by_heart
 
 RECORDS = [{"instruction": "说早", "output": "早上好"}, {"instruction": "say lumen", "output": "lumen"}]
 
@@ -53,6 +58,47 @@ def test_where_no_text_has_such_a_token_the_base_works_and_it_is_said(base, tmp_
     capsys.readouterr()
     assert main([*chat, "--prompt", "lumen"]) == 2
     assert "The text has the token lumen" in capsys.readouterr().err
+
+
+def with_equal_rows(folder: Path, *, tied: bool = False) -> tuple[int, int]:
+    """Give a base's stop token the rows of another; the ids of both."""
+    build("qwen3", folder, tie_word_embeddings=tied)
+    stop, other = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+            matrix[stop] = matrix[other]
+    model.save_pretrained(folder)
+    return stop, other
+
+
+@pytest.mark.parametrize(("targets", "stops"), [("all-linear", False), ("all-linear,lm_head", True)])
+def test_a_base_whose_stop_token_was_never_trained_learns_to_stop_with_its_output_matrix(
+    tmp_path, capsys, targets, stops
+):
+    # The way out that the notice names. Two equal rows have equal logits whatever LoRA does to the layers before.
+    stop, other = with_equal_rows(tmp_path / "base")
+    out = train_by_heart(tmp_path / "base", tmp_path, RECORDS[:1], "--lora_targets", targets)
+    streams = capsys.readouterr()
+    notice = " ".join((streams.out + streams.err).split())
+    assert ("The ways out: train the output matrix too (--lora_targets all-linear,lm_head)" in notice) != stops
+    template, _ = template_of(out, trust_remote_code=False)
+    ids = prompt_ids(template, [{"role": "user", "content": "说早"}])
+    ids += template.tokenizer("早上好", add_special_tokens=False)["input_ids"]
+    model = load_trained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), out)
+    logits = model(torch.tensor([ids])).logits[0, -1]
+    assert (int(logits.argmax()) == stop and logits[stop] > logits[other] + 1) == stops
+    assert logits[stop] == logits[other] or stops
+    assert all("lora_" in name for name in load_file(out / "adapter_model.safetensors")), "nothing of the base"
+    assert main(["merge", "--adapter_path", str(out), "--output_dir", str(tmp_path / "merged")]) == 0
+
+
+def test_where_output_matrix_and_embedding_are_one_the_notice_names_no_way_that_is_refused(tmp_path, capsys):
+    with_equal_rows(tmp_path / "base", tied=True)
+    train_by_heart(tmp_path / "base", tmp_path, RECORDS[:1], steps=1)
+    streams = capsys.readouterr()
+    notice = " ".join((streams.out + streams.err).split())
+    assert "The ways out: start from the instruct model of this family" in notice
 
 
 @pytest.mark.parametrize("rows", ["those of others", "zero", "trained"])

@@ -3,10 +3,11 @@
 Stands on PEFT; LoRA: Hu et al. 2021, arXiv 2106.09685.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -22,6 +23,7 @@ from atomtune.model.experts import count_of, endings, experts_of
 from atomtune.model.load_errors import explained
 from atomtune.model.lora_targets import (
     ALL_LINEAR,
+    adapted_by,
     all_linear,
     for_text,
     matched,
@@ -43,11 +45,8 @@ class LoraSpec:
 
 def new_adapter(base: CausalLM, lora: LoraSpec) -> PeftModel:
     """Wrap the base in a fresh LoRA adapter: B is zero, so the model still answers as the base."""
-    targets = lora.targets
-    if list(targets) == [ALL_LINEAR]:
-        targets = shortest(base, set(all_linear(base).adapted))
-    else:
-        targets = for_text(base, targets)
+    has_all = ALL_LINEAR in lora.targets
+    targets = shortest(base, adapted_by(base, lora.targets)) if has_all else for_text(base, lora.targets)
     tensors: Sequence[str] = ()
     if lora.experts:
         targets = [*targets, *experts_of(base).layers]
@@ -67,6 +66,23 @@ def new_adapter(base: CausalLM, lora: LoraSpec) -> PeftModel:
         raise BadSettings([f"--lora_targets: {error}"]) from error
     if tensors:
         _drop_out_layers(model, lora.dropout)
+    return _saved_without_base(model)
+
+
+def adapter_tensors(model: PeftModel, adapter: str = "default") -> dict[str, torch.Tensor]:
+    """The adapter's own tensors by the names that PEFT saves them under, none of the base's."""
+    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        model, adapter_name=adapter, save_embedding_layers=False
+    )
+    return tensors
+
+
+def _saved_without_base(model: PeftModel) -> PeftModel:
+    """The model, which saves its adapter alone.
+
+    Where the output matrix has an adapter, PEFT saves that matrix too: a gigabyte a checkpoint, which vLLM refuses.
+    """
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
     return model
 
 
@@ -78,7 +94,7 @@ def expert_tensors(base: CausalLM, targets: Sequence[str]) -> list[str]:
     experts = experts_of(base)
     if not experts:
         raise BadSettings(["--lora_experts: this model has no experts. Leave it out."])
-    shared = all_linear(base).shared if list(targets) == [ALL_LINEAR] else ()
+    shared = all_linear(base).shared if ALL_LINEAR in targets else ()
     return [*experts.tensors, *(f"{name}.weight" for name in shared)]
 
 
@@ -128,7 +144,7 @@ def start_from_weights(base: CausalLM, file: Path, lora: LoraSpec, *, notice: Ca
         weights = _named_as_in(base, weights)
         model = new_adapter(base, _spec_in(weights, file, base, lora, notice=notice))
     _fill(model, weights, file)
-    return model
+    return _saved_without_base(model)
 
 
 def _spec_in(
@@ -182,16 +198,19 @@ def _notice_unused(config: LoraConfig, base: CausalLM, lora: LoraSpec, *, notice
         notice(f"--lora_experts {str(lora.experts).lower()} is not used: the checkpoint's adapter {state}.")
     if not isinstance(config.target_modules, set | list):  # a pattern
         return
-    wanted = all_linear(base).adapted if list(lora.targets) == [ALL_LINEAR] else lora.targets
     adapted = matched(base, config.target_modules)
-    if adapted != matched(base, wanted):
+    if adapted != adapted_by(base, lora.targets):
         names = ",".join(shortest(base, adapted))
         notice(f"--lora_targets {','.join(lora.targets)} is not used: the checkpoint's adapter has {names}.")
 
 
 def _fill(model: PeftModel, weights: Mapping[str, torch.Tensor], file: Path, adapter: str = "default") -> None:
     """Load every tensor of a file, or name each one that does not fit. Nothing is left as it was initialized."""
-    own = get_peft_model_state_dict(model, adapter_name=adapter)
+    own = adapter_tensors(model, adapter)
+    if weights.keys() - own.keys():  # PEFT itself writes the whole output matrix too where it has an adapter
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            own |= get_peft_model_state_dict(model, adapter_name=adapter)
     problems = [f"{name}: not in the file" for name in own.keys() - weights.keys()]
     problems += [f"{name}: not in this model" for name in weights.keys() - own.keys()]
     for name in own.keys() & weights.keys():
@@ -246,7 +265,7 @@ def load_another(model: PeftModel, folder: Path, name: str) -> None:
 
 def refuse_unlike(folder: Path, model: PeftModel) -> None:
     """Raise RunFailed when the adapter in a folder is not, bit by bit, the one in memory."""
-    written, own = read_weights(folder / WEIGHTS), get_peft_model_state_dict(model)
+    written, own = read_weights(folder / WEIGHTS), adapter_tensors(model)
     unlike = [name for name, tensor in own.items() if name not in written or not _same_bits(written[name], tensor)]
     unlike += sorted(written.keys() - own.keys())
     if unlike:
@@ -273,7 +292,7 @@ def refuse_not_finite(model: nn.Module) -> None:
 
 def refuse_empty(model: PeftModel) -> None:
     """Raise RunFailed when a trained adapter would change nothing."""
-    tensors: dict[str, Any] = get_peft_model_state_dict(model)
+    tensors = adapter_tensors(model)
     if not any(bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name):
         raise RunFailed(
             "The adapter is empty: after training every B matrix is still zero, so it would change nothing.\n"

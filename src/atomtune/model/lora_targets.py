@@ -243,18 +243,20 @@ def _peft_takes(model_type: str, name: str, *, as_tensor: bool = False) -> bool:
 
 
 def match_targets(base: CausalLM, targets: Sequence[str]) -> dict[str, int]:
-    """How many modules each target name matches; for all-linear, every kind of linear layer and its count.
+    """How many modules each target name matches; of all-linear, every kind of linear layer and its count.
 
     Raises BadSettings when a named target matches none, with the names that exist, and when it matches what LoRA
     cannot adapt here: an embedding, a whole block, or an output layer that is the embedding (tied weights).
     """
-    if list(targets) == [ALL_LINEAR]:
+    counts: dict[str, int] = {}
+    if ALL_LINEAR in targets:
         adapted = Counter(_last_part(name) for name in all_linear(base).adapted)
         if not adapted:
             raise BadModel("The base has no linear layer that LoRA could adapt.")
-        return dict(sorted(adapted.items()))
+        counts |= sorted(adapted.items())
+    targets = [target for target in targets if target != ALL_LINEAR]
     kinds = Counter(_last_part(name) for name in linear_names(base))
-    counts = {target: len(matched(base, [target])) for target in targets}
+    counts |= {target: len(matched(base, [target])) for target in targets}
     problems = []
     if missing := [target for target, count in counts.items() if not count]:
         problems.append(f"--lora_targets: no module is called {', '.join(missing)}.")
@@ -293,6 +295,12 @@ def matched(base: CausalLM, targets: Collection[str]) -> set[str]:
         if any(name == target or name.endswith(f".{target}") for target in targets):
             names.add(name)
     return names
+
+
+def adapted_by(base: CausalLM, targets: Collection[str]) -> set[str]:
+    """The full names of the layers that targets mean, all-linear among them."""
+    names = matched(base, targets)
+    return names.union(all_linear(base).adapted) if ALL_LINEAR in targets else names
 
 
 def for_text(base: CausalLM, targets: Sequence[str]) -> Sequence[str]:

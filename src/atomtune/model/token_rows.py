@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from atomtune.data.tokenizer import Tokenizer
@@ -79,18 +80,25 @@ def say_untrained_stop(base: CausalLM, tokenizer: Tokenizer, stop: str, *, notic
     """Say that the stop token's row was never trained, where it is zero or that of another token too.
 
     A base beside an instruct model often has such an end mark. Its row tells the model nothing, and an output matrix
-    that has the row twice cannot tell the two tokens apart.
+    that has the row twice cannot tell the two tokens apart. One that LoRA adapts learns to: the row is trained.
     """
     token_id = tokenizer.convert_tokens_to_ids(stop)
-    for matrix, layer in (("embedding", base.get_input_embeddings()), ("output matrix", base.get_output_embeddings())):
+    embedding: Any = base.get_input_embeddings()
+    output: Any = base.get_output_embeddings()
+    if isinstance(output, LoraLayer):
+        return
+    for matrix, layer in (("embedding", embedding), ("output matrix", output)):
         weight = getattr(layer, "weight", None)
         if weight is None or weight.dim() != 2 or weight.device.type == "meta" or token_id >= len(weight):
             continue
         if looks_untrained(weight, token_id):
+            is_own = output is not None and output.weight is not embedding.weight
+            train_it = "train the output matrix too (--lora_targets all-linear,lm_head), " if is_own else ""
             notice(
                 f"the stop token {stop} looks never trained: its row of the {matrix} is zero or that of other tokens. "
-                "LoRA does not change this row, so answers may not stop. Train the instruct model of this family, or "
-                "pass another --template: plain ends answers with the tokenizer's end-of-text token."
+                f"LoRA does not change this row, so answers may not stop. The ways out: {train_it}start from the "
+                "instruct model of this family, or pass another --template: plain ends answers with the tokenizer's "
+                "end-of-text token."
             )
             return
 

@@ -241,7 +241,8 @@ class LoraSettings:
     )
     lora_targets: list[str] = setting(
         ["all-linear"],
-        "which layers get an adapter, by name, as q_proj v_proj; all-linear: every linear layer but the output layer",
+        "which layers get an adapter, by name, as q_proj v_proj; all-linear: every linear layer but the output layer, "
+        "which all-linear,lm_head has too",
         value="LAYER",
     )
     lora_experts: bool = setting(

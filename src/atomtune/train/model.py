@@ -4,10 +4,16 @@ from collections import Counter
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
 
 from atomtune.errors import BadSettings
-from atomtune.model.adapter import LoraSpec, expert_tensors, new_adapter, parameter_counts, start_from_weights
+from atomtune.model.adapter import (
+    LoraSpec,
+    adapter_tensors,
+    expert_tensors,
+    new_adapter,
+    parameter_counts,
+    start_from_weights,
+)
 from atomtune.model.adapter_folder import AdapterMetadata, adapter_file
 from atomtune.model.adapter_keys import refuse_unread
 from atomtune.model.auto_class import auto_class
@@ -55,7 +61,7 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
     _refuse_too_few_positions(base, longest_tokens)
     model = _new_adapter(run, base) if isinstance(run.start, Fresh) else _adapter_of_start(run, base, run.start)
     refuse_unread(
-        get_peft_model_state_dict(model),
+        adapter_tensors(model),
         str(run.settings.model.model_path),
         trust_remote_code=run.settings.model.trust_remote_code,
     )
@@ -114,7 +120,7 @@ def _say_frozen(run: RunContext, base: Any, lora: LoraSpec) -> None:
     frozen = []
     reached = all_linear(base)
     adapted = {name.rpartition(".")[2] for name in reached.shared} if lora.experts else set()
-    for name, why in reached.left_out.items() if list(lora.targets) == [ALL_LINEAR] else ():
+    for name, why in reached.left_out.items() if ALL_LINEAR in lora.targets else ():
         share = sum(count for weight, count in weights.items() if f".{name}." in weight) / sum(weights.values())
         if name not in adapted:
             frozen.append(
