@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from atomtune.certify.comparison import Outcome, compare
 from atomtune.certify.prompts import CertPrompt, choose_prompts
 from atomtune.certify.reference import Expected, expect, free_memory
-from atomtune.choices import EngineName
+from atomtune.choices import EngineName, Quantize
 from atomtune.console import Console
 from atomtune.data.cache import Rules, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template
@@ -25,10 +25,10 @@ from atomtune.engines.vllm_serve import refuse_without_packages as refuse_withou
 from atomtune.errors import BadSettings, CheckFailed
 from atomtune.evaluate.run_folder import run_records
 from atomtune.model.adapter import load_trained
-from atomtune.model.adapter_folder import base_of, template_of
+from atomtune.model.adapter_folder import CONFIG, AdapterMetadata, base_of, template_of
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.generate import stop_ids
-from atomtune.model.load import BaseSpec, device_in_use, load_base, quiet_libraries, resolve_dtype
+from atomtune.model.load import BaseSpec, device_in_use, load_base, load_dequantized, quiet_libraries, resolve_dtype
 from atomtune.settings.fields import CertifySettings
 
 CERTIFICATE = "certificate.json"
@@ -103,13 +103,26 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
     dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=console.notice)
     dtype_name = str(dtype).removeprefix("torch.")
     console.say(f"{len(prompts)} prompts ({_kinds(prompts)}), answered by {adapter} in {dtype_name} …")
-    base = load_base(BaseSpec(**{**settings.base(), "path": base_path}, dtype=dtype, device=device))
+    spec = BaseSpec(**{**settings.base(), "path": base_path}, dtype=dtype, device=device)
+    merged_in = _merged_in(settings, metadata)
+    base = load_dequantized(replace(spec, quantize=merged_in)) if merged_in else load_base(spec)
     model = load_trained(base, adapter).eval()
     expected = expect(model, prompts, template, max_new_tokens=settings.max_new_tokens)
     stops = stop_ids(model, template)
     del model, base
     free_memory()
     return TrainedSide(template, expected, stops, dtype_name, settings.max_new_tokens, max_tokens)
+
+
+def _merged_in(settings: CertifySettings, metadata: AdapterMetadata) -> Quantize | None:
+    """How the base's weights were rounded before a merge, for what is served; a GGUF is made as `merge` merges."""
+    if settings.served is None or not metadata.quantize:
+        return None
+    folder = Path(settings.served)
+    if folder.suffix == ".gguf":
+        return metadata.quantize
+    merged = AdapterMetadata.load(folder)
+    return merged.quantize if merged and not (folder / CONFIG).is_file() else None
 
 
 def _kinds(prompts: Sequence[CertPrompt]) -> str:

@@ -97,6 +97,7 @@ def _certify(settings: ExportSettings, file: Path, console: Console) -> None:
     """Start llama.cpp on the file, write the certificate beside it. Raises CheckFailed where it does not hold."""
     certify_settings = CertifySettings(
         adapter_path=settings.adapter_path,
+        served=str(file),
         model_path=settings.model_path,
         other_base=settings.other_base,
         trust_remote_code=settings.trust_remote_code,

@@ -16,18 +16,27 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 
+from atomtune.choices import Quantize
 from atomtune.console import Console
 from atomtune.data.encoding.chat_template import Template
 from atomtune.disk import disk_failed, filled, is_free
 from atomtune.errors import BadSettings, CheckFailed, listing
 from atomtune.export.carried_tensors import carry_over, changed
-from atomtune.model.adapter import load_trained
+from atomtune.export.weighted import Weighted, load_weighted, weighted
 from atomtune.model.adapter_folder import AdapterMetadata, base_of, template_of
 from atomtune.model.agreement import Measure, another_plain_way, distribution_measures
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import folder_of, refuse_other_base
 from atomtune.model.generate import prompt_ids, ready_to_answer
-from atomtune.model.load import BaseSpec, dtype_name, load_base, quiet_libraries, stored_dtype
+from atomtune.model.load import (
+    BaseSpec,
+    dtype_name,
+    is_stored_quantized,
+    load_base,
+    load_dequantized,
+    quiet_libraries,
+    stored_dtype,
+)
 from atomtune.settings.fields import MergeSettings
 
 #: PEFT's part of a name, between a layer and what it wraps.
@@ -96,12 +105,14 @@ def write_merged(settings: MergeSettings, out: Path, console: Console) -> None:
 
     out  is not --output_dir, where nothing appears before it is proved
     """
-    trained = _trained_model(settings)
+    trained = _trained_model(settings, console)
 
     console.say(f"loading {trained.spec.path} in {dtype_name(trained.spec.dtype)} …")
-    base = load_base(trained.spec)
-    refuse_other_base(trained.spec.path, trained.metadata.base, anyway=settings.other_base, notice=console.notice)
-    console.say("merging …")
+    base = load_dequantized(trained.spec)
+    if len(trained.adapters) > 1:
+        console.say(f"merging {' + '.join(map(str, trained.adapters))} …")
+    else:
+        console.say("merging …")
     carried = _save_merged(base, trained, out, console)
     del base  # two models are loaded for the check, and memory for a third may be missing
 
@@ -118,24 +129,60 @@ def write_merged(settings: MergeSettings, out: Path, console: Console) -> None:
 
 @dataclass(frozen=True)
 class _TrainedModel:
-    """What is merged: an adapter, the base it belongs to, and the template its prompts are written with."""
+    """What is merged: adapters, the base they belong to, and the template that prompts are written with.
 
-    adapter: Path
+    stored_quantized  whether the base's own files are quantized
+    """
+
+    adapters: tuple[Weighted, ...]
     spec: BaseSpec
     template: Template
     metadata: AdapterMetadata
+    stored_quantized: bool
 
 
-def _trained_model(settings: MergeSettings) -> _TrainedModel:
-    adapter = Path(settings.adapter_path)
+def _trained_model(settings: MergeSettings, console: Console) -> _TrainedModel:
+    """Raises BadModel or BadSettings where the adapters do not go together, or with the base."""
+    adapters = weighted(settings.adapter_paths, settings.weights)
+    first, *others = (adapter.folder for adapter in adapters)
     trust = settings.trust_remote_code
-    template, metadata = template_of(adapter, trust_remote_code=trust)
-    base_path = base_of(adapter, settings.model_path)
+    template, metadata = template_of(first, trust_remote_code=trust)
+    base_path = base_of(first, settings.model_path)
+    refuse_other_base(base_path, metadata.base, anyway=settings.other_base, notice=console.notice)
+    for folder in others:
+        another_template, another = template_of(folder, trust_remote_code=trust)
+        refuse_other_base(base_path, another.base, anyway=settings.other_base, notice=console.notice)
+        if (another_template.source, another.instruction) != (template.source, metadata.instruction):
+            console.notice(
+                f"{folder} was trained with another chat template or shared instruction; the merged model has those of "
+                f"{first}."
+            )
+    quantize = None if settings.stored_base else metadata.quantize
     dtype = stored_dtype(base_path, trust_remote_code=trust)
     if settings.dtype != "auto":
         dtype = getattr(torch, settings.dtype)
-    spec = BaseSpec(path=base_path, dtype=dtype, device=CPU, trust_remote_code=trust)
-    return _TrainedModel(adapter, spec, template, metadata)
+    stored_quantized = is_stored_quantized(base_path, trust_remote_code=trust)
+    _say_quantized(quantize, metadata, stored_quantized=stored_quantized, console=console)
+    spec = BaseSpec(path=base_path, dtype=dtype, device=CPU, quantize=quantize, trust_remote_code=trust)
+    return _TrainedModel(adapters, spec, template, replace(metadata, quantize=quantize), stored_quantized)
+
+
+def _say_quantized(
+    quantize: Quantize | None, metadata: AdapterMetadata, *, stored_quantized: bool, console: Console
+) -> None:
+    """Which weights the merged model has where those of training were quantized."""
+    if quantize:
+        console.notice(
+            f"the adapter was trained on the base in {quantize}, so it is merged into the weights that training "
+            "had: quantized and unpacked again. --stored_base merges into the weights as they are stored."
+        )
+    elif metadata.quantize:
+        console.notice(
+            f"the adapter was trained on the base in {metadata.quantize} and is merged into the weights as they are "
+            "stored (--stored_base): the merged model is not quite the one that was trained."
+        )
+    if stored_quantized:
+        console.notice("the base's files are quantized; the merged model has their weights unpacked, and is larger.")
 
 
 def _save_merged(base: CausalLM, trained: _TrainedModel, out: Path, console: Console) -> tuple[str, ...]:
@@ -143,7 +190,7 @@ def _save_merged(base: CausalLM, trained: _TrainedModel, out: Path, console: Con
 
     Returns the names of tensors that the class does not load, which are copied from the base's files.
     """
-    merged = merge_weights(load_trained(base, trained.adapter))
+    merged = merge_weights(load_weighted(base, trained.adapters))
     ready_to_answer(merged, trained.template, notice=console.notice)
     merged.save_pretrained(out)
     tokenizer = trained.template.tokenizer
@@ -151,7 +198,9 @@ def _save_merged(base: CausalLM, trained: _TrainedModel, out: Path, console: Con
     tokenizer.save_pretrained(out)
     trained.metadata.save(out)
     folder = folder_of(trained.spec.path)
-    return carry_over(folder, out, loaded=merged.state_dict().keys()) if folder else ()
+    if folder is None or trained.stored_quantized:  # what transformers did not load there belongs to the packed weights
+        return ()
+    return carry_over(folder, out, loaded=merged.state_dict().keys())
 
 
 def _first_parts(names: Sequence[str]) -> list[str]:
@@ -160,8 +209,8 @@ def _first_parts(names: Sequence[str]) -> list[str]:
 
 def _check_written(trained: _TrainedModel, out: Path) -> tuple[Weights, Sequence[Measure]]:
     """Read the written folder back and compare it with base + adapter. Raises CheckFailed where they differ."""
-    adapted = load_trained(load_base(trained.spec), trained.adapter)
-    written = load_base(replace(trained.spec, path=str(out))).eval()
+    adapted = load_weighted(load_dequantized(trained.spec), trained.adapters)
+    written = load_base(replace(trained.spec, path=str(out), quantize=None)).eval()
     written_template, _ = template_of(out, trust_remote_code=trained.spec.trust_remote_code)
 
     weights = compare_weights(adapted, written)
@@ -202,6 +251,7 @@ def merge_weights(model: PeftModel) -> CausalLM:
         weight.data = weight.data.to(dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All adapters are already merged")
+        warnings.filterwarnings("ignore", message="Already following adapters")  # a layer has some of them only
         return model.merge_and_unload()  # takes PEFT's layers out
 
 
@@ -236,12 +286,13 @@ def compare_weights(adapted: PeftModel, written: CausalLM) -> Weights:
     change_wanted, change_written = 0.0, 0.0
     for name, layer in layers.items():
         base = _adapted_weight(layer).double()
-        delta = _delta(layer)
+        deltas = _deltas(layer)
+        delta = torch.stack(deltas).sum(0)
         merged = unchecked.pop(name, None)
         if merged is None or merged.shape != base.shape:
             problems.append(f"{name}: not in the written files as it should be")
             continue
-        problems += [f"{name}: {fault}" for fault in _not_nearest(merged, base, delta)]
+        problems += [f"{name}: {fault}" for fault in _not_nearest(merged, base, deltas)]
         change_written += ((merged.double() - base) * delta).sum().item()
         change_wanted += delta.square().sum().item()
 
@@ -270,12 +321,16 @@ def _unadapted_weights(adapted: PeftModel, layers: Collection[str]) -> dict[str,
     return weights
 
 
-def _delta(layer: LoraLayer) -> torch.Tensor:
-    """What LoRA adds to a matrix, in float64: scale * B A, written out here and not asked of PEFT's merging.
+def _deltas(layer: LoraLayer) -> list[torch.Tensor]:
+    """What each active adapter adds to a matrix."""
+    return [_delta(layer, name) for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _delta(layer: LoraLayer, name: str) -> torch.Tensor:
+    """What an adapter adds to a matrix, in float64: scale * B A, written out here and not asked of PEFT's merging.
 
     E experts, r the rank, I inputs, O outputs
     """
-    name = layer.active_adapters[0]
     if layer.lora_variant.get(name) is not None:  # DoRA and others have formulas of their own
         return layer.get_delta_weight(name).double()
     down, up = layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
@@ -290,12 +345,13 @@ def _delta(layer: LoraLayer) -> torch.Tensor:
     return delta.T if layer.fan_in_fan_out else delta
 
 
-def _not_nearest(merged: torch.Tensor, base: torch.Tensor, delta: torch.Tensor) -> list[str]:
-    """What is wrong with a merged matrix: numbers that are not the nearest to base + delta in its dtype."""
-    exact = base + delta
+def _not_nearest(merged: torch.Tensor, base: torch.Tensor, deltas: Sequence[torch.Tensor]) -> list[str]:
+    """What is wrong with a merged matrix: numbers that are not the nearest to base + all deltas in its dtype."""
+    exact = base + torch.stack(list(deltas)).sum(0)
+    largest = sum(float(delta.abs().max()) for delta in deltas)
     # Half a unit in the last place for the rounding, and the float32 sums before it.
     rounding = torch.finfo(merged.dtype).eps / 2 * exact.abs()
-    sums = 8 * torch.finfo(torch.float32).eps * (base.abs() + delta.abs().max())
+    sums = 8 * torch.finfo(torch.float32).eps * (base.abs() + largest)
     off_by = (merged.double() - exact).abs()
     wrong = int((off_by > rounding + sums).sum())
     if not wrong and bool(torch.isfinite(merged).all()):

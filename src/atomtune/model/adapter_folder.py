@@ -13,7 +13,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file
 
-from atomtune.choices import BASE
+from atomtune.choices import BASE, Quantize
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template, restore_template
 from atomtune.errors import BadModel
@@ -47,6 +47,7 @@ class AdapterMetadata:
     instruction: str | None = None  # the one nearly all records shared: chat's default
     data_hash: str = ""
     base: str = ""  # the fingerprint of the weights it was trained on
+    quantize: Quantize | None = None  # how training held them
     max_seq_length: Annotated[int, Field(ge=1)] = 256
 
     def save(self, folder: Path) -> None:

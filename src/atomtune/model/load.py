@@ -229,6 +229,26 @@ def load_base(spec: BaseSpec) -> CausalLM:
     return base
 
 
+def load_dequantized(spec: BaseSpec) -> CausalLM:
+    """The base with plain weights, as a training with spec.quantize computed with them: rounded, and unpacked again.
+
+    So is a base whose files are quantized. Raises BadModel where they cannot be unpacked.
+    """
+    base = load_base(spec)
+    if not getattr(base, "is_quantized", False):
+        return base
+    try:
+        plain: CausalLM = base.dequantize(dtype=spec.dtype)  # type: ignore[operator]  # nn.Module's attributes are tensors
+    except NotImplementedError:  # a way of quantizing that transformers cannot turn back
+        method = getattr(base.config.quantization_config, "quant_method", "quantized")
+        raise BadModel(
+            f"{spec.path}: its weights are stored as {method}, which cannot be unpacked to merge into them. Pass "
+            "--model_path with the base that is not quantized, and --other_base."
+        ) from None
+    plain.requires_grad_(False)
+    return plain
+
+
 def read_config(path: str, *, trust_remote_code: bool = False) -> Any:
     """transformers' config of a base. Raises BadModel where the path is no base, or its small files are broken."""
     with explained(path, "model"):
@@ -268,6 +288,11 @@ def stored_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype:
     # Vision-language checkpoints say it of the whole, of the text part, or of both.
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def is_stored_quantized(path: str, *, trust_remote_code: bool = False) -> bool:
+    """Whether a model's files hold packed weights, as its config says."""
+    return getattr(read_config(path, trust_remote_code=trust_remote_code), "quantization_config", None) is not None
 
 
 def embedding_rows(path: str, *, trust_remote_code: bool = False) -> int | None:

@@ -475,12 +475,31 @@ class InspectSettings(RecordSettings, TokenizerSettings):
 class MergeSettings(TokenizerSettings):
     """Merge"""
 
-    adapter_path: str = setting(..., "the output folder of a run, or one of its checkpoints", value="FOLDER")
+    adapter_path: str | list[str] = setting(
+        ...,
+        "the output folder of a run, or one of its checkpoints; several are added up as --weights says",
+        value="FOLDER",
+    )
+    weights: list[float] = setting(
+        [],
+        "with several adapters: how much of each, as 0.7 0.3; 0.5 0.5 is the mean of two, 1 1 their sum",
+        value="X",
+    )
+    stored_base: bool = setting(
+        False,
+        "for an adapter that was trained on a quantized base: merge into the base's weights as they are stored, not as "
+        "training rounded them",
+        rare=True,
+    )
     output_dir: str = setting(..., "folder for the merged model", value="FOLDER")
     other_base: bool = setting(
         False, "accept a base model whose weights are not those that the adapter was trained on", rare=True
     )
     dtype: Dtype = setting("auto", "number format of the merged weights; auto: as the base model is stored")
+
+    @property
+    def adapter_paths(self) -> list[str]:
+        return [self.adapter_path] if isinstance(self.adapter_path, str) else self.adapter_path
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -248,6 +248,7 @@ def _metadata(run: RunContext, template: Template, data: Data) -> AdapterMetadat
         data_hash=data.data_hash,
         max_seq_length=settings.data.max_tokens,
         base=fingerprint(str(settings.model.model_path)) or "",
+        quantize=settings.model.quantize,
     )
 
 

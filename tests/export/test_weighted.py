@@ -1,0 +1,152 @@
+"""Laws of weighted adapters: W + sum of weight * B A, checked against sums written out here; quantized bases too."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from atomtune.cli import main
+from atomtune.model.adapter import LoraSpec, new_adapter
+from atomtune.model.load import BaseSpec, load_base
+from tests.export.test_merge import CPU, adapter_on
+
+NAME = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def adapters(models, tmp_path_factory):
+    """Two adapters on one base: one on all layers at rank 4, one on down_proj alone at rank 2, both far from small."""
+    folder = tmp_path_factory.mktemp("adapters")
+    base = models("llama")
+    wide = adapter_on(base, folder / "wide", size=0.5)
+    model = new_adapter(
+        load_base(BaseSpec(path=str(base), dtype=torch.float32, device=CPU)),
+        LoraSpec(rank=2, alpha=16, dropout=0.0, targets=["down_proj"]),
+    )
+    draw = torch.Generator().manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data = 0.1 * torch.randn(weight.shape, generator=draw)
+    model.save_pretrained(folder / "narrow")
+    for file in wide.glob("token*"):
+        (folder / "narrow" / file.name).write_bytes(file.read_bytes())
+    return base, wide, folder / "narrow"
+
+
+def delta(adapter, name: str = NAME) -> torch.Tensor:
+    """alpha / r * B A of a saved adapter, in float64; zeros where it has none for this layer."""
+    config = PeftConfig.from_pretrained(adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    down, up = (tensors.get(f"base_model.model.{name}.lora_{part}.weight") for part in "AB")
+    return torch.zeros(1) if down is None else config.lora_alpha / config.r * (up.double() @ down.double())
+
+
+def weight_in(folder, name: str = NAME) -> torch.Tensor:
+    return AutoModelForCausalLM.from_pretrained(folder).get_parameter(f"{name}.weight").double()
+
+
+def assert_equal(merged: torch.Tensor, expected: torch.Tensor) -> None:
+    """Up to the sums in float32 and one rounding to it."""
+    merged, expected = merged.detach(), expected.detach()
+    assert torch.allclose(merged, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+
+
+def merge(out, *flags: str) -> int:
+    return main(["merge", "--output_dir", str(out), *flags])
+
+
+def test_the_sum_of_two_is_each_times_its_weight(adapters, tmp_path, capsys):
+    base, wide, narrow = adapters
+    assert merge(tmp_path / "m", "--adapter_path", str(wide), str(narrow), "--weights", "0.7", "-0.3") == 0
+    assert f"merging 0.7 × {wide} + -0.3 × {narrow}" in capsys.readouterr().out
+    for name in (NAME, "model.layers.0.self_attn.q_proj"):
+        expected = weight_in(base, name) + 0.7 * delta(wide, name) - 0.3 * delta(narrow, name)
+        assert_equal(weight_in(tmp_path / "m", name), expected)
+
+
+def test_one_adapter_may_be_added_in_part(adapters, tmp_path):
+    base, wide, _ = adapters
+    assert merge(tmp_path / "m", "--adapter_path", str(wide), "--weights", "0.5") == 0
+    expected = weight_in(base) + 0.5 * delta(wide)
+    assert_equal(weight_in(tmp_path / "m"), expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("wide", "narrow"), "--weights: missing for 2 adapters. Pass one each"),
+        (("wide", "narrow", "--weights", "1"), "--weights: 1 numbers for 2 adapters"),
+        (("wide", "wide", "--weights", "1", "1"), "names a folder twice"),
+        (("wide", "narrow", "--weights", "1", "much"), "--weights '1 much': expected numbers"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(adapters, tmp_path, capsys, flags, words):
+    _, wide, _ = adapters
+    folders = [str(wide.parent / flag) if flag in ("wide", "narrow") else flag for flag in flags]
+    assert merge(tmp_path / "m", "--adapter_path", *folders) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
+def test_what_is_no_sum_of_matrices_is_refused_with_a_weight(adapters, tmp_path, capsys):
+    _, wide, narrow = adapters
+    other = tmp_path / "dora"
+    other.mkdir()
+    for file in narrow.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    assert merge(tmp_path / "m", "--adapter_path", str(wide), str(other), "--weights", "1", "1") == 2
+    assert "DoRA" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def trained_in_nf4(models, tmp_path_factory):
+    pytest.importorskip("bitsandbytes")
+    from tests.conftest import DIALOGUES, write_jsonl
+
+    folder = tmp_path_factory.mktemp("nf4")
+    data = write_jsonl(folder / "data.jsonl", DIALOGUES)
+    base = models("llama")
+    flags = ["--quantize", "nf4", "--dtype", "float32", "--max_steps", "4", "--learning_rate", "1e-2"]
+    files = ["--model_path", str(base), "--dataset_path", str(data), "--output_dir", str(folder / "out")]
+    assert main(["train", *files, *flags]) == 0
+    return base, folder / "out"
+
+
+def test_an_adapter_of_a_quantized_base_is_merged_into_the_weights_that_training_had(trained_in_nf4, tmp_path, capsys):
+    base, adapter = trained_in_nf4
+    assert merge(tmp_path / "m", "--adapter_path", str(adapter)) == 0
+    assert "quantized and unpacked again" in " ".join(capsys.readouterr().out.split())
+    plain = load_base(BaseSpec(path=str(base), dtype=torch.float32, device=CPU, quantize="nf4"))
+    rounded = plain.dequantize(dtype=torch.float32).get_parameter(f"{NAME}.weight").double()
+    expected = rounded + delta(adapter)
+    assert not torch.allclose(rounded, weight_in(base), atol=1e-3), "nf4 rounds so much that the two bases differ"
+    assert_equal(weight_in(tmp_path / "m"), expected)
+    # What is certified is held against the same weights.
+    assert main(["certify", "--adapter_path", str(adapter), "--served", str(tmp_path / "m"), "--engine", "in-process",
+                 "--dtype", "float32", "--prompts", "3"]) == 0  # fmt: skip
+
+
+def test_stored_base_takes_the_weights_as_they_are_stored(trained_in_nf4, tmp_path, capsys):
+    base, adapter = trained_in_nf4
+    assert merge(tmp_path / "m", "--adapter_path", str(adapter), "--stored_base") == 0
+    assert "not quite the one that was trained" in " ".join(capsys.readouterr().out.split())
+    expected = weight_in(base) + delta(adapter)
+    assert_equal(weight_in(tmp_path / "m"), expected)
+
+
+def test_a_base_whose_files_are_quantized_is_unpacked(adapters, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    base, wide, _ = adapters
+    packed = load_base(BaseSpec(path=str(base), dtype=torch.float32, device=CPU, quantize="nf4"))
+    packed.save_pretrained(tmp_path / "packed")
+    flags = ("--adapter_path", str(wide), "--model_path", str(tmp_path / "packed"), "--other_base")
+    assert merge(tmp_path / "m", *flags) == 0
+    assert "the merged model has their weights unpacked" in " ".join(capsys.readouterr().out.split())
+    expected = packed.dequantize(dtype=torch.float32).get_parameter(f"{NAME}.weight").double() + delta(wide)
+    assert_equal(weight_in(tmp_path / "m"), expected)
+    assert "quantization" not in (tmp_path / "m" / "config.json").read_text()
