@@ -3,16 +3,22 @@
     python -m benchmarks.families                  prints the table
     python -m benchmarks.families --write          and writes it to docs/models.md
     python -m benchmarks.families qwen3_moe lfm2   some families
+    python -m benchmarks.families --json old.json  with another transformers, to be given to --beside here
 
 Each model is built with random weights, adapted with the default settings, and laid out as `train` lays it out. Its
-loss, log-probabilities and adapter gradients are compared with one record at a time by plain transformers + PEFT.
+loss, log-probabilities and adapter gradients are compared with one record at a time by plain transformers + PEFT. Where
+it is laid out as a tree, a step of records behind one beginning is timed beside the same step of padded rows, in turn.
 """
 
 import argparse
 import contextlib
+import copy
+import dataclasses
+import json
 import os
 import platform
 import signal
+import statistics
 import time
 import traceback
 import warnings
@@ -26,6 +32,8 @@ import torch
 import transformers
 
 from atomtune.batch.collate import Collator
+from atomtune.batch.row import padded_tokens
+from atomtune.batch.tree import graft
 from atomtune.data.records import Example
 from atomtune.errors import AtomtuneError
 from atomtune.model.adapter import LoraSpec, new_adapter
@@ -35,6 +43,7 @@ from atomtune.model.fused_lora import compute_together
 from atomtune.model.layout_support import carries_state, cut_of, why_padded, windows_of
 from atomtune.model.load import quiet_libraries
 from atomtune.model.lora_targets import match_targets
+from atomtune.model.loss import target_nats
 from atomtune.settings.fields import LoraSettings
 from atomtune.verify import Result, in_batches, one_at_a_time
 
@@ -42,6 +51,9 @@ PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 WORDS = 512
 #: A layout is called equal up to these, or up to so many times what two plain runs of the model differ by (float32).
 _EQUAL_LOSS, _EQUAL_GRADIENT, _TIMES_NOISE = 1e-5, 1e-4, 20.0
+
+#: What is timed: records behind one beginning, each with tokens of its own; so many pairs of steps.
+_TIMED_RECORDS, _TIMED_TRUNK, _TIMED_OWN, _PAIRS = 16, 200, range(24, 57), 3
 
 Values = dict[str, Any]
 _TOKENS: Values = {"vocab_size": WORDS, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -284,6 +296,7 @@ class Finding:
     apart: tuple[float, float, float] | None = None  # loss (relative), worst log-probability, worst gradient (relative)
     noise: tuple[float, float, float] = (0.0, 0.0, 0.0)  # the same of two plain runs
     adapted: str = ""
+    faster: float | None = None  # a step of padded rows takes so many times as long
     seconds: float = 0.0
 
     @property
@@ -340,7 +353,9 @@ def examine(family: str, values: Values) -> Finding:
     examples = some_examples()
     plain = one_at_a_time(model, examples)
     noise = _noise(model, examples, plain)
-    compute_together(model, input_ids=torch.zeros(1, 2, dtype=torch.long))
+    padded_model = copy.deepcopy(model)
+    for side in (model, padded_model):
+        compute_together(side, input_ids=torch.zeros(1, 2, dtype=torch.long))
     reason = why_padded(model)
     collator = Collator(
         layout="tree" if reason is None else "padded",
@@ -351,7 +366,40 @@ def examine(family: str, values: Values) -> Finding:
         carries_state=carries_state(model),
     )
     ours, _ = in_batches(model, examples, collator, per_batch=len(examples))
-    return Finding(family, class_name, collator.layout, reason or "", _apart(ours, plain), noise, adapted)
+    faster = None if reason else _times_faster(model, collator, padded_model)
+    return Finding(family, class_name, collator.layout, reason or "", _apart(ours, plain), noise, adapted, faster)
+
+
+def _times_faster(model: Any, collator: Collator, padded_model: Any) -> float:
+    """How many times as long as a step of a tree the same step in padded rows takes: the median of pairs."""
+    padded = dataclasses.replace(collator, layout="padded", carries_state=False)
+    batch, padded_batch = collator.lay(timed_examples()), padded.lay(timed_examples())
+    _step_seconds(model, batch)
+    _step_seconds(padded_model, padded_batch)
+    ratios = [_step_seconds(padded_model, padded_batch) / _step_seconds(model, batch) for _ in range(_PAIRS)]
+    return statistics.median(ratios)
+
+
+def timed_examples() -> list[Example]:
+    """Records behind one beginning; the second half of what each has of its own is learned."""
+    draw = Random(5)
+    trunk = tuple(draw.randrange(3, WORDS) for _ in range(_TIMED_TRUNK))
+    examples = []
+    for number in range(_TIMED_RECORDS):
+        own = tuple(draw.randrange(3, WORDS) for _ in range(draw.choice(_TIMED_OWN)))
+        learn = [0] * (len(trunk) + len(own) // 2) + [1] * (len(own) - len(own) // 2)
+        examples.append(Example((*trunk, *own), tuple(learn), f"timed {number}"))
+    return examples
+
+
+def _step_seconds(model: Any, batch: Any) -> float:
+    """Forward and backward of one batch."""
+    start = time.perf_counter()
+    nats, _ = target_nats(model, batch)
+    nats.backward()
+    seconds = time.perf_counter() - start
+    model.zero_grad()
+    return seconds
 
 
 def _as_after_training(model: Any) -> None:
@@ -410,11 +458,18 @@ def tried(family: str, values: Values, *, limit: int, trace: bool = False) -> Fi
     return Finding(**{**vars(finding), "seconds": time.perf_counter() - start})
 
 
-def page(findings: Sequence[tuple[str, Finding]]) -> str:
-    """docs/models.md."""
+Findings = Sequence[tuple[str, Finding]]  # kind of layers, finding
+
+
+def page(findings: Findings, *, beside: tuple[str, list[Finding]] | None = None) -> str:
+    """docs/models.md.
+
+    beside  a version of transformers, and what was found with it
+    """
     here = [finding for _, finding in findings if finding.verdict != "not here"]
     exact = sum(finding.is_equal and finding.layout == "tree" for finding in here)
     padded = sum(finding.is_equal and finding.layout == "padded" for finding in here)
+    timed = timed_examples()
     lines = [
         "# Families of models",
         "",
@@ -427,37 +482,80 @@ def page(findings: Sequence[tuple[str, Finding]]) -> str:
         "*Noise*: that gradient between two plain runs (another attention, embeddings rounded otherwise). "
         f"*Equal*: loss within {_EQUAL_LOSS:.0e} and gradient within {_EQUAL_GRADIENT:.0e}, or within "
         f"{_TIMES_NOISE:g} times the noise.",
+        f"*Speed*: forward and backward of {len(timed)} records behind {_TIMED_TRUNK} shared tokens "
+        f"({padded_tokens(timed):,} tokens padded, {len(graft(timed)):,} as a tree), over the same",
+        f"in padded rows; the median of {_PAIRS} pairs on one CPU thread. These models are {_SIZE['hidden_size']} "
+        "wide: what is not a matrix product weighs more than in a real one.",
         "",
         f"**{len(here)} families: {exact} share beginnings (layout tree) and are equal, {padded} are trained padded "
         f"and are equal, {len(here) - exact - padded} fail.**",
         "",
-        "| layers | family | class | layout | equal | apart | noise | LoRA on, or why not |",
-        "|---|---|---|---|---|---|---|---|",
+        "| layers | family | class | layout | equal | apart | noise | speed | LoRA on, or why not |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for kind, finding in findings:
-        if finding.verdict == "not here":
-            continue
-        apart = " · ".join(f"{figure:.0e}" for figure in finding.apart or ())
-        layout = f"{finding.layout}: {finding.reason}" if finding.apart and finding.reason else finding.layout
-        last = finding.adapted if finding.apart else finding.reason.replace("|", "/")
-        noise = f"{finding.noise[2]:.0e}" if finding.apart else ""
-        cells = (kind, finding.family, finding.class_name, layout, finding.verdict, apart, noise, last)
-        lines.append(f"| {' | '.join(cells)} |")
+    lines += [_line(kind, finding) for kind, finding in findings if finding.verdict != "not here"]
     missing = [finding.family for _, finding in findings if finding.verdict == "not here"]
     if missing:
         lines += ["", f"Known here and not in this transformers: {', '.join(missing)}."]
+    if beside:
+        lines += ["", *_differences(findings, *beside)]
     return "\n".join(lines) + "\n"
+
+
+def _line(kind: str, finding: Finding) -> str:
+    apart = " · ".join(f"{figure:.0e}" for figure in finding.apart or ())
+    layout = f"{finding.layout}: {finding.reason}" if finding.apart and finding.reason else finding.layout
+    last = finding.adapted if finding.apart else finding.reason.replace("|", "/")
+    noise = f"{finding.noise[2]:.0e}" if finding.apart else ""
+    speed = f"{finding.faster:.1f} ×" if finding.faster else ""
+    cells = (kind, finding.family, finding.class_name, layout, finding.verdict, apart, noise, speed, last)
+    return f"| {' | '.join(cells)} |"
+
+
+def _differences(findings: Findings, version: str, others: Sequence[Finding]) -> list[str]:
+    """What is otherwise with another version of transformers, in a few lines."""
+    now = {finding.family: finding for _, finding in findings}
+    absent = [other.family for other in others if other.verdict == "not here"]
+    lines = [f"## With transformers {version}", ""]
+    exact = sum(other.is_equal and other.layout == "tree" for other in others)
+    padded = sum(other.is_equal and other.layout == "padded" for other in others)
+    here = len(others) - len(absent)
+    lines.append(
+        f"{here} of these families: {exact} share beginnings and are equal, {padded} are padded and are equal."
+    )
+    if absent:
+        lines.append(f"Not in it: {', '.join(absent)}.")
+    differ = []
+    for other in others:
+        this = now[other.family]
+        if other.verdict == "not here" or (other.verdict, other.layout) == (this.verdict, this.layout):
+            continue
+        differ.append(f"- {other.family}: {other.layout or 'fails'}, {other.verdict}. {other.reason}".rstrip())
+    return [*lines, *(["", "Otherwise than above:", "", *differ] if differ else ["All others as above."])]
+
+
+def _saved(findings: Findings) -> str:
+    of_families = [vars(finding) for _, finding in findings]
+    return json.dumps({"transformers": transformers.__version__, "findings": of_families}, indent=1)
+
+
+def _read(file: Path) -> tuple[str, list[Finding]]:
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    return saved["transformers"], [Finding(**finding) for finding in saved["findings"]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
+    parser.add_argument("--json", type=Path, help="write what was found to this file too")
+    parser.add_argument("--beside", type=Path, help="such a file of another transformers: what is otherwise there")
     parser.add_argument("--trace", action="store_true", help="print the traceback of what fails")
     parser.add_argument("--seconds", type=int, default=90, help="limit for each family")
     chosen = parser.parse_args()
     warnings.filterwarnings("ignore")
     quiet_libraries()
+    torch.set_num_threads(1)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     findings = []
     for kind, families in FAMILIES.items():
@@ -467,10 +565,13 @@ def main() -> None:
             finding = tried(family, values, limit=chosen.seconds, trace=chosen.trace)
             apart = " ".join(f"{figure:.0e}" for figure in finding.apart or ())
             start = f"{family:18} {finding.layout:7} {finding.verdict:8} {apart:18} noise {finding.noise[2]:.0e}"
-            print(f"{start} {finding.seconds:4.1f} s  {finding.reason}", flush=True)
+            speed = f"{finding.faster:.1f} ×" if finding.faster else ""
+            print(f"{start} {speed:7} {finding.seconds:4.1f} s  {finding.reason}", flush=True)
             findings.append((kind, finding))
-    text = page(findings)
+    text = page(findings, beside=_read(chosen.beside) if chosen.beside else None)
     print(text.split("**")[1])
+    if chosen.json:
+        chosen.json.write_text(_saved(findings), encoding="utf-8")
     if chosen.write:
         PAGE.write_text(text, encoding="utf-8")
 
