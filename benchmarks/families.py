@@ -12,7 +12,6 @@ it is laid out as a tree, a step of records behind one beginning is timed beside
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import json
 import os
@@ -43,7 +42,7 @@ from atomtune.model.fused_lora import compute_together
 from atomtune.model.layout_support import carries_state, cut_of, why_padded, windows_of
 from atomtune.model.load import quiet_libraries
 from atomtune.model.lora_targets import match_targets
-from atomtune.model.loss import target_nats
+from atomtune.model.loss import innermost, target_nats
 from atomtune.settings.fields import LoraSettings
 from atomtune.verify import Result, in_batches, one_at_a_time
 
@@ -353,9 +352,8 @@ def examine(family: str, values: Values) -> Finding:
     examples = some_examples()
     plain = one_at_a_time(model, examples)
     noise = _noise(model, examples, plain)
-    padded_model = copy.deepcopy(model)
-    for side in (model, padded_model):
-        compute_together(side, input_ids=torch.zeros(1, 2, dtype=torch.long))
+    compute_together(model, input_ids=torch.zeros(1, 2, dtype=torch.long))
+    own_attention = innermost(model).config._attn_implementation
     reason = why_padded(model)
     collator = Collator(
         layout="tree" if reason is None else "padded",
@@ -366,18 +364,23 @@ def examine(family: str, values: Values) -> Finding:
         carries_state=carries_state(model),
     )
     ours, _ = in_batches(model, examples, collator, per_batch=len(examples))
-    faster = None if reason else _times_faster(model, collator, padded_model)
+    faster = None if reason else _times_faster(model, collator, own_attention)
     return Finding(family, class_name, collator.layout, reason or "", _apart(ours, plain), noise, adapted, faster)
 
 
-def _times_faster(model: Any, collator: Collator, padded_model: Any) -> float:
+def _times_faster(model: Any, collator: Collator, own_attention: str) -> float:
     """How many times as long as a step of a tree the same step in padded rows takes: the median of pairs."""
+    inner = innermost(model)
     padded = dataclasses.replace(collator, layout="padded", carries_state=False)
     batch, padded_batch = collator.lay(timed_examples()), padded.lay(timed_examples())
-    _step_seconds(model, batch)
-    _step_seconds(padded_model, padded_batch)
-    ratios = [_step_seconds(padded_model, padded_batch) / _step_seconds(model, batch) for _ in range(_PAIRS)]
-    return statistics.median(ratios)
+    of_rows = inner.config._attn_implementation
+    ratios = []
+    for _ in range(1 + _PAIRS):
+        inner.set_attn_implementation(own_attention)
+        padded_seconds = _step_seconds(model, padded_batch)
+        inner.set_attn_implementation(of_rows)
+        ratios.append(padded_seconds / _step_seconds(model, batch))
+    return statistics.median(ratios[1:])  # the first pair warms up
 
 
 def timed_examples() -> list[Example]:

@@ -24,6 +24,8 @@ def refused(models, dialogues, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
+        (("--torch_compile", "true"), ("--torch_compile: rows of many records cannot be compiled",)),
+        (("--torch_compile_backend", "inductor"), ("--torch_compile:",)),
         (("--lr_scheduler_type", "cosine_with_min_lr"), ("--lr_scheduler_type cosine_with_min_lr:", "min_lr")),
         (
             ("--lr_scheduler_type", "warmup_stable_decay"),

@@ -7,7 +7,7 @@ the model's own noise (agreement.py), and a tree must come much nearer than one 
 Letters: N targets, T tokens of the row, V words.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from atomtune.batch.row import Row, untils
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
 from atomtune.errors import BadModel
-from atomtune.model.agreement import another_plain_way, unit
+from atomtune.model.agreement import another_plain_way, gradient_measures, log_probability_measures, unit
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.lora_targets import unreached
 from atomtune.model.loss import innermost, model_inputs, takes
@@ -70,8 +70,7 @@ def difference(model: CausalLM, *, windows: Sequence[int | None], cut: Cut, carr
         return f"its attention is more than rows allow for ({error})"
     # What a forward raises that was not made for rows: shapes, missing arguments, assertions.
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError) as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        return f"a row of many fails in its forward ({type(error).__name__}: {first_line[:120]})"
+        return f"a row of many fails in its forward ({_first_line(error)})"
     finally:
         model.train(training)
     noise = (_apart(again, alone[0]), _gradient_difference(again, alone[0]))
@@ -94,6 +93,43 @@ def _verdict(
     if not gradient <= allowed:
         return f"gradients of a trial tree differ from its records' by {gradient:.1e} (relative; noise: {noise[1]:.1e})"
     return None
+
+
+def changed_by(model: CausalLM, change: Callable[[], object]) -> str | None:
+    """In what a model differs after a change that is to compute the same faster (fused kernels), or None."""
+    examples = _examples(innermost(model).config.get_text_config().vocab_size)[:2]
+    training = model.training
+    model.eval()
+    try:
+        with as_in_training(innermost(model)):
+            plain = [_alone(model, example) for example in examples]
+            with another_plain_way(model):
+                again = [_alone(model, example) for example in examples]
+            change()
+            ours = [_alone(model, example) for example in examples]
+    # What kernels raise: no compiler, a shape or a dtype that they do not take.
+    except Exception as error:  # noqa: BLE001
+        return f"its forward or backward fails ({_first_line(error)})"
+    finally:
+        model.train(training)
+    scores = [torch.cat([side.scores for side in sides]) for sides in (ours, plain, again)]
+    gradients = [
+        {name: gradient for name, gradient in sides[0].gradients.items() if gradient is not None}
+        for sides in (ours, plain, again)
+    ]
+    measures = log_probability_measures(*scores, dtype=_dtype(model))
+    if gradients[1]:
+        if any(gradient.keys() != gradients[1].keys() for gradient in gradients):
+            return "other weights have a gradient"
+        measures += gradient_measures(*gradients, dtype=_dtype(model))[:1]
+    for measure in measures:
+        if not measure.holds:
+            return f"{measure.name}: {measure.apart:.1e} apart, {measure.allowed:.1e} allowed by the model's own noise"
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
 def _examples(words: int) -> list[Example]:

@@ -1,11 +1,13 @@
 """Model: the base of one run with its adapter, loaded, checked and put on its device."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from atomtune.errors import BadSettings
+from atomtune.model import liger, trial
 from atomtune.model.adapter import (
     LoraSpec,
     adapter_tensors,
@@ -22,6 +24,7 @@ from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.fused_lora import compute_together
 from atomtune.model.load import BaseSpec, device_in_use, load_base, resolve_dtype
 from atomtune.model.lora_targets import ALL_LINEAR, all_linear, match_targets
+from atomtune.model.loss import innermost
 from atomtune.model.memory import ActivationMemory
 from atomtune.train.arguments import CHECKPOINTING
 from atomtune.train.checkpoint.start import Fresh, FromWeights, Resumed
@@ -156,6 +159,40 @@ def _say_size(run: RunContext, model: Any, device: torch.device, dtype: torch.dt
     run.console.say(
         f"{settings.model_path} in {number_format} on {device}: "
         f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)."
+    )
+
+
+def fuse_kernels(run: RunContext, model: Any) -> None:
+    """Put Liger's kernels in where they are at hand and the model then computes what it computed before; say so."""
+    args = run.args
+    circumstances = liger_circumstances(run.settings.trainer, args)
+    if circumstances.hint:
+        run.console.say(circumstances.hint)
+    if circumstances.wanted:  # under FSDP and DeepSpeed the library puts them in
+        args.liger_kernel_config = liger.kernel_config(args.liger_kernel_config)
+    used = False
+    if circumstances.tries:
+        patch = liger.Patch(model, liger.kernel_config(args.liger_kernel_config))
+        changed: list[bool] = []
+        reason = trial.changed_by(model, lambda: changed.append(patch.put_in()))
+        used = reason is None and changed == [True]
+        if used:
+            run.console.say("norms, activations and rotary embeddings are computed by Liger's kernels.")
+        else:
+            patch.take_out()
+            reason = reason or f"it has none for {innermost(model).config.model_type}"
+            run.console.say(f"Liger's kernels are not used: {reason}.")
+        args.use_liger_kernel = False  # what is in is in; the Trainer would put it in once more
+    run.record.update(liger_kernels=used or bool(args.use_liger_kernel))
+
+
+def liger_circumstances(trainer: Mapping[str, Any], args: Any) -> liger.Circumstances:
+    """Of a run with these settings of the library's."""
+    return liger.Circumstances(
+        wanted=trainer.get("use_liger_kernel"),
+        device="cpu" if args.use_cpu else device_in_use().type,
+        is_installed=liger.is_installed(),
+        is_sharded=bool(args.fsdp or args.deepspeed),
     )
 
 

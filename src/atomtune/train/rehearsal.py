@@ -10,12 +10,14 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from atomtune.errors import BadSettings
+from atomtune.model import liger
 from atomtune.model.adapter import expert_tensors
 from atomtune.model.load import read_config
 from atomtune.model.load_errors import explained
 from atomtune.model.lora_targets import ALL_LINEAR, match_targets
 from atomtune.model.weight_sizes import without_weights
 from atomtune.settings.fields import LoraSettings, ModelSettings, TrainSettings
+from atomtune.train.model import liger_circumstances
 
 STEPS = 20  # of the rehearsed schedule, where the run's own number is not known yet
 
@@ -26,7 +28,14 @@ _REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, Arith
 def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
     """Raise BadSettings with every setting that would end the run after data and model were read; BadModel for a path
     that is no base's."""
-    problems = [*_optimizer_problems(args), *_hub_problems(args)]
+    kernels = liger.problems(liger_circumstances(settings.trainer, args), args.liger_kernel_config)
+    problems = [*_optimizer_problems(args), *_hub_problems(args), *kernels]
+    if args.torch_compile:
+        # torch's compiler cannot follow the attention over rows, and every batch has another length.
+        problems.append(
+            "--torch_compile: rows of many records cannot be compiled, and padded ones would be compiled anew for each "
+            "new length. Leave it out."
+        )
     if problems:
         raise BadSettings(problems)
     if settings.lora.lora_targets == [ALL_LINEAR] and not settings.lora.lora_experts:

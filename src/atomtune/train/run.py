@@ -37,7 +37,7 @@ from atomtune.train.dataset import Data, read_data
 from atomtune.train.defaults import began_with, with_defaults, with_sequence_limit
 from atomtune.train.ending import figures, finish, title_of
 from atomtune.train.layout import check_equal, choose_layout
-from atomtune.train.model import keep_or_recompute, load_model
+from atomtune.train.model import fuse_kernels, keep_or_recompute, load_model
 from atomtune.train.output_folder import check_space, explained, goes_on, locked
 from atomtune.train.progress import LossPicture, RecordedProgress, TrainingBar
 from atomtune.train.rehearsal import check_last_batch, rehearse
@@ -207,6 +207,7 @@ def _load_trainer(prepared: _Prepared, began: float) -> LoraTrainer:
     model = load_model(run, longest_tokens=longest_tokens)
     guard_embedding(model, tokenizer, path=str(run.settings.model.model_path))
     say_untrained_stop(model, tokenizer, prepared.template.stop, notice=run.console.notice)
+    fuse_kernels(run, model)
     layout = choose_layout(run, model, tokenizer, data, longest_tokens=longest_tokens)
     keep_or_recompute(run, model, heaviest_tokens=layout.heaviest_tokens)
     return _trainer(prepared, model, layout.collator, began)

@@ -1,0 +1,96 @@
+"""Liger: the package's fused kernels for norms, rotary embeddings and activations, put into a loaded model.
+
+Its fused loss stays off: loss.py has its own, which counts a shared target as often as it is learned. What the package
+changes is watched, so that it can be taken back where the model then computes something else.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.integrations.liger import apply_liger_kernel
+
+from atomtune.model.loss import innermost
+
+_INSTALL = "pip install liger-kernel"
+_LOSSES = ("fused_linear_cross_entropy", "cross_entropy")
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What decides whether Liger's kernels are tried.
+
+    wanted        --use_liger_kernel; None where it is not set
+    device        the type of the run's device: "cuda", "cpu", …
+    is_installed  whether the package is there
+    is_sharded    the run spreads the weights over processes (FSDP, DeepSpeed), where the library puts the kernels in
+    """
+
+    wanted: bool | None
+    device: str
+    is_installed: bool
+    is_sharded: bool = False
+
+    @property
+    def tries(self) -> bool:
+        """Whether they are tried before the first step: by default on CUDA alone, where they were measured."""
+        if self.wanted is False or not self.is_installed or self.is_sharded:
+            return False
+        return self.device == "cuda" or bool(self.wanted and self.device != "cpu")
+
+    @property
+    def hint(self) -> str | None:
+        """What a user may install; None where nothing would help."""
+        if self.wanted is None and self.device == "cuda" and not self.is_installed and not self.is_sharded:
+            return f"Liger's kernels for norms and activations would make a step shorter: {_INSTALL}"
+        return None
+
+
+def problems(circumstances: Circumstances, config: Mapping[str, Any] | None) -> Iterator[str]:
+    """Why a run cannot have what is asked for."""
+    if circumstances.wanted and circumstances.device == "cpu":
+        yield "--use_liger_kernel true: Liger's kernels run on a GPU, and this run uses a CPU. Leave it out."
+    elif circumstances.wanted and not circumstances.is_installed:
+        yield f"--use_liger_kernel true needs a package: {_INSTALL}"
+    for name in _LOSSES:
+        if (config or {}).get(name):
+            yield f"--liger_kernel_config: {name} cannot be used: atomtune has a loss of its own."
+
+
+def is_installed() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+def kernel_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The user's `--liger_kernel_config` with the losses off."""
+    return {**(config or {}), **dict.fromkeys(_LOSSES, False)}
+
+
+class Patch:
+    """Liger's kernels in a model: put in, and taken out again.
+
+    The package gives modules a `forward` of their own, and puts functions and classes in place of those in the file
+    that the model's classes come from.
+    """
+
+    def __init__(self, model: nn.Module, config: Mapping[str, Any]) -> None:
+        self.inner, self.config = innermost(model), dict(config)
+        self.of_modules = [(module, dict(vars(module))) for module in self.inner.modules()]
+        names = {type(module).__module__ for module in self.inner.modules()}
+        files = [name for name in names if name.startswith("transformers.models.")]
+        self.of_files = [(sys.modules[name], dict(vars(sys.modules[name]))) for name in files]
+
+    def put_in(self) -> bool:
+        """Whether the package knows the model and has changed something."""
+        apply_liger_kernel(self.inner, self.config)
+        return any(
+            before.get(name) is not value for module, before in self.of_modules for name, value in vars(module).items()
+        )
+
+    def take_out(self) -> None:
+        for changed, before in [*self.of_modules, *self.of_files]:
+            vars(changed).clear()
+            vars(changed).update(before)

@@ -1,0 +1,128 @@
+"""Liger: when its kernels are tried, that what they compute is compared, and that they leave no trace where it differs.
+
+The package itself needs a GPU's compiler, so its one function is played by one that puts in norms as the package does:
+a `forward` bound to the module, and a function of the model's file replaced.
+"""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from atomtune.cli import main
+from atomtune.model import liger, trial
+from atomtune.model.liger import Circumstances, Patch, kernel_config, problems
+from atomtune.model.loss import innermost
+from atomtune.train import model as train_model
+from tests.hybrids import hybrid
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "is_installed", "is_sharded", "tries"),
+    [
+        (None, "cuda", True, False, True),
+        (None, "cuda", False, False, False),
+        (None, "cuda", True, True, False),
+        (None, "cpu", True, False, False),
+        (None, "xpu", True, False, False),
+        (True, "xpu", True, False, True),
+        (True, "cuda", True, False, True),
+        (False, "cuda", True, False, False),
+    ],
+)
+def test_they_are_tried_on_cuda_where_the_package_is_and_nobody_says_no(
+    wanted, device, is_installed, is_sharded, tries
+):
+    assert Circumstances(wanted, device, is_installed, is_sharded).tries is tries
+
+
+def test_the_package_is_named_where_it_would_help_and_nowhere_else():
+    assert "pip install liger-kernel" in str(Circumstances(None, "cuda", False).hint)
+    for elsewhere in (Circumstances(None, "cpu", False), Circumstances(False, "cuda", False)):
+        assert elsewhere.hint is None
+
+
+def test_what_cannot_be_is_refused():
+    assert list(problems(Circumstances(None, "cuda", True), None)) == []
+    assert "this run uses a CPU" in next(problems(Circumstances(True, "cpu", True), None))
+    assert "pip install" in next(problems(Circumstances(True, "cuda", False), None))
+    fused = {"fused_linear_cross_entropy": True, "rope": False}
+    assert "fused_linear_cross_entropy" in next(problems(Circumstances(True, "cuda", True), fused))
+
+
+def test_its_losses_stay_off_and_the_rest_is_the_users():
+    off = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+    assert kernel_config(None) == off
+    assert kernel_config({"rope": False}) == {"rope": False, **off}
+
+
+def test_on_a_cpu_it_is_refused_before_anything_is_read(models, dialogues, tmp_path, capsys):
+    words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues)]
+    assert main([*words, "--output_dir", str(tmp_path / "out"), "--use_liger_kernel", "true"]) == 2
+    assert "Liger's kernels run on a GPU" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def norms_of(factor):
+    """What stands for the package's function: RMS norms of its own; a factor of 1 is right."""
+
+    def forward(self, x):
+        wide = x.double()
+        size = (wide.square().mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
+        return (self.weight * factor * wide / size).to(x.dtype)
+
+    def put_in(inner, _config):
+        sys.modules[type(inner).__module__].planted = put_in
+        for module in inner.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.offset = 0.0
+                vars(module)["forward"] = forward.__get__(module)
+
+    return put_in
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("factor", "holds"), [(1.0, True), (1.3, False)])
+def test_kernels_that_compute_something_else_are_seen_and_taken_out(monkeypatch, dtype, factor, holds):
+    monkeypatch.setattr(liger, "apply_liger_kernel", norms_of(factor))
+    model = hybrid("lfm2").to(dtype)
+    file = sys.modules[type(innermost(model)).__module__]
+    ids = torch.arange(3, 60)[None]
+    before = model(input_ids=ids).logits
+    patch = Patch(model, {})
+    reason = trial.changed_by(model, patch.put_in)
+    assert (reason is None) is holds
+    assert hasattr(file, "planted")
+    if not holds:
+        assert "allowed by the model's own noise" in str(reason)
+        assert not torch.equal(model(input_ids=ids).logits, before)
+    patch.take_out()
+    assert not hasattr(file, "planted")
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_a_kernel_that_fails_is_a_reason_and_no_crash(monkeypatch):
+    def fails(_inner, _config):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(liger, "apply_liger_kernel", fails)
+    model = hybrid("lfm2")
+    assert "no compiler here" in str(trial.changed_by(model, Patch(model, {}).put_in))
+
+
+@pytest.mark.parametrize(("factor", "used"), [(1.0, True), (1.3, False)])
+def test_a_run_says_whether_they_are_used_and_trains(models, dialogues, tmp_path, monkeypatch, capsys, factor, used):  # noqa: PLR0917  # pytest passes fixtures
+    monkeypatch.setattr(liger, "apply_liger_kernel", norms_of(factor))
+    monkeypatch.setattr(train_model, "liger_circumstances", lambda *_: Circumstances(None, "cuda", True))
+    words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--max_steps", "2"]
+    file = sys.modules["transformers.models.llama.modeling_llama"]
+    try:
+        assert main([*words, "--output_dir", str(tmp_path)]) == 0
+        assert hasattr(file, "planted") is used
+    finally:
+        vars(file).pop("planted", None)
+    assert json.loads((tmp_path / "run.json").read_text())["liger_kernels"] is used
+    printed = capsys.readouterr().out
+    assert ("computed by Liger's kernels" in printed) is used
+    assert ("Liger's kernels are not used" in printed) is not used
