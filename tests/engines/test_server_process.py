@@ -97,6 +97,21 @@ def test_one_that_fails_to_start_is_told_by_its_last_words():
         pass
 
 
+def test_the_error_of_a_process_of_an_engine_is_shown_though_many_lines_follow():
+    source = """
+import sys
+print("(Server) WARNING [start.py:1] limits can cause errors like `OSError: too many files`")
+print("(Worker pid=7) ERROR 11:02 [load.py:9] ValueError: no weight of that name")
+for line in range(40):
+    print("at", line)
+sys.exit(1)
+"""
+    failing = server(source)
+    with pytest.raises(RunFailed, match="ValueError: no weight of that name") as error, failing:
+        pass
+    assert "OSError" not in str(error.value) and "at 39" in str(error.value) and "at 9\n" not in str(error.value)
+
+
 def test_one_that_never_answers_is_ended():
     port = free_port()
     words = [sys.executable, "-c", "import time; time.sleep(600)"]

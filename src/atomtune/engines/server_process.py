@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +23,8 @@ STARTS_WITHIN = 600
 ENDS_WITHIN = 10
 #: Lines of its output that are shown when it fails.
 SHOWN_LINES = 12
+#: The last line of a Python traceback, behind what a logger may write in front of it.
+_ERROR = re.compile(r"(?:^|[\])] )[\w.]+(?:Error|Exception): ")
 #: By these an engine is told its API key, each engine by its own; a server gets one only from who starts it.
 KEY_VARIABLES = ("ATOMTUNE_API_KEY", "VLLM_API_KEY")
 _STANDARD_ERROR = 2
@@ -93,9 +96,13 @@ class ServerProcess:
             raise RunFailed(f"The engine ended with exit code {code}. Its last lines:\n{self.last_lines()}")
 
     def last_lines(self) -> str:
-        """The end of its output."""
+        """The end of its output, and above it the first error before that: where one process fails, others end too."""
         self.output.seek(0)
-        return "\n".join(f"  {line.rstrip()}" for line in self.output.readlines()[-SHOWN_LINES:])
+        lines = self.output.readlines()
+        earlier, last = lines[:-SHOWN_LINES], lines[-SHOWN_LINES:]
+        cause = next((line for line in earlier if _ERROR.search(line)), None)
+        shown = last if cause is None else [cause, "…", *last]
+        return "\n".join(f"  {line.rstrip()}" for line in shown)
 
     def wait(self) -> None:
         """Until the engine ends by itself, which is a failure. Raises RunFailed."""
