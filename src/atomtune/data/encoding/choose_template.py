@@ -21,6 +21,7 @@ from atomtune.data.encoding.chat_template import (
 )
 from atomtune.data.encoding.thoughts import TAGS, mentions_thoughts, opened
 from atomtune.data.encoding.token_ids import LIKE_CONTROL
+from atomtune.data.encoding.tokenizer_trial import tried_tokenizer
 from atomtune.data.records import Record, Turn
 from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import BadModel, BadSettings
@@ -127,10 +128,17 @@ def restore_template(
 def probed(template: Template) -> Template:
     """The template with what a few small conversations tell about how it writes.
 
-    A template that is not one of ours is a stranger's program, so all questions are put to it in another process first.
-    Raises BadModel where it does not come to an end, cannot write a question and its answer, or has nothing to end the
-    answer with.
+    A tokenizer's patterns, and a template that is not one of ours, are strangers' programs, so all questions are put to
+    them in another process first.
+    Raises BadModel where they do not come to an end, or where the template cannot write a question and its answer, or
+    has nothing to end the answer with.
     """
+    if tripped := tried_tokenizer(template.tokens):
+        raise BadModel(
+            f"{template.tokenizer.name_or_path}: the tokenizer {tripped.words} on a long run of {tripped.at!r}.\n"
+            "A pattern in its tokenizer.json tries too many ways to match. Use the tokenizer that was published with "
+            "the model."
+        )
     if template.name not in TEMPLATES and (tripped := trial(lambda _say: _probed(template))):
         raise BadModel(
             f"the template {template.name} {tripped.words} when it was asked to write a short conversation.\n"

@@ -63,18 +63,18 @@ class PieceTokenizer:
     def ids_of(self, pieces: Iterable[Piece]) -> list[list[int]]:
         """Token ids of each piece; control strings are tokens only where no break says otherwise."""
         pieces = list(pieces)
-        unbroken = iter(self._tokenize([piece.text for piece in pieces if not piece.breaks]))
+        unbroken = iter(self.tokenized([piece.text for piece in pieces if not piece.breaks]))
         return [self._escaped_ids(piece) if piece.breaks else next(unbroken) for piece in pieces]
 
     @cached_property
     def writes_a_space(self) -> bool:
         """Whether a text tokenized on its own begins with a space, as SentencePiece's do: `▁Paris` for `Paris`."""
-        return self._tokenize(["Paris"])[0] == self._continuation(" Paris")
+        return self.tokenized(["Paris"])[0] == self._continuation(" Paris")
 
     @cached_property
     def _writes_a_space_before_spaces(self) -> bool:
         """Whether it does that before a text that begins with one too: sentencepiece does, transformers' Llama not."""
-        return self._tokenize([" Paris"])[0] == self._continuation("  Paris")
+        return self.tokenized([" Paris"])[0] == self._continuation("  Paris")
 
     def without_written_space(self, text: str) -> str:
         """What to tokenize on its own for the ids of a text behind a prompt that begins with a template's space."""
@@ -88,12 +88,12 @@ class PieceTokenizer:
             return False
         for before in ("Hi", "Hi \n", " 你好", "<b>", "1\t", "\n\n"):
             for behind in (text, f"{text} a", f"{text}a\n"):
-                first, second, together = self._tokenize([before, behind, before + behind])
+                first, second, together = self.tokenized([before, behind, before + behind])
                 if first + second != together:
                     return False
         return True
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+    def tokenized(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
         if self._short_way_is_the_same:
@@ -139,7 +139,7 @@ class PieceTokenizer:
             anew = not ids or self._begins_anew_behind_controls
             plain = self._as_plain_text(text, goes_on=not anew) if breaks else None
             if not breaks:
-                ids += self._continuation(text) if ids else self._tokenize([text])[0]
+                ids += self._continuation(text) if ids else self.tokenized([text])[0]
             elif plain is not None:
                 ids += plain
             else:
@@ -192,12 +192,12 @@ class PieceTokenizer:
         control = self.tokenizer.eos_token
         if not control or not self.controls.fullmatch(control):
             return False
-        alone, together = self._tokenize([control, f"{control}Hi two"])
-        return alone + self._tokenize(["Hi two"])[0] == together
+        alone, together = self.tokenized([control, f"{control}Hi two"])
+        return alone + self.tokenized(["Hi two"])[0] == together
 
     def _cut_ids(self, text: str, breaks: Sequence[int], *, begins: bool) -> list[int]:
         first, *rest = [text[a:b] for a, b in itertools.pairwise([0, *breaks, len(text)])]
-        ids = self._tokenize([first])[0] if begins else self._continuation(first)
+        ids = self.tokenized([first])[0] if begins else self._continuation(first)
         for part in rest:
             ids += self._continuation(part)
         return ids
@@ -205,10 +205,10 @@ class PieceTokenizer:
     def _continuation(self, part: str) -> list[int]:
         """Ids of a text that goes on from another, without the space some tokenizers write at a beginning."""
         for anchor in _ANCHORS:
-            alone, together = self._tokenize([anchor, anchor + part])
+            alone, together = self.tokenized([anchor, anchor + part])
             if alone and together[: len(alone)] == alone:
                 return together[len(alone) :]
-        return self._tokenize([part])[0]
+        return self.tokenized([part])[0]
 
 
 class Escaper:

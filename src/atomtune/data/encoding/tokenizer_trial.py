@@ -1,0 +1,85 @@
+"""Tokenizer trial: the patterns of a tokenizer.json, tried on texts on which a bad one would search for hours.
+
+`(a|aa)+$` and `a*a*b` look harmless and take, on a few thousand letters, longer than anybody waits. They run in Rust,
+where nothing in this process can end them, so they are tried in a process of its own (limits.py).
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from atomtune.data.encoding.token_ids import CannotTokenize, PieceTokenizer
+from atomtune.limits import Tripped, trial
+
+#: What texts have runs of, whatever the pattern: letters, digits, spaces, marks, wide and combined characters.
+_UNITS = (
+    "a",
+    "A",
+    "1",
+    " ",
+    "\n",
+    "\t",
+    "\r\n",
+    ".",
+    "-",
+    "_",
+    "'s",
+    "中",
+    "é",
+    "e\u0301",
+    "😀",
+    " a",
+    "a ",
+    "1,",
+    "<|",
+)
+#: Characters of a run. A pattern whose time grows with the square of a text takes a second here, and hours on a book.
+_RUN_CHARACTERS = 4000
+#: Behind a run: what no pattern waits for, so that all ways to match are tried.
+_STRANGE = "\u0394\ue000"
+#: Parts of a pattern that are tried too.
+_MOST_PARTS = 64
+_WORDS = re.compile(r"[^\W_]{2,8}|\S")
+#: Patterns that came to their end in this process, by a hash.
+_harmless: set[str] = set()
+
+
+def tried_tokenizer(tokens: PieceTokenizer) -> Tripped | None:
+    """How the patterns fail on long runs; None where they come to their end, which is tried once a process."""
+    patterns = _patterns_of(tokens.tokenizer)
+    digest = hashlib.sha256(patterns.encode("utf-8", "backslashreplace")).hexdigest()
+    if not patterns or digest in _harmless:
+        return None
+
+    def tokenize(say: Callable[[str], None]) -> None:
+        for unit, text in _runs(patterns):
+            say(f"{unit * 10}…")
+            try:
+                tokens.tokenized([text])
+            except CannotTokenize:  # it gives up by itself, and does so again at the record with such a text
+                continue
+
+    tripped = trial(tokenize)
+    if tripped is None:
+        _harmless.add(digest)
+    return tripped
+
+
+def _patterns_of(tokenizer: Any) -> str:
+    """What takes texts apart before they become tokens, as JSON; "" where there is nothing to be tried."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [part for part in (getattr(backend, name, None) for name in ("normalizer", "pre_tokenizer")) if part]
+    described = [part.__getstate__().decode("utf-8", "replace") for part in parts]
+    return "".join(text for text in described if '"Regex"' in text)
+
+
+def _runs(patterns: str) -> Iterator[tuple[str, str]]:
+    """A unit, and a text of many; the units are usual ones and what the patterns themselves are written with.
+
+    Every character of a pattern stands at the end: a search for what a text does not hold is over at once.
+    """
+    parts = sorted(set(_WORDS.findall(patterns)), key=lambda part: (len(part), part))[:_MOST_PARTS]
+    held = "".join(sorted(set(patterns)))[:_RUN_CHARACTERS]
+    for unit in dict.fromkeys((*_UNITS, *parts)):
+        yield unit, f"{unit * (_RUN_CHARACTERS // len(unit))}{_STRANGE}{held} 1\n"

@@ -1,0 +1,81 @@
+"""Tokenizers whose patterns search for hours are told before a record is read; published ones pass."""
+
+import json
+import sys
+import time
+
+import pytest
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from transformers import AutoTokenizer
+
+from atomtune.cli import main
+from atomtune.data.encoding import tokenizer_trial
+from atomtune.data.encoding.token_ids import PieceTokenizer
+from atomtune.data.encoding.tokenizer_trial import tried_tokenizer
+from atomtune.limits import Tripped
+from tests.conftest import DIALOGUES, write_jsonl
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked safely on Linux only")
+
+#: As published: GPT-2, Llama 3, Qwen 2.5.
+_ELISIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GOOD = [
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    rf"{_ELISIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}",
+    rf"{_ELISIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}",
+]
+#: Each searches within the library's own limit at each place, and so for very long.
+BAD = ["a*a*b", r"\s*\s*z", r"\w*\w*\d$"]
+
+
+def with_pattern(folder, pattern: str):
+    """The tokenizer of a folder, its texts taken apart by this pattern first."""
+    file = folder / "tokenizer.json"
+    backend = Tokenizer.from_file(str(file))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    backend.save(str(file))
+    return PieceTokenizer(AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.fixture
+def folder(models, tmp_path):
+    import shutil
+
+    return shutil.copytree(models("llama"), tmp_path / "base")
+
+
+@pytest.mark.parametrize("pattern", GOOD)
+def test_published_patterns_pass_and_soon(folder, pattern):
+    tokens = with_pattern(folder, pattern)
+    began = time.process_time()
+    assert tried_tokenizer(tokens) is None
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("pattern", BAD[1:])
+def test_a_pattern_that_searches_for_hours_is_told(folder, pattern):
+    tripped = tried_tokenizer(with_pattern(folder, pattern))
+    assert isinstance(tripped, Tripped) and tripped.cause == "time"
+
+
+def test_it_is_said_once_and_by_name_before_records_are_read(folder, tmp_path, capsys):
+    with_pattern(folder, BAD[0])
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
+    assert main(["inspect", str(data), "--model_path", str(folder)]) == 2
+    answer = capsys.readouterr().err
+    assert f"{folder}: the tokenizer did not end within 5 seconds on a long run of 'aaaaaaaaaa…'" in answer
+
+
+def test_the_same_pattern_is_tried_once(folder, monkeypatch):
+    tokens = with_pattern(folder, GOOD[0])
+    assert tried_tokenizer(tokens) is None
+    monkeypatch.setattr(tokenizer_trial, "trial", lambda work: pytest.fail("tried again"))
+    assert tried_tokenizer(tokens) is None
+
+
+def test_a_tokenizer_without_patterns_is_not_tried(folder, monkeypatch):
+    monkeypatch.setattr(tokenizer_trial, "trial", lambda work: pytest.fail("tried"))
+    body = json.loads((folder / "tokenizer.json").read_text())
+    assert '"Regex"' not in json.dumps([body["normalizer"], body["pre_tokenizer"]])
+    assert tried_tokenizer(PieceTokenizer(AutoTokenizer.from_pretrained(folder))) is None
