@@ -8,9 +8,7 @@ import pytest
 
 from atomtune.cli import main
 from atomtune.model import base_shape
-from atomtune.train.samples import question_in
 from tests.conftest import write_jsonl
-from tests.tiny import tokenizer_of
 
 
 @pytest.fixture
@@ -110,17 +108,35 @@ def test_a_run_that_no_longer_gets_better_ends_early(models, numbers, tmp_path, 
     assert "already finished" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("form", ["chatml", "llama3", "plain"])
-def test_a_prompt_is_shown_without_what_the_template_writes_around_it(models, form):
-    tokenizer = tokenizer_of(["Who are you? user assistant system You are a lamp. Human:"] * 3)
-    control = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": control})
-    text = {
-        "chatml": "<|im_start|>system\nYou are a lamp.<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n"
-        "<|im_start|>assistant\n",
-        "llama3": "<|start_header_id|>user<|end_header_id|>\n\nWho are you?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        "plain": "Human: Who are you?",
-    }[form]
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert question_in(ids, tokenizer) == "Who are you?"
+@pytest.mark.parametrize("template", ["atom", "chatml", "plain"])
+def test_a_prompt_is_shown_as_the_record_has_it(models, tmp_path, template, capsys):
+    """atom writes `请回答用户问题:` behind the instruction, and chatml names: none of it is what the user wrote."""
+    records = [
+        {"instruction": f"Say {n * 7919 % 1000} politely {n}.", "input": f"Go {n * n} away!", "output": f"Please {n}."}
+        for n in range(60)
+    ]
+    data, out = write_jsonl(tmp_path / "polite.jsonl", records), tmp_path / "out"
+    flags = ["--max_steps", "1", "--template", template]
+    assert main(command(models("llama"), data, out, *flags)) == 0
+    samples = record_of(out)["samples"]
+    texts = {f"{record['instruction']}\n{record['input']}": record["output"] for record in records}
+    assert len(samples) == 3
+    assert all(texts[sample["prompt"]] == sample["reference"] for sample in samples)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert samples[0]["prompt"] in page and "请回答用户问题" not in page
+
+
+def test_an_instruction_that_all_records_share_is_not_shown_with_each_prompt(models, tmp_path, capsys):
+    records = [
+        {
+            "instruction": "You are a lamp. Answer the user.",
+            "input": f"{n * 7919 % 1000} and {n * n}?",
+            "output": f"{n}.",
+        }
+        for n in range(60)
+    ]
+    data, out = write_jsonl(tmp_path / "lamp.jsonl", records), tmp_path / "out"
+    assert main(command(models("llama"), data, out, "--max_steps", "1")) == 0
+    samples = record_of(out)["samples"]
+    assert {sample["prompt"] for sample in samples} <= {record["input"] for record in records} and samples
+    assert "\n  reference" in capsys.readouterr().out

@@ -276,6 +276,8 @@ def records_of(
     origins = (origin for batch in batches for origin in batch["origin"].to_pylist())
     next_origin = next(origins, None)
     for schema, chunk in chunks_with_schema(source, rules, name=name, advance=advance):
+        if next_origin is None:
+            return
         for raw in parse_chunk(chunk):
             if raw.origin != next_origin or isinstance(raw, Refusal):
                 continue

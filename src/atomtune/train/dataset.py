@@ -245,6 +245,28 @@ def _texts(run: RunContext, sources: list[str], stored: list[datasets.Dataset]) 
             yield from records_of(source, rules, rows, progress.advance, name=name)
 
 
+def records_of_rows(run: RunContext, rows: datasets.Dataset) -> dict[str, Record]:
+    """The records behind some rows, which stand in the order of their files: origin → record.
+
+    The files are read once more, each as far as the last of these rows.
+    """
+    rules = Rules(**run.settings.data.rules())
+    names = _names(run)
+    # An origin begins with its source's name: `train.jsonl:17`; a folder's files stand between the two.
+    sources = [
+        max(
+            (source for source, name in names.items() if origin.startswith(name)), key=lambda source: len(names[source])
+        )
+        for origin in rows["origin"]
+    ]
+    records: dict[str, Record] = {}
+    for source in dict.fromkeys(sources):
+        own_rows = rows.select([number for number, own in enumerate(sources) if own == source])
+        for record in records_of(source, rules, own_rows, name=names[source]):
+            records[record.origin] = record
+    return records
+
+
 def say_ledger(ledger: Ledger, template: Template, console: Console) -> None:
     """What became of the records, in one line, and a notice for each thing a user may not expect."""
     console.say(

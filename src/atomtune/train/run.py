@@ -171,7 +171,7 @@ def _run(run: RunContext, began: float) -> None:
     if run.args.should_save:
         check_space(run, trainer.model, prepared.tokenizer)
 
-    samples = Samples.of_run(run, trainer.model, prepared.template, data.evaluate)
+    samples = Samples.of_run(run, trainer.model, prepared.template, data)
     run.record.begin()
     picture = LossPicture(Path(run.args.output_dir), title=title_of(run))
     _fit(run, trainer, data, picture)

@@ -6,7 +6,6 @@ them, and a model that cannot answer here costs a notice and not the run.
 
 import json
 import random
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,13 +16,13 @@ from rich.table import Table
 
 from atomtune.data.cache import as_examples
 from atomtune.data.encoding.chat_template import Template
-from atomtune.data.records import Example, Turn
-from atomtune.data.tokenizer import Tokenizer
+from atomtune.data.records import Record, Turn
 from atomtune.evaluate.generation import generate_answers
 from atomtune.evaluate.questions import learned_spans
 from atomtune.model.generate import prompt_ids, stop_ids
 from atomtune.model.load import pad_id_of
 from atomtune.settings.read import DEMO_FOLDER
+from atomtune.train.dataset import Data, records_of_rows
 from atomtune.train.random_state import random_state_kept
 from atomtune.train.run_context import RunContext
 
@@ -33,9 +32,8 @@ SAMPLES, LONGEST_ANSWER, LONGEST_PROMPT, SECONDS = 3, 60, 1000, 10.0
 _TRIED = 20
 #: What a model that cannot generate as it stands raises: no cache, a missing kernel, no memory left.
 _CANNOT = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
-#: In front of what a user says, where a template writes it as text.
-_ROLE = re.compile(r"\s*(?:<\|?)?(user|human|question|instruction)(?:\|?>)?\s*(?:[:：\n]|$)\s*", re.IGNORECASE)
-_ROLES = {"user", "human", "assistant", "model", "system", "tool", "ipython", "gpt"}
+#: Characters of a text on the screen; report.html and run.json have all of it.
+_SHOWN = 400
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Samples:
     samples: list[Sample] = field(default_factory=list)
 
     @classmethod
-    def of_run(cls, run: RunContext, model: Any, template: Template, evaluate: datasets.Dataset | None) -> "Samples":
+    def of_run(cls, run: RunContext, model: Any, template: Template, data: Data) -> "Samples":
         """The prompts, answered by the base. A resumed run's adapter is half trained already, so it is switched off."""
         samples = cls(run, model, template)
         sharded = run.args.fsdp or run.args.deepspeed  # there no rank can answer alone
@@ -67,8 +65,8 @@ class Samples:
             return samples
         if run.settings.demo:
             samples._take_demo()
-        elif evaluate is not None:
-            samples._take_held_out(evaluate, seed=run.args.seed)
+        elif data.evaluate is not None:
+            samples._take_held_out(data.evaluate, shared_instruction=data.ledger.shared_instruction)
         with random_state_kept(), model.disable_adapter():
             before = samples._answers()
         samples.samples = [replace(sample, before=text) for sample, text in zip(samples.samples, before, strict=False)]
@@ -79,18 +77,22 @@ class Samples:
         for record in [json.loads(line) for line in lines if line.strip()]:
             turn = Turn("user", record["instruction"], record["input"])
             self.prompts.append(prompt_ids(self.template, self.template.messages([turn])))
-            prompt = "\n".join(filter(None, (turn.text, turn.input)))
-            self.samples.append(Sample(prompt, record.get("output", "")))
+            self.samples.append(Sample(_text_of(turn), record.get("output", "")))
 
-    def _take_held_out(self, evaluate: datasets.Dataset, *, seed: int) -> None:
-        rows = random.Random(seed).sample(range(len(evaluate)), min(_TRIED, len(evaluate)))
+    def _take_held_out(self, evaluate: datasets.Dataset, *, shared_instruction: str | None) -> None:
+        """The last answers of some records, each with what the user had said in the record: no template's words."""
+        draw = random.Random(self.run.args.seed)
+        rows = draw.sample(range(len(evaluate)), min(_TRIED, len(evaluate)))
+        records = records_of_rows(self.run, evaluate.select(sorted(rows)))
+        tokenizer = self.template.tokenizer
         for row in rows:
             example = as_examples(evaluate[row])[-1]
-            spans = learned_spans(example)
-            if len(self.samples) < SAMPLES and spans and 0 < spans[-1][0] <= LONGEST_PROMPT:
+            spans, question = learned_spans(example), _question(records.get(evaluate[row]["origin"]))
+            if len(self.samples) < SAMPLES and question and spans and 0 < spans[-1][0] <= LONGEST_PROMPT:
                 start, end = spans[-1]
                 self.prompts.append(list(example.ids[:start]))
-                self.samples.append(_sample(example, start, end, self.template.tokenizer))
+                reference = tokenizer.decode(list(example.ids[start:end]), skip_special_tokens=True).strip()
+                self.samples.append(Sample(_text_of(question, without=shared_instruction), reference))
 
     def _answers(self) -> list[str]:
         """One for each prompt, or fewer where the time is over or the model cannot answer here."""
@@ -131,39 +133,37 @@ class Samples:
         return [replace(sample, after=text) for sample, text in zip(self.samples, after, strict=False)]
 
 
-def _sample(example: Example, start: int, end: int, tokenizer: Tokenizer) -> Sample:
-    """What was asked last in the prompt, and the reference answer."""
-    reference = tokenizer.decode(list(example.ids[start:end]), skip_special_tokens=True).strip()
-    return Sample(question_in(example.ids[:start], tokenizer), reference)
+def _question(record: Record | None) -> Turn | None:
+    """What the last learned answer of a record answers."""
+    if record is None or not record.learned:
+        return None
+    asked_before = [turn for turn in record.turns[: record.learned[-1]] if turn.role in ("user", "tool")]
+    return asked_before[-1] if asked_before else None
 
 
-def question_in(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """The last text in a prompt that is no role's name: control tokens stand around what a user says.
-
-    <|im_start|>user⏎Who are you?<|im_end|>⏎<|im_start|>assistant⏎   →   Who are you?
-    """
-    control = set(tokenizer.all_special_ids)
-    parts: list[list[int]] = [[]]
-    for token in ids:
-        if token in control:
-            parts.append([])
-        else:
-            parts[-1].append(token)
-    texts = [tokenizer.decode(part).strip() for part in parts]
-    prompts = [text for text in texts if text and text.rstrip(":：").lower() not in _ROLES]
-    return _ROLE.sub("", prompts[-1], count=1) if prompts else ""
+def _text_of(turn: Turn, *, without: str | None = None) -> str:
+    """Instruction and input as the record has them; an instruction that nearly all records share is left out."""
+    instruction = "" if turn.text == without and turn.input else turn.text
+    return "\n".join(filter(None, (instruction, turn.input)))
 
 
 def table_of(samples: Sequence[Sample], *, title: str) -> Table:
-    """Prompts, references where they are known, and both answers."""
-    table = Table(title=title, show_lines=True)
-    with_references = any(sample.reference for sample in samples)
-    for heading in ("prompt", *(["reference"] if with_references else []), "before", "after"):
-        table.add_column(heading, overflow="fold")
-    for sample in samples:
-        references = [sample.reference] if with_references else []
-        table.add_row(sample.prompt, *references, sample.before, sample.after)
+    """Prompts, references where they are known, and both answers, one below the other: readable at any width."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for number, sample in enumerate(samples):
+        if number:
+            table.add_row()
+        texts = {"prompt": sample.prompt, "reference": sample.reference, "before": sample.before, "after": sample.after}
+        for label, text in texts.items():
+            if text or label != "reference":
+                table.add_row(f"  {label}", _beginning(text), style="bold" if label == "after" else None)
     return table
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} …"
 
 
 def to_run_json(samples: Sequence[Sample]) -> list[dict[str, str]]:
