@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import rich.console
 from rich.cells import cell_len
@@ -23,6 +23,8 @@ from rich.segment import Segment
 _ORDERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 #: A line that is a command of ours; it is left whole, so that it can be copied.
 _COMMAND = re.compile(r"  (atomtune|\S+ -m atomtune) ")
+#: A last column that is narrower than this, in cells, goes on at the left.
+_NARROWEST = 20
 #: What a line may end behind: spaces, a word, or one character of Chinese or Japanese with the marks around it.
 _WIDE = "\u2e80-\u9fff\uf900-\ufaff\uff01-\uff60"
 _OPENING, _CLOSING = "（「『《〈【“‘", "）」』》〉】”’、。，；：！？…"
@@ -52,6 +54,19 @@ class Console(rich.console.Console):
             lines = text.split("\n")
             text = "\n".join(line if _COMMAND.match(line) else wrapped(line, self.width) for line in lines)
         self.print(text, style=style, soft_wrap=True)
+
+    def columns(self, rows: Sequence[Sequence[str]]) -> None:
+        """Rows whose cells stand below each other; on a terminal the last one wraps below itself."""
+        widths = [max(map(cell_len, cells)) for cells in zip(*rows, strict=True)]
+        for *cells, last in rows:
+            start = "  " + "".join(
+                visible(cell) + " " * (width + 2 - cell_len(cell)) for cell, width in zip(cells, widths, strict=False)
+            )
+            line = start + visible(last)
+            has_room = self.width - cell_len(start) >= _NARROWEST
+            if self.is_terminal:
+                line = wrapped(line, self.width, indent=cell_len(start) if has_room else 4)
+            self.print(line, soft_wrap=True)
 
     def notice(self, text: str) -> None:
         """Something the user should know and need not answer; kept for run.json."""
@@ -94,13 +109,14 @@ def print_json(value: object) -> None:
     print(_ORDERS.sub(lambda order: f"\\u{ord(order.group()):04x}", line))
 
 
-def wrapped(line: str, width: int) -> str:
-    """A line as several that end at a word's end and are indented alike.
+def wrapped(line: str, width: int, *, indent: int | None = None) -> str:
+    """A line as several that end at a word's end; indent: of all but the first, where not as that.
 
     A word that is longer than a line stays where it is: the terminal breaks it without a line end, so a path or an
     address can be copied.
     """
-    indent = min(len(line) - len(line.lstrip(" ")), width // 2)
+    if indent is None:
+        indent = min(len(line) - len(line.lstrip(" ")), width // 2)
     lines, current, gap = [], "", ""
     cells = 0  # that `current` takes
     for word in _WORDS.findall(line):
@@ -141,17 +157,21 @@ class ReadingProgress:
         self.progress.update(self.task, advance=n_bytes, rate=f"{self.bytes_read / 2**20 / seconds:.1f} MB/s")
 
 
+#: A terminal with so many columns has room for a long bar and all figures beside it.
+WIDE = 110
+
+
 def progress_bar(console: Console, *texts: str, count: bool = True) -> Progress:
-    """A progress bar with the given columns and the time left; nothing where there is no terminal."""
+    """A progress bar with the given columns and the time left, gone when it is done; nothing without a terminal."""
     steps = [MofNCompleteColumn()] if count else []
     return Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=28),
+        BarColumn(bar_width=28 if console.width >= WIDE else 8),
         *steps,
         *(TextColumn(text, markup=False) for text in texts),
+        TimeRemainingColumn(compact=True),
         TextColumn("left", markup=False),
-        TimeRemainingColumn(),
         console=console,
-        transient=not console.is_terminal,
+        transient=True,
         disable=not console.is_terminal,
     )

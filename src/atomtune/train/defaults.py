@@ -288,13 +288,9 @@ def _is_multiple(larger: float, smaller: float | None) -> bool:
 
 def _say(run: RunContext, derived: Derived, size: Size) -> None:
     """The values that decide the result, with their reasons; and whether so few steps are likely to be enough."""
-    values_by_reason = dict.fromkeys(derived.reasons.values(), "")
-    for name, reason in derived.reasons.items():
-        values_by_reason[reason] += f"{', ' if values_by_reason[reason] else ''}{name} {_shown(derived.values[name])}"
-    width = max(map(len, values_by_reason.values()), default=0)
-    if values_by_reason:
-        lines = [f"  {values:<{width}}  {reason}" for reason, values in values_by_reason.items()]
-        run.console.say("\n".join(["Chosen for this run (each is a setting of its own):", *lines]))
+    if derived.reasons:
+        run.console.say("Chosen for this run; each is a setting of its own:")
+        run.console.columns([(name, _shown(derived.values[name]), reason) for name, reason in derived.reasons.items()])
     args = run.args
     if size.records is None or args.max_steps > 0:
         return

@@ -46,6 +46,7 @@ def finish(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Los
         write_page(run.record.values, folder, title=title_of(run), picture=folder / PICTURE, commands=commands)
     if answered:
         title = "Prompts that are not in the training data"
+        run.console.print()
         run.console.print(table_of(answered, title=title))
     _say(run, trainer, result)
     _say_what_is_next(run, ledger, commands)
@@ -106,7 +107,7 @@ def _say(run: RunContext, trainer: LoraTrainer, result: Outcome) -> None:
     if steps < trainer.state.max_steps:
         patience = run.settings.run.early_stopping_patience
         done += f" Ended before step {trainer.state.max_steps:,}: --early_stopping_patience {patience}."
-    run.console.say(done)
+    run.console.say(f"\n{done}")
     run.console.say("\n".join(result.sentences()), style="bold")
     run.console.say(f"In {run.args.output_dir}: the adapter, report.html (the run as a page), run.json (all figures).")
 

@@ -106,7 +106,8 @@ def _new_adapter(run: RunContext, base: Any) -> Any:
     if lora.experts:
         adapted = [*expert_tensors(base, lora.targets), *experts_of(base).layers]
         counts |= Counter(_as_said(name) for name in sorted(adapted))
-    run.console.say(f"LoRA on {', '.join(f'{name} ({count})' for name, count in counts.items())}")
+    names = ", ".join(f"{name} ({count})" for name, count in counts.items())
+    run.console.say(f"LoRA of rank {lora.rank} on {sum(counts.values()):,} layers: {names}.")
     _say_frozen(run, base, lora)
     return new_adapter(base, lora)
 
@@ -157,8 +158,8 @@ def _say_size(run: RunContext, model: Any, device: torch.device, dtype: torch.dt
     trainable, total = parameter_counts(model)
     number_format = str(dtype).removeprefix("torch.") + (f", {settings.quantize}" if settings.quantize else "")
     run.console.say(
-        f"{settings.model_path} in {number_format} on {device}: "
-        f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)."
+        f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %), the base in "
+        f"{number_format} on {device}."
     )
 
 

@@ -28,6 +28,8 @@ except ImportError:  # Windows
 
 #: A little more than what a checkpoint holds beside tensors and tokenizer, in bytes.
 _SMALL_FILES = 2**16
+#: What the checkpoints take is said where it is so large a share of the disk's free space.
+_WORTH_SAYING = 0.1
 
 
 @contextlib.contextmanager
@@ -84,7 +86,7 @@ def _remove_if_unused(folder: Path) -> None:
 
 
 def check_space(run: RunContext, model: Any, tokenizer: Any) -> None:
-    """Say what the checkpoints will take; raise RunFailed when not even one fits."""
+    """Say what the checkpoints will take where the disk has little left; raise RunFailed when not even one fits."""
     args, folder = run.args, Path(run.args.output_dir)
     weights = sum(w.numel() * w.element_size() for w in model.parameters() if w.requires_grad)
     states = 0 if args.save_only_model else 2 * weights  # AdamW's two moments
@@ -100,7 +102,7 @@ def check_space(run: RunContext, model: Any, tokenizer: Any) -> None:
         raise RunFailed(f"The disk is full: {figures}. Free some space, or pass another --output_dir.")
     if needed > free:
         run.console.notice(f"the disk may be too small: {figures}. --save_total_limit 1 keeps fewer.")
-    else:
+    elif needed > _WORTH_SAYING * free:
         run.console.say(f"{figures[0].upper()}{figures[1:]}.")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.progress import TaskID
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from atomtune.console import Console, progress_bar
+from atomtune.console import WIDE, Console, progress_bar
 from atomtune.train.callbacks import WorkCounter
 from atomtune.train.run_report import PICTURE, RunRecord, draw_loss, eval_history
 
@@ -42,14 +42,19 @@ class TrainingBar(TrainerCallback):
         self.progress.start()
 
     def _rate(self) -> str:
+        """Examples and tokens a second; in a narrow terminal the examples alone."""
         seconds = max(time.perf_counter() - self.began, 1e-6)
         examples = (self.work.examples - self.first_examples) / seconds
-        return f"{examples:.1f} ex/s {(self.work.tokens_computed - self.first_tokens) / seconds:,.0f} tok/s"
+        if self.console.is_terminal and self.console.width < WIDE:
+            return f"{examples:.1f} ex/s"
+        return f"{examples:.1f} examples/s  {(self.work.tokens_computed - self.first_tokens) / seconds:,.0f} tokens/s"
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.task is not None:
-            loss = "  ".join(filter(None, (self.loss, self.held_out)))
-            self.progress.update(self.task, completed=state.global_step, rate=self._rate(), loss=loss)
+            self.progress.update(self.task, completed=state.global_step, rate=self._rate(), loss=self._losses())
+
+    def _losses(self) -> str:
+        return "  ".join(filter(None, (f"loss {self.loss}" if self.loss else "", self.held_out)))
 
     def on_log(
         self,
@@ -61,12 +66,12 @@ class TrainingBar(TrainerCallback):
     ) -> None:
         logs = logs or {}
         if "eval_loss" in logs:
-            self.held_out = held_out_words([e["eval_loss"] for e in state.log_history if "eval_loss" in e])
-            place = f"step {state.global_step:,}" if state.global_step else "before training"
-            self.console.print(f"{place}  {self.held_out}")
+            losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+            self.held_out = f"held-out {losses[-1]:.3f}"
+            self._say_evaluation(state, losses)
         if "loss" not in logs:
             return
-        self.loss = f"loss {logs['loss']:.3f}"
+        self.loss = f"{logs['loss']:.3f}"
         now = time.perf_counter()
         if not self.console.is_terminal and (now - self.spoken > SPOKEN_EVERY or state.global_step == state.max_steps):
             self.spoken = now
@@ -77,6 +82,13 @@ class TrainingBar(TrainerCallback):
                 f"lr {logs.get('learning_rate', 0):.2e}  {self._rate()}  left {_clock(left)}",
                 soft_wrap=True,
             )
+
+    def _say_evaluation(self, state: TrainerState, losses: Sequence[float]) -> None:
+        """A line that stays: where the run is, what it learns and what it has learned."""
+        steps = f"{state.max_steps:,}"
+        place = f"step {state.global_step:>{len(steps)},} of {steps}" if state.global_step else "before training"
+        training = f"loss {self.loss}  " if self.loss else ""
+        self.console.say(f"  {place:<{len(f'step {steps} of {steps}')}}  {training}{held_out_words(losses)}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -4,6 +4,7 @@ The walk of the house: data.cache → batch.collate → model → trainer → ru
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -167,7 +168,7 @@ def _run(run: RunContext, began: float) -> None:
     run, data = prepared.run, prepared.data
     trainer = _load_trainer(prepared, began)
     _refuse_unused_settings(run, trainer)
-    _say_many_passes(run, data)
+    _say_length(run, data)
     if run.args.should_save:
         check_space(run, trainer.model, prepared.tokenizer)
 
@@ -305,12 +306,18 @@ def _say_changed_length(run: RunContext) -> None:
         )
 
 
-def _say_many_passes(run: RunContext, data: Data) -> None:
-    """Say how often the records are gone through, where a number of steps hides it."""
+def _say_length(run: RunContext, data: Data) -> None:
+    """Say how many steps come, and how often the records are gone through where a number of steps hides it."""
+    args = run.args
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if isinstance(data.train, Stream):
         return
-    args, records = run.args, len(data.train)
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    records = len(data.train)
+    if args.max_steps <= 0:
+        steps = math.ceil(args.num_train_epochs * math.ceil(records / per_step))
+        run.console.say(
+            f"\nTraining: {steps:,} steps of {per_step:,} records, {args.num_train_epochs:g} epochs of {records:,}."
+        )
     passes = args.max_steps * per_step / records
     if passes > MANY_PASSES:
         run.console.notice(
