@@ -200,7 +200,8 @@ def _first_difference(tokens: Sequence[int], others: Sequence[int]) -> int:
 
 
 def _same(text: str, other: str) -> bool:
-    return text.strip() == other.strip()
+    """Whether two answers are one; a character that the limit cut in two is written as a mark, or left out."""
+    return text.rstrip(_BROKEN).strip() == other.rstrip(_BROKEN).strip()
 
 
 def _text_difference(ours: Expected, reply: Reply, template: Template, allowed: Allowed) -> Difference | None:

@@ -1,0 +1,34 @@
+"""Laws of the comparison: one answer is one, however an engine writes the end that the limit cut off."""
+
+import pytest
+
+from atomtune.certify.comparison import ALLOWED, _text_difference
+from atomtune.certify.prompts import CertPrompt
+from atomtune.certify.reference import Expected
+from atomtune.data.encoding.choose_template import load_template
+from atomtune.engines.engine import Reply
+from atomtune.model.load import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def template(models):
+    return load_template("auto", load_tokenizer(str(models("qwen3")), trust_remote_code=False))
+
+
+def difference(template, ours: str, ids: list[int], theirs: str):
+    prompt = CertPrompt("Chinese", {"messages": []}, (1,), (), "prompt 1")
+    choices = [{token: 0.0} for token in (*ids, 0)]  # no tie at any step: the token that was taken is the only one
+    expected = Expected(prompt, tuple(ids), [], [], tuple(ids), ours, False, choices)
+    return _text_difference(expected, Reply(theirs, False, 1), template, ALLOWED["bfloat16"])
+
+
+def test_a_character_that_the_limit_cut_in_two_makes_no_other_answer(template):
+    whole = template.tokenizer("灯亮着呢！", add_special_tokens=False).input_ids
+    lone_byte = template.tokenizer.convert_tokens_to_ids("ä")  # the byte E4, with which a character of three begins
+    ids = [*whole, lone_byte]
+    ours = template.tokenizer.decode(ids)
+    assert ours.endswith("\ufffd"), "the answer ends inside a character"
+    assert difference(template, ours, ids, "灯亮着呢！") is None
+    assert difference(template, ours, ids, "灯亮着呢！\ufffd") is None
+    assert difference(template, ours, ids, "灯亮着!") is not None
+    assert difference(template, ours, ids, "灯亮着呢 and more") is not None
