@@ -1,6 +1,7 @@
 # PYTHON_ARGCOMPLETE_OK
 """The commands: read the settings, call a room, print. Rooms are imported inside, so that --help loads no torch."""
 
+import contextlib
 import difflib
 import importlib
 import io
@@ -9,11 +10,12 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from atomtune import __version__
+from atomtune.console import LastingStream
 from atomtune.errors import AtomtuneError, ExitCode
 
 
@@ -59,6 +61,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without 灯 or … shows them as \u706f
+    with _lasting_streams() as output:
+        code = _answer(argv)
+        output.flush()
+        error = output.error if isinstance(output, LastingStream) else None
+        if code == ExitCode.DONE and error is not None and not isinstance(error, BrokenPipeError):
+            _say_error(f"atomtune: standard output cannot be written: {error.strerror}. What it was to hold is lost.")
+            code = ExitCode.RUN_FAILED
+    return code
+
+
+@contextlib.contextmanager
+def _lasting_streams() -> Iterator[LastingStream | TextIO]:
+    """Standard output and error that no failed write ends the command by; the first of them is handed out."""
+    streams = sys.stdout, sys.stderr
+    output, errors = (LastingStream(stream) if isinstance(stream, io.TextIOWrapper) else stream for stream in streams)
+    sys.stdout, sys.stderr = output, errors
+    try:
+        yield output or io.StringIO()  # None where it is closed
+    finally:
+        for stream in (output, errors):
+            if isinstance(stream, LastingStream):
+                stream.flush()
+        sys.stdout, sys.stderr = streams
+
+
+def _answer(argv: Sequence[str] | None) -> int:
+    """Run what the command line asks for; its exit code."""
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
         from atomtune.settings.completion import complete
 

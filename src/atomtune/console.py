@@ -4,6 +4,7 @@ Law: no character of a file, a name or a message gives the terminal an order; it
 """
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import rich.console
 from rich.cells import cell_len
@@ -98,6 +100,47 @@ def program() -> str:
     return "atomtune" if shutil.which("atomtune") else f"{shlex.quote(sys.executable)} -m atomtune"
 
 
+class LastingStream:
+    """A standard stream that a command outlives: what cannot be written any more is lost, and is known to be.
+
+    The reader of a pipe may leave, as `| head` does; the disk under a log may be full. Neither ends a run.
+    error  why it cannot be written; None as long as it can
+    """
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self.stream = stream
+        self.error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        if self.error is None:
+            try:
+                return self.stream.write(text)
+            except OSError as error:
+                self._lose(error)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        if self.error is None:
+            try:
+                self.stream.flush()
+            except OSError as error:
+                self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        """From here on nothing is written; what waits in the buffer goes nowhere, at the interpreter's end too."""
+        self.error = error
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def visible(text: str) -> str:
     """A text whose control characters are shown, not obeyed: `\\x1b`, `\\u202e`. Tabs and line ends stay."""
     return _ORDERS.sub(lambda order: order.group().encode("unicode_escape").decode("ascii"), text)
@@ -105,7 +148,9 @@ def visible(text: str) -> str:
 
 def print_json(value: object) -> None:
     """A command's result, on one line of standard output; what reads it gets the very same value."""
-    line = json.dumps(value, ensure_ascii=False)
+    # Where the output has no 灯, JSON's own \u706f is written; a stream's way to show it is no JSON.
+    is_unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+    line = json.dumps(value, ensure_ascii=not is_unicode)
     print(_ORDERS.sub(lambda order: f"\\u{ord(order.group()):04x}", line))
 
 

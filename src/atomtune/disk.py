@@ -19,6 +19,8 @@ except ImportError:  # Windows
 
 #: The write failed for want of space or of a working disk, not by a bug.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE}
+#: The same in the system's words, which is all that a library's own kind of error keeps of them.
+_DISK_WORDS = tuple(os.strerror(code) for code in _DISK_ERRORS - {errno.EFBIG})
 #: torch.save closes its archive, finds fewer bytes than it wrote and says only that: no errno, no class of its own.
 _TORCH_WROTE_LESS = re.compile(r"unexpected pos \d+ vs \d+|file write failed|iostream error")
 #: Behind the name of a file that is being written.
@@ -32,7 +34,9 @@ def disk_failed(error: BaseException) -> bool:
     text = str(error)
     number = re.search(r"\(os error (\d+)\)", text)  # safetensors
     code = int(number.group(1)) if number else getattr(error, "errno", None)
-    return code in _DISK_ERRORS or "No space left" in text or _TORCH_WROTE_LESS.search(text) is not None
+    if code in _DISK_ERRORS or any(words in text for words in _DISK_WORDS):
+        return True
+    return _TORCH_WROTE_LESS.search(text) is not None
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@
 every value is of the kind that stood there before, or null.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -19,7 +20,10 @@ import pytest
 import torch
 
 from atomtune.data.encoding.choose_template import load_template
-from atomtune.errors import AtomtuneError
+from atomtune.engines.served_folder import ServedFolder
+from atomtune.engines.vllm_serve import ServedAdapter
+from atomtune.errors import AtomtuneError, BadData
+from atomtune.evaluate.run_folder import refuse_changed_files, run_records
 from atomtune.model.adapter import load_trained
 from atomtune.model.adapter_folder import AdapterMetadata, base_of, template_of
 from atomtune.model.generate import answer, ready_to_answer
@@ -121,6 +125,7 @@ def use_base(folder: Path) -> None:
 
 
 def use_adapter(folder: Path) -> None:
+    use_engines(folder)
     template_of(folder, trust_remote_code=False)
     load_trained(load_base(BaseSpec(path=base_of(folder, None), dtype=torch.float32, device=CPU)), folder)
 
@@ -128,6 +133,19 @@ def use_adapter(folder: Path) -> None:
 def use_metadata(folder: Path) -> None:
     assert AdapterMetadata.load(folder) is not None
     template_of(folder, trust_remote_code=False)
+
+
+def use_record(folder: Path) -> None:
+    run_records(folder)
+    with contextlib.suppress(BadData):  # the hash, where it is another text
+        refuse_changed_files(folder, "")
+
+
+def use_engines(folder: Path) -> None:
+    """As vLLM and `transformers serve` are started."""
+    ServedAdapter("a", folder).rank()
+    with ServedFolder(folder, stop_ids=[2]):
+        pass
 
 
 def use_state(folder: Path) -> None:
@@ -143,6 +161,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "model.safetensors.index.json": ("shards", use_base),
     "adapter_config.json": ("adapter", use_adapter),
     "atomtune.json": ("adapter", use_metadata),
+    "run.json": ("adapter", use_record),
     "trainer_state.json": ("checkpoint", use_state),
 }
 #: Keys that nothing here reads, that may hold several kinds of value, or whose shape the tokenizers library decides.

@@ -234,9 +234,9 @@ def write_certificate(outcomes: Sequence[Outcome], served: Path) -> Path:
 def _read(file: Path) -> list[dict[str, Any]]:
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
-    return entries if isinstance(entries, list) else []
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
 def refuse_failed(outcomes: Sequence[tuple[Path, Outcome]]) -> None:

@@ -14,6 +14,9 @@ from pathlib import Path
 
 from transformers.utils import cached_file
 
+from atomtune.model.adapter_folder import base_path_of
+from atomtune.model.json_files import json_object
+
 ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
 #: Of the base: what decides how text becomes ids is the adapter's.
@@ -38,7 +41,7 @@ class ServedFolder:
         self.view = tempfile.TemporaryDirectory(prefix="atomtune-serve-")
         view = Path(self.view.name) / self.folder.name
         view.mkdir()
-        base = self.base or str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
+        base = self.base or base_path_of(self.folder)
         of_base = Path(str(cached_file(base, "config.json"))).parent
         for file in of_base.iterdir():
             if file.is_file() and not any(file.match(pattern) for pattern in _NOT_OF_BASE):
@@ -52,7 +55,7 @@ class ServedFolder:
         return view
 
     def _write_stops(self, file: Path) -> None:
-        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        values = json_object(file) if file.is_file() else {}
         file.unlink(missing_ok=True)  # a link into the base's folder, which is not ours to change
         file.write_text(json.dumps({**values, "eos_token_id": self.stop_ids}), encoding="utf-8")
 

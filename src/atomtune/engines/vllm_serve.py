@@ -14,6 +14,8 @@ from atomtune.engines.engine import Reply, Request, chat_reply, post
 from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder
 from atomtune.engines.server_process import ServerProcess, free_port
 from atomtune.errors import BadSettings
+from atomtune.model.file_schemas import LoraConfigFile
+from atomtune.model.json_files import checked
 
 #: The ranks that vLLM makes room for.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -32,8 +34,8 @@ class ServedAdapter:
 
     def rank(self) -> int:
         """The largest rank of its layers."""
-        config = json.loads((self.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        return max(int(config["r"]), *map(int, config.get("rank_pattern", {}).values()), 0)
+        config = checked(self.folder / ADAPTER_CONFIG, LoraConfigFile)
+        return max(config.r, *(config.rank_pattern or {}).values(), 0)
 
 
 def refuse_without_packages() -> None:

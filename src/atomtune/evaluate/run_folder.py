@@ -1,12 +1,16 @@
 """Run folder: which records a finished run was trained on and which it held out, as its run.json says."""
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from atomtune.errors import BadData
+from pydantic import ValidationError
+
+from atomtune.errors import BadData, BadModel
+from atomtune.model.file_schemas import RunRecordFile
+from atomtune.model.json_files import checked, refusal
 from atomtune.settings.fields import RecordSettings
+
+RECORD = "run.json"
 
 
 @dataclass(frozen=True)
@@ -18,33 +22,40 @@ class RunRecords:
     held_out: frozenset[str]  # origins, as "train.jsonl:17"
 
 
-def run_json(folder: Path) -> dict[str, Any]:
-    """The run.json of a run's output folder, or of the run that a checkpoint lies in; {} where there is none."""
-    for place in (folder, folder.parent):
-        try:
-            values = json.loads((place / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(values, dict):
-            return values
-    return {}
+def run_file(folder: Path) -> tuple[Path, RunRecordFile] | None:
+    """The run.json of a run's output folder, or of the run that a checkpoint lies in; None where there is none.
+
+    Raises BadModel for one that a run did not write so.
+    """
+    for file in (folder / RECORD, folder.parent / RECORD):
+        if file.exists():
+            return file, checked(file, RunRecordFile)
+    return None
 
 
 def run_records(folder: Path) -> RunRecords | None:
     """How the run of this adapter read its records; None for an adapter that no run of ours wrote."""
-    run = run_json(folder)
-    settings = run.get("settings")
-    if not isinstance(settings, dict):
+    run = run_file(folder)
+    if run is None or run[1].settings is None:
         return None
-    values = {name: entry["value"] for name, entry in settings.items()}
+    file, record = run
     known = {field.name for field in fields(RecordSettings)}
-    reading = RecordSettings(**{name: value for name, value in values.items() if name in known})
-    return RunRecords(reading, values.get("eval_path"), frozenset(run.get("records_held_out", ())))
+    values = {name: entry.value for name, entry in (record.settings or {}).items() if name in known}
+    evaluation = (record.settings or {}).get("eval_path")
+    eval_path = evaluation.value if evaluation else None
+    if not isinstance(eval_path, str | None):
+        raise BadModel(f"{file} cannot be used:\n  settings.eval_path.value: expected text")
+    try:
+        reading = RecordSettings(**values)
+    except ValidationError as error:
+        raise BadModel(refusal(file, values, error)) from None
+    return RunRecords(reading, eval_path, frozenset(record.records_held_out or ()))
 
 
 def refuse_changed_files(folder: Path, data_hash: str) -> None:
     """Raise BadData when a run's files are not those it read: a record's line may be another record now."""
-    trained_on = run_json(folder).get("data", {}).get("sha256")
+    run = run_file(folder)
+    trained_on = run[1].data.sha256 if run and run[1].data else None
     if trained_on and trained_on != data_hash:
         raise BadData(
             f"The records that {folder} was trained on have changed since, so its held-out records are not known.\n"

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from atomtune.model.adapter_folder import CONFIG, WEIGHTS
 from atomtune.model.adapter_keys import module_of, modules_of_class, new_names
+from atomtune.model.json_files import json_object
 
 
 def rewrite_keys(adapter: Path, out: Path, class_name: str, base_path: str, *, trust_remote_code: bool) -> int:
@@ -29,7 +30,7 @@ def rewrite_keys(adapter: Path, out: Path, class_name: str, base_path: str, *, t
 
 def _rewrite_targets(file: Path, renamed: dict[str, str]) -> None:
     """Targets that are full names get the new ones; last parts of names, as q_proj, mean the same in both classes."""
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = json_object(file)
     modules = {module_of(old): module_of(new) for old, new in renamed.items()}
     if isinstance(values.get("target_modules"), list):
         values["target_modules"] = sorted(modules.get(target, target) for target in values["target_modules"])

@@ -254,6 +254,26 @@ class WeightIndex(JsonFile):
     metadata: Values | None = None
 
 
+class RunSetting(JsonFile):
+    """A setting of a run: its value, and where it came from."""
+
+    value: Any
+
+
+class RunData(JsonFile):
+    """Which records a run read."""
+
+    sha256: str | None = None
+
+
+class RunRecordFile(JsonFile):
+    """run.json, as far as other commands read it."""
+
+    settings: dict[str, RunSetting] | None = None
+    records_held_out: list[str] | None = None
+    data: RunData | None = None
+
+
 class Control(JsonFile):
     """What the Trainer was about to do."""
 

@@ -1,0 +1,83 @@
+"""Standard output that is full, closed or of few characters: results still come, and exit codes are right."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import DIALOGUES, write_jsonl
+
+pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+
+
+@pytest.fixture(scope="module")
+def words(models, tmp_path_factory) -> list[str]:
+    data = write_jsonl(tmp_path_factory.mktemp("streams") / "灯é😀.jsonl", DIALOGUES)
+    return ["inspect", str(data), "--model_path", str(models("llama"))]
+
+
+def run(words: list[str], redirection: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """A command in a shell of its own, with what is written after it there."""
+    command = f'exec "$0" -m atomtune "$@" {redirection}'
+    return subprocess.run(
+        ["bash", "-c", command, sys.executable, *words],
+        capture_output=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_a_full_output_is_said_and_is_no_success(words):
+    done = run(words, "> /dev/full")
+    assert done.returncode == 3
+    assert b"standard output cannot be written: No space left on device" in done.stderr
+    assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
+
+
+def test_a_full_output_does_not_end_a_merge(by_heart, tmp_path):
+    merge = ["merge", "--adapter_path", str(by_heart), "--output_dir", str(tmp_path / "m")]
+    assert run(merge, "> /dev/full 2> /dev/full").returncode == 3
+    assert (tmp_path / "m" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("words_of_help", [["--help"], ["train", "--help", "all"], ["--version"]])
+def test_help_into_a_full_output(words_of_help):
+    done = run(words_of_help, "> /dev/full")
+    assert done.returncode == 3 and b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
+
+
+def test_a_reader_that_leaves_is_no_error(words):
+    done = subprocess.run(
+        ["bash", "-c", 'set -o pipefail; "$0" -m atomtune "$@" | head -c 1', sys.executable, *words],
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"Exception ignored" not in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_an_output_that_is_closed(words):
+    done = run(words, ">&-")
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "latin-1"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+    ids=["ascii", "latin-1", "C"],
+)
+def test_few_characters_are_no_error_and_json_stays_json(words, environment):
+    shown = run(words, **environment)
+    assert shown.returncode == 0, shown.stderr
+    result = run([*words, "--json"], **environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.isascii() or environment.get("PYTHONIOENCODING") == "latin-1"
+    usual = run([*words, "--json"], PYTHONIOENCODING="utf-8")
+    assert json.loads(result.stdout.decode("latin-1")) == json.loads(usual.stdout)
