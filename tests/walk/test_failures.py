@@ -405,6 +405,22 @@ def test_a_final_save_that_fails_leaves_nothing_half_written(models, dialogues, 
     assert main(command(models("llama"), dialogues, out, "--max_steps", "2", "--resume")) == 0
 
 
+def test_a_signal_behind_the_last_save_leaves_a_finished_run(models, dialogues, tmp_path, monkeypatch, capsys):
+    # It ended with 75, and a scheduler began the finished run again.
+    from atomtune.train import ending
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt("SIGTERM")
+
+    monkeypatch.setattr(ending, "_outcome_of", stopped)
+    out = tmp_path / "out"
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "2")) == 0
+    assert "SIGTERM received while the run was reported: the adapter is saved" in capsys.readouterr().out
+    record = json.loads((out / "run.json").read_text())
+    assert record["status"] == "finished" and record["steps"] == 2
+    assert (out / "adapter_model.safetensors").is_file()
+
+
 def test_a_step_so_large_that_weights_are_not_finite_is_not_saved(models, dialogues, tmp_path, monkeypatch, capsys):
     # Loss and gradient of the step were finite; only the next step's loss would tell, after the save.
     from transformers import Trainer

@@ -24,6 +24,20 @@ from atomtune.train.trainer import LoraTrainer
 def finish(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: LossPicture, ledger: Ledger) -> None:
     """Save the adapter, record the run, and say how it went."""
     _save_adapter(run, trainer)
+    run.record.update(status="finished", train_loss=trainer.mean_loss(), **figures(trainer))
+    try:
+        _report(run, trainer, samples, picture, ledger)
+    except KeyboardInterrupt as stop:
+        # The run is done: a scheduler that reads "stopped" would start it again for nothing.
+        run.console.notice(
+            f"{stop} received while the run was reported: the adapter is saved and whole; report.html and the answers "
+            "in run.json may be missing."
+        )
+        run.record.update(notices=run.console.notices)
+
+
+def _report(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: LossPicture, ledger: Ledger) -> None:
+    """What stays of a finished run beside the adapter, and what is said of it."""
     result = _outcome_of(trainer)
     answered = samples.answer_after()
     history = trainer.state.log_history
