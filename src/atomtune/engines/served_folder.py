@@ -14,8 +14,9 @@ from pathlib import Path
 
 from transformers.utils import cached_file
 
-from atomtune.model.adapter_folder import base_path_of
+from atomtune.model.adapter_folder import base_of
 from atomtune.model.json_files import json_object
+from atomtune.model.load_errors import explained
 
 ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -38,11 +39,12 @@ class ServedFolder:
         config = self.folder / ADAPTER_CONFIG
         if not config.is_file():
             return self.folder
+        base = base_of(self.folder, self.base)
+        with explained(base, "model", files="config.json"):
+            of_base = Path(str(cached_file(base, "config.json"))).parent
         self.view = tempfile.TemporaryDirectory(prefix="atomtune-serve-")
         view = Path(self.view.name) / self.folder.name
         view.mkdir()
-        base = self.base or base_path_of(self.folder)
-        of_base = Path(str(cached_file(base, "config.json"))).parent
         for file in of_base.iterdir():
             if file.is_file() and not any(file.match(pattern) for pattern in _NOT_OF_BASE):
                 _link(file, view / file.name)
