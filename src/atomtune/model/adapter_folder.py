@@ -1,6 +1,7 @@
 """Adapter folder: what a saved adapter or merged model says about itself, read without loading the base."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields
 from datetime import date
@@ -96,7 +97,8 @@ def template_of(folder: Path, *, trust_remote_code: bool) -> tuple[Template, Ada
 def base_of(folder: Path, model_path: str | None) -> str:
     """The base's path: --model_path, else the one that the adapter's config names."""
     path = model_path or base_path_of(folder)
-    if not model_path and path.startswith(("/", ".")) and not Path(path).is_dir():
+    is_there = os.path.isdir(path)  # noqa: PTH112  # pathlib raises where a name is longer than a file system takes
+    if not model_path and path.startswith(("/", ".")) and not is_there:
         raise BadModel(f"{folder} was trained on {path}, which is not there any more. Pass --model_path with the base.")
     return path
 

@@ -199,7 +199,7 @@ class AdapterConfig(JsonFile):
     """adapter_config.json, as PEFT writes it."""
 
     peft_type: str
-    base_model_name_or_path: str | None = None
+    base_model_name_or_path: Annotated[str, Field(max_length=1000)] | None = None
     task_type: str | None = None
     inference_mode: Flag = None
     r: Annotated[int, Field(ge=1, le=2**16)] | None = None

@@ -38,6 +38,7 @@ _EXPECTED = {
     "greater_than": "more than {gt}",
     "less_than_equal": "{le} or less",
     "less_than": "less than {lt}",
+    "string_too_long": "at most {max_length} characters",
     "literal_error": "{expected}",
     "enum": "{expected}",
 }
