@@ -138,6 +138,8 @@ class LastingStream:
         os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "stream":  # asked for before __init__ has set it
+            raise AttributeError(name)
         return getattr(self.stream, name)
 
 
