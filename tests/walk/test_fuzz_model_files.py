@@ -125,9 +125,9 @@ def use_base(folder: Path) -> None:
 
 
 def use_adapter(folder: Path) -> None:
-    use_engines(folder)
     template_of(folder, trust_remote_code=False)
     load_trained(load_base(BaseSpec(path=base_of(folder, None), dtype=torch.float32, device=CPU)), folder)
+    use_engines(folder)
 
 
 def use_metadata(folder: Path) -> None:

@@ -11,12 +11,12 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import cached_file
 
-from atomtune.model.adapter_folder import base_of
-from atomtune.model.json_files import json_object
-from atomtune.model.load_errors import explained
+from atomtune.disk import read_json_object
+from atomtune.errors import BadModel
 
 ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -39,9 +39,11 @@ class ServedFolder:
         config = self.folder / ADAPTER_CONFIG
         if not config.is_file():
             return self.folder
-        base = base_of(self.folder, self.base)
-        with explained(base, "model", files="config.json"):
+        base = self.base or str(read_config(config).get("base_model_name_or_path"))
+        try:
             of_base = Path(str(cached_file(base, "config.json"))).parent
+        except OSError as error:
+            raise BadModel(f"{base}: the base that {config} names cannot be read: {str(error)[:200]}") from None
         self.view = tempfile.TemporaryDirectory(prefix="atomtune-serve-")
         view = Path(self.view.name) / self.folder.name
         view.mkdir()
@@ -57,7 +59,7 @@ class ServedFolder:
         return view
 
     def _write_stops(self, file: Path) -> None:
-        values = json_object(file) if file.is_file() else {}
+        values = read_config(file) if file.is_file() else {}
         file.unlink(missing_ok=True)  # a link into the base's folder, which is not ours to change
         file.write_text(json.dumps({**values, "eos_token_id": self.stop_ids}), encoding="utf-8")
 
@@ -65,6 +67,14 @@ class ServedFolder:
         if self.view is not None:
             self.view.cleanup()
             self.view = None
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A JSON file beside weights. Raises BadModel where it is none."""
+    try:
+        return read_json_object(file)
+    except (OSError, ValueError) as error:
+        raise BadModel(f"{file} cannot be read: {str(error)[:200]}. Copy the folder again.") from None
 
 
 def _link(file: Path, target: Path) -> None:

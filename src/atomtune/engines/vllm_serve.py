@@ -11,11 +11,9 @@ from typing import Any
 
 from atomtune.choices import BASE
 from atomtune.engines.engine import Reply, Request, chat_reply, post
-from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder
+from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder, read_config
 from atomtune.engines.server_process import ServerProcess, free_port
-from atomtune.errors import BadSettings
-from atomtune.model.file_schemas import LoraConfigFile
-from atomtune.model.json_files import checked
+from atomtune.errors import BadModel, BadSettings
 
 #: The ranks that vLLM makes room for.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -34,8 +32,12 @@ class ServedAdapter:
 
     def rank(self) -> int:
         """The largest rank of its layers."""
-        config = checked(self.folder / ADAPTER_CONFIG, LoraConfigFile)
-        return max(config.r, *(config.rank_pattern or {}).values(), 0)
+        file = self.folder / ADAPTER_CONFIG
+        config = read_config(file)
+        try:
+            return max(int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values()), 0)
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
+            raise BadModel(f"{file}: r and rank_pattern are no ranks of LoRA layers. Copy the folder again.") from None
 
 
 def refuse_without_packages() -> None:
