@@ -157,3 +157,13 @@ def _read(terminal: int) -> bytes:
         return os.read(terminal, 65536)
     except OSError:  # Linux says so where the other side is closed
         return b""
+
+
+def test_columns_stand_below_each_other_and_the_last_wraps_below_itself():
+    terminal = console(40)
+    terminal.columns([("rate", "0.002", "one two three four five six seven"), ("学习率", "1", "short")])
+    assert terminal.file.getvalue().splitlines() == [
+        "  rate    0.002  one two three four five",
+        "                 six seven",
+        "  学习率  1      short",
+    ]

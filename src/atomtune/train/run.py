@@ -316,7 +316,8 @@ def _say_length(run: RunContext, data: Data) -> None:
     if args.max_steps <= 0:
         steps = math.ceil(args.num_train_epochs * math.ceil(records / per_step))
         run.console.say(
-            f"\nTraining: {steps:,} steps of {per_step:,} records, {args.num_train_epochs:g} epochs of {records:,}."
+            f"\nTraining: {steps:,} steps of {per_step:,} records; epochs of {records:,} records: "
+            f"{args.num_train_epochs:g}."
         )
     passes = args.max_steps * per_step / records
     if passes > MANY_PASSES:
