@@ -520,6 +520,7 @@ def _differences(findings: Findings, version: str, others: Sequence[Finding]) ->
     now = {finding.family: finding for _, finding in findings}
     absent = [other.family for other in others if other.verdict == "not here"]
     lines = [f"## With transformers {version}", ""]
+    lines.append("`python -m benchmarks.families --json FILE` with that version, then `--beside FILE` with this one.")
     exact = sum(other.is_equal and other.layout == "tree" for other in others)
     padded = sum(other.is_equal and other.layout == "padded" for other in others)
     here = len(others) - len(absent)
@@ -554,7 +555,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write what was found to this file too")
     parser.add_argument("--beside", type=Path, help="such a file of another transformers: what is otherwise there")
     parser.add_argument("--trace", action="store_true", help="print the traceback of what fails")
-    parser.add_argument("--seconds", type=int, default=90, help="limit for each family")
+    parser.add_argument("--seconds", type=int, default=300, help="limit for each family")
     chosen = parser.parse_args()
     warnings.filterwarnings("ignore")
     quiet_libraries()

@@ -18,6 +18,7 @@ PERSONA = ROOT / "src" / "atomtune" / "demo" / "persona.jsonl"
 TRL = importlib.util.find_spec("trl") is not None
 
 
+@pytest.mark.slow
 def test_a_toy_run_ends_in_a_table_and_a_figure(tmp_path):
     contenders = ["tutorial", *(["trl-packed-bf16"] if TRL else []), "atomtune-fp32", "atomtune-bf16"]
     command = [

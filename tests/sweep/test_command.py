@@ -104,7 +104,10 @@ def wait_for_second_trial(process: subprocess.Popen, folder: Path) -> psutil.Pro
     raise AssertionError("no second trial within two minutes")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.slow), pytest.param(signal.SIGKILL, id="SIGKILL")],
+)
 def test_a_sweep_that_is_stopped_goes_on_where_it_was(run, tmp_path, number):
     folder = tmp_path / "out"
     process = started(run, folder, *RATES)
@@ -148,6 +151,7 @@ def test_a_sweep_does_not_mix_with_other_files(run, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["mine.txt"]
 
 
+@pytest.mark.slow
 def test_without_try_three_learning_rates_around_the_derived_one(run, tmp_path):
     settings = dict(zip([flag[2:] for flag in run[::2]], run[1::2], strict=True))
     paths = {name: settings.pop(name) for name in ("model_path", "dataset_path")}
