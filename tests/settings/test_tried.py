@@ -38,6 +38,13 @@ def test_names_of_other_tools_are_understood_here_too():
     assert tried("--try", "lr=1e-4,3e-4") == {"learning_rate": ("1e-4", "3e-4")}
 
 
+def test_of_an_unknown_name_with_two_values_the_name_alone_is_wrong():
+    said = problems("--try", "lora_rnk=8,32")
+    assert "--lora_rnk: unknown. Did you mean --lora_rank?" in said
+    assert "expected NAME=A,B" not in said
+    assert "expected NAME=A,B" in problems("--try", "8,32")
+
+
 def test_every_combination_stands_once():
     points = points_of({"a": ("1", "2"), "b": ("x", "y", "z")})
     assert sorted((point["a"], point["b"]) for point in points) == [(a, b) for a in "12" for b in "xyz"]

@@ -6,6 +6,7 @@ the written model's next-token distributions differ from the adapter's by no mor
 """
 
 import contextlib
+import shlex
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 
 from atomtune.choices import Quantize
-from atomtune.console import Console
+from atomtune.console import Console, program
 from atomtune.data.encoding.chat_template import Template
 from atomtune.disk import disk_failed, filled, is_free
 from atomtune.errors import BadSettings, CheckFailed, listing
@@ -80,7 +81,7 @@ def merge(settings: MergeSettings) -> int:
     with filling(out, last=LAST_WRITTEN) as folder:
         write_merged(settings, folder, console)
     console.say(f"The merged model lies in {out}; transformers, vLLM and others load it as it is.\n\nNext:")
-    console.say(f"  atomtune chat --adapter_path {out}", wrap=False)
+    console.say(f"  {program()} chat --adapter_path {shlex.quote(str(out))}", wrap=False)
     return 0
 
 

@@ -165,8 +165,9 @@ class Page:
         for ended in asks:  # what the button hands over must be there before it is clicked
             ended.then(self.saved, inputs, self.save, show_progress="hidden")
         self.typed.stop(self.stop, None, None, queue=False)
-        for event in (self.new.click, self.answers.clear):
-            event(self.stop, None, None, queue=False).then(self.begin_anew, None, [*shown, self.save])
+        for event in (self.new.click, self.answers.clear, self.base.clear):
+            # Behind the answer that it stops, whose last drawing would bring the old conversation back.
+            event(self.stop, None, None, queue=False).then(self.begin_anew, None, [*shown, self.save], **in_turn)
         self.compare.change(lambda compares: gradio.Chatbot(visible=compares), self.compare, self.base)
         self.blocks.unload(self.stop)
 

@@ -52,11 +52,11 @@ def values_tried(
     """
     tried: dict[str, tuple[str, ...]] = {}
     name: str | None = None
-    for word in choices.try_:  # learning_rate=1e-4,3e-4 has come as two words, learning_rate=1e-4 and 3e-4
+    for number, word in enumerate(choices.try_):  # name=1e-4,3e-4 has come as two words, name=1e-4 and 3e-4
         written, equals, value = word.partition("=")
         if equals:
             name = known(written)
-        elif not tried and name is None:
+        elif number == 0:
             problems.append(f"--try {word!r}: expected NAME=A,B, as --try learning_rate=1e-4,3e-4.")
             return {}
         if name is not None:

@@ -308,17 +308,16 @@ def _say_changed_length(run: RunContext) -> None:
 
 def _say_length(run: RunContext, data: Data) -> None:
     """Say how many steps come, and how often the records are gone through where a number of steps hides it."""
-    args = run.args
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if isinstance(data.train, Stream):
         return
-    records = len(data.train)
+    args, records = run.args, len(data.train)
+    per_batch = args.per_device_train_batch_size * args.world_size
+    per_step = per_batch * args.gradient_accumulation_steps
     if args.max_steps <= 0:
-        steps = math.ceil(args.num_train_epochs * math.ceil(records / per_step))
-        run.console.say(
-            f"\nTraining: {steps:,} steps of {per_step:,} records; epochs of {records:,} records: "
-            f"{args.num_train_epochs:g}."
-        )
+        batches = records // per_batch if args.dataloader_drop_last else math.ceil(records / per_batch)
+        steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+        epochs = "1 epoch" if args.num_train_epochs == 1 else f"{args.num_train_epochs:g} epochs"
+        run.console.say(f"\nTraining: {steps:,} steps of {per_step:,} records, {epochs} of {records:,}.")
     passes = args.max_steps * per_step / records
     if passes > MANY_PASSES:
         run.console.notice(
