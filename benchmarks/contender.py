@@ -27,6 +27,7 @@ CONTENDERS = {
     "trl-packed-bf16": "TRL SFTTrainer, packed, bfloat16",
     "atomtune-fp32": "atomtune, --layout auto, float32",
     "atomtune-bf16": "atomtune, --layout auto, bfloat16",
+    "atomtune-padded-fp32": "atomtune, --layout padded, float32",
 }
 
 
@@ -109,10 +110,14 @@ def plain_model(base: Path, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
 
 
-def lora() -> Any:
+def lora(model: Any) -> Any:
+    """On the layers that atomtune adapts: PEFT's own all-linear puts it on routers and experts too."""
     from peft import LoraConfig
 
-    return LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    from atomtune.model.lora_targets import all_linear
+
+    targets = list(all_linear(model).adapted)
+    return LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def common(out: str) -> dict[str, Any]:
@@ -139,7 +144,7 @@ def plain(base: Path, data: Path, out: str, *, dtype: torch.dtype, checkpointing
     if checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
-    model = get_peft_model(model, lora())
+    model = get_peft_model(model, lora(model))
     computed = 0
 
     def collate(features: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -181,9 +186,9 @@ def trl(base: Path, data: Path, out: str, *, packing: bool, dtype: torch.dtype, 
     per_row = max(1, MAX_TOKENS * len(rows) // sum(len(row["input_ids"]) for row in rows))
     rows_a_step = max(1, BATCH // per_row) if packing else BATCH
     micro = 1 if packing and device().type == "cpu" else rows_a_step
-    clock = Clock()
+    clock, model = Clock(), plain_model(base, dtype)
     trainer = SFTTrainer(
-        model=plain_model(base, dtype),
+        model=model,
         args=SFTConfig(
             **common(out),
             per_device_train_batch_size=micro,
@@ -197,7 +202,7 @@ def trl(base: Path, data: Path, out: str, *, packing: bool, dtype: torch.dtype, 
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(base),
-        peft_config=lora(),
+        peft_config=lora(model),
         callbacks=[clock],
     )
     computed = 0
@@ -214,7 +219,7 @@ def trl(base: Path, data: Path, out: str, *, packing: bool, dtype: torch.dtype, 
     return {"seconds": clock.seconds, "computed_tokens": computed, "loss": result.training_loss}
 
 
-def atomtune(base: Path, data: Path, out: str, *, dtype: str) -> dict[str, Any]:
+def atomtune(base: Path, data: Path, out: str, *, dtype: str, layout: str) -> dict[str, Any]:
     """The command a user types."""
     from atomtune.cli import main
 
@@ -223,6 +228,7 @@ def atomtune(base: Path, data: Path, out: str, *, dtype: str) -> dict[str, Any]:
             *("train", "--model_path", str(base), "--dataset_path", str(data), "--output_dir", f"{out}/run"),
             *("--template", "atom", "--learn", "last", "--max_seq_length", str(MAX_TOKENS), "--num_train_epochs", "1"),
             *("--per_device_train_batch_size", str(BATCH), "--learning_rate", str(RATE), "--dtype", dtype),
+            *("--layout", layout),
             *("--lora_rank", str(RANK), "--lora_alpha", str(ALPHA), "--lora_dropout", "0"),
             *("--gradient_checkpointing", "false", "--logging_steps", "10000", "--save_strategy", "no"),
             *("--eval_size", "0"),  # the others hold nothing out
@@ -244,7 +250,8 @@ def train(name: str, base: Path, data: Path, out: str) -> dict[str, Any]:
         return plain(base, data, out, dtype=dtype, checkpointing=name == "tutorial")
     if name.startswith("trl"):
         return trl(base, data, out, packing="packed" in name, dtype=dtype, liger="liger" in name)
-    return atomtune(base, data, out, dtype=str(dtype).removeprefix("torch."))
+    layout = "padded" if "padded" in name else "auto"
+    return atomtune(base, data, out, dtype=str(dtype).removeprefix("torch."), layout=layout)
 
 
 def main() -> None:

@@ -106,32 +106,56 @@ SHAPES = {
     "1.5b": Shape(1536, 8960, 28, 12, 2, 128, 151_936, tied=True),  # Qwen2.5-1.5B
     "atom-7b": Shape(4096, 11008, 32, 32, 32, 128, 65_000),
 }
+_SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 2}
+#: Small models whose layers are more than attention and a dense network: kind → values of its config.
+KINDS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        **_SMALL,
+        "num_hidden_layers": 4,
+        "head_dim": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 384,
+    },
+    "qwen3_5_text": {
+        **_SMALL,
+        "num_hidden_layers": 4,
+        "head_dim": 64,
+        "layer_types": [*3 * ["linear_attention"], "full_attention"],
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4,
+    },
+    "lfm2": {
+        **_SMALL,
+        "num_hidden_layers": 6,
+        "layer_types": ["conv", "conv", "full_attention", "conv", "conv", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+    },
+}
 #: From this many words on the weights are written in bfloat16, as such models are published.
 _PUBLISHED = 40_000
+_WORDS = 8_000  # of a tokenizer that is trained on the data
 
 
 def build_base(folder: Path, source: list[dict[str, str]], shape: str = "small") -> Path:
-    """A Llama of Atom's form with random weights, made where it fits, and a tokenizer trained on the data."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    """A model with random weights, and a tokenizer trained on the data.
 
-    sizes = SHAPES[shape]
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=min(sizes.words, 8_000),
-        special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator((text for one in source for text in one.values()), trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
-    )
+    shape  of SHAPES: a Llama of Atom's form, made where it fits; or of KINDS
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    sizes = SHAPES.get(shape)
+    tokenizer = _tokenizer(source, words=sizes.words if sizes else _WORDS)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
+    if sizes is None:
+        special = {"vocab_size": _WORDS, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        config = AutoConfig.for_model(shape, **KINDS[shape], **special, max_position_embeddings=2048)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        return folder
     config = LlamaConfig(
         vocab_size=sizes.words,
         hidden_size=sizes.hidden,
@@ -149,3 +173,23 @@ def build_base(folder: Path, source: list[dict[str, str]], shape: str = "small")
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         LlamaForCausalLM._from_config(config).save_pretrained(folder)
     return folder
+
+
+def _tokenizer(source: list[dict[str, str]], *, words: int) -> Any:
+    """Byte-level BPE, trained on the data."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=min(words, _WORDS),
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator((text for one in source for text in one.values()), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+    )

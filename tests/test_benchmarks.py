@@ -10,8 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from atomtune.model.lora_targets import all_linear
 from benchmarks import gpu, gpu_meter, quality, workloads
+from benchmarks.contender import lora, plain_model
 
 ROOT = Path(__file__).parents[1]
 PERSONA = ROOT / "src" / "atomtune" / "demo" / "persona.jsonl"
@@ -188,3 +191,12 @@ def test_at_equal_updates_trls_adapter_is_as_good(tmp_path):
     ours, theirs = (json.loads(line)["loss"] for line in out.read_text().splitlines())
     assert ours == pytest.approx(theirs, abs=0.01)
     assert "| persona | 1 | 4 |" in quality.table([json.loads(line) for line in out.read_text().splitlines()])
+
+
+@pytest.mark.parametrize("kind", workloads.KINDS)
+def test_a_model_of_each_kind_is_built_and_adapted_where_atomtune_adapts_it(kind, tmp_path):
+    source = [{"instruction": f"question {number}", "input": "", "output": "answer"} for number in range(50)]
+    base = plain_model(workloads.build_base(tmp_path, source, kind), torch.float32)
+    assert base.config.model_type == kind
+    assert set(lora(base).target_modules) == set(all_linear(base).adapted)
+    assert not any("experts" in name or name.endswith(".gate") for name in lora(base).target_modules)
