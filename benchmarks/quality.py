@@ -83,10 +83,10 @@ def train_trl(base: Path, data: Path, out: Path, options: argparse.Namespace) ->
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    clock = Clock()
+    clock, model = Clock(), plain_model(base, torch.bfloat16)
     settings = {**common(str(out)), "num_train_epochs": options.epochs, "learning_rate": options.rate}
     trainer = SFTTrainer(
-        model=plain_model(base, torch.bfloat16),
+        model=model,
         args=SFTConfig(
             **settings,
             per_device_train_batch_size=BATCH,
@@ -98,7 +98,7 @@ def train_trl(base: Path, data: Path, out: Path, options: argparse.Namespace) ->
         ),
         train_dataset=Dataset.from_list(encoded(base, data)),
         processing_class=AutoTokenizer.from_pretrained(base),
-        peft_config=lora(),
+        peft_config=lora(model),
         callbacks=[clock],
     )
     trainer.train()

@@ -104,6 +104,7 @@ def test_the_profile_of_a_gpu_counts_what_overlaps_once():
     assert profile["kinds_ms"] == {"matmul": 0.1, "attention": 0.07, "copies and casts": 0.02}
 
 
+@pytest.mark.slow
 def test_the_profile_of_a_step_adds_up_and_memory_only_grows():
     command = [sys.executable, "-m", "benchmarks.steps", "--source", str(PERSONA), "--shape", "toy"]
     done = subprocess.run(
@@ -130,6 +131,7 @@ def test_a_workload_is_readable_records_as_many_as_the_source_has(name, tmp_path
     assert all(record["output"] for record in records)
 
 
+@pytest.mark.slow
 def test_a_study_of_defaults_goes_on_where_it_stopped_and_ends_in_a_table(tmp_path):
     out = tmp_path / "trials.jsonl"
     command = [sys.executable, "-m", "benchmarks.defaults", "--records", "12", "--kinds", "questions", "--seeds", "1"]

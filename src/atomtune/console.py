@@ -143,6 +143,11 @@ class LastingStream:
         return getattr(self.stream, name)
 
 
+def shortened(text: str, most: int = 200) -> str:
+    """The beginning of a text that only reminds of it."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def visible(text: str) -> str:
     """A text whose control characters are shown, not obeyed: `\\x1b`, `\\u202e`. Tabs and line ends stay."""
     return _ORDERS.sub(lambda order: order.group().encode("unicode_escape").decode("ascii"), text)

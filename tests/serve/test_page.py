@@ -187,8 +187,14 @@ def test_a_stopped_answer_stays_and_the_next_question_is_answered(browser, model
 @needs_browser
 def test_text_that_looks_like_a_tag_is_shown(opened):
     tab = opened()
-    tab.ask("</s><b>晚安</b>")
-    tab.shows("tuned", "</s><b>晚安</b>")
+    question = "</s><b>晚安</b> &lt; R&D"
+    tab.ask(question)
+    tab.shows("tuned", question)
+    playwright.expect(tab.page.locator("#tuned .message.bot")).to_have_count(1, timeout=20_000)
+    tab.page.click("#tuned [aria-label='Edit'], #tuned button[title='Edit']")
+    tab.page.click("#tuned [aria-label='Submit'], #tuned button[title='Submit']")
+    tab.page.wait_for_timeout(2_000)
+    tab.shows("tuned", question)
 
 
 @needs_browser

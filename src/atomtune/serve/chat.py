@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from atomtune.console import Console, visible
+from atomtune.console import Console, shortened, visible
 from atomtune.data.encoding.chat_template import Message
 from atomtune.errors import BadSettings
 from atomtune.model.generate import Sampling
@@ -27,7 +27,6 @@ COMMANDS = {
     "/save": "FILE appends the conversation to a file, as a record that `atomtune train` reads",
     "/help": "this list",
 }
-_SHOWN_OF_INSTRUCTION = 200
 
 
 def chat(settings: ChatSettings) -> int:
@@ -86,11 +85,11 @@ class Talk:
 
     def _say_instruction(self) -> None:
         if self.conversation.system is not None:
-            self.console.say(f"System text: “{_shortened(self.conversation.system)}”")
+            self.console.say(f"System text: “{shortened(self.conversation.system)}”")
         elif self.tuned.shared_instruction:
             self.console.say(
                 "Each message is sent with the instruction that the training records share: "
-                f"“{_shortened(self.tuned.shared_instruction)}” (/system TEXT sets another)."
+                f"“{shortened(self.tuned.shared_instruction)}” (/system TEXT sets another)."
             )
 
     def _obeyed(self, text: str) -> bool:
@@ -221,7 +220,3 @@ def _ctrl_c_stops() -> Iterator[threading.Event]:
         yield stop
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _SHOWN_OF_INSTRUCTION else f"{text[:_SHOWN_OF_INSTRUCTION]}…"

@@ -19,7 +19,7 @@ from atomtune.certify.command import (
     write_certificate,
 )
 from atomtune.choices import BASE, EngineName
-from atomtune.console import Console
+from atomtune.console import Console, shortened
 from atomtune.data.cache import tokenizer_text
 from atomtune.data.encoding.chat_template import Template
 from atomtune.engines import llama_cpp, transformers_serve, vllm_serve
@@ -305,9 +305,5 @@ def _say_instruction(model: ServedModel, console: Console, *, named: bool) -> No
     where = "as the system message" if model.template.instruction_role == "system" else "in front of the user's message"
     console.notice(
         f"the training records {f'of {model.name} ' if named else ''}share an instruction, which the server does not "
-        f"add. Send it {where}: “{_shortened(model.metadata.instruction)}” (whole in atomtune.json)."
+        f"add. Send it {where}: “{shortened(model.metadata.instruction, 80)}” (whole in atomtune.json)."
     )
-
-
-def _shortened(text: str, most: int = 80) -> str:
-    return text if len(text) <= most else f"{text[:most]}…"

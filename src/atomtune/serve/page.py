@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
 import gradio
 from gradio.blocks import Block
 
+from atomtune.console import shortened
+from atomtune.data.encoding.thoughts import THINKING
 from atomtune.disk import read_json_object
 from atomtune.errors import AtomtuneError
 from atomtune.model.generate import Sampling
@@ -63,7 +65,6 @@ _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Noto Sans CJK SC", "PingFan
 _HEIGHT = "max(300px, calc(100dvh - 280px))"
 #: Seconds between two drawings of an answer that is being written: each draws all of it.
 _FRAME = 0.1
-_SHOWN_OF_INSTRUCTION = 200
 #: Code in Markdown: fenced, or between ticks.
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 
@@ -114,7 +115,7 @@ class Page:
 
     def _lay_settings(self, settings: WebSettings) -> None:
         word = self._word
-        thinks = self.tuned.template.variables.get("enable_thinking", True)
+        thinks = self.tuned.template.variables.get(THINKING, True)
         self.compare = gradio.Checkbox(False, label=word("compare"), visible=self.tuned.has_base, elem_id="compare")
         self.thinking = gradio.Checkbox(bool(thinks), label=word("thinking"), visible=bool(self._modes))
         self.system = gradio.Textbox(settings.system or "", label=word("system"), lines=2, elem_id="system")
@@ -189,7 +190,7 @@ class Page:
         self, values: Values, request: gradio.Request, event: gradio.EditData
     ) -> Iterator[tuple[Any, ...]]:
         exchanges, number = values[self.exchanges], _exchange_at(event.index, values[self.exchanges])
-        yield from self._answered(str(event.value), exchanges[:number], values, request)
+        yield from self._answered(from_markdown(str(event.value)), exchanges[:number], values, request)
 
     def take_back(self, values: Values, event: gradio.UndoData) -> tuple[Any, ...]:
         exchanges, number = values[self.exchanges], _exchange_at(event.index, values[self.exchanges])
@@ -316,7 +317,7 @@ def about(tuned: TunedModel) -> str:
         f"template {_code(tuned.template.name)}"
     ]
     if tuned.wording.instruction:
-        lines.append(f"Each message is sent with the instruction {_code(_shortened(tuned.wording.instruction))}")
+        lines.append(f"Each message is sent with the instruction {_code(shortened(tuned.wording.instruction))}")
     return "\n\n".join(lines)
 
 
@@ -337,8 +338,17 @@ def _box(text: str = "") -> gradio.Textbox:
 
 def as_markdown(text: str) -> str:
     """A text for a box that reads Markdown: what looks like a tag outside code is shown and not taken for one."""
+    return _outside_code(text, lambda part: part.replace("&", "&amp;").replace("<", "&lt;"))
+
+
+def from_markdown(text: str) -> str:
+    """The text that `as_markdown` was given: a question that is edited comes back as the page holds it."""
+    return _outside_code(text, lambda part: part.replace("&lt;", "<").replace("&amp;", "&"))
+
+
+def _outside_code(text: str, change: Callable[[str], str]) -> str:
     parts = _CODE.split(text)  # text, code, text, code, … text
-    return "".join(part if number % 2 else part.replace("<", "&lt;") for number, part in enumerate(parts))
+    return "".join(part if number % 2 else change(part) for number, part in enumerate(parts))
 
 
 def _exchange_at(index: Any, exchanges: list[Exchange]) -> int:
@@ -356,7 +366,3 @@ def _code(text: str) -> str:
     ticks = "``" if "`" in text else "`"
     space = " " if "`" in text else ""
     return f"{ticks}{space}{' '.join(text.split())}{space}{ticks}"
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _SHOWN_OF_INSTRUCTION else f"{text[:_SHOWN_OF_INSTRUCTION]}…"

@@ -128,6 +128,12 @@ def test_a_template_that_takes_its_time_says_so_and_the_next_rendering_begins_an
         ("{{ 2 ** 10 }} {{ 3 * 'ab' }} {{ [1] * 2 + [2] }} {{ 7 % 4 }}", "1024 ababab [1, 1, 2] 3"),
         ("{{ [1, 2] | sum }} {{ 2.55 | round(1) }} {{ [1, 2, 3] | batch(2) | list }}", "3 2.5 [[1, 2], [3]]"),
         ("{{ [{'a': 1}, {'a': 2}] | join('-', attribute='a') }}{% set x %}a{{ 1 }}{% endset %}{{ x ~ 2 }}", "1-2a12"),
+        ("{{ ', '.join([{'a': 'x'}, {'a': 'y'}] | map(attribute='a')) }} {{ '-'.join({'k': 1}.keys()) }}", "x, y k"),
+        ("{{ [[1], [2, 3]] | sum(start=[]) }}", "[1, 2, 3]"),
+        (
+            "{{ '**%s** since 20240101, %5.1f %%' % ('it', 2) }}|{{ '%(x)-3s' % {'x': 1} }}|",
+            "**it** since 20240101,   2.0 %|1  |",
+        ),
     ],
 )
 def test_what_templates_do_they_may_do(source, written):

@@ -9,6 +9,7 @@ takes a process with limits (limits.py).
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import wraps
+from itertools import islice
 from json import dumps
 from string import Formatter
 from time import thread_time
@@ -42,6 +43,8 @@ _DICT_ATTRIBUTES = frozenset(dir(dict))
 #: Attributes whose safety is remembered: a template names a few dozen, and one that makes up names fills no memory.
 _MOST_ATTRIBUTES = 1000
 _NUMBERS = re.compile(r"\d+")
+#: Of `%-08.3f` or `%(name)5s`, what stands between the percent sign and the letter.
+_WIDTHS = re.compile(r"%(?:\([^)]*\))?([#0\-+ \d.*]*)")
 _TEXTS = (str, bytes, Markup)
 #: Methods that a template has no use for, and that take memory by a number.
 _USELESS = frozenset({"to_bytes", "translate"})
@@ -121,6 +124,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         name, text = value.__name__, value.__self__
         if name in ("format", "format_map") and isinstance(text, str):
             return _formatting(_BoundedFormatter(self), text, is_map=name == "format_map")
+        if name == "join":
+            return lambda parts: _joined_by(text, parts)
         size = _SIZES.get(name)
         if size is None:
             return None
@@ -247,10 +252,11 @@ def _refuse_larger(bits: int) -> None:
 def _refuse_formatted(text: str | bytes, values: Any) -> None:
     """`text % values`: what it fills texts up to, and how long they are together."""
     form = text if isinstance(text, str) else text.decode("latin-1")
-    if "*" in form:
-        raise OverflowError("it takes a width from a value (%*d)")
-    for number in _NUMBERS.findall(form):
-        _refuse_wider(int(number[:20]))
+    for width in _WIDTHS.findall(form):
+        if "*" in width:
+            raise OverflowError("it takes a width from a value (%*d)")
+        for number in _NUMBERS.findall(width):
+            _refuse_wider(int(number[:20]))
     _refuse_filled(form, values.values() if isinstance(values, Mapping) else values, fields=form.count("%"))
 
 
@@ -289,10 +295,16 @@ def _replaced(text: str | bytes, old: Any, new: Any, count: Any = -1) -> int:
     return len(text) + times * max(0, len(new) - len(old))
 
 
-def _joined(text: str | bytes, parts: Iterable[Any]) -> int:
-    """The length of parts with a text between them; what can be gone through once only is not joined."""
-    if not isinstance(parts, list | tuple | str | bytes | dict):
-        raise TypeError("join takes a list")
+def _joined_by(text: Any, parts: Iterable[Any]) -> Any:
+    """`text.join(parts)`; what can be gone through once only, as `map` and `select` give it, is listed first."""
+    listed = list(islice(parts, MOST_ITEMS + 1))
+    _refuse_more(len(listed))
+    refuse_longer(_joined(text, listed))
+    return text.join(listed)
+
+
+def _joined(text: str | bytes, parts: list[Any]) -> int:
+    """The length of parts with a text between them."""
     return len(text) * len(parts) + sum(len(part) for part in parts if isinstance(part, str | bytes))
 
 
@@ -304,7 +316,6 @@ def _filled(text: str | bytes, width: int, *rest: Any) -> int:
 _SIZES: dict[str, Callable[..., int]] = {
     **dict.fromkeys(("center", "ljust", "rjust", "zfill"), _filled),
     "expandtabs": lambda text, tabsize=8: len(text) * max(1, tabsize),
-    "join": _joined,
     "replace": _replaced,
 }
 
@@ -379,10 +390,19 @@ def _round(value: Any, precision: int = 0, method: str = "common") -> Any:
 
 @pass_environment
 def _sum(environment: Sandbox, iterable: Iterable[Any], attribute: str | int | None = None, start: Any = 0) -> Any:
-    """Jinja's `sum`, of numbers: of lists it takes as long as their length squared."""
-    if not isinstance(start, int | float):
-        raise TypeError("sum adds numbers")
-    return sum(iterable if attribute is None else map(make_attrgetter(environment, attribute), iterable), start)
+    """Jinja's `sum`, of numbers or lists; Python's own takes as long as the lists' length squared."""
+    values = iterable if attribute is None else map(make_attrgetter(environment, attribute), iterable)
+    if not isinstance(start, list):
+        if not isinstance(start, int | float):
+            raise TypeError("sum adds numbers or lists")
+        return sum(values, start)
+    total = list(start)
+    for value in values:
+        if not isinstance(value, list):
+            raise TypeError("sum adds lists to a list")
+        _refuse_more(len(total) + len(value))
+        total += value
+    return total
 
 
 def _tojson(
