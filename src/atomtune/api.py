@@ -80,11 +80,13 @@ class Evaluation:
 
     models        model → measure → (value, low, high): the value with its 95 % interval
     against_base  the same of the difference from the base
+    lm_eval       model → task and metric of lm-eval → value and standard_error
     sentences     what the figures say of each tuned model
     """
 
     models: Mapping[str, Mapping[str, Sequence[float]]]
     against_base: Mapping[str, Mapping[str, Sequence[float]]]
+    lm_eval: Mapping[str, Mapping[str, Mapping[str, float | None]]]
     sentences: tuple[str, ...]
     records: int
     answers: int
@@ -232,6 +234,7 @@ def evaluate(adapter_path: Paths = (), *, verbose: bool = False, **settings: Any
     return Evaluation(
         models=values["models"],
         against_base=values["against_base"],
+        lm_eval=values["lm_eval"],
         sentences=tuple(report.sentences()),
         records=report.records,
         answers=report.answers,

@@ -1,6 +1,8 @@
 """Evaluate: base against tuned, on a file or on the records that a run held out."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table
@@ -17,7 +19,7 @@ from atomtune.evaluate.html_page import page
 from atomtune.evaluate.models import Models, load_models
 from atomtune.evaluate.probe import probe_prompts, probe_scores
 from atomtune.evaluate.questions import EvalRecord, Key, read_records
-from atomtune.evaluate.report import Report, interval_text, make_report, markdown, used_measures
+from atomtune.evaluate.report import Report, interval_text, make_report, markdown, score_text, used_measures
 from atomtune.evaluate.run_folder import refuse_changed_files, run_records
 from atomtune.extras import refuse_missing
 from atomtune.model.layout_support import why_padded, windows_of
@@ -53,8 +55,11 @@ def measure(settings: EvaluateSettings, console: Console) -> Report:
     _refuse_missing(settings)
     if not settings.no_generate:
         refuse_missing(["sacrebleu"], extra="evaluate", what="Comparing generated answers", otherwise="--no_generate")
+    if settings.lm_eval_tasks:
+        refuse_missing(["lm_eval"], extra="lm-eval", what="--lm_eval_tasks")
     quiet_libraries()
     sources, reading, wanted = _what_to_read(settings)
+    score_tasks = _lm_eval(settings) if settings.lm_eval_tasks else None
     models = load_models(settings, console)
     records = _records_by_template(settings, models, sources, reading, wanted)
     first = next(iter(records.values()))
@@ -77,6 +82,11 @@ def measure(settings: EvaluateSettings, console: Console) -> Report:
             )
         except KeyboardInterrupt:
             done.stopped_early = True
+    if score_tasks is not None and not done.stopped_early:
+        try:
+            score_tasks(models, scores=done.lm_eval, console=console)
+        except KeyboardInterrupt:
+            done.stopped_early = True
     return make_report(
         done,
         base_path=str(models.base_path),
@@ -84,6 +94,14 @@ def measure(settings: EvaluateSettings, console: Console) -> Report:
         max_new_tokens=settings.max_new_tokens,
         seed=settings.seed,
     )
+
+
+def _lm_eval(settings: EvaluateSettings) -> Callable[..., None]:
+    """What scores the models in lm-eval's tasks, which are loaded here, before any model is."""
+    from atomtune.evaluate.lm_eval_tasks import load_tasks, score_tasks
+
+    tasks = load_tasks(settings.lm_eval_tasks, limit=settings.lm_eval_limit)
+    return partial(score_tasks, tasks=tasks, batch_size=settings.per_device_eval_batch_size)
 
 
 def _refuse_missing(settings: EvaluateSettings) -> None:
@@ -168,6 +186,10 @@ def say(report: Report, console: Console) -> None:
     for kind in used_measures(report):
         figures = [own.get(kind.name) for own in report.models.values()]
         table.add_row(kind.title, *(interval_text(kind, figure) if figure else "–" for figure in figures))
+    for name in report.lm_eval_names:
+        table.add_row(
+            f"lm-eval {name} (± standard error)", *(score_text(report, model, name) for model in report.models)
+        )
     console.print(table)
     for sentence in report.sentences():
         console.say(sentence)

@@ -10,7 +10,7 @@ from atomtune.data.encoding.chat_template import Template
 from atomtune.evaluate.answers import calls_in, chrf, exactly_equal, thinks
 from atomtune.evaluate.generation import Generated, generate_answers
 from atomtune.evaluate.likelihood import TargetScores, score_targets
-from atomtune.evaluate.measures import AnswerResult, RecordResult
+from atomtune.evaluate.measures import AnswerResult, RecordResult, Score
 from atomtune.evaluate.models import Models, Subject
 from atomtune.evaluate.questions import EvalRecord, Question, answer_text
 from atomtune.model.causal_lm import CausalLM
@@ -20,11 +20,12 @@ from atomtune.model.load import pad_id_of
 
 @dataclass
 class Evaluation:
-    """What was done: of every model one result for each of the first records, and the probe's scores."""
+    """What was done: of every model one result for each of the first records, the probe's scores, and lm-eval's."""
 
     records: list[EvalRecord]  # as the first model's template writes them
     results: dict[str, list[RecordResult]]
     probe: dict[str, list[TargetScores]] = field(default_factory=dict)
+    lm_eval: dict[str, dict[str, Score]] = field(default_factory=dict)  # model → task and metric → score
     stopped_early: bool = False
 
 

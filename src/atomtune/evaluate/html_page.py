@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from atomtune.evaluate.intervals import Figure
 from atomtune.evaluate.measures import Measure, judged
-from atomtune.evaluate.report import Report, interval_text, shown, used_measures
+from atomtune.evaluate.report import Report, interval_text, score_text, shown, used_measures
 
 #: Width of a drawing of intervals, in its own units.
 WIDTH = 240
@@ -42,6 +42,7 @@ def page(report: Report) -> str:
             ("Most improved", "进步最大的记录", report.improved),
             ("Most worsened", "退步最大的记录", report.worsened),
         ],
+        score_text=score_text,
         style=(files / "page.css").read_text(encoding="utf-8"),
         width=WIDTH,
     )

@@ -32,6 +32,14 @@ class RecordResult:
 
 
 @dataclass(frozen=True)
+class Score:
+    """One metric of an lm-eval task, with the standard error that lm-eval gives, where it gives one."""
+
+    value: float
+    standard_error: float | None
+
+
+@dataclass(frozen=True)
 class Measure:
     """A figure as a ratio over records: parts gives numerator and denominator of one record."""
 

@@ -28,6 +28,7 @@ class Subject:
     name: str
     adapter: str | None  # PEFT's name of it
     template: Template  # its own prompts: those it was trained on
+    instruction: str = ""  # the one that its training records shared
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ def load_models(settings: EvaluateSettings, console: Console) -> Models:
     model = load_trained(base, folders[0])
     for folder, adapter in zip(folders[1:], adapters[1:], strict=True):
         load_another(model, folder, adapter)
-    tuned = [Subject(*names) for names in zip(short_names(folders), adapters, templates, strict=True)]
-    subjects = (Subject(BASE, None, templates[0]), *tuned)
+    instructions = [metadata.instruction or "" for _, metadata in trained]
+    own = zip(short_names(folders), adapters, templates, instructions, strict=True)
+    subjects = (Subject(BASE, None, templates[0], instructions[0]), *(Subject(*values) for values in own))
     longest = max(card.max_seq_length for _, card in trained)
     return Models(model.eval(), base_path, subjects, settings.max_seq_length or longest)
 

@@ -1,7 +1,7 @@
 """Report: figures of all models, what they say in a sentence, and how report.json and report.md are written."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,6 +13,7 @@ from atomtune.evaluate.measures import (
     NATS,
     PROBE,
     Measure,
+    Score,
     change_per_record,
     differences,
     figures_of,
@@ -51,6 +52,12 @@ class Report:
     worsened: list[Shown]
     max_new_tokens: int
     stopped_early: bool
+    lm_eval: dict[str, dict[str, Score]]  # model → task and metric → score
+
+    @property
+    def lm_eval_names(self) -> list[str]:
+        """The tasks and metrics that lm-eval scored."""
+        return list(dict.fromkeys(name for own in self.lm_eval.values() for name in own))
 
     def to_json(self) -> dict[str, Any]:
         """report.json; its `models` are a contract."""
@@ -65,6 +72,9 @@ class Report:
             "interval": "95 %, bootstrap over records",
             "models": _listed(self.models),
             "against_base": _listed(self.changes),
+            "lm_eval": {
+                model: {name: asdict(score) for name, score in own.items()} for model, own in self.lm_eval.items()
+            },
         }
 
     def sentences(self) -> list[str]:
@@ -97,6 +107,7 @@ def make_report(done: Evaluation, *, base_path: str, sources: list[str], max_new
         worsened=worsened,
         max_new_tokens=max_new_tokens,
         stopped_early=done.stopped_early,
+        lm_eval=done.lm_eval,
     )
 
 
@@ -160,6 +171,14 @@ def interval_text(measure: Measure, figure: Figure) -> str:
     return f"{shown(measure, figure.value)} ({shown(measure, figure.low)} to {shown(measure, figure.high)})"
 
 
+def score_text(report: Report, model: str, name: str) -> str:
+    """A model's score of lm-eval with its standard error; a dash where a stop came before it."""
+    score = report.lm_eval.get(model, {}).get(name)
+    if score is None:
+        return "–"
+    return f"{score.value:.3f}" + (f" ± {score.standard_error:.3f}" if score.standard_error is not None else "")
+
+
 def used_measures(report: Report) -> list[Measure]:
     """The measures that at least one model has."""
     return [measure for measure in ALL_MEASURES if any(measure.name in own for own in report.models.values())]
@@ -185,6 +204,9 @@ def markdown(report: Report) -> str:
             for name in names
         ]
         lines.append(f"| {measure.title} | {' | '.join(cells)} |")
+    for name in report.lm_eval_names:
+        cells = [score_text(report, model, name) for model in names]
+        lines.append(f"| lm-eval {name} (± standard error) | {' | '.join(cells)} |")
     for title, records in (("Most improved", report.improved), ("Most worsened", report.worsened)):
         if records:
             lines += ["", f"## {title}", ""]

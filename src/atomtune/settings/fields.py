@@ -585,6 +585,13 @@ class EvaluateSettings(ModelSettings):
     max_new_tokens: int = setting(256, "longest generated answer, in tokens", at_least=1, unit="tokens")
     no_generate: bool = setting(False, "compute only the likelihood of the reference answers; much faster")
     no_probe: bool = setting(False, "skip the forgetting probe")
+    lm_eval_tasks: list[str] = setting(
+        [],
+        "also benchmarks of lm-evaluation-harness, as arc_easy,hellaswag; a .yaml file of your own task, or a folder "
+        "of such files",
+        value="TASK",
+    )
+    lm_eval_limit: int = setting(0, "questions of each of these tasks; 0: all", at_least=0, unit="questions")
     output_dir: str | None = setting(
         None, "where the reports go; without it, evaluation/ in the first adapter's folder", value="FOLDER"
     )
