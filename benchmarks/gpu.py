@@ -32,22 +32,19 @@ Figures = dict[str, Any]
 
 #: (workload, batch, contenders), in the order of their worth: a call that ends early lacks the last of them.
 RUNS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
-    ("style", 16, ("atomtune", "trl-packed-liger")),
-    ("long", 1, ("atomtune", "atomtune-liger", "trl-padded-liger")),
-    ("short", 64, ("atomtune", "trl-packed-liger")),
-    ("style", 64, ("atomtune", "trl-packed-liger")),
-    ("rows", 2, ("atomtune", "atomtune-liger")),
+    ("style", 16, ("atomtune", "plain", "trl-packed")),
+    ("long", 1, ("atomtune", "trl-padded-liger")),
+    ("short", 64, ("atomtune", "plain", "trl-packed-liger")),
+    ("rows", 2, ("atomtune",)),
+    ("style", 64, ("atomtune",)),
     ("long", 4, ("atomtune", "trl-padded-liger")),
-    ("style", 16, ("atomtune-liger",)),
-    ("style", 64, ("atomtune-liger",)),
-    ("short", 64, ("atomtune-liger",)),
-    ("long", 4, ("atomtune-liger",)),
-    ("style", 16, ("plain", "trl-packed")),
-    ("long", 1, ("plain",)),
-    ("short", 64, ("plain",)),
+    ("style", 16, ("atomtune-eager", "atomtune-noliger", "trl-packed-liger")),
+    ("long", 1, ("atomtune-eager",)),
+    ("style", 64, ("trl-packed",)),
+    ("short", 64, ("atomtune-eager",)),
 )
 #: Runs of which three steps are profiled.
-PROFILED = {("style", 16, "atomtune"), ("long", 1, "atomtune"), ("long", 1, "atomtune-liger"), ("rows", 2, "atomtune")}
+PROFILED = {("style", 16, "atomtune"), ("long", 1, "atomtune"), ("style", 64, "atomtune"), ("rows", 2, "atomtune")}
 #: A job gets at most so many seconds, and is not begun with less than the second left.
 LIMIT, LEAST = 75, 12
 #: The end of what a job wrote to its terminal, in characters, kept beside its figures.

@@ -1,10 +1,11 @@
 """The contenders on a GPU: the same ids, learned positions, base and LoRA; each returns its figures as plain numbers.
 
-atomtune      the command a user types, with its defaults
+atomtune      the command a user types, with its defaults (Liger's kernels, steps replayed as CUDA graphs)
+atomtune-eager, atomtune-noliger   the same without one of these
 trl-packed    TRL's SFTTrainer with rows of its default length, about as many as hold the others' batch
 trl-padded    the same, a record a row
 plain         transformers' Trainer and PEFT, a record a row, padded to the batch's longest
--liger        with Liger's kernels
+trl-…-liger   with Liger's kernels
 Those that are not atomtune keep all activations if they fit, which is their fastest way.
 """
 
@@ -22,6 +23,8 @@ from benchmarks.gpu_meter import Meter
 from benchmarks.gpu_workloads import LENGTHS, device, has_gpu, random_model
 
 RANK, ALPHA, RATE = 8, 32, 1e-4
+#: Steps after which the shapes of a workload's steps have been recorded, by workload and batch.
+REPLAYED_WARM_UP = {("style", 16): 30, ("long", 1): 30, ("short", 64): 12, ("style", 64): 12}
 #: Tokens of TRL's packed rows, its own default. Longer rows are slower: without flash-attn each has a dense mask.
 TRL_ROW = 1_024
 #: Bytes that a Qwen2.5-7B shape keeps for a token when nothing is recomputed, as measured, and those of its weights.
@@ -38,7 +41,7 @@ def missing(contender: str) -> str | None:
     """What this machine lacks for a contender."""
     if contender.startswith("trl") and not has("trl"):
         return "TRL is not installed"
-    if "liger" in contender and not (has("liger_kernel") and has_gpu()):
+    if contender.endswith("-liger") and not (has("liger_kernel") and has_gpu()):
         return "Liger needs its package and a GPU"
     return None
 
@@ -49,7 +52,8 @@ def throughput(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures
     lacks = missing(contender)
     if lacks:
         return {"left_out": lacks}
-    meter = Meter(dry_run=job["dry_run"], profile=job["profile"])
+    warm_up = REPLAYED_WARM_UP.get((job["workload"], job["batch"]), 4) if contender == "atomtune" else 4
+    meter = Meter(dry_run=job["dry_run"], profile=job["profile"], warm_up=warm_up)
     data = folder / f"{job['workload']}.jsonl"
     run = RUNS[contender.split("-")[0]]
     notes = run(job, meter, base, data, scratch)
@@ -105,9 +109,10 @@ def atomtune(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) 
         "learning_rate": RATE, "lora_rank": RANK, "lora_alpha": ALPHA, "lora_dropout": 0, "dtype": "bfloat16",
         "save_strategy": "no", "logging_steps": 1 if job["dry_run"] else 5, "eval_size": 0,
     }  # fmt: skip
-    if "liger" in job["contender"]:
-        # The loss is atomtune's own; Liger's would want all logits' labels.
-        flags |= {"use_liger_kernel": "true", "liger_kernel_config": '{"fused_linear_cross_entropy": false}'}
+    if job["contender"] == "atomtune-eager":
+        flags |= {"cuda_graphs": "false"}
+    if job["contender"] == "atomtune-noliger":
+        flags |= {"use_liger_kernel": "false"}
     code = main(["train", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))])
     record = json.loads((scratch / "run" / "run.json").read_text())
     recomputed = ", recomputed" if record.get("activations_recomputed") else ""
@@ -116,6 +121,8 @@ def atomtune(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) 
         "note": f"{record.get('layout')}{recomputed}",
         "exit": code,
         "notices": record.get("notices"),
+        "cuda_graphs": record.get("cuda_graphs"),
+        "liger": record.get("liger_kernels"),
         **({} if code == 0 else {"error": f"exit code {code}: {record.get('reason')}"}),
     }
 

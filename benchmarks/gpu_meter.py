@@ -35,8 +35,8 @@ def wait() -> None:
 class Meter(TrainerCallback):
     """Measures a Trainer's steps; the trainer tells it what each step holds with `count`."""
 
-    def __init__(self, *, dry_run: bool, profile: bool) -> None:
-        self.warm_up, self.seconds = (2, 0.1) if dry_run else (4, 2.5)
+    def __init__(self, *, dry_run: bool, profile: bool, warm_up: int = 4) -> None:
+        self.warm_up, self.seconds = (2, 0.1) if dry_run else (warm_up, 2.5)
         self.fewest, self.most = (1, 1) if dry_run else (4, 16)
         self.profiles = profile and torch.cuda.is_available()
         self.figures: dict[str, Any] = {}

@@ -6,13 +6,14 @@ Derivation: docs/geometry.md.
 Letters: T tokens of the row, G segments of a block, n the longest of them, A tokens of their path, S slots, H heads.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+from torch.nn import functional
 
 from atomtune.batch.row import Row, Segment, segments
 from atomtune.batch.segment_plan import SegmentPlan, plan_segments
@@ -158,6 +159,23 @@ class Spans:
     longest_queries: int
     longest_keys: int
 
+    def rounded(self, tokens: int) -> "Spans":
+        """The same attention of the row's T tokens in one of few shapes.
+
+        More spans stand behind the others and ask nothing; the last of them sees the keys that fill `keys` up.
+        """
+        more = _power_of_two(len(self.query_starts) + 1) - len(self.query_starts)
+        keys = tokens if self.keys is None else len(self.keys)
+        filled = tokens if self.keys is None else padded_length(keys, "spans")
+        key_starts = functional.pad(functional.pad(self.key_starts, (0, more - 1), value=keys), (0, 1), value=filled)
+        return Spans(
+            functional.pad(self.query_starts, (0, more), value=tokens),
+            key_starts,
+            None if self.keys is None else functional.pad(self.keys, (0, filled - keys)),
+            _power_of_two(self.longest_queries),
+            _power_of_two(self.longest_keys),
+        )
+
 
 @dataclass(frozen=True)
 class AttentionPlan:
@@ -197,6 +215,26 @@ class AttentionPlan:
         spans = {window: _changed(spans, change) for window, spans in self.spans.items()}
         segments = _changed(self.segments, change)
         return AttentionPlan(blocks, spans, change(self.until), change(self.position), self.real, segments)
+
+    def rounded(self) -> "AttentionPlan":
+        """The same attention by spans, in one of few shapes."""
+        spans = {window: spans.rounded(len(self.until)) for window, spans in self.spans.items()}
+        return AttentionPlan({}, spans, self.until, self.position, self.real, self.segments)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it holds, in the order in which `with_tensors` takes others."""
+        tensors: list[torch.Tensor] = []
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            tensors.append(tensor)
+            return tensor
+
+        self._each_tensor(note)
+        return tensors
+
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> "AttentionPlan":
+        """The same plan over other memory; what it keeps for all layers is made anew."""
+        return self._each_tensor(lambda _: next(tensors))
 
     def places(self, window: int | None, heads: int) -> Places:
         """Where each head's slots lie; made once for all layers."""
@@ -244,10 +282,18 @@ def visible(until: torch.Tensor, position: torch.Tensor, *, window: int | None =
     return seen & (position[:, None] - position[None] < window)
 
 
-def padded_length(tokens: int) -> int:
-    """Rows are padded to few different lengths, at most a sixteenth longer: multiples of 1/16 to 1/32 of their size."""
-    step = max(_WIDTH_STEP, 1 << max(0, tokens.bit_length() - 5))
+def padded_length(tokens: int, cut: Cut = "blocks") -> int:
+    """Rows are padded to few different lengths: multiples of 1/16 to 1/32 of their size.
+
+    On a GPU of 1/8 to 1/16: each new length is recorded there before it can be replayed (model/step_graphs.py).
+    """
+    step = max(_WIDTH_STEP, 1 << max(0, tokens.bit_length() - (5 if cut == "blocks" else 4)))
     return -(-tokens // step) * step
+
+
+def _power_of_two(number: int) -> int:
+    """The next one."""
+    return 1 << (number - 1).bit_length()
 
 
 def plan_attention(

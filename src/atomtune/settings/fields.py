@@ -432,6 +432,9 @@ class RunSettings:
     gradient_checkpointing: Literal["auto", "true", "false"] = setting(
         "auto", "save memory by computing activations twice, which is slower; auto: when memory is short"
     )
+    cuda_graphs: bool = setting(
+        True, "on a GPU, record the kernels of small steps and replay them, where the model allows it", rare=True
+    )
     verify: bool = setting(
         False,
         "before training, compare this layout with plain transformers + PEFT, as `atomtune verify` does",

@@ -26,6 +26,7 @@ from atomtune.model.load import BaseSpec, device_in_use, load_base, resolve_dtyp
 from atomtune.model.lora_targets import ALL_LINEAR, all_linear, match_targets
 from atomtune.model.loss import innermost
 from atomtune.model.memory import ActivationMemory
+from atomtune.model.step_graphs import MOST_TOKENS, StepGraphs, on_gpu
 from atomtune.train.arguments import CHECKPOINTING
 from atomtune.train.checkpoint.start import Fresh, FromWeights, Resumed
 from atomtune.train.run_context import RunContext
@@ -205,18 +206,11 @@ def keep_or_recompute(run: RunContext, model: Any, *, heaviest_tokens: int) -> N
     args, choice = run.args, run.settings.run.gradient_checkpointing
     recompute = bool(getattr(args, CHECKPOINTING)) or choice == "true"
     if not recompute and choice == "auto":
-        device = device_of(run)
-        memory = ActivationMemory.of(
-            model.config,
-            tokens=heaviest_tokens,
-            element_bytes=dtype_of(run).itemsize,
-            dropout=run.settings.lora.lora_dropout > 0,
-            device=device,
-        )
+        memory = activation_memory(run, model, tokens=heaviest_tokens)
         recompute = not memory.fits
         if recompute:
             run.console.notice(f"activations are recomputed: {memory} (--gradient_checkpointing false keeps them).")
-        elif device.type == "cuda":
+        elif device_of(run).type == "cuda":
             run.console.say(f"activations are kept: {memory}.")
     setattr(args, CHECKPOINTING, recompute)
     run.record.update(activations_recomputed=recompute)
@@ -224,3 +218,35 @@ def keep_or_recompute(run: RunContext, model: Any, *, heaviest_tokens: int) -> N
         kwargs = getattr(args, f"{CHECKPOINTING}_kwargs") or {}
         setattr(args, f"{CHECKPOINTING}_kwargs", {"use_reentrant": False, **kwargs})
         model.enable_input_require_grads()
+
+
+def activation_memory(run: RunContext, model: Any, *, tokens: int) -> ActivationMemory:
+    """What a step of so many tokens keeps, beside what is free."""
+    return ActivationMemory.of(
+        model.config,
+        tokens=tokens,
+        element_bytes=dtype_of(run).itemsize,
+        dropout=run.settings.lora.lora_dropout > 0,
+        device=device_of(run),
+    )
+
+
+def step_graphs(run: RunContext, model: Any, *, heaviest_tokens: int) -> StepGraphs | None:
+    """What replays small steps as CUDA graphs; None where they would not help or cannot be recorded."""
+    args, device = run.args, device_of(run)
+    recomputes = getattr(args, CHECKPOINTING)  # it asks for the state of the random numbers, which a recording cannot
+    if not run.settings.run.cuda_graphs or device.type != "cuda" or args.world_size > 1 or recomputes:
+        return None
+    if args.fsdp or args.deepspeed or run.settings.model.device_map:
+        return None
+    # A recording keeps its memory, beside that of the heaviest step that is computed as ever.
+    memory = activation_memory(run, model, tokens=heaviest_tokens)
+    room = memory.usable * memory.free - memory.needed
+    tokens = int(room / (memory.needed / heaviest_tokens))
+    return StepGraphs(
+        model,
+        most_tokens=min(MOST_TOKENS, tokens),
+        record=on_gpu(),
+        label_smoothing=args.label_smoothing_factor,
+        notice=run.console.notice,
+    )

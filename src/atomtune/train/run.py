@@ -28,6 +28,7 @@ from atomtune.model.adapter_folder import AdapterMetadata
 from atomtune.model.fingerprint import fingerprint
 from atomtune.model.load import embedding_rows, load_tokenizer, pad_id_of, quiet_libraries
 from atomtune.model.memory import StepShape, is_out_of_memory, peak_bytes, remedies
+from atomtune.model.step_graphs import StepGraphs
 from atomtune.model.token_rows import guard_embedding, refuse_tokens_without_row, say_untrained_stop
 from atomtune.settings.fields import TrainSettings
 from atomtune.train.arguments import CHECKPOINTING, lengths, lengths_asked, trainer_arguments
@@ -38,7 +39,7 @@ from atomtune.train.dataset import Data, read_data
 from atomtune.train.defaults import began_with, with_defaults, with_sequence_limit
 from atomtune.train.ending import figures, finish, title_of
 from atomtune.train.layout import check_equal, choose_layout
-from atomtune.train.model import fuse_kernels, keep_or_recompute, load_model
+from atomtune.train.model import fuse_kernels, keep_or_recompute, load_model, step_graphs
 from atomtune.train.output_folder import check_space, explained, goes_on, locked
 from atomtune.train.progress import LossPicture, RecordedProgress, TrainingBar
 from atomtune.train.rehearsal import check_last_batch, rehearse
@@ -211,7 +212,8 @@ def _load_trainer(prepared: _Prepared, began: float) -> LoraTrainer:
     fuse_kernels(run, model)
     layout = choose_layout(run, model, tokenizer, data, longest_tokens=longest_tokens)
     keep_or_recompute(run, model, heaviest_tokens=layout.heaviest_tokens)
-    return _trainer(prepared, model, layout.collator, began)
+    graphs = step_graphs(run, model, heaviest_tokens=layout.heaviest_tokens)
+    return _trainer(prepared, model, layout.collator, graphs, began)
 
 
 def _refuse_tokens_without_row(run: RunContext, tokenizer: Tokenizer, data: Data) -> None:
@@ -254,7 +256,9 @@ def _metadata(run: RunContext, template: Template, data: Data) -> AdapterMetadat
     )
 
 
-def _trainer(prepared: _Prepared, model: Any, collator: Collator, began: float) -> LoraTrainer:
+def _trainer(
+    prepared: _Prepared, model: Any, collator: Collator, graphs: StepGraphs | None, began: float
+) -> LoraTrainer:
     run, data = prepared.run, prepared.data
     metadata = _metadata(run, prepared.template, data)
     minutes = run.settings.run.max_minutes
@@ -269,6 +273,7 @@ def _trainer(prepared: _Prepared, model: Any, collator: Collator, began: float) 
                 "derived": dict(run.derived),
             },
             stop=stop,
+            graphs=graphs,
             skip_nonfinite=run.settings.run.skip_nonfinite,
             patience=run.settings.run.early_stopping_patience,
             resumed_from=run.resumed.checkpoint if run.resumed else None,
@@ -347,6 +352,8 @@ def _fit(run: RunContext, trainer: LoraTrainer, data: Data, picture: LossPicture
         bar.close()
         trainer.stop.restore()
         run.record.update(**figures(trainer), **data.read_meanwhile(run.console), notices=run.console.notices)
+        if trainer.graphs is not None:
+            run.record.update(cuda_graphs=trainer.graphs.figures())
     _raise_if_stopped(run, trainer)
 
 

@@ -20,6 +20,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from atomtune.errors import RunFailed, listing
 from atomtune.model.loss import target_nats
+from atomtune.model.step_graphs import StepGraphs
 from atomtune.train.callbacks import (
     BeforeFirstStep,
     EarlyStopping,
@@ -40,8 +41,11 @@ from atomtune.train.ranks import of_all_ranks, on_any_rank
 class LoraTrainer(SavingTrainer):
     """transformers.Trainer with our loss, evaluation and saves."""
 
-    def __init__(self, *, stop: Stop, skip_nonfinite: int, patience: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self, *, stop: Stop, skip_nonfinite: int, patience: int = 0, graphs: StepGraphs | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
+        self.graphs = graphs
         self.work, self.stop, self.early_stopping = WorkCounter(), stop, EarlyStopping(patience)
         self.first_step = 0  # where this process began; the steps before it were another's
         self.non_finite = SkipNonFinite(self.work, budget=skip_nonfinite, notice=self.notice)
@@ -90,7 +94,10 @@ class LoraTrainer(SavingTrainer):
         DDP and FSDP average gradients over ranks, hence the factor world_size.
         """
         assert num_items_in_batch is not None and not return_outputs
-        nats, _ = target_nats(model, inputs, label_smoothing=self.args.label_smoothing_factor)
+        if self.graphs is not None:
+            nats = self.graphs.nats(inputs)
+        else:
+            nats, _ = target_nats(model, inputs, label_smoothing=self.args.label_smoothing_factor)
         return nats * self.args.world_size / num_items_in_batch.clamp(min=1)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:

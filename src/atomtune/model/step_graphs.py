@@ -1,0 +1,234 @@
+"""Step graphs: on a GPU, a batch's loss and gradients are recorded once for each shape and played again.
+
+A step of a thousand tokens launches some four thousand kernels, and the host needs longer to launch them than the GPU
+to compute them. A CUDA graph launches them all at once. It reads and writes the same memory each time: a batch is
+copied to where the graph reads, and its sizes are rounded up, so that there are few shapes.
+Law: played, a batch has the loss and gradients that it has in the model itself (tests/model/test_step_graphs.py); the
+first that a run plays is held against the model's own.
+Letters: N targets, T tokens of the row, S spans, K gathered keys.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from atomtune.batch.attention_plan import AttentionPlan
+from atomtune.model.loss import target_nats
+
+#: Longer rows keep the GPU busy as they are: at 8,000 tokens a 7B model waited 5 % of its time for the host.
+MOST_TOKENS = 6_144
+#: A shape is recorded when it has been seen so often, which costs about a step; its kernels are compiled before that.
+SEEN_BEFORE = 1
+#: Gradients may differ by so much (relative): sums in another order, in 16 bits, through all layers.
+MOST_APART = 0.1
+#: What a batch has for each target, and all its tensors beside the plan's.
+_OF_TARGETS = ("row", "predicted_from", "target", "learn")
+_TENSORS = ("input_ids", "position_ids", *_OF_TARGETS)
+
+Batch = Mapping[str, Any]
+#: Does some work once, and gives what plays it again.
+Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+class StepGraphs:
+    """The recorded shapes of a model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        most_tokens: int,
+        record: Recorder,
+        label_smoothing: float,
+        notice: Callable[[str], None],
+    ) -> None:
+        """
+        most_tokens  longer rows are computed as ever
+        record       records what a function has the device do (`on_gpu`)
+        """
+        self.model, self.most_tokens, self.label_smoothing = model, most_tokens, label_smoothing
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        dtypes = {weight.dtype for weight in self.weights}
+        self._is_on = len(dtypes) == 1
+        numbers = sum(weight.numel() for weight in self.weights)
+        #: Where every recording leaves its gradients, one behind the other.
+        self._grads = torch.zeros(numbers, dtype=self.weights[0].dtype, device=self.weights[0].device)
+        self._record, self._notice = record, notice
+        self._seen: Counter[Hashable] = Counter()
+        self._recordings: dict[Hashable, _Recording] = {}
+        self._played = 0  # batches
+        self._first_apart: float | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """For the run's record: shapes recorded, batches replayed, and how far the first one's gradients were apart."""
+        return {"shapes": len(self._recordings), "replayed": self._played, "apart": self._first_apart}
+
+    def nats(self, batch: Batch) -> torch.Tensor:
+        """What loss.target_nats gives for this batch, played where its shape was seen before."""
+        if not self._takes(batch):
+            return self._computed(batch)
+        batch = rounded(batch)
+        shape = _shape(batch)
+        recording = self._recordings.get(shape)
+        if recording is None:
+            self._seen[shape] += 1
+            if self._seen[shape] <= SEEN_BEFORE:
+                return self._computed(batch)
+            recording = self._recorded(batch)
+            if recording is None:
+                return self._computed(batch)
+            self._recordings[shape] = recording
+        self._played += 1
+        return recording.play(batch)
+
+    def _takes(self, batch: Batch) -> bool:
+        plan: AttentionPlan | None = batch["plan"]
+        return (
+            self._is_on
+            and plan is not None
+            and not plan.blocks
+            and plan.segments is None  # a state's way through a tree has a shape of its own for each row
+            and len(batch["target"]) > 0
+            and len(plan.until) <= self.most_tokens
+        )
+
+    def _computed(self, batch: Batch) -> torch.Tensor:
+        return target_nats(self.model, batch, label_smoothing=self.label_smoothing)[0]
+
+    def _recorded(self, batch: Batch) -> "_Recording | None":
+        """The batch's shape, recorded; None, and nothing more is recorded, where the model cannot be."""
+        is_first = not self._recordings
+        try:
+            recording = _Recording(batch, self._computed, self.weights, self._grads, self._record)
+            if not is_first:
+                return recording
+            self._first_apart = self._apart(recording, batch)
+            if self._first_apart <= MOST_APART:
+                return recording
+            reason = f"gradients differ by {self._first_apart:.1%}"
+        except RuntimeError as error:  # what waits for the device cannot be recorded; nor is there always the memory
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+        self._is_on = False
+        self._recordings.clear()
+        self._notice(f"steps are not replayed as CUDA graphs, which costs small steps some speed: {reason}")
+        return None
+
+    def _apart(self, recording: "_Recording", batch: Batch) -> float:
+        """How far the played gradients are from the model's own: the norm of their difference, relative."""
+        with _RandomStateKept(self.weights[0].device):
+            own = torch.autograd.grad(self._computed(batch), self.weights, materialize_grads=True)
+        with _RandomStateKept(self.weights[0].device):
+            played = torch.autograd.grad(recording.play(batch), self.weights)
+        difference = torch.nn.utils.get_total_norm([a - b for a, b in zip(own, played, strict=True)])
+        return float(difference / torch.nn.utils.get_total_norm(own))
+
+
+def on_gpu() -> Recorder:
+    """A recorder whose graphs share their memory: a step is over before the next begins."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(work: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        # Of this thread alone: the one that pins the next batch goes on.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            work()
+        return graph.replay
+
+    return record
+
+
+class _RandomStateKept:
+    """The device's random numbers go on as if nothing had been drawn."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __enter__(self) -> None:
+        self.state = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(self.state, self.device)
+        else:
+            torch.set_rng_state(self.state)
+
+
+class _Recording:
+    """One shape: where its batch is read, where its loss and gradients are written, and how it is played."""
+
+    def __init__(
+        self,
+        batch: Batch,
+        nats_of: Callable[[Batch], torch.Tensor],
+        weights: Sequence[torch.Tensor],
+        place: torch.Tensor,
+        record: Recorder,
+    ) -> None:
+        """place [numbers of all weights] takes the gradients"""
+        self._weights, self._place = weights, place
+        self._inputs = [tensor.clone() for tensor in _tensors(batch)]
+
+        def work() -> None:
+            # The plan is made anew, so that what it keeps (a mask) is computed from what the graph reads.
+            with torch.enable_grad():
+                nats = nats_of(_with_tensors(batch, self._inputs))
+            grads = torch.autograd.grad(nats, weights, materialize_grads=True)
+            torch.cat([grad.flatten() for grad in grads], out=place)
+            self._nats = nats.detach()
+
+        self._play = record(work)
+
+    def play(self, batch: Batch) -> torch.Tensor:
+        """The loss of this batch, tied to the weights."""
+        for place, tensor in zip(self._inputs, _tensors(batch), strict=True):
+            place.copy_(tensor)
+        self._play()
+        return _Played.apply(self._nats, self._place, *self._weights)
+
+
+class _Played(torch.autograd.Function):
+    """A loss whose gradients are known already, up to the factor that backward brings."""
+
+    @staticmethod
+    def forward(ctx: Any, nats: torch.Tensor, grads: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.grads, ctx.shapes = grads, [weight.shape for weight in weights]
+        return nats.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scaled = (ctx.grads * factor).to(ctx.grads.dtype).split([shape.numel() for shape in ctx.shapes])
+        return None, None, *(grad.view(shape) for grad, shape in zip(scaled, ctx.shapes, strict=True))
+
+
+def rounded(batch: Batch) -> Batch:
+    """The same batch in one of few shapes: more targets, which count zero times, and more spans, which ask nothing.
+
+    A row of T tokens has at most T targets, and gets places for a quarter of T, a half, three or all four.
+    """
+    targets, step = len(batch["target"]), -(-batch["input_ids"].shape[1] // 4)
+    filling = -targets % step
+    filled = {name: functional.pad(batch[name], (0, filling)) for name in _OF_TARGETS}
+    return {**batch, **filled, "plan": batch["plan"].to(batch["target"].device).rounded()}
+
+
+def _tensors(batch: Batch) -> list[torch.Tensor]:
+    return [*(batch[name] for name in _TENSORS), *batch["plan"].tensors()]
+
+
+def _with_tensors(batch: Batch, tensors: Sequence[torch.Tensor]) -> Batch:
+    """The batch with these in place of its own."""
+    given = iter(tensors)
+    return {**batch, **{name: next(given) for name in _TENSORS}, "plan": batch["plan"].with_tensors(given)}
+
+
+def _shape(batch: Batch) -> Hashable:
+    """Equal for batches that one recording computes."""
+    spans = batch["plan"].spans
+    longest = tuple((window, each.longest_queries, each.longest_keys) for window, each in spans.items())
+    return tuple(tensor.shape for tensor in _tensors(batch)), longest

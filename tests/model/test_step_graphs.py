@@ -1,0 +1,180 @@
+"""Step graphs: what is played is what the model computes. A CPU has no graphs; here a recording does its work again,
+from the memory that it was given, which leaves out nothing but the device's own part (`benchmarks.gpu` checks that)."""
+
+import copy
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from atomtune.batch.attention_plan import plan_attention
+from atomtune.batch.collate import Batch, Collator
+from atomtune.data.records import Example
+from atomtune.model import step_graphs
+from atomtune.model.fused_lora import compute_together
+from atomtune.model.layout_support import windows_of
+from atomtune.model.loss import target_nats
+from atomtune.model.step_graphs import SEEN_BEFORE, StepGraphs
+from tests.batch.test_attention_plan import rows
+from tests.model.test_layout_support import WORDS, adapted, gradients
+
+#: float64: filling changes the order of sums alone.
+EXACT = 1e-12
+#: Masked calls, sinks, soft caps and two kinds of windows: by spans, where a GPU would take them.
+FAMILIES = ("llama", "gemma3_text", "gemma2", "granite_swa")
+
+
+class Tape:
+    """A recorder that does the work once more for every play."""
+
+    def __init__(self) -> None:
+        self.recorded = self.played = 0
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.recorded += 1
+        work()
+
+        def play() -> None:
+            self.played += 1
+            work()
+
+        return play
+
+
+def batches(model: Any, layout: str, *, count: int) -> list[Batch]:
+    """Records that share a beginning, as rows of about the same length."""
+    collator = Collator(
+        layout=layout, pad_id=0, as_examples=lambda row: (Example(**row),), windows=windows_of(model), cut="spans"
+    )
+    draw = Random(3)
+    beginning = tuple(draw.randrange(3, WORDS) for _ in range(24))
+    made = []
+    for _ in range(count):
+        examples = []
+        for n in range(4):
+            own = tuple(draw.randrange(3, WORDS) for _ in range(draw.randint(8, 12)))
+            learn = (0,) * len(beginning) + tuple(draw.choice((0, 1, 1, 2)) for _ in own)
+            examples.append(Example(beginning + own, learn, f"train.jsonl:{n + 1}"))
+        made.append(collator.lay(examples))
+    return made
+
+
+def graphs_of(model: Any, tape: Tape, notices: list[str] | None = None) -> StepGraphs:
+    said = [] if notices is None else notices
+    return StepGraphs(model, most_tokens=1_000, record=tape, label_smoothing=0.1, notice=said.append)
+
+
+def result(model: Any, nats: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    (nats / 8).backward()  # exact also where a norm computes in float32
+    return nats.item(), gradients(model)
+
+
+@pytest.mark.parametrize("layout", ["tree", "packed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_played_has_the_loss_and_gradients_of_the_model(family, layout):
+    model = copy.deepcopy(adapted(family)).train()
+    compute_together(model, input_ids=torch.zeros(1, 2, dtype=torch.long))
+    tape = Tape()
+    graphs = graphs_of(model, tape)
+    for batch in batches(model, layout, count=8):
+        own_nats, own = result(model, target_nats(model, batch, label_smoothing=0.1)[0])
+        nats, played = result(model, graphs.nats(batch))
+        assert nats == pytest.approx(own_nats, rel=EXACT)
+        for name, gradient in own.items():
+            torch.testing.assert_close(played[name], gradient, rtol=EXACT, atol=EXACT)
+    assert tape.played > 0, "nothing was played"
+    assert tape.recorded < tape.played, "each shape is recorded once"
+
+
+def test_a_shape_is_recorded_when_it_comes_again():
+    model = copy.deepcopy(adapted("llama")).train()
+    tape = Tape()
+    graphs = graphs_of(model, tape)
+    batch = batches(model, "tree", count=1)[0]
+    recorded = []
+    for _ in range(SEEN_BEFORE + 3):
+        graphs.nats(batch)
+        recorded.append(tape.recorded)
+    assert recorded == [0] * SEEN_BEFORE + [1, 1, 1]
+
+
+def test_weights_that_changed_are_read_anew():
+    # A recording that keeps the weights' copies of the first play would train on old weights.
+    model = copy.deepcopy(adapted("llama")).train()
+    compute_together(model, input_ids=torch.zeros(1, 2, dtype=torch.long))
+    graphs = graphs_of(model, Tape())
+    batch = batches(model, "tree", count=1)[0]
+    for _ in range(SEEN_BEFORE + 1):
+        before = graphs.nats(batch).item()
+    with torch.no_grad():
+        for weight in graphs.weights:
+            weight.mul_(1.5)
+    after = graphs.nats(batch).item()
+    assert after != pytest.approx(before, rel=1e-6)
+    assert after == pytest.approx(target_nats(model, batch, label_smoothing=0.1)[0].item(), rel=EXACT)
+
+
+def test_a_first_play_that_differs_ends_it(monkeypatch):
+    # The planted bug: what is played is another batch than the one that was handed over.
+    model = copy.deepcopy(adapted("llama")).train()
+    first, second = batches(model, "tree", count=2)
+    monkeypatch.setattr(step_graphs, "_with_tensors", lambda batch, tensors: second)
+    notices: list[str] = []
+    graphs = graphs_of(model, Tape(), notices)
+    for _ in range(SEEN_BEFORE + 2):
+        nats = graphs.nats(first)
+    assert nats.item() == pytest.approx(target_nats(model, first, label_smoothing=0.1)[0].item(), rel=EXACT)
+    assert len(notices) == 1
+    assert "gradients differ by" in notices[0]
+
+
+def test_a_model_that_cannot_be_recorded_is_computed_as_ever():
+    def refuse(work: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more lines")
+
+    model = copy.deepcopy(adapted("llama")).train()
+    notices: list[str] = []
+    graphs = StepGraphs(model, most_tokens=1_000, record=refuse, label_smoothing=0.0, notice=notices.append)
+    batch = batches(model, "tree", count=1)[0]
+    for _ in range(SEEN_BEFORE + 3):
+        nats = graphs.nats(batch)
+    assert nats.item() == pytest.approx(target_nats(model, batch)[0].item(), rel=EXACT)
+    assert notices == [
+        "steps are not replayed as CUDA graphs, which costs small steps some speed: "
+        "CUDA error: operation not permitted when stream is capturing"
+    ]
+
+
+def test_long_rows_and_padded_rows_are_computed_as_ever():
+    model = copy.deepcopy(adapted("llama")).train()
+    tape = Tape()
+    graphs = StepGraphs(model, most_tokens=32, record=tape, label_smoothing=0.0, notice=print)
+    padded = Collator(layout="padded", pad_id=0, as_examples=lambda row: (Example(**row),)).lay(
+        [Example((1, 2, 3), (0, 1, 1), "train.jsonl:1")]
+    )
+    for batch in (batches(model, "tree", count=1)[0], padded):
+        for _ in range(SEEN_BEFORE + 2):
+            graphs.nats(batch)
+    assert tape.recorded == 0
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_rounded_spans_let_every_query_see_what_it_saw(window):
+    for row in rows(60, longest=30):
+        tokens = len(row) + 3
+        spans = plan_attention(row, windows=(window,), width=tokens, cut="spans").spans[window]
+        filled = spans.rounded(tokens)
+        real = len(spans.query_starts)
+        assert filled.query_starts[:real].tolist() == spans.query_starts.tolist()
+        assert filled.key_starts[:real].tolist() == spans.key_starts.tolist()
+        assert filled.query_starts[real:].unique().tolist() == [tokens], "what was added asks nothing"
+        assert filled.key_starts.diff().min() >= 0
+        keys = tokens if filled.keys is None else len(filled.keys)
+        assert int(filled.key_starts[-1]) == keys
+        if spans.keys is not None:
+            assert filled.keys[: len(spans.keys)].tolist() == spans.keys.tolist()
+        assert filled.longest_queries >= spans.longest_queries
+        assert filled.longest_keys >= spans.longest_keys
