@@ -2,12 +2,14 @@
 
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from atomtune import limits
 from atomtune.limits import Tripped, trial
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked safely on Linux only")
@@ -48,3 +50,26 @@ def test_nothing_stays_open_and_nothing_is_written(capfd):
         trial(lambda say: os.write(2, b"not shown"))
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_waits_for_a_lock_is_not_blamed(monkeypatch):
+    # A forked process may find a lock closed whose owner was not forked; that says nothing of what it was to try.
+    monkeypatch.setattr(limits, "CLOCK_SECONDS", 1)
+    assert trial(lambda say: time.sleep(60)) is None
+
+
+def test_a_tokenizer_is_tried_behind_others_that_used_their_threads():
+    # tokenizers' threads are not forked: with TOKENIZERS_PARALLELISM=true the trial waited for them for ever.
+    program = """
+from tests.tiny import tokenizer_of
+from atomtune import limits
+tokenizer = tokenizer_of("bytes")
+tokenizer(["many texts"] * 1000)
+limits.CLOCK_SECONDS = 20
+import time
+began = time.monotonic()
+assert limits.trial(lambda say: tokenizer(["many texts"] * 1000)) is None
+assert time.monotonic() - began < 15, "it waited for the clock"
+"""
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)
