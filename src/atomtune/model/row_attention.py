@@ -22,9 +22,6 @@ from atomtune.model.span_attention import SpanAttention, flash_takes
 #: The name under which models find this function, and the keyword that carries the plan to it.
 ROWS = "atomtune_rows"
 ROW_PLAN = "atomtune_plan"
-#: A tree of at most so many tokens is one masked call on a GPU: one kernel, where gathering keys takes several, and
-#: small steps are bound by launches.
-MOST_MASKED_TREE = 2_000
 #: Tokens of the longest row that gets a dense mask where the flash kernel does not reach: 256 MiB in float32.
 MOST_MASKED = 8_192
 #: What some models' attention does that no plan expresses: they hand it over under these keywords.
@@ -104,10 +101,7 @@ def way_of(
         return "blocks"
     if sinks or rules.softcap is not None:
         return "spans"  # the fused kernels over a mask know neither
-    tokens, packed = query.shape[-2], plan.spans[window].keys is None
-    if flash_takes(query, value, rules):
-        return "spans" if packed or tokens > MOST_MASKED_TREE else "mask"
-    return "mask" if tokens <= MOST_MASKED else "spans"
+    return "spans" if flash_takes(query, value, rules) or query.shape[-2] > MOST_MASKED else "mask"
 
 
 def _by_spans(  # noqa: PLR0917
