@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from atomtune import load
 from atomtune.cli import main
+from atomtune.engines.server_process import free_port
 from tests.conftest import DIALOGUES
 from tests.engines.test_server_process import gone
 from tests.serve.test_command import CONVERSATIONS, Served, answers
@@ -66,6 +67,19 @@ def test_two_adapters_are_served_by_name_each_with_chats_answers(right, mixed):
         children = served.children()
         assert children
     assert served.process.returncode == 0 and all(map(gone, children))
+
+
+def test_a_second_adapter_that_vllm_does_not_apply_stops_serve(right, mixed, tmp_path, capsys):
+    """The first one's certificate holds; nothing is left listening all the same."""
+    first, second = (Path(shutil.copytree(adapter, tmp_path / adapter.name)) for adapter in (right, mixed))
+    rename(second, "model.model.layers", "model.model.language_model.layers")
+    words = ["--adapter_path", str(first), str(second), "--engine", "vllm", "--prompts", "3", "--context", "256"]
+    assert main(["serve", *words, "--port", str(free_port()), "--dtype", "float32"]) == 4
+    output = capsys.readouterr()
+    assert str(second) in output.err and str(first) not in output.err and "ready" not in output.out
+    for adapter, holds in ((first, True), (second, False)):
+        (entry,) = json.loads((adapter / "certificate.json").read_text())
+        assert entry["holds"] is holds
 
 
 def answered_as_chat(served: Served, adapter: Path) -> list[str]:

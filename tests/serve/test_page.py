@@ -180,6 +180,17 @@ def test_a_stopped_answer_stays_and_the_next_question_is_answered(browser, model
         page.locator("#typed [data-testid='stop-button']").dispatch_event("click")
         page.wait_for_selector("#typed [data-testid='submit-button']", timeout=5_000)
         playwright.expect(page.locator("#tuned .message.bot")).to_have_count(count)
+    # While an answer is written a conversation is begun anew, and the next question asked at once: nothing comes back.
+    tab.ask("今天天气怎么样？")
+    tab.shows("tuned", "今天天气怎么样？")
+    page.click("#new")
+    tab.ask("Who are you?")
+    tab.shows("tuned", "Who are you?")
+    playwright.expect(page.locator("#tuned .message.bot")).to_have_count(1)
+    page.wait_for_timeout(1_000)
+    assert "今天" not in page.inner_text("#tuned") and "Who are you?" in page.inner_text("#tuned")
+    page.locator("#typed [data-testid='stop-button']").dispatch_event("click")
+    page.wait_for_selector("#typed [data-testid='submit-button']", timeout=5_000)
     page.close()
     assert web.end() == 0
 
@@ -206,3 +217,29 @@ def test_a_conversation_is_saved_as_a_record_that_training_reads(opened, tmp_pat
         tab.page.click("#save")
     saved = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
     assert [message["content"] for message in saved["messages"]] == ["晚安", "晚安，愿你好梦。"]
+
+
+@needs_browser
+def test_an_empty_system_text_is_sent_where_another_than_the_trainings_is_wanted(browser, models, tmp_path):
+    """The template qwen2.5 writes a persona of its own where there is no system text; an empty one switches it off."""
+    trained = train_by_heart(models("qwen3"), tmp_path, DIALOGUES, "--template", "qwen2.5", steps=1)
+    web = Web("--adapter_path", str(trained), "--max_new_tokens", "4")
+    page = browser.new_page(locale="en-US")
+    tab = Tab(page, web.address)
+    tab.settings()
+    assert not page.is_visible("#system textarea")
+    roles = []
+    for own_system in (False, True):
+        page.set_checked("#own_system input", own_system)
+        page.click("#new")
+        playwright.expect(page.locator("#save")).to_be_hidden()
+        tab.ask("晚安")
+        playwright.expect(page.locator("#tuned .message.bot")).to_have_count(1, timeout=20_000)
+        page.wait_for_selector("#save")
+        with page.expect_download() as download:
+            page.click("#save")
+        saved = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))["messages"]
+        roles.append([(message["role"], message["content"]) for message in saved[:-1]])
+    assert roles == [[("user", "晚安")], [("system", ""), ("user", "晚安")]]
+    page.close()
+    assert web.end() == 0

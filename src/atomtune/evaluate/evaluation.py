@@ -64,8 +64,9 @@ def evaluate_records(
             progress.advance(task, len(rows))
             if start == 0 and len(order) > len(rows):
                 batches_left = len(order) / len(rows) - 1
-                minutes = (time.monotonic() - began) * batches_left / 60
-                console.say(f"About {max(1, round(minutes))} minutes. Ctrl-C ends it early and keeps what is done.")
+                minutes = max(1, round((time.monotonic() - began) * batches_left / 60))
+                about = "About a minute" if minutes == 1 else f"About {minutes} minutes"
+                console.say(f"{about}. Ctrl-C ends it early and keeps what is done.")
     return done
 
 

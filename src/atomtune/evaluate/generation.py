@@ -17,7 +17,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.layout_support import windows_of
-from atomtune.model.loss import innermost
+from atomtune.model.loss import innermost, takes
 
 #: A shorter common beginning is not worth a call of its own.
 LEAST_SHARED = 16
@@ -56,7 +56,7 @@ def generate_answers(
         "attention_mask": torch.tensor(masks, device=model.device),
     }
     if shared:
-        inputs["past_key_values"] = _computed_once(model, prompts[0][:shared], rows=len(prompts))
+        inputs[_cache_name(model)] = _computed_once(model, prompts[0][:shared], rows=len(prompts))
     generated = _greedily(model, inputs, list(stop_ids), pad_id=pad_id, max_new_tokens=max_new_tokens, seconds=seconds)
     return [_until_stop(row[width:].tolist(), stop_ids) for row in generated]
 
@@ -105,10 +105,15 @@ def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
     return length if length >= LEAST_SHARED else 0
 
 
+def _cache_name(model: CausalLM) -> str:
+    """What forward calls the keys and values: transformers renamed them in 5.24 and drops the old name in 5.40."""
+    return "cache" if takes(model, "cache") else "past_key_values"
+
+
 def _computed_once(model: CausalLM, ids: Sequence[int], *, rows: int) -> DynamicCache:
     """Keys and values of a beginning, for so many rows."""
     cache = DynamicCache(config=model.config)
-    model(input_ids=torch.tensor([list(ids)], device=model.device), past_key_values=cache, use_cache=True)
+    model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=True, **{_cache_name(model): cache})
     cache.batch_repeat_interleave(rows)
     return cache
 

@@ -40,6 +40,8 @@ WORDS = {
     "settings": ("Settings", "设置"),
     "compare": ("Let the base answer too", "让底座也回答，并排比较"),
     "thinking": ("Think before answering", "先思考再回答"),
+    "own_system": ("Another system text", "使用别的系统提示"),
+    "own_system_info": ("else as in training; it may be empty", "不勾选则与训练时相同；可以留空"),
     "system": ("System text", "系统提示"),
     "longest": ("Longest answer", "回答长度上限"),
     "tokens": ("in tokens", "单位：token"),
@@ -82,6 +84,7 @@ class Page:
             **{language: {key: pair[place] for key, pair in WORDS.items()} for language, place in _LANGUAGES.items()}
         )
         self._stops: dict[str | None, threading.Event] = {}  # by browser tab
+        self._left: set[str | None] = set()  # tabs whose conversation was begun anew while it was answered
         self._saved = tempfile.TemporaryDirectory(prefix="atomtune-web-")
         title = f"atomtune: {tuned.folder.resolve().name}"
         # delete_cache: Gradio's own copies of what was saved go when they are an hour old, and when the page ends.
@@ -118,7 +121,13 @@ class Page:
         thinks = self.tuned.template.variables.get(THINKING, True)
         self.compare = gradio.Checkbox(False, label=word("compare"), visible=self.tuned.has_base, elem_id="compare")
         self.thinking = gradio.Checkbox(bool(thinks), label=word("thinking"), visible=bool(self._modes))
-        self.system = gradio.Textbox(settings.system or "", label=word("system"), lines=2, elem_id="system")
+        own_system = settings.system is not None
+        self.own_system = gradio.Checkbox(
+            own_system, label=word("own_system"), info=word("own_system_info"), elem_id="own_system"
+        )
+        self.system = gradio.Textbox(
+            settings.system or "", label=word("system"), lines=2, visible=own_system, elem_id="system"
+        )
         self.longest = gradio.Number(
             settings.max_new_tokens,
             label=word("longest"),
@@ -152,8 +161,9 @@ class Page:
         )
 
     def _connect(self) -> None:
-        settings = {self.compare, self.thinking, self.system, self.longest, self.temperature, self.top_p, self.top_k}
-        inputs: set[Block] = {self.typed, self.exchanges, self.penalty, self.seed, *settings}
+        system = {self.own_system, self.system}
+        sampling = {self.longest, self.temperature, self.top_p, self.top_k, self.penalty, self.seed}
+        inputs: set[Block] = {self.typed, self.exchanges, self.compare, self.thinking, *system, *sampling}
         shown = [self.base, self.answers, self.typed, self.exchanges]
         # One model, whose adapter is switched on and off: the questions of all who ask are answered in turn.
         in_turn: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
@@ -167,9 +177,10 @@ class Page:
             ended.then(self.saved, inputs, self.save, show_progress="hidden")
         self.typed.stop(self.stop, None, None, queue=False)
         for event in (self.new.click, self.answers.clear, self.base.clear):
-            # Behind the answer that it stops, whose last drawing would bring the old conversation back.
-            event(self.stop, None, None, queue=False).then(self.begin_anew, None, [*shown, self.save], **in_turn)
+            # At once: behind the answer that it stops, it would take away a question that was asked meanwhile.
+            event(self.begin_anew, None, [*shown, self.save], queue=False)
         self.compare.change(lambda compares: gradio.Chatbot(visible=compares), self.compare, self.base)
+        self.own_system.change(lambda own: gradio.Textbox(visible=own), self.own_system, self.system)
         self.blocks.unload(self.stop)
 
     # What a click does.
@@ -196,14 +207,17 @@ class Page:
         exchanges, number = values[self.exchanges], _exchange_at(event.index, values[self.exchanges])
         return self._drawn(exchanges[:number], box=_box(exchanges[number].question))
 
-    def begin_anew(self) -> tuple[Any, ...]:
+    def begin_anew(self, request: gradio.Request) -> tuple[Any, ...]:
+        if request.session_hash in self._stops:
+            self._left.add(request.session_hash)
+            self.stop(request)
         return *self._drawn([], box=_box()), gradio.DownloadButton(visible=False)
 
     def saved(self, values: Values) -> Any:
         """The button that saves the conversation: a record of `messages`, as `atomtune train` reads them."""
         if not values[self.exchanges]:
             return gradio.DownloadButton(visible=False)
-        conversation = conversation_of(self.tuned, values[self.exchanges], values[self.system] or None)
+        conversation = conversation_of(self.tuned, values[self.exchanges], self._system_of(values))
         file = Path(tempfile.mkdtemp(dir=self._saved.name)) / "conversation.jsonl"
         conversation.save(file)
         return gradio.DownloadButton(value=str(file), visible=True)
@@ -225,6 +239,8 @@ class Page:
         try:
             for exchange in answered(tuned, before, question, asking, stop=stop.is_set, forgot=self._say_forgotten):
                 exchanges = [*before, exchange]
+                if request.session_hash in self._left:
+                    break
                 if time.monotonic() - drawn < _FRAME:
                     continue
                 drawn = time.monotonic()
@@ -235,12 +251,15 @@ class Page:
             return
         finally:
             self._stops.pop(request.session_hash, None)
+        if request.session_hash in self._left:  # the last drawing would bring the old conversation back
+            self._left.remove(request.session_hash)
+            exchanges = []
         yield self._drawn(exchanges, box=gradio.Textbox(submit_btn=True, stop_btn=False))
 
     def _asking(self, values: Values) -> Asking:
         return Asking(
             compare=values[self.compare],
-            system=values[self.system] or None,
+            system=self._system_of(values),
             max_new_tokens=int(values[self.longest] or 1),
             sampling=Sampling(
                 float(values[self.temperature]),
@@ -250,6 +269,10 @@ class Page:
             ),
             seed=int(values[self.seed] or 0),
         )
+
+    def _system_of(self, values: Values) -> str | None:
+        """The system text of one's own, an empty one too; None: what the records of training had."""
+        return (values[self.system] or "") if values[self.own_system] else None
 
     def _say_forgotten(self, count: int) -> None:
         gradio.Info(self._word("forgot"))
