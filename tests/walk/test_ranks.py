@@ -6,6 +6,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -105,3 +106,54 @@ def test_two_ranks_stop_together_when_one_is_told_and_go_on_as_one_run(models, d
     assert files[0] == files[1]
     ours, theirs = (json.loads((folder / "run.json").read_text()) for folder in (out, whole))
     assert ours["loss_history"] == theirs["loss_history"]
+
+
+@pytest.mark.parametrize(
+    ("rank_lost", "number", "cause"), [(0, "SIGSTOP", "--ddp_timeout"), (1, "SIGKILL", "lost its connection")]
+)
+def test_a_rank_that_no_longer_answers_ends_the_other_within_the_time_limit(  # noqa: PLR0917  # pytest's fixtures
+    models, dialogues, tmp_path, rank_lost, number, cause
+):
+    # Catches a limit that reaches nobody: on CPUs transformers hands it to no one, and the other waited half an hour.
+    out, seconds = tmp_path / "out", 4
+    command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--use_cpu"]
+    command += ["--dtype", "float32", "--max_steps", "5000", "--save_steps", "5", "--save_total_limit", "2"]
+    command += ["--eval_size", "0", "--ddp_timeout", str(seconds), "--output_dir", str(out)]
+    ranks = _two_ranks(command, tmp_path)
+    try:
+        _wait_for_checkpoint(out / "checkpoint-10", ranks)
+        os.kill(ranks[rank_lost].pid, getattr(signal, number))
+        # The time limit, and what Python and torch take to end on a busy machine.
+        assert ranks[1 - rank_lost].wait(timeout=seconds + 10) == 3
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    words = (tmp_path / f"rank-{1 - rank_lost}.txt").read_text(encoding="utf-8")
+    assert cause in words
+    assert f"Last whole checkpoint: {out / 'checkpoint-'}" in words
+    assert "Traceback" not in words
+
+
+def _two_ranks(command, folder):
+    """The processes that a launcher would start, without the launcher: it ends all as soon as one has ended."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = []
+    for rank in ("0", "1"):
+        with (folder / f"rank-{rank}.txt").open("w", encoding="utf-8") as output:
+            environment = {**os.environ, **job, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
+            words = [sys.executable, "-m", "atomtune", *command]
+            ranks.append(subprocess.Popen(words, env=environment, stdout=output, stderr=subprocess.STDOUT))
+    return ranks
+
+
+def _wait_for_checkpoint(checkpoint, ranks):
+    for _ in range(1200):
+        if (checkpoint / "manifest.json").exists():
+            return
+        assert all(process.poll() is None for process in ranks), "a rank ended too early"
+        time.sleep(0.05)
+    raise AssertionError(f"no {checkpoint} within a minute")

@@ -11,6 +11,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from atomtune.errors import BadSettings
 from atomtune.settings.fields import TrainSettings
+from atomtune.train.ranks import join_job
 
 #: The Trainer's name for recomputing activations; renamed in transformers 5.23.
 CHECKPOINTING = next(
@@ -36,6 +37,8 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
     if settings.data.streaming:  # each rank reads the stream and takes its part: a batch holds more than tensors
         values["accelerator_config"] = {"dispatch_batches": False, **(values.get("accelerator_config") or {})}
     _fit_device(values, streaming=settings.data.streaming)
+    if values.get("use_cpu") and values.get("ddp_backend") in (None, "gloo"):
+        join_job(values.get("ddp_timeout", TrainingArguments.ddp_timeout))
     try:
         args = TrainingArguments(**values)
         get_reporting_integration_callbacks(args.report_to)  # refuses a tracker it does not know

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 from filelock import FileLock, Timeout
 from rich.filesize import decimal
+from transformers import TrainingArguments
 
 from atomtune.console import program
 from atomtune.data.cache import tokenizer_text
@@ -19,6 +20,7 @@ from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped
 from atomtune.model.memory import is_out_of_memory
 from atomtune.settings.fields import TrainSettings
 from atomtune.train.checkpoint.atomic import checkpoints, damage
+from atomtune.train.ranks import lost_processes
 from atomtune.train.run_context import RunContext
 
 try:
@@ -137,14 +139,17 @@ def _without_start(argv: Sequence[str]) -> Iterator[str]:
             yield word
 
 
-def explained(error: BaseException, folder: Path, *, again: str) -> BaseException:
+def explained(error: BaseException, args: TrainingArguments, *, again: str) -> BaseException:
     """An error that nobody below has put into words, as one that tells the user what happened and what to do.
 
     again  goes_on
     """
     if isinstance(error, AtomtuneError):
         return error
+    folder = Path(args.output_dir)
     newest_whole = next((path for path in checkpoints(folder) if not damage(path)), None)
+    if lost := lost_processes(error, args):
+        return RunFailed(f"{lost}\nLast whole checkpoint: {newest_whole or 'none'}. {again}")
     if isinstance(error, KeyboardInterrupt):
         signal_name = error.args[0] if error.args else "SIGINT"
         return _stopped_at_once(signal_name, newest_whole, folder, again)

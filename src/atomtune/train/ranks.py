@@ -1,9 +1,51 @@
-"""Ranks: what the processes of one run tell each other."""
+"""Ranks: what the processes of one run tell each other, and what is said when one of them no longer answers."""
 
+import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+
+from atomtune.errors import RunFailed
+
+#: gloo has no class of its own for a process that is gone or silent; these words stand in its RuntimeError.
+_SILENT = ("Timed out waiting", "timed out after", "Timeout waiting")
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "gloo/transport")
+
+
+def join_job(seconds: int) -> None:
+    """Meet the other processes of a job that computes on CPUs, each of which then waits this long for the others.
+
+    transformers does this for GPUs; on CPUs it passes the time limit on to nobody, and torch waits for half an hour.
+    Raises RunFailed where the others do not come.
+    """
+    launched = "LOCAL_RANK" in os.environ and "RANK" in os.environ
+    if not launched or torch.distributed.is_initialized() or torch.distributed.is_mpi_available():
+        return
+    try:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=seconds))
+    except RuntimeError as error:
+        rank, ranks = os.environ["RANK"], os.environ.get("WORLD_SIZE", "1")
+        raise RunFailed(
+            f"process {rank} of this job waited {seconds} s (--ddp_timeout) for the others; not all {ranks} came.\n{error}"
+        ) from error
+
+
+def lost_processes(error: BaseException, args: TrainingArguments) -> str:
+    """What happened where another process of the job is gone or silent; "" for any other error."""
+    text = str(error)
+    if args.world_size <= 1 or not isinstance(error, RuntimeError):
+        return ""
+    place = f"process {args.process_index} of {args.world_size}"
+    if any(words in text for words in _SILENT):
+        return (
+            f"{place} waited {args.ddp_timeout} s (--ddp_timeout) for the others: one of them hangs, was stopped, or "
+            "needs longer."
+        )
+    if isinstance(error, torch.distributed.DistError) or any(words in text for words in _GONE):
+        return f"{place} lost its connection to another one, which has ended. What that one said is the cause."
+    return ""
 
 
 def on_any_rank(flag: bool, args: TrainingArguments) -> bool:

@@ -42,6 +42,7 @@ from atomtune.train.layout import check_equal, choose_layout
 from atomtune.train.model import fuse_kernels, keep_or_recompute, load_model, step_graphs
 from atomtune.train.output_folder import check_space, explained, goes_on, locked
 from atomtune.train.progress import LossPicture, RecordedProgress, TrainingBar
+from atomtune.train.ranks import lost_processes
 from atomtune.train.rehearsal import check_last_batch, rehearse
 from atomtune.train.run_context import RunContext
 from atomtune.train.run_identity import day_of, identity, refuse_another_run
@@ -128,7 +129,12 @@ def _decided_by_first_rank(args: Any, decide: Callable[[], Start | Finished]) ->
         except AtomtuneError as error:
             torch.distributed.broadcast_object_list([str(error)])
             raise
-    torch.distributed.broadcast_object_list(outcome)
+    try:
+        torch.distributed.broadcast_object_list(outcome)
+    except RuntimeError as error:
+        if lost := lost_processes(error, args):
+            raise RunFailed(lost) from error
+        raise
     if isinstance(outcome[0], str):
         raise UserError(outcome[0])
     return cast(Start | Finished, outcome[0])
@@ -136,7 +142,7 @@ def _decided_by_first_rank(args: Any, decide: Callable[[], Start | Finished]) ->
 
 def _recorded_failure(run: RunContext, error: BaseException) -> BaseException:
     """What the user is told of an error, once run.json says it too."""
-    answer = explained(error, Path(run.args.output_dir), again=goes_on(run))
+    answer = explained(error, run.args, again=goes_on(run))
     with contextlib.suppress(OSError):  # the record may not fit on a full disk either
         run.record.update(
             status="preempted" if isinstance(answer, Stopped) else "failed",
@@ -144,7 +150,8 @@ def _recorded_failure(run: RunContext, error: BaseException) -> BaseException:
             notices=run.console.notices,
         )
     if isinstance(error, Stopped) and run.args.world_size > 1:
-        torch.distributed.barrier()  # a launcher ends the other ranks as soon as one is gone
+        with contextlib.suppress(RuntimeError):  # the stop was for another rank too, or that one is gone
+            torch.distributed.barrier()  # a launcher ends the other ranks as soon as one is gone
     return answer
 
 
