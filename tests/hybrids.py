@@ -102,6 +102,21 @@ WALKED: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "first_k_dense_replace": 1,
     },
+    # Its two blocks with attention compute with the same matrices.
+    "zamba2": {
+        **_SIZE,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "num_hidden_layers": 4,
+        "mamba_d_state": 8,
+        "mamba_ngroups": 2,
+        "n_mamba_heads": 8,
+        "chunk_size": 16,
+        "num_mem_blocks": 1,
+        "use_mamba_kernels": False,
+        "num_key_value_heads": 4,
+        "attention_head_dim": 16,
+        "head_dim": None,
+    },
 }
 
 

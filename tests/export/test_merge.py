@@ -1,5 +1,6 @@
 """Merge: a plain folder that answers as the adapter does, and a certificate that can fail."""
 
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from atomtune.cli import main
 from atomtune.export import merge
 from atomtune.model.adapter import LoraSpec, load_trained, new_adapter
 from atomtune.model.load import BaseSpec, load_base
+from tests.hybrids import write_walked
 
 CPU = torch.device("cpu")
 
@@ -248,3 +250,26 @@ def test_a_merge_of_the_real_smollm2_in_bfloat16_holds(tmp_path, capsys):
     adapter = adapter_on(base, tmp_path / "a", size=0.01)
     assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(tmp_path / "m")]) == 0
     assert "rounded once to bfloat16" in capsys.readouterr().out
+
+
+def test_an_adapter_on_matrices_that_layers_share_is_said_at_the_start_and_not_merged(tmp_path, dialogues, capsys):
+    # Both layers' changes would land in the one matrix; the check after the merge caught it, after all of training.
+    base, adapter = write_walked("zamba2", tmp_path / "base"), tmp_path / "out"
+    command = ["train", "--model_path", str(base), "--dataset_path", str(dialogues), "--output_dir", str(adapter)]
+    assert main([*command, "--max_steps", "1", "--dtype", "float32", "--eval_size", "0"]) == 0
+    (notice,) = [text for text in status(adapter)["notices"] if "cannot be merged" in text]
+    assert "compute with one matrix" in notice
+    capsys.readouterr()
+    assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(tmp_path / "merged")]) == 2
+    assert "compute with one matrix" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+    own = tmp_path / "own"  # on Mamba's layers, each of which has its own matrix
+    command[-1:] = [str(own), "--lora_targets", "in_proj"]
+    assert main([*command, "--max_steps", "1", "--dtype", "float32", "--eval_size", "0"]) == 0
+    assert not [text for text in status(own)["notices"] if "cannot be merged" in text]
+    assert main(["merge", "--adapter_path", str(own), "--output_dir", str(tmp_path / "merged")]) == 0
+
+
+def status(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))

@@ -21,9 +21,10 @@ from atomtune.choices import Quantize
 from atomtune.console import Console, program
 from atomtune.data.encoding.chat_template import Template
 from atomtune.disk import disk_failed, filled, is_free
-from atomtune.errors import BadSettings, CheckFailed, listing
+from atomtune.errors import BadModel, BadSettings, CheckFailed, listing
 from atomtune.export.carried_tensors import carry_over, changed
 from atomtune.export.weighted import Weighted, load_weighted, weighted
+from atomtune.model.adapter import why_not_merged
 from atomtune.model.adapter_folder import AdapterMetadata, base_of, template_of
 from atomtune.model.agreement import Measure, another_plain_way, distribution_measures
 from atomtune.model.causal_lm import CausalLM
@@ -191,7 +192,10 @@ def _save_merged(base: CausalLM, trained: _TrainedModel, out: Path, console: Con
 
     Returns the names of tensors that the class does not load, which are copied from the base's files.
     """
-    merged = merge_weights(load_weighted(base, trained.adapters))
+    adapted = load_weighted(base, trained.adapters)
+    if why := why_not_merged(adapted):
+        raise BadModel(f"This adapter cannot be merged: {why}.\nchat, serve and evaluate load it beside its base.")
+    merged = merge_weights(adapted)
     ready_to_answer(merged, trained.template, notice=console.notice)
     merged.save_pretrained(out)
     tokenizer = trained.template.tokenizer

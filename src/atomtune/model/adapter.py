@@ -98,6 +98,25 @@ def expert_tensors(base: CausalLM, targets: Sequence[str]) -> list[str]:
     return [*experts.tensors, *(f"{name}.weight" for name in shared)]
 
 
+def why_not_merged(model: PeftModel) -> str:
+    """Why an adapter cannot be put into its base's weights; "" where it can.
+
+    A matrix that two layers compute with (Zamba 2's shared blocks, an output layer that is the embedding) would hold
+    what is added for one of them in the other too.
+    """
+    holders: dict[int, list[str]] = {}
+    for name, module in model.get_base_model().named_modules():
+        for weight in module.parameters(recurse=False):
+            holders.setdefault(id(weight), []).append(name.removesuffix(".base_layer"))
+    shared = []
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
+            names = holders[id(module.get_base_layer().weight)]
+            if len(names) > 1:
+                shared.append(f"{' and '.join(names)} compute with one matrix")
+    return listing(list(dict.fromkeys(shared)), 3)
+
+
 def _drop_out_layers(model: PeftModel, dropout: float) -> None:
     """Give the layers that can have it the dropout that PEFT refuses for all beside adapted tensors.
 

@@ -65,13 +65,11 @@ def run_trial(trial: Trial, folder: Path, *, watch: Callable[[Progress], bool]) 
 @contextlib.contextmanager
 def _process(words: Sequence[str], output: IO[bytes]) -> Iterator["subprocess.Popen[bytes]"]:
     """`atomtune WORDS` in a session of its own: a Ctrl-C reaches it through us, once. It ends when the block does."""
-    environment = {name: value for name, value in os.environ.items() if name != "ATOMTUNE_OUTPUT_DIR"}
     process = subprocess.Popen(
         [sys.executable, "-m", "atomtune", *words],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
-        env=environment,
         start_new_session=os.name == "posix",
         preexec_fn=end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509  # safe: see there
     )

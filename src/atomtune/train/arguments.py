@@ -95,12 +95,15 @@ def _feed_the_gpu(values: dict[str, Any], *, streaming: bool) -> None:
 
 
 def spare_folder(settings: TrainSettings) -> Path:
-    """runs/<name>-<n>, the first that does not exist; a launcher's ranks agree through the environment."""
+    """runs/<name>-<n>, the first that does not exist.
+
+    A launcher's ranks agree: each looks before it meets the others, and none makes a folder before that.
+    """
     stem = "demo" if settings.demo else Path(settings.data.dataset_paths[0]).stem
     number = 1
     while (folder := Path("runs") / f"{stem}-{number}").exists():
         number += 1
-    return Path(os.environ.setdefault("ATOMTUNE_OUTPUT_DIR", str(folder))) if "RANK" in os.environ else folder
+    return folder
 
 
 def lengths(args: TrainingArguments) -> dict[str, Any]:

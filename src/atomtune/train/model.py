@@ -15,6 +15,7 @@ from atomtune.model.adapter import (
     new_adapter,
     parameter_counts,
     start_from_weights,
+    why_not_merged,
 )
 from atomtune.model.adapter_folder import AdapterMetadata, adapter_file
 from atomtune.model.adapter_keys import refuse_unread
@@ -70,6 +71,11 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
         trust_remote_code=run.settings.model.trust_remote_code,
     )
     _say_size(run, model, device, dtype)
+    if why := why_not_merged(model):
+        run.console.notice(
+            f"this adapter cannot be merged: {why}. chat, serve and evaluate load it beside its base; --lora_targets "
+            "names other layers."
+        )
     if not (run.args.fsdp or run.args.deepspeed):  # they take the weights out of the layers between calls
         embeddings: Any = base.get_input_embeddings()
         two_tokens = torch.zeros(1, 2, dtype=torch.long, device=embeddings.weight.device)

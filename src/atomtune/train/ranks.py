@@ -28,7 +28,8 @@ def join_job(seconds: int) -> None:
     except RuntimeError as error:
         rank, ranks = os.environ["RANK"], os.environ.get("WORLD_SIZE", "1")
         raise RunFailed(
-            f"process {rank} of this job waited {seconds} s (--ddp_timeout) for the others; not all {ranks} came.\n{error}"
+            f"process {rank} waited {seconds} s (--ddp_timeout) for the others of its job; not all {ranks} came.\n"
+            f"{error}"
         ) from error
 
 
