@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from atomtune import __version__
 from atomtune.console import LastingStream
-from atomtune.errors import AtomtuneError, ExitCode
+from atomtune.errors import AtomtuneError, BadSettings, ExitCode
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,10 @@ def _exit_code_of(name: str, flags: Sequence[str]) -> int:
 
 def _run(name: str, flags: Sequence[str]) -> int:
     """Read the settings first: a wrong flag is answered before the command's module imports torch."""
+    from atomtune.settings.environment import number_problems
+
+    if problems := list(number_problems()):
+        raise BadSettings(problems)
     from atomtune.settings.read import read
 
     settings = read(name, flags, notice=_notice)

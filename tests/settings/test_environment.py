@@ -1,8 +1,16 @@
 """Laws of the environment: what a launcher sets passes, what another job left behind is said."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from atomtune.settings.environment import environment_problems, waiting_notice
+from atomtune.cli import main
+from atomtune.settings.environment import cache_notices, environment_problems, waiting_notice
+from atomtune.settings.read import read_train
+from atomtune.train.arguments import spare_folder
 
 FOUR = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "LOCAL_RANK": "0"}
 
@@ -16,6 +24,7 @@ FOUR = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT
         {"WORLD_SIZE": "1"},
         {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"},  # a cluster's defaults, with no job
         FOUR | {"WORLD_SIZE": "1"},
+        {"ACCELERATE_USE_FSDP": "False", "ACCELERATE_MIXED_PRECISION": "no"},
     ],
 )
 def test_what_a_launcher_sets_passes(environment):
@@ -31,6 +40,7 @@ def test_what_a_launcher_sets_passes(environment):
         (FOUR | {"RANK": "4"}, ("RANK=4 of WORLD_SIZE=4", "unset RANK WORLD_SIZE")),
         ({"WORLD_SIZE": "0"}, ("WORLD_SIZE=0", "unset WORLD_SIZE")),
         (FOUR | {"WORLD_SIZE": "many"}, ("WORLD_SIZE is 'many'", "a whole number")),
+        ({"LOCAL_RANK": "0"}, ("LOCAL_RANK=0", "not RANK, WORLD_SIZE", "unset LOCAL_RANK")),
         (FOUR | {"LOCAL_RANK": "-1"}, ("LOCAL_RANK is '-1'",)),
     ],
 )
@@ -44,3 +54,71 @@ def test_a_job_that_torchrun_did_not_start_is_told_that_it_waits():
     assert waiting_notice(FOUR | {"TORCHELASTIC_RUN_ID": "none"}) is None
     assert waiting_notice(FOUR | {"WORLD_SIZE": "1"}) is None
     assert waiting_notice({}) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"ACCELERATE_TORCH_DEVICE": "meta"}, ("ACCELERATE_TORCH_DEVICE=meta", "unset", "--use_cpu")),
+        ({"ACCELERATE_USE_CPU": "maybe"}, ("ACCELERATE_USE_CPU is 'maybe'", "true or false")),
+        ({"ACCELERATE_USE_FSDP": ""}, ("ACCELERATE_USE_FSDP is ''",)),
+    ],
+)
+def test_what_accelerate_would_take_from_the_environment_is_said(environment, named):
+    (problem,) = environment_problems(environment)
+    assert all(part in problem for part in named)
+
+
+def test_a_variable_that_would_end_an_import_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "soon")
+    assert main(["inspect", "--dataset_path", "x.jsonl"]) == 2
+    assert "HF_HUB_DOWNLOAD_TIMEOUT is 'soon'; expected a number of seconds" in capsys.readouterr().err
+
+
+def test_half_precision_from_the_environment_is_refused_on_a_cpu(models, dialogues, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--use_cpu"]
+    assert main([*command, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "ACCELERATE_MIXED_PRECISION=bf16" in capsys.readouterr().err
+
+
+def test_a_cache_whose_place_depends_on_the_working_folder_is_said():
+    relative = {
+        "HF_HOME": "cache",
+        "HF_DATASETS_CACHE": "./cache/data",
+        "HF_HUB_CACHE": "/abs",
+        "XDG_CACHE_HOME": "~/c",
+    }
+    notices = list(cache_notices(relative))
+    assert [notice.split()[0] for notice in notices] == ["HF_HOME", "HF_DATASETS_CACHE"]
+    assert str(Path("cache").absolute()) in notices[0]
+
+
+def test_a_folder_of_another_job_in_the_environment_is_not_written_to(models, dialogues, tmp_path, monkeypatch):
+    monkeypatch.setenv("ATOMTUNE_OUTPUT_DIR", str(tmp_path / "another-job"))
+    monkeypatch.chdir(tmp_path)
+    for name, value in FOUR.items():
+        monkeypatch.setenv(name, value)
+    settings = read_train(["--model_path", str(models("llama")), "--dataset_path", str(dialogues)])
+    assert spare_folder(settings) == Path("runs/dialogues-1")
+
+
+@pytest.mark.parametrize("name", ["HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME", "HOME"])
+def test_a_cache_that_cannot_be_made_is_one_sentence(name, models, dialogues, tmp_path):
+    # Below a file, where nobody can make a folder: root may write into every folder.
+    (tmp_path / "file").write_text("x")
+    left_out = ("HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME")
+    environment = {key: value for key, value in os.environ.items() if key not in left_out}
+    environment[name] = str(tmp_path / "file" / "cache")
+    command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--max_steps", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "atomtune", *command, "--output_dir", str(tmp_path / "out")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"{tmp_path / 'file' / 'cache'}" in done.stderr
+    assert "Set HF_DATASETS_CACHE to a folder that can be written." in done.stderr
+    assert "Traceback" not in done.stderr

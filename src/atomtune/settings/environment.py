@@ -1,10 +1,14 @@
-"""Environment: variables left over from another job, said before they make a run wait for processes that never come."""
+"""Environment: variables that change a run unseen, left over from another job or written carelessly, are said first."""
 
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 #: What torchrun and other launchers set in every process of a job.
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+#: Folders in which the libraries keep what they fetch and make; the first is the root of the others.
+CACHES = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "XDG_CACHE_HOME")
+_TRUTHS = {"y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0"}
 
 
 def environment_problems(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
@@ -20,7 +24,9 @@ def environment_problems(environment: Mapping[str, str] = os.environ) -> Iterato
             yield f"the environment variable {name} is {text!r}; expected a whole number. {_remedy(name)}"
     present = [name for name in LAUNCHER if name in environment]
     missing = [name for name in LAUNCHER if name not in environment]
-    if present and missing and ("RANK" in present or numbers.get("WORLD_SIZE", 1) > 1):
+    present += ["LOCAL_RANK"] if "LOCAL_RANK" in environment else []
+    alone = {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"}.issuperset(present)  # a cluster's defaults, with no job
+    if present and missing and (not alone or numbers.get("WORLD_SIZE", 1) > 1):
         listed = ", ".join(f"{name}={environment[name]}" for name in present)
         yield (
             f"the environment has {listed}, but not {', '.join(missing)}. A launcher sets all of them; these look left "
@@ -34,6 +40,39 @@ def environment_problems(environment: Mapping[str, str] = os.environ) -> Iterato
             f"the environment says RANK={numbers['RANK']} of WORLD_SIZE={ranks} processes, which count "
             f"from 0. {_remedy('RANK', 'WORLD_SIZE')}"
         )
+
+    yield from _accelerate_problems(environment)
+
+
+def _accelerate_problems(environment: Mapping[str, str]) -> Iterator[str]:
+    """Of the variables that `accelerate launch` sets: they stand above the run's own settings."""
+    if device := environment.get("ACCELERATE_TORCH_DEVICE"):
+        yield (
+            f"the environment has ACCELERATE_TORCH_DEVICE={device}, by which batches go to another device than the "
+            "model. `unset ACCELERATE_TORCH_DEVICE`; CUDA_VISIBLE_DEVICES and --use_cpu choose the device."
+        )
+    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if environment.get(name, "no").lower() not in _TRUTHS:
+            yield f"the environment variable {name} is {environment[name]!r}; expected true or false. `unset {name}`."
+
+
+def number_problems(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
+    """Of the variables that huggingface_hub reads as numbers when it is imported: whatever else they hold ends that."""
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        text = environment.get(name)
+        if text is not None and not text.strip().lstrip("+-").isdecimal():
+            yield f"the environment variable {name} is {text!r}; expected a number of seconds. `unset {name}`."
+
+
+def cache_notices(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
+    """A line for each cache folder whose place depends on where the command was started."""
+    for name in CACHES:
+        folder = environment.get(name, "")
+        if folder and not Path(folder).expanduser().is_absolute():
+            yield (
+                f"{name} is the relative path {folder}: what is cached lies in {Path(folder).absolute()}, and is not "
+                "found by a command that is started elsewhere. An absolute path is found everywhere."
+            )
 
 
 def waiting_notice(environment: Mapping[str, str] = os.environ) -> str | None:

@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from atomtune.errors import BadSettings
 from atomtune.settings.contradictions import contradictions
 from atomtune.settings.entry import Entry
-from atomtune.settings.environment import environment_problems, waiting_notice
+from atomtune.settings.environment import cache_notices, environment_problems, waiting_notice
 from atomtune.settings.expect import expected, field_infos
 from atomtune.settings.fields import (
     AUTOMATIC,
@@ -175,9 +175,10 @@ def _train_settings(
     if problems:
         raise BadSettings(problems)
 
-    waiting = waiting_notice()
-    if waiting:
+    if waiting := waiting_notice():
         notice(waiting)
+    for line in cache_notices():
+        notice(line)
     origins = dict.fromkeys(LIBRARY_DEFAULTS, "atomtune's default")
     for name, entry in entries.items():
         origins[name] = entry.origin

@@ -75,6 +75,10 @@ def _fit_device(values: dict[str, Any], *, streaming: bool) -> None:
     if not torch.accelerator.is_available():
         values["use_cpu"] = True  # else a launcher's ranks would not know of each other
     if values.get("use_cpu"):
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if precision != "no":
+            problem = f"the environment has ACCELERATE_MIXED_PRECISION={precision}; on a CPU --dtype alone decides."
+            raise BadSettings([f"{problem} `unset ACCELERATE_MIXED_PRECISION`."])
         # On a CPU the dtype of the base says all; the Trainer would refuse bf16 and ignore fp16 in silence.
         values |= {"fp16": False, "bf16": False, "dataloader_pin_memory": False}
         return
