@@ -24,7 +24,7 @@ from benchmarks.gpu_workloads import LENGTHS, device, has_gpu, random_model
 
 RANK, ALPHA, RATE = 8, 32, 1e-4
 #: Steps after which the shapes of a workload's steps have been recorded, by workload and batch.
-REPLAYED_WARM_UP = {("style", 16): 30, ("long", 1): 30, ("short", 64): 12, ("style", 64): 12}
+REPLAYED_WARM_UP = {("style", 16): 70, ("long", 1): 60, ("short", 64): 20, ("style", 64): 20}
 #: Tokens of TRL's packed rows, its own default. Longer rows are slower: without flash-attn each has a dense mask.
 TRL_ROW = 1_024
 #: Bytes that a Qwen2.5-7B shape keeps for a token when nothing is recomputed, as measured, and those of its weights.

@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForImageTextToText,
     BertConfig,
     GemmaConfig,
+    LlamaConfig,
     PaliGemmaConfig,
     SiglipVisionConfig,
     T5Config,
@@ -105,3 +106,14 @@ def test_a_model_whose_numbers_are_not_finite_is_refused(models):
     model.model.norm.weight.data[0] = float("nan")
     with pytest.raises(BadModel, match="not finite"):
         refuse_not_causal("x", model)
+
+
+def test_a_deep_model_whose_first_word_is_zero_is_causal():
+    # As padding rows are: a zero's gradient grew a thousandfold in each norm, and NaN was taken for a later token's.
+    deep = {**SMALL, "num_hidden_layers": 24, "initializer_range": 0.3}
+    config = LlamaConfig(vocab_size=100, rms_norm_eps=1e-6, **deep)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 0
+    refuse_not_causal("x", model)

@@ -29,10 +29,17 @@ FAMILIES = ("llama", "gemma3_text", "gemma2", "granite_swa")
 class Tape:
     """A recorder that does the work once more for every play."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, free: int = 2**30) -> None:
         self.recorded = self.played = 0
+        self.free = free
 
-    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+    def step_bytes(self) -> int:
+        return 2**20
+
+    def free_bytes(self) -> int:
+        return self.free
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
         self.recorded += 1
         work()
 
@@ -63,7 +70,7 @@ def batches(model: Any, layout: str, *, count: int) -> list[Batch]:
 
 def graphs_of(model: Any, tape: Tape, notices: list[str] | None = None) -> StepGraphs:
     said = [] if notices is None else notices
-    return StepGraphs(model, most_tokens=1_000, record=tape, label_smoothing=0.1, notice=said.append)
+    return StepGraphs(model, heaviest_tokens=100, recorder=tape, label_smoothing=0.1, notice=said.append)
 
 
 def result(model: Any, nats: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
@@ -131,27 +138,30 @@ def test_a_first_play_that_differs_ends_it(monkeypatch):
     assert "gradients differ by" in notices[0]
 
 
-def test_a_model_that_cannot_be_recorded_is_computed_as_ever():
-    def refuse(work: Callable[[], None]) -> Callable[[], None]:
+class Refusing(Tape):
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more lines")
 
+
+def test_a_model_that_cannot_be_recorded_is_computed_as_ever():
     model = copy.deepcopy(adapted("llama")).train()
     notices: list[str] = []
-    graphs = StepGraphs(model, most_tokens=1_000, record=refuse, label_smoothing=0.0, notice=notices.append)
+    graphs = graphs_of(model, Refusing(), notices)
     batch = batches(model, "tree", count=1)[0]
     for _ in range(SEEN_BEFORE + 3):
         nats = graphs.nats(batch)
-    assert nats.item() == pytest.approx(target_nats(model, batch)[0].item(), rel=EXACT)
+    assert nats.item() == pytest.approx(target_nats(model, batch, label_smoothing=0.1)[0].item(), rel=EXACT)
     assert notices == [
         "steps are not replayed as CUDA graphs, which costs small steps some speed: "
         "CUDA error: operation not permitted when stream is capturing"
     ]
 
 
-def test_long_rows_and_padded_rows_are_computed_as_ever():
+def test_long_rows_and_padded_rows_are_computed_as_ever(monkeypatch):
+    monkeypatch.setattr(step_graphs, "MOST_TOKENS", 32)
     model = copy.deepcopy(adapted("llama")).train()
     tape = Tape()
-    graphs = StepGraphs(model, most_tokens=32, record=tape, label_smoothing=0.0, notice=print)
+    graphs = graphs_of(model, tape)
     padded = Collator(layout="padded", pad_id=0, as_examples=lambda row: (Example(**row),)).lay(
         [Example((1, 2, 3), (0, 1, 1), "train.jsonl:1")]
     )
@@ -159,6 +169,21 @@ def test_long_rows_and_padded_rows_are_computed_as_ever():
         for _ in range(SEEN_BEFORE + 2):
             graphs.nats(batch)
     assert tape.recorded == 0
+
+
+def test_nothing_is_recorded_without_memory_for_the_heaviest_step_beside_it():
+    # A step of 64 tokens took 1 MiB; a recording of it and a step of 100 tokens need 2.5 MiB.
+    model = copy.deepcopy(adapted("llama")).train()
+    batch = batches(model, "tree", count=1)[0]
+    assert batch["input_ids"].shape[1] == 64
+    recorded = []
+    for mebibytes in (2, 3):
+        tape = Tape(free=mebibytes * 2**20)
+        graphs = graphs_of(model, tape)
+        for _ in range(SEEN_BEFORE + 1):
+            graphs.nats(batch)
+        recorded.append(tape.recorded)
+    assert recorded == [0, 1]
 
 
 @pytest.mark.parametrize("window", [None, 5])

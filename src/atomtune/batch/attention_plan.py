@@ -29,6 +29,8 @@ _QUERY_PAIRS = 100
 _WIDTH_STEP = 16
 _KEYS_STEP = 32
 
+#: Gathered keys are filled up to a multiple of this where shapes are to be few: a sixteenth of what small trees gather.
+_KEYS_FILLED = 512
 #: How a row is cut: into dense blocks (a CPU), or into spans for a kernel that takes sequences of many lengths (a GPU).
 Cut = Literal["blocks", "spans"]
 #: Tokens of a row: a stretch of it, or their indices where they do not stand together.
@@ -166,7 +168,7 @@ class Spans:
         """
         more = _power_of_two(len(self.query_starts) + 1) - len(self.query_starts)
         keys = tokens if self.keys is None else len(self.keys)
-        filled = tokens if self.keys is None else padded_length(keys, "spans")
+        filled = tokens if self.keys is None else -(-keys // _KEYS_FILLED) * _KEYS_FILLED
         key_starts = functional.pad(functional.pad(self.key_starts, (0, more - 1), value=keys), (0, 1), value=filled)
         return Spans(
             functional.pad(self.query_starts, (0, more), value=tokens),
@@ -282,12 +284,9 @@ def visible(until: torch.Tensor, position: torch.Tensor, *, window: int | None =
     return seen & (position[:, None] - position[None] < window)
 
 
-def padded_length(tokens: int, cut: Cut = "blocks") -> int:
-    """Rows are padded to few different lengths: multiples of 1/16 to 1/32 of their size.
-
-    On a GPU of 1/8 to 1/16: each new length is recorded there before it can be replayed (model/step_graphs.py).
-    """
-    step = max(_WIDTH_STEP, 1 << max(0, tokens.bit_length() - (5 if cut == "blocks" else 4)))
+def padded_length(tokens: int) -> int:
+    """Rows are padded to few different lengths, at most a sixteenth longer: multiples of 1/16 to 1/32 of their size."""
+    step = max(_WIDTH_STEP, 1 << max(0, tokens.bit_length() - 5))
     return -(-tokens // step) * step
 
 

@@ -87,7 +87,7 @@ def collate_row(
     carries_state: bool = False,
 ) -> Batch:
     """One row that holds all examples, and who sees whom in it."""
-    width = padded_length(len(row), cut)
+    width = padded_length(len(row))
     plan = plan_attention(row, windows=windows, width=width, cut=cut, carries_state=carries_state)
     # Filled up with a real token: a pad id's embedding is a row of zeros, and a model that normalises it (Gemma 3n)
     # has a gradient of NaN there, which reaches every weight.

@@ -10,7 +10,7 @@ Letters: N targets, T tokens of the row, S spans, K gathered keys.
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,11 +19,14 @@ from torch.nn import functional
 
 from atomtune.batch.attention_plan import AttentionPlan
 from atomtune.model.loss import target_nats
+from atomtune.model.memory import free_bytes, peak_bytes
 
 #: Longer rows keep the GPU busy as they are: at 8,000 tokens a 7B model waited 5 % of its time for the host.
 MOST_TOKENS = 6_144
 #: A shape is recorded when it has been seen so often, which costs about a step; its kernels are compiled before that.
 SEEN_BEFORE = 1
+#: Part of the free memory that recordings and the steps that are computed as ever may take together.
+USABLE = 0.9
 #: Gradients may differ by so much (relative): sums in another order, in 16 bits, through all layers.
 MOST_APART = 0.1
 #: What a batch has for each target, and all its tensors beside the plan's.
@@ -31,8 +34,19 @@ _OF_TARGETS = ("row", "predicted_from", "target", "learn")
 _TENSORS = ("input_ids", "position_ids", *_OF_TARGETS)
 
 Batch = Mapping[str, Any]
-#: Does some work once, and gives what plays it again.
-Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+class Recorder(Protocol):
+    """Records what some work has a device do, and knows its memory."""
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Gives what does the same again."""
+
+    def step_bytes(self) -> int:
+        """What the heaviest step so far took beside what is there between steps."""
+
+    def free_bytes(self) -> int:
+        """What is free between steps, the recordings' own memory included."""
 
 
 class StepGraphs:
@@ -42,27 +56,25 @@ class StepGraphs:
         self,
         model: nn.Module,
         *,
-        most_tokens: int,
-        record: Recorder,
+        heaviest_tokens: int,
+        recorder: Recorder,
         label_smoothing: float,
         notice: Callable[[str], None],
     ) -> None:
-        """
-        most_tokens  longer rows are computed as ever
-        record       records what a function has the device do (`on_gpu`)
-        """
-        self.model, self.most_tokens, self.label_smoothing = model, most_tokens, label_smoothing
+        """heaviest_tokens  of a step that may come, for which there must be memory beside the recordings"""
+        self.model, self.heaviest_tokens, self.label_smoothing = model, heaviest_tokens, label_smoothing
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         dtypes = {weight.dtype for weight in self.weights}
         self._is_on = len(dtypes) == 1
         numbers = sum(weight.numel() for weight in self.weights)
         #: Where every recording leaves its gradients, one behind the other.
         self._grads = torch.zeros(numbers, dtype=self.weights[0].dtype, device=self.weights[0].device)
-        self._record, self._notice = record, notice
+        self._recorder, self._notice = recorder, notice
         self._seen: Counter[Hashable] = Counter()
         self._recordings: dict[Hashable, _Recording] = {}
         self._played = 0  # batches
         self._first_apart: float | None = None
+        self._longest = 0  # tokens of a batch that was computed
 
     def figures(self) -> dict[str, Any]:
         """For the run's record: shapes recorded, batches replayed, and how far the first one's gradients were apart."""
@@ -77,7 +89,7 @@ class StepGraphs:
         recording = self._recordings.get(shape)
         if recording is None:
             self._seen[shape] += 1
-            if self._seen[shape] <= SEEN_BEFORE:
+            if self._seen[shape] <= SEEN_BEFORE or not self._has_room(batch):
                 return self._computed(batch)
             recording = self._recorded(batch)
             if recording is None:
@@ -94,17 +106,27 @@ class StepGraphs:
             and not plan.blocks
             and plan.segments is None  # a state's way through a tree has a shape of its own for each row
             and len(batch["target"]) > 0
-            and len(plan.until) <= self.most_tokens
+            and len(plan.until) <= MOST_TOKENS
         )
 
+    def _has_room(self, batch: Batch) -> bool:
+        """Whether a recording, which keeps the memory of its step, leaves enough for the heaviest step beside it.
+
+        Recordings share their memory, so it is the longest of them that counts.
+        """
+        bytes_a_token = self._recorder.step_bytes() / self._longest
+        needed = bytes_a_token * (batch["input_ids"].shape[1] + self.heaviest_tokens)
+        return needed <= USABLE * self._recorder.free_bytes()
+
     def _computed(self, batch: Batch) -> torch.Tensor:
+        self._longest = max(self._longest, batch["input_ids"].shape[1])
         return target_nats(self.model, batch, label_smoothing=self.label_smoothing)[0]
 
     def _recorded(self, batch: Batch) -> "_Recording | None":
         """The batch's shape, recorded; None, and nothing more is recorded, where the model cannot be."""
         is_first = not self._recordings
         try:
-            recording = _Recording(batch, self._computed, self.weights, self._grads, self._record)
+            recording = _Recording(batch, self._computed, self.weights, self._grads, self._recorder)
             if not is_first:
                 return recording
             self._first_apart = self._apart(recording, batch)
@@ -128,18 +150,24 @@ class StepGraphs:
         return float(difference / torch.nn.utils.get_total_norm(own))
 
 
-def on_gpu() -> Recorder:
-    """A recorder whose graphs share their memory: a step is over before the next begins."""
-    pool = torch.cuda.graph_pool_handle()
+class GpuRecorder:
+    """CUDA graphs that share their memory: a step is over before the next begins."""
 
-    def record(work: Callable[[], None]) -> Callable[[], None]:
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._pool = device, torch.cuda.graph_pool_handle()
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         # Of this thread alone: the one that pins the next batch goes on.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
         return graph.replay
 
-    return record
+    def step_bytes(self) -> int:
+        return peak_bytes(self.device) - torch.cuda.memory_allocated(self.device)
+
+    def free_bytes(self) -> int:
+        return free_bytes(self.device)
 
 
 class _RandomStateKept:
@@ -167,7 +195,7 @@ class _Recording:
         nats_of: Callable[[Batch], torch.Tensor],
         weights: Sequence[torch.Tensor],
         place: torch.Tensor,
-        record: Recorder,
+        recorder: Recorder,
     ) -> None:
         """place [numbers of all weights] takes the gradients"""
         self._weights, self._place = weights, place
@@ -181,7 +209,7 @@ class _Recording:
             torch.cat([grad.flatten() for grad in grads], out=place)
             self._nats = nats.detach()
 
-        self._play = record(work)
+        self._play = recorder.record(work)
 
     def play(self, batch: Batch) -> torch.Tensor:
         """The loss of this batch, tied to the weights."""

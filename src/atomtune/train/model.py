@@ -27,7 +27,7 @@ from atomtune.model.load import BaseSpec, device_in_use, load_base, resolve_dtyp
 from atomtune.model.lora_targets import ALL_LINEAR, all_linear, match_targets
 from atomtune.model.loss import innermost
 from atomtune.model.memory import ActivationMemory
-from atomtune.model.step_graphs import MOST_TOKENS, StepGraphs, on_gpu
+from atomtune.model.step_graphs import GpuRecorder, StepGraphs
 from atomtune.train.arguments import CHECKPOINTING
 from atomtune.train.checkpoint.start import Fresh, FromWeights, Resumed
 from atomtune.train.run_context import RunContext
@@ -212,11 +212,18 @@ def keep_or_recompute(run: RunContext, model: Any, *, heaviest_tokens: int) -> N
     args, choice = run.args, run.settings.run.gradient_checkpointing
     recompute = bool(getattr(args, CHECKPOINTING)) or choice == "true"
     if not recompute and choice == "auto":
-        memory = activation_memory(run, model, tokens=heaviest_tokens)
+        device = device_of(run)
+        memory = ActivationMemory.of(
+            model.config,
+            tokens=heaviest_tokens,
+            element_bytes=dtype_of(run).itemsize,
+            dropout=run.settings.lora.lora_dropout > 0,
+            device=device,
+        )
         recompute = not memory.fits
         if recompute:
             run.console.notice(f"activations are recomputed: {memory} (--gradient_checkpointing false keeps them).")
-        elif device_of(run).type == "cuda":
+        elif device.type == "cuda":
             run.console.say(f"activations are kept: {memory}.")
     setattr(args, CHECKPOINTING, recompute)
     run.record.update(activations_recomputed=recompute)
@@ -224,17 +231,6 @@ def keep_or_recompute(run: RunContext, model: Any, *, heaviest_tokens: int) -> N
         kwargs = getattr(args, f"{CHECKPOINTING}_kwargs") or {}
         setattr(args, f"{CHECKPOINTING}_kwargs", {"use_reentrant": False, **kwargs})
         model.enable_input_require_grads()
-
-
-def activation_memory(run: RunContext, model: Any, *, tokens: int) -> ActivationMemory:
-    """What a step of so many tokens keeps, beside what is free."""
-    return ActivationMemory.of(
-        model.config,
-        tokens=tokens,
-        element_bytes=dtype_of(run).itemsize,
-        dropout=run.settings.lora.lora_dropout > 0,
-        device=device_of(run),
-    )
 
 
 def step_graphs(run: RunContext, model: Any, *, heaviest_tokens: int) -> StepGraphs | None:
@@ -245,14 +241,10 @@ def step_graphs(run: RunContext, model: Any, *, heaviest_tokens: int) -> StepGra
         return None
     if args.fsdp or args.deepspeed or run.settings.model.device_map:
         return None
-    # A recording keeps its memory, beside that of the heaviest step that is computed as ever.
-    memory = activation_memory(run, model, tokens=heaviest_tokens)
-    room = memory.usable * memory.free - memory.needed
-    tokens = int(room / (memory.needed / heaviest_tokens))
     return StepGraphs(
         model,
-        most_tokens=min(MOST_TOKENS, tokens),
-        record=on_gpu(),
+        heaviest_tokens=heaviest_tokens,
+        recorder=GpuRecorder(device),
         label_smoothing=args.label_smoothing_factor,
         notice=run.console.notice,
     )
