@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import datasets
@@ -353,6 +354,124 @@ def test_the_rights_of_an_entry_are_those_of_the_users_umask(data, tmp_path):
     (tmp_path / "plain").mkdir()
     (entry,) = (tmp_path / "cache" / "atomtune").iterdir()
     assert entry.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+ASKED = """
+import sys
+from pathlib import Path
+from atomtune.data.cache import Rules, examples_of
+from atomtune.data.encoding.choose_template import load_template
+from tests.tiny import CHATML, tokenizer_of
+
+template = load_template("auto", tokenizer_of("bytes", CHATML))
+print("ready", flush=True)
+sys.stdin.readline()
+read = examples_of(Path(sys.argv[1]), template, Rules(max_tokens=120), cache_dir=Path(sys.argv[2]))
+print(hash(str(read.examples.to_list())), read.ledger.records_read)
+"""
+
+
+@pytest.mark.parametrize("state", ["nothing there", "another version"])
+def test_processes_at_once_on_one_cache_all_read_the_same(data, tmp_path, state):
+    # Real processes, let go at one moment; what stood there was moved away by one of them under the others' hands.
+    cache = tmp_path / "cache"
+    if state != "nothing there":
+        asked(data, cache)
+        (entry,) = (cache / "atomtune").iterdir()
+        (entry / "ledger.json").write_text('{"version": 0}')
+    script = [sys.executable, "-c", ASKED, str(data), str(cache)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    processes = [subprocess.Popen(script, cwd=Path(__file__).parents[2], env=environment, **pipes) for _ in range(2)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert len({output for output, _ in outputs}) == 1
+    assert len(entries(cache)) == 1
+    assert [path.name for path in (cache / "atomtune").iterdir() if path.name.startswith(".new-")] == []
+
+
+def test_an_entry_is_on_the_disk_before_it_has_its_name(data, tmp_path, monkeypatch):
+    # A machine that loses its power after the rename otherwise finds files of no length under the right name.
+    order = []
+    real_sync, real_rename = cache.sync, Path.rename
+
+    def sync(path):
+        order.append(("sync", path.name))
+        real_sync(path)
+
+    def rename(self, goal):
+        order.append(("rename", Path(goal).name))
+        return real_rename(self, goal)
+
+    monkeypatch.setattr(cache, "sync", sync)
+    monkeypatch.setattr(Path, "rename", rename)
+    asked(data, tmp_path / "cache")
+    (entry,) = (tmp_path / "cache" / "atomtune").iterdir()
+    at = order.index(("rename", entry.name))
+    assert {name for _, name in order[:at]} == {"examples.arrow", "ledger.json", "checksums.json", entry.name}
+    assert order[at + 1 :] == [("sync", "atomtune")]
+
+
+def as_another_user(work) -> str:
+    """What the work returns or raises when user 65534 does it, in a process of its own."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+        try:
+            answer = str(work())
+        except Exception as error:  # noqa: BLE001  # whatever it is, the test shows it
+            answer = f"{type(error).__name__}: {error}"
+        os.write(writer, answer.encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with os.fdopen(reader) as answer:
+        return answer.read()
+
+
+@pytest.fixture
+def shared_folder():
+    """A folder that other users can reach, which pytest's own are not."""
+    if not hasattr(os, "getuid") or os.getuid() != 0:
+        pytest.skip("only root can become another user")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # it forks, and torch has threads
+@pytest.mark.parametrize("mode", [0o1777, 0o777, 0o755], ids=["sticky", "everybody's", "the owner's"])
+@pytest.mark.parametrize("entry_is", ["whole", "damaged", "closed to others"])
+def test_two_users_on_one_cache(data, shared_folder, mode, entry_is):
+    source = shared_folder / "train.jsonl"
+    source.write_bytes(data.read_bytes())
+    cache = shared_folder / "cache"
+    rows = asked(source, cache)[0].to_list()
+    (entry,) = (cache / "atomtune").iterdir()
+    if entry_is == "damaged":
+        flip(entry / "examples.arrow")
+    if entry_is == "closed to others":
+        entry.chmod(0o700)
+    (cache / "atomtune").chmod(mode)
+
+    def other_rows():
+        return asked(source, cache)[0].to_list() == rows
+
+    answer = as_another_user(other_rows)
+    if mode == 0o755 and entry_is != "whole":
+        assert answer.startswith("BadSettings") and "HF_DATASETS_CACHE" in answer
+        return
+    assert answer == "True"
+    assert as_another_user(other_rows) == "True", "a second time too, from what was stored"
+    assert asked(source, cache)[0].to_list() == rows, "and the first user's as well"
 
 
 # --- files of a folder ------------------------------------------------------------------------------------------------

@@ -172,13 +172,24 @@ def test_a_limit_on_the_size_of_files_keeps_the_last_checkpoint(models, dialogue
     assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
 
 
-def test_what_a_run_leaves_is_as_readable_as_the_umask_says(models, dialogues, tmp_path):
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_what_any_command_leaves_is_as_readable_as_the_umask_says(models, dialogues, tmp_path, mask):
+    # safetensors and temporary files are for their owner alone: another user's chat then fails on the weights.
     out = tmp_path / "out"
-    before = os.umask(0o022)
+    before = os.umask(mask)
     try:
         assert main(command(models("llama"), dialogues, out)) == 0
+        of_run = ["--adapter_path", str(out), "--output_dir"]
+        assert main(["merge", *of_run, str(tmp_path / "merged")]) == 0
+        assert main(["export", *of_run, str(tmp_path / "peft"), "--to", "peft", "--for_class", "LlamaForCausalLM"]) == 0
+        assert main(["evaluate", *of_run, str(tmp_path / "report"), "--dataset_path", str(dialogues)]) == 0
+        page = ["--html", str(tmp_path / "page.html")]
+        assert main(["inspect", "--dataset_path", str(dialogues), "--model_path", str(models("llama")), *page]) == 0
     finally:
         os.umask(before)
-    files = [path for path in out.rglob("*") if path.is_file() and path.name != ".lock"]
-    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o644"}
+    written = [path for path in tmp_path.rglob("*") if path.name != ".lock" and path != dialogues]
+    files, folders = ([path for path in written if path.is_dir() == is_dir] for is_dir in (False, True))
+    assert len(files) > 40
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o666 & ~mask)}
+    assert {oct(path.stat().st_mode & 0o777) for path in folders} == {oct(0o777 & ~mask)}
     assert json.loads((out / "checkpoint-4" / MANIFEST).read_text())["step"] == 4

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -55,6 +56,10 @@ FEATURES = datasets.Features(
 _SAMPLE_VALUES = 100
 #: The files of an entry, and their checksums.
 EXAMPLES, LEDGER, CHECKSUMS = "examples.arrow", "ledger.json", "checksums.json"
+#: What a rename says where something stands under the new name that it must not, or cannot, take away.
+_TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EACCES}
+#: To take a name that other processes want at the same moment.
+_ATTEMPTS = 10
 #: A smaller source, in bytes, is encoded in this process.
 _WORTH_A_POOL = 4 * 2**20
 
@@ -131,15 +136,16 @@ def examples_of(
         name = distinct_names([source])[0]
     data_hash = fingerprint_of(source)
     folder = cache_dir or Path(datasets.config.HF_DATASETS_CACHE)
-    entry = folder / "atomtune" / _key(name, data_hash, template, rules)
+    place = folder / "atomtune" / _key(name, data_hash, template, rules)
     notes: tuple[str, ...] = ()
-    problem = entry_problem(entry)
-    if problem:
-        if entry.exists():
-            notes = (f"the cached examples of {name} are made again: {problem}.",)
+    problems = {entry: entry_problem(entry) for entry in (place, _own(place))}
+    entry = next((entry for entry, problem in problems.items() if not problem), None)
+    if entry is None:
+        if place.exists():
+            notes = (f"the cached examples of {name} are made again: {problems[place]}.",)
         ledger = Ledger()
         parts = encoded(source, template, rules, ledger, name=name, advance=advance)
-        _write_entry(entry, name, ledger, parts)
+        entry = _write_entry(place, name, ledger, parts)
     else:
         advance(size_of(source))
     ledger = Ledger.from_json(json.loads((entry / LEDGER).read_text(encoding="utf-8")))
@@ -161,6 +167,11 @@ def _key(name: str, data_hash: str, template: Template, rules: Rules) -> str:
         tokenizer_text(template.tokenizer),
     ]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
+
+
+def _own(place: Path) -> Path:
+    """This user's entry, where the one that all users share is another's, not whole, and not ours to replace."""
+    return place.with_name(f"{place.name}-{os.getuid() if hasattr(os, 'getuid') else 0}")
 
 
 def entry_problem(entry: Path) -> str:
@@ -287,8 +298,11 @@ def records_of(
                 next_origin = next(origins, None)
 
 
-def _write_entry(entry: Path, name: str, ledger: Ledger, parts: Iterable[Part]) -> None:
-    """Fill a folder beside the entry's place, bring it to the disk and rename it: no half of an entry is ever found."""
+def _write_entry(entry: Path, name: str, ledger: Ledger, parts: Iterable[Part]) -> Path:
+    """Fill a folder beside the entry's place, bring it to the disk and rename it: no half of an entry is ever found.
+
+    Returns where it lies.
+    """
     _prepare(entry.parent)
     _sweep(entry.parent)
     with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".new-") as scratch:
@@ -308,19 +322,41 @@ def _write_entry(entry: Path, name: str, ledger: Ledger, parts: Iterable[Part]) 
         (folder / CHECKSUMS).write_text(json.dumps(checksums), encoding="utf-8")
         for path in (folder / EXAMPLES, folder / LEDGER, folder / CHECKSUMS, folder):
             sync(path)
-        _put(folder, entry, Path(scratch))
+        return _put(folder, entry, Path(scratch))
 
 
-def _put(folder: Path, entry: Path, scratch: Path) -> None:
-    """Give the finished folder the entry's name, in place of what is not whole; another process may do so first."""
-    try:
-        folder.rename(entry)
-    except OSError:
+def _put(folder: Path, place: Path, scratch: Path) -> Path:
+    """Give the finished folder the entry's name, or this user's own where another user's stands there and is not whole.
+
+    Returns the name it got.
+    """
+    for entry in (place, _own(place)):
+        if _takes(folder, entry, scratch):
+            sync(entry.parent)
+            return entry
+    why = "its examples are not whole, belong to another user and cannot be replaced"
+    raise BadSettings([f"{place}: {why}. Set HF_DATASETS_CACHE to another folder."])
+
+
+def _takes(folder: Path, entry: Path, scratch: Path) -> bool:
+    """Whether the finished folder takes this name, or an equal one has it; what is not whole there is moved aside."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            folder.rename(entry)
+            return True
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise
         if not entry_problem(entry):
-            return  # another process finished the same entry; its content is equal
-        # Moved aside, not emptied: a process that reads the old files goes on reading them.
-        entry.rename(scratch / "not-whole")
-        folder.rename(entry)
+            return True  # another process finished the same entry; its content is equal
+        try:
+            # Moved aside, not emptied: a process that reads the old files goes on reading them.
+            entry.rename(scratch / f"not-whole-{attempt}")
+        except FileNotFoundError:  # another process moved it just now
+            continue
+        except PermissionError:
+            return False
+    return False
 
 
 def _sweep(cache: Path) -> None:
