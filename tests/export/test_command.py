@@ -20,7 +20,7 @@ def export(adapter: Path, out: Path, *more: str) -> int:
     [
         (("--to", "peft"), "--to peft needs --for_class"),
         (("--for_class", "LlamaForCausalLM"), "used with --to peft only"),
-        (("--quantize", "q4_k_m"), "quantize"),
+        (("--quantize", "q4_k_m"), "Export bf16, then `ollama create NAME --quantize q4_K_M -f Modelfile` packs it."),
     ],
 )
 def test_settings_that_contradict_are_refused(by_heart, tmp_path, capsys, flags, message):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3F
 from atomtune.cli import main
 from tests.conftest import DIALOGUES
 from tests.trained import train_by_heart
+from tests.vision_language import write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,29 @@ def test_back_to_the_text_class_gives_the_first_names(models, text_adapter, whol
     weights, again = (load_file(folder / "adapter_model.safetensors") for folder in (text_adapter, back))
     assert weights.keys() == again.keys()
     assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_linear_attention_of_qwen3_5_finds_its_tensors_in_the_text_class_too(tmp_path):
+    """The checkpoint names the whole class, as Qwen3.5 is published; served by either, the adapter does the same."""
+    base = write_checkpoint("qwen3_5", tmp_path / "base")
+    adapter = train_by_heart(base, tmp_path, DIALOGUES, steps=3)
+    ids = torch.arange(20)[None] + 5
+    logits = []
+    for class_name in ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"):
+        out = tmp_path / class_name
+        assert export_to(class_name, adapter, base, out) == 0
+        model = getattr(transformers, class_name).from_pretrained(base, dtype=torch.float32).eval()
+        with torch.no_grad():
+            plain = model(input_ids=ids).logits
+        adapted = PeftModel.from_pretrained(model, str(out)).eval()
+        names = [name for name in adapted.state_dict() if "lora_B" in name]
+        assert len(names) == len([name for name in load_file(out / "adapter_model.safetensors") if "lora_B" in name])
+        assert all(adapted.state_dict()[name].abs().sum() > 0 for name in names), "one of them was not found"
+        assert any("in_proj_qkv" in name for name in names)
+        with torch.no_grad():
+            logits.append(adapted(input_ids=ids).logits)
+        assert not torch.allclose(logits[-1], plain, atol=1e-3)
+    assert torch.allclose(*logits, atol=1e-4)  # float32; the whole class builds its positions another way
 
 
 def test_targets_that_are_full_names_follow(text_adapter, whole_base, tmp_path):

@@ -37,7 +37,7 @@ def page(report: Report) -> str:
     return template.render(
         report=report,
         names=list(report.models),
-        rows=[(measure, cells_of(report, measure)) for measure in measures],
+        rows=[(measure, list(zip(report.models, cells_of(report, measure), strict=True))) for measure in measures],
         sides=[
             ("Most improved", "进步最大的记录", report.improved),
             ("Most worsened", "退步最大的记录", report.worsened),

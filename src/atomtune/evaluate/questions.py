@@ -31,6 +31,7 @@ class EvalRecord:
     examples: tuple[Example, ...]
     questions: tuple[Question, ...]
     tools: frozenset[str]  # names of the tools at hand
+    asked: str = ""  # the user's own words before the last answer; "" where none are known
 
 
 #: The file's number and the record's place in it: two files may have one name.
@@ -61,7 +62,14 @@ def eval_record(record: Record, examples: tuple[Example, ...], tokenizer: Tokeni
             for start, end in learned_spans(example):
                 questions.append(_question(example.ids, start, end, tokenizer))
     tools = frozenset(_tool_name(tool) for tool in record.tools)
-    return EvalRecord(record.origin, examples, tuple(questions), tools)
+    return EvalRecord(record.origin, examples, tuple(questions), tools, _asked(record))
+
+
+def _asked(record: Record) -> str:
+    """What the user says before the last learned answer, without a template's words."""
+    before = record.turns[: record.learned[-1]] if record.learned else ()
+    users = [turn for turn in before if turn.role == "user"]
+    return "\n".join(part for part in (users[-1].text, users[-1].input) if part) if users else ""
 
 
 def learned_spans(example: Example) -> list[tuple[int, int]]:

@@ -32,7 +32,8 @@ class Shown:
     """One record side by side."""
 
     origin: str
-    prompt: str
+    asked: str  # the user's own words
+    prompt: str  # all that the model is sent
     reference: str
     answers: dict[str, str]  # by model
     nats: dict[str, float]  # per token, by model
@@ -133,9 +134,8 @@ def _shown(done: Evaluation, row: int) -> Shown:
         nats[name] = result.scores.nats / max(result.scores.tokens, 1)
         if result.answers:
             answers[name] = result.answers[-1].text
-    return Shown(
-        record.origin, question.prompt if question else "", question.reference if question else "", answers, nats
-    )
+    prompt, reference = (question.prompt, question.reference) if question else ("", "")
+    return Shown(record.origin, record.asked, prompt, reference, answers, nats)
 
 
 def _listed(figures: Mapping[str, Mapping[str, Figure]]) -> dict[str, dict[str, list[float]]]:
@@ -211,7 +211,7 @@ def markdown(report: Report) -> str:
         if records:
             lines += ["", f"## {title}", ""]
         for record in records:
-            lines += [f"### {record.origin}", "", *_quoted("prompt", record.prompt)]
+            lines += [f"### {record.origin}", "", *_quoted("prompt", record.asked or record.prompt)]
             lines += _quoted("reference", record.reference)
             for name, answer in record.answers.items():
                 lines += _quoted(f"{name} ({record.nats[name]:.2f} nats per token)", answer)

@@ -81,6 +81,9 @@ def _to_gguf(settings: ExportSettings, console: Console) -> None:
     if has_modelfile:
         console.say("\nNext:")
         console.say(f"  ollama create {name} -f {out / 'Modelfile'}", wrap=False)
+        if settings.quantize != "q8_0":  # what it packs is not packed yet
+            packed = f"{name}-q4 --quantize q4_K_M -f {out / 'Modelfile'}"
+            console.say(f"  ollama create {packed}    (smaller; no certificate covers it)", wrap=False)
 
 
 def _merge_settings(settings: ExportSettings) -> MergeSettings:

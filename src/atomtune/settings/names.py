@@ -69,6 +69,11 @@ VALUE_SYNONYMS = {
 VALUES_ELSEWHERE = {
     ("bf16", "auto"): "Leave it out: --dtype auto takes bfloat16 where the device is good at it",
     ("fp16", "auto"): "Leave it out: --dtype auto takes bfloat16 where the device is good at it",
+    # The packaged converter and the packaged llama.cpp write none of these; llama.cpp's own quantizer is in Ollama.
+    **{
+        ("quantize", kind.lower()): f"Export bf16, then `ollama create NAME --quantize {kind} -f Modelfile` packs it"
+        for kind in ("q2_K", "q3_K_S", "q3_K_M", "q3_K_L", "q4_0", "q4_K_S", "q4_K_M", "q5_K_S", "q5_K_M", "q6_K")
+    },
 }
 
 #: Names that were in older transformers, or in the tutorial, and what to write now.

@@ -256,7 +256,8 @@ def _misfit(name: str, entry: Entry | None, kind: Any, info: FieldInfo) -> str:
         example = f"[{', '.join(paths)}]" if len(paths) > 1 else "".join(paths) or EXAMPLES.get(name, "a b")
         told = " Its format is told from its records." if paths else ""
         return f"{entry.origin}: {name}: expected words, as `{name}: {example}`.{told}"
-    return f"{entry.place(name)}: expected {expected(kind, info)}."
+    advised = value_advice(name, entry.value, in_yaml=not entry.origin.startswith("--"))
+    return f"{entry.place(name)}: expected {expected(kind, info)}.{advised}"
 
 
 def _holds_mappings(value: Any) -> bool:
