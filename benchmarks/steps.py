@@ -90,7 +90,7 @@ def profiled(base: Path, data: Path) -> dict[str, Any]:
     run.LoraTrainer = Profiled  # type: ignore[misc]
     words = AutoConfig.from_pretrained(base).vocab_size
     with tempfile.TemporaryDirectory() as out:
-        atomtune(base, data, out, dtype="bfloat16")
+        atomtune(base, data, out, dtype="bfloat16", layout="auto")
     parts: Counter[str] = Counter()
     for event in profiler.key_averages(group_by_input_shape=True):
         parts[kind_of(event.key, event.input_shapes, words)] += event.self_cpu_time_total / 1e3 / PROFILED
