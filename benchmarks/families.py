@@ -38,7 +38,7 @@ from atomtune.errors import AtomtuneError
 from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.agreement import another_plain_way
 from atomtune.model.auto_class import auto_class
-from atomtune.model.fused_lora import compute_together
+from atomtune.model.fused_layers import fuse_layers
 from atomtune.model.layout_support import carries_state, cut_of, why_padded, windows_of
 from atomtune.model.load import quiet_libraries
 from atomtune.model.lora_targets import match_targets
@@ -352,7 +352,7 @@ def examine(family: str, values: Values) -> Finding:
     examples = some_examples()
     plain = one_at_a_time(model, examples)
     noise = _noise(model, examples, plain)
-    compute_together(model, input_ids=torch.zeros(1, 2, dtype=torch.long))
+    fuse_layers(model, input_ids=torch.zeros(1, 2, dtype=torch.long))
     own_attention = innermost(model).config._attn_implementation
     reason = why_padded(model)
     collator = Collator(

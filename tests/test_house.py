@@ -119,6 +119,7 @@ PRIVATE = {
     "model/agreement.py": {"inner.config._attn_implementation"},
     "model/block_attention.py": {"torch._softmax_backward_data"},
     "model/fused_lora.py": {"weight._version"},
+    "model/fused_norm.py": {"torch.ops.aten._weight_norm_interface_backward"},
     "model/layout_support.py": {"inner.config._attn_implementation"},
     "model/load.py": {"torch.ops.mkldnn._is_mkldnn_bf16_supported"},
     "model/loss.py": {"twin._modules"},

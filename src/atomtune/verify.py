@@ -35,7 +35,7 @@ from atomtune.model.agreement import (
 )
 from atomtune.model.base_shape import base_shape
 from atomtune.model.causal_lm import CausalLM
-from atomtune.model.fused_lora import compute_together
+from atomtune.model.fused_layers import fuse_layers
 from atomtune.model.layout_support import carries_state, cut_of, why_padded, windows_of
 from atomtune.model.load import (
     BaseSpec,
@@ -161,7 +161,7 @@ def compare(
 
     fast = load()
     layout = _layout(fast, wanted)
-    compute_together(fast, input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
+    fuse_layers(fast, input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
     windows = windows_of(fast) if layout != "padded" else (None,)
     collator = Collator(
         layout=layout,

@@ -24,7 +24,7 @@ from atomtune.batch.tree import graft
 from atomtune.data.records import Example
 from atomtune.model import layout_support, row_attention
 from atomtune.model.adapter import LoraSpec, new_adapter
-from atomtune.model.fused_lora import compute_together
+from atomtune.model.fused_layers import fuse_layers
 from atomtune.model.layout_support import why_padded, windows_of
 from atomtune.model.load import BaseSpec, load_base
 from atomtune.model.loss import innermost, target_nats
@@ -171,7 +171,7 @@ def at_once(model: Any, layout: collate.Layout, *, checkpointing: bool = False) 
     """
     if layout != "padded" or innermost(model).config._attn_implementation == "eager":
         assert why_padded(model) is None
-    compute_together(model, input_ids=torch.zeros(1, 2, dtype=torch.long))
+    fuse_layers(model, input_ids=torch.zeros(1, 2, dtype=torch.long))
     if checkpointing:
         model.enable_input_require_grads()
         innermost(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -22,7 +22,7 @@ from atomtune.model.adapter_keys import refuse_unread
 from atomtune.model.auto_class import auto_class
 from atomtune.model.experts import count_of, experts_of
 from atomtune.model.fingerprint import refuse_other_base
-from atomtune.model.fused_lora import compute_together
+from atomtune.model.fused_layers import fuse_layers
 from atomtune.model.load import BaseSpec, device_in_use, load_base, resolve_dtype
 from atomtune.model.lora_targets import ALL_LINEAR, all_linear, match_targets
 from atomtune.model.loss import innermost
@@ -79,7 +79,7 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
     if not (run.args.fsdp or run.args.deepspeed):  # they take the weights out of the layers between calls
         embeddings: Any = base.get_input_embeddings()
         two_tokens = torch.zeros(1, 2, dtype=torch.long, device=embeddings.weight.device)
-        compute_together(model, input_ids=two_tokens)
+        fuse_layers(model, input_ids=two_tokens)
     return model
 
 

@@ -1,0 +1,113 @@
+"""RMSNorms in few passes: the formula's value and gradient, and only for modules that compute this formula."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridRMSNormGated
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+
+from atomtune.model.fused_norm import FusedNorm, RmsNorm, fuse_norms, offset_of
+from tests.model.test_layout_support import build, with_adapter
+
+WIDTH = 64
+EPS = 1e-6
+
+
+def formula(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    rows = [row / (row.square().sum() / len(row) + EPS).sqrt() * factors for row in x.flatten(0, -2)]
+    return torch.stack(rows).view_as(x)
+
+
+def filled(norm: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """With a weight that is not all ones, frozen as below an adapter."""
+    nn.init.normal_(norm.weight, mean=0.5)
+    return norm.to(dtype).requires_grad_(requires_grad=False)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-3, 30.0])  # below, beside and above sqrt(eps)
+@pytest.mark.parametrize("strided", [False, True])
+def test_it_is_the_formula_and_its_gradient(scale, strided):
+    torch.manual_seed(0)
+    wide = torch.randn(3, 5, 2 * WIDTH, dtype=torch.float64) * scale
+    x = (wide[..., :WIDTH] if strided else wide[..., :WIDTH].clone()).requires_grad_()
+    factors, grad = torch.randn(WIDTH, dtype=torch.float64), torch.randn(3, 5, WIDTH, dtype=torch.float64)
+    ours, theirs = RmsNorm.apply(x, factors, EPS), formula(x, factors)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    expected = torch.autograd.grad(theirs, x, grad)[0]
+    torch.testing.assert_close(torch.autograd.grad(ours, x, grad)[0], expected, rtol=1e-10, atol=1e-10 / scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("norm_class", "offset"), [(LlamaRMSNorm, 0.0), (Gemma3RMSNorm, 1.0)])
+def test_a_models_norm_is_no_further_from_the_truth_than_it_was(norm_class, offset, dtype):
+    torch.manual_seed(0)
+    plain = filled(norm_class(WIDTH, eps=EPS), dtype)
+    fused = copy.deepcopy(plain)
+    assert fuse_norms(fused) == 1 and fused.offset == offset
+    x, grad = torch.randn(50, WIDTH).to(dtype), torch.randn(50, WIDTH).to(dtype)
+    exact = x.double().requires_grad_()
+    truth = formula(exact, plain.weight.double() + offset)
+    truth = (truth, torch.autograd.grad(truth, exact, grad.double())[0])
+
+    def distances(norm: nn.Module) -> list[float]:
+        leaf = x.clone().requires_grad_()
+        out = norm(leaf)
+        results = out, torch.autograd.grad(out, leaf, grad)[0]
+        return [(ours.double() - right).norm().item() for ours, right in zip(results, truth, strict=True)]
+
+    for ours, theirs in zip(distances(fused), distances(plain), strict=True):
+        # A factor of its own rounding step more: Gemma rounds once behind its factors, this once before them too.
+        assert 0 < ours < 1.5 * theirs
+
+
+def test_a_norm_that_is_served_is_bit_for_bit_its_own():
+    plain = filled(LlamaRMSNorm(WIDTH), torch.bfloat16)
+    fused, x = copy.deepcopy(plain), torch.randn(50, WIDTH).bfloat16()
+    fuse_norms(fused)
+    fused.eval()
+    with torch.no_grad():
+        assert torch.equal(fused(x), plain(x))
+
+
+class NoEps(LlamaRMSNorm):
+    """Says it has an eps and does not use it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True)).to(x.dtype) * self.weight
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        nn.LayerNorm(WIDTH, eps=EPS, bias=False),
+        NoEps(WIDTH),
+        MambaRMSNormGated(WIDTH, group_size=WIDTH, eps=EPS),  # needs no gate, and is the formula without one
+        GraniteMoeHybridRMSNormGated(WIDTH, group_size=16, eps=EPS),
+        nn.Linear(WIDTH, 1, bias=False),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_what_computes_something_else_is_left_alone(other):
+    module = filled(other, torch.bfloat16)
+    x, gate = torch.randn(5, WIDTH).bfloat16(), torch.randn(5, WIDTH).bfloat16()
+    gated = "Gated" in type(module).__name__
+    before = module(x, gate) if gated else module(x)
+    fuse_norms(module)
+    assert torch.equal(module(x, gate) if gated else module(x), before)
+
+
+def test_a_norm_that_is_trained_is_left_alone():
+    assert offset_of(LlamaRMSNorm(WIDTH)) is None
+
+
+@pytest.mark.parametrize(("family", "norms"), [("llama", 5), ("qwen3", 9), ("gemma3_text", 13), ("gpt2", 0)])
+def test_all_norms_of_a_model_are_found(family, norms):
+    model = with_adapter(build(family)).float()
+    names = model.state_dict().keys()
+    assert fuse_norms(model) == norms
+    assert model.state_dict().keys() == names
+    assert sum(isinstance(module, FusedNorm) for module in model.modules()) == norms
