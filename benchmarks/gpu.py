@@ -1,6 +1,7 @@
 """What a step costs on a GPU, beside TRL and plain PEFT: one prepared call of at most eight minutes.
 
     python -m benchmarks.gpu --out runs/gpu.jsonl
+    python -m benchmarks.gpu --out runs/gpu.jsonl --kinds      # experts and linear attention instead of a Qwen2.5-7B
     python -m benchmarks.gpu --out runs/gpu.jsonl --dry_run    # tiny shapes, also on a CPU: shows that everything runs
 
 Every job runs in a forked process of its own and adds its line of JSON as it ends, so a call that is stopped early is
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,17 @@ RUNS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("style", 64, ("trl-packed",)),
     ("short", 64, ("atomtune-eager",)),
 )
+#: The same for the shapes of gpu_workloads.KINDS (`--kinds`), with the checks of each between them.
+KIND_RUNS: tuple[tuple[str, str, int, tuple[str, ...]], ...] = (
+    ("qwen3.5", "style", 16, ("atomtune", "atomtune-padded")),
+    ("qwen3-moe", "style", 16, ("atomtune", "atomtune-padded")),
+    ("qwen3.5", "equality", 0, ()),
+    ("qwen3-moe", "equality", 0, ()),
+    ("qwen3.5", "style", 16, ("trl-padded-liger",)),
+    ("qwen3-moe", "style", 16, ("trl-padded-liger",)),
+    ("qwen3.5", "short", 64, ("atomtune", "atomtune-padded")),
+    ("qwen3-moe", "short", 64, ("atomtune", "atomtune-padded")),
+)
 #: Runs of which three steps are profiled.
 PROFILED = {("style", 16, "atomtune"), ("long", 1, "atomtune"), ("style", 64, "atomtune"), ("rows", 2, "atomtune")}
 #: A job gets at most so many seconds, and is not begun with less than the second left.
@@ -53,9 +65,10 @@ TAIL = 1_500
 
 def files(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
     """What the others read; in a process of its own, because a tokenizer's threads do not outlive a fork."""
-    gpu_workloads.write_base(base, job["shape"])
-    gpu_workloads.write_all(folder, dry_run=job["dry_run"])
-    for name in gpu_workloads.RECORDS:
+    names = job.get("workloads", list(gpu_workloads.RECORDS))
+    gpu_workloads.write_base(base, job["shape"], small=job["dry_run"])
+    gpu_workloads.write_all(folder, names, dry_run=job["dry_run"])
+    for name in names:
         gpu_workloads.encoded(base, folder / f"{name}.jsonl")
     return {"files": sorted(path.name for path in folder.glob("*.jsonl"))}
 
@@ -69,8 +82,10 @@ KINDS: dict[str, Callable[[Figures, Path, Path, Path], Figures]] = {
 }
 
 
-def jobs(*, dry_run: bool) -> list[Figures]:
+def jobs(*, dry_run: bool, kinds: bool = False) -> list[Figures]:
     """Every job, in the order of their worth."""
+    if kinds:
+        return [{**job, "dry_run": dry_run} for job in _jobs_of_kinds(dry_run=dry_run)]
     shape = "tiny" if dry_run else "qwen2.5-7b"
     planned: list[Figures] = [{"name": kind, "kind": kind} for kind in ("machine", "files", "attention", "equality")]
     for workload, batch, contenders in RUNS:
@@ -79,6 +94,21 @@ def jobs(*, dry_run: bool) -> list[Figures]:
             run["profile"] = (workload, batch, contender) in PROFILED
             planned.append({"name": f"{workload} {batch} {contender}", "kind": "throughput", **run})
     return [{**job, "shape": shape, "dry_run": dry_run} for job in planned]
+
+
+def _jobs_of_kinds(*, dry_run: bool) -> Iterator[Figures]:
+    yield {"name": "machine", "kind": "machine", "shape": ""}
+    for shape in gpu_workloads.KINDS:
+        yield {"name": f"files {shape}", "kind": "files", "shape": shape, "workloads": ["style", "short"]}
+    for shape, workload, batch, contenders in KIND_RUNS:
+        if workload == "equality":
+            # Triton multiplies float32 in 19 bits unless it is told otherwise.
+            environment = {"TRITON_F32_DEFAULT": "ieee"}
+            yield {"name": f"equality {shape}", "kind": "equality", "shape": shape, "environment": environment}
+        for contender in contenders:
+            run = {"workload": workload, "contender": contender, "batch": min(batch, 4) if dry_run else batch}
+            name = f"{shape} {workload} {batch} {contender}"
+            yield {"name": name, "kind": "throughput", "shape": shape, "profile": False, **run}
 
 
 def import_everything() -> None:
@@ -127,6 +157,7 @@ def _as_child(job: Figures, base: Path, folder: Path, answer: Path, log: Path) -
         with log.open("w", encoding="utf-8") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        os.environ.update(job.get("environment", {}))
         _prepare(folder, dry_run=job["dry_run"])
         with tempfile.TemporaryDirectory() as scratch:
             try:
@@ -208,7 +239,7 @@ def _bench(options: argparse.Namespace, began: float) -> list[Figures]:
     rate: Figures = {}
     with tempfile.TemporaryDirectory() as name, options.out.open("a", encoding="utf-8") as out:
         folder = Path(name)
-        for job in jobs(dry_run=options.dry_run):
+        for job in jobs(dry_run=options.dry_run, kinds=options.kinds):
             wanted = not options.only or any(part in job["name"] for part in options.only)
             if not wanted and job["kind"] not in ("machine", "files"):
                 continue
@@ -216,7 +247,8 @@ def _bench(options: argparse.Namespace, began: float) -> list[Figures]:
             if left < LEAST:
                 line = {"name": job["name"], "left_out": "no time"}
             else:
-                line = run_forked({**job, **rate}, folder / "base", folder, limit=min(LIMIT, left + LEAST))
+                base = folder / f"base {job['shape']}"
+                line = run_forked({**job, **rate}, base, folder, limit=min(LIMIT, left + LEAST))
             if "matmul_tflops" in line:
                 rate = {"matmul_tflops": line["matmul_tflops"]}
             lines.append(line)
@@ -232,6 +264,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu.jsonl"), help="a line of JSON a job is added here")
     parser.add_argument("--seconds", type=float, default=420, help="after these nothing new is started")
     parser.add_argument("--only", nargs="+", default=[], help="jobs with one of these in their name", metavar="TEXT")
+    parser.add_argument("--kinds", action="store_true", help="models with experts and with linear attention")
     parser.add_argument("--dry_run", action="store_true", help="tiny shapes and few steps, also without a GPU")
     options = parser.parse_args()
     began = time.monotonic()

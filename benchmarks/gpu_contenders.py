@@ -2,6 +2,7 @@
 
 atomtune      the command a user types, with its defaults (Liger's kernels, steps replayed as CUDA graphs)
 atomtune-eager, atomtune-noliger   the same without one of these
+atomtune-padded   the same, a record a row
 trl-packed    TRL's SFTTrainer with rows of its default length, about as many as hold the others' batch
 trl-padded    the same, a record a row
 plain         transformers' Trainer and PEFT, a record a row, padded to the batch's longest
@@ -52,6 +53,8 @@ def throughput(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures
     lacks = missing(contender)
     if lacks:
         return {"left_out": lacks}
+    if job["shape"] in gpu_workloads.KINDS:
+        gpu_workloads.take_kernels_untuned()
     warm_up = REPLAYED_WARM_UP.get((job["workload"], job["batch"]), 4) if contender == "atomtune" else 4
     meter = Meter(dry_run=job["dry_run"], profile=job["profile"], warm_up=warm_up)
     data = folder / f"{job['workload']}.jsonl"
@@ -61,7 +64,7 @@ def throughput(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures
     if "tokens_per_s" not in figures:
         return figures | {"error": "it ended before its warm-up did"}
     rate = 1e12 * job.get("matmul_tflops", float("inf"))
-    return figures | {"share_of_matmul": 4 * _weights_of_layers(base) * figures["tokens_per_s"] / rate}
+    return figures | {"share_of_matmul": 4 * _weights_a_token_meets(base) * figures["tokens_per_s"] / rate}
 
 
 def memory_figures() -> dict[str, float]:
@@ -73,12 +76,12 @@ def memory_figures() -> dict[str, float]:
     return {"peak_gb": peak / 1e9, "reserved_gb": peak / 1e9}
 
 
-def _weights_of_layers(base: Path) -> int:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _weights_a_token_meets(base: Path) -> float:
+    """Of the layers; of experts those that a token chooses."""
+    from atomtune.model.adapter import LoraSpec
+    from atomtune.plan.model_size import measure
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-    return sum(weight.numel() for name, weight in model.named_parameters() if ".layers." in name)
+    return measure(str(base), LoraSpec(rank=RANK, alpha=ALPHA, dropout=0.0, targets=("all-linear",))).body
 
 
 def atomtune(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) -> Figures:
@@ -113,6 +116,8 @@ def atomtune(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) 
         flags |= {"cuda_graphs": "false"}
     if job["contender"] == "atomtune-noliger":
         flags |= {"use_liger_kernel": "false"}
+    if job["contender"] == "atomtune-padded":
+        flags |= {"layout": "padded"}
     code = main(["train", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))])
     record = json.loads((scratch / "run" / "run.json").read_text())
     recomputed = ", recomputed" if record.get("activations_recomputed") else ""
@@ -141,8 +146,9 @@ def trl(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) -> Fi
     if packed:
         rows = max(1, round(job["batch"] * sum(lengths) / len(lengths) / row_tokens))
     recompute = _must_recompute(rows * (row_tokens if packed else max(lengths)))
+    model = random_model(base)
     trainer = SFTTrainer(
-        model=random_model(base),
+        model=model,
         args=SFTConfig(
             **_trainer_arguments(scratch),
             per_device_train_batch_size=rows,
@@ -154,7 +160,7 @@ def trl(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) -> Fi
         ),
         train_dataset=Dataset.from_list(records),
         processing_class=AutoTokenizer.from_pretrained(base),
-        peft_config=_lora(),
+        peft_config=_lora(model),
         callbacks=[meter],
     )
     trainer.data_collator = _counted(trainer.data_collator, meter)
@@ -172,7 +178,7 @@ def plain(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) -> 
     model.config.use_cache = False
     recompute = _must_recompute(job["batch"] * max(len(record["input_ids"]) for record in records))
     trainer = Trainer(
-        model=get_peft_model(model, _lora()),
+        model=get_peft_model(model, _lora(model)),
         train_dataset=records,
         args=TrainingArguments(
             **_trainer_arguments(scratch),
@@ -205,10 +211,14 @@ def _must_recompute(tokens: int) -> bool:
     return WEIGHT_BYTES + tokens * TOKEN_BYTES > 0.9 * torch.cuda.get_device_properties(0).total_memory
 
 
-def _lora() -> Any:
+def _lora(model: Any) -> Any:
+    """On the layers that atomtune adapts: PEFT's own all-linear puts it on routers and experts too."""
     from peft import LoraConfig
 
-    return LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    from atomtune.model.lora_targets import all_linear
+
+    targets = list(all_linear(model).adapted)
+    return LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def _trainer_arguments(scratch: Path) -> Figures:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from atomtune.model.lora_targets import all_linear
-from benchmarks import gpu, gpu_meter, quality, workloads
+from benchmarks import gpu, gpu_meter, gpu_workloads, quality, workloads
 from benchmarks.contender import lora, plain_model
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +71,21 @@ def test_the_dry_run_for_a_gpu_does_every_job_and_ends_with_a_verdict(tmp_path):
             assert line["tokens_per_s"] > 0 and line["loss"] > 0, line
     # A tree computes the shared instruction once; the padded contender computes it for each record.
     assert lines["style 16 atomtune"]["tokens_a_step"] < lines["style 16 plain"]["tokens_a_step"] / 2
+
+
+@pytest.mark.slow
+def test_experts_and_linear_attention_are_tried_on_a_gpu_as_trees_too(tmp_path):
+    out = tmp_path / "kinds.jsonl"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry_run", "--kinds", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = {line["name"]: line for line in map(json.loads, out.read_text(encoding="utf-8").splitlines())}
+    for shape in gpu_workloads.KINDS:
+        assert lines[f"equality {shape}"]["verdict"] == "PASS", lines[f"equality {shape}"]
+        tree, padded = (lines[f"{shape} style 16 {name}"] for name in ("atomtune", "atomtune-padded"))
+        assert (tree["note"], padded["note"]) == ("tree", "padded")
+        assert tree["loss"] == pytest.approx(padded["loss"], abs=0.01)
+        assert tree["tokens_a_step"] < padded["tokens_a_step"] / 2
 
 
 def test_a_job_that_crashes_or_hangs_ends_alone_and_says_so(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from atomtune.batch.collate import Collator
 from atomtune.batch.tree import graft
@@ -17,6 +18,7 @@ from atomtune.model.loss import body_of, innermost
 from atomtune.model.recurrent import carries_state, find_mixers, give_way, take_way
 from atomtune.model.row_attention import ROWS, register
 from atomtune.verify import Result, in_batches, one_at_a_time
+from benchmarks import workloads
 from tests.hybrids import HYBRIDS, WORDS, hybrid
 
 KINDS = {
@@ -98,6 +100,15 @@ def test_mixers_are_found_by_what_they_do(family):
     assert {type(mixer).__name__ for mixer in mixers} == KINDS[family]
     assert len(mixers) == 2
     assert attends == (family != "mamba2")
+
+
+def test_a_mixer_is_found_where_rounding_is_larger_than_what_it_does():
+    """New weights of a delta rule forget within a token: in bfloat16 later outputs change by 2 % of the changed one."""
+    sizes = {"vocab_size": WORDS, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model("qwen3_5_text", **workloads.KINDS["qwen3_5_text"], **sizes)
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    assert {type(mixer).__name__ for mixer in find_mixers(base)[0]} == {"Qwen3_5GatedDeltaNet"}
 
 
 @pytest.mark.parametrize("way", ["fork", "paths"])
