@@ -2,10 +2,12 @@
 
     python -m benchmarks.defaults --base FOLDER --records 50 200 --seeds 1 --out defaults.jsonl
     python -m benchmarks.defaults --table defaults.jsonl
+    python -m benchmarks.defaults --base FOLDER --processes 8 --minutes 3    # small runs leave most of a GPU idle
 
 Every trial is one `atomtune train` in this process; its line goes into the file as soon as it ends, and a second call
 leaves out what the file has. Trials come in the order in which they tell most: a study that is stopped early is of use.
-`loss` is the mean nats of a held-out answer token; the held-out records of a kind are the same in every trial.
+`loss` is the mean nats of a held-out answer token at the last step, `best` at the best of the evaluations behind each
+epoch, which is what a run keeps; the held-out records of a kind are the same in every trial.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import contextlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
@@ -34,7 +37,7 @@ HELD_OUT = 48
 
 @dataclass(frozen=True)
 class Settings:
-    """What a trial trains with; the values here are atomtune's defaults when the study was written."""
+    """What a trial trains with; the values here are atomtune's first defaults, before this study."""
 
     name: str = "atomtune 0.1"
     learning_rate: float = 1e-4
@@ -47,8 +50,10 @@ class Settings:
     dropout: float = 0.1
 
 
-TODAY = Settings()
-CENTRE = replace(TODAY, name="grid", learning_rate=5e-4, batch=4)
+FIRST = Settings()
+#: What `atomtune train` chooses by itself where nothing is set.
+AUTO = Settings("atomtune")
+CENTRE = replace(FIRST, name="grid", learning_rate=5e-4, batch=4)
 #: What other tools' LoRA examples set, as their repositories had it in 2026.
 OTHERS = (
     Settings("LLaMA-Factory", 1e-4, 8, 3, 0.1, "cosine", rank=8, alpha=16, dropout=0.0),
@@ -62,8 +67,8 @@ def grid() -> list[Settings]:
     """The trials of one data set: rates first, at two batch sizes; then one setting at a time around the centre."""
     rates = [
         replace(CENTRE, learning_rate=rate, batch=batch)
-        for batch in (4, 16)
-        for rate in (2e-4, 5e-4, 1e-3, 2e-3)
+        for batch in (16, 4)
+        for rate in (5e-4, 1e-3, 2e-3, 2e-4, 4e-3)
     ]  # fmt: skip
     epochs = [replace(CENTRE, epochs=epochs) for epochs in (1, 6)]
     others = [
@@ -74,7 +79,7 @@ def grid() -> list[Settings]:
         replace(CENTRE, dropout=0.0),
         replace(CENTRE, batch=8),
     ]
-    return list(dict.fromkeys([TODAY, *rates, *epochs, *OTHERS, *others]))
+    return list(dict.fromkeys([AUTO, *rates[:4], *OTHERS, FIRST, *rates[4:], *epochs, *others]))
 
 
 def records_of(kind: str, dialogues: Path) -> Iterator[dict[str, Any]]:
@@ -131,16 +136,19 @@ def run_trial(
     from atomtune.cli import main
 
     train, held_out = files
-    count = sum(1 for _ in train.open(encoding="utf-8"))
-    steps = round(settings.epochs * math.ceil(count / settings.batch))
     flags: dict[str, Any] = {
         "model_path": base, "dataset_path": train, "eval_path": held_out, "output_dir": folder, "seed": seed,
-        "learning_rate": settings.learning_rate, "per_device_train_batch_size": settings.batch,
-        "num_train_epochs": settings.epochs, "warmup_steps": round(settings.warmup * steps),
-        "lr_scheduler_type": settings.schedule, "lora_rank": settings.rank, "lora_alpha": settings.alpha,
-        "lora_dropout": settings.dropout, "eval_strategy": "steps", "eval_steps": steps, "logging_steps": 1,
-        "save_strategy": "no", "max_seq_length": 1024,
     }  # fmt: skip
+    if settings != AUTO:
+        count = sum(1 for _ in train.open(encoding="utf-8"))
+        steps = round(settings.epochs * math.ceil(count / settings.batch))
+        flags |= {
+            "learning_rate": settings.learning_rate, "per_device_train_batch_size": settings.batch,
+            "num_train_epochs": settings.epochs, "warmup_steps": round(settings.warmup * steps),
+            "lr_scheduler_type": settings.schedule, "lora_rank": settings.rank, "lora_alpha": settings.alpha,
+            "lora_dropout": settings.dropout, "eval_strategy": "epoch", "logging_steps": 1,
+            "save_strategy": "no", "max_seq_length": 1024,
+        }  # fmt: skip
     command = ["train", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -148,8 +156,14 @@ def run_trial(
     if code:
         raise SystemExit(f"a trial failed ({code}): {' '.join(command)}\n{printed.getvalue()}")
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    chrf = score_answers(folder, held_out, answers) if answers else None
-    return {"loss": run["eval_loss"], "chrf": chrf, "steps": run["steps"], "train_seconds": run["seconds"]}
+    losses = [evaluation["loss"] for evaluation in run["eval_history"] if evaluation["step"] > 0]
+    return {
+        "loss": losses[-1],
+        "best": min(losses),
+        "chrf": score_answers(folder, held_out, answers) if answers else None,
+        "steps": run["steps"],
+        "train_seconds": run["seconds"],
+    }
 
 
 def score_answers(adapter: Path, held_out: Path, count: int) -> float | None:
@@ -166,52 +180,91 @@ def score_answers(adapter: Path, held_out: Path, count: int) -> float | None:
     from atomtune.data.records import Turn
     from atomtune.model.generate import prompt_ids
 
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(adapter, padding_side="left")
     template = load_template("auto", tokenizer)
-    model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).eval()
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).eval().to(device)
     stop = tokenizer.convert_tokens_to_ids(template.stop)
-    answers, references = [], []
-    for row in workloads.read(held_out, count):
-        messages = template.messages([Turn("user", row["instruction"], row["input"])])
-        ids = torch.tensor([prompt_ids(template, messages)])
-        with torch.inference_mode():
-            written = model.generate(ids, max_new_tokens=48, do_sample=False, eos_token_id=stop, pad_token_id=stop)
-        answers.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip())
-        references.append(row["output"])
+    rows = list(workloads.read(held_out, count))
+    prompts = [
+        prompt_ids(template, template.messages([Turn("user", row["instruction"], row["input"])])) for row in rows
+    ]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[stop] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)  # [N, T]
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    with torch.inference_mode():
+        written = model.generate(
+            ids, attention_mask=mask, max_new_tokens=48, do_sample=False, eos_token_id=stop, pad_token_id=stop
+        )
+    answers = [text.strip() for text in tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)]
+    references = [row["output"] for row in rows]
     return float(CHRF().corpus_score(answers, [references]).score)
 
 
-def study(options: argparse.Namespace) -> None:
-    """Run what the file does not have yet."""
+def trials_of(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], Settings]]:
+    """(base, trial, settings) of the whole study; the settings that tell most come first."""
+    settings = grid()
+    for seed, settings_of_step in ((seed, part) for seed in range(1, options.seeds + 1) for part in settings):
+        for base, count, kind in ((b, c, k) for b in options.base for c in options.records for k in options.kinds):
+            trial = {"base": Path(base).name, "kind": kind, "records": count, "seed": seed, **asdict(settings_of_step)}
+            yield base, trial, settings_of_step
+
+
+def study(options: argparse.Namespace, *, share: int = 0) -> None:
+    """Run what the file does not have yet; of several processes, each its share."""
     out: Path = options.out
     lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
     finished = {key_of(json.loads(line)) for line in lines}
-    began, trials = time.monotonic(), 0
+    began, made = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as temporary:
-        for seed, number in ((seed, number) for seed in range(1, options.seeds + 1) for number in range(len(grid()))):
-            for base, count, kind in ((b, c, k) for b in options.base for c in options.records for k in options.kinds):
-                settings = grid()[number]
-                trial = {"base": Path(base).name, "kind": kind, "records": count, "seed": seed, **asdict(settings)}
-                files = lay_data(kind, count, options.dialogues, Path(temporary))
-                if key_of(trial) in finished or files is None:
-                    continue
-                late = options.minutes and time.monotonic() - began > 60 * options.minutes
-                if late or trials == options.limit:
-                    return
-                trials += 1
-                with tempfile.TemporaryDirectory() as folder:
-                    trial |= run_trial(
-                        base, files, settings, seed=seed, answers=options.answers, folder=Path(folder) / "out"
-                    )
-                trial["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
-                trial["machine"] = f"{platform.machine()}, {os.environ.get('OMP_NUM_THREADS', 'all')} threads"
-                with out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(trial, ensure_ascii=False) + "\n")
-                print(json.dumps(trial, ensure_ascii=False), flush=True)
+        for number, (base, trial, settings) in enumerate(trials_of(options)):
+            if number % options.processes != share or key_of(trial) in finished:
+                continue
+            files = lay_data(trial["kind"], trial["records"], options.dialogues, Path(temporary))
+            if files is None:
+                continue
+            late = options.minutes and time.monotonic() - began > 60 * options.minutes
+            if late or made == options.limit:
+                return
+            made += 1
+            with tempfile.TemporaryDirectory() as folder:
+                figures = run_trial(
+                    base, files, settings, seed=trial["seed"], answers=options.answers, folder=Path(folder) / "out"
+                )
+            versions = {name: version(name) for name in ("torch", "transformers", "peft")}
+            line = json.dumps({**trial, **figures, "versions": versions, "machine": machine()}, ensure_ascii=False)
+            with out.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            print(line, flush=True)
+
+
+def machine() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {os.environ.get('OMP_NUM_THREADS', 'all')} threads"
+
+
+def study_in_processes(options: argparse.Namespace) -> None:
+    """Several shares at once; each line of the file is one short write, which the system keeps whole."""
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=study, args=(options,), kwargs={"share": share}) for share in range(options.processes)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    failed = [worker.exitcode for worker in workers if worker.exitcode]
+    if failed:
+        raise SystemExit(
+            f"{len(failed)} of {len(workers)} processes failed; what the others measured is in {options.out}"
+        )
 
 
 def key_of(trial: dict[str, Any]) -> tuple[Any, ...]:
-    measured = ("loss", "chrf", "steps", "train_seconds", "versions", "machine")
+    measured = ("loss", "best", "chrf", "steps", "train_seconds", "versions", "machine")
     return tuple(sorted((name, str(value)) for name, value in trial.items() if name not in measured))
 
 
@@ -246,7 +299,8 @@ def table(path: Path) -> str:
 
 
 def mean_loss(trials: Sequence[dict[str, Any]]) -> float:
-    return statistics.mean(trial["loss"] for trial in trials)
+    """Of the checkpoint that a run keeps; of older lines, of the last step."""
+    return statistics.mean(trial.get("best", trial["loss"]) for trial in trials)
 
 
 def cell_text(trials: Sequence[dict[str, Any]] | None) -> str:
@@ -259,6 +313,8 @@ def cell_text(trials: Sequence[dict[str, Any]] | None) -> str:
 
 def words_of(trial: dict[str, Any]) -> str:
     """The settings as one phrase."""
+    if trial["name"] == AUTO.name:
+        return "atomtune, nothing set"
     named = "" if trial["name"] == "grid" else f"{trial['name']}: "
     warmup = f", warm-up {trial['warmup']:.0%}" if trial["warmup"] else ""
     schedule = "" if trial["schedule"] == "linear" else f", {trial['schedule']}"
@@ -277,12 +333,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--answers", type=int, default=16, help="held-out prompts that are answered, for chrF; 0: none")
     parser.add_argument("--minutes", type=float, default=0, help="begin no trial after so long")
+    parser.add_argument("--processes", type=int, default=1, help="trials at a time")
     parser.add_argument("--limit", type=int, help="so many trials at most")
     parser.add_argument("--out", type=Path, default=Path("defaults.jsonl"))
     parser.add_argument("--table", type=Path, help="print the table of a file of trials and end")
     options = parser.parse_args()
     if options.table:
         print(table(options.table))
+    elif options.processes > 1:
+        study_in_processes(options)
     else:
         study(options)
 
