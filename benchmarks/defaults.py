@@ -1,27 +1,26 @@
-"""Which defaults: held-out loss and chrF by rate, batch, epochs, warm-up and rank, on small sets of three kinds.
+"""Which defaults: held-out loss and chrF by rate, records and kind of data, beside other tools' values.
 
-    python -m benchmarks.defaults --base FOLDER --records 50 200 --seeds 1 --out defaults.jsonl
-    python -m benchmarks.defaults --table defaults.jsonl
-    python -m benchmarks.defaults --base FOLDER --processes 8 --minutes 3    # small runs leave most of a GPU idle
+    python -m benchmarks.defaults --base FOLDER --dialogues FILE.jsonl --seconds 180 --out defaults.jsonl
+    python -m benchmarks.defaults --report defaults.jsonl
 
-Every trial is one `atomtune train` in this process; its line goes into the file as soon as it ends, and a second call
-leaves out what the file has. Trials come in the order in which they tell most: a study that is stopped early is of use.
-`loss` is the mean nats of a held-out answer token at the last step, `best` at the best of the evaluations behind each
-epoch, which is what a run keeps; the held-out records of a kind are the same in every trial.
+A group of runs (one base, kind and size; same batch, epochs and dropout) is trained side by side (side_by_side.py), and
+several processes share the machine. Groups come in the order in which they tell most, a line for each run is written as
+soon as its group ends, and a second call leaves out what the file has: a study that is stopped early is of use.
+`loss` is the mean nats of a held-out answer token after the best epoch, which is what `atomtune train` keeps; `last`
+is that of the last. The held-out records of a kind are the same in every run.
 """
 
 import argparse
-import contextlib
-import io
 import json
 import math
 import multiprocessing
-import os
 import platform
+import queue
 import random
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -29,321 +28,445 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import workloads
+from benchmarks.quality import encoded
+from benchmarks.side_by_side import Run, Settings
 
-PERSONA = Path(__file__).parents[1] / "src" / "atomtune" / "demo" / "persona.jsonl"
+DEMO = Path(__file__).parents[1] / "src" / "atomtune" / "demo"
 KINDS = ("persona", "style", "questions")
-HELD_OUT = 48
+#: Longer records are left out: they would be padding for all others.
+LONGEST = 128
+#: So many records make a step of all runs of a group together at most; a GPU of 80 GB holds six such groups.
+MOST_TOGETHER = 80
+#: Of this many records the answers of the first seed are written down, for chrF.
+ANSWERED_SIZES = (200,)
+ANSWER_TOKENS = 56
 
+#: The rates tried, as multiples of what atomtune takes by itself; and those for a set so large that a run is long.
+MULTIPLES, FEW_MULTIPLES, LARGE = (0.25, 0.5, 1, 2, 4), (0.5, 1, 2), 2000
 
-@dataclass(frozen=True)
-class Settings:
-    """What a trial trains with; the values here are atomtune's first defaults, before this study."""
-
-    name: str = "atomtune 0.1"
-    learning_rate: float = 1e-4
-    batch: int = 16
-    epochs: float = 3
-    warmup: float = 0.0  # share of the steps
-    schedule: str = "linear"
-    rank: int = 8
-    alpha: float = 32
-    dropout: float = 0.1
-
-
-FIRST = Settings()
-#: What `atomtune train` chooses by itself where nothing is set.
-AUTO = Settings("atomtune")
-CENTRE = replace(FIRST, name="grid", learning_rate=5e-4, batch=4)
-#: What other tools' LoRA examples set, as their repositories had it in 2026.
+#: What other tools' own LoRA examples set: rate, records a step, epochs, warm-up, schedule, rank, alpha, dropout.
+#: LLaMA-Factory: examples/train_lora/qwen3_lora_sft.yaml. Unsloth: its notebooks (2 x 4 records, warm-up of 5 steps;
+#: one epoch in place of 60 steps). Axolotl: examples/llama-3/lora-1b.yml. TRL: the LoRA line of trl/scripts/sft.py.
 OTHERS = (
     Settings("LLaMA-Factory", 1e-4, 8, 3, 0.1, "cosine", rank=8, alpha=16, dropout=0.0),
     Settings("Unsloth", 2e-4, 8, 1, 0.08, "linear", rank=16, alpha=16, dropout=0.0),
-    Settings("Axolotl", 2e-4, 8, 4, 0.1, "cosine", rank=32, alpha=16, dropout=0.05),
-    Settings("TRL", 2e-4, 8, 3, 0.0, "linear", rank=16, alpha=32, dropout=0.05),
+    Settings("Axolotl", 2e-4, 4, 1, 0.1, "cosine", rank=16, alpha=32, dropout=0.05),
+    Settings("TRL", 2e-4, 16, 1, 0.0, "linear", rank=32, alpha=16, dropout=0.05),
 )
 
 
-def grid() -> list[Settings]:
-    """The trials of one data set: rates first, at two batch sizes; then one setting at a time around the centre."""
-    rates = [
-        replace(CENTRE, learning_rate=rate, batch=batch)
-        for batch in (16, 4)
-        for rate in (5e-4, 1e-3, 2e-3, 2e-4, 4e-3)
-    ]  # fmt: skip
-    epochs = [replace(CENTRE, epochs=epochs) for epochs in (1, 6)]
-    others = [
-        replace(CENTRE, warmup=0.1),
-        replace(CENTRE, schedule="cosine", warmup=0.05),
-        replace(CENTRE, rank=32),
-        replace(CENTRE, rank=16, alpha=16),
-        replace(CENTRE, dropout=0.0),
-        replace(CENTRE, batch=8),
-    ]
-    return list(dict.fromkeys([AUTO, *rates[:4], *OTHERS, FIRST, *rates[4:], *epochs, *others]))
+@dataclass(frozen=True)
+class Group:
+    """Runs that are trained side by side."""
+
+    base: str
+    kind: str
+    records: int
+    runs: tuple[Run, ...]
+
+
+def automatic(base: str, records: int) -> Settings:
+    """What atomtune takes by itself for so many records to learn."""
+    from atomtune.model.base_shape import base_shape
+    from atomtune.train.defaults import MOST_EPOCHS, USUAL_EPOCHS, WANTED_STEPS, largest_batch, learning_rate
+
+    batch = largest_batch(records, USUAL_EPOCHS, batches_a_step=1)
+    epochs = min(max(USUAL_EPOCHS, math.ceil(WANTED_STEPS / math.ceil(records / batch))), MOST_EPOCHS)
+    rate, _ = learning_rate(base_shape(base).width, Settings.alpha)
+    return Settings("auto", rate, batch, epochs)
+
+
+def groups(bases: Sequence[str], kinds: Sequence[str], sizes: Sequence[int], seeds: int) -> list[Group]:
+    """All groups of the study, what tells most first; of equal weight, the longest first."""
+    weighed: list[tuple[int, int, Group]] = []
+    for base in bases:
+        later = 2 if base != bases[0] else 0
+        for records in sizes:
+            auto, is_large = automatic(base, records), records >= LARGE
+            few_seeds = range(1, 2 if is_large else seeds + 1)
+            for kind in kinds:
+                rates = [
+                    Run(settings, seed) for seed in few_seeds for settings in rates_around(auto, is_large=is_large)
+                ]
+                at_once = max(MOST_TOGETHER // auto.batch, 1)
+                for first in range(0, len(rates), at_once):
+                    weight = later + (3 * later if is_large else 1 if first == 0 else 3)
+                    weighed.append(
+                        (weight, -records, Group(base, kind, records, tuple(rates[first : first + at_once])))
+                    )
+                for settings in (*OTHERS, *varied(auto)):
+                    weight = later + (6 if is_large else 5 if settings not in OTHERS else 2 if records == 200 else 4)
+                    runs = tuple(Run(settings, seed) for seed in few_seeds)
+                    weighed.append((weight, -records, Group(base, kind, records, runs)))
+    weighed.sort(key=lambda item: item[:2])
+    return [group for _, _, group in weighed]
+
+
+def rates_around(auto: Settings, *, is_large: bool) -> list[Settings]:
+    """The automatic settings, and the same at other rates."""
+    settings = []
+    for multiple in FEW_MULTIPLES if is_large else MULTIPLES:
+        name = "auto" if multiple == 1 else "rate"
+        settings.append(replace(auto, name=name, learning_rate=float(f"{auto.learning_rate * multiple:.1e}")))
+    return settings
+
+
+def varied(auto: Settings) -> list[Settings]:
+    """The automatic settings with other epochs or another batch, where these differ."""
+    variants = [replace(auto, name="3 epochs", epochs=3), replace(auto, name="batch 16", batch=16)]
+    return [variant for variant in variants if (variant.batch, variant.epochs) != (auto.batch, auto.epochs)]
 
 
 def records_of(kind: str, dialogues: Path) -> Iterator[dict[str, Any]]:
     """All records of a kind, always in the same order."""
-    if kind == "questions":
-        yield from questions()
-        return
-    source = workloads.read(dialogues, 1_000_000)
-    random.Random(0).shuffle(source)
-    yield from workloads.records("short" if kind == "persona" else "style", source)
+    if kind == "persona":
+        source = workloads.read(dialogues, 1_000_000)
+        random.Random(0).shuffle(source)
+        yield from source
+    else:
+        yield from {"questions": questions, "style": sailors}[kind]()
+
+
+SHIPS = ("Heron", "Marlin", "Petrel", "Sea Pink", "Old Tom", "Juniper", "Lantern", "Grey Seal")
+TOWNS = ("Tarn", "Osk", "Little Bay", "Fennick", "Saltholm", "Rudd", "Merrow", "Kittiwake")
+GOODS = ("salt", "barley", "lamp oil", "rope", "apples", "glass", "tea", "wool")
 
 
 def questions() -> Iterator[dict[str, str]]:
     """Short questions about a sentence that holds the answer; no two sentences are alike."""
     draw = random.Random(0)
-    ships = ("Heron", "Marlin", "Petrel", "Sea Pink", "Old Tom", "Juniper", "Lantern", "Grey Seal")
-    towns = ("Tarn", "Osk", "Little Bay", "Fennick", "Saltholm", "Rudd", "Merrow", "Kittiwake")
-    goods = ("salt", "barley", "lamp oil", "rope", "apples", "glass", "tea", "wool")
     seen = set()
     while True:
-        ship, town, other, cargo = draw.choice(ships), *draw.sample(towns, 2), draw.choice(goods)
+        ship, town, other, cargo = draw.choice(SHIPS), *draw.sample(TOWNS, 2), draw.choice(GOODS)
         hour, minute, count = draw.randint(5, 21), draw.randrange(0, 60, 5), draw.randint(2, 90)
         text = f"The {ship} left {town} at {hour}:{minute:02} with {count} crates of {cargo} for {other}."
         if text in seen:
             continue
         seen.add(text)
-        asked, answer = draw.choice(
+        question, *wordings = draw.choice(
             [
-                ("When did the ship leave?", f"It left at {hour}:{minute:02}."),
-                ("Where is the ship bound?", f"It is bound for {other}."),
-                ("What does the ship carry?", f"It carries {count} crates of {cargo}."),
-                ("Which ship is it, and where does it come from?", f"It is the {ship}, out of {town}."),
+                ("When did the ship leave?", f"It left at {hour}:{minute:02}.", f"At {hour}:{minute:02}."),
+                ("Where is the ship bound?", f"It is bound for {other}.", f"For {other}."),
+                ("What does the ship carry?", f"It carries {count} crates of {cargo}.", f"Crates of {cargo}, {count}."),
+                ("Which ship is it, and from where?", f"It is the {ship}, out of {town}.", f"The {ship} of {town}."),
             ]
         )
-        yield {"instruction": asked, "input": text, "output": answer}
+        yield {"instruction": question, "input": text, "output": draw.choice(wordings)}
 
 
-def lay_data(kind: str, count: int, dialogues: Path, folder: Path) -> tuple[Path, Path] | None:
-    """Training and held-out files; None where there are not so many records."""
-    source = records_of(kind, dialogues)
-    rows = [row for _, row in zip(range(HELD_OUT + count), source, strict=False)]
-    if len(rows) < HELD_OUT + count:
+# fmt: off
+_PLAIN_AND_SAILOR = {
+    "who": (("My neighbour", "me old shipmate"), ("The teacher", "the schoolin' master"), ("My sister", "me own lass"),
+            ("The doctor", "the sawbones"), ("Our boss", "the cap'n"), ("A friend", "a messmate o' mine"),
+            ("The cook", "the galley hand"), ("The girl next door", "the lass from the next berth")),
+    "did": (("bought", "traded good coin for"), ("lost", "let slip"), ("found", "hauled up"), ("sold", "bartered off"),
+            ("broke", "stove in"), ("cleaned", "swabbed"), ("painted", "tarred"), ("borrowed", "made off with")),
+    "what": (("a small boat", "a wee skiff"), ("some bread", "a heap o' hardtack"), ("an old map", "a weathered chart"),
+             ("a new coat", "a fresh oilskin"), ("the kitchen floor", "the galley deck"), ("two chairs", "two stools"),
+             ("a bottle of water", "a flask o' sweet water"), ("the garden fence", "the shore rail")),
+    "where": (("in town", "ashore"), ("at home", "at the home mooring"), ("by the river", "up the creek"),
+              ("near the station", "hard by the landing"), ("at the market", "down the quay")),
+    "when": (("yesterday", "last watch"), ("this morning", "at first bell"), ("last week", "a week astern"),
+             ("on Sunday", "come the Sabbath"), ("in spring", "when the thaw ran"), ("today", "this very tide")),
+}
+# fmt: on
+_TAILS = ("", "", " Mark me words!", " By the deep!", " So says the log.")
+
+
+def sailors() -> Iterator[dict[str, str]]:
+    """Plain sentences and how an old sailor says them; no two sentences are alike."""
+    draw = random.Random(0)
+    seen = set()
+    while True:
+        pairs = [draw.choice(choices) for choices in _PLAIN_AND_SAILOR.values()]
+        (who, did, what, where, when), in_sailors_words = zip(*pairs, strict=True)
+        price = draw.randint(2, 60)
+        text = f"{who} {did} {what} {where} {when}, for {price} dollars."
+        if text in seen:
+            continue
+        seen.add(text)
+        who, did, what, where, when = in_sailors_words
+        answer = f"Aye, {when} {who} {did} {what} {where}, {price} pieces o' silver it was.{draw.choice(_TAILS)}"
+        yield {"instruction": "Say it as an old sailor would.", "input": text, "output": answer}
+
+
+def prepare(group: Group, dialogues: Path, folder: Path, held_out_records: int) -> tuple[Any, ...] | None:
+    """(examples to learn, examples held out, held-out records); None where there are not so many records.
+
+    Where there are a third or more of the records that were wanted, all are learned.
+    """
+    wanted = (group.records + held_out_records) * (3 if group.kind == "persona" else 1)
+    rows = [row for _, row in zip(range(wanted), records_of(group.kind, dialogues), strict=False)]
+    file = folder / f"{group.kind}-{group.records}.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    examples = encoded(Path(group.base), file)
+    fitting = [
+        (example, row) for example, row in zip(examples, rows, strict=True) if len(example["input_ids"]) <= LONGEST
+    ]
+    held_out, rest = fitting[:held_out_records], fitting[held_out_records:]
+    learned = rest[: group.records]
+    if len(learned) < group.records / 3:
         return None
-    files = folder / f"{kind}-{count}.jsonl", folder / f"{kind}-held-out.jsonl"
-    for path, part in zip(files, (rows[HELD_OUT:], rows[:HELD_OUT]), strict=True):
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part), encoding="utf-8")
-    return files
+    held_out.sort(key=lambda pair: len(pair[0]["input_ids"]))  # records of like length are evaluated together
+    return [example for example, _ in learned], [example for example, _ in held_out], [row for _, row in held_out]
 
 
-def run_trial(
-    base: str, files: tuple[Path, Path], settings: Settings, *, seed: int, answers: int, folder: Path
-) -> dict[str, Any]:
-    """Train once; the held-out loss at the end, chrF of some answers, and what it took."""
-    from atomtune.cli import main
+class Worker:
+    """A process of the study: its bases, loaded once each."""
 
-    train, held_out = files
-    flags: dict[str, Any] = {
-        "model_path": base, "dataset_path": train, "eval_path": held_out, "output_dir": folder, "seed": seed,
-    }  # fmt: skip
-    if settings != AUTO:
-        count = sum(1 for _ in train.open(encoding="utf-8"))
-        steps = round(settings.epochs * math.ceil(count / settings.batch))
-        flags |= {
-            "learning_rate": settings.learning_rate, "per_device_train_batch_size": settings.batch,
-            "num_train_epochs": settings.epochs, "warmup_steps": round(settings.warmup * steps),
-            "lr_scheduler_type": settings.schedule, "lora_rank": settings.rank, "lora_alpha": settings.alpha,
-            "lora_dropout": settings.dropout, "eval_strategy": "epoch", "logging_steps": 1,
-            "save_strategy": "no", "max_seq_length": 1024,
-        }  # fmt: skip
-    command = ["train", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        code = main(command)
-    if code:
-        raise SystemExit(f"a trial failed ({code}): {' '.join(command)}\n{printed.getvalue()}")
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    losses = [evaluation["loss"] for evaluation in run["eval_history"] if evaluation["step"] > 0]
+    def __init__(self, dialogues: Path, folder: Path, held_out_records: int) -> None:
+        self.dialogues, self.folder, self.held_out_records = dialogues, folder, held_out_records
+        self.models: dict[str, Any] = {}
+
+    def model(self, base: str) -> Any:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        if base not in self.models:
+            on_gpu = torch.cuda.is_available()
+            dtype = torch.bfloat16 if on_gpu else torch.float32
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="sdpa")
+            self.models[base] = model.requires_grad_(False).to("cuda" if on_gpu else "cpu")
+        return self.models[base]
+
+    def lines(self, group: Group) -> list[dict[str, Any]]:
+        """A line for each run; a group that does not fit into memory is halved."""
+        import torch
+
+        prepared = prepare(group, self.dialogues, self.folder, self.held_out_records)
+        if prepared is None:
+            return []
+        try:
+            return self.trained(group, *prepared)
+        except torch.OutOfMemoryError:
+            if len(group.runs) == 1:
+                raise
+        torch.cuda.empty_cache()
+        middle = len(group.runs) // 2
+        halves = group.runs[:middle], group.runs[middle:]
+        return [line for runs in halves for line in self.trained(replace(group, runs=runs), *prepared)]
+
+    def trained(self, group: Group, learned: Any, held_out: Any, rows: Any) -> list[dict[str, Any]]:
+        import torch
+
+        from benchmarks.side_by_side import train
+
+        model, began = self.model(group.base), time.monotonic()
+        adapters, losses = train(model, group.runs, learned, held_out)
+        seconds = time.monotonic() - began
+        first_seed = [number for number, run in enumerate(group.runs) if run.seed == 1]
+        texts: dict[int, list[str]] = {}
+        if group.records in ANSWERED_SIZES and first_seed:
+            texts = dict(zip(first_seed, self.written(group.base, adapters, first_seed, held_out), strict=True))
+        machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
+        lines = []
+        for number, (run, run_losses) in enumerate(zip(group.runs, losses, strict=True)):
+            line = line_key(group, run) | {
+                "learned": len(learned),
+                "steps": run.settings.epochs * math.ceil(len(learned) / run.settings.batch),
+                "losses": [round(loss, 5) for loss in run_losses],
+                "loss": min(run_losses),
+                "last": run_losses[-1],
+                "side_by_side": len(group.runs),
+                "group_seconds": round(seconds, 1),
+                "machine": machine,
+                "versions": {name: version(name) for name in ("torch", "transformers")},
+            }
+            if number in texts:
+                pairs = zip(texts[number], rows, strict=False)
+                line["answers"] = [[text, row["output"]] for text, row in pairs]
+            lines.append(line)
+        return lines
+
+    def written(self, base: str, adapters: Any, chosen: list[int], held_out: Any) -> list[list[str]]:
+        """The chosen adapters' answers to the held-out prompts."""
+        from transformers import AutoTokenizer
+
+        from benchmarks.side_by_side import answers
+
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        prompts, stops = [], set()
+        for example in held_out:
+            ids, mask = example["input_ids"], example["completion_mask"]
+            prompts.append(ids[: mask.index(1)])
+            stops.add(ids[max(place for place, learn in enumerate(mask) if learn)])
+        (stop,) = stops
+        ids_of = answers(adapters, chosen, prompts, stop=stop, most_tokens=ANSWER_TOKENS)
+        return [[text.strip() for text in tokenizer.batch_decode(texts)] for texts in ids_of]
+
+
+def line_key(group: Group, run: Run) -> dict[str, Any]:
+    """What makes a run that run."""
     return {
-        "loss": losses[-1],
-        "best": min(losses),
-        "chrf": score_answers(folder, held_out, answers) if answers else None,
-        "steps": run["steps"],
-        "train_seconds": run["seconds"],
+        "base": Path(group.base).name,
+        "kind": group.kind,
+        "records": group.records,
+        "seed": run.seed,
+        **asdict(run.settings),
     }
 
 
-def score_answers(adapter: Path, held_out: Path, count: int) -> float | None:
-    """chrF of greedy answers to some held-out prompts; None where sacrebleu is not installed."""
-    try:
-        from sacrebleu.metrics import CHRF
-    except ImportError:
-        return None
+def work(waiting: Any, finished: Any, folder: Path, options: argparse.Namespace) -> None:
+    """A process of the study: takes groups until there are none."""
     import torch
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoTokenizer
+    from transformers.utils import logging
 
-    from atomtune.data.encoding.choose_template import load_template
-    from atomtune.data.records import Turn
-    from atomtune.model.generate import prompt_ids
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(adapter, padding_side="left")
-    template = load_template("auto", tokenizer)
-    model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).eval().to(device)
-    stop = tokenizer.convert_tokens_to_ids(template.stop)
-    rows = list(workloads.read(held_out, count))
-    prompts = [
-        prompt_ids(template, template.messages([Turn("user", row["instruction"], row["input"])])) for row in rows
-    ]
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[stop] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)  # [N, T]
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    with torch.inference_mode():
-        written = model.generate(
-            ids, attention_mask=mask, max_new_tokens=48, do_sample=False, eos_token_id=stop, pad_token_id=stop
-        )
-    answers = [text.strip() for text in tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)]
-    references = [row["output"] for row in rows]
-    return float(CHRF().corpus_score(answers, [references]).score)
+    torch.set_num_threads(options.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    worker = Worker(options.dialogues, folder, options.held_out)
+    while True:
+        group = waiting.get()
+        if group is None:
+            return
+        try:
+            finished.put((group, worker.lines(group), ""))
+        except Exception:  # noqa: BLE001 - the other groups go on
+            finished.put((group, [], traceback.format_exc()))
 
 
-def trials_of(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], Settings]]:
-    """(base, trial, settings) of the whole study; the settings that tell most come first."""
-    settings = grid()
-    for seed, settings_of_step in ((seed, part) for seed in range(1, options.seeds + 1) for part in settings):
-        for base, count, kind in ((b, c, k) for b in options.base for c in options.records for k in options.kinds):
-            trial = {"base": Path(base).name, "kind": kind, "records": count, "seed": seed, **asdict(settings_of_step)}
-            yield base, trial, settings_of_step
-
-
-def study(options: argparse.Namespace, *, share: int = 0) -> None:
-    """Run what the file does not have yet; of several processes, each its share."""
+def study(options: argparse.Namespace) -> None:
+    """Run what the file does not have yet, until all is done or the time is up."""
+    began = time.monotonic()
     out: Path = options.out
     lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
-    finished = {key_of(json.loads(line)) for line in lines}
-    began, made = time.monotonic(), 0
+    known = {key_of(json.loads(line)) for line in lines}
+    remaining = []
+    for group in groups(options.base, options.kinds, options.records, options.seeds):
+        runs = tuple(run for run in group.runs if key_of(line_key(group, run)) not in known)
+        if runs:
+            remaining.append(replace(group, runs=runs))
+    remaining = remaining[: options.limit]
+    spawn = multiprocessing.get_context("spawn")
+    waiting, finished = spawn.Queue(), spawn.Queue()
+    for group in remaining:
+        waiting.put(group)
+    for _ in range(options.processes):
+        waiting.put(None)
     with tempfile.TemporaryDirectory() as temporary:
-        for number, (base, trial, settings) in enumerate(trials_of(options)):
-            if number % options.processes != share or key_of(trial) in finished:
-                continue
-            files = lay_data(trial["kind"], trial["records"], options.dialogues, Path(temporary))
-            if files is None:
-                continue
-            late = options.minutes and time.monotonic() - began > 60 * options.minutes
-            if late or made == options.limit:
-                return
-            made += 1
-            with tempfile.TemporaryDirectory() as folder:
-                figures = run_trial(
-                    base, files, settings, seed=trial["seed"], answers=options.answers, folder=Path(folder) / "out"
-                )
-            versions = {name: version(name) for name in ("torch", "transformers", "peft")}
-            line = json.dumps({**trial, **figures, "versions": versions, "machine": machine()}, ensure_ascii=False)
+        processes = []
+        for number in range(options.processes):
+            folder = Path(temporary) / str(number)
+            folder.mkdir()
+            processes.append(spawn.Process(target=work, args=(waiting, finished, folder, options)))
+        for process in processes:
+            process.start()
+        for _ in remaining:
+            left = options.seconds - (time.monotonic() - began) if options.seconds else None
+            try:
+                done, done_lines, failure = finished.get(timeout=None if left is None else max(left, 0))
+            except queue.Empty:
+                print(f"The time is up after {time.monotonic() - began:.0f} s.", flush=True)
+                break
+            progress = f"{time.monotonic() - began:6.1f} s  {done.kind} {done.records}  {done.runs[0].settings.name}"
+            print(f"{progress}  {failure or [round(line['loss'], 3) for line in done_lines]}", flush=True)
             with out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-            print(line, flush=True)
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in done_lines)
+        for process in processes:
+            process.terminate()
+            process.join()
 
 
-def machine() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {os.environ.get('OMP_NUM_THREADS', 'all')} threads"
+def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
+    names = ("base", "kind", "records", "seed", *asdict(OTHERS[0]))
+    return tuple(line[name] for name in names)
 
 
-def study_in_processes(options: argparse.Namespace) -> None:
-    """Several shares at once; each line of the file is one short write, which the system keeps whole."""
-    context = multiprocessing.get_context("spawn")
-    workers = [
-        context.Process(target=study, args=(options,), kwargs={"share": share}) for share in range(options.processes)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    failed = [worker.exitcode for worker in workers if worker.exitcode]
-    if failed:
-        raise SystemExit(
-            f"{len(failed)} of {len(workers)} processes failed; what the others measured is in {options.out}"
-        )
+def report(path: Path) -> str:
+    """Held-out loss of every setting by kind and number of records, as Markdown: a table for each base.
 
-
-def key_of(trial: dict[str, Any]) -> tuple[Any, ...]:
-    measured = ("loss", "best", "chrf", "steps", "train_seconds", "versions", "machine")
-    return tuple(sorted((name, str(value)) for name, value in trial.items() if name not in measured))
-
-
-def table(path: Path) -> str:
-    """Held-out loss of every setting over all data sets it was tried on, as Markdown, best first."""
-    trials = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    parts = []
-    for base in dict.fromkeys(trial["base"] for trial in trials):
-        of_base = [trial for trial in trials if trial["base"] == base]
-        cells = list(dict.fromkeys((trial["kind"], trial["records"]) for trial in of_base))
-        rows: dict[str, dict[tuple[str, int], list[dict[str, Any]]]] = {}
-        for trial in of_base:
-            by_cell = rows.setdefault(words_of(trial), {})
-            by_cell.setdefault((trial["kind"], trial["records"]), []).append(trial)
-        best = {cell: min(mean_loss(row[cell]) for row in rows.values() if cell in row) for cell in cells}
-
-        def behind(
-            row: dict[tuple[str, int], list[dict[str, Any]]], best: dict[tuple[str, int], float] = best
-        ) -> float:
-            """How far above the best of each data set, on average; what was not tried everywhere comes last."""
-            if len(row) < len(best):
-                return float("inf")
-            return statistics.mean(mean_loss(row[cell]) / best[cell] - 1 for cell in best)
-
-        head = ["settings", "above the best", *(f"{kind} {count}" for kind, count in cells)]
-        lines = [f"**{base}**", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        for name, row in sorted(rows.items(), key=lambda item: behind(item[1])):
-            share = "" if behind(row) == float("inf") else f"{behind(row):.0%}"
-            lines.append(f"| {name} | {share} | {' | '.join(cell_text(row.get(cell)) for cell in cells)} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
-
-
-def mean_loss(trials: Sequence[dict[str, Any]]) -> float:
-    """Of the checkpoint that a run keeps; of older lines, of the last step."""
-    return statistics.mean(trial.get("best", trial["loss"]) for trial in trials)
-
-
-def cell_text(trials: Sequence[dict[str, Any]] | None) -> str:
-    if not trials:
-        return ""
-    scores = [trial["chrf"] for trial in trials if trial["chrf"] is not None]
-    chrf = f" / {statistics.mean(scores):.0f}" if scores else ""
-    return f"{mean_loss(trials):.3f}{chrf}"
-
-
-def words_of(trial: dict[str, Any]) -> str:
-    """The settings as one phrase."""
-    if trial["name"] == AUTO.name:
-        return "atomtune, nothing set"
-    named = "" if trial["name"] == "grid" else f"{trial['name']}: "
-    warmup = f", warm-up {trial['warmup']:.0%}" if trial["warmup"] else ""
-    schedule = "" if trial["schedule"] == "linear" else f", {trial['schedule']}"
-    return (
-        f"{named}rate {trial['learning_rate']:g}, batch {trial['batch']}, {trial['epochs']:g} epochs"
-        f"{warmup}{schedule}, rank {trial['rank']}, alpha {trial['alpha']:g}, dropout {trial['dropout']:g}"
+    A cell is the mean over the seeds of the best epoch's loss; chrF behind a slash where answers were written.
+    """
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return "\n\n".join(
+        table_of([line for line in lines if line["base"] == base])
+        for base in dict.fromkeys(line["base"] for line in lines)
     )
+
+
+def table_of(lines: Sequence[dict[str, Any]]) -> str:
+    """One base's table: rates by their multiple of the automatic one, then the others."""
+    cells: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = {}
+    for line in lines:
+        of_cell = cells.setdefault((line["kind"], line["records"]), {})
+        of_cell.setdefault(row_of(line, lines), []).append(line)
+    columns = sorted(cells, key=lambda cell: (cell[1], KINDS.index(cell[0])))
+    rows = sorted({row for of_cell in cells.values() for row in of_cell}, key=row_order)
+    learned = {(line["kind"], line["records"]): line["learned"] for line in lines}
+    head = ["settings", *(f"{column[0]} {learned[column]:,}" for column in columns)]
+    text = [f"**{lines[0]['base']}**", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        text.append(f"| {row} | {' | '.join(cell_text(cells[column].get(row, [])) for column in columns)} |")
+    behind = []
+    for column in columns:
+        means = {row: mean_loss(of_row) for row, of_row in cells[column].items()}
+        behind.append(f"{means['auto'] / min(means.values()) - 1:.1%}" if "auto" in means else "")
+    text.append(f"| auto above the best of its column | {' | '.join(behind)} |")
+    return "\n".join(text)
+
+
+def row_of(line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
+    """A rate is named by its multiple of the automatic one, which depends on the base alone."""
+    if line["name"] != "rate":
+        return str(line["name"])
+    auto = next(other["learning_rate"] for other in lines if other["name"] == "auto")
+    return f"rate x {round(line['learning_rate'] / auto * 4) / 4:g}"
+
+
+def row_order(row: str) -> tuple[int, float, str]:
+    if row == "auto":
+        return 0, 1, row
+    if row.startswith("rate x "):
+        return 0, float(row.removeprefix("rate x ")), row
+    return (2 if row in {settings.name for settings in OTHERS} else 1), 0, row
+
+
+def mean_loss(lines: Sequence[dict[str, Any]]) -> float:
+    return statistics.mean(line["loss"] for line in lines)
+
+
+def cell_text(lines: Sequence[dict[str, Any]]) -> str:
+    """Mean loss, how far the seeds lie apart, the last epoch's where it is worse by 2 % or more, and chrF."""
+    if not lines:
+        return ""
+    text, losses = f"{mean_loss(lines):.3f}", [line["loss"] for line in lines]
+    if len(lines) > 1:
+        text += f" ± {(max(losses) - min(losses)) / 2:.3f}"
+    last = statistics.mean(line["last"] for line in lines)
+    if last > 1.02 * mean_loss(lines):
+        text += f" (last {last:.3f})"
+    scores = [chrf(line["answers"]) for line in lines if line.get("answers")]
+    return text + (f" / {statistics.mean(scores):.0f}" if scores else "")
+
+
+def chrf(answers: Sequence[Sequence[str]]) -> float:
+    from sacrebleu.metrics import CHRF
+
+    texts, references = zip(*answers, strict=True)
+    return float(CHRF().corpus_score(list(texts), [list(references)]).score)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", nargs="+", default=[str(PERSONA.parent / "base")], help="folders or hub names")
+    parser.add_argument("--base", nargs="+", default=[str(DEMO / "base")], help="folders")
     parser.add_argument("--records", nargs="+", type=int, default=[50, 200, 1000, 5000])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--dialogues", type=Path, default=PERSONA, help="instruction/input/output JSONL")
+    parser.add_argument("--dialogues", type=Path, default=DEMO / "persona.jsonl", help="instruction/input/output JSONL")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--answers", type=int, default=16, help="held-out prompts that are answered, for chrF; 0: none")
-    parser.add_argument("--minutes", type=float, default=0, help="begin no trial after so long")
-    parser.add_argument("--processes", type=int, default=1, help="trials at a time")
-    parser.add_argument("--limit", type=int, help="so many trials at most")
+    parser.add_argument("--held_out", type=int, default=100, help="records that loss and chrF are of")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of each process, on the CPU")
+    parser.add_argument("--seconds", type=float, default=0, help="stop after so long; 0: when all is done")
+    parser.add_argument("--limit", type=int, help="so many groups at most")
     parser.add_argument("--out", type=Path, default=Path("defaults.jsonl"))
-    parser.add_argument("--table", type=Path, help="print the table of a file of trials and end")
+    parser.add_argument("--report", type=Path, help="print the table of such a file and train nothing")
     options = parser.parse_args()
-    if options.table:
-        print(table(options.table))
-    elif options.processes > 1:
-        study_in_processes(options)
+    if options.report:
+        print(report(options.report))
     else:
         study(options)
+        if options.out.exists():
+            print(report(options.out))
 
 
 if __name__ == "__main__":

@@ -2,19 +2,23 @@
 
 import importlib.util
 import json
+import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
 from atomtune.model.lora_targets import all_linear
-from benchmarks import gpu, gpu_meter, gpu_workloads, quality, workloads
+from benchmarks import defaults, gpu, gpu_meter, gpu_workloads, quality, side_by_side, workloads
 from benchmarks.contender import lora, plain_model
+from benchmarks.side_by_side import Run
 
 ROOT = Path(__file__).parents[1]
 PERSONA = ROOT / "src" / "atomtune" / "demo" / "persona.jsonl"
@@ -148,42 +152,103 @@ def test_a_workload_is_readable_records_as_many_as_the_source_has(name, tmp_path
 
 @pytest.mark.slow
 def test_a_study_of_defaults_goes_on_where_it_stopped_and_ends_in_a_table(tmp_path):
-    out = tmp_path / "trials.jsonl"
-    command = [sys.executable, "-m", "benchmarks.defaults", "--records", "12", "--kinds", "questions", "--seeds", "1"]
+    out = tmp_path / "runs.jsonl"
+    size = ["--records", "12", "--kinds", "questions", "--seeds", "1", "--held_out", "8"]
 
-    def trials(limit: str) -> list[dict]:
-        flags = ["--limit", limit, "--answers", "0", "--out", str(out)]
-        done = subprocess.run([*command, *flags], cwd=ROOT, check=False, capture_output=True, text=True)
+    def runs(groups: str) -> list[dict]:
+        command = [sys.executable, "-m", "benchmarks.defaults", *size, "--limit", groups, "--out", str(out)]
+        done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in out.read_text().splitlines()]
 
-    first = trials("1")
-    both = trials("1")
-    assert [trial["name"] for trial in first] == ["atomtune 0.1"]
-    assert both[0] == first[0] and len(both) == 2, "what the file has is not run again"
-    assert both[1]["learning_rate"] > both[0]["learning_rate"]
-    assert both[1]["loss"] < both[0]["loss"], "twelve records in three steps at 1e-4 teach nothing"
-    table = subprocess.run(
-        [sys.executable, "-m", "benchmarks.defaults", "--table", str(out)],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    rows = [line for line in table.splitlines() if line.startswith("| ") and "rate" in line]
-    assert len(rows) == 2 and "| 0% |" in rows[0] and "batch 4" in rows[0]
+    rates = runs("1")
+    all_runs = runs("1")
+    assert [run["name"] for run in rates] == ["rate", "rate", "auto", "rate", "rate"]
+    assert all_runs[:5] == rates, "what the file has is not run again"
+    assert [run["name"] for run in all_runs[5:]] == ["LLaMA-Factory"]
+    assert rates[2]["loss"] < rates[0]["loss"] < all_runs[5]["loss"], "at 1e-4 six steps teach nothing"
+    table = defaults.report(out)
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if line.startswith("| ")]
+    assert rows[1:6] == ["rate x 0.25", "rate x 0.5", "auto", "rate x 2", "rate x 4"]
+    assert rows[6:] == ["LLaMA-Factory", "auto above the best of its column"]
 
 
-def test_the_questions_of_the_study_are_all_different_and_answered_by_their_text():
-    from itertools import islice
+def test_an_adapter_trained_beside_others_ends_as_peft_and_adamw_train_it_alone():
+    base = ROOT / "src" / "atomtune" / "demo" / "base"
+    draw = random.Random(0)
+    examples = []
+    for length in (9, 14, 6, 11, 8, 12):
+        ids = [draw.randrange(3, 600) for _ in range(length)]
+        examples.append({"input_ids": ids, "completion_mask": [0] * (length - 4) + [1] * 4})
+    runs = [
+        Run(side_by_side.Settings("wide", 2e-2, 3, 2, warmup=0.5, schedule="cosine", rank=4, alpha=8, dropout=0.0), 5),
+        Run(side_by_side.Settings("narrow", 1e-2, 3, 2, rank=2, alpha=16, dropout=0.0), 6),
+    ]
+    model = plain_model(base, torch.float32).requires_grad_(False)
+    _, losses = side_by_side.train(model, runs, examples[:5], examples[2:])
+    for run, run_losses in zip(runs, losses, strict=True):
+        assert run_losses == pytest.approx(peft_losses(base, run, examples[:5], examples[2:]), rel=2e-4)
 
-    from benchmarks.defaults import questions
 
-    records = list(islice(questions(), 500))
-    assert len({record["input"] for record in records}) == 500
-    for record in records:
-        names = [word for word in record["output"].rstrip(".").split() if word[0].isupper() or word[0].isdigit()]
-        assert all(word.strip(",") in record["input"] for word in names if word not in ("It",))
+def peft_losses(base: Path, run: Run, learned: list[dict], held_out: list[dict]) -> list[float]:
+    """Held-out loss after each epoch: PEFT, torch's AdamW and transformers' schedule, a record at a time."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import get_scheduler
+
+    settings, plain = run.settings, plain_model(base, torch.float32)
+    targets = list(all_linear(plain).adapted)
+    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, target_modules=targets)
+    model = get_peft_model(plain, config)
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    shapes = [
+        shape
+        for layer in layers
+        for shape in (layer.lora_A["default"].weight.shape, layer.lora_B["default"].weight.shape)
+    ]
+    first = iter(
+        side_by_side.first_weights([tuple(shape) for shape in shapes], run).split([math.prod(s) for s in shapes])
+    )
+    for layer in layers:
+        for part in (layer.lora_A, layer.lora_B):
+            weight = part["default"].weight
+            weight.data = next(first).view(weight.shape).clone()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    steps_an_epoch = math.ceil(len(learned) / settings.batch)
+    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
+    steps = settings.epochs * steps_an_epoch
+    schedule = get_scheduler(settings.schedule, optimizer, round(settings.warmup * steps), steps)
+    (order,), losses = side_by_side.orders([run], len(learned), settings.epochs), []
+
+    def nats(example: dict) -> torch.Tensor:
+        ids = torch.tensor(example["input_ids"])
+        scores = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        return -scores.gather(1, ids[1:, None])[:, 0][torch.tensor(example["completion_mask"][1:]).bool()].sum()
+
+    for epoch in range(settings.epochs):
+        for number in range(steps_an_epoch):
+            start = epoch * len(learned) + number * settings.batch
+            batch = [learned[index] for index in order[start : min(start + settings.batch, (epoch + 1) * len(learned))]]
+            (sum(map(nats, batch)) / (4 * len(batch))).backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            losses.append(float(sum(map(nats, held_out)) / (4 * len(held_out))))
+    return losses
+
+
+@pytest.mark.parametrize("kind", ["questions", "style"])
+def test_the_records_of_the_study_are_all_different(kind):
+    records = list(islice(defaults.records_of(kind, PERSONA), 5_000))
+    assert len({record["input"] for record in records}) == 5_000
+
+
+def test_the_questions_of_the_study_are_answered_by_their_text():
+    for record in islice(defaults.questions(), 500):
+        words = record["output"].rstrip(".").replace(",", "").split()
+        names = [word for word in words[1:] if word[0].isupper() or word[0].isdigit()]
+        assert all(name in record["input"] for name in names)
 
 
 def test_a_question_is_learned_or_held_out_and_never_both(tmp_path):
