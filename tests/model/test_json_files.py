@@ -5,6 +5,7 @@ import json
 import pytest
 
 from atomtune.errors import BadModel
+from atomtune.model.adapter_folder import METADATA, AdapterMetadata
 from atomtune.model.file_schemas import GenerationConfig, ModelConfig
 from atomtune.model.json_files import checked
 
@@ -39,6 +40,15 @@ def test_what_is_no_json_object(tmp_path):
     assert "nested too deep" in refused(tmp_path, "[" * 200_000)
     assert "not an object" in refused(tmp_path, "[]")
     assert "line 1 column 2" in refused(tmp_path, "{")
+    assert "bytes; a file of this kind has" in refused(tmp_path, '{"x": "' + "a" * 2**24 + '"}')
+
+
+def test_a_value_with_braces_of_its_own(tmp_path):
+    # Found by ten thousand alterations: the message about "{" was itself read as a template.
+    values = {"template": "atom", "instruction_role": "system", "stop": "</s>", "template_date": "{"}
+    (tmp_path / METADATA).write_text(json.dumps(values))
+    with pytest.raises(BadModel, match="template_date: found"):
+        AdapterMetadata.load(tmp_path)
 
 
 def test_published_values_pass(tmp_path):

@@ -2,11 +2,13 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
 from atomtune.cli import main
+from atomtune.errors import BadModel
 from atomtune.model import base_shape
 from tests.conftest import write_jsonl
 
@@ -140,3 +142,12 @@ def test_an_instruction_that_all_records_share_is_not_shown_with_each_prompt(mod
     samples = record_of(out)["samples"]
     assert {sample["prompt"] for sample in samples} <= {record["input"] for record in records} and samples
     assert "\n  reference" in capsys.readouterr().out
+
+
+def test_a_base_with_fewer_positions_than_any_record_needs_is_refused(models, tmp_path):
+    # The limit became the run's max_seq_length, below the least that setting may be: a traceback.
+    shutil.copytree(models("llama"), tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1}))
+    with pytest.raises(BadModel, match="has 1 positions"):
+        base_shape.base_shape(str(tmp_path / "base"))

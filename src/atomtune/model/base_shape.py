@@ -7,10 +7,13 @@ import psutil
 import torch
 from transformers import AutoConfig
 
+from atomtune.errors import BadModel
 from atomtune.model.load import device_in_use
 
 #: Where neither config nor memory says less. More tokens than any base of today reads.
 NO_LIMIT = 2**20
+#: The least that max_seq_length may be.
+FEWEST_TOKENS = 8
 #: Bytes of an element, whatever the run's own format is: float32.
 _ELEMENT = 4
 #: Part of the memory that the activations of one record may take; the base's weights are the larger rest.
@@ -42,6 +45,8 @@ def base_shape(path: str, *, trust_remote_code: bool = False) -> BaseShape:
     text = config.get_text_config()
     width = getattr(text, "hidden_size", None)
     positions = getattr(text, "max_position_embeddings", None) or NO_LIMIT
+    if positions < FEWEST_TOKENS:
+        raise BadModel(f"{path} has {positions:,} positions; a record needs {FEWEST_TOKENS} or more.")
     in_memory = tokens_in_memory(text, _device_memory())
     if in_memory < positions:
         return BaseShape(width, in_memory, f"this machine's memory bears {in_memory:,} tokens")

@@ -14,8 +14,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from atomtune.disk import read_json_object
 from atomtune.errors import BadModel, listing
 
-#: More than this no such file has: the largest known index of weights is 15 MB.
+#: More than this no such file has: the largest known index of weights is 15 MB, a tokenizer of 260,000 words 33 MB.
 MOST_BYTES = 2**27
+#: Of the files that are read more than once; the largest known, a tokenizer_config.json, has under 2 MB.
+_MOST_BYTES_OF_SETTINGS = 2**24
+_LARGE = ("tokenizer.json", ".index.json")
 #: The first bytes of the small text that git leaves in place of a large file that was not fetched.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _SHOWN_CHARACTERS = 60
@@ -80,8 +83,9 @@ def refuse_unreadable(file: Path) -> None:
     size = file.stat().st_size
     if size == 0:
         raise BadModel(f"{file} is empty; expected a JSON object. Copy the folder again.")
-    if size > MOST_BYTES:
-        raise BadModel(f"{file} has {size:,} bytes; a file of this kind has {MOST_BYTES:,} at most.")
+    most = MOST_BYTES if file.name.endswith(_LARGE) else _MOST_BYTES_OF_SETTINGS
+    if size > most:
+        raise BadModel(f"{file} has {size:,} bytes; a file of this kind has {most:,} at most.")
     if is_lfs_pointer(file):
         raise BadModel(
             f"{file} is a git-lfs pointer, not the file itself.\n"
@@ -100,7 +104,9 @@ def refusal(file: Path, values: Mapping[str, Any], error: ValidationError) -> st
     found: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         place, value = _place_of(values, problem["loc"])
-        words = _EXPECTED.get(problem["type"], problem["msg"]).format(**problem.get("ctx", {}))
+        template = _EXPECTED.get(problem["type"])
+        # A message of pydantic's may hold braces of the file's own.
+        words = template.format(**problem.get("ctx", {})) if template else problem["msg"]
         if words not in expected.setdefault(place, []):
             expected[place].append(words)
         found[place] = "nothing" if problem["type"] == "missing" else _shown(value)
