@@ -1,7 +1,7 @@
 """Mutated files of a model, an adapter and a run: answered by name within seconds, and never loaded as another thing.
 
-`make fuzz` takes ten thousand of each. The oracle is dumber than any schema: a file that was accepted is a JSON object in which
-every value is of the kind that stood there before, or null.
+`make fuzz` takes ten thousand of each. The oracle is dumber than any schema: a file that was accepted is a JSON object
+in which every value is of the kind that stood there before, or null.
 """
 
 import contextlib

@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
 
-from atomtune.data.encoding.jinja_render import TEMPLATE_ERRORS, Renderer
+from atomtune.data.encoding.jinja_render import Renderer
 from atomtune.data.encoding.thoughts import (
     behind_thoughts,
     closed,
@@ -191,10 +191,11 @@ class Template:
             raise CannotExpress(f"{self.title} cannot express it: it writes nothing before an answer")
         try:
             return self._renderer(messages, prompt=prompt, tools=tools, variables=variables)
-        except TEMPLATE_ERRORS as error:  # a template may do anything to any value
+        except Exception as error:  # noqa: BLE001  # a template is a program: what it raises is its own
             line = getattr(error, "lineno", None)  # of a text that is no template at all
             place = f" (its line {line})" if line else ""
-            raise CannotExpress(f"{self.title} cannot express it: {error}{place}") from None
+            why = str(error) or type(error).__name__
+            raise CannotExpress(f"{self.title} cannot express it: {why}{place}") from None
 
     def pieces(self, record: Record, at: int = -1) -> tuple[Piece, Piece]:
         """The prompt, which is not learned, and the answer behind it: the turn at `at`."""

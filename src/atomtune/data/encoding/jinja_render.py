@@ -15,10 +15,6 @@ from jinja2.utils import Namespace
 
 from atomtune.data.encoding.sandbox import Clock, Generation, Sandbox, refuse_longer
 
-#: What a running template may raise besides TemplateError: any mistake of a program, none of ours.
-TEMPLATE_ERRORS = (
-    *(TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError),
-)
 #: Characters of a template; the longest published one has some 20,000.
 MOST_SOURCE = 2**20
 
@@ -37,7 +33,8 @@ def compiled(source: str) -> Program:
     """The template as a program. Raises TemplateError where it is none."""
     if len(source) > MOST_SOURCE:
         raise TemplateError(f"it is {len(source):,} characters long; {MOST_SOURCE:,} is the most")
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    # Optimized, what a template writes in constants alone is computed while it is compiled, where no clock runs.
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[Generation, loopcontrols])
     environment.globals["raise_exception"] = _raise
     environment.globals["namespace"] = _Namespace
     try:
@@ -69,7 +66,10 @@ class Renderer:
         tools: Sequence[Mapping[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The rendered text. Raises one of TEMPLATE_ERRORS."""
+        """The rendered text. A template may raise whatever a program may.
+
+        Raises TemplateError where the text is none that can be written down: half a character.
+        """
         context = self._program.new_context({**self._values, **variables}) if variables else self._context
         context.vars.clear()  # what the rendering before set at its top level
         context.exported_vars.clear()
@@ -80,7 +80,12 @@ class Renderer:
             parts.append(part)
             length += len(part)
             refuse_longer(length)
-        return "".join(parts)
+        text = "".join(parts)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TemplateError(f"it writes half a character ({text[error.start]!a})") from None
+        return text
 
 
 def _raise(message: str) -> NoReturn:
