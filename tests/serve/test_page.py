@@ -1,5 +1,6 @@
 """The page of `atomtune web`, clicked through in a real browser; its server is the command's own process."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -56,17 +57,19 @@ class Web:
     def address(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def end(self) -> int:
+    def __enter__(self) -> "Web":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
         self.process.send_signal(signal.SIGINT)
         self.process.communicate(timeout=30)
-        return self.process.returncode
+        assert self.process.returncode == 0
 
 
 @pytest.fixture(scope="module")
 def web(by_heart) -> Iterator[Web]:
-    served = Web("--adapter_path", str(by_heart), "--max_new_tokens", "40")
-    yield served
-    assert served.end() == 0
+    with Web("--adapter_path", str(by_heart), "--max_new_tokens", "40") as served:
+        yield served
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,13 @@ def browser() -> Iterator["playwright.Browser"]:
         browser = driver.chromium.launch(executable_path=BROWSER, args=QUIET)
         yield browser
         browser.close()
+
+
+@contextlib.contextmanager
+def new_page(browser: "playwright.Browser") -> Iterator["playwright.Page"]:
+    page = browser.new_page(locale="en-US")
+    yield page
+    page.close()
 
 
 class Tab:
@@ -172,9 +182,12 @@ def test_a_stopped_answer_stays_and_the_next_question_is_answered(browser, model
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20_000}))
     endless = train_by_heart(base, tmp_path, DIALOGUES, steps=1)
-    web = Web("--adapter_path", str(endless), "--max_new_tokens", "10000")
-    page = browser.new_page(locale="en-US")
-    tab = Tab(page, web.address)
+    with Web("--adapter_path", str(endless), "--max_new_tokens", "10000") as web, new_page(browser) as page:
+        stop_and_begin_anew(Tab(page, web.address))
+
+
+def stop_and_begin_anew(tab: Tab) -> None:
+    page = tab.page
     for count in (1, 2):
         tab.ask("晚安")
         page.locator("#typed [data-testid='stop-button']").dispatch_event("click")
@@ -191,8 +204,6 @@ def test_a_stopped_answer_stays_and_the_next_question_is_answered(browser, model
     assert "今天" not in page.inner_text("#tuned") and "Who are you?" in page.inner_text("#tuned")
     page.locator("#typed [data-testid='stop-button']").dispatch_event("click")
     page.wait_for_selector("#typed [data-testid='submit-button']", timeout=5_000)
-    page.close()
-    assert web.end() == 0
 
 
 @needs_browser
@@ -213,33 +224,30 @@ def test_a_conversation_is_saved_as_a_record_that_training_reads(opened, tmp_pat
     tab = opened()
     tab.ask("晚安")
     tab.shows("tuned", "晚安，愿你好梦。")
-    with tab.page.expect_download() as download:
-        tab.page.click("#save")
-    saved = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
-    assert [message["content"] for message in saved["messages"]] == ["晚安", "晚安，愿你好梦。"]
+    assert [message["content"] for message in saved_by(tab.page)] == ["晚安", "晚安，愿你好梦。"]
+
+
+def saved_by(page: "playwright.Page") -> list[dict]:
+    """The messages of the conversation, as the page's button saves it."""
+    with page.expect_download() as download:
+        page.click("#save")
+    return json.loads(Path(download.value.path()).read_text(encoding="utf-8"))["messages"]
 
 
 @needs_browser
 def test_an_empty_system_text_is_sent_where_another_than_the_trainings_is_wanted(browser, models, tmp_path):
     """The template qwen2.5 writes a persona of its own where there is no system text; an empty one switches it off."""
     trained = train_by_heart(models("qwen3"), tmp_path, DIALOGUES, "--template", "qwen2.5", steps=1)
-    web = Web("--adapter_path", str(trained), "--max_new_tokens", "4")
-    page = browser.new_page(locale="en-US")
-    tab = Tab(page, web.address)
-    tab.settings()
-    assert not page.is_visible("#system textarea")
-    roles = []
-    for own_system in (False, True):
-        page.set_checked("#own_system input", own_system)
-        page.click("#new")
-        playwright.expect(page.locator("#save")).to_be_hidden()
-        tab.ask("晚安")
-        playwright.expect(page.locator("#tuned .message.bot")).to_have_count(1, timeout=20_000)
-        page.wait_for_selector("#save")
-        with page.expect_download() as download:
-            page.click("#save")
-        saved = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))["messages"]
-        roles.append([(message["role"], message["content"]) for message in saved[:-1]])
-    assert roles == [[("user", "晚安")], [("system", ""), ("user", "晚安")]]
-    page.close()
-    assert web.end() == 0
+    with Web("--adapter_path", str(trained), "--max_new_tokens", "4") as web, new_page(browser) as page:
+        tab = Tab(page, web.address)
+        tab.settings()
+        assert not page.is_visible("#system textarea")
+        sent = []
+        for own_system in (False, True):
+            page.set_checked("#own_system input", own_system)
+            page.click("#new")
+            playwright.expect(page.locator("#save")).to_be_hidden()
+            tab.ask("晚安")
+            page.wait_for_selector("#save")
+            sent.append([(message["role"], message["content"]) for message in saved_by(page)[:-1]])
+    assert sent == [[("user", "晚安")], [("system", ""), ("user", "晚安")]]

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from atomtune import __version__
+from atomtune.data.encoding.chat_template import OWN
 from atomtune.model.adapter_folder import AdapterMetadata
 
 #: Settings that every card shows, set by the user or not.
@@ -95,6 +96,7 @@ def _licence_sentence(base: str) -> str:
 
 
 def _use(base: str, auto_class: str, metadata: AdapterMetadata) -> str:
+    template = f"{OWN} template" if metadata.template == OWN else f"the template `{metadata.template}`"
     lines = [
         "## How to use",
         "",
@@ -121,7 +123,7 @@ def _use(base: str, auto_class: str, metadata: AdapterMetadata) -> str:
         'print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
         "```",
         "",
-        f"Prompts are written by the template `{metadata.template}`; an answer ends with `{metadata.stop}`.",
+        f"Prompts are written by {template}; an answer ends with `{metadata.stop}`.",
     ]
     if metadata.template_variables:
         variables = ", ".join(f"{name}={value!r}" for name, value in metadata.template_variables.items())

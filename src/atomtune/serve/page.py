@@ -19,6 +19,7 @@ import gradio
 from gradio.blocks import Block
 
 from atomtune.console import shortened
+from atomtune.data.encoding.chat_template import OWN
 from atomtune.data.encoding.thoughts import THINKING
 from atomtune.disk import read_json_object
 from atomtune.errors import AtomtuneError
@@ -335,9 +336,9 @@ def about(tuned: TunedModel) -> str:
     """Which model answers, by which template, and what every message is sent with; in Markdown."""
     dtype = dtype_name(next(tuned.model.parameters()).dtype)
     kind = f"adapter on {_code(tuned.base)}" if tuned.has_base else "merged model"
+    template = tuned.template.title if tuned.template.name == OWN else f"template {_code(tuned.template.name)}"
     lines = [
-        f"**{_code(str(tuned.folder))}**  {kind}, {dtype} on {tuned.model.device.type}, "
-        f"template {_code(tuned.template.name)}"
+        f"**{_code(str(tuned.folder))}**  {kind}, {dtype} on {tuned.model.device.type}, {template}"
     ]
     if tuned.wording.instruction:
         lines.append(f"Each message is sent with the instruction {_code(shortened(tuned.wording.instruction))}")

@@ -32,10 +32,10 @@ def web(settings: WebSettings) -> int:
     page = page_of(tuned, settings)
     page.launch(host=settings.host, port=settings.port, login=(USER, password) if password else None)
     address = f"http://{own_address(settings.host)}:{settings.port}"
-    console.say(f"\nready: {address}  Ctrl-C stops it.")
-    if password:
-        console.say(f"The page asks for the name {USER} and the password.")
     try:
+        console.say(f"\nready: {address}  Ctrl-C stops it.")
+        if password:
+            console.say(f"The page asks for the name {USER} and the password.")
         page.wait(opens=address if settings.open else None)
     except KeyboardInterrupt:
         console.say("\nstopped.")
