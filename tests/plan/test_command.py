@@ -1,10 +1,14 @@
 """What is planned is what the run then does: same steps, about the same tokens, the same layout."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from atomtune.cli import main
+from tests.conftest import DIALOGUES, write_jsonl
+from tests.tiny import build
 
 
 def planned(capsys, *flags: str) -> dict:
@@ -38,10 +42,27 @@ def test_the_json_has_its_keys_and_the_parts_make_the_peak(models, dialogues, ca
     plan = planned(capsys, "--model_path", str(models("llama")), "--dataset_path", str(dialogues))
     assert plan["peak_bytes"] == sum(plan["parts"].values())
     assert set(plan["parts"]) == {
-        "base", "adapter", "gradients", "optimizer", "activations", "logits", "libraries"
+        "base", "adapter", "gradients", "optimizer", "activations", "logits", "kernels", "libraries"
     }  # fmt: skip
     assert plan["fits"]["8 GB GPU"] is True
     assert plan["seconds"] > 0
+
+
+def test_the_memory_of_a_run_on_a_cpu_is_about_what_was_planned(tmp_path):
+    """Both in processes of their own; half a gigabyte is the step's, the rest are libraries."""
+    base = build("llama", tmp_path / "base", hidden_size=256, intermediate_size=688, num_hidden_layers=8)
+    records = [{**record, "instruction": f"{record['instruction']} {n}"} for n in range(24) for record in DIALOGUES]
+    data = write_jsonl(tmp_path / "data.jsonl", records)
+    run = ["--model_path", str(base), "--dataset_path", str(data), "--dtype", "float32", "--layout", "padded"]
+    run += ["--max_steps", "6", "--per_device_train_batch_size", "64", "--eval_size", "0", "--use_cpu", "true"]
+    atomtune = [sys.executable, "-m", "atomtune"]
+    plan = json.loads(subprocess.run([*atomtune, "plan", *run, "--json"], capture_output=True, check=True).stdout)
+    out = ["--output_dir", str(tmp_path / "out"), "--gradient_checkpointing", "false"]
+    subprocess.run([*atomtune, "train", *run, *out], capture_output=True, check=True)
+    measured = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["peak_memory_bytes"]
+    print(plan["parts"], measured)
+    assert plan["parts"]["activations"] > 0.3 * measured
+    assert plan["peak_bytes"] == pytest.approx(measured, rel=0.35)
 
 
 def test_it_takes_the_settings_of_train_and_its_mistakes_are_the_same(models, dialogues, tmp_path, capsys):

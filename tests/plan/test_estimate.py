@@ -73,6 +73,17 @@ def test_a_7b_in_nf4_fits_where_people_say_it_fits(qwen_7b):
     assert not fits_on_gpu(step_memory(qwen_7b, in_16_bits, recomputed=True), 16)
 
 
+def test_a_cpu_keeps_kernels_for_each_new_length_of_a_row_until_it_forgets_the_oldest(size):
+    def kernels(lengths: int) -> int:
+        step = StepSpec(tokens=1000, element_bytes=2, quantize=None, dropout=False, libraries=0, row_tokens=100,
+                        lengths=lengths)  # fmt: skip
+        return step_memory(size, step, recomputed=False).parts["kernels"]
+
+    assert kernels(0) == 0  # a GPU keeps none
+    assert kernels(2) == 2 * kernels(1) > 0
+    assert kernels(10_000) == kernels(1_000) < 1_000 * kernels(1)
+
+
 def test_the_peak_is_the_sum_of_the_parts_and_recomputing_takes_only_activations_away(size):
     kept, recomputed = (step_memory(size, STEP, recomputed=flag) for flag in (False, True))
     assert kept.peak == sum(kept.parts.values())

@@ -50,6 +50,7 @@ class RunSize:
     targets          learned tokens
     mean_context     tokens that a token may see, on average
     heaviest         tokens of a step as heavy as the run may meet
+    batches          that are laid out and computed one by one
     """
 
     layout: Layout
@@ -59,6 +60,7 @@ class RunSize:
     targets: int
     mean_context: float
     heaviest: int
+    batches: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +219,7 @@ def _run_size(settings: TrainSettings, args: TrainingArguments, data: EncodedDat
         heaviest=heaviest_of_the_run(
             sampled.heaviest[layout], per_batch=per_batch, longest_tokens=data.ledger.longest_tokens
         ),
+        batches=math.ceil(seen / per_batch),
     )
 
 
@@ -265,16 +268,17 @@ class _Here:
         return cls(device=device, dtype=dtype, free=free_bytes(device), libraries=0)
 
     def memory(self, settings: TrainSettings, size: ModelSize, run: RunSize) -> StepMemory:
+        on_cpu = self.device.type == "cpu"
         step = StepSpec(
             tokens=run.heaviest,
             element_bytes=self.dtype.itemsize,
             quantize=settings.model.quantize,
             dropout=settings.lora.lora_dropout > 0,
             libraries=self.libraries,
+            row_tokens=run.tokens_computed // run.batches,
+            lengths=run.batches if on_cpu else 0,
         )
-        return _kept_or_recomputed(
-            settings, size, step, free=self.free, usable=USABLE if self.device.type == "cpu" else USABLE_ON_GPU
-        )
+        return _kept_or_recomputed(settings, size, step, free=self.free, usable=USABLE if on_cpu else USABLE_ON_GPU)
 
 
 def _on_card(settings: TrainSettings, size: ModelSize, run: RunSize, gigabytes: int) -> StepMemory:

@@ -22,6 +22,11 @@ ADAPTER_BYTES, GRADIENT_BYTES, ADAM_BYTES = 4, 4, 8
 #: What CUDA itself takes before the first tensor, and the part of a card that a run can fill before it fragments.
 CUDA_CONTEXT, FILLED = 600 * 2**20, 0.94
 
+#: On a CPU torch keeps what oneDNN prepares for each new length of a row, up to so many products; a matrix brings six,
+#: with its two of LoRA, forward and back. Bytes for each token and number that goes in or out: measured 7 to 12
+#: (docs/log.md, widths 512 to 1,536).
+PRODUCTS_KEPT, PRODUCTS_A_MATRIX, KERNEL_BYTES = 1024, 6, 9
+
 #: Of the machine's rate of matrix products, what a step reaches (benchmarks/README.md: 0.37 to 0.46 on a CPU).
 SHARE_OF_RATE = {"cpu": 0.45, "cuda": 0.5}
 #: However little a layer computes, its kernels have to be issued: a step of 28 layers took 0.2 s on an H200's host.
@@ -52,6 +57,8 @@ class StepSpec:
     tokens        computed in the heaviest step
     element_bytes of a number in the base's format
     libraries     bytes of the process before any tensor, or of CUDA's context
+    row_tokens    of a row of usual length, on a CPU
+    lengths       how many lengths of rows the run meets there; 0 on a GPU, which keeps nothing for them
     """
 
     tokens: int
@@ -59,6 +66,8 @@ class StepSpec:
     quantize: Quantize | None
     dropout: bool
     libraries: int
+    row_tokens: int = 0
+    lengths: int = 0
 
 
 def step_memory(size: ModelSize, step: StepSpec, *, recomputed: bool) -> StepMemory:
@@ -80,9 +89,18 @@ def step_memory(size: ModelSize, step: StepSpec, *, recomputed: bool) -> StepMem
         "optimizer": size.trained * ADAM_BYTES,
         "activations": activations,
         "logits": 2 * CHUNK_LOGITS * 4,  # of the targets that are computed at once, and their gradient
+        "kernels": _kernels(size, step),
         "libraries": step.libraries,
     }
     return StepMemory(parts=parts, recomputed=recomputed)
+
+
+def _kernels(size: ModelSize, step: StepSpec) -> int:
+    """Bytes of what a CPU keeps for the lengths of rows it has met."""
+    if not step.lengths or not size.shapes:
+        return 0
+    kept = min(step.lengths, PRODUCTS_KEPT // (PRODUCTS_A_MATRIX * len(size.shapes)))
+    return kept * KERNEL_BYTES * step.row_tokens * sum(inputs + outputs for inputs, outputs in size.shapes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ class ModelSize:
     body       multiplied with every token: no embedding, no output matrix, of the experts those that a token chooses
     head       the output matrix, which is multiplied with target tokens alone
     trained    parameters of the adapter
+    shapes     (in, out) of its linear layers, each once, the output matrix left out
     """
 
     config: Any
@@ -35,6 +36,7 @@ class ModelSize:
     body: int
     head: int
     trained: int
+    shapes: frozenset[tuple[int, int]] = frozenset()
 
     @property
     def text(self) -> Any:
@@ -63,7 +65,8 @@ def measure(path: str, lora: LoraSpec, *, trust_remote_code: bool = False) -> Mo
     for name, weight in base.named_parameters():
         if id(weight) not in outside:
             body += weight.numel() * (chosen if ".experts." in name else 1)
-    linear = (module for module in base.modules() if isinstance(module, nn.Linear) and module is not head)
+    linear = [module for module in base.modules() if isinstance(module, nn.Linear) and module is not head]
+    shapes = frozenset((module.in_features, module.out_features) for module in linear)
     weights, quantized = _count(base.parameters()), _count(module.weight for module in linear)
 
     match_targets(base, lora.targets)
@@ -76,6 +79,7 @@ def measure(path: str, lora: LoraSpec, *, trust_remote_code: bool = False) -> Mo
         body=round(body),
         head=0 if head is None else _count(head.parameters()),
         trained=_count(weight for weight in model.parameters() if weight.requires_grad),
+        shapes=shapes,
     )
 
 

@@ -337,9 +337,7 @@ def about(tuned: TunedModel) -> str:
     dtype = dtype_name(next(tuned.model.parameters()).dtype)
     kind = f"adapter on {_code(tuned.base)}" if tuned.has_base else "merged model"
     template = tuned.template.title if tuned.template.name == OWN else f"template {_code(tuned.template.name)}"
-    lines = [
-        f"**{_code(str(tuned.folder))}**  {kind}, {dtype} on {tuned.model.device.type}, {template}"
-    ]
+    lines = [f"**{_code(str(tuned.folder))}**  {kind}, {dtype} on {tuned.model.device.type}, {template}"]
     if tuned.wording.instruction:
         lines.append(f"Each message is sent with the instruction {_code(shortened(tuned.wording.instruction))}")
     return "\n\n".join(lines)
