@@ -5,12 +5,15 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from tokenizers import Tokenizer
+from tokenizers import models as tokenizer_models
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from atomtune.cli import main
 from atomtune.data.encoding.choose_template import load_template
+from atomtune.errors import BadModel
 from atomtune.model.adapter import LoraSpec, new_adapter
-from atomtune.model.generate import ready_to_answer, stop_ids
+from atomtune.model.generate import prompt_ids, ready_to_answer, stop_ids
 from atomtune.model.load import BaseSpec, load_base, load_tokenizer
 
 CPU = torch.device("cpu")
@@ -72,3 +75,12 @@ def test_chat_and_merge_work_on_such_a_base(models, tmp_path, capsys, name):
     assert "min_new_tokens" not in written
     assert main(["chat", "--adapter_path", str(adapter), "--prompt", "x", "--max_new_tokens", "3"]) == 0
     assert "not used from the base's generation config" in capsys.readouterr().err
+
+
+def test_a_tokenizer_without_a_token_for_any_text_is_refused():
+    # Found by ten thousand alterations of tokenizer.json: an empty prompt is a tensor of no whole numbers.
+    backend = Tokenizer(tokenizer_models.BPE(vocab={"</s>": 0}, merges=[]))
+    empty = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    template = load_template("plain", empty)
+    with pytest.raises(BadModel, match="has no token for any part"):
+        prompt_ids(template, [{"role": "user", "content": "Who are you?"}])

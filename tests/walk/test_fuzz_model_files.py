@@ -224,7 +224,8 @@ def test_no_file_breaks_what_reads_it(folders, tmp_path, name):
             assert not [place for place in changed if place.split(".")[1] not in FREE], (number, changed, content[:500])
         except AtomtuneError as error:
             assert error.exit_code == 2, (number, error)
-            named = (str(folder), "template", "no folder here has this name")  # the last: a base that the file names
+            # The last two: a base that the file names.
+            named = (str(folder), "template", "no folder here has this name", "Pass --model_path with")
             assert any(words in str(error) for words in named), (number, str(error))
         except BaseException as error:
             raise AssertionError((number, repr(error)[:300], content[:1500])) from error

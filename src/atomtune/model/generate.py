@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from atomtune.data.encoding.chat_template import Message, Template
+from atomtune.errors import BadModel
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.load import pad_id_of
 
@@ -60,8 +61,17 @@ class _StopEarly(StoppingCriteria):
 
 
 def prompt_ids(template: Template, messages: Sequence[Message]) -> list[int]:
-    """The ids the model was trained to answer: the same template, the same laws."""
-    return template.tokens.ids_of([template.prompt_piece(messages)])[0]
+    """The ids the model was trained to answer: the same template, the same laws.
+
+    Raises BadModel where there are none: a tokenizer without a token for any of the text.
+    """
+    ids = template.tokens.ids_of([template.prompt_piece(messages)])[0]
+    if not ids:
+        raise BadModel(
+            f"the tokenizer has no token for any part of what template {template.name} writes, so there is nothing to "
+            "answer. Look at tokenizer.json, or pass another --template."
+        )
+    return ids
 
 
 def stop_ids(model: CausalLM, template: Template) -> list[int]:
