@@ -53,9 +53,9 @@ token-truth: $(VENV)/installed-bench
 reliability: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reliability $(RELIABILITY)
 
-# Every point of a save, a hundred kills, every step to resume from; ten thousand mutated files of data, of models and of adapters.
+# Every point of a save, a hundred kills, every step to resume from, 5,000 steps in one run; ten thousand mutated files of data, of models and of adapters.
 soak: $(VENV)/installed-test
-	ATOMTUNE_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/walk/test_faults.py tests/walk/test_same_run.py tests/walk/test_same_run_evaluated.py
+	ATOMTUNE_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/walk/test_faults.py tests/walk/test_same_run.py tests/walk/test_same_run_evaluated.py tests/walk/test_long_run.py
 
 fuzz: $(VENV)/installed-test
 	ATOMTUNE_FUZZ=10000 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/walk/test_fuzz.py tests/walk/test_fuzz_kinds.py tests/walk/test_fuzz_model_files.py

@@ -80,6 +80,7 @@ FAULTS = {
     "renamed": (lambda w, first: {n.replace("self_attn", "attention"): t for n, t in w.items()}, "not in this model"),
     "integers": (lambda w, first: {**w, first: w[first].int()}, "holds int32"),
     "NaN": (lambda w, first: {**w, first: w[first] * torch.nan}, "not finite"),
+    "eight bits": (lambda w, first: {**w, first: w[first].to(torch.float8_e4m3fn)}, "holds float8_e4m3fn; expected"),
     "transposed": (lambda w, first: {**w, first: w[first].T.contiguous()}, "(4, 32) in this model"),
 }
 

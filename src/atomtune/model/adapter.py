@@ -31,6 +31,9 @@ from atomtune.model.lora_targets import (
     shortest,
 )
 
+#: Numbers an adapter may be made of; torch computes nothing with the eighth-size ones.
+_OF_ADAPTERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSpec:
@@ -236,8 +239,9 @@ def _fill(model: PeftModel, weights: Mapping[str, torch.Tensor], file: Path, ada
         tensor, shape = weights[name], tuple(own[name].shape)
         if tuple(tensor.shape) != shape:
             problems.append(f"{name}: {tuple(tensor.shape)} in the file, {shape} in this model")
-        elif not tensor.is_floating_point():
-            problems.append(f"{name}: holds {str(tensor.dtype).removeprefix('torch.')}, not floating-point numbers")
+        elif tensor.dtype not in _OF_ADAPTERS:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            problems.append(f"{name}: holds {dtype}; expected float32, bfloat16, float16 or float64")
         elif not bool(torch.isfinite(tensor).all()):
             problems.append(f"{name}: holds values that are not finite (NaN or infinity)")
     if problems:

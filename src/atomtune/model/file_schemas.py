@@ -18,6 +18,8 @@ TokenIds = TokenId | list[TokenId] | None
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+#: What an adapter is multiplied by; at 1e30 all its answers are one token.
+Factor = Annotated[float, Field(gt=0, le=1e6)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Flag = bool | None
 Names = list[str] | None
@@ -203,7 +205,7 @@ class AdapterConfig(JsonFile):
     task_type: str | None = None
     inference_mode: Flag = None
     r: Annotated[int, Field(ge=1, le=2**16)] | None = None
-    lora_alpha: Positive | None = None
+    lora_alpha: Factor | None = None
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
@@ -243,7 +245,7 @@ class LoraConfigFile(AdapterConfig):
     """adapter_config.json of a LoRA adapter."""
 
     r: Annotated[int, Field(ge=1, le=2**16)] = 8
-    lora_alpha: Positive = 8
+    lora_alpha: Factor = 8
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
