@@ -10,6 +10,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["ATOMTUNE_LANGUAGE"] = "en"  # whatever the locale of this machine is
 
 # `nohup make test &` hands down that these are ignored; a run heeds that, and so would the tests of stops.
 for number in (signal.SIGINT, signal.SIGHUP):

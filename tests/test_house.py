@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "atomtune"
 FILES = sorted(SOURCE.rglob("*.py"))
 #: Rooms and top-level modules by floor: each may import from the floors above it, and never from its own or below.
 FLOORS = (
-    ("errors", "choices"),
+    ("errors", "choices", "language"),
     ("console", "disk", "limits", "settings", "extras", "process"),
     ("data", "engines"),
     ("analysis", "batch"),
@@ -92,7 +92,7 @@ def test_data_is_handed_its_tokenizer_and_imports_no_torch(path):
     assert not {module.split(".")[0] for module in imports_of(path)} & {"torch", "transformers", "peft", "accelerate"}
 
 
-LIGHT = ("errors", "choices", "console", "settings", "cli")
+LIGHT = ("errors", "choices", "language", "console", "settings", "cli")
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in LIGHT], ids=name)

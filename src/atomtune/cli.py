@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from atomtune import __version__
 from atomtune.console import LastingStream
 from atomtune.errors import AtomtuneError, BadSettings, ExitCode
+from atomtune.language import LANGUAGES, language_of, spoken, translated
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without 灯 or … shows them as \u706f
-    with _lasting_streams() as output:
-        code = _answer(argv)
+    words, language = _without_language(sys.argv[1:] if argv is None else argv)
+    with _lasting_streams() as output, spoken(language if language in LANGUAGES else "en"):
+        if language in LANGUAGES:
+            code = _answer(words)
+        else:
+            _say_error(f"atomtune: --language {language!r}: expected one of {', '.join(LANGUAGES)}.")
+            code = ExitCode.USER_MISTAKE
         output.flush()
         error = output.error if isinstance(output, LastingStream) else None
         if code == ExitCode.DONE and error is not None and not isinstance(error, BrokenPipeError):
             _say_error(f"atomtune: standard output cannot be written: {error.strerror}. What it was to hold is lost.")
             code = ExitCode.RUN_FAILED
     return code
+
+
+def _without_language(argv: Sequence[str]) -> tuple[list[str], str]:
+    """The words without `--language zh`, which every command takes, and the language: that one or the locale's."""
+    words, language = [], language_of()
+    rest = iter(argv)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name == "--language":
+            language = value if equals else next(rest, "")
+        else:
+            words.append(word)
+    return words, language
 
 
 @contextlib.contextmanager
@@ -86,13 +105,12 @@ def _lasting_streams() -> Iterator[LastingStream | TextIO]:
         sys.stdout, sys.stderr = streams
 
 
-def _answer(argv: Sequence[str] | None) -> int:
+def _answer(words: Sequence[str]) -> int:
     """Run what the command line asks for; its exit code."""
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
         from atomtune.settings.completion import complete
 
         complete({name: command.summary for name, command in COMMANDS.items()})
-    words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         if words[1:] == ["json"]:
             _print_help_as_json()
@@ -216,10 +234,10 @@ def _stop_on_signals() -> dict[int, Any]:
 
 
 def _overview() -> str:
-    commands = [f"  {name:<8} {command.summary}" for name, command in COMMANDS.items()]
+    commands = [f"  {name:<8} {translated(command.summary)}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            f"atomtune {__version__}: LoRA instruction fine-tuning",
+            translated(f"atomtune {__version__}: LoRA instruction fine-tuning"),
             "",
             "usage: atomtune COMMAND [--help] …",
             "",
@@ -227,5 +245,6 @@ def _overview() -> str:
             "",
             "`atomtune train` with nothing else trains the built-in demo on a CPU, in about a minute.",
             "`atomtune --help json` says all of this, and every setting, as data.",
+            "`--language zh`, with any command: messages, screens and help in Chinese; so does a Chinese locale.",
         ]
     )

@@ -20,6 +20,8 @@ from rich.cells import cell_len
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 
+from atomtune.language import translated
+
 #: What a terminal obeys instead of showing it: C0 and C1 control characters, all but tab and line end, and the marks
 #: that turn the direction of writing or end a line.
 _ORDERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -47,11 +49,11 @@ class Console(rich.console.Console):
         self.notices: list[str] = []
 
     def say(self, text: str, style: str | None = None, *, wrap: bool = True) -> None:
-        """One text as it is: `[` begins no markup. On a terminal its lines end at a word's end.
+        """One text in the language that is spoken: `[` begins no markup. On a terminal its lines end at a word's end.
 
         wrap  False leaves a long line to the terminal, so that a command in it can be copied whole
         """
-        text = visible(text)
+        text = visible(translated(text, is_ours=False))
         if wrap and self.is_terminal:
             lines = text.split("\n")
             text = "\n".join(line if _COMMAND.match(line) else wrapped(line, self.width) for line in lines)
@@ -59,6 +61,7 @@ class Console(rich.console.Console):
 
     def columns(self, rows: Sequence[Sequence[str]]) -> None:
         """Rows whose cells stand below each other; on a terminal the last one wraps below itself."""
+        rows = [[translated(cell) for cell in row] for row in rows]
         widths = [max(map(cell_len, cells)) for cells in zip(*rows, strict=True)]
         for *cells, last in rows:
             start = "  " + "".join(
@@ -73,7 +76,7 @@ class Console(rich.console.Console):
     def notice(self, text: str) -> None:
         """Something the user should know and need not answer; kept for run.json."""
         self.notices.append(text)
-        self.say(f"note: {text}", style="yellow")
+        self.say(translated("note: ") + translated(text), style="yellow")
 
     def render(
         self, renderable: rich.console.RenderableType, options: rich.console.ConsoleOptions | None = None
@@ -193,7 +196,7 @@ class ReadingProgress:
 
     def __init__(self, console: Console, total_bytes: int, what: str) -> None:
         self.progress = progress_bar(console, "{task.fields[rate]}", count=False)
-        self.task = self.progress.add_task(what, total=total_bytes, rate="")
+        self.task = self.progress.add_task(translated(what), total=total_bytes, rate="")
         self.began, self.bytes_read = time.perf_counter(), 0
 
     def __enter__(self) -> "ReadingProgress":
@@ -222,7 +225,7 @@ def progress_bar(console: Console, *texts: str, count: bool = True) -> Progress:
         *steps,
         *(TextColumn(text, markup=False) for text in texts),
         TimeRemainingColumn(compact=True),
-        TextColumn("left", markup=False),
+        TextColumn(translated("left"), markup=False),
         console=console,
         transient=True,
         disable=not console.is_terminal,

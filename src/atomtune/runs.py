@@ -10,6 +10,7 @@ from rich.table import Table
 from atomtune.console import Console, print_json
 from atomtune.disk import read_json_object, replacing
 from atomtune.errors import BadSettings
+from atomtune.language import translated
 from atomtune.settings.fields import RunsSettings
 
 RECORD = "run.json"
@@ -110,7 +111,9 @@ def _list(folder: Path, settings: RunsSettings, console: Console) -> None:
     if not listed:
         console.say(f"No runs in {folder}. `atomtune train` writes {RECORD} into its --output_dir.")
         return
-    table = Table("run", "status", "data", "records", "steps", "loss", "held out", "started", box=None)
+    table = Table(
+        *map(translated, ("run", "status", "data", "records", "steps", "loss", "held out", "started")), box=None
+    )
     for summary in listed:
         summary["folder"] = _below(Path(summary["folder"]), folder)
         summary["started"] = str(summary["started"])[:16].replace("T", " ")
@@ -137,14 +140,14 @@ def _compare(compared: Sequence[Run], settings: RunsSettings, console: Console) 
         print_json({"settings": differing, "runs": [run.summary() for run in compared]})
         return
     names = [str(run.folder) for run in compared]
-    table = Table("setting", *names, box=None)
+    table = Table(translated("setting"), *names, box=None)
     for name, values in differing.items():
         table.add_row(name, *(_text(value) for value in values))
     if differing:
         console.print(table)
     else:
         console.say("All settings are the same.")
-    figures = Table("figure", *names, box=None)
+    figures = Table(translated("figure"), *names, box=None)
     for name in ("status", "records_used", "steps", "train_loss", "eval_loss", "seconds", "examples_per_second"):
         figures.add_row(name, *(_text(run.values.get(name)) for run in compared))
     console.say("")
@@ -152,7 +155,7 @@ def _compare(compared: Sequence[Run], settings: RunsSettings, console: Console) 
     _say_losses(compared, names, console)
     if settings.plot:
         draw(compared, Path(settings.plot))
-        console.say(f"\nwritten: {settings.plot}")
+        console.say(translated(f"\nwritten: {settings.plot}"))
 
 
 def differing_settings(compared: Sequence[Run]) -> dict[str, list[Any]]:
@@ -169,7 +172,7 @@ def _say_losses(compared: Sequence[Run], names: Sequence[str], console: Console)
         return
     every = max(len(steps) // STEPS_SHOWN, 1)
     shown = [*steps[:-1:every], steps[-1]]
-    table = Table("loss at step", *names, box=None)
+    table = Table(translated("loss at step"), *names, box=None)
     for step in shown:
         table.add_row(f"{step:,}", *(_text(run.losses.get(step)) for run in compared))
     console.say("")

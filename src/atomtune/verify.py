@@ -24,6 +24,7 @@ from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.reading.sources import distinct_names
 from atomtune.data.records import Example
 from atomtune.errors import BadData, BadSettings, CheckFailed
+from atomtune.language import translated
 from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.agreement import (
     TIMES_NOISE,
@@ -315,12 +316,13 @@ def say(compared: Comparison, console: Console) -> None:
     """Print the comparison as a table and a sentence. Raises CheckFailed when it does not hold."""
     dtype = dtype_name(compared.dtype)
     title = f"layout {compared.layout} against one record at a time, {dtype}, {compared.targets:,} targets"
-    table = Table(title=title, title_justify="left")
-    for column in ("", "difference", "of two plain runs", "allowed", ""):
+    table = Table(title=translated(title), title_justify="left")
+    for column in ("", translated("difference"), translated("of two plain runs"), translated("allowed"), ""):
         table.add_column(column)
     for measure in compared.measures:
         figures = (f"{value:.1e}" for value in (measure.apart, measure.noise, measure.allowed))
-        table.add_row(measure.name, *figures, "holds" if measure.holds else "DOES NOT HOLD")
+        verdict = translated("holds") if measure.holds else translated("DOES NOT HOLD")
+        table.add_row(translated(measure.name), *figures, verdict)
     console.print(table)
     saved = compared.tokens_padded / compared.tokens_computed
     console.say(

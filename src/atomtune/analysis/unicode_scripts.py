@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy
 
 from atomtune.analysis.near_duplicates import Numbers
+from atomtune.language import message
 
-SCRIPTS = ("Han", "Latin", "Kana", "Hangul", "Cyrillic", "Arabic", "other")
+SCRIPTS = tuple(map(message, ("Han", "Latin", "Kana", "Hangul", "Cyrillic", "Arabic", "other")))
 _HAN, _LATIN, _KANA, _HANGUL, _CYRILLIC, _ARABIC, _OTHER, _NONE = range(8)
 
 #: (first code point, script from there on); Unicode's blocks, as far as they tell these scripts apart.

@@ -22,6 +22,7 @@ from atomtune.evaluate.questions import EvalRecord, Key, read_records
 from atomtune.evaluate.report import Report, interval_text, make_report, markdown, score_text, used_measures
 from atomtune.evaluate.run_folder import refuse_changed_files, run_records
 from atomtune.extras import refuse_missing
+from atomtune.language import translated
 from atomtune.model.layout_support import why_padded, windows_of
 from atomtune.model.load import pad_id_of, quiet_libraries
 from atomtune.settings.fields import EvaluateSettings, RecordSettings
@@ -179,20 +180,20 @@ def _collator(models: Models) -> Collator:
 
 def say(report: Report, console: Console) -> None:
     """The figures as a table, and what they say."""
-    table = Table(title=f"{report.records:,} records; in brackets the 95 % interval", title_justify="left")
+    title = translated(f"{report.records:,} records; in brackets the 95 % interval")
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     for name in report.models:
         table.add_column(name, justify="right")
     for kind in used_measures(report):
         figures = [own.get(kind.name) for own in report.models.values()]
-        table.add_row(kind.title, *(interval_text(kind, figure) if figure else "–" for figure in figures))
+        table.add_row(translated(kind.title), *(interval_text(kind, figure) if figure else "–" for figure in figures))
     for name in report.lm_eval_names:
-        table.add_row(
-            f"lm-eval {name} (± standard error)", *(score_text(report, model, name) for model in report.models)
-        )
+        title = translated(f"lm-eval {name} (± standard error)")
+        table.add_row(title, *(score_text(report, model, name) for model in report.models))
     console.print(table)
     for sentence in report.sentences():
-        console.say(sentence)
+        console.say(translated(sentence))
 
 
 def write_reports(report: Report, folder: Path) -> None:

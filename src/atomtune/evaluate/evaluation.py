@@ -13,6 +13,7 @@ from atomtune.evaluate.likelihood import TargetScores, score_targets
 from atomtune.evaluate.measures import AnswerResult, RecordResult, Score
 from atomtune.evaluate.models import Models, Subject
 from atomtune.evaluate.questions import EvalRecord, Question, answer_text
+from atomtune.language import translated
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.generate import stop_ids
 from atomtune.model.load import pad_id_of
@@ -50,7 +51,7 @@ def evaluate_records(
     done = Evaluation([], {subject.name: [] for subject in models.subjects})
     began = time.monotonic()
     with progress_bar(console) as progress:
-        task = progress.add_task(f"{len(models.subjects)} models", total=len(order))
+        task = progress.add_task(translated(f"{len(models.subjects)} models"), total=len(order))
         for start in range(0, len(order), plan.batch_size):
             rows = order[start : start + plan.batch_size]
             try:

@@ -15,6 +15,7 @@ from atomtune.data.records import Example
 from atomtune.evaluate.generation import generate_answers
 from atomtune.evaluate.likelihood import TargetScores, score_targets
 from atomtune.evaluate.models import Models
+from atomtune.language import translated
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.generate import prompt_ids, stop_ids
 from atomtune.model.load import pad_id_of
@@ -37,7 +38,7 @@ def probe_scores(
     scores: dict[str, list[TargetScores]] = {subject.name: [] for subject in models.subjects}
     questions = [prompt_ids(base.template, [{"role": "user", "content": prompt}]) for prompt in prompts]
     with progress_bar(console) as progress:
-        task = progress.add_task("forgetting probe", total=len(questions))
+        task = progress.add_task(translated("forgetting probe"), total=len(questions))
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
             with models.answering_as(base) as model:

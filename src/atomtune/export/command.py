@@ -17,6 +17,7 @@ from atomtune.export.gguf import (
 from atomtune.export.merge import filling, write_merged
 from atomtune.export.ollama import modelfile, ollama_template
 from atomtune.export.peft_keys import rewrite_keys
+from atomtune.language import translated
 from atomtune.model.adapter_folder import WEIGHTS, base_of, template_of
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.load import quiet_libraries
@@ -77,9 +78,9 @@ def _to_gguf(settings: ExportSettings, console: Console) -> None:
         console.notice("--no_certify: nobody has checked that llama.cpp serves the tuned model from this file.")
     else:
         _certify(settings, file, console)
-    console.say(f"{file.name} lies in {out}.")
+    console.say(translated(f"{file.name} lies in {out}."))
     if has_modelfile:
-        console.say("\nNext:")
+        console.say(translated("\nNext:"))
         console.say(f"  ollama create {name} -f {out / 'Modelfile'}", wrap=False)
         if settings.quantize != "q8_0":  # what it packs is not packed yet
             packed = f"{name}-q4 --quantize q4_K_M -f {out / 'Modelfile'}"

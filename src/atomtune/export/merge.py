@@ -24,6 +24,7 @@ from atomtune.disk import disk_failed, filled, is_free
 from atomtune.errors import BadModel, BadSettings, CheckFailed, listing
 from atomtune.export.carried_tensors import carry_over, changed
 from atomtune.export.weighted import Weighted, load_weighted, weighted
+from atomtune.language import translated
 from atomtune.model.adapter import why_not_merged
 from atomtune.model.adapter_folder import AdapterMetadata, base_of, template_of
 from atomtune.model.agreement import Measure, another_plain_way, distribution_measures
@@ -112,9 +113,9 @@ def write_merged(settings: MergeSettings, out: Path, console: Console) -> None:
     console.say(f"loading {trained.spec.path} in {dtype_name(trained.spec.dtype)} …")
     base = load_dequantized(trained.spec)
     if len(trained.adapters) > 1:
-        console.say(f"merging {' + '.join(map(str, trained.adapters))} …")
+        console.say(translated(f"merging {' + '.join(map(str, trained.adapters))} …"))
     else:
-        console.say("merging …")
+        console.say(translated("merging …"))
     carried = _save_merged(base, trained, out, console)
     del base  # two models are loaded for the check, and memory for a third may be missing
 

@@ -17,6 +17,7 @@ from atomtune.inspect.modes import modes_of
 from atomtune.inspect.report import Report, build_report
 from atomtune.inspect.terminal import say_report
 from atomtune.inspect.tokens import TokenDecoder, show
+from atomtune.language import translated
 from atomtune.model.base_shape import base_shape
 from atomtune.model.load import load_tokenizer, quiet_libraries
 from atomtune.settings.fields import InspectSettings
@@ -52,7 +53,7 @@ def inspect(settings: InspectSettings) -> int:
             show(console, modes, decoder, part=_SHOWN_OF_A_MODE)
     if settings.html:
         write_page(report, Path(settings.html), decoder, seed=settings.seed)
-        console.say(f"\nwritten: {settings.html}")
+        console.say(translated(f"\nwritten: {settings.html}"))
     require(allowed, report.findings, report.ledger)
     return 0
 

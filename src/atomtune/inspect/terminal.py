@@ -17,6 +17,7 @@ from atomtune.data.records import RefusalKind
 from atomtune.inspect.checks import MEANINGS, Finding
 from atomtune.inspect.histogram import Bar, Limit, histogram, percentiles
 from atomtune.inspect.report import Report
+from atomtune.language import message, translated
 
 #: Origins that stand beside a problem.
 _SHOWN = 3
@@ -26,14 +27,15 @@ _BAR_WIDTH = 40
 def say_report(report: Report, console: Console) -> None:
     """Print all of it, section by section."""
     _say_head(report, console)
-    _section(console, "Ledger")
+    _section(console, message("Ledger"))
     for line in ledger_lines(report.ledger):
         console.say(f"  {line}")
     for notice, count in report.ledger.notices.items():
-        console.say(f"  note: {notice} in {counted(count, 'record')}", "yellow")
+        text = f"{notice} in 1 record" if count == 1 else f"{notice} in {count:,} records"
+        console.say("  " + translated("note: ") + translated(text), "yellow")
     if len(report.stored):  # else every record was refused, and there is nothing to count
         _say_numbers(report, console)
-    _section(console, "Problems")
+    _section(console, message("Problems"))
     for line in check_lines(report):
         console.say(f"  {line}")
     console.say("")
@@ -44,17 +46,18 @@ def _say_head(report: Report, console: Console) -> None:
     ledger, template = report.ledger, report.template
     console.say(", ".join(report.sources), "bold")
     for note in report.notes:
-        console.say(f"note: {note}", "yellow")
-    read_as = ledger.format or "nothing"
+        console.say(translated("note: ") + translated(note), "yellow")
+    read_as = ledger.format or message("nothing")
     console.say(f"read as {read_as}; template {template.name}, an answer stops at {template.stop}")
     thoughts = template.about_thoughts(ledger.records_used, ledger.records_with_thoughts)
     if thoughts:
-        console.say(f"note: {thoughts}", "" if ledger.records_with_thoughts else "yellow")
+        console.say(translated("note: ") + translated(thoughts), "" if ledger.records_with_thoughts else "yellow")
     if template.why:
-        console.say(f"note: {template.why}", "yellow")
+        console.say(translated("note: ") + translated(template.why), "yellow")
     if template.unknown_controls:
         controls = ", ".join(template.unknown_controls)
-        console.say(f"note: {controls} of this template are text to this tokenizer", "yellow")
+        text = f"{controls} of this template are text to this tokenizer"
+        console.say(translated("note: ") + translated(text), "yellow")
 
 
 def _say_numbers(report: Report, console: Console) -> None:
@@ -69,12 +72,12 @@ def _say_numbers(report: Report, console: Console) -> None:
             say(f"  {bar}")
     _section(console, f"--max_seq_length {report.max_tokens:,}")
     for line in limits(report):
-        say(f"  {line}")
+        say(f"  {translated(line)}")
     _section(console, "Shared beginnings")
     for line in savings(report):
-        say(f"  {line}")
-    _section(console, "Writing")
-    shares = ", ".join(f"{name} {share:.1%}" for name, share in scripts(report))
+        say(f"  {translated(line)}")
+    _section(console, message("Writing"))
+    shares = ", ".join(f"{translated(name)} {share:.1%}" for name, share in scripts(report))
     say(f"  {shares} of all letters" if shares else "  no letters")
 
 
@@ -97,8 +100,9 @@ def ledger_lines(ledger: Ledger) -> Iterator[str]:
 
 
 def _learned_in_parts(conversations: int) -> str:
-    verb = "is" if conversations == 1 else "are"
-    return f"{counted(conversations, 'conversation')} {verb} learned in several parts"
+    if conversations == 1:
+        return "1 conversation is learned in several parts"
+    return f"{conversations:,} conversations are learned in several parts"
 
 
 def limits(report: Report) -> Iterator[str]:
@@ -162,16 +166,16 @@ def scripts(report: Report) -> list[tuple[str, float]]:
 
 
 def _section(console: Console, title: str) -> None:
-    console.say(f"\n{title}", "bold cyan")
+    console.say("\n" + translated(title), "bold cyan")
 
 
 def _lengths(columns: Mapping[str, NDArray[numpy.int32]]) -> Table:
     table = Table(box=None, padding=(0, 2), show_edge=False)
     table.add_column("")
-    for name in ("median", "90 %", "99 %", "longest"):
+    for name in (translated("median"), "90 %", "99 %", translated("longest")):
         table.add_column(name, justify="right")
     for title, values in columns.items():
-        table.add_row(title, *(f"{value:,}" for value in percentiles(values).values()))
+        table.add_row(translated(title), *(f"{value:,}" for value in percentiles(values).values()))
     return table
 
 
@@ -204,9 +208,9 @@ def check_lines(report: Report) -> Iterator[str]:
     for check, finding in report.findings.items():
         if not finding.count:
             continue
-        meaning = MEANINGS[check]
+        meaning = translated(MEANINGS[check])
         if finding.groups:
-            meaning += f"; {counted(finding.groups, 'group')}"
+            meaning += translated("; ") + translated(counted(finding.groups, "group"))
         yield f"{check:<16}{finding.count:>8,}  {finding.count / read:>7.2%}  {meaning}"
         for place in _places(report, finding):
             yield f"{'':<35}{place}"  # under the meaning
@@ -224,6 +228,6 @@ def _places(report: Report, finding: Finding) -> Iterator[str]:
         return
     refused = report.ledger.records_refused
     for refusal in refused[:_SHOWN]:
-        yield f"{refusal.origin}  {refusal.reason}"
+        yield f"{refusal.origin}  {translated(refusal.reason)}"
     if len(refused) > _SHOWN:
         yield f"… and {len(refused) - _SHOWN:,} more (all with --json)"

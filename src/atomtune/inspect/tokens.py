@@ -12,6 +12,7 @@ from rich.text import Text
 
 from atomtune.console import Console
 from atomtune.data.records import Example
+from atomtune.language import message, translated
 
 SPACE, LINE_END, TAB = "·", "↵", "⇥"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -116,18 +117,19 @@ def _border(place: int, learned_before: bool, is_learned: bool) -> str:
 def legend(*, colour: bool) -> Text:
     """What the colours mean."""
     if not colour:
-        return Text(f"⟦learned⟧, the rest is read only; │ between tokens; {SPACE} space, {LINE_END} line end")
+        words = f"⟦learned⟧, the rest is read only; │ between tokens; {SPACE} space, {LINE_END} line end"
+        return Text(translated(words))
     text = Text()
     styles = {
-        "learned": LEARNED[0],
+        message("learned"): LEARNED[0],
         "read only": READ[0],
         "control token, learned": CONTROL_LEARNED,
         "control token, read only": CONTROL_READ,
     }
     for word, style in styles.items():
-        text.append(f" {word} ", style)
+        text.append(f" {translated(word)} ", style)
         text.append("  ")
-    return text.append(f"{SPACE} space  {LINE_END} line end  ⟨E4⟩ a byte of a split character")
+    return text.append(translated(f"{SPACE} space  {LINE_END} line end  ⟨E4⟩ a byte of a split character"))
 
 
 def show(console: Console, examples: Sequence[Example], decoder: TokenDecoder, *, part: int = 1500) -> None:

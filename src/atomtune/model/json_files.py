@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from atomtune.disk import read_json_object
 from atomtune.errors import BadModel, listing
+from atomtune.language import message
 
 #: More than this no such file has: the largest known index of weights is 15 MB, a tokenizer of 260,000 words 33 MB.
 MOST_BYTES = 2**27
@@ -36,7 +37,7 @@ _EXPECTED = {
     "model_type": "an object",
     "model_attributes_type": "an object",
     "none_required": "null",
-    "missing": "a value",
+    "missing": message("a value"),
     "greater_than_equal": "{ge} or more",
     "greater_than": "more than {gt}",
     "less_than_equal": "{le} or less",
@@ -133,7 +134,9 @@ def _place_of(values: Any, loc: Sequence[int | str]) -> tuple[str, Any]:
 
 def _shown(value: Any) -> str:
     if isinstance(value, list | Mapping):
-        kind, number = ("a list", len(value)) if isinstance(value, list) else ("an object", len(value))
+        kind, number = (
+            (message("a list"), len(value)) if isinstance(value, list) else (message("an object"), len(value))
+        )
         return f"{kind} of {number:,}"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"

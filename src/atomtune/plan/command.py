@@ -17,6 +17,7 @@ from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.reading.sources import distinct_names, size_of
 from atomtune.errors import BadData, BadSettings
+from atomtune.language import translated
 from atomtune.model.adapter import LoraSpec
 from atomtune.model.base_shape import base_shape
 from atomtune.model.load import device_in_use, dtype_name, load_tokenizer, quiet_libraries, resolve_dtype
@@ -315,7 +316,7 @@ def _say(forecast: Forecast, console: Console, *, quantized: bool) -> None:
         f"{run.steps:,} steps; layout {run.layout}: tokens {run.tokens_padded:,} → {run.tokens_computed:,}, "
         f"{run.tokens_padded / run.tokens_computed:.1f}× less work than with padding."
     )
-    parts = ", ".join(f"{name} {_gigabytes(part)}" for name, part in memory.parts.items())
+    parts = ", ".join(f"{translated(name)} {_gigabytes(part)}" for name, part in memory.parts.items())
     needs = _gigabytes(memory.peak)
     console.say(f"Memory of a heavy step ({run.heaviest:,} tokens) on {forecast.device}, GB: {needs} = {parts}.")
     console.print(_table_of_devices(forecast))
@@ -330,11 +331,11 @@ def _say(forecast: Forecast, console: Console, *, quantized: bool) -> None:
 
 def _table_of_devices(forecast: Forecast) -> Table:
     """This device and cards up to the first on which nothing is recomputed: on a larger one it is the same."""
-    table = Table("device", "needs, GB", "activations", "fits", box=None)
+    table = Table(*map(translated, ("device", "needs, GB", "activations", "fits")), box=None)
     for name, memory in forecast.memories.items():
         fits = forecast.fits[name]
-        activations = "recomputed" if memory.recomputed else "kept"
-        table.add_row(name, _gigabytes(memory.peak), activations, "yes" if fits else "no")
+        activations = translated("recomputed" if memory.recomputed else "kept")
+        table.add_row(translated(name), _gigabytes(memory.peak), activations, translated("yes" if fits else "no"))
         if fits and not memory.recomputed and name != forecast.device:
             break
     return table

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from atomtune.choices import Quantize
+from atomtune.language import message
 from atomtune.model.loss import CHUNK_LOGITS
 from atomtune.model.memory import activation_bytes
 from atomtune.plan.model_size import ModelSize
@@ -83,14 +84,14 @@ def step_memory(size: ModelSize, step: StepSpec, *, recomputed: bool) -> StepMem
         inputs = step.tokens * int(getattr(size.text, "hidden_size", 0)) * step.element_bytes * size.layers
         activations = activations // size.layers + inputs
     parts = {
-        "base": weights,
-        "adapter": size.trained * ADAPTER_BYTES,
-        "gradients": size.trained * GRADIENT_BYTES,
-        "optimizer": size.trained * ADAM_BYTES,
-        "activations": activations,
-        "logits": 2 * CHUNK_LOGITS * 4,  # of the targets that are computed at once, and their gradient
-        "kernels": _kernels(size, step),
-        "libraries": step.libraries,
+        message("base"): weights,
+        message("adapter"): size.trained * ADAPTER_BYTES,
+        message("gradients"): size.trained * GRADIENT_BYTES,
+        message("optimizer"): size.trained * ADAM_BYTES,
+        message("activations"): activations,
+        message("logits"): 2 * CHUNK_LOGITS * 4,  # of the targets that are computed at once, and their gradient
+        message("kernels"): _kernels(size, step),
+        message("libraries"): step.libraries,
     }
     return StepMemory(parts=parts, recomputed=recomputed)
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from atomtune.console import Console, shortened, visible
 from atomtune.data.encoding.chat_template import Message
 from atomtune.errors import BadSettings
+from atomtune.language import translated
 from atomtune.model.generate import Sampling
 from atomtune.model.load import dtype_name
 from atomtune.serve.conversation import Conversation
@@ -122,7 +123,7 @@ class Talk:
 
     def _say_help(self) -> None:
         for command, meaning in COMMANDS.items():
-            self.console.say(f"  {command:<8} {meaning}")
+            self.console.say(f"  {command:<8} {translated(meaning)}")
 
     def _save(self, file: str) -> None:
         if not file:
@@ -133,7 +134,7 @@ class Talk:
         except OSError as error:
             self.console.say(f"{file} cannot be written: {error.strerror}.")
             return
-        self.console.say(f"saved: {file}")
+        self.console.say(translated(f"saved: {file}"))
 
     def answer(self, question: str, stop: threading.Event | None = None) -> None:
         """Answer one question and remember both. What does not fit the model is said and not remembered."""
@@ -154,7 +155,7 @@ class Talk:
         self.conversation.answered(question, reply.turn)
         self.answers += 1
         if stop is not None and stop.is_set():
-            self.console.say("(stopped)")
+            self.console.say(translated("(stopped)"))
 
     def _written_out(self, messages: list[Message], stop: threading.Event | None) -> Reply:
         """Print the answer while it is written; on a terminal, control characters in it are shown, not obeyed."""
@@ -169,20 +170,20 @@ class Talk:
 
     def _compared(self, question: str, with_base: Conversation, stop: threading.Event | None) -> Reply:
         """Both answers beside each other; in a pipe one under the other."""
-        with self.console.status("the base answers …"):
+        with self.console.status(translated("the base answers …")):
             of_base = self._reply(with_base.asking(question), stop, base=True)
         if stop is not None:
             stop.clear()  # Ctrl-C ended that answer alone
-        with self.console.status("the tuned model answers …"):
+        with self.console.status(translated("the tuned model answers …")):
             reply = self._reply(self.conversation.asking(question), stop)
         with_base.answered(question, of_base.turn)
         if sys.stdout.isatty():
-            table = Table("base", "tuned", expand=True)
+            table = Table(*map(translated, ("base", "tuned")), expand=True)
             table.columns[0].ratio = table.columns[1].ratio = 1
             table.add_row(of_base.text.strip(), reply.text.strip())
             Console().print(table)
         else:
-            print(f"base: {of_base.text.strip()}\ntuned: {reply.text.strip()}", flush=True)
+            print(f"base: {of_base.text.strip()}\ntuned: {reply.text.strip()}", flush=True)  # for programs
         return reply
 
     def _reply(

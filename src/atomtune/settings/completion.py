@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import argcomplete
 
+from atomtune.language import LANGUAGES
 from atomtune.settings.flags import OF_A_RUN, PATHS_ARE, arity, flag_of, types_of
 from atomtune.settings.help import choices_of_setting
 from atomtune.settings.library import library_types
@@ -22,6 +23,7 @@ def complete(summaries: Mapping[str, str]) -> None:
     for command, summary in summaries.items():
         parser = commands.add_parser(command, help=summary, add_help=False)
         parser.add_argument("--help", nargs="?", choices=["all", "json"])
+        parser.add_argument("--language", choices=LANGUAGES)
         if command in OF_A_RUN or command in PATHS_ARE:
             parser.add_argument("files", nargs="*")  # run.yaml, records, or runs
         library = library_types() if command in OF_A_RUN else {}

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic.fields import FieldInfo
 
+from atomtune.language import message
+
 
 def field_infos(groups: Sequence[type[Any]]) -> dict[str, FieldInfo]:
     """Name → declaration of every setting of these classes."""
@@ -46,10 +48,10 @@ def expected(kind: Any, info: FieldInfo | None = None) -> str:
 _KINDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
-    float: "a number",
-    str: "text",
-    list[float]: "numbers",
-    list[str]: "words",
+    float: message("a number"),
+    str: message("text"),
+    list[float]: message("numbers"),
+    list[str]: message("words"),
     dict: 'JSON, as {"name": 1}',
 }
 

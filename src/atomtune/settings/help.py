@@ -2,14 +2,15 @@
 
 import inspect
 import shutil
-import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from atomtune.console import wrapped
 from atomtune.errors import EXIT_CODE_MEANINGS
+from atomtune.language import translated
 from atomtune.settings.expect import choices_in, field_infos
 from atomtune.settings.flags import OF_A_RUN, flag_of
 from atomtune.settings.library import choices_of, library_settings
@@ -110,39 +111,33 @@ ABOUT = {
 
 
 def help_text(command: str, summary: str, groups: Sequence[type[Any]], *, everything: bool) -> str:
-    """The whole page, wrapped at word ends to the width of the terminal."""
+    """The whole page in the language that is spoken, wrapped at word ends to the width of the terminal."""
     width = min(max(shutil.get_terminal_size().columns, NARROW), WIDE)
-    lines = [*_wrapped(f"usage: atomtune {command} {USAGE[command]}", width, indent=INDENT), ""]
-    lines += _wrapped(f"{summary} {ABOUT.get(command, '')}", width)
+    lines = [*_wrapped(translated(f"usage: atomtune {command} {USAGE[command]}"), width, indent=INDENT), ""]
+    about = translated(ABOUT[command]) if command in ABOUT else ""
+    lines += _wrapped(translated(f"{summary} ") + about, width)
     sections = _sections(groups, everything=everything)
     if everything and command in OF_A_RUN:
         sections["More settings, of transformers.Trainer"] = _library_lines(field_infos(groups))
     for title, settings in sections.items():
-        lines += ["", f"{title}:"]
+        lines += ["", translated(title) + translated(":")]
         for flag, text in settings:
             lines += _wrapped(f"  {flag}", width, indent=INDENT)
             lines += _wrapped(f"{INDENT}{text}", width, indent=INDENT)
     if not everything:
-        lines += ["", *_wrapped(f"`atomtune {command} --help all` shows all settings, `--help json` as data.", width)]
-    lines += ["", "Examples:"]
+        further = translated(f"`atomtune {command} --help all` shows all settings, `--help json` as data.")
+        lines += ["", *_wrapped(further, width)]
+    lines += ["", translated("Examples:")]
     lines += [f"  atomtune {command} {example}" for example in EXAMPLES[command]]
-    lines += ["", "Exit codes:"]
+    lines += ["", translated("Exit codes:")]
     for code, meaning in EXIT_CODE_MEANINGS.items():
-        lines += _wrapped(f"{code:>4}  {meaning}", width, indent=INDENT)
+        lines += _wrapped(f"{code:>4}  {translated(meaning)}", width, indent=INDENT)
     return "\n".join(lines)
 
 
 def _wrapped(text: str, width: int, *, indent: str = "") -> list[str]:
     """Lines that end at a word's end; a word longer than a line is left whole, so that it can be copied."""
-    own_indent = text[: len(text) - len(text.lstrip())]
-    return textwrap.wrap(
-        text.strip(),
-        width,
-        initial_indent=own_indent,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return wrapped(text, width, indent=len(indent)).split("\n")
 
 
 def _sections(groups: Sequence[type[Any]], *, everything: bool) -> dict[str, list[tuple[str, str]]]:
@@ -170,14 +165,14 @@ def extra_of(info: FieldInfo, key: str) -> Any:
 
 def _described(name: str, info: FieldInfo) -> str:
     """What a setting does, and its default."""
-    text = str(info.description)
+    text = translated(str(info.description))
     choices = _library_choices(name)
     if len("|".join(choices)) > NAMES_IN_FLAG:
-        text += f": {', '.join(choices)}"
+        text += translated(": ") + ", ".join(choices)
     default = info.get_default(call_default_factory=True, validated_data={})
     if info.is_required():
-        return f"{text} (required)"
-    if default is None or default is False or default == [] or "default:" in text:
+        return f"{text} {translated('(required)')}"
+    if default is None or default is False or default == [] or "default:" in str(info.description):
         return text
     return f"{text} [{_shown(default)}]"
 

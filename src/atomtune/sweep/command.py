@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from atomtune.console import Console, print_json, progress_bar
 from atomtune.errors import AtomtuneError, BadSettings, ExitCode, RunFailed, Stopped, UserError
 from atomtune.extras import refuse_missing
+from atomtune.language import translated
 from atomtune.settings.fields import SweepSettings
 from atomtune.settings.flags import types_of
 from atomtune.settings.library import library_types
@@ -300,10 +301,10 @@ def _shown(trial: Trial, search: Search, console: Console, *, behind: Watch) -> 
     if not console.is_terminal:
         console.say(name)
     with progress_bar(console, "{task.fields[loss]}") as bar:
-        task = bar.add_task(name, total=None, loss="starting")
+        task = bar.add_task(translated(name), total=None, loss=translated("starting"))
 
         def watch(progress: Progress) -> bool:
-            loss = "" if progress.last_loss is None else f"held-out loss {progress.last_loss:.3f}"
+            loss = "" if progress.last_loss is None else translated(f"held-out loss {progress.last_loss:.3f}")
             if progress.steps_planned:
                 bar.update(task, completed=progress.steps, total=progress.steps_planned, loss=loss)
             return behind(progress)
@@ -315,8 +316,9 @@ def _say_trial(sweep: Sweep, trial: Trial, search: Search, console: Console, *, 
     """What it gave, and the time that is left by the trials so far."""
     match trial.status:
         case "finished":
-            best = " the best so far" if sweep.best == trial else ""
-            text = f"held-out loss {trial.eval_loss:.4f} at step {trial.best_step}{',' if best else ''}{best}"
+            text = f"held-out loss {trial.eval_loss:.4f} at step {trial.best_step}"
+            if sweep.best == trial:
+                text += ", the best so far"
         case "pruned":
             text = "stopped early: clearly behind the others"
         case "stopped":
@@ -326,6 +328,7 @@ def _say_trial(sweep: Sweep, trial: Trial, search: Search, console: Console, *, 
     seconds = [other.seconds for other in sweep.trials if other.seconds]
     left = max(search.total - sum(other.status in DONE or other.number in attempted for other in sweep.trials), 0)
     remaining = f"; about {_duration(left * sum(seconds) / len(seconds))} left" if left and seconds else ""
+    text, remaining = translated(text), translated(remaining)
     console.say(f"{trial.name}  {trial.words()}  {text} ({_duration(trial.seconds)}{remaining})")
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from atomtune.console import Console, program
 from atomtune.disk import replacing
+from atomtune.language import message, translated
 from atomtune.sweep.trials import Sweep, Trial
 
 #: The best settings as a file for train, the curves, and all of it as a page.
@@ -98,24 +99,24 @@ def rows(sweep: Sweep) -> list[list[str]]:
 
 def headings(sweep: Sweep) -> list[str]:
     names = list(dict.fromkeys(name for trial in sweep.trials for name in trial.settings))
-    return ["trial", *names, "held-out loss", "at step", "time", "status"]
+    return [message("trial"), *names, "held-out loss", "at step", message("time"), message("status")]
 
 
 def say_result(sweep: Sweep, folder: Path, console: Console) -> None:
     table = Table(box=None)
     for heading in headings(sweep):
-        table.add_column(heading, overflow="fold")  # a value that is cut short would be of no use
+        table.add_column(translated(heading), overflow="fold")  # a value that is cut short would be of no use
     for row in rows(sweep):
         table.add_row(*row)
     console.say("")
     console.print(table)
-    console.say("\n" + "\n".join(sentences(sweep)), style="bold")
+    console.say("\n" + "\n".join(map(translated, sentences(sweep))), style="bold")
     assert sweep.best is not None
     console.say(
         f"In {folder}: {sweep.best.name}/ (the best adapter), {BEST} (its settings), {PAGE} (all trials as a page), "
         "sweep.json (all figures)."
     )
-    console.say("\nNext:")
+    console.say(translated("\nNext:"))
     console.say("\n".join(f"  {command}" for command in commands(sweep, folder)), wrap=False)
 
 

@@ -65,6 +65,8 @@ def run_trial(trial: Trial, folder: Path, *, watch: Callable[[Progress], bool]) 
 @contextlib.contextmanager
 def _process(words: Sequence[str], output: IO[bytes]) -> Iterator["subprocess.Popen[bytes]"]:
     """`atomtune WORDS` in a session of its own: a Ctrl-C reaches it through us, once. It ends when the block does."""
+    # English, as its log is read here for the reason of a failure.
+    environment = {**os.environ, "ATOMTUNE_LANGUAGE": "en"}
     process = subprocess.Popen(
         [sys.executable, "-m", "atomtune", *words],
         stdin=subprocess.DEVNULL,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from atomtune.errors import BadSettings
+from atomtune.language import translated
 from atomtune.model import liger, trial
 from atomtune.model.adapter import (
     LoraSpec,
@@ -60,7 +61,7 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
     """
     device, dtype = device_of(run), dtype_of(run)
     _say_what_is_not_used(run, device, dtype)
-    run.console.say(f"loading {run.settings.model.model_path} …")
+    run.console.say(translated(f"loading {run.settings.model.model_path} …"))
     base = load_base(BaseSpec(**run.settings.model.base(), dtype=dtype, device=device))
     run.record.update(auto_class=auto_class(base.config).__name__)
     _refuse_too_few_positions(base, longest_tokens)

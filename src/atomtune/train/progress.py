@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.progress import TaskID
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from atomtune.console import WIDE, Console, progress_bar
+from atomtune.language import translated
 from atomtune.train.callbacks import WorkCounter
 from atomtune.train.run_report import PICTURE, RunRecord, draw_loss, eval_history
 
@@ -37,7 +39,7 @@ class TrainingBar(TrainerCallback):
         self.first_step = state.global_step
         self.first_examples, self.first_tokens = self.work.examples, self.work.tokens_computed
         self.task = self.progress.add_task(
-            "train", total=state.max_steps, completed=state.global_step, rate="", loss=""
+            translated("train"), total=state.max_steps, completed=state.global_step, rate="", loss=""
         )
         self.progress.start()
 
@@ -46,15 +48,16 @@ class TrainingBar(TrainerCallback):
         seconds = max(time.perf_counter() - self.began, 1e-6)
         examples = (self.work.examples - self.first_examples) / seconds
         if self.console.is_terminal and self.console.width < WIDE:
-            return f"{examples:.1f} ex/s"
-        return f"{examples:.1f} examples/s  {(self.work.tokens_computed - self.first_tokens) / seconds:,.0f} tokens/s"
+            return translated(f"{examples:.1f} ex/s")
+        tokens = (self.work.tokens_computed - self.first_tokens) / seconds
+        return translated(f"{examples:.1f} examples/s  {tokens:,.0f} tokens/s")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.task is not None:
             self.progress.update(self.task, completed=state.global_step, rate=self._rate(), loss=self._losses())
 
     def _losses(self) -> str:
-        return "  ".join(filter(None, (f"loss {self.loss}" if self.loss else "", self.held_out)))
+        return "  ".join(filter(None, (translated(f"loss {self.loss}") if self.loss else "", self.held_out)))
 
     def on_log(
         self,
@@ -67,7 +70,7 @@ class TrainingBar(TrainerCallback):
         logs = logs or {}
         if "eval_loss" in logs:
             losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-            self.held_out = f"held-out {losses[-1]:.3f}"
+            self.held_out = translated(f"held-out {losses[-1]:.3f}")
             self._say_evaluation(state, losses)
         if "loss" not in logs:
             return
@@ -77,18 +80,23 @@ class TrainingBar(TrainerCallback):
             self.spoken = now
             done = state.global_step - self.first_step
             left = (state.max_steps - state.global_step) * (now - self.began) / max(done, 1)
-            self.console.print(
+            rate, learning_rate = self._rate(), logs.get("learning_rate", 0)
+            line = translated(
                 f"step {state.global_step:,}/{state.max_steps:,}  loss {logs['loss']:.4f}  "
-                f"lr {logs.get('learning_rate', 0):.2e}  {self._rate()}  left {_clock(left)}",
-                soft_wrap=True,
+                f"lr {learning_rate:.2e}  {rate}  left {_clock(left)}"
             )
+            self.console.print(line, soft_wrap=True)
 
     def _say_evaluation(self, state: TrainerState, losses: Sequence[float]) -> None:
         """A line that stays: where the run is, what it learns and what it has learned."""
         steps = f"{state.max_steps:,}"
-        place = f"step {state.global_step:>{len(steps)},} of {steps}" if state.global_step else "before training"
-        training = f"loss {self.loss}  " if self.loss else ""
-        self.console.say(f"  {place:<{len(f'step {steps} of {steps}')}}  {training}{held_out_words(losses)}")
+        width = cell_len(translated(f"step {steps} of {steps}"))
+        place = translated(f"step {state.global_step:>{len(steps)},} of {steps}")
+        if not state.global_step:
+            place = translated("before training")
+        padding = " " * (width - cell_len(place))
+        training = translated(f"loss {self.loss}") + "  " if self.loss else ""
+        self.console.say(f"  {place}{padding}  {training}{held_out_words(losses)}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -147,11 +155,12 @@ class LossPicture(TrainerCallback):
 def held_out_words(losses: Sequence[float]) -> str:
     """The last held-out loss, which way it went, and whether it is the best: `held-out loss 0.322 ↓ best`."""
     last = losses[-1]
-    text = f"held-out loss {last:.3f}"
+    text = translated(f"held-out loss {last:.3f}")
     if len(losses) == 1:
         return text
     arrow = "↓" if last < losses[-2] else "↑" if last > losses[-2] else "→"
-    return f"{text} {arrow}{' best' if last < min(losses[:-1]) else ''}"
+    best = " " + translated("best") if last < min(losses[:-1]) else ""
+    return f"{text} {arrow}{best}"
 
 
 def _clock(seconds: float) -> str:

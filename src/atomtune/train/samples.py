@@ -19,6 +19,7 @@ from atomtune.data.encoding.chat_template import Template
 from atomtune.data.records import Record, Turn
 from atomtune.evaluate.generation import generate_answers
 from atomtune.evaluate.questions import learned_spans
+from atomtune.language import translated
 from atomtune.model.generate import prompt_ids, stop_ids
 from atomtune.model.load import pad_id_of
 from atomtune.settings.read import DEMO_FOLDER
@@ -149,16 +150,19 @@ def _text_of(turn: Turn, *, without: str | None = None) -> str:
 
 def table_of(samples: Sequence[Sample], *, title: str) -> Table:
     """Prompts, references where they are known, and both answers, one below the other: readable at any width."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    table = Table(
+        title=translated(title), title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
+    )
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for number, sample in enumerate(samples):
         if number:
             table.add_row()
-        texts = {"prompt": sample.prompt, "reference": sample.reference, "before": sample.before, "after": sample.after}
-        for label, text in texts.items():
-            if text or label != "reference":
-                table.add_row(f"  {label}", _beginning(text), style="bold" if label == "after" else None)
+        table.add_row("  " + translated("prompt"), _beginning(sample.prompt))
+        if sample.reference:
+            table.add_row("  " + translated("reference"), _beginning(sample.reference))
+        table.add_row("  " + translated("before"), _beginning(sample.before))
+        table.add_row("  " + translated("after"), _beginning(sample.after), style="bold")
     return table
 
 

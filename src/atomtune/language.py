@@ -1,0 +1,189 @@
+"""Language: what the console says in another language than English, found by the English text.
+
+The source speaks English alone; its f-strings are the keys of `locale/zh.json`. A finished sentence is looked up so:
+
+    f"{count:,} records are held out."            in the source
+    "{count} records are held out."               the key; `python -m tools.messages` lists those that are missing
+    "留出 {count} 条记录。"                        its Chinese
+    "12 records are held out." → "留出 12 条记录。"
+
+Law: what is filled in stays as it is, be it a path, a record or a library's words. Only where the Chinese writes
+`{reason!m}` is it a message of ours, and is looked up in turn. Files, `--json` and errors in programs stay English.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from string import Formatter
+
+LANGUAGES = ("en", "zh")
+FOLDER = Path(__file__).parent / "locale"
+
+#: A key with fewer letters of its own, as `{steps} of {total}`, is looked for only inside a message of ours.
+_FEWEST_LETTERS = 8
+#: Where one text may be several messages.
+_SENTENCE_END = re.compile(r"(?<=[.?!:;)…]) +(?=\S)")
+#: What a short key is not filled with, lest it fits where others should.
+_SEVERAL = re.compile(r"[.?!:;,)…] +\S")
+_FULL_WIDTH_END = tuple("。；：，？！）")
+_LIST_MARKS = {"; ": "；", ": ": "：", ", ": "，", " and ": "和", " or ": "或"}
+
+
+class Template:
+    """One key of a catalogue, `{count} records are held out.`, and how it reads in the other language."""
+
+    def __init__(self, english: str, translation: str) -> None:
+        self.english, self.translation = english, translation
+        literals = [literal for literal, *_ in Formatter().parse(english)]
+        self.longest_literal = max(literals, key=len)
+        self.n_letters = sum(letter.isalpha() for literal in literals for letter in literal)
+        self.n_characters = sum(map(len, literals))
+        self.is_short = self.n_letters < _FEWEST_LETTERS
+        self.messages = {name for _, name, _, kind in Formatter().parse(translation) if name and kind == "m"}
+
+    @functools.cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """The key as a pattern."""
+        pattern = ""
+        parts = [(literal, name) for literal, name, _, _ in Formatter().parse(self.english)]
+        for (literal, name), (next_literal, next_name) in itertools.pairwise([*parts, ("", None)]):
+            pattern += re.escape(literal)
+            if name is None:
+                continue
+            has_neighbour = (next_name and not next_literal) or (not literal and pattern)
+            anything = ".*?"
+            if name not in self.messages and has_neighbour:  # `{width}{reason}`: what is no message is one word
+                anything = r"[^\s,;]*"
+            elif name in self.messages and (pattern.endswith("\n") or next_literal[:1] in ("", "\n")):
+                anything = "(?s:.*?)"  # has its lines for itself, so it may be several
+            pattern += f"(?P={name})" if f"(?P<{name}>" in pattern else f"(?P<{name}>{anything})"
+        return re.compile(pattern)
+
+    def values_in(self, text: str) -> dict[str, str] | None:
+        """What is filled in where `text` was made from this key; None where it was not."""
+        if self.longest_literal not in text:
+            return None
+        match = self.pattern.fullmatch(text)
+        if match is None:
+            return None
+        values = match.groupdict()
+        others = [value for name, value in values.items() if name not in self.messages]
+        return None if self.is_short and any(map(_SEVERAL.search, others)) else values
+
+
+class Catalogue:
+    """All translations into one language."""
+
+    def __init__(self, translations: Mapping[str, str | None]) -> None:
+        self.sentences: dict[str, str] = {}
+        templates = []
+        for english, translation in translations.items():
+            if translation is None:  # stays as it is
+                continue
+            if any(name for _, name, _, _ in Formatter().parse(english)):
+                templates.append(Template(english, translation))
+            else:
+                self.sentences[english.format()] = translation.format()
+        # `{name}: {problem}` fits nearly everything, so the key with most letters of its own comes first.
+        templates.sort(key=lambda template: (template.n_letters, template.n_characters), reverse=True)
+        self.long_templates = [template for template in templates if not template.is_short]
+        self.short_templates = [template for template in templates if template.is_short]
+
+    def translated(self, text: str, *, is_ours: bool = False) -> str:
+        """A text in the other language; itself where it is none of our messages.
+
+        is_ours  the text is known to be a message or a list of them: short keys and parts of sentences count too
+        """
+        message = text.strip()
+        if not message:
+            return text
+        result = self._whole(message)
+        if result is None and is_ours:
+            result = self._filled_first(self.short_templates, message)
+        result = result or self._in_parts(message, is_ours) or message
+        before, _, behind = text.partition(message)
+        # Full-width marks have their space in themselves.
+        return before + result + (behind.lstrip(" ") if result.endswith(_FULL_WIDTH_END) else behind)
+
+    def _whole(self, message: str) -> str | None:
+        return self.sentences.get(message) or self._filled_first(self.long_templates, message)
+
+    def _filled_first(self, templates: Sequence[Template], message: str) -> str | None:
+        for template in templates:
+            values = template.values_in(message)
+            if values is not None:
+                return self._filled(template, values)
+        return None
+
+    def _filled(self, template: Template, values: Mapping[str, str]) -> str:
+        text = ""
+        for literal, name, _, kind in Formatter().parse(template.translation):
+            text += literal
+            if name:
+                text += self._message(values[name]) if kind == "m" else values[name]
+        return text
+
+    def _message(self, text: str) -> str:
+        """A message within another; the space that English has before it goes."""
+        result = self.translated(text, is_ours=True)
+        return text if result == text else result.strip(" ")
+
+    def _in_parts(self, message: str, is_ours: bool) -> str | None:
+        """Lines, sentences, and in a message of ours the members of a list, each for itself."""
+        if "\n" in message:
+            return "\n".join(self.translated(line, is_ours=is_ours) for line in message.split("\n"))
+        for end in reversed([match.span() for match in _SENTENCE_END.finditer(message)]):
+            first = self._whole(message[: end[0]])
+            if first is not None:
+                gap = "" if first.endswith(_FULL_WIDTH_END) else " "
+                return first + gap + self.translated(message[end[1] :], is_ours=is_ours)
+        for mark, translated_mark in _LIST_MARKS.items() if is_ours else ():
+            if mark in message:
+                parts = message.split(mark)
+                translated_parts = [self.translated(part, is_ours=True) for part in parts]
+                if translated_parts != parts:
+                    return translated_mark.join(translated_parts)
+        return None
+
+
+_catalogue: Catalogue | None = None  # of the language that is spoken; None is English
+
+
+def translated(text: str, *, is_ours: bool = True) -> str:
+    """A text in the language that is spoken; is_ours: False where it may hold another's words."""
+    return text if _catalogue is None else _catalogue.translated(text, is_ours=is_ours)
+
+
+def message(text: str) -> str:
+    """The text as it is; marks a single word of the source as one that `translated` gets later."""
+    return text
+
+
+@contextlib.contextmanager
+def spoken(language: str) -> Iterator[None]:
+    """Have `translated` give this language."""
+    global _catalogue  # noqa: PLW0603  # one process speaks one language
+    before = _catalogue
+    _catalogue = None if language == "en" else catalogue(language)
+    try:
+        yield
+    finally:
+        _catalogue = before
+
+
+@functools.cache
+def catalogue(language: str) -> Catalogue:
+    return Catalogue(json.loads((FOLDER / f"{language}.json").read_text(encoding="utf-8")))
+
+
+def language_of(environment: Mapping[str, str] = os.environ) -> str:
+    """ATOMTUNE_LANGUAGE, else the locale; English where neither is Chinese."""
+    for name in ("ATOMTUNE_LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG"):
+        if environment.get(name):
+            return "zh" if environment[name].lower().startswith("zh") else "en"
+    return "en"

@@ -1,0 +1,243 @@
+"""Language: every text has its Chinese, what is filled in stays as it is, and a Chinese screen is Chinese."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from string import Formatter
+
+import pytest
+from rich.cells import cell_len
+
+from atomtune.cli import COMMANDS, main
+from atomtune.console import Console
+from atomtune.language import LANGUAGES, Catalogue, catalogue, language_of, spoken, translated
+from atomtune.settings.help import help_text
+from atomtune.settings.read import GROUPS
+from tests.conftest import write_jsonl
+from tools.messages import CATALOGUE, SOURCE, all_messages, messages_of
+
+TRANSLATIONS: dict[str, str | None] = json.loads(CATALOGUE.read_text(encoding="utf-8"))
+DEMO_BASE = SOURCE / "demo" / "base"
+
+#: Three English words in a row, none of which begins with a dash or holds a mark of code: part of a sentence.
+SENTENCE = re.compile(r"(?<![\w/.-])[a-z]{2,} [a-z]{2,} [a-z]{2,}(?![\w=/])", re.IGNORECASE)
+#: What is no sentence: a command to be copied, and a name.
+NO_SENTENCE = re.compile(r"^(用法：|  )atomtune .*|Hugging Face hub", re.MULTILINE)
+
+
+def english_in(screen: str) -> list[str]:
+    return SENTENCE.findall(NO_SENTENCE.sub("", screen))
+
+
+def names_in(text: str) -> set[str]:
+    return {name for _, name, _, _ in Formatter().parse(text) if name}
+
+
+def test_no_text_is_missing():
+    missing = {text for texts in all_messages().values() for text in texts if text not in TRANSLATIONS}
+    assert not missing  # `python -m tools.messages` lists them
+
+
+def test_no_text_is_left_over():
+    in_source = {text for texts in all_messages().values() for text in texts}
+    assert not TRANSLATIONS.keys() - in_source  # `python -m tools.messages --sort` drops them
+
+
+def test_a_text_that_nobody_translated_would_be_found(tmp_path):
+    file = tmp_path / "new.py"
+    lines = [
+        "def f(rows):",
+        '    """What it does."""',
+        '    say(f"{len(rows):,} rows were lost.")',
+        '    x["lora_rank"]',
+    ]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    assert messages_of(file) == ["{rows} rows were lost."]
+
+
+def test_a_translation_has_the_places_of_its_text():
+    for english, chinese in TRANSLATIONS.items():
+        assert chinese is None or names_in(chinese) == names_in(english), english
+
+
+def test_every_text_is_found_by_itself_and_by_no_other():
+    """All of them, filled with words that mean nothing."""
+    chinese_catalogue = catalogue("zh")
+    for english, chinese in TRANSLATIONS.items():
+        if chinese is None:
+            continue
+        values = {name: f"v{number}a" for number, name in enumerate(sorted(names_in(english)))}
+        expected = "".join(literal + values.get(name or "", "") for literal, name, _, _ in Formatter().parse(chinese))
+        assert chinese_catalogue.translated(english.format(**values), is_ours=True) == expected
+
+
+def test_a_translation_is_chinese_in_full_width_marks():
+    """Commands, flags, names and code stay; a sentence ends as Chinese ends it."""
+    for english, chinese in TRANSLATIONS.items():
+        if chinese is not None and len(english.split()) > 4:
+            assert re.search("[\u4e00-\u9fff]", chinese), english
+            assert not re.search("[\u4e00-\u9fff][,;!?]|[\u4e00-\u9fff][.:]( |$)", chinese), chinese
+
+
+def test_what_is_filled_in_stays_as_it_is():
+    """A record, a path or a library may say what our own messages say."""
+    own = Catalogue({"no record": "没有记录", "{path}: no such file.": "{path}：没有这个文件。"})
+    assert own.translated("no record: no such file.") == "no record：没有这个文件。"
+
+
+def test_a_message_within_a_message_is_translated():
+    own = Catalogue({"{path} cannot be used: {reason}.": "{path} 不能用：{reason!m}。", "no record": "没有记录"})
+    assert own.translated("no record cannot be used: no record.") == "no record 不能用：没有记录。"
+
+
+def test_a_text_of_nobody_stays():
+    text = "Once upon a time there was a lamp; it had 3 records of the sea, and no record is longer than a night."
+    assert catalogue("zh").translated(text) == text
+
+
+@pytest.mark.parametrize(
+    ("environment", "language"),
+    [
+        ({}, "en"),
+        ({"LANG": "C"}, "en"),
+        ({"LANG": "zh_CN.UTF-8"}, "zh"),
+        ({"LC_ALL": "C", "LANG": "zh_CN.UTF-8"}, "en"),
+        ({"LC_MESSAGES": "zh_TW.UTF-8", "LANG": "en_US.UTF-8"}, "zh"),
+        ({"ATOMTUNE_LANGUAGE": "en", "LC_ALL": "zh_CN.UTF-8"}, "en"),
+        ({"ATOMTUNE_LANGUAGE": "zh"}, "zh"),
+    ],
+)
+def test_the_language_is_that_of_the_environment(environment, language):
+    assert language_of(environment) == language
+
+
+def test_english_is_what_is_spoken_unless_another_language_is_chosen():
+    assert translated("All settings are the same.") == "All settings are the same."
+    with spoken("zh"):
+        assert translated("All settings are the same.") == "所有设置都相同。"
+    assert translated("All settings are the same.") == "All settings are the same."
+
+
+@pytest.mark.parametrize("words", [["--language", "zh"], ["--language=zh"]])
+def test_every_command_takes_a_language(words, capsys):
+    assert main(["train", *words, "--lora_rank", "0", "--learning_rat", "1"]) == 2
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "atomtune train：--learning_rat：没有这项设置。是不是想写 --learning_rate？",
+        "--lora_rank '0'：应为整数，大于等于 1。",
+    ]
+
+
+def test_an_unknown_language_is_told_those_there_are(capsys):
+    assert main(["train", "--language", "fr"]) == 2
+    assert capsys.readouterr().err == "atomtune: --language 'fr': expected one of en, zh.\n"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_chinese_and_no_line_is_too_wide(command, width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    with spoken("zh"):
+        page = help_text(command, COMMANDS[command].summary, GROUPS[command], everything=False)
+    assert "示例：" in page
+    assert not english_in(page)
+    for line in page.splitlines():
+        # A word or flag that is longer than a line stays whole, so that it can be copied.
+        assert cell_len(line) <= min(width, 110) or line.lstrip().startswith(("atomtune", "--"))
+
+
+def test_help_as_data_stays_english(capsys):
+    for words in (["--help", "json"], ["train", "--help", "json"]):
+        main(words)
+        english = capsys.readouterr().out
+        main([*words, "--language", "zh"])
+        assert capsys.readouterr().out == english
+
+
+def test_columns_stand_below_each_other(capsys):
+    """A Chinese character takes two cells."""
+    with spoken("zh"):
+        Console().columns([("eval_size", "auto", "by the width of the base, 96"), ("x", "是", "1 epoch")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["  eval_size  auto  按底座的宽度 96", "  x          是    1 遍"]
+
+
+@pytest.fixture(scope="module")
+def chinese_run(tmp_path_factory) -> tuple[str, Path]:
+    """What `atomtune train` says in a Chinese locale, and its output folder: a short run with held-out records."""
+    folder = tmp_path_factory.mktemp("chinese")
+    records = [{"instruction": f"第{n}盏灯在哪里？", "input": "", "output": f"在第{n * 7 % 40}层。"} for n in range(40)]
+    data = write_jsonl(folder / "lamps.jsonl", [*records, records[0]])
+    words = ["--model_path", str(DEMO_BASE), "--dataset_path", str(data), "--lr", "1e-3", "--num_train_epochs", "1"]
+    words += ["--output_dir", str(folder / "out"), "--fp16", "--eval_size", "8"]
+    environment = {name: value for name, value in os.environ.items() if name != "ATOMTUNE_LANGUAGE"}
+    environment |= {"LC_ALL": "zh_CN.UTF-8", "PYTHONUTF8": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(
+        [sys.executable, "-m", "atomtune", "train", *words],
+        capture_output=True,
+        check=True,
+        encoding="utf-8",
+        timeout=300,
+        env=environment,
+    )
+    return ran.stdout + ran.stderr, folder / "out"
+
+
+def test_a_run_in_a_chinese_locale_speaks_chinese(chinese_run):
+    screen, _ = chinese_run
+    # The demo's base answers English where it likes; the samples are the model's words.
+    ours = re.sub("训练数据里没有的提示.*完成：", "", screen, flags=re.DOTALL)
+    assert not english_in(ours)
+    for part in (
+        "读入 41 条记录",
+        "注意：1 条记录与前面的记录完全相同",
+        "留出 8 条记录",
+        "训练前",
+        "完成：",
+        "接下来：",
+    ):
+        assert part in screen
+
+
+def test_the_files_of_a_chinese_run_are_english(chinese_run):
+    _, folder = chinese_run
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    sentences = [*record["notices"], *record["outcome"]["sentences"]]
+    assert sentences
+    assert not [sentence for sentence in sentences if re.search("[\u4e00-\u9fff]", sentence)]
+
+
+def test_errors_about_data_are_chinese(tmp_path, capsys):
+    records = [
+        {"instruction": "你是谁？", "output": "灯。"},
+        {"instruction": "你是谁？"},
+        {"instruction": 1, "output": "灯。"},
+    ]
+    data = write_jsonl(tmp_path / "bad.jsonl", records)
+    words = ["--model_path", str(DEMO_BASE), "--output_dir", str(tmp_path / "out"), "--language", "zh"]
+    assert main(["train", "--dataset_path", str(data), *words]) == 2
+    assert main(["train", "--dataset_path", str(tmp_path / "none.jsonl"), *words]) == 2
+    said = capsys.readouterr().err
+    assert not english_in(said)
+    assert "3 条记录中有 2 条被拒绝（都在 run.json 里）。--skip_bad 用其余 1 条训练。" in said
+    assert f"{tmp_path / 'none.jsonl'}：没有这个文件。用 --dataset_path 传数据文件。" in said
+
+
+def test_inspect_and_plan_are_chinese(tmp_path, capsys):
+    records = [
+        {"instruction": f"第{n}盏灯在哪里？", "input": "", "output": "在山上。" if n else " "} for n in range(20)
+    ]
+    data = str(write_jsonl(tmp_path / "lamps.jsonl", [*records, records[1]]))
+    both = ["--model_path", str(DEMO_BASE), "--language", "zh"]
+    assert main(["inspect", data, *both, "--html", str(tmp_path / "page.html")]) == 0
+    assert main(["plan", "--dataset_path", data, *both]) == 0
+    said = capsys.readouterr().out
+    assert "账目" in said
+    assert "显存" in said or "内存" in said
+    assert not english_in(said)
+
+
+def test_languages_are_those_with_a_catalogue():
+    assert {"en", *(file.stem for file in CATALOGUE.parent.glob("*.json"))} == set(LANGUAGES)
