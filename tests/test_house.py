@@ -16,7 +16,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 #: Rooms and top-level modules by floor: each may import from the floors above it, and never from its own or below.
 FLOORS = (
     ("errors", "choices", "language"),
-    ("console", "disk", "limits", "settings", "extras", "process"),
+    ("console",),
+    ("disk", "limits", "settings", "extras", "process"),
     ("data", "engines"),
     ("analysis", "batch"),
     ("model",),

@@ -164,11 +164,11 @@ def print_json(value: object) -> None:
     print(_ORDERS.sub(lambda order: f"\\u{ord(order.group()):04x}", line))
 
 
-def wrapped(line: str, width: int, *, indent: int | None = None) -> str:
+def wrapped(line: str, width: int, *, indent: int | None = None, long_words_apart: bool = False) -> str:
     """A line as several that end at a word's end; indent: of all but the first, where not as that.
 
-    A word that is longer than a line stays where it is: the terminal breaks it without a line end, so a path or an
-    address can be copied.
+    A word that is longer than a line stays where it is, or with `long_words_apart` begins a line: the terminal breaks
+    it without a line end, so a path or an address can be copied.
     """
     if indent is None:
         indent = min(len(line) - len(line.lstrip(" ")), width // 2)
@@ -180,7 +180,8 @@ def wrapped(line: str, width: int, *, indent: int | None = None) -> str:
             continue
         word_cells = cell_len(word)
         is_first = not current.strip()
-        if cells + len(gap) + word_cells > width and not is_first and word_cells <= width - indent:
+        may_move = word_cells <= width - indent or long_words_apart
+        if cells + len(gap) + word_cells > width and not is_first and may_move:
             lines.append(current)
             current, cells, gap = " " * indent, indent, ""
         current += gap + word

@@ -137,7 +137,7 @@ def help_text(command: str, summary: str, groups: Sequence[type[Any]], *, everyt
 
 def _wrapped(text: str, width: int, *, indent: str = "") -> list[str]:
     """Lines that end at a word's end; a word longer than a line is left whole, so that it can be copied."""
-    return wrapped(text, width, indent=len(indent)).split("\n")
+    return wrapped(text, width, indent=len(indent), long_words_apart=True).split("\n")
 
 
 def _sections(groups: Sequence[type[Any]], *, everything: bool) -> dict[str, list[tuple[str, str]]]:
