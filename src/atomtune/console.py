@@ -186,7 +186,7 @@ def wrapped(line: str, width: int, *, indent: int | None = None, long_words_apar
             current, cells, gap = " " * indent, indent, ""
         current += gap + word
         cells = cells + len(gap) + word_cells
-        if cells > width:  # broken by the terminal
+        if cells > width and not long_words_apart:  # broken by the terminal, and the next word goes on there
             cells %= width
         gap = ""
     return "\n".join([*lines, current])

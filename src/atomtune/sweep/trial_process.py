@@ -72,6 +72,7 @@ def _process(words: Sequence[str], output: IO[bytes]) -> Iterator["subprocess.Po
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
+        env=environment,
         start_new_session=os.name == "posix",
         preexec_fn=end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509  # safe: see there
     )
