@@ -204,6 +204,7 @@ FAMILIES: dict[str, dict[str, Values]] = {
     },
     "Mamba": {
         "mamba": {"state_size": 8, "intermediate_size": 128},
+        "falcon_mamba": {"state_size": 8, "intermediate_size": 128},
         "mamba2": {
             "intermediate_size": 128,
             "num_heads": 8,
@@ -245,6 +246,16 @@ FAMILIES: dict[str, dict[str, Values]] = {
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 32,
             "moe_shared_expert_intermediate_size": 32,
+        },
+        "zamba": {
+            **_FOUR,
+            "layers_block_type": 2 * ["mamba", "hybrid"],
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "n_mamba_heads": 2,
+            "attention_head_dim": 32,
+            "num_key_value_heads": 4,
+            "use_mamba_kernels": False,
         },
         "zamba2": {
             **_FOUR,

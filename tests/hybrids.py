@@ -43,6 +43,15 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     "qwen3_next": {**_SIZE, **DELTA_NET, **_EXPERTS},
     "qwen3_5_text": {**_SIZE, **DELTA_NET},
     "lfm2": {**_SIZE, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
+    "mamba": {
+        "vocab_size": WORDS,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "state_size": 4,
+        "num_hidden_layers": 2,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+    },
     "mamba2": {
         "vocab_size": WORDS,
         "hidden_size": 32,
@@ -61,6 +70,7 @@ _TARGETS = {
     "qwen3_next": ["in_proj_qkvz", "out_proj", "q_proj", "o_proj"],
     "qwen3_5_text": ["in_proj_qkv", "in_proj_a", "out_proj", "q_proj", "o_proj", "down_proj"],
     "lfm2": ["in_proj", "out_proj", "q_proj", "w2"],
+    "mamba": ["in_proj", "x_proj"],
     "mamba2": ["in_proj"],
 }
 

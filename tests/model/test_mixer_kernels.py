@@ -20,6 +20,7 @@ def test_without_packages_the_librarys_own_code_is_named_and_what_would_be_faste
         "qwen3_next": {"causal-conv1d", "flash-linear-attention"},
         "qwen3_5_text": {"causal-conv1d", "flash-linear-attention"},
         "lfm2": {"causal-conv1d"},
+        "mamba": {"causal-conv1d", "mamba-ssm"},
         "mamba2": {"causal-conv1d", "mamba-ssm"},
     }
     assert not any(kernels_of(hybrid(family)).used for family in HYBRIDS)

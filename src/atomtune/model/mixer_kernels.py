@@ -70,6 +70,11 @@ def _places(class_: type) -> Iterator[tuple[str, bool]]:
                 yield place["package"], bool(place["is_new_implementation"])
 
 
+def is_replaced(function: Any) -> bool:
+    """Whether a package's kernel computes in place of this function."""
+    return bool(_closure(function).get("is_new_implementation"))
+
+
 def _closure(function: Any) -> dict[str, Any]:
     """The values that a function keeps from where it was defined, by name; those of what it wraps too."""
     kept: dict[str, Any] = {}

@@ -27,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from atomtune.batch.attention_plan import AttentionPlan
 from atomtune.batch.segment_plan import SegmentBatch, SegmentPlan
 from atomtune.model.row_attention import attend
+from atomtune.model.selective_scan import scans_from
 
 Way = Literal["fork", "paths"]
 #: Names under which mixers take transformers' cache.
@@ -307,7 +308,9 @@ def _by_forks(
     output: Any = None
     for batch in plan.batches:
         carrier = _start(batch, states)
-        output = mixer.plain(hidden[0][batch.tokens.to(hidden.device)], *args, **{**kwargs, name: carrier})  # [G, n, D]
+        with scans_from(mixer.mixer, carrier.recurrent.get(0)):
+            sequences = hidden[0][batch.tokens.to(hidden.device)]
+            output = mixer.plain(sequences, *args, **{**kwargs, name: carrier})  # [G, n, D]
         states.append(carrier)
         results.append(_first(output).flatten(0, 1)[batch.places.to(hidden.device)])
     out = torch.cat(results)[plan.order.to(hidden.device)]  # [T, D]
