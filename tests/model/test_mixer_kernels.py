@@ -4,10 +4,13 @@ import importlib
 import sys
 from types import ModuleType
 
+import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
-from atomtune.model.mixer_kernels import MixerKernels, kernels_of
+from atomtune.errors import BadModel
+from atomtune.model.mixer_kernels import MixerKernels, kernels_of, package_that_raised
+from atomtune.train.output_folder import explained
 from tests.hybrids import HYBRIDS, hybrid
 from tests.tiny import FAMILIES, SIZE
 
@@ -39,6 +42,25 @@ def test_a_package_that_is_installed_is_named_as_what_computes(monkeypatch):
         config = AutoConfig.for_model("lfm2", **HYBRIDS["lfm2"])
         assert kernels_of(beside.Lfm2ForCausalLM(config)) == MixerKernels(used=("causal-conv1d",), missing=())
     sys.modules["transformers.models.lfm2"].modeling_lfm2 = file
+
+
+def test_an_error_that_a_package_raised_is_told_in_its_words(tmp_path):
+    """fla 0.6 refuses Triton 3.6 on Hopper in its backward, and a run ended with a traceback."""
+    refused = "Triton >= 3.4.0 and < 3.7.1 on Hopper GPUs produces incorrect results. Please upgrade Triton."
+    module = {"__name__": "fla.ops.common.chunk_o"}
+    exec(f"def backward(compile):\n    compile()\n    raise RuntimeError({refused!r})", module)
+    with pytest.raises(RuntimeError) as caught:
+        module["backward"](lambda: None)
+    answer = explained(caught.value, TrainingArguments(str(tmp_path)), again="")
+    assert isinstance(answer, BadModel)
+    assert refused in str(answer)
+    assert "pip uninstall flash-linear-attention" in str(answer)
+    with pytest.raises(ZeroDivisionError) as inside:  # raised below the package's own lines
+        module["backward"](lambda: 1 / 0)
+    assert package_that_raised(inside.value) == "flash-linear-attention"
+    with pytest.raises(ZeroDivisionError) as elsewhere:
+        1 / 0  # noqa: B018
+    assert explained(elsewhere.value, TrainingArguments(str(tmp_path)), again="") is elsewhere.value
 
 
 def test_a_model_without_such_layers_has_nothing_to_say():

@@ -7,6 +7,7 @@ is known here and nothing is said.
 
 import inspect
 import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,13 @@ def _places(class_: type) -> Iterator[tuple[str, bool]]:
             place = _closure(functions_of_file.get(name))
             if "package" in place and "is_new_implementation" in place:
                 yield place["package"], bool(place["is_new_implementation"])
+
+
+def package_that_raised(error: BaseException) -> str | None:
+    """Of an error that a package's kernel raised, the package, by pip's name: it may refuse this GPU or compiler."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = (_DISTRIBUTIONS.get(module.partition(".")[0]) for module in reversed(frames))
+    return next((package for package in packages if package), None)
 
 
 def is_replaced(function: Any) -> bool:

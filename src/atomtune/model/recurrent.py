@@ -6,7 +6,8 @@ module whose later outputs depend on an earlier input and that does not use the 
 compute a row (batch/segment_plan.py), of which the trial in layout_support.py takes the first that is exact:
 
 fork   every segment runs through the model's own mixer and starts from its parent's state, which a stand-in for
-       transformers' cache hands over. The cache's protocol is private to the library: hence the trial.
+       transformers' cache hands over; Mamba 1 takes it in selective_scan.py. The cache's protocol is private to the
+       library: hence the trial.
 paths  every path from root to leaf runs as a sequence of its own; linear layers inside compute each token once.
 
 Letters: G sequences of a batch, n their tokens, T tokens of the row, D width, P paths, L the longest of them.
