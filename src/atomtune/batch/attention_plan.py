@@ -175,7 +175,7 @@ class Spans:
             key_starts,
             None if self.keys is None else functional.pad(self.keys, (0, filled - keys)),
             _power_of_two(self.longest_queries),
-            _power_of_two(self.longest_keys),
+            _power_of_two(max(self.longest_keys, filled - keys)),
         )
 
 

@@ -3,8 +3,8 @@
 A step of a thousand tokens launches some four thousand kernels, and the host needs longer to launch them than the GPU
 to compute them. A CUDA graph launches them all at once. It reads and writes the same memory each time: a batch is
 copied to where the graph reads, and its sizes are rounded up, so that there are few shapes.
-Law: played, a batch has the loss and gradients that it has in the model itself (tests/model/test_step_graphs.py); the
-first that a run plays is held against the model's own.
+Law: played, a batch has the loss and gradients that it has in the model itself (tests/model/test_step_graphs.py); every
+shape's first play is held against the model's own gradients.
 Letters: N targets, T tokens of the row, S spans, K gathered keys.
 """
 
@@ -73,30 +73,30 @@ class StepGraphs:
         self._seen: Counter[Hashable] = Counter()
         self._recordings: dict[Hashable, _Recording] = {}
         self._played = 0  # batches
-        self._first_apart: float | None = None
+        self._most_apart = 0.0
         self._longest = 0  # tokens of a batch that was computed
 
     def figures(self) -> dict[str, Any]:
-        """For the run's record: shapes recorded, batches replayed, and how far the first one's gradients were apart."""
-        return {"shapes": len(self._recordings), "replayed": self._played, "apart": self._first_apart}
+        """For the run's record: shapes recorded, batches replayed, and how far gradients were apart at most."""
+        return {"shapes": len(self._recordings), "replayed": self._played, "apart": self._most_apart}
 
     def nats(self, batch: Batch) -> torch.Tensor:
         """What loss.target_nats gives for this batch, played where its shape was seen before."""
         if not self._takes(batch):
             return self._computed(batch)
-        batch = rounded(batch)
-        shape = _shape(batch)
+        fewer_shapes = rounded(batch)
+        shape = _shape(fewer_shapes)
         recording = self._recordings.get(shape)
         if recording is None:
             self._seen[shape] += 1
             if self._seen[shape] <= SEEN_BEFORE or not self._has_room(batch):
                 return self._computed(batch)
-            recording = self._recorded(batch)
+            recording = self._recorded(batch, fewer_shapes)
             if recording is None:
                 return self._computed(batch)
             self._recordings[shape] = recording
         self._played += 1
-        return recording.play(batch)
+        return recording.play(fewer_shapes)
 
     def _takes(self, batch: Batch) -> bool:
         plan: AttentionPlan | None = batch["plan"]
@@ -122,17 +122,15 @@ class StepGraphs:
         self._longest = max(self._longest, batch["input_ids"].shape[1])
         return target_nats(self.model, batch, label_smoothing=self.label_smoothing)[0]
 
-    def _recorded(self, batch: Batch) -> "_Recording | None":
+    def _recorded(self, batch: Batch, fewer_shapes: Batch) -> "_Recording | None":
         """The batch's shape, recorded; None, and nothing more is recorded, where the model cannot be."""
-        is_first = not self._recordings
         try:
-            recording = _Recording(batch, self._computed, self.weights, self._grads, self._recorder)
-            if not is_first:
+            recording = _Recording(fewer_shapes, self._computed, self.weights, self._grads, self._recorder)
+            apart = self._apart(recording, batch, fewer_shapes)
+            self._most_apart = max(self._most_apart, apart)
+            if apart <= MOST_APART:  # false for NaN as well
                 return recording
-            self._first_apart = self._apart(recording, batch)
-            if self._first_apart <= MOST_APART:
-                return recording
-            reason = f"gradients differ by {self._first_apart:.1%}"
+            reason = f"gradients differ by {apart:.1%}"
         except RuntimeError as error:  # what waits for the device cannot be recorded; nor is there always the memory
             reason = (str(error).splitlines() or [type(error).__name__])[0]
         self._is_on = False
@@ -140,12 +138,12 @@ class StepGraphs:
         self._notice(f"steps are not replayed as CUDA graphs, which costs small steps some speed: {reason}")
         return None
 
-    def _apart(self, recording: "_Recording", batch: Batch) -> float:
+    def _apart(self, recording: "_Recording", batch: Batch, fewer_shapes: Batch) -> float:
         """How far the played gradients are from the model's own: the norm of their difference, relative."""
         with _RandomStateKept(self.weights[0].device):
             own = torch.autograd.grad(self._computed(batch), self.weights, materialize_grads=True)
         with _RandomStateKept(self.weights[0].device):
-            played = torch.autograd.grad(recording.play(batch), self.weights)
+            played = torch.autograd.grad(recording.play(fewer_shapes), self.weights)
         difference = torch.nn.utils.get_total_norm([a - b for a, b in zip(own, played, strict=True)])
         return float(difference / torch.nn.utils.get_total_norm(own))
 
