@@ -500,6 +500,8 @@ def page(findings: Findings, *, beside: tuple[str, list[Finding]] | None = None)
         f"({padded_tokens(timed):,} tokens padded, {len(graft(timed)):,} as a tree), over the same",
         f"in padded rows; the median of {_PAIRS} pairs on one CPU thread. These models are {_SIZE['hidden_size']} "
         "wide: what is not a matrix product weighs more than in a real one.",
+        "Padded rows of mamba, falcon_mamba, jamba and zamba run transformers' scan of some ten operations a token, "
+        "trees ours of one: part of their gain is that.",
         "",
         f"**{len(here)} families: {exact} share beginnings (layout tree) and are equal, {padded} are trained padded "
         f"and are equal, {len(here) - exact - padded} fail.**",
