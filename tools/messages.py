@@ -23,6 +23,7 @@ NOT_SPOKEN = {
     "evaluate/html_page.py": "a page, not the console",
     "export/model_card.py": "a file that is published",
     "inspect/html_page.py": "a page, not the console",
+    "language.py": "what translates",
     "serve/page.py": "a page with its own two languages",
     "settings/help_json.py": "read by programs",
     "train/report_page.py": "a page, not the console",

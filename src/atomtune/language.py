@@ -30,6 +30,8 @@ _FEWEST_LETTERS = 8
 _SENTENCE_END = re.compile(r"(?<=[.?!:;)…]) +(?=\S)")
 #: What a short key is not filled with, lest it fits where others should.
 _SEVERAL = re.compile(r"[.?!:;,)…] +\S")
+#: A line about a record: where it is, and what is wrong with it.
+_ABOUT_A_RECORD = re.compile(r"(\S+:\d+  )(.+)\.")
 _FULL_WIDTH_END = tuple("。；：，？！）")
 _LIST_MARKS = {"; ": "；", ": ": "：", ", ": "，", " and ": "和", " or ": "或"}
 
@@ -102,6 +104,9 @@ class Catalogue:
         message = text.strip()
         if not message:
             return text
+        about_a_record = _ABOUT_A_RECORD.fullmatch(message)
+        if about_a_record and (reason := self.translated(about_a_record[2], is_ours=True)) != about_a_record[2]:
+            return text.replace(message, f"{about_a_record[1]}{reason}。", 1)
         result = self._whole(message)
         if result is None and is_ours:
             result = self._filled_first(self.short_templates, message)
