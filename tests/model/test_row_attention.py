@@ -15,7 +15,7 @@ from atomtune.batch.pack import pack
 from atomtune.batch.row import Row, single
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
-from atomtune.model import row_attention
+from atomtune.model import block_attention, row_attention
 from atomtune.model.row_attention import ROW_PLAN, attend
 from atomtune.model.scores import ScoreRules
 from tests.batch.test_tree import forest
@@ -98,9 +98,11 @@ def assert_equal(ours: list, theirs: list) -> None:
         torch.testing.assert_close(one, other, **EXACT, msg=lambda said, name=name: f"{name}: {said}")
 
 
+@pytest.mark.parametrize("most_kept", [0, 1_000], ids=["computed again", "kept"])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_blocks_give_what_the_mask_gives(window):
+def test_blocks_give_what_the_mask_gives(monkeypatch, window, most_kept):
     # Catches any error of a plan or of the hand-written backward, padding included.
+    monkeypatch.setattr(block_attention, "MOST_KEPT", most_kept)
     for seed, row in enumerate(some_rows(90)):
         plan = plan_attention(row, windows=(None, window), width=padded_length(len(row)))
         one = asked(len(plan.until), seed=seed)
@@ -132,13 +134,15 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("cut", ["blocks", "spans"])
+@pytest.mark.parametrize("way", ["blocks", "blocks whose weights are kept", "spans"])
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("value_width", [6, 3, 10])
 @pytest.mark.parametrize("kind", KINDS)
-def test_caps_sinks_and_values_of_any_width_in_blocks_and_spans(monkeypatch, kind, value_width, window, cut):
+def test_caps_sinks_and_values_of_any_width_in_blocks_and_spans(monkeypatch, kind, value_width, window, way):
     # Catches a cap without its slope in the backward, a sink that is left out of one of the two, its missing gradient,
     # an output as wide as a query, and every error of the spans.
+    monkeypatch.setattr(block_attention, "MOST_KEPT", 1_000 if "kept" in way else 0)
+    cut = "spans" if way == "spans" else "blocks"
     if cut == "spans":
         monkeypatch.setattr(row_attention, "way_of", lambda *_, **__: "spans")
     for seed, row in enumerate(some_rows(12)):

@@ -66,6 +66,11 @@ class Block:
     path_keys: int
     mask: torch.Tensor
 
+    @property
+    def scores(self) -> int:
+        """How many scores a head has here."""
+        return self.count * self.width * (self.path_keys + self.width)
+
 
 @dataclass(frozen=True, slots=True)
 class Siblings:

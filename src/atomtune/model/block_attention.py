@@ -1,7 +1,8 @@
 """Attention by blocks, for a CPU: a few dense products instead of a T x T mask.
 
-batch.attention_plan says which blocks. The backward computes the weights again instead of keeping them (Dao et al.
-2022, arXiv 2205.14135): P = softmax(S), dP = dO V^T, dS = P * (dP - sum(dP * P)), dQ = dS K, dK = dS^T Q, dV = P^T dO.
+batch.attention_plan says which blocks. P = softmax(S), dP = dO V^T, dS = P * (dP - sum(dP * P)), dQ = dS K,
+dK = dS^T Q, dV = P^T dO. Of long paths the backward computes P again instead of keeping it (Dao et al. 2022, arXiv
+2205.14135).
 Letters: H heads, T tokens, D head dimension; S slots, G segments of a block, n the longest, A tokens of their path.
 """
 
@@ -13,6 +14,10 @@ from torch.autograd.function import once_differentiable
 
 from atomtune.batch.attention_plan import Block, Places, Siblings, Where
 from atomtune.model.scores import ScoreRules, weights_beside_sinks
+
+#: The weights are kept where they are at most so many times as large as the queries: a quarter of what else a layer
+#: keeps for its backward pass.
+MOST_KEPT = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +57,10 @@ class BlockAttention(torch.autograd.Function):
         places: Places,
         rules: ScoreRules,
     ) -> torch.Tensor:
-        ctx.save_for_backward(q, k, v, sinks)
-        ctx.siblings, ctx.places, ctx.rules = siblings, places, rules
+        scores = len(q) * sum(block.scores for family in siblings for block in family.blocks)
+        keeps = any(ctx.needs_input_grad) and rules.softcap is None and scores <= MOST_KEPT * q.numel()
+        kept: list[torch.Tensor] = []  # P of each block
+        inputs = (q, k, v, sinks)
         by_slot = _laid_out(q, k, v, places, rules)
         k, v = k.contiguous(), v.contiguous()
         out = torch.empty_like(by_slot.v)  # [H * S, D']
@@ -62,21 +69,26 @@ class BlockAttention(torch.autograd.Function):
             for block in family.blocks:
                 view = _BlockView(block, family.path_tokens, len(q))
                 weights, _ = view.weights(by_slot, path, rules, sinks)
+                if keeps:
+                    kept.append(weights)
                 torch.bmm(view.on_segment(weights), view.segments(by_slot.v), out=view.segments(out))
                 if block.path_keys:
                     view.slots(out).baddbmm_(view.on_path(weights), path.v[:, : block.path_keys])
+        ctx.save_for_backward(*inputs, *kept)
+        ctx.siblings, ctx.places, ctx.rules = siblings, places, rules
         return _by_token(out, places, v.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, sinks = ctx.saved_tensors
+        q, k, v, sinks, *kept = ctx.saved_tensors
         places, rules = ctx.places, ctx.rules
         by_slot = _laid_out(q, k, v, places, rules)
         # Padding repeats a token, so it must not hand on that token's gradient.
         grad_slots = _lay(grad_out, places).mul_(places.holds)  # [H * S, D']
         grad_sinks = torch.zeros_like(sinks) if ctx.needs_input_grad[3] else None
         own = by_slot.empty_like()  # gradients that stay within a segment
+        weights_of_blocks = iter(kept)
         above: list[tuple[Where | None, _Path]] = []  # and those that the tokens of a path gather from all below
         k, v = k.contiguous(), v.contiguous()
         for family in ctx.siblings:
@@ -85,8 +97,10 @@ class BlockAttention(torch.autograd.Function):
             above.append((family.path, into_path))
             for block in family.blocks:
                 view = _BlockView(block, family.path_tokens, len(q))
+                weights = next(weights_of_blocks, None)
+                weights_and_slope = view.weights(by_slot, path, rules, sinks) if weights is None else (weights, None)
                 view.backward(
-                    by_slot, path, grad_slots, rules, sinks, into=own, into_path=into_path, into_sinks=grad_sinks
+                    by_slot, path, grad_slots, *weights_and_slope, into=own, into_path=into_path, into_sinks=grad_sinks
                 )
         grad_q, grad_k, grad_v = (_by_token(own.q, places, q.shape), _by_token(own.k, places, k.shape),
                                   _by_token(own.v, places, v.shape))  # fmt: skip
@@ -164,8 +178,8 @@ class _BlockView:
         by_slot: _QKV,
         path: _Path,
         grad_slots: torch.Tensor,
-        rules: ScoreRules,
-        sinks: torch.Tensor | None,
+        weights: torch.Tensor,
+        slope: torch.Tensor | None,
         *,
         into: _QKV,
         into_path: _Path,
@@ -173,9 +187,9 @@ class _BlockView:
     ) -> None:
         """Write the gradients of the block's own slots, and add to those of its path and of the sinks.
 
-        grad_slots [H * S, D'] what comes back to each slot's output
+        grad_slots  [H * S, D'] what comes back to each slot's output
+        weights     [H * G, n, A + n] P; slope of the scores' soft cap, if they have one
         """
-        weights, slope = self.weights(by_slot, path, rules, sinks)  # P
         grad_weights = self.products(grad_slots, by_slot.v, path.v)  # dP
         if into_sinks is not None:
             sink_share = 1 - weights.sum(-1)  # [H * G, n]

@@ -12,18 +12,23 @@ from typing import Any
 import psutil
 import torch
 
+from atomtune.model.block_attention import MOST_KEPT
+
 #: Part of the free memory that activations may take. The rest is for the loss, the optimizer and fragmentation; on a
 #: CPU for other programs too.
 USABLE_ON_GPU, USABLE = 0.85, 0.6
 
 
-def activation_bytes(config: Any, *, tokens: int, element_bytes: int, dropout: bool = False) -> int:
+def activation_bytes(
+    config: Any, *, tokens: int, element_bytes: int, dropout: bool = False, attention_weights: bool = False
+) -> int:
     """Bytes kept for the backward pass of one step of so many computed tokens, when nothing is recomputed.
 
     Per token and layer, in units of one element:
     11 of the hidden size   two norms in float32 (4), their outputs (2), the rotated queries, keys and values repeated
                             to all heads (3), attention's output, and it as the output projection's input
     4 of the inner size     gate, up, the activated gate, their product
+    with attention weights  block_attention.MOST_KEPT of the hidden size: kept on a CPU where they are no more
     with LoRA's dropout     a byte for each input: 3 of the hidden size, 1 of the inner
     On a Qwen2.5-7B shape in bfloat16 without dropout this is 6.5 MB a token; an H100 took 6.3.
     """
@@ -33,7 +38,8 @@ def activation_bytes(config: Any, *, tokens: int, element_bytes: int, dropout: b
     if isinstance(inner, list | tuple):  # Gemma 3n: a width for each layer
         inner = sum(inner) // len(inner)
     layers = getattr(text, "num_hidden_layers", 0)
-    saved = (11 * hidden + 4 * inner) * element_bytes
+    weights = MOST_KEPT * hidden if attention_weights else 0
+    saved = (11 * hidden + 4 * inner + weights) * element_bytes
     dropped = 3 * hidden + inner if dropout else 0
     return tokens * layers * (saved + dropped)
 
@@ -65,7 +71,13 @@ class ActivationMemory:
     def of(
         cls, config: Any, *, tokens: int, element_bytes: int, dropout: bool, device: torch.device
     ) -> "ActivationMemory":
-        needed = activation_bytes(config, tokens=tokens, element_bytes=element_bytes, dropout=dropout)
+        needed = activation_bytes(
+            config,
+            tokens=tokens,
+            element_bytes=element_bytes,
+            dropout=dropout,
+            attention_weights=device.type == "cpu",
+        )
         return cls(tokens, needed, free_bytes(device), USABLE_ON_GPU if device.type == "cuda" else USABLE)
 
     @property
