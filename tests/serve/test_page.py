@@ -191,7 +191,7 @@ def stop_and_begin_anew(tab: Tab) -> None:
     for count in (1, 2):
         tab.ask("晚安")
         page.locator("#typed [data-testid='stop-button']").dispatch_event("click")
-        page.wait_for_selector("#typed [data-testid='submit-button']", timeout=5_000)
+        page.wait_for_selector("#typed [data-testid='submit-button']", timeout=20_000)
         playwright.expect(page.locator("#tuned .message.bot")).to_have_count(count)
     # While an answer is written a conversation is begun anew, and the next question asked at once: nothing comes back.
     tab.ask("今天天气怎么样？")
@@ -203,7 +203,7 @@ def stop_and_begin_anew(tab: Tab) -> None:
     page.wait_for_timeout(1_000)
     assert "今天" not in page.inner_text("#tuned") and "Who are you?" in page.inner_text("#tuned")
     page.locator("#typed [data-testid='stop-button']").dispatch_event("click")
-    page.wait_for_selector("#typed [data-testid='submit-button']", timeout=5_000)
+    page.wait_for_selector("#typed [data-testid='submit-button']", timeout=20_000)
 
 
 @needs_browser

@@ -212,7 +212,9 @@ class Page:
         if request.session_hash in self._stops:
             self._left.add(request.session_hash)
             self.stop(request)
-        return *self._drawn([], box=_box()), gradio.DownloadButton(visible=False)
+        # What is typed already is the next question: it stays.
+        box = gradio.Textbox(submit_btn=True, stop_btn=False)
+        return *self._drawn([], box=box), gradio.DownloadButton(visible=False)
 
     def saved(self, values: Values) -> Any:
         """The button that saves the conversation: a record of `messages`, as `atomtune train` reads them."""
