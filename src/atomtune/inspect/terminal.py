@@ -151,7 +151,7 @@ def savings(report: Report) -> Iterator[str]:
 
 def _against(padded: int, tokens: int) -> str:
     less = padded / tokens
-    return f"{less:.2f}× less" if less >= 1 else f"{1 / less:.2f}× more"
+    return translated(f"{less:.2f}× less") if less >= 1 else translated(f"{1 / less:.2f}× more")
 
 
 def scripts(report: Report) -> list[tuple[str, float]]:
