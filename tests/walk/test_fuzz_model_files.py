@@ -225,7 +225,7 @@ def test_no_file_breaks_what_reads_it(folders, tmp_path, name):
         except AtomtuneError as error:
             assert error.exit_code == 2, (number, error)
             # The last two: a base that the file names.
-            named = (str(folder), "template", "no folder here has this name", "Pass --model_path with")
+            named = (str(folder), "template", "no folder here has this name", "Pass --model_path with", "Repo id")
             assert any(words in str(error) for words in named), (number, str(error))
         except BaseException as error:
             raise AssertionError((number, repr(error)[:300], content[:1500])) from error

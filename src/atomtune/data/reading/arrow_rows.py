@@ -18,6 +18,7 @@ from atomtune.data.reading.compression import MOST_GROWTH
 from atomtune.data.reading.raw import LONGEST_LINE, RawRecord
 from atomtune.data.records import Refusal, RefusalKind
 from atomtune.errors import BadData
+from atomtune.limits import trial
 
 #: Rows that are Python objects at once.
 BATCH_ROWS = 1000
@@ -29,6 +30,9 @@ def read_parquet(path: Path, name: str, advance: Callable[[int], None]) -> Itera
     with explained(path, "Parquet"), path.open("rb") as raw:
         # Without pre_buffer a row group is read page by page, as it is used; with it, whole.
         file = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
+        # Damaged metadata may end the process: what pyarrow throws about a column's sizes, nobody catches.
+        if tripped := trial(lambda _say: _refuse_swollen(file.metadata, name)):
+            raise BadData(f"{path} cannot be read as Parquet: reading its metadata {tripped.words}. Write it again.")
         _refuse_swollen(file.metadata, name)
         batches = file.iter_batches(batch_size=BATCH_ROWS, use_threads=False)  # other processes may be forked
         yield from read_batches(batches, name, _share(path.stat().st_size, file.metadata.num_rows, advance))
