@@ -46,7 +46,7 @@ MULTIPLES, FEW_MULTIPLES, LARGE = (0.25, 0.5, 1, 2, 4), (0.5, 1, 2), 2000
 
 #: What other tools' own LoRA examples set: rate, records a step, epochs, warm-up, schedule, rank, alpha, dropout.
 #: LLaMA-Factory: examples/train_lora/qwen3_lora_sft.yaml. Unsloth: its notebooks (2 x 4 records, warm-up of 5 steps;
-#: one epoch in place of 60 steps). Axolotl: examples/llama-3/lora-1b.yml. TRL: the LoRA line of trl/scripts/sft.py.
+#: one epoch in place of 60 steps). Axolotl: examples/llama-3/lora-1b.yml. TRL: the LoRA line of its sft script.
 OTHERS = (
     Settings("LLaMA-Factory", 1e-4, 8, 3, 0.1, "cosine", rank=8, alpha=16, dropout=0.0),
     Settings("Unsloth", 2e-4, 8, 1, 0.08, "linear", rank=16, alpha=16, dropout=0.0),
