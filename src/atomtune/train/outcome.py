@@ -126,6 +126,8 @@ def _verdict(before: float | None, held_out: Mapping[int, float], losses: Sequen
         return "diverged" if rose or best > before * (1 + LITTLE) else "not learned"
     if last > best * (1 + NOISE):
         return "too long"
+    if last > best:
+        return "level"
     # The rate falls to 0 at the end, and the loss with it: what came before tells whether there was more to learn.
     steps = sorted(held_out)
     until_then = [held_out[step] for step in steps if step <= LATE * steps[-1]]
