@@ -7,6 +7,7 @@ can be ended. It is forked, so what it works on need not be sent, and what it sa
 Where processes cannot be forked safely (macOS, Windows), nothing is tried beforehand.
 """
 
+import faulthandler
 import os
 import resource
 import select
@@ -118,7 +119,8 @@ def _listen(reader: int, *, until: float) -> str:
 
 
 def _silence() -> None:
-    """Rust writes where it panicked; the same is said in plain words later."""
+    """Rust writes where it panicked, and Python where it was; the same is said in plain words later."""
+    faulthandler.disable()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)

@@ -1,6 +1,8 @@
 """Loading: tokenizers as published, dtypes as the device can, and errors that say what to do."""
 
+import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,3 +124,15 @@ def test_what_can_only_be_a_folder_is_not_looked_for_on_the_hub(path, tmp_path, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadModel, match="no such folder"):
         load_tokenizer(path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked safely on Linux only")
+def test_a_tokenizer_that_ends_its_reader_is_refused(models, tmp_path):
+    # Found by ten thousand alterations: Rust panics in a destructor, and no exception leaves it.
+    folder = tmp_path / "base"
+    shutil.copytree(models("llama"), folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["model"]["continuing_subword_prefix"] = "x"
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    with pytest.raises(BadModel, match="ended the process that tried it"):
+        load_tokenizer(str(folder))
