@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 	$(BIN)/atomtune train
 	@echo "To use the command atomtune in this shell:  . $(VENV)/bin/activate"
 
-# Some seven minutes on two idle cores.
+# Under a quarter of an hour on two idle cores.
 test: $(VENV)/installed-test check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m 'not slow'
 

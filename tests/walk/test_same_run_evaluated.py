@@ -95,17 +95,14 @@ def can_be(evaluation: str, save: str, batch: str, source: str) -> bool:
 
 
 WAYS = [way for way in itertools.product(EVALUATIONS, SAVES, BATCHES, SOURCES) if can_be(*way)]
-#: Each choice at least twice; the first is the case in which this was first seen to fail.
+#: Each choice at least once; the first is the case in which this was first seen to fail. `make soak` takes them all.
 FEW = [
     ("by epoch", "every step", "plain", "stored"),
     ("by epoch", "load the best", "accumulated", "mixed"),
     ("by steps", "the best", "plain", "mixed"),
-    ("by steps", "load the best", "plain", "streamed"),
     ("at the start", "by epoch", "accumulated", "stored"),
     ("plateau", "every step", "plain", "stored"),
-    ("by steps", "stops early", "plain", "stored"),
     ("by steps", "stops early", "accumulated", "streamed"),
-    ("by epoch", "stops early", "plain", "mixed"),
 ]
 
 
