@@ -140,9 +140,13 @@ class StepGraphs:
 
     def _apart(self, recording: "_Recording", batch: Batch, fewer_shapes: Batch) -> float:
         """How far the played gradients are from the model's own: the norm of their difference, relative."""
-        with _RandomStateKept(self.weights[0].device):
+        device = self.weights[0].device
+        devices = (
+            [device] if device.type == "cuda" else []
+        )  # both draw the same, and the step after them draws it again
+        with torch.random.fork_rng(devices):
             own = torch.autograd.grad(self._computed(batch), self.weights, materialize_grads=True)
-        with _RandomStateKept(self.weights[0].device):
+        with torch.random.fork_rng(devices):
             played = torch.autograd.grad(recording.play(fewer_shapes), self.weights)
         difference = torch.nn.utils.get_total_norm([a - b for a, b in zip(own, played, strict=True)])
         return float(difference / torch.nn.utils.get_total_norm(own))
@@ -166,22 +170,6 @@ class GpuRecorder:
 
     def free_bytes(self) -> int:
         return free_bytes(self.device)
-
-
-class _RandomStateKept:
-    """The device's random numbers go on as if nothing had been drawn."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def __enter__(self) -> None:
-        self.state = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
-
-    def __exit__(self, *_: object) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(self.state, self.device)
-        else:
-            torch.set_rng_state(self.state)
 
 
 class _Recording:
