@@ -38,7 +38,7 @@ def test_a_width_for_each_layer_is_no_error():
 
 
 def memory(config, tokens: int) -> ActivationMemory:
-    return ActivationMemory.of(config, tokens=tokens, element_bytes=2, dropout=False, device=CPU)
+    return ActivationMemory.of(config, tokens=tokens, element_bytes=2, dropout=False, in_rows=True, device=CPU)
 
 
 def test_a_tiny_step_keeps_its_activations_and_a_huge_one_does_not():

@@ -48,6 +48,22 @@ def test_the_json_has_its_keys_and_the_parts_make_the_peak(models, dialogues, ca
     assert plan["seconds"] > 0
 
 
+def test_a_cpu_keeps_kernels_for_each_length_once_and_weights_of_attention_for_rows(models, tmp_path, capsys):
+    """Sixteen records of one length are sixteen batches of one length; apart they would be sixteen times it."""
+    alike, unlike = tmp_path / "alike.jsonl", tmp_path / "unlike.jsonl"
+    write_jsonl(alike, [{"instruction": "Say it.", "output": "晚安。"}] * 16)
+    write_jsonl(unlike, [{"instruction": "Say it.", "output": "晚安。" * n} for n in range(1, 17)])
+    run = ("--model_path", str(models("llama")), "--per_device_train_batch_size", "1", "--eval_size", "0")
+    run += ("--num_train_epochs", "1", "--use_cpu", "true", "--gradient_checkpointing", "false")
+
+    def parts(data, layout: str) -> dict[str, int]:
+        return planned(capsys, *run, "--dataset_path", str(data), "--layout", layout)["parts"]
+
+    padded, unlike_padded, packed = parts(alike, "padded"), parts(unlike, "padded"), parts(alike, "packed")
+    assert unlike_padded["kernels"] > 5 * padded["kernels"] > 0
+    assert packed["activations"] > padded["activations"]
+
+
 @pytest.mark.slow
 def test_the_memory_of_a_run_on_a_cpu_is_about_what_was_planned(tmp_path):
     """Both in processes of their own; half a gigabyte is the step's, the rest are libraries."""
@@ -56,10 +72,10 @@ def test_the_memory_of_a_run_on_a_cpu_is_about_what_was_planned(tmp_path):
     data = write_jsonl(tmp_path / "data.jsonl", records)
     run = ["--model_path", str(base), "--dataset_path", str(data), "--dtype", "float32", "--layout", "padded"]
     run += ["--max_steps", "6", "--per_device_train_batch_size", "64", "--eval_size", "0", "--use_cpu", "true"]
+    run += ["--gradient_checkpointing", "false"]  # `auto` goes by what other programs leave free at the moment
     atomtune = [sys.executable, "-m", "atomtune"]
     plan = json.loads(subprocess.run([*atomtune, "plan", *run, "--json"], capture_output=True, check=True).stdout)
-    out = ["--output_dir", str(tmp_path / "out"), "--gradient_checkpointing", "false"]
-    subprocess.run([*atomtune, "train", *run, *out], capture_output=True, check=True)
+    subprocess.run([*atomtune, "train", *run, "--output_dir", str(tmp_path / "out")], capture_output=True, check=True)
     measured = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["peak_memory_bytes"]
     assert plan["parts"]["activations"] > 0.3 * measured
     assert plan["peak_bytes"] == pytest.approx(measured, rel=0.3)

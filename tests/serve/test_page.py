@@ -186,6 +186,16 @@ def test_a_stopped_answer_stays_and_the_next_question_is_answered(browser, model
         stop_and_begin_anew(Tab(page, web.address))
 
 
+#: A click and a question behind it, in one go of the browser's script: no answer of the server comes between.
+NEW_AND_ASK = """() => {
+    document.querySelector("#new").click();
+    const box = document.querySelector("#typed textarea");
+    box.value = "Who are you?";
+    box.dispatchEvent(new Event("input", {bubbles: true}));
+    box.dispatchEvent(new KeyboardEvent("keypress", {key: "Enter", bubbles: true}));
+}"""
+
+
 def stop_and_begin_anew(tab: Tab) -> None:
     page = tab.page
     for count in (1, 2):
@@ -196,8 +206,7 @@ def stop_and_begin_anew(tab: Tab) -> None:
     # While an answer is written a conversation is begun anew, and the next question asked at once: nothing comes back.
     tab.ask("今天天气怎么样？")
     tab.shows("tuned", "今天天气怎么样？")
-    page.click("#new")
-    tab.ask("Who are you?")
+    page.evaluate(NEW_AND_ASK)
     tab.shows("tuned", "Who are you?")
     playwright.expect(page.locator("#tuned .message.bot")).to_have_count(1)
     page.wait_for_timeout(1_000)

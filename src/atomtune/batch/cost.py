@@ -23,12 +23,14 @@ class LayoutTokens:
     """Tokens that each layout computes for the same batches.
 
     heaviest  the same three for the heaviest of these batches, each by itself
+    lengths   how many different numbers of tokens the batches have, in each layout
     """
 
     padded: int
     packed: int
     tree: int
     heaviest: Mapping[Layout, int]
+    lengths: Mapping[Layout, int]
 
     @classmethod
     def of(cls, batches: Iterable[Sequence[Example]]) -> "LayoutTokens":
@@ -38,7 +40,8 @@ class LayoutTokens:
             counts["packed"].append(padded_length(sum(len(example.ids) for example in examples)))
             counts["tree"].append(padded_length(len(graft(examples))))
         heaviest = {layout: max(tokens, default=0) for layout, tokens in counts.items()}
-        return cls(sum(counts["padded"]), sum(counts["packed"]), sum(counts["tree"]), heaviest)
+        lengths = {layout: len(set(tokens)) for layout, tokens in counts.items()}
+        return cls(sum(counts["padded"]), sum(counts["packed"]), sum(counts["tree"]), heaviest, lengths)
 
     def cheapest(self) -> Layout:
         """Of the two without padding: trees where they save enough over packing."""

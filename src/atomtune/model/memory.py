@@ -69,14 +69,15 @@ class ActivationMemory:
 
     @classmethod
     def of(
-        cls, config: Any, *, tokens: int, element_bytes: int, dropout: bool, device: torch.device
+        cls, config: Any, *, tokens: int, element_bytes: int, dropout: bool, in_rows: bool, device: torch.device
     ) -> "ActivationMemory":
+        """in_rows: whether records share rows, whose attention keeps its weights on a CPU; padded ones have none."""
         needed = activation_bytes(
             config,
             tokens=tokens,
             element_bytes=element_bytes,
             dropout=dropout,
-            attention_weights=device.type == "cpu",
+            attention_weights=in_rows and device.type == "cpu",
         )
         return cls(tokens, needed, free_bytes(device), USABLE_ON_GPU if device.type == "cuda" else USABLE)
 

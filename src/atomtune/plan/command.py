@@ -52,6 +52,7 @@ class RunSize:
     mean_context     tokens that a token may see, on average
     heaviest         tokens of a step as heavy as the run may meet
     batches          that are laid out and computed one by one
+    lengths          different numbers of tokens that batches have
     """
 
     layout: Layout
@@ -62,6 +63,7 @@ class RunSize:
     mean_context: float
     heaviest: int
     batches: int
+    lengths: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +211,7 @@ def _run_size(settings: TrainSettings, args: TrainingArguments, data: EncodedDat
     most = math.inf if args.max_steps > 0 else records * args.num_train_epochs
     seen = min(steps * per_batch * args.gradient_accumulation_steps, most)
     share = seen / len(rows)  # of the sampled rows' cost
+    batch_count = math.ceil(seen / per_batch)
     return RunSize(
         layout=layout,
         steps=steps,
@@ -220,7 +223,8 @@ def _run_size(settings: TrainSettings, args: TrainingArguments, data: EncodedDat
         heaviest=heaviest_of_the_run(
             sampled.heaviest[layout], per_batch=per_batch, longest_tokens=data.ledger.longest_tokens
         ),
-        batches=math.ceil(seen / per_batch),
+        batches=batch_count,
+        lengths=math.ceil(sampled.lengths[layout] / len(batches) * batch_count),
     )
 
 
@@ -277,7 +281,8 @@ class _Here:
             dropout=settings.lora.lora_dropout > 0,
             libraries=self.libraries,
             row_tokens=run.tokens_computed // run.batches,
-            lengths=run.batches if on_cpu else 0,
+            lengths=run.lengths if on_cpu else 0,
+            attention_weights=on_cpu and run.layout != "padded",
         )
         return _kept_or_recomputed(settings, size, step, free=self.free, usable=USABLE if on_cpu else USABLE_ON_GPU)
 

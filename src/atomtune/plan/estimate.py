@@ -60,6 +60,7 @@ class StepSpec:
     libraries     bytes of the process before any tensor, or of CUDA's context
     row_tokens    of a row of usual length, on a CPU
     lengths       how many lengths of rows the run meets there; 0 on a GPU, which keeps nothing for them
+    attention_weights  whether they may be kept for the backward pass, as those of rows are on a CPU
     """
 
     tokens: int
@@ -69,6 +70,7 @@ class StepSpec:
     libraries: int
     row_tokens: int = 0
     lengths: int = 0
+    attention_weights: bool = False
 
 
 def step_memory(size: ModelSize, step: StepSpec, *, recomputed: bool) -> StepMemory:
@@ -78,7 +80,11 @@ def step_memory(size: ModelSize, step: StepSpec, *, recomputed: bool) -> StepMem
     if step.quantize:
         weights += round(quantized * QUANTIZED_BYTES[step.quantize])
     activations = activation_bytes(
-        size.config, tokens=step.tokens, element_bytes=step.element_bytes, dropout=step.dropout
+        size.config,
+        tokens=step.tokens,
+        element_bytes=step.element_bytes,
+        dropout=step.dropout,
+        attention_weights=step.attention_weights,
     )
     if recomputed and size.layers:
         inputs = step.tokens * int(getattr(size.text, "hidden_size", 0)) * step.element_bytes * size.layers

@@ -9,7 +9,9 @@ import tempfile
 import threading
 import time
 import webbrowser
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +77,28 @@ _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 Values = dict[Any, Any]
 
 
+@dataclass
+class Talk:
+    """One conversation in one browser tab; a conversation that is begun anew is another one.
+
+    stop  ends the answer to the last question; None: every question is answered
+    """
+
+    exchanges: list[Exchange] = field(default_factory=list)
+    stop: threading.Event | None = None
+
+    def ask(self, before: list[Exchange], question: str) -> None:
+        """Put a question behind these exchanges; it waits for its answer."""
+        self.exchanges = [*before, Exchange(question, tuned=Answer())]
+        self.stop = threading.Event()
+
+
 class Page:
-    """One tuned model's page. Each method that a click calls gets what stands in the boxes and gives what they show."""
+    """One tuned model's page. Each method that a click calls gives what the boxes then show.
+
+    What is drawn is always the conversation that its tab has by then: so nothing that was under way when a conversation
+    was begun anew brings the old one back.
+    """
 
     def __init__(self, tuned: TunedModel, settings: WebSettings) -> None:
         self.tuned = tuned
@@ -84,8 +106,7 @@ class Page:
         self._word: Any = gradio.I18n(
             **{language: {key: pair[place] for key, pair in WORDS.items()} for language, place in _LANGUAGES.items()}
         )
-        self._stops: dict[str | None, threading.Event] = {}  # by browser tab
-        self._left: set[str | None] = set()  # tabs whose conversation was begun anew while it was answered
+        self._talks: dict[str | None, Talk] = defaultdict(Talk)  # by browser tab
         self._saved = tempfile.TemporaryDirectory(prefix="atomtune-web-")
         title = f"atomtune: {tuned.folder.resolve().name}"
         # delete_cache: Gradio's own copies of what was saved go when they are an hour old, and when the page ends.
@@ -114,7 +135,6 @@ class Page:
                 self.save = gradio.DownloadButton(
                     self._word("save"), size="sm", min_width=120, visible=False, elem_id="save"
                 )
-            self.exchanges = gradio.State([])
             self._connect()
 
     def _lay_settings(self, settings: WebSettings) -> None:
@@ -164,100 +184,116 @@ class Page:
     def _connect(self) -> None:
         system = {self.own_system, self.system}
         sampling = {self.longest, self.temperature, self.top_p, self.top_k, self.penalty, self.seed}
-        inputs: set[Block] = {self.typed, self.exchanges, self.compare, self.thinking, *system, *sampling}
-        shown = [self.base, self.answers, self.typed, self.exchanges]
+        inputs: set[Block] = {self.typed, self.compare, self.thinking, *system, *sampling}
+        shown = [self.base, self.answers, self.typed]
         # One model, whose adapter is switched on and off: the questions of all who ask are answered in turn.
         in_turn: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
+        # Gradio drops an event whose like is still pending, as that of a stopped answer may be for a moment. So
+        # a question is taken by an event of its own, over at once, and answered by another, of which several may wait.
+        sent = self.typed.submit(self.send, inputs, shown, queue=False)
         asks = [
-            self.typed.submit(self.ask, inputs, shown, **in_turn),
+            sent.then(self.answer, inputs, shown, trigger_mode="multiple", **in_turn),
             self.answers.retry(self.ask_again, inputs, shown, **in_turn),
             self.answers.edit(self.ask_otherwise, inputs, shown, **in_turn),
-            self.answers.undo(self.take_back, inputs, shown),
+            self.answers.undo(self.take_back, None, shown),
         ]
         for ended in asks:  # what the button hands over must be there before it is clicked
-            ended.then(self.saved, inputs, self.save, show_progress="hidden")
+            ended.then(self.settle, inputs, [*shown, self.save], show_progress="hidden")
         self.typed.stop(self.stop, None, None, queue=False)
         for event in (self.new.click, self.answers.clear, self.base.clear):
-            # At once: behind the answer that it stops, it would take away a question that was asked meanwhile.
             event(self.begin_anew, None, [*shown, self.save], queue=False)
         self.compare.change(lambda compares: gradio.Chatbot(visible=compares), self.compare, self.base)
         self.own_system.change(lambda own: gradio.Textbox(visible=own), self.own_system, self.system)
-        self.blocks.unload(self.stop)
+        self.blocks.unload(self.leave)
 
     # What a click does.
 
-    def ask(self, values: Values, request: gradio.Request) -> Iterator[tuple[Any, ...]]:
+    def send(self, values: Values, request: gradio.Request) -> tuple[Any, ...]:
+        """Take what is typed out of its box and show it; while an answer is written, it stays there."""
+        talk = self._talks[request.session_hash]
         question = values[self.typed].strip()
-        exchanges = values[self.exchanges]
-        if question:
-            yield from self._answered(question, exchanges, values, request)
-        else:
-            yield self._drawn(exchanges, box=_box())
+        if talk.stop is not None or not question:
+            return (gradio.skip(),) * 3
+        talk.ask(talk.exchanges, question)
+        return self._drawn(request, value="")
+
+    def answer(self, values: Values, request: gradio.Request) -> Iterator[tuple[Any, ...]]:
+        """Answer the question that waits, when the model is free."""
+        talk = self._talks[request.session_hash]
+        yield self._drawn(request)
+        if talk.stop is None:
+            return
+        *before, asked = talk.exchanges
+        tuned = self._modes[values[self.thinking]] if self._modes else self.tuned
+        asking = self._asking(values)
+        typed: dict[str, str] = {}
+        drawn = time.monotonic()
+        try:
+            for exchange in answered(
+                tuned, before, asked.question, asking, stop=talk.stop.is_set, forgot=self._say_forgotten
+            ):
+                talk.exchanges = [*before, exchange]
+                if time.monotonic() - drawn >= _FRAME:
+                    drawn = time.monotonic()
+                    yield *self._conversations(request), gradio.skip()  # a box that is drawn anew cannot be clicked
+        except AtomtuneError as error:  # a question that is too long: it comes back into its box
+            gradio.Warning(str(error))
+            talk.exchanges = before
+            typed = {"value": asked.question}
+        finally:
+            talk.stop = None
+        yield self._drawn(request, **typed)
 
     def ask_again(self, values: Values, request: gradio.Request, event: gradio.RetryData) -> Iterator[tuple[Any, ...]]:
-        exchanges, number = values[self.exchanges], _exchange_at(event.index, values[self.exchanges])
-        yield from self._answered(exchanges[number].question, exchanges[:number], values, request)
+        yield from self._asked_at(event.index, None, values, request)
 
     def ask_otherwise(
         self, values: Values, request: gradio.Request, event: gradio.EditData
     ) -> Iterator[tuple[Any, ...]]:
-        exchanges, number = values[self.exchanges], _exchange_at(event.index, values[self.exchanges])
-        yield from self._answered(from_markdown(str(event.value)), exchanges[:number], values, request)
+        yield from self._asked_at(event.index, from_markdown(str(event.value)), values, request)
 
-    def take_back(self, values: Values, event: gradio.UndoData) -> tuple[Any, ...]:
-        exchanges, number = values[self.exchanges], _exchange_at(event.index, values[self.exchanges])
-        return self._drawn(exchanges[:number], box=_box(exchanges[number].question))
+    def _asked_at(
+        self, index: Any, question: str | None, values: Values, request: gradio.Request
+    ) -> Iterator[tuple[Any, ...]]:
+        """Ask in place of the exchange that was clicked, and of all behind it; None: the same question."""
+        talk = self._talks[request.session_hash]
+        if talk.stop is None and talk.exchanges:  # else the conversation has gone on since the click
+            number = _exchange_at(index, talk.exchanges)
+            talk.ask(talk.exchanges[:number], question or talk.exchanges[number].question)
+        yield from self.answer(values, request)
+
+    def take_back(self, request: gradio.Request, event: gradio.UndoData) -> tuple[Any, ...]:
+        talk = self._talks[request.session_hash]
+        if talk.stop is not None or not talk.exchanges:
+            return self._drawn(request)
+        number = _exchange_at(event.index, talk.exchanges)
+        question = talk.exchanges[number].question
+        talk.exchanges = talk.exchanges[:number]
+        return self._drawn(request, value=question)
 
     def begin_anew(self, request: gradio.Request) -> tuple[Any, ...]:
-        if request.session_hash in self._stops:
-            self._left.add(request.session_hash)
-            self.stop(request)
-        # What is typed already is the next question: it stays.
-        box = gradio.Textbox(submit_btn=True, stop_btn=False)
-        return *self._drawn([], box=box), gradio.DownloadButton(visible=False)
+        """Another conversation at once; what is typed already is its first question, so it stays."""
+        self.leave(request)
+        return *self._drawn(request), gradio.DownloadButton(visible=False)
 
-    def saved(self, values: Values) -> Any:
-        """The button that saves the conversation: a record of `messages`, as `atomtune train` reads them."""
-        if not values[self.exchanges]:
-            return gradio.DownloadButton(visible=False)
-        conversation = conversation_of(self.tuned, values[self.exchanges], self._system_of(values))
-        file = Path(tempfile.mkdtemp(dir=self._saved.name)) / "conversation.jsonl"
-        conversation.save(file)
-        return gradio.DownloadButton(value=str(file), visible=True)
+    def settle(self, values: Values, request: gradio.Request) -> tuple[Any, ...]:
+        """Once all is answered: the conversation as it is, and the button that saves it as a record for `train`."""
+        exchanges = self._talks[request.session_hash].exchanges
+        button = gradio.DownloadButton(visible=False)
+        if exchanges:
+            conversation = conversation_of(self.tuned, exchanges, self._system_of(values))
+            file = Path(tempfile.mkdtemp(dir=self._saved.name)) / "conversation.jsonl"
+            conversation.save(file)
+            button = gradio.DownloadButton(value=str(file), visible=True)
+        return *self._drawn(request), button
 
     def stop(self, request: gradio.Request) -> None:
         """End the answer that this tab is waiting for."""
-        if request.session_hash in self._stops:
-            self._stops[request.session_hash].set()
+        _end_answer(self._talks[request.session_hash])
 
-    def _answered(
-        self, question: str, before: list[Exchange], values: Values, request: gradio.Request
-    ) -> Iterator[tuple[Any, ...]]:
-        stop = self._stops[request.session_hash] = threading.Event()
-        tuned = self._modes[values[self.thinking]] if self._modes else self.tuned
-        exchanges = [*before, Exchange(question, tuned=Answer())]
-        yield self._drawn(exchanges, box=gradio.Textbox(value="", submit_btn=False, stop_btn=True))
-        asking = self._asking(values)
-        drawn = time.monotonic()
-        try:
-            for exchange in answered(tuned, before, question, asking, stop=stop.is_set, forgot=self._say_forgotten):
-                exchanges = [*before, exchange]
-                if request.session_hash in self._left:
-                    break
-                if time.monotonic() - drawn < _FRAME:
-                    continue
-                drawn = time.monotonic()
-                yield self._drawn(exchanges, box=gradio.skip())  # a box that is drawn anew cannot be clicked
-        except AtomtuneError as error:  # a question that is too long: it comes back into its box
-            gradio.Warning(str(error))
-            yield self._drawn(before, box=_box(question))
-            return
-        finally:
-            self._stops.pop(request.session_hash, None)
-        if request.session_hash in self._left:  # the last drawing would bring the old conversation back
-            self._left.remove(request.session_hash)
-            exchanges = []
-        yield self._drawn(exchanges, box=gradio.Textbox(submit_btn=True, stop_btn=False))
+    def leave(self, request: gradio.Request) -> None:
+        """Forget this tab's conversation; its answer ends."""
+        _end_answer(self._talks.pop(request.session_hash, Talk()))
 
     def _asking(self, values: Values) -> Asking:
         return Asking(
@@ -280,9 +316,16 @@ class Page:
     def _say_forgotten(self, count: int) -> None:
         gradio.Info(self._word("forgot"))
 
-    def _drawn(self, exchanges: list[Exchange], *, box: Any) -> tuple[Any, ...]:
-        """Both conversations, the box that is typed into, and the state."""
-        return self._messages(exchanges, "base"), self._messages(exchanges, "tuned"), box, exchanges
+    def _drawn(self, request: gradio.Request, **typed: str) -> tuple[Any, ...]:
+        """Both conversations, and the box that is typed into: it sends, or stops an answer."""
+        answering = self._talks[request.session_hash].stop is not None
+        box = gradio.Textbox(submit_btn=not answering, stop_btn=answering, **typed)
+        return *self._conversations(request), box
+
+    def _conversations(self, request: gradio.Request) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The base's and the tuned model's."""
+        exchanges = self._talks[request.session_hash].exchanges
+        return self._messages(exchanges, "base"), self._messages(exchanges, "tuned")
 
     @staticmethod
     def _messages(exchanges: list[Exchange], side: Side) -> list[dict[str, Any]]:
@@ -323,8 +366,8 @@ class Page:
         threading.Event().wait()
 
     def close(self) -> None:
-        for stop in list(self._stops.values()):
-            stop.set()
+        for talk in list(self._talks.values()):
+            _end_answer(talk)
         self.blocks.close(verbose=False)
         self._saved.cleanup()
 
@@ -355,9 +398,9 @@ def held_out_prompts(folder: Path) -> list[str]:
     return [prompt for prompt in prompts if isinstance(prompt, str) and prompt.strip()]
 
 
-def _box(text: str = "") -> gradio.Textbox:
-    """The box that is typed into, with what it holds; one that sends."""
-    return gradio.Textbox(value=text, submit_btn=True, stop_btn=False)
+def _end_answer(talk: Talk) -> None:
+    if talk.stop is not None:
+        talk.stop.set()
 
 
 def as_markdown(text: str) -> str:

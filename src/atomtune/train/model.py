@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from atomtune.choices import Layout
 from atomtune.errors import BadSettings
 from atomtune.language import translated
 from atomtune.model import liger, trial
@@ -205,10 +206,10 @@ def liger_circumstances(trainer: Mapping[str, Any], args: Any) -> liger.Circumst
     )
 
 
-def keep_or_recompute(run: RunContext, model: Any, *, heaviest_tokens: int) -> None:
+def keep_or_recompute(run: RunContext, model: Any, *, layout: Layout, heaviest_tokens: int) -> None:
     """Decide whether activations are kept or recomputed, and say why.
 
-    heaviest_tokens  that a step of this run is expected to compute, in its layout
+    heaviest_tokens  that a step of this run is expected to compute, in this layout
     """
     args, choice = run.args, run.settings.run.gradient_checkpointing
     recompute = bool(getattr(args, CHECKPOINTING)) or choice == "true"
@@ -219,6 +220,7 @@ def keep_or_recompute(run: RunContext, model: Any, *, heaviest_tokens: int) -> N
             tokens=heaviest_tokens,
             element_bytes=dtype_of(run).itemsize,
             dropout=run.settings.lora.lora_dropout > 0,
+            in_rows=layout != "padded",
             device=device,
         )
         recompute = not memory.fits

@@ -218,7 +218,7 @@ def _load_trainer(prepared: _Prepared, began: float) -> LoraTrainer:
     say_untrained_stop(model, tokenizer, prepared.template.stop, notice=run.console.notice)
     fuse_kernels(run, model)
     layout = choose_layout(run, model, tokenizer, data, longest_tokens=longest_tokens)
-    keep_or_recompute(run, model, heaviest_tokens=layout.heaviest_tokens)
+    keep_or_recompute(run, model, layout=layout.collator.layout, heaviest_tokens=layout.heaviest_tokens)
     graphs = step_graphs(run, model, heaviest_tokens=layout.heaviest_tokens)
     return _trainer(prepared, model, layout.collator, graphs, began)
 
