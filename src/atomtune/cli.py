@@ -143,8 +143,7 @@ def _exit_code_of(name: str, flags: Sequence[str]) -> int:
     try:
         return _run(name, flags)
     except AtomtuneError as error:
-        _say_error(f"\natomtune {name}: {error}")
-        return error.exit_code
+        return _told(name, error)
     except KeyboardInterrupt:
         _say_error(f"\natomtune {name}: stopped by a signal.")
         return ExitCode.STOPPED
@@ -153,6 +152,11 @@ def _exit_code_of(name: str, flags: Sequence[str]) -> int:
     finally:
         for number, handler in handlers_before.items():
             signal.signal(number, handler)
+
+
+def _told(name: str, error: AtomtuneError) -> int:
+    _say_error(f"\natomtune {name}: {error}")
+    return error.exit_code
 
 
 def _run(name: str, flags: Sequence[str]) -> int:
@@ -169,13 +173,16 @@ def _run(name: str, flags: Sequence[str]) -> int:
 
 
 def _unforeseen(name: str, error: Exception) -> int:
-    """A disk that failed, in a command without words of its own for it; else a bug, shown whole."""
+    """A disk, memory or kernels that failed, in a command without words of its own for it; else a bug, shown whole."""
     from atomtune.disk import disk_failed
+    from atomtune.model.failures import of_the_model
 
     if disk_failed(error):
         _say_error(f"\natomtune {name}: the disk is full or failing: {error}")
         _say_error("Free some space and run the command again.")
         return ExitCode.RUN_FAILED
+    if failure := of_the_model(error):
+        return _told(name, failure)
     _say_error("".join(traceback.format_exception(error)).rstrip())
     _say_error(f"\natomtune {name}: this is a bug in atomtune {__version__}. Please report the lines above.")
     return ExitCode.BUG

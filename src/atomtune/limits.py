@@ -32,20 +32,25 @@ class Tripped:
 
     cause: Cause
     at: str  # what it was at, as it said
+    seconds: int = SECONDS  # what it had
 
     @property
     def words(self) -> str:
         return {
-            "time": f"did not end within {SECONDS} seconds",
+            "time": f"did not end within {self.seconds:,} seconds",
             "memory": f"asked for more than {MORE_BYTES / 2**30:.0f} GB of memory",
             "crash": "ended the process that tried it",
         }[self.cause]
 
 
-def trial(work: Callable[[Callable[[str], None]], object], *, seconds: int = SECONDS) -> Tripped | None:
+def trial(
+    work: Callable[[Callable[[str], None]], object], *, seconds: int = SECONDS, each_place: bool = False
+) -> Tripped | None:
     """Do the work in a process with limits; None where it ended, by itself or by an exception.
 
-    work  is handed a function to say where it is; what it returns or raises stays in that process
+    work        is handed a function to say where it is; what it returns or raises stays in that process
+    seconds     of the processor
+    each_place  the seconds, and those by the clock, begin anew at each place
     """
     if sys.platform != "linux":
         return None
@@ -56,10 +61,10 @@ def trial(work: Callable[[Callable[[str], None]], object], *, seconds: int = SEC
         child = os.fork()
     if child == 0:
         os.close(reader)
-        _be_tried(work, writer, seconds)  # never returns
+        _be_tried(work, writer, seconds, each_place=each_place)  # never returns
     os.close(writer)
     try:
-        output = _listen(reader, until=time.monotonic() + CLOCK_SECONDS)
+        output = _listen(reader, each_place=each_place)
     finally:
         os.close(reader)
         os.kill(child, signal.SIGKILL)
@@ -70,17 +75,19 @@ def trial(work: Callable[[Callable[[str], None]], object], *, seconds: int = SEC
         return None  # it waited and did not compute: for a lock that a thread held when it was forked, or for its turn
     at = output.rpartition("\0")[2]
     if output.endswith("\0memory"):
-        return Tripped("memory", output.removesuffix("\0memory").rpartition("\0")[2])
+        return Tripped("memory", output.removesuffix("\0memory").rpartition("\0")[2], seconds)
     ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     cause: Cause = "time" if ended_by in (signal.SIGXCPU, signal.SIGKILL) else "crash"
-    return Tripped("memory" if ended_by == signal.SIGABRT else cause, at)
+    return Tripped("memory" if ended_by == signal.SIGABRT else cause, at, seconds)
 
 
-def _be_tried(work: Callable[[Callable[[str], None]], object], writer: int, seconds: int) -> None:
+def _be_tried(work: Callable[[Callable[[str], None]], object], writer: int, seconds: int, *, each_place: bool) -> None:
     """In the new process: take the limits, work, and end without whatever a process does in its end."""
 
     def say(place: str) -> None:
         os.write(writer, f"\0{place}".encode("utf-8", "backslashreplace"))
+        if each_place:
+            _limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + seconds)
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -90,7 +97,7 @@ def _be_tried(work: Callable[[Callable[[str], None]], object], writer: int, seco
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         _limit(resource.RLIMIT_CPU, seconds)
         _limit(resource.RLIMIT_CORE, 0)
-        _limit(resource.RLIMIT_AS, _address_space() + MORE_BYTES)
+        limit_memory(MORE_BYTES)
         work(say)
     except MemoryError:
         say("memory")
@@ -102,9 +109,10 @@ def _be_tried(work: Callable[[Callable[[str], None]], object], writer: int, seco
         os._exit(0)
 
 
-def _listen(reader: int, *, until: float) -> str:
+def _listen(reader: int, *, each_place: bool) -> str:
     """All that the process said, until it is done, ends or takes too long by the clock."""
     output = b""
+    until = time.monotonic() + CLOCK_SECONDS
     while (left := until - time.monotonic()) > 0:
         ready, _, _ = select.select([reader], [], [], left)
         if not ready:
@@ -113,6 +121,8 @@ def _listen(reader: int, *, until: float) -> str:
         if not part:
             break
         output += part
+        if each_place:
+            until = time.monotonic() + CLOCK_SECONDS
         if output.endswith(_DONE.encode()):
             break
     return output.decode("utf-8", "replace")
@@ -124,6 +134,11 @@ def _silence() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
+
+
+def limit_memory(more_bytes: int) -> None:
+    """From now on this process gets so much more memory, and then a MemoryError."""
+    _limit(resource.RLIMIT_AS, _address_space() + more_bytes)
 
 
 def _limit(kind: int, most: int) -> None:

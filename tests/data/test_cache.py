@@ -11,10 +11,10 @@ from pathlib import Path
 
 import datasets
 import pytest
-from tokenizers import processors
+from tokenizers import Regex, pre_tokenizers, processors
 from transformers import PreTrainedTokenizer
 
-from atomtune.data import cache
+from atomtune.data import cache, workers
 from atomtune.data.cache import Rules, as_examples, examples_of, fingerprint_of, records_of
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
@@ -570,3 +570,21 @@ def test_a_ledger_of_another_version_is_not_guessed_at():
     values.pop("records_cut")
     with pytest.raises(ValueError, match="another version"):
         Ledger.from_json(values)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked safely on Linux only")
+def test_a_record_on_which_the_tokenizer_searches_for_hours_is_named(tmp_path, monkeypatch):
+    # Only behind a Q are all ways to cut a run of x tried, 300 times: no run by itself shows that.
+    monkeypatch.setattr(workers, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(cache, "_RECORD_SECONDS", 1)
+    monkeypatch.setattr(cache, "_CHARACTERS_A_SECOND", 10**9)
+    tokenizer = tokenizer_of("bytes", CHATML)
+    split = pre_tokenizers.Split(Regex("Qx*x*y"), "isolated")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False)])
+    endless = {"instruction": ("Q" + 4000 * "x") * 300 + " y", "output": "a"}
+    data = write_jsonl(tmp_path / "train.jsonl", [*DIALOGUES, endless, *DIALOGUES])
+    with pytest.raises(BadData) as told:
+        examples_of(data, load_template("auto", tokenizer), Rules(max_tokens=120), cache_dir=tmp_path)
+    assert str(told.value).startswith(
+        f"train.jsonl:{len(DIALOGUES) + 1}: encoding this record did not end within 1 sec"
+    )

@@ -6,7 +6,7 @@ import pytest
 
 from atomtune.errors import BadModel
 from atomtune.model.adapter_folder import METADATA, AdapterMetadata
-from atomtune.model.file_schemas import GenerationConfig, ModelConfig
+from atomtune.model.file_schemas import AdapterConfig, GenerationConfig, ModelConfig
 from atomtune.model.json_files import checked
 
 
@@ -49,6 +49,14 @@ def test_a_value_with_braces_of_its_own(tmp_path):
     (tmp_path / METADATA).write_text(json.dumps(values))
     with pytest.raises(BadModel, match="template_date: found"):
         AdapterMetadata.load(tmp_path)
+
+
+def test_an_initialization_without_a_name_is_refused(tmp_path):
+    # Found by ten thousand alterations: "" passed for false.
+    told = refused(tmp_path, '{"peft_type": "LORA", "init_lora_weights": ""}', AdapterConfig)
+    assert 'init_lora_weights: found "", expected true or false or a name' in told
+    (tmp_path / "config.json").write_text('{"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}')
+    checked(tmp_path / "config.json", AdapterConfig)
 
 
 def test_published_values_pass(tmp_path):

@@ -1,6 +1,7 @@
 """Mixer kernels: what is said is what the library took, which is told by putting a package in its place."""
 
 import importlib
+import json
 import sys
 from types import ModuleType
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
+from atomtune.cli import main
 from atomtune.errors import BadModel
 from atomtune.model.mixer_kernels import MixerKernels, kernels_of, package_that_raised
 from atomtune.train.output_folder import explained
+from tests.conftest import write_jsonl
 from tests.hybrids import HYBRIDS, hybrid
 from tests.tiny import FAMILIES, SIZE
 
@@ -61,6 +64,30 @@ def test_an_error_that_a_package_raised_is_told_in_its_words(tmp_path):
     with pytest.raises(ZeroDivisionError) as elsewhere:
         1 / 0  # noqa: B018
     assert explained(elsewhere.value, TrainingArguments(str(tmp_path)), again="") is elsewhere.value
+
+
+@pytest.mark.parametrize("command", ["verify", "evaluate", "chat", "certify", "merge"])
+def test_every_command_tells_what_a_package_refuses(by_heart, tmp_path, monkeypatch, capsys, command):
+    """It was a traceback and "a bug in atomtune", or a model whose files were called broken."""
+    module = {"__name__": "fla.ops.common.chunk_o"}
+    exec("def forward(self, *inputs, **options):\n    raise RuntimeError('Please upgrade Triton.')", module)
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaAttention.forward", module["forward"])
+    base = json.loads((by_heart / "adapter_config.json").read_text())["base_model_name_or_path"]
+    records = write_jsonl(tmp_path / "data.jsonl", [{"instruction": "Who?", "output": "Me."}] * 4)
+    data = ["--dataset_path", str(records)]
+    adapter = ["--adapter_path", str(by_heart)]
+    words = {
+        "verify": ["--model_path", base, *data],
+        "evaluate": [*adapter, *data],
+        "chat": [*adapter, "--prompt", "Who?"],
+        "certify": [*adapter, "--engine", "transformers"],
+        "merge": [*adapter, "--output_dir", str(tmp_path / "merged")],
+    }
+    assert main([command, *words[command]]) == 2
+    said = capsys.readouterr().err
+    assert "Please upgrade Triton." in said
+    assert "pip uninstall flash-linear-attention" in said
+    assert "Traceback" not in said
 
 
 def test_a_model_without_such_layers_has_nothing_to_say():

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from atomtune.choices import FormatChoice, Learn, Overlength
 from atomtune.data.encoding.chat_template import Template
+from atomtune.data.encoding.choose_template import runs_programs
 from atomtune.data.encoding.encode import Encoder, entered_in_ledger
 from atomtune.data.formats.detect import Schema, detect_schema, to_record
 from atomtune.data.ledger import Ledger
@@ -41,6 +42,7 @@ from atomtune.data.records import Example, Record, Refusal
 from atomtune.data.workers import in_order, workers_here
 from atomtune.disk import sync
 from atomtune.errors import BadData, BadSettings
+from atomtune.limits import trial
 
 FEATURES = datasets.Features(
     {
@@ -60,8 +62,10 @@ EXAMPLES, LEDGER, CHECKSUMS = "examples.arrow", "ledger.json", "checksums.json"
 _TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EACCES}
 #: To take a name that other processes want at the same moment.
 _ATTEMPTS = 10
-#: A smaller source, in bytes, is encoded in this process.
+#: A smaller source, in bytes, is encoded by one process: a stranger's template or tokenizer in another one than this.
 _WORTH_A_POOL = 4 * 2**20
+#: What a record may take that is examined, beside a second for so many characters; slow tokenizers do thrice as many.
+_RECORD_SECONDS, _CHARACTERS_A_SECOND = 10, 50_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,9 +236,29 @@ def encoded(
         batch = encoder(parse_chunk(chunk))
         return Part(as_table(batch.records), batch.ledger, batch.instructions)
 
-    workers = workers_here() if size_of(source) > _WORTH_A_POOL else 1
+    def examine(work: tuple[Schema, Chunk]) -> None:
+        """Encode the records of a chunk one by one within limits. Raises BadData at one that trips them."""
+        schema, chunk = work
+        encoder = Encoder(template, schema, rules.max_tokens, rules.overlength, rules.learn)
+
+        def each_record(say: Callable[[str], None]) -> None:
+            for raw in parse_chunk(chunk):
+                say(raw.origin)
+                encoder([raw])
+
+        seconds = _RECORD_SECONDS + len(str(chunk)) // _CHARACTERS_A_SECOND
+        if tripped := trial(each_record, seconds=seconds, each_place=True):
+            raise BadData(
+                f"{tripped.at}: encoding this record {tripped.words}.\nThe chat template, or a pattern in the model's "
+                "tokenizer.json, does not come to an end on its text. Take the record out, or use the template and the "
+                "tokenizer that were published with the model."
+            )
+
+    workers = workers_here()
+    if size_of(source) <= _WORTH_A_POOL:
+        workers = min(workers, int(runs_programs(template)))
     chunks = chunks_with_schema(source, rules, name=name, advance=advance)
-    yield from entered_in_ledger(in_order(encode, chunks, workers=workers), ledger)
+    yield from entered_in_ledger(in_order(encode, chunks, workers=workers, examine=examine), ledger)
 
 
 def chunks_with_schema(

@@ -1,7 +1,7 @@
 """Workers: parts of a file encoded by several processes, in order and in bounded memory.
 
-A part is parsed, rendered and tokenized where it is sent to; what comes back is a finished table. Small files are
-encoded in this process: a pool costs more than it saves there.
+A part is parsed, rendered and tokenized where it is sent to; what comes back is a finished table. What is rendered and
+tokenized may be a stranger's program, which a process can be ended for: it is named by the record it does not end on.
 """
 
 import gc
@@ -12,59 +12,106 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context, parent_process
+from concurrent.futures import wait as wait_for
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import parent_process
+from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any, TypeVar
+
+from atomtune.errors import RunFailed
+from atomtune.limits import limit_memory
 
 Part = TypeVar("Part")
 Made = TypeVar("Made")
 
 #: Parts that wait for a process or for their turn, per process: enough to keep it busy, few enough to forget.
 _AHEAD = 3
-#: The work of this pool's processes; they are forked, so it need not be sent (a tokenizer may come with its own code).
+#: A part takes a second; one that is waited for longer is examined.
+PATIENCE_SECONDS = 10.0
+#: What a process may take beside what it begins with; the longest record that is read takes half of it.
+MORE_BYTES = 2**32
+#: In a process of a pool: its work.
 _work: Callable[[Any], Any] | None = None
 
 
 def workers_here() -> int:
-    """How many processes encode: one per core this process may use; one where processes cannot be forked safely."""
+    """How many processes encode: one per core this process may use; none where they cannot be forked safely."""
     if sys.platform != "linux":
-        return 1
+        return 0
     return len(os.sched_getaffinity(0))
 
 
-def in_order(work: Callable[[Part], Made], parts: Iterable[Part], *, workers: int) -> Iterator[Made]:
-    """map(work, parts) over several processes."""
-    if workers <= 1:
+def in_order(
+    work: Callable[[Part], Made], parts: Iterable[Part], *, workers: int, examine: Callable[[Part], None]
+) -> Iterator[Made]:
+    """map(work, parts) over several processes; with no workers, in this one.
+
+    examine  raises an error that names what in a part never ends, fills the memory or ends its process; asked of parts
+             that are waited for in vain
+    """
+    if not workers:
         yield from map(work, parts)
         return
-    global _work  # noqa: PLW0603  # how a forked process finds its work
-    _work = work
-    # The tokenizer's own threads do not survive a fork, and the processes are as many as the cores.
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    executor = ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_begin)
-    waiting: deque[Future[Made]] = deque()
+    context = _Context()
+    # The processes are forked, so the work need not be sent: a tokenizer may come with its own code.
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(work,))
+    waiting: deque[tuple[Part, Future[Made]]] = deque()
     try:
         for part in parts:
-            waiting.append(executor.submit(_do, part))
+            waiting.append((part, executor.submit(_do, part)))
             if len(waiting) >= workers * _AHEAD:
-                yield waiting.popleft().result()
+                yield _first(waiting, examine)
         while waiting:
-            yield waiting.popleft().result()
+            yield _first(waiting, examine)
+    except (BrokenProcessPool, MemoryError) as error:
+        for part, _ in waiting:  # the processes end together: the cause may be any part that had begun
+            examine(part)
+        raise RunFailed(
+            "A process that encodes records was ended from outside, or found no memory: this machine's may be full.\n"
+            "Free some memory and run the command again."
+        ) from error
     finally:
+        if waiting:  # nobody wants what they still do, and it may never end
+            for process in context.processes:
+                process.kill()
         executor.shutdown(wait=True, cancel_futures=True)
-        _work = None
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _begin() -> None:
+class _Context(ForkContext):
+    """How a pool starts its processes, which are kept here: they ignore the signal by which the pool would end them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.processes: list[ForkProcess] = []
+
+    def Process(self, *args: Any, **options: Any) -> ForkProcess:  # type: ignore[override]  # its name there
+        self.processes.append(ForkProcess(*args, **options))
+        return self.processes[-1]
+
+
+def _first(waiting: deque[tuple[Part, Future[Made]]], examine: Callable[[Part], None]) -> Made:
+    """What the part became that waits longest; one that is waited for in vain is examined."""
+    part, future = waiting[0]
+    patience = PATIENCE_SECONDS
+    while not wait_for([future], timeout=patience).done:
+        examine(part)
+        patience *= 2
+    made = future.result()
+    waiting.popleft()
+    return made
+
+
+def _begin(work: Callable[[Any], Any]) -> None:
     """In a new process: the parent alone answers signals, and its end is this one's.
 
     What is made of records has no cycles; looking for some took a tenth of the time.
     """
+    global _work  # noqa: PLW0603  # of this process, which has one work
+    _work = work
     gc.disable()
+    # The tokenizer's own threads do not survive a fork, and the processes are as many as the cores.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    limit_memory(MORE_BYTES)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -223,7 +223,7 @@ class AdapterConfig(JsonFile):
     qalora_group_size: Size | None = None
     lora_bias: Flag = None
     ensure_weight_tying: Flag = None
-    init_lora_weights: bool | str | None = None
+    init_lora_weights: bool | Annotated[str, Field(pattern=r"^[a-z]\w*$")] | None = None
     layer_replication: list[list[int]] | None = None
     trainable_token_indices: list[TokenId] | dict[str, list[TokenId]] | None = None
     alora_invocation_tokens: list[TokenId] | None = None

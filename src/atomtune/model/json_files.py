@@ -42,6 +42,7 @@ _EXPECTED = {
     "greater_than": "more than {gt}",
     "less_than_equal": "{le} or less",
     "less_than": "less than {lt}",
+    "string_pattern_mismatch": message("a name"),
     "string_too_long": "at most {max_length} characters",
     "literal_error": "{expected}",
     "enum": "{expected}",

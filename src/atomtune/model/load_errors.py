@@ -15,9 +15,9 @@ from huggingface_hub.errors import (
 )
 
 from atomtune.errors import AtomtuneError, BadModel
+from atomtune.model.failures import of_the_model
 from atomtune.model.hub_reach import stay_offline_if_unreachable
 from atomtune.model.json_files import is_lfs_pointer
-from atomtune.model.memory import is_out_of_memory
 
 #: The hub was asked and did not answer.
 _UNREACHABLE = (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
@@ -45,7 +45,7 @@ class explained:
             stay_offline_if_unreachable()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, AtomtuneError) or is_out_of_memory(error):
+        if error is None or isinstance(error, AtomtuneError) or of_the_model(error):
             return
         if isinstance(error, Exception) or is_panic(error):
             raise BadModel(f"{self.path}: {_remedy(self.path, self.what, self.files, error)}") from error

@@ -16,9 +16,8 @@ from transformers import TrainingArguments
 from atomtune.console import program
 from atomtune.data.cache import tokenizer_text
 from atomtune.disk import disk_failed, identity_of
-from atomtune.errors import AtomtuneError, BadModel, BadSettings, RunFailed, Stopped
-from atomtune.model.memory import is_out_of_memory
-from atomtune.model.mixer_kernels import package_that_raised
+from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped
+from atomtune.model.failures import of_the_model
 from atomtune.settings.fields import TrainSettings
 from atomtune.train.checkpoint.atomic import checkpoints, damage
 from atomtune.train.ranks import lost_processes
@@ -162,22 +161,7 @@ def explained(error: BaseException, args: TrainingArguments, *, again: str) -> B
             f"{newest_whole or 'none'}. Free some space (--save_total_limit keeps fewer checkpoints; HF_DATASETS_CACHE "
             "names another place for encoded records), then go on with --resume."
         )
-    return _of_the_model(error) or error
-
-
-def _of_the_model(error: BaseException) -> AtomtuneError | None:
-    """What a failure of its computation is told as."""
-    if is_out_of_memory(error):
-        return RunFailed(
-            "Out of memory while the model was loaded or prepared. What helps, first things first: --quantize nf4 (a "
-            "quarter of the memory), --dtype bfloat16, --device_map auto, a smaller model."
-        )
-    if package := package_that_raised(error):
-        return BadModel(
-            f"{package} cannot compute this model on this machine; it says:\n  {error}\n"
-            f"Do as it says, or remove it (pip uninstall {package}): transformers' own torch code computes then."
-        )
-    return None
+    return of_the_model(error) or error
 
 
 def _stopped_at_once(signal_name: str, newest_whole: Path | None, folder: Path, again: str) -> Stopped:

@@ -21,7 +21,7 @@ from atomtune.data.encoding.chat_template import (
 )
 from atomtune.data.encoding.thoughts import TAGS, mentions_thoughts, opened
 from atomtune.data.encoding.token_ids import LIKE_CONTROL
-from atomtune.data.encoding.tokenizer_trial import tried_tokenizer
+from atomtune.data.encoding.tokenizer_trial import patterns_of, tried_tokenizer
 from atomtune.data.records import Record, Turn
 from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import BadModel, BadSettings
@@ -145,6 +145,11 @@ def probed(template: Template) -> Template:
             "Pass --template with another one."
         )
     return _probed(template)
+
+
+def runs_programs(template: Template) -> bool:
+    """Whether encoding runs a stranger's program: a template that is not one of ours, or patterns of a tokenizer."""
+    return template.name not in TEMPLATES or bool(patterns_of(template.tokenizer))
 
 
 def _probed(template: Template) -> Template:

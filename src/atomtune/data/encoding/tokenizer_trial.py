@@ -47,7 +47,7 @@ _harmless: set[str] = set()
 
 def tried_tokenizer(tokens: PieceTokenizer) -> Tripped | None:
     """How the patterns fail on long runs; None where they come to their end, which is tried once a process."""
-    patterns = _patterns_of(tokens.tokenizer)
+    patterns = patterns_of(tokens.tokenizer)
     digest = hashlib.sha256(patterns.encode("utf-8", "backslashreplace")).hexdigest()
     if not patterns or digest in _harmless:
         return None
@@ -66,7 +66,7 @@ def tried_tokenizer(tokens: PieceTokenizer) -> Tripped | None:
     return tripped
 
 
-def _patterns_of(tokenizer: Any) -> str:
+def patterns_of(tokenizer: Any) -> str:
     """What takes texts apart before they become tokens, as JSON; "" where there is nothing to be tried."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [part for part in (getattr(backend, name, None) for name in ("normalizer", "pre_tokenizer")) if part]

@@ -1,0 +1,20 @@
+"""Failures: why a model could not be computed, where nobody below has put it into words: memory, or foreign kernels."""
+
+from atomtune.errors import AtomtuneError, BadModel, RunFailed
+from atomtune.model.memory import is_out_of_memory
+from atomtune.model.mixer_kernels import package_that_raised
+
+
+def of_the_model(error: BaseException) -> AtomtuneError | None:
+    """What such a failure is told as; None for any other error."""
+    if is_out_of_memory(error):
+        return RunFailed(
+            "Out of memory. What helps, first things first: --quantize nf4 (a quarter of the memory), "
+            "--dtype bfloat16, --device_map auto, shorter texts, a smaller model."
+        )
+    if package := package_that_raised(error):
+        return BadModel(
+            f"{package} cannot compute this model on this machine; it says:\n  {error}\n"
+            f"Do as it says, or remove it (pip uninstall {package}): transformers' own torch code computes then."
+        )
+    return None
