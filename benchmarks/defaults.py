@@ -37,12 +37,10 @@ KINDS = ("persona", "style", "questions")
 LONGEST = 128
 #: So many records make a step of all runs of a group together at most; a GPU of 80 GB holds six such groups.
 MOST_TOGETHER = 80
-#: Of this many records the answers of the first seed are written down, for chrF.
-ANSWERED_SIZES = (200,)
-ANSWER_TOKENS = 56
-
-#: The rates tried, as multiples of what atomtune takes by itself; and those for a set so large that a run is long.
-MULTIPLES, FEW_MULTIPLES, LARGE = (0.25, 0.5, 1, 2, 4), (0.5, 1, 2), 2000
+#: Of this many records the first seed's answers to so many held-out prompts are written down, for chrF.
+ANSWERED_SIZES, ANSWERED_PROMPTS, ANSWER_TOKENS = (200,), 40, 56
+#: Of so many records, a run is long: one seed, and fewer settings.
+LARGE = 2000
 
 #: What other tools' own LoRA examples set: rate, records a step, epochs, warm-up, schedule, rank, alpha, dropout.
 #: LLaMA-Factory: examples/train_lora/qwen3_lora_sft.yaml. Unsloth: its notebooks (2 x 4 records, warm-up of 5 steps;
@@ -76,53 +74,48 @@ def automatic(base: str, records: int) -> Settings:
     return Settings("auto", rate, batch, epochs)
 
 
-def groups(bases: Sequence[str], kinds: Sequence[str], sizes: Sequence[int], seeds: int) -> list[Group]:
-    """All groups of the study, what tells most first; of equal weight, the longest first."""
-    weighed: list[tuple[int, int, Group]] = []
+def groups(bases: Sequence[str], kinds: Sequence[str], sizes: Sequence[int], seeds: int) -> Iterator[Group]:
+    """All groups of the study: bases and sizes in the order in which they are given, what tells most of each first."""
     for base in bases:
-        later = 2 if base != bases[0] else 0
         for records in sizes:
-            auto, is_large = automatic(base, records), records >= LARGE
-            few_seeds = range(1, 2 if is_large else seeds + 1)
-            for kind in kinds:
-                rates = [
-                    Run(settings, seed) for seed in few_seeds for settings in rates_around(auto, is_large=is_large)
-                ]
-                at_once = max(MOST_TOGETHER // auto.batch, 1)
-                for first in range(0, len(rates), at_once):
-                    weight = later + (3 * later if is_large else 1 if first == 0 else 3)
-                    weighed.append(
-                        (weight, -records, Group(base, kind, records, tuple(rates[first : first + at_once])))
-                    )
-                for settings in (*OTHERS, *varied(auto)):
-                    weight = later + (6 if is_large else 5 if settings not in OTHERS else 2 if records == 200 else 4)
-                    runs = tuple(Run(settings, seed) for seed in few_seeds)
-                    weighed.append((weight, -records, Group(base, kind, records, runs)))
-    weighed.sort(key=lambda item: item[:2])
-    return [group for _, _, group in weighed]
+            is_large = records >= LARGE
+            for settings in setting_groups(automatic(base, records), is_large=is_large):
+                at_once = max(MOST_TOGETHER // settings[0].batch, 1)
+                for kind in kinds:
+                    seed_range = range(1, 2 if is_large else seeds + 1)
+                    runs = [Run(setting, seed) for seed in seed_range for setting in settings]
+                    for first in range(0, len(runs), at_once):
+                        yield Group(base, kind, records, tuple(runs[first : first + at_once]))
 
 
-def rates_around(auto: Settings, *, is_large: bool) -> list[Settings]:
-    """The automatic settings, and the same at other rates."""
-    settings = []
-    for multiple in FEW_MULTIPLES if is_large else MULTIPLES:
-        name = "auto" if multiple == 1 else "rate"
-        settings.append(replace(auto, name=name, learning_rate=float(f"{auto.learning_rate * multiple:.1e}")))
-    return settings
+def setting_groups(auto: Settings, *, is_large: bool) -> list[list[Settings]]:
+    """The grid, and what other tools set. The settings of a group have one batch, number of epochs and dropout."""
+    half = replace(auto, name="half the epochs", epochs=auto.epochs // 2)
+    grid = [
+        [at_rate(auto, multiple) for multiple in (0.5, 1, 2)],
+        [at_rate(half, multiple) for multiple in (0.5, 1, 2)],
+    ]
+    if is_large:
+        return [*grid, *([settings] for settings in OTHERS)]
+    batch_16 = replace(auto, name="batch 16", batch=16)
+    grid += [[at_rate(batch_16, multiple) for multiple in (1, 2)], [at_rate(auto, multiple) for multiple in (0.25, 4)]]
+    return [*grid[:2], *([settings] for settings in OTHERS), *grid[2:]]
 
 
-def varied(auto: Settings) -> list[Settings]:
-    """The automatic settings with other epochs or another batch, where these differ."""
-    variants = [replace(auto, name="3 epochs", epochs=3), replace(auto, name="batch 16", batch=16)]
-    return [variant for variant in variants if (variant.batch, variant.epochs) != (auto.batch, auto.epochs)]
+def at_rate(settings: Settings, multiple: float) -> Settings:
+    """The settings at a multiple of their rate, which their name tells; auto's rate depends on the base alone."""
+    if multiple == 1:
+        return settings
+    name = f"rate x {multiple:g}" if settings.name == "auto" else f"{settings.name}, rate x {multiple:g}"
+    return replace(settings, name=name, learning_rate=float(f"{settings.learning_rate * multiple:.1e}"))
 
 
 def records_of(kind: str, dialogues: Path) -> Iterator[dict[str, Any]]:
-    """All records of a kind, always in the same order."""
+    """All records of a kind, always in the same order; no question is asked twice."""
     if kind == "persona":
         source = workloads.read(dialogues, 1_000_000)
         random.Random(0).shuffle(source)
-        yield from source
+        yield from {(record["instruction"], record["input"]): record for record in source}.values()
     else:
         yield from {"questions": questions, "style": sailors}[kind]()
 
@@ -222,11 +215,13 @@ class Worker:
         import torch
         from transformers import AutoModelForCausalLM
 
+        from atomtune.model.load import good_at_bfloat16
+
         if base not in self.models:
-            on_gpu = torch.cuda.is_available()
-            dtype = torch.bfloat16 if on_gpu else torch.float32
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            dtype = torch.bfloat16 if good_at_bfloat16(device) else torch.float32  # what `atomtune train` takes
             model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="sdpa")
-            self.models[base] = model.requires_grad_(False).to("cuda" if on_gpu else "cpu")
+            self.models[base] = model.requires_grad_(False).to(device)
         return self.models[base]
 
     def lines(self, group: Group) -> list[dict[str, Any]]:
@@ -255,9 +250,11 @@ class Worker:
         adapters, losses = train(model, group.runs, learned, held_out)
         seconds = time.monotonic() - began
         first_seed = [number for number, run in enumerate(group.runs) if run.seed == 1]
+        step = math.ceil(len(held_out) / ANSWERED_PROMPTS)  # held-out records are sorted by length: of all lengths
+        answered = held_out[::step]
         texts: dict[int, list[str]] = {}
         if group.records in ANSWERED_SIZES and first_seed:
-            texts = dict(zip(first_seed, self.written(group.base, adapters, first_seed, held_out), strict=True))
+            texts = dict(zip(first_seed, self.written(group.base, adapters, first_seed, answered), strict=True))
         machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
         lines = []
         for number, (run, run_losses) in enumerate(zip(group.runs, losses, strict=True)):
@@ -273,7 +270,7 @@ class Worker:
                 "versions": {name: version(name) for name in ("torch", "transformers")},
             }
             if number in texts:
-                pairs = zip(texts[number], rows, strict=False)
+                pairs = zip(texts[number], rows[::step], strict=True)
                 line["answers"] = [[text, row["output"]] for text, row in pairs]
             lines.append(line)
         return lines
@@ -385,13 +382,13 @@ def report(path: Path) -> str:
 
 
 def table_of(lines: Sequence[dict[str, Any]]) -> str:
-    """One base's table: rates by their multiple of the automatic one, then the others."""
+    """One base's table: a row for each setting, a column for each kind and number of records."""
     cells: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = {}
     for line in lines:
         of_cell = cells.setdefault((line["kind"], line["records"]), {})
-        of_cell.setdefault(row_of(line, lines), []).append(line)
+        of_cell.setdefault(line["name"], []).append(line)
     columns = sorted(cells, key=lambda cell: (cell[1], KINDS.index(cell[0])))
-    rows = sorted({row for of_cell in cells.values() for row in of_cell}, key=row_order)
+    rows = dict.fromkeys(line["name"] for line in lines)
     learned = {(line["kind"], line["records"]): line["learned"] for line in lines}
     head = ["settings", *(f"{column[0]} {learned[column]:,}" for column in columns)]
     text = [f"**{lines[0]['base']}**", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -403,22 +400,6 @@ def table_of(lines: Sequence[dict[str, Any]]) -> str:
         behind.append(f"{means['auto'] / min(means.values()) - 1:.1%}" if "auto" in means else "")
     text.append(f"| auto above the best of its column | {' | '.join(behind)} |")
     return "\n".join(text)
-
-
-def row_of(line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
-    """A rate is named by its multiple of the automatic one, which depends on the base alone."""
-    if line["name"] != "rate":
-        return str(line["name"])
-    auto = next(other["learning_rate"] for other in lines if other["name"] == "auto")
-    return f"rate x {round(line['learning_rate'] / auto * 4) / 4:g}"
-
-
-def row_order(row: str) -> tuple[int, float, str]:
-    if row == "auto":
-        return 0, 1, row
-    if row.startswith("rate x "):
-        return 0, float(row.removeprefix("rate x ")), row
-    return (2 if row in {settings.name for settings in OTHERS} else 1), 0, row
 
 
 def mean_loss(lines: Sequence[dict[str, Any]]) -> float:

@@ -163,14 +163,14 @@ def test_a_study_of_defaults_goes_on_where_it_stopped_and_ends_in_a_table(tmp_pa
 
     rates = runs("1")
     all_runs = runs("1")
-    assert [run["name"] for run in rates] == ["rate", "rate", "auto", "rate", "rate"]
-    assert all_runs[:5] == rates, "what the file has is not run again"
-    assert [run["name"] for run in all_runs[5:]] == ["LLaMA-Factory"]
-    assert rates[2]["loss"] < rates[0]["loss"] < all_runs[5]["loss"], "at 1e-4 six steps teach nothing"
+    assert [run["name"] for run in rates] == ["rate x 0.5", "auto", "rate x 2"]
+    assert all_runs[:3] == rates, "what the file has is not run again"
+    halves = ["half the epochs, rate x 0.5", "half the epochs", "half the epochs, rate x 2"]
+    assert [run["name"] for run in all_runs[3:]] == halves
+    assert rates[1]["loss"] < rates[0]["loss"] < all_runs[3]["loss"], "few and small steps teach little"
     table = defaults.report(out)
     rows = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if line.startswith("| ")]
-    assert rows[1:6] == ["rate x 0.25", "rate x 0.5", "auto", "rate x 2", "rate x 4"]
-    assert rows[6:] == ["LLaMA-Factory", "auto above the best of its column"]
+    assert rows[1:] == ["rate x 0.5", "auto", "rate x 2", *halves, "auto above the best of its column"]
 
 
 def test_an_adapter_trained_beside_others_ends_as_peft_and_adamw_train_it_alone():
@@ -185,9 +185,11 @@ def test_an_adapter_trained_beside_others_ends_as_peft_and_adamw_train_it_alone(
         Run(side_by_side.Settings("narrow", 1e-2, 3, 2, rank=2, alpha=16, dropout=0.0), 6),
     ]
     model = plain_model(base, torch.float32).requires_grad_(False)
-    _, losses = side_by_side.train(model, runs, examples[:5], examples[2:])
+    adapters, losses = side_by_side.train(model, runs, examples[:5], examples[2:])
     for run, run_losses in zip(runs, losses, strict=True):
         assert run_losses == pytest.approx(peft_losses(base, run, examples[:5], examples[2:]), rel=2e-4)
+    best = [min(run_losses) for run_losses in losses]
+    assert side_by_side.evaluate(adapters, examples[2:]) == pytest.approx(best), "each as after its best epoch"
 
 
 def peft_losses(base: Path, run: Run, learned: list[dict], held_out: list[dict]) -> list[float]:
