@@ -13,7 +13,7 @@ from rich.cells import cell_len
 
 from atomtune.cli import COMMANDS, main
 from atomtune.console import Console
-from atomtune.language import LANGUAGES, Catalogue, catalogue, language_of, spoken, translated
+from atomtune.language import LANGUAGES, Catalogue, catalogue, language_of, singular, spoken, translated
 from atomtune.settings.help import help_text
 from atomtune.settings.read import GROUPS
 from tests.conftest import write_jsonl
@@ -119,6 +119,28 @@ def test_english_is_what_is_spoken_unless_another_language_is_chosen():
     with spoken("zh"):
         assert translated("All settings are the same.") == "所有设置都相同。"
     assert translated("All settings are the same.") == "All settings are the same."
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        (
+            "Training: 1 steps of 1 records, 1 epochs of 21 records.",
+            "Training: 1 step of 1 record, 1 epoch of 21 records.",
+        ),
+        ("1 records are held out; 1 batches tried", "1 record is held out; 1 batch tried"),
+        (
+            "1 other tensors are copied, 1 adapted matrices end there",
+            "1 other tensor is copied, 1 adapted matrix ends there",
+        ),
+        ("11 records, 2.1 tokens, 0.1 seconds, 1,001 steps, a-1 rows", None),
+        ("1 records.jsonl, line 1: records, data/1 records/x, 1 recordsmith", None),
+        ("answered in 1 of 2 records", None),
+    ],
+)
+def test_one_of_a_kind_is_said_as_one(text, right):
+    assert singular(text) == (right or text)
+    assert translated(text) == singular(text)
 
 
 @pytest.mark.parametrize("words", [["--language", "zh"], ["--language=zh"]])

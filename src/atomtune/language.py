@@ -7,6 +7,8 @@ The source speaks English alone; its f-strings are the keys of `locale/zh.json`.
     "留出 {count} 条记录。"                        its Chinese
     "12 records are held out." → "留出 12 条记录。"
 
+English itself needs one thing: the source writes every count as several, and `singular` mends `1 records are`.
+
 Law: what is filled in stays as it is, be it a path, a record or a library's words. Only where the Chinese writes
 `{reason!m}` is it a message of ours, and is looked up in turn. Files, `--json` and errors in programs stay English.
 """
@@ -33,6 +35,18 @@ _SEVERAL = re.compile(r"[.?!:;,)…] +\S")
 #: A line about a record: where it is, and what is wrong with it.
 _ABOUT_A_RECORD = re.compile(r"(\S+:\d+  )(.+)\.")
 _FULL_WIDTH_END = tuple("。；：，？！）")
+#: What is counted, and what is said of it: `1 other tensors are`. A file's name, `1 records.txt`, is neither.
+_NOUNS = (
+    "adapters answers batches bytes calls cells characters columns conversations copies epochs examples files GPUs "
+    "groups hours labels layers lines matrices minutes models numbers parameters places positions processes prompts "
+    "questions records rows seconds settings steps targets tensors texts tokens trials turns updates weights"
+)
+_ONE_OF_A_KIND = re.compile(
+    rf"(?<![\w.,:/-])1 ((?:(?:adapted|exact|general|held-out|learned|other|similar) )?)({'|'.join(_NOUNS.split())})\b"
+    r"(?![./\w-]\w)(?: (are|were|have|do|make|hold|end|come)\b)?"
+)
+_IRREGULAR = {"matrices": "matrix", "copies": "copy", "batches": "batch", "processes": "process"}
+_VERBS = {"are": "is", "were": "was", "have": "has", "do": "does"}
 _LIST_MARKS = {"; ": "；", ": ": "：", ", ": "，", " and ": "和", " or ": "或"}
 
 
@@ -156,12 +170,23 @@ class Catalogue:
         return None
 
 
+def singular(text: str) -> str:
+    """English with a count of one as it should be: `1 records are held out` → `1 record is held out`."""
+
+    def mended(match: re.Match[str]) -> str:
+        adjective, noun, verb = match.groups()
+        text = f"1 {adjective}{_IRREGULAR.get(noun, noun.removesuffix('s'))}"
+        return text if verb is None else f"{text} {_VERBS.get(verb, verb + 's')}"
+
+    return _ONE_OF_A_KIND.sub(mended, text)
+
+
 _catalogue: Catalogue | None = None  # of the language that is spoken; None is English
 
 
 def translated(text: str, *, is_ours: bool = True) -> str:
     """A text in the language that is spoken; is_ours: False where it may hold another's words."""
-    return text if _catalogue is None else _catalogue.translated(text, is_ours=is_ours)
+    return singular(text) if _catalogue is None else _catalogue.translated(text, is_ours=is_ours)
 
 
 def message(text: str) -> str:

@@ -3,8 +3,9 @@
 import warnings
 
 import pytest
+from matplotlib.figure import Figure
 
-from atomtune.train.run_report import draw_loss, smoothed
+from atomtune.train.run_report import draw_held_out, draw_loss, smoothed
 
 
 def test_smoothing_keeps_a_flat_curve_and_halves_noise():
@@ -34,3 +35,17 @@ def test_any_history_becomes_a_picture_without_a_word(history, tmp_path):
         draw_loss(history, tmp_path / "loss.png", title="输出: 甄嬛.jsonl")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
+
+
+@pytest.mark.parametrize(
+    ("points", "legend"),
+    [
+        ([(0, 3.0), (50, 1.25), (100, 1.5)], ["held out: last 1.500", "best: 1.250 at step 50"]),
+        ([(0, 3.0), (50, 1.5), (100, 1.25)], ["held out", "best and last: 1.250 at step 100"]),
+        ([(0, 3.0)], ["held out", "best and last: 3.000 at step 0"]),
+    ],
+)
+def test_the_legend_explains_the_star_and_says_no_number_twice(points, legend):
+    axes = Figure().subplots()
+    draw_held_out(axes, points)
+    assert [text.get_text() for text in axes.legend().get_texts()] == legend

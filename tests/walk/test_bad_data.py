@@ -141,7 +141,7 @@ def test_what_is_unusual_is_accepted_and_counted(models, tmp_path, capsys):
     assert (record["records_copied"], record["records_cut"]) == (1, 1)
     said = " ".join(capsys.readouterr().out.split())
     assert 'key "source" is not used by this format in 2 records' in said
-    assert "1 records are exact copies of earlier ones" in said
+    assert "Exact copies of earlier records: 1." in said
 
 
 @pytest.mark.parametrize("name", ["GBK", "missing key", "a line beyond all bounds"])

@@ -307,7 +307,7 @@ def _about_template(ledger: Ledger, template: Template) -> Iterator[str]:
 
 def _about_records(ledger: Ledger) -> Iterator[str]:
     if ledger.records_copied:
-        yield f"{ledger.records_copied:,} records are exact copies of earlier ones. They are trained on as well."
+        yield f"Exact copies of earlier records: {ledger.records_copied:,}. Copies are trained on as well."
     if ledger.cut_origins:
         yield f"shortened to fit --max_seq_length: {_first_few(ledger.cut_origins)}."
     if ledger.control_origins:

@@ -89,13 +89,15 @@ def draw_training(axes: "Axes", points: list[tuple[int, float]]) -> None:
 
 
 def draw_held_out(axes: "Axes", points: list[tuple[int, float]]) -> None:
-    """The held-out loss, with a star at its lowest value."""
+    """The held-out loss, with a star at its lowest value; the legend explains both, and says no number twice."""
     if points:
         steps, losses = zip(*points, strict=True)
         best_step, best = min(points, key=lambda point: point[1])
-        label = f"held out: last {losses[-1]:.3f}, best {best:.3f} at step {best_step:,}"
-        axes.plot(steps, losses, "o-", color="C1", linewidth=1.6, markersize=4, label=label)
-        axes.plot([best_step], [best], "*", color="C1", markersize=13)
+        line_label, star_label = f"held out: last {losses[-1]:.3f}", f"best: {best:.3f} at step {best_step:,}"
+        if best_step == steps[-1]:
+            line_label, star_label = "held out", f"best and last: {best:.3f} at step {best_step:,}"
+        axes.plot(steps, losses, "o-", color="C1", linewidth=1.6, markersize=4, label=line_label)
+        axes.plot([best_step], [best], "*", color="C1", markersize=13, linestyle="none", label=star_label)
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
