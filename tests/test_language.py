@@ -214,7 +214,7 @@ def test_a_run_in_a_chinese_locale_speaks_chinese(chinese_run):
     assert not english_in(ours)
     for part in (
         "读入 41 条记录",
-        "注意：1 条记录与前面的记录完全相同",
+        "注意：与前面完全相同的记录：1 条",
         "留出 8 条记录",
         "训练前",
         "完成：",

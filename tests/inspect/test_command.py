@@ -1,6 +1,7 @@
 """Inspect: the ledger that adds up, what is found in a file, and the checks of a data repository."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from rich.cells import cell_len
 
 from atomtune.choices import CHECKS
 from atomtune.cli import main
@@ -271,6 +273,20 @@ def test_shades_show_what_is_learned_token_by_token(base):
     plain = coloured(example.ids, example.learn, TokenDecoder(tokenizer), colour=False).plain
     assert plain.startswith("<s>│")
     assert plain.replace("\n", "").endswith("⟦↵│</s>⟧")
+
+
+@pytest.mark.parametrize("colour", [True, False])
+def test_a_line_of_tokens_fits_and_ends_between_two_tokens(colour):
+    tokenizer = tokenizer_of("sentencepiece")
+    ids = tuple(
+        tokenizer("你好 world 有雾，看不见 once upon a time there was a lamp", add_special_tokens=False)["input_ids"]
+    )
+    decoder, learned = TokenDecoder(tokenizer), (0,) * len(ids)
+    lines = coloured(ids, learned, decoder, colour=colour, width=12).plain.split("\n")
+    assert max(map(cell_len, lines)) <= 12 < cell_len("".join(lines))
+    starts = set(itertools.accumulate(len(decoder(token_id)) for token_id in ids))
+    ends = itertools.accumulate(len(line.replace("│", "")) for line in lines)
+    assert starts.issuperset(ends)
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes", "characters"])

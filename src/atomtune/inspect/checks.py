@@ -26,7 +26,7 @@ MEANINGS: Mapping[Check, str] = {
     "duplicates": "token for token the same as an earlier record",
     "near_duplicates": "nearly the same as an earlier record, exact copies not counted",
     "conflicts": "the same prompt as another record, but another answer",
-    "control": "their text contains a control string, which is kept as plain text",
+    "control": "their text contains a special token, which is kept as plain text",
     "blank": "an answer of white space alone",
     "one_token": "an answer of one token, apart from its stop token",
     "no_stop": "an answer that does not end with the stop token",

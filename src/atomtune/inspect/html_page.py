@@ -29,6 +29,7 @@ from atomtune.inspect.histogram import Bar, histogram, percentiles
 from atomtune.inspect.report import Report
 from atomtune.inspect.terminal import scripts
 from atomtune.inspect.tokens import TokenDecoder
+from atomtune.language import singular
 
 #: What the page holds at most; a browser still searches it at once.
 MOST_RECORDS, MOST_TOKENS, MOST_REFUSED = 2000, 600_000, 500
@@ -39,7 +40,7 @@ LABELS: Mapping[Check, tuple[str, str, str]] = {
     "duplicates": ("Exact copies", "完全重复", "与前面某条记录逐个词元相同"),
     "near_duplicates": ("Near copies", "近似重复", "与前面某条记录几乎相同，不含完全重复"),
     "conflicts": ("Different answers", "答案不一", "提示与另一条记录相同，答案却不同"),
-    "control": ("Control strings", "控制字符串", "文本里有控制字符串；它仍按普通文本处理"),
+    "control": ("Special tokens as text", "文本中的特殊词元", "文本里写有特殊词元；它仍按普通文本处理"),
     "blank": ("Blank answers", "空白答案", "答案只有空白"),
     "one_token": ("One-token answers", "单词元答案", "除停止词元外，答案只有一个词元"),
     "no_stop": ("No stop token", "缺停止词元", "答案没有以停止词元结尾"),
@@ -83,6 +84,7 @@ def page(report: Report, decoder: TokenDecoder, *, seed: int) -> str:
     data = records_of(report, rows, decoder)
     data["refused"] = [(refusal.origin, refusal.reason) for refusal in refused]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["singular"] = singular
     template = environment.from_string((files / "page.html.jinja").read_text(encoding="utf-8"))
     return template.render(
         title=", ".join(printable(Path(source).name) for source in report.sources),

@@ -31,13 +31,14 @@ def say_report(report: Report, console: Console) -> None:
     for line in ledger_lines(report.ledger):
         console.say(f"  {line}")
     for notice, count in report.ledger.notices.items():
-        text = f"{notice} in 1 record" if count == 1 else f"{notice} in {count:,} records"
-        console.say("  " + translated("note: ") + translated(text), "yellow")
+        console.say("  " + translated("note: ") + translated(f"{notice} in {count:,} records"), "yellow")
     if len(report.stored):  # else every record was refused, and there is nothing to count
         _say_numbers(report, console)
     _section(console, message("Problems"))
-    for line in check_lines(report):
-        console.say(f"  {line}")
+    console.columns(list(check_rows(report)))
+    without_finding = [check for check, finding in report.findings.items() if not finding.count]
+    if without_finding:
+        console.say(f"  nothing found by: {', '.join(without_finding)}")
     console.say("")
 
 
@@ -95,14 +96,8 @@ def ledger_lines(ledger: Ledger) -> Iterator[str]:
     )
     yield f"prompt tokens  {ledger.prompt_tokens:,} used; {ledger.prompt_tokens_cut:,} cut away"
     if ledger.records_split:
-        split = _learned_in_parts(ledger.records_split)
+        split = f"{ledger.records_split:,} conversations are learned in several parts"
         yield f"examples       {ledger.examples:,}: {split}, as a server would send them"
-
-
-def _learned_in_parts(conversations: int) -> str:
-    if conversations == 1:
-        return "1 conversation is learned in several parts"
-    return f"{conversations:,} conversations are learned in several parts"
 
 
 def limits(report: Report) -> Iterator[str]:
@@ -126,12 +121,8 @@ def limits(report: Report) -> Iterator[str]:
 def _cost(limit: Limit, total: int) -> str:
     if not limit.records:
         return "shortens nothing"
-    longer = f"{counted(limit.records, 'record')} longer ({limit.records / max(1, total):.2%})"
-    return f"{longer}, by {counted(limit.lost, 'token')} together"
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    longer = f"{limit.records:,} records longer ({limit.records / max(1, total):.2%})"
+    return f"{longer}, by {limit.lost:,} tokens together"
 
 
 def savings(report: Report) -> Iterator[str]:
@@ -139,12 +130,14 @@ def savings(report: Report) -> Iterator[str]:
     saving = report.saving
     if saving is None:
         return
-    batches = "1 batch" if saving.batches == 1 else f"{saving.batches:,} batches"
     if saving.shared_prefix:
         yield f"all records sampled begin with the same {len(saving.shared_prefix):,} tokens"
     else:
         yield "there is none that all records sampled have"
-    yield f"padded  {saving.tokens.padded:>12,} tokens computed for {batches} of {saving.records_per_batch}"
+    yield (
+        f"padded  {saving.tokens.padded:>12,} tokens computed for {saving.batches:,} batches of "
+        f"{saving.records_per_batch}"
+    )
     for name, tokens in (("packed", saving.tokens.packed), ("tree", saving.tokens.tree)):
         yield f"{name:<7} {tokens:>12,}  {_against(saving.tokens.padded, tokens)}"
 
@@ -202,21 +195,18 @@ def _range(bar: Bar) -> str:
     return f"{bar.low:,}" if bar.low == bar.high else f"{bar.low:,}–{bar.high:,}"
 
 
-def check_lines(report: Report) -> Iterator[str]:
-    """A line for each check that found something, and one for all that found nothing."""
+def check_rows(report: Report) -> Iterator[tuple[str, str, str]]:
+    """For each check that found something: its name, how often, and what that means; below it, where."""
     read = max(1, report.ledger.records_read)
     for check, finding in report.findings.items():
         if not finding.count:
             continue
         meaning = translated(MEANINGS[check])
         if finding.groups:
-            meaning += translated("; ") + translated(counted(finding.groups, "group"))
-        yield f"{check:<16}{finding.count:>8,}  {finding.count / read:>7.2%}  {meaning}"
+            meaning += translated("; ") + translated(f"{finding.groups:,} groups")
+        yield check, f"{finding.count:>8,}  {finding.count / read:>7.2%}", meaning
         for place in _places(report, finding):
-            yield f"{'':<35}{place}"  # under the meaning
-    without_finding = [check for check, finding in report.findings.items() if not finding.count]
-    if without_finding:
-        yield f"nothing found by: {', '.join(without_finding)}"
+            yield "", "", place
 
 
 def _places(report: Report, finding: Finding) -> Iterator[str]:

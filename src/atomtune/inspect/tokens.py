@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.style import Style
 from rich.text import Text
 
@@ -81,18 +82,27 @@ def visible(piece: str) -> str:
     return shown or "⟨⟩"  # a token of no text at all
 
 
-def coloured(ids: Sequence[int], learned: Sequence[int], decoder: TokenDecoder, *, colour: bool = True) -> Text:
-    """Tokens for a terminal; without colours, │ stands between them and ⟦ ⟧ around what is learned."""
+def coloured(
+    ids: Sequence[int], learned: Sequence[int], decoder: TokenDecoder, *, colour: bool = True, width: int = 80
+) -> Text:
+    """Tokens for a terminal; without colours, │ stands between them and ⟦ ⟧ around what is learned.
+
+    width  a line has so many cells at most, and ends between two tokens
+    """
     text = Text(overflow="fold")
-    learned_before = False
+    learned_before, cells = False, 0
     for i, (number, times) in enumerate(zip(ids, learned, strict=True)):
         shown, is_learned = decoder(number), times > 0
-        if colour:
-            text.append(shown, _style(i, is_learned, is_control=number in decoder.control))
-        else:
-            text.append(_border(i, learned_before, is_learned) + shown)
+        border = "" if colour else _border(i, learned_before, is_learned)
+        cells += cell_len(border + shown)
+        if cells > width:
+            text.append("\n")
+            cells = cell_len(border + shown)
+        style = _style(i, is_learned, is_control=number in decoder.control) if colour else Style.null()
+        text.append(border + shown, style)
         if LINE_END in shown:
             text.append("\n")
+            cells = 0
         learned_before = is_learned
     if learned_before and not colour:
         text.append("⟧")
@@ -123,12 +133,13 @@ def legend(*, colour: bool) -> Text:
     styles = {
         message("learned"): LEARNED[0],
         "read only": READ[0],
-        "control token, learned": CONTROL_LEARNED,
-        "control token, read only": CONTROL_READ,
+        "special token, learned": CONTROL_LEARNED,
+        "special token, read only": CONTROL_READ,
     }
     for word, style in styles.items():
         text.append(f" {translated(word)} ", style)
         text.append("  ")
+    text.append("\n")
     return text.append(translated(f"{SPACE} space  {LINE_END} line end  ⟨E4⟩ a byte of a split character"))
 
 
@@ -141,4 +152,4 @@ def show(console: Console, examples: Sequence[Example], decoder: TokenDecoder, *
         n_learned = sum(times > 0 for times in example.learn)
         not_shown = f"; the first {first:,} are not shown" if first else ""
         console.say(f"\n{example.origin}  {len(example.ids):,} tokens, {n_learned:,} learned{not_shown}")
-        console.print(coloured(example.ids[first:], example.learn[first:], decoder, colour=colour))
+        console.print(coloured(example.ids[first:], example.learn[first:], decoder, colour=colour, width=console.width))
