@@ -161,8 +161,9 @@ def _told(name: str, error: AtomtuneError) -> int:
 
 def _run(name: str, flags: Sequence[str]) -> int:
     """Read the settings first: a wrong flag is answered before the command's module imports torch."""
-    from atomtune.settings.environment import number_problems
+    from atomtune.settings.environment import let_waiting_threads_sleep, number_problems
 
+    let_waiting_threads_sleep()
     if problems := list(number_problems()):
         raise BadSettings(problems)
     from atomtune.settings.read import read

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from atomtune.cli import main
-from atomtune.settings.environment import cache_notices, environment_problems, waiting_notice
+from atomtune.settings.environment import SPINS, cache_notices, environment_problems, waiting_notice
 from atomtune.settings.read import read_train
 from atomtune.train.arguments import spare_folder
 
@@ -122,3 +122,20 @@ def test_a_cache_that_cannot_be_made_is_one_sentence(name, models, dialogues, tm
     assert f"{tmp_path / 'file' / 'cache'}" in done.stderr
     assert "Set HF_DATASETS_CACHE to a folder that can be written." in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another library of OpenMP")
+@pytest.mark.parametrize(("own", "spins"), [({}, SPINS), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(own, spins, tmp_path):
+    """What the library of OpenMP itself says of its environment when torch loads it behind a command."""
+    others = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = f"from atomtune.cli import main; main(['runs', {str(tmp_path)!r}]); import torch"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=others | {"OMP_DISPLAY_ENV": "VERBOSE"} | own,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr, done.stderr

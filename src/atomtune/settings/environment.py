@@ -1,7 +1,7 @@
 """Environment: variables that change a run unseen, left over from another job or written carelessly, are said first."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 #: What torchrun and other launchers set in every process of a job.
@@ -9,6 +9,21 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: Folders in which the libraries keep what they fetch and make; the first is the root of the others.
 CACHES = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "XDG_CACHE_HOME")
 _TRUTHS = {"y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0"}
+
+
+#: Turns of a waiting thread's loop before it sleeps, some 60 microseconds: on an idle machine as fast as libgomp's own
+#: 300,000. With another busy program beside two threads, a run took 102 s with those, 24 s with these (docs/log.md).
+SPINS = "3000"
+
+
+def let_waiting_threads_sleep(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Keep threads that wait for each other from holding the cores that others need; called before torch is imported.
+
+    The GNU library of OpenMP reads the variable once, when torch loads it. Whoever sets one of its two variables is
+    obeyed.
+    """
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def environment_problems(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
