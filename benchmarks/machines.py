@@ -1,9 +1,10 @@
-"""Which base fits which card: the memory of a LoRA step by `atomtune plan`, for the shapes of published models.
+"""Which base fits which card, and how long a run takes there: by `atomtune plan`, for the shapes of published models.
 
     python -m benchmarks.machines
 
 Estimates, from shapes alone: no model is loaded. A step of 2,048 computed tokens (a batch of 16 short dialogues, or one
-long record), LoRA of rank 8 on all linear layers, bfloat16; activations are recomputed where a card needs it.
+long record), LoRA of rank 8 on all linear layers, bfloat16; activations are recomputed where a card needs it. Minutes
+are those of 1,000 dialogues of 100 tokens, three times, recomputed, on a GPU of 100 TFLOP/s in bfloat16.
 """
 
 import json
@@ -17,6 +18,10 @@ from atomtune.plan.estimate import CUDA_CONTEXT, StepSpec, fits_on_gpu, step_mem
 from atomtune.plan.model_size import ModelSize, measure
 
 TOKENS = 2048
+#: Forward, backward through frozen weights, and forward again: 6 operations for each weight and token.
+RUN_TOKENS, FLOP_A_TOKEN = 1000 * 100 * 3, 6
+#: Of the GPU's peak, what a run reaches: on an H100 0.44 of 989 TFLOP/s (README.md, "On a GPU", long 1).
+REACHED, PEAK = 0.4, 100e12
 
 
 def shape(model_type: str, architecture: str, hidden: int, inner: int, layers: int, **more: Any) -> dict[str, Any]:
@@ -72,12 +77,13 @@ def row(name: str, config: dict[str, Any]) -> str:
     for quantize, recomputed in ((None, False), (None, True), ("nf4", True)):
         gigabytes, card = needs(size, quantize=quantize, recomputed=recomputed)
         cells.append(f"{gigabytes:.1f} ({card} GB)" if card else f"{gigabytes:.1f} (none)")
+    cells.append(f"{FLOP_A_TOKEN * size.weights * RUN_TOKENS / (REACHED * PEAK) / 60:.1f}")
     return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
-    print("| base | parameters, 10⁹ | activations kept | recomputed | recomputed, `--quantize nf4` |")
-    print("|---|---|---|---|---|")
+    print("| base | parameters, 10⁹ | activations kept | recomputed | recomputed, `--quantize nf4` | minutes |")
+    print("|---|---|---|---|---|---|")
     for name, config in SHAPES.items():
         print(row(name, config), flush=True)
 

@@ -24,7 +24,7 @@ from atomtune.limits import limit_memory
 Part = TypeVar("Part")
 Made = TypeVar("Made")
 
-#: Parts that wait for a process or for their turn, per process: enough to keep it busy, few enough to forget.
+#: Parts that wait for a process or for their turn, per process: enough to keep it busy, and little memory.
 _AHEAD = 3
 #: A part takes a second; one that is waited for longer is examined.
 PATIENCE_SECONDS = 10.0

@@ -67,8 +67,8 @@ VALUE_SYNONYMS = {
 
 #: Values of other tools that the setting of that name does not take: what to do instead.
 VALUES_ELSEWHERE = {
-    ("bf16", "auto"): "Leave it out: --dtype auto takes bfloat16 where the device is good at it",
-    ("fp16", "auto"): "Leave it out: --dtype auto takes bfloat16 where the device is good at it",
+    ("bf16", "auto"): "Leave it out: --dtype auto takes bfloat16 where the device computes in it",
+    ("fp16", "auto"): "Leave it out: --dtype auto takes bfloat16 where the device computes in it",
     # The packaged converter and the packaged llama.cpp write none of these; llama.cpp's own quantizer is in Ollama.
     **{
         ("quantize", kind.lower()): f"Export bf16, then `ollama create NAME --quantize {kind} -f Modelfile` packs it"

@@ -207,7 +207,7 @@ class SkipNonFinite(TrainerCallback):
         self._skipped_loss = 0.0
 
     def finite_loss(self, loss: torch.Tensor, origins: Sequence[str]) -> torch.Tensor:
-        """A micro-batch's loss, or zero in its place when it is not finite: `mean_of_steps_made` mends the mean."""
+        """A micro-batch's loss; zero where it is not finite, which `mean_of_steps_made` leaves out."""
         self._micro_batches.append((loss.detach(), origins))
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
 

@@ -1,4 +1,4 @@
-"""Output folder: held by one run, looked at for space, and named where a run fails."""
+"""Output folder: one run writes into it; its disk has room for the checkpoints; an error names it."""
 
 import contextlib
 import os

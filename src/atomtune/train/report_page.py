@@ -63,7 +63,7 @@ def _ledger(record: Mapping[str, Any]) -> Iterator[Row]:
     refused, held_out = record.get("records_refused") or [], record.get("records_held_out") or []
     yield "records read", f"{record['records_read']:,}", str(record.get("format", ""))
     yield "used", f"{record['records_used']:,}", ""
-    yield "refused", f"{len(refused):,}", "the reasons stand in run.json" if refused else ""
+    yield "refused", f"{len(refused):,}", "the reasons are in run.json" if refused else ""
     yield "shortened", f"{record.get('records_cut', 0):,}", "their prompts, never their answers"
     if held_out:
         yield "held out", f"{len(held_out):,}", "of the used; evaluated on, not trained on"
