@@ -60,6 +60,23 @@ def test_auto_says_what_it_takes_and_what_that_saves(models, dialogues, tmp_path
     assert "less work (3 batches tried)" in said
 
 
+def test_a_larger_batch_that_computes_fewer_tokens_is_named_and_makes_the_same_run(models, dialogues, tmp_path):
+    exact = ["--dtype", "float64", "--lora_dropout", "0", "--max_steps", "3", "--optim", "sgd", "--eval_size", "0"]
+    exact += ["--logging_steps", "1", "--learning_rate", "1e-2"]
+    small = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
+    large = ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1"]
+    records = {}
+    for name, batch in (("small", small), ("large", large)):
+        assert train(models("llama"), dialogues, tmp_path / name, *exact, *batch) == 0
+        records[name] = record_of(tmp_path / name)
+    (notice,) = [notice for notice in records["small"]["notices"] if "fewer tokens" in notice]
+    assert " ".join(large) in notice
+    assert not [notice for notice in records["large"]["notices"] if "fewer tokens" in notice]
+    assert records["large"]["tokens_computed"] < records["small"]["tokens_computed"]
+    losses = [[entry["loss"] for entry in record["loss_history"]] for record in records.values()]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
 def test_auto_packs_records_that_share_nothing(models, tmp_path, capsys):
     # Role markers are common to all; a template without them leaves nothing to share.
     template = tmp_path / "bare.jinja"

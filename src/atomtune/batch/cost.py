@@ -43,6 +43,10 @@ class LayoutTokens:
         lengths = {layout: len(set(tokens)) for layout, tokens in counts.items()}
         return cls(sum(counts["padded"]), sum(counts["packed"]), sum(counts["tree"]), heaviest, lengths)
 
+    def of_layout(self, layout: Layout) -> int:
+        """Of the three, that of a layout."""
+        return {"padded": self.padded, "packed": self.packed, "tree": self.tree}[layout]
+
     def cheapest(self) -> Layout:
         """Of the two without padding: trees where they save enough over packing."""
         return "tree" if self.tree < self.packed * (1 - _WORTH) else "packed"

@@ -203,7 +203,7 @@ def _run_size(settings: TrainSettings, args: TrainingArguments, data: EncodedDat
     batches = batches_of(data.examples.select(rows), per_batch, as_examples)
     sampled = LayoutTokens.of(batches)
     layout = _layout(settings, sampled)
-    computed = {"padded": sampled.padded, "packed": sampled.packed, "tree": sampled.tree}[layout]
+    computed = sampled.of_layout(layout)
     examples = [example for batch in batches for example in batch]
     records = _learned(data, settings.data.eval_size or 0)
     steps = _steps(args, records)

@@ -1,6 +1,7 @@
 """Layout: how this run's batches are laid out, chosen by what is exact for the model and what the data saves."""
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from atomtune.batch.collate import Collator
@@ -14,9 +15,12 @@ from atomtune.model.layout_support import carries_state, cut_of, why_padded, win
 from atomtune.model.load import pad_id_of
 from atomtune.model.mixer_kernels import kernels_of
 from atomtune.train.dataset import Data
-from atomtune.train.model import device_of, dtype_of
+from atomtune.train.model import activation_memory, device_of, dtype_of
 from atomtune.train.run_context import RunContext
 from atomtune.verify import compare, say
+
+#: A larger batch that computes fewer tokens by this factor is named.
+_WORTH_SAYING = 1.2
 
 
 def check_equal(run: RunContext, data: Data, *, pad_id: int) -> None:
@@ -63,6 +67,8 @@ def choose_layout(run: RunContext, model: CausalLM, tokenizer: Any, data: Data, 
     else:
         layout = choice
     run.console.say(_described(layout, reason, tokens, len(batches)))
+    if reason is None and choice in ("auto", "tree"):
+        _name_larger_batch(run, model, batches, layout, longest_tokens=longest_tokens)
     if kernels := kernels_of(model):
         run.console.say(kernels.described(device_of(run)))
     run.record.update(layout=layout)
@@ -86,10 +92,39 @@ def _described(layout: Layout, reason: str | None, tokens: LayoutTokens, batches
         why, computed = "records that begin alike share that beginning", tokens.tree
     else:
         why, computed = "records stand end to end without padding", tokens.packed
+    gain = tokens.padded / computed
+    if gain < 1.05:  # one record a batch, or records of one length
+        return f"layout {layout}: {why}, as many tokens as padded rows have ({batches} batches tried)."
     return (
-        f"layout {layout}: {why}; tokens {tokens.padded:,} → {computed:,}, {tokens.padded / computed:.1f}× less work "
+        f"layout {layout}: {why}; tokens {tokens.padded:,} → {computed:,}, {gain:.1f}× less work "
         f"({batches} batches tried)."
     )
+
+
+def _name_larger_batch(
+    run: RunContext, model: CausalLM, batches: list[list[Example]], layout: Layout, *, longest_tokens: int
+) -> None:
+    """Say which batch makes the same updates from fewer tokens, where updates are accumulated and it fits in memory.
+
+    Records share their beginnings within a batch only; an update over several small batches computes them anew in each.
+    """
+    per_batch, accumulated = run.args.per_device_train_batch_size, run.args.gradient_accumulation_steps
+    firsts = range(0, len(batches) - accumulated + 1, accumulated)
+    if accumulated == 1 or not firsts:
+        return
+    apart = LayoutTokens.of(batches[: len(firsts) * accumulated])
+    joined = LayoutTokens.of(list(chain.from_iterable(batches[first : first + accumulated])) for first in firsts)
+    gain = apart.of_layout(layout) / joined.tree
+    heaviest = heaviest_of_the_run(
+        joined.heaviest["tree"], per_batch=per_batch * accumulated, longest_tokens=longest_tokens
+    )
+    memory = activation_memory(run, model, layout="tree", tokens=heaviest)
+    if gain >= _WORTH_SAYING and memory.fits:
+        run.console.notice(
+            f"--per_device_train_batch_size {per_batch * accumulated} --gradient_accumulation_steps 1 makes the same "
+            f"updates from {gain:.1f}× fewer tokens: records share their beginnings within a batch. It fits in memory: "
+            f"{memory}."
+        )
 
 
 def _sampled_batches(data: Data, *, per_batch: int, seed: int) -> list[list[Example]]:

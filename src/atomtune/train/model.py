@@ -214,19 +214,11 @@ def keep_or_recompute(run: RunContext, model: Any, *, layout: Layout, heaviest_t
     args, choice = run.args, run.settings.run.gradient_checkpointing
     recompute = bool(getattr(args, CHECKPOINTING)) or choice == "true"
     if not recompute and choice == "auto":
-        device = device_of(run)
-        memory = ActivationMemory.of(
-            model.config,
-            tokens=heaviest_tokens,
-            element_bytes=dtype_of(run).itemsize,
-            dropout=run.settings.lora.lora_dropout > 0,
-            in_rows=layout != "padded",
-            device=device,
-        )
+        memory = activation_memory(run, model, layout=layout, tokens=heaviest_tokens)
         recompute = not memory.fits
         if recompute:
             run.console.notice(f"activations are recomputed: {memory} (--gradient_checkpointing false keeps them).")
-        elif device.type == "cuda":
+        elif device_of(run).type == "cuda":
             run.console.say(f"activations are kept: {memory}.")
     setattr(args, CHECKPOINTING, recompute)
     run.record.update(activations_recomputed=recompute)
@@ -234,6 +226,18 @@ def keep_or_recompute(run: RunContext, model: Any, *, layout: Layout, heaviest_t
         kwargs = getattr(args, f"{CHECKPOINTING}_kwargs") or {}
         setattr(args, f"{CHECKPOINTING}_kwargs", {"use_reentrant": False, **kwargs})
         model.enable_input_require_grads()
+
+
+def activation_memory(run: RunContext, model: Any, *, layout: Layout, tokens: int) -> ActivationMemory:
+    """What a step of so many computed tokens would keep for its backward pass, and what is free."""
+    return ActivationMemory.of(
+        model.config,
+        tokens=tokens,
+        element_bytes=dtype_of(run).itemsize,
+        dropout=run.settings.lora.lora_dropout > 0,
+        in_rows=layout != "padded",
+        device=device_of(run),
+    )
 
 
 def step_graphs(run: RunContext, model: Any, *, heaviest_tokens: int) -> StepGraphs | None:
