@@ -8,6 +8,8 @@ from atomtune.cli import main
 from tests.conftest import DIALOGUES, write_jsonl
 from tests.trained import train_by_heart
 
+pytestmark = pytest.mark.extra
+
 #: A task of multiple choice whose data is a file.
 TASK = """task: lighthouse
 dataset_path: json

