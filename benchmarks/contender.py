@@ -58,8 +58,8 @@ def finish() -> None:
 def peak_memory_mb() -> float:
     """Of the device where there is one, else of the process."""
     if device().type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def non_embedding_weights(base: Path) -> int:

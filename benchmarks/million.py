@@ -83,9 +83,9 @@ def encode(base: Path, data: Path, cache: Path) -> dict[str, Any]:
         "rows": len(encoded.examples),
         "seconds": seconds,
         "records_per_second": encoded.ledger.records_read / seconds,
-        "peak_memory_mb": peak.stop() / 2**20,
-        "memory_before_mb": before / 2**20,
-        "largest_process_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+        "peak_memory_mb": peak.stop() / 1e6,
+        "memory_before_mb": before / 1e6,
+        "largest_process_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
     }
 
 
@@ -155,7 +155,7 @@ def measure(asked: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = asked.base or workloads.build_base(Path(folder) / "base", workloads.read(asked.source, 10**9), "toy")
         data = write(asked.source, asked.records, Path(folder) / "million.jsonl")
-        print(f"{asked.records:,} records, {data.stat().st_size / 2**20:.0f} MB", flush=True)
+        print(f"{asked.records:,} records, {data.stat().st_size / 1e6:.0f} MB", flush=True)
         ratios, starts = [], []
         for turn in range(asked.rounds):
             alone = _apart(

@@ -101,7 +101,7 @@ def profiled(base: Path, data: Path) -> dict[str, Any]:
 
 
 def _resident_mb() -> float:
-    return float(psutil.Process().memory_info().rss) / 2**20
+    return float(psutil.Process().memory_info().rss) / 1e6
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ FLOORS = (
     ("errors", "choices", "language"),
     ("console",),
     ("disk", "limits", "settings", "extras", "process"),
-    ("data", "engines"),
+    ("data", "engines", "pages"),
     ("analysis", "batch"),
     ("model",),
     ("verify", "inspect", "evaluate", "runs", "own_loop", "sweep"),

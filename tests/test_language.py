@@ -223,6 +223,17 @@ def test_a_run_in_a_chinese_locale_speaks_chinese(chinese_run):
         assert part in screen
 
 
+def test_the_page_of_a_chinese_run_is_chinese(chinese_run):
+    _, folder = chinese_run
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert '<html lang="zh">' in page
+    words = re.sub("<(style|pre)>.*?</(style|pre)>|<div class=.record.>.*?</section>", "", page, flags=re.DOTALL)
+    words = re.sub(r"<th>\w+</th>", "", words)  # names of settings
+    assert not english_in(re.sub("<[^>]*>", "\n", words))
+    for part in ("留出集损失", "没有参加训练的提示", "读入的记录", "计算量"):
+        assert part in words
+
+
 def test_the_files_of_a_chinese_run_are_english(chinese_run):
     _, folder = chinese_run
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -257,6 +268,7 @@ def test_inspect_and_plan_are_chinese(tmp_path, capsys):
     assert main(["inspect", data, *both, "--html", str(tmp_path / "page.html")]) == 0
     assert main(["plan", "--dataset_path", data, *both]) == 0
     said = capsys.readouterr().out
+    assert '<html lang="zh" data-lang="zh">' in (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "账目" in said
     assert "显存" in said or "内存" in said
     assert not english_in(said)

@@ -10,8 +10,10 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 from atomtune.language import FOLDER
+from atomtune.sweep.trials import Status
 
 SOURCE = FOLDER.parent
 CATALOGUE = FOLDER / "zh.json"
@@ -20,13 +22,11 @@ CATALOGUE = FOLDER / "zh.json"
 NOT_SPOKEN = {
     "data/encoding/sandbox.py": "refusals of a template's code, in jinja's words",
     "data/formats/rendered_text.py": "texts that are recognised in records",
-    "evaluate/html_page.py": "a page, not the console",
     "export/model_card.py": "a file that is published",
-    "inspect/html_page.py": "a page, not the console",
+    "inspect/html_page.py": "a page that holds both languages",
     "language.py": "what translates",
     "serve/page.py": "a page with its own two languages",
     "settings/help_json.py": "read by programs",
-    "train/report_page.py": "a page, not the console",
 }
 
 #: Two words beside each other: what a person reads, and not a name, a key or a pattern.
@@ -34,11 +34,14 @@ _WORDS = re.compile(r"[A-Za-z]{2,}[,;:.)\"'`]* [A-Za-z{(\"'`]|[A-Za-z] \{|[\d}][
 _NAMES_ONLY = re.compile(r"[a-z0-9_ ]*_[a-z0-9_ ]*")
 #: A place of str.format in a plain text, as `{:,} or more`.
 _FIELD = re.compile(r"\{([a-z_]*)(:[^{}\"]*)?\}")
+#: A message in a template, to its last bracket or to what fills it in.
+_IN_A_PAGE = re.compile(r'\bt\("([^"]+)"[).]')
 #: atomtune.language's functions, which get messages only, however short.
 _GETS_MESSAGES = {"translated", "message"}
-#: What the source puts together of single words.
+#: What the source puts together of single words, and the words for how a run or a trial stands.
 _PUT_TOGETHER = [
-    f"{{number}} {noun}{ending}" for noun in ("record", "token", "conversation", "group") for ending in ("", "s")
+    *(f"{{number}} {noun}{ending}" for noun in ("record", "token", "conversation", "group") for ending in ("", "s")),
+    *(*get_args(Status), "preempted"),
 ]
 
 
@@ -67,7 +70,13 @@ def all_messages() -> dict[str, list[str]]:
     """File → its texts, for every file that speaks."""
     files = {str(file.relative_to(SOURCE)): file for file in sorted(SOURCE.rglob("*.py"))}
     messages = {name: messages_of(file) for name, file in files.items() if name not in NOT_SPOKEN}
-    return {**messages, "put together": _PUT_TOGETHER}
+    pages = {str(file.relative_to(SOURCE)): messages_of_page(file) for file in sorted(SOURCE.rglob("*.html.jinja"))}
+    return {**messages, **pages, "put together": _PUT_TOGETHER}
+
+
+def messages_of_page(file: Path) -> list[str]:
+    """The texts of a page's template: `{{ t("Loss") }}`; one with two texts holds its Chinese itself."""
+    return [_of_format(text) for text in _IN_A_PAGE.findall(file.read_text(encoding="utf-8"))]
 
 
 def template_of(node: ast.expr) -> str:

@@ -210,7 +210,7 @@ class ReadingProgress:
     def advance(self, n_bytes: int) -> None:
         self.bytes_read += n_bytes
         seconds = max(time.perf_counter() - self.began, 1e-6)
-        self.progress.update(self.task, advance=n_bytes, rate=f"{self.bytes_read / 2**20 / seconds:.1f} MB/s")
+        self.progress.update(self.task, advance=n_bytes, rate=f"{self.bytes_read / 1e6 / seconds:.1f} MB/s")
 
 
 #: A terminal with so many columns has room for a long bar and all figures beside it.

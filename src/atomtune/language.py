@@ -181,12 +181,12 @@ def singular(text: str) -> str:
     return _ONE_OF_A_KIND.sub(mended, text)
 
 
-_catalogue: Catalogue | None = None  # of the language that is spoken; None is English
+_language = "en"  # that is spoken
 
 
 def translated(text: str, *, is_ours: bool = True) -> str:
     """A text in the language that is spoken; is_ours: False where it may hold another's words."""
-    return singular(text) if _catalogue is None else _catalogue.translated(text, is_ours=is_ours)
+    return singular(text) if _language == "en" else catalogue(_language).translated(text, is_ours=is_ours)
 
 
 def message(text: str) -> str:
@@ -197,13 +197,16 @@ def message(text: str) -> str:
 @contextlib.contextmanager
 def spoken(language: str) -> Iterator[None]:
     """Have `translated` give this language."""
-    global _catalogue  # noqa: PLW0603  # one process speaks one language
-    before = _catalogue
-    _catalogue = None if language == "en" else catalogue(language)
+    global _language  # noqa: PLW0603  # one process speaks one language
+    before, _language = _language, language
     try:
         yield
     finally:
-        _catalogue = before
+        _language = before
+
+
+def language_spoken() -> str:
+    return _language
 
 
 @functools.cache

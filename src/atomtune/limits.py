@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 #: Of the processor, and by the clock where the processor is shared; and what may be taken beside what there is.
-SECONDS, CLOCK_SECONDS, MORE_BYTES = 5, 60, 2**31
+SECONDS, CLOCK_SECONDS, MORE_BYTES = 5, 60, 2 * 10**9
 _DONE = "\0done"
 Cause = Literal["time", "memory", "crash"]
 
@@ -38,7 +38,7 @@ class Tripped:
     def words(self) -> str:
         return {
             "time": f"did not end within {self.seconds:,} seconds",
-            "memory": f"asked for more than {MORE_BYTES / 2**30:.0f} GB of memory",
+            "memory": f"asked for more than {MORE_BYTES / 10**9:.0f} GB of memory",
             "crash": "ended the process that tried it",
         }[self.cause]
 

@@ -8,9 +8,10 @@ from typing import Any
 from rich.table import Table
 
 from atomtune.console import Console, print_json
-from atomtune.disk import read_json_object, replacing
+from atomtune.disk import read_json_object
 from atomtune.errors import BadSettings
-from atomtune.language import translated
+from atomtune.language import message, translated
+from atomtune.pages import picture
 from atomtune.settings.fields import RunsSettings
 
 RECORD = "run.json"
@@ -116,6 +117,7 @@ def _list(folder: Path, settings: RunsSettings, console: Console) -> None:
     )
     for summary in listed:
         summary["folder"] = _below(Path(summary["folder"]), folder)
+        summary["status"] = translated(str(summary["status"]))
         summary["started"] = str(summary["started"])[:16].replace("T", " ")
         table.add_row(*(_text(value) for value in summary.values()))
     console.print(table)
@@ -149,7 +151,8 @@ def _compare(compared: Sequence[Run], settings: RunsSettings, console: Console) 
         console.say("All settings are the same.")
     figures = Table(translated("figure"), *names, box=None)
     for name in ("status", "records_used", "steps", "train_loss", "eval_loss", "seconds", "examples_per_second"):
-        figures.add_row(name, *(_text(run.values.get(name)) for run in compared))
+        values = [_text(run.values.get(name)) for run in compared]
+        figures.add_row(name, *(map(translated, values) if name == "status" else values))
     console.say("")
     console.print(figures)
     _say_losses(compared, names, console)
@@ -181,16 +184,6 @@ def _say_losses(compared: Sequence[Run], names: Sequence[str], console: Console)
 
 def draw(compared: Sequence[Run], path: Path) -> None:
     """The training losses of all runs in one picture."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), dpi=120)
-    axes = figure.subplots()
-    for run in compared:
-        axes.plot(list(run.losses), list(run.losses.values()), label=str(run.folder))
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss per token (nats)")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    with replacing(path) as file:
-        figure.savefig(file, format=path.suffix.lstrip(".") or "png")
+    with picture(path, loss=message("loss per token (nats)")) as axes:
+        for run in compared:
+            axes.plot(list(run.losses), list(run.losses.values()), label=str(run.folder))

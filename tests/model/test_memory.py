@@ -64,7 +64,7 @@ def test_an_error_of_memory_is_told_from_others():
 
 def shape(**changed) -> StepShape:
     values = {"batch": 16, "accumulation": 1, "max_seq_length": 512, "longest_tokens": 400, "checkpointing": False,
-              "quantize": None, "on_gpu": True, "peak": 23 * 2**30}  # fmt: skip
+              "quantize": None, "on_gpu": True, "peak": 23 * 10**9}  # fmt: skip
     return StepShape(**{**values, **changed})
 
 
@@ -77,4 +77,4 @@ def test_what_is_already_done_is_not_advised():
 
 def test_smaller_pieces_keep_the_global_batch():
     assert "--per_device_train_batch_size 8 --gradient_accumulation_steps 2" in remedies(shape())
-    assert "23.0 GiB" in remedies(shape())
+    assert "23.0 GB" in remedies(shape())

@@ -65,7 +65,7 @@ CLASSES: dict[str, tuple[bytes, str, str]] = {
     "zip": (b"PK\x03\x04" + bytes(range(256)), "", "a zip (or xlsx) file"),
     "empty file": (b"", "", "the file is empty"),
     "blank lines alone": (b"\n \r\n\n", "", "the file is empty"),
-    "a line beyond all bounds": (FILE + b'{"instruction": "' + b"x" * (5 << 20) + b'"}\n', ":5", "at most 4 MiB"),
+    "a line beyond all bounds": (FILE + b'{"instruction": "' + b"x" * (5 << 20) + b'"}\n', ":5", "at most 4 MB"),
 }
 
 

@@ -28,7 +28,7 @@ def test_memory_and_open_files_stay_level(models, dialogues, tmp_path):
         process = subprocess.Popen(
             [sys.executable, "-m", "atomtune", *command], stdout=output, stderr=subprocess.STDOUT, env=environment
         )
-        looks: list[tuple[int, int]] = []  # (resident KiB, open files), once steps are made
+        looks: list[tuple[int, int]] = []  # (resident bytes, open files), once steps are made
         while process.poll() is None:
             if list(out.glob("checkpoint-*")):
                 looks.append((resident(process.pid), open_files(process.pid)))
@@ -39,20 +39,18 @@ def test_memory_and_open_files_stay_level(models, dialogues, tmp_path):
     early, late = looks[quarter : 2 * quarter], looks[3 * quarter : -1]
     memory = [max(resident for resident, _ in part) for part in (early, late)]
     files = [max(count for _, count in part) for part in (early, late)]
-    print(
-        f"{STEPS:,} steps: resident {memory[0] / 1024:.0f} → {memory[1] / 1024:.0f} MiB, files {files[0]} → {files[1]}"
-    )
+    print(f"{STEPS:,} steps: resident {memory[0] / 1e6:.0f} → {memory[1] / 1e6:.0f} MB, files {files[0]} → {files[1]}")
     assert memory[1] < memory[0] * (1 + MOST_GROWTH)
     assert files[1] <= files[0] + 1  # a checkpoint may just be written
 
 
 def resident(pid: int) -> int:
-    """KiB in memory; 0 where the process is gone."""
+    """Bytes in memory; 0 where the process is gone."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("VmRSS")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
 
 
 def open_files(pid: int) -> int:

@@ -4,13 +4,11 @@ Texts of records reach it escaped; the page's policy allows no script at all, so
 """
 
 from dataclasses import dataclass
-from importlib import resources
-
-from jinja2 import Environment, StrictUndefined
 
 from atomtune.evaluate.intervals import Figure
 from atomtune.evaluate.measures import Measure, judged
 from atomtune.evaluate.report import Report, interval_text, score_text, shown, used_measures
+from atomtune.pages import rendered
 
 #: Width of a drawing of intervals, in its own units.
 WIDTH = 240
@@ -30,20 +28,15 @@ class Cell:
 
 def page(report: Report) -> str:
     """The report as HTML."""
-    files = resources.files("atomtune.evaluate") / "html"
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((files / "page.html.jinja").read_text(encoding="utf-8"))
     measures = used_measures(report)
-    return template.render(
+    return rendered(
+        "evaluate",
+        "page.html.jinja",
         report=report,
         names=list(report.models),
         rows=[(measure, list(zip(report.models, cells_of(report, measure), strict=True))) for measure in measures],
-        sides=[
-            ("Most improved", "进步最大的记录", report.improved),
-            ("Most worsened", "退步最大的记录", report.worsened),
-        ],
+        sides=[("Most improved", report.improved), ("Most worsened", report.worsened)],
         score_text=score_text,
-        style=(files / "page.css").read_text(encoding="utf-8"),
         width=WIDTH,
     )
 

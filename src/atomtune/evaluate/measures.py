@@ -45,9 +45,7 @@ class Measure:
 
     name: str
     title: str
-    title_zh: str
     meaning: str
-    meaning_zh: str
     better: Literal["lower", "higher", "neither"]
     parts: Callable[[RecordResult], tuple[float, float]]
 
@@ -67,9 +65,7 @@ def _per_call(which: int) -> Callable[[RecordResult], tuple[float, float]]:
 NATS = Measure(
     "nats_per_token",
     "Loss (nats per token)",
-    "损失（每个词元，nats）",
     "how surprising the reference answers are to the model",
-    "参考答案让模型感到多意外",
     "lower",
     lambda result: (result.scores.nats, result.scores.tokens),
 )
@@ -78,45 +74,35 @@ MEASURES: tuple[Measure, ...] = (
     Measure(
         "token_accuracy",
         "Token accuracy",
-        "词元准确率",
         "share of reference tokens that were the model's first choice",
-        "参考答案的词元中，模型首选正是它的比例",
         "higher",
         lambda result: (result.scores.right, result.scores.tokens),
     ),
     Measure(
         "chrf",
         "chrF",
-        "chrF",
         "likeness of generated and reference text by character n-grams, 0 to 100",
-        "生成文本与参考答案的字符 n 元相似度，0 到 100",
         "higher",
         _per_answer(lambda answer: answer.chrf),
     ),
     Measure(
         "exact_match",
         "Exact match",
-        "完全一致",
         "share of answers equal to their reference",
-        "与参考答案完全相同的比例",
         "higher",
         _per_answer(lambda answer: answer.exact),
     ),
     Measure(
         "stop_rate",
         "Stops by itself",
-        "自行停止",
         "share of answers that end with a stop token before --max_new_tokens",
-        "在 --max_new_tokens 之前以停止词元结束的比例",
         "higher",
         _per_answer(lambda answer: answer.stopped),
     ),
     Measure(
         "length_ratio",
         "Length ratio",
-        "长度比",
         "generated tokens by reference tokens; 1 is as long as the references",
-        "生成词元数与参考词元数之比；1 表示一样长",
         "neither",
         lambda result: (
             sum(answer.tokens for answer in result.answers),
@@ -126,27 +112,21 @@ MEASURES: tuple[Measure, ...] = (
     Measure(
         "think_rate",
         "Thinks",
-        "有思考",
         "share of answers that hold a thought",
-        "含有思考内容的答案的比例",
         "neither",
         _per_answer(lambda answer: answer.thinks),
     ),
     Measure(
         "call_parse_rate",
         "Tool calls readable",
-        "工具调用可解析",
         "where the reference calls a tool: share of answers in which a call can be read",
-        "参考答案调用工具时，答案里能解析出调用的比例",
         "higher",
         _per_call(0),
     ),
     Measure(
         "call_known_rate",
         "Tool calls known",
-        "调用已知工具",
         "where the reference calls a tool: share of answers that call a tool at hand",
-        "参考答案调用工具时，答案调用了可用工具的比例",
         "higher",
         _per_call(1),
     ),
@@ -154,18 +134,14 @@ MEASURES: tuple[Measure, ...] = (
 PERPLEXITY = Measure(
     "perplexity",
     "Perplexity",
-    "困惑度",
     "e to the power of the loss: among how many equally likely tokens the model seems to choose",
-    "e 的损失次方：相当于在多少个词元中选择",
     "lower",
     NATS.parts,
 )
 PROBE = Measure(
     "probe_nats_per_token",
     "Forgetting probe (nats per token)",
-    "遗忘探测（每个词元，nats）",
     "how surprising the base's own answers to general prompts are; the base's figure is the floor",
-    "基座对通用问题的回答让模型感到多意外；以基座的数值为底",
     "lower",
     NATS.parts,
 )

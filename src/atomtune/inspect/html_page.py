@@ -29,7 +29,7 @@ from atomtune.inspect.histogram import Bar, histogram, percentiles
 from atomtune.inspect.report import Report
 from atomtune.inspect.terminal import scripts
 from atomtune.inspect.tokens import TokenDecoder
-from atomtune.language import singular
+from atomtune.language import catalogue, language_spoken, singular
 
 #: What the page holds at most; a browser still searches it at once.
 MOST_RECORDS, MOST_TOKENS, MOST_REFUSED = 2000, 600_000, 500
@@ -82,11 +82,13 @@ def page(report: Report, decoder: TokenDecoder, *, seed: int) -> str:
     rows = chosen_rows(report, seed=seed)
     refused = ledger.records_refused[:MOST_REFUSED]
     data = records_of(report, rows, decoder)
-    data["refused"] = [(refusal.origin, refusal.reason) for refusal in refused]
+    data["refused"] = [(refusal.origin, refusal.reason, in_chinese(refusal.reason)) for refusal in refused]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["singular"] = singular
     template = environment.from_string((files / "page.html.jinja").read_text(encoding="utf-8"))
     return template.render(
+        language=language_spoken(),
+        in_chinese=in_chinese,
         title=", ".join(printable(Path(source).name) for source in report.sources),
         report=report,
         ledger=ledger,
@@ -101,6 +103,11 @@ def page(report: Report, decoder: TokenDecoder, *, seed: int) -> str:
         script_hash=base64.b64encode(script_hash).decode(),
         data=_as_json(data),
     )
+
+
+def in_chinese(text: str) -> str:
+    """A message of ours, whatever language is spoken: the page has both, and a button for the other one."""
+    return catalogue("zh").translated(text, is_ours=True)
 
 
 def _lengths(report: Report) -> list[tuple[str, str, dict[str, int], list[tuple[Bar, float]]]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import torch
+from rich.filesize import decimal
 
 from atomtune.model.block_attention import MOST_KEPT
 
@@ -87,11 +88,7 @@ class ActivationMemory:
         return self.needed <= self.usable * self.free
 
     def __str__(self) -> str:
-        return f"a step of {self.tokens:,} tokens keeps {_gigabytes(self.needed)}, {_gigabytes(self.free)} are free"
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
+        return f"a step of {self.tokens:,} tokens keeps {decimal(self.needed)}, {decimal(self.free)} are free"
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -127,7 +124,7 @@ class StepShape:
 def remedies(shape: StepShape) -> str:
     """What to change, in the order of least loss, with this run's figures."""
     lines = [
-        f"Out of memory. The run's peak before that was {shape.peak / 2**30:.1f} GiB at batch {shape.batch}, longest "
+        f"Out of memory. The run's peak before that was {decimal(shape.peak)} at batch {shape.batch}, longest "
         f"example {shape.longest_tokens} tokens. What to change, the least costly first:"
     ]
     steps: list[str] = []

@@ -6,6 +6,7 @@ from typing import Any
 
 import psutil
 import torch
+from rich.filesize import decimal
 from rich.table import Table
 from transformers import TrainingArguments
 
@@ -37,7 +38,7 @@ from atomtune.settings.fields import PlanSettings, TrainSettings
 from atomtune.train.arguments import trainer_arguments
 from atomtune.train.defaults import Size, derive, records_to_hold_out
 
-#: GB of the cards that people have.
+#: GB of the cards that people have, by the name they are sold under: 2^30 bytes each.
 CARDS = (8, 12, 16, 24, 32, 48, 80, 141)
 
 
@@ -321,9 +322,9 @@ def _say(forecast: Forecast, console: Console, *, quantized: bool) -> None:
         f"{run.steps:,} steps; layout {run.layout}: tokens {run.tokens_padded:,} → {run.tokens_computed:,}, "
         f"{run.tokens_padded / run.tokens_computed:.1f}× less work than with padding."
     )
-    parts = ", ".join(f"{translated(name)} {_gigabytes(part)}" for name, part in memory.parts.items())
-    needs = _gigabytes(memory.peak)
-    console.say(f"Memory of a heavy step ({run.heaviest:,} tokens) on {forecast.device}, GB: {needs} = {parts}.")
+    parts = ", ".join(f"{translated(name)} {decimal(part)}" for name, part in memory.parts.items())
+    needs = decimal(memory.peak)
+    console.say(f"Memory of a heavy step ({run.heaviest:,} tokens) on {forecast.device}: {needs} = {parts}.")
     console.print(_table_of_devices(forecast))
     if not quantized and not forecast.fits[f"{CARDS[-2]} GB GPU"]:
         console.say("--quantize nf4 keeps the base in a quarter of the memory.")
@@ -336,18 +337,14 @@ def _say(forecast: Forecast, console: Console, *, quantized: bool) -> None:
 
 def _table_of_devices(forecast: Forecast) -> Table:
     """This device and cards up to the first on which nothing is recomputed: on a larger one it is the same."""
-    table = Table(*map(translated, ("device", "needs, GB", "activations", "fits")), box=None)
+    table = Table(*map(translated, ("device", "needs", "activations", "fits")), box=None)
     for name, memory in forecast.memories.items():
         fits = forecast.fits[name]
         activations = translated("recomputed" if memory.recomputed else "kept")
-        table.add_row(translated(name), _gigabytes(memory.peak), activations, translated("yes" if fits else "no"))
+        table.add_row(translated(name), decimal(memory.peak), activations, translated("yes" if fits else "no"))
         if fits and not memory.recomputed and name != forecast.device:
             break
     return table
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f}" if size >= 1e9 else f"{size / 1e9:.2f}"
 
 
 def _duration(duration: float) -> str:

@@ -16,6 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from atomtune.errors import BadSettings
+from atomtune.language import message
 from atomtune.settings.contradictions import contradictions
 from atomtune.settings.entry import Entry
 from atomtune.settings.environment import cache_notices, environment_problems, waiting_notice
@@ -179,7 +180,7 @@ def _train_settings(
         notice(waiting)
     for line in cache_notices():
         notice(line)
-    origins = dict.fromkeys(LIBRARY_DEFAULTS, "atomtune's default")
+    origins = dict.fromkeys(LIBRARY_DEFAULTS, message("atomtune's default"))
     for name, entry in entries.items():
         origins[name] = entry.origin
     data, model, lora, run = (groups[group] for group in OWN_GROUPS)

@@ -2,9 +2,7 @@
 
 import base64
 import shlex
-import warnings
 from collections.abc import Iterator, Sequence
-from importlib import resources
 from pathlib import Path
 
 from rich.table import Table
@@ -12,6 +10,7 @@ from rich.table import Table
 from atomtune.console import Console, program
 from atomtune.disk import replacing
 from atomtune.language import message, translated
+from atomtune.pages import picture, rendered
 from atomtune.sweep.trials import Sweep, Trial
 
 #: The best settings as a file for train, the curves, and all of it as a page.
@@ -93,7 +92,7 @@ def rows(sweep: Sweep) -> list[list[str]]:
         loss = "–" if trial.eval_loss is None else f"{trial.eval_loss:.4f}"
         tried = [trial.settings.get(name, "–") for name in names]
         step = "–" if trial.best_step is None else f"{trial.best_step:,}"
-        table.append([trial.name, *tried, loss, step, f"{trial.seconds:.0f} s", trial.status])
+        table.append([trial.name, *tried, loss, step, f"{trial.seconds:.0f} s", translated(trial.status)])
     return table
 
 
@@ -122,27 +121,15 @@ def say_result(sweep: Sweep, folder: Path, console: Console) -> None:
 
 def draw(sweep: Sweep, path: Path) -> None:
     """The held-out loss of every trial by step; the best one strong."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), dpi=120)  # not pyplot's: a notebook's own pictures stay as they are
-    axes = figure.subplots()
     best = sweep.best
-    for trial in [trial for trial in sweep.trials if trial.eval_history]:
-        steps, losses = zip(*trial.eval_history, strict=True)
-        width, shade = (2.2, 1.0) if trial == best else (1.2, 0.55)
-        label = f"{trial.name}: {trial.words()}"
-        axes.plot(steps, losses, "o-", markersize=3, linewidth=width, alpha=shade, label=label)
-    if best is not None and best.best_step is not None:
-        axes.plot([best.best_step], [best.eval_loss or 0.0], "*", color="black", markersize=12)
-    axes.set_xlabel("step")
-    axes.set_ylabel("held-out loss per token (nats)")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(fontsize=7)
-    figure.tight_layout()
-    with warnings.catch_warnings(), replacing(path) as file:
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a name may be in any script
-        figure.savefig(file, format="png")
+    with picture(path, loss=message("held-out loss per token (nats)")) as axes:
+        for trial in [trial for trial in sweep.trials if trial.eval_history]:
+            steps, losses = zip(*trial.eval_history, strict=True)
+            width, shade = (2.2, 1.0) if trial == best else (1.2, 0.55)
+            name = f"{trial.name}: {trial.words()}"
+            axes.plot(steps, losses, "o-", markersize=3, linewidth=width, alpha=shade, label=name)
+        if best is not None and best.best_step is not None:
+            axes.plot([best.best_step], [best.eval_loss or 0.0], "*", color="black", markersize=12)
 
 
 def write_report(sweep: Sweep, folder: Path) -> None:
@@ -156,12 +143,9 @@ def write_report(sweep: Sweep, folder: Path) -> None:
 
 def page(sweep: Sweep, *, title: str, image: str, commands: Sequence[str]) -> str:
     """The sweep as HTML that opens from disk, loads nothing and runs no script; image: the PNG in base64."""
-    from jinja2 import Environment, StrictUndefined
-
-    template = (resources.files("atomtune.sweep") / "html" / "sweep.html.jinja").read_text(encoding="utf-8")
-    style = resources.files("atomtune.evaluate") / "html" / "page.css"  # one look for all pages
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(
+    return rendered(
+        "sweep",
+        "sweep.html.jinja",
         title=title,
         picture=image,
         sentences=sentences(sweep),
@@ -169,5 +153,4 @@ def page(sweep: Sweep, *, title: str, image: str, commands: Sequence[str]) -> st
         rows=rows(sweep),
         shared=[(name, value if isinstance(value, str) else str(value)) for name, value in sweep.shared.items()],
         commands=commands,
-        style=style.read_text(encoding="utf-8"),
     )

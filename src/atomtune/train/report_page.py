@@ -5,13 +5,14 @@ Everything on it is in run.json, beside the picture of the loss. Texts of record
 
 import base64
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from rich.filesize import decimal
 
 from atomtune.disk import replacing
+from atomtune.language import message
+from atomtune.pages import rendered
 
 PAGE = "report.html"
 #: A setting with its value and where that came from.
@@ -28,12 +29,10 @@ def write_page(record: Mapping[str, Any], folder: Path, *, title: str, picture: 
 
 def page(record: Mapping[str, Any], *, title: str, image: str, commands: Sequence[str]) -> str:
     """The run as HTML; image: the PNG in base64."""
-    files = resources.files("atomtune.train") / "html"
-    style = resources.files("atomtune.evaluate") / "html" / "page.css"  # one look for all pages
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((files / "report.html.jinja").read_text(encoding="utf-8"))
     rows = [(name, shown(entry["value"]), entry["source"]) for name, entry in record["settings"].items()]
-    return template.render(
+    return rendered(
+        "train",
+        "report.html.jinja",
         run=record,
         title=title,
         base=shown(record["settings"]["model_path"]["value"]),
@@ -43,7 +42,6 @@ def page(record: Mapping[str, Any], *, title: str, image: str, commands: Sequenc
         settings=[row for row in rows if row[2] != "default"],
         defaults=[row for row in rows if row[2] == "default"],
         commands=commands,
-        style=style.read_text(encoding="utf-8"),
     )
 
 
@@ -62,13 +60,13 @@ def _ledger(record: Mapping[str, Any]) -> Iterator[Row]:
     """Where every record and token went."""
     refused, held_out = record.get("records_refused") or [], record.get("records_held_out") or []
     yield "records read", f"{record['records_read']:,}", str(record.get("format", ""))
-    yield "used", f"{record['records_used']:,}", ""
-    yield "refused", f"{len(refused):,}", "the reasons are in run.json" if refused else ""
-    yield "shortened", f"{record.get('records_cut', 0):,}", "their prompts, never their answers"
+    yield message("used"), f"{record['records_used']:,}", ""
+    yield message("refused"), f"{len(refused):,}", "the reasons are in run.json" if refused else ""
+    yield message("shortened"), f"{record.get('records_cut', 0):,}", "their prompts, never their answers"
     if held_out:
         yield "held out", f"{len(held_out):,}", "of the used; evaluated on, not trained on"
-    yield "prompt tokens", f"{record['prompt_tokens']:,}", "read"
-    yield "target tokens", f"{record['target_tokens']:,}", "learned"
+    yield "prompt tokens", f"{record['prompt_tokens']:,}", message("read")
+    yield "target tokens", f"{record['target_tokens']:,}", message("learned")
 
 
 def _work(record: Mapping[str, Any]) -> Iterator[Row]:
@@ -76,11 +74,11 @@ def _work(record: Mapping[str, Any]) -> Iterator[Row]:
     computed, padded = record["tokens_computed"], record["tokens_padded"]
     if computed:
         yield "tokens computed", f"{computed:,}", f"layout {record.get('layout', '')}"
-        less = f"{padded / computed:.1f} times as many"
-        yield "tokens of padded batches", f"{padded:,}", f"{less}, had every record been filled up to the longest"
+        note = f"{padded / computed:.1f} times as many, had every record been filled up to the longest"
+        yield "tokens of padded batches", f"{padded:,}", note
     if record["seconds"]:
-        yield "time", _duration(record["seconds"]), f"{record['examples_per_second']:.1f} examples a second"
-    yield "memory", f"{record['peak_memory_bytes'] / 2**30:.1f} GiB", "at the peak"
+        yield message("time"), _duration(record["seconds"]), f"{record['examples_per_second']:.1f} examples a second"
+    yield message("memory"), decimal(record["peak_memory_bytes"]), "at the peak"
 
 
 def _duration(seconds: float) -> str:

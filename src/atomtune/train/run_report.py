@@ -2,7 +2,6 @@
 
 import platform
 import statistics
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -10,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atomtune import __version__
-from atomtune.disk import identity_of, read_json_object, replacing, write_json
+from atomtune.disk import identity_of, read_json_object, write_json
 from atomtune.errors import BadSettings
+from atomtune.language import message
+from atomtune.pages import label, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,24 +60,9 @@ def eval_history(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 
 def draw_loss(history: list[dict[str, Any]], path: Path, *, title: str = "") -> None:
     """Draw the training loss (each logged value, and smoothed) and the held-out loss with its best value."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"font.sans-serif": fonts()}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a title may be in any script
-        figure = Figure(figsize=(7, 4), dpi=120)  # not pyplot's: a notebook's own pictures stay as they are
-        axes = figure.subplots()
+    with picture(path, loss=message("loss per token (nats)"), title=title) as axes:
         draw_training(axes, [(entry["step"], entry["loss"]) for entry in history if "loss" in entry])
         draw_held_out(axes, [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry])
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss per token (nats)")
-        axes.set_title(title, fontsize=10)
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-        figure.tight_layout()
-        with replacing(path) as file:
-            figure.savefig(file, format="png")
 
 
 def draw_training(axes: "Axes", points: list[tuple[int, float]]) -> None:
@@ -85,7 +71,7 @@ def draw_training(axes: "Axes", points: list[tuple[int, float]]) -> None:
         steps, losses = zip(*points, strict=True)
         smooth = smoothed(losses)
         axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=1)
-        axes.plot(steps, smooth, color="C0", linewidth=1.8, label=f"training, smoothed: last {smooth[-1]:.3f}")
+        axes.plot(steps, smooth, color="C0", linewidth=1.8, label=label(f"training, smoothed: last {smooth[-1]:.3f}"))
 
 
 def draw_held_out(axes: "Axes", points: list[tuple[int, float]]) -> None:
@@ -93,33 +79,17 @@ def draw_held_out(axes: "Axes", points: list[tuple[int, float]]) -> None:
     if points:
         steps, losses = zip(*points, strict=True)
         best_step, best = min(points, key=lambda point: point[1])
-        line_label, star_label = f"held out: last {losses[-1]:.3f}", f"best: {best:.3f} at step {best_step:,}"
+        line, star = f"held out: last {losses[-1]:.3f}", f"best: {best:.3f} at step {best_step:,}"
         if best_step == steps[-1]:
-            line_label, star_label = "held out", f"best and last: {best:.3f} at step {best_step:,}"
-        axes.plot(steps, losses, "o-", color="C1", linewidth=1.6, markersize=4, label=line_label)
-        axes.plot([best_step], [best], "*", color="C1", markersize=13, linestyle="none", label=star_label)
+            line, star = message("held out"), f"best and last: {best:.3f} at step {best_step:,}"
+        axes.plot(steps, losses, "o-", color="C1", linewidth=1.6, markersize=4, label=label(line))
+        axes.plot([best_step], [best], "*", color="C1", markersize=13, linestyle="none", label=label(star))
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
     """At each point the mean of a tenth of all points, around it: a mean that only looks back would lag behind."""
     reach = len(losses) // 20
     return [statistics.fmean(losses[max(0, at - reach) : at + reach + 1]) for at in range(len(losses))]
-
-
-def fonts() -> list[str]:
-    """matplotlib's own font, and one with Chinese letters where the machine has it."""
-    from matplotlib import font_manager
-
-    here = {font.name for font in font_manager.fontManager.ttflist}
-    chinese = (
-        "Noto Sans CJK SC",
-        "Source Han Sans SC",
-        "Microsoft YaHei",
-        "PingFang SC",
-        "WenQuanYi Micro Hei",
-        "SimHei",
-    )
-    return ["DejaVu Sans", *(name for name in chinese if name in here)]
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -160,7 +160,7 @@ class _Lines(Iterator[str]):
         self._row_bytes += len(raw)
         if self._row_bytes >= LONGEST_LINE:
             raise BadData(
-                f"{self.name}:{self.number + 1}: the row that ends here is larger than {LONGEST_LINE >> 20} MiB; "
+                f"{self.name}:{self.number + 1}: the row that ends here is larger than {LONGEST_LINE // 10**6} MB; "
                 "an earlier quote may never close."
             )
         self.number += 1

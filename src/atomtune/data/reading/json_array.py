@@ -81,7 +81,7 @@ class _Window:
                     self.at = end
                     return value
             if len(self.text) - self.at > LONGEST_LINE:
-                self.refuse(f"a value of more than {LONGEST_LINE >> 20} MiB")
+                self.refuse(f"a value of more than {LONGEST_LINE // 10**6} MB")
             self.grow()
 
     def _cut_off(self, error: json.JSONDecodeError) -> bool:

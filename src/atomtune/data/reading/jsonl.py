@@ -36,8 +36,8 @@ def read_chunks(stream: BinaryIO, name: str) -> Iterator[Chunk]:
                 yield Lines(name, first, raw[:start])
             first += raw.count(b"\n", 0, start)
             length = LONGEST_LINE + _past_line(stream)
-            limit = LONGEST_LINE >> 20
-            reason = f"a line of {length:,} bytes; at most {limit} MiB are read as one record"
+            limit = LONGEST_LINE // 10**6
+            reason = f"a line of {length:,} bytes; at most {limit} MB are read as one record"
             yield [Refusal(f"{name}:{first}", reason, RefusalKind.UNREADABLE)]
             first += 1
         else:

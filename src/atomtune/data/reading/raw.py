@@ -12,7 +12,7 @@ from atomtune.data.records import Refusal
 
 #: A longer line is refused without being read whole: a million words are no record, and memory stays bounded. A line of
 #: nothing but brackets becomes Python objects of 160 times its bytes.
-LONGEST_LINE = 4 * 2**20
+LONGEST_LINE = 4 * 10**6
 
 
 class RawRecord(NamedTuple):

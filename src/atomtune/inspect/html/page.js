@@ -7,12 +7,13 @@ const list = document.getElementById("records");
 const search = document.getElementById("search");
 const more = document.getElementById("more");
 const PAGE = 40;
+const written = root.lang === "zh" ? "zh" : ""; // the language of the run, where it is not English
 let state = read();
 let shown = [];
 
 function read() {
   const said = new URLSearchParams(location.hash.slice(1));
-  const guess = (navigator.language || "").startsWith("zh") ? "zh" : "en";
+  const guess = written || ((navigator.language || "").startsWith("zh") ? "zh" : "en");
   return {
     q: said.get("q") || "",
     problem: said.get("problem") || "",
@@ -97,11 +98,13 @@ function card(record) {
   return made;
 }
 
-function refusal([origin, reason]) {
+function refusal([origin, reason, chinese]) {
   const made = element("article", "record refused");
   const head = element("h3");
   head.append(element("b", "", origin), tag("refused", ""));
-  made.append(head, element("p", "", reason));
+  const why = element("p");
+  why.append(both(reason, chinese));
+  made.append(head, why);
   return made;
 }
 

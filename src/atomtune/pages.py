@@ -1,0 +1,78 @@
+"""Pages: reports as HTML files that open from disk, and pictures of losses; both speak the language of the run.
+
+A page loads nothing and runs no script; texts of records reach it escaped. Its words are messages, as on the console:
+`{{ t("Records") }}`.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, StrictUndefined
+
+from atomtune.disk import replacing
+from atomtune.language import language_spoken, message, translated
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+#: Fonts with Chinese letters, by the names that matplotlib finds them under.
+_CHINESE_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",  # the first of the file that holds them all
+    "Source Han Sans SC",
+    "Microsoft YaHei",
+    "PingFang SC",
+    "Hiragino Sans GB",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "SimHei",
+    "Noto Serif CJK SC",
+    "Noto Serif CJK JP",
+)
+
+
+def rendered(room: str, template: str, **values: Any) -> str:
+    """A template of a room as HTML."""
+    source = (resources.files(f"atomtune.{room}") / "html" / template).read_text(encoding="utf-8")
+    style = resources.files("atomtune.evaluate") / "html" / "page.css"  # one look for all pages
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals |= {"t": translated, "language": language_spoken()}
+    return environment.from_string(source).render(style=style.read_text(encoding="utf-8"), **values)
+
+
+@contextlib.contextmanager
+def picture(path: Path, *, loss: str, title: str = "") -> Iterator["Axes"]:
+    """Axes of losses by step, to draw curves on; they are written to `path` at the end. loss: what its axis says."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"font.family": ["DejaVu Sans", *_chinese_fonts()]}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a title may be in any script
+        figure = Figure(figsize=(7, 4), dpi=120)  # not pyplot's: a notebook's own pictures stay as they are
+        axes = figure.subplots()
+        yield axes
+        axes.set_xlabel(label(message("step")))
+        axes.set_ylabel(label(loss))
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8)
+        figure.tight_layout()
+        with replacing(path) as file:
+            figure.savefig(file, format=path.suffix.lstrip(".") or "png")
+
+
+def label(text: str) -> str:
+    """A message in the language that is spoken, where this machine has letters to draw it with; else in English."""
+    return translated(text) if _chinese_fonts() else text
+
+
+def _chinese_fonts() -> list[str]:
+    from matplotlib import font_manager
+
+    here = {font.name for font in font_manager.fontManager.ttflist}
+    return [name for name in _CHINESE_FONTS if name in here]
