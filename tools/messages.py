@@ -25,7 +25,6 @@ NOT_SPOKEN = {
     "export/model_card.py": "a file that is published",
     "inspect/html_page.py": "a page that holds both languages",
     "language.py": "what translates",
-    "serve/page.py": "a page with its own two languages",
     "settings/help_json.py": "read by programs",
 }
 

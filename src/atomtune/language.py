@@ -209,6 +209,11 @@ def language_spoken() -> str:
     return _language
 
 
+def in_chinese(text: str) -> str:
+    """A message of ours, whatever language is spoken, for a page that holds both."""
+    return catalogue("zh").translated(text, is_ours=True)
+
+
 @functools.cache
 def catalogue(language: str) -> Catalogue:
     return Catalogue(json.loads((FOLDER / f"{language}.json").read_text(encoding="utf-8")))

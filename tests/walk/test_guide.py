@@ -1,6 +1,6 @@
 """The guide's way from nothing to a served model, run line by line as it stands there, on a real small model.
 
-The lines are the reader's; only the records are a third of them, the numbers in `SHORTER` smaller, and a certificate asks
+The lines are the reader's; only the records are a third of them, the numbers in `SHORTER` smaller, and certificates ask
 four prompts, for time.
 """
 

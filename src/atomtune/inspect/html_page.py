@@ -29,7 +29,7 @@ from atomtune.inspect.histogram import Bar, histogram, percentiles
 from atomtune.inspect.report import Report
 from atomtune.inspect.terminal import scripts
 from atomtune.inspect.tokens import TokenDecoder
-from atomtune.language import catalogue, language_spoken, singular
+from atomtune.language import in_chinese, language_spoken, singular
 
 #: What the page holds at most; a browser still searches it at once.
 MOST_RECORDS, MOST_TOKENS, MOST_REFUSED = 2000, 600_000, 500
@@ -103,11 +103,6 @@ def page(report: Report, decoder: TokenDecoder, *, seed: int) -> str:
         script_hash=base64.b64encode(script_hash).decode(),
         data=_as_json(data),
     )
-
-
-def in_chinese(text: str) -> str:
-    """A message of ours, whatever language is spoken: the page has both, and a button for the other one."""
-    return catalogue("zh").translated(text, is_ours=True)
 
 
 def _lengths(report: Report) -> list[tuple[str, str, dict[str, int], list[tuple[Bar, float]]]]:

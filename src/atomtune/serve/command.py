@@ -209,16 +209,14 @@ def _exposed(host: str, engine: str, api_key: str | None) -> list[str]:
     """What is wrong with listening to other machines: without a key, everyone who reaches the port is answered."""
     if only_this_machine(host):
         return []
-    if api_key or engine == "transformers":
-        return [] if engine != "transformers" else [_no_key(host)]
+    if engine == "transformers":
+        return [
+            f"--host {host}: other machines could use the model, and transformers serve enforces no API key. Pass "
+            "--engine vllm or serve a GGUF (llama.cpp) with --api_key, or leave --host out."
+        ]
+    if api_key:
+        return []
     return [f"--host {host}: other machines could use the model. Pass --api_key, or set ATOMTUNE_API_KEY."]
-
-
-def _no_key(host: str) -> str:
-    return (
-        f"--host {host}: other machines could use the model, and transformers serve enforces no API key. Pass --engine "
-        "vllm or serve a GGUF (llama.cpp) with --api_key, or leave --host out."
-    )
 
 
 def _certify(plan: Plan, settings: ServeSettings, console: Console) -> None:

@@ -25,41 +25,41 @@ from atomtune.data.encoding.chat_template import OWN
 from atomtune.data.encoding.thoughts import THINKING
 from atomtune.disk import read_json_object
 from atomtune.errors import AtomtuneError
+from atomtune.language import in_chinese, message, translated
 from atomtune.model.generate import Sampling
 from atomtune.model.load import dtype_name
 from atomtune.serve.side_by_side import Answer, Asking, Exchange, Side, answered, conversation_of, modes_of
 from atomtune.serve.tuned_model import TunedModel
 from atomtune.settings.fields import WebSettings
 
-#: Words of the page: key → (English, Chinese).
+#: Words of the page, by key; in a Chinese browser they are those of the Chinese catalogue.
 WORDS = {
-    "tuned": ("tuned", "微调后"),
-    "base": ("base", "微调前（底座）"),
-    "ask": ("Type a message. Enter sends, Shift+Enter makes a new line.", "输入消息。回车发送，Shift+回车换行。"),
-    "empty": ("Ask something.", "问点什么吧。"),
-    "examples": ("Prompts that were held out from training", "没有参加训练的问题"),
-    "new": ("New conversation", "新对话"),
-    "save": ("Save as a record", "存为一条训练记录"),
-    "settings": ("Settings", "设置"),
-    "compare": ("Let the base answer too", "让底座也回答，并排比较"),
-    "thinking": ("Think before answering", "先思考再回答"),
-    "own_system": ("Another system text", "使用别的系统提示"),
-    "own_system_info": ("else as in training; it may be empty", "不勾选则与训练时相同；可以留空"),
-    "system": ("System text", "系统提示"),
-    "longest": ("Longest answer", "回答长度上限"),
-    "tokens": ("in tokens", "单位：token"),
-    "temperature": ("Temperature", "温度"),
-    "greedy": ("0: always the likeliest token", "0：总取最可能的 token"),
-    "top_p": ("Top-p", "Top-p"),
-    "top_k": ("Top-k", "Top-k"),
-    "sampling": ("counts above temperature 0", "温度大于 0 时有效"),
-    "all": ("counts above temperature 0; 0: all", "温度大于 0 时有效；0：不限"),
-    "penalty": ("Repetition penalty", "重复惩罚"),
-    "none": ("1: none", "1：不惩罚"),
-    "seed": ("Seed", "随机种子"),
-    "forgot": ("The oldest messages no longer fit, so they are left out.", "最早的消息放不下，已略去。"),
+    "tuned": message("tuned"),
+    "base": message("base"),
+    "ask": "Type a message. Enter sends, Shift+Enter makes a new line.",
+    "empty": "Ask something.",
+    "examples": "Prompts that were held out from training",
+    "new": "New conversation",
+    "save": "Save as a record",
+    "settings": message("Settings"),
+    "compare": "Let the base answer too",
+    "thinking": "Think before answering",
+    "own_system": "Another system text",
+    "own_system_info": "else as in training; it may be empty",
+    "system": "System text",
+    "longest": "Longest answer",
+    "tokens": "in tokens",
+    "temperature": message("Temperature"),
+    "greedy": "0: always the likeliest token",
+    "top_p": message("Top-p"),
+    "top_k": message("Top-k"),
+    "sampling": "counts above temperature 0",
+    "all": "counts above temperature 0; 0: all",
+    "penalty": "Repetition penalty",
+    "none": "1: none",
+    "seed": message("Seed"),
+    "forgot": "The oldest messages no longer fit, so they are left out.",
 }
-_LANGUAGES = {"en": 0, "zh": 1, "zh-CN": 1, "zh-TW": 1}
 _CSS = """
 .about p { margin: 0; overflow-wrap: anywhere }
 footer { display: none !important }
@@ -103,9 +103,8 @@ class Page:
     def __init__(self, tuned: TunedModel, settings: WebSettings) -> None:
         self.tuned = tuned
         self._modes = modes_of(tuned)
-        self._word: Any = gradio.I18n(
-            **{language: {key: pair[place] for key, pair in WORDS.items()} for language, place in _LANGUAGES.items()}
-        )
+        chinese = {key: in_chinese(text) for key, text in WORDS.items()}
+        self._word: Any = gradio.I18n(**{"en": WORDS, "zh": chinese, "zh-CN": chinese, "zh-TW": chinese})
         self._talks: dict[str | None, Talk] = defaultdict(Talk)  # by browser tab
         self._saved = tempfile.TemporaryDirectory(prefix="atomtune-web-")
         title = f"atomtune: {tuned.folder.resolve().name}"
@@ -237,7 +236,7 @@ class Page:
                     drawn = time.monotonic()
                     yield *self._conversations(request), gradio.skip()  # a box that is drawn anew cannot be clicked
         except AtomtuneError as error:  # a question that is too long: it comes back into its box
-            gradio.Warning(str(error))
+            gradio.Warning(translated(str(error)))
             talk.exchanges = before
             typed = {"value": asked.question}
         finally:
@@ -372,19 +371,15 @@ class Page:
         self._saved.cleanup()
 
 
-def page_of(tuned: TunedModel, settings: WebSettings) -> Page:
-    """The page, not launched yet."""
-    return Page(tuned, settings)
-
-
 def about(tuned: TunedModel) -> str:
     """Which model answers, by which template, and what every message is sent with; in Markdown."""
     dtype = dtype_name(next(tuned.model.parameters()).dtype)
-    kind = f"adapter on {_code(tuned.base)}" if tuned.has_base else "merged model"
-    template = tuned.template.title if tuned.template.name == OWN else f"template {_code(tuned.template.name)}"
-    lines = [f"**{_code(str(tuned.folder))}**  {kind}, {dtype} on {tuned.model.device.type}, {template}"]
+    kind = translated(f"adapter on {_code(tuned.base)}" if tuned.has_base else "merged model")
+    name = tuned.template.title if tuned.template.name == OWN else f"template {_code(tuned.template.name)}"
+    lines = [f"**{_code(str(tuned.folder))}**  {kind}, {dtype} on {tuned.model.device.type}, {translated(name)}"]
     if tuned.wording.instruction:
-        lines.append(f"Each message is sent with the instruction {_code(shortened(tuned.wording.instruction))}")
+        instruction = _code(shortened(tuned.wording.instruction))
+        lines.append(translated(f"Each message is sent with the instruction {instruction}"))
     return "\n\n".join(lines)
 
 

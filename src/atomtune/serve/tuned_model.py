@@ -4,6 +4,7 @@ The terminal, the web page and `atomtune.load` all speak to the model through th
 """
 
 import contextlib
+import copy
 import queue
 import sys
 import threading
@@ -112,18 +113,11 @@ class TunedModel:
 
     def asked_by(self, template: Template) -> "TunedModel":
         """The same model in memory, asked by another template."""
-        other = TunedModel(
-            self.model,
-            template,
-            folder=self.folder,
-            base=self.base,
-            shared_instruction=self.shared_instruction,
-            notices=self.notices,
-        )
-        other.wording = replace(self.wording, template=template)
+        other = copy.copy(self)
+        other.template, other.wording = template, replace(self.wording, template=template)
         return other
 
-    def with_system(self, system: str | None) -> "Wording":
+    def with_system(self, system: str | None) -> Wording:
         """The wording under another system text; None: the training's own."""
         return Wording.of(self.template, system, self.shared_instruction)
 

@@ -27,9 +27,9 @@ def web(settings: WebSettings) -> int:
         system=settings.system,
         other_base=settings.other_base,
     )
-    from atomtune.serve.page import page_of
+    from atomtune.serve.page import Page
 
-    page = page_of(tuned, settings)
+    page = Page(tuned, settings)
     page.launch(host=settings.host, port=settings.port, login=(USER, password) if password else None)
     address = f"http://{own_address(settings.host)}:{settings.port}"
     try:
