@@ -163,12 +163,13 @@ def shown(measure: Measure, value: float) -> str:
     """A value in the measure's own unit."""
     if measure.name.endswith("_rate") or measure.name in ("token_accuracy", "exact_match"):
         return f"{100 * value:.1f} %"
-    return f"{value:.1f}" if measure.name == "chrf" else f"{value:.3g}" if value >= 1000 else f"{value:.2f}"
+    return f"{value:.1f}" if measure.name == "chrf" else f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
 
 
 def interval_text(measure: Measure, figure: Figure) -> str:
-    """A value with its interval."""
-    return f"{shown(measure, figure.value)} ({shown(measure, figure.low)} to {shown(measure, figure.high)})"
+    """A value with its interval, and the unit once."""
+    low, high = (shown(measure, bound).removesuffix(" %") for bound in (figure.low, figure.high))
+    return f"{shown(measure, figure.value)} ({low} to {high})"
 
 
 def score_text(report: Report, model: str, name: str) -> str:

@@ -50,12 +50,16 @@ class Outcome:
         if self.best is None or self.last is None:
             if self.train_first is None or self.train_last is None:
                 return []
+            if self.steps == 1:
+                return [f"Training loss {self.train_first:.3f}."]
             return [f"Training loss {self.train_first:.3f} → {self.train_last:.3f}."]
         begins = f"{self.before:.3f} before training → " if self.before is not None else ""
-        at_end = "" if self.best_step == self.steps else f", {self.last:.3f} at the end"
-        text = f"Held-out loss {begins}{self.best:.3f} at step {self.best_step:,}, the best{at_end}."
+        at_end = "" if self.best_step == self.steps else f"; {self.last:.3f} at the end"
         if self.kept_step == self.best_step:
-            return [text, f"The adapter is that of step {self.kept_step:,}."]
+            return [
+                f"Held-out loss {begins}{self.best:.3f} at step {self.best_step:,}, the best, which is kept{at_end}."
+            ]
+        text = f"Held-out loss {begins}{self.best:.3f} at step {self.best_step:,}, the best{at_end}."
         return [text, f"The adapter is that of the last step, {self.kept_step:,}, not of the best one."]
 
     def _advice(self) -> list[str]:
