@@ -41,8 +41,10 @@ def _line(kind: str, workload: str, in_rounds: list[dict[str, dict[str, Any]]]) 
     ours, padded, trl = CONTENDERS
     over = {}
     for other in (padded, trl):
-        ratios = [by[ours]["examples_per_second"] / by[other]["examples_per_second"] for by in in_rounds]
-        over[other] = statistics.median(ratios)
+        speeds = [
+            (figures[ours]["examples_per_second"], figures[other]["examples_per_second"]) for figures in in_rounds
+        ]
+        over[other] = statistics.median(our_speed / other_speed for our_speed, other_speed in speeds)
     last = in_rounds[-1]
     tokens = last[padded]["computed_tokens"] / last[ours]["computed_tokens"]
     losses = " · ".join(f"{last[name]['loss']:.3f}" for name in CONTENDERS)
@@ -64,13 +66,13 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kinds", nargs="+", choices=workloads.KINDS, default=list(workloads.KINDS))
-    chosen = parser.parse_args()
+    options = parser.parse_args()
     lines = [
         "| model | workload | layout | fewer tokens | over padded rows | over TRL | mean loss of the three |",
         "|---|---|---|---|---|---|---|",
     ]
-    for kind in chosen.kinds:
-        lines += measure(kind, chosen.source, records=chosen.records, rounds=chosen.rounds)
+    for kind in options.kinds:
+        lines += measure(kind, options.source, records=options.records, rounds=options.rounds)
     print("\n".join(["", *lines, "", machine()]))
 
 

@@ -7,6 +7,7 @@ disk is really full (where this machine lets us mount a small one).
 import argparse
 import collections
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -14,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -27,6 +27,7 @@ from benchmarks import faults, workloads
 from benchmarks.faults import SAVE_STEPS, STEPS, adapter, forked, outcome
 
 Runner = Callable[..., int]
+Step = Callable[[int, Any, Callable[[], torch.Tensor]], torch.Tensor]
 
 
 class Trial:
@@ -65,10 +66,10 @@ def _counted(outcomes: Iterator[str]) -> str:
 def killed_while_saving(trial: Trial, size: int) -> str:
     stride = max(1, trial.points // size)
     points = list(range(1, trial.points + 1, stride))
-    found = faults.killed_at_points(
+    outcomes = faults.killed_at_points(
         trial.runner, trial.base, trial.data, trial.folder, points=points, expected=trial.expected
     )
-    return f"{len(points)} of {trial.points} points: {_counted(what for _, what in found)}"
+    return f"{len(points)} of {trial.points} points: {_counted(what for _, what in outcomes)}"
 
 
 def killed_at_any_moment(trial: Trial, size: int) -> str:
@@ -76,20 +77,20 @@ def killed_at_any_moment(trial: Trial, size: int) -> str:
     forked(lambda: trial.runner(trial.base, trial.data, trial.folder / "timed", resume=False))
     longest, draw = time.perf_counter() - began, random.Random(0)
 
-    def one(number: int) -> str:
+    def killed(number: int) -> str:
         out = trial.folder / f"moment-{number}"
         code = forked(
             lambda: trial.runner(trial.base, trial.data, out, resume=True), kill_after=draw.uniform(0, longest)
         )
         return "done before" if code == 0 else trial.resumed(out)
 
-    return _counted(one(number) for number in range(size))
+    return _counted(killed(number) for number in range(size))
 
 
 def flipped_bits(trial: Trial, size: int) -> str:
     draw = random.Random(0)
 
-    def one() -> str:
+    def flipped() -> str:
         out = trial.copy()
         file = draw.choice(sorted(path for path in trial.newest(out).iterdir() if path.is_file()))
         content = bytearray(file.read_bytes())
@@ -99,7 +100,7 @@ def flipped_bits(trial: Trial, size: int) -> str:
         shutil.rmtree(out)
         return what
 
-    return _counted(one() for _ in range(size))
+    return _counted(flipped() for _ in range(size))
 
 
 def missing_optimizer(trial: Trial, size: int) -> str:
@@ -118,29 +119,37 @@ def changed_data(trial: Trial, size: int) -> str:
     return "refused" if what == "cannot resume" else what
 
 
-def not_finite(trial: Trial, size: int) -> str:
-    """The third step's loss is NaN."""
-    out = trial.folder / "nan"
+def with_steps(trial: Trial, out: Path, step: Step) -> int:
+    """The exit code of a run from its start, each of whose training steps is `step(number, model, plain_step)`."""
 
     def run() -> int:
         from transformers import Trainer
 
-        real, seen = Trainer.training_step, []
+        plain, numbers = Trainer.training_step, itertools.count(1)
 
-        def step(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-            seen.append(1)
-            loss = real(self, *args, **kwargs)
-            if len(seen) == 3:
-                for weight in self.model.parameters():
-                    if weight.grad is not None:
-                        weight.grad.fill_(float("nan"))
-                return loss * float("nan")
-            return loss
+        def training_step(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return step(next(numbers), self.model, lambda: plain(self, *args, **kwargs))
 
-        Trainer.training_step = step  # type: ignore[method-assign]
+        Trainer.training_step = training_step
         return trial.runner(trial.base, trial.data, out, resume=False)
 
-    code = forked(run)
+    return forked(run)
+
+
+def not_finite(trial: Trial, size: int) -> str:
+    """The third step's loss is NaN."""
+    out = trial.folder / "nan"
+
+    def step(number: int, model: Any, plain_step: Callable[[], torch.Tensor]) -> torch.Tensor:
+        loss = plain_step()
+        if number != 3:
+            return loss
+        for weight in model.parameters():
+            if weight.grad is not None:
+                weight.grad.fill_(float("nan"))
+        return loss * float("nan")
+
+    code = with_steps(trial, out, step)
     saved = [file for file in sorted(out.rglob("adapter_model.safetensors")) if _is_spoiled(file)]
     logged = []
     for file in sorted(out.glob("checkpoint-*/trainer_state.json")):
@@ -159,22 +168,13 @@ def told_to_stop(trial: Trial, size: int) -> str:
     """SIGTERM in the fourth step."""
     out = trial.folder / "term"
 
-    def run() -> int:
-        from transformers import Trainer
+    def step(number: int, model: Any, plain_step: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+        return plain_step()
 
-        real, seen = Trainer.training_step, []
-
-        def step(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-            seen.append(1)
-            if len(seen) == 4:
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(0.1)
-            return real(self, *args, **kwargs)
-
-        Trainer.training_step = step  # type: ignore[method-assign]
-        return trial.runner(trial.base, trial.data, out, resume=False)
-
-    code = forked(run)
+    code = with_steps(trial, out, step)
     left = "a final adapter" if adapter(out) is not None else "no final adapter"
     return f"exit code {code}, {left}; resumed: {trial.resumed(out)}"
 
@@ -232,14 +232,9 @@ def full_disk(trial: Trial, size: int) -> str:
         if disk is None:
             return "not measured: this machine does not let us mount"
         out = disk / "out"
-        done: list[int] = []
-        waiting = threading.Thread(
-            target=lambda: done.append(forked(lambda: trial.runner(trial.base, trial.data, out, resume=False)))
-        )
-        waiting.start()
-        waiting.join()
+        code = forked(lambda: trial.runner(trial.base, trial.data, out, resume=False))
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        return f"exit code {done[0]}; then with room: {trial.resumed(out)}"
+        return f"exit code {code}; then with room: {trial.resumed(out)}"
 
 
 FAULTS: dict[str, Callable[[Trial, int], str]] = {
@@ -261,7 +256,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=40, help="how many points, moments and bits; 40")
     parser.add_argument("--faults", nargs="+", type=int, default=list(range(1, len(FAULTS) + 1)), help="their numbers")
     parser.add_argument("--out", type=Path, default=Path("runs/reliability"), help="table.md; runs/reliability")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     import atomtune.train.run  # noqa: F401  # once, before the forks
 
     persona = Path(__file__).parent.parent / "src" / "atomtune" / "demo" / "persona.jsonl"
@@ -276,19 +271,18 @@ def main() -> None:
             (folder / runner).mkdir()
             trials.append(Trial(runner, base, data, folder / runner))
         for number, (fault, tried) in enumerate(FAULTS.items(), 1):
-            if number not in asked.faults:
+            if number not in options.faults:
                 continue
-            found = []
+            outcomes = []
             for trial in trials:
-                found.append(tried(trial, asked.size))
-                print(f"{number:2} {fault}  {trial.name}: {found[-1]}", flush=True)
-            lines.append(f"| {fault} | {found[0]} | {found[1]} |")
+                outcomes.append(tried(trial, options.size))
+                print(f"{number:2} {fault}  {trial.name}: {outcomes[-1]}", flush=True)
+            lines.append(f"| {fault} | {' | '.join(outcomes)} |")
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "atomtune"))
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "table.md").write_text(
-        "\n".join([*lines, "", f"{versions}; `--size {asked.size}`.", ""]), encoding="utf-8"
-    )
-    print(f"\nThe table lies in {asked.out / 'table.md'}.")
+    options.out.mkdir(parents=True, exist_ok=True)
+    table = options.out / "table.md"
+    table.write_text("\n".join([*lines, "", f"{versions}; `--size {options.size}`.", ""]), encoding="utf-8")
+    print(f"\nThe table lies in {table}.")
 
 
 if __name__ == "__main__":
