@@ -295,7 +295,7 @@ class Worker:
 def line_key(group: Group, run: Run) -> dict[str, Any]:
     """What makes a run that run."""
     return {
-        "base": Path(group.base).name,
+        "base": "demo" if Path(group.base).resolve() == DEMO / "base" else Path(group.base).name,
         "kind": group.kind,
         "records": group.records,
         "seed": run.seed,
@@ -370,33 +370,26 @@ def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def report(path: Path) -> str:
-    """Held-out loss of every setting by kind and number of records, as Markdown: a table for each base.
+    """Markdown: a row for each setting, a column for each base, number of records and kind.
 
     A cell is the mean over the seeds of the best epoch's loss; chrF behind a slash where answers were written.
     """
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return "\n\n".join(
-        table_of([line for line in lines if line["base"] == base])
-        for base in dict.fromkeys(line["base"] for line in lines)
-    )
-
-
-def table_of(lines: Sequence[dict[str, Any]]) -> str:
-    """One base's table: a row for each setting, a column for each kind and number of records."""
-    cells: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = {}
+    cells: dict[tuple[str, int, str], dict[str, list[dict[str, Any]]]] = {}
+    learned: dict[tuple[str, int, str], int] = {}
     for line in lines:
-        of_cell = cells.setdefault((line["kind"], line["records"]), {})
-        of_cell.setdefault(line["name"], []).append(line)
-    columns = sorted(cells, key=lambda cell: (cell[1], KINDS.index(cell[0])))
-    rows = dict.fromkeys(line["name"] for line in lines)
-    learned = {(line["kind"], line["records"]): line["learned"] for line in lines}
-    head = ["settings", *(f"{column[0]} {learned[column]:,}" for column in columns)]
-    text = [f"**{lines[0]['base']}**", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for row in rows:
-        text.append(f"| {row} | {' | '.join(cell_text(cells[column].get(row, [])) for column in columns)} |")
+        column = line["base"], line["records"], line["kind"]
+        cells.setdefault(column, {}).setdefault(line["name"], []).append(line)
+        learned[column] = line["learned"]
+    bases = list(dict.fromkeys(line["base"] for line in lines))
+    columns = sorted(cells, key=lambda column: (bases.index(column[0]), column[1], KINDS.index(column[2])))
+    heads = [f"{base} {kind} {learned[base, records, kind]:,}" for base, records, kind in columns]
+    text = [f"| settings | {' | '.join(heads)} |", "|---" * (1 + len(columns)) + "|"]
+    for name in dict.fromkeys(line["name"] for line in lines):
+        text.append(f"| {name} | {' | '.join(cell_text(cells[column].get(name, [])) for column in columns)} |")
     behind = []
     for column in columns:
-        means = {row: mean_loss(of_row) for row, of_row in cells[column].items()}
+        means = {name: mean_loss(of_name) for name, of_name in cells[column].items()}
         behind.append(f"{means['auto'] / min(means.values()) - 1:.1%}" if "auto" in means else "")
     text.append(f"| auto above the best of its column | {' | '.join(behind)} |")
     return "\n".join(text)
@@ -410,11 +403,12 @@ def cell_text(lines: Sequence[dict[str, Any]]) -> str:
     """Mean loss, how far the seeds lie apart, the last epoch's where it is worse by 2 % or more, and chrF."""
     if not lines:
         return ""
-    text, losses = f"{mean_loss(lines):.3f}", [line["loss"] for line in lines]
+    mean, losses = mean_loss(lines), [line["loss"] for line in lines]
+    text = f"{mean:.3f}" if mean >= 0.1 else f"{mean:.4f}"
     if len(lines) > 1:
         text += f" ± {(max(losses) - min(losses)) / 2:.3f}"
     last = statistics.mean(line["last"] for line in lines)
-    if last > 1.02 * mean_loss(lines):
+    if last > 1.02 * mean:
         text += f" (last {last:.3f})"
     scores = [chrf(line["answers"]) for line in lines if line.get("answers")]
     return text + (f" / {statistics.mean(scores):.0f}" if scores else "")

@@ -76,7 +76,7 @@ def test_accumulated_batches_and_processes_count(tmp_path):
     assert derived(tmp_path, "--gradient_accumulation_steps", "4", records=5000)["per_device_train_batch_size"] == 16
 
 
-@pytest.mark.parametrize(("width", "rate"), [(2000, 5e-4), (4096, 2.9e-4), (576, 1.3e-3)])
+@pytest.mark.parametrize(("width", "rate"), [(2000, 5e-4), (4096, 2.9e-4), (576, 1.3e-3), (192, 3.1e-3)])
 def test_a_wider_base_gets_a_lower_rate(width, rate):
     assert learning_rate(width, 32)[0] == pytest.approx(rate, rel=0.02)
 

@@ -40,7 +40,7 @@ def test_a_run_tells_whether_it_worked(models, numbers, tmp_path, capsys):
     record = record_of(out)
     assert len(record["records_held_out"]) == 6
     assert record["settings"]["eval_size"]["source"].startswith("auto: ")
-    assert record["settings"]["learning_rate"]["value"] == 2e-3, "the tiny base is narrow"
+    assert record["settings"]["learning_rate"]["value"] == 4e-3, "the tiny base is narrow"
 
     evaluations = record["eval_history"]
     assert [entry["step"] for entry in evaluations] == [0, 14, 28], "before the first step, and after each epoch"
