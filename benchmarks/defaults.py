@@ -404,12 +404,13 @@ def cell_text(lines: Sequence[dict[str, Any]]) -> str:
     if not lines:
         return ""
     mean, losses = mean_loss(lines), [line["loss"] for line in lines]
-    text = f"{mean:.3f}" if mean >= 0.1 else f"{mean:.4f}"
+    digits = 3 if mean >= 0.1 else 4
+    text = f"{mean:.{digits}f}"
     if len(lines) > 1:
-        text += f" ± {(max(losses) - min(losses)) / 2:.3f}"
+        text += f" ± {(max(losses) - min(losses)) / 2:.{digits}f}"
     last = statistics.mean(line["last"] for line in lines)
     if last > 1.02 * mean:
-        text += f" (last {last:.3f})"
+        text += f" (last {last:.{digits}f})"
     scores = [chrf(line["answers"]) for line in lines if line.get("answers")]
     return text + (f" / {statistics.mean(scores):.0f}" if scores else "")
 
