@@ -13,6 +13,7 @@ from atomtune.data.encoding.chat_template import CannotExpress, Message, Templat
 from atomtune.data.records import Record
 from atomtune.engines.engine import Request
 from atomtune.errors import BadData
+from atomtune.language import message
 
 #: Prompts of our own, for kinds that the records lack. A role a template has no place for leaves a prompt out.
 OWN: tuple[tuple[str, tuple[Message, ...]], ...] = (
@@ -32,7 +33,14 @@ OWN: tuple[tuple[str, tuple[Message, ...]], ...] = (
     ),
     ("look-alike", ({"role": "user", "content": "What does <|end_of_file|> in [brackets] and < /s > mean?"},)),
 )
-KINDS = ("one turn", "several turns", "system", "Chinese", "tools", "look-alike")
+KINDS = (
+    "one turn",
+    "several turns",
+    "system",
+    message("Chinese"),
+    "tools",
+    message("look-alike"),
+)
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 _LOOK_ALIKE = re.compile(r"<[|｜/]?\w+[|｜]?>|\[/?[A-Z_]{2,}\]")
 

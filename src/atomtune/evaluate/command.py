@@ -192,8 +192,8 @@ def say(report: Report, console: Console) -> None:
         title = translated(f"lm-eval {name} (± standard error)")
         table.add_row(title, *(score_text(report, model, name) for model in report.models))
     console.print(table)
-    for sentence in report.sentences():
-        console.say(translated(sentence))
+    for sentence in report.sentences(translated):
+        console.say(sentence)
 
 
 def write_reports(report: Report, folder: Path) -> None:

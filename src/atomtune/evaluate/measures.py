@@ -7,6 +7,7 @@ from typing import Literal
 
 from atomtune.evaluate.intervals import Bootstrap, Figure
 from atomtune.evaluate.likelihood import TargetScores
+from atomtune.language import message
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ MEASURES: tuple[Measure, ...] = (
     ),
     Measure(
         "think_rate",
-        "Thinks",
+        message("Thinks"),
         "share of answers that hold a thought",
         "neither",
         _per_answer(lambda answer: answer.thinks),
@@ -133,7 +134,7 @@ MEASURES: tuple[Measure, ...] = (
 )
 PERPLEXITY = Measure(
     "perplexity",
-    "Perplexity",
+    message("Perplexity"),
     "e to the power of the loss: among how many equally likely tokens the model seems to choose",
     "lower",
     NATS.parts,

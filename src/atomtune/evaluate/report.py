@@ -1,6 +1,6 @@
 """Report: figures of all models, what they say in a sentence, and how report.json and report.md are written."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -20,6 +20,7 @@ from atomtune.evaluate.measures import (
     judged,
     probe_results,
 )
+from atomtune.language import message
 
 #: How many records are shown on each side.
 SHOWN = 8
@@ -78,9 +79,9 @@ class Report:
             },
         }
 
-    def sentences(self) -> list[str]:
-        """What the figures say about each tuned model."""
-        return [_sentence(name, self.models, changes) for name, changes in self.changes.items()]
+    def sentences(self, worded: Callable[[str], str] = str) -> list[str]:
+        """What the figures say about each tuned model; worded: its words as the reader is to have them."""
+        return [_sentence(name, self.models, changes, worded) for name, changes in self.changes.items()]
 
 
 def make_report(done: Evaluation, *, base_path: str, sources: list[str], max_new_tokens: int, seed: int) -> Report:
@@ -142,7 +143,12 @@ def _listed(figures: Mapping[str, Mapping[str, Figure]]) -> dict[str, dict[str, 
     return {name: {key: figure.as_list() for key, figure in own.items()} for name, own in figures.items()}
 
 
-def _sentence(name: str, models: Mapping[str, Mapping[str, Figure]], changes: Mapping[str, Figure]) -> str:
+def _sentence(
+    name: str,
+    models: Mapping[str, Mapping[str, Figure]],
+    changes: Mapping[str, Figure],
+    worded: Callable[[str], str],
+) -> str:
     base = next(iter(models))
     words: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
     for measure in ALL_MEASURES:
@@ -151,12 +157,17 @@ def _sentence(name: str, models: Mapping[str, Mapping[str, Figure]], changes: Ma
         verdict = judged(measure, changes[measure.name])
         before, after = models[base][measure.name], models[name][measure.name]
         if verdict in words:
-            words[verdict].append(f"{measure.title} {shown(measure, before.value)} → {shown(measure, after.value)}")
-    parts = [f"{title}: {', '.join(words[key])}." for key, title in _TITLES if words[key]]
-    return f"{name} against {base}. " + " ".join(parts)
+            change = f"{shown(measure, before.value)} → {shown(measure, after.value)}"
+            words[verdict].append(f"{worded(measure.title)} {change}")
+    parts = [f"{worded(title)}: {', '.join(words[key])}." for key, title in _TITLES if words[key]]
+    return " ".join([worded(f"{name} compared with {base}."), *parts])
 
 
-_TITLES = (("better", "Better"), ("worse", "Worse"), ("unclear", "No difference that so few records can show"))
+_TITLES = (
+    ("better", message("Better")),
+    ("worse", message("Worse")),
+    ("unclear", "No difference that so few records can show"),
+)
 
 
 def shown(measure: Measure, value: float) -> str:

@@ -27,6 +27,7 @@ from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder
 from atomtune.engines.server_process import KEY_VARIABLES, ServerProcess, port_in_use
 from atomtune.engines.vllm_serve import ServedAdapter
 from atomtune.errors import BadSettings
+from atomtune.language import message
 from atomtune.model.adapter_folder import AdapterMetadata, base_of, short_names, template_of
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.generate import stop_ids_on
@@ -74,7 +75,7 @@ def serve(settings: ServeSettings) -> int:
             _say_how_to_ask(plan, settings, console)
             server.wait()
     except KeyboardInterrupt:
-        console.say("\nstopped.")
+        console.say(message("\nstopped."))
     return 0
 
 

@@ -6,6 +6,7 @@ from atomtune.console import Console
 from atomtune.engines.server_process import port_in_use
 from atomtune.errors import BadSettings
 from atomtune.extras import refuse_missing
+from atomtune.language import message
 from atomtune.serve.address import only_this_machine, own_address
 from atomtune.serve.tuned_model import load_tuned
 from atomtune.settings.fields import WebSettings
@@ -38,7 +39,7 @@ def web(settings: WebSettings) -> int:
             console.say(f"The page asks for the name {USER} and the password.")
         page.wait(opens=address if settings.open else None)
     except KeyboardInterrupt:
-        console.say("\nstopped.")
+        console.say(message("\nstopped."))
     finally:
         page.close()
     return 0
