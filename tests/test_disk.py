@@ -8,7 +8,30 @@ from pathlib import Path
 
 import pytest
 
-from atomtune.disk import disk_failed, filled, is_free, publish
+from atomtune.disk import disk_failed, filled, is_free, place_problem, publish, replacing
+
+
+def test_what_is_no_file_is_never_replaced(tmp_path):
+    """`inspect --html /dev/full` put a file in the device's place."""
+    pipe, folder, link = tmp_path / "pipe", tmp_path / "folder", tmp_path / "link"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    link.symlink_to(pipe)
+    for place in (pipe, folder):
+        with pytest.raises(FileExistsError) as refused, replacing(place) as file:
+            file.write(b"x")
+        assert str(place) in place_problem(refused.value)
+    with replacing(link) as file:
+        file.write(b"x")
+    assert link.read_bytes() == b"x" and not link.is_symlink()
+    assert pipe.is_fifo() and sorted(tmp_path.iterdir()) == [folder, link, pipe]
+
+
+def test_a_place_is_told_from_a_bug():
+    assert place_problem(NotADirectoryError(20, "Not a directory", "/a/b")) == "/a/b: Not a directory."
+    assert place_problem(FileNotFoundError(2, "No such file or directory", "/a/b")) == ""  # may well be ours
+    assert place_problem(PermissionError(13, "Permission denied")) == ""
+    assert place_problem(ValueError("/a/b")) == ""
 
 
 def test_what_is_published_comes_whole_and_its_last_file_last(tmp_path, monkeypatch):

@@ -174,14 +174,16 @@ def _run(name: str, flags: Sequence[str]) -> int:
 
 
 def _unforeseen(name: str, error: Exception) -> int:
-    """A disk, memory or kernels that failed, in a command without words of its own for it; else a bug, shown whole."""
-    from atomtune.disk import disk_failed
+    """A file's place, a disk, memory or kernels, in a command without words of its own; else a bug, shown whole."""
+    from atomtune.disk import disk_failed, place_problem
     from atomtune.model.failures import of_the_model
 
     if disk_failed(error):
         _say_error(f"\natomtune {name}: the disk is full or failing: {error}")
         _say_error("Free some space and run the command again.")
         return ExitCode.RUN_FAILED
+    if problem := place_problem(error):
+        return _told(name, BadSettings([f"{problem} Pass another place, or change what is there."]))
     if failure := of_the_model(error):
         return _told(name, failure)
     _say_error("".join(traceback.format_exception(error)).rstrip())

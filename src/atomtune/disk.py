@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,10 +20,17 @@ except ImportError:  # Windows
 
 #: The write failed for want of space or of a working disk, not by a bug.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE}
+#: What stands at a place, or who may use it, is not what was thought.
+_PLACE_ERRORS = {
+    *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP),
+    *(errno.ENAMETOOLONG, errno.ETXTBSY, errno.ENXIO),
+}
 #: The same in the system's words, which is all that a library's own kind of error keeps of them.
 _DISK_WORDS = tuple(os.strerror(code) for code in _DISK_ERRORS - {errno.EFBIG})
 #: torch.save closes its archive, finds fewer bytes than it wrote and says only that: no errno, no class of its own.
 _TORCH_WROTE_LESS = re.compile(r"unexpected pos \d+ vs \d+|file write failed|iostream error")
+#: A run.json that names a million refused records has half of it.
+_MOST_BYTES_OF_TEXT = 2**28
 #: Behind the name of a file that is being written.
 _PART = ".part"
 #: In a folder that a command fills: what is not yet finished of it.
@@ -39,12 +47,24 @@ def disk_failed(error: BaseException) -> bool:
     return _TORCH_WROTE_LESS.search(text) is not None
 
 
+def place_problem(error: BaseException) -> str:
+    """Why a file cannot be where it was to be read or written, which is the place's fault; "" for any other error."""
+    if not isinstance(error, OSError) or error.errno not in _PLACE_ERRORS or error.filename is None:
+        return ""
+    return f"{error.filename}: {error.strerror}."
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write in, which takes the place of `path` when all of it is on the disk.
 
-    A reader never sees half a file. A link under either name is replaced, never written through.
+    A reader never sees half a file. A link under either name is replaced, never written through; a folder, a device or
+    a pipe is not: a file in place of /dev/full would be missed by everybody. Raises OSError.
     """
+    with contextlib.suppress(FileNotFoundError):
+        kind = path.lstat().st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISLNK(kind):
+            raise FileExistsError(errno.EEXIST, "something else than a file stands there", str(path))
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PART}")
     try:
         with beside.open("xb") as file:  # x: never through a link that waits under this name
@@ -74,10 +94,23 @@ def only_finite(value: Any) -> Any:
     return value
 
 
+def text_of(path: Path) -> str:
+    """A file's text; what is no file is not waited for, as a pipe, nor read for ever, as /dev/zero.
+
+    Raises OSError where it cannot be read, ValueError where it is no UTF-8 or larger than any file of settings.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    if status.st_size > _MOST_BYTES_OF_TEXT:
+        raise ValueError(f"{status.st_size:,} bytes are more than such a file has")
+    return path.read_text(encoding="utf-8")
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """A file's JSON object. Raises OSError where it cannot be read, ValueError where it holds anything else."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(text_of(path))
     except RecursionError:
         raise ValueError("nested too deep") from None
     if not isinstance(values, dict):

@@ -163,10 +163,14 @@ def test_tool_calls_are_counted_where_the_reference_has_one(models, tmp_path):
         ([], "--adapter_path is missing"),
         (["--adapter_path", "ADAPTER"], "held no records out"),
         (["--adapter_path", "nowhere", "--dataset_path", "x.jsonl"], "no such folder"),
+        (["--adapter_path", "ADAPTER", "--output_dir", "/dev/null"], "--output_dir /dev/null cannot be written: "),
+        # Two of one name gave their figures to each other, and the intervals ended in a traceback.
+        (["--adapter_path", "ADAPTER", "ADAPTER", "--dataset_path", "RUN"], "more than once. Name each adapter once."),
     ],
 )
-def test_what_is_missing_is_said(words, said, by_heart, capsys):
-    assert evaluate(*(str(by_heart) if word == "ADAPTER" else word for word in words)) == 2
+def test_what_cannot_be_evaluated_is_said_first(words, said, by_heart, dialogues, capsys):
+    names = {"ADAPTER": str(by_heart), "RUN": str(dialogues)}
+    assert evaluate(*(names.get(word, word) for word in words)) == 2
     assert said in capsys.readouterr().err
 
 

@@ -91,6 +91,9 @@ def test_the_licence_is_the_one_in_the_bases_card(tmp_path):
         ("# no front matter\nlicense: mit", None),
         ("---\nlicense: [a\n---", None),
         ("---\n- a list\n---", None),
+        ("---\ndate: 2024-02-30\nlicense: 'mit'\n---", "mit"),  # no such day: a traceback, once
+        ("---\nlicense: mit\nx: " + "[" * 100_000 + "\n---", "mit"),
+        ("---\nmodel:\n  license: mit\n---", None),
     ):
         (tmp_path / "README.md").write_text(text)
         assert licence_of(str(tmp_path)) == licence

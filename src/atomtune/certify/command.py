@@ -14,6 +14,7 @@ from atomtune.console import Console
 from atomtune.data.cache import Rules, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.records import Record
+from atomtune.disk import replacing, text_of
 from atomtune.engines.llama_cpp import LlamaCpp
 from atomtune.engines.llama_cpp import refuse_without_packages as refuse_without_llama_cpp
 from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder
@@ -225,15 +226,15 @@ def write_certificate(outcomes: Sequence[Outcome], served: Path) -> Path:
     entries = [outcome.to_json() for outcome in outcomes]
     own = {entry["engine"] for entry in entries}
     kept = [entry for entry in _read(file) if entry.get("engine") not in own]
-    beside = file.with_name(f".{file.name}")
-    beside.write_text(json.dumps([*kept, *entries], ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    beside.replace(file)
+    text = json.dumps([*kept, *entries], ensure_ascii=False, indent=2)
+    with replacing(file) as beside:
+        beside.write(f"{text}\n".encode())
     return file
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = json.loads(text_of(file))
     except (OSError, ValueError, RecursionError):
         return []
     return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []

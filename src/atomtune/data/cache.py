@@ -40,7 +40,7 @@ from atomtune.data.reading.raw import Chunk, RawRecord
 from atomtune.data.reading.sources import DataFile, distinct_names, fingerprint_of, read_files, size_of
 from atomtune.data.records import Example, Record, Refusal
 from atomtune.data.workers import in_order, workers_here
-from atomtune.disk import sync
+from atomtune.disk import sync, text_of
 from atomtune.errors import BadData, BadSettings
 from atomtune.limits import trial
 
@@ -184,7 +184,7 @@ def entry_problem(entry: Path) -> str:
     Every byte is compared with its checksum: a flipped bit in an id would be trained on without a word.
     """
     try:
-        checksums = json.loads((entry / CHECKSUMS).read_text(encoding="utf-8"))
+        checksums = json.loads(text_of(entry / CHECKSUMS))
         if not isinstance(checksums, dict) or checksums.keys() != {EXAMPLES, LEDGER}:
             return f"{CHECKSUMS} is not one of this version"
         for file_name, checksum in checksums.items():
@@ -198,6 +198,8 @@ def entry_problem(entry: Path) -> str:
 
 
 def _checksum(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file", str(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

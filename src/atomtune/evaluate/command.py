@@ -1,5 +1,6 @@
 """Evaluate: base against tuned, on a file or on the records that a run held out."""
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,7 @@ from atomtune.batch.cost import sample_rows
 from atomtune.console import Console
 from atomtune.data.cache import Rules, as_examples
 from atomtune.data.encoding.chat_template import Template
-from atomtune.disk import write_json
+from atomtune.disk import replacing, write_json
 from atomtune.errors import BadData, BadSettings, Stopped
 from atomtune.evaluate.evaluation import Plan, evaluate_records
 from atomtune.evaluate.html_page import page
@@ -31,9 +32,10 @@ from atomtune.settings.fields import EvaluateSettings, RecordSettings
 def evaluate(settings: EvaluateSettings) -> int:
     """Run `atomtune evaluate`. Raises Stopped (exit code 75) after Ctrl-C, with the report of what was done."""
     console = Console()
+    folder = output_folder(settings)
+    _refuse_unwritable(folder)
     report = measure(settings, console)
     say(report, console)
-    folder = output_folder(settings)
     write_reports(report, folder)
     console.say(f"\nreport.html, report.md and report.json lie in {folder}.")
     if report.stopped_early:
@@ -46,6 +48,16 @@ def output_folder(settings: EvaluateSettings) -> Path:
     if settings.output_dir:
         return Path(settings.output_dir)
     return Path(settings.adapter_path[0]) / "evaluation" if settings.adapter_path else Path("evaluation")
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    """Raise BadSettings where the reports could not be written, which would show when all answers are generated."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise BadSettings([f"--output_dir {folder} cannot be written: {error.strerror}."]) from None
 
 
 def measure(settings: EvaluateSettings, console: Console) -> Report:
@@ -201,6 +213,5 @@ def write_reports(report: Report, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", report.to_json())
     for name, text in (("report.md", markdown(report)), ("report.html", page(report))):
-        beside = folder / f".{name}"
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(folder / name)
+        with replacing(folder / name) as file:
+            file.write(text.encode())

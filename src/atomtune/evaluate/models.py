@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ def load_models(settings: EvaluateSettings, console: Console) -> Models:
     if not settings.adapter_path:
         return _base_alone(settings, console)
     folders = [Path(path) for path in settings.adapter_path]
+    _refuse_repeated(folders)
     trained = [template_of(folder, trust_remote_code=settings.trust_remote_code) for folder in folders]
     base_path = _common_base(settings, folders)
     base = _load_base(settings, base_path, console)
@@ -99,6 +101,13 @@ def _load_base(settings: EvaluateSettings, path: str, console: Console) -> Causa
     dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=console.notice)
     console.say(f"loading {path} in {str(dtype).removeprefix('torch.')} on {device} …")
     return load_base(BaseSpec(**{**settings.base(), "path": path}, dtype=dtype, device=device))
+
+
+def _refuse_repeated(folders: Sequence[Path]) -> None:
+    """Raise BadSettings where a folder is named twice: its figures would be those of both."""
+    counts = Counter(folder.resolve() for folder in folders)
+    if repeated := [str(folder) for folder, count in counts.items() if count > 1]:
+        raise BadSettings([f"--adapter_path names {repeated[0]} more than once. Name each adapter once."])
 
 
 def _common_base(settings: EvaluateSettings, folders: Sequence[Path]) -> str:

@@ -356,7 +356,8 @@ def _not_nearest(merged: torch.Tensor, base: torch.Tensor, deltas: Sequence[torc
     exact = base + torch.stack(list(deltas)).sum(0)
     largest = sum(float(delta.abs().max()) for delta in deltas)
     # Half a unit in the last place for the rounding, and the float32 sums before it.
-    rounding = torch.finfo(merged.dtype).eps / 2 * exact.abs()
+    dtype = torch.finfo(merged.dtype)
+    rounding = dtype.eps / 2 * exact.abs().clamp(min=dtype.smallest_normal)  # below that, numbers lie evenly
     sums = 8 * torch.finfo(torch.float32).eps * (base.abs() + largest)
     off_by = (merged.double() - exact).abs()
     wrong = int((off_by > rounding + sums).sum())

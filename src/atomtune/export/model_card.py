@@ -13,6 +13,7 @@ import yaml
 
 from atomtune import __version__
 from atomtune.data.encoding.chat_template import OWN
+from atomtune.disk import text_of
 from atomtune.model.adapter_folder import AdapterMetadata
 
 #: Settings that every card shows, set by the user or not.
@@ -36,6 +37,8 @@ _ALWAYS = (
 _NOT_SHOWN = re.compile(
     r"_(path|dir|from_checkpoint|token|key|secret|password|minutes)$|^(resume|checkpoint|report_to)"
 )
+#: A line of a card's front matter, which is YAML.
+_LICENCE = re.compile(r"^license:[ \t]*(?P<quote>[\"']?)(?P<name>[\w.+-]+)(?P=quote)[ \t]*(#.*)?\r?$", re.MULTILINE)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -66,16 +69,13 @@ def shown_base(base: str) -> str:
 def licence_of(base: str) -> str | None:
     """What the card in the base's folder says; None where there is none, or where the base is not on this disk."""
     try:
-        text = (Path(base) / "README.md").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        text = text_of(Path(base) / "README.md")
+    except (OSError, ValueError):
         return None
     front = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
-    try:
-        values = yaml.safe_load(front[1]) if front else None
-    except yaml.YAMLError:
-        return None
-    licence = values.get("license") if isinstance(values, dict) else None
-    return licence if isinstance(licence, str) else None
+    # Not read as YAML: an impossible date or a hundred thousand brackets in a stranger's card would be raised here.
+    licence = front and _LICENCE.search(front[1])
+    return licence["name"] if licence else None
 
 
 def _front_matter(base: str) -> str:

@@ -8,7 +8,6 @@ import base64
 import hashlib
 import json
 import random
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from itertools import groupby
@@ -23,6 +22,7 @@ from atomtune.analysis.near_duplicates import equal_groups
 from atomtune.choices import CHECKS, Check
 from atomtune.data.reading.raw import printable
 from atomtune.data.records import Example
+from atomtune.disk import replacing
 from atomtune.errors import BadSettings
 from atomtune.inspect.checks import MEANINGS, near_or_equal
 from atomtune.inspect.histogram import Bar, histogram, percentiles
@@ -65,10 +65,8 @@ def write_page(report: Report, path: Path, decoder: TokenDecoder, *, seed: int) 
     text = page(report, decoder, seed=seed)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-            beside = Path(folder) / path.name
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(path)
+        with replacing(path) as file:
+            file.write(text.encode())
     except OSError as error:
         raise BadSettings([f"--html {path}: cannot be written there: {error.strerror}. Name another place."]) from None
 

@@ -29,6 +29,8 @@ from atomtune.choices import (
 
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
 
+#: Above the width of nearly every layer, where a higher rank can learn nothing more; checked in adapter files too.
+LARGEST_RANK = 2**16
 #: numpy's generators take no larger seed.
 LARGEST_SEED = 2**32 - 1
 
@@ -230,7 +232,10 @@ class LoraSettings:
     """LoRA"""
 
     lora_rank: int = setting(
-        8, "rank of the adapter's two matrices: a higher rank can learn more and takes more memory", at_least=1
+        8,
+        "rank of the adapter's two matrices: a higher rank can learn more and takes more memory",
+        at_least=1,
+        at_most=LARGEST_RANK,
     )
     lora_alpha: float = setting(32.0, "the adapter's output is multiplied by alpha / rank", at_least=0)
     lora_dropout: float = setting(
@@ -368,7 +373,7 @@ class TrainerSettings:
     )
     adam_epsilon: float = setting(1e-8, "Adam: added to the divisor against division by zero", more_than=0, rare=True)
     neftune_noise_alpha: float | None = setting(
-        None, "noise on the embeddings in training; the paper takes 5 to 15", at_least=0, rare=True
+        None, "noise on the embeddings in training; the paper takes 5 to 15", at_least=0, at_most=1e6, rare=True
     )
     dataloader_num_workers: int = setting(
         0, "processes that prepare batches ahead", at_least=0, rare=True, unit="processes"

@@ -41,8 +41,9 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
         join_job(values.get("ddp_timeout", TrainingArguments.ddp_timeout))
     try:
         args = TrainingArguments(**values)
-        get_reporting_integration_callbacks(args.report_to)  # refuses a tracker it does not know
-    except (ValueError, TypeError, ImportError) as error:
+        for tracker in get_reporting_integration_callbacks(args.report_to):  # refuses one that it does not know
+            tracker()  # and one that is not installed
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise BadSettings([f"The Trainer refuses these settings: {error}"]) from error
     if args.n_gpu > 1:
         # One process and several GPUs would mean nn.DataParallel, which splits a batch's rows apart.

@@ -1,7 +1,7 @@
 """Model: the base of one run with its adapter, loaded, checked and put on its device."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from atomtune.model.fused_layers import fuse_layers
 from atomtune.model.load import BaseSpec, device_in_use, load_base, resolve_dtype
 from atomtune.model.lora_targets import ALL_LINEAR, all_linear, match_targets
 from atomtune.model.loss import innermost
-from atomtune.model.memory import ActivationMemory
+from atomtune.model.memory import ActivationMemory, free_bytes
 from atomtune.model.step_graphs import GpuRecorder, StepGraphs
 from atomtune.train.arguments import CHECKPOINTING
 from atomtune.train.checkpoint.start import Fresh, FromWeights, Resumed
@@ -118,7 +118,22 @@ def _new_adapter(run: RunContext, base: Any) -> Any:
     names = ", ".join(f"{name} ({count})" for name, count in counts.items())
     run.console.say(f"LoRA of rank {lora.rank} on {sum(counts.values()):,} layers: {names}.")
     _say_frozen(run, base, lora)
+    _refuse_too_large(base, lora, counts)
     return new_adapter(base, lora)
+
+
+def _refuse_too_large(base: Any, lora: LoraSpec, names: Collection[str]) -> None:
+    """Raise BadSettings where the matrices of the adapter alone would take more memory than is free."""
+    layers = [layer for name, layer in base.named_modules() if name.rpartition(".")[2] in names]
+    sides = sum(getattr(layer, "in_features", 0) + getattr(layer, "out_features", 0) for layer in layers)
+    needed, free = sides * lora.rank * torch.float32.itemsize, free_bytes(base.device)
+    if needed > free:
+        raise BadSettings(
+            [
+                f"--lora_rank {lora.rank:,}: the adapter alone would take {needed / 1e9:,.0f} GB, and "
+                f"{free / 1e9:,.0f} GB are free. Ranks of 4 to 64 are usual."
+            ]
+        )
 
 
 def _as_said(name: str) -> str:

@@ -19,6 +19,8 @@ from atomtune.model.weight_sizes import without_weights
 from atomtune.settings.fields import LoraSettings, ModelSettings, TrainSettings
 from atomtune.train.model import liger_circumstances
 
+#: Above so many for each core, a machine does nothing but start processes.
+_WORKERS_A_CORE = 16
 STEPS = 20  # of the rehearsed schedule, where the run's own number is not known yet
 
 #: What optimizers and schedules raise for arguments that they cannot use.
@@ -30,6 +32,14 @@ def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
     that is no base's."""
     kernels = liger.problems(liger_circumstances(settings.trainer, args), args.liger_kernel_config)
     problems = [*_optimizer_problems(args), *_hub_problems(args), *kernels]
+    most_workers = _WORKERS_A_CORE * (os.cpu_count() or 1)
+    if args.dataloader_num_workers > most_workers:
+        problems.append(
+            f"--dataloader_num_workers {args.dataloader_num_workers:,}: at most {most_workers} on a machine of "
+            f"{os.cpu_count()} cores. 1 or 2 keep a GPU busy."
+        )
+    if args.fsdp and args.world_size <= 1:
+        problems.append("--fsdp is not used here: it needs several processes on GPUs. Leave it out.")
     if args.torch_compile:
         # torch's compiler cannot follow the attention over rows, and every batch has another length.
         problems.append(

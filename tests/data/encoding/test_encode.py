@@ -5,6 +5,7 @@ tokens one by one. It shares no line with template.py or encode.py.
 """
 
 import re
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -540,6 +541,43 @@ def test_shortening_tries_a_long_conversation_a_few_times_only():
     assert len(kept.turns) == 8
     assert len(tried) < 10
     assert max(tried) < 32  # and none of them much longer than what is kept
+
+
+def seconds(template: Template, value: dict, *, max_tokens: int = 40) -> float:
+    began = time.process_time()
+    encoded(template, value, max_tokens=max_tokens)
+    return time.process_time() - began
+
+
+def history(exchanges: int, first: int = 0) -> dict:
+    """The last exchange asks "now", and has the exchanges up to `first` before it left out."""
+    pairs = [[f"q{n}", f"a{n}"] for n in range(first, exchanges)]
+    return {"instruction": "now", "output": "answer", "history": pairs}
+
+
+def test_thousands_of_turns_take_as_long_as_there_are_turns(tokenizers):
+    # Each answer looked through all turns before it: 20,000 turns took minutes.
+    template = load_template("plain", tokenizers["chatml"])
+    seconds(template, history(10))
+    assert seconds(template, history(2000)) < 9 * seconds(template, history(500))  # 4 ×, and 16 × when squared
+
+
+def test_a_long_history_is_shortened_to_what_its_end_alone_is(tokenizers):
+    template = load_template("plain", tokenizers["chatml"])
+    (whole, *_), _ = encoded(template, history(300), max_tokens=60)
+    long, _ = encoded(template, history(300), max_tokens=60)
+    end, _ = encoded(template, history(300, first=280), max_tokens=60)
+    assert long[-1].ids == end[-1].ids and len(long) > 280
+    assert whole.ids != long[-1].ids
+
+
+def test_a_text_full_of_control_strings_takes_as_long_as_it_is(tokenizers):
+    # Each was looked up among all others: 200,000 of them took minutes.
+    for kind in ("chatml", "sentencepiece"):
+        template = load_template("auto" if kind == "chatml" else "plain", tokenizers[kind])
+        control = template.tokenizer.eos_token
+        seconds(template, alpaca(control * 10))
+        assert seconds(template, alpaca(control * 20_000)) < 2  # of processor time; squared it was 30
 
 
 def test_a_template_that_refuses_a_shortened_prompt_refuses_that_record_alone():

@@ -1,6 +1,7 @@
 """A sealed folder is whole or found out; rotation takes only what is ours."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -63,6 +64,16 @@ def test_a_manifest_that_says_nothing_is_damage_and_no_crash(tmp_path, content):
     made = sealed(tmp_path, 4)
     (made / MANIFEST).write_bytes(content)
     assert len(damage(made)) == 1
+
+
+def test_a_manifest_that_is_a_pipe_or_a_device_is_damage(tmp_path):
+    """A pipe was waited for and /dev/zero read until the memory was full."""
+    pipe, device = sealed(tmp_path, 1), sealed(tmp_path, 2)
+    (pipe / MANIFEST).unlink()
+    os.mkfifo(pipe / MANIFEST)
+    (device / MANIFEST).unlink()
+    (device / MANIFEST).symlink_to("/dev/zero")
+    assert [damage(folder) for folder in (pipe, device)] == 2 * [["its manifest is not readable"]]
 
 
 def test_a_missing_file_and_a_missing_manifest_are_named(tmp_path):

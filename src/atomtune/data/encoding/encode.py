@@ -236,6 +236,15 @@ class Encoder:
         refusal = Refusal(record.origin, reason, RefusalKind.TEMPLATE)
         return EncodedRecord(record.origin, refusal=refusal, refused_target_tokens=tokens)
 
+    def _recent(self, record: Record, at: int) -> tuple[Turn, ...]:
+        """The turns up to an answer that could fit: its system texts, and as many others as there may be tokens.
+
+        Of a history of twenty thousand turns, each answer would look through all that are before it.
+        """
+        first = max(0, at + 1 - self.max_tokens)
+        systems = [turn for turn in record.turns[:first] if turn.role == "system"] if first else []
+        return (*systems, *record.turns[first : at + 1])
+
     def _made_to_fit(self, record: Record, at: int, target: Target, ids: _PieceIds) -> Target | Refusal:
         """An exchange that is too long, its prompt shortened; or the refusal of one that must not or cannot be."""
         room = self.max_tokens - len(target.answer)
@@ -256,8 +265,9 @@ class Encoder:
             fitting.append((shorter, prompt_ids))
             return True
 
-        until = replace(record, turns=record.turns[: at + 1])
-        shorter = shorten(until, fits, share=room / target.prompt_tokens) if room > 0 else None
+        until = replace(record, turns=self._recent(record, at))
+        share = room / target.prompt_tokens * (at + 1) / len(until.turns)
+        shorter = shorten(until, fits, share=min(share, 1.0)) if room > 0 else None
         if shorter is not None:
             prompt = next(prompt for tried, prompt in reversed(fitting) if tried == shorter)
             return target._replace(prompt=prompt, prompt_tokens=sum(map(len, prompt)))

@@ -7,6 +7,7 @@ in a record's own text is hidden while the template renders and becomes text aga
 import contextlib
 import itertools
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -134,7 +135,7 @@ class PieceTokenizer:
         """
         ids: list[int] = []
         for start, stop in self._stretches(piece):
-            breaks = tuple(b - start for b in piece.breaks if start < b < stop)
+            breaks = [at - start for at in _between(piece.breaks, start, stop)]
             text = piece.text[start:stop]
             anew = not ids or self._begins_anew_behind_controls
             plain = self._as_plain_text(text, goes_on=not anew) if breaks else None
@@ -148,15 +149,15 @@ class PieceTokenizer:
 
     def _stretches(self, piece: Piece) -> list[tuple[int, int]]:
         """Where the piece is cut: around each run of text that holds a break, up to the template's control tokens."""
-        bounds = [0]
+        bounds, breaks = [0], frozenset(piece.breaks)
         for match in self.controls.finditer(piece.text):
-            if match.start() + 1 not in piece.breaks:  # the template's own
+            if match.start() + 1 not in breaks:  # the template's own
                 bounds += [match.start(), match.end()]
         spans = [(a, b) for a, b in itertools.pairwise([*bounds, len(piece.text)]) if a < b]
         joined: list[tuple[int, int]] = []
         for a, b in spans:
-            holds_break = any(a < at < b for at in piece.breaks)
-            before_holds = bool(joined) and any(joined[-1][0] < at < joined[-1][1] for at in piece.breaks)
+            holds_break = bool(_between(piece.breaks, a, b))
+            before_holds = bool(joined) and bool(_between(piece.breaks, *joined[-1]))
             if joined and not holds_break and not before_holds:
                 joined[-1] = (joined[-1][0], b)
             else:
@@ -198,8 +199,9 @@ class PieceTokenizer:
     def _cut_ids(self, text: str, breaks: Sequence[int], *, begins: bool) -> list[int]:
         first, *rest = [text[a:b] for a, b in itertools.pairwise([0, *breaks, len(text)])]
         ids = self.tokenized([first])[0] if begins else self._continuation(first)
+        ids_of = {part: self._continuation(part) for part in dict.fromkeys(rest)}  # of a string repeated often, once
         for part in rest:
-            ids += self._continuation(part)
+            ids += ids_of[part]
         return ids
 
     def _continuation(self, part: str) -> list[int]:
@@ -209,6 +211,11 @@ class PieceTokenizer:
             if alone and together[: len(alone)] == alone:
                 return together[len(alone) :]
         return self.tokenized([part])[0]
+
+
+def _between(breaks: Sequence[int], start: int, stop: int) -> Sequence[int]:
+    """Of breaks in rising order, those inside a stretch."""
+    return breaks[bisect_right(breaks, start) : bisect_left(breaks, stop)]
 
 
 class Escaper:
