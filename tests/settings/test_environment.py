@@ -24,6 +24,8 @@ FOUR = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT
         {"WORLD_SIZE": "1"},
         {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"},  # a cluster's defaults, with no job
         FOUR | {"WORLD_SIZE": "1"},
+        FOUR | {"PMI_SIZE": "2"},  # torchrun, started by MPI on each of two machines
+        {"PMI_SIZE": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "3"},
         {"ACCELERATE_USE_FSDP": "False", "ACCELERATE_MIXED_PRECISION": "no"},
     ],
 )
@@ -42,6 +44,8 @@ def test_what_a_launcher_sets_passes(environment):
         (FOUR | {"WORLD_SIZE": "many"}, ("WORLD_SIZE is 'many'", "a whole number")),
         ({"LOCAL_RANK": "0"}, ("LOCAL_RANK=0", "not RANK, WORLD_SIZE", "unset LOCAL_RANK")),
         (FOUR | {"LOCAL_RANK": "-1"}, ("LOCAL_RANK is '-1'",)),
+        ({"PMI_SIZE": "4", "SLURM_NTASKS": "4"}, ("PMI_SIZE=4", "MPI", "unset PMI_SIZE")),
+        ({"OMPI_COMM_WORLD_SIZE": "many"}, ("OMPI_COMM_WORLD_SIZE is 'many'", "a whole number")),
     ],
 )
 def test_what_is_left_over_is_said_with_the_remedy(environment, named):

@@ -56,7 +56,21 @@ def environment_problems(environment: Mapping[str, str] = os.environ) -> Iterato
             f"from 0. {_remedy('RANK', 'WORLD_SIZE')}"
         )
 
+    yield from _mpi_problems(environment)
     yield from _accelerate_problems(environment)
+
+
+def _mpi_problems(environment: Mapping[str, str]) -> Iterator[str]:
+    """Of the variables that MPI's launchers set: on a CPU accelerate waits for as many processes as they say."""
+    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        text = environment.get(name, "1")
+        if not text.isdecimal():
+            yield f"the environment variable {name} is {text!r}; expected a whole number. {_remedy(name)}"
+        elif int(text) > 1 and "WORLD_SIZE" not in environment:
+            yield (
+                f"the environment has {name}={text}, as if MPI had started {text} processes that wait for each other. "
+                f"{_remedy(name)}"
+            )
 
 
 def _accelerate_problems(environment: Mapping[str, str]) -> Iterator[str]:
