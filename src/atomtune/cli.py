@@ -59,6 +59,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; what each means: errors.ExitCode."""
+    _fill_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without 灯 or … shows them as \u706f
@@ -75,6 +76,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say_error(f"atomtune: standard output cannot be written: {error.strerror}. What it was to hold is lost.")
             code = ExitCode.RUN_FAILED
     return code
+
+
+def _fill_closed_streams() -> None:
+    """Open nothing in place of a closed input, output or error (`>&-`): the next file would get its number.
+
+    A library that writes to standard error by its number would write into that file.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
 
 
 def _without_language(argv: Sequence[str]) -> tuple[list[str], str]:

@@ -4,7 +4,8 @@ Nothing is hidden: spaces, line ends, control tokens and the bytes of a characte
 """
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -15,6 +16,8 @@ from atomtune.console import Console
 from atomtune.data.records import Example
 from atomtune.language import message, translated
 
+#: Examples of one record.
+_SHOWN_OF_A_RECORD = 8
 SPACE, LINE_END, TAB = "·", "↵", "⇥"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 #: Two shades each, in turn, so that boundaries show without a mark between tokens. Yellow and violet: control tokens.
@@ -147,9 +150,22 @@ def show(console: Console, examples: Sequence[Example], decoder: TokenDecoder, *
     """Print examples token by token; of one that is longer than `part` tokens its end, where its answer stands."""
     colour = console.color_system is not None and not console.no_color
     console.print(legend(colour=colour))
-    for example in examples:
+    of_record = Counter(example.origin for example in examples)
+    for example in _first_of_each_record(examples):
         first = max(0, len(example.ids) - part)
         n_learned = sum(times > 0 for times in example.learn)
         not_shown = f"; the first {first:,} are not shown" if first else ""
         console.say(f"\n{example.origin}  {len(example.ids):,} tokens, {n_learned:,} learned{not_shown}")
         console.print(coloured(example.ids[first:], example.learn[first:], decoder, colour=colour, width=console.width))
+    for origin, count in of_record.items():
+        if count > _SHOWN_OF_A_RECORD:
+            console.say(f"\n{origin}  {count - _SHOWN_OF_A_RECORD:,} more examples of this record are not shown")
+
+
+def _first_of_each_record(examples: Sequence[Example]) -> Iterator[Example]:
+    """A history of thousands of turns is as many examples; a few of them tell how they look."""
+    shown: Counter[str] = Counter()
+    for example in examples:
+        shown[example.origin] += 1
+        if shown[example.origin] <= _SHOWN_OF_A_RECORD:
+            yield example
