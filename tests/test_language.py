@@ -148,7 +148,7 @@ def test_every_command_takes_a_language(words, capsys):
     assert main(["train", *words, "--lora_rank", "0", "--learning_rat", "1"]) == 2
     assert capsys.readouterr().err.splitlines()[1:] == [
         "atomtune train：--learning_rat：没有这项设置。是不是想写 --learning_rate？",
-        "--lora_rank '0'：应为整数，大于等于 1。",
+        "--lora_rank '0'：应为整数，大于等于 1和小于等于 65,536。",
     ]
 
 
