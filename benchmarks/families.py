@@ -33,13 +33,14 @@ import transformers
 from atomtune.batch.collate import Collator
 from atomtune.batch.row import padded_tokens
 from atomtune.batch.tree import graft
+from atomtune.choices import Layout
 from atomtune.data.records import Example
 from atomtune.errors import AtomtuneError
 from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.agreement import another_plain_way
 from atomtune.model.auto_class import auto_class
 from atomtune.model.fused_layers import fuse_layers
-from atomtune.model.layout_support import carries_state, cut_of, why_padded, windows_of
+from atomtune.model.layout_support import collator_for, why_padded
 from atomtune.model.load import quiet_libraries
 from atomtune.model.lora_targets import match_targets
 from atomtune.model.loss import innermost, target_nats
@@ -366,14 +367,8 @@ def examine(family: str, values: Values) -> Finding:
     fuse_layers(model, input_ids=torch.zeros(1, 2, dtype=torch.long))
     own_attention = innermost(model).config._attn_implementation
     reason = why_padded(model)
-    collator = Collator(
-        layout="tree" if reason is None else "padded",
-        pad_id=0,
-        as_examples=lambda stored: (Example(**stored),),
-        windows=windows_of(model) if reason is None else (None,),
-        cut=cut_of(model),
-        carries_state=carries_state(model),
-    )
+    layout: Layout = "tree" if reason is None else "padded"
+    collator = collator_for(model, layout, pad_id=0, as_examples=lambda stored: (Example(**stored),))
     ours, _ = in_batches(model, examples, collator, per_batch=len(examples))
     faster = None if reason else _times_faster(model, collator, own_attention)
     return Finding(family, class_name, collator.layout, reason or "", _apart(ours, plain), noise, adapted, faster)

@@ -22,7 +22,7 @@ from atomtune.batch.collate import Collator
 from atomtune.choices import Layout
 from atomtune.data.records import Example
 from atomtune.errors import BadData
-from atomtune.model.layout_support import carries_state, cut_of, why_padded, windows_of
+from atomtune.model.layout_support import collator_for, why_padded
 from atomtune.model.loss import innermost, target_nats
 
 #: What transformers' losses skip.
@@ -71,16 +71,11 @@ def share_prefixes(model: nn.Module) -> PrefixSharing:
     of the model exchanged. Batches without shared rows, and `generate`, go on as before.
     """
     reason = why_padded(model)  # type: ignore[arg-type]
-    shares = reason is None
+    layout: Layout = "tree" if reason is None else "padded"
     config = innermost(model).config.get_text_config()
-    collator = Collator(
-        layout="tree" if shares else "padded",
-        pad_id=getattr(config, "pad_token_id", None) or 0,  # padding is masked by its place, so any token will do
-        as_examples=_as_example,
-        windows=windows_of(model) if shares else (None,),
-        cut=cut_of(model),
-        carries_state=carries_state(model),
-    )
+    # Padding is masked by its place, so any token will do.
+    pad_id = getattr(config, "pad_token_id", None) or 0
+    collator = collator_for(model, layout, pad_id=pad_id, as_examples=_as_example)  # type: ignore[arg-type]
     return PrefixSharing(collator.layout, reason, collator)
 
 

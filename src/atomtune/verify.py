@@ -37,7 +37,7 @@ from atomtune.model.agreement import (
 from atomtune.model.base_shape import base_shape
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fused_layers import fuse_layers
-from atomtune.model.layout_support import carries_state, cut_of, why_padded, windows_of
+from atomtune.model.layout_support import collator_for, why_padded
 from atomtune.model.load import (
     BaseSpec,
     device_in_use,
@@ -163,15 +163,7 @@ def compare(
     fast = load()
     layout = _layout(fast, wanted)
     fuse_layers(fast, input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
-    windows = windows_of(fast) if layout != "padded" else (None,)
-    collator = Collator(
-        layout=layout,
-        pad_id=pad_id,
-        as_examples=as_examples,
-        windows=windows,
-        cut=cut_of(fast),
-        carries_state=carries_state(fast),
-    )
+    collator = collator_for(fast, layout, pad_id=pad_id, as_examples=as_examples)
     console.say("the fast path …")
     ours, tokens_computed = in_batches(fast, examples, collator, per_batch=per_batch)
     del fast

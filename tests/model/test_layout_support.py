@@ -22,6 +22,7 @@ from atomtune.batch.collate import Collator
 from atomtune.batch.row import Row
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
+from atomtune.errors import BadModel
 from atomtune.model import layout_support, row_attention
 from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.fused_layers import fuse_layers
@@ -96,7 +97,7 @@ def build(family: str, **more: Any) -> Any:
     """A tiny base in float64."""
     values = {**VALUES.get(family, SIZE), "vocab_size": WORDS, "bos_token_id": 1, "eos_token_id": 2, **more}
     torch.manual_seed(7)
-    config = AutoConfig.for_model(family, **values, pad_token_id=None, use_cache=False)
+    config = AutoConfig.for_model(family, **{"pad_token_id": None, **values}, use_cache=False)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
 
 
@@ -331,6 +332,23 @@ def test_a_model_that_a_tree_would_change_is_refused_with_the_reason(family, val
     assert said is not None
     assert re.search(reason, said)
     assert base.config._attn_implementation == before, "a refused model keeps its own attention"
+
+
+def test_padded_rows_are_at_the_positions_that_the_model_counts_itself():
+    # RoBERTa's first position is the one behind its padding id.
+    model = build("roberta", **SIZE, is_decoder=True, pad_token_id=1)
+    model.requires_grad_(False).lm_head.dense.requires_grad_(True)
+    lay = layout_support.collator_for(model, "padded", pad_id=1, as_examples=lambda row: ()).lay
+    expected = one_at_a_time(model)
+    nats, _ = target_nats(model, lay(EXAMPLES))
+    assert nats.item() == pytest.approx(expected.nats, rel=1e-6)
+
+
+def test_a_model_that_counts_padding_in_is_refused():
+    # CPM-Ant's positions end at the end of a row, padding included.
+    model = build("cpmant", dim_model=32, num_attention_heads=4, dim_head=8, dim_ff=48, num_hidden_layers=2)
+    with pytest.raises(BadModel, match="counts padding in"):
+        layout_support.collator_for(model, "padded", pad_id=0, as_examples=lambda row: ())
 
 
 def test_remote_code_is_refused_with_the_reason(models):

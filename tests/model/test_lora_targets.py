@@ -92,6 +92,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
         {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"},
         {"wk", "wq_b", "weights_proj", "gate_proj", "up_proj", "down_proj"},
     ),
+    # Its linear layers are of a class of its own, with a forward of its own that computes the same.
+    "falcon": ({}, {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}, set()),
     "mamba2": (
         {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 16},
         {"in_proj"},
@@ -136,6 +138,13 @@ def test_every_layer_of_all_linear_gets_a_gradient_with_the_default_dropout(fami
     adapted = {name.partition(".lora_")[0].rpartition(".")[2] for name in trained}
     assert adapted == FAMILIES[family][1]
     assert [name for name, weight in trained.items() if weight.grad is None] == []
+
+
+def test_a_layer_that_multiplies_parts_of_its_matrix_is_left_out_with_the_reason():
+    grouped = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4").DeepseekV4GroupedLinear
+    base = tiny("llama")
+    base.model.layers[0].self_attn.o_proj = grouped(8, 32, 4)
+    assert all_linear(base).left_out["o_proj"] == "it computes otherwise than a linear layer"
 
 
 def test_a_router_of_a_model_that_brings_its_own_code_gets_no_adapter():

@@ -234,8 +234,12 @@ def with_auxiliary_loss(family: str, **more: Any) -> Any:
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4, "router_aux_loss_coef": 0.5}
 
 
-def test_an_auxiliary_loss_that_the_config_switches_on_is_transformers_own():
-    model = with_auxiliary_loss("mixtral", **EXPERTS)
+@pytest.mark.parametrize(
+    ("family", "experts"),
+    [("mixtral", EXPERTS), ("jetmoe", {"num_experts_per_tok": 2, "num_local_experts": 4, "aux_loss_coef": 0.5})],
+)
+def test_an_auxiliary_loss_that_the_config_switches_on_is_transformers_own(family, experts):
+    model = with_auxiliary_loss(family, **experts)
     batch = batch_of(EXAMPLES)
     labels = torch.full_like(batch["input_ids"], -100)
     labels[batch["row"], batch["predicted_from"] + 1] = batch["target"]

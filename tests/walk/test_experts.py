@@ -45,6 +45,7 @@ def test_experts_and_what_is_like_them_are_adapted_and_said(walked, tmp_path, ca
     assert main([*command, "--lora_experts", "--output_dir", str(tmp_path / "a"), "--max_steps", "1"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "experts.down_proj (1), experts.gate_up_proj (1)" in printed
+    assert "--lora_dropout 0.1 does not apply to the experts" in printed
     assert "stay frozen" not in printed
     assert main([*command, "--output_dir", str(tmp_path / "b"), "--max_steps", "1"]) == 0
     printed = " ".join(capsys.readouterr().out.split())

@@ -95,3 +95,19 @@ def test_merged_it_answers_as_the_adapter_does(trained, tmp_path, capsys):
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     with torch.no_grad():
         assert not torch.allclose(plain(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-3)
+
+
+def test_its_evaluation_does_not_depend_on_what_is_in_a_batch(trained, tmp_path):
+    """One record in a row has nothing before it that could leak into it, and no branch."""
+    _, _, command, out = trained
+    figures = []
+    for size in ("1", "6"):
+        folder = tmp_path / size
+        evaluate = ["evaluate", "--adapter_path", str(out), "--dtype", "float32", "--output_dir", str(folder)]
+        evaluate += ["--dataset_path", command[command.index("--dataset_path") + 1], "--records", "6"]
+        more = ["--no_generate", "--no_probe", "--per_device_eval_batch_size", size]
+        assert main([*evaluate, *more]) == 0
+        figures.append(json.loads((folder / "report.json").read_text())["models"])
+    for name, alone in figures[0].items():
+        together = figures[1][name]["nats_per_token"][0]
+        assert together == pytest.approx(alone["nats_per_token"][0], rel=1e-5)

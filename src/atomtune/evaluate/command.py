@@ -10,6 +10,7 @@ from rich.table import Table
 
 from atomtune.batch.collate import Collator
 from atomtune.batch.cost import sample_rows
+from atomtune.choices import Layout
 from atomtune.console import Console
 from atomtune.data.cache import Rules, as_examples
 from atomtune.data.encoding.chat_template import Template
@@ -24,7 +25,7 @@ from atomtune.evaluate.report import Report, interval_text, make_report, markdow
 from atomtune.evaluate.run_folder import refuse_changed_files, run_records
 from atomtune.extras import refuse_missing
 from atomtune.language import translated
-from atomtune.model.layout_support import why_padded, windows_of
+from atomtune.model.layout_support import collator_for, why_padded
 from atomtune.model.load import pad_id_of, quiet_libraries
 from atomtune.settings.fields import EvaluateSettings, RecordSettings
 
@@ -180,14 +181,9 @@ def _records_by_template(
 
 def _collator(models: Models) -> Collator:
     """Shared beginnings once, where this model computes them exactly."""
-    padded = why_padded(models.model) is not None
+    layout: Layout = "tree" if why_padded(models.model) is None else "padded"
     tokenizer = models.subjects[0].template.tokenizer
-    return Collator(
-        layout="padded" if padded else "tree",
-        pad_id=pad_id_of(tokenizer),
-        as_examples=as_examples,
-        windows=(None,) if padded else windows_of(models.model),
-    )
+    return collator_for(models.model, layout, pad_id=pad_id_of(tokenizer), as_examples=as_examples)
 
 
 def say(report: Report, console: Console) -> None:

@@ -89,7 +89,7 @@ def refuse_not_causal(path: str, model: CausalLM) -> None:
 
     def watch(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
         of_tokens.append(output.detach().requires_grad_())
-        return of_tokens[-1]
+        return of_tokens[-1].clone()  # some scale it in place, which torch refuses for what a gradient starts from
 
     training = model.training
     model.eval()

@@ -5,13 +5,17 @@ Nothing is taken from a list of architectures: a small tree is computed and comp
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from atomtune.batch.attention_plan import Cut
+from atomtune.batch.collate import Collator
+from atomtune.choices import Layout
+from atomtune.data.records import Example
+from atomtune.errors import BadModel
 from atomtune.model import recurrent, trial
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.loss import auxiliary_factor, body_of, innermost, takes
@@ -38,6 +42,28 @@ def windows_of(model: nn.Module) -> tuple[int | None, ...]:
 def carries_state(model: nn.Module) -> bool:
     """Whether rows of this model need to say where a state forks; known after `why_padded`."""
     return recurrent.carries_state(body_of(model))
+
+
+def collator_for(
+    model: CausalLM, layout: Layout, *, pad_id: int, as_examples: Callable[[Mapping[str, Any]], Sequence[Example]]
+) -> Collator:
+    """What lays batches out for a model; its rows in the way that `why_padded` has set it to.
+
+    Raises BadModel where not even padded rows give what their records give alone.
+    """
+    if layout == "padded" and (reason := trial.padding_difference(model, pad_id=pad_id)):
+        raise BadModel(
+            f"This model counts padding in: {reason}.\n"
+            "Training would not be on your records. Pass --model_path with another model."
+        )
+    return Collator(
+        layout=layout,
+        pad_id=pad_id,
+        as_examples=as_examples,
+        windows=windows_of(model) if layout != "padded" else (None,),
+        cut=cut_of(model),
+        carries_state=carries_state(model),
+    )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from atomtune.errors import BadModel, BadSettings
@@ -73,6 +74,8 @@ def all_linear(base: CausalLM) -> AllLinear:
         elif "gate" in last and _outputs(modules[name]) == 1:
             # It says how much of a shared expert a token takes. LoRA would hold several times its own numbers.
             left_out[last] = "a gate with one output"
+        elif not _is_plain(modules[name]):
+            left_out[last] = "it computes otherwise than a linear layer"
         elif name in uncalled:
             left_out[_tower(name, calls.called if calls else ())] = "not called for text"
         elif name in without_gradient:
@@ -89,22 +92,37 @@ def all_linear(base: CausalLM) -> AllLinear:
 def _router_of(base: CausalLM, name: str, modules: Mapping[str, nn.Module]) -> str | None:
     """The last part of the name of the router that this linear layer is, or is a part of; None where it is neither.
 
-    A router is told in three ways: it returns something else than its output (Llama 4, Phi-MoE); it or its class is
-    called a router (Zaya, Gemma 3n); or it is called `gate` and has an output for each expert (models that bring
-    their own code).
+    It or its class is called a router (Llama 4, Phi-MoE, Zaya), or it is called `gate` and has an output for each
+    expert (models that bring their own code).
     """
     parts = name.split(".")
     for depth in range(1, len(parts) + 1):
         module = modules[".".join(parts[:depth])]
         if "router" in parts[depth - 1].lower() or "router" in type(module).__name__.lower():
             return parts[depth - 1]
-    layer = modules[name]
-    of_an_architecture = type(layer).__module__.startswith("transformers.models.")
-    if of_an_architecture and isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward:
-        return parts[-1]
-    if parts[-1] == "gate" and _outputs(layer) in numbers_of_experts(base.config):
+    if parts[-1] == "gate" and _outputs(modules[name]) in numbers_of_experts(base.config):
         return parts[-1]
     return None
+
+
+@torch.no_grad()
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer with a forward of its architecture computes what its matrix says, which LoRA adds to.
+
+    Falcon's does; the grouped one of DeepSeek V4 multiplies parts of its matrix with parts of its input.
+    """
+    if not isinstance(layer, nn.Linear) or not type(layer).__module__.startswith("transformers.models."):
+        return True
+    weight = layer.weight
+    inputs = torch.linspace(-1, 1, 2 * layer.in_features).view(2, -1).to(weight)
+    try:
+        output = layer(inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    expected = functional.linear(inputs, weight, layer.bias)
+    if not isinstance(output, torch.Tensor) or output.shape != expected.shape:
+        return False
+    return weight.is_meta or bool((output - expected).norm() <= 0.1 * expected.norm())  # far above any rounding
 
 
 def _outputs(module: nn.Module) -> int:

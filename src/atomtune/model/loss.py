@@ -90,7 +90,11 @@ def auxiliary_factor(model: nn.Module) -> float:
     config = inner.config.get_text_config()
     if not getattr(config, "output_router_logits", False):
         return 0.0
-    return float(getattr(inner, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0)))
+    for holder in (inner, config):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):  # the second is JetMoE's
+            if hasattr(holder, name):
+                return float(getattr(holder, name))
+    return 0.0
 
 
 def _with_auxiliary(nats: torch.Tensor, count: torch.Tensor, model: nn.Module, output: Any) -> torch.Tensor:
@@ -127,16 +131,16 @@ def _target_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Te
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """What the model's forward is given for a batch."""
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"]}
-    if takes(model, "position_ids"):
-        inputs["position_ids"] = batch["position_ids"]
     plan = batch["plan"]
     if plan is None:
         announce(body_of(model), None)
+        # The model counts positions itself, as it does for a record alone: RoBERTa's begin behind its padding id.
         return {**inputs, "attention_mask": batch["attention_mask"]}
     plan = plan.to(batch["input_ids"].device)
     announce(body_of(model), plan)
     if not takes(model, "position_ids"):  # nothing in it attends: all its layers carry a state
         return inputs
+    inputs["position_ids"] = batch["position_ids"]
     if innermost(model).config._attn_implementation != ROWS:
         return {**inputs, "attention_mask": plan.visible(None)}
     # A mask of four dimensions is handed on as it is, so the library neither builds one nor guesses packing.

@@ -166,7 +166,8 @@ def as_in_training(inner: Any) -> Iterator[None]:
 
     bitsandbytes repacks its 4-bit layers for serving, for good, when they are called without.
     """
-    hook = inner.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
+    # A copy, because CTRL scales its embeddings in place, which torch refuses for what a gradient starts from.
+    hook = inner.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_().clone())
     try:
         with torch.enable_grad():
             yield
@@ -375,6 +376,9 @@ class _States:
     ) -> torch.Tensor:
         self.new_recurrent[state_idx] = state
         return state
+
+    def update(self, *_args: Any, **_kwargs: Any) -> Any:
+        raise NotImplementedError("code of its own, which keeps keys and values")
 
     def is_recording_past(self, *_args: Any, **_kwargs: Any) -> bool:
         return True

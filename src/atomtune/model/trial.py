@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from atomtune.batch.attention_plan import Cut
-from atomtune.batch.collate import collate_row
-from atomtune.batch.row import Row, untils
+from atomtune.batch.collate import collate_chains, collate_row
+from atomtune.batch.row import Row, single, untils
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
 from atomtune.errors import BadModel
@@ -128,6 +128,31 @@ def changed_by(model: CausalLM, change: Callable[[], object]) -> str | None:
     return None
 
 
+@torch.no_grad()
+def padding_difference(model: CausalLM, *, pad_id: int) -> str | None:
+    """In what a short record beside a long one, padded, differs from the short one alone, or None."""
+    examples = _examples(innermost(model).config.get_text_config().vocab_size)
+    long, short = examples[0], examples[-1]
+    batch: Any = collate_chains([single(long), single(short)], pad_id=pad_id, examples=2, tokens_padded=0)
+    for name in ("input_ids", "position_ids", "attention_mask"):
+        batch[name] = batch[name].to(_device(model))
+    targets = [i for i, times in enumerate(short.learn) if times]
+    predicted_from, ids = [i - 1 for i in targets], [short.ids[i] for i in targets]
+    training = model.training
+    model.eval()
+    try:
+        alone = _alone(model, short)
+        with another_plain_way(model):
+            again = _alone(model, short)
+        scores = _scores(model, model_inputs(model, batch), predicted_from, ids, row=1)
+    finally:
+        model.train(training)
+    apart, noise = _apart(_Side(scores.double().cpu(), {}), alone), _apart(again, alone)
+    if apart <= max(_TIMES_NOISE * noise, _LEAST_ULPS * unit(_dtype(model))):
+        return None
+    return f"a padded record differs from the same record alone by {apart:.1e} nats a token (noise: {noise:.1e})"
+
+
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
@@ -230,14 +255,14 @@ def _refuse_without_gradient(plain: _Side) -> None:
 
 
 def _scores(
-    model: CausalLM, inputs: Mapping[str, Any], predicted_from: Sequence[int], targets: Sequence[int]
+    model: CausalLM, inputs: Mapping[str, Any], predicted_from: Sequence[int], targets: Sequence[int], *, row: int = 0
 ) -> torch.Tensor:
     """[N] log-probabilities of target ids at positions of one row, in float32 at least."""
     columns = torch.tensor(predicted_from, device=_device(model))
     if takes(model, "logits_to_keep"):
-        logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits[0]  # [N, V]
+        logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits[row]  # [N, V]
     else:
-        logits = model(**inputs, use_cache=False).logits[0, predicted_from]
+        logits = model(**inputs, use_cache=False).logits[row, predicted_from]
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     return scores.gather(1, torch.tensor(targets, device=logits.device)[:, None])[:, 0]
 

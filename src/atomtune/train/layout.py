@@ -11,7 +11,7 @@ from atomtune.data.cache import as_examples
 from atomtune.data.records import Example
 from atomtune.errors import BadSettings
 from atomtune.model.causal_lm import CausalLM
-from atomtune.model.layout_support import carries_state, cut_of, why_padded, windows_of
+from atomtune.model.layout_support import collator_for, why_padded
 from atomtune.model.load import pad_id_of
 from atomtune.model.mixer_kernels import kernels_of
 from atomtune.train.dataset import Data
@@ -72,14 +72,7 @@ def choose_layout(run: RunContext, model: CausalLM, tokenizer: Any, data: Data, 
     if kernels := kernels_of(model):
         run.console.say(kernels.described(device_of(run)))
     run.record.update(layout=layout)
-    collator = Collator(
-        layout=layout,
-        pad_id=pad_id_of(tokenizer),
-        as_examples=as_examples,
-        windows=windows_of(model) if layout != "padded" else (None,),
-        cut=cut_of(model),
-        carries_state=carries_state(model),
-    )
+    collator = collator_for(model, layout, pad_id=pad_id_of(tokenizer), as_examples=as_examples)
     heaviest = heaviest_of_the_run(tokens.heaviest[layout], per_batch=per_batch, longest_tokens=longest_tokens)
     return ChosenLayout(collator, heaviest)
 

@@ -112,11 +112,14 @@ def _refuse_too_few_positions(base: Any, longest_tokens: int) -> None:
 def _new_adapter(run: RunContext, base: Any) -> Any:
     lora = LoraSpec(**run.settings.lora.lora())
     counts = match_targets(base, lora.targets)
+    tensors = expert_tensors(base, lora.targets) if lora.experts else []
     if lora.experts:
-        adapted = [*expert_tensors(base, lora.targets), *experts_of(base).layers]
-        counts |= Counter(_as_said(name) for name in sorted(adapted))
+        counts |= Counter(_as_said(name) for name in sorted([*tensors, *experts_of(base).layers]))
     names = ", ".join(f"{name} ({count})" for name, count in counts.items())
     run.console.say(f"LoRA of rank {lora.rank} on {sum(counts.values()):,} layers: {names}.")
+    if tensors and lora.dropout:
+        # PEFT adds to their weights before they are used, so there is no input of LoRA's own to drop.
+        run.console.say(f"--lora_dropout {lora.dropout:g} does not apply to the experts; the other layers have it.")
     _say_frozen(run, base, lora)
     _refuse_too_large(base, lora, counts)
     return new_adapter(base, lora)
