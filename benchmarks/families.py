@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from atomtune.batch.collate import Collator
 from atomtune.batch.row import padded_tokens
@@ -296,6 +297,86 @@ FAMILIES: dict[str, dict[str, Values]] = {
 }
 
 
+#: Values for families that need none of their own: each takes those that its config has.
+_ANY: Values = {
+    **_SIZE,
+    **_HEAD,
+    **_EXPERTS,
+    **_LOCAL_EXPERTS,
+    **_ROUTED,
+    **_LATENT,
+    "num_key_value_heads": 2,
+    "shared_expert_intermediate_size": 32,
+    "shared_intermediate_size": 32,
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "sliding_window": 16,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 16,
+    "swa_v_head_dim": 12,
+    "global_head_dim": 16,
+    "kv_channels": 16,
+    "rotary_dim": 8,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 512,
+    "d_model": 64,
+    "dff": 96,
+    "ffn_dim": 96,
+    "num_layers": 2,
+    "attention_heads": 4,
+}
+_LATENT_HEADS: Values = {"num_key_value_heads": 4, "head_dim": 8}
+#: Families of which _ANY alone makes a model.
+_OF_ANY = """
+afmoe apertus1p5_text arcee aria_text beam biogpt bitnet codegen cohere2_moe ctrl cwm deepseek_v4 diffllama doge dory
+dots1 ernie4_5 exaone exaone_moe falcon flex_olmo flint gemma4_unified_text glm gpt_bigcode gpt_neox gpt_neox_japanese
+gptj granite_swa granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_moe hy_v3 hy_v4 hyperclovax inkling_text
+internlm3 iquestcoder jais2 jetmoe kolibri1 laguna mellum mimo_v2_flash minimax_m3_vl_text ministral modernbert-decoder
+mpt nanochat nemotron olmo openai-gpt opt persimmon phi qwen2_moe rwkv sarvam_moe solar_open stablelm starcoder2
+vaultgemma xglm
+"""
+#: family → values beyond _ANY
+_BEYOND_ANY: dict[str, Values] = {
+    "axk1": _LATENT_HEADS,
+    "axk2": _LATENT_HEADS,
+    "dots3_note_text": _LATENT_HEADS,
+    "glm_moe_dsa": _LATENT_HEADS,
+    "sarvam_mla": _LATENT_HEADS,
+    "youtu": _LATENT_HEADS,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "qwen4_exp_text": {
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "hc_lowrank": 16,
+        "ple_embed_dim": 64,
+        "ngram_vocab_size_base": 1024,
+        "split_ngram_parts": 4,
+    },
+}
+
+#: why no row → names that transformers lists as causal models
+LEFT_OUT: dict[str, str] = {
+    "read a text from both sides, which `train` refuses": """
+        bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta
+        roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xlnet xmod""",
+    "are the second half of an encoder-decoder": """
+        bart bigbird_pegasus blenderbot blenderbot-small marian mbart musicgen musicgen_melody mvp pegasus plbart
+        prophetnet trocr whisper""",
+    "are whole checkpoints with towers for images or sound": """
+        dots3_note emu3 fuyu gemma3 gemma3n gemma4 gemma4_assistant gemma4_unified gemma4_unified_assistant git
+        got_ocr2 llama4 mllama moshi moss_transcribe_diarize phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp""",
+    "counts padding in, which `train` refuses": "cpmant",
+    "has the class of gpt2": "gpt-sw3",
+    "were not built this small": """
+        blt cohere_compass_text dbrx inkling2_loop_text inkling2_text longcat_flash reformer xlstm""",
+}
+
+
 @dataclass(frozen=True)
 class Finding:
     """What is known of one family after its trial."""
@@ -329,9 +410,27 @@ class Finding:
 def build(family: str, values: Values) -> Any:
     """A tiny model in float32. Raises ValueError where transformers does not know the family."""
     torch.manual_seed(7)
-    config = transformers.AutoConfig.for_model(family, **{**_SIZE, **values})
+    config = transformers.AutoConfig.for_model(family, **values)
     config.use_cache = False
     return auto_class(config).from_config(config, dtype=torch.float32).eval()
+
+
+def families() -> Iterator[tuple[str, str, Values]]:
+    """Kind of layers, family, and the values of its config."""
+    for kind, of_kind in FAMILIES.items():
+        for family, values in of_kind.items():
+            yield kind, family, {**_SIZE, **values}
+    for family in sorted([*_OF_ANY.split(), *_BEYOND_ANY]):
+        yield "more", family, {**_known(family), **_BEYOND_ANY.get(family, {})}
+
+
+def _known(family: str) -> Values:
+    """Those of _ANY that a family's config has."""
+    if family not in transformers.CONFIG_MAPPING:
+        return {}
+    config = transformers.CONFIG_MAPPING[family]
+    names = {*config().to_dict(), *config.attribute_map}
+    return {name: value for name, value in _ANY.items() if name in names}
 
 
 def some_examples() -> list[Example]:
@@ -508,9 +607,24 @@ def page(findings: Findings, *, beside: tuple[str, list[Finding]] | None = None)
     missing = [finding.family for _, finding in findings if finding.verdict == "not here"]
     if missing:
         lines += ["", f"Known here and not in this transformers: {', '.join(missing)}."]
+    lines += ["", *_left_out()]
     if beside:
         lines += ["", *_differences(findings, *beside)]
     return "\n".join(lines) + "\n"
+
+
+def _left_out() -> list[str]:
+    """Of the names that this transformers lists as causal models, those without a row, and why."""
+    listed = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    lines = [f"## Without a row, of the {len(listed)} names that transformers lists as causal models", ""]
+    rest = listed.keys() - {family for _, family, _ in families()}
+    for reason, names in LEFT_OUT.items():
+        here = [name for name in names.split() if name in rest]
+        lines.append(f"- {len(here)} {reason}: {', '.join(here)}.")
+        rest = rest - set(here)
+    if rest:
+        lines.append(f"- {len(rest)} not tried yet: {', '.join(sorted(rest))}.")
+    return lines
 
 
 def _line(kind: str, finding: Finding) -> str:
@@ -570,16 +684,15 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     findings = []
-    for kind, families in FAMILIES.items():
-        for family, values in families.items():
-            if chosen.families and family not in chosen.families:
-                continue
-            finding = tried(family, values, limit=chosen.seconds, trace=chosen.trace)
-            apart = " ".join(f"{figure:.0e}" for figure in finding.apart or ())
-            start = f"{family:18} {finding.layout:7} {finding.verdict:8} {apart:18} noise {finding.noise[2]:.0e}"
-            speed = f"{finding.faster:.1f} ×" if finding.faster else ""
-            print(f"{start} {speed:7} {finding.seconds:4.1f} s  {finding.reason}", flush=True)
-            findings.append((kind, finding))
+    for kind, family, values in families():
+        if chosen.families and family not in chosen.families:
+            continue
+        finding = tried(family, values, limit=chosen.seconds, trace=chosen.trace)
+        apart = " ".join(f"{figure:.0e}" for figure in finding.apart or ())
+        start = f"{family:18} {finding.layout:7} {finding.verdict:8} {apart:18} noise {finding.noise[2]:.0e}"
+        speed = f"{finding.faster:.1f} ×" if finding.faster else ""
+        print(f"{start} {speed:7} {finding.seconds:4.1f} s  {finding.reason}", flush=True)
+        findings.append((kind, finding))
     text = page(findings, beside=_read(chosen.beside) if chosen.beside else None)
     print(text.split("**")[1])
     if chosen.json:

@@ -80,6 +80,17 @@ class NoEps(LlamaRMSNorm):
         return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True)).to(x.dtype) * self.weight
 
 
+class NeedsItsGate(LlamaRMSNorm):
+    """Has a default for its gate and computes nothing without one, as Kimi Linear's."""
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(x) * gate.sigmoid()
+
+
+def test_a_norm_that_needs_its_gate_is_left_alone():
+    assert fuse_norms(filled(NeedsItsGate(WIDTH), torch.float32)) == 0
+
+
 @pytest.mark.parametrize(
     "other",
     [
