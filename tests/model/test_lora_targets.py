@@ -140,6 +140,13 @@ def test_every_layer_of_all_linear_gets_a_gradient_with_the_default_dropout(fami
     assert [name for name, weight in trained.items() if weight.grad is None] == []
 
 
+def test_layers_of_a_list_are_called_as_the_list():
+    base = tiny("llama")
+    base.model.layers[0].mlp.gate_proj = torch.nn.Sequential(torch.nn.Linear(32, 48))
+    counts = match_targets(base, ["all-linear"])
+    assert counts["gate_proj"] == 2 and "0" not in counts
+
+
 def test_a_layer_that_multiplies_parts_of_its_matrix_is_left_out_with_the_reason():
     grouped = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4").DeepseekV4GroupedLinear
     base = tiny("llama")

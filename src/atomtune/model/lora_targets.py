@@ -268,7 +268,7 @@ def match_targets(base: CausalLM, targets: Sequence[str]) -> dict[str, int]:
     """
     counts: dict[str, int] = {}
     if ALL_LINEAR in targets:
-        adapted = Counter(_last_part(name) for name in all_linear(base).adapted)
+        adapted = Counter(_kind(name) for name in all_linear(base).adapted)
         if not adapted:
             raise BadModel("The base has no linear layer that LoRA could adapt.")
         counts |= sorted(adapted.items())
@@ -355,6 +355,11 @@ def shortest(base: CausalLM, modules: set[str]) -> list[str]:
     if {name for name, _ in base.named_modules() if _last_part(name) in parts} == modules:
         return parts
     return sorted(modules)
+
+
+def _kind(name: str) -> str:
+    """`layers.0.mlp.up_proj` → `up_proj`; of a part of a list its list's name: `altup_projections.1`"""
+    return _last_part(re.sub(r"(\.\d+)+$", "", name))
 
 
 def _last_part(name: str) -> str:
