@@ -361,7 +361,7 @@ _BEYOND_ANY: dict[str, Values] = {
 
 #: why no row → names that transformers lists as causal models
 LEFT_OUT: dict[str, str] = {
-    "read a text from both sides, which `train` refuses": """
+    "read a text from both sides unless their config says otherwise": """
         bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta
         roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xlnet xmod""",
     "are the second half of an encoder-decoder": """

@@ -73,6 +73,16 @@ def test_a_planted_fault_is_refused(monkeypatch, family, fault, dtype):
     assert "trial tree" in tried(model)
 
 
+@pytest.mark.parametrize(("apart", "is_right"), [(0.8, True), (5.0, False)])
+def test_in_16_bits_a_tree_may_lie_no_further_from_its_records_than_verify_allows(apart, is_right):
+    # 5 times the noise: a RecurrentGemma in bfloat16 whose branches went on from their siblings.
+    noise = torch.tensor([0.01], dtype=torch.float64)
+    plain, rows, without = (trial._Side(scores, {}) for scores in (0 * noise, apart * noise, 100 * noise))
+    limits = trial._limits(hybrid("lfm2").bfloat16())
+    reason = trial._verdict(plain, rows, without, noise=(0.01, 0.01), dtype=torch.bfloat16, limits=limits)
+    assert (reason is None) == is_right
+
+
 class _Poisoned(torch.autograd.Function):
     """Right values, and a gradient of NaN."""
 

@@ -6,6 +6,7 @@ Formula: Zhang and Sennrich 2019, arXiv 1910.07467.
 Letters: T tokens (times heads, where every head has its norm), D width.
 """
 
+import contextlib
 import inspect
 from typing import Any
 
@@ -42,10 +43,10 @@ def offset_of(norm: nn.Module) -> float | None:
     # So small that eps shows, and growing along the width: norms of groups, or of the width less its mean, differ.
     x = torch.randn(8, len(weight), generator=torch.Generator().manual_seed(0))
     x = ((x + 1) * torch.linspace(0.1, 4, len(weight)) * eps**0.5).to(weight.dtype)
-    try:
+    output = None
+    # Kimi Linear's gate has a default of None and is needed all the same.
+    with contextlib.suppress(RuntimeError, TypeError, ValueError, AttributeError):
         output = norm(x)
-    except (RuntimeError, TypeError, ValueError, AttributeError):
-        return None  # Kimi Linear's gate has a default of None and is needed all the same
     if not isinstance(output, torch.Tensor) or output.dtype != x.dtype or output.shape != x.shape:
         return None
     tolerance = _ROUNDINGS * torch.finfo(x.dtype).eps
