@@ -28,7 +28,7 @@ def test_what_never_ends_is_ended_and_was_at_a_place():
             pass
 
     began = time.monotonic()
-    assert trial(endless, seconds=1) == Tripped("time", "record 2")
+    assert trial(endless, seconds=1) == Tripped("time", "record 2", 1)
     assert time.monotonic() - began < 30  # the processors are shared
 
 
@@ -41,7 +41,7 @@ def test_what_asks_for_too_much_memory():
 
 
 def test_a_regex_is_ended_inside_the_library():
-    assert trial(lambda say: re.fullmatch("(a|aa)+$", "a" * 100 + "b"), seconds=1) == Tripped("time", "")
+    assert trial(lambda say: re.fullmatch("(a|aa)+$", "a" * 100 + "b"), seconds=1) == Tripped("time", "", 1)
 
 
 def test_nothing_stays_open_and_nothing_is_written(capfd):

@@ -38,7 +38,7 @@ def test_a_package_that_is_installed_is_named_as_what_computes(monkeypatch):
     package.causal_conv1d_fn = lambda x, weight, bias=None, activation=None: x
     package.causal_conv1d_update = package.causal_conv1d_fn
     monkeypatch.setitem(sys.modules, "causal_conv1d", package)
-    file = sys.modules["transformers.models.lfm2.modeling_lfm2"]
+    file = importlib.import_module("transformers.models.lfm2.modeling_lfm2")
     with monkeypatch.context() as fresh:
         fresh.delitem(sys.modules, file.__name__)
         beside = importlib.import_module(file.__name__)
@@ -69,6 +69,8 @@ def test_an_error_that_a_package_raised_is_told_in_its_words(tmp_path):
 @pytest.mark.parametrize("command", ["verify", "evaluate", "chat", "certify", "merge"])
 def test_every_command_tells_what_a_package_refuses(by_heart, tmp_path, monkeypatch, capsys, command):
     """It was a traceback and "a bug in atomtune", or a model whose files were called broken."""
+    if command == "certify":
+        pytest.importorskip("fastapi", reason="transformers serve is not installed")
     module = {"__name__": "fla.ops.common.chunk_o"}
     exec("def forward(self, *inputs, **options):\n    raise RuntimeError('Please upgrade Triton.')", module)
     monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaAttention.forward", module["forward"])

@@ -21,8 +21,8 @@ def problem(*flags: str) -> str:
 @pytest.mark.parametrize(
     ("name", "value", "expectation"),
     [
-        ("lora_rank", "x", "a whole number, 1 or more"),
-        ("lora_rank", "2.5", "a whole number, 1 or more"),
+        ("lora_rank", "x", "a whole number, 1 or more and at most 65,536"),
+        ("lora_rank", "2.5", "a whole number, 1 or more and at most 65,536"),
         ("lora_dropout", "1", "a number, 0 or more and less than 1"),
         ("lora_alpha", "inf", "a number, 0 or more"),
         ("overlength", "cut", "one of shorten, skip, error"),

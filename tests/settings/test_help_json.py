@@ -45,7 +45,7 @@ def test_a_number_beyond_the_range_is_refused_with_the_words_that_it_expects(com
     beyond += [limits[word] + 1 for word in ("at_most",) if word in limits]
     for value in beyond:
         with pytest.raises(BadSettings) as refused:
-            read(command, [*NEEDED.get(command, []), setting["flag"], f"{value:g}"])
+            read(command, [*NEEDED.get(command, []), setting["flag"], f"{value}"])
         assert setting["expected"] in str(refused.value)
 
 

@@ -89,7 +89,7 @@ def test_a_bad_file_is_refused_in_words(models, tmp_path, capsys, name):
     for text in (told.out, told.err, record):
         assert SECRET not in text
     refused = json.loads(record).get("records_refused", [])
-    assert bool(refused) == ("records refused" in told.err)
+    assert bool(refused) == ("refused (all in run.json)" in told.err)
 
 
 @pytest.mark.parametrize("kind", ["folder", "missing", "FIFO", "link to nowhere"])
