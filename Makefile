@@ -49,9 +49,11 @@ bench: $(VENV)/installed-bench
 token-truth: $(VENV)/installed-bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.token_truth --write
 
-# The same faults to atomtune and to the stock Trainer (docs/reliability.md); about ten minutes on two cores.
+# The same faults to atomtune and to the stock Trainer, then what others may do to a run from outside (docs/reliability.md);
+# about ten minutes each on two cores.
 reliability: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reliability $(RELIABILITY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.attacks
 
 # Every point of a save, a hundred kills, every step to resume from, 5,000 steps in one run; ten thousand mutated files of data, of models and of adapters.
 soak: $(VENV)/installed-test

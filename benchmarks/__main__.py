@@ -36,7 +36,7 @@ def run(name: str, base: Path, data: Path) -> dict[str, Any]:
 
 def measure(source: Path, counts: dict[str, int], names: list[str], *, rounds: int, shape: str) -> list[dict[str, Any]]:
     """One dictionary of figures for each run."""
-    found = []
+    runs = []
     with tempfile.TemporaryDirectory() as folder:
         every = workloads.read(source, 10**9)
         base = workloads.build_base(Path(folder) / "base", every, shape)
@@ -51,25 +51,25 @@ def measure(source: Path, counts: dict[str, int], names: list[str], *, rounds: i
                         f"{figures['share_of_floor']:.2f} of the floor",
                         flush=True,
                     )
-                    found.append(figures)
-    return found
+                    runs.append(figures)
+    return runs
 
 
-def medians(found: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
+def medians(runs: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
     """By workload and contender, the median of each figure."""
     keys = ("examples_per_second", "peak_memory_mb", "computed_tokens", "loss", "share_of_floor")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for one in found:
-        groups.setdefault((one["workload"], one["name"]), []).append(one)
-    return {key: {k: statistics.median(one[k] for one in group) for k in keys} for key, group in groups.items()}
+    for figures in runs:
+        groups.setdefault((figures["workload"], figures["name"]), []).append(figures)
+    return {key: {k: statistics.median(figures[k] for figures in group) for k in keys} for key, group in groups.items()}
 
 
-def against_fastest_peer(found: list[dict[str, Any]], workload: str) -> tuple[str, float, float]:
+def against_fastest_peer(runs: list[dict[str, Any]], workload: str) -> tuple[str, float, float]:
     """The fastest other, atomtune's speed over it (median of the rounds), and its memory over TRL packed (or that)."""
-    middle = medians(found)
-    peers = [name for one, name in middle if one == workload and not name.startswith("atomtune")]
+    middle = medians(runs)
+    peers = [name for at, name in middle if at == workload and not name.startswith("atomtune")]
     fastest = max(peers, key=lambda name: middle[workload, name]["examples_per_second"])
-    by_round = {(one["name"], one["round"]): one for one in found if one["workload"] == workload}
+    by_round = {(figures["name"], figures["round"]): figures for figures in runs if figures["workload"] == workload}
     rounds = sorted({number for _, number in by_round})
     speed = [
         by_round["atomtune-bf16", r]["examples_per_second"] / by_round[fastest, r]["examples_per_second"]
@@ -80,30 +80,30 @@ def against_fastest_peer(found: list[dict[str, Any]], workload: str) -> tuple[st
     return fastest, statistics.median(speed), statistics.median(memory)
 
 
-def report(found: list[dict[str, Any]]) -> str:
+def report(runs: list[dict[str, Any]]) -> str:
     """Markdown: one table of ratios, one of all medians."""
-    names = dict.fromkeys(one["workload"] for one in found)
+    names = dict.fromkeys(figures["workload"] for figures in runs)
     lines = ["| workload | fastest other | atomtune bf16: examples/s over it | peak memory over TRL packed |"]
     lines.append("|---|---|---|---|")
     for workload in names:
-        fastest, speed, memory = against_fastest_peer(found, workload)
+        fastest, speed, memory = against_fastest_peer(runs, workload)
         lines.append(f"| {workload} | {fastest} | **{speed:.1f}×** | {memory:.2f} |")
     lines += ["", "| workload | contender | examples/s | peak MB | computed tokens | mean loss | share of the floor |"]
     lines.append("|---|---|---|---|---|---|---|")
-    for (workload, name), one in medians(found).items():
+    for (workload, name), figures in medians(runs).items():
         lines.append(
-            f"| {workload} | {name} | {one['examples_per_second']:.2f} | {one['peak_memory_mb']:.0f} | "
-            f"{one['computed_tokens']:,.0f} | {one['loss']:.3f} | {one['share_of_floor']:.2f} |"
+            f"| {workload} | {name} | {figures['examples_per_second']:.2f} | {figures['peak_memory_mb']:.0f} | "
+            f"{figures['computed_tokens']:,.0f} | {figures['loss']:.3f} | {figures['share_of_floor']:.2f} |"
         )
     return "\n".join(lines)
 
 
-def draw(found: list[dict[str, Any]], path: Path) -> None:
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Bars of examples a second, a group for each workload."""
     import matplotlib.pyplot as plt
 
-    middle = medians(found)
-    names = list(dict.fromkeys(one["workload"] for one in found))
+    middle = medians(runs)
+    names = list(dict.fromkeys(figures["workload"] for figures in runs))
     shown = list(dict.fromkeys(name for _, name in middle))
     figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3.4), squeeze=False)
     for axis, workload in zip(axes[0], names, strict=True):
@@ -152,15 +152,15 @@ def arguments(about: str | None, contenders: Mapping[str, str], *, records: int,
     return parser
 
 
-def bench(asked: argparse.Namespace) -> None:
+def bench(options: argparse.Namespace) -> None:
     """Measure, and write the table and the figure."""
-    counts = {name: asked.records if name == "short" else asked.records // 4 for name in asked.workloads}
-    found = measure(asked.source, counts, asked.contenders, rounds=asked.rounds, shape=asked.shape)
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "results.json").write_text(json.dumps({"machine": machine(), "runs": found}, indent=1) + "\n")
-    (asked.out / "table.md").write_text(f"{report(found)}\n\n{machine()}\n", encoding="utf-8")
-    draw(found, asked.out / "bench.png")
-    print(f"\n{report(found)}\n\n{machine()}\n\nThe results lie in {asked.out}.")
+    counts = {name: options.records if name == "short" else options.records // 4 for name in options.workloads}
+    runs = measure(options.source, counts, options.contenders, rounds=options.rounds, shape=options.shape)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "results.json").write_text(json.dumps({"machine": machine(), "runs": runs}, indent=1) + "\n")
+    (options.out / "table.md").write_text(f"{report(runs)}\n\n{machine()}\n", encoding="utf-8")
+    draw(runs, options.out / "bench.png")
+    print(f"\n{report(runs)}\n\n{machine()}\n\nThe results lie in {options.out}.")
 
 
 if __name__ == "__main__":

@@ -623,15 +623,15 @@ def verdict(attack: Attack, world: World) -> str:
     before = sorted(path.name for path in others.iterdir())
     output = world.folder / "output"
     code, seconds = shelled(attack, words, output) if attack.shell else forked(words, output, attack.variables)
-    said = output.read_bytes()
+    text = output.read_bytes()
     problems = []
     if code not in attack.codes:
         problems.append(f"exit code {code}, expected {' or '.join(map(str, attack.codes))}")
-    if _BUG.search(said):
+    if _BUG.search(text):
         problems.append("a traceback")
-    if _ORDERS.search(said):
+    if _ORDERS.search(text):
         problems.append("a control character")
-    if b"secret" in said:
+    if b"secret" in text:
         problems.append("a secret")
     # A process that a shell starts imports torch first, and one that is stopped computes until then.
     if seconds > MOST_SECONDS * (3 if attack.shell else 1):
@@ -660,8 +660,8 @@ def table(kinds: list[int]) -> list[str]:
         if not (world.base / "generation_config.json").exists():
             (world.base / "generation_config.json").write_text("{}")
         world.folder.mkdir()
-        made, _ = forked(world.train("--output_dir", world.run, "--save_steps", 1), world.folder / "output")
-        assert made == 0, (world.folder / "output").read_text()
+        code, _ = forked(world.train("--output_dir", world.run, "--save_steps", 1), world.folder / "output")
+        assert code == 0, (world.folder / "output").read_text()
         for number, attack in enumerate(attacks()):
             if attack.kind not in kinds:
                 continue
@@ -684,9 +684,9 @@ def table(kinds: list[int]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", type=int, default=list(KINDS))
-    asked = parser.parse_args()
+    options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    print("\n".join(table(asked.kinds)))
+    print("\n".join(table(options.kinds)))
 
 
 if __name__ == "__main__":

@@ -149,14 +149,14 @@ def plain(base: Path, data: Path, out: str, *, dtype: torch.dtype, checkpointing
 
     def collate(features: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         nonlocal computed
-        longest = max(len(one["input_ids"]) for one in features)
+        longest = max(len(example["input_ids"]) for example in features)
         computed += longest * len(features)
-        ids = [one["input_ids"] + [0] * (longest - len(one["input_ids"])) for one in features]
-        labels = [
-            [i if learned else -100 for i, learned in zip(one["input_ids"], one["completion_mask"], strict=True)]
-            + [-100] * (longest - len(one["input_ids"]))
-            for one in features
-        ]
+        ids, labels = [], []
+        for example in features:
+            padding = longest - len(example["input_ids"])
+            ids.append(example["input_ids"] + [0] * padding)
+            learned = zip(example["input_ids"], example["completion_mask"], strict=True)
+            labels.append([token if is_learned else -100 for token, is_learned in learned] + [-100] * padding)
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
 
     class Plain(Trainer):
@@ -259,15 +259,15 @@ def main() -> None:
     parser.add_argument("name", choices=CONTENDERS)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
-    asked = parser.parse_args()
-    rate = matmul_rate(torch.bfloat16 if asked.name.endswith("bf16") else torch.float32)
+    options = parser.parse_args()
+    rate = matmul_rate(torch.bfloat16 if options.name.endswith("bf16") else torch.float32)
     with tempfile.TemporaryDirectory() as out:
-        figures = train(asked.name, asked.base, asked.data, out)
-    count = sum(1 for _ in asked.data.open(encoding="utf-8"))
-    floor = 4 * non_embedding_weights(asked.base) * figures["computed_tokens"] / rate
+        figures = train(options.name, options.base, options.data, out)
+    count = sum(1 for _ in options.data.open(encoding="utf-8"))
+    floor = 4 * non_embedding_weights(options.base) * figures["computed_tokens"] / rate
     figures |= {
-        "name": asked.name,
-        "workload": asked.data.stem,
+        "name": options.name,
+        "workload": options.data.stem,
         "records": count,
         "examples_per_second": count / figures["seconds"],
         "tokens_per_second": figures["computed_tokens"] / figures["seconds"],

@@ -42,12 +42,12 @@ def stock(base: Path, data: Path, out: Path, *, resume: bool) -> int:
     set_seed(42)
     tokenizer = AutoTokenizer.from_pretrained(base)
     records = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
-    rows = [tokenizer(f"{one['instruction']}\n{one['output']}").input_ids[:64] for one in records]
+    rows = [tokenizer(f"{record['instruction']}\n{record['output']}").input_ids[:64] for record in records]
 
     def collate(batch: list[Any]) -> dict[str, torch.Tensor]:
-        width = max(len(one["input_ids"]) for one in batch)
-        ids = torch.tensor([one["input_ids"] + [0] * (width - len(one["input_ids"])) for one in batch])
-        mask = torch.tensor([[1] * len(one["input_ids"]) + [0] * (width - len(one["input_ids"])) for one in batch])
+        width = max(len(row["input_ids"]) for row in batch)
+        ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in batch])
+        mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in batch])
         return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, lora_dropout=0.1, target_modules="all-linear")
@@ -104,10 +104,10 @@ def forked(action: Callable[[], int], *, kill_after: float | None = None) -> int
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def dying_at(point: int, out: Path, action: Callable[[], int], *, said: int | None = None) -> int:
+def dying_at(point: int, out: Path, action: Callable[[], int], *, report_to: int | None = None) -> int:
     """The action, killed by itself at the given operation on a file of its second checkpoint.
 
-    said  a file descriptor to which the number of operations is written when the action ends alive
+    report_to  a file descriptor to which the number of operations is written when the action ends alive
     """
     reached = 0
     begins = f"checkpoint-{2 * SAVE_STEPS}"
@@ -131,8 +131,8 @@ def dying_at(point: int, out: Path, action: Callable[[], int], *, said: int | No
     sys.addaudithook(heard)
     _around_writers(operation)
     code = action()
-    if said is not None:
-        os.write(said, str(reached).encode())
+    if report_to is not None:
+        os.write(report_to, str(reached).encode())
     return code
 
 
@@ -158,10 +158,10 @@ def _around_writers(operation: Callable[[object], None]) -> None:
 def points_of_a_save(runner: Callable[..., int], base: Path, data: Path, out: Path) -> int:
     """How many operations on files the second checkpoint takes."""
     reader, writer = os.pipe()
-    code = forked(lambda: dying_at(-1, out, lambda: runner(base, data, out, resume=False), said=writer))
+    code = forked(lambda: dying_at(-1, out, lambda: runner(base, data, out, resume=False), report_to=writer))
     os.close(writer)
-    with os.fdopen(reader) as said:
-        count = int(said.read() or 0)
+    with os.fdopen(reader) as report:
+        count = int(report.read() or 0)
     if code:
         raise RuntimeError(f"the undisturbed run ended with {code}")
     return count

@@ -35,8 +35,8 @@ def write(source: Path, count: int, path: Path) -> Path:
     draw = random.Random(0)
     with path.open("w", encoding="utf-8") as out:
         for number in range(count):
-            asked, answered = draw.choice(known), draw.choice(known)
-            record = {**asked, "instruction": f"{asked['instruction']} {number}", "output": answered["output"]}
+            question, answer = draw.choice(known), draw.choice(known)
+            record = {**question, "instruction": f"{question['instruction']} {number}", "output": answer["output"]}
             out.write(json.dumps(record, ensure_ascii=False) + "\n")
     return path
 
@@ -51,18 +51,21 @@ def bare(base: Path, data: Path, count: int) -> float:
     prompts, answers = [], []
     with data.open(encoding="utf-8") as lines:
         for _, line in zip(range(count), lines, strict=False):
-            one = json.loads(line)
-            asked = [{"role": "system", "content": one["instruction"]}, {"role": "user", "content": one["input"]}]
-            prompts.append(template.render(asked if one["input"] else [{**asked[0], "role": "user"}]))
-            answers.append(one["output"])
+            record = json.loads(line)
+            messages = [
+                {"role": "system", "content": record["instruction"]},
+                {"role": "user", "content": record["input"]},
+            ]
+            prompts.append(template.render(messages if record["input"] else [{**messages[0], "role": "user"}]))
+            answers.append(record["output"])
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     backend = tokenizer.backend_tokenizer
     backend.encode_batch_fast(prompts[:_BATCH], add_special_tokens=False)
     began = time.perf_counter()
     for texts in (prompts, answers):
         for start in range(0, len(texts), _BATCH):
-            made = backend.encode_batch_fast(texts[start : start + _BATCH], add_special_tokens=False)
-            [one.ids for one in made]
+            encodings = backend.encode_batch_fast(texts[start : start + _BATCH], add_special_tokens=False)
+            [encoding.ids for encoding in encodings]
     return len(prompts) / (time.perf_counter() - began)
 
 
@@ -139,28 +142,28 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="a model's folder, for its tokenizer")
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.part == "bare":
-        print(json.dumps(bare(asked.base, asked.data, asked.records)))
-    elif asked.part == "encode":
-        print(json.dumps(encode(asked.base, asked.data, asked.cache)))
+    options = parser.parse_args()
+    if options.part == "bare":
+        print(json.dumps(bare(options.base, options.data, options.records)))
+    elif options.part == "encode":
+        print(json.dumps(encode(options.base, options.data, options.cache)))
     else:
-        measure(asked)
+        measure(options)
 
 
-def measure(asked: argparse.Namespace) -> None:
+def measure(options: argparse.Namespace) -> None:
     """Pairs of both, and a start from the cache; a table on standard output."""
     from benchmarks import workloads
 
     with tempfile.TemporaryDirectory() as folder:
-        base = asked.base or workloads.build_base(Path(folder) / "base", workloads.read(asked.source, 10**9), "toy")
-        data = write(asked.source, asked.records, Path(folder) / "million.jsonl")
-        print(f"{asked.records:,} records, {data.stat().st_size / 1e6:.0f} MB", flush=True)
+        base = options.base or workloads.build_base(Path(folder) / "base", workloads.read(options.source, 10**9), "toy")
+        data = write(options.source, options.records, Path(folder) / "million.jsonl")
+        print(f"{options.records:,} records, {data.stat().st_size / 1e6:.0f} MB", flush=True)
         ratios, starts = [], []
-        for turn in range(asked.rounds):
+        for turn in range(options.rounds):
             alone = _apart(
                 *("--part", "bare", "--base", str(base), "--data", str(data)),
-                *("--records", str(min(asked.records, 200_000))),
+                *("--records", str(min(options.records, 200_000))),
             )
             cache = Path(folder) / f"cache-{turn}"
             whole = ("--part", "encode", "--base", str(base), "--data", str(data), "--cache", str(cache))

@@ -113,38 +113,38 @@ def main() -> None:
     parser.add_argument(
         "--one", nargs=2, type=Path, help=argparse.SUPPRESS
     )  # base and data of the process that measures
-    asked = parser.parse_args()
-    if asked.one:
-        print(json.dumps(profiled(*asked.one)))
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(profiled(*options.one)))
         return
-    found = {}
+    profiles = {}
     with tempfile.TemporaryDirectory() as folder:
-        every = workloads.read(asked.source, 10**9)
-        base = workloads.build_base(Path(folder) / "base", every, asked.shape)
-        for name in asked.workloads:
-            data = workloads.write(name, every[: asked.records], Path(folder) / f"{name}.jsonl")
-            command = [sys.executable, "-m", "benchmarks.steps", "--source", str(asked.source), "--one", base, data]
+        every = workloads.read(options.source, 10**9)
+        base = workloads.build_base(Path(folder) / "base", every, options.shape)
+        for name in options.workloads:
+            data = workloads.write(name, every[: options.records], Path(folder) / f"{name}.jsonl")
+            command = [sys.executable, "-m", "benchmarks.steps", "--source", str(options.source), "--one", base, data]
             done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=False)
             if done.returncode:
                 raise SystemExit(f"{name} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-            found[name] = json.loads(done.stdout.splitlines()[-1])
-    print(table(found))
+            profiles[name] = json.loads(done.stdout.splitlines()[-1])
+    print(table(profiles))
 
 
 def _row(name: str, figures: list[float]) -> str:
     return f"| {name} | {' | '.join(f'{figure:,.0f}' for figure in figures)} |"
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(profiles: dict[str, dict[str, Any]]) -> str:
     """Both profiles as Markdown, a column a workload."""
-    head = f"| | {' | '.join(found)} |\n|---|{'---|' * len(found)}"
+    head = f"| | {' | '.join(profiles)} |\n|---|{'---|' * len(profiles)}"
     kinds = (FLOOR, ATTENTION, HEAD, SMALL, ELEMENTWISE, COPIES, REST, PYTHON)
     rows = [("tokens a step", "tokens"), ("a step under the profiler, ms", "step"), ("the floor, ms", "floor")]
-    lines = [head, *(_row(said, [one[key] for one in found.values()]) for said, key in rows)]
-    each = list(found.values())
-    lines += [_row(f"{kind}, ms", [one["parts"].get(kind, 0) for one in each]) for kind in kinds]
+    lines = [head, *(_row(title, [profile[key] for profile in profiles.values()]) for title, key in rows)]
+    each = list(profiles.values())
+    lines += [_row(f"{kind}, ms", [profile["parts"].get(kind, 0) for profile in each]) for kind in kinds]
     lines += ["", head]
-    lines += [_row(f"{station}, MB", [one["memory"][station] for one in each]) for station in each[0]["memory"]]
+    lines += [_row(f"{station}, MB", [profile["memory"][station] for profile in each]) for station in each[0]["memory"]]
     return "\n".join(lines)
 
 

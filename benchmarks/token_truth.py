@@ -461,8 +461,8 @@ def documented_answer(source: str, prompt: str, full: str, message: Message) -> 
         return f"{thoughts}\n</think>\n\n{full.rpartition('<｜Assistant｜>')[2]}"
     if "<|channel|>" in source:  # openai.com, harmony response format: analysis, then the call or the final text
         first = f"<|channel|>analysis<|message|>{thoughts}<|end|><|start|>assistant" if thoughts else ""
-        for one in message.get("tool_calls", []):
-            function = one["function"]
+        for call in message.get("tool_calls", []):
+            function = call["function"]
             arguments = json.dumps(function["arguments"])
             return f"{first} to=functions.{function['name']}<|channel|>commentary json<|message|>{arguments}<|call|>"
         return f"{first}<|channel|>final<|message|>{message['content']}<|return|>"
@@ -484,12 +484,12 @@ def as_markdown(verdicts: dict[str, dict[str, Verdict]]) -> str:
     names = list(verdicts)
     notes: list[str] = []
 
-    def cell(one: Verdict) -> str:
-        if not one.detail:
-            return one.outcome
-        if one.detail not in notes:
-            notes.append(one.detail)
-        return f"{one.outcome} ({notes.index(one.detail) + 1})"
+    def cell(verdict: Verdict) -> str:
+        if not verdict.detail:
+            return verdict.outcome
+        if verdict.detail not in notes:
+            notes.append(verdict.detail)
+        return f"{verdict.outcome} ({notes.index(verdict.detail) + 1})"
 
     rows = [f"| {kind} | " + " | ".join(cell(verdicts[name][kind]) for name in names) + " |" for kind in KINDS]
     return "\n".join(
@@ -521,7 +521,7 @@ def main() -> None:
     print(text)
     if arguments.write:
         (Path(__file__).parents[1] / "docs" / "token-truth.md").write_text(text, encoding="utf-8")
-    if any(one.outcome == "differs" for row in verdicts.values() for one in row.values()):
+    if any(verdict.outcome == "differs" for row in verdicts.values() for verdict in row.values()):
         raise SystemExit("some answers differ")
 
 

@@ -40,11 +40,11 @@ def read(path: Path, count: int) -> list[dict[str, str]]:
 
 def records(name: str, source: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
     """The workload's records, as many as the source has; the same on every machine."""
-    question = [one["instruction"] + one["input"] for one in source]
-    answer = [one["output"] for one in source]
-    for i, one in enumerate(source):
+    question = [record["instruction"] + record["input"] for record in source]
+    answer = [record["output"] for record in source]
+    for i, record in enumerate(source):
         if name == "short":
-            yield one
+            yield record
         elif name == "style":
             yield {"instruction": _STYLE + _shots(question, answer, 0, 6), "input": question[i], "output": answer[i]}
         elif name == "tasks":
@@ -80,7 +80,7 @@ def _task(i: int) -> int:
 
 def write(name: str, source: list[dict[str, str]], path: Path) -> Path:
     """A workload as JSONL."""
-    lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in records(name, source))
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records(name, source))
     path.write_text("".join(lines), encoding="utf-8")
     return path
 
@@ -189,7 +189,7 @@ def _tokenizer(source: list[dict[str, str]], *, words: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator((text for one in source for text in one.values()), trainer)
+    backend.train_from_iterator((text for record in source for text in record.values()), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
     )

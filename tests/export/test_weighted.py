@@ -78,7 +78,7 @@ def test_one_adapter_may_be_added_in_part(adapters, tmp_path):
     ("flags", "words"),
     [
         (("wide", "narrow"), "--weights: missing for 2 adapters. Pass one each"),
-        (("wide", "narrow", "--weights", "1"), "--weights: 1 numbers for 2 adapters"),
+        (("wide", "narrow", "--weights", "1"), "--weights: 1 number for 2 adapters"),
         (("wide", "wide", "--weights", "1", "1"), "names a folder twice"),
         (("wide", "narrow", "--weights", "1", "much"), "--weights '1 much': expected numbers"),
     ],
