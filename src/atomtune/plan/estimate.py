@@ -28,7 +28,7 @@ CUDA_CONTEXT, FILLED = 600 * 2**20, 0.94
 #: (docs/log.md, widths 512 to 1,536).
 PRODUCTS_KEPT, PRODUCTS_A_MATRIX, KERNEL_BYTES = 1024, 6, 9
 
-#: Of the machine's rate of matrix products, what a step reaches (benchmarks/README.md: 0.37 to 0.46 on a CPU).
+#: Of the machine's rate of matrix products, what a step reaches (benchmarks/README.md: 0.33 to 0.68 on a CPU).
 SHARE_OF_RATE = {"cpu": 0.45, "cuda": 0.5}
 #: However little a layer computes, its kernels have to be issued: a step of 28 layers took 0.2 s on an H200's host.
 SECONDS_A_LAYER = {"cpu": 0.003, "cuda": 0.0073}
