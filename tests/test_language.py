@@ -24,6 +24,7 @@ DEMO_BASE = SOURCE / "demo" / "base"
 
 #: Three English words in a row, none of which begins with a dash or holds a mark of code: part of a sentence.
 SENTENCE = re.compile(r"(?<![\w/.-])[a-z]{2,} [a-z]{2,} [a-z]{2,}(?![\w=/])", re.IGNORECASE)
+FLAG = re.compile(r"--[a-z_]+")
 #: What is no sentence: a command to be copied, and a name.
 NO_SENTENCE = re.compile(r"^(用法：|  )atomtune .*|Hugging Face hub", re.MULTILINE)
 
@@ -61,6 +62,14 @@ def test_a_text_that_nobody_translated_would_be_found(tmp_path):
 def test_a_translation_has_the_places_of_its_text():
     for english, chinese in TRANSLATIONS.items():
         assert chinese is None or names_in(chinese) == names_in(english), english
+
+
+def test_a_translation_has_the_line_ends_and_the_flags_of_its_text():
+    # A `\\n` that was to be read once stood in the catalogue as a line end.
+    for english, chinese in TRANSLATIONS.items():
+        if chinese is not None:
+            assert chinese.count("\n") == english.count("\n"), chinese
+            assert set(FLAG.findall(english)) <= set(FLAG.findall(chinese)), chinese
 
 
 def test_every_text_is_found_by_itself_and_by_no_other():
@@ -269,7 +278,7 @@ def test_inspect_and_plan_are_chinese(tmp_path, capsys):
     assert main(["plan", "--dataset_path", data, *both]) == 0
     said = capsys.readouterr().out
     assert '<html lang="zh" data-lang="zh">' in (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "账目" in said
+    assert "记录与词元" in said
     assert "显存" in said or "内存" in said
     assert not english_in(said)
 

@@ -42,7 +42,8 @@ COMMANDS = {
         "Try settings of train on records that are held out, and say which to take.", "atomtune.sweep.command"
     ),
     "verify": Command(
-        "Prove the fast path equal to plain transformers + PEFT on your model and records.", "atomtune.verify"
+        "Prove training with shared beginnings equal to plain transformers + PEFT, on your model and records.",
+        "atomtune.verify",
     ),
     "evaluate": Command("Compare base and tuned on records that were not learned.", "atomtune.evaluate.command"),
     "certify": Command("Prove that an engine serves the model that was trained.", "atomtune.certify.command"),

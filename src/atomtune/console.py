@@ -73,6 +73,11 @@ class Console(rich.console.Console):
                 line = wrapped(line, self.width, indent=cell_len(start) if has_room else 4)
             self.print(line, soft_wrap=True)
 
+    def next_steps(self, commands: Iterable[str]) -> None:
+        """What a user may want to run now: commands on lines of their own, each to be copied as it stands."""
+        self.say(translated("\nNext:"))
+        self.say("\n".join(f"  {command}" for command in commands), wrap=False)
+
     def notice(self, text: str) -> None:
         """Something the user should know and need not answer; kept for run.json."""
         self.notices.append(text)

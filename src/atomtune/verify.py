@@ -164,7 +164,7 @@ def compare(
     layout = _layout(fast, wanted)
     fuse_layers(fast, input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
     collator = collator_for(fast, layout, pad_id=pad_id, as_examples=as_examples)
-    console.say("the fast path …")
+    console.say(f"layout {layout}, as a run computes it …")
     ours, tokens_computed = in_batches(fast, examples, collator, per_batch=per_batch)
     del fast
     console.say("plain transformers + PEFT, one record at a time …")
@@ -323,7 +323,8 @@ def say(compared: Comparison, console: Console) -> None:
     )
     if not compared.holds:
         raise CheckFailed(
-            f"The fast path is not equal to plain transformers + PEFT here (worst weight: {compared.worst_weight}).\n"
+            f"Layout {compared.layout} is not equal to plain transformers + PEFT here (worst weight: "
+            f"{compared.worst_weight}).\n"
             "Train with --layout padded, and please report the model's name and this table."
         )
-    console.say("The fast path is equal to plain transformers + PEFT on these records.")
+    console.say(f"Layout {compared.layout} is equal to plain transformers + PEFT on these records.")

@@ -1,6 +1,7 @@
 """Certify: the command, and the certificate that merge, export and serve ask for."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from atomtune.certify.comparison import Outcome, compare
 from atomtune.certify.prompts import CertPrompt, choose_prompts
 from atomtune.certify.reference import Expected, expect, free_memory
 from atomtune.choices import EngineName, Quantize
-from atomtune.console import Console
+from atomtune.console import Console, program
 from atomtune.data.cache import Rules, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.records import Record
@@ -25,6 +26,7 @@ from atomtune.engines.vllm_serve import ServedAdapter, VllmServe
 from atomtune.engines.vllm_serve import refuse_without_packages as refuse_without_vllm
 from atomtune.errors import BadSettings, CheckFailed
 from atomtune.evaluate.run_folder import run_records
+from atomtune.language import translated
 from atomtune.model.adapter import load_trained
 from atomtune.model.adapter_folder import CONFIG, AdapterMetadata, base_of, template_of
 from atomtune.model.fingerprint import refuse_other_base
@@ -57,9 +59,21 @@ def certify(settings: CertifySettings) -> int:
     engines = engines_for(served, settings.engine, setting="--served" if settings.served else "--adapter_path")
     side = trained_side(settings, console)
     outcomes = [certify_served(side, served, engine, settings, console) for engine in engines]
-    write_certificate(outcomes, served)
+    file = write_certificate(outcomes, served)
     refuse_failed([(served, outcome) for outcome in outcomes])
+    console.say(translated(f"The certificate is {file}."))
+    console.next_steps([_command_that_serves(settings, outcomes[0].engine)])
     return 0
+
+
+def _command_that_serves(settings: CertifySettings, engine: str) -> str:
+    """`atomtune serve` of what was certified, by the engine that was."""
+    words = [program(), "serve", "--adapter_path", shlex.quote(settings.adapter_path)]
+    if settings.served:
+        words += ["--served", shlex.quote(settings.served)]
+    if engine != "in-process":  # which `serve` does not start
+        words += ["--engine", engine]
+    return " ".join(words)
 
 
 def engines_for(served: Path, wanted: Sequence[EngineName], *, setting: str) -> list[EngineName]:

@@ -1,10 +1,11 @@
 """Export: an adapter in the form that another program takes, with the proof that it serves the tuned model there."""
 
+import shlex
 import tempfile
 from pathlib import Path
 
 from atomtune.certify.command import certify_served, refuse_failed, trained_side, write_certificate
-from atomtune.console import Console
+from atomtune.console import Console, program
 from atomtune.disk import is_free
 from atomtune.errors import BadSettings
 from atomtune.export.gguf import (
@@ -79,12 +80,20 @@ def _to_gguf(settings: ExportSettings, console: Console) -> None:
     else:
         _certify(settings, file, console)
     console.say(translated(f"{file.name} lies in {out}."))
-    if has_modelfile:
-        console.say(translated("\nNext:"))
-        console.say(f"  ollama create {name} -f {out / 'Modelfile'}", wrap=False)
+    console.next_steps(_next_commands(settings, file, name if has_modelfile else None))
+
+
+def _next_commands(settings: ExportSettings, file: Path, ollama_name: str | None) -> list[str]:
+    """Serve the GGUF here; and in Ollama under this name, where there is a Modelfile."""
+    gguf, adapter = shlex.quote(str(file)), shlex.quote(settings.adapter_path)
+    commands = [f"{program()} serve --adapter_path {adapter} --served {gguf}"]
+    if ollama_name is not None:
+        name, recipe = shlex.quote(ollama_name), shlex.quote(str(file.parent / "Modelfile"))
+        commands.append(f"ollama create {name} -f {recipe}")
         if settings.quantize != "q8_0":  # what it packs is not packed yet
-            packed = f"{name}-q4 --quantize q4_K_M -f {out / 'Modelfile'}"
-            console.say(f"  ollama create {packed}    (smaller; no certificate covers it)", wrap=False)
+            uncertified = translated("smaller; no certificate covers it")
+            commands.append(f"ollama create {name}-q4 --quantize q4_K_M -f {recipe}    # {uncertified}")
+    return commands
 
 
 def _merge_settings(settings: ExportSettings) -> MergeSettings:

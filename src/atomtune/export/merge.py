@@ -82,9 +82,19 @@ def merge(settings: MergeSettings) -> int:
     console = Console()
     with filling(out, last=LAST_WRITTEN) as folder:
         write_merged(settings, folder, console)
-    console.say(f"The merged model lies in {out}; transformers, vLLM and others load it as it is.\n\nNext:")
-    console.say(f"  {program()} chat --adapter_path {shlex.quote(str(out))}", wrap=False)
+    console.say(f"The merged model lies in {out}; transformers, vLLM and others load it as it is.")
+    console.next_steps(_next_commands(settings))
     return 0
+
+
+def _next_commands(settings: MergeSettings) -> list[str]:
+    """Talk to it; and where one adapter was merged, prove that a server answers as that adapter does."""
+    merged = shlex.quote(settings.output_dir)
+    commands = [f"{program()} chat --adapter_path {merged}"]
+    if len(settings.adapter_paths) == 1:
+        adapter = shlex.quote(settings.adapter_paths[0])
+        commands.append(f"{program()} certify --adapter_path {adapter} --served {merged}")
+    return commands
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ _BAR_WIDTH = 40
 def say_report(report: Report, console: Console) -> None:
     """Print all of it, section by section."""
     _say_head(report, console)
-    _section(console, message("Ledger"))
+    _section(console, "Records and tokens")
     for line in ledger_lines(report.ledger):
         console.say(f"  {line}")
     for notice, count in report.ledger.notices.items():

@@ -578,9 +578,11 @@ class EvaluateSettings(ModelSettings):
     )
     format: FormatChoice = setting("auto", "how the records are written; auto looks at the first records of each file")
     keys: list[str] = setting(
-        [], "other names of keys, as question=instruction,answer=output", value="THEIRS=OURS", rare=True
+        [], "rename keys of your records, as question=instruction answer=output", value="THEIRS=OURS", rare=True
     )
-    roles: list[str] = setting([], "other names of roles, as bot=assistant", value="THEIRS=OURS", rare=True)
+    roles: list[str] = setting(
+        [], "rename roles of your conversations, as bot=assistant", value="THEIRS=OURS", rare=True
+    )
     template: str = setting("auto", "chat template of a base without an adapter; an adapter brings its own", rare=True)
     chat_template_kwargs: str | None = setting(
         None, "variables of that template, as a JSON object; an adapter brings its own", value="JSON", rare=True

@@ -115,8 +115,7 @@ def say_result(sweep: Sweep, folder: Path, console: Console) -> None:
         f"In {folder}: {sweep.best.name}/ (the best adapter), {BEST} (its settings), {PAGE} (all trials as a page), "
         "sweep.json (all figures)."
     )
-    console.say(translated("\nNext:"))
-    console.say("\n".join(f"  {command}" for command in commands(sweep, folder)), wrap=False)
+    console.next_steps(commands(sweep, folder))
 
 
 def draw(sweep: Sweep, path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from atomtune.console import program
 from atomtune.data.ledger import Ledger
 from atomtune.disk import publish
-from atomtune.language import translated
 from atomtune.model.adapter import refuse_empty
 from atomtune.model.adapter_folder import WEIGHTS
 from atomtune.model.memory import peak_bytes
@@ -128,11 +127,9 @@ def _say(run: RunContext, trainer: LoraTrainer, result: Outcome) -> None:
 
 
 def _say_what_is_next(run: RunContext, ledger: Ledger, commands: Sequence[str]) -> None:
-    console = run.console
-    console.say(translated("\nNext:"))
-    console.say("\n".join(f"  {command}" for command in commands), wrap=False)
+    run.console.next_steps(commands)
     if ledger.shared_instruction is not None:
-        console.say(
+        run.console.say(
             "Other servers need the shared instruction (atomtune.json) with every request, as training had it: as the "
             "system message under atom, else in front of what the user says."
         )
