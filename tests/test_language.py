@@ -188,11 +188,16 @@ def test_help_as_data_stays_english(capsys):
 
 
 def test_columns_stand_below_each_other(capsys):
-    """A Chinese character takes two cells."""
+    """A Chinese character takes two cells; a name that is a word of ours elsewhere stays what is to be typed."""
+    rows = [
+        ("eval_size", "auto", "by the width of the base, 96"),
+        ("x", "是", "1 epoch"),
+        ("refused", "train", "held out"),
+    ]
     with spoken("zh"):
-        Console().columns([("eval_size", "auto", "by the width of the base, 96"), ("x", "是", "1 epoch")])
+        Console().columns(rows)
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["  eval_size  auto  按底座的宽度 96", "  x          是    1 遍"]
+    assert lines == ["  eval_size  auto   按底座的宽度 96", "  x          是     1 遍", "  refused    train  留出"]
 
 
 @pytest.fixture(scope="module")

@@ -129,7 +129,7 @@ def _answer(words: Sequence[str]) -> int:
         if words[1:] == ["json"]:
             _print_help_as_json()
         else:
-            _say(_overview())
+            _say_overview()
         return ExitCode.DONE
     name, *flags = words
     if name in ("-V", "--version"):
@@ -257,18 +257,14 @@ def _stop_on_signals() -> dict[int, Any]:
     return handlers_before
 
 
-def _overview() -> str:
-    commands = [f"  {name:<8} {translated(command.summary)}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            translated(f"atomtune {__version__}: LoRA instruction fine-tuning"),
-            "",
-            "usage: atomtune COMMAND [--help] …",
-            "",
-            *commands,
-            "",
-            "`atomtune train` with nothing else trains the built-in demo on a CPU, in about a minute.",
-            "`atomtune --help json` says all of this, and every setting, as data.",
-            "`--language zh`, with any command: messages, screens and help in Chinese; so does a Chinese locale.",
-        ]
-    )
+def _say_overview() -> None:
+    """What the commands are, each with its line."""
+    from atomtune.console import Console
+
+    console = Console()
+    console.say(translated(f"atomtune {__version__}: LoRA instruction fine-tuning"))
+    console.say(translated("\nusage: atomtune COMMAND [--help] …\n"))
+    console.columns([[name, command.summary] for name, command in COMMANDS.items()])
+    console.say("\n`atomtune train` with nothing else trains the built-in demo on a CPU, in about a minute.")
+    console.say("`atomtune --help json` says all of this, and every setting, as data.")
+    console.say("`--language zh`, with any command: messages, screens and help in Chinese; so does a Chinese locale.")

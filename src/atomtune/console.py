@@ -60,8 +60,11 @@ class Console(rich.console.Console):
         self.print(text, style=style, soft_wrap=True)
 
     def columns(self, rows: Sequence[Sequence[str]]) -> None:
-        """Rows whose cells stand below each other; on a terminal the last one wraps below itself."""
-        rows = [[translated(cell) for cell in row] for row in rows]
+        """Rows whose cells stand below each other; on a terminal the last one wraps below itself.
+
+        The last cell is a sentence; those before it are names and figures, which stay as they are in any language.
+        """
+        rows = [[*names, translated(sentence)] for *names, sentence in rows]
         widths = [max(map(cell_len, cells)) for cells in zip(*rows, strict=True)]
         for *cells, last in rows:
             start = "  " + "".join(

@@ -23,7 +23,7 @@ class ExitCode(IntEnum):
 
 #: For `--help` and the guide.
 EXIT_CODE_MEANINGS = {
-    ExitCode.DONE: "done",
+    ExitCode.DONE: "everything is done",
     ExitCode.BUG: "a bug in atomtune",
     ExitCode.USER_MISTAKE: "a setting, a file or a model cannot be used; the message says what to change",
     ExitCode.RUN_FAILED: "the run failed: the loss is not finite, the disk is full, memory ran out, …",

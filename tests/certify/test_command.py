@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from atomtune.cli import main
 from tests.tiny import build
+from tests.walk.test_pages import wrong_next_steps
 
 
 def certify(adapter: Path, served: Path | None = None, *more: str) -> int:
@@ -46,12 +47,15 @@ def test_what_is_served_as_trained_holds(adapter, capsys):
     assert counts == [n, n, n]
     assert entry["holds"] is True and entry["stops"] == entry["should_stop"] > 0
     assert entry["max_logprob_difference"] < 1e-3  # float32 on both sides
-    assert "serves the tuned model" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "serves the tuned model" in said and f"The certificate is {adapter / 'certificate.json'}." in said
 
 
-def test_a_merged_folder_holds_too(by_heart, merged):
+def test_a_merged_folder_holds_too(by_heart, merged, capsys):
     assert certify(by_heart, merged) == 0
     assert certificate_in(merged)["holds"] is True
+    said = capsys.readouterr().out
+    assert not wrong_next_steps(said) and f"--served {merged}" in said
 
 
 def told(capsys) -> str:

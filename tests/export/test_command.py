@@ -9,6 +9,7 @@ import pytest
 from atomtune.cli import main
 from tests.conftest import DIALOGUES
 from tests.trained import train_by_heart
+from tests.walk.test_pages import wrong_next_steps
 
 
 def export(adapter: Path, out: Path, *more: str) -> int:
@@ -75,12 +76,14 @@ def test_llama_cpp_serves_the_tuned_model_and_the_certificate_says_so(exported):
 
 
 @pytest.mark.slow
-def test_q8_0_and_bf16_hold_too(sentencepiece_run, exported, tmp_path):
+def test_q8_0_and_bf16_hold_too(sentencepiece_run, exported, tmp_path, capsys):
     for quantize in ("bf16", "q8_0"):
         out = tmp_path / quantize
         assert export(sentencepiece_run, out, "--quantize", quantize) == 0
         (entry,) = json.loads((out / "certificate.json").read_text(encoding="utf-8"))
         assert entry["holds"] is True
+        said = capsys.readouterr().out
+        assert not wrong_next_steps(said) and ("q4_K_M" in said) == (quantize != "q8_0")
 
 
 @pytest.mark.slow

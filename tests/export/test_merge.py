@@ -18,6 +18,7 @@ from atomtune.export import merge
 from atomtune.model.adapter import LoraSpec, load_trained, new_adapter
 from atomtune.model.load import BaseSpec, load_base
 from tests.hybrids import write_walked
+from tests.walk.test_pages import wrong_next_steps
 
 CPU = torch.device("cpu")
 
@@ -37,7 +38,9 @@ def trained(models, tmp_path_factory):
 def test_the_merged_folder_is_a_plain_model_with_the_adapters_logits(trained, tmp_path, capsys):
     base, adapter = trained
     assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(tmp_path / "m")]) == 0
-    assert "14 adapted matrices are base + adapter, rounded once to float32" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "14 adapted matrices are base + adapter, rounded once to float32" in said
+    assert not wrong_next_steps(said) and "certify" in said
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")

@@ -78,6 +78,15 @@ def refusal(words: list[str], *, whole: bool = True) -> str | None:
     return None
 
 
+def wrong_next_steps(screen: str) -> list[str]:
+    """Why the command line refuses what stands below `Next:`, each line read as it would be copied."""
+    lines = [line for line in screen.partition("Next:\n")[2].splitlines() if line.startswith("  ")]
+    commands = [shlex.split(line, comments=True) for line in lines]
+    ours = [words[words.index("atomtune") + 1 :] for words in commands if "atomtune" in words]
+    assert ours, f"no next step in: {screen}"
+    return [problem for words in ours if (problem := refusal(words))]
+
+
 @pytest.fixture
 def in_the_project(monkeypatch, tmp_path):
     """The project's folder is the current one, and a settings file that a page only names holds what it must."""
