@@ -36,14 +36,14 @@ MOST_RECORDS, MOST_TOKENS, MOST_REFUSED = 2000, 600_000, 500
 #: check → (English, Chinese, meaning in Chinese); what they mean in English stands in MEANINGS.
 LABELS: Mapping[Check, tuple[str, str, str]] = {
     "refused": ("Refused", "被拒绝", "无法使用；每条旁边写有原因"),
-    "cut": ("Shortened", "被截短", "提示被截短，以放进 --max_seq_length"),
+    "cut": ("Shortened", "被缩短", "提示被缩短，以放进 --max_seq_length"),
     "duplicates": ("Exact copies", "完全重复", "与前面某条记录逐个词元相同"),
     "near_duplicates": ("Near copies", "近似重复", "与前面某条记录几乎相同，不含完全重复"),
-    "conflicts": ("Different answers", "答案不一", "提示与另一条记录相同，答案却不同"),
+    "conflicts": ("Different answers", "回答不一", "提示与另一条记录相同，回答却不同"),
     "control": ("Special tokens as text", "文本中的特殊词元", "文本里写有特殊词元；它仍按普通文本处理"),
-    "blank": ("Blank answers", "空白答案", "答案只有空白"),
-    "one_token": ("One-token answers", "单词元答案", "除停止词元外，答案只有一个词元"),
-    "no_stop": ("No stop token", "缺停止词元", "答案没有以停止词元结尾"),
+    "blank": ("Blank answers", "空白回答", "回答只有空白"),
+    "one_token": ("One-token answers", "单词元回答", "除停止符外，回答只有一个词元"),
+    "no_stop": ("No stop token", "缺停止符", "回答没有以停止符结尾"),
     "unknown": ("Unknown tokens", "未知词元", "学习的内容里有分词器不认识的词元"),
 }
 SCRIPT_NAMES = {
@@ -110,7 +110,7 @@ def _lengths(report: Report) -> list[tuple[str, str, dict[str, int], list[tuple[
     for english, chinese, values in (
         ("Whole record", "整条记录", tokens.longest),
         ("Read only, by record", "只读部分（每条记录）", tokens.read),
-        ("Learned, by answer", "学习部分（每个答案）", tokens.answers),
+        ("Learned, by answer", "学习部分（每个回答）", tokens.answers),
     ):
         lengths.append((english, chinese, percentiles(values), _with_heights(histogram(values))))
     return lengths

@@ -25,7 +25,7 @@ from atomtune.data.encoding.chat_template import OWN
 from atomtune.data.encoding.thoughts import THINKING
 from atomtune.disk import read_json_object
 from atomtune.errors import AtomtuneError
-from atomtune.language import in_chinese, message, translated
+from atomtune.language import in_chinese, message, spoken, translated
 from atomtune.model.generate import Sampling
 from atomtune.model.load import dtype_name
 from atomtune.serve.side_by_side import Answer, Asking, Exchange, Side, answered, conversation_of, modes_of
@@ -103,15 +103,15 @@ class Page:
     def __init__(self, tuned: TunedModel, settings: WebSettings) -> None:
         self.tuned = tuned
         self._modes = modes_of(tuned)
-        chinese = {key: in_chinese(text) for key, text in WORDS.items()}
-        self._word: Any = gradio.I18n(**{"en": WORDS, "zh": chinese, "zh-CN": chinese, "zh-TW": chinese})
+        english, chinese = _words_about(tuned)
+        self._word: Any = gradio.I18n(**{"en": english, "zh": chinese, "zh-CN": chinese, "zh-TW": chinese})
         self._talks: dict[str | None, Talk] = defaultdict(Talk)  # by browser tab
         self._saved = tempfile.TemporaryDirectory(prefix="atomtune-web-")
         title = f"atomtune: {tuned.folder.resolve().name}"
         # delete_cache: Gradio's own copies of what was saved go when they are an hour old, and when the page ends.
         options: dict[str, Any] = {"analytics_enabled": False, "fill_height": True, "delete_cache": (600, 3600)}
         with gradio.Blocks(title=title, **options) as self.blocks:
-            gradio.Markdown(about(tuned), elem_classes="about")
+            gradio.Markdown(str(self._word("about")), elem_classes="about")
             with gradio.Sidebar(label=self._word("settings"), open=False, position="right"):
                 self._lay_settings(settings)
             with gradio.Row(equal_height=True):
@@ -369,6 +369,15 @@ class Page:
             _end_answer(talk)
         self.blocks.close(verbose=False)
         self._saved.cleanup()
+
+
+def _words_about(tuned: TunedModel) -> tuple[dict[str, str], dict[str, str]]:
+    """The page's words in English and in Chinese; the browser chooses, whatever language the terminal speaks."""
+    with spoken("en"):
+        english = {**WORDS, "about": about(tuned)}
+    with spoken("zh"):
+        chinese = {**{key: in_chinese(text) for key, text in WORDS.items()}, "about": about(tuned)}
+    return english, chinese
 
 
 def about(tuned: TunedModel) -> str:
