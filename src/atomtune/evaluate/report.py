@@ -166,7 +166,7 @@ def _sentence(
 _TITLES = (
     ("better", message("Better")),
     ("worse", message("Worse")),
-    ("unclear", "No difference that so few records can show"),
+    ("unclear", "No clear difference with so few records"),
 )
 
 

@@ -153,7 +153,7 @@ def _held_out_why(size: Size, settings: TrainSettings) -> str:
     if settings.data.eval_path:
         return "--eval_path has the records to evaluate on"
     if size.records is None:
-        return "a stream holds none out"
+        return "--streaming holds none out"
     if settings.trainer.get("eval_strategy") == "no":
         return "--eval_strategy no"
     return f"fewer than {LEAST_TO_SPLIT} records: all are trained on"

@@ -73,7 +73,7 @@ class Outcome:
                 return ["The loss rose instead of falling: lower --learning_rate, to a third for a start."]
             case "not learned":
                 return [
-                    "It did not work: what was held out is hardly better known than before. Look at the records with "
+                    "It did not work: the held-out loss hardly fell. Look at the records with "
                     "`atomtune inspect`; then try a higher --learning_rate or --num_train_epochs."
                 ]
             case "too long":
