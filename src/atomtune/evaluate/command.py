@@ -21,7 +21,7 @@ from atomtune.evaluate.html_page import page
 from atomtune.evaluate.models import Models, load_models
 from atomtune.evaluate.probe import probe_prompts, probe_scores
 from atomtune.evaluate.questions import EvalRecord, Key, read_records
-from atomtune.evaluate.report import Report, interval_text, make_report, markdown, score_text, used_measures
+from atomtune.evaluate.report import Report, make_report, markdown, score_text, used_measures, with_interval
 from atomtune.evaluate.run_folder import refuse_changed_files, run_records
 from atomtune.extras import refuse_missing
 from atomtune.language import translated
@@ -195,7 +195,8 @@ def say(report: Report, console: Console) -> None:
         table.add_column(name, justify="right")
     for kind in used_measures(report):
         figures = [own.get(kind.name) for own in report.models.values()]
-        table.add_row(translated(kind.title), *(interval_text(kind, figure) if figure else "–" for figure in figures))
+        cells = (with_interval(kind, figure) if figure else "–" for figure in figures)
+        table.add_row(translated(kind.title), *cells)
     for name in report.lm_eval_names:
         title = translated(f"lm-eval {name} (± standard error)")
         table.add_row(title, *(score_text(report, model, name) for model in report.models))

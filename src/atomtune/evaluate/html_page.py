@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from atomtune.evaluate.intervals import Figure
 from atomtune.evaluate.measures import Measure, judged
-from atomtune.evaluate.report import Report, interval_text, score_text, shown, used_measures
+from atomtune.evaluate.report import Report, interval, score_text, shown, used_measures
 from atomtune.pages import rendered
 
 #: Width of a drawing of intervals, in its own units.
@@ -62,7 +62,7 @@ def _cell(measure: Measure, figure: Figure, changes: dict[str, Figure], place: o
     change = changes.get(measure.name)
     return Cell(
         text=shown(measure, figure.value),
-        interval=interval_text(measure, figure).partition(" (")[2].rstrip(")"),
+        interval=interval(measure, figure),
         left=place(figure.low),
         right=place(figure.high),
         at=place(figure.value),

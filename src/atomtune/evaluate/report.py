@@ -177,10 +177,15 @@ def shown(measure: Measure, value: float) -> str:
     return f"{value:.1f}" if measure.name == "chrf" else f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
 
 
-def interval_text(measure: Measure, figure: Figure) -> str:
-    """A value with its interval, and the unit once."""
+def with_interval(measure: Measure, figure: Figure) -> str:
+    """A value with its interval, and the unit once: `10.0 % (4.0–18.0)`."""
+    return f"{shown(measure, figure.value)} ({interval(measure, figure)})"
+
+
+def interval(measure: Measure, figure: Figure) -> str:
+    """The interval alone, without a word, so that it is the same in every language."""
     low, high = (shown(measure, bound).removesuffix(" %") for bound in (figure.low, figure.high))
-    return f"{shown(measure, figure.value)} ({low} to {high})"
+    return f"{low}–{high}"
 
 
 def score_text(report: Report, model: str, name: str) -> str:
@@ -212,7 +217,7 @@ def markdown(report: Report) -> str:
     ]
     for measure in used_measures(report):
         cells = [
-            interval_text(measure, report.models[name][measure.name]) if measure.name in report.models[name] else "–"
+            with_interval(measure, report.models[name][measure.name]) if measure.name in report.models[name] else "–"
             for name in names
         ]
         lines.append(f"| {measure.title} | {' | '.join(cells)} |")
