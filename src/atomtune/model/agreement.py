@@ -100,15 +100,15 @@ def gradient_measures(
     return [
         Measure(
             "gradients of all weights (relative)",
-            _relative(ours, plain),
-            _relative(again, plain),
+            relative_difference(ours, plain),
+            relative_difference(again, plain),
             least,
             most=MOST_GRADIENT,
         ),
         Measure(
             "gradient of the worst weight (relative)",
-            _relative(ours, plain, [worst]),
-            _relative(again, plain, [worst_gradient(again, plain)]),
+            relative_difference(ours, plain, [worst]),
+            relative_difference(again, plain, [worst_gradient(again, plain)]),
             2 * least,
             most=MOST_GRADIENT,
         ),
@@ -117,7 +117,7 @@ def gradient_measures(
 
 def worst_gradient(ours: Mapping[str, torch.Tensor], plain: Mapping[str, torch.Tensor]) -> str:
     """The name of the weight whose gradients differ most, relatively."""
-    return max(plain, key=lambda name: _relative(ours, plain, [name]))
+    return max(plain, key=lambda name: relative_difference(ours, plain, [name]))
 
 
 def divergence(plain: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -136,7 +136,7 @@ def _likely_share(plain: torch.Tensor, again: torch.Tensor) -> float:
     return (count + 2 * count**0.5 + 1) / len(plain)
 
 
-def _relative(
+def relative_difference(
     ours: Mapping[str, torch.Tensor], plain: Mapping[str, torch.Tensor], names: Sequence[str] | None = None
 ) -> float:
     """|ours - plain| / |plain| over the named weights; infinite where a gradient is NaN or there is none to compare."""

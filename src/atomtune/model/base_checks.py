@@ -16,7 +16,7 @@ from atomtune.model.causal_lm import CausalLM
 from atomtune.model.file_schemas import AdapterConfig, GenerationConfig, ModelConfig
 from atomtune.model.json_files import checked
 from atomtune.model.load_errors import explained, refuse_lfs_pointers
-from atomtune.model.recurrent import as_in_training
+from atomtune.model.modes import as_in_training, without_dropout
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -91,17 +91,14 @@ def refuse_not_causal(path: str, model: CausalLM) -> None:
         of_tokens.append(output.detach().requires_grad_())
         return of_tokens[-1].clone()  # some scale it in place, which torch refuses for what a gradient starts from
 
-    training = model.training
-    model.eval()
     watching = embeddings.register_forward_hook(watch)
     try:
         reading = explained(path, "model", files="the model's config.json and weights")
-        with reading, as_in_training(model), torch.enable_grad():
+        with reading, without_dropout(model), as_in_training(model):
             logits = model(input_ids=ids, use_cache=False).logits.float()  # [1, T, V]
         gradient = _gradient(logits[:, :_LOOKED_AT].square().mean(), of_tokens)
     finally:
         watching.remove()
-        model.train(training)
     if not bool(torch.isfinite(logits).all()):
         raise BadModel(f"{path}: what this model computes is not finite (NaN or infinity). Are its files whole?")
     if gradient is None or not bool(torch.isfinite(gradient).all()):

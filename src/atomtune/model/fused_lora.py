@@ -17,6 +17,8 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from atomtune.model.modes import without_dropout
+
 
 def compute_together(model: nn.Module, **example_inputs: Any) -> int:
     """Let the LoRA layers of a model that read the same tensor compute as one; returns how many layers do.
@@ -46,13 +48,10 @@ def groups_of(model: nn.Module, **example_inputs: Any) -> list[list[LoraLinear]]
         calls.append((inputs[0], layer))
 
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with without_dropout(model), torch.no_grad():
             model(**example_inputs)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     # A layer that is called more than once (shared weights, loops) has no single place: PEFT's own way.

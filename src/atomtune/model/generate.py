@@ -11,6 +11,7 @@ from atomtune.data.encoding.chat_template import Message, Template
 from atomtune.errors import BadModel
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.load import pad_id_of
+from atomtune.model.modes import without_dropout
 
 #: Settings of a generation config that write or hold back tokens whatever the model says.
 _FORCING = ("min_length", "min_new_tokens", "forced_bos_token_id", "forced_eos_token_id")
@@ -135,19 +136,17 @@ def answer_ids(
     values = sampling.values() if sampling is not None else {"do_sample": False}
     if stop_early is not None:
         values["stopping_criteria"] = StoppingCriteriaList([_StopEarly(stop_early)])
-    was_training = model.training
-    model.eval()
-    written = model.generate(  # [1, T + new]
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stop_ids(model, template),
-        pad_token_id=pad_id_of(template.tokenizer),
-        use_cache=True,
-        streamer=streamer,
-        **values,
-    )
-    model.train(was_training)
+    with without_dropout(model):
+        written = model.generate(  # [1, T + new]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=stop_ids(model, template),
+            pad_token_id=pad_id_of(template.tokenizer),
+            use_cache=True,
+            streamer=streamer,
+            **values,
+        )
     return [int(token) for token in written[0, ids.shape[1] :]]
 
 

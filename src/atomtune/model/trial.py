@@ -7,6 +7,7 @@ the model's own noise (agreement.py), and a tree must come much nearer than one 
 Letters: N targets, T tokens of the row, V words.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +20,17 @@ from atomtune.batch.row import Row, single, untils
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
 from atomtune.errors import BadModel
-from atomtune.model.agreement import another_plain_way, gradient_measures, log_probability_measures, unit
+from atomtune.model.agreement import (
+    another_plain_way,
+    gradient_measures,
+    log_probability_measures,
+    relative_difference,
+    unit,
+)
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.lora_targets import unreached
 from atomtune.model.loss import innermost, model_inputs, takes
-from atomtune.model.recurrent import as_in_training
+from atomtune.model.modes import as_in_training, without_dropout
 
 
 @dataclass(frozen=True)
@@ -63,13 +70,11 @@ class _Side:
 
 def difference(model: CausalLM, *, windows: Sequence[int | None], cut: Cut, carries_state: bool) -> str | None:
     """In what a row of this model differs from its records alone, or None."""
-    examples = _examples(innermost(model).config.get_text_config().vocab_size)
+    examples = _examples(model)
     tree = graft(examples, least_saved=1)
     settings: dict[str, Any] = {"windows": windows, "cut": cut, "carries_state": carries_state}
-    training = model.training
-    model.eval()
     try:
-        with as_in_training(innermost(model)):
+        with without_dropout(model), as_in_training(innermost(model)):
             alone = [_alone(model, example) for example in examples]
             if not all(bool(torch.isfinite(side.scores).all()) for side in alone):
                 return "its own log-probabilities are not finite"
@@ -87,8 +92,6 @@ def difference(model: CausalLM, *, windows: Sequence[int | None], cut: Cut, carr
     # What a forward raises that was not made for rows: shapes, missing arguments, assertions.
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError) as error:
         return f"a row of many fails in its forward ({_first_line(error)})"
-    finally:
-        model.train(training)
     noise = (_apart(again, alone[0]), _gradient_difference(again, alone[0]))
     return _verdict(plain, rows, without, noise=noise, dtype=_dtype(model), limits=_limits(model))
 
@@ -120,11 +123,9 @@ def _limits(model: CausalLM) -> _Limits:
 
 def changed_by(model: CausalLM, change: Callable[[], object]) -> str | None:
     """In what a model differs after a change that is to compute the same faster (fused kernels), or None."""
-    examples = _examples(innermost(model).config.get_text_config().vocab_size)[:2]
-    training = model.training
-    model.eval()
+    examples = _examples(model)[:2]
     try:
-        with as_in_training(innermost(model)):
+        with without_dropout(model), as_in_training(innermost(model)):
             plain = [_alone(model, example) for example in examples]
             with another_plain_way(model):
                 again = [_alone(model, example) for example in examples]
@@ -133,8 +134,6 @@ def changed_by(model: CausalLM, change: Callable[[], object]) -> str | None:
     # What kernels raise: no compiler, a shape or a dtype that they do not take.
     except Exception as error:  # noqa: BLE001
         return f"its forward or backward fails ({_first_line(error)})"
-    finally:
-        model.train(training)
     scores = [torch.cat([side.scores for side in sides]) for sides in (ours, plain, again)]
     gradients = [
         {name: gradient for name, gradient in sides[0].gradients.items() if gradient is not None}
@@ -154,22 +153,18 @@ def changed_by(model: CausalLM, change: Callable[[], object]) -> str | None:
 @torch.no_grad()
 def padding_difference(model: CausalLM, *, pad_id: int) -> str | None:
     """In what a short record beside a long one, padded, differs from the short one alone, or None."""
-    examples = _examples(innermost(model).config.get_text_config().vocab_size)
+    examples = _examples(model)
     long, short = examples[0], examples[-1]
     batch: Any = collate_chains([single(long), single(short)], pad_id=pad_id, examples=2, tokens_padded=0)
-    for name in ("input_ids", "position_ids", "attention_mask"):
+    for name in ("input_ids", "attention_mask"):
         batch[name] = batch[name].to(_device(model))
-    targets = [i for i, times in enumerate(short.learn) if times]
+    targets = _learned(short.learn)
     predicted_from, ids = [i - 1 for i in targets], [short.ids[i] for i in targets]
-    training = model.training
-    model.eval()
-    try:
+    with without_dropout(model):
         alone = _alone(model, short)
         with another_plain_way(model):
             again = _alone(model, short)
         scores = _scores(model, model_inputs(model, batch), predicted_from, ids, row=1)
-    finally:
-        model.train(training)
     apart, noise = _apart(_Side(scores.double().cpu(), {}), alone), _apart(again, alone)
     # As in float32 whatever the dtype: a model that is refused here cannot be trained at all.
     if apart <= max(_IN_32_BITS.times * noise, _IN_32_BITS.scores_ulps * unit(_dtype(model))):
@@ -181,10 +176,11 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
-def _examples(words: int) -> list[Example]:
+def _examples(model: CausalLM) -> list[Example]:
     """Three records that share 72 tokens, two of which share 20 more, and one that shares nothing."""
     # Numbers that do not repeat soon; the lowest ids are control tokens.
-    numbers = iter(range(10**9))
+    numbers = itertools.count()
+    words = innermost(model).config.get_text_config().vocab_size
     lowest, words = min(8, words // 2), min(words, 30_000)
 
     def text(tokens: int) -> tuple[int, ...]:
@@ -205,9 +201,14 @@ def _example(parts: Sequence[tuple[int, ...]], origin: str) -> Example:
     return Example(ids, (0, *learn[1:]), origin)
 
 
+def _learned(learn: Sequence[int]) -> list[int]:
+    """The places of the targets."""
+    return [place for place, times in enumerate(learn) if times]
+
+
 def _alone(model: CausalLM, example: Example) -> _Side:
     """A record alone, as any program would compute it."""
-    targets = [i for i, times in enumerate(example.learn) if times]
+    targets = _learned(example.learn)
     ids = torch.tensor([example.ids], device=_device(model))  # [1, T]
     scores = _scores(model, {"input_ids": ids}, [i - 1 for i in targets], [example.ids[i] for i in targets])
     return _Side(scores.detach().double().cpu(), _gradients(model, -scores.sum()))
@@ -217,8 +218,8 @@ def _as_one(alone: Sequence[_Side], examples: Sequence[Example], tree: Row) -> _
     """What the records give together: for each target of the tree its score, and the sum of the gradients."""
     by_path: dict[tuple[int, ...], torch.Tensor] = {}
     for side, example in zip(alone, examples, strict=True):
-        targets = [i for i, times in enumerate(example.learn) if times]
-        by_path.update(zip([example.ids[: i + 1] for i in targets], side.scores, strict=True))
+        paths = [example.ids[: i + 1] for i in _learned(example.learn)]
+        by_path.update(zip(paths, side.scores, strict=True))
     gradients: dict[str, torch.Tensor | None] = {}
     for name in alone[0].gradients:
         of_records = [gradient for side in alone if (gradient := side.gradients[name]) is not None]
@@ -234,7 +235,7 @@ def _as_row(
     batch["position_ids"][0, : len(tree)] = torch.tensor(tree.positions())
     for name in ("input_ids", "position_ids"):
         batch[name] = batch[name].to(_device(model))
-    targets = [i for i, times in enumerate(tree.learn) if times]
+    targets = _learned(tree.learn)
     predicted_from = [tree.parent[i] for i in targets]
     scores = _scores(model, model_inputs(model, batch), predicted_from, [tree.ids[i] for i in targets])
     times = torch.tensor([tree.learn[i] for i in targets], device=scores.device)  # [N]
@@ -258,8 +259,9 @@ def _cut_off(tree: Row) -> Row:
 
 def _looks_ahead(model: CausalLM, example: Example, whole: _Side) -> bool:
     """Whether the beginning of a record alone has other log-probabilities than with what follows."""
-    targets = [i for i, times in enumerate(example.learn[: len(example.ids) // 2]) if times]
-    ids = torch.tensor([example.ids[: len(example.ids) // 2]], device=_device(model))  # [1, T / 2]
+    half = len(example.ids) // 2
+    targets = _learned(example.learn[:half])
+    ids = torch.tensor([example.ids[:half]], device=_device(model))  # [1, T / 2]
     beginning = _scores(model, {"input_ids": ids}, [i - 1 for i in targets], [example.ids[i] for i in targets])
     apart = (beginning.detach().double().cpu() - whole.scores[: len(targets)]).abs().mean().item()
     return not apart <= max(0.05, _IN_32_BITS.scores_ulps * unit(_dtype(model)))
@@ -307,16 +309,9 @@ def _apart(side: _Side, plain: _Side) -> float:
 
 def _gradient_difference(side: _Side, plain: _Side) -> float:
     """Relative L2 norm over all weights; infinite where one is NaN or missing."""
-    apart = size = 0.0
-    for name, expected in plain.gradients.items():
-        if expected is None:
-            continue
-        gradient = side.gradients[name]
-        if gradient is None:
-            return float("inf")
-        apart += (gradient.double() - expected.double()).square().sum().item()
-        size += expected.double().square().sum().item()
-    return (apart / size) ** 0.5 if size else 0.0
+    expected = {name: gradient.double() for name, gradient in plain.gradients.items() if gradient is not None}
+    gradients = {name: gradient.double() for name in expected if (gradient := side.gradients[name]) is not None}
+    return relative_difference(gradients, expected) if len(gradients) == len(expected) else float("inf")
 
 
 def _device(model: CausalLM) -> torch.device:

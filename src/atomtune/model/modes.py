@@ -1,0 +1,35 @@
+"""Modes: a model that is asked something for a moment, and then is as it was."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Within this, no module draws random numbers: a resumed run must draw what an unbroken one does."""
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def as_in_training(inner: Any) -> Iterator[None]:
+    """Within this, every layer is handed what needs a gradient, as in training.
+
+    bitsandbytes repacks its 4-bit layers for serving, for good, when they are called without.
+    """
+    # A copy, because CTRL scales its embeddings in place, which torch refuses for what a gradient starts from.
+    hook = inner.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_().clone())
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        hook.remove()

@@ -1,0 +1,36 @@
+"""Modes: what a model is asked leaves no trace in it, an error included."""
+
+import pytest
+import torch
+
+from atomtune.data.encoding.choose_template import load_template
+from atomtune.model.generate import answer_ids
+from atomtune.model.load import BaseSpec, load_base, load_tokenizer
+from atomtune.model.modes import without_dropout
+
+
+def test_each_module_trains_again_that_did_and_no_other():
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout(), torch.nn.Linear(2, 2)).train()
+    model[1].eval()
+    with pytest.raises(RuntimeError, match="inside"), without_dropout(model):
+        assert not any(module.training for module in model.modules())
+        raise RuntimeError("inside")
+    assert [module.training for module in model] == [True, False, True]
+    assert model.training
+
+
+def test_an_answer_that_is_broken_off_leaves_the_model_in_training(models):
+    path = str(models("llama"))
+    model = load_base(BaseSpec(path=path, dtype=torch.float32, device=torch.device("cpu"))).train()
+
+    def interrupted() -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answer_ids(
+            model,
+            load_template("auto", load_tokenizer(path)),
+            [{"role": "user", "content": "hi"}],
+            stop_early=interrupted,
+        )
+    assert model.training
