@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from atomtune.batch.collate import Collator
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
+from atomtune.model import recurrent
+from atomtune.model.fused_lora import Group, GroupedLora, compute_together
 from atomtune.model.loss import body_of, innermost
 from atomtune.model.recurrent import carries_state, find_mixers, give_way, take_way
 from atomtune.model.row_attention import ROWS, register
@@ -117,6 +119,29 @@ def test_a_mixer_is_found_where_rounding_is_larger_than_what_it_does():
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_a_row_gives_the_loss_and_gradients_of_one_record_at_a_time(family, layout, way):
     assert_equal(in_rows(copy.deepcopy(adapted(family)), layout, way), alone(family))
+
+
+def test_layers_that_read_the_same_compute_once_together_by_paths(monkeypatch):
+    # Each was handed a copy of its own, so the first to be called computed for all, and each of the others again.
+    model = copy.deepcopy(adapted("qwen3_5_text"))
+    groups = compute_together(model, input_ids=torch.tensor([[5, 9, 3]]))
+    of_layers = [module.group for module in model.modules() if isinstance(module, GroupedLora)]
+    assert len(of_layers) == groups > len(set(of_layers))
+    computed: list[Group] = []
+    compute = Group._compute
+    monkeypatch.setattr(Group, "_compute", lambda group, x: computed.append(group) or compute(group, x))
+    assert_equal(in_rows(model, "tree", "paths"), alone("qwen3_5_text"))
+    assert sorted(map(id, computed)) == sorted(map(id, set(of_layers)))
+
+
+def test_a_linear_layer_that_stands_in_a_mixer_twice_keeps_its_forward():
+    layer = torch.nn.Linear(4, 4)
+    mixer = torch.nn.ModuleDict({"first": torch.nn.Sequential(layer), "second": torch.nn.Sequential(layer)})
+    paths, first_on = torch.tensor([[0, 1], [0, 2]]), torch.tensor([0, 1, 3])
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))[paths]
+    with recurrent._linear_layers_once(mixer, paths, first_on):
+        assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+    assert "forward" not in vars(layer)
 
 
 @pytest.mark.parametrize("family", HYBRIDS)

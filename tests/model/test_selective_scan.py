@@ -97,6 +97,17 @@ def test_a_layer_of_several_scans_takes_the_state_of_each_in_turn():
         assert torch.equal(turn, scanned(inputs, initial_state=state)[0])
 
 
+def test_a_scan_more_than_there_are_states_begins_at_zero():
+    # So the trial refuses the way; StopIteration would end the run.
+    mixer = modeling_mamba.MambaMixer.__new__(modeling_mamba.MambaMixer)
+    inputs = {name: value.detach() for name, value in some_inputs().items()}
+    state = torch.randn(SEQUENCES, CHANNELS, STATE, generator=torch.Generator().manual_seed(3))
+    with scans_from(mixer, state):
+        turns = [modeling_mamba.mamba_selective_scan(**renamed(inputs), delta_softplus=True) for _ in range(2)]
+    assert torch.equal(turns[0], scanned(inputs, initial_state=state)[0])
+    assert torch.equal(turns[1], scanned(inputs)[0])
+
+
 def renamed(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Mixers hand the first argument on by its place."""
     return {"u" if name == "hidden_states" else name: value for name, value in inputs.items()}

@@ -27,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 
 from atomtune.batch.attention_plan import AttentionPlan
 from atomtune.batch.segment_plan import SegmentBatch, SegmentPlan
+from atomtune.model.modes import as_in_training, without_dropout
 from atomtune.model.row_attention import attend
 from atomtune.model.selective_scan import scans_from
 
@@ -91,14 +92,8 @@ def find_mixers(inner: nn.Module) -> tuple[list[nn.Module], bool]:
     """The outermost modules in the decoder's layers that mix tokens without the library's attention; and whether other
     modules use it.
     """
-    # Without dropout: a probe that draws random numbers would change what a resumed run draws.
-    in_training = [module for module in inner.modules() if module.training]
-    inner.eval()
-    try:
+    with without_dropout(inner):
         return _find_mixers(inner)
-    finally:
-        for module in in_training:
-            module.training = True
 
 
 def _find_mixers(inner: nn.Module) -> tuple[list[nn.Module], bool]:
@@ -158,21 +153,6 @@ def _calls_in_a_probe(inner: Any) -> dict[nn.Module, _Call]:
         for hook in hooks:
             hook.remove()
     return calls
-
-
-@contextlib.contextmanager
-def as_in_training(inner: Any) -> Iterator[None]:
-    """Within this, every layer is handed what needs a gradient, as in training.
-
-    bitsandbytes repacks its 4-bit layers for serving, for good, when they are called without.
-    """
-    # A copy, because CTRL scales its embeddings in place, which torch refuses for what a gradient starts from.
-    hook = inner.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_().clone())
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        hook.remove()
 
 
 @contextlib.contextmanager
@@ -433,14 +413,21 @@ def _by_paths(
 def _linear_layers_once(mixer: nn.Module, paths: torch.Tensor, first_on: torch.Tensor) -> Iterator[None]:
     """Within this, linear layers that are handed all paths compute each token of the row once."""
     hooked: list[tuple[nn.Module, Any]] = []
-    for layer in _linear_layers(mixer):
+    latest: list[torch.Tensor] = []  # what a layer was handed, and the same by token
+
+    def by_token(x: torch.Tensor) -> torch.Tensor:
+        """[P, L, D] → [1, T, D]; one tensor for all layers that read the same, which fused_lora.py computes as one."""
+        if not latest or latest[0] is not x:
+            latest[:] = [x, x.flatten(0, 1)[first_on][None]]
+        return latest[1]
+
+    for layer in dict.fromkeys(_linear_layers(mixer)):
         own, forward = vars(layer).get("forward"), layer.forward
 
         def once(x: torch.Tensor, *args: Any, _forward: Callable[..., Any] = forward, **kwargs: Any) -> Any:
             if x.shape[:2] != paths.shape:
                 return _forward(x, *args, **kwargs)
-            by_token = _forward(x.flatten(0, 1)[first_on][None], *args, **kwargs)  # [1, T, D]
-            return by_token[0][paths]
+            return _forward(by_token(x), *args, **kwargs)[0][paths]
 
         layer.forward = once
         hooked.append((layer, own))

@@ -38,7 +38,7 @@ def scans_from(mixer: nn.Module, state: torch.Tensor | None) -> Iterator[None]:
     states = iter(state.unbind(1) if state is not None and state.dim() == 4 else [state])
 
     def scan(*args: Any, **kwargs: Any) -> Any:
-        return selective_scan(*args, **kwargs, initial_state=next(states) if state is not None else None)
+        return selective_scan(*args, **kwargs, initial_state=next(states, None))  # a wrong count shows in the trial
 
     functions[_NAME] = scan
     try:
