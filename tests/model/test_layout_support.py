@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from atomtune.batch import collate
 from atomtune.batch.attention_plan import plan_attention
@@ -370,6 +370,23 @@ def test_a_model_that_takes_a_mask_but_no_plan_is_computed_by_the_mask(family):
     loss, gradient = differs(ours, one_at_a_time(plain))
     assert loss < 1e-7  # nemotron's LayerNorm computes in float32
     assert gradient < 1e-5
+
+
+#: Longer than the trial's records: it cannot see the window.
+LONG_WINDOW = {**SIZE, "sliding_window": 200}
+
+
+def test_a_window_in_an_attention_that_cannot_be_exchanged_is_no_tree(monkeypatch):
+    # As in a model with code of its own: transformers warns and changes nothing, and paths knew nothing of its mask.
+    base = build("mistral", **LONG_WINDOW)
+    monkeypatch.setattr(PreTrainedModel, "_can_set_attn_implementation", classmethod(lambda _cls: False))
+    assert why_padded(base) == "its attention cannot be exchanged"
+
+
+def test_a_window_that_layers_leave_to_the_mask_is_no_tree():
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    base = build("qwen2_moe", **LONG_WINDOW, **experts, use_sliding_window=True, shared_expert_intermediate_size=16)
+    assert "a window of 200 tokens that the layer does not hand over" in why_padded(base.float())
 
 
 @pytest.mark.parametrize("family", HYBRIDS)

@@ -278,6 +278,27 @@ def test_a_base_that_drops_attention_weights_draws_them_once_by_the_dense_mask(m
     torch.testing.assert_close(out, expected.transpose(1, 2), **EXACT)
 
 
+@pytest.mark.parametrize("kind", ["soft cap", "sinks", "both"])
+@pytest.mark.parametrize("with_plan", [True, False])
+def test_attention_weights_are_dropped_beside_caps_and_sinks_too(kind, with_plan):
+    # A run whose base has attention_dropout began (the trial draws nothing) and ended at its first step.
+    row = single(Example((1,) * 9, (0,) * 9, "train.jsonl:1"))
+    plan, one = plan_attention(row), asked(9, heads=2, key_heads=2)
+    sinks = torch.tensor([0.5, -1.0], dtype=torch.float64) if "sinks" in KINDS[kind] else None
+    softcap = KINDS[kind].get("softcap")
+    keywords = {"dropout": 0.5, "softcap": softcap, "s_aux": sinks, **({ROW_PLAN: plan} if with_plan else {})}
+    seen = plan.visible(None)
+    torch.manual_seed(3)
+    out, _ = attend(nn.Module(), *one.inputs, None if with_plan else seen, **keywords)
+    torch.manual_seed(3)
+    scores = one.q @ one.k.mT * one.q.shape[-1] ** -0.5
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    exponents = scores.masked_fill(~seen, -torch.inf).exp()
+    total = exponents.sum(-1, keepdim=True) + (0 if sinks is None else sinks.exp()[:, None, None])
+    expected = functional.dropout(exponents / total, 0.5) @ one.v
+    torch.testing.assert_close(out, expected.transpose(1, 2), **EXACT)
+
+
 class OnAGpu(NamedTuple):
     """All that the choice of a way asks of a tensor."""
 

@@ -60,6 +60,21 @@ def test_where_no_text_has_such_a_token_the_base_works_and_it_is_said(base, tmp_
     assert "The text has the token lumen" in capsys.readouterr().err
 
 
+def test_a_pad_token_that_only_the_tokenizer_got_fills_no_row(tmp_path, capsys):
+    # The commonest token without a row. Padding is masked by its place, so the model never has to read it.
+    folder = build("llama", tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    assert tokenizer.pad_token_id == AutoModelForCausalLM.from_pretrained(folder).config.vocab_size
+    records = [{"instruction": "说早", "output": "早"}, {"instruction": "请你说早上好", "output": "早上好"}]
+    data = write_jsonl(tmp_path / "train.jsonl", records)
+    flags = ["--dataset_path", str(data), "--model_path", str(folder)]
+    train = ["train", *flags, "--output_dir", str(tmp_path / "out"), "--layout", "padded", "--max_steps", "1"]
+    assert main([*train, "--per_device_train_batch_size", "2"]) == 0
+    assert main(["evaluate", *flags, "--output_dir", str(tmp_path / "report"), "--max_new_tokens", "2"]) == 0
+
+
 def with_equal_rows(folder: Path, *, tied: bool = False) -> tuple[int, int]:
     """Give a base's stop token the rows of another; the ids of both."""
     build("qwen3", folder, tie_word_embeddings=tied)

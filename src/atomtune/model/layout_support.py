@@ -20,6 +20,7 @@ from atomtune.model import recurrent, trial
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.loss import auxiliary_factor, body_of, innermost, takes
 from atomtune.model.row_attention import ROWS, register
+from atomtune.model.token_rows import with_row
 
 #: Kinds of attention that a plan expresses, or that carry a state. Others (chunked, sparse) are refused by name:
 #: a trial may lie in one chunk.
@@ -51,6 +52,7 @@ def collator_for(
 
     Raises BadModel where not even padded rows give what their records give alone.
     """
+    pad_id = with_row(model, pad_id)
     if layout == "padded" and (reason := trial.padding_difference(model, pad_id=pad_id)):
         raise BadModel(
             f"This model counts padding in: {reason}.\n"
@@ -81,7 +83,7 @@ def why_padded(model: CausalLM, *, sharded: bool = False) -> str | None:
     Leaves the model in the first way that is exact, or as it was.
     """
     inner = innermost(model)
-    config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
+    config = inner.config.get_text_config()
     foreign = {kind for kind in getattr(config, "layer_types", None) or () if kind.endswith("attention")}
     if foreign - _KNOWN_ATTENTION:
         return f"it has layers of the kind {', '.join(sorted(foreign - _KNOWN_ATTENTION))}"
@@ -114,10 +116,15 @@ def why_padded(model: CausalLM, *, sharded: bool = False) -> str | None:
 
 
 def _ways(mixers: list[nn.Module], attends: bool, has_window: bool) -> Iterator[_Way]:
-    """The ways to try, the best one first. A ready mask would replace a window's without a word."""
-    attention = [ROWS] if has_window else [ROWS, "sdpa"]
-    if mixers and not attends:
-        attention = [None]  # type: ignore[list-item]
+    """The ways to try, the best one first.
+
+    A window that a model's own code draws in its mask would be lost in every other way, which no shorter trial sees.
+    """
+    attention: list[str | None] = [ROWS, "sdpa"]
+    if has_window:
+        attention = [ROWS] if attends else []
+    elif mixers and not attends:
+        attention = [None]
     for name in attention:
         if mixers:
             if all(map(recurrent.takes_cache, mixers)):
@@ -133,6 +140,8 @@ def _take(inner: Any, way: _Way, mixers: list[nn.Module]) -> bool:
         try:
             inner.set_attn_implementation(way.attention)
         except (ValueError, AttributeError, ImportError, KeyError):
+            return False
+        if inner.config._attn_implementation != way.attention:  # transformers warns and leaves some as they are
             return False
     if way.mixers is not None:
         recurrent.give_way(body_of(inner), mixers, way.mixers)

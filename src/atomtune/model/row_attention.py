@@ -61,27 +61,31 @@ def attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if dropout and (softcap is not None or sinks is not None):
-        raise NotImplementedError("dropout of attention weights beside a soft cap or sinks")
     if plan is None:
-        return _over_mask(query, key, value, attention_mask, rules, sinks), None
-    _refuse_what_no_plan_expresses(plan, sliding_window, kwargs)
+        return _written_out(query, key, value, attention_mask, sinks, rules, dropout), None
+    _refuse_what_no_plan_expresses(module, plan, sliding_window, kwargs)
     way = way_of(plan, query, value, sliding_window, rules, sinks=sinks is not None, dropout=dropout > 0)
     if way == "spans":
         out = _by_spans(query, key, value, sinks, plan.spans[sliding_window], sliding_window, rules)
     elif way == "mask":
-        out = _by_mask(query, key, value, plan.bias(sliding_window, query.dtype), rules, dropout)
+        out = _by_mask(query, key, value, plan.bias(sliding_window, query.dtype), sinks, rules, dropout)
     else:
         out = _by_blocks(query, key, value, sinks, plan, sliding_window, rules)
     return out, None
 
 
-def _refuse_what_no_plan_expresses(plan: AttentionPlan, window: int | None, keywords: Mapping[str, Any]) -> None:
+def _refuse_what_no_plan_expresses(
+    layer: torch.nn.Module, plan: AttentionPlan, window: int | None, keywords: Mapping[str, Any]
+) -> None:
     for name, meaning in _NOT_IN_A_PLAN.items():
         if keywords.get(name) is not None:
             raise NotImplementedError(meaning)
     if window not in plan.windows:
         raise NotImplementedError(f"a window of {window} tokens that the config does not name")
+    # Qwen2-MoE leaves its window to the mask, which a row has none of. Others have the number in layers that see all.
+    own_window = getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", True) else None
+    if window is None and own_window:
+        raise NotImplementedError(f"a window of {own_window} tokens that the layer does not hand over")
 
 
 def way_of(
@@ -119,9 +123,17 @@ def _by_spans(  # noqa: PLR0917
 
 
 def _by_mask(  # noqa: PLR0917
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, rules: ScoreRules, dropout: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor,
+    sinks: torch.Tensor | None,
+    rules: ScoreRules,
+    dropout: float,
 ) -> torch.Tensor:
-    """The same by one call over a dense bias [1, 1, T, T]."""
+    """The same by one call over a dense bias [1, 1, T, T]; no kernel over a mask knows soft caps or sinks."""
+    if rules.softcap is not None or sinks is not None:
+        return _written_out(query, key, value, bias, sinks, rules, dropout)
     key, value = _repeated(key, query), _repeated(value, query)  # [1, H, T, D]
     # cuDNN makes a plan of 50 to 200 ms for every new length of a row.
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
@@ -159,15 +171,16 @@ def _repeated(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
 
-def _over_mask(  # noqa: PLR0917
+def _written_out(  # noqa: PLR0917
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    rules: ScoreRules,
     sinks: torch.Tensor | None,
+    rules: ScoreRules,
+    dropout: float,
 ) -> torch.Tensor:
-    """A softmax written out, for batches without a plan where scores are capped or have sinks (chat, padded rows).
+    """A softmax in plain torch, where scores are capped or have sinks and no plan's way serves (chat, padded rows).
 
     query [B, H, Q, D], key and value [B, H', K, D]
     mask  [B, 1, Q, K] bool or additive; None where the last query sees all keys, the one before it all but one, …
@@ -181,4 +194,5 @@ def _over_mask(  # noqa: PLR0917
     hidden = torch.finfo(scores.dtype).min
     scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
     weights = weights_beside_sinks(scores, None if sinks is None else sinks[:, None, None])
+    weights = functional.dropout(weights, dropout)
     return (weights @ _repeated(value, query)).transpose(1, 2).contiguous()

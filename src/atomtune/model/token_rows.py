@@ -76,6 +76,15 @@ def guard_embedding(base: CausalLM, tokenizer: Tokenizer, *, path: str) -> None:
     embedding.register_forward_pre_hook(refuse)
 
 
+def with_row(model: CausalLM, token_id: int) -> int:
+    """A token to fill up with, or token 0 where the model has no row for it: a pad token that its tokenizer got alone.
+
+    Padding is masked by its place, so any token will do.
+    """
+    embedding: Any = model.get_input_embeddings()
+    return token_id if 0 <= token_id < len(embedding.weight) else 0
+
+
 def say_untrained_stop(base: CausalLM, tokenizer: Tokenizer, stop: str, *, notice: Callable[[str], None]) -> None:
     """Say that the stop token's row was never trained, where it is zero or that of another token too.
 
