@@ -75,6 +75,18 @@ def test_a_second_adapter_answers_as_it_does_alone(models, saved, tmp_path_facto
             assert torch.equal(both(input_ids=ids).logits, load_trained(base(models), folder)(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("use", ["to answer", "beside another"])
+def test_a_pattern_that_is_none_is_refused_by_name(models, saved, use):
+    another = load_trained(base(models), saved)
+    config = json.loads((saved / "adapter_config.json").read_text())
+    (saved / "adapter_config.json").write_text(json.dumps({**config, "target_modules": "("}))
+    with pytest.raises(BadModel, match="'\\(' is not a regex"):
+        if use == "to answer":
+            load_trained(base(models), saved)
+        else:
+            load_another(another, saved, "second")
+
+
 FAULTS = {
     "missing": (lambda w, first: {n: t for n, t in w.items() if n != first}, "not in the file"),
     "renamed": (lambda w, first: {n.replace("self_attn", "attention"): t for n, t in w.items()}, "not in this model"),

@@ -3,8 +3,9 @@
 Stands on PEFT; LoRA: Hu et al. 2021, arXiv 2106.09685.
 """
 
+import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -251,6 +252,23 @@ def _fill(model: PeftModel, weights: Mapping[str, torch.Tensor], file: Path, ada
 
 def load_trained(base: CausalLM, folder: Path) -> PeftModel:
     """A saved adapter on its base, ready to answer. Raises BadModel unless every tensor of both fits."""
+    file, config, weights = _saved(base, folder)
+    with _fitting(folder):
+        model = get_peft_model(base, config)
+    _fill(model, weights, file)
+    return model.eval()
+
+
+def load_another(model: PeftModel, folder: Path, name: str) -> None:
+    """A further saved adapter beside those of the model, under a name. Raises BadModel unless every tensor fits."""
+    file, config, weights = _saved(model.get_base_model(), folder)
+    with _fitting(folder):
+        model.add_adapter(name, config)
+    _fill(model, weights, file, name)
+
+
+def _saved(base: CausalLM, folder: Path) -> tuple[Path, PeftConfig, dict[str, torch.Tensor]]:
+    """A saved adapter: its file of weights, its config, and its tensors by this base's names for their layers."""
     file = adapter_file(folder)
     if file is None or not (folder / CONFIG).is_file():
         raise BadModel(
@@ -261,29 +279,17 @@ def load_trained(base: CausalLM, folder: Path) -> PeftModel:
     config.inference_mode = True
     config.base_model_name_or_path = None  # PEFT warns where the base has moved; its fingerprint is what counts
     refuse_endless_patterns(config, base, folder / CONFIG)
-    weights = _named_as_in(base, read_weights(file), config)
+    return file, config, _named_as_in(base, read_weights(file), config)
+
+
+@contextlib.contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    """Within this, PEFT puts a saved adapter on a base; what it refuses becomes a BadModel."""
     with explained(str(folder), "adapter", files=CONFIG):
         try:
-            model = get_peft_model(base, config)
-        except ValueError as error:  # PEFT: a target that no module of this base has
+            yield
+        except ValueError as error:  # a target that no module of this base has
             raise BadModel(f"{folder} does not fit this base: {str(error)[:1500]}") from error
-    _fill(model, weights, file)
-    return model.eval()
-
-
-def load_another(model: PeftModel, folder: Path, name: str) -> None:
-    """A further saved adapter beside those of the model, under a name. Raises BadModel unless every tensor fits."""
-    file = adapter_file(folder)
-    if file is None:
-        raise BadModel(f"{folder}: no adapter weights here.")
-    config = adapter_config(folder)
-    config.inference_mode = True
-    weights = _named_as_in(model.get_base_model(), read_weights(file), config)
-    try:
-        model.add_adapter(name, config)
-    except ValueError as error:  # PEFT: a target that no module of this base has
-        raise BadModel(f"{folder} does not fit this base: {str(error)[:1500]}") from error
-    _fill(model, weights, file, name)
 
 
 def refuse_unlike(folder: Path, model: PeftModel) -> None:
