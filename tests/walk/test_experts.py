@@ -49,7 +49,9 @@ def test_experts_and_what_is_like_them_are_adapted_and_said(walked, tmp_path, ca
     assert "stay frozen" not in printed
     assert main([*command, "--output_dir", str(tmp_path / "b"), "--max_steps", "1"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "experts (12 % of the weights; --lora_experts adapts them)" in printed
+    assert "The experts stay frozen: 12 % of the weights; --lora_experts adapts them." in printed
+    assert printed.count("not adapted by PEFT in this architecture") == 1, "several names, one reason"
+    assert "These stay frozen (not adapted by PEFT in this architecture): gate_proj, up_proj, down_proj (" in printed
 
 
 def test_resumed_it_is_the_same_run(walked, tmp_path):

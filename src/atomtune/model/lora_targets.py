@@ -17,11 +17,12 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from atomtune.errors import BadModel, BadSettings
+from atomtune.language import message
 from atomtune.limits import trial
 from atomtune.model.adapter_keys import text_modules
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.experts import experts_of, numbers_of_experts
-from atomtune.model.recurrent import as_in_training
+from atomtune.model.modes import as_in_training, without_dropout
 
 ALL_LINEAR = "all-linear"
 #: A name of a module, in which a regex has nothing to try.
@@ -70,18 +71,18 @@ def all_linear(base: CausalLM) -> AllLinear:
     for name in names:
         last = _last_part(name)
         if router := _router_of(base, name, modules):
-            left_out[router] = "a router"
+            left_out[router] = message("a router")
         elif "gate" in last and _outputs(modules[name]) == 1:
             # It says how much of a shared expert a token takes. LoRA would hold several times its own numbers.
             left_out[last] = "a gate with one output"
         elif not _is_plain(modules[name]):
-            left_out[last] = "it computes otherwise than a linear layer"
+            left_out[last] = "computed otherwise than a linear layer"
         elif name in uncalled:
             left_out[_tower(name, calls.called if calls else ())] = "not called for text"
         elif name in without_gradient:
-            left_out[last] = "the loss has no gradient for it"
+            left_out[last] = "without a gradient of the loss"
         elif not _peft_takes(base.config.model_type, last):
-            left_out[last] = "PEFT does not adapt it in this architecture"
+            left_out[last] = "not adapted by PEFT in this architecture"
             if _peft_takes(base.config.model_type, last, as_tensor=True):
                 shared.append(name)
         else:
@@ -181,17 +182,14 @@ def _calls(base: CausalLM, names: Sequence[str]) -> _Calls | None:
     modules = dict(base.named_modules())
     outputs: dict[str, list[Any]] = {}
     hooks = [modules[name].register_forward_hook(partial(_note, outputs, name)) for name in names]
-    training = base.training
-    base.eval()
     try:
-        with as_in_training(base):
+        with without_dropout(base), as_in_training(base):
             embeddings: Any = base.get_input_embeddings()
             ids = torch.arange(3, 7, device=embeddings.weight.device)[None]
             logits = base(input_ids=ids, use_cache=False).logits
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError):
         return None
     finally:
-        base.train(training)
         for hook in hooks:
             hook.remove()
     behind_the_loss = _graph(logits.grad_fn)

@@ -146,22 +146,26 @@ def _as_said(name: str) -> str:
 
 
 def _say_frozen(run: RunContext, base: Any, lora: LoraSpec) -> None:
-    """Say what all-linear does not reach, with its share of the weights, and that experts are left as they are."""
+    """Say what all-linear does not reach, a line for each reason, and that experts are left as they are."""
     weights = {f".{name}.": count_of(weight) for name, weight in base.named_parameters()}
-    frozen = []
     reached = all_linear(base)
     adapted = {name.rpartition(".")[2] for name in reached.shared} if lora.experts else set()
+    by_reason: dict[str, list[str]] = {}
     for name, why in reached.left_out.items() if ALL_LINEAR in lora.targets else ():
-        share = sum(count for weight, count in weights.items() if f".{name}." in weight) / sum(weights.values())
         if name not in adapted:
-            frozen.append(
-                f"{name} ({100 * share:.0f} % of the weights, {why})" if share >= _WORTH_SAYING else f"{name} ({why})"
-            )
+            by_reason.setdefault(why, []).append(name)
+    for why, names in by_reason.items():
+        inside = [weight for weight in weights if any(f".{name}." in weight for name in names)]
+        share = sum(weights[weight] for weight in inside) / sum(weights.values())
+        listed = ", ".join(names)
+        if share >= _WORTH_SAYING:
+            run.console.say(f"These stay frozen ({why}): {listed} ({100 * share:.0f} % of the weights).")
+        else:
+            run.console.say(f"These stay frozen ({why}): {listed}.")
     experts = experts_of(base)
     if experts and not lora.experts:
-        frozen.append(f"experts ({100 * experts.share:.0f} % of the weights; --lora_experts adapts them)")
-    if frozen:
-        run.console.say(f"These stay frozen: {', '.join(frozen)}.")
+        share = experts.share
+        run.console.say(f"The experts stay frozen: {100 * share:.0f} % of the weights; --lora_experts adapts them.")
 
 
 def _adapter_of_start(run: RunContext, base: Any, start: Resumed | FromWeights) -> Any:
