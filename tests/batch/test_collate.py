@@ -79,17 +79,6 @@ def test_the_mask_knows_padding_by_its_place(examples):
 
 @same_every_time
 @given(EXAMPLES)
-def test_real_tokens_stand_at_their_own_positions_and_padding_at_none_beyond(examples):
-    # Catches positions shifted by padding, and padding positions beyond a model's table (gpt2 would raise).
-    batch = collated(examples)
-    for r, example in by_origin(batch, examples):
-        n = len(example.ids)
-        assert batch["position_ids"][r, :n].tolist() == list(range(n))
-        assert batch["position_ids"][r].max().item() == n - 1
-
-
-@same_every_time
-@given(EXAMPLES)
 def test_no_target_is_padding_or_predicted_from_padding(examples):
     # Catches a learn column laid out for the padded width.
     batch = collated(examples)

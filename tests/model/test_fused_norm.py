@@ -41,6 +41,14 @@ def test_it_is_the_formula_and_its_gradient(scale, strided):
     torch.testing.assert_close(torch.autograd.grad(ours, x, grad)[0], expected, rtol=1e-10, atol=1e-10 / scale)
 
 
+def test_what_it_returns_may_be_changed_in_place():
+    # A view of what a function made inside may not: a model that scales its norm's output ended in an error.
+    x, factors = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True), torch.randn(WIDTH, dtype=torch.float64)
+    ours, theirs = RmsNorm.apply(x, factors, EPS).mul_(3), 3 * formula(x, factors)
+    gradients = [torch.autograd.grad(out.square().sum(), x)[0] for out in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("norm_class", "offset"), [(LlamaRMSNorm, 0.0), (Gemma3RMSNorm, 1.0)])
 def test_a_models_norm_is_no_further_from_the_truth_than_it_was(norm_class, offset, dtype):

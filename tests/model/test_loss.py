@@ -175,12 +175,14 @@ def test_evaluation_needs_no_gradients_and_gives_the_same(family):
 
 
 @every_head
-def test_a_batch_without_targets_is_a_zero_that_every_weight_hangs_on(family):
+def test_a_batch_without_targets_is_a_zero_that_every_weight_hangs_on(seen_by_the_head, family):
     # Under DDP every rank must have a gradient for every weight, or all wait for ever.
     model = adapted(family)
     silent = [Example(example.ids, (0,) * len(example.ids), example.origin) for example in EXAMPLES]
+    shapes = seen_by_the_head(model)
     nats, count = target_nats(model, batch_of(silent))
     nats.backward()
+    assert shapes == [(len(EXAMPLES), 1, WORDS)], "logits of all positions would be gigabytes"
     assert (nats.item(), int(count)) == (0.0, 0)
     assert all(gradient is not None and not gradient.any() for gradient in gradients(model).values())
 

@@ -296,7 +296,7 @@ def padded_length(tokens: int) -> int:
 
 
 def _power_of_two(number: int) -> int:
-    """The next one."""
+    """The first that is not below a number."""
     return 1 << (number - 1).bit_length()
 
 
@@ -329,9 +329,9 @@ def plan_attention(
             blocks[window] = _blocks(parts, window, tokens) if hides or None not in blocks else blocks[None]
         else:
             spans[window] = _spans(parts, window if hides else None, tokens)
-    real = torch.tensor((*position, *[0] * padding))
+    positions = torch.tensor((*position, *[0] * padding))
     forks = plan_segments(row) if carries_state else None
-    return AttentionPlan(blocks, spans, torch.tensor(until), real, len(row), forks)
+    return AttentionPlan(blocks, spans, torch.tensor(until), positions, len(row), forks)
 
 
 class _SlotLists:

@@ -30,8 +30,9 @@ class _Targets(TypedDict):
 class Batch(_Targets):
     """Tensors of one step.
 
-    input_ids, position_ids   [B, T]
+    input_ids                 [B, T]
     attention_mask            [B, T], or None where the plan says who sees whom
+    position_ids              [1, T] of a packed or tree row; None where the model counts them itself
     plan                      of the attention in a packed or tree row (B = 1), else None
     row, predicted_from, target, learn   [N]  of each target: its row, the position it is predicted from, the id to
                                               predict and how often it counts
@@ -42,8 +43,8 @@ class Batch(_Targets):
     """
 
     input_ids: torch.Tensor
-    position_ids: torch.Tensor
     attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
     plan: AttentionPlan | None
     tokens_padded: int
     examples: int
@@ -58,17 +59,15 @@ def collate_chains(rows: Sequence[Row], *, pad_id: int, examples: int, tokens_pa
     assert all(row.is_chain for row in rows), "a branching row needs its own attention, not padding"
     rows = sorted(rows, key=len, reverse=True)
     width = len(rows[0])
-    ids, positions, mask = [], [], []
+    ids, mask = [], []
     for row in rows:
         padding = width - len(row)
         ids.append([*row.ids, *[pad_id] * padding])
-        # Padding stays at the last real position, so that no model is asked for a position it does not have.
-        positions.append([*row.positions(), *[len(row) - 1] * padding])
         mask.append([1] * len(row) + [0] * padding)
     return Batch(
         input_ids=torch.tensor(ids),
-        position_ids=torch.tensor(positions),
         attention_mask=torch.tensor(mask),
+        position_ids=None,
         plan=None,
         **_targets(rows),
         tokens_padded=tokens_padded,
@@ -94,8 +93,8 @@ def collate_row(
     padding = [row.ids[-1]] * (width - len(row))
     return Batch(
         input_ids=torch.tensor([[*row.ids, *padding]]),
-        position_ids=plan.position[None],
         attention_mask=None,
+        position_ids=plan.position[None],
         plan=plan,
         **_targets([row]),
         tokens_padded=tokens_padded,

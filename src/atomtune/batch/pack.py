@@ -14,8 +14,8 @@ from atomtune.data.records import Example
 def pack(examples: Sequence[Example]) -> Row:
     """All examples in one row, as chains of their own."""
     chains = [single(example) for example in examples]
-    begins = [0, *accumulate(len(chain) for chain in chains)]
-    placed = list(zip(chains, begins, strict=False))
+    begins = list(accumulate(map(len, chains), initial=0))[:-1]
+    placed = list(zip(chains, begins, strict=True))
     return Row(
         ids=tuple(token for chain in chains for token in chain.ids),
         parent=tuple(parent + begin if parent >= 0 else -1 for chain, begin in placed for parent in chain.parent),

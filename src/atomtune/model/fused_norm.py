@@ -99,9 +99,11 @@ class RmsNorm(torch.autograd.Function):
         width, exact = flat.shape[1], torch.promote_types(x.dtype, torch.float32)
         # The length of (x, sqrt(D * eps)): what x is divided by, times sqrt(D).
         length = torch.linalg.vector_norm(flat, dim=1, keepdim=True, dtype=exact).square_().add_(width * eps).sqrt_()
-        out = torch.mul(flat, width**0.5 / length, out=torch.empty_like(flat)).mul_(factors)
+        # What is returned is no view: a model may change it in place.
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        torch.mul(flat, width**0.5 / length, out=out.view(flat.shape)).mul_(factors)
         ctx.save_for_backward(flat, length, factors)
-        return out.view(x.shape)
+        return out
 
     @staticmethod
     @once_differentiable

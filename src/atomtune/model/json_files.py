@@ -135,9 +135,7 @@ def _place_of(values: Any, loc: Sequence[int | str]) -> tuple[str, Any]:
 
 def _shown(value: Any) -> str:
     if isinstance(value, list | Mapping):
-        kind, number = (
-            (message("a list"), len(value)) if isinstance(value, list) else (message("an object"), len(value))
-        )
+        kind, number = message("a list") if isinstance(value, list) else message("an object"), len(value)
         return f"{kind} of {number:,}"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"

@@ -116,12 +116,13 @@ def target_log_probabilities(model: nn.Module, batch: Mapping[str, Any]) -> torc
 def _target_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, Any]:
     """[N, V] from one call of the whole model, and that call's output.
 
-    Without a target it is all logits, which are tied to the weights.
+    Without a target it is the logits of some tokens, which are tied to the weights.
     """
     inputs = model_inputs(model, batch)
     columns, where = torch.unique(batch["predicted_from"], return_inverse=True)  # [K], [N]
-    if takes(model, "logits_to_keep") and len(columns):
-        output = model(**inputs, use_cache=False, logits_to_keep=columns)  # logits [B, K, V]
+    if takes(model, "logits_to_keep"):
+        kept = columns if len(columns) else columns.new_zeros(1)
+        output = model(**inputs, use_cache=False, logits_to_keep=kept)  # logits [B, K, V]
     else:
         output = model(**inputs, use_cache=False)  # logits [B, T, V]
         where = batch["predicted_from"]
@@ -203,8 +204,7 @@ class Head:
     def of(cls, model: nn.Module) -> "Head | None":
         """The head of a model, or None where it cannot be called apart."""
         inner = innermost(model)
-        body = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)
-        if body is None or body is inner or not (takes(model, "logits_to_keep") and takes(model, "inputs_embeds")):
+        if body_of(model) is inner or not (takes(model, "logits_to_keep") and takes(model, "inputs_embeds")):
             return None
         # FSDP and ZeRO-3 gather a module's weights around its own call only; the whole model is then called once.
         if any(type(p) is not nn.Parameter or hasattr(p, "ds_id") for p in cls(inner).parameters()):

@@ -131,7 +131,8 @@ def remedies(shape: StepShape) -> str:
     if not shape.checkpointing:
         steps.append("--gradient_checkpointing true: the same result, about a third slower.")
     if shape.batch > 1:
-        half, twice = max(1, shape.batch // 2), shape.accumulation * shape.batch // max(1, shape.batch // 2)
+        half = shape.batch // 2
+        twice = shape.accumulation * shape.batch // half
         steps.append(
             f"--per_device_train_batch_size {half} --gradient_accumulation_steps {twice}: the same updates, "
             f"smaller pieces (now {shape.batch} × {shape.accumulation})."

@@ -141,9 +141,8 @@ class StepGraphs:
     def _apart(self, recording: "_Recording", batch: Batch, fewer_shapes: Batch) -> float:
         """How far the played gradients are from the model's own: the norm of their difference, relative."""
         device = self.weights[0].device
-        devices = (
-            [device] if device.type == "cuda" else []
-        )  # both draw the same, and the step after them draws it again
+        # Both draw the same dropout, and the step after them draws it again.
+        devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             own = torch.autograd.grad(self._computed(batch), self.weights, materialize_grads=True)
         with torch.random.fork_rng(devices):
