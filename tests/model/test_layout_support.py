@@ -318,7 +318,7 @@ def test_a_planted_bug_shows(monkeypatch, family, bug):
         # In transformers 5.17 its config does not name the kinds of its layers; then the trial tells.
         (
             "recurrent_gemma",
-            {"attention_window_size": 16, "lru_width": 32},
+            {"attention_window_size": 16, "lru_width": 32, "num_hidden_layers": 3},
             "layers of the kind linear_attention|a trial tree differs",
         ),
         ("bloom", {}, "takes no position_ids"),

@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 from atomtune.model.causal_lm import CausalLM
+from atomtune.model.layout_support import windows_of
 from atomtune.model.loss import innermost, takes
 from atomtune.model.token_rows import with_row
 
@@ -90,12 +91,10 @@ def _greedily(
 
 
 def _may_share(model: CausalLM) -> bool:
-    """Filling up behind a beginning would shift windows, which count places and not positions."""
+    """Filling up behind a beginning would shift sliding windows, which count places and not positions."""
     config = model.config.get_text_config()
-    # GPT-Neo calls its own window_size.
-    windows = [value for name, value in config.to_dict().items() if name.endswith(("window", "window_size"))]
     kinds = set(getattr(config, "layer_types", None) or ())
-    return not any(windows) and kinds <= {"full_attention"}
+    return not any(windows_of(model)) and kinds <= {"full_attention"}
 
 
 def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
