@@ -170,7 +170,7 @@ def compare(
     console.say("plain transformers + PEFT, one record at a time …")
     model_again = load()
     plain = one_at_a_time(model_again, examples)
-    console.say("plain again with the library's other attention, to see how much rounding differs …")
+    console.say("plain again with another attention, to see how much rounding differs …")
     with another_plain_way(model_again):
         # The library's loss sums the softmax of a whole vocabulary in float32, which rounds more than its attention
         # does, so the noise is that of both.

@@ -17,6 +17,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from atomtune.cli import main
+from atomtune.console import Console
+from atomtune.serve.chat import side_by_side
 from tests.conftest import DIALOGUES, write_jsonl
 
 
@@ -244,3 +246,14 @@ def test_a_new_line_is_no_end_of_the_message(trained, tmp_path):
     terminal.wait_for("\n>")
     assert terminal.close() == 0
     assert json.loads(saved.read_text(encoding="utf-8"))["messages"][0]["content"] == "one\ntwo"
+
+
+def test_answers_beside_each_other_are_whole_though_chinese_has_no_spaces(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    answers = (
+        "我是语言模型，会说一点中文和英文，不知道自己叫什么。",
+        "船长，我是小原，星螺岛上守灯塔的小机器人，最爱姜茶呢！",
+    )
+    Console().print(side_by_side(*answers))
+    lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert ["".join(line[side].strip() for line in lines) for side in (1, 2)] == list(answers)

@@ -159,7 +159,8 @@ def _sentence(
         if verdict in words:
             change = f"{shown(measure, before.value)} → {shown(measure, after.value)}"
             words[verdict].append(f"{worded(measure.title)} {change}")
-    parts = [f"{worded(title)}: {', '.join(words[key])}." for key, title in _TITLES if words[key]]
+    colon, comma, stop = worded(message(": ")), worded(message(", ")), worded(message("."))
+    parts = [f"{worded(title)}{colon}{comma.join(words[key])}{stop}" for key, title in _TITLES if words[key]]
     return " ".join([worded(f"{name} compared with {base}."), *parts])
 
 

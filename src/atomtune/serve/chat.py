@@ -13,7 +13,7 @@ from rich.table import Table
 from atomtune.console import Console, shortened, visible
 from atomtune.data.encoding.chat_template import Message
 from atomtune.errors import BadSettings
-from atomtune.language import translated
+from atomtune.language import message, translated
 from atomtune.model.generate import Sampling
 from atomtune.model.load import dtype_name
 from atomtune.serve.conversation import Conversation
@@ -178,10 +178,7 @@ class Talk:
             reply = self._reply(self.conversation.asking(question), stop)
         with_base.answered(question, of_base.turn)
         if sys.stdout.isatty():
-            table = Table(*map(translated, ("base", "tuned")), expand=True)
-            table.columns[0].ratio = table.columns[1].ratio = 1
-            table.add_row(of_base.text.strip(), reply.text.strip())
-            Console().print(table)
+            Console().print(side_by_side(of_base.text.strip(), reply.text.strip()))
         else:
             print(f"base: {of_base.text.strip()}\ntuned: {reply.text.strip()}", flush=True)  # for programs
         return reply
@@ -204,6 +201,15 @@ class Talk:
             hand_on=write,
             stop_early=stop.is_set if stop is not None else None,
         )
+
+
+def side_by_side(of_base: str, of_tuned: str) -> Table:
+    """Two answers in two columns, whole: Chinese has no spaces, and rich cuts a word that is longer than a line."""
+    table = Table(expand=True)
+    for title in (message("base"), message("tuned")):
+        table.add_column(translated(title), ratio=1, overflow="fold")
+    table.add_row(of_base, of_tuned)
+    return table
 
 
 @contextlib.contextmanager
