@@ -184,7 +184,7 @@ def _ids_difference(prompt: CertPrompt, ids: Sequence[int], reply: Reply, tokeni
     def around(tokens: Sequence[int]) -> str:
         token = tokens[place] if place < len(tokens) else "nothing"
         neighbours = list(tokens[max(place - 4, 0) : place + 8])
-        return f"{token} in {tokenizer.decode(neighbours, skip_special_tokens=False)!r}"
+        return f"id {token}, in the text {tokenizer.decode(neighbours, skip_special_tokens=False)!r}"
 
     return Difference(prompt.kind, f"prompt id {place}", around(expected), around(ids))
 

@@ -245,14 +245,18 @@ def _say_beginning(sweep: Sweep, search: Search, folder: Path, console: Console)
     for name, values in sweep.tried.items():
         console.say(f"  {name}: {', '.join(values)}")
     done = sum(trial.status in DONE for trial in sweep.trials)
-    text = f"{search.total} trials" + (f", {done} of them done before" if done else "") + f", in {folder}"
+    # Each part by itself: a text that is put together of several is not in the catalogue of another language.
+    text = translated(f"{search.total} trials")
+    if done:
+        text += translated(f", {done} of them done before")
+    text += translated(f", in {folder}")
     if sweep.seconds_expected:
         left = (search.total - done) * sweep.seconds_expected
-        text += (
+        text += translated(
             f": about {_duration(sweep.seconds_expected)} each and {_duration(left)} in all; evaluating and saving "
             "come on top"
         )
-    console.say(f"{text}. Ctrl-C keeps what is done; --resume goes on.\n")
+    console.say(translated(f"{text}. Ctrl-C keeps what is done; --resume goes on.\n"))
 
 
 def _run_trials(sweep: Sweep, search: Search, folder: Path, console: Console) -> Sweep:
@@ -316,9 +320,9 @@ def _say_trial(sweep: Sweep, trial: Trial, search: Search, console: Console, *, 
     """What it gave, and the time that is left by the trials so far."""
     match trial.status:
         case "finished":
-            text = f"held-out loss {trial.eval_loss:.4f} at step {trial.best_step}"
+            text = translated(f"held-out loss {trial.eval_loss:.4f} at step {trial.best_step}")
             if sweep.best == trial:
-                text += ", the best so far"
+                text += translated(", the best so far")
         case "pruned":
             text = "stopped early: clearly behind the others"
         case "stopped":

@@ -51,7 +51,7 @@ def _noise(sweep: Sweep, best: Trial) -> Iterator[str]:
         )
     elif others:
         gap = (others[0].eval_loss or 0) / best.eval_loss - 1
-        yield f"The next, {others[0].name}, is {gap:.0%} behind: more than the {NOISE:.0%} that are taken for noise."
+        yield f"The next, {others[0].name}, is {gap:.1%} behind: more than the {NOISE:.0%} that are taken for noise."
 
 
 def _at_an_end(sweep: Sweep, best: Trial) -> Iterator[str]:
@@ -63,7 +63,9 @@ def _at_an_end(sweep: Sweep, best: Trial) -> Iterator[str]:
         except ValueError:
             continue
         if len(numbers) > 1 and value in (numbers[0], numbers[-1]):
-            end, further = ("lowest", "lower") if value == numbers[0] else ("highest", "higher")
+            end, further = message("lowest"), message("lower")
+            if value == numbers[-1]:
+                end, further = message("highest"), message("higher")
             yield f"Its {name} is the {end} of those tried: a {further} one may be better still."
 
 
