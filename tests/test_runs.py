@@ -64,3 +64,35 @@ def test_what_is_no_run_is_told(folder, tmp_path, capsys):
     assert "no such folder" in capsys.readouterr().err
     assert main(["runs", str(tmp_path)]) == 0
     assert "No runs in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"settings": [1]},
+        {"settings": {"lora_rank": 8}},
+        {"settings": {"dataset_path": {"value": 5}}},
+        {"loss_history": 5},
+        {"loss_history": [{}]},
+        {"loss_history": [{"step": "1", "loss": 2.0}, {"step": 2, "loss": None}]},
+        {"loss_history": [{"step": 1, "loss": None}]},
+        {"started": 5, "status": [], "steps": 1e300, "train_loss": "low"},
+    ],
+    ids=str,
+)
+def test_a_record_that_no_run_wrote_so_is_told_or_shown(folder, tmp_path, capsys, values):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "run.json").write_text(json.dumps({**record_of(folder / "slow"), **values}))
+    listed = main(["runs", str(tmp_path)])
+    compared = main(["runs", str(folder / "fast"), str(tmp_path / "odd")])
+    told = capsys.readouterr()
+    assert listed == 0 and compared in (0, 2) and "Traceback" not in told.err
+    if compared == 2:
+        assert "a run is not listed" in told.out and "expected" in told.err
+
+
+def test_a_picture_of_no_known_kind_is_refused_before_anything_is_printed(folder, tmp_path, capsys):
+    capsys.readouterr()
+    assert main(["runs", str(folder / "slow"), str(folder / "fast"), "--plot", str(tmp_path / "losses.doc")]) == 2
+    told = capsys.readouterr()
+    assert "expected a file that ends in .png, .pdf, .svg" in told.err and not told.out

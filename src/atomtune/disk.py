@@ -31,6 +31,8 @@ _DISK_WORDS = tuple(os.strerror(code) for code in _DISK_ERRORS - {errno.EFBIG})
 _TORCH_WROTE_LESS = re.compile(r"unexpected pos \d+ vs \d+|file write failed|iostream error")
 #: A run.json that names a million refused records has half of it.
 _MOST_BYTES_OF_TEXT = 2**28
+#: The first bytes of the small text that git leaves in place of a large file that was not fetched.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 #: Behind the name of a file that is being written.
 _PART = ".part"
 #: In a folder that a command fills: what is not yet finished of it.
@@ -176,6 +178,11 @@ def publish(staging: Path, folder: Path, *, last: str) -> None:
         file.replace(goal)
     remove_tree(staging)
     sync(folder)
+
+
+def expanded(path: str) -> Path:
+    """The path with `~` as a user's home; pathlib's own way raises RuntimeError where there is no such user."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def identity_of(folder: Path) -> tuple[int, int] | None:

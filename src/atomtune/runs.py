@@ -1,6 +1,6 @@
 """Runs: the runs in a folder, and two or more of them side by side."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,10 @@ from typing import Any
 from rich.table import Table
 
 from atomtune.console import Console, print_json
-from atomtune.disk import read_json_object
-from atomtune.errors import BadSettings
+from atomtune.errors import BadModel, BadSettings
 from atomtune.language import message, translated
+from atomtune.model.file_schemas import RunRecordFile
+from atomtune.model.json_files import checked
 from atomtune.pages import picture
 from atomtune.settings.fields import RunsSettings
 
@@ -19,6 +20,8 @@ RECORD = "run.json"
 DEPTH = 3
 #: Rows of the table of losses.
 STEPS_SHOWN = 8
+#: How a picture's file may end.
+PLOTS = (".png", ".pdf", ".svg", ".jpg")
 #: Settings that tell where a run lies, and so always differ.
 PLACES = ("output_dir", "logging_dir", "run_name")
 
@@ -30,20 +33,24 @@ class Run:
     folder: Path
     values: Mapping[str, Any]
 
+    @classmethod
+    def of(cls, folder: Path) -> "Run":
+        """Raises BadModel where run.json is not as a run writes it."""
+        return cls(folder, checked(folder / RECORD, RunRecordFile).model_dump())
+
     @property
-    def losses(self) -> dict[int, float]:
+    def losses(self) -> dict[int, float | None]:
         """Step → training loss."""
-        history = self.values.get("loss_history") or []
-        return {entry["step"]: entry["loss"] for entry in history if isinstance(entry, dict)}
+        return {entry["step"]: entry["loss"] for entry in self.values["loss_history"] or []}
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {name: entry.get("value") for name, entry in (self.values.get("settings") or {}).items()}
+        return {name: entry["value"] for name, entry in (self.values["settings"] or {}).items()}
 
     def summary(self) -> dict[str, Any]:
         """What is listed of it."""
         data = self.settings.get("dataset_path") or []
-        paths = [data] if isinstance(data, str) else data
+        paths = data if isinstance(data, list) else [data]
         return {
             "folder": str(self.folder),
             "status": self.values.get("status", "?"),
@@ -60,6 +67,8 @@ def runs(settings: RunsSettings) -> int:
     """Run `atomtune runs`: one folder is listed; several runs are compared."""
     folders = [Path(folder) for folder in settings.folder]
     console = Console(stderr=settings.json)
+    if settings.plot and Path(settings.plot).suffix.lower() not in PLOTS:
+        raise BadSettings([f"--plot {settings.plot}: expected a file that ends in {', '.join(PLOTS)}."])
     if len(folders) > 1:
         _compare([_run_in(folder) for folder in folders], settings, console)
         return 0
@@ -70,21 +79,19 @@ def runs(settings: RunsSettings) -> int:
 
 
 def _run_in(folder: Path) -> Run:
-    try:
-        return Run(folder, read_json_object(folder / RECORD))
-    except (OSError, ValueError) as error:
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
-        raise BadSettings([f"{folder / RECORD}: {reason}. Pass the output folder of a run."]) from None
+    if not (folder / RECORD).exists():
+        raise BadSettings([f"{folder / RECORD}: there is no such file. Pass the output folder of a run."])
+    return Run.of(folder)
 
 
-def find_runs(folder: Path) -> list[Run]:
-    """The runs in a folder and below it, the earliest first. Records that cannot be read are not listed."""
+def find_runs(folder: Path, *, notice: Callable[[str], None]) -> list[Run]:
+    """The runs in a folder and below it, the earliest first; records that are not as a run writes them are named."""
     runs: list[Run] = []
     for file in _records_below(folder, DEPTH):
         try:
-            runs.append(Run(file.parent, read_json_object(file)))
-        except (OSError, ValueError):
-            continue
+            runs.append(Run.of(file.parent))
+        except (BadModel, OSError) as error:
+            notice(f"a run is not listed: {error}")
     return sorted(runs, key=lambda run: (str(run.values.get("started", "")), str(run.folder)))
 
 
@@ -105,7 +112,7 @@ def _records_below(folder: Path, depth: int) -> Iterator[Path]:
 def _list(folder: Path, settings: RunsSettings, console: Console) -> None:
     if not folder.is_dir():
         raise BadSettings([f"{folder}: no such folder."])
-    listed = [run.summary() for run in find_runs(folder)]
+    listed = [run.summary() for run in find_runs(folder, notice=console.notice)]
     if settings.json:
         print_json(listed)
         return

@@ -588,3 +588,14 @@ def test_a_record_on_which_the_tokenizer_searches_for_hours_is_named(tmp_path, m
     assert str(told.value).startswith(
         f"train.jsonl:{len(DIALOGUES) + 1}: encoding this record did not end within 1 sec"
     )
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_stored_under_the_hash_of_other_bytes(data, tmp_path):
+    # It was: the file put back as it had been was then served with the records that it never had.
+    def grow(n_bytes: int) -> None:
+        with data.open("a") as file:
+            file.write('{"instruction": "one", "output": "more"}\n')
+
+    with pytest.raises(BadData, match=r"train\.jsonl changed while it was read"):
+        examples_of(data, template_of(), Rules(max_tokens=96), cache_dir=tmp_path / "cache", advance=grow)
+    assert list((tmp_path / "cache" / "atomtune").iterdir()) == []

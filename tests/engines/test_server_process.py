@@ -2,14 +2,17 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from atomtune.engines.server_process import ServerProcess, free_port
+from atomtune.engines.engine import post
+from atomtune.engines.server_process import ServerProcess, address_problems, free_port
 from atomtune.errors import RunFailed
 
 #: A server that answers, and has a child of its own.
@@ -133,3 +136,32 @@ def test_it_ends_when_its_parent_is_killed():
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     assert gone(pid)
+
+
+def test_what_is_said_of_an_address_where_nobody_can_listen():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert address_problems("127.0.0.1", port) == [
+            f"--port {port}: another program listens there. Pass another port."
+        ]
+    assert address_problems("127.0.0.1", port) == []
+    for host in ("a..b", "a" * 70, "192.0.2.1"):  # no name, one that is too long, an address of nobody's machine
+        (said,) = address_problems(host, port)
+        assert host in said
+
+
+@pytest.mark.parametrize("answer", [b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", b""])
+def test_half_an_answer_of_an_engine_is_told(answer):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            connection, _ = listening.accept()
+            connection.recv(2**16)
+            connection.sendall(answer)
+            connection.close()
+
+        server = threading.Thread(target=serve)
+        server.start()
+        with pytest.raises(RunFailed, match="does not answer"):
+            post(f"http://127.0.0.1:{listening.getsockname()[1]}", {})
+        server.join()

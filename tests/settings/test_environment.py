@@ -92,6 +92,7 @@ def test_a_cache_whose_place_depends_on_the_working_folder_is_said():
         "HF_DATASETS_CACHE": "./cache/data",
         "HF_HUB_CACHE": "/abs",
         "XDG_CACHE_HOME": "~/c",
+        "HF_MODULES_CACHE": "~nobody-here/c",
     }
     notices = list(cache_notices(relative))
     assert [notice.split()[0] for notice in notices] == ["HF_HOME", "HF_DATASETS_CACHE"]

@@ -13,7 +13,7 @@ from atomtune.settings.fields import ChatSettings, MergeSettings, TrainSettings
 from atomtune.settings.flags import types_of
 from atomtune.settings.library import library_types
 from atomtune.settings.names import RENAMED
-from atomtune.settings.read import LIBRARY_DEFAULTS, OWN_GROUPS, read_settings, read_train
+from atomtune.settings.read import LIBRARY_DEFAULTS, OWN_GROUPS, read, read_settings, read_train
 
 BOTH = ("--dataset_path", "train.jsonl", "--model_path", "base")
 
@@ -209,6 +209,8 @@ def test_a_wrong_value_is_shown_with_what_was_expected():
         ("--eval_size", "-1"),
         ("--lora_rank", "2.5"),
         ("--lora_dropout", "nan"),
+        ("--num_train_epochs", "1e308"),
+        ("--ddp_timeout", "1000000000000000000"),
     ],
 )
 def test_a_value_out_of_its_range_is_refused(flags):
@@ -501,3 +503,37 @@ def test_a_command_refuses_the_settings_of_another():
         read_settings(
             MergeSettings, ["--adapter_path", "a", "--output_dir", "b", "--learning_rate", "1"], command="merge"
         )
+
+
+@pytest.mark.parametrize("written", ['"a\\0b"', '"a\\ud800b"'])
+@pytest.mark.parametrize("name", ["output_dir", "template", "run_name"])
+def test_what_no_file_can_be_called_is_refused_by_its_line(run_yaml, name, written):
+    # YAML can spell it; the system call would raise a ValueError that speaks of null bytes.
+    (said,) = yaml_problems(run_yaml, f"{name}: {written}\n")
+    assert said.startswith(f"run.yaml:1: {name}") and "it holds a NUL, or half a character" in said
+
+
+def test_a_file_whose_name_is_no_utf_8_may_be_named():
+    assert read_train([*BOTH, "--eval_path", "caf\udce9.jsonl"]).data.eval_path == "caf\udce9.jsonl"
+
+
+@pytest.mark.parametrize("value", ["{", '{"power": NaN}', '{"power": ' + "9" * 5000 + "}", "{" * 5000])
+def test_json_that_cannot_be_read_is_one_problem(value):
+    (said,) = problems("--lr_scheduler_kwargs", value)
+    assert "not JSON" in said
+
+
+@pytest.mark.parametrize("command", ["train", "inspect", "verify", "evaluate"])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("x", "expected a JSON object"),
+        ("[1]", "expected a JSON object"),
+        ('{"a":' * 5000 + "1" + "}" * 5000, "expected a JSON object"),
+        ('{"enable_thinking": "false"}', "true or false, without quotes"),  # a template takes a text for true
+    ],
+)
+def test_variables_of_a_template_are_read_before_anything_else(command, value, words):
+    run = ("--adapter_path", "out") if command == "evaluate" else BOTH
+    with pytest.raises(BadSettings, match=words):
+        read(command, [*run, "--chat_template_kwargs", value])

@@ -58,6 +58,9 @@ def test_every_combination_stands_once():
         (("--try", "lora_rank=0"), "--try lora_rank '0': expected a whole number, 1 or more and at most 65,536."),
         (("--try", "lr_scheduler_type=linear,sine"), "--try lr_scheduler_type 'sine': expected one of linear, cosine"),
         (("--try", "1e-4"), "expected NAME=A,B"),
+        (("--try", '{"lora_rank": '), "expected NAME=A,B"),
+        (("--try", "{" * 5000), "expected NAME=A,B"),
+        (("--hub_token", "hf_x"), "the file of every trial would hold it"),
         (("--try", "lora_rank="), "a value is missing"),
         (("--try", "max_seq_length=128,256"), "it changes the records that are compared"),
         (("--try", "seed=1,2"), "it also chooses the held-out records"),
@@ -79,3 +82,9 @@ def test_all_problems_come_at_once_and_each_once():
     text = problems("--try", "lora_rank=0,8", "--try", "learning_rate=-1,1e-4,x", "--lora_alpha", "no")
     assert text.count("--try lora_rank") == 1 and text.count("--try learning_rate") == 2
     assert text.count("--lora_alpha") == 1
+
+
+def test_more_combinations_than_anybody_trains_are_refused_and_not_counted_out():
+    hundred = ",".join(map(str, range(1, 101)))
+    flags = [word for name in ("lora_rank", "lora_alpha", "weight_decay") for word in ("--try", f"{name}={hundred}")]
+    assert "1,000,000 combinations" in problems(*flags)

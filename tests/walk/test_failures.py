@@ -1,5 +1,6 @@
 """What goes wrong is answered: one message with place, cause and remedy, the right exit code, nothing lost."""
 
+import errno
 import json
 import os
 import subprocess
@@ -475,3 +476,19 @@ def test_a_full_disk_under_the_store_of_records_is_named(models, dialogues, tmp_
         assert "HF_DATASETS_CACHE" in done.stderr
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_that_fills_up_behind_the_last_save_leaves_a_finished_run(
+    models, dialogues, tmp_path, monkeypatch, capsys
+):
+    # The run was recorded as failed, and without checkpoints a --resume made all its steps again.
+    from atomtune.train import ending
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ending, "write_page", full)
+    out = tmp_path / "out"
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "2")) == 0
+    assert "the report could not be written" in capsys.readouterr().out
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"

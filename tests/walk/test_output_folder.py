@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -193,3 +194,37 @@ def test_what_any_command_leaves_is_as_readable_as_the_umask_says(models, dialog
     assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o666 & ~mask)}
     assert {oct(path.stat().st_mode & 0o777) for path in folders} == {oct(0o777 & ~mask)}
     assert json.loads((out / "checkpoint-4" / MANIFEST).read_text())["step"] == 4
+
+
+def test_a_model_is_not_written_over(models, dialogues, tmp_path, capsys):
+    # Its tokenizer, its template and its README.md were replaced by the run's, and an adapter put beside its weights.
+    base = Path(shutil.copytree(models("llama"), tmp_path / "base"))
+    before = everything_in(base)
+    assert main(command(base, dialogues, base)) == 2
+    assert "holds a model (config.json)" in capsys.readouterr().err
+    assert everything_in(base) == before
+
+
+@pytest.mark.parametrize("place", ["out", ""])
+def test_a_run_does_not_write_among_its_records(models, dialogues, tmp_path, capsys, place):
+    # Its run.json would be one of the data files, and each of its checkpoints another hash of the records.
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.move(dialogues, data)
+    assert main(command(models("llama"), data, data / place)) == 2
+    assert "would be read as records" in capsys.readouterr().err
+    assert [path.name for path in data.iterdir()] == [dialogues.name]
+
+
+def test_the_words_that_go_on_hold_no_secret_and_no_other_start(models, dialogues, tmp_path, capsys):
+    settings = tmp_path / "run.yaml"
+    settings.write_text(f"model_path: {models('llama')}\ndataset_path: {dialogues}\ndtype: float32\n")
+    token, out = "hf_" + "secret" * 5, tmp_path / "out"
+    assert main(["train", str(settings), "--max_steps", "2", "--save_steps", "1", "--output_dir", str(out)]) == 0
+    flags = ["--hub_token", token, "--max_minutes", "0.0001", "--max_steps", "4"]
+    flags += ["--resume_from_checkpoint", str(out / "checkpoint-1"), "--output_dir", str(tmp_path / "two")]
+    assert main(["train", *flags, "--continue_training", "false", str(settings)]) == 75
+    told = capsys.readouterr()
+    words = shlex.split(next(line for line in told.err.splitlines() if line.startswith("  ")).partition(" train ")[2])
+    assert token not in told.err + told.out + (tmp_path / "two" / "run.json").read_text()
+    assert str(settings) in words and "--hub_token" not in words and "--resume_from_checkpoint" not in words

@@ -37,7 +37,7 @@ from atomtune.data.formats.detect import Schema, detect_schema, to_record
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.jsonl import parse_chunk
 from atomtune.data.reading.raw import Chunk, RawRecord
-from atomtune.data.reading.sources import DataFile, distinct_names, fingerprint_of, read_files, size_of
+from atomtune.data.reading.sources import DataFile, distinct_names, fingerprint_of, read_files, size_of, stamp_of
 from atomtune.data.records import Example, Record, Refusal
 from atomtune.data.workers import in_order, workers_here
 from atomtune.disk import sync, text_of
@@ -134,10 +134,11 @@ def examples_of(
     name  how origins name the source, where not by its file's name
 
     Served from the cache when nothing changed. advance is called with bytes read.
-    Raises BadData for a file that cannot be read, or whose format cannot be told.
+    Raises BadData for a file that cannot be read, or changes while it is, or whose format cannot be told.
     """
     if name is None:
         name = distinct_names([source])[0]
+    stamp = stamp_of(source)
     data_hash = fingerprint_of(source)
     folder = cache_dir or Path(datasets.config.HF_DATASETS_CACHE)
     place = folder / "atomtune" / _key(name, data_hash, template, rules)
@@ -149,7 +150,7 @@ def examples_of(
             notes = (f"the cached examples of {name} are made again: {problems[place]}.",)
         ledger = Ledger()
         parts = encoded(source, template, rules, ledger, name=name, advance=advance)
-        entry = _write_entry(place, name, ledger, parts)
+        entry = _write_entry(place, name, ledger, _refusing_change(parts, source, stamp))
     else:
         advance(size_of(source))
     ledger = Ledger.from_json(json.loads((entry / LEDGER).read_text(encoding="utf-8")))
@@ -157,6 +158,16 @@ def examples_of(
         empty = datasets.Dataset.from_dict({column: [] for column in FEATURES}, features=FEATURES)
         return EncodedData(empty, ledger, data_hash, notes)
     return EncodedData(datasets.Dataset.from_file(str(entry / EXAMPLES)), ledger, data_hash, notes)
+
+
+def _refusing_change(parts: Iterable[Part], source: Path | str, stamp: object) -> Iterator[Part]:
+    """The parts. Raises BadData behind them where the source changed since its stamp was taken.
+
+    What was read would be stored under the hash of other bytes, and served for these one day.
+    """
+    yield from parts
+    if stamp_of(source) != stamp:
+        raise BadData(f"{source} changed while it was read. Run the command again when nothing writes there any more.")
 
 
 def _key(name: str, data_hash: str, template: Template, rules: Rules) -> str:

@@ -5,6 +5,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import Any, Protocol
 
 from atomtune.errors import RunFailed
@@ -76,7 +77,7 @@ def post(url: str, body: Mapping[str, Any], *, api_key: str | None = None) -> An
     except urllib.error.HTTPError as error:
         said = error.read().decode(errors="replace")[:600]
         raise RunFailed(f"The engine refused a request ({error.code} at {url}): {said}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:  # of a connection, of JSON, of half an answer
         raise RunFailed(f"The engine does not answer at {url}: {error}") from None
 
 

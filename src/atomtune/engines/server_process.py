@@ -12,6 +12,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 
 from atomtune.errors import RunFailed
@@ -83,7 +84,7 @@ class ServerProcess:
         deadline = time.monotonic() + self.starts_within
         while time.monotonic() < deadline:
             self.refuse_ended()
-            with contextlib.suppress(OSError), urllib.request.urlopen(self.health, timeout=5):
+            with contextlib.suppress(OSError, HTTPException), urllib.request.urlopen(self.health, timeout=5):
                 return
             time.sleep(0.2)
         raise RunFailed(f"The engine did not answer within {self.starts_within:g} seconds.\n{self.last_lines()}")
@@ -133,16 +134,20 @@ def _signal_group(process: "subprocess.Popen[bytes]", number: int) -> None:
             process.terminate()
 
 
-def port_in_use(host: str, port: int) -> bool:
-    """Whether a server could not listen there, because another does."""
+def address_problems(host: str, port: int) -> list[str]:
+    """Why no server of this machine can listen there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: an ended one is no obstacle
         try:
             probe.bind((host, port))
         except OSError as error:
-            return error.errno == errno.EADDRINUSE
-    return False
+            if error.errno == errno.EADDRINUSE:
+                return [f"--port {port}: another program listens there. Pass another port."]
+            return [f"--host {host} --port {port}: nobody can listen there: {error.strerror}. Pass others."]
+        except UnicodeError:  # a name with a part of no or of too many characters
+            return [f"--host {host}: expected an address of this machine, as 127.0.0.1."]
+    return []
 
 
 def free_port() -> int:

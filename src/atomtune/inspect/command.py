@@ -7,7 +7,7 @@ from atomtune.batch.cost import sample_rows
 from atomtune.console import Console, print_json
 from atomtune.data.cache import Rules, records_of
 from atomtune.data.encoding.choose_template import load_template
-from atomtune.data.encoding.thoughts import THINKING
+from atomtune.data.formats.schema import THINKING
 from atomtune.data.reading.sources import distinct_names
 from atomtune.data.records import Record
 from atomtune.errors import BadSettings

@@ -9,7 +9,7 @@ from typing import Any
 
 from atomtune.data.encoding.chat_template import CannotExpress, Conversation, Template, joined
 from atomtune.data.encoding.choose_template import probed
-from atomtune.data.encoding.thoughts import THINKING
+from atomtune.data.formats.schema import THINKING
 from atomtune.data.records import Example, Record
 
 

@@ -268,9 +268,17 @@ class RunData(JsonFile):
     sha256: str | None = None
 
 
+class LossEntry(JsonFile):
+    """A training loss that was logged; null where it was not finite."""
+
+    step: Count
+    loss: float | None
+
+
 class RunRecordFile(JsonFile):
     """run.json, as far as other commands read it."""
 
+    loss_history: list[LossEntry] | None = None
     settings: dict[str, RunSetting] | None = None
     records_held_out: list[str] | None = None
     data: RunData | None = None
@@ -309,6 +317,14 @@ class Callbacks(JsonFile):
     WorkCounter: Counter | None = None
 
 
+class LogEntry(JsonFile):
+    """What the Trainer logged at a step."""
+
+    step: Count
+    loss: float | None = None
+    eval_loss: float | None = None
+
+
 class TrainerState(JsonFile):
     """trainer_state.json of a checkpoint."""
 
@@ -320,7 +336,7 @@ class TrainerState(JsonFile):
     logging_steps: NotNegative | None = None
     eval_steps: NotNegative | None = None
     save_steps: NotNegative | None = None
-    log_history: list[Values] | None = None
+    log_history: list[LogEntry] | None = None
     best_metric: Annotated[float, Field(allow_inf_nan=False)] | None = None
     best_global_step: Count | None = None
     best_model_checkpoint: str | None = None

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from transformers.utils import cached_file
 
+from atomtune.disk import expanded
 from atomtune.errors import BadModel
 from atomtune.model.file_schemas import WeightIndex
 from atomtune.model.json_files import checked
@@ -63,7 +64,7 @@ def _sample(weight: Any, shape: list[int]) -> tuple[list[int], list[float]]:
 
 def folder_of(path: str) -> Path | None:
     """The folder a model was loaded from: itself, or its snapshot in the hub's cache."""
-    local = Path(path).expanduser()
+    local = expanded(path)
     if local.is_dir():
         return local
     try:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from atomtune.disk import read_json_object
+from atomtune.disk import LFS_POINTER, read_json_object
 from atomtune.errors import BadModel, listing
 from atomtune.language import message
 
@@ -19,9 +19,8 @@ from atomtune.language import message
 MOST_BYTES = 2**27
 #: Of the files that are read more than once; the largest known, a tokenizer_config.json, has under 2 MB.
 _MOST_BYTES_OF_SETTINGS = 2**24
-_LARGE = ("tokenizer.json", ".index.json")
-#: The first bytes of the small text that git leaves in place of a large file that was not fetched.
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+#: A run of a million steps logs 20 MB, and 100,000 refused records are as much.
+_LARGE = ("tokenizer.json", ".index.json", "trainer_state.json", "run.json")
 _SHOWN_CHARACTERS = 60
 _SHOWN_PROBLEMS = 8
 

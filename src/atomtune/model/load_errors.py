@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from atomtune.disk import expanded
 from atomtune.errors import AtomtuneError, BadModel
 from atomtune.model.failures import of_the_model
 from atomtune.model.hub_reach import stay_offline_if_unreachable
@@ -39,9 +40,9 @@ class explained:
         self.path, self.what, self.files = path, what, files
 
     def __enter__(self) -> None:
-        if _looks_local(self.path) and not Path(self.path).expanduser().is_dir():
+        if _looks_local(self.path) and not expanded(self.path).is_dir():
             raise BadModel(f"{self.path}: no such folder. Pass --model_path with a model's folder or its hub name.")
-        if not Path(self.path).expanduser().exists():  # a name on the hub
+        if not expanded(self.path).exists():  # a name on the hub
             stay_offline_if_unreachable()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -131,7 +132,7 @@ def _remedy(path: str, what: str, files: str, error: BaseException) -> str:  # n
         )
     if isinstance(error, ImportError):
         return f"loading the {what} needs a package that is not installed: {error}"
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if files and folder.is_dir():
         return f"the library that reads {files} refuses what it found there.\n{_words(error)}"
     names = sorted(file.name for file in folder.iterdir())[:12] if folder.is_dir() else []

@@ -6,12 +6,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from rich.table import Table
 
 from atomtune.console import Console, shortened, visible
 from atomtune.data.encoding.chat_template import Message
+from atomtune.disk import expanded
 from atomtune.errors import BadSettings
 from atomtune.language import message, translated
 from atomtune.model.generate import Sampling
@@ -130,7 +130,7 @@ class Talk:
             self.console.say("Name a file: /save talk.jsonl")
             return
         try:
-            self.conversation.save(Path(file).expanduser())
+            self.conversation.save(expanded(file))
         except OSError as error:
             self.console.say(f"{file} cannot be written: {error.strerror}.")
             return

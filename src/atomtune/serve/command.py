@@ -24,7 +24,7 @@ from atomtune.data.cache import tokenizer_text
 from atomtune.data.encoding.chat_template import Template
 from atomtune.engines import llama_cpp, transformers_serve, vllm_serve
 from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder
-from atomtune.engines.server_process import KEY_VARIABLES, ServerProcess, port_in_use
+from atomtune.engines.server_process import KEY_VARIABLES, ServerProcess, address_problems
 from atomtune.engines.vllm_serve import ServedAdapter
 from atomtune.errors import BadSettings
 from atomtune.language import message
@@ -109,9 +109,7 @@ def _address_problems(settings: ServeSettings, engine: EngineName, api_key: str 
         problems.append("--api_key: transformers serve enforces none. Pass --engine vllm, or serve a GGUF (llama.cpp).")
     if settings.context and engine == "transformers":
         problems.append("--context: transformers serve has no such limit. Leave it out.")
-    if port_in_use(settings.host, settings.port):
-        problems.append(f"--port {settings.port}: another program listens there. Pass another port.")
-    return problems
+    return problems + address_problems(settings.host, settings.port)
 
 
 def _refuse_several(adapters: Sequence[Path], settings: ServeSettings) -> None:

@@ -22,7 +22,7 @@ from gradio.blocks import Block
 
 from atomtune.console import shortened
 from atomtune.data.encoding.chat_template import OWN
-from atomtune.data.encoding.thoughts import THINKING
+from atomtune.data.formats.schema import THINKING
 from atomtune.disk import read_json_object
 from atomtune.errors import AtomtuneError
 from atomtune.language import in_chinese, message, spoken, translated
@@ -398,7 +398,8 @@ def held_out_prompts(folder: Path) -> list[str]:
         samples = read_json_object(folder / "run.json").get("samples")
     except (OSError, ValueError):
         return []
-    prompts = [sample.get("prompt") for sample in samples or () if isinstance(sample, dict)]
+    listed = samples if isinstance(samples, list) else []
+    prompts = [sample.get("prompt") for sample in listed if isinstance(sample, dict)]
     return [prompt for prompt in prompts if isinstance(prompt, str) and prompt.strip()]
 
 

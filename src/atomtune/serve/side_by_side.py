@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from atomtune.data.encoding.choose_template import probed
-from atomtune.data.encoding.thoughts import THINKING
+from atomtune.data.formats.schema import THINKING
 from atomtune.model.generate import Sampling
 from atomtune.serve.conversation import Conversation
 from atomtune.serve.tuned_model import Reply, TunedModel

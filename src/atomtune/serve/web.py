@@ -3,7 +3,7 @@
 import os
 
 from atomtune.console import Console
-from atomtune.engines.server_process import port_in_use
+from atomtune.engines.server_process import address_problems
 from atomtune.errors import BadSettings
 from atomtune.extras import refuse_missing
 from atomtune.language import message
@@ -52,7 +52,6 @@ def _refuse(settings: WebSettings, password: str | None) -> None:
         problems.append(
             f"--host {settings.host}: other machines could use the model. Pass --password, or set ATOMTUNE_PASSWORD."
         )
-    if port_in_use(settings.host, settings.port):
-        problems.append(f"--port {settings.port}: another program listens there. Pass another port.")
+    problems += address_problems(settings.host, settings.port)
     if problems:
         raise BadSettings(problems)

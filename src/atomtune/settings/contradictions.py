@@ -7,6 +7,11 @@ from typing import Any
 
 from atomtune.choices import METRICS
 
+#: Of a JSON value that is typed; Python's own limit to what may stand in each other is a thousand.
+_MOST_BRACKETS = 500
+#: Characters of such a value in an error.
+_SHOWN = 200
+
 
 def contradictions(values: Mapping[str, Any], written: Collection[str]) -> Iterator[str]:
     """A line for each. written: the settings that the user set; all others have their defaults."""
@@ -17,22 +22,33 @@ def contradictions(values: Mapping[str, Any], written: Collection[str]) -> Itera
 
 
 def _of_the_template(values: Mapping[str, Any]) -> Iterator[str]:
-    variables, day = values.get("chat_template_kwargs"), values.get("template_date")
-    if variables is not None:
-        try:
-            is_object = isinstance(json.loads(variables), dict)
-        except ValueError:
-            is_object = False
-        if not is_object:
+    text, day = values.get("chat_template_kwargs"), values.get("template_date")
+    if text is not None:
+        variables = _object_in(text)
+        if variables is None:
             yield (
-                f"--chat_template_kwargs {variables}: expected a JSON object, as "
+                f"--chat_template_kwargs {text[:_SHOWN]}: expected a JSON object, as "
                 "--chat_template_kwargs '{\"enable_thinking\": false}'."
             )
+        elif not isinstance(variables.get("enable_thinking", True), bool):
+            # A template takes "false", a text, for true.
+            yield f"--chat_template_kwargs {text[:_SHOWN]}: enable_thinking is true or false, without quotes."
     if day is not None:
         try:
             date.fromisoformat(day)
         except ValueError:
             yield f"--template_date {day}: expected a date as 2026-01-31."
+
+
+def _object_in(text: str) -> dict[str, Any] | None:
+    """The JSON object that a text holds; None where it holds none, or one that is nested without end."""
+    if text.count("[") + text.count("{") > _MOST_BRACKETS:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _of_data(values: Mapping[str, Any], written: Collection[str]) -> Iterator[str]:

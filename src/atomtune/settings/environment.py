@@ -97,7 +97,7 @@ def cache_notices(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
     """A line for each cache folder whose place depends on where the command was started."""
     for name in CACHES:
         folder = environment.get(name, "")
-        if folder and not Path(folder).expanduser().is_absolute():
+        if folder and not folder.startswith("~") and not Path(folder).is_absolute():
             yield (
                 f"{name} is the relative path {folder}: what is cached lies in {Path(folder).absolute()}, and is not "
                 "found by a command that is started elsewhere. An absolute path is found everywhere."

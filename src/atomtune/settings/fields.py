@@ -293,6 +293,7 @@ class TrainerSettings:
         None,
         "how often every record is seen; default: auto, 3, and more where there are few records",
         more_than=0,
+        at_most=1e6,
         unit="epochs",
     )
     max_steps: int = setting(
@@ -385,7 +386,12 @@ class TrainerSettings:
         None, "steps between two clearings of the device's memory cache", at_least=1, rare=True, unit="steps"
     )
     ddp_timeout: int = setting(
-        1800, "seconds that one process of a job waits for the others", at_least=1, rare=True, unit="seconds"
+        1800,
+        "seconds that one process of a job waits for the others",
+        at_least=1,
+        at_most=10_000_000,
+        rare=True,
+        unit="seconds",
     )
 
 
@@ -536,7 +542,9 @@ class ChatSettings(ModelSettings):
     repetition_penalty: float | None = setting(
         None, "above 1: tokens that were already used become less likely [the base's own]", more_than=0
     )
-    seed: int = setting(0, "seed of the first answer that is drawn; each later one has the next", at_least=0)
+    seed: int = setting(
+        0, "seed of the first answer that is drawn; each later one has the next", at_least=0, at_most=LARGEST_SEED
+    )
     other_base: bool = setting(
         False, "accept a base model whose weights are not those that the adapter was trained on", rare=True
     )
@@ -606,7 +614,7 @@ class EvaluateSettings(ModelSettings):
         None, "where the reports go; without it, evaluation/ in the first adapter's folder", value="FOLDER"
     )
     other_base: bool = setting(False, "use a base whose weights are not those the adapters were trained on")
-    seed: int = setting(42, "seed for the choice of records and for the intervals", at_least=0)
+    seed: int = setting(42, "seed for the choice of records and for the intervals", at_least=0, at_most=LARGEST_SEED)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -713,7 +721,7 @@ class TrainSettings:
         values |= self.trainer
         resolved = {}
         for name, value in values.items():
-            shown = "(not kept)" if _is_secret(name) and value else value
+            shown = "(not kept)" if is_secret(name) and value else value
             resolved[name] = {"value": shown, "source": self.origins.get(name, "default")}
         return resolved
 
@@ -770,7 +778,8 @@ class SweepSettings:
     json: bool
 
 
-def _is_secret(name: str) -> bool:
+def is_secret(name: str) -> bool:
+    """Whether a setting's value is written and printed nowhere."""
     return name.endswith(("_token", "_key", "_secret", "_password"))
 
 

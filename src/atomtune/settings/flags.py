@@ -55,7 +55,7 @@ class EntryReader:
         for name, value in values.items():
             if value is not None:
                 entries[name] = Entry(_words(value), flag_of(name))
-        return {name: self._in_our_words(name, entry) for name, entry in entries.items()}
+        return self._checked(entries)
 
     def read_keywords(self, values: Mapping[str, Any]) -> dict[str, Entry]:
         """As a YAML file with these lines; None leaves a default. `config` names a file of settings for train."""
@@ -68,6 +68,14 @@ class EntryReader:
             name = self._known_key(key, origin)
             if name is not None:
                 entries[name] = Entry(_as_written(value), origin)
+        return self._checked(entries)
+
+    def _checked(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """The entries in our words; one with characters that no file's name and no text has becomes a problem."""
+        for name, entry in entries.items():
+            words = entry.value if isinstance(entry.value, list) else [entry.value]
+            if not all(map(_is_writable, words)):
+                self.problems.append(f"{entry.place(name)}: it holds a NUL, or half a character. Write it anew.")
         return {name: self._in_our_words(name, entry) for name, entry in entries.items()}
 
     def _parsed(self, argv: Sequence[str]) -> dict[str, Any]:
@@ -150,6 +158,17 @@ def _words(value: str | list[str]) -> str | list[str]:
         return value.removeprefix(_VALUE)
     words = [word.removeprefix(_VALUE) for word in value]
     return words[0] if len(words) == 1 else words
+
+
+def _is_writable(word: object) -> bool:
+    """False for a text with a NUL or half a surrogate pair, which YAML can spell and no system call takes."""
+    if not isinstance(word, str):
+        return True
+    try:
+        word.encode("utf-8", "surrogateescape")  # a file's name may hold bytes that are no UTF-8
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in word
 
 
 def _as_written(value: Any) -> str | list[str]:

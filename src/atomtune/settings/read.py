@@ -6,6 +6,7 @@ data or model is touched. transformers.TrainingArguments' own settings pass unde
 
 import contextlib
 import json
+import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -78,6 +79,8 @@ DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 #: Words of list settings, for errors.
 EXAMPLES = {"dataset_path": "train.jsonl", "keys": "question=instruction", "roles": "bot=assistant"}
 
+#: Of a sweep; each is checked before the first is trained.
+MOST_COMBINATIONS = 10_000
 _LIBRARY_VALUES = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
@@ -143,6 +146,12 @@ def _check_trials(
     """Every combination is read as its run will read it; what is wrong with the shared settings is said elsewhere."""
     values = {name: entry.value for name, entry in shared.items()}
     reader.problems += not_comparable(values, tried)
+    combinations = math.prod(map(len, tried.values()))
+    if combinations > MOST_COMBINATIONS:
+        reader.problems.append(
+            f"--try makes {combinations:,} combinations, and {MOST_COMBINATIONS:,} are the most. Try fewer values."
+        )
+        return
     problems: dict[str, None] = {}  # in order, each once
     for point in points_of(tried):
         entries = {name: Entry(value, f"--try {name}") for name, value in point.items()}
@@ -212,6 +221,7 @@ def read_settings(group: type[S], written: Written, *, command: str, notice: Cal
     settings = _validated(group, entries, reader.problems)
     if settings is not None:
         reader.problems += _ill_formed(vars(settings))
+        reader.problems += contradictions(vars(settings), entries.keys())
     if reader.problems or settings is None:
         raise BadSettings(reader.problems)
     return settings
@@ -306,8 +316,8 @@ def _library_value(name: str, entry: Entry, kind: Any, problems: list[str]) -> A
         return value.lower() == "true"
     if isinstance(value, str) and value.startswith("{"):
         try:
-            value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError) as error:
+            value = json.loads(value, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
             problems.append(f"{entry.place(name)}: not JSON: {error}.")
             return None
     try:
@@ -316,6 +326,10 @@ def _library_value(name: str, entry: Entry, kind: Any, problems: list[str]) -> A
         advised = value_advice(name, value, in_yaml=not entry.origin.startswith("--"))
         problems.append(f"{entry.place(name)}: expected {expected(kind)}.{advised}")
         return None
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")
 
 
 def _values_of(groups: typing.Iterable[Any]) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """Tried settings: what `--try name=a,b` stands for, and which settings a sweep cannot try."""
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from atomtune.settings.fields import DataSettings, SweepChoices
+from atomtune.settings.fields import DataSettings, SweepChoices, is_secret
 from atomtune.settings.flags import types_of
 
 #: A sweep sets these for its trials itself.
@@ -33,7 +34,8 @@ RANGE = ":"
 def as_words(value: Any) -> list[str]:
     """`{learning_rate: [1e-4, 3e-4]}`, from YAML or Python, as the words of a flag: `learning_rate=1e-4,3e-4`."""
     if isinstance(value, str) and value.startswith("{"):
-        value = json.loads(value)
+        with contextlib.suppress(ValueError, RecursionError):  # else a word that is refused as such
+            value = json.loads(value)
     if not isinstance(value, Mapping):
         return [str(word) for word in value] if isinstance(value, list) else [str(value)]
     words = []
@@ -118,6 +120,8 @@ def not_comparable(shared: Mapping[str, Any], tried: Mapping[str, tuple[str, ...
     for name, reason in NOT_IN_A_SWEEP.items():
         if shared.get(name) not in (None, "false", "0"):
             yield f"--{name} in a sweep: {reason}. Leave it out."
+    for name in filter(is_secret, shared):
+        yield f"--{name} in a sweep: the file of every trial would hold it. Leave it out, and set HF_TOKEN."
     holds_none_out = str(shared.get("eval_size", "auto")).strip("0.") == "" and not shared.get("eval_path")
     never_evaluates = "no" in (str(shared.get("eval_strategy")).lower(), *tried.get("eval_strategy", ()))
     if holds_none_out or never_evaluates:

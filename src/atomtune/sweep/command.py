@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from atomtune.console import Console, print_json, progress_bar
+from atomtune.data.reading.sources import would_hold
 from atomtune.errors import AtomtuneError, BadSettings, ExitCode, RunFailed, Stopped, UserError
 from atomtune.extras import refuse_missing
 from atomtune.language import translated
@@ -55,6 +56,7 @@ def sweep_into_folder(settings: SweepSettings, console: Console) -> tuple[Path, 
     if settings.trials:
         refuse_missing(["optuna"], extra="sweep", what="--trials", otherwise="--try NAME=A,B without it")
     folder = _folder(settings)
+    _refuse_among_records(settings, folder)
     with _held(folder):
         sweep, search = _begin(settings, folder, console)
         _say_beginning(sweep, search, folder, console)
@@ -88,6 +90,18 @@ def _folder(settings: SweepSettings) -> Path:
     while (folder := Path("runs") / f"sweep-{stem}-{number}").exists():
         number += 1
     return folder
+
+
+def _refuse_among_records(settings: SweepSettings, folder: Path) -> None:
+    """Raise BadSettings where the files of the trials would be read as records."""
+    for source in settings.train.data.dataset_paths:
+        if would_hold(source, folder):
+            raise BadSettings(
+                [
+                    f"--output_dir {folder} lies in {source}, where the files of the sweep would be read as records. "
+                    "Pass another folder."
+                ]
+            )
 
 
 @contextlib.contextmanager

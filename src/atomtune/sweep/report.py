@@ -49,7 +49,7 @@ def _noise(sweep: Sweep, best: Trial) -> Iterator[str]:
             f"Within {NOISE:.0%} of it, which {records} and one seed do not tell apart: {names}. Take the cheapest of "
             "these, or repeat the sweep with another --seed."
         )
-    elif others:
+    elif others and best.eval_loss:
         gap = (others[0].eval_loss or 0) / best.eval_loss - 1
         yield f"The next, {others[0].name}, is {gap:.1%} behind: more than the {NOISE:.0%} that are taken for noise."
 

@@ -4,7 +4,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from atomtune.disk import read_json_object, write_json
 from atomtune.errors import BadSettings
@@ -74,7 +76,9 @@ class Sweep:
     def ranked(self) -> list[Trial]:
         """Finished trials, the lowest held-out loss first; of equal ones the earlier."""
         finished = [trial for trial in self.trials if trial.status == "finished" and trial.eval_loss is not None]
-        return sorted(finished, key=lambda trial: (trial.eval_loss or math.inf, trial.number))
+        return sorted(
+            finished, key=lambda trial: (math.inf if trial.eval_loss is None else trial.eval_loss, trial.number)
+        )
 
     @property
     def best(self) -> Trial | None:
@@ -93,27 +97,18 @@ def write_sweep(folder: Path, sweep: Sweep) -> None:
 def read_sweep_record(folder: Path) -> Sweep | None:
     """The sweep that a folder holds; None where it holds none. Raises BadSettings for a record that is not ours."""
     try:
-        values = read_json_object(folder / RECORD)
-        return _sweep(values)
+        sweep = _SWEEPS.validate_python(read_json_object(folder / RECORD))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise BadSettings(
+            [f"{folder / RECORD}: {place} is not as a sweep writes it. Pass another --output_dir."]
+        ) from None
+    except (OSError, ValueError) as error:
         raise BadSettings([f"{folder / RECORD} cannot be read ({error}). Pass another --output_dir."]) from None
+    return replace(sweep, status="running")
 
 
-def _sweep(values: Mapping[str, Any]) -> Sweep:
-    """Raises TypeError, KeyError or ValueError where a value is missing or of another kind."""
-    trials = []
-    for entry in values["trials"]:
-        if entry["status"] not in get_args(Status):
-            raise ValueError(f"status {entry['status']!r}")
-        history = tuple((int(step), float(loss)) for step, loss in entry["eval_history"])
-        trials.append(Trial(**{**entry, "number": int(entry["number"]), "eval_history": history}))
-    return Sweep(
-        status="running",
-        shared=dict(values["shared"]),
-        tried={name: tuple(tried) for name, tried in values["tried"].items()},
-        trials=tuple(trials),
-        seconds_expected=values["seconds_expected"],
-        records_held_out=values["records_held_out"],
-    )
+#: Reads a record and checks every value in it.
+_SWEEPS = TypeAdapter(Sweep)

@@ -71,8 +71,8 @@ class WorkCounter(TrainerCallback, ExportableState):
     ) -> None:
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step:
-            for name, value in saved["attributes"].items():
-                setattr(self, name, value)
+            for name in (*self.CARRIED, "seconds"):
+                setattr(self, name, saved["attributes"].get(name, getattr(self, name)))
         self._since = time.perf_counter()
 
     def on_train_end(

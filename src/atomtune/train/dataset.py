@@ -120,6 +120,8 @@ def _mixed_by_setting(rows: list[int], parts: list[EncodedData], run: RunContext
     ends = list(accumulate(len(part.examples) for part in parts))
     rows = mixed(rows, ends, mix, seed=run.args.seed)
     weights = ",".join(f"{weight:g}" for weight in mix)
+    if not rows:
+        raise BadSettings([f"--mix {weights} leaves no record of {ends[-1]:,} to train on. Pass larger numbers."])
     run.console.say(f"--mix {weights}: an epoch has {len(rows):,} records.")
     return rows
 
@@ -203,7 +205,7 @@ def _hold_out(run: RunContext, parts: list[EncodedData], *, size: float) -> tupl
     if not 0 < wanted < records:
         raise BadSettings([f"--eval_size {size:g} holds out {wanted} of {records} records."])
     groups = alike(read_texts(_texts(run, run.settings.data.dataset_paths, [part.examples for part in parts])))
-    rows = held_out(groups, wanted, seed=run.args.data_seed or run.args.seed)
+    rows = held_out(groups, wanted, seed=run.args.seed if run.args.data_seed is None else run.args.data_seed)
     by_itself = run.settings.data.eval_size is None
     if by_itself and (not rows[0] or len(rows[1]) > 2 * wanted):
         run.console.notice(

@@ -1,5 +1,6 @@
 """Ending: what a finished run leaves and says: the adapter, whether it worked, and what to do next."""
 
+import contextlib
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,14 +26,20 @@ def finish(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Los
     """Save the adapter, record the run, and say how it went."""
     _save_adapter(run, trainer)
     run.record.update(status="finished", train_loss=trainer.mean_loss(), **figures(trainer))
+    # The run is done: a scheduler that reads "stopped" or "failed" would start it again for nothing.
     try:
         _report(run, trainer, samples, picture, ledger)
     except KeyboardInterrupt as stop:
-        # The run is done: a scheduler that reads "stopped" would start it again for nothing.
-        run.console.notice(
-            f"{stop} received while the run was reported: the adapter is saved and whole; report.html and the answers "
-            "in run.json may be missing."
-        )
+        _say_no_report(run, f"{stop} received while the run was reported")
+    except OSError as error:
+        _say_no_report(run, f"the report could not be written ({error})")
+
+
+def _say_no_report(run: RunContext, why: str) -> None:
+    run.console.notice(
+        f"{why}: the adapter is saved and whole; report.html and the answers in run.json may be missing."
+    )
+    with contextlib.suppress(OSError):  # of a full disk: all but this notice is recorded
         run.record.update(notices=run.console.notices)
 
 
@@ -43,14 +50,11 @@ def _report(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Lo
     history = trainer.state.log_history
     held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     run.record.update(
-        status="finished",
-        train_loss=trainer.mean_loss(),
         **({"eval_loss": held_out.get(result.kept_step, result.last)} if result.last is not None else {}),
         loss_history=[{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry],
         eval_history=eval_history(history),
         outcome=result.to_run_json(),
         samples=to_run_json(answered),
-        **figures(trainer),
         notices=run.console.notices,
     )
     commands = next_commands(run)

@@ -18,7 +18,7 @@ from atomtune.data.cache import tokenizer_text
 from atomtune.disk import disk_failed, identity_of
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped
 from atomtune.model.failures import of_the_model
-from atomtune.settings.fields import TrainSettings
+from atomtune.settings.fields import TrainSettings, is_secret
 from atomtune.train.checkpoint.atomic import checkpoints, damage
 from atomtune.train.ranks import lost_processes
 from atomtune.train.run_context import RunContext
@@ -129,13 +129,17 @@ def _in_place_of(settings: TrainSettings) -> str:
 
 
 def _without_start(argv: Sequence[str]) -> Iterator[str]:
-    """The words of a command without the flags that began the run from another place, and their values."""
-    leaving_out = False
+    """The words of a command without the flags that began the run from another place, and without secrets."""
+    is_value_left_out = False
     for word in argv:
+        flag, equals, _ = word.partition("=")
+        name = flag.replace("-", "_").lstrip("_")
         if word.startswith("--"):
-            name = word.partition("=")[0].replace("-", "_").lstrip("_")
-            leaving_out = name in ("continue_training", "checkpoint", "resume_from_checkpoint")
-        if not leaving_out:
+            is_left_out = name in ("continue_training", "checkpoint", "resume_from_checkpoint") or is_secret(name)
+            is_value_left_out = is_left_out and not equals
+        else:
+            is_left_out, is_value_left_out = is_value_left_out, False  # one word: the next may be run.yaml
+        if not is_left_out:
             yield word
 
 
@@ -155,7 +159,8 @@ def explained(error: BaseException, args: TrainingArguments, *, again: str) -> B
         return _stopped_at_once(signal_name, newest_whole, folder, again)
     if disk_failed(error):
         cache = Path(datasets.config.HF_DATASETS_CACHE)  # of the encoded records; often on another disk
-        full = min((path for path in (folder, cache) if path.is_dir()), key=lambda path: shutil.disk_usage(path).free)
+        there = [path for path in (folder, cache) if path.is_dir()]
+        full = min(there, key=lambda path: shutil.disk_usage(path).free, default=folder)
         return RunFailed(
             f"The disk is full, or it fails: {full} could not be written ({error}).\nLast whole checkpoint: "
             f"{newest_whole or 'none'}. Free some space (--save_total_limit keeps fewer checkpoints; HF_DATASETS_CACHE "

@@ -18,6 +18,7 @@ from atomtune.train.run_report import PICTURE, RunRecord, draw_loss, eval_histor
 
 SPOKEN_EVERY = 5.0  # seconds between lines where there is no terminal to draw a bar in
 RECORDED_EVERY = 5.0  # seconds between two entries of the step in run.json; each evaluation is entered at once
+SHARE = 50  # of a run's time, one part in so many may go into such entries
 DRAWN_EVERY = 20.0  # seconds between two drawings of loss.png, each of which takes a third of a second
 
 
@@ -112,21 +113,23 @@ class RecordedProgress(TrainerCallback):
 
     def __init__(self, record: RunRecord) -> None:
         self.record = record
-        self._recorded = -math.inf
+        self._next = -math.inf  # when the step is entered again
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if time.monotonic() - self._recorded >= RECORDED_EVERY:
+        if time.monotonic() >= self._next:
             self._enter(state)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._enter(state)
 
     def _enter(self, state: TrainerState) -> None:
-        self._recorded = time.monotonic()
+        began = time.monotonic()
         with contextlib.suppress(OSError):  # a disk that is full is the checkpoint's to say
             self.record.update(
                 steps=state.global_step, steps_planned=state.max_steps, eval_history=eval_history(state.log_history)
             )
+        took = time.monotonic() - began  # a second, where a million refused records stand in it
+        self._next = began + max(RECORDED_EVERY, took * SHARE)
 
 
 class LossPicture(TrainerCallback):

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
@@ -9,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
+from atomtune.data.reading.sources import would_hold
 from atomtune.errors import BadSettings
 from atomtune.model import liger
 from atomtune.model.adapter import expert_tensors
@@ -31,7 +33,8 @@ def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
     """Raise BadSettings with every setting that would end the run after data and model were read; BadModel for a path
     that is no base's."""
     kernels = liger.problems(liger_circumstances(settings.trainer, args), args.liger_kernel_config)
-    problems = [*_optimizer_problems(args), *_hub_problems(args), *kernels]
+    problems = [*_folder_problems(settings, Path(args.output_dir)), *_optimizer_problems(args), *_hub_problems(args)]
+    problems += kernels
     most_workers = _WORKERS_A_CORE * (os.cpu_count() or 1)
     if args.dataloader_num_workers > most_workers:
         problems.append(
@@ -52,6 +55,22 @@ def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
         read_config(str(settings.model.model_path), trust_remote_code=settings.model.trust_remote_code)
     else:
         check_targets(settings.model, settings.lora)
+
+
+def _folder_problems(settings: TrainSettings, folder: Path) -> Iterator[str]:
+    """What stands against writing a run there: a model of which it would replace files, or the records themselves."""
+    if (folder / "config.json").is_file():
+        yield (
+            f"--output_dir {folder} holds a model (config.json), whose tokenizer and README.md the run would replace. "
+            "Pass another folder."
+        )
+    evaluation = [settings.data.eval_path] if settings.data.eval_path else []
+    for source in (*settings.data.dataset_paths, *evaluation):
+        if would_hold(source, folder):
+            yield (
+                f"--output_dir {folder} lies in {source}, where the files of the run would be read as records. Pass "
+                "another folder."
+            )
 
 
 def _optimizer_problems(args: TrainingArguments) -> Iterator[str]:

@@ -127,7 +127,7 @@ class Samples:
 
     def answer_after(self) -> list[Sample]:
         """The samples with the tuned model's answers; those that have both."""
-        if not any(sample.before for sample in self.samples):
+        if not self.samples:
             return []
         with random_state_kept():
             after = self._answers()

@@ -6,7 +6,6 @@ The order is a function of the files and the seed alone, so a resumed run finds 
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -14,7 +13,7 @@ from torch.utils.data import IterableDataset
 from atomtune.data.cache import Rules, encoded
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.ledger import Ledger
-from atomtune.data.reading.sources import distinct_names
+from atomtune.data.reading.sources import distinct_names, stamp_of
 from atomtune.errors import BadData
 
 
@@ -41,7 +40,7 @@ class Stream(IterableDataset):
         self.sources, self.template, self.rules = sources, template, rules
         self.buffer, self.seed, self.check = buffer, seed, check
         self.ledger = Ledger()
-        self._stamps = {source: _stamp(source) for source in sources}
+        self._stamps = {source: stamp_of(source) for source in sources}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.ledger = Ledger()
@@ -68,15 +67,8 @@ class Stream(IterableDataset):
             raise BadData(f"{', '.join(self.sources)}: none of {ledger.records_read:,} records can be used.")
 
     def _refuse_changed(self, source: str) -> None:
-        if _stamp(source) != self._stamps[source]:
+        if stamp_of(source) != self._stamps[source]:
             raise BadData(
                 f"{source} changed while the run was reading it, so its records are not those the run began with.\n"
                 "Put the file back and go on with --resume, or start a new run in another --output_dir."
             )
-
-
-def _stamp(source: str) -> list[tuple[str, int, int]]:
-    """Size and time of every file of a source; nothing for one on the hub, whose files carry their hash as a name."""
-    path = Path(source)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

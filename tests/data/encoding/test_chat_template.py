@@ -164,6 +164,13 @@ def test_a_jinja_file_is_a_template(tmp_path):
     assert template.name == "mine.jinja"
 
 
+def test_the_mark_that_an_editor_puts_before_a_template_is_no_part_of_it(tmp_path):
+    # Every prompt began with it, as a token of its own.
+    path = tmp_path / "mine.jinja"
+    path.write_text("\ufeff" + CHATML, encoding="utf-8")
+    assert load_template(str(path), tokenizer_of("bytes")).source == CHATML
+
+
 def test_a_jinja_file_that_is_no_template_is_told_with_its_line(tmp_path):
     path = tmp_path / "broken.jinja"
     path.write_text("{% for m in messages %}\n{{ m['content' }}\n{% endfor %}", encoding="utf-8")

@@ -420,3 +420,16 @@ def test_any_value_is_a_record_or_a_reason_and_none_is_lost(name, values, data):
         for turn in record.turns:
             json.dumps([turn.text, turn.reasoning, turn.name, turn.calls], ensure_ascii=False).encode()
         json.dumps(record.tools, ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("value", ["no", 0, [], "0"])
+@pytest.mark.parametrize("place", ["alone", "among others"])
+def test_thinking_is_true_or_false(value, place):
+    # A template takes "no", and 0 where it asks `is false`, for true: the record would be learned in the other mode.
+    variables = {"enable_thinking": value} if place == "alone" else {"chat_template_kwargs": {"enable_thinking": value}}
+    assert "enable_thinking" in why_not(ASK, TELL, **variables)
+
+
+@pytest.mark.parametrize(("value", "thinks"), [(False, False), ("false", False), ("true", True)])
+def test_thinking_may_be_a_cell_of_a_table(value, thinks):
+    assert chat(ASK, TELL, enable_thinking=value).variables == {"enable_thinking": thinks}

@@ -215,3 +215,39 @@ def test_a_null_that_no_struct_was_filled_up_with_stays(tmp_path):
         "turns": [{"a": "x"}, None],
     }
     assert (second["history"], second["turns"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        pyarrow.array([2**60, 0], pyarrow.timestamp("s")),  # the year 36 thousand million
+        pyarrow.array([0, 2**62], pyarrow.duration("s")),
+        pyarrow.array([2**30, 0], pyarrow.date32()),
+        pyarrow.array([0, 0], pyarrow.timestamp("s", "Nowhere/Land")),
+    ],
+    ids=str,
+)
+def test_a_time_that_python_has_no_value_for_refuses_its_row(tmp_path: Path, times):
+    pyarrow.parquet.write_table(pyarrow.table({"output": ["a", "b"], "time": times}), tmp_path / "t.parquet")
+    rows = list(read_values(tmp_path / "t.parquet"))
+    assert len(rows) == 2
+    refused = [row for row in rows if isinstance(row, Refusal)]
+    assert refused and all("a value that cannot be read" in row.reason for row in refused)
+
+
+def test_a_column_of_too_many_levels_is_named(tmp_path: Path):
+    kind: pyarrow.DataType = pyarrow.int64()
+    for _ in range(300):
+        kind = pyarrow.list_(kind)
+    pyarrow.parquet.write_table(pyarrow.table({"deep": pyarrow.nulls(1, kind)}), tmp_path / "deep.parquet")
+    with pytest.raises(BadData, match="deep"):
+        list(read_values(tmp_path / "deep.parquet"))
+
+
+def test_metadata_that_counts_no_rows_costs_none(tmp_path: Path):
+    path = tmp_path / "t.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"output": ["a", "b"]}), path)
+    content = path.read_bytes()
+    place = content.rindex(b"\x16\x04\x19")  # in the footer: number of rows, 2; behind it the row groups
+    path.write_bytes(content[:place] + b"\x16\x00\x19" + content[place + 3 :])
+    assert [row.value for row in read_values(path)] == [{"output": "a"}, {"output": "b"}]

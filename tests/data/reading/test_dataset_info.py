@@ -78,7 +78,10 @@ def test_pairs_learn_the_chosen_answer(tmp_path):
         ({"file_name": "no.json"}, "is not there"),
         ({"file_name": "../secret.json"}, "is not in this folder"),
         ({"file_name": "/etc/hostname"}, "is not in this folder"),
+        ({"file_name": "x\0.json"}, "is not there"),
+        ({"file_name": "x\ud800.json"}, "is not there"),
         ({"file_name": "x.json", "formatting": "parrot"}, "expected one of alpaca, sharegpt, openai"),
+        ({"file_name": "x.json", "formatting": ["alpaca"]}, "expected one of alpaca, sharegpt, openai"),
     ],
 )
 def test_an_entry_that_cannot_be_followed_is_named(tmp_path, entry, why):

@@ -4,8 +4,10 @@ import codecs
 import csv
 import gzip
 import hashlib
+import io
 import json
 import os
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,14 @@ import pytest
 
 from atomtune.data.reading.jsonl import parse_chunk
 from atomtune.data.reading.raw import Lines, RawRecord
-from atomtune.data.reading.sources import distinct_names, fingerprint_of, read_chunks, read_values, size_of
+from atomtune.data.reading.sources import (
+    distinct_names,
+    fingerprint_of,
+    read_chunks,
+    read_values,
+    size_of,
+    would_hold,
+)
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
 
@@ -30,6 +39,16 @@ def written(folder: Path, content: bytes, name: str = "train.jsonl") -> Path:
     path = folder / name
     path.write_bytes(content)
     return path
+
+
+def archive(content: bytes) -> bytes:
+    """A tar archive of one file."""
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w") as files:
+        entry = tarfile.TarInfo("train.jsonl")
+        entry.size = len(content)
+        files.addfile(entry, io.BytesIO(content))
+    return whole.getvalue()
 
 
 def refusals(path: Path) -> list[Refusal]:
@@ -307,11 +326,38 @@ def test_a_line_that_is_no_header_is_no_table(tmp_path, content):
 
 @pytest.mark.parametrize(
     ("content", "kind"),
-    [(b"PK\x03\x04", "zip"), (b"BZh9", "bzip2"), (b"\xfd7zXZ\0", "xz"), (b"7z\xbc\xaf\x27\x1c", "7z")],
+    [
+        (b"PK\x03\x04", "zip"),
+        (b"BZh9", "bzip2"),
+        (b"\xfd7zXZ\0", "xz"),
+        (b"7z\xbc\xaf\x27\x1c", "7z"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "xls"),
+        (b"SQLite format 3\0", "SQLite"),
+        (gzip.compress(gzip.compress(line(HELLO))), "gzip"),  # packed twice
+        (gzip.compress(archive(line(HELLO))), "tar"),  # train.tar.gz
+    ],
 )
 def test_an_archive_that_is_not_read_is_named(tmp_path, content, kind):
+    behind = b"" if kind in ("gzip", "tar") else bytes(range(200))
     with pytest.raises(BadData, match=rf"a {kind}.* file; expected text. Unpack it"):
-        list(read_values(written(tmp_path, content + bytes(range(200)))))
+        list(read_values(written(tmp_path, content + behind)))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
+            "a git-lfs pointer.*\nFetch the files",
+        ),
+        (b"\xef\xbb\xbf\n<!DOCTYPE html><title>Sign in</title>", "a page of the web"),
+        (b"<HTML>404", "a page of the web"),
+    ],
+)
+@pytest.mark.parametrize("name", ["train.jsonl", "train.parquet", "train.csv"])
+def test_what_came_in_place_of_the_file_is_named(tmp_path, content, words, name):
+    with pytest.raises(BadData, match=words):
+        list(read_values(written(tmp_path, content, name)))
 
 
 def test_the_fingerprint_of_a_file_is_the_hash_of_its_bytes(tmp_path):
@@ -326,3 +372,25 @@ def test_what_is_neither_file_nor_folder_is_not_waited_for(tmp_path):
     for ask in (fingerprint_of, lambda source: list(read_values(source))):
         with pytest.raises(BadData, match="not a file"):
             ask(tmp_path / "pipe.jsonl")
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
+def test_a_value_of_more_levels_than_another_process_can_be_handed_is_refused(tmp_path, name):
+    # Python reads 900 levels and hands 400 to another process; only records are handed, so none may have so many.
+    deep, flat = {**HELLO, "x": json.loads("[" * 900 + "]" * 900)}, {**HELLO, "x": [[]] * 900}
+    path = written(tmp_path, line(deep) if name.endswith("l") else json.dumps([deep]).encode(), name)
+    try:
+        reasons = [refusal.reason for refusal in refusals(path)]
+    except BadData as error:
+        reasons = [str(error)]
+    assert len(reasons) == 1 and "nested too deeply" in reasons[0]
+    assert [raw.value for raw in read_values(written(tmp_path, line(flat)))] == [flat]
+
+
+@pytest.mark.parametrize(
+    ("place", "holds"), [("data", True), ("data/out", True), ("data/.out", False), ("datafile", False), ("", False)]
+)
+def test_a_folder_would_hold_what_is_written_in_it(tmp_path, place, holds):
+    (tmp_path / "data").mkdir()
+    assert would_hold(tmp_path / "data", tmp_path / place) is holds
+    assert would_hold("owner/name", tmp_path / place) is False

@@ -94,7 +94,7 @@ def _source_of(name: str) -> tuple[str, InstructionRole]:
         if not path.is_file():
             raise BadSettings([f"--template {name}: no such file."])
         try:
-            return path.read_text(encoding="utf-8"), "user"
+            return path.read_text(encoding="utf-8-sig"), "user"  # an editor's mark is no part of it
         except UnicodeDecodeError as error:
             raise BadSettings([f"--template {name}: not UTF-8: {error}"]) from None
     if name in SPLIT_TEMPLATES:

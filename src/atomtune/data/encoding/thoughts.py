@@ -7,8 +7,6 @@ from atomtune.data.records import Turn
 
 #: The marks that open and close thoughts, in the order in which they are looked for.
 TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
-#: The template variable by which Qwen3's and others' are asked to think, or not to.
-THINKING = "enable_thinking"
 _INLINE = tuple(re.compile(rf"\s*{re.escape(opens)}(.*?){re.escape(closes)}(.*)", re.DOTALL) for opens, closes in TAGS)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from atomtune.data.formats.fields import Field, Tool, kind, read_json, read_plain, read_text
-from atomtune.data.formats.schema import KWARGS, VARIABLES
+from atomtune.data.formats.schema import KWARGS, THINKING, VARIABLES
 from atomtune.data.records import ParsedRecord, Record, Refusal, RefusalKind, Turn
 
 _ANSWERS = ("assistant", "text")
@@ -48,9 +48,13 @@ def read_variables(record: Mapping[str, Any]) -> Field[dict[str, Any]]:
             problems.append(f"{KWARGS} is {kind(plain.value)}; expected an object")
     for key in VARIABLES:
         if record.get(key) is not None:
-            plain = read_plain(record[key], key)
-            problems += plain.problems
+            parsed = read_json(record[key], key)  # a text, as a cell of a table holds it
+            plain = read_plain(parsed.value, key)
+            problems += [*parsed.problems, *plain.problems]
             variables[key] = plain.value
+    thinks = variables.get(THINKING)
+    if not problems and not isinstance(thinks, bool | None):  # a template takes "false", and 0, for true
+        problems.append(f"{THINKING} is {kind(thinks)}; expected true or false")
     return Field(variables, tuple(problems))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from atomtune.data.reading.raw import DECODER, TOO_DEEP, printable
+from atomtune.data.reading.raw import DECODER, TOO_DEEP, is_deeper, printable
 
 T = TypeVar("T")
 Tool = Mapping[str, Any]
@@ -69,7 +69,7 @@ def read_json(value: object, place: str) -> Field[Any]:
 
 def read_plain(value: T, place: str) -> Field[T]:
     """A value that a template can write as JSON in UTF-8, and that is not nested without end."""
-    if _is_deeper(value, DEEPEST):
+    if is_deeper(value, DEEPEST):
         return Field(value, (f"{place} holds lists or objects more than {DEEPEST} levels deep",))
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
@@ -78,25 +78,6 @@ def read_plain(value: T, place: str) -> Field[T]:
     except (TypeError, ValueError):
         return Field(value, (f"{place} holds a value that is no JSON",))
     return Field(value)
-
-
-def _is_deeper(value: object, levels: int) -> bool:
-    """Whether lists and objects stand in each other more often than this.
-
-    A loop, since a recursion is what it protects from.
-    """
-    layer = [value]
-    for _ in range(levels):
-        inner: list[object] = []
-        for item in layer:
-            if isinstance(item, dict):
-                inner += item.values()
-            elif isinstance(item, list):
-                inner += item
-        if not inner:
-            return False
-        layer = inner
-    return any(isinstance(item, dict | list) and item for item in layer)
 
 
 def read_tools(record: Mapping[str, Any]) -> Field[tuple[Tool, ...]]:

@@ -26,9 +26,11 @@ RECORD_KEYS = frozenset(
     {"instruction", "input", "output", "system", "history", "conversations", "messages"}
     | {"prompt", "completion", "text", "tools", "functions", "chosen", "rejected", *WANTED}
 )
+#: The template variable by which Qwen3's and others' are asked to think, or not to.
+THINKING = "enable_thinking"
 #: The key of a record that holds variables of its template, as TRL's data sets have it, and those that stand alone.
 KWARGS = "chat_template_kwargs"
-VARIABLES = ("enable_thinking", "documents")
+VARIABLES = (THINKING, "documents")
 WEIGHTS = ("weight", "loss_weight", "train", "loss")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TURN_KEYS = frozenset({"from", "value", "role", "content", "name", "tool_calls", "function_call", *WEIGHTS, *REASONING})

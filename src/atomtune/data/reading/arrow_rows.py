@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from atomtune.data.reading.compression import MOST_GROWTH
-from atomtune.data.reading.raw import LONGEST_LINE, RawRecord
+from atomtune.data.reading.raw import LONGEST_LINE, MOST_LEVELS, TOO_DEEP, RawRecord
 from atomtune.data.records import Refusal, RefusalKind
 from atomtune.errors import BadData
 from atomtune.limits import trial
@@ -23,6 +23,8 @@ from atomtune.limits import trial
 #: Rows that are Python objects at once.
 BATCH_ROWS = 1000
 ARROW_MAGIC = b"ARROW1"
+#: What pyarrow raises for a value that Python has none for: a time in the year 300,000, or in a zone that nobody knows.
+_NO_VALUE = (ValueError, ArithmeticError, LookupError)
 
 
 def read_parquet(path: Path, name: str, advance: Callable[[int], None]) -> Iterator[list[RawRecord | Refusal]]:
@@ -94,6 +96,9 @@ def read_batches(
     """
     first = 1
     for batch in batches:
+        for field in batch.schema:
+            if _is_deep(field.type):
+                raise BadData(f'{name}: column "{field.name}": {TOO_DEEP}.')
         for column, times in Counter(batch.schema.names).items():
             if times > 1:
                 raise BadData(f'{name}: column "{column}" appears twice. Rename or remove one.')
@@ -106,7 +111,7 @@ def read_batches(
 def _rows(batch: pyarrow.RecordBatch, name: str, first: int) -> list[RawRecord | Refusal]:
     try:
         return [RawRecord(row, f"{name}:{number}") for number, row in enumerate(_as_python(batch), first)]
-    except ValueError:  # of one row; which one, is seen when each is taken alone
+    except _NO_VALUE:  # of one row; which one, is seen when each is taken alone
         return [_row(batch.slice(i, 1), f"{name}:{first + i}") for i in range(batch.num_rows)]
 
 
@@ -119,7 +124,7 @@ def _row(batch: pyarrow.RecordBatch, origin: str) -> RawRecord | Refusal:
             f"a text that is not UTF-8 at byte {error.start + 1}; write the file again with UTF-8",
             RefusalKind.UNREADABLE,
         )
-    except ValueError as error:
+    except _NO_VALUE as error:
         return Refusal(origin, f"a value that cannot be read: {error}", RefusalKind.UNREADABLE)
 
 
@@ -131,6 +136,20 @@ def _as_python(batch: pyarrow.RecordBatch) -> list[dict[str, Any]]:
             for row in rows:
                 row[column.name] = _without_filling(row[column.name], column.type)
     return rows
+
+
+def _is_deep(kind: pyarrow.DataType) -> bool:
+    """Whether lists and structs stand in each other more often than records may."""
+    layer = [kind]
+    for _ in range(MOST_LEVELS):
+        inner: list[pyarrow.DataType] = []
+        for outer in layer:
+            if pyarrow.types.is_struct(outer):
+                inner += [field.type for field in outer]
+            elif _is_list(outer):
+                inner.append(outer.value_type)
+        layer = inner
+    return bool(layer)
 
 
 def _holds_struct(kind: pyarrow.DataType) -> bool:
@@ -166,9 +185,9 @@ def _share(size: int, rows: int, advance: Callable[[int], None]) -> Callable[[in
 
     def count(n_rows: int) -> None:
         nonlocal rows_read
-        bytes_before = size * rows_read // rows
+        bytes_before = size * rows_read // max(rows, 1)  # damaged metadata may count none
         rows_read += n_rows
-        advance(size * rows_read // rows - bytes_before)
+        advance(size * rows_read // max(rows, 1) - bytes_before)
 
     return count
 

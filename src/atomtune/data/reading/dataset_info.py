@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from atomtune.choices import FormatName
 from atomtune.errors import BadData
@@ -88,12 +88,15 @@ def _entries(path: Path) -> dict[str, dict[str, Any]] | None:
 
 def _listed(folder: Path, name: str, entry: dict[str, Any]) -> ListedFile:
     path = folder / entry["file_name"]
-    inside = path.resolve().is_relative_to(folder.resolve())
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except ValueError:  # a NUL, or half a character: no file has such a name
+        inside = True
     if not inside or not path.is_file():
         what = "not in this folder" if not inside else "not there"
         raise BadData(f'{folder / FILE_NAME}: the file "{entry["file_name"]}" of "{name}" is {what}.')
     formatting = entry.get("formatting", "alpaca")
-    if formatting not in _FORMATS:
+    if not isinstance(formatting, str) or formatting not in _FORMATS:
         known = ", ".join(_FORMATS)
         raise BadData(f'{folder / FILE_NAME}: formatting "{formatting}" of "{name}"; expected one of {known}.')
     columns, tags = _texts(entry.get("columns")), _texts(entry.get("tags"))
@@ -105,7 +108,7 @@ def _listed(folder: Path, name: str, entry: dict[str, Any]) -> ListedFile:
         if tag in tags and tags[tag] not in _READ_ANYWAY[ours]:
             keys[tags[tag]] = ours
     roles = {tags[tag]: ours for tag, ours in _ROLE_TAGS.items() if tag in tags}
-    return ListedFile(path, _FORMATS[cast(str, formatting)], keys, roles)
+    return ListedFile(path, _FORMATS[formatting], keys, roles)
 
 
 def _texts(value: object) -> dict[str, str]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NoReturn
 
-from atomtune.data.reading.raw import DECODER, LONGEST_LINE, TOO_DEEP, RawRecord, encoding_reason
+from atomtune.data.reading.raw import DECODER, LONGEST_LINE, TOO_DEEP, RawRecord, encoding_reason, refuse_deep
 from atomtune.errors import BadData
 
 _SPACE = re.compile(r"\s*")
@@ -69,6 +69,7 @@ class _Window:
         while True:
             try:
                 value, end = DECODER.raw_decode(self.text, self.at)
+                refuse_deep(value, self.text.count("[", self.at, end) + self.text.count("{", self.at, end))
             except json.JSONDecodeError as error:
                 if self.ended or not self._cut_off(error):
                     self.refuse(error.msg)

@@ -17,6 +17,7 @@ from atomtune.data.reading.raw import (
     Lines,
     RawRecord,
     encoding_reason,
+    refuse_deep,
 )
 from atomtune.data.records import Refusal, RefusalKind
 
@@ -71,7 +72,9 @@ def parse_chunk(chunk: Chunk) -> list[RawRecord | Refusal]:
 
 def _parse(line: bytes, origin: str) -> RawRecord | Refusal:
     try:
-        return RawRecord(DECODER.decode(line.decode()), origin)
+        value = DECODER.decode(line.decode())
+        refuse_deep(value, line.count(b"[") + line.count(b"{"))
+        return RawRecord(value, origin)
     except UnicodeDecodeError as error:
         return Refusal(origin, encoding_reason(line, error.start), RefusalKind.UNREADABLE)
     except json.JSONDecodeError as error:

@@ -35,6 +35,9 @@ class Lines:
 Chunk = Lines | list[RawRecord | Refusal]
 
 
+#: Lists and objects that stand in each other: records of more levels cannot be handed to other processes, which takes
+#: two of Python's thousand steps a level.
+MOST_LEVELS = 200
 #: Python's own words for it speak of recursion.
 TOO_DEEP = "lists or objects are nested too deeply"
 NUL_BYTES = "it holds NUL bytes; the file was probably not written to its end"
@@ -55,6 +58,31 @@ def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object_without_repeats, parse_constant=_refuse_constant)
+
+
+def refuse_deep(value: Any, brackets: int) -> None:
+    """Raise ValueError for a value of too many levels. brackets: how many open in its text, which is seen at once."""
+    if brackets > MOST_LEVELS and is_deeper(value, MOST_LEVELS):
+        raise ValueError(TOO_DEEP)
+
+
+def is_deeper(value: object, levels: int) -> bool:
+    """Whether lists and objects stand in each other more often than this.
+
+    A loop, since a recursion is what it protects from.
+    """
+    layer = [value]
+    for _ in range(levels):
+        inner: list[object] = []
+        for item in layer:
+            if isinstance(item, dict):
+                inner += item.values()
+            elif isinstance(item, list):
+                inner += item
+        if not inner:
+            return False
+        layer = inner
+    return any(isinstance(item, dict | list) and item for item in layer)
 
 
 def encoding_reason(line: bytes, at: int) -> str:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 from atomtune.choices import FormatName
 from atomtune.data.reading import hub, jsonl
 from atomtune.data.reading.arrow_rows import ARROW_MAGIC, BATCH_ROWS, read_arrow, read_parquet
-from atomtune.data.reading.compression import compression_of, ending_of, open_bytes, open_raw
+from atomtune.data.reading.compression import GZIP, ZSTD, compression_of, ending_of, open_bytes, open_raw
 from atomtune.data.reading.csv_rows import columns_of, read_table, separator_line
 from atomtune.data.reading.dataset_info import FILE_NAME, ListedFile, listed_files
 from atomtune.data.reading.json_array import read_array
@@ -23,6 +23,7 @@ from atomtune.data.reading.jsonl import parse_chunk
 from atomtune.data.reading.raw import Chunk, RawRecord, printable
 from atomtune.data.reading.transcoding import as_utf8, encoding_of
 from atomtune.data.records import Refusal
+from atomtune.disk import LFS_POINTER
 from atomtune.errors import BadData
 
 Advance = Callable[[int], None]
@@ -35,9 +36,17 @@ _NOT_READ = {
     b"BZh": "bzip2",
     b"\xfd7zXZ": "xz",
     b"7z\xbc\xaf": "7z",
+    b"\xd0\xcf\x11\xe0": "xls (or doc)",
+    b"SQLite format 3": "SQLite",
+    b"ustar": "tar",
+    GZIP: "gzip",  # inside another
+    ZSTD: "zstd",
     PARQUET_MAGIC: "Parquet",
     ARROW_MAGIC: "Arrow",
 }
+#: Where a magic word stands that is not the first.
+_PLACES = {b"ustar": 257}
+_HTML = (b"<!doctype html", b"<html")
 #: A first line in which one of these is a cell is a table's header.
 _COLUMNS = {"instruction", "output", "messages", "conversations", "prompt", "completion", "question", "answer"}
 
@@ -160,6 +169,21 @@ def fingerprint_of(source: Path | str) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def stamp_of(source: Path | str) -> list[tuple[str, int, int]]:
+    """Size and time of every file of a source; nothing for one on the hub, whose files carry their hash as a name."""
+    path = _described(Path(source))
+    files = hub.all_files(path) if path.is_dir() else [path] if path.exists() else []
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def would_hold(source: Path | str, path: Path) -> bool:
+    """Whether what is written there would be one of the files of a source that is a folder."""
+    folder, place = _described(Path(source)).resolve(), path.resolve()
+    if not folder.is_dir() or not place.is_relative_to(folder):
+        return False
+    return not any(part.startswith(".") for part in place.relative_to(folder).parts)
+
+
 def _sha256(path: Path) -> str:
     with open_raw(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -191,8 +215,15 @@ def _read_file(path: Path, name: str, advance: Advance) -> Iterator[Chunk]:
 def _refuse_no_text(path: Path, head: bytes) -> None:
     """Raise BadData for what is no text, as its first bytes tell; else each of its lines would be a problem."""
     for magic, kind in _NOT_READ.items():
-        if head.startswith(magic):
+        if head.startswith(magic, _PLACES.get(magic, 0)):
             raise BadData(f"{path}: a {kind} file; expected text. Unpack it, or export it as JSONL.")
+    if head.startswith(LFS_POINTER):
+        raise BadData(
+            f"{path}: a git-lfs pointer, not the file itself.\n"
+            f"Fetch the files: git lfs install && git -C {path.parent} lfs pull"
+        )
+    if head.lstrip().lower().startswith(_HTML):
+        raise BadData(f"{path}: a page of the web, as a login or an error; expected records. Download the file itself.")
     if not head.removeprefix(codecs.BOM_UTF8).strip() and len(head) < HEAD_BYTES:
         raise BadData(f"{path}: the file is empty. Expected one JSON object a line: instruction, input, output.")
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
+from atomtune.disk import expanded
 from atomtune.errors import BadModel, BadSettings, listing
 from atomtune.model.adapter_folder import WEIGHTS, adapter_file
 from atomtune.model.file_schemas import TrainerState
@@ -105,7 +106,7 @@ def find_start(
             raise BadSettings([f"--resume_from_checkpoint: no whole checkpoint in {output_dir}."])
         return _resumed(newest)
     if named := resume_from_checkpoint or checkpoint:
-        start = _named(Path(named).expanduser(), output_dir)
+        start = _named(expanded(named), output_dir)
         _refuse_to_mix(start, output_dir)
         return start
     if resume:
