@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from filelock import FileLock, Timeout
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -35,6 +37,8 @@ _MOST_BYTES_OF_TEXT = 2**28
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 #: Behind the name of a file that is being written.
 _PART = ".part"
+#: In a folder that one process holds.
+_LOCK = ".lock"
 #: In a folder that a command fills: what is not yet finished of it.
 _UNFINISHED = ".unfinished"
 
@@ -128,6 +132,34 @@ def is_free(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """A folder, made if need be, in which no other process of ours writes until the block is done.
+
+    One that was made for the block and holds nothing behind it is removed: what was to write there was refused.
+    Raises BlockingIOError where another process holds it, OSError where it cannot be made or written.
+    """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(folder)) from None
+    try:
+        descriptor = _locked(folder)  # too: the file may be removed while a run goes, and made anew
+        ours = identity_of(folder)
+        try:
+            yield
+        finally:
+            if is_new and identity_of(folder) == ours and all(path.name == _LOCK for path in folder.iterdir()):
+                shutil.rmtree(folder, ignore_errors=True)
+            if descriptor is not None:
+                os.close(descriptor)
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
 def filled(folder: Path, *, last: str) -> Iterator[Path]:
     """A place to write a folder's files, which get into the folder when the block is done; none of them before.
 
@@ -178,6 +210,14 @@ def publish(staging: Path, folder: Path, *, last: str) -> None:
         file.replace(goal)
     remove_tree(staging)
     sync(folder)
+
+
+def numbered(path: Path) -> Path:
+    """The first of path-1, path-2, … that does not exist."""
+    number = 1
+    while (free := path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    return free
 
 
 def expanded(path: str) -> Path:

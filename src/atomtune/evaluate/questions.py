@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from atomtune.data.cache import EncodedData, Rules, as_examples, concatenate, examples_of, records_of
-from atomtune.data.encoding.chat_template import Template
+from atomtune.data.encoding.chat_template import Template, tool_name
 from atomtune.data.reading.sources import distinct_names
 from atomtune.data.records import Example, Record
 from atomtune.data.tokenizer import Tokenizer
@@ -61,7 +61,7 @@ def eval_record(record: Record, examples: tuple[Example, ...], tokenizer: Tokeni
         for example in examples:
             for start, end in learned_spans(example):
                 questions.append(_question(example.ids, start, end, tokenizer))
-    tools = frozenset(_tool_name(tool) for tool in record.tools)
+    tools = frozenset(tool_name(tool) for tool in record.tools)
     return EvalRecord(record.origin, examples, tuple(questions), tools, _asked(record))
 
 
@@ -101,8 +101,3 @@ def _question(ids: tuple[int, ...], start: int, end: int, tokenizer: Tokenizer) 
 def answer_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     """An answer without its stop token, as text; marks of thoughts and tool calls may be control tokens and stay."""
     return tokenizer.decode(list(ids), skip_special_tokens=False).strip()
-
-
-def _tool_name(tool: object) -> str:
-    described = tool.get("function", tool) if isinstance(tool, dict) else {}
-    return str(described.get("name", "")) if isinstance(described, dict) else ""

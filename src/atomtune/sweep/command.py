@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from atomtune.console import Console, print_json, progress_bar
 from atomtune.data.reading.sources import would_hold
+from atomtune.disk import held, numbered
 from atomtune.errors import AtomtuneError, BadSettings, ExitCode, RunFailed, Stopped, UserError
 from atomtune.extras import refuse_missing
 from atomtune.language import translated
@@ -86,10 +85,7 @@ def _folder(settings: SweepSettings) -> Path:
         return Path(chosen)
     if settings.train.run.resume:
         raise BadSettings(["--resume needs the --output_dir of the sweep that is to go on."])
-    stem, number = Path(settings.train.data.dataset_paths[0]).stem, 1
-    while (folder := Path("runs") / f"sweep-{stem}-{number}").exists():
-        number += 1
-    return folder
+    return numbered(Path("runs") / f"sweep-{Path(settings.train.data.dataset_paths[0]).stem}")
 
 
 def _refuse_among_records(settings: SweepSettings, folder: Path) -> None:
@@ -106,24 +102,15 @@ def _refuse_among_records(settings: SweepSettings, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """The sweep's folder, made if need be, held against every other sweep. Raises BadSettings."""
-    is_new = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise BadSettings([f"{folder}: another sweep is writing here now. Pass another --output_dir."]) from None
-    except OSError as error:
-        raise BadSettings([f"--output_dir {folder} cannot be written: {error.strerror}."]) from None
-    try:
+    """The sweep's folder held against every other sweep. Raises BadSettings when one holds it, or nothing can."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held(folder))
+        except BlockingIOError:
+            raise BadSettings([f"{folder}: another sweep is writing here now. Pass another --output_dir."]) from None
+        except OSError as error:
+            raise BadSettings([f"--output_dir {folder} cannot be made or written: {error.strerror}."]) from None
         yield
-    finally:
-        lock.release()
-        if is_new and all(path.name == ".lock" for path in folder.iterdir()):  # refused before it began
-            (folder / ".lock").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                folder.rmdir()
 
 
 def _begin(settings: SweepSettings, folder: Path, console: Console) -> tuple[Sweep, Search]:

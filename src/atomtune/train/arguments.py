@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
+from atomtune.disk import numbered
 from atomtune.errors import BadSettings
 from atomtune.settings.fields import TrainSettings
 from atomtune.train.ranks import join_job
@@ -105,10 +106,7 @@ def spare_folder(settings: TrainSettings) -> Path:
     A launcher's ranks agree: each looks before it meets the others, and none makes a folder before that.
     """
     stem = "demo" if settings.demo else Path(settings.data.dataset_paths[0]).stem
-    number = 1
-    while (folder := Path("runs") / f"{stem}-{number}").exists():
-        number += 1
-    return folder
+    return numbered(Path("runs") / (stem or "run"))
 
 
 def lengths(args: TrainingArguments) -> dict[str, Any]:

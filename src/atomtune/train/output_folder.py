@@ -1,7 +1,6 @@
 """Output folder: one run writes into it; its disk has room for the checkpoints; an error names it."""
 
 import contextlib
-import os
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
@@ -9,24 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from filelock import FileLock, Timeout
 from rich.filesize import decimal
 from transformers import TrainingArguments
 
 from atomtune.console import program
 from atomtune.data.cache import tokenizer_text
-from atomtune.disk import disk_failed, identity_of
+from atomtune.disk import disk_failed, held
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped
 from atomtune.model.failures import of_the_model
 from atomtune.settings.fields import TrainSettings, is_secret
 from atomtune.train.checkpoint.atomic import checkpoints, damage
 from atomtune.train.ranks import lost_processes
 from atomtune.train.run_context import RunContext
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 #: A little more than what a checkpoint holds beside tensors and tokenizer, in bytes.
 _SMALL_FILES = 2**16
@@ -36,55 +29,15 @@ _WORTH_SAYING = 0.1
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The output folder, made if need be, held against every other run. Raises BadSettings when one holds it."""
-    is_new = not folder.exists()
-    held_elsewhere = BadSettings([f"{folder}: another run is writing here now. Pass another --output_dir."])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadSettings([f"--output_dir {folder} cannot be made: {error.strerror}."]) from None
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise held_elsewhere from None
-    except OSError as error:
-        raise BadSettings([f"--output_dir {folder} cannot be written: {error.strerror}."]) from None
-    try:
-        with _folder_itself_locked(folder, held_elsewhere):
-            ours = identity_of(folder)
-            try:
-                yield
-            finally:
-                if is_new and identity_of(folder) == ours:
-                    _remove_if_unused(folder)
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def _folder_itself_locked(folder: Path, held_elsewhere: BadSettings) -> Iterator[None]:
-    """Hold the folder too, where the system can: the file .lock may be removed while a run goes, and made anew."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    """The output folder held against every other run. Raises BadSettings when one holds it, or nothing can."""
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(held(folder))
         except BlockingIOError:
-            raise held_elsewhere from None
-        except OSError:  # some network file systems lock files but not folders
-            pass
+            raise BadSettings([f"{folder}: another run is writing here now. Pass another --output_dir."]) from None
+        except OSError as error:
+            raise BadSettings([f"--output_dir {folder} cannot be made or written: {error.strerror}."]) from None
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _remove_if_unused(folder: Path) -> None:
-    """Remove a folder that holds nothing but the lock: its run was refused before it wrote anything."""
-    if all(path.name == ".lock" for path in folder.iterdir()):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_space(run: RunContext, model: Any, tokenizer: Any) -> None:

@@ -272,7 +272,7 @@ class Conversation:
         if self.record.turns[at].role == "text":
             return self.template.tokenizer.bos_token or ""
         prompt = self._render(self.messages[: self.starts[at]], prompt=True)
-        if self.tools and not all(_tool_name(tool) in prompt for tool in self.tools):
+        if self.tools and not all(tool_name(tool) in prompt for tool in self.tools):
             raise CannotExpress(f"{self.template.title} has no place for tools")
         return prompt
 
@@ -455,11 +455,16 @@ class Conversation:
 
     def _look_for_lost_turns(self, until: int, prompt: str) -> None:
         """Raises CannotExpress where a question or a tool's answer is in no prompt."""
+        reached = 0  # in the prompt: templates write turns in their order, so most are found at once
         for number, turn in enumerate(self.record.turns[:until]):
             if turn.role not in ("user", "tool"):
                 continue
             for message in self.messages[self.starts[number] : self.starts[number + 1]]:
                 text = str(message["content"]).strip()
+                place = prompt.find(text, reached)
+                if place >= 0:
+                    reached = place
+                    continue
                 if text in prompt or any(
                     json.dumps(text, ensure_ascii=ascii_only)[1:-1] in prompt for ascii_only in (False, True)
                 ):
@@ -502,6 +507,7 @@ def common_beginning(first: str, second: str) -> int:
     return low
 
 
-def _tool_name(tool: Mapping[str, Any]) -> str:
+def tool_name(tool: Mapping[str, Any]) -> str:
+    """Of a tool as OpenAI's `tools` have it; "" where it has none."""
     function = tool.get("function", tool)
     return str(function.get("name", "")) if isinstance(function, Mapping) else ""

@@ -310,9 +310,10 @@ def _prompt_tokens(targets: Sequence[Target]) -> int:
 def _notes(record: Record, exchanges: Sequence[Exchange]) -> tuple[str, ...]:
     """What is accepted but worth saying: texts that the template does not write."""
     notes = [note for exchange in exchanges for note in exchange.lost]
-    for exchange in exchanges:
-        systems = [turn.text.strip() for turn in record.turns[: exchange.at] if turn.role == "system"]
-        if not all(any(system in piece.text for piece in exchange.prompt) for system in systems):
+    systems = [(at, turn.text.strip()) for at, turn in enumerate(record.turns) if turn.role == "system"]
+    for exchange in exchanges if systems else ():
+        before = [text for at, text in systems if at < exchange.at]
+        if not all(any(text in piece.text for piece in exchange.prompt) for text in before):
             notes.append(NOT_WRITTEN["system"])
             break
     return tuple(dict.fromkeys(notes))  # they count records: each is said once a record

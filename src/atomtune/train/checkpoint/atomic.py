@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from atomtune.disk import (
+    numbered,
     only_finite,
     open_to_umask,
     read_json_object,
@@ -79,7 +80,7 @@ def seal(staging: Path, final: Path, facts: Mapping[str, Any]) -> None:
         if (final / MANIFEST).is_file() and not final.is_symlink():
             remove(final)
         else:
-            final.rename(_free_name(final))
+            final.rename(numbered(final.with_name(f"{final.name}.other")))
     staging.rename(final)
     sync(final.parent)
 
@@ -164,10 +165,3 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file.name != MANIFEST:
             yield file.relative_to(folder).as_posix(), file
-
-
-def _free_name(path: Path) -> Path:
-    number = 1
-    while (free := path.with_name(f"{path.name}.other-{number}")).exists():
-        number += 1
-    return free
