@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
+from atomtune.errors import BadSettings
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -132,21 +134,28 @@ def is_free(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """A folder, made if need be, in which no other process of ours writes until the block is done.
+def held(folder: Path, holder: str) -> Iterator[None]:
+    """An output folder, made if need be, in which no other process of ours writes until the block is done.
 
+    holder  what fills it, a run or a sweep
     One that was made for the block and holds nothing behind it is removed: what was to write there was refused.
-    Raises BlockingIOError where another process holds it, OSError where it cannot be made or written.
+    Raises BadSettings where another process holds it, or it cannot be made or written.
     """
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / _LOCK, timeout=0)
+    elsewhere = BadSettings([f"{folder}: another {holder} is writing here now. Pass another --output_dir."])
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / _LOCK, timeout=0)
         lock.acquire()
     except Timeout:
-        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(folder)) from None
+        raise elsewhere from None
+    except OSError as error:
+        raise BadSettings([f"--output_dir {folder} cannot be made or written: {error.strerror}."]) from None
     try:
-        descriptor = _locked(folder)  # too: the file may be removed while a run goes, and made anew
+        try:
+            descriptor = _locked(folder)  # too: the file may be removed while a run goes, and made anew
+        except BlockingIOError:
+            raise elsewhere from None
         ours = identity_of(folder)
         try:
             yield

@@ -15,7 +15,7 @@ from atomtune.data.reading.sources import would_hold
 from atomtune.disk import held, numbered
 from atomtune.errors import AtomtuneError, BadSettings, ExitCode, RunFailed, Stopped, UserError
 from atomtune.extras import refuse_missing
-from atomtune.language import translated
+from atomtune.language import message, translated
 from atomtune.settings.fields import SweepSettings
 from atomtune.settings.flags import types_of
 from atomtune.settings.library import library_types
@@ -56,7 +56,7 @@ def sweep_into_folder(settings: SweepSettings, console: Console) -> tuple[Path, 
         refuse_missing(["optuna"], extra="sweep", what="--trials", otherwise="--try NAME=A,B without it")
     folder = _folder(settings)
     _refuse_among_records(settings, folder)
-    with _held(folder):
+    with held(folder, message("sweep")):
         sweep, search = _begin(settings, folder, console)
         _say_beginning(sweep, search, folder, console)
         try:
@@ -98,19 +98,6 @@ def _refuse_among_records(settings: SweepSettings, folder: Path) -> None:
                     "Pass another folder."
                 ]
             )
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """The sweep's folder held against every other sweep. Raises BadSettings when one holds it, or nothing can."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(held(folder))
-        except BlockingIOError:
-            raise BadSettings([f"{folder}: another sweep is writing here now. Pass another --output_dir."]) from None
-        except OSError as error:
-            raise BadSettings([f"--output_dir {folder} cannot be made or written: {error.strerror}."]) from None
-        yield
 
 
 def _begin(settings: SweepSettings, folder: Path, console: Console) -> tuple[Sweep, Search]:

@@ -1,6 +1,5 @@
-"""Output folder: one run writes into it; its disk has room for the checkpoints; an error names it."""
+"""Output folder: its disk has room for the checkpoints; an error names it, and how the run goes on."""
 
-import contextlib
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
@@ -13,8 +12,8 @@ from transformers import TrainingArguments
 
 from atomtune.console import program
 from atomtune.data.cache import tokenizer_text
-from atomtune.disk import disk_failed, held
-from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped
+from atomtune.disk import disk_failed
+from atomtune.errors import AtomtuneError, RunFailed, Stopped
 from atomtune.model.failures import of_the_model
 from atomtune.settings.fields import TrainSettings, is_secret
 from atomtune.train.checkpoint.atomic import checkpoints, damage
@@ -25,19 +24,6 @@ from atomtune.train.run_context import RunContext
 _SMALL_FILES = 2**16
 #: What the checkpoints take is said where it is so large a share of the disk's free space.
 _WORTH_SAYING = 0.1
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The output folder held against every other run. Raises BadSettings when one holds it, or nothing can."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(held(folder))
-        except BlockingIOError:
-            raise BadSettings([f"{folder}: another run is writing here now. Pass another --output_dir."]) from None
-        except OSError as error:
-            raise BadSettings([f"--output_dir {folder} cannot be made or written: {error.strerror}."]) from None
-        yield
 
 
 def check_space(run: RunContext, model: Any, tokenizer: Any) -> None:

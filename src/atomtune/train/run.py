@@ -22,6 +22,7 @@ from atomtune.console import Console
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.tokenizer import Tokenizer
+from atomtune.disk import held
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped, UserError
 from atomtune.export.model_card import model_card
 from atomtune.model.adapter_folder import AdapterMetadata
@@ -40,7 +41,7 @@ from atomtune.train.defaults import began_with, with_defaults, with_sequence_lim
 from atomtune.train.ending import figures, finish, title_of
 from atomtune.train.layout import check_equal, choose_layout
 from atomtune.train.model import fuse_kernels, keep_or_recompute, load_model, step_graphs
-from atomtune.train.output_folder import check_space, explained, goes_on, locked
+from atomtune.train.output_folder import check_space, explained, goes_on
 from atomtune.train.progress import LossPicture, RecordedProgress, TrainingBar
 from atomtune.train.ranks import lost_processes
 from atomtune.train.rehearsal import check_last_batch, rehearse
@@ -73,7 +74,7 @@ def train_into_folder(settings: TrainSettings, *, speaks: bool = True) -> Path:
     console = Console(speaks=is_first and speaks)
     _quiet(settings)
     folder = Path(args.output_dir)
-    with locked(folder) if is_first else contextlib.nullcontext():
+    with held(folder, "run") if is_first else contextlib.nullcontext():
         if is_first:
             clear_staging(folder)
         start = _decided_by_first_rank(args, lambda: _find_start(settings, args, console))
