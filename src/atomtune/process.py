@@ -2,10 +2,14 @@
 
 import ctypes
 import signal
+import sys
 
 _PR_SET_PDEATHSIG = 1
+#: Looked up before any fork: that takes the loader's lock, which another thread may hold when a process is forked.
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def end_with_parent() -> None:
     """Have the kernel of Linux end this process when its parent is gone. One call and no lock: safe after a fork."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    assert _prctl is not None
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

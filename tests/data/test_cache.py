@@ -599,3 +599,14 @@ def test_a_file_that_changes_while_it_is_read_is_not_stored_under_the_hash_of_ot
     with pytest.raises(BadData, match=r"train\.jsonl changed while it was read"):
         examples_of(data, template_of(), Rules(max_tokens=96), cache_dir=tmp_path / "cache", advance=grow)
     assert list((tmp_path / "cache" / "atomtune").iterdir()) == []
+
+
+def test_records_that_are_not_there_any_more_are_missed(data, tmp_path):
+    # Fewer records than rows: the last rows were neither learned nor held out.
+    stored = examples_of(data, template_of(), Rules(max_tokens=96), cache_dir=tmp_path / "cache").examples
+    lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
+    data.write_text("".join(lines[:3]), encoding="utf-8")
+    records = records_of(data, Rules(max_tokens=96), stored)
+    assert [next(records).origin for _ in range(3)] == stored["origin"][:3]
+    with pytest.raises(BadData, match="changed while it was read"):
+        next(records)

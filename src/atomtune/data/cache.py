@@ -167,7 +167,11 @@ def _refusing_change(parts: Iterable[Part], source: Path | str, stamp: object) -
     """
     yield from parts
     if stamp_of(source) != stamp:
-        raise BadData(f"{source} changed while it was read. Run the command again when nothing writes there any more.")
+        raise _changed(source)
+
+
+def _changed(source: Path | str) -> BadData:
+    return BadData(f"{source} changed while it was read. Run the command again when nothing writes there any more.")
 
 
 def _key(name: str, data_hash: str, template: Template, rules: Rules) -> str:
@@ -319,7 +323,10 @@ def records_of(
     *,
     name: str | None = None,
 ) -> Iterator[Record]:
-    """The records that became the rows of stored, in their order: for what only their texts can tell."""
+    """The records that became the rows of stored, in their order: for what only their texts can tell.
+
+    Raises BadData at the end where one is not there any more: whoever counts on their order would be wrong about rows.
+    """
     batches = stored.with_format("arrow").iter(1000)
     origins = (origin for batch in batches for origin in batch["origin"].to_pylist())
     next_origin = next(origins, None)
@@ -333,6 +340,8 @@ def records_of(
             if isinstance(record, Record):
                 yield record
                 next_origin = next(origins, None)
+    if next_origin is not None:
+        raise _changed(source)
 
 
 def _write_entry(entry: Path, name: str, ledger: Ledger, parts: Iterable[Part]) -> Path:
