@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from atomtune.engines.llama_cpp import LlamaCpp
+from atomtune.engines.llama_cpp import LlamaCpp, weights_format
+from atomtune.errors import BadModel
 from atomtune.export.gguf import convert
 
 pytest.importorskip("xllamacpp", reason="needs the extra gguf")
@@ -24,3 +25,12 @@ def test_log_probabilities_are_those_of_transformers_for_parts_of_characters_too
     expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
     with LlamaCpp(file, context=64) as engine:
         assert engine.log_probabilities(prompt, answer) == pytest.approx(expected, abs=1e-2)  # its cache is float16
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\1\0\0\0\0\0\0\0" * 2 + b"\5\0\0\0\0\0\0\0gen", b"{}"]
+)
+def test_half_a_gguf_is_named(tmp_path, content):
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(BadModel, match=r"m\.gguf: not readable as a GGUF"):
+        weights_format(tmp_path / "m.gguf")

@@ -40,7 +40,7 @@ def weights_format(file: Path) -> str:
 
     try:
         reader = GGUFReader(file)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, LookupError, OverflowError) as error:  # of half a file, an index beyond its end
         raise BadModel(f"{file}: not readable as a GGUF: {error}") from error
     kinds = [tensor.tensor_type.name.lower() for tensor in reader.tensors if len(tensor.shape) > 1]
     return max(set(kinds), key=kinds.count) if kinds else "f32"
