@@ -6,6 +6,7 @@ set on the hub. All are streamed.
 """
 
 import codecs
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -172,8 +173,12 @@ def fingerprint_of(source: Path | str) -> str:
 def stamp_of(source: Path | str) -> list[tuple[str, int, int]]:
     """Size and time of every file of a source; nothing for one on the hub, whose files carry their hash as a name."""
     path = _described(Path(source))
-    files = hub.all_files(path) if path.is_dir() else [path] if path.exists() else []
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stamps = []
+    for file in hub.all_files(path) if path.is_dir() else [path]:
+        with contextlib.suppress(OSError):  # it is gone, which is a change too
+            status = file.stat()
+            stamps.append((str(file), status.st_size, status.st_mtime_ns))
+    return stamps
 
 
 def would_hold(source: Path | str, path: Path) -> bool:
