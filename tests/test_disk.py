@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from atomtune.disk import disk_failed, filled, is_free, place_problem, publish, replacing
+from atomtune.disk import (
+    disk_failed,
+    expanded,
+    filled,
+    held,
+    is_free,
+    numbered,
+    place_problem,
+    publish,
+    replacing,
+)
+from atomtune.errors import BadSettings
 
 
 def test_what_is_no_file_is_never_replaced(tmp_path):
@@ -126,3 +137,30 @@ def test_two_commands_do_not_fill_one_folder(tmp_path):
             pass
         other.communicate(b"")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+def test_a_held_folder_is_held_once_and_gone_where_nothing_was_written(tmp_path):
+    out = tmp_path / "out"
+    with held(out, "run"):
+        with pytest.raises(BadSettings, match="another sweep is writing here now"), held(out, "sweep"):
+            pass
+        assert out.is_dir()
+    assert not out.exists()
+    with held(out, "run"):
+        (out / "run.json").write_text("{}")
+    with pytest.raises(OSError, match="of the block's own"), held(out, "run"):
+        raise BlockingIOError("of the block's own")
+    assert sorted(path.name for path in out.iterdir() if path.name != ".lock") == ["run.json"]
+    with pytest.raises(BadSettings, match="cannot be made or written"), held(out / "run.json", "run"):
+        pass
+
+
+def test_the_first_free_number_is_taken(tmp_path):
+    (tmp_path / "demo-1").mkdir()
+    (tmp_path / "demo-3").mkdir()
+    assert numbered(tmp_path / "demo") == tmp_path / "demo-2"
+
+
+def test_a_home_that_nobody_has_is_a_folder_of_that_name():
+    assert expanded("~/x") == Path.home() / "x"
+    assert expanded("~nobody-here/x") == Path("~nobody-here/x")

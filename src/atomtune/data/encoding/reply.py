@@ -111,7 +111,7 @@ def _of_channels(parts: Sequence[tuple[str, bool]]) -> Turn:
 def _arguments(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:  # as the model wrote it, right or wrong
+    except (ValueError, RecursionError):  # as the model wrote it, right or wrong
         return text
 
 
