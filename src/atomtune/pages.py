@@ -50,7 +50,9 @@ def picture(path: Path, *, loss: str, title: str = "") -> Iterator["Axes"]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"font.family": ["DejaVu Sans", *_chinese_fonts()]}), warnings.catch_warnings():
+    # A name with two dollar signs is no formula.
+    settings = {"font.family": ["DejaVu Sans", *_chinese_fonts()], "text.parse_math": False}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a title may be in any script
         figure = Figure(figsize=(7, 4), dpi=120)  # not pyplot's: a notebook's own pictures stay as they are
         axes = figure.subplots()

@@ -37,6 +37,12 @@ def test_any_history_becomes_a_picture_without_a_word(history, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
 
 
+def test_a_name_with_two_dollar_signs_is_no_formula(tmp_path):
+    # It ended the run behind its first evaluation: matplotlib looks for a formula between them.
+    draw_loss([{"step": 1, "loss": 2.0}], tmp_path / "loss.png", title="costs$_$: a$^$.jsonl")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("points", "legend"),
     [
