@@ -230,11 +230,11 @@ def of_other_settings() -> Iterator[Attack]:
         ["sweep", *sweep, *many],
         ["sweep", *sweep, "--hub_token", "secret"],
         ["runs", "RUN", "RUN", "--plot", "OUT.doc"],
-        ["runs", "RUN", "RUN", "--plot", "/nowhere/x.png"],
+        ["runs", "RUN", "RUN", "--plot", "/proc/x.png"],
         ["web", *run, "--host", "a..b", "--password", "x"],
         ["serve", *run, "--host", "192.0.2.1", "--no_certify"],
         ["certify", *run, "--served", "DATA.gguf"],
-        ["inspect", "DATA", "--model_path", "BASE", "--html", "/nowhere/x.html"],
+        ["inspect", "DATA", "--model_path", "BASE", "--html", "/proc/x.html"],
     ]
     for command in commands:
 

@@ -84,11 +84,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         beside.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by a text in UTF-8.
+
+    What a name has of bytes that are no UTF-8 is written as `\\udcff`, which in JSON and YAML is the same again.
+    """
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Replace a file by these values as JSON; JSON has no NaN and no infinity, so these become null."""
-    text = json.dumps(only_finite(values), ensure_ascii=False, indent=2, allow_nan=False)
-    with replacing(path) as file:
-        file.write(f"{text}\n".encode())
+    write_text(path, json.dumps(only_finite(values), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
 
 
 def only_finite(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from atomtune.console import Console, print_json
+from atomtune.data.reading.raw import printable
 from atomtune.errors import BadModel, BadSettings
 from atomtune.language import message, translated
 from atomtune.model.file_schemas import RunRecordFile
@@ -164,7 +165,11 @@ def _compare(compared: Sequence[Run], settings: RunsSettings, console: Console) 
     console.print(figures)
     _say_losses(compared, names, console)
     if settings.plot:
-        draw(compared, Path(settings.plot))
+        try:
+            draw(compared, Path(settings.plot))
+        except OSError as error:
+            problem = f"--plot {settings.plot}: cannot be written there: {error.strerror}. Name another place."
+            raise BadSettings([problem]) from None
         console.say(translated(f"\nwritten: {settings.plot}"))
 
 
@@ -193,4 +198,4 @@ def draw(compared: Sequence[Run], path: Path) -> None:
     """The training losses of all runs in one picture."""
     with picture(path, loss=message("loss per token (nats)")) as axes:
         for run in compared:
-            axes.plot(list(run.losses), list(run.losses.values()), label=str(run.folder))
+            axes.plot(list(run.losses), list(run.losses.values()), label=printable(run.folder))

@@ -259,3 +259,9 @@ def test_answers_beside_each_other_are_whole_though_chinese_has_no_spaces(capsys
     Console().print(side_by_side(*answers))
     lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     assert ["".join(line[side].strip() for line in lines) for side in (1, 2)] == list(answers)
+
+
+def test_a_pipe_that_is_no_text_is_one_sentence(trained, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
+    assert main(["chat", "--adapter_path", str(trained), "--dtype", "float32"]) == 2
+    assert "standard input is not UTF-8" in capsys.readouterr().err

@@ -517,6 +517,11 @@ def test_a_file_whose_name_is_no_utf_8_may_be_named():
     assert read_train([*BOTH, "--eval_path", "caf\udce9.jsonl"]).data.eval_path == "caf\udce9.jsonl"
 
 
+def test_a_text_that_is_no_utf_8_is_refused():
+    with pytest.raises(BadSettings, match="half a character"):
+        read("chat", ["--adapter_path", "caf\udce9", "--prompt", "caf\udce9"])
+
+
 @pytest.mark.parametrize("value", ["{", '{"power": NaN}', '{"power": ' + "9" * 5000 + "}", "{" * 5000])
 def test_json_that_cannot_be_read_is_one_problem(value):
     (said,) = problems("--lr_scheduler_kwargs", value)

@@ -4,6 +4,7 @@ Each stands for a kind that was once read as something else; the laws behind the
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -135,3 +136,18 @@ def test_an_opt_base_is_trained(models, tmp_path):
     assert main(["train", *flags, "--max_steps", "2"]) == 0
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["status"] == "finished" and record["layout"] == "tree"
+
+
+@pytest.mark.parametrize("name", [b"a\xff.jsonl", b"two\nlines.jsonl", b"$x$_$.jsonl", b"\x1b[31m.jsonl"], ids=ascii)
+def test_a_file_of_any_name_is_trained_on(models, dialogues, tmp_path, capsys, name):
+    # A name that is no UTF-8 could not be written into run.json, one of two lines was not found again in the origins.
+    data = tmp_path / os.fsdecode(name)
+    dialogues.rename(data)
+    out = tmp_path / "out"
+    words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(data), "--output_dir", str(out)]
+    assert main([*words, "--max_steps", "1", "--eval_size", "8", "--dtype", "float32"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert record["settings"]["dataset_path"]["value"] == str(data)
+    assert len(record["records_held_out"]) == 8 and len(record["samples"]) == 3
+    assert main(["evaluate", "--adapter_path", str(out), "--no_generate", "--no_probe", "--records", "2"]) == 0

@@ -15,7 +15,7 @@ from atomtune.console import Console, program
 from atomtune.data.cache import Rules, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.records import Record
-from atomtune.disk import replacing, text_of
+from atomtune.disk import text_of, write_text
 from atomtune.engines.llama_cpp import LlamaCpp
 from atomtune.engines.llama_cpp import refuse_without_packages as refuse_without_llama_cpp
 from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder
@@ -240,9 +240,7 @@ def write_certificate(outcomes: Sequence[Outcome], served: Path) -> Path:
     entries = [outcome.to_json() for outcome in outcomes]
     own = {entry["engine"] for entry in entries}
     kept = [entry for entry in _read(file) if entry.get("engine") not in own]
-    text = json.dumps([*kept, *entries], ensure_ascii=False, indent=2)
-    with replacing(file) as beside:
-        beside.write(f"{text}\n".encode())
+    write_text(file, json.dumps([*kept, *entries], ensure_ascii=False, indent=2) + "\n")
     return file
 
 

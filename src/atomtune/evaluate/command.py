@@ -14,7 +14,7 @@ from atomtune.choices import Layout
 from atomtune.console import Console
 from atomtune.data.cache import Rules, as_examples
 from atomtune.data.encoding.chat_template import Template
-from atomtune.disk import replacing, write_json
+from atomtune.disk import write_json, write_text
 from atomtune.errors import BadData, BadSettings, Stopped
 from atomtune.evaluate.evaluation import Plan, evaluate_records
 from atomtune.evaluate.html_page import page
@@ -209,6 +209,5 @@ def write_reports(report: Report, folder: Path) -> None:
     """report.json, report.md and report.html."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", report.to_json())
-    for name, text in (("report.md", markdown(report)), ("report.html", page(report))):
-        with replacing(folder / name) as file:
-            file.write(text.encode())
+    write_text(folder / "report.md", markdown(report))
+    write_text(folder / "report.html", page(report))

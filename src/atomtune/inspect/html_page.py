@@ -22,7 +22,7 @@ from atomtune.analysis.near_duplicates import equal_groups
 from atomtune.choices import CHECKS, Check
 from atomtune.data.reading.raw import printable
 from atomtune.data.records import Example
-from atomtune.disk import replacing
+from atomtune.disk import write_text
 from atomtune.errors import BadSettings
 from atomtune.inspect.checks import MEANINGS, near_or_equal
 from atomtune.inspect.histogram import Bar, histogram, percentiles
@@ -65,8 +65,7 @@ def write_page(report: Report, path: Path, decoder: TokenDecoder, *, seed: int) 
     text = page(report, decoder, seed=seed)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write(text.encode())
+        write_text(path, text)
     except OSError as error:
         raise BadSettings([f"--html {path}: cannot be written there: {error.strerror}. Name another place."]) from None
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from atomtune.choices import BASE, Quantize
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template, restore_template
+from atomtune.disk import write_text
 from atomtune.errors import BadModel
 from atomtune.model.file_schemas import AdapterConfig, LoraConfigFile
 from atomtune.model.json_files import checked, json_object, refusal
@@ -52,8 +53,7 @@ class AdapterMetadata:
     max_seq_length: Annotated[int, Field(ge=1)] = 256
 
     def save(self, folder: Path) -> None:
-        text = json.dumps(asdict(self), ensure_ascii=False, indent=2)
-        (folder / METADATA).write_text(text + "\n", encoding="utf-8")
+        write_text(folder / METADATA, json.dumps(asdict(self), ensure_ascii=False, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "AdapterMetadata | None":

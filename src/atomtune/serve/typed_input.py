@@ -8,11 +8,16 @@ from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
+from atomtune.errors import BadData
+
 
 def lines_of_pipe() -> Iterator[str]:
-    """Each line of standard input, without its end."""
-    for line in sys.stdin:
-        yield line.rstrip("\r\n")
+    """Each line of standard input, without its end. Raises BadData where it is no text."""
+    try:
+        for line in sys.stdin:
+            yield line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise BadData(f"standard input is not {error.encoding.upper()}: {error.reason}. Pass text in UTF-8.") from None
 
 
 class TypedInput:

@@ -19,6 +19,8 @@ from atomtune.settings.yaml_file import yaml_entries
 PATHS_ARE = {"inspect": "dataset_path", "runs": "folder"}
 #: Commands that take the settings of a run, and a YAML file of them.
 OF_A_RUN = ("train", "plan", "sweep")
+#: Settings that a model reads, so that they are text.
+TEXTS = ("prompt", "system")
 _NEGATIVE_NUMBER = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 _VALUE = "\0"  # put before a word that argparse would take for a flag; no command line can hold it
 
@@ -74,7 +76,7 @@ class EntryReader:
         """The entries in our words; one with characters that no file's name and no text has becomes a problem."""
         for name, entry in entries.items():
             words = entry.value if isinstance(entry.value, list) else [entry.value]
-            if not all(map(_is_writable, words)):
+            if not all(_is_writable(word, is_name=name not in TEXTS) for word in words):
                 self.problems.append(f"{entry.place(name)}: it holds a NUL, or half a character. Write it anew.")
         return {name: self._in_our_words(name, entry) for name, entry in entries.items()}
 
@@ -160,12 +162,15 @@ def _words(value: str | list[str]) -> str | list[str]:
     return words[0] if len(words) == 1 else words
 
 
-def _is_writable(word: object) -> bool:
-    """False for a text with a NUL or half a surrogate pair, which YAML can spell and no system call takes."""
+def _is_writable(word: object, *, is_name: bool) -> bool:
+    """False for a word with a NUL or half a surrogate pair, which YAML can spell and no system call takes.
+
+    is_name  a file's name may hold bytes that are no UTF-8, which Python holds as such halves
+    """
     if not isinstance(word, str):
         return True
     try:
-        word.encode("utf-8", "surrogateescape")  # a file's name may hold bytes that are no UTF-8
+        word.encode("utf-8", "surrogateescape" if is_name else "strict")
     except UnicodeEncodeError:
         return False
     return "\0" not in word

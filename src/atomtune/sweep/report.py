@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from atomtune.console import Console, program
-from atomtune.disk import replacing
+from atomtune.disk import write_text
 from atomtune.language import message, translated
 from atomtune.pages import picture, rendered
 from atomtune.sweep.trials import Sweep, Trial
@@ -137,9 +137,7 @@ def write_report(sweep: Sweep, folder: Path) -> None:
     """sweep.png and sweep.html."""
     draw(sweep, folder / PICTURE)
     image = base64.b64encode((folder / PICTURE).read_bytes()).decode()
-    text = page(sweep, title=folder.name, image=image, commands=commands(sweep, folder))
-    with replacing(folder / PAGE) as file:
-        file.write(text.encode("utf-8", "backslashreplace"))
+    write_text(folder / PAGE, page(sweep, title=folder.name, image=image, commands=commands(sweep, folder)))
 
 
 def page(sweep: Sweep, *, title: str, image: str, commands: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from atomtune.disk import replacing
+from atomtune.disk import write_text
 
 #: Words that YAML reads as the text they are: a number, a path, a name.
 _PLAIN = re.compile(r"[A-Za-z0-9/][A-Za-z0-9_./@+-]*")
@@ -16,8 +16,7 @@ _NOT_TEXT = ("null", "Null", "NULL")
 def write_settings(path: Path, settings: Mapping[str, Any], *, comment: str) -> None:
     """`name: value` lines under a comment."""
     lines = [f"# {comment}", *(f"{name}: {_written(value)}" for name, value in settings.items())]
-    with replacing(path) as file:
-        file.write("".join(f"{line}\n" for line in lines).encode())
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def _written(value: Any) -> str:

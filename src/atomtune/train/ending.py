@@ -8,6 +8,7 @@ from typing import Any
 
 from atomtune.console import program
 from atomtune.data.ledger import Ledger
+from atomtune.data.reading.raw import printable
 from atomtune.disk import publish
 from atomtune.model.adapter import refuse_empty
 from atomtune.model.adapter_folder import WEIGHTS
@@ -73,7 +74,7 @@ def _report(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Lo
 def title_of(run: RunContext) -> str:
     """The run and its data, over a picture or a page."""
     files = ", ".join(Path(path).name for path in run.settings.data.dataset_paths)
-    return f"{Path(run.args.output_dir).name}: {files}"
+    return printable(f"{Path(run.args.output_dir).name}: {files}")
 
 
 def figures(trainer: LoraTrainer) -> dict[str, Any]:

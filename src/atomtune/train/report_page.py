@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from atomtune.disk import replacing
+from atomtune.disk import write_text
 from atomtune.language import message
 from atomtune.pages import rendered
 
@@ -22,9 +22,7 @@ Row = tuple[str, str, str]
 def write_page(record: Mapping[str, Any], folder: Path, *, title: str, picture: Path, commands: Sequence[str]) -> None:
     """report.html in the run's folder; record is run.json's values, picture the loss as PNG."""
     image = base64.b64encode(picture.read_bytes()).decode()
-    text = page(record, title=title, image=image, commands=commands)
-    with replacing(folder / PAGE) as file:
-        file.write(text.encode("utf-8", "backslashreplace"))
+    write_text(folder / PAGE, page(record, title=title, image=image, commands=commands))
 
 
 def page(record: Mapping[str, Any], *, title: str, image: str, commands: Sequence[str]) -> str:

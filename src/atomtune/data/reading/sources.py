@@ -64,7 +64,10 @@ class DataFile:
 
 
 def distinct_names(sources: Sequence[Path | str]) -> list[str]:
-    """A name for each source, by which origins name it: its file's, with as much of the path as tells them apart."""
+    """A name for each source, by which origins name it: its file's, with as much of the path as tells them apart.
+
+    It can be printed: what a terminal would obey in it is escaped.
+    """
     parts = [_described(Path(source)).parts for source in sources]
     names = []
     for own in parts:
@@ -72,7 +75,7 @@ def distinct_names(sources: Sequence[Path | str]) -> list[str]:
         length = 1
         while length < len(own) and any(other[-length:] == own[-length:] for other in others):
             length += 1
-        names.append(Path(*own[-length:]).as_posix() if own else "")
+        names.append(printable(Path(*own[-length:]).as_posix()) if own else "")
     return names
 
 

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import ExportableState
 
-from atomtune.disk import disk_failed, identity_of, new_folder
+from atomtune.disk import disk_failed, identity_of, new_folder, write_text
 from atomtune.errors import BadModel, RunFailed, listing
 from atomtune.model.adapter import refuse_not_finite, refuse_unlike
 from atomtune.model.adapter_folder import AdapterMetadata
@@ -84,7 +84,7 @@ class SavingTrainer(Trainer):
             refuse_unlike(folder, model)
         self.tokenizer_to_save.save_pretrained(folder)
         self.metadata.save(folder)
-        (folder / _CARD).write_text(self.card(self.state.log_history), encoding="utf-8")  # in place of PEFT's form
+        write_text(folder / _CARD, self.card(self.state.log_history))  # in place of PEFT's form
 
     # Private, for want of a public place around all that a checkpoint is made of.
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
