@@ -165,7 +165,7 @@ def test_a_router_of_a_model_that_brings_its_own_code_gets_no_adapter():
     assert [name for name in found.adapted if name.endswith("gate")] == ["model.layers.1.mlp.gate"]
 
 
-@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern"])
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern", "layers_pattern"])
 def test_a_regex_of_an_adapter_that_never_ends_is_refused_by_name(models, key):
     base = AutoModelForCausalLM.from_pretrained(models("llama"))
     regex = r"((\w|\w\w|\.)+)+!"

@@ -332,6 +332,8 @@ def refuse_endless_patterns(config: Any, base: CausalLM, file: Path) -> None:
     PEFT matches them with every module's name; `(a|aa)+$` takes longer than anybody waits.
     """
     patterns = [getattr(config, name, None) for name in ("target_modules", "exclude_modules")]
+    layers = getattr(config, "layers_pattern", None)
+    patterns += layers if isinstance(layers, list) else [layers]
     patterns += [*(getattr(config, "rank_pattern", None) or ()), *(getattr(config, "alpha_pattern", None) or ())]
     regexes = [text for text in patterns if isinstance(text, str) and text != ALL_LINEAR and not _PLAIN.fullmatch(text)]
     names = [name for name, _ in base.named_modules()]
