@@ -1,6 +1,7 @@
 """An adapter of the text class on the whole class: PEFT finds every tensor, and the model answers as before."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -106,3 +107,23 @@ def test_a_class_that_cannot_be_is_refused(text_adapter, whole_base, tmp_path, c
         assert export_to(class_name, text_adapter, whole_base, tmp_path / "out") == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fault", ["half of it", "none of it"])
+def test_weights_that_are_not_whole_are_named(text_adapter, whole_base, tmp_path, capsys, fault):
+    adapter = shutil.copytree(text_adapter, tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    if fault == "half of it":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        file.unlink()
+    assert export_to("Gemma3ForConditionalGeneration", adapter, whole_base, tmp_path / "out") == 2
+    assert ("cannot be read as tensors" if fault == "half of it" else "no adapter weights") in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_file_is_not_copied(text_adapter, whole_base, tmp_path):
+    adapter = shutil.copytree(text_adapter, tmp_path / "adapter")
+    os.mkfifo(adapter / "pipe")
+    assert export_to("Gemma3ForConditionalGeneration", adapter, whole_base, tmp_path / "out") == 0
+    assert not (tmp_path / "out" / "pipe").exists() and (tmp_path / "out" / "atomtune.json").is_file()

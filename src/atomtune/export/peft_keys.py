@@ -4,10 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from atomtune.model.adapter_folder import CONFIG, WEIGHTS
+from atomtune.errors import BadModel
+from atomtune.model.adapter_folder import CONFIG, WEIGHTS, adapter_file, read_weights
 from atomtune.model.adapter_keys import module_of, modules_of_class, new_names
 from atomtune.model.json_files import json_object
 
@@ -18,14 +18,21 @@ def rewrite_keys(adapter: Path, out: Path, class_name: str, base_path: str, *, t
     Raises BadSettings for a class that transformers does not have, BadModel where a layer has no one place in it.
     """
     modules = modules_of_class(class_name, base_path, trust_remote_code=trust_remote_code)
-    weights = load_file(adapter / WEIGHTS)
+    file = adapter_file(adapter)
+    if file is None:
+        raise BadModel(f"{adapter}: no adapter weights here.")
+    weights = read_weights(file)
     renamed = new_names(weights, modules)
-    shutil.copytree(adapter, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*", "evaluation", ".*"))
-    with safe_open(adapter / WEIGHTS, framework="pt") as file:
-        metadata = file.metadata()
-    save_file({renamed[name]: tensor for name, tensor in weights.items()}, out / WEIGHTS, metadata=metadata)
+    shutil.copytree(adapter, out, dirs_exist_ok=True, ignore=_not_copied)
+    save_file({renamed[name]: tensor for name, tensor in weights.items()}, out / WEIGHTS, metadata={"format": "pt"})
     _rewrite_targets(out / CONFIG, {old: renamed[old] for old in weights})
     return sum(old != new for old, new in renamed.items())
+
+
+def _not_copied(folder: str, names: list[str]) -> set[str]:
+    """Of a folder's names: what a run leaves beside its adapter, and what is neither file nor folder, as a pipe."""
+    of_a_run = {name for name in names if name.startswith((".", "checkpoint-")) or name == "evaluation"}
+    return of_a_run | {name for name in names if not (Path(folder, name).is_file() or Path(folder, name).is_dir())}
 
 
 def _rewrite_targets(file: Path, renamed: dict[str, str]) -> None:
