@@ -146,7 +146,7 @@ def of_columns() -> Iterator[Attack]:
         return pyarrow.nulls(2, kind)
 
     columns: dict[str, Callable[[], pyarrow.Array]] = {
-        "a year beyond all": lambda: pyarrow.array([2**60, 0], pyarrow.timestamp("s")),
+        "a year beyond all": lambda: pyarrow.array([2**62, 0], pyarrow.timestamp("us")),
         "a zone nobody knows": lambda: pyarrow.array([0, 0], pyarrow.timestamp("s", "Nowhere/Land")),
         "a span beyond all": lambda: pyarrow.array([2**62, 0], pyarrow.duration("s")),
         "a day beyond all": lambda: pyarrow.array([2**30, 0], pyarrow.date32()),

@@ -47,7 +47,7 @@ def problem(*flags: str) -> str:
         ("adam_epsilon", "0", "a number, more than 0"),
         ("weight_decay", "-0.1", "a number, 0 or more"),
         ("max_grad_norm", "-1", "a number, 0 or more"),
-        ("num_train_epochs", "0", "a number, more than 0"),
+        ("num_train_epochs", "0", "a number, more than 0 and at most 1,000,000"),
         ("max_steps", "-2", "a whole number, -1 or more"),
         ("warmup_steps", "-1", "a number, 0 or more"),
         ("logging_steps", "0", "a number, more than 0"),

@@ -293,7 +293,7 @@ class TrainerSettings:
         None,
         "how often every record is seen; default: auto, 3, and more where there are few records",
         more_than=0,
-        at_most=1e6,
+        at_most=1_000_000,
         unit="epochs",
     )
     max_steps: int = setting(

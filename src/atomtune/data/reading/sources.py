@@ -230,7 +230,7 @@ def _refuse_no_text(path: Path, head: bytes) -> None:
             f"{path}: a git-lfs pointer, not the file itself.\n"
             f"Fetch the files: git lfs install && git -C {path.parent} lfs pull"
         )
-    if head.lstrip().lower().startswith(_HTML):
+    if head.removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith(_HTML):
         raise BadData(f"{path}: a page of the web, as a login or an error; expected records. Download the file itself.")
     if not head.removeprefix(codecs.BOM_UTF8).strip() and len(head) < HEAD_BYTES:
         raise BadData(f"{path}: the file is empty. Expected one JSON object a line: instruction, input, output.")
