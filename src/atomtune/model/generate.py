@@ -30,6 +30,10 @@ _SAMPLING = {
 }
 
 
+#: A colder draw takes the likeliest token anyway, and scores that are divided by so little are infinite.
+_COLDEST = 1e-3
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token of an answer is chosen; None leaves it as the base's generation config says."""
@@ -41,10 +45,11 @@ class Sampling:
 
     def values(self) -> dict[str, Any]:
         """As transformers' generate takes them."""
-        values: dict[str, Any] = {"do_sample": self.temperature > 0}
+        is_drawn = self.temperature >= _COLDEST
+        values: dict[str, Any] = {"do_sample": is_drawn}
         if self.repetition_penalty is not None:
             values["repetition_penalty"] = self.repetition_penalty
-        if self.temperature > 0:
+        if is_drawn:
             values["temperature"] = self.temperature
             drawn_from = {"top_p": self.top_p, "top_k": self.top_k}
             values |= {name: value for name, value in drawn_from.items() if value is not None}

@@ -31,6 +31,8 @@ STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=Fa
 
 #: Above the width of nearly every layer, where a higher rank can learn nothing more; checked in adapter files too.
 LARGEST_RANK = 2**16
+#: In tokens; no model has more positions.
+LONGEST_ANSWER = 10_000_000
 #: numpy's generators take no larger seed.
 LARGEST_SEED = 2**32 - 1
 
@@ -526,7 +528,7 @@ class ChatSettings(ModelSettings):
     prompt: str | None = setting(None, "answer this and end; without it, a conversation begins", value="TEXT")
     system: str | None = setting(None, "instruction for the whole conversation", value="TEXT")
     compare: bool = setting(False, "let the base answer too, with the adapter switched off, beside the tuned model")
-    max_new_tokens: int = setting(512, "longest answer, in tokens", at_least=1, unit="tokens")
+    max_new_tokens: int = setting(512, "longest answer, in tokens", at_least=1, at_most=LONGEST_ANSWER, unit="tokens")
     temperature: float = setting(
         0.0, "0 always takes the most likely token; the higher, the more varied the answers", at_least=0
     )
@@ -540,7 +542,10 @@ class ChatSettings(ModelSettings):
         None, "with --temperature: draw from so many of the likeliest tokens; 0: all [the base's own]", at_least=0
     )
     repetition_penalty: float | None = setting(
-        None, "above 1: tokens that were already used become less likely [the base's own]", more_than=0
+        None,
+        "above 1: tokens that were already used become less likely [the base's own]",
+        at_least=0.1,
+        at_most=10,
     )
     seed: int = setting(
         0, "seed of the first answer that is drawn; each later one has the next", at_least=0, at_most=LARGEST_SEED
@@ -558,7 +563,9 @@ class WebSettings(ModelSettings):
         ..., "the output folder of a run, one of its checkpoints, or a merged model", value="FOLDER"
     )
     system: str | None = setting(None, "instruction that a conversation begins with", value="TEXT")
-    max_new_tokens: int = setting(512, "longest answer, in tokens; the page can change it", at_least=1)
+    max_new_tokens: int = setting(
+        512, "longest answer, in tokens; the page can change it", at_least=1, at_most=LONGEST_ANSWER
+    )
     host: str = setting(
         "127.0.0.1", "address to listen at; another than this machine's own needs --password", value="ADDRESS"
     )
@@ -600,7 +607,9 @@ class EvaluateSettings(ModelSettings):
     )
     records: int = setting(200, "how many records at most, chosen at random; 0: all", at_least=0, unit="records")
     per_device_eval_batch_size: int = setting(8, "records in a batch", at_least=1, unit="records")
-    max_new_tokens: int = setting(256, "longest generated answer, in tokens", at_least=1, unit="tokens")
+    max_new_tokens: int = setting(
+        256, "longest generated answer, in tokens", at_least=1, at_most=LONGEST_ANSWER, unit="tokens"
+    )
     no_generate: bool = setting(False, "compute only the likelihood of the reference answers; much faster")
     no_probe: bool = setting(False, "skip the forgetting probe")
     lm_eval_tasks: list[str] = setting(
@@ -629,7 +638,9 @@ class CertifySettings(ModelSettings):
         [], "engines to start; without it, llama.cpp for a .gguf and transformers for a folder"
     )
     prompts: int = setting(10, "how many prompts are sent, of several kinds", at_least=1, unit="prompts")
-    max_new_tokens: int = setting(32, "longest greedy answer that is compared, in tokens", at_least=1, unit="tokens")
+    max_new_tokens: int = setting(
+        32, "longest greedy answer that is compared, in tokens", at_least=1, at_most=LONGEST_ANSWER, unit="tokens"
+    )
     other_base: bool = setting(False, "use a base whose weights are not those the adapter was trained on")
 
 
