@@ -9,6 +9,8 @@ FormatName = Literal["alpaca", "sharegpt", "messages", "prompt", "text"]
 FormatChoice = Literal["auto", "alpaca", "sharegpt", "messages", "prompt", "text"]
 #: What becomes of a record that is longer than max_seq_length.
 Overlength = Literal["shorten", "skip", "error"]
+#: Tokens; --max_seq_length takes no fewer.
+SHORTEST_RECORD = 8
 #: Which answers of a conversation are learned.
 Learn = Literal["all", "last"]
 #: How a batch is laid out: one record a row, end to end, or shared beginnings once.

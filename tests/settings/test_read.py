@@ -542,3 +542,10 @@ def test_variables_of_a_template_are_read_before_anything_else(command, value, w
     run = ("--adapter_path", "out") if command == "evaluate" else BOTH
     with pytest.raises(BadSettings, match=words):
         read(command, [*run, "--chat_template_kwargs", value])
+
+
+@pytest.mark.parametrize("tokens", ["1", "7"])
+def test_a_length_of_no_record_is_refused_where_0_means_as_trained(tokens):
+    with pytest.raises(BadSettings, match="at least 8"):
+        read("evaluate", ["--adapter_path", "out", "--max_seq_length", tokens])
+    read("evaluate", ["--adapter_path", "out", "--max_seq_length", "0"])

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from datetime import date
 from typing import Any
 
-from atomtune.choices import METRICS
+from atomtune.choices import METRICS, SHORTEST_RECORD
 
 #: Of a JSON value that is typed; Python's own limit to what may stand in each other is a thousand.
 _MOST_BRACKETS = 500
@@ -16,6 +16,8 @@ _SHOWN = 200
 def contradictions(values: Mapping[str, Any], written: Collection[str]) -> Iterator[str]:
     """A line for each. written: the settings that the user set; all others have their defaults."""
     yield from _of_the_template(values)
+    if 0 < (values.get("max_seq_length") or 0) < SHORTEST_RECORD:  # 0 means something in `evaluate` alone
+        yield f"--max_seq_length {values['max_seq_length']}: expected at least {SHORTEST_RECORD} tokens."
     yield from _of_data(values, written)
     yield from _of_the_start(values)
     yield from _of_the_trainer(values)

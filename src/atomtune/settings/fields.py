@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from atomtune.choices import (
     CHECKS,
+    SHORTEST_RECORD,
     TEMPLATES,
     Dtype,
     EngineName,
@@ -119,7 +120,7 @@ class RecordSettings:
         None,
         "longest record, in tokens; longer ones are treated as --overlength says; default: auto, as long as the base "
         "and the memory allow",
-        at_least=8,
+        at_least=SHORTEST_RECORD,
         unit="tokens",
     )
     overlength: Overlength = setting(
