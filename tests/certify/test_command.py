@@ -11,6 +11,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from atomtune.cli import main
+from atomtune.engines.engine import Request
+from atomtune.engines.served_folder import ServedFolder
+from atomtune.engines.transformers_in_process import TransformersInProcess
+from atomtune.errors import BadModel
 from tests.tiny import build
 from tests.walk.test_pages import wrong_next_steps
 
@@ -81,6 +85,14 @@ def test_another_stop_token_is_caught(by_heart, merged, tmp_path, capsys):
     file.write_text(json.dumps({**config, "eos_token_id": 300}))
     assert certify(by_heart, served) == 4
     assert "do not end where they should" in told(capsys)
+
+
+def test_a_folder_without_a_chat_template_is_one_sentence(merged, tmp_path):
+    served = Path(shutil.copytree(merged, tmp_path / "served"))
+    (served / "chat_template.jinja").unlink()
+    engine = TransformersInProcess(ServedFolder(served), dtype="float32")
+    with engine, pytest.raises(BadModel, match="no chat template lies there"):
+        engine.prompt_ids(Request([{"role": "user", "content": "Hi"}]))
 
 
 def test_an_adapter_that_does_nothing_is_caught(adapter, capsys):

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from atomtune.engines.engine import Reply, Request
 from atomtune.engines.served_folder import ServedFolder
+from atomtune.errors import BadModel
 
 
 class TransformersInProcess:
@@ -32,7 +33,13 @@ class TransformersInProcess:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        if not tokenizer.chat_template:
+            raise BadModel(
+                f"{self.folder}: no chat template lies there, so an engine cannot write a conversation for this model. "
+                "Pass --served with a folder that `atomtune merge` wrote."
+            )
+        return tokenizer
 
     @cached_property
     def model(self) -> Any:
