@@ -1,5 +1,6 @@
 """Runs: the runs in a folder, and two or more of them side by side."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,4 +199,5 @@ def draw(compared: Sequence[Run], path: Path) -> None:
     """The training losses of all runs in one picture."""
     with picture(path, loss=message("loss per token (nats)")) as axes:
         for run in compared:
-            axes.plot(list(run.losses), list(run.losses.values()), label=printable(run.folder))
+            losses = [math.nan if loss is None else loss for loss in run.losses.values()]  # a gap in the line
+            axes.plot(list(run.losses), losses, label=printable(run.folder))
