@@ -592,9 +592,12 @@ def test_a_record_on_which_the_tokenizer_searches_for_hours_is_named(tmp_path, m
 
 def test_a_file_that_changes_while_it_is_read_is_not_stored_under_the_hash_of_other_bytes(data, tmp_path):
     # It was: the file put back as it had been was then served with the records that it never had.
+    before = data.stat().st_size
+
     def grow(n_bytes: int) -> None:
-        with data.open("a") as file:
-            file.write('{"instruction": "one", "output": "more"}\n')
+        if data.stat().st_size == before:  # once: who writes for ever is read for ever
+            with data.open("a") as file:
+                file.write('{"instruction": "one", "output": "more"}\n')
 
     with pytest.raises(BadData, match=r"train\.jsonl changed while it was read"):
         examples_of(data, template_of(), Rules(max_tokens=96), cache_dir=tmp_path / "cache", advance=grow)
