@@ -223,7 +223,6 @@ def of_other_settings() -> Iterator[Attack]:
     run, sweep = ["--adapter_path", "RUN"], ["--model_path", "BASE", "--dataset_path", "DATA", "--output_dir", "OUT"]
     many = [word for name in ("lora_rank", "lora_alpha", "weight_decay") for word in ("--try", f"{name}=MANY")]
     commands = [
-        ["chat", *run, "--prompt", "x", "--temperature", "1e-300"],
         ["chat", *run, "--prompt", "x", "--seed", "99999999999999999999"],
         ["evaluate", *run, "--dataset_path", "DATA", "--chat_template_kwargs", "x"],
         ["sweep", *sweep, "--try", "{x"],
@@ -236,6 +235,7 @@ def of_other_settings() -> Iterator[Attack]:
         ["certify", *run, "--served", "DATA.gguf"],
         ["inspect", "DATA", "--model_path", "BASE", "--html", "/proc/x.html"],
     ]
+    yield Attack(3, "--temperature 1e-300", lambda world: world.chat("--temperature", "1e-300"), (0,))
     for command in commands:
 
         def of_world(world: World, command: list[str] = command) -> list[str]:

@@ -100,6 +100,16 @@ def test_a_folder_of_jsonl_is_read_as_strictly_as_a_file(tmp_path: Path):
     assert twice.origin == "chats/a.jsonl:2" and "appears twice" in twice.reason
 
 
+@pytest.mark.parametrize(
+    "card", [": [", "configs: [{config_name: [1]}]", f"x: {'[' * 9999}"], ids=lambda card: card[:8]
+)
+def test_a_readme_whose_yaml_cannot_be_used_is_named(tmp_path: Path, card: str):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+    with pytest.raises(BadData, match=r"the YAML at the top of its README\.md cannot be used"):
+        list(read_values(tmp_path))
+
+
 def test_a_folder_of_links_as_the_hub_s_cache_makes_it_is_read(tmp_path: Path):
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()

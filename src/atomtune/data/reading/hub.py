@@ -14,6 +14,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow
+import yaml
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever this version of the hub stands on
 
@@ -161,6 +162,12 @@ def _explained(name: str) -> Iterator[None]:
         raise BadData(
             f"{name}: no file or folder here has this name, and the hub at {endpoint} cannot be reached.\n"
             "Set HF_ENDPOINT to a mirror you can reach, or download the data set by other means and pass its file."
+        ) from None
+    except (yaml.YAMLError, RecursionError, TypeError, LookupError, AttributeError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise BadData(
+            f"{name}: the YAML at the top of its README.md cannot be used ({type(error).__name__}: {cause}). Mend it, "
+            "or pass the data files themselves."
         ) from None
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
