@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from atomtune.cli import main
 from atomtune.errors import BadModel
+from atomtune.model.failures import of_the_model
 from atomtune.model.mixer_kernels import MixerKernels, kernels_of, package_that_raised
 from atomtune.train.output_folder import explained
 from tests.conftest import write_jsonl
@@ -64,6 +65,17 @@ def test_an_error_that_a_package_raised_is_told_in_its_words(tmp_path):
     with pytest.raises(ZeroDivisionError) as elsewhere:
         1 / 0  # noqa: B018
     assert explained(elsewhere.value, TrainingArguments(str(tmp_path)), again="") is elsewhere.value
+
+
+def test_what_bitsandbytes_refuses_is_told_with_what_to_change():
+    """Its kernels for CPUs ask for widths that a multiple of 32 divides: a chat in nf4 was a traceback."""
+    module = {"__name__": "bitsandbytes.functional"}
+    exec("def convert():\n    raise AssertionError('N must be divisible by block_n')", module)
+    with pytest.raises(AssertionError) as caught:
+        module["convert"]()
+    answer = of_the_model(caught.value)
+    assert isinstance(answer, BadModel)
+    assert "N must be divisible by block_n" in str(answer) and "--quantize int8" in str(answer)
 
 
 @pytest.mark.parametrize("command", ["verify", "evaluate", "chat", "certify", "merge"])

@@ -17,4 +17,9 @@ def of_the_model(error: BaseException) -> AtomtuneError | None:
             f"{package} cannot compute this model on this machine; it says:\n  {error}\n"
             f"Do as it says, or remove it (pip uninstall {package}): transformers' own torch code computes then."
         )
+    if package_that_raised(error, {"bitsandbytes": "bitsandbytes"}):
+        return BadModel(
+            f"bitsandbytes cannot compute this model's quantized weights on this machine; it says:\n  {error}\n"
+            "Pass the other of --quantize nf4 and --quantize int8, or leave --quantize out."
+        )
     return None

@@ -8,7 +8,7 @@ is known here and nothing is said.
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +71,14 @@ def _places(class_: type) -> Iterator[tuple[str, bool]]:
                 yield place["package"], bool(place["is_new_implementation"])
 
 
-def package_that_raised(error: BaseException) -> str | None:
-    """Of an error that a package's kernel raised, the package, by pip's name: it may refuse this GPU or compiler."""
+def package_that_raised(error: BaseException, packages: Mapping[str, str] = _DISTRIBUTIONS) -> str | None:
+    """Of an error that a package's kernel raised, the package, by pip's name: it may refuse this GPU or compiler.
+
+    packages  module → pip's name
+    """
     frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    packages = (_DISTRIBUTIONS.get(module.partition(".")[0]) for module in reversed(frames))
-    return next((package for package in packages if package), None)
+    names = (packages.get(module.partition(".")[0]) for module in reversed(frames))
+    return next((name for name in names if name), None)
 
 
 def is_replaced(function: Any) -> bool:
