@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from functools import partial
 
 import pytest
 from tokenizers import Regex, Tokenizer, pre_tokenizers
@@ -12,7 +13,7 @@ from atomtune.cli import main
 from atomtune.data.encoding import tokenizer_trial
 from atomtune.data.encoding.token_ids import PieceTokenizer
 from atomtune.data.encoding.tokenizer_trial import tried_tokenizer
-from atomtune.limits import Tripped
+from atomtune.limits import Tripped, trial
 from tests.conftest import DIALOGUES, write_jsonl
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked safely on Linux only")
@@ -54,7 +55,8 @@ def test_published_patterns_pass_and_soon(folder, pattern):
 
 
 @pytest.mark.parametrize("pattern", BAD[1:])
-def test_a_pattern_that_searches_for_hours_is_told(folder, pattern):
+def test_a_pattern_that_searches_for_hours_is_told(folder, pattern, monkeypatch):
+    monkeypatch.setattr(tokenizer_trial, "trial", partial(trial, seconds=1))
     tripped = tried_tokenizer(with_pattern(folder, pattern))
     assert isinstance(tripped, Tripped) and tripped.cause == "time"
 
