@@ -84,7 +84,7 @@ def test_another_stop_token_is_caught(by_heart, merged, tmp_path, capsys):
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "eos_token_id": 300}))
     assert certify(by_heart, served) == 4
-    assert "do not end where they should" in told(capsys)
+    assert "not end at the right place" in told(capsys)
 
 
 def test_a_folder_without_a_chat_template_is_one_sentence(merged, tmp_path):

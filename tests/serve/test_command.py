@@ -333,4 +333,4 @@ def test_a_server_that_serves_another_model_is_not_started(by_heart, tmp_path, c
     words = ["--adapter_path", str(by_heart), "--served", str(merged), "--port", str(port), "--dtype", "float32"]
     assert main(["serve", *words, "--prompts", "3"]) == 4
     answer = " ".join(capsys.readouterr().err.split())  # the path decides where its lines end
-    assert "do not end where they should" in answer
+    assert "not end at the right place" in answer

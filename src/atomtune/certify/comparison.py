@@ -92,7 +92,7 @@ class Outcome:
             problems.append(f"{others} of {self.prompts} greedy answers differ by more than a tie")
         if self.stops < self.should_stop:
             missed = self.should_stop - self.stops
-            problems.append(f"{missed} of {self.should_stop} answers do not end where they should")
+            problems.append(f"{missed} of {self.should_stop} answers do not end at the right place")
         return problems
 
     def to_json(self) -> dict[str, Any]:
