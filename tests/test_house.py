@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,11 @@ from tools.house.signs import private_names_of
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "atomtune"
 FILES = sorted(SOURCE.rglob("*.py"))
+#: What may stand at the top of the repository.
+TOP = {
+    *(".ci", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "README.zh-CN.md"),
+    *("SKILL.md", "benchmarks", "constraints.txt", "docs", "examples", "pyproject.toml", "src", "tests", "tools"),
+}
 #: Rooms and top-level modules by floor: each may import from the floors above it, and never from its own or below.
 FLOORS = (
     ("errors", "choices", "language"),
@@ -66,6 +72,14 @@ def name(path: Path) -> str:
 
 
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def test_nothing_foreign_lies_at_the_top():
+    # A test once left a model of 4 MB there, which a commit then took along.
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    assert {path.split("/")[0] for path in listed.stdout.split("\0") if path} <= TOP
 
 
 def test_every_room_has_a_floor():

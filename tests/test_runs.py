@@ -66,29 +66,53 @@ def test_what_is_no_run_is_told(folder, tmp_path, capsys):
     assert "No runs in" in capsys.readouterr().out
 
 
+@pytest.fixture
+def altered(folder, tmp_path):
+    """Makes a run whose run.json has other values, alone in a folder."""
+
+    def make(values: dict) -> Path:
+        (tmp_path / "odd").mkdir()
+        (tmp_path / "odd" / "run.json").write_text(json.dumps({**record_of(folder / "slow"), **values}))
+        return tmp_path / "odd"
+
+    return make
+
+
 @pytest.mark.parametrize(
-    "values",
+    ("values", "found"),
     [
-        {"settings": [1]},
-        {"settings": {"lora_rank": 8}},
-        {"settings": {"dataset_path": {"value": 5}}},
-        {"loss_history": 5},
-        {"loss_history": [{}]},
-        {"loss_history": [{"step": "1", "loss": 2.0}, {"step": 2, "loss": None}]},
-        {"loss_history": [{"step": 1, "loss": None}]},
-        {"started": 5, "status": [], "steps": 1e300, "train_loss": "low"},
+        ({"settings": [1]}, "settings: found a list of 1, expected an object"),
+        ({"settings": {"lora_rank": 8}}, "settings.lora_rank: found 8, expected an object"),
+        ({"loss_history": 5}, "loss_history: found 5, expected a list"),
+        ({"loss_history": [{}]}, "loss_history[0].step: found nothing, expected a value"),
+        ({"loss_history": [{"step": "1", "loss": 2.0}]}, 'loss_history[0].step: found "1", expected a whole number'),
     ],
     ids=str,
 )
-def test_a_record_that_no_run_wrote_so_is_told_or_shown(folder, tmp_path, capsys, values):
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "run.json").write_text(json.dumps({**record_of(folder / "slow"), **values}))
-    listed = main(["runs", str(tmp_path)])
-    compared = main(["runs", str(folder / "fast"), str(tmp_path / "odd")])
+def test_a_record_of_another_shape_is_told_by_place(folder, altered, capsys, values, found):
+    odd = altered(values)
+    assert main(["runs", str(odd.parent)]) == 0
     told = capsys.readouterr()
-    assert listed == 0 and compared in (0, 2) and "Traceback" not in told.err
-    if compared == 2:
-        assert "a run is not listed" in told.out and "expected" in told.err
+    assert "a run is not listed" in told.err + told.out and found in told.err + told.out
+    assert main(["runs", str(folder / "fast"), str(odd)]) == 2
+    assert found in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ({"settings": {"dataset_path": {"value": 5}}}, "5"),
+        ({"loss_history": [{"step": 1, "loss": None}]}, "finished"),
+        ({"started": 5, "status": [], "steps": 1e300, "train_loss": "low"}, "1e+300"),
+    ],
+    ids=str,
+)
+def test_odd_values_in_the_right_shape_are_shown_as_they_are(folder, altered, capsys, values, shown):
+    odd = altered(values)
+    assert main(["runs", str(odd.parent)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" odd")]
+    assert shown in line.split()
+    assert main(["runs", str(folder / "fast"), str(odd)]) == 0
 
 
 def test_a_picture_of_no_known_kind_is_refused_before_anything_is_printed(folder, tmp_path, capsys):

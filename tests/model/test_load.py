@@ -127,12 +127,14 @@ def test_what_can_only_be_a_folder_is_not_looked_for_on_the_hub(path, tmp_path, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked safely on Linux only")
-def test_a_tokenizer_that_ends_its_reader_is_refused(models, tmp_path):
+@pytest.mark.parametrize("key", ["continuing_subword_prefix", r"continuin\u0067_subword_prefix"])
+def test_a_tokenizer_that_ends_its_reader_is_refused(models, tmp_path, key):
     # Found by ten thousand alterations: Rust panics in a destructor, and no exception leaves it.
     folder = tmp_path / "base"
     shutil.copytree(models("llama"), folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer["model"]["continuing_subword_prefix"] = "x"
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    text = json.dumps(tokenizer).replace("continuing_subword_prefix", key)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     with pytest.raises(BadModel, match="ended the process that tried it"):
         load_tokenizer(str(folder))

@@ -17,10 +17,10 @@ def refused(tmp_path):
     def read(contents: str | bytes) -> str:
         path = tmp_path / "run.yaml"
         path.write_bytes(contents if isinstance(contents, bytes) else contents.encode())
-        began = time.perf_counter()
+        began = time.process_time()
         with pytest.raises(BadSettings) as caught:
             read_train([str(path), *BOTH])
-        assert time.perf_counter() - began < 5
+        assert time.process_time() - began < 5
         assert len(str(caught.value)) < 2000
         return str(caught.value)
 

@@ -148,8 +148,9 @@ def _checked_tokenizer_files(folder: Path) -> list[str]:
     return present if present != ["config.json"] else []
 
 
-#: A prefix of the parts of a word, which few tokenizers have.
-_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
+#: A prefix of the parts of a word, which few tokenizers have; or a letter or `_` as an escape, which no tokenizer's
+#: writer makes, and which could spell that key.
+_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]|\\u00(?:5[fF]|[67])')
 
 
 def _refuse_what_ends_its_reader(file: Path) -> None:

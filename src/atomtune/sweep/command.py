@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from atomtune.console import Console, print_json, progress_bar
-from atomtune.data.reading.sources import would_hold
+from atomtune.data.reading.sources import among_records
 from atomtune.disk import held, numbered
 from atomtune.errors import AtomtuneError, BadSettings, ExitCode, RunFailed, Stopped, UserError
 from atomtune.extras import refuse_missing
@@ -55,7 +55,8 @@ def sweep_into_folder(settings: SweepSettings, console: Console) -> tuple[Path, 
     if settings.trials:
         refuse_missing(["optuna"], extra="sweep", what="--trials", otherwise="--try NAME=A,B without it")
     folder = _folder(settings)
-    _refuse_among_records(settings, folder)
+    if problems := list(among_records(settings.train.data.dataset_paths, folder)):
+        raise BadSettings(problems)
     with held(folder, message("sweep")):
         sweep, search = _begin(settings, folder, console)
         _say_beginning(sweep, search, folder, console)
@@ -86,18 +87,6 @@ def _folder(settings: SweepSettings) -> Path:
     if settings.train.run.resume:
         raise BadSettings(["--resume needs the --output_dir of the sweep that is to go on."])
     return numbered(Path("runs") / f"sweep-{Path(settings.train.data.dataset_paths[0]).stem}")
-
-
-def _refuse_among_records(settings: SweepSettings, folder: Path) -> None:
-    """Raise BadSettings where the files of the trials would be read as records."""
-    for source in settings.train.data.dataset_paths:
-        if would_hold(source, folder):
-            raise BadSettings(
-                [
-                    f"--output_dir {folder} lies in {source}, where the files of the sweep would be read as records. "
-                    "Pass another folder."
-                ]
-            )
 
 
 def _begin(settings: SweepSettings, folder: Path, console: Console) -> tuple[Sweep, Search]:

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from atomtune.data.reading.sources import would_hold
+from atomtune.data.reading.sources import among_records
 from atomtune.errors import BadSettings
 from atomtune.model import liger
 from atomtune.model.adapter import expert_tensors
@@ -65,12 +65,7 @@ def _folder_problems(settings: TrainSettings, folder: Path) -> Iterator[str]:
             "Pass another folder."
         )
     evaluation = [settings.data.eval_path] if settings.data.eval_path else []
-    for source in (*settings.data.dataset_paths, *evaluation):
-        if would_hold(source, folder):
-            yield (
-                f"--output_dir {folder} lies in {source}, where the files of the run would be read as records. Pass "
-                "another folder."
-            )
+    yield from among_records([*settings.data.dataset_paths, *evaluation], folder)
 
 
 def _optimizer_problems(args: TrainingArguments) -> Iterator[str]:

@@ -288,13 +288,13 @@ def test_other_texts_are_no_conversations(text):
 
 
 def test_another_text_costs_microseconds_and_a_hostile_one_no_hours():
-    start = time.perf_counter()
+    start = time.process_time()
     prose = "The quick brown fox jumps over the lazy dog. " * 100
     for _ in range(2000):
         assert turns_of(prose) is None
     # About 3 µs each; a wide margin for a busy machine.
-    assert time.perf_counter() - start < 0.5
-    start = time.perf_counter()
+    assert time.process_time() - start < 0.5
+    start = time.process_time()
     for sign, again in [
         ("<s>Human: ", "请回答用户问题: "),
         ("### Instruction:\n", "x\n\n### Input:\n"),
@@ -303,4 +303,4 @@ def test_another_text_costs_microseconds_and_a_hostile_one_no_hours():
         ("<|im_start|>user\n", "<|im_start|>user\n"),
     ]:
         assert turns_of(sign + again * 100_000) is None
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5

@@ -65,7 +65,7 @@ def test_what_a_worker_loads_is_light():
 def test_a_wide_object_with_a_key_twice_is_refused_in_linear_time():
     # Counting each key among all took the square of 100,000.
     wide = "{" + ", ".join(f'"k{number}": 1' for number in range(100_000)) + ', "k99999": 2}'
-    began = time.perf_counter()
+    began = time.process_time()
     (refusal,) = read(wide.encode())
     assert isinstance(refusal, Refusal) and 'key "k99999" appears twice' in refusal.reason
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5

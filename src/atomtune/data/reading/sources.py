@@ -192,6 +192,16 @@ def would_hold(source: Path | str, path: Path) -> bool:
     return not any(part.startswith(".") for part in place.relative_to(folder).parts)
 
 
+def among_records(sources: Sequence[Path | str], folder: Path) -> Iterator[str]:
+    """What stands against that output folder: each source that would read what is written there as records."""
+    for source in sources:
+        if would_hold(source, folder):
+            yield (
+                f"--output_dir {folder} lies in {source}, where its files would be read as records. "
+                "Pass another folder."
+            )
+
+
 def _sha256(path: Path) -> str:
     with open_raw(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
