@@ -6,6 +6,7 @@ that noise is what the fast path's difference is judged by (model/agreement.py).
 """
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from atomtune.batch.collate import Collator
 from atomtune.batch.cost import sample_rows
 from atomtune.batch.row import padded_tokens
 from atomtune.choices import Layout
-from atomtune.console import Console
+from atomtune.console import Console, program
 from atomtune.data.cache import Rules, as_examples, concatenate, examples_of
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.reading.sources import distinct_names
@@ -52,7 +53,8 @@ from atomtune.model.load import (
 from atomtune.model.lora_targets import match_targets
 from atomtune.model.loss import target_log_probabilities, target_nats
 from atomtune.model.token_rows import refuse_tokens_without_row
-from atomtune.settings.fields import LoraSettings, ModelSettings, VerifySettings
+from atomtune.settings.fields import LoraSettings, ModelSettings, RecordSettings, VerifySettings
+from atomtune.settings.spelled import words_of
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ def verify(settings: VerifySettings) -> int:
         console=console,
     )
     say(compared, console)
+    trained = shlex.join(["train", *words_of(settings, ModelSettings, RecordSettings, LoraSettings)])
+    console.next_steps([f"{program()} {trained}"])
     return 0
 
 

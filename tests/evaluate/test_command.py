@@ -33,6 +33,14 @@ def report(by_heart, tmp_path_factory):
     return out
 
 
+def test_what_comes_next_is_the_first_adapters(by_heart, dialogues, tmp_path, capsys):
+    words = ["--adapter_path", str(by_heart), "--dataset_path", str(dialogues), "--output_dir", str(tmp_path / "out")]
+    assert evaluate(*words, "--no_generate", "--no_probe", "--records", "2") == 0
+    *_, chat, certified = capsys.readouterr().out.splitlines()
+    assert chat.endswith(f" chat --adapter_path {by_heart} --compare")
+    assert certified.endswith(f" certify --adapter_path {by_heart}")
+
+
 def test_what_was_learned_by_heart_is_told_from_the_base(report):
     figures = report_in(report)["models"]
     assert list(figures) == ["base", "out"]

@@ -176,6 +176,12 @@ def test_a_word_that_is_no_check_is_refused_before_anything_is_read(base, capsys
     assert "no such file" not in err
 
 
+def test_the_command_that_comes_next_stands_at_the_end(base, troubled, capsys):
+    _, out, _ = inspected(capsys, troubled, "--model_path", base, "--learn", "last")
+    named = ["--model_path", str(base), "--dataset_path", str(troubled), "--max_seq_length", "256", "--learn", "last"]
+    assert sorted(out.splitlines()[-1].split(" train ")[1].split()) == sorted(named)
+
+
 def test_what_is_missing_is_said_at_once(capsys):
     code, _, err = inspected(capsys)
     assert code == 2

@@ -94,6 +94,14 @@ def test_what_a_person_reads_names_the_memory_the_devices_and_the_time(models, d
     text = capsys.readouterr().out
     for words in ("steps; layout", "Memory of a heavy step", "8 GB GPU", "Time: about"):
         assert words in text
+    assert text.splitlines()[-1].endswith(f" train --model_path {models('llama')} --dataset_path {dialogues}")
+
+
+def test_the_command_that_comes_next_keeps_no_secret(models, dialogues, capsys):
+    named = ["--model_path", str(models("llama")), "--dataset_path", str(dialogues)]
+    assert main(["plan", *named, "--hub_token", "hf_secret", "--lora_rank", "4"]) == 0
+    text = capsys.readouterr().out
+    assert text.splitlines()[-1].endswith(" --lora_rank 4") and "hf_secret" not in text
 
 
 def test_a_plan_writes_no_run(models, dialogues, tmp_path, capsys):

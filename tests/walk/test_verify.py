@@ -100,6 +100,14 @@ def test_remote_code_is_verified_padded(models, dialogues, capsys):
     assert "layout padded against one record at a time" in capsys.readouterr().out
 
 
+def test_after_what_holds_comes_the_run(models, dialogues, capsys):
+    words = command(models("llama"), dialogues, "--dtype", "float32", "--records", "4", "--lora_rank", "4")
+    assert main(words) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    named = ["--model_path", str(models("llama")), "--dataset_path", str(dialogues)]
+    assert sorted(last.split(" train ")[1].split()) == sorted([*named, "--dtype", "float32", "--lora_rank", "4"])
+
+
 def test_verify_needs_a_model_and_records(capsys):
     assert main(["verify"]) == 2
     said = capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Evaluate: base against tuned, on a file or on the records that a run held out."""
 
+import shlex
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ from rich.table import Table
 from atomtune.batch.collate import Collator
 from atomtune.batch.cost import sample_rows
 from atomtune.choices import Layout
-from atomtune.console import Console
+from atomtune.console import Console, program
 from atomtune.data.cache import Rules, as_examples
 from atomtune.data.encoding.chat_template import Template
 from atomtune.disk import write_json, write_text
@@ -41,6 +42,10 @@ def evaluate(settings: EvaluateSettings) -> int:
     console.say(f"\nreport.html, report.md and report.json lie in {folder}.")
     if report.stopped_early:
         raise Stopped(f"stopped early: the report is of the {report.records:,} records that all models have answered.")
+    if settings.adapter_path:
+        adapter = ["--adapter_path", settings.adapter_path[0]]
+        commands = ["chat", *adapter, "--compare"], ["certify", *adapter]
+        console.next_steps(f"{program()} {shlex.join(command)}" for command in commands)
     return 0
 
 

@@ -1,10 +1,11 @@
 """Inspect: what of a data set is learned and what is wrong with it, before a model is loaded."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 from atomtune.batch.cost import sample_rows
-from atomtune.console import Console, print_json
+from atomtune.console import Console, print_json, program
 from atomtune.data.cache import Rules, records_of
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.formats.schema import THINKING
@@ -20,7 +21,8 @@ from atomtune.inspect.tokens import TokenDecoder, show
 from atomtune.language import translated
 from atomtune.model.base_shape import base_shape
 from atomtune.model.load import load_tokenizer, quiet_libraries
-from atomtune.settings.fields import InspectSettings
+from atomtune.settings.fields import InspectSettings, RecordSettings, TokenizerSettings
+from atomtune.settings.spelled import words_of
 
 #: The end of the prompt is where the modes differ.
 _SHOWN_OF_A_MODE = 120
@@ -55,6 +57,9 @@ def inspect(settings: InspectSettings) -> int:
         write_page(report, Path(settings.html), decoder, seed=settings.seed)
         console.say(translated(f"\nwritten: {settings.html}"))
     require(allowed, report.findings, report.ledger)
+    if not settings.json:
+        trained = shlex.join(["train", *words_of(settings, TokenizerSettings, RecordSettings)])
+        console.next_steps([f"{program()} {trained}"])
     return 0
 
 

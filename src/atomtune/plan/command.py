@@ -1,6 +1,7 @@
 """Plan: what a run would cost, from the command line it would have."""
 
 import math
+import shlex
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import TrainingArguments
 
 from atomtune.batch.cost import SAMPLED_BATCHES, LayoutTokens, batches_of, heaviest_of_the_run, sample_rows
 from atomtune.choices import Layout
-from atomtune.console import Console, print_json
+from atomtune.console import Console, print_json, program
 from atomtune.data.cache import EncodedData, Rules, as_examples, concatenate, examples_of
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
@@ -37,6 +38,7 @@ from atomtune.plan.model_size import ModelSize, measure
 from atomtune.settings.fields import PlanSettings, TrainSettings
 from atomtune.train.arguments import trainer_arguments
 from atomtune.train.defaults import Size, derive, records_to_hold_out
+from atomtune.train.output_folder import without_start
 
 #: GB of the cards that people have, by the name they are sold under: 2^30 bytes each.
 CARDS = (8, 12, 16, 24, 32, 48, 80, 141)
@@ -120,6 +122,8 @@ def plan(settings: PlanSettings) -> int:
     if settings.json:
         print_json(forecast.to_json())
     _say(forecast, console, quantized=settings.train.model.quantize is not None)
+    if not settings.json:
+        console.next_steps([f"{program()} {shlex.join(['train', *without_start(settings.train.argv or ())])}"])
     return 0
 
 

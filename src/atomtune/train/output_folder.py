@@ -54,7 +54,7 @@ def goes_on(run: RunContext) -> str:
         return f"The same call with resume=True goes on from there (output_dir={folder!r})."
     if run.args.world_size > 1:  # a launcher's own words stand in front of the command
         return f"The same command with --resume{_in_place_of(settings)} goes on from there (--output_dir {folder})."
-    words = [word for word in _without_start(settings.argv) if word != "--resume"]
+    words = [word for word in without_start(settings.argv) if word != "--resume"]
     if "output_dir" not in settings.origins:
         words += ["--output_dir", folder]
     return f"To go on from there:\n  {program()} {shlex.join(['train', *words, '--resume'])}"
@@ -67,7 +67,7 @@ def _in_place_of(settings: TrainSettings) -> str:
     return " in place of --resume_from_checkpoint" if settings.run.resume_from_checkpoint else ""
 
 
-def _without_start(argv: Sequence[str]) -> Iterator[str]:
+def without_start(argv: Sequence[str]) -> Iterator[str]:
     """The words of a command without the flags that began the run from another place, and without secrets."""
     is_value_left_out = False
     for word in argv:

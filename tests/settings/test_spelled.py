@@ -1,0 +1,44 @@
+"""Settings spelled as words again: another command reads the same from them."""
+
+from dataclasses import fields
+
+import pytest
+
+from atomtune.settings.fields import (
+    InspectSettings,
+    LoraSettings,
+    ModelSettings,
+    RecordSettings,
+    TokenizerSettings,
+    VerifySettings,
+)
+from atomtune.settings.read import read_settings, read_train
+from atomtune.settings.spelled import words_of
+
+NAMED = ["--dataset_path", "a b.jsonl", "c.jsonl", "--model_path", "base"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--keys", "question=instruction", "answer=output", "--skip_bad", "--max_seq_length", "512"],
+        ["--chat_template_kwargs", '{"enable_thinking": false}', "--learn", "last", "--trust_remote_code"],
+    ],
+    ids=str,
+)
+def test_train_reads_what_inspect_read(words):
+    settings = read_settings(InspectSettings, [*NAMED, *words, "--samples", "5", "--seed", "3"], command="inspect")
+    spelled = words_of(settings, TokenizerSettings, RecordSettings)
+    train = read_train(spelled)
+    assert all(getattr(train.data, field.name) == getattr(settings, field.name) for field in fields(RecordSettings))
+    assert train.model.model_path == "base" and train.model.trust_remote_code == settings.trust_remote_code
+    assert len(spelled) == len(NAMED) + len(words), "defaults are left out"
+
+
+def test_train_reads_what_verify_read():
+    words = ["--layout", "packed", "--dtype", "float32", "--lora_rank", "4", "--lora_targets", "q_proj", "v_proj"]
+    settings = read_settings(VerifySettings, [*NAMED, *words, "--lora_dropout", "0"], command="verify")
+    train = read_train(words_of(settings, ModelSettings, RecordSettings, LoraSettings))
+    for group, own in ((LoraSettings, train.lora), (ModelSettings, train.model), (RecordSettings, train.data)):
+        assert all(getattr(own, field.name) == getattr(settings, field.name) for field in fields(group))
