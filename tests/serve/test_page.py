@@ -137,7 +137,8 @@ def test_a_question_is_answered_as_in_chat_and_no_other_machine_is_asked(opened,
     tab = opened(locale="zh-CN")
     assert "微调后" in tab.page.inner_text("#tuned")
     assert "输入消息" in tab.page.get_attribute("#typed textarea", "placeholder")
-    assert "适配器，底座" in tab.page.inner_text(".about")  # though the terminal speaks English
+    about = tab.page.inner_text(".about")  # though the terminal speaks English
+    assert "适配器，底座" in about and "在 cpu 上用 float32" in about
     for question in ("晚安", "今天天气怎么样？"):
         tab.ask(question)
         tab.shows("tuned", tuned.chat(question).replace("\n", ""))

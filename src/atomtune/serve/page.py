@@ -382,10 +382,12 @@ def _words_about(tuned: TunedModel) -> tuple[dict[str, str], dict[str, str]]:
 
 def about(tuned: TunedModel) -> str:
     """Which model answers, by which template, and what every message is sent with; in Markdown."""
-    dtype = dtype_name(next(tuned.model.parameters()).dtype)
-    kind = translated(f"adapter on {_code(tuned.base)}" if tuned.has_base else "merged model")
+    dtype, device = dtype_name(next(tuned.model.parameters()).dtype), tuned.model.device.type
+    base = Path(tuned.base).name if Path(tuned.base).is_dir() else tuned.base  # a hub's name is said whole
+    kind = translated(f"adapter on {_code(base)}" if tuned.has_base else "merged model")
     name = tuned.template.title if tuned.template.name == OWN else f"template {_code(tuned.template.name)}"
-    lines = [f"**{_code(str(tuned.folder))}**  {kind}, {dtype} on {tuned.model.device.type}, {translated(name)}"]
+    parts = [kind, translated(f"{dtype} on {device}"), translated(name)]
+    lines = [f"**{_code(str(tuned.folder))}**  {' · '.join(parts)}"]
     if tuned.wording.instruction:
         instruction = _code(shortened(tuned.wording.instruction))
         lines.append(translated(f"Each message is sent with the instruction {instruction}"))
