@@ -102,6 +102,20 @@ def test_a_message_within_a_message_is_translated():
     assert own.translated("no record cannot be used: no record.") == "no record 不能用：没有记录。"
 
 
+def test_lines_of_a_list_keep_their_bullets_and_their_indent():
+    own = Catalogue(
+        {
+            "{file} cannot be used:\n{lines}": "{file} 不能用：\n{lines!m}",
+            "{place}: found {found}": "{place}：找到的是 {found}",
+            "{others} of {prompts} prompts differ": "{prompts} 个提示中有 {others} 个不同",
+        }
+    )
+    assert own.translated("a cannot be used:\n  x: found 5\n  y: found 6") == (
+        "a 不能用：\n  x：找到的是 5\n  y：找到的是 6"
+    )
+    assert own.translated("  - 7 of 10 prompts differ") == "  - 10 个提示中有 7 个不同"
+
+
 def test_a_text_of_nobody_stays():
     text = "Once upon a time there was a lamp; it had 3 records of the sea, and no record is longer than a night."
     assert catalogue("zh").translated(text) == text

@@ -84,7 +84,7 @@ def altered(folder, tmp_path):
         ({"settings": [1]}, "settings: found a list of 1, expected an object"),
         ({"settings": {"lora_rank": 8}}, "settings.lora_rank: found 8, expected an object"),
         ({"loss_history": 5}, "loss_history: found 5, expected a list"),
-        ({"loss_history": [{}]}, "loss_history[0].step: found nothing, expected a value"),
+        ({"loss_history": [{}]}, "loss_history[0].step: found no value, expected a value"),
         ({"loss_history": [{"step": "1", "loss": 2.0}]}, 'loss_history[0].step: found "1", expected a whole number'),
     ],
     ids=str,

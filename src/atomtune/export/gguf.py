@@ -5,14 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from atomtune.disk import read_json_object, write_json
 from atomtune.errors import BadModel, RunFailed
 from atomtune.extras import refuse_missing
 from atomtune.model.load import read_config
 
 #: Lines of the converter's output that are shown when it fails.
 SHOWN_LINES = 12
+#: How SentencePiece's tokens write a space.
+_SPACE = "▁"
 
 
 def refuse_without_converter() -> None:
@@ -66,3 +70,24 @@ def adds_bos(file: Path) -> bool:
 
     field = GGUFReader(file).get_field("tokenizer.ggml.add_bos_token")
     return bool(field.contents()) if field is not None else False
+
+
+def say_where_a_space_goes(merged: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write into the merged folder whether its tokenizer puts a space before a text behind a special token.
+
+    The converter of Llamas asks tokenizer_config.json for `add_prefix_space`, and llama.cpp takes silence for yes. Many
+    tokenizers write a space at the very beginning only (Metaspace with `prepend_scheme: first`), which is never where a
+    template begins with a special token: the served prompts had other ids.
+    """
+    if not any(_SPACE in piece for piece in _pieces("a a", tokenizer)):  # another alphabet, without such spaces
+        return
+    for special in tokenizer.all_special_tokens:
+        first, *others = _pieces(f"{special}a", tokenizer)
+        if first == special and others:
+            file = merged / "tokenizer_config.json"
+            write_json(file, read_json_object(file) | {"add_prefix_space": others[0].startswith(_SPACE)})
+            return
+
+
+def _pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -110,7 +110,7 @@ def refusal(file: Path, values: Mapping[str, Any], error: ValidationError) -> st
         words = template.format(**problem.get("ctx", {})) if template else problem["msg"]
         if words not in expected.setdefault(place, []):
             expected[place].append(words)
-        found[place] = "nothing" if problem["type"] == "missing" else _shown(value)
+        found[place] = message("no value") if problem["type"] == "missing" else _shown(value)
     lines = [f"  {place}: found {found[place]}, expected {' or '.join(words)}" for place, words in expected.items()]
     return f"{file} cannot be used:\n{listing(lines, _SHOWN_PROBLEMS)}"
 
