@@ -7,12 +7,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from atomtune.model.agreement import (
     another_plain_way,
     distribution_measures,
-    divergence,
     gradient_measures,
     log_probability_measures,
     worst_gradient,
 )
 from tests.hybrids import WALKED
+from tests.tiny import CAPPED
 
 DRAW = torch.Generator().manual_seed(0)
 WORDS, POSITIONS = 500, 200
@@ -134,5 +134,20 @@ def test_the_noise_is_as_large_as_the_error_of_float32(family):
             again = model(input_ids=ids).logits[0].double().log_softmax(-1)
         assert torch.equal(model(input_ids=ids).logits[0].double().log_softmax(-1), plain)
         exact = model.double()(input_ids=ids).logits[0].log_softmax(-1)
-    error, noise = divergence(exact, plain).mean(), divergence(plain, again).mean()
-    assert error / 3 < noise < 10 * error
+    # Not by divergence, of which a position or two make the most: 0.3 to 10 times by the seed. This: 0.9 to 1.9 times.
+    error, noise = (plain - exact).abs().mean(), (again - plain).abs().mean()
+    assert error / 2 < noise < 4 * error
+
+
+def test_a_models_noise_does_not_lack_its_soft_caps():
+    # transformers 5.17 takes sdpa for Gemma 2 and leaves the caps out: the noise would be as large as that fault.
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gemma2", **CAPPED)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    ids = torch.arange(3, 80)[None]
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        with another_plain_way(model):
+            again = model(input_ids=ids).logits
+    assert not torch.equal(plain, again)
+    assert torch.allclose(plain, again, atol=1e-4)

@@ -9,10 +9,11 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from atomtune.errors import BadModel
 from atomtune.model.load import BaseSpec, load_base, load_tokenizer, resolve_dtype
-from tests.tiny import texts
+from tests.tiny import CAPPED, texts
 
 CPU = torch.device("cpu")
 
@@ -49,6 +50,23 @@ def test_nf4_weights_are_four_bits(models):
     layer = base.model.layers[0].mlp.gate_proj
     assert isinstance(layer, bitsandbytes.nn.Linear4bit)
     assert layer.weight.numel() * 2 == 32 * 64, "two weights lie in each byte"
+
+
+def test_a_base_attends_with_the_soft_caps_that_its_config_names(tmp_path):
+    # transformers 5.17 chooses sdpa for Gemma 2 and leaves the caps out, which no other program that serves it does.
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gemma2", **CAPPED)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path)
+    base = load_base(BaseSpec(path=str(tmp_path), dtype=torch.float32, device=CPU)).eval()
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        expected, ours = model(input_ids=ids).logits, base(input_ids=ids).logits
+        for layer in model.model.layers:
+            layer.self_attn.attn_logit_softcapping = None
+        uncapped = model(input_ids=ids).logits
+    assert torch.allclose(ours, expected, atol=1e-4)
+    assert not torch.allclose(uncapped, expected, atol=0.1)
 
 
 def test_fp16_on_a_cpu_takes_the_nearest_and_says_so():

@@ -17,6 +17,7 @@ import torch
 
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.loss import innermost
+from atomtune.model.scores import names_a_cap
 
 #: How many times its own noise a right computation may lie apart. Right ones were seen at 0.1 to 1.7 times.
 TIMES_NOISE = 3.0
@@ -164,7 +165,8 @@ def another_plain_way(model: CausalLM) -> Iterator[bool]:
     """Within this, the model rounds otherwise, and computes the same; False where it knows one attention only.
 
     The difference that this makes is the noise of the model in its dtype. Two things are changed:
-    - The attention is another of transformers' own functions, where it has one (not gpt-oss with its sinks, not Mamba).
+    - The attention is another of transformers' own functions, where it has one that computes the same (not gpt-oss with
+      its sinks, not Gemma 2 with its caps, not Mamba).
     - The embeddings are rounded otherwise, so that all later layers round otherwise too. In Qwen3.5 few layers attend,
       and another attention alone showed a thirtieth of the rounding.
     Another batch or another order of records shows less, because most roundings then stay the same.
@@ -172,11 +174,13 @@ def another_plain_way(model: CausalLM) -> Iterator[bool]:
     inner = innermost(model)
     before = inner.config._attn_implementation
     other = "sdpa" if before == "eager" else "eager"
+    computes_the_same = not (names_a_cap(inner.config) and "sdpa" in (before, other))
     embeddings: Any = inner.get_input_embeddings()
     hook = embeddings.register_forward_hook(lambda _module, _inputs, hidden: rounded_otherwise(hidden))
     try:
         with contextlib.suppress(ValueError, ImportError, AttributeError):
-            inner.set_attn_implementation(other)
+            if computes_the_same:
+                inner.set_attn_implementation(other)
         yield inner.config._attn_implementation == other
     finally:
         hook.remove()

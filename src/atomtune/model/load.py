@@ -30,6 +30,7 @@ from atomtune.model.file_schemas import ModelConfig, SpecialTokens, TokenizerCon
 from atomtune.model.fingerprint import folder_of, weight_files
 from atomtune.model.json_files import JsonFile, checked, refuse_unreadable
 from atomtune.model.load_errors import explained, refuse_lfs_pointers, rust_silenced
+from atomtune.model.scores import names_a_cap
 from atomtune.model.weight_sizes import refuse_other_sizes
 
 #: Buffers that older versions saved beside the weights: constants that a model computes for itself.
@@ -249,10 +250,17 @@ def load_base(spec: BaseSpec) -> CausalLM:
     _refuse_partial(spec.path, report)
     if not placement:
         base.to(spec.device)
+    keep_soft_caps(base)
     base.config.use_cache = False
     base.requires_grad_(False)
     refuse_not_causal(spec.path, base)
     return base
+
+
+def keep_soft_caps(base: Any) -> None:
+    """Let a model whose scores are capped attend by a function that caps them, whatever transformers chose for it."""
+    if names_a_cap(base.config):
+        base.set_attn_implementation("eager")
 
 
 def load_dequantized(spec: BaseSpec) -> CausalLM:

@@ -6,6 +6,7 @@ Letters: Q queries, K keys, H heads.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,6 +24,14 @@ class ScoreRules:
             return scores, None
         tanh = torch.tanh(scores / self.softcap)
         return tanh * self.softcap, 1 - tanh * tanh
+
+
+def names_a_cap(config: Any) -> bool:
+    """Whether a model's config caps its attention's scores.
+
+    transformers' sdpa cannot: newer versions refuse it for such a model, 5.17 takes it and leaves the cap out, unsaid.
+    """
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 def weights_beside_sinks(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
