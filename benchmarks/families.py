@@ -42,7 +42,7 @@ from atomtune.model.agreement import another_plain_way
 from atomtune.model.auto_class import auto_class
 from atomtune.model.fused_layers import fuse_layers
 from atomtune.model.layout_support import collator_for, why_padded
-from atomtune.model.load import quiet_libraries
+from atomtune.model.load import keep_soft_caps, quiet_libraries
 from atomtune.model.lora_targets import match_targets
 from atomtune.model.loss import innermost, target_nats
 from atomtune.settings.fields import LoraSettings
@@ -52,7 +52,11 @@ PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 WORDS = 512
 #: A layout is called equal up to these, or up to so many times what two plain runs of the model differ by (float32).
 _EQUAL_LOSS, _EQUAL_GRADIENT, _TIMES_NOISE = 1e-5, 1e-4, 20.0
+#: Whatever the noise is: gradients that two plain runs do not agree on show nothing.
+_MOST_GRADIENT = 0.3
 
+#: A beginning that records of a trial share: longer than a chunk of linear attention, and than any window here.
+SHARED_TOKENS = 70
 #: What is timed: records behind one beginning, each with tokens of its own; so many pairs of steps.
 _TIMED_RECORDS, _TIMED_TRUNK, _TIMED_OWN, _PAIRS = 16, 200, range(24, 57), 3
 
@@ -130,7 +134,7 @@ FAMILIES: dict[str, dict[str, Values]] = {
         "gemma": _HEAD,
         "gemma2": {**_HEAD, "sliding_window": 16, "query_pre_attn_scalar": 16},
         "gemma3_text": {**_HEAD, **_WINDOW},
-        "phi3": {},
+        "phi3": {"sliding_window": 16},
         "olmo2": {},
         "olmo3": _WINDOW,
         "smollm3": {"no_rope_layers": [1, 0]},
@@ -200,9 +204,26 @@ FAMILIES: dict[str, dict[str, Values]] = {
         },
         "lfm2": {**_CONVOLUTIONS, "block_auto_adjust_ff_dim": False},
         "lfm2_moe": {**_CONVOLUTIONS, **_EXPERTS, "num_dense_layers": 2},
-        "lfm3": {},
-        "bailing_hybrid": {},
-        "lara_mini": {},
+        # The first six layers have every kind.
+        "lfm3": {**_HEAD, "num_hidden_layers": 6, "sliding_window": 16},
+        "bailing_hybrid": {
+            **_LATENT,
+            **_EXPERTS,
+            "layer_types": ["linear_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "sparse"],
+            "q_lora_rank": None,
+            "num_experts_per_token": 2,
+            "num_expert_group": 1,
+            "topk_group": 1,
+            "linear_head_dim": 16,
+            "linear_num_heads": 4,
+        },
+        "lara_mini": {
+            **_DELTA,
+            **_SHARED,
+            "sliding_window": 16,
+            "layer_types": ["linear_attention", "sliding_attention", "linear_attention", "full_attention"],
+        },
     },
     "Mamba": {
         "mamba": {"state_size": 8, "intermediate_size": 128},
@@ -329,6 +350,15 @@ _ANY: Values = {
     "attention_heads": 4,
 }
 _LATENT_HEADS: Values = {"num_key_value_heads": 4, "head_dim": 8}
+_ROPE: Values = {"rope_type": "default", "rope_theta": 10_000.0}
+_INKLING_2: Values = {
+    "unpadded_vocab_size": WORDS,
+    "sliding_window_size": 16,
+    "rel_extent": 64,
+    "d_rel": 8,
+    "n_layers_per_attn_res_block": 1,
+}
+_SPARSE_LAST: Values = {"mlp_layer_types": ["dense", "sparse"]}
 #: Families of which _ANY alone makes a model.
 _OF_ANY = """
 afmoe apertus1p5_text arcee aria_text beam biogpt bitnet codegen cohere2_moe ctrl cwm deepseek_v4 diffllama doge dory
@@ -340,14 +370,61 @@ vaultgemma xglm
 """
 #: family → values beyond _ANY
 _BEYOND_ANY: dict[str, Values] = {
+    "afmoe": _WINDOW,
     "axk1": _LATENT_HEADS,
     "axk2": _LATENT_HEADS,
-    "dots3_note_text": _LATENT_HEADS,
+    "beam": _SPARSE_LAST,
+    "cohere2_moe": _WINDOW,
+    "cohere_compass_text": {**_WINDOW, "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE}},
+    "dbrx": {
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 512,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10_000.0},
+        "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 32, "hidden_size": 64},
+    },
+    "deepseek_v4": {
+        "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
+        "mlp_layer_types": ["hash_moe", "moe"],
+    },
+    "dory": {**_FOUR, "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp"]},
+    "dots3_note_text": {**_LATENT_HEADS, "layer_types": ["sliding_attention", "indexed_attention"]},
+    "exaone_moe": _WINDOW,
+    "flint": _WINDOW,
     "glm_moe_dsa": _LATENT_HEADS,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
+    "inkling2_loop_text": {
+        **_INKLING_2,
+        **_FOUR,
+        "layer_types": 2 * ["hybrid_sliding", "hybrid"],
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 3,
+        "loop_num_passes": 2,
+        "loop_gate_rank": 8,
+    },
+    "inkling2_text": {**_INKLING_2, "layer_types": ["hybrid_sliding", "hybrid"]},
+    "inkling_text": {"layer_types": ["hybrid_sliding", "hybrid"], "sliding_window_size": 16},
+    "kolibri1": _WINDOW,
+    "longcat_flash": {
+        **_LATENT_HEADS,
+        "ffn_hidden_size": 96,
+        "expert_ffn_hidden_size": 32,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+    },
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_block_size": 16},
+    "modernbert-decoder": {"local_attention": 32},
     "sarvam_mla": _LATENT_HEADS,
+    "xlstm": {"num_heads": 4, "num_blocks": 2},
     "youtu": _LATENT_HEADS,
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "full_attention"],  # full and indexed, as its checkpoints say
+        "indexer_n_heads": 64,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 16,
         "linear_num_key_heads": 2,
@@ -372,8 +449,7 @@ LEFT_OUT: dict[str, str] = {
         got_ocr2 llama4 mllama moshi moss_transcribe_diarize phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp""",
     "counts padding in, which `train` refuses": "cpmant",
     "has the class of gpt2": "gpt-sw3",
-    "were not built this small": """
-        blt cohere_compass_text dbrx inkling2_loop_text inkling2_text longcat_flash reformer xlstm""",
+    "were not built this small": "blt reformer",
 }
 
 
@@ -396,9 +472,9 @@ class Finding:
         if self.apart is None:
             return False
         loss, _, gradient = self.apart
-        return loss <= max(_EQUAL_LOSS, _TIMES_NOISE * self.noise[0]) and gradient <= max(
-            _EQUAL_GRADIENT, _TIMES_NOISE * self.noise[2]
-        )
+        loss_allowed = max(_EQUAL_LOSS, _TIMES_NOISE * self.noise[0])
+        gradient_allowed = min(_MOST_GRADIENT, max(_EQUAL_GRADIENT, _TIMES_NOISE * self.noise[2]))
+        return loss <= loss_allowed and gradient <= gradient_allowed
 
     @property
     def verdict(self) -> str:
@@ -412,7 +488,9 @@ def build(family: str, values: Values) -> Any:
     torch.manual_seed(7)
     config = transformers.AutoConfig.for_model(family, **values)
     config.use_cache = False
-    return auto_class(config).from_config(config, dtype=torch.float32).eval()
+    model = auto_class(config).from_config(config, dtype=torch.float32).eval()
+    keep_soft_caps(model)
+    return model
 
 
 def families() -> Iterator[tuple[str, str, Values]]:
@@ -420,7 +498,7 @@ def families() -> Iterator[tuple[str, str, Values]]:
     for kind, of_kind in FAMILIES.items():
         for family, values in of_kind.items():
             yield kind, family, {**_SIZE, **values}
-    for family in sorted([*_OF_ANY.split(), *_BEYOND_ANY]):
+    for family in sorted({*_OF_ANY.split(), *_BEYOND_ANY}):
         yield "more", family, {**_known(family), **_BEYOND_ANY.get(family, {})}
 
 
@@ -440,7 +518,7 @@ def some_examples() -> list[Example]:
     def text(tokens: int) -> tuple[int, ...]:
         return tuple(draw.randrange(3, WORDS) for _ in range(tokens))
 
-    long, short = text(70), text(18)
+    long, short = text(SHARED_TOKENS), text(18)
     fork = (*short, *text(17))
     ids = [(*long, *text(n)) for n in (4, 9, 21)] + [(*fork, *text(n)) for n in (3, 12)] + [(*short, *text(6))]
     ids += [text(11), ids[1], (*long, ids[0][70], *text(3))]

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from atomtune.model.lora_targets import all_linear
-from benchmarks import defaults, gpu, gpu_meter, gpu_workloads, quality, side_by_side, workloads
+from benchmarks import defaults, families, gpu, gpu_meter, gpu_workloads, quality, side_by_side, workloads
 from benchmarks.contender import lora, plain_model
 from benchmarks.side_by_side import Run
 
@@ -284,3 +285,22 @@ def test_a_model_of_each_kind_is_built_and_adapted_where_atomtune_adapts_it(kind
     assert base.config.model_type == kind
     assert set(lora(base).target_modules) == set(all_linear(base).adapted)
     assert not any("experts" in name or name.endswith(".gate") for name in lora(base).target_modules)
+
+
+#: How configs name the kinds of their layers, and their windows.
+KINDS = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types")
+WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_window_size")
+
+
+def test_a_tiny_model_in_the_table_has_every_kind_of_layer_that_its_family_has():
+    # Two layers of Qwen4 carry a state and are a tree; the fourth reads a chosen part of its keys and is none.
+    lacking = {}
+    for _, family, values in families.families():
+        if family not in CONFIG_MAPPING:
+            continue
+        usual, tiny = CONFIG_MAPPING[family]().to_dict(), AutoConfig.for_model(family, **values).to_dict()
+        kinds = {kind for name in KINDS for kind in set(usual.get(name) or ()) - set(tiny.get(name) or ())}
+        windows = {name for name in WINDOWS if (tiny.get(name) or 0) >= families.SHARED_TOKENS}
+        if kinds or windows:
+            lacking[family] = kinds | windows
+    assert not lacking

@@ -27,17 +27,15 @@ from atomtune.model import layout_support, row_attention
 from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.fused_layers import fuse_layers
 from atomtune.model.layout_support import why_padded, windows_of
-from atomtune.model.load import BaseSpec, load_base
+from atomtune.model.load import BaseSpec, keep_soft_caps, load_base
 from atomtune.model.loss import innermost, target_nats
 from tests import tiny
 from tests.hybrids import HYBRIDS, hybrid
-from tests.tiny import FAMILIES, SIZE
+from tests.tiny import CAPPED, FAMILIES, SIZE
 
 WORDS = 97
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 GRANITE = {"logits_scaling": 3.0, "embedding_multiplier": 2.5, "residual_multiplier": 0.4, "attention_multiplier": 0.2}
-#: Scores of these tiny models reach some 2: this cap bends them, the published one of 50 hardly would.
-SOFTCAP = {"attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 8}
 #: Latent attention: queries and keys of 12 numbers, values of 8. All layers dense; routing is another matter.
 DEEPSEEK = {
     **SIZE,
@@ -53,6 +51,7 @@ DEEPSEEK = {
     "topk_group": 1,
     "num_experts_per_tok": 1,
 }
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 BOTH_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
 GEMMA_3N = {
     **SIZE,
@@ -76,7 +75,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "mistral": {**SIZE, **FAMILIES["mistral"][2]},
     "gpt2": {**FAMILIES["gpt2"][2], **NO_DROPOUT},
     "granite": {**SIZE, **GRANITE},
-    "gemma2": {**SIZE, "head_dim": 8, "sliding_window": 16, **SOFTCAP, **BOTH_KINDS},
+    "gemma2": CAPPED,
     "granite_swa": {**SIZE, "head_dim": 8, "sliding_window": 16},  # attention sinks
     "deepseek_v3": DEEPSEEK,
 }
@@ -98,9 +97,9 @@ def build(family: str, **more: Any) -> Any:
     values = {**VALUES.get(family, SIZE), "vocab_size": WORDS, "bos_token_id": 1, "eos_token_id": 2, **more}
     torch.manual_seed(7)
     config = AutoConfig.for_model(family, **{"pad_token_id": None, **values}, use_cache=False)
-    # In transformers 5.17 the attention that is taken by default passes a soft cap by in silence.
-    own_attention = {"attn_implementation": "eager"} if "attn_logit_softcapping" in values else {}
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float64, **own_attention).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    keep_soft_caps(model)
+    return model
 
 
 def with_adapter(base: Any) -> Any:
@@ -324,6 +323,12 @@ def test_a_planted_bug_shows(monkeypatch, family, bug):
             "layers of the kind linear_attention|a trial tree differs",
         ),
         ("bloom", {}, "takes no position_ids"),
+        # Of 16 blocks of 128 tokens all are read, in the trial and in any record of 2,048 tokens.
+        (
+            "minimax_m3_vl_text",
+            {**EXPERTS, "head_dim": 8, "layer_types": ["full_attention", "minimax_m3_sparse"]},
+            "layers of the kind minimax_m3_sparse",
+        ),
     ],
 )
 def test_a_model_that_a_tree_would_change_is_refused_with_the_reason(family, values, reason):
@@ -389,6 +394,13 @@ def test_a_window_that_layers_leave_to_the_mask_is_no_tree():
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     base = build("qwen2_moe", **LONG_WINDOW, **experts, use_sliding_window=True, shared_expert_intermediate_size=16)
     assert "a window of 200 tokens that the layer does not hand over" in why_padded(base.float())
+
+
+def test_a_window_that_the_config_names_in_words_of_its_own_is_no_tree(monkeypatch):
+    # Over a mask of ours, which knows nothing of it, a trial shorter than the window found no fault.
+    base = build("mistral", **LONG_WINDOW)
+    monkeypatch.setattr(layout_support, "windows_of", lambda _model: (None,))
+    assert "a window of 200 tokens that the config does not name" in why_padded(base.float())
 
 
 @pytest.mark.parametrize("family", HYBRIDS)

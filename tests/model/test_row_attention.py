@@ -178,6 +178,24 @@ def test_without_a_plan_caps_and_sinks_are_not_dropped(mask):
     torch.testing.assert_close(out, written_out(plan, one, None, 0.8, sinks)[0], **EXACT)
 
 
+def test_what_a_token_adds_of_its_own_is_kept_without_a_plan_and_refused_with_one():
+    # Inkling 2. Without its bias the trial called the model not causal, or a layer without a gradient.
+    one, draw = asked(9), torch.Generator().manual_seed(0)
+    heads = one.inputs[0].shape[1]
+    sinks, bias = (torch.randn(1, heads, 9, n, generator=draw, dtype=torch.float64) for n in (1, 9))
+    out, _ = attend(nn.Module(), *one.inputs, None, sinks=sinks, position_bias=bias)
+    query, key, value = one.inputs
+    key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+    scores = query @ key.mT * query.shape[-1] ** -0.5 + bias
+    scores = scores.masked_fill(~torch.ones(9, 9, dtype=torch.bool).tril(), -torch.inf)
+    weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+    torch.testing.assert_close(out, (weights @ value).transpose(1, 2), **EXACT)
+    plan = plan_attention(single(Example((1,) * 9, (0,) * 9, "train.jsonl:1")))
+    for keywords, reason in (({"position_bias": bias}, "a position bias"), ({"sinks": sinks}, "sinks of each token")):
+        with pytest.raises(NotImplementedError, match=reason):
+            attend(nn.Module(), *one.inputs, None, **keywords, **{ROW_PLAN: plan})
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_spans_keep_the_dtype_and_the_accuracy(monkeypatch, kind, dtype):

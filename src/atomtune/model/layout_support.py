@@ -23,7 +23,7 @@ from atomtune.model.row_attention import ROWS, register
 from atomtune.model.token_rows import with_row
 
 #: Kinds of attention that a plan expresses, or that carry a state. Others (chunked, sparse) are refused by name:
-#: a trial may lie in one chunk.
+#: a trial may lie in one chunk, or read all keys where a longer record reads a choice of them.
 _KNOWN_ATTENTION = {"full_attention", "sliding_attention", "linear_attention", "attention"}
 
 
@@ -84,16 +84,17 @@ def why_padded(model: CausalLM, *, sharded: bool = False) -> str | None:
     """
     inner = innermost(model)
     config = inner.config.get_text_config()
-    foreign = {kind for kind in getattr(config, "layer_types", None) or () if kind.endswith("attention")}
-    if foreign - _KNOWN_ATTENTION:
-        return f"it has layers of the kind {', '.join(sorted(foreign - _KNOWN_ATTENTION))}"
+    kinds = set(getattr(config, "layer_types", None) or ())
+    foreign = {kind for kind in kinds - _KNOWN_ATTENTION if "attention" in kind or "sparse" in kind}
+    if foreign:
+        return f"it has layers of the kind {', '.join(sorted(foreign))}"
     if getattr(config, "output_router_logits", False) and not auxiliary_factor(model):
         config.output_router_logits = False  # the loss would be multiplied by 0, and its shapes fit no row of many
     if auxiliary_factor(model):
         # It is a product of means over the tokens of a batch, which a shared beginning would enter once.
         return "its config switches on the routers' auxiliary loss (output_router_logits), which counts every token"
     register()
-    mixers, attends = recurrent.find_mixers(inner)
+    mixers, used_windows = recurrent.find_mixers(inner)
     if mixers and sharded:
         # Such a layer is called once for each level of branches. Where weights are gathered around each call, processes
         # whose batches have other numbers of levels would wait for each other. Not tried on several GPUs yet.
@@ -101,7 +102,9 @@ def why_padded(model: CausalLM, *, sharded: bool = False) -> str | None:
     if not takes(model, "position_ids") and not any(map(recurrent.takes_cache, mixers)):
         return "its forward takes no position_ids"
     reasons = []
-    for way in _ways(mixers, attends, any(windows_of(model)[1:])):
+    # A config may name a window in words of its own.
+    has_window = any(windows_of(model)) or any(used_windows)
+    for way in _ways(mixers, bool(used_windows), has_window):
         before = inner.config._attn_implementation
         if not _take(inner, way, mixers):
             continue

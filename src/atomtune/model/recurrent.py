@@ -28,7 +28,7 @@ from transformers.masking_utils import sdpa_mask
 from atomtune.batch.attention_plan import AttentionPlan
 from atomtune.batch.segment_plan import SegmentBatch, SegmentPlan
 from atomtune.model.modes import as_in_training, without_dropout
-from atomtune.model.row_attention import attend
+from atomtune.model.row_attention import attend, own_window
 from atomtune.model.selective_scan import scans_from
 
 Way = Literal["fork", "paths"]
@@ -85,18 +85,22 @@ class _Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    attends: bool = False  # the library's attention was used inside
+    windows: set[int | None] = field(default_factory=set)  # of the library's attention inside; None sees all before
+
+    @property
+    def attends(self) -> bool:
+        return bool(self.windows)
 
 
-def find_mixers(inner: nn.Module) -> tuple[list[nn.Module], bool]:
-    """The outermost modules in the decoder's layers that mix tokens without the library's attention; and whether other
-    modules use it.
+def find_mixers(inner: nn.Module) -> tuple[list[nn.Module], set[int | None]]:
+    """The outermost modules in the decoder's layers that mix tokens without the library's attention; and the sliding
+    windows of those that use it (None: sees everything before), empty where none does.
     """
     with without_dropout(inner):
         return _find_mixers(inner)
 
 
-def _find_mixers(inner: nn.Module) -> tuple[list[nn.Module], bool]:
+def _find_mixers(inner: nn.Module) -> tuple[list[nn.Module], set[int | None]]:
     calls = _calls_in_a_probe(inner)
     mixers: list[nn.Module] = []
     known: dict[tuple[Any, ...], bool] = {}  # layers that are built alike are probed once
@@ -122,7 +126,7 @@ def _find_mixers(inner: nn.Module) -> tuple[list[nn.Module], bool]:
         for layer in layers:
             if "hidden_states" in inspect.signature(layer.forward).parameters:
                 look_into(layer)
-    return list(dict.fromkeys(mixers)), calls[inner].attends
+    return list(dict.fromkeys(mixers)), calls[inner].windows
 
 
 def _calls_in_a_probe(inner: Any) -> dict[nn.Module, _Call]:
@@ -132,7 +136,7 @@ def _calls_in_a_probe(inner: Any) -> dict[nn.Module, _Call]:
 
     def watch_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         for call in inside:
-            call.attends = True
+            call.windows.add(kwargs.get("sliding_window") or own_window(module))
         return attend(module, *args, **kwargs)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

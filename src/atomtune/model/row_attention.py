@@ -62,8 +62,11 @@ def attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if plan is None:
-        return _written_out(query, key, value, attention_mask, sinks, rules, dropout), None
+        bias = kwargs.get("position_bias")
+        return _written_out(query, key, value, attention_mask, sinks, rules, dropout, position_bias=bias), None
     _refuse_what_no_plan_expresses(module, plan, sliding_window, kwargs)
+    if sinks is not None and sinks.dim() > 1:
+        raise NotImplementedError("sinks of each token")
     way = way_of(plan, query, value, sliding_window, rules, sinks=sinks is not None, dropout=dropout > 0)
     if way == "spans":
         out = _by_spans(query, key, value, sinks, plan.spans[sliding_window], sliding_window, rules)
@@ -82,10 +85,15 @@ def _refuse_what_no_plan_expresses(
             raise NotImplementedError(meaning)
     if window not in plan.windows:
         raise NotImplementedError(f"a window of {window} tokens that the config does not name")
-    # Qwen2-MoE leaves its window to the mask, which a row has none of. Others have the number in layers that see all.
-    own_window = getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", True) else None
-    if window is None and own_window:
-        raise NotImplementedError(f"a window of {own_window} tokens that the layer does not hand over")
+    # Qwen2-MoE leaves its window to the mask, which a row has none of.
+    if window is None and (own := own_window(layer)):
+        raise NotImplementedError(f"a window of {own} tokens that the layer does not hand over")
+
+
+def own_window(layer: torch.nn.Module) -> int | None:
+    """The sliding window that an attention layer keeps as its own. Some have the number in layers that see all."""
+    window: int | None = getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", True) else None
+    return window
 
 
 def way_of(
@@ -179,20 +187,26 @@ def _written_out(  # noqa: PLR0917
     sinks: torch.Tensor | None,
     rules: ScoreRules,
     dropout: float,
+    *,
+    position_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A softmax in plain torch, where scores are capped or have sinks and no plan's way serves (chat, padded rows).
 
     query [B, H, Q, D], key and value [B, H', K, D]
     mask  [B, 1, Q, K] bool or additive; None where the last query sees all keys, the one before it all but one, …
+    sinks  [H], or [B, H, Q, 1] where each token has its own
+    position_bias  [B, H, Q, K], added to the scores
     Returns [B, Q, H, D']
     """
     scores, _ = rules.capped(query @ _repeated(key, query).mT * rules.scaling)  # [B, H, Q, K]
+    scores = scores if position_bias is None else scores + position_bias
     if mask is None:
         queries, keys = scores.shape[-2:]
         mask = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril(keys - queries)
     # Not -inf: a padded query that sees nothing would be 0 / 0.
     hidden = torch.finfo(scores.dtype).min
     scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
-    weights = weights_beside_sinks(scores, None if sinks is None else sinks[:, None, None])
+    sinks = sinks[:, None, None] if sinks is not None and sinks.dim() == 1 else sinks
+    weights = weights_beside_sinks(scores, sinks)
     weights = functional.dropout(weights, dropout)
     return (weights @ _repeated(value, query)).transpose(1, 2).contiguous()
