@@ -13,7 +13,7 @@ from atomtune.cli import main
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.errors import BadModel
 from atomtune.model.adapter import LoraSpec, new_adapter
-from atomtune.model.generate import prompt_ids, ready_to_answer, stop_ids
+from atomtune.model.generate import answer_ids, prompt_ids, ready_to_answer, stop_ids
 from atomtune.model.load import BaseSpec, load_base, load_tokenizer
 
 CPU = torch.device("cpu")
@@ -56,6 +56,43 @@ def test_the_base_stops_where_it_did_and_where_it_was_trained_to(models):
     # Llama 3.1 stops at three tokens; one of them alone would let tool calls run on.
     model, template = loaded(models, {"eos_token_id": [7, 8, 9]})
     assert stop_ids(model, template) == [2, 7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_beams": 4},
+        {"penalty_alpha": 0.6, "top_k": 4, "do_sample": True},
+        {"dola_layers": "high"},
+        {"force_words_ids": [[1]]},
+        {"stop_strings": ["x"]},
+        {"token_healing": True},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"sequence_bias": {"x": 1}},
+        {"bad_words_ids": [[10**6]]},
+        {"cache_implementation": "quantized"},
+        {"exponential_decay_length_penalty": [1, "x"]},
+        {"prompt_lookup_num_tokens": 10**9},
+        {"guidance_scale": 2.0},
+    ],
+    ids=str,
+)
+def test_another_way_of_writing_is_not_used_and_said(models, config):
+    # Each ended a chat in a traceback, or fetched a program from the hub, or wrote what the model does not say.
+    model, template = loaded(models, config)
+    notices: list[str] = []
+    ready_to_answer(model, template, notice=notices.append)
+    assert len(answer_ids(model, template, [{"role": "user", "content": "x"}], max_new_tokens=3)) == 3
+    assert next(iter(config)) in notices[0]
+
+
+def test_a_config_that_an_older_version_wrote_in_full_says_nothing(models):
+    full = {"num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1, "diversity_penalty": 0.0}
+    full |= {"length_penalty": 1.0, "early_stopping": False, "output_scores": False, "num_assistant_tokens": 20}
+    model, template = loaded(models, full)
+    notices: list[str] = []
+    ready_to_answer(model, template, notice=notices.append)
+    assert not notices
 
 
 @pytest.mark.parametrize("name", CONFIGS)

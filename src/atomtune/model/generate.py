@@ -15,8 +15,8 @@ from atomtune.model.modes import without_dropout
 
 #: Settings of a generation config that write or hold back tokens whatever the model says.
 _FORCING = ("min_length", "min_new_tokens", "forced_bos_token_id", "forced_eos_token_id")
-#: Settings that forbid tokens: dropped where they forbid a stop token.
-_SUPPRESSING = ("suppress_tokens", "begin_suppress_tokens")
+#: Settings that forbid tokens: dropped where they forbid a stop token, or one that the model does not have.
+_SUPPRESSING = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
 #: Settings that only a drawn answer has, and the value at which each changes nothing.
 _SAMPLING = {
     "temperature": 1.0,
@@ -28,7 +28,20 @@ _SAMPLING = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
-
+#: What of a generation config is used here beside the above: how a token is chosen, where an answer ends, and what has
+#: no effect without a second model. All else writes in another way (beams, an ensemble, a program fetched from the
+#: hub), hands back more than ids, or wants what only its author has.
+_USED = {
+    "do_sample", "use_cache", "cache_implementation", "disable_compile", "max_length", "max_new_tokens",
+    "repetition_penalty", "no_repeat_ngram_size", "renormalize_logits", "remove_invalid_values", "pad_token_id",
+    "bos_token_id", "eos_token_id", "decoder_start_token_id", "is_assistant", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "assistant_confidence_threshold", "transformers_version", "_from_model_config",
+    *_FORCING, *_SUPPRESSING, *_SAMPLING,
+}  # fmt: skip
+#: Caches that need a package or a server of their own.
+_OTHER_CACHES = ("quantized", "paged")
+#: Values that stand for "not set" in configs that older versions wrote in full.
+_NEUTRAL: tuple[Any, ...] = (None, False, 0, 1, [], {})
 
 #: A colder draw takes the likeliest token anyway, and scores that are divided by so little are infinite.
 _COLDEST = 1e-3
@@ -106,20 +119,40 @@ def ready_to_answer(model: CausalLM, template: Template, *, notice: Callable[[st
     """Let the model stop where it was trained to, and use its cache; what its config has against that is dropped."""
     config = model.generation_config
     stops = stop_ids(model, template)
+    embedding: Any = model.get_input_embeddings()
+    words = len(embedding.weight)
     dropped = [name for name in _FORCING if getattr(config, name, None)]
-    dropped += [name for name in _SUPPRESSING if set(getattr(config, name, None) or ()) & set(stops)]
+    dropped += [name for name in _SUPPRESSING if _forbids(getattr(config, name, None), stops, words)]
+    if config.cache_implementation in _OTHER_CACHES:
+        dropped.append("cache_implementation")
+    for name in vars(GenerationConfig()).keys() - _USED:
+        value = getattr(config, name, None)
+        if value is True or value not in _NEUTRAL:
+            dropped.append(name)
+        else:
+            setattr(config, name, None)
     if not config.do_sample:  # greedy: what shapes a draw has no effect, and transformers refuses to save it
         dropped += [name for name, neutral in _SAMPLING.items() if getattr(config, name, None) not in (None, neutral)]
     for name in dropped:
         setattr(config, name, None)
     if dropped:
+        dropped.sort()
         notice(
-            f"not used from the base's generation config: {', '.join(dropped)}. They keep an answer from stopping, "
-            "or have no effect without do_sample."
+            f"not used from the base's generation config: {', '.join(dropped)}. They keep an answer from "
+            "stopping, have no effect without do_sample, or are not for writing one token after another."
         )
     config.eos_token_id = stops
     config.use_cache = True
     model.config.use_cache = True
+
+
+def _forbids(ids: list[Any] | None, stops: list[int], words: int) -> bool:
+    """Whether this forbids a stop token, or none that there is: ids, or lists of ids that may not follow each other."""
+    for forbidden in ids or ():
+        tokens = forbidden if isinstance(forbidden, list) else [forbidden]
+        if not all(0 <= token < words for token in tokens) or (len(tokens) == 1 and tokens[0] in stops):
+            return True
+    return False
 
 
 @torch.no_grad()
