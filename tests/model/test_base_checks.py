@@ -1,6 +1,7 @@
 """What is given as a base and is none: each kind has its own sentence, before anything is trained on it."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -20,7 +21,7 @@ from transformers import (
 from atomtune.cli import main
 from atomtune.errors import BadModel
 from atomtune.model.base_checks import refuse_not_causal
-from atomtune.model.load import BaseSpec, load_base, read_config
+from atomtune.model.load import BaseSpec, load_base, load_tokenizer, read_config
 from tests.tiny import FAMILIES
 
 CPU = torch.device("cpu")
@@ -117,3 +118,29 @@ def test_a_deep_model_whose_first_word_is_zero_is_causal():
     with torch.no_grad():
         model.get_input_embeddings().weight[0] = 0
     refuse_not_causal("x", model)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "model.safetensors", "generation_config.json", "vocab.json"])
+@pytest.mark.parametrize("kind", ["a pipe", "a link to nothing"])
+def test_what_has_the_name_of_a_file_and_is_none_is_refused(models, tmp_path, name, kind):
+    # A pipe of weights was waited for without end; a template behind a broken link was replaced by another in silence.
+    folder = tmp_path / "base"
+    shutil.copytree(models("llama"), folder)
+    (folder / name).unlink(missing_ok=True)
+    if kind == "a pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to("blobs/0123")
+    for read in (read_config, load_tokenizer):
+        with pytest.raises(BadModel, match=rf"{name} is a .*, not a file"):
+            read(str(folder))
+
+
+def test_a_config_of_a_thousand_million_labels_is_not_made(models, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(models("llama"), folder)
+    for name in ("num_labels", "num_mtp_layers"):
+        config = json.loads((models("llama") / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, name: 10**9}))
+        with pytest.raises(BadModel, match=f"{name}: found 1000000000, expected [0-9]+ or less"):
+            read_config(str(folder))

@@ -14,7 +14,7 @@ from atomtune.errors import BadModel
 from atomtune.model.auto_class import is_known
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.file_schemas import AdapterConfig, GenerationConfig, ModelConfig
-from atomtune.model.json_files import checked
+from atomtune.model.json_files import checked, refuse_no_files
 from atomtune.model.load_errors import explained, refuse_lfs_pointers
 from atomtune.model.modes import as_in_training, without_dropout
 
@@ -29,6 +29,7 @@ _TOKENS, _LOOKED_AT = 6, 3
 
 def check_base_folder(folder: Path) -> None:
     """Raise BadModel where a folder is no model's, or the small files in it are not what they should be."""
+    refuse_no_files(folder)
     if not (folder / CONFIG).is_file():
         _refuse_another_kind_of_folder(folder)
         names = ", ".join(sorted(file.name for file in folder.iterdir())[:_SHOWN_NAMES]) or "none"

@@ -73,6 +73,11 @@ class ModelConfig(JsonFile):
     n_layer: Layers | None = None
     n_layers: Layers | None = None
     num_layers: Layers | None = None
+    # Config classes make lists of these lengths.
+    num_mtp_layers: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    num_nextn_predict_layers: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    num_residual_layers: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    num_labels: Annotated[int, Field(ge=0, le=2**20)] | None = None
     num_experts: Annotated[int, Field(ge=0, le=2**20)] | None = None
     num_local_experts: Annotated[int, Field(ge=0, le=2**20)] | None = None
     n_routed_experts: Annotated[int, Field(ge=0, le=2**20)] | None = None
@@ -213,7 +218,7 @@ class AdapterConfig(JsonFile):
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=2**16)]] | None = None
-    alpha_pattern: dict[str, Positive] | None = None
+    alpha_pattern: dict[str, Factor] | None = None
     target_parameters: Names = None
     bias: Literal["none", "all", "lora_only"] | None = None
     fan_in_fan_out: Flag = None

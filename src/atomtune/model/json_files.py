@@ -21,6 +21,8 @@ MOST_BYTES = 2**27
 _MOST_BYTES_OF_SETTINGS = 2**24
 #: A run of a million steps logs 20 MB, and 100,000 refused records are as much.
 _LARGE = ("tokenizer.json", ".index.json", "trainer_state.json", "run.json")
+#: Endings of the files of a model, a tokenizer or an adapter that libraries look for and open by themselves.
+_OPENED = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".pt", ".py")
 _SHOWN_CHARACTERS = 60
 _SHOWN_PROBLEMS = 8
 
@@ -92,6 +94,24 @@ def refuse_unreadable(file: Path) -> None:
             f"{file} is a git-lfs pointer, not the file itself.\n"
             f"Fetch the files: git lfs install && git -C {file.parent} lfs pull"
         )
+
+
+def refuse_no_files(folder: Path) -> None:
+    """Raise BadModel where something else than a file has the name of one: a pipe, a device, a link to nothing.
+
+    A library would wait for the first for ever, and take the last for a file that is not there: a copied folder whose
+    links lead nowhere would be trained with another chat template.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in _OPENED or path.is_file():
+            continue
+        if path.is_dir():
+            if path.suffix not in (".json", ".jinja"):
+                continue
+            kind = message("a folder")
+        else:
+            kind = message("a link that leads to no file") if path.is_symlink() else message("a pipe or a device")
+        raise BadModel(f"{path} is {kind}, not a file. Copy the folder again, with the files that its links lead to.")
 
 
 def is_lfs_pointer(file: Path) -> bool:
