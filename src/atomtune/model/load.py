@@ -19,6 +19,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from atomtune.choices import Dtype, Quantize
+from atomtune.data.encoding.tokenizer_trial import MOST_GROWTH, growth_of
 from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import BadModel, listing
 from atomtune.extras import refuse_missing
@@ -28,7 +29,7 @@ from atomtune.model.base_checks import check_base_folder, refuse_not_causal, ref
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.file_schemas import ModelConfig, SpecialTokens, TokenizerConfig
 from atomtune.model.fingerprint import folder_of, weight_files
-from atomtune.model.json_files import JsonFile, checked, refuse_unreadable
+from atomtune.model.json_files import JsonFile, checked, refuse_no_files, refuse_unreadable
 from atomtune.model.load_errors import explained, refuse_lfs_pointers, rust_silenced
 from atomtune.model.scores import names_a_cap
 from atomtune.model.weight_sizes import refuse_other_sizes
@@ -121,6 +122,11 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
         converted = (local / "tokenizer.json").exists() or (local / "tokenizer_config.json").exists()
         if sentencepiece.is_file() and not converted:
             _follow_sentencepiece(tokenizer.backend_tokenizer, sentencepiece)
+        if (characters := growth_of(tokenizer)) > MOST_GROWTH:
+            raise BadModel(
+                f"{path}: the rules in its tokenizer.json make {characters:,} characters of one; no published "
+                "tokenizer does. Use the tokenizer that was published with the model."
+            )
         # Special tokens that contradict each other show when they are asked for, and a regex when it meets a text.
         _ = tokenizer.all_special_ids, tokenizer("Hi, 1 2\n你好")
     return tokenizer
@@ -138,6 +144,7 @@ _TOKENIZER_FILES: dict[str, type[JsonFile] | None] = {
 
 def _checked_tokenizer_files(folder: Path) -> list[str]:
     """Check those that are there; their names, none where there is no tokenizer."""
+    refuse_no_files(folder)
     present = [name for name in _TOKENIZER_FILES if (folder / name).exists()]
     for name in present:
         shape = _TOKENIZER_FILES[name]

@@ -1,19 +1,23 @@
 """Tokenizers whose patterns search for hours are told before a record is read; published ones pass."""
 
 import json
+import shutil
 import sys
 import time
 from functools import partial
 
 import pytest
-from tokenizers import Regex, Tokenizer, pre_tokenizers
-from transformers import AutoTokenizer
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from atomtune.cli import main
 from atomtune.data.encoding import tokenizer_trial
 from atomtune.data.encoding.token_ids import PieceTokenizer
-from atomtune.data.encoding.tokenizer_trial import tried_tokenizer
+from atomtune.data.encoding.tokenizer_trial import growth_of, tried_tokenizer
+from atomtune.errors import BadModel
 from atomtune.limits import Tripped, trial
+from atomtune.model.load import load_tokenizer
 from tests.conftest import DIALOGUES, write_jsonl
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked safely on Linux only")
@@ -81,3 +85,25 @@ def test_a_tokenizer_without_patterns_is_not_tried(folder, monkeypatch):
     body = json.loads((folder / "tokenizer.json").read_text())
     assert '"Regex"' not in json.dumps([body["normalizer"], body["pre_tokenizer"]])
     assert tried_tokenizer(PieceTokenizer(AutoTokenizer.from_pretrained(folder))) is None
+
+
+@pytest.mark.parametrize(
+    "rules", [[normalizers.Replace("a", "aa")] * 40, [normalizers.Prepend("x" * 10**6)]], ids=["doubling", "a book"]
+)
+def test_rules_that_write_far_more_than_they_read_are_refused(models, tmp_path, rules):
+    # Without a pattern among them nothing was tried; the first record with that letter ended no more.
+    folder = tmp_path / "base"
+    shutil.copytree(models("llama"), folder)
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.normalizer = normalizers.Sequence(rules)
+    backend.save(str(folder / "tokenizer.json"))
+    with pytest.raises(BadModel, match=r"make [0-9,]+ characters of one"):
+        load_tokenizer(str(folder))
+
+
+def test_rules_as_published_are_small():
+    # Llama 2 and Gemma write a space as another character, ALBERT two quotes as one.
+    backend = Tokenizer(tokenizer_models.BPE())
+    rules = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁"), normalizers.Replace("``", '"')]
+    backend.normalizer = normalizers.Sequence([normalizers.Sequence(rules), normalizers.NFC()])
+    assert growth_of(PreTrainedTokenizerFast(tokenizer_object=backend)) == 1

@@ -43,6 +43,9 @@ _ROLE: InstructionRole = "user"
 #: Of Llama 2's words 5 % hold a Chinese character, of Llama 3's 3 %, of SmolLM2's 0.2 %; of Qwen3's 17 %.
 _CHINESE_SHARE = 0.1
 _WORDS_LOOKED_AT = 4000
+#: What is asked takes milliseconds. Less than one rendering may take, or a template that is ended for that there, by an
+#: exception, would be asked once more here.
+_PROBE_SECONDS = 3
 _NO_TEMPLATE = (
     "the tokenizer has no chat template, so --template plain is used: question and answer, each on a new line, with no "
     "words or roles of its own. If this model was trained on a chat format, pass --template with that one"
@@ -139,7 +142,7 @@ def probed(template: Template) -> Template:
             "A pattern in its tokenizer.json tries too many ways to match. Use the tokenizer that was published with "
             "the model."
         )
-    if template.name not in TEMPLATES and (tripped := trial(lambda _say: _probed(template))):
+    if template.name not in TEMPLATES and (tripped := trial(lambda _say: _probed(template), seconds=_PROBE_SECONDS)):
         raise BadModel(
             f"the template {template.name} {tripped.words} when it was asked to write a short conversation.\n"
             "Pass --template with another one."

@@ -5,6 +5,7 @@ where nothing in this process can end them, so they are tried in a process of it
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,6 +39,8 @@ _UNITS = (
 _RUN_CHARACTERS = 4000
 #: Behind a run: what no pattern waits for, so that all ways to match are tried.
 _STRANGE = "\u0394\ue000"
+#: Characters that rules without patterns may make of one; published tokenizers make up to four.
+MOST_GROWTH = 10_000
 #: Parts of a pattern that are tried too.
 _MOST_PARTS = 64
 _WORDS = re.compile(r"[^\W_]{2,8}|\S")
@@ -64,6 +67,33 @@ def tried_tokenizer(tokens: PieceTokenizer) -> Tripped | None:
     if tripped is None:
         _harmless.add(digest)
     return tripped
+
+
+def growth_of(tokenizer: Any) -> int:
+    """How many characters a tokenizer's rules may make of one, before any of them becomes a token.
+
+    Forty of them that each double a letter ask for a terabyte, for the first text that has one. Rules with patterns,
+    whose growth depends on what they match, are tried (above) and not counted.
+    """
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    if normalizer is None:
+        return 1
+    growth, begins_with = 1.0, 0.0
+    for rule in _rules(json.loads(normalizer.__getstate__())):
+        if "prepend" in rule:
+            begins_with += len(rule["prepend"])
+        pattern = rule.get("pattern")
+        if isinstance(pattern, dict) and "String" in pattern:
+            times = max(1.0, len(rule["content"]) / max(1, len(pattern["String"])))
+            growth, begins_with = growth * times, begins_with * times
+    return round(max(growth, begins_with))
+
+
+def _rules(normalizer: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The normalizers of a sequence, of sequences too."""
+    yield normalizer
+    for part in normalizer.get("normalizers", ()):
+        yield from _rules(part)
 
 
 def patterns_of(tokenizer: Any) -> str:
