@@ -73,3 +73,24 @@ assert time.monotonic() - began < 15, "it waited for the clock"
 """
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)
+
+
+def test_the_package_is_imported_where_a_system_has_no_such_limits():
+    # Windows has neither of these modules, nor processes that are forked. Libraries, which know that, keep them.
+    program = """
+import builtins, importlib, pkgutil
+imported = builtins.__import__
+
+def on_windows(name, globals=None, locals=None, fromlist=(), level=0):
+    hidden = name in ("resource", "fcntl") or (name == "multiprocessing.context" and "ForkContext" in (fromlist or ()))
+    if hidden and (globals or {}).get("__name__", "").startswith("atomtune"):
+        raise ImportError(name)
+    return imported(name, globals, locals, fromlist, level)
+
+builtins.__import__ = on_windows
+import atomtune
+for module in pkgutil.walk_packages(atomtune.__path__, "atomtune."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)

@@ -9,7 +9,6 @@ Where processes cannot be forked safely (macOS, Windows), nothing is tried befor
 
 import faulthandler
 import os
-import resource
 import select
 import signal
 import sys
@@ -19,6 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 #: Of the processor, and by the clock where the processor is shared; and what may be taken beside what there is.
 SECONDS, CLOCK_SECONDS, MORE_BYTES = 5, 60, 2 * 10**9

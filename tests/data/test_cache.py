@@ -595,9 +595,10 @@ def test_a_file_that_changes_while_it_is_read_is_not_stored_under_the_hash_of_ot
     before = data.stat().st_size
 
     def grow(n_bytes: int) -> None:
-        if data.stat().st_size == before:  # once: who writes for ever is read for ever
-            with data.open("a") as file:
-                file.write('{"instruction": "one", "output": "more"}\n')
+        # Faster than it is read, and for ever: it was read for ever too.
+        assert data.stat().st_size < 100 * before
+        with data.open("a") as file:
+            file.write('{"instruction": "one", "output": "more"}\n' * (1 + n_bytes // 40))
 
     with pytest.raises(BadData, match=r"train\.jsonl changed while it was read"):
         examples_of(data, template_of(), Rules(max_tokens=96), cache_dir=tmp_path / "cache", advance=grow)

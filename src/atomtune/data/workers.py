@@ -15,7 +15,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import parent_process
-from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any, TypeVar
 
 from atomtune.errors import RunFailed
@@ -52,7 +51,7 @@ def in_order(
     if not workers:
         yield from map(work, parts)
         return
-    context = _Context()
+    context = _context()
     # The processes are forked, so the work need not be sent: a tokenizer may come with its own code.
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(work,))
     waiting: deque[tuple[Part, Future[Made]]] = deque()
@@ -77,16 +76,20 @@ def in_order(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-class _Context(ForkContext):
+def _context() -> Any:
     """How a pool starts its processes, which are kept here: they ignore the signal by which the pool would end them."""
+    from multiprocessing.context import ForkContext, ForkProcess  # Windows has neither
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.processes: list[ForkProcess] = []
+    class Context(ForkContext):
+        def __init__(self) -> None:
+            super().__init__()
+            self.processes: list[ForkProcess] = []
 
-    def Process(self, *args: Any, **options: Any) -> ForkProcess:  # type: ignore[override]  # its name there
-        self.processes.append(ForkProcess(*args, **options))
-        return self.processes[-1]
+        def Process(self, *args: Any, **options: Any) -> ForkProcess:  # type: ignore[override]  # its name there
+            self.processes.append(ForkProcess(*args, **options))
+            return self.processes[-1]
+
+    return Context()
 
 
 def _first(waiting: deque[tuple[Part, Future[Made]]], examine: Callable[[Part], None]) -> Made:

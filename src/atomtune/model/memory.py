@@ -4,7 +4,6 @@ The estimate decides only whether activations are kept or recomputed (`--gradien
 side of recomputing, which costs a third to two fifths of speed, where keeping too much costs the run.
 """
 
-import resource
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,11 @@ import torch
 from rich.filesize import decimal
 
 from atomtune.model.block_attention import MOST_KEPT
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 #: Part of the free memory that activations may take. The rest is for the loss, the optimizer and fragmentation; on a
 #: CPU for other programs too.
@@ -95,6 +99,8 @@ def peak_bytes(device: torch.device) -> int:
     """Highest memory use so far: of the GPU's allocator, or of this process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    if resource is None:
+        return int(psutil.Process().memory_info().peak_wset)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
 

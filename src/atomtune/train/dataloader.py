@@ -6,34 +6,37 @@ is an error of the run; so workers begin, and stay, with these signals blocked.
 
 import multiprocessing
 import signal
-from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any
 
 from atomtune.train.callbacks import SIGNALS
 
 
-class _SignalMaskedProcess(ForkProcess):
-    """A process that no signal to the job reaches; it ends with its work or with its parent, as torch's workers do."""
+def _signal_masked_context() -> Any:
+    from multiprocessing.context import ForkContext, ForkProcess  # Windows has neither
 
-    def start(self) -> None:
-        # Blocked before the fork: worker_init_fn runs too late for a signal that comes at once.
-        mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            super().start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask_before)
+    class SignalMaskedProcess(ForkProcess):
+        """A process that no signal to the job reaches; it ends with its work or with its parent, as torch's do."""
 
-    def terminate(self) -> None:
-        self.kill()
+        def start(self) -> None:
+            # Blocked before the fork: worker_init_fn runs too late for a signal that comes at once.
+            mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            try:
+                super().start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask_before)
 
+        def terminate(self) -> None:
+            self.kill()
 
-class _SignalMaskedContext(ForkContext):
-    Process = _SignalMaskedProcess  # torch asks the context for the class of its workers
+    class SignalMaskedContext(ForkContext):
+        Process = SignalMaskedProcess  # torch asks the context for the class of its workers
+
+    return SignalMaskedContext()
 
 
 def with_signal_masked_workers(loader: Any) -> Any:
     """The same DataLoader; its workers, where it forks any, do not hear a signal to the job."""
     inner = getattr(loader, "base_dataloader", loader)  # inside accelerate's
     if inner.num_workers and inner.multiprocessing_context is None and multiprocessing.get_start_method() == "fork":
-        inner.multiprocessing_context = _SignalMaskedContext()
+        inner.multiprocessing_context = _signal_masked_context()
     return loader

@@ -5,6 +5,8 @@ Never more than a buffer is unpacked at once. zstd is pyarrow's own, which `data
 
 import gzip
 import io
+import os
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,10 +44,28 @@ def compression_of(head: bytes) -> Compression | None:
     return "zstd" if head.startswith(ZSTD) else None
 
 
+class _AsOpened(io.FileIO):
+    """A file up to where it ended when it was opened: one that grows faster than it is read has no end.
+
+    That it grew is said by who compares its size before and after (cache.py).
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        status = os.fstat(self.fileno())
+        self._end = status.st_size if stat.S_ISREG(status.st_mode) else None  # a pipe ends where its writer does
+
+    def readinto(self, buffer: Any) -> int | None:
+        if self._end is None:
+            return super().readinto(buffer)
+        left = max(0, self._end - self.tell())
+        return super().readinto(memoryview(buffer)[:left])
+
+
 def open_raw(path: Path) -> io.FileIO:
-    """The file as it is. Raises BadData when it cannot be opened."""
+    """The file as it is, and as long as it is now. Raises BadData when it cannot be opened."""
     try:
-        return path.open("rb", buffering=0)
+        return _AsOpened(path)
     except OSError as error:
         raise BadData(f"{path}: cannot be read: {error.strerror}.") from None
 
