@@ -7,6 +7,7 @@ that noise is what the fast path's difference is judged by (model/agreement.py).
 
 import math
 import shlex
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from atomtune.data.reading.sources import distinct_names
 from atomtune.data.records import Example
 from atomtune.errors import BadData, BadSettings, CheckFailed
 from atomtune.language import translated
-from atomtune.model.adapter import LoraSpec, new_adapter
+from atomtune.model.adapter import LoraSpec, new_adapter, parameter_counts
 from atomtune.model.agreement import (
     TIMES_NOISE,
     Measure,
@@ -55,6 +56,9 @@ from atomtune.model.loss import target_log_probabilities, target_nats
 from atomtune.model.token_rows import refuse_tokens_without_row
 from atomtune.settings.fields import LoraSettings, ModelSettings, RecordSettings, VerifySettings
 from atomtune.settings.spelled import words_of
+
+#: What takes longer is said beforehand.
+LONG_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,7 @@ def compare(
         return _as_after_training(load_base(BaseSpec(**model.base(), dtype=dtype, device=device)), lora)
 
     fast = load()
+    _say_how_long(fast, examples, console)
     layout = _layout(fast, wanted)
     fuse_layers(fast, input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
     collator = collator_for(fast, layout, pad_id=pad_id, as_examples=as_examples)
@@ -188,6 +193,25 @@ def compare(
         tokens_padded=sum(padded_tokens(examples[i : i + per_batch]) for i in range(0, len(examples), per_batch)),
         tokens_computed=tokens_computed,
     )
+
+
+def _say_how_long(model: CausalLM, examples: Sequence[Example], console: Console) -> None:
+    """Say beforehand how long all records will take, where that is long, by the time that one takes.
+
+    The time grows with the records, and with the weights of base and adapter: a rank of 65,536 takes a minute even on
+    a base of two small layers.
+    """
+    began = time.perf_counter()
+    one_at_a_time(model, examples[:1])
+    tokens = sum(len(example.ids) for example in examples)
+    # Each record is computed three times.
+    seconds = (time.perf_counter() - began) * 3 * tokens / len(examples[0].ids)
+    if seconds >= LONG_SECONDS:
+        trainable, total = parameter_counts(model)
+        console.say(
+            f"this takes some {seconds:,.0f} s: an adapter of {trainable:,} weights on {total - trainable:,} of "
+            "the base, three times over each record; --records takes fewer …"
+        )
 
 
 def _layout(fast: CausalLM, wanted: str) -> Layout:

@@ -211,6 +211,9 @@ def test_a_wrong_value_is_shown_with_what_was_expected():
         ("--lora_dropout", "nan"),
         ("--num_train_epochs", "1e308"),
         ("--ddp_timeout", "1000000000000000000"),
+        ("--max_steps", "9" * 40),
+        ("--save_total_limit", "9" * 17),
+        ("--weight_decay", "1e40"),
     ],
 )
 def test_a_value_out_of_its_range_is_refused(flags):

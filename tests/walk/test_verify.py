@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from atomtune import verify
 from atomtune.batch import collate
 from atomtune.batch.attention_plan import plan_attention
 from atomtune.cli import main
@@ -27,6 +28,18 @@ def test_the_fast_path_holds_and_the_table_says_so(models, dialogues, capsys, la
     assert said.count(" holds") == 5
     assert "DOES NOT HOLD" not in said
     assert "is equal to plain transformers + PEFT" in said
+
+
+def test_what_takes_long_is_said_beforehand(models, dialogues, monkeypatch, capsys):
+    # --lora_rank 65536 took a minute on a base of two small layers, and nothing said so.
+    flags = ["--records", "6", "--layout", "padded"]
+    assert main(command(models("llama"), dialogues, *flags)) == 0
+    assert "this takes some" not in capsys.readouterr().out
+    monkeypatch.setattr(verify, "LONG_SECONDS", 0.0)
+    assert main(command(models("llama"), dialogues, *flags, "--lora_rank", "64")) == 0
+    before, _, after = capsys.readouterr().out.partition("this takes some ")
+    assert "an adapter of" in after.splitlines()[0]
+    assert "plain transformers" not in before
 
 
 def test_the_work_that_it_names_is_the_work_done(models, tmp_path, capsys):

@@ -363,7 +363,7 @@ class TrainerSettings:
     )
     eval_delay: float = setting(0, "steps or epochs before the first evaluation", at_least=0, rare=True)
     weight_decay: float = setting(
-        0.0, "weights shrink by this times the learning rate in a step", at_least=0, rare=True
+        0.0, "weights shrink by this times the learning rate in a step", at_least=0, at_most=1_000, rare=True
     )
     max_grad_norm: float = setting(
         1.0, "longer gradients are scaled down to this length; 0: never", at_least=0, rare=True

@@ -81,6 +81,8 @@ EXAMPLES = {"dataset_path": "train.jsonl", "keys": "question=instruction", "role
 
 #: Of a sweep; each is checked before the first is trained.
 MOST_COMBINATIONS = 10_000
+#: Of a whole number; a float holds each up to here. A run of 10**39 steps is a typing error and would be begun.
+_MOST_NUMBER = 2**53
 _LIBRARY_VALUES = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
@@ -341,8 +343,11 @@ def _values_of(groups: typing.Iterable[Any]) -> dict[str, Any]:
 
 
 def _ill_formed(values: Mapping[str, Any]) -> list[str]:
-    """Lists whose words have a form of their own."""
+    """Whole numbers that nothing counts to, and lists whose words have a form of their own."""
     problems = []
+    for name, value in values.items():
+        if isinstance(value, int) and abs(value) > _MOST_NUMBER:
+            problems.append(f"--{name} {str(value)[:60]!r}: expected a whole number of at most {_MOST_NUMBER:,}.")
     for name in ("keys", "roles"):
         for word in values.get(name) or []:
             if not all(word.partition("=")):
