@@ -45,7 +45,7 @@ def problem(*flags: str) -> str:
         ("adam_beta1", "2", "a number, 0 or more and less than 1"),
         ("adam_beta2", "1", "a number, 0 or more and less than 1"),
         ("adam_epsilon", "0", "a number, more than 0"),
-        ("weight_decay", "-0.1", "a number, 0 or more"),
+        ("weight_decay", "-0.1", "a number, 0 or more and at most 1,000"),
         ("max_grad_norm", "-1", "a number, 0 or more"),
         ("num_train_epochs", "0", "a number, more than 0 and at most 1,000,000"),
         ("max_steps", "-2", "a whole number, -1 or more"),

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import TrainingArguments
+from transformers import TrainingArguments, training_args
 
 from atomtune.errors import BadSettings
 from atomtune.settings.fields import ChatSettings, MergeSettings, TrainSettings
 from atomtune.settings.flags import types_of
-from atomtune.settings.library import library_types
+from atomtune.settings.library import library_settings, library_types
 from atomtune.settings.names import RENAMED
 from atomtune.settings.read import LIBRARY_DEFAULTS, OWN_GROUPS, read, read_settings, read_train
 
@@ -219,6 +219,46 @@ def test_a_wrong_value_is_shown_with_what_was_expected():
 def test_a_value_out_of_its_range_is_refused(flags):
     (said,) = problems(*flags)
     assert said.startswith(f"{flags[0]} '{flags[1]}'")
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        # Each ended in a traceback behind data and model, or was passed by without a word.
+        (("--log_level", "nope"), "expected one of detail, debug"),
+        (("--log_level_replica", "5"), "expected one of detail, debug"),
+        (("--train_sampling_strategy", "nope"), "expected one of random"),
+        (("--ddp_backend", "nope"), "expected one of nccl"),
+        (("--parallelism_config", "x"), "which no text can be"),
+        (("--debug", "underflow_overflow"), "computed together"),
+        (("--greater_is_better", "true"), "keep the worst"),
+        (("--early_stopping_patience", "2", "--eval_strategy", "no"), "it looks at evaluations"),
+    ],
+)
+def test_what_the_library_dies_of_or_passes_by_is_refused(flags, reason):
+    (said,) = problems(*flags)
+    assert flags[0] in said and reason in said
+
+
+@pytest.mark.parametrize("number", [".nan", "-.inf"])
+def test_a_number_that_is_none_is_refused_deep_in_a_mapping_too(run_yaml, number):
+    (said,) = yaml_problems(run_yaml, f"lr_scheduler_kwargs: {{a: [{number}]}}\n")
+    assert "NaN and infinity are no numbers here" in said
+
+
+def test_json_of_a_flag_holds_no_infinity():
+    (said,) = problems("--lr_scheduler_kwargs", '{"power": 1e400}')
+    assert "NaN and infinity" in said
+
+
+def test_a_key_that_a_mapping_has_twice_is_refused(run_yaml):
+    (said,) = yaml_problems(run_yaml, "lr_scheduler_kwargs: {a: 1, a: 2}\n")
+    assert "lr_scheduler_kwargs: a is set twice" in said
+
+
+def test_the_levels_of_the_librarys_log_are_its_own():
+    levels = library_settings()["log_level"].choices
+    assert set(levels) == set(training_args.trainer_log_levels)
 
 
 def test_a_flag_without_its_value_is_named():

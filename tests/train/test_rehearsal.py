@@ -43,6 +43,7 @@ def refused(models, dialogues, tmp_path, capsys):
             ("--lr_scheduler_type cosine --lr_scheduler_kwargs", "min_lr"),
         ),
         (("--optim", "adamw_torch", "--optim_args", "nonsense"), ("--optim adamw_torch --optim_args 'nonsense'",)),
+        (("--optim", "adafactor", "--optim_args", "x=1"), ("--optim_args 'x=1': --optim adafactor takes none of",)),
         (("--optim", "lomo"), ("--optim lomo:",)),
         (("--optim", "galore_adamw"), ("--optim galore_adamw:",)),
     ],
@@ -72,6 +73,11 @@ def test_what_the_library_takes_is_not_refused(models, dialogues, tmp_path, flag
     ("flags", "named"),
     [
         (("--report_to", "nope"), "nope is not supported"),
+        (("--accelerator_config", "nope.json"), "nope.json"),
+        (("--dataloader_persistent_workers", "true"), "needs --dataloader_num_workers of 1 or more"),
+        (("--eval_on_start", "true", "--eval_size", "0"), "--eval_on_start needs records to evaluate on"),
+        (("--early_stopping_patience", "2", "--eval_size", "0"), "--early_stopping_patience 2 needs records"),
+        (("--load_best_model_at_end", "true", "--eval_size", "0"), "--load_best_model_at_end needs records"),
         (("--report_to", "comet_ml"), "comet-ml"),  # a tracker that is not installed
         (("--dataloader_num_workers", "5000"), "--dataloader_num_workers 5,000: at most"),
         (("--fsdp", "full_shard"), "--fsdp is not used here"),

@@ -20,6 +20,8 @@ _ENUMERATIONS = {
     "HubStrategy": "trainer_utils",
     "OptimizerNames": "training_args",
 }
+#: Of its log, which the library reads from another module's table.
+_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class LibrarySetting:
     default: Any  # None too where the source computes it
     help: str
     enumeration: str | None  # SchedulerType and the like; its values: choices_of
+    choices: tuple[str, ...] = ()  # where it is text of which the library takes a few
 
 
 @cache
@@ -48,9 +51,9 @@ def library_types() -> dict[str, Any]:
 
 
 def choices_of(setting: LibrarySetting) -> tuple[str, ...]:
-    """The values of its enumeration; empty where it has none."""
+    """The values that it may have; empty where these are not listed."""
     if setting.enumeration is None:
-        return ()
+        return setting.choices
     lines = _class_body(_ENUMERATIONS[setting.enumeration], setting.enumeration)
     values = [line.value for line in lines if isinstance(line, ast.Assign)]
     return tuple(str(value.value) for value in values if isinstance(value, ast.Constant))
@@ -60,7 +63,7 @@ def _setting(node: ast.AnnAssign) -> LibrarySetting:
     call = node.value
     arguments = {keyword.arg: keyword.value for keyword in call.keywords} if isinstance(call, ast.Call) else {}
     metadata = _literal(arguments.get("metadata"), {})
-    kind = _type_of(node.annotation)
+    kind, name = _type_of(node.annotation), getattr(node.target, "id", "")
     if metadata.get("const") is True:  # the flag alone means True, as --fsdp
         kind = bool | kind
     return LibrarySetting(
@@ -68,6 +71,7 @@ def _setting(node: ast.AnnAssign) -> LibrarySetting:
         default=_literal(arguments.get("default"), None),
         help=_plain(str(metadata.get("help", ""))),
         enumeration=_enumeration(node.annotation),
+        choices=_LEVELS if name in ("log_level", "log_level_replica") else tuple(metadata.get("choices", ())),
     )
 
 

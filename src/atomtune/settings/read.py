@@ -322,12 +322,24 @@ def _library_value(name: str, entry: Entry, kind: Any, problems: list[str]) -> A
         except (ValueError, RecursionError) as error:
             problems.append(f"{entry.place(name)}: not JSON: {error}.")
             return None
+    if not _is_finite(value):
+        problems.append(f"{entry.place(name)}: NaN and infinity are no numbers here.")
+        return None
     try:
         return TypeAdapter(kind, config=_LIBRARY_VALUES).validate_python(value)
     except ValidationError:
         advised = value_advice(name, value, in_yaml=not entry.origin.startswith("--"))
         problems.append(f"{entry.place(name)}: expected {expected(kind)}.{advised}")
         return None
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether all numbers are, in lists and objects too: what YAML has as .nan, and JSON as 1e400."""
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _refuse_constant(name: str) -> float:

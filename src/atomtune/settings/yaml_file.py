@@ -1,6 +1,7 @@
 """YAML: the top-level `name: value` lines of a settings file, each with its line number."""
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,5 +124,8 @@ def _refuse_unusual(top: yaml.Node) -> None:
         if isinstance(node, yaml.SequenceNode):
             waiting += [(item, depth + 1) for item in node.value]
         elif isinstance(node, yaml.MappingNode):
+            names = Counter(str(key.value) for key, _ in node.value)
+            if twice := [name for name, times in names.items() if times > 1]:
+                raise _Refused(f"{twice[0]} is set twice")  # the second would be taken in silence
             for key, value in node.value:
                 waiting += [(key, depth + 1), (value, depth + 1)]

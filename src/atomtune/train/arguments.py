@@ -28,7 +28,10 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
     values.pop("resume_from_checkpoint", None)  # ours
     values["output_dir"] = values.get("output_dir") or str(spare_folder(settings))
     eval_size = settings.data.eval_size
-    _fit_evaluation(values, evaluates=bool(settings.data.eval_path or eval_size), may_evaluate=eval_size is None)
+    evaluates, may_evaluate = bool(settings.data.eval_path or eval_size), eval_size is None
+    if not evaluates and not may_evaluate and (asked := needs_records(settings)):
+        raise BadSettings([f"{asked} needs records to evaluate on: --eval_path or --eval_size."])
+    _fit_evaluation(values, evaluates=evaluates, may_evaluate=may_evaluate)
     values |= {
         "remove_unused_columns": False,  # ours are read by our collator
         "disable_tqdm": True,  # train.progress draws the bar
@@ -44,7 +47,8 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
         args = TrainingArguments(**values)
         for tracker in get_reporting_integration_callbacks(args.report_to):  # refuses one that it does not know
             tracker()  # and one that is not installed
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+    # A name of a file that is not there, a key that a table lacks: each setting has its own way.
+    except (ValueError, TypeError, ImportError, RuntimeError, OSError, LookupError, AttributeError) as error:
         raise BadSettings([f"The Trainer refuses these settings: {error}"]) from error
     if args.n_gpu > 1:
         # One process and several GPUs would mean nn.DataParallel, which splits a batch's rows apart.
@@ -52,11 +56,20 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
     return args
 
 
+def needs_records(settings: TrainSettings) -> str:
+    """The settings that do nothing, or end the run, where no record is held out; "" where there are none."""
+    trainer, patience = settings.trainer, settings.run.early_stopping_patience
+    strategy = trainer.get("eval_strategy") or "no"
+    names = [f"--eval_strategy {strategy}"] if strategy != "no" else []
+    names += [f"--{name}" for name in ("eval_on_start", "load_best_model_at_end") if trainer.get(name)]
+    names += [f"--early_stopping_patience {patience}"] if patience else []
+    return ", ".join(names)
+
+
 def _fit_evaluation(values: dict[str, Any], *, evaluates: bool, may_evaluate: bool) -> None:
     """Evaluate where there are records for it, by default so that checkpoints can be compared.
 
     may_evaluate  whether records are held out is decided when they are read (train/defaults.py)
-    Raises BadSettings for an evaluation without records.
     """
     if evaluates or (may_evaluate and values.get("load_best_model_at_end")):
         saves = "save_steps" in values and values.get("save_strategy", "steps") == "steps"
@@ -66,8 +79,6 @@ def _fit_evaluation(values: dict[str, Any], *, evaluates: bool, may_evaluate: bo
         values.setdefault("eval_strategy", "epoch")
         if values.get("load_best_model_at_end") and not saves:
             values.setdefault("save_strategy", values["eval_strategy"])
-    elif values.get("eval_strategy", "no") != "no" and not may_evaluate:
-        raise BadSettings([f"--eval_strategy {values['eval_strategy']} needs records: --eval_path or --eval_size."])
     if values.get("metric_for_best_model") is not None:
         values.setdefault("greater_is_better", False)  # the library guesses by name, and guesses perplexity wrong
 

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from atomtune.errors import BadSettings
 from atomtune.model.base_shape import BaseShape, base_shape
 from atomtune.settings.fields import TrainSettings
-from atomtune.train.arguments import trainer_arguments
+from atomtune.train.arguments import needs_records, trainer_arguments
 from atomtune.train.run_context import RunContext
 
 #: Steps that a run should have; fewer records are seen more often, in smaller batches.
@@ -217,10 +217,10 @@ def _evaluations(derived: Derived, settings: TrainSettings, size: Size, *, steps
     """Before the first step, and then with each checkpoint the user asked for, or a few times in the run."""
     trainer = settings.trainer
     if not size.held_out:
-        if trainer.get("eval_strategy", "no") != "no":
+        if asked := needs_records(settings):
             raise BadSettings(
                 [
-                    f"--eval_strategy {trainer['eval_strategy']} needs records to evaluate on: --eval_path or "
+                    f"{asked} needs records to evaluate on: --eval_path or "
                     f"--eval_size. Without them a run holds some out where it has {LEAST_TO_SPLIT} or more."
                 ]
             )

@@ -1,8 +1,10 @@
 """Rehearsal: what a library would refuse late, tried on small objects before data and model are read."""
 
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
@@ -41,6 +43,8 @@ def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
             f"--dataloader_num_workers {args.dataloader_num_workers:,}: at most {most_workers} on a machine of "
             f"{os.cpu_count()} cores. 1 or 2 keep a GPU busy."
         )
+    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
+        problems.append("--dataloader_persistent_workers needs --dataloader_num_workers of 1 or more.")
     if args.fsdp and args.world_size <= 1:
         problems.append("--fsdp is not used here: it needs several processes on GPUs. Leave it out.")
     if args.torch_compile:
@@ -73,6 +77,8 @@ def _optimizer_problems(args: TrainingArguments) -> Iterator[str]:
     model = nn.Linear(1, 1)
     try:
         optimizer_class, arguments = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if args.optim_args and not _is_changed_by(args, arguments, model):
+            yield f"--optim_args {args.optim_args!r}: --optim {_value(args.optim)} takes none of these. Leave it out."
         # Some optimizers bring their own list of weights, chosen in the real model.
         weights = {} if {"params", "model", "optimizer_dict"} & arguments.keys() else {"params": model.parameters()}
         optimizer = optimizer_class(**weights, **arguments)
@@ -98,6 +104,17 @@ def _optimizer_problems(args: TrainingArguments) -> Iterator[str]:
     except _REFUSALS as error:
         kwargs = f" --lr_scheduler_kwargs '{args.lr_scheduler_kwargs}'" if args.lr_scheduler_kwargs else ""
         yield f"--lr_scheduler_type {_value(args.lr_scheduler_type)}{kwargs}: {error}"
+
+
+def _is_changed_by(args: TrainingArguments, arguments: dict[str, Any], model: nn.Module) -> bool:
+    """Whether --optim_args changes what its optimizer gets: most take none, and the library says nothing of it."""
+    plain = copy.copy(args)
+    plain.optim_args = None
+    try:
+        others = Trainer.get_optimizer_cls_and_kwargs(plain, model)[1]
+    except _REFUSALS:
+        return True  # without them it cannot be made
+    return repr({**arguments, "params": None}) != repr({**others, "params": None})  # its weights are new each time
 
 
 def _value(choice: object) -> str:
