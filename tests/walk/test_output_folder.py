@@ -205,6 +205,19 @@ def test_a_model_is_not_written_over(models, dialogues, tmp_path, capsys):
     assert everything_in(base) == before
 
 
+@pytest.mark.parametrize("name", ["README.md", "run.json", "tokenizer.json", "report.html"])
+@pytest.mark.parametrize("more", [[], ["--resume"]], ids=["new", "resumed"])
+def test_a_file_that_no_run_wrote_is_not_replaced(models, dialogues, tmp_path, capsys, name, more):  # noqa: PLR0917
+    # `--output_dir .` in a project of one's own replaced its README.md by the adapter's.
+    out = tmp_path / "project"
+    out.mkdir()
+    (out / name).write_text("mine")
+    words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--output_dir", str(out)]
+    assert main([*words, "--max_steps", "1", *more]) == 2
+    assert f"holds {name}, which the run would replace" in capsys.readouterr().err
+    assert (out / name).read_text() == "mine"
+
+
 @pytest.mark.parametrize("place", ["out", ""])
 def test_a_run_does_not_write_among_its_records(models, dialogues, tmp_path, capsys, place):
     # Its run.json would be one of the data files, and each of its checkpoints another hash of the records.

@@ -1,5 +1,6 @@
 """Start: where a run begins, told from its folder and the flags."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,11 @@ from atomtune.train.checkpoint.state import has_optimizer, refuse_programs
 from atomtune.train.run_report import RECORD, read_record
 
 STATE = "trainer_state.json"
+#: What a run writes beside its checkpoints under names that other programs and people use too.
+_WRITTEN = (
+    *("README.md", RECORD, "report.html", "loss.png", "adapter_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+)
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,7 @@ def find_start(
         raise BadSettings(
             [f"{output_dir} already holds a run. --resume goes on with it; another --output_dir starts a new one."]
         )
+    _refuse_to_replace(output_dir)
     return Fresh()
 
 
@@ -133,6 +140,7 @@ def _last_run_in(output_dir: Path, lengths: dict[str, Any], notice: Callable[[st
                 "them.\nRepeat the command it began with: --continue_training --checkpoint WEIGHTS."
             ]
         )
+    _refuse_to_replace(output_dir)
     return Fresh(f"--resume: no whole checkpoint in {output_dir}; starting from the beginning.")
 
 
@@ -189,6 +197,18 @@ def _refuse_to_mix(start: Resumed | FromWeights, output_dir: Path) -> None:
     if (output_dir / WEIGHTS).exists() and not goes_on:
         raise BadSettings(
             [f"{output_dir} holds the adapter of a finished run, which this one would overwrite. Pass another one."]
+        )
+
+
+def _refuse_to_replace(output_dir: Path) -> None:
+    """Raise BadSettings where a new run would write over files that no run wrote: the README.md of one's own project.
+
+    What an earlier run left behind that failed is a run's own, and its record says so.
+    """
+    own = [name for name in _WRITTEN if os.path.lexists(output_dir / name)]
+    if own and "status" not in read_record(output_dir):
+        raise BadSettings(
+            [f"--output_dir {output_dir} holds {', '.join(own)}, which the run would replace. Pass another folder."]
         )
 
 
