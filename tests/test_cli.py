@@ -185,3 +185,12 @@ def test_a_terminal_without_these_characters_shows_them_escaped(words):
     assert done.returncode == (0 if "--help" in words else 2)
     said = (done.stdout + done.stderr).decode("ascii")
     assert "Traceback" not in said and ("\\u2026" if "--help" in words else "\\u706f.yaml: no such file") in said
+
+
+@pytest.mark.parametrize("address", ["https://user:hidden@hub.test/x.jsonl", "http://hidden@hub.test/x"])
+def test_no_password_of_an_address_is_shown(capsys, address):
+    # A path keeps one slash of two.
+    assert main(["inspect", address, "--model_path", "nowhere"]) == 2
+    printed = capsys.readouterr()
+    assert "hidden" not in printed.err + printed.out
+    assert "hub.test" in printed.err

@@ -238,9 +238,9 @@ def _say(text: str) -> None:
 
 
 def _say_error(text: str) -> None:
-    from atomtune.console import Console
+    from atomtune.console import Console, without_passwords
 
-    Console(stderr=True).say(text)
+    Console(stderr=True).say(without_passwords(text))
 
 
 def _stop_on_signals() -> dict[int, Any]:

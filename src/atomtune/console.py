@@ -25,6 +25,7 @@ from atomtune.language import translated
 #: What a terminal obeys instead of showing it: C0 and C1 control characters, all but tab and line end, and the marks
 #: that turn the direction of writing or end a line.
 _ORDERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_PASSWORD = re.compile(r"(\w:/{1,2})[^\s/@]+@")
 #: A line that is a command of ours; it is left whole, so that it can be copied.
 _COMMAND = re.compile(r"  (atomtune|\S+ -m atomtune) ")
 #: A last column that is narrower than this, in cells, goes on at the left.
@@ -162,6 +163,11 @@ def shortened(text: str, most: int = 200) -> str:
 def visible(text: str) -> str:
     """A text whose control characters are shown, not obeyed: `\\x1b`, `\\u202e`. Tabs and line ends stay."""
     return _ORDERS.sub(lambda order: order.group().encode("unicode_escape").decode("ascii"), text)
+
+
+def without_passwords(text: str) -> str:
+    """A message whose addresses hold no `user:password@`. Of `https://` a path keeps one slash."""
+    return _PASSWORD.sub(r"\1…@", text)
 
 
 def print_json(value: object) -> None:
