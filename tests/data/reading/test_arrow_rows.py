@@ -156,6 +156,31 @@ def test_a_dictionary_of_a_huge_value_is_not_repeated_in_memory(tmp_path: Path):
     assert sum(1 for _ in read_values(path)) == 100_000
 
 
+REPEATED = {
+    "dictionary": lambda rows: pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows, "int32"), ["z" * 10**6]),
+    "run": lambda rows: pyarrow.RunEndEncodedArray.from_arrays([rows], ["z" * 10**6]),
+    "dictionary in a list": lambda rows: pyarrow.ListArray.from_arrays(
+        pyarrow.array(range(rows + 1), "int32"), REPEATED["dictionary"](rows)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REPEATED)
+@pytest.mark.parametrize("ending", ["arrow", "parquet"])
+def test_rows_that_swell_are_refused(tmp_path: Path, kind: str, ending: str):
+    # 5,000 records of one text of a megabyte, in a file of two: five thousand million characters to encode.
+    path = tmp_path / f"swollen.{ending}"
+    table = pyarrow.table({"output": REPEATED[kind](5000)})
+    if ending == "arrow":
+        arrow_of(path, table)
+    elif kind == "run":
+        pytest.skip("Parquet has no runs")
+    else:
+        pyarrow.parquet.write_table(table, path, compression="none")
+    with pytest.raises(BadData, match="take more than 200 times the file's size"):
+        list(read_values(path))
+
+
 # --- nulls ------------------------------------------------------------------------------------------------------------
 
 CALLS = [

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 
-from atomtune.data.reading.compression import MOST_GROWTH
+from atomtune.data.reading.compression import FREE_BYTES, MOST_GROWTH
 from atomtune.data.reading.raw import LONGEST_LINE, MOST_LEVELS, TOO_DEEP, RawRecord
 from atomtune.data.records import Refusal, RefusalKind
 from atomtune.errors import BadData
@@ -37,7 +38,8 @@ def read_parquet(path: Path, name: str, advance: Callable[[int], None]) -> Itera
             raise BadData(f"{path} cannot be read as Parquet: reading its metadata {tripped.words}. Write it again.")
         _refuse_swollen(file.metadata, name)
         batches = file.iter_batches(batch_size=BATCH_ROWS, use_threads=False)  # other processes may be forked
-        yield from read_batches(batches, name, _share(path.stat().st_size, file.metadata.num_rows, advance))
+        size = path.stat().st_size
+        yield from read_batches(batches, name, size, _share(size, file.metadata.num_rows, advance))
 
 
 def _refuse_swollen(metadata: pyarrow.parquet.FileMetaData, name: str) -> None:
@@ -59,6 +61,7 @@ def _refuse_swollen(metadata: pyarrow.parquet.FileMetaData, name: str) -> None:
 def read_arrow(path: Path, name: str, advance: Callable[[int], None]) -> Iterator[list[RawRecord | Refusal]]:
     """The rows of an Arrow IPC file or stream in batches; advance is called with bytes read."""
     bytes_read = 0
+    size = path.stat().st_size
     with explained(path, "Arrow"), path.open("rb") as raw:
 
         def count(n_rows: int) -> None:
@@ -66,8 +69,8 @@ def read_arrow(path: Path, name: str, advance: Callable[[int], None]) -> Iterato
             before, bytes_read = bytes_read, raw.tell()
             advance(bytes_read - before)
 
-        yield from read_batches(checked(_record_batches(raw)), name, count)
-    advance(path.stat().st_size - bytes_read)
+        yield from read_batches(checked(_record_batches(raw)), name, size, count)
+    advance(size - bytes_read)
 
 
 def _record_batches(raw: BinaryIO) -> Iterator[pyarrow.RecordBatch]:
@@ -88,14 +91,21 @@ def checked(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBa
 
 
 def read_batches(
-    batches: Iterator[pyarrow.RecordBatch], name: str, count: Callable[[int], None]
+    batches: Iterator[pyarrow.RecordBatch], name: str, size: int, count: Callable[[int], None]
 ) -> Iterator[list[RawRecord | Refusal]]:
     """The rows of batches as Python values, numbered from 1; count is called with the rows of each batch.
 
-    Raises pyarrow's errors for damaged data, BadData for a column that appears twice.
+    size  of the file or files, in bytes
+    Raises pyarrow's errors for damaged data, BadData for a column that appears twice or rows that swell.
     """
-    first = 1
+    first, unpacked = 1, 0
     for batch in batches:
+        unpacked += sum(map(_bytes_of, batch.columns))
+        if unpacked > max(FREE_BYTES, MOST_GROWTH * size):
+            raise BadData(
+                f"{name}:{first}: the rows take more than {MOST_GROWTH} times the file's size, more than real data "
+                "does. Write the file again without dictionaries if it is right."
+            )
         for field in batch.schema:
             if _is_deep(field.type):
                 raise BadData(f'{name}: column "{field.name}": {TOO_DEEP}.')
@@ -106,6 +116,39 @@ def read_batches(
             yield _rows(batch.slice(start, BATCH_ROWS), name, first + start)
         first += batch.num_rows
         count(batch.num_rows)
+
+
+def _bytes_of(column: pyarrow.Array) -> int:
+    """What a column's values take one by one: an Arrow column may hold a text once and stand for it a million times."""
+    kind = column.type
+    if pyarrow.types.is_dictionary(kind):
+        return _repeated(column.dictionary, column.indices)
+    if pyarrow.types.is_run_end_encoded(kind):
+        ends = column.run_ends.to_numpy()
+        of_each = int(column.values.nbytes // max(len(column.values), 1))
+        return int(ends[-1] - column.offset) * of_each if len(ends) else 0
+    if pyarrow.types.is_struct(kind):
+        return sum(_bytes_of(column.field(number)) for number in range(kind.num_fields))
+    if _is_list(kind):
+        return int(column.nbytes) if not _repeats(kind) else _bytes_of(column.flatten())
+    return int(column.nbytes)
+
+
+def _repeated(values: pyarrow.Array, indices: pyarrow.Array) -> int:
+    try:
+        lengths = pyarrow.compute.binary_length(values)
+    except pyarrow.ArrowNotImplementedError:  # numbers, or lists
+        return len(indices) * int(values.nbytes // max(len(values), 1))
+    return int(pyarrow.compute.sum(lengths.cast("int64").take(indices)).as_py() or 0)
+
+
+def _repeats(kind: pyarrow.DataType) -> bool:
+    """Whether values inside may stand for many of themselves."""
+    if pyarrow.types.is_dictionary(kind) or pyarrow.types.is_run_end_encoded(kind):
+        return True
+    if pyarrow.types.is_struct(kind):
+        return any(_repeats(field.type) for field in kind)
+    return _is_list(kind) and _repeats(kind.value_type)
 
 
 def _rows(batch: pyarrow.RecordBatch, name: str, first: int) -> list[RawRecord | Refusal]:

@@ -83,7 +83,7 @@ def _rows(
         bytes_read = share
 
     tables = rows.with_format("arrow").iter(batch_size=BATCH_ROWS)
-    yield from read_batches(checked(batch for table in tables for batch in table.to_batches()), name, count)
+    yield from read_batches(checked(batch for table in tables for batch in table.to_batches()), name, size, count)
     advance(size - bytes_read)
 
 
