@@ -1,6 +1,5 @@
 """Start: where a run begins, told from its folder and the flags."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,9 +202,10 @@ def _refuse_to_mix(start: Resumed | FromWeights, output_dir: Path) -> None:
 def _refuse_to_replace(output_dir: Path) -> None:
     """Raise BadSettings where a new run would write over files that no run wrote: the README.md of one's own project.
 
-    What an earlier run left behind that failed is a run's own, and its record says so.
+    What an earlier run left behind that failed is a run's own, and its record says so. A link is replaced itself, never
+    what it leads to.
     """
-    own = [name for name in _WRITTEN if os.path.lexists(output_dir / name)]
+    own = [name for name in _WRITTEN if (output_dir / name).is_file() and not (output_dir / name).is_symlink()]
     if own and "status" not in read_record(output_dir):
         raise BadSettings(
             [f"--output_dir {output_dir} holds {', '.join(own)}, which the run would replace. Pass another folder."]
