@@ -22,6 +22,7 @@ def of_files() -> Iterator[Attack]:
         ("config.json", {"hidden_size": 10**7}, (2,)),
         ("config.json", {"num_attention_heads": []}, (2,)),
         ("config.json", {"architectures": 5}, (2,)),
+        ("config.json", {"num_labels": 10**9}, (2,)),
         ("config.json", {"dtype": "float99"}, (2,)),
         ("generation_config.json", {"temperature": "x"}, (2,)),
         ("generation_config.json", {"max_length": -5}, (2,)),
@@ -56,6 +57,19 @@ def of_files() -> Iterator[Attack]:
             return world.chat()
 
         yield Attack(1, f"adapter_config.json {values}", adapter)
+    for values in (
+        *({"num_beams": 4}, {"stop_strings": ["x"]}, {"token_healing": True}, {"dola_layers": "high"}),
+        *({"penalty_alpha": 0.6, "top_k": 4}, {"constraints": [1]}, {"force_words_ids": [[1]]}),
+        *({"bad_words_ids": [[10**6]]}, {"sequence_bias": {"x": 1}}, {"cache_implementation": "quantized"}),
+        {"output_scores": True, "return_dict_in_generate": True},
+    ):
+
+        def writing(world: World, values: dict[str, Any] = values) -> list[str]:
+            edit(world.base / "generation_config.json", **values)
+            return world.chat()
+
+        yield Attack(1, f"chat with generation_config.json {values}", writing, (0,))
+    yield from behind(1, "train", no_files(), (2,))
     yield from behind(1, "train", beside_a_base())
     yield from behind(1, "chat", beside_an_adapter())
     for name in ("config.json", "tokenizer.json", "generation_config.json", "tokenizer_config.json"):
@@ -66,6 +80,20 @@ def of_files() -> Iterator[Attack]:
                 return world.train()
 
             yield Attack(1, f"{name} is {content[:5]!r}", replaced)
+
+
+def no_files() -> dict[str, Callable[[World], object]]:
+    """What has the name of a file of a base and is none."""
+    weights = "model.safetensors"
+    return {
+        "a pipe of weights": lambda world: ((world.base / weights).unlink(), os.mkfifo(world.base / weights)),
+        "weights without end": lambda world: (
+            (world.base / weights).unlink(),
+            (world.base / weights).symlink_to("/dev/zero"),
+        ),
+        "a template behind a broken link": lambda world: (world.base / "chat_template.jinja").symlink_to("blobs/0"),
+        "a folder for a template": lambda world: (world.base / "chat_template.jinja").mkdir(),
+    }
 
 
 def beside_a_base() -> dict[str, Callable[[World], object]]:
@@ -98,7 +126,16 @@ def beside_a_base() -> dict[str, Callable[[World], object]]:
             world.base / "tokenizer.json",
             normalizer={"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 100_000},
         ),
-        "a folder for a template": lambda world: (world.base / "chat_template.jinja").mkdir(),
+        "rules that double a letter forty times": lambda world: edit(
+            world.base / "tokenizer.json",
+            normalizer={
+                "type": "Sequence",
+                "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40,
+            },
+        ),
+        "a rule that begins each text with a book": lambda world: edit(
+            world.base / "tokenizer.json", normalizer={"type": "Prepend", "prepend": "x" * 10**7}
+        ),
         "an index of files that are not there": lambda world: (world.base / "model.safetensors.index.json").write_text(
             '{"weight_map": {"a": "nope.safetensors"}}'
         ),
@@ -143,6 +180,9 @@ def of_templates() -> Iterator[Attack]:
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages[0].content | indent(10000000000) }}",
         "{% if",
+        "{% set ns = namespace(n=0) %}{% for i in range(10**5) %}{% for j in range(10**5) %}{% set ns.n = ns.n + 1 %}"
+        "{% endfor %}{% endfor %}",
+        "{% macro a(n) %}{% if n %}{{ a(n - 1) }}{{ a(n - 1) }}{% endif %}{% endmacro %}{{ a(40) }}",
     ]
     for source in sources:
 
@@ -170,7 +210,11 @@ def of_settings() -> Iterator[Attack]:
 --lora_targets nope|--lora_rank 1000000|--lora_dropout 1|--dataloader_num_workers 5000|--report_to nope|--optim lomo
 --neftune_noise_alpha 1e300|--fsdp full_shard|--optim_args nonsense|--save_total_limit 0|--num_train_epochs 0
 --max_seq_length 0|--gradient_accumulation_steps 0|--template /dev/zero|--eval_size -0.5|--max_minutes nan|--roles a
---keys a=b=c|--learning_rat 1|--deepspeed nope.json|--max_grad_norm -1"""
+--keys a=b=c|--learning_rat 1|--deepspeed nope.json|--max_grad_norm -1|--max_steps 9999999999999999999999999999999
+--accelerator_config nope.json|--debug underflow_overflow|--parallelism_config x|--log_level nope|--eval_on_start true
+--log_level_replica 5|--dataloader_persistent_workers true|--train_sampling_strategy nope|--greater_is_better true
+--early_stopping_patience 2|--load_best_model_at_end true|--optim adafactor --optim_args x=1|--weight_decay 1e40
+--lr_scheduler_type polynomial --lr_scheduler_kwargs {"power":1e400}"""
     for words in flags.replace("\n", "|").split("|"):
         yield Attack(3, words, lambda world, words=words: world.train(*words.split()))  # type: ignore[misc]
     files = {
@@ -180,6 +224,8 @@ def of_settings() -> Iterator[Attack]:
         "laughs": "a: &a [x,x,x,x,x,x,x,x,x]\n"
         + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True)),
         "twice": "seed: 1\nseed: 2\n",
+        "twice, deeper": "lr_scheduler_kwargs: {num_cycles: 1, num_cycles: 2}\nlr_scheduler_type: cosine\n",
+        "no number, deeper": "lr_scheduler_kwargs: {num_cycles: .nan}\nlr_scheduler_type: cosine\n",
         "bytes": "\0\1",
     }
     for name, text in files.items():
@@ -370,6 +416,10 @@ def of_links() -> Iterator[Attack]:
         (world.base / "README.md").write_text("---\ndate: 2024-02-30\nx: " + "[" * 100_000 + "\n---")
         return world.train()
 
+    def over_a_project(world: World) -> list[str]:
+        (world.folder / "others" / "README.md").write_text("mine")
+        return world.train("--output_dir", world.folder / "others")
+
     def over_a_base(world: World) -> list[str]:
         shutil.copytree(world.base, world.folder / "others" / "base")
         return world.train("--output_dir", world.folder / "others" / "base")
@@ -383,6 +433,8 @@ def of_links() -> Iterator[Attack]:
         return world.train("--hub_token", "secret", "--max_steps", "100", "--max_minutes", "0.001")
 
     yield Attack(6, "a run over a base", over_a_base)
+    yield Attack(6, "a run over a project", over_a_project)
+    yield Attack(6, "a password in an address", lambda world: world.train("--dataset_path", "https://u:secret@x.y/z"))
     yield Attack(6, "a run among its records", among_records)
     yield Attack(6, "a token in a stopped run", stopped, (75,))
     yield Attack(6, "a page over a pipe", page)

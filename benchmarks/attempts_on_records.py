@@ -165,4 +165,35 @@ def of_columns() -> Iterator[Attack]:
         yield from behind(14, "inspect", {f"a column of {name}": file})
 
 
-MAKERS = (of_files, of_records, of_folders, of_columns)
+def of_repetition() -> Iterator[Attack]:
+    """Kind 14: small files whose rows are thousands of large texts."""
+    text = ["z" * 10**6]
+
+    def dictionary() -> pyarrow.Array:
+        return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 50_000, pyarrow.int32()), text)
+
+    columns: dict[str, Callable[[], pyarrow.Array]] = {
+        "a dictionary": dictionary,
+        "a run": lambda: pyarrow.RunEndEncodedArray.from_arrays([50_000], text),
+        "a dictionary in a list": lambda: pyarrow.ListArray.from_arrays(
+            pyarrow.array(range(50_001), pyarrow.int32()), dictionary()
+        ),
+    }
+    for name, column in columns.items():
+        for ending in ("arrow", "parquet"):
+            if ending == "parquet" and name == "a run":
+                continue  # it has none
+
+            def file(world: World, column: Callable[[], pyarrow.Array] = column, ending: str = ending) -> None:
+                world.data = world.folder / f"a.{ending}"
+                table = pyarrow.table({"instruction": column(), "output": ["a"] * 50_000})
+                if ending == "parquet":
+                    pyarrow.parquet.write_table(table, world.data)
+                    return
+                with pyarrow.ipc.new_file(world.data, table.schema) as writer:
+                    writer.write_table(table)
+
+            yield from behind(14, "inspect", {f"{name} of one text in {ending}": file}, (2,))
+
+
+MAKERS = (of_files, of_records, of_folders, of_columns, of_repetition)
