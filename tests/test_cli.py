@@ -188,9 +188,9 @@ def test_a_terminal_without_these_characters_shows_them_escaped(words):
 
 
 @pytest.mark.parametrize("address", ["https://user:hidden@hub.test/x.jsonl", "http://hidden@hub.test/x"])
-def test_no_password_of_an_address_is_shown(capsys, address):
+def test_no_password_of_an_address_is_shown(models, capsys, address):
     # A path keeps one slash of two.
-    assert main(["inspect", address, "--model_path", "nowhere"]) == 2
+    assert main(["inspect", address, "--model_path", str(models("llama"))]) == 2
     printed = capsys.readouterr()
     assert "hidden" not in printed.err + printed.out
     assert "hub.test" in printed.err

@@ -306,7 +306,7 @@ def _trainer_values(
         elif declared is not None:
             values[name] = getattr(declared, name)
         choices = choices_of(library[name])
-        if choices and str(entry.value) not in choices:
+        if choices and entry.value is not None and str(entry.value) not in choices:
             problems.append(f"{entry.place(name)}: expected one of {', '.join(choices)}.")
     return values
 
