@@ -350,7 +350,7 @@ _ANY: Values = {
     "attention_heads": 4,
 }
 _LATENT_HEADS: Values = {"num_key_value_heads": 4, "head_dim": 8}
-_ROPE: Values = {"rope_type": "default", "rope_theta": 10_000.0}
+_ROPE: Values = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [3, 3, 2]}
 _INKLING_2: Values = {
     "unpadded_vocab_size": WORDS,
     "sliding_window_size": 16,
@@ -375,7 +375,10 @@ _BEYOND_ANY: dict[str, Values] = {
     "axk2": _LATENT_HEADS,
     "beam": _SPARSE_LAST,
     "cohere2_moe": _WINDOW,
-    "cohere_compass_text": {**_WINDOW, "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE}},
+    "cohere_compass_text": {
+        **_WINDOW,
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+    },
     "dbrx": {
         "d_model": 64,
         "n_heads": 4,
@@ -392,6 +395,7 @@ _BEYOND_ANY: dict[str, Values] = {
     "dots3_note_text": {**_LATENT_HEADS, "layer_types": ["sliding_attention", "indexed_attention"]},
     "exaone_moe": _WINDOW,
     "flint": _WINDOW,
+    "gemma4_unified_text": {"global_head_dim": 16},
     "glm_moe_dsa": _LATENT_HEADS,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
     "inkling2_loop_text": {
@@ -667,7 +671,7 @@ def page(findings: Findings, *, beside: tuple[str, list[Finding]] | None = None)
         "gradient of an adapter matrix (relative L2 norm).",
         "*Noise*: that gradient between two plain runs (another attention, embeddings rounded otherwise). "
         f"*Equal*: loss within {_EQUAL_LOSS:.0e} and gradient within {_EQUAL_GRADIENT:.0e}, or within "
-        f"{_TIMES_NOISE:g} times the noise.",
+        f"{_TIMES_NOISE:g} times the noise (gradients: {_MOST_GRADIENT:g} at most).",
         f"*Speed*: forward and backward of {len(timed)} records behind {_TIMED_TRUNK} shared tokens "
         f"({padded_tokens(timed):,} tokens padded, {len(graft(timed)):,} as a tree), over the same",
         f"in padded rows; the median of {_PAIRS} pairs on one CPU thread. These models are {_SIZE['hidden_size']} "
