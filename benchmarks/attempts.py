@@ -543,7 +543,7 @@ def of_bases() -> Iterator[Attack]:
         "an empty folder": empty,
         "a GGUF": gguf,
         "fewer rows than tokens": fewer_rows,
-        **{f"{name} by its config": kind_of(name) for name in ("t5", "bert", "vit", "nope")},
+        **{f"{name} by its config": kind_of(name) for name in ("t5", "bert", "vit", "musicgen", "nope")},
     }
     for name, folder in bases.items():
         yield Attack(9, name, given(folder))
@@ -688,7 +688,8 @@ def of_numbers() -> Iterator[Attack]:
     """Kind 13."""
     flags = {
         "--learning_rate 1e30 --max_steps 4": (0, 3),
-        "--lora_alpha 1e38 --max_steps 3": (0, 3),
+        "--lora_alpha 1e38 --max_steps 3": (2,),
+        "--lora_alpha 1e6 --max_steps 3": (0, 3),
         "--max_grad_norm 1e-300 --max_steps 2": (0, 3),
         "--adam_epsilon 1e-300 --max_steps 2": (0, 3),
         "--gradient_accumulation_steps 3 --per_device_train_batch_size 2 --max_steps 2": (0,),

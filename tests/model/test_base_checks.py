@@ -144,3 +144,13 @@ def test_a_config_of_a_thousand_million_labels_is_not_made(models, tmp_path):
         (folder / "config.json").write_text(json.dumps({**config, name: 10**9}))
         with pytest.raises(BadModel, match=f"{name}: found 1000000000, expected [0-9]+ or less"):
             read_config(str(folder))
+
+
+def test_a_config_of_several_text_models_is_refused(models, tmp_path):
+    # transformers counts MusicGen among the causal language models, and knows no text part of it.
+    folder = tmp_path / "base"
+    shutil.copytree(models("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "musicgen"}))
+    with pytest.raises(BadModel, match="musicgen is of several models"):
+        read_config(str(folder))

@@ -24,7 +24,7 @@ def problem(*flags: str) -> str:
         ("lora_rank", "x", "a whole number, 1 or more and at most 65,536"),
         ("lora_rank", "2.5", "a whole number, 1 or more and at most 65,536"),
         ("lora_dropout", "1", "a number, 0 or more and less than 1"),
-        ("lora_alpha", "inf", "a number, 0 or more"),
+        ("lora_alpha", "inf", "a number, 0 or more and at most 1,000,000"),
         ("overlength", "cut", "one of shorten, skip, error"),
         ("quantize", "fp4", "one of nf4, int8"),
         ("skip_bad", "perhaps", "true or false"),

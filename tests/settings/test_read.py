@@ -205,6 +205,7 @@ def test_a_wrong_value_is_shown_with_what_was_expected():
         ("--lora_dropout", "1"),
         ("--lora_dropout", "-0.1"),
         ("--lora_alpha", "-1"),
+        ("--lora_alpha", "1e38"),
         ("--max_seq_length", "7"),
         ("--eval_size", "-1"),
         ("--lora_rank", "2.5"),

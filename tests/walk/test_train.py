@@ -42,6 +42,14 @@ def test_a_run_leaves_everything_the_contract_names(models, dialogues, tmp_path)
     assert record["settings"]["max_steps"] == {"value": 6, "source": "--max_steps"}
 
 
+def test_a_warm_up_that_outlasts_the_run_is_said(models, dialogues, tmp_path, capsys):
+    # The learning rate stayed at a thousandth of what was asked for, and nothing said so.
+    for steps, is_said in (("2", True), ("1", False)):
+        words = command(models("llama"), dialogues, tmp_path / steps, "--max_steps", "2", "--learning_rate", "0.01")
+        assert main([*words, "--warmup_steps", steps]) == 0
+        assert ("never reaches 0.01" in capsys.readouterr().out) == is_said
+
+
 def test_prompt_and_target_tokens_are_those_of_one_pass(models, dialogues, tmp_path):
     out = tmp_path / "out"
     assert main(command(models("llama"), dialogues, out, "--max_steps", "1")) == 0

@@ -61,8 +61,13 @@ def _refuse_another_kind_of_folder(folder: Path) -> None:
 def refuse_other_kind(path: str, config: Any) -> None:
     """Raise BadModel where transformers has no causal language model for a config."""
     if is_known(config) and type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-        return
-    if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        try:
+            config.get_text_config()
+        except ValueError:  # MusicGen: a text encoder, and a decoder that writes sounds
+            what = "of several models, and which of them reads text is not said"
+        else:
+            return
+    elif type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         what = "an encoder-decoder, which reads a whole text before it writes"
     else:
         what = "of another kind"

@@ -240,7 +240,13 @@ class LoraSettings:
         at_least=1,
         at_most=LARGEST_RANK,
     )
-    lora_alpha: float = setting(32.0, "the adapter's output is multiplied by alpha / rank", at_least=0)
+    lora_alpha: float = setting(
+        # As much as an adapter's file may say (model/file_schemas.py): more would be trained and then not be loaded.
+        32.0,
+        "the adapter's output is multiplied by alpha / rank",
+        at_least=0,
+        at_most=1_000_000,
+    )
     lora_dropout: float = setting(
         0.1,
         "share of the adapter's input that is set to zero in training, against overfitting",

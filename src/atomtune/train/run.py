@@ -331,6 +331,14 @@ def _say_length(run: RunContext, data: Data) -> None:
         steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
         epochs = "1 epoch" if args.num_train_epochs == 1 else f"{args.num_train_epochs:g} epochs"
         run.console.say(f"\nTraining: {steps:,} steps of {per_step:,} records, {epochs} of {records:,}.")
+    else:
+        steps = args.max_steps
+    warmup = args.get_warmup_steps(steps)
+    if warmup >= steps:
+        run.console.notice(
+            f"the learning rate grows over the first {warmup:,} steps (--warmup_steps), and the run has {steps:,}: it "
+            f"never reaches {args.learning_rate:g}."
+        )
     passes = args.max_steps * per_step / records
     if passes > MANY_PASSES:
         run.console.notice(
