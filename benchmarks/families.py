@@ -440,6 +440,40 @@ _BEYOND_ANY: dict[str, Values] = {
     },
 }
 
+#: Rotary positions in three parts: time, height, width. A text has them all alike.
+_THREE_POSITIONS: Values = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]},
+}
+_HALF_TURNED: Values = {
+    "rope_parameters": {**_THREE_POSITIONS["rope_parameters"], "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
+}
+_TOWER: Values = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+_IMAGES: Values = {**_TOWER, "image_size": 32, "patch_size": 16}
+_QWEN_TOWER: Values = {"depth": 1, "num_heads": 2, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48}
+_QWEN_3_TOWER: Values = {**_QWEN_TOWER, "deepstack_visual_indexes": [0]}
+#: Whole checkpoints with a tower for images, tuned on text: family → the configs of text and tower
+VISION_LANGUAGE: dict[str, tuple[Values, Values]] = {
+    "gemma3": ({**_HEAD, **_WINDOW}, _IMAGES),
+    "glm4v": (_HALF_TURNED, _QWEN_TOWER),
+    "glm4v_moe": ({**_HEAD, **_ROUTED, **_HALF_TURNED}, _QWEN_TOWER),
+    "internvl": ({"model_type": "qwen2"}, {**_TOWER, "image_size": [32, 32], "patch_size": [16, 16]}),
+    "lfm2_vl": (
+        {"model_type": "lfm2", **_CONVOLUTIONS, "block_auto_adjust_ff_dim": False},
+        {"model_type": "siglip2_vision_model", **_TOWER},
+    ),
+    "llava": ({"model_type": "llama"}, {"model_type": "clip_vision_model", **_IMAGES}),
+    "mistral3": ({"model_type": "mistral", **_HEAD, "sliding_window": 16}, {"model_type": "pixtral", **_IMAGES}),
+    "paligemma": (
+        {"model_type": "gemma2", **_HEAD, "sliding_window": 16, "query_pre_attn_scalar": 16},
+        {"model_type": "siglip_vision_model", **_IMAGES, "projection_dim": 64},
+    ),
+    "qwen2_5_vl": (_THREE_POSITIONS, _QWEN_TOWER),
+    "qwen2_vl": (_THREE_POSITIONS, {"depth": 1, "num_heads": 2, "embed_dim": 32, "hidden_size": 64}),
+    "qwen3_vl": ({**_HEAD, **_THREE_POSITIONS}, _QWEN_3_TOWER),
+    "qwen3_vl_moe": ({**_HEAD, **_EXPERTS, **_THREE_POSITIONS}, _QWEN_3_TOWER),
+    "smolvlm": ({"model_type": "llama"}, _IMAGES),
+}
+
 #: why no row → names that transformers lists as causal models
 LEFT_OUT: dict[str, str] = {
     "read a text from both sides unless their config says otherwise": """
@@ -449,7 +483,7 @@ LEFT_OUT: dict[str, str] = {
         bart bigbird_pegasus blenderbot blenderbot-small marian mbart musicgen musicgen_melody mvp pegasus plbart
         prophetnet trocr whisper""",
     "are whole checkpoints with towers for images or sound": """
-        dots3_note emu3 fuyu gemma3 gemma3n gemma4 gemma4_assistant gemma4_unified gemma4_unified_assistant git
+        dots3_note emu3 fuyu gemma3n gemma4 gemma4_assistant gemma4_unified gemma4_unified_assistant git
         got_ocr2 llama4 mllama moshi moss_transcribe_diarize phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp""",
     "counts padding in, which `train` refuses": "cpmant",
     "has the class of gpt2": "gpt-sw3",
@@ -502,6 +536,8 @@ def families() -> Iterator[tuple[str, str, Values]]:
     for kind, of_kind in FAMILIES.items():
         for family, values in of_kind.items():
             yield kind, family, {**_SIZE, **values}
+    for family, (text, tower) in VISION_LANGUAGE.items():
+        yield "images and text, tuned on text", family, {"text_config": {**_SIZE, **text}, "vision_config": tower}
     for family in sorted({*_OF_ANY.split(), *_BEYOND_ANY}):
         yield "more", family, {**_known(family), **_BEYOND_ANY.get(family, {})}
 
