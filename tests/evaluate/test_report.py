@@ -11,7 +11,7 @@ from atomtune.language import spoken, translated
     ("language", "sentence"),
     [
         ("en", "out compared with base. Better: Loss (nats per token) 3.00 → 1.00, chrF 10.0 → 30.0."),
-        ("zh", "out 与 base 相比。 更好：损失（每个词元的 nats） 3.00 → 1.00，chrF 10.0 → 30.0。"),
+        ("zh", "out 与 base 相比。更好：损失（每个词元的 nats） 3.00 → 1.00，chrF 10.0 → 30.0。"),
     ],
 )
 def test_a_sentence_has_the_marks_of_its_language(language, sentence):

@@ -161,7 +161,8 @@ def _sentence(
             words[verdict].append(f"{worded(measure.title)} {change}")
     colon, comma, stop = worded(message(": ")), worded(message(", ")), worded(message("."))
     parts = [f"{worded(title)}{colon}{comma.join(words[key])}{stop}" for key, title in _TITLES if words[key]]
-    return " ".join([worded(f"{name} compared with {base}."), *parts])
+    gap = " " if stop == "." else ""  # a full-width mark has its space in itself
+    return gap.join([worded(f"{name} compared with {base}."), *parts])
 
 
 _TITLES = (
