@@ -3,13 +3,15 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from atomtune import __version__
+from atomtune import __version__, cli
 from atomtune.cli import COMMANDS, main
 from atomtune.errors import AtomtuneError, ExitCode
 
@@ -194,3 +196,24 @@ def test_no_password_of_an_address_is_shown(models, capsys, address):
     printed = capsys.readouterr()
     assert "hidden" not in printed.err + printed.out
     assert "hub.test" in printed.err
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_comes_while_an_object_is_freed_is_heard(monkeypatch, capsys, name):
+    # Python prints what __del__ raises and forgets it: Ctrl-C while a library was imported showed a traceback, and the
+    # command went on to its end.
+    class Freed:
+        def __del__(self) -> None:
+            signal.raise_signal(getattr(signal, name))
+
+    def command(name: str, flags: object) -> int:
+        freed = Freed()
+        del freed
+        for _ in range(1000):
+            time.sleep(0.01)
+        return 0
+
+    monkeypatch.setattr(cli, "_run", command)
+    assert main(["plan"]) == 75
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err and "stopped by a signal" in printed.err

@@ -9,15 +9,20 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TextIO
 
 from atomtune import __version__
 from atomtune.console import LastingStream
 from atomtune.errors import AtomtuneError, BadSettings, ExitCode
 from atomtune.language import LANGUAGES, language_of, spoken, translated
+
+#: After so long a signal that nobody heard is sent again.
+_AGAIN_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,7 @@ def _exit_code_of(name: str, flags: Sequence[str]) -> int:
     # bitsandbytes complains of missing optional kernels at import, which happens wherever PEFT is imported.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     handlers_before = _stop_on_signals()  # until a run installs its own
+    hook_before, sys.unraisablehook = sys.unraisablehook, _hear_again(sys.unraisablehook)
     try:
         return _run(name, flags)
     except AtomtuneError as error:
@@ -164,6 +170,7 @@ def _exit_code_of(name: str, flags: Sequence[str]) -> int:
     except Exception as error:  # noqa: BLE001  # the last line of defence: shown whole, never swallowed
         return _unforeseen(name, error)
     finally:
+        sys.unraisablehook = hook_before
         for number, handler in handlers_before.items():
             signal.signal(number, handler)
 
@@ -255,6 +262,24 @@ def _stop_on_signals() -> dict[int, Any]:
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             handlers_before[number] = signal.signal(number, stop)
     return handlers_before
+
+
+def _hear_again(hook: Callable[[Any], object]) -> Callable[[Any], None]:
+    """A signal that comes while Python frees an object is sent once more.
+
+    Its KeyboardInterrupt is raised in the object's __del__, where Python prints and forgets it; libraries free
+    thousands of objects while they are imported.
+    """
+
+    def unraisable(told: Any) -> None:
+        if not isinstance(told.exc_value, KeyboardInterrupt):
+            hook(told)
+            return
+        number = getattr(signal, str(told.exc_value), signal.SIGINT)
+        send = partial(os.kill, os.getpid()) if os.name == "posix" else signal.raise_signal
+        threading.Timer(_AGAIN_SECONDS, send, [number]).start()  # not here: this too is called by __del__
+
+    return unraisable
 
 
 def _say_overview() -> None:
