@@ -493,6 +493,8 @@ def of_streams() -> Iterator[Attack]:
         "{} </dev/null >&- 2>&-": (0, 3),
     }.items():
         yield Attack(8, shell, lambda world: world.inspect(), codes, shell=shell)
+    # Nothing but the result tells that it was written.
+    yield Attack(8, "COLUMNS=0", lambda world: world.inspect(), (0,), {"COLUMNS": "0"}, shell="{} | grep -q tokens")
     for variables in (
         {"PYTHONIOENCODING": "ascii"},
         {"LC_ALL": "C", "PYTHONUTF8": "0"},

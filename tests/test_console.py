@@ -167,3 +167,10 @@ def test_columns_stand_below_each_other_and_the_last_wraps_below_itself():
         "                 six seven",
         "  学习率  1      short",
     ]
+
+
+def test_no_columns_are_as_many_as_there_are(monkeypatch, capsys):
+    # A command's whole result was lost, with exit code 0.
+    monkeypatch.setenv("COLUMNS", "0")
+    Console().say("a result")
+    assert capsys.readouterr().out == "a result\n"

@@ -47,6 +47,8 @@ class Console(rich.console.Console):
 
     def __init__(self, *, speaks: bool = True, stderr: bool = False) -> None:
         super().__init__(quiet=not speaks, stderr=stderr, highlight=False, markup=False, emoji=False)
+        if self.width < 1:  # COLUMNS=0, as some containers and editors set it: rich would print nothing at all
+            self.width = shutil.get_terminal_size().columns
         self.notices: list[str] = []
 
     def say(self, text: str, style: str | None = None, *, wrap: bool = True) -> None:
