@@ -212,7 +212,7 @@ def of_settings() -> Iterator[Attack]:
 --max_seq_length 0|--gradient_accumulation_steps 0|--template /dev/zero|--eval_size -0.5|--max_minutes nan|--roles a
 --keys a=b=c|--learning_rat 1|--deepspeed nope.json|--max_grad_norm -1|--max_steps 9999999999999999999999999999999
 --accelerator_config nope.json|--debug underflow_overflow|--parallelism_config x|--log_level nope|--eval_on_start true
---log_level_replica 5|--dataloader_persistent_workers true|--train_sampling_strategy nope|--greater_is_better true
+--log_level_replica 5|--dataloader_persistent_workers true|--train_sampling_strategy nope
 --early_stopping_patience 2|--load_best_model_at_end true|--optim adafactor --optim_args x=1|--weight_decay 1e40
 --lr_scheduler_type polynomial --lr_scheduler_kwargs {"power":1e400}"""
     for words in flags.replace("\n", "|").split("|"):

@@ -232,7 +232,6 @@ def test_a_value_out_of_its_range_is_refused(flags):
         (("--ddp_backend", "nope"), "expected one of nccl"),
         (("--parallelism_config", "x"), "which no text can be"),
         (("--debug", "underflow_overflow"), "computed together"),
-        (("--greater_is_better", "true"), "keep the worst"),
         (("--early_stopping_patience", "2", "--eval_strategy", "no"), "it looks at evaluations"),
     ],
 )

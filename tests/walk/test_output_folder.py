@@ -205,7 +205,7 @@ def test_a_model_is_not_written_over(models, dialogues, tmp_path, capsys):
     assert everything_in(base) == before
 
 
-@pytest.mark.parametrize("name", ["README.md", "run.json", "tokenizer.json", "report.html"])
+@pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "report.html"])
 @pytest.mark.parametrize("more", [[], ["--resume"]], ids=["new", "resumed"])
 def test_a_file_that_no_run_wrote_is_not_replaced(models, dialogues, tmp_path, capsys, name, more):  # noqa: PLR0917
     # `--output_dir .` in a project of one's own replaced its README.md by the adapter's.

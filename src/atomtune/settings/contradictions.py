@@ -92,8 +92,6 @@ def _of_the_trainer(values: Mapping[str, Any]) -> Iterator[str]:
     metric = values.get("metric_for_best_model")
     if metric is not None and metric.removeprefix("eval_") not in METRICS:
         yield f"--metric_for_best_model {metric!r}: expected one of {', '.join(METRICS)}."
-    if values.get("greater_is_better"):
-        yield "--greater_is_better true would keep the worst checkpoint: of a loss and a perplexity, less is better."
     if values.get("early_stopping_patience") and values.get("eval_strategy") == "no":
         yield "--early_stopping_patience and --eval_strategy no: it looks at evaluations. Leave one of them out."
     if values.get("parallelism_config") is not None:

@@ -178,6 +178,7 @@ def _run(run: RunContext, began: float) -> None:
     trainer = _load_trainer(prepared, began)
     _refuse_unused_settings(run, trainer)
     _say_length(run, data)
+    _say_worst(run)
     if run.args.should_save:
         check_space(run, trainer.model, prepared.tokenizer)
 
@@ -316,6 +317,13 @@ def _say_changed_length(run: RunContext) -> None:
     if run.resumed and before and before != lengths(run.args):
         run.console.notice(
             "the run's length changed, so the learning-rate schedule is stretched to the new length from here."
+        )
+
+
+def _say_worst(run: RunContext) -> None:
+    if run.args.load_best_model_at_end and run.args.greater_is_better:
+        run.console.notice(
+            "--greater_is_better true keeps the worst checkpoint: of a loss and a perplexity, less is better."
         )
 
 

@@ -15,9 +15,10 @@ from atomtune.train.checkpoint.state import has_optimizer, refuse_programs
 from atomtune.train.run_report import RECORD, read_record
 
 STATE = "trainer_state.json"
-#: What a run writes beside its checkpoints under names that other programs and people use too.
+#: What a run writes beside its checkpoints under names that other programs and people use too. A run.json is a run's,
+#: and one that cannot be read is taken as none.
 _WRITTEN = (
-    *("README.md", RECORD, "report.html", "loss.png", "adapter_config.json"),
+    *("README.md", "report.html", "loss.png", "adapter_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
 )
 
