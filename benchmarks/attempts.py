@@ -557,6 +557,7 @@ def of_environment() -> Iterator[Attack]:
         ({"WORLD_SIZE": "4"}, (2,)),
         ({"RANK": "2"}, (2,)),
         ({"LOCAL_RANK": "0"}, (2,)),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, (2,)),
         ({"PMI_SIZE": "4"}, (2,)),
         ({"OMPI_COMM_WORLD_SIZE": "many"}, (2,)),
         ({"ACCELERATE_TORCH_DEVICE": "meta"}, (2,)),

@@ -42,6 +42,8 @@ def test_what_a_launcher_sets_passes(environment):
         (FOUR | {"RANK": "4"}, ("RANK=4 of WORLD_SIZE=4", "unset RANK WORLD_SIZE")),
         ({"WORLD_SIZE": "0"}, ("WORLD_SIZE=0", "unset WORLD_SIZE")),
         (FOUR | {"WORLD_SIZE": "many"}, ("WORLD_SIZE is 'many'", "a whole number")),
+        (FOUR | {"MASTER_PORT": "x"}, ("MASTER_PORT is 'x'", "from 1 to 65,535", "unset MASTER_PORT")),
+        (FOUR | {"MASTER_PORT": "99999"}, ("MASTER_PORT is '99999'",)),
         ({"LOCAL_RANK": "0"}, ("LOCAL_RANK=0", "not RANK, WORLD_SIZE", "unset LOCAL_RANK")),
         (FOUR | {"LOCAL_RANK": "-1"}, ("LOCAL_RANK is '-1'",)),
         ({"PMI_SIZE": "4", "SLURM_NTASKS": "4"}, ("PMI_SIZE=4", "MPI", "unset PMI_SIZE")),

@@ -8,6 +8,7 @@ from pathlib import Path
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: Folders in which the libraries keep what they fetch and make; the first is the root of the others.
 CACHES = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "XDG_CACHE_HOME")
+_LAST_PORT = 65_535
 _TRUTHS = {"y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0"}
 
 
@@ -46,6 +47,12 @@ def environment_problems(environment: Mapping[str, str] = os.environ) -> Iterato
         yield (
             f"the environment has {listed}, but not {', '.join(missing)}. A launcher sets all of them; these look left "
             f"over from another job. {_remedy(*present)}"
+        )
+    port = environment.get("MASTER_PORT", "1")
+    if not missing and not (port.isdecimal() and 1 <= int(port) <= _LAST_PORT):
+        yield (
+            f"the environment variable MASTER_PORT is {port!r}; expected a number from 1 to {_LAST_PORT:,}. "
+            f"{_remedy('MASTER_PORT')}"
         )
     ranks = numbers.get("WORLD_SIZE")
     if ranks == 0:
