@@ -21,6 +21,7 @@ from atomtune.model.load_errors import explained
 from atomtune.model.lora_targets import ALL_LINEAR, match_targets
 from atomtune.model.weight_sizes import without_weights
 from atomtune.settings.fields import LoraSettings, ModelSettings, TrainSettings
+from atomtune.train.checkpoint.start import foreign_files
 from atomtune.train.model import liger_circumstances
 
 #: Above so many for each core, a machine does nothing but start processes.
@@ -68,6 +69,8 @@ def _folder_problems(settings: TrainSettings, folder: Path) -> Iterator[str]:
             f"--output_dir {folder} holds a model (config.json), whose tokenizer and README.md the run would replace. "
             "Pass another folder."
         )
+    elif own := foreign_files(folder):
+        yield f"--output_dir {folder} holds {', '.join(own)}, which the run would replace. Pass another folder."
     evaluation = [settings.data.eval_path] if settings.data.eval_path else []
     yield from among_records([*settings.data.dataset_paths, *evaluation], folder)
 

@@ -121,7 +121,6 @@ def find_start(
         raise BadSettings(
             [f"{output_dir} already holds a run. --resume goes on with it; another --output_dir starts a new one."]
         )
-    _refuse_to_replace(output_dir)
     return Fresh()
 
 
@@ -140,7 +139,6 @@ def _last_run_in(output_dir: Path, lengths: dict[str, Any], notice: Callable[[st
                 "them.\nRepeat the command it began with: --continue_training --checkpoint WEIGHTS."
             ]
         )
-    _refuse_to_replace(output_dir)
     return Fresh(f"--resume: no whole checkpoint in {output_dir}; starting from the beginning.")
 
 
@@ -200,17 +198,15 @@ def _refuse_to_mix(start: Resumed | FromWeights, output_dir: Path) -> None:
         )
 
 
-def _refuse_to_replace(output_dir: Path) -> None:
-    """Raise BadSettings where a new run would write over files that no run wrote: the README.md of one's own project.
+def foreign_files(output_dir: Path) -> list[str]:
+    """Files that a new run would write over and that no run wrote: the README.md of one's own project.
 
     What an earlier run left behind that failed is a run's own, and its record says so. A link is replaced itself, never
     what it leads to.
     """
-    own = [name for name in _WRITTEN if (output_dir / name).is_file() and not (output_dir / name).is_symlink()]
-    if own and "status" not in read_record(output_dir):
-        raise BadSettings(
-            [f"--output_dir {output_dir} holds {', '.join(own)}, which the run would replace. Pass another folder."]
-        )
+    names = [name for name in _WRITTEN if (output_dir / name).is_file() and not (output_dir / name).is_symlink()]
+    is_a_runs = bool(names) and (holds_a_run(output_dir) or "status" in read_record(output_dir))
+    return [] if is_a_runs else names
 
 
 def _asks_for_more(record: dict[str, Any], lengths: dict[str, Any]) -> bool:
