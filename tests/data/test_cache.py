@@ -590,6 +590,24 @@ def test_a_record_on_which_the_tokenizer_searches_for_hours_is_named(tmp_path, m
     )
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked safely on Linux only")
+def test_every_answer_of_a_long_history_has_the_seconds_of_a_record(tmp_path, monkeypatch):
+    # Each has a prompt of its own, cut to fit: 4,000 turns took longer than one record may, and ended the command.
+    said: list[str] = []
+
+    def tried(work, **limits):
+        work(said.append)
+
+    monkeypatch.setattr(workers, "PATIENCE_SECONDS", 0.001)
+    monkeypatch.setattr(cache, "trial", tried)
+    turns = [{"role": role, "content": f"turn {n}"} for n, role in enumerate(["user", "assistant"] * 150)]
+    data = write_jsonl(tmp_path / "train.jsonl", [{"messages": turns}])
+    template = load_template("auto", tokenizer_of("bytes", CHATML))
+    done = examples_of(data, template, Rules(max_tokens=400), cache_dir=tmp_path)
+    assert done.ledger.records_used == 1
+    assert set(said) == {"train.jsonl:1"} and len(said) > 100
+
+
 def test_a_file_that_changes_while_it_is_read_is_not_stored_under_the_hash_of_other_bytes(data, tmp_path):
     # It was: the file put back as it had been was then served with the records that it never had.
     before = data.stat().st_size

@@ -19,7 +19,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -256,12 +256,13 @@ def encoded(
     def examine(work: tuple[Schema, Chunk]) -> None:
         """Encode the records of a chunk one by one within limits. Raises BadData at one that trips them."""
         schema, chunk = work
-        encoder = Encoder(template, schema, rules.max_tokens, rules.overlength, rules.learn)
 
         def each_record(say: Callable[[str], None]) -> None:
             for raw in parse_chunk(chunk):
                 say(raw.origin)
-                encoder([raw])
+                # Thousands of answers to one history are thousands of prompts: each has the seconds for itself.
+                at_answer = partial(say, raw.origin)
+                Encoder(template, schema, rules.max_tokens, rules.overlength, rules.learn, at_answer=at_answer)([raw])
 
         seconds = _RECORD_SECONDS + len(str(chunk)) // _CHARACTERS_A_SECOND
         if tripped := trial(each_record, seconds=seconds, each_place=True):

@@ -13,7 +13,7 @@ Laws (tests/data/encoding/test_encode.py):
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol, TypeVar
@@ -109,13 +109,17 @@ class _PieceIds:
 
 @dataclass(frozen=True)
 class Encoder:
-    """How values become Examples; one call encodes a batch and knows nothing of the others."""
+    """How values become Examples; one call encodes a batch and knows nothing of the others.
+
+    at_answer  called before an answer's prompt is made to fit, which takes as long as a short record
+    """
 
     template: Template
     schema: Schema
     max_tokens: int
     overlength: Overlength = "shorten"
     learn: Learn = "all"
+    at_answer: Callable[[], object] = lambda: None
 
     @cached_property
     def _unknown_id(self) -> int | None:
@@ -200,6 +204,7 @@ class Encoder:
         for exchange, target in zip(exchanges, targets, strict=True):
             fits: Target | Refusal = target
             if target.prompt_tokens + len(target.answer) > self.max_tokens:
+                self.at_answer()
                 fits = self._made_to_fit(record, exchange.at, target, ids)
             if isinstance(fits, Refusal):
                 return fits
