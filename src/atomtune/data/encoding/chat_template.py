@@ -348,9 +348,11 @@ class Conversation:
         return tuple(prompt[start:end] for start, end in pairwise([0, *(spot for spot in spots if spot), len(prompt)]))
 
     def _pieces(self, parts: Parts) -> tuple[Piece, ...]:
-        for part in set(parts) - self._piece_of.keys():
-            self._piece_of[part] = self.escaper.piece(part, learn=False)
-        return tuple(map(self._piece_of.__getitem__, parts))
+        known = self._piece_of
+        for part in parts:
+            if part not in known:
+                known[part] = self.escaper.piece(part, learn=False)
+        return tuple(map(known.__getitem__, parts))
 
     def _exchange(self, at: int, parts: Parts) -> Exchange:
         turn, template = self.record.turns[at], self.template

@@ -12,6 +12,7 @@ Laws (tests/data/encoding/test_encode.py):
 
 import contextlib
 import itertools
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -201,11 +202,12 @@ class Encoder:
     ) -> list[Target] | Refusal:
         """The exchanges of a record within max_tokens; one that cannot be made to fit refuses the record."""
         fitting: list[Target] = []
+        systems = [at for at, turn in enumerate(record.turns) if turn.role == "system"]
         for exchange, target in zip(exchanges, targets, strict=True):
             fits: Target | Refusal = target
             if target.prompt_tokens + len(target.answer) > self.max_tokens:
                 self.at_answer()
-                fits = self._made_to_fit(record, exchange.at, target, ids)
+                fits = self._made_to_fit(record, exchange.at, target, ids, systems)
             if isinstance(fits, Refusal):
                 return fits
             fitting.append(fits)
@@ -241,16 +243,20 @@ class Encoder:
         refusal = Refusal(record.origin, reason, RefusalKind.TEMPLATE)
         return EncodedRecord(record.origin, refusal=refusal, refused_target_tokens=tokens)
 
-    def _recent(self, record: Record, at: int) -> tuple[Turn, ...]:
+    def _recent(self, record: Record, at: int, systems: Sequence[int]) -> tuple[Turn, ...]:
         """The turns up to an answer that could fit: its system texts, and as many others as there may be tokens.
 
         Of a history of twenty thousand turns, each answer would look through all that are before it.
+
+        systems  where all system texts of the record stand
         """
         first = max(0, at + 1 - self.max_tokens)
-        systems = [turn for turn in record.turns[:first] if turn.role == "system"] if first else []
-        return (*systems, *record.turns[first : at + 1])
+        before = systems[: bisect_left(systems, first)]
+        return (*map(record.turns.__getitem__, before), *record.turns[first : at + 1])
 
-    def _made_to_fit(self, record: Record, at: int, target: Target, ids: _PieceIds) -> Target | Refusal:
+    def _made_to_fit(
+        self, record: Record, at: int, target: Target, ids: _PieceIds, systems: Sequence[int]
+    ) -> Target | Refusal:
         """An exchange that is too long, its prompt shortened; or the refusal of one that must not or cannot be."""
         room = self.max_tokens - len(target.answer)
         if self.overlength != "shorten" and room > 0:
@@ -270,7 +276,7 @@ class Encoder:
             fitting.append((shorter, prompt_ids))
             return True
 
-        until = replace(record, turns=self._recent(record, at))
+        until = replace(record, turns=self._recent(record, at, systems))
         share = room / target.prompt_tokens * (at + 1) / len(until.turns)
         shorter = shorten(until, fits, share=min(share, 1.0)) if room > 0 else None
         if shorter is not None:
