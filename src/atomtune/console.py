@@ -114,6 +114,11 @@ def program() -> str:
     return "atomtune" if shutil.which("atomtune") else f"{shlex.quote(sys.executable)} -m atomtune"
 
 
+def as_command(words: Iterable[str]) -> str:
+    """The words behind `atomtune` as a command that can be copied."""
+    return f"{program()} {shlex.join(words)}"
+
+
 class LastingStream:
     """A standard stream that a command outlives: what cannot be written any more is lost, and is known to be.
 

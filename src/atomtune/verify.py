@@ -6,7 +6,6 @@ that noise is what the fast path's difference is judged by (model/agreement.py).
 """
 
 import math
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from atomtune.batch.collate import Collator
 from atomtune.batch.cost import sample_rows
 from atomtune.batch.row import padded_tokens
 from atomtune.choices import Layout
-from atomtune.console import Console, program
+from atomtune.console import Console, as_command
 from atomtune.data.cache import Rules, as_examples, concatenate, examples_of
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.reading.sources import distinct_names
@@ -122,8 +121,7 @@ def verify(settings: VerifySettings) -> int:
         console=console,
     )
     say(compared, console)
-    trained = shlex.join(["train", *words_of(settings, ModelSettings, RecordSettings, LoraSettings)])
-    console.next_steps([f"{program()} {trained}"])
+    console.next_steps([as_command(["train", *words_of(settings, ModelSettings, RecordSettings, LoraSettings)])])
     return 0
 
 

@@ -1,6 +1,5 @@
 """Evaluate: base against tuned, on a file or on the records that a run held out."""
 
-import shlex
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,7 @@ from rich.table import Table
 from atomtune.batch.collate import Collator
 from atomtune.batch.cost import sample_rows
 from atomtune.choices import Layout
-from atomtune.console import Console, program
+from atomtune.console import Console, as_command
 from atomtune.data.cache import Rules, as_examples
 from atomtune.data.encoding.chat_template import Template
 from atomtune.disk import write_json, write_text
@@ -45,7 +44,7 @@ def evaluate(settings: EvaluateSettings) -> int:
     if settings.adapter_path:
         adapter = ["--adapter_path", settings.adapter_path[0]]
         commands = ["chat", *adapter, "--compare"], ["certify", *adapter]
-        console.next_steps(f"{program()} {shlex.join(command)}" for command in commands)
+        console.next_steps(map(as_command, commands))
     return 0
 
 

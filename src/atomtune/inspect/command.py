@@ -1,11 +1,10 @@
 """Inspect: what of a data set is learned and what is wrong with it, before a model is loaded."""
 
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
 from atomtune.batch.cost import sample_rows
-from atomtune.console import Console, print_json, program
+from atomtune.console import Console, as_command, print_json
 from atomtune.data.cache import Rules, records_of
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.formats.schema import THINKING
@@ -58,8 +57,7 @@ def inspect(settings: InspectSettings) -> int:
         console.say(translated(f"\nwritten: {settings.html}"))
     require(allowed, report.findings, report.ledger)
     if not settings.json:
-        trained = shlex.join(["train", *words_of(settings, TokenizerSettings, RecordSettings)])
-        console.next_steps([f"{program()} {trained}"])
+        console.next_steps([as_command(["train", *words_of(settings, TokenizerSettings, RecordSettings)])])
     return 0
 
 

@@ -1,7 +1,6 @@
 """Plan: what a run would cost, from the command line it would have."""
 
 import math
-import shlex
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import TrainingArguments
 
 from atomtune.batch.cost import SAMPLED_BATCHES, LayoutTokens, batches_of, heaviest_of_the_run, sample_rows
 from atomtune.choices import Layout
-from atomtune.console import Console, print_json, program
+from atomtune.console import Console, as_command, print_json
 from atomtune.data.cache import EncodedData, Rules, as_examples, concatenate, examples_of
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
@@ -123,7 +122,7 @@ def plan(settings: PlanSettings) -> int:
         print_json(forecast.to_json())
     _say(forecast, console, quantized=settings.train.model.quantize is not None)
     if not settings.json:
-        console.next_steps([f"{program()} {shlex.join(['train', *without_start(settings.train.argv or ())])}"])
+        console.next_steps([as_command(["train", *without_start(settings.train.argv or ())])])
     return 0
 
 

@@ -1,6 +1,5 @@
 """Output folder: its disk has room for the checkpoints; an error names it, and how the run goes on."""
 
-import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import datasets
 from rich.filesize import decimal
 from transformers import TrainingArguments
 
-from atomtune.console import program
+from atomtune.console import as_command
 from atomtune.data.cache import tokenizer_text
 from atomtune.disk import disk_failed
 from atomtune.errors import AtomtuneError, RunFailed, Stopped
@@ -57,7 +56,7 @@ def goes_on(run: RunContext) -> str:
     words = [word for word in without_start(settings.argv) if word != "--resume"]
     if "output_dir" not in settings.origins:
         words += ["--output_dir", folder]
-    return f"To go on from there:\n  {program()} {shlex.join(['train', *words, '--resume'])}"
+    return f"To go on from there:\n  {as_command(['train', *words, '--resume'])}"
 
 
 def _in_place_of(settings: TrainSettings) -> str:
