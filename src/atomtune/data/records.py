@@ -1,12 +1,14 @@
 """The nouns of the walk: Turn, Record, Piece, Exchange, Example, Refusal, each frozen."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 #: `text` is a stretch that belongs to no dialogue and is learned whole.
 Role = Literal["system", "user", "assistant", "tool", "text"]
+Part = TypeVar("Part")  # of a prompt: its text, its Piece or its ids
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +62,52 @@ class Piece(NamedTuple):
     breaks: tuple[int, ...] = ()
 
 
+class Prompt(NamedTuple, Generic[Part]):
+    """What stands before an answer, in parts: the first `length` of `history`, and one that asks for the answer.
+
+    The prompts of a conversation hold the same list, each more of it than the one before: as tuples of their own they
+    would take memory and time by the square of its turns.
+    """
+
+    history: list[Part]
+    length: int
+    asks: Part
+
+    def parts(self, start: int = 0) -> Iterator[Part]:
+        """From the part `start` on."""
+        yield from self.history[start : self.length]
+        yield self.asks
+
+    def goes_on_from(self, before: "Prompt[Part]") -> bool:
+        """Whether it begins with all of another prompt but the part that asks."""
+        if self.length < before.length:
+            return False
+        same = self.history is before.history
+        return same or self.history[: before.length] == before.history[: before.length]
+
+
+def shared_parts(prompts: Iterable[Prompt[Any]]) -> Iterator[int]:
+    """For each prompt of a conversation, how many of its first parts are those of the prompt before it."""
+    before: Prompt[Any] | None = None
+    for prompt in prompts:
+        yield before.length if before is not None and prompt.goes_on_from(before) else 0
+        before = prompt
+
+
+def with_each_part(prompts: Sequence[Prompt[Part]], make: Callable[[Part], Made]) -> Iterator[Prompt[Made]]:
+    """The prompts of a conversation with each part made into something else, what they share once."""
+    history: list[Made] = []
+    for prompt, shared in zip(prompts, shared_parts(prompts), strict=True):
+        if not shared:
+            history = []
+        history += map(make, prompt.history[shared : prompt.length])
+        yield Prompt(history, prompt.length, make(prompt.asks))
+
+
 class Exchange(NamedTuple):
     """An answer that is learned `learn` times, and everything a server would be sent before it."""
 
-    prompt: tuple[Piece, ...]  # cut only where the ids of the parts are those of the whole
+    prompt: Prompt[Piece]  # cut only where the ids of the parts are those of the whole
     answer: Piece
     learn: int
     at: int  # which of the record's turns the answer is

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers, processors
 
-from atomtune.data.encoding.chat_template import Template
+from atomtune.data.encoding.chat_template import Template, joined
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.encoding.encode import BATCH_RECORDS, encode
 from atomtune.data.encoding.truncate import shorten
@@ -561,6 +561,20 @@ def test_thousands_of_turns_take_as_long_as_there_are_turns(tokenizers):
     seconds(template, history(10))
     short, long = (min(seconds(template, history(turns)) for _ in range(3)) for turns in (500, 2000))
     assert long < 9 * short  # 4 ×, and 16 × when squared
+
+
+@pytest.mark.parametrize("template", ["plain", "llama2"])
+def test_the_prompts_of_a_conversation_hold_what_they_share_once(tokenizers, template):
+    # Each held all parts before it: 16,000 turns took half a gigabyte, and 100,000 all memory.
+    turns = [Turn(role, f"{role} {n}") for n in range(300) for role in ("user", "assistant")]
+    template = load_template(template, tokenizers["chatml" if template == "plain" else "sentencepiece"])
+    exchanges = template.exchanges(Record(tuple(turns), "train.jsonl:1"))
+    assert len({id(exchange.prompt.history) for exchange in exchanges}) == 1
+    whole = joined(exchanges[-1].prompt).text
+    for number, exchange in enumerate(exchanges):
+        prompt = joined(exchange.prompt).text
+        assert f"user {number}" in prompt and f"assistant {number}" not in prompt
+        assert whole.startswith("".join(piece.text for piece in exchange.prompt.history[: exchange.prompt.length]))
 
 
 def test_a_long_history_is_shortened_to_what_its_end_alone_is(tokenizers):

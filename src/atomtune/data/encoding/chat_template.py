@@ -7,11 +7,11 @@ behind that, thoughts, calls and channels included.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 from atomtune.data.encoding.jinja_render import Renderer
@@ -25,13 +25,11 @@ from atomtune.data.encoding.thoughts import (
     without_opening,
 )
 from atomtune.data.encoding.token_ids import Escaper, PieceTokenizer
-from atomtune.data.records import Exchange, Piece, Record, Turn
+from atomtune.data.records import Exchange, Piece, Prompt, Record, Turn, with_each_part
 from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import UserError
 
 Message = dict[str, Any]
-#: A rendered prompt, cut where the assistant's turns begin.
-Parts = tuple[str, ...]
 InstructionRole = Literal["system", "user"]
 
 #: The name of the template that comes with the tokenizer.
@@ -207,8 +205,8 @@ class Template:
         """Every learned answer of a record with what is asked before it. Raises CannotExpress."""
         return Conversation(self, record).exchanges()
 
-    def prompt(self, record: Record, at: int) -> tuple[Piece, ...]:
-        """What is asked before the turn at `at`, as pieces whose ids are those of the whole."""
+    def prompt(self, record: Record, at: int) -> Prompt[Piece]:
+        """What is asked before the turn at `at`, in pieces whose ids are those of the whole."""
         return Conversation(self, record).prompt(at)
 
     def prompt_piece(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Piece:
@@ -248,25 +246,34 @@ class Conversation:
     def exchanges(self) -> tuple[Exchange, ...]:
         learned = self.record.learned
         prompts = self._prompts(learned)
-        exchanges = [self._exchange(at, prompt) for at, prompt in zip(learned, prompts, strict=True)]
+        in_pieces = with_each_part(prompts, self._piece)
+        exchanges = [self._exchange(*each) for each in zip(prompts, in_pieces, learned, strict=True)]
         if exchanges and self.record.turns[-1].role != "text":
-            self._look_for_lost_turns(learned[-1], "".join(prompts[-1]))
-            if self.variables.get("documents") and self._writes_no_documents(learned[-1], "".join(prompts[-1])):
+            last = _whole(prompts[-1])
+            self._look_for_lost_turns(learned[-1], last)
+            if self.variables.get("documents") and self._writes_no_documents(learned[-1], last):
                 lost = (*exchanges[-1].lost, NOT_WRITTEN["documents"])
                 exchanges[-1] = exchanges[-1]._replace(lost=lost)
         return tuple(exchanges)
 
     def exchange(self, at: int) -> Exchange:
-        return self._exchange(at, self._parts(self._render_prompt(at)))
+        prompt = self._prompt(at)
+        (in_pieces,) = with_each_part([prompt], self._piece)
+        return self._exchange(prompt, in_pieces, at)
 
-    def prompt(self, at: int) -> tuple[Piece, ...]:
-        return self._pieces(self._parts(self._render_prompt(at)))
+    def prompt(self, at: int) -> Prompt[Piece]:
+        (in_pieces,) = with_each_part([self._prompt(at)], self._piece)
+        return in_pieces
 
-    def _prompts(self, learned: Sequence[int]) -> list[Parts]:
+    def _prompts(self, learned: Sequence[int]) -> list[Prompt[str]]:
         """What is asked before each learned answer, control strings hidden."""
         if len(learned) > RENDERED_EACH and (cut := self._cut_prompts(learned)) is not None:
             return cut
-        return [self._parts(self._render_prompt(at)) for at in learned]
+        return list(map(self._prompt, learned))
+
+    def _prompt(self, at: int) -> Prompt[str]:
+        *history, asks = self._parts(self._render_prompt(at))
+        return Prompt(history, len(history), asks)
 
     def _render_prompt(self, at: int) -> str:
         if self.record.turns[at].role == "text":
@@ -279,7 +286,7 @@ class Conversation:
     def _render(self, messages: Sequence[Message], *, prompt: bool) -> str:
         return self.template.render(messages, tools=self.tools, prompt=prompt, variables=self.variables)
 
-    def _cut_prompts(self, learned: Sequence[int]) -> list[Parts] | None:
+    def _cut_prompts(self, learned: Sequence[int]) -> list[Prompt[str]] | None:
         """All prompts from one rendering: the last, cut where each answer starts; None where they are not its parts.
 
         A long conversation would be rendered once for every answer, which takes as long as its length squared. That
@@ -290,18 +297,18 @@ class Conversation:
         texts = [str(message["content"]) for message in self.messages]
         if not self.template.cut or any(map(mentions_thoughts, texts)) or thinks > self.template.forgets_thoughts:
             return None
-        parts = self._parts(self._render_prompt(learned[-1]))
-        prompts = self._at_headers(learned, parts) if self.template.header else self._at_stops(learned, parts)
+        last = self._prompt(learned[-1])
+        prompts = self._at_headers(learned, last) if self.template.header else self._at_stops(learned, last)
         if prompts is None:
             return None
         if self.template.knows_thoughts:
             # Between a question and its answer it keeps those of each call, empty ones too.
             for number, at in enumerate(learned):
                 if turns[at - 1].role != "user":
-                    prompts[number] = self._parts(self._render_prompt(at))
+                    prompts[number] = self._prompt(at)
         number = 0
         while number < len(learned) - 1:
-            if self._render_prompt(learned[number]) != "".join(prompts[number]):
+            if self._render_prompt(learned[number]) != _whole(prompts[number]):
                 return None
             number = 2 * number + 1
         return prompts
@@ -309,70 +316,67 @@ class Conversation:
     def _message_of(self, at: int) -> Message:
         return self.messages[self.starts[at]] if self.starts[at] < len(self.messages) else {}
 
-    def _at_headers(self, learned: Sequence[int], parts: Parts) -> list[Parts] | None:
+    def _at_headers(self, learned: Sequence[int], last: Prompt[str]) -> list[Prompt[str]] | None:
         """The prompts, where each part but the first begins with a turn of the assistant; None where it does not."""
         assistants = [i for i, turn in enumerate(self.record.turns[: learned[-1]]) if turn.role == "assistant"]
-        asks = parts[-1]
-        if len(parts) != len(assistants) + 2 or (asks != self.template.asks and not self.variables):
+        if last.length != len(assistants) + 1 or (last.asks != self.template.asks and not self.variables):
             return None
-        parts_before = dict(zip([*assistants, learned[-1]], range(1, len(parts)), strict=True))
-        return [(*parts[: parts_before[at]], asks) for at in learned]
+        parts_before = dict(zip([*assistants, learned[-1]], range(1, last.length + 1), strict=True))
+        return [last._replace(length=parts_before[at]) for at in learned]
 
-    def _at_stops(self, learned: Sequence[int], parts: Parts) -> list[Parts] | None:
+    def _at_stops(self, learned: Sequence[int], last: Prompt[str]) -> list[Prompt[str]] | None:
         """The prompts, where each part but the last ends with an answer, and the next begins with its stop token.
 
         <s> [INST] q1 [/INST] a1 | </s> [INST] q2 [/INST] a2 | </s> [INST] q3 [/INST]
         """
         assistants = [i for i, turn in enumerate(self.record.turns[: learned[-1]]) if turn.role == "assistant"]
-        if len(parts) != len(assistants) + 1:
+        if last.length != len(assistants):
             return None
         if any(not str(self._message_of(at)["content"]).strip() for at in assistants):
             return None  # calls alone: where one begins cannot be seen
         first = self._render_prompt(assistants[0])
-        gap = parts[0][len(first) :].partition(str(self._message_of(assistants[0])["content"]).strip())[0]
-        prompts: dict[int, Parts] = {learned[-1]: parts}
+        gap = last.history[0][len(first) :].partition(str(self._message_of(assistants[0])["content"]).strip())[0]
+        prompts = {learned[-1]: last}
         for number, at in enumerate(assistants):
             answer = gap + str(self._message_of(at)["content"]).strip()
-            asks, found, rest = parts[number].rpartition(answer)
+            asks, found, rest = last.history[number].rpartition(answer)
             if not found or rest.strip():
                 return None
-            prompts[at] = (*parts[:number], asks)
+            prompts[at] = Prompt(last.history, number, asks)
         return [prompts[at] for at in learned]
 
-    def _parts(self, prompt: str) -> Parts:
+    def _parts(self, prompt: str) -> Iterator[str]:
         """A rendered prompt cut where the assistant's turns begin, or else where they end.
 
         Prompts of one conversation have most parts in common, so that each is tokenized once.
         """
         spots = _all_places(prompt, self.template.cut) if self.template.cut else []
-        return tuple(prompt[start:end] for start, end in pairwise([0, *(spot for spot in spots if spot), len(prompt)]))
+        places = [0, *(spot for spot in spots if spot), len(prompt)]
+        return (prompt[start:end] for start, end in pairwise(places))
 
-    def _pieces(self, parts: Parts) -> tuple[Piece, ...]:
-        known = self._piece_of
-        for part in parts:
-            if part not in known:
-                known[part] = self.escaper.piece(part, learn=False)
-        return tuple(map(known.__getitem__, parts))
+    def _piece(self, part: str) -> Piece:
+        if part not in self._piece_of:
+            self._piece_of[part] = self.escaper.piece(part, learn=False)
+        return self._piece_of[part]
 
-    def _exchange(self, at: int, parts: Parts) -> Exchange:
+    def _exchange(self, prompt: Prompt[str], in_pieces: Prompt[Piece], at: int) -> Exchange:
         turn, template = self.record.turns[at], self.template
-        pieces = self._pieces(parts)
         if turn.role == "text":
-            return Exchange(pieces, self.escaper.whole(turn.text, learn=True), turn.learn, at, template.stop)
+            return Exchange(in_pieces, self.escaper.whole(turn.text, learn=True), turn.learn, at, template.stop)
         # Behind a tool's answer some prompts end otherwise; there the answer is rendered.
-        form = template.form if parts[-1].endswith(template.asks) and not self.variables else None
+        form = template.form if prompt.asks.endswith(template.asks) and not self.variables else None
         if form is not None and not turn.reasoning and not turn.calls and not mentions_thoughts(turn.text):
             text, stop = form.written(str(self.messages[self.starts[at]]["content"])), template.stop
             has_space = form.lead == " "
         else:
-            text, stop = template.ended(self.written(at, "".join(parts)))
+            text, stop = template.ended(self.written(at, _whole(prompt)))
             has_space = text.startswith("  ") or not turn.text.startswith(" ")
         if has_space:
             text = template.tokens.without_written_space(text)
         answer = self.escaper.piece(text, learn=True)
         if turn.calls:
             self._look_for_lost_calls(at, answer.text)
-        return Exchange(pieces, answer, turn.learn, at, stop, self._lost_of(turn, answer.text))
+        return Exchange(in_pieces, answer, turn.learn, at, stop, self._lost_of(turn, answer.text))
 
     def written_at(self, at: int) -> str:
         """What the template writes for the turn at `at`, up to the end of all that stands behind it."""
@@ -474,13 +478,17 @@ class Conversation:
                 raise CannotExpress(f"{self.template.title} leaves out what turn {number + 1} ({turn.role}) says")
 
 
-def joined(pieces: Sequence[Piece]) -> Piece:
-    """Pieces that stand one behind the other, as one."""
-    breaks, length = [], 0
-    for piece in pieces:
-        breaks += [length + at for at in piece.breaks]
-        length += len(piece.text)
-    return Piece("".join(piece.text for piece in pieces), pieces[0].learn if pieces else False, tuple(breaks))
+def _whole(prompt: Prompt[str]) -> str:
+    return "".join(prompt.parts())
+
+
+def joined(prompt: Prompt[Piece]) -> Piece:
+    """A prompt as one piece."""
+    breaks: list[int] = []
+    pieces = list(prompt.parts())
+    for start, piece in zip(accumulate((len(piece.text) for piece in pieces), initial=0), pieces, strict=False):
+        breaks += [start + at for at in piece.breaks]
+    return Piece("".join(piece.text for piece in pieces), learn=False, breaks=tuple(breaks))
 
 
 def _hidden(message: Message, escaper: Escaper) -> Message:

@@ -13,7 +13,7 @@ Laws (tests/data/encoding/test_encode.py):
 import contextlib
 import itertools
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,7 +27,18 @@ from atomtune.data.encoding.truncate import shorten
 from atomtune.data.formats.detect import Schema, to_record
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord
-from atomtune.data.records import Example, Exchange, Piece, Record, Refusal, RefusalKind, Turn
+from atomtune.data.records import (
+    Example,
+    Exchange,
+    Piece,
+    Prompt,
+    Record,
+    Refusal,
+    RefusalKind,
+    Turn,
+    shared_parts,
+    with_each_part,
+)
 
 BATCH_RECORDS = 1000
 # An instruction is "the" instruction of a data set when at least this share of its records carries it.
@@ -36,9 +47,9 @@ INSTRUCTIONS_KEPT = 10_000
 
 
 class Target(NamedTuple):
-    """The ids of one exchange: what is asked, in parts, and the answer with its stop token."""
+    """The ids of one exchange: what is asked, and the answer with its stop token."""
 
-    prompt: tuple[list[int], ...]
+    prompt: Prompt[list[int]]
     answer: list[int]
     learn: int
     prompt_tokens: int  # of all parts together
@@ -78,7 +89,6 @@ class Counted(Protocol):
 
 CountedPart = TypeVar("CountedPart", bound=Counted)
 Item = TypeVar("Item")
-Part = TypeVar("Part")  # of a prompt: a Piece, or its ids
 
 
 @dataclass
@@ -184,7 +194,7 @@ class Encoder:
         examples = joined(fitting, record.origin)
         all_tokens = sum(len(example.ids) for example in examples)
         learned_tokens = sum(target.learned_tokens for target in fitting)
-        pieces = (*exchanges[-1].prompt, *(exchange.answer for exchange in exchanges))
+        pieces = (*exchanges[-1].prompt.parts(), *(exchange.answer for exchange in exchanges))
         return EncodedRecord(
             record.origin,
             examples,
@@ -222,16 +232,14 @@ class Encoder:
     def _targets(self, exchanges: Sequence[Exchange], ids: _PieceIds) -> list[Target]:
         """The exchanges of one record in ids; what a prompt shares with the one before is looked up once."""
         targets: list[Target] = []
-        pieces_before: tuple[Piece, ...] = ()
-        prompt: tuple[list[int], ...] = ()
-        for exchange in exchanges:
-            shared = _shared(pieces_before, exchange.prompt)
-            prompt = (*prompt[:shared], *(ids[piece] for piece in exchange.prompt[shared:]))
+        prompts = [exchange.prompt for exchange in exchanges]
+        prompts_in_ids = with_each_part(prompts, ids.__getitem__)
+        tokens = 0  # of what a prompt shares with the one before
+        for exchange, prompt, shared in zip(exchanges, prompts_in_ids, shared_parts(prompts), strict=True):
+            tokens = (tokens if shared else 0) + sum(map(len, prompt.history[shared:]))
             stop = self.template.tokenizer.convert_tokens_to_ids(exchange.stop)
-            targets.append(
-                Target(prompt, [*ids[exchange.answer], stop], exchange.learn, prompt_tokens=sum(map(len, prompt)))
-            )
-            pieces_before = exchange.prompt
+            answer = [*ids[exchange.answer], stop]
+            targets.append(Target(prompt, answer, exchange.learn, prompt_tokens=tokens + len(prompt.asks)))
         return targets
 
     def _refused(self, record: Record, reason: str, ids: _PieceIds) -> EncodedRecord:
@@ -263,25 +271,26 @@ class Encoder:
             reason = f"longer than max_seq_length {self.max_tokens}"
             return Refusal(record.origin, reason, RefusalKind.TOO_LONG, broken=self.overlength == "error")
 
-        fitting: list[tuple[Record, tuple[list[int], ...]]] = []
+        fitting: list[tuple[Record, Prompt[list[int]], int]] = []
 
         def fits(shorter: Record) -> bool:
             try:
                 prompt = self.template.prompt(shorter, len(shorter.turns) - 1)
             except CannotExpress:  # it says the whole prompt, but not with a turn or a text less
                 return False
-            prompt_ids = tuple(ids[piece] for piece in prompt)
-            if sum(map(len, prompt_ids)) > room:
+            (prompt_ids,) = with_each_part([prompt], ids.__getitem__)
+            tokens = sum(map(len, prompt_ids.parts()))
+            if tokens > room:
                 return False
-            fitting.append((shorter, prompt_ids))
+            fitting.append((shorter, prompt_ids, tokens))
             return True
 
         until = replace(record, turns=self._recent(record, at, systems))
         share = room / target.prompt_tokens * (at + 1) / len(until.turns)
         shorter = shorten(until, fits, share=min(share, 1.0)) if room > 0 else None
         if shorter is not None:
-            prompt = next(prompt for tried, prompt in reversed(fitting) if tried == shorter)
-            return target._replace(prompt=prompt, prompt_tokens=sum(map(len, prompt)))
+            prompt, tokens = next((prompt, tokens) for tried, prompt, tokens in reversed(fitting) if tried == shorter)
+            return target._replace(prompt=prompt, prompt_tokens=tokens)
         which = f"answer {record.learned.index(at) + 1}" if len(record.learned) > 1 else "the answer"
         beside = "the template's markers and list of tools" if record.tools else "the template's markers"
         return Refusal(
@@ -297,21 +306,9 @@ def _different_pieces(exchanges: tuple[Exchange, ...] | CannotExpress) -> Iterat
     """The pieces of a record; those that a prompt shares with the one before are left out."""
     if isinstance(exchanges, CannotExpress):
         return
-    before: tuple[Piece, ...] = ()
-    for exchange in exchanges:
-        yield from exchange.prompt[_shared(before, exchange.prompt) :]
+    for exchange, shared in zip(exchanges, shared_parts(exchange.prompt for exchange in exchanges), strict=True):
+        yield from exchange.prompt.parts(shared)
         yield exchange.answer
-        before = exchange.prompt
-
-
-def _shared(before: tuple[Part, ...], prompt: tuple[Part, ...]) -> int:
-    """How many parts a prompt has in common with the one before it: all of that but its last part, or none.
-
-    The last part asks for the answer, and is no beginning of the next prompt's. Mostly the parts are the same objects,
-    which takes no time to see.
-    """
-    shared = max(0, len(before) - 1)
-    return shared if len(prompt) > shared and prompt[:shared] == before[:shared] else 0
 
 
 def _prompt_tokens(targets: Sequence[Target]) -> int:
@@ -321,13 +318,26 @@ def _prompt_tokens(targets: Sequence[Target]) -> int:
 def _notes(record: Record, exchanges: Sequence[Exchange]) -> tuple[str, ...]:
     """What is accepted but worth saying: texts that the template does not write."""
     notes = [note for exchange in exchanges for note in exchange.lost]
-    systems = [(at, turn.text.strip()) for at, turn in enumerate(record.turns) if turn.role == "system"]
-    for exchange in exchanges if systems else ():
-        before = [text for at, text in systems if at < exchange.at]
-        if not all(any(text in piece.text for piece in exchange.prompt) for text in before):
-            notes.append(NOT_WRITTEN["system"])
-            break
+    if _lacks_a_system_text(record, exchanges):
+        notes.append(NOT_WRITTEN["system"])
     return tuple(dict.fromkeys(notes))  # they count records: each is said once a record
+
+
+def _lacks_a_system_text(record: Record, exchanges: Sequence[Exchange]) -> bool:
+    """Whether one is in no part of a prompt behind it; what a prompt shares with the one before is looked at once."""
+    systems = [(at, turn.text.strip()) for at, turn in enumerate(record.turns) if turn.role == "system"]
+    waiting = deque(systems)
+    unseen: set[str] = set()  # in no part that the prompts share so far
+    for exchange, shared in zip(exchanges, shared_parts(exchange.prompt for exchange in exchanges), strict=True):
+        if not shared:
+            waiting, unseen = deque(systems), set()
+        while waiting and waiting[0][0] < exchange.at:
+            unseen.add(waiting.popleft()[1])
+        new = exchange.prompt.history[shared : exchange.prompt.length]
+        unseen = {text for text in unseen if not any(text in piece.text for piece in new)}
+        if not all(text in exchange.prompt.asks.text for text in unseen):
+            return True
+    return False
 
 
 def _enter(encoded: EncodedRecord, batch: EncodedBatch) -> None:
@@ -356,13 +366,12 @@ def joined(targets: Sequence[Target], origin: str) -> tuple[Example, ...]:
     ids: list[int] = []
     learn: list[int] = []
     before: Target | None = None
-    prompts = _Prompts()
     for target in targets:
         new = None if before is None else _continued(before, target)
         if new is None:
             if ids:
                 examples.append(Example(tuple(ids), tuple(learn), origin))
-            ids, learn = prompts.whole(target), [0] * target.prompt_tokens
+            ids, learn = list(itertools.chain.from_iterable(target.prompt.parts())), [0] * target.prompt_tokens
         else:
             ids += new
             learn += [0] * len(new)
@@ -374,29 +383,12 @@ def joined(targets: Sequence[Target], origin: str) -> tuple[Example, ...]:
     return (*examples, Example(tuple(ids), tuple(learn), origin))
 
 
-class _Prompts:
-    """Whole prompts of one record: each is mostly the one before, so that only what is new is put together."""
-
-    def __init__(self) -> None:
-        self._parts: tuple[list[int], ...] = ()  # of the prompt before
-        self._ids: list[int] = []  # of all its parts but the last
-
-    def whole(self, target: Target) -> list[int]:
-        shared = _shared(self._parts, target.prompt)
-        if not shared:
-            self._ids = []
-        self._ids += itertools.chain.from_iterable(target.prompt[shared:-1])
-        self._parts = target.prompt
-        return self._ids + target.prompt[-1] if target.prompt else []
-
-
 def _continued(before: Target, target: Target) -> list[int] | None:
     """What a prompt adds to the exchange before it; None where it does not begin with all of that."""
-    shared = _shared(before.prompt, target.prompt)
-    if len(before.prompt) > 1 and not shared:
+    if not target.prompt.goes_on_from(before.prompt):
         return None
-    new = list(itertools.chain.from_iterable(target.prompt[shared:]))
-    known = [*(before.prompt[-1] if before.prompt else []), *before.answer]
+    new = list(itertools.chain.from_iterable(target.prompt.parts(before.prompt.length)))
+    known = [*before.prompt.asks, *before.answer]
     return new[len(known) :] if new[: len(known)] == known else None
 
 
