@@ -98,7 +98,7 @@ def with_each_part(prompts: Sequence[Prompt[Part]], make: Callable[[Part], Made]
     """The prompts of a conversation with each part made into something else, what they share once."""
     history: list[Made] = []
     for prompt, shared in zip(prompts, shared_parts(prompts), strict=True):
-        if not shared:
+        if len(history) > shared:
             history = []
         history += map(make, prompt.history[shared : prompt.length])
         yield Prompt(history, prompt.length, make(prompt.asks))

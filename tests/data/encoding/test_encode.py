@@ -563,11 +563,11 @@ def test_thousands_of_turns_take_as_long_as_there_are_turns(tokenizers):
     assert long < 9 * short  # 4 ×, and 16 × when squared
 
 
-@pytest.mark.parametrize("template", ["plain", "llama2"])
-def test_the_prompts_of_a_conversation_hold_what_they_share_once(tokenizers, template):
+@pytest.mark.parametrize(("name", "kind"), [("qwen3", "bytes"), ("mistral-v1", "sentencepiece")])
+def test_the_prompts_of_a_conversation_hold_what_they_share_once(name, kind):
     # Each held all parts before it: 16,000 turns took half a gigabyte, and 100,000 all memory.
     turns = [Turn(role, f"{role} {n}") for n in range(300) for role in ("user", "assistant")]
-    template = load_template(template, tokenizers["chatml" if template == "plain" else "sentencepiece"])
+    template = load_template(name, tokenizer_of(kind))
     exchanges = template.exchanges(Record(tuple(turns), "train.jsonl:1"))
     assert len({id(exchange.prompt.history) for exchange in exchanges}) == 1
     whole = joined(exchanges[-1].prompt).text

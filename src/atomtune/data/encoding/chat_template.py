@@ -7,6 +7,7 @@ behind that, thoughts, calls and channels included.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -19,6 +20,7 @@ from atomtune.data.encoding.thoughts import (
     behind_thoughts,
     closed,
     closing_of_no_thoughts,
+    is_no_thought,
     mentions_thoughts,
     opened,
     with_thoughts_apart,
@@ -236,6 +238,7 @@ class Conversation:
         self.tools = self.escaper.hide(record.tools)
         self.variables = self.escaper.hide(record.variables)
         self._piece_of: dict[str, Piece] = {}
+        self._all_written: set[int] = set()  # so many calls of a turn are all written
         self.messages: list[Message] = []
         self.starts: list[int] = []  # where the messages of each turn begin
         for turn in record.turns:
@@ -247,7 +250,11 @@ class Conversation:
         learned = self.record.learned
         prompts = self._prompts(learned)
         in_pieces = with_each_part(prompts, self._piece)
-        exchanges = [self._exchange(*each) for each in zip(prompts, in_pieces, learned, strict=True)]
+        known = self._written_in_last(learned, prompts)
+        exchanges = [
+            self._exchange(prompt, pieces, at, known.get(at))
+            for prompt, pieces, at in zip(prompts, in_pieces, learned, strict=True)
+        ]
         if exchanges and self.record.turns[-1].role != "text":
             last = _whole(prompts[-1])
             self._look_for_lost_turns(learned[-1], last)
@@ -293,7 +300,7 @@ class Conversation:
         the parts are the prompts is tried on the 1st, 2nd, 4th, 8th, … answer, together not much longer than the last.
         """
         turns = self.record.turns
-        thinks = any(turn.reasoning or "reasoning_content" in self._message_of(i) for i, turn in enumerate(turns))
+        thinks = any(map(self._thinks, range(len(turns))))
         texts = [str(message["content"]) for message in self.messages]
         if not self.template.cut or any(map(mentions_thoughts, texts)) or thinks > self.template.forgets_thoughts:
             return None
@@ -301,17 +308,28 @@ class Conversation:
         prompts = self._at_headers(learned, last) if self.template.header else self._at_stops(learned, last)
         if prompts is None:
             return None
+        behind_tools: list[int] = []  # numbers of answers
         if self.template.knows_thoughts:
             # Between a question and its answer it keeps those of each call, empty ones too.
-            for number, at in enumerate(learned):
-                if turns[at - 1].role != "user":
-                    prompts[number] = self._prompt(at)
-        number = 0
-        while number < len(learned) - 1:
-            if self._render_prompt(learned[number]) != _whole(prompts[number]):
-                return None
-            number = 2 * number + 1
-        return prompts
+            behind_tools = [number for number, at in enumerate(learned) if turns[at - 1].role != "user"]
+            question = self._last_question(learned[-1])
+            alike = [number for number in behind_tools if not thinks or learned[number] > question]
+            if not self._are_prompts(learned, prompts, alike):
+                alike = []
+            for number in sorted({*behind_tools}.difference(alike)):
+                prompts[number] = self._prompt(learned[number])
+        others = sorted({*range(len(learned) - 1)}.difference(behind_tools))
+        return prompts if self._are_prompts(learned, prompts, others) else None
+
+    def _are_prompts(self, learned: Sequence[int], prompts: Sequence[Prompt[str]], numbers: Sequence[int]) -> bool:
+        """Whether the first, second, fourth, … of these answers are asked for with the text of their prompt."""
+        return all(self._render_prompt(learned[number]) == _whole(prompts[number]) for number in _at_doublings(numbers))
+
+    def _thinks(self, at: int) -> bool:
+        return bool(self.record.turns[at].reasoning) or "reasoning_content" in self._message_of(at)
+
+    def _last_question(self, until: int) -> int:
+        return next((at for at in range(until - 1, -1, -1) if self.record.turns[at].role == "user"), 0)
 
     def _message_of(self, at: int) -> Message:
         return self.messages[self.starts[at]] if self.starts[at] < len(self.messages) else {}
@@ -359,17 +377,19 @@ class Conversation:
             self._piece_of[part] = self.escaper.piece(part, learn=False)
         return self._piece_of[part]
 
-    def _exchange(self, prompt: Prompt[str], in_pieces: Prompt[Piece], at: int) -> Exchange:
+    def _exchange(
+        self, prompt: Prompt[str], in_pieces: Prompt[Piece], at: int, known: tuple[str, str] | None = None
+    ) -> Exchange:
+        """known: the answer's text and its stop token, where they are known without rendering it."""
         turn, template = self.record.turns[at], self.template
         if turn.role == "text":
             return Exchange(in_pieces, self.escaper.whole(turn.text, learn=True), turn.learn, at, template.stop)
-        # Behind a tool's answer some prompts end otherwise; there the answer is rendered.
-        form = template.form if prompt.asks.endswith(template.asks) and not self.variables else None
-        if form is not None and not turn.reasoning and not turn.calls and not mentions_thoughts(turn.text):
+        form = self._form(at, prompt)
+        if form is not None:
             text, stop = form.written(str(self.messages[self.starts[at]]["content"])), template.stop
             has_space = form.lead == " "
         else:
-            text, stop = template.ended(self.written(at, _whole(prompt)))
+            text, stop = known or template.ended(self.written(at, _whole(prompt)))
             has_space = text.startswith("  ") or not turn.text.startswith(" ")
         if has_space:
             text = template.tokens.without_written_space(text)
@@ -377,6 +397,45 @@ class Conversation:
         if turn.calls:
             self._look_for_lost_calls(at, answer.text)
         return Exchange(in_pieces, answer, turn.learn, at, stop, self._lost_of(turn, answer.text))
+
+    def _written_in_last(self, learned: Sequence[int], prompts: Sequence[Prompt[str]]) -> dict[int, tuple[str, str]]:
+        """What the last prompt has of earlier answers, as `Template.ended` gives it: without a rendering for each.
+
+        Of each shape of turn the 1st, 2nd, 4th, 8th, … is rendered too. Where one is not what the prompt has, behind a
+        beginning that all have (empty thoughts, which only a last answer is given), its shape is left out.
+        """
+        header, stops = self.template.header, self.template.stops
+        if not header or not learned:
+            return {}
+        last, question = prompts[-1], self._last_question(learned[-1])
+        by_shape: dict[tuple[bool, ...], dict[int, tuple[str, str]]] = defaultdict(dict)
+        for at, prompt in zip(learned, prompts, strict=True):
+            is_in_last = prompt.history is last.history and prompt.length < last.length
+            may_lack_thoughts = self._thinks(at) and at < question
+            if not is_in_last or may_lack_thoughts or self._form(at, prompt) is not None:
+                continue
+            part = last.history[prompt.length][len(header) :]
+            ends = [(place, stop) for stop in stops if (place := part.find(stop)) >= 0]
+            if ends:
+                place, stop = min(ends)
+                turn = self.record.turns[at]
+                by_shape[bool(turn.calls), bool(turn.text), self._thinks(at)][at] = (part[:place], stop)
+        known: dict[int, tuple[str, str]] = {}
+        prompt_of = dict(zip(learned, prompts, strict=True))
+        for in_last in by_shape.values():
+            tried_at = list(_at_doublings(list(in_last)))
+            tried = {at: self.template.ended(self.written(at, _whole(prompt_of[at]))) for at in tried_at}
+            lead = tried[tried_at[0]][0].removesuffix(in_last[tried_at[0]][0])
+            with_lead = {at: (lead + text, stop) for at, (text, stop) in in_last.items()}
+            known |= with_lead if is_no_thought(lead) and tried.items() <= with_lead.items() else tried
+        return known
+
+    def _form(self, at: int, prompt: Prompt[str]) -> AnswerForm | None:
+        """How the answer at `at` is written; None where it has to be rendered to see that."""
+        turn, form = self.record.turns[at], self.template.form
+        # Behind a tool's answer some prompts end otherwise.
+        is_plain = not (turn.reasoning or turn.calls or mentions_thoughts(turn.text))
+        return form if is_plain and not self.variables and prompt.asks.endswith(self.template.asks) else None
 
     def written_at(self, at: int) -> str:
         """What the template writes for the turn at `at`, up to the end of all that stands behind it."""
@@ -447,7 +506,7 @@ class Conversation:
             raise CannotExpress(f"{self.template.title} has no place for tool calls")
         start = self.starts[at]
         calls = self.messages[start]["tool_calls"]
-        if len(calls) == 1:
+        if len(calls) == 1 or len(calls) in self._all_written:
             return
         # Several may have one name: each is given its own, and looked for.
         names = [f"atomtune-call-{number}" for number in range(len(calls))]
@@ -458,6 +517,7 @@ class Conversation:
         written = sum(name in whole for name in names)
         if written < len(calls):
             raise CannotExpress(f"{self.template.title} writes {written} of the {len(calls)} calls of a turn")
+        self._all_written.add(len(calls))
 
     def _look_for_lost_turns(self, until: int, prompt: str) -> None:
         """Raises CannotExpress where a question or a tool's answer is in no prompt."""
@@ -495,6 +555,14 @@ def _hidden(message: Message, escaper: Escaper) -> Message:
     if len(message) == 2:  # a role and a text, as nearly all are
         return {"role": message["role"], "content": escaper.hide(message["content"])}
     return {key: value if key == "role" else escaper.hide(value) for key, value in message.items()}
+
+
+def _at_doublings(items: Sequence[int]) -> Iterator[int]:
+    """The 1st, 2nd, 4th, 8th, … of them."""
+    number = 1
+    while number <= len(items):
+        yield items[number - 1]
+        number *= 2
 
 
 def _all_places(text: str, part: str) -> list[int]:

@@ -66,3 +66,9 @@ def closing_of_no_thoughts(written: str) -> str:
         if match and not match.group(1).strip():
             return written[match.end(1) :]
     return ""
+
+
+def is_no_thought(text: str) -> bool:
+    """Whether nothing stands here but an empty block of thoughts, or white space."""
+    is_block = bool(closing_of_no_thoughts(text)) and not behind_thoughts(text).strip()
+    return is_block or not text.strip()
