@@ -12,6 +12,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
+from atomtune.data.encoding.chat_template import Template
+from atomtune.data.encoding.exchanges import TemplatedRecord, joined
+from atomtune.data.records import Piece, Record
 from tests.conftest import DIALOGUES
 
 SIZE = {
@@ -76,6 +79,12 @@ def tokenizer_of(
         backend = _characters()
         special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, **special)
+
+
+def pieces(template: Template, record: Record, at: int = -1) -> tuple[Piece, Piece]:
+    """The prompt, which is not learned, and the answer behind it: the turn at `at`."""
+    exchange = TemplatedRecord(template, record).exchange(at % len(record.turns))
+    return joined(exchange.prompt), exchange.answer
 
 
 def _sentencepiece_like(more: list[str], corpus: list[str], vocab_size: int) -> Tokenizer:

@@ -12,7 +12,7 @@ from atomtune.data.formats.detect import Schema
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord
 from atomtune.data.records import Record, Turn
-from tests.tiny import CHATML, tokenizer_of
+from tests.tiny import CHATML, pieces, tokenizer_of
 
 #: As DeepSeek-R1's: the prompt opens the thoughts, and an earlier answer is shown without them.
 THINKS_IN_THE_PROMPT = (
@@ -37,7 +37,7 @@ def chatml() -> Template:
 
 
 def texts(template: Template, record: Record, at: int = -1) -> tuple[str, str]:
-    prompt, answer = template.pieces(record, at)
+    prompt, answer = pieces(template, record, at)
     return prompt.text, answer.text
 
 
@@ -133,9 +133,9 @@ def test_what_a_template_has_no_place_for_is_refused_by_name(name):
     template = load_template(name, tokenizer_of("sentencepiece"))
     calls = ({"name": "weather", "arguments": {}},)
     with pytest.raises(CannotExpress, match=f"{name}.*"):
-        template.pieces(Record((Turn("user", "Rain?"), Turn("assistant", "", calls=calls)), "a:1"))
+        pieces(template, Record((Turn("user", "Rain?"), Turn("assistant", "", calls=calls)), "a:1"))
     with pytest.raises(CannotExpress, match=f"{name}.*tools"):
-        template.pieces(Record((Turn("user", "Rain?"), Turn("assistant", "No.")), "a:1", tools=(WEATHER,)))
+        pieces(template, Record((Turn("user", "Rain?"), Turn("assistant", "No.")), "a:1", tools=(WEATHER,)))
 
 
 def test_a_control_string_in_the_prompt_changes_nothing_in_the_answer(qwen):
@@ -150,7 +150,7 @@ def test_a_control_string_in_the_prompt_changes_nothing_in_the_answer(qwen):
 
 def test_a_control_string_in_a_call_stays_text(qwen):
     turns = (Turn("user", "x"), Turn("assistant", "", calls=({"name": "f", "arguments": {"a": "<|im_end|>"}},)))
-    piece = qwen.pieces(Record(turns, "a:1"))[1]
+    piece = pieces(qwen, Record(turns, "a:1"))[1]
     assert "<|im_end|>" in piece.text and piece.breaks
 
 

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from atomtune.data.encoding.chat_template import CannotExpress, Message, Template, joined
+from atomtune.data.encoding.chat_template import CannotExpress, Message, Template
+from atomtune.data.encoding.exchanges import TemplatedRecord, joined
 from atomtune.data.records import Record
 from atomtune.engines.engine import Request
 from atomtune.errors import BadData
@@ -81,7 +82,7 @@ def _of_record(record: Record, template: Template, *, max_tokens: int) -> list[C
         return []
     at = record.learned[-1]
     try:
-        exchange = template.exchanges(record)[-1]
+        exchange = TemplatedRecord(template, record).exchanges()[-1]
     except CannotExpress:
         return []
     prompt, answer = joined(exchange.prompt), exchange.answer

@@ -10,7 +10,7 @@ from atomtune.data.encoding.choose_template import load_template, restore_templa
 from atomtune.data.records import Record, Turn
 from atomtune.errors import BadModel, BadSettings, UserError
 from atomtune.model.load import load_tokenizer
-from tests.tiny import CHATML, GEMMA, lone_sentencepiece, tokenizer_of
+from tests.tiny import CHATML, GEMMA, lone_sentencepiece, pieces, tokenizer_of
 
 
 def record(*turns: Turn) -> Record:
@@ -18,7 +18,7 @@ def record(*turns: Turn) -> Record:
 
 
 def prompt(template: Template, *turns: Turn) -> str:
-    return template.pieces(record(*turns))[0].text
+    return pieces(template, record(*turns))[0].text
 
 
 def own(kind: str, source: str | None) -> Template:
@@ -99,14 +99,14 @@ def test_a_role_template_puts_the_input_under_the_instruction(turn, content):
 
 def test_the_answer_is_the_outputs_own_text():
     template = own("sentencepiece", None)
-    piece = template.pieces(Record((Turn("user", "?"), Turn("assistant", "  a\n")), "train.jsonl:1"))[1]
+    piece = pieces(template, Record((Turn("user", "?"), Turn("assistant", "  a\n")), "train.jsonl:1"))[1]
     assert (piece.text, piece.learn) == ("  a\n", True)
 
 
 def test_what_a_template_refuses_is_said_in_its_own_words():
     template = own("sentencepiece", GEMMA)
     with pytest.raises(CannotExpress, match="no system role"):
-        template.pieces(record(Turn("system", "Be brief."), Turn("user", "Hi")))
+        pieces(template, record(Turn("system", "Be brief."), Turn("user", "Hi")))
 
 
 # --- choosing a template --------------------------------------------------------------------------------------------
@@ -250,8 +250,8 @@ def test_an_answer_that_could_never_stop_is_refused():
 
 def test_a_control_string_of_a_record_is_broken_inside_and_the_templates_own_are_not():
     template = own("sentencepiece", None)
-    piece, answer = template.pieces(
-        Record((Turn("user", "a</s>b", "<s>"), Turn("assistant", "c</s>")), "train.jsonl:1")
+    piece, answer = pieces(
+        template, Record((Turn("user", "a</s>b", "<s>"), Turn("assistant", "c</s>")), "train.jsonl:1")
     )
     text = "<s>Human: a</s>b请回答用户问题: <s>\n</s><s>Assistant:"
     assert piece.text == text
@@ -293,7 +293,7 @@ def test_the_saved_tokenizer_renders_the_trained_prompt(tmp_path, kind, source, 
     template.tokenizer.chat_template = template.source
     template.tokenizer.save_pretrained(tmp_path)
     served = AutoTokenizer.from_pretrained(tmp_path)
-    piece, _ = template.pieces(record(*turns))
+    piece, _ = pieces(template, record(*turns))
     messages = template.messages(turns)
     assert served.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) == piece.text
     ids = served.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
@@ -308,7 +308,7 @@ def test_a_lone_sentencepiece_file_is_served_as_it_was_trained(tmp_path):
     template = load_template("auto", load_tokenizer(str(before)))
     template.tokenizer.chat_template = template.source
     template.tokenizer.save_pretrained(after)
-    piece, _ = template.pieces(record(Turn("user", "早上好", " a  b")))
+    piece, _ = pieces(template, record(Turn("user", "早上好", " a  b")))
     served = AutoTokenizer.from_pretrained(after)
     ids = served.apply_chat_template(template.messages([Turn("user", "早上好", " a  b")]), add_generation_prompt=True)
     assert ids["input_ids"] == template.tokens.ids_of([piece])[0]

@@ -13,9 +13,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers, processors
 
-from atomtune.data.encoding.chat_template import Template, joined
+from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.encoding.encode import BATCH_RECORDS, encode
+from atomtune.data.encoding.exchanges import TemplatedRecord, joined
 from atomtune.data.encoding.truncate import shorten
 from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import Ledger
@@ -568,7 +569,7 @@ def test_the_prompts_of_a_conversation_hold_what_they_share_once(name, kind):
     # Each held all parts before it: 16,000 turns took half a gigabyte, and 100,000 all memory.
     turns = [Turn(role, f"{role} {n}") for n in range(300) for role in ("user", "assistant")]
     template = load_template(name, tokenizer_of(kind))
-    exchanges = template.exchanges(Record(tuple(turns), "train.jsonl:1"))
+    exchanges = TemplatedRecord(template, Record(tuple(turns), "train.jsonl:1")).exchanges()
     assert len({id(exchange.prompt.history) for exchange in exchanges}) == 1
     whole = joined(exchanges[-1].prompt).text
     for number, exchange in enumerate(exchanges):

@@ -13,12 +13,12 @@ from atomtune.data.encoding.chat_template import (
     TRIMS,
     AnswerForm,
     CannotExpress,
-    Conversation,
     InstructionRole,
     Message,
     Template,
     common_beginning,
 )
+from atomtune.data.encoding.exchanges import TemplatedRecord
 from atomtune.data.encoding.thoughts import TAGS, mentions_thoughts, opened
 from atomtune.data.encoding.token_ids import LIKE_CONTROL
 from atomtune.data.encoding.tokenizer_trial import patterns_of, tried_tokenizer
@@ -235,7 +235,7 @@ def _answer_form(template: Template) -> AnswerForm | None:
         for text in (_TEXT, _SPACED, f"{_TEXT} \n  ", f"{_TEXT}<b>\n\n{_TEXT}"):
             try:
                 record = Record((*before, Turn("assistant", text)), "")
-                written, stop = template.ended(Conversation(template, record).written_at(len(before)))
+                written, stop = template.ended(TemplatedRecord(template, record).written_at(len(before)))
             except CannotExpress:
                 return None
             if stop != template.stop:

@@ -20,7 +20,8 @@ from functools import cached_property
 from typing import NamedTuple, Protocol, TypeVar
 
 from atomtune.choices import Learn, Overlength
-from atomtune.data.encoding.chat_template import NOT_WRITTEN, CannotExpress, Template
+from atomtune.data.encoding.chat_template import CannotExpress, Template
+from atomtune.data.encoding.exchanges import NOT_WRITTEN, TemplatedRecord
 from atomtune.data.encoding.thoughts import with_thoughts_apart
 from atomtune.data.encoding.token_ids import CannotTokenize
 from atomtune.data.encoding.truncate import shorten
@@ -174,7 +175,7 @@ class Encoder:
 
     def _exchanges(self, record: Record) -> tuple[Exchange, ...] | CannotExpress:
         try:
-            return self.template.exchanges(record)
+            return TemplatedRecord(self.template, record).exchanges()
         except CannotExpress as error:
             return error
 
@@ -275,7 +276,7 @@ class Encoder:
 
         def fits(shorter: Record) -> bool:
             try:
-                prompt = self.template.prompt(shorter, len(shorter.turns) - 1)
+                prompt = TemplatedRecord(self.template, shorter).prompt(len(shorter.turns) - 1)
             except CannotExpress:  # it says the whole prompt, but not with a turn or a text less
                 return False
             (prompt_ids,) = with_each_part([prompt], ids.__getitem__)

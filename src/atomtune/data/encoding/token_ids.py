@@ -244,6 +244,12 @@ class Escaper:
             self._hidden.append(control)
         return f"{_MARK}control{self._hidden.index(control)}{_END}"
 
+    def hide_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """A chat message with the control strings of all it holds hidden, its role excepted."""
+        if len(message) == 2:  # a role and a text, as nearly all are
+            return {"role": message["role"], "content": self.hide(message["content"])}
+        return {key: value if key == "role" else self.hide(value) for key, value in message.items()}
+
     def piece(self, text: str, *, learn: bool) -> Piece:
         """What was rendered, with its own texts back in it and a break inside each control string among them."""
         if not self._hidden:
