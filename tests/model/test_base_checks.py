@@ -10,17 +10,22 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     BertConfig,
+    BlipConfig,
     GemmaConfig,
     LlamaConfig,
     PaliGemmaConfig,
     SiglipVisionConfig,
     T5Config,
     ViTConfig,
+    VoxtralConfig,
+    WhisperConfig,
+    XLNetConfig,
 )
 
 from atomtune.cli import main
 from atomtune.errors import BadModel
 from atomtune.model.base_checks import refuse_not_causal
+from atomtune.model.base_shape import FEWEST_TOKENS, base_shape, positions_of
 from atomtune.model.load import BaseSpec, load_base, load_tokenizer, read_config
 from tests.tiny import FAMILIES
 
@@ -60,6 +65,14 @@ def test_a_model_that_reads_its_prompt_in_both_directions_is_refused():
         refuse_not_causal("x", AutoModelForImageTextToText.from_config(config))
 
 
+def test_a_model_whose_tokens_stand_first_in_its_tensors_is_seen_to_look_ahead():
+    # XLNet embeds [T, B]: the gradient was looked for along the other axis, where there was none.
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(XLNetConfig(vocab_size=100, d_model=32, n_layer=2, n_head=4, d_inner=64))
+    with pytest.raises(BadModel, match="is not a causal model"):
+        refuse_not_causal("x", model)
+
+
 def test_a_causal_model_of_the_same_class_is_not_refused():
     config = BertConfig(vocab_size=100, is_decoder=True, **SMALL)
     torch.manual_seed(0)
@@ -70,14 +83,36 @@ def test_a_causal_model_of_the_same_class_is_not_refused():
     ("config", "sentence"),
     [
         (T5Config(), "t5 is an encoder-decoder"),
+        (WhisperConfig(), "whisper is an encoder-decoder"),
         (ViTConfig(), "vit is of another kind"),
     ],
-    ids=["t5", "vit"],
+    ids=["t5", "whisper", "vit"],
 )
 def test_a_model_of_another_kind_has_its_own_sentence(tmp_path, config, sentence):
     config.save_pretrained(tmp_path)
     with pytest.raises(BadModel, match=sentence):
         read_config(str(tmp_path))
+
+
+def test_a_model_that_hears_and_is_no_encoder_decoder_is_not_called_one(tmp_path):
+    # transformers lists Voxtral, Qwen2-Audio and eight more beside T5: what they hear stands in their prompt.
+    VoxtralConfig().save_pretrained(tmp_path)
+    assert read_config(str(tmp_path)).model_type == "voxtral"
+
+
+def test_a_model_that_needs_an_image_says_so(tmp_path, models):
+    parts = {name: {**SMALL, "vocab_size": 100, "projection_dim": 32} for name in ("text_config", "vision_config")}
+    model = AutoModelForImageTextToText.from_config(BlipConfig(**parts))
+    with pytest.raises(BadModel, match=r"BlipFor\w+ does not compute a text alone.*\n.*missing.*'pixel_values'"):
+        refuse_not_causal(str(models("llama")), model)
+
+
+def test_positions_without_a_limit_are_not_too_few(tmp_path):
+    config = XLNetConfig(d_model=32, n_layer=1, n_head=2, d_inner=64)
+    assert config.max_position_embeddings == -1
+    config.save_pretrained(tmp_path)
+    assert base_shape(str(tmp_path)).longest > FEWEST_TOKENS
+    assert positions_of(config) is None
 
 
 def test_an_adapter_and_a_checkpoint_are_no_base(models, by_heart, dialogues, tmp_path, capsys):
@@ -144,13 +179,3 @@ def test_a_config_of_a_thousand_million_labels_is_not_made(models, tmp_path):
         (folder / "config.json").write_text(json.dumps({**config, name: 10**9}))
         with pytest.raises(BadModel, match=f"{name}: found 1000000000, expected [0-9]+ or less"):
             read_config(str(folder))
-
-
-def test_a_config_of_several_text_models_is_refused(models, tmp_path):
-    # transformers counts MusicGen among the causal language models, and knows no text part of it.
-    folder = tmp_path / "base"
-    shutil.copytree(models("llama"), folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "musicgen"}))
-    with pytest.raises(BadModel, match="musicgen is of several models"):
-        read_config(str(folder))

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from atomtune.errors import BadModel
 from atomtune.model.auto_class import is_known
@@ -60,17 +59,12 @@ def _refuse_another_kind_of_folder(folder: Path) -> None:
 
 def refuse_other_kind(path: str, config: Any) -> None:
     """Raise BadModel where transformers has no causal language model for a config."""
-    if is_known(config) and type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-        try:
-            config.get_text_config()
-        except ValueError:  # MusicGen: a text encoder, and a decoder that writes sounds
-            what = "of several models, and which of them reads text is not said"
-        else:
-            return
-    elif type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-        what = "an encoder-decoder, which reads a whole text before it writes"
-    else:
+    if getattr(config, "is_encoder_decoder", False):
+        what = "an encoder-decoder, which reads its whole input before it writes"
+    elif not is_known(config):
         what = "of another kind"
+    else:
+        return
     raise BadModel(
         f"{path}: {config.model_type} is {what}. atomtune trains causal language models (Llama, Qwen, Gemma, …).\n"
         "Pass --model_path with one of those."
@@ -83,7 +77,15 @@ def refuse_not_causal(path: str, model: CausalLM) -> None:
     Told by the gradient: that of an earlier token's logits by a later token's embedding is exactly zero in a causal
     model, in every dtype. Two texts compared would drown small changes in the rounding of 16 bits.
     """
-    embeddings: Any = model.get_input_embeddings()
+    reading = explained(
+        path,
+        "model",
+        sentence=f"its class {type(model).__name__} does not compute a text alone. If it needs an image, a sound or "
+        "another model beside each text, it cannot be trained here; if not, its config.json and weights do not go "
+        "together. It says:",
+    )
+    with reading:
+        embeddings: Any = model.get_input_embeddings()
     rows = getattr(getattr(embeddings, "weight", None), "shape", (0,))[0]
     if rows < _TOKENS:  # spread over processes (DeepSpeed)
         return
@@ -91,7 +93,7 @@ def refuse_not_causal(path: str, model: CausalLM) -> None:
     # Neither the first word nor the last: their embeddings are often zero (padding), and the norm of a zero multiplies
     # gradients by a thousand, layer upon layer, until they are NaN.
     ids = (2 * torch.arange(_TOKENS, device=device) + 1)[None] * rows // (2 * _TOKENS)  # [1, T]
-    of_tokens: list[torch.Tensor] = []  # [1, T, D]
+    of_tokens: list[torch.Tensor] = []  # [1, T, D], or with T first
 
     def watch(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
         of_tokens.append(output.detach().requires_grad_())
@@ -99,7 +101,6 @@ def refuse_not_causal(path: str, model: CausalLM) -> None:
 
     watching = embeddings.register_forward_hook(watch)
     try:
-        reading = explained(path, "model", files="the model's config.json and weights")
         with reading, without_dropout(model), as_in_training(model):
             logits = model(input_ids=ids, use_cache=False).logits.float()  # [1, T, V]
         gradient = _gradient(logits[:, :_LOOKED_AT].square().mean(), of_tokens)
@@ -107,9 +108,10 @@ def refuse_not_causal(path: str, model: CausalLM) -> None:
         watching.remove()
     if not bool(torch.isfinite(logits).all()):
         raise BadModel(f"{path}: what this model computes is not finite (NaN or infinity). Are its files whole?")
-    if gradient is None or not bool(torch.isfinite(gradient).all()):
+    if gradient is None or _TOKENS not in gradient.shape or not bool(torch.isfinite(gradient).all()):
         return  # the trial of layouts, which compares two texts, is left to tell
-    if bool(gradient[:, _LOOKED_AT:].any()):
+    by_token = gradient.movedim(gradient.shape.index(_TOKENS), 0)  # XLNet's are [T, 1, D]
+    if bool(by_token[_LOOKED_AT:].any()):
         raise BadModel(
             f"{path} is not a causal model: a later token changes what it says of earlier ones, as in BERT, or in a "
             "prompt of PaliGemma.\n"

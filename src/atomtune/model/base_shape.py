@@ -44,7 +44,7 @@ def base_shape(path: str, *, trust_remote_code: bool = False) -> BaseShape:
         return BaseShape(None, NO_LIMIT, "the base sets no limit")
     text = config.get_text_config()
     width = getattr(text, "hidden_size", None)
-    positions = getattr(text, "max_position_embeddings", None) or NO_LIMIT
+    positions = positions_of(config) or NO_LIMIT
     if positions < FEWEST_TOKENS:
         raise BadModel(f"{path} has {positions:,} positions; a record needs {FEWEST_TOKENS} or more.")
     in_memory = tokens_in_memory(text, _device_memory())
@@ -53,6 +53,13 @@ def base_shape(path: str, *, trust_remote_code: bool = False) -> BaseShape:
     if positions >= NO_LIMIT:
         return BaseShape(width, NO_LIMIT, "the base sets no limit")
     return BaseShape(width, positions, f"the base has {positions:,} positions")
+
+
+def positions_of(config: Any) -> int | None:
+    """How many tokens a model has positions for; None where its config sets no limit, for which XLNet's says -1."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(text, "max_position_embeddings", None)
+    return positions if positions and positions > 0 else None
 
 
 def tokens_in_memory(config: Any, memory_bytes: int) -> int:

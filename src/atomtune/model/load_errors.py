@@ -32,12 +32,14 @@ _SHOWN_CHARACTERS = 600
 class explained:
     """Within this, whatever a loader raises becomes a BadModel with the remedy.
 
-    what   "model", "tokenizer" or "adapter"
-    files  those that the loader reads here, as a user should hear of them
+    what      "model", "tokenizer" or "adapter"
+    files     those that the loader reads here, as a user should hear of them
+    sentence  what an error without a remedy of its own is told as, before the library's words
     """
 
-    def __init__(self, path: str, what: str, *, files: str = "") -> None:
-        self.path, self.what, self.files = path, what, files
+    def __init__(self, path: str, what: str, *, files: str = "", sentence: str = "") -> None:
+        self.path, self.what = path, what
+        self.sentence = sentence or (files and f"the library that reads {files} refuses what it found there.")
 
     def __enter__(self) -> None:
         if _looks_local(self.path) and not expanded(self.path).is_dir():
@@ -49,7 +51,7 @@ class explained:
         if error is None or isinstance(error, AtomtuneError) or of_the_model(error):
             return
         if isinstance(error, Exception) or is_panic(error):
-            raise BadModel(f"{self.path}: {_remedy(self.path, self.what, self.files, error)}") from error
+            raise BadModel(f"{self.path}: {_remedy(self.path, self.what, self.sentence, error)}") from error
 
 
 @contextlib.contextmanager
@@ -99,7 +101,7 @@ def _causes(error: BaseException) -> list[BaseException]:
     return causes
 
 
-def _remedy(path: str, what: str, files: str, error: BaseException) -> str:  # noqa: PLR0911  # one return a cause
+def _remedy(path: str, what: str, sentence: str, error: BaseException) -> str:  # noqa: PLR0911  # one return a cause
     """What is wrong and what to do about it."""
     causes = _causes(error)
 
@@ -133,8 +135,8 @@ def _remedy(path: str, what: str, files: str, error: BaseException) -> str:  # n
     if isinstance(error, ImportError):
         return f"loading the {what} needs a package that is not installed: {error}"
     folder = expanded(path)
-    if files and folder.is_dir():
-        return f"the library that reads {files} refuses what it found there.\n{_words(error)}"
+    if sentence and folder.is_dir():
+        return f"{sentence}\n{_words(error)}"
     names = sorted(file.name for file in folder.iterdir())[:12] if folder.is_dir() else []
     listing = f" Files there: {', '.join(names)}." if names else ""
     return f"no {what} could be loaded.{listing}\n{_words(error)}"

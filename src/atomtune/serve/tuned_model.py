@@ -22,6 +22,7 @@ from atomtune.data.records import Turn
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import load_trained
 from atomtune.model.adapter_folder import CONFIG, base_of, template_of
+from atomtune.model.base_shape import positions_of
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.generate import Sampling, answer_ids, prompt_ids, ready_to_answer
@@ -107,9 +108,7 @@ class TunedModel:
     @property
     def positions(self) -> int:
         """How many tokens the model has positions for; without a limit in its config, as many as you like."""
-        config = self.model.config
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
+        return positions_of(self.model.config) or sys.maxsize
 
     def asked_by(self, template: Template) -> "TunedModel":
         """The same model in memory, asked by another template."""

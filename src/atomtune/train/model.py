@@ -22,6 +22,7 @@ from atomtune.model.adapter import (
 from atomtune.model.adapter_folder import AdapterMetadata, adapter_file
 from atomtune.model.adapter_keys import refuse_unread
 from atomtune.model.auto_class import auto_class
+from atomtune.model.base_shape import positions_of
 from atomtune.model.experts import count_of, experts_of
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.fused_layers import fuse_layers
@@ -98,8 +99,7 @@ def _say_what_is_not_used(run: RunContext, device: torch.device, dtype: torch.dt
 
 
 def _refuse_too_few_positions(base: Any, longest_tokens: int) -> None:
-    text = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
-    positions = getattr(text, "max_position_embeddings", None)
+    positions = positions_of(base.config)
     if positions and longest_tokens > positions:
         raise BadSettings(
             [
