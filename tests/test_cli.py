@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 
 import pytest
@@ -217,3 +218,43 @@ def test_a_signal_that_comes_while_an_object_is_freed_is_heard(monkeypatch, caps
     assert main(["plan"]) == 75
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err and "stopped by a signal" in printed.err
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_while_a_library_in_c_is_imported_waits_for_it(tmp_path, monkeypatch, capsys, name):
+    # The library makes an ImportError of the KeyboardInterrupt: "this is a bug", and then Python aborted.
+    class Library(ExtensionFileLoader):
+        def create_module(self, spec: object) -> object:
+            try:
+                signal.raise_signal(getattr(signal, name))
+            except KeyboardInterrupt:
+                raise ImportError("initialization failed") from None
+            return object()
+
+    def command(name: str, flags: object) -> int:
+        Library("library", str(tmp_path)).create_module(None)
+        for _ in range(1000):
+            time.sleep(0.01)
+        return 0
+
+    monkeypatch.setattr(cli, "_run", command)
+    assert main(["plan"]) == 75
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err and "stopped by a signal" in printed.err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows sends no signals to others")
+def test_a_signal_after_the_result_does_not_deny_it():
+    # While Python cleared torch away, SIGTERM made a finished run one that a scheduler starts again.
+    code = """
+import os, signal, sys
+sys.argv[1:] = ["--version"]
+from atomtune.cli import main
+class Cleared:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+cleared = Cleared()
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr

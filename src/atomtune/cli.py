@@ -1,6 +1,7 @@
 # PYTHON_ARGCOMPLETE_OK
 """The commands: read the settings, call a room, print. Rooms are imported inside, so that --help loads no torch."""
 
+import atexit
 import contextlib
 import difflib
 import importlib
@@ -14,6 +15,9 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.machinery import ExtensionFileLoader
+from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
 from atomtune import __version__
@@ -65,6 +69,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; what each means: errors.ExitCode."""
+    if argv is None:  # a process of this command alone
+        atexit.register(_ignore_signals)
     _fill_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -87,13 +93,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fill_closed_streams() -> None:
     """Open nothing in place of a closed input, output or error (`>&-`): the next file would get its number.
 
-    A library that writes to standard error by its number would write into that file.
+    A library that writes to standard error by its number would write into that file. Python has None for such a stream.
     """
-    for number in (0, 1, 2):
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+        if getattr(sys, name) is None:
+            nothing = Path(os.devnull).open("w" if number else "r", encoding="utf-8")  # noqa: SIM115  # to the end
+            setattr(sys, name, nothing)
 
 
 def _without_language(argv: Sequence[str]) -> tuple[list[str], str]:
@@ -116,7 +125,7 @@ def _lasting_streams() -> Iterator[LastingStream | TextIO]:
     output, errors = (LastingStream(stream) if isinstance(stream, io.TextIOWrapper) else stream for stream in streams)
     sys.stdout, sys.stderr = output, errors
     try:
-        yield output or io.StringIO()  # None where it is closed
+        yield output
     finally:
         for stream in (output, errors):
             if isinstance(stream, LastingStream):
@@ -182,10 +191,10 @@ def _told(name: str, error: AtomtuneError) -> int:
 
 def _run(name: str, flags: Sequence[str]) -> int:
     """Read the settings first: a wrong flag is answered before the command's module imports torch."""
-    from atomtune.settings.environment import let_waiting_threads_sleep, number_problems
+    from atomtune.settings.environment import folder_problems, let_waiting_threads_sleep, number_problems
 
     let_waiting_threads_sleep()
-    if problems := list(number_problems()):
+    if problems := [*number_problems(), *folder_problems()]:
         raise BadSettings(problems)
     from atomtune.settings.read import read
 
@@ -251,17 +260,50 @@ def _say_error(text: str) -> None:
 
 
 def _stop_on_signals() -> dict[int, Any]:
-    """Have the signals that end a process raise KeyboardInterrupt with their name; returns the handlers before."""
+    """Have the signals that end a process raise KeyboardInterrupt with their name; returns the handlers before.
 
-    def stop(number: int, frame: object) -> None:
+    A library in C that is imported makes an ImportError of it, by which a stop looked like a bug: it waits for that.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if _imports_extension(frame):
+            _send_later(number)
+            return
         raise KeyboardInterrupt(signal.Signals(number).name)
 
     handlers_before = {}
-    for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):
-        number = getattr(signal, name, None)  # Windows has only the first
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+    for number in _stopping_signals():
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             handlers_before[number] = signal.signal(number, stop)
     return handlers_before
+
+
+def _stopping_signals() -> Iterator[int]:
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has only the first two
+            yield getattr(signal, name)
+
+
+def _ignore_signals() -> None:
+    """What this command did is done and said; while Python clears away the libraries, a signal would deny it."""
+    for number in _stopping_signals():
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _imports_extension(frame: FrameType | None) -> bool:
+    """Whether a frame runs inside the import of a library in C."""
+    while frame is not None:
+        loads = frame.f_code.co_name in ("create_module", "exec_module")
+        if loads and isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _send_later(number: int) -> None:
+    """The signal once more, a moment from now."""
+    send = partial(os.kill, os.getpid()) if os.name == "posix" else signal.raise_signal
+    threading.Timer(_AGAIN_SECONDS, send, [number]).start()
 
 
 def _hear_again(hook: Callable[[Any], object]) -> Callable[[Any], None]:
@@ -275,9 +317,7 @@ def _hear_again(hook: Callable[[Any], object]) -> Callable[[Any], None]:
         if not isinstance(told.exc_value, KeyboardInterrupt):
             hook(told)
             return
-        number = getattr(signal, str(told.exc_value), signal.SIGINT)
-        send = partial(os.kill, os.getpid()) if os.name == "posix" else signal.raise_signal
-        threading.Timer(_AGAIN_SECONDS, send, [number]).start()  # not here: this too is called by __del__
+        _send_later(getattr(signal, str(told.exc_value), signal.SIGINT))  # not here: this too is called by __del__
 
     return unraisable
 

@@ -146,3 +146,13 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(own, spins, tmp_pa
         timeout=60,
     )
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr, done.stderr
+
+
+def test_a_command_in_a_folder_that_is_gone_is_one_sentence(models, dialogues, tmp_path):
+    # A library of torch's ended the process: "Intel oneMKL FATAL ERROR: Cannot load libtorch_cpu.so".
+    words = ["inspect", str(dialogues), "--model_path", str(models("llama"))]
+    command = f'mkdir gone; cd gone; rmdir ../gone; exec "{sys.executable}" -m atomtune "$@"'
+    done = subprocess.run(
+        ["bash", "-c", command, "-", *words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stderr.count("is gone, or closed to it")) == (2, 1), done.stderr

@@ -560,6 +560,21 @@ def test_a_file_whose_name_is_no_utf_8_may_be_named():
     assert read_train([*BOTH, "--eval_path", "caf\udce9.jsonl"]).data.eval_path == "caf\udce9.jsonl"
 
 
+@pytest.mark.parametrize("name", ["model_path", "output_dir", "resume_from_checkpoint"])
+def test_a_folder_of_a_model_is_named_in_utf_8(name):
+    # safetensors and tokenizers, in Rust, ended a run at its first save, and a merge in a traceback.
+    (said,) = problems(f"--{name}", "caf\udce9")
+    assert said.startswith(f"--{name} 'caf\\udce9': ") and said.endswith("not in UTF-8 here. Rename it.")
+
+
+def test_a_folder_of_a_model_in_a_locale_of_another_encoding(monkeypatch):
+    monkeypatch.setattr("os.fsencode", lambda name: name.encode("gb18030"))
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "gb18030")
+    with pytest.raises(BadSettings, match=r"--adapter_path '灯': .*Set PYTHONUTF8=1"):
+        read("chat", ["--adapter_path", "灯"])
+    assert read("chat", ["--adapter_path", "lamp"]).adapter_path == "lamp"
+
+
 def test_a_text_that_is_no_utf_8_is_refused():
     with pytest.raises(BadSettings, match="half a character"):
         read("chat", ["--adapter_path", "caf\udce9", "--prompt", "caf\udce9"])

@@ -66,6 +66,35 @@ def test_an_output_that_is_closed(words, streams):
     assert done.returncode == 0 and b"Traceback" not in done.stderr
 
 
+@pytest.fixture(scope="module")
+def chat(by_heart) -> list[str]:
+    return ["chat", "--adapter_path", str(by_heart), "--dtype", "float32", "--max_new_tokens", "2"]
+
+
+@pytest.mark.parametrize("streams", ["--prompt x >&-", "--prompt x <&- >&- 2>&-", "<&-"])
+def test_a_chat_whose_streams_are_closed(chat, streams):
+    # Python has None for a stream that was closed, and a chat asks it whether it is a terminal.
+    done = run(chat, streams)
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_an_input_that_cannot_be_read_is_one_sentence(chat):
+    done = run(chat, "0> /dev/null")
+    assert done.returncode == 2, done.stderr
+    assert b"standard input cannot be read: Bad file descriptor." in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "code"), [("你好".encode(), 0), (b"\xff\xfe", 2)], ids=["a question in UTF-8", "no text"]
+)
+def test_what_a_pipe_holds_is_utf_8_in_a_locale_of_ascii_too(chat, tmp_path, line, code):
+    (tmp_path / "asked").write_bytes(line + b"\n")
+    done = run(chat, f"< {tmp_path}/asked", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == code, done.stderr
+    assert code == 0 or b"standard input is not UTF-8" in done.stderr
+
+
 @pytest.mark.parametrize(
     "environment",
     [

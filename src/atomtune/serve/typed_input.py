@@ -1,5 +1,7 @@
 """Typed input: what is typed in a terminal, edited there, and the lines of a pipe."""
 
+import codecs
+import io
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -12,12 +14,19 @@ from atomtune.errors import BadData
 
 
 def lines_of_pipe() -> Iterator[str]:
-    """Each line of standard input, without its end. Raises BadData where it is no text."""
+    """Each line of standard input, without its end. Raises BadData where it is no text, or cannot be read."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # A locale with ASCII alone hands on each other byte as half a character, which no model takes.
+        encoding = codecs.lookup(sys.stdin.encoding).name
+        sys.stdin.reconfigure(encoding="utf-8" if encoding == "ascii" else encoding, errors="strict")
     try:
         for line in sys.stdin:
             yield line.rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise BadData(f"standard input is not {error.encoding.upper()}: {error.reason}. Pass text in UTF-8.") from None
+        encoding = error.encoding.upper()
+        raise BadData(f"standard input is not {encoding}: {error.reason}. Pass text in {encoding}.") from None
+    except OSError as error:
+        raise BadData(f"standard input cannot be read: {error.strerror}.") from None
 
 
 class TypedInput:

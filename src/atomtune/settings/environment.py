@@ -100,6 +100,14 @@ def number_problems(environment: Mapping[str, str] = os.environ) -> Iterator[str
             yield f"the environment variable {name} is {text!r}; expected a number of seconds. `unset {name}`."
 
 
+def folder_problems() -> Iterator[str]:
+    """Of the folder that the command was started in: where it is gone, kernels of torch end the process."""
+    try:
+        Path.cwd()
+    except OSError:
+        yield "the folder that this command was started in is gone, or closed to it. `cd` to another one."
+
+
 def cache_notices(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
     """A line for each cache folder whose place depends on where the command was started."""
     for name in CACHES:

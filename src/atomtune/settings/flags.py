@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +22,8 @@ PATHS_ARE = {"inspect": "dataset_path", "runs": "folder"}
 OF_A_RUN = ("train", "plan", "sweep")
 #: Settings that a model reads, so that they are text.
 TEXTS = ("prompt", "system")
+#: Settings that name folders of models: tokenizers and safetensors, written in Rust, take their names as UTF-8.
+MODEL_FOLDERS = ("model_path", "adapter_path", "output_dir", "served", "checkpoint", "resume_from_checkpoint")
 _NEGATIVE_NUMBER = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 _VALUE = "\0"  # put before a word that argparse would take for a flag; no command line can hold it
 
@@ -77,7 +80,14 @@ class EntryReader:
         for name, entry in entries.items():
             words = entry.value if isinstance(entry.value, list) else [entry.value]
             if not all(_is_writable(word, is_name=name not in TEXTS) for word in words):
-                self.problems.append(f"{entry.place(name)}: it holds a NUL, or half a character. Write it anew.")
+                self.problems.append(
+                    f"{entry.place(name)}: it holds a NUL, or half a character. {_remedy('Write it anew.')}"
+                )
+            elif name in MODEL_FOLDERS and not all(map(_is_in_utf8, words)):
+                self.problems.append(
+                    f"{entry.place(name)}: the libraries that read and write models find a folder by its name in "
+                    f"UTF-8, and this name is not in UTF-8 here. {_remedy('Rename it.')}"
+                )
         return {name: self._in_our_words(name, entry) for name, entry in entries.items()}
 
     def _parsed(self, argv: Sequence[str]) -> dict[str, Any]:
@@ -174,6 +184,19 @@ def _is_writable(word: object, *, is_name: bool) -> bool:
     except UnicodeEncodeError:
         return False
     return "\0" not in word
+
+
+def _is_in_utf8(name: object) -> bool:
+    """Whether the system knows a name by the bytes it has in UTF-8: not in another locale, nor with other bytes."""
+    try:
+        return not isinstance(name, str) or os.fsencode(name) == name.encode()
+    except UnicodeEncodeError:
+        return False
+
+
+def _remedy(otherwise: str) -> str:
+    is_utf8 = sys.getfilesystemencoding() == "utf-8"
+    return otherwise if is_utf8 else "Set PYTHONUTF8=1: this locale has another encoding."
 
 
 def _as_written(value: Any) -> str | list[str]:
