@@ -327,6 +327,8 @@ def _notes(record: Record, exchanges: Sequence[Exchange]) -> tuple[str, ...]:
 def _lacks_a_system_text(record: Record, exchanges: Sequence[Exchange]) -> bool:
     """Whether one is in no part of a prompt behind it; what a prompt shares with the one before is looked at once."""
     systems = [(at, turn.text.strip()) for at, turn in enumerate(record.turns) if turn.role == "system"]
+    if not systems:
+        return False
     waiting = deque(systems)
     unseen: set[str] = set()  # in no part that the prompts share so far
     for exchange, shared in zip(exchanges, shared_parts(exchange.prompt for exchange in exchanges), strict=True):
