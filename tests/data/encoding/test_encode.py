@@ -473,11 +473,15 @@ def characters(record: Record) -> int:
 
 
 def shortened_one_by_one(record: Record, room: int) -> Record | None:
-    """Drop oldest turns in pairs, then single characters from the start of the longest text."""
+    """Drop the oldest exchanges, then calls with their results, then characters from the start of the longest text."""
     system = [turn for turn in record.turns if turn.role == "system"]
     rest = [turn for turn in record.turns if turn.role != "system"]
-    while len(rest) > 2 and characters(Record((*system, *rest), "")) > room:
-        rest = rest[2:]
+    roles = [turn.role for turn in rest]
+    while roles.count("user") > 1 and characters(Record((*system, *rest), "")) > room:
+        later = roles.index("user", 1)
+        rest, roles = rest[later:], roles[later:]
+    while roles.count("tool") > 1 and characters(Record((*system, *rest), "")) > room:
+        del rest[1:3], roles[1:3]
     turns = [*system, *rest]
     while characters(Record(tuple(turns), "")) > room:
         places = [(i, name) for i in range(len(turns) - 1) for name in ("text", "input")]
@@ -487,15 +491,22 @@ def shortened_one_by_one(record: Record, room: int) -> Record | None:
         while getattr(turns[i], name) and characters(Record(tuple(turns), "")) > room:
             texts = {"text": turns[i].text, "input": turns[i].input}
             turns[i] = Turn(turns[i].role, **{**texts, name: texts[name][1:]})
-    asked, question = record.turns[-2], turns[-2]
+    asked, question = ([turn for turn in each if turn.role == "user"][-1] for each in (record.turns, turns))
     removed = (asked.text + asked.input) and not (question.text + question.input)
     return None if removed else Record(tuple(turns), record.origin)
 
 
 short = st.text("abc好", max_size=20)
-exchange = st.tuples(st.builds(Turn, st.just("user"), short, short), st.builds(Turn, st.just("assistant"), short))
+answer = st.builds(Turn, st.just("assistant"), short)
+called = st.tuples(answer, st.builds(Turn, st.just("tool"), short))
+exchange = st.builds(
+    lambda question, calls, answer: [question, *(turn for pair in calls for turn in pair), answer],
+    st.builds(Turn, st.just("user"), short, short),
+    st.lists(called, max_size=3),
+    answer,
+)
 conversations = st.builds(
-    lambda system, exchanges: Record((*system, *(turn for pair in exchanges for turn in pair)), "train.jsonl:1"),
+    lambda system, exchanges: Record((*system, *(turn for turns in exchanges for turn in turns)), "train.jsonl:1"),
     st.lists(st.builds(Turn, st.just("system"), short), max_size=1),
     st.lists(exchange, min_size=1, max_size=4),
 )
@@ -514,6 +525,29 @@ def test_the_oldest_exchange_goes_first_and_no_further_than_needed():
     record = Record((Turn("system", "stays"), *turns), "train.jsonl:1")
     kept = shorten(record, lambda candidate: characters(candidate) < characters(record))
     assert kept.turns == (Turn("system", "stays"), *turns[2:])
+
+
+def test_an_agents_record_keeps_its_question_and_its_last_calls():
+    # Catches results that are blanked one by one: the calls stood there with nothing behind them, and a record of 60
+    # calls was rendered a thousand times.
+    turns = [turn for n in range(200) for turn in (Turn("assistant", f"call {n}"), Turn("tool", "x" * 10))]
+    record = Record((Turn("system", "s"), Turn("user", "fix it"), *turns, Turn("assistant", "done")), "train.jsonl:1")
+    tried = []
+    kept = shorten(record, lambda candidate: tried.append(1) or characters(candidate) <= 61, share=61 / 3_600)
+    assert kept.turns == (*record.turns[:2], *record.turns[-7:])
+    assert len(tried) < 10
+
+
+def test_the_question_of_an_agents_record_stays_however_far_back_it_is(tokenizers):
+    # Only as many turns as there may be tokens are looked at, and the question is before them.
+    template = load_template("qwen3", tokenizers["chatml"])
+    calls = [[{"role": "assistant", "content": f"c{n}"}, {"role": "tool", "content": "5"}] for n in range(300)]
+    messages = [{"role": "user", "content": "fix it"}, *(message for pair in calls for message in pair)]
+    value = {"messages": [*messages, {"role": "assistant", "content": "done"}]}
+    examples, _ = encoded(template, value, max_tokens=120)
+    for example in examples:
+        text = template.tokenizer.decode(example.ids)
+        assert len(example.ids) <= 120 and "fix it" in text
 
 
 @pytest.mark.parametrize("older", [[], [Turn("user", "older"), Turn("assistant", "old")]])

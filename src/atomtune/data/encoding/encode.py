@@ -13,8 +13,8 @@ Laws (tests/data/encoding/test_encode.py):
 import contextlib
 import itertools
 from bisect import bisect_left
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol, TypeVar
@@ -213,12 +213,14 @@ class Encoder:
     ) -> list[Target] | Refusal:
         """The exchanges of a record within max_tokens; one that cannot be made to fit refuses the record."""
         fitting: list[Target] = []
-        systems = [at for at, turn in enumerate(record.turns) if turn.role == "system"]
+        places: defaultdict[str, list[int]] = defaultdict(list)
+        for at, turn in enumerate(record.turns):
+            places[turn.role].append(at)
         for exchange, target in zip(exchanges, targets, strict=True):
             fits: Target | Refusal = target
             if target.prompt_tokens + len(target.answer) > self.max_tokens:
                 self.at_answer()
-                fits = self._made_to_fit(record, exchange.at, target, ids, systems)
+                fits = self._made_to_fit(record, exchange.at, target, ids, places)
             if isinstance(fits, Refusal):
                 return fits
             fitting.append(fits)
@@ -252,19 +254,22 @@ class Encoder:
         refusal = Refusal(record.origin, reason, RefusalKind.TEMPLATE)
         return EncodedRecord(record.origin, refusal=refusal, refused_target_tokens=tokens)
 
-    def _recent(self, record: Record, at: int, systems: Sequence[int]) -> tuple[Turn, ...]:
-        """The turns up to an answer that could fit: its system texts, and as many others as there may be tokens.
+    def _recent(self, record: Record, at: int, places: Mapping[str, Sequence[int]]) -> tuple[Turn, ...]:
+        """The turns up to an answer that could fit: its system texts and question, and as many others as tokens.
 
         Of a history of twenty thousand turns, each answer would look through all that are before it.
 
-        systems  where all system texts of the record stand
+        places  where all turns of a role stand in the record
         """
         first = max(0, at + 1 - self.max_tokens)
-        before = systems[: bisect_left(systems, first)]
-        return (*map(record.turns.__getitem__, before), *record.turns[first : at + 1])
+        systems, questions = places["system"], places["user"]
+        before = set(systems[: bisect_left(systems, first)])
+        if (number := bisect_left(questions, at)) and questions[number - 1] < first:
+            before.add(questions[number - 1])
+        return (*map(record.turns.__getitem__, sorted(before)), *record.turns[first : at + 1])
 
     def _made_to_fit(
-        self, record: Record, at: int, target: Target, ids: _PieceIds, systems: Sequence[int]
+        self, record: Record, at: int, target: Target, ids: _PieceIds, places: Mapping[str, Sequence[int]]
     ) -> Target | Refusal:
         """An exchange that is too long, its prompt shortened; or the refusal of one that must not or cannot be."""
         room = self.max_tokens - len(target.answer)
@@ -286,7 +291,7 @@ class Encoder:
             fitting.append((shorter, prompt_ids, tokens))
             return True
 
-        until = replace(record, turns=self._recent(record, at, systems))
+        until = replace(record, turns=self._recent(record, at, places))
         share = room / target.prompt_tokens * (at + 1) / len(until.turns)
         shorter = shorten(until, fits, share=min(share, 1.0)) if room > 0 else None
         if shorter is not None:

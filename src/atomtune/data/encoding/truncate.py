@@ -1,12 +1,14 @@
 """Shortening: what of a record's prompt goes first when an example would be too long.
 
-The oldest turns, then the start of the longest prompt text. The template's markers and the answer are not touched, and
-something of the question that is answered always stays.
+The oldest exchanges; behind the question that is left, the oldest calls of tools with what they brought; then the start
+of the longest prompt text. The template's markers and the answer are not touched, and something of the question that is
+answered always stays.
 """
 
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from atomtune.data.records import Record, Turn
 
@@ -17,15 +19,18 @@ Place = tuple[int, str]
 def shorten(record: Record, fits: Callable[[Record], bool], *, share: float = 0.0) -> Record | None:
     """Drop the oldest turns, then the start of the longest prompt text, until the record fits; None if it cannot.
 
+    Of an agent's record, which is one question and many calls, the question stays, and the last calls with it.
+
     record  does not fit as it is
     fits    is taken to hold for less where it holds for more, so that few lengths are tried
     share   about how much of the prompt fits: where the search begins
     """
     record_asks = _asks_something(record)
-    recent, is_short_enough = _without_oldest(record, fits, share)
-    if is_short_enough:
-        return recent
-    shortened = _with_shorter_texts(recent, fits, share)
+    for cuts in (_at_questions, _at_calls):
+        record, is_short_enough = _without_oldest(record, cuts(record), fits, share)
+        if is_short_enough:
+            return record
+    shortened = _with_shorter_texts(record, fits, share)
     if shortened is None:
         return None
     if record_asks and not _asks_something(shortened):
@@ -54,24 +59,53 @@ def _with_shorter_texts(record: Record, fits: Callable[[Record], bool], share: f
     return record if fits(record) else None
 
 
-def _without_oldest(record: Record, fits: Callable[[Record], bool], share: float) -> tuple[Record, bool]:
-    """The record from one of its later questions on, and whether it fits: the longest that does, else the shortest."""
-    system = [turn for turn in record.turns if turn.role == "system"]
-    others = [turn for turn in record.turns if turn.role != "system"]
+class _Cuts(NamedTuple):
+    """Where a record may begin instead: its turns are `stays`, and `rest` from one of `starts` on."""
+
+    stays: tuple[Turn, ...]
+    rest: tuple[Turn, ...]
+    starts: list[int]
+
+
+def _at_questions(record: Record) -> _Cuts:
+    """At each later question."""
     # turns    user  assistant  user  assistant  user  assistant
     # starts                    2                4                the later exchanges; 0 would be the whole record
-    starts = [i for i, turn in enumerate(others[:-1]) if i and turn.role == "user"]
+    system, others = _system_apart(record)
+    return _Cuts(system, others, [i for i, turn in enumerate(others[:-1]) if i and turn.role == "user"])
+
+
+def _at_calls(record: Record) -> _Cuts:
+    """At each later turn of the assistant before the answer; what stands before its first one stays."""
+    # turns    user  assistant  tool  assistant  tool  assistant
+    # rest           0          1     2          3     4           starts: 2; 4 is the answer
+    system, others = _system_apart(record)
+    first = next((i for i, turn in enumerate(others) if turn.role == "assistant"), 0)
+    rest = others[first:]
+    starts = [i for i, turn in enumerate(rest[:-1]) if i and turn.role == "assistant"]
+    return _Cuts((*system, *others[:first]), rest, starts)
+
+
+def _system_apart(record: Record) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+    """System texts, which stay, and the other turns."""
+    system = tuple(turn for turn in record.turns if turn.role == "system")
+    return system, tuple(turn for turn in record.turns if turn.role != "system")
+
+
+def _without_oldest(record: Record, cuts: _Cuts, fits: Callable[[Record], bool], share: float) -> tuple[Record, bool]:
+    """The record from one of its cuts on, and whether it fits: the longest that does, else the shortest."""
+    stays, rest, starts = cuts
     if not starts:
         return record, False
 
-    def with_last(exchanges: int) -> Record:
-        return replace(record, turns=(*system, *others[starts[-exchanges] :]))
+    def with_last(number: int) -> Record:
+        return replace(record, turns=(*stays, *rest[starts[-number] :]))
 
     most = _most(
-        lambda exchanges: fits(with_last(exchanges)),
+        lambda number: fits(with_last(number)),
         low=0,
-        high=len(starts) + 1,  # all exchanges: the record, which does not fit
-        likely=_likely_number(others, starts, share),
+        high=len(starts) + 1,  # all: the record, which does not fit
+        likely=_likely_number(rest, starts, share),
     )
     if most == 0:
         return with_last(1), False
@@ -79,7 +113,7 @@ def _without_oldest(record: Record, fits: Callable[[Record], bool], share: float
 
 
 def _likely_number(turns: Sequence[Turn], starts: Sequence[int], share: float) -> int:
-    """How many of the last exchanges, which begin at starts, hold about this share of all text."""
+    """How many of the last parts, which begin at starts, hold about this share of all text."""
     through = list(itertools.accumulate(map(_characters, turns)))  # [turns] characters up to and with each
     total = through[-1]
     from_starts = [total - through[start - 1] for start in starts]
