@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from atomtune.model.agreement import (
     another_plain_way,
@@ -11,8 +11,10 @@ from atomtune.model.agreement import (
     log_probability_measures,
     worst_gradient,
 )
+from atomtune.model.attention_in_use import attention_in_use
 from tests.hybrids import WALKED
 from tests.tiny import CAPPED
+from tests.vision_language import config_of
 
 DRAW = torch.Generator().manual_seed(0)
 WORDS, POSITIONS = 500, 200
@@ -151,3 +153,17 @@ def test_a_models_noise_does_not_lack_its_soft_caps():
             again = model(input_ids=ids).logits
     assert not torch.equal(plain, again)
     assert torch.allclose(plain, again, atol=1e-4)
+
+
+def test_a_tower_that_cannot_have_the_attention_of_the_rest_gets_its_own_back(monkeypatch):
+    # VibeVoice's: the name of the whole, given back to all parts, ended the run.
+    model = AutoModelForImageTextToText.from_config(config_of("mistral3", vocabulary=97), attn_implementation="sdpa")
+    tower = model.model.vision_tower
+    monkeypatch.setattr(type(tower), "_supports_sdpa", False)
+    model.set_attn_implementation({"": "sdpa", "text_config": "sdpa", "vision_config": "eager"})
+    before = attention_in_use(model.config)
+    assert before["vision_config"] == "eager"
+    with another_plain_way(model) as other:
+        assert other
+    assert attention_in_use(model.config) == before
+    assert model.model.language_model.config._attn_implementation == "sdpa"

@@ -24,7 +24,7 @@ from transformers import (
 
 from atomtune.cli import main
 from atomtune.errors import BadModel
-from atomtune.model.base_checks import refuse_not_causal
+from atomtune.model.base_checks import check_base_folder, refuse_not_causal
 from atomtune.model.base_shape import FEWEST_TOKENS, base_shape, positions_of
 from atomtune.model.load import BaseSpec, load_base, load_tokenizer, read_config
 from tests.tiny import FAMILIES
@@ -105,6 +105,27 @@ def test_a_model_that_needs_an_image_says_so(tmp_path, models):
     model = AutoModelForImageTextToText.from_config(BlipConfig(**parts))
     with pytest.raises(BadModel, match=r"BlipFor\w+ does not compute a text alone.*\n.*missing.*'pixel_values'"):
         refuse_not_causal(str(models("llama")), model)
+
+
+def test_a_model_whose_embeddings_are_no_table_says_so(models, monkeypatch):
+    # Kyutai's take 33 numbers a token; with a name of the hub, nothing was said of what failed.
+    model = load_base(BaseSpec(path=str(models("llama")), dtype=torch.float32, device=CPU))
+    monkeypatch.setattr(model, "get_input_embeddings", torch.nn.Identity)
+    for path in (str(models("llama")), "owner/name"):
+        with pytest.raises(BadModel, match=r"LlamaForCausalLM does not compute a text alone.*\n.*'weight'"):
+            refuse_not_causal(path, model)
+
+
+def test_a_head_of_no_width_beside_latent_keys_is_read(models, tmp_path):
+    # GLM-5 Next's config has head_dim 0.
+    config = json.loads((models("llama") / "config.json").read_text())
+    for width in (0, -1):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": {"head_dim": width}}))
+        if width < 0:
+            with pytest.raises(BadModel, match="head_dim: found -1"):
+                check_base_folder(tmp_path)
+        else:
+            check_base_folder(tmp_path)
 
 
 def test_positions_without_a_limit_are_not_too_few(tmp_path):

@@ -358,6 +358,14 @@ def test_a_model_that_counts_padding_in_is_refused():
         layout_support.collator_for(model, "padded", pad_id=0, as_examples=lambda row: ())
 
 
+def test_a_model_that_cannot_compute_padded_rows_is_refused_and_not_a_crash():
+    # XLNet's mask of later tokens takes no mask of padding beside it.
+    config = AutoConfig.for_model("xlnet", d_model=32, n_layer=1, n_head=4, d_inner=48, attn_type="uni")
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(BadModel, match="cannot compute padded rows: RuntimeError"):
+        layout_support.collator_for(model, "padded", pad_id=0, as_examples=lambda row: ())
+
+
 def test_remote_code_is_refused_with_the_reason(models):
     base = AutoModelForCausalLM.from_pretrained(models("baichuan_like"), trust_remote_code=True)
     assert why_padded(base) == "its forward takes no position_ids"

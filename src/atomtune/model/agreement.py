@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from atomtune.model.attention_in_use import attention_in_use
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.loss import innermost
 from atomtune.model.scores import names_a_cap
@@ -172,9 +173,9 @@ def another_plain_way(model: CausalLM) -> Iterator[bool]:
     Another batch or another order of records shows less, because most roundings then stay the same.
     """
     inner = innermost(model)
-    before = inner.config._attn_implementation
-    other = "sdpa" if before == "eager" else "eager"
-    computes_the_same = not (names_a_cap(inner.config) and "sdpa" in (before, other))
+    before, name = attention_in_use(inner.config), inner.config._attn_implementation
+    other = "sdpa" if name == "eager" else "eager"
+    computes_the_same = not (names_a_cap(inner.config) and "sdpa" in (name, other))
     embeddings: Any = inner.get_input_embeddings()
     hook = embeddings.register_forward_hook(lambda _module, _inputs, hidden: rounded_otherwise(hidden))
     try:
@@ -184,7 +185,7 @@ def another_plain_way(model: CausalLM) -> Iterator[bool]:
         yield inner.config._attn_implementation == other
     finally:
         hook.remove()
-        if inner.config._attn_implementation != before:
+        if attention_in_use(inner.config) != before:
             inner.set_attn_implementation(before)
 
 

@@ -86,7 +86,7 @@ def refuse_not_causal(path: str, model: CausalLM) -> None:
     )
     with reading:
         embeddings: Any = model.get_input_embeddings()
-    rows = getattr(getattr(embeddings, "weight", None), "shape", (0,))[0]
+        rows = embeddings.weight.shape[0]
     if rows < _TOKENS:  # spread over processes (DeepSpeed)
         return
     device = embeddings.weight.device

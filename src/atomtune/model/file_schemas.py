@@ -11,6 +11,8 @@ from pydantic import Field
 from atomtune.model.json_files import JsonFile
 
 Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
+#: GLM-5 Next's heads, whose keys are latent, are 0 wide beside them.
+SizeOrNone = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Layers = Annotated[int, Field(ge=1, le=10_000)]
 #: -1 stands for "none" in some published configs.
 TokenId = Annotated[int, Field(ge=-1, le=2**31 - 1)]
@@ -65,7 +67,7 @@ class ModelConfig(JsonFile):
     intermediate_size: Size | list[Size] | None = None
     moe_intermediate_size: Size | list[Size] | None = None
     n_inner: Size | None = None
-    head_dim: Size | None = None
+    head_dim: SizeOrNone | None = None
     num_attention_heads: Size | list[Size] | None = None
     num_key_value_heads: Size | list[Size] | None = None
     n_head: Size | None = None

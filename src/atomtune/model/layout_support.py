@@ -17,6 +17,7 @@ from atomtune.choices import Layout
 from atomtune.data.records import Example
 from atomtune.errors import BadModel
 from atomtune.model import recurrent, trial
+from atomtune.model.attention_in_use import attention_in_use
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.loss import auxiliary_factor, body_of, innermost, takes
 from atomtune.model.row_attention import ROWS, register
@@ -50,7 +51,7 @@ def collator_for(
 ) -> Collator:
     """What lays batches out for a model; its rows in the way that `why_padded` has set it to.
 
-    Raises BadModel where not even padded rows give what their records give alone.
+    Raises BadModel where not even padded rows can be computed, or give what their records give alone.
     """
     pad_id = with_row(model, pad_id)
     if layout == "padded" and (reason := trial.padding_difference(model, pad_id=pad_id)):
@@ -105,8 +106,9 @@ def why_padded(model: CausalLM, *, sharded: bool = False) -> str | None:
     # A config may name a window in words of its own.
     has_window = any(windows_of(model)) or any(used_windows)
     for way in _ways(mixers, bool(used_windows), has_window):
-        before = inner.config._attn_implementation
+        before = attention_in_use(inner.config)
         if not _take(inner, way, mixers):
+            _take_back(inner, before, mixers)
             continue
         reason = trial.difference(
             model, windows=windows_of(model), cut=cut_of(model), carries_state=way.mixers is not None
@@ -151,7 +153,7 @@ def _take(inner: Any, way: _Way, mixers: list[nn.Module]) -> bool:
     return True
 
 
-def _take_back(inner: Any, attention: str, mixers: list[nn.Module]) -> None:
+def _take_back(inner: Any, attention: str | dict[str, Any], mixers: list[nn.Module]) -> None:
     recurrent.take_way(body_of(inner), mixers)
     with contextlib.suppress(ValueError, AttributeError, ImportError, KeyError):
         inner.set_attn_implementation(attention)

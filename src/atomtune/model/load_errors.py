@@ -38,8 +38,9 @@ class explained:
     """
 
     def __init__(self, path: str, what: str, *, files: str = "", sentence: str = "") -> None:
-        self.path, self.what = path, what
-        self.sentence = sentence or (files and f"the library that reads {files} refuses what it found there.")
+        self.path, self.what, self.sentence = path, what, sentence
+        if files and expanded(path).is_dir():
+            self.sentence = f"the library that reads {files} refuses what it found there."
 
     def __enter__(self) -> None:
         if _looks_local(self.path) and not expanded(self.path).is_dir():
@@ -134,9 +135,9 @@ def _remedy(path: str, what: str, sentence: str, error: BaseException) -> str:  
         )
     if isinstance(error, ImportError):
         return f"loading the {what} needs a package that is not installed: {error}"
-    folder = expanded(path)
-    if sentence and folder.is_dir():
+    if sentence:
         return f"{sentence}\n{_words(error)}"
+    folder = expanded(path)
     names = sorted(file.name for file in folder.iterdir())[:12] if folder.is_dir() else []
     listing = f" Files there: {', '.join(names)}." if names else ""
     return f"no {what} could be loaded.{listing}\n{_words(error)}"

@@ -27,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 
 from atomtune.batch.attention_plan import AttentionPlan
 from atomtune.batch.segment_plan import SegmentBatch, SegmentPlan
+from atomtune.model.attention_in_use import attention_in_use
 from atomtune.model.modes import as_in_training, without_dropout
 from atomtune.model.row_attention import attend, own_window
 from atomtune.model.selective_scan import scans_from
@@ -162,8 +163,7 @@ def _calls_in_a_probe(inner: Any) -> dict[nn.Module, _Call]:
 @contextlib.contextmanager
 def _attention(inner: Any, name: str) -> Iterator[None]:
     """Within this, the model uses another attention function, where it lets itself be told."""
-    # There is a public way to set an attention and none to ask which one is set.
-    before = inner.config._attn_implementation
+    before = attention_in_use(inner.config)
     with contextlib.suppress(ValueError, AttributeError, ImportError, KeyError):
         inner.set_attn_implementation(name)
     try:

@@ -30,6 +30,7 @@ from atomtune.model.agreement import (
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.lora_targets import unreached
 from atomtune.model.loss import innermost, model_inputs, takes
+from atomtune.model.memory import is_out_of_memory
 from atomtune.model.modes import as_in_training, without_dropout
 
 
@@ -58,6 +59,8 @@ _IN_16_BITS = _Limits(times=3.0, scores_ulps=1.0, gradient_ulps=2.0)
 _NEARER = 0.2
 #: No gradient is compared more strictly or less strictly than so (relative).
 _MOST_GRADIENT = 0.3
+#: What a forward raises that was not made for such rows: shapes, missing arguments, assertions.
+_OF_A_FORWARD = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,7 @@ def difference(model: CausalLM, *, windows: Sequence[int | None], cut: Cut, carr
             without = _as_row(model, tree, settings, computed_as=_cut_off(tree), learns=False)
     except NotImplementedError as error:
         return f"its attention is more than rows allow for ({error})"
-    # What a forward raises that was not made for rows: shapes, missing arguments, assertions.
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError) as error:
+    except _OF_A_FORWARD as error:
         return f"a row of many fails in its forward ({_first_line(error)})"
     noise = (_apart(again, alone[0]), _gradient_difference(again, alone[0]))
     return _verdict(plain, rows, without, noise=noise, dtype=_dtype(model), limits=_limits(model))
@@ -152,7 +154,10 @@ def changed_by(model: CausalLM, change: Callable[[], object]) -> str | None:
 
 @torch.no_grad()
 def padding_difference(model: CausalLM, *, pad_id: int) -> str | None:
-    """In what a short record beside a long one, padded, differs from the short one alone, or None."""
+    """In what a short record beside a long one, padded, differs from the short one alone, or None.
+
+    Raises BadModel where the model cannot compute the two together.
+    """
     examples = _examples(model)
     long, short = examples[0], examples[-1]
     batch: Any = collate_chains([single(long), single(short)], pad_id=pad_id, examples=2, tokens_padded=0)
@@ -160,11 +165,18 @@ def padding_difference(model: CausalLM, *, pad_id: int) -> str | None:
         batch[name] = batch[name].to(_device(model))
     targets = _learned(short.learn)
     predicted_from, ids = [i - 1 for i in targets], [short.ids[i] for i in targets]
-    with without_dropout(model):
-        alone = _alone(model, short)
-        with another_plain_way(model):
-            again = _alone(model, short)
-        scores = _scores(model, model_inputs(model, batch), predicted_from, ids, row=1)
+    try:
+        with without_dropout(model):
+            alone = _alone(model, short)
+            with another_plain_way(model):
+                again = _alone(model, short)
+            scores = _scores(model, model_inputs(model, batch), predicted_from, ids, row=1)
+    except _OF_A_FORWARD as error:
+        if is_out_of_memory(error):
+            raise
+        raise BadModel(
+            f"This model cannot compute padded rows: {_first_line(error)}.\nPass --model_path with another model."
+        ) from error
     apart, noise = _apart(_Side(scores.double().cpu(), {}), alone), _apart(again, alone)
     # As in float32 whatever the dtype: a model that is refused here cannot be trained at all.
     if apart <= max(_IN_32_BITS.times * noise, _IN_32_BITS.scores_ulps * unit(_dtype(model))):
