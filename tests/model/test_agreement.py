@@ -167,3 +167,13 @@ def test_a_tower_that_cannot_have_the_attention_of_the_rest_gets_its_own_back(mo
         assert other
     assert attention_in_use(model.config) == before
     assert model.model.language_model.config._attn_implementation == "sdpa"
+
+
+def test_a_part_without_attention_is_given_none_back():
+    # Fun-ASR Nano's adaptor.
+    model = AutoModelForImageTextToText.from_config(config_of("mistral3", vocabulary=97), attn_implementation="sdpa")
+    model.config.vision_config._attn_implementation_internal = None
+    assert attention_in_use(model.config) == {"": "sdpa", "text_config": "sdpa"}
+    with another_plain_way(model) as other:
+        assert other
+    assert model.model.language_model.config._attn_implementation == "sdpa"

@@ -8,9 +8,14 @@ from typing import Any
 
 
 def attention_in_use(config: Any) -> str | dict[str, Any]:
-    """What `set_attn_implementation` takes: a name, or one for each part of the config and "" for the whole."""
+    """What `set_attn_implementation` takes: a name, or one for each part of the config and "" for the whole.
+
+    A part without attention of its own has none (Fun-ASR Nano's adaptor).
+    """
     # There is a public way to set an attention and none to ask which one is set.
-    parts = {
-        name: attention_in_use(part) for name in config.sub_configs if (part := getattr(config, name, None)) is not None
-    }
-    return {"": config._attn_implementation, **parts} if parts else config._attn_implementation
+    names = {"": config._attn_implementation}
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        names[name] = attention_in_use(part) if part is not None else None
+    given = {name: attention for name, attention in names.items() if attention is not None}
+    return given if given.keys() - {""} else config._attn_implementation
