@@ -191,10 +191,10 @@ def _told(name: str, error: AtomtuneError) -> int:
 
 def _run(name: str, flags: Sequence[str]) -> int:
     """Read the settings first: a wrong flag is answered before the command's module imports torch."""
-    from atomtune.settings.environment import folder_problems, let_waiting_threads_sleep, number_problems
+    from atomtune.settings.environment import let_waiting_threads_sleep, number_problems, start_problems
 
     let_waiting_threads_sleep()
-    if problems := [*number_problems(), *folder_problems()]:
+    if problems := [*number_problems(), *start_problems()]:
         raise BadSettings(problems)
     from atomtune.settings.read import read
 

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +129,29 @@ def test_what_is_no_file_is_not_copied(text_adapter, whole_base, tmp_path):
     os.mkfifo(adapter / "pipe")
     assert export_to("Gemma3ForConditionalGeneration", adapter, whole_base, tmp_path / "out") == 0
     assert not (tmp_path / "out" / "pipe").exists() and (tmp_path / "out" / "atomtune.json").is_file()
+
+
+def test_what_was_merged_into_the_runs_folder_is_not_copied(text_adapter, whole_base, tmp_path):
+    # `train` itself says to merge into a folder there: gigabytes were copied beside an adapter of megabytes.
+    adapter = shutil.copytree(text_adapter, tmp_path / "adapter")
+    for name in ("merged", "additional_chat_templates"):
+        (adapter / name).mkdir()
+        (adapter / name / "x.jinja").write_text("x")
+    assert export_to("Gemma3ForConditionalGeneration", adapter, whole_base, tmp_path / "out") == 0
+    assert not (tmp_path / "out" / "merged").exists()
+    assert (tmp_path / "out" / "additional_chat_templates" / "x.jinja").is_file()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs ulimit")
+def test_a_disk_that_takes_no_more_is_one_sentence(text_adapter, whole_base, tmp_path):
+    words = ["--adapter_path", text_adapter, "--output_dir", tmp_path / "out", "--model_path", whole_base]
+    words += ["--other_base", "--to", "peft", "--for_class", "Gemma3ForConditionalGeneration"]
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 1; exec "$0" -m atomtune export "$@"', sys.executable, *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "the disk is full or failing: [Errno 27] File too large" in done.stderr and "[(" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,13 +1,15 @@
 """Files beside weights: what is wrong in one is said with its name, what was found and what was expected."""
 
 import json
+import os
 
 import pytest
 
 from atomtune.errors import BadModel
 from atomtune.model.adapter_folder import METADATA, AdapterMetadata
 from atomtune.model.file_schemas import AdapterConfig, GenerationConfig, ModelConfig
-from atomtune.model.json_files import checked
+from atomtune.model.fingerprint import fingerprint
+from atomtune.model.json_files import checked, refuse_no_files
 
 
 def refused(tmp_path, content: str, shape=ModelConfig) -> str:
@@ -65,3 +67,19 @@ def test_published_values_pass(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**values, "rope_theta": 10000, "rope_scaling": {"type": "linear", "factor": 4}}))
     checked(file, ModelConfig)
+
+
+def test_a_file_that_the_user_may_not_read_is_named(tmp_path, monkeypatch):
+    # safetensors says that there is no such file, by which merge ended in a traceback.
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    refuse_no_files(tmp_path)
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may read everything
+    with pytest.raises(BadModel, match="closed to this user"):
+        fingerprint(str(tmp_path))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes of this kind")
+def test_a_pipe_of_weights_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(BadModel, match="a pipe or a device"):
+        fingerprint(str(tmp_path))

@@ -156,3 +156,10 @@ def test_a_command_in_a_folder_that_is_gone_is_one_sentence(models, dialogues, t
         ["bash", "-c", command, "-", *words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
     )
     assert (done.returncode, done.stderr.count("is gone, or closed to it")) == (2, 1), done.stderr
+
+
+def test_python_without_docstrings_is_one_sentence(tmp_path):
+    # transformers makes classes of its docstrings: every command ended in a traceback.
+    words = [sys.executable, "-OO", "-m", "atomtune", "runs", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr.count("PYTHONOPTIMIZE")) == (2, 2), done.stderr

@@ -11,6 +11,9 @@ from atomtune.model.adapter_folder import CONFIG, WEIGHTS, adapter_file, read_we
 from atomtune.model.adapter_keys import module_of, modules_of_class, new_names
 from atomtune.model.json_files import json_object
 
+#: A folder of a tokenizer's, which may have several chat templates.
+_TEMPLATES = "additional_chat_templates"
+
 
 def rewrite_keys(adapter: Path, out: Path, class_name: str, base_path: str, *, trust_remote_code: bool) -> int:
     """Write the adapter with the names that class_name has; how many tensors got another name.
@@ -23,16 +26,24 @@ def rewrite_keys(adapter: Path, out: Path, class_name: str, base_path: str, *, t
         raise BadModel(f"{adapter}: no adapter weights here.")
     weights = read_weights(file)
     renamed = new_names(weights, modules)
-    shutil.copytree(adapter, out, dirs_exist_ok=True, ignore=_not_copied)
+    _copy(adapter, out)
     save_file({renamed[name]: tensor for name, tensor in weights.items()}, out / WEIGHTS, metadata={"format": "pt"})
     _rewrite_targets(out / CONFIG, {old: renamed[old] for old in weights})
     return sum(old != new for old, new in renamed.items())
 
 
-def _not_copied(folder: str, names: list[str]) -> set[str]:
-    """Of a folder's names: what a run leaves beside its adapter, and what is neither file nor folder, as a pipe."""
-    of_a_run = {name for name in names if name.startswith((".", "checkpoint-")) or name == "evaluation"}
-    return of_a_run | {name for name in names if not (Path(folder, name).is_file() or Path(folder, name).is_dir())}
+def _copy(adapter: Path, out: Path) -> None:
+    """The adapter's own files. Beside them a run leaves checkpoints, reports and what was merged or exported of it.
+
+    One by one: shutil.copytree tells of a full disk in a list of all files, with no number of the error.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    own = (adapter / part for part in ("", _TEMPLATES))
+    for file in (file for folder in own if folder.is_dir() for file in folder.iterdir()):
+        if file.is_file() and not file.name.startswith("."):
+            goal = out / file.relative_to(adapter)
+            goal.parent.mkdir(exist_ok=True)
+            shutil.copy(file, goal)
 
 
 def _rewrite_targets(file: Path, renamed: dict[str, str]) -> None:

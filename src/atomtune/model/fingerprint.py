@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 from atomtune.disk import expanded
 from atomtune.errors import BadModel
 from atomtune.model.file_schemas import WeightIndex
-from atomtune.model.json_files import checked
+from atomtune.model.json_files import checked, refuse_no_files
 
 INDEX = "model.safetensors.index.json"
 OLD_INDEX = "pytorch_model.bin.index.json"
@@ -30,6 +30,8 @@ _LONGEST_NAME = 200  # characters of a file's name
 def fingerprint(path: str) -> str | None:
     """A hash over every weight's name, shape and some of its numbers in bfloat16; None where no weights are at hand."""
     folder = folder_of(path)
+    if folder:
+        refuse_no_files(folder)
     files = weight_files(folder) if folder else []
     if not files:
         return None

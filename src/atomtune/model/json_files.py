@@ -5,6 +5,7 @@ Here such a file is answered with its name, what was found in it and what was ex
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,13 +98,17 @@ def refuse_unreadable(file: Path) -> None:
 
 
 def refuse_no_files(folder: Path) -> None:
-    """Raise BadModel where something else than a file has the name of one: a pipe, a device, a link to nothing.
+    """Raise BadModel where something else than a file has the name of one, as a pipe; and where a file is closed.
 
     A library would wait for the first for ever, and take the last for a file that is not there: a copied folder whose
     links lead nowhere would be trained with another chat template.
     """
     for path in sorted(folder.iterdir()):
-        if path.suffix not in _OPENED or path.is_file():
+        if path.suffix not in _OPENED:
+            continue
+        if path.is_file():
+            if not os.access(path, os.R_OK):  # of which safetensors says that there is no such file
+                raise BadModel(f"{path} is closed to this user. Ask its owner for `chmod a+r`, or copy the folder.")
             continue
         if path.is_dir():
             if path.suffix not in (".json", ".jinja"):

@@ -1,6 +1,7 @@
 """Environment: variables that change a run unseen, left over from another job or written carelessly, are said first."""
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
@@ -100,12 +101,17 @@ def number_problems(environment: Mapping[str, str] = os.environ) -> Iterator[str
             yield f"the environment variable {name} is {text!r}; expected a number of seconds. `unset {name}`."
 
 
-def folder_problems() -> Iterator[str]:
-    """Of the folder that the command was started in: where it is gone, kernels of torch end the process."""
+def start_problems() -> Iterator[str]:
+    """Of how the command was started: by which libraries end the process, or are not even imported."""
     try:
         Path.cwd()
-    except OSError:
+    except OSError:  # kernels of torch are looked for from here
         yield "the folder that this command was started in is gone, or closed to it. `cd` to another one."
+    if sys.flags.optimize > 1:
+        yield (
+            "Python leaves out docstrings here (PYTHONOPTIMIZE=2 or -OO), and transformers makes its classes of them. "
+            "`unset PYTHONOPTIMIZE`."
+        )
 
 
 def cache_notices(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
