@@ -115,9 +115,10 @@ def edit(file: Path, **values: Any) -> None:
 
 
 def attacks() -> list[Attack]:
-    from benchmarks import attempts, attempts_on_records  # they are made of what stands above
+    from benchmarks import attempts, attempts_on_processes, attempts_on_records  # they are made of what stands above
 
-    return [attack for make in (*attempts.MAKERS, *attempts_on_records.MAKERS) for attack in make()]
+    rooms = (attempts, attempts_on_records, attempts_on_processes)
+    return [attack for room in rooms for make in room.MAKERS for attack in make()]
 
 
 def forked(words: list[str], output: Path, variables: dict[str, str] | None = None) -> tuple[int, float]:

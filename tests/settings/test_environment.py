@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from atomtune.cli import main
-from atomtune.settings.environment import SPINS, cache_notices, environment_problems, waiting_notice
+from atomtune.settings.environment import SPINS, cache_notices, environment_problems, number_problems, waiting_notice
 from atomtune.settings.read import read_train
 from atomtune.train.arguments import spare_folder
 
@@ -163,3 +163,10 @@ def test_python_without_docstrings_is_one_sentence(tmp_path):
     words = [sys.executable, "-OO", "-m", "atomtune", "runs", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr.count("PYTHONOPTIMIZE")) == (2, 2), done.stderr
+
+
+def test_a_size_for_datasets_that_is_no_number_is_said():
+    name = "HF_DATASETS_IN_MEMORY_MAX_SIZE"
+    (told,) = number_problems({name: "abc"})
+    assert told == f"the environment variable {name} is 'abc'; expected a number of bytes. `unset {name}`."
+    assert not list(number_problems({name: "1e9"}))

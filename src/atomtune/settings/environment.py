@@ -94,11 +94,16 @@ def _accelerate_problems(environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def number_problems(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
-    """Of the variables that huggingface_hub reads as numbers when it is imported: whatever else they hold ends that."""
+    """Of the variables that libraries read as numbers when they are imported: whatever else they hold ends that."""
     for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
         text = environment.get(name)
         if text is not None and not text.strip().lstrip("+-").isdecimal():
             yield f"the environment variable {name} is {text!r}; expected a number of seconds. `unset {name}`."
+    name = "HF_DATASETS_IN_MEMORY_MAX_SIZE"
+    try:
+        float(environment.get(name, "0"))
+    except ValueError:
+        yield f"the environment variable {name} is {environment[name]!r}; expected a number of bytes. `unset {name}`."
 
 
 def start_problems() -> Iterator[str]:
