@@ -1,9 +1,9 @@
-"""Attempts: what the attacks of kinds 8, 10 and 12 try with a process as a whole: its streams, names, place and end."""
+"""Attempts: what the attacks of kinds 5, 8, 10 and 12 try with a process: its streams, names, place and end."""
 
 import os
 from collections.abc import Callable, Iterator
 
-from benchmarks.attacks import Attack, World
+from benchmarks.attacks import ESCAPE, Attack, World, edit
 
 _FEW_CHARACTERS = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
@@ -124,4 +124,14 @@ def of_ends() -> Iterator[Attack]:
     yield Attack(12, "an output folder that links to itself", loop)
 
 
-MAKERS = (of_streams, of_names, of_variables, of_ends)
+def of_logs() -> Iterator[Attack]:
+    """Kind 5: what a library logs of a base's config."""
+
+    def config(world: World) -> list[str]:
+        edit(world.base / "config.json", rope_scaling={"rope_type": ESCAPE})
+        return world.train()
+
+    yield Attack(5, "a library's warning", config)
+
+
+MAKERS = (of_logs, of_streams, of_names, of_variables, of_ends)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -258,3 +259,12 @@ sys.exit(main())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_library_logs_gives_the_terminal_no_orders(monkeypatch, caplog):
+    # transformers quotes values of config.json in its warnings.
+    monkeypatch.setattr(
+        cli, "_run", lambda *words: logging.getLogger("library").warning("type %s", "\x1b[31m\u202e") or 0
+    )
+    assert main(["plan"]) == 0
+    assert caplog.messages == ["type \\x1b[31m\\u202e"]

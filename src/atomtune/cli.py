@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from atomtune import __version__
-from atomtune.console import LastingStream
+from atomtune.console import LastingStream, visible
 from atomtune.errors import AtomtuneError, BadSettings, ExitCode
 from atomtune.language import LANGUAGES, language_of, spoken, translated
 
@@ -167,6 +167,8 @@ def _exit_code_of(name: str, flags: Sequence[str]) -> int:
     """Run a command; an error becomes text on standard error and an exit code."""
     # bitsandbytes complains of missing optional kernels at import, which happens wherever PEFT is imported.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    records_before = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(_VisibleRecord)
     handlers_before = _stop_on_signals()  # until a run installs its own
     hook_before, sys.unraisablehook = sys.unraisablehook, _hear_again(sys.unraisablehook)
     try:
@@ -180,8 +182,16 @@ def _exit_code_of(name: str, flags: Sequence[str]) -> int:
         return _unforeseen(name, error)
     finally:
         sys.unraisablehook = hook_before
+        logging.setLogRecordFactory(records_before)
         for number, handler in handlers_before.items():
             signal.signal(number, handler)
+
+
+class _VisibleRecord(logging.LogRecord):
+    """What a library logs, which quotes the files it reads: no character of them orders the terminal about."""
+
+    def getMessage(self) -> str:  # as logging calls it
+        return visible(super().getMessage())
 
 
 def _told(name: str, error: AtomtuneError) -> int:
