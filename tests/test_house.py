@@ -132,7 +132,7 @@ PRIVATE = {
     "data/encoding/special_tokens.py": {"tokenizer._atomtune_controls"},
     "data/encoding/token_ids.py": {"tokenizer._atomtune_short_way"},
     "model/agreement.py": {"inner.config._attn_implementation"},
-    "model/attention_in_use.py": {"config._attn_implementation"},
+    "model/attention_in_use.py": {"config._attn_implementation", "config._attn_implementation_internal"},
     "model/block_attention.py": {"torch._softmax_backward_data"},
     "model/fused_lora.py": {"weight._version"},
     "model/fused_norm.py": {"torch.ops.aten._weight_norm_interface_backward"},

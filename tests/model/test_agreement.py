@@ -11,7 +11,6 @@ from atomtune.model.agreement import (
     log_probability_measures,
     worst_gradient,
 )
-from atomtune.model.attention_in_use import attention_in_use
 from tests.hybrids import WALKED
 from tests.tiny import CAPPED
 from tests.vision_language import config_of
@@ -156,24 +155,14 @@ def test_a_models_noise_does_not_lack_its_soft_caps():
 
 
 def test_a_tower_that_cannot_have_the_attention_of_the_rest_gets_its_own_back(monkeypatch):
-    # VibeVoice's: the name of the whole, given back to all parts, ended the run.
+    # VibeVoice's: the name of the whole, given back to all parts, ended the run. Fun-ASR Nano's adaptor has none.
     model = AutoModelForImageTextToText.from_config(config_of("mistral3", vocabulary=97), attn_implementation="sdpa")
-    tower = model.model.vision_tower
+    tower, text = model.model.vision_tower, model.model.language_model
     monkeypatch.setattr(type(tower), "_supports_sdpa", False)
-    model.set_attn_implementation({"": "sdpa", "text_config": "sdpa", "vision_config": "eager"})
-    before = attention_in_use(model.config)
-    assert before["vision_config"] == "eager"
-    with another_plain_way(model) as other:
-        assert other
-    assert attention_in_use(model.config) == before
-    assert model.model.language_model.config._attn_implementation == "sdpa"
-
-
-def test_a_part_without_attention_is_given_none_back():
-    # Fun-ASR Nano's adaptor.
-    model = AutoModelForImageTextToText.from_config(config_of("mistral3", vocabulary=97), attn_implementation="sdpa")
-    model.config.vision_config._attn_implementation_internal = None
-    assert attention_in_use(model.config) == {"": "sdpa", "text_config": "sdpa"}
-    with another_plain_way(model) as other:
-        assert other
-    assert model.model.language_model.config._attn_implementation == "sdpa"
+    for own in ("eager", None):
+        tower.config._attn_implementation = own
+        with another_plain_way(model) as other:
+            assert other
+            assert text.config._attn_implementation == "eager"
+        assert (tower.config._attn_implementation, text.config._attn_implementation) == (own, "sdpa")
+        assert model.config._attn_implementation == "sdpa"

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from atomtune.model.attention_in_use import attention_in_use
+from atomtune.model.attention_in_use import AttentionInUse
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.loss import innermost
 from atomtune.model.scores import names_a_cap
@@ -173,7 +173,7 @@ def another_plain_way(model: CausalLM) -> Iterator[bool]:
     Another batch or another order of records shows less, because most roundings then stay the same.
     """
     inner = innermost(model)
-    before, name = attention_in_use(inner.config), inner.config._attn_implementation
+    before, name = AttentionInUse.of(inner), inner.config._attn_implementation
     other = "sdpa" if name == "eager" else "eager"
     computes_the_same = not (names_a_cap(inner.config) and "sdpa" in (name, other))
     embeddings: Any = inner.get_input_embeddings()
@@ -185,8 +185,7 @@ def another_plain_way(model: CausalLM) -> Iterator[bool]:
         yield inner.config._attn_implementation == other
     finally:
         hook.remove()
-        if attention_in_use(inner.config) != before:
-            inner.set_attn_implementation(before)
+        before.give_back()
 
 
 def rounded_otherwise(hidden: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ Nothing is taken from a list of architectures: a small tree is computed and comp
 (trial.py), in each way that the model may take, until one is exact.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from atomtune.choices import Layout
 from atomtune.data.records import Example
 from atomtune.errors import BadModel
 from atomtune.model import recurrent, trial
-from atomtune.model.attention_in_use import attention_in_use
+from atomtune.model.attention_in_use import AttentionInUse
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.loss import auxiliary_factor, body_of, innermost, takes
 from atomtune.model.row_attention import ROWS, register
@@ -106,7 +105,7 @@ def why_padded(model: CausalLM, *, sharded: bool = False) -> str | None:
     # A config may name a window in words of its own.
     has_window = any(windows_of(model)) or any(used_windows)
     for way in _ways(mixers, bool(used_windows), has_window):
-        before = attention_in_use(inner.config)
+        before = AttentionInUse.of(inner)
         if not _take(inner, way, mixers):
             _take_back(inner, before, mixers)
             continue
@@ -153,7 +152,6 @@ def _take(inner: Any, way: _Way, mixers: list[nn.Module]) -> bool:
     return True
 
 
-def _take_back(inner: Any, attention: str | dict[str, Any], mixers: list[nn.Module]) -> None:
+def _take_back(inner: Any, attention: AttentionInUse, mixers: list[nn.Module]) -> None:
     recurrent.take_way(body_of(inner), mixers)
-    with contextlib.suppress(ValueError, AttributeError, ImportError, KeyError):
-        inner.set_attn_implementation(attention)
+    attention.give_back()

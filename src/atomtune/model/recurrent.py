@@ -27,7 +27,7 @@ from transformers.masking_utils import sdpa_mask
 
 from atomtune.batch.attention_plan import AttentionPlan
 from atomtune.batch.segment_plan import SegmentBatch, SegmentPlan
-from atomtune.model.attention_in_use import attention_in_use
+from atomtune.model.attention_in_use import AttentionInUse
 from atomtune.model.modes import as_in_training, without_dropout
 from atomtune.model.row_attention import attend, own_window
 from atomtune.model.selective_scan import scans_from
@@ -163,14 +163,13 @@ def _calls_in_a_probe(inner: Any) -> dict[nn.Module, _Call]:
 @contextlib.contextmanager
 def _attention(inner: Any, name: str) -> Iterator[None]:
     """Within this, the model uses another attention function, where it lets itself be told."""
-    before = attention_in_use(inner.config)
+    before = AttentionInUse.of(inner)
     with contextlib.suppress(ValueError, AttributeError, ImportError, KeyError):
         inner.set_attn_implementation(name)
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError, AttributeError, ImportError, KeyError):
-            inner.set_attn_implementation(before)
+        before.give_back()
 
 
 def _mixes(module: nn.Module, call: _Call) -> bool:
