@@ -29,7 +29,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from atomtune.batch.collate import Collator
 from atomtune.batch.row import padded_tokens
@@ -39,6 +43,7 @@ from atomtune.data.records import Example
 from atomtune.errors import AtomtuneError
 from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.agreement import another_plain_way
+from atomtune.model.attention_in_use import AttentionInUse
 from atomtune.model.auto_class import auto_class
 from atomtune.model.fused_layers import fuse_layers
 from atomtune.model.layout_support import collator_for, why_padded
@@ -47,6 +52,7 @@ from atomtune.model.lora_targets import match_targets
 from atomtune.model.loss import innermost, target_nats
 from atomtune.settings.fields import LoraSettings
 from atomtune.verify import Result, in_batches, one_at_a_time
+from benchmarks import checkpoints
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 WORDS = 512
@@ -115,6 +121,15 @@ _MAMBA: Values = {
     "mamba_expand": 2,
 }
 _CONVOLUTIONS: Values = {**_FOUR, "layer_types": ["conv", "conv", "full_attention", "conv"]}
+_BYTES: Values = {
+    "vocab_size": WORDS,
+    "hidden_size": 64,
+    "hidden_size_global": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "initializer_range": 0.15,
+}
 _PER_LAYER: Values = {
     **_TWICE_WINDOW,
     **_HEAD,
@@ -314,6 +329,16 @@ FAMILIES: dict[str, dict[str, Values]] = {
         },
         "bloom": {"n_head": 4, "n_layer": 2},
         "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+        "blt": {
+            "encoder_hash_byte_group_vocab": 1024,
+            "local_attention_window_len": 16,
+            # So that a random model cuts a text of 70 bytes into some 60 patches, and not into one.
+            "patching_threshold": 5.7,
+            "patcher_config": _BYTES,
+            "encoder_config": _BYTES,
+            "decoder_config": {**_BYTES, "num_hidden_layers": 2},
+            "global_config": {**_BYTES, "num_hidden_layers": 2},
+        },
     },
 }
 
@@ -440,6 +465,36 @@ _BEYOND_ANY: dict[str, Values] = {
     },
 }
 
+_TWO_SIDED: Values = {"is_decoder": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_DECODER: Values = {
+    "is_decoder": True,
+    "is_encoder_decoder": False,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "max_source_positions": 64,
+    "max_target_positions": 512,
+}
+#: Causal where their config says so: models that else read from both sides, and halves of encoder-decoders. Each takes
+#: what its config has.
+_DECODERS: dict[str, Values] = {
+    "big_bird": {**_TWO_SIDED, "attention_type": "original_full"},
+    "bigbird_pegasus": {**_DECODER, "attention_type": "original_full"},
+    "rembert": {**_TWO_SIDED, "input_embedding_size": 64},
+    "roformer": {**_TWO_SIDED, "embedding_size": 64},
+    "xlm": {"emb_dim": 64, "n_heads": 4, "n_layers": 2, "causal": True},
+    "xmod": {**_TWO_SIDED, "languages": ["en_XX"], "default_language": "en_XX"},
+}
+_OF_TWO_SIDED = """
+bert bert-generation camembert data2vec-text electra ernie megatron-bert roberta roberta-prelayernorm roc_bert
+xlm-roberta xlm-roberta-xl
+"""
+_OF_DECODER = "bart blenderbot blenderbot-small marian mbart mvp pegasus plbart trocr whisper"
+_DECODERS |= dict.fromkeys(_OF_TWO_SIDED.split(), _TWO_SIDED) | dict.fromkeys(_OF_DECODER.split(), _DECODER)
+
 #: Rotary positions in three parts: time, height, width. A text has them all alike.
 _THREE_POSITIONS: Values = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]},
@@ -474,20 +529,25 @@ VISION_LANGUAGE: dict[str, tuple[Values, Values]] = {
     "smolvlm": ({"model_type": "llama"}, _IMAGES),
 }
 
-#: why no row → names that transformers lists as causal models
+#: why no row → names that transformers lists as models that write text
 LEFT_OUT: dict[str, str] = {
-    "read a text from both sides unless their config says otherwise": """
-        bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta
-        roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xlnet xmod""",
-    "are the second half of an encoder-decoder": """
-        bart bigbird_pegasus blenderbot blenderbot-small marian mbart musicgen musicgen_melody mvp pegasus plbart
-        prophetnet trocr whisper""",
-    "are whole checkpoints with towers for images or sound": """
-        dots3_note emu3 fuyu gemma3n gemma4 gemma4_assistant gemma4_unified gemma4_unified_assistant git
-        got_ocr2 llama4 mllama moshi moss_transcribe_diarize phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp""",
-    "counts padding in, which `train` refuses": "cpmant",
+    "are encoder-decoders, which `train` refuses": """
+        florence2 musicgen musicgen_melody pix2struct pp_formulanet t5gemma2 udop vision-encoder-decoder""",
+    "need an image, a sound or a state beside each text, which `train` says": """
+        blip blip-2 idefics instructblip instructblipvideo kosmos-2 kyutai_speech_to_text pi0 voxtral_realtime""",
+    "foretells tokens for another model and computes beside it alone (`train` refuses it)": "gemma4_unified_assistant",
+    "reads from both sides, which `train` refuses": "diffusion_gemma",
+    "fails on padded rows where its config makes it causal, which `train` says": "xlnet",
+    "count padding in, which `train` refuses": "cpmant prophetnet",
+    "has no layer that LoRA could adapt, which `train` says": "reformer",
+    "need the package timm, which is not here": """
+        fast_vlm gemma3n perception_lm""",
+    "fails in its own code on a text, which `train` says (transformers 5.24; its text part has a row)": "llama4",
+    "speak, and their thinking half has a row": "qwen2_5_omni qwen3_omni_moe",
+    "does not write but sorts": "shieldgemma2",
+    "is listed, and has no automatic class": "evolla",
     "has the class of gpt2": "gpt-sw3",
-    "were not built this small": "blt reformer",
+    "were not built this small": "gemma4_assistant nemo_speechlm",
 }
 
 
@@ -538,17 +598,30 @@ def families() -> Iterator[tuple[str, str, Values]]:
             yield kind, family, {**_SIZE, **values}
     for family, (text, tower) in VISION_LANGUAGE.items():
         yield "images and text, tuned on text", family, {"text_config": {**_SIZE, **text}, "vision_config": tower}
+    for family in checkpoints.FAMILIES:
+        yield "whole checkpoints, tuned on text", family, checkpoints.values_of(family, _text_values)
     for family in sorted({*_OF_ANY.split(), *_BEYOND_ANY}):
-        yield "more", family, {**_known(family), **_BEYOND_ANY.get(family, {})}
+        yield "more", family, _text_values(family)
+    for family, values in sorted(_DECODERS.items()):
+        what_it_is = {name: value for name, value in values.items() if name.startswith("is_")}
+        yield "decoders", family, {**_known(family), **_known(family, values), **what_it_is}
 
 
-def _known(family: str) -> Values:
-    """Those of _ANY that a family's config has."""
+def _text_values(family: str) -> Values:
+    """The values of a family of text models."""
+    for of_kind in FAMILIES.values():
+        if family in of_kind:
+            return {**_SIZE, **of_kind[family]}
+    return {**_known(family), **_BEYOND_ANY.get(family, {})}
+
+
+def _known(family: str, of: Values = _ANY) -> Values:
+    """Those of some values that a family's config has."""
     if family not in transformers.CONFIG_MAPPING:
         return {}
-    config = transformers.CONFIG_MAPPING[family]
-    names = {*config().to_dict(), *config.attribute_map}
-    return {name: value for name, value in _ANY.items() if name in names}
+    config = transformers.CONFIG_MAPPING[family]()
+    names = {*config.to_dict(), *config.attribute_map}
+    return {name: value for name, value in of.items() if name in names}
 
 
 def some_examples() -> list[Example]:
@@ -582,7 +655,7 @@ def examine(family: str, values: Values) -> Finding:
     plain = one_at_a_time(model, examples)
     noise = _noise(model, examples, plain)
     fuse_layers(model, input_ids=torch.zeros(1, 2, dtype=torch.long))
-    own_attention = innermost(model).config._attn_implementation
+    own_attention = AttentionInUse.of(innermost(model))
     reason = why_padded(model)
     layout: Layout = "tree" if reason is None else "padded"
     collator = collator_for(model, layout, pad_id=0, as_examples=lambda stored: (Example(**stored),))
@@ -591,17 +664,17 @@ def examine(family: str, values: Values) -> Finding:
     return Finding(family, class_name, collator.layout, reason or "", _apart(ours, plain), noise, adapted, faster)
 
 
-def _times_faster(model: Any, collator: Collator, own_attention: str) -> float:
+def _times_faster(model: Any, collator: Collator, own_attention: AttentionInUse) -> float:
     """How many times as long as a step of a tree the same step in padded rows takes: the median of pairs."""
     inner = innermost(model)
     padded = dataclasses.replace(collator, layout="padded", carries_state=False)
     batch, padded_batch = collator.lay(timed_examples()), padded.lay(timed_examples())
-    of_rows = inner.config._attn_implementation
+    of_rows = AttentionInUse.of(inner)
     ratios = []
     for _ in range(1 + _PAIRS):
-        inner.set_attn_implementation(own_attention)
+        own_attention.give_back()
         padded_seconds = _step_seconds(model, padded_batch)
-        inner.set_attn_implementation(of_rows)
+        of_rows.give_back()
         ratios.append(padded_seconds / _step_seconds(model, batch))
     return statistics.median(ratios[1:])  # the first pair warms up
 
@@ -731,14 +804,28 @@ def page(findings: Findings, *, beside: tuple[str, list[Finding]] | None = None)
     return "\n".join(lines) + "\n"
 
 
+def listed() -> set[str]:
+    """The names that this transformers lists as models that write text, with or without images and sound to read."""
+    return {
+        *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    }
+
+
+def without_a_row() -> set[str]:
+    """Those of them that are not in the table."""
+    return listed() - {family for _, family, _ in families()}
+
+
 def _left_out() -> list[str]:
-    """Of the names that this transformers lists as causal models, those without a row, and why."""
-    listed = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    lines = [f"## Without a row, of the {len(listed)} names that transformers lists as causal models", ""]
-    rest = listed.keys() - {family for _, family, _ in families()}
+    """Those without a row, and why."""
+    lines = [f"## Without a row, of the {len(listed())} names that transformers lists as models that write text", ""]
+    rest = without_a_row()
     for reason, names in LEFT_OUT.items():
         here = [name for name in names.split() if name in rest]
-        lines.append(f"- {len(here)} {reason}: {', '.join(here)}.")
+        if here:
+            lines.append(f"- {len(here)} {reason}: {', '.join(here)}.")
         rest = rest - set(here)
     if rest:
         lines.append(f"- {len(rest)} not tried yet: {', '.join(sorted(rest))}.")
