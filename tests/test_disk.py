@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,12 @@ def test_the_first_free_number_is_taken(tmp_path):
 def test_a_home_that_nobody_has_is_a_folder_of_that_name():
     assert expanded("~/x") == Path.home() / "x"
     assert expanded("~nobody-here/x") == Path("~nobody-here/x")
+
+
+def test_no_room_for_a_temporary_file_is_the_disks_fault(monkeypatch):
+    # Libraries ask tempfile when they are imported: on a full disk each command was "a bug".
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", list)
+    with pytest.raises(FileNotFoundError) as caught:
+        tempfile.gettempdir()
+    assert disk_failed(caught.value)

@@ -30,7 +30,10 @@ _PLACE_ERRORS = {
     *(errno.ENAMETOOLONG, errno.ETXTBSY, errno.ENXIO),
 }
 #: The same in the system's words, which is all that a library's own kind of error keeps of them.
-_DISK_WORDS = tuple(os.strerror(code) for code in _DISK_ERRORS - {errno.EFBIG})
+_DISK_WORDS = (
+    *(os.strerror(code) for code in _DISK_ERRORS - {errno.EFBIG}),
+    "No usable temporary directory",  # tempfile, where no place takes a file of four bytes
+)
 #: torch.save closes its archive, finds fewer bytes than it wrote and says only that: no errno, no class of its own.
 _TORCH_WROTE_LESS = re.compile(r"unexpected pos \d+ vs \d+|file write failed|iostream error")
 #: A run.json that names a million refused records has half of it.
