@@ -612,13 +612,29 @@ def test_the_prompts_of_a_conversation_hold_what_they_share_once(name, kind):
         assert whole.startswith("".join(piece.text for piece in exchange.prompt.history[: exchange.prompt.length]))
 
 
-def test_a_long_history_is_shortened_to_what_its_end_alone_is(tokenizers):
+def test_answers_that_do_not_fit_whole_keep_one_beginning_as_long_as_they_can(tokenizers):
+    # Each had the longest end that fits: no two began alike, and n answers took n times max_seq_length.
     template = load_template("plain", tokenizers["chatml"])
-    (whole, *_), _ = encoded(template, history(300), max_tokens=60)
-    long, _ = encoded(template, history(300), max_tokens=60)
-    end, _ = encoded(template, history(300, first=280), max_tokens=60)
-    assert long[-1].ids == end[-1].ids and len(long) > 280
-    assert whole.ids != long[-1].ids
+    examples, _ = encoded(template, history(300), max_tokens=100)
+    (whole,), _ = encoded(template, history(300), max_tokens=10**6)
+    assert sum(map(sum, (example.learn for example in examples))) == sum(whole.learn)
+    assert all(len(example.ids) <= 100 for example in examples)
+    assert sum(len(example.ids) for example in examples) < 3 * len(whole.ids)
+    for number, example in enumerate(examples):
+        beginning = example.learn.index(1)
+        assert number == 0 or beginning >= 40  # half of the room, less an exchange
+        end = template.tokenizer.decode(example.ids)
+        first = int(re.match(r"q(\d+)", end).group(1))
+        (same, *_), _ = encoded(template, history(300, first=first), max_tokens=10**6)
+        assert same.ids[: len(example.ids)] == example.ids  # what a server would be sent
+
+
+def test_a_record_that_is_a_little_too_long_loses_only_what_it_has_to(tokenizers):
+    template = load_template("plain", tokenizers["chatml"])
+    (whole,), _ = encoded(template, history(20), max_tokens=10**6)
+    (first, last), _ = encoded(template, history(20), max_tokens=len(whole.ids) - 1)
+    (without_one,), _ = encoded(template, history(20, first=1), max_tokens=10**6)
+    assert last.ids == without_one.ids and first.ids == whole.ids[: len(first.ids)]
 
 
 def test_a_text_full_of_control_strings_takes_as_long_as_it_is(tokenizers):

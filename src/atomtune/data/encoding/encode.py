@@ -12,19 +12,19 @@ Laws (tests/data/encoding/test_encode.py):
 
 import contextlib
 import itertools
-from bisect import bisect_left
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from atomtune.choices import Learn, Overlength
 from atomtune.data.encoding.chat_template import CannotExpress, Template
 from atomtune.data.encoding.exchanges import NOT_WRITTEN, TemplatedRecord
+from atomtune.data.encoding.fitting import Fitting
+from atomtune.data.encoding.targets import PieceIds, Target, different_pieces, joined, targets_of
 from atomtune.data.encoding.thoughts import with_thoughts_apart
 from atomtune.data.encoding.token_ids import CannotTokenize
-from atomtune.data.encoding.truncate import shorten
 from atomtune.data.formats.detect import Schema, to_record
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord
@@ -32,33 +32,17 @@ from atomtune.data.records import (
     Example,
     Exchange,
     Piece,
-    Prompt,
     Record,
     Refusal,
     RefusalKind,
     Turn,
     shared_parts,
-    with_each_part,
 )
 
 BATCH_RECORDS = 1000
 # An instruction is "the" instruction of a data set when at least this share of its records carries it.
 SHARED_SHARE = 0.9
 INSTRUCTIONS_KEPT = 10_000
-
-
-class Target(NamedTuple):
-    """The ids of one exchange: what is asked, and the answer with its stop token."""
-
-    prompt: Prompt[list[int]]
-    answer: list[int]
-    learn: int
-    prompt_tokens: int  # of all parts together
-
-    @property
-    def learned_tokens(self) -> int:
-        """Of the answer; where nothing stands before a text, nothing predicts its first token."""
-        return len(self.answer) if self.prompt_tokens else len(self.answer) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,24 +83,6 @@ class EncodedBatch:
     records: list[tuple[Example, ...]] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
     instructions: Counter[str] = field(default_factory=Counter)
-
-
-class _PieceIds:
-    """Ids of pieces, each tokenized once: the prompts of a conversation have most of theirs in common."""
-
-    def __init__(self, template: Template) -> None:
-        self._tokens = template.tokens
-        self._known: dict[Piece, list[int]] = {}
-
-    def learn(self, pieces: Iterable[Piece]) -> None:
-        """Tokenize many at once, which takes a fraction of the time."""
-        new = [piece for piece in dict.fromkeys(pieces) if piece not in self._known]
-        self._known.update(zip(new, self._tokens.ids_of(new), strict=True))
-
-    def __getitem__(self, piece: Piece) -> list[int]:
-        if piece not in self._known:
-            self.learn([piece])
-        return self._known[piece]
 
 
 @dataclass(frozen=True)
@@ -163,9 +129,10 @@ class Encoder:
     def _encode(self, records: Sequence[Record]) -> Iterator[EncodedRecord]:
         """The records, all their texts tokenized together."""
         exchanges_of = [self._exchanges(record) for record in records]
-        ids = _PieceIds(self.template)
+        ids = PieceIds(self.template)
         with contextlib.suppress(CannotTokenize):  # it comes again below, at the record with that text
-            ids.learn(piece for exchanges in exchanges_of for piece in _different_pieces(exchanges))
+            expressed = [exchanges for exchanges in exchanges_of if isinstance(exchanges, tuple)]
+            ids.learn(piece for exchanges in expressed for piece in different_pieces(exchanges))
         for record, exchanges in zip(records, exchanges_of, strict=True):
             try:
                 encoded = self._encode_record(record, exchanges, ids)
@@ -180,11 +147,11 @@ class Encoder:
             return error
 
     def _encode_record(
-        self, record: Record, exchanges: tuple[Exchange, ...] | CannotExpress, ids: _PieceIds
+        self, record: Record, exchanges: tuple[Exchange, ...] | CannotExpress, ids: PieceIds
     ) -> EncodedRecord:
         if isinstance(exchanges, CannotExpress):
             raise exchanges
-        targets = self._targets(exchanges, ids)
+        targets = targets_of(exchanges, ids)
         fitting = self._fit(record, exchanges, targets, ids)
         if isinstance(fitting, Refusal):
             refused_tokens = sum(len(target.answer) * target.learn for target in targets)
@@ -209,22 +176,33 @@ class Encoder:
         )
 
     def _fit(
-        self, record: Record, exchanges: Sequence[Exchange], targets: Sequence[Target], ids: _PieceIds
+        self, record: Record, exchanges: Sequence[Exchange], targets: Sequence[Target], ids: PieceIds
     ) -> list[Target] | Refusal:
-        """The exchanges of a record within max_tokens; one that cannot be made to fit refuses the record."""
-        fitting: list[Target] = []
-        places: defaultdict[str, list[int]] = defaultdict(list)
-        for at, turn in enumerate(record.turns):
-            places[turn.role].append(at)
+        """The exchanges of a record within max_tokens; one that must not or cannot fit refuses the record."""
+        fitted: list[Target] = []
+        fitting = Fitting(self.template, record, targets, ids, max_tokens=self.max_tokens)
         for exchange, target in zip(exchanges, targets, strict=True):
-            fits: Target | Refusal = target
-            if target.prompt_tokens + len(target.answer) > self.max_tokens:
+            fits: Target | None = target
+            if target.tokens > self.max_tokens:
+                if self.overlength != "shorten" and len(target.answer) < self.max_tokens:
+                    return self._too_long(record, f"longer than max_seq_length {self.max_tokens}")
                 self.at_answer()
-                fits = self._made_to_fit(record, exchange.at, target, ids, places)
-            if isinstance(fits, Refusal):
-                return fits
-            fitting.append(fits)
-        return fitting
+                fits = fitting.shortened(target, exchange.at)
+            if fits is None:
+                return self._too_long(record, self._no_room(record, exchange.at, target))
+            fitted.append(fits)
+        return fitted
+
+    def _too_long(self, record: Record, reason: str) -> Refusal:
+        return Refusal(record.origin, reason, RefusalKind.TOO_LONG, broken=self.overlength == "error")
+
+    def _no_room(self, record: Record, at: int, target: Target) -> str:
+        which = f"answer {record.learned.index(at) + 1}" if len(record.learned) > 1 else "the answer"
+        beside = "the template's markers and list of tools" if record.tools else "the template's markers"
+        return (
+            f"{which} leaves no room for its question within max_seq_length {self.max_tokens}: "
+            f"with its stop token it is {len(target.answer)} tokens long, and {beside} come on top"
+        )
 
     def _unknown_tokens(self, targets: Sequence[Target]) -> int:
         """How many tokens of the answers stand for text that the tokenizer has no token for."""
@@ -232,20 +210,7 @@ class Encoder:
             return 0
         return sum(target.answer.count(self._unknown_id) for target in targets)
 
-    def _targets(self, exchanges: Sequence[Exchange], ids: _PieceIds) -> list[Target]:
-        """The exchanges of one record in ids; what a prompt shares with the one before is looked up once."""
-        targets: list[Target] = []
-        prompts = [exchange.prompt for exchange in exchanges]
-        prompts_in_ids = with_each_part(prompts, ids.__getitem__)
-        tokens = 0  # of what a prompt shares with the one before
-        for exchange, prompt, shared in zip(exchanges, prompts_in_ids, shared_parts(prompts), strict=True):
-            tokens = (tokens if shared else 0) + sum(map(len, prompt.history[shared:]))
-            stop = self.template.tokenizer.convert_tokens_to_ids(exchange.stop)
-            answer = [*ids[exchange.answer], stop]
-            targets.append(Target(prompt, answer, exchange.learn, prompt_tokens=tokens + len(prompt.asks)))
-        return targets
-
-    def _refused(self, record: Record, reason: str, ids: _PieceIds) -> EncodedRecord:
+    def _refused(self, record: Record, reason: str, ids: PieceIds) -> EncodedRecord:
         """Refuse a record before its answers have ids; their number is counted all the same."""
         tokens = 0
         for turn in (record.turns[at] for at in record.learned):
@@ -253,68 +218,6 @@ class Encoder:
                 tokens += (len(ids[Piece(turn.text, learn=True)]) + 1) * turn.learn
         refusal = Refusal(record.origin, reason, RefusalKind.TEMPLATE)
         return EncodedRecord(record.origin, refusal=refusal, refused_target_tokens=tokens)
-
-    def _recent(self, record: Record, at: int, places: Mapping[str, Sequence[int]]) -> tuple[Turn, ...]:
-        """The turns up to an answer that could fit: its system texts and question, and as many others as tokens.
-
-        Of a history of twenty thousand turns, each answer would look through all that are before it.
-
-        places  where all turns of a role stand in the record
-        """
-        first = max(0, at + 1 - self.max_tokens)
-        systems, questions = places["system"], places["user"]
-        before = set(systems[: bisect_left(systems, first)])
-        if (number := bisect_left(questions, at)) and questions[number - 1] < first:
-            before.add(questions[number - 1])
-        return (*map(record.turns.__getitem__, sorted(before)), *record.turns[first : at + 1])
-
-    def _made_to_fit(
-        self, record: Record, at: int, target: Target, ids: _PieceIds, places: Mapping[str, Sequence[int]]
-    ) -> Target | Refusal:
-        """An exchange that is too long, its prompt shortened; or the refusal of one that must not or cannot be."""
-        room = self.max_tokens - len(target.answer)
-        if self.overlength != "shorten" and room > 0:
-            reason = f"longer than max_seq_length {self.max_tokens}"
-            return Refusal(record.origin, reason, RefusalKind.TOO_LONG, broken=self.overlength == "error")
-
-        fitting: list[tuple[Record, Prompt[list[int]], int]] = []
-
-        def fits(shorter: Record) -> bool:
-            try:
-                prompt = TemplatedRecord(self.template, shorter).prompt(len(shorter.turns) - 1)
-            except CannotExpress:  # it says the whole prompt, but not with a turn or a text less
-                return False
-            (prompt_ids,) = with_each_part([prompt], ids.__getitem__)
-            tokens = sum(map(len, prompt_ids.parts()))
-            if tokens > room:
-                return False
-            fitting.append((shorter, prompt_ids, tokens))
-            return True
-
-        until = replace(record, turns=self._recent(record, at, places))
-        share = room / target.prompt_tokens * (at + 1) / len(until.turns)
-        shorter = shorten(until, fits, share=min(share, 1.0)) if room > 0 else None
-        if shorter is not None:
-            prompt, tokens = next((prompt, tokens) for tried, prompt, tokens in reversed(fitting) if tried == shorter)
-            return target._replace(prompt=prompt, prompt_tokens=tokens)
-        which = f"answer {record.learned.index(at) + 1}" if len(record.learned) > 1 else "the answer"
-        beside = "the template's markers and list of tools" if record.tools else "the template's markers"
-        return Refusal(
-            record.origin,
-            f"{which} leaves no room for its question within max_seq_length {self.max_tokens}: "
-            f"with its stop token it is {len(target.answer)} tokens long, and {beside} come on top",
-            RefusalKind.TOO_LONG,
-            broken=self.overlength == "error",
-        )
-
-
-def _different_pieces(exchanges: tuple[Exchange, ...] | CannotExpress) -> Iterator[Piece]:
-    """The pieces of a record; those that a prompt shares with the one before are left out."""
-    if isinstance(exchanges, CannotExpress):
-        return
-    for exchange, shared in zip(exchanges, shared_parts(exchange.prompt for exchange in exchanges), strict=True):
-        yield from exchange.prompt.parts(shared)
-        yield exchange.answer
 
 
 def _prompt_tokens(targets: Sequence[Target]) -> int:
@@ -366,38 +269,6 @@ def _enter(encoded: EncodedRecord, batch: EncodedBatch) -> None:
     ledger.notices.update(encoded.notes)
     ledger.use(encoded.examples, prompt_tokens=encoded.prompt_tokens, target_tokens=encoded.target_tokens)
     batch.records.append(encoded.examples)
-
-
-def joined(targets: Sequence[Target], origin: str) -> tuple[Example, ...]:
-    """The exchanges of one record as few Examples as law 5 allows."""
-    examples: list[Example] = []
-    ids: list[int] = []
-    learn: list[int] = []
-    before: Target | None = None
-    for target in targets:
-        new = None if before is None else _continued(before, target)
-        if new is None:
-            if ids:
-                examples.append(Example(tuple(ids), tuple(learn), origin))
-            ids, learn = list(itertools.chain.from_iterable(target.prompt.parts())), [0] * target.prompt_tokens
-        else:
-            ids += new
-            learn += [0] * len(new)
-        ids += target.answer
-        learn += [target.learn] * len(target.answer)
-        if not target.prompt_tokens:  # a text without a token before it: nothing predicts its first one
-            learn[0] = 0
-        before = target
-    return (*examples, Example(tuple(ids), tuple(learn), origin))
-
-
-def _continued(before: Target, target: Target) -> list[int] | None:
-    """What a prompt adds to the exchange before it; None where it does not begin with all of that."""
-    if not target.prompt.goes_on_from(before.prompt):
-        return None
-    new = list(itertools.chain.from_iterable(target.prompt.parts(before.prompt.length)))
-    known = [*before.prompt.asks, *before.answer]
-    return new[len(known) :] if new[: len(known)] == known else None
 
 
 def encode(

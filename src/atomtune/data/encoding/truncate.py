@@ -26,16 +26,30 @@ def shorten(record: Record, fits: Callable[[Record], bool], *, share: float = 0.
     share   about how much of the prompt fits: where the search begins
     """
     record_asks = _asks_something(record)
-    for cuts in (_at_questions, _at_calls):
-        record, is_short_enough = _without_oldest(record, cuts(record), fits, share)
-        if is_short_enough:
-            return record
+    record, is_short_enough = _fewest_turns(record, fits, share)
+    if is_short_enough:
+        return record
     shortened = _with_shorter_texts(record, fits, share)
     if shortened is None:
         return None
     if record_asks and not _asks_something(shortened):
         return None  # an answer to nothing is not trained on
     return shortened
+
+
+def without_oldest(record: Record, fits: Callable[[Record], bool], *, share: float = 0.0) -> Record | None:
+    """`shorten` as far as it drops whole turns; None where that is not enough."""
+    shorter, is_short_enough = _fewest_turns(record, fits, share)
+    return shorter if is_short_enough else None
+
+
+def _fewest_turns(record: Record, fits: Callable[[Record], bool], share: float) -> tuple[Record, bool]:
+    """The record without its oldest turns, and whether it fits: the longest that does, else the shortest."""
+    for cuts in (_at_questions, _at_calls):
+        record, is_short_enough = _from_a_cut(record, cuts(record), fits, share)
+        if is_short_enough:
+            return record, True
+    return record, False
 
 
 def _asks_something(record: Record) -> bool:
@@ -92,7 +106,7 @@ def _system_apart(record: Record) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
     return system, tuple(turn for turn in record.turns if turn.role != "system")
 
 
-def _without_oldest(record: Record, cuts: _Cuts, fits: Callable[[Record], bool], share: float) -> tuple[Record, bool]:
+def _from_a_cut(record: Record, cuts: _Cuts, fits: Callable[[Record], bool], share: float) -> tuple[Record, bool]:
     """The record from one of its cuts on, and whether it fits: the longest that does, else the shortest."""
     stays, rest, starts = cuts
     if not starts:

@@ -1,0 +1,88 @@
+"""Fitting: the answers of one record that are too long, each with a prompt that leaves room for it.
+
+Answers that follow one another keep one beginning as long as they fit behind it: they become one Example, and what they
+share is computed once. A new beginning leaves room for those that follow, half of the room at most.
+"""
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+from atomtune.data.encoding.chat_template import CannotExpress, Template
+from atomtune.data.encoding.exchanges import TemplatedRecord
+from atomtune.data.encoding.targets import PieceIds, Target
+from atomtune.data.encoding.truncate import shorten, without_oldest
+from atomtune.data.records import Prompt, Record, Turn, with_each_part
+
+
+class Fitting:
+    """A record on its way into max_tokens; its answers come in their order."""
+
+    def __init__(
+        self, template: Template, record: Record, targets: Sequence[Target], ids: PieceIds, *, max_tokens: int
+    ) -> None:
+        self._template, self._record, self._ids, self._max_tokens = template, record, ids, max_tokens
+        self._all_tokens = targets[-1].tokens if targets else 0
+        self._before: tuple[Record, int] | None = None  # the answer before, as it was shortened, and where it stands
+        self._prompts: list[tuple[Record, Prompt[list[int]], int]] = []  # that fit before this answer, and their tokens
+
+    def shortened(self, target: Target, at: int) -> Target | None:
+        """The exchange of the turn at `at`, which is too long, with a shorter prompt; None where none leaves room."""
+        self._prompts = []
+        room = self._max_tokens - len(target.answer)
+        shorter = self._shorter(target, at, room) if room > 0 else None
+        if shorter is None:
+            return None
+        self._before = shorter, at
+        prompt, tokens = next((prompt, tokens) for tried, prompt, tokens in reversed(self._prompts) if tried == shorter)
+        return target._replace(prompt=prompt, prompt_tokens=tokens)
+
+    def _shorter(self, target: Target, at: int, room: int) -> Record | None:
+        if self._before is not None:
+            before, at_before = self._before
+            longer = replace(before, turns=(*before.turns, *self._record.turns[at_before + 1 : at + 1]))
+            if self._fits(longer, room):
+                return longer
+        until = replace(self._record, turns=self._recent(at))
+        share = min(room / target.prompt_tokens * (at + 1) / len(until.turns), 1.0)
+        if later := max(self._all_tokens - target.tokens, 0):
+            less = room - min(later, room // 2)
+            shorter = without_oldest(until, lambda record: self._fits(record, less), share=share * less / room)
+            if shorter is not None:
+                return shorter
+        return shorten(until, lambda record: self._fits(record, room), share=share)
+
+    @cached_property
+    def _places(self) -> Mapping[str, Sequence[int]]:
+        """Where all turns of a role stand."""
+        places: defaultdict[str, list[int]] = defaultdict(list)
+        for at, turn in enumerate(self._record.turns):
+            places[turn.role].append(at)
+        return places
+
+    def _fits(self, record: Record, room: int) -> bool:
+        try:
+            prompt = TemplatedRecord(self._template, record).prompt(len(record.turns) - 1)
+        except CannotExpress:  # it says the whole prompt, but not with a turn or a text less
+            return False
+        (in_ids,) = with_each_part([prompt], self._ids.__getitem__)
+        tokens = sum(map(len, in_ids.parts()))
+        if tokens > room:
+            return False
+        self._prompts.append((record, in_ids, tokens))
+        return True
+
+    def _recent(self, at: int) -> tuple[Turn, ...]:
+        """The turns up to an answer that could fit: the system texts, its question, and as many others as tokens.
+
+        Of a history of twenty thousand turns, each answer would look through all that are before it.
+        """
+        first = max(0, at + 1 - self._max_tokens)
+        systems, questions = self._places["system"], self._places["user"]
+        before = set(systems[: bisect_left(systems, first)])
+        if (number := bisect_left(questions, at)) and questions[number - 1] < first:
+            before.add(questions[number - 1])
+        turns = self._record.turns
+        return (*map(turns.__getitem__, sorted(before)), *turns[first : at + 1])
