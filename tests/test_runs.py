@@ -40,6 +40,18 @@ def test_runs_are_listed_with_data_and_loss_and_checkpoints_are_none(folder, cap
     assert "slow" in out and "fast" in out and "finished" in out
 
 
+def test_a_long_name_is_listed_whole(folder, tmp_path, capsys, monkeypatch):
+    # In a pipe, 80 columns wide, it was cut.
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "qwen3-8b-persona-" + "x" * 60
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "run.json").write_text((folder / "slow" / "run.json").read_text())
+    capsys.readouterr()
+    assert main(["runs", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "".join(line[1:].split(" ")[0] for line in lines[1:]).startswith(name)
+
+
 def test_two_runs_show_the_settings_that_differ_and_no_others(folder, capsys):
     capsys.readouterr()
     assert main(["runs", str(folder / "slow"), str(folder / "fast"), "--json"]) == 0

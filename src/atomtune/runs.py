@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from atomtune.console import Console, print_json
 from atomtune.data.reading.raw import printable
@@ -121,15 +121,18 @@ def _list(folder: Path, settings: RunsSettings, console: Console) -> None:
     if not listed:
         console.say(f"No runs in {folder}. `atomtune train` writes {RECORD} into its --output_dir.")
         return
-    table = Table(
-        *map(translated, ("run", "status", "data", "records", "steps", "loss", "held out", "started")), box=None
-    )
+    table = _table(*map(translated, ("run", "status", "data", "records", "steps", "loss", "held out", "started")))
     for summary in listed:
         summary["folder"] = _below(Path(summary["folder"]), folder)
         summary["status"] = translated(str(summary["status"]))
         summary["started"] = str(summary["started"])[:16].replace("T", " ")
         table.add_row(*(_text(value) for value in summary.values()))
     console.print(table)
+
+
+def _table(*heads: str) -> Table:
+    """A table in which a long name goes on in the next line; as a rule it is cut, and cannot be copied."""
+    return Table(*(Column(head, overflow="fold") for head in heads), box=None)
 
 
 def _below(folder: Path, top: Path) -> str:
@@ -151,14 +154,14 @@ def _compare(compared: Sequence[Run], settings: RunsSettings, console: Console) 
         print_json({"settings": differing, "runs": [run.summary() for run in compared]})
         return
     names = [str(run.folder) for run in compared]
-    table = Table(translated("setting"), *names, box=None)
+    table = _table(translated("setting"), *names)
     for name, values in differing.items():
         table.add_row(name, *(_text(value) for value in values))
     if differing:
         console.print(table)
     else:
         console.say("All settings are the same.")
-    figures = Table(translated("figure"), *names, box=None)
+    figures = _table(translated("figure"), *names)
     for name in ("status", "records_used", "steps", "train_loss", "eval_loss", "seconds", "examples_per_second"):
         values = [_text(run.values.get(name)) for run in compared]
         figures.add_row(name, *(map(translated, values) if name == "status" else values))
@@ -188,7 +191,7 @@ def _say_losses(compared: Sequence[Run], names: Sequence[str], console: Console)
         return
     every = max(len(steps) // STEPS_SHOWN, 1)
     shown = [*steps[:-1:every], steps[-1]]
-    table = Table(translated("loss at step"), *names, box=None)
+    table = _table(translated("loss at step"), *names)
     for step in shown:
         table.add_row(f"{step:,}", *(_text(run.losses.get(step)) for run in compared))
     console.say("")

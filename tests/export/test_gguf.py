@@ -35,6 +35,15 @@ def test_a_conversion_that_fails_says_why_and_leaves_no_file(models, tmp_path):
     assert list(out.iterdir()) == []
 
 
+def test_a_tokenizer_that_llama_cpp_cannot_split_is_told_in_words(models, tmp_path):
+    # The converter's Python lines stood there.
+    out = tmp_path / "m.gguf"
+    base = Path(shutil.copytree(models("qwen3"), tmp_path / "base"))
+    with pytest.raises(BadModel, match="does not know the rule by which this tokenizer splits"):
+        convert(base, out, "f32")
+    assert not out.exists()
+
+
 def test_the_bases_sentencepiece_file_goes_with_the_merged_model(models, tmp_path):
     copy_sentencepiece(str(models("llama")), tmp_path)  # has none
     assert list(tmp_path.iterdir()) == []

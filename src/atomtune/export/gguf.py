@@ -52,7 +52,10 @@ def copy_sentencepiece(base_path: str, merged: Path) -> None:
 
 
 def convert(folder: Path, out: Path, quantize: str) -> None:
-    """Write a merged folder as one GGUF file. Raises RunFailed with the converter's last words."""
+    """Write a merged folder as one GGUF file. Raises RunFailed with the converter's last words.
+
+    Raises BadModel where the converter, and so llama.cpp, lacks the tokenizer's rule of splitting.
+    """
     words = [sys.executable, "-m", "convert_hf_to_gguf", str(folder), "--outfile", str(out)]
     process = subprocess.run(
         [*words, "--outtype", quantize], capture_output=True, encoding="utf-8", errors="replace", check=False
@@ -60,6 +63,11 @@ def convert(folder: Path, out: Path, quantize: str) -> None:
     if process.returncode != 0 or not out.is_file():
         out.unlink(missing_ok=True)
         output = (process.stdout + process.stderr).splitlines()
+        if any("pre-tokenizer was not recognized" in line for line in output):
+            raise BadModel(
+                "The GGUF converter does not know the rule by which this tokenizer splits a text, and llama.cpp has it "
+                "not. `atomtune merge` writes a folder that transformers and vLLM serve."
+            )
         last = "\n".join(f"  {line}" for line in output[-SHOWN_LINES:])
         raise RunFailed(f"The GGUF converter failed (exit code {process.returncode}). Its last lines:\n{last}")
 
