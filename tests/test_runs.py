@@ -49,7 +49,7 @@ def test_a_long_name_is_listed_whole(folder, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert main(["runs", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "".join(line[1:].split(" ")[0] for line in lines[1:]).startswith(name)
+    assert "".join(line.split(" ")[0] for line in lines[1:]).startswith(name)
 
 
 def test_two_runs_show_the_settings_that_differ_and_no_others(folder, capsys):
@@ -122,7 +122,7 @@ def test_a_record_of_another_shape_is_told_by_place(folder, altered, capsys, val
 def test_odd_values_in_the_right_shape_are_shown_as_they_are(folder, altered, capsys, values, shown):
     odd = altered(values)
     assert main(["runs", str(odd.parent)]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" odd")]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("odd")]
     assert shown in line.split()
     assert main(["runs", str(folder / "fast"), str(odd)]) == 0
 

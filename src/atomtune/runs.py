@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from atomtune.console import Console, print_json
+from atomtune.console import WIDE, Console, print_json
 from atomtune.data.reading.raw import printable
 from atomtune.errors import BadModel, BadSettings
 from atomtune.language import message, translated
@@ -121,7 +121,9 @@ def _list(folder: Path, settings: RunsSettings, console: Console) -> None:
     if not listed:
         console.say(f"No runs in {folder}. `atomtune train` writes {RECORD} into its --output_dir.")
         return
-    table = _table(*map(translated, ("run", "status", "data", "records", "steps", "loss", "held out", "started")))
+    table = _table(
+        console, *map(translated, ("run", "status", "data", "records", "steps", "loss", "held out", "started"))
+    )
     for summary in listed:
         summary["folder"] = _below(Path(summary["folder"]), folder)
         summary["status"] = translated(str(summary["status"]))
@@ -130,9 +132,11 @@ def _list(folder: Path, settings: RunsSettings, console: Console) -> None:
     console.print(table)
 
 
-def _table(*heads: str) -> Table:
+def _table(console: Console, *heads: str) -> Table:
     """A table in which a long name goes on in the next line; as a rule it is cut, and cannot be copied."""
-    return Table(*(Column(head, overflow="fold") for head in heads), box=None)
+    gap = 2 if console.width >= WIDE else 1
+    columns = [Column(head, overflow="fold") for head in heads]
+    return Table(*columns, box=None, pad_edge=False, padding=(0, gap, 0, 0))
 
 
 def _below(folder: Path, top: Path) -> str:
@@ -154,14 +158,14 @@ def _compare(compared: Sequence[Run], settings: RunsSettings, console: Console) 
         print_json({"settings": differing, "runs": [run.summary() for run in compared]})
         return
     names = [str(run.folder) for run in compared]
-    table = _table(translated("setting"), *names)
+    table = _table(console, translated("setting"), *names)
     for name, values in differing.items():
         table.add_row(name, *(_text(value) for value in values))
     if differing:
         console.print(table)
     else:
         console.say("All settings are the same.")
-    figures = _table(translated("figure"), *names)
+    figures = _table(console, translated("figure"), *names)
     for name in ("status", "records_used", "steps", "train_loss", "eval_loss", "seconds", "examples_per_second"):
         values = [_text(run.values.get(name)) for run in compared]
         figures.add_row(name, *(map(translated, values) if name == "status" else values))
@@ -191,7 +195,7 @@ def _say_losses(compared: Sequence[Run], names: Sequence[str], console: Console)
         return
     every = max(len(steps) // STEPS_SHOWN, 1)
     shown = [*steps[:-1:every], steps[-1]]
-    table = _table(translated("loss at step"), *names)
+    table = _table(console, translated("loss at step"), *names)
     for step in shown:
         table.add_row(f"{step:,}", *(_text(run.losses.get(step)) for run in compared))
     console.say("")
