@@ -13,6 +13,7 @@ the device. The parent imports everything once, and starts neither the device no
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -33,16 +34,16 @@ Figures = dict[str, Any]
 
 #: (workload, batch, contenders), in the order of their worth: a call that ends early lacks the last of them.
 RUNS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
-    ("style", 16, ("atomtune", "plain", "trl-packed")),
+    ("style", 16, ("atomtune", "trl-packed", "trl-padded-liger")),
+    ("style", 64, ("atomtune", "trl-padded-liger")),
     ("long", 1, ("atomtune", "trl-padded-liger")),
-    ("short", 64, ("atomtune", "plain", "trl-packed-liger")),
+    ("short", 64, ("atomtune", "trl-packed-liger")),
     ("rows", 2, ("atomtune",)),
-    ("style", 64, ("atomtune",)),
-    ("long", 4, ("atomtune", "trl-padded-liger")),
-    ("style", 16, ("atomtune-eager", "atomtune-noliger", "trl-packed-liger")),
-    ("long", 1, ("atomtune-eager",)),
     ("style", 64, ("trl-packed",)),
-    ("short", 64, ("atomtune-eager",)),
+    ("style", 16, ("atomtune-eager", "trl-padded", "atomtune-noliger", "trl-packed-liger", "plain")),
+    ("long", 4, ("atomtune", "trl-padded-liger")),
+    ("long", 1, ("atomtune-eager",)),
+    ("short", 64, ("plain", "atomtune-eager")),
 )
 #: The same for the shapes of gpu_workloads.KINDS (`--kinds`), with the checks of each between them.
 KIND_RUNS: tuple[tuple[str, str, int, tuple[str, ...]], ...] = (
@@ -82,11 +83,11 @@ KINDS: dict[str, Callable[[Figures, Path, Path, Path], Figures]] = {
 }
 
 
-def jobs(*, dry_run: bool, kinds: bool = False) -> list[Figures]:
+def jobs(*, dry_run: bool, kinds: bool = False, shape: str = "qwen2.5-7b") -> list[Figures]:
     """Every job, in the order of their worth."""
     if kinds:
         return [{**job, "dry_run": dry_run} for job in _jobs_of_kinds(dry_run=dry_run)]
-    shape = "tiny" if dry_run else "qwen2.5-7b"
+    shape = "tiny" if dry_run else shape
     planned: list[Figures] = [{"name": kind, "kind": kind} for kind in ("machine", "files", "attention", "equality")]
     for workload, batch, contenders in RUNS:
         for contender in contenders:
@@ -239,8 +240,8 @@ def _bench(options: argparse.Namespace, began: float) -> list[Figures]:
     rate: Figures = {}
     with tempfile.TemporaryDirectory() as name, options.out.open("a", encoding="utf-8") as out:
         folder = Path(name)
-        for job in jobs(dry_run=options.dry_run, kinds=options.kinds):
-            wanted = not options.only or any(part in job["name"] for part in options.only)
+        for job in jobs(dry_run=options.dry_run, kinds=options.kinds, shape=options.shape):
+            wanted = not options.only or any(re.search(pattern, job["name"]) for pattern in options.only)
             if not wanted and job["kind"] not in ("machine", "files"):
                 continue
             left = options.seconds - (time.monotonic() - began)
@@ -263,7 +264,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu.jsonl"), help="a line of JSON a job is added here")
     parser.add_argument("--seconds", type=float, default=420, help="after these nothing new is started")
-    parser.add_argument("--only", nargs="+", default=[], help="jobs with one of these in their name", metavar="TEXT")
+    parser.add_argument("--only", nargs="+", default=[], help="jobs whose name has one of these", metavar="REGEX")
+    parser.add_argument("--shape", choices=list(gpu_workloads.SHAPES), default="qwen2.5-7b", help="of the base")
     parser.add_argument("--kinds", action="store_true", help="models with experts and with linear attention")
     parser.add_argument("--dry_run", action="store_true", help="tiny shapes and few steps, also without a GPU")
     options = parser.parse_args()

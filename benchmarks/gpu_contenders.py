@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from atomtune.model.memory import activation_bytes
 from benchmarks import gpu_workloads
 from benchmarks.gpu_meter import Meter
 from benchmarks.gpu_workloads import LENGTHS, device, has_gpu, random_model
@@ -28,8 +29,8 @@ RANK, ALPHA, RATE = 8, 32, 1e-4
 REPLAYED_WARM_UP = {("style", 16): 70, ("long", 1): 60, ("short", 64): 20, ("style", 64): 20}
 #: Tokens of TRL's packed rows, its own default. Longer rows are slower: without flash-attn each has a dense mask.
 TRL_ROW = 1_024
-#: Bytes that a Qwen2.5-7B shape keeps for a token when nothing is recomputed, as measured, and those of its weights.
-TOKEN_BYTES, WEIGHT_BYTES = 6.5e6, 17e9
+#: Of the card's memory, what a peer's weights and kept activations may take before it recomputes them.
+USABLE = 0.9
 
 Figures = dict[str, Any]
 
@@ -145,8 +146,8 @@ def trl(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) -> Fi
     rows = job["batch"]
     if packed:
         rows = max(1, round(job["batch"] * sum(lengths) / len(lengths) / row_tokens))
-    recompute = _must_recompute(rows * (row_tokens if packed else max(lengths)))
     model = random_model(base)
+    recompute = _must_recompute(model, rows * (row_tokens if packed else max(lengths)))
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
@@ -176,7 +177,7 @@ def plain(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) -> 
     records = _records(base, data)
     model = random_model(base)
     model.config.use_cache = False
-    recompute = _must_recompute(job["batch"] * max(len(record["input_ids"]) for record in records))
+    recompute = _must_recompute(model, job["batch"] * max(len(record["input_ids"]) for record in records))
     trainer = Trainer(
         model=get_peft_model(model, _lora(model)),
         train_dataset=records,
@@ -205,10 +206,12 @@ def _records(base: Path, data: Path) -> list[dict[str, list[int]]]:
     return [{"input_ids": list(example.ids), "completion_mask": list(example.learn)} for example in examples]
 
 
-def _must_recompute(tokens: int) -> bool:
+def _must_recompute(model: Any, tokens: int) -> bool:
     if not has_gpu():
         return False
-    return WEIGHT_BYTES + tokens * TOKEN_BYTES > 0.9 * torch.cuda.get_device_properties(0).total_memory
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    kept = activation_bytes(model.config, tokens=tokens, element_bytes=2)
+    return weights + kept > USABLE * torch.cuda.get_device_properties(0).total_memory
 
 
 def _lora(model: Any) -> Any:

@@ -116,11 +116,15 @@ def kernels(events: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     if not on_device:
         return {"error": "no kernels seen"}
     by_kind: Counter[str] = Counter()
-    by_name: Counter[str] = Counter()
+    by_name: Counter[tuple[str, str]] = Counter()
+    calls: Counter[tuple[str, str]] = Counter()
     for event in on_device:
         kind = next((kind for kind, names in KINDS if re.search(names, event["name"], re.IGNORECASE)), "other")
         by_kind[kind] += event["dur"]
-        by_name[event["name"]] += event["dur"]
+        # Products of unlike shapes share kernels; their grids tell them apart.
+        key = (event["name"], str(event.get("args", {}).get("grid", "")))
+        by_name[key] += event["dur"]
+        calls[key] += 1
     busy, end = 0.0, 0.0
     for begin, stop in sorted((event["ts"], event["ts"] + event["dur"]) for event in on_device):
         busy += max(0.0, stop - max(begin, end))
@@ -132,6 +136,9 @@ def kernels(events: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
         "busy_ms": busy / 1e3 / PROFILED_STEPS,
         "kernels_a_step": len(on_device) / PROFILED_STEPS,
         "kinds_ms": {kind: round(time_us / 1e3 / PROFILED_STEPS, 2) for kind, time_us in by_kind.most_common()},
-        "longest_ms": [[name[:110], round(us / 1e3 / PROFILED_STEPS, 2)] for name, us in by_name.most_common(14)],
+        "longest_ms": [
+            [name[:110], grid, round(calls[name, grid] / PROFILED_STEPS, 1), round(us / 1e3 / PROFILED_STEPS, 2)]
+            for (name, grid), us in by_name.most_common(60)
+        ],
         "calls_a_step": {name: round(times / PROFILED_STEPS, 1) for name, times in waits.most_common(10)},
     }

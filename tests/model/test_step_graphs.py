@@ -31,13 +31,16 @@ class Tape:
 
     def __init__(self, *, free: int = 2**30) -> None:
         self.recorded = self.played = 0
-        self.free = free
+        self.free, self.released = free, False
 
     def step_bytes(self) -> int:
         return 2**20
 
     def free_bytes(self) -> int:
         return self.free
+
+    def release(self) -> None:
+        self.released = True
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         self.recorded += 1
@@ -70,7 +73,7 @@ def batches(model: Any, layout: str, *, count: int) -> list[Batch]:
 
 def graphs_of(model: Any, tape: Tape, notices: list[str] | None = None) -> StepGraphs:
     said = [] if notices is None else notices
-    return StepGraphs(model, heaviest_tokens=100, recorder=tape, label_smoothing=0.1, notice=said.append)
+    return StepGraphs(model, recorder=tape, label_smoothing=0.1, notice=said.append)
 
 
 def result(model: Any, nats: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
@@ -158,8 +161,8 @@ def test_a_model_that_cannot_be_recorded_is_computed_as_ever():
 
 
 def test_long_rows_and_padded_rows_are_computed_as_ever(monkeypatch):
-    monkeypatch.setattr(step_graphs, "MOST_TOKENS", 32)
     model = copy.deepcopy(adapted("llama")).train()
+    monkeypatch.setattr(step_graphs, "MOST_WORK", 32 * sum(weight.numel() for weight in model.parameters()))
     tape = Tape()
     graphs = graphs_of(model, tape)
     padded = Collator(layout="padded", pad_id=0, as_examples=lambda row: (Example(**row),)).lay(
@@ -171,8 +174,8 @@ def test_long_rows_and_padded_rows_are_computed_as_ever(monkeypatch):
     assert tape.recorded == 0
 
 
-def test_nothing_is_recorded_without_memory_for_the_heaviest_step_beside_it():
-    # A step of 64 tokens took 1 MiB; a recording of it and a step of 100 tokens need 2.5 MiB.
+def test_nothing_is_recorded_without_memory_for_the_longest_step_beside_it():
+    # A step of 64 tokens took 1 MiB; a recording of it and another such step need 2 MiB.
     model = copy.deepcopy(adapted("llama")).train()
     batch = batches(model, "tree", count=1)[0]
     assert batch["input_ids"].shape[1] == 64
@@ -184,6 +187,35 @@ def test_nothing_is_recorded_without_memory_for_the_heaviest_step_beside_it():
             graphs.nats(batch)
         recorded.append(tape.recorded)
     assert recorded == [0, 1]
+
+
+def test_a_step_that_does_not_fit_beside_the_recordings_is_computed_without_them(monkeypatch):
+    model = copy.deepcopy(adapted("llama")).train()
+    first, second = batches(model, "tree", count=2)
+    tape, notices = Tape(), []
+    graphs = graphs_of(model, tape, notices)
+    for _ in range(SEEN_BEFORE + 1):
+        graphs.nats(first)
+    assert tape.recorded == 1
+    own_nats, own = result(model, target_nats(model, second, label_smoothing=0.1)[0])
+
+    def full(*_arguments: Any, **_keywords: Any) -> Any:
+        monkeypatch.undo()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.autograd, "grad", full)
+    graphs.nats(second)
+    nats, gradients_then = result(model, graphs.nats(second))
+    assert tape.released
+    assert notices == [
+        "steps are not replayed as CUDA graphs, which costs small steps some speed: a step of 80 tokens did not fit in "
+        "the memory beside them"
+    ]
+    assert nats == pytest.approx(own_nats, rel=EXACT)
+    for name, gradient in own.items():
+        torch.testing.assert_close(gradients_then[name], gradient, rtol=EXACT, atol=EXACT)
+    graphs.nats(first)
+    assert graphs.figures()["replayed"] == 1
 
 
 @pytest.mark.parametrize("window", [None, 5])

@@ -8,6 +8,7 @@ shape's first play is held against the model's own gradients.
 Letters: N targets, T tokens of the row, S spans, K gathered keys.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol
@@ -21,8 +22,9 @@ from atomtune.batch.attention_plan import AttentionPlan
 from atomtune.model.loss import target_nats
 from atomtune.model.memory import free_bytes, peak_bytes
 
-#: Longer rows keep the GPU busy as they are: at 8,000 tokens a 7B model waited 5 % of its time for the host.
-MOST_TOKENS = 6_144
+#: Tokens times weights of a step that keeps the GPU busy as it is: at 8,192 tokens a 7B model waits 5 % of its time for
+#: the host.
+MOST_WORK = 8_192 * 8e9
 #: A shape is recorded when it has been seen so often, which costs about a step; its kernels are compiled before that.
 SEEN_BEFORE = 1
 #: Part of the free memory that recordings and the steps that are computed as ever may take together.
@@ -46,7 +48,10 @@ class Recorder(Protocol):
         """What the heaviest step so far took beside what is there between steps."""
 
     def free_bytes(self) -> int:
-        """What is free between steps, the recordings' own memory included."""
+        """What is free between steps."""
+
+    def release(self) -> None:
+        """Gives back the memory of all recordings, which are no longer played."""
 
 
 class StepGraphs:
@@ -56,13 +61,12 @@ class StepGraphs:
         self,
         model: nn.Module,
         *,
-        heaviest_tokens: int,
         recorder: Recorder,
         label_smoothing: float,
         notice: Callable[[str], None],
     ) -> None:
-        """heaviest_tokens  of a step that may come, for which there must be memory beside the recordings"""
-        self.model, self.heaviest_tokens, self.label_smoothing = model, heaviest_tokens, label_smoothing
+        self.model, self.label_smoothing = model, label_smoothing
+        self._most_tokens = MOST_WORK / sum(weight.numel() for weight in model.parameters())
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         dtypes = {weight.dtype for weight in self.weights}
         self._is_on = len(dtypes) == 1
@@ -72,28 +76,40 @@ class StepGraphs:
         self._recorder, self._notice = recorder, notice
         self._seen: Counter[Hashable] = Counter()
         self._recordings: dict[Hashable, _Recording] = {}
-        self._played = 0  # batches
-        self._most_apart = 0.0
+        self._played = self._launched = 0  # batches
+        self._most_apart = self._seconds = 0.0
         self._longest = 0  # tokens of a batch that was computed
+        self._no_room: dict[str, int] = {}
 
     def figures(self) -> dict[str, Any]:
-        """For the run's record: shapes recorded, batches replayed, and how far gradients were apart at most."""
-        return {"shapes": len(self._recordings), "replayed": self._played, "apart": self._most_apart}
+        """For the run's record.
+
+        shapes, seconds      recorded, and the time that recording and comparing them took
+        replayed, launched   batches played, and computed kernel by kernel
+        apart                how far played gradients were from the model's own at most, relative
+        no_room              the last batch for which there was none: its tokens, the bytes needed and the free ones
+        """
+        return {
+            "shapes": len(self._recordings), "seconds": self._seconds, "replayed": self._played,
+            "launched": self._launched, "apart": self._most_apart, "no_room": self._no_room,
+        }  # fmt: skip
 
     def nats(self, batch: Batch) -> torch.Tensor:
         """What loss.target_nats gives for this batch, played where its shape was seen before."""
         if not self._takes(batch):
-            return self._computed(batch)
+            return self._launch(batch)
         fewer_shapes = rounded(batch)
         shape = _shape(fewer_shapes)
         recording = self._recordings.get(shape)
         if recording is None:
             self._seen[shape] += 1
             if self._seen[shape] <= SEEN_BEFORE or not self._has_room(batch):
-                return self._computed(batch)
+                return self._launch(batch)
+            began = time.perf_counter()
             recording = self._recorded(batch, fewer_shapes)
+            self._seconds += time.perf_counter() - began
             if recording is None:
-                return self._computed(batch)
+                return self._launch(batch)
             self._recordings[shape] = recording
         self._played += 1
         return recording.play(fewer_shapes)
@@ -106,17 +122,41 @@ class StepGraphs:
             and not plan.blocks
             and plan.segments is None  # a state's way through a tree has a shape of its own for each row
             and len(batch["target"]) > 0
-            and len(plan.until) <= MOST_TOKENS
+            and len(plan.until) <= self._most_tokens
         )
 
     def _has_room(self, batch: Batch) -> bool:
-        """Whether a recording, which keeps the memory of its step, leaves enough for the heaviest step beside it.
+        """Whether a recording, which keeps the memory of its step, leaves enough for the longest step so far.
 
         Recordings share their memory, so it is the longest of them that counts.
         """
         bytes_a_token = self._recorder.step_bytes() / self._longest
-        needed = bytes_a_token * (batch["input_ids"].shape[1] + self.heaviest_tokens)
-        return needed <= USABLE * self._recorder.free_bytes()
+        tokens, free = batch["input_ids"].shape[1], self._recorder.free_bytes()
+        needed = bytes_a_token * (tokens + self._longest)
+        if needed <= USABLE * free:
+            return True
+        self._no_room = {"tokens": tokens, "needed": int(needed), "free": free}
+        return False
+
+    def _launch(self, batch: Batch) -> torch.Tensor:
+        """The batch computed kernel by kernel, as the model does it; where memory ends, without the recordings."""
+        self._launched += 1
+        if not (self._recordings and torch.is_grad_enabled()):
+            return self._computed(batch)
+        nats = self._whole(batch)
+        if nats is not None:
+            return nats
+        self._end(f"a step of {batch['input_ids'].shape[1]:,} tokens did not fit in the memory beside them")
+        return self._computed(batch)
+
+    def _whole(self, batch: Batch) -> torch.Tensor | None:
+        """Loss and gradients at once, so that it is seen here if they do not fit: None."""
+        try:
+            nats = self._computed(batch)
+            _keep(torch.autograd.grad(nats, self.weights, materialize_grads=True), self._grads)
+        except torch.OutOfMemoryError:
+            return None
+        return _Played.apply(nats.detach(), self._grads, *self.weights)
 
     def _computed(self, batch: Batch) -> torch.Tensor:
         self._longest = max(self._longest, batch["input_ids"].shape[1])
@@ -133,10 +173,15 @@ class StepGraphs:
             reason = f"gradients differ by {apart:.1%}"
         except RuntimeError as error:  # what waits for the device cannot be recorded; nor is there always the memory
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+        self._end(reason)
+        return None
+
+    def _end(self, reason: str) -> None:
+        """Nothing is recorded or played from here on."""
         self._is_on = False
         self._recordings.clear()
+        self._recorder.release()
         self._notice(f"steps are not replayed as CUDA graphs, which costs small steps some speed: {reason}")
-        return None
 
     def _apart(self, recording: "_Recording", batch: Batch, fewer_shapes: Batch) -> float:
         """How far the played gradients are from the model's own: the norm of their difference, relative."""
@@ -170,6 +215,9 @@ class GpuRecorder:
     def free_bytes(self) -> int:
         return free_bytes(self.device)
 
+    def release(self) -> None:
+        torch.cuda.empty_cache()
+
 
 class _Recording:
     """One shape: where its batch is read, where its loss and gradients are written, and how it is played."""
@@ -190,8 +238,7 @@ class _Recording:
             # The plan is made anew, so that what it keeps (a mask) is computed from what the graph reads.
             with torch.enable_grad():
                 nats = nats_of(_with_tensors(batch, self._inputs))
-            grads = torch.autograd.grad(nats, weights, materialize_grads=True)
-            torch.cat([grad.flatten() for grad in grads], out=place)
+            _keep(torch.autograd.grad(nats, weights, materialize_grads=True), place)
             self._nats = nats.detach()
 
         self._play = recorder.record(work)
@@ -202,6 +249,11 @@ class _Recording:
             place.copy_(tensor)
         self._play()
         return _Played.apply(self._nats, self._place, *self._weights)
+
+
+def _keep(grads: Sequence[torch.Tensor], place: torch.Tensor) -> None:
+    """Write all gradients one behind the other."""
+    torch.cat([grad.flatten() for grad in grads], out=place)
 
 
 class _Played(torch.autograd.Function):

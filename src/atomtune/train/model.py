@@ -262,7 +262,7 @@ def activation_memory(run: RunContext, model: Any, *, layout: Layout, tokens: in
     )
 
 
-def step_graphs(run: RunContext, model: Any, *, heaviest_tokens: int) -> StepGraphs | None:
+def step_graphs(run: RunContext, model: Any) -> StepGraphs | None:
     """What replays small steps as CUDA graphs; None where they would not help or cannot be recorded."""
     args, device = run.args, device_of(run)
     recomputes = getattr(args, CHECKPOINTING)  # it asks for the state of the random numbers, which a recording cannot
@@ -272,7 +272,6 @@ def step_graphs(run: RunContext, model: Any, *, heaviest_tokens: int) -> StepGra
         return None
     return StepGraphs(
         model,
-        heaviest_tokens=heaviest_tokens,
         recorder=GpuRecorder(device),
         label_smoothing=args.label_smoothing_factor,
         notice=run.console.notice,

@@ -221,7 +221,7 @@ def _load_trainer(prepared: _Prepared, began: float) -> LoraTrainer:
     fuse_kernels(run, model)
     layout = choose_layout(run, model, tokenizer, data, longest_tokens=longest_tokens)
     keep_or_recompute(run, model, layout=layout.collator.layout, heaviest_tokens=layout.heaviest_tokens)
-    graphs = step_graphs(run, model, heaviest_tokens=layout.heaviest_tokens)
+    graphs = step_graphs(run, model)
     return _trainer(prepared, model, layout.collator, graphs, began)
 
 
