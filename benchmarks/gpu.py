@@ -34,16 +34,17 @@ Figures = dict[str, Any]
 
 #: (workload, batch, contenders), in the order of their worth: a call that ends early lacks the last of them.
 RUNS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
-    ("style", 16, ("atomtune", "trl-packed", "trl-padded-liger")),
+    ("style", 16, ("atomtune", "trl-padded-liger", "trl-packed")),
     ("style", 64, ("atomtune", "trl-padded-liger")),
     ("long", 1, ("atomtune", "trl-padded-liger")),
     ("short", 64, ("atomtune", "trl-packed-liger")),
     ("rows", 2, ("atomtune",)),
+    ("style", 16, ("plain", "atomtune-eager", "trl-padded")),
     ("style", 64, ("trl-packed",)),
-    ("style", 16, ("atomtune-eager", "trl-padded", "atomtune-noliger", "trl-packed-liger", "plain")),
+    ("short", 64, ("trl-padded-liger", "plain", "atomtune-eager")),
     ("long", 4, ("atomtune", "trl-padded-liger")),
     ("long", 1, ("atomtune-eager",)),
-    ("short", 64, ("plain", "atomtune-eager")),
+    ("style", 16, ("atomtune-noliger", "trl-packed-liger")),
 )
 #: The same for the shapes of gpu_workloads.KINDS (`--kinds`), with the checks of each between them.
 KIND_RUNS: tuple[tuple[str, str, int, tuple[str, ...]], ...] = (

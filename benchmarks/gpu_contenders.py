@@ -25,8 +25,9 @@ from benchmarks.gpu_meter import Meter
 from benchmarks.gpu_workloads import LENGTHS, device, has_gpu, random_model
 
 RANK, ALPHA, RATE = 8, 32, 1e-4
-#: Steps after which the shapes of a workload's steps have been recorded, by workload and batch.
-REPLAYED_WARM_UP = {("style", 16): 70, ("long", 1): 60, ("short", 64): 20, ("style", 64): 20}
+#: Steps after which most shapes of a workload's steps have been recorded, by workload and batch: a run of a few
+#: hundred steps and more, and not its first minute, is measured.
+REPLAYED_WARM_UP = {("style", 16): 180, ("long", 1): 60, ("short", 64): 50, ("style", 64): 45}
 #: Tokens of TRL's packed rows, its own default. Longer rows are slower: without flash-attn each has a dense mask.
 TRL_ROW = 1_024
 #: Of the card's memory, what a peer's weights and kept activations may take before it recomputes them.

@@ -60,7 +60,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 #: Tokens that a record may have, and records of each file: warm-up, measured and profiled steps at the largest batch.
 LENGTHS = {"style": 512, "short": 256, "long": 4_096, "rows": 4_096}
-RECORDS = {"style": 2_400, "short": 2_400, "long": 96, "rows": 48}
+RECORDS = {"style": 4_800, "short": 4_800, "long": 96, "rows": 48}
 #: What the first epoch holds in a dry run, at so small a part of their length.
 DRY_RECORDS, DRY_SHARE = 16, 0.2
 _SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "dtype": "bfloat16"}

@@ -237,3 +237,17 @@ def test_rounded_spans_let_every_query_see_what_it_saw(window):
         assert filled.longest_keys >= spans.longest_keys
         # A kernel leaves out what is behind the longest: the gradients of filling keys were once not written at all.
         assert filled.longest_keys >= int(filled.key_starts.diff().max())
+
+
+def test_new_leaves_are_the_weights_in_the_same_memory_and_are_gone_behind_it():
+    # What failed on a GPU: leaves that an earlier step's graph still held could not be given a recording's gradients.
+    model = copy.deepcopy(adapted("llama"))
+    before = {name: (weight, weight.requires_grad) for name, weight in model.named_parameters()}
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    with step_graphs._new_leaves(model) as leaves:
+        assert [leaf.data_ptr() for leaf in leaves] == [weight.data_ptr() for weight in trained]
+        now = [weight for weight in model.parameters() if weight.requires_grad]
+        assert [id(weight) for weight in now] == [id(leaf) for leaf in leaves]
+        assert not {id(leaf) for leaf in leaves} & {id(weight) for weight in trained}
+    after = dict(model.named_parameters())
+    assert all(after[name] is weight and weight.requires_grad == trains for name, (weight, trains) in before.items())

@@ -36,8 +36,11 @@ class BaseShape:
     longest_why: str
 
 
-def base_shape(path: str, *, trust_remote_code: bool = False) -> BaseShape:
-    """From the config. A base whose config cannot be read is refused later, when it is loaded."""
+def base_shape(path: str, *, trust_remote_code: bool = False, use_cpu: bool = False) -> BaseShape:
+    """From the config. A base whose config cannot be read is refused later, when it is loaded.
+
+    use_cpu  whether a run computes on the CPU though there is a GPU
+    """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError):
@@ -47,7 +50,7 @@ def base_shape(path: str, *, trust_remote_code: bool = False) -> BaseShape:
     positions = positions_of(config) or NO_LIMIT
     if positions < FEWEST_TOKENS:
         raise BadModel(f"{path} has {positions:,} positions; a record needs {FEWEST_TOKENS} or more.")
-    in_memory = tokens_in_memory(text, _device_memory())
+    in_memory = tokens_in_memory(text, _device_memory(use_cpu=use_cpu))
     if in_memory < positions:
         return BaseShape(width, in_memory, f"this machine's memory bears {in_memory:,} tokens")
     if positions >= NO_LIMIT:
@@ -81,8 +84,8 @@ def tokens_in_memory(config: Any, memory_bytes: int) -> int:
     return min(max(power_of_two, _LEAST), NO_LIMIT)
 
 
-def _device_memory() -> int:
+def _device_memory(*, use_cpu: bool) -> int:
     """All memory of the device, in bytes."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not use_cpu:
         return int(torch.cuda.get_device_properties(device_in_use()).total_memory)
     return int(psutil.virtual_memory().total)

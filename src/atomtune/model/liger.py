@@ -69,6 +69,18 @@ def kernel_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
     return {**(config or {}), **dict.fromkeys(_LOSSES, False)}
 
 
+#: The files of transformers that are changed, and what stood in them.
+_IN_FILES: list[tuple[Any, dict[str, Any]]] = []
+
+
+def leave_files() -> None:
+    """Put back what stood in the files of transformers: a model that is loaded next, on a CPU or in float64, is to
+    compute as it is written. The one that was trained keeps its kernels, but for functions such as its rotation."""
+    for changed, before in reversed(_IN_FILES):
+        vars(changed).update(before)
+    _IN_FILES.clear()
+
+
 class Patch:
     """Liger's kernels in a model: put in, and taken out again.
 
@@ -85,6 +97,7 @@ class Patch:
 
     def put_in(self) -> bool:
         """Whether the package knows the model and has changed something."""
+        _IN_FILES.extend(self.of_files)
         apply_liger_kernel(self.inner, self.config)
         return any(
             before.get(name) is not value for module, before in self.of_modules for name, value in vars(module).items()

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer
 from atomtune.choices import Dtype, Quantize
 from atomtune.data.encoding.tokenizer_trial import MOST_GROWTH, growth_of
 from atomtune.data.tokenizer import Tokenizer
-from atomtune.errors import BadModel, listing
+from atomtune.errors import BadModel, BadSettings, listing
 from atomtune.extras import refuse_missing
 from atomtune.limits import trial
 from atomtune.model.auto_class import auto_class
@@ -52,7 +52,10 @@ def device_in_use() -> torch.device:
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator()
         assert kind is not None
-        return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
+        rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
+        if rank >= devices:
+            raise BadSettings([f"There are {devices} GPUs here and more processes: --nproc_per_node {devices}."])
+        return torch.device(kind.type, rank)
     return torch.device("cpu")
 
 

@@ -10,7 +10,8 @@ Letters: N targets, T tokens of the row, S spans, K gathered keys.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -165,7 +166,7 @@ class StepGraphs:
     def _recorded(self, batch: Batch, fewer_shapes: Batch) -> "_Recording | None":
         """The batch's shape, recorded; None, and nothing more is recorded, where the model cannot be."""
         try:
-            recording = _Recording(fewer_shapes, self._computed, self.weights, self._grads, self._recorder)
+            recording = _Recording(fewer_shapes, self.model, self._computed, self.weights, self._grads, self._recorder)
             apart = self._apart(recording, batch, fewer_shapes)
             self._most_apart = max(self._most_apart, apart)
             if apart <= MOST_APART:  # false for NaN as well
@@ -203,9 +204,23 @@ class GpuRecorder:
         self.device, self._pool = device, torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Raises what `work` raised, where it cannot be recorded; the device is then as it was."""
+        cause: RuntimeError | None = None
+        try:
+            play = self._capture(work)
+        except RuntimeError as error:
+            # The capture's own end says only that something failed before it.
+            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+        if cause is None:
+            return play
+        # A capture that failed leaves the generator of random numbers waiting for its end; one that ends frees it.
+        self._capture(lambda: torch.zeros(1, device=self.device), shares=False)
+        raise cause
+
+    def _capture(self, work: Callable[[], Any], *, shares: bool = True) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         # Of this thread alone: the one that pins the next batch goes on.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool if shares else None, capture_error_mode="thread_local"):
             work()
         return graph.replay
 
@@ -222,9 +237,10 @@ class GpuRecorder:
 class _Recording:
     """One shape: where its batch is read, where its loss and gradients are written, and how it is played."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917
         self,
         batch: Batch,
+        model: nn.Module,
         nats_of: Callable[[Batch], torch.Tensor],
         weights: Sequence[torch.Tensor],
         place: torch.Tensor,
@@ -236,9 +252,9 @@ class _Recording:
 
         def work() -> None:
             # The plan is made anew, so that what it keeps (a mask) is computed from what the graph reads.
-            with torch.enable_grad():
+            with torch.enable_grad(), _new_leaves(model) as leaves:
                 nats = nats_of(_with_tensors(batch, self._inputs))
-            _keep(torch.autograd.grad(nats, weights, materialize_grads=True), place)
+                _keep(torch.autograd.grad(nats, leaves, materialize_grads=True), place)
             self._nats = nats.detach()
 
         self._play = recorder.record(work)
@@ -249,6 +265,29 @@ class _Recording:
             place.copy_(tensor)
         self._play()
         return _Played.apply(self._nats, self._place, *self._weights)
+
+
+@contextmanager
+def _new_leaves(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """The weights that are trained, in the order of `parameters`, as new leaves of autograd over the same memory.
+
+    The old ones are tied to the stream of the step that first used them for as long as anything holds that step's
+    graph, and a recording that hands that stream a gradient is refused.
+    """
+    leaves = {id(w): w.detach().requires_grad_() for w in model.parameters() if w.requires_grad}
+    places = [
+        (module, name, weight)
+        for module in model.modules()
+        for name, weight in module._parameters.items()
+        if id(weight) in leaves
+    ]
+    try:
+        for module, name, weight in places:
+            module._parameters[name] = leaves[id(weight)]  # type: ignore[assignment]
+        yield list(leaves.values())
+    finally:
+        for module, name, weight in places:
+            module._parameters[name] = weight
 
 
 def _keep(grads: Sequence[torch.Tensor], place: torch.Tensor) -> None:

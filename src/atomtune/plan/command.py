@@ -165,7 +165,8 @@ def _as_it_would_run(
 ) -> tuple[TrainSettings, EncodedData]:
     """The settings with a value for each that is left to the run, and its records."""
     model = settings.model
-    shape = base_shape(str(model.model_path), trust_remote_code=model.trust_remote_code)
+    use_cpu = bool(settings.trainer.get("use_cpu"))
+    shape = base_shape(str(model.model_path), trust_remote_code=model.trust_remote_code, use_cpu=use_cpu)
     if settings.data.max_seq_length is None:
         settings = replace(settings, data=replace(settings.data, max_seq_length=shape.longest))
     data = _encoded(settings, template, console)

@@ -107,8 +107,9 @@ def _feed_the_gpu(values: dict[str, Any], *, streaming: bool) -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if not streaming:  # a stream notes what it read where the run can see it: in this process
         values.setdefault("dataloader_num_workers", 1)  # the next batch is collated while the GPU computes
-    if values.get("dataloader_pin_memory", True):
-        values["accelerator_config"] = {"non_blocking": True, **(values.get("accelerator_config") or {})}
+    config = values.get("accelerator_config") or {}
+    if values.get("dataloader_pin_memory", True) and isinstance(config, dict):  # a user's file says what it says
+        values["accelerator_config"] = {"non_blocking": True, **config}
 
 
 def spare_folder(settings: TrainSettings) -> Path:

@@ -77,7 +77,7 @@ def with_sequence_limit(run: RunContext) -> tuple[RunContext, BaseShape]:
     Records are encoded with this limit, whatever their lengths turn out to be.
     """
     model = run.settings.model
-    shape = base_shape(str(model.model_path), trust_remote_code=model.trust_remote_code)
+    shape = base_shape(str(model.model_path), trust_remote_code=model.trust_remote_code, use_cpu=run.args.use_cpu)
     if run.settings.data.max_seq_length is not None:
         return run, shape
     shape = replace(shape, longest=run.began_with.get(_LONGEST, shape.longest))

@@ -25,6 +25,7 @@ from atomtune.data.tokenizer import Tokenizer
 from atomtune.disk import held
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped, UserError
 from atomtune.export.model_card import model_card
+from atomtune.model import liger
 from atomtune.model.adapter_folder import AdapterMetadata
 from atomtune.model.fingerprint import fingerprint
 from atomtune.model.load import embedding_rows, load_tokenizer, pad_id_of, quiet_libraries
@@ -94,6 +95,8 @@ def train_into_folder(settings: TrainSettings, *, speaks: bool = True) -> Path:
             if answer is error:
                 raise
             raise answer from error
+        finally:
+            liger.leave_files()
     return folder
 
 
