@@ -116,6 +116,17 @@ def test_lines_of_a_list_keep_their_bullets_and_their_indent():
     assert own.translated("  - 7 of 10 prompts differ") == "  - 10 个提示中有 7 个不同"
 
 
+def test_each_line_about_a_record_is_translated_for_itself():
+    """A key that ends in another message, as that of an empty text, took in the lines below its own."""
+    lines = ["a.jsonl:1  output is empty: there is nothing to learn.", 'b.jsonl:2  no key "output"; keys here: x.']
+    chinese = ["a.jsonl:1  output 是空的：没有可以学习的内容。", 'b.jsonl:2  没有键 "output"；这里的键有 x。']
+    ending, chinese_ending = "2 of 3 records refused.", "3 条记录中有 2 条被拒绝。"
+    text = catalogue("zh").translated("\n".join([f"\natomtune train: {lines[0]}", lines[1], ending]))
+    assert text.split("\n") == ["", f"atomtune train：{chinese[0]}", chinese[1], chinese_ending]
+    text = catalogue("zh").translated(f"atomtune train: {lines[0]}\n{ending}")
+    assert text == f"atomtune train：{chinese[0]}\n{chinese_ending}"
+
+
 def test_a_text_of_nobody_stays():
     text = "Once upon a time there was a lamp; it had 3 records of the sea, and no record is longer than a night."
     assert catalogue("zh").translated(text) == text
@@ -294,7 +305,7 @@ def test_inspect_and_plan_are_chinese(tmp_path, capsys):
     data = str(write_jsonl(tmp_path / "lamps.jsonl", [*records, records[1]]))
     both = ["--model_path", str(DEMO_BASE), "--language", "zh"]
     assert main(["inspect", data, *both, "--html", str(tmp_path / "page.html")]) == 0
-    assert main(["plan", "--dataset_path", data, *both]) == 0
+    assert main(["plan", "--dataset_path", data, *both, "--skip_bad"]) == 0
     said = capsys.readouterr().out
     assert '<html lang="zh" data-lang="zh">' in (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "记录与词元" in said

@@ -32,8 +32,9 @@ _FEWEST_LETTERS = 8
 _SENTENCE_END = re.compile(r"(?<=[.?!:;)…]) +(?=\S)")
 #: What a short key is not filled with, lest it fits where others should.
 _SEVERAL = re.compile(r"[.?!:;,)…] +\S")
-#: A line about a record: where it is, and what is wrong with it.
-_ABOUT_A_RECORD = re.compile(r"(\S+:\d+  )(.+)\.")
+#: A line about a record: where it is, and what is wrong with it; the command stands before the first one.
+_ABOUT_A_RECORD = re.compile(r"(atomtune \w+: )?(\S+:\d+  )(.+)\.")
+_LINES_ABOUT_RECORDS = re.compile(_ABOUT_A_RECORD.pattern + r"\n")
 _FULL_WIDTH_END = tuple("。；：，？！）")
 #: What is counted, and what is said of it: `1 other tensors are`. A file's name, `1 records.txt`, is neither.
 _NOUNS = (
@@ -121,8 +122,11 @@ class Catalogue:
         if not message:
             return text
         about_a_record = _ABOUT_A_RECORD.fullmatch(message)
-        if about_a_record and (reason := self.translated(about_a_record[2], is_ours=True)) != about_a_record[2]:
-            return text.replace(message, f"{about_a_record[1]}{reason}。", 1)
+        if about_a_record and (reason := self.translated(about_a_record[3], is_ours=True)) != about_a_record[3]:
+            command = (about_a_record[1] or "").replace(": ", "：")
+            return text.replace(message, f"{command}{about_a_record[2]}{reason}。", 1)
+        if _LINES_ABOUT_RECORDS.match(message):  # the end of a key for one line would take in those below it
+            return text.replace(message, str(self._in_parts(message, is_ours)), 1)
         result = self._whole(message)
         if result is None and is_ours:
             result = self._filled_first(self.short_templates, message)

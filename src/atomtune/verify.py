@@ -22,9 +22,10 @@ from atomtune.choices import Layout
 from atomtune.console import Console, as_command
 from atomtune.data.cache import Rules, as_examples, concatenate, examples_of
 from atomtune.data.encoding.choose_template import load_template
+from atomtune.data.ledger import Ledger, about_broken, refuse_unusable
 from atomtune.data.reading.sources import distinct_names
 from atomtune.data.records import Example
-from atomtune.errors import BadData, BadSettings, CheckFailed
+from atomtune.errors import BadSettings, CheckFailed
 from atomtune.language import translated
 from atomtune.model.adapter import LoraSpec, new_adapter, parameter_counts
 from atomtune.model.agreement import (
@@ -105,7 +106,7 @@ def verify(settings: VerifySettings) -> int:
     console = Console()
     device = device_in_use()
     dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=console.notice)
-    examples, pad_id = _examples(settings, console)
+    examples, pad_id, ledger = _examples(settings, console)
     console.say(
         f"{len(examples)} records of {', '.join(Path(source).name for source in settings.dataset_paths)}, on {device}"
     )
@@ -121,11 +122,14 @@ def verify(settings: VerifySettings) -> int:
         console=console,
     )
     say(compared, console)
+    if ledger.broken and not settings.skip_bad:
+        console.notice(about_broken(ledger))
+        settings = replace(settings, skip_bad=True)
     console.next_steps([as_command(["train", *words_of(settings, ModelSettings, RecordSettings, LoraSettings)])])
     return 0
 
 
-def _examples(settings: VerifySettings, console: Console) -> tuple[list[Example], int]:
+def _examples(settings: VerifySettings, console: Console) -> tuple[list[Example], int, Ledger]:
     tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     template = load_template(settings.template, tokenizer, **settings.template_options())
     if settings.max_seq_length is None:
@@ -138,15 +142,14 @@ def _examples(settings: VerifySettings, console: Console) -> tuple[list[Example]
         for source, name in zip(settings.dataset_paths, names, strict=True)
     ]
     data = concatenate(parts)
-    if not len(data.examples):
-        raise BadData(f"{', '.join(settings.dataset_paths)}: none of {data.ledger.records_read:,} records can be used.")
+    refuse_unusable(data.ledger, settings.dataset_paths)
     rows = data.examples.select(sample_rows(len(data.examples), settings.records, seed=settings.seed))
     examples = [example for row in rows for example in as_examples(row)]
     known = embedding_rows(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     if known is not None:
         ids = ((example.origin, example.ids) for example in examples)
         refuse_tokens_without_row(tokenizer, known, ids, path=str(settings.model_path), notice=console.notice)
-    return examples, pad_id_of(tokenizer)
+    return examples, pad_id_of(tokenizer), data.ledger
 
 
 def compare(

@@ -179,6 +179,8 @@ def test_a_word_that_is_no_check_is_refused_before_anything_is_read(base, capsys
 def test_the_command_that_comes_next_stands_at_the_end(base, troubled, capsys):
     _, out, _ = inspected(capsys, troubled, "--model_path", base, "--learn", "last")
     named = ["--model_path", str(base), "--dataset_path", str(troubled), "--max_seq_length", "256", "--learn", "last"]
+    named.append("--skip_bad")  # one record has no answer, and train would stop at it
+    assert "broken records, 1 of 16: train stops at them" in out
     assert sorted(out.splitlines()[-1].split(" train ")[1].split()) == sorted(named)
 
 
@@ -206,13 +208,28 @@ def test_several_files_are_one_data_set(base, tmp_path, capsys):
 
 def test_a_file_of_which_nothing_can_be_used_is_reported_too(base, tmp_path, capsys):
     file = write_jsonl(tmp_path / "bad.jsonl", [{"instruction": "a", "output": ""}, {"instruction": "", "output": "b"}])
+    code, out, err = inspected(capsys, file, "--model_path", base, "--html", tmp_path / "report.html", "--json")
+    assert code == 2
+    assert json.loads(out)["records_used"] == 0
+    assert "2 read = 0 used + 2 refused" in err
+    # No empty tables, here and on the page: the ledger, and what is wrong.
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for title in ("Lengths", "Shared beginnings", "Writing", "Which max_seq_length"):
+        assert title not in err and title not in page.partition("</main>")[0]
+    assert "bad.jsonl:2  instruction and input are both empty" in err
+    assert err.endswith("bad.jsonl: none of 2 records can be used. Mend those above.\n")
+    # A check that was asked for is answered first.
+    assert inspected(capsys, file, "--model_path", base, "--fail_on", "refused")[0] == 4
+    assert inspected(capsys, file, "--model_path", base, "--fail_on", "cut")[0] == 2
+
+
+def test_of_a_file_of_records_that_are_all_too_long_the_right_length_is_told(base, tmp_path, capsys):
+    file = write_jsonl(tmp_path / "long.jsonl", [{"instruction": "a", "output": "word " * 300}] * 2)
     code, out, _ = inspected(capsys, file, "--model_path", base, "--html", tmp_path / "report.html")
-    assert code == 0
-    assert "2 read = 0 used + 2 refused" in out
-    assert (tmp_path / "report.html").is_file()
-    # No empty tables: the ledger, and what is wrong.
-    assert "Lengths" not in out and "Shared beginnings" not in out
-    assert "bad.jsonl:2  instruction and input are both empty" in out
+    assert code == 2 and "2 refused" in out
+    suggested = re.search(r"suggested: ([\d,]+), shortens nothing", out)[1]
+    assert f"<b>{suggested}</b>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert inspected(capsys, file, "--model_path", base, "--max_seq_length", suggested.replace(",", ""))[0] == 0
 
 
 def test_a_histogram_begins_where_the_records_do(base, tmp_path, capsys):

@@ -4,10 +4,12 @@ import codecs
 import gzip
 import json
 import os
+import shlex
 
 import pytest
 
 from atomtune.cli import main
+from tests.conftest import write_jsonl
 
 SECRET = "my-secret-words"
 GOOD = [{"instruction": f"{SECRET} {n}", "input": "", "output": f"answer {n}"} for n in range(4)]
@@ -89,7 +91,7 @@ def test_a_bad_file_is_refused_in_words(models, tmp_path, capsys, name):
     for text in (told.out, told.err, record):
         assert SECRET not in text
     refused = json.loads(record).get("records_refused", [])
-    assert bool(refused) == ("refused (all in run.json)" in told.err)
+    assert bool(refused) == any(words in told.err for words in ("refused (all in run.json)", "can be used. Mend"))
 
 
 @pytest.mark.parametrize("kind", ["folder", "missing", "FIFO", "link to nowhere"])
@@ -124,6 +126,61 @@ def test_all_problems_come_at_once_and_all_are_in_the_record(models, tmp_path, c
     assert "30 of 34 records refused (all in run.json). --skip_bad trains on the other 4." in told
     refused = json.loads((tmp_path / "out" / "run.json").read_text())["records_refused"]
     assert [one["origin"] for one in refused] == [f"records.jsonl:{n}" for n in range(5, 35)]
+
+
+BROKEN = {"instruction": SECRET}
+TOO_LONG = {"instruction": SECRET, "output": "word " * 4000}
+
+
+def ended(command, *words, capsys) -> tuple[int, str]:
+    """Its exit code and what stands behind its name in the message."""
+    capsys.readouterr()
+    code = main([command, *map(str, words)])
+    return code, capsys.readouterr().err.rpartition(f"atomtune {command}: ")[2]
+
+
+@pytest.mark.parametrize("command", ["train", "inspect", "verify", "plan", "evaluate"])
+def test_a_file_of_which_nothing_can_be_used_ends_every_command_alike(models, tmp_path, capsys, command):
+    data = write_jsonl(tmp_path / "records.jsonl", [BROKEN, TOO_LONG, {"instruction": "a", "output": " "}])
+    more = ["--output_dir", tmp_path / "out"] if command in ("train", "evaluate") else []
+    code, told = ended(command, "--dataset_path", data, "--model_path", models("llama"), *more, capsys=capsys)
+    assert code == 2
+    lines = told.splitlines()
+    assert sorted(words.split()[0] for words in lines[:-1]) == [f"records.jsonl:{n}" for n in (1, 2, 3)]
+    assert lines[-1].endswith("records.jsonl: none of 3 records can be used. Mend those above.")
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+@pytest.mark.parametrize("records", [[BROKEN], [TOO_LONG], [BROKEN, TOO_LONG], []], ids=["bad", "long", "both", "none"])
+def test_the_command_that_is_named_next_runs(models, tmp_path, capsys, command, records):
+    data = write_jsonl(tmp_path / "records.jsonl", [*GOOD, *records])
+    assert main([command, "--dataset_path", str(data), "--model_path", str(models("llama"))]) == 0
+    named = shlex.split(capsys.readouterr().out.splitlines()[-1].partition(" train ")[2])
+    assert main(["train", *named, "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    "more",
+    [[BROKEN], [BROKEN, TOO_LONG], "--eval_size=4", "--eval_size=0.1", "--eval_path={bad}", "--eval_path=nowhere"],
+    ids=["broken", "broken and long", "all held out", "none held out", "broken to evaluate", "nothing to evaluate"],
+)
+def test_a_plan_is_refused_as_its_run_is(models, tmp_path, capsys, more):
+    data = write_jsonl(tmp_path / "records.jsonl", [*GOOD, *(more if isinstance(more, list) else [])])
+    bad = write_jsonl(tmp_path / "bad.jsonl", [*GOOD, BROKEN])
+    words = ["--dataset_path", data, "--model_path", models("llama"), "--output_dir", tmp_path / "out"]
+    words += [more.format(bad=bad)] if isinstance(more, str) else []
+    run = ended("train", *words, capsys=capsys)
+    assert run[0] == 2
+    assert ended("plan", *words, capsys=capsys) == (2, run[1].replace(" (all in run.json)", ""))
+
+
+def test_what_skip_bad_would_train_on_is_counted_right(models, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "records.jsonl", [*GOOD, BROKEN, TOO_LONG])
+    words = ["--dataset_path", data, "--model_path", models("llama"), "--output_dir", tmp_path / "out"]
+    _, told = ended("train", *words, "--max_steps", 1, capsys=capsys)
+    assert "2 of 6 records refused (all in run.json). --skip_bad trains on the other 4." in told
+    assert ended("train", *words, "--max_steps", 1, "--skip_bad", capsys=capsys)[0] == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["records_used"] == 4
 
 
 def test_what_is_unusual_is_accepted_and_counted(models, tmp_path, capsys):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from atomtune.data.records import Example, Refusal, RefusalKind
+from atomtune.errors import BadData, listing
 
 
 @dataclass
@@ -108,3 +109,37 @@ class Ledger:
             kind = RefusalKind(refusal["kind"])
             refused.append(Refusal(**{**refusal, "kind": kind}))
         return cls(**{**values, "records_refused": refused, "notices": Counter(values["notices"])})
+
+
+def refuse_unusable(ledger: Ledger, sources: Sequence[str]) -> None:
+    """Raise BadData, with the reasons, where no record of these sources can be used."""
+    if not ledger.records_used:
+        none = f"{', '.join(sources)}: none of {ledger.records_read:,} records can be used. Mend those above."
+        raise BadData("\n".join([_listed(ledger.records_refused), none]))
+
+
+def refuse_broken(ledger: Ledger, *, skip_bad: bool, all_in: str = "") -> None:
+    """Raise BadData with the broken records, where there are any and they are not to be skipped.
+
+    all_in  the file that lists every refused record, if one does
+    """
+    broken = ledger.broken
+    if not broken or skip_bad:
+        return
+    refused, read, used = len(ledger.records_refused), ledger.records_read, ledger.records_used
+    ending = f"{refused:,} of {read:,} records refused."
+    if all_in:
+        ending = f"{refused:,} of {read:,} records refused (all in {all_in})."
+    if used:
+        ending += f" --skip_bad trains on the other {used:,}."
+    raise BadData("\n".join([_listed(broken), ending]))
+
+
+def about_broken(ledger: Ledger) -> str:
+    """What a command says that goes on without the broken records, where there are any."""
+    broken, read = len(ledger.broken), ledger.records_read
+    return f"broken records, {broken:,} of {read:,}: train stops at them, unless --skip_bad leaves them out."
+
+
+def _listed(refused: Sequence[Refusal]) -> str:
+    return listing([f"{refusal.origin}  {refusal.reason}." for refusal in refused])

@@ -14,6 +14,7 @@ from atomtune.choices import Layout
 from atomtune.console import Console, as_command
 from atomtune.data.cache import Rules, as_examples
 from atomtune.data.encoding.chat_template import Template
+from atomtune.data.ledger import refuse_unusable
 from atomtune.disk import write_json, write_text
 from atomtune.errors import BadData, BadSettings, Stopped
 from atomtune.evaluate.evaluation import Plan, evaluate_records
@@ -173,10 +174,11 @@ def _records_by_template(
         records, data = read_records(sources, template, rules, wanted)
         if wanted is not None:
             refuse_changed_files(Path(settings.adapter_path[0]), data.data_hash)
+        refuse_unusable(data.ledger, sources)
         read[template_key] = records
     common = [key for key in next(iter(read.values())) if all(key in records for records in read.values())]
     if not common:
-        raise BadData(f"{', '.join(sources)}: no record can be used.")
+        raise BadData(f"{', '.join(sources)}: no record can be written by the templates of all models.")
     chosen = common
     if settings.records and len(common) > settings.records:
         chosen = [common[row] for row in sample_rows(len(common), settings.records, seed=settings.seed)]

@@ -8,6 +8,7 @@ from atomtune.console import Console, as_command, print_json
 from atomtune.data.cache import Rules, records_of
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.formats.schema import THINKING
+from atomtune.data.ledger import about_broken, refuse_unusable
 from atomtune.data.reading.sources import distinct_names
 from atomtune.data.records import Record
 from atomtune.errors import BadSettings
@@ -30,7 +31,8 @@ _SHOWN_OF_A_MODE = 120
 def inspect(settings: InspectSettings) -> int:
     """Report on the records; 0, or CheckFailed where more is found than --fail_on allows.
 
-    Raises BadSettings for a setting that is missing or wrong, BadData for a file that cannot be read.
+    Raises BadSettings for a setting that is missing or wrong, BadData for a file that cannot be read and, behind the
+    report, where none of its records can be used.
     """
     if settings.html and Path(settings.html).is_dir():
         raise BadSettings([f"--html {settings.html}: a folder; expected the name of a file, as report.html."])
@@ -56,6 +58,10 @@ def inspect(settings: InspectSettings) -> int:
         write_page(report, Path(settings.html), decoder, seed=settings.seed)
         console.say(translated(f"\nwritten: {settings.html}"))
     require(allowed, report.findings, report.ledger)
+    refuse_unusable(report.ledger, report.sources)
+    if report.ledger.broken and not settings.skip_bad:
+        console.notice(about_broken(report.ledger))
+        settings = replace(settings, skip_bad=True)
     if not settings.json:
         console.next_steps([as_command(["train", *words_of(settings, TokenizerSettings, RecordSettings)])])
     return 0

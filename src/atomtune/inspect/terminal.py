@@ -33,7 +33,13 @@ def say_report(report: Report, console: Console) -> None:
     for notice, count in report.ledger.notices.items():
         console.say("  " + translated("note: ") + translated(f"{notice} in {count:,} records"), "yellow")
     if len(report.stored):  # else every record was refused, and there is nothing to count
-        _say_numbers(report, console)
+        _say_lengths(report, console)
+    if report.limits:  # also of records that were all refused for their length
+        _section(console, f"--max_seq_length {report.max_tokens:,}")
+        for line in limits(report):
+            console.say(f"  {translated(line)}")
+    if len(report.stored):
+        _say_savings(report, console)
     _section(console, message("Problems"))
     console.columns(list(check_rows(report)))
     without_finding = [check for check, finding in report.findings.items() if not finding.count]
@@ -61,8 +67,7 @@ def _say_head(report: Report, console: Console) -> None:
         console.say(translated("note: ") + translated(text), "yellow")
 
 
-def _say_numbers(report: Report, console: Console) -> None:
-    """Lengths, what shortening would cost, what the layouts save, and the scripts."""
+def _say_lengths(report: Report, console: Console) -> None:
     say = console.say
     columns = {"read only, a record": report.tokens.read, "learned, an answer": report.tokens.answers}
     _section(console, "Lengths, in tokens")
@@ -71,15 +76,16 @@ def _say_numbers(report: Report, console: Console) -> None:
         say(f"  {title}", "bold")
         for bar in _bars(histogram(values)):
             say(f"  {bar}")
-    _section(console, f"--max_seq_length {report.max_tokens:,}")
-    for line in limits(report):
-        say(f"  {translated(line)}")
+
+
+def _say_savings(report: Report, console: Console) -> None:
+    """What the layouts save, and the scripts."""
     _section(console, "Shared beginnings")
     for line in savings(report):
-        say(f"  {translated(line)}")
+        console.say(f"  {translated(line)}")
     _section(console, message("Writing"))
     shares = ", ".join(f"{translated(name)} {share:.1%}" for name, share in scripts(report))
-    say(f"  {shares} of all letters" if shares else "  no letters")
+    console.say(f"  {shares} of all letters" if shares else "  no letters")
 
 
 def ledger_lines(ledger: Ledger) -> Iterator[str]:

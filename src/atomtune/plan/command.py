@@ -1,6 +1,7 @@
 """Plan: what a run would cost, from the command line it would have."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +17,9 @@ from atomtune.console import Console, as_command, print_json
 from atomtune.data.cache import EncodedData, Rules, as_examples, concatenate, examples_of
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
-from atomtune.data.reading.sources import distinct_names, size_of
-from atomtune.errors import BadData, BadSettings
+from atomtune.data.ledger import refuse_broken, refuse_unusable
+from atomtune.data.reading.sources import size_of
+from atomtune.errors import BadSettings
 from atomtune.language import translated
 from atomtune.model.adapter import LoraSpec
 from atomtune.model.base_shape import base_shape
@@ -36,6 +38,7 @@ from atomtune.plan.estimate import (
 from atomtune.plan.model_size import ModelSize, measure
 from atomtune.settings.fields import PlanSettings, TrainSettings
 from atomtune.train.arguments import trainer_arguments
+from atomtune.train.dataset import source_names
 from atomtune.train.defaults import Size, derive, records_to_hold_out
 from atomtune.train.output_folder import without_start
 
@@ -169,12 +172,15 @@ def _as_it_would_run(
     shape = base_shape(str(model.model_path), trust_remote_code=model.trust_remote_code, use_cpu=use_cpu)
     if settings.data.max_seq_length is None:
         settings = replace(settings, data=replace(settings.data, max_seq_length=shape.longest))
-    data = _encoded(settings, template, console)
+    data = _encoded(settings.data.dataset_paths, settings, template, console)
     hold_out = records_to_hold_out(settings, len(data.examples), began_with={})
     learned = _learned(data, hold_out)
+    held_out = len(data.examples) - learned
+    if settings.data.eval_path:
+        held_out = len(_encoded([settings.data.eval_path], settings, template, console).examples)
     size = Size(
         records=learned,
-        held_out=len(data.examples) - learned,
+        held_out=held_out,
         asked=hold_out,
         longest=data.ledger.longest_tokens,
     )
@@ -182,18 +188,18 @@ def _as_it_would_run(
     return settings.with_derived({**derived.values, "eval_size": hold_out}, derived.reasons), data
 
 
-def _encoded(settings: TrainSettings, template: Template, console: Console) -> EncodedData:
-    """The very examples of the run; they are in the cache when it begins. Raises BadData where there are none."""
-    rules, paths = Rules(**settings.data.rules()), settings.data.dataset_paths
+def _encoded(paths: Sequence[str], settings: TrainSettings, template: Template, console: Console) -> EncodedData:
+    """The very examples of the run; they are in the cache when it begins. Raises BadData where a run would."""
+    rules, names = Rules(**settings.data.rules()), source_names(settings)
     parts = []
-    for path, name in zip(paths, distinct_names(paths), strict=True):
+    for path in paths:
+        name = names[path]
         with console.reading_progress(size_of(path), f"reading {name}") as progress:
             parts.append(examples_of(path, template, rules, name=name, advance=progress.advance))
     data = concatenate(parts)
-    if not data.ledger.records_used:
-        refusal = data.ledger.records_refused[0]
-        raise BadData(f"{', '.join(paths)}: no record can be used. {refusal.origin}: {refusal.reason}.")
     ledger = data.ledger
+    refuse_unusable(ledger, paths)
+    refuse_broken(ledger, skip_bad=settings.data.skip_bad)
     console.say(
         f"{ledger.records_read:,} records read, {len(ledger.records_refused):,} refused; "
         f"{ledger.prompt_tokens:,} prompt and {ledger.target_tokens:,} target tokens."

@@ -17,12 +17,14 @@ from atomtune.batch.cost import sample_rows
 from atomtune.console import Console
 from atomtune.data.cache import EncodedData, Rules, concatenate, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template
-from atomtune.data.ledger import Ledger
+from atomtune.data.ledger import Ledger, refuse_broken, refuse_unusable
 from atomtune.data.reading.sources import distinct_names, fingerprint_of, size_of
 from atomtune.data.records import Record
-from atomtune.errors import BadData, BadSettings, listing
+from atomtune.errors import BadSettings, listing
+from atomtune.settings.fields import TrainSettings
 from atomtune.train.defaults import Size, records_to_hold_out
 from atomtune.train.run_context import RunContext
+from atomtune.train.run_report import RECORD
 from atomtune.train.streaming import Stream
 
 
@@ -97,8 +99,8 @@ def _check_read(run: RunContext, template: Template, data: EncodedData) -> None:
     settings = run.settings.data
     run.record.update(data={"path": settings.dataset_path, "sha256": data.data_hash}, **data.ledger.to_run_json())
     say_ledger(data.ledger, template, run.console)
-    _refuse_broken(data.ledger, skip_bad=settings.skip_bad)
-    _refuse_empty(data.ledger, ", ".join(settings.dataset_paths))
+    refuse_unusable(data.ledger, settings.dataset_paths)
+    refuse_broken(data.ledger, skip_bad=settings.skip_bad, all_in=RECORD)
 
 
 def _held_out_of(
@@ -141,8 +143,8 @@ def _evaluation_file(run: RunContext, template: Template) -> EncodedData | None:
     data = _read(settings.eval_path, run, template)
     run.console.say(f"{Path(settings.eval_path).name}, for evaluation:")
     say_ledger(data.ledger, template, run.console)
-    _refuse_broken(data.ledger, skip_bad=settings.skip_bad)
-    _refuse_empty(data.ledger, settings.eval_path)
+    refuse_unusable(data.ledger, [settings.eval_path])
+    refuse_broken(data.ledger, skip_bad=settings.skip_bad, all_in=RECORD)
     return data
 
 
@@ -151,7 +153,7 @@ def _stream(run: RunContext, template: Template) -> tuple[Stream, str]:
     settings = run.settings.data
 
     def check(ledger: Ledger) -> None:
-        _refuse_broken(ledger, skip_bad=settings.skip_bad)
+        refuse_broken(ledger, skip_bad=settings.skip_bad, all_in=RECORD)
 
     rules = Rules(**settings.rules())
     stream = Stream(
@@ -168,7 +170,7 @@ def _stream(run: RunContext, template: Template) -> tuple[Stream, str]:
 
 
 def _read(source: str, run: RunContext, template: Template) -> EncodedData:
-    name = _names(run)[source]
+    name = source_names(run.settings)[source]
     rules = Rules(**run.settings.data.rules())
     with run.args.main_process_first(), run.console.reading_progress(size_of(source), f"reading {name}") as progress:
         data = examples_of(source, template, rules, name=name, advance=progress.advance)
@@ -177,10 +179,10 @@ def _read(source: str, run: RunContext, template: Template) -> EncodedData:
     return data
 
 
-def _names(run: RunContext) -> dict[str, str]:
+def source_names(settings: TrainSettings) -> dict[str, str]:
     """Each source's name in origins: enough of its path to tell files of one name apart, the evaluation's too."""
-    settings = run.settings.data
-    sources = [*settings.dataset_paths, *([settings.eval_path] if settings.eval_path else [])]
+    data = settings.data
+    sources = [*data.dataset_paths, *([data.eval_path] if data.eval_path else [])]
     return dict(zip(sources, distinct_names(sources), strict=True))
 
 
@@ -202,8 +204,6 @@ def _hold_out(run: RunContext, parts: list[EncodedData], *, size: float) -> tupl
     """(rows to learn, rows to hold out); records that are alike stay on one side."""
     records = sum(len(part.examples) for part in parts)
     wanted = round(size * records) if size < 1 else int(size)
-    if not 0 < wanted < records:
-        raise BadSettings([f"--eval_size {size:g} holds out {wanted} of {records} records."])
     groups = alike(read_texts(_texts(run, run.settings.data.dataset_paths, [part.examples for part in parts])))
     rows = held_out(groups, wanted, seed=run.args.seed if run.args.data_seed is None else run.args.data_seed)
     by_itself = run.settings.data.eval_size is None
@@ -242,7 +242,7 @@ def _texts(run: RunContext, sources: list[str], stored: list[datasets.Dataset]) 
     """The records behind the rows, read once more, with a bar."""
     rules = Rules(**run.settings.data.rules())
     for source, rows in zip(sources, stored, strict=True):
-        name = _names(run)[source]
+        name = source_names(run.settings)[source]
         with run.console.reading_progress(size_of(source), f"comparing {name}") as progress:
             yield from records_of(source, rules, rows, progress.advance, name=name)
 
@@ -253,7 +253,7 @@ def records_of_rows(run: RunContext, rows: datasets.Dataset) -> dict[str, Record
     The files are read once more, each as far as the last of these rows.
     """
     rules = Rules(**run.settings.data.rules())
-    names = _names(run)
+    names = source_names(run.settings)
     # An origin begins with its source's name: `train.jsonl:17`; a folder's files stand between the two.
     sources = [
         max(
@@ -332,21 +332,3 @@ def _about_records(ledger: Ledger) -> Iterator[str]:
 def _first_few(origins: list[str], shown: int = 5) -> str:
     rest = len(origins) - shown
     return ", ".join(origins[:shown]) + (f" and {rest:,} more (all in run.json)" if rest > 0 else "")
-
-
-def _refuse_broken(ledger: Ledger, *, skip_bad: bool) -> None:
-    """Raise BadData with every broken record, unless they are to be skipped."""
-    broken = [f"{refusal.origin}  {refusal.reason}." for refusal in ledger.broken]
-    if not broken or skip_bad:
-        return
-    good = ledger.records_read - len(broken)
-    way_on = f" --skip_bad trains on the other {good:,}." if good else ""
-    raise BadData(
-        f"{listing(broken)}\n{len(broken):,} of {ledger.records_read:,} records refused (all in run.json).{way_on}"
-    )
-
-
-def _refuse_empty(ledger: Ledger, path: str) -> None:
-    if not ledger.records_used:
-        first = ledger.records_refused[0]
-        raise BadData(f"{path}: none of {ledger.records_read:,} records can be used. {first.origin}: {first.reason}.")

@@ -89,11 +89,16 @@ def records_to_hold_out(settings: TrainSettings, records: int, *, began_with: Ma
     """What --eval_size says, or stands for where it is auto.
 
     began_with  what the run that is resumed took; empty for a new one
+    Raises BadSettings where it asks for none or all of the records.
     """
-    if settings.data.eval_size is not None:
-        return settings.data.eval_size
-    if "eval_size" in began_with:
-        return float(began_with["eval_size"])
+    size = settings.data.eval_size
+    if size is None and "eval_size" in began_with:
+        size = float(began_with["eval_size"])
+    if size is not None:
+        wanted = round(size * records) if size < 1 else int(size)
+        if size and not 0 < wanted < records:
+            raise BadSettings([f"--eval_size {size:g} holds out {wanted} of {records} records."])
+        return size
     if settings.data.eval_path or settings.trainer.get("eval_strategy") == "no" or records < LEAST_TO_SPLIT:
         return 0
     return min(round(HELD_OUT_SHARE * records), MOST_HELD_OUT)

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 
 from atomtune.data.cache import Rules, encoded
 from atomtune.data.encoding.chat_template import Template
-from atomtune.data.ledger import Ledger
+from atomtune.data.ledger import Ledger, refuse_unusable
 from atomtune.data.reading.sources import distinct_names, stamp_of
 from atomtune.errors import BadData
 
@@ -63,8 +63,7 @@ class Stream(IterableDataset):
                 self.check(ledger)
                 yield from part.table.to_pylist()
             self._refuse_changed(source)
-        if not ledger.records_used:
-            raise BadData(f"{', '.join(self.sources)}: none of {ledger.records_read:,} records can be used.")
+        refuse_unusable(ledger, self.sources)
 
     def _refuse_changed(self, source: str) -> None:
         if stamp_of(source) != self._stamps[source]:
