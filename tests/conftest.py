@@ -38,6 +38,11 @@ def write_jsonl(path: Path, records: list[dict]) -> Path:
     return path
 
 
+def numbered_dialogues() -> list[dict]:
+    """The dialogues five times over, with numbers: 40 records."""
+    return [{**record, "instruction": f"{record['instruction']} ({n})"} for n in range(5) for record in DIALOGUES]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The example store of the tests, apart from the user's; also for the processes that tests start."""
@@ -52,8 +57,7 @@ def _own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def dialogues(tmp_path: Path) -> Path:
     """The dialogues above, five times over with numbers, as a JSONL file of 40 records."""
-    records = [{**record, "instruction": f"{record['instruction']} ({n})"} for n in range(5) for record in DIALOGUES]
-    return write_jsonl(tmp_path / "dialogues.jsonl", records)
+    return write_jsonl(tmp_path / "dialogues.jsonl", numbered_dialogues())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from atomtune.cli import main
 from atomtune.errors import BadSettings
 
 FAST = ("--max_steps", "12", "--eval_size", "8", "--eval_steps", "4", "--per_device_train_batch_size", "4")
-RATES = ("--try", "learning_rate=1e-3,1e-2")
+RATES = ("--try", "learning_rate=1e-3,1e-2,5e-3")
 
 
 def record_of(folder: Path) -> dict:
@@ -74,17 +75,12 @@ def test_the_page_and_the_picture_show_every_trial(swept):
     assert (swept / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_finished_never_runs_again_and_more_values_may_be_added(swept, run, capsys):
-    before = {name: (swept / name / "run.json").stat().st_mtime_ns for name in ("trial-1", "trial-2")}
-    flags = ("--try", "learning_rate=1e-3,1e-2,5e-3", "--output_dir", str(swept))
+def test_a_sweep_goes_on_only_when_it_is_told_to_and_with_its_own_settings(swept, run, capsys):
+    flags = (*RATES, "--output_dir", str(swept))
     assert main(["sweep", *run, *flags]) == 2
     assert "already holds a sweep" in capsys.readouterr().err
     assert main(["sweep", *run, *flags, "--resume", "--lora_rank", "2"]) == 2
     assert "--lora_rank was not set when the sweep began and is 2 now" in capsys.readouterr().err
-    assert main(["sweep", *run, *flags, "--resume", "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert [trial["status"] for trial in printed["trials"]] == ["finished", "finished", "failed", "finished"]
-    assert {name: (swept / name / "run.json").stat().st_mtime_ns for name in before} == before
 
 
 def started(run: tuple[str, ...], folder: Path, *flags: str) -> subprocess.Popen:
@@ -94,35 +90,37 @@ def started(run: tuple[str, ...], folder: Path, *flags: str) -> subprocess.Popen
     )  # fmt: skip
 
 
-def wait_for_second_trial(process: subprocess.Popen, folder: Path) -> psutil.Process:
-    """The second trial's process, as soon as it has begun."""
+def wait_for_trial(number: int, process: subprocess.Popen, folder: Path) -> psutil.Process:
+    """The trial's process, as soon as it has begun."""
     for _ in range(1200):
         assert process.poll() is None, process.stderr.read()
-        if (folder / "trial-2.yaml").exists() and (children := psutil.Process(process.pid).children()):
+        if (folder / f"trial-{number}.yaml").exists() and (children := psutil.Process(process.pid).children()):
             return children[0]
         time.sleep(0.1)
-    raise AssertionError("no second trial within two minutes")
+    raise AssertionError(f"no trial {number} within two minutes")
 
 
 @pytest.mark.parametrize(
     "number",
     [pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.slow), pytest.param(signal.SIGKILL, id="SIGKILL")],
 )
-def test_a_sweep_that_is_stopped_goes_on_where_it_was(run, tmp_path, number):
+def test_a_stopped_sweep_goes_on_and_what_is_finished_never_runs_again(swept, run, tmp_path, capsys, number):
     folder = tmp_path / "out"
-    process = started(run, folder, *RATES)
-    trial = wait_for_second_trial(process, folder)
+    shutil.copytree(swept, folder)
+    before = {name: (folder / name / "run.json").stat().st_mtime_ns for name in ("trial-1", "trial-2")}
+    process = started(run, folder, *RATES, "--resume")  # a value is added
+    trial = wait_for_trial(4, process, folder)
     os.kill(process.pid, number)
     error = process.communicate(timeout=120)[1]
     trial.wait(60)  # it ends with the sweep, killed or not
     if number == signal.SIGINT:
         assert process.returncode == 75
-        assert "1 of 2 trials are done and kept" in error and "--resume" in error
-        assert [trial["status"] for trial in sweep_record(folder)["trials"]] == ["finished", "stopped"]
-    first = (folder / "trial-1" / "run.json").read_bytes()
-    assert main(["sweep", *run, *RATES, "--output_dir", str(folder), "--resume"]) == 0
-    assert [trial["status"] for trial in sweep_record(folder)["trials"]] == ["finished", "finished"]
-    assert (folder / "trial-1" / "run.json").read_bytes() == first
+        assert "trials are done and kept" in error and "--resume" in error
+        assert [trial["status"] for trial in sweep_record(folder)["trials"]][-1] == "stopped"
+    assert main(["sweep", *run, *RATES, "--output_dir", str(folder), "--resume", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [trial["status"] for trial in printed["trials"]] == ["finished", "finished", "failed", "finished"]
+    assert {name: (folder / name / "run.json").stat().st_mtime_ns for name in before} == before
 
 
 def test_mistakes_are_answered_before_a_trial_and_leave_no_folder(run, tmp_path, capsys):

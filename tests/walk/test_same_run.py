@@ -19,6 +19,7 @@ from atomtune.cli import main
 from atomtune.model.fingerprint import fingerprint
 from atomtune.train import trainer as trainer_module
 from atomtune.train.checkpoint.atomic import checkpoints
+from tests.conftest import numbered_dialogues, write_jsonl
 
 EVERY = bool(os.environ.get("ATOMTUNE_SOAK"))
 
@@ -98,25 +99,34 @@ def signalled(out: Path, number: int, step: int) -> threading.Thread:
     return thread
 
 
-LONG = ["--max_steps", "60", "--eval_size", "7", "--eval_strategy", "steps", "--eval_steps", "4"]
+LONG = ["--max_steps", "40", "--eval_size", "7", "--eval_strategy", "steps", "--eval_steps", "4"]
+
+
+@pytest.fixture(scope="module")
+def long_run(models, tmp_path_factory) -> tuple[Path, Path]:
+    """A file of the dialogues, and the folder of the run of LONG on it that nothing stopped."""
+    folder = tmp_path_factory.mktemp("long")
+    data = write_jsonl(folder / "dialogues.jsonl", numbered_dialogues())
+    assert main(command(models("llama"), data, folder / "whole", *LONG)) == 0
+    return data, folder / "whole"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1], ids=lambda n: n.name)
-def test_every_signal_that_asks_to_stop_keeps_the_run(models, dialogues, tmp_path, capsys, number):
-    base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"
-    assert main(command(base, dialogues, whole, *LONG)) == 0
+def test_every_signal_that_asks_to_stop_keeps_the_run(models, long_run, tmp_path, capsys, number):
+    base, out = models("llama"), tmp_path / "out"
+    data, whole = long_run
     before = signal.getsignal(number)
     thread = signalled(out, number, 9)
-    code = main(command(base, dialogues, out, *LONG))
+    code = main(command(base, data, out, *LONG))
     thread.join()
     assert signal.getsignal(number) == before
     assert code == 75
     assert f"{number.name} received; stopped after step" in capsys.readouterr().err
     stopped = record(out)
     assert stopped["status"] == "preempted"
-    assert 9 <= stopped["steps"] < 60
+    assert 9 <= stopped["steps"] < 40
     assert not (out / "adapter_model.safetensors").exists(), "an unfinished run leaves no final adapter"
-    assert main(command(base, dialogues, out, *LONG, "--resume")) == 0
+    assert main(command(base, data, out, *LONG, "--resume")) == 0
     same_run(out, whole)
 
 
