@@ -143,6 +143,7 @@ PRIVATE = {
         "torch.ops.aten._flash_attention_backward",
         "torch.ops.aten._flash_attention_forward",
     },
+    "model/step_graphs.py": {"module._parameters"},
     "train/arguments.py": {"args._n_gpu"},
     "train/checkpoint/saving_trainer.py": {
         "Trainer._load_best_model",

@@ -275,6 +275,7 @@ def _new_leaves(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     graph, and a recording that hands that stream a gradient is refused.
     """
     leaves = {id(w): w.detach().requires_grad_() for w in model.parameters() if w.requires_grad}
+    # A module refuses, by setattr, a plain tensor in the place of a parameter.
     places = [
         (module, name, weight)
         for module in model.modules()
