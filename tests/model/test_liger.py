@@ -116,12 +116,9 @@ def test_a_run_says_whether_they_are_used_and_trains(models, dialogues, tmp_path
     monkeypatch.setattr(liger, "apply_liger_kernel", norms_of(factor))
     monkeypatch.setattr(train_model, "liger_circumstances", lambda *_: Circumstances(None, "cuda", True))
     words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--max_steps", "2"]
-    file = sys.modules["transformers.models.llama.modeling_llama"]
-    try:
-        assert main([*words, "--output_dir", str(tmp_path)]) == 0
-        assert hasattr(file, "planted") is used
-    finally:
-        vars(file).pop("planted", None)
+    assert main([*words, "--output_dir", str(tmp_path)]) == 0
+    # Left in transformers' file, a Triton kernel once met the next command's model on a CPU, and one in float64.
+    assert not hasattr(sys.modules["transformers.models.llama.modeling_llama"], "planted")
     assert json.loads((tmp_path / "run.json").read_text())["liger_kernels"] is used
     printed = capsys.readouterr().out
     assert ("computed by Liger's kernels" in printed) is used

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from atomtune.errors import BadModel
-from atomtune.model.load import BaseSpec, load_base, load_tokenizer, resolve_dtype
+from atomtune.errors import BadModel, BadSettings
+from atomtune.model.base_shape import base_shape
+from atomtune.model.load import BaseSpec, device_in_use, load_base, load_tokenizer, resolve_dtype
 from tests.tiny import CAPPED, texts
 
 CPU = torch.device("cpu")
@@ -75,6 +76,28 @@ def test_fp16_on_a_cpu_takes_the_nearest_and_says_so():
     assert dtype in (torch.bfloat16, torch.float32)
     assert len(notices) == 1
     assert "--fp16" in notices[0]
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert device_in_use() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(BadSettings, match="--nproc_per_node 1"):
+        device_in_use()
+
+
+def test_a_run_on_the_cpu_asks_nothing_of_a_gpu(models, monkeypatch):
+    def refuses(*_arguments):
+        raise AssertionError("the GPU was asked")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", refuses)
+    assert base_shape(str(models("llama")), use_cpu=True).longest > 0
+    with pytest.raises(AssertionError, match="the GPU was asked"):
+        base_shape(str(models("llama")))
 
 
 def test_a_dtype_that_is_asked_for_is_given():

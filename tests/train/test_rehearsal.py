@@ -6,6 +6,7 @@ import pytest
 
 import atomtune.train.model  # noqa: F401  # `atomtune.train` is a function too
 from atomtune.cli import main
+from atomtune.train import arguments
 
 
 @pytest.fixture
@@ -157,3 +158,13 @@ def test_the_best_checkpoint_by_perplexity_is_that_of_the_lowest(models, dialogu
 def test_a_metric_that_is_never_computed_is_refused(refused):
     said = refused("--eval_size", "4", "--metric_for_best_model", "accuracy")
     assert "--metric_for_best_model 'accuracy': expected one of loss, perplexity." in said
+
+
+def test_on_a_gpu_the_librarys_settings_stay_the_users(monkeypatch):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    values = {"accelerator_config": "nope.json"}  # once a traceback: it was taken for a dictionary
+    arguments._feed_the_gpu(values, streaming=True)
+    assert values["accelerator_config"] == "nope.json"
+    values = {"accelerator_config": {"split_batches": True}}
+    arguments._feed_the_gpu(values, streaming=True)
+    assert values["accelerator_config"] == {"split_batches": True, "non_blocking": True}

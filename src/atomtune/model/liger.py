@@ -77,6 +77,8 @@ def leave_files() -> None:
     """Put back what stood in the files of transformers: a model that is loaded next, on a CPU or in float64, is to
     compute as it is written. The one that was trained keeps its kernels, but for functions such as its rotation."""
     for changed, before in reversed(_IN_FILES):
+        for name in vars(changed).keys() - before.keys():
+            delattr(changed, name)
         vars(changed).update(before)
     _IN_FILES.clear()
 
