@@ -110,6 +110,12 @@ def behind(
         yield Attack(kind, name, words, codes)
 
 
+def among(cases: list[tuple[dict[str, str], tuple[int, ...]]]) -> Iterator[Attack]:
+    """Kind 10, for each case: a run among these variables of the environment, and the codes it may end with."""
+    for variables, codes in cases:
+        yield Attack(10, str(variables), lambda world: world.train(), codes, variables, shell="{}")
+
+
 def edit(file: Path, **values: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **values}), encoding="utf-8")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.attacks import ESCAPE, Attack, World, behind, edit, forked
+from benchmarks.attacks import ESCAPE, Attack, World, among, behind, edit, forked
 
 
 def of_files() -> Iterator[Attack]:
@@ -553,22 +553,22 @@ def of_bases() -> Iterator[Attack]:
 
 def of_environment() -> Iterator[Attack]:
     """Kind 10."""
-    cases: list[tuple[dict[str, str], tuple[int, ...]]] = [
-        ({"WORLD_SIZE": "4"}, (2,)),
-        ({"RANK": "2"}, (2,)),
-        ({"LOCAL_RANK": "0"}, (2,)),
-        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, (2,)),
-        ({"PMI_SIZE": "4"}, (2,)),
-        ({"OMPI_COMM_WORLD_SIZE": "many"}, (2,)),
-        ({"ACCELERATE_TORCH_DEVICE": "meta"}, (2,)),
-        ({"ACCELERATE_USE_CPU": "maybe"}, (2,)),
-        ({"HF_HUB_DOWNLOAD_TIMEOUT": "abc"}, (2,)),
-        ({"HF_DATASETS_CACHE": "/dev/null/x"}, (2,)),
-        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "3"}, (0,)),
-        ({"ATOMTUNE_OUTPUT_DIR": "/nowhere"}, (0,)),
-    ]
-    for variables, codes in cases:
-        yield Attack(10, str(variables), lambda world: world.train(), codes, variables, shell="{}")
+    yield from among(
+        [
+            ({"WORLD_SIZE": "4"}, (2,)),
+            ({"RANK": "2"}, (2,)),
+            ({"LOCAL_RANK": "0"}, (2,)),
+            ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, (2,)),
+            ({"PMI_SIZE": "4"}, (2,)),
+            ({"OMPI_COMM_WORLD_SIZE": "many"}, (2,)),
+            ({"ACCELERATE_TORCH_DEVICE": "meta"}, (2,)),
+            ({"ACCELERATE_USE_CPU": "maybe"}, (2,)),
+            ({"HF_HUB_DOWNLOAD_TIMEOUT": "abc"}, (2,)),
+            ({"HF_DATASETS_CACHE": "/dev/null/x"}, (2,)),
+            ({"SLURM_NTASKS": "8", "SLURM_PROCID": "3"}, (0,)),
+            ({"ATOMTUNE_OUTPUT_DIR": "/nowhere"}, (0,)),
+        ]
+    )
 
 
 def of_resume() -> Iterator[Attack]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 
@@ -200,17 +201,11 @@ def test_no_password_of_an_address_is_shown(models, capsys, address):
     assert "hub.test" in printed.err
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_that_comes_while_an_object_is_freed_is_heard(monkeypatch, capsys, name):
-    # Python prints what __del__ raises and forgets it: Ctrl-C while a library was imported showed a traceback, and the
-    # command went on to its end.
-    class Freed:
-        def __del__(self) -> None:
-            signal.raise_signal(getattr(signal, name))
+def assert_stopped(signalled: Callable[[], object], monkeypatch, capsys) -> None:
+    """A command in which this sends a signal ends soon after it, with the sentence of a stop."""
 
     def command(name: str, flags: object) -> int:
-        freed = Freed()
-        del freed
+        signalled()
         for _ in range(1000):
             time.sleep(0.01)
         return 0
@@ -219,6 +214,21 @@ def test_a_signal_that_comes_while_an_object_is_freed_is_heard(monkeypatch, caps
     assert main(["plan"]) == 75
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err and "stopped by a signal" in printed.err
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_comes_while_an_object_is_freed_is_heard(monkeypatch, capsys, name):
+    # Python prints what __del__ raises and forgets it: Ctrl-C while a library was imported showed a traceback, and the
+    # command went on to its end.
+    class Freed:
+        def __del__(self) -> None:
+            signal.raise_signal(getattr(signal, name))
+
+    def free() -> None:
+        freed = Freed()
+        del freed
+
+    assert_stopped(free, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
@@ -232,16 +242,7 @@ def test_a_signal_while_a_library_in_c_is_imported_waits_for_it(tmp_path, monkey
                 raise ImportError("initialization failed") from None
             return object()
 
-    def command(name: str, flags: object) -> int:
-        Library("library", str(tmp_path)).create_module(None)
-        for _ in range(1000):
-            time.sleep(0.01)
-        return 0
-
-    monkeypatch.setattr(cli, "_run", command)
-    assert main(["plan"]) == 75
-    printed = capsys.readouterr()
-    assert "Traceback" not in printed.err and "stopped by a signal" in printed.err
+    assert_stopped(lambda: Library("library", str(tmp_path)).create_module(None), monkeypatch, capsys)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows sends no signals to others")
