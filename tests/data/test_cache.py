@@ -365,34 +365,34 @@ from tests.tiny import CHATML, tokenizer_of
 
 template = load_template("auto", tokenizer_of("bytes", CHATML))
 print("ready", flush=True)
-sys.stdin.readline()
-read = examples_of(Path(sys.argv[1]), template, Rules(max_tokens=120), cache_dir=Path(sys.argv[2]))
-print(hash(str(read.examples.to_list())), read.ledger.records_read)
+for cache in sys.stdin:
+    read = examples_of(Path(sys.argv[1]), template, Rules(max_tokens=120), cache_dir=Path(cache.rstrip()))
+    print(hash(str(read.examples.to_list())), read.ledger.records_read, flush=True)
 """
 
 
-@pytest.mark.parametrize("state", ["nothing there", "another version"])
-def test_processes_at_once_on_one_cache_all_read_the_same(data, tmp_path, state):
+def test_processes_at_once_on_one_cache_all_read_the_same(data, tmp_path):
     # Real processes, let go at one moment; what stood there was moved away by one of them under the others' hands.
-    cache = tmp_path / "cache"
-    if state != "nothing there":
-        asked(data, cache)
-        (entry,) = (cache / "atomtune").iterdir()
-        (entry / "ledger.json").write_text('{"version": 0}')
-    script = [sys.executable, "-c", ASKED, str(data), str(cache)]
+    empty, of_another_version = tmp_path / "empty", tmp_path / "of another version"
+    asked(data, of_another_version)
+    (entry,) = (of_another_version / "atomtune").iterdir()
+    (entry / "ledger.json").write_text('{"version": 0}')
+    script = [sys.executable, "-c", ASKED, str(data)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = {**os.environ, "PYTHONHASHSEED": "0"}
     processes = [subprocess.Popen(script, cwd=Path(__file__).parents[2], env=environment, **pipes) for _ in range(2)]
     for process in processes:
         assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
+    for folder in (empty, of_another_version):
+        for process in processes:
+            process.stdin.write(f"{folder}\n")
+            process.stdin.flush()
+        outputs = [process.stdout.readline() for process in processes]
+        assert outputs[0] == outputs[1] != "", [process.communicate(timeout=60) for process in processes]
+        assert len(entries(folder)) == 1
+        assert [path.name for path in (folder / "atomtune").iterdir() if path.name.startswith(".new-")] == []
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert len({output for output, _ in outputs}) == 1
-    assert len(entries(cache)) == 1
-    assert [path.name for path in (cache / "atomtune").iterdir() if path.name.startswith(".new-")] == []
 
 
 def test_an_entry_is_on_the_disk_before_it_has_its_name(data, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 from atomtune.cli import main
 from atomtune.train import trainer as trainer_module
 from atomtune.train.checkpoint.atomic import MANIFEST, checkpoints, damage
+from tests.conftest import numbered_dialogues, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 
@@ -135,12 +136,25 @@ def test_an_output_folder_that_is_replaced_while_the_run_goes_is_noticed(
     assert [path.name for path in checkpoints(tmp_path / "moved")] == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize("share", [0.001, 0.2, 0.5, 0.8, 0.95])
-def test_a_limit_on_the_size_of_files_keeps_the_last_checkpoint(models, dialogues, tmp_path, share):
+LIMITED = ["--max_steps", "12", "--save_total_limit", "9"]
+
+
+@pytest.fixture(scope="module")
+def unlimited(models, tmp_path_factory) -> tuple[Path, Path]:
+    """A file of the dialogues, and the folder of the run on it without a limit."""
+    folder = tmp_path_factory.mktemp("unlimited")
+    data = write_jsonl(folder / "dialogues.jsonl", numbered_dialogues())
+    assert main(command(models("llama"), data, folder / "whole", *LIMITED)) == 0
+    return data, folder / "whole"
+
+
+@pytest.mark.parametrize(
+    "share", [0.001, pytest.param(0.2, marks=pytest.mark.slow), 0.5, pytest.param(0.8, marks=pytest.mark.slow), 0.95]
+)
+def test_a_limit_on_the_size_of_files_keeps_the_last_checkpoint(models, unlimited, tmp_path, share):
     """`ulimit -f`, at any size up to the largest file of a save, from the second save on."""
-    base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"
-    flags = ["--max_steps", "12", "--save_total_limit", "9"]
-    assert main(command(base, dialogues, whole, *flags)) == 0
+    base, out, flags = models("llama"), tmp_path / "out", LIMITED
+    dialogues, whole = unlimited
     largest = max(file.stat().st_size for file in (whole / "checkpoint-2").iterdir())
     script = (
         "import resource, sys\n"
@@ -173,7 +187,7 @@ def test_a_limit_on_the_size_of_files_keeps_the_last_checkpoint(models, dialogue
     assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("mask", [0o022, 0o027])
+@pytest.mark.parametrize("mask", [pytest.param(0o022, marks=pytest.mark.slow), 0o027])
 def test_what_any_command_leaves_is_as_readable_as_the_umask_says(models, dialogues, tmp_path, mask):
     # safetensors and temporary files are for their owner alone: another user's chat then fails on the weights.
     out = tmp_path / "out"
