@@ -69,7 +69,7 @@ def answers_in(examples: tuple[Example, ...]) -> list[list[int]]:
 def test_tokens_are_counted_as_by_a_walk_along_each_record(seed):
     records = some_records(seed)
     tables = [as_table(records[:17]), as_table(records[17:18]), as_table(records[18:])]
-    seen = read_tokens(tables, stop=STOP, unknown=UNKNOWN)
+    seen = read_tokens(tables, stops=[STOP], unknown=UNKNOWN)
     answers = [answers_in(one) for one in records]
     assert seen.longest.tolist() == [max(len(example.ids) for example in one) for one in records]
     assert seen.read.tolist() == [sum(example.learn.count(0) for example in one) for one in records]
@@ -80,7 +80,7 @@ def test_tokens_are_counted_as_by_a_walk_along_each_record(seed):
 
 
 def test_what_is_read_alone_may_be_unknown():
-    seen = read_tokens([as_table([(Example((1, 0, 5, 2), (0, 0, 1, 1), "a:1"),)])], stop=2, unknown=0)
+    seen = read_tokens([as_table([(Example((1, 0, 5, 2), (0, 0, 1, 1), "a:1"),)])], stops=[2], unknown=0)
     assert not seen.unknown.any()
 
 
@@ -139,7 +139,7 @@ def test_where_a_prompt_ends_and_an_input_begins_is_part_of_the_prompt():
 
 
 def problems(records: list[Record], tables, ledger: Ledger | None = None):
-    texts, tokens = read_texts(records), read_tokens(tables, stop=STOP, unknown=None)
+    texts, tokens = read_texts(records), read_tokens(tables, stops=[STOP], unknown=None)
     none = numpy.zeros(0, dtype=numpy.int64)
     return findings_of(ledger or Ledger(), texts, tokens, {"cut": none, "control": none}), texts, tokens
 
@@ -159,6 +159,31 @@ def test_copies_near_copies_and_conflicts_are_counted_once_each():
     assert (found["conflicts"].count, found["conflicts"].rows.tolist()) == (5, [0, 1, 3, 2, 5])
     assert found["conflicts"].groups == 2
     assert near_or_equal(texts, tokens).tolist() == [0, 0, 2, 0, 4, 5]
+
+
+def test_a_call_may_end_with_a_stop_token_of_its_own():
+    # gpt-oss ends a call with <|call|>: each agent's record was said not to stop.
+    table = as_table([(Example((1, 3, STOP), (0, 1, 1), "a:1"),), (Example((1, 3, 5), (0, 1, 1), "a:2"),)])
+    assert read_tokens([table], stops=[STOP, 5], unknown=None).no_stop.tolist() == [False, False]
+
+
+def test_records_conflict_only_where_all_that_is_asked_is_the_same():
+    # A text that is learned whole answers nothing, and a question is another one with other documents, tools or calls.
+    question, answers = Turn("user", "q"), [Turn("assistant", "a"), Turn("assistant", "b")]
+    called = [Turn("assistant", "", calls=({"name": name, "arguments": {}},)) for name in "fg"]
+    kinds = {
+        "texts": [Record((Turn("text", answer.text),), "a:1") for answer in answers],
+        "tools": [Record((question, a), "a:1", tools=({"name": a.text},)) for a in answers],
+        "documents": [Record((question, a), "a:1", variables={"documents": [a.text]}) for a in answers],
+        "calls": [
+            Record((question, call, Turn("tool", "5"), a), "a:1") for call, a in zip(called, answers, strict=True)
+        ],
+    }
+    table = as_table([(Example((1, 3 + n, STOP), (0, 1, 1), "a:1"),) for n in range(2)])
+    for kind, records in kinds.items():
+        assert problems(records, [table])[0]["conflicts"].count == 0, kind
+    same = [Record((question, a), "a:1", tools=({"name": "f"},)) for a in answers]
+    assert problems(same, [table])[0]["conflicts"].count == 2
 
 
 def test_nothing_used_is_no_trouble():

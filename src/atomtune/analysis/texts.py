@@ -46,11 +46,8 @@ class _Seen:
 
     def own_texts(self, records: Iterable[Record]) -> Iterator[str]:
         for record in records:
-            prompt_texts: list[str] = []
-            for turn in record.prompt:
-                prompt_texts += (turn.role, turn.text, turn.input)
-            self.prompts.append(_hash(*prompt_texts))
             last = record.turns[-1]
+            self.prompts.append(_hash(*_asked(record)))
             self.answers.append(_hash(last.text, last.reasoning, repr(last.calls)))
             learned = [record.turns[at] for at in record.learned]
             self.blank.append(any(not (turn.text.strip() or turn.calls) for turn in learned))
@@ -97,6 +94,20 @@ def own_text(record: Record) -> str:
     """
     own = [turn.input or turn.text for turn in record.turns if turn.role != "system"]
     return "\n".join(own)
+
+
+def _asked(record: Record) -> Iterator[str]:
+    """All that is asked before the last answer; of a text that is learned whole that text, since nothing asks for it."""
+    if record.turns[-1].role == "text":
+        yield record.answer
+    for turn in record.prompt:
+        yield from (turn.role, turn.text, turn.input)
+        if turn.calls:
+            yield repr(turn.calls)
+    if record.tools:
+        yield repr(record.tools)
+    if record.variables:
+        yield repr(record.variables)
 
 
 def _hash(*texts: str) -> int:

@@ -3,7 +3,7 @@
 Every figure is an array with a few bytes a record: a million records fit.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy
@@ -57,9 +57,12 @@ class Finding:
     groups: int = 0
 
 
-def read_tokens(tables: Iterable[pyarrow.Table], *, stop: int, unknown: int | None) -> Tokens:
-    """One pass over rows of the example cache (columns ids, learn, ends, digest), some at a time."""
-    parts = [_read_table(table, stop, unknown) for table in tables]
+def read_tokens(tables: Iterable[pyarrow.Table], *, stops: Sequence[int], unknown: int | None) -> Tokens:
+    """One pass over rows of the example cache (columns ids, learn, ends, digest), some at a time.
+
+    stops  the tokens that may end an answer: a call of gpt-oss ends with another one than a text
+    """
+    parts = [_read_table(table, stops, unknown) for table in tables]
     if not parts:
         none, no_marks = numpy.zeros(0, dtype=numpy.int32), numpy.zeros(0, dtype=bool)
         return Tokens(none, none, none, numpy.zeros(0, dtype=numpy.int64), no_marks, no_marks, no_marks)
@@ -76,7 +79,7 @@ def read_tokens(tables: Iterable[pyarrow.Table], *, stop: int, unknown: int | No
     )
 
 
-def _read_table(table: pyarrow.Table, stop: int, unknown: int | None) -> tuple[Tokens, Rows]:
+def _read_table(table: pyarrow.Table, stops: Sequence[int], unknown: int | None) -> tuple[Tokens, Rows]:
     """The tokens of R rows (copies are told later, from all rows), and the digest of each row."""
     ids = _flat(table["ids"])  # [T] of all rows, one behind the other
     learned = _flat(table["learn"]) > 0  # [T]
@@ -92,7 +95,7 @@ def _read_table(table: pyarrow.Table, stop: int, unknown: int | None) -> tuple[T
     if unknown is not None:
         is_unknown = learned & (ids == unknown)
     short_answers = answer_starts[answer_lengths <= 2]  # a token and the stop token
-    unstopped_answers = answer_ends[ids[answer_ends] != stop]
+    unstopped_answers = answer_ends[~numpy.isin(ids[answer_ends], stops)]
     tokens = Tokens(
         longest=_longest_examples(ends, row_examples).astype(numpy.int32),
         read=numpy.bincount(row_of_token[~learned], minlength=n_rows).astype(numpy.int32),

@@ -98,8 +98,8 @@ def build_report(settings: InspectSettings, template: Template, console: Console
 
     texts = read_texts(_records_of(sources, parts))
     assert len(texts.near) == len(stored), "the texts and the tokens of a record stand at the same place"
-    stop_id = template.tokenizer.convert_tokens_to_ids(template.stop)
-    tokens = read_tokens(_tables(stored), stop=stop_id, unknown=template.tokenizer.unk_token_id)
+    stop_ids = template.tokenizer.convert_tokens_to_ids(list(template.stops))
+    tokens = read_tokens(_tables(stored), stops=stop_ids, unknown=template.tokenizer.unk_token_id)
 
     whole_lengths = tokens.longest
     if ledger.records_cut or ledger.refused_as(RefusalKind.TOO_LONG):
@@ -137,7 +137,7 @@ def _whole_lengths(sources: Iterable[_Source], rules: Rules) -> NDArray[numpy.in
     """[records] How long they are where nothing is shortened, those included that are refused for their length."""
     without_limit = replace(rules, max_tokens=_NO_LIMIT)
     stored = [source.encode(without_limit).examples for source in sources]
-    return read_tokens(chain.from_iterable(map(_tables, stored)), stop=0, unknown=None).longest
+    return read_tokens(chain.from_iterable(map(_tables, stored)), stops=(), unknown=None).longest
 
 
 def _tables(stored: datasets.Dataset) -> Iterator[pyarrow.Table]:
