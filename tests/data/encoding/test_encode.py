@@ -157,7 +157,9 @@ def as_read(tokenizer, parts: list[Control | str]) -> list[Control | str]:
 def encoded(template: Template, *values: dict, max_tokens: int = PLENTY, overlength="shorten"):
     ledger = Ledger()
     found = [RawRecord(value, f"train.jsonl:{n}") for n, value in enumerate(values, start=1)]
-    made = encode(found, template, ledger, max_tokens=max_tokens, overlength=overlength)
+    chats = any(isinstance(value, dict) and "messages" in value for value in values)
+    schema = Schema("messages") if chats else None
+    made = encode(found, template, ledger, max_tokens=max_tokens, overlength=overlength, schema=schema)
     return [example for examples in made for example in examples], ledger
 
 
@@ -544,7 +546,8 @@ def test_the_question_of_an_agents_record_stays_however_far_back_it_is(tokenizer
     calls = [[{"role": "assistant", "content": f"c{n}"}, {"role": "tool", "content": "5"}] for n in range(300)]
     messages = [{"role": "user", "content": "fix it"}, *(message for pair in calls for message in pair)]
     value = {"messages": [*messages, {"role": "assistant", "content": "done"}]}
-    examples, _ = encoded(template, value, max_tokens=120)
+    examples, ledger = encoded(template, value, max_tokens=120)
+    assert ledger.records_used == 1
     for example in examples:
         text = template.tokenizer.decode(example.ids)
         assert len(example.ids) <= 120 and "fix it" in text
@@ -588,6 +591,61 @@ def history(exchanges: int, first: int = 0) -> dict:
     """The last exchange asks "now", and has the exchanges up to `first` before it left out."""
     pairs = [[f"q{n}", f"a{n}"] for n in range(first, exchanges)]
     return {"instruction": "now", "output": "answer", "history": pairs}
+
+
+MISTRAL_CONTROLS = [
+    "INST",
+    "/INST",
+    "TOOL_CALLS",
+    "AVAILABLE_TOOLS",
+    "/AVAILABLE_TOOLS",
+    "TOOL_RESULTS",
+    "/TOOL_RESULTS",
+]
+
+
+@pytest.fixture(scope="module")
+def mistral() -> Template:
+    """Behind a tool's answer it begins no turn of the assistant, and it writes the tools before the last question."""
+    tokenizer = tokenizer_of("sentencepiece")
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"[{name}]" for name in MISTRAL_CONTROLS]})
+    return load_template("mistral-v3", tokenizer)
+
+
+def agents_turns(calls: int, question: str = "fix it") -> list[dict]:
+    messages = [{"role": "user", "content": question}]
+    for n in range(calls):
+        call = {"id": f"abcd{n:05}", "type": "function", "function": {"name": "f", "arguments": {"n": n, "x": "</s>"}}}
+        messages += [
+            {"role": "assistant", "content": "", "tool_calls": [call] * (1 + n % 2)},
+            {"role": "tool", "content": f"[TOOL_CALLS] {n}", "tool_call_id": call["id"]},
+        ]
+    return [*messages, {"role": "assistant", "content": "done"}]
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]
+
+
+def test_each_call_without_a_header_stands_behind_the_prompt_of_its_own(mistral, monkeypatch):
+    # From one rendering of all: cut where each answer ends, and where its control token begins.
+    messages = [*agents_turns(7), *agents_turns(9, "[/INST] and this"), *agents_turns(0, "thanks")]
+    value = {"messages": messages, "tools": TOOLS}
+    together, ledger = encoded(mistral, value)
+    monkeypatch.setattr("atomtune.data.encoding.exchanges.RENDERED_EACH", 1000)
+    each, _ = encoded(mistral, value)
+    assert together == each
+    assert ledger.records_used == 1
+
+
+@pytest.mark.parametrize("max_tokens", [PLENTY, 700])
+def test_hundreds_of_calls_without_headers_take_as_long_as_there_are_calls(mistral, max_tokens):
+    # Each was rendered and tokenized with all that is before it: 800 calls took 31 s and 4.7 GB.
+    def of_calls(calls: int) -> float:
+        value = {"messages": agents_turns(calls), "tools": TOOLS}
+        return min(seconds(mistral, value, max_tokens=max_tokens) for _ in range(3))
+
+    of_calls(10)
+    assert of_calls(320) < 9 * of_calls(80)  # 4 ×, and 16 × when squared
 
 
 def test_thousands_of_turns_take_as_long_as_there_are_turns(tokenizers):

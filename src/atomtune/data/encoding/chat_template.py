@@ -69,6 +69,8 @@ class Template:
     header: str = ""  # begins every turn of the assistant with a control token; "": no text does, or none is known
     asks: str = ""  # the end of a prompt from there on; longer than header where it opens or closes thoughts
     cut: str = ""  # a control string before which prompts are cut: header, else stop; "": a text may not be cut there
+    cut_at_stops: str = ""  # the stop token, where a text may be cut before it
+    header_behind_tools: bool = True  # header stands behind a tool's answer too
     forgets_thoughts: bool = False  # behind a question it writes earlier answers without their thoughts
     knows_thoughts: bool = False  # it takes thoughts apart from the text
     lets_think: bool = False  # behind its prompt a model thinks, and an answer without thoughts has an empty block

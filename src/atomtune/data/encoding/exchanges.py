@@ -5,9 +5,10 @@ conversation ended there. The answer is what the template writes behind that, th
 """
 
 import json
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, chain, groupby, pairwise
 
 from atomtune.data.encoding.chat_template import (
     AnswerForm,
@@ -49,6 +50,9 @@ class TemplatedRecord:
     def __init__(self, template: Template, record: Record) -> None:
         self.template = template
         self.record = record
+        # Behind a tool's answer Mistral's templates begin no turn of the assistant; each ends with its stop token.
+        uses_tools = record.tools or any(turn.calls or turn.role == "tool" for turn in record.turns)
+        self.cut = template.cut_at_stops if uses_tools and not template.header_behind_tools else template.cut
         self.escaper = Escaper(template.tokens)
         # Hidden once: a control string has the same mark in the prompt and in the whole, which begins with it.
         self.tools = self.escaper.hide(record.tools)
@@ -67,7 +71,7 @@ class TemplatedRecord:
         learned = self.record.learned
         prompts = self._prompts(learned)
         in_pieces = with_each_part(prompts, self._piece)
-        known = self._written_in_last(learned, prompts)
+        known = self._written_in_prompts(learned, prompts)
         exchanges = [
             self._exchange(prompt, pieces, at, known.get(at))
             for prompt, pieces, at in zip(prompts, in_pieces, learned, strict=True)
@@ -93,9 +97,20 @@ class TemplatedRecord:
 
     def _prompts(self, learned: Sequence[int]) -> list[Prompt[str]]:
         """What is asked before each learned answer, control strings hidden."""
-        if len(learned) > RENDERED_EACH and (cut := self._cut_prompts(learned)) is not None:
+        if len(learned) <= RENDERED_EACH:
+            return list(map(self._prompt, learned))
+        if (cut := self._cut_prompts(learned)) is not None:
             return cut
-        return list(map(self._prompt, learned))
+        by_question = self._by_question(learned)
+        if len(by_question) == 1:
+            return list(map(self._prompt, learned))
+        # A template that puts the tools before the last question (Mistral's) writes earlier prompts otherwise.
+        return list(chain.from_iterable(map(self._prompts, by_question)))
+
+    def _by_question(self, learned: Sequence[int]) -> list[list[int]]:
+        """The learned answers, those between two questions together."""
+        questions = [at for at, turn in enumerate(self.record.turns) if turn.role == "user"]
+        return [list(answers) for _, answers in groupby(learned, lambda at: bisect_left(questions, at))]
 
     def _prompt(self, at: int) -> Prompt[str]:
         *history, asks = self._parts(self._render_prompt(at))
@@ -121,10 +136,10 @@ class TemplatedRecord:
         turns = self.record.turns
         thinks = any(map(self._thinks, range(len(turns))))
         texts = [str(message["content"]) for message in self.messages]
-        if not self.template.cut or any(map(mentions_thoughts, texts)) or thinks > self.template.forgets_thoughts:
+        if not self.cut or any(map(mentions_thoughts, texts)) or thinks > self.template.forgets_thoughts:
             return None
         last = self._prompt(learned[-1])
-        prompts = self._at_headers(learned, last) if self.template.header else self._at_stops(learned, last)
+        prompts = self._at_headers(learned, last) if self.cut == self.template.header else self._at_stops(learned, last)
         if prompts is None:
             return None
         behind_tools: list[int] = []  # numbers of answers
@@ -169,25 +184,41 @@ class TemplatedRecord:
         assistants = [i for i, turn in enumerate(self.record.turns[: learned[-1]]) if turn.role == "assistant"]
         if last.length != len(assistants):
             return None
-        if any(not str(self._message_of(at)["content"]).strip() for at in assistants):
-            return None  # calls alone: where one begins cannot be seen
-        first = self._render_prompt(assistants[0])
-        gap = last.history[0][len(first) :].partition(str(self._message_of(assistants[0])["content"]).strip())[0]
-        prompts = {learned[-1]: last}
-        for number, at in enumerate(assistants):
-            answer = gap + str(self._message_of(at)["content"]).strip()
-            asks, found, rest = last.history[number].rpartition(answer)
-            if not found or rest.strip():
+        number_of = {at: number for number, at in enumerate(assistants)}
+        leads: dict[tuple[bool, bool], str] = {}  # what a turn with text, with calls begins with
+        prompts: list[Prompt[str]] = []
+        for at in learned[:-1]:
+            part = last.history[number_of[at]]
+            text, calls = str(self._message_of(at)["content"]).strip(), self.record.turns[at].calls
+            shape = bool(text), bool(calls)
+            if shape not in leads:
+                lead = self._lead(at, text)
+                if lead is None:
+                    return None
+                leads[shape] = lead
+            start = part.find(leads[shape]) if calls and not text else part.rfind(leads[shape] + text)
+            if start < 0:
                 return None
-            prompts[at] = Prompt(last.history, number, asks)
-        return [prompts[at] for at in learned]
+            prompts.append(Prompt(last.history, number_of[at], part[:start]))
+        return [*prompts, last]
+
+    def _lead(self, at: int, text: str) -> str | None:
+        """What the template writes for a turn before its text; for calls alone, the control token before them.
+
+        None where calls begin with no control token: where one begins cannot be seen.
+        """
+        written = self.written_at(at)
+        if text:
+            return written.partition(text)[0]
+        control = self.template.tokens.controls.match(written)
+        return control.group() if control else None
 
     def _parts(self, prompt: str) -> Iterator[str]:
         """A rendered prompt cut where the assistant's turns begin, or else where they end.
 
         Prompts of one conversation have most parts in common, so that each is tokenized once.
         """
-        spots = _all_places(prompt, self.template.cut) if self.template.cut else []
+        spots = _all_places(prompt, self.cut) if self.cut else []
         places = [0, *(spot for spot in spots if spot), len(prompt)]
         return (prompt[start:end] for start, end in pairwise(places))
 
@@ -217,37 +248,54 @@ class TemplatedRecord:
             self._look_for_lost_calls(at, answer.text)
         return Exchange(in_pieces, answer, turn.learn, at, stop, self._lost_of(turn, answer.text))
 
-    def _written_in_last(self, learned: Sequence[int], prompts: Sequence[Prompt[str]]) -> dict[int, tuple[str, str]]:
-        """What the last prompt has of earlier answers, as `Template.ended` gives it: without a rendering for each.
+    def _written_in_prompts(self, learned: Sequence[int], prompts: Sequence[Prompt[str]]) -> dict[int, tuple[str, str]]:
+        """What prompts have of the answers before them, as `Template.ended` gives it: without a rendering for each."""
+        of_history: dict[int, dict[int, Prompt[str]]] = defaultdict(dict)
+        for at, prompt in zip(learned, prompts, strict=True):
+            of_history[id(prompt.history)][at] = prompt
+        known: dict[int, tuple[str, str]] = {}
+        for prompt_of in of_history.values():
+            if len(prompt_of) > RENDERED_EACH:
+                known |= self._written_in_last(prompt_of)
+        return known
+
+    def _written_in_last(self, prompt_of: Mapping[int, Prompt[str]]) -> dict[int, tuple[str, str]]:
+        """What the last of some prompts with one history has of the answers before it.
 
         Of each shape of turn the 1st, 2nd, 4th, 8th, … is rendered too. Where one is not what the prompt has, behind a
         beginning that all have (empty thoughts, which only a last answer is given), its shape is left out.
         """
-        header, stops = self.template.header, self.template.stops
-        if not header or len(learned) <= RENDERED_EACH:
-            return {}
-        last, question = prompts[-1], self._last_question(learned[-1])
+        last_at, last = max(prompt_of.items())
+        question = self._last_question(last_at)
         by_shape: dict[tuple[bool, ...], dict[int, tuple[str, str]]] = defaultdict(dict)
-        for at, prompt in zip(learned, prompts, strict=True):
-            is_in_last = prompt.history is last.history and prompt.length < last.length
+        for at, prompt in prompt_of.items():
             may_lack_thoughts = self._thinks(at) and at < question
-            if not is_in_last or may_lack_thoughts or self._form(at, prompt) is not None:
+            if prompt.length == last.length or may_lack_thoughts or self._form(at, prompt) is not None:
                 continue
-            part = last.history[prompt.length][len(header) :]
-            ends = [(place, stop) for stop in stops if (place := part.find(stop)) >= 0]
-            if ends:
-                place, stop = min(ends)
+            in_last = self._in_history(prompt)
+            if in_last is not None:
                 turn = self.record.turns[at]
-                by_shape[bool(turn.calls), bool(turn.text), self._thinks(at)][at] = (part[:place], stop)
+                by_shape[bool(turn.calls), bool(turn.text), self._thinks(at)][at] = in_last
         known: dict[int, tuple[str, str]] = {}
-        prompt_of = dict(zip(learned, prompts, strict=True))
-        for in_last in by_shape.values():
-            tried_at = list(_at_doublings(list(in_last)))
+        for of_shape in by_shape.values():
+            tried_at = list(_at_doublings(list(of_shape)))
             tried = {at: self.template.ended(self.written(at, _whole(prompt_of[at]))) for at in tried_at}
-            lead = tried[tried_at[0]][0].removesuffix(in_last[tried_at[0]][0])
-            with_lead = {at: (lead + text, stop) for at, (text, stop) in in_last.items()}
+            lead = tried[tried_at[0]][0].removesuffix(of_shape[tried_at[0]][0])
+            with_lead = {at: (lead + text, stop) for at, (text, stop) in of_shape.items()}
             known |= with_lead if is_no_thought(lead) and tried.items() <= with_lead.items() else tried
         return known
+
+    def _in_history(self, prompt: Prompt[str]) -> tuple[str, str] | None:
+        """The answer to a prompt in the history that goes on behind it, and its stop token; None where none is seen."""
+        part, header, stops = prompt.history[prompt.length], self.template.header, self.template.stops
+        if self.cut != header:  # the next part begins with its stop token
+            return part[len(prompt.asks) :], self.cut
+        answer = part[len(header) :]
+        ends = [(place, stop) for stop in stops if (place := answer.find(stop)) >= 0]
+        if not ends:
+            return None
+        place, stop = min(ends)
+        return answer[:place], stop
 
     def _form(self, at: int, prompt: Prompt[str]) -> AnswerForm | None:
         """How the answer at `at` is written; None where it has to be rendered to see that."""

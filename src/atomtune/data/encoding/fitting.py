@@ -79,10 +79,12 @@ class Fitting:
 
         Of a history of twenty thousand turns, each answer would look through all that are before it.
         """
+        turns = self._record.turns
         first = max(0, at + 1 - self._max_tokens)
+        while turns[first].role == "tool":  # its call is before it
+            first += 1
         systems, questions = self._places["system"], self._places["user"]
         before = set(systems[: bisect_left(systems, first)])
         if (number := bisect_left(questions, at)) and questions[number - 1] < first:
             before.add(questions[number - 1])
-        turns = self._record.turns
         return (*map(turns.__getitem__, sorted(before)), *turns[first : at + 1])
