@@ -97,7 +97,7 @@ def own_text(record: Record) -> str:
 
 
 def _asked(record: Record) -> Iterator[str]:
-    """All that is asked before the last answer; of a text that is learned whole that text, since nothing asks for it."""
+    """All that is asked before the last answer; of a text that is learned whole that text, which nothing asks for."""
     if record.turns[-1].role == "text":
         yield record.answer
     for turn in record.prompt:
