@@ -168,6 +168,8 @@ def test_an_answer_is_asked_again_and_a_question_is_changed(opened):
     tab.page.click("#tuned [aria-label='Retry'], #tuned button[title='Retry']")
     playwright.expect(tab.page.locator("#tuned .message.bot")).to_have_count(1, timeout=20_000)
     tab.shows("tuned", "晚安，愿你好梦。")
+    # While the answer is written the messages are drawn anew, and one that is edited is none any more.
+    tab.page.wait_for_selector("#typed [data-testid='submit-button']", timeout=20_000)
     tab.page.click("#tuned [aria-label='Edit'], #tuned button[title='Edit']")
     tab.page.fill("#tuned textarea", "Who are you?")
     tab.page.click("#tuned [aria-label='Submit'], #tuned button[title='Submit']")
@@ -227,6 +229,8 @@ def test_text_that_looks_like_a_tag_is_shown(opened):
     tab.ask(question)
     tab.shows("tuned", question)
     playwright.expect(tab.page.locator("#tuned .message.bot")).to_have_count(1, timeout=20_000)
+    # While the answer is written the messages are drawn anew, and one that is edited is none any more.
+    tab.page.wait_for_selector("#typed [data-testid='submit-button']", timeout=20_000)
     tab.page.click("#tuned [aria-label='Edit'], #tuned button[title='Edit']")
     tab.page.click("#tuned [aria-label='Submit'], #tuned button[title='Submit']")
     tab.page.wait_for_timeout(2_000)
