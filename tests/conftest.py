@@ -11,6 +11,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["ATOMTUNE_LANGUAGE"] = "en"  # whatever the locale of this machine is
+# The laws are those of a CPU, bit by bit. `CUDA_VISIBLE_DEVICES=0 pytest …` tries a GPU: docs/log.md says what differs.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 # `nohup make test &` hands down that these are ignored; a run heeds that, and so would the tests of stops.
 for number in (signal.SIGINT, signal.SIGHUP):

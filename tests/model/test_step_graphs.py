@@ -16,7 +16,7 @@ from atomtune.model import step_graphs
 from atomtune.model.fused_lora import compute_together
 from atomtune.model.layout_support import windows_of
 from atomtune.model.loss import target_nats
-from atomtune.model.step_graphs import SEEN_BEFORE, StepGraphs
+from atomtune.model.step_graphs import SEEN_BEFORE, GpuRecorder, StepGraphs
 from tests.batch.test_attention_plan import rows
 from tests.model.test_layout_support import WORDS, adapted, gradients
 
@@ -251,3 +251,26 @@ def test_new_leaves_are_the_weights_in_the_same_memory_and_are_gone_behind_it():
         assert not {id(leaf) for leaf in leaves} & {id(weight) for weight in trained}
     after = dict(model.named_parameters())
     assert all(after[name] is weight and weight.requires_grad == trains for name, (weight, trains) in before.items())
+
+
+def test_what_failed_inside_a_capture_is_said_and_the_device_is_freed(monkeypatch):
+    # A capture's own end hides the cause, and leaves the generator of random numbers waiting for another that ends.
+    captures: list[bool] = []
+
+    def capture(_recorder, work, *, shares=True):
+        captures.append(shares)
+        try:
+            work()
+        except RuntimeError:
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904  # as torch does
+        return work
+
+    def work() -> None:
+        raise RuntimeError("the legacy stream would depend on a capturing one")
+
+    recorder = GpuRecorder.__new__(GpuRecorder)
+    recorder.device = torch.device("cpu")
+    monkeypatch.setattr(GpuRecorder, "_capture", capture)
+    with pytest.raises(RuntimeError, match="the legacy stream"):
+        recorder.record(work)
+    assert captures == [True, False], "a second one, which ends and shares no memory with the first"

@@ -13,7 +13,7 @@ import pytest
 from atomtune.cli import main
 from atomtune.train import trainer as trainer_module
 from atomtune.train.checkpoint.atomic import MANIFEST, checkpoints, damage
-from tests.conftest import numbered_dialogues, write_jsonl
+from tests.trained import whole_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -143,9 +143,7 @@ LIMITED = ["--max_steps", "12", "--save_total_limit", "9"]
 def unlimited(models, tmp_path_factory) -> tuple[Path, Path]:
     """A file of the dialogues, and the folder of the run on it without a limit."""
     folder = tmp_path_factory.mktemp("unlimited")
-    data = write_jsonl(folder / "dialogues.jsonl", numbered_dialogues())
-    assert main(command(models("llama"), data, folder / "whole", *LIMITED)) == 0
-    return data, folder / "whole"
+    return whole_run(folder, lambda data, out: command(models("llama"), data, out, *LIMITED))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from atomtune.cli import main
 from atomtune.model.fingerprint import fingerprint
 from atomtune.train import trainer as trainer_module
 from atomtune.train.checkpoint.atomic import checkpoints
-from tests.conftest import numbered_dialogues, write_jsonl
+from tests.trained import whole_run
 
 EVERY = bool(os.environ.get("ATOMTUNE_SOAK"))
 
@@ -108,9 +108,7 @@ LONG = ["--max_steps", "40", "--eval_size", "7", "--eval_strategy", "steps", "--
 def long_run(models, tmp_path_factory) -> tuple[Path, Path]:
     """A file of the dialogues, and the folder of the run of LONG on it that nothing stopped."""
     folder = tmp_path_factory.mktemp("long")
-    data = write_jsonl(folder / "dialogues.jsonl", numbered_dialogues())
-    assert main(command(models("llama"), data, folder / "whole", *LONG)) == 0
-    return data, folder / "whole"
+    return whole_run(folder, lambda data, out: command(models("llama"), data, out, *LONG))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1], ids=lambda n: n.name)

@@ -111,11 +111,18 @@ class Ledger:
         return cls(**{**values, "records_refused": refused, "notices": Counter(values["notices"])})
 
 
-def refuse_unusable(ledger: Ledger, sources: Sequence[str]) -> None:
-    """Raise BadData, with the reasons, where no record of these sources can be used."""
-    if not ledger.records_used:
-        none = f"{', '.join(sources)}: none of {ledger.records_read:,} records can be used. Mend those above."
-        raise BadData("\n".join([_listed(ledger.records_refused), none]))
+def refuse_unusable(ledger: Ledger, sources: Sequence[str], *, all_in: str = "") -> None:
+    """Raise BadData, with the reasons, where no record of these sources can be used.
+
+    all_in  the file that lists every refused record, if one does
+    """
+    if ledger.records_used:
+        return
+    named, read = ", ".join(sources), ledger.records_read
+    none = f"{named}: none of {read:,} records can be used. Mend those above."
+    if all_in:
+        none = f"{named}: none of {read:,} records can be used (all in {all_in}). Mend those above."
+    raise BadData("\n".join([_listed(ledger.records_refused), none]))
 
 
 def refuse_broken(ledger: Ledger, *, skip_bad: bool, all_in: str = "") -> None:

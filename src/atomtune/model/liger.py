@@ -69,16 +69,18 @@ def kernel_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
     return {**(config or {}), **dict.fromkeys(_LOSSES, False)}
 
 
-#: The files of transformers that are changed, and what stood in them.
+#: The files of transformers that are changed, and what stood in each.
 _IN_FILES: list[tuple[Any, dict[str, Any]]] = []
 
 
 def leave_files() -> None:
-    """Put back what stood in the files of transformers: a model that is loaded next, on a CPU or in float64, is to
-    compute as it is written. The one that was trained keeps its kernels, but for functions such as its rotation."""
-    for changed, before in reversed(_IN_FILES):
-        for name in vars(changed).keys() - before.keys():
-            delattr(changed, name)
+    """Put back what stood in the files of transformers.
+
+    A model that is loaded next, on a CPU or in float64, is to compute as it is written. The one that was trained keeps
+    the kernels of its modules, but not those of functions, such as the rotation.
+    """
+    for changed, before in _IN_FILES:
+        vars(changed).clear()
         vars(changed).update(before)
     _IN_FILES.clear()
 
@@ -93,19 +95,19 @@ class Patch:
     def __init__(self, model: nn.Module, config: Mapping[str, Any]) -> None:
         self.inner, self.config = innermost(model), dict(config)
         self.of_modules = [(module, dict(vars(module))) for module in self.inner.modules()]
-        names = {type(module).__module__ for module in self.inner.modules()}
-        files = [name for name in names if name.startswith("transformers.models.")]
-        self.of_files = [(sys.modules[name], dict(vars(sys.modules[name]))) for name in files]
 
     def put_in(self) -> bool:
         """Whether the package knows the model and has changed something."""
-        _IN_FILES.extend(self.of_files)
+        names = {type(module).__module__ for module in self.inner.modules()}
+        files = [sys.modules[name] for name in names if name.startswith("transformers.models.")]
+        _IN_FILES.extend((file, dict(vars(file))) for file in files)
         apply_liger_kernel(self.inner, self.config)
         return any(
             before.get(name) is not value for module, before in self.of_modules for name, value in vars(module).items()
         )
 
     def take_out(self) -> None:
-        for changed, before in [*self.of_modules, *self.of_files]:
+        for changed, before in self.of_modules:
             vars(changed).clear()
             vars(changed).update(before)
+        leave_files()

@@ -99,7 +99,7 @@ def _check_read(run: RunContext, template: Template, data: EncodedData) -> None:
     settings = run.settings.data
     run.record.update(data={"path": settings.dataset_path, "sha256": data.data_hash}, **data.ledger.to_run_json())
     say_ledger(data.ledger, template, run.console)
-    refuse_unusable(data.ledger, settings.dataset_paths)
+    refuse_unusable(data.ledger, settings.dataset_paths, all_in=RECORD)
     refuse_broken(data.ledger, skip_bad=settings.skip_bad, all_in=RECORD)
 
 
@@ -143,7 +143,7 @@ def _evaluation_file(run: RunContext, template: Template) -> EncodedData | None:
     data = _read(settings.eval_path, run, template)
     run.console.say(f"{Path(settings.eval_path).name}, for evaluation:")
     say_ledger(data.ledger, template, run.console)
-    refuse_unusable(data.ledger, [settings.eval_path])
+    refuse_unusable(data.ledger, [settings.eval_path], all_in=RECORD)
     refuse_broken(data.ledger, skip_bad=settings.skip_bad, all_in=RECORD)
     return data
 
