@@ -5,12 +5,13 @@ import pytest
 from atomtune.train.outcome import outcome
 
 
-def told(held_out: list[float], training: list[float], *, kept_step: int | None = None, epochs: float = 4):
+def told(held_out: list[float], training: list[float], *, kept_step: int | None = None, in_steps: bool = False):
     """An outcome of evaluations at steps 0, 10, 20, …, and training losses between them."""
     history = [{"step": 10 * i, "eval_loss": loss} for i, loss in enumerate(held_out)]
     history += [{"step": i + 1, "loss": loss} for i, loss in enumerate(training)]
     steps = 10 * (len(held_out) - 1)
-    return outcome(history, steps=steps, epochs=epochs, kept_step=steps if kept_step is None else kept_step)
+    kept_step = steps if kept_step is None else kept_step
+    return outcome(history, steps=steps, epochs=4, kept_step=kept_step, in_steps=in_steps)
 
 
 FALLING = [3.0, 2.0, 1.0, 0.5]
@@ -33,6 +34,20 @@ def test_the_verdict_follows_from_the_losses(held_out, training, verdict, settin
     found = told(held_out, training)
     assert found.verdict == verdict
     assert setting in " ".join(found.sentences())
+
+
+@pytest.mark.parametrize(
+    ("held_out", "setting"),
+    [
+        ([3.0, 2.0, 1.5, 1.2, 1.0], "--max_steps 60"),
+        ([3.0, 1.5, 1.0, 1.2, 1.5], "--max_steps 20"),
+        ([3.0, 2.95, 2.99, 3.0, 3.0], "--max_steps"),
+    ],
+)
+def test_where_steps_set_the_length_they_are_what_to_change(held_out, setting):
+    # A higher --num_train_epochs changes nothing beside --max_steps.
+    text = " ".join(told(held_out, FALLING, in_steps=True).sentences())
+    assert setting in text and "--num_train_epochs" not in text
 
 
 def test_the_best_step_and_the_one_that_is_kept_are_named():

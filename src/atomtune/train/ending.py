@@ -113,7 +113,8 @@ def _outcome_of(trainer: LoraTrainer) -> Outcome:
     state = trainer.state
     kept_step = state.best_global_step if _keeps_best(trainer) else state.global_step
     epochs = float(state.epoch or 0)
-    return outcome(state.log_history, steps=state.global_step, epochs=epochs, kept_step=kept_step)
+    in_steps = trainer.args.max_steps > 0
+    return outcome(state.log_history, steps=state.global_step, epochs=epochs, kept_step=kept_step, in_steps=in_steps)
 
 
 def _say(run: RunContext, trainer: LoraTrainer, result: Outcome) -> None:

@@ -25,6 +25,7 @@ class Outcome:
     before, last, best  held-out loss before the first step, at the last evaluation, and the lowest after a step
     best_step           where that was
     kept_step           the step whose adapter is the result
+    in_steps            whether --max_steps sets the length, and not --num_train_epochs
     train_first, train_last  training loss at the beginning and the end
     """
 
@@ -36,6 +37,7 @@ class Outcome:
     kept_step: int
     steps: int
     epochs: float
+    in_steps: bool
     train_first: float | None
     train_last: float | None
 
@@ -74,31 +76,44 @@ class Outcome:
             case "not learned":
                 return [
                     "It did not work: the held-out loss hardly fell. Look at the records with "
-                    "`atomtune inspect`; then try a higher --learning_rate or --num_train_epochs."
+                    f"`atomtune inspect`; then try a higher --learning_rate or {self._length}."
                 ]
             case "too long":
-                fewer = self.epochs * (self.best_step or self.steps) / max(self.steps, 1)
                 return [
                     f"Overfitting: past step {self.best_step:,} the held-out loss rose again. More records help most; "
-                    f"else stop there (--num_train_epochs {max(round(fewer, 1), 0.1):g})."
+                    f"else stop there ({self._length} {self._until_best()})."
                 ]
             case "too short":
                 return [
                     "It worked, and the held-out loss was still falling at the end: "
-                    f"--num_train_epochs {self._more_epochs()} may bring it further down."
+                    f"{self._length} {self._longer()} may bring it further down."
                 ]
             case _:
                 return ["It worked, and the held-out loss has levelled off: the length suits these records."]
 
-    def _more_epochs(self) -> str:
-        return f"{max(round(1.5 * self.epochs), round(self.epochs) + 1):g}"
+    @property
+    def _length(self) -> str:
+        """The setting that sets it."""
+        return "--max_steps" if self.in_steps else "--num_train_epochs"
+
+    def _until_best(self) -> str:
+        best_step = self.best_step or self.steps
+        fewer_epochs = self.epochs * best_step / max(self.steps, 1)
+        return str(best_step) if self.in_steps else f"{max(round(fewer_epochs, 1), 0.1):g}"
+
+    def _longer(self) -> str:
+        now = self.steps if self.in_steps else self.epochs
+        return f"{max(round(1.5 * now), round(now) + 1)}"
 
 
-def outcome(history: Sequence[Mapping[str, Any]], *, steps: int, epochs: float, kept_step: int) -> Outcome:
+def outcome(
+    history: Sequence[Mapping[str, Any]], *, steps: int, epochs: float, kept_step: int, in_steps: bool
+) -> Outcome:
     """From the Trainer's log.
 
     epochs     that the run went through the records
     kept_step  the step whose adapter is the result
+    in_steps   whether --max_steps sets the length
     """
     losses = [entry["loss"] for entry in history if "loss" in entry]
     held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
@@ -114,6 +129,7 @@ def outcome(history: Sequence[Mapping[str, Any]], *, steps: int, epochs: float, 
         kept_step=kept_step,
         steps=steps,
         epochs=epochs,
+        in_steps=in_steps,
         train_first=losses[0] if losses else None,
         train_last=statistics.fmean(losses[-tenth:]) if losses else None,
     )
