@@ -61,7 +61,7 @@ SHAPES = {
 }
 
 
-def needs(size: ModelSize, *, quantize: Any, recomputed: bool) -> tuple[float, int | None]:
+def needs(size: ModelSize, *, quantize: Any, recomputed: float) -> tuple[float, int | None]:
     """(GB of a step, the smallest card that holds it)."""
     step = StepSpec(tokens=TOKENS, element_bytes=2, quantize=quantize, dropout=True, libraries=CUDA_CONTEXT)
     memory = step_memory(size, step, recomputed=recomputed)

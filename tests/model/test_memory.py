@@ -48,7 +48,10 @@ def test_a_tiny_step_keeps_its_activations_and_a_huge_one_does_not():
 
 
 def test_the_choice_is_said_with_its_figures():
-    said = str(ActivationMemory(tokens=1_100, needed=7_150_000_000, free=61_000_000_000, usable=0.85))
+    memory = ActivationMemory(
+        tokens=1_100, needed=7_150_000_000, inputs=200_000_000, layers=28, free=61_000_000_000, usable=0.85
+    )
+    said = str(memory)
     assert said == "a step of 1,100 tokens keeps 7.2 GB, 61.0 GB are free"
 
 

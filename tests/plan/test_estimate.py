@@ -89,3 +89,11 @@ def test_the_peak_is_the_sum_of_the_parts_and_recomputing_takes_only_activations
     assert kept.peak == sum(kept.parts.values())
     assert recomputed.parts["activations"] < kept.parts["activations"]
     assert {**kept.parts, "activations": 0} == {**recomputed.parts, "activations": 0}
+
+
+def test_half_of_the_layers_recomputed_lie_halfway(qwen_7b):
+    kept, half, all_of_them = (step_memory(qwen_7b, STEP, recomputed=share).peak for share in (0, 0.5, 1))
+    assert half == pytest.approx((kept + all_of_them) / 2, rel=0.02)
+    work = Work(steps=1, tokens=1000, targets=1000, mean_context=500)
+    less, between, more = (operations(qwen_7b, work, recomputed=share) for share in (0, 0.5, 1))
+    assert between == (less + more) / 2

@@ -1,9 +1,11 @@
 """Memory: what a step needs, what there is, and what to change when it was too much.
 
-The estimate decides only whether activations are kept or recomputed (`--gradient_checkpointing auto`); it errs on the
-side of recomputing, which costs a third to two fifths of speed, where keeping too much costs the run.
+The estimate decides only of how many layers activations are kept or recomputed (`--gradient_checkpointing auto`); it
+errs on the side of recomputing, which costs a third to two fifths of speed for all layers, where keeping too much costs
+the run.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,8 @@ except ImportError:  # Windows
 #: Part of the free memory that activations may take. The rest is for the loss, the optimizer and fragmentation; on a
 #: CPU for other programs too.
 USABLE_ON_GPU, USABLE = 0.85, 0.6
+#: Of that part, what is filled on purpose where some layers are recomputed: such a run always is at its limit.
+FILLED_BY_CHOICE = 0.85
 
 
 def activation_bytes(
@@ -37,16 +41,39 @@ def activation_bytes(
     with LoRA's dropout     a byte for each input: 3 of the hidden size, 1 of the inner
     On a Qwen2.5-7B shape in bfloat16 without dropout this is 6.5 MB a token; an H100 took 6.3.
     """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    hidden = getattr(text, "hidden_size", 0)
+    text, layers, hidden = _shape(config)
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
     if isinstance(inner, list | tuple):  # Gemma 3n: a width for each layer
         inner = sum(inner) // len(inner)
-    layers = getattr(text, "num_hidden_layers", 0)
     weights = MOST_KEPT * hidden if attention_weights else 0
     saved = (11 * hidden + 4 * inner + weights) * element_bytes
     dropped = 3 * hidden + inner if dropout else 0
     return tokens * layers * (saved + dropped)
+
+
+def input_bytes(config: Any, *, tokens: int, element_bytes: int) -> int:
+    """Bytes of the inputs of all layers, which are kept when every layer is recomputed."""
+    _, layers, hidden = _shape(config)
+    return tokens * layers * hidden * element_bytes
+
+
+def _shape(config: Any) -> tuple[Any, int, int]:
+    """(the config of the language model, its layers, their width)."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return text, getattr(text, "num_hidden_layers", 0) or 0, getattr(text, "hidden_size", 0) or 0
+
+
+def layers_to_recompute(layers: int, *, kept: int, inputs: int, room: float) -> int:
+    """The fewest of these layers to recompute, so that a step fits; all where even that is too much.
+
+    kept    bytes that all layers keep when none is recomputed
+    inputs  bytes of their inputs: what recomputed layers keep
+    room    bytes that may be taken
+    """
+    if kept <= room:
+        return 0
+    saved_by_one = (kept - inputs) / layers
+    return min(layers, math.ceil((kept - FILLED_BY_CHOICE * room) / saved_by_one))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -59,16 +86,20 @@ def free_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ActivationMemory:
-    """What decides whether activations are kept or recomputed.
+    """What decides of how many layers activations are kept or recomputed.
 
     tokens   computed in the heaviest step that is expected
-    needed   bytes that such a step keeps
+    needed   bytes that such a step keeps, when nothing is recomputed
+    inputs   bytes of the inputs of all layers in such a step
+    layers   of the model
     free     bytes of the device that are free
     usable   of which activations may take this part
     """
 
     tokens: int
     needed: int
+    inputs: int
+    layers: int
     free: int
     usable: float
 
@@ -84,12 +115,25 @@ class ActivationMemory:
             dropout=dropout,
             attention_weights=in_rows and device.type == "cpu",
         )
-        return cls(tokens, needed, free_bytes(device), USABLE_ON_GPU if device.type == "cuda" else USABLE)
+        return cls(
+            tokens=tokens,
+            needed=needed,
+            inputs=input_bytes(config, tokens=tokens, element_bytes=element_bytes),
+            layers=_shape(config)[1],
+            free=free_bytes(device),
+            usable=USABLE_ON_GPU if device.type == "cuda" else USABLE,
+        )
 
     @property
     def fits(self) -> bool:
-        """Whether a step can keep its activations."""
+        """Whether a step can keep all its activations."""
         return self.needed <= self.usable * self.free
+
+    @property
+    def layers_to_recompute(self) -> int:
+        """How many layers have to be recomputed; 0 where a step fits as it is."""
+        room = self.usable * self.free
+        return layers_to_recompute(self.layers, kept=self.needed, inputs=self.inputs, room=room)
 
     def __str__(self) -> str:
         return f"a step of {self.tokens:,} tokens keeps {decimal(self.needed)}, {decimal(self.free)} are free"
@@ -115,7 +159,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """The figures of a run that decide its memory."""
+    """The figures of a run that decide its memory; checkpointing: whether all layers are recomputed."""
 
     batch: int
     accumulation: int

@@ -24,7 +24,7 @@ from atomtune.language import translated
 from atomtune.model.adapter import LoraSpec
 from atomtune.model.base_shape import base_shape
 from atomtune.model.load import device_in_use, dtype_name, load_tokenizer, quiet_libraries, resolve_dtype
-from atomtune.model.memory import USABLE, USABLE_ON_GPU, free_bytes
+from atomtune.model.memory import USABLE, USABLE_ON_GPU, free_bytes, input_bytes, layers_to_recompute
 from atomtune.plan.estimate import (
     CUDA_CONTEXT,
     StepMemory,
@@ -98,7 +98,8 @@ class Forecast:
         return {
             "peak_bytes": memory.peak,
             "parts": memory.parts,
-            "activations_recomputed": memory.recomputed,
+            "activations_recomputed": memory.recomputed > 0,
+            "share_of_layers_recomputed": round(memory.recomputed, 3),
             "fits": self.fits,
             "layout": self.run.layout,
             "steps": self.run.steps,
@@ -320,8 +321,13 @@ def _kept_or_recomputed(
     if choice != "auto":
         return without
     activations = without.parts["activations"]
-    free_beside_the_model = free - (without.peak - activations)
-    return without if activations <= usable * free_beside_the_model else step_memory(size, step, recomputed=True)
+    layers = layers_to_recompute(
+        size.layers,
+        kept=activations,
+        inputs=input_bytes(size.config, tokens=step.tokens, element_bytes=step.element_bytes),
+        room=usable * (free - (without.peak - activations)),
+    )
+    return step_memory(size, step, recomputed=layers / max(size.layers, 1))
 
 
 def _say(forecast: Forecast, console: Console, *, quantized: bool) -> None:
@@ -350,11 +356,17 @@ def _table_of_devices(forecast: Forecast) -> Table:
     table = Table(*map(translated, ("device", "needs", "activations", "fits")), box=None)
     for name, memory in forecast.memories.items():
         fits = forecast.fits[name]
-        activations = translated("recomputed" if memory.recomputed else "kept")
-        table.add_row(translated(name), decimal(memory.peak), activations, translated("yes" if fits else "no"))
+        table.add_row(translated(name), decimal(memory.peak), _activations(memory), translated("yes" if fits else "no"))
         if fits and not memory.recomputed and name != forecast.device:
             break
     return table
+
+
+def _activations(memory: StepMemory) -> str:
+    if 0 < memory.recomputed < 1:
+        share = f"{memory.recomputed:.0%}"
+        return translated(f"{share} recomputed")
+    return translated("recomputed" if memory.recomputed else "kept")
 
 
 def _duration(duration: float) -> str:

@@ -13,7 +13,7 @@ import torch
 from atomtune.choices import Quantize
 from atomtune.language import message
 from atomtune.model.loss import CHUNK_LOGITS
-from atomtune.model.memory import activation_bytes
+from atomtune.model.memory import activation_bytes, input_bytes
 from atomtune.plan.model_size import ModelSize
 
 #: Bytes a weight: nf4 with its scales quantized too (QLoRA, Dettmers et al. 2023, arXiv 2305.14314: 4.127 bits); int8.
@@ -39,11 +39,11 @@ class StepMemory:
     """Where the memory of the heaviest step goes.
 
     parts       name → bytes
-    recomputed  whether activations are computed a second time in the backward pass
+    recomputed  share of the layers whose activations are computed a second time in the backward pass
     """
 
     parts: dict[str, int]
-    recomputed: bool
+    recomputed: float
 
     @property
     def peak(self) -> int:
@@ -73,8 +73,8 @@ class StepSpec:
     attention_weights: bool = False
 
 
-def step_memory(size: ModelSize, step: StepSpec, *, recomputed: bool) -> StepMemory:
-    """Bytes by part. Recomputed activations leave one layer whole and the inputs of all others."""
+def step_memory(size: ModelSize, step: StepSpec, *, recomputed: float) -> StepMemory:
+    """Bytes by part. Of recomputed layers the inputs are left, and one layer whole where all are recomputed."""
     quantized = size.quantized if step.quantize else 0
     weights = (size.weights - quantized) * step.element_bytes
     if step.quantize:
@@ -87,8 +87,9 @@ def step_memory(size: ModelSize, step: StepSpec, *, recomputed: bool) -> StepMem
         attention_weights=step.attention_weights,
     )
     if recomputed and size.layers:
-        inputs = step.tokens * int(getattr(size.text, "hidden_size", 0)) * step.element_bytes * size.layers
-        activations = activations // size.layers + inputs
+        inputs = input_bytes(size.config, tokens=step.tokens, element_bytes=step.element_bytes)
+        kept = max(1 - recomputed, 1 / size.layers)
+        activations = round(activations * kept + inputs * recomputed)
     parts = {
         message("base"): weights,
         message("adapter"): size.trained * ADAPTER_BYTES,
@@ -120,21 +121,20 @@ class Work:
     mean_context: float  # tokens that a token may see
 
 
-def operations(size: ModelSize, work: Work, *, recomputed: bool) -> float:
+def operations(size: ModelSize, work: Work, *, recomputed: float) -> float:
     """Floating-point operations of a run.
 
     A product of T tokens with N weights is 2 N T. Frozen weights have it twice, forward and for the gradient of what is
-    below them; LoRA's weights three times; recomputed activations once more. Attention takes 12 C H a layer and token
-    (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+    below them; LoRA's weights three times; those of recomputed layers once more. Attention takes 12 C H a layer and
+    token (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
     """
-    passes = 3 if recomputed else 2
-    products = 2.0 * work.tokens * (passes * size.body + 3 * size.trained)
+    products = 2.0 * work.tokens * ((2 + recomputed) * size.body + 3 * size.trained)
     hidden = int(getattr(size.text, "hidden_size", 0))
     attention = 12.0 * work.tokens * work.mean_context * hidden * size.layers
     return products + attention + 4.0 * work.targets * size.head
 
 
-def seconds(size: ModelSize, work: Work, *, recomputed: bool, kind: str, rate: float) -> float:
+def seconds(size: ModelSize, work: Work, *, recomputed: float, kind: str, rate: float) -> float:
     """Of the training loop on a device of this kind whose matrix products reach `rate` operations a second."""
     kind = "cpu" if kind == "cpu" else "cuda"
     computing = operations(size, work, recomputed=recomputed) / (rate * SHARE_OF_RATE[kind])

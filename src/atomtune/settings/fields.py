@@ -450,7 +450,7 @@ class RunSettings:
         unit="steps",
     )
     gradient_checkpointing: Literal["auto", "true", "false"] = setting(
-        "auto", "save memory by computing activations twice, which is slower; auto: when memory is short"
+        "auto", "save memory by computing activations twice, which is slower; auto: in as many layers as memory needs"
     )
     cuda_graphs: bool = setting(
         True, "on a GPU, record the kernels of small steps and replay them, where the model allows it", rare=True

@@ -30,6 +30,7 @@ from atomtune.model.load import BaseSpec, device_in_use, load_base, resolve_dtyp
 from atomtune.model.lora_targets import ALL_LINEAR, all_linear, match_targets
 from atomtune.model.loss import innermost
 from atomtune.model.memory import ActivationMemory, free_bytes
+from atomtune.model.recompute import recomputable_layers
 from atomtune.model.step_graphs import GpuRecorder, StepGraphs
 from atomtune.train.arguments import CHECKPOINTING
 from atomtune.train.checkpoint.start import Fresh, FromWeights, Resumed
@@ -228,26 +229,40 @@ def liger_circumstances(trainer: Mapping[str, Any], args: Any) -> liger.Circumst
     )
 
 
-def keep_or_recompute(run: RunContext, model: Any, *, layout: Layout, heaviest_tokens: int) -> None:
-    """Decide whether activations are kept or recomputed, and say why.
+def keep_or_recompute(run: RunContext, model: Any, *, layout: Layout, heaviest_tokens: int) -> float:
+    """Decide of how many layers activations are kept or recomputed, say why, and return the share that is recomputed.
 
     heaviest_tokens  that a step of this run is expected to compute, in this layout
     """
     args, choice = run.args, run.settings.run.gradient_checkpointing
-    recompute = bool(getattr(args, CHECKPOINTING)) or choice == "true"
-    if not recompute and choice == "auto":
+    share = 1.0 if getattr(args, CHECKPOINTING) or choice == "true" else 0.0
+    if not share and choice == "auto":
         memory = activation_memory(run, model, layout=layout, tokens=heaviest_tokens)
-        recompute = not memory.fits
-        if recompute:
+        share = _share_to_recompute(run, model, memory)
+        if share == 1:
             run.console.notice(f"activations are recomputed: {memory} (--gradient_checkpointing false keeps them).")
+        elif share:
+            run.console.notice(
+                f"activations of {memory.layers_to_recompute} of {memory.layers} layers are recomputed: {memory} "
+                "(--gradient_checkpointing false keeps them all)."
+            )
         elif device_of(run).type == "cuda":
             run.console.say(f"activations are kept: {memory}.")
-    setattr(args, CHECKPOINTING, recompute)
-    run.record.update(activations_recomputed=recompute)
-    if recompute:
+    setattr(args, CHECKPOINTING, share > 0)
+    run.record.update(activations_recomputed=share > 0, share_of_layers_recomputed=round(share, 3))
+    if share:
         kwargs = getattr(args, f"{CHECKPOINTING}_kwargs") or {}
         setattr(args, f"{CHECKPOINTING}_kwargs", {"use_reentrant": False, **kwargs})
         model.enable_input_require_grads()
+    return share
+
+
+def _share_to_recompute(run: RunContext, model: Any, memory: ActivationMemory) -> float:
+    """Of its layers; all or none where the layers cannot be told apart, or are wrapped once more for many GPUs."""
+    number = memory.layers_to_recompute
+    if run.args.fsdp or run.args.deepspeed or len(recomputable_layers(model)) != memory.layers:
+        return float(number > 0)
+    return number / max(memory.layers, 1)
 
 
 def activation_memory(run: RunContext, model: Any, *, layout: Layout, tokens: int) -> ActivationMemory:

@@ -30,11 +30,12 @@ from atomtune.model.adapter_folder import AdapterMetadata
 from atomtune.model.fingerprint import fingerprint
 from atomtune.model.load import embedding_rows, load_tokenizer, pad_id_of, quiet_libraries
 from atomtune.model.memory import StepShape, is_out_of_memory, peak_bytes, remedies
+from atomtune.model.recompute import recompute_first
 from atomtune.model.step_graphs import StepGraphs
 from atomtune.model.token_rows import guard_embedding, refuse_tokens_without_row, say_untrained_stop
 from atomtune.settings.fields import TrainSettings
-from atomtune.train.arguments import CHECKPOINTING, lengths, lengths_asked, trainer_arguments
-from atomtune.train.callbacks import Stop
+from atomtune.train.arguments import lengths, lengths_asked, trainer_arguments
+from atomtune.train.callbacks import BeforeFirstStep, Stop
 from atomtune.train.checkpoint.atomic import clear_staging, read_manifest
 from atomtune.train.checkpoint.start import Finished, Resumed, Start, find_start
 from atomtune.train.dataset import Data, read_data
@@ -223,9 +224,11 @@ def _load_trainer(prepared: _Prepared, began: float) -> LoraTrainer:
     say_untrained_stop(model, tokenizer, prepared.template.stop, notice=run.console.notice)
     fuse_kernels(run, model)
     layout = choose_layout(run, model, tokenizer, data, longest_tokens=longest_tokens)
-    keep_or_recompute(run, model, layout=layout.collator.layout, heaviest_tokens=layout.heaviest_tokens)
-    graphs = step_graphs(run, model)
-    return _trainer(prepared, model, layout.collator, graphs, began)
+    share = keep_or_recompute(run, model, layout=layout.collator.layout, heaviest_tokens=layout.heaviest_tokens)
+    trainer = _trainer(prepared, model, layout.collator, step_graphs(run, model), began)
+    if 0 < share < 1:  # when training begins, the library turns it on for all
+        trainer.add_callback(BeforeFirstStep(partial(recompute_first, model, share)))
+    return trainer
 
 
 def _refuse_tokens_without_row(run: RunContext, tokenizer: Tokenizer, data: Data) -> None:
@@ -401,7 +404,7 @@ def _step_shape(run: RunContext, data: Data) -> StepShape:
         accumulation=args.gradient_accumulation_steps,
         max_seq_length=run.settings.data.max_tokens,
         longest_tokens=data.ledger.longest_tokens,
-        checkpointing=bool(getattr(args, CHECKPOINTING)),
+        checkpointing=run.record.values.get("share_of_layers_recomputed") == 1,
         quantize=run.settings.model.quantize,
         on_gpu=args.device.type == "cuda",
         peak=peak_bytes(args.device),

@@ -1,0 +1,98 @@
+"""Recompute: a part of the layers computes its activations twice, with the gradients of a model that keeps them all."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from atomtune.model.adapter import LoraSpec, new_adapter
+from atomtune.model.memory import FILLED_BY_CHOICE, layers_to_recompute
+from atomtune.model.recompute import recomputable_layers, recompute_first
+from tests.hybrids import HYBRIDS, WALKED
+
+IDS = torch.arange(3, 35)[None]
+LAYERS = 4
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=LAYERS,
+                         num_attention_heads=4)  # fmt: skip
+    model = new_adapter(
+        AutoModelForCausalLM.from_config(config, dtype=torch.float64),
+        LoraSpec(rank=4, alpha=8, dropout=0.0, targets=["all-linear"]),
+    )
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return model.train()
+
+
+def step(model: Any) -> tuple[Counter[int], int, dict[str, torch.Tensor]]:
+    """(how often each layer was computed, bytes kept for the backward pass, the gradients)."""
+    times: Counter[int] = Counter()
+    for number, layer in enumerate(recomputable_layers(model)):
+        inner = next(layer.children())
+        inner.register_forward_hook(lambda *_, number=number: times.update([number]))
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+    size = sum(kept.values())
+    loss.backward()
+    return times, size, {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def recomputing(model: Any, share: float) -> Any:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    recompute_first(model, share)
+    return model
+
+
+@pytest.mark.parametrize(("share", "first"), [(1.0, 4), (0.75, 3), (0.5, 2), (0.3, 2), (0.25, 1)])
+def test_the_first_layers_are_computed_twice_and_the_gradients_are_those_of_one_that_keeps_them_all(share, first):
+    once, most, expected = step(llama())
+    assert once == dict.fromkeys(range(LAYERS), 1)
+    times, kept, gradients = step(recomputing(llama(), share))
+    assert times == {number: 2 if number < first else 1 for number in range(LAYERS)}
+    assert gradients.keys() == expected.keys()
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+    # Each recomputed layer keeps its input alone: what is kept falls with their number.
+    _, least, _ = step(recomputing(llama(), 1.0))
+    assert kept == pytest.approx(most - (most - least) * first / LAYERS, rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "lfm2", "mamba2", "zamba2"])
+def test_layers_of_every_kind_are_told_apart(family):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**HYBRIDS, **WALKED}[family]))
+    layers = recomputable_layers(model)
+    assert len(layers) == model.config.num_hidden_layers
+    recomputing(model, 0.5)
+    on = [layer.gradient_checkpointing for layer in layers]
+    assert on == sorted(on, reverse=True)
+    assert sum(on) == -(-len(layers) // 2)
+    inside = [module for module in layers[-1].modules() if getattr(module, "gradient_checkpointing", False)]
+    assert not inside, "a layer within a kept one would be recomputed still"
+
+
+def test_no_more_layers_than_memory_asks_for():
+    a_layer, inputs = 100, 40  # of ten layers, each of which keeps 4 when it is recomputed
+
+    def number(room: float) -> int:
+        return layers_to_recompute(10, kept=10 * a_layer, inputs=inputs, room=room)
+
+    assert number(1_000) == 0
+    for room in range(50, 1_000, 7):
+        layers = number(room)
+        kept = (10 - layers) * a_layer + layers * inputs / 10
+        assert kept <= FILLED_BY_CHOICE * room or layers == 10
+        if layers > 1:  # one less would be more than what is to be filled
+            assert kept + a_layer - inputs / 10 > FILLED_BY_CHOICE * room
+    assert number(0) == number(-5) == 10, "the model alone fills the device"
