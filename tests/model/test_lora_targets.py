@@ -1,5 +1,6 @@
 """LoRA targets: all-linear is every layer that an adapter reaches, and trains with the default dropout."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from atomtune.errors import BadModel
+from atomtune.limits import trial
+from atomtune.model import lora_targets
 from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.lora_targets import all_linear, match_targets, refuse_endless_patterns
 
@@ -166,7 +169,8 @@ def test_a_router_of_a_model_that_brings_its_own_code_gets_no_adapter():
 
 
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern", "layers_pattern"])
-def test_a_regex_of_an_adapter_that_never_ends_is_refused_by_name(models, key):
+def test_a_regex_of_an_adapter_that_never_ends_is_refused_by_name(models, key, monkeypatch):
+    monkeypatch.setattr(lora_targets, "trial", partial(trial, seconds=1))
     base = AutoModelForCausalLM.from_pretrained(models("llama"))
     regex = r"((\w|\w\w|\.)+)+!"
     config = LoraConfig(target_modules=["q_proj"])

@@ -100,10 +100,8 @@ def wait_for_trial(number: int, process: subprocess.Popen, folder: Path) -> psut
     raise AssertionError(f"no trial {number} within two minutes")
 
 
-@pytest.mark.parametrize(
-    "number",
-    [pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.slow), pytest.param(signal.SIGKILL, id="SIGKILL")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["SIGINT", "SIGKILL"])
 def test_a_stopped_sweep_goes_on_and_what_is_finished_never_runs_again(swept, run, tmp_path, capsys, number):
     folder = tmp_path / "out"
     shutil.copytree(swept, folder)

@@ -39,6 +39,7 @@ def test_train_sh_runs(models, dialogues, tmp_path):
     assert "--fp16" in done.stdout, "what becomes of --fp16 on a CPU is said"
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_cell_by_cell(tmp_path):
     """Its code cells one after the other in a new process, as a kernel runs them."""
     notebook = json.loads((EXAMPLES / "library.ipynb").read_text(encoding="utf-8"))

@@ -130,6 +130,7 @@ def test_label_smoothing_and_a_scheduler_of_the_library_pass_through(models, dia
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_file(), reason=f"the real data set is not at {SHARED_DATA}")
+@pytest.mark.slow
 def test_the_tutorials_data_set_through_the_tutorials_flags(tmp_path, capsys):
     """3,729 records, one epoch, an Atom-shaped model of about 5M weights: counts add up and the loss falls."""
     base = tmp_path / "base"
