@@ -87,15 +87,157 @@ def test_the_role_a_hint_names_is_one_that_can_be_passed():
 # --- keys -----------------------------------------------------------------------------------------------------------
 
 
-def test_dollys_keys_are_hinted_at_as_what_they_are():
+HINTS = {
     # `context` is spelled nearly like `text`: the hint led to learning the contexts.
-    dolly = {"instruction": "When?", "context": "In 1999 …", "response": "1999", "category": "closed_qa"}
+    "Dolly": (
+        {"instruction": "When?", "context": "In 1999 …", "response": "1999", "category": "closed_qa"},
+        {"response": "output", "context": "input"},
+    ),
+    "Firefly": ({"kind": "NLI", "input": "q", "target": "a"}, {"input": "instruction", "target": "output"}),
+    "COIG-PC": (
+        {"instruction": "q", "inputs": "x", "targets": "a"},
+        {"targets": "output", "inputs": "input"},
+    ),
+    "swift": (
+        {"system": "s", "query": "q", "response": "a", "history": [["b", "c"]]},
+        {"query": "instruction", "response": "output"},
+    ),
+    # `prompt` reads no history, which would be lost.
+    "ChatGLM": (
+        {"prompt": "q", "response": "a", "history": [["b", "c"]]},
+        {"prompt": "instruction", "response": "output"},
+    ),
+    "AdGen": ({"content": "q", "summary": "a"}, {"content": "instruction", "summary": "output"}),
+    "R1 distilled": (
+        {"input": "q", "reasoning_content": "r", "content": "a", "score": 9},
+        {"input": "instruction", "content": "output"},
+    ),
+    "medical-o1": (
+        {"Question": "q", "Complex_CoT": "r", "Response": "a"},
+        {"Question": "instruction", "Response": "output", "Complex_CoT": "reasoning_content"},
+    ),
+    "Chinese": ({"问题": "q", "回答": "a"}, {"问题": "instruction", "回答": "output"}),
+    "input and output": ({"input": "q", "output": "a"}, {"input": "instruction"}),
+    "UltraChat": ({"id": "0", "data": ["q", "a"]}, {"data": "conversations"}),
+    # An id is no list of turns, and a text none either, however they are spelled.
+    "MOSS with plugins": ({"conversation_id": "7", "chat": {}}, {"YOURS": "output"}),
+    "Glaive": ({"system": "s", "chat": "USER: q"}, {"YOURS": "output"}),
+}
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_the_keys_of_published_data_are_hinted_at_as_what_they_are(name):
+    value, expected = HINTS[name]
     with pytest.raises(BadData) as raised:
-        detect_schema([dolly], name="dolly.jsonl")
+        detect_schema([value], name="train.jsonl")
     hint = str(raised.value).rpartition("--keys ")[2].removesuffix(".")
     keys = dict(pair.split("=") for pair in hint.split(","))
-    assert keys == {"response": "output", "context": "input"}
-    assert turns(dolly, keys=keys) == (Turn("user", "When?", "In 1999 …"), Turn("assistant", "1999"))
+    assert keys == expected
+    if "YOURS" in keys:
+        assert "YOURS=instruction,YOURS=output" in hint  # the second took the first one's place
+    else:
+        assert turns(value, keys=keys)[-1].text in ("a", "1999")
+
+
+def test_a_file_of_one_object_is_told_where_its_records_stand():
+    with pytest.raises(BadData, match='in the list under "data"'):
+        detect_schema([{"version": "1", "data": [{"instruction": "q", "output": "a"}]}], name="train.json")
+
+
+def test_a_cell_as_python_prints_it_is_told_how_to_be_written():
+    # As pandas writes a column of lists into CSV.
+    said = reason({"messages": str([ASK, TELL])}, format_choice="messages")
+    assert "as Python prints it" in said and "json.dumps" in said
+
+
+# --- exchanges and trees --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {
+            "system": "短",
+            "conversation": [{"human": "几点", "assistant": "九点"}, {"human": "谢谢", "assistant": "不客气"}],
+        },
+        {
+            "conversation": [
+                {"system": "短", "input": "几点", "output": "九点"},
+                {"system": "", "input": "谢谢", "output": "不客气"},
+            ]
+        },
+        {"system": "短", "conversations": ["几点", "九点", "谢谢", "不客气"]},
+    ],
+    ids=["swift and MOSS", "XTuner", "LIMA"],
+)
+def test_whole_exchanges_and_lists_of_texts_are_turns(value):
+    assert turns(value) == (
+        Turn("system", "短"),
+        Turn("user", "几点"),
+        Turn("assistant", "九点"),
+        Turn("user", "谢谢"),
+        Turn("assistant", "不客气"),
+    )
+
+
+def test_what_else_an_exchange_has_is_not_passed_over_in_silence():
+    _, notes = read({"conversations": [{"human": "几点", "assistant": "九点", "mood": "x"}]})
+    assert notes == ('key "mood" of a turn is not used by this format',)
+    _, notes = read({"conversations": ["几点", "九点"]})
+    assert notes == ("conversations as a list of texts is read as question and answer in turn",)
+
+
+def test_a_message_of_openassistants_trees_is_no_text_to_learn():
+    # Catches questions learned as answers: each row of such a file has a `text`.
+    row = {"message_id": "a", "parent_id": None, "role": "prompter", "text": "几点", "lang": "zh"}
+    assert "one message of a tree" in reason(row)
+
+
+def test_a_pair_of_written_dialogues_is_read_as_its_turns():
+    before = "\n\nHuman: 早\n\nAssistant: 早上好\n\nHuman: 几点\n\nAssistant: "
+    value = {"chosen": f"{before}九点", "rejected": f"{before}滚"}
+    assert turns(value) == (
+        Turn("user", "早"),
+        Turn("assistant", "早上好"),
+        Turn("user", "几点"),
+        Turn("assistant", "九点"),
+    )
+
+
+# --- thoughts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asks_tells", [("instruction", "output"), ("prompt", "completion")])
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_beside_the_one_answer_of_a_record_are_its_thoughts(asks_tells, key):
+    # Catches distilled data whose thoughts were left out with no more than a notice.
+    asks, tells = asks_tells
+    record, notes = read({asks: "几点", tells: "九点", key: "看看钟", "id": None})
+    assert isinstance(record, Record) and not notes
+    assert record.turns == (Turn("user", "几点"), Turn("assistant", "九点", reasoning="看看钟"))
+    assert reason({asks: "几点", tells: "九点", key: 3}) == f"the record's {key} is a number; expected text"
+
+
+def test_the_users_key_for_thoughts_is_one_of_the_record_or_of_its_turns():
+    assert (
+        turns({"instruction": "q", "output": "a", "cot": "r"}, keys={"cot": "reasoning_content"})[-1].reasoning == "r"
+    )
+    value = {"messages": [ASK, {**TELL, "cot": "r"}]}
+    assert turns(value, keys={"cot": "reasoning_content"})[-1].reasoning == "r"
+
+
+@pytest.mark.parametrize("text", ["<think>\n看看钟\n\n等等，", "<think>\n看看钟\n</think>\n\n", "<think>\n\n</think>"])
+def test_an_answer_that_was_cut_off_in_its_thoughts_is_refused(text):
+    # As max_tokens leaves it. Catches a model that learns to stop in the middle of its thoughts.
+    assert "it was cut off" in reason({"messages": [ASK, {**TELL, "content": text}]})
+    assert "it was cut off" in reason({"instruction": "几点", "output": text})
+    said = turns({"messages": [ASK, {**TELL, "content": text, "weight": 0}, ASK, TELL]})
+    assert said[1].learn == 0, "what is only read may be anything"
+
+
+def test_thoughts_before_a_call_are_no_cut_off_answer():
+    calls = {"role": "assistant", "content": "<think>\n看看钟\n</think>\n\n", "tool_calls": [{"function": CALL}]}
+    assert turns({"messages": [ASK, calls, {"role": "tool", "content": "9"}, TELL]})[1].calls == (CALL,)
 
 
 def test_stanford_alpaca_is_alpaca_though_all_of_it_stands_under_text_too():

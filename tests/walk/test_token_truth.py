@@ -140,6 +140,37 @@ def test_thoughts_go_on_where_the_prompt_opens_them(opening, expected, inline):
     assert learned(template, KINDS["thoughts inline"] if inline else apart) == [expected]
 
 
+@pytest.mark.parametrize("template", ["qwen3", "opens"])
+def test_thoughts_without_their_opening_mark_are_thoughts(template):
+    # As a server gives them back whose prompt ends in the mark. Catches "no answer has thoughts" above records that
+    # all have some, and DeepSeek-R1's template, which wrote nothing of them.
+    made = load_template("qwen3", tokenizer_of("bytes", CHATML))
+    if template == "opens":
+        made = shaped(OPENS.replace("SPACED", "<think>\n"))
+    apart = {"messages": [user("9*8?"), assistant("72", reasoning_content="Nine times eight.")]}
+    half = {"messages": [user("9*8?"), assistant("Nine times eight.\n</think>\n\n72")]}
+    twice = {
+        "messages": [
+            user("9*8?"),
+            assistant("<think>\nNine times eight.\n</think>\n\n72", reasoning_content="Nine times eight."),
+        ]
+    }
+    ledger = Ledger()
+    raws = [RawRecord(record, "a:1") for record in (apart, half, twice)]
+    (one,), (other,), (third,) = encode(raws, made, ledger, max_tokens=10_000, schema=Schema("messages"))
+    assert one == other == third
+    assert ledger.records_with_thoughts == 3
+
+
+@pytest.mark.parametrize("text", ["The tag </think> closes the block.", "Write <think>\n</think>\n there."])
+def test_an_answer_about_the_marks_is_an_answer(text):
+    made = shaped(OPENS.replace("SPACED", "<think>\n").replace(".split('</think>')[-1]", ""))
+    ledger = Ledger()
+    records = [RawRecord({"messages": [user("How?"), assistant(text)]}, "a:1")]
+    list(encode(records, made, ledger, max_tokens=10_000, schema=Schema("messages")))
+    assert ledger.records_used == 1 and not ledger.records_with_thoughts
+
+
 def test_no_thoughts_behind_a_prompt_that_opens_them_close_the_block():
     template = shaped(OPENS.replace("SPACED", "<think>\n"))
     record = {"messages": [user("9*8?"), assistant("72")]}

@@ -726,16 +726,20 @@ def test_a_system_text_that_the_template_leaves_out_is_said():
         assert sum("system text" in notice for notice in ledger.notices) == said
 
 
-def test_where_transformers_renders_nothing_before_an_answer_its_record_is_refused():
-    # Catches a ValueError of transformers that ended the run; {% generation %} is known to transformers alone.
+def test_an_answer_before_which_nothing_stands_is_read_and_the_others_are_learned():
+    # Catches whole conversations lost to a greeting, or to an export that cuts long chats into several; and before
+    # that a ValueError of transformers that ended the run: {% generation %} is known to transformers alone.
     source = "{% generation %}{% endgeneration %}" + CHATML
     template = load_template("auto", tokenizer_of("bytes", source))
     ledger = Ledger()
     turns = [{"role": role, "content": role} for role in ("assistant", "user", "assistant")]
     found = [RawRecord({"messages": turns}, "train.jsonl:1"), RawRecord({"messages": turns[1:]}, "train.jsonl:2")]
     made = list(encode(found, template, ledger, max_tokens=PLENTY, schema=Schema("messages")))
-    assert [example.origin for one in made for example in one] == ["train.jsonl:2"]
-    assert "it writes nothing before an answer" in ledger.records_refused[0].reason
+    assert [example.origin for one in made for example in one] == ["train.jsonl:1", "train.jsonl:2"]
+    (begins, _), (as_usual, _) = ((one.ids, one.learn) for (one,) in made)
+    assert begins[-len(as_usual) :] == as_usual and made[0][0].learn[-len(as_usual) :] == made[1][0].learn
+    assert sum(made[0][0].learn) == sum(made[1][0].learn)
+    assert ledger.notices["an answer that nothing stands before is read and not learned"] == 1
 
 
 # --- law 5: only answers are learned --------------------------------------------------------------------------------

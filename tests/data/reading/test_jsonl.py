@@ -69,3 +69,8 @@ def test_a_wide_object_with_a_key_twice_is_refused_in_linear_time():
     (refusal,) = read(wide.encode())
     assert isinstance(refusal, Refusal) and 'key "k99999" appears twice' in refusal.reason
     assert time.process_time() - began < 5
+
+
+def test_a_comma_behind_a_record_is_called_what_it_is():
+    (refusal, _) = read(b'{"output": "a"},\n{"output": "b"}\n')
+    assert isinstance(refusal, Refusal) and "a comma behind the record" in refusal.reason

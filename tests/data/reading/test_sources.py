@@ -129,10 +129,24 @@ def test_bytes_of_no_known_encoding_are_not_called_gbk(tmp_path):
 
 
 def test_a_pretty_printed_object_is_told_that_a_record_is_a_line(tmp_path):
-    path = written(tmp_path, json.dumps(HELLO, indent=2).encode())
-    first = refusals(path)[0]
-    assert first.origin == "train.jsonl:1"
-    assert "one record a line" in first.reason
+    # Catches a refusal for each of its lines, a thousand for a file that one command mends.
+    path = written(tmp_path, b"\n".join(json.dumps(value, indent=2).encode() for value in (HELLO, BYE)))
+    with pytest.raises(BadData, match=r"train\.jsonl:1: an object over several lines; one record a line") as raised:
+        list(read_values(path))
+    assert "jq -c '.' train.jsonl" in str(raised.value)
+
+
+def test_records_in_a_list_under_a_key_are_told_with_the_key(tmp_path):
+    whole = {"version": "1.0", "tags": ["a"], "data": [HELLO, BYE]}
+    path = written(tmp_path, json.dumps(whole, indent=1).encode(), "train.json")
+    with pytest.raises(BadData, match=r'in the list under "data"') as raised:
+        list(read_values(path))
+    assert """jq -c '.["data"][]' train.json""" in str(raised.value)
+
+
+def test_a_pattern_that_no_shell_expanded_is_told_from_a_missing_file(tmp_path):
+    with pytest.raises(BadData, match="Patterns are for the shell"):
+        list(read_values(tmp_path / "*.jsonl"))
 
 
 @pytest.mark.parametrize("content", [b'{"output": ' + b"[" * 200_000, b'{"output": ' + b"9" * 5000 + b"}"])

@@ -8,16 +8,48 @@ from atomtune.data.records import Turn
 #: The marks that open and close thoughts, in the order in which they are looked for.
 TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 _INLINE = tuple(re.compile(rf"\s*{re.escape(opens)}(.*?){re.escape(closes)}(.*)", re.DOTALL) for opens, closes in TAGS)
+_LINE_ENDS = re.compile(r"[ \t\r]*\n")
 
 
 def with_thoughts_apart(turn: Turn) -> Turn:
-    """The turn with thoughts that stand at the beginning of its text in `reasoning`; else as it is."""
-    if turn.role != "assistant" or turn.reasoning:
+    """The turn with thoughts that stand at the beginning of its text in `reasoning`; else as it is.
+
+    Where they stand in both, they are one thing.
+    """
+    if turn.role != "assistant":
         return turn
+    thoughts, text = _apart(turn.text)
+    if text is None or (turn.reasoning and thoughts.strip() != turn.reasoning.strip()):
+        return turn
+    return replace(turn, reasoning=turn.reasoning or thoughts, text=text)
+
+
+def _apart(text: str) -> tuple[str, str | None]:
+    """The thoughts that a text begins with, and what stands behind them; None where it begins with none.
+
+    The mark that opens them may be missing. Where a prompt ends in it (DeepSeek-R1, Qwen3-Thinking), a server gives
+    back what the model writes behind it.
+    """
     for pattern in _INLINE:
-        if match := pattern.match(turn.text):
-            return replace(turn, reasoning=match.group(1).strip("\n"), text=match.group(2).lstrip("\n"))
-    return turn
+        if match := pattern.match(text):
+            return match.group(1).strip("\n"), match.group(2).lstrip("\n")
+    for opens, closes in TAGS:
+        thoughts, mark, rest = text.partition(closes)
+        if mark and thoughts.strip() and opens not in thoughts and _LINE_ENDS.match(rest):
+            return thoughts.strip("\n"), rest.lstrip("\r\n")
+    return "", None
+
+
+def problem_of_thoughts(turn: Turn) -> str:
+    """Why an assistant's turn says nothing but what it thinks: the answer was cut off when it was made; else ""."""
+    if not mentions_thoughts(turn.text):
+        return ""
+    for opens, closes in TAGS:
+        if turn.text.lstrip().startswith(opens) and closes not in turn.text:
+            return f"ends inside its thoughts, without {closes}: it was cut off"
+    _, text = _apart(turn.text)
+    is_cut_off = text is not None and not text.strip() and not turn.calls
+    return "has no answer behind its thoughts: it was cut off" if is_cut_off else ""
 
 
 def mentions_thoughts(text: str) -> bool:

@@ -1,16 +1,16 @@
 """Alpaca: the tutorial's instruction/input/output, with `system` and `history` ([[question, answer], …]).
 
-The answers in history are learned like the last one.
+The answers in history are learned like the last one, which may have its thoughts beside it (`reasoning_content`).
 """
 
 from typing import Any
 
-from atomtune.data.formats.conversation import Conversation, with_system
+from atomtune.data.formats.conversation import Conversation, with_reasoning, with_system
 from atomtune.data.formats.fields import Field, is_blank, kind, notes_on_unused, read_json, read_text, read_tools
-from atomtune.data.formats.schema import Schema
+from atomtune.data.formats.schema import REASONING, Schema
 from atomtune.data.records import Turn
 
-_USED = frozenset({"instruction", "input", "output", "system", "history", "tools", "functions"})
+_USED = frozenset({"instruction", "input", "output", "system", "history", "tools", "functions", *REASONING})
 _NO_TEXT = Field("")
 
 
@@ -22,6 +22,7 @@ def read_alpaca(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
     tools = read_tools(record)
     history = read_history(record.get("history"))
     earlier = with_system(record, history.value)
+    last_answer = with_reasoning(Turn("assistant", answer.value), record)
     problems = (
         *instruction.problems,
         *answer.problems,
@@ -29,11 +30,12 @@ def read_alpaca(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
         *history.problems,
         *tools.problems,
         *earlier.problems,
+        *last_answer.problems,
     )
     if not problems:  # a text that is no text is no empty one
         problems = _problems_of_blank(record, instruction.value, question.value, answer.value)
     last_question = Turn("user", instruction.value, question.value)
-    turns = (*earlier.value, last_question, Turn("assistant", answer.value))
+    turns = (*earlier.value, last_question, last_answer.value)
     return Field(Conversation(turns, tools.value), problems, notes_on_unused(record, _USED))
 
 

@@ -6,15 +6,19 @@ All answers are learned, each as often as its weight says (once where none is gi
 from collections.abc import Sequence
 from typing import Any
 
-from atomtune.data.formats.conversation import Conversation, read_variables, with_system
+from atomtune.data.formats.conversation import Conversation, read_variables, with_reasoning, with_system
 from atomtune.data.formats.fields import Field, is_blank, notes_on_unused, read_text, read_tools
 from atomtune.data.formats.messages import read_turns
 from atomtune.data.formats.rendered_text import begins_like, turns_of
-from atomtune.data.formats.schema import KWARGS, SIGNS, VARIABLES, Schema
+from atomtune.data.formats.schema import KWARGS, REASONING, SIGNS, VARIABLES, Schema
 from atomtune.data.records import Role, Turn
 
 _BESIDE = frozenset({"system", "tools", "functions", KWARGS, *VARIABLES})
 _NOTHING = Field(Conversation(()))
+_ONE_MESSAGE = (
+    "one message of a tree (OpenAssistant), whose question is another record; put the messages from the root to each "
+    'last answer into one record: {"messages": [{"role": …, "content": …}, …]}'
+)
 _LEARNED_TOO = 'the answers inside "prompt" are learned too (--learn last leaves them out)'
 
 
@@ -58,8 +62,11 @@ def read_prompt(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
         problems = ("completion holds no turn of an assistant: there is nothing to learn",)
     if _has_answer(prompt.value):
         notes = (*notes, _LEARNED_TOO)
-    turns = Field((*prompt.value, *completion.value), problems, notes)
-    return _with_the_rest(record, turns, frozenset(SIGNS["prompt"]))
+    answer, used = completion.value, frozenset(SIGNS["prompt"])
+    if len(answer) == 1 and isinstance(record["completion"], str):
+        last_answer = with_reasoning(answer[0], record)
+        answer, problems, used = (last_answer.value,), (*problems, *last_answer.problems), used | {*REASONING}
+    return _with_the_rest(record, Field((*prompt.value, *answer), problems, notes), used)
 
 
 def _read_side(value: object, role: Role, key: str, schema: Schema) -> Field[tuple[Turn, ...]]:
@@ -85,6 +92,8 @@ def read_rendered(record: dict[str, Any], schema: Schema) -> Field[Conversation]
         return Field(Conversation(()), text.problems)
     if is_blank(text.value):
         return Field(Conversation(()), ("text is empty: there is nothing to learn",))
+    if "role" in record and ("parent_id" in record or "message_id" in record):
+        return Field(Conversation(()), (_ONE_MESSAGE,))
     rendered = turns_of(text.value)
     if rendered is None:
         family = begins_like(text.value)

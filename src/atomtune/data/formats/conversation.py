@@ -1,10 +1,12 @@
 """Conversation: the turns and tools of a record, whatever its format, made into a Record or refused."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+from atomtune.data.encoding.thoughts import problem_of_thoughts
 from atomtune.data.formats.fields import Field, Tool, kind, read_json, read_plain, read_text
-from atomtune.data.formats.schema import KWARGS, THINKING, VARIABLES
+from atomtune.data.formats.schema import KWARGS, REASONING, THINKING, VARIABLES
 from atomtune.data.records import ParsedRecord, Record, Refusal, RefusalKind, Turn
 
 _ANSWERS = ("assistant", "text")
@@ -34,6 +36,33 @@ def with_system(record: Mapping[str, Any], turns: Sequence[Turn]) -> Field[tuple
     return Field(tuple(turns), system.problems)
 
 
+def read_reasoning(filled: Mapping[str, Any], from_parts: str, place: str) -> Field[str]:
+    """What the assistant thought; servers give it under several names at once, with equal texts.
+
+    filled  a message, or a record of one answer, without its nulls
+    """
+    thoughts = {from_parts}
+    problems: list[str] = []
+    for key in REASONING:
+        if key in filled:
+            text = read_text(filled[key], f"{place}'s {key}")
+            thoughts.add(text.value)
+            problems += text.problems
+    different = sorted(text for text in thoughts if text.strip())
+    if len(different) > 1:
+        problems.append(f"{place} gives its reasoning twice, and differently; leave one out")
+    return Field(different[0] if different else "", tuple(problems))
+
+
+def with_reasoning(answer: Turn, record: Mapping[str, Any]) -> Field[Turn]:
+    """The one answer of a record with the thoughts that stand beside it."""
+    if frozenset(REASONING).isdisjoint(record):
+        return Field(answer)
+    filled = {key: value for key, value in record.items() if value is not None}
+    reasoning = read_reasoning(filled, "", "the record")
+    return Field(replace(answer, reasoning=reasoning.value), reasoning.problems)
+
+
 def read_variables(record: Mapping[str, Any]) -> Field[dict[str, Any]]:
     """What a record sets in its chat template."""
     variables: dict[str, Any] = {}
@@ -61,13 +90,21 @@ def read_variables(record: Mapping[str, Any]) -> Field[dict[str, Any]]:
 def as_parsed(conversation: Field[Conversation], origin: str) -> ParsedRecord:
     """The record up to its last answer; a refusal where there is a problem or nothing to learn."""
     (turns, tools, variables), problems, notes = conversation
+    if turns and turns[0].role == "assistant" and turns[0].learn:
+        # Exports cut long chats into several: this one begins in the middle. No server is asked for such an answer.
+        turns = (replace(turns[0], learn=0), *turns[1:])
+        notes = (*notes, "an answer that nothing stands before is read and not learned")
     end, learns = 0, False  # one past the last answer, and whether any is learned
     for number, turn in enumerate(turns, 1):
         if turn.role in _ANSWERS:
             end = number
             learns = learns or turn.learn > 0
+        if turn.role == "assistant" and turn.learn and (problem := problem_of_thoughts(turn)):
+            problems = (*problems, f"turn {number} (assistant) {problem}")
     if not problems and not learns:
         reason = "weight 0 on every answer" if end else "no turn of an assistant"
+        if end == 1 and turns[0].role == "assistant":
+            reason = "nothing stands before the only answer"
         problems = (f"{reason}: there is nothing to learn",)
     if problems:
         return ParsedRecord(Refusal(origin, "; ".join(problems), RefusalKind.NO_RECORD))

@@ -33,16 +33,24 @@ _READERS: dict[FormatName, Callable[[Json, Schema], Field[Conversation]]] = {
 _EXPECTED = {**{name: " and ".join(keys) for name, keys in SIGNS.items()}, "alpaca": "instruction, input and output"}
 _ALPACA = Schema()
 _OUR_ROLES = "system, user, assistant, tool or function_call"
-#: Keys of other people's data sets and what they are here; a spelling alone would lead astray (context is near text).
+#: Keys of other people's data sets, in lower case, and what they are here, the surest first; a spelling alone would
+#: lead astray (context is near text).
+_ANSWERS = ("response", "answer", "target", "targets", "outputs", "completion", "solution", "reply", "summary")
+_ANSWERS_TOO = ("assistant", "bot", "gpt", "content", "回答", "答案", "输出", "回复")
+_QUESTIONS = ("question", "query", "problem", "prompt", "instruction", "input", "inputs")
+_QUESTIONS_TOO = ("user", "human", "content", "问题", "提问", "指令", "输入")
 _SYNONYMS = {
-    "output": ("response", "answer", "target", "completion"),
-    "instruction": ("question", "query", "prompt"),
-    "input": ("context",),
-    "completion": ("response", "answer", "output", "target"),
-    "prompt": ("question", "query", "instruction"),
-    "conversations": ("dialogue", "dialog", "turns", "conversation"),
+    "output": (*_ANSWERS, *_ANSWERS_TOO),
+    "completion": (*_ANSWERS, "output", *_ANSWERS_TOO),
+    "conversations": ("dialogue", "dialog", "turns", "conversation", "data", "items"),
     "messages": ("chat",),
+    "instruction": (*_QUESTIONS, *_QUESTIONS_TOO),
+    "prompt": (*_QUESTIONS, *_QUESTIONS_TOO),
+    "input": ("context",),
+    "reasoning_content": ("complex_cot", "cot", "thoughts", "thought", "think", "思考"),
 }
+#: Signs whose value is a list, or the JSON text of one.
+_LISTS = ("conversations", "messages")
 #: A spelling that is less like a key than this is another word.
 _LIKE = 0.75
 _PAIR_ALONE = (
@@ -182,20 +190,29 @@ def _fits_none(records: Sequence[Json], plain: Sequence[Json], name: str) -> str
     if "chosen" in their_keys and "rejected" in their_keys:
         return f"{name} is {_PAIR_ALONE}."
     our_keys = _all_keys(plain)
-    likely = _likely_keys(their_keys, our_keys)
-    nearest = max(SIGNS, key=lambda format_name: _closeness(SIGNS[format_name], our_keys, likely))
+    likely = _likely_keys(records, our_keys)
+    nearest = max(SIGNS, key=lambda format_name: _closeness(format_name, our_keys, likely))
     missing = [sign for sign in SIGNS[nearest] if sign not in our_keys]
-
-    renamed = {likely.get(sign, "YOURS"): sign for sign in missing}
-    if nearest == "alpaca" and "input" in likely:  # no sign of alpaca, but lost if it is not named too
-        renamed[likely["input"]] = "input"
-    flag = ",".join(f"{printable(theirs)}={ours}" for theirs, ours in renamed.items())
+    renamed = [(likely.get(sign, "YOURS"), sign) for sign in missing]
+    if nearest in ("alpaca", "prompt"):  # no signs, but lost if they are not named too
+        beside = ("input", "reasoning_content") if nearest == "alpaca" else ("reasoning_content",)
+        taken = [theirs for theirs, _ in renamed]
+        renamed += [(likely[key], key) for key in beside if key in likely and likely[key] not in taken]
+    flag = ",".join(f"{printable(theirs)}={ours}" for theirs, ours in renamed)
     lacks = "; ".join(f'no key "{sign}"; keys here: {keys_of(their_keys)}' for sign in missing)
     known = ", ".join(f"{format_name} ({', '.join(signs)})" for format_name, signs in SIGNS.items())
-    return (
-        f"{name} fits no format; the nearest is {nearest}: {lacks}.\n"
-        f"Known: {known}.\nRename the keys, or pass --keys {flag}."
-    )
+    remedy = f"Rename the keys, or pass --keys {flag}."
+    if len(records) == 1 and (key := _key_of_records(records[0])):
+        remedy = f'Its records seem to stand in the list under "{key}": jq -c \'.["{key}"][]\' OLD > NEW.jsonl'
+    return f"{name} fits no format; the nearest is {nearest}: {lacks}.\nKnown: {known}.\n{remedy}"
+
+
+def _key_of_records(value: Json) -> str:
+    """The key of a list of objects in a value that may be a whole file; "" where there is none."""
+    for key, inner in value.items():
+        if isinstance(inner, list) and inner and all(isinstance(item, dict) for item in inner):
+            return printable(key)
+    return ""
 
 
 def _all_keys(records: Iterable[Json]) -> dict[str, None]:
@@ -203,33 +220,45 @@ def _all_keys(records: Iterable[Json]) -> dict[str, None]:
     return dict.fromkeys(key for record in records for key in record)
 
 
-def _likely_keys(their_keys: Mapping[str, None], our_keys: Mapping[str, None]) -> dict[str, str]:
-    """Signs of formats that no record has → the key that is probably meant by each."""
-    signs = [sign for format_signs in SIGNS.values() for sign in format_signs]
-    likely = {}
-    for sign in [*signs, "input"]:
-        key = None if sign in our_keys else _likely_key(sign, their_keys)
-        if key is not None:
-            likely[sign] = key
+def _likely_keys(records: Sequence[Json], our_keys: Mapping[str, None]) -> dict[str, str]:
+    """Keys of ours that no record has → the key that is probably meant by each, none for two of one format."""
+    texts = _keys_of_values(records, str)
+    lists = _keys_of_values(records, list)
+    likely: dict[str, str] = {}
+    for sign in [*dict.fromkeys(sign for signs in SIGNS.values() for sign in signs), "input", "reasoning_content"]:
+        their_keys = lists if sign in _LISTS else texts
+        likely_key = None if sign in our_keys else _likely_key(sign, their_keys)
+        if likely_key is not None:
+            likely[sign] = likely_key
+    for asks, tells in (("instruction", "output"), ("prompt", "completion")):
+        if asks in likely and likely[asks] == likely.get(tells):
+            del likely[asks]
     return likely
 
 
-def _closeness(signs: Sequence[str], our_keys: Mapping[str, None], likely: Mapping[str, str]) -> float:
+def _keys_of_values(records: Iterable[Json], kind_of_value: type) -> dict[str, None]:
+    """The keys under which a value of this kind stands somewhere, in their order."""
+    return dict.fromkeys(key for record in records for key, value in record.items() if isinstance(value, kind_of_value))
+
+
+def _closeness(name: FormatName, our_keys: Mapping[str, None], likely: Mapping[str, str]) -> float:
     """The share of a format's signs that are there; one that only another key may mean counts a little less."""
     points = 0.0
-    for sign in signs:
+    for sign in SIGNS[name]:
         if sign in our_keys:
             points += 1.0
         elif sign in likely:
             points += 0.9
-    return points / len(signs)
+    reads_history = name == "alpaca" and "history" in our_keys
+    return points / len(SIGNS[name]) + reads_history
 
 
 def _likely_key(sign: str, their_keys: Mapping[str, None]) -> str | None:
     """The key of a file that is probably meant by one of ours: another word for it, or another spelling."""
-    for synonym in _SYNONYMS.get(sign, ()):
-        if synonym in their_keys:
-            return synonym
+    by_word = {key.lower(): key for key in their_keys}
+    for synonym in (sign, *_SYNONYMS.get(sign, ())):
+        if synonym in by_word:
+            return by_word[synonym]
     # Of very many keys the first: comparing spellings takes its time.
     near = difflib.get_close_matches(sign, map(str, islice(their_keys, 200)), n=1, cutoff=_LIKE)
     return near[0] if near else None
@@ -268,11 +297,11 @@ def _problems_of_roles(roles: Mapping[str, str]) -> list[str]:
 
 def _objects(records: Sequence[Json], ours: str) -> list[Json]:
     """Where a key may stand that is to become one of ours: the records, or the turns in their lists."""
-    if ours in RECORD_KEYS:
-        return list(records)
-    turns: list[Json] = []
+    objects = list(records) if ours in RECORD_KEYS else []
+    if ours not in TURN_KEYS:
+        return objects
     for record in records:
         for value in record.values():
             if isinstance(value, list):
-                turns += [turn for turn in value if isinstance(turn, dict)]
-    return turns
+                objects += [turn for turn in value if isinstance(turn, dict)]
+    return objects

@@ -64,6 +64,8 @@ def read_json(value: object, place: str) -> Field[Any]:
         return Field(None, (f"{place} cannot be read as JSON: {TOO_DEEP}",))
     except ValueError as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        if value.lstrip().startswith(("[{'", "{'", "['")):
+            reason = "it is written as Python prints it, in single quotes; write it with json.dumps"
         return Field(None, (f"{place} is not JSON: {printable(reason)}",))
 
 

@@ -9,9 +9,11 @@ from dataclasses import replace
 from typing import Any, cast
 
 from atomtune.data.formats.content_parts import Call, Content, read_calls, read_content
+from atomtune.data.formats.conversation import read_reasoning
 from atomtune.data.formats.fields import (
     Field,
     is_blank,
+    is_empty,
     kind,
     missing_key,
     notes_on_unused,
@@ -19,7 +21,7 @@ from atomtune.data.formats.fields import (
     read_json,
     read_text,
 )
-from atomtune.data.formats.schema import REASONING, ROLES, TURN_KEYS, WEIGHTS, Schema
+from atomtune.data.formats.schema import EXCHANGE_KEYS, REASONING, ROLES, TURN_KEYS, WEIGHTS, Schema
 from atomtune.data.reading.raw import printable
 from atomtune.data.records import Role, Turn
 
@@ -43,6 +45,10 @@ def read_turns(value: object, key: str, schema: Schema) -> Field[tuple[Turn, ...
     turns: list[Turn] = []
     problems: list[str] = []
     notes: list[str] = []
+    if all(isinstance(message, str) and not message.startswith("{") for message in messages):
+        notes.append(f"{key} as a list of texts is read as question and answer in turn")
+        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
+    messages = _exchanges_apart(messages)
     for number, message in enumerate(messages, 1):
         if schema.keys and isinstance(message, dict):
             message = schema.rename_turn_keys(message)  # noqa: PLW2901  # the same message under our keys
@@ -60,6 +66,36 @@ def read_turns(value: object, key: str, schema: Schema) -> Field[tuple[Turn, ...
         else:
             turns.append(full.value)
     return Field(tuple(turns), tuple(problems), tuple(notes))
+
+
+def _exchanges_apart(messages: list[Any]) -> list[Any]:
+    """The messages one by one, where an object holds a whole exchange.
+
+    swift and MOSS   {"human": …, "assistant": …}
+    XTuner           {"system": …, "input": …, "output": …}
+    """
+    apart: list[Any] = []
+    for message in messages:
+        sides = _sides_of(message) if isinstance(message, dict) else None
+        if sides is None:
+            apart.append(message)
+            continue
+        asks, tells = sides
+        if not is_empty(message.get("system")):
+            apart.append({"role": "system", "content": message["system"]})
+        others = {key: value for key, value in message.items() if key not in (asks, tells, "system")}
+        apart += [
+            {"role": "user", "content": message[asks]},
+            {"role": "assistant", "content": message[tells], **others},
+        ]
+    return apart
+
+
+def _sides_of(message: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The keys of question and answer of an object that is an exchange, not a message."""
+    if "role" in message or "from" in message:
+        return None
+    return next((sides for sides in EXCHANGE_KEYS if sides[0] in message and sides[1] in message), None)
 
 
 def _plain_turn(message: Any, roles: Mapping[str, str]) -> Turn | None:
@@ -147,7 +183,7 @@ def _read_answer(filled: dict[str, Any], message: dict[str, Any], place: str, *,
     elif not calls and not problems:
         problems.append(_no_content(message, place))
     weight = _read_weight(filled, place, default=1)
-    reasoning = _read_reasoning(filled, content.value.reasoning, place)
+    reasoning = read_reasoning(filled, content.value.reasoning, place)
     turn = Turn(
         "assistant",
         content.value.text,
@@ -203,21 +239,6 @@ def _no_content(message: dict[str, Any], place: str) -> str:
     if key in message:
         return f"{place}'s {key} is null; expected text"
     return missing_key(key, message, f"{place} has ")
-
-
-def _read_reasoning(filled: dict[str, Any], from_parts: str, place: str) -> Field[str]:
-    """What the assistant thought; servers give it under several names at once, with equal texts."""
-    thoughts = {from_parts}
-    problems: list[str] = []
-    for key in REASONING:
-        if key in filled:
-            text = read_text(filled[key], f"{place}'s {key}")
-            thoughts.add(text.value)
-            problems += text.problems
-    different = sorted(text for text in thoughts if text.strip())
-    if len(different) > 1:
-        problems.append(f"{place} gives its reasoning twice, and differently; leave one out")
-    return Field(different[0] if different else "", tuple(problems))
 
 
 def _read_weight(filled: dict[str, Any], place: str, *, default: int) -> Field[int]:

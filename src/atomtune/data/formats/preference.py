@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from atomtune.data.formats.fields import Field, is_empty
+from atomtune.data.formats.rendered_text import turns_of
 from atomtune.data.formats.schema import WANTED, Schema
 from atomtune.data.reading.raw import printable
 
@@ -87,9 +88,16 @@ def _with_chosen(record: Json, chosen: str, rejected: str) -> Field[Json]:
         return Field({**rest, "completion": completion}, notes=(note,))
     # Alone: the whole conversation, with its prompt implied.
     has_answer = any(key in rest for key in ("text", "completion", "output"))
-    if isinstance(answer, list) and not has_answer:
-        return Field({**rest, "messages": answer}, notes=(note,))
-    return Field(record)
+    key = "" if has_answer else _key_of_whole(answer)
+    return Field({**rest, key: answer}, notes=(note,)) if key else Field(record)
+
+
+def _key_of_whole(answer: object) -> str:
+    """The key under which an answer that is a whole conversation is read; "" where it is none for sure."""
+    if isinstance(answer, list):
+        return "messages"
+    is_dialogue = isinstance(answer, str) and turns_of(answer) is not None  # as HH-RLHF writes it
+    return "text" if is_dialogue else ""
 
 
 def _text_of(answer: object) -> object:

@@ -28,6 +28,8 @@ _SIGNS = (
     ("<start_of_turn>", "gemma"),
     ("[INST] ", "mistral"),
     ("### Instruction:\n", "alpaca"),
+    ("### Human: ", "guanaco"),
+    ("Human: ", "hh-rlhf"),
     ("USER: ", "vicuna"),
 )
 _WITHIN = 200
@@ -53,6 +55,10 @@ _WITHOUT_NEWLINES = (  # the examples in Llama-Chinese's README
 _LINE_ENDS = (  # Llama-Chinese's data/train_sft.csv
     "{%- for m in messages -%}{{- '<s>' + {'system': 'System: ', 'user': 'Human: ', 'assistant': 'Assistant: '}"
     "[m['role']] + m['content'] + '\\n</s>' -}}{%- endfor -%}"
+)
+_SIDES = (  # OpenAssistant-Guanaco and Anthropic's HH-RLHF: no stop token, and what parts the turns stands between them
+    "{%- for m in messages -%}{{- '@' if not loop.first -}}{{- '#' + {'user': 'Human: ', 'assistant': 'Assistant: '}"
+    "[m['role']] + m['content'] -}}{%- endfor -%}{{- eos_token -}}"
 )
 _LLAMA2 = (
     "{%- set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' -%}{%- for m in messages -%}"
@@ -108,6 +114,19 @@ _ALPACA = (
     rf"### (?:Instruction|Input|Response):|<s>|{_EOS}",
     *("</s>", "<|endoftext|>"),
 )
+
+
+def _sides(name: str, between: str, mark: str) -> TextLayout:
+    """Turns of Human and Assistant, each behind a mark."""
+    human, assistant = f"{mark}Human: ", f"{mark}Assistant: "
+    return _layout(
+        name,
+        rf"{human}(?>(?P<user>.*?){between}{assistant})(?P<assistant>.*?)(?:{between}(?={human})|</s>)",
+        *(rf"{mark or f'(?:^|{between})'}(?:Human|Assistant):|</?s>", "</s>"),
+        source=_SIDES.replace("@", between.replace("\n", "\\n")).replace("#", mark),
+    )
+
+
 _ALPACA_OPENING = r"(?!### Instruction:\n)(?P<system>.*?)\n\n(?=### Instruction:\n)"
 #: Family → its layouts; the first that reads a text and writes it again is taken.
 _LAYOUTS: dict[str, tuple[TextLayout, ...]] = {
@@ -177,6 +196,8 @@ _LAYOUTS: dict[str, tuple[TextLayout, ...]] = {
         _layout("alpaca", *_ALPACA, opening=_ALPACA_OPENING),
         _layout("alpaca", *_ALPACA, opening=_ALPACA_OPENING, source=_ALPACA_INPUT),
     ),
+    "guanaco": tuple(_sides("guanaco", between, "### ") for between in ("\n\n", "\n", "")),
+    "hh-rlhf": (_sides("hh-rlhf", "\n\n", ""),),
     "vicuna": (
         _layout(
             "vicuna",

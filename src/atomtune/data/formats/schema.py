@@ -21,10 +21,12 @@ SPELLINGS = {
 }
 #: Keys that say whether an answer is wanted: TRL's unpaired preferences, LLaMA-Factory's KTO.
 WANTED = ("label", "kto_tag")
+#: Where an assistant's thoughts stand: in its turn, or beside the one answer of a record.
+REASONING = ("reasoning_content", "reasoning", "thinking")
 #: Keys of a record, and keys of a turn inside it.
 RECORD_KEYS = frozenset(
     {"instruction", "input", "output", "system", "history", "conversations", "messages"}
-    | {"prompt", "completion", "text", "tools", "functions", "chosen", "rejected", *WANTED}
+    | {"prompt", "completion", "text", "tools", "functions", "chosen", "rejected", *WANTED, *REASONING}
 )
 #: The template variable by which Qwen3's and others' are asked to think, or not to.
 THINKING = "enable_thinking"
@@ -32,7 +34,8 @@ THINKING = "enable_thinking"
 KWARGS = "chat_template_kwargs"
 VARIABLES = (THINKING, "documents")
 WEIGHTS = ("weight", "loss_weight", "train", "loss")
-REASONING = ("reasoning_content", "reasoning", "thinking")
+#: What the two sides of an exchange are called where one object holds both.
+EXCHANGE_KEYS = (("human", "assistant"), ("user", "assistant"), ("input", "output"))
 TURN_KEYS = frozenset({"from", "value", "role", "content", "name", "tool_calls", "function_call", *WEIGHTS, *REASONING})
 #: What each format calls a role, and ours; `call` is an assistant's turn whose text is the JSON of its calls.
 ROLES: dict[str, str] = {

@@ -93,6 +93,8 @@ def _why(line: bytes, error: json.JSONDecodeError) -> str:
             "a byte-order mark in the middle of the file, probably where two files were joined; "
             "remove these three bytes"
         )
+    if error.msg == "Extra data" and line.rstrip().endswith(b"},"):
+        return "a comma behind the record; one record a line is expected, and nothing between the lines"
     if error.msg == "Extra data":
         return "text after the end of the record; one record a line is expected"
     if line.strip() in (b"{", b"["):

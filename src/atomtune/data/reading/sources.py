@@ -8,6 +8,7 @@ set on the hub. All are streamed.
 import codecs
 import contextlib
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,8 @@ _NOT_READ = {
 }
 #: Where a magic word stands that is not the first.
 _PLACES = {b"ustar": 257}
+#: A key and the beginning of its list of objects.
+_LIST_OF_OBJECTS = re.compile(rb'^\s*"(\w+)"\s*:\s*\[\s*\{', re.ASCII | re.MULTILINE)
 _HTML = (b"<!doctype html", b"<html")
 #: A first line in which one of these is a cell is a table's header.
 _COLUMNS = {"instruction", "output", "messages", "conversations", "prompt", "completion", "question", "answer"}
@@ -124,6 +127,11 @@ def read_files(
 def _existing(source: Path | str) -> Path:
     path = _described(Path(source))
     if not path.exists():
+        if any(sign in str(path) for sign in "*?["):
+            raise BadData(
+                f"{path}: no such file. Patterns are for the shell, which leaves them alone in quotes and in a YAML "
+                "file: name the files one by one, or their folder."
+            )
         raise BadData(f"{path}: no such file. Pass the data file with --dataset_path.")
     if not path.is_file() and not path.is_dir():
         raise BadData(f"{path}: not a file. Pass a data file with --dataset_path.")
@@ -252,6 +260,8 @@ def _reader_of(path: Path, ending: str, head: bytes) -> Callable[[BinaryIO, str]
     if text.startswith(b"["):
         return _array_chunks
     if text.startswith(b"{"):
+        if not text.partition(b"\n")[0].strip(b"{ \t\r") and b"\n" in text:
+            raise BadData(_over_lines(path, text))
         return jsonl.read_chunks
     if ending in (".parquet", ".arrow"):
         raise BadData(f"{path}: it does not begin like a {ending} file. Download or write it again.")
@@ -270,6 +280,17 @@ def _reader_of(path: Path, ending: str, head: bytes) -> Callable[[BinaryIO, str]
             f"table:\n  mv {path.name} {path.stem}{table_ending}"
         )
     return _table_chunks
+
+
+def _over_lines(path: Path, text: bytes) -> str:
+    """What to say of a file whose first object begins with a line of its own."""
+    wrapped = _LIST_OF_OBJECTS.search(text)
+    program = f'.["{wrapped.group(1).decode()}"][]' if wrapped else "."
+    place = f'; its records seem to stand in the list under "{wrapped.group(1).decode()}"' if wrapped else ""
+    return (
+        f"{path}:1: an object over several lines; one record a line is expected, or a JSON array of them{place}.\n"
+        f"Write one a line: jq -c '{program}' {path.name} > NEW.jsonl"
+    )
 
 
 def _array_chunks(stream: BinaryIO, name: str) -> Iterator[Chunk]:
