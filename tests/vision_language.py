@@ -46,32 +46,78 @@ def config_of(family: str, *, vocabulary: int, **special: Any) -> Any:
     return type(config)(text_config=text_config.to_dict(), vision_config=vision_config.to_dict(), **whole)
 
 
-def write_servable_gemma3(folder: Path, *, head_dim: int) -> Path:
-    """Gemma 3 with an image processor and published names of weights, without which vLLM does not start."""
-    from transformers import Gemma3ImageProcessor, Gemma3Processor  # whose import looks for torchvision
+#: family → its tokens for images, by the processor's name and by the config's
+_IMAGE_TOKENS = {
+    "gemma3": {
+        "image_token": ("<image_soft_token>", "image_token_index"),
+        "boi_token": ("<start_of_image>", "boi_token_index"),
+        "eoi_token": ("<end_of_image>", "eoi_token_index"),
+    },
+    "qwen3_5": {
+        "image_token": ("<|image_pad|>", "image_token_id"),
+        "video_token": ("<|video_pad|>", "video_token_id"),
+        "vision_start_token": ("<|vision_start|>", "vision_start_token_id"),
+        "vision_end_token": ("<|vision_end|>", "vision_end_token_id"),
+    },
+    "mistral3": {
+        "image_token": ("[IMG]", "image_token_index"),
+        "image_break_token": ("[IMG_BREAK]", None),
+        "image_end_token": ("[IMG_END]", None),
+    },
+}
+#: What vLLM's linear attention on a CPU takes, besides bfloat16.
+_LINEAR_HEAD = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
 
-    images = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+
+def write_servable(family: str, folder: Path, *, head_dim: int) -> Path:
+    """A checkpoint with an image processor and published names of weights, without which vLLM does not start."""
+    tokens = _IMAGE_TOKENS[family]
+    images = {name: token for name, (token, _) in tokens.items()}
     tokenizer = tokenizer_of("bytes", CHATML)
     tokenizer.add_special_tokens({"extra_special_tokens": list(images.values())})
-    tokenizer.add_tokens(["\n" * count for count in range(1, 5)])
+    tokenizer.add_tokens(["\n" * count for count in range(1, 5)])  # Gemma's processor looks for them
     tokenizer.save_pretrained(folder)
     settings_file = folder / "tokenizer_config.json"
     settings = json.loads(settings_file.read_text(encoding="utf-8"))
     settings_file.write_text(json.dumps({**settings, "extra_special_tokens": images}), encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = config_of("gemma3", vocabulary=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    config.text_config.head_dim = head_dim
-    for name, token in zip(("image_token_index", "boi_token_index", "eoi_token_index"), images.values(), strict=True):
-        setattr(config, name, tokenizer.convert_tokens_to_ids(token))
+    heads = {"head_dim": head_dim, **(_LINEAR_HEAD if family == "qwen3_5" else {})}
+    config = config_of(family, vocabulary=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **heads)
+    for token, field in tokens.values():
+        if field:
+            setattr(config, field, tokenizer.convert_tokens_to_ids(token))
     torch.manual_seed(7)
     AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    file = folder / "model.safetensors"
-    weights = {name.replace("vision_tower.", "vision_tower.vision_model."): w for name, w in load_file(file).items()}
-    save_file(weights, file, metadata={"format": "pt"})
-    image_processor = Gemma3ImageProcessor(size={"height": 28, "width": 28}, image_seq_length=1)
-    Gemma3Processor(image_processor, tokenizer, image_seq_length=1).save_pretrained(folder)
+    if family == "gemma3":
+        file = folder / "model.safetensors"
+        weights = {
+            name.replace("vision_tower.", "vision_tower.vision_model."): w for name, w in load_file(file).items()
+        }
+        save_file(weights, file, metadata={"format": "pt"})
+    _processor(family, tokenizer, config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _processor(family: str, tokenizer: Any, config: Any) -> Any:
+    """For images of 28 pixels in patches of 14; importing it looks for torchvision."""
+    from transformers import (
+        Gemma3ImageProcessor,
+        Gemma3Processor,
+        PixtralImageProcessor,
+        PixtralProcessor,
+        Qwen2VLImageProcessor,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
+
+    if family == "gemma3":
+        images = Gemma3ImageProcessor(size={"height": 28, "width": 28}, image_seq_length=1)
+        return Gemma3Processor(images, tokenizer, image_seq_length=1)
+    if family == "qwen3_5":
+        return Qwen3VLProcessor(Qwen2VLImageProcessor(patch_size=14), tokenizer, Qwen3VLVideoProcessor(patch_size=14))
+    images = PixtralImageProcessor(size={"longest_edge": 28}, patch_size={"height": 14, "width": 14})
+    return PixtralProcessor(images, tokenizer, patch_size=14, spatial_merge_size=config.spatial_merge_size)
 
 
 def write_checkpoint(family: str, folder: Path) -> Path:
