@@ -98,3 +98,18 @@ for module in pkgutil.walk_packages(atomtune.__path__, "atomtune."):
         pass
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
+def test_without_proc_what_is_tried_has_a_limit_of_time_alone(monkeypatch):
+    """Nobody knows there how much memory a process has. The trial ended at that, and the stranger's program free."""
+
+    def unmounted() -> int:
+        raise FileNotFoundError(2, "No such file or directory", "/proc/self/statm")
+
+    def endless(say):
+        say("record 1")
+        while True:
+            pass
+
+    monkeypatch.setattr(limits, "_address_space", unmounted)
+    assert trial(endless, seconds=1) == Tripped("time", "record 1", 1)

@@ -142,7 +142,19 @@ def _silence() -> None:
 
 def limit_memory(more_bytes: int) -> None:
     """From now on this process gets so much more memory, and then a MemoryError."""
-    _limit(resource.RLIMIT_AS, _address_space() + more_bytes)
+    try:
+        addresses = _address_space()
+    except OSError:  # without /proc nobody knows what it has: any limit might be too low to go on
+        return
+    _limit(resource.RLIMIT_AS, addresses + more_bytes)
+
+
+def most_memory_held() -> int | None:
+    """The most bytes that this process has held so far; None on Windows."""
+    if resource is None:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def _limit(kind: int, most: int) -> None:

@@ -2,10 +2,23 @@
 
 from types import SimpleNamespace
 
+import psutil
+import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config
 
-from atomtune.model.memory import ActivationMemory, StepShape, activation_bytes, is_out_of_memory, peak_bytes, remedies
+from atomtune.model import base_shape
+from atomtune.model.memory import (
+    ActivationMemory,
+    StepShape,
+    activation_bytes,
+    free_bytes,
+    held_bytes,
+    is_out_of_memory,
+    machine_bytes,
+    peak_bytes,
+    remedies,
+)
 
 CPU = torch.device("cpu")
 ATOM_7B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
@@ -81,3 +94,20 @@ def test_what_is_already_done_is_not_advised():
 def test_smaller_pieces_keep_the_global_batch():
     assert "--per_device_train_batch_size 8 --gradient_accumulation_steps 2" in remedies(shape())
     assert "23.0 GB" in remedies(shape())
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "No such file", "/proc/meminfo"), psutil.NoSuchProcess(1)], ids=str
+)
+def test_a_system_that_does_not_tell_its_memory_is_believed_to_have_none_to_spare(models, monkeypatch, error):
+    """A container without /proc: psutil raised, and the run ended with a traceback."""
+
+    def refuse(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(psutil, "virtual_memory", refuse)
+    monkeypatch.setattr(psutil, "Process", refuse)
+    assert machine_bytes() is free_bytes(CPU) is held_bytes() is None
+    tiny = memory(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2), 1_000)
+    assert not tiny.fits and "does not tell how much memory is free" in str(tiny)
+    assert base_shape.base_shape(str(models("llama"))).longest == 512, "as many as the base has positions"

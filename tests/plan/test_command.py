@@ -110,3 +110,18 @@ def test_a_plan_writes_no_run(models, dialogues, tmp_path, capsys):
         "--output_dir", str(tmp_path / "out"),
     )  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+def test_where_the_system_tells_no_memory_nobody_knows_whether_the_run_fits(models, dialogues, capsys, monkeypatch):
+    """A container without /proc, where psutil raises."""
+
+    def unmounted(*arguments: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "/proc/meminfo")
+
+    monkeypatch.setattr("psutil.virtual_memory", unmounted)
+    monkeypatch.setattr("psutil.Process", unmounted)
+    run = ("--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--use_cpu", "true")
+    plan = planned(capsys, *run)
+    assert plan["fits"]["cpu"] is None and plan["fits"]["8 GB GPU"] is True and plan["activations_recomputed"] is True
+    assert main(["plan", *run]) == 0
+    assert "unknown" in capsys.readouterr().out

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from transformers import AutoConfig
 
 from atomtune.errors import BadModel
 from atomtune.model.load import device_in_use
+from atomtune.model.memory import machine_bytes
 
 #: Where neither config nor memory says less. More tokens than any base of today reads.
 NO_LIMIT = 2**20
@@ -50,7 +50,8 @@ def base_shape(path: str, *, trust_remote_code: bool = False, use_cpu: bool = Fa
     positions = positions_of(config) or NO_LIMIT
     if positions < FEWEST_TOKENS:
         raise BadModel(f"{path} has {positions:,} positions; a record needs {FEWEST_TOKENS} or more.")
-    in_memory = tokens_in_memory(text, _device_memory(use_cpu=use_cpu))
+    memory = _device_memory(use_cpu=use_cpu)
+    in_memory = positions if memory is None else tokens_in_memory(text, memory)
     if in_memory < positions:
         return BaseShape(width, in_memory, f"this machine's memory bears {in_memory:,} tokens")
     if positions >= NO_LIMIT:
@@ -84,8 +85,8 @@ def tokens_in_memory(config: Any, memory_bytes: int) -> int:
     return min(max(power_of_two, _LEAST), NO_LIMIT)
 
 
-def _device_memory(*, use_cpu: bool) -> int:
-    """All memory of the device, in bytes."""
+def _device_memory(*, use_cpu: bool) -> int | None:
+    """All memory of the device, in bytes; None where the system does not tell."""
     if torch.cuda.is_available() and not use_cpu:
         return int(torch.cuda.get_device_properties(device_in_use()).total_memory)
-    return int(psutil.virtual_memory().total)
+    return machine_bytes()

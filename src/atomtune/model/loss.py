@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
-from atomtune.model.memory import free_bytes
+from atomtune.model.memory import free_on_gpu
 from atomtune.model.recurrent import announce
 from atomtune.model.row_attention import ROW_PLAN, ROWS
 
@@ -296,7 +296,7 @@ def _logits_that_fit(device: torch.device) -> int:
     """By the memory that is free when the first loss is computed, behind the activations of a whole forward."""
     if device.type != "cuda":
         return CHUNK_LOGITS
-    logits = int(FREE_FOR_LOGITS * free_bytes(device)) // BYTES_A_LOGIT
+    logits = int(FREE_FOR_LOGITS * free_on_gpu(device)) // BYTES_A_LOGIT
     return min(MOST_LOGITS, max(CHUNK_LOGITS, logits))
 
 

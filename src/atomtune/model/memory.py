@@ -6,7 +6,7 @@ the run.
 """
 
 import math
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,8 @@ import psutil
 import torch
 from rich.filesize import decimal
 
+from atomtune.limits import most_memory_held
 from atomtune.model.block_attention import MOST_KEPT
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 #: Part of the free memory that activations may take. The rest is for the loss, the optimizer and fragmentation; on a
 #: CPU for other programs too.
@@ -76,12 +72,33 @@ def layers_to_recompute(layers: int, *, kept: int, inputs: int, room: float) -> 
     return min(layers, math.ceil((kept - FILLED_BY_CHOICE * room) / saved_by_one))
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory a step may still take on this device."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0] + unused)
-    return int(psutil.virtual_memory().available)
+def free_bytes(device: torch.device) -> int | None:
+    """Memory a step may still take on this device; None where the system does not tell."""
+    return free_on_gpu(device) if device.type == "cuda" else _told(lambda: psutil.virtual_memory().available)
+
+
+def free_on_gpu(device: torch.device) -> int:
+    """The same of a GPU, which always tells."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + unused)
+
+
+def machine_bytes() -> int | None:
+    """All memory of this machine, used or not; None where the system does not tell."""
+    return _told(lambda: psutil.virtual_memory().total)
+
+
+def held_bytes() -> int | None:
+    """What this process holds now; None where the system does not tell."""
+    return _told(lambda: psutil.Process().memory_info().rss)
+
+
+def _told(question: Callable[[], int]) -> int | None:
+    """psutil's answer; None where it has none, as in a container in which /proc is not mounted, or not readable."""
+    try:
+        return int(question())
+    except (psutil.Error, OSError, LookupError, ValueError, RuntimeError):
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +109,7 @@ class ActivationMemory:
     needed   bytes that such a step keeps, when nothing is recomputed
     inputs   bytes of the inputs of all layers in such a step
     layers   of the model
-    free     bytes of the device that are free
+    free     bytes of the device that are free; None where the system does not tell
     usable   of which activations may take this part
     """
 
@@ -100,7 +117,7 @@ class ActivationMemory:
     needed: int
     inputs: int
     layers: int
-    free: int
+    free: int | None
     usable: float
 
     @classmethod
@@ -126,27 +143,32 @@ class ActivationMemory:
 
     @property
     def fits(self) -> bool:
-        """Whether a step can keep all its activations."""
-        return self.needed <= self.usable * self.free
+        """Whether a step can keep all its activations, as far as is known."""
+        return self.free is not None and self.needed <= self.usable * self.free
 
     @property
     def layers_to_recompute(self) -> int:
-        """How many layers have to be recomputed; 0 where a step fits as it is."""
+        """How many layers have to be recomputed; 0 where a step fits as it is, all where nobody knows."""
+        if self.free is None:
+            return self.layers
         room = self.usable * self.free
         return layers_to_recompute(self.layers, kept=self.needed, inputs=self.inputs, room=room)
 
     def __str__(self) -> str:
-        return f"a step of {self.tokens:,} tokens keeps {decimal(self.needed)}, {decimal(self.free)} are free"
+        needed = decimal(self.needed)
+        if self.free is None:
+            return f"a step of {self.tokens:,} tokens keeps {needed}; this system does not tell how much memory is free"
+        return f"a step of {self.tokens:,} tokens keeps {needed}, {decimal(self.free)} are free"
 
 
 def peak_bytes(device: torch.device) -> int:
     """Highest memory use so far: of the GPU's allocator, or of this process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    if resource is None:
-        return int(psutil.Process().memory_info().peak_wset)
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
+    most = most_memory_held()
+    if most is not None:
+        return most
+    return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]  # of Windows
 
 
 def is_out_of_memory(error: BaseException) -> bool:

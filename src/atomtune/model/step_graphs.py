@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from atomtune.batch.attention_plan import AttentionPlan
 from atomtune.model.loss import target_nats
-from atomtune.model.memory import free_bytes, peak_bytes
+from atomtune.model.memory import free_on_gpu, peak_bytes
 
 #: Tokens times weights of a step that keeps the GPU busy as it is: at 8,192 tokens a 7B model waits 5 % of its time for
 #: the host.
@@ -228,7 +228,7 @@ class GpuRecorder:
         return peak_bytes(self.device) - torch.cuda.memory_allocated(self.device)
 
     def free_bytes(self) -> int:
-        return free_bytes(self.device)
+        return free_on_gpu(self.device)
 
     def release(self) -> None:
         torch.cuda.empty_cache()

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 from rich.filesize import decimal
 from rich.table import Table
@@ -24,7 +23,7 @@ from atomtune.language import translated
 from atomtune.model.adapter import LoraSpec
 from atomtune.model.base_shape import base_shape
 from atomtune.model.load import device_in_use, dtype_name, load_tokenizer, quiet_libraries, resolve_dtype
-from atomtune.model.memory import USABLE, USABLE_ON_GPU, free_bytes, input_bytes, layers_to_recompute
+from atomtune.model.memory import USABLE, USABLE_ON_GPU, free_bytes, held_bytes, input_bytes, layers_to_recompute
 from atomtune.plan.estimate import (
     CUDA_CONTEXT,
     StepMemory,
@@ -77,7 +76,7 @@ class Forecast:
 
     device    of this process
     memories  device or card → memory of a heavy step there; this process's device first
-    fits      the same names → whether it has that much
+    fits      the same names → whether it has that much; None where the system does not tell
     seconds   of the training loop on this device, whose matrix products reach `rate` operations a second in `dtype`
     learning_rate, held_out  what the run would take, and how many records --eval_size holds out
     """
@@ -87,7 +86,7 @@ class Forecast:
     device: str
     dtype: torch.dtype
     memories: dict[str, StepMemory]
-    fits: dict[str, bool]
+    fits: dict[str, bool | None]
     seconds: float
     rate: float
     learning_rate: float
@@ -142,7 +141,8 @@ def forecast_of(settings: TrainSettings, console: Console) -> Forecast:
 
     here = _Here.of(settings)
     device, memory = str(here.device), here.memory(settings, size, run)
-    memories, fits = {device: memory}, {device: memory.peak <= here.free}
+    memories = {device: memory}
+    fits = {device: None if here.free is None else memory.peak <= here.free}
     for gigabytes in CARDS:
         card = f"{gigabytes} GB GPU"
         memories[card] = _on_card(settings, size, run, gigabytes)
@@ -262,11 +262,11 @@ def _steps(args: TrainingArguments, records: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Here:
-    """The device of this process, the base's number format on it, and what is free."""
+    """The device of this process, the base's number format on it, and what is free (None: the system does not tell)."""
 
     device: torch.device
     dtype: torch.dtype
-    free: int
+    free: int | None
     libraries: int
 
     @classmethod
@@ -279,10 +279,11 @@ class _Here:
             bf16=bool(settings.trainer.get("bf16")),
             notice=lambda _: None,
         )
-        used = int(psutil.Process().memory_info().rss)
+        free, libraries = free_bytes(device), 0
         if device.type == "cpu":
-            return cls(device=device, dtype=dtype, free=free_bytes(device) + used, libraries=used)
-        return cls(device=device, dtype=dtype, free=free_bytes(device), libraries=0)
+            libraries = held_bytes() or 0
+            free = None if free is None else free + libraries
+        return cls(device=device, dtype=dtype, free=free, libraries=libraries)
 
     def memory(self, settings: TrainSettings, size: ModelSize, run: RunSize) -> StepMemory:
         on_cpu = self.device.type == "cpu"
@@ -313,7 +314,7 @@ def _on_card(settings: TrainSettings, size: ModelSize, run: RunSize, gigabytes: 
 
 
 def _kept_or_recomputed(
-    settings: TrainSettings, size: ModelSize, step: StepSpec, *, free: int, usable: float
+    settings: TrainSettings, size: ModelSize, step: StepSpec, *, free: int | None, usable: float
 ) -> StepMemory:
     """As `--gradient_checkpointing auto` decides once the model is loaded: by the part of what is then free."""
     choice = settings.run.gradient_checkpointing
@@ -321,6 +322,8 @@ def _kept_or_recomputed(
     if choice != "auto":
         return without
     activations = without.parts["activations"]
+    if free is None:
+        return step_memory(size, step, recomputed=1.0)
     layers = layers_to_recompute(
         size.layers,
         kept=activations,
@@ -356,7 +359,8 @@ def _table_of_devices(forecast: Forecast) -> Table:
     table = Table(*map(translated, ("device", "needs", "activations", "fits")), box=None)
     for name, memory in forecast.memories.items():
         fits = forecast.fits[name]
-        table.add_row(translated(name), decimal(memory.peak), _activations(memory), translated("yes" if fits else "no"))
+        answer = translated("unknown" if fits is None else "yes" if fits else "no")
+        table.add_row(translated(name), decimal(memory.peak), _activations(memory), answer)
         if fits and not memory.recomputed and name != forecast.device:
             break
     return table

@@ -131,7 +131,7 @@ def _refuse_too_large(base: Any, lora: LoraSpec, names: Collection[str]) -> None
     layers = [layer for name, layer in base.named_modules() if name.rpartition(".")[2] in names]
     sides = sum(getattr(layer, "in_features", 0) + getattr(layer, "out_features", 0) for layer in layers)
     needed, free = sides * lora.rank * torch.float32.itemsize, free_bytes(base.device)
-    if needed > free:
+    if free is not None and needed > free:
         raise BadSettings(
             [
                 f"--lora_rank {lora.rank:,}: the adapter alone would take {needed / 1e9:,.0f} GB, and "
