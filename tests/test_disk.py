@@ -1,15 +1,18 @@
 """Laws of the disk: a folder that a command fills is whole or free again; which errors are the disk's."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from atomtune.disk import (
+    TemporaryFolder,
     disk_failed,
     expanded,
     filled,
@@ -19,6 +22,7 @@ from atomtune.disk import (
     place_problem,
     publish,
     replacing,
+    sharing_problem,
 )
 from atomtune.errors import BadSettings
 
@@ -174,3 +178,52 @@ def test_no_room_for_a_temporary_file_is_the_disks_fault(monkeypatch):
     with pytest.raises(FileNotFoundError) as caught:
         tempfile.gettempdir()
     assert disk_failed(caught.value)
+
+
+TEMPORARY = """
+import os, signal, sys
+from atomtune.disk import TemporaryFolder
+folder = TemporaryFolder("kind-")
+(folder.path / "file").write_text("x")
+print(folder.path, flush=True)
+if sys.argv[1] == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs locks on folders")
+def test_a_killed_processs_temporary_folder_goes_when_the_next_is_made_and_a_living_ones_stays(tmp_path, monkeypatch):
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+
+    def started(end: str) -> subprocess.Popen:
+        words = [sys.executable, "-c", TEMPORARY, end]
+        return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+    living = started("live")
+    of_living = Path(living.stdout.readline().strip())
+    killed = started("kill")
+    of_killed = Path(killed.stdout.readline().strip())
+    assert killed.wait() == -signal.SIGKILL and of_killed.is_dir()
+    (tmp_path / "kind-file").write_text("no folder")
+    (tmp_path / "kind-link").symlink_to(of_living)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    own = TemporaryFolder("kind-")
+    assert not of_killed.exists() and (of_living / "file").is_file() and own.path.is_dir()
+    own.remove()
+    assert {path.name for path in tmp_path.iterdir()} == {of_living.name, "kind-file", "kind-link"}
+    living.communicate()
+    assert not of_living.exists(), "at its end it removes its own"
+
+
+def test_memory_that_processes_cannot_share_is_told_from_a_full_disk(monkeypatch):
+    torch_says = RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)")
+    assert "docker run --shm-size" in sharing_problem(torch_says)
+    assert sharing_problem(RuntimeError("out of resource: shared memory, Required: 231424")) == ""  # a GPU's own
+    no_semaphore = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=0))
+    if Path("/dev/shm").is_dir():
+        assert "/dev/shm" in sharing_problem(no_semaphore)
+    assert sharing_problem(OSError(errno.ENOSPC, "No space left on device", "out/run.json")) == ""
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=10**9))
+    assert sharing_problem(no_semaphore) == ""

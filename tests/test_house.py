@@ -155,6 +155,7 @@ PRIVATE = {
         "Trainer._save_rng_state",
         "Trainer._save_scaler",
     },
+    "train/dataloader.py": {"Queue._on_queue_feeder_error"},
     "train/trainer.py": {"Trainer._determine_best_metric", "Trainer._evaluate", "Trainer._get_train_sampler"},
 }
 

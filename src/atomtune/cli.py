@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 from atomtune import __version__
 from atomtune.console import LastingStream, visible
-from atomtune.errors import AtomtuneError, BadSettings, ExitCode
+from atomtune.errors import AtomtuneError, BadSettings, ExitCode, RunFailed
 from atomtune.language import LANGUAGES, language_of, spoken, translated
 
 #: After so long a signal that nobody heard is sent again.
@@ -215,15 +215,17 @@ def _run(name: str, flags: Sequence[str]) -> int:
 
 def _unforeseen(name: str, error: Exception) -> int:
     """A file's place, a disk, memory or kernels, in a command without words of its own; else a bug, shown whole."""
-    from atomtune.disk import disk_failed, place_problem
+    from atomtune.disk import disk_failed, place_problem, sharing_problem
     from atomtune.model.failures import of_the_model
 
+    if problem := place_problem(error):
+        return _told(name, BadSettings([f"{problem} Pass another place, or change what is there."]))
+    if problem := sharing_problem(error):
+        return _told(name, RunFailed(problem))
     if disk_failed(error):
         _say_error(f"\natomtune {name}: the disk is full or failing: {error}")
         _say_error("Free some space and run the command again.")
         return ExitCode.RUN_FAILED
-    if problem := place_problem(error):
-        return _told(name, BadSettings([f"{problem} Pass another place, or change what is there."]))
     if failure := of_the_model(error):
         return _told(name, failure)
     _say_error("".join(traceback.format_exception(error)).rstrip())

@@ -1,4 +1,4 @@
-"""Disk: a file or folder is written whole or not at all; which errors are the disk's and not a bug."""
+"""Disk: a file or folder is written whole or not at all, or goes with its process; which errors are the disk's."""
 
 import contextlib
 import errno
@@ -9,6 +9,8 @@ import re
 import secrets
 import shutil
 import stat
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,13 +29,15 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG,
 #: What stands at a place, or who may use it, is not what was thought.
 _PLACE_ERRORS = {
     *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP),
-    *(errno.ENAMETOOLONG, errno.ETXTBSY, errno.ENXIO),
+    *(errno.ENAMETOOLONG, errno.ETXTBSY, errno.ENXIO, errno.EROFS),
 }
 #: The same in the system's words, which is all that a library's own kind of error keeps of them.
 _DISK_WORDS = (
     *(os.strerror(code) for code in _DISK_ERRORS - {errno.EFBIG}),
     "No usable temporary directory",  # tempfile, where no place takes a file of four bytes
 )
+#: By which processes on Linux hand each other data, and less than which is none; torch's words where it is full.
+_SHARED, _LEAST_SHARED, _SHARED_WORDS = Path("/dev/shm"), 2**16, "shared memory(shm)"
 #: torch.save closes its archive, finds fewer bytes than it wrote and says only that: no errno, no class of its own.
 _TORCH_WROTE_LESS = re.compile(r"unexpected pos \d+ vs \d+|file write failed|iostream error")
 #: A run.json that names a million refused records has half of it.
@@ -56,6 +60,26 @@ def disk_failed(error: BaseException) -> bool:
     if code in _DISK_ERRORS or any(words in text for words in _DISK_WORDS):
         return True
     return _TORCH_WROTE_LESS.search(text) is not None
+
+
+def sharing_problem(error: BaseException) -> str:
+    """That processes cannot share memory, where that is why; the system says it as of a full disk, without a name."""
+    cannot = _SHARED_WORDS in str(error)
+    if isinstance(error, OSError) and error.filename is None:
+        if _SHARED.is_dir():
+            no_room = shutil.disk_usage(_SHARED).free < _LEAST_SHARED or not os.access(_SHARED, os.W_OK)
+            cannot |= no_room and error.errno in {*_DISK_ERRORS, errno.EACCES}
+        elif sys.platform == "linux":
+            cannot |= error.errno == errno.ENOENT
+    return no_shared_memory(str(error)) if cannot else ""
+
+
+def no_shared_memory(found: str) -> str:
+    """What is said of it, and what helps."""
+    return (
+        f"{_SHARED}, by which processes share memory, is full or cannot be written ({found}).\nFree some of it, or "
+        "give the container more: docker run --shm-size=1g."
+    )
 
 
 def place_problem(error: BaseException) -> str:
@@ -134,6 +158,17 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError("not an object")
     return values
+
+
+def why_unwritable(folder: Path) -> str:
+    """Why nothing can be written in a folder, which may have to be made; "" where it can. Asked before long work."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def is_free(folder: Path) -> bool:
@@ -216,6 +251,55 @@ def _locked(folder: Path) -> int | None:
     except OSError:  # some network file systems lock files but not folders
         pass
     return opened
+
+
+class TemporaryFolder:
+    """A folder that goes with this process, by `remove` or at its end; a killed one's goes when the next is made.
+
+    kind  how its name begins, which is all that those of one use have in common
+    """
+
+    def __init__(self, kind: str) -> None:
+        _remove_orphans(kind)
+        self._lock: int | None = None
+        while not self._is_made(kind):
+            pass
+
+    def _is_made(self, kind: str) -> bool:
+        """Make it and hold it; False where another process took it for an orphan in the moment between."""
+        self._folder = tempfile.TemporaryDirectory(prefix=kind, ignore_cleanup_errors=True)
+        self.path = Path(self._folder.name)
+        try:
+            self._lock = _locked(self.path)
+        except (BlockingIOError, FileNotFoundError):
+            return False
+        if not self.path.exists():
+            self.remove()
+            return False
+        return True
+
+    def remove(self) -> None:
+        self._folder.cleanup()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _remove_orphans(kind: str) -> None:
+    """Remove this user's temporary folders of a kind that no process holds; the system frees those of a killed one."""
+    if fcntl is None:
+        return
+    for folder in Path(tempfile.gettempdir()).glob(f"{kind}*"):
+        with contextlib.suppress(OSError):  # another's, held, or gone meanwhile
+            status = folder.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+                continue
+            opened = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove_tree(folder)
+            finally:
+                os.close(opened)
 
 
 def publish(staging: Path, folder: Path, *, last: str) -> None:

@@ -1,9 +1,13 @@
 """`atomtune web` as a command: what is refused before anything is loaded."""
 
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
+from atomtune.engines.server_process import free_port
 from atomtune.errors import BadSettings
 from atomtune.settings.read import read
 
@@ -31,3 +35,21 @@ def test_without_gradio_the_command_that_installs_it_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "gradio" else found(name))
     with pytest.raises(BadSettings, match=r"atomtune web needs gradio, not installed here\.\n  pip install"):
         web(read("web", ["--adapter_path", "out"]))
+
+
+@pytest.mark.slow
+def test_a_proxy_of_the_environment_is_not_asked_for_the_page(by_heart, tmp_path):
+    """Gradio asks its own page whether it is there. Where http_proxy is set the command ended as by a bug."""
+    pytest.importorskip("gradio", reason="needs the extra web")
+    environment = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+    environment |= {"http_proxy": "http://127.0.0.1:9", "TMPDIR": str(tmp_path)}  # nobody listens there
+    words = [sys.executable, "-m", "atomtune", "web", "--adapter_path", str(by_heart), "--port", str(free_port())]
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+    try:
+        assert any(line.startswith("ready: ") for line in process.stdout)
+    finally:
+        process.kill()
+        process.communicate()
+    assert list(tmp_path.glob("atomtune-web-*")), "left by a killed process, until the next one starts"

@@ -492,3 +492,27 @@ def test_a_disk_that_fills_up_behind_the_last_save_leaves_a_finished_run(
     assert main(command(models("llama"), dialogues, out, "--max_steps", "2")) == 0
     assert "the report could not be written" in capsys.readouterr().out
     assert json.loads((out / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+@pytest.mark.parametrize(
+    ("mounted", "found"), [("ro", "Read-only file system"), ("size=64k", "a batch did not find room")]
+)
+def test_workers_that_cannot_share_memory_are_not_blamed_on_the_disk(models, dialogues, tmp_path, mounted, found):
+    """The output folder was named; and where a batch alone found no room, the run waited for it for ever."""
+    script = f'mount -t tmpfs -o {mounted} tmpfs /dev/shm && exec "$@" || exit 99'
+    words = command(models("llama"), dialogues, tmp_path / "out", "--max_steps", "2", "--dataloader_num_workers", "1")
+    done = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", script, "bash", sys.executable, "-m", "atomtune", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    if done.returncode in (1, 99) and "atomtune" not in done.stderr:
+        pytest.skip("this machine does not let us mount")
+    assert done.returncode == 3, done.stderr
+    assert "/dev/shm, by which processes share memory, is full or cannot be written (" in done.stderr
+    assert found in done.stderr
+    assert "--dataloader_num_workers 0" in done.stderr and "Last whole checkpoint" in done.stderr
+    assert "The disk is full" not in done.stderr

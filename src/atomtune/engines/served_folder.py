@@ -8,14 +8,13 @@ under the adapter's own name, which becomes the model's name. The adapter's toke
 import contextlib
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import cached_file
 
-from atomtune.disk import read_json_object
+from atomtune.disk import TemporaryFolder, read_json_object
 from atomtune.errors import BadModel
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -33,7 +32,7 @@ class ServedFolder:
 
     def __init__(self, folder: Path, *, base: str | None = None, stop_ids: Sequence[int] = ()) -> None:
         self.folder, self.base, self.stop_ids = folder.resolve(), base, list(stop_ids)
-        self.view: tempfile.TemporaryDirectory[str] | None = None
+        self.view: TemporaryFolder | None = None
 
     def __enter__(self) -> Path:
         config = self.folder / ADAPTER_CONFIG
@@ -44,8 +43,8 @@ class ServedFolder:
             of_base = Path(str(cached_file(base, "config.json"))).parent
         except OSError as error:
             raise BadModel(f"{base}: the base that {config} names cannot be read: {str(error)[:200]}") from None
-        self.view = tempfile.TemporaryDirectory(prefix="atomtune-serve-")
-        view = Path(self.view.name) / self.folder.name
+        self.view = TemporaryFolder("atomtune-serve-")
+        view = self.view.path / self.folder.name
         view.mkdir()
         for file in of_base.iterdir():
             if file.is_file() and not any(file.match(pattern) for pattern in _NOT_OF_BASE):
@@ -65,7 +64,7 @@ class ServedFolder:
 
     def __exit__(self, *exc: object) -> None:
         if self.view is not None:
-            self.view.cleanup()
+            self.view.remove()
             self.view = None
 
 

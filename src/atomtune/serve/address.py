@@ -2,6 +2,7 @@
 
 import contextlib
 import ipaddress
+import os
 
 
 def only_this_machine(host: str) -> bool:
@@ -18,3 +19,10 @@ def own_address(host: str) -> str:
     if host in ("0.0.0.0", "::"):
         return "127.0.0.1" if host == "0.0.0.0" else "[::1]"
     return f"[{host}]" if ":" in host else host
+
+
+def ask_without_proxy(host: str) -> None:
+    """Have this process ask its own servers without a proxy, whatever the environment says (http_proxy)."""
+    before = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join([*([before] if before else []), "localhost", "127.0.0.1", host])

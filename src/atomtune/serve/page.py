@@ -23,11 +23,12 @@ from gradio.blocks import Block
 from atomtune.console import shortened
 from atomtune.data.encoding.chat_template import OWN
 from atomtune.data.formats.schema import THINKING
-from atomtune.disk import read_json_object
+from atomtune.disk import TemporaryFolder, read_json_object
 from atomtune.errors import AtomtuneError
 from atomtune.language import in_chinese, message, spoken, translated
 from atomtune.model.generate import Sampling
 from atomtune.model.load import dtype_name
+from atomtune.serve.address import ask_without_proxy
 from atomtune.serve.side_by_side import Answer, Asking, Exchange, Side, answered, conversation_of, modes_of
 from atomtune.serve.tuned_model import TunedModel
 from atomtune.settings.fields import WebSettings
@@ -106,7 +107,8 @@ class Page:
         english, chinese = _words_about(tuned)
         self._word: Any = gradio.I18n(**{"en": english, "zh": chinese, "zh-CN": chinese, "zh-TW": chinese})
         self._talks: dict[str | None, Talk] = defaultdict(Talk)  # by browser tab
-        self._saved = tempfile.TemporaryDirectory(prefix="atomtune-web-")
+        self._saved = TemporaryFolder("atomtune-web-")
+        os.environ["GRADIO_TEMP_DIR"] = str(self._saved.path)  # its copies of what was saved go with the page too
         title = f"atomtune: {tuned.folder.resolve().name}"
         # delete_cache: Gradio's own copies of what was saved go when they are an hour old, and when the page ends.
         options: dict[str, Any] = {"analytics_enabled": False, "fill_height": True, "delete_cache": (600, 3600)}
@@ -281,7 +283,7 @@ class Page:
         button = gradio.DownloadButton(visible=False)
         if exchanges:
             conversation = conversation_of(self.tuned, exchanges, self._system_of(values))
-            file = Path(tempfile.mkdtemp(dir=self._saved.name)) / "conversation.jsonl"
+            file = Path(tempfile.mkdtemp(dir=self._saved.path)) / "conversation.jsonl"
             conversation.save(file)
             button = gradio.DownloadButton(value=str(file), visible=True)
         return *self._drawn(request), button
@@ -344,6 +346,7 @@ class Page:
 
     def launch(self, *, host: str, port: int, login: tuple[str, str] | None = None) -> None:
         """Begin to listen; returns at once."""
+        ask_without_proxy(host)  # Gradio asks its own page whether it is there
         theme = gradio.themes.Default(primary_hue="green", neutral_hue="stone", font=_FONTS, font_mono=["monospace"])
         self.blocks.launch(
             server_name=host,
@@ -368,7 +371,7 @@ class Page:
         for talk in list(self._talks.values()):
             _end_answer(talk)
         self.blocks.close(verbose=False)
-        self._saved.cleanup()
+        self._saved.remove()
 
 
 def _words_about(tuned: TunedModel) -> tuple[dict[str, str], dict[str, str]]:

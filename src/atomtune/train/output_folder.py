@@ -16,6 +16,7 @@ from atomtune.errors import AtomtuneError, RunFailed, Stopped
 from atomtune.model.failures import of_the_model
 from atomtune.settings.fields import TrainSettings, is_secret
 from atomtune.train.checkpoint.atomic import checkpoints, damage
+from atomtune.train.dataloader import lost_worker
 from atomtune.train.ranks import lost_processes
 from atomtune.train.run_context import RunContext
 
@@ -90,7 +91,7 @@ def explained(error: BaseException, args: TrainingArguments, *, again: str) -> B
         return error
     folder = Path(args.output_dir)
     newest_whole = next((path for path in checkpoints(folder) if not damage(path)), None)
-    if lost := lost_processes(error, args):
+    if lost := lost_processes(error, args) or lost_worker(error, workers=args.dataloader_num_workers):
         return RunFailed(f"{lost}\nLast whole checkpoint: {newest_whole or 'none'}. {again}")
     if isinstance(error, KeyboardInterrupt):
         signal_name = error.args[0] if error.args else "SIGINT"
