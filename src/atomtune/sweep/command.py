@@ -16,6 +16,7 @@ from atomtune.disk import held, numbered
 from atomtune.errors import AtomtuneError, BadSettings, ExitCode, RunFailed, Stopped, UserError
 from atomtune.extras import refuse_missing
 from atomtune.language import message, translated
+from atomtune.process import end_with_parent
 from atomtune.settings.fields import SweepSettings
 from atomtune.settings.flags import types_of
 from atomtune.settings.library import library_types
@@ -177,6 +178,7 @@ def _forecast(shared: Mapping[str, object], folder: Path) -> Mapping[str, float]
             encoding="utf-8",
             errors="replace",
             check=False,
+            preexec_fn=end_with_parent,  # safe: see there
         )
     finally:
         file.unlink(missing_ok=True)

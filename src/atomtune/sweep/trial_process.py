@@ -74,7 +74,7 @@ def _process(words: Sequence[str], output: IO[bytes]) -> Iterator["subprocess.Po
         stderr=subprocess.STDOUT,
         env=environment,
         start_new_session=os.name == "posix",
-        preexec_fn=end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509  # safe: see there
+        preexec_fn=end_with_parent,  # noqa: PLW1509  # safe: see there
     )
     try:
         yield process
