@@ -3,8 +3,10 @@
 Here the engine is plain transformers in this process; the real servers are asked in test_engines.py.
 """
 
+import errno
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from atomtune.engines.engine import Request
 from atomtune.engines.served_folder import ServedFolder
 from atomtune.engines.transformers_in_process import TransformersInProcess
 from atomtune.errors import BadModel
+from atomtune.model.load import load_tokenizer
+from tests.conftest import DIALOGUES, write_jsonl
 from tests.tiny import build
 from tests.walk.test_pages import wrong_next_steps
 
@@ -166,3 +170,48 @@ def test_certificates_of_other_engines_stay(adapter):
         ("vllm", True),
         ("in-process", True),
     ]
+
+
+def test_an_answer_that_fills_the_limit_with_its_stop_token_is_no_fault(by_heart, adapter):
+    """Engines that end at the limit then say so, though the last token was the stop: the certificate did not hold."""
+    tokenizer = load_tokenizer(str(by_heart), trust_remote_code=False)
+    answer = DIALOGUES[1]["output"]
+    limit = len(tokenizer(answer, add_special_tokens=False).input_ids) + 1
+    for more in (0, 1, -1):
+        assert certify(adapter, None, "--max_new_tokens", str(limit + more)) == 0
+        entry = certificate_in(adapter)
+        assert entry["stops"] == entry["should_stop"]
+
+
+def test_a_folder_that_takes_no_certificate_is_refused_before_anything_is_loaded(adapter, monkeypatch, capsys):
+    def read_only(*arguments: object, **more: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    assert certify(adapter) == 2
+    assert f"--adapter_path {adapter}: its certificate cannot be written there: Read-only" in told(capsys)
+    assert not (adapter / "certificate.json").exists()
+
+
+def test_a_certificate_goes_with_the_weights_that_it_is_of(models, tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
+    out = tmp_path / "out"
+    words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(data), "--output_dir", str(out)]
+    words += ["--dtype", "float32", "--save_steps", "1"]
+    assert main([*words, "--max_steps", "1"]) == 0
+    (out / "certificate.json").write_text('[{"engine": "vllm", "holds": true}]')
+    assert main([*words, "--max_steps", "2", "--resume"]) == 0
+    assert not (out / "certificate.json").exists()
+
+
+def test_what_comes_next_takes_the_same_base(by_heart, adapter, models, tmp_path, capsys):
+    """The base had moved: without --model_path the advised command ended at once."""
+    base = shutil.copytree(models("llama"), tmp_path / "my base")
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "/nowhere"}))
+    merged = tmp_path / "merged"
+    words = ["--adapter_path", str(adapter), "--model_path", str(base), "--output_dir", str(merged)]
+    assert main(["merge", *words]) == 0
+    assert certify(adapter, None, "--model_path", str(base), "--prompts", "2") == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if " certify " in line or " serve " in line]
+    assert len(said) == 2 and all(f"--model_path '{base}'" in line for line in said)

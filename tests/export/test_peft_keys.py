@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from atomtune.cli import main
+from atomtune.model.adapter import load_trained
 from tests.conftest import DIALOGUES
 from tests.trained import train_by_heart
 from tests.vision_language import write_checkpoint
@@ -155,3 +156,27 @@ def test_a_disk_that_takes_no_more_is_one_sentence(text_adapter, whole_base, tmp
     assert done.returncode == 3, done.stderr
     assert "the disk is full or failing: [Errno 27] File too large" in done.stderr and "[(" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_ranks_and_alphas_by_full_names_follow(models, text_adapter, whole_base, tmp_path):
+    """As PEFT's EVA writes them. PEFT passes over unknown names: the adapter was applied at half its strength."""
+    spelled = Path(shutil.copytree(text_adapter, tmp_path / "spelled"))
+    config, certificate = spelled / "adapter_config.json", spelled / "certificate.json"
+    layers = [name for name in load_file(spelled / "adapter_model.safetensors") if "lora_A" in name]
+    names = [name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for name in layers]
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "alpha_pattern": dict.fromkeys(names, 2 * values["lora_alpha"])}))
+    certificate.write_text('[{"engine": "vllm", "holds": true}]')
+    out = tmp_path / "out"
+    assert export_to("Gemma3ForConditionalGeneration", spelled, whole_base, out) == 0
+    assert not (out / "certificate.json").exists(), "it is of the adapter under its old names"
+    ids = torch.arange(20)[None] + 5
+    text = AutoModelForCausalLM.from_pretrained(models("gemma3_text"), dtype=torch.float32)
+    expected = PeftModel.from_pretrained(text, str(spelled)).eval()(input_ids=ids).logits
+    whole = Gemma3ForConditionalGeneration.from_pretrained(whole_base, dtype=torch.float32)
+    exported = PeftModel.from_pretrained(whole, str(out)).eval()(input_ids=ids).logits
+    assert torch.allclose(exported, expected, atol=1e-4)  # float32; the whole class builds its masks another way
+    whole = Gemma3ForConditionalGeneration.from_pretrained(whole_base, dtype=torch.float32)
+    loaded = load_trained(whole, spelled)(input_ids=ids).logits  # as chat and evaluate load it
+    assert torch.allclose(loaded, expected, atol=1e-4)

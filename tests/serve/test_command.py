@@ -138,6 +138,21 @@ def test_whatever_signal_ends_a_server_no_process_and_no_folder_stays(by_heart, 
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_model_on_a_disk_that_takes_no_certificate_is_served(adapter):
+    """Models are often mounted to be read only: the server was certified, and then did not start."""
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    if subprocess.run(["mount", "--bind", adapter, adapter], check=False).returncode:
+        pytest.skip("this machine does not let us mount")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", adapter], check=True)
+        with Served("--adapter_path", str(adapter), "--prompts", "2") as served:
+            assert "the certificate is not kept" in served.printed and "serves the tuned model" in served.printed
+    finally:
+        subprocess.run(["umount", adapter], check=True)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="children are listed as Linux lists them")
 def test_ctrl_c_while_the_engine_is_certified_leaves_nothing(adapter, tmp_path):
     pytest.importorskip("uvicorn", reason="needs the extra serve")

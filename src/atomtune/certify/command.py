@@ -1,7 +1,6 @@
 """Certify: the command, and the certificate that merge, export and serve ask for."""
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +10,11 @@ from atomtune.certify.comparison import Outcome, compare
 from atomtune.certify.prompts import CertPrompt, choose_prompts
 from atomtune.certify.reference import Expected, expect, free_memory
 from atomtune.choices import EngineName, Quantize
-from atomtune.console import Console, program
+from atomtune.console import Console, as_command
 from atomtune.data.cache import Rules, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.records import Record
-from atomtune.disk import text_of, write_text
+from atomtune.disk import text_of, why_unwritable, write_text
 from atomtune.engines.llama_cpp import LlamaCpp
 from atomtune.engines.llama_cpp import refuse_without_packages as refuse_without_llama_cpp
 from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder
@@ -28,13 +27,13 @@ from atomtune.errors import BadSettings, CheckFailed
 from atomtune.evaluate.run_folder import run_records
 from atomtune.language import translated
 from atomtune.model.adapter import load_trained
-from atomtune.model.adapter_folder import CONFIG, AdapterMetadata, base_of, template_of
+from atomtune.model.adapter_folder import CERTIFICATE, CONFIG, AdapterMetadata, base_of, template_of
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.generate import stop_ids
 from atomtune.model.load import BaseSpec, device_in_use, load_base, load_dequantized, quiet_libraries, resolve_dtype
 from atomtune.settings.fields import CertifySettings
+from atomtune.settings.spelled import base_words
 
-CERTIFICATE = "certificate.json"
 #: Records that are read to choose prompts from.
 LOOKED_AT = 2000
 
@@ -56,7 +55,10 @@ def certify(settings: CertifySettings) -> int:
     quiet_libraries()
     console = Console()
     served = Path(settings.served or settings.adapter_path)
-    engines = engines_for(served, settings.engine, setting="--served" if settings.served else "--adapter_path")
+    setting = "--served" if settings.served else "--adapter_path"
+    engines = engines_for(served, settings.engine, setting=setting)
+    if why := why_unwritable(_certificate_of(served).parent):
+        raise BadSettings([f"{setting} {served}: its certificate cannot be written there: {why}."])
     side = trained_side(settings, console)
     outcomes = [certify_served(side, served, engine, settings, console) for engine in engines]
     file = write_certificate(outcomes, served)
@@ -68,12 +70,12 @@ def certify(settings: CertifySettings) -> int:
 
 def _command_that_serves(settings: CertifySettings, engine: str) -> str:
     """`atomtune serve` of what was certified, by the engine that was."""
-    words = [program(), "serve", "--adapter_path", shlex.quote(settings.adapter_path)]
+    words = ["serve", "--adapter_path", settings.adapter_path, *base_words(settings)]
     if settings.served:
-        words += ["--served", shlex.quote(settings.served)]
+        words += ["--served", settings.served]
     if engine != "in-process":  # which `serve` does not start
         words += ["--engine", engine]
-    return " ".join(words)
+    return as_command(words)
 
 
 def engines_for(served: Path, wanted: Sequence[EngineName], *, setting: str) -> list[EngineName]:
@@ -236,12 +238,16 @@ def one_line(outcome: Outcome) -> str:
 
 def write_certificate(outcomes: Sequence[Outcome], served: Path) -> Path:
     """certificate.json in what is served, or beside a GGUF; entries of other engines stay."""
-    file = (served if served.is_dir() else served.parent) / CERTIFICATE
+    file = _certificate_of(served)
     entries = [outcome.to_json() for outcome in outcomes]
     own = {entry["engine"] for entry in entries}
     kept = [entry for entry in _read(file) if entry.get("engine") not in own]
     write_text(file, json.dumps([*kept, *entries], ensure_ascii=False, indent=2) + "\n")
     return file
+
+
+def _certificate_of(served: Path) -> Path:
+    return (served if served.is_dir() else served.parent) / CERTIFICATE
 
 
 def _read(file: Path) -> list[dict[str, Any]]:

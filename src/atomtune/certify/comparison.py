@@ -147,8 +147,10 @@ def compare(
             outcome.greedy_equal += 1
         else:
             outcome.differences.append(difference)
-        # 4. Its end: an answer that left ours before the end need not stop where ours does.
-        if ours.stopped and reply.text.strip().startswith(ours.greedy_text.strip()):
+        # 4. Its end: an answer that left ours before the end need not stop where ours does. One whose stop token is
+        # the last that the limit allows ends at the limit for some engines, and by itself for others.
+        ends_by_itself = ours.stopped and len(ours.greedy_ids) + 1 < max_new_tokens
+        if ends_by_itself and reply.text.strip().startswith(ours.greedy_text.strip()):
             outcome.should_stop += 1
             if reply.stopped and _same(reply.text, ours.greedy_text):
                 outcome.stops += 1

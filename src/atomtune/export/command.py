@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from atomtune.certify.command import certify_served, refuse_failed, trained_side, write_certificate
-from atomtune.console import Console, program
+from atomtune.console import Console, as_command
 from atomtune.disk import is_free
 from atomtune.errors import BadSettings
 from atomtune.export.gguf import (
@@ -24,6 +24,7 @@ from atomtune.model.adapter_folder import WEIGHTS, base_of, template_of
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.load import quiet_libraries
 from atomtune.settings.fields import CertifySettings, ExportSettings, MergeSettings
+from atomtune.settings.spelled import base_words
 
 
 def export(settings: ExportSettings) -> int:
@@ -88,8 +89,8 @@ def _to_gguf(settings: ExportSettings, console: Console) -> None:
 
 def _next_commands(settings: ExportSettings, file: Path, ollama_name: str | None) -> list[str]:
     """Serve the GGUF here; and in Ollama under this name, where there is a Modelfile."""
-    gguf, adapter = shlex.quote(str(file)), shlex.quote(settings.adapter_path)
-    commands = [f"{program()} serve --adapter_path {adapter} --served {gguf}"]
+    adapter = ["--adapter_path", settings.adapter_path, *base_words(settings)]
+    commands = [as_command(["serve", *adapter, "--served", str(file)])]
     if ollama_name is not None:
         name, recipe = shlex.quote(ollama_name), shlex.quote(str(file.parent / "Modelfile"))
         commands.append(f"ollama create {name} -f {recipe}")

@@ -6,7 +6,6 @@ the written model's next-token distributions differ from the adapter's by no mor
 """
 
 import contextlib
-import shlex
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 
 from atomtune.choices import Quantize
-from atomtune.console import Console, program
+from atomtune.console import Console, as_command
 from atomtune.data.encoding.chat_template import Template
 from atomtune.disk import disk_failed, filled, is_free
 from atomtune.errors import BadModel, BadSettings, CheckFailed, listing
@@ -41,6 +40,7 @@ from atomtune.model.load import (
     stored_dtype,
 )
 from atomtune.settings.fields import MergeSettings
+from atomtune.settings.spelled import base_words
 
 #: PEFT's part of a name, between a layer and what it wraps.
 _WRAPPED = ".base_layer"
@@ -89,12 +89,11 @@ def merge(settings: MergeSettings) -> int:
 
 def _next_commands(settings: MergeSettings) -> list[str]:
     """Talk to it; and where one adapter was merged, prove that a server answers as that adapter does."""
-    merged = shlex.quote(settings.output_dir)
-    commands = [f"{program()} chat --adapter_path {merged}"]
+    commands = [["chat", "--adapter_path", settings.output_dir]]
     if len(settings.adapter_paths) == 1:
-        adapter = shlex.quote(settings.adapter_paths[0])
-        commands.append(f"{program()} certify --adapter_path {adapter} --served {merged}")
-    return commands
+        adapter = ["--adapter_path", settings.adapter_paths[0], *base_words(settings)]
+        commands.append(["certify", *adapter, "--served", settings.output_dir])
+    return [as_command(words) for words in commands]
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from atomtune.errors import BadModel
-from atomtune.model.adapter_folder import CONFIG, WEIGHTS, adapter_file, read_weights
-from atomtune.model.adapter_keys import module_of, modules_of_class, new_names
+from atomtune.model.adapter_folder import CERTIFICATE, CONFIG, PATTERNS, WEIGHTS, adapter_file, read_weights
+from atomtune.model.adapter_keys import module_of, modules_of_class, new_names, with_new_names
 from atomtune.model.json_files import json_object
 
 #: A folder of a tokenizer's, which may have several chat templates.
@@ -28,28 +28,34 @@ def rewrite_keys(adapter: Path, out: Path, class_name: str, base_path: str, *, t
     renamed = new_names(weights, modules)
     _copy(adapter, out)
     save_file({renamed[name]: tensor for name, tensor in weights.items()}, out / WEIGHTS, metadata={"format": "pt"})
-    _rewrite_targets(out / CONFIG, {old: renamed[old] for old in weights})
+    _rewrite_config(out / CONFIG, {old: renamed[old] for old in weights})
     return sum(old != new for old, new in renamed.items())
 
 
 def _copy(adapter: Path, out: Path) -> None:
     """The adapter's own files. Beside them a run leaves checkpoints, reports and what was merged or exported of it.
 
+    No certificate: it is of the adapter under its old names.
+
     One by one: shutil.copytree tells of a full disk in a list of all files, with no number of the error.
     """
     out.mkdir(parents=True, exist_ok=True)
     own = (adapter / part for part in ("", _TEMPLATES))
     for file in (file for folder in own if folder.is_dir() for file in folder.iterdir()):
-        if file.is_file() and not file.name.startswith("."):
+        if file.is_file() and not file.name.startswith(".") and file.name != CERTIFICATE:
             goal = out / file.relative_to(adapter)
             goal.parent.mkdir(exist_ok=True)
             shutil.copy(file, goal)
 
 
-def _rewrite_targets(file: Path, renamed: dict[str, str]) -> None:
-    """Targets that are full names get the new ones; last parts of names, as q_proj, mean the same in both classes."""
+def _rewrite_config(file: Path, renamed: dict[str, str]) -> None:
+    """Layers by their full names get the new ones; last parts of names, as q_proj, mean the same in both classes."""
     values = json_object(file)
     modules = {module_of(old): module_of(new) for old, new in renamed.items()}
-    if isinstance(values.get("target_modules"), list):
-        values["target_modules"] = sorted(modules.get(target, target) for target in values["target_modules"])
+    for listed in ("target_modules", "modules_to_save"):
+        if isinstance(values.get(listed), list):
+            values[listed] = sorted(modules.get(name, name) for name in values[listed])
+    for patterns in PATTERNS:
+        if isinstance(values.get(patterns), dict):
+            values[patterns] = with_new_names(values[patterns], modules)
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -17,8 +17,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from atomtune.errors import BadModel, BadSettings, RunFailed, listing
-from atomtune.model.adapter_folder import CONFIG, WEIGHTS, adapter_config, adapter_file, read_weights
-from atomtune.model.adapter_keys import module_of, names_in
+from atomtune.model.adapter_folder import CONFIG, PATTERNS, WEIGHTS, adapter_config, adapter_file, read_weights
+from atomtune.model.adapter_keys import module_of, names_in, with_new_names
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.experts import count_of, endings, experts_of
 from atomtune.model.load_errors import explained
@@ -192,7 +192,7 @@ def _spec_in(
 def _named_as_in(
     base: CausalLM, weights: Mapping[str, torch.Tensor], config: PeftConfig | None = None
 ) -> dict[str, torch.Tensor]:
-    """The tensors by the names that this base's class has for their layers; the targets of their config follow."""
+    """The tensors by the names that this base's class has for their layers; the names in their config follow."""
     names = names_in(base, weights)
     modules = {module_of(old): module_of(new) for old, new in names.items() if old != new}
     targets = getattr(config, "target_modules", None)
@@ -202,6 +202,8 @@ def _named_as_in(
         tensors = tuple(f".{name}" for name in getattr(config, "target_parameters", None) or ())
         of_tensors = {name.rpartition(".")[0] for name, _ in base.named_parameters() if name.endswith(tensors)}
         config.target_modules = {name for name in modules.values() if name not in of_tensors}
+        for patterns in PATTERNS:
+            setattr(config, patterns, with_new_names(getattr(config, patterns, None) or {}, modules))
     return {names[name]: tensor for name, tensor in weights.items()}
 
 

@@ -29,6 +29,10 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 #: What the tutorial and PEFT before 0.5 write.
 OLD_WEIGHTS = "adapter_model.bin"
+#: In an adapter's config: what some layers have in place of its rank and alpha. PEFT passes over unknown names.
+PATTERNS = ("rank_pattern", "alpha_pattern")
+#: Of an engine that served these very weights; it goes where they do.
+CERTIFICATE = "certificate.json"
 
 
 def _day_or_nothing(text: str) -> str:

@@ -6,7 +6,7 @@ an error, and the model answers as its base. Names are matched by asking the cla
 is loaded.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,14 @@ def module_of(name: str) -> str:
     if not is_lora:  # a layer that PEFT saves whole beside its adapter, as `lm_head.weight`
         layer = layer.rpartition(".")[0]
     return layer.replace(_WRAPPED, "")
+
+
+def with_new_names(patterns: Mapping[str, Any], modules: Mapping[str, str]) -> dict[str, Any]:
+    """A config's ranks or alphas by layer: full names get the new ones; ends of names mean the same in both classes.
+
+    modules  old full name → new
+    """
+    return {modules.get(name, name): value for name, value in patterns.items()}
 
 
 def text_modules(model: Any) -> list[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,7 +232,10 @@ def _certify(plan: Plan, settings: ServeSettings, console: Console) -> None:
         outcomes = certify_together(sides, names, plan.base, rules[plan.models[0].adapter], console)
     certified = [(model.folder, outcome) for model, outcome in zip(plan.models, outcomes, strict=True)]
     for folder, outcome in certified:
-        write_certificate([outcome], folder)
+        try:
+            write_certificate([outcome], folder)
+        except OSError as error:  # models often lie on a disk that is mounted to be read only
+            console.notice(f"the certificate is not kept: {folder} cannot be written ({error.strerror}).")
     refuse_failed(certified)
 
 
@@ -288,9 +292,10 @@ def _say_how_to_ask(plan: Plan, settings: ServeSettings, console: Console) -> No
         console.say(f"\nready: {url}, model {names}. Ctrl-C stops it.")
     else:
         console.say(f'\nready: {url}, models {names}, and "{BASE}" without an adapter. Ctrl-C stops it.')
-    body = json.dumps({"model": plan.models[0].name, "messages": [{"role": "user", "content": "Hello"}]})
+    asked = {"model": plan.models[0].name, "messages": [{"role": "user", "content": "Hello"}]}
+    body = shlex.quote(json.dumps(asked, ensure_ascii=False))
     key = " -H 'Authorization: Bearer …'" if plan.api_key else ""
-    console.say(f"  curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'", wrap=False)
+    console.say(f"  curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d {body}", wrap=False)
     for model in plan.models:
         _say_instruction(model, console, named=len(plan.models) > 1)
 

@@ -3,6 +3,8 @@
 from dataclasses import fields
 from typing import Any
 
+from atomtune.settings.fields import TokenizerSettings
+
 
 def words_of(settings: Any, *groups: type[Any]) -> list[str]:
     """The flags that set what of these groups differs from its default, each with its values.
@@ -19,3 +21,9 @@ def words_of(settings: Any, *groups: type[Any]) -> list[str]:
         if value is not True:
             words += map(str, value if isinstance(value, list) else [value])
     return words
+
+
+def base_words(settings: Any) -> list[str]:
+    """The flags by which another command takes the base that this one took."""
+    words = words_of(settings, TokenizerSettings)
+    return [*words, "--other_base"] if settings.other_base else words

@@ -11,7 +11,7 @@ from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import printable
 from atomtune.disk import publish
 from atomtune.model.adapter import refuse_empty
-from atomtune.model.adapter_folder import WEIGHTS
+from atomtune.model.adapter_folder import CERTIFICATE, WEIGHTS
 from atomtune.model.memory import peak_bytes
 from atomtune.train.checkpoint.atomic import staged
 from atomtune.train.outcome import Outcome, outcome
@@ -102,6 +102,7 @@ def _save_adapter(run: RunContext, trainer: LoraTrainer) -> None:
     with staged(folder / "adapter", clears=is_first) as staging:
         trainer.save_model(str(staging))
         if is_first:
+            (folder / CERTIFICATE).unlink(missing_ok=True)  # of the weights that are replaced now
             publish(staging, folder, last=WEIGHTS)
 
 
