@@ -193,3 +193,9 @@ def test_yaml_and_keywords_go_together(models, tmp_path):
     assert run.figures["settings"]["lora_rank"]["value"] == 2
     assert run.figures["settings"]["max_steps"] == {"value": 1, "source": "run.yaml:2"}
     assert run.figures["records_read"] == 2 * len(DIALOGUES)
+
+
+def test_reports_that_cannot_be_written_are_refused_before_anything_is_loaded(run, tmp_path):
+    data = write_jsonl(tmp_path / "test.jsonl", DIALOGUES[:2])
+    with pytest.raises(BadSettings, match="--output_dir /dev/null cannot be written"):
+        evaluate(run.folder, dataset_path=data, output_dir="/dev/null", model_path="nowhere")

@@ -132,3 +132,27 @@ def test_a_picture_of_no_known_kind_is_refused_before_anything_is_printed(folder
     assert main(["runs", str(folder / "slow"), str(folder / "fast"), "--plot", str(tmp_path / "losses.doc")]) == 2
     told = capsys.readouterr()
     assert "expected a file that ends in .png, .pdf, .svg" in told.err and not told.out
+
+
+def test_the_picture_is_drawn_with_json_too(folder, tmp_path, capsys):
+    picture = tmp_path / "losses.png"
+    capsys.readouterr()
+    assert main(["runs", str(folder / "slow"), str(folder / "fast"), "--json", "--plot", str(picture)]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"] and picture.is_file()
+
+
+def test_a_folder_that_goes_while_runs_are_looked_for_is_passed_over(folder, tmp_path, monkeypatch, capsys):
+    """A run beside rotates its checkpoints, and a sweep its trials."""
+    for name in ("gone", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "here" / "run.json").write_text((folder / "slow" / "run.json").read_text())
+    listed = Path.iterdir
+
+    def iterdir(path: Path):
+        if path.name == "gone":
+            path.rmdir()
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "here" in capsys.readouterr().out

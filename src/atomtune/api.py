@@ -224,8 +224,10 @@ def evaluate(adapter_path: Paths = (), *, verbose: bool = False, **settings: Any
     """
     console = Console(speaks=verbose)
     parsed = read("evaluate", {"adapter_path": adapter_path or None, **settings}, notice=console.notice)
-    from atomtune.evaluate.command import measure, say, write_reports
+    from atomtune.evaluate.command import measure, refuse_unwritable, say, write_reports
 
+    if parsed.output_dir:
+        refuse_unwritable(Path(parsed.output_dir))
     report = measure(parsed, console)
     say(report, console)
     if parsed.output_dir:

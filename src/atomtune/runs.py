@@ -107,7 +107,7 @@ def _records_below(folder: Path, depth: int) -> Iterator[Path]:
         if child.is_dir() and not child.is_symlink() and not child.name.startswith("."):
             try:
                 yield from _records_below(child, depth - 1)
-            except PermissionError:
+            except OSError:  # closed to us, or removed meanwhile
                 continue
 
 
@@ -154,6 +154,8 @@ def _text(value: Any) -> str:
 
 def _compare(compared: Sequence[Run], settings: RunsSettings, console: Console) -> None:
     differing = differing_settings(compared)
+    if settings.plot:
+        _draw(compared, Path(settings.plot))
     if settings.json:
         print_json({"settings": differing, "runs": [run.summary() for run in compared]})
         return
@@ -173,11 +175,6 @@ def _compare(compared: Sequence[Run], settings: RunsSettings, console: Console) 
     console.print(figures)
     _say_losses(compared, names, console)
     if settings.plot:
-        try:
-            draw(compared, Path(settings.plot))
-        except OSError as error:
-            problem = f"--plot {settings.plot}: cannot be written there: {error.strerror}. Name another place."
-            raise BadSettings([problem]) from None
         console.say(translated(f"\nwritten: {settings.plot}"))
 
 
@@ -200,6 +197,13 @@ def _say_losses(compared: Sequence[Run], names: Sequence[str], console: Console)
         table.add_row(f"{step:,}", *(_text(run.losses.get(step)) for run in compared))
     console.say("")
     console.print(table)
+
+
+def _draw(compared: Sequence[Run], path: Path) -> None:
+    try:
+        draw(compared, path)
+    except OSError as error:
+        raise BadSettings([f"--plot {path}: cannot be written there: {error.strerror}. Name another place."]) from None
 
 
 def draw(compared: Sequence[Run], path: Path) -> None:

@@ -189,3 +189,46 @@ def test_a_run_whose_file_changed_since_is_refused(models, tmp_path, capsys):
     write_jsonl(data, DIALOGUES[1:])
     assert evaluate("--adapter_path", str(tmp_path / "out")) == 2
     assert "have changed since" in capsys.readouterr().err
+
+
+def trained_on_part(models, tmp_path, data, name: str, *more: str):
+    flags = ["--model_path", str(models("llama")), "--dataset_path", str(data), "--output_dir", str(tmp_path / name)]
+    assert main(["train", *flags, "--max_steps", "1", "--dtype", "float32", *more]) == 0
+    return tmp_path / name
+
+
+def test_records_that_an_adapter_learned_are_said(models, tmp_path, capsys):
+    """The first adapter's held-out records may be what another one learned; and a user may name the training file."""
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
+    part = trained_on_part(models, tmp_path, data, "part", "--eval_size", "3")
+    everything = trained_on_part(models, tmp_path, data, "everything", "--eval_size", "0")
+    for words, told in (
+        (["--adapter_path", str(part), str(everything)], [f"{everything} was trained on 3 of these 3 records"]),
+        (["--adapter_path", str(part), "--dataset_path", str(data)], [f"{part} was trained on 5 of these 8 records"]),
+        (["--adapter_path", str(part)], []),
+    ):
+        capsys.readouterr()
+        assert evaluate(*words, "--output_dir", str(tmp_path / "report"), "--no_generate", "--no_probe") == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        assert [line for line in told if line not in printed] == []
+        assert ("was trained on" in printed) is bool(told)
+
+
+def test_what_is_done_when_a_stop_comes_is_a_fair_share(models, tmp_path, monkeypatch):
+    """The records came by their length, so a report that was stopped early was one of the longest."""
+    records = [{"instruction": "x" * 3 * number, "output": "y"} for number in range(1, 41)]
+    data = write_jsonl(tmp_path / "data.jsonl", records)
+    seen, real = [], evaluation.score_targets
+
+    def watched(model, examples, collator):
+        seen.append([len(record[0].ids) for record in examples])
+        return real(model, examples, collator)
+
+    monkeypatch.setattr(evaluation, "score_targets", watched)
+    words = ["--model_path", str(models("llama")), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    assert evaluate(*words, "--no_generate", "--per_device_eval_batch_size", "2") == 0
+    lengths = sorted((length for batch in seen for length in batch), reverse=True)
+    assert max(seen[0]) == lengths[0], "the longest first: the memory that is needed shows at once"
+    assert all(max(batch) - min(batch) <= 4 for batch in seen), "batches of like length"
+    half = [length for batch in seen[: len(seen) // 2] for length in batch]
+    assert min(half) < lengths[-8], "the first half has some of the shortest fifth"

@@ -60,3 +60,13 @@ def test_a_models_own_generation_settings_do_not_mix_in(model):
     model.generation_config = own
     assert generate_answers(model, prompts, stop_ids=[STOP], pad_id=PAD, max_new_tokens=LIMIT) == before
     assert model.generation_config is own
+
+
+def test_answers_end_where_the_models_positions_do(models):
+    """gpt2's positions are rows of a matrix: the answer to a long prompt ended the evaluation by an index error."""
+    model = AutoModelForCausalLM.from_pretrained(models("gpt2"), dtype=torch.float64).eval()
+    ids = torch.randint(10, 300, (512,), generator=torch.Generator().manual_seed(2)).tolist()
+    prompts = [ids[:20], ids[:508], ids]
+    together = generate_answers(model, prompts, stop_ids=[10_000], pad_id=PAD, max_new_tokens=LIMIT)
+    assert [len(answer.ids) for answer in together] == [LIMIT, 4, 0]
+    assert list(together[0].ids) == alone(model, prompts[0])[0] and not any(answer.stopped for answer in together)

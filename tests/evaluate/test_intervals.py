@@ -1,9 +1,12 @@
 """Laws of the intervals."""
 
+import math
+
 import numpy
 from pytest import approx
 
 from atomtune.evaluate.intervals import Bootstrap
+from atomtune.evaluate.measures import NATS, judged
 
 
 def test_the_value_is_the_plain_ratio_and_lies_in_its_interval():
@@ -42,3 +45,10 @@ def test_records_without_the_thing_counted_do_not_spoil_the_interval():
 def test_the_same_seed_gives_the_same_interval():
     one, two = (Bootstrap(5, seed=4).ratio([1, 2, 3, 4, 5], [1] * 5) for _ in range(2))
     assert one == two
+
+
+def test_one_record_tells_no_two_models_apart():
+    # All its draws are equal: an interval of no width said "Better" without a doubt.
+    difference = Bootstrap(1, seed=0).difference(([1.0], [1]), ([2.0], [1]))
+    assert difference.as_list() == [-1, -math.inf, math.inf]
+    assert judged(NATS, difference) == "unclear"

@@ -1,5 +1,7 @@
 """Law: the scores of a batch are those of each record alone, from all its logits."""
 
+import tracemalloc
+
 import pytest
 import torch
 from pytest import approx
@@ -48,3 +50,16 @@ def test_scores_are_those_of_each_record_alone(models, family, layout):
         # The library's RMSNorm computes in float32 whatever the dtype.
         assert ours.nats == approx(theirs.nats, rel=1e-5)
         assert (ours.right, ours.tokens) == (theirs.right, theirs.tokens)
+
+
+def test_a_long_record_costs_memory_by_its_tokens_and_not_by_their_square(models):
+    """Each target was named by all ids before it: 8,000 tokens held 385 MB of names."""
+    model = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32).eval()
+    collator = Collator(layout="padded", pad_id=0, as_examples=lambda row: ())
+    ids = torch.randint(10, 300, (4000,), generator=torch.Generator().manual_seed(0)).tolist()
+    record = (Example(tuple(ids), (0,) + (1,) * 3999, "long:1"),)
+    tracemalloc.start()
+    (scores,) = score_targets(model, [record], collator)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert scores.tokens == 3999 and peak < 20 * 2**20  # 96 MB before

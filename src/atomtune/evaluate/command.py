@@ -1,7 +1,6 @@
 """Evaluate: base against tuned, on a file or on the records that a run held out."""
 
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from atomtune.console import Console, as_command
 from atomtune.data.cache import Rules, as_examples
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.ledger import refuse_unusable
-from atomtune.disk import write_json, write_text
+from atomtune.disk import why_unwritable, write_json, write_text
 from atomtune.errors import BadData, BadSettings, Stopped
 from atomtune.evaluate.evaluation import Plan, evaluate_records
 from atomtune.evaluate.html_page import page
@@ -29,13 +28,14 @@ from atomtune.language import translated
 from atomtune.model.layout_support import collator_for, why_padded
 from atomtune.model.load import pad_id_of, quiet_libraries
 from atomtune.settings.fields import EvaluateSettings, RecordSettings
+from atomtune.settings.spelled import base_words
 
 
 def evaluate(settings: EvaluateSettings) -> int:
     """Run `atomtune evaluate`. Raises Stopped (exit code 75) after Ctrl-C, with the report of what was done."""
     console = Console()
     folder = output_folder(settings)
-    _refuse_unwritable(folder)
+    refuse_unwritable(folder)
     report = measure(settings, console)
     say(report, console)
     write_reports(report, folder)
@@ -43,7 +43,7 @@ def evaluate(settings: EvaluateSettings) -> int:
     if report.stopped_early:
         raise Stopped(f"stopped early: the report is of the {report.records:,} records that all models have answered.")
     if settings.adapter_path:
-        adapter = ["--adapter_path", settings.adapter_path[0]]
+        adapter = ["--adapter_path", settings.adapter_path[0], *base_words(settings)]
         commands = ["chat", *adapter, "--compare"], ["certify", *adapter]
         console.next_steps(map(as_command, commands))
     return 0
@@ -56,14 +56,10 @@ def output_folder(settings: EvaluateSettings) -> Path:
     return Path(settings.adapter_path[0]) / "evaluation" if settings.adapter_path else Path("evaluation")
 
 
-def _refuse_unwritable(folder: Path) -> None:
+def refuse_unwritable(folder: Path) -> None:
     """Raise BadSettings where the reports could not be written, which would show when all answers are generated."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise BadSettings([f"--output_dir {folder} cannot be written: {error.strerror}."]) from None
+    if why := why_unwritable(folder):
+        raise BadSettings([f"--output_dir {folder} cannot be written: {why}."])
 
 
 def measure(settings: EvaluateSettings, console: Console) -> Report:
@@ -80,13 +76,13 @@ def measure(settings: EvaluateSettings, console: Console) -> Report:
     sources, reading, wanted = _what_to_read(settings)
     score_tasks = _lm_eval(settings) if settings.lm_eval_tasks else None
     models = load_models(settings, console)
-    records = _records_by_template(settings, models, sources, reading, wanted)
+    records = _records_by_template(settings, models, sources, reading, wanted, notice=console.notice)
     first = next(iter(records.values()))
     subjects = ", ".join(subject.name for subject in models.subjects)
     answers = sum(len(record.questions) for record in first)
     console.say(f"{len(first):,} records with {answers:,} answers of {', '.join(sources)}; models: {subjects}.")
     collator = _collator(models)
-    plan = Plan(settings.per_device_eval_batch_size, settings.max_new_tokens, not settings.no_generate)
+    plan = Plan(settings.per_device_eval_batch_size, settings.max_new_tokens, not settings.no_generate, settings.seed)
     done = evaluate_records(models, records, collator, plan, console)
     if not done.records:
         raise Stopped("stopped before the first records were done; nothing is written.")
@@ -164,6 +160,8 @@ def _records_by_template(
     sources: list[str],
     reading: RecordSettings,
     wanted: frozenset[str] | None,
+    *,
+    notice: Callable[[str], None],
 ) -> dict[str, list[EvalRecord]]:
     """The records as each model's template writes them: those that every template can, in one order."""
     reading = replace(reading, max_seq_length=models.max_seq_length, overlength="shorten", skip_overlength=False)
@@ -182,7 +180,24 @@ def _records_by_template(
     chosen = common
     if settings.records and len(common) > settings.records:
         chosen = [common[row] for row in sample_rows(len(common), settings.records, seed=settings.seed)]
+    _say_learned(settings.adapter_path, data.data_hash, [origin for _, origin in chosen], notice)
     return {template_key: [records[key] for key in chosen] for template_key, records in read.items()}
+
+
+def _say_learned(folders: Sequence[str], data_hash: str, origins: Sequence[str], notice: Callable[[str], None]) -> None:
+    """Say how many of these records an adapter learned: its figures are not those of new ones.
+
+    data_hash  of the files that the records are in; what was learned of other files is not known
+    """
+    for folder in folders:
+        run = run_records(Path(folder))
+        if run is not None and run.data_hash == data_hash:
+            learned = sum(origin not in run.held_out for origin in origins)
+            if learned:
+                notice(
+                    f"{folder} was trained on {learned:,} of these {len(origins):,} records. Its figures say how well "
+                    "they were learned, not how well new ones are answered."
+                )
 
 
 def _collator(models: Models) -> Collator:

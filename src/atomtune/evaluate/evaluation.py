@@ -1,5 +1,6 @@
 """Evaluation: every model over every record, batch by batch, so that what is done compares all of them."""
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class Plan:
     batch_size: int
     max_new_tokens: int
     generate: bool
+    seed: int = 0
 
 
 def evaluate_records(
@@ -47,13 +49,12 @@ def evaluate_records(
     records_by_template  the same records in the same order, as each template (by its key) writes them
     """
     first = records_by_template[models.subjects[0].template.key]
-    order = _by_length(first)
+    batches = _batches(first, plan)
     done = Evaluation([], {subject.name: [] for subject in models.subjects})
     began = time.monotonic()
     with progress_bar(console) as progress:
-        task = progress.add_task(translated(f"{len(models.subjects)} models"), total=len(order))
-        for start in range(0, len(order), plan.batch_size):
-            rows = order[start : start + plan.batch_size]
+        task = progress.add_task(translated(f"{len(models.subjects)} models"), total=len(first))
+        for number, rows in enumerate(batches, 1):
             try:
                 batch = _batch_of_all_models(models, records_by_template, rows, collator, plan)
             except KeyboardInterrupt:
@@ -63,8 +64,8 @@ def evaluate_records(
             for name, results in batch.items():
                 done.results[name] += results
             progress.advance(task, len(rows))
-            if start == 0 and len(order) > len(rows):
-                batches_left = len(order) / len(rows) - 1
+            if number == 1 and len(batches) > 1:
+                batches_left = len(first) / len(rows) - 1
                 minutes = max(1, round((time.monotonic() - began) * batches_left / 60))
                 about = "About a minute" if minutes == 1 else f"About {minutes} minutes"
                 console.say(f"{about}. Ctrl-C ends it early and keeps what is done.")
@@ -87,10 +88,16 @@ def _batch_of_all_models(
     return batch
 
 
-def _by_length(records: Sequence[EvalRecord]) -> list[int]:
-    """Rows with the longest prompt first: the memory needed shows at once, and batches hold prompts of like length."""
+def _batches(records: Sequence[EvalRecord], plan: Plan) -> list[list[int]]:
+    """Rows of like length in batches, the longest first: the memory that is needed shows at once.
+
+    The others come as chance will have it, so that what is done when Ctrl-C comes is a fair share of all.
+    """
     longest = [max(len(example.ids) for example in record.examples) for record in records]
-    return sorted(range(len(records)), key=lambda row: -longest[row])
+    order = sorted(range(len(records)), key=lambda row: -longest[row])
+    first, *others = (order[start : start + plan.batch_size] for start in range(0, len(order), plan.batch_size))
+    random.Random(plan.seed).shuffle(others)
+    return [first, *others]
 
 
 def _batch_results(

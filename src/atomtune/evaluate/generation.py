@@ -8,13 +8,16 @@ beginning is computed once and its keys and values are handed to every row:
     row 1           b b b b b  →
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig
 
+from atomtune.model.base_shape import positions_of
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.layout_support import windows_of
 from atomtune.model.loss import innermost, takes
@@ -43,9 +46,25 @@ def generate_answers(
     share_beginning: bool = True,
     seconds: float | None = None,
 ) -> list[Generated]:
-    """Answer every prompt greedily, until a stop token or the limit, or for `seconds` at most."""
+    """Answer every prompt greedily, until a stop token or the limit, or for `seconds` at most.
+
+    Where the model has no positions left, an answer ends too.
+    """
     pad_id = with_row(model, pad_id)
     width = max(len(prompt) for prompt in prompts)
+    room = (positions_of(model.config) or sys.maxsize) - width
+    if room < max_new_tokens and len(prompts) > 1:  # the shorter ones may write more: each by itself
+        one_by_one = partial(
+            generate_answers,
+            stop_ids=stop_ids,
+            pad_id=pad_id,
+            max_new_tokens=max_new_tokens,
+            seconds=None if seconds is None else seconds / len(prompts),
+        )
+        return [answer for prompt in prompts for answer in one_by_one(model, [prompt])]
+    if room < 1:
+        return [Generated((), stopped=False)]
+    max_new_tokens = min(max_new_tokens, room)
     shared = _shared_length(prompts) if share_beginning and len(prompts) > 1 and _may_share(model) else 0
     rows: list[list[int]] = []
     masks: list[list[int]] = []

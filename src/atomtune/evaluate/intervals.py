@@ -1,5 +1,6 @@
 """Intervals: how far a figure may be luck of which records were asked; records are drawn again with putting back."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ class Bootstrap:
     """Draws of records, the same for every figure and model, so that differences are taken record by record."""
 
     def __init__(self, records: int, *, seed: int) -> None:
+        self.records = records
         generator = numpy.random.default_rng(seed)
         # How often each record is drawn in each resample   [R, n]
         self.times = generator.multinomial(records, numpy.full(records, 1 / records), size=RESAMPLES)
@@ -45,11 +47,13 @@ class Bootstrap:
         ours: tuple[Sequence[float], Sequence[float]],
         theirs: tuple[Sequence[float], Sequence[float]],
     ) -> Figure | None:
-        """Our ratio less theirs, over the same draws."""
+        """Our ratio less theirs, over the same draws; of one record alone it may be anything."""
         our_value, our_draws = self._ratios(*ours)
         their_value, their_draws = self._ratios(*theirs)
         if our_value is None or their_value is None:
             return None
+        if self.records == 1:  # every draw is that record again, which says nothing of others
+            return Figure(our_value - their_value, -math.inf, math.inf)
         return _figure(our_value - their_value, our_draws - their_draws)
 
     def _ratios(self, numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float | None, numpy.ndarray]:

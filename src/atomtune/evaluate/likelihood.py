@@ -4,7 +4,7 @@ N targets of a batch, n of them at once; D the model's width, V the vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,9 +36,10 @@ def score_targets(model: CausalLM, records: Sequence[Sequence[Example]], collato
     examples = [example for record in records for example in record]
     batch = collator.lay(examples)
     nats, right = _scores(model, _on_device(batch, model.device))
-    # Records with a common beginning share its targets; by its path a record finds those that are its own.
-    scores = dict(zip(_paths(batch), zip(nats, right, strict=True), strict=True))
-    return [_of_record(record, scores) for record in records]
+    # Records with a common beginning share its targets; along its ids a record finds those that are its own.
+    tree, targets = _tree_of(batch)
+    scores = dict(zip(targets, zip(nats, right, strict=True), strict=True))
+    return [_of_record(record, tree, scores) for record in records]
 
 
 def _on_device(batch: Batch, device: torch.device) -> dict[str, object]:
@@ -74,27 +75,44 @@ def _scores(model: CausalLM, batch: dict[str, object]) -> tuple[list[float], lis
     return nats, right
 
 
-def _paths(batch: Batch) -> Iterator[tuple[int, ...]]:
-    """Of every target, all ids of its record up to itself: they name it, whichever row or branch it stands in."""
-    ids = batch["input_ids"].cpu()  # [B, T]
-    until = None if batch["plan"] is None else batch["plan"].until.cpu()
-    rows = batch["row"].tolist()
-    predicting_places = batch["predicted_from"].tolist()
-    targets = batch["target"].tolist()
-    for row, place, target in zip(rows, predicting_places, targets, strict=True):
-        path = ids[row, : place + 1]
-        if until is not None:
-            path = path[until[: place + 1] > place]  # the tokens that `place` sees: k <= place < until[k]
-        yield (*path.tolist(), target)
+#: Beginnings of texts: a beginning's number and the token behind it → the number of the longer one. 0: nothing yet.
+Tree = dict[tuple[int, int], int]
 
 
-def _of_record(examples: Sequence[Example], scores: dict[tuple[int, ...], tuple[float, bool]]) -> TargetScores:
+def _tree_of(batch: Batch) -> tuple[Tree, list[int]]:
+    """All beginnings of a batch's texts, and of every target the number of the one that ends with it."""
+    ids = batch["input_ids"].tolist()  # [B, T]
+    until = None if batch["plan"] is None else batch["plan"].until.tolist()
+    tree: Tree = {}
+    numbers = [_numbers(row, until, tree) for row in ids]  # [B, T]
+    targets = []
+    for row, place, target in zip(*(batch[name].tolist() for name in ("row", "predicted_from", "target")), strict=True):
+        targets.append(tree.setdefault((numbers[row][place], target), len(tree) + 1))
+    return tree, targets
+
+
+def _numbers(ids: list[int], until: list[int] | None, tree: Tree) -> list[int]:
+    """Of each token of a row the number of the beginning that it ends: the tokens it sees, itself the last."""
+    numbers: list[int] = []
+    seen: list[int] = []  # places that the token sees, which are the way to it from the row's beginning
+    for place, token in enumerate(ids):
+        while until is not None and seen and until[seen[-1]] <= place:
+            seen.pop()
+        before = numbers[seen[-1]] if seen else 0
+        numbers.append(tree.setdefault((before, token), len(tree) + 1))
+        seen.append(place)
+    return numbers
+
+
+def _of_record(examples: Sequence[Example], tree: Tree, scores: dict[int, tuple[float, bool]]) -> TargetScores:
     nats, right, tokens = 0.0, 0, 0
     for example in examples:
-        for i, times in enumerate(example.learn):
+        number = 0
+        for token, times in zip(example.ids, example.learn, strict=True):
+            number = tree.get((number, token), -1)  # -1: behind the last learned token nothing is computed
             if times == 0:
                 continue
-            target_nats, target_right = scores[example.ids[: i + 1]]
+            target_nats, target_right = scores[number]
             nats += target_nats * times
             right += target_right * times
             tokens += times

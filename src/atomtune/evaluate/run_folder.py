@@ -20,6 +20,7 @@ class RunRecords:
     reading: RecordSettings
     eval_path: str | None
     held_out: frozenset[str]  # origins, as "train.jsonl:17"
+    data_hash: str | None = None  # of the files that it learned from
 
 
 def run_file(folder: Path) -> tuple[Path, RunRecordFile] | None:
@@ -49,7 +50,8 @@ def run_records(folder: Path) -> RunRecords | None:
         reading = RecordSettings(**values)
     except ValidationError as error:
         raise BadModel(refusal(file, values, error)) from None
-    return RunRecords(reading, eval_path, frozenset(record.records_held_out or ()))
+    data_hash = record.data.sha256 if record.data else None
+    return RunRecords(reading, eval_path, frozenset(record.records_held_out or ()), data_hash)
 
 
 def refuse_changed_files(folder: Path, data_hash: str) -> None:
