@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy
 
-from atomtune.analysis.near_duplicates import Numbers, near_groups
+from atomtune.analysis.near_duplicates import Numbers, folded, near_groups
 from atomtune.analysis.shared_beginnings import beginnings_of, without_beginning
 from atomtune.analysis.unicode_scripts import SCRIPTS, letters_of
 from atomtune.data.records import Record
 
 #: Records that the beginnings which many share are told from.
 _TOLD_FROM = 1000
+#: A record is near another by its longest text alone where that is all but one part in so many.
+_OTHERS = 9
 #: Texts whose letters are counted at once.
 _AT_ONCE = 1000
 
@@ -32,6 +34,7 @@ class Texts:
     script: Numbers  # int8 [N], the script of most letters, an index into SCRIPTS; -1 where there are no letters
     letters: Numbers  # int64 [len(SCRIPTS)], of all records
     blank: Numbers  # bool [N], an answer is white space
+    beside: Numbers  # int64 [N], 0, or of a record that is one long text nearly all: equal for equal words beside it
 
 
 class _Seen:
@@ -40,7 +43,7 @@ class _Seen:
     def __init__(self, beginnings: Sequence[str]) -> None:
         self.beginnings = beginnings
         self.prompts, self.answers, self.blank = _Column("q"), _Column("q"), _Column("?")
-        self.script = _Column("b")
+        self.script, self.beside = _Column("b"), _Column("q")
         self.letters = numpy.zeros(len(SCRIPTS), dtype=numpy.int64)
         self._waiting: list[str] = []
 
@@ -51,6 +54,7 @@ class _Seen:
             self.answers.append(_hash(last.text, last.reasoning, repr(last.calls)))
             learned = [record.turns[at] for at in record.learned]
             self.blank.append(any(not (turn.text.strip() or turn.calls) for turn in learned))
+            self.beside.append(_beside_longest(record))
             text = own_text(record)
             self._waiting.append(text)
             if len(self._waiting) == _AT_ONCE:
@@ -96,6 +100,22 @@ def own_text(record: Record) -> str:
     return "\n".join(own)
 
 
+def _beside_longest(record: Record) -> int:
+    """Of a record whose longest text makes it near any other with that text: a number for what else it says; else 0.
+
+    Questions about one document are as many records, however little of each they are.
+    """
+    own = [turn for turn in record.turns if turn.role != "system"]
+    lengths = [len(turn.input or turn.text) for turn in own]
+    longest = max(lengths)
+    # Two texts of which a share s each is their own have a Jaccard index of (1 - s) / (1 + s): 0.8 where s is 1/9.
+    if (sum(lengths) - longest) * _OTHERS > sum(lengths):
+        return 0
+    rest = [turn.text if turn.input else "" for turn in own]  # instructions
+    rest += [text for turn in own if len(text := turn.input or turn.text) < longest]
+    return _hash(*map(folded, rest))
+
+
 def _asked(record: Record) -> Iterator[str]:
     """All that is asked before the last answer; of a text that is learned whole that text, which nothing asks for."""
     if record.turns[-1].role == "text":
@@ -123,4 +143,4 @@ def read_texts(records: Iterable[Record]) -> Texts:
     seen = _Seen(beginnings_of([own_text(record) for record in first]))
     near = near_groups(seen.own_texts(itertools.chain(first, coming)))
     columns = (seen.prompts.whole(), seen.answers.whole())
-    return Texts(*columns, near, seen.script.whole(), seen.letters, seen.blank.whole())
+    return Texts(*columns, near, seen.script.whole(), seen.letters, seen.blank.whole(), seen.beside.whole())

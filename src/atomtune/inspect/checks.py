@@ -173,8 +173,12 @@ def _marked(check: Check, marks: Marks) -> Finding:
 
 
 def near_or_equal(texts: Texts, tokens: Tokens) -> Rows:
-    """[N] A group for each record, by its first: nearly equal in what it says, or equal in its tokens."""
-    return joined(texts.near, tokens.copies)
+    """[N] A group for each record, by its first: nearly equal in what it says, or equal in its tokens.
+
+    A long document alone makes no near-duplicates of the records about it, though `near` keeps them together.
+    """
+    _, near = numpy.unique(numpy.stack([texts.near, texts.beside]), axis=1, return_inverse=True)
+    return joined(equal_groups(near.reshape(-1)), tokens.copies)
 
 
 def _repetitions(check: Check, groups: Rows, rows: Rows) -> Finding:
