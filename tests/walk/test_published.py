@@ -204,6 +204,65 @@ def test_a_pair_of_written_dialogues_is_read_as_its_turns():
     )
 
 
+# --- answers of tools ------------------------------------------------------------------------------------------------
+
+
+def test_anthropics_messages_are_read_with_what_tools_answered():
+    # Its calls were read, and each record refused for their answers: "only text can be trained on".
+    schema = {"type": "object", "properties": {"zone": {"type": "string"}}}
+    record, notes = read(
+        {
+            "tools": [{"name": "get_time", "description": "d", "input_schema": schema}],
+            "messages": [
+                ASK,
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "thinking", "thinking": "看看钟", "signature": "x"},
+                        {"type": "tool_use", "id": "t1", "name": "get_time", "input": {}},
+                        {"type": "tool_use", "id": "t2", "name": "get_time", "input": {}},
+                    ],
+                },
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "9"}]},
+                        {"type": "tool_result", "tool_use_id": "t2", "content": "10", "is_error": False},
+                        {"type": "text", "text": "快"},
+                    ],
+                },
+                TELL,
+            ],
+        }
+    )
+    assert isinstance(record, Record) and not notes
+    calls = ({"id": "t1", **CALL}, {"id": "t2", **CALL})
+    assert record.turns == (
+        Turn("user", "几点"),
+        Turn("assistant", "", reasoning="看看钟", calls=calls),
+        Turn("tool", "9", call_id="t1"),
+        Turn("tool", "10", call_id="t2"),
+        Turn("user", "快"),
+        Turn("assistant", "九点"),
+    )
+    function = {"name": "get_time", "description": "d", "parameters": schema}
+    assert record.tools == ({"type": "function", "function": function},)
+
+
+@pytest.mark.parametrize("value", [{"t": 9, "天": "晴"}, [{"title": "钟"}], [], 9, {"t": "\ud83d"}])
+def test_what_a_tool_returned_is_its_answer_as_json(value):
+    called = {"role": "assistant", "tool_calls": [{"function": CALL}]}
+    record, notes = read({"messages": [ASK, called, {"role": "tool", "content": value}, TELL]})
+    if "surrogate" in str(record):
+        assert isinstance(record, Refusal) and value == {"t": "\ud83d"}
+    elif value == []:
+        assert record.turns[2].text == ""  # no part
+    else:
+        assert record.turns[2].text == json.dumps(value, ensure_ascii=False)
+        assert notes == ("a tool's answer that is a value is written as JSON",)
+    assert "an object; expected text" in reason({"messages": [{"role": "user", "content": {"t": 9}}, TELL]})
+
+
 # --- thoughts -------------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +292,13 @@ def test_an_answer_that_was_cut_off_in_its_thoughts_is_refused(text):
     assert "it was cut off" in reason({"instruction": "几点", "output": text})
     said = turns({"messages": [ASK, {**TELL, "content": text, "weight": 0}, ASK, TELL]})
     assert said[1].learn == 0, "what is only read may be anything"
+
+
+def test_thoughts_that_stand_twice_and_differ_are_refused_wherever_they_stand():
+    # Catches an answer that was learned with two blocks of thoughts, one behind the other.
+    twice = {**TELL, "content": "<think>\n看看钟\n</think>\n\n九点", "reasoning_content": "猜一个"}
+    assert "gives its reasoning twice, and differently" in reason({"messages": [ASK, twice]})
+    assert turns({"messages": [ASK, {**twice, "reasoning_content": "看看钟\n"}]})[-1].reasoning == "看看钟\n"
 
 
 def test_thoughts_before_a_call_are_no_cut_off_answer():

@@ -168,7 +168,7 @@ def test_text_parts_are_joined_and_thoughts_and_calls_kept_apart():
     assert answer == Turn("assistant", "Let me see.", reasoning="Hm.", calls=({"id": "7", **CALL},))
 
 
-@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "tool_result", "thinking", "tool_use"])
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "thinking", "tool_use"])
 def test_a_part_that_is_no_text_is_refused_by_name(kind):
     said = why_not({"role": "user", "content": [{"type": "text", "text": "Look:"}, {"type": kind, kind: {}}]}, TELL)
     assert said == f'messages 1\'s content holds a part of type "{kind}"; only text can be trained on'

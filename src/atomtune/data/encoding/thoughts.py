@@ -41,13 +41,18 @@ def _apart(text: str) -> tuple[str, str | None]:
 
 
 def problem_of_thoughts(turn: Turn) -> str:
-    """Why an assistant's turn says nothing but what it thinks: the answer was cut off when it was made; else ""."""
+    """Why an assistant's turn is not learned for what it thinks; "" where nothing is wrong.
+
+    It says nothing else, as an answer does that was cut off when it was made, or thinks two different things.
+    """
     if not mentions_thoughts(turn.text):
         return ""
     for opens, closes in TAGS:
         if turn.text.lstrip().startswith(opens) and closes not in turn.text:
             return f"ends inside its thoughts, without {closes}: it was cut off"
-    _, text = _apart(turn.text)
+    thoughts, text = _apart(turn.text)
+    if text is not None and turn.reasoning.strip() and thoughts.strip() not in ("", turn.reasoning.strip()):
+        return "gives its reasoning twice, and differently; leave one out"
     is_cut_off = text is not None and not text.strip() and not turn.calls
     return "has no answer behind its thoughts: it was cut off" if is_cut_off else ""
 

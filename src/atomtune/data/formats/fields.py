@@ -108,7 +108,11 @@ def _read_tool(tool: object, place: str) -> Field[Tool]:
     function = tool.get("function") or tool
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         return Field({}, (f"{place} has no name",))
-    return read_plain(tool if function is not tool else {"type": "function", "function": tool}, place)
+    if function is not tool:
+        return read_plain(tool, place)
+    # Anthropic's name of `parameters`.
+    function = {("parameters" if key == "input_schema" else key): value for key, value in tool.items()}
+    return read_plain({"type": "function", "function": function}, place)
 
 
 def missing_key(key: str, record: Mapping[str, Any], place: str = "") -> str:

@@ -4,6 +4,7 @@ Most messages are a role and a text; they are read on a short path, since a mill
 """
 
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -19,6 +20,7 @@ from atomtune.data.formats.fields import (
     notes_on_unused,
     problems_of,
     read_json,
+    read_plain,
     read_text,
 )
 from atomtune.data.formats.schema import EXCHANGE_KEYS, REASONING, ROLES, TURN_KEYS, WEIGHTS, Schema
@@ -48,7 +50,7 @@ def read_turns(value: object, key: str, schema: Schema) -> Field[tuple[Turn, ...
     if all(isinstance(message, str) and not message.startswith("{") for message in messages):
         notes.append(f"{key} as a list of texts is read as question and answer in turn")
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
-    messages = _exchanges_apart(messages)
+    messages = _apart(messages)
     for number, message in enumerate(messages, 1):
         if schema.keys and isinstance(message, dict):
             message = schema.rename_turn_keys(message)  # noqa: PLW2901  # the same message under our keys
@@ -68,17 +70,18 @@ def read_turns(value: object, key: str, schema: Schema) -> Field[tuple[Turn, ...
     return Field(tuple(turns), tuple(problems), tuple(notes))
 
 
-def _exchanges_apart(messages: list[Any]) -> list[Any]:
-    """The messages one by one, where an object holds a whole exchange.
+def _apart(messages: list[Any]) -> list[Any]:
+    """The messages one by one, where an object holds several.
 
     swift and MOSS   {"human": …, "assistant": …}
     XTuner           {"system": …, "input": …, "output": …}
+    Anthropic        {"role": "user", "content": [{"type": "tool_result", …}, {"type": "text", …}]}
     """
     apart: list[Any] = []
     for message in messages:
         sides = _sides_of(message) if isinstance(message, dict) else None
         if sides is None:
-            apart.append(message)
+            apart += _results_apart(message)
             continue
         asks, tells = sides
         if not is_empty(message.get("system")):
@@ -89,6 +92,22 @@ def _exchanges_apart(messages: list[Any]) -> list[Any]:
             {"role": "assistant", "content": message[tells], **others},
         ]
     return apart
+
+
+def _results_apart(message: Any) -> list[Any]:
+    """A user's message whose content holds answers of tools, each a message of its own before what the user says."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list):
+        return [message]
+    results = [part for part in content if isinstance(part, dict) and part.get("type") == "tool_result"]
+    if not results:
+        return [message]
+    apart: list[Any] = []
+    for part in results:
+        text = part.get("content")
+        apart.append({"role": "tool", "tool_call_id": part.get("tool_use_id"), "content": "" if text is None else text})
+    rest = [part for part in content if part not in results]
+    return [*apart, {**message, "content": rest}] if rest else apart
 
 
 def _sides_of(message: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -199,8 +218,12 @@ def _read_other(filled: dict[str, Any], message: dict[str, Any], place: str, rol
     problems: list[str] = []
     body = _content_of(filled)
     content: Field[Content] = _EMPTY_CONTENT
+    is_value = role == "tool" and _is_value(body)
     if body is None:
         problems.append(_no_content(message, place))
+    elif is_value:
+        plain = read_plain(body, _place_of_content(filled, place))
+        content = Field(Content("" if plain.problems else json.dumps(body, ensure_ascii=False)), plain.problems)
     else:
         content = read_content(body, _place_of_content(filled, place), is_answer=False)
     weight = _read_weight(filled, place, default=0)
@@ -220,7 +243,16 @@ def _read_other(filled: dict[str, Any], message: dict[str, Any], place: str, rol
         unused.append("name")
         problems_of_all = (*problems, *problems_of([content, weight]))
     notes = tuple(f'key "{key}" of a turn of role {role} is not used' for key in unused if filled.get(key))
+    if is_value:
+        notes = (*notes, "a tool's answer that is a value is written as JSON")
     return Field(turn, problems_of_all, notes)
+
+
+def _is_value(body: object) -> bool:
+    """Whether a tool's answer is no text and no list of parts, but what the tool returned."""
+    if isinstance(body, list):
+        return not all(isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in body)
+    return isinstance(body, dict | int | float)
 
 
 def _content_of(filled: dict[str, Any]) -> Any:
