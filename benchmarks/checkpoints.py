@@ -41,6 +41,11 @@ def _rope(*sections: int, **more: Any) -> Values:
     return {"text_config": {"rope_parameters": rope}}
 
 
+def _timm(architecture: str, **more: Any) -> Values:
+    """A tower of the package timm, one of its smallest."""
+    return {"vision_config": {"architecture": architecture, **more}}
+
+
 _HALF_TURNED = _rope(1, 1, 2, partial_rotary_factor=0.5)
 _ONE_IMAGE_TOKEN: Values = {"vocabulary_map": {"<image>": 9}}
 _SMALL_DEPTHS: Values = {"num_filters": 4, "depths": 7 * [1]}
@@ -86,7 +91,9 @@ _BEYOND_RULE: dict[str, Values] = {
     },
     "emu3": {**_ONE_IMAGE_TOKEN, "vq_config": {"base_channels": 32, "embed_dim": 4, "codebook_size": 64}},
     "ernie4_5_vl_moe": {"text_config": {**_rope(3, 3, 2)["text_config"], "moe_intermediate_size": [32, 32]}},
+    "fast_vlm": _timm("mobilenetv3_small_050"),
     "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16}},
+    "gemma3n": _timm("mobilenetv3_small_050", hidden_size=1024),
     "glm46v": _HALF_TURNED,
     "glm5_next": {
         "text_config": {
@@ -136,6 +143,9 @@ _BEYOND_RULE: dict[str, Values] = {
     },
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "paddleocr_vl": _rope(3, 3, 2),
+    "perception_lm": _timm(
+        "vit_tiny_patch16_224", hidden_size=192, model_args={"embed_dim": 192, "img_size": [32, 32]}
+    ),
     "qwen2_5_omni_thinker": {**_rope(3, 3, 2), "vision_start_token_id": 5},
     "qwen3_omni_moe_thinker": {**_rope(3, 3, 2), "vision_start_token_id": 5},
     "step3p7": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},

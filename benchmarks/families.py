@@ -540,8 +540,6 @@ LEFT_OUT: dict[str, str] = {
     "fails on padded rows where its config makes it causal, which `train` says": "xlnet",
     "count padding in, which `train` refuses": "cpmant prophetnet",
     "has no layer that LoRA could adapt, which `train` says": "reformer",
-    "need the package timm, which is not here": """
-        fast_vlm gemma3n perception_lm""",
     "fails in its own code on a text, which `train` says (transformers 5.24; its text part has a row)": "llama4",
     "speak, and their thinking half has a row": "qwen2_5_omni qwen3_omni_moe",
     "does not write but sorts": "shieldgemma2",
@@ -750,6 +748,8 @@ def tried(family: str, values: Values, *, limit: int, trace: bool = False) -> Fi
             finding = examine(family, values)
     except AtomtuneError as error:
         finding = Finding(family, reason=f"refused: {str(error).splitlines()[0]}")
+    except ImportError as error:  # a tower of the package timm
+        finding = Finding(family, reason=f"not in this environment: {str(error).strip().splitlines()[0]}")
     except Exception as error:  # noqa: BLE001  # whatever a family raises belongs in the table
         if trace:
             traceback.print_exc()
@@ -797,7 +797,7 @@ def page(findings: Findings, *, beside: tuple[str, list[Finding]] | None = None)
     lines += [_line(kind, finding) for kind, finding in findings if finding.verdict != "not here"]
     missing = [finding.family for _, finding in findings if finding.verdict == "not here"]
     if missing:
-        lines += ["", f"Known here and not in this transformers: {', '.join(missing)}."]
+        lines += ["", f"Not in this transformers, or of a package that is not installed: {', '.join(missing)}."]
     lines += ["", *_left_out()]
     if beside:
         lines += ["", *_differences(findings, *beside)]
@@ -856,6 +856,8 @@ def _differences(findings: Findings, version: str, others: Sequence[Finding]) ->
     )
     if absent:
         lines.append(f"Not in it: {', '.join(absent)}.")
+    if untried := sorted(now.keys() - {other.family for other in others}):
+        lines.append(f"Not tried with it: {', '.join(untried)}.")
     differ = []
     for other in others:
         this = now[other.family]
