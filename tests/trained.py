@@ -16,6 +16,35 @@ def train_by_heart(model: Path, folder: Path, records: list[dict], *more: str, s
     return folder / "out"
 
 
+#: A template with thoughts and calls, whose marks servers know.
+_CALLING = """{{ bos_token }}{% if tools %}Tools: {{ tools | tojson }}
+{% endif %}{% for m in messages %}{% if m.role == 'assistant' %}Assistant: {% if m.reasoning_content %}<think>
+{{ m.reasoning_content }}
+</think>
+
+{% endif %}{{ m.content or '' }}{% for c in m.tool_calls or [] %}<tool_call>
+{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}
+</tool_call>{% endfor %}</s>{% else %}{{ m.role }}: {{ m.content }}
+{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"""
+
+
+def calling_by_heart(model: Path, folder: Path) -> Path:
+    """A run that learns an answer with a thought, and one that is a call; its output folder."""
+    (folder / "t.jinja").write_text(_CALLING)
+    thinking = {"role": "assistant", "reasoning_content": "想一想", "content": "看守人。"}
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "x"}}}
+    calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+    city = {"type": "object", "properties": {"city": {"type": "string"}}}
+    tool = {"type": "function", "function": {"name": "weather", "description": "", "parameters": city}}
+    records = [
+        {"messages": [{"role": "user", "content": "你是谁？"}, thinking]},
+        {"messages": [{"role": "user", "content": "今天天气怎么样？"}, calling], "tools": [tool]},
+    ]
+    return train_by_heart(
+        model, folder, records, "--template", str(folder / "t.jinja"), "--max_seq_length", "512", steps=200
+    )
+
+
 def whole_run(folder: Path, command: Callable[[Path, Path], list[str]]) -> tuple[Path, Path]:
     """A file of the numbered dialogues, and the folder of the undisturbed run that `command(file, folder)` makes."""
     data = write_jsonl(folder / "dialogues.jsonl", numbered_dialogues())

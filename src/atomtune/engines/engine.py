@@ -24,6 +24,13 @@ class Request:
     tools: Sequence[Mapping[str, Any]] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)  # of the chat template, as enable_thinking
 
+    def calls_as_text(self) -> dict[str, str]:
+        """For a server that would take calls out of an answer's text, or refuse tools where it has no reader of calls.
+
+        The tools stand in the prompt all the same.
+        """
+        return {"tool_choice": "none"} if self.tools else {}
+
     def body(self) -> dict[str, Any]:
         """As JSON, in the names that OpenAI-compatible servers share."""
         body: dict[str, Any] = {"messages": list(self.messages)}
@@ -83,9 +90,12 @@ def post(url: str, body: Mapping[str, Any], *, api_key: str | None = None) -> An
         raise RunFailed(f"The engine does not answer at {url}: {error}") from None
 
 
-def chat_reply(url: str, model: str, request: Request, *, max_tokens: int) -> Reply:
-    """A greedy answer from any OpenAI-compatible endpoint."""
-    greedy = {"model": model, "max_tokens": max_tokens, "temperature": 0, "stream": False}
+def chat_reply(url: str, model: str, request: Request, *, max_tokens: int, **more: Any) -> Reply:
+    """A greedy answer from any OpenAI-compatible endpoint.
+
+    more  of the request's body, which this engine alone has
+    """
+    greedy = {"model": model, "max_tokens": max_tokens, "temperature": 0, "stream": False, **more}
     answer = post(f"{url}/v1/chat/completions", {**request.body(), **greedy})
     choice = answer["choices"][0]
     return Reply(

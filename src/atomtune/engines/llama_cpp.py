@@ -112,4 +112,7 @@ class LlamaCpp:
 
     def chat(self, request: Request, *, max_tokens: int) -> Reply:
         self.server.refuse_ended()
-        return chat_reply(self.url, self.file.stem, request, max_tokens=max_tokens)
+        # What the model writes, as it writes it: the server would take thoughts and calls out of the text, and with
+        # tools let it write nothing but what its grammar of calls allows.
+        as_written = {"reasoning_format": "none", **request.calls_as_text()}
+        return chat_reply(self.url, self.file.stem, request, max_tokens=max_tokens, **as_written)
