@@ -28,21 +28,29 @@ _CALLING = """{{ bos_token }}{% if tools %}Tools: {{ tools | tojson }}
 {% endif %}{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"""
 
 
-def calling_by_heart(model: Path, folder: Path) -> Path:
+#: The tool that calling_by_heart's run calls.
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+
+
+def calling_by_heart(model: Path, folder: Path, *, max_seq_length: int = 512) -> Path:
     """A run that learns an answer with a thought, and one that is a call; its output folder."""
     (folder / "t.jinja").write_text(_CALLING)
     thinking = {"role": "assistant", "reasoning_content": "想一想", "content": "看守人。"}
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "x"}}}
     calling = {"role": "assistant", "content": "", "tool_calls": [call]}
-    city = {"type": "object", "properties": {"city": {"type": "string"}}}
-    tool = {"type": "function", "function": {"name": "weather", "description": "", "parameters": city}}
     records = [
         {"messages": [{"role": "user", "content": "你是谁？"}, thinking]},
-        {"messages": [{"role": "user", "content": "今天天气怎么样？"}, calling], "tools": [tool]},
+        {"messages": [{"role": "user", "content": "今天天气怎么样？"}, calling], "tools": [WEATHER]},
     ]
-    return train_by_heart(
-        model, folder, records, "--template", str(folder / "t.jinja"), "--max_seq_length", "512", steps=200
-    )
+    more = ["--template", str(folder / "t.jinja"), "--max_seq_length", str(max_seq_length)]
+    return train_by_heart(model, folder, records, *more, steps=200)
 
 
 def whole_run(folder: Path, command: Callable[[Path, Path], list[str]]) -> tuple[Path, Path]:

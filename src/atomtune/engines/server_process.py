@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 
-from atomtune.engines.engine import direct
+from atomtune.engines.engine import EngineBroke, direct
 from atomtune.errors import RunFailed
 from atomtune.process import end_with_parent
 
@@ -75,8 +75,12 @@ class ServerProcess:
             raise
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, _kind: object = None, error: BaseException | None = None, _trace: object = None) -> None:
+        broke = isinstance(error, EngineBroke) and not self.shows
+        lines = self.last_lines() if broke else ""
         self.end()
+        if broke:
+            raise RunFailed(f"{error}\nIts last lines:\n{lines}") from None
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.starts_within

@@ -65,8 +65,10 @@ class TransformersServe(TransformersInProcess):
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        self.server.__exit__(*exc)
-        super().__exit__(*exc)
+        try:
+            self.server.__exit__(*exc)
+        finally:
+            super().__exit__(*exc)
 
     def chat(self, request: Request, *, max_tokens: int) -> Reply:
         self.server.refuse_ended()

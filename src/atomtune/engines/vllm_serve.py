@@ -2,12 +2,13 @@
 
 import importlib.util
 import json
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from atomtune.choices import BASE
 from atomtune.engines.engine import Reply, Request, chat_reply, post
@@ -21,6 +22,28 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _IN_A_BATCH = 8
 #: On a CPU it is compiled at the first start.
 _STARTS_WITHIN = 1800
+
+
+class _CallReader(NamedTuple):
+    """One of vLLM's readers of calls."""
+
+    name: str
+    form: str  # a regular expression that fits how a template for it writes the call of f with {"a": 1}
+    needs: str = ""  # a token without which vLLM does not start with it
+
+
+_CALL_READERS = (
+    _CallReader("hermes", r"<tool_call>\s*\{"),
+    _CallReader("qwen3_coder", r"<tool_call>\s*<function="),
+    _CallReader("glm45", r"<tool_call>f\s*<arg_key>"),
+    _CallReader("mistral", r"\[TOOL_CALLS\]", needs="[TOOL_CALLS]"),
+    _CallReader("llama3_json", r'"parameters": *\{"a": 1\}', needs="<|python_tag|>"),
+    _CallReader("openai", r"to=functions\.f", needs="<|channel|>"),
+    _CallReader("deepseek_v3", r"<｜tool▁sep｜>f\s*```json", needs="<｜tool▁calls▁begin｜>"),
+    _CallReader("deepseek_v31", r"f<｜tool▁sep｜>", needs="<｜tool▁calls▁begin｜>"),
+    _CallReader("lfm2", r"<\|tool_call_start\|>\[f\(", needs="<|tool_call_start|>"),
+    _CallReader("gemma4", r"<\|tool_call>call:f"),
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +76,18 @@ def is_installed() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
+def call_reader(written: str, tokens: Container[str]) -> str | None:
+    """The name of vLLM's reader for calls that are written like this one; None where none is known or can start.
+
+    written  the turn that calls f with {"a": 1}, as the template writes it
+    tokens   the tokenizer's
+    """
+    for reader in _CALL_READERS:
+        if re.search(reader.form, written):
+            return reader.name if not reader.needs or reader.needs in tokens else None
+    return None
+
+
 def command(
     view: Path,
     *,
@@ -63,6 +98,7 @@ def command(
     dtype: str = "auto",
     context: int = 0,
     variables: Mapping[str, Any] | None = None,
+    reads_calls: str | None = None,
     trust_remote_code: bool = False,
 ) -> list[str]:
     """The words that start it; an API key goes by the environment (VLLM_API_KEY), which no other user can read.
@@ -70,6 +106,7 @@ def command(
     view      a folder with the tokenizer, template and generation config of the training
     base      where the base of the adapters lies; None: the view is a whole model
     context   tokens; 0: as the model was trained
+    reads_calls  its reader of calls, which takes them out of an answer's text; None: it refuses requests with tools
     """
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base or str(view)]
     words += ["--tokenizer", str(view), "--generation-config", str(view)]
@@ -89,6 +126,8 @@ def command(
         words += ["--max-model-len", str(context)]
     if variables:
         words += ["--default-chat-template-kwargs", json.dumps(variables)]
+    if reads_calls:
+        words += ["--enable-auto-tool-choice", "--tool-call-parser", reads_calls]
     return [*words, "--trust-remote-code"] if trust_remote_code else words
 
 
@@ -146,8 +185,10 @@ class VllmServe:
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        self.server.__exit__(*exc)
-        self.served.__exit__(*exc)
+        try:
+            self.server.__exit__(*exc)
+        finally:
+            self.served.__exit__(*exc)
 
     def prompt_ids(self, request: Request) -> list[int]:
         body = {**request.body(), "model": self.model, "add_generation_prompt": True}
@@ -167,7 +208,7 @@ class VllmServe:
 
     def chat(self, request: Request, *, max_tokens: int) -> Reply:
         self.server.refuse_ended()
-        return chat_reply(self.url, self.model, request, max_tokens=max_tokens)
+        return chat_reply(self.url, self.model, request, max_tokens=max_tokens, **request.calls_as_text())
 
 
 def _version() -> str:

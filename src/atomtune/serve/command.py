@@ -23,6 +23,7 @@ from atomtune.choices import BASE, EngineName
 from atomtune.console import Console, shortened
 from atomtune.data.cache import tokenizer_text
 from atomtune.data.encoding.chat_template import Template
+from atomtune.data.encoding.choose_template import written_call
 from atomtune.engines import llama_cpp, transformers_serve, vllm_serve
 from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder
 from atomtune.engines.server_process import KEY_VARIABLES, ServerProcess, address_problems
@@ -282,7 +283,20 @@ def _words(plan: Plan, folder: Path, settings: ServeSettings, console: Console) 
     if plan.engine == "transformers":
         return transformers_serve.command(folder.name, **address)
     adapters = [ServedAdapter(model.name, model.folder.resolve()) for model in plan.models] if plan.base else []
+    address["reads_calls"] = _call_reader(plan.template, console)
     return vllm_serve.command(folder, base=plan.base, adapters=adapters, context=settings.context, **address)
+
+
+def _call_reader(template: Template, console: Console) -> str | None:
+    """By which vLLM finds the calls in an answer; without one it refuses a request that has tools."""
+    written = written_call(template)
+    reader = vllm_serve.call_reader(written, template.tokenizer.get_vocab())
+    if written and reader is None:
+        console.notice(
+            f"no reader of vLLM's is known to fit calls as {template.title} writes them, so it refuses a request with "
+            'tools, unless that says "tool_choice": "none"; then a call stands in the answer\'s text.'
+        )
+    return reader
 
 
 def _say_how_to_ask(plan: Plan, settings: ServeSettings, console: Console) -> None:

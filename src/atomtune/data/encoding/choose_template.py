@@ -1,5 +1,6 @@
 """Choosing a chat template, and asking it a few questions to find out how it writes."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import date
@@ -36,6 +37,8 @@ _TOOL = {
     "type": "function",
     "function": {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}},
 }
+#: That tool's name, where it is no part of a word.
+_CALLED = re.compile(r"(?<![a-zA-Z])f(?![a-zA-Z])")
 #: The formats in which [INST] is a token; Llama 2 and the first Mistral write it as text.
 _INST_IS_A_TOKEN = ("mistral-v3", "mistral-tekken")
 _CALL_ID = "a1b2c3d4e"  # as Mistral's own templates ask for: nine letters and digits
@@ -297,11 +300,17 @@ def _calling(arguments: Any) -> Message:
     return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
+def written_call(template: Template) -> str:
+    """The assistant's turn that calls f with {"a": 1}, from its header on; "" where the template writes no calls."""
+    call = _calling('{"a": 1}' if template.calls_as_text else {"a": 1})
+    turn = (_written(template, [_QUESTION, call], tools=True) or "").rpartition(_QUESTION["content"])[2]
+    return turn if _CALLED.search(turn) else ""
+
+
 def _other_stops(template: Template) -> Iterator[str]:
     """The tokens that end a turn of the assistant which calls a tool."""
-    call = _calling('{"a": 1}' if template.calls_as_text else {"a": 1})
-    written = _written(template, [_QUESTION, call], tools=True)
-    if written is not None and "f" in written:
+    written = written_call(template)
+    if written:
         yield template.ended(written)[1]
 
 
