@@ -213,7 +213,8 @@ def start(engine: EngineName, served: Path, side: TrainedSide, settings: Certify
     """The engine, to be entered by `with`."""
     if engine == "llama.cpp":
         return LlamaCpp(served, context=side.max_tokens + side.max_new_tokens)
-    folder = ServedFolder(served, base=settings.model_path, stop_ids=side.stop_ids)
+    as_written = engine == "transformers"
+    folder = ServedFolder(served, base=settings.model_path, stop_ids=side.stop_ids, as_written=as_written)
     if engine == "vllm":
         base = base_of(served, settings.model_path) if (served / ADAPTER_CONFIG).is_file() else None
         context = side.max_tokens + side.max_new_tokens

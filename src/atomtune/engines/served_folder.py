@@ -19,6 +19,12 @@ from atomtune.errors import BadModel
 
 ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+#: For `transformers serve`: all that the model writes is content, no thought and no call of a tool.
+_ALL_IS_CONTENT = {
+    "start_anchor_pattern": r"\Z",  # behind the prompt
+    "fields": {"content": {"content": "text", "content_args": {"strip": False}}},
+}
 #: Of the base: what decides how text becomes ids is the adapter's.
 _NOT_OF_BASE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*")
 
@@ -26,41 +32,49 @@ _NOT_OF_BASE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "v
 class ServedFolder:
     """What a server is pointed at: the folder itself, or a view of base and adapter that is removed in the end.
 
-    base      where the base is, if not where the adapter's config says
-    stop_ids  where answers end, in place of the base's; none: as the base says
+    base        where the base is, if not where the adapter's config says
+    stop_ids    where answers end, in place of the base's; none: as the base says
+    as_written  `transformers serve` gives answers as the model writes them; else it takes thoughts and calls out of the
+                text of the families whose marks it knows
     """
 
-    def __init__(self, folder: Path, *, base: str | None = None, stop_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, folder: Path, *, base: str | None = None, stop_ids: Sequence[int] = (), as_written: bool = False
+    ) -> None:
         self.folder, self.base, self.stop_ids = folder.resolve(), base, list(stop_ids)
+        self.as_written = as_written
         self.view: TemporaryFolder | None = None
 
     def __enter__(self) -> Path:
         config = self.folder / ADAPTER_CONFIG
-        if not config.is_file():
+        is_adapter = config.is_file()
+        if not is_adapter and not self.as_written:
             return self.folder
-        base = self.base or str(read_config(config).get("base_model_name_or_path"))
-        try:
-            of_base = Path(str(cached_file(base, "config.json"))).parent
-        except OSError as error:
-            raise BadModel(f"{base}: the base that {config} names cannot be read: {str(error)[:200]}") from None
+        of_base = self._of_base(config) if is_adapter else self.folder
         self.view = TemporaryFolder("atomtune-serve-")
         view = self.view.path / self.folder.name
         view.mkdir()
         for file in of_base.iterdir():
-            if file.is_file() and not any(file.match(pattern) for pattern in _NOT_OF_BASE):
+            of_text = is_adapter and any(file.match(pattern) for pattern in _NOT_OF_BASE)
+            if file.is_file() and not of_text:
                 _link(file, view / file.name)
-        for file in self.folder.iterdir():
+        for file in self.folder.iterdir() if is_adapter else ():
             if file.is_file() and file.name != "config.json":
                 (view / file.name).unlink(missing_ok=True)
                 _link(file, view / file.name)
-        if self.stop_ids:
-            self._write_stops(view / GENERATION_CONFIG)
+        if is_adapter and self.stop_ids:
+            _write_value(view / GENERATION_CONFIG, "eos_token_id", self.stop_ids)
+        if self.as_written:
+            _write_value(view / TOKENIZER_CONFIG, "response_template", _ALL_IS_CONTENT)
         return view
 
-    def _write_stops(self, file: Path) -> None:
-        values = read_config(file) if file.is_file() else {}
-        file.unlink(missing_ok=True)  # a link into the base's folder, which is not ours to change
-        file.write_text(json.dumps({**values, "eos_token_id": self.stop_ids}), encoding="utf-8")
+    def _of_base(self, config: Path) -> Path:
+        """Where the base's files lie. Raises BadModel where it cannot be read."""
+        base = self.base or str(read_config(config).get("base_model_name_or_path"))
+        try:
+            return Path(str(cached_file(base, "config.json"))).parent
+        except OSError as error:
+            raise BadModel(f"{base}: the base that {config} names cannot be read: {str(error)[:200]}") from None
 
     def __exit__(self, *exc: object) -> None:
         if self.view is not None:
@@ -74,6 +88,13 @@ def read_config(file: Path) -> dict[str, Any]:
         return read_json_object(file)
     except (OSError, ValueError) as error:
         raise BadModel(f"{file} cannot be read: {str(error)[:200]}. Copy the folder again.") from None
+
+
+def _write_value(file: Path, name: str, value: Any) -> None:
+    """Set one value of a JSON file that may be a link into a folder which is not ours to change."""
+    values = read_config(file) if file.is_file() else {}
+    file.unlink(missing_ok=True)
+    file.write_text(json.dumps({**values, name: value}), encoding="utf-8")
 
 
 def _link(file: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ its own count of prompt tokens must agree with them.
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import transformers
@@ -72,4 +73,8 @@ class TransformersServe(TransformersInProcess):
 
     def chat(self, request: Request, *, max_tokens: int) -> Reply:
         self.server.refuse_ended()
-        return chat_reply(self.url, self.folder.name, request, max_tokens=max_tokens)
+        reply = chat_reply(self.url, self.folder.name, request, max_tokens=max_tokens)
+        text = reply.text
+        for control in self.tokenizer.all_special_tokens:  # as written, they are in it
+            text = text.replace(control, "")
+        return replace(reply, text=text)
