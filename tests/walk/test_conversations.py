@@ -4,6 +4,7 @@
 tokenizer's own apply_chat_template, tokenizes it at once and the answer on its own; it knows nothing of Examples.
 """
 
+import os
 import random
 from functools import cache
 from typing import Any
@@ -19,7 +20,8 @@ from atomtune.data.reading.raw import RawRecord
 from atomtune.data.records import Example
 from tests.tiny import CHATML, GEMMA, tokenizer_of
 
-CONVERSATIONS = 1000
+#: Drawn for each tokenizer and template; `make fuzz` draws more.
+CONVERSATIONS = int(os.environ.get("ATOMTUNE_FUZZ", "300"))
 TOKENIZERS = {
     "sentencepiece": ("sentencepiece", None),
     "sentencepiece with turns": ("sentencepiece", GEMMA),

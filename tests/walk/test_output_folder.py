@@ -147,7 +147,7 @@ def unlimited(models, tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(
-    "share", [0.001, pytest.param(0.2, marks=pytest.mark.slow), 0.5, pytest.param(0.8, marks=pytest.mark.slow), 0.95]
+    "share", [0.001, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.2, 0.5, 0.8)), 0.95]
 )
 def test_a_limit_on_the_size_of_files_keeps_the_last_checkpoint(models, unlimited, tmp_path, share):
     """`ulimit -f`, at any size up to the largest file of a save, from the second save on."""
@@ -185,7 +185,8 @@ def test_a_limit_on_the_size_of_files_keeps_the_last_checkpoint(models, unlimite
     assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("mask", [pytest.param(0o022, marks=pytest.mark.slow), 0o027])
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", [0o022, 0o027])
 def test_what_any_command_leaves_is_as_readable_as_the_umask_says(models, dialogues, tmp_path, mask):
     # safetensors and temporary files are for their owner alone: another user's chat then fails on the weights.
     out = tmp_path / "out"

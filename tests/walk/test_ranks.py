@@ -69,6 +69,7 @@ def test_two_ranks_share_a_stream(models, dialogues, tmp_path):
     assert relative_difference(*adapters) < 1e-6
 
 
+@pytest.mark.slow
 def test_two_ranks_stop_together_when_one_is_told_and_go_on_as_one_run(models, dialogues, tmp_path):
     command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--use_cpu"]
     command += ["--dtype", "float32", "--max_steps", "60", "--save_steps", "5", "--save_total_limit", "2"]
@@ -99,6 +100,7 @@ def test_two_ranks_stop_together_when_one_is_told_and_go_on_as_one_run(models, d
     assert ours["loss_history"] == theirs["loss_history"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank_lost", "number", "cause"), [(0, "SIGSTOP", "--ddp_timeout"), (1, "SIGKILL", "lost its connection")]
 )
@@ -142,9 +144,9 @@ def _two_ranks(command, folder):
 
 
 def _wait_for_checkpoint(checkpoint, ranks):
-    for _ in range(1200):
+    for _ in range(6000):  # on a busy machine torch and transformers take a minute to be read
         if (checkpoint / "manifest.json").exists():
             return
         assert all(process.poll() is None for process in ranks), "a rank ended too early"
         time.sleep(0.05)
-    raise AssertionError(f"no {checkpoint} within a minute")
+    raise AssertionError(f"no {checkpoint} within five minutes")

@@ -111,7 +111,10 @@ def long_run(models, tmp_path_factory) -> tuple[Path, Path]:
     return whole_run(folder, lambda data, out: command(models("llama"), data, out, *LONG))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1], ids=lambda n: n.name)
+OTHERS = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, *OTHERS], ids=lambda number: number.name)
 def test_every_signal_that_asks_to_stop_keeps_the_run(models, long_run, tmp_path, capsys, number):
     base, out = models("llama"), tmp_path / "out"
     data, whole = long_run
@@ -130,6 +133,7 @@ def test_every_signal_that_asks_to_stop_keeps_the_run(models, long_run, tmp_path
     same_run(out, whole)
 
 
+@pytest.mark.slow
 def test_three_stops_one_after_another(models, dialogues, tmp_path):
     base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"
     flags = ["--max_steps", "30", "--gradient_accumulation_steps", "3"]

@@ -110,7 +110,7 @@ def test_a_state_that_is_a_program_put_into_a_checkpoint(  # noqa: PLR0917  # py
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["torch.save", "pickle"])
+@pytest.mark.parametrize("zipped", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["torch.save", "pickle"])
 @pytest.mark.parametrize("name", STATES)
 def test_a_state_that_is_a_program_sealed_with_the_others(  # noqa: PLR0917  # pytest's fixtures
     models, dialogues, tmp_path, mark, capsys, name, zipped

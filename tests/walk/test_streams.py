@@ -37,6 +37,7 @@ def test_a_full_output_is_said_and_is_no_success(words):
     assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_full_output_does_not_end_a_merge(by_heart, tmp_path):
     merge = ["merge", "--adapter_path", str(by_heart), "--output_dir", str(tmp_path / "m")]
     assert run(merge, "> /dev/full 2> /dev/full").returncode == 3
@@ -49,6 +50,7 @@ def test_help_into_a_full_output(words_of_help):
     assert done.returncode == 3 and b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error(words):
     done = subprocess.run(
         ["bash", "-c", 'set -o pipefail; "$0" -m atomtune "$@" | head -c 1', sys.executable, *words],
@@ -71,6 +73,7 @@ def chat(by_heart) -> list[str]:
     return ["chat", "--adapter_path", str(by_heart), "--dtype", "float32", "--max_new_tokens", "2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", ["--prompt x >&-", "--prompt x <&- >&- 2>&-", "<&-"])
 def test_a_chat_whose_streams_are_closed(chat, streams):
     # Python has None for a stream that was closed, and a chat asks it whether it is a terminal.
@@ -79,12 +82,14 @@ def test_a_chat_whose_streams_are_closed(chat, streams):
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_an_input_that_cannot_be_read_is_one_sentence(chat):
     done = run(chat, "0> /dev/null")
     assert done.returncode == 2, done.stderr
     assert b"standard input cannot be read: Bad file descriptor." in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "code"), [("你好".encode(), 0), (b"\xff\xfe", 2)], ids=["a question in UTF-8", "no text"]
 )
@@ -95,6 +100,7 @@ def test_what_a_pipe_holds_is_utf_8_in_a_locale_of_ascii_too(chat, tmp_path, lin
     assert code == 0 or b"standard input is not UTF-8" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment",
     [

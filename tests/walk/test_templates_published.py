@@ -5,6 +5,7 @@ they are; the tests are skipped where these are not installed.
 """
 
 import json
+import os
 import random
 import shutil
 from functools import cache
@@ -28,7 +29,8 @@ from atomtune.model.load import load_tokenizer
 from tests.tiny import tokenizer_of
 
 Message = dict[str, Any]
-CONVERSATIONS = 500
+#: Drawn for each template; `make fuzz` draws more.
+CONVERSATIONS = int(os.environ.get("ATOMTUNE_FUZZ", "200"))
 WORDS = ["a", "Paris", "你好", "1.5", "{x}", "'", '"', "\\", "<b>", "\n", "\n\n", "  ", "é🙂", "# x", "INST", "think"]
 #: built-in name → the file in trl, and what a conversation may hold
 PUBLISHED = {
