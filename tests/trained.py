@@ -17,7 +17,7 @@ def train_by_heart(model: Path, folder: Path, records: list[dict], *more: str, s
 
 
 #: A template with thoughts and calls, whose marks servers know.
-_CALLING = """{{ bos_token }}{% if tools %}Tools: {{ tools | tojson }}
+CALLING = """{{ bos_token }}{% if tools %}Tools: {{ tools | tojson }}
 {% endif %}{% for m in messages %}{% if m.role == 'assistant' %}Assistant: {% if m.reasoning_content %}<think>
 {{ m.reasoning_content }}
 </think>
@@ -41,7 +41,7 @@ WEATHER = {
 
 def calling_by_heart(model: Path, folder: Path, *, max_seq_length: int = 512) -> Path:
     """A run that learns an answer with a thought, and one that is a call; its output folder."""
-    (folder / "t.jinja").write_text(_CALLING)
+    (folder / "t.jinja").write_text(CALLING)
     thinking = {"role": "assistant", "reasoning_content": "想一想", "content": "看守人。"}
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "x"}}}
     calling = {"role": "assistant", "content": "", "tool_calls": [call]}

@@ -2,33 +2,7 @@
 
 import pytest
 
-from atomtune.evaluate.answers import calls_in, chrf, exactly_equal, thinks
-
-CALL = '{"name": "weather", "arguments": {"city": "北京"}}'
-
-
-@pytest.mark.parametrize(
-    ("text", "parsed", "known"),
-    [
-        (f"<tool_call>\n{CALL}\n</tool_call>", 1, 1),  # Qwen, Hermes
-        (f"[TOOL_CALLS] [{CALL}]", 1, 1),  # Mistral
-        ('{"name": "weather", "parameters": {"city": "x"}}', 1, 1),  # Llama 3.1
-        (f"{CALL}\n{CALL}", 2, 2),
-        ('{"name": "stocks", "arguments": {}}', 1, 0),  # a tool that is not at hand
-        ('{"name": "weather", "arguments": {"city": "x"', 0, 0),  # cut off
-        ('{"city": "x"}', 0, 0),  # an object, but no call
-        ("It is sunny {today}.", 0, 0),
-        ("", 0, 0),
-    ],
-)
-def test_calls_are_read_in_any_marks(text, parsed, known):
-    found = calls_in(text, {"weather"})
-    assert (found.parsed, found.known) == (parsed, known)
-
-
-def test_a_call_within_arguments_is_not_counted():
-    nested = '{"name": "weather", "arguments": {"inner": {"name": "weather", "arguments": {}}}}'
-    assert calls_in(nested, {"weather"}).parsed == 1
+from atomtune.evaluate.answers import chrf, exactly_equal, thinks
 
 
 def test_chrf_is_full_for_equal_texts_in_both_languages_and_low_for_others():
@@ -44,7 +18,23 @@ def test_white_space_at_the_ends_is_no_difference():
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("<think>\nhm\n</think>\n5", True), ("hm</think>5", True), ("5", False)]
+    ("text", "prompt", "expected"),
+    [
+        ("<think>\nhm\n</think>\n5", "", True),
+        ("[THINK]hm[/THINK]5", "", True),
+        ("<think>\nhm, and then the limit", "", True),
+        ("<think>\n\n</think>\n\n5", "", False),  # Qwen3, asked without thinking: every answer begins so
+        ("hm</think>5", "", True),
+        ("</think>5", "", False),  # Nemotron
+        ("hm\n</think>\n5", "Assistant: <think>\n", True),  # DeepSeek-R1, whose prompt opens the thoughts
+        ("hm, and then the limit", "Assistant: <think>\n", True),
+        ("\n</think>\n5", "Assistant: <think>\n", False),
+        ("5", "Assistant: <think>\n\n</think>\n\n", False),
+        ("<|channel|>analysis<|message|>hm<|end|>", "", True),
+        ("<|channel|>analysis<|message|><|end|><|start|>assistant", "", False),
+        ("5", "", False),
+        ("", "", False),
+    ],
 )
-def test_a_thought_is_seen(text, expected):
-    assert thinks(text) is expected
+def test_a_thought_is_seen_and_an_empty_block_is_none(text, prompt, expected):
+    assert thinks(text, prompt) is expected

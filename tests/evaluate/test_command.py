@@ -11,7 +11,7 @@ from atomtune.cli import main
 from atomtune.evaluate import evaluation
 from atomtune.evaluate.measures import MEASURES, NATS
 from tests.conftest import DIALOGUES, write_jsonl
-from tests.trained import train_by_heart
+from tests.trained import CALLING, train_by_heart
 
 
 def evaluate(*words: str) -> int:
@@ -150,7 +150,7 @@ def test_a_base_alone_is_evaluated_in_the_mode_that_is_asked_for(models, tmp_pat
     assert nats["true"] != nats["false"]
 
 
-def test_tool_calls_are_counted_where_the_reference_has_one(models, tmp_path):
+def test_tool_calls_are_counted_where_the_reference_has_one(models, tmp_path, capsys):
     def record(answer: dict) -> dict:
         turns = [{"role": "user", "content": "你是谁？"}, {"role": "assistant", **answer}]
         schema = {"name": "weather", "description": "", "parameters": {"type": "object", "properties": {}}}
@@ -163,6 +163,13 @@ def test_tool_calls_are_counted_where_the_reference_has_one(models, tmp_path):
     assert evaluate(*words, "--template", "qwen3", "--max_new_tokens", "8") == 0
     figures = report_in(tmp_path / "out")["models"]["base"]
     assert figures["call_parse_rate"] == [0, 0, 0]  # an untrained model calls nothing
+    assert "does not know the form" not in capsys.readouterr().out
+    # A form that nobody knows gives no figure, and that is said.
+    odd = tmp_path / "odd.jinja"
+    odd.write_text(CALLING.replace('{"name": "{{ c.function.name }}", "arguments": ', "CALL {{ c.function.name }} "))
+    assert evaluate(*words, "--template", str(odd), "--max_new_tokens", "8") == 0
+    assert "does not know the form of the tool calls in 1 record:" in capsys.readouterr().out
+    assert "call_parse_rate" not in report_in(tmp_path / "out")["models"]["base"]
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,13 @@
 """Answers: what can be said of a generated text beside its reference."""
 
-import json
 import re
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-#: What opens the thoughts of a model, in the templates that have them.
-_THOUGHTS = re.compile(r"<think>|</think>|<\|channel\|>analysis|\[THINK\]")
+from atomtune.data.encoding.thoughts import TAGS, opened
 
-
-@dataclass(frozen=True)
-class ToolCalls:
-    """The calls a text holds: how many could be read, and how many of them name a tool at hand."""
-
-    parsed: int
-    known: int
+#: The thoughts of gpt-oss: a message in a channel of its own.
+_ANALYSIS = re.compile(r"<\|channel\|>analysis<\|message\|>(?!\s*<\|end\|>)")
 
 
 def chrf(answer: str, reference: str) -> float:
@@ -36,31 +27,17 @@ def exactly_equal(answer: str, reference: str) -> bool:
     return answer.strip() == reference.strip()
 
 
-def thinks(answer: str) -> bool:
-    """Whether the answer holds a thought."""
-    return _THOUGHTS.search(answer) is not None
+def thinks(answer: str, prompt: str = "") -> bool:
+    """Whether the answer holds a thought; an empty block, as of a model that is asked not to think, holds none.
 
-
-def calls_in(text: str, tools: Collection[str]) -> ToolCalls:
-    """The tool calls in a text: JSON objects with a name and its arguments, in whatever marks a template puts them."""
-    calls = [value for value in _json_objects(text) if _is_call(value)]
-    return ToolCalls(parsed=len(calls), known=sum(call["name"] in tools for call in calls))
-
-
-def _is_call(value: dict[str, Any]) -> bool:
-    arguments = value.get("arguments", value.get("parameters"))
-    return isinstance(value.get("name"), str) and isinstance(arguments, dict | str)
-
-
-def _json_objects(text: str) -> Iterator[dict[str, Any]]:
-    """Every JSON object in a text that stands in no other one."""
-    decoder = json.JSONDecoder()
-    at = text.find("{")
-    while at >= 0:
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):
-            end, value = at + 1, None
-        if isinstance(value, dict):
-            yield value
-        at = text.find("{", end)
+    prompt  as it was sent: some open the thoughts themselves
+    """
+    begun = opened(prompt)
+    if begun is not None:
+        return bool(answer.partition(begun[1])[0].strip())
+    for opens, closes in TAGS:
+        before, mark, behind = answer.partition(opens)
+        thoughts = behind.partition(closes)[0] if mark else before.partition(closes)[0] if closes in before else ""
+        if thoughts.strip():
+            return True
+    return _ANALYSIS.search(answer) is not None

@@ -16,7 +16,7 @@ from atomtune.data.encoding.chat_template import Template
 from atomtune.data.ledger import refuse_unusable
 from atomtune.disk import why_unwritable, write_json, write_text
 from atomtune.errors import BadData, BadSettings, Stopped
-from atomtune.evaluate.evaluation import Plan, evaluate_records
+from atomtune.evaluate.evaluation import Evaluation, Plan, evaluate_records
 from atomtune.evaluate.html_page import page
 from atomtune.evaluate.models import Models, load_models
 from atomtune.evaluate.probe import probe_prompts, probe_scores
@@ -86,6 +86,8 @@ def measure(settings: EvaluateSettings, console: Console) -> Report:
     done = evaluate_records(models, records, collator, plan, console)
     if not done.records:
         raise Stopped("stopped before the first records were done; nothing is written.")
+    if not settings.no_generate:
+        _say_unread_calls(done, console.notice)
     if not settings.no_probe and len(models.subjects) > 1 and not done.stopped_early:
         try:
             done.probe = probe_scores(
@@ -198,6 +200,14 @@ def _say_learned(folders: Sequence[str], data_hash: str, origins: Sequence[str],
                     f"{folder} was trained on {learned:,} of these {len(origins):,} records. Its figures say how well "
                     "they were learned, not how well new ones are answered."
                 )
+
+
+def _say_unread_calls(done: Evaluation, notice: Callable[[str], None]) -> None:
+    """Say where references call tools in marks that nobody here reads: their figures are missing, not zero."""
+    first = next(iter(done.results.values()))
+    are_read = any(answer.calls is not None for result in first for answer in result.answers)
+    if not are_read and (count := sum(record.calls and bool(record.tools) for record in done.records)):
+        notice(f"evaluate does not know the form of the tool calls in {count:,} records: no share of calls is given.")
 
 
 def _collator(models: Models) -> Collator:

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from atomtune.batch.collate import Collator
 from atomtune.console import Console, progress_bar
 from atomtune.data.encoding.chat_template import Template
-from atomtune.evaluate.answers import calls_in, chrf, exactly_equal, thinks
+from atomtune.data.encoding.reply import read_reply
+from atomtune.evaluate.answers import chrf, exactly_equal, thinks
 from atomtune.evaluate.generation import Generated, generate_answers
 from atomtune.evaluate.likelihood import TargetScores, score_targets
 from atomtune.evaluate.measures import AnswerResult, RecordResult, Score
 from atomtune.evaluate.models import Models, Subject
 from atomtune.evaluate.questions import EvalRecord, Question, answer_text
+from atomtune.evaluate.tool_calls import ToolCalls, calls_of
 from atomtune.language import translated
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.generate import stop_ids
@@ -141,8 +143,8 @@ def _compared(answer: Generated, question: Question, tools: frozenset[str], temp
     """A generated answer beside its reference."""
     text = answer_text(answer.ids, template.tokenizer)
     calls: tuple[bool, bool] | None = None
-    if tools and calls_in(question.reference, tools).parsed:
-        answer_calls = calls_in(text, tools)
+    if tools and _calls(question.reference_ids, question, tools, template).parsed:
+        answer_calls = _calls(answer.ids, question, tools, template)
         calls = (answer_calls.parsed > 0, answer_calls.known > 0)
     return AnswerResult(
         text=text,
@@ -151,6 +153,10 @@ def _compared(answer: Generated, question: Question, tools: frozenset[str], temp
         stopped=answer.stopped,
         tokens=len(answer.ids),
         reference_tokens=len(question.reference_ids) - 1,  # without its stop token, as the answer's
-        thinks=thinks(text),
+        thinks=thinks(text, question.prompt),
         calls=calls,
     )
+
+
+def _calls(ids: Sequence[int], question: Question, tools: frozenset[str], template: Template) -> ToolCalls:
+    return calls_of(answer_text(ids, template.tokenizer), read_reply(template, question.prompt, ids), tools)

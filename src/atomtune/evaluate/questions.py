@@ -32,6 +32,7 @@ class EvalRecord:
     questions: tuple[Question, ...]
     tools: frozenset[str]  # names of the tools at hand
     asked: str = ""  # the user's own words before the last answer; "" where none are known
+    calls: bool = False  # whether a learned answer calls a tool
 
 
 #: The file's number and the record's place in it: two files may have one name.
@@ -62,7 +63,8 @@ def eval_record(record: Record, examples: tuple[Example, ...], tokenizer: Tokeni
             for start, end in learned_spans(example):
                 questions.append(_question(example.ids, start, end, tokenizer))
     tools = frozenset(tool_name(tool) for tool in record.tools)
-    return EvalRecord(record.origin, examples, tuple(questions), tools, _asked(record))
+    calls = any(record.turns[at].calls for at in record.learned)
+    return EvalRecord(record.origin, examples, tuple(questions), tools, _asked(record), calls)
 
 
 def _asked(record: Record) -> str:
