@@ -103,3 +103,17 @@ def by_heart(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
     from tests.trained import train_by_heart
 
     return train_by_heart(models("llama"), tmp_path_factory.mktemp("by_heart"), DIALOGUES)
+
+
+@pytest.fixture(scope="session")
+def trained_in_nf4(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base, and a run on it whose base was held in 4 bits and whose last two records were held out."""
+    pytest.importorskip("bitsandbytes")
+    from atomtune.cli import main
+
+    folder = tmp_path_factory.mktemp("nf4")
+    data = write_jsonl(folder / "data.jsonl", DIALOGUES)
+    flags = ["--quantize", "nf4", "--dtype", "float32", "--max_steps", "4", "--learning_rate", "1e-2"]
+    files = ["--model_path", str(models("llama")), "--dataset_path", str(data), "--output_dir", str(folder / "out")]
+    assert main(["train", *files, *flags, "--eval_size", "2"]) == 0
+    return models("llama"), folder / "out"

@@ -181,7 +181,7 @@ def load(
 
     system      a system text, in place of the instruction that the training records shared
     other_base  accept a base whose weights are not those that the adapter was trained on
-    Other settings: model_path, dtype, quantize, device_map, trust_remote_code.
+    Other settings: model_path, dtype, quantize, stored_base, device_map, trust_remote_code.
     Raises BadSettings or BadModel.
     """
     console = Console(speaks=verbose)

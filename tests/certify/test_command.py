@@ -162,6 +162,14 @@ def test_a_missing_adapter_is_blamed_on_its_own_setting(tmp_path, capsys):
     assert f"--adapter_path {tmp_path / 'none'}: no such file or folder" in error and "--served" not in error
 
 
+def test_weights_that_are_not_the_trainings_are_said(trained_in_nf4, tmp_path, capsys):
+    """No engine quantizes the base as the run did, so all of them answer on other weights; what is merged has them."""
+    _, run = trained_in_nf4
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    assert certify(copy, None, "--prompts", "1") == 0
+    assert "trained on the base in nf4, and is certified on its weights as they are stored" in capsys.readouterr().out
+
+
 def test_certificates_of_other_engines_stay(adapter):
     file = adapter / "certificate.json"
     file.write_text(json.dumps([{"engine": "vllm", "holds": True}, {"engine": "in-process", "holds": False}]))

@@ -75,6 +75,21 @@ def test_the_loss_is_that_of_the_run_itself(models, tmp_path):
     assert "chrf" not in found["models"]["out"]
 
 
+def test_the_loss_is_that_of_a_run_on_a_quantized_base(trained_in_nf4, tmp_path, capsys):
+    """The base is held as in training: its weights as they are stored gave other figures than the run's own."""
+    _, run = trained_in_nf4
+    words = ["--adapter_path", str(run), "--no_generate", "--no_probe", "--output_dir", str(tmp_path)]
+    of_run = json.loads((run / "run.json").read_text())["eval_loss"]
+    assert evaluate(*words) == 0
+    assert "the base is held in nf4, as it was in training" in capsys.readouterr().out
+    assert report_in(tmp_path)["models"]["out"]["nats_per_token"][0] == approx(of_run, rel=1e-4)
+    assert evaluate(*words, "--stored_base") == 0
+    assert "is as it is stored here (--stored_base)" in capsys.readouterr().out
+    assert report_in(tmp_path)["models"]["out"]["nats_per_token"][0] != approx(of_run, rel=1e-4)
+    assert evaluate(*words, "--stored_base", "--quantize", "int8") == 2
+    assert "contradict each other" in capsys.readouterr().err
+
+
 def test_a_page_opens_from_disk_and_runs_nothing_of_a_records_text(by_heart, tmp_path):
     hostile = {"instruction": "<script>alert(1)</script>", "input": "", "output": '</p><img src=x onerror="alert(2)">'}
     data = write_jsonl(tmp_path / "hostile.jsonl", [hostile, *DIALOGUES[:2]])

@@ -103,20 +103,6 @@ def test_what_is_no_sum_of_matrices_is_refused_with_a_weight(adapters, tmp_path,
     assert "DoRA" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def trained_in_nf4(models, tmp_path_factory):
-    pytest.importorskip("bitsandbytes")
-    from tests.conftest import DIALOGUES, write_jsonl
-
-    folder = tmp_path_factory.mktemp("nf4")
-    data = write_jsonl(folder / "data.jsonl", DIALOGUES)
-    base = models("llama")
-    flags = ["--quantize", "nf4", "--dtype", "float32", "--max_steps", "4", "--learning_rate", "1e-2"]
-    files = ["--model_path", str(base), "--dataset_path", str(data), "--output_dir", str(folder / "out")]
-    assert main(["train", *files, *flags]) == 0
-    return base, folder / "out"
-
-
 def test_an_adapter_of_a_quantized_base_is_merged_into_the_weights_that_training_had(trained_in_nf4, tmp_path, capsys):
     base, adapter = trained_in_nf4
     assert merge(tmp_path / "m", "--adapter_path", str(adapter)) == 0

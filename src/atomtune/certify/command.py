@@ -122,6 +122,12 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
     console.say(f"{len(prompts)} prompts ({_kinds(prompts)}), answered by {adapter} in {dtype_name} …")
     spec = BaseSpec(**{**settings.base(), "path": base_path}, dtype=dtype, device=device)
     merged_in = _merged_in(settings, metadata)
+    if metadata.quantize and metadata.quantize not in (merged_in, settings.quantize):
+        console.notice(
+            f"the adapter was trained on the base in {metadata.quantize}, and is certified on its weights as they are "
+            "stored, which engines load: not quite the model that was trained. `atomtune merge` writes the weights "
+            "that training had."
+        )
     base = load_dequantized(replace(spec, quantize=merged_in)) if merged_in else load_base(spec)
     model = load_trained(base, adapter).eval()
     expected = expect(model, prompts, template, max_new_tokens=settings.max_new_tokens)

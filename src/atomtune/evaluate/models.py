@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atomtune.choices import BASE
+from atomtune.choices import BASE, Quantize
 from atomtune.console import Console
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import load_another, load_trained
 from atomtune.model.adapter_folder import base_of, short_names, template_of
+from atomtune.model.base_as_trained import quantize_as_trained
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.load import BaseSpec, device_in_use, load_base, load_tokenizer, resolve_dtype
@@ -65,7 +66,15 @@ def load_models(settings: EvaluateSettings, console: Console) -> Models:
     _refuse_repeated(folders)
     trained = [template_of(folder, trust_remote_code=settings.trust_remote_code) for folder in folders]
     base_path = _common_base(settings, folders)
-    base = _load_base(settings, base_path, console)
+    quantize = quantize_as_trained(
+        base_path,
+        [card.quantize for _, card in trained],
+        asked=settings.quantize,
+        stored=settings.stored_base,
+        trust_remote_code=settings.trust_remote_code,
+        notice=console.notice,
+    )
+    base = _load_base(settings, base_path, console, quantize=quantize)
     for _, card in trained:
         refuse_other_base(base_path, card.base, anyway=settings.other_base, notice=console.notice)
     templates = [template for template, _ in trained]
@@ -87,7 +96,7 @@ def _base_alone(settings: EvaluateSettings, console: Console) -> Models:
     """A base without an adapter, asked by the template that the settings name."""
     if not settings.model_path:
         raise BadSettings(["--adapter_path is missing: the run's output folder. (--model_path alone takes a base.)"])
-    base = _load_base(settings, settings.model_path, console)
+    base = _load_base(settings, settings.model_path, console, quantize=settings.quantize)
     tokenizer = load_tokenizer(settings.model_path, trust_remote_code=settings.trust_remote_code)
     variables = json.loads(settings.chat_template_kwargs) if settings.chat_template_kwargs else {}
     template = load_template(settings.template, tokenizer, variables=variables)
@@ -96,11 +105,12 @@ def _base_alone(settings: EvaluateSettings, console: Console) -> Models:
     return Models(base.eval(), settings.model_path, subjects, settings.max_seq_length or 2048)
 
 
-def _load_base(settings: EvaluateSettings, path: str, console: Console) -> CausalLM:
+def _load_base(settings: EvaluateSettings, path: str, console: Console, *, quantize: Quantize | None) -> CausalLM:
     device = device_in_use()
     dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=console.notice)
     console.say(f"loading {path} in {str(dtype).removeprefix('torch.')} on {device} …")
-    return load_base(BaseSpec(**{**settings.base(), "path": path}, dtype=dtype, device=device))
+    spec = BaseSpec(**{**settings.base(), "path": path, "quantize": quantize}, dtype=dtype, device=device)
+    return load_base(spec)
 
 
 def _refuse_repeated(folders: Sequence[Path]) -> None:

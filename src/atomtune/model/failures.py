@@ -20,6 +20,7 @@ def of_the_model(error: BaseException) -> AtomtuneError | None:
     if package_that_raised(error, {"bitsandbytes": "bitsandbytes"}):
         return BadModel(
             f"bitsandbytes cannot compute this model's quantized weights on this machine; it says:\n  {error}\n"
-            "Pass the other of --quantize nf4 and --quantize int8, or leave --quantize out."
+            "Pass the other of --quantize nf4 and --quantize int8, or leave --quantize out (chat, web and evaluate: "
+            "pass --stored_base)."
         )
     return None

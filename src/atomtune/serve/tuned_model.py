@@ -22,6 +22,7 @@ from atomtune.data.records import Turn
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import load_trained
 from atomtune.model.adapter_folder import CONFIG, base_of, template_of
+from atomtune.model.base_as_trained import quantize_as_trained
 from atomtune.model.base_shape import positions_of
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import refuse_other_base
@@ -29,7 +30,7 @@ from atomtune.model.generate import Sampling, answer_ids, prompt_ids, ready_to_a
 from atomtune.model.load import BaseSpec, device_in_use, load_base, quiet_libraries, resolve_dtype
 from atomtune.model.token_rows import guard_embedding
 from atomtune.serve.answer_text import AnswerText
-from atomtune.settings.fields import ModelSettings
+from atomtune.settings.fields import TrainedModelSettings
 
 #: Tokens kept free for an answer when a long conversation is shortened.
 ROOM_FOR_ANSWER = 64
@@ -251,7 +252,7 @@ class TunedModel:
 
 
 def load_tuned(
-    settings: ModelSettings,
+    settings: TrainedModelSettings,
     console: Console,
     *,
     adapter_path: str,
@@ -271,7 +272,16 @@ def load_tuned(
     path = str(folder) if merged else base_of(folder, settings.model_path)
     device = device_in_use()
     dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=console.notice)
-    model: Any = load_base(BaseSpec(**{**settings.base(), "path": path}, dtype=dtype, device=device))
+    quantize = quantize_as_trained(
+        path,
+        [None if merged else metadata.quantize],  # what is merged was unpacked for it
+        asked=settings.quantize,
+        stored=settings.stored_base,
+        trust_remote_code=settings.trust_remote_code,
+        notice=console.notice,
+    )
+    base = {**settings.base(), "path": path, "quantize": quantize}
+    model: Any = load_base(BaseSpec(**base, dtype=dtype, device=device))
     if merged:
         model.eval()
     else:

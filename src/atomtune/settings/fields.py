@@ -231,6 +231,23 @@ class ModelSettings(TokenizerSettings):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainedModelSettings(ModelSettings):
+    """Model"""
+
+    quantize: Quantize | None = setting(
+        None,
+        "keep the base model in 4 bits (nf4) or 8 bits (int8) to save memory; default: as training held it; needs "
+        "atomtune[qlora]",
+    )
+    stored_base: bool = setting(
+        False,
+        "for an adapter that was trained on a quantized base: take the base's weights as they are stored, not as "
+        "training rounded them",
+        rare=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class LoraSettings:
     """LoRA"""
 
@@ -526,7 +543,7 @@ class MergeSettings(TokenizerSettings):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ChatSettings(ModelSettings):
+class ChatSettings(TrainedModelSettings):
     """Chat"""
 
     adapter_path: str = setting(
@@ -563,7 +580,7 @@ class ChatSettings(ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class WebSettings(ModelSettings):
+class WebSettings(TrainedModelSettings):
     """Web"""
 
     adapter_path: str = setting(
@@ -589,7 +606,7 @@ class WebSettings(ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class EvaluateSettings(ModelSettings):
+class EvaluateSettings(TrainedModelSettings):
     """Evaluate"""
 
     adapter_path: list[str] = setting(

@@ -1,0 +1,44 @@
+"""Base as trained: an adapter answers on the weights that it was trained on, and these may have been quantized."""
+
+from collections.abc import Callable, Sequence
+
+from atomtune.choices import Quantize
+from atomtune.errors import BadSettings
+from atomtune.extras import refuse_missing
+from atomtune.model.load import is_stored_quantized
+
+
+def quantize_as_trained(
+    base_path: str,
+    trained: Sequence[Quantize | None],
+    *,
+    asked: Quantize | None,
+    stored: bool,
+    trust_remote_code: bool,
+    notice: Callable[[str], None],
+) -> Quantize | None:
+    """How to hold the base: as --quantize says, else as the training of its adapters held it.
+
+    trained  how, of each adapter; they answer on one base, so where they differ it is held as it is stored
+    asked    --quantize
+    stored   --stored_base
+    Raises BadSettings where bitsandbytes is missing, or both are given.
+    """
+    if asked and stored:
+        raise BadSettings([f"--quantize {asked} and --stored_base contradict each other: pass one of them."])
+    quantized = [kind for kind in dict.fromkeys(trained) if kind]
+    if asked or not quantized or is_stored_quantized(base_path, trust_remote_code=trust_remote_code):
+        return asked
+    if stored or len(set(trained)) > 1:
+        why = "--stored_base" if stored else "the adapters were not all trained so"
+        notice(
+            f"the base was held in {' and '.join(quantized)} in training, and is as it is stored here ({why}): it "
+            "does not answer quite as it was trained to."
+        )
+        return None
+    (kind,) = quantized
+    refuse_missing(
+        ["bitsandbytes"], extra="qlora", what=f"The base in {kind}, as training held it,", otherwise="--stored_base"
+    )
+    notice(f"the base is held in {kind}, as it was in training; --stored_base takes its weights as they are stored.")
+    return kind
