@@ -82,6 +82,16 @@ def test_another_template_is_caught_with_the_first_differing_id(by_heart, adapte
     assert certificate_in(adapter)["prompt_ids_equal"] == 0
 
 
+def test_a_template_that_writes_the_date_is_certified_on_any_day(adapter, capsys):
+    """Engines write today's date; from the day after the training no certificate held, and `serve` did not start."""
+    file = adapter / "chat_template.jinja"
+    file.write_text("{{ strftime_now('%d %B %Y') }}" + file.read_text(encoding="utf-8"), encoding="utf-8")
+    metadata = adapter / "atomtune.json"
+    metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "template_date": "2024-02-29"}))
+    assert certify(adapter, None, "--prompts", "3") == 0
+    assert "the template writes the date: 2024-02-29 in training, today's" in capsys.readouterr().out
+
+
 def test_another_stop_token_is_caught(by_heart, merged, tmp_path, capsys):
     served = Path(shutil.copytree(merged, tmp_path / "served"))
     file = served / "generation_config.json"

@@ -150,6 +150,16 @@ def test_one_that_never_answers_is_ended():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends a killed parent's children on Linux only")
+def test_another_program_that_answers_at_its_port_is_not_taken_for_it():
+    """Of two that were started at one port both said that they were ready, and one of them had ended."""
+    with server() as first:
+        port = first.health.rpartition(":")[2].strip("/")
+        second = ServerProcess([sys.executable, "-c", "import time; time.sleep(0.5)"], health=first.health)
+        with pytest.raises(RunFailed, match=f"another program listens at port {port}"), second:
+            pass
+        assert alive(first.process.pid)
+
+
 def test_it_ends_when_its_parent_is_killed():
     program = (
         "import sys, time\nfrom tests.engines.test_server_process import server, pids_of\n"

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from atomtune.choices import EngineName, Quantize
 from atomtune.console import Console, as_command
 from atomtune.data.cache import Rules, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template
+from atomtune.data.encoding.choose_template import probed
 from atomtune.data.records import Record
 from atomtune.disk import text_of, why_unwritable, write_text
 from atomtune.engines.llama_cpp import LlamaCpp
@@ -115,7 +117,9 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
     base_path = base_of(adapter, settings.model_path)
     refuse_other_base(base_path, metadata.base, anyway=settings.other_base, notice=console.notice)
     max_tokens = max(metadata.max_seq_length, 64)
-    prompts = choose_prompts(_records(adapter, template), template, count=settings.prompts, max_tokens=max_tokens)
+    records = _records(adapter, template)
+    template = _of_today(template, console)
+    prompts = choose_prompts(records, template, count=settings.prompts, max_tokens=max_tokens)
     device = device_in_use()
     dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=console.notice)
     dtype_name = str(dtype).removeprefix("torch.")
@@ -135,6 +139,18 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
     del model, base
     free_memory()
     return TrainedSide(template, expected, stops, dtype_name, settings.max_new_tokens, max_tokens)
+
+
+def _of_today(template: Template, console: Console) -> Template:
+    """The template as an engine renders it: where it writes the date, today's."""
+    today = date.today()  # in local time, as every template's strftime_now
+    if not template.names_the_day or template.day == today:
+        return template
+    console.notice(
+        f"the template writes the date: {template.day} in training, today's in the prompts of engines, and so in those "
+        "that are compared here."
+    )
+    return probed(replace(template, day=today))
 
 
 def _merged_in(settings: CertifySettings, metadata: AdapterMetadata) -> Quantize | None:

@@ -9,9 +9,12 @@ import socket
 import subprocess
 import tempfile
 import time
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
+
+import psutil
 
 from atomtune.engines.engine import EngineBroke, direct
 from atomtune.errors import RunFailed
@@ -85,11 +88,40 @@ class ServerProcess:
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.starts_within
         while time.monotonic() < deadline:
+            self._refuse_replaced()
             self.refuse_ended()
             with contextlib.suppress(OSError, HTTPException), direct.open(self.health, timeout=5):
-                return
+                if self._listens():
+                    return
             time.sleep(0.2)
         raise RunFailed(f"The engine did not answer within {self.starts_within:g} seconds.\n{self.last_lines()}")
+
+    def _listens(self) -> bool:
+        """Whether it is a process of this engine that answers there; where the system does not tell, it is."""
+        assert self.process is not None
+        port = urllib.parse.urlsplit(self.health).port
+        try:
+            engine = psutil.Process(self.process.pid)
+            for process in (engine, *engine.children(recursive=True)):
+                for connection in process.net_connections("tcp"):
+                    if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+                        return True
+        except psutil.NoSuchProcess:
+            return False
+        except (psutil.Error, OSError):
+            return True
+        return False
+
+    def _refuse_replaced(self) -> None:
+        """Raise RunFailed where this engine has ended and another program listens at its port."""
+        assert self.process is not None
+        address = urllib.parse.urlsplit(self.health)
+        if self.process.poll() is not None:
+            with contextlib.suppress(OSError), socket.create_connection((address.hostname, address.port), timeout=5):
+                raise RunFailed(
+                    f"The engine ended, and another program listens at port {address.port}: it began to while the "
+                    "engine was starting. Run the command again, or pass another --port."
+                )
 
     def refuse_ended(self) -> None:
         """Raise RunFailed with what the engine said last, where its process is gone."""

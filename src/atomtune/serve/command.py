@@ -254,7 +254,12 @@ def _certify_settings(adapter: Path, settings: ServeSettings) -> CertifySettings
 
 @contextlib.contextmanager
 def running(plan: Plan, settings: ServeSettings, console: Console) -> Iterator[ServerProcess]:
-    """The engine, answering; its own lines go to standard error."""
+    """The engine, answering; its own lines go to standard error.
+
+    Raises BadSettings where another program took the port while the engine was certified.
+    """
+    if problems := address_problems(settings.host, settings.port):
+        raise BadSettings(problems)
     first = plan.models[0].folder
     console.say(f"starting {plan.engine} on {', '.join(str(model.folder) for model in plan.models)} …")
     stops = stop_ids_on(plan.base, plan.template) if plan.base else []  # a merged folder and a GGUF hold theirs
