@@ -26,6 +26,26 @@ def test_another_host_needs_a_password_and_a_taken_port_is_said(monkeypatch):
     assert f"--port {port}: another program listens there." in str(refused.value)
 
 
+@pytest.mark.slow
+def test_a_port_that_is_taken_while_the_model_is_loaded_is_said(by_heart, monkeypatch, tmp_path):
+    """Gradio raised an error of its own, which looked like a bug, and the page's folder stayed."""
+    pytest.importorskip("gradio", reason="needs the extra web")
+    from atomtune.serve import web as module
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    port, loads, others = free_port(), module.load_tuned, []
+
+    def load_tuned(*arguments: object, **more: object) -> object:
+        others.append(socket.create_server(("127.0.0.1", port)))
+        return loads(*arguments, **more)
+
+    monkeypatch.setattr(module, "load_tuned", load_tuned)
+    with pytest.raises(BadSettings, match=f"--port {port}: another program listens there"):
+        module.web(read("web", ["--adapter_path", str(by_heart), "--port", str(port), "--dtype", "float32"]))
+    others[0].close()
+    assert not list(tmp_path.glob("atomtune-web-*"))
+
+
 def test_without_gradio_the_command_that_installs_it_is_named(monkeypatch):
     import importlib.util
 

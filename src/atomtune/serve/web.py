@@ -1,6 +1,7 @@
 """Web: talk to a tuned model in a page, beside its base."""
 
 import os
+from typing import TYPE_CHECKING
 
 from atomtune.console import Console
 from atomtune.engines.server_process import address_problems
@@ -10,6 +11,9 @@ from atomtune.language import message
 from atomtune.serve.address import only_this_machine, own_address
 from atomtune.serve.tuned_model import load_tuned
 from atomtune.settings.fields import WebSettings
+
+if TYPE_CHECKING:
+    from atomtune.serve.page import Page
 
 #: The name that --password is asked with.
 USER = "atomtune"
@@ -31,9 +35,9 @@ def web(settings: WebSettings) -> int:
     from atomtune.serve.page import Page
 
     page = Page(tuned, settings)
-    page.launch(host=settings.host, port=settings.port, login=(USER, password) if password else None)
     address = f"http://{own_address(settings.host)}:{settings.port}"
     try:
+        _launch(page, settings, password)
         console.say(f"\nready: {address}  Ctrl-C stops it.")
         if password:
             console.say(f"The page asks for the name {USER} and the password.")
@@ -43,6 +47,16 @@ def web(settings: WebSettings) -> int:
     finally:
         page.close()
     return 0
+
+
+def _launch(page: "Page", settings: WebSettings, password: str | None) -> None:
+    """Begin to listen. Raises BadSettings where another program took the port while the model was loaded."""
+    try:
+        page.launch(host=settings.host, port=settings.port, login=(USER, password) if password else None)
+    except OSError:  # without a number: Gradio's own
+        if problems := address_problems(settings.host, settings.port):
+            raise BadSettings(problems) from None
+        raise
 
 
 def _refuse(settings: WebSettings, password: str | None) -> None:
