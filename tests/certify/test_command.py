@@ -66,6 +66,18 @@ def test_a_merged_folder_holds_too(by_heart, merged, capsys):
     assert not wrong_next_steps(said) and f"--served {merged}" in said
 
 
+def test_weights_that_a_merge_rounded_are_allowed_what_their_format_rounds(by_heart, tmp_path):
+    """The guide's own line ended with exit code 4 where a CPU computes in float32: `merge` writes what the base has."""
+    folder = tmp_path / "merged"
+    words = ["--adapter_path", str(by_heart), "--output_dir", str(folder), "--dtype", "bfloat16"]
+    assert main(["merge", *words]) == 0
+    assert certify(by_heart, folder) == 0
+    entry = certificate_in(folder)
+    assert (
+        entry["dtype"] == "bfloat16" and entry["mean_logprob_difference"] > 2e-3
+    )  # more than float32 would be allowed
+
+
 def told(capsys) -> str:
     return capsys.readouterr().err
 

@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from atomtune.certify.comparison import Outcome, compare
+from atomtune.certify.comparison import Outcome, coarser, compare
 from atomtune.certify.prompts import CertPrompt, choose_prompts
 from atomtune.certify.reference import Expected, expect, free_memory
 from atomtune.choices import EngineName, Quantize
@@ -32,7 +32,16 @@ from atomtune.model.adapter import load_trained
 from atomtune.model.adapter_folder import CERTIFICATE, CONFIG, AdapterMetadata, base_of, template_of
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.generate import stop_ids
-from atomtune.model.load import BaseSpec, device_in_use, load_base, load_dequantized, quiet_libraries, resolve_dtype
+from atomtune.model.load import (
+    BaseSpec,
+    device_in_use,
+    dtype_name,
+    load_base,
+    load_dequantized,
+    quiet_libraries,
+    resolve_dtype,
+    stored_dtype,
+)
 from atomtune.settings.fields import CertifySettings
 from atomtune.settings.spelled import base_words
 
@@ -195,11 +204,19 @@ def certify_served(
 ) -> Outcome:
     """Start one engine on what is served, ask it everything, and end it."""
     console.say(f"starting {engine} on {served} …")
+    dtype = coarser(side.dtype, _stored(served, settings) or side.dtype)
     with start(engine, served, side, settings) as running:
-        outcome = compare(running, side.expected, side.template, dtype=side.dtype, max_new_tokens=side.max_new_tokens)
+        outcome = compare(running, side.expected, side.template, dtype=dtype, max_new_tokens=side.max_new_tokens)
     free_memory()
     console.say(one_line(outcome))
     return outcome
+
+
+def _stored(served: Path, settings: CertifySettings) -> str | None:
+    """The number format of a whole model's weights on the disk, to which a merge rounded; None for any other."""
+    if not (served / "config.json").is_file() or (served / ADAPTER_CONFIG).is_file():
+        return None
+    return dtype_name(stored_dtype(str(served), trust_remote_code=settings.trust_remote_code))
 
 
 def certify_together(

@@ -119,15 +119,20 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
+def coarser(*dtypes: str) -> str:
+    """The number format of these that rounds most."""
+    return max(dtypes, key=lambda name: ALLOWED.get(name, FEW_BITS).mean)
+
+
 def compare(
     engine: Engine, expected: Sequence[Expected], template: Template, *, dtype: str, max_new_tokens: int
 ) -> Outcome:
     """Send every prompt to a running engine and hold its answers against ours.
 
-    dtype  number format of our own side; the coarser of the two decides what is allowed
+    dtype  number format of our own side, or of the stored weights; the coarsest of all decides what is allowed
     """
-    coarser = max((engine.dtype, dtype), key=lambda name: ALLOWED.get(name, FEW_BITS).mean)
-    outcome = Outcome(engine.name, engine.version, coarser, ALLOWED.get(coarser, FEW_BITS))
+    of_both = coarser(engine.dtype, dtype)
+    outcome = Outcome(engine.name, engine.version, of_both, ALLOWED.get(of_both, FEW_BITS))
     for ours in expected:
         prompt = ours.prompt
         outcome.prompts += 1
