@@ -5,7 +5,7 @@ import re
 import pytest
 
 from atomtune.data.encoding.choose_template import load_template, written_call
-from atomtune.engines.vllm_serve import call_reader
+from atomtune.engines.call_readers import call_reader
 from tests.tiny import tokenizer_of
 
 #: How published models write f(a=1), and vLLM's name for a reader of that.

@@ -2,13 +2,12 @@
 
 import importlib.util
 import json
-import re
 import sys
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from atomtune.choices import BASE
 from atomtune.engines.engine import Reply, Request, chat_reply, post
@@ -22,28 +21,6 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _IN_A_BATCH = 8
 #: On a CPU it is compiled at the first start.
 _STARTS_WITHIN = 1800
-
-
-class _CallReader(NamedTuple):
-    """One of vLLM's readers of calls."""
-
-    name: str
-    form: str  # a regular expression that fits how a template for it writes the call of f with {"a": 1}
-    needs: str = ""  # a token without which vLLM does not start with it
-
-
-_CALL_READERS = (
-    _CallReader("hermes", r"<tool_call>\s*\{"),
-    _CallReader("qwen3_coder", r"<tool_call>\s*<function="),
-    _CallReader("glm45", r"<tool_call>f\s*<arg_key>"),
-    _CallReader("mistral", r"\[TOOL_CALLS\]", needs="[TOOL_CALLS]"),
-    _CallReader("llama3_json", r'"parameters": *\{"a": 1\}', needs="<|python_tag|>"),
-    _CallReader("openai", r"to=functions\.f", needs="<|channel|>"),
-    _CallReader("deepseek_v3", r"<｜tool▁sep｜>f\s*```json", needs="<｜tool▁calls▁begin｜>"),
-    _CallReader("deepseek_v31", r"f<｜tool▁sep｜>", needs="<｜tool▁calls▁begin｜>"),
-    _CallReader("lfm2", r"<\|tool_call_start\|>\[f\(", needs="<|tool_call_start|>"),
-    _CallReader("gemma4", r"<\|tool_call>call:f"),
-)
 
 
 @dataclass(frozen=True)
@@ -74,18 +51,6 @@ def refuse_without_packages() -> None:
 def is_installed() -> bool:
     """Whether vLLM can be started here."""
     return importlib.util.find_spec("vllm") is not None
-
-
-def call_reader(written: str, tokens: Container[str]) -> str | None:
-    """The name of vLLM's reader for calls that are written like this one; None where none is known or can start.
-
-    written  the turn that calls f with {"a": 1}, as the template writes it
-    tokens   the tokenizer's
-    """
-    for reader in _CALL_READERS:
-        if re.search(reader.form, written):
-            return reader.name if not reader.needs or reader.needs in tokens else None
-    return None
 
 
 def command(

@@ -25,6 +25,7 @@ from atomtune.data.cache import tokenizer_text
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import written_call
 from atomtune.engines import llama_cpp, transformers_serve, vllm_serve
+from atomtune.engines.call_readers import call_reader
 from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder
 from atomtune.engines.server_process import KEY_VARIABLES, ServerProcess, address_problems
 from atomtune.engines.vllm_serve import ServedAdapter
@@ -295,7 +296,7 @@ def _words(plan: Plan, folder: Path, settings: ServeSettings, console: Console) 
 def _call_reader(template: Template, console: Console) -> str | None:
     """By which vLLM finds the calls in an answer; without one it refuses a request that has tools."""
     written = written_call(template)
-    reader = vllm_serve.call_reader(written, template.tokenizer.get_vocab())
+    reader = call_reader(written, template.tokenizer.get_vocab())
     if written and reader is None:
         console.notice(
             f"no reader of vLLM's is known to fit calls as {template.title} writes them, so it refuses a request with "
