@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from atomtune.choices import FormatChoice, FormatName
-from atomtune.data.formats import media, preference
+from atomtune.data.formats import exports, media, preference
 from atomtune.data.formats.alpaca import read_alpaca
 from atomtune.data.formats.chat import read_messages, read_prompt, read_rendered, read_sharegpt
 from atomtune.data.formats.conversation import Conversation, as_parsed
@@ -65,9 +65,11 @@ def to_record(raw: RawRecord, schema: Schema = _ALPACA) -> ParsedRecord:
     if not isinstance(value, dict):
         reason = f"{kind(value)}; expected an object with {_EXPECTED[schema.name]}"
         return ParsedRecord(Refusal(origin, reason, RefusalKind.NO_RECORD))
-    record = schema.rename_keys(value)
+    record, notes = exports.as_messages(value)
+    renamed = schema.rename_keys(record)
     problems: tuple[str, ...] = ()
-    notes = () if record is value else _notes_on_renaming(value, record, schema)
+    notes = notes if renamed is record else (*notes, *_notes_on_renaming(record, renamed, schema))
+    record = renamed
     if not preference.KEYS.isdisjoint(record):
         record, problems, more_notes = preference.read_preference(record, schema)
         notes = (*notes, *more_notes)
@@ -117,7 +119,7 @@ def detect_schema(
     if problems:
         raise BadData(listing(problems))
     schema = Schema("alpaca", dict(keys), dict(roles))
-    renamed = [schema.rename_keys(record) for record in records]
+    renamed = [schema.rename_keys(exports.as_messages(record)[0]) for record in records]
     format_name: FormatName = "alpaca"
     if format_choice != "auto":
         format_name = format_choice
