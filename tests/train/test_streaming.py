@@ -100,6 +100,22 @@ def test_what_a_stream_refused_is_said_too(models, tmp_path, capsys):
     assert [one["origin"] for one in refused] == ["train.jsonl:9"]
 
 
+def test_examples_that_were_read_and_not_learned_are_said(models, files, tmp_path):
+    # The account is of all that a stream read: most of it may wait in the buffer when the run ends.
+    command = ["train", "--model_path", str(models("llama")), "--dataset_path", *files, "--dtype", "float32"]
+    command += ["--streaming", "true", "--per_device_train_batch_size", "2", "--save_strategy", "no"]
+    records = []
+    for steps in (2, 40):
+        out = tmp_path / str(steps)
+        assert main([*command, "--max_steps", str(steps), "--output_dir", str(out)]) == 0
+        records.append(json.loads((out / "run.json").read_text()))
+    early, late = records
+    assert early["examples_waiting"] == early["examples"] - 4 > 0
+    assert late["examples_waiting"] == 0
+    said = [any("are not learned" in notice for notice in record["notices"]) for record in records]
+    assert said == [True, False]
+
+
 def test_what_a_stream_cannot_do_is_said_before_anything_is_read(capsys):
     both = ["train", "--model_path", "m", "--dataset_path", "nowhere.jsonl", "--streaming"]
     assert main(both) == 2

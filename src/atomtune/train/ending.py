@@ -27,6 +27,8 @@ def finish(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Los
     """Save the adapter, record the run, and say how it went."""
     _save_adapter(run, trainer)
     run.record.update(status="finished", train_loss=trainer.mean_loss(), **figures(trainer))
+    if run.settings.data.streaming:
+        _say_waiting(run, trainer, ledger)
     # The run is done: a scheduler that reads "stopped" or "failed" would start it again for nothing.
     try:
         _report(run, trainer, samples, picture, ledger)
@@ -34,6 +36,19 @@ def finish(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Los
         _say_no_report(run, f"{stop} received while the run was reported")
     except OSError as error:
         _say_no_report(run, f"the report could not be written ({error})")
+
+
+def _say_waiting(run: RunContext, trainer: LoraTrainer, ledger: Ledger) -> None:
+    """Say how many examples of a stream were read and not learned: its account is of all that it read."""
+    args = run.args
+    drawn = trainer.state.global_step * args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    waiting = max(ledger.examples - drawn, 0)
+    run.record.update(examples_waiting=waiting)
+    if waiting:
+        run.console.notice(
+            f"{waiting:,} of the {ledger.examples:,} examples that the stream read still waited to be shuffled at the "
+            "end, and are not learned. More --max_steps take them in; a smaller --shuffle_buffer holds fewer."
+        )
 
 
 def _say_no_report(run: RunContext, why: str) -> None:
