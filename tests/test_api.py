@@ -3,12 +3,15 @@
 import inspect as signatures
 import json
 import pickle
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+import atomtune
 from atomtune import evaluate, inspect, load, train
 from atomtune.cli import main
 from atomtune.errors import BadData, BadModel, BadSettings
@@ -32,6 +35,12 @@ def test_the_import_is_fast_and_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_type_checkers_see_every_function():
+    stub = Path(atomtune.__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+    named = set(re.findall(r"^from atomtune\.\w+ import (\w+) as \1$", stub, re.MULTILINE))
+    assert named | {"__version__"} == set(atomtune.__all__)
 
 
 def test_a_function_stays_the_function_when_the_folder_of_its_name_is_imported():

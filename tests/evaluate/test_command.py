@@ -127,7 +127,7 @@ def test_several_adapters_of_different_templates_are_compared(by_heart, models, 
     assert figures["barely"]["exact_match"][0] < 1
 
 
-def test_a_stop_in_the_middle_keeps_what_all_models_have_done(by_heart, tmp_path, monkeypatch):
+def test_a_stop_in_the_middle_keeps_what_all_models_have_done(by_heart, tmp_path, monkeypatch, capsys):
     data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
     calls, real = [], evaluation.score_targets
 
@@ -140,9 +140,24 @@ def test_a_stop_in_the_middle_keeps_what_all_models_have_done(by_heart, tmp_path
     monkeypatch.setattr(evaluation, "score_targets", interrupted)
     words = ["--adapter_path", str(by_heart), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
     assert evaluate(*words, "--per_device_eval_batch_size", "3", "--max_new_tokens", "8") == 75
+    assert "a minute for these records. Ctrl-C ends it early and keeps" in capsys.readouterr().out
     found = report_in(tmp_path / "out")
     assert found["records"] == 3 and found["stopped_early"] is True
     assert "stopped early" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_time_is_said_when_one_model_has_done_its_first_batch(by_heart, dialogues, tmp_path, monkeypatch, capsys):
+    """Where all records were one batch it was not said at all, and else when all models had done the first."""
+    said, real = [], evaluation.score_targets
+
+    def listening(*arguments: object, **more: object) -> object:
+        said.append(capsys.readouterr().out)
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(evaluation, "score_targets", listening)
+    words = ["--adapter_path", str(by_heart), "--dataset_path", str(dialogues), "--output_dir", str(tmp_path / "out")]
+    assert evaluate(*words, "--records", "2", "--no_generate", "--no_probe") == 0
+    assert len(said) == 2 and said[1].strip() == "Less than a minute for these records."
 
 
 def test_a_base_alone_is_evaluated(models, tmp_path):

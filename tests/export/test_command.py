@@ -1,6 +1,7 @@
 """`atomtune export`: what cannot be exported is refused at once; what is written is certified on llama.cpp itself."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 import atomtune
 from atomtune.cli import main
+from atomtune.export import command
 from tests.conftest import DIALOGUES
 from tests.trained import train_by_heart
 from tests.walk.test_pages import wrong_next_steps
@@ -96,6 +98,24 @@ def test_q8_0_and_bf16_hold_too(sentencepiece_run, exported, tmp_path, capsys):
         assert entry["holds"] is True
         said = capsys.readouterr().out
         assert not wrong_next_steps(said) and ("q4_K_M" in said) == (quantize != "q8_0")
+
+
+@pytest.mark.slow
+def test_a_stop_in_the_certificate_says_what_is_left_unchecked(
+    sentencepiece_run, exported, tmp_path, monkeypatch, capsys
+):
+    """--output_dir is not empty any more, so that the same command would be refused."""
+
+    def stopped(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt("SIGINT")
+
+    monkeypatch.setattr(command, "certify_served", stopped)
+    out = tmp_path / "out"
+    assert export(sentencepiece_run, out, "--quantize", "f16") == 75
+    told = capsys.readouterr().err
+    assert (out / "out-f16.gguf").is_file() and "out-f16.gguf is whole, but nobody has checked" in told
+    words = shlex.split(told.strip().splitlines()[-1])
+    assert main(words[words.index("certify") :]) != 2
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -82,6 +83,14 @@ def test_the_python_in_it_compiles():
     (code,) = re.findall(r"```python\n(.*?)```", model_card(RECORD, METADATA, []), re.DOTALL)
     compile(code, "README.md", "exec")
     assert '"<|im_end|>"' in code
+
+
+def test_the_python_in_it_sets_the_variables_of_the_template():
+    """Copied as it stood, it asked a model that was trained not to think, to think."""
+    metadata = replace(METADATA, template_variables={"enable_thinking": False})
+    (code,) = re.findall(r"```python\n(.*?)```", model_card(RECORD, metadata, []), re.DOTALL)
+    compile(code, "README.md", "exec")
+    assert "return_dict=True, **{'enable_thinking': False}" in code
 
 
 def test_the_licence_is_the_one_in_the_bases_card(tmp_path):

@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from atomtune.batch.collate import Collator
@@ -53,12 +53,12 @@ def evaluate_records(
     first = records_by_template[models.subjects[0].template.key]
     batches = _batches(first, plan)
     done = Evaluation([], {subject.name: [] for subject in models.subjects})
-    began = time.monotonic()
+    clock = _Clock(console, shares=len(models.subjects) * len(first) / len(batches[0]), stops=len(batches) > 1)
     with progress_bar(console) as progress:
         task = progress.add_task(translated(f"{len(models.subjects)} models"), total=len(first))
-        for number, rows in enumerate(batches, 1):
+        for rows in batches:
             try:
-                batch = _batch_of_all_models(models, records_by_template, rows, collator, plan)
+                batch = _batch_of_all_models(models, records_by_template, rows, collator, plan, tell=clock.tell)
             except KeyboardInterrupt:
                 done.stopped_early = True
                 break
@@ -66,12 +66,30 @@ def evaluate_records(
             for name, results in batch.items():
                 done.results[name] += results
             progress.advance(task, len(rows))
-            if number == 1 and len(batches) > 1:
-                batches_left = len(first) / len(rows) - 1
-                minutes = max(1, round((time.monotonic() - began) * batches_left / 60))
-                about = "About a minute" if minutes == 1 else f"About {minutes} minutes"
-                console.say(f"{about}. Ctrl-C ends it early and keeps what is done.")
     return done
+
+
+class _Clock:
+    """Says how long it takes as soon as one model has done its first batch, the longest records.
+
+    shares  how many times as much there is to do
+    stops   whether Ctrl-C keeps something before the end
+    """
+
+    def __init__(self, console: Console, *, shares: float, stops: bool) -> None:
+        self.console, self.shares, self.stops = console, shares, stops
+        self.began, self.told = time.monotonic(), False
+
+    def tell(self) -> None:
+        if self.told:
+            return
+        self.told = True
+        minutes = (time.monotonic() - self.began) * (self.shares - 1) / 60
+        about = "Less than a minute" if minutes < 1 else f"About {round(minutes + 0.5)} minutes"
+        if self.stops:
+            self.console.say(f"{about} for these records. Ctrl-C ends it early and keeps what is done.")
+        else:
+            self.console.say(f"{about} for these records.")
 
 
 def _batch_of_all_models(
@@ -80,13 +98,19 @@ def _batch_of_all_models(
     rows: Sequence[int],
     collator: Collator,
     plan: Plan,
+    *,
+    tell: Callable[[], None],
 ) -> dict[str, list[RecordResult]]:
-    """Every model's results for these rows. They count only together, so that all figures are over the same records."""
+    """Every model's results for these rows. They count only together, so that all figures are over the same records.
+
+    tell  called when one model has done its part
+    """
     batch: dict[str, list[RecordResult]] = {}
     for subject in models.subjects:
         written = records_by_template[subject.template.key]
         records = [written[row] for row in rows]
         batch[subject.name] = _batch_results(models, subject, records, collator, plan)
+        tell()
     return batch
 
 

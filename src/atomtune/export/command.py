@@ -7,7 +7,7 @@ from pathlib import Path
 from atomtune.certify.command import certify_served, refuse_failed, trained_side, write_certificate
 from atomtune.console import Console, as_command
 from atomtune.disk import is_free
-from atomtune.errors import BadSettings
+from atomtune.errors import BadSettings, Stopped
 from atomtune.export.gguf import (
     adds_bos,
     convert,
@@ -82,9 +82,21 @@ def _to_gguf(settings: ExportSettings, console: Console) -> None:
     if settings.no_certify:
         console.notice("--no_certify: nobody has checked that llama.cpp serves the tuned model from this file.")
     else:
-        _certify(settings, file, console)
+        try:
+            _certify(settings, file, console)
+        except KeyboardInterrupt:
+            raise Stopped(_left_uncertified(settings, file)) from None
     console.say(translated(f"{file.name} lies in {out}."))
     console.next_steps(_next_commands(settings, file, name if has_modelfile else None))
+
+
+def _left_uncertified(settings: ExportSettings, file: Path) -> str:
+    """What a stop leaves behind: the file is whole, and --output_dir is not empty any more."""
+    adapter = ["--adapter_path", settings.adapter_path, *base_words(settings)]
+    return (
+        f"stopped: {file} is whole, but nobody has checked that llama.cpp serves the tuned model from it. This does:\n"
+        f"  {as_command(['certify', *adapter, '--served', str(file)])}"
+    )
 
 
 def _next_commands(settings: ExportSettings, file: Path, ollama_name: str | None) -> list[str]:

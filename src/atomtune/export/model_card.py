@@ -96,6 +96,7 @@ def _licence_sentence(base: str) -> str:
 
 
 def _use(base: str, auto_class: str, metadata: AdapterMetadata) -> str:
+    variables = metadata.template_variables
     template = f"{OWN} template" if metadata.template == OWN else f"the template `{metadata.template}`"
     lines = [
         "## How to use",
@@ -116,7 +117,7 @@ def _use(base: str, auto_class: str, metadata: AdapterMetadata) -> str:
         "tokenizer = AutoTokenizer.from_pretrained(folder)  # with the chat template of the training",
         'messages = [{"role": "user", "content": "Hello"}]',
         "prompt = tokenizer.apply_chat_template(",
-        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True' + _as_arguments(variables),
         ")",
         f'stop = tokenizer.convert_tokens_to_ids("{metadata.stop}")',
         "answer = model.generate(**prompt, eos_token_id=stop, max_new_tokens=200)",
@@ -125,12 +126,17 @@ def _use(base: str, auto_class: str, metadata: AdapterMetadata) -> str:
         "",
         f"Prompts are written by {template}; an answer ends with `{metadata.stop}`.",
     ]
-    if metadata.template_variables:
-        variables = ", ".join(f"{name}={value!r}" for name, value in metadata.template_variables.items())
-        lines.append(f"The template was rendered with {variables}.")
+    if variables:
+        said = ", ".join(f"{name}={value!r}" for name, value in variables.items())
+        lines.append(f"The template was rendered with {said}.")
     if metadata.instruction is not None:
         lines.append("The records share an instruction (`instruction` in `atomtune.json`); requests need it too.")
     return "\n".join(lines)
+
+
+def _as_arguments(variables: Mapping[str, Any]) -> str:
+    """Behind a call's other arguments: `, **{'enable_thinking': False}`; a variable's name may be no name in Python."""
+    return f", **{dict(variables)!r}" if variables else ""
 
 
 def _data(record: Mapping[str, Any]) -> str:
