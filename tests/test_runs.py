@@ -1,9 +1,11 @@
 """`atomtune runs`: what a folder of runs lists, and what differs between two."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 
 from atomtune.cli import main
 from tests.conftest import DIALOGUES, write_jsonl
@@ -67,6 +69,28 @@ def test_their_losses_are_drawn(folder, tmp_path, capsys):
     picture = tmp_path / "losses.png"
     assert main(["runs", str(folder / "slow"), str(folder / "fast"), "--plot", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_held_out_losses_stand_beside_each_other_too(folder, tmp_path, monkeypatch, capsys):
+    """By them runs are chosen; only training losses were compared."""
+    for name, losses in (("one", (3.5, 1.25)), ("two", (3.5, 2.125))):
+        copy = Path(shutil.copytree(folder / "slow", tmp_path / name))
+        history = [{"step": step, "loss": loss} for step, loss in zip((0, 3), losses, strict=True)]
+        (copy / "run.json").write_text(json.dumps({**record_of(copy), "eval_history": history}))
+    lines: list[tuple[str, list[float]]] = []
+    drawn = Axes.plot
+
+    def plot(self: Axes, steps: list[int], losses: list[float], *more: object, **options: object) -> object:
+        lines.append((str(options["color"]), list(losses)))
+        return drawn(self, steps, losses, *more, **options)
+
+    monkeypatch.setattr(Axes, "plot", plot)
+    capsys.readouterr()
+    words = [str(tmp_path / "one"), str(tmp_path / "two"), "--plot", str(tmp_path / "losses.svg")]
+    assert main(["runs", *words]) == 0
+    said = capsys.readouterr().out.partition("held-out loss at step")[2]
+    assert [line.split() for line in said.splitlines()[1:3]] == [["0", "3.5", "3.5"], ["3", "1.25", "2.125"]]
+    assert [colour for colour, _ in lines] == ["C0", "C0", "C1", "C1"] and lines[1][1] == [3.5, 1.25]
 
 
 def test_what_is_no_run_is_told(folder, tmp_path, capsys):

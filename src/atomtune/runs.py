@@ -14,7 +14,7 @@ from atomtune.errors import BadModel, BadSettings
 from atomtune.language import message, translated
 from atomtune.model.file_schemas import RunRecordFile
 from atomtune.model.json_files import checked
-from atomtune.pages import picture
+from atomtune.pages import label, picture
 from atomtune.settings.fields import RunsSettings
 
 RECORD = "run.json"
@@ -44,6 +44,11 @@ class Run:
     def losses(self) -> dict[int, float | None]:
         """Step → training loss."""
         return {entry["step"]: entry["loss"] for entry in self.values["loss_history"] or []}
+
+    @property
+    def held_out(self) -> dict[int, float | None]:
+        """Step → loss of the held-out records."""
+        return {entry["step"]: entry["loss"] for entry in self.values["eval_history"] or []}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -173,7 +178,8 @@ def _compare(compared: Sequence[Run], settings: RunsSettings, console: Console) 
         figures.add_row(name, *(map(translated, values) if name == "status" else values))
     console.say("")
     console.print(figures)
-    _say_losses(compared, names, console)
+    _say_losses("loss at step", [run.losses for run in compared], names, console)
+    _say_losses("held-out loss at step", [run.held_out for run in compared], names, console)
     if settings.plot:
         console.say(translated(f"\nwritten: {settings.plot}"))
 
@@ -185,16 +191,18 @@ def differing_settings(compared: Sequence[Run]) -> dict[str, list[Any]]:
     return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
 
 
-def _say_losses(compared: Sequence[Run], names: Sequence[str], console: Console) -> None:
-    """The training losses at some of the steps that any run logged."""
-    steps = sorted(set().union(*(run.losses for run in compared)))
+def _say_losses(
+    title: str, losses: Sequence[Mapping[int, float | None]], names: Sequence[str], console: Console
+) -> None:
+    """The losses of each run at some of the steps that any of them has; nothing where none has any."""
+    steps = sorted(set().union(*losses))
     if not steps:
         return
     every = max(len(steps) // STEPS_SHOWN, 1)
     shown = [*steps[:-1:every], steps[-1]]
-    table = _table(console, translated("loss at step"), *names)
+    table = _table(console, translated(title), *names)
     for step in shown:
-        table.add_row(f"{step:,}", *(_text(run.losses.get(step)) for run in compared))
+        table.add_row(f"{step:,}", *(_text(of_run.get(step)) for of_run in losses))
     console.say("")
     console.print(table)
 
@@ -207,8 +215,18 @@ def _draw(compared: Sequence[Run], path: Path) -> None:
 
 
 def draw(compared: Sequence[Run], path: Path) -> None:
-    """The training losses of all runs in one picture."""
+    """The losses of all runs in one picture, of training and of held-out records: a run's two lines have one colour."""
     with picture(path, loss=message("loss per token (nats)")) as axes:
-        for run in compared:
-            losses = [math.nan if loss is None else loss for loss in run.losses.values()]  # a gap in the line
-            axes.plot(list(run.losses), losses, label=printable(run.folder))
+        for number, run in enumerate(compared):
+            colour, name = f"C{number % 10}", printable(run.folder)
+            axes.plot(list(run.losses), _with_gaps(run.losses), color=colour, label=name)
+            if run.held_out:
+                held_out = label(f"{name}, held out")
+                axes.plot(
+                    list(run.held_out), _with_gaps(run.held_out), "o--", color=colour, markersize=4, label=held_out
+                )
+
+
+def _with_gaps(losses: Mapping[int, float | None]) -> list[float]:
+    """The losses as a line; one that was not finite is a gap in it."""
+    return [math.nan if loss is None else loss for loss in losses.values()]

@@ -721,7 +721,11 @@ class RunsSettings:
     """Runs"""
 
     folder: list[str] = setting(["."], "a folder with runs in it; two or more runs are compared", value="FOLDER")
-    plot: str | None = setting(None, "draw the training losses of the compared runs into this file", value="FILE.png")
+    plot: str | None = setting(
+        None,
+        "draw the losses of the compared runs, of training and of held-out records, into this file",
+        value="FILE.png",
+    )
     json: bool = setting(False, "print the result as JSON")
 
 
