@@ -535,7 +535,8 @@ LEFT_OUT: dict[str, str] = {
         florence2 musicgen musicgen_melody pix2struct pp_formulanet t5gemma2 udop vision-encoder-decoder""",
     "need an image, a sound or a state beside each text, which `train` says": """
         blip blip-2 idefics instructblip instructblipvideo kosmos-2 kyutai_speech_to_text pi0 voxtral_realtime""",
-    "foretells tokens for another model and computes beside it alone (`train` refuses it)": "gemma4_unified_assistant",
+    "foretell tokens for another model and compute beside it alone, which `train` refuses": """
+        gemma4_assistant gemma4_unified_assistant""",
     "reads from both sides, which `train` refuses": "diffusion_gemma",
     "fails on padded rows where its config makes it causal, which `train` says": "xlnet",
     "count padding in, which `train` refuses": "cpmant prophetnet",
@@ -545,7 +546,7 @@ LEFT_OUT: dict[str, str] = {
     "does not write but sorts": "shieldgemma2",
     "is listed, and has no automatic class": "evolla",
     "has the class of gpt2": "gpt-sw3",
-    "were not built this small": "gemma4_assistant nemo_speechlm",
+    "was not built this small": "nemo_speechlm",
 }
 
 

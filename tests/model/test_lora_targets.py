@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from atomtune.errors import BadModel
+from atomtune.errors import BadModel, BadSettings
 from atomtune.limits import trial
 from atomtune.model import lora_targets
 from atomtune.model.adapter import LoraSpec, new_adapter
@@ -64,6 +64,12 @@ FAMILIES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
         {},
         {"q_proj", "k_proj", "v_proj_current", "v_proj_delayed", "o_proj"},
         {"gate"},
+    ),
+    # Its router is the one layer inside `gate`, and is not called a router.
+    "hunyuan_v1_moe": (
+        {"head_dim": 8, "num_experts": 6, "moe_topk": 2, "moe_intermediate_size": 16},
+        ATTENTION,
+        {"gate", "gate_proj", "up_proj", "down_proj"},
     ),
     # A shared expert's gate has one output.
     "qwen2_moe": (
@@ -166,6 +172,21 @@ def test_a_router_of_a_model_that_brings_its_own_code_gets_no_adapter():
     found = all_linear(base)
     assert found.left_out == {"gate": "a router"}
     assert [name for name in found.adapted if name.endswith("gate")] == ["model.layers.1.mlp.gate"]
+
+
+def test_a_router_or_a_gate_that_is_named_is_refused():
+    # They stay frozen, the guide says: a router that learns sends tokens elsewhere than the base's experts know.
+    for family, target in (("phimoe", "router"), ("hunyuan_v1_moe", "wg"), ("qwen2_moe", "shared_expert_gate")):
+        with pytest.raises(BadSettings, match=rf"--lora_targets {target}: model\.layers\.0.* stay frozen here"):
+            match_targets(tiny(family), ["q_proj", target])
+
+
+def test_a_name_that_a_router_has_too_means_the_other_layers():
+    base = tiny("llama")
+    base.model.layers[0].mlp.router = torch.nn.ModuleDict({"down_proj": torch.nn.Linear(32, 6)})  # as Zaya's
+    assert match_targets(base, ["down_proj"]) == {"down_proj": 2}
+    adapted = new_adapter(base, LoraSpec(rank=2, alpha=4, dropout=0.0, targets=["down_proj"]))
+    assert not any("router" in name for name, weight in adapted.named_parameters() if weight.requires_grad)
 
 
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern", "layers_pattern"])

@@ -51,9 +51,15 @@ def experts_of(base: Any) -> Experts:
 
 
 def numbers_of_experts(config: Any) -> set[int]:
-    """What the config may mean by a number of experts: num_experts, n_routed_experts, num_local_experts, …"""
-    values = config.get_text_config().to_dict()
-    return {value for name, value in values.items() if "expert" in name and type(value) is int and value > 1}
+    """What the config may mean by a number of experts: num_experts, n_routed_experts, num_local_experts, …; or one for
+    each layer (Hunyuan).
+    """
+    numbers: set[int] = set()
+    for name, value in config.get_text_config().to_dict().items():
+        if "expert" in name:
+            of_layers = value if isinstance(value, list | tuple) else [value]
+            numbers.update(number for number in of_layers if type(number) is int and number > 1)
+    return numbers
 
 
 def count_of(weight: Any) -> int:

@@ -72,8 +72,7 @@ def all_linear(base: CausalLM) -> AllLinear:
         last = _last_part(name)
         if router := _router_of(base, name, modules):
             left_out[router] = message("a router")
-        elif "gate" in last and _outputs(modules[name]) == 1:
-            # It says how much of a shared expert a token takes. LoRA would hold several times its own numbers.
+        elif _is_gate_of_one(last, modules[name]):
             left_out[last] = "a gate with one output"
         elif not _is_plain(modules[name]):
             left_out[last] = "computed otherwise than a linear layer"
@@ -94,16 +93,26 @@ def _router_of(base: CausalLM, name: str, modules: Mapping[str, nn.Module]) -> s
     """The last part of the name of the router that this linear layer is, or is a part of; None where it is neither.
 
     It or its class is called a router (Llama 4, Phi-MoE, Zaya), or it is called `gate` and has an output for each
-    expert (models that bring their own code).
+    expert (models that bring their own code), itself or in a layer inside (Hunyuan's `gate.wg`).
     """
     parts = name.split(".")
     for depth in range(1, len(parts) + 1):
         module = modules[".".join(parts[:depth])]
         if "router" in parts[depth - 1].lower() or "router" in type(module).__name__.lower():
             return parts[depth - 1]
-    if parts[-1] == "gate" and _outputs(modules[name]) in numbers_of_experts(base.config):
-        return parts[-1]
+        if parts[depth - 1] == "gate" and _has_an_output_for_each_expert(module, base):
+            return parts[depth - 1]
     return None
+
+
+def _is_gate_of_one(name: str, layer: nn.Module) -> bool:
+    """Whether it says how much of a shared expert a token takes. LoRA would hold several times its own numbers."""
+    return "gate" in name and _outputs(layer) == 1
+
+
+def _has_an_output_for_each_expert(gate: nn.Module, base: CausalLM) -> bool:
+    counts = numbers_of_experts(base.config)
+    return any(_outputs(layer) in counts for layer in gate.modules() if isinstance(layer, nn.Linear | Conv1D))
 
 
 @torch.no_grad()
@@ -274,7 +283,7 @@ def match_targets(base: CausalLM, targets: Sequence[str]) -> dict[str, int]:
     kinds = Counter(_last_part(name) for name in linear_names(base))
     counts |= {target: len(matched(base, [target])) for target in targets}
     problems = []
-    if missing := [target for target, count in counts.items() if not count]:
+    if missing := [target for target, count in counts.items() if not count and not _named(base, [target])]:
         problems.append(f"--lora_targets: no module is called {', '.join(missing)}.")
     for target in targets:
         problems += _unfit(base, target)
@@ -287,6 +296,11 @@ def match_targets(base: CausalLM, targets: Sequence[str]) -> dict[str, int]:
 def _unfit(base: CausalLM, target: str) -> list[str]:
     """What is wrong with the modules that a target matches, said once."""
     names = matched(base, [target])
+    if not names and (routers := _named(base, [target])):
+        return [
+            f"--lora_targets {target}: {min(routers)} weighs or chooses experts; routers and gates of shared experts "
+            "stay frozen here."
+        ]
     head = base.get_output_embeddings()
     tied = head is not None and head.weight is getattr(base.get_input_embeddings(), "weight", None)
     for name, module in base.named_modules():
@@ -305,12 +319,29 @@ def _unfit(base: CausalLM, target: str) -> list[str]:
 
 
 def matched(base: CausalLM, targets: Collection[str]) -> set[str]:
-    """The full names of the modules that target names mean: `q_proj` is every module for text whose name ends so."""
+    """The full names of the modules that target names mean: `q_proj` is every module for text whose name ends so.
+
+    Not those of routers, which may have layers of the same names (Zaya's has a down_proj).
+    """
+    modules = dict(base.named_modules())
+    return {name for name in _named(base, targets) if not _chooses_experts(base, name, modules)}
+
+
+def _named(base: CausalLM, targets: Collection[str]) -> set[str]:
+    """The same, routers included."""
     names = set()
     for name in text_modules(base):
         if any(name == target or name.endswith(f".{target}") for target in targets):
             names.add(name)
     return names
+
+
+def _chooses_experts(base: CausalLM, name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether this is a linear layer of a router, or says how much of a shared expert a token takes."""
+    layer = modules[name]
+    if not isinstance(layer, nn.Linear | Conv1D):
+        return False
+    return _router_of(base, name, modules) is not None or _is_gate_of_one(_last_part(name), layer)
 
 
 def adapted_by(base: CausalLM, targets: Collection[str]) -> set[str]:
