@@ -113,6 +113,7 @@ _BEYOND_RULE: dict[str, Values] = {
     "glm_ocr": _rope(3, 3, 2),
     "glmga": _HALF_TURNED,
     "granite4_vision": {
+        "text_config": {"model_type": "granite"},  # 5.17's default is another, and its code reads Granite's scales
         "deepstack_layer_map": [[0, 0]],
         "downsample_rate": "1/2",
         "spatial_target_layers": [1],

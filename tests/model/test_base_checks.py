@@ -94,6 +94,13 @@ def test_a_model_of_another_kind_has_its_own_sentence(tmp_path, config, sentence
         read_config(str(tmp_path))
 
 
+def test_a_class_without_a_forward_is_refused_and_its_part_named(tmp_path):
+    # Qwen3-Omni's whole was loaded, 60 GB of it, and `plan` ended in a traceback.
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_omni_moe"}))
+    with pytest.raises(BadModel, match=r"no forward(.|\n)*Its part Qwen3OmniMoeThinkerForConditionalGeneration can"):
+        read_config(str(tmp_path))
+
+
 def test_a_model_that_hears_and_is_no_encoder_decoder_is_not_called_one(tmp_path):
     # transformers lists Voxtral, Qwen2-Audio and eight more beside T5: what they hear stands in their prompt.
     VoxtralConfig().save_pretrained(tmp_path)
@@ -104,6 +111,15 @@ def test_a_model_that_needs_an_image_says_so(tmp_path, models):
     parts = {name: {**SMALL, "vocab_size": 100, "projection_dim": 32} for name in ("text_config", "vision_config")}
     model = AutoModelForImageTextToText.from_config(BlipConfig(**parts))
     with pytest.raises(BadModel, match=r"BlipFor\w+ does not compute a text alone.*\n.*missing.*'pixel_values'"):
+        refuse_not_causal(str(models("llama")), model)
+
+
+def test_a_fault_of_the_library_is_called_one(models, monkeypatch):
+    # Llama 4's whole class asks its text part's output for images: neither its files nor the text are to blame.
+    model = load_base(BaseSpec(path=str(models("llama")), dtype=torch.float32, device=CPU))
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *args, **named: forward(*args, **named).image_outputs)
+    with pytest.raises(BadModel, match=r"LlamaForCausalLM fails on a text in the code of transformers .*image_out"):
         refuse_not_causal(str(models("llama")), model)
 
 

@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoConfig
 
 from atomtune.cli import main
 from tests.conftest import DIALOGUES, write_jsonl
-from tests.tiny import build
+from tests.tiny import CHATML, SIZE, build, tokenizer_of
 
 
 def planned(capsys, *flags: str) -> dict:
@@ -36,6 +37,21 @@ def test_the_plan_is_the_run(models, dialogues, tmp_path, capsys, flags):
     # Batches are drawn anew, so a tree saves a little more or less than in the sampled ones.
     assert plan["tokens_computed"] == pytest.approx(record["tokens_computed"], rel=0.2)
     assert plan["tokens_padded"] == pytest.approx(record["tokens_padded"], rel=0.2)
+
+
+def test_a_base_whose_config_allows_no_shared_rows_is_planned_padded_with_the_reason(dialogues, tmp_path, capsys):
+    # Llama 4's chunks: the plan promised the tree that its run then does not have.
+    tokenizer = tokenizer_of("bytes", CHATML)
+    tokenizer.save_pretrained(tmp_path / "base")
+    size = {**SIZE, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 64, "vocab_size": len(tokenizer)}
+    config = AutoConfig.for_model("llama4_text", **size, layer_types=["chunked_attention", "full_attention"])
+    config.save_pretrained(tmp_path / "base")  # a plan reads no weights
+    run = ("--model_path", str(tmp_path / "base"), "--dataset_path", str(dialogues))
+    plan = planned(capsys, *run)
+    assert plan["layout"] == "padded" and plan["tokens_computed"] == plan["tokens_padded"]
+    assert main(["plan", *run]) == 0
+    assert "because it has layers of the kind chunked_attention" in " ".join(capsys.readouterr().out.split())
+    assert main(["plan", *run, "--layout", "tree"]) == 2
 
 
 def test_the_json_has_its_keys_and_the_parts_make_the_peak(models, dialogues, capsys):

@@ -24,6 +24,16 @@ _KNOWN: tuple[tuple[Any, Any], ...] = (
 )
 
 
+def classes_for(config: Any) -> list[Any]:
+    """The classes that the Auto classes give for a config."""
+    found: list[Any] = []
+    for _, classes_of in _KNOWN:
+        if type(config) in classes_of:
+            classes = classes_of[type(config)]
+            found += classes if isinstance(classes, tuple) else [classes]
+    return found
+
+
 def auto_class(config: Any) -> Any:
     """The Auto class that gives the class named in the config's `architectures`, else the first that takes it."""
     named = set(getattr(config, "architectures", None) or ())

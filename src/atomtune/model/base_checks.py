@@ -3,14 +3,18 @@
 Each other thing that is often given in its place gets a sentence of its own.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
+from transformers.utils import ModelOutput
 
 from atomtune.errors import BadModel
-from atomtune.model.auto_class import is_known
+from atomtune.model.auto_class import classes_for, is_known
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.file_schemas import AdapterConfig, GenerationConfig, ModelConfig
 from atomtune.model.json_files import checked, refuse_no_files
@@ -64,10 +68,35 @@ def refuse_other_kind(path: str, config: Any) -> None:
     elif not is_known(config):
         what = "of another kind"
     else:
+        _refuse_without_forward(path, config)
         return
     raise BadModel(
         f"{path}: {config.model_type} is {what}. atomtune trains causal language models (Llama, Qwen, Gemma, …).\n"
         "Pass --model_path with one of those."
+    )
+
+
+def _refuse_without_forward(path: str, config: Any) -> None:
+    """Raise BadModel where a class generates and cannot be called: Qwen3-Omni's whole, which thinks and speaks."""
+    classes = classes_for(config)
+    if not classes or any(kind.forward is not nn.Module.forward for kind in classes):
+        return
+    parts = [kind.__name__ for name in config.sub_configs for kind in classes_for(getattr(config, name, None))]
+    whole = classes[0].__name__
+    text = f"{path}: {whole} has no forward, so it cannot be trained as a whole."
+    if parts:
+        text += f"\nIts part {parts[0]} can: save that as a checkpoint of its own, with the tokenizer."
+    raise BadModel(text)
+
+
+def reading_text(path: str, model: CausalLM) -> explained:
+    """Within this, what a model raises where it is asked for a text becomes a BadModel that says so."""
+    return explained(
+        path,
+        "model",
+        sentence=f"its class {type(model).__name__} does not compute a text alone. If it needs an image, a sound or "
+        "another model beside each text, it cannot be trained here; if not, its config.json and weights do not go "
+        "together. It says:",
     )
 
 
@@ -77,13 +106,7 @@ def refuse_not_causal(path: str, model: CausalLM) -> None:
     Told by the gradient: that of an earlier token's logits by a later token's embedding is exactly zero in a causal
     model, in every dtype. Two texts compared would drown small changes in the rounding of 16 bits.
     """
-    reading = explained(
-        path,
-        "model",
-        sentence=f"its class {type(model).__name__} does not compute a text alone. If it needs an image, a sound or "
-        "another model beside each text, it cannot be trained here; if not, its config.json and weights do not go "
-        "together. It says:",
-    )
+    reading = reading_text(path, model)
     with reading:
         embeddings: Any = model.get_input_embeddings()
         rows = embeddings.weight.shape[0]
@@ -101,7 +124,7 @@ def refuse_not_causal(path: str, model: CausalLM) -> None:
 
     watching = embeddings.register_forward_hook(watch)
     try:
-        with reading, without_dropout(model), as_in_training(model):
+        with reading, _faults_of_the_library(path, model), without_dropout(model), as_in_training(model):
             logits = model(input_ids=ids, use_cache=False).logits.float()  # [1, T, V]
         gradient = _gradient(logits[:, :_LOOKED_AT].square().mean(), of_tokens)
     finally:
@@ -117,6 +140,24 @@ def refuse_not_causal(path: str, model: CausalLM) -> None:
             "prompt of PaliGemma.\n"
             "It would learn to copy the answer that it sees. Pass --model_path with a causal language model."
         )
+
+
+@contextlib.contextmanager
+def _faults_of_the_library(path: str, model: CausalLM) -> Iterator[None]:
+    """Raise BadModel where a model's class asks the output of a part of it for what that does not have.
+
+    No file and no input leads to that: Llama 4's whole class asks its text part for images (transformers 5.24).
+    """
+    try:
+        yield
+    except AttributeError as error:
+        if not isinstance(error.obj, ModelOutput):
+            raise
+        name, version = type(model).__name__, transformers.__version__
+        raise BadModel(
+            f"{path}: {name} fails on a text in the code of transformers {version}: {error}.\n"
+            "Try another version of transformers, or another model."
+        ) from error
 
 
 def _gradient(value: torch.Tensor, of_tokens: list[torch.Tensor]) -> torch.Tensor | None:

@@ -76,23 +76,31 @@ class _Way:
     mixers: recurrent.Way | None  # how layers that carry a state do it; None: there are none
 
 
+def why_padded_by_config(model: CausalLM) -> str | None:
+    """The reason that a config gives, without a trial; a model without weights may be asked too."""
+    config = innermost(model).config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    foreign = {kind for kind in kinds - _KNOWN_ATTENTION if "attention" in kind or "sparse" in kind}
+    if foreign:
+        return f"it has layers of the kind {', '.join(sorted(foreign))}"
+    if auxiliary_factor(model):
+        # It is a product of means over the tokens of a batch, which a shared beginning would enter once.
+        return "its config switches on the routers' auxiliary loss (output_router_logits), which counts every token"
+    return None
+
+
 def why_padded(model: CausalLM, *, sharded: bool = False) -> str | None:
     """The reason this model takes one example a row only, or None where rows of many are exact.
 
     sharded  the run spreads the weights over processes (FSDP, DeepSpeed)
     Leaves the model in the first way that is exact, or as it was.
     """
+    if reason := why_padded_by_config(model):
+        return reason
     inner = innermost(model)
     config = inner.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    foreign = {kind for kind in kinds - _KNOWN_ATTENTION if "attention" in kind or "sparse" in kind}
-    if foreign:
-        return f"it has layers of the kind {', '.join(sorted(foreign))}"
-    if getattr(config, "output_router_logits", False) and not auxiliary_factor(model):
+    if getattr(config, "output_router_logits", False):
         config.output_router_logits = False  # the loss would be multiplied by 0, and its shapes fit no row of many
-    if auxiliary_factor(model):
-        # It is a product of means over the tokens of a batch, which a shared beginning would enter once.
-        return "its config switches on the routers' auxiliary loss (output_router_logits), which counts every token"
     register()
     mixers, used_windows = recurrent.find_mixers(inner)
     if mixers and sharded:

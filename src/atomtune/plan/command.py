@@ -135,9 +135,9 @@ def forecast_of(settings: TrainSettings, console: Console) -> Forecast:
     template = load_template(settings.data.template, tokenizer, **settings.data.template_options())
     settings, data = _as_it_would_run(settings, template, console)
     args = trainer_arguments(settings)
-    run = _run_size(settings, args, data)
     lora = LoraSpec(**settings.lora.lora())
     size = measure(str(model.model_path), lora, trust_remote_code=model.trust_remote_code)
+    run = _run_size(settings, args, data, why_padded=size.why_padded)
 
     here = _Here.of(settings)
     device, memory = str(here.device), here.memory(settings, size, run)
@@ -208,13 +208,15 @@ def _encoded(paths: Sequence[str], settings: TrainSettings, template: Template, 
     return data
 
 
-def _run_size(settings: TrainSettings, args: TrainingArguments, data: EncodedData) -> RunSize:
+def _run_size(
+    settings: TrainSettings, args: TrainingArguments, data: EncodedData, *, why_padded: str | None
+) -> RunSize:
     """Counted on batches as the run may draw them, and multiplied by how often the run sees its records."""
     per_batch = args.per_device_train_batch_size
     rows = sample_rows(len(data.examples), per_batch * SAMPLED_BATCHES, seed=args.seed)
     batches = batches_of(data.examples.select(rows), per_batch, as_examples)
     sampled = LayoutTokens.of(batches)
-    layout = _layout(settings, sampled)
+    layout = _layout(settings, sampled, why_padded)
     computed = sampled.of_layout(layout)
     examples = [example for batch in batches for example in batch]
     records = _learned(data, settings.data.eval_size or 0)
@@ -240,9 +242,17 @@ def _run_size(settings: TrainSettings, args: TrainingArguments, data: EncodedDat
     )
 
 
-def _layout(settings: TrainSettings, sampled: LayoutTokens) -> Layout:
-    """The run's, if the trial at its start finds it exact for the model."""
-    return sampled.cheapest() if settings.data.layout == "auto" else settings.data.layout
+def _layout(settings: TrainSettings, sampled: LayoutTokens, reason: str | None) -> Layout:
+    """The run's, if the trial at its start finds it exact for the model. Raises BadSettings as the run would.
+
+    reason  for padded rows, that the model's config gives
+    """
+    choice = settings.data.layout
+    if reason and choice in ("tree", "packed"):
+        raise BadSettings([f"--layout {choice} would not be exact for this model: {reason}.\nPass --layout padded."])
+    if choice == "auto":
+        return "padded" if reason else sampled.cheapest()
+    return choice
 
 
 def _learned(data: EncodedData, hold_out: float) -> int:
@@ -341,6 +351,8 @@ def _say(forecast: Forecast, console: Console, *, quantized: bool) -> None:
         f"{run.steps:,} steps; layout {run.layout}: tokens {run.tokens_padded:,} → {run.tokens_computed:,}, "
         f"{run.tokens_padded / run.tokens_computed:.1f}× less work than with padding."
     )
+    if reason := forecast.size.why_padded:
+        console.say(f"layout padded: one record a row, because {reason}.")
     parts = ", ".join(f"{translated(name)} {decimal(part)}" for name, part in memory.parts.items())
     needs = decimal(memory.peak)
     console.say(f"Memory of a heavy step ({run.heaviest:,} tokens) on {forecast.device}: {needs} = {parts}.")

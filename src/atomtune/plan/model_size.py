@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from atomtune.model.adapter import LoraSpec, new_adapter
+from atomtune.model.base_checks import reading_text
+from atomtune.model.layout_support import why_padded_by_config
 from atomtune.model.load import read_config
 from atomtune.model.load_errors import explained
 from atomtune.model.lora_targets import match_targets
@@ -22,12 +24,13 @@ EXPERTS_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "top_
 class ModelSize:
     """The numbers of a model and its adapter.
 
-    weights    parameters of the base, a tied matrix counted once
-    quantized  those of them that --quantize reaches: linear layers, the output matrix left out
-    body       multiplied with every token: no embedding, no output matrix, of the experts those that a token chooses
-    head       the output matrix, which is multiplied with target tokens alone
-    trained    parameters of the adapter
-    shapes     (in, out) of its linear layers, each once, the output matrix left out
+    weights     parameters of the base, a tied matrix counted once
+    quantized   those of them that --quantize reaches: linear layers, the output matrix left out
+    body        multiplied with every token: no embedding, no output matrix, of the experts those that a token chooses
+    head        the output matrix, which is multiplied with target tokens alone
+    trained     parameters of the adapter
+    shapes      (in, out) of its linear layers, each once, the output matrix left out
+    why_padded  the reason for one record a row that the config gives; None where a trial at the run's start decides
     """
 
     config: Any
@@ -37,6 +40,7 @@ class ModelSize:
     head: int
     trained: int
     shapes: frozenset[tuple[int, int]] = frozenset()
+    why_padded: str | None = None
 
     @property
     def text(self) -> Any:
@@ -58,7 +62,8 @@ def measure(path: str, lora: LoraSpec, *, trust_remote_code: bool = False) -> Mo
         base = without_weights(config, trust_remote_code=trust_remote_code)
     base.requires_grad_(False)
     base.config.use_cache = False
-    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    with reading_text(path, base):  # Kyutai's embeddings are no table
+        embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
     outside = {id(weight) for part in (embeddings, head) if part is not None for weight in part.parameters()}
     chosen = _share_of_experts(config.get_text_config())
     body = 0.0
@@ -80,6 +85,7 @@ def measure(path: str, lora: LoraSpec, *, trust_remote_code: bool = False) -> Mo
         head=0 if head is None else _count(head.parameters()),
         trained=_count(weight for weight in model.parameters() if weight.requires_grad),
         shapes=shapes,
+        why_padded=why_padded_by_config(base),
     )
 
 
