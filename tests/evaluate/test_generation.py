@@ -4,9 +4,10 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from atomtune.evaluate.generation import generate_answers
+from tests.tiny import SIZE
 
 STOP, PAD, LIMIT = 5, 0, 12
 
@@ -41,6 +42,20 @@ def test_a_batch_gives_the_answers_of_its_prompts_alone(model, beginning):
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)  # a name that transformers is about to drop
         together = generate_answers(model, prompts, stop_ids=[STOP], pad_id=PAD, max_new_tokens=LIMIT)
+    assert [(list(answer.ids), answer.stopped) for answer in together] == [alone(model, prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize("family", ["minimax", "lfm2"])
+def test_layers_with_a_state_answer_a_batch_as_its_prompts_alone(family):
+    # MiniMax's linear attention decays with each place, those that a prompt is filled up with among them.
+    values = {**SIZE, "head_dim": 8, "vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if family == "minimax":
+        values |= {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2, "block_size": 16}
+    torch.manual_seed(7)
+    config = AutoConfig.for_model(family, **values)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, experts_implementation="eager").eval()
+    prompts = prompts_of(0)
+    together = generate_answers(model, prompts, stop_ids=[STOP], pad_id=PAD, max_new_tokens=LIMIT)
     assert [(list(answer.ids), answer.stopped) for answer in together] == [alone(model, prompt) for prompt in prompts]
 
 

@@ -1,22 +1,26 @@
 """Generation: greedy answers to many prompts at once, equal to answering them one at a time.
 
-Prompts of a batch are filled up on the left, and positions count real tokens only. Where all begin alike, that
-beginning is computed once and its keys and values are handed to every row:
+Prompts of a batch are filled up on the left, and positions count real tokens only. A model whose layers count what is
+filled up (MiniMax's linear attention) answers them one by one. Where all begin alike, that beginning is computed once
+and its keys and values are handed to every row:
 
     shared        p p p p                 computed once, [1, P]
     row 0           · · a a a  →          filled up behind the beginning, masked
     row 1           b b b b b  →
 """
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import DynamicCache, GenerationConfig
 
+from atomtune.model.agreement import TIMES_NOISE, another_plain_way, unit
 from atomtune.model.base_shape import positions_of
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.layout_support import windows_of
@@ -25,6 +29,8 @@ from atomtune.model.token_rows import with_row
 
 #: A shorter common beginning is not worth a call of its own.
 LEAST_SHARED = 16
+#: Whether a model counts what prompts are filled up with; asked of each once.
+_KNOWN: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,9 @@ def generate_answers(
     pad_id = with_row(model, pad_id)
     width = max(len(prompt) for prompt in prompts)
     room = (positions_of(model.config) or sys.maxsize) - width
-    if room < max_new_tokens and len(prompts) > 1:  # the shorter ones may write more: each by itself
+    differ = any(len(prompt) < width for prompt in prompts)
+    # Of prompts without room the shorter ones may write more.
+    if len(prompts) > 1 and (room < max_new_tokens or (differ and _counts_filling(model, pad_id))):
         one_by_one = partial(
             generate_answers,
             stop_ids=stop_ids,
@@ -92,9 +100,6 @@ def _greedily(
     seconds: float | None,
 ) -> torch.Tensor:
     """The likeliest token each time, whatever else the model's own generation settings ask for."""
-    inner = innermost(model)
-    own = inner.generation_config
-    inner.generation_config = GenerationConfig()  # what is None in ours would be filled in from the model's own
     plain = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
@@ -103,10 +108,55 @@ def _greedily(
         use_cache=True,
         max_time=seconds,
     )
-    try:
+    with _own_settings_aside(model):
         return model.generate(**inputs, generation_config=plain)
+
+
+@contextlib.contextmanager
+def _own_settings_aside(model: CausalLM) -> Iterator[None]:
+    """Within this, a model has no generation settings: what is None in ours would be filled in from its own."""
+    inner = innermost(model)
+    own = inner.generation_config
+    inner.generation_config = GenerationConfig()
+    try:
+        yield
     finally:
         inner.generation_config = own
+
+
+def _counts_filling(model: CausalLM, pad_id: int) -> bool:
+    """Whether a prompt that is filled up on the left is answered otherwise than alone, by more than rounding."""
+    inner = innermost(model)
+    if inner not in _KNOWN:
+        words = inner.config.get_text_config().vocab_size
+        long, short = ([(7 * n + 5) % words for n in range(length)] for length in (24, 9))
+        alone = _first_tokens(model, [short], pad_id)
+        with another_plain_way(model):
+            noise = (_first_tokens(model, [short], pad_id) - alone).abs().mean().item()
+        apart = (_first_tokens(model, [long, short], pad_id)[1:] - alone).abs().mean().item()
+        rounding = 32 * unit(inner.get_input_embeddings().weight.dtype)
+        _KNOWN[inner] = not apart <= max(TIMES_NOISE * noise, rounding)
+    return _KNOWN[inner]
+
+
+def _first_tokens(model: CausalLM, prompts: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
+    """[B, 3, V] log-probabilities of an answer's first tokens; the later ones go on from a state that was kept."""
+    width = max(len(prompt) for prompt in prompts)
+    inputs: dict[str, Any] = {
+        "input_ids": torch.tensor([[*[pad_id] * (width - len(p)), *p] for p in prompts], device=model.device),
+        "attention_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device),
+    }
+    with _own_settings_aside(model):
+        plain = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=3,
+            pad_token_id=pad_id,
+            use_cache=True,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        generated: Any = model.generate(**inputs, generation_config=plain)
+    return torch.stack(generated.logits, 1).double().log_softmax(-1).clamp(min=-1e4)  # some mask words with -inf
 
 
 def _may_share(model: CausalLM) -> bool:
