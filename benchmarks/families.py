@@ -541,7 +541,8 @@ LEFT_OUT: dict[str, str] = {
     "fails on padded rows where its config makes it causal, which `train` says": "xlnet",
     "count padding in, which `train` refuses": "cpmant prophetnet",
     "has no layer that LoRA could adapt, which `train` says": "reformer",
-    "fails in its own code on a text, which `train` says (transformers 5.24; its text part has a row)": "llama4",
+    "fails in the code of transformers 5.24 on a text, which `train` says (5.17 trains it; its text part has a row)": """
+        llama4""",
     "speak, and their thinking half has a row": "qwen2_5_omni qwen3_omni_moe",
     "does not write but sorts": "shieldgemma2",
     "is listed, and has no automatic class": "evolla",
@@ -846,18 +847,20 @@ def _line(kind: str, finding: Finding) -> str:
 def _differences(findings: Findings, version: str, others: Sequence[Finding]) -> list[str]:
     """What is otherwise with another version of transformers, in a few lines."""
     now = {finding.family: finding for _, finding in findings}
-    absent = [other.family for other in others if other.verdict == "not here"]
+    not_here = [other for other in others if other.verdict == "not here"]
+    absent = [other.family for other in not_here if other.reason.startswith("not in transformers")]
+    without_package = {other.family for other in not_here} - set(absent)
     lines = [f"## With transformers {version}", ""]
     lines.append("`python -m benchmarks.families --json FILE` with that version, then `--beside FILE` with this one.")
     exact = sum(other.is_equal and other.layout == "tree" for other in others)
     padded = sum(other.is_equal and other.layout == "padded" for other in others)
-    here = len(others) - len(absent)
+    here = len(others) - len(not_here)
     lines.append(
         f"{here} of these families: {exact} share beginnings and are equal, {padded} are padded and are equal."
     )
     if absent:
         lines.append(f"Not in it: {', '.join(absent)}.")
-    if untried := sorted(now.keys() - {other.family for other in others}):
+    if untried := sorted(without_package | now.keys() - {other.family for other in others}):
         lines.append(f"Not tried with it: {', '.join(untried)}.")
     differ = []
     for other in others:
