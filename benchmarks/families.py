@@ -541,7 +541,7 @@ LEFT_OUT: dict[str, str] = {
     "fails on padded rows where its config makes it causal, which `train` says": "xlnet",
     "count padding in, which `train` refuses": "cpmant prophetnet",
     "has no layer that LoRA could adapt, which `train` says": "reformer",
-    "fails in the code of transformers 5.24 on a text, which `train` says (5.17 trains it; its text part has a row)": """
+    "fails in transformers 5.24 itself on a text, which `train` says (5.17 trains it; its text part has a row)": """
         llama4""",
     "speak, and their thinking half has a row": "qwen2_5_omni qwen3_omni_moe",
     "does not write but sorts": "shieldgemma2",
