@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from atomtune.data.cache import Rules
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.records import Example, Turn
-from atomtune.evaluate.questions import learned_spans, read_records
+from atomtune.evaluate.questions import answer_text, learned_spans, read_records
 from atomtune.model.generate import prompt_ids
 from tests.conftest import DIALOGUES, write_jsonl
 from tests.tiny import CHATML, tokenizer_of
@@ -50,6 +50,13 @@ def test_each_answer_of_a_conversation_is_a_question_behind_all_before_it(tmp_pa
     (record,) = records.values()
     assert [question.reference for question in record.questions] == [turns[1][1], turns[3][1]]
     assert list(record.questions[1].prompt_ids) == prompt_ids(template, messages[:3])
+
+
+def test_a_character_that_the_limit_cut_in_two_is_no_part_of_the_text():
+    tokenizer = tokenizer_of("bytes", CHATML)
+    ids = tokenizer("灯亮", add_special_tokens=False)["input_ids"]
+    assert answer_text(ids, tokenizer) == "灯亮"
+    assert answer_text(ids[:-1], tokenizer) == "灯"
 
 
 def test_only_wanted_records_are_taken(tmp_path):

@@ -101,5 +101,8 @@ def _question(ids: tuple[int, ...], start: int, end: int, tokenizer: Tokenizer) 
 
 
 def answer_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """An answer without its stop token, as text; marks of thoughts and tool calls may be control tokens and stay."""
-    return tokenizer.decode(list(ids), skip_special_tokens=False).strip()
+    """An answer without its stop token, as text; marks of thoughts and tool calls may be control tokens and stay.
+
+    A character that the limit cut in two is left out.
+    """
+    return tokenizer.decode(list(ids), skip_special_tokens=False).rstrip("\ufffd").strip()

@@ -123,7 +123,8 @@ class Samples:
             seconds=seconds,
         )[0]
         text = self.template.tokenizer.decode(list(generated.ids), skip_special_tokens=True).strip()
-        return text if generated.stopped else f"{text} …"
+        # At the limit a character may be cut in two.
+        return text if generated.stopped else text.rstrip("\ufffd") + " …"
 
     def answer_after(self) -> list[Sample]:
         """The samples with the tuned model's answers; those that have both."""
