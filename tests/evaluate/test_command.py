@@ -140,7 +140,9 @@ def test_a_stop_in_the_middle_keeps_what_all_models_have_done(by_heart, tmp_path
     monkeypatch.setattr(evaluation, "score_targets", interrupted)
     words = ["--adapter_path", str(by_heart), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
     assert evaluate(*words, "--per_device_eval_batch_size", "3", "--max_new_tokens", "8") == 75
-    assert "a minute for these records. Ctrl-C ends it early and keeps" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "a minute for these records. Ctrl-C ends it early and keeps" in told.out
+    assert "3 records that all models have answered, without the forgetting probe." in told.err
     found = report_in(tmp_path / "out")
     assert found["records"] == 3 and found["stopped_early"] is True
     assert "stopped early" in (tmp_path / "out" / "report.html").read_text()

@@ -24,11 +24,13 @@ from atomtune.evaluate.questions import EvalRecord, Key, read_records
 from atomtune.evaluate.report import Report, make_report, markdown, score_text, used_measures, with_interval
 from atomtune.evaluate.run_folder import refuse_changed_files, run_records
 from atomtune.extras import refuse_missing
-from atomtune.language import translated
+from atomtune.language import message, translated
 from atomtune.model.layout_support import collator_for, why_padded
 from atomtune.model.load import pad_id_of, quiet_libraries
 from atomtune.settings.fields import EvaluateSettings, RecordSettings
 from atomtune.settings.spelled import base_words
+
+_PROBE_MISSING = message(", without the forgetting probe")
 
 
 def evaluate(settings: EvaluateSettings) -> int:
@@ -41,7 +43,10 @@ def evaluate(settings: EvaluateSettings) -> int:
     write_reports(report, folder)
     console.say(f"\nreport.html, report.md and report.json lie in {folder}.")
     if report.stopped_early:
-        raise Stopped(f"stopped early: the report is of the {report.records:,} records that all models have answered.")
+        missing = "" if settings.no_probe or not settings.adapter_path or report.has_probe else _PROBE_MISSING
+        raise Stopped(
+            f"stopped early: the report is of the {report.records:,} records that all models have answered{missing}."
+        )
     if settings.adapter_path:
         adapter = ["--adapter_path", settings.adapter_path[0], *base_words(settings)]
         commands = ["chat", *adapter, "--compare"], ["certify", *adapter]

@@ -61,6 +61,11 @@ class Report:
         """The tasks and metrics that lm-eval scored."""
         return list(dict.fromkeys(name for own in self.lm_eval.values() for name in own))
 
+    @property
+    def has_probe(self) -> bool:
+        """Whether the forgetting probe was made: a stop may have come before."""
+        return any(PROBE.name in own for own in self.models.values())
+
     def to_json(self) -> dict[str, Any]:
         """report.json; its `models` are a contract."""
         return {
