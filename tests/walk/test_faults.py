@@ -68,6 +68,7 @@ def test_killed_at_any_point_of_a_save_the_run_goes_on_bit_identically(models, d
     assert "points" in in_a_process(POINTS, models("llama"), dialogues, tmp_path, 1 if ALL else 14)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_any_moment_the_run_goes_on_bit_identically(models, dialogues, tmp_path):
     assert "kills" in in_a_process(MOMENTS, models("llama"), dialogues, tmp_path, 100 if ALL else 8)

@@ -120,6 +120,8 @@ FEW = [
     ("plateau", "every step", "plain", "stored"),
     ("by steps", "stops early", "accumulated", "streamed"),
 ]
+#: `make test` takes three of them, `make test-use` the others.
+SOME = [way if number in (0, 3, 5) else pytest.param(way, marks=pytest.mark.slow) for number, way in enumerate(FEW)]
 
 
 def history(out: Path) -> list[dict]:
@@ -164,7 +166,7 @@ def stopped_and_resumed(run: Callable[..., int], monkeypatch, out: Path, call: i
     return True
 
 
-@pytest.mark.parametrize("way", WAYS if EVERY else FEW, ids=", ".join)
+@pytest.mark.parametrize("way", WAYS if EVERY else SOME, ids=", ".join)
 def test_a_run_that_is_stopped_anywhere_is_the_undisturbed_run(  # noqa: PLR0917  # pytest's fixtures
     models, files, undisturbed, tmp_path, monkeypatch, way
 ):
@@ -187,7 +189,7 @@ def test_a_run_that_is_stopped_anywhere_is_the_undisturbed_run(  # noqa: PLR0917
             assert ((out / "adapter_model.safetensors").read_bytes(), history(out)) == expected, out.name
 
 
-@pytest.mark.parametrize("way", WAYS if EVERY else FEW, ids=", ".join)
+@pytest.mark.parametrize("way", WAYS if EVERY else SOME, ids=", ".join)
 def test_from_every_checkpoint_the_run_is_the_undisturbed_run(models, files, undisturbed, tmp_path, way):
     # As a kill between that save and the next leaves the folder.
     base, whole, flags = models("llama"), undisturbed(way), flags_of(*way)
@@ -204,7 +206,9 @@ def test_from_every_checkpoint_the_run_is_the_undisturbed_run(models, files, und
         assert ((out / "adapter_model.safetensors").read_bytes(), history(out)) == expected, out.name
 
 
-@pytest.mark.parametrize("evaluation", ["by steps", "by epoch", "at the start"])
+@pytest.mark.parametrize(
+    "evaluation", ["by steps", *(pytest.param(when, marks=pytest.mark.slow) for when in ("by epoch", "at the start"))]
+)
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_run_that_is_evaluated_is_the_run_that_is_not(models, files, tmp_path, evaluation, source):
     if not can_be(evaluation, "every step", "plain", source):
