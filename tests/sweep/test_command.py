@@ -46,6 +46,7 @@ def swept(run, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_trial_is_a_run_with_its_settings_on_the_same_held_out_records(swept):
     trials = sweep_record(swept)["trials"]
     assert [trial["settings"] for trial in trials] == [{"learning_rate": rate} for rate in ("1e-3", "1e-2", "1e30")]
@@ -55,6 +56,7 @@ def test_every_trial_is_a_run_with_its_settings_on_the_same_held_out_records(swe
     assert [trial["eval_loss"] for trial in trials[:2]] == [record["eval_loss"] for record in records]
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_is_noted_and_ends_no_sweep(swept):
     failed = sweep_record(swept)["trials"][2]
     assert failed["status"] == "failed" and failed["eval_loss"] is None
@@ -62,6 +64,7 @@ def test_a_trial_that_fails_is_noted_and_ends_no_sweep(swept):
     assert sweep_record(swept)["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_the_best_is_the_lowest_and_its_file_trains_the_very_same_adapter(swept, tmp_path):
     losses = {name: record_of(swept / name)["eval_loss"] for name in ("trial-1", "trial-2")}
     assert sweep_record(swept)["best"] == min(losses, key=losses.__getitem__)
@@ -69,12 +72,14 @@ def test_the_best_is_the_lowest_and_its_file_trains_the_very_same_adapter(swept,
     assert record_of(tmp_path / "best")["eval_loss"] == min(losses.values())
 
 
+@pytest.mark.slow
 def test_the_page_and_the_picture_show_every_trial(swept):
     page = (swept / "sweep.html").read_text()
     assert all(f"trial-{number}" in page for number in (1, 2, 3)) and "<script" not in page
     assert (swept / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_only_when_it_is_told_to_and_with_its_own_settings(swept, run, capsys):
     flags = (*RATES, "--output_dir", str(swept))
     assert main(["sweep", *run, *flags]) == 2
