@@ -113,3 +113,10 @@ def test_without_proc_what_is_tried_has_a_limit_of_time_alone(monkeypatch):
 
     monkeypatch.setattr(limits, "_address_space", unmounted)
     assert trial(endless, seconds=1) == Tripped("time", "record 1", 1)
+
+
+def test_the_most_memory_held_is_this_processs_own_and_not_that_of_who_started_it():
+    held = "from atomtune.limits import most_memory_held; print(most_memory_held())"
+    start = f"much = b'1' * 10**9; import subprocess, sys; subprocess.run([sys.executable, '-c', {held!r}], check=True)"
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, check=True)
+    assert 10**6 < int(done.stdout) < 5 * 10**8

@@ -9,6 +9,7 @@ Where processes cannot be forked safely (macOS, Windows), nothing is tried befor
 
 import faulthandler
 import os
+import re
 import select
 import signal
 import sys
@@ -153,8 +154,13 @@ def most_memory_held() -> int | None:
     """The most bytes that this process has held so far; None on Windows."""
     if resource is None:
         return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:  # getrusage's figure starts with that of the process that started this one
+        found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def _limit(kind: int, most: int) -> None:
