@@ -18,6 +18,7 @@ from atomtune.disk import TemporaryFolder, read_json_object
 from atomtune.errors import BadModel
 
 ADAPTER_CONFIG = "adapter_config.json"
+MODEL_CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 #: For `transformers serve`: all that the model writes is content, no thought and no call of a tool.
@@ -46,35 +47,35 @@ class ServedFolder:
         self.view: TemporaryFolder | None = None
 
     def __enter__(self) -> Path:
-        config = self.folder / ADAPTER_CONFIG
-        is_adapter = config.is_file()
+        is_adapter = (self.folder / ADAPTER_CONFIG).is_file()
         if not is_adapter and not self.as_written:
             return self.folder
-        of_base = self._of_base(config) if is_adapter else self.folder
+        files = self._files()
         self.view = TemporaryFolder("atomtune-serve-")
         view = self.view.path / self.folder.name
         view.mkdir()
-        for file in of_base.iterdir():
-            of_text = is_adapter and any(file.match(pattern) for pattern in _NOT_OF_BASE)
-            if file.is_file() and not of_text:
-                _link(file, view / file.name)
-        for file in self.folder.iterdir() if is_adapter else ():
-            if file.is_file() and file.name != "config.json":
-                (view / file.name).unlink(missing_ok=True)
-                _link(file, view / file.name)
+        for name, file in files.items():
+            _link(file, view / name)
         if is_adapter and self.stop_ids:
             _write_value(view / GENERATION_CONFIG, "eos_token_id", self.stop_ids)
         if self.as_written:
             _write_value(view / TOKENIZER_CONFIG, "response_template", _ALL_IS_CONTENT)
         return view
 
-    def _of_base(self, config: Path) -> Path:
-        """Where the base's files lie. Raises BadModel where it cannot be read."""
+    def _files(self) -> dict[str, Path]:
+        """The files of the view by name: a whole model's; of an adapter, the base's and its own, which win."""
+        own = {file.name: file for file in self.folder.iterdir() if file.is_file()}
+        config = own.get(ADAPTER_CONFIG)
+        if config is None:
+            return own
         base = self.base or str(read_config(config).get("base_model_name_or_path"))
         try:
-            return Path(str(cached_file(base, "config.json"))).parent
+            config_of_base = Path(str(cached_file(base, MODEL_CONFIG)))
         except OSError as error:
             raise BadModel(f"{base}: the base that {config} names cannot be read: {str(error)[:200]}") from None
+        of_base = {file.name: file for file in config_of_base.parent.iterdir() if file.is_file()}
+        kept = {name: file for name, file in of_base.items() if not any(map(file.match, _NOT_OF_BASE))}
+        return {**kept, **own, MODEL_CONFIG: config_of_base}
 
     def __exit__(self, *exc: object) -> None:
         if self.view is not None:
