@@ -55,8 +55,10 @@ def test_each_answer_of_a_conversation_is_a_question_behind_all_before_it(tmp_pa
 def test_a_character_that_the_limit_cut_in_two_is_no_part_of_the_text():
     tokenizer = tokenizer_of("bytes", CHATML)
     ids = tokenizer("灯亮", add_special_tokens=False)["input_ids"]
-    assert answer_text(ids, tokenizer) == "灯亮"
-    assert answer_text(ids[:-1], tokenizer) == "灯"
+    assert answer_text(ids, tokenizer, stopped=False) == "灯亮"
+    assert answer_text(ids[:-1], tokenizer, stopped=False) == "灯"
+    # What the model ended there itself is no answer "灯", and must not be counted as one.
+    assert answer_text(ids[:-1], tokenizer) == "灯\ufffd"
 
 
 def test_only_wanted_records_are_taken(tmp_path):

@@ -19,3 +19,15 @@ def test_a_character_is_shown_once_it_is_whole_and_one_that_the_limit_cut_in_two
             text.put(torch.tensor([token]))
         text.end()
         assert "".join(pieces) == template.tokenizer.decode(ids[:count]).replace("\ufffd", "")
+
+
+def test_half_a_character_behind_which_the_model_stops_is_shown():
+    template = load_template("auto", tokenizer_of("bytes", CHATML))
+    ids = template.tokenizer("灯亮", add_special_tokens=False)["input_ids"][:-1]
+    pieces: list[str] = []
+    text = AnswerText(template, pieces.append)
+    text.put(torch.tensor([[1, 2]]))
+    for token in [*ids, template.tokenizer.convert_tokens_to_ids(template.stop)]:
+        text.put(torch.tensor([token]))
+    text.end()
+    assert "".join(pieces) == template.tokenizer.decode(ids)

@@ -165,7 +165,7 @@ def _answers_to(model: CausalLM, questions: Sequence[Question], template: Templa
 
 def _compared(answer: Generated, question: Question, tools: frozenset[str], template: Template) -> AnswerResult:
     """A generated answer beside its reference."""
-    text = answer_text(answer.ids, template.tokenizer)
+    text = answer_text(answer.ids, template.tokenizer, stopped=answer.stopped)
     calls: tuple[bool, bool] | None = None
     if tools and _calls(question.reference_ids, question, tools, template).parsed:
         answer_calls = _calls(answer.ids, question, tools, template)

@@ -100,9 +100,10 @@ def _question(ids: tuple[int, ...], start: int, end: int, tokenizer: Tokenizer) 
     )
 
 
-def answer_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+def answer_text(ids: Sequence[int], tokenizer: Tokenizer, *, stopped: bool = True) -> str:
     """An answer without its stop token, as text; marks of thoughts and tool calls may be control tokens and stay.
 
-    A character that the limit cut in two is left out.
+    stopped  by itself; else the limit may have cut a character in two, which is left out
     """
-    return tokenizer.decode(list(ids), skip_special_tokens=False).rstrip("\ufffd").strip()
+    text = tokenizer.decode(list(ids), skip_special_tokens=False)
+    return text.strip() if stopped else text.rstrip("\ufffd").strip()

@@ -39,7 +39,9 @@ class AnswerText(BaseStreamer):
         return bool(token and _BYTE_TOKEN.fullmatch(token))
 
     def end(self) -> None:
-        self._hand_on(shown(self.template, self.ids).rstrip("\ufffd"))  # the limit may cut a character in two
+        text = shown(self.template, self.ids)
+        ended_itself = bool(self.ids) and self.ids[-1] in self.template.tokens.control_ids
+        self._hand_on(text if ended_itself else text.rstrip("\ufffd"))  # the limit may cut a character in two
 
     def _hand_on(self, text: str) -> None:
         more = text[len(self._text) :]
