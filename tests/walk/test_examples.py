@@ -23,6 +23,7 @@ def test_an_example_file_runs(path, models, dialogues, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_train_sh_runs(models, dialogues, tmp_path):
     binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     places = {"MODEL": str(models("lone")), "DATASET": str(dialogues), "OUTPUT": str(tmp_path / "out")}

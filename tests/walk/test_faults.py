@@ -64,6 +64,7 @@ def in_a_process(script: str, *arguments: object) -> str:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
 def test_killed_at_any_point_of_a_save_the_run_goes_on_bit_identically(models, dialogues, tmp_path):
     assert "points" in in_a_process(POINTS, models("llama"), dialogues, tmp_path, 1 if ALL else 14)
 

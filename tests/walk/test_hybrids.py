@@ -91,8 +91,8 @@ def test_merged_it_answers_as_the_adapter_does(trained, tmp_path, capsys):
     messages = [{"role": "system", "content": LONG}, {"role": "user", "content": "你是谁？"}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
     answered = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    whole = tokenizer.decode(answered[0, ids.shape[1] :], skip_special_tokens=True).rstrip("\ufffd")  # not cut in two
-    assert answer == whole.strip()
+    whole = tokenizer.decode(answered[0, ids.shape[1] :], skip_special_tokens=True)
+    assert answer.rstrip("\ufffd") == whole.rstrip("\ufffd").strip()  # what the limit cut in two is left out
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     with torch.no_grad():
         assert not torch.allclose(plain(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-3)

@@ -26,9 +26,9 @@ def record_of(out) -> dict:
     [
         ["--gradient_checkpointing", "true"],
         ["--gradient_accumulation_steps", "2"],
-        ["--label_smoothing_factor", "0.1"],
+        pytest.param(["--label_smoothing_factor", "0.1"], marks=pytest.mark.slow),
         ["--per_device_train_batch_size", "1"],
-        ["--max_seq_length", "40"],
+        pytest.param(["--max_seq_length", "40"], marks=pytest.mark.slow),
     ],
     ids=["checkpointing", "accumulation", "smoothing", "one record a batch", "shortened"],
 )

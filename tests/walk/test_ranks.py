@@ -46,6 +46,7 @@ def test_two_ranks_give_the_run_of_one(models, dialogues, tmp_path):
     assert relative_difference(*adapters) < 1e-6  # padded to other widths: RMSNorm computes in float32
 
 
+@pytest.mark.slow
 def test_two_ranks_share_a_stream(models, dialogues, tmp_path):
     # Each reads all of it and takes its part of each batch; catches a rank that trains on what the other does.
     command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--use_cpu"]

@@ -61,7 +61,10 @@ def same_run(out: Path, whole: Path) -> None:
         assert ours.get(key) == theirs.get(key), key
 
 
-@pytest.mark.parametrize("way", WAYS, ids=list(WAYS))
+SLOW = ("ragged accumulation", "by length", "workers", "padded")
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow) if way in SLOW else way for way in WAYS])
 def test_from_every_step_the_run_is_the_same(models, dialogues, tmp_path, way):
     base, whole = models("llama"), tmp_path / "whole"
     flags = [*WAYS[way], *(["--save_steps", "2"] if way == "best" else [])]
@@ -339,6 +342,7 @@ def test_what_may_change_changes_in_silence_and_is_in_force(models, dialogues, t
 # --- damage ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_file_of_a_checkpoint_damaged_in_turn_is_passed_over(models, dialogues, tmp_path, capsys):
     base, whole = models("llama"), tmp_path / "whole"
     assert main(command(base, dialogues, whole, "--max_steps", "4", "--save_steps", "2")) == 0
