@@ -125,6 +125,9 @@ def test_several_adapters_of_different_templates_are_compared(by_heart, models, 
     assert list(figures) == ["base", "out", "barely", "plain"]
     assert figures["out"]["exact_match"][0] == figures["plain"]["exact_match"][0] == 1
     assert figures["barely"]["exact_match"][0] < 1
+    pages = [(tmp_path / "out" / name).read_text(encoding="utf-8") for name in ("report.md", "report.html")]
+    for tuned in ("out", "barely", "plain"):
+        assert all(f"Most improved by {tuned}" in page for page in pages)
 
 
 def test_a_stop_in_the_middle_keeps_what_all_models_have_done(by_heart, tmp_path, monkeypatch, capsys):

@@ -35,7 +35,6 @@ def page(report: Report) -> str:
         report=report,
         names=list(report.models),
         rows=[(measure, list(zip(report.models, cells_of(report, measure), strict=True))) for measure in measures],
-        sides=[("Most improved", report.improved), ("Most worsened", report.worsened)],
         score_text=score_text,
         width=WIDTH,
     )

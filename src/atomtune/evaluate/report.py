@@ -1,6 +1,6 @@
 """Report: figures of all models, what they say in a sentence, and how report.json and report.md are written."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -41,6 +41,14 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class MostChanged:
+    """The records that a model does best or worst beside the base, the most changed first."""
+
+    title: str
+    records: list[Shown]
+
+
+@dataclass(frozen=True)
 class Report:
     """All that is written and shown."""
 
@@ -50,8 +58,7 @@ class Report:
     answers: int
     models: dict[str, dict[str, Figure]]
     changes: dict[str, dict[str, Figure]]  # model → measure → difference from the base
-    improved: list[Shown]
-    worsened: list[Shown]
+    most_changed: list[MostChanged]
     max_new_tokens: int
     stopped_early: bool
     lm_eval: dict[str, dict[str, Score]]  # model → task and metric → score
@@ -102,7 +109,6 @@ def make_report(done: Evaluation, *, base_path: str, sources: list[str], max_new
             models[name][PROBE.name] = figures_of(probe[name], probe_draws)[NATS.name]
         for name in names[1:]:
             changes[name][PROBE.name] = differences(probe[name], probe[names[0]], probe_draws)[NATS.name]
-    improved, worsened = _most_changed(done, names)
     return Report(
         base_path=base_path,
         sources=sources,
@@ -110,23 +116,26 @@ def make_report(done: Evaluation, *, base_path: str, sources: list[str], max_new
         answers=sum(len(result.answers) for result in done.results[names[0]]),
         models=models,
         changes=changes,
-        improved=improved,
-        worsened=worsened,
+        most_changed=[side for name in names[1:] for side in _most_changed(done, name, alone=len(names) == 2)],
         max_new_tokens=max_new_tokens,
         stopped_early=done.stopped_early,
         lm_eval=done.lm_eval,
     )
 
 
-def _most_changed(done: Evaluation, names: list[str]) -> tuple[list[Shown], list[Shown]]:
-    """The records whose loss the first tuned model lowered most, and those whose loss it raised."""
-    if len(names) < 2:
-        return [], []
-    changes = change_per_record(done.results[names[1]], done.results[names[0]])
+def _most_changed(done: Evaluation, model: str, *, alone: bool) -> Iterator[MostChanged]:
+    """The records whose loss a tuned model lowered most, and those whose loss it raised; none is no side."""
+    base = next(iter(done.results))
+    changes = change_per_record(done.results[model], done.results[base])
     order = sorted(range(len(changes)), key=lambda row: changes[row])
-    improved = [row for row in order if changes[row] < 0][:SHOWN]
-    worsened = [row for row in reversed(order) if changes[row] > 0][:SHOWN]
-    return [_shown(done, row) for row in improved], [_shown(done, row) for row in worsened]
+    improved = "Most improved" if alone else f"Most improved by {model}"
+    worsened = "Most worsened" if alone else f"Most worsened by {model}"
+    for title, rows in (
+        (improved, [row for row in order if changes[row] < 0]),
+        (worsened, [row for row in reversed(order) if changes[row] > 0]),
+    ):
+        if rows:
+            yield MostChanged(title, [_shown(done, row) for row in rows[:SHOWN]])
 
 
 def _shown(done: Evaluation, row: int) -> Shown:
@@ -231,10 +240,9 @@ def markdown(report: Report) -> str:
     for name in report.lm_eval_names:
         cells = [score_text(report, model, name) for model in names]
         lines.append(f"| lm-eval {name} (± standard error) | {' | '.join(cells)} |")
-    for title, records in (("Most improved", report.improved), ("Most worsened", report.worsened)):
-        if records:
-            lines += ["", f"## {title}", ""]
-        for record in records:
+    for side in report.most_changed:
+        lines += ["", f"## {side.title}", ""]
+        for record in side.records:
             lines += [f"### {record.origin}", "", *_quoted("prompt", record.asked or record.prompt)]
             lines += _quoted("reference", record.reference)
             for name, answer in record.answers.items():
