@@ -96,9 +96,30 @@ def test_the_base_is_held_as_in_training(trained_in_nf4):
     assert "as it was in training" in as_trained.notices[0] and "--stored_base" in as_stored.notices[0]
 
 
-def test_a_folder_without_an_adapter_says_so(tmp_path, capsys):
-    assert main(["chat", "--adapter_path", str(tmp_path / "none"), "--prompt", "x"]) == 2
-    assert "no such folder" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (None, "no such folder"),
+        ([], "no adapter_config.json here"),
+        (["run.json"], "the run here saved no checkpoint"),
+        (
+            [f"checkpoint-{step}/adapter_config.json" for step in (9, 10)],
+            "checkpoint-10, its last checkpoint, or finish it with train … --resume.",
+        ),
+    ],
+    ids=["none", "empty", "failed", "killed"],
+)
+@pytest.mark.parametrize("command", [["chat", "--prompt", "x"], ["evaluate"], ["merge", "--output_dir", "merged"]])
+def test_a_folder_without_an_adapter_says_so(tmp_path, capsys, command, files, said):
+    """In three of these the answer was transformers' own: that a tokenizer could not be converted."""
+    folder = tmp_path / "run"
+    for file in files or ():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text("{}", encoding="utf-8")
+    if files is not None:
+        folder.mkdir(exist_ok=True)
+    assert main([*command, "--adapter_path", str(folder)]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_prompt_longer_than_the_model_is_refused(trained, capsys):

@@ -25,6 +25,7 @@ from atomtune.evaluate.report import Report, make_report, markdown, score_text, 
 from atomtune.evaluate.run_folder import refuse_changed_files, run_records
 from atomtune.extras import refuse_missing
 from atomtune.language import message, translated
+from atomtune.model.adapter_folder import refuse_empty
 from atomtune.model.layout_support import collator_for, why_padded
 from atomtune.model.load import pad_id_of, quiet_libraries
 from atomtune.settings.fields import EvaluateSettings, RecordSettings
@@ -127,7 +128,7 @@ def _lm_eval(settings: EvaluateSettings) -> Callable[..., None]:
 
 
 def _refuse_missing(settings: EvaluateSettings) -> None:
-    """Raise BadSettings where no model, or no records, are named."""
+    """Raise BadSettings where no model, or no records, are named, BadModel where an adapter is not there."""
     missing: list[str] = []
     if not settings.adapter_path and not settings.model_path:
         missing.append("--adapter_path is missing: the run's output folder. --model_path alone evaluates a base.")
@@ -135,6 +136,8 @@ def _refuse_missing(settings: EvaluateSettings) -> None:
         missing.append("--dataset_path is missing: records to evaluate on.")
     if missing:
         raise BadSettings(missing)
+    for folder in settings.adapter_path:
+        refuse_empty(Path(folder))
 
 
 def _what_to_read(settings: EvaluateSettings) -> tuple[list[str], RecordSettings, frozenset[str] | None]:

@@ -26,6 +26,8 @@ from atomtune.model.load_errors import explained
 
 METADATA = "atomtune.json"
 CONFIG = "adapter_config.json"
+#: Of a whole model, and of a run.
+MODEL_CONFIG, RUN_RECORD = "config.json", "run.json"
 WEIGHTS = "adapter_model.safetensors"
 #: What the tutorial and PEFT before 0.5 write.
 OLD_WEIGHTS = "adapter_model.bin"
@@ -79,8 +81,7 @@ def template_of(folder: Path, *, trust_remote_code: bool) -> tuple[Template, Ada
     A folder of another tool has no metadata; then its tokenizer's own template is used, or atom where it has none.
     Whether code that comes with a model may run is the user's word each time, never a downloaded folder's.
     """
-    if not folder.is_dir():
-        raise BadModel(f"{folder}: no such folder. Pass --adapter_path with a run's output folder.")
+    refuse_empty(folder)
     metadata = AdapterMetadata.load(folder)
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
     if metadata is not None:
@@ -96,6 +97,24 @@ def template_of(folder: Path, *, trust_remote_code: bool) -> tuple[Template, Ada
     return template, AdapterMetadata(
         template=template.name, instruction_role=template.instruction_role, stop=template.stop
     )
+
+
+def refuse_empty(folder: Path) -> None:
+    """Raise BadModel where a folder holds neither an adapter nor a whole model; say which of its checkpoints does."""
+    if not folder.is_dir():
+        raise BadModel(f"{folder}: no such folder. Pass --adapter_path with a run's output folder.")
+    if (folder / CONFIG).is_file() or (folder / MODEL_CONFIG).is_file():
+        return
+    checkpoints = [file.parent for file in folder.glob(f"checkpoint-*/{CONFIG}")]
+    if checkpoints:
+        last = max(checkpoints, key=lambda checkpoint: (len(checkpoint.name), checkpoint.name))
+        raise BadModel(
+            f"{folder}: the run here is not finished. Pass --adapter_path {last}, its last checkpoint, or finish it "
+            "with train … --resume."
+        )
+    if (folder / RUN_RECORD).is_file():
+        raise BadModel(f"{folder}: the run here saved no checkpoint, so there is no adapter.")
+    raise BadModel(f"{folder}: no {CONFIG} here. Pass --adapter_path with a run's output folder.")
 
 
 def base_of(folder: Path, model_path: str | None) -> str:
