@@ -23,7 +23,8 @@ TOP = {
 FLOORS = (
     ("errors", "choices", "language"),
     ("console",),
-    ("disk", "limits", "settings", "extras", "process"),
+    ("disk", "limits", "extras", "process"),
+    ("settings",),
     ("data", "engines", "pages"),
     ("analysis", "batch"),
     ("model",),

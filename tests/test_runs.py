@@ -8,6 +8,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from atomtune.cli import main
+from atomtune.disk import held
 from tests.conftest import DIALOGUES, write_jsonl
 
 
@@ -40,6 +41,24 @@ def test_runs_are_listed_with_data_and_loss_and_checkpoints_are_none(folder, cap
     assert main(["runs", str(folder)]) == 0
     out = capsys.readouterr().out
     assert "slow" in out and "fast" in out and "finished" in out
+
+
+def test_a_run_that_was_killed_is_not_running(folder, tmp_path, capsys):
+    """Its record says so for ever; whether a process holds its folder is what tells."""
+    run = tmp_path / "run"
+    shutil.copytree(folder / "slow", run)
+    (run / "run.json").write_text(json.dumps({**record_of(run), "status": "running"}), encoding="utf-8")
+
+    def status() -> str:
+        capsys.readouterr()
+        assert main(["runs", str(run), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)[0]["status"]
+
+    with held(run, "run"):
+        assert status() == "running"
+    assert status() == "killed"
+    (run / ".lock").unlink()  # as where a run's folder was copied from another machine
+    assert status() == "running"
 
 
 def test_a_long_name_is_listed_whole(folder, tmp_path, capsys, monkeypatch):

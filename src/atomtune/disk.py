@@ -213,6 +213,18 @@ def held(folder: Path, holder: str) -> Iterator[None]:
         lock.release()
 
 
+def was_left(folder: Path) -> bool:
+    """Whether what held this folder is gone: nobody holds it now. False where that cannot be told."""
+    if fcntl is None:
+        return False
+    try:
+        with (folder / _LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back when the file is closed
+    except OSError:  # held, or never was; some network file systems know no locks
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def filled(folder: Path, *, last: str) -> Iterator[Path]:
     """A place to write a folder's files, which get into the folder when the block is done; none of them before.

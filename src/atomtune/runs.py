@@ -10,6 +10,7 @@ from rich.table import Column, Table
 
 from atomtune.console import WIDE, Console, print_json
 from atomtune.data.reading.raw import printable
+from atomtune.disk import was_left
 from atomtune.errors import BadModel, BadSettings
 from atomtune.language import message, translated
 from atomtune.model.file_schemas import RunRecordFile
@@ -41,6 +42,12 @@ class Run:
         return cls(folder, checked(folder / RECORD, RunRecordFile).model_dump())
 
     @property
+    def status(self) -> str:
+        """How it stands; a killed run leaves `running` behind."""
+        status = str(self.values.get("status", "?"))
+        return message("killed") if status == "running" and was_left(self.folder) else status
+
+    @property
     def losses(self) -> dict[int, float | None]:
         """Step → training loss."""
         return {entry["step"]: entry["loss"] for entry in self.values["loss_history"] or []}
@@ -60,7 +67,7 @@ class Run:
         paths = data if isinstance(data, list) else [data]
         return {
             "folder": str(self.folder),
-            "status": self.values.get("status", "?"),
+            "status": self.status,
             "data": ", ".join(Path(str(path)).name for path in paths),
             "records": self.values.get("records_used"),
             "steps": self.values.get("steps"),
@@ -131,7 +138,7 @@ def _list(folder: Path, settings: RunsSettings, console: Console) -> None:
     )
     for summary in listed:
         summary["folder"] = _below(Path(summary["folder"]), folder)
-        summary["status"] = translated(str(summary["status"]))
+        summary["status"] = translated(summary["status"])
         summary["started"] = str(summary["started"])[:16].replace("T", " ")
         table.add_row(*(_text(value) for value in summary.values()))
     console.print(table)
@@ -173,9 +180,9 @@ def _compare(compared: Sequence[Run], settings: RunsSettings, console: Console) 
     else:
         console.say("All settings are the same.")
     figures = _table(console, translated("figure"), *names)
-    for name in ("status", "records_used", "steps", "train_loss", "eval_loss", "seconds", "examples_per_second"):
-        values = [_text(run.values.get(name)) for run in compared]
-        figures.add_row(name, *(map(translated, values) if name == "status" else values))
+    figures.add_row("status", *(translated(run.status) for run in compared))
+    for name in ("records_used", "steps", "train_loss", "eval_loss", "seconds", "examples_per_second"):
+        figures.add_row(name, *(_text(run.values.get(name)) for run in compared))
     console.say("")
     console.print(figures)
     _say_losses("loss at step", [run.losses for run in compared], names, console)

@@ -104,7 +104,7 @@ def test_the_base_is_held_as_in_training(trained_in_nf4):
         (["run.json"], "the run here saved no checkpoint"),
         (
             [f"checkpoint-{step}/adapter_config.json" for step in (9, 10)],
-            "checkpoint-10, its last checkpoint, or finish it with train … --resume.",
+            "checkpoint-10, its last checkpoint, or finish it: atomtune train --resume --output_dir ",
         ),
     ],
     ids=["none", "empty", "failed", "killed"],

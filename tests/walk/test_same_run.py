@@ -181,6 +181,19 @@ def test_the_end_of_the_time_is_a_stop(models, dialogues, tmp_path, capsys):
     same_run(out, whole)
 
 
+def test_without_model_and_data_a_run_goes_on_with_its_own_settings(models, dialogues, tmp_path, capsys):
+    base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"
+    flags = ["--max_steps", "5", "--lr", "2e-3", "--lora_targets", "q_proj", "v_proj", "--weight_decay", "0.1"]
+    assert main(command(base, dialogues, whole, *flags)) == 0
+    assert main(command(base, dialogues, out, *flags, "--max_minutes", "0.0001")) == 75
+    resumed = ["train", "--resume", "--output_dir", str(out), "--max_minutes", "0"]
+    assert main(resumed) == 0
+    assert f"is taken from the run that it resumes ({out / 'run.json'})" in capsys.readouterr().err
+    same_run(out, whole)
+    assert main(resumed) == 0
+    assert "already finished" in capsys.readouterr().out
+
+
 def test_before_the_first_step_nothing_is_saved_and_that_is_said(models, dialogues, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
 

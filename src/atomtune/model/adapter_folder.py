@@ -109,8 +109,8 @@ def refuse_empty(folder: Path) -> None:
     if checkpoints:
         last = max(checkpoints, key=lambda checkpoint: (len(checkpoint.name), checkpoint.name))
         raise BadModel(
-            f"{folder}: the run here is not finished. Pass --adapter_path {last}, its last checkpoint, or finish it "
-            "with train … --resume."
+            f"{folder}: the run here is not finished. Pass --adapter_path {last}, its last checkpoint, or finish it: "
+            f"atomtune train --resume --output_dir {folder}"
         )
     if (folder / RUN_RECORD).is_file():
         raise BadModel(f"{folder}: the run here saved no checkpoint, so there is no adapter.")

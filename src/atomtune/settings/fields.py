@@ -435,7 +435,9 @@ class RunSettings:
     """Run"""
 
     resume: bool = setting(
-        False, "go on from the newest complete checkpoint in --output_dir; start from the beginning if there is none"
+        False,
+        "go on from the newest complete checkpoint in --output_dir; start from the beginning if there is none. Without "
+        "--model_path and --dataset_path, the settings of that run are taken, from its run.json",
     )
     resume_from_checkpoint: str | None = setting(None, "go on from this checkpoint", value="FOLDER", rare=True)
     continue_training: bool = setting(False, "the tutorial's way to go on; needs --checkpoint", rare=True)

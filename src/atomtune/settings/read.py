@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from atomtune.errors import BadSettings
 from atomtune.language import message
 from atomtune.settings.contradictions import contradictions
+from atomtune.settings.earlier_run import entries_of_earlier_run
 from atomtune.settings.entry import Entry
 from atomtune.settings.environment import cache_notices, environment_problems, waiting_notice
 from atomtune.settings.expect import expected, field_infos
@@ -108,7 +109,11 @@ def read(command: str, written: Written, *, notice: Callable[[str], None] = _say
 def read_train(written: Written, *, notice: Callable[[str], None] = _say_nothing) -> TrainSettings:
     """Settings of `atomtune train [run.yaml] --flag value …`. Raises BadSettings with every problem."""
     reader = EntryReader("train", {**library_types(), **types_of(TRAIN_GROUPS)})
-    return _train_settings(reader, _entries(reader, written, notice), written, notice)
+    entries = _entries(reader, written, notice)
+    if of_earlier_run := entries_of_earlier_run(entries, reader.types):
+        origin = next(iter(of_earlier_run.values())).origin
+        notice(f"what the command does not set is taken from the run that it resumes ({origin}).")
+    return _train_settings(reader, {**of_earlier_run, **entries}, written, notice)
 
 
 def read_plan(written: Written, *, notice: Callable[[str], None] = _say_nothing) -> PlanSettings:

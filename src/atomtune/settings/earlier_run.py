@@ -1,0 +1,50 @@
+"""Earlier run: settings that `--resume` takes from the run's own record where the command names no model or no data.
+
+So `atomtune train --resume --output_dir FOLDER` goes on with a run that was killed, whose command nobody printed.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from atomtune.disk import read_json_object
+from atomtune.settings.entry import Entry
+from atomtune.settings.fields import is_secret
+
+RECORD = "run.json"
+#: Sources of values that were left to the run, which finds them again; what the demo sets, it sets itself.
+_LEFT_TO_THE_RUN = ("default", "atomtune's default", "the demo")
+#: What is said each time: where a run begins, and whether code that comes with a model may run.
+_SAID_EACH_TIME = (
+    *("resume", "resume_from_checkpoint", "resume_anyway", "continue_training", "checkpoint"),
+    *("output_dir", "trust_remote_code"),
+)
+
+
+def entries_of_earlier_run(entries: Mapping[str, Entry], known: Mapping[str, Any]) -> dict[str, Entry]:
+    """What was set in the run to resume, where these entries ask for that and name no model or no data; else nothing.
+
+    known  the settings there are, by name
+    """
+    names_both = {"model_path", "dataset_path"} <= entries.keys()
+    asks = "resume" in entries and str(entries["resume"].value).lower() not in ("false", "no", "0")
+    if names_both or not asks or "output_dir" not in entries:
+        return {}
+    file = Path(str(entries["output_dir"].value)) / RECORD
+    try:
+        recorded = read_json_object(file).get("settings")
+    except (OSError, ValueError):  # the run says what is wrong with its folder
+        return {}
+    if not isinstance(recorded, dict):
+        return {}
+    return {
+        name: Entry(setting["value"], str(file))
+        for name, setting in recorded.items()
+        if name in known and isinstance(setting, dict) and "value" in setting and _was_set(name, setting.get("source"))
+    }
+
+
+def _was_set(name: str, source: object) -> bool:
+    if name in _SAID_EACH_TIME or is_secret(name) or not isinstance(source, str):
+        return False
+    return source not in _LEFT_TO_THE_RUN and source.partition(":")[0] != "auto"
