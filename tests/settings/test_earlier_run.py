@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from atomtune.errors import BadSettings
 from atomtune.settings.read import read_train
 
 RECORDED = {
@@ -54,8 +55,17 @@ def test_a_whole_command_and_a_new_run_take_nothing(folder, words):
     assert str(folder / "run.json") not in read_train([*words, "--output_dir", str(folder)]).origins.values()
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"settings": []}', '{"settings": {"lora_rank": 3}}'])
-def test_a_record_that_is_not_there_or_damaged_gives_nothing(tmp_path, text):
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"settings": []}'])
+def test_a_record_that_is_not_there_or_damaged_is_refused(tmp_path, text):
     if text is not None:
         (tmp_path / "run.json").write_text(text, encoding="utf-8")
+    words = ["--resume", "--output_dir", str(tmp_path)]
+    with pytest.raises(BadSettings, match="no settings of a run in"):  # a name typed wrong trained the demo there
+        read_train(words)
+    with pytest.raises(BadSettings, match="given without --dataset_path"):
+        read_train([*words, "--model_path", "base"])
+
+
+def test_a_record_of_odd_settings_leaves_the_run_to_the_demo(tmp_path):
+    (tmp_path / "run.json").write_text('{"settings": {"lora_rank": 3, "lora_alpha": {"value": 2}}}', encoding="utf-8")
     assert read_train(["--resume", "--output_dir", str(tmp_path)]).demo

@@ -89,11 +89,15 @@ def wrong_next_steps(screen: str) -> list[str]:
 
 @pytest.fixture
 def in_the_project(monkeypatch, tmp_path):
-    """The project's folder is the current one, and a settings file that a page only names holds what it must."""
+    """The project's folder is the current one, and a settings file or run that a page only names holds what it must."""
     monkeypatch.chdir(ROOT)
     (tmp_path / "run.yaml").write_text("model_path: BASE\ndataset_path: DATA\n")
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "run.json").write_text('{"settings": {}}')
 
     def at_hand(word: str) -> str:
+        if word == "output":
+            return str(tmp_path / word)
         is_named_only = word.endswith(".yaml") and not (ROOT / word).is_file()
         return str(tmp_path / "run.yaml") if is_named_only else word
 

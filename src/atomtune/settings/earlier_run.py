@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from atomtune.disk import read_json_object
+from atomtune.errors import BadSettings
 from atomtune.settings.entry import Entry
 from atomtune.settings.fields import is_secret
 
@@ -25,18 +26,26 @@ def entries_of_earlier_run(entries: Mapping[str, Entry], known: Mapping[str, Any
     """What was set in the run to resume, where these entries ask for that and name no model or no data; else nothing.
 
     known  the settings there are, by name
+    Raises BadSettings where the folder's record has none: without a model and data it would be the demo that begins.
     """
-    names_both = {"model_path", "dataset_path"} <= entries.keys()
+    named = {"model_path", "dataset_path"} & entries.keys()
     asks = "resume" in entries and str(entries["resume"].value).lower() not in ("false", "no", "0")
-    if names_both or not asks or "output_dir" not in entries:
+    if len(named) == 2 or not asks or "output_dir" not in entries:
         return {}
     file = Path(str(entries["output_dir"].value)) / RECORD
     try:
         recorded = read_json_object(file).get("settings")
-    except (OSError, ValueError):  # the run says what is wrong with its folder
-        return {}
+    except (OSError, ValueError):
+        recorded = None
     if not isinstance(recorded, dict):
-        return {}
+        if named:  # the other one is missing, which is said elsewhere
+            return {}
+        raise BadSettings(
+            [
+                f"--resume: no settings of a run in {file}. Pass the --output_dir of the run, or the command that "
+                "began it, with --model_path and --dataset_path."
+            ]
+        )
     return {
         name: Entry(setting["value"], str(file))
         for name, setting in recorded.items()
