@@ -26,7 +26,7 @@ test-slow: $(VENV)/installed-slow
 # every signal that stops a run, ranks that no longer answer, streams that are closed.
 USE := $(addprefix tests/,certify engines export serve plan sweep evaluate/test_lm_eval_tasks.py walk/test_guide.py)
 LONG := tests/test_map.py tests/settings/test_environment.py $(patsubst %,tests/walk/test_%.py,demo train examples streams ranks \
-	resume same_run same_run_evaluated faults output_folder security layout)
+	resume same_run faults output_folder layout)
 test-use: $(VENV)/installed-slow
 	$(BIN)/python tools/real_material.py $(REAL)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m 'slow or extra' -rs $(USE) $(LONG)

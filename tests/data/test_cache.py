@@ -371,6 +371,7 @@ for cache in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_processes_at_once_on_one_cache_all_read_the_same(data, tmp_path):
     # Real processes, let go at one moment; what stood there was moved away by one of them under the others' hands.
     empty, of_another_version = tmp_path / "empty", tmp_path / "of another version"

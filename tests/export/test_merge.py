@@ -119,7 +119,7 @@ def test_a_disk_too_small_for_the_merged_model_is_told_so(trained, tmp_path, mon
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("moment", ["while it writes", "while it checks"])
+@pytest.mark.parametrize("moment", ["while it writes", pytest.param("while it checks", marks=pytest.mark.slow)])
 def test_a_merge_that_is_killed_leaves_no_model_and_the_next_one_works(trained, tmp_path, capsys, moment):
     _, adapter = trained
     out = tmp_path / "m"

@@ -91,6 +91,7 @@ def test_a_streamed_run_that_was_stopped_goes_on_bit_identically(models, tmp_pat
     assert run["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_what_a_stream_refused_is_said_too(models, tmp_path, capsys):
     data = write_jsonl(tmp_path / "train.jsonl", [*DIALOGUES, {"instruction": "x", "output": ""}])
     command = ["train", "--model_path", str(models("qwen3")), "--dataset_path", str(data), "--streaming", "--skip_bad"]

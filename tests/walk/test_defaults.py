@@ -66,6 +66,7 @@ def test_a_run_tells_whether_it_worked(models, numbers, tmp_path, capsys):
     assert {sample["reference"] for sample in record["samples"]} <= held_out
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_what_the_run_that_began_took(models, numbers, tmp_path, capsys, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert main(command(models("llama"), numbers, whole)) == 0

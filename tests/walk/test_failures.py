@@ -180,6 +180,7 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint(models, dialogues, tmp_path
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow
 def test_running_out_of_address_space_is_out_of_memory(models, dialogues, tmp_path):
     """The same answer in a real process whose memory is limited by the system."""
     limit = 6 << 30
@@ -367,6 +368,7 @@ def test_out_of_memory_while_loading_is_told_so(models, dialogues, tmp_path, mon
     assert "--quantize nf4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_reader_of_the_output_that_leaves_does_not_end_the_run(models, dialogues, tmp_path):
     words = [sys.executable, "-m", "atomtune", *command(models("llama"), dialogues, tmp_path / "out")]
     done = subprocess.run(
@@ -458,6 +460,7 @@ def test_a_first_step_left_out_raises_no_false_alarm(models, dialogues, tmp_path
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+@pytest.mark.slow
 def test_a_full_disk_under_the_store_of_records_is_named(models, dialogues, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -498,6 +501,7 @@ def test_a_disk_that_fills_up_behind_the_last_save_leaves_a_finished_run(
 @pytest.mark.parametrize(
     ("mounted", "found"), [("ro", "Read-only file system"), ("size=64k", "a batch did not find room")]
 )
+@pytest.mark.slow
 def test_workers_that_cannot_share_memory_are_not_blamed_on_the_disk(models, dialogues, tmp_path, mounted, found):
     """The output folder was named; and where a batch alone found no room, the run waited for it for ever."""
     script = f'mount -t tmpfs -o {mounted} tmpfs /dev/shm && exec "$@" || exit 99'

@@ -24,7 +24,7 @@ def record_of(out) -> dict:
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--gradient_checkpointing", "true"],
+        pytest.param(["--gradient_checkpointing", "true"], marks=pytest.mark.slow),
         ["--gradient_accumulation_steps", "2"],
         pytest.param(["--label_smoothing_factor", "0.1"], marks=pytest.mark.slow),
         ["--per_device_train_batch_size", "1"],

@@ -18,6 +18,7 @@ from atomtune.cli import main
 from tests.train.test_trainer import relative_difference
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_run_of_one(models, dialogues, tmp_path):
     command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--use_cpu"]
     flags = ["--dtype", "float64", "--lora_dropout", "0", "--max_steps", "5", "--learning_rate", "1e-2"]

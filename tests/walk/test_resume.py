@@ -73,7 +73,7 @@ def same_run(out: Path, whole: Path) -> None:
 @pytest.mark.parametrize(("number", "code", "status"), [
     (signal.SIGTERM, 75, "preempted"),
     pytest.param(signal.SIGINT, 75, "preempted", marks=pytest.mark.slow),
-    (signal.SIGKILL, -signal.SIGKILL, "running"),
+    pytest.param(signal.SIGKILL, -signal.SIGKILL, "running", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_stopped_run_goes_on_bit_identically(whole, tmp_path, capsys, number, code, status):  # noqa: PLR0917
     base, data, undisturbed = whole
@@ -91,6 +91,7 @@ def test_a_stopped_run_goes_on_bit_identically(whole, tmp_path, capsys, number, 
     same_run(out, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_not_finished_is_passed_over(whole, tmp_path, capsys):
     base, data, undisturbed = whole
     out = tmp_path / "out"

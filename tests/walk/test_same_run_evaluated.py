@@ -120,8 +120,8 @@ FEW = [
     ("plateau", "every step", "plain", "stored"),
     ("by steps", "stops early", "accumulated", "streamed"),
 ]
-#: `make test` takes two of them, `make test-use` the others.
-SOME = [way if number in (0, 5) else pytest.param(way, marks=pytest.mark.slow) for number, way in enumerate(FEW)]
+#: `make test` takes one of them, `make test-slow` the others.
+SOME = [way if number == 0 else pytest.param(way, marks=pytest.mark.slow) for number, way in enumerate(FEW)]
 
 
 def history(out: Path) -> list[dict]:
