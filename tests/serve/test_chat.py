@@ -109,7 +109,16 @@ def test_the_base_is_held_as_in_training(trained_in_nf4):
     ],
     ids=["none", "empty", "failed", "killed"],
 )
-@pytest.mark.parametrize("command", [["chat", "--prompt", "x"], ["evaluate"], ["merge", "--output_dir", "merged"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["chat", "--prompt", "x"],
+        ["evaluate"],
+        ["merge", "--output_dir", "merged"],
+        ["export", "--to", "peft", "--for_class", "X", "--output_dir", "peft"],
+    ],
+    ids=" ".join,
+)
 def test_a_folder_without_an_adapter_says_so(tmp_path, capsys, command, files, said):
     """In three of these the answer was transformers' own: that a tokenizer could not be converted."""
     folder = tmp_path / "run"

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from atomtune.errors import BadSettings
-from atomtune.settings.read import read_train
+from atomtune.settings.read import read_plan, read_train
 
 RECORDED = {
     "model_path": {"value": "base", "source": "--model_path"},
@@ -48,6 +48,14 @@ def test_the_command_wins_and_may_name_a_base_that_was_moved(folder):
 
 def test_a_function_takes_them_too(folder):
     assert read_train({"resume": True, "output_dir": str(folder)}).lora.lora_rank == 16
+
+
+def test_its_plan_is_that_of_the_run(folder):
+    assert read_plan(["--resume", "--output_dir", str(folder)]).train.lora.lora_rank == 16
+
+
+def test_no_resume_takes_nothing(folder):
+    assert read_train({"resume": False, "output_dir": str(folder)}).demo
 
 
 @pytest.mark.parametrize("words", [["--model_path", "b", "--dataset_path", "d.jsonl", "--resume"], []])

@@ -15,6 +15,7 @@ from atomtune import __version__
 from atomtune.data.encoding.chat_template import OWN
 from atomtune.disk import text_of
 from atomtune.model.adapter_folder import AdapterMetadata
+from atomtune.settings.entry import DEFAULT, OWN_DEFAULT
 
 #: Settings that every card shows, set by the user or not.
 _ALWAYS = (
@@ -166,7 +167,7 @@ def _data(record: Mapping[str, Any]) -> str:
 def _settings(settings: Mapping[str, Mapping[str, Any]]) -> str:
     lines = ["## Settings", "", "| setting | value |", "|---|---|"]
     for name, entry in settings.items():
-        is_chosen = entry["source"] not in ("default", "atomtune's default")
+        is_chosen = entry["source"] not in (DEFAULT, OWN_DEFAULT)
         if (is_chosen or name in _ALWAYS) and not _NOT_SHOWN.search(name) and entry["value"] is not None:
             lines.append(f"| `{name}` | {_shown(entry['value'])} |")
     return "\n".join([*lines, "", "All others have their defaults; `run.json` of the run lists every one."])

@@ -114,7 +114,11 @@ def refuse_empty(folder: Path) -> None:
         )
     if (folder / RUN_RECORD).is_file():
         raise BadModel(f"{folder}: the run here saved no checkpoint, so there is no adapter.")
-    raise BadModel(f"{folder}: no {CONFIG} here. Pass --adapter_path with a run's output folder.")
+    raise _no_adapter(folder)
+
+
+def _no_adapter(folder: Path) -> BadModel:
+    return BadModel(f"{folder}: no {CONFIG} here. Pass --adapter_path with a run's output folder.")
 
 
 def base_of(folder: Path, model_path: str | None) -> str:
@@ -128,9 +132,10 @@ def base_of(folder: Path, model_path: str | None) -> str:
 
 def base_path_of(folder: Path) -> str:
     """The base an adapter was trained on, as its config says."""
+    refuse_empty(folder)
     file = folder / CONFIG
     if not file.is_file():
-        raise BadModel(f"{folder}: no {CONFIG} here. Pass --adapter_path with a run's output folder.")
+        raise _no_adapter(folder)
     base = checked(file, AdapterConfig).base_model_name_or_path
     if not base:
         raise BadModel(f"{file}: base_model_name_or_path names no base. Pass --model_path with the base.")

@@ -3,18 +3,21 @@
 So `atomtune train --resume --output_dir FOLDER` goes on with a run that was killed, whose command nobody printed.
 """
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from atomtune.disk import read_json_object
 from atomtune.errors import BadSettings
-from atomtune.settings.entry import Entry
+from atomtune.settings.entry import DEFAULT, FOUND, OF_THE_DEMO, OWN_DEFAULT, Entry
 from atomtune.settings.fields import is_secret
 
 RECORD = "run.json"
 #: Sources of values that were left to the run, which finds them again; what the demo sets, it sets itself.
-_LEFT_TO_THE_RUN = ("default", "atomtune's default", "the demo")
+_LEFT_TO_THE_RUN = (DEFAULT, OWN_DEFAULT, OF_THE_DEMO)
 #: What is said each time: where a run begins, and whether code that comes with a model may run.
 _SAID_EACH_TIME = (
     *("resume", "resume_from_checkpoint", "resume_anyway", "continue_training", "checkpoint"),
@@ -29,8 +32,7 @@ def entries_of_earlier_run(entries: Mapping[str, Entry], known: Mapping[str, Any
     Raises BadSettings where the folder's record has none: without a model and data it would be the demo that begins.
     """
     named = {"model_path", "dataset_path"} & entries.keys()
-    asks = "resume" in entries and str(entries["resume"].value).lower() not in ("false", "no", "0")
-    if len(named) == 2 or not asks or "output_dir" not in entries:
+    if len(named) == 2 or "output_dir" not in entries or not _is_on(entries.get("resume")):
         return {}
     file = Path(str(entries["output_dir"].value)) / RECORD
     try:
@@ -53,7 +55,13 @@ def entries_of_earlier_run(entries: Mapping[str, Entry], known: Mapping[str, Any
     }
 
 
+def _is_on(entry: Entry | None) -> bool:
+    with contextlib.suppress(ValidationError):  # which is said elsewhere
+        return entry is not None and TypeAdapter(bool).validate_python(entry.value)
+    return False
+
+
 def _was_set(name: str, source: object) -> bool:
     if name in _SAID_EACH_TIME or is_secret(name) or not isinstance(source, str):
         return False
-    return source not in _LEFT_TO_THE_RUN and source.partition(":")[0] != "auto"
+    return source not in _LEFT_TO_THE_RUN and source.partition(":")[0] != FOUND

@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+from atomtune.language import message
+
+#: Origins of values that nobody wrote: a default, ours in place of the library's, the demo's, and what a run finds by
+#: itself (its reason stands behind it).
+DEFAULT, OWN_DEFAULT, OF_THE_DEMO, FOUND = "default", message("atomtune's default"), message("the demo"), "auto"
 LONGEST_SHOWN = 60  # characters of a value in an error
 
 

@@ -27,6 +27,7 @@ from atomtune.choices import (
     Quantize,
     ServeEngine,
 )
+from atomtune.settings.entry import DEFAULT, FOUND
 
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
 
@@ -751,7 +752,7 @@ class TrainSettings:
         trainer = {**self.trainer, **{name: value for name, value in values.items() if name not in of_data}}
         origins = dict(self.origins)
         for name in values:
-            origins.setdefault(name, f"auto: {reasons[name]}" if name in reasons else "auto")
+            origins.setdefault(name, f"{FOUND}: {reasons[name]}" if name in reasons else FOUND)
         return replace(self, data=data, trainer=trainer, origins=origins)
 
     def resolved(self) -> dict[str, dict[str, Any]]:
@@ -763,7 +764,7 @@ class TrainSettings:
         resolved = {}
         for name, value in values.items():
             shown = "(not kept)" if is_secret(name) and value else value
-            resolved[name] = {"value": shown, "source": self.origins.get(name, "default")}
+            resolved[name] = {"value": shown, "source": self.origins.get(name, DEFAULT)}
         return resolved
 
 

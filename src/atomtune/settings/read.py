@@ -17,10 +17,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from atomtune.errors import BadSettings
-from atomtune.language import message
 from atomtune.settings.contradictions import contradictions
 from atomtune.settings.earlier_run import entries_of_earlier_run
-from atomtune.settings.entry import Entry
+from atomtune.settings.entry import OF_THE_DEMO, OWN_DEFAULT, Entry
 from atomtune.settings.environment import cache_notices, environment_problems, waiting_notice
 from atomtune.settings.expect import expected, field_infos
 from atomtune.settings.fields import (
@@ -109,17 +108,13 @@ def read(command: str, written: Written, *, notice: Callable[[str], None] = _say
 def read_train(written: Written, *, notice: Callable[[str], None] = _say_nothing) -> TrainSettings:
     """Settings of `atomtune train [run.yaml] --flag value …`. Raises BadSettings with every problem."""
     reader = EntryReader("train", {**library_types(), **types_of(TRAIN_GROUPS)})
-    entries = _entries(reader, written, notice)
-    if of_earlier_run := entries_of_earlier_run(entries, reader.types):
-        origin = next(iter(of_earlier_run.values())).origin
-        notice(f"what the command does not set is taken from the run that it resumes ({origin}).")
-    return _train_settings(reader, {**of_earlier_run, **entries}, written, notice)
+    return _train_settings(reader, _entries_of_run(reader, written, notice), written, notice)
 
 
 def read_plan(written: Written, *, notice: Callable[[str], None] = _say_nothing) -> PlanSettings:
     """Settings of `atomtune plan`: those of the run it is about, and its own. Raises BadSettings with every problem."""
     reader = EntryReader("plan", {**library_types(), **types_of(GROUPS["plan"])})
-    entries = _entries(reader, written, notice)
+    entries = _entries_of_run(reader, written, notice)
     own = types_of((PlanOutput,))
     output = _validated(PlanOutput, {name: entry for name, entry in entries.items() if name in own}, reader.problems)
     of_the_run = {name: entry for name, entry in entries.items() if name not in own}
@@ -196,7 +191,7 @@ def _train_settings(
         notice(waiting)
     for line in cache_notices():
         notice(line)
-    origins = dict.fromkeys(LIBRARY_DEFAULTS, message("atomtune's default"))
+    origins = dict.fromkeys(LIBRARY_DEFAULTS, OWN_DEFAULT)
     for name, entry in entries.items():
         origins[name] = entry.origin
     data, model, lora, run = (groups[group] for group in OWN_GROUPS)
@@ -242,11 +237,21 @@ def _entries(reader: EntryReader, written: Written, notice: Callable[[str], None
     return {name: entry for name, entry in entries.items() if name not in AUTOMATIC or entry.value != "auto"}
 
 
+def _entries_of_run(reader: EntryReader, written: Written, notice: Callable[[str], None]) -> dict[str, Entry]:
+    """Those of one run, beginning with what the run that it resumes has set."""
+    entries = _entries(reader, written, notice)
+    earlier = entries_of_earlier_run(entries, reader.types)
+    if earlier:
+        origin = next(iter(earlier.values())).origin
+        notice(f"what the command does not set is taken from the run that it resumes ({origin}).")
+    return {**earlier, **entries}
+
+
 def _demo_entries(reader: EntryReader) -> dict[str, Entry]:
     return {
         **reader.read_yaml(DEMO_FOLDER / "demo.yaml"),
-        "dataset_path": Entry(str(DEMO_FOLDER / "persona.jsonl"), "the demo"),
-        "model_path": Entry(str(DEMO_FOLDER / "base"), "the demo"),
+        "dataset_path": Entry(str(DEMO_FOLDER / "persona.jsonl"), OF_THE_DEMO),
+        "model_path": Entry(str(DEMO_FOLDER / "base"), OF_THE_DEMO),
     }
 
 

@@ -13,6 +13,7 @@ from rich.filesize import decimal
 from atomtune.disk import write_text
 from atomtune.language import message
 from atomtune.pages import rendered
+from atomtune.settings.entry import DEFAULT
 
 PAGE = "report.html"
 #: A setting with its value and where that came from.
@@ -37,8 +38,8 @@ def page(record: Mapping[str, Any], *, title: str, image: str, commands: Sequenc
         picture=image,
         ledger=list(_ledger(record)),
         work=list(_work(record)),
-        settings=[row for row in rows if row[2] != "default"],
-        defaults=[row for row in rows if row[2] == "default"],
+        settings=[row for row in rows if row[2] != DEFAULT],
+        defaults=[row for row in rows if row[2] == DEFAULT],
         commands=commands,
     )
 
