@@ -111,6 +111,20 @@ class Tab:
     def shows(self, side: str, text: str) -> None:
         playwright.expect(self.page.locator(f"#{side}")).to_contain_text(text, timeout=20_000)
 
+    def edit(self, text: str | None = None) -> None:
+        """Ask the last question otherwise. As its reader would: again, where the answer's last words came in between."""
+        self.page.wait_for_selector("#typed [data-testid='submit-button']", timeout=20_000)
+        for tries_left in range(4, -1, -1):
+            try:
+                self.page.click("#tuned [aria-label='Edit'], #tuned button[title='Edit']", timeout=4_000)
+                if text is not None:
+                    self.page.fill("#tuned textarea", text, timeout=4_000)
+                self.page.click("#tuned [aria-label='Submit'], #tuned button[title='Submit']", timeout=4_000)
+                return
+            except playwright.TimeoutError:
+                if not tries_left:
+                    raise
+
     def settings(self) -> None:
         self.page.click(".sidebar .toggle-button")
         self.page.wait_for_selector("#compare input", state="visible")
@@ -168,11 +182,7 @@ def test_an_answer_is_asked_again_and_a_question_is_changed(opened):
     tab.page.click("#tuned [aria-label='Retry'], #tuned button[title='Retry']")
     playwright.expect(tab.page.locator("#tuned .message.bot")).to_have_count(1, timeout=20_000)
     tab.shows("tuned", "晚安，愿你好梦。")
-    # While the answer is written the messages are drawn anew, and one that is edited is none any more.
-    tab.page.wait_for_selector("#typed [data-testid='submit-button']", timeout=20_000)
-    tab.page.click("#tuned [aria-label='Edit'], #tuned button[title='Edit']")
-    tab.page.fill("#tuned textarea", "Who are you?")
-    tab.page.click("#tuned [aria-label='Submit'], #tuned button[title='Submit']")
+    tab.edit("Who are you?")
     tab.shows("tuned", "I keep the light.")
     assert "晚安" not in tab.page.inner_text("#tuned")
     tab.page.click("#new")
@@ -229,10 +239,7 @@ def test_text_that_looks_like_a_tag_is_shown(opened):
     tab.ask(question)
     tab.shows("tuned", question)
     playwright.expect(tab.page.locator("#tuned .message.bot")).to_have_count(1, timeout=20_000)
-    # While the answer is written the messages are drawn anew, and one that is edited is none any more.
-    tab.page.wait_for_selector("#typed [data-testid='submit-button']", timeout=20_000)
-    tab.page.click("#tuned [aria-label='Edit'], #tuned button[title='Edit']")
-    tab.page.click("#tuned [aria-label='Submit'], #tuned button[title='Submit']")
+    tab.edit()
     tab.page.wait_for_timeout(2_000)
     tab.shows("tuned", question)
 

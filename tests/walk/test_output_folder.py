@@ -25,6 +25,11 @@ def command(base: Path, data: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(models, tmp_path_factory) -> Path:
+    return whole_run(tmp_path_factory.mktemp("whole"), lambda data, out: command(models("llama"), data, out))[1]
+
+
 def everything_in(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -36,12 +41,10 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_behind_a_link_is_written_moved_or_removed(models, dialogues, tmp_path, name):
+def test_nothing_behind_a_link_is_written_moved_or_removed(models, dialogues, undisturbed, tmp_path, name):
     # A shared output folder, in which someone put links under the names that a run uses.
     elsewhere, out = tmp_path / "elsewhere", tmp_path / "out"
-    whole = tmp_path / "whole"
-    assert main(command(models("llama"), dialogues, whole)) == 0
-    shutil.copytree(whole / "checkpoint-2", elsewhere)
+    shutil.copytree(undisturbed / "checkpoint-2", elsewhere)
     (elsewhere / "diary.txt").write_text("mine")
     (tmp_path / "file").write_text("mine too")
     out.mkdir()
@@ -71,9 +74,10 @@ RECORDS = {
 
 @pytest.mark.parametrize("content", RECORDS.values(), ids=RECORDS)
 @pytest.mark.parametrize("name", ["run.json", "checkpoint-4/manifest.json", "checkpoint-4/trainer_state.json"])
-def test_damaged_json_in_a_runs_folder_is_passed_over_or_named(models, dialogues, tmp_path, capsys, name, content):  # noqa: PLR0917
-    out = tmp_path / "out"
-    assert main(command(models("llama"), dialogues, out)) == 0
+def test_damaged_json_in_a_runs_folder_is_passed_over_or_named(  # noqa: PLR0917  # pytest's fixtures
+    models, dialogues, undisturbed, tmp_path, capsys, name, content
+):
+    out = shutil.copytree(undisturbed, tmp_path / "out")
     expected = (out / "adapter_model.safetensors").read_bytes()
     if name == "run.json":
         (out / "adapter_model.safetensors").unlink()

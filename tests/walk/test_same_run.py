@@ -244,6 +244,12 @@ def test_a_run_under_nohup_does_not_hear_its_terminal(models, dialogues, tmp_pat
 # --- what a resumed run may not change ------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def two_steps(models, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    return whole_run(folder, lambda data, out: command(models("llama"), data, out, "--max_steps", "2"))[1]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -256,10 +262,9 @@ def test_a_run_under_nohup_does_not_hear_its_terminal(models, dialogues, tmp_pat
     ],
 )
 def test_a_changed_setting_is_refused_by_name(  # noqa: PLR0917  # pytest's fixtures
-    models, dialogues, tmp_path, capsys, flags, said
+    models, dialogues, two_steps, tmp_path, capsys, flags, said
 ):
-    out = tmp_path / "out"
-    assert main(command(models("llama"), dialogues, out, "--max_steps", "2")) == 0
+    out = Path(shutil.copytree(two_steps, tmp_path / "out"))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert main(command(models("llama"), dialogues, out, "--max_steps", "4", *flags, "--resume")) == 2
     told = capsys.readouterr().err
@@ -268,9 +273,8 @@ def test_a_changed_setting_is_refused_by_name(  # noqa: PLR0917  # pytest's fixt
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_template_tokenizer_and_data_are_compared_too(models, dialogues, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert main(command(models("llama"), dialogues, out, "--max_steps", "2")) == 0
+def test_template_tokenizer_and_data_are_compared_too(models, dialogues, two_steps, tmp_path, capsys):
+    out = Path(shutil.copytree(two_steps, tmp_path / "out"))
     template = tmp_path / "other.jinja"
     source = (out / "chat_template.jinja").read_text()
     template.write_text(source + "{# another #}")
@@ -330,9 +334,8 @@ def test_another_evaluation_file_is_another_run(models, dialogues, tmp_path, cap
     assert "the evaluation file (SHA-256): " in capsys.readouterr().err
 
 
-def test_anyway_means_with_the_settings_now(models, dialogues, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert main(command(models("llama"), dialogues, out, "--max_steps", "2")) == 0
+def test_anyway_means_with_the_settings_now(models, dialogues, two_steps, tmp_path, capsys):
+    out = Path(shutil.copytree(two_steps, tmp_path / "out"))
     flags = ["--max_steps", "4", "--learning_rate", "1e-3", "--weight_decay", "0.5", "--resume", "--resume_anyway"]
     assert main(command(models("llama"), dialogues, out, *flags)) == 0
     assert "this is not the run that began (--resume_anyway). Changed: " in " ".join(capsys.readouterr().out.split())

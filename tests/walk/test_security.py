@@ -18,6 +18,7 @@ from atomtune.cli import main
 from atomtune.train.checkpoint.atomic import MANIFEST, checkpoints, damage, read_manifest, seal
 from atomtune.train.checkpoint.state import state_files
 from tests.conftest import write_jsonl
+from tests.trained import whole_run
 
 
 class Program:
@@ -55,6 +56,17 @@ def train(base, data, out, *more) -> list[str]:
     return [*command, "--max_steps", "4", "--save_steps", "2", "--dtype", "float32", *more]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(models, tmp_path_factory) -> Path:
+    return whole_run(tmp_path_factory.mktemp("whole"), lambda data, out: train(models("llama"), data, out))[1]
+
+
+@pytest.fixture
+def whole(undisturbed, tmp_path) -> Path:
+    """The folder of a finished run on the dialogues, to plant files in."""
+    return Path(shutil.copytree(undisturbed, tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("zipped", [True, False], ids=["torch.save", "pickle"])
 def test_adapter_weights_that_are_a_program(  # noqa: PLR0917  # pytest's fixtures
     models, dialogues, tmp_path, mark, capsys, zipped
@@ -68,13 +80,11 @@ def test_adapter_weights_that_are_a_program(  # noqa: PLR0917  # pytest's fixtur
     assert not mark.exists()
 
 
-def test_an_adapter_to_chat_with_and_to_merge_that_is_a_program(models, dialogues, tmp_path, mark, capsys):
-    out = tmp_path / "out"
-    assert main(train(models("llama"), dialogues, out)) == 0
-    (out / "adapter_model.safetensors").unlink()
-    plant(out / "adapter_model.bin", mark)
+def test_an_adapter_to_chat_with_and_to_merge_that_is_a_program(whole, tmp_path, mark, capsys):
+    (whole / "adapter_model.safetensors").unlink()
+    plant(whole / "adapter_model.bin", mark)
     for command in (["chat", "--prompt", "x"], ["merge", "--output_dir", str(tmp_path / "merged")]):
-        assert main([*command, "--adapter_path", str(out)]) == 2
+        assert main([*command, "--adapter_path", str(whole)]) == 2
         assert "Traceback" not in capsys.readouterr().err
     assert not mark.exists()
 
@@ -98,14 +108,12 @@ OTHERS = ["training_args.bin", "optimizer_0/.metadata", "pytorch_model_fsdp_0/.m
 
 @pytest.mark.parametrize("name", STATES)
 def test_a_state_that_is_a_program_put_into_a_checkpoint(  # noqa: PLR0917  # pytest's fixtures
-    models, dialogues, tmp_path, mark, capsys, name
+    models, dialogues, whole, tmp_path, mark, capsys, name
 ):
     # Another file than was sealed, or one more than was sealed: the checkpoint is not what it was.
-    base, whole = models("llama"), tmp_path / "whole"
-    assert main(train(base, dialogues, whole)) == 0
     kept = checkpoints(whole)[-1]
     plant(kept / name, mark)
-    assert main(train(base, dialogues, tmp_path / "out", "--resume_from_checkpoint", str(kept))) == 2
+    assert main(train(models("llama"), dialogues, tmp_path / "out", "--resume_from_checkpoint", str(kept))) == 2
     assert name in capsys.readouterr().err
     assert not mark.exists()
 
@@ -113,11 +121,9 @@ def test_a_state_that_is_a_program_put_into_a_checkpoint(  # noqa: PLR0917  # py
 @pytest.mark.parametrize("zipped", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["torch.save", "pickle"])
 @pytest.mark.parametrize("name", STATES)
 def test_a_state_that_is_a_program_sealed_with_the_others(  # noqa: PLR0917  # pytest's fixtures
-    models, dialogues, tmp_path, mark, capsys, name, zipped
+    models, dialogues, whole, tmp_path, mark, capsys, name, zipped
 ):
     # A manifest proves that nothing changed, not who wrote it: the file itself must be harmless.
-    base, whole = models("llama"), tmp_path / "whole"
-    assert main(train(base, dialogues, whole)) == 0
     kept = checkpoints(whole)[-1]
     plant(kept / name, mark, zipped=zipped)
     facts = {key: value for key, value in read_manifest(kept).items() if key not in ("files", "sha256")}
@@ -125,40 +131,46 @@ def test_a_state_that_is_a_program_sealed_with_the_others(  # noqa: PLR0917  # p
     (staging / MANIFEST).unlink()
     seal(staging, kept, facts)
     assert damage(kept) == []
-    assert main(train(base, dialogues, tmp_path / "out", "--resume_from_checkpoint", str(kept))) == 2
+    assert main(train(models("llama"), dialogues, tmp_path / "out", "--resume_from_checkpoint", str(kept))) == 2
     told = capsys.readouterr().err
     assert f"{kept / name} is damaged, or it is a program and not only tensors" in told
     assert not mark.exists()
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_program_beside_a_checkpoints_states_is_not_opened(models, dialogues, tmp_path, mark, name):
-    base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"
-    assert main(train(base, dialogues, whole)) == 0
+def test_a_program_beside_a_checkpoints_states_is_not_opened(  # noqa: PLR0917  # pytest's fixtures
+    models, dialogues, whole, tmp_path, mark, name
+):
+    out = tmp_path / "out"
     kept = checkpoints(whole)[-1]
     (kept / name).parent.mkdir(exist_ok=True)
     plant(kept / name, mark, zipped=".metadata" not in name)
-    assert main(train(base, dialogues, out, "--resume_from_checkpoint", str(kept))) == 0
+    assert main(train(models("llama"), dialogues, out, "--resume_from_checkpoint", str(kept))) == 0
     assert not mark.exists()
     assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.fixture
+def foreign(whole, tmp_path) -> Path:
+    """A checkpoint as another tool leaves it."""
+    folder = Path(shutil.copytree(checkpoints(whole)[-1], tmp_path / "checkpoint-2"))
+    (folder / MANIFEST).unlink()
+    return folder
+
+
+def test_a_checkpoint_of_another_tool_is_gone_on_from(models, dialogues, foreign, tmp_path):
+    # Otherwise the next test could not fail.
+    assert main(train(models("llama"), dialogues, tmp_path / "out", "--resume_from_checkpoint", str(foreign))) == 0
+
+
 @pytest.mark.parametrize("name", STATES)
 def test_a_checkpoint_of_another_tool_whose_state_is_a_program(  # noqa: PLR0917  # pytest's fixtures
-    models, dialogues, tmp_path, mark, capsys, name
+    models, dialogues, foreign, tmp_path, mark, capsys, name
 ):
-    base, whole = models("llama"), tmp_path / "whole"
-    assert main(train(base, dialogues, whole)) == 0
-    foreign = tmp_path / "checkpoint-2"
-    shutil.copytree(checkpoints(whole)[-1], foreign)
-    (foreign / MANIFEST).unlink()
-    assert main(train(base, dialogues, tmp_path / "fit", "--resume_from_checkpoint", str(foreign))) == 0
     plant(foreign / name, mark)
-    code = main(train(base, dialogues, tmp_path / "out", "--resume_from_checkpoint", str(foreign)))
-    said = capsys.readouterr().err
+    assert main(train(models("llama"), dialogues, tmp_path / "out", "--resume_from_checkpoint", str(foreign))) == 2
     assert not mark.exists()
-    assert code == 2, said
-    assert "is a program and not only tensors" in said
+    assert "is a program and not only tensors" in capsys.readouterr().err
 
 
 def test_a_base_whose_index_names_a_file_elsewhere(models, dialogues, tmp_path, capsys):
@@ -266,11 +278,10 @@ def test_a_token_is_written_nowhere(models, tmp_path, capsys):
     assert json.loads((out / "run.json").read_text())["settings"]["hub_token"]["value"] == "(not kept)"
 
 
-def test_a_torn_adapter_and_a_torn_base_are_named(models, dialogues, tmp_path, capsys):
-    out, base = tmp_path / "out", tmp_path / "base"
-    assert main(train(models("llama"), dialogues, out)) == 0
-    (out / "adapter_model.safetensors").write_bytes((out / "adapter_model.safetensors").read_bytes()[:-100])
-    assert main(["chat", "--prompt", "x", "--adapter_path", str(out)]) == 2
+def test_a_torn_adapter_and_a_torn_base_are_named(models, dialogues, whole, tmp_path, capsys):
+    base, adapter = tmp_path / "base", whole / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-100])
+    assert main(["chat", "--prompt", "x", "--adapter_path", str(whole)]) == 2
     assert "cannot be read as tensors" in capsys.readouterr().err
     shutil.copytree(models("llama"), base)
     (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-100])
