@@ -112,7 +112,7 @@ class Tab:
         playwright.expect(self.page.locator(f"#{side}")).to_contain_text(text, timeout=20_000)
 
     def edit(self, text: str | None = None) -> None:
-        """Ask the last question otherwise. As its reader would: again, where the answer's last words came in between."""
+        """Ask the last question otherwise. As its reader would: again, where the last words came in between."""
         self.page.wait_for_selector("#typed [data-testid='submit-button']", timeout=20_000)
         for tries_left in range(4, -1, -1):
             try:

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from atomtune import sweep
 from atomtune.cli import main
 from atomtune.errors import BadSettings
+from tests.conftest import numbered_dialogues, write_jsonl
+from tests.tiny import build
 
 FAST = ("--max_steps", "12", "--eval_size", "8", "--eval_steps", "4", "--per_device_train_batch_size", "4")
 RATES = ("--try", "learning_rate=1e-3,1e-2,5e-3")
@@ -29,20 +32,30 @@ def sweep_record(folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def run(models, tmp_path_factory) -> tuple[str, ...]:
-    from tests.conftest import DIALOGUES, write_jsonl
-
-    records = [{**record, "instruction": f"{record['instruction']} ({n})"} for n in range(5) for record in DIALOGUES]
-    data = write_jsonl(tmp_path_factory.mktemp("data") / "dialogues.jsonl", records)
-    return ("--model_path", str(models("llama")), "--dataset_path", str(data), *FAST)
+def of_the_session(tmp_path_factory) -> Path:
+    """A folder that all workers share: sweeps take long, and the first worker's is everybody's."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture(scope="module")
-def swept(run, tmp_path_factory) -> Path:
-    """Two rates, one of them far too high: its loss is not finite."""
-    folder = tmp_path_factory.mktemp("swept") / "out"
-    flags = ("--try", "learning_rate=1e-3,1e-2,1e30", "--output_dir", str(folder))
-    assert main(["sweep", *run, *flags]) == 0
+def run(of_the_session) -> tuple[str, ...]:
+    base, data = of_the_session / "swept-base", of_the_session / "swept.jsonl"
+    with FileLock(f"{data}.lock"):
+        if not data.exists():
+            build("llama", base)
+            write_jsonl(data, numbered_dialogues())
+    return ("--model_path", str(base), "--dataset_path", str(data), *FAST)
+
+
+@pytest.fixture(scope="module")
+def swept(run, of_the_session) -> Path:
+    """Three rates, one of them far too high: its loss is not finite."""
+    folder = of_the_session / "swept"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "sweep.html").exists():
+            flags = ("--try", "learning_rate=1e-3,1e-2,1e30", "--output_dir", str(folder))
+            assert main(["sweep", *run, *flags]) == 0
     return folder
 
 
@@ -126,6 +139,7 @@ def test_a_stopped_sweep_goes_on_and_what_is_finished_never_runs_again(swept, ru
     assert {name: (folder / name / "run.json").stat().st_mtime_ns for name in before} == before
 
 
+@pytest.mark.slow
 def test_mistakes_are_answered_before_a_trial_and_leave_no_folder(run, tmp_path, capsys):
     folder = tmp_path / "out"
     flags = ("--output_dir", str(folder))
@@ -138,6 +152,7 @@ def test_mistakes_are_answered_before_a_trial_and_leave_no_folder(run, tmp_path,
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_few_records_of_which_none_are_held_out_are_refused(run, tmp_path, capsys):
     few = tmp_path / "few.jsonl"
     few.write_text('{"instruction": "a", "output": "b"}\n' * 3)

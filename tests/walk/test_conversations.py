@@ -21,7 +21,7 @@ from atomtune.data.records import Example
 from tests.tiny import CHATML, GEMMA, tokenizer_of
 
 #: Drawn for each tokenizer and template; `make fuzz` draws more.
-CONVERSATIONS = int(os.environ.get("ATOMTUNE_FUZZ", "300"))
+CONVERSATIONS = int(os.environ.get("ATOMTUNE_FUZZ", "100"))
 TOKENIZERS = {
     "sentencepiece": ("sentencepiece", None),
     "sentencepiece with turns": ("sentencepiece", GEMMA),

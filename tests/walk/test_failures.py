@@ -155,24 +155,19 @@ def test_a_hub_that_cannot_be_reached_names_the_mirror(dialogues, tmp_path, caps
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_full_disk_keeps_the_last_whole_checkpoint(models, dialogues, tmp_path):
+def test_a_full_disk_keeps_the_last_whole_checkpoint(models, dialogues, tmp_path, capsys):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False).returncode:
         pytest.skip("this machine does not let us mount")
     try:
         flags = ["--max_steps", "40", "--save_steps", "2", "--save_total_limit", "40"]
-        done = subprocess.run(
-            [sys.executable, "-m", "atomtune", *command(models("llama"), dialogues, disk / "out", *flags)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 3, done.stderr
-        assert "The disk is full" in done.stderr
-        assert "Last whole checkpoint" in done.stderr
-        assert "checkpoint-" in done.stderr
-        assert "Traceback" not in done.stderr
+        assert main(command(models("llama"), dialogues, disk / "out", *flags)) == 3
+        said = capsys.readouterr().err
+        assert "The disk is full" in said
+        assert "Last whole checkpoint" in said
+        assert "checkpoint-" in said
+        assert "Traceback" not in said
         subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
         assert main([*command(models("llama"), dialogues, disk / "out", *flags), "--resume"]) == 0
         assert status(disk / "out")["status"] == "finished"

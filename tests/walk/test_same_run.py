@@ -61,7 +61,7 @@ def same_run(out: Path, whole: Path) -> None:
         assert ours.get(key) == theirs.get(key), key
 
 
-SLOW = ("ragged accumulation", "by length", "workers", "padded", "rebalanced", "other optimizer")
+SLOW = ("epochs", "evaluated", "ragged accumulation", "by length", "workers", "padded", "rebalanced", "other optimizer")
 
 
 @pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow) if way in SLOW else way for way in WAYS])

@@ -209,7 +209,9 @@ def test_from_every_checkpoint_the_run_is_the_undisturbed_run(models, files, und
 @pytest.mark.parametrize(
     "evaluation", ["by steps", *(pytest.param(when, marks=pytest.mark.slow) for when in ("by epoch", "at the start"))]
 )
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    "source", ["stored", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SOURCES if kind != "stored")]
+)
 def test_a_run_that_is_evaluated_is_the_run_that_is_not(models, files, tmp_path, evaluation, source):
     if not can_be(evaluation, "every step", "plain", source):
         pytest.skip("a stream has no epochs")

@@ -61,7 +61,7 @@ def test_a_reader_that_leaves_is_no_error(words):
     assert b"Exception ignored" not in done.stderr and b"Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("streams", [">&-", "</dev/null >&- 2>&-"])
+@pytest.mark.parametrize("streams", [pytest.param(">&-", marks=pytest.mark.slow), "</dev/null >&- 2>&-"])
 def test_an_output_that_is_closed(words, streams):
     # Without input, output and error, the first files got their numbers, and a library was given a wrong one.
     done = run(words, streams)
