@@ -93,9 +93,9 @@ def test_llama_cpp_serves_the_tuned_model_and_the_certificate_says_so(exported):
 def test_q8_0_and_bf16_hold_too(sentencepiece_run, exported, tmp_path, capsys):
     for quantize in ("bf16", "q8_0"):
         out = tmp_path / quantize
-        assert export(sentencepiece_run, out, "--quantize", quantize) == 0
+        assert export(sentencepiece_run, out, "--quantize", quantize, "--prompts", "4") == 0
         (entry,) = json.loads((out / "certificate.json").read_text(encoding="utf-8"))
-        assert entry["holds"] is True
+        assert entry["holds"] is True and entry["prompts"] == 4
         said = capsys.readouterr().out
         assert not wrong_next_steps(said) and ("q4_K_M" in said) == (quantize != "q8_0")
 

@@ -143,6 +143,7 @@ def test_what_was_merged_into_the_runs_folder_is_not_copied(text_adapter, whole_
     assert (tmp_path / "out" / "additional_chat_templates" / "x.jinja").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs ulimit")
 def test_a_disk_that_takes_no_more_is_one_sentence(text_adapter, whole_base, tmp_path):
     words = ["--adapter_path", text_adapter, "--output_dir", tmp_path / "out", "--model_path", whole_base]

@@ -110,10 +110,8 @@ def test_a_folder_of_another_job_in_the_environment_is_not_written_to(models, di
     assert spare_folder(settings) == Path("runs/dialogues-1")
 
 
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("HF_DATASETS_CACHE", "XDG_CACHE_HOME", "HOME")]
-
-
-@pytest.mark.parametrize("name", ["HF_HOME", *OTHERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME", "HOME"])
 def test_a_cache_that_cannot_be_made_is_one_sentence(name, models, dialogues, tmp_path):
     # Below a file, where nobody can make a folder: root may write into every folder.
     (tmp_path / "file").write_text("x")

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import os
 import sys
@@ -62,6 +64,7 @@ os._exit(0)  # the threads of gloo may outlive the interpreter otherwise
 """
 
 
+@pytest.mark.slow
 def test_a_divided_optimizer_goes_on_bit_identically(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

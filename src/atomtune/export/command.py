@@ -128,6 +128,7 @@ def _certify(settings: ExportSettings, file: Path, console: Console) -> None:
         adapter_path=settings.adapter_path,
         served=str(file),
         model_path=settings.model_path,
+        prompts=settings.prompts,
         other_base=settings.other_base,
         trust_remote_code=settings.trust_remote_code,
     )

@@ -714,6 +714,7 @@ class ExportSettings(TokenizerSettings):
     quantize: GgufFormat = setting("bf16", "number format of the GGUF")
     for_class: str | None = setting(None, "with --to peft: the transformers class that is to load it", value="CLASS")
     no_certify: bool = setting(False, "do not start the engine to prove that it serves the tuned model")
+    prompts: int = setting(10, "how many prompts are sent to prove it", at_least=1, rare=True, unit="prompts")
     other_base: bool = setting(
         False, "accept a base model whose weights are not those that the adapter was trained on", rare=True
     )
