@@ -231,7 +231,7 @@ def chinese_run(tmp_path_factory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp("chinese")
     records = [{"instruction": f"第{n}盏灯在哪里？", "input": "", "output": f"在第{n * 7 % 40}层。"} for n in range(40)]
     data = write_jsonl(folder / "lamps.jsonl", [*records, records[0]])
-    words = ["--model_path", str(DEMO_BASE), "--dataset_path", str(data), "--lr", "1e-3", "--max_steps", "2"]
+    words = ["--model_path", str(DEMO_BASE), "--dataset_path", str(data), "--lr", "1e-3", "--num_train_epochs", "1"]
     words += ["--output_dir", str(folder / "out"), "--fp16", "--eval_size", "8"]
     environment = {name: value for name, value in os.environ.items() if name != "ATOMTUNE_LANGUAGE"}
     environment |= {"LC_ALL": "zh_CN.UTF-8", "PYTHONUTF8": "1", "CUDA_VISIBLE_DEVICES": ""}
