@@ -14,11 +14,13 @@ import argparse
 import json
 import math
 import multiprocessing
+import os
 import platform
 import queue
 import random
 import statistics
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -304,10 +306,11 @@ def line_key(group: Group, run: Run) -> dict[str, Any]:
 
 
 def work(waiting: Any, finished: Any, folder: Path, options: argparse.Namespace) -> None:
-    """A process of the study: takes groups until there are none."""
+    """A process of the study: takes groups until there are none, or until the study itself is gone, killed or not."""
     import torch
     from transformers.utils import logging
 
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -320,6 +323,11 @@ def work(waiting: Any, finished: Any, folder: Path, options: argparse.Namespace)
             finished.put((group, worker.lines(group), ""))
         except Exception:  # noqa: BLE001 - the other groups go on
             finished.put((group, [], traceback.format_exc()))
+
+
+def _end_with(study: Any) -> None:
+    study.join()
+    os._exit(1)  # a group that is being trained takes most of an hour
 
 
 def study(options: argparse.Namespace) -> None:
