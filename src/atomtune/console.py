@@ -238,15 +238,18 @@ class ReadingProgress:
 WIDE = 110
 
 
-def progress_bar(console: Console, *texts: str, count: bool = True) -> Progress:
-    """A progress bar with the given columns and the time left, gone when it is done; nothing without a terminal."""
+def progress_bar(console: Console, *texts: str, count: bool = True, left: str = "") -> Progress:
+    """A progress bar with the given columns and the time left, gone when it is done; nothing without a terminal.
+
+    left: a column that says the time left, where it is not what the steps so far took on average
+    """
     steps = [MofNCompleteColumn()] if count else []
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=28 if console.width >= WIDE else 8),
         *steps,
         *(TextColumn(text, markup=False) for text in texts),
-        TimeRemainingColumn(compact=True),
+        TextColumn(left, markup=False) if left else TimeRemainingColumn(compact=True),
         TextColumn(translated("left"), markup=False),
         console=console,
         transient=True,

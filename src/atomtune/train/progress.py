@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from atomtune.console import WIDE, Console, progress_bar
 from atomtune.language import translated
 from atomtune.train.callbacks import WorkCounter
+from atomtune.train.pace import Pace, evaluations_left
 from atomtune.train.run_report import PICTURE, RunRecord, draw_loss, eval_history
 
 SPOKEN_EVERY = 5.0  # seconds between lines where there is no terminal to draw a bar in
@@ -27,26 +28,26 @@ class TrainingBar(TrainerCallback):
 
     def __init__(self, console: Console, work: WorkCounter) -> None:
         self.console, self.work = console, work
-        self.progress = progress_bar(console, "{task.fields[rate]}", "{task.fields[loss]}")
+        self.progress = progress_bar(console, "{task.fields[rate]}", "{task.fields[loss]}", left="{task.fields[left]}")
+        self.pace = Pace()
         self.task: TaskID | None = None
         self.loss = self.held_out = ""
-        self.first_step = self.first_examples = self.first_tokens = 0
-        self.began = self.spoken = 0.0
+        self.first_examples = self.first_tokens = 0
+        self.spoken = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.began = time.perf_counter()
-        self.first_step = state.global_step
+        self.pace.begin(state.global_step)
         self.first_examples, self.first_tokens = self.work.examples, self.work.tokens_computed
         self.task = self.progress.add_task(
-            translated("train"), total=state.max_steps, completed=state.global_step, rate="", loss=""
+            translated("train"), total=state.max_steps, completed=state.global_step, rate="", loss="", left="-:--"
         )
         self.progress.start()
 
     def _rate(self) -> str:
         """Examples and tokens a second; in a narrow terminal the examples alone."""
-        seconds = max(time.perf_counter() - self.began, 1e-6)
+        seconds = self.pace.seconds()
         examples = (self.work.examples - self.first_examples) / seconds
         if self.console.is_terminal and self.console.width < WIDE:
             return translated(f"{examples:.1f} ex/s")
@@ -54,8 +55,18 @@ class TrainingBar(TrainerCallback):
         return translated(f"{examples:.1f} examples/s  {tokens:,.0f} tokens/s")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.pace.step_ended(state.global_step)
         if self.task is not None:
-            self.progress.update(self.task, completed=state.global_step, rate=self._rate(), loss=self._losses())
+            self.progress.update(
+                self.task,
+                completed=state.global_step,
+                rate=self._rate(),
+                loss=self._losses(),
+                left=self._left(args, state),
+            )
+
+    def _left(self, args: TrainingArguments, state: TrainerState) -> str:
+        return _clock(self.pace.left(state.global_step, state.max_steps, evaluations_left(args, state)))
 
     def _losses(self) -> str:
         return "  ".join(filter(None, (translated(f"loss {self.loss}") if self.loss else "", self.held_out)))
@@ -70,6 +81,7 @@ class TrainingBar(TrainerCallback):
     ) -> None:
         logs = logs or {}
         if "eval_loss" in logs:
+            self.pace.evaluated(logs.get("eval_runtime", 0))
             losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
             self.held_out = translated(f"held-out {losses[-1]:.3f}")
             self._say_evaluation(state, losses)
@@ -79,12 +91,10 @@ class TrainingBar(TrainerCallback):
         now = time.perf_counter()
         if not self.console.is_terminal and (now - self.spoken > SPOKEN_EVERY or state.global_step == state.max_steps):
             self.spoken = now
-            done = state.global_step - self.first_step
-            left = (state.max_steps - state.global_step) * (now - self.began) / max(done, 1)
-            rate, learning_rate = self._rate(), logs.get("learning_rate", 0)
+            rate, left, learning_rate = self._rate(), self._left(args, state), logs.get("learning_rate", 0)
             line = translated(
                 f"step {state.global_step:,}/{state.max_steps:,}  loss {logs['loss']:.4f}  "
-                f"lr {learning_rate:.2e}  {rate}  left {_clock(left)}"
+                f"lr {learning_rate:.2e}  {rate}  left {left}"
             )
             self.console.print(line, soft_wrap=True)
 
