@@ -112,7 +112,10 @@ class Tab:
         playwright.expect(self.page.locator(f"#{side}")).to_contain_text(text, timeout=20_000)
 
     def edit(self, text: str | None = None) -> None:
-        """Ask the last question otherwise. As its reader would: again, where the last words came in between."""
+        """Ask the last question otherwise.
+
+        As its reader would: again, where an answer that was still to come drew the messages anew in between.
+        """
         self.page.wait_for_selector("#typed [data-testid='submit-button']", timeout=20_000)
         for tries_left in range(4, -1, -1):
             try:

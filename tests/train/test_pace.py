@@ -48,6 +48,16 @@ def test_a_resumed_run_counts_its_own_steps(pace, clock):
     assert pace.left(60, 60, evaluations=0) == 0
 
 
+def test_an_evaluation_that_the_checkpoint_owed_is_no_time_of_steps(pace, clock):
+    clock.now += 7
+    pace.evaluated(7)  # before the first step of what is resumed
+    pace.begin(4)
+    clock.now += 2
+    pace.step_ended(5)
+    assert pace.seconds() == pytest.approx(2)
+    assert pace.left(5, 6, evaluations=1) == pytest.approx(2 + 7)
+
+
 @pytest.mark.parametrize(
     ("strategy", "step", "epoch", "left"),
     [

@@ -82,13 +82,11 @@ Values = dict[Any, Any]
 class Talk:
     """One conversation in one browser tab; a conversation that is begun anew is another one.
 
-    stop        ends the answer to the last question; None: every question is answered
-    overtakes   it was begun while an answer was written, whose last drawing may reach the browser behind its own
+    stop  ends the answer to the last question; None: every question is answered
     """
 
     exchanges: list[Exchange] = field(default_factory=list)
     stop: threading.Event | None = None
-    overtakes: bool = False
 
     def ask(self, before: list[Exchange], question: str) -> None:
         """Put a question behind these exchanges; it waits for its answer."""
@@ -276,27 +274,19 @@ class Page:
 
     def begin_anew(self, request: gradio.Request) -> tuple[Any, ...]:
         """Another conversation at once; what is typed already is its first question, so it stays."""
-        left = self._talks.get(request.session_hash)
         self.leave(request)
-        self._talks[request.session_hash].overtakes = left is not None and left.stop is not None
         return *self._drawn(request), gradio.DownloadButton(visible=False)
 
     def settle(self, values: Values, request: gradio.Request) -> tuple[Any, ...]:
-        """Once all is answered: the button that saves the conversation as a record for `train`.
-
-        The conversation itself is drawn again only where an older drawing may have come behind it: a message that is
-        being edited would be taken from under the reader's hands.
-        """
-        talk = self._talks[request.session_hash]
-        exchanges, overtakes, talk.overtakes = talk.exchanges, talk.overtakes, False
+        """Once all is answered: the conversation as it is, and the button that saves it as a record for `train`."""
+        exchanges = self._talks[request.session_hash].exchanges
         button = gradio.DownloadButton(visible=False)
         if exchanges:
             conversation = conversation_of(self.tuned, exchanges, self._system_of(values))
             file = Path(tempfile.mkdtemp(dir=self._saved.path)) / "conversation.jsonl"
             conversation.save(file)
             button = gradio.DownloadButton(value=str(file), visible=True)
-        drawn = self._drawn(request) if overtakes else (gradio.skip(),) * 3
-        return *drawn, button
+        return *self._drawn(request), button
 
     def stop(self, request: gradio.Request) -> None:
         """End the answer that this tab is waiting for."""

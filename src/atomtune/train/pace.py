@@ -20,8 +20,8 @@ class Pace:
         self._evaluations = self._first_step = 0
 
     def begin(self, step: int) -> None:
-        """The run begins behind this step: 0, or the one it goes on from."""
-        self._began, self._first_step = self._clock(), step
+        """The run begins behind this step: 0, or the one it goes on from, whose evaluation may be made already."""
+        self._began, self._first_step = self._clock() - self._evaluated, step
 
     def step_ended(self, step: int) -> None:
         if step == self._first_step + 1:
