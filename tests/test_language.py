@@ -127,6 +127,37 @@ def test_each_line_about_a_record_is_translated_for_itself():
     assert text == f"atomtune train：{chinese[0]}\n{chinese_ending}"
 
 
+@pytest.mark.parametrize(
+    ("english", "chinese"),
+    [
+        (
+            "a.jsonl:1  instruction is a number; expected text; output is a list; expected text.",
+            "a.jsonl:1  instruction是数；应为文本；output是列表；应为文本。",
+        ),
+        (
+            'a.jsonl:1  no key "a"; keys here: x, y; no key "b"; keys here: x, y.',
+            'a.jsonl:1  没有键 "a"；这里的键有 x, y；没有键 "b"；这里的键有 x, y。',
+        ),
+        ("a.jsonl:1  null; expected an object with a, b or c.", "a.jsonl:1  null；应为带 a、b 或 c 的对象。"),
+        (
+            'a.jsonl:1  no key "a"; keys here: x.\n… and 40 more.',
+            'a.jsonl:1  没有键 "a"；这里的键有 x。\n……还有 40 项。',
+        ),
+        (
+            "--num_train_epochs 'x': expected a number, more than 0 and at most 1,000,000.",
+            "--num_train_epochs 'x'：应为数，大于 0，不超过 1,000,000。",
+        ),
+        (
+            "--lora_rank '8.5': expected a whole number, at least 1 and at most 65,536.",
+            "--lora_rank '8.5'：应为整数，大于等于 1，不超过 65,536。",
+        ),
+    ],
+)
+def test_all_of_a_message_is_chinese(english, chinese):
+    """The key of the first part was filled with the parts behind it, which then stayed English."""
+    assert catalogue("zh").translated(english) == chinese
+
+
 def test_a_text_of_nobody_stays():
     text = "Once upon a time there was a lamp; it had 3 records of the sea, and no record is longer than a night."
     assert catalogue("zh").translated(text) == text
@@ -182,7 +213,7 @@ def test_every_command_takes_a_language(words, capsys):
     assert main(["train", *words, "--lora_rank", "0", "--learning_rat", "1"]) == 2
     assert capsys.readouterr().err.splitlines()[1:] == [
         "atomtune train：--learning_rat：没有这项设置。是不是想写 --learning_rate？",
-        "--lora_rank '0'：应为整数，大于等于 1和小于等于 65,536。",
+        "--lora_rank '0'：应为整数，大于等于 1，不超过 65,536。",
     ]
 
 

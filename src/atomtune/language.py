@@ -126,8 +126,8 @@ class Catalogue:
             command = (about_a_record[1] or "").replace(": ", "：")
             return text.replace(message, f"{command}{about_a_record[2]}{reason}。", 1)
         if _LINES_ABOUT_RECORDS.match(message):  # the end of a key for one line would take in those below it
-            return text.replace(message, str(self._in_parts(message, is_ours)), 1)
-        result = self._whole(message)
+            return text.replace(message, str(self._in_parts(message, is_ours=True)), 1)
+        result = (self._one_after_another(message) if is_ours else None) or self._whole(message)
         if result is None and is_ours:
             result = self._filled_first(self.short_templates, message)
         result = result or self._in_parts(message, is_ours) or message
@@ -137,6 +137,31 @@ class Catalogue:
 
     def _whole(self, message: str) -> str | None:
         return self.sentences.get(message) or self._filled_first(self.long_templates, message)
+
+    def _one_after_another(self, message: str) -> str | None:
+        """`a; b` where both are messages of ours, which may hold that mark too; None where it is a single one.
+
+        Else the key of the first, `{place} is {value}; expected text`, would be filled with the second.
+        """
+        if "; " not in message or self._plain(message) is not None:
+            return None
+        for mark in re.finditer("; ", message):
+            first, rest = self._plain(message[: mark.start()]), message[mark.end() :]
+            if first is not None:
+                others = self._plain(rest) or self._one_after_another(rest)
+                if others is not None:
+                    return f"{first}；{others}"
+        return None
+
+    def _plain(self, message: str) -> str | None:
+        """A message that is filled with no list."""
+        if message in self.sentences:
+            return self.sentences[message]
+        for template in self.long_templates:
+            values = template.values_in(message)
+            if values is not None and not any("; " in value for value in values.values()):
+                return self._filled(template, values)
+        return None
 
     def _filled_first(self, templates: Sequence[Template], message: str) -> str | None:
         for template in templates:

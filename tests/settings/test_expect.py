@@ -8,7 +8,7 @@ from atomtune.errors import BadSettings
 from atomtune.settings.read import read, read_train
 
 BOTH = ("--dataset_path", "train.jsonl", "--model_path", "base")
-SEED = "a whole number, 0 or more and at most 4,294,967,295"
+SEED = "a whole number, at least 0 and at most 4,294,967,295"
 
 
 def problem(*flags: str) -> str:
@@ -21,10 +21,10 @@ def problem(*flags: str) -> str:
 @pytest.mark.parametrize(
     ("name", "value", "expectation"),
     [
-        ("lora_rank", "x", "a whole number, 1 or more and at most 65,536"),
-        ("lora_rank", "2.5", "a whole number, 1 or more and at most 65,536"),
-        ("lora_dropout", "1", "a number, 0 or more and less than 1"),
-        ("lora_alpha", "inf", "a number, 0 or more and at most 1,000,000"),
+        ("lora_rank", "x", "a whole number, at least 1 and at most 65,536"),
+        ("lora_rank", "2.5", "a whole number, at least 1 and at most 65,536"),
+        ("lora_dropout", "1", "a number, at least 0 and less than 1"),
+        ("lora_alpha", "inf", "a number, at least 0 and at most 1,000,000"),
         ("overlength", "cut", "one of shorten, skip, error"),
         ("quantize", "fp4", "one of nf4, int8"),
         ("skip_bad", "perhaps", "true or false"),
@@ -42,10 +42,10 @@ def problem(*flags: str) -> str:
         ("seed", "-1", SEED),
         ("seed", "4294967296", SEED),
         ("data_seed", "-1", SEED),
-        ("adam_beta1", "2", "a number, 0 or more and less than 1"),
-        ("adam_beta2", "1", "a number, 0 or more and less than 1"),
+        ("adam_beta1", "2", "a number, at least 0 and less than 1"),
+        ("adam_beta2", "1", "a number, at least 0 and less than 1"),
         ("adam_epsilon", "0", "a number, more than 0"),
-        ("weight_decay", "-0.1", "a number, 0 or more and at most 1,000"),
+        ("weight_decay", "-0.1", "a number, at least 0 and at most 1,000"),
         ("max_grad_norm", "-1", "a number, 0 or more"),
         ("num_train_epochs", "0", "a number, more than 0 and at most 1,000,000"),
         ("max_steps", "-2", "a whole number, -1 or more"),
@@ -53,7 +53,7 @@ def problem(*flags: str) -> str:
         ("logging_steps", "0", "a number, more than 0"),
         ("save_steps", "0", "a number, more than 0"),
         ("dataloader_num_workers", "-1", "a whole number, 0 or more"),
-        ("label_smoothing_factor", "1", "a number, 0 or more and less than 1"),
+        ("label_smoothing_factor", "1", "a number, at least 0 and less than 1"),
         ("fp16", "perhaps", "true or false"),
         ("eval_strategy", "sometimes", "one of no, steps, epoch"),
         ("hub_strategy", "never", "one of end, every_save, checkpoint, all_checkpoints"),

@@ -54,8 +54,8 @@ def test_every_combination_stands_once():
     ("flags", "words"),
     [
         (("--try", "learning_rat=1,2"), "Did you mean --learning_rate?"),
-        (("--try", "lora_rank=8,many"), "lora_rank 'many': expected a whole number, 1 or more and at most 65,536."),
-        (("--try", "lora_rank=0"), "--try lora_rank '0': expected a whole number, 1 or more and at most 65,536."),
+        (("--try", "lora_rank=8,many"), "lora_rank 'many': expected a whole number, at least 1 and at most 65,536."),
+        (("--try", "lora_rank=0"), "--try lora_rank '0': expected a whole number, at least 1 and at most 65,536."),
         (("--try", "lr_scheduler_type=linear,sine"), "--try lr_scheduler_type 'sine': expected one of linear, cosine"),
         (("--try", "1e-4"), "expected NAME=A,B"),
         (("--try", '{"lora_rank": '), "expected NAME=A,B"),

@@ -69,13 +69,24 @@ def _parts(kind: Any) -> set[Any]:
 
 
 def _range(info: FieldInfo) -> str:
-    """`1 or more and at most 8`, from pydantic's metadata: Ge(ge=1), Le(le=8)."""
-    words = []
-    for name, text in _RANGE_WORDS.items():
-        limits = [getattr(limit, name) for limit in info.metadata if hasattr(limit, name)]
-        if limits:
-            words.append(text.format(limits[-1]))
-    return " and ".join(words)
+    """`at least 1 and at most 8`, from pydantic's metadata: Ge(ge=1), Le(le=8)."""
+    limits = {
+        name: getattr(limit, name)
+        for name in ("ge", "gt", "le", "lt")
+        for limit in info.metadata
+        if hasattr(limit, name)
+    }
+    return _RANGE_WORDS[tuple(limits)].format(*limits.values()) if limits else ""
 
 
-_RANGE_WORDS = {"ge": "{:,} or more", "gt": "more than {}", "le": "at most {:,}", "lt": "less than {}"}
+#: One text for both ends: Chinese does not put two texts together as English does.
+_RANGE_WORDS = {
+    ("ge",): "{:,} or more",
+    ("gt",): "more than {}",
+    ("le",): "at most {:,}",
+    ("lt",): "less than {}",
+    ("ge", "le"): "at least {:,} and at most {:,}",
+    ("ge", "lt"): "at least {:,} and less than {}",
+    ("gt", "le"): "more than {} and at most {:,}",
+    ("gt", "lt"): "more than {} and less than {}",
+}

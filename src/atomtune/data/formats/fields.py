@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from atomtune.data.reading.raw import DECODER, TOO_DEEP, is_deeper, printable
+from atomtune.language import message
 
 T = TypeVar("T")
 Tool = Mapping[str, Any]
@@ -21,12 +22,12 @@ KEYS_NAMED = 20
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 _KINDS: dict[type, str] = {
     type(None): "null",
-    bool: "a boolean",
-    int: "a number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "an object",
+    bool: message("a boolean"),
+    int: message("a number"),
+    float: message("a number"),
+    str: message("text"),
+    list: message("a list"),
+    dict: message("an object"),
     bytes: "bytes",
 }
 
