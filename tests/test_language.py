@@ -138,7 +138,10 @@ def test_each_line_about_a_record_is_translated_for_itself():
             'a.jsonl:1  no key "a"; keys here: x, y; no key "b"; keys here: x, y.',
             'a.jsonl:1  没有键 "a"；这里的键有 x, y；没有键 "b"；这里的键有 x, y。',
         ),
-        ("a.jsonl:1  null; expected an object with a, b or c.", "a.jsonl:1  null；应为带 a、b 或 c 的对象。"),
+        (
+            "a.jsonl:1  null; expected an object with prompt and completion.",
+            "a.jsonl:1  null；应为带 prompt 和 completion 的对象。",
+        ),
         (
             'a.jsonl:1  no key "a"; keys here: x.\n… and 40 more.',
             'a.jsonl:1  没有键 "a"；这里的键有 x。\n……还有 40 项。',

@@ -1,8 +1,11 @@
 """The sentence at the end follows from the losses, and names the setting to change."""
 
+from dataclasses import replace
+
 import pytest
 
 from atomtune.train.outcome import outcome
+from atomtune.train.samples import Sample, all_as_before
 
 
 def told(held_out: list[float], training: list[float], *, kept_step: int | None = None, in_steps: bool = False):
@@ -57,6 +60,27 @@ def test_the_best_step_and_the_one_that_is_kept_are_named():
     assert "3.000 before training → 1.000 at step 20" in text and "1.500 at the end" in text
     assert "at step 20, the best, which is kept" in text
     assert "of the last step, 40, not of the best one" in " ".join(told([3.0, 1.5, 1.0, 1.2, 1.5], FALLING).sentences())
+
+
+@pytest.mark.parametrize(
+    ("held_out", "says"),
+    [
+        ([3.0, 2.0, 1.5, 1.2, 1.0], "only begun to learn"),
+        ([3.0, 1.2, 1.02, 1.01, 1.0], "higher --learning_rate"),
+    ],
+)
+def test_a_run_that_changed_no_answer_is_not_said_to_have_worked(held_out, says):
+    answers = [Sample("Who?", "Arr!", before="A cat.", after="A cat.")] * 3
+    result = replace(told(held_out, FALLING), answers=3, as_before=all_as_before(answers))
+    text = " ".join(result.sentences())
+    assert says in text and "It worked" not in text
+    assert not all_as_before([*answers, Sample("Who?", "Arr!", before="A cat.", after="Arr!")])
+    assert not all_as_before([Sample("Who?", "Arr!", before="Arr!", after="Arr!")]), "the base was right"
+    assert not all_as_before([])
+
+
+def test_answers_that_are_shown_are_what_tells_where_nothing_is_held_out():
+    assert "only the answers shown tell" in " ".join(replace(told([], FALLING), answers=3).sentences())
 
 
 def test_a_run_without_any_log_says_nothing_it_does_not_know():

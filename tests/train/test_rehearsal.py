@@ -82,7 +82,10 @@ def test_what_the_library_takes_is_not_refused(models, dialogues, tmp_path, flag
         (("--report_to", "comet_ml"), "comet-ml"),  # a tracker that is not installed
         (("--dataloader_num_workers", "5000"), "--dataloader_num_workers 5,000: at most"),
         (("--fsdp", "full_shard"), "--fsdp is not used here"),
-        (("--neftune_noise_alpha", "1e300"), "--neftune_noise_alpha '1e300': expected a number, at least 0 and at most"),
+        (
+            ("--neftune_noise_alpha", "1e300"),
+            "--neftune_noise_alpha '1e300': expected a number, at least 0 and at most",
+        ),
         (("--lora_rank", "1000000"), "--lora_rank '1000000': expected a whole number, at least 1 and at most 65,536"),
     ],
 )

@@ -96,8 +96,13 @@ def test_few_records_are_all_learned(models, dialogues, tmp_path, capsys):
 
 def test_records_that_are_all_alike_are_all_learned_and_that_is_said(models, tmp_path, capsys):
     data = write_jsonl(tmp_path / "same.jsonl", [{"instruction": "Hello?", "output": f"Yes {n}."} for n in range(60)])
-    assert main(command(models("llama"), data, tmp_path / "out", "--max_steps", "1")) == 0
-    assert "no records are held out: " in capsys.readouterr().out
+    out, words = tmp_path / "out", ["--max_steps", "31", "--per_device_train_batch_size", "64"]
+    assert main(command(models("llama"), data, out, *words)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no records are held out: " in said
+    assert "fewer than 50 records" not in said, "there are 60"
+    assert record_of(out)["settings"]["eval_size"]["source"] == "auto: the records are too alike to hold some out"
+    assert "--max_steps 31 goes through the 60 records 31 times" in said, "a batch larger than the file holds it once"
     assert "records_held_out" not in record_of(tmp_path / "out")
 
 

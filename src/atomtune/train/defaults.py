@@ -161,6 +161,8 @@ def _held_out_why(size: Size, settings: TrainSettings) -> str:
         return "--streaming holds none out"
     if settings.trainer.get("eval_strategy") == "no":
         return "--eval_strategy no"
+    if size.records >= LEAST_TO_SPLIT:
+        return "the records are too alike to hold some out"
     return f"fewer than {LEAST_TO_SPLIT} records: all are trained on"
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from atomtune.train.progress import LossPicture
 from atomtune.train.report_page import write_page
 from atomtune.train.run_context import RunContext
 from atomtune.train.run_report import PICTURE, eval_history
-from atomtune.train.samples import Samples, table_of, to_run_json
+from atomtune.train.samples import Samples, all_as_before, table_of, to_run_json
 from atomtune.train.trainer import LoraTrainer
 
 
@@ -61,8 +62,8 @@ def _say_no_report(run: RunContext, why: str) -> None:
 
 def _report(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: LossPicture, ledger: Ledger) -> None:
     """What stays of a finished run beside the adapter, and what is said of it."""
-    result = _outcome_of(trainer)
     answered = samples.answer_after()
+    result = replace(_outcome_of(trainer), answers=len(answered), as_before=all_as_before(answered))
     history = trainer.state.log_history
     held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     run.record.update(

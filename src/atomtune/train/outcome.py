@@ -14,6 +14,8 @@ NOISE = 0.02
 LITTLE = 0.05
 #: A loss that falls by more than that behind this part of the run has not levelled off.
 LATE = 0.6
+#: A run that was too short is to be this many times as long, and one that changed no answer yet.
+LONGER, FAR_LONGER = 1.5, 4.0
 
 Verdict = Literal["untold", "not learned", "diverged", "too long", "too short", "level"]
 
@@ -27,6 +29,8 @@ class Outcome:
     kept_step           the step whose adapter is the result
     in_steps            whether --max_steps sets the length, and not --num_train_epochs
     train_first, train_last  training loss at the beginning and the end
+    answers     to prompts that are not trained on, which are shown before and after
+    as_before   whether the tuned model gives all of them word for word as the base does, and none as its reference
     """
 
     verdict: Verdict
@@ -40,6 +44,8 @@ class Outcome:
     in_steps: bool
     train_first: float | None
     train_last: float | None
+    answers: int = 0
+    as_before: bool = False
 
     def to_run_json(self) -> dict[str, Any]:
         return {**asdict(self), "sentences": self.sentences()}
@@ -67,29 +73,48 @@ class Outcome:
     def _advice(self) -> list[str]:
         match self.verdict:
             case "untold":
-                return [
-                    "No records were held out, so whether it answers new questions is not known: --eval_size 0.1 or "
-                    "--eval_path tells."
-                ]
+                text = self._untold()
             case "diverged":
-                return ["The loss rose instead of falling: lower --learning_rate, to a third for a start."]
+                text = "The loss rose instead of falling: lower --learning_rate, to a third for a start."
             case "not learned":
-                return [
+                text = (
                     "It did not work: the held-out loss hardly fell. Look at the records with "
                     f"`atomtune inspect`; then try a higher --learning_rate or {self._length}."
-                ]
+                )
             case "too long":
-                return [
+                text = (
                     f"Overfitting: past step {self.best_step:,} the held-out loss rose again. More records help most; "
                     f"else stop there ({self._length} {self._until_best()})."
-                ]
+                )
+            case "too short" if self.as_before:
+                text = (
+                    "It has only begun to learn: the held-out loss was still falling at the end, and the answers shown "
+                    f"are still the base's. Try {self._length} {self._longer(FAR_LONGER)} or more."
+                )
             case "too short":
-                return [
+                text = (
                     "It worked, and the held-out loss was still falling at the end: "
                     f"{self._length} {self._longer()} may bring it further down."
-                ]
+                )
+            case _ if self.as_before:
+                text = (
+                    "The held-out loss has levelled off, but the answers shown are still the base's: try a higher "
+                    "--learning_rate."
+                )
             case _:
-                return ["It worked, and the held-out loss has levelled off: the length suits these records."]
+                text = "It worked, and the held-out loss has levelled off: the length suits these records."
+        return [text]
+
+    def _untold(self) -> str:
+        if self.answers:
+            return (
+                "No records were held out, so only the answers shown tell whether it works: --eval_size 0.1 or "
+                "--eval_path measures it."
+            )
+        return (
+            "No records were held out, so whether it answers new questions is not known: --eval_path tells, or "
+            "--eval_size 0.1 where the records differ."
+        )
 
     @property
     def _length(self) -> str:
@@ -101,9 +126,9 @@ class Outcome:
         fewer_epochs = self.epochs * best_step / max(self.steps, 1)
         return str(best_step) if self.in_steps else f"{max(round(fewer_epochs, 1), 0.1):g}"
 
-    def _longer(self) -> str:
+    def _longer(self, times: float = LONGER) -> str:
         now = self.steps if self.in_steps else self.epochs
-        return f"{max(round(1.5 * now), round(now) + 1)}"
+        return f"{max(round(times * now), round(now) + 1)}"
 
 
 def outcome(

@@ -340,9 +340,10 @@ def _say_length(run: RunContext, data: Data) -> None:
     args, records = run.args, len(data.train)
     per_batch = args.per_device_train_batch_size * args.world_size
     per_step = per_batch * args.gradient_accumulation_steps
+    batches = records // per_batch if args.dataloader_drop_last else math.ceil(records / per_batch)
+    steps_an_epoch = math.ceil(batches / args.gradient_accumulation_steps)
     if args.max_steps <= 0:
-        batches = records // per_batch if args.dataloader_drop_last else math.ceil(records / per_batch)
-        steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+        steps = math.ceil(args.num_train_epochs * steps_an_epoch)
         epochs = "1 epoch" if args.num_train_epochs == 1 else f"{args.num_train_epochs:g} epochs"
         run.console.say(f"\nTraining: {steps:,} steps of {per_step:,} records, {epochs} of {records:,}.")
     else:
@@ -353,7 +354,7 @@ def _say_length(run: RunContext, data: Data) -> None:
             f"the learning rate grows over the first {warmup:,} steps (--warmup_steps), and the run has {steps:,}: it "
             f"never reaches {args.learning_rate:g}."
         )
-    passes = args.max_steps * per_step / records
+    passes = args.max_steps / max(steps_an_epoch, 1)  # a step takes no record twice
     if passes > MANY_PASSES:
         run.console.notice(
             f"--max_steps {args.max_steps:,} goes through the {records:,} records {passes:,.0f} times; "

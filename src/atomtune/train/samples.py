@@ -149,6 +149,11 @@ def _text_of(turn: Turn, *, without: str | None = None) -> str:
     return "\n".join(filter(None, (instruction, turn.input)))
 
 
+def all_as_before(samples: Sequence[Sample]) -> bool:
+    """Whether training changed no answer, and none was right before."""
+    return bool(samples) and all(sample.after == sample.before != sample.reference for sample in samples)
+
+
 def table_of(samples: Sequence[Sample], *, title: str) -> Table:
     """Prompts, references where they are known, and both answers, one below the other: readable at any width."""
     table = Table(

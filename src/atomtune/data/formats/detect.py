@@ -30,7 +30,11 @@ _READERS: dict[FormatName, Callable[[Json, Schema], Field[Conversation]]] = {
     "prompt": read_prompt,
     "text": read_rendered,
 }
-_EXPECTED = {**{name: " and ".join(keys) for name, keys in SIGNS.items()}, "alpaca": "instruction, input and output"}
+_EXPECTED = {
+    **{name: " and ".join(keys) for name, keys in SIGNS.items()},
+    "alpaca": "instruction, input and output",
+    "prompt": "prompt and completion",
+}
 _ALPACA = Schema()
 _OUR_ROLES = "system, user, assistant, tool or function_call"
 #: Keys of other people's data sets, in lower case, and what they are here, the surest first; a spelling alone would
