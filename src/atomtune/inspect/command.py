@@ -78,10 +78,10 @@ def examine(settings: InspectSettings, console: Console) -> Report:
     quiet_libraries()
     tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     template = load_template(settings.template, tokenizer, **settings.template_options())
+    shape = base_shape(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     if settings.max_seq_length is None:
-        shape = base_shape(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
         settings = replace(settings, max_seq_length=shape.longest)
-    return build_report(settings, template, console)
+    return build_report(settings, template, console, most_tokens=shape.longest)
 
 
 def _record_of(report: Report, settings: InspectSettings, row: int) -> Record:

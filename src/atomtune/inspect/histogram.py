@@ -76,13 +76,16 @@ def limit_at(longest: Lengths, tokens: int) -> Limit:
     return Limit(tokens, len(over), int(tokens_lost))
 
 
-def suggested(longest: Lengths) -> tuple[Limit, Limit]:
-    """The smallest multiple of STEP that no record is longer than, and the one that less than 1 % are longer than."""
+def suggested(longest: Lengths, *, most: int) -> tuple[Limit, Limit]:
+    """The smallest multiple of STEP that no record is longer than, and the one that less than 1 % are longer than.
+
+    most  tokens that the base and the memory allow; neither is longer
+    """
     assert len(longest)
     ordered = numpy.sort(longest)
     last = len(ordered) - 1
-    for_all = _step_up(int(ordered[last]))
-    for_most = _step_up(int(ordered[last - last // 100]))
+    for_all = min(_step_up(int(ordered[last])), most)
+    for_most = min(_step_up(int(ordered[last - last // 100])), most)
     return limit_at(longest, for_all), limit_at(longest, for_most)
 
 

@@ -85,8 +85,11 @@ class _Source:
             yield from records_of(self.path, self.rules, stored, progress.advance, name=self.name)
 
 
-def build_report(settings: InspectSettings, template: Template, console: Console) -> Report:
-    """Read everything and find what there is to find."""
+def build_report(settings: InspectSettings, template: Template, console: Console, *, most_tokens: int) -> Report:
+    """Read everything and find what there is to find.
+
+    most_tokens  that the base and the memory allow
+    """
     rules = Rules(**settings.rules())
     paths = settings.dataset_paths
     sources = []
@@ -116,7 +119,7 @@ def build_report(settings: InspectSettings, template: Template, console: Console
         texts=texts,
         tokens=tokens,
         findings=findings_of(ledger, texts, tokens, _rows_named(parts)),
-        limits=_limits(whole_lengths, rules.max_tokens),
+        limits=_limits(whole_lengths, rules.max_tokens, most_tokens=most_tokens),
         saving=saving,
         notes=data.notes,
     )
@@ -127,10 +130,10 @@ def _records_of(sources: Sequence[_Source], parts: Sequence[EncodedData]) -> Ite
         yield from source.records(part.examples)
 
 
-def _limits(lengths: NDArray[numpy.int32], max_tokens: int) -> tuple[Limit, ...]:
+def _limits(lengths: NDArray[numpy.int32], max_tokens: int, *, most_tokens: int) -> tuple[Limit, ...]:
     if not len(lengths):
         return ()
-    return (limit_at(lengths, max_tokens), *suggested(lengths))
+    return (limit_at(lengths, max_tokens), *suggested(lengths, most=most_tokens))
 
 
 def _whole_lengths(sources: Iterable[_Source], rules: Rules) -> NDArray[numpy.int32]:

@@ -119,7 +119,10 @@ def limits(report: Report) -> Iterator[str]:
         yield f"so {shortened}, and {refused:,} refused"
     else:
         yield "no record is longer"
-    yield f"suggested: {nothing_lost.tokens:,}, {_cost(nothing_lost, total)}"
+    if nothing_lost.records:
+        yield f"{nothing_lost.tokens:,} is as long as the base and the memory allow"
+    else:
+        yield f"suggested: {nothing_lost.tokens:,}, {_cost(nothing_lost, total)}"
     if little_lost.tokens < nothing_lost.tokens:
         yield f"       or: {little_lost.tokens:,}, {_cost(little_lost, total)}"
 
