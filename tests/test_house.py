@@ -23,7 +23,7 @@ TOP = {
 FLOORS = (
     ("errors", "choices", "language"),
     ("console",),
-    ("disk", "limits", "extras", "process"),
+    ("disk", "limits", "extras", "process", "hub_reach"),
     ("settings",),
     ("data", "engines", "pages"),
     ("analysis", "batch"),

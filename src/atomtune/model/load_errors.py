@@ -16,8 +16,8 @@ from huggingface_hub.errors import (
 
 from atomtune.disk import expanded
 from atomtune.errors import AtomtuneError, BadModel
+from atomtune.hub_reach import stay_offline_if_unreachable
 from atomtune.model.failures import of_the_model
-from atomtune.model.hub_reach import stay_offline_if_unreachable
 from atomtune.model.json_files import is_lfs_pointer
 
 #: The hub was asked and did not answer.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,6 +11,7 @@ from threading import Thread
 
 import datasets
 import pytest
+from huggingface_hub import constants
 
 from atomtune.data.reading.hub import is_hub_name
 from atomtune.data.reading.raw import RawRecord
@@ -160,6 +162,19 @@ def test_a_hub_that_cannot_be_reached_is_named_with_the_setting_that_moves_it():
         list(read_values("nobody/nothing"))
 
 
+def test_a_hub_that_cannot_be_reached_is_asked_no_second_time(monkeypatch):
+    """The library would retry for half a minute and say so line by line."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        with pytest.raises(BadData, match="cannot be reached"):
+            list(read_values("nobody/unreachable"))
+        assert constants.is_offline_mode()
+
+
 class _KnowsNothing(BaseHTTPRequestHandler):
     """A hub on which there is no repository, as the real one answers."""
 
@@ -176,8 +191,7 @@ class _KnowsNothing(BaseHTTPRequestHandler):
 
 
 def test_a_name_that_the_hub_does_not_know_is_a_matter_of_spelling():
-    # In a process of its own, in which the library is not told to stay offline, against a real server. (One that does
-    # not answer at all is asked six times within 24 seconds before the message above comes.)
+    # In a process of its own, in which the library is not told to stay offline, against a real server.
     code = "from atomtune.data.reading.sources import read_values; list(read_values('nobody/nothing'))"
     with ThreadingHTTPServer(("127.0.0.1", 0), _KnowsNothing) as server:
         Thread(target=server.serve_forever, daemon=True).start()

@@ -23,6 +23,7 @@ from atomtune.data.reading.compression import ending_of
 from atomtune.data.reading.raw import RawRecord, printable
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
+from atomtune.hub_reach import stay_offline_if_unreachable
 
 #: Endings of the files that hold records, apart from .gz and .zst.
 READ = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -139,6 +140,8 @@ def hub_fingerprint(name: str) -> str:
 def _fetched(name: str) -> datasets.Dataset:
     """The data set, once a process: what its hash is taken of is what is read."""
     repository, _, configuration = name.partition(":")
+    if not Path(repository).exists():
+        stay_offline_if_unreachable()
     with _explained(name):
         return datasets.load_dataset(repository, configuration or None, split="train")
 

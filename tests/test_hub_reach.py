@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from atomtune.model.hub_reach import reachable
+from atomtune.hub_reach import reachable
 
 
 @pytest.fixture
