@@ -2,8 +2,8 @@
 
     python -m benchmarks.steps --source dialogues.jsonl
 
-Each workload in a process of its own: `atomtune train` as the benchmark runs it (bfloat16), its last steps under
-torch's profiler. Every kernel is counted once, by its name and its shapes.
+Each workload in a process of its own: `atomtune train` as the benchmark runs it, its last steps under torch's profiler.
+A CPU without bfloat16 instructions is measured with --dtype float32, which is what `train` takes there. Every kernel is counted once, by its name and its shapes.
 """
 
 import argparse
@@ -47,13 +47,14 @@ def kind_of(name: str, shapes: list[Any], words: int) -> str:
     return next((kind for kind, names in beginnings.items() if name.startswith(names)), REST)
 
 
-def profiled(base: Path, data: Path) -> dict[str, Any]:
+def profiled(base: Path, data: Path, dtype: str) -> dict[str, Any]:
     """One run; milliseconds a step by kind, and the process's memory in MB at its stations."""
     from transformers import AutoConfig, TrainerCallback
 
     from atomtune.train import run
 
-    rate = matmul_rate(torch.bfloat16)  # and once more behind the run: the host is noisy
+    number_format = getattr(torch, dtype)
+    rate = matmul_rate(number_format)  # and once more behind the run: the host is noisy
     memory = {"libraries imported": _resident_mb()}
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
 
@@ -90,11 +91,11 @@ def profiled(base: Path, data: Path) -> dict[str, Any]:
     run.LoraTrainer = Profiled  # type: ignore[misc]
     words = AutoConfig.from_pretrained(base).vocab_size
     with tempfile.TemporaryDirectory() as out:
-        atomtune(base, data, out, dtype="bfloat16", layout="auto")
+        atomtune(base, data, out, dtype=dtype, layout="auto")
     parts: Counter[str] = Counter()
     for event in profiler.key_averages(group_by_input_shape=True):
         parts[kind_of(event.key, event.input_shapes, words)] += event.self_cpu_time_total / 1e3 / PROFILED
-    floor = 4 * non_embedding_weights(base) * Watch.tokens / PROFILED / max(rate, matmul_rate(torch.bfloat16)) * 1e3
+    floor = 4 * non_embedding_weights(base) * Watch.tokens / PROFILED / max(rate, matmul_rate(number_format)) * 1e3
     parts[PYTHON] = Watch.step - parts.total()
     tokens = Watch.tokens / PROFILED
     return {"tokens": tokens, "step": Watch.step, "floor": floor, "parts": dict(parts), "memory": memory}
@@ -110,12 +111,13 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=16 * BATCH, help="of each workload; the last steps are profiled")
     parser.add_argument("--workloads", nargs="+", choices=workloads.NAMES, default=list(workloads.NAMES))
     parser.add_argument("--shape", choices=workloads.SHAPES, default="small")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument(
         "--one", nargs=2, type=Path, help=argparse.SUPPRESS
     )  # base and data of the process that measures
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(profiled(*options.one)))
+        print(json.dumps(profiled(*options.one, options.dtype)))
         return
     profiles = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -124,6 +126,7 @@ def main() -> None:
         for name in options.workloads:
             data = workloads.write(name, every[: options.records], Path(folder) / f"{name}.jsonl")
             command = [sys.executable, "-m", "benchmarks.steps", "--source", str(options.source), "--one", base, data]
+            command += ["--dtype", options.dtype]
             done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=False)
             if done.returncode:
                 raise SystemExit(f"{name} ended with {done.returncode}:\n{done.stderr[-3000:]}")

@@ -66,7 +66,7 @@ def assert_same_sight(row: Row, window: int | None, width: int | None = None) ->
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("longest_segment", [3, 384])
+@pytest.mark.parametrize("longest_segment", [3, 256])
 def test_the_blocks_together_are_the_law(monkeypatch, window, longest_segment):
     # Catches a key met twice (in the path and in the segment), a lost one, a sibling's, and a window off by one.
     monkeypatch.setattr(attention_plan, "LONGEST_SEGMENT", longest_segment)
@@ -189,7 +189,7 @@ def some_record(tokens: int, origin: str = "train.jsonl:1", last: int = 1) -> Ex
     return Example((*(i % 7 for i in range(tokens - 1)), last), (0,) * tokens, origin)
 
 
-@pytest.mark.parametrize("tokens", [384, 385, 768, 769, 1_000])
+@pytest.mark.parametrize("tokens", [256, 257, 512, 513, 1_000])
 def test_a_long_record_is_cut_into_a_chain_of_about_equal_parts(tokens):
     row = single(some_record(tokens))
     parts = segments(row, longest=attention_plan.LONGEST_SEGMENT)

@@ -18,8 +18,9 @@ from torch.nn import functional
 from atomtune.batch.row import Row, Segment, segments
 from atomtune.batch.segment_plan import SegmentPlan, plan_segments
 
-#: Longer stretches are cut into chains of about equal length, which bounds the memory of one block's scores.
-LONGEST_SEGMENT = 384
+#: Longer stretches are cut into chains of about equal length: half of a stretch's block against itself is masked, and
+#: scores that leave the cache cost more (docs/log.md).
+LONGEST_SEGMENT = 256
 #: A block costs about as much time as this many scores (query-key pairs) of all heads; measured on two cores, 512 wide.
 _BLOCK_PAIRS = 20_000
 #: What a padded query costs besides its scores: the gathers and products of its head dimension.
