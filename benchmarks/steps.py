@@ -3,7 +3,8 @@
     python -m benchmarks.steps --source dialogues.jsonl
 
 Each workload in a process of its own: `atomtune train` as the benchmark runs it, its last steps under torch's profiler.
-A CPU without bfloat16 instructions is measured with --dtype float32, which is what `train` takes there. Every kernel is counted once, by its name and its shapes.
+A CPU without bfloat16 instructions is measured with --dtype float32, which is what `train` takes there. Every kernel is
+counted once, by its name and its shapes.
 """
 
 import argparse
