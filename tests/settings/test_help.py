@@ -7,7 +7,7 @@ from atomtune.errors import ExitCode
 from atomtune.settings.flags import flag_of, types_of
 from atomtune.settings.help import help_text
 from atomtune.settings.library import library_types
-from atomtune.settings.read import GROUPS, TRAIN_GROUPS
+from atomtune.settings.read import GROUPS
 
 #: Those of the library that people change.
 USUAL = (
@@ -45,7 +45,7 @@ def test_the_first_page_of_train_shows_what_people_change():
 
 def test_the_whole_page_shows_every_setting_once():
     shown = names(page("train", everything=True))
-    assert sorted(shown) == sorted(library_types().keys() | types_of(TRAIN_GROUPS).keys())
+    assert sorted(shown) == sorted(library_types().keys() | types_of(GROUPS["train"]).keys())
     for command in COMMANDS:
         assert "--help all`" not in page(command, everything=True)
         assert {flag_of(name)[2:] for name in types_of(GROUPS[command])} <= set(names(page(command, everything=True)))

@@ -86,12 +86,13 @@ def test_a_resumed_run_takes_what_the_run_that_began_took(models, numbers, tmp_p
     assert (out / weights).read_bytes() == (whole / weights).read_bytes()
 
 
-def test_few_records_are_all_learned(models, dialogues, tmp_path, capsys):
+def test_few_records_are_all_learned_and_the_record_is_printed_where_asked_for(models, dialogues, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(command(models("llama"), dialogues, out, "--num_train_epochs", "1")) == 0
-    record = record_of(out)
+    assert main(command(models("llama"), dialogues, out, "--num_train_epochs", "1", "--json")) == 0
+    record, printed = record_of(out), capsys.readouterr()
+    assert json.loads(printed.out) == record and "json" not in record["settings"]
     assert "records_held_out" not in record and "eval_loss" not in record and record["samples"] == []
-    assert record["outcome"]["verdict"] == "untold" and "--eval_size" in capsys.readouterr().out
+    assert record["outcome"]["verdict"] == "untold" and "--eval_size" in printed.err
 
 
 def test_records_that_are_all_alike_are_all_learned_and_that_is_said(models, tmp_path, capsys):

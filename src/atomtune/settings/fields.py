@@ -745,6 +745,7 @@ class TrainSettings:
     origins: dict[str, str]  # setting → `--lora_rank`, `run.yaml:3`, `atomtune's default`
     demo: bool
     argv: tuple[str, ...] | None = None  # the words behind `atomtune train`; None where a function was called
+    json: bool = False
 
     def with_derived(self, values: Mapping[str, Any], reasons: Mapping[str, str]) -> "TrainSettings":
         """These settings with values for those that were left to the run, and why each is so."""
@@ -767,6 +768,13 @@ class TrainSettings:
             shown = "(not kept)" if is_secret(name) and value else value
             resolved[name] = {"value": shown, "source": self.origins.get(name, DEFAULT)}
         return resolved
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainOutput:
+    """Output"""
+
+    json: bool = setting(False, "print run.json on standard output when the run is done, and nothing else there")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

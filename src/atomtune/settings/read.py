@@ -42,6 +42,7 @@ from atomtune.settings.fields import (
     SweepChoices,
     SweepSettings,
     TrainerSettings,
+    TrainOutput,
     TrainSettings,
     VerifySettings,
     WebSettings,
@@ -56,7 +57,7 @@ S = TypeVar("S")
 OWN_GROUPS = (DataSettings, ModelSettings, LoraSettings, RunSettings)
 TRAIN_GROUPS = (DataSettings, ModelSettings, LoraSettings, TrainerSettings, RunSettings)
 GROUPS: dict[str, tuple[type[Any], ...]] = {
-    "train": TRAIN_GROUPS,
+    "train": (*TRAIN_GROUPS, TrainOutput),
     "inspect": (InspectSettings,),
     "plan": (PlanOutput, *TRAIN_GROUPS),
     "sweep": (SweepChoices, *TRAIN_GROUPS),
@@ -107,20 +108,31 @@ def read(command: str, written: Written, *, notice: Callable[[str], None] = _say
 
 def read_train(written: Written, *, notice: Callable[[str], None] = _say_nothing) -> TrainSettings:
     """Settings of `atomtune train [run.yaml] --flag value …`. Raises BadSettings with every problem."""
-    reader = EntryReader("train", {**library_types(), **types_of(TRAIN_GROUPS)})
-    return _train_settings(reader, _entries_of_run(reader, written, notice), written, notice)
+    reader = EntryReader("train", {**library_types(), **types_of(GROUPS["train"])})
+    entries = _entries_of_run(reader, written, notice)
+    output, of_the_run = _output_and_run(TrainOutput, reader, entries)
+    train = _train_settings(reader, of_the_run, written, notice)
+    assert output is not None
+    return replace(train, json=output.json)
 
 
 def read_plan(written: Written, *, notice: Callable[[str], None] = _say_nothing) -> PlanSettings:
     """Settings of `atomtune plan`: those of the run it is about, and its own. Raises BadSettings with every problem."""
     reader = EntryReader("plan", {**library_types(), **types_of(GROUPS["plan"])})
     entries = _entries_of_run(reader, written, notice)
-    own = types_of((PlanOutput,))
-    output = _validated(PlanOutput, {name: entry for name, entry in entries.items() if name in own}, reader.problems)
-    of_the_run = {name: entry for name, entry in entries.items() if name not in own}
+    output, of_the_run = _output_and_run(PlanOutput, reader, entries)
     train = _train_settings(reader, of_the_run, written, notice)
     assert output is not None
     return PlanSettings(train=train, json=output.json)
+
+
+def _output_and_run(
+    group: type[S], reader: EntryReader, entries: Mapping[str, Entry]
+) -> tuple[S | None, dict[str, Entry]]:
+    """What a command's own class holds, and the entries that are the run's."""
+    own = types_of((group,))
+    output = _validated(group, {name: entry for name, entry in entries.items() if name in own}, reader.problems)
+    return output, {name: entry for name, entry in entries.items() if name not in own}
 
 
 def read_sweep(written: Written, *, notice: Callable[[str], None] = _say_nothing) -> SweepSettings:

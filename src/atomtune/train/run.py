@@ -5,6 +5,7 @@ The walk of the house: data.cache → batch.collate → model → trainer → ru
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import StateDictType
 from transformers import PrinterCallback, set_seed
 
 from atomtune.batch.collate import Collator
-from atomtune.console import Console
+from atomtune.console import Console, print_json
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.tokenizer import Tokenizer
@@ -60,7 +61,9 @@ MANY_PASSES = 30
 
 def train(settings: TrainSettings) -> int:
     """Run `atomtune train`; the exit code, or an AtomtuneError that holds it."""
-    train_into_folder(settings)
+    folder = train_into_folder(settings)
+    if settings.json and os.environ.get("RANK", "0") == "0":
+        print_json(read_record(folder))
     return 0
 
 
@@ -73,7 +76,7 @@ def train_into_folder(settings: TrainSettings, *, speaks: bool = True) -> Path:
     args = trainer_arguments(settings)
     rehearse(settings, args)
     is_first = args.process_index == 0
-    console = Console(speaks=is_first and speaks)
+    console = Console(speaks=is_first and speaks, stderr=settings.json)
     _quiet(settings)
     folder = Path(args.output_dir)
     with held(folder, "run") if is_first else contextlib.nullcontext():
