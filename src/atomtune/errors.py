@@ -32,10 +32,13 @@ EXIT_CODE_MEANINGS = {
 }
 
 
-def listing(lines: Sequence[str], shown: int = SHOWN) -> str:
-    """Join problem lines, the first `shown` of them, and say how many more there are."""
-    rest = len(lines) - shown
-    return "\n".join([*lines[:shown], *([f"… and {rest:,} more."] if rest > 0 else [])])
+def listing(lines: Sequence[str], shown: int = SHOWN, *, unlisted: int = 0) -> str:
+    """Join problem lines, the first `shown` of them, and say how many more there are.
+
+    unlisted  how many problems have no line here
+    """
+    rest = max(len(lines) - shown, 0) + unlisted
+    return "\n".join([*lines[:shown], *([f"… and {rest:,} more."] if rest else [])])
 
 
 class AtomtuneError(Exception):

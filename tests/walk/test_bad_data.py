@@ -118,14 +118,14 @@ def test_a_file_without_permission_is_named(models, dialogues, tmp_path, capsys)
 
 def test_all_problems_come_at_once_and_all_are_in_the_record(models, tmp_path, capsys):
     data = tmp_path / "records.jsonl"
-    data.write_bytes(FILE + b"broken\n" * 30)
+    data.write_bytes(FILE + b"broken\n" * 30 + b'{"instruction": "Hello"}\n')
     assert train(models("llama"), data, tmp_path / "out") == 2
     told = capsys.readouterr().err
-    assert told.count("not JSON") == 20
-    assert "… and 10 more." in told
-    assert "30 of 34 records refused (all in run.json). --skip_bad trains on the other 4." in told
+    assert told.count("not JSON") == 3, "a common reason hides no other"
+    assert 'records.jsonl:35  no key "output"; keys here: instruction.\n… and 27 more.' in told
+    assert "31 of 35 records refused (all in run.json). --skip_bad trains on the other 4." in told
     refused = json.loads((tmp_path / "out" / "run.json").read_text())["records_refused"]
-    assert [one["origin"] for one in refused] == [f"records.jsonl:{n}" for n in range(5, 35)]
+    assert [one["origin"] for one in refused] == [f"records.jsonl:{n}" for n in range(5, 36)]
 
 
 BROKEN = {"instruction": SECRET}

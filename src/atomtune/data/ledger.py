@@ -1,12 +1,17 @@
 """Ledger: where every record and every token of one pass over a data set went."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from atomtune.data.records import Example, Refusal, RefusalKind
-from atomtune.errors import BadData, listing
+from atomtune.errors import SHOWN, BadData, listing
+
+#: How many records of one reason are named where more are refused than a message lists.
+_OF_A_REASON = 3
+_NUMBER = re.compile(r"\d+")
 
 
 @dataclass
@@ -149,4 +154,18 @@ def about_broken(ledger: Ledger) -> str:
 
 
 def _listed(refused: Sequence[Refusal]) -> str:
-    return listing([f"{refusal.origin}  {refusal.reason}." for refusal in refused])
+    """A line for each. Where that is too many, for the first of each reason: a common one hides no other."""
+    shown = refused if len(refused) <= SHOWN else _first_of_each_reason(refused)
+    lines = [f"{refusal.origin}  {refusal.reason}." for refusal in shown]
+    return listing(lines, unlisted=len(refused) - len(shown))
+
+
+def _first_of_each_reason(refused: Sequence[Refusal]) -> list[Refusal]:
+    seen: Counter[str] = Counter()
+    first = []
+    for refusal in refused:
+        reason = _NUMBER.sub("", refusal.reason)  # `not UTF-8 at byte 1` and `at byte 7` are one
+        seen[reason] += 1
+        if seen[reason] <= _OF_A_REASON:
+            first.append(refusal)
+    return first
