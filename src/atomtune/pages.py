@@ -49,6 +49,7 @@ def picture(path: Path, *, loss: str, title: str = "") -> Iterator["Axes"]:
     """Axes of losses by step, to draw curves on; they are written to `path` at the end. loss: what its axis says."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     # A name with two dollar signs is no formula.
     settings = {"font.family": ["DejaVu Sans", *_chinese_fonts()], "text.parse_math": False}
@@ -58,6 +59,9 @@ def picture(path: Path, *, loss: str, title: str = "") -> Iterator["Axes"]:
         axes = figure.subplots()
         yield axes
         axes.set_xlabel(label(message("step")))
+        axes.xaxis.set_major_locator(
+            MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+        )  # there is no step 2.5
         axes.set_ylabel(label(loss))
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)

@@ -5,6 +5,7 @@ import warnings
 import pytest
 from matplotlib.figure import Figure
 
+from atomtune.pages import picture
 from atomtune.train.run_report import draw_held_out, draw_loss, smoothed
 
 
@@ -55,3 +56,9 @@ def test_the_legend_explains_the_star_and_says_no_number_twice(points, legend):
     axes = Figure().subplots()
     draw_held_out(axes, points)
     assert [text.get_text() for text in axes.legend().get_texts()] == legend
+
+
+def test_the_axis_of_steps_has_no_halves(tmp_path):
+    with picture(tmp_path / "loss.png", loss="loss") as axes:
+        axes.plot([0, 20], [3.0, 2.0], label="x")
+    assert all(tick == int(tick) for tick in axes.get_xticks())  # 2.5, 7.5, … stood there

@@ -59,6 +59,7 @@ def test_a_run_tells_whether_it_worked(models, numbers, tmp_path, capsys):
 
     page = (out / "report.html").read_text(encoding="utf-8")
     assert told["sentences"][0] in page and "numbers.jsonl" in page
+    assert f"started {record['started'][:10]} {record['started'][11:16]} UTC" in page
     assert 'src="http' not in page and "<script" not in page
     assert len(record["samples"]) == 3
     held_out = {json.loads(line)["output"] for n, line in enumerate(numbers.read_text().splitlines(), 1)

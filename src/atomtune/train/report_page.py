@@ -36,6 +36,7 @@ def page(record: Mapping[str, Any], *, title: str, image: str, commands: Sequenc
         title=title,
         base=shown(record["settings"]["model_path"]["value"]),
         picture=image,
+        started=str(record["started"])[:16].replace("T", " "),
         ledger=list(_ledger(record)),
         work=list(_work(record)),
         settings=[row for row in rows if row[2] != DEFAULT],
