@@ -90,6 +90,12 @@ def test_a_folder_of_parquet_files_gives_the_train_split_with_the_name_of_each_f
     assert found[1250].origin == "repo/data/train-00001-of-00002.parquet:1"
 
 
+def test_the_folder_one_is_in_is_read(tmp_path: Path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n')
+    monkeypatch.chdir(tmp_path)
+    assert [record.value for record in read_values(".")] == [{"a": 1}]
+
+
 def test_a_folder_of_jsonl_is_read_as_strictly_as_a_file(tmp_path: Path):
     folder = tmp_path / "chats"
     folder.mkdir()

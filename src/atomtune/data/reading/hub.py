@@ -105,11 +105,11 @@ def files_of(folder: Path) -> list[Path]:
     here = [path for path in all_files(folder) if ending_of(path) in READ and path.name not in _NO_DATA]
     if not here:
         raise BadData(f"{folder}: not a file, and no folder of data files. Pass one with --dataset_path.")
+    # `datasets` follows links to the folder, not those in it (a snapshot of the hub is a folder of links).
+    root = folder.resolve()  # `.` has no name, which `datasets` wants
     with _explained(str(folder)):
-        chosen = datasets.load_dataset_builder(str(folder)).config.data_files
+        chosen = datasets.load_dataset_builder(str(root)).config.data_files
     try:
-        # `datasets` follows links to the folder, not those in it (a snapshot of the hub is a folder of links).
-        root = folder.resolve()
         splits = {str(split): [Path(file).relative_to(root) for file in files] for split, files in chosen.items()}
     except ValueError:
         raise BadData(

@@ -242,7 +242,7 @@ def _refuse_no_text(path: Path, head: bytes) -> None:
     """Raise BadData for what is no text, as its first bytes tell; else each of its lines would be a problem."""
     for magic, kind in _NOT_READ.items():
         if head.startswith(magic, _PLACES.get(magic, 0)):
-            raise BadData(f"{path}: a {kind} file; expected text. Unpack it, or export it as JSONL.")
+            raise BadData(f"{path}: a {kind} file; expected text. Unpack it, or save it as CSV (UTF-8) or JSONL.")
     if head.startswith(LFS_POINTER):
         raise BadData(
             f"{path}: a git-lfs pointer, not the file itself.\n"
