@@ -84,6 +84,14 @@ def test_what_is_no_settings_file_is_refused_by_place_on_one_line(refused, text,
     assert said in message and "\n" not in message
 
 
+def test_records_where_the_settings_file_stands_are_told_their_place(tmp_path):
+    """YAML's own words were `expected '<document start>', but found '{'`."""
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"instruction": "Hello", "output": "Hi"}\n' * 2)
+    with pytest.raises(BadSettings, match="a file of records: pass it with --dataset_path"):
+        read_train([str(path), "--model_path", "base"])
+
+
 def test_a_folder_is_no_settings_file(tmp_path):
     with pytest.raises(BadSettings, match="a folder; expected a YAML file of settings"):
         read_train([str(tmp_path), *BOTH])

@@ -30,6 +30,8 @@ _Yaml.add_implicit_resolver(
     list("-+.0123456789"),
 )
 
+#: Endings of files that hold records and never settings; a .json may be either.
+_OF_RECORDS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst")
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
 
 
@@ -89,6 +91,10 @@ def _text(path: Path) -> str:
         raise _Refused(f"{path}: a folder; expected a YAML file of settings.")
     if not path.is_file():
         raise _Refused(f"{path}: no such file. The first argument is a YAML file of settings; flags begin with --.")
+    if path.suffix in _OF_RECORDS:
+        raise _Refused(
+            f"{path}: a file of records: pass it with --dataset_path. The first argument is a YAML file of settings."
+        )
     if path.stat().st_size > MOST_BYTES:
         raise _Refused(f"{path}: larger than 1 MB; expected a file of settings, not of records.")
     try:
