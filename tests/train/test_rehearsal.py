@@ -101,6 +101,12 @@ def test_an_adapter_that_is_larger_than_the_memory_is_refused(models, dialogues,
     assert "--lora_rank 65,536: the adapter alone would take 0 GB" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--dataset_path", "--eval_path"])
+def test_records_that_are_nowhere_leave_no_folder(refused, flag):
+    # Each wrong name left a folder runs/NAME-1, runs/NAME-2, …
+    assert "nowhere.jsonl: no such file" in refused(flag, "nowhere.jsonl")
+
+
 def test_a_target_that_is_no_layer_is_told_the_layers(refused):
     said = refused("--lora_targets", "W_pack")
     assert "no module is called W_pack" in said and "q_proj (2)" in said

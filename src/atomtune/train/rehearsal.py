@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from atomtune.data.reading.sources import among_records
+from atomtune.data.reading.sources import among_records, refuse_missing
 from atomtune.errors import BadSettings
 from atomtune.model import liger
 from atomtune.model.adapter import expert_tensors
@@ -34,7 +34,7 @@ _REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, Arith
 
 def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
     """Raise BadSettings with every setting that would end the run after data and model were read; BadModel for a path
-    that is no base's."""
+    that is no base's, BadData for records that are nowhere."""
     kernels = liger.problems(liger_circumstances(settings.trainer, args), args.liger_kernel_config)
     problems = [*_folder_problems(settings, Path(args.output_dir)), *_optimizer_problems(args), *_hub_problems(args)]
     problems += kernels
@@ -56,6 +56,8 @@ def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
         )
     if problems:
         raise BadSettings(problems)
+    if not Path(args.output_dir).exists():  # a run that is finished needs no records to say so
+        refuse_missing(_sources(settings))
     if settings.lora.lora_targets == [ALL_LINEAR] and not settings.lora.lora_experts:
         read_config(str(settings.model.model_path), trust_remote_code=settings.model.trust_remote_code)
     else:
@@ -71,8 +73,13 @@ def _folder_problems(settings: TrainSettings, folder: Path) -> Iterator[str]:
         )
     elif own := foreign_files(folder):
         yield f"--output_dir {folder} holds {', '.join(own)}, which the run would replace. Pass another folder."
-    evaluation = [settings.data.eval_path] if settings.data.eval_path else []
-    yield from among_records([*settings.data.dataset_paths, *evaluation], folder)
+    yield from among_records(_sources(settings), folder)
+
+
+def _sources(settings: TrainSettings) -> list[str]:
+    """Where the records are: those to train on, and those to evaluate on."""
+    data = settings.data
+    return [*data.dataset_paths, *([data.eval_path] if data.eval_path else [])]
 
 
 def _optimizer_problems(args: TrainingArguments) -> Iterator[str]:

@@ -124,6 +124,13 @@ def read_files(
             yield DataFile(file_name, chunks, file.format, file.keys, file.roles)
 
 
+def refuse_missing(sources: Sequence[str]) -> None:
+    """Raise BadData for the first that is no file, no folder and no name of the hub."""
+    for source in sources:
+        if not hub.is_hub_name(source):
+            _existing(source)
+
+
 def _existing(source: Path | str) -> Path:
     path = _described(Path(source))
     if not path.exists():
