@@ -42,7 +42,7 @@ CLASSES: dict[str, tuple[bytes, str, str]] = {
     "Latin-1": (b'{"instruction": "x", "output": "caf\xe9"}', ":1", "not UTF-8 at byte 36"),
     "NUL bytes": (behind(b"\0" * 4096), ":5", "NUL bytes"),
     "NUL in a text": (behind(b'{"instruction": "x\0", "output": "y"}'), ":5", "NUL bytes"),
-    "control character": (behind(b'{"instruction": "x\x01", "output": "y"}'), ":5", "Invalid control character"),
+    "control character": (behind(b'{"instruction": "x\x01", "output": "y"}'), ":5", "a control character in a text"),
     "lone surrogate": (behind(b'{"instruction": "\\ud83d", "output": "y"}'), ":5", "half a surrogate pair"),
     "missing key": (behind(line({"instruction": SECRET})), ":5", 'no key "output"; keys here: instruction'),
     "misspelt key": (behind(line({"instruction": SECRET, "ouput": "y"})), ":5", "keys here: instruction, ouput"),

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from atomtune.data.reading.sources import (
 )
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
+from atomtune.language import catalogue
 
 HELLO = {"instruction": "你好", "input": "", "output": "Hello"}
 BYE = {"instruction": "再见", "input": "", "output": "Bye"}
@@ -112,6 +114,27 @@ def test_a_broken_line_is_named_and_the_lines_around_it_are_read(tmp_path):
     assert (first.value, last.value) == (HELLO, BYE)
     assert broken.origin == "train.jsonl:2"
     assert "not JSON" in broken.reason and "column" in broken.reason
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"a": }', "column 7: no value begins here"),
+        ("{a: 1}", "column 2: a key in double quotes is expected here"),
+        ('{"a" 1}', "column 6: a colon is expected here"),
+        ('{"a": 1 "b": 2}', "column 9: a comma or a closing bracket is expected here"),
+        ('{"a": "x', "column 7: the text that begins here has no closing quote"),
+        ('{"a": "x\ty"}', "column 9: a control character in a text"),
+        ('{"a": "\\x"}', "column 8: a backslash that escapes nothing"),
+        ("{“a”: 1}", "column 2: a typographic quote"),
+        ('{"a"：1}', "column 5: a full-width mark"),
+        ("{'a': 1}", "column 2: it is written as Python prints it"),
+    ],
+)
+def test_what_is_wrong_with_json_is_said_in_our_words(tmp_path, text, reason):
+    (refusal,) = read_values(written(tmp_path, text.encode()))
+    assert refusal.reason.startswith(f"not JSON at {reason}")
+    assert re.search("[\u4e00-\u9fff]", catalogue("zh").translated(refusal.reason).partition("：")[2])
 
 
 def test_a_gbk_line_is_refused_with_the_command_that_converts_it(tmp_path):

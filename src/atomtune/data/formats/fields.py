@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from atomtune.data.reading.raw import DECODER, TOO_DEEP, is_deeper, printable
+from atomtune.data.reading.raw import DECODER, TOO_DEEP, is_deeper, json_reason, printable
 from atomtune.language import message
 
 T = TypeVar("T")
@@ -64,9 +64,7 @@ def read_json(value: object, place: str) -> Field[Any]:
     except RecursionError:
         return Field(None, (f"{place} cannot be read as JSON: {TOO_DEEP}",))
     except ValueError as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        if value.lstrip().startswith(("[{'", "{'", "['")):
-            reason = "it is written as Python prints it, in single quotes; write it with json.dumps"
+        reason = json_reason(error) if isinstance(error, json.JSONDecodeError) else str(error)
         return Field(None, (f"{place} is not JSON: {printable(reason)}",))
 
 

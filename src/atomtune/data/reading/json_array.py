@@ -9,7 +9,15 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NoReturn
 
-from atomtune.data.reading.raw import DECODER, LONGEST_LINE, TOO_DEEP, RawRecord, encoding_reason, refuse_deep
+from atomtune.data.reading.raw import (
+    DECODER,
+    LONGEST_LINE,
+    TOO_DEEP,
+    RawRecord,
+    encoding_reason,
+    json_reason,
+    refuse_deep,
+)
 from atomtune.errors import BadData
 
 _SPACE = re.compile(r"\s*")
@@ -72,7 +80,7 @@ class _Window:
                 refuse_deep(value, self.text.count("[", self.at, end) + self.text.count("{", self.at, end))
             except json.JSONDecodeError as error:
                 if self.ended or not self._cut_off(error):
-                    self.refuse(error.msg)
+                    self.refuse(json_reason(error))
             except RecursionError:
                 self.refuse(TOO_DEEP)
             except ValueError as error:

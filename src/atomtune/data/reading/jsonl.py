@@ -17,6 +17,7 @@ from atomtune.data.reading.raw import (
     Lines,
     RawRecord,
     encoding_reason,
+    json_reason,
     refuse_deep,
 )
 from atomtune.data.records import Refusal, RefusalKind
@@ -98,5 +99,5 @@ def _why(line: bytes, error: json.JSONDecodeError) -> str:
     if error.msg == "Extra data":
         return "text after the end of the record; one record a line is expected"
     if line.strip() in (b"{", b"["):
-        return f"{error.msg}; one record a line is expected, or a JSON array of them"
-    return error.msg
+        return f"{json_reason(error)}; one record a line is expected, or a JSON array of them"
+    return json_reason(error)

@@ -85,6 +85,36 @@ def is_deeper(value: object, levels: int) -> bool:
     return any(isinstance(item, dict | list) and item for item in layer)
 
 
+#: What Python's reader of JSON says → what a person is told; some of it only from Python 3.13 on.
+_JSON_REASONS = {
+    "Expecting value": "no value begins here",
+    "Expecting property name enclosed in double quotes": "a key in double quotes is expected here",
+    "Expecting ':' delimiter": "a colon is expected here",
+    "Expecting ',' delimiter": "a comma or a closing bracket is expected here",
+    "Unterminated string starting at": "the text that begins here has no closing quote",
+    "Invalid control character at": "a control character in a text; write a tab as \\t, a line end as \\n",
+    "Invalid \\escape": "a backslash that escapes nothing; write two of them",
+    "Invalid \\uXXXX escape": "\\u without four hexadecimal digits behind it",
+    "Extra data": "text after the end of the value",
+    "Illegal trailing comma before end of object": "a comma before the closing bracket",
+    "Illegal trailing comma before end of array": "a comma before the closing bracket",
+}
+#: Marks of a word processor or a Chinese keyboard where JSON has its own.
+_QUOTES, _FULL_WIDTH_MARKS = "“”„‘’", "，：｛｝［］"
+
+
+def json_reason(error: json.JSONDecodeError) -> str:
+    """Why a text is no JSON, behind its place."""
+    character = error.doc[error.pos : error.pos + 1]
+    if character and character in _QUOTES:
+        return 'a typographic quote; JSON has " alone'
+    if character and character in _FULL_WIDTH_MARKS:
+        return "a full-width mark; JSON has , : { } [ ] alone"
+    if character == "'" or error.doc.lstrip().startswith(("{'", "[{'", "['")):
+        return "it is written as Python prints it, in single quotes; write it with json.dumps"
+    return _JSON_REASONS.get(error.msg, error.msg)
+
+
 def encoding_reason(line: bytes, at: int) -> str:
     """Why a line is refused that is not UTF-8 at byte `at`, and what mends it."""
     reason = f"not UTF-8 at byte {at + 1}"
