@@ -20,6 +20,8 @@ from atomtune.train.run_context import RunContext
 
 #: Steps that a run should have; fewer records are seen more often, in smaller batches.
 WANTED_STEPS = 200
+#: The shortest that max_seq_length is set to, where the base bears it.
+LEAST_LENGTH = 256
 #: Fewer steps than this rarely teach an adapter much.
 FEW_STEPS = 100
 #: The largest that leaves enough steps is taken; a step has at least so many records.
@@ -148,7 +150,10 @@ def _longest(size: Size, shape: BaseShape) -> tuple[int, str]:
     """As long as the longest record, in steps of 64 tokens; only the base's limit cuts any."""
     if size.records is None or size.longest >= shape.longest:
         return shape.longest, shape.longest_why
-    tokens = max(64 * math.ceil(size.longest / 64), 256)
+    tokens = 64 * math.ceil(size.longest / 64)
+    least = min(LEAST_LENGTH, shape.longest)
+    if tokens < least:
+        return least, f"the longest record has {size.longest:,} tokens, and {least} is the least"
     return min(tokens, shape.longest), f"the longest record has {size.longest:,} tokens"
 
 
