@@ -16,6 +16,7 @@ from atomtune.console import Console
 from atomtune.language import LANGUAGES, Catalogue, catalogue, language_of, singular, spoken, translated
 from atomtune.settings.help import help_text
 from atomtune.settings.read import GROUPS
+from atomtune.train.report_page import page
 from tests.conftest import write_jsonl
 from tools.messages import CATALOGUE, SOURCE, all_messages, messages_of
 
@@ -305,6 +306,15 @@ def test_the_page_of_a_chinese_run_is_chinese(chinese_run):
     assert not english_in(re.sub("<[^>]*>", "\n", words))
     for part in ("留出集损失", "没有参加训练的提示", "读入的记录", "计算量"):
         assert part in words
+
+
+def test_the_reason_of_a_value_is_chinese_on_the_page(chinese_run):
+    """`auto: the largest; --max_steps sets …` was taken for `{kind} of {number}`, whose Chinese begins at its end."""
+    _, folder = chinese_run
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    record["settings"]["learning_rate"]["source"] = "auto: the largest; --max_steps sets the number of steps"
+    with spoken("zh"):
+        assert "<td>auto: 取最大值；步数由 --max_steps 决定</td>" in page(record, title="", image="", commands=[])
 
 
 def test_the_files_of_a_chinese_run_are_english(chinese_run):
