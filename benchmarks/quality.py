@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -106,14 +107,19 @@ def train_trl(base: Path, data: Path, out: Path, options: argparse.Namespace) ->
     return float(clock.seconds)
 
 
-@torch.no_grad()
 def held_out_loss(base: Path, adapter: Path, data: Path) -> float:
-    """Mean nats of an answer token, one record at a time."""
+    """Mean nats of an answer token under a saved adapter."""
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(plain_model(base, torch.float32), str(adapter)).eval()
+    return mean_nats(model, encoded(base, data))
+
+
+@torch.no_grad()
+def mean_nats(model: Any, examples: Sequence[dict[str, list[int]]]) -> float:
+    """Mean nats of an answer token, one record at a time."""
     nats, tokens = 0.0, 0
-    for example in encoded(base, data):
+    for example in examples:
         ids = torch.tensor([example["input_ids"]])
         learned = torch.tensor(example["completion_mask"][1:], dtype=torch.bool)
         log_probabilities = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)  # [T - 1, V]

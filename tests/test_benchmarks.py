@@ -17,7 +17,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from atomtune.model.lora_targets import all_linear
-from benchmarks import defaults, families, gpu, gpu_meter, gpu_workloads, quality, side_by_side, workloads
+from benchmarks import defaults, families, gpu, gpu_meter, gpu_workloads, quality, replay, side_by_side, workloads
 from benchmarks.contender import lora, plain_model
 from benchmarks.side_by_side import Run
 
@@ -264,6 +264,20 @@ def test_a_question_is_learned_or_held_out_and_never_both(tmp_path):
     )
     assert len(learned) == len(held_out) == 50
     assert not learned & held_out
+
+
+@pytest.mark.slow
+def test_a_run_is_the_one_that_plain_peft_makes_of_its_first_weights_and_order(tmp_path, capsys):
+    lines = PERSONA.read_text(encoding="utf-8").splitlines()
+    data, held_out = tmp_path / "learned.jsonl", tmp_path / "held-out.jsonl"
+    data.write_text("\n".join(lines[:24]) + "\n", encoding="utf-8")
+    held_out.write_text("\n".join(lines[-8:]) + "\n", encoding="utf-8")
+    flags = ["--num_train_epochs", "2", "--per_device_train_batch_size", "8", "--learning_rate", "2e-3"]
+    losses = replay.compare(ROOT / "src" / "atomtune" / "demo" / "base", data, held_out, flags)
+    assert len(losses) == 2 and losses[1] < losses[0]
+    for ours, plain in losses:
+        assert ours == pytest.approx(plain, rel=1e-4)
+    capsys.readouterr()
 
 
 @pytest.mark.slow

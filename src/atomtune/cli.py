@@ -255,8 +255,9 @@ def _print_help_as_json(name: str | None = None) -> None:
 def _notice(text: str) -> None:
     """On standard error, where it is in nobody's way; in a job of several processes by the first alone."""
     from atomtune.console import Console
+    from atomtune.settings.environment import is_first_process
 
-    Console(stderr=True, speaks=os.environ.get("RANK", "0") == "0").notice(text)
+    Console(stderr=True, speaks=is_first_process()).notice(text)
 
 
 def _say(text: str) -> None:

@@ -28,6 +28,11 @@ def let_waiting_threads_sleep(environment: MutableMapping[str, str] = os.environ
         environment.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
+def is_first_process(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process speaks for its job: the only one, or the first that a launcher started."""
+    return environment.get("RANK", "0") == "0"
+
+
 def environment_problems(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
     """A line for each variable that no launcher would have set so."""
     numbers = {}

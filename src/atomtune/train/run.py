@@ -5,7 +5,6 @@ The walk of the house: data.cache → batch.collate → model → trainer → ru
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from atomtune.model.memory import StepShape, is_out_of_memory, peak_bytes, remed
 from atomtune.model.recompute import recompute_first
 from atomtune.model.step_graphs import StepGraphs
 from atomtune.model.token_rows import guard_embedding, refuse_tokens_without_row, say_untrained_stop
+from atomtune.settings.environment import is_first_process
 from atomtune.settings.fields import TrainSettings
 from atomtune.train.arguments import lengths, lengths_asked, trainer_arguments
 from atomtune.train.callbacks import BeforeFirstStep, Stop
@@ -62,7 +62,7 @@ MANY_PASSES = 30
 def train(settings: TrainSettings) -> int:
     """Run `atomtune train`; the exit code, or an AtomtuneError that holds it."""
     folder = train_into_folder(settings)
-    if settings.json and os.environ.get("RANK", "0") == "0":
+    if settings.json and is_first_process():
         print_json(read_record(folder))
     return 0
 
