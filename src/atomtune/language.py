@@ -19,7 +19,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Formatter
 
@@ -215,6 +215,11 @@ _language = "en"  # that is spoken
 def translated(text: str, *, is_ours: bool = True) -> str:
     """A text in the language that is spoken; is_ours: False where it may hold another's words."""
     return singular(text) if _language == "en" else catalogue(_language).translated(text, is_ours=is_ours)
+
+
+def listed(parts: Iterable[str]) -> str:
+    """Texts in the language that is spoken, one behind the other."""
+    return (", " if _language == "en" else _LIST_MARKS[", "]).join(parts)
 
 
 def message(text: str) -> str:

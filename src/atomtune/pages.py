@@ -5,6 +5,7 @@ A page loads nothing and runs no script; texts of records reach it escaped. Its 
 """
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator
 from importlib import resources
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 
 from atomtune.disk import replacing
 from atomtune.language import language_spoken, message, translated
@@ -33,6 +35,7 @@ _CHINESE_FONTS = (
     "Noto Serif CJK SC",
     "Noto Serif CJK JP",
 )
+_FLAG = re.compile(r"(?<!\w)(--[a-z]\w*)")
 
 
 def rendered(room: str, template: str, **values: Any) -> str:
@@ -41,7 +44,13 @@ def rendered(room: str, template: str, **values: Any) -> str:
     style = resources.files("atomtune.evaluate") / "html" / "page.css"  # one look for all pages
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {"t": translated, "language": language_spoken()}
+    environment.filters["flags_whole"] = flags_whole
     return environment.from_string(source).render(style=style.read_text(encoding="utf-8"), **values)
+
+
+def flags_whole(text: str) -> Markup:
+    """A text with each `--flag` as code, which no line end cuts: a browser breaks a line behind a hyphen."""
+    return Markup(_FLAG.sub(r"<code>\1</code>", str(escape(text))))
 
 
 @contextlib.contextmanager
@@ -55,7 +64,8 @@ def picture(path: Path, *, loss: str, title: str = "") -> Iterator["Axes"]:
     settings = {"font.family": ["DejaVu Sans", *_chinese_fonts()], "text.parse_math": False}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a title may be in any script
-        figure = Figure(figsize=(7, 4), dpi=120)  # not pyplot's: a notebook's own pictures stay as they are
+        # Small, so that its letters are large on a phone; not pyplot's: a notebook's own pictures stay as they are.
+        figure = Figure(figsize=(5.6, 3.6), dpi=150)
         axes = figure.subplots()
         yield axes
         axes.set_xlabel(label(message("step")))
@@ -66,7 +76,7 @@ def picture(path: Path, *, loss: str, title: str = "") -> Iterator["Axes"]:
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=9)
         figure.tight_layout()
         with replacing(path) as file:
             figure.savefig(file, format=path.suffix.lstrip(".") or "png")

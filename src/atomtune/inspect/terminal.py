@@ -17,7 +17,7 @@ from atomtune.data.records import RefusalKind
 from atomtune.inspect.checks import MEANINGS, Finding
 from atomtune.inspect.histogram import Bar, Limit, histogram, percentiles
 from atomtune.inspect.report import Report
-from atomtune.language import message, translated
+from atomtune.language import listed, message, translated
 
 #: Origins that stand beside a problem.
 _SHOWN = 3
@@ -84,7 +84,7 @@ def _say_savings(report: Report, console: Console) -> None:
     for line in savings(report):
         console.say(f"  {translated(line)}")
     _section(console, message("Writing"))
-    shares = ", ".join(f"{translated(name)} {share:.1%}" for name, share in scripts(report))
+    shares = listed(f"{translated(name)} {share:.1%}" for name, share in scripts(report))
     console.say(f"  {shares} of all letters" if shares else "  no letters")
 
 

@@ -19,7 +19,7 @@ from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.ledger import refuse_broken, refuse_unusable
 from atomtune.data.reading.sources import size_of
 from atomtune.errors import BadSettings
-from atomtune.language import translated
+from atomtune.language import listed, translated
 from atomtune.model.adapter import LoraSpec
 from atomtune.model.base_shape import base_shape
 from atomtune.model.load import device_in_use, dtype_name, load_tokenizer, quiet_libraries, resolve_dtype
@@ -353,7 +353,7 @@ def _say(forecast: Forecast, console: Console, *, quantized: bool) -> None:
     )
     if reason := forecast.size.why_padded:
         console.say(f"layout padded: one record a row, because {reason}.")
-    parts = ", ".join(f"{translated(name)} {decimal(part)}" for name, part in memory.parts.items())
+    parts = listed(f"{translated(name)} {decimal(part)}" for name, part in memory.parts.items())
     needs = decimal(memory.peak)
     console.say(f"Memory of a heavy step ({run.heaviest:,} tokens) on {forecast.device}: {needs} = {parts}.")
     console.print(_table_of_devices(forecast))

@@ -1,0 +1,8 @@
+"""Texts on pages reach them escaped, and a flag is not cut behind its hyphens."""
+
+from atomtune.pages import flags_whole
+
+
+def test_a_flag_in_a_text_is_whole_and_the_text_is_escaped():
+    text = flags_whole("try --max_steps 60 <b>, not --2 or a--b")
+    assert str(text) == "try <code>--max_steps</code> 60 &lt;b&gt;, not --2 or a--b"
