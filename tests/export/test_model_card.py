@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from atomtune.cli import main
-from atomtune.export.model_card import licence_of, model_card, shown_base
+from atomtune.export.model_card import hub_name, licence_of, model_card, shown_base
 from atomtune.model.adapter_folder import AdapterMetadata
 from tests.conftest import DIALOGUES, write_jsonl
 
@@ -107,3 +107,11 @@ def test_the_licence_is_the_one_in_the_bases_card(tmp_path):
         (tmp_path / "README.md").write_text(text)
         assert licence_of(str(tmp_path)) == licence
     assert shown_base(str(tmp_path)) == tmp_path.name
+
+
+def test_a_base_in_the_hubs_cache_is_called_as_the_hub_calls_it(tmp_path):
+    folder = tmp_path / "models--Qwen--Qwen3-0.6B" / "snapshots" / "c1899de289a04d12100db370d81485cdf75e47ca"
+    folder.mkdir(parents=True)
+    assert hub_name(str(folder)) == shown_base(str(folder)) == "Qwen/Qwen3-0.6B"
+    assert hub_name(str(tmp_path)) is None, "a folder of the user's own is on no hub"
+    assert hub_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"

@@ -41,6 +41,8 @@ _NOT_SHOWN = re.compile(
 #: A line of a card's front matter, which is YAML.
 _LICENCE = re.compile(r"^license:[ \t]*(?P<quote>[\"']?)(?P<name>[\w.+-]+)(?P=quote)[ \t]*(#.*)?\r?$", re.MULTILINE)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+#: Where the hub's library keeps a model; no name there has two hyphens in a row.
+_HUB_CACHE = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)[\\/]snapshots[\\/]")
 
 
 def model_card(record: Mapping[str, Any], metadata: AdapterMetadata, history: Sequence[Mapping[str, Any]]) -> str:
@@ -64,7 +66,15 @@ def model_card(record: Mapping[str, Any], metadata: AdapterMetadata, history: Se
 
 def shown_base(base: str) -> str:
     """A hub's name, or the last part of a folder's path."""
-    return base if not Path(base).exists() and _HUB_NAME.fullmatch(base) else Path(base).name
+    return hub_name(base) or Path(base).name
+
+
+def hub_name(base: str) -> str | None:
+    """What the hub calls a base: its name, or of a folder in the hub's cache that of the model; else None."""
+    if Path(base).exists():
+        cached = _HUB_CACHE.search(base)
+        return f"{cached['owner']}/{cached['name']}" if cached else None
+    return base if _HUB_NAME.fullmatch(base) else None
 
 
 def licence_of(base: str) -> str | None:
@@ -82,8 +92,8 @@ def licence_of(base: str) -> str | None:
 def _front_matter(base: str) -> str:
     """What a hub reads. A folder on this machine is no base that a hub could name."""
     values: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "atomtune"]}
-    if shown_base(base) == base:
-        values["base_model"] = base
+    if name := hub_name(base):
+        values["base_model"] = name
     if licence := licence_of(base):
         values["license"] = licence
     return "---\n" + yaml.safe_dump(values, sort_keys=True, allow_unicode=True) + "---"
