@@ -55,3 +55,9 @@ def test_a_name_of_an_unreachable_hub_is_refused_at_once(free_port):
     seconds, _, message = ended.stdout.partition(" ")
     assert "cannot be reached" in message
     assert float(seconds) < 15, "the library's retries take 46 seconds"
+
+
+def test_a_hub_that_the_user_switched_off_is_not_called_unreachable():
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run([sys.executable, "-c", _LOAD], capture_output=True, text=True, env=environment, check=True)
+    assert "HF_HUB_OFFLINE forbids asking the hub" in ended.stdout

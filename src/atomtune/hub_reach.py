@@ -10,6 +10,8 @@ from huggingface_hub import constants
 
 #: Seconds to wait for a connection.
 PATIENCE = 5.0
+#: Whether HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) forbids asking, as the user set it.
+OFFLINE_BY_CHOICE = constants.is_offline_mode()
 
 
 def stay_offline_if_unreachable() -> None:

@@ -65,7 +65,15 @@ def test_a_value_that_does_not_fit_is_told_what_was_expected(name, value, expect
 
 @pytest.mark.parametrize("name", ["lr_scheduler_type", "optim"])
 def test_a_long_list_of_choices_is_named_whole(name):
-    assert re.match(rf"--{name} 'cosin': expected one of (\w+, )+\w+\.$", problem(f"--{name}", "cosin"))
+    assert re.match(rf"--{name} 'cosin': expected one of (\w+, )+\w+\.( |$)", problem(f"--{name}", "cosin"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [("lr_scheduler_type", "cosin", "cosine"), ("layout", "pack", "packed"), ("dtype", "Float_32", "float32")],
+)
+def test_a_choice_that_is_nearly_right_is_named(name, value, meant):
+    assert problem(f"--{name}", value).endswith(f". Did you mean {meant}?")
 
 
 def test_a_setting_that_is_missing_is_explained():

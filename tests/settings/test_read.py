@@ -51,6 +51,15 @@ def test_a_flag_goes_before_yaml_and_yaml_before_the_default(run_yaml):
     assert (settings.trainer["seed"], settings.trainer["max_steps"]) == (3, 5)
 
 
+def test_a_flag_that_stands_twice_is_told_and_the_last_one_counts():
+    said: list[str] = []
+    settings = read_train([*BOTH, "--lora_rank", "4", "--seed=1", "--lora-rank", "2"], notice=said.append)
+    assert settings.lora.lora_rank == 2
+    assert said == ["given more than once: --lora_rank. The last one counts."]
+    read_train([*BOTH, "--dataset_path", "more.jsonl"], notice=said.append)
+    assert len(said) == 1, "a list grows with each"
+
+
 def test_every_value_says_where_it_came_from(run_yaml):
     told = run_yaml("# mine\nlora_alpha: 16\n\nmax_steps: 5\n", "--lora_rank", "2", "--seed", "3").resolved()
     assert told["lora_dropout"] == {"value": 0.1, "source": "default"}

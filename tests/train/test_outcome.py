@@ -79,6 +79,31 @@ def test_a_run_that_changed_no_answer_is_not_said_to_have_worked(held_out, says)
     assert not all_as_before([])
 
 
+@pytest.mark.parametrize("held_out", [[3.0, 2.0, 1.5, 1.2, 1.0], [3.0, 1.2, 1.02, 1.01, 1.0]])
+def test_a_run_whose_answers_are_broken_is_not_said_to_have_worked(held_out):
+    text = " ".join(replace(told(held_out, FALLING), answers=3, broken=2).sentences())
+    assert "but 2 of the 3 answers" in text and "It worked" not in text
+    assert "It worked" in " ".join(replace(told(held_out, FALLING), answers=3, broken=1).sentences())
+
+
+@pytest.mark.parametrize(
+    ("after", "endless", "is_broken"),
+    [
+        ("Arr, the sea!", False, False),
+        ("", False, True),
+        ("the sea the sea the sea the sea the sea the sea", False, True),
+        ("哈哈哈哈", False, False),
+        ("Arr, the sea, and a word more of it, and one …", True, True),
+        ("Arr, the sea …", True, False),  # a reference as long had no end there either
+        ("Arr, the sea, and a word more of it, and one …", False, False),  # the time was over
+    ],
+)
+def test_an_answer_is_broken_by_its_form(after, endless, is_broken):
+    assert Sample("Who?", "Arr, the sea!", after=after, endless=endless).is_broken == is_broken
+    loop = "ho ho ho ho ho ho"
+    assert not Sample("Laugh", loop, after=loop).is_broken, "the reference does so too"
+
+
 def test_answers_that_are_shown_are_what_tells_where_nothing_is_held_out():
     assert "only the answers shown tell" in " ".join(replace(told([], FALLING), answers=3).sentences())
 

@@ -67,6 +67,14 @@ def test_a_run_tells_whether_it_worked(models, numbers, tmp_path, capsys):
     assert {sample["reference"] for sample in record["samples"]} <= held_out
 
 
+def test_a_rate_that_is_far_too_high_is_told_before_the_run(models, numbers, tmp_path, capsys):
+    for rate, is_told in (("0.03", False), ("0.05", True)):  # the run's own is 4e-3
+        words = [*command(models("llama"), numbers, tmp_path / rate), "--learning_rate", rate, "--max_steps", "1"]
+        assert main(words) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("times what this base gets by itself (0.004)" in said) == is_told
+
+
 @pytest.mark.slow
 def test_a_resumed_run_takes_what_the_run_that_began_took(models, numbers, tmp_path, capsys, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 
 from atomtune.disk import expanded
 from atomtune.errors import AtomtuneError, BadModel
-from atomtune.hub_reach import stay_offline_if_unreachable
+from atomtune.hub_reach import OFFLINE_BY_CHOICE, stay_offline_if_unreachable
 from atomtune.model.failures import of_the_model
 from atomtune.model.json_files import is_lfs_pointer
 
@@ -128,6 +128,11 @@ def _remedy(path: str, what: str, sentence: str, error: BaseException) -> str:  
     if caused_by(RepositoryNotFoundError):
         return "no folder here and no model on the hub has this name. Check the spelling, or hf auth login."
     if caused_by(*_UNREACHABLE) or _TRANSPORT_ERRORS & {type(cause).__name__ for cause in causes}:
+        if OFFLINE_BY_CHOICE:
+            return (
+                "no folder here has this name, the hub's cache has no such model, and HF_HUB_OFFLINE forbids asking "
+                "the hub.\nUnset HF_HUB_OFFLINE, or pass a model's folder."
+            )
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rpartition("@")[2]  # no user:token@
         return (
             f"no folder here has this name, and the hub at {endpoint} cannot be reached.\n"

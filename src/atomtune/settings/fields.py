@@ -280,6 +280,7 @@ class LoraSettings:
     lora_experts: bool = setting(
         False,
         "adapt the experts of a mixture of experts too: they are most of its weights, and stay frozen otherwise",
+        rare=True,
     )
 
     def lora(self) -> dict[str, Any]:
@@ -346,20 +347,25 @@ class TrainerSettings:
         "steps between two lines of loss and speed; below 1, a share of all steps; default: auto, 50 lines or more",
         more_than=0,
         unit="steps",
+        rare=True,
     )
     eval_strategy: str | None = setting(
         None,
         "when to evaluate; default: auto, before the first step and after each epoch (or ten times in a run of few or "
         "many epochs) if there are records to evaluate on",
+        rare=True,
     )
     eval_steps: float | None = setting(
         None,
         "with --eval_strategy steps: steps between two evaluations [as --logging_steps]",
         more_than=0,
         unit="steps",
+        rare=True,
     )
     save_strategy: str | None = setting(
-        None, "when to save a checkpoint; default: auto, with each evaluation, else as --save_steps says"
+        None,
+        "when to save a checkpoint; default: auto, with each evaluation, else as --save_steps says",
+        rare=True,
     )
     save_steps: float | None = setting(
         None,
@@ -371,9 +377,14 @@ class TrainerSettings:
         None,
         "end with the adapter of the best evaluation, not of the last step; default: auto, where a checkpoint is saved "
         "with each evaluation",
+        rare=True,
     )
     save_total_limit: int | None = setting(
-        3, "how many checkpoints to keep; the oldest are removed", at_least=1, unit="checkpoints"
+        3,
+        "how many checkpoints to keep; the oldest are removed",
+        at_least=1,
+        unit="checkpoints",
+        rare=True,
     )
     seed: int = setting(42, "seed for shuffling, initial weights and dropout", at_least=0, at_most=LARGEST_SEED)
     data_seed: int | None = setting(
@@ -454,6 +465,7 @@ class RunSettings:
         "stop after so many evaluations in a row without a lower held-out loss; 0: never",
         at_least=0,
         unit="evaluations",
+        rare=True,
     )
     max_minutes: float = setting(
         0.0,

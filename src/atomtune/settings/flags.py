@@ -48,6 +48,7 @@ class EntryReader:
         self.command, self.types = command, types
         self.problems: list[str] = []
         self.translated: list[str] = []  # `--lr → --learning_rate`: names of other tools that were understood
+        self.repeated: dict[str, None] = {}  # flags that stand twice on the command line, in order
 
     def read(self, argv: Sequence[str]) -> dict[str, Entry]:
         """YAML first, then flags, which win."""
@@ -124,13 +125,16 @@ class EntryReader:
 
     def _known_words(self, argv: Sequence[str]) -> Iterator[str]:
         """The words without unknown flags and their values; each unknown flag becomes a problem."""
-        skipping = False
+        skipping, seen = False, set()
         for word in argv:
             if word.startswith("--"):
                 name, equals, value = word[2:].partition("=")
                 flag = self._known_flag(name.replace("-", "_"))
                 skipping = flag is None
                 if flag is not None:
+                    if flag in seen and arity(self.types.get(flag)).get("action") != "extend":
+                        self.repeated[flag_of(flag)] = None
+                    seen.add(flag)
                     yield f"{flag_of(flag)}{equals}{value}"
             elif not skipping:
                 # argparse reads `-1` as a number, but `-1e-4` and `-inf` as flags.

@@ -1,7 +1,7 @@
 """Names: what people call settings in other tools and older versions, and what they are called here."""
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 
 def _by_name(lists: Mapping[str, str]) -> dict[str, str]:
@@ -152,12 +152,16 @@ def synonym(name: str, types: Collection[str]) -> str | None:
     return ours if ours in types else None
 
 
-def value_advice(name: str, value: object, *, in_yaml: bool) -> str:
-    """What to do about a value that another tool has for a setting of this name; "" where nothing is known of it."""
+def value_advice(name: str, value: object, *, in_yaml: bool, choices: Sequence[str] = ()) -> str:
+    """What to do about a value that a setting does not take; "" where nothing is known of it.
+
+    It may be another tool's for a setting of this name, or one of these choices misspelled.
+    """
     text = VALUES_ELSEWHERE.get((name, str(value).lower()), "")
-    if not text:
-        return ""
-    return f" {text.replace(' --', ' ') if in_yaml else text}."
+    if text:
+        return f" {text.replace(' --', ' ') if in_yaml else text}."
+    similar = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.7)
+    return f" Did you mean {similar[0]}?" if similar else ""
 
 
 def advice(name: str, types: Mapping[str, object], *, in_yaml: bool) -> str:

@@ -21,7 +21,7 @@ from atomtune.settings.contradictions import contradictions
 from atomtune.settings.earlier_run import entries_of_earlier_run
 from atomtune.settings.entry import OF_THE_DEMO, OWN_DEFAULT, Entry
 from atomtune.settings.environment import cache_notices, environment_problems, waiting_notice
-from atomtune.settings.expect import expected, field_infos
+from atomtune.settings.expect import choices_in, expected, field_infos
 from atomtune.settings.fields import (
     AUTOMATIC,
     CHANGED_DEFAULTS,
@@ -245,6 +245,8 @@ def _entries(reader: EntryReader, written: Written, notice: Callable[[str], None
     entries = reader.read_keywords(written) if isinstance(written, Mapping) else reader.read(written)
     if reader.translated:
         notice(f"names of other tools, read as atomtune's: {', '.join(reader.translated)}.")
+    if reader.repeated:
+        notice(f"given more than once: {', '.join(reader.repeated)}. The last one counts.")
     # `auto` over a number in run.yaml: as if neither were written.
     return {name: entry for name, entry in entries.items() if name not in AUTOMATIC or entry.value != "auto"}
 
@@ -291,7 +293,7 @@ def _misfit(name: str, entry: Entry | None, kind: Any, info: FieldInfo) -> str:
         example = f"[{', '.join(paths)}]" if len(paths) > 1 else "".join(paths) or EXAMPLES.get(name, "a b")
         told = " Its format is told from its records." if paths else ""
         return f"{entry.origin}: {name}: expected words, as `{name}: {example}`.{told}"
-    advised = value_advice(name, entry.value, in_yaml=not entry.origin.startswith("--"))
+    advised = value_advice(name, entry.value, in_yaml=not entry.origin.startswith("--"), choices=choices_in(kind))
     return f"{entry.place(name)}: expected {expected(kind, info)}.{advised}"
 
 
@@ -329,7 +331,8 @@ def _trainer_values(
             values[name] = getattr(declared, name)
         choices = choices_of(library[name])
         if choices and entry.value is not None and str(entry.value) not in choices:
-            problems.append(f"{entry.place(name)}: expected one of {', '.join(choices)}.")
+            advised = value_advice(name, entry.value, in_yaml=not entry.origin.startswith("--"), choices=choices)
+            problems.append(f"{entry.place(name)}: expected one of {', '.join(choices)}.{advised}")
     return values
 
 

@@ -41,6 +41,8 @@ SHORT_RUN, CHECKPOINT_STEPS = 50, 500
 #: Bounded where nothing was measured.
 RATE, RATE_WIDTH, RATE_POWER, RATE_ALPHA = 5e-4, 2000, 0.78, 32
 LOWEST_RATE, HIGHEST_RATE, UNKNOWN_RATE = 1e-4, 4e-3, 2e-4
+#: So many times the rate of the formula is past all that ever helped: four times is too high for each kind of records.
+FAR_TOO_HIGH = 10
 
 #: In a checkpoint's manifest: the limit that records were encoded with where max_seq_length was auto.
 _LONGEST = "longest_record"
@@ -116,6 +118,7 @@ def with_defaults(run: RunContext, size: Size, shape: BaseShape) -> RunContext:
     of_manifest = {**derived.values, _LONGEST: shape.longest}
     run = replace(run, settings=settings, args=trainer_arguments(settings), derived=of_manifest)
     _say(run, derived, size)
+    _warn_of_rate(run, shape)
     return run
 
 
@@ -313,6 +316,16 @@ def _say(run: RunContext, derived: Derived, size: Size) -> None:
         run.console.notice(
             f"{size.records:,} records make {steps:,} steps, which may be too few to learn much. More records help "
             "most; then a higher --num_train_epochs, or a smaller --per_device_train_batch_size."
+        )
+
+
+def _warn_of_rate(run: RunContext, shape: BaseShape) -> None:
+    """A rate that was set, and with which the loss most likely rises."""
+    rate, (own, _) = run.args.learning_rate, learning_rate(shape.width, run.settings.lora.lora_alpha)
+    if shape.width is not None and "adam" in run.args.optim and rate > FAR_TOO_HIGH * own:
+        run.console.notice(
+            f"--learning_rate {rate:g} is {rate / own:,.0f} times what this base gets by itself ({own:g}); the loss "
+            "will most likely rise. Leave the setting out, or lower it."
         )
 
 

@@ -63,7 +63,12 @@ def _say_no_report(run: RunContext, why: str) -> None:
 def _report(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: LossPicture, ledger: Ledger) -> None:
     """What stays of a finished run beside the adapter, and what is said of it."""
     answered = samples.answer_after()
-    result = replace(_outcome_of(trainer), answers=len(answered), as_before=all_as_before(answered))
+    result = replace(
+        _outcome_of(trainer),
+        answers=len(answered),
+        as_before=all_as_before(answered),
+        broken=sum(sample.is_broken for sample in answered),
+    )
     history = trainer.state.log_history
     held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     run.record.update(

@@ -31,6 +31,7 @@ class Outcome:
     train_first, train_last  training loss at the beginning and the end
     answers     to prompts that are not trained on, which are shown before and after
     as_before   whether the tuned model gives all of them word for word as the base does, and none as its reference
+    broken      of those answers, how many are empty, repeat one piece or do not end
     """
 
     verdict: Verdict
@@ -46,6 +47,7 @@ class Outcome:
     train_last: float | None
     answers: int = 0
     as_before: bool = False
+    broken: int = 0
 
     def to_run_json(self) -> dict[str, Any]:
         return {**asdict(self), "sentences": self.sentences()}
@@ -85,6 +87,12 @@ class Outcome:
                 text = (
                     f"Overfitting: past step {self.best_step:,} the held-out loss rose again. More records help most; "
                     f"else stop there ({self._length} {self._until_best()})."
+                )
+            case "too short" | "level" if 2 * self.broken > self.answers:
+                text = (
+                    f"The held-out loss fell, but {self.broken} of the {self.answers} answers shown are empty, repeat "
+                    "themselves or do not end: read them before you use the adapter. More records help most; else try "
+                    "half the --learning_rate."
                 )
             case "too short" if self.as_before:
                 text = (

@@ -6,6 +6,7 @@ them, and a model that cannot answer here costs a notice and not the run.
 
 import json
 import random
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -35,16 +36,29 @@ _TRIED = 20
 _CANNOT = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
 #: Characters of a text on the screen; report.html and run.json have all of it.
 _SHOWN = 400
+#: One piece of 2 to 40 characters, five times or more without anything between.
+_LOOP = re.compile(r"(.{2,40}?)\1{4,}", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt with its answers; text as a person reads it."""
+    """A prompt with its answers; text as a person reads it.
+
+    endless  whether the tuned model's answer had no end within LONGEST_ANSWER tokens
+    """
 
     prompt: str
     reference: str
     before: str = ""
     after: str = ""
+    endless: bool = False
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the tuned model's answer is nothing that a person would send: by its form, not by what it says."""
+        runs_on = self.endless and 0 < 2 * len(self.reference) < len(self.after)
+        loops = bool(_LOOP.search(self.after)) and not _LOOP.search(self.reference)
+        return runs_on or loops or (not self.after and bool(self.reference))
 
 
 @dataclass
@@ -70,7 +84,9 @@ class Samples:
             samples._take_held_out(data.evaluate, shared_instruction=data.ledger.shared_instruction)
         with random_state_kept(), model.disable_adapter():
             before = samples._answers()
-        samples.samples = [replace(sample, before=text) for sample, text in zip(samples.samples, before, strict=False)]
+        samples.samples = [
+            replace(sample, before=text) for sample, (text, _) in zip(samples.samples, before, strict=False)
+        ]
         return samples
 
     def _take_demo(self) -> None:
@@ -95,9 +111,9 @@ class Samples:
                 reference = tokenizer.decode(list(example.ids[start:end]), skip_special_tokens=True).strip()
                 self.samples.append(Sample(_text_of(question, without=shared_instruction), reference))
 
-    def _answers(self) -> list[str]:
-        """One for each prompt, or fewer where the time is over or the model cannot answer here."""
-        answers: list[str] = []
+    def _answers(self) -> list[tuple[str, bool]]:
+        """One for each prompt and whether it is endless; fewer where the time is over or the model cannot answer."""
+        answers: list[tuple[str, bool]] = []
         began = time.monotonic()
         was_training = self.model.training
         self.model.eval()
@@ -113,7 +129,7 @@ class Samples:
             self.model.train(was_training)
         return answers
 
-    def _answer(self, prompt: Sequence[int], *, seconds: float) -> str:
+    def _answer(self, prompt: Sequence[int], *, seconds: float) -> tuple[str, bool]:
         generated = generate_answers(
             self.model,
             [prompt],
@@ -124,7 +140,8 @@ class Samples:
         )[0]
         text = self.template.tokenizer.decode(list(generated.ids), skip_special_tokens=True).strip()
         # At the limit a character may be cut in two.
-        return text if generated.stopped else text.rstrip("\ufffd") + " …"
+        endless = not generated.stopped and len(generated.ids) == LONGEST_ANSWER
+        return text if generated.stopped else text.rstrip("\ufffd") + " …", endless
 
     def answer_after(self) -> list[Sample]:
         """The samples with the tuned model's answers; those that have both."""
@@ -132,7 +149,10 @@ class Samples:
             return []
         with random_state_kept():
             after = self._answers()
-        return [replace(sample, after=text) for sample, text in zip(self.samples, after, strict=False)]
+        return [
+            replace(sample, after=text, endless=endless)
+            for sample, (text, endless) in zip(self.samples, after, strict=False)
+        ]
 
 
 def _question(record: Record | None) -> Turn | None:
@@ -176,5 +196,5 @@ def _beginning(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} …"
 
 
-def to_run_json(samples: Sequence[Sample]) -> list[dict[str, str]]:
+def to_run_json(samples: Sequence[Sample]) -> list[dict[str, Any]]:
     return [asdict(sample) for sample in samples]

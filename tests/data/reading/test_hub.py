@@ -13,6 +13,7 @@ import datasets
 import pytest
 from huggingface_hub import constants
 
+from atomtune.data.reading import hub
 from atomtune.data.reading.hub import is_hub_name
 from atomtune.data.reading.raw import RawRecord
 from atomtune.data.reading.sources import fingerprint_of, read_values, size_of
@@ -162,8 +163,14 @@ def test_a_path_that_exists_is_no_name_of_the_hub(tmp_path: Path, monkeypatch):
     assert list(read_values("saved")) == numbered("saved")
 
 
-def test_a_hub_that_cannot_be_reached_is_named_with_the_setting_that_moves_it():
+def test_a_hub_that_the_user_switched_off_is_named_so():
+    with pytest.raises(BadData, match=r"nobody/nothing: no file or folder here(.|\n)*HF_HUB_OFFLINE forbids"):
+        list(read_values("nobody/nothing"))
+
+
+def test_a_hub_that_cannot_be_reached_is_named_with_the_setting_that_moves_it(monkeypatch):
     # The tests run with HF_HUB_OFFLINE=1.
+    monkeypatch.setattr(hub, "OFFLINE_BY_CHOICE", False)
     with pytest.raises(BadData, match=r"nobody/nothing: no file or folder here(.|\n)*HF_ENDPOINT"):
         list(read_values("nobody/nothing"))
 
@@ -174,6 +181,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_no_second_time(monkeypatch):
         nobody.bind(("127.0.0.1", 0))
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub, "OFFLINE_BY_CHOICE", False)
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         with pytest.raises(BadData, match="cannot be reached"):

@@ -122,7 +122,7 @@ def encoding_reason(line: bytes, at: int) -> str:
         line.decode("gb18030")
     except UnicodeDecodeError:
         return f"{reason}; save the file as UTF-8"
-    return f"{reason}; it may be GBK: iconv -f GB18030 -t UTF-8 OLD > NEW"
+    return f"{reason}; it may be GBK: save it as UTF-8 in an editor, or run iconv -f GB18030 -t UTF-8 OLD > NEW"
 
 
 def printable(text: object) -> str:
