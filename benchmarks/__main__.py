@@ -12,7 +12,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -64,31 +65,53 @@ def medians(runs: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, float
     return {key: {k: statistics.median(figures[k] for figures in group) for k in keys} for key, group in groups.items()}
 
 
-def against_fastest_peer(runs: list[dict[str, Any]], workload: str) -> tuple[str, float, float]:
-    """The fastest other, atomtune's speed over it (median of the rounds), and its memory over TRL packed (or that)."""
+@dataclass(frozen=True)
+class Against:
+    """The fastest of atomtune's contenders on a workload beside the fastest other.
+
+    speed   times as many examples a second, the median of the rounds
+    memory  of the peak of TRL packed (of the fastest other where that is not there), the median of the rounds
+    """
+
+    own: str
+    other: str
+    speed: float
+    memory: float
+
+
+def against_fastest_other(runs: list[dict[str, Any]], workload: str) -> Against | None:
+    """None where only the one side was measured."""
     middle = medians(runs)
-    peers = [name for at, name in middle if at == workload and not name.startswith("atomtune")]
-    fastest = max(peers, key=lambda name: middle[workload, name]["examples_per_second"])
+    names = [name for at, name in middle if at == workload]
+
+    def fastest_of(names: Iterable[str]) -> str:
+        return max(names, key=lambda name: middle[workload, name]["examples_per_second"], default="")
+
+    own = fastest_of(name for name in names if name.startswith("atomtune"))
+    other = fastest_of(name for name in names if not name.startswith("atomtune"))
+    if not own or not other:
+        return None
+    packed = next((name for name in names if name == f"trl-packed-{own.rpartition('-')[2]}"), other)
     by_round = {(figures["name"], figures["round"]): figures for figures in runs if figures["workload"] == workload}
     rounds = sorted({number for _, number in by_round})
-    speed = [
-        by_round["atomtune-bf16", r]["examples_per_second"] / by_round[fastest, r]["examples_per_second"]
-        for r in rounds
-    ]
-    packed = "trl-packed-bf16" if "trl-packed-bf16" in peers else fastest
-    memory = [by_round["atomtune-bf16", r]["peak_memory_mb"] / by_round[packed, r]["peak_memory_mb"] for r in rounds]
-    return fastest, statistics.median(speed), statistics.median(memory)
+
+    def ratio(figure: str, beside: str) -> float:
+        return statistics.median(by_round[own, r][figure] / by_round[beside, r][figure] for r in rounds)
+
+    return Against(own, other, speed=ratio("examples_per_second", other), memory=ratio("peak_memory_mb", packed))
 
 
 def report(runs: list[dict[str, Any]]) -> str:
     """Markdown: one table of ratios, one of all medians."""
     names = dict.fromkeys(figures["workload"] for figures in runs)
-    lines = ["| workload | fastest other | atomtune bf16: examples/s over it | peak memory over TRL packed |"]
-    lines.append("|---|---|---|---|")
-    for workload in names:
-        fastest, speed, memory = against_fastest_peer(runs, workload)
-        lines.append(f"| {workload} | {fastest} | **{speed:.1f}×** | {memory:.2f} |")
-    lines += ["", "| workload | contender | examples/s | peak MB | computed tokens | mean loss | share of the floor |"]
+    lines = []
+    for workload, found in [(workload, against_fastest_other(runs, workload)) for workload in names]:
+        if found:
+            lines.append(f"| {workload} | {found.other} | {found.own} | **{found.speed:.1f}×** | {found.memory:.2f} |")
+    if lines:
+        head = "| workload | fastest other | fastest here | examples/s over the other | peak memory over TRL packed |"
+        lines = [head, "|---|---|---|---|---|", *lines, ""]
+    lines += ["| workload | contender | examples/s | peak MB | computed tokens | mean loss | share of the floor |"]
     lines.append("|---|---|---|---|---|---|---|")
     for (workload, name), figures in medians(runs).items():
         lines.append(

@@ -11,12 +11,14 @@ import sys
 import time
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from atomtune.model.lora_targets import all_linear
+from benchmarks import __main__ as bench
 from benchmarks import defaults, families, gpu, gpu_meter, gpu_workloads, quality, replay, side_by_side, workloads
 from benchmarks.contender import lora, plain_model
 from benchmarks.side_by_side import Run
@@ -57,8 +59,20 @@ def test_a_toy_run_ends_in_a_table_and_a_figure(tmp_path):
     shared = next(run for run in runs if run["name"] == "atomtune-bf16")
     assert shared["layout"] == "tree"
     assert shared["computed_tokens"] < runs[0]["computed_tokens"] / 2
-    assert "atomtune bf16" in (tmp_path / "table.md").read_text()
+    assert "| atomtune-" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_of_ratios_is_of_what_was_measured():
+    def figures(name: str, speed: float, memory: float) -> dict[str, Any]:
+        return {"workload": "short", "name": name, "round": 0, "examples_per_second": speed, "peak_memory_mb": memory,
+                "computed_tokens": 9, "loss": 1.0, "share_of_floor": 0.5}  # fmt: skip
+
+    trl, own, padded = figures("trl-packed-fp32", 2, 10), figures("atomtune-fp32", 6, 5), figures("tutorial", 1, 20)
+    slower = figures("atomtune-padded-fp32", 3, 30)
+    assert "| short | trl-packed-fp32 | atomtune-fp32 | **3.0×** | 0.50 |" in bench.report([trl, own, padded, slower])
+    assert "| short | tutorial | atomtune-fp32 | **6.0×** | 0.25 |" in bench.report([padded, own])
+    assert "×" not in bench.report([own, slower]), "there is nothing beside it"
 
 
 @pytest.mark.slow
