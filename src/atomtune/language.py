@@ -62,6 +62,7 @@ class Template:
         self.longest_literal = max(literals, key=len)
         self.n_letters = sum(letter.isalpha() for literal in literals for letter in literal)
         self.n_characters = sum(map(len, literals))
+        self.n_list_marks = sum(literal.count("; ") for literal in literals)
         self.is_short = self.n_letters < _FEWEST_LETTERS
         self.messages = {name for _, name, _, kind in Formatter().parse(translation) if name and kind == "m"}
 
@@ -157,7 +158,10 @@ class Catalogue:
         """A message that is filled with no list."""
         if message in self.sentences:
             return self.sentences[message]
+        marks = message.count("; ")
         for template in self.long_templates:
+            if template.n_list_marks != marks:  # one of them would be in what is filled in
+                continue
             values = template.values_in(message)
             if values is not None and not any("; " in value for value in values.values()):
                 return self._filled(template, values)
