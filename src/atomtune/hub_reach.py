@@ -21,6 +21,11 @@ def stay_offline_if_unreachable() -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that this one starts
 
 
+def endpoint_shown() -> str:
+    """The hub's address for a message: what may stand before its name, user:token@, is not said."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rpartition("@")[2]
+
+
 @cache
 def reachable(endpoint: str) -> bool:
     """Whether a connection to this address can be opened. Behind a proxy only the proxy knows, so that is a yes."""

@@ -93,6 +93,8 @@ def test_a_run_whose_answers_are_broken_is_not_said_to_have_worked(held_out):
         ("", False, True),
         ("the sea the sea the sea the sea the sea the sea", False, True),
         ("哈哈哈哈", False, False),
+        ("| a | b |\n|------------|------------|", False, False),
+        ("def f():\n            return 10000000000", False, False),
         ("Arr, the sea, and a word more of it, and one …", True, True),
         ("Arr, the sea …", True, False),  # a reference as long had no end there either
         ("Arr, the sea, and a word more of it, and one …", False, False),  # the time was over

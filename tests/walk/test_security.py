@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from atomtune.cli import main
+from atomtune.model import load_errors
 from atomtune.train.checkpoint.atomic import MANIFEST, checkpoints, damage, read_manifest, seal
 from atomtune.train.checkpoint.state import state_files
 from tests.conftest import write_jsonl
@@ -209,6 +210,7 @@ def test_an_index_that_is_torn_is_named(models, dialogues, tmp_path, capsys, con
 
 def test_a_mirrors_password_is_not_said(dialogues, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://me:sesame@127.0.0.1:9")
+    monkeypatch.setattr(load_errors, "OFFLINE_BY_CHOICE", False)
     assert main(train("someone/some-model", dialogues, tmp_path / "out")) == 2
     told = capsys.readouterr()
     assert "127.0.0.1:9" in told.err

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 
 from atomtune.disk import expanded
 from atomtune.errors import AtomtuneError, BadModel
-from atomtune.hub_reach import OFFLINE_BY_CHOICE, stay_offline_if_unreachable
+from atomtune.hub_reach import OFFLINE_BY_CHOICE, endpoint_shown, stay_offline_if_unreachable
 from atomtune.model.failures import of_the_model
 from atomtune.model.json_files import is_lfs_pointer
 
@@ -133,7 +133,7 @@ def _remedy(path: str, what: str, sentence: str, error: BaseException) -> str:  
                 "no folder here has this name, the hub's cache has no such model, and HF_HUB_OFFLINE forbids asking "
                 "the hub.\nUnset HF_HUB_OFFLINE, or pass a model's folder."
             )
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rpartition("@")[2]  # no user:token@
+        endpoint = endpoint_shown()
         return (
             f"no folder here has this name, and the hub at {endpoint} cannot be reached.\n"
             "Set HF_ENDPOINT to a mirror you can reach, or download the model by other means and pass its folder."

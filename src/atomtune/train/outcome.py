@@ -31,7 +31,7 @@ class Outcome:
     train_first, train_last  training loss at the beginning and the end
     answers     to prompts that are not trained on, which are shown before and after
     as_before   whether the tuned model gives all of them word for word as the base does, and none as its reference
-    broken      of those answers, how many are empty, repeat one piece or do not end
+    broken      of those answers, how many are empty, repeat one piece or run on (samples.Sample.is_broken)
     """
 
     verdict: Verdict
@@ -91,8 +91,8 @@ class Outcome:
             case "too short" | "level" if 2 * self.broken > self.answers:
                 text = (
                     f"The held-out loss fell, but {self.broken} of the {self.answers} answers shown are empty, repeat "
-                    "themselves or do not end: read them before you use the adapter. More records help most; else try "
-                    "half the --learning_rate."
+                    "themselves or run on without an end: read them before you use the adapter. More records help "
+                    "most; else try half the --learning_rate."
                 )
             case "too short" if self.as_before:
                 text = (

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 
 from atomtune.data.reading.sources import among_records, refuse_missing
 from atomtune.errors import BadSettings
+from atomtune.hub_reach import endpoint_shown
 from atomtune.model import liger
 from atomtune.model.adapter import expert_tensors
 from atomtune.model.load import read_config
@@ -137,7 +138,7 @@ def _hub_problems(args: TrainingArguments) -> Iterator[str]:
     if not args.push_to_hub or args.process_index:
         return
     later = "Leave it out; a finished adapter can be uploaded later: hf upload OWNER/NAME FOLDER"
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rpartition("@")[2]  # no user:token@
+    endpoint = endpoint_shown()
     try:
         HfApi().whoami(token=args.hub_token)
     except LocalTokenNotFoundError:

@@ -57,7 +57,7 @@ class Sample:
     def is_broken(self) -> bool:
         """Whether the tuned model's answer is nothing that a person would send: by its form, not by what it says."""
         runs_on = self.endless and 0 < 2 * len(self.reference) < len(self.after)
-        loops = bool(_LOOP.search(self.after)) and not _LOOP.search(self.reference)
+        loops = _loops(self.after) and not _loops(self.reference)
         return runs_on or loops or (not self.after and bool(self.reference))
 
 
@@ -167,6 +167,11 @@ def _text_of(turn: Turn, *, without: str | None = None) -> str:
     """Instruction and input as the record has them; an instruction that nearly all records share is left out."""
     instruction = "" if turn.text == without and turn.input else turn.text
     return "\n".join(filter(None, (instruction, turn.input)))
+
+
+def _loops(text: str) -> bool:
+    """Whether a piece of it that holds a letter stands there again and again; lines and indentation are no loops."""
+    return any(any(map(str.isalpha, match[1])) for match in _LOOP.finditer(text))
 
 
 def all_as_before(samples: Sequence[Sample]) -> bool:

@@ -171,8 +171,10 @@ def test_a_hub_that_the_user_switched_off_is_named_so():
 def test_a_hub_that_cannot_be_reached_is_named_with_the_setting_that_moves_it(monkeypatch):
     # The tests run with HF_HUB_OFFLINE=1.
     monkeypatch.setattr(hub, "OFFLINE_BY_CHOICE", False)
-    with pytest.raises(BadData, match=r"nobody/nothing: no file or folder here(.|\n)*HF_ENDPOINT"):
+    monkeypatch.setenv("HF_ENDPOINT", "http://me:sesame@127.0.0.1:9")
+    with pytest.raises(BadData, match=r"nobody/nothing: no file or folder here(.|\n)*HF_ENDPOINT") as refused:
         list(read_values("nobody/nothing"))
+    assert "at 127.0.0.1:9 cannot" in str(refused.value) and "sesame" not in str(refused.value)
 
 
 def test_a_hub_that_cannot_be_reached_is_asked_no_second_time(monkeypatch):

@@ -5,7 +5,6 @@ set is ever run.
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from atomtune.data.reading.compression import ending_of
 from atomtune.data.reading.raw import RawRecord, printable
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
-from atomtune.hub_reach import OFFLINE_BY_CHOICE, stay_offline_if_unreachable
+from atomtune.hub_reach import OFFLINE_BY_CHOICE, endpoint_shown, stay_offline_if_unreachable
 
 #: Endings of the files that hold records, apart from .gz and .zst.
 READ = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -166,7 +165,7 @@ def _explained(name: str) -> Iterator[None]:
                 f"{name}: no file or folder here has this name, the hub's cache has no such data set, and "
                 "HF_HUB_OFFLINE forbids asking the hub.\nUnset HF_HUB_OFFLINE, or pass a file."
             ) from None
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        endpoint = endpoint_shown()
         raise BadData(
             f"{name}: no file or folder here has this name, and the hub at {endpoint} cannot be reached.\n"
             "Set HF_ENDPOINT to a mirror you can reach, or download the data set by other means and pass its file."
