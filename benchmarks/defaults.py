@@ -94,7 +94,7 @@ def setting_groups(auto: Settings, *, is_large: bool) -> list[list[Settings]]:
     """The grid, and what other tools set. The settings of a group have one batch, number of epochs and dropout."""
     half = replace(auto, name="half the epochs", epochs=auto.epochs // 2)
     grid = [
-        [at_rate(auto, multiple) for multiple in (0.5, 1, 2)],
+        [at_rate(auto, multiple) for multiple in (0.5, 1, 1.5, 2)],
         [at_rate(half, multiple) for multiple in (0.5, 1, 2)],
     ]
     if is_large:

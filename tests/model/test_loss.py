@@ -132,7 +132,7 @@ def test_the_logits_of_all_targets_never_exist_at_once(monkeypatch, seen_by_the_
 @pytest.mark.parametrize(("words", "most"), [(100, 2**20 // 100), (64_000, 128), (2**21, 128)])
 def test_a_chunk_is_as_large_as_the_vocabulary_allows(words, most):
     # 2^20 logits are 4 MiB in float32; 128 targets at least, because the matrix is read once a chunk.
-    assert max(loss.LEAST_TARGETS, loss.CHUNK_LOGITS // words) == most
+    assert loss.targets_at_once(words, torch.device("cpu")) == most
 
 
 @every_head

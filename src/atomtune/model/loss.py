@@ -19,15 +19,19 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from atomtune.model.memory import free_on_gpu
 from atomtune.model.recurrent import announce
 from atomtune.model.row_attention import ROW_PLAN, ROWS
+from atomtune.model.surprise import exact, exact_dtype, surprise
 
-#: Logits that exist at once: 2^20 of them are 4 MiB in float32, and as much again for their gradient.
+#: Logits that exist at once: 2^20 of them are 4 MiB in float32, where their gradient takes their place.
 CHUNK_LOGITS = 2**20
 #: But at least this many targets at a time, because the output matrix is read once for each chunk (128 x 65,000 words
 #: are 32 MiB).
 LEAST_TARGETS = 128
+#: A logit in bfloat16 (2), its softmax in float32 (4), which becomes its gradient, and that in bfloat16 (2). In float32
+#: the last is no copy.
+BYTES_A_LOGIT = 8
 #: On a GPU a chunk may take a sixteenth of the free memory, so that the output matrix (1 GB for 150,000 words) is read
-#: once or twice. A logit takes 14 bytes: itself in bfloat16, in float32, its softmax and its gradient.
-FREE_FOR_LOGITS, BYTES_A_LOGIT, MOST_LOGITS = 1 / 16, 14, 2**27
+#: once or twice.
+FREE_FOR_LOGITS, MOST_LOGITS = 1 / 16, 2**27
 
 
 def innermost(model: nn.Module) -> Any:
@@ -62,9 +66,9 @@ def target_nats(
     Returns (nats, count): nats is a float32 sum (float64 for a float64 model), count is sum(learn).
     In training, a router's auxiliary loss that the config switches on is added, times its factor and count, so that
     dividing by all counts gives the mean of the batches' losses, weighed by their targets.
-    Memory: CHUNK_LOGITS * 4 bytes for logits, and as much for their gradient (on a GPU FREE_FOR_LOGITS of what is
-    free), where the model's output layers can be called apart from its body (`Head`); else [B, K, V] for the K columns
-    that hold a target.
+    Memory: BYTES_A_LOGIT for CHUNK_LOGITS or LEAST_TARGETS targets (on a GPU FREE_FOR_LOGITS of what is free), where
+    the model's output layers can be called apart from its body (`Head`); else [B, K, V] for the K columns that hold a
+    target.
     A batch without targets gives a zero that is tied to the weights, so that every rank has a gradient.
     Checked against one record at a time: tests/train/test_trainer.py.
     """
@@ -76,8 +80,8 @@ def target_nats(
             return _with_auxiliary(nats, learn.sum(), model, head.output), learn.sum()
     logits, output = _target_logits(model, batch)  # [N, V]
     if not len(target):
-        return _exact(logits).sum() * 0, learn.sum()
-    nats = _weighted(logits, target, learn, label_smoothing)
+        return exact(logits).sum() * 0, learn.sum()
+    nats = surprise(logits, target, learn, label_smoothing)
     return _with_auxiliary(nats, learn.sum(), model, output), learn.sum()
 
 
@@ -110,7 +114,7 @@ def target_log_probabilities(model: nn.Module, batch: Mapping[str, Any]) -> torc
     head = Head.of(model)
     picked = head.hidden(model, batch) if head else None
     logits = _target_logits(model, batch)[0] if head is None or picked is None else head.logits(picked)
-    return -functional.cross_entropy(_exact(logits), batch["target"], reduction="none")
+    return -functional.cross_entropy(exact(logits), batch["target"], reduction="none")
 
 
 def _target_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, Any]:
@@ -146,15 +150,6 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         return {**inputs, "attention_mask": plan.visible(None)}
     # A mask of four dimensions is handed on as it is, so the library neither builds one nor guesses packing.
     return {**inputs, "attention_mask": plan.until.new_zeros(1, 1, 1, 1), ROW_PLAN: plan}
-
-
-def _exact(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _weighted(logits: torch.Tensor, target: torch.Tensor, learn: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-    each = functional.cross_entropy(_exact(logits), target, reduction="none", label_smoothing=label_smoothing)  # [N]
-    return (each * learn).sum()
 
 
 class _HandThrough(nn.Module):
@@ -280,7 +275,7 @@ class Head:
         twin = self.twin()
 
         def nats_of(hidden: torch.Tensor, chunk: slice) -> torch.Tensor:
-            return _weighted(self.logits(hidden, twin), target[chunk], learn[chunk], label_smoothing)
+            return surprise(self.logits(hidden, twin), target[chunk], learn[chunk], label_smoothing)
 
         return _Chunked.apply(nats_of, targets_at_once(words, hidden.device), hidden, *weights)
 
@@ -317,7 +312,7 @@ class _Chunked(torch.autograd.Function):
         learns = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden) if learns else None
         grad_weights = [torch.zeros_like(weight) for weight in weights] if learns else []
-        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        total = torch.zeros((), dtype=exact_dtype(hidden.dtype), device=hidden.device)
         for start in range(0, len(hidden), size):
             chunk = slice(start, start + size)
             with torch.set_grad_enabled(learns):

@@ -12,7 +12,7 @@ import torch
 
 from atomtune.choices import Quantize
 from atomtune.language import message
-from atomtune.model.loss import CHUNK_LOGITS
+from atomtune.model.loss import BYTES_A_LOGIT, targets_at_once
 from atomtune.model.memory import activation_bytes, input_bytes
 from atomtune.plan.model_size import ModelSize
 
@@ -96,11 +96,20 @@ def step_memory(size: ModelSize, step: StepSpec, *, recomputed: float) -> StepMe
         message("gradients"): size.trained * GRADIENT_BYTES,
         message("optimizer"): size.trained * ADAM_BYTES,
         message("activations"): activations,
-        message("logits"): 2 * CHUNK_LOGITS * 4,  # of the targets that are computed at once, and their gradient
+        message("logits"): _logits(size, step),
         message("kernels"): _kernels(size, step),
         message("libraries"): step.libraries,
     }
     return StepMemory(parts=parts, recomputed=recomputed)
+
+
+def _logits(size: ModelSize, step: StepSpec) -> int:
+    """Bytes of the logits of the targets that are computed at once, and of their gradient.
+
+    A GPU takes more at once where it has memory left.
+    """
+    words = int(getattr(size.text, "vocab_size", 0))
+    return min(targets_at_once(max(words, 1), torch.device("cpu")), step.tokens) * words * BYTES_A_LOGIT
 
 
 def _kernels(size: ModelSize, step: StepSpec) -> int:

@@ -1,0 +1,75 @@
+"""Surprise in few passes, against torch's cross entropy in float64."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from atomtune.model.surprise import surprise
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+#: One rounding of the logits' gradient, and a few of a sum in float32.
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+
+
+def case(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits [9, 50], targets and weights: likely targets, unlikely ones, one that is not learned."""
+    random = torch.Generator().manual_seed(0)
+    logits = (8 * torch.randn(9, 50, generator=random, dtype=torch.float64)).to(dtype)
+    target = torch.randint(50, (9,), generator=random)
+    target[:4] = logits[:4].argmax(-1)
+    learn = torch.rand(9, generator=random)
+    learn[5] = 0
+    return logits, target, learn
+
+
+def by_torch(logits: torch.Tensor, target: torch.Tensor, learn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = logits.detach().double().requires_grad_()
+    nats = (functional.cross_entropy(logits, target, reduction="none") * learn.double()).sum()
+    (gradient,) = torch.autograd.grad(nats, logits)
+    return nats, gradient
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_sum_and_its_gradient_are_those_of_cross_entropy(dtype):
+    logits, target, learn = case(dtype)
+    before = logits.clone()
+    nats = surprise(logits.requires_grad_(), target, learn)
+    (gradient,) = torch.autograd.grad(3 * nats, logits)
+    expected, expected_gradient = by_torch(before, target, learn)
+    assert nats.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert nats.item() == pytest.approx(expected.item(), rel=min(TOLERANCE[dtype], 1e-6))
+    assert gradient.dtype == dtype
+    assert (gradient.double() - 3 * expected_gradient).abs().max() <= 3 * TOLERANCE[dtype]
+    assert torch.equal(logits, before), "the logits are the model's: its soft cap needs them for its own gradient"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_a_gradient_the_sum_is_the_same(dtype):
+    logits, target, learn = case(dtype)
+    with torch.no_grad():
+        evaluated = surprise(logits, target, learn)
+    assert evaluated.item() == surprise(logits.requires_grad_(), target, learn).item()
+
+
+def test_a_target_too_unlikely_for_float32_has_its_full_surprise():
+    logits = torch.tensor([[0.0, -400.0, -math.inf]], requires_grad=True)  # exp(-400) is no float32
+    nats = surprise(logits, torch.tensor([1]), torch.ones(1))
+    (gradient,) = torch.autograd.grad(nats, logits)
+    assert nats.item() == 400
+    assert gradient.tolist() == [[1, -1, 0]]
+
+
+def test_what_is_not_a_number_stays_so():
+    logits = torch.tensor([[0.0, math.nan]], requires_grad=True)
+    nats = surprise(logits, torch.tensor([0]), torch.ones(1))
+    (gradient,) = torch.autograd.grad(nats, logits)
+    assert math.isnan(nats.item())
+    assert gradient.isnan().all()
+
+
+def test_smoothed_labels_are_torchs_own():
+    logits, target, learn = case(torch.float32)
+    expected = functional.cross_entropy(logits, target, reduction="none", label_smoothing=0.1)
+    assert surprise(logits, target, learn, 0.1).item() == pytest.approx((expected * learn).sum().item())
