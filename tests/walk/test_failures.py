@@ -12,7 +12,7 @@ import torch
 
 from atomtune.cli import main
 from atomtune.model import load_errors
-from atomtune.train import trainer
+from atomtune.train import non_finite, trainer
 
 
 def command(base: Path, data: Path, out: Path, *more: str) -> list[str]:
@@ -310,6 +310,55 @@ def test_steps_that_are_not_finite_are_left_out_when_asked(models, dialogues, tm
     said = capsys.readouterr().out
     assert "at step 3, in a batch with these records" in said
     assert "(2 of at most 2)" in said
+
+
+def test_a_run_whose_steps_are_judged_later_is_the_same_run(models, dialogues, tmp_path, monkeypatch, capsys):
+    # On a GPU a step is left out on the device, and told when the next one is under way.
+    real, calls = trainer.target_nats, []
+
+    def failing(model, batch, **kwargs):
+        calls.append(1)
+        nats, count = real(model, batch, **kwargs)
+        return (nats * float("nan") if len(calls) in (3, 6) else nats), count
+
+    copied, copy = [], non_finite._copied_to_host
+    monkeypatch.setattr(non_finite, "_copied_to_host", lambda numbers: (copied.append(1), copy(numbers))[1])
+    monkeypatch.setattr(trainer, "target_nats", failing)
+    flags = ["--max_steps", "6", "--skip_nonfinite", "2", "--logging_steps", "2", "--save_steps", "3"]
+    flags += ["--eval_size", "0", "--layout", "padded"]
+    for name, devices in (("now", ()), ("later", ("cpu",))):
+        monkeypatch.setattr(non_finite, "JUDGED_LATER", devices)
+        calls.clear()
+        assert main(command(models("llama"), dialogues, tmp_path / name, *flags)) == 0
+        said = capsys.readouterr().out
+        assert "at step 3, in a batch" in said
+        assert "at step 6, in a batch" in said
+    assert len(copied) == 6, "the second run's steps"
+    now, later = tmp_path / "now", tmp_path / "later"
+    for file in ("adapter_model.safetensors", "checkpoint-3/adapter_model.safetensors", "checkpoint-3/optimizer.pt"):
+        assert (now / file).read_bytes() == (later / file).read_bytes(), file
+    for figure in ("loss_history", "skipped_steps", "notices"):
+        assert status(now)[figure] == status(later)[figure], figure
+    states = [json.loads((out / "checkpoint-3/trainer_state.json").read_text()) for out in (now, later)]
+    counted = [state["stateful_callbacks"]["WorkCounter"]["attributes"]["skipped_steps"] for state in states]
+    assert counted == [1, 1], "a checkpoint knows what its last step was"
+
+
+def test_a_last_step_that_is_judged_later_is_not_saved_as_made(models, dialogues, tmp_path, monkeypatch, capsys):
+    real, calls = trainer.target_nats, []
+
+    def failing(model, batch, **kwargs):
+        calls.append(1)
+        nats, count = real(model, batch, **kwargs)
+        return (nats * float("nan") if len(calls) == 4 else nats), count
+
+    monkeypatch.setattr(trainer, "target_nats", failing)
+    monkeypatch.setattr(non_finite, "JUDGED_LATER", ("cpu",))
+    flags = ["--max_steps", "4", "--save_steps", "2", "--eval_size", "0", "--layout", "padded"]
+    assert main(command(models("llama"), dialogues, tmp_path / "out", *flags)) == 3
+    assert "nan at step 4, in a batch with these records" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert status(tmp_path / "out")["status"] == "failed"
 
 
 def test_a_step_whose_gradients_are_clipped_to_zero_is_said(models, dialogues, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The surprise of targets: their negative log-probability, in nats, in few passes over the logits.
+"""Surprise: the negative log-probability of targets, in nats, in few passes over the logits.
 
 Written with torch's cross entropy, a logit is copied to float32, becomes a log-probability, then meets a tensor of
 zeros, the gradient of the softmax and a copy back, each as large as the logits. Here the copy becomes the weights of

@@ -1,22 +1,23 @@
-"""Callbacks: they count a run's work, stop it in good order, and watch its losses and gradients."""
+"""Callbacks: they count a run's work, stop it in good order, and watch its losses and gradients.
 
-import math
+What is not finite is non_finite's.
+"""
+
 import signal
 import statistics
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from atomtune.errors import RunFailed, listing
-from atomtune.train.ranks import of_all_ranks, on_any_rank
+from atomtune.errors import listing
+from atomtune.train.ranks import local, on_any_rank
 
 #: What asks a run to stop. A launcher sends TERM, a terminal INT or HUP, a cluster's scheduler USR1 before its limit.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
@@ -187,130 +188,6 @@ class EarlyStopping(TrainerCallback):
             control.should_training_stop = True
 
 
-class SkipNonFinite(TrainerCallback):
-    """No update is made from a loss or gradient that is not finite.
-
-    Losses and gradients are looked at together, before the update: a device is waited for once a step.
-    budget  how many such steps of a run may be left out; one more ends it
-    A step whose gradients are all zero is counted and said: it changes nothing.
-    """
-
-    #: Steps without a gradient that are said; all are counted.
-    WARNINGS = 5
-
-    def __init__(self, work: WorkCounter, *, budget: int, notice: Callable[[str], None]) -> None:
-        self.work, self.budget, self.notice = work, budget, notice
-        self._micro_batches: list[tuple[torch.Tensor, Sequence[str]]] = []  # (loss, origins) of the step under way
-        self._step_loss = 0.0
-        # Since the last log.
-        self._steps = self._skipped = 0
-        self._skipped_loss = 0.0
-
-    def finite_loss(self, loss: torch.Tensor, origins: Sequence[str]) -> torch.Tensor:
-        """A micro-batch's loss; zero where it is not finite, which `mean_of_steps_made` leaves out."""
-        self._micro_batches.append((loss.detach(), origins))
-        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
-
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        optimizer: Optimizer | None = None,
-        **kwargs: Any,
-    ) -> None:
-        weights = [weight for weight in model.parameters() if weight.grad is not None]
-        gradients = [_local(weight.grad) for weight in weights if weight.grad is not None]
-        if getattr(optimizer, "scaler", None) is not None:
-            gradients = []  # float16's scaler skips such gradients itself
-        largest, losses = self._largest_gradient_and_losses(gradients)
-        spoiled = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
-        self._step_loss = sum(loss for loss in losses if math.isfinite(loss))
-        step = state.global_step + 1
-        if on_any_rank(bool(spoiled) or not math.isfinite(largest), args):
-            cause = f"The loss is {losses[spoiled[-1]]}" if spoiled else "A gradient is not finite"
-            records = of_all_ranks(self._records_of(spoiled or range(len(losses))), args)
-            self._leave_out(weights, f"{cause} at step {step}, in a batch with these records:\n{listing(records)}")
-            return
-        divided = any(hasattr(weight.grad, "to_local") for weight in weights)  # a rank's own part may well be zero
-        if largest == 0 and gradients and not divided:
-            self._warn_of_no_gradient(step)
-
-    def _largest_gradient_and_losses(self, gradients: list[torch.Tensor]) -> tuple[float, list[float]]:
-        """The largest number in all gradients, and each micro-batch's loss."""
-        # The largest is finite when each is: one wait, and no overflow as in a sum of squares.
-        largest = torch.nn.utils.get_total_norm(gradients, math.inf)
-        numbers = _to_host([largest, *(loss for loss, _ in self._micro_batches)])
-        return numbers[0], numbers[1:]
-
-    def _records_of(self, micro_batches: Sequence[int]) -> list[str]:
-        records: list[str] = []
-        for number in micro_batches:
-            _, origins = self._micro_batches[number]
-            records.extend(origins)
-        return records
-
-    def _leave_out(self, weights: list[torch.nn.Parameter], place: str) -> None:
-        if self.work.skipped_steps >= self.budget:
-            self._end_the_run(place)
-        self.work.skipped_steps += 1
-        self.notice(f"{place}\nThe step is left out ({self.work.skipped_steps} of at most {self.budget}).")
-        for weight in weights:
-            weight.grad = None  # the optimizer then leaves this weight as it is
-        self._skipped_loss += self._step_loss
-        self._skipped += 1
-
-    def _warn_of_no_gradient(self, step: int) -> None:
-        """Clipping divides by the norm of all gradients; where that overflows, finite gradients become zeros."""
-        self.work.steps_without_gradient += 1
-        if self.work.steps_without_gradient > self.WARNINGS:
-            return
-        records = self._records_of(range(len(self._micro_batches)))
-        self.notice(
-            f"every gradient is zero at step {step}, so this step teaches nothing. The gradients may be so large that "
-            "--max_grad_norm clips them to zero: look at these records, or lower --learning_rate.\n"
-            f"{listing(records, 5)}"
-        )
-
-    def _end_the_run(self, place: str) -> NoReturn:
-        skipped = self.work.skipped_steps
-        earlier = f"{skipped} such steps were left out before. " if skipped else ""
-        raise RunFailed(
-            f"{place}\n{earlier}The adapter on disk is the one of the last checkpoint. "
-            "Lower --learning_rate, pass --dtype bfloat16 (or float32) instead of float16, or leave out up to N "
-            "such steps with --skip_nonfinite N."
-        )
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._steps += 1
-        self._step_loss = 0.0
-        self._micro_batches = []
-
-    def mean_of_steps_made(self, mean: float) -> float | None:
-        """The mean loss since the last log without the steps that were left out; None when none was made."""
-        steps, skipped, skipped_loss = self._steps, self._skipped, self._skipped_loss
-        self._steps, self._skipped, self._skipped_loss = 0, 0, 0.0
-        if not skipped:
-            return mean
-        steps_made = steps - skipped
-        if steps_made <= 0:
-            return None
-        return (mean * steps - skipped_loss) / steps_made
-
-
-def _to_host(numbers: Sequence[torch.Tensor]) -> list[float]:
-    """Single numbers of any device, in one wait."""
-    device = numbers[-1].device
-    exact = [number.to(device, torch.promote_types(number.dtype, torch.float32)) for number in numbers]
-    return torch.stack(exact).tolist()
-
-
-def _local(gradient: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a gradient that is divided among ranks."""
-    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
-
-
 class LossSpikeWarning(TrainerCallback):
     """Says when the loss jumps far above what it was."""
 
@@ -357,13 +234,13 @@ class GradientCheck(TrainerCallback):
             return
         # A's gradient is zero as long as B is, so B tells.
         gradients = {name: weight.grad for name, weight in model.named_parameters() if "lora_B" in name}
-        if not all(bool(torch.isfinite(_local(grad)).all()) for grad in gradients.values() if grad is not None):
+        if not all(bool(torch.isfinite(local(grad)).all()) for grad in gradients.values() if grad is not None):
             return  # NaN spreads to every layer and tells nothing
         self._done = True
         without = sorted(
             name.partition(".lora_B")[0]
             for name, gradient in gradients.items()
-            if gradient is None or not bool(_local(gradient).any())
+            if gradient is None or not bool(local(gradient).any())
         )
         if without:
             self.notice(

@@ -65,3 +65,8 @@ def of_all_ranks(origins: list[str], args: TrainingArguments) -> list[str]:
     every: list[Any] = [None] * args.world_size  # a list of every rank
     torch.distributed.all_gather_object(every, origins)
     return [origin for of_one_rank in every for origin in of_one_rank]
+
+
+def local(gradient: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a gradient that is divided among ranks."""
+    return gradient.to_local() if hasattr(gradient, "to_local") else gradient

@@ -27,13 +27,13 @@ from atomtune.train.callbacks import (
     GradientCheck,
     LogBeforeSaving,
     LossSpikeWarning,
-    SkipNonFinite,
     Stop,
     WorkCounter,
 )
 from atomtune.train.checkpoint.saving_trainer import SavingTrainer
 from atomtune.train.checkpoint.start import STATE
 from atomtune.train.dataloader import with_signal_masked_workers
+from atomtune.train.non_finite import SkipNonFinite
 from atomtune.train.random_state import random_state_kept
 from atomtune.train.ranks import of_all_ranks, on_any_rank
 
@@ -101,15 +101,21 @@ class LoraTrainer(SavingTrainer):
         return nats * self.args.world_size / num_items_in_batch.clamp(min=1)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """One micro-batch; a loss that is not finite is held back from the adapter (callbacks.SkipNonFinite)."""
+        """One micro-batch; a loss that is not finite is held back from the adapter (non_finite.py)."""
         return self.non_finite.finite_loss(super().training_step(model, inputs, num_items_in_batch), inputs["origins"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The mean loss is that of the steps that were made."""
+        self.non_finite.judge(self.args)
         if "loss" in logs:
             mean = self.non_finite.mean_of_steps_made(logs.pop("loss"))
             logs = {**({} if mean is None else {"loss": mean}), **logs}
         super().log(logs, start_time)
+
+    # Private, for want of a public place before a checkpoint is made.
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.non_finite.judge(self.args)
+        super()._save_checkpoint(model, trial)
 
     def all_steps_made(self, checkpoint: Path) -> bool:
         """Whether a checkpoint is of the step that ends the run; its state is then this trainer's.
@@ -183,6 +189,7 @@ class LoraTrainer(SavingTrainer):
         Given up, with nothing returned, when the run is told to stop; the resumed run then makes it first.
         Training goes on as if it had not been. Raises RunFailed where the loss is not finite.
         """
+        self.non_finite.judge(self.args)
         began = time.perf_counter()
         with random_state_kept():
             sums = self._evaluation_sums(eval_dataset)

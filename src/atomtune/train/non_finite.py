@@ -1,0 +1,189 @@
+"""Non-finite steps: no update is made from a loss or gradient that is not finite, and no GPU is waited for to see it.
+
+torch's fused optimizers can be told on the device to leave a step out (`found_inf`, made for float16's scaler). So on a
+GPU the numbers of a step are copied to the host while the next one is computed, and judged then; elsewhere, and on many
+ranks, before the update.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from atomtune.errors import RunFailed, listing
+from atomtune.train.callbacks import WorkCounter
+from atomtune.train.ranks import local, of_all_ranks, on_any_rank
+
+#: Where a step is judged while the next one is computed.
+JUDGED_LATER = ("cuda",)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is looked at of a step.
+
+    number         from 1
+    origins        of each micro-batch's records
+    read           gives the largest number in all gradients and each micro-batch's loss, once they are on the host
+    has_gradients  and they are this process's own; of a part of them on one of many ranks zero says nothing
+    """
+
+    number: int
+    origins: Sequence[Sequence[str]]
+    read: Callable[[], list[float]]
+    has_gradients: bool
+
+
+class SkipNonFinite(TrainerCallback):
+    """Leaves such steps out, or ends the run.
+
+    budget  how many of a run's steps may be left out; one more ends it
+    A step whose gradients are all zero is counted and said: it changes nothing.
+    """
+
+    #: Steps without a gradient that are said; all are counted.
+    WARNINGS = 5
+
+    def __init__(self, work: WorkCounter, *, budget: int, notice: Callable[[str], None]) -> None:
+        self.work, self.budget, self.notice = work, budget, notice
+        self._micro_batches: list[tuple[torch.Tensor, Sequence[str]]] = []  # (loss, origins) of the step under way
+        self._waiting: _Step | None = None  # made, or left out, on the device, and not judged here yet
+        # Since the last log.
+        self._steps = self._skipped = 0
+        self._skipped_loss = 0.0
+
+    def finite_loss(self, loss: torch.Tensor, origins: Sequence[str]) -> torch.Tensor:
+        """A micro-batch's loss; zero where it is not finite, which `mean_of_steps_made` leaves out."""
+        self._micro_batches.append((loss.detach(), origins))
+        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.judge(args)
+        weights = [weight for weight in model.parameters() if weight.grad is not None]
+        gradients = [local(weight.grad) for weight in weights if weight.grad is not None]
+        if getattr(optimizer, "scaler", None) is not None:
+            gradients = []  # float16's scaler skips such gradients itself
+        numbers = self._largest_gradient_and_losses(gradients)
+        divided = any(hasattr(weight.grad, "to_local") for weight in weights)
+        fused = _leaves_out_on_device(optimizer, numbers.device) if args.world_size == 1 else None
+        self._waiting = _Step(
+            state.global_step + 1,
+            [origins for _, origins in self._micro_batches],
+            numbers.tolist if fused is None else _copied_to_host(numbers),
+            bool(gradients) and not divided,
+        )
+        if fused is not None:
+            fused.found_inf = (~numbers.isfinite()).any().float()  # type: ignore[attr-defined]
+        elif not self.judge(args):
+            for weight in weights:
+                weight.grad = None  # the optimizer then leaves this weight as it is
+
+    def _largest_gradient_and_losses(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """The largest number in all gradients, and each micro-batch's loss, on the losses' device."""
+        # The largest is finite when each is, and does not overflow as a sum of squares.
+        numbers = [torch.nn.utils.get_total_norm(gradients, math.inf), *(loss for loss, _ in self._micro_batches)]
+        device = numbers[-1].device
+        return torch.stack([one.to(device, torch.promote_types(one.dtype, torch.float32)) for one in numbers])
+
+    def judge(self, args: TrainingArguments) -> bool:
+        """Count and say what the last step was, if that is not done yet; whether it was made.
+
+        Raises RunFailed where it is one too many to be left out.
+        """
+        made, self._waiting = self._waiting, None
+        if made is None:
+            return True
+        step, (largest, *losses) = made.number, made.read()
+        spoiled = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
+        if on_any_rank(bool(spoiled) or not math.isfinite(largest), args):
+            cause = f"The loss is {losses[spoiled[-1]]}" if spoiled else "A gradient is not finite"
+            of_these = [origin for number in spoiled or range(len(losses)) for origin in made.origins[number]]
+            records = listing(of_all_ranks(of_these, args))
+            self._leave_out(f"{cause} at step {step}, in a batch with these records:\n{records}")
+            self._skipped_loss += sum(loss for loss in losses if math.isfinite(loss))
+            return False
+        if largest == 0 and made.has_gradients:
+            self._warn_of_no_gradient(step, [origin for origins in made.origins for origin in origins])
+        return True
+
+    def _leave_out(self, place: str) -> None:
+        if self.work.skipped_steps >= self.budget:
+            self._end_the_run(place)
+        self.work.skipped_steps += 1
+        self.notice(f"{place}\nThe step is left out ({self.work.skipped_steps} of at most {self.budget}).")
+        self._skipped += 1
+
+    def _warn_of_no_gradient(self, step: int, records: Sequence[str]) -> None:
+        """Clipping divides by the norm of all gradients; where that overflows, finite gradients become zeros."""
+        self.work.steps_without_gradient += 1
+        if self.work.steps_without_gradient > self.WARNINGS:
+            return
+        self.notice(
+            f"every gradient is zero at step {step}, so this step teaches nothing. The gradients may be so large that "
+            "--max_grad_norm clips them to zero: look at these records, or lower --learning_rate.\n"
+            f"{listing(records, 5)}"
+        )
+
+    def _end_the_run(self, place: str) -> NoReturn:
+        skipped = self.work.skipped_steps
+        earlier = f"{skipped} such steps were left out before. " if skipped else ""
+        raise RunFailed(
+            f"{place}\n{earlier}The adapter on disk is the one of the last checkpoint. "
+            "Lower --learning_rate, pass --dtype bfloat16 (or float32) instead of float16, or leave out up to N "
+            "such steps with --skip_nonfinite N."
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._steps += 1
+        self._micro_batches = []
+
+    def mean_of_steps_made(self, mean: float) -> float | None:
+        """The mean loss since the last log without the steps that were left out; None when none was made.
+
+        All steps of it must be judged.
+        """
+        steps, skipped, skipped_loss = self._steps, self._skipped, self._skipped_loss
+        self._steps, self._skipped, self._skipped_loss = 0, 0, 0.0
+        if not skipped:
+            return mean
+        steps_made = steps - skipped
+        if steps_made <= 0:
+            return None
+        return (mean * steps - skipped_loss) / steps_made
+
+
+def _leaves_out_on_device(optimizer: Any, device: torch.device) -> Optimizer | None:
+    """The optimizer inside accelerate's, where it leaves a step out whose `found_inf` is 1 on the device."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    # Private: what float16's scaler asks it.
+    is_able = device.type in JUDGED_LATER and getattr(inner, "_step_supports_amp_scaling", False)
+    return inner if is_able else None
+
+
+def _copied_to_host(numbers: torch.Tensor) -> Callable[[], list[float]]:
+    """Begins to copy; gives what waits for the copy alone, not for what the device was told to do behind it."""
+    if numbers.device.type != "cuda":
+        return numbers.tolist
+    host = torch.empty_like(numbers, device="cpu", pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read

@@ -1,0 +1,167 @@
+"""No update is made from what is not finite, whether a step is judged before it or on the device."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from atomtune.errors import RunFailed
+from atomtune.train import non_finite
+from atomtune.train.callbacks import WorkCounter
+from atomtune.train.non_finite import SkipNonFinite
+from tests.train.test_callbacks import model, state, with_gradient
+
+ONE_RANK = SimpleNamespace(world_size=1)
+
+
+def finite(budget: int, said: list[str] | None = None) -> SkipNonFinite:
+    return SkipNonFinite(WorkCounter(), budget=budget, notice=(said if said is not None else []).append)
+
+
+def step(watch: SkipNonFinite, one: torch.nn.Module, losses: list[float], number: int) -> float:
+    total = sum(watch.finite_loss(torch.tensor(loss), [f"d.jsonl:{number}{i}"]).item() for i, loss in enumerate(losses))
+    watch.on_pre_optimizer_step(ONE_RANK, state(number), None, model=one)
+    watch.on_step_end(ONE_RANK, state(number + 1), None)
+    return total
+
+
+@pytest.mark.parametrize("spoiled", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_step_and_records(spoiled):
+    with pytest.raises(RunFailed, match=r"(nan|inf) at step 4, in a batch with these records:\nd.jsonl:31\n"):
+        step(finite(0), with_gradient(1.0), [1.0, spoiled], 3)
+
+
+def test_a_gradient_that_is_not_finite_names_all_records_of_the_step():
+    with pytest.raises(RunFailed, match=r"A gradient is not finite at step 4.*\nd.jsonl:30\nd.jsonl:31\n"):
+        step(finite(0), with_gradient(float("inf")), [1.0, 1.0], 3)
+
+
+def test_a_device_is_waited_for_once_a_step(monkeypatch):
+    # A look at each loss and each of 400 gradients let a GPU wait 392 times a step.
+    waits: list[int] = []
+    for name in ("item", "tolist", "__bool__", "__float__"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, real=real: (waits.append(1), real(self))[1])
+    watch = finite(0)
+    for loss in (1.0, 2.0, 3.0):
+        watch.finite_loss(torch.tensor(loss), ["d.jsonl:1"])
+    watch.on_pre_optimizer_step(ONE_RANK, state(0), None, model=with_gradient(1.0))
+    assert len(waits) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_large_gradient_is_no_infinite_one(dtype):
+    # A sum of squares would overflow.
+    one = with_gradient(1.0).to(dtype)
+    for weight in one.parameters():
+        weight.grad = torch.full_like(weight, torch.finfo(dtype).max)
+    step(finite(0), one, [1.0], 0)
+
+
+def test_a_step_left_out_changes_no_weight_and_no_mean():
+    said: list[str] = []
+    watch, one = finite(1, said), with_gradient(float("nan"))
+    sums = step(watch, with_gradient(1.0), [0.5, 0.5], 0) + step(watch, one, [0.7, float("nan")], 1)
+    sums += step(watch, with_gradient(1.0), [1.0, 1.0], 2)
+    assert all(weight.grad is None for weight in one.parameters())
+    assert watch.mean_of_steps_made(sums / 3) == pytest.approx((1.0 + 2.0) / 2)
+    assert watch.work.skipped_steps == 1
+    assert "left out (1 of at most 1)" in said[0]
+    with pytest.raises(RunFailed, match="1 such steps were left out before"):
+        step(watch, with_gradient(1.0), [float("nan")], 3)
+
+
+def test_steps_whose_gradients_are_clipped_to_zero_are_counted_and_said():
+    # Each gradient is finite, and the norm of all is not: clipping divides by infinity.
+    said: list[str] = []
+    watch = finite(0, said)
+    for number in range(8):
+        one = with_gradient(1e30)
+        torch.nn.utils.clip_grad_norm_(one.parameters(), 1.0)
+        step(watch, one, [1.0], number)
+    step(watch, with_gradient(1.0), [1.0], 8)
+    assert watch.work.steps_without_gradient == 8
+    assert len(said) == SkipNonFinite.WARNINGS
+    assert "every gradient is zero at step 1" in said[0]
+    assert "--max_grad_norm" in said[0]
+    assert "d.jsonl:00" in said[0]
+
+
+def test_a_mean_over_no_step_is_none():
+    watch = finite(1)
+    step(watch, with_gradient(1.0), [float("nan")], 0)
+    assert watch.mean_of_steps_made(0.0) is None
+    assert watch.mean_of_steps_made(1.0) == 1.0
+
+
+class Run:
+    """Steps of an optimizer that leaves out on the device what is not finite, as on a GPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
+        monkeypatch.setattr(non_finite, "JUDGED_LATER", ("cpu",))
+        torch.manual_seed(0)
+        self.model, self.said, self.steps = model(), list[str](), 0
+        self.watch = finite(budget, self.said)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1, fused=True)
+
+    def step(self, loss: float, gradient: float) -> None:
+        for weight in self.model.parameters():
+            weight.grad = torch.full_like(weight, gradient)
+        self.watch.finite_loss(torch.tensor(loss), [f"d.jsonl:{self.steps}"])
+        inside_accelerate = SimpleNamespace(optimizer=self.optimizer, scaler=None)
+        self.watch.on_pre_optimizer_step(
+            ONE_RANK, state(self.steps), None, model=self.model, optimizer=inside_accelerate
+        )
+        self.optimizer.step()
+        self.steps += 1
+        self.watch.on_step_end(ONE_RANK, state(self.steps), None)
+
+    def figures(self) -> list[Any]:
+        """The weights, and what the optimizer knows of each."""
+        states = [{name: value.tolist() for name, value in each.items()} for each in self.optimizer.state.values()]
+        return [*(weight.tolist() for weight in self.model.parameters()), *states]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(("loss", "gradient"), [(NAN, 1.0), (float("inf"), 1.0), (1.0, NAN), (1.0, float("-inf"))])
+def test_on_a_device_a_spoiled_step_changes_nothing_and_is_told_at_the_next(monkeypatch, loss, gradient):
+    one = Run(monkeypatch, budget=1)
+    one.step(1.0, 1.0)
+    before = one.figures()
+    one.step(loss, gradient)
+    assert one.figures() == before
+    assert not one.said, "nobody has waited for it yet"
+    one.step(1.0, 1.0)
+    assert one.figures() != before
+    assert "at step 2, in a batch with these records:\nd.jsonl:1\n" in one.said[0]
+    assert one.watch.work.skipped_steps == 1
+
+
+def test_on_a_device_one_step_too_many_ends_the_run_before_the_next_update(monkeypatch):
+    one = Run(monkeypatch, budget=0)
+    one.step(NAN, 1.0)
+    before = one.figures()
+    with pytest.raises(RunFailed, match=r"nan at step 1, in a batch with these records:\nd.jsonl:0\n"):
+        one.step(1.0, 1.0)
+    assert one.figures()[:2] == before[:2]
+
+
+def test_what_the_last_step_was_is_known_before_a_mean_is_made_of_it(monkeypatch):
+    one = Run(monkeypatch, budget=1)
+    one.step(1.0, 1.0)
+    one.step(3.0, NAN)
+    one.watch.judge(ONE_RANK)
+    assert one.watch.mean_of_steps_made((1.0 + 3.0) / 2) == 1.0
+
+
+def test_an_optimizer_that_cannot_leave_a_step_out_is_waited_for(monkeypatch):
+    one = Run(monkeypatch, budget=1)
+    one.optimizer = torch.optim.SGD(one.model.parameters(), lr=0.1)
+    before = one.figures()
+    one.step(1.0, NAN)
+    assert one.said
+    assert one.figures() == before
+    assert not hasattr(one.optimizer, "found_inf")
