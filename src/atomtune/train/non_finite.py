@@ -78,7 +78,8 @@ class SkipNonFinite(TrainerCallback):
             gradients = []  # float16's scaler skips such gradients itself
         numbers = self._largest_gradient_and_losses(gradients)
         divided = any(hasattr(weight.grad, "to_local") for weight in weights)
-        fused = _leaves_out_on_device(optimizer, numbers.device) if args.world_size == 1 else None
+        alone = args.world_size == 1 and not divided
+        fused = _leaves_out_on_device(optimizer, numbers.device) if alone else None
         self._waiting = _Step(
             state.global_step + 1,
             [origins for _, origins in self._micro_batches],
