@@ -119,8 +119,8 @@ class RecordSettings:
     )
     max_seq_length: int | None = setting(
         None,
-        "longest record, in tokens; longer ones are treated as --overlength says; default: auto, as long as the base "
-        "and the memory allow",
+        "greatest length of a record, in tokens; longer ones are treated as --overlength says; default: auto, that of "
+        "the longest record, as far as the base and the memory allow",
         at_least=SHORTEST_RECORD,
         unit="tokens",
     )
