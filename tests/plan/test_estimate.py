@@ -1,12 +1,16 @@
 """The estimates against what torch counts on a real model, and against what runs took."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from atomtune.model import memory
 from atomtune.model.adapter import LoraSpec
+from atomtune.plan.command import _kept_or_recomputed
 from atomtune.plan.estimate import StepSpec, Work, fits_on_gpu, operations, step_memory
 from atomtune.plan.model_size import ModelSize, measure
 
@@ -97,3 +101,19 @@ def test_half_of_the_layers_recomputed_lie_halfway(qwen_7b):
     work = Work(steps=1, tokens=1000, targets=1000, mean_context=500)
     less, between, more = (operations(qwen_7b, work, recomputed=share) for share in (0, 0.5, 1))
     assert between == (less + more) / 2
+
+
+def test_the_plan_recomputes_the_layers_that_the_run_recomputes(monkeypatch, qwen_7b):
+    # The run decides when the model is loaded and nothing else is there. The plan once left it less: Adam, the logits.
+    step = StepSpec(tokens=8192, element_bytes=2, quantize=None, dropout=True, libraries=10**9, attention_weights=True)
+    auto = SimpleNamespace(run=SimpleNamespace(gradient_checkpointing="auto"))
+    numbers = set()
+    for free in range(20 * 10**9, 300 * 10**9, 10**9):
+        planned = _kept_or_recomputed(auto, qwen_7b, step, free=free, usable=memory.USABLE)
+        monkeypatch.setattr(memory, "free_bytes", lambda _, free=free, loaded=planned.loaded: free - loaded)
+        decided = memory.ActivationMemory.of(
+            qwen_7b.config, tokens=8192, element_bytes=2, dropout=True, in_rows=True, device=torch.device("cpu")
+        ).layers_to_recompute
+        assert round(planned.recomputed * qwen_7b.layers) == decided
+        numbers.add(decided)
+    assert len(numbers) > 10

@@ -338,7 +338,7 @@ def _kept_or_recomputed(
         size.layers,
         kept=activations,
         inputs=input_bytes(size.config, tokens=step.tokens, element_bytes=step.element_bytes),
-        room=usable * (free - (without.peak - activations)),
+        room=usable * (free - without.loaded),
     )
     return step_memory(size, step, recomputed=layers / max(size.layers, 1))
 

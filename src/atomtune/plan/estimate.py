@@ -50,6 +50,11 @@ class StepMemory:
         """Bytes of all parts, which are all there when the backward pass begins."""
         return sum(self.parts.values())
 
+    @property
+    def loaded(self) -> int:
+        """Bytes that are there when a run decides which activations it keeps: the model is loaded, no step is made."""
+        return sum(self.parts[name] for name in ("base", "adapter", "libraries"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepSpec:
