@@ -53,6 +53,16 @@ def test_without_a_gradient_the_sum_is_the_same(dtype):
     assert evaluated.item() == surprise(logits.requires_grad_(), target, learn).item()
 
 
+@pytest.mark.parametrize("height", [0, 30, 1000])
+def test_the_small_surprise_of_a_likely_target_is_exact_wherever_the_logits_lie(height):
+    # A mean of such targets is what a run ends at that has learned its records.
+    logits = torch.zeros(20, 50) + height
+    logits[:, 7] += 12
+    learn, target = torch.ones(20), torch.full((20,), 7)
+    expected = functional.cross_entropy(logits, target, reduction="sum")
+    assert surprise(logits, target, learn).item() == pytest.approx(expected.item(), abs=20 * 1.2e-7)
+
+
 def test_a_target_too_unlikely_for_float32_has_its_full_surprise():
     logits = torch.tensor([[0.0, -400.0, -math.inf]], requires_grad=True)  # exp(-400) is no float32
     nats = surprise(logits, torch.tensor([1]), torch.ones(1))

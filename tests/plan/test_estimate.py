@@ -1,5 +1,6 @@
 """The estimates against what torch counts on a real model, and against what runs took."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -117,3 +118,11 @@ def test_the_plan_recomputes_the_layers_that_the_run_recomputes(monkeypatch, qwe
         assert round(planned.recomputed * qwen_7b.layers) == decided
         numbers.add(decided)
     assert len(numbers) > 10
+
+
+def test_the_logits_are_those_of_the_targets_that_are_computed_at_once(qwen_7b):
+    words = qwen_7b.config.vocab_size
+    assert words > 2**20 / 128  # else more targets would be computed at once
+    assert step_memory(qwen_7b, STEP, recomputed=0).parts["logits"] == 128 * words * 8
+    few = replace(STEP, tokens=10)
+    assert step_memory(qwen_7b, few, recomputed=0).parts["logits"] == 10 * words * 8

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
 from atomtune.errors import RunFailed
 from atomtune.train import non_finite
@@ -104,12 +105,14 @@ class Run:
         self.model, self.said, self.steps = model(), list[str](), 0
         self.watch = finite(budget, self.said)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1, fused=True)
+        self.scaler: torch.amp.GradScaler | None = None
 
     def step(self, loss: float, gradient: float) -> None:
         for weight in self.model.parameters():
             weight.grad = torch.full_like(weight, gradient)
         self.watch.finite_loss(torch.tensor(loss), [f"d.jsonl:{self.steps}"])
-        inside_accelerate = SimpleNamespace(optimizer=self.optimizer, scaler=None)
+        inside_accelerate = AcceleratedOptimizer.__new__(AcceleratedOptimizer)  # its own init wants a whole Accelerator
+        inside_accelerate.optimizer, inside_accelerate.scaler = self.optimizer, self.scaler
         self.watch.on_pre_optimizer_step(
             ONE_RANK, state(self.steps), None, model=self.model, optimizer=inside_accelerate
         )
@@ -157,11 +160,32 @@ def test_what_the_last_step_was_is_known_before_a_mean_is_made_of_it(monkeypatch
     assert one.watch.mean_of_steps_made((1.0 + 3.0) / 2) == 1.0
 
 
-def test_an_optimizer_that_cannot_leave_a_step_out_is_waited_for(monkeypatch):
+def never_fused(weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(weights, lr=0.1)
+
+
+def resumed_from_an_unfused_one(weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """It says that it can, and its groups are those of the checkpoint."""
+    optimizer = torch.optim.AdamW(weights, lr=0.1, fused=True)
+    optimizer.load_state_dict(never_fused(weights).state_dict())
+    return optimizer
+
+
+@pytest.mark.parametrize("optimizer", [never_fused, resumed_from_an_unfused_one])
+def test_an_optimizer_that_cannot_leave_a_step_out_is_waited_for(monkeypatch, optimizer):
     one = Run(monkeypatch, budget=1)
-    one.optimizer = torch.optim.SGD(one.model.parameters(), lr=0.1)
+    one.optimizer = optimizer(list(one.model.parameters()))
     before = one.figures()
-    one.step(1.0, NAN)
+    one.step(NAN, 1.0)
     assert one.said
     assert one.figures() == before
     assert not hasattr(one.optimizer, "found_inf")
+
+
+def test_with_float16s_scaler_which_looks_at_gradients_alone_a_step_is_judged_at_once(monkeypatch):
+    one = Run(monkeypatch, budget=1)
+    one.scaler = torch.amp.GradScaler("cpu")
+    before = one.figures()
+    one.step(float("inf"), 1.0)
+    assert one.said
+    assert one.figures() == before

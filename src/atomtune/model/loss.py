@@ -26,9 +26,9 @@ CHUNK_LOGITS = 2**20
 #: But at least this many targets at a time, because the output matrix is read once for each chunk (128 x 65,000 words
 #: are 32 MiB).
 LEAST_TARGETS = 128
-#: A logit in bfloat16 (2), its softmax in float32 (4), which becomes its gradient, and that in bfloat16 (2). In float32
-#: the last is no copy.
-BYTES_A_LOGIT = 8
+#: A logit in bfloat16 (2), its softmax in float32 (4), which becomes its gradient, and that in bfloat16 (2), which in
+#: float32 is no copy. A GPU has a copy of the logit in float32 beside its softmax.
+BYTES_A_LOGIT, BYTES_A_LOGIT_ON_GPU = 8, 10
 #: On a GPU a chunk may take a sixteenth of the free memory, so that the output matrix (1 GB for 150,000 words) is read
 #: once or twice.
 FREE_FOR_LOGITS, MOST_LOGITS = 1 / 16, 2**27
@@ -66,9 +66,8 @@ def target_nats(
     Returns (nats, count): nats is a float32 sum (float64 for a float64 model), count is sum(learn).
     In training, a router's auxiliary loss that the config switches on is added, times its factor and count, so that
     dividing by all counts gives the mean of the batches' losses, weighed by their targets.
-    Memory: BYTES_A_LOGIT for CHUNK_LOGITS or LEAST_TARGETS targets (on a GPU FREE_FOR_LOGITS of what is free), where
-    the model's output layers can be called apart from its body (`Head`); else [B, K, V] for the K columns that hold a
-    target.
+    Memory: BYTES_A_LOGIT for the logits of `targets_at_once`, where the model's output layers can be called apart from
+    its body (`Head`); else for [B, K, V] with the K columns that hold a target.
     A batch without targets gives a zero that is tied to the weights, so that every rank has a gradient.
     Checked against one record at a time: tests/train/test_trainer.py.
     """
@@ -291,7 +290,7 @@ def _logits_that_fit(device: torch.device) -> int:
     """By the memory that is free when the first loss is computed, behind the activations of a whole forward."""
     if device.type != "cuda":
         return CHUNK_LOGITS
-    logits = int(FREE_FOR_LOGITS * free_on_gpu(device)) // BYTES_A_LOGIT
+    logits = int(FREE_FOR_LOGITS * free_on_gpu(device)) // BYTES_A_LOGIT_ON_GPU
     return min(MOST_LOGITS, max(CHUNK_LOGITS, logits))
 
 

@@ -43,15 +43,15 @@ class _Surprise(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, target: torch.Tensor, learn: torch.Tensor) -> torch.Tensor:
         dtype = exact_dtype(logits.dtype)
         largest = logits.amax(-1).to(dtype)
-        of_target = logits.gather(-1, target[:, None])[:, 0].to(dtype)
+        below = largest - logits.gather(-1, target[:, None])[:, 0].to(dtype)
         weights = _softmax(logits, dtype)
         # The largest weight is exp(largest - logsumexp): 1 / V or more, so its logarithm loses nothing. A target's own
-        # may be too small for its dtype.
-        log_sum = largest - weights.amax(-1).log()
+        # may be too small for its dtype. `below` comes first: beside large logits a small surprise would be rounded.
+        each = below - weights.amax(-1).log()
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(target, learn)
             ctx.weights, ctx.dtype = weights, logits.dtype  # no input and no output, and backward changes it
-        return ((log_sum - of_target) * learn).sum()
+        return (each * learn).sum()
 
     @staticmethod
     @once_differentiable
@@ -64,7 +64,7 @@ class _Surprise(torch.autograd.Function):
 
 
 def _softmax(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Into a tensor of its own. A CPU copies logits of another dtype first; that copy is the tensor."""
+    """Into a tensor of its own; on a CPU that is the copy which another dtype needs."""
     if logits.dtype == dtype or logits.device.type != "cpu":
         return logits.softmax(-1, dtype)
     copy = logits.to(dtype)

@@ -113,7 +113,7 @@ def _logits(size: ModelSize, step: StepSpec) -> int:
 
     A GPU takes more at once where it has memory left.
     """
-    words = int(getattr(size.text, "vocab_size", 0))
+    words = int(getattr(size.text, "vocab_size", None) or 0)
     return min(targets_at_once(max(words, 1), torch.device("cpu")), step.tokens) * words * BYTES_A_LOGIT
 
 

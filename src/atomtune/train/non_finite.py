@@ -1,8 +1,8 @@
 """Non-finite steps: no update is made from a loss or gradient that is not finite, and no GPU is waited for to see it.
 
-torch's fused optimizers can be told on the device to leave a step out (`found_inf`, made for float16's scaler). So on a
-GPU the numbers of a step are copied to the host while the next one is computed, and judged then; elsewhere, and on many
-ranks, before the update.
+torch's fused optimizers can be told on the device to leave a step out (`found_inf`, made for float16's scaler). With
+one of them on one GPU the numbers of a step are copied to the host while the next one is computed, and judged then;
+otherwise before the update.
 """
 
 import math
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,7 +20,7 @@ from atomtune.errors import RunFailed, listing
 from atomtune.train.callbacks import WorkCounter
 from atomtune.train.ranks import local, of_all_ranks, on_any_rank
 
-#: Where a step is judged while the next one is computed.
+#: Devices on which a step is judged while the next one is computed.
 JUDGED_LATER = ("cuda",)
 
 
@@ -30,7 +31,7 @@ class _Step:
     number         from 1
     origins        of each micro-batch's records
     read           gives the largest number in all gradients and each micro-batch's loss, once they are on the host
-    has_gradients  and they are this process's own; of a part of them on one of many ranks zero says nothing
+    has_gradients  whole ones: where ranks hold parts, a part may well be zero
     """
 
     number: int
@@ -78,8 +79,8 @@ class SkipNonFinite(TrainerCallback):
             gradients = []  # float16's scaler skips such gradients itself
         numbers = self._largest_gradient_and_losses(gradients)
         divided = any(hasattr(weight.grad, "to_local") for weight in weights)
-        alone = args.world_size == 1 and not divided
-        fused = _leaves_out_on_device(optimizer, numbers.device) if alone else None
+        is_alone = args.world_size == 1 and not divided
+        fused = _leaves_out_on_device(optimizer, numbers.device) if is_alone else None
         self._waiting = _Step(
             state.global_step + 1,
             [origins for _, origins in self._micro_batches],
@@ -97,27 +98,28 @@ class SkipNonFinite(TrainerCallback):
         # The largest is finite when each is, and does not overflow as a sum of squares.
         numbers = [torch.nn.utils.get_total_norm(gradients, math.inf), *(loss for loss, _ in self._micro_batches)]
         device = numbers[-1].device
-        return torch.stack([one.to(device, torch.promote_types(one.dtype, torch.float32)) for one in numbers])
+        exact = [number.to(device, torch.promote_types(number.dtype, torch.float32)) for number in numbers]
+        return torch.stack(exact)
 
     def judge(self, args: TrainingArguments) -> bool:
         """Count and say what the last step was, if that is not done yet; whether it was made.
 
         Raises RunFailed where it is one too many to be left out.
         """
-        made, self._waiting = self._waiting, None
-        if made is None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
             return True
-        step, (largest, *losses) = made.number, made.read()
+        step, (largest, *losses) = waiting.number, waiting.read()
         spoiled = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
         if on_any_rank(bool(spoiled) or not math.isfinite(largest), args):
             cause = f"The loss is {losses[spoiled[-1]]}" if spoiled else "A gradient is not finite"
-            of_these = [origin for number in spoiled or range(len(losses)) for origin in made.origins[number]]
-            records = listing(of_all_ranks(of_these, args))
+            origins = [origin for number in spoiled or range(len(losses)) for origin in waiting.origins[number]]
+            records = listing(of_all_ranks(origins, args))
             self._leave_out(f"{cause} at step {step}, in a batch with these records:\n{records}")
             self._skipped_loss += sum(loss for loss in losses if math.isfinite(loss))
             return False
-        if largest == 0 and made.has_gradients:
-            self._warn_of_no_gradient(step, [origin for origins in made.origins for origin in origins])
+        if largest == 0 and waiting.has_gradients:
+            self._warn_of_no_gradient(step, [origin for origins in waiting.origins for origin in origins])
         return True
 
     def _leave_out(self, place: str) -> None:
@@ -168,15 +170,19 @@ class SkipNonFinite(TrainerCallback):
 
 def _leaves_out_on_device(optimizer: Any, device: torch.device) -> Optimizer | None:
     """The optimizer inside accelerate's, where it leaves a step out whose `found_inf` is 1 on the device."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    # Private: what float16's scaler asks it.
-    is_able = device.type in JUDGED_LATER and getattr(inner, "_step_supports_amp_scaling", False)
-    return inner if is_able else None
+    if device.type not in JUDGED_LATER or type(optimizer) is not AcceleratedOptimizer:  # DeepSpeed has another
+        return None
+    if optimizer.scaler is not None:
+        return None  # it sets found_inf itself, and looks at gradients alone
+    inner = optimizer.optimizer
+    # Private: what float16's scaler asks it. The groups of a checkpoint say how its own optimizer went.
+    is_able = getattr(inner, "_step_supports_amp_scaling", False)
+    return inner if is_able and all(group.get("fused") for group in inner.param_groups) else None
 
 
 def _copied_to_host(numbers: torch.Tensor) -> Callable[[], list[float]]:
     """Begins to copy; gives what waits for the copy alone, not for what the device was told to do behind it."""
-    if numbers.device.type != "cuda":
+    if numbers.device.type != "cuda":  # in tests: a CPU has nothing to wait for
         return numbers.tolist
     host = torch.empty_like(numbers, device="cpu", pin_memory=True)
     host.copy_(numbers, non_blocking=True)
