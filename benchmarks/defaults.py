@@ -44,6 +44,9 @@ ANSWERED_SIZES, ANSWERED_PROMPTS, ANSWER_TOKENS = (200,), 40, 56
 #: Of so many records, a run is long: one seed, and fewer settings.
 LARGE = 2000
 
+#: The row of the rate by the base's width alone.
+FORMULA = "the formula's rate"
+
 #: What other tools' own LoRA examples set: rate, records a step, epochs, warm-up, schedule, rank, alpha, dropout.
 #: LLaMA-Factory: examples/train_lora/qwen3_lora_sft.yaml. Unsloth: its notebooks (2 x 4 records, warm-up of 5 steps;
 #: one epoch in place of 60 steps). Axolotl: examples/llama-3/lora-1b.yml. TRL: the LoRA line of its sft script.
@@ -65,15 +68,25 @@ class Group:
     runs: tuple[Run, ...]
 
 
-def automatic(base: str, records: int) -> Settings:
-    """What atomtune takes by itself for so many records to learn."""
+def formulas(base: str, records: int) -> Settings:
+    """What atomtune takes by itself for so many records to learn; of the rate what the formula gives.
+
+    In a short run it takes the row of SHORT_RUN_TIMES that rate.
+    """
     from atomtune.model.base_shape import base_shape
-    from atomtune.train.defaults import MOST_EPOCHS, USUAL_EPOCHS, WANTED_STEPS, largest_batch, learning_rate
+    from atomtune.train.defaults import (
+        MOST_EPOCHS,
+        SHORT_RUN_STEPS,
+        USUAL_EPOCHS,
+        WANTED_STEPS,
+        largest_batch,
+        learning_rate,
+    )
 
     batch = largest_batch(records, USUAL_EPOCHS, batches_a_step=1)
     epochs = min(max(USUAL_EPOCHS, math.ceil(WANTED_STEPS / math.ceil(records / batch))), MOST_EPOCHS)
-    rate, _ = learning_rate(base_shape(base).width, Settings.alpha)
-    return Settings("auto", rate, batch, epochs)
+    rate, _ = learning_rate(base_shape(base).width, Settings.alpha, steps=SHORT_RUN_STEPS)
+    return Settings(FORMULA, rate, batch, epochs)
 
 
 def groups(bases: Sequence[str], kinds: Sequence[str], sizes: Sequence[int], seeds: int) -> Iterator[Group]:
@@ -81,7 +94,7 @@ def groups(bases: Sequence[str], kinds: Sequence[str], sizes: Sequence[int], see
     for base in bases:
         for records in sizes:
             is_large = records >= LARGE
-            for settings in setting_groups(automatic(base, records), is_large=is_large):
+            for settings in setting_groups(formulas(base, records), is_large=is_large):
                 at_once = max(MOST_TOGETHER // settings[0].batch, 1)
                 for kind in kinds:
                     seed_range = range(1, 2 if is_large else seeds + 1)
@@ -90,25 +103,28 @@ def groups(bases: Sequence[str], kinds: Sequence[str], sizes: Sequence[int], see
                         yield Group(base, kind, records, tuple(runs[first : first + at_once]))
 
 
-def setting_groups(auto: Settings, *, is_large: bool) -> list[list[Settings]]:
+def setting_groups(formula: Settings, *, is_large: bool) -> list[list[Settings]]:
     """The grid, and what other tools set. The settings of a group have one batch, number of epochs and dropout."""
-    half = replace(auto, name="half the epochs", epochs=auto.epochs // 2)
+    half = replace(formula, name="half the epochs", epochs=formula.epochs // 2)
     grid = [
-        [at_rate(auto, multiple) for multiple in (0.5, 1, 1.5, 2)],
+        [at_rate(formula, multiple) for multiple in (0.5, 1, 1.5, 2)],
         [at_rate(half, multiple) for multiple in (0.5, 1, 2)],
     ]
     if is_large:
         return [*grid, *([settings] for settings in OTHERS)]
-    batch_16 = replace(auto, name="batch 16", batch=16)
-    grid += [[at_rate(batch_16, multiple) for multiple in (1, 2)], [at_rate(auto, multiple) for multiple in (0.25, 4)]]
+    batch_16 = replace(formula, name="batch 16", batch=16)
+    grid += [
+        [at_rate(batch_16, multiple) for multiple in (1, 2)],
+        [at_rate(formula, multiple) for multiple in (0.25, 4)],
+    ]
     return [*grid[:2], *([settings] for settings in OTHERS), *grid[2:]]
 
 
 def at_rate(settings: Settings, multiple: float) -> Settings:
-    """The settings at a multiple of their rate, which their name tells; auto's rate depends on the base alone."""
+    """The settings at a multiple of their rate, which their name tells."""
     if multiple == 1:
         return settings
-    name = f"rate x {multiple:g}" if settings.name == "auto" else f"{settings.name}, rate x {multiple:g}"
+    name = f"rate x {multiple:g}" if settings.name == FORMULA else f"{settings.name}, rate x {multiple:g}"
     return replace(settings, name=name, learning_rate=float(f"{settings.learning_rate * multiple:.1e}"))
 
 
@@ -385,10 +401,13 @@ def report(path: Path) -> str:
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     cells: dict[tuple[str, int, str], dict[str, list[dict[str, Any]]]] = {}
     learned: dict[tuple[str, int, str], int] = {}
+    steps: dict[tuple[str, int, str], int] = {}  # that auto makes
     for line in lines:
         column = line["base"], line["records"], line["kind"]
         cells.setdefault(column, {}).setdefault(line["name"], []).append(line)
         learned[column] = line["learned"]
+        if line["name"] == FORMULA:
+            steps[column] = line["steps"]
     bases = list(dict.fromkeys(line["base"] for line in lines))
     columns = sorted(cells, key=lambda column: (bases.index(column[0]), column[1], KINDS.index(column[2])))
     heads = [f"{base} {kind} {learned[base, records, kind]:,}" for base, records, kind in columns]
@@ -398,9 +417,19 @@ def report(path: Path) -> str:
     behind = []
     for column in columns:
         means = {name: mean_loss(of_name) for name, of_name in cells[column].items()}
-        behind.append(f"{means['auto'] / min(means.values()) - 1:.1%}" if "auto" in means else "")
+        auto = name_of_auto(steps.get(column))
+        behind.append(f"{means[auto] / min(means.values()) - 1:.1%}" if auto in means else "")
     text.append(f"| auto above the best of its column | {' | '.join(behind)} |")
     return "\n".join(text)
+
+
+def name_of_auto(steps: int | None) -> str:
+    """The row that a run of so many steps takes by itself; "" where they are not known."""
+    from atomtune.train.defaults import SHORT_RUN_STEPS, SHORT_RUN_TIMES
+
+    if steps is None:
+        return ""
+    return f"rate x {SHORT_RUN_TIMES:g}" if steps < SHORT_RUN_STEPS else FORMULA
 
 
 def mean_loss(lines: Sequence[dict[str, Any]]) -> float:

@@ -78,14 +78,21 @@ def test_accumulated_batches_and_processes_count(tmp_path):
 
 @pytest.mark.parametrize(("width", "rate"), [(2000, 5e-4), (4096, 2.9e-4), (576, 1.3e-3), (192, 3.1e-3)])
 def test_a_wider_base_gets_a_lower_rate(width, rate):
-    assert learning_rate(width, 32)[0] == pytest.approx(rate, rel=0.02)
+    assert learning_rate(width, 32, steps=1000)[0] == pytest.approx(rate, rel=0.02)
 
 
 def test_the_rate_has_bounds_and_follows_alpha():
-    assert learning_rate(8, 32)[0] == HIGHEST_RATE
-    assert learning_rate(10**6, 32)[0] == LOWEST_RATE
-    assert learning_rate(2000, 64)[0] == pytest.approx(learning_rate(2000, 32)[0] / 2)
-    assert 0 < learning_rate(None, 32)[0] < HIGHEST_RATE
+    assert learning_rate(8, 32, steps=1000)[0] == HIGHEST_RATE
+    assert learning_rate(10**6, 32, steps=1000)[0] == LOWEST_RATE
+    assert learning_rate(2000, 64, steps=1000)[0] == pytest.approx(learning_rate(2000, 32, steps=1000)[0] / 2)
+    assert 0 < learning_rate(None, 32, steps=1000)[0] < HIGHEST_RATE
+
+
+def test_a_short_run_gets_half_as_much_again_and_says_so():
+    (short, why), (long, usual) = learning_rate(2000, 32, steps=499), learning_rate(2000, 32, steps=500)
+    assert short == pytest.approx(1.5 * long)
+    assert why == f"{usual}; half as much again in under 500 steps"
+    assert learning_rate(None, 32, steps=10) == learning_rate(None, 32, steps=1000), "a guess stays careful"
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_a_run_tells_whether_it_worked(models, numbers, tmp_path, capsys):
     record = record_of(out)
     assert len(record["records_held_out"]) == 6
     assert record["settings"]["eval_size"]["source"].startswith("auto: ")
-    assert record["settings"]["learning_rate"]["value"] == 4e-3, "the tiny base is narrow"
+    assert record["settings"]["learning_rate"]["value"] == 6e-3, "the tiny base is narrow, the run short"
 
     evaluations = record["eval_history"]
     assert [entry["step"] for entry in evaluations] == [0, 14, 28], "before the first step, and after each epoch"
@@ -68,11 +68,11 @@ def test_a_run_tells_whether_it_worked(models, numbers, tmp_path, capsys):
 
 
 def test_a_rate_that_is_far_too_high_is_told_before_the_run(models, numbers, tmp_path, capsys):
-    for rate, is_told in (("0.03", False), ("0.05", True)):  # the run's own is 4e-3
+    for rate, is_told in (("0.05", False), ("0.07", True)):  # the run's own is 6e-3
         words = [*command(models("llama"), numbers, tmp_path / rate), "--learning_rate", rate, "--max_steps", "1"]
         assert main(words) == 0
         said = " ".join(capsys.readouterr().out.split())
-        assert ("times what this base gets by itself (0.004)" in said) == is_told
+        assert ("times what this run gets by itself (0.006)" in said) == is_told
 
 
 @pytest.mark.slow

@@ -307,7 +307,7 @@ class TrainerSettings:
     learning_rate: float | None = setting(
         None,
         "step size of the optimizer at its peak; LoRA bears far larger ones than full fine-tuning; default: auto, by "
-        "the width of the base",
+        "the width of the base and the number of steps",
         at_least=0,
     )
     lr_scheduler_type: str = setting("linear", "how the learning rate changes after the warm-up")
