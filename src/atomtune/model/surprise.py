@@ -2,7 +2,8 @@
 
 Written with torch's cross entropy, a logit is copied to float32, becomes a log-probability, then meets a tensor of
 zeros, the gradient of the softmax and a copy back, each as large as the logits. Here the copy becomes the weights of
-the softmax, and these the gradient, in place: with 262,144 words that is a third of all time the loss takes on a CPU.
+the softmax, and these the gradient, in place: on a CPU the output matrix and the loss of 262,144 words take a fifth
+less time.
 Letters: N targets, V words.
 """
 
