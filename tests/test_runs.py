@@ -77,7 +77,7 @@ def test_two_runs_show_the_settings_that_differ_and_no_others(folder, capsys):
     capsys.readouterr()
     assert main(["runs", str(folder / "slow"), str(folder / "fast"), "--json"]) == 0
     compared = json.loads(capsys.readouterr().out)
-    assert compared["settings"] == {"learning_rate": [4e-3, 1e-2], "lora_rank": [4, 8]}
+    assert compared["settings"] == {"learning_rate": [6e-3, 1e-2], "lora_rank": [4, 8]}
     assert main(["runs", str(folder / "slow"), str(folder / "fast")]) == 0
     out = capsys.readouterr().out
     last = record_of(folder / "fast")["loss_history"][-1]["loss"]

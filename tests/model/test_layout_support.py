@@ -453,7 +453,7 @@ def test_a_tree_is_right_on_a_quantized_base(tmp_path, quantize, width):
     pytest.importorskip("bitsandbytes")
     folder = tiny.build("llama", tmp_path, hidden_size=width)
     spec = BaseSpec(path=str(folder), dtype=torch.float32, device=torch.device("cpu"), quantize=quantize)
-    model = with_adapter(load_base(spec)).train()  # bitsandbytes repacks 4-bit layers for serving where none is trained
+    model = with_adapter(load_base(spec)).train()
     plain = one_at_a_time(model)
     apart = {}
     for layout in ("padded", "tree"):

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from atomtune.errors import BadModel, BadSettings
 from atomtune.model.base_shape import base_shape
 from atomtune.model.load import BaseSpec, device_in_use, load_base, load_tokenizer, resolve_dtype
+from tests import tiny
 from tests.tiny import CAPPED, texts
 
 CPU = torch.device("cpu")
@@ -179,3 +180,23 @@ def test_a_tokenizer_that_ends_its_reader_is_refused(models, tmp_path, key):
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     with pytest.raises(BadModel, match="ended the process that tried it"):
         load_tokenizer(str(folder))
+
+
+def test_evaluating_a_base_in_4_bits_leaves_its_gradients_as_they_were(tmp_path, monkeypatch):
+    # A CPU with AVX-512's bfloat16 packs such layers at their first evaluation, and packed ones hand no gradient on.
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    folder = tiny.build("llama", tmp_path, hidden_size=64, intermediate_size=128)
+    base = load_base(BaseSpec(path=str(folder), dtype=torch.float32, device=CPU, quantize="nf4"))
+    embeddings = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    ids = torch.arange(5)[None]
+
+    def gradient() -> torch.Tensor:
+        (found,) = torch.autograd.grad(base.train()(inputs_embeds=embeddings, labels=ids).loss, embeddings)
+        return found
+
+    before = gradient()
+    base.eval()
+    with torch.no_grad():
+        base(inputs_embeds=embeddings)
+    assert torch.equal(gradient(), before)

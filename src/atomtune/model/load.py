@@ -260,11 +260,23 @@ def load_base(spec: BaseSpec) -> CausalLM:
     _refuse_partial(spec.path, report)
     if not placement:
         base.to(spec.device)
+    _keep_four_bits_as_they_are(base)
     keep_soft_caps(base)
     base.config.use_cache = False
     base.requires_grad_(False)
     refuse_not_causal(spec.path, base)
     return base
+
+
+def _keep_four_bits_as_they_are(base: Any) -> None:
+    """No 4-bit layer of bitsandbytes is packed anew for serving.
+
+    A CPU with AVX-512's bfloat16 packs it at the first evaluation, for good: from then on its product is rounded to
+    bfloat16 and hands no gradient on, so that all layers below lose nearly all of theirs, without a word.
+    """
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def keep_soft_caps(base: Any) -> None:

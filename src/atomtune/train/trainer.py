@@ -112,10 +112,9 @@ class LoraTrainer(SavingTrainer):
             logs = {**({} if mean is None else {"loss": mean}), **logs}
         super().log(logs, start_time)
 
-    # Private, for want of a public place before a checkpoint is made.
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def before_saving(self) -> None:
+        """A checkpoint knows what its last step was."""
         self.non_finite.judge(self.args)
-        super()._save_checkpoint(model, trial)
 
     def all_steps_made(self, checkpoint: Path) -> bool:
         """Whether a checkpoint is of the step that ends the run; its state is then this trainer's.

@@ -86,9 +86,13 @@ class SavingTrainer(Trainer):
         self.metadata.save(folder)
         write_text(folder / _CARD, self.card(self.state.log_history))  # in place of PEFT's form
 
+    def before_saving(self) -> None:
+        """What has to be known of the run before a checkpoint is made; nothing here."""
+
     # Private, for want of a public place around all that a checkpoint is made of.
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that appears whole or not at all; where the disk fails, that is said and tried again later."""
+        self.before_saving()
         final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         failure: BaseException | None = None
         with staged(final, clears=self.args.should_save) as staging:
