@@ -68,7 +68,7 @@ class Group:
     runs: tuple[Run, ...]
 
 
-def formulas(base: str, records: int) -> Settings:
+def formula_settings(base: str, records: int) -> Settings:
     """What atomtune takes by itself for so many records to learn; of the rate what the formula gives.
 
     In a short run it takes the row of SHORT_RUN_TIMES that rate.
@@ -94,7 +94,7 @@ def groups(bases: Sequence[str], kinds: Sequence[str], sizes: Sequence[int], see
     for base in bases:
         for records in sizes:
             is_large = records >= LARGE
-            for settings in setting_groups(formulas(base, records), is_large=is_large):
+            for settings in setting_groups(formula_settings(base, records), is_large=is_large):
                 at_once = max(MOST_TOGETHER // settings[0].batch, 1)
                 for kind in kinds:
                     seed_range = range(1, 2 if is_large else seeds + 1)

@@ -178,14 +178,17 @@ def test_a_study_of_defaults_goes_on_where_it_stopped_and_ends_in_a_table(tmp_pa
 
     rates = runs("1")
     all_runs = runs("1")
-    assert [run["name"] for run in rates] == ["rate x 0.5", "auto", "rate x 2"]
-    assert all_runs[:3] == rates, "what the file has is not run again"
+    names = ["rate x 0.5", "the formula's rate", "rate x 1.5", "rate x 2"]
+    assert [run["name"] for run in rates] == names
+    assert all_runs[:4] == rates, "what the file has is not run again"
     halves = ["half the epochs, rate x 0.5", "half the epochs", "half the epochs, rate x 2"]
-    assert [run["name"] for run in all_runs[3:]] == halves
-    assert rates[1]["loss"] < rates[0]["loss"] < all_runs[3]["loss"], "few and small steps teach little"
+    assert [run["name"] for run in all_runs[4:]] == halves
+    assert rates[1]["loss"] < rates[0]["loss"] < all_runs[4]["loss"], "few and small steps teach little"
     table = defaults.report(out)
     rows = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if line.startswith("| ")]
-    assert rows[1:] == ["rate x 0.5", "auto", "rate x 2", *halves, "auto above the best of its column"]
+    assert rows[1:] == [*names, *halves, "auto above the best of its column"]
+    best = min(run["loss"] for run in all_runs)
+    assert f"| {rates[2]['loss'] / best - 1:.1%} |" in table.splitlines()[-1], "so short a run takes 1.5 times the rate"
 
 
 def test_an_adapter_trained_beside_others_ends_as_peft_and_adamw_train_it_alone():

@@ -12,7 +12,7 @@ import torch
 
 from atomtune.cli import main
 from atomtune.model import load_errors
-from atomtune.train import non_finite, trainer
+from atomtune.train import trainer
 
 
 def command(base: Path, data: Path, out: Path, *more: str) -> list[str]:
@@ -45,48 +45,6 @@ def test_broken_records_are_named_and_skip_bad_trains_on_the_others(models, dial
     record = status(tmp_path / "two")
     assert (record["records_read"], record["records_used"]) == (42, 40)
     assert [entry["origin"] for entry in record["records_refused"]] == ["dialogues.jsonl:41", "dialogues.jsonl:42"]
-
-
-def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_adapter(models, dialogues, tmp_path, monkeypatch, capsys):
-    real = trainer.target_nats
-    calls = []
-
-    def failing(model, batch, **kwargs):
-        calls.append(1)
-        nats, count = real(model, batch, **kwargs)
-        return (nats * float("nan") if len(calls) == 3 else nats), count
-
-    monkeypatch.setattr(trainer, "target_nats", failing)
-    out = tmp_path / "out"
-    assert main(command(models("llama"), dialogues, out, "--max_steps", "5", "--save_steps", "2")) == 3
-    said = capsys.readouterr().err
-    assert "nan at step 3" in said
-    assert "dialogues.jsonl:" in said
-    assert status(out)["status"] == "failed"
-    assert (out / "checkpoint-2" / "manifest.json").exists()
-    assert not (out / "adapter_model.safetensors").exists()
-
-
-def test_an_evaluation_that_is_not_finite_fails_the_run_by_name(models, dialogues, tmp_path, monkeypatch, capsys):
-    real = trainer.target_nats
-
-    def failing(model, batch, **kwargs):
-        nats, count = real(model, batch, **kwargs)
-        spoiled = not model.training and "dialogues.jsonl:7" in batch["origins"]
-        return (nats * float("nan") if spoiled else nats), count
-
-    monkeypatch.setattr(trainer, "target_nats", failing)
-    out = tmp_path / "out"
-    flags = ["--max_steps", "4", "--eval_path", str(dialogues), "--eval_strategy", "steps", "--eval_steps", "2"]
-    flags += ["--per_device_eval_batch_size", "1", "--save_steps", "1"]
-    assert main(command(models("llama"), dialogues, out, *flags)) == 3
-    said = capsys.readouterr().err
-    assert "The evaluation loss is nan at step 0" in said
-    assert "\ndialogues.jsonl:7\n" in said
-    assert "dialogues.jsonl:8" not in said
-    assert status(out)["status"] == "failed"
-    assert "NaN" not in (out / "run.json").read_text()
-    assert not (out / "adapter_model.safetensors").exists()
 
 
 def test_an_adapter_that_learned_nothing_is_not_saved(models, dialogues, tmp_path, capsys):
@@ -290,93 +248,6 @@ def test_an_adapter_that_was_not_written_as_it_is_ends_the_run(models, dialogues
     assert status(tmp_path / "out")["status"] == "failed"
 
 
-def test_steps_that_are_not_finite_are_left_out_when_asked(models, dialogues, tmp_path, monkeypatch, capsys):
-    real, calls = trainer.target_nats, []
-
-    def failing(model, batch, **kwargs):
-        calls.append(1)
-        nats, count = real(model, batch, **kwargs)
-        return (nats * float("inf") if len(calls) in (3, 5) else nats), count
-
-    monkeypatch.setattr(trainer, "target_nats", failing)
-    out = tmp_path / "out"
-    flags = ["--max_steps", "6", "--skip_nonfinite", "2", "--layout", "padded", "--logging_steps", "2"]
-    assert main(command(models("llama"), dialogues, out, *flags)) == 0
-    record = status(out)
-    assert record["skipped_steps"] == 2
-    losses = [entry["loss"] for entry in record["loss_history"]]
-    assert len(losses) == 4  # the first step, and every second one
-    assert all(6 < loss < 12 for loss in losses), "a step left out is not a loss of 0"
-    said = capsys.readouterr().out
-    assert "at step 3, in a batch with these records" in said
-    assert "(2 of at most 2)" in said
-
-
-def test_a_run_whose_steps_are_judged_later_is_the_same_run(models, dialogues, tmp_path, monkeypatch, capsys):
-    # On a GPU a step is left out on the device, and told when the next one is under way.
-    real, calls = trainer.target_nats, []
-
-    def failing(model, batch, **kwargs):
-        calls.append(1)
-        nats, count = real(model, batch, **kwargs)
-        return (nats * float("nan") if len(calls) in (3, 6) else nats), count
-
-    copied, copy = [], non_finite._copied_to_host
-    monkeypatch.setattr(non_finite, "_copied_to_host", lambda numbers: (copied.append(1), copy(numbers))[1])
-    monkeypatch.setattr(trainer, "target_nats", failing)
-    flags = ["--max_steps", "6", "--skip_nonfinite", "2", "--logging_steps", "2", "--save_steps", "3"]
-    flags += ["--eval_size", "0", "--layout", "padded"]
-    for name, devices in (("now", ()), ("later", ("cpu",))):
-        monkeypatch.setattr(non_finite, "JUDGED_LATER", devices)
-        calls.clear()
-        assert main(command(models("llama"), dialogues, tmp_path / name, *flags)) == 0
-        said = capsys.readouterr().out
-        assert "at step 3, in a batch" in said
-        assert "at step 6, in a batch" in said
-    assert len(copied) == 6, "the second run's steps"
-    now, later = tmp_path / "now", tmp_path / "later"
-    for file in ("adapter_model.safetensors", "checkpoint-3/adapter_model.safetensors", "checkpoint-3/optimizer.pt"):
-        assert (now / file).read_bytes() == (later / file).read_bytes(), file
-    for figure in ("loss_history", "skipped_steps", "notices"):
-        assert status(now)[figure] == status(later)[figure], figure
-    states = [json.loads((out / "checkpoint-3/trainer_state.json").read_text()) for out in (now, later)]
-    counted = [state["stateful_callbacks"]["WorkCounter"]["attributes"]["skipped_steps"] for state in states]
-    assert counted == [1, 1], "a checkpoint knows what its last step was"
-
-
-def test_a_last_step_that_is_judged_later_is_not_saved_as_made(models, dialogues, tmp_path, monkeypatch, capsys):
-    real, calls = trainer.target_nats, []
-
-    def failing(model, batch, **kwargs):
-        calls.append(1)
-        nats, count = real(model, batch, **kwargs)
-        return (nats * float("nan") if len(calls) == 4 else nats), count
-
-    monkeypatch.setattr(trainer, "target_nats", failing)
-    monkeypatch.setattr(non_finite, "JUDGED_LATER", ("cpu",))
-    flags = ["--max_steps", "4", "--save_steps", "2", "--eval_size", "0", "--layout", "padded"]
-    assert main(command(models("llama"), dialogues, tmp_path / "out", *flags)) == 3
-    assert "nan at step 4, in a batch with these records" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
-    assert status(tmp_path / "out")["status"] == "failed"
-
-
-def test_a_step_whose_gradients_are_clipped_to_zero_is_said(models, dialogues, tmp_path, monkeypatch, capsys):
-    real, calls = trainer.target_nats, []
-
-    def enormous(model, batch, **kwargs):
-        calls.append(1)
-        nats, count = real(model, batch, **kwargs)
-        return (nats * 1e30 if len(calls) == 3 else nats), count
-
-    monkeypatch.setattr(trainer, "target_nats", enormous)
-    flags = ["--max_steps", "4", "--layout", "padded", "--dtype", "float32"]
-    assert main(command(models("llama"), dialogues, tmp_path / "out", *flags)) == 0
-    assert "every gradient is zero at step 3" in capsys.readouterr().out
-    record = status(tmp_path / "out")
-    assert (record["steps_without_gradient"], record["skipped_steps"]) == (1, 0)
-
-
 def test_a_gradient_that_is_not_finite_is_no_update(models, dialogues, tmp_path, monkeypatch, capsys):
     from atomtune.train.trainer import LoraTrainer
 
@@ -487,22 +358,6 @@ def test_a_step_so_large_that_weights_are_not_finite_is_not_saved(models, dialog
     assert main(command(models("llama"), dialogues, out, "--max_steps", "5", "--save_steps", "1")) == 3
     assert "not finite; it is not saved" in capsys.readouterr().err
     assert {path.name for path in out.glob("*checkpoint*")} == {"checkpoint-1", "checkpoint-2"}
-
-
-def test_a_first_step_left_out_raises_no_false_alarm(models, dialogues, tmp_path, monkeypatch):
-    real, calls = trainer.target_nats, []
-
-    def failing(model, batch, **kwargs):
-        calls.append(1)
-        nats, count = real(model, batch, **kwargs)
-        return (nats * float("nan") if len(calls) == 1 else nats), count
-
-    monkeypatch.setattr(trainer, "target_nats", failing)
-    flags = ["--max_steps", "3", "--skip_nonfinite", "1"]
-    assert main(command(models("llama"), dialogues, tmp_path / "out", *flags)) == 0
-    notices = status(tmp_path / "out")["notices"]
-    assert any("The step is left out" in notice for notice in notices)
-    assert not any("no gradient reaches" in notice for notice in notices)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

@@ -22,9 +22,10 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_in_training(inner: Any) -> Iterator[None]:
-    """Within this, every layer is handed what needs a gradient, as in training.
+    """Within this, every layer is handed what needs a gradient, and computes as in training.
 
-    bitsandbytes repacks its 4-bit layers for serving, for good, when they are called without.
+    Called without one, ours go PEFT's own way, and bitsandbytes packs 4-bit layers that load_base did not make for
+    serving, for good.
     """
     # A copy, because CTRL scales its embeddings in place, which torch refuses for what a gradient starts from.
     hook = inner.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_().clone())
