@@ -1,12 +1,15 @@
 """What stays of a run: the smoothing of the curve, and a picture for any history."""
 
+import json
 import warnings
 
 import pytest
 from matplotlib.figure import Figure
+from transformers import TrainerControl, TrainerState
 
 from atomtune.pages import picture
-from atomtune.train.run_report import draw_held_out, draw_loss, smoothed
+from atomtune.train.progress import RecordedProgress
+from atomtune.train.run_report import RunRecord, draw_held_out, draw_loss, read_record, smoothed
 
 
 def test_smoothing_keeps_a_flat_curve_and_halves_noise():
@@ -62,3 +65,18 @@ def test_the_axis_of_steps_has_no_halves(tmp_path):
     with picture(tmp_path / "loss.png", loss="loss") as axes:
         axes.plot([0, 20], [3.0, 2.0], label="x")
     assert all(tick == int(tick) for tick in axes.get_xticks())  # 2.5, 7.5, … stood there
+
+
+def test_a_run_that_is_killed_behind_a_checkpoint_has_said_so(tmp_path):
+    record = RunRecord(tmp_path)
+    progress = RecordedProgress(record)
+    state = TrainerState(global_step=1, max_steps=9)
+    progress.on_step_end(None, state, TrainerControl())
+    state.global_step, state.log_history = 2, [{"step": 1, "loss": 2.5}, {"step": 2, "eval_loss": 2.25}]
+    progress.on_step_end(None, state, TrainerControl())
+    assert read_record(tmp_path)["steps"] == 1  # at most every few seconds
+    progress.on_save(None, state, TrainerControl())
+    saved = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert (saved["status"], saved["steps"], saved["steps_planned"]) == ("running", 2, 9)
+    assert saved["loss_history"] == [{"step": 1, "loss": 2.5}]
+    assert saved["eval_history"] == [{"step": 2, "loss": 2.25}]

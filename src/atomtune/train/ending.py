@@ -19,7 +19,7 @@ from atomtune.train.outcome import Outcome, outcome
 from atomtune.train.progress import LossPicture
 from atomtune.train.report_page import write_page
 from atomtune.train.run_context import RunContext
-from atomtune.train.run_report import PICTURE, eval_history
+from atomtune.train.run_report import PICTURE, histories
 from atomtune.train.samples import Samples, all_as_before, table_of, to_run_json
 from atomtune.train.trainer import LoraTrainer
 
@@ -73,8 +73,7 @@ def _report(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Lo
     held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     run.record.update(
         **({"eval_loss": held_out.get(result.kept_step, result.last)} if result.last is not None else {}),
-        loss_history=[{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry],
-        eval_history=eval_history(history),
+        **histories(history),
         outcome=result.to_run_json(),
         samples=to_run_json(answered),
         notices=run.console.notices,

@@ -15,10 +15,10 @@ from atomtune.console import WIDE, Console, progress_bar
 from atomtune.language import translated
 from atomtune.train.callbacks import WorkCounter
 from atomtune.train.pace import Pace, evaluations_left
-from atomtune.train.run_report import PICTURE, RunRecord, draw_loss, eval_history
+from atomtune.train.run_report import PICTURE, RunRecord, draw_loss, histories
 
 SPOKEN_EVERY = 5.0  # seconds between lines where there is no terminal to draw a bar in
-RECORDED_EVERY = 5.0  # seconds between two entries of the step in run.json; each evaluation is entered at once
+RECORDED_EVERY = 5.0  # seconds between two entries of the step in run.json; evaluations and checkpoints come at once
 SHARE = 50  # of a run's time, one part in so many may go into such entries
 DRAWN_EVERY = 20.0  # seconds between two drawings of loss.png, each of which takes a third of a second
 
@@ -119,7 +119,10 @@ class TrainingBar(TrainerCallback):
 
 
 class RecordedProgress(TrainerCallback):
-    """run.json says how far the run is while it goes: its step, of how many, and the held-out losses so far."""
+    """run.json says how far the run is while it goes: its step, of how many, and the losses so far.
+
+    Checkpoints are entered as well: of a killed run it says what can be resumed.
+    """
 
     def __init__(self, record: RunRecord) -> None:
         self.record = record
@@ -132,12 +135,13 @@ class RecordedProgress(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._enter(state)
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._enter(state)
+
     def _enter(self, state: TrainerState) -> None:
         began = time.monotonic()
         with contextlib.suppress(OSError):  # a disk that is full is the checkpoint's to say
-            self.record.update(
-                steps=state.global_step, steps_planned=state.max_steps, eval_history=eval_history(state.log_history)
-            )
+            self.record.update(steps=state.global_step, steps_planned=state.max_steps, **histories(state.log_history))
         took = time.monotonic() - began  # a second, where a million refused records stand in it
         self._next = began + max(RECORDED_EVERY, took * SHARE)
 

@@ -53,9 +53,12 @@ class RunRecord:
         self.update()
 
 
-def eval_history(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The held-out losses of the Trainer's log, as run.json keeps them."""
-    return [{"step": entry["step"], "loss": entry["eval_loss"]} for entry in log_history if "eval_loss" in entry]
+def histories(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The losses of the Trainer's log, as run.json keeps them: those of training and of the held-out records."""
+    return {
+        name: [{"step": entry["step"], "loss": entry[logged]} for entry in log_history if logged in entry]
+        for name, logged in (("loss_history", "loss"), ("eval_history", "eval_loss"))
+    }
 
 
 def draw_loss(history: list[dict[str, Any]], path: Path, *, title: str = "") -> None:
