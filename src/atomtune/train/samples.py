@@ -28,8 +28,8 @@ from atomtune.train.dataset import Data, records_of_rows
 from atomtune.train.random_state import random_state_kept
 from atomtune.train.run_context import RunContext
 
-#: How many prompts, the longest answer and prompt in tokens, and after how many seconds no other one is begun.
-SAMPLES, LONGEST_ANSWER, LONGEST_PROMPT, SECONDS = 3, 60, 1000, 10.0
+#: How many prompts, the longest answer and prompt in tokens, and for how many seconds they are answered.
+SAMPLES, LONGEST_ANSWER, LONGEST_PROMPT, SECONDS = 3, 60, 1000, 30.0
 #: Records that are looked through for prompts that are not too long.
 _TRIED = 20
 #: What a model that cannot generate as it stands raises: no cache, a missing kernel, no memory left.
@@ -112,17 +112,22 @@ class Samples:
                 self.samples.append(Sample(_text_of(question, without=shared_instruction), reference))
 
     def _answers(self) -> list[tuple[str, bool]]:
-        """One for each prompt and whether it is endless; fewer where the time is over or the model cannot answer."""
+        """One for each prompt and whether it is endless; fewer where the time is over or the model cannot answer.
+
+        An answer that the time cuts short says little of the model: it is left out where there is another.
+        """
         answers: list[tuple[str, bool]] = []
-        began = time.monotonic()
+        deadline = time.monotonic() + SECONDS
         was_training = self.model.training
         self.model.eval()
         try:
             for prompt in self.prompts:
-                left = SECONDS - (time.monotonic() - began)
-                if left <= 0:
+                answer = self._answer(prompt, seconds=deadline - time.monotonic())
+                is_late = time.monotonic() >= deadline
+                if not (is_late and answers):
+                    answers.append(answer)
+                if is_late:
                     break
-                answers.append(self._answer(prompt, seconds=left))
         except _CANNOT as error:
             self.run.console.notice(f"no sample answers are shown; the model cannot write here: {error}")
         finally:
