@@ -324,8 +324,8 @@ def _say_instruction(model: ServedModel, console: Console, *, named: bool) -> No
     """What the records of its training share, and a client has to send."""
     if not model.metadata.instruction:
         return
-    where = "as the system message" if model.template.instruction_role == "system" else "in front of the user's message"
     console.notice(
         f"the training records {f'of {model.name} ' if named else ''}share an instruction, which the server does not "
-        f"add. Send it {where}: “{shortened(model.metadata.instruction, 80)}” (whole in atomtune.json)."
+        f"add. Send it {model.template.instruction_place}: “{shortened(model.metadata.instruction, 80)}” (whole in "
+        "atomtune.json)."
     )

@@ -2,7 +2,6 @@
 
 import contextlib
 import shlex
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,12 @@ def _report(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Lo
         run.console.print()
         run.console.print(table_of(answered, title=title))
     _say(run, trainer, result)
-    _say_what_is_next(run, ledger, commands)
+    run.console.next_steps(commands)
+    if ledger.shared_instruction is not None:
+        run.console.say(
+            "Other servers need the shared instruction (instruction in atomtune.json) with every request, "
+            f"{samples.template.instruction_place}, as training had it."
+        )
 
 
 def title_of(run: RunContext) -> str:
@@ -151,15 +155,6 @@ def _say(run: RunContext, trainer: LoraTrainer, result: Outcome) -> None:
     run.console.say(f"\n{done}")
     run.console.say("\n".join(result.sentences()), style="bold")
     run.console.say(f"In {run.args.output_dir}: the adapter, report.html (the run as a page), run.json (all figures).")
-
-
-def _say_what_is_next(run: RunContext, ledger: Ledger, commands: Sequence[str]) -> None:
-    run.console.next_steps(commands)
-    if ledger.shared_instruction is not None:
-        run.console.say(
-            "Other servers need the shared instruction (atomtune.json) with every request, as training had it: as the "
-            "system message under atom, else in front of what the user says."
-        )
 
 
 def next_commands(run: RunContext) -> list[str]:

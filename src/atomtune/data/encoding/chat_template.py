@@ -84,6 +84,11 @@ class Template:
         return "the tokenizer's own template" if self.name == OWN else f"the template {self.name}"
 
     @property
+    def instruction_place(self) -> str:
+        """Where a client writes the instruction that all records share."""
+        return "as the system message" if self.instruction_role == "system" else "in front of the user's message"
+
+    @property
     def names_the_day(self) -> bool:
         return "strftime_now" in self.source
 
