@@ -14,6 +14,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from atomtune.batch.collate import Batch, Collator
 from atomtune.data.records import Example
 from atomtune.model import loss
+from atomtune.model.adapter import LoraSpec, new_adapter
+from atomtune.model.fused_lora import compute_together
 from atomtune.model.layout_support import why_padded
 from atomtune.model.loss import Head, innermost, model_inputs, target_log_probabilities, target_nats
 from tests.model.test_layout_support import EXAMPLES, WORDS, Result, build, differs, gradients, with_adapter
@@ -172,6 +174,21 @@ def test_evaluation_needs_no_gradients_and_gives_the_same(family):
     assert not nats.requires_grad
     assert count == TARGETS
     assert nats.item() == pytest.approx(all_logits(adapted(family), batch).nats, rel=EXACT)
+
+
+def test_a_trained_output_layer_is_evaluated_with_the_weights_that_are_saved():
+    # A fused optimizer raises no version of a weight, and the copies of the step before were taken for the new ones.
+    base = build("llama").requires_grad_(False)
+    spec = LoraSpec(rank=4, alpha=8, dropout=0.0, targets=["all-linear", "lm_head"])
+    model, batch = new_adapter(base, spec).double(), batch_of(EXAMPLES)
+    ids = torch.tensor([EXAMPLES[0].ids])
+    assert compute_together(model, input_ids=ids) == 2 * 7 + 1
+    learned = [weight for weight in model.parameters() if weight.requires_grad]
+    target_nats(model.train(), batch)[0].backward()
+    torch.optim.AdamW(learned, lr=0.5, fused=True).step()
+    with torch.no_grad():
+        nats, _ = target_nats(model.eval(), batch)
+    assert nats.item() == pytest.approx(all_logits(model, batch).nats, rel=EXACT)
 
 
 @every_head

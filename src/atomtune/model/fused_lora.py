@@ -161,7 +161,10 @@ class Cast:
 
 
 def _versions(group: Group) -> tuple[int, ...]:
-    """Numbers that grow with every change in place."""
+    """Numbers that grow with a change in place, but for those of torch's fused optimizers.
+
+    Behind these a forward of the whole model casts anew, whatever the numbers say.
+    """
     return tuple(weight._version for layer in group.members for weight in _matrices(layer))
 
 

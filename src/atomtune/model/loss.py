@@ -270,13 +270,14 @@ class Head:
     ) -> torch.Tensor:
         """Sum of learn * surprise over [N, D] hidden states, some targets at a time."""
         words = self.model.config.get_text_config().vocab_size
-        weights = [p for p in self.parameters() if p.requires_grad]
+        # autograd asks a Function for the gradients of weights that are trained, though nothing is trained here.
+        learned = [p for p in self.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
         twin = self.twin()
 
         def nats_of(hidden: torch.Tensor, chunk: slice) -> torch.Tensor:
             return surprise(self.logits(hidden, twin), target[chunk], learn[chunk], label_smoothing)
 
-        return _Chunked.apply(nats_of, targets_at_once(words, hidden.device), hidden, *weights)
+        return _Chunked.apply(nats_of, targets_at_once(words, hidden.device), hidden, *learned)
 
 
 def targets_at_once(words: int, device: torch.device) -> int:
