@@ -53,6 +53,7 @@ from atomtune.model.load import (
 )
 from atomtune.model.lora_targets import match_targets
 from atomtune.model.loss import target_log_probabilities, target_nats
+from atomtune.model.rotary import refuse_mixed
 from atomtune.model.token_rows import refuse_tokens_without_row
 from atomtune.settings.fields import LoraSettings, ModelSettings, RecordSettings, VerifySettings
 from atomtune.settings.spelled import words_of
@@ -132,8 +133,8 @@ def verify(settings: VerifySettings) -> int:
 def _examples(settings: VerifySettings, console: Console) -> tuple[list[Example], int, Ledger]:
     tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     template = load_template(settings.template, tokenizer, **settings.template_options())
+    shape = base_shape(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     if settings.max_seq_length is None:
-        shape = base_shape(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
         settings = replace(settings, max_seq_length=shape.longest)
     rules = Rules(**settings.rules())
     names = distinct_names(settings.dataset_paths)
@@ -145,6 +146,9 @@ def _examples(settings: VerifySettings, console: Console) -> tuple[list[Example]
     refuse_unusable(data.ledger, settings.dataset_paths)
     rows = data.examples.select(sample_rows(len(data.examples), settings.records, seed=settings.seed))
     examples = [example for row in rows for example in as_examples(row)]
+    longest = max(len(example.ids) for example in examples)
+    batches = {"per_device_train_batch_size": settings.per_device_train_batch_size}
+    refuse_mixed(shape.rotary_limit, longest, batches=batches)
     known = embedding_rows(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     if known is not None:
         ids = ((example.origin, example.ids) for example in examples)

@@ -25,6 +25,7 @@ from atomtune.model.base_shape import positions_of
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.layout_support import windows_of
 from atomtune.model.loss import innermost, takes
+from atomtune.model.rotary import rotary_limit
 from atomtune.model.token_rows import with_row
 
 #: A shorter common beginning is not worth a call of its own.
@@ -60,8 +61,10 @@ def generate_answers(
     width = max(len(prompt) for prompt in prompts)
     room = (positions_of(model.config) or sys.maxsize) - width
     differ = any(len(prompt) < width for prompt in prompts)
+    limit = rotary_limit(model.config)
+    turns_long = limit is not None and width + max_new_tokens > limit
     # Of prompts without room the shorter ones may write more.
-    if len(prompts) > 1 and (room < max_new_tokens or (differ and _counts_filling(model, pad_id))):
+    if len(prompts) > 1 and (room < max_new_tokens or turns_long or (differ and _counts_filling(model, pad_id))):
         one_by_one = partial(
             generate_answers,
             stop_ids=stop_ids,

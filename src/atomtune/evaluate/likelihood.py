@@ -13,6 +13,7 @@ from atomtune.batch.collate import Batch, Collator
 from atomtune.data.records import Example
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.loss import Head, model_inputs
+from atomtune.model.rotary import apart, rotary_limit
 
 #: Logits held at once, in numbers: 128 MB in float32.
 CHUNK_LOGITS = 32 * 2**20
@@ -29,10 +30,20 @@ class TargetScores:
 
 @torch.no_grad()
 def score_targets(model: CausalLM, records: Sequence[Sequence[Example]], collator: Collator) -> list[TargetScores]:
-    """Score some records in one batch; what they share is computed once.
+    """Score some records together; what they share is computed once.
 
     records  of each record the Examples it became
     """
+    lengths = [max((len(example.ids) for example in record), default=0) for record in records]
+    scores: dict[int, TargetScores] = {}
+    for places in apart(lengths, rotary_limit(model.config)):
+        together = [records[place] for place in places]
+        scores |= zip(places, _score_together(model, together, collator), strict=True)
+    return [scores[place] for place in range(len(records))]
+
+
+def _score_together(model: CausalLM, records: Sequence[Sequence[Example]], collator: Collator) -> list[TargetScores]:
+    """The same, in one batch."""
     examples = [example for record in records for example in record]
     batch = collator.lay(examples)
     nats, right = _scores(model, _on_device(batch, model.device))

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from atomtune.errors import BadModel
 from atomtune.model.load import device_in_use
 from atomtune.model.memory import machine_bytes
+from atomtune.model.rotary import rotary_limit
 
 #: Where neither config nor memory says less. More tokens than any base of today reads.
 NO_LIMIT = 2**20
@@ -29,11 +30,14 @@ class BaseShape:
     width         of the hidden states; None where the config does not say
     longest       tokens of the longest record
     longest_why   what sets that limit
+    rotary_limit  tokens above which a record has other rotary factors, and all of its batch with it; None: there are
+                  no others
     """
 
     width: int | None
     longest: int
     longest_why: str
+    rotary_limit: int | None = None
 
 
 def base_shape(path: str, *, trust_remote_code: bool = False, use_cpu: bool = False) -> BaseShape:
@@ -53,10 +57,10 @@ def base_shape(path: str, *, trust_remote_code: bool = False, use_cpu: bool = Fa
     memory = _device_memory(use_cpu=use_cpu)
     in_memory = positions if memory is None else tokens_in_memory(text, memory)
     if in_memory < positions:
-        return BaseShape(width, in_memory, f"this machine's memory bears {in_memory:,} tokens")
+        return BaseShape(width, in_memory, f"this machine's memory bears {in_memory:,} tokens", rotary_limit(text))
     if positions >= NO_LIMIT:
-        return BaseShape(width, NO_LIMIT, "the base sets no limit")
-    return BaseShape(width, positions, f"the base has {positions:,} positions")
+        return BaseShape(width, NO_LIMIT, "the base sets no limit", rotary_limit(text))
+    return BaseShape(width, positions, f"the base has {positions:,} positions", rotary_limit(text))
 
 
 def positions_of(config: Any) -> int | None:

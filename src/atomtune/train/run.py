@@ -31,6 +31,7 @@ from atomtune.model.fingerprint import fingerprint
 from atomtune.model.load import embedding_rows, load_tokenizer, pad_id_of, quiet_libraries
 from atomtune.model.memory import StepShape, is_out_of_memory, peak_bytes, remedies
 from atomtune.model.recompute import recompute_first
+from atomtune.model.rotary import refuse_mixed
 from atomtune.model.step_graphs import StepGraphs
 from atomtune.model.token_rows import guard_embedding, refuse_tokens_without_row, say_untrained_stop
 from atomtune.settings.environment import is_first_process
@@ -206,6 +207,7 @@ def _prepare(run: RunContext) -> _Prepared:
     data = read_data(run, template)
     run = with_defaults(run, data.size, shape)
     run.record.update(settings=run.settings.resolved(), lengths=lengths(run.args))
+    _refuse_mixed_rotary(run, data, shape.rotary_limit)
     if not isinstance(data.train, Stream):
         check_last_batch(run.args, len(data.train))
         _refuse_tokens_without_row(run, tokenizer, data)
@@ -232,6 +234,17 @@ def _load_trainer(prepared: _Prepared, began: float) -> LoraTrainer:
     if 0 < share < 1:  # when training begins, the library turns it on for all
         trainer.add_callback(BeforeFirstStep(partial(recompute_first, model, share)))
     return trainer
+
+
+def _refuse_mixed_rotary(run: RunContext, data: Data, limit: int | None) -> None:
+    """A record alone and a record beside a longer one would have other positions."""
+    if limit is None:
+        return
+    longest, batches = _longest_tokens(run, data), {"per_device_train_batch_size": run.args.per_device_train_batch_size}
+    if data.evaluate is not None:
+        longest = max(longest, *map(len, data.evaluate["ids"]))
+        batches["per_device_eval_batch_size"] = run.args.per_device_eval_batch_size
+    refuse_mixed(limit, longest, batches=batches, accumulated=run.args.gradient_accumulation_steps)
 
 
 def _refuse_tokens_without_row(run: RunContext, tokenizer: Tokenizer, data: Data) -> None:
