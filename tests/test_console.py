@@ -174,3 +174,12 @@ def test_no_columns_are_as_many_as_there_are(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "0")
     Console().say("a result")
     assert capsys.readouterr().out == "a result\n"
+
+
+@pytest.mark.parametrize(("kind", "draws"), [("xterm", True), ("dumb", False)])
+def test_nothing_is_drawn_over_where_a_terminal_cannot(monkeypatch, kind, draws):
+    # A run in Emacs' shell said nothing between its first and its last line.
+    monkeypatch.setenv("TERM", kind)
+    spoken = console(100, terminal=True)
+    assert spoken.is_terminal and spoken.draws is draws
+    assert progress_bar(spoken).disable is not draws

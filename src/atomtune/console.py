@@ -51,6 +51,11 @@ class Console(rich.console.Console):
             self.width = shutil.get_terminal_size().columns
         self.notices: list[str] = []
 
+    @property
+    def draws(self) -> bool:
+        """Whether a line can be drawn over: on a terminal, but not on a plain one (TERM=dumb, as in Emacs)."""
+        return self.is_terminal and not self.is_dumb_terminal
+
     def say(self, text: str, style: str | None = None, *, wrap: bool = True) -> None:
         """One text in the language that is spoken: `[` begins no markup. On a terminal its lines end at a word's end.
 
@@ -253,5 +258,5 @@ def progress_bar(console: Console, *texts: str, count: bool = True, left: str = 
         TextColumn(translated("left"), markup=False),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not console.draws,
     )

@@ -32,6 +32,8 @@ _FEWEST_LETTERS = 8
 _SENTENCE_END = re.compile(r"(?<=[.?!:;)…]) +(?=\S)")
 #: What a short key is not filled with, lest it fits where others should.
 _SEVERAL = re.compile(r"[.?!:;,)…] +\S")
+#: The dashes of a setting, which is said without them of a YAML file.
+_FLAG = re.compile(r"(?<![\w-])--(?=[a-z])", re.ASCII)
 #: A line about a record: where it is, and what is wrong with it; the command stands before the first one.
 _ABOUT_A_RECORD = re.compile(r"(atomtune \w+: )?(\S+:\d+  )(.+)\.")
 _LINES_ABOUT_RECORDS = re.compile(_ABOUT_A_RECORD.pattern + r"\n")
@@ -109,6 +111,7 @@ class Catalogue:
                 templates.append(Template(english, translation))
             else:
                 self.sentences[english.format()] = translation.format()
+                self.sentences.setdefault(_FLAG.sub("", english.format()), _FLAG.sub("", translation.format()))
         # `{name}: {problem}` fits nearly everything, so the key with most letters of its own comes first.
         templates.sort(key=lambda template: (template.n_letters, template.n_characters), reverse=True)
         self.long_templates = [template for template in templates if not template.is_short]
@@ -128,7 +131,9 @@ class Catalogue:
             return text.replace(message, f"{command}{about_a_record[2]}{reason}。", 1)
         if _LINES_ABOUT_RECORDS.match(message):  # the end of a key for one line would take in those below it
             return text.replace(message, str(self._in_parts(message, is_ours=True)), 1)
-        result = (self._one_after_another(message) if is_ours else None) or self._whole(message)
+        result = (self._of_a_name(message) or self._one_after_another(message) if is_ours else None) or self._whole(
+            message
+        )
         if result is None and is_ours:
             result = self._filled_first(self.short_templates, message)
         result = result or self._in_parts(message, is_ours) or message
@@ -137,7 +142,26 @@ class Catalogue:
         return before + result + (behind.lstrip(" ") if result.endswith(_FULL_WIDTH_END) else behind)
 
     def _whole(self, message: str) -> str | None:
-        return self.sentences.get(message) or self._filled_first(self.long_templates, message)
+        return self._sentence(message) or self._filled_first(self.long_templates, message)
+
+    def _sentence(self, message: str) -> str | None:
+        """A message that nothing is filled in; a text of a table gets its full stop where it is said."""
+        known = self.sentences.get(message)
+        if known is None and (bare := self.sentences.get(message.removesuffix("."))) is not None:
+            known = f"{bare}。"
+        return known
+
+    def _of_a_name(self, message: str) -> str | None:
+        """`run.yaml:3: stage: leave it out: …`, a sentence that is said of a name; None where it is anything else.
+
+        What stands before it stays as it is, be it a word of ours too (`adapter`).
+        """
+        for colon in re.finditer(r"(?<=\S): ", message):
+            names = message[: colon.start()].split(": ")
+            said = self._sentence(message[colon.end() :])
+            if said is not None and not any(" " in name for name in names):
+                return "：".join([*names, said])
+        return None
 
     def _one_after_another(self, message: str) -> str | None:
         """`a; b` where both are messages of ours, which may hold that mark too; None where it is a single one.
@@ -156,8 +180,8 @@ class Catalogue:
 
     def _plain(self, message: str) -> str | None:
         """A message that is filled with no list."""
-        if message in self.sentences:
-            return self.sentences[message]
+        if sentence := self._sentence(message):
+            return sentence
         marks = message.count("; ")
         for template in self.long_templates:
             if template.n_list_marks != marks:  # one of them would be in what is filled in

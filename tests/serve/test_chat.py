@@ -138,13 +138,23 @@ def test_a_prompt_longer_than_the_model_is_refused(trained, capsys):
 
 def test_a_pipe_is_read_line_by_line_with_the_commands_of_the_chat(trained, capsys, monkeypatch, tmp_path):
     saved = tmp_path / "talk.jsonl"
-    lines = ["晚安", f"/save {saved}", "/system 把这句话翻译成英文", "早上好", f"/save {saved}", "/rest", "//help"]
+    lines = [
+        f"/save {saved}",
+        "晚安",
+        f"/save {saved}",
+        "/system 把这句话翻译成英文",
+        "早上好",
+        f"/save {saved}",
+        "/rest",
+        "//help",
+    ]
     lines.append("/save ~nobody-here/talk.jsonl")
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     capsys.readouterr()
     assert main(["chat", "--adapter_path", str(trained), "--dtype", "float32"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[:2] == ["晚安，愿你好梦。", "Good morning."] and len(out.splitlines()) >= 3
+    assert "there is nothing to save" in err  # `train` refuses a record without a turn
     assert "Did you mean /reset?" in err and "System text: “把这句话翻译成英文”" in err
     assert "~nobody-here/talk.jsonl cannot be written" in err
     records = [json.loads(line)["messages"] for line in saved.read_text(encoding="utf-8").splitlines()]

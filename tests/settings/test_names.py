@@ -1,19 +1,22 @@
 """Laws of other tools' names: each is read as ours, or answered; none does nothing in silence."""
 
 import json
+import re
 
 import pytest
 
 from atomtune.errors import BadSettings
+from atomtune.language import in_chinese
 from atomtune.settings.fields import ChatSettings
 from atomtune.settings.flags import types_of
 from atomtune.settings.library import library_types
-from atomtune.settings.names import ELSEWHERE, RENAMED, SYNONYMS
+from atomtune.settings.names import ELSEWHERE, RENAMED, SYNONYMS, advice
 from atomtune.settings.read import GROUPS, TRAIN_GROUPS, read_settings, read_train
 
 BOTH = ("--dataset_path", "train.jsonl", "--model_path", "base")
 LIBRARY = library_types()
-TRAIN_NAMES = LIBRARY.keys() | types_of(TRAIN_GROUPS).keys()
+TRAIN_TYPES = types_of(TRAIN_GROUPS)
+TRAIN_NAMES = LIBRARY.keys() | TRAIN_TYPES.keys()
 EVERY_NAME = TRAIN_NAMES | {name for groups in GROUPS.values() for name in types_of(groups)}
 
 LLAMA_FACTORY = """\
@@ -181,3 +184,13 @@ def test_what_was_read_under_another_name_is_in_the_record_of_the_run_under_ours
     resolved = read_train([*BOTH, "--lr", "5e-4"]).resolved()
     assert json.loads(json.dumps(resolved))["learning_rate"] == {"value": 5e-4, "source": "--learning_rate"}
     assert "lr" not in resolved
+
+
+@pytest.mark.parametrize("in_yaml", [False, True], ids=["flag", "file"])
+@pytest.mark.parametrize("name", [*ELSEWHERE, *RENAMED])
+def test_what_is_advised_is_chinese_to_its_end(name, in_yaml):
+    english = advice(name, TRAIN_TYPES, in_yaml=in_yaml)
+    place = f"run.yaml:3: {name}" if in_yaml else f"--{name}"
+    chinese = in_chinese(f"{place}: {english}")
+    assert name in chinese  # which is no word of ours
+    assert not re.search(r"\b(the|is|it|use|leave|with|there|gone|always|or|and)\b", chinese.replace(name, "")), chinese

@@ -116,7 +116,6 @@ def test_a_renamed_setting_is_renamed_to_one_that_exists():
         ("overwrite_output_dir", "--resume"),
         ("logging_dir", "TENSORBOARD_LOGGING_DIR"),
         ("no_cuda", "--use_cpu"),
-        ("save_safetensors", "always saved as safetensors"),
         ("check_point", "--checkpoint"),
     ],
 )

@@ -100,6 +100,17 @@ def test_a_run_that_failed_before_it_began_does_not_bar_the_folder(models, dialo
     assert status(out)["status"] == "finished"
 
 
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again_with_the_same_command(
+    models, dialogues, tmp_path
+):
+    # "The same command begins again" it had said, and refused it.
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.json").write_text('{"status": "preempted"}')
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "1")) == 0
+    assert status(out)["status"] == "finished"
+
+
 def test_an_empty_model_folder_lists_what_is_there(dialogues, tmp_path, capsys):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "notes.txt").write_text("hello")

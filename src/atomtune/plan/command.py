@@ -39,6 +39,7 @@ from atomtune.settings.fields import PlanSettings, TrainSettings
 from atomtune.train.arguments import trainer_arguments
 from atomtune.train.dataset import source_names
 from atomtune.train.defaults import Size, derive, records_to_hold_out
+from atomtune.train.layout import SAVING
 from atomtune.train.output_folder import without_start
 
 #: GB of the cards that people have, by the name they are sold under: 2^30 bytes each.
@@ -349,7 +350,7 @@ def _say(forecast: Forecast, console: Console, *, quantized: bool) -> None:
     console.say(
         f"{forecast.size.weights:,} parameters, {forecast.size.trained:,} in the adapter.\n"
         f"{run.steps:,} steps; layout {run.layout}: tokens {run.tokens_padded:,} → {run.tokens_computed:,}, "
-        f"{run.tokens_padded / run.tokens_computed:.1f}× less work than with padding."
+        f"{_gain(run)}."
     )
     if reason := forecast.size.why_padded:
         console.say(f"layout padded: one record a row, because {reason}.")
@@ -364,6 +365,12 @@ def _say(forecast: Forecast, console: Console, *, quantized: bool) -> None:
         f"{dtype_name(forecast.dtype)}: {forecast.rate / 1e12:.2f} TFLOP/s). Loading, evaluating and saving come on "
         "top.\nThese are estimates; docs/guide.md says how far they were off."
     )
+
+
+def _gain(run: RunSize) -> str:
+    """What the layout saves; rows of one record each may have a few tokens more than padded ones."""
+    gain = run.tokens_padded / run.tokens_computed
+    return f"{gain:.1f}× less work than with padding" if gain >= SAVING else "about as much work as with padding"
 
 
 def _table_of_devices(forecast: Forecast) -> Table:

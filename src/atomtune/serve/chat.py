@@ -129,6 +129,9 @@ class Talk:
         if not file:
             self.console.say("Name a file: /save talk.jsonl")
             return
+        if not self.conversation.has_exchanges:
+            self.console.say("Nothing is said yet, so there is nothing to save.")
+            return
         try:
             self.conversation.save(expanded(file))
         except OSError as error:

@@ -45,6 +45,10 @@ class Conversation:
         """Remember a question with its answer, thoughts and calls apart, as a client sends them back."""
         self._exchanges.append([*self.wording.messages(question), *self.tuned.template.messages([turn])])
 
+    @property
+    def has_exchanges(self) -> bool:
+        return bool(self._exchanges)
+
     def begin_anew(self) -> None:
         """Forget all that was said; the system text stays."""
         self._exchanges = []

@@ -87,6 +87,8 @@ def _of_the_start(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _of_the_trainer(values: Mapping[str, Any]) -> Iterator[str]:
+    if values.get("max_steps") == 0:
+        yield "--max_steps 0 trains nothing. Pass 1 or more, or leave it out: --num_train_epochs decides."
     if values.get("fp16") and values.get("bf16"):
         yield "--fp16 and --bf16 contradict each other. Pass one of them, or neither for what suits the device."
     metric = values.get("metric_for_best_model")

@@ -427,7 +427,7 @@ class TrainerSettings:
         1800,
         "seconds that one process of a job waits for the others",
         at_least=1,
-        at_most=10_000_000,
+        at_most=1_000_000_000,
         rare=True,
         unit="seconds",
     )

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 
+from atomtune.language import message
+
 
 def _by_name(lists: Mapping[str, str]) -> dict[str, str]:
     """`{"lora_rank": "lora_r rank"}` turned round: lora_r → lora_rank, rank → lora_rank."""
@@ -80,10 +82,8 @@ VALUES_ELSEWHERE = {
 RENAMED = {
     "warmup_ratio": "--warmup_steps with a number below 1",
     "group_by_length": "--train_sampling_strategy group_by_length",
-    "overwrite_output_dir": "--resume, or another --output_dir",
     "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR",
     "no_cuda": "--use_cpu",
-    "save_safetensors": "nothing: adapters are always saved as safetensors",
     "evaluation_strategy": "--eval_strategy",
     "per_gpu_train_batch_size": "--per_device_train_batch_size",
     "check_point": "--checkpoint",
@@ -118,18 +118,20 @@ ELSEWHERE = _by_name(
         "dataset_prepared_path tokenized_path preprocessing_batch_size",
         "leave it out: --dataset_path takes the file itself": "dataset_dir media_dir",
         "leave it out: loss.png is always drawn": "plot_loss",
+        "leave it out: adapters are always saved as safetensors": "save_safetensors",
         "there is no such setting; make a smaller file": "max_samples",
-        "use --mix": "interleave_probs mix_strategy",
+        message("use --mix"): "interleave_probs mix_strategy",
         "use --streaming with --max_steps": "pretraining_dataset",
         "use --eval_strategy epoch, or --eval_steps with a share of all steps, as 0.1": "evals_per_epoch",
         "use --save_strategy epoch, or --save_steps with a share of all steps, as 0.1": "saves_per_epoch",
         "use --continue_training --checkpoint FOLDER": "adapter_name_or_path lora_model_dir",
-        "use --resume": "auto_resume_from_checkpoints",
-        "use --gradient_checkpointing": "use_gradient_checkpointing",
-        "use --use_liger_kernel": "enable_liger_kernel liger_rope liger_rms_norm liger_glu_activation",
+        "gone; use --resume, or another --output_dir": "overwrite_output_dir",
+        message("use --resume"): "auto_resume_from_checkpoints",
+        message("use --gradient_checkpointing"): "use_gradient_checkpointing",
+        message("use --use_liger_kernel"): "enable_liger_kernel liger_rope liger_rms_norm liger_glu_activation",
         "use --report_to wandb and the environment variable WANDB_PROJECT": "wandb_project use_wandb",
         "use --report_to wandb and its environment variables": "wandb_entity wandb_watch wandb_log_model wandb_mode",
-        "use --run_name": "wandb_name wandb_run_id",
+        message("use --run_name"): "wandb_name wandb_run_id",
         "use --report_to swanlab": "use_swanlab swanlab_project swanlab_mode swanlab_run_name",
         "there is no such setting: control strings come from tokenizer and template": "special_tokens tokens "
         "added_tokens_overrides new_special_tokens add_special_tokens resize_vocab eos_token pad_token",

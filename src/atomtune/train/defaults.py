@@ -27,6 +27,8 @@ FEW_STEPS = 100
 #: The largest that leaves enough steps is taken; a step has at least so many records.
 BATCH_SIZES, SMALLEST_STEP = (16, 8, 4, 2, 1), 4
 USUAL_EPOCHS, MOST_EPOCHS = 3, 10
+#: What makes a step of several records; where one is above 1, a smaller one makes more steps.
+_RECORDS_A_STEP = ("gradient_accumulation_steps", "per_device_train_batch_size")
 #: Of fewer records all are learned: a handful held out would tell little and be missed.
 LEAST_TO_SPLIT = 50
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.1, 200
@@ -122,6 +124,8 @@ def with_defaults(run: RunContext, size: Size, shape: BaseShape) -> RunContext:
     derived = derive(run.settings, run.args, size, shape)
     for name in derived.values.keys() & run.began_with.keys():
         derived.values[name] = run.began_with[name]
+    if run.began_with.get("eval_size") == 0 and not run.settings.data.eval_path:
+        derived.reasons["eval_size"] = "the run that is resumed held none out"
     # A folder that was chosen for the run stays its folder.
     settings = run.settings.with_derived({**derived.values, "output_dir": run.args.output_dir}, derived.reasons)
     of_manifest = {**derived.values, _LONGEST: shape.longest}
@@ -327,9 +331,10 @@ def _say(run: RunContext, derived: Derived, size: Size) -> None:
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = math.ceil(args.num_train_epochs * math.ceil(size.records / per_step))
     if steps < FEW_STEPS:
+        smaller = [name for name in _RECORDS_A_STEP if getattr(args, name) > 1]
         run.console.notice(
             f"{size.records:,} records make {steps:,} steps, which may be too few to learn much. More records help "
-            "most; then a higher --num_train_epochs, or a smaller --per_device_train_batch_size."
+            f"most; then a higher --num_train_epochs{f', or a smaller --{smaller[0]}' if smaller else ''}."
         )
 
 

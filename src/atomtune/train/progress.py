@@ -49,7 +49,7 @@ class TrainingBar(TrainerCallback):
         """Examples and tokens a second; in a narrow terminal the examples alone."""
         seconds = self.pace.seconds()
         examples = (self.work.examples - self.first_examples) / seconds
-        if self.console.is_terminal and self.console.width < WIDE:
+        if self.console.draws and self.console.width < WIDE:
             return translated(f"{examples:.1f} ex/s")
         tokens = (self.work.tokens_computed - self.first_tokens) / seconds
         return translated(f"{examples:.1f} examples/s  {tokens:,.0f} tokens/s")
@@ -89,7 +89,7 @@ class TrainingBar(TrainerCallback):
             return
         self.loss = f"{logs['loss']:.3f}"
         now = time.perf_counter()
-        if not self.console.is_terminal and (now - self.spoken > SPOKEN_EVERY or state.global_step == state.max_steps):
+        if not self.console.draws and (now - self.spoken > SPOKEN_EVERY or state.global_step == state.max_steps):
             self.spoken = now
             rate, left, learning_rate = self._rate(), self._left(args, state), logs.get("learning_rate", 0)
             line = translated(

@@ -361,7 +361,7 @@ def _say_length(run: RunContext, data: Data) -> None:
     if args.max_steps <= 0:
         steps = math.ceil(args.num_train_epochs * steps_an_epoch)
         epochs = "1 epoch" if args.num_train_epochs == 1 else f"{args.num_train_epochs:g} epochs"
-        run.console.say(f"\nTraining: {steps:,} steps of {per_step:,} records, {epochs} of {records:,}.")
+        run.console.say(f"\nTraining: {steps:,} steps of {min(per_step, records):,} records, {epochs} of {records:,}.")
     else:
         steps = args.max_steps
     warmup = args.get_warmup_steps(steps)
@@ -408,7 +408,7 @@ def _train_steps(run: RunContext, trainer: LoraTrainer) -> None:
     if run.resumed is None:
         trainer.train()
     elif trainer.all_steps_made(run.resumed.checkpoint):
-        run.console.say("Nothing is left to train: all steps are done. This checkpoint's adapter is saved.")
+        run.console.say("Nothing is left to train: all steps are done. The adapter that the run keeps is saved.")
     else:
         trainer.train(resume_from_checkpoint=str(run.resumed.checkpoint))
 

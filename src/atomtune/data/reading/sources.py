@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import BinaryIO
 
 from atomtune.choices import FormatName
@@ -284,7 +285,7 @@ def _reader_of(path: Path, ending: str, head: bytes) -> Callable[[BinaryIO, str]
         table_ending = ".tsv" if separator == "\t" else ".csv"
         raise BadData(
             f"{path}:1: a table with columns (CSV); expected one JSON object a line. Rename it, and it is read as a "
-            f"table:\n  mv {path.name} {path.stem}{table_ending}"
+            f"table:\n  mv {quote(str(path))} {quote(str(path.with_suffix(table_ending)))}"
         )
     return _table_chunks
 
@@ -296,7 +297,7 @@ def _over_lines(path: Path, text: bytes) -> str:
     place = f'; its records seem to stand in the list under "{wrapped.group(1).decode()}"' if wrapped else ""
     return (
         f"{path}:1: an object over several lines; one record a line is expected, or a JSON array of them{place}.\n"
-        f"Write one a line: jq -c '{program}' {path.name} > NEW.jsonl"
+        f"Write one a line: jq -c '{program}' {quote(str(path))} > NEW.jsonl"
     )
 
 

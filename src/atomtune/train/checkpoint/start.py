@@ -86,8 +86,8 @@ def newest_whole(folder: Path, notice: Callable[[str], None]) -> Path | None:
 
 
 def holds_a_run(folder: Path) -> bool:
-    """Whether a folder already is some run's output; one that failed before its first checkpoint left nothing."""
-    unfinished = read_record(folder).get("status") in (None, "failed")
+    """Whether a folder already is some run's output; one that ended before its first checkpoint left nothing."""
+    unfinished = read_record(folder).get("status") in (None, "failed", "preempted")
     return (folder / WEIGHTS).exists() or bool(checkpoints(folder)) or ((folder / RECORD).exists() and not unfinished)
 
 
