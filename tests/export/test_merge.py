@@ -12,10 +12,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from atomtune.api import load
 from atomtune.cli import main
 from atomtune.export import merge
 from atomtune.model.adapter import LoraSpec, load_trained, new_adapter
-from atomtune.model.load import BaseSpec, load_base
+from atomtune.model.load import BaseSpec, load_base, load_dequantized
 from tests.hybrids import write_walked
 from tests.walk.test_pages import wrong_next_steps
 
@@ -139,6 +140,29 @@ def test_a_merge_that_is_killed_leaves_no_model_and_the_next_one_works(trained, 
     assert "Traceback" not in capsys.readouterr().err
     assert main(words) == 0
     assert (out / "config.json").is_file() and not list(out.glob(".*"))
+
+
+def test_a_base_is_quantized_in_the_number_format_of_the_training(models, tmp_path):
+    # float16 files, quantized in bfloat16 by the training and in float16 by the merge: every 170th weight was another.
+    pytest.importorskip("bitsandbytes")
+    from tests.conftest import DIALOGUES, write_jsonl
+
+    base, adapter, merged = models("llama"), tmp_path / "out", tmp_path / "m"
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
+    command = ["train", "--model_path", str(base), "--dataset_path", str(data), "--output_dir", str(adapter)]
+    flags = ["--quantize", "nf4", "--dtype", "bfloat16", "--max_steps", "4", "--learning_rate", "1e-2"]
+    assert main([*command, *flags]) == 0
+    assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(merged)]) == 0
+
+    spec = BaseSpec(path=str(base), dtype=torch.bfloat16, device=CPU, quantize="nf4")
+    trained = PeftModel.from_pretrained(load_dequantized(spec).float(), str(adapter)).merge_and_unload().state_dict()
+    for name, weight in load_base(BaseSpec(path=str(merged), dtype=torch.float32, device=CPU)).named_parameters():
+        assert torch.allclose(weight, trained[name], atol=1e-6), name
+    assert load(str(adapter)).model.config.dtype is torch.bfloat16
+    words = ["certify", "--adapter_path", str(adapter), "--served", str(merged), "--engine", "in-process"]
+    assert main([*words, "--dtype", "float32", "--prompts", "3"]) == 0
+    (entry,) = json.loads((merged / "certificate.json").read_text())
+    assert entry["mean_logprob_difference"] < 1e-5
 
 
 # The checks themselves: right merges of small and large adapters hold in every dtype; planted faults of any size show.

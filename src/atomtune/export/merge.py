@@ -120,7 +120,7 @@ def write_merged(settings: MergeSettings, out: Path, console: Console) -> None:
     trained = _trained_model(settings, console)
 
     console.say(f"loading {trained.spec.path} in {dtype_name(trained.spec.dtype)} …")
-    base = load_dequantized(trained.spec)
+    base = load_dequantized(trained.spec, trained_in=trained.metadata.dtype)
     if len(trained.adapters) > 1:
         console.say(translated(f"merging {' + '.join(map(str, trained.adapters))} …"))
     else:
@@ -224,7 +224,8 @@ def _first_parts(names: Sequence[str]) -> list[str]:
 
 def _check_written(trained: _TrainedModel, out: Path) -> tuple[Weights, Sequence[Measure]]:
     """Read the written folder back and compare it with base + adapter. Raises CheckFailed where they differ."""
-    adapted = load_weighted(load_dequantized(trained.spec), trained.adapters)
+    base = load_dequantized(trained.spec, trained_in=trained.metadata.dtype)
+    adapted = load_weighted(base, trained.adapters)
     written = load_base(replace(trained.spec, path=str(out), quantize=None)).eval()
     written_template, _ = template_of(out, trust_remote_code=trained.spec.trust_remote_code)
 
