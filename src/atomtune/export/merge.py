@@ -215,7 +215,7 @@ def _save_merged(base: CausalLM, trained: _TrainedModel, out: Path, console: Con
     folder = folder_of(trained.spec.path)
     if folder is None or trained.stored_quantized:  # what transformers did not load there belongs to the packed weights
         return ()
-    return carry_over(folder, out, loaded=merged.state_dict().keys())
+    return carry_over(folder, out, loaded=merged.state_dict().keys(), prefix=str(merged.base_model_prefix))
 
 
 def _first_parts(names: Sequence[str]) -> list[str]:
