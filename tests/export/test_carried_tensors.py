@@ -1,15 +1,22 @@
 """Carried tensors: what a class does not load is in the merged folder as it was, in one index with all the rest."""
 
 import json
+import shutil
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from atomtune.cli import main
 from atomtune.export.carried_tensors import carry_over, changed
+from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.fingerprint import INDEX, weight_files
+from atomtune.model.load import BaseSpec, load_base
 
 MORE = {"mtp.norm.weight": torch.arange(4, dtype=torch.bfloat16), "mtp.fc.weight": torch.randn(3, 5)}
+#: What a base's files may hold beside what its class loads, which then says nothing of it.
+IGNORED: dict[str, dict[str, torch.Tensor]] = {"llama": {}, "gpt2": {"h.0.crossattention.bias": torch.ones(1, 1, 4, 4)}}
 OLD_BUFFER = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
 
 
@@ -27,7 +34,10 @@ def folders(models, tmp_path):
 def test_what_the_class_does_not_load_is_carried_over_bit_by_bit(models, tmp_path):
     base, out, model = folders(models, tmp_path)
     before = load_file(out / "model.safetensors")
-    assert carry_over(base, out, loaded=model.state_dict().keys()) == ("mtp.fc.weight", "mtp.norm.weight")
+    assert carry_over(base, out, loaded=model.state_dict().keys(), prefix="model") == (
+        "mtp.fc.weight",
+        "mtp.norm.weight",
+    )
     weight_map = json.loads((out / INDEX).read_text())["weight_map"]
     assert weight_map.keys() == {*before, *MORE}
     for name, tensor in {**before, **MORE}.items():
@@ -40,13 +50,35 @@ def test_what_the_class_does_not_load_is_carried_over_bit_by_bit(models, tmp_pat
 
 def test_nothing_is_carried_where_the_class_loads_all(models, tmp_path):
     _, out, model = folders(models, tmp_path)
-    assert carry_over(models("llama"), out, loaded=model.state_dict().keys()) == ()
+    assert carry_over(models("llama"), out, loaded=model.state_dict().keys(), prefix="model") == ()
     assert not (out / INDEX).exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_base_whose_files_lack_the_prefix_of_the_class_is_loaded_and_not_carried(models, tmp_path, family):
+    # The whole base was copied beside the merged weights, and won where both were loaded.
+    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    shutil.copytree(models(family), base)
+    prefix = AutoModelForCausalLM.from_pretrained(base).base_model_prefix
+    file = base / "model.safetensors"
+    stored = {name.removeprefix(f"{prefix}."): tensor for name, tensor in load_file(file).items()}
+    save_file({**stored, **IGNORED[family]}, file, metadata={"format": "pt"})
+    lora = LoraSpec(rank=4, alpha=4, dropout=0.0, targets=["all-linear"])
+    model = new_adapter(load_base(BaseSpec(path=str(base), dtype=torch.float32, device=torch.device("cpu"))), lora)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            if tensor.requires_grad:
+                tensor.normal_(std=0.1)
+    model.save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(base).save_pretrained(adapter)
+    assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(out)]) == 0
+    names = {name for file in weight_files(out) for name in load_file(file)}
+    assert names == {*load_file(models(family) / "model.safetensors"), *IGNORED[family]}
 
 
 def test_a_carried_tensor_that_is_another_is_told(models, tmp_path):
     base, out, model = folders(models, tmp_path)
-    names = carry_over(base, out, loaded=model.state_dict().keys())
+    names = carry_over(base, out, loaded=model.state_dict().keys(), prefix="model")
     assert changed(base, out, names) == []
     shard = weight_files(out)[-1]
     save_file({**MORE, "mtp.fc.weight": -MORE["mtp.fc.weight"]}, shard, metadata={"format": "pt"})

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from atomtune.api import load
 from atomtune.cli import main
 from atomtune.export import merge
 from atomtune.model.adapter import LoraSpec, load_trained, new_adapter
-from atomtune.model.load import BaseSpec, load_base
+from atomtune.model.load import BaseSpec, load_base, load_dequantized
 from tests.hybrids import write_walked
 from tests.walk.test_pages import wrong_next_steps
 
@@ -141,6 +142,29 @@ def test_a_merge_that_is_killed_leaves_no_model_and_the_next_one_works(trained, 
     assert (out / "config.json").is_file() and not list(out.glob(".*"))
 
 
+def test_a_base_is_quantized_in_the_number_format_of_the_training(models, tmp_path):
+    # float16 files, quantized in bfloat16 by the training and in float16 by the merge: every 170th weight was another.
+    pytest.importorskip("bitsandbytes")
+    from tests.conftest import DIALOGUES, write_jsonl
+
+    base, adapter, merged = models("llama"), tmp_path / "out", tmp_path / "m"
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
+    command = ["train", "--model_path", str(base), "--dataset_path", str(data), "--output_dir", str(adapter)]
+    flags = ["--quantize", "nf4", "--dtype", "bfloat16", "--max_steps", "4", "--learning_rate", "1e-2"]
+    assert main([*command, *flags]) == 0
+    assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(merged)]) == 0
+
+    spec = BaseSpec(path=str(base), dtype=torch.bfloat16, device=CPU, quantize="nf4")
+    trained = PeftModel.from_pretrained(load_dequantized(spec).float(), str(adapter)).merge_and_unload().state_dict()
+    for name, weight in load_base(BaseSpec(path=str(merged), dtype=torch.float32, device=CPU)).named_parameters():
+        assert torch.allclose(weight, trained[name], atol=1e-6), name
+    assert load(str(adapter)).model.config.dtype is torch.bfloat16
+    words = ["certify", "--adapter_path", str(adapter), "--served", str(merged), "--engine", "in-process"]
+    assert main([*words, "--dtype", "float32", "--prompts", "3"]) == 0
+    (entry,) = json.loads((merged / "certificate.json").read_text())
+    assert entry["mean_logprob_difference"] < 1e-5
+
+
 # The checks themselves: right merges of small and large adapters hold in every dtype; planted faults of any size show.
 
 
@@ -189,6 +213,75 @@ def one_number_of_the_base(layers):
 
 def nothing(layers):
     pass
+
+
+ATTENTION = ["q_proj", "v_proj"]
+#: What PEFT puts on a model beside plain LoRA → family, and what is asked of LoraConfig.
+OTHER_KINDS = {
+    "dora": ("llama", {"target_modules": ATTENTION, "use_dora": True}),
+    "dora-transposed": ("gpt2", {"target_modules": ["c_attn"], "use_dora": True, "fan_in_fan_out": True}),
+    "dora-embedding": ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
+    "embedding": ("llama", {"target_modules": [*ATTENTION, "embed_tokens"]}),
+    "bias": ("gpt2", {"target_modules": ["c_attn"], "lora_bias": True, "fan_in_fan_out": True}),
+    "head": ("llama", {"target_modules": ATTENTION, "modules_to_save": ["lm_head"]}),
+    "norms": ("llama", {"target_modules": ATTENTION, "modules_to_save": ["norm"]}),
+    "tied": ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["wte"], "fan_in_fan_out": True}),
+    "rows": ("llama", {"target_modules": ATTENTION, "trainable_token_indices": {"embed_tokens": [5, 300]}}),
+    "tied-rows": ("gpt2", {"target_modules": ["c_attn"], "trainable_token_indices": [5, 300], "fan_in_fan_out": True}),
+}
+
+
+def by_peft(base: Path, folder: Path, wanted: dict) -> Path:
+    """An adapter of any kind, all of whose numbers are moved."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **wanted)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            if tensor.requires_grad:
+                tensor.add_(torch.randn_like(tensor), alpha=0.03)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_other_kinds_of_adapters_are_merged_and_checked(models, tmp_path, capsys, kind, dtype):
+    # Their merged models were right and refused as "not base + adapter", or ended as a bug.
+    family, wanted = OTHER_KINDS[kind]
+    base, adapter = models(family), by_peft(models(family), tmp_path / "a", wanted)
+    words = ["--adapter_path", str(adapter), "--output_dir", str(tmp_path / "m"), "--dtype", dtype]
+    assert main(["merge", *words]) == 0, capsys.readouterr().err
+    held_whole = "modules_to_save" in wanted or "trainable_token_indices" in wanted
+    assert ("that the adapter holds whole" in capsys.readouterr().out) == held_whole
+    if dtype == "float32":
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+        adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+        ids = torch.arange(5, 60)[None]
+        with torch.no_grad():
+            assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_a_fault_in_what_such_an_adapter_holds_shows(models, tmp_path, kind):
+    family, wanted = OTHER_KINDS[kind]
+    spec = BaseSpec(path=str(models(family)), dtype=torch.float32, device=CPU)
+    adapter = by_peft(models(family), tmp_path, wanted)
+    adapted = load_trained(load_base(spec), adapter)
+    for part in ("lora_magnitude", "lora_embedding_B", "lora_B.default.bias", "modules_to_save", "trainable_tokens"):
+        for name, _ in adapted.named_parameters():
+            if part in name:
+                spoiled = load_trained(load_base(spec), adapter)
+                with torch.no_grad():
+                    spoiled.get_parameter(name).view(-1)[-1] *= 1.01
+                assert merge.compare_weights(adapted, merge.merge_weights(spoiled)).problems, name
+
+
+def test_a_bias_that_the_base_does_not_have_is_not_merged(models, tmp_path, capsys):
+    adapter = by_peft(models("llama"), tmp_path / "a", {"target_modules": ATTENTION, "lora_bias": True})
+    assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(tmp_path / "m")]) == 2
+    assert "q_proj has a trained bias (lora_bias), and none in the base" in capsys.readouterr().err
 
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

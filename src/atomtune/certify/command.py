@@ -10,7 +10,7 @@ from typing import Any
 from atomtune.certify.comparison import Outcome, coarser, compare
 from atomtune.certify.prompts import CertPrompt, choose_prompts
 from atomtune.certify.reference import Expected, expect, free_memory
-from atomtune.choices import EngineName, Quantize
+from atomtune.choices import EngineName
 from atomtune.console import Console, as_command
 from atomtune.data.cache import Rules, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template
@@ -30,6 +30,7 @@ from atomtune.evaluate.run_folder import run_records
 from atomtune.language import translated
 from atomtune.model.adapter import load_trained
 from atomtune.model.adapter_folder import CERTIFICATE, CONFIG, AdapterMetadata, base_of, template_of
+from atomtune.model.base_as_trained import dtype_as_trained
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.generate import stop_ids
 from atomtune.model.load import (
@@ -130,18 +131,23 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
     template = _of_today(template, console)
     prompts = choose_prompts(records, template, count=settings.prompts, max_tokens=max_tokens)
     device = device_in_use()
-    dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=console.notice)
+    asked = dtype_as_trained(metadata, quantize=settings.quantize, asked=settings.dtype)
+    dtype = resolve_dtype(asked, device, fp16=False, bf16=False, notice=console.notice)
     dtype_name = str(dtype).removeprefix("torch.")
     console.say(f"{len(prompts)} prompts ({_kinds(prompts)}), answered by {adapter} in {dtype_name} …")
     spec = BaseSpec(**{**settings.base(), "path": base_path}, dtype=dtype, device=device)
-    merged_in = _merged_in(settings, metadata)
+    merged = _merged(settings, metadata)
+    merged_in = merged.quantize if merged else None
     if metadata.quantize and metadata.quantize not in (merged_in, settings.quantize):
         console.notice(
             f"the adapter was trained on the base in {metadata.quantize}, and is certified on its weights as they are "
             "stored, which engines load: not quite the model that was trained. `atomtune merge` writes the weights "
             "that training had."
         )
-    base = load_dequantized(replace(spec, quantize=merged_in)) if merged_in else load_base(spec)
+    if merged and merged_in:
+        base = load_dequantized(replace(spec, quantize=merged_in), trained_in=merged.dtype)
+    else:
+        base = load_base(spec)
     model = load_trained(base, adapter).eval()
     expected = expect(model, prompts, template, max_new_tokens=settings.max_new_tokens)
     stops = stop_ids(model, template)
@@ -162,15 +168,14 @@ def _of_today(template: Template, console: Console) -> Template:
     return probed(replace(template, day=today))
 
 
-def _merged_in(settings: CertifySettings, metadata: AdapterMetadata) -> Quantize | None:
-    """How the base's weights were rounded before a merge, for what is served; a GGUF is made as `merge` merges."""
+def _merged(settings: CertifySettings, metadata: AdapterMetadata) -> AdapterMetadata | None:
+    """What a merge says of the weights it began with, where a merge is served; a GGUF is made as `merge` merges."""
     if settings.served is None or not metadata.quantize:
         return None
     folder = Path(settings.served)
     if folder.suffix == ".gguf":
-        return metadata.quantize
-    merged = AdapterMetadata.load(folder)
-    return merged.quantize if merged and not (folder / CONFIG).is_file() else None
+        return metadata
+    return None if (folder / CONFIG).is_file() else AdapterMetadata.load(folder)
 
 
 def _kinds(prompts: Sequence[CertPrompt]) -> str:

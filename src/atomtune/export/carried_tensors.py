@@ -22,18 +22,22 @@ from atomtune.model.load import OLD_BUFFERS
 _PROCESSORS = "*processor_config.json"
 
 
-def carry_over(base: Path, out: Path, *, loaded: Collection[str]) -> tuple[str, ...]:
+def carry_over(base: Path, out: Path, *, loaded: Collection[str], prefix: str) -> tuple[str, ...]:
     """Copy into a written model what its base's folder has beside it; the names of the tensors copied.
 
     loaded  names of the tensors that the model has in memory, tied ones included
+    prefix  the class's base_model_prefix, which a base's files may lack: GPT-2's and Bloom's have `h.0.…` where the
+            class says `transformer.h.0.…`, and transformers loads both
     """
     for file in base.glob(_PROCESSORS):
         shutil.copyfile(file, out / file.name)
     written = {name for file in weight_files(out) for name, _ in _tensors(file, names_only=True)}
-    known = {*written, *loaded}
+    known = {name.removeprefix(f"{prefix}.") for name in (*written, *loaded)}
     carried: dict[str, torch.Tensor] = {}
     for file in weight_files(base):
-        for name, tensor in _tensors(file, leaving_out=known):
+        stored = [name for name, _ in _tensors(file, names_only=True)]
+        also_loaded = {name for name in stored if name.removeprefix(f"{prefix}.") in known}
+        for name, tensor in _tensors(file, leaving_out=also_loaded):
             if not name.endswith(OLD_BUFFERS):
                 carried[name] = tensor
     if carried:

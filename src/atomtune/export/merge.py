@@ -1,19 +1,22 @@
 """Merge: base + adapter as one plain model folder, and a proof that nothing was lost on the way.
 
 The proof has three parts. The weights: every adapted number in the written files is base + adapter, rounded once, and
-every other tensor is the base's bit by bit. The prompts: the written folder renders them to the same ids. The answers:
-the written model's next-token distributions differ from the adapter's by no more than rounding (model/agreement.py).
+every other tensor is bit by bit the base's, or the adapter's where that holds it whole. The prompts: the written folder
+renders them to the same ids. The answers: the written model's next-token distributions differ from the adapter's by no
+more than rounding (model/agreement.py).
 """
 
 import contextlib
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import Embedding
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
 from atomtune.choices import Quantize
@@ -44,6 +47,8 @@ from atomtune.settings.spelled import base_words
 
 #: PEFT's part of a name, between a layer and what it wraps.
 _WRAPPED = ".base_layer"
+#: Parts of the names of what an adapter holds.
+_OF_ADAPTERS = (".lora_", ".modules_to_save.", ".original_module.", ".token_adapter.")
 CPU = torch.device("cpu")
 #: Without it nobody takes a folder for a model's.
 LAST_WRITTEN = "config.json"
@@ -69,6 +74,7 @@ class Weights:
 
     adapted: int  # matrices that the adapter changes
     same: int  # other tensors, equal bit by bit
+    whole: int  # of these, those that the adapter holds whole; the rest is the base's
     share_kept: float  # of the adapter's change, what rounding to the dtype left; 1 is all
     problems: tuple[str, ...]
 
@@ -120,7 +126,7 @@ def write_merged(settings: MergeSettings, out: Path, console: Console) -> None:
     trained = _trained_model(settings, console)
 
     console.say(f"loading {trained.spec.path} in {dtype_name(trained.spec.dtype)} …")
-    base = load_dequantized(trained.spec)
+    base = load_dequantized(trained.spec, trained_in=trained.metadata.dtype)
     if len(trained.adapters) > 1:
         console.say(translated(f"merging {' + '.join(map(str, trained.adapters))} …"))
     else:
@@ -215,7 +221,7 @@ def _save_merged(base: CausalLM, trained: _TrainedModel, out: Path, console: Con
     folder = folder_of(trained.spec.path)
     if folder is None or trained.stored_quantized:  # what transformers did not load there belongs to the packed weights
         return ()
-    return carry_over(folder, out, loaded=merged.state_dict().keys())
+    return carry_over(folder, out, loaded=merged.state_dict().keys(), prefix=str(merged.base_model_prefix))
 
 
 def _first_parts(names: Sequence[str]) -> list[str]:
@@ -224,7 +230,8 @@ def _first_parts(names: Sequence[str]) -> list[str]:
 
 def _check_written(trained: _TrainedModel, out: Path) -> tuple[Weights, Sequence[Measure]]:
     """Read the written folder back and compare it with base + adapter. Raises CheckFailed where they differ."""
-    adapted = load_weighted(load_dequantized(trained.spec), trained.adapters)
+    base = load_dequantized(trained.spec, trained_in=trained.metadata.dtype)
+    adapted = load_weighted(base, trained.adapters)
     written = load_base(replace(trained.spec, path=str(out), quantize=None)).eval()
     written_template, _ = template_of(out, trust_remote_code=trained.spec.trust_remote_code)
 
@@ -242,10 +249,12 @@ def _say_checked(weights: Weights, measures: Sequence[Measure], dtype: torch.dty
             f"{dtype_name(dtype)} is too coarse for this adapter: rounding loses {1 - weights.share_kept:.0%} of its "
             "change. --dtype float32 keeps it."
         )
+    if weights.whole:
+        console.say(f"{weights.whole:,} tensors are those that the adapter holds whole, in place of the base's.")
     divergence = measures[0]
     console.say(
         f"Checked: {weights.adapted:,} adapted matrices are base + adapter, rounded once to {dtype_name(dtype)}, and "
-        f"{weights.same:,} other tensors are the base's.\n"
+        f"{weights.same - weights.whole:,} other tensors are the base's.\n"
         f"Answers to {len(PROBES)} prompts differ from the adapter's by {divergence.apart:.1e} nats a token (KL); two "
         f"plain runs differ by {divergence.noise:.1e}."
     )
@@ -299,9 +308,7 @@ def compare_weights(adapted: PeftModel, written: CausalLM) -> Weights:
     problems: list[str] = []
     # The change the adapter asks for, D, and what is left of it, M - W, projected on D: <M - W, D> / <D, D>.
     change_wanted, change_written = 0.0, 0.0
-    for name, layer in layers.items():
-        base = _adapted_weight(layer).double()
-        deltas = _deltas(layer)
+    for name, base, deltas in _sums(layers):
         delta = torch.stack(deltas).sum(0)
         merged = unchecked.pop(name, None)
         if merged is None or merged.shape != base.shape:
@@ -311,43 +318,79 @@ def compare_weights(adapted: PeftModel, written: CausalLM) -> Weights:
         change_written += ((merged.double() - base) * delta).sum().item()
         change_wanted += delta.square().sum().item()
 
-    # All matrices with an adapter are checked now; what is left must be the base's.
-    unadapted = _unadapted_weights(adapted, layers)
+    # All sums are checked now; what is left must be the base's, or what the adapter has in its place.
+    whole = _whole_weights(adapted)
+    unadapted = {**_base_weights(adapted), **whole}
     for name, weight in unchecked.items():
-        if name not in unadapted or not torch.equal(unadapted[name], weight):
-            problems.append(f"{name}: is not the base's")
-    for name in unadapted.keys() - unchecked.keys():
+        if name not in unadapted or not torch.equal(unadapted[name].to(weight.dtype), weight):
+            problems.append(f"{name}: is not the adapter's" if name in whole else f"{name}: is not the base's")
+    names = {name for name, _ in written.named_parameters(remove_duplicate=False)}
+    for name in unadapted.keys() - names:
         problems.append(f"{name}: not in the written files")
     share_kept = change_written / change_wanted if change_wanted else 1.0
-    return Weights(len(layers), len(unchecked), share_kept, tuple(sorted(problems)))
+    return Weights(
+        len(layers), len(unchecked), len(whole.keys() & unchecked.keys()), share_kept, tuple(sorted(problems))
+    )
 
 
-def _unadapted_weights(adapted: PeftModel, layers: Collection[str]) -> dict[str, torch.Tensor]:
-    """The base's weights that have no adapter, by their names in the plain model.
-
-    layers  names of those that have one
-    """
+def _base_weights(adapted: PeftModel) -> dict[str, torch.Tensor]:
+    """The base's weights, adapted ones too, by their names in the plain model; tied ones by each of theirs."""
     weights = {}
-    for name, weight in adapted.get_base_model().named_parameters():
-        # PEFT calls an adapted matrix q_proj.base_layer.weight and its bias q_proj.base_layer.bias; LoRA has no bias.
-        plain = name.replace(_WRAPPED, "")
-        if ".lora_" not in name and plain not in layers:
-            weights[plain] = weight
+    for name, weight in adapted.get_base_model().named_parameters(remove_duplicate=False):
+        # PEFT calls an adapted matrix q_proj.base_layer.weight and its bias q_proj.base_layer.bias.
+        if not any(part in name for part in _OF_ADAPTERS):
+            weights[name.replace(_WRAPPED, "")] = weight
     return weights
 
 
-def _deltas(layer: LoraLayer) -> list[torch.Tensor]:
-    """What each active adapter adds to a matrix."""
-    return [_delta(layer, name) for name in layer.active_adapters if name in layer.lora_A]
+def _whole_weights(adapted: PeftModel) -> dict[str, torch.Tensor]:
+    """What an adapter has in place of the base's weights: layers that were trained whole, and single tokens' rows."""
+    weights: dict[str, torch.Tensor] = {}
+    for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            (active,) = module.active_adapters
+            for part, weight in module.modules_to_save[active].named_parameters():
+                weights[f"{name}.{part}"] = weight
+        elif isinstance(module, TrainableTokensWrapper):
+            weights[f"{name}.weight"] = module.weight
+    return weights
+
+
+def _sums(layers: Mapping[str, LoraLayer]) -> Iterator[tuple[str, torch.Tensor, list[torch.Tensor]]]:
+    """Each tensor that adapters add to, in float64: its name, the base's, and what each active adapter adds."""
+    for name, layer in layers.items():
+        names = [adapter for adapter in layer.active_adapters if adapter in layer.scaling]
+        yield name, _adapted_weight(layer).double(), [_delta(layer, adapter) for adapter in names]
+        if with_bias := [adapter for adapter in names if layer.lora_bias[adapter]]:
+            added = [layer.scaling[adapter] * layer.lora_B[adapter].bias.double() for adapter in with_bias]
+            yield f"{name.removesuffix('weight')}bias", layer.get_base_layer().bias.double(), added
 
 
 def _delta(layer: LoraLayer, name: str) -> torch.Tensor:
-    """What an adapter adds to a matrix, in float64: scale * B A, written out here and not asked of PEFT's merging.
+    """What an adapter adds to a matrix, in float64, written out here and not asked of PEFT's merging."""
+    if name in layer.lora_magnitude_vector:
+        return _delta_of_dora(layer, name)
+    if layer.lora_variant.get(name) is not None:  # others have formulas of their own
+        return layer.get_delta_weight(name).double()
+    return _product(layer, name)
+
+
+def _delta_of_dora(layer: LoraLayer, name: str) -> torch.Tensor:
+    """DoRA (Liu et al. 2024, arXiv 2402.09353): m (W + BA) / |W + BA|, less W; m has a number for each output."""
+    base = _adapted_weight(layer).double()
+    direction = base + _product(layer, name)
+    inputs = 0 if isinstance(layer, Embedding) or layer.fan_in_fan_out else 1
+    norm = direction.norm(dim=inputs, keepdim=True)
+    return layer.lora_magnitude_vector[name].weight.double().reshape(norm.shape) * direction / norm - base
+
+
+def _product(layer: LoraLayer, name: str) -> torch.Tensor:
+    """Scale * B A.
 
     E experts, r the rank, I inputs, O outputs
     """
-    if layer.lora_variant.get(name) is not None:  # DoRA and others have formulas of their own
-        return layer.get_delta_weight(name).double()
+    if isinstance(layer, Embedding):  # [I, O], I the vocabulary
+        return layer.scaling[name] * (layer.lora_embedding_B[name].double() @ layer.lora_embedding_A[name].double()).T
     down, up = layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
     if isinstance(layer, ParamWrapper) and layer.get_param().dim() == 3:
         experts = layer.get_param().shape[0]

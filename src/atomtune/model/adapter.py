@@ -106,19 +106,21 @@ def why_not_merged(model: PeftModel) -> str:
     """Why an adapter cannot be put into its base's weights; "" where it can.
 
     A matrix that two layers compute with (Zamba 2's shared blocks, an output layer that is the embedding) would hold
-    what is added for one of them in the other too.
+    what is added for one of them in the other too. What is added to a bias needs one that the base has.
     """
     holders: dict[int, list[str]] = {}
     for name, module in model.get_base_model().named_modules():
         for weight in module.parameters(recurse=False):
             holders.setdefault(id(weight), []).append(name.removesuffix(".base_layer"))
-    shared = []
+    reasons = []
     for module in model.modules():
         if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
             names = holders[id(module.get_base_layer().weight)]
             if len(names) > 1:
-                shared.append(f"{' and '.join(names)} compute with one matrix")
-    return listing(list(dict.fromkeys(shared)), 3)
+                reasons.append(f"{' and '.join(names)} compute with one matrix")
+            if any(module.lora_bias.values()) and module.get_base_layer().bias is None:
+                reasons.append(f"{names[0]} has a trained bias (lora_bias), and none in the base")
+    return listing(list(dict.fromkeys(reasons)), 3)
 
 
 def _drop_out_layers(model: PeftModel, dropout: float) -> None:

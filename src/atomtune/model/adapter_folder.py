@@ -14,7 +14,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file
 
-from atomtune.choices import BASE, Quantize
+from atomtune.choices import BASE, Dtype, Quantize
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template, restore_template
 from atomtune.disk import write_text
@@ -56,6 +56,7 @@ class AdapterMetadata:
     data_hash: str = ""
     base: str = ""  # the fingerprint of the weights it was trained on
     quantize: Quantize | None = None  # how training held them
+    dtype: Dtype = "auto"  # and in which number format, before it quantized them; auto where an older version wrote
     max_seq_length: Annotated[int, Field(ge=1)] = 256
 
     def save(self, folder: Path) -> None:

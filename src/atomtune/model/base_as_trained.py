@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-from atomtune.choices import Quantize
+from atomtune.choices import Dtype, Quantize
 from atomtune.errors import BadSettings
 from atomtune.extras import refuse_missing
+from atomtune.model.adapter_folder import AdapterMetadata
 from atomtune.model.load import is_stored_quantized
 
 
@@ -42,3 +43,16 @@ def quantize_as_trained(
     )
     notice(f"the base is held in {kind}, as it was in training; --stored_base takes its weights as they are stored.")
     return kind
+
+
+def dtype_as_trained(trained: AdapterMetadata, *, quantize: Quantize | None, asked: Dtype) -> Dtype:
+    """In which number format to hold the base: as --dtype says, else as training did where it is quantized likewise.
+
+    Quantized in another one, some weights fall on another step: with float16 for bfloat16 the answers were 10,000
+    times as far from the training's.
+    quantize  how the base is held
+    asked     --dtype
+    """
+    if asked == "auto" and quantize and quantize == trained.quantize:
+        return trained.dtype
+    return asked

@@ -9,9 +9,9 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import huggingface_hub
 import torch
@@ -97,9 +97,9 @@ def resolve_dtype(
     return best
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> Dtype:
     """torch.bfloat16 as users write it: bfloat16."""
-    return str(dtype).removeprefix("torch.")
+    return cast(Dtype, str(dtype).removeprefix("torch."))
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
@@ -285,11 +285,17 @@ def keep_soft_caps(base: Any) -> None:
         base.set_attn_implementation("eager")
 
 
-def load_dequantized(spec: BaseSpec) -> CausalLM:
+def load_dequantized(spec: BaseSpec, *, trained_in: Dtype = "auto") -> CausalLM:
     """The base with plain weights, as a training with spec.quantize computed with them: rounded, and unpacked again.
 
+    trained_in  the number format in which training quantized them: in another, some weights fall on another step
     So is a base whose files are quantized. Raises BadModel where they cannot be unpacked.
     """
+    if spec.quantize and trained_in not in ("auto", dtype_name(spec.dtype)):
+        trained = load_dequantized(replace(spec, dtype=getattr(torch, trained_in)))
+        stored = load_base(replace(spec, quantize=None))
+        stored.load_state_dict(trained.state_dict())  # rounds to the dtype of each
+        return stored
     base = load_base(spec)
     if not getattr(base, "is_quantized", False):
         return base

@@ -22,7 +22,7 @@ from atomtune.data.records import Turn
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import load_trained
 from atomtune.model.adapter_folder import CONFIG, base_of, template_of
-from atomtune.model.base_as_trained import quantize_as_trained
+from atomtune.model.base_as_trained import dtype_as_trained, quantize_as_trained
 from atomtune.model.base_shape import positions_of
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import refuse_other_base
@@ -270,8 +270,6 @@ def load_tuned(
     if merged and settings.model_path:
         raise BadSettings([f"--model_path: {folder} is a whole model already."])
     path = str(folder) if merged else base_of(folder, settings.model_path)
-    device = device_in_use()
-    dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=console.notice)
     quantize = quantize_as_trained(
         path,
         [None if merged else metadata.quantize],  # what is merged was unpacked for it
@@ -280,6 +278,9 @@ def load_tuned(
         trust_remote_code=settings.trust_remote_code,
         notice=console.notice,
     )
+    device = device_in_use()
+    asked = dtype_as_trained(metadata, quantize=quantize, asked=settings.dtype)
+    dtype = resolve_dtype(asked, device, fp16=False, bf16=False, notice=console.notice)
     base = {**settings.base(), "path": path, "quantize": quantize}
     model: Any = load_base(BaseSpec(**base, dtype=dtype, device=device))
     if merged:

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import StateDictType
 from transformers import PrinterCallback, set_seed
 
 from atomtune.batch.collate import Collator
+from atomtune.choices import Dtype
 from atomtune.console import Console, print_json
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
@@ -28,7 +29,7 @@ from atomtune.export.model_card import model_card
 from atomtune.model import liger
 from atomtune.model.adapter_folder import AdapterMetadata
 from atomtune.model.fingerprint import fingerprint
-from atomtune.model.load import embedding_rows, load_tokenizer, pad_id_of, quiet_libraries
+from atomtune.model.load import dtype_name, embedding_rows, load_tokenizer, pad_id_of, quiet_libraries
 from atomtune.model.memory import StepShape, is_out_of_memory, peak_bytes, remedies
 from atomtune.model.recompute import recompute_first
 from atomtune.model.rotary import refuse_mixed
@@ -271,7 +272,7 @@ def _longest_tokens(run: RunContext, data: Data) -> int:
     return settings.max_tokens if settings.streaming else data.ledger.longest_tokens
 
 
-def _metadata(run: RunContext, template: Template, data: Data) -> AdapterMetadata:
+def _metadata(run: RunContext, template: Template, data: Data, dtype: Dtype) -> AdapterMetadata:
     settings = run.settings
     return AdapterMetadata(
         template=template.name,
@@ -284,6 +285,7 @@ def _metadata(run: RunContext, template: Template, data: Data) -> AdapterMetadat
         max_seq_length=settings.data.max_tokens,
         base=fingerprint(str(settings.model.model_path)) or "",
         quantize=settings.model.quantize,
+        dtype=dtype,
     )
 
 
@@ -291,7 +293,7 @@ def _trainer(
     prepared: _Prepared, model: Any, collator: Collator, graphs: StepGraphs | None, began: float
 ) -> LoraTrainer:
     run, data = prepared.run, prepared.data
-    metadata = _metadata(run, prepared.template, data)
+    metadata = _metadata(run, prepared.template, data, dtype_name(model.config.dtype))
     minutes = run.settings.run.max_minutes
     stop = Stop(deadline=began + 60 * minutes if minutes else None, limit=f"--max_minutes {minutes:g}")
     try:
