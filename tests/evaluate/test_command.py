@@ -5,7 +5,9 @@ import re
 import shutil
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from pytest import approx
+from transformers import AutoModelForCausalLM
 
 from atomtune.cli import main
 from atomtune.evaluate import evaluation
@@ -52,6 +54,22 @@ def test_what_was_learned_by_heart_is_told_from_the_base(report):
     assert tuned["length_ratio"][0] == approx(1)
     assert tuned["nats_per_token"][0] < 0.2 < base["nats_per_token"][0]
     assert report_in(report)["against_base"]["out"]["nats_per_token"][2] < 0  # the whole interval
+
+
+def test_the_base_is_the_same_beside_an_adapter_that_began_with_a_part_of_it(models, by_heart, dialogues, tmp_path):
+    base = models("llama")
+    shutil.copytree(by_heart, tmp_path / "pissa")  # its template; the adapter is written over
+    config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "pissa")
+    figures = {}
+    for name, folders in (("alone", [by_heart]), ("beside", [by_heart, tmp_path / "pissa"])):
+        words = ["--adapter_path", *map(str, folders), "--dataset_path", str(dialogues), "--records", "2"]
+        assert evaluate(*words, "--output_dir", str(tmp_path / name), "--no_generate", "--no_probe") == 0
+        nats = {model: values["nats_per_token"][0] for model, values in report_in(tmp_path / name)["models"].items()}
+        figures[name] = nats
+    assert figures["beside"]["base"] == figures["alone"]["base"]
+    assert figures["beside"]["out"] == figures["alone"]["out"]
+    assert figures["beside"]["pissa"] == approx(figures["alone"]["base"], rel=1e-5)  # not trained yet
 
 
 def test_every_figure_has_an_interval_around_it(report):

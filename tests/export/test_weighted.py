@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -71,6 +71,25 @@ def test_one_adapter_may_be_added_in_part(adapters, tmp_path):
     base, wide, _ = adapters
     assert merge(tmp_path / "m", "--adapter_path", str(wide), "--weights", "0.5") == 0
     expected = weight_in(base) + 0.5 * delta(wide)
+    assert_equal(weight_in(tmp_path / "m"), expected)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("begins", [True, False], ids=["first", "second"])
+def test_what_began_with_a_part_of_the_base_is_weighed_against_the_whole_base(adapters, tmp_path, init, begins):
+    base, wide, narrow = adapters
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["down_proj"], init_lora_weights=init))
+    layer = model.get_submodule(f"base_model.model.{NAME}")
+    layer.lora_B["default"].weight.data += 0.1
+    trained = layer.base_layer.weight.double() + layer.get_delta_weight("default").double()
+    model.save_pretrained(tmp_path / init)
+    for file in wide.glob("token*"):
+        (tmp_path / init / file.name).write_bytes(file.read_bytes())
+    order = [(str(tmp_path / init), "0.5"), (str(narrow), "2")]
+    folders, weights = zip(*(order if begins else order[::-1]), strict=True)
+    assert merge(tmp_path / "m", "--adapter_path", *folders, "--weights", *weights) == 0
+    expected = weight_in(base) + 0.5 * (trained - weight_in(base)) + 2 * delta(narrow)
     assert_equal(weight_in(tmp_path / "m"), expected)
 
 

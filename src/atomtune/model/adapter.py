@@ -31,6 +31,7 @@ from atomtune.model.lora_targets import (
     refuse_endless_patterns,
     shortest,
 )
+from atomtune.model.plain_lora import plain_lora
 
 #: Numbers an adapter may be made of; torch computes nothing with the eighth-size ones.
 _OF_ADAPTERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -161,6 +162,13 @@ def start_from_weights(base: CausalLM, file: Path, lora: LoraSpec, *, notice: Ca
         refuse_endless_patterns(config, base, file.parent / CONFIG)
         weights = _named_as_in(base, weights, config)
         _notice_unused(config, base, lora, notice=notice)
+        init, rank = config.init_lora_weights, config.r
+        weights = plain_lora(base, config, weights, file.parent / CONFIG)
+        if config.r != rank:
+            notice(
+                f"the checkpoint's adapter began as {init}. It is trained on as plain LoRA of rank {config.r}, which "
+                "leaves the base's weights as they are."
+            )
         with explained(str(file.parent), "adapter", files=CONFIG):
             model = get_peft_model(base, config)
         if config.target_parameters:
@@ -283,7 +291,8 @@ def _saved(base: CausalLM, folder: Path) -> tuple[Path, PeftConfig, dict[str, to
     config.inference_mode = True
     config.base_model_name_or_path = None  # PEFT warns where the base has moved; its fingerprint is what counts
     refuse_endless_patterns(config, base, folder / CONFIG)
-    return file, config, _named_as_in(base, read_weights(file), config)
+    weights = _named_as_in(base, read_weights(file), config)
+    return file, config, plain_lora(base, config, weights, folder / CONFIG)
 
 
 @contextlib.contextmanager
