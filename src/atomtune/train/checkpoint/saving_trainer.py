@@ -18,7 +18,7 @@ from atomtune.errors import BadModel, RunFailed, listing
 from atomtune.model.adapter import refuse_not_finite, refuse_unlike
 from atomtune.model.adapter_folder import AdapterMetadata
 from atomtune.train.checkpoint.atomic import checkpoints, damage, rotate, seal, staged
-from atomtune.train.checkpoint.start import STATE
+from atomtune.train.checkpoint.start import STATE, step_of
 from atomtune.train.checkpoint.state import WEIGHTS_ONLY, has_optimizer
 from atomtune.train.ranks import on_any_rank
 
@@ -191,13 +191,22 @@ class SavingTrainer(Trainer):
             return
         groups = self.optimizer.param_groups
         settings_now = [{name: group[name] for name in GROUP_SETTINGS if name in group} for group in groups]
-        if has_optimizer(Path(checkpoint)):  # else --save_only_model
+        if has_optimizer(Path(checkpoint)):
             with _fitting(checkpoint):
                 super()._load_optimizer_and_scheduler(checkpoint)
+        else:  # --save_only_model: the optimizer begins anew, and its rates go on
+            self._move_schedule_to(step_of(Path(checkpoint)))
         for group, settings in zip(self.optimizer.param_groups, settings_now, strict=True):
             group.update(settings)
         if isinstance(self.lr_scheduler, LambdaLR):
             _follow(self.lr_scheduler, self.optimizer.param_groups)
+
+    def _move_schedule_to(self, step: int) -> None:
+        """The schedule at a step of the run; said where it cannot be known from the step alone."""
+        if isinstance(self.lr_scheduler, LambdaLR):
+            self.lr_scheduler.last_epoch = step
+        else:  # it follows the losses, and kept them in its state
+            self.notice("the checkpoint holds no state of the learning-rate schedule, so the schedule begins anew.")
 
 
 def _follow(schedule: LambdaLR, groups: list[dict[str, Any]]) -> None:
