@@ -25,6 +25,7 @@ def planned(capsys, *flags: str) -> dict:
         ("--num_train_epochs", "1.5", "--per_device_train_batch_size", "3", "--gradient_accumulation_steps", "4"),
         ("--max_steps", "5", "--per_device_train_batch_size", "4"),
         ("--max_steps", "3", "--layout", "padded"),
+        ("--max_steps", "3", "--neftune_noise_alpha", "5"),
     ],
     ids=" ".join,
 )

@@ -83,6 +83,10 @@ def test_what_the_library_takes_is_not_refused(models, dialogues, tmp_path, flag
         (("--dataloader_num_workers", "5000"), "--dataloader_num_workers 5,000: at most"),
         (("--fsdp", "full_shard"), "--fsdp is not used here"),
         (
+            ("--neftune_noise_alpha", "5", "--layout", "tree"),
+            "--layout tree would not be exact for this run: the noise",
+        ),
+        (
             ("--neftune_noise_alpha", "1e300"),
             "--neftune_noise_alpha '1e300': expected a number, at least 0 and at most",
         ),

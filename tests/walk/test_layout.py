@@ -5,6 +5,8 @@ import json
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoConfig
+from transformers.integrations import neftune
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from atomtune.cli import main
 from atomtune.model import memory
@@ -101,6 +103,26 @@ def test_a_model_that_a_tree_would_change_trains_padded_with_the_reason(models, 
     assert record["tokens_computed"] == record["tokens_padded"]
     said = " ".join(capsys.readouterr().out.split())
     assert "layout padded: one record a row, because its forward takes no position_ids." in said
+
+
+def test_noise_on_the_embeddings_takes_one_record_a_row(models, dialogues, tmp_path, monkeypatch, capsys):
+    # In a row of 16 records the library's noise had a quarter of its size, without a word.
+    shapes = []
+
+    def noted(module, inputs, output):
+        if module.training:
+            shapes.append(output.shape)
+        return neftune_post_forward_hook(module, inputs, output)
+
+    monkeypatch.setattr(neftune, "neftune_post_forward_hook", noted)
+    flags = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--eval_size", "0", "--neftune_noise_alpha"]
+    assert train(models("llama"), dialogues, tmp_path / "out", *flags, "5") == 0
+    assert [shape[0] for shape in shapes] == [8, 8]
+    assert record_of(tmp_path / "out")["layout"] == "padded"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "one record a row, because the noise of --neftune_noise_alpha is drawn for each record" in said
+    assert train(models("llama"), dialogues, tmp_path / "none", *flags, "0") == 0
+    assert record_of(tmp_path / "none")["layout"] == "tree"
 
 
 def test_a_layout_that_would_not_be_exact_is_refused_before_a_step(models, dialogues, tmp_path, capsys):

@@ -289,6 +289,37 @@ def test_a_checkpoint_without_optimizer_says_so_and_lora_settings_stay(models, d
     assert "--lora_rank 4 is not used: the checkpoint's adapter has 8" in said
 
 
+@pytest.mark.parametrize(
+    "schedule", [("--lr_scheduler_type", "linear", "--warmup_steps", "4"), ("--lr_scheduler_type", "cosine")]
+)
+def test_without_optimizer_the_learning_rate_goes_on(models, dialogues, tmp_path, schedule):
+    # It grew again from 0 and ended at its highest.
+    command = arguments(models("llama"), dialogues, tmp_path / "whole", "--save_only_model", *schedule)
+    command[command.index("--max_steps") + 1] = "12"
+    command[command.index("--save_steps") + 1] = "8"
+    assert main(command) == 0
+    command[command.index("--output_dir") + 1] = str(tmp_path / "resumed")
+    assert main([*command, "--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-8")]) == 0
+    rates, resumed_rates = (_rates(tmp_path / name / "checkpoint-12") for name in ("whole", "resumed"))
+    assert len(rates) == 12 and len(set(rates[8:])) == 4
+    assert resumed_rates[8:] == rates[8:]
+
+
+def _rates(checkpoint: Path) -> list[float]:
+    log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+
+
+def test_a_schedule_that_follows_the_loss_is_said_to_begin_anew(models, dialogues, tmp_path, capsys):
+    plateau = ("--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_size", "4", "--eval_strategy", "steps")
+    command = arguments(models("llama"), dialogues, tmp_path / "out", "--save_only_model", *plateau)
+    command[command.index("--max_steps") + 1] = "2"
+    assert main(command) == 0
+    command[command.index("--max_steps") + 1] = "3"
+    assert main([*command, "--resume"]) == 0
+    assert "so the schedule begins anew" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_run_that_began_from_weights_does_not_begin_again_without_them(whole, tmp_path, capsys):
     base, data, undisturbed = whole
     out = tmp_path / "out"

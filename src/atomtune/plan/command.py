@@ -39,7 +39,7 @@ from atomtune.settings.fields import PlanSettings, TrainSettings
 from atomtune.train.arguments import trainer_arguments
 from atomtune.train.dataset import source_names
 from atomtune.train.defaults import Size, derive, records_to_hold_out
-from atomtune.train.layout import SAVING
+from atomtune.train.layout import SAVING, layout_problems, why_padded_by_settings
 from atomtune.train.output_folder import without_start
 
 #: GB of the cards that people have, by the name they are sold under: 2^30 bytes each.
@@ -137,7 +137,8 @@ def forecast_of(settings: TrainSettings, console: Console) -> Forecast:
     settings, data = _as_it_would_run(settings, template, console)
     args = trainer_arguments(settings)
     lora = LoraSpec(**settings.lora.lora())
-    size = measure(str(model.model_path), lora, trust_remote_code=model.trust_remote_code)
+    measured = measure(str(model.model_path), lora, trust_remote_code=model.trust_remote_code)
+    size = replace(measured, why_padded=why_padded_by_settings(args) or measured.why_padded)
     run = _run_size(settings, args, data, why_padded=size.why_padded)
 
     here = _Here.of(settings)
@@ -246,11 +247,11 @@ def _run_size(
 def _layout(settings: TrainSettings, sampled: LayoutTokens, reason: str | None) -> Layout:
     """The run's, if the trial at its start finds it exact for the model. Raises BadSettings as the run would.
 
-    reason  for padded rows, that the model's config gives
+    reason  for padded rows, that the settings or the model's config give
     """
     choice = settings.data.layout
-    if reason and choice in ("tree", "packed"):
-        raise BadSettings([f"--layout {choice} would not be exact for this model: {reason}.\nPass --layout padded."])
+    if problems := layout_problems(choice, reason):
+        raise BadSettings(problems)
     if choice == "auto":
         return "padded" if reason else sampled.cheapest()
     return choice

@@ -30,7 +30,8 @@ class ModelSize:
     head        the output matrix, which is multiplied with target tokens alone
     trained     parameters of the adapter
     shapes      (in, out) of its linear layers, each once, the output matrix left out
-    why_padded  the reason for one record a row that the config gives; None where a trial at the run's start decides
+    why_padded  the reason for one record a row that the config or the settings give; None where a trial at the run's
+                start decides
     """
 
     config: Any

@@ -412,7 +412,11 @@ class TrainerSettings:
     )
     adam_epsilon: float = setting(1e-8, "Adam: added to the divisor against division by zero", more_than=0, rare=True)
     neftune_noise_alpha: float | None = setting(
-        None, "noise on the embeddings in training; the paper takes 5 to 15", at_least=0, at_most=1e6, rare=True
+        None,
+        "noise on the embeddings in training; the paper takes 5 to 15; one record a row then",
+        at_least=0,
+        at_most=1e6,
+        rare=True,
     )
     dataloader_num_workers: int = setting(
         0, "processes that prepare batches ahead", at_least=0, rare=True, unit="processes"

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from transformers import TrainingArguments
+
 from atomtune.batch.collate import Collator
 from atomtune.batch.cost import SAMPLED_BATCHES, LayoutTokens, batches_of, heaviest_of_the_run
-from atomtune.choices import Layout
+from atomtune.choices import Layout, LayoutChoice
 from atomtune.data.cache import as_examples
 from atomtune.data.records import Example
 from atomtune.errors import BadSettings
@@ -32,7 +34,7 @@ def check_equal(run: RunContext, data: Data, *, pad_id: int) -> None:
         _sampled_batches(data, per_batch=args.per_device_train_batch_size, seed=args.seed)[0],
         model=settings.model,
         lora=settings.lora,
-        wanted=settings.data.layout,
+        wanted="padded" if why_padded_by_settings(args) else settings.data.layout,
         dtype=dtype_of(run),
         device=device_of(run),
         pad_id=pad_id,
@@ -41,6 +43,25 @@ def check_equal(run: RunContext, data: Data, *, pad_id: int) -> None:
     )
     run.record.update(verified=compared.figures())
     say(compared, run.console)
+
+
+def why_padded_by_settings(args: TrainingArguments) -> str | None:
+    """The reason for one record a row that a run's settings give, whatever its model is."""
+    if args.neftune_noise_alpha:
+        # The library divides the noise by the root of a row's tokens. Rows of many records had a third of it, and the
+        # records of a tree would have one noise on the beginning that they share, where each has its own.
+        return "the noise of --neftune_noise_alpha is drawn for each record, by the length of its row"
+    return None
+
+
+def layout_problems(choice: LayoutChoice, reason: str | None) -> list[str]:
+    """What stands against the layout that was asked for.
+
+    reason  for padded rows; None where there is none
+    """
+    if reason is None or choice not in ("tree", "packed"):
+        return []
+    return [f"--layout {choice} would not be exact for this run: {reason}.\nPass --layout padded."]
 
 
 @dataclass(frozen=True)
@@ -58,9 +79,10 @@ def choose_layout(run: RunContext, model: CausalLM, tokenizer: Any, data: Data, 
     tokens = LayoutTokens.of(batches)
     choice = run.settings.data.layout
     sharded = bool(run.args.fsdp or run.args.deepspeed)
-    reason = "--layout padded" if choice == "padded" else why_padded(model, sharded=sharded)
-    if choice in ("tree", "packed") and reason is not None:
-        raise BadSettings([f"--layout {choice} would not be exact for this model: {reason}.\nPass --layout padded."])
+    reason = "--layout padded" if choice == "padded" else why_padded_by_settings(run.args)
+    reason = reason or why_padded(model, sharded=sharded)
+    if problems := layout_problems(choice, reason):
+        raise BadSettings(problems)
     layout: Layout
     if reason is not None:
         layout = "padded"

@@ -23,6 +23,7 @@ from atomtune.model.lora_targets import ALL_LINEAR, match_targets
 from atomtune.model.weight_sizes import without_weights
 from atomtune.settings.fields import LoraSettings, ModelSettings, TrainSettings
 from atomtune.train.checkpoint.start import foreign_files
+from atomtune.train.layout import layout_problems, why_padded_by_settings
 from atomtune.train.model import liger_circumstances
 
 #: Above so many for each core, a machine does nothing but start processes.
@@ -39,6 +40,7 @@ def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
     kernels = liger.problems(liger_circumstances(settings.trainer, args), args.liger_kernel_config)
     problems = [*_folder_problems(settings, Path(args.output_dir)), *_optimizer_problems(args), *_hub_problems(args)]
     problems += kernels
+    problems += layout_problems(settings.data.layout, why_padded_by_settings(args))
     most_workers = _WORKERS_A_CORE * (os.cpu_count() or 1)
     if args.dataloader_num_workers > most_workers:
         problems.append(
@@ -108,6 +110,9 @@ def _optimizer_problems(args: TrainingArguments) -> Iterator[str]:
             num_training_steps=steps,
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
+        begin_training = getattr(optimizer, "train", None)
+        if callable(begin_training):  # schedule_free_* refuses a step before
+            begin_training()
         if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):  # the others take the loss for every step
             for _ in range(steps):
                 optimizer.step()

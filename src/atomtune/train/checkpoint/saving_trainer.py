@@ -18,7 +18,7 @@ from atomtune.errors import BadModel, RunFailed, listing
 from atomtune.model.adapter import refuse_not_finite, refuse_unlike
 from atomtune.model.adapter_folder import AdapterMetadata
 from atomtune.train.checkpoint.atomic import checkpoints, damage, rotate, seal, staged
-from atomtune.train.checkpoint.start import STATE
+from atomtune.train.checkpoint.start import STATE, step_of
 from atomtune.train.checkpoint.state import WEIGHTS_ONLY, has_optimizer
 from atomtune.train.ranks import on_any_rank
 
@@ -74,6 +74,7 @@ class SavingTrainer(Trainer):
         Raises RunFailed when what was written is not what is in memory.
         """
         folder = Path(output_dir or self.args.output_dir)
+        self.take_averaged_weights()
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         refuse_not_finite(model)
         super().save_model(str(folder), _internal_call)
@@ -85,6 +86,14 @@ class SavingTrainer(Trainer):
         self.tokenizer_to_save.save_pretrained(folder)
         self.metadata.save(folder)
         write_text(folder / _CARD, self.card(self.state.log_history))  # in place of PEFT's form
+
+    def take_averaged_weights(self) -> None:
+        """The weights that are the run's result, where an optimizer (schedule_free_*) computes gradients at others.
+
+        The Trainer takes those back before each micro-batch. A checkpoint's optimizer state says which ones it has.
+        """
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
 
     def before_saving(self) -> None:
         """What has to be known of the run before a checkpoint is made; nothing here."""
@@ -167,6 +176,7 @@ class SavingTrainer(Trainer):
     # Private: the Trainer would pass a missing checkpoint by and keep the last step's weights in its place.
     def _load_best_model(self) -> None:
         """The best checkpoint's weights, if it is whole. Raises RunFailed if it is not."""
+        self.take_averaged_weights()  # later, it would change the best ones
         self.name_the_best()
         best = Path(self.state.best_model_checkpoint)
         if problems := damage(best):
@@ -191,13 +201,22 @@ class SavingTrainer(Trainer):
             return
         groups = self.optimizer.param_groups
         settings_now = [{name: group[name] for name in GROUP_SETTINGS if name in group} for group in groups]
-        if has_optimizer(Path(checkpoint)):  # else --save_only_model
+        if has_optimizer(Path(checkpoint)):
             with _fitting(checkpoint):
                 super()._load_optimizer_and_scheduler(checkpoint)
+        else:  # --save_only_model: the optimizer begins anew, and its rates go on
+            self._move_schedule_to(step_of(Path(checkpoint)))
         for group, settings in zip(self.optimizer.param_groups, settings_now, strict=True):
             group.update(settings)
         if isinstance(self.lr_scheduler, LambdaLR):
             _follow(self.lr_scheduler, self.optimizer.param_groups)
+
+    def _move_schedule_to(self, step: int) -> None:
+        """The schedule at a step of the run; said where it cannot be known from the step alone."""
+        if isinstance(self.lr_scheduler, LambdaLR):
+            self.lr_scheduler.last_epoch = step
+        else:  # it follows the losses, and kept them in its state
+            self.notice("the checkpoint holds no state of the learning-rate schedule, so the schedule begins anew.")
 
 
 def _follow(schedule: LambdaLR, groups: list[dict[str, Any]]) -> None:
