@@ -108,6 +108,15 @@ def test_the_loss_is_that_of_a_run_on_a_quantized_base(trained_in_nf4, tmp_path,
     assert "contradict each other" in capsys.readouterr().err
 
 
+def test_a_quantized_base_is_held_in_the_number_format_of_training(trained_in_nf4, tmp_path, capsys):
+    run = shutil.copytree(trained_in_nf4[1], tmp_path / "run")
+    card = json.loads((run / "atomtune.json").read_text())
+    (run / "atomtune.json").write_text(json.dumps({**card, "dtype": "float16"}))  # which no processor takes by itself
+    words = ["--adapter_path", str(run), "--no_generate", "--no_probe", "--output_dir", str(tmp_path / "out")]
+    assert main(["evaluate", *words, "--dtype", "auto"]) == 0
+    assert " in float16 on cpu" in capsys.readouterr().out
+
+
 def test_a_page_opens_from_disk_and_runs_nothing_of_a_records_text(by_heart, tmp_path):
     hostile = {"instruction": "<script>alert(1)</script>", "input": "", "output": '</p><img src=x onerror="alert(2)">'}
     data = write_jsonl(tmp_path / "hostile.jsonl", [hostile, *DIALOGUES[:2]])

@@ -4,7 +4,7 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from atomtune.data.encoding.choose_template import load_template
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import load_another, load_trained
 from atomtune.model.adapter_folder import base_of, short_names, template_of
-from atomtune.model.base_as_trained import quantize_as_trained
+from atomtune.model.base_as_trained import dtype_as_trained, quantize_as_trained
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.load import BaseSpec, device_in_use, load_base, load_tokenizer, resolve_dtype
@@ -74,7 +74,9 @@ def load_models(settings: EvaluateSettings, console: Console) -> Models:
         trust_remote_code=settings.trust_remote_code,
         notice=console.notice,
     )
-    base = _load_base(settings, base_path, console, quantize=quantize)
+    formats = {dtype_as_trained(card, quantize=quantize, asked=settings.dtype) for _, card in trained}
+    asked = formats.pop() if len(formats) == 1 else settings.dtype
+    base = _load_base(replace(settings, dtype=asked), base_path, console, quantize=quantize)
     for _, card in trained:
         refuse_other_base(base_path, card.base, anyway=settings.other_base, notice=console.notice)
     templates = [template for template, _ in trained]
