@@ -110,6 +110,9 @@ def _optimizer_problems(args: TrainingArguments) -> Iterator[str]:
             num_training_steps=steps,
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
+        begin_training = getattr(optimizer, "train", None)
+        if callable(begin_training):  # schedule_free_* refuses a step before
+            begin_training()
         if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):  # the others take the loss for every step
             for _ in range(steps):
                 optimizer.step()

@@ -213,6 +213,7 @@ class LoraTrainer(SavingTrainer):
         """(nats, targets) of all evaluation records on all ranks; None where a stop cut it short."""
         model = self.model if self._ranks_evaluate_alone else self.model_wrapped
         model.eval()
+        self.take_averaged_weights()
         sums = torch.zeros(3, dtype=torch.float64, device="cpu")  # nats, targets, ranks that gave up
         not_finite: list[str] = []
         for batch in self.get_eval_dataloader(eval_dataset):

@@ -74,6 +74,7 @@ class SavingTrainer(Trainer):
         Raises RunFailed when what was written is not what is in memory.
         """
         folder = Path(output_dir or self.args.output_dir)
+        self.take_averaged_weights()
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         refuse_not_finite(model)
         super().save_model(str(folder), _internal_call)
@@ -85,6 +86,14 @@ class SavingTrainer(Trainer):
         self.tokenizer_to_save.save_pretrained(folder)
         self.metadata.save(folder)
         write_text(folder / _CARD, self.card(self.state.log_history))  # in place of PEFT's form
+
+    def take_averaged_weights(self) -> None:
+        """The weights that are the run's result, where an optimizer (schedule_free_*) computes gradients at others.
+
+        The Trainer takes those back before each micro-batch. A checkpoint's optimizer state says which ones it has.
+        """
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
 
     def before_saving(self) -> None:
         """What has to be known of the run before a checkpoint is made; nothing here."""
@@ -167,6 +176,7 @@ class SavingTrainer(Trainer):
     # Private: the Trainer would pass a missing checkpoint by and keep the last step's weights in its place.
     def _load_best_model(self) -> None:
         """The best checkpoint's weights, if it is whole. Raises RunFailed if it is not."""
+        self.take_averaged_weights()  # later, it would change the best ones
         self.name_the_best()
         best = Path(self.state.best_model_checkpoint)
         if problems := damage(best):
