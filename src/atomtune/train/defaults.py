@@ -199,6 +199,7 @@ def _epochs_and_batch(
     epochs = USUAL_EPOCHS if free_epochs else args.num_train_epochs
     if size.records is None or args.max_steps > 0:
         if free_batch:
+            batch = max(batch // args.world_size, 1)  # many processes make the step that one makes
             derived.take("per_device_train_batch_size", batch, "the largest; --max_steps sets the number of steps")
         return epochs, batch
     batches_a_step = args.gradient_accumulation_steps * args.world_size

@@ -121,7 +121,7 @@ class TemplatedRecord:
             return self.template.tokenizer.bos_token or ""
         prompt = self._render(self.messages[: self.starts[at]], prompt=True)
         if self.tools and not all(tool_name(tool) in prompt for tool in self.tools):
-            raise CannotExpress(f"{self.template.title} has no place for tools")
+            raise CannotExpress(f"{self.template.title} has no place for tools; --template qwen2.5 has one")
         return prompt
 
     def _render(self, messages: Sequence[Message], *, prompt: bool) -> str:
@@ -370,7 +370,7 @@ class TemplatedRecord:
     def _look_for_lost_calls(self, at: int, answer: str) -> None:
         """Raises CannotExpress where a call of a turn is not in its answer."""
         if all(str(call.get("name")) not in answer for call in self.record.turns[at].calls):
-            raise CannotExpress(f"{self.template.title} has no place for tool calls")
+            raise CannotExpress(f"{self.template.title} has no place for tool calls; --template qwen2.5 has one")
         start = self.starts[at]
         calls = self.messages[start]["tool_calls"]
         if len(calls) == 1 or len(calls) in self._all_written:
