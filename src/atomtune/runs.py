@@ -21,6 +21,8 @@ from atomtune.settings.fields import RunsSettings
 RECORD = "run.json"
 #: How deep below the folder a run is looked for: runs/day/name.
 DEPTH = 3
+#: Columns of a line that nobody looks at: more than any row has.
+PIPE = 10_000
 #: Rows of the table of losses.
 STEPS_SHOWN = 8
 #: How a picture's file may end.
@@ -141,7 +143,7 @@ def _list(folder: Path, settings: RunsSettings, console: Console) -> None:
         summary["status"] = translated(summary["status"])
         summary["started"] = str(summary["started"])[:16].replace("T", " ")
         table.add_row(*(_text(value) for value in summary.values()))
-    console.print(table)
+    _print(table, console)
 
 
 def _table(console: Console, *heads: str) -> Table:
@@ -149,6 +151,15 @@ def _table(console: Console, *heads: str) -> Table:
     gap = 2 if console.width >= WIDE else 1
     columns = [Column(head, overflow="fold") for head in heads]
     return Table(*columns, box=None, pad_edge=False, padding=(0, gap, 0, 0))
+
+
+def _print(table: Table, console: Console) -> None:
+    """On a terminal as wide as that; in a pipe each row is one line, for grep and its like."""
+    width = console.width
+    if not console.is_terminal:
+        console.width = PIPE
+    console.print(table)
+    console.width = width
 
 
 def _below(folder: Path, top: Path) -> str:
@@ -176,7 +187,7 @@ def _compare(compared: Sequence[Run], settings: RunsSettings, console: Console) 
     for name, values in differing.items():
         table.add_row(name, *(_text(value) for value in values))
     if differing:
-        console.print(table)
+        _print(table, console)
     else:
         console.say("All settings are the same.")
     figures = _table(console, translated("figure"), *names)
@@ -184,7 +195,7 @@ def _compare(compared: Sequence[Run], settings: RunsSettings, console: Console) 
     for name in ("records_used", "steps", "train_loss", "eval_loss", "seconds", "examples_per_second"):
         figures.add_row(name, *(_text(run.values.get(name)) for run in compared))
     console.say("")
-    console.print(figures)
+    _print(figures, console)
     _say_losses("loss at step", [run.losses for run in compared], names, console)
     _say_losses("held-out loss at step", [run.held_out for run in compared], names, console)
     if settings.plot:
@@ -211,7 +222,7 @@ def _say_losses(
     for step in shown:
         table.add_row(f"{step:,}", *(_text(of_run.get(step)) for of_run in losses))
     console.say("")
-    console.print(table)
+    _print(table, console)
 
 
 def _draw(compared: Sequence[Run], path: Path) -> None:

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from transformers import TrainingArguments
 
 from atomtune.errors import BadSettings
 from atomtune.model.base_shape import NO_LIMIT, BaseShape, tokens_in_memory
@@ -68,6 +69,11 @@ def test_a_number_of_steps_keeps_the_usual_batch(tmp_path):
     values = derived(tmp_path, "--max_steps", "30", records=40)
     assert values["per_device_train_batch_size"] == 16
     assert "num_train_epochs" not in values
+
+
+def test_processes_share_the_batch_of_a_number_of_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda _: 4))
+    assert derived(tmp_path, "--max_steps", "30")["per_device_train_batch_size"] == 4
 
 
 def test_accumulated_batches_and_processes_count(tmp_path):
