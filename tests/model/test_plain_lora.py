@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -118,7 +119,11 @@ def test_training_goes_on_from_the_same_answers_and_saves_plain_lora(models, tmp
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is pissa_niter_4"),
         ({"init_lora_weights": "corda"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "lora_ga"}, "write true in place of the name"),
-        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "LoftQ changes all weights"),
+        pytest.param(
+            {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+            "LoftQ changes all weights",
+            marks=pytest.mark.skipif(not find_spec("scipy"), reason="PEFT reads no LoftQ adapter without scipy"),
+        ),
         ({"kasa_config": {}}, "KaSA changes all weights"),
     ],
     ids=lambda value: next(iter(value.values()), "") if isinstance(value, dict) else "",

@@ -156,15 +156,15 @@ def test_a_pretty_printed_object_is_told_that_a_record_is_a_line(tmp_path):
     path = written(tmp_path, b"\n".join(json.dumps(value, indent=2).encode() for value in (HELLO, BYE)))
     with pytest.raises(BadData, match=r"train\.jsonl:1: an object over several lines; one record a line") as raised:
         list(read_values(path))
-    assert "jq -c '.' train.jsonl" in str(raised.value)
+    assert f"jq -c '.' {path} > NEW.jsonl" in str(raised.value)
 
 
 def test_records_in_a_list_under_a_key_are_told_with_the_key(tmp_path):
     whole = {"version": "1.0", "tags": ["a"], "data": [HELLO, BYE]}
-    path = written(tmp_path, json.dumps(whole, indent=1).encode(), "train.json")
+    path = written(tmp_path, json.dumps(whole, indent=1).encode(), "my records.json")
     with pytest.raises(BadData, match=r'in the list under "data"') as raised:
         list(read_values(path))
-    assert """jq -c '.["data"][]' train.json""" in str(raised.value)
+    assert f"""jq -c '.["data"][]' '{path}' > NEW.jsonl""" in str(raised.value)
 
 
 def test_a_pattern_that_no_shell_expanded_is_told_from_a_missing_file(tmp_path):
@@ -350,7 +350,7 @@ def test_json_lines_under_another_name_are_known_by_their_first_byte(tmp_path, n
 def test_a_table_under_the_name_of_json_is_refused_with_the_name_it_needs(tmp_path, separator, ending):
     # Renamed as the message says, it is read.
     path = written(tmp_path, f"instruction{separator}output\nx{separator}y\n".encode())
-    with pytest.raises(BadData, match=rf"train\.jsonl:1: a table.*\n  mv train.jsonl train\.{ending}"):
+    with pytest.raises(BadData, match=rf"train\.jsonl:1: a table.*\n  mv \S+/train.jsonl \S+/train\.{ending}"):
         list(read_values(path))
     renamed = path.rename(path.with_suffix(f".{ending}"))
     assert list(read_values(renamed)) == [RawRecord({"instruction": "x", "output": "y"}, f"train.{ending}:2")]
