@@ -241,6 +241,8 @@ class ReadingProgress:
 
 #: A terminal with so many columns has room for a long bar and all figures beside it.
 WIDE = 110
+#: One with fewer has none for a bar: figures come first.
+NARROW = 64
 
 
 def progress_bar(console: Console, *texts: str, count: bool = True, left: str = "") -> Progress:
@@ -248,10 +250,11 @@ def progress_bar(console: Console, *texts: str, count: bool = True, left: str = 
 
     left: a column that says the time left, where it is not what the steps so far took on average
     """
+    bar = [BarColumn(bar_width=28 if console.width >= WIDE else 8)] if console.width >= NARROW else []
     steps = [MofNCompleteColumn()] if count else []
     return Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=28 if console.width >= WIDE else 8),
+        *bar,
         *steps,
         *(TextColumn(text, markup=False) for text in texts),
         TextColumn(left, markup=False) if left else TimeRemainingColumn(compact=True),

@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.progress import TaskID
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from atomtune.console import WIDE, Console, progress_bar
+from atomtune.console import NARROW, WIDE, Console, progress_bar
 from atomtune.language import translated
 from atomtune.train.callbacks import WorkCounter
 from atomtune.train.pace import Pace, evaluations_left
@@ -20,6 +20,7 @@ from atomtune.train.run_report import PICTURE, RunRecord, draw_loss, histories
 SPOKEN_EVERY = 5.0  # seconds between lines where there is no terminal to draw a bar in
 RECORDED_EVERY = 5.0  # seconds between two entries of the step in run.json; evaluations and checkpoints come at once
 SHARE = 50  # of a run's time, one part in so many may go into such entries
+OTHER_FIGURES = 30  # columns beside the losses in a narrow terminal: `train 1200/9999 … 1:23:45 left`
 DRAWN_EVERY = 20.0  # seconds between two drawings of loss.png, each of which takes a third of a second
 
 
@@ -28,7 +29,8 @@ class TrainingBar(TrainerCallback):
 
     def __init__(self, console: Console, work: WorkCounter) -> None:
         self.console, self.work = console, work
-        self.progress = progress_bar(console, "{task.fields[rate]}", "{task.fields[loss]}", left="{task.fields[left]}")
+        rate = ["{task.fields[rate]}"] if console.width >= NARROW else []
+        self.progress = progress_bar(console, *rate, "{task.fields[loss]}", left="{task.fields[left]}")
         self.pace = Pace()
         self.task: TaskID | None = None
         self.loss = self.held_out = ""
@@ -69,7 +71,10 @@ class TrainingBar(TrainerCallback):
         return _clock(self.pace.left(state.global_step, state.max_steps, evaluations_left(args, state)))
 
     def _losses(self) -> str:
-        return "  ".join(filter(None, (translated(f"loss {self.loss}") if self.loss else "", self.held_out)))
+        """Of training and of the held-out records; in a very narrow terminal those of training alone."""
+        loss = translated(f"loss {self.loss}") if self.loss else ""
+        both = "  ".join(filter(None, (loss, self.held_out)))
+        return both if cell_len(both) + OTHER_FIGURES <= self.console.width else loss
 
     def on_log(
         self,
