@@ -179,3 +179,10 @@ def test_without_try_three_learning_rates_around_the_derived_one(run, tmp_path):
     assert result.load().chat("?") is not None
     with pytest.raises(BadSettings, match="already holds a sweep"):
         sweep(**paths, output_dir=tmp_path / "out")
+
+
+def test_a_sweep_that_goes_on_needs_its_whole_command(tmp_path, capsys):
+    # It was refused for an --eval_size 0 that nobody had typed.
+    (tmp_path / "sweep.json").write_text("{}")
+    assert main(["sweep", "--output_dir", str(tmp_path), "--resume"]) == 2
+    assert "needs --model_path and --dataset_path" in capsys.readouterr().err

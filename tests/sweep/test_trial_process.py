@@ -40,6 +40,7 @@ def test_a_stop_is_ours_or_from_outside(folder, pruned, status):
         (-9, "step 1\n", "killed by SIGKILL; most likely there was too little memory"),
         (-11, "", "killed by SIGSEGV"),
         (1, "Traceback\nKeyError: 3\n", "exit code 1: KeyError: 3"),
+        (1, "Traceback\nKeyError: 3\n\natomtune train: this is a bug.\nReport it.", "exit code 1: KeyError: 3"),
         (5, "", "exit code 5"),
     ],
 )

@@ -142,6 +142,8 @@ def read_sweep(written: Written, *, notice: Callable[[str], None] = _say_nothing
     if "try_" in entries:
         entries["try_"] = replace(entries["try_"], value=as_words(entries["try_"].value))
     if not entries.keys() & {"dataset_path", "model_path"}:
+        if not entries.keys() & {"eval_size", "eval_path"}:  # the demo holds nothing out
+            raise BadSettings(["A sweep needs --model_path and --dataset_path, and so does one that is resumed."])
         entries = {**_demo_entries(reader), **entries}
     own = types_of((SweepChoices,))
     choices = _validated(SweepChoices, {name: entry for name, entry in entries.items() if name in own}, reader.problems)

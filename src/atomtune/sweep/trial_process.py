@@ -146,11 +146,13 @@ def _reason(code: int, said: str) -> str:
     if code < 0:
         killed = f"killed by {signal.Signals(-code).name}"
         return f"{killed}; most likely there was too little memory" if -code == 9 else killed
-    _, marker, words = said.rpartition("atomtune train: ")
-    lines = [line for line in (words if marker else said).splitlines() if line.strip()]
+    before, marker, words = said.rpartition("atomtune train: ")
+    if code == ExitCode.BUG and before.strip():  # "report the lines above", of which the last one says what happened
+        words, marker = before, ""
+    lines = [line for line in words.splitlines() if line.strip()]
     if not lines:
         return f"exit code {code}"
-    return lines[0] if marker and code != ExitCode.BUG else f"exit code {code}: {lines[-1].strip()}"
+    return lines[0] if marker else f"exit code {code}: {lines[-1].strip()}"
 
 
 def _text_from(log: Path, offset: int) -> str:
