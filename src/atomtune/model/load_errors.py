@@ -131,12 +131,13 @@ def _remedy(path: str, what: str, sentence: str, error: BaseException) -> str:  
         if OFFLINE_BY_CHOICE:
             return (
                 "no folder here has this name, the hub's cache has no such model, and HF_HUB_OFFLINE forbids asking "
-                "the hub.\nUnset HF_HUB_OFFLINE, or pass a model's folder."
+                "the hub.\nUnset HF_HUB_OFFLINE, or pass the model's folder: --model_path FOLDER."
             )
         endpoint = endpoint_shown()
         return (
             f"no folder here has this name, and the hub at {endpoint} cannot be reached.\n"
-            "Set HF_ENDPOINT to a mirror you can reach, or download the model by other means and pass its folder."
+            "Set HF_ENDPOINT to a mirror you can reach, or download the model by other means and pass its folder: "
+            "--model_path FOLDER."
         )
     if isinstance(error, ImportError):
         return f"loading the {what} needs a package that is not installed: {error}"
