@@ -250,6 +250,7 @@ def progress_bar(console: Console, *texts: str, count: bool = True, left: str = 
 
     left: a column that says the time left, where it is not what the steps so far took on average
     """
+    draws = console.draws
     bar = [BarColumn(bar_width=28 if console.width >= WIDE else 8)] if console.width >= NARROW else []
     steps = [MofNCompleteColumn()] if count else []
     return Progress(
@@ -261,5 +262,5 @@ def progress_bar(console: Console, *texts: str, count: bool = True, left: str = 
         TextColumn(translated("left"), markup=False),
         console=console,
         transient=True,
-        disable=not console.draws,
+        disable=not draws,
     )
