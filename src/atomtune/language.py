@@ -131,18 +131,18 @@ class Catalogue:
             return text.replace(message, f"{command}{about_a_record[2]}{reason}。", 1)
         if _LINES_ABOUT_RECORDS.match(message):  # the end of a key for one line would take in those below it
             return text.replace(message, str(self._in_parts(message, is_ours=True)), 1)
-        result = (self._of_a_name(message) or self._one_after_another(message) if is_ours else None) or self._whole(
-            message
-        )
-        if result is None and is_ours:
-            result = self._filled_first(self.short_templates, message)
-        result = result or self._in_parts(message, is_ours) or message
+        ways = [self._of_a_name, self._one_after_another, self._whole, self._short] if is_ours else [self._whole]
+        found = next(filter(None, (way(message) for way in ways)), None)
+        result = found or self._in_parts(message, is_ours) or message
         before, _, behind = text.partition(message)
         # Full-width marks have their space in themselves.
         return before + result + (behind.lstrip(" ") if result.endswith(_FULL_WIDTH_END) else behind)
 
     def _whole(self, message: str) -> str | None:
         return self._sentence(message) or self._filled_first(self.long_templates, message)
+
+    def _short(self, message: str) -> str | None:
+        return self._filled_first(self.short_templates, message)
 
     def _sentence(self, message: str) -> str | None:
         """A message that nothing is filled in; a text of a table gets its full stop where it is said."""

@@ -133,8 +133,7 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
     device = device_in_use()
     asked = dtype_as_trained(metadata, quantize=settings.quantize, asked=settings.dtype)
     dtype = resolve_dtype(asked, device, fp16=False, bf16=False, notice=console.notice)
-    dtype_name = str(dtype).removeprefix("torch.")
-    console.say(f"{len(prompts)} prompts ({_kinds(prompts)}), answered by {adapter} in {dtype_name} …")
+    console.say(f"{len(prompts)} prompts ({_kinds(prompts)}), answered by {adapter} in {dtype_name(dtype)} …")
     spec = BaseSpec(**{**settings.base(), "path": base_path}, dtype=dtype, device=device)
     merged = _merged(settings, metadata)
     merged_in = merged.quantize if merged else None
@@ -153,7 +152,7 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
     stops = stop_ids(model, template)
     del model, base
     free_memory()
-    return TrainedSide(template, expected, stops, dtype_name, settings.max_new_tokens, max_tokens)
+    return TrainedSide(template, expected, stops, dtype_name(dtype), settings.max_new_tokens, max_tokens)
 
 
 def _of_today(template: Template, console: Console) -> Template:

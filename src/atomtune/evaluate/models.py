@@ -18,7 +18,7 @@ from atomtune.model.adapter_folder import base_of, short_names, template_of
 from atomtune.model.base_as_trained import dtype_as_trained, quantize_as_trained
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import refuse_other_base
-from atomtune.model.load import BaseSpec, device_in_use, load_base, load_tokenizer, resolve_dtype
+from atomtune.model.load import BaseSpec, device_in_use, dtype_name, load_base, load_tokenizer, resolve_dtype
 from atomtune.model.token_rows import guard_embedding
 from atomtune.settings.fields import EvaluateSettings
 
@@ -110,7 +110,7 @@ def _base_alone(settings: EvaluateSettings, console: Console) -> Models:
 def _load_base(settings: EvaluateSettings, path: str, console: Console, *, quantize: Quantize | None) -> CausalLM:
     device = device_in_use()
     dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=console.notice)
-    console.say(f"loading {path} in {str(dtype).removeprefix('torch.')} on {device} …")
+    console.say(f"loading {path} in {dtype_name(dtype)} on {device} …")
     spec = BaseSpec(**{**settings.base(), "path": path, "quantize": quantize}, dtype=dtype, device=device)
     return load_base(spec)
 

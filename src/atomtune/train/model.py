@@ -26,7 +26,7 @@ from atomtune.model.base_shape import positions_of
 from atomtune.model.experts import count_of, experts_of
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.fused_layers import fuse_layers
-from atomtune.model.load import BaseSpec, device_in_use, load_base, resolve_dtype
+from atomtune.model.load import BaseSpec, device_in_use, dtype_name, load_base, resolve_dtype
 from atomtune.model.lora_targets import ALL_LINEAR, all_linear, match_targets
 from atomtune.model.loss import innermost
 from atomtune.model.memory import ActivationMemory, free_bytes
@@ -188,7 +188,7 @@ def _adapter_of_start(run: RunContext, base: Any, start: Resumed | FromWeights) 
 def _say_size(run: RunContext, model: Any, device: torch.device, dtype: torch.dtype) -> None:
     settings = run.settings.model
     trainable, total = parameter_counts(model)
-    number_format = str(dtype).removeprefix("torch.") + (f", {settings.quantize}" if settings.quantize else "")
+    number_format = dtype_name(dtype) + (f", {settings.quantize}" if settings.quantize else "")
     run.console.say(
         f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %), the base in "
         f"{number_format} on {device}."
