@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from atomtune.cli import main
 from atomtune.errors import BadModel
 from atomtune.model.adapter import LoraSpec, load_another, load_trained, new_adapter, start_from_weights
+from atomtune.model.adapter_folder import base_of
 from atomtune.model.load import BaseSpec, load_base
 
 CPU = torch.device("cpu")
@@ -61,6 +63,15 @@ def test_a_saved_adapter_answers_as_it_did(models, saved):
     with torch.no_grad():
         plain, adapted = base(models)(input_ids=ids).logits, load_trained(base(models), saved)(input_ids=ids).logits
     assert not torch.allclose(plain, adapted, atol=1e-3)
+
+
+def test_an_adapter_names_its_base_so_that_it_is_found_from_anywhere(models, tmp_path, monkeypatch):
+    folder = Path(models("llama"))
+    monkeypatch.chdir(folder.parent)
+    model = new_adapter(load_base(BaseSpec(path=folder.name, dtype=torch.float32, device=CPU)), LORA)
+    model.save_pretrained(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    assert base_of(tmp_path / "run", None) == str(folder)
 
 
 def test_a_second_adapter_answers_as_it_does_alone(models, saved, tmp_path_factory):

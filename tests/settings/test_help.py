@@ -65,3 +65,10 @@ def test_every_setting_says_what_goes_in_and_what_it_does(command):
         if line.startswith("  --"):
             assert len(line.split()) >= 2, f"{line} takes what?"
             assert lines[number + 1].strip(), f"{line} does what?"
+
+
+def test_a_sweep_says_what_its_folder_and_its_resume_are():
+    """Both are settings of `train`, where they mean one run."""
+    words = " ".join(page("sweep", everything=True).split())
+    assert "--output_dir FOLDER folder for the trials" in words
+    assert "--resume true|false go on with the sweep" in words and "newest complete checkpoint" not in words

@@ -39,6 +39,12 @@ def test_the_verdict_follows_from_the_losses(held_out, training, verdict, settin
     assert setting in " ".join(found.sentences())
 
 
+def test_a_run_of_a_few_steps_has_not_levelled_off():
+    history = [{"step": step, "eval_loss": loss} for step, loss in enumerate([3.0, 2.6, 2.55])]
+    found = outcome(history, steps=2, epochs=1, kept_step=2, in_steps=False)
+    assert found.verdict == "too short" and "suits" not in " ".join(found.sentences())
+
+
 @pytest.mark.parametrize(
     ("held_out", "setting"),
     [

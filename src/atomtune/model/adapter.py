@@ -71,7 +71,7 @@ def new_adapter(base: CausalLM, lora: LoraSpec) -> PeftModel:
         raise BadSettings([f"--lora_targets: {error}"]) from error
     if tensors:
         _drop_out_layers(model, lora.dropout)
-    return _saved_without_base(model)
+    return _ready_to_save(model)
 
 
 def adapter_tensors(model: PeftModel, adapter: str = "default") -> dict[str, torch.Tensor]:
@@ -82,12 +82,16 @@ def adapter_tensors(model: PeftModel, adapter: str = "default") -> dict[str, tor
     return tensors
 
 
-def _saved_without_base(model: PeftModel) -> PeftModel:
-    """The model, which saves its adapter alone.
+def _ready_to_save(model: PeftModel) -> PeftModel:
+    """The model, which saves its adapter alone, and the folder of its base so that it is found from anywhere.
 
     Where the output matrix has an adapter, PEFT saves that matrix too: a gigabyte a checkpoint, which vLLM refuses.
     """
     model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
+    for config in model.peft_config.values():
+        base = config.base_model_name_or_path
+        if base and Path(base).is_dir():
+            config.base_model_name_or_path = str(Path(base).absolute())
     return model
 
 
@@ -159,6 +163,7 @@ def start_from_weights(base: CausalLM, file: Path, lora: LoraSpec, *, notice: Ca
         if not isinstance(config, LoraConfig):
             raise BadModel(f"{file.parent}: its adapter is not LoRA, so it cannot be trained on here.")
         config.inference_mode = False
+        config.base_model_name_or_path = None  # PEFT warns where the base has moved
         refuse_endless_patterns(config, base, file.parent / CONFIG)
         weights = _named_as_in(base, weights, config)
         _notice_unused(config, base, lora, notice=notice)
@@ -177,7 +182,7 @@ def start_from_weights(base: CausalLM, file: Path, lora: LoraSpec, *, notice: Ca
         weights = _named_as_in(base, weights)
         model = new_adapter(base, _spec_in(weights, file, base, lora, notice=notice))
     _fill(model, weights, file)
-    return _saved_without_base(model)
+    return _ready_to_save(model)
 
 
 def _spec_in(

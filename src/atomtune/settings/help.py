@@ -109,6 +109,15 @@ ABOUT = {
     "plan": "It takes every setting of `atomtune train`: write `plan` in place of `train`.",
 }
 
+#: What a setting means in a command that borrows it from another.
+BORROWED = {
+    "sweep": {
+        "output_dir": "folder for the trials, one folder each, and sweep.json; default: a new folder runs/sweep-NAME-1",
+        "resume": "go on with the sweep in --output_dir: what is finished stays, what was stopped or failed is tried "
+        "again",
+    }
+}
+
 
 def help_text(command: str, summary: str, groups: Sequence[type[Any]], *, everything: bool) -> str:
     """The whole page in the language that is spoken, wrapped at word ends to the width of the terminal."""
@@ -116,7 +125,7 @@ def help_text(command: str, summary: str, groups: Sequence[type[Any]], *, everyt
     lines = [*_wrapped(translated(f"usage: atomtune {command} {USAGE[command]}"), width, indent=INDENT), ""]
     about = translated(ABOUT[command]) if command in ABOUT else ""
     lines += _wrapped(translated(f"{summary} ") + about, width)
-    sections = _sections(groups, everything=everything)
+    sections = _sections(command, groups, everything=everything)
     if everything and command in OF_A_RUN:
         sections["More settings, of transformers.Trainer"] = _library_lines(field_infos(groups))
     for title, settings in sections.items():
@@ -140,7 +149,7 @@ def _wrapped(text: str, width: int, *, indent: str = "") -> list[str]:
     return wrapped(text, width, indent=len(indent), long_words_apart=True).split("\n")
 
 
-def _sections(groups: Sequence[type[Any]], *, everything: bool) -> dict[str, list[tuple[str, str]]]:
+def _sections(command: str, groups: Sequence[type[Any]], *, everything: bool) -> dict[str, list[tuple[str, str]]]:
     """Heading → (flag, help line); a setting stands under the class that declares it."""
     sections: dict[str, list[tuple[str, str]]] = {}
     for group in groups:
@@ -148,7 +157,8 @@ def _sections(groups: Sequence[type[Any]], *, everything: bool) -> dict[str, lis
         for name, info in field_infos([group]).items():
             if everything or not extra_of(info, "rare"):
                 settings = sections.setdefault(heading_of(group, name), [])
-                settings.append((f"{flag_of(name)} {_placeholder(name, types[name], info)}", _described(name, info)))
+                flag = f"{flag_of(name)} {_placeholder(name, types[name], info)}"
+                settings.append((flag, _described(command, name, info)))
     ordered = [heading for heading in HEADINGS if heading in sections]
     ordered += [heading for heading in sections if heading not in HEADINGS]
     return {heading: sections[heading] for heading in ordered}
@@ -163,16 +173,22 @@ def extra_of(info: FieldInfo, key: str) -> Any:
     return info.json_schema_extra.get(key) if isinstance(info.json_schema_extra, dict) else None
 
 
-def _described(name: str, info: FieldInfo) -> str:
+def meaning_of(command: str, name: str, info: FieldInfo) -> str:
+    """What a setting does in a command."""
+    return BORROWED.get(command, {}).get(name, str(info.description))
+
+
+def _described(command: str, name: str, info: FieldInfo) -> str:
     """What a setting does, and its default."""
-    text = translated(str(info.description))
+    meaning = meaning_of(command, name, info)
+    text = translated(meaning)
     choices = _library_choices(name)
     if len("|".join(choices)) > NAMES_IN_FLAG:
         text += translated(": ") + ", ".join(choices)
     default = info.get_default(call_default_factory=True, validated_data={})
     if info.is_required():
         return f"{text} {translated('(required)')}"
-    if default is None or default is False or default == [] or "default:" in str(info.description):
+    if default is None or default is False or default == [] or "default:" in meaning:
         return text
     return f"{text} [{_shown(default)}]"
 

@@ -10,7 +10,7 @@ from atomtune import __version__
 from atomtune.errors import EXIT_CODE_MEANINGS
 from atomtune.settings.expect import expected, field_infos
 from atomtune.settings.flags import OF_A_RUN, PATHS_ARE, arity, flag_of
-from atomtune.settings.help import ABOUT, EXAMPLES, USAGE, choices_of_setting, extra_of, heading_of
+from atomtune.settings.help import ABOUT, EXAMPLES, USAGE, choices_of_setting, extra_of, heading_of, meaning_of
 from atomtune.settings.library import library_settings
 
 #: Where a limit stands in pydantic's metadata → its name here.
@@ -31,7 +31,7 @@ def command_values(command: str, summary: str, groups: Sequence[type[Any]]) -> d
 
     words  the setting that words without a flag belong to; for the commands of a run they are a YAML file of settings
     """
-    settings = [values for group in groups for values in _own_settings(group)]
+    settings = [values for group in groups for values in _own_settings(command, group)]
     if command in OF_A_RUN:
         settings += _library_settings(field_infos(groups))
     return {
@@ -49,12 +49,12 @@ def exit_codes() -> dict[str, str]:
     return {str(int(code)): meaning for code, meaning in EXIT_CODE_MEANINGS.items()}
 
 
-def _own_settings(group: type[Any]) -> list[dict[str, Any]]:
+def _own_settings(command: str, group: type[Any]) -> list[dict[str, Any]]:
     types = typing.get_type_hints(group)
-    return [_own_setting(group, name, types[name], info) for name, info in field_infos([group]).items()]
+    return [_own_setting(command, group, name, types[name], info) for name, info in field_infos([group]).items()]
 
 
-def _own_setting(group: type[Any], name: str, kind: Any, info: FieldInfo) -> dict[str, Any]:
+def _own_setting(command: str, group: type[Any], name: str, kind: Any, info: FieldInfo) -> dict[str, Any]:
     limits = {
         ours: getattr(limit, theirs)
         for limit in info.metadata
@@ -69,7 +69,7 @@ def _own_setting(group: type[Any], name: str, kind: Any, info: FieldInfo) -> dic
         "expected": expected(kind, info),
         "default": default,
         "required": info.is_required(),
-        "help": str(info.description),
+        "help": meaning_of(command, name, info),
         "section": heading_of(group, name),
         "rare": bool(extra_of(info, "rare")),
     }

@@ -14,6 +14,8 @@ NOISE = 0.02
 LITTLE = 0.05
 #: A loss that falls by more than that behind this part of the run has not levelled off.
 LATE = 0.6
+#: A run of fewer steps is over before a loss can level off; one that ends at its lowest loss was cut short.
+LEAST_TO_LEVEL = 20
 #: A run that was too short is to be this many times as long, and one that changed no answer yet.
 LONGER, FAR_LONGER = 1.5, 4.0
 
@@ -185,4 +187,6 @@ def _verdict(before: float | None, held_out: Mapping[int, float], losses: Sequen
     steps = sorted(held_out)
     until_then = [held_out[step] for step in steps if step <= LATE * steps[-1]]
     earlier = until_then[-1] if until_then else before
+    if steps[-1] < LEAST_TO_LEVEL:
+        return "too short"
     return "too short" if earlier is not None and last < earlier * (1 - LITTLE) else "level"
