@@ -352,6 +352,21 @@ def test_a_signal_behind_the_last_save_leaves_a_finished_run(models, dialogues, 
     assert (out / "adapter_model.safetensors").is_file()
 
 
+def test_a_signal_while_the_model_answers_leaves_the_verdict(models, dialogues, tmp_path, monkeypatch, capsys):
+    from atomtune.train.samples import Samples
+
+    def stopped(self):
+        raise KeyboardInterrupt("SIGINT")
+
+    monkeypatch.setattr(Samples, "answer_after", stopped)
+    out = tmp_path / "out"
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "2")) == 0
+    screen = " ".join(capsys.readouterr().out.split())
+    assert "SIGINT received while the tuned model answered" in screen
+    assert "Done: 2 steps" in screen and "Next:" in screen
+    assert json.loads((out / "run.json").read_text())["outcome"]["steps"] == 2 and (out / "report.html").is_file()
+
+
 def test_a_step_so_large_that_weights_are_not_finite_is_not_saved(models, dialogues, tmp_path, monkeypatch, capsys):
     # Loss and gradient of the step were finite; only the next step's loss would tell, after the save.
     from transformers import Trainer

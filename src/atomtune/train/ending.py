@@ -19,7 +19,7 @@ from atomtune.train.progress import LossPicture
 from atomtune.train.report_page import write_page
 from atomtune.train.run_context import RunContext
 from atomtune.train.run_report import PICTURE, histories
-from atomtune.train.samples import Samples, all_as_before, table_of, to_run_json
+from atomtune.train.samples import Sample, Samples, all_as_before, table_of, to_run_json
 from atomtune.train.trainer import LoraTrainer
 
 
@@ -61,7 +61,7 @@ def _say_no_report(run: RunContext, why: str) -> None:
 
 def _report(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: LossPicture, ledger: Ledger) -> None:
     """What stays of a finished run beside the adapter, and what is said of it."""
-    answered = samples.answer_after()
+    answered = _answered(run, samples)
     result = replace(
         _outcome_of(trainer),
         answers=len(answered),
@@ -93,6 +93,15 @@ def _report(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Lo
             "Other servers need the shared instruction (instruction in atomtune.json) with every request, "
             f"{samples.template.instruction_place}, as training had it."
         )
+
+
+def _answered(run: RunContext, samples: Samples) -> list[Sample]:
+    """The answers after training; without them where somebody does not want to wait, who still hears how it went."""
+    try:
+        return samples.answer_after()
+    except KeyboardInterrupt as stop:
+        run.console.notice(f"{stop} received while the tuned model answered: its answers are left out.")
+        return []
 
 
 def title_of(run: RunContext) -> str:
