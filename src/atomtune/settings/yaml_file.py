@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from atomtune.language import message
 from atomtune.settings.entry import Entry
 
 MOST_BYTES = 1_000_000  # a settings file is a page long
@@ -33,6 +34,27 @@ _Yaml.add_implicit_resolver(
 #: Endings of files that hold records and never settings; a .json may be either.
 _OF_RECORDS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst")
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
+#: What people get wrong, by the beginning of PyYAML's words for it.
+_MISTAKES = {
+    "mapping values are not allowed": message(
+        "a second `: ` in one setting, or a line that begins further to the right than the one above it; a text that "
+        "holds `: ` needs quotes"
+    ),
+    "expected ',' or ']'": message("a [ that is not closed"),
+    "expected ',' or '}'": message("a { that is not closed"),
+    "found unexpected end of stream": message("a quotation mark that is not closed"),
+    "found character '\\t'": message("a tab; only spaces may stand before a setting"),
+    "found character": message("a value that begins with @, ` or % needs quotes"),
+    "could not find expected ':'": message("a line without `: ` behind its name"),
+    "expected <block end>": message("a line that begins further to the left or right than the others"),
+    "expected '<document start>'": message("a line that begins further to the left or right than the others"),
+    "found undefined alias": message("a value that begins with * needs quotes"),
+    "expected alphabetic or numeric character": message("a value that begins with * or & needs quotes"),
+    "found unknown escape character": message("a \\ within double quotes; single quotes take it as it is"),
+    "expected escape sequence": message("a \\ within double quotes; single quotes take it as it is"),
+    "but found another document": message("a line of `---`; one file holds the settings of one run"),
+    "special characters are not allowed": message("a control character"),
+}
 
 
 class _Refused(Exception):
@@ -75,15 +97,26 @@ def _tree(path: Path) -> yaml.MappingNode | None:
         tree = yaml.compose(text, Loader=_Yaml)
     except RecursionError:
         raise _Refused(f"{path}: nested too deeply; a setting is a value, a list or a small mapping.") from None
-    except yaml.MarkedYAMLError as error:
-        # PyYAML's own text is a drawing over several lines.
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise _Refused(f"{path.name}:{line}: not YAML: {error.problem or error.context}.") from None
     except yaml.YAMLError as error:
-        raise _Refused(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        raise _Refused(f"{_place(path, error, text)}: not YAML: {_mistake(error)}.") from None
     if tree is not None and not isinstance(tree, yaml.MappingNode):
         raise _Refused(f"{path}: expected lines of `name: value`.")
     return tree
+
+
+def _place(path: Path, error: yaml.YAMLError, text: str) -> str:
+    """The file and the line of a mistake; what is open at the end of the file is at its last line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(path)
+    return f"{path.name}:{min(mark.line + 1, max(len(text.splitlines()), 1))}"
+
+
+def _mistake(error: yaml.YAMLError) -> str:
+    """What is wrong, in words of a settings file; PyYAML's own are those of a parser, and a drawing of several lines."""
+    problem = str(getattr(error, "problem", None) or getattr(error, "reason", ""))
+    fitting = (text for beginning, text in _MISTAKES.items() if problem.startswith(beginning))
+    return next(fitting, "it cannot be read from here on")
 
 
 def _text(path: Path) -> str:
