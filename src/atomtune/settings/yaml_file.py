@@ -113,7 +113,7 @@ def _place(path: Path, error: yaml.YAMLError, text: str) -> str:
 
 
 def _mistake(error: yaml.YAMLError) -> str:
-    """What is wrong, in words of a settings file; PyYAML's own are those of a parser, and a drawing of several lines."""
+    """What is wrong, in words of a settings file: PyYAML's own are those of a parser, over several lines."""
     problem = str(getattr(error, "problem", None) or getattr(error, "reason", ""))
     fitting = (text for beginning, text in _MISTAKES.items() if problem.startswith(beginning))
     return next(fitting, "it cannot be read from here on")
