@@ -111,6 +111,15 @@ def test_held_out_losses_stand_beside_each_other_too(folder, tmp_path, monkeypat
     assert [colour for colour, _ in lines] == ["C0", "C0", "C1", "C1"] and lines[1][1] == [3.5, 1.25]
 
 
+def test_a_run_that_ended_before_its_first_loss_is_compared_too(folder, tmp_path, capsys):
+    """It was a bug's traceback: run.json holds no losses yet."""
+    record = {name: value for name, value in record_of(folder / "slow").items() if not name.endswith("_history")}
+    (tmp_path / "refused").mkdir()
+    (tmp_path / "refused" / "run.json").write_text(json.dumps({**record, "status": "failed"}))
+    assert main(["runs", str(folder / "slow"), str(tmp_path / "refused")]) == 0
+    assert "failed" in capsys.readouterr().out
+
+
 def test_what_is_no_run_is_told(folder, tmp_path, capsys):
     assert main(["runs", str(folder / "slow"), str(tmp_path)]) == 2
     assert "Pass the output folder of a run" in capsys.readouterr().err

@@ -276,7 +276,7 @@ class RunData(JsonFile):
 
 
 class LossEntry(JsonFile):
-    """A training loss that was logged; null where it was not finite."""
+    """A loss that was logged; null where it was not finite."""
 
     step: Count
     loss: float | None
@@ -286,6 +286,7 @@ class RunRecordFile(JsonFile):
     """run.json, as far as other commands read it."""
 
     loss_history: list[LossEntry] | None = None
+    eval_history: list[LossEntry] | None = None
     settings: dict[str, RunSetting] | None = None
     records_held_out: list[str] | None = None
     data: RunData | None = None
