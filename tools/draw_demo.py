@@ -4,6 +4,7 @@ python tools/draw_demo.py
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,9 @@ def main() -> None:
     console = Console(record=True, width=WIDTH, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123
     console.print(Text("$ atomtune train", style="bold green"))
     console.print(Text(done.stdout.replace(package, "atomtune")))
-    PICTURE.write_text(console.export_svg(title="atomtune"), encoding="utf-8")
+    svg = console.export_svg(title="atomtune")
+    # Rich has the reader's browser fetch a font from elsewhere; its own will do.
+    PICTURE.write_text(re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL), encoding="utf-8")
     print(done.stdout)
 
 
