@@ -8,7 +8,7 @@
 
 A setting has the name, the default and the checks of the command's flag. Nothing is printed unless `verbose` is true;
 what the command would have noticed is in the result's `notices`. What is wrong is raised as one of atomtune.errors:
-BadSettings, BadData, BadModel, RunFailed, Stopped.
+BadSettings, BadData, BadModel, RunFailed, CheckFailed, Stopped.
 """
 
 import inspect as signatures

@@ -1,4 +1,4 @@
-"""Choices: every closed list of names, written once for flags, help, pages and code."""
+"""Choices: the closed lists of names, and limits, that flags, help, pages and code share."""
 
 from typing import Literal, get_args
 

@@ -1,4 +1,4 @@
-"""Statistics of a data set's texts and tokens, and which records have a problem.
+"""Texts: what the records of a data set say: prompts, answers, near-duplicates, scripts.
 
 All of it is arrays with a few bytes a record: a million records fit, and none of their texts is kept.
 """

@@ -1,4 +1,4 @@
-"""Certify: the command, and the certificate that merge, export and serve ask for."""
+"""Certify: the command, and the certificate that export and serve ask for."""
 
 import json
 from collections.abc import Mapping, Sequence
