@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from atomtune.batch import attention_plan
-from atomtune.batch.attention_plan import AttentionPlan, Siblings, padded_length, plan_attention, visible
+from atomtune.batch.attention_plan import AttentionPlan, padded_length, plan_attention, visible
+from atomtune.batch.blocks import Siblings, _mask
 from atomtune.batch.pack import pack
 from atomtune.batch.row import Row, segments, single
 from atomtune.batch.tree import graft
@@ -242,4 +243,4 @@ def test_masks_do_not_gather_over_a_long_run():
     for above in range(1, 130):
         leaves = [Example(trunk[:above] + (500 + k,) * 300, (0,) * above + (1,) * 300, str(k)) for k in range(2)]
         plan_attention(graft(leaves, least_saved=1), windows=(None, 350))
-    assert attention_plan._mask.cache_info().currsize <= 64
+    assert _mask.cache_info().currsize <= 64

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from atomtune.batch.attention_plan import Block, Places, Siblings, Where
+from atomtune.batch.blocks import Block, Places, Siblings
+from atomtune.batch.paths import Where
 from atomtune.model.scores import ScoreRules, weights_beside_sinks
 
 #: The weights are kept where they are at most so many times as large as the queries: a quarter of what else a layer
@@ -53,21 +54,21 @@ class BlockAttention(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         sinks: torch.Tensor | None,
-        siblings: tuple[Siblings, ...],
+        all_siblings: tuple[Siblings, ...],
         places: Places,
         rules: ScoreRules,
     ) -> torch.Tensor:
-        scores = len(q) * sum(block.scores for family in siblings for block in family.blocks)
+        scores = len(q) * sum(block.scores for siblings in all_siblings for block in siblings.blocks)
         keeps = any(ctx.needs_input_grad) and rules.softcap is None and scores <= MOST_KEPT * q.numel()
         kept: list[torch.Tensor] = []  # P of each block
         inputs = (q, k, v, sinks)
         by_slot = _laid_out(q, k, v, places, rules)
         k, v = k.contiguous(), v.contiguous()
         out = torch.empty_like(by_slot.v)  # [H * S, D']
-        for family in siblings:
-            path = _Path(_take(k, family.path), _take(v, family.path))
-            for block in family.blocks:
-                view = _BlockView(block, family.path_tokens, len(q))
+        for siblings in all_siblings:
+            path = _Path(_take(k, siblings.path), _take(v, siblings.path))
+            for block in siblings.blocks:
+                view = _BlockView(block, siblings.path_tokens, len(q))
                 weights, _ = view.weights(by_slot, path, rules, sinks)
                 if keeps:
                     kept.append(weights)
@@ -75,7 +76,7 @@ class BlockAttention(torch.autograd.Function):
                 if block.path_keys:
                     view.slots(out).baddbmm_(view.on_path(weights), path.v[:, : block.path_keys])
         ctx.save_for_backward(*inputs, *kept)
-        ctx.siblings, ctx.places, ctx.rules = siblings, places, rules
+        ctx.all_siblings, ctx.places, ctx.rules = all_siblings, places, rules
         return _by_token(out, places, v.shape)
 
     @staticmethod
@@ -91,12 +92,12 @@ class BlockAttention(torch.autograd.Function):
         weights_of_blocks = iter(kept)
         above: list[tuple[Where | None, _Path]] = []  # and those that the tokens of a path gather from all below
         k, v = k.contiguous(), v.contiguous()
-        for family in ctx.siblings:
-            path = _Path(_take(k, family.path), _take(v, family.path))
+        for siblings in ctx.all_siblings:
+            path = _Path(_take(k, siblings.path), _take(v, siblings.path))
             into_path = _Path(torch.zeros_like(path.k.mT), torch.zeros_like(path.v.mT))
-            above.append((family.path, into_path))
-            for block in family.blocks:
-                view = _BlockView(block, family.path_tokens, len(q))
+            above.append((siblings.path, into_path))
+            for block in siblings.blocks:
+                view = _BlockView(block, siblings.path_tokens, len(q))
                 weights = next(weights_of_blocks, None)
                 weights_and_slope = view.weights(by_slot, path, rules, sinks) if weights is None else (weights, None)
                 view.backward(

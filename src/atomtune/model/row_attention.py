@@ -14,7 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from atomtune.batch.attention_plan import AttentionPlan, Spans
+from atomtune.batch.attention_plan import AttentionPlan
+from atomtune.batch.spans import Spans
 from atomtune.model.block_attention import BlockAttention
 from atomtune.model.scores import ScoreRules, weights_beside_sinks
 from atomtune.model.span_attention import SpanAttention, flash_takes

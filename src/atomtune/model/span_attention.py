@@ -14,7 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from atomtune.batch.attention_plan import Spans
+from atomtune.batch.spans import Spans
 from atomtune.model.scores import ScoreRules
 
 #: The widest head that torch's flash kernel takes, and what its widths are multiples of.

@@ -1,0 +1,95 @@
+"""Spans: a row's attention as sequences of many lengths, for a GPU's kernel that takes them all in one launch.
+
+Each segment is a sequence of its own, and its keys are the path above it and the segment itself.
+Derivation: docs/geometry.md. Letters: T tokens of the row, K keys of all spans.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch.nn import functional
+
+from atomtune.batch.paths import last_of, path_to
+from atomtune.batch.row import Segment
+
+#: Gathered keys are filled up to a multiple of this where shapes are to be few: a sixteenth of what small trees gather.
+_KEYS_FILLED = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """A row as sequences of many lengths: span s asks with one segment and sees [its path | the segment].
+
+    query_starts    [spans + 1]  int32, the first token of each span's segment; the last is T
+    key_starts      [spans + 1]  int32, where each span's keys begin in `keys`
+    keys            [K] the token of each key; None where every span sees itself alone (a packed row)
+    longest_queries, longest_keys   of one span
+
+    A shared prefix p and its branches b and c, T = 5:
+
+        row            p0 p1 b0 b1 c0                 span 1   p0 p1 b0 b1
+        query_starts    0     2     4  5                 b0     1  1  1  .
+        keys           p0 p1 | p0 p1 b0 b1 | p0 p1 c0    b1     1  1  1  1
+        key_starts      0       2             6     9
+
+    The mask of a span is causal from its lower right corner: its last query sees all its keys. A window w keeps the
+    last w of each query's keys, and the last w - 1 tokens of a path are enough for it.
+    """
+
+    query_starts: torch.Tensor
+    key_starts: torch.Tensor
+    keys: torch.Tensor | None
+    longest_queries: int
+    longest_keys: int
+
+    def rounded(self, tokens: int) -> "Spans":
+        """The same attention of the row's T tokens in one of few shapes.
+
+        More spans stand behind the others and ask nothing; the last of them sees the keys that fill `keys` up.
+        """
+        more = _power_of_two(len(self.query_starts) + 1) - len(self.query_starts)
+        keys = tokens if self.keys is None else len(self.keys)
+        filled = tokens if self.keys is None else -(-keys // _KEYS_FILLED) * _KEYS_FILLED
+        key_starts = functional.pad(functional.pad(self.key_starts, (0, more - 1), value=keys), (0, 1), value=filled)
+        return Spans(
+            functional.pad(self.query_starts, (0, more), value=tokens),
+            key_starts,
+            None if self.keys is None else functional.pad(self.keys, (0, filled - keys)),
+            _power_of_two(self.longest_queries),
+            _power_of_two(max(self.longest_keys, filled - keys)),
+        )
+
+
+def cut_into_spans(parts: Sequence[Segment], window: int | None, tokens: int) -> Spans:
+    """The spans of a row of `tokens`, cut into these segments; the padding is a span that sees itself."""
+    query_starts, key_starts = [0], [0]
+    keys: list[int] = []
+    for part in parts:
+        path = path_to(parts, part.parent)
+        if window is not None:
+            path = last_of(path, window - 1)
+        for start, end in (*path, (part.start, part.end)):
+            keys += range(start, end)
+        query_starts.append(part.end)
+        key_starts.append(len(keys))
+    if tokens > query_starts[-1]:
+        keys += range(query_starts[-1], tokens)
+        query_starts.append(tokens)
+        key_starts.append(len(keys))
+    longest_queries, longest_keys = (
+        max(end - start for start, end in pairwise(starts)) for starts in (query_starts, key_starts)
+    )
+    return Spans(
+        torch.tensor(query_starts, dtype=torch.int32),
+        torch.tensor(key_starts, dtype=torch.int32),
+        None if len(keys) == tokens else torch.tensor(keys),
+        longest_queries,
+        longest_keys,
+    )
+
+
+def _power_of_two(number: int) -> int:
+    """The first that is not below a number."""
+    return 1 << (number - 1).bit_length()
