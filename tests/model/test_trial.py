@@ -7,10 +7,10 @@ from atomtune.batch import attention_plan
 from atomtune.batch.row import Row, untils
 from atomtune.batch.segment_plan import plan_segments
 from atomtune.errors import BadModel
-from atomtune.model import recurrent, trial
+from atomtune.model import carried_state, row_mixers, trial
 from atomtune.model.layout_support import why_padded, windows_of
 from atomtune.model.loss import body_of, innermost
-from atomtune.model.recurrent import find_mixers, give_way
+from atomtune.model.mixers import find_mixers
 from atomtune.model.row_attention import ROWS, register
 from tests.hybrids import HYBRIDS, hybrid
 
@@ -22,7 +22,7 @@ def by_forks(family):
     mixers, attends = find_mixers(innermost(model))
     if attends:
         innermost(model).set_attn_implementation(ROWS)
-    give_way(body_of(model), mixers, "fork")
+    row_mixers.install(body_of(model), mixers, "fork")
     return model
 
 
@@ -31,10 +31,10 @@ def tried(model):
 
 
 def no_state(batch, states):
-    return recurrent._States()
+    return carried_state.States()
 
 
-picked = recurrent._picked
+picked = carried_state._picked
 
 
 def state_of_another_parent(of_parents, batch):
@@ -52,8 +52,8 @@ def records_behind_each_other(row):
 
 
 FAULTS = {
-    "no state is handed over": (recurrent, "_start", no_state),
-    "a state of another parent": (recurrent, "_picked", state_of_another_parent),
+    "no state is handed over": (row_mixers, "states_before", no_state),
+    "a state of another parent": (carried_state, "_picked", state_of_another_parent),
     "a branch reads its sibling": (attention_plan, "plan_segments", all_behind_each_other),
     "a record reads the one before": (attention_plan, "plan_segments", records_behind_each_other),
 }

@@ -15,10 +15,11 @@ from atomtune.batch.collate import Collator
 from atomtune.choices import Layout
 from atomtune.data.records import Example
 from atomtune.errors import BadModel
-from atomtune.model import recurrent, trial
+from atomtune.model import row_mixers, trial
 from atomtune.model.attention_in_use import AttentionInUse
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.loss import auxiliary_factor, body_of, innermost, takes
+from atomtune.model.mixers import find_mixers, takes_cache
 from atomtune.model.row_attention import ROWS, register
 from atomtune.model.token_rows import with_row
 
@@ -42,7 +43,7 @@ def windows_of(model: nn.Module) -> tuple[int | None, ...]:
 
 def carries_state(model: nn.Module) -> bool:
     """Whether rows of this model need to say where a state forks; known after `why_padded`."""
-    return recurrent.carries_state(body_of(model))
+    return row_mixers.carries_state(body_of(model))
 
 
 def collator_for(
@@ -73,7 +74,7 @@ class _Way:
     """One way in which a model may compute rows."""
 
     attention: str | None  # the name of the attention function; None: it uses none of the library's
-    mixers: recurrent.Way | None  # how layers that carry a state do it; None: there are none
+    mixers: row_mixers.Way | None  # how layers that carry a state do it; None: there are none
 
 
 def why_padded_by_config(model: CausalLM) -> str | None:
@@ -102,12 +103,12 @@ def why_padded(model: CausalLM, *, sharded: bool = False) -> str | None:
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False  # the loss would be multiplied by 0, and its shapes fit no row of many
     register()
-    mixers, used_windows = recurrent.find_mixers(inner)
+    mixers, used_windows = find_mixers(inner)
     if mixers and sharded:
         # Such a layer is called once for each level of branches. Where weights are gathered around each call, processes
         # whose batches have other numbers of levels would wait for each other. Not tried on several GPUs yet.
         return "its layers carry a state from token to token, which FSDP and DeepSpeed allow in padded rows only"
-    if not takes(model, "position_ids") and not any(map(recurrent.takes_cache, mixers)):
+    if not takes(model, "position_ids") and not any(map(takes_cache, mixers)):
         return "its forward takes no position_ids"
     reasons = []
     # A config may name a window in words of its own.
@@ -139,7 +140,7 @@ def _ways(mixers: list[nn.Module], attends: bool, has_window: bool) -> Iterator[
         attention = [None]
     for name in attention:
         if mixers:
-            if all(map(recurrent.takes_cache, mixers)):
+            if all(map(takes_cache, mixers)):
                 yield _Way(name, "fork")
             yield _Way(name, "paths")
         else:
@@ -156,10 +157,10 @@ def _take(inner: Any, way: _Way, mixers: list[nn.Module]) -> bool:
         if inner.config._attn_implementation != way.attention:  # transformers warns and leaves some as they are
             return False
     if way.mixers is not None:
-        recurrent.give_way(body_of(inner), mixers, way.mixers)
+        row_mixers.install(body_of(inner), mixers, way.mixers)
     return True
 
 
 def _take_back(inner: Any, attention: AttentionInUse, mixers: list[nn.Module]) -> None:
-    recurrent.take_way(body_of(inner), mixers)
+    row_mixers.uninstall(body_of(inner), mixers)
     attention.give_back()

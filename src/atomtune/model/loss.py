@@ -17,8 +17,8 @@ from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from atomtune.model.memory import free_on_gpu
-from atomtune.model.recurrent import announce
 from atomtune.model.row_attention import ROW_PLAN, ROWS
+from atomtune.model.row_mixers import announce
 from atomtune.model.surprise import exact, exact_dtype, surprise
 
 #: Logits that exist at once: 2^20 of them are 4 MiB in float32, where their gradient takes their place.

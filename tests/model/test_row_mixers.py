@@ -14,11 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from atomtune.batch.collate import Collator
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
-from atomtune.model import recurrent
+from atomtune.model import row_mixers
 from atomtune.model.fused_lora import Group, GroupedLora, compute_together
 from atomtune.model.loss import body_of, innermost
-from atomtune.model.recurrent import carries_state, find_mixers, give_way, take_way
+from atomtune.model.mixers import find_mixers
 from atomtune.model.row_attention import ROWS, register
+from atomtune.model.row_mixers import carries_state, install, uninstall
 from atomtune.verify import Result, in_batches, one_at_a_time
 from benchmarks import workloads
 from tests.hybrids import HYBRIDS, WORDS, hybrid
@@ -72,7 +73,7 @@ def in_rows(model, layout, way) -> Result:
     mixers, attends = find_mixers(inner)
     if attends:
         inner.set_attn_implementation(ROWS)
-    give_way(body_of(model), mixers, way)
+    install(body_of(model), mixers, way)
     collator = Collator(layout=layout, pad_id=0, as_examples=lambda row: (Example(**row),), carries_state=True)
     return in_batches(model, EXAMPLES, collator, per_batch=len(EXAMPLES))[0]
 
@@ -145,7 +146,7 @@ def test_a_linear_layer_that_stands_in_a_mixer_twice_keeps_its_forward():
     mixer = torch.nn.ModuleDict({"first": torch.nn.Sequential(layer), "second": torch.nn.Sequential(layer)})
     paths, first_on = torch.tensor([[0, 1], [0, 2]]), torch.tensor([0, 1, 3])
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)[paths]
-    with recurrent._linear_layers_once(mixer, paths, first_on):
+    with row_mixers._linear_layers_once(mixer, paths, first_on):
         # Not to the bit: a product of three rows may be summed otherwise than one of four.
         assert torch.allclose(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias), rtol=0, atol=1e-14)
     assert "forward" not in vars(layer)
@@ -170,6 +171,6 @@ def test_a_call_without_a_row_is_the_models_own_before_and_after(family):
         innermost(model).set_attn_implementation("eager")
         assert torch.allclose(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-5)
     mixers, _ = find_mixers(innermost(adapted(family)))
-    take_way(body_of(model), [m for m in model.modules() if type(m) in {type(mixer) for mixer in mixers}])
+    uninstall(body_of(model), [m for m in model.modules() if type(m) in {type(mixer) for mixer in mixers}])
     assert not carries_state(body_of(model))
     assert not any("forward" in vars(module) for module in model.modules())

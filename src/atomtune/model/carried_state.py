@@ -1,0 +1,110 @@
+"""Carried states: what a branch's mixers start from, in a stand-in for transformers' cache.
+
+The cache's protocol is private to the library, hence the trial in layout_support.py.
+Letters: G sequences of a batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from atomtune.batch.segment_plan import SegmentBatch
+
+
+class States:
+    """Convolution and recurrent states of a batch of sequences, in the shape of transformers' cache for one mixer.
+
+    Nothing is copied in place, so gradients flow through the states. It never says that it holds a single token's past,
+    which would send the mixer down its decoding way.
+    """
+
+    def __init__(
+        self, conv: dict[int, torch.Tensor] | None = None, recurrent: dict[int, torch.Tensor] | None = None
+    ) -> None:
+        self.conv, self.recurrent = conv or {}, recurrent or {}
+        self.new_conv: dict[int, torch.Tensor] = {}
+        self.new_recurrent: dict[int, torch.Tensor] = {}
+
+    def get_conv_state(self, _layer_idx: int = 0, state_idx: int = 0) -> torch.Tensor | None:
+        return self.conv.get(state_idx)
+
+    def get_recurrent_state(self, _layer_idx: int = 0, state_idx: int = 0) -> torch.Tensor | None:
+        return self.recurrent.get(state_idx)
+
+    def update_conv_state(
+        self, x: torch.Tensor, _layer_idx: int = 0, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
+    ) -> torch.Tensor:
+        """Keep the last inputs of the convolution and return all it reads, as the library's cache does."""
+        before = self.conv.get(state_idx)
+        full = x if before is None else torch.cat([before, x], -1)
+        kernel = conv_kernel_size or x.shape[-1]
+        last = full[..., -kernel:]
+        self.new_conv[state_idx] = functional.pad(last, (kernel - last.shape[-1], 0))
+        return functional.pad(full, (max(0, kernel - full.shape[-1]), 0)) if before is None else full
+
+    def update_recurrent_state(
+        self, state: torch.Tensor, _layer_idx: int = 0, state_idx: int = 0, **_: Any
+    ) -> torch.Tensor:
+        self.new_recurrent[state_idx] = state
+        return state
+
+    def update(self, *_args: Any, **_kwargs: Any) -> Any:
+        raise NotImplementedError("code of its own, which keeps keys and values")
+
+    def is_recording_past(self, *_args: Any, **_kwargs: Any) -> bool:
+        return True
+
+    def has_previous_state(self, *_args: Any, **_kwargs: Any) -> bool:
+        return bool(self.conv)
+
+    def get_seq_length(self, *_args: Any, **_kwargs: Any) -> int:
+        return 0
+
+    def __bool__(self) -> bool:
+        return True
+
+    @property
+    def layers(self) -> "_Layers":
+        """transformers 5.17 reads the states from here."""
+        return _Layers(self)
+
+
+@dataclass(frozen=True)
+class _Layers:
+    states: States
+    record_past = True
+
+    def __getitem__(self, _layer: int) -> "_Layers":
+        return self
+
+    @property
+    def conv_states(self) -> dict[int, torch.Tensor]:
+        return self.states.conv
+
+    @property
+    def recurrent_states(self) -> dict[int, torch.Tensor]:
+        return self.states.recurrent
+
+
+def states_before(batch: SegmentBatch, states: Sequence[States]) -> States:
+    """The states that a batch's sequences start from: their parents' last ones."""
+    if not batch.parents:
+        return States()
+    first = states[batch.parents[0][0]]
+    return States(
+        conv={key: _picked([states[b].new_conv[key] for b, _ in batch.parents], batch) for key in first.new_conv},
+        recurrent={
+            key: _picked([states[b].new_recurrent[key] for b, _ in batch.parents], batch) for key in first.new_recurrent
+        },
+    )
+
+
+def _picked(of_parents: Sequence[torch.Tensor], batch: SegmentBatch) -> torch.Tensor:
+    """The row of each parent in its own batch's states, under each other."""
+    if all(states is of_parents[0] for states in of_parents):
+        rows = torch.tensor([row for _, row in batch.parents], device=of_parents[0].device)
+        return of_parents[0].index_select(0, rows)
+    return torch.stack([states[row] for states, (_, row) in zip(of_parents, batch.parents, strict=True)])

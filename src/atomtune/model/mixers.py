@@ -1,0 +1,164 @@
+"""Mixers: the layers of a model that carry a state from token to token, found by a probe.
+
+Linear attention, Mamba and short convolutions mix tokens without asking who sees whom, so a row would leak from record
+to record and from branch to branch (row_mixers.py keeps them apart). They are found by what they do and not by a list
+of architectures: a token mixer is a module whose later outputs depend on an earlier input and that does not use the
+library's attention.
+
+Letters: T tokens, D width.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from atomtune.model.attention_in_use import AttentionInUse
+from atomtune.model.modes import as_in_training, without_dropout
+from atomtune.model.row_attention import attend, own_window
+
+#: Names under which mixers take transformers' cache.
+CACHE_NAMES = {"cache", "cache_params", "past_key_values"}
+#: Names under which they take hidden states.
+INPUT_NAMES = ("hidden_states", "x", "input")
+_PROBE_TOKENS = 12
+_PROBE_ATTENTION = "atomtune_probe"
+
+
+def takes_cache(mixer: nn.Module) -> bool:
+    """Whether a mixer can be handed a state."""
+    return bool(CACHE_NAMES & inspect.signature(type(mixer).forward).parameters.keys())
+
+
+@dataclass
+class _Call:
+    """How a module was called in the probe."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    windows: set[int | None] = field(default_factory=set)  # of the library's attention inside; None sees all before
+
+    @property
+    def attends(self) -> bool:
+        return bool(self.windows)
+
+
+def find_mixers(inner: nn.Module) -> tuple[list[nn.Module], set[int | None]]:
+    """The outermost modules in the decoder's layers that mix tokens without the library's attention; and the sliding
+    windows of those that use it (None: sees everything before), empty where none does.
+    """
+    with without_dropout(inner):
+        return _find_mixers(inner)
+
+
+def _find_mixers(inner: nn.Module) -> tuple[list[nn.Module], set[int | None]]:
+    calls = _calls_in_a_probe(inner)
+    mixers: list[nn.Module] = []
+    known: dict[tuple[Any, ...], bool] = {}  # layers that are built alike are probed once
+
+    def mixes(module: nn.Module) -> bool:
+        built = (calls[module].attends, *((name, type(part)) for name, part in module.named_modules()))
+        if built not in known:
+            known[built] = _mixes(module, calls[module])
+        return known[built]
+
+    def look_into(module: nn.Module) -> None:
+        call = calls.get(module)
+        if call is not None:
+            if not mixes(module):
+                return
+            if not call.attends and not any(mixes(child) for child in module.children() if child in calls):
+                mixers.append(module)
+                return
+        for child in module.children():
+            look_into(child)
+
+    for layers in (m for m in inner.modules() if isinstance(m, nn.ModuleList)):
+        for layer in layers:
+            if "hidden_states" in inspect.signature(layer.forward).parameters:
+                look_into(layer)
+    return list(dict.fromkeys(mixers)), calls[inner].windows
+
+
+def _calls_in_a_probe(inner: Any) -> dict[nn.Module, _Call]:
+    """How every module is called for a short text; attention is watched through its public interface."""
+    calls: dict[nn.Module, _Call] = {}
+    inside: list[_Call] = []
+
+    def watch_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for call in inside:
+            call.windows.add(kwargs.get("sliding_window") or own_window(module))
+        return attend(module, *args, **kwargs)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inside.append(calls.setdefault(module, _Call(args, kwargs)))
+
+    def after(*_call: Any) -> None:
+        inside.pop()
+
+    AttentionInterface.register(_PROBE_ATTENTION, watch_attention)
+    AttentionMaskInterface.register(_PROBE_ATTENTION, sdpa_mask)
+    ids = torch.arange(3, 3 + _PROBE_TOKENS, device=inner.get_input_embeddings().weight.device)[None]
+    hooks = [m.register_forward_pre_hook(before, with_kwargs=True) for m in inner.modules()]
+    hooks += [m.register_forward_hook(after, with_kwargs=True) for m in inner.modules()]
+    try:
+        with _attention(inner, _PROBE_ATTENTION), as_in_training(inner):
+            inner(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+@contextlib.contextmanager
+def _attention(inner: Any, name: str) -> Iterator[None]:
+    """Within this, the model uses another attention function, where it lets itself be told."""
+    before = AttentionInUse.of(inner)
+    with contextlib.suppress(ValueError, AttributeError, ImportError, KeyError):
+        inner.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        before.give_back()
+
+
+def _mixes(module: nn.Module, call: _Call) -> bool:
+    """Whether outputs at later tokens depend on an earlier token's input.
+
+    Asked of the gradient, which is zero to the bit where they do not: in bfloat16 the outputs of a linear attention
+    with new weights change by less than other modules' do through rounding.
+    """
+    at, hidden = _input_of(call)
+    if hidden is None:
+        return False
+    hidden = hidden.detach().requires_grad_()
+    args = tuple(hidden if at == i else value for i, value in enumerate(call.args))
+    kwargs = {name: hidden if at == name else value for name, value in call.kwargs.items()}
+    out = first_of(module(*args, **kwargs))
+    if not (isinstance(out, torch.Tensor) and out.dim() == 3 and out.shape[1] == hidden.shape[1] and out.requires_grad):
+        return False
+    # Random weights for the outputs: their plain sum is constant behind a norm.
+    direction = torch.randn(out[:, 4:].shape, generator=torch.Generator().manual_seed(0)).to(out)
+    (gradient,) = torch.autograd.grad(out[:, 4:], hidden, direction, allow_unused=True)
+    return gradient is not None and bool(gradient[:, 3].any())
+
+
+def _input_of(call: _Call) -> tuple[int | str | None, torch.Tensor | None]:
+    """Which argument holds the hidden states [1, T, D], and these."""
+    places: list[tuple[int | str, Any]] = [*enumerate(call.args)]
+    places += [(name, call.kwargs.get(name)) for name in INPUT_NAMES]
+    for at, value in places:
+        if isinstance(value, torch.Tensor) and value.dim() == 3 and value.shape[:2] == (1, _PROBE_TOKENS):
+            return at, value
+    return None, None
+
+
+def first_of(output: Any) -> Any:
+    """What a layer returns, without what stands behind it in a tuple."""
+    return output[0] if isinstance(output, tuple) else output

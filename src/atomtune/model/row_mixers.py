@@ -1,0 +1,196 @@
+"""Row mixers: layers that carry a state from token to token, in rows that hold many records and branch.
+
+Two ways to compute a row (batch/segment_plan.py); the trial in layout_support.py takes the first that is exact:
+
+fork   every segment runs through the model's own mixer and starts from its parent's state (carried_state.py); Mamba 1
+       takes it in selective_scan.py.
+paths  every path from root to leaf runs as a sequence of its own; linear layers inside compute each token once.
+
+Letters: G sequences of a batch, n their tokens, T tokens of the row, D width, P paths, L the longest of them.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from atomtune.batch.attention_plan import AttentionPlan
+from atomtune.batch.segment_plan import SegmentPlan
+from atomtune.model.carried_state import States, states_before
+from atomtune.model.mixers import CACHE_NAMES, INPUT_NAMES, first_of
+from atomtune.model.selective_scan import scans_from
+
+Way = Literal["fork", "paths"]
+
+
+class RowInUse:
+    """The plan of the row in the model; its mixers ask for it.
+
+    A plan is announced before the model is called and taken when its body begins. So it also holds for layers that are
+    computed again in the backward pass, and a call without an announcement (chat, a plain comparison) finds none.
+    """
+
+    def __init__(self) -> None:
+        self.announced: AttentionPlan | None = None
+        self.plan: AttentionPlan | None = None
+        self.hook: Any = None
+
+    def begin(self, *_call: Any) -> None:
+        self.plan, self.announced = self.announced, None
+
+
+def announce(body: nn.Module, plan: AttentionPlan | None) -> None:
+    """Tell a model's mixers, if it has any that were given a way, what the next call computes."""
+    row = vars(body).get("atomtune_row")
+    if row is not None:
+        row.announced = plan
+
+
+def carries_state(body: nn.Module) -> bool:
+    """Whether this model's mixers were given a way to compute rows."""
+    return "atomtune_row" in vars(body)
+
+
+def install(body: nn.Module, mixers: Sequence[nn.Module], way: Way) -> None:
+    """Let these mixers compute rows; `body` is the module whose call begins a row."""
+    uninstall(body, mixers)
+    row = RowInUse()
+    vars(body)["atomtune_row"] = row  # a plain value: it is copied along with the model
+    row.hook = body.register_forward_pre_hook(row.begin)
+    for mixer in mixers:
+        mixer.forward = _RowForward(mixer, row, way)
+
+
+def uninstall(body: nn.Module, mixers: Sequence[nn.Module]) -> None:
+    """Give mixers their own forward again."""
+    for mixer in mixers:
+        standing = vars(mixer).get("forward")
+        if isinstance(standing, _RowForward):
+            del mixer.forward
+            if standing.own is not None:
+                mixer.forward = standing.own
+    row = vars(body).pop("atomtune_row", None)
+    if row is not None:
+        row.hook.remove()
+
+
+@dataclass
+class _RowForward:
+    """Stands in a mixer's `forward`, as accelerate's hooks do.
+
+    A row needs several calls of the mixer, and a public hook can only change what goes in and what comes out of one.
+    """
+
+    mixer: nn.Module
+    row: RowInUse
+    way: Way
+    own: Callable[..., Any] | None = field(init=False)  # of the instance, where something has hooked it before
+
+    def __post_init__(self) -> None:
+        self.own = vars(self.mixer).get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        plan = self.row.plan.segments if self.row.plan is not None else None
+        if plan is None:
+            return self.plain(*args, **kwargs)
+        name = next((name for name in INPUT_NAMES if name in kwargs), None)
+        hidden, others = (kwargs.pop(name), args) if name else (args[0], args[1:])  # [1, T, D]
+        compute = _by_forks if self.way == "fork" else _by_paths
+        return compute(self, hidden, others, kwargs, plan)
+
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return type(self.mixer).forward(self.mixer, *args, **kwargs)
+
+    @property
+    def cache_name(self) -> str | None:
+        parameters = inspect.signature(type(self.mixer).forward).parameters
+        return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+def _filled_up(out: torch.Tensor, width: int) -> torch.Tensor:
+    """[T, D] of the row's tokens → [1, width, D]; its padding is zero."""
+    return functional.pad(out, (0, 0, 0, width - len(out)))[None]
+
+
+def _like(output: Any, out: torch.Tensor) -> Any:
+    """As the mixer returns it: alone, or first in a tuple (attention weights and the like are not kept)."""
+    return (out, *[None] * (len(output) - 1)) if isinstance(output, tuple) else out
+
+
+def _by_forks(
+    mixer: _RowForward, hidden: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], plan: SegmentPlan
+) -> Any:
+    name = mixer.cache_name
+    if name is None:
+        raise NotImplementedError("a token mixer that takes no cache")
+    kwargs = {key: value for key, value in kwargs.items() if key not in (name, "attention_mask")}
+    states: list[States] = []
+    results: list[torch.Tensor] = []
+    output: Any = None
+    for batch in plan.batches:
+        carrier = states_before(batch, states)
+        with scans_from(mixer.mixer, carrier.recurrent.get(0)):
+            sequences = hidden[0][batch.tokens.to(hidden.device)]
+            output = mixer.plain(sequences, *args, **{**kwargs, name: carrier})  # [G, n, D]
+        states.append(carrier)
+        results.append(first_of(output).flatten(0, 1)[batch.places.to(hidden.device)])
+    out = torch.cat(results)[plan.order.to(hidden.device)]  # [T, D]
+    return _like(output, _filled_up(out, hidden.shape[1]))
+
+
+def _by_paths(
+    mixer: _RowForward, hidden: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], plan: SegmentPlan
+) -> Any:
+    kwargs = {key: None if key in (mixer.cache_name, "attention_mask") else value for key, value in kwargs.items()}
+    paths, first_on = plan.paths.to(hidden.device), plan.first_on.to(hidden.device)
+    with _linear_layers_once(mixer.mixer, paths, first_on):
+        output = mixer.plain(hidden[0][paths], *[None for _ in args], **kwargs)  # [P, L, D]
+    out = first_of(output).flatten(0, 1)[first_on]  # [T, D]
+    return _like(output, _filled_up(out, hidden.shape[1]))
+
+
+@contextlib.contextmanager
+def _linear_layers_once(mixer: nn.Module, paths: torch.Tensor, first_on: torch.Tensor) -> Iterator[None]:
+    """Within this, linear layers that are handed all paths compute each token of the row once."""
+    hooked: list[tuple[nn.Module, Any]] = []
+    latest: list[torch.Tensor] = []  # what a layer was handed, and the same by token
+
+    def by_token(x: torch.Tensor) -> torch.Tensor:
+        """[P, L, D] → [1, T, D]; one tensor for all layers that read the same, which fused_lora.py computes as one."""
+        if not latest or latest[0] is not x:
+            latest[:] = [x, x.flatten(0, 1)[first_on][None]]
+        return latest[1]
+
+    for layer in dict.fromkeys(_linear_layers(mixer)):
+        own, forward = vars(layer).get("forward"), layer.forward
+
+        def once(x: torch.Tensor, *args: Any, _forward: Callable[..., Any] = forward, **kwargs: Any) -> Any:
+            if x.shape[:2] != paths.shape:
+                return _forward(x, *args, **kwargs)
+            return _forward(by_token(x), *args, **kwargs)[0][paths]
+
+        layer.forward = once
+        hooked.append((layer, own))
+    try:
+        yield
+    finally:
+        for layer, own in hooked:
+            del layer.forward
+            if own is not None:
+                layer.forward = own
+
+
+def _linear_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost linear layers: a LoRA layer counts as one."""
+    for child in module.children():
+        if isinstance(child, nn.Linear) or hasattr(child, "lora_A"):
+            yield child
+        else:
+            yield from _linear_layers(child)
