@@ -21,7 +21,7 @@ TOP = {
 }
 #: Rooms and top-level modules by floor: each may import from the floors above it, and never from its own or below.
 FLOORS = (
-    ("errors", "choices", "language"),
+    ("errors", "choices", "language", "shared_prefix"),
     ("console",),
     ("disk", "limits", "extras", "process", "hub_reach"),
     ("settings",),

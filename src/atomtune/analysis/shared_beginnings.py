@@ -5,9 +5,8 @@ Ten thousand questions after one instruction of 400 characters are not near-dupl
 
 import itertools
 from collections.abc import Sequence
-from typing import TypeVar
 
-S = TypeVar("S", str, tuple[int, ...])
+from atomtune.shared_prefix import shared_characters
 
 #: A shorter beginning is no instruction, it is how people begin a sentence.
 LEAST_CHARACTERS = 32
@@ -28,7 +27,7 @@ def beginnings_of(texts: Sequence[str]) -> tuple[str, ...]:
             if len(stretch) < enough:
                 continue
             # In sorted texts, what the first and the last share, all between them share.
-            beginning = common_prefix(stretch[0], stretch[-1])
+            beginning = stretch[0][: shared_characters(stretch[0], stretch[-1])]
             beginnings.append(beginning)
             waiting.append((stretch, len(beginning)))
     return tuple(sorted(beginnings, key=len, reverse=True))
@@ -47,13 +46,3 @@ def _stretches(ordered: Sequence[str], characters: int) -> list[list[str]]:
     long_enough = [text for text in ordered if len(text) >= characters]
     by_beginning = itertools.groupby(long_enough, key=lambda text: text[:characters])
     return [list(stretch) for _, stretch in by_beginning]
-
-
-def common_prefix(first: S, last: S) -> S:
-    """What two texts, or two lists of ids, begin with alike."""
-    length = 0
-    for left, right in zip(first, last, strict=False):
-        if left != right:
-            break
-        length += 1
-    return first[:length]

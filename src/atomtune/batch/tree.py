@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from atomtune.batch.row import Row, untils
 from atomtune.data.records import Example
+from atomtune.shared_prefix import shared_length
 
 #: A trunk that saves fewer tokens than this costs more in extra attention blocks than it saves: on two CPU cores and a
 #: model of 512 wide a block costs about as much as 13 tokens (docs/log.md). Wider models only make sharing cheaper.
@@ -27,7 +28,7 @@ def graft(examples: Sequence[Example], *, least_saved: int = LEAST_SAVED) -> Row
     waiting = [(in_order, 0, -1)]
     while waiting:  # a stack and not recursion: a batch may hold a thousand records, each the beginning of the next
         group, start, parent = waiting.pop()
-        end = _shared_until(group, start)
+        end = shared_length(group[0].ids, group[-1].ids, start=start)
         ending, branches = _parted(group, end)
         saved = (len(group) - 1) * (end - start)
         if len(group) == 1 or saved >= least_saved:
@@ -66,15 +67,6 @@ class _GrowingRow:
 
 def _weight(group: Sequence[Example]) -> tuple[bool, int]:
     return len(group) > 1, max(len(example.ids) for example in group)
-
-
-def _shared_until(group: Sequence[Example], start: int) -> int:
-    """One past the last token that all examples of a sorted group share, which are known to agree before start."""
-    first, last = group[0].ids, group[-1].ids
-    shorter = min(len(first), len(last))
-    while start < shorter and first[start] == last[start]:
-        start += 1
-    return start
 
 
 def _parted(group: Sequence[Example], at: int) -> tuple[list[Example], list[list[Example]]]:

@@ -9,6 +9,7 @@ from atomtune.certify.reference import Expected
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.tokenizer import Tokenizer
 from atomtune.engines.engine import Engine, Reply
+from atomtune.shared_prefix import shared_length
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def _ids_difference(prompt: CertPrompt, ids: Sequence[int], reply: Reply, tokeni
             str(len(ids)),
             str(reply.prompt_tokens),
         )
-    place = _first_difference(expected, ids)
+    place = shared_length(expected, ids)  # where one goes on with the other, the end of the shorter
 
     def around(tokens: Sequence[int]) -> str:
         token = tokens[place] if place < len(tokens) else "nothing"
@@ -194,16 +195,6 @@ def _ids_difference(prompt: CertPrompt, ids: Sequence[int], reply: Reply, tokeni
         return f"id {token}, in the text {tokenizer.decode(neighbours, skip_special_tokens=False)!r}"
 
     return Difference(prompt.kind, f"prompt id {place}", around(expected), around(ids))
-
-
-def _first_difference(tokens: Sequence[int], others: Sequence[int]) -> int:
-    """The first place where they differ; where one goes on with the other, the end of the shorter."""
-    place = 0
-    for token, other in zip(tokens, others, strict=False):
-        if token != other:
-            break
-        place += 1
-    return place
 
 
 def _same(text: str, other: str) -> bool:

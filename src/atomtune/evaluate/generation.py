@@ -27,6 +27,7 @@ from atomtune.model.layout_support import windows_of
 from atomtune.model.loss import innermost, takes
 from atomtune.model.rotary import rotary_limit
 from atomtune.model.token_rows import with_row
+from atomtune.shared_prefix import shared_length
 
 #: A shorter common beginning is not worth a call of its own.
 LEAST_SHARED = 16
@@ -173,9 +174,7 @@ def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
     """Tokens that all prompts begin with; at least one is left to each, for its answer to be predicted from."""
     first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # in sorted order: what these two share, all share
     most = min(len(prompt) for prompt in prompts) - 1
-    length = 0
-    while length < most and first[length] == last[length]:
-        length += 1
+    length = min(shared_length(first, last), most)
     return length if length >= LEAST_SHARED else 0
 
 

@@ -13,7 +13,6 @@ import pyarrow
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from atomtune.analysis.shared_beginnings import common_prefix
 from atomtune.analysis.texts import Texts, read_texts
 from atomtune.batch.cost import SAMPLED_BATCHES, LayoutTokens, batches_of, sample_rows
 from atomtune.choices import Check
@@ -26,6 +25,7 @@ from atomtune.data.records import Example, Record, RefusalKind
 from atomtune.inspect.checks import Finding, Tokens, findings_of, read_tokens
 from atomtune.inspect.histogram import Limit, limit_at, suggested
 from atomtune.settings.fields import InspectSettings
+from atomtune.shared_prefix import shared_length
 
 #: Longer than any record: with it, nothing is shortened or refused for its length.
 _NO_LIMIT = 2**31 - 1
@@ -173,5 +173,6 @@ def _saving(stored: datasets.Dataset, *, per_batch: int, seed: int) -> Saving:
     shared: tuple[int, ...] = ()
     if len(all_ids) > 1:
         # In dictionary order the first and the last differ most: what these two begin with, all between begin with.
-        shared = common_prefix(min(all_ids), max(all_ids))
+        first, last = min(all_ids), max(all_ids)
+        shared = first[: shared_length(first, last)]
     return Saving(len(batches), per_batch, LayoutTokens.of(batches), shared)

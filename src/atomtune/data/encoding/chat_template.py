@@ -196,18 +196,6 @@ class Template:
         return written, self.stop
 
 
-def common_beginning(first: str, second: str) -> int:
-    """How many characters two texts begin alike."""
-    low, high = 0, min(len(first), len(second))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if first[:middle] == second[:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
 def tool_name(tool: Mapping[str, Any]) -> str:
     """Of a tool as OpenAI's `tools` have it; "" where it has none."""
     function = tool.get("function", tool)

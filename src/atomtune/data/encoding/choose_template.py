@@ -17,7 +17,6 @@ from atomtune.data.encoding.chat_template import (
     InstructionRole,
     Message,
     Template,
-    common_beginning,
 )
 from atomtune.data.encoding.exchanges import TemplatedRecord
 from atomtune.data.encoding.thoughts import TAGS, mentions_thoughts, opened
@@ -27,6 +26,7 @@ from atomtune.data.records import Record, Turn
 from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import BadModel, BadSettings
 from atomtune.limits import trial
+from atomtune.shared_prefix import shared_characters
 
 #: Stands for a text whose surroundings are looked at; a noncharacter, so that no template has it.
 _TEXT = "\ufdd5"
@@ -227,7 +227,7 @@ def _header(template: Template, prompt: str) -> tuple[str, str]:
     if not asks or earlier is None or not earlier.startswith(prompt[:start]):
         return "", ""
     turn = earlier[start:].partition(_TEXT)[0]
-    header = asks[: common_beginning(asks, turn)]
+    header = asks[: shared_characters(asks, turn)]
     if not controls.match(header) or not template.tokens.splits_before(header):
         return "", ""
     return header, asks

@@ -10,14 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, chain, groupby, pairwise
 
-from atomtune.data.encoding.chat_template import (
-    AnswerForm,
-    CannotExpress,
-    Message,
-    Template,
-    common_beginning,
-    tool_name,
-)
+from atomtune.data.encoding.chat_template import AnswerForm, CannotExpress, Message, Template, tool_name
 from atomtune.data.encoding.thoughts import (
     behind_thoughts,
     closed,
@@ -30,6 +23,7 @@ from atomtune.data.encoding.thoughts import (
 )
 from atomtune.data.encoding.token_ids import Escaper
 from atomtune.data.records import Exchange, Piece, Prompt, Record, Turn, with_each_part
+from atomtune.shared_prefix import shared_characters
 
 #: Stands for a text where only the text around it matters; a noncharacter, so that no template has it.
 _OTHER = "\ufdd4"
@@ -333,7 +327,7 @@ class TemplatedRecord:
         if own.get("tool_calls") and not own["content"] and not own.get("thinking"):
             calls = [{**call, "function": {**call["function"], "name": _OTHER}} for call in own["tool_calls"]]
             other = {**own, "tool_calls": calls}
-        beginning = common_beginning(full, self._render([*before, other], prompt=False))
+        beginning = shared_characters(full, self._render([*before, other], prompt=False))
         header = self.template.header
         start = full.rfind(header, 0, beginning) if header else -1
         if start < 0:

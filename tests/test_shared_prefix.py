@@ -1,0 +1,26 @@
+"""How much two sequences begin alike: as counted one item after the other."""
+
+import itertools
+
+import pytest
+
+from atomtune.shared_prefix import shared_characters, shared_length
+
+TEXTS = ["".join(letters) for length in range(6) for letters in itertools.product("ab", repeat=length)]
+
+
+def counted(first, second):
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))))
+
+
+def test_texts_and_ids_begin_alike_as_far_as_counted():
+    for first, second in itertools.product(TEXTS, repeat=2):
+        expected = counted(first, second)
+        assert shared_characters(first, second) == expected
+        assert shared_length([*map(ord, first)], tuple(map(ord, second))) == expected
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+def test_what_is_known_to_agree_is_counted_and_not_compared(start):
+    assert shared_length((1, 2, 3, 4), (1, 2, 3, 5, 6), start=start) == 3
+    assert shared_length((1, 2, 3), (9, 9, 9), start=3) == 3
