@@ -122,6 +122,19 @@ def test_what_is_no_sum_of_matrices_is_refused_with_a_weight(adapters, tmp_path,
     assert "DoRA" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("others", [(), ("narrow",)], ids=["alone", "beside another"])
+def test_rows_of_single_tokens_are_refused_with_a_weight(adapters, tmp_path, capsys, others):
+    # PEFT puts them in whole, whatever the weight; and the check took them for what the adapter holds whole.
+    base, wide, narrow = adapters
+    config = LoraConfig(r=4, target_modules=["down_proj"], trainable_token_indices=[5, 7])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "rows")
+    for file in wide.glob("token*"):
+        (tmp_path / "rows" / file.name).write_bytes(file.read_bytes())
+    folders = [str(tmp_path / "rows"), *(str(narrow.parent / other) for other in others)]
+    assert merge(tmp_path / "m", "--adapter_path", *folders, "--weights", *("0.5" for _ in folders)) == 2
+    assert "rows of single tokens that were trained whole, and cannot be added" in capsys.readouterr().err
+
+
 def test_an_adapter_of_a_quantized_base_is_merged_into_the_weights_that_training_had(trained_in_nf4, tmp_path, capsys):
     base, adapter = trained_in_nf4
     assert merge(tmp_path / "m", "--adapter_path", str(adapter)) == 0

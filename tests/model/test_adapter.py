@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from atomtune.cli import main
 from atomtune.errors import BadModel
-from atomtune.model.adapter import LoraSpec, load_another, load_trained, new_adapter, start_from_weights
+from atomtune.model.adapter import LoraSpec, answering_as, load_another, load_trained, new_adapter, start_from_weights
 from atomtune.model.adapter_folder import base_of
 from atomtune.model.load import BaseSpec, load_base
 
@@ -84,6 +85,44 @@ def test_a_second_adapter_answers_as_it_does_alone(models, saved, tmp_path_facto
         for name, folder in (("second", other), ("default", saved)):
             both.set_adapter(name)
             assert torch.equal(both(input_ids=ids).logits, load_trained(base(models), folder)(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_an_adapter_trained_are_the_bases_own_without_it(models, tmp_path, bias):
+    # PEFT leaves them in place when it switches an adapter off, so base and tuned were compared with one set of biases.
+    layers = {"r": 4, "target_modules": ["c_attn"], "task_type": "CAUSAL_LM", "fan_in_fan_out": True}
+    for name, of_biases in (("biased", bias), ("plain", "none")):
+        model = get_peft_model(gpt2(models), LoraConfig(**layers, bias=of_biases))
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.data += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+        model.save_pretrained(tmp_path / name)
+    alone = {
+        None: logits_of(gpt2(models)),
+        "default": logits_of(PeftModel.from_pretrained(gpt2(models), tmp_path / "biased")),
+        "second": logits_of(PeftModel.from_pretrained(gpt2(models), tmp_path / "plain")),
+    }
+    both = load_trained(gpt2(models), tmp_path / "biased")
+    load_another(both, tmp_path / "plain", "second")
+    for adapter in (None, "default", "second", None, "second", "default"):
+        with answering_as(both, adapter):
+            assert torch.equal(logits_of(both), alone[adapter]), adapter
+    lora = LoraSpec(rank=4, alpha=8, dropout=0.0, targets=["c_attn"])
+    goes_on = start_from_weights(
+        gpt2(models), tmp_path / "biased" / "adapter_model.safetensors", lora, notice=lambda _: None
+    ).eval()
+    with answering_as(goes_on, None):
+        assert torch.equal(logits_of(goes_on), alone[None])
+    assert torch.equal(logits_of(goes_on), alone["default"])
+
+
+def gpt2(models):
+    return load_base(BaseSpec(path=str(models("gpt2")), dtype=torch.float32, device=CPU))
+
+
+@torch.no_grad()
+def logits_of(model) -> torch.Tensor:
+    return model.eval()(input_ids=torch.arange(3, 15)[None]).logits
 
 
 @pytest.mark.parametrize("use", ["to answer", "beside another"])

@@ -25,6 +25,11 @@ def test_a_tensor_of_a_layer_that_peft_wraps_twice_is_of_that_layer():
     assert new_names([twice], ["model.text.layers.0.mlp.experts"]) == {twice: twice.replace(".layers", ".text.layers")}
 
 
+def test_rows_of_single_tokens_are_of_their_embedding():
+    # Else an adapter that has them is refused, for a layer that no class has.
+    assert module_of("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta") == "model.embed_tokens"
+
+
 @pytest.mark.parametrize("family", CHECKPOINTS)
 def test_names_of_a_text_class_are_found_in_the_language_model(family):
     with torch.device("meta"):

@@ -53,6 +53,18 @@ def test_layers_that_are_not_plain_stay_pefts():
     assert groups_of(with_adapter(build("gpt2")), input_ids=IDS) == []
 
 
+def test_layers_whose_bias_is_trained_stay_pefts():
+    # An adapter with bias "all" or "lora_only" that is trained on: the group hands no gradient to a bias.
+    model = with_adapter(build("llama", attention_bias=True))
+    for name, weight in model.named_parameters():
+        if name.endswith("q_proj.base_layer.bias"):
+            weight.requires_grad = True
+    grouped = [layer for members in groups_of(model, input_ids=IDS) for layer in members]
+    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module in grouped}
+    assert "q_proj" not in names and {"k_proj", "v_proj", "o_proj"} <= names
+    assert_equal(together(copy.deepcopy(model)), model, rtol=1e-6, atol=1e-9)  # RMSNorm computes in float32
+
+
 def test_a_model_without_adapters_has_no_groups():
     assert groups_of(build("llama"), input_ids=IDS) == []
 

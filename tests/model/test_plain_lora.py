@@ -125,6 +125,9 @@ def test_training_goes_on_from_the_same_answers_and_saves_plain_lora(models, tmp
             marks=pytest.mark.skipif(not find_spec("scipy"), reason="PEFT reads no LoftQ adapter without scipy"),
         ),
         ({"kasa_config": {}}, "KaSA changes all weights"),
+        ({"alora_invocation_tokens": [5, 6]}, "adapts only what follows certain tokens"),
+        ({"arrow_config": {"top_k": 1}}, "chooses among other adapters"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "repeats layers of its base"),
     ],
     ids=lambda value: next(iter(value.values()), "") if isinstance(value, dict) else "",
 )

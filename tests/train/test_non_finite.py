@@ -1,5 +1,6 @@
 """No update is made from what is not finite, whether a step is judged before it or on the device."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from atomtune.train.callbacks import WorkCounter
 from atomtune.train.non_finite import SkipNonFinite
 from tests.train.test_callbacks import model, state, with_gradient
 
+NAN = float("nan")
 ONE_RANK = SimpleNamespace(world_size=1)
 
 
@@ -73,6 +75,29 @@ def test_a_step_left_out_changes_no_weight_and_no_mean():
         step(watch, with_gradient(1.0), [float("nan")], 3)
 
 
+def _mean_of_one_rank(rank: int, losses: list[list[float]], folder: str) -> None:
+    """In a process of its own: steps with these losses, and the mean that is logged of them."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    watch, ranks = finite(len(losses)), SimpleNamespace(world_size=2, device=torch.device("cpu"))
+    total = 0.0
+    for number, loss in enumerate(losses):
+        total += watch.finite_loss(torch.tensor(loss[rank]), ["d.jsonl:1"]).item()
+        watch.on_pre_optimizer_step(ranks, state(number), None, model=with_gradient(1.0))
+        watch.on_step_end(ranks, state(number + 1), None)
+    everyones = torch.tensor(total)
+    torch.distributed.all_reduce(everyones)  # as the Trainer does
+    mean = watch.mean_of_steps_made(everyones.item() / 2 / len(losses))
+    Path(folder, str(rank)).write_text(str(mean), encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_step_left_out_on_all_ranks_leaves_no_rank_in_the_mean(tmp_path):
+    # Catches a rank that takes its own losses for everyone's: the spoiled loss may be another rank's.
+    losses = [[1.0, 3.0], [5.0, NAN], [2.0, 4.0]]
+    torch.multiprocessing.spawn(_mean_of_one_rank, args=(losses, str(tmp_path)), nprocs=2)
+    assert [float((tmp_path / rank).read_text()) for rank in ("0", "1")] == [2.5, 2.5]
+
+
 def test_steps_whose_gradients_are_clipped_to_zero_are_counted_and_said():
     # Each gradient is finite, and the norm of all is not: clipping divides by infinity.
     said: list[str] = []
@@ -124,9 +149,6 @@ class Run:
         """The weights, and what the optimizer knows of each."""
         states = [{name: value.tolist() for name, value in each.items()} for each in self.optimizer.state.values()]
         return [*(weight.tolist() for weight in self.model.parameters()), *states]
-
-
-NAN = float("nan")
 
 
 @pytest.mark.parametrize(("loss", "gradient"), [(NAN, 1.0), (float("inf"), 1.0), (1.0, NAN), (1.0, float("-inf"))])

@@ -10,6 +10,7 @@ import torch
 from atomtune.certify.prompts import CertPrompt
 from atomtune.data.encoding.chat_template import Template
 from atomtune.evaluate.generation import generate_answers
+from atomtune.model.adapter import answering_as
 from atomtune.model.generate import stop_ids
 from atomtune.model.load import pad_id_of
 
@@ -49,7 +50,7 @@ def _expected(model: Any, prompt: CertPrompt, template: Template, *, max_new_tok
     our_answer = (*answer.ids, stop) if answer.stopped else answer.ids
     reference_ids = prompt.reference_ids or our_answer
     tuned = _of_tokens(model, prompt.prompt_ids, reference_ids)
-    with model.disable_adapter():
+    with answering_as(model, None):
         base = _of_tokens(model, prompt.prompt_ids, reference_ids)
     # One row a greedy step, and one behind the last: an engine may go on where ours stops.
     likeliest = _log_probabilities(model, prompt.prompt_ids, answer.ids).topk(KEPT_CHOICES)  # [A + 1, KEPT_CHOICES]

@@ -13,7 +13,7 @@ from atomtune.console import Console
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.errors import BadSettings
-from atomtune.model.adapter import load_another, load_trained
+from atomtune.model.adapter import answering_as, load_another, load_trained
 from atomtune.model.adapter_folder import base_of, short_names, template_of
 from atomtune.model.base_as_trained import dtype_as_trained, quantize_as_trained
 from atomtune.model.causal_lm import CausalLM
@@ -47,12 +47,9 @@ class Models:
         """The model with this subject's adapter switched on, or none."""
         if len(self.subjects) == 1 and subject.adapter is None:
             yield self.model
-        elif subject.adapter is None:
-            with self.model.disable_adapter():
-                yield self.model
         else:
-            self.model.set_adapter(subject.adapter)
-            yield self.model
+            with answering_as(self.model, subject.adapter):
+                yield self.model
 
 
 def load_models(settings: EvaluateSettings, console: Console) -> Models:

@@ -72,6 +72,7 @@ def _refuse_unweighable(folder: Path) -> None:
         "use_dora": "DoRA, which also scales the base's weights",
         "modules_to_save": "layers that were trained whole",
         "target_parameters": "adapters of experts",
+        "trainable_token_indices": "rows of single tokens that were trained whole",
     }
     problems = [text for name, text in reasons.items() if getattr(config, name, None)]
     if getattr(config, "bias", "none") != "none":

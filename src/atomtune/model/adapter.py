@@ -35,6 +35,8 @@ from atomtune.model.plain_lora import plain_lora
 
 #: Numbers an adapter may be made of; torch computes nothing with the eighth-size ones.
 _OF_ADAPTERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: Where a model keeps what its base has in place of the biases that an adapter trained.
+_BIASES_OF_BASE = "biases_of_base"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +178,7 @@ def start_from_weights(base: CausalLM, file: Path, lora: LoraSpec, *, notice: Ca
             )
         with explained(str(file.parent), "adapter", files=CONFIG):
             model = get_peft_model(base, config)
+        _keep_biases_of_base(model)
         if config.target_parameters:
             _drop_out_layers(model, lora.dropout)
     else:
@@ -272,6 +275,7 @@ def load_trained(base: CausalLM, folder: Path) -> PeftModel:
     file, config, weights = _saved(base, folder)
     with _fitting(folder):
         model = get_peft_model(base, config)
+    _keep_biases_of_base(model)
     _fill(model, weights, file)
     return model.eval()
 
@@ -281,7 +285,42 @@ def load_another(model: PeftModel, folder: Path, name: str) -> None:
     file, config, weights = _saved(model.get_base_model(), folder)
     with _fitting(folder):
         model.add_adapter(name, config)
+    _keep_biases_of_base(model, name)
     _fill(model, weights, file, name)
+
+
+def _keep_biases_of_base(model: PeftModel, adapter: str = "default") -> None:
+    """Remember the base's own biases where an adapter that is about to be filled has others in their place."""
+    weights = dict(model.named_parameters())
+    names = [name for name in adapter_tensors(model, adapter) if name.endswith(".bias") and name in weights]
+    kept = getattr(model, _BIASES_OF_BASE, {})
+    kept[adapter] = [(weights[name], weights[name].detach().clone()) for name in names if ".lora_" not in name]
+    setattr(model, _BIASES_OF_BASE, kept)
+
+
+@contextlib.contextmanager
+def answering_as(model: PeftModel, adapter: str | None) -> Iterator[None]:
+    """This adapter answers, or without one the base.
+
+    A bias that another adapter trained (bias "all" or "lora_only") is the base's own meanwhile: PEFT leaves it changed.
+    """
+    kept = getattr(model, _BIASES_OF_BASE, {})
+    others = [pair for name, pairs in kept.items() if name != adapter for pair in pairs]
+    trained = [bias.data for bias, _ in others]
+    for bias, of_base in others:
+        bias.data = of_base
+    try:
+        with contextlib.ExitStack() as stack:
+            if adapter is not None:
+                model.set_adapter(adapter)
+            else:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
+                    stack.enter_context(model.disable_adapter())
+            yield
+    finally:
+        for (bias, _), value in zip(others, trained, strict=True):
+            bias.data = value
 
 
 def _saved(base: CausalLM, folder: Path) -> tuple[Path, PeftConfig, dict[str, torch.Tensor]]:

@@ -33,6 +33,14 @@ WEIGHTS = "adapter_model.safetensors"
 OLD_WEIGHTS = "adapter_model.bin"
 #: In an adapter's config: what some layers have in place of its rank and alpha. PEFT passes over unknown names.
 PATTERNS = ("rank_pattern", "alpha_pattern")
+#: Kinds of LoRA with which a row of many records, or the base beside its adapter, would be computed wrongly: by what
+#: names them in a config.
+_NOT_COMPUTED = {
+    # PEFT looks for the tokens behind which it adapts in each row's ids, and only in its own forward.
+    "alora_invocation_tokens": "it is an activated LoRA (aLoRA), which adapts only what follows certain tokens",
+    "arrow_config": "it is an Arrow router, which chooses among other adapters",
+    "layer_replication": "it repeats layers of its base, so beside it the base would not be itself",
+}
 #: Of an engine that served these very weights; it goes where they do.
 CERTIFICATE = "certificate.json"
 
@@ -154,10 +162,16 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def adapter_config(folder: Path) -> PeftConfig:
-    """PEFT's config of an adapter. Raises BadModel where it cannot be read or names no kind of adapter."""
-    kind = checked(folder / CONFIG, AdapterConfig).peft_type
-    if kind == "LORA":
+    """PEFT's config of an adapter. Raises BadModel where it cannot be read, names no kind of adapter, or one that would
+    be computed wrongly here."""
+    values = checked(folder / CONFIG, AdapterConfig)
+    if values.peft_type == "LORA":
         checked(folder / CONFIG, LoraConfigFile)
+    reasons = [reason for name, reason in _NOT_COMPUTED.items() if getattr(values, name)]
+    if reasons:
+        raise BadModel(
+            f"{folder / CONFIG}: this adapter cannot be used here, because {' and '.join(reasons)}. PEFT itself can."
+        )
     with explained(str(folder), "adapter", files=CONFIG):
         return PeftConfig.from_pretrained(str(folder))
 

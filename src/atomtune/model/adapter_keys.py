@@ -18,13 +18,15 @@ from atomtune.errors import BadModel, BadSettings, listing
 _PREFIX = "base_model.model."
 #: PEFT's own part of a name, around a layer that it wraps twice.
 _WRAPPED = ".base_layer"
+#: And behind one of which it trains single tokens' rows.
+_ROWS = ".token_adapter"
 
 
 def module_of(name: str) -> str:
     """The module that a tensor of an adapter belongs to, as the model names it."""
     layer, is_lora, _ = name.removeprefix(_PREFIX).partition(".lora_")
     if not is_lora:  # a layer that PEFT saves whole beside its adapter, as `lm_head.weight`
-        layer = layer.rpartition(".")[0]
+        layer = layer.rpartition(".")[0].removesuffix(_ROWS)
     return layer.replace(_WRAPPED, "")
 
 

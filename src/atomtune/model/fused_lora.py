@@ -70,7 +70,7 @@ def _is_plain(layer: LoraLinear) -> bool:
     return (
         type(base) is nn.Linear
         and base.weight.is_floating_point()
-        and not base.weight.requires_grad
+        and not any(weight.requires_grad for weight in base.parameters())  # an adapter may train the base's bias
         and len(layer.active_adapters) == 1
         and not layer.lora_variant
         and layer.lora_B[layer.active_adapters[0]].bias is None

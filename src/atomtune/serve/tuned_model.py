@@ -20,7 +20,7 @@ from atomtune.data.encoding.chat_template import Message, Template
 from atomtune.data.encoding.reply import read_reply
 from atomtune.data.records import Turn
 from atomtune.errors import BadSettings
-from atomtune.model.adapter import load_trained
+from atomtune.model.adapter import answering_as, load_trained
 from atomtune.model.adapter_folder import CONFIG, base_of, template_of
 from atomtune.model.base_as_trained import dtype_as_trained, quantize_as_trained
 from atomtune.model.base_shape import positions_of
@@ -234,7 +234,7 @@ class TunedModel:
             hand_on(text)
 
         writer = AnswerText(self.template, take)
-        answering = self.model.disable_adapter() if base else contextlib.nullcontext()  # type: ignore[operator]
+        answering = answering_as(self.model, None) if base else contextlib.nullcontext()
         gpus = [self.model.device] if self.model.device.type == "cuda" else []
         with answering, torch.random.fork_rng(devices=gpus):
             torch.manual_seed(seed)

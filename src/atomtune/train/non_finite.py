@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from atomtune.errors import RunFailed, listing
 from atomtune.train.callbacks import WorkCounter
-from atomtune.train.ranks import local, of_all_ranks, on_any_rank
+from atomtune.train.ranks import local, mean_over_ranks, of_all_ranks, on_any_rank
 
 #: Devices on which a step is judged while the next one is computed.
 JUDGED_LATER = ("cuda",)
@@ -116,7 +116,8 @@ class SkipNonFinite(TrainerCallback):
             origins = [origin for number in spoiled or range(len(losses)) for origin in waiting.origins[number]]
             records = listing(of_all_ranks(origins, args))
             self._leave_out(f"{cause} at step {step}, in a batch with these records:\n{records}")
-            self._skipped_loss += sum(loss for loss in losses if math.isfinite(loss))
+            # The Trainer logs the mean over ranks, and the other ones' losses may well be finite.
+            self._skipped_loss += mean_over_ranks(sum(loss for loss in losses if math.isfinite(loss)), args)
             return False
         if largest == 0 and waiting.has_gradients:
             self._warn_of_no_gradient(step, [origin for origins in waiting.origins for origin in origins])

@@ -58,6 +58,15 @@ def on_any_rank(flag: bool, args: TrainingArguments) -> bool:
     return bool(shared.item())
 
 
+def mean_over_ranks(number: float, args: TrainingArguments) -> float:
+    """The mean of what the ranks have each; every rank must ask."""
+    if args.world_size <= 1:
+        return number
+    shared = torch.tensor(number, dtype=torch.float32, device=args.device)  # a sum of nothing is an int
+    torch.distributed.all_reduce(shared)
+    return float(shared.item() / args.world_size)
+
+
 def of_all_ranks(origins: list[str], args: TrainingArguments) -> list[str]:
     """The records that any rank names; every rank must ask."""
     if args.world_size <= 1:

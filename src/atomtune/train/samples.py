@@ -21,6 +21,7 @@ from atomtune.data.records import Record, Turn
 from atomtune.evaluate.generation import generate_answers
 from atomtune.evaluate.questions import learned_spans
 from atomtune.language import translated
+from atomtune.model.adapter import answering_as
 from atomtune.model.generate import prompt_ids, stop_ids
 from atomtune.model.load import pad_id_of
 from atomtune.settings.read import DEMO_FOLDER
@@ -82,7 +83,7 @@ class Samples:
             samples._take_demo()
         elif data.evaluate is not None:
             samples._take_held_out(data.evaluate, shared_instruction=data.ledger.shared_instruction)
-        with random_state_kept(), model.disable_adapter():
+        with random_state_kept(), answering_as(model, None):
             before = samples._answers()
         samples.samples = [
             replace(sample, before=text) for sample, (text, _) in zip(samples.samples, before, strict=False)
