@@ -21,6 +21,7 @@ TOP = {
 }
 #: Rooms and top-level modules by floor: each may import from the floors above it, and never from its own or below.
 FLOORS = (
+    ("catalogue",),
     ("errors", "choices", "language", "shared_prefix"),
     ("console",),
     ("disk", "limits", "extras", "process", "hub_reach"),
@@ -108,7 +109,7 @@ def test_data_is_handed_its_tokenizer_and_imports_no_torch(path):
     assert not {module.split(".")[0] for module in imports_of(path)} & {"torch", "transformers", "peft", "accelerate"}
 
 
-LIGHT = ("errors", "choices", "language", "console", "settings", "cli")
+LIGHT = ("catalogue", "errors", "choices", "language", "console", "settings", "cli")
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in LIGHT], ids=name)

@@ -11,9 +11,10 @@ from string import Formatter
 import pytest
 from rich.cells import cell_len
 
+from atomtune.catalogue import Catalogue
 from atomtune.cli import COMMANDS, main
 from atomtune.console import Console
-from atomtune.language import LANGUAGES, Catalogue, catalogue, language_of, singular, spoken, translated
+from atomtune.language import LANGUAGES, catalogue, language_of, singular, spoken, translated
 from atomtune.settings.help import help_text
 from atomtune.settings.read import GROUPS
 from atomtune.train.report_page import page

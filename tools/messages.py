@@ -24,6 +24,7 @@ NOT_SPOKEN = {
     "data/formats/rendered_text.py": "texts that are recognised in records",
     "export/model_card.py": "a file that is published",
     "inspect/html_page.py": "a page that holds both languages",
+    "catalogue.py": "what translates",
     "language.py": "what translates",
     "settings/help_json.py": "read by programs",
 }
