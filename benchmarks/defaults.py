@@ -73,6 +73,8 @@ def formula_settings(base: str, records: int) -> Settings:
 
     In a short run it takes the row of SHORT_RUN_TIMES that rate.
     """
+    from transformers import TrainingArguments
+
     from atomtune.model.base_shape import base_shape
     from atomtune.train.defaults import (
         MOST_EPOCHS,
@@ -82,9 +84,12 @@ def formula_settings(base: str, records: int) -> Settings:
         largest_batch,
         learning_rate,
     )
+    from atomtune.train.run_length import run_length
 
-    batch = largest_batch(records, USUAL_EPOCHS, batches_a_step=1)
-    epochs = min(max(USUAL_EPOCHS, math.ceil(WANTED_STEPS / math.ceil(records / batch))), MOST_EPOCHS)
+    args = TrainingArguments(use_cpu=True)
+    batch = largest_batch(records, args, epochs=USUAL_EPOCHS)
+    steps_an_epoch = run_length(records, args, batch=batch).steps_an_epoch
+    epochs = min(max(USUAL_EPOCHS, math.ceil(WANTED_STEPS / steps_an_epoch)), MOST_EPOCHS)
     rate, _ = learning_rate(base_shape(base).width, Settings.alpha, steps=SHORT_RUN_STEPS)
     return Settings(FORMULA, rate, batch, epochs)
 

@@ -41,7 +41,7 @@ _FLAG = re.compile(r"(?<!\w)(--[a-z]\w*)")
 def rendered(room: str, template: str, **values: Any) -> str:
     """A template of a room as HTML."""
     source = (resources.files(f"atomtune.{room}") / "html" / template).read_text(encoding="utf-8")
-    style = resources.files("atomtune.evaluate") / "html" / "page.css"  # one look for all pages
+    style = resources.files("atomtune") / "html" / "page.css"  # one look for all pages
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {"t": translated, "language": language_spoken()}
     environment.filters["flags_whole"] = flags_whole

@@ -106,7 +106,7 @@ def verify(settings: VerifySettings) -> int:
     quiet_libraries()
     console = Console()
     device = device_in_use()
-    dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=console.notice)
+    dtype = resolve_dtype(settings.dtype, device, notice=console.notice)
     examples, pad_id, ledger = _examples(settings, console)
     console.say(
         f"{len(examples)} records of {', '.join(Path(source).name for source in settings.dataset_paths)}, on {device}"

@@ -20,9 +20,9 @@ from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.encoding.encode import encode
 from atomtune.data.ledger import Ledger
-from atomtune.data.reading.sources import read_values
 from atomtune.errors import BadData, BadSettings
 from tests.conftest import DIALOGUES, write_jsonl
+from tests.reading import read_values
 from tests.tiny import CHATML, tokenizer_of
 
 

@@ -1,26 +1,12 @@
 """Laws of the questions."""
 
-import itertools
-
-from hypothesis import given
-from hypothesis import strategies as st
-
 from atomtune.data.cache import Rules
 from atomtune.data.encoding.choose_template import load_template
-from atomtune.data.records import Example, Turn
-from atomtune.evaluate.questions import answer_text, learned_spans, read_records
+from atomtune.data.records import Turn
+from atomtune.evaluate.questions import answer_text, read_records
 from atomtune.model.generate import prompt_ids
 from tests.conftest import DIALOGUES, write_jsonl
 from tests.tiny import CHATML, tokenizer_of
-
-
-@given(st.lists(st.integers(0, 2), max_size=30))
-def test_spans_hold_every_learned_token_once_and_no_other(marks):
-    learn = (0, *marks)
-    spans = learned_spans(Example(tuple(range(len(learn))), learn, ""))
-    inside = [i for start, end in spans for i in range(start, end)]
-    assert inside == [i for i, times in enumerate(learn) if times]
-    assert all(end < start for (_, end), (start, _) in itertools.pairwise(spans))  # spans do not touch
 
 
 def test_a_question_is_the_prompt_that_chat_sends_and_the_answer_with_its_stop(tmp_path):

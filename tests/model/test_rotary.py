@@ -11,8 +11,8 @@ from atomtune.batch.collate import Collator
 from atomtune.cli import main
 from atomtune.data.records import Example
 from atomtune.errors import BadSettings
-from atomtune.evaluate.generation import generate_answers
 from atomtune.evaluate.likelihood import score_targets
+from atomtune.model.greedy_batch import generate_answers
 from atomtune.model.rotary import apart, refuse_mixed, rotary_limit
 from tests.tiny import SIZE
 

@@ -77,8 +77,9 @@ def test_processes_share_the_batch_of_a_number_of_steps(tmp_path, monkeypatch):
 
 
 def test_accumulated_batches_and_processes_count(tmp_path):
-    assert largest_batch(1000, 3, batches_a_step=1) == 8
-    assert largest_batch(1000, 3, batches_a_step=8) == 1
+    one, eight = (TrainingArguments(use_cpu=True, gradient_accumulation_steps=batches) for batches in (1, 8))
+    assert largest_batch(1000, one, epochs=3) == 8
+    assert largest_batch(1000, eight, epochs=3) == 1
     assert derived(tmp_path, "--gradient_accumulation_steps", "4", records=5000)["per_device_train_batch_size"] == 16
 
 

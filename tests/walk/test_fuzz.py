@@ -11,9 +11,9 @@ import pytest
 from atomtune.data.cache import Rules, examples_of
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.formats.detect import to_record
-from atomtune.data.reading.sources import read_values
 from atomtune.data.records import Refusal
 from atomtune.errors import UserError
+from tests.reading import read_values
 from tests.tiny import tokenizer_of
 
 FILES = int(os.environ.get("ATOMTUNE_FUZZ", "300"))

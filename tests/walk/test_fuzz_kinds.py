@@ -14,9 +14,9 @@ import pyarrow.parquet
 import pytest
 
 from atomtune.data.reading.raw import RawRecord
-from atomtune.data.reading.sources import read_values
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
+from tests.reading import read_values
 
 FILES = int(os.environ.get("ATOMTUNE_FUZZ", "300"))
 ROWS = [

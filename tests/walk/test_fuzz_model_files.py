@@ -26,7 +26,7 @@ from atomtune.errors import AtomtuneError, BadData
 from atomtune.evaluate.run_folder import refuse_changed_files, run_records
 from atomtune.model.adapter import load_trained
 from atomtune.model.adapter_folder import AdapterMetadata, base_of, template_of
-from atomtune.model.generate import answer, ready_to_answer
+from atomtune.model.generate import answer_ids, ready_to_answer
 from atomtune.model.load import BaseSpec, load_base, load_tokenizer, quiet_libraries
 from atomtune.model.token_rows import guard_embedding
 from atomtune.train.checkpoint.start import step_of
@@ -122,7 +122,7 @@ def use_base(folder: Path) -> None:
     base = load_base(BaseSpec(path=str(folder), dtype=torch.float32, device=CPU))
     guard_embedding(base, tokenizer, path=str(folder))
     ready_to_answer(base, template, notice=lambda text: None)
-    answer(base, template, [{"role": "user", "content": "?"}], max_new_tokens=2)
+    answer_ids(base, template, [{"role": "user", "content": "?"}], max_new_tokens=2)
 
 
 def use_adapter(folder: Path) -> None:

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from atomtune.data.formats.detect import detect_schema, to_record
 from atomtune.data.reading.raw import RawRecord
-from atomtune.data.reading.sources import read_values
 from atomtune.data.records import Record, Turn
 from tests.conftest import write_jsonl
+from tests.reading import read_values
 
 
 class Chat(NamedTuple):

@@ -29,20 +29,10 @@ from atomtune.errors import BadSettings, CheckFailed
 from atomtune.evaluate.run_folder import run_records
 from atomtune.language import translated
 from atomtune.model.adapter import load_trained
-from atomtune.model.adapter_folder import CERTIFICATE, CONFIG, AdapterMetadata, base_of, template_of
-from atomtune.model.base_as_trained import dtype_as_trained
-from atomtune.model.fingerprint import refuse_other_base
+from atomtune.model.adapter_folder import CERTIFICATE, CONFIG, AdapterMetadata, base_of
+from atomtune.model.base_as_trained import adapter_and_base, base_spec
 from atomtune.model.generate import stop_ids
-from atomtune.model.load import (
-    BaseSpec,
-    device_in_use,
-    dtype_name,
-    load_base,
-    load_dequantized,
-    quiet_libraries,
-    resolve_dtype,
-    stored_dtype,
-)
+from atomtune.model.load import dtype_name, load_base, load_dequantized, quiet_libraries, stored_dtype
 from atomtune.settings.fields import CertifySettings
 from atomtune.settings.spelled import base_words
 
@@ -122,19 +112,22 @@ def engines_for(served: Path, wanted: Sequence[EngineName], *, setting: str) -> 
 
 def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
     """Load adapter and base, answer the prompts, and let the model go again."""
-    adapter, trust = Path(settings.adapter_path), settings.trust_remote_code
-    template, metadata = template_of(adapter, trust_remote_code=trust)
-    base_path = base_of(adapter, settings.model_path)
-    refuse_other_base(base_path, metadata.base, anyway=settings.other_base, notice=console.notice)
+    adapter = Path(settings.adapter_path)
+    template, metadata, base_path = adapter_and_base(
+        adapter,
+        model_path=settings.model_path,
+        trust_remote_code=settings.trust_remote_code,
+        other_base=settings.other_base,
+        notice=console.notice,
+    )
     max_tokens = max(metadata.max_seq_length, 64)
     records = _records(adapter, template)
     template = _of_today(template, console)
     prompts = choose_prompts(records, template, count=settings.prompts, max_tokens=max_tokens)
-    device = device_in_use()
-    asked = dtype_as_trained(metadata, quantize=settings.quantize, asked=settings.dtype)
-    dtype = resolve_dtype(asked, device, fp16=False, bf16=False, notice=console.notice)
+    on_device = {**settings.base(), "path": base_path}
+    spec = base_spec([metadata], **on_device, dtype=settings.dtype, notice=console.notice)
+    dtype = spec.dtype
     console.say(f"{len(prompts)} prompts ({_kinds(prompts)}), answered by {adapter} in {dtype_name(dtype)} …")
-    spec = BaseSpec(**{**settings.base(), "path": base_path}, dtype=dtype, device=device)
     merged = _merged(settings, metadata)
     merged_in = merged.quantize if merged else None
     if metadata.quantize and metadata.quantize not in (merged_in, settings.quantize):

@@ -9,9 +9,9 @@ import torch
 
 from atomtune.certify.prompts import CertPrompt
 from atomtune.data.encoding.chat_template import Template
-from atomtune.evaluate.generation import generate_answers
 from atomtune.model.adapter import answering_as
 from atomtune.model.generate import stop_ids
+from atomtune.model.greedy_batch import generate_answers
 from atomtune.model.load import pad_id_of
 
 #: How many of the likeliest tokens are kept of each step, to tell a tie.

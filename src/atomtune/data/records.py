@@ -130,6 +130,22 @@ class Example:
             raise ValueError(f"{self.origin}: the first token cannot be learned, nothing stands before it")
 
 
+def learned_spans(example: Example) -> list[tuple[int, int]]:
+    """Where each answer of an example begins and ends.
+
+    learn  0 0 0 1 1 0 0 1 1 1   →   (3, 5), (7, 10)
+    """
+    spans: list[tuple[int, int]] = []
+    start: int | None = None
+    for i, times in enumerate((*example.learn, 0)):
+        if times and start is None:
+            start = i
+        elif not times and start is not None:
+            spans.append((start, i))
+            start = None
+    return spans
+
+
 class RefusalKind(StrEnum):
     """Why a record is not trained on, for code; `Refusal.reason` is for people."""
 

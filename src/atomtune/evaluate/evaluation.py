@@ -10,7 +10,6 @@ from atomtune.console import Console, progress_bar
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.reply import read_reply
 from atomtune.evaluate.answers import chrf, exactly_equal, thinks
-from atomtune.evaluate.generation import Generated, generate_answers
 from atomtune.evaluate.likelihood import TargetScores, score_targets
 from atomtune.evaluate.measures import AnswerResult, RecordResult, Score
 from atomtune.evaluate.models import Models, Subject
@@ -19,6 +18,7 @@ from atomtune.evaluate.tool_calls import ToolCalls, calls_of
 from atomtune.language import translated
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.generate import stop_ids
+from atomtune.model.greedy_batch import Generated, generate_answers
 from atomtune.model.load import pad_id_of
 
 

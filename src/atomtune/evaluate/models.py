@@ -4,7 +4,7 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import answering_as, load_another, load_trained
-from atomtune.model.adapter_folder import base_of, short_names, template_of
-from atomtune.model.base_as_trained import dtype_as_trained, quantize_as_trained
+from atomtune.model.adapter_folder import AdapterMetadata, base_of, short_names, template_of
+from atomtune.model.base_as_trained import base_spec, quantize_as_trained
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import refuse_other_base
-from atomtune.model.load import BaseSpec, device_in_use, dtype_name, load_base, load_tokenizer, resolve_dtype
+from atomtune.model.load import dtype_name, load_base, load_tokenizer
 from atomtune.model.token_rows import guard_embedding
 from atomtune.settings.fields import EvaluateSettings
 
@@ -71,9 +71,7 @@ def load_models(settings: EvaluateSettings, console: Console) -> Models:
         trust_remote_code=settings.trust_remote_code,
         notice=console.notice,
     )
-    formats = {dtype_as_trained(card, quantize=quantize, asked=settings.dtype) for _, card in trained}
-    asked = formats.pop() if len(formats) == 1 else settings.dtype
-    base = _load_base(replace(settings, dtype=asked), base_path, console, quantize=quantize)
+    base = _load_base(settings, base_path, console, quantize=quantize, trained=[card for _, card in trained])
     for _, card in trained:
         refuse_other_base(base_path, card.base, anyway=settings.other_base, notice=console.notice)
     templates = [template for template, _ in trained]
@@ -95,7 +93,7 @@ def _base_alone(settings: EvaluateSettings, console: Console) -> Models:
     """A base without an adapter, asked by the template that the settings name."""
     if not settings.model_path:
         raise BadSettings(["--adapter_path is missing: the run's output folder. (--model_path alone takes a base.)"])
-    base = _load_base(settings, settings.model_path, console, quantize=settings.quantize)
+    base = _load_base(settings, settings.model_path, console, quantize=settings.quantize, trained=[])
     tokenizer = load_tokenizer(settings.model_path, trust_remote_code=settings.trust_remote_code)
     variables = json.loads(settings.chat_template_kwargs) if settings.chat_template_kwargs else {}
     template = load_template(settings.template, tokenizer, variables=variables)
@@ -104,11 +102,18 @@ def _base_alone(settings: EvaluateSettings, console: Console) -> Models:
     return Models(base.eval(), settings.model_path, subjects, settings.max_seq_length or 2048)
 
 
-def _load_base(settings: EvaluateSettings, path: str, console: Console, *, quantize: Quantize | None) -> CausalLM:
-    device = device_in_use()
-    dtype = resolve_dtype(settings.dtype, device, fp16=False, bf16=False, notice=console.notice)
+def _load_base(
+    settings: EvaluateSettings,
+    path: str,
+    console: Console,
+    *,
+    quantize: Quantize | None,
+    trained: Sequence[AdapterMetadata],
+) -> CausalLM:
+    base = {**settings.base(), "path": path, "quantize": quantize}
+    spec = base_spec(trained, **base, dtype=settings.dtype, notice=console.notice)
+    dtype, device = spec.dtype, spec.device
     console.say(f"loading {path} in {dtype_name(dtype)} on {device} …")
-    spec = BaseSpec(**{**settings.base(), "path": path, "quantize": quantize}, dtype=dtype, device=device)
     return load_base(spec)
 
 

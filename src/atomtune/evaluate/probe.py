@@ -12,12 +12,12 @@ from atomtune.batch.collate import Collator
 from atomtune.console import Console, progress_bar
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.records import Example
-from atomtune.evaluate.generation import generate_answers
 from atomtune.evaluate.likelihood import TargetScores, score_targets
 from atomtune.evaluate.models import Models
 from atomtune.language import translated
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.generate import prompt_ids, stop_ids
+from atomtune.model.greedy_batch import generate_answers
 from atomtune.model.load import pad_id_of
 
 #: Longest answer of the base, in tokens.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from atomtune.data.cache import EncodedData, Rules, as_examples, concatenate, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template, tool_name
 from atomtune.data.reading.sources import distinct_names
-from atomtune.data.records import Example, Record
+from atomtune.data.records import Example, Record, learned_spans
 from atomtune.data.tokenizer import Tokenizer
 
 
@@ -72,22 +72,6 @@ def _asked(record: Record) -> str:
     before = record.turns[: record.learned[-1]] if record.learned else ()
     users = [turn for turn in before if turn.role == "user"]
     return "\n".join(part for part in (users[-1].text, users[-1].input) if part) if users else ""
-
-
-def learned_spans(example: Example) -> list[tuple[int, int]]:
-    """Where each answer of an example begins and ends.
-
-    learn  0 0 0 1 1 0 0 1 1 1   →   (3, 5), (7, 10)
-    """
-    spans: list[tuple[int, int]] = []
-    start: int | None = None
-    for i, times in enumerate((*example.learn, 0)):
-        if times and start is None:
-            start = i
-        elif not times and start is not None:
-            spans.append((start, i))
-            start = None
-    return spans
 
 
 def _question(ids: tuple[int, ...], start: int, end: int, tokenizer: Tokenizer) -> Question:

@@ -21,7 +21,7 @@ from atomtune.export.ollama import modelfile, ollama_template
 from atomtune.export.peft_keys import rewrite_keys
 from atomtune.language import translated
 from atomtune.model.adapter_folder import WEIGHTS, base_of, template_of
-from atomtune.model.fingerprint import refuse_other_base
+from atomtune.model.base_as_trained import adapter_and_base
 from atomtune.model.load import quiet_libraries
 from atomtune.settings.fields import CertifySettings, ExportSettings, MergeSettings
 from atomtune.settings.spelled import base_words
@@ -55,9 +55,13 @@ def _refuse_impossible(settings: ExportSettings) -> None:
 def _to_peft(settings: ExportSettings, console: Console) -> None:
     adapter, out, class_name = Path(settings.adapter_path), Path(settings.output_dir), str(settings.for_class)
     trust = settings.trust_remote_code
-    _, metadata = template_of(adapter, trust_remote_code=trust)
-    base_path = base_of(adapter, settings.model_path)
-    refuse_other_base(base_path, metadata.base, anyway=settings.other_base, notice=console.notice)
+    _, _, base_path = adapter_and_base(
+        adapter,
+        model_path=settings.model_path,
+        trust_remote_code=trust,
+        other_base=settings.other_base,
+        notice=console.notice,
+    )
     with filling(out, last=WEIGHTS) as folder:
         renamed = rewrite_keys(adapter, folder, class_name, base_path, trust_remote_code=trust)
     console.say(f"{out}: the adapter for {class_name}; {renamed:,} of its tensors have a new name.")

@@ -28,8 +28,9 @@ from atomtune.export.carried_tensors import carry_over, changed
 from atomtune.export.weighted import Weighted, load_weighted, weighted
 from atomtune.language import translated
 from atomtune.model.adapter import why_not_merged
-from atomtune.model.adapter_folder import AdapterMetadata, base_of, template_of
+from atomtune.model.adapter_folder import AdapterMetadata, template_of
 from atomtune.model.agreement import Measure, another_plain_way, distribution_measures
+from atomtune.model.base_as_trained import adapter_and_base
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import folder_of, refuse_other_base
 from atomtune.model.generate import prompt_ids, ready_to_answer
@@ -164,9 +165,13 @@ def _trained_model(settings: MergeSettings, console: Console) -> _TrainedModel:
     adapters = weighted(settings.adapter_paths, settings.weights)
     first, *others = (adapter.folder for adapter in adapters)
     trust = settings.trust_remote_code
-    template, metadata = template_of(first, trust_remote_code=trust)
-    base_path = base_of(first, settings.model_path)
-    refuse_other_base(base_path, metadata.base, anyway=settings.other_base, notice=console.notice)
+    template, metadata, base_path = adapter_and_base(
+        first,
+        model_path=settings.model_path,
+        trust_remote_code=trust,
+        other_base=settings.other_base,
+        notice=console.notice,
+    )
     for folder in others:
         another_template, another = template_of(folder, trust_remote_code=trust)
         refuse_other_base(base_path, another.base, anyway=settings.other_base, notice=console.notice)

@@ -56,8 +56,3 @@ def is_known(config: Any) -> bool:
     """Whether transformers, or code that comes with the model, has a class for it that continues a text."""
     own_code = getattr(config, "auto_map", None) or {}
     return any(type(config) in classes_of or auto.__name__ in own_code for auto, classes_of in _KNOWN)
-
-
-def reads_more_than_text(config: Any) -> bool:
-    """Whether the text model is a part of the model: beside it stand towers for images or sound."""
-    return bool(config.get_text_config() is not config)

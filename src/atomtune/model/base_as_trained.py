@@ -1,12 +1,56 @@
 """Base as trained: an adapter answers on the weights that it was trained on, and these may have been quantized."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from atomtune.choices import Dtype, Quantize
+from atomtune.data.encoding.chat_template import Template
 from atomtune.errors import BadSettings
 from atomtune.extras import refuse_missing
-from atomtune.model.adapter_folder import AdapterMetadata
-from atomtune.model.load import is_stored_quantized
+from atomtune.model.adapter_folder import AdapterMetadata, base_of, template_of
+from atomtune.model.fingerprint import refuse_other_base
+from atomtune.model.load import BaseSpec, device_in_use, is_stored_quantized, resolve_dtype
+
+
+def adapter_and_base(
+    folder: Path, *, model_path: str | None, trust_remote_code: bool, other_base: bool, notice: Callable[[str], None]
+) -> tuple[Template, AdapterMetadata, str]:
+    """What a saved adapter says about itself, and the base that it answers on; nothing is loaded.
+
+    Raises BadModel for a folder without an adapter, or for a base that it was not trained on.
+    """
+    template, metadata = template_of(folder, trust_remote_code=trust_remote_code)
+    base_path = base_of(folder, model_path)
+    refuse_other_base(base_path, metadata.base, anyway=other_base, notice=notice)
+    return template, metadata, base_path
+
+
+def base_spec(
+    trained: Sequence[AdapterMetadata],
+    *,
+    path: str,
+    dtype: Dtype,
+    quantize: Quantize | None,
+    device_map: str | None,
+    trust_remote_code: bool,
+    notice: Callable[[str], None],
+) -> BaseSpec:
+    """The base on the device in use, in the number format that training held it in where it is quantized likewise.
+
+    trained  of each adapter that answers on it; where they differ, --dtype says the format
+    dtype    --dtype
+    """
+    formats = {_dtype_as_trained(metadata, quantize=quantize, asked=dtype) for metadata in trained}
+    asked = formats.pop() if len(formats) == 1 else dtype
+    device = device_in_use()
+    return BaseSpec(
+        path=path,
+        dtype=resolve_dtype(asked, device, notice=notice),
+        device=device,
+        device_map=device_map,
+        quantize=quantize,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def quantize_as_trained(
@@ -45,7 +89,7 @@ def quantize_as_trained(
     return kind
 
 
-def dtype_as_trained(trained: AdapterMetadata, *, quantize: Quantize | None, asked: Dtype) -> Dtype:
+def _dtype_as_trained(trained: AdapterMetadata, *, quantize: Quantize | None, asked: Dtype) -> Dtype:
     """In which number format to hold the base: as --dtype says, else as training did where it is quantized likewise.
 
     Quantized in another one, some weights fall on another step: with float16 for bfloat16 the answers were 10,000

@@ -186,9 +186,3 @@ def answer_ids(
             **values,
         )
     return [int(token) for token in written[0, ids.shape[1] :]]
-
-
-def answer(model: CausalLM, template: Template, messages: Sequence[Message], *, max_new_tokens: int = 512) -> str:
-    """One greedy answer as text."""
-    ids = answer_ids(model, template, messages, max_new_tokens=max_new_tokens)
-    return template.tokenizer.decode(ids, skip_special_tokens=True)

@@ -78,7 +78,7 @@ def _cpu_bfloat16_instructions() -> bool:
 
 
 def resolve_dtype(
-    name: Dtype, device: torch.device, *, fp16: bool, bf16: bool, notice: Callable[[str], None]
+    name: Dtype, device: torch.device, *, fp16: bool = False, bf16: bool = False, notice: Callable[[str], None]
 ) -> torch.dtype:
     """The dtype of the base's weights: --dtype, else what --fp16/--bf16 mean here, else the device's best.
 

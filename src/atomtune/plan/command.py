@@ -41,6 +41,7 @@ from atomtune.train.dataset import source_names
 from atomtune.train.defaults import Size, derive, records_to_hold_out
 from atomtune.train.layout import SAVING, layout_problems, why_padded_by_settings
 from atomtune.train.output_folder import without_start
+from atomtune.train.run_length import run_length
 
 #: GB of the cards that people have, by the name they are sold under: 2^30 bytes each.
 CARDS = (8, 12, 16, 24, 32, 48, 80, 141)
@@ -222,10 +223,11 @@ def _run_size(
     computed = sampled.of_layout(layout)
     examples = [example for batch in batches for example in batch]
     records = _learned(data, settings.data.eval_size or 0)
-    steps = _steps(args, records)
+    steps = run_length(records, args).steps
+    per_step = per_batch * args.gradient_accumulation_steps * args.world_size
     # The last batch of an epoch may be smaller than the others; a number of steps has no such end.
     most = math.inf if args.max_steps > 0 else records * args.num_train_epochs
-    seen = min(steps * per_batch * args.gradient_accumulation_steps, most)
+    seen = min(steps * per_step, most)
     share = seen / len(rows)  # of the sampled rows' cost
     batch_count = math.ceil(seen / per_batch)
     return RunSize(
@@ -262,14 +264,6 @@ def _learned(data: EncodedData, hold_out: float) -> int:
     records = len(data.examples)
     held_out = round(hold_out * records) if hold_out < 1 else int(hold_out)
     return max(1, records - held_out)
-
-
-def _steps(args: TrainingArguments, records: int) -> int:
-    if args.max_steps > 0:
-        return int(args.max_steps)
-    batches = math.ceil(records / int(args.per_device_train_batch_size))
-    steps_an_epoch = math.ceil(batches / int(args.gradient_accumulation_steps))
-    return math.ceil(steps_an_epoch * float(args.num_train_epochs))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -284,7 +284,7 @@ def _words(plan: Plan, folder: Path, settings: ServeSettings, console: Console) 
     address: dict[str, Any] = {"host": settings.host, "port": settings.port, "variables": plan.template.variables}
     if plan.engine == "llama.cpp":
         return llama_cpp.command(folder.resolve(), context=settings.context, **address)
-    dtype = resolve_dtype(settings.dtype, device_in_use(), fp16=False, bf16=False, notice=console.notice)
+    dtype = resolve_dtype(settings.dtype, device_in_use(), notice=console.notice)
     address |= {"dtype": dtype_name(dtype), "trust_remote_code": settings.trust_remote_code}
     if plan.engine == "transformers":
         return transformers_serve.command(folder.name, **address)

@@ -22,12 +22,12 @@ from atomtune.data.records import Turn
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import answering_as, load_trained
 from atomtune.model.adapter_folder import CONFIG, base_of, template_of
-from atomtune.model.base_as_trained import dtype_as_trained, quantize_as_trained
+from atomtune.model.base_as_trained import base_spec, quantize_as_trained
 from atomtune.model.base_shape import positions_of
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.generate import Sampling, answer_ids, prompt_ids, ready_to_answer
-from atomtune.model.load import BaseSpec, device_in_use, load_base, quiet_libraries, resolve_dtype
+from atomtune.model.load import load_base, quiet_libraries
 from atomtune.model.token_rows import guard_embedding
 from atomtune.serve.answer_text import AnswerText
 from atomtune.settings.fields import TrainedModelSettings
@@ -278,11 +278,8 @@ def load_tuned(
         trust_remote_code=settings.trust_remote_code,
         notice=console.notice,
     )
-    device = device_in_use()
-    asked = dtype_as_trained(metadata, quantize=quantize, asked=settings.dtype)
-    dtype = resolve_dtype(asked, device, fp16=False, bf16=False, notice=console.notice)
     base = {**settings.base(), "path": path, "quantize": quantize}
-    model: Any = load_base(BaseSpec(**base, dtype=dtype, device=device))
+    model: Any = load_base(base_spec([metadata], **base, dtype=settings.dtype, notice=console.notice))
     if merged:
         model.eval()
     else:

@@ -17,6 +17,7 @@ from atomtune.model.base_shape import BaseShape, base_shape
 from atomtune.settings.fields import TrainSettings
 from atomtune.train.arguments import needs_records, trainer_arguments
 from atomtune.train.run_context import RunContext
+from atomtune.train.run_length import RunLength, run_length
 
 #: Steps that a run should have; fewer records are seen more often, in smaller batches.
 WANTED_STEPS = 200
@@ -144,17 +145,16 @@ def derive(settings: TrainSettings, args: TrainingArguments, size: Size, shape: 
     if _is_auto(settings, "eval_size"):
         derived.take("eval_size", size.asked, _held_out_why(size, settings))
     epochs, batch = _epochs_and_batch(derived, settings, args, size)
-    per_step = batch * args.gradient_accumulation_steps * args.world_size
-    steps, epochs = _length(args, size, epochs=epochs, per_step=per_step)
-    derived.own_rate, why = learning_rate(shape.width, settings.lora.lora_alpha, steps=steps)
+    length = run_length(size.records, args, batch=batch, epochs=epochs)
+    derived.own_rate, why = learning_rate(shape.width, settings.lora.lora_alpha, steps=length.steps)
     if _is_auto(settings, "learning_rate"):
         derived.take("learning_rate", derived.own_rate, why)
     if _is_auto(settings, "logging_steps"):
-        derived.values["logging_steps"] = min(max(steps // LOGGED_LINES, 1), LONGEST_SILENCE)
+        derived.values["logging_steps"] = min(max(length.steps // LOGGED_LINES, 1), LONGEST_SILENCE)
     if _is_auto(settings, "logging_first_step"):
         derived.values["logging_first_step"] = True
-    _evaluations(derived, settings, size, steps=steps, epochs=epochs)
-    _checkpoints(derived, settings, size, steps=steps, epochs=epochs)
+    _evaluations(derived, settings, size, length)
+    _checkpoints(derived, settings, size, length)
     _best(derived, settings, size)
     return derived
 
@@ -202,13 +202,13 @@ def _epochs_and_batch(
             batch = max(batch // args.world_size, 1)  # many processes make the step that one makes
             derived.take("per_device_train_batch_size", batch, "the largest; --max_steps sets the number of steps")
         return epochs, batch
-    batches_a_step = args.gradient_accumulation_steps * args.world_size
     if free_batch:
-        batch = largest_batch(size.records, epochs, batches_a_step=batches_a_step)
-    steps_an_epoch = math.ceil(size.records / (batch * batches_a_step))
+        batch = largest_batch(size.records, args, epochs=epochs)
     if free_epochs:
+        steps_an_epoch = run_length(size.records, args, batch=batch).steps_an_epoch
         epochs = min(max(USUAL_EPOCHS, math.ceil(WANTED_STEPS / steps_an_epoch)), MOST_EPOCHS)
-    why = f"{size.records:,} records make {math.ceil(epochs * steps_an_epoch):,} steps"
+    steps = run_length(size.records, args, batch=batch, epochs=epochs).steps
+    why = f"{size.records:,} records make {steps:,} steps"
     if free_batch:
         derived.take("per_device_train_batch_size", batch, why)
     if free_epochs:
@@ -216,10 +216,11 @@ def _epochs_and_batch(
     return epochs, batch
 
 
-def largest_batch(records: int, epochs: float, *, batches_a_step: int) -> int:
+def largest_batch(records: int, args: TrainingArguments, *, epochs: float) -> int:
     """The largest batch that leaves enough steps."""
+    batches_a_step = args.gradient_accumulation_steps * args.world_size
     for batch in BATCH_SIZES:
-        steps = epochs * math.ceil(records / (batch * batches_a_step))
+        steps = run_length(records, args, batch=batch, epochs=epochs).steps
         if steps >= WANTED_STEPS or batch * batches_a_step <= SMALLEST_STEP:
             return batch
     return BATCH_SIZES[-1]
@@ -238,16 +239,7 @@ def learning_rate(width: int | None, alpha: float, *, steps: int) -> tuple[float
     return float(f"{rate:.1e}"), f"by the width of the base, {width:,}{of_alpha}{of_steps}"
 
 
-def _length(args: TrainingArguments, size: Size, *, epochs: float, per_step: int) -> tuple[int, float]:
-    """(steps, epochs) of the run; a stream has no epochs."""
-    if size.records is None:
-        return args.max_steps, math.inf
-    steps_an_epoch = math.ceil(size.records / per_step)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(epochs * steps_an_epoch)
-    return steps, steps / steps_an_epoch
-
-
-def _evaluations(derived: Derived, settings: TrainSettings, size: Size, *, steps: int, epochs: float) -> None:
+def _evaluations(derived: Derived, settings: TrainSettings, size: Size, length: RunLength) -> None:
     """Before the first step, and then with each checkpoint the user asked for, or a few times in the run."""
     trainer = settings.trainer
     if not size.held_out:
@@ -267,12 +259,12 @@ def _evaluations(derived: Derived, settings: TrainSettings, size: Size, *, steps
     save_steps = trainer.get("save_steps")
     if "eval_steps" in trainer:
         derived.values["eval_strategy"] = "steps"
-    elif save_steps and _is_auto(settings, "save_strategy") and _suits(save_steps, steps):
+    elif save_steps and _is_auto(settings, "save_strategy") and _suits(save_steps, length.steps):
         derived.values |= {"eval_strategy": "steps", "eval_steps": save_steps}
-    elif trainer.get("save_strategy") == "epoch" or FEWEST_EPOCHS <= epochs <= MANY_EPOCHS:
+    elif trainer.get("save_strategy") == "epoch" or FEWEST_EPOCHS <= length.epochs <= MANY_EPOCHS:
         derived.values["eval_strategy"] = "epoch"
     else:
-        derived.values |= {"eval_strategy": "steps", "eval_steps": max(math.ceil(steps / TIMES), 1)}
+        derived.values |= {"eval_strategy": "steps", "eval_steps": max(math.ceil(length.steps / TIMES), 1)}
 
 
 def _suits(interval: float, steps: int) -> bool:
@@ -281,10 +273,11 @@ def _suits(interval: float, steps: int) -> bool:
     return 2 <= times <= 2 * TIMES
 
 
-def _checkpoints(derived: Derived, settings: TrainSettings, size: Size, *, steps: int, epochs: float) -> None:
+def _checkpoints(derived: Derived, settings: TrainSettings, size: Size, length: RunLength) -> None:
     """One with each evaluation, so that the best can be kept; else after each epoch, or every so many steps."""
     if not (_is_auto(settings, "save_strategy") and _is_auto(settings, "save_steps")):
         return
+    steps, epochs = length.steps, length.epochs
     values = {**settings.trainer, **derived.values}
     if size.held_out:
         eval_steps = values.get("eval_steps") or values["logging_steps"]
@@ -329,8 +322,7 @@ def _say(run: RunContext, derived: Derived, size: Size) -> None:
     args = run.args
     if size.records is None or args.max_steps > 0:
         return
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = math.ceil(args.num_train_epochs * math.ceil(size.records / per_step))
+    steps = run_length(size.records, args).steps
     if steps < FEW_STEPS:
         smaller = [name for name in _RECORDS_A_STEP if getattr(args, name) > 1]
         run.console.notice(

@@ -4,7 +4,6 @@ The walk of the house: data.cache → batch.collate → model → trainer → ru
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +51,7 @@ from atomtune.train.ranks import lost_processes
 from atomtune.train.rehearsal import check_last_batch, rehearse
 from atomtune.train.run_context import RunContext
 from atomtune.train.run_identity import day_of, identity, refuse_another_run
+from atomtune.train.run_length import run_length
 from atomtune.train.run_report import RunRecord, read_record
 from atomtune.train.samples import Samples
 from atomtune.train.streaming import Stream
@@ -356,24 +356,20 @@ def _say_length(run: RunContext, data: Data) -> None:
     if isinstance(data.train, Stream):
         return
     args, records = run.args, len(data.train)
-    per_batch = args.per_device_train_batch_size * args.world_size
-    per_step = per_batch * args.gradient_accumulation_steps
-    batches = records // per_batch if args.dataloader_drop_last else math.ceil(records / per_batch)
-    steps_an_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    length = run_length(records, args)
+    steps = length.steps
     if args.max_steps <= 0:
-        steps = math.ceil(args.num_train_epochs * steps_an_epoch)
+        per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
         epochs = "1 epoch" if args.num_train_epochs == 1 else f"{args.num_train_epochs:g} epochs"
         run.console.say(f"\nTraining: {steps:,} steps of {min(per_step, records):,} records, {epochs} of {records:,}.")
-    else:
-        steps = args.max_steps
     warmup = args.get_warmup_steps(steps)
     if warmup >= steps:
         run.console.notice(
             f"the learning rate grows over the first {warmup:,} steps (--warmup_steps), and the run has {steps:,}: it "
             f"never reaches {args.learning_rate:g}."
         )
-    passes = args.max_steps / max(steps_an_epoch, 1)  # a step takes no record twice
-    if passes > MANY_PASSES:
+    passes = length.epochs  # a step takes no record twice
+    if args.max_steps > 0 and passes > MANY_PASSES:
         run.console.notice(
             f"--max_steps {args.max_steps:,} goes through the {records:,} records {passes:,.0f} times; "
             "two to five passes are usual (--num_train_epochs 3)."

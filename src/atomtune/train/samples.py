@@ -17,12 +17,11 @@ from rich.table import Table
 
 from atomtune.data.cache import as_examples
 from atomtune.data.encoding.chat_template import Template
-from atomtune.data.records import Record, Turn
-from atomtune.evaluate.generation import generate_answers
-from atomtune.evaluate.questions import learned_spans
+from atomtune.data.records import Record, Turn, learned_spans
 from atomtune.language import translated
 from atomtune.model.adapter import answering_as
 from atomtune.model.generate import prompt_ids, stop_ids
+from atomtune.model.greedy_batch import generate_answers
 from atomtune.model.load import pad_id_of
 from atomtune.settings.read import DEMO_FOLDER
 from atomtune.train.dataset import Data, records_of_rows

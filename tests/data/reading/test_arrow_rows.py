@@ -12,9 +12,10 @@ import pyarrow.parquet
 import pytest
 
 from atomtune.data.reading.raw import RawRecord
-from atomtune.data.reading.sources import read_values, size_of
+from atomtune.data.reading.sources import size_of
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
+from tests.reading import read_values
 
 ROWS = [
     {
@@ -131,10 +132,12 @@ def test_one_large_row_group_is_read_in_little_memory(tmp_path: Path):
     code = """if True:
         import resource, sys
         from pathlib import Path
-        from atomtune.data.reading.sources import read_values
+        from atomtune.data.reading.jsonl import parse_chunk
+        from atomtune.data.reading.sources import read_files
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         before = peak()
-        print(sum(1 for _ in read_values(Path(sys.argv[1]))), peak() - before)
+        chunks = (chunk for file in read_files(Path(sys.argv[1])) for chunk in file.chunks)
+        print(sum(1 for chunk in chunks for _ in parse_chunk(chunk)), peak() - before)
     """
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     rows, mebibytes = map(int, done.stdout.split())

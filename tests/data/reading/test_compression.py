@@ -14,9 +14,10 @@ import pytest
 
 from atomtune.data.reading import compression
 from atomtune.data.reading.compression import open_bytes
-from atomtune.data.reading.sources import read_values, size_of
+from atomtune.data.reading.sources import size_of
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
+from tests.reading import read_values
 
 RECORDS = [{"instruction": f'第{n}个，"问"', "input": "", "output": f"答\n{n * 7919}"} for n in range(3000)]
 
@@ -137,9 +138,11 @@ def test_a_bomb_is_a_line_that_is_too_long(tmp_path: Path, ending):
     code = """if True:
         import resource, sys
         from pathlib import Path
-        from atomtune.data.reading.sources import read_values
+        from atomtune.data.reading.jsonl import parse_chunk
+        from atomtune.data.reading.sources import read_files
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        (only,) = read_values(Path(sys.argv[1]))
+        chunks = (chunk for file in read_files(Path(sys.argv[1])) for chunk in file.chunks)
+        (only,) = (one for chunk in chunks for one in parse_chunk(chunk))
         print(only.reason)
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
     """

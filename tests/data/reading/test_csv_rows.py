@@ -12,9 +12,9 @@ import pytest
 from atomtune.data.reading import csv_rows
 from atomtune.data.reading.csv_rows import columns_of, read_table
 from atomtune.data.reading.raw import RawRecord
-from atomtune.data.reading.sources import read_values
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
+from tests.reading import read_values
 
 ALPHABET = ["a", "长", "🙂", '"', ",", "\t", ";", "\n", "\r\n", " ", "'", "\\", "\u2028"]
 

@@ -16,8 +16,9 @@ from huggingface_hub import constants
 from atomtune.data.reading import hub
 from atomtune.data.reading.hub import is_hub_name
 from atomtune.data.reading.raw import RawRecord
-from atomtune.data.reading.sources import fingerprint_of, read_values, size_of
+from atomtune.data.reading.sources import fingerprint_of, size_of
 from atomtune.errors import BadData
+from tests.reading import read_values
 
 ROWS = [{"instruction": f"第{n}个", "messages": [{"role": "user", "content": str(n)}]} for n in range(2500)]
 OTHER = [{"instruction": "held out", "messages": []}]
@@ -208,7 +209,10 @@ class _KnowsNothing(BaseHTTPRequestHandler):
 
 def test_a_name_that_the_hub_does_not_know_is_a_matter_of_spelling():
     # In a process of its own, in which the library is not told to stay offline, against a real server.
-    code = "from atomtune.data.reading.sources import read_values; list(read_values('nobody/nothing'))"
+    code = """if True:
+        from atomtune.data.reading.sources import read_files
+        [list(file.chunks) for file in read_files("nobody/nothing")]
+    """
     with ThreadingHTTPServer(("127.0.0.1", 0), _KnowsNothing) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         endpoint = f"http://127.0.0.1:{server.server_port}"

@@ -20,14 +20,13 @@ from atomtune.data.reading.raw import Lines, RawRecord
 from atomtune.data.reading.sources import (
     distinct_names,
     fingerprint_of,
-    read_chunks,
-    read_values,
     size_of,
     would_hold,
 )
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
 from atomtune.language import catalogue
+from tests.reading import read_chunks, read_values
 
 HELLO = {"instruction": "你好", "input": "", "output": "Hello"}
 BYE = {"instruction": "再见", "input": "", "output": "Bye"}

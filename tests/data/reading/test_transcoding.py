@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from atomtune.data.reading.sources import read_values
 from atomtune.data.reading.transcoding import encoding_of
 from atomtune.errors import BadData
+from tests.reading import read_values
 
 RECORDS = [{"instruction": "说早", "output": "早上好😀"}, {"instruction": "say\nit", "output": "now"}]
 LINES = "".join(json.dumps(record, ensure_ascii=False) + "\r\n" for record in RECORDS)

@@ -22,7 +22,6 @@ from atomtune.data.reading.compression import GZIP, ZSTD, compression_of, ending
 from atomtune.data.reading.csv_rows import columns_of, read_table, separator_line
 from atomtune.data.reading.dataset_info import FILE_NAME, ListedFile, listed_files
 from atomtune.data.reading.json_array import read_array
-from atomtune.data.reading.jsonl import parse_chunk
 from atomtune.data.reading.raw import Chunk, RawRecord, printable
 from atomtune.data.reading.transcoding import as_utf8, encoding_of
 from atomtune.data.records import Refusal
@@ -83,30 +82,17 @@ def distinct_names(sources: Sequence[Path | str]) -> list[str]:
     return names
 
 
-def read_values(source: Path | str, advance: Advance = lambda n_bytes: None) -> Iterator[RawRecord | Refusal]:
-    """Yield every value of the source, or the reason why a line or row is none.
-
-    source is a file, a folder, or the name of a data set on the hub (`owner/name`, `owner/name:configuration`).
-    advance is called with the number of bytes read since the last call, packed ones where the file is packed; they
-    add up to size_of(source).
-    Raises BadData when the source is missing, empty, damaged, or nothing that is read here.
-    """
-    for chunk in read_chunks(source, advance):
-        yield from parse_chunk(chunk)
-
-
-def read_chunks(source: Path | str, advance: Advance = lambda n_bytes: None) -> Iterator[Chunk]:
-    """The source in chunks, cheaply: what costs time, parsing lines of JSON, is left to parse_chunk in any process."""
-    for file in read_files(source, advance):
-        yield from file.chunks
-
-
 def read_files(
     source: Path | str, advance: Advance = lambda n_bytes: None, *, name: str | None = None
 ) -> Iterator[DataFile]:
     """The files of a source one after the other; each must be read before the next is taken.
 
-    name  how origins name the source, where not by its file's name
+    Reading in chunks is cheap: what costs time, parsing lines of JSON, is left to parse_chunk in any process.
+    source   a file, a folder, or the name of a data set on the hub (`owner/name`, `owner/name:configuration`)
+    advance  called with the number of bytes read since the last call, packed ones where the file is packed; they add
+             up to size_of(source)
+    name     how origins name the source, where not by its file's name
+    Raises BadData when the source is missing, empty, damaged, or nothing that is read here.
     """
     if isinstance(source, str) and hub.is_hub_name(source):
         yield DataFile(source, hub.read_hub(source))

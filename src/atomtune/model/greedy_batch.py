@@ -1,4 +1,4 @@
-"""Generation: greedy answers to many prompts at once, equal to answering them one at a time.
+"""Greedy batch: greedy answers to many prompts at once, equal to answering them one at a time.
 
 Prompts of a batch are filled up on the left, and positions count real tokens only. A model whose layers count what is
 filled up (MiniMax's linear attention) answers them one by one. Where all begin alike, that beginning is computed once
@@ -59,13 +59,7 @@ def generate_answers(
     Where the model has no positions left, an answer ends too.
     """
     pad_id = with_row(model, pad_id)
-    width = max(len(prompt) for prompt in prompts)
-    room = (positions_of(model.config) or sys.maxsize) - width
-    differ = any(len(prompt) < width for prompt in prompts)
-    limit = rotary_limit(model.config)
-    turns_long = limit is not None and width + max_new_tokens > limit
-    # Of prompts without room the shorter ones may write more.
-    if len(prompts) > 1 and (room < max_new_tokens or turns_long or (differ and _counts_filling(model, pad_id))):
+    if len(prompts) > 1 and _must_ask_alone(model, prompts, pad_id=pad_id, max_new_tokens=max_new_tokens):
         one_by_one = partial(
             generate_answers,
             stop_ids=stop_ids,
@@ -74,24 +68,49 @@ def generate_answers(
             seconds=None if seconds is None else seconds / len(prompts),
         )
         return [answer for prompt in prompts for answer in one_by_one(model, [prompt])]
+    width = max(len(prompt) for prompt in prompts)
+    room = _positions(model) - width
     if room < 1:
         return [Generated((), stopped=False)]
     max_new_tokens = min(max_new_tokens, room)
     shared = _shared_length(prompts) if share_beginning and len(prompts) > 1 and _may_share(model) else 0
+    inputs = _filled_up(model, prompts, shared=shared, pad_id=pad_id)
+    if shared:
+        inputs[_cache_name(model)] = _computed_once(model, prompts[0][:shared], rows=len(prompts))
+    generated = _greedily(model, inputs, list(stop_ids), pad_id=pad_id, max_new_tokens=max_new_tokens, seconds=seconds)
+    return [_until_stop(row[width:].tolist(), stop_ids) for row in generated]
+
+
+def _must_ask_alone(model: CausalLM, prompts: Sequence[Sequence[int]], *, pad_id: int, max_new_tokens: int) -> bool:
+    """Whether some of these prompts would be answered otherwise beside the others than alone."""
+    width = max(len(prompt) for prompt in prompts)
+    if width + max_new_tokens > _positions(model):  # of prompts without room the shorter ones may write more
+        return True
+    limit = rotary_limit(model.config)
+    if limit is not None and width + max_new_tokens > limit:  # a long one gives all the factors of long ones
+        return True
+    differ = any(len(prompt) < width for prompt in prompts)
+    return differ and _counts_filling(model, pad_id)
+
+
+def _positions(model: CausalLM) -> int:
+    """Tokens of a prompt and its answer that the model has positions for."""
+    return positions_of(model.config) or sys.maxsize
+
+
+def _filled_up(model: CausalLM, prompts: Sequence[Sequence[int]], *, shared: int, pad_id: int) -> dict[str, Any]:
+    """What the model is called with: each prompt as long as the longest, filled up behind what all begin with."""
+    width = max(len(prompt) for prompt in prompts)
     rows: list[list[int]] = []
     masks: list[list[int]] = []
     for prompt in prompts:
         fill = width - len(prompt)
         rows.append([*prompt[:shared], *[pad_id] * fill, *prompt[shared:]])
         masks.append([1] * shared + [0] * fill + [1] * (len(prompt) - shared))
-    inputs: dict[str, Any] = {
+    return {
         "input_ids": torch.tensor(rows, device=model.device),  # [B, T]
         "attention_mask": torch.tensor(masks, device=model.device),
     }
-    if shared:
-        inputs[_cache_name(model)] = _computed_once(model, prompts[0][:shared], rows=len(prompts))
-    generated = _greedily(model, inputs, list(stop_ids), pad_id=pad_id, max_new_tokens=max_new_tokens, seconds=seconds)
-    return [_until_stop(row[width:].tolist(), stop_ids) for row in generated]
 
 
 def _greedily(
@@ -145,11 +164,7 @@ def _counts_filling(model: CausalLM, pad_id: int) -> bool:
 
 def _first_tokens(model: CausalLM, prompts: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
     """[B, 3, V] log-probabilities of an answer's first tokens; the later ones go on from a state that was kept."""
-    width = max(len(prompt) for prompt in prompts)
-    inputs: dict[str, Any] = {
-        "input_ids": torch.tensor([[*[pad_id] * (width - len(p)), *p] for p in prompts], device=model.device),
-        "attention_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device),
-    }
+    inputs = _filled_up(model, prompts, shared=0, pad_id=pad_id)
     with _own_settings_aside(model):
         plain = GenerationConfig(
             do_sample=False,

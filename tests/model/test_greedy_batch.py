@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from atomtune.evaluate.generation import generate_answers
+from atomtune.model.greedy_batch import generate_answers
 from tests.tiny import SIZE
 
 STOP, PAD, LIMIT = 5, 0, 12
