@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from atomtune.choices import (
     CHECKS,
+    LARGEST_RANK,
     SHORTEST_RECORD,
     TEMPLATES,
     Dtype,
@@ -31,8 +32,6 @@ from atomtune.settings.entry import DEFAULT, FOUND
 
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
 
-#: Above the width of nearly every layer, where a higher rank can learn nothing more; checked in adapter files too.
-LARGEST_RANK = 2**16
 #: In tokens; no model has more positions.
 LONGEST_ANSWER = 10_000_000
 #: numpy's generators take no larger seed.
