@@ -9,8 +9,14 @@ FormatName = Literal["alpaca", "sharegpt", "messages", "prompt", "text"]
 FormatChoice = Literal["auto", "alpaca", "sharegpt", "messages", "prompt", "text"]
 #: What becomes of a record that is longer than max_seq_length.
 Overlength = Literal["shorten", "skip", "error"]
-#: Tokens; --max_seq_length takes no fewer.
+#: Tokens; --max_seq_length takes no fewer, and no base may bear fewer.
 SHORTEST_RECORD = 8
+#: Above the width of nearly every layer, where a higher rank can learn nothing more; checked in adapter files too.
+LARGEST_RANK = 2**16
+#: A difference of losses below this share is taken for noise.
+NOISE = 0.02
+#: What a run writes about itself, in its output folder.
+RUN_RECORD = "run.json"
 #: Which answers of a conversation are learned.
 Learn = Literal["all", "last"]
 #: How a batch is laid out: one record a row, end to end, or shared beginnings once.

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -134,6 +135,12 @@ def only_finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [only_finite(item) for item in value]
     return value
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of all bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def text_of(path: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Column, Table
 
+from atomtune.choices import RUN_RECORD
 from atomtune.console import WIDE, Console, print_json
 from atomtune.data.reading.raw import printable
 from atomtune.disk import was_left
@@ -18,7 +19,6 @@ from atomtune.model.json_files import checked
 from atomtune.pages import label, picture
 from atomtune.settings.fields import RunsSettings
 
-RECORD = "run.json"
 #: How deep below the folder a run is looked for: runs/day/name.
 DEPTH = 3
 #: Columns of a line that nobody looks at: more than any row has.
@@ -41,7 +41,7 @@ class Run:
     @classmethod
     def of(cls, folder: Path) -> "Run":
         """Raises BadModel where run.json is not as a run writes it."""
-        return cls(folder, checked(folder / RECORD, RunRecordFile).model_dump())
+        return cls(folder, checked(folder / RUN_RECORD, RunRecordFile).model_dump())
 
     @property
     def status(self) -> str:
@@ -95,8 +95,8 @@ def runs(settings: RunsSettings) -> int:
 
 
 def _run_in(folder: Path) -> Run:
-    if not (folder / RECORD).exists():
-        raise BadSettings([f"{folder / RECORD}: there is no such file. Pass the output folder of a run."])
+    if not (folder / RUN_RECORD).exists():
+        raise BadSettings([f"{folder / RUN_RECORD}: there is no such file. Pass the output folder of a run."])
     return Run.of(folder)
 
 
@@ -112,8 +112,8 @@ def find_runs(folder: Path, *, notice: Callable[[str], None]) -> list[Run]:
 
 
 def _records_below(folder: Path, depth: int) -> Iterator[Path]:
-    if (folder / RECORD).is_file():
-        yield folder / RECORD
+    if (folder / RUN_RECORD).is_file():
+        yield folder / RUN_RECORD
         return  # what lies in a run are its checkpoints
     if depth == 0:
         return
@@ -133,7 +133,7 @@ def _list(folder: Path, settings: RunsSettings, console: Console) -> None:
         print_json(listed)
         return
     if not listed:
-        console.say(f"No runs in {folder}. `atomtune train` writes {RECORD} into its --output_dir.")
+        console.say(f"No runs in {folder}. `atomtune train` writes {RUN_RECORD} into its --output_dir.")
         return
     table = _table(
         console, *map(translated, ("run", "status", "data", "records", "steps", "loss", "held out", "started"))

@@ -22,10 +22,11 @@ from transformers import (
     XLNetConfig,
 )
 
+from atomtune.choices import SHORTEST_RECORD
 from atomtune.cli import main
 from atomtune.errors import BadModel
 from atomtune.model.base_checks import check_base_folder, refuse_not_causal
-from atomtune.model.base_shape import FEWEST_TOKENS, base_shape, positions_of
+from atomtune.model.base_shape import base_shape, positions_of
 from atomtune.model.load import BaseSpec, load_base, load_tokenizer, read_config
 from tests.tiny import FAMILIES
 
@@ -148,7 +149,7 @@ def test_positions_without_a_limit_are_not_too_few(tmp_path):
     config = XLNetConfig(d_model=32, n_layer=1, n_head=2, d_inner=64)
     assert config.max_position_embeddings == -1
     config.save_pretrained(tmp_path)
-    assert base_shape(str(tmp_path)).longest > FEWEST_TOKENS
+    assert base_shape(str(tmp_path)).longest > SHORTEST_RECORD
     assert positions_of(config) is None
 
 

@@ -13,6 +13,7 @@ from atomtune.model.adapter import answering_as
 from atomtune.model.generate import stop_ids
 from atomtune.model.greedy_batch import generate_answers
 from atomtune.model.load import pad_id_of
+from atomtune.model.surprise import exact
 
 #: How many of the likeliest tokens are kept of each step, to tell a tie.
 KEPT_CHOICES = 8
@@ -72,9 +73,7 @@ def _log_probabilities(model: Any, prompt: Sequence[int], answer: Sequence[int])
     """[A + 1, V] log-probabilities at each answer token and, in the last row, behind it."""
     ids = torch.tensor([[*prompt, *answer]], device=model.device)  # [1, P + A]
     logits = model(input_ids=ids).logits[0, len(prompt) - 1 :]  # [A + 1, V], from the prompt's last token on
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    return logits.log_softmax(-1).cpu()
+    return exact(logits).log_softmax(-1).cpu()
 
 
 def free_memory() -> None:

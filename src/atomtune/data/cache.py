@@ -40,7 +40,7 @@ from atomtune.data.reading.raw import Chunk, RawRecord
 from atomtune.data.reading.sources import DataFile, distinct_names, fingerprint_of, read_files, size_of, stamp_of
 from atomtune.data.records import Example, Record, Refusal
 from atomtune.data.workers import in_order, workers_here
-from atomtune.disk import sync, text_of
+from atomtune.disk import sha256_of, sync, text_of
 from atomtune.errors import BadData, BadSettings
 from atomtune.limits import trial
 
@@ -215,8 +215,7 @@ def entry_problem(entry: Path) -> str:
 def _checksum(path: Path) -> str:
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no file", str(path))
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 def concatenate(parts: Sequence[EncodedData]) -> EncodedData:

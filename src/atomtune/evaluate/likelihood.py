@@ -14,6 +14,7 @@ from atomtune.data.records import Example
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.loss import Head, model_inputs
 from atomtune.model.rotary import apart, rotary_limit
+from atomtune.model.surprise import exact
 
 #: Logits held at once, in numbers: 128 MB in float32.
 CHUNK_LOGITS = 32 * 2**20
@@ -77,9 +78,7 @@ def _scores(model: CausalLM, batch: dict[str, object]) -> tuple[list[float], lis
     for start in range(0, len(target), step):
         part = predicting[start : start + step]
         part_target = target[start : start + step]  # [n]
-        logits = part if head is None else head.logits(part)  # [n, V]
-        if logits.dtype != torch.float64:
-            logits = logits.float()
+        logits = exact(part if head is None else head.logits(part))  # [n, V]
         target_logits = logits.gather(1, part_target[:, None])[:, 0]  # [n]
         nats += (logits.logsumexp(-1) - target_logits).tolist()
         right += (logits.argmax(-1) == part_target).tolist()

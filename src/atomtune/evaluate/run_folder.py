@@ -5,12 +5,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from atomtune.choices import RUN_RECORD
 from atomtune.errors import BadData, BadModel
 from atomtune.model.file_schemas import RunRecordFile
 from atomtune.model.json_files import checked, refusal
 from atomtune.settings.fields import RecordSettings
-
-RECORD = "run.json"
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ def run_file(folder: Path) -> tuple[Path, RunRecordFile] | None:
 
     Raises BadModel for one that a run did not write so.
     """
-    for file in (folder / RECORD, folder.parent / RECORD):
+    for file in (folder / RUN_RECORD, folder.parent / RUN_RECORD):
         if file.exists():
             return file, checked(file, RunRecordFile)
     return None

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from atomtune.disk import open_to_umask
+from atomtune.model.adapter import same_bits
 from atomtune.model.fingerprint import INDEX, weight_files
 from atomtune.model.load import OLD_BUFFERS
 
@@ -51,13 +52,7 @@ def changed(base: Path, out: Path, names: Collection[str]) -> list[str]:
         {name: tensor for file in weight_files(folder) for name, tensor in _tensors(file) if name in names}
         for folder in (out, base)
     )
-    return sorted(name for name in names if name not in ours or not _same(ours[name], theirs[name]))
-
-
-def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    if left.dtype != right.dtype or left.shape != right.shape:
-        return False
-    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+    return sorted(name for name in names if name not in ours or not same_bits(ours[name], theirs[name]))
 
 
 def _tensors(

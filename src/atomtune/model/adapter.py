@@ -352,7 +352,7 @@ def _fitting(folder: Path) -> Iterator[None]:
 def refuse_unlike(folder: Path, model: PeftModel) -> None:
     """Raise RunFailed when the adapter in a folder is not, bit by bit, the one in memory."""
     written, own = read_weights(folder / WEIGHTS), adapter_tensors(model)
-    unlike = [name for name, tensor in own.items() if name not in written or not _same_bits(written[name], tensor)]
+    unlike = [name for name, tensor in own.items() if name not in written or not same_bits(written[name], tensor)]
     unlike += sorted(written.keys() - own.keys())
     if unlike:
         raise RunFailed(
@@ -361,7 +361,7 @@ def refuse_unlike(folder: Path, model: PeftModel) -> None:
         )
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal in every bit: 0.0 is not -0.0 here, and NaN equals itself."""
     b = b.detach().cpu()
     if a.dtype != b.dtype or a.shape != b.shape:

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file
 
-from atomtune.choices import BASE, Dtype, Quantize
+from atomtune.choices import BASE, RUN_RECORD, Dtype, Quantize
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template, restore_template
 from atomtune.disk import write_text
@@ -26,8 +26,8 @@ from atomtune.model.load_errors import explained
 
 METADATA = "atomtune.json"
 CONFIG = "adapter_config.json"
-#: Of a whole model, and of a run.
-MODEL_CONFIG, RUN_RECORD = "config.json", "run.json"
+#: Of a whole model.
+MODEL_CONFIG = "config.json"
 WEIGHTS = "adapter_model.safetensors"
 #: What the tutorial and PEFT before 0.5 write.
 OLD_WEIGHTS = "adapter_model.bin"

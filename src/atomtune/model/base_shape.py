@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from atomtune.choices import SHORTEST_RECORD
 from atomtune.errors import BadModel
 from atomtune.model.load import device_in_use
 from atomtune.model.memory import machine_bytes
@@ -13,8 +14,6 @@ from atomtune.model.rotary import rotary_limit
 
 #: Where neither config nor memory says less. More tokens than any base of today reads.
 NO_LIMIT = 2**20
-#: The least that max_seq_length may be.
-FEWEST_TOKENS = 8
 #: Bytes of an element, whatever the run's own format is: float32.
 _ELEMENT = 4
 #: Part of the memory that the activations of one record may take; the base's weights are the larger rest.
@@ -52,8 +51,8 @@ def base_shape(path: str, *, trust_remote_code: bool = False, use_cpu: bool = Fa
     text = config.get_text_config()
     width = getattr(text, "hidden_size", None)
     positions = positions_of(config) or NO_LIMIT
-    if positions < FEWEST_TOKENS:
-        raise BadModel(f"{path} has {positions:,} positions; a record needs {FEWEST_TOKENS} or more.")
+    if positions < SHORTEST_RECORD:
+        raise BadModel(f"{path} has {positions:,} positions; a record needs {SHORTEST_RECORD} or more.")
     memory = _device_memory(use_cpu=use_cpu)
     in_memory = positions if memory is None else tokens_in_memory(text, memory)
     if in_memory < positions:

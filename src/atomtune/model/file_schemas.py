@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from atomtune.choices import LARGEST_RANK
 from atomtune.model.json_files import JsonFile
 
 Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -20,6 +21,7 @@ TokenIds = TokenId | list[TokenId] | None
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rank = Annotated[int, Field(ge=1, le=LARGEST_RANK)]
 #: What an adapter is multiplied by; at 1e30 all its answers are one token.
 Factor = Annotated[float, Field(gt=0, le=1e6)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -211,7 +213,7 @@ class AdapterConfig(JsonFile):
     base_model_name_or_path: Annotated[str, Field(max_length=1000)] | None = None
     task_type: str | None = None
     inference_mode: Flag = None
-    r: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    r: Rank | None = None
     lora_alpha: Factor | None = None
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     target_modules: str | list[str] | None = None
@@ -219,7 +221,7 @@ class AdapterConfig(JsonFile):
     modules_to_save: Names = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
-    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=2**16)]] | None = None
+    rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, Factor] | None = None
     target_parameters: Names = None
     bias: Literal["none", "all", "lora_only"] | None = None
@@ -251,7 +253,7 @@ class AdapterConfig(JsonFile):
 class LoraConfigFile(AdapterConfig):
     """adapter_config.json of a LoRA adapter."""
 
-    r: Annotated[int, Field(ge=1, le=2**16)] = 8
+    r: Rank = 8
     lora_alpha: Factor = 8
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 

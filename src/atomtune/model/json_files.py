@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from atomtune.choices import RUN_RECORD
 from atomtune.disk import LFS_POINTER, read_json_object
 from atomtune.errors import BadModel, listing
 from atomtune.language import message
@@ -21,7 +22,7 @@ MOST_BYTES = 2**27
 #: Of the files that are read more than once; the largest known, a tokenizer_config.json, has under 2 MB.
 _MOST_BYTES_OF_SETTINGS = 2**24
 #: A run of a million steps logs 20 MB, and 100,000 refused records are as much.
-_LARGE = ("tokenizer.json", ".index.json", "trainer_state.json", "run.json")
+_LARGE = ("tokenizer.json", ".index.json", "trainer_state.json", RUN_RECORD)
 #: Endings of the files of a model, a tokenizer or an adapter that libraries look for and open by themselves.
 _OPENED = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".pt", ".py")
 _SHOWN_CHARACTERS = 60

@@ -20,6 +20,7 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def exact(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in what they are computed in."""
     return logits.to(exact_dtype(logits.dtype))
 
 

@@ -20,6 +20,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
 import gradio
 from gradio.blocks import Block
 
+from atomtune.choices import RUN_RECORD
 from atomtune.console import shortened
 from atomtune.data.encoding.chat_template import OWN
 from atomtune.data.formats.schema import THINKING
@@ -400,7 +401,7 @@ def about(tuned: TunedModel) -> str:
 def held_out_prompts(folder: Path) -> list[str]:
     """What the run's samples asked, so that a first question is one click away."""
     try:
-        samples = read_json_object(folder / "run.json").get("samples")
+        samples = read_json_object(folder / RUN_RECORD).get("samples")
     except (OSError, ValueError):
         return []
     listed = samples if isinstance(samples, list) else []

@@ -10,12 +10,12 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from atomtune.choices import RUN_RECORD
 from atomtune.disk import read_json_object
 from atomtune.errors import BadSettings
 from atomtune.settings.entry import DEFAULT, FOUND, OF_THE_DEMO, OWN_DEFAULT, Entry
 from atomtune.settings.fields import is_secret
 
-RECORD = "run.json"
 #: Sources of values that were left to the run, which finds them again; what the demo sets, it sets itself.
 _LEFT_TO_THE_RUN = (DEFAULT, OWN_DEFAULT, OF_THE_DEMO)
 #: What is said each time: where a run begins, and whether code that comes with a model may run.
@@ -34,7 +34,7 @@ def entries_of_earlier_run(entries: Mapping[str, Entry], known: Mapping[str, Any
     named = {"model_path", "dataset_path"} & entries.keys()
     if len(named) == 2 or "output_dir" not in entries or not _is_on(entries.get("resume")):
         return {}
-    file = Path(str(entries["output_dir"].value)) / RECORD
+    file = Path(str(entries["output_dir"].value)) / RUN_RECORD
     try:
         recorded = read_json_object(file).get("settings")
     except (OSError, ValueError):

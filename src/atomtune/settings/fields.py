@@ -1,6 +1,7 @@
-"""Settings: every one exists once, here, as flag, YAML key, help line, default and range.
+"""Settings: each of a command exists once, here, as flag, YAML key, help line, default and range.
 
-The docstring of a class is the heading over its settings in `--help`.
+What several commands mean alike is made by one function; where they mean different things by one name, as by `json` or
+`adapter_path`, each says its own. The docstring of a class is the heading over its settings in `--help`.
 """
 
 import json
@@ -14,6 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from atomtune.choices import (
     CHECKS,
+    LARGEST_RANK,
     SHORTEST_RECORD,
     TEMPLATES,
     Dtype,
@@ -31,8 +33,6 @@ from atomtune.settings.entry import DEFAULT, FOUND
 
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
 
-#: Above the width of nearly every layer, where a higher rank can learn nothing more; checked in adapter files too.
-LARGEST_RANK = 2**16
 #: In tokens; no model has more positions.
 LONGEST_ANSWER = 10_000_000
 #: numpy's generators take no larger seed.
@@ -68,6 +68,27 @@ def setting(
         lt=below,
         json_schema_extra={"value": value, "unit": unit, "rare": rare},
     )
+
+
+def other_base_setting(*, rare: bool = False) -> Any:
+    """A base of other weights than the adapter knows, wherever one is loaded."""
+    text = "accept a base model whose weights are not those that the adapter was trained on"
+    return setting(False, text, rare=rare)
+
+
+def tuned_model_setting() -> Any:
+    """The folder of what answers in chat and on the page."""
+    return setting(..., "the output folder of a run, one of its checkpoints, or a merged model", value="FOLDER")
+
+
+def seed_setting(text: str, *, default: int = 42, rare: bool = False) -> Any:
+    """A seed, of what the text says."""
+    return setting(default, text, at_least=0, at_most=LARGEST_SEED, rare=rare)
+
+
+def answer_setting(default: int, text: str) -> Any:
+    """How long an answer may get, in tokens."""
+    return setting(default, text, at_least=1, at_most=LONGEST_ANSWER, unit="tokens")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -386,7 +407,7 @@ class TrainerSettings:
         unit="checkpoints",
         rare=True,
     )
-    seed: int = setting(42, "seed for shuffling, initial weights and dropout", at_least=0, at_most=LARGEST_SEED)
+    seed: int = seed_setting("seed for shuffling, initial weights and dropout")
     data_seed: int | None = setting(
         None, "seed for shuffling alone [as --seed]", at_least=0, at_most=LARGEST_SEED, rare=True
     )
@@ -506,7 +527,7 @@ class VerifySettings(RecordSettings, ModelSettings, LoraSettings):
     per_device_train_batch_size: int = setting(
         16, "records in a batch, as the run will have them", at_least=1, unit="records"
     )
-    seed: int = setting(42, "seed for choosing the records", at_least=0, at_most=LARGEST_SEED)
+    seed: int = seed_setting("seed for choosing the records")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -527,7 +548,7 @@ class InspectSettings(RecordSettings, TokenizerSettings):
     per_device_train_batch_size: int = setting(
         16, "records in a batch, to tell what sharing saves", at_least=1, rare=True, unit="records"
     )
-    seed: int = setting(42, "seed for choosing the records to show", at_least=0, at_most=LARGEST_SEED, rare=True)
+    seed: int = seed_setting("seed for choosing the records to show", rare=True)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -551,9 +572,7 @@ class MergeSettings(TokenizerSettings):
         rare=True,
     )
     output_dir: str = setting(..., "folder for the merged model", value="FOLDER")
-    other_base: bool = setting(
-        False, "accept a base model whose weights are not those that the adapter was trained on", rare=True
-    )
+    other_base: bool = other_base_setting(rare=True)
     dtype: Dtype = setting("auto", "number format of the merged weights; auto: as the base model is stored")
 
     @property
@@ -565,13 +584,11 @@ class MergeSettings(TokenizerSettings):
 class ChatSettings(TrainedModelSettings):
     """Chat"""
 
-    adapter_path: str = setting(
-        ..., "the output folder of a run, one of its checkpoints, or a merged model", value="FOLDER"
-    )
+    adapter_path: str = tuned_model_setting()
     prompt: str | None = setting(None, "answer this and end; without it, a conversation begins", value="TEXT")
     system: str | None = setting(None, "instruction for the whole conversation", value="TEXT")
     compare: bool = setting(False, "let the base answer too, with the adapter switched off, beside the tuned model")
-    max_new_tokens: int = setting(512, "longest answer, in tokens", at_least=1, at_most=LONGEST_ANSWER, unit="tokens")
+    max_new_tokens: int = answer_setting(512, "longest answer, in tokens")
     temperature: float = setting(
         0.0, "0 always takes the most likely token; the higher, the more varied the answers", at_least=0
     )
@@ -590,25 +607,17 @@ class ChatSettings(TrainedModelSettings):
         at_least=0.1,
         at_most=10,
     )
-    seed: int = setting(
-        0, "seed of the first answer that is drawn; each later one has the next", at_least=0, at_most=LARGEST_SEED
-    )
-    other_base: bool = setting(
-        False, "accept a base model whose weights are not those that the adapter was trained on", rare=True
-    )
+    seed: int = seed_setting("seed of the first answer that is drawn; each later one has the next", default=0)
+    other_base: bool = other_base_setting(rare=True)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class WebSettings(TrainedModelSettings):
     """Web"""
 
-    adapter_path: str = setting(
-        ..., "the output folder of a run, one of its checkpoints, or a merged model", value="FOLDER"
-    )
+    adapter_path: str = tuned_model_setting()
     system: str | None = setting(None, "instruction that a conversation begins with", value="TEXT")
-    max_new_tokens: int = setting(
-        512, "longest answer, in tokens; the page can change it", at_least=1, at_most=LONGEST_ANSWER
-    )
+    max_new_tokens: int = answer_setting(512, "longest answer, in tokens; the page can change it")
     host: str = setting(
         "127.0.0.1", "address to listen at; another than this machine's own needs --password", value="ADDRESS"
     )
@@ -619,9 +628,7 @@ class WebSettings(TrainedModelSettings):
         value="TEXT",
     )
     open: bool = setting(False, "open the page in this machine's browser")
-    other_base: bool = setting(
-        False, "accept a base model whose weights are not those that the adapter was trained on", rare=True
-    )
+    other_base: bool = other_base_setting(rare=True)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -650,9 +657,7 @@ class EvaluateSettings(TrainedModelSettings):
     )
     records: int = setting(200, "how many records at most, chosen at random; 0: all", at_least=0, unit="records")
     per_device_eval_batch_size: int = setting(8, "records in a batch", at_least=1, unit="records")
-    max_new_tokens: int = setting(
-        256, "longest generated answer, in tokens", at_least=1, at_most=LONGEST_ANSWER, unit="tokens"
-    )
+    max_new_tokens: int = answer_setting(256, "longest generated answer, in tokens")
     no_generate: bool = setting(False, "compute only the likelihood of the reference answers; much faster")
     no_probe: bool = setting(False, "skip the forgetting probe")
     lm_eval_tasks: list[str] = setting(
@@ -665,8 +670,8 @@ class EvaluateSettings(TrainedModelSettings):
     output_dir: str | None = setting(
         None, "where the reports go; without it, evaluation/ in the first adapter's folder", value="FOLDER"
     )
-    other_base: bool = setting(False, "use a base whose weights are not those the adapters were trained on")
-    seed: int = setting(42, "seed for the choice of records and for the intervals", at_least=0, at_most=LARGEST_SEED)
+    other_base: bool = other_base_setting()
+    seed: int = seed_setting("seed for the choice of records and for the intervals")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -681,10 +686,8 @@ class CertifySettings(ModelSettings):
         [], "engines to start; without it, llama.cpp for a .gguf and transformers for a folder"
     )
     prompts: int = setting(10, "how many prompts are sent, of several kinds", at_least=1, unit="prompts")
-    max_new_tokens: int = setting(
-        32, "longest greedy answer that is compared, in tokens", at_least=1, at_most=LONGEST_ANSWER, unit="tokens"
-    )
-    other_base: bool = setting(False, "use a base whose weights are not those the adapter was trained on")
+    max_new_tokens: int = answer_setting(32, "longest greedy answer that is compared, in tokens")
+    other_base: bool = other_base_setting()
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -715,9 +718,7 @@ class ServeSettings(ModelSettings):
     context: int = setting(0, "longest conversation, in tokens; 0: as the engine chooses", at_least=0, unit="tokens")
     no_certify: bool = setting(False, "do not prove first that the engine serves the tuned model")
     prompts: int = setting(10, "how many prompts are sent to prove it", at_least=1, rare=True, unit="prompts")
-    other_base: bool = setting(
-        False, "accept a base model whose weights are not those that the adapter was trained on", rare=True
-    )
+    other_base: bool = other_base_setting(rare=True)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -731,9 +732,7 @@ class ExportSettings(TokenizerSettings):
     for_class: str | None = setting(None, "with --to peft: the transformers class that is to load it", value="CLASS")
     no_certify: bool = setting(False, "do not start the engine to prove that it serves the tuned model")
     prompts: int = setting(10, "how many prompts are sent to prove it", at_least=1, rare=True, unit="prompts")
-    other_base: bool = setting(
-        False, "accept a base model whose weights are not those that the adapter was trained on", rare=True
-    )
+    other_base: bool = other_base_setting(rare=True)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

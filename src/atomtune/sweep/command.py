@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from atomtune.choices import RUN_RECORD
 from atomtune.console import Console, print_json, progress_bar
 from atomtune.data.reading.sources import among_records
 from atomtune.disk import held, numbered
@@ -273,7 +274,7 @@ def _write_trial(sweep: Sweep, trial: Trial, folder: Path) -> None:
 
 def _held_out_in(folder: Path) -> int | None:
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return len(json.loads((folder / "run.json").read_text(encoding="utf-8"))["records_held_out"])
+        return len(json.loads((folder / RUN_RECORD).read_text(encoding="utf-8"))["records_held_out"])
     return None
 
 

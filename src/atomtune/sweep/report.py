@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from atomtune.choices import NOISE
 from atomtune.console import Console, program
 from atomtune.disk import write_text
 from atomtune.language import message, translated
@@ -15,9 +16,6 @@ from atomtune.sweep.trials import Sweep, Trial
 
 #: The best settings as a file for train, the curves, and all of it as a page.
 BEST, PICTURE, PAGE = "run.yaml", "sweep.png", "sweep.html"
-#: Losses closer than this share are taken for equal, as `train` takes them: other records, or another seed, would
-#: turn their order round.
-NOISE = 0.02
 
 
 def sentences(sweep: Sweep) -> list[str]:
@@ -41,6 +39,7 @@ def sentences(sweep: Sweep) -> list[str]:
 def _noise(sweep: Sweep, best: Trial) -> Iterator[str]:
     assert best.eval_loss is not None
     others = sweep.ranked()[1:]
+    # Other records, or another seed, would turn the order of these round.
     close = [trial for trial in others if trial.eval_loss and trial.eval_loss <= best.eval_loss * (1 + NOISE)]
     records = f"{sweep.records_held_out:,} held-out records" if sweep.records_held_out else "so few records"
     if close:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from atomtune.choices import RUN_RECORD
 from atomtune.disk import read_json_object
 from atomtune.errors import ExitCode
 from atomtune.process import end_with_parent
@@ -108,7 +109,7 @@ def progress_of(folder: Path) -> Progress:
 
 def _record_of(folder: Path) -> Mapping[str, Any]:
     try:
-        return read_json_object(folder / "run.json")
+        return read_json_object(folder / RUN_RECORD)
     except (OSError, ValueError):
         return {}
 

@@ -14,6 +14,7 @@ import datasets
 from atomtune.analysis.holdout import alike, held_out, overlapping
 from atomtune.analysis.texts import read_texts
 from atomtune.batch.cost import sample_rows
+from atomtune.choices import RUN_RECORD
 from atomtune.console import Console
 from atomtune.data.cache import EncodedData, Rules, concatenate, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template
@@ -24,7 +25,6 @@ from atomtune.errors import BadSettings, listing
 from atomtune.settings.fields import TrainSettings
 from atomtune.train.defaults import Size, records_to_hold_out
 from atomtune.train.run_context import RunContext
-from atomtune.train.run_report import RECORD
 from atomtune.train.streaming import Stream
 
 
@@ -99,8 +99,8 @@ def _check_read(run: RunContext, template: Template, data: EncodedData) -> None:
     settings = run.settings.data
     run.record.update(data={"path": settings.dataset_path, "sha256": data.data_hash}, **data.ledger.to_run_json())
     say_ledger(data.ledger, template, run.console)
-    refuse_unusable(data.ledger, settings.dataset_paths, all_in=RECORD)
-    refuse_broken(data.ledger, skip_bad=settings.skip_bad, all_in=RECORD)
+    refuse_unusable(data.ledger, settings.dataset_paths, all_in=RUN_RECORD)
+    refuse_broken(data.ledger, skip_bad=settings.skip_bad, all_in=RUN_RECORD)
 
 
 def _held_out_of(
@@ -143,8 +143,8 @@ def _evaluation_file(run: RunContext, template: Template) -> EncodedData | None:
     data = _read(settings.eval_path, run, template)
     run.console.say(f"{Path(settings.eval_path).name}, for evaluation:")
     say_ledger(data.ledger, template, run.console)
-    refuse_unusable(data.ledger, [settings.eval_path], all_in=RECORD)
-    refuse_broken(data.ledger, skip_bad=settings.skip_bad, all_in=RECORD)
+    refuse_unusable(data.ledger, [settings.eval_path], all_in=RUN_RECORD)
+    refuse_broken(data.ledger, skip_bad=settings.skip_bad, all_in=RUN_RECORD)
     return data
 
 
@@ -153,7 +153,7 @@ def _stream(run: RunContext, template: Template) -> tuple[Stream, str]:
     settings = run.settings.data
 
     def check(ledger: Ledger) -> None:
-        refuse_broken(ledger, skip_bad=settings.skip_bad, all_in=RECORD)
+        refuse_broken(ledger, skip_bad=settings.skip_bad, all_in=RUN_RECORD)
 
     rules = Rules(**settings.rules())
     stream = Stream(

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-#: A difference of losses below this share is taken for noise.
-NOISE = 0.02
+from atomtune.choices import NOISE
+
 #: A held-out loss that fell by less than this share did not learn what the records have in common.
 LITTLE = 0.05
 #: A loss that falls by more than that behind this part of the run has not levelled off.

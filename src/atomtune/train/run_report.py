@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atomtune import __version__
+from atomtune.choices import RUN_RECORD
 from atomtune.disk import identity_of, read_json_object, write_json
 from atomtune.errors import BadSettings
 from atomtune.language import message
@@ -17,7 +18,7 @@ from atomtune.pages import label, picture
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-RECORD, PICTURE = "run.json", "loss.png"
+PICTURE = "loss.png"
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
 
 
@@ -45,7 +46,7 @@ class RunRecord:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._folder_identity = identity_of(self.folder)
         if identity_of(self.folder) == self._folder_identity:  # a folder that took its place is not this run's
-            write_json(self.folder / RECORD, self.values)
+            write_json(self.folder / RUN_RECORD, self.values)
 
     def begin(self) -> None:
         """From here on this run's record stands in the folder, in place of an earlier one."""
@@ -100,7 +101,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
     Raises BadSettings where a folder has that name: the record of a run could not be written.
     """
-    path = folder / RECORD
+    path = folder / RUN_RECORD
     if path.is_dir():
         raise BadSettings([f"{path} is a folder; a run writes its record there. Move it away."])
     try:

@@ -19,6 +19,7 @@ from atomtune.disk import (
     read_json_object,
     remove_tree,
     remove_unfinished,
+    sha256_of,
     sync,
     sync_tree,
     write_json,
@@ -71,7 +72,7 @@ def seal(staging: Path, final: Path, facts: Mapping[str, Any]) -> None:
 
     What stood under that name and has a manifest is replaced; without one it is not ours, and is moved aside.
     """
-    entries = {name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for name, file in _files(staging)}
+    entries = {name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for name, file in _files(staging)}
     body = only_finite({**facts, "files": entries})
     write_json(staging / MANIFEST, {**body, "sha256": _digest(body)})
     open_to_umask(staging)
@@ -102,7 +103,7 @@ def damage(folder: Path) -> list[str]:
         file = folder / name
         if not file.is_file():
             problems.append(f"{name} is missing")
-        elif file.stat().st_size != size or sha256(file) != digest:
+        elif file.stat().st_size != size or sha256_of(file) != digest:
             problems.append(f"{name} is not as it was written")
     # The Trainer opens its states by name; one that was not sealed with the others was put there by someone else.
     strangers = [file.name for file in state_files(folder) if file.name not in expected]
@@ -150,11 +151,6 @@ def remove(folder: Path) -> None:
     remove_tree(leaving)
     folder.rename(leaving)
     remove_tree(leaving)
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _digest(body: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
+from atomtune.choices import RUN_RECORD
 from atomtune.disk import expanded
 from atomtune.errors import BadModel, BadSettings, listing
 from atomtune.model.adapter_folder import WEIGHTS, adapter_file
@@ -12,7 +13,7 @@ from atomtune.model.file_schemas import TrainerState
 from atomtune.model.json_files import checked
 from atomtune.train.checkpoint.atomic import MANIFEST, checkpoints, damage, step_in
 from atomtune.train.checkpoint.state import has_optimizer, refuse_programs
-from atomtune.train.run_report import RECORD, read_record
+from atomtune.train.run_report import read_record
 
 STATE = "trainer_state.json"
 #: What a run writes beside its checkpoints under names that other programs and people use too. A run.json is a run's,
@@ -88,7 +89,9 @@ def newest_whole(folder: Path, notice: Callable[[str], None]) -> Path | None:
 def holds_a_run(folder: Path) -> bool:
     """Whether a folder already is some run's output; one that ended before its first checkpoint left nothing."""
     unfinished = read_record(folder).get("status") in (None, "failed", "preempted")
-    return (folder / WEIGHTS).exists() or bool(checkpoints(folder)) or ((folder / RECORD).exists() and not unfinished)
+    return (
+        (folder / WEIGHTS).exists() or bool(checkpoints(folder)) or ((folder / RUN_RECORD).exists() and not unfinished)
+    )
 
 
 def find_start(
