@@ -77,7 +77,8 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
         trust_remote_code=run.settings.model.trust_remote_code,
     )
     _say_size(run, model, device, dtype)
-    if left_out := left_out_by_peft(model):
+    is_divided = bool(run.args.fsdp or run.args.deepspeed)  # they take the weights out of the layers between calls
+    if not is_divided and (left_out := left_out_by_peft(model)):
         run.console.notice(
             f"PEFT {peft.__version__} itself leaves out {len(left_out):,} adapted layers of this model where it loads "
             f"the adapter: {listing(left_out, 2)}. atomtune's own commands have them; for other programs, merge the "
@@ -88,7 +89,7 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
             f"this adapter cannot be merged: {why}. chat, serve and evaluate load it beside its base; --lora_targets "
             "names other layers."
         )
-    if not (run.args.fsdp or run.args.deepspeed):  # they take the weights out of the layers between calls
+    if not is_divided:
         embeddings: Any = base.get_input_embeddings()
         two_tokens = torch.zeros(1, 2, dtype=torch.long, device=embeddings.weight.device)
         fuse_layers(model, input_ids=two_tokens)
