@@ -116,6 +116,14 @@ def test_biases_that_an_adapter_trained_are_the_bases_own_without_it(models, tmp
     assert torch.equal(logits_of(goes_on), alone["default"])
 
 
+def test_an_adapter_beside_one_with_token_rows_is_refused_and_not_a_bug(models, saved, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5], task_type="CAUSAL_LM")
+    get_peft_model(base(models), config).save_pretrained(folder)
+    with pytest.raises(BadModel, match="rows of single tokens"):
+        load_another(load_trained(base(models), folder), saved, "second")
+
+
 def gpt2(models):
     return load_base(BaseSpec(path=str(models("gpt2")), dtype=torch.float32, device=CPU))
 

@@ -306,8 +306,14 @@ def load_another(model: PeftModel, folder: Path, name: str) -> None:
     file, config, weights = _saved(model.get_base_model(), folder)
     with _fitting(folder):
         model.add_adapter(name, config)
-    _keep_biases_of_base(model, name)
-    _fill(model, weights, file, name)
+    try:
+        _keep_biases_of_base(model, name)
+        _fill(model, weights, file, name)
+    except KeyError as error:  # PEFT looks for rows of this adapter too
+        raise BadModel(
+            f"{folder} cannot be loaded beside an adapter that trained rows of single tokens: PEFT does not keep them "
+            "apart. Use one after the other."
+        ) from error
 
 
 def _keep_biases_of_base(model: PeftModel, adapter: str = "default") -> None:
