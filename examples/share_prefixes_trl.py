@@ -13,4 +13,6 @@ class SharingSFTTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = self.sharing.loss(model, inputs, num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # tokens are counted over all processes, gradients averaged
         return (loss, {}) if return_outputs else loss

@@ -12,6 +12,7 @@ Letters: N targets.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 from atomtune.batch.collate import Collator
 from atomtune.choices import Layout
 from atomtune.data.records import Example
-from atomtune.errors import BadData
+from atomtune.errors import BadData, BadSettings
 from atomtune.model.layout_support import collator_for, why_padded
 from atomtune.model.loss import innermost, target_nats
 
@@ -45,6 +46,7 @@ class PrefixSharing:
 
         labels  -100 at each token that is not learned, as transformers has them; without labels all are learned
         attention_mask  0 at padding, which is taken out
+        seq_lengths  of a row that was packed (TRL), the lengths of its examples, which are laid out one by one again
         The batch's own `labels` [1 + N] are for the Trainer, which counts the targets of a step by them.
         """
         laid = self.collator(examples)
@@ -56,9 +58,20 @@ class PrefixSharing:
     ) -> torch.Tensor:
         """Mean nats per learned token, of this batch or of all that make a step.
 
-        num_items_in_batch  learned tokens in all batches of the step (the Trainer hands it over); else this batch's
+        num_items_in_batch  learned tokens in all batches of the step (the Trainer hands it over); else this batch's.
+            Of several processes whose gradients are averaged it counts all tokens, so their loss is to be multiplied
+            by the number of processes, as the Trainer does with its own.
+        Raises BadSettings where NEFTune's noise would be that of a row and not of each example.
         """
-        device = innermost(model).get_input_embeddings().weight.device
+        embedding = innermost(model).get_input_embeddings()
+        if self.layout == "tree" and embedding.training and getattr(embedding, "neftune_noise_alpha", None):
+            raise BadSettings(
+                [
+                    "neftune_noise_alpha: its noise is drawn for each example, by the length of its row, which shared "
+                    "beginnings do not have. Leave it out, or train without share_prefixes."
+                ]
+            )
+        device = embedding.weight.device
         nats, count = target_nats(model, send_to_device(dict(batch), device))
         targets = count if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=nats.device)
         return nats / targets.clamp(min=1)
@@ -75,11 +88,28 @@ def share_prefixes(model: nn.Module) -> PrefixSharing:
     config = innermost(model).config.get_text_config()
     # Padding is masked by its place, so any token will do.
     pad_id = getattr(config, "pad_token_id", None) or 0
-    collator = collator_for(model, layout, pad_id=pad_id, as_examples=_as_example)  # type: ignore[arg-type]
+    collator = collator_for(model, layout, pad_id=pad_id, as_examples=_as_examples)  # type: ignore[arg-type]
     return PrefixSharing(collator.layout, reason, collator)
 
 
-def _as_example(values: Mapping[str, Any]) -> tuple[Example]:
+def _as_examples(values: Mapping[str, Any]) -> tuple[Example, ...]:
+    """The examples of one row: itself, or those that were packed into it. Raises BadData where it is no such row."""
+    if "seq_lengths" not in values:
+        return (_as_example(values),)
+    lengths = [int(length) for length in values["seq_lengths"]]
+    if sum(lengths) != len(values["input_ids"]):
+        raise BadData(
+            f"A packed row has {len(values['input_ids'])} input_ids and seq_lengths of {sum(lengths)} tokens."
+        )
+    columns = [name for name in ("input_ids", "labels", "attention_mask") if name in values]
+    ends = accumulate(lengths)
+    return tuple(
+        _as_example({name: values[name][end - length : end] for name in columns})
+        for length, end in zip(lengths, ends, strict=True)
+    )
+
+
+def _as_example(values: Mapping[str, Any]) -> Example:
     """`input_ids` and `labels` as ids and how often each is learned. Raises BadData where they are of no one text."""
     ids = [int(token) for token in values["input_ids"]]
     labels = [int(label) for label in values.get("labels", ids)]
@@ -99,4 +129,4 @@ def _as_example(values: Mapping[str, Any]) -> tuple[Example]:
         # Nothing stands before the first token, so nothing predicts it; transformers' shift leaves it out too.
         learn.append(int(label != IGNORED and len(kept_ids) > 0))
         kept_ids.append(token)
-    return (Example(tuple(kept_ids), tuple(learn), "own loop"),)
+    return Example(tuple(kept_ids), tuple(learn), "own loop")

@@ -8,12 +8,23 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from atomtune.cli import main
 from atomtune.errors import BadModel
-from atomtune.model.adapter import LoraSpec, answering_as, load_another, load_trained, new_adapter, start_from_weights
+from atomtune.model.adapter import (
+    LoraSpec,
+    answering_as,
+    fill_again,
+    left_out_by_peft,
+    load_another,
+    load_trained,
+    new_adapter,
+    start_from_weights,
+)
 from atomtune.model.adapter_folder import base_of
 from atomtune.model.load import BaseSpec, load_base
+from tests.tiny import SIZE
 
 CPU = torch.device("cpu")
 LORA = LoraSpec(rank=4, alpha=8, dropout=0.0, targets=["q_proj", "v_proj"])
@@ -116,6 +127,14 @@ def test_biases_that_an_adapter_trained_are_the_bases_own_without_it(models, tmp
     assert torch.equal(logits_of(goes_on), alone["default"])
 
 
+def test_an_adapter_beside_one_with_token_rows_is_refused_and_not_a_bug(models, saved, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5], task_type="CAUSAL_LM")
+    get_peft_model(base(models), config).save_pretrained(folder)
+    with pytest.raises(BadModel, match="rows of single tokens"):
+        load_another(load_trained(base(models), folder), saved, "second")
+
+
 def gpt2(models):
     return load_base(BaseSpec(path=str(models("gpt2")), dtype=torch.float32, device=CPU))
 
@@ -123,6 +142,44 @@ def gpt2(models):
 @torch.no_grad()
 def logits_of(model) -> torch.Tensor:
     return model.eval()(input_ids=torch.arange(3, 15)[None]).logits
+
+
+LAGUNA = {
+    **{**SIZE, "head_dim": 8, "sliding_window": 16, "vocab_size": 97, "num_experts": 4, "num_experts_per_tok": 2},
+    **{"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "pad_token_id": None},
+}
+
+
+@pytest.mark.skipif("laguna" not in CONFIG_MAPPING, reason="transformers does not have it")
+def test_what_peft_renames_where_nothing_is_to_be_renamed_is_loaded_all_the_same(tmp_path):
+    # PEFT makes of `shared_experts` what no layer is called, and leaves three layers as they were initialized.
+    def laguna():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model("laguna", **LAGUNA))
+
+    model = new_adapter(laguna(), LoraSpec(rank=4, alpha=8, dropout=0.0, targets=["all-linear"]))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(tmp_path)
+    expected = logits_of(model)
+    assert torch.equal(logits_of(load_trained(laguna(), tmp_path)), expected)
+    lora = LoraSpec(rank=4, alpha=8, dropout=0.0, targets=["all-linear"])
+    file = tmp_path / "adapter_model.safetensors"
+    goes_on = start_from_weights(laguna(), file, lora, notice=lambda _: None)
+    assert torch.equal(logits_of(goes_on), expected)
+    for weight in goes_on.parameters():
+        if weight.requires_grad:
+            weight.data += 1
+    fill_again(goes_on, tmp_path)  # a run's best checkpoint, at its end
+    assert torch.equal(logits_of(goes_on), expected)
+
+    assert all("shared_experts" in layer for layer in left_out_by_peft(model))
+    assert torch.equal(logits_of(model), expected), "to ask changes nothing"
+
+
+def test_of_other_models_peft_leaves_nothing_out(models):
+    assert left_out_by_peft(new_adapter(base(models), LORA)) == []
 
 
 @pytest.mark.parametrize("use", ["to answer", "beside another"])

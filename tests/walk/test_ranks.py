@@ -48,6 +48,16 @@ def test_two_ranks_give_the_run_of_one(models, dialogues, tmp_path):
 
 
 @pytest.mark.slow
+def test_records_that_come_once_more_for_whole_batches_are_said(models, dialogues, tmp_path):
+    command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--use_cpu"]
+    command += ["--max_steps", "1", "--eval_size", "0", "--per_device_train_batch_size", "3"]
+    ranks = _two_ranks([*command, "--output_dir", str(tmp_path / "out")], tmp_path)
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    notices = json.loads((tmp_path / "out" / "run.json").read_text())["notices"]
+    assert any("2 of 40 records come once more at the end of each epoch" in notice for notice in notices)
+
+
+@pytest.mark.slow
 def test_two_ranks_share_a_stream(models, dialogues, tmp_path):
     # Each reads all of it and takes its part of each batch; catches a rank that trains on what the other does.
     command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--use_cpu"]

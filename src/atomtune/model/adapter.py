@@ -268,6 +268,32 @@ def _fill(model: PeftModel, weights: Mapping[str, torch.Tensor], file: Path, ada
     if problems:
         raise BadModel(f"{file} does not fit this base and these LoRA settings:\n{listing(sorted(problems))}")
     set_peft_model_state_dict(model, dict(weights), adapter_name=adapter)
+    # PEFT rewrites names as transformers does those of a base's files, and passes over what then fits nothing: a name
+    # that is right already may become another. Laguna's shared_experts do, by a rule for `shared_expert.` whose point
+    # stands for any letter.
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)  # no copy of the model's: its own memory
+
+
+def fill_again(model: PeftModel, folder: Path) -> None:
+    """Every tensor of a checkpoint in place of what the adapter has. Raises BadModel where one does not fit."""
+    file = folder / WEIGHTS
+    _fill(model, read_weights(file), file)
+
+
+@torch.no_grad()
+def left_out_by_peft(model: PeftModel) -> list[str]:
+    """The layers whose tensors PEFT itself passes over where it loads this adapter, as other programs have it do."""
+    own = adapter_tensors(model)
+    before = {name: tensor.clone() for name, tensor in own.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        set_peft_model_state_dict(model, {name: tensor + 1 for name, tensor in before.items()})
+    left_out = {module_of(name) for name, tensor in own.items() if torch.equal(tensor, before[name])}
+    for name, tensor in own.items():
+        tensor.copy_(before[name])
+    return sorted(left_out)
 
 
 def load_trained(base: CausalLM, folder: Path) -> PeftModel:
@@ -285,8 +311,14 @@ def load_another(model: PeftModel, folder: Path, name: str) -> None:
     file, config, weights = _saved(model.get_base_model(), folder)
     with _fitting(folder):
         model.add_adapter(name, config)
-    _keep_biases_of_base(model, name)
-    _fill(model, weights, file, name)
+    try:
+        _keep_biases_of_base(model, name)
+        _fill(model, weights, file, name)
+    except KeyError as error:  # PEFT looks for rows of this adapter too
+        raise BadModel(
+            f"{folder} cannot be loaded beside an adapter that trained rows of single tokens: PEFT does not keep them "
+            "apart. Use one after the other."
+        ) from error
 
 
 def _keep_biases_of_base(model: PeftModel, adapter: str = "default") -> None:

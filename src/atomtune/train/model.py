@@ -4,16 +4,18 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import peft
 import torch
 
 from atomtune.choices import Layout
-from atomtune.errors import BadSettings
+from atomtune.errors import BadSettings, listing
 from atomtune.language import translated
 from atomtune.model import liger, trial
 from atomtune.model.adapter import (
     LoraSpec,
     adapter_tensors,
     expert_tensors,
+    left_out_by_peft,
     new_adapter,
     parameter_counts,
     start_from_weights,
@@ -75,12 +77,19 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
         trust_remote_code=run.settings.model.trust_remote_code,
     )
     _say_size(run, model, device, dtype)
+    is_divided = bool(run.args.fsdp or run.args.deepspeed)  # they take the weights out of the layers between calls
+    if not is_divided and (left_out := left_out_by_peft(model)):
+        run.console.notice(
+            f"PEFT {peft.__version__} itself leaves out {len(left_out):,} adapted layers of this model where it loads "
+            f"the adapter: {listing(left_out, 2)}. atomtune's own commands have them; for other programs, merge the "
+            "adapter or name other layers with --lora_targets."
+        )
     if why := why_not_merged(model):
         run.console.notice(
             f"this adapter cannot be merged: {why}. chat, serve and evaluate load it beside its base; --lora_targets "
             "names other layers."
         )
-    if not (run.args.fsdp or run.args.deepspeed):  # they take the weights out of the layers between calls
+    if not is_divided:
         embeddings: Any = base.get_input_embeddings()
         two_tokens = torch.zeros(1, 2, dtype=torch.long, device=embeddings.weight.device)
         fuse_layers(model, input_ids=two_tokens)

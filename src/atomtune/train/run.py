@@ -188,6 +188,7 @@ def _run(run: RunContext, began: float) -> None:
     _refuse_unused_settings(run, trainer)
     _say_length(run, data)
     _say_worst(run)
+    _say_two_averages(run)
     if run.args.should_save:
         check_space(run, trainer.model, prepared.tokenizer)
 
@@ -344,6 +345,17 @@ def _say_changed_length(run: RunContext) -> None:
         )
 
 
+def _say_two_averages(run: RunContext) -> None:
+    """Say where an optimizer that averages the weights has a learning rate that falls as well."""
+    optimizer, schedule = (str(getattr(name, "value", name)) for name in (run.args.optim, run.args.lr_scheduler_type))
+    if optimizer.startswith("schedule_free") and not schedule.startswith("constant"):
+        run.console.notice(
+            f"--optim {optimizer} averages the weights in place of a learning rate that falls, and "
+            f"--lr_scheduler_type {schedule} lets it fall as well: late steps count for little. "
+            "--lr_scheduler_type constant is what it is made for."
+        )
+
+
 def _say_worst(run: RunContext) -> None:
     if run.args.load_best_model_at_end and run.args.greater_is_better:
         run.console.notice(
@@ -362,6 +374,12 @@ def _say_length(run: RunContext, data: Data) -> None:
         per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
         epochs = "1 epoch" if args.num_train_epochs == 1 else f"{args.num_train_epochs:g} epochs"
         run.console.say(f"\nTraining: {steps:,} steps of {min(per_step, records):,} records, {epochs} of {records:,}.")
+    repeated = -records % (args.per_device_train_batch_size * args.world_size)
+    if args.world_size > 1 and repeated and args.accelerator_config.even_batches and not args.dataloader_drop_last:
+        run.console.notice(
+            f"{repeated:,} of {records:,} records come once more at the end of each epoch, so that all "
+            f"{args.world_size} processes have whole batches; one process alone would not repeat them."
+        )
     warmup = args.get_warmup_steps(steps)
     if warmup >= steps:
         run.console.notice(

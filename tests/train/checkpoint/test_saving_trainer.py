@@ -112,6 +112,15 @@ def test_what_is_saved_is_the_average_and_is_what_was_evaluated(models, dialogue
         assert sums(adapter(checkpoint).values()) == sums(averages(checkpoint)), checkpoint.name
 
 
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_a_rate_that_falls_beside_it_is_said(models, dialogues, tmp_path, evaluated, schedule):
+    words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--max_steps", "1"]
+    words += ["--output_dir", str(tmp_path), "--optim", "schedule_free_sgd", "--lr_scheduler_type", schedule]
+    assert main([*words, "--eval_size", "0"]) == 0
+    notices = json.loads((tmp_path / "run.json").read_text())["notices"]
+    assert any("lets it fall as well" in notice for notice in notices) == (schedule == "linear")
+
+
 def test_an_adapter_without_checkpoints_is_the_average(models, dialogues, tmp_path, evaluated):
     train(
         models("llama"), dialogues, tmp_path / "none", "--max_steps", "6", "--save_strategy", "no", "--eval_size", "0"

@@ -15,7 +15,7 @@ from transformers.trainer_callback import ExportableState
 
 from atomtune.disk import disk_failed, identity_of, new_folder, write_text
 from atomtune.errors import BadModel, RunFailed, listing
-from atomtune.model.adapter import refuse_not_finite, refuse_unlike
+from atomtune.model.adapter import fill_again, refuse_not_finite, refuse_unlike
 from atomtune.model.adapter_folder import AdapterMetadata
 from atomtune.train.checkpoint.atomic import checkpoints, damage, rotate, seal, staged
 from atomtune.train.checkpoint.start import STATE, step_of
@@ -185,6 +185,8 @@ class SavingTrainer(Trainer):
                 "Without --load_best_model_at_end the run ends with the last step's adapter (add --resume)."
             )
         super()._load_best_model()
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            fill_again(self.accelerator.unwrap_model(self.model), best)  # PEFT may pass over some tensors
 
     # Private: the adapter came with the model (train.model), on every rank, checked tensor by tensor.
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
