@@ -229,7 +229,7 @@ def _draw(compared: Sequence[Run], path: Path) -> None:
     try:
         draw(compared, path)
     except OSError as error:
-        raise BadSettings([f"--plot {path}: cannot be written there: {error.strerror}. Name another place."]) from None
+        raise BadSettings([f"--plot {path}: cannot be written there: {error.strerror}. Use another path."]) from None
 
 
 def draw(compared: Sequence[Run], path: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_refused_record_stands_beside_its_reason(base, troubled, capsys):
 
 def test_a_template_of_another_tokenizer_is_said(base, troubled, capsys):
     _, out, _ = inspected(capsys, troubled, "--model_path", base, "--template", "chatml")
-    assert "<|im_end|>, <|im_start|> of this template are text to this tokenizer" in out
+    assert "<|im_end|>, <|im_start|> of this template are plain text to this tokenizer" in out
     _, out, _ = inspected(capsys, troubled, "--model_path", base)
     assert "text to this tokenizer" not in out
 
@@ -214,7 +214,7 @@ def test_a_file_of_which_nothing_can_be_used_is_reported_too(base, tmp_path, cap
     assert "2 read = 0 used + 2 refused" in err
     # No empty tables, here and on the page: the ledger, and what is wrong.
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    for title in ("Lengths", "Shared beginnings", "Writing", "Which max_seq_length"):
+    for title in ("Lengths", "Shared prefixes", "Writing", "Which max_seq_length"):
         assert title not in err and title not in page.partition("</main>")[0]
     assert "bad.jsonl:2  instruction and input are both empty" in err
     assert err.endswith("bad.jsonl: none of 2 records can be used. Mend those above.\n")

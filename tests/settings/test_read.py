@@ -122,8 +122,8 @@ def test_a_renamed_setting_is_renamed_to_one_that_exists():
 def test_a_name_of_older_versions_is_told_its_new_one(run_yaml, old, new):
     (flag,) = problems(f"--{old}", "1")
     (line,) = yaml_problems(run_yaml, f"seed: 1\n{old}: 1\n")
-    assert flag.startswith(f"--{old}: gone") and new in flag
-    assert line.startswith(f"run.yaml:2: {old}: gone") and new.removeprefix("--") in line
+    assert flag.startswith(f"--{old}: removed") and new in flag
+    assert line.startswith(f"run.yaml:2: {old}: removed") and new.removeprefix("--") in line
 
 
 @pytest.mark.parametrize(
@@ -584,7 +584,7 @@ def test_a_folder_of_a_model_in_a_locale_of_another_encoding(monkeypatch):
 
 
 def test_a_text_that_is_no_utf_8_is_refused():
-    with pytest.raises(BadSettings, match="half a character"):
+    with pytest.raises(BadSettings, match="an incomplete character"):
         read("chat", ["--adapter_path", "caf\udce9", "--prompt", "caf\udce9"])
 
 
