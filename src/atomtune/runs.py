@@ -96,7 +96,7 @@ def runs(settings: RunsSettings) -> int:
 
 def _run_in(folder: Path) -> Run:
     if not (folder / RECORD).exists():
-        raise BadSettings([f"{folder / RECORD}: there is no such file. Pass the output folder of a run."])
+        raise BadSettings([f"{folder / RECORD}: no such file. Pass the output folder of a run."])
     return Run.of(folder)
 
 

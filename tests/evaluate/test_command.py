@@ -102,7 +102,7 @@ def test_the_loss_is_that_of_a_run_on_a_quantized_base(trained_in_nf4, tmp_path,
     assert "the base is held in nf4, as it was in training" in capsys.readouterr().out
     assert report_in(tmp_path)["models"]["out"]["nats_per_token"][0] == approx(of_run, rel=1e-4)
     assert evaluate(*words, "--stored_base") == 0
-    assert "is as it is stored here (--stored_base)" in capsys.readouterr().out
+    assert "is used as it is stored here (--stored_base)" in capsys.readouterr().out
     assert report_in(tmp_path)["models"]["out"]["nats_per_token"][0] != approx(of_run, rel=1e-4)
     assert evaluate(*words, "--stored_base", "--quantize", "int8") == 2
     assert "contradict each other" in capsys.readouterr().err

@@ -206,7 +206,7 @@ def test_before_the_first_step_nothing_is_saved_and_that_is_said(models, dialogu
     monkeypatch.setattr(model, "load_base", while_loading)
     assert main(command(models("llama"), dialogues, out, "--max_steps", "2")) == 75
     said = capsys.readouterr().err
-    assert "SIGTERM received; stopped at once, there is no checkpoint yet" in said
+    assert "SIGTERM received; stopped at once. There is no checkpoint yet" in said
     assert record(out)["status"] == "preempted"
     monkeypatch.undo()
     assert main(command(models("llama"), dialogues, out, "--max_steps", "2", "--resume")) == 0
@@ -226,7 +226,7 @@ def test_a_second_signal_leaves_at_once_and_names_what_is_kept(models, dialogues
     monkeypatch.setattr(trainer_module, "target_nats", twice)
     assert main(command(models("llama"), dialogues, out, "--max_steps", "9", "--layout", "padded")) == 75
     said = capsys.readouterr().err
-    assert "stopped at once, the last whole checkpoint is" in said
+    assert "stopped at once. The last complete checkpoint is" in said
     assert "checkpoint-2" in said
     assert record(out)["status"] == "preempted"
 
@@ -374,5 +374,5 @@ def test_every_file_of_a_checkpoint_damaged_in_turn_is_passed_over(models, dialo
         assert main(command(base, dialogues, out, "--max_steps", "4", "--save_steps", "2", "--resume")) == 0
         said = " ".join(capsys.readouterr().out.split())
         assert "checkpoint-4 is skipped" in said, name
-        assert "Going on from" in said
+        assert "Resuming from" in said
         same_run(out, whole)

@@ -69,7 +69,7 @@ def sweep_into_folder(settings: SweepSettings, console: Console) -> tuple[Path, 
             name = stop.args[0] if stop.args else "SIGINT"
             raise Stopped(
                 f"{name} received; {done} of {search.total} trials are done and kept."
-                f"\nThe same command with --resume goes on with the others (--output_dir {folder})."
+                f"\nThe same command with --resume continues with the others (--output_dir {folder})."
             ) from None
         sweep = replace(sweep, status="finished")
         write_sweep(folder, sweep)
@@ -86,7 +86,7 @@ def _folder(settings: SweepSettings) -> Path:
     if chosen:
         return Path(chosen)
     if settings.train.run.resume:
-        raise BadSettings(["--resume needs the --output_dir of the sweep that is to go on."])
+        raise BadSettings(["--resume needs the --output_dir of the sweep to continue."])
     return numbered(Path("runs") / f"sweep-{Path(settings.train.data.dataset_paths[0]).stem}")
 
 
@@ -100,7 +100,7 @@ def _begin(settings: SweepSettings, folder: Path, console: Console) -> tuple[Swe
     else:
         if not settings.train.run.resume:
             raise BadSettings(
-                [f"{folder} already holds a sweep. --resume goes on with it; another --output_dir starts a new one."]
+                [f"{folder} already holds a sweep. --resume continues it; another --output_dir starts a new one."]
             )
         _refuse_other_settings(settings, before)
         sweep = replace(before, tried=dict(settings.tried) or before.tried)
@@ -115,11 +115,11 @@ def _refuse_other_settings(settings: SweepSettings, before: Sweep) -> None:
     names = sorted(name for name in shared.keys() | before.shared.keys() if shared.get(name) != before.shared.get(name))
     problems = [
         f"--{name} was {before.shared.get(name, 'not set')} when the sweep began and is {shared.get(name, 'not set')} "
-        "now. Pass what it was, or another --output_dir."
+        "now. Use the old value, or another --output_dir."
         for name in names
     ]
     if settings.trials and settings.tried and dict(settings.tried) != dict(before.tried):
-        problems.append("--try differs from what it was when the sweep began. Leave it out, or pass what it was.")
+        problems.append("--try differs from what it was when the sweep began. Leave it out, or use the old value.")
     if problems:
         raise BadSettings(problems)
 
@@ -141,7 +141,7 @@ def _planned(settings: SweepSettings, folder: Path, console: Console) -> Sweep:
     if not held_out and not settings.train.data.eval_path:
         raise UserError(
             "A sweep compares trials by the loss of held-out records, and there are too few records to hold some out "
-            "by itself. Pass --eval_size N, or --eval_path FILE."
+            "automatically. Pass --eval_size N, or --eval_path FILE."
         )
     if not tried or settings.trials:
         tried = {**_usual(settings, float(forecast["learning_rate"])), **tried}
@@ -232,10 +232,10 @@ def _say_beginning(sweep: Sweep, search: Search, folder: Path, console: Console)
     if sweep.seconds_expected:
         left = (search.total - done) * sweep.seconds_expected
         text += translated(
-            f": about {_duration(sweep.seconds_expected)} each and {_duration(left)} in all; evaluating and saving "
-            "come on top"
+            f": about {_duration(sweep.seconds_expected)} each and {_duration(left)} in all; evaluation and saving "
+            "are extra"
         )
-    console.say(translated(f"{text}. Ctrl-C keeps what is done; --resume goes on.\n"))
+    console.say(translated(f"{text}. Ctrl-C keeps what is done; --resume continues.\n"))
 
 
 def _run_trials(sweep: Sweep, search: Search, folder: Path, console: Console) -> Sweep:
@@ -305,7 +305,7 @@ def _say_trial(sweep: Sweep, trial: Trial, search: Search, console: Console, *, 
         case "pruned":
             text = "stopped early: clearly behind the others"
         case "stopped":
-            text = "stopped from outside; --resume goes on with it"
+            text = "stopped from outside; --resume continues it"
         case _:
             text = f"failed: {trial.reason}"
     seconds = [other.seconds for other in sweep.trials if other.seconds]

@@ -77,8 +77,8 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
     _say_size(run, model, device, dtype)
     if why := why_not_merged(model):
         run.console.notice(
-            f"this adapter cannot be merged: {why}. chat, serve and evaluate load it beside its base; --lora_targets "
-            "names other layers."
+            f"this adapter cannot be merged: {why}. chat, serve and evaluate load it together with its base; "
+            "--lora_targets names other layers."
         )
     if not (run.args.fsdp or run.args.deepspeed):  # they take the weights out of the layers between calls
         embeddings: Any = base.get_input_embeddings()

@@ -54,8 +54,8 @@ def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
     if args.torch_compile:
         # torch's compiler cannot follow the attention over rows, and every batch has another length.
         problems.append(
-            "--torch_compile: rows of many records cannot be compiled, and padded ones would be compiled anew for each "
-            "new length. Leave it out."
+            "--torch_compile: rows of many records cannot be compiled, and padded ones would be compiled again for "
+            "each new length. Leave it out."
         )
     if problems:
         raise BadSettings(problems)

@@ -347,7 +347,7 @@ def _say_changed_length(run: RunContext) -> None:
 def _say_worst(run: RunContext) -> None:
     if run.args.load_best_model_at_end and run.args.greater_is_better:
         run.console.notice(
-            "--greater_is_better true keeps the worst checkpoint: of a loss and a perplexity, less is better."
+            "--greater_is_better true keeps the worst checkpoint: for a loss and a perplexity, lower is better."
         )
 
 
@@ -369,8 +369,8 @@ def _say_length(run: RunContext, data: Data) -> None:
     warmup = args.get_warmup_steps(steps)
     if warmup >= steps:
         run.console.notice(
-            f"the learning rate grows over the first {warmup:,} steps (--warmup_steps), and the run has {steps:,}: it "
-            f"never reaches {args.learning_rate:g}."
+            f"the learning rate warms up over the first {warmup:,} steps (--warmup_steps), and the run has {steps:,}: "
+            f"it never reaches {args.learning_rate:g}."
         )
     passes = args.max_steps / max(steps_an_epoch, 1)  # a step takes no record twice
     if passes > MANY_PASSES:

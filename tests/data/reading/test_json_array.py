@@ -70,7 +70,7 @@ def test_on_one_line_a_value_is_named_by_its_number():
         (b'[\n{"a": 1}\n\n{"b": 1}]', 4, "expected a comma"),
         (b'[\n{"a": 1},\n"caf\xe9"]', 3, "not UTF-8 at byte 17"),
         (b'[\n{"a": 1},\n"\xe4\xbd', 3, "not UTF-8 at byte 14"),
-        (b'[\n{"a": NaN}]', 2, "NaN is no JSON value"),
+        (b'[\n{"a": NaN}]', 2, "NaN is not a JSON value"),
         (b"[1]\n\n[2]", 1, "text after the end"),
     ],
 )

@@ -154,7 +154,7 @@ def test_bytes_of_no_known_encoding_are_not_called_gbk(tmp_path):
 def test_a_pretty_printed_object_is_told_that_a_record_is_a_line(tmp_path):
     # Catches a refusal for each of its lines, a thousand for a file that one command mends.
     path = written(tmp_path, b"\n".join(json.dumps(value, indent=2).encode() for value in (HELLO, BYE)))
-    with pytest.raises(BadData, match=r"train\.jsonl:1: an object over several lines; one record a line") as raised:
+    with pytest.raises(BadData, match=r"train\.jsonl:1: an object over several lines; expected one record per line") as raised:
         list(read_values(path))
     assert f"jq -c '.' {path} > NEW.jsonl" in str(raised.value)
 
@@ -168,7 +168,7 @@ def test_records_in_a_list_under_a_key_are_told_with_the_key(tmp_path):
 
 
 def test_a_pattern_that_no_shell_expanded_is_told_from_a_missing_file(tmp_path):
-    with pytest.raises(BadData, match="Patterns are for the shell"):
+    with pytest.raises(BadData, match="Patterns are expanded by the shell"):
         list(read_values(tmp_path / "*.jsonl"))
 
 
@@ -389,8 +389,8 @@ def test_an_archive_that_is_not_read_is_named(tmp_path, content, kind):
             b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
             "a git-lfs pointer.*\nFetch the files",
         ),
-        (b"\xef\xbb\xbf\n<!DOCTYPE html><title>Sign in</title>", "a page of the web"),
-        (b"<HTML>404", "a page of the web"),
+        (b"\xef\xbb\xbf\n<!DOCTYPE html><title>Sign in</title>", "a web page"),
+        (b"<HTML>404", "a web page"),
     ],
 )
 @pytest.mark.parametrize("name", ["train.jsonl", "train.parquet", "train.csv"])
