@@ -189,7 +189,7 @@ def test_a_resume_that_is_refused_leaves_the_record_of_the_run(whole, tmp_path):
     assert json.loads((out / "run.json").read_text()) == record
 
 
-@pytest.mark.parametrize("way", ["an older checkpoint", "only its weights"])
+@pytest.mark.parametrize("way", ["an older checkpoint", "weights alone"])
 def test_two_runs_are_not_mixed_in_one_folder(whole, tmp_path, capsys, way):
     # The newest checkpoint would be the other run's, and a later --resume would take it.
     base, data, undisturbed = whole

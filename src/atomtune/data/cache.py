@@ -270,8 +270,8 @@ def encoded(
         if tripped := trial(each_record, seconds=seconds, each_place=True):
             raise BadData(
                 f"{tripped.at}: encoding this record {tripped.words}.\nThe chat template, or a pattern in the model's "
-                "tokenizer.json, does not finish on its text. Remove the record, or use the template and the "
-                "tokenizer that were published with the model."
+                "tokenizer.json, does not finish on its text. Remove the record, or use the template and the tokenizer "
+                "that were published with the model."
             )
 
     workers = workers_here()

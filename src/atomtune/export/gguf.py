@@ -36,8 +36,8 @@ def refuse_unknown_architecture(model_path: str, *, trust_remote_code: bool) -> 
     except (NotImplementedError, IndexError):
         class_name = names[0] if names else f"of type {config.model_type}"
         raise BadModel(
-            f"{model_path}: the GGUF converter does not support the model class {class_name}. "
-            "`atomtune merge` writes a folder that transformers and vLLM serve."
+            f"{model_path}: the GGUF converter does not support the model class {class_name}. `atomtune merge` writes "
+            "a folder that transformers and vLLM serve."
         ) from None
 
 

@@ -32,8 +32,8 @@ def weighted(folders: Sequence[str], weights: Sequence[float]) -> tuple[Weighted
         there = f"{len(weights)} numbers" if weights else "missing"
         raise BadSettings(
             [
-                f"--weights: {there} for {len(folders)} adapters. Pass one per adapter: 0.5 0.5 is the mean of two, "
-                "1 1 their sum."
+                f"--weights: {there} for {len(folders)} adapters. Pass one per adapter: 0.5 0.5 is the mean of two, 1 "
+                "1 their sum."
             ]
         )
     if len(set(folders)) != len(folders):

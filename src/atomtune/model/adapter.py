@@ -317,8 +317,8 @@ def refuse_unlike(folder: Path, model: PeftModel) -> None:
     unlike += sorted(written.keys() - own.keys())
     if unlike:
         raise RunFailed(
-            f"{folder / WEIGHTS} does not hold what was written (first difference: {unlike[0]}).\nThe "
-            "disk may be failing; --resume continues from the last complete checkpoint."
+            f"{folder / WEIGHTS} does not hold what was written (first difference: {unlike[0]}).\nThe disk may be "
+            "failing; --resume continues from the last complete checkpoint."
         )
 
 

@@ -9,8 +9,8 @@ def of_the_model(error: BaseException) -> AtomtuneError | None:
     """What such a failure is told as; None for any other error."""
     if is_out_of_memory(error):
         return RunFailed(
-            "Out of memory. What helps, in order: --quantize nf4 (a quarter of the memory), "
-            "--dtype bfloat16, --device_map auto, shorter texts, a smaller model."
+            "Out of memory. What helps, in order: --quantize nf4 (a quarter of the memory), --dtype bfloat16, "
+            "--device_map auto, shorter texts, a smaller model."
         )
     if package := package_that_raised(error):
         return BadModel(
@@ -20,7 +20,7 @@ def of_the_model(error: BaseException) -> AtomtuneError | None:
     if package_that_raised(error, {"bitsandbytes": "bitsandbytes"}):
         return BadModel(
             f"bitsandbytes cannot compute this model's quantized weights on this machine. Its error:\n  {error}\n"
-            "Try the other --quantize value (nf4 or int8), or leave --quantize out (chat, web and evaluate: "
-            "pass --stored_base)."
+            "Try the other --quantize value (nf4 or int8), or leave --quantize out (chat, web and evaluate: pass "
+            "--stored_base)."
         )
     return None

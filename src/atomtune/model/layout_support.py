@@ -55,8 +55,8 @@ def collator_for(
     pad_id = with_row(model, pad_id)
     if layout == "padded" and (reason := trial.padding_difference(model, pad_id=pad_id)):
         raise BadModel(
-            f"This model's results depend on padding: {reason}.\nTraining "
-            "would not be on your records alone. Pass --model_path with another model."
+            f"This model's results depend on padding: {reason}.\nTraining would not be on your records alone. Pass "
+            "--model_path with another model."
         )
     return Collator(
         layout=layout,

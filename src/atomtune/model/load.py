@@ -177,8 +177,8 @@ def _refuse_what_ends_its_reader(file: Path) -> None:
     tripped = trial(lambda _say: Backend.from_file(str(file)))
     if tripped is not None and tripped.cause != "time":
         raise BadModel(
-            f"{file}: reading it crashed the process that tried it, so its parts do not "
-            "match.\nCopy the folder again, or use the tokenizer that was published with the model."
+            f"{file}: reading it crashed the process that tried it, so its parts do not match.\nCopy "
+            "the folder again, or use the tokenizer that was published with the model."
         )
 
 

@@ -80,8 +80,8 @@ class Talk:
         self._say_instruction()
         if typed:
             say(
-                "Enter sends, Alt+Enter starts a new line; Ctrl-C stops an answer, Ctrl-D ends the chat. "
-                "/help lists the commands."
+                "Enter sends, Alt+Enter starts a new line; Ctrl-C stops an answer, Ctrl-D ends the chat. /help lists "
+                "the commands."
             )
 
     def _say_instruction(self) -> None:

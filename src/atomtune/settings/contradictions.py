@@ -29,8 +29,8 @@ def _of_the_template(values: Mapping[str, Any]) -> Iterator[str]:
         variables = _object_in(text)
         if variables is None:
             yield (
-                f"--chat_template_kwargs {text[:_SHOWN]}: expected a JSON object, for example "
-                "--chat_template_kwargs '{\"enable_thinking\": false}'."
+                f"--chat_template_kwargs {text[:_SHOWN]}: expected a JSON object, for example --chat_template_kwargs "
+                "'{\"enable_thinking\": false}'."
             )
         elif not isinstance(variables.get("enable_thinking", True), bool):
             # A template takes "false", a text, for true.

@@ -130,8 +130,8 @@ def cache_notices(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
         folder = environment.get(name, "")
         if folder and not folder.startswith("~") and not Path(folder).is_absolute():
             yield (
-                f"{name} is the relative path {folder}: the cache is in {Path(folder).absolute()}, and a "
-                "command that is started elsewhere will not find it. Use an absolute path."
+                f"{name} is the relative path {folder}: the cache is in {Path(folder).absolute()}, and a command that "
+                "is started elsewhere will not find it. Use an absolute path."
             )
 
 

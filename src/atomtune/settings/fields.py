@@ -123,8 +123,8 @@ class RecordSettings:
     )
     max_seq_length: int | None = setting(
         None,
-        "maximum length of a record, in tokens; --overlength says what happens to longer ones; default: auto, "
-        "the longest record, limited by the base and the memory",
+        "maximum length of a record, in tokens; --overlength says what happens to longer ones; default: auto, the "
+        "longest record, limited by the base and the memory",
         at_least=SHORTEST_RECORD,
         unit="tokens",
     )
@@ -142,8 +142,8 @@ class RecordSettings:
     )
     layout: LayoutChoice = setting(
         "auto",
-        "how the records of a batch are laid out: tree computes shared prefixes once, packed puts records end to "
-        "end, padded pads them to the longest; auto takes the cheapest that gives the same result",
+        "how the records of a batch are laid out: tree computes shared prefixes once, packed puts records end to end, "
+        "padded pads them to the longest; auto takes the cheapest that gives the same result",
         rare=True,
     )
 
@@ -830,9 +830,9 @@ class SweepChoices:
 
     try_: list[str] = setting(
         [],
-        "values of a setting to try, for example learning_rate=1e-4,3e-4. With several of these, every combination "
-        "is tried. With --trials also a range, for example learning_rate=1e-5:1e-3. Default: the learning rate that "
-        "suits the base, a third of it and three times as much",
+        "values of a setting to try, for example learning_rate=1e-4,3e-4. With several of these, every combination is "
+        "tried. With --trials also a range, for example learning_rate=1e-5:1e-3. Default: the learning rate that suits "
+        "the base, a third of it and three times as much",
         value="NAME=A,B",
     )
     trials: int = setting(

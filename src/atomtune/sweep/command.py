@@ -232,8 +232,8 @@ def _say_beginning(sweep: Sweep, search: Search, folder: Path, console: Console)
     if sweep.seconds_expected:
         left = (search.total - done) * sweep.seconds_expected
         text += translated(
-            f": about {_duration(sweep.seconds_expected)} each and {_duration(left)} in all; evaluation and saving "
-            "are extra"
+            f": about {_duration(sweep.seconds_expected)} each and {_duration(left)} in all; evaluation and saving are "
+            "extra"
         )
     console.say(translated(f"{text}. Ctrl-C keeps what is done; --resume continues.\n"))
 

@@ -344,8 +344,8 @@ def _warn_of_rate(run: RunContext, own: float) -> None:
     rate = run.args.learning_rate
     if "adam" in run.args.optim and rate > FAR_TOO_HIGH * own:
         run.console.notice(
-            f"--learning_rate {rate:g} is {rate / own:,.0f} times the automatic value ({own:g}); the loss "
-            "will most likely rise. Leave the setting out, or lower it."
+            f"--learning_rate {rate:g} is {rate / own:,.0f} times the automatic value ({own:g}); the loss will most "
+            "likely rise. Leave the setting out, or lower it."
         )
 
 

@@ -145,8 +145,8 @@ class SkipNonFinite(TrainerCallback):
         earlier = f"{skipped} such steps were skipped before. " if skipped else ""
         raise RunFailed(
             f"{place}\n{earlier}The adapter on disk is the one of the last checkpoint. "
-            "Lower --learning_rate, pass --dtype bfloat16 (or float32) instead of float16, or skip up to N such "
-            "steps with --skip_nonfinite N."
+            "Lower --learning_rate, pass --dtype bfloat16 (or float32) instead of float16, or skip up to N such steps "
+            "with --skip_nonfinite N."
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -111,7 +111,7 @@ def explained(error: BaseException, args: TrainingArguments, *, again: str) -> B
 def _stopped_at_once(signal_name: str, newest_whole: Path | None, folder: Path, again: str) -> Stopped:
     if newest_whole is None:
         return Stopped(
-            f"{signal_name} received; stopped at once. There is no checkpoint yet, so nothing is kept.\nThe "
-            f"same command starts over (--output_dir {folder})."
+            f"{signal_name} received; stopped at once. There is no checkpoint yet, so nothing is kept.\nThe same "
+            f"command starts over (--output_dir {folder})."
         )
     return Stopped(f"{signal_name} received; stopped at once. The last complete checkpoint is {newest_whole}.\n{again}")

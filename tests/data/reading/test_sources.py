@@ -154,7 +154,9 @@ def test_bytes_of_no_known_encoding_are_not_called_gbk(tmp_path):
 def test_a_pretty_printed_object_is_told_that_a_record_is_a_line(tmp_path):
     # Catches a refusal for each of its lines, a thousand for a file that one command mends.
     path = written(tmp_path, b"\n".join(json.dumps(value, indent=2).encode() for value in (HELLO, BYE)))
-    with pytest.raises(BadData, match=r"train\.jsonl:1: an object over several lines; expected one record per line") as raised:
+    with pytest.raises(
+        BadData, match=r"train\.jsonl:1: an object over several lines; expected one record per line"
+    ) as raised:
         list(read_values(path))
     assert f"jq -c '.' {path} > NEW.jsonl" in str(raised.value)
 

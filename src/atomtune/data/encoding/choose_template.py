@@ -143,8 +143,8 @@ def probed(template: Template) -> Template:
     if tripped := tried_tokenizer(template.tokens):
         raise BadModel(
             f"{template.tokenizer.name_or_path}: the tokenizer {tripped.words} on a long run of {tripped.at!r}.\n"
-            "A pattern in its tokenizer.json backtracks without end. Use the tokenizer that was published with "
-            "the model."
+            "A pattern in its tokenizer.json backtracks without end. Use the tokenizer that was published with the "
+            "model."
         )
     if template.name not in TEMPLATES and (tripped := trial(lambda _say: _probed(template), seconds=_PROBE_SECONDS)):
         raise BadModel(

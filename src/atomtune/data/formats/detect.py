@@ -58,8 +58,8 @@ _LISTS = ("conversations", "messages")
 #: A spelling that is less like a key than this is another word.
 _LIKE = 0.75
 _PAIR_ALONE = (
-    "preference data (chosen, rejected) without a prompt. The chosen answers are learned if the record "
-    "also has an instruction, a prompt, messages or conversations, or if chosen is a list of messages"
+    "preference data (chosen, rejected) without a prompt. The chosen answers are learned if the record also has an "
+    "instruction, a prompt, messages or conversations, or if chosen is a list of messages"
 )
 
 

@@ -56,8 +56,7 @@ def _refuse_swollen(metadata: pyarrow.parquet.FileMetaData, name: str) -> None:
             if swollen and chunk.has_dictionary_page:
                 raise BadData(
                     f'{name}: column "{chunk.path_in_schema}" unpacks to more than {MOST_GROWTH} times its size, which '
-                    "no "
-                    "real data does. Write the file again without dictionaries if it is right."
+                    "no real data does. Write the file again without dictionaries if it is right."
                 )
 
 
@@ -247,6 +246,6 @@ def explained(path: Path, kind: str) -> Iterator[None]:
         # A name of a column may be no UTF-8, and a length in the file may ask for all memory there is.
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadData(
-            f"{path}: {kind} that cannot be read: {why.rstrip('.')}.\nThe file is damaged or incomplete: "
-            "download or write it again."
+            f"{path}: {kind} that cannot be read: {why.rstrip('.')}.\nThe file is damaged or incomplete: download or "
+            "write it again."
         ) from None

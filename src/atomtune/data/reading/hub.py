@@ -180,8 +180,8 @@ def _explained(name: str) -> Iterator[None]:
         if "scripts are no longer supported" not in str(error):
             raise
         raise BadData(
-            f"{name}: this dataset is built by a script of its own, which atomtune does not run. Pass a "
-            "version of it that is stored as Parquet or JSONL."
+            f"{name}: this dataset is built by a script of its own, which atomtune does not run. Pass a version of it "
+            "that is stored as Parquet or JSONL."
         ) from None
     except (DatasetsError, OSError, ValueError, pyarrow.ArrowException) as error:
         remedy = "\nName one of them: owner/name:configuration." if "onfig" in str(error) else ""

@@ -137,8 +137,8 @@ def _existing(source: Path | str) -> Path:
     if not path.exists():
         if any(sign in str(path) for sign in "*?["):
             raise BadData(
-                f"{path}: no such file. Patterns are expanded by the shell, but not in quotes or in a YAML "
-                "file: name the files one by one, or their folder."
+                f"{path}: no such file. Patterns are expanded by the shell, but not in quotes or in a YAML file: name "
+                "the files one by one, or their folder."
             )
         raise BadData(f"{path}: no such file. Pass the data file with --dataset_path.")
     if not path.is_file() and not path.is_dir():

@@ -64,8 +64,8 @@ class SavingTrainer(Trainer):
         folder = Path(self.args.output_dir)
         if self._folder_identity is not None and identity_of(folder) != self._folder_identity:
             raise RunFailed(
-                f"{folder} is not the folder this run started in: it was moved or replaced during the run. Nothing "
-                "was written into the new one. Find the old folder and continue there: --resume --output_dir "
+                f"{folder} is not the folder this run started in: it was moved or replaced during the run. Nothing was "
+                "written into the new one. Find the old folder and continue there: --resume --output_dir "
                 "OLD_FOLDER."
             )
 

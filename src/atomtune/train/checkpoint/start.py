@@ -153,8 +153,8 @@ def step_of(checkpoint: Path) -> int:
         return checked(checkpoint / STATE, TrainerState).global_step
     except BadModel as error:
         raise BadModel(
-            f"{error}\nUse another checkpoint, or only its weights: "
-            f"--continue_training --checkpoint {adapter_file(checkpoint)}"
+            f"{error}\nUse another checkpoint, or only its weights: --continue_training --checkpoint "
+            f"{adapter_file(checkpoint)}"
         ) from None
 
 
