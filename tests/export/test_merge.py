@@ -254,7 +254,7 @@ def test_other_kinds_of_adapters_are_merged_and_checked(models, tmp_path, capsys
     words = ["--adapter_path", str(adapter), "--output_dir", str(tmp_path / "m"), "--dtype", dtype]
     assert main(["merge", *words]) == 0, capsys.readouterr().err
     held_whole = "modules_to_save" in wanted or "trainable_token_indices" in wanted
-    assert ("come from the adapter" in capsys.readouterr().out) == held_whole
+    assert ("stored in full in the adapter" in capsys.readouterr().out) == held_whole
     if dtype == "float32":
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
         adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))

@@ -252,7 +252,7 @@ def _say_checked(weights: Weights, measures: Sequence[Measure], dtype: torch.dty
             "change. --dtype float32 keeps it."
         )
     if weights.whole:
-        console.say(f"{weights.whole:,} tensors come from the adapter, which stores them in full.")
+        console.say(f"{weights.whole:,} tensors are stored in full in the adapter, in place of the base's.")
     divergence = measures[0]
     console.say(
         f"Checked: {weights.adapted:,} adapted matrices are base + adapter, rounded once to {dtype_name(dtype)}, and "

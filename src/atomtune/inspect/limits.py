@@ -66,4 +66,4 @@ def require(allowed: Sequence[Allowance], findings: Mapping[Check, Finding], led
                 f"{allowance.name}: {count:,} of {read:,} records ({share:.2f} %); at most {allowance} allowed."
             )
     if failed:
-        raise CheckFailed(f"--fail_on: more was found than allowed:\n{listing(failed)}")
+        raise CheckFailed(f"more was found than --fail_on allows:\n{listing(failed)}")
