@@ -103,7 +103,7 @@ ABOUT = {
     "`atomtune certify` does. Ctrl-C stops it.",
     "sweep": "It takes every setting of `atomtune train` for all its trials, and --try for what varies between "
     "them. Each trial is a run in a folder of its own; all hold out the same records. --resume continues a sweep that "
-    "was stopped, and tries again what failed.",
+    "was stopped, and retries what failed.",
     "web": "The page streams answers, lets you stop an answer, edit a question and ask again, and shows the base's "
     "answer next to the tuned model's. It makes no external requests; Ctrl-C stops it.",
     "plan": "It takes every setting of `atomtune train`: write `plan` in place of `train`.",
