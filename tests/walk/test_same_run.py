@@ -338,7 +338,9 @@ def test_anyway_means_with_the_settings_now(models, dialogues, two_steps, tmp_pa
     out = Path(shutil.copytree(two_steps, tmp_path / "out"))
     flags = ["--max_steps", "4", "--learning_rate", "1e-3", "--weight_decay", "0.5", "--resume", "--resume_anyway"]
     assert main(command(models("llama"), dialogues, out, *flags)) == 0
-    assert "this is not the run that began (--resume_anyway). Changed: " in " ".join(capsys.readouterr().out.split())
+    assert "this is no longer the run that was started (--resume_anyway). Changed: " in " ".join(
+        capsys.readouterr().out.split()
+    )
     state = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["log_history"][-1]["learning_rate"] == pytest.approx(1e-3 * 2 / 4)
     optimizer = torch.load(out / "checkpoint-4" / "optimizer.pt", weights_only=True)

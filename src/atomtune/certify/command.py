@@ -275,7 +275,7 @@ def one_line(outcome: Outcome) -> str:
     return (
         f"{outcome.engine} ({outcome.version}) {verdict}: prompt ids {outcome.prompt_ids_equal}/{n}, log-probabilities "
         f"differ by {apart}, "
-        f"greedy text {outcome.greedy_equal}/{n}, nearer to tuned than to base {outcome.differs_from_base}/{n}, "
+        f"greedy text {outcome.greedy_equal}/{n}, closer to tuned than to base {outcome.differs_from_base}/{n}, "
         f"stops {outcome.stops}/{outcome.should_stop}."
     )
 

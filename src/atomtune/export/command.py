@@ -151,7 +151,7 @@ def _write_modelfile(settings: ExportSettings, adapter: Path, file: Path, consol
     # In a role template the shared instruction is the beginning of the user's text, not a system text.
     system = metadata.instruction if template.instruction_role == "system" else None
     if metadata.instruction and system is None:
-        console.notice("the training records share an instruction: begin the first message in Ollama with it.")
+        console.notice("the training records share an instruction: start the first message in Ollama with it.")
     try:
         text = modelfile(file, for_ollama, stops=template.stops or (template.stop,), system=system)
     except ValueError as error:

@@ -330,7 +330,7 @@ def _stopped(folder: Path) -> Sweep:
 def _refuse_nothing_finished(sweep: Sweep) -> None:
     if sweep.best is None:
         reasons = [f"  {trial.name} ({trial.words()}): {trial.reason or trial.status}" for trial in sweep.trials]
-        raise RunFailed("\n".join(["No trial finished:", *reasons, "Each trial's whole output is in trial-N.log."]))
+        raise RunFailed("\n".join(["No trial finished:", *reasons, "Each trial's full output is in trial-N.log."]))
 
 
 def _write_best(sweep: Sweep, folder: Path) -> None:

@@ -255,7 +255,7 @@ def _evaluations(derived: Derived, settings: TrainSettings, size: Size, *, steps
             raise BadSettings(
                 [
                     f"{asked} needs records to evaluate on: --eval_path or "
-                    f"--eval_size. Without them a run holds some out where it has {LEAST_TO_SPLIT} or more."
+                    f"--eval_size. Without them a run holds some out if it has {LEAST_TO_SPLIT} or more."
                 ]
             )
         derived.values["eval_strategy"] = "no"

@@ -147,10 +147,10 @@ def _hub_problems(args: TrainingArguments) -> Iterator[str]:
     try:
         HfApi().whoami(token=args.hub_token)
     except LocalTokenNotFoundError:
-        yield f"--push_to_hub: nobody is logged in to the hub here. hf auth login, or set HF_TOKEN. {later}"
+        yield f"--push_to_hub: not logged in to the hub. Run hf auth login, or set HF_TOKEN. {later}"
     except HfHubHTTPError as error:
         status = error.response.status_code
-        yield f"--push_to_hub: the hub at {endpoint} does not accept this login ({status}). hf auth login. {later}"
+        yield f"--push_to_hub: the hub at {endpoint} does not accept this login ({status}). Run hf auth login. {later}"
     except (OfflineModeIsEnabled, HTTPError, OSError):
         yield f"--push_to_hub: the hub at {endpoint} cannot be reached. {later}"
 

@@ -331,7 +331,9 @@ def _refuse_unused_settings(run: RunContext, trainer: LoraTrainer) -> None:
     if trainer.is_fsdp_enabled:
         plugin = trainer.accelerator.state.fsdp_plugin
         if plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
-            raise BadSettings(["--fsdp_config: an adapter is small and saved whole: state_dict_type FULL_STATE_DICT."])
+            raise BadSettings(
+                ["--fsdp_config: an adapter is small and saved in full: state_dict_type FULL_STATE_DICT."]
+            )
     if trainer.is_deepspeed_enabled and run.resumed:
         run.console.notice("DeepSpeed's own states hold pickles; resume from checkpoints of your own making only.")
 

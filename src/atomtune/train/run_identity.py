@@ -170,7 +170,7 @@ def refuse_another_run(run: RunContext, now: dict[str, Any]) -> None:
     if not changed:
         return
     if run.settings.run.resume_anyway:
-        console.notice(f"this is not the run that began (--resume_anyway). Changed: {'; '.join(changed)}.")
+        console.notice(f"this is no longer the run that was started (--resume_anyway). Changed: {'; '.join(changed)}.")
         return
     raise BadSettings(
         [

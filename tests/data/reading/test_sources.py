@@ -119,7 +119,7 @@ def test_a_broken_line_is_named_and_the_lines_around_it_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"a": }', "column 7: no value begins here"),
+        ('{"a": }', "column 7: a value is expected here"),
         ("{a: 1}", "column 2: a key in double quotes is expected here"),
         ('{"a" 1}', "column 6: a colon is expected here"),
         ('{"a": 1 "b": 2}', "column 9: a comma or a closing bracket is expected here"),

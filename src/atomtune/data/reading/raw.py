@@ -87,7 +87,7 @@ def is_deeper(value: object, levels: int) -> bool:
 
 #: What Python's reader of JSON says → what a person is told; some of it only from Python 3.13 on.
 _JSON_REASONS = {
-    "Expecting value": "no value begins here",
+    "Expecting value": "a value is expected here",
     "Expecting property name enclosed in double quotes": "a key in double quotes is expected here",
     "Expecting ':' delimiter": "a colon is expected here",
     "Expecting ',' delimiter": "a comma or a closing bracket is expected here",
