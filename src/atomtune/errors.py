@@ -23,7 +23,7 @@ class ExitCode(IntEnum):
 
 #: For `--help` and the guide.
 EXIT_CODE_MEANINGS = {
-    ExitCode.DONE: "success",
+    ExitCode.DONE: "the command succeeded",
     ExitCode.BUG: "a bug in atomtune",
     ExitCode.USER_MISTAKE: "a setting, a file or a model cannot be used; the message says what to change",
     ExitCode.RUN_FAILED: "the run failed: the loss is not finite, the disk is full, memory ran out, …",
