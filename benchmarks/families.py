@@ -533,19 +533,19 @@ VISION_LANGUAGE: dict[str, tuple[Values, Values]] = {
 LEFT_OUT: dict[str, str] = {
     "are encoder-decoders, which `train` refuses": """
         florence2 musicgen musicgen_melody pix2struct pp_formulanet t5gemma2 udop vision-encoder-decoder""",
-    "need an image, a sound or a state beside each text, which `train` says": """
+    "need an image, a sound or a state with each text, which `train` says": """
         blip blip-2 idefics instructblip instructblipvideo kosmos-2 kyutai_speech_to_text pi0 voxtral_realtime""",
-    "foretell tokens for another model and compute beside it alone, which `train` refuses": """
+    "predict tokens for another model and run only with it, which `train` refuses": """
         gemma4_assistant gemma4_unified_assistant""",
-    "reads from both sides, which `train` refuses": "diffusion_gemma",
-    "fails on padded rows where its config makes it causal, which `train` says": "xlnet",
-    "count padding in, which `train` refuses": "cpmant prophetnet",
+    "reads in both directions, which `train` refuses": "diffusion_gemma",
+    "fails on padded rows if its config makes it causal, which `train` says": "xlnet",
+    "depend on padding, which `train` refuses": "cpmant prophetnet",
     "has no layer that LoRA could adapt, which `train` says": "reformer",
     "fails in transformers 5.24 itself on a text, which `train` says (5.17 trains it; its text part has a row)": """
         llama4""",
     "speak, and their thinking half has a row": "qwen2_5_omni qwen3_omni_moe",
-    "does not write but sorts": "shieldgemma2",
-    "is listed, and has no automatic class": "evolla",
+    "classifies instead of writing": "shieldgemma2",
+    "is listed but has no automatic class": "evolla",
     "has the class of gpt2": "gpt-sw3",
     "was not built this small": "nemo_speechlm",
 }
@@ -780,17 +780,17 @@ def page(findings: Findings, *, beside: tuple[str, list[Finding]] | None = None)
         "`train` lays them out, and compared with",
         "one record at a time by plain transformers + PEFT. *Apart*: loss (relative), worst log-probability, worst "
         "gradient of an adapter matrix (relative L2 norm).",
-        "*Noise*: that gradient between two plain runs (another attention, embeddings rounded otherwise). "
+        "*Noise*: that gradient between two plain runs (another attention, embeddings rounded differently). "
         f"*Equal*: loss within {_EQUAL_LOSS:.0e} and gradient within {_EQUAL_GRADIENT:.0e}, or within "
         f"{_TIMES_NOISE:g} times the noise (gradients: {_MOST_GRADIENT:g} at most).",
-        f"*Speed*: forward and backward of {len(timed)} records behind {_TIMED_TRUNK} shared tokens "
+        f"*Speed*: forward and backward of {len(timed)} records after {_TIMED_TRUNK} shared tokens "
         f"({padded_tokens(timed):,} tokens padded, {len(graft(timed)):,} as a tree), over the same",
         f"in padded rows; the median of {_PAIRS} pairs on one CPU thread. These models are {_SIZE['hidden_size']} "
-        "wide: what is not a matrix product weighs more than in a real one.",
-        "Padded rows of mamba, falcon_mamba, jamba and zamba run transformers' scan of some ten operations a token, "
-        "trees ours of one: part of their gain is that.",
+        "wide: what is not a matrix product counts for more than in a real one.",
+        "Padded rows of mamba, falcon_mamba, jamba and zamba run transformers' scan of about ten operations per token, "
+        "trees our own scan of one: that is part of their gain.",
         "",
-        f"**{len(here)} families: {exact} share beginnings (layout tree) and are equal, {padded} are trained padded "
+        f"**{len(here)} families: {exact} share prefixes (layout tree) and are equal, {padded} are trained padded "
         f"and are equal, {len(here) - exact - padded} fail.**",
         "",
         "| layers | family | class | layout | equal | apart | noise | speed | LoRA on, or why not |",
@@ -855,9 +855,7 @@ def _differences(findings: Findings, version: str, others: Sequence[Finding]) ->
     exact = sum(other.is_equal and other.layout == "tree" for other in others)
     padded = sum(other.is_equal and other.layout == "padded" for other in others)
     here = len(others) - len(not_here)
-    lines.append(
-        f"{here} of these families: {exact} share beginnings and are equal, {padded} are padded and are equal."
-    )
+    lines.append(f"{here} of these families: {exact} share prefixes and are equal, {padded} are padded and are equal.")
     if absent:
         lines.append(f"Not in it: {', '.join(absent)}.")
     if untried := sorted(without_package | now.keys() - {other.family for other in others}):
@@ -868,7 +866,7 @@ def _differences(findings: Findings, version: str, others: Sequence[Finding]) ->
         if other.verdict == "not here" or (other.verdict, other.layout) == (this.verdict, this.layout):
             continue
         differ.append(f"- {other.family}: {other.layout or 'fails'}, {other.verdict}. {other.reason}".rstrip())
-    return [*lines, *(["", "Otherwise than above:", "", *differ] if differ else ["All others as above."])]
+    return [*lines, *(["", "Different from above:", "", *differ] if differ else ["All others as above."])]
 
 
 def _saved(findings: Findings) -> str:

@@ -104,7 +104,7 @@ def test_a_pipe_and_a_command_to_copy_get_whole_lines():
     spoken.say(long)
     assert max(map(len, spoken.file.getvalue().splitlines()[1:])) <= 40
     command = "  atomtune train --model_path a-model --dataset_path some-records.jsonl --output_dir out --resume"
-    spoken.say(f"To go on from there:\n{command}")
+    spoken.say(f"To continue from there:\n{command}")
     assert spoken.file.getvalue().endswith(f"\n{command}\n")
 
 

@@ -147,7 +147,7 @@ def test_two_commands_do_not_fill_one_folder(tmp_path):
 def test_a_held_folder_is_held_once_and_gone_where_nothing_was_written(tmp_path):
     out = tmp_path / "out"
     with held(out, "run"):
-        with pytest.raises(BadSettings, match="another sweep is writing here now"), held(out, "sweep"):
+        with pytest.raises(BadSettings, match="another sweep is already writing here"), held(out, "sweep"):
             pass
         assert out.is_dir()
     assert not out.exists()

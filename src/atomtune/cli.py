@@ -40,30 +40,32 @@ class Command:
 COMMANDS = {
     "train": Command("Train a LoRA adapter on a file of records.", "atomtune.train.run"),
     "inspect": Command(
-        "Show what of your records is learned, and what is wrong with them; no model is loaded.",
+        "Show which tokens of your records are learned, and which records have problems; no model is loaded.",
         "atomtune.inspect.command",
     ),
     "plan": Command(
-        "Say what a run would take in tokens, memory and time; only the model's config is read.",
+        "Estimate the tokens, memory and time of a run; only the model's config is read.",
         "atomtune.plan.command",
     ),
     "sweep": Command(
-        "Try settings of train on records that are held out, and say which to take.", "atomtune.sweep.command"
+        "Try several settings of train, compare them on held-out records, and recommend one.", "atomtune.sweep.command"
     ),
     "verify": Command(
-        "Prove training with shared beginnings equal to plain transformers + PEFT, on your model and records.",
+        "Prove that training with shared prefixes equals plain transformers + PEFT, on your model and records.",
         "atomtune.verify",
     ),
-    "evaluate": Command("Compare base and tuned on records that were not learned.", "atomtune.evaluate.command"),
+    "evaluate": Command(
+        "Compare the base and the tuned model on records that were not trained on.", "atomtune.evaluate.command"
+    ),
     "certify": Command("Prove that an engine serves the model that was trained.", "atomtune.certify.command"),
-    "merge": Command("Write base + adapter as one plain model folder.", "atomtune.export.merge"),
+    "merge": Command("Merge base and adapter into one plain model folder.", "atomtune.export.merge"),
     "export": Command(
-        "Write a GGUF for llama.cpp and Ollama, or the adapter for another class.", "atomtune.export.command"
+        "Write a GGUF for llama.cpp and Ollama, or the adapter for another model class.", "atomtune.export.command"
     ),
     "serve": Command("Serve a trained adapter with an OpenAI-compatible API.", "atomtune.serve.command"),
     "runs": Command("List the runs in a folder, or compare runs: settings and losses.", "atomtune.runs"),
-    "chat": Command("Talk to a trained adapter in the terminal.", "atomtune.serve.chat"),
-    "web": Command("Talk to a trained adapter in a page, beside its base.", "atomtune.serve.web"),
+    "chat": Command("Chat with a trained adapter in the terminal.", "atomtune.serve.chat"),
+    "web": Command("Chat with a trained adapter in the browser, side by side with its base.", "atomtune.serve.web"),
 }
 
 
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.flush()
         error = output.error if isinstance(output, LastingStream) else None
         if code == ExitCode.DONE and error is not None and not isinstance(error, BrokenPipeError):
-            _say_error(f"atomtune: standard output cannot be written: {error.strerror}. What it was to hold is lost.")
+            _say_error(f"atomtune: standard output cannot be written: {error.strerror}. Its output is lost.")
             code = ExitCode.RUN_FAILED
     return code
 
@@ -219,7 +221,7 @@ def _unforeseen(name: str, error: Exception) -> int:
     from atomtune.model.failures import of_the_model
 
     if problem := place_problem(error):
-        return _told(name, BadSettings([f"{problem} Pass another place, or change what is there."]))
+        return _told(name, BadSettings([f"{problem} Use another path, or fix what is there."]))
     if problem := sharing_problem(error):
         return _told(name, RunFailed(problem))
     if disk_failed(error):
@@ -343,6 +345,8 @@ def _say_overview() -> None:
     console.say(translated(f"atomtune {__version__}: LoRA instruction fine-tuning"))
     console.say(translated("\nusage: atomtune COMMAND [--help] …\n"))
     console.columns([[name, command.summary] for name, command in COMMANDS.items()])
-    console.say("\n`atomtune train` with nothing else trains the built-in demo on a CPU, in about a minute.")
-    console.say("`atomtune --help json` says all of this, and every setting, as data.")
-    console.say("`--language zh`, with any command: messages, screens and help in Chinese; so does a Chinese locale.")
+    console.say("\n`atomtune train` alone trains the built-in demo on a CPU, in about a minute.")
+    console.say("`atomtune --help json` prints the same, and every setting, as JSON.")
+    console.say(
+        "`--language zh` with any command, or a Chinese locale, switches messages, screens and help to Chinese."
+    )

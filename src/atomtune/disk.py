@@ -78,8 +78,8 @@ def sharing_problem(error: BaseException) -> str:
 def no_shared_memory(found: str) -> str:
     """What is said of it, and what helps."""
     return (
-        f"{_SHARED}, by which processes share memory, is full or cannot be written ({found}).\nFree some of it, or "
-        "give the container more: docker run --shm-size=1g."
+        f"{_SHARED}, through which processes share memory, is full or cannot be written ({found}).\nFree some of it, "
+        "or give the container more: docker run --shm-size=1g."
     )
 
 
@@ -100,7 +100,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     with contextlib.suppress(FileNotFoundError):
         kind = path.lstat().st_mode
         if not stat.S_ISREG(kind) and not stat.S_ISLNK(kind):
-            raise FileExistsError(errno.EEXIST, "something else than a file stands there", str(path))
+            raise FileExistsError(errno.EEXIST, "something other than a file is there", str(path))
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PART}")
     try:
         with beside.open("xb") as file:  # x: never through a link that waits under this name
@@ -150,9 +150,9 @@ def text_of(path: Path) -> str:
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "it is no file", str(path))
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
     if status.st_size > _MOST_BYTES_OF_TEXT:
-        raise ValueError(f"{status.st_size:,} bytes are more than such a file has")
+        raise ValueError(f"{status.st_size:,} bytes are too many for such a file")
     return path.read_text(encoding="utf-8")
 
 
@@ -161,7 +161,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(text_of(path))
     except RecursionError:
-        raise ValueError("nested too deep") from None
+        raise ValueError("nested too deeply") from None
     if not isinstance(values, dict):
         raise ValueError("not an object")
     return values
@@ -194,7 +194,7 @@ def held(folder: Path, holder: str) -> Iterator[None]:
     Raises BadSettings where another process holds it, or it cannot be made or written.
     """
     is_new = not folder.exists()
-    elsewhere = BadSettings([f"{folder}: another {holder} is writing here now. Pass another --output_dir."])
+    elsewhere = BadSettings([f"{folder}: another {holder} is already writing here. Pass another --output_dir."])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / _LOCK, timeout=0)

@@ -42,9 +42,9 @@ class Tripped:
     @property
     def words(self) -> str:
         return {
-            "time": f"did not end within {self.seconds:,} seconds",
+            "time": f"did not finish within {self.seconds:,} seconds",
             "memory": f"asked for more than {MORE_BYTES / 10**9:.0f} GB of memory",
-            "crash": "ended the process that tried it",
+            "crash": "crashed the process that tried it",
         }[self.cause]
 
 

@@ -96,7 +96,7 @@ def runs(settings: RunsSettings) -> int:
 
 def _run_in(folder: Path) -> Run:
     if not (folder / RUN_RECORD).exists():
-        raise BadSettings([f"{folder / RUN_RECORD}: there is no such file. Pass the output folder of a run."])
+        raise BadSettings([f"{folder / RUN_RECORD}: no such file. Pass the output folder of a run."])
     return Run.of(folder)
 
 
@@ -229,7 +229,7 @@ def _draw(compared: Sequence[Run], path: Path) -> None:
     try:
         draw(compared, path)
     except OSError as error:
-        raise BadSettings([f"--plot {path}: cannot be written there: {error.strerror}. Name another place."]) from None
+        raise BadSettings([f"--plot {path}: cannot be written there: {error.strerror}. Use another path."]) from None
 
 
 def draw(compared: Sequence[Run], path: Path) -> None:

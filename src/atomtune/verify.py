@@ -214,8 +214,8 @@ def _say_how_long(model: CausalLM, examples: Sequence[Example], console: Console
     if seconds >= LONG_SECONDS:
         trainable, total = parameter_counts(model)
         console.say(
-            f"this takes some {seconds:,.0f} s: an adapter of {trainable:,} weights on {total - trainable:,} of "
-            "the base, three times over each record; --records takes fewer …"
+            f"this takes about {seconds:,.0f} s: an adapter of {trainable:,} weights on {total - trainable:,} of the "
+            "base, three times over each record; --records takes fewer …"
         )
 
 

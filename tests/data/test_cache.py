@@ -334,7 +334,7 @@ def test_an_entry_that_is_not_whole_is_made_again_and_it_is_said(data, tmp_path,
     again = examples_of(data, template_of(), Rules(max_tokens=120), cache_dir=cache)
     assert (again.examples.to_list(), again.ledger) == (rows, ledger)
     (note,) = again.notes
-    assert "train.jsonl are made again" in note
+    assert "train.jsonl are built again" in note
     assert examples_of(data, template_of(), Rules(max_tokens=120), cache_dir=cache).notes == ()
     assert len(entries(cache)) == 1, "nothing is left beside it"
 
@@ -578,7 +578,7 @@ def test_a_record_on_which_the_tokenizer_searches_for_hours_is_named(tmp_path, m
     with pytest.raises(BadData) as told:
         examples_of(data, load_template("auto", tokenizer), Rules(max_tokens=120), cache_dir=tmp_path)
     assert str(told.value).startswith(
-        f"train.jsonl:{len(DIALOGUES) + 1}: encoding this record did not end within 1 sec"
+        f"train.jsonl:{len(DIALOGUES) + 1}: encoding this record did not finish within 1 sec"
     )
 
 
@@ -610,7 +610,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_stored_under_the_hash_of_ot
         with data.open("a") as file:
             file.write('{"instruction": "one", "output": "more"}\n' * (1 + n_bytes // 40))
 
-    with pytest.raises(BadData, match=r"train\.jsonl changed while it was read"):
+    with pytest.raises(BadData, match=r"train\.jsonl changed while it was being read"):
         examples_of(data, template_of(), Rules(max_tokens=96), cache_dir=tmp_path / "cache", advance=grow)
     assert list((tmp_path / "cache" / "atomtune").iterdir()) == []
 
@@ -622,5 +622,5 @@ def test_records_that_are_not_there_any_more_are_missed(data, tmp_path):
     data.write_text("".join(lines[:3]), encoding="utf-8")
     records = records_of(data, Rules(max_tokens=96), stored)
     assert [next(records).origin for _ in range(3)] == stored["origin"][:3]
-    with pytest.raises(BadData, match="changed while it was read"):
+    with pytest.raises(BadData, match="changed while it was being read"):
         next(records)

@@ -64,7 +64,7 @@ def test_the_part_that_no_process_comes_back_from_is_named(monkeypatch, work: Ca
 
 
 def test_a_process_that_was_killed_from_outside_is_told_so():
-    with pytest.raises(RunFailed, match="ended from outside"):
+    with pytest.raises(RunFailed, match="was killed"):
         list(in_order(killed, range(8), workers=2, examine=refuse_none))
 
 

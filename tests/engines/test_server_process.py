@@ -155,7 +155,7 @@ def test_another_program_that_answers_at_its_port_is_not_taken_for_it():
     with server() as first:
         port = first.health.rpartition(":")[2].strip("/")
         second = ServerProcess([sys.executable, "-c", "import time; time.sleep(0.5)"], health=first.health)
-        with pytest.raises(RunFailed, match=f"another program listens at port {port}"), second:
+        with pytest.raises(RunFailed, match=f"another program listens on port {port}"), second:
             pass
         assert alive(first.process.pid)
 
@@ -177,7 +177,7 @@ def test_what_is_said_of_an_address_where_nobody_can_listen():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert address_problems("127.0.0.1", port) == [
-            f"--port {port}: another program listens there. Pass another port."
+            f"--port {port}: another program is listening there. Pass another port."
         ]
     assert address_problems("127.0.0.1", port) == []
     for host in ("a..b", "a" * 70, "192.0.2.1"):  # no name, one that is too long, an address of nobody's machine

@@ -102,7 +102,7 @@ def test_the_loss_is_that_of_a_run_on_a_quantized_base(trained_in_nf4, tmp_path,
     assert "the base is held in nf4, as it was in training" in capsys.readouterr().out
     assert report_in(tmp_path)["models"]["out"]["nats_per_token"][0] == approx(of_run, rel=1e-4)
     assert evaluate(*words, "--stored_base") == 0
-    assert "is as it is stored here (--stored_base)" in capsys.readouterr().out
+    assert "is used as it is stored here (--stored_base)" in capsys.readouterr().out
     assert report_in(tmp_path)["models"]["out"]["nats_per_token"][0] != approx(of_run, rel=1e-4)
     assert evaluate(*words, "--stored_base", "--quantize", "int8") == 2
     assert "contradict each other" in capsys.readouterr().err
@@ -225,12 +225,12 @@ def test_tool_calls_are_counted_where_the_reference_has_one(models, tmp_path, ca
     assert evaluate(*words, "--template", "qwen3", "--max_new_tokens", "8") == 0
     figures = report_in(tmp_path / "out")["models"]["base"]
     assert figures["call_parse_rate"] == [0, 0, 0]  # an untrained model calls nothing
-    assert "does not know the form" not in capsys.readouterr().out
+    assert "does not know the format" not in capsys.readouterr().out
     # A form that nobody knows gives no figure, and that is said.
     odd = tmp_path / "odd.jinja"
     odd.write_text(CALLING.replace('{"name": "{{ c.function.name }}", "arguments": ', "CALL {{ c.function.name }} "))
     assert evaluate(*words, "--template", str(odd), "--max_new_tokens", "8") == 0
-    assert "does not know the form of the tool calls in 1 record:" in capsys.readouterr().out
+    assert "does not know the format of the tool calls in 1 record," in capsys.readouterr().out
     assert "call_parse_rate" not in report_in(tmp_path / "out")["models"]["base"]
 
 

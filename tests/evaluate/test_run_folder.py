@@ -30,7 +30,7 @@ def test_an_adapter_of_another_tool_has_none(tmp_path):
     [
         ("", "is empty"),
         ("[]", "not an object"),
-        ('{"a":' * 100_000, "nested too deep"),
+        ('{"a":' * 100_000, "nested too deeply"),
         ('{"settings": []}', "settings: found a list"),
         ('{"settings": {"learn": "all"}}', "settings.learn: found"),
         ('{"settings": {"learn": {"value": "some"}}}', "learn: found"),

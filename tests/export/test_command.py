@@ -48,7 +48,7 @@ def test_a_model_class_without_a_converter_is_refused_before_anything_is_merged(
     (other / "config.json").write_text(json.dumps({**config, "architectures": ["HouseForCausalLM"]}))
     assert export(by_heart, tmp_path / "out", "--model_path", str(other)) == 2
     captured = capsys.readouterr()
-    assert "does not know the model class HouseForCausalLM" in captured.err
+    assert "does not support the model class HouseForCausalLM" in captured.err
     assert "merging" not in captured.out
     assert not (tmp_path / "out").exists()
 
@@ -113,7 +113,7 @@ def test_a_stop_in_the_certificate_says_what_is_left_unchecked(
     out = tmp_path / "out"
     assert export(sentencepiece_run, out, "--quantize", "f16") == 75
     told = capsys.readouterr().err
-    assert (out / "out-f16.gguf").is_file() and "out-f16.gguf is whole, but nobody has checked" in told
+    assert (out / "out-f16.gguf").is_file() and "out-f16.gguf is complete, but whether llama.cpp" in told
     words = shlex.split(told.strip().splitlines()[-1])
     assert main(words[words.index("certify") :]) != 2
 
@@ -127,7 +127,7 @@ def test_a_gguf_without_its_template_is_caught(sentencepiece_run, exported, tmp_
     spoiled.write_bytes(data.replace(b"tokenizer.chat_template", b"tokenizer.xxxx_template"))
     words = ["--adapter_path", str(sentencepiece_run), "--served", str(spoiled)]
     assert main(["certify", *words]) == 4
-    assert "prompts have other token ids" in capsys.readouterr().err
+    assert "prompts got different token ids" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ def test_a_class_that_the_converter_does_not_know_is_refused(models, tmp_path):
     refuse_unknown_architecture(str(models("llama")), trust_remote_code=False)
     config = json.loads((models("llama") / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["HouseForCausalLM"]}))
-    with pytest.raises(BadModel, match="does not know the model class HouseForCausalLM"):
+    with pytest.raises(BadModel, match="does not support the model class HouseForCausalLM"):
         refuse_unknown_architecture(str(tmp_path), trust_remote_code=False)
 
 
@@ -39,7 +39,7 @@ def test_a_tokenizer_that_llama_cpp_cannot_split_is_told_in_words(models, tmp_pa
     # The converter's Python lines stood there.
     out = tmp_path / "m.gguf"
     base = Path(shutil.copytree(models("qwen3"), tmp_path / "base"))
-    with pytest.raises(BadModel, match="does not know the rule by which this tokenizer splits"):
+    with pytest.raises(BadModel, match="does not support this tokenizer's pre-tokenization rule"):
         convert(base, out, "f32")
     assert not out.exists()
 

@@ -106,7 +106,7 @@ def test_targets_that_are_full_names_follow(text_adapter, whole_base, tmp_path):
 
 
 def test_a_class_that_cannot_be_is_refused(text_adapter, whole_base, tmp_path, capsys):
-    for class_name, message in (("NoSuchForCausalLM", "no such class"), ("GPT2LMHeadModel", "it is no class for")):
+    for class_name, message in (("NoSuchForCausalLM", "no such class"), ("GPT2LMHeadModel", "it is not a class for")):
         assert export_to(class_name, text_adapter, whole_base, tmp_path / "out") == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()

@@ -96,7 +96,7 @@ def test_what_began_with_a_part_of_the_base_is_weighed_against_the_whole_base(ad
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("wide", "narrow"), "--weights: missing for 2 adapters. Pass one each"),
+        (("wide", "narrow"), "--weights: missing for 2 adapters. Pass one per adapter"),
         (("wide", "narrow", "--weights", "1"), "--weights: 1 number for 2 adapters"),
         (("wide", "wide", "--weights", "1", "1"), "names a folder twice"),
         (("wide", "narrow", "--weights", "1", "much"), "--weights '1 much': expected numbers"),
@@ -138,7 +138,7 @@ def test_rows_of_single_tokens_are_refused_with_a_weight(adapters, tmp_path, cap
 def test_an_adapter_of_a_quantized_base_is_merged_into_the_weights_that_training_had(trained_in_nf4, tmp_path, capsys):
     base, adapter = trained_in_nf4
     assert merge(tmp_path / "m", "--adapter_path", str(adapter)) == 0
-    assert "quantized and unpacked again" in " ".join(capsys.readouterr().out.split())
+    assert "quantized and dequantized again" in " ".join(capsys.readouterr().out.split())
     plain = load_base(BaseSpec(path=str(base), dtype=torch.float32, device=CPU, quantize="nf4"))
     rounded = plain.dequantize(dtype=torch.float32).get_parameter(f"{NAME}.weight").double()
     expected = rounded + delta(adapter)
@@ -164,7 +164,7 @@ def test_a_base_whose_files_are_quantized_is_unpacked(adapters, tmp_path, capsys
     packed.save_pretrained(tmp_path / "packed")
     flags = ("--adapter_path", str(wide), "--model_path", str(tmp_path / "packed"), "--other_base")
     assert merge(tmp_path / "m", *flags) == 0
-    assert "the merged model has their weights unpacked" in " ".join(capsys.readouterr().out.split())
+    assert "the merged model has dequantized weights" in " ".join(capsys.readouterr().out.split())
     expected = packed.dequantize(dtype=torch.float32).get_parameter(f"{NAME}.weight").double() + delta(wide)
     assert_equal(weight_in(tmp_path / "m"), expected)
     assert "quantization" not in (tmp_path / "m" / "config.json").read_text()

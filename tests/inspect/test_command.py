@@ -98,7 +98,7 @@ def test_a_refused_record_stands_beside_its_reason(base, troubled, capsys):
 
 def test_a_template_of_another_tokenizer_is_said(base, troubled, capsys):
     _, out, _ = inspected(capsys, troubled, "--model_path", base, "--template", "chatml")
-    assert "<|im_end|>, <|im_start|> of this template are text to this tokenizer" in out
+    assert "<|im_end|>, <|im_start|> of this template are plain text to this tokenizer" in out
     _, out, _ = inspected(capsys, troubled, "--model_path", base)
     assert "text to this tokenizer" not in out
 
@@ -162,11 +162,11 @@ def test_fail_on_ends_with_4_where_more_is_found_than_allowed(base, troubled, ca
     [
         ("duplicats", "did you mean duplicates?"),
         ("xyzzy", "known: refused, cut"),
-        ("cut=", "no limit"),
-        ("cut=many", "no limit"),
-        ("cut=-1", "no limit"),
-        ("cut=nan", "no limit"),
-        ("cut=101%", "no limit"),
+        ("cut=", "not a limit"),
+        ("cut=many", "not a limit"),
+        ("cut=-1", "not a limit"),
+        ("cut=nan", "not a limit"),
+        ("cut=101%", "not a limit"),
     ],
 )
 def test_a_word_that_is_no_check_is_refused_before_anything_is_read(base, capsys, word, said):
@@ -214,10 +214,10 @@ def test_a_file_of_which_nothing_can_be_used_is_reported_too(base, tmp_path, cap
     assert "2 read = 0 used + 2 refused" in err
     # No empty tables, here and on the page: the ledger, and what is wrong.
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    for title in ("Lengths", "Shared beginnings", "Writing", "Which max_seq_length"):
+    for title in ("Lengths", "Shared prefixes", "Writing", "Which max_seq_length"):
         assert title not in err and title not in page.partition("</main>")[0]
     assert "bad.jsonl:2  instruction and input are both empty" in err
-    assert err.endswith("bad.jsonl: none of 2 records can be used. Mend those above.\n")
+    assert err.endswith("bad.jsonl: none of 2 records can be used. Fix the records listed above.\n")
     # A check that was asked for is answered first.
     assert inspected(capsys, file, "--model_path", base, "--fail_on", "refused")[0] == 4
     assert inspected(capsys, file, "--model_path", base, "--fail_on", "cut")[0] == 2

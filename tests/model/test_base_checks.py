@@ -52,7 +52,7 @@ def test_a_model_that_sees_later_tokens_is_refused(models, dialogues, tmp_path, 
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     AutoModelForCausalLM.from_config(BertConfig(vocab_size=vocabulary, **SMALL)).save_pretrained(folder)
     assert main(train(folder, dialogues, tmp_path / "out")) == 2
-    assert "is not a causal model: a later token changes what it says of earlier ones" in capsys.readouterr().err
+    assert "is not a causal model: later tokens change its predictions for earlier ones" in capsys.readouterr().err
 
 
 def test_a_model_that_reads_its_prompt_in_both_directions_is_refused():
@@ -111,7 +111,7 @@ def test_a_model_that_hears_and_is_no_encoder_decoder_is_not_called_one(tmp_path
 def test_a_model_that_needs_an_image_says_so(tmp_path, models):
     parts = {name: {**SMALL, "vocab_size": 100, "projection_dim": 32} for name in ("text_config", "vision_config")}
     model = AutoModelForImageTextToText.from_config(BlipConfig(**parts))
-    with pytest.raises(BadModel, match=r"BlipFor\w+ does not compute a text alone.*\n.*missing.*'pixel_values'"):
+    with pytest.raises(BadModel, match=r"BlipFor\w+ cannot compute a text alone.*\n.*missing.*'pixel_values'"):
         refuse_not_causal(str(models("llama")), model)
 
 
@@ -129,7 +129,7 @@ def test_a_model_whose_embeddings_are_no_table_says_so(models, monkeypatch):
     model = load_base(BaseSpec(path=str(models("llama")), dtype=torch.float32, device=CPU))
     monkeypatch.setattr(model, "get_input_embeddings", torch.nn.Identity)
     for path in (str(models("llama")), "owner/name"):
-        with pytest.raises(BadModel, match=r"LlamaForCausalLM does not compute a text alone.*\n.*'weight'"):
+        with pytest.raises(BadModel, match=r"LlamaForCausalLM cannot compute a text alone.*\n.*'weight'"):
             refuse_not_causal(path, model)
 
 

@@ -65,7 +65,7 @@ def test_the_choice_is_said_with_its_figures():
         tokens=1_100, needed=7_150_000_000, inputs=200_000_000, layers=28, free=61_000_000_000, usable=0.85
     )
     said = str(memory)
-    assert said == "a step of 1,100 tokens keeps 7.2 GB, 61.0 GB are free"
+    assert said == "a step of 1,100 tokens keeps 7.2 GB, 61.0 GB is free"
 
 
 def test_the_peak_of_this_process_is_more_than_nothing():
@@ -109,5 +109,5 @@ def test_a_system_that_does_not_tell_its_memory_is_believed_to_have_none_to_spar
     monkeypatch.setattr(psutil, "Process", refuse)
     assert machine_bytes() is free_bytes(CPU) is held_bytes() is None
     tiny = memory(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2), 1_000)
-    assert not tiny.fits and "does not tell how much memory is free" in str(tiny)
+    assert not tiny.fits and "does not say how much memory is free" in str(tiny)
     assert base_shape.base_shape(str(models("llama"))).longest == 512, "as many as the base has positions"

@@ -159,7 +159,7 @@ def test_a_quantized_base_is_refused(models, tmp_path):
 def test_a_matrix_of_two_layers_is_refused(models, tmp_path):
     # PEFT takes the part out of the embedding too.
     saved_by_peft(models, tmp_path, "gpt2", init_lora_weights="pissa", target_modules=["lm_head"])
-    with pytest.raises(BadModel, match="lm_head, and another layer computes with the same matrix"):
+    with pytest.raises(BadModel, match="lm_head, and another layer uses the same matrix"):
         load_trained(base(models, "gpt2"), tmp_path)
 
 

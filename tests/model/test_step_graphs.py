@@ -209,7 +209,7 @@ def test_a_step_that_does_not_fit_beside_the_recordings_is_computed_without_them
     assert tape.released
     assert notices == [
         "steps are not replayed as CUDA graphs, which costs small steps some speed: a step of 80 tokens did not fit in "
-        "the memory beside them"
+        "memory along with them"
     ]
     assert nats == pytest.approx(own_nats, rel=EXACT)
     for name, gradient in own.items():

@@ -96,7 +96,7 @@ def test_a_base_whose_stop_token_was_never_trained_learns_to_stop_with_its_outpu
     out = train_by_heart(tmp_path / "base", tmp_path, RECORDS[:1], "--lora_targets", targets)
     streams = capsys.readouterr()
     notice = " ".join((streams.out + streams.err).split())
-    assert ("The ways out: train the output matrix too (--lora_targets all-linear,lm_head)" in notice) != stops
+    assert ("Options: train the output matrix too (--lora_targets all-linear,lm_head)" in notice) != stops
     template, _ = template_of(out, trust_remote_code=False)
     ids = prompt_ids(template, [{"role": "user", "content": "说早"}])
     ids += template.tokenizer("早上好", add_special_tokens=False)["input_ids"]
@@ -113,7 +113,7 @@ def test_where_output_matrix_and_embedding_are_one_the_notice_names_no_way_that_
     train_by_heart(tmp_path / "base", tmp_path, RECORDS[:1], steps=1)
     streams = capsys.readouterr()
     notice = " ".join((streams.out + streams.err).split())
-    assert "The ways out: start from the instruct model of this family" in notice
+    assert "Options: start from the instruct model of this family" in notice
 
 
 @pytest.mark.parametrize("rows", ["those of others", "zero", "trained"])
@@ -133,7 +133,7 @@ def test_a_stop_token_that_was_never_trained_is_said_before_training(tmp_path, c
     assert main(["train", "--dataset_path", str(data), *flags]) == 0
     streams = capsys.readouterr()
     said = streams.out + streams.err
-    assert ("the stop token <|im_end|> looks never trained" in " ".join(said.split())) == (rows != "trained")
+    assert ("the stop token <|im_end|> looks untrained" in " ".join(said.split())) == (rows != "trained")
 
 
 @pytest.mark.parametrize(("token", "expected"), [("<|im_end|>", False), ("<|endoftext|>", False), ("<gh_stars>", True)])

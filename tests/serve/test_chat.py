@@ -154,8 +154,8 @@ def test_a_pipe_is_read_line_by_line_with_the_commands_of_the_chat(trained, caps
     assert main(["chat", "--adapter_path", str(trained), "--dtype", "float32"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[:2] == ["晚安，愿你好梦。", "Good morning."] and len(out.splitlines()) >= 3
-    assert "there is nothing to save" in err  # `train` refuses a record without a turn
-    assert "Did you mean /reset?" in err and "System text: “把这句话翻译成英文”" in err
+    assert "Nothing to save yet" in err  # `train` refuses a record without a turn
+    assert "Did you mean /reset?" in err and "System prompt: “把这句话翻译成英文”" in err
     assert "~nobody-here/talk.jsonl cannot be written" in err
     records = [json.loads(line)["messages"] for line in saved.read_text(encoding="utf-8").splitlines()]
     assert [message["content"] for message in records[0]] == ["晚安", "晚安，愿你好梦。"]
@@ -201,7 +201,7 @@ def test_compare_needs_an_adapter(trained, capsys, tmp_path):
     merged = tmp_path / "merged"
     assert main(["merge", "--adapter_path", str(trained), "--output_dir", str(merged), "--dtype", "float32"]) == 0
     assert main(["chat", "--adapter_path", str(merged), "--compare", "--prompt", "x"]) == 2
-    assert "holds no base beside it" in capsys.readouterr().err
+    assert "has no base to compare with" in capsys.readouterr().err
 
 
 def test_sampling_flags_draw_and_the_seed_repeats(trained, capsys):
@@ -264,7 +264,7 @@ def test_in_a_terminal_lines_are_edited_answers_stopped_and_the_chat_goes_on(tra
     head = terminal.wait_for("commands.\n>")
     assert "adapter on" in head and "template atom" in head and "Alt+Enter" in head
     terminal.press("/systemx\x7f 把这句话翻译成英文\r")  # the last letter is taken back
-    terminal.wait_for("System text: “把这句话翻译成英文”")
+    terminal.wait_for("System prompt: “把这句话翻译成英文”")
     terminal.wait_for("(new conversation)\n>")
     for _ in range(5):  # it takes a third of a second: on a busy machine the signal may come too late
         terminal.press("early\r")

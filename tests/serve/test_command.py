@@ -208,7 +208,7 @@ def test_a_gguf_is_served_by_llama_cpp_with_a_key_that_it_enforces(by_heart, tmp
         (["--host", "0.0.0.0", "--api_key", "k"], "transformers serve enforces no"),
         (["--api_key", "k"], "transformers serve enforces none"),
         (["--context", "99"], "no such limit"),
-        (["--engine", "llama.cpp"], "serves a GGUF"),
+        (["--engine", "llama.cpp"], "needs a GGUF"),
         (["--served", "nowhere"], "--served nowhere: no such file or folder"),
     ],
 )
@@ -306,7 +306,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(by_heart, capsys
         other.listen()
         port = other.getsockname()[1]
         assert main(["serve", "--adapter_path", str(by_heart), "--port", str(port)]) == 2
-    assert "another program listens there" in capsys.readouterr().err
+    assert "another program is listening there" in capsys.readouterr().err
 
 
 def test_vllm_is_told_template_stops_and_every_adapter_by_name(tmp_path):

@@ -23,7 +23,7 @@ def test_another_host_needs_a_password_and_a_taken_port_is_said(monkeypatch):
         with pytest.raises(BadSettings) as refused:
             web(read("web", ["--adapter_path", "out", "--host", "0.0.0.0", "--port", str(port)]))
     assert "--host 0.0.0.0: other machines could use the model. Pass --password" in str(refused.value)
-    assert f"--port {port}: another program listens there." in str(refused.value)
+    assert f"--port {port}: another program is listening there." in str(refused.value)
 
 
 @pytest.mark.slow
@@ -40,7 +40,7 @@ def test_a_port_that_is_taken_while_the_model_is_loaded_is_said(by_heart, monkey
         return loads(*arguments, **more)
 
     monkeypatch.setattr(module, "load_tuned", load_tuned)
-    with pytest.raises(BadSettings, match=f"--port {port}: another program listens there"):
+    with pytest.raises(BadSettings, match=f"--port {port}: another program is listening there"):
         module.web(read("web", ["--adapter_path", str(by_heart), "--port", str(port), "--dtype", "float32"]))
     others[0].close()
     assert not list(tmp_path.glob("atomtune-web-*"))

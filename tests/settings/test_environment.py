@@ -156,7 +156,7 @@ def test_a_command_in_a_folder_that_is_gone_is_one_sentence(models, dialogues, t
     done = subprocess.run(
         ["bash", "-c", command, "-", *words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
     )
-    assert (done.returncode, done.stderr.count("is gone, or closed to it")) == (2, 1), done.stderr
+    assert (done.returncode, done.stderr.count("no longer exists, or cannot be read")) == (2, 1), done.stderr
 
 
 def test_python_without_docstrings_is_one_sentence(tmp_path):

@@ -71,4 +71,4 @@ def test_a_sweep_says_what_its_folder_and_its_resume_are():
     """Both are settings of `train`, where they mean one run."""
     words = " ".join(page("sweep", everything=True).split())
     assert "--output_dir FOLDER folder for the trials" in words
-    assert "--resume true|false go on with the sweep" in words and "newest complete checkpoint" not in words
+    assert "--resume true|false continue the sweep" in words and "newest complete checkpoint" not in words

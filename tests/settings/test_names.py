@@ -159,8 +159,9 @@ def test_the_right_setting_stands_beside_the_others_tools_name(tmp_path):
     said = "\n".join(problems(str(path)))
     for line in (
         "axo.yaml:2: load_in_4bit: if true, use quantize nf4; else leave it out.",
-        "axo.yaml:4: dataset_path: expected words, as `dataset_path: few.jsonl`. Its format is told from its records.",
-        "axo.yaml:18: bf16 'auto': expected true or false. Leave it out: dtype auto takes bfloat16 where the device",
+        "axo.yaml:4: dataset_path: expected words, for example `dataset_path: few.jsonl`. Its format is detected from "
+        "its records.",
+        "axo.yaml:18: bf16 'auto': expected true or false. Leave it out: dtype auto uses bfloat16 if the device",
         "axo.yaml:12: sample_packing: use layout packed, or leave it out: layout auto finds the cheapest.",
     ):
         assert line in said

@@ -122,8 +122,8 @@ def test_a_renamed_setting_is_renamed_to_one_that_exists():
 def test_a_name_of_older_versions_is_told_its_new_one(run_yaml, old, new):
     (flag,) = problems(f"--{old}", "1")
     (line,) = yaml_problems(run_yaml, f"seed: 1\n{old}: 1\n")
-    assert flag.startswith(f"--{old}: gone") and new in flag
-    assert line.startswith(f"run.yaml:2: {old}: gone") and new.removeprefix("--") in line
+    assert flag.startswith(f"--{old}: removed") and new in flag
+    assert line.startswith(f"run.yaml:2: {old}: removed") and new.removeprefix("--") in line
 
 
 @pytest.mark.parametrize(
@@ -238,9 +238,9 @@ def test_a_value_out_of_its_range_is_refused(flags):
         (("--log_level_replica", "5"), "expected one of detail, debug"),
         (("--train_sampling_strategy", "nope"), "expected one of random"),
         (("--ddp_backend", "nope"), "expected one of nccl"),
-        (("--parallelism_config", "x"), "which no text can be"),
-        (("--debug", "underflow_overflow"), "computed together"),
-        (("--early_stopping_patience", "2", "--eval_strategy", "no"), "it looks at evaluations"),
+        (("--parallelism_config", "x"), "which cannot be written as text"),
+        (("--debug", "underflow_overflow"), "fused here"),
+        (("--early_stopping_patience", "2", "--eval_strategy", "no"), "needs evaluations"),
     ],
 )
 def test_what_the_library_dies_of_or_passes_by_is_refused(flags, reason):
@@ -251,7 +251,7 @@ def test_what_the_library_dies_of_or_passes_by_is_refused(flags, reason):
 @pytest.mark.parametrize("number", [".nan", "-.inf"])
 def test_a_number_that_is_none_is_refused_deep_in_a_mapping_too(run_yaml, number):
     (said,) = yaml_problems(run_yaml, f"lr_scheduler_kwargs: {{a: [{number}]}}\n")
-    assert "NaN and infinity are no numbers here" in said
+    assert "NaN and infinity are not allowed here" in said
 
 
 def test_json_of_a_flag_holds_no_infinity():
@@ -561,7 +561,7 @@ def test_a_command_refuses_the_settings_of_another():
 def test_what_no_file_can_be_called_is_refused_by_its_line(run_yaml, name, written):
     # YAML can spell it; the system call would raise a ValueError that speaks of null bytes.
     (said,) = yaml_problems(run_yaml, f"{name}: {written}\n")
-    assert said.startswith(f"run.yaml:1: {name}") and "it holds a NUL, or half a character" in said
+    assert said.startswith(f"run.yaml:1: {name}") and "it contains a NUL or an incomplete character" in said
 
 
 def test_a_file_whose_name_is_no_utf_8_may_be_named():
@@ -584,7 +584,7 @@ def test_a_folder_of_a_model_in_a_locale_of_another_encoding(monkeypatch):
 
 
 def test_a_text_that_is_no_utf_8_is_refused():
-    with pytest.raises(BadSettings, match="half a character"):
+    with pytest.raises(BadSettings, match="an incomplete character"):
         read("chat", ["--adapter_path", "caf\udce9", "--prompt", "caf\udce9"])
 
 

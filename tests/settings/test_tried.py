@@ -63,7 +63,7 @@ def test_every_combination_stands_once():
         (("--hub_token", "hf_x"), "the file of every trial would hold it"),
         (("--try", "lora_rank="), "a value is missing"),
         (("--try", "max_seq_length=128,256"), "it changes the records that are compared"),
-        (("--try", "seed=1,2"), "it also chooses the held-out records"),
+        (("--try", "seed=1,2"), "it also selects the held-out records"),
         (("--try", "output_dir=a,b"), "the sweep sets it for each trial"),
         (("--try", "model_path=a,b"), "losses of two bases cannot be compared"),
         (("--try", "learning_rate=1e-5:1e-3"), "a range needs --trials N"),

@@ -98,7 +98,7 @@ def test_the_rate_has_bounds_and_follows_alpha():
 def test_a_short_run_gets_half_as_much_again_and_says_so():
     (short, why), (long, usual) = learning_rate(2000, 32, steps=499), learning_rate(2000, 32, steps=500)
     assert short == pytest.approx(1.5 * long)
-    assert why == f"{usual}; half as much again in under 500 steps"
+    assert why == f"{usual}; 1.5 times that in under 500 steps"
     assert learning_rate(None, 32, steps=10) == learning_rate(None, 32, steps=1000), "a guess stays careful"
 
 

@@ -70,8 +70,8 @@ def test_a_step_left_out_changes_no_weight_and_no_mean():
     assert all(weight.grad is None for weight in one.parameters())
     assert watch.mean_of_steps_made(sums / 3) == pytest.approx((1.0 + 2.0) / 2)
     assert watch.work.skipped_steps == 1
-    assert "left out (1 of at most 1)" in said[0]
-    with pytest.raises(RunFailed, match="1 such steps were left out before"):
+    assert "is skipped (1 of at most 1)" in said[0]
+    with pytest.raises(RunFailed, match="1 such steps were skipped before"):
         step(watch, with_gradient(1.0), [float("nan")], 3)
 
 

@@ -50,14 +50,14 @@ CLASSES: dict[str, tuple[bytes, str, str]] = {
     "null output": (behind(line({"instruction": SECRET, "output": None})), ":5", "output is null; expected text"),
     "empty output": (behind(line({"instruction": SECRET, "output": " \n"})), ":5", "output is empty"),
     "empty question": (behind(line({"instruction": "", "output": "y"})), ":5", "instruction and input are both empty"),
-    "NaN": (behind(b'{"instruction": "x", "output": "y", "score": NaN}'), ":5", "NaN is no JSON value"),
+    "NaN": (behind(b'{"instruction": "x", "output": "y", "score": NaN}'), ":5", "NaN is not a JSON value"),
     "nested arrays": (behind(line([[GOOD[0]]])), ":5", "a list; expected an object"),
     "a value that is text": (behind(line(SECRET)), ":5", "text; expected an object"),
     "a key twice": (behind(b'{"instruction": "x", "output": "y", "output": "z"}'), ":5", '"output" appears twice'),
     "two records on a line": (behind(FILE.replace(b"\n", b" ")), ":5", "text after the end of the record"),
-    "pretty-printed": (json.dumps(GOOD[0], indent=1).encode(), ":1", "one record a line is expected"),
+    "pretty-printed": (json.dumps(GOOD[0], indent=1).encode(), ":1", "expected one record per line"),
     "array that breaks": (b"[" + FILE.replace(b"\n", b",\n"), ":5", "the JSON array breaks here"),
-    "nested too deep": (behind(b'{"output": ' + b"[" * 200_000), ":5", "cannot be read"),
+    "nested too deeply": (behind(b'{"output": ' + b"[" * 200_000), ":5", "cannot be read"),
     "CSV": (b"instruction,input,output\n" + SECRET.encode() + b",,y\n", ":1", "/records.csv"),
     "TSV": (b"instruction\toutput\n" + SECRET.encode() + b"\ty\n", ":1", "/records.tsv"),
     "half a gzip file": (gzip.compress(FILE)[:-9], ":", "ends in the middle"),
@@ -105,7 +105,7 @@ def test_what_is_no_file_is_refused(models, tmp_path, capsys, kind):
         data.symlink_to(tmp_path / "nowhere")
     assert train(models("llama"), data, tmp_path / "out") == 2
     told = capsys.readouterr().err
-    assert "records.jsonl: no" in told
+    assert "records.jsonl: no" in told or "records.jsonl: neither" in told
     assert "--dataset_path" in told
 
 
@@ -148,7 +148,7 @@ def test_a_file_of_which_nothing_can_be_used_ends_every_command_alike(models, tm
     lines = told.splitlines()
     assert sorted(words.split()[0] for words in lines[:-1]) == [f"records.jsonl:{n}" for n in (1, 2, 3)]
     where = " (all in run.json)" if command == "train" else ""
-    assert lines[-1].endswith(f"records.jsonl: none of 3 records can be used{where}. Mend those above.")
+    assert lines[-1].endswith(f"records.jsonl: none of 3 records can be used{where}. Fix the records listed above.")
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])

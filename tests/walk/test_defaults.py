@@ -72,7 +72,7 @@ def test_a_rate_that_is_far_too_high_is_told_before_the_run(models, numbers, tmp
         words = [*command(models("llama"), numbers, tmp_path / rate), "--learning_rate", rate, "--max_steps", "1"]
         assert main(words) == 0
         said = " ".join(capsys.readouterr().out.split())
-        assert ("times what this run gets by itself (0.006)" in said) == is_told
+        assert ("times the automatic value (0.006)" in said) == is_told
 
 
 @pytest.mark.slow

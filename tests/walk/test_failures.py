@@ -136,7 +136,7 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint(models, dialogues, tmp_path
         assert main(command(models("llama"), dialogues, disk / "out", *flags)) == 3
         said = capsys.readouterr().err
         assert "The disk is full" in said
-        assert "Last whole checkpoint" in said
+        assert "Last complete checkpoint" in said
         assert "checkpoint-" in said
         assert "Traceback" not in said
         subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
@@ -220,7 +220,7 @@ def test_a_save_that_fails_leaves_nothing_and_the_next_is_tried(models, dialogue
     assert not list(out.glob(".saving*"))
     said = " ".join(capsys.readouterr().out.split())
     assert "checkpoint-4 could not be written: [Errno 28] No space left on device" in said
-    assert "Training goes on; the next save tries again" in said
+    assert "Training continues; the next save tries again" in said
     assert any("checkpoint-6 could not be written" in notice for notice in status(out)["notices"])
 
 
@@ -255,7 +255,7 @@ def test_an_adapter_that_was_not_written_as_it_is_ends_the_run(models, dialogues
 
     monkeypatch.setattr(peft.peft_model, "safe_save_file", flipped)
     assert main(command(models("llama"), dialogues, tmp_path / "out", "--max_steps", "2", "--dtype", "float32")) == 3
-    assert "does not hold what was to be written" in capsys.readouterr().err
+    assert "does not hold what was written" in capsys.readouterr().err
     assert status(tmp_path / "out")["status"] == "failed"
 
 
@@ -330,7 +330,7 @@ def test_a_final_save_that_fails_leaves_nothing_half_written(models, dialogues, 
     monkeypatch.setattr(ending, "publish", full)
     out = tmp_path / "out"
     assert main(command(models("llama"), dialogues, out, "--max_steps", "2")) == 3
-    assert "Last whole checkpoint" in capsys.readouterr().err
+    assert "Last complete checkpoint" in capsys.readouterr().err
     assert {path.name for path in out.iterdir()} == {".lock", "run.json", "checkpoint-2"}
     monkeypatch.undo()
     assert main(command(models("llama"), dialogues, out, "--max_steps", "2", "--resume")) == 0
@@ -346,7 +346,7 @@ def test_a_signal_behind_the_last_save_leaves_a_finished_run(models, dialogues, 
     monkeypatch.setattr(ending, "_outcome_of", stopped)
     out = tmp_path / "out"
     assert main(command(models("llama"), dialogues, out, "--max_steps", "2")) == 0
-    assert "SIGTERM received while the run was reported: the adapter is saved" in capsys.readouterr().out
+    assert "SIGTERM received while the report was written: the adapter is saved" in capsys.readouterr().out
     record = json.loads((out / "run.json").read_text())
     assert record["status"] == "finished" and record["steps"] == 2
     assert (out / "adapter_model.safetensors").is_file()
@@ -426,7 +426,7 @@ def test_a_disk_that_fills_up_behind_the_last_save_leaves_a_finished_run(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 @pytest.mark.parametrize(
-    ("mounted", "found"), [("ro", "Read-only file system"), ("size=64k", "a batch did not find room")]
+    ("mounted", "found"), [("ro", "Read-only file system"), ("size=64k", "there was no room for a batch")]
 )
 @pytest.mark.slow
 def test_workers_that_cannot_share_memory_are_not_blamed_on_the_disk(models, dialogues, tmp_path, mounted, found):
@@ -443,7 +443,7 @@ def test_workers_that_cannot_share_memory_are_not_blamed_on_the_disk(models, dia
     if done.returncode in (1, 99) and "atomtune" not in done.stderr:
         pytest.skip("this machine does not let us mount")
     assert done.returncode == 3, done.stderr
-    assert "/dev/shm, by which processes share memory, is full or cannot be written (" in done.stderr
+    assert "/dev/shm, through which processes share memory, is full or cannot be written (" in done.stderr
     assert found in done.stderr
-    assert "--dataloader_num_workers 0" in done.stderr and "Last whole checkpoint" in done.stderr
+    assert "--dataloader_num_workers 0" in done.stderr and "Last complete checkpoint" in done.stderr
     assert "The disk is full" not in done.stderr

@@ -58,7 +58,7 @@ def test_a_run_is_the_same_run_in_every_layout(models, dialogues, tmp_path, flag
 def test_auto_says_what_it_takes_and_what_that_saves(models, dialogues, tmp_path, capsys):
     assert train(models("llama"), dialogues, tmp_path / "out", "--max_steps", "1") == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "layout tree: records that begin alike share that beginning; tokens " in said
+    assert "layout tree: records with a common prefix share it; tokens " in said
     assert "less work (3 batches tried)" in said
 
 
@@ -93,7 +93,7 @@ def test_auto_packs_records_that_share_nothing(models, tmp_path, capsys):
     flags = ["--max_steps", "1", "--template", str(template)]
     assert train(models("qwen3"), data, tmp_path / "out", *flags) == 0
     assert record_of(tmp_path / "out")["layout"] == "packed"
-    assert "layout packed: records stand end to end without padding" in capsys.readouterr().out
+    assert "layout packed: records are laid end to end without padding" in capsys.readouterr().out
 
 
 def test_a_model_that_a_tree_would_change_trains_padded_with_the_reason(models, dialogues, tmp_path, capsys):
@@ -102,7 +102,7 @@ def test_a_model_that_a_tree_would_change_trains_padded_with_the_reason(models, 
     assert record["layout"] == "padded"
     assert record["tokens_computed"] == record["tokens_padded"]
     said = " ".join(capsys.readouterr().out.split())
-    assert "layout padded: one record a row, because its forward takes no position_ids." in said
+    assert "layout padded: one record per row, because its forward takes no position_ids." in said
 
 
 def test_noise_on_the_embeddings_takes_one_record_a_row(models, dialogues, tmp_path, monkeypatch, capsys):
@@ -120,7 +120,7 @@ def test_noise_on_the_embeddings_takes_one_record_a_row(models, dialogues, tmp_p
     assert [shape[0] for shape in shapes] == [8, 8]
     assert record_of(tmp_path / "out")["layout"] == "padded"
     said = " ".join(capsys.readouterr().out.split())
-    assert "one record a row, because the noise of --neftune_noise_alpha is drawn for each record" in said
+    assert "one record per row, because the noise of --neftune_noise_alpha is drawn for each record" in said
     assert train(models("llama"), dialogues, tmp_path / "none", *flags, "0") == 0
     assert record_of(tmp_path / "none")["layout"] == "tree"
 

@@ -120,5 +120,5 @@ def test_a_first_step_left_out_raises_no_false_alarm(models, dialogues, tmp_path
     flags = ["--max_steps", "3", "--skip_nonfinite", "1"]
     assert main(command(models("llama"), dialogues, tmp_path / "out", *flags)) == 0
     notices = status(tmp_path / "out")["notices"]
-    assert any("The step is left out" in notice for notice in notices)
+    assert any("The step is skipped" in notice for notice in notices)
     assert not any("no gradient reaches" in notice for notice in notices)

@@ -117,7 +117,7 @@ def test_a_run_whose_lock_file_was_removed_still_holds_its_folder(models, dialog
         (out / ".lock").unlink()
         again = command(models("llama"), dialogues, out, "--resume")
         done = subprocess.run([sys.executable, "-m", "atomtune", *again], capture_output=True, text=True, check=False)
-        codes.append((done.returncode, "another run is writing here now" in done.stderr))
+        codes.append((done.returncode, "another run is already writing here" in done.stderr))
 
     meanwhile(monkeypatch, begin_another)
     assert main(command(models("llama"), dialogues, out)) == 0
@@ -136,7 +136,7 @@ def test_an_output_folder_that_is_replaced_while_the_run_goes_is_noticed(
 
     meanwhile(monkeypatch, replace)
     assert main(command(models("llama"), dialogues, out)) == 3
-    assert f"{out} is not the folder this run began in" in capsys.readouterr().err
+    assert f"{out} is not the folder this run started in" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["theirs.txt"]
     assert [path.name for path in checkpoints(tmp_path / "moved")] == ["checkpoint-2"]
 
@@ -181,7 +181,7 @@ def test_a_limit_on_the_size_of_files_keeps_the_last_checkpoint(models, unlimite
     )
     assert done.returncode == 3, done.stderr
     assert "Traceback" not in done.stderr
-    assert "Last whole checkpoint" in done.stderr
+    assert "Last complete checkpoint" in done.stderr
     assert [path.name for path in checkpoints(out)] == ["checkpoint-2"]
     assert damage(out / "checkpoint-2") == []
     assert not [path for path in out.iterdir() if path.name.startswith((".saving", ".removing"))]

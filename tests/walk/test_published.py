@@ -184,7 +184,7 @@ def test_what_else_an_exchange_has_is_not_passed_over_in_silence():
     _, notes = read({"conversations": [{"human": "几点", "assistant": "九点", "mood": "x"}]})
     assert notes == ('key "mood" of a turn is not used by this format',)
     _, notes = read({"conversations": ["几点", "九点"]})
-    assert notes == ("conversations as a list of texts is read as question and answer in turn",)
+    assert notes == ("conversations as a list of texts is read as questions and answers in turn",)
 
 
 def test_a_message_of_openassistants_trees_is_no_text_to_learn():
@@ -259,7 +259,7 @@ def test_what_a_tool_returned_is_its_answer_as_json(value):
         assert record.turns[2].text == ""  # no part
     else:
         assert record.turns[2].text == json.dumps(value, ensure_ascii=False)
-        assert notes == ("a tool's answer that is a value is written as JSON",)
+        assert notes == ("a tool result that is not a text is written as JSON",)
     assert "an object; expected text" in reason({"messages": [{"role": "user", "content": {"t": 9}}, TELL]})
 
 

@@ -105,7 +105,7 @@ def test_two_ranks_stop_together_when_one_is_told_and_go_on_as_one_run(models, d
     assert record["steps"] < 60
     codes, words = ended(_two_ranks([*command, "--output_dir", str(out), "--resume"], tmp_path))
     assert codes == [0, 0], words
-    assert words.count("Going on from") == 1
+    assert words.count("Resuming from") == 1
     files = [(folder / "adapter_model.safetensors").read_bytes() for folder in (out, whole)]
     assert files[0] == files[1]
     ours, theirs = (json.loads((folder / "run.json").read_text()) for folder in (out, whole))
@@ -136,7 +136,7 @@ def test_a_rank_that_no_longer_answers_ends_the_other_within_the_time_limit(  # 
             process.wait()
     words = (tmp_path / f"rank-{1 - rank_lost}.txt").read_text(encoding="utf-8")
     assert cause in words
-    assert f"Last whole checkpoint: {out / 'checkpoint-'}" in words
+    assert f"Last complete checkpoint: {out / 'checkpoint-'}" in words
     assert "Traceback" not in words
 
 

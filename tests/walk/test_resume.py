@@ -87,7 +87,7 @@ def test_a_stopped_run_goes_on_bit_identically(whole, tmp_path, capsys, number, 
     if number != signal.SIGKILL:
         assert "--resume" in said
     assert main(arguments(base, data, out, "--resume")) == 0
-    assert "Going on from" in capsys.readouterr().out
+    assert "Resuming from" in capsys.readouterr().out
     same_run(out, undisturbed)
 
 
@@ -107,8 +107,8 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(whole, tmp_path, caps
     assert main(arguments(base, data, out, "--resume")) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "checkpoint-21 is skipped" in said
-    assert "checkpoint-14 is skipped: optimizer.pt is not as it was written" in said
-    assert "Going on from" in said
+    assert "checkpoint-14 is skipped: optimizer.pt has changed since it was written" in said
+    assert "Resuming from" in said
     assert "checkpoint-7 at step 7" in said
     same_run(out, undisturbed)
 
@@ -285,7 +285,7 @@ def test_a_checkpoint_without_optimizer_says_so_and_lora_settings_stay(models, d
     assert "--lora_rank: 8 in checkpoint-2, 4 now" in capsys.readouterr().err
     assert main([*more, "--resume_anyway"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "the optimizer begins anew" in said
+    assert "the optimizer starts from scratch" in said
     assert "--lora_rank 4 is not used: the checkpoint's adapter has 8" in said
 
 
@@ -317,7 +317,7 @@ def test_a_schedule_that_follows_the_loss_is_said_to_begin_anew(models, dialogue
     assert main(command) == 0
     command[command.index("--max_steps") + 1] = "3"
     assert main([*command, "--resume"]) == 0
-    assert "so the schedule begins anew" in " ".join(capsys.readouterr().out.split())
+    assert "so the schedule starts from scratch" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_that_began_from_weights_does_not_begin_again_without_them(whole, tmp_path, capsys):
@@ -327,7 +327,7 @@ def test_a_run_that_began_from_weights_does_not_begin_again_without_them(whole, 
     # As a kill before the first checkpoint leaves it.
     (out / "run.json").write_text(json.dumps({"status": "running", "start": "weights"}))
     assert main(arguments(base, data, out, "--resume")) == 2
-    assert "began from weights and has no whole checkpoint" in capsys.readouterr().err
+    assert "started from weights and has no complete checkpoint" in capsys.readouterr().err
     weights = str(undisturbed / "adapter_model.safetensors")
     assert main([*arguments(base, data, out, "--continue_training", "--checkpoint", weights), "--max_steps", "2"]) == 0
 

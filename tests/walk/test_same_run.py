@@ -206,7 +206,7 @@ def test_before_the_first_step_nothing_is_saved_and_that_is_said(models, dialogu
     monkeypatch.setattr(model, "load_base", while_loading)
     assert main(command(models("llama"), dialogues, out, "--max_steps", "2")) == 75
     said = capsys.readouterr().err
-    assert "SIGTERM received; stopped at once, there is no checkpoint yet" in said
+    assert "SIGTERM received; stopped at once. There is no checkpoint yet" in said
     assert record(out)["status"] == "preempted"
     monkeypatch.undo()
     assert main(command(models("llama"), dialogues, out, "--max_steps", "2", "--resume")) == 0
@@ -226,7 +226,7 @@ def test_a_second_signal_leaves_at_once_and_names_what_is_kept(models, dialogues
     monkeypatch.setattr(trainer_module, "target_nats", twice)
     assert main(command(models("llama"), dialogues, out, "--max_steps", "9", "--layout", "padded")) == 75
     said = capsys.readouterr().err
-    assert "stopped at once, the last whole checkpoint is" in said
+    assert "stopped at once. The last complete checkpoint is" in said
     assert "checkpoint-2" in said
     assert record(out)["status"] == "preempted"
 
@@ -338,7 +338,9 @@ def test_anyway_means_with_the_settings_now(models, dialogues, two_steps, tmp_pa
     out = Path(shutil.copytree(two_steps, tmp_path / "out"))
     flags = ["--max_steps", "4", "--learning_rate", "1e-3", "--weight_decay", "0.5", "--resume", "--resume_anyway"]
     assert main(command(models("llama"), dialogues, out, *flags)) == 0
-    assert "this is not the run that began (--resume_anyway). Changed: " in " ".join(capsys.readouterr().out.split())
+    assert "this is no longer the run that was started (--resume_anyway). Changed: " in " ".join(
+        capsys.readouterr().out.split()
+    )
     state = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["log_history"][-1]["learning_rate"] == pytest.approx(1e-3 * 2 / 4)
     optimizer = torch.load(out / "checkpoint-4" / "optimizer.pt", weights_only=True)
@@ -374,5 +376,5 @@ def test_every_file_of_a_checkpoint_damaged_in_turn_is_passed_over(models, dialo
         assert main(command(base, dialogues, out, "--max_steps", "4", "--save_steps", "2", "--resume")) == 0
         said = " ".join(capsys.readouterr().out.split())
         assert "checkpoint-4 is skipped" in said, name
-        assert "Going on from" in said
+        assert "Resuming from" in said
         same_run(out, whole)

@@ -107,7 +107,7 @@ def test_a_record_sets_the_mode_of_its_template(inspected, tmp_path):
     write_jsonl(tmp_path / "kw.jsonl", [{"messages": messages, "chat_template_kwargs": {"x": 1}, **sets}])
     printed = inspected(tmp_path / "kw.jsonl")
     assert ledger(printed) == "1 read = 1 used + 0 refused"
-    assert 'key "date_string" is not used' in printed and "does not write a record's documents" in printed
+    assert 'key "date_string" is not used' in printed and "leaves out a record's documents" in printed
     before, _, learned = printed.partition("⟦learned⟧")[2].partition("⟦")
     assert "think" in before and "Hel" in learned
 

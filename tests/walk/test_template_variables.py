@@ -188,7 +188,7 @@ def test_a_run_without_a_date_is_of_the_day_it_began(base, tmp_path):
     [
         ("--chat_template_kwargs", "[1]", "expected a JSON object"),
         ("--chat_template_kwargs", "{enable", "expected a JSON object"),
-        ("--template_date", "31.1.2031", "expected a date as 2026-01-31"),
+        ("--template_date", "31.1.2031", "expected a date, for example 2026-01-31"),
     ],
 )
 def test_what_is_no_object_and_no_date_is_refused_before_anything_is_read(flag, value, says, tmp_path, capsys):

@@ -219,7 +219,7 @@ def test_thoughts_behind_a_prompt_that_closes_them_are_said_and_not_learned():
 def test_what_a_template_trims_and_leaves_out_is_said():
     template = shaped(TRIMS)
     assert learned(template, KINDS["white space"]) == ["Hello.<|im_end|>", "Yes<|im_end|>"]
-    for kind, word in (("white space", "white space"), ("text beside a call", "beside a tool call")):
+    for kind, word in (("white space", "whitespace"), ("text beside a call", "next to a tool call")):
         ledger = Ledger()
         raw = RawRecord(KINDS[kind], "a:1")
         assert list(encode([raw], template, ledger, max_tokens=10_000, schema=Schema("messages")))

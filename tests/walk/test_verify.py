@@ -34,10 +34,10 @@ def test_what_takes_long_is_said_beforehand(models, dialogues, monkeypatch, caps
     # --lora_rank 65536 took a minute on a base of two small layers, and nothing said so.
     flags = ["--records", "6", "--layout", "padded"]
     assert main(command(models("llama"), dialogues, *flags)) == 0
-    assert "this takes some" not in capsys.readouterr().out
+    assert "this takes about" not in capsys.readouterr().out
     monkeypatch.setattr(verify, "LONG_SECONDS", 0.0)
     assert main(command(models("llama"), dialogues, *flags, "--lora_rank", "64")) == 0
-    before, _, after = capsys.readouterr().out.partition("this takes some ")
+    before, _, after = capsys.readouterr().out.partition("this takes about ")
     assert "an adapter of" in after.splitlines()[0]
     assert "plain transformers" not in before
 

@@ -93,12 +93,12 @@ def engines_for(served: Path, wanted: Sequence[EngineName], *, setting: str) -> 
     problems: list[str] = []
     if "llama.cpp" in engines and not is_gguf:
         problems.append(
-            f"--engine llama.cpp serves a GGUF, and {served} is none. `atomtune export --to gguf` writes one and "
+            f"--engine llama.cpp needs a GGUF; {served} is not one. `atomtune export --to gguf` writes one and "
             "certifies it."
         )
     for engine in engines:
         if engine != "llama.cpp" and is_gguf:
-            problems.append(f"--engine {engine} serves a folder; {served} is a GGUF, which llama.cpp serves.")
+            problems.append(f"--engine {engine} needs a folder; {served} is a GGUF. llama.cpp serves those.")
     if problems:
         raise BadSettings(problems)
     if "llama.cpp" in engines:
@@ -132,9 +132,9 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
     merged_in = merged.quantize if merged else None
     if metadata.quantize and metadata.quantize not in (merged_in, settings.quantize):
         console.notice(
-            f"the adapter was trained on the base in {metadata.quantize}, and is certified on its weights as they are "
-            "stored, which engines load: not quite the model that was trained. `atomtune merge` writes the weights "
-            "that training had."
+            f"the adapter was trained on the base in {metadata.quantize}, but is certified on its weights as they are "
+            "stored, which is what engines load: not quite the model that was trained. `atomtune merge` writes the "
+            "weights used in training."
         )
     if merged and merged_in:
         base = load_dequantized(replace(spec, quantize=merged_in), trained_in=merged.dtype)
@@ -154,8 +154,8 @@ def _of_today(template: Template, console: Console) -> Template:
     if not template.names_the_day or template.day == today:
         return template
     console.notice(
-        f"the template writes the date: {template.day} in training, today's in the prompts of engines, and so in those "
-        "that are compared here."
+        f"the template writes the date: {template.day} in training, today's date in the prompts of engines, and so in "
+        "the prompts that are compared here."
     )
     return probed(replace(template, day=today))
 
@@ -268,7 +268,7 @@ def one_line(outcome: Outcome) -> str:
     return (
         f"{outcome.engine} ({outcome.version}) {verdict}: prompt ids {outcome.prompt_ids_equal}/{n}, log-probabilities "
         f"differ by {apart}, "
-        f"greedy text {outcome.greedy_equal}/{n}, nearer to tuned than to base {outcome.differs_from_base}/{n}, "
+        f"greedy text {outcome.greedy_equal}/{n}, closer to tuned than to base {outcome.differs_from_base}/{n}, "
         f"stops {outcome.stops}/{outcome.should_stop}."
     )
 

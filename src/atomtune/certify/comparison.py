@@ -80,17 +80,17 @@ class Outcome:
             problems.append("the adapter changes nothing: tuned and base give the same log-probabilities")
         if self.prompt_ids_equal < self.prompts:
             others = self.prompts - self.prompt_ids_equal
-            problems.append(f"{others} of {self.prompts} prompts have other token ids")
+            problems.append(f"{others} of {self.prompts} prompts got different token ids")
         if not self.mean_difference <= self.allowed.mean:  # written so that NaN is a problem too
             problems.append(
-                f"log-probabilities of the reference answers differ by {self.mean_difference:.2g} nats a token on "
+                f"log-probabilities of the reference answers differ by {self.mean_difference:.2g} nats per token on "
                 f"average (allowed in {self.dtype}: {self.allowed.mean:g}; {self.allowed.reason})"
             )
         if not self.mean_difference <= NEARER * _mean(self.from_base):
-            problems.append("the engine answers as the base does: the adapter is not applied")
+            problems.append("the engine answers like the base: the adapter is not applied")
         if self.greedy_equal < self.prompts:
             others = self.prompts - self.greedy_equal
-            problems.append(f"{others} of {self.prompts} greedy answers differ by more than a tie")
+            problems.append(f"{others} of {self.prompts} greedy answers differ, and not just where two tokens tie")
         if self.stops < self.should_stop:
             missed = self.should_stop - self.stops
             problems.append(f"{missed} of {self.should_stop} answers do not end at the right place")

@@ -72,7 +72,7 @@ def choose_prompts(records: Iterable[Record], template: Template, *, count: int,
             chosen += _own(kind, messages, template)
     chosen += [prompt for prompt in candidates if prompt not in chosen]
     if not chosen:
-        raise BadData("No prompt can be written with this template, so there is nothing to ask an engine.")
+        raise BadData("This template cannot write any of the prompts, so there is nothing to ask an engine.")
     return chosen[: max(count, 1)]
 
 

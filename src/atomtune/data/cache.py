@@ -147,7 +147,7 @@ def examples_of(
     entry = next((entry for entry, problem in problems.items() if not problem), None)
     if entry is None:
         if place.exists():
-            notes = (f"the cached examples of {name} are made again: {problems[place]}.",)
+            notes = (f"the cached examples of {name} are built again: {problems[place]}.",)
         ledger = Ledger()
         parts = encoded(source, template, rules, ledger, name=name, advance=advance)
         entry = _write_entry(place, name, ledger, _refusing_change(parts, source, stamp))
@@ -171,7 +171,9 @@ def _refusing_change(parts: Iterable[Part], source: Path | str, stamp: object) -
 
 
 def _changed(source: Path | str) -> BadData:
-    return BadData(f"{source} changed while it was read. Run the command again when nothing writes there any more.")
+    return BadData(
+        f"{source} changed while it was being read. Run the command again once nothing writes to it any more."
+    )
 
 
 def _key(name: str, data_hash: str, template: Template, rules: Rules) -> str:
@@ -201,10 +203,10 @@ def entry_problem(entry: Path) -> str:
     try:
         checksums = json.loads(text_of(entry / CHECKSUMS))
         if not isinstance(checksums, dict) or checksums.keys() != {EXAMPLES, LEDGER}:
-            return f"{CHECKSUMS} is not one of this version"
+            return f"{CHECKSUMS} was written by another version"
         for file_name, checksum in checksums.items():
             if _checksum(entry / file_name) != checksum:
-                return f"{file_name} is not as it was written"
+                return f"{file_name} has changed since it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, RecursionError) as error:
@@ -214,7 +216,7 @@ def entry_problem(entry: Path) -> str:
 
 def _checksum(path: Path) -> str:
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is no file", str(path))
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
     return sha256_of(path)
 
 
@@ -267,8 +269,8 @@ def encoded(
         if tripped := trial(each_record, seconds=seconds, each_place=True):
             raise BadData(
                 f"{tripped.at}: encoding this record {tripped.words}.\nThe chat template, or a pattern in the model's "
-                "tokenizer.json, does not come to an end on its text. Take the record out, or use the template and the "
-                "tokenizer that were published with the model."
+                "tokenizer.json, does not finish on its text. Remove the record, or use the template and the tokenizer "
+                "that were published with the model."
             )
 
     workers = workers_here()
@@ -358,7 +360,9 @@ def _write_entry(entry: Path, name: str, ledger: Ledger, parts: Iterable[Part]) 
         for part in parts:
             writer.write_table(part.table)
         if ledger.records_read == 0:
-            raise BadData(f"{name}: it holds no records. Expected one JSON object a line: instruction, input, output.")
+            raise BadData(
+                f"{name}: it holds no records. Expected one JSON object per line: instruction, input, output."
+            )
         writer.finalize()
         writer.close()
         if ledger.records_used:
@@ -380,7 +384,7 @@ def _put(folder: Path, place: Path, scratch: Path) -> Path:
         if _takes(folder, entry, scratch):
             sync(entry.parent)
             return entry
-    why = "its examples are not whole, belong to another user and cannot be replaced"
+    why = "its examples are incomplete, belong to another user and cannot be replaced"
     raise BadSettings([f"{place}: {why}. Set HF_DATASETS_CACHE to another folder."])
 
 

@@ -124,9 +124,9 @@ def refuse_unusable(ledger: Ledger, sources: Sequence[str], *, all_in: str = "")
     if ledger.records_used:
         return
     named, read = ", ".join(sources), ledger.records_read
-    none = f"{named}: none of {read:,} records can be used. Mend those above."
+    none = f"{named}: none of {read:,} records can be used. Fix the records listed above."
     if all_in:
-        none = f"{named}: none of {read:,} records can be used (all in {all_in}). Mend those above."
+        none = f"{named}: none of {read:,} records can be used (all in {all_in}). Fix the records listed above."
     raise BadData("\n".join([_listed(ledger.records_refused), none]))
 
 

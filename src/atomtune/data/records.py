@@ -127,7 +127,7 @@ class Example:
         if len(self.ids) != len(self.learn):
             raise ValueError(f"{self.origin}: {len(self.ids)} ids but {len(self.learn)} learn marks")
         if self.learn and self.learn[0]:
-            raise ValueError(f"{self.origin}: the first token cannot be learned, nothing stands before it")
+            raise ValueError(f"{self.origin}: the first token cannot be learned: there is nothing before it")
 
 
 def learned_spans(example: Example) -> list[tuple[int, int]]:

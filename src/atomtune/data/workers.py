@@ -66,7 +66,7 @@ def in_order(
         for part, _ in waiting:  # the processes end together: the cause may be any part that had begun
             examine(part)
         raise RunFailed(
-            "A process that encodes records was ended from outside, or found no memory: this machine's may be full.\n"
+            "A process that encodes records was killed or ran out of memory: this machine's memory may be full.\n"
             "Free some memory and run the command again."
         ) from error
     finally:

@@ -92,7 +92,7 @@ def post(url: str, body: Mapping[str, Any], *, api_key: str | None = None) -> An
     except urllib.error.HTTPError as error:
         said = error.read().decode(errors="replace")[:600]
         if error.code >= _SERVER_ERROR:
-            raise EngineBroke(f"The engine failed at a request ({error.code} at {url}): {said}") from None
+            raise EngineBroke(f"The engine failed on a request ({error.code} at {url}): {said}") from None
         raise RunFailed(f"The engine refused a request ({error.code} at {url}): {said}") from None
     except (OSError, ValueError, HTTPException) as error:  # of a connection, of JSON, of half an answer
         raise RunFailed(f"The engine does not answer at {url}: {error}") from None

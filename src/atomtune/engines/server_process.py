@@ -119,7 +119,7 @@ class ServerProcess:
         if self.process.poll() is not None:
             with contextlib.suppress(OSError), socket.create_connection((address.hostname, address.port), timeout=5):
                 raise RunFailed(
-                    f"The engine ended, and another program listens at port {address.port}: it began to while the "
+                    f"The engine ended, and another program listens on port {address.port}: it took the port while the "
                     "engine was starting. Run the command again, or pass another --port."
                 )
 
@@ -177,10 +177,10 @@ def address_problems(host: str, port: int) -> list[str]:
             probe.bind((host, port))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                return [f"--port {port}: another program listens there. Pass another port."]
-            return [f"--host {host} --port {port}: nobody can listen there: {error.strerror}. Pass others."]
+                return [f"--port {port}: another program is listening there. Pass another port."]
+            return [f"--host {host} --port {port}: cannot listen there: {error.strerror}. Use another host or port."]
         except UnicodeError:  # a name with a part of no or of too many characters
-            return [f"--host {host}: expected an address of this machine, as 127.0.0.1."]
+            return [f"--host {host}: expected an address of this machine, for example 127.0.0.1."]
     return []
 
 

@@ -37,7 +37,7 @@ class ServedAdapter:
         try:
             return max(int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values()), 0)
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
-            raise BadModel(f"{file}: r and rank_pattern are no ranks of LoRA layers. Copy the folder again.") from None
+            raise BadModel(f"{file}: r and rank_pattern are not ranks of LoRA layers. Copy the folder again.") from None
 
 
 def refuse_without_packages() -> None:

@@ -42,11 +42,11 @@ def evaluate(settings: EvaluateSettings) -> int:
     report = measure(settings, console)
     say(report, console)
     write_reports(report, folder)
-    console.say(f"\nreport.html, report.md and report.json lie in {folder}.")
+    console.say(f"\nreport.html, report.md and report.json are in {folder}.")
     if report.stopped_early:
         missing = "" if settings.no_probe or not settings.adapter_path or report.has_probe else _PROBE_MISSING
         raise Stopped(
-            f"stopped early: the report is of the {report.records:,} records that all models have answered{missing}."
+            f"stopped early: the report covers the {report.records:,} records that all models have answered{missing}."
         )
     if settings.adapter_path:
         adapter = ["--adapter_path", settings.adapter_path[0], *base_words(settings)]
@@ -158,7 +158,7 @@ def _what_to_read(settings: EvaluateSettings) -> tuple[list[str], RecordSettings
         raise BadSettings(
             [
                 f"The run in {settings.adapter_path[0]} held no records out (--eval_size, --eval_path). "
-                "Pass --dataset_path with records that it did not learn."
+                "Pass --dataset_path with records that it was not trained on."
             ]
         )
     return run.reading.dataset_paths, run.reading, run.held_out
@@ -186,7 +186,7 @@ def _records_by_template(
         read[template_key] = records
     common = [key for key in next(iter(read.values())) if all(key in records for records in read.values())]
     if not common:
-        raise BadData(f"{', '.join(sources)}: no record can be written by the templates of all models.")
+        raise BadData(f"{', '.join(sources)}: no record can be written with the templates of all models.")
     chosen = common
     if settings.records and len(common) > settings.records:
         chosen = [common[row] for row in sample_rows(len(common), settings.records, seed=settings.seed)]
@@ -205,7 +205,7 @@ def _say_learned(folders: Sequence[str], data_hash: str, origins: Sequence[str],
             learned = sum(origin not in run.held_out for origin in origins)
             if learned:
                 notice(
-                    f"{folder} was trained on {learned:,} of these {len(origins):,} records. Its figures say how well "
+                    f"{folder} was trained on {learned:,} of these {len(origins):,} records. Its figures show how well "
                     "they were learned, not how well new ones are answered."
                 )
 
@@ -215,7 +215,9 @@ def _say_unread_calls(done: Evaluation, notice: Callable[[str], None]) -> None:
     first = next(iter(done.results.values()))
     are_read = any(answer.calls is not None for result in first for answer in result.answers)
     if not are_read and (count := sum(record.calls and bool(record.tools) for record in done.records)):
-        notice(f"evaluate does not know the form of the tool calls in {count:,} records: no share of calls is given.")
+        notice(
+            f"evaluate does not know the format of the tool calls in {count:,} records, so their figures are missing."
+        )
 
 
 def _collator(models: Models) -> Collator:
@@ -227,7 +229,7 @@ def _collator(models: Models) -> Collator:
 
 def say(report: Report, console: Console) -> None:
     """The figures as a table, and what they say."""
-    title = translated(f"{report.records:,} records; in brackets the 95 % interval")
+    title = translated(f"{report.records:,} records; the 95 % interval in brackets")
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for name in report.models:

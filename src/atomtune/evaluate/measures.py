@@ -82,7 +82,7 @@ MEASURES: tuple[Measure, ...] = (
     Measure(
         "chrf",
         "chrF",
-        "likeness of generated and reference text by character n-grams, 0 to 100",
+        "similarity of generated and reference text by character n-grams, 0 to 100",
         "higher",
         _per_answer(lambda answer: answer.chrf),
     ),
@@ -103,7 +103,7 @@ MEASURES: tuple[Measure, ...] = (
     Measure(
         "length_ratio",
         "Length ratio",
-        "generated tokens by reference tokens; 1 is as long as the references",
+        "generated tokens divided by reference tokens; 1 means as long as the references",
         "neither",
         lambda result: (
             sum(answer.tokens for answer in result.answers),
@@ -113,7 +113,7 @@ MEASURES: tuple[Measure, ...] = (
     Measure(
         "think_rate",
         message("Thinks"),
-        "share of answers that hold a thought",
+        "share of answers that contain a thought",
         "neither",
         _per_answer(lambda answer: answer.thinks),
     ),
@@ -127,7 +127,7 @@ MEASURES: tuple[Measure, ...] = (
     Measure(
         "call_known_rate",
         "Tool calls known",
-        "where the reference calls a tool: share of answers that call a tool at hand",
+        "where the reference calls a tool: share of answers that call one of the available tools",
         "higher",
         _per_call(1),
     ),

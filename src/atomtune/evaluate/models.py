@@ -130,7 +130,7 @@ def _common_base(settings: EvaluateSettings, folders: Sequence[Path]) -> str:
         raise BadSettings(
             [
                 f"These adapters name different bases: {', '.join(sorted(bases))}.",
-                "Evaluate them apart, or pass --model_path.",
+                "Evaluate them separately, or pass --model_path.",
             ]
         )
     return bases.pop()

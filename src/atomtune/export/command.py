@@ -64,7 +64,7 @@ def _to_peft(settings: ExportSettings, console: Console) -> None:
     )
     with filling(out, last=WEIGHTS) as folder:
         renamed = rewrite_keys(adapter, folder, class_name, base_path, trust_remote_code=trust)
-    console.say(f"{out}: the adapter for {class_name}; {renamed:,} of its tensors have a new name.")
+    console.say(f"{out}: the adapter for {class_name}; {renamed:,} of its tensors are renamed.")
 
 
 def _to_gguf(settings: ExportSettings, console: Console) -> None:
@@ -84,13 +84,13 @@ def _to_gguf(settings: ExportSettings, console: Console) -> None:
         convert(merged, folder / file.name, settings.quantize)
     has_modelfile = _write_modelfile(settings, adapter, file, console)
     if settings.no_certify:
-        console.notice("--no_certify: nobody has checked that llama.cpp serves the tuned model from this file.")
+        console.notice("--no_certify: whether llama.cpp serves the tuned model from this file has not been checked.")
     else:
         try:
             _certify(settings, file, console)
         except KeyboardInterrupt:
             raise Stopped(_left_uncertified(settings, file)) from None
-    console.say(translated(f"{file.name} lies in {out}."))
+    console.say(translated(f"{file.name} is in {out}."))
     console.next_steps(_next_commands(settings, file, name if has_modelfile else None))
 
 
@@ -98,8 +98,8 @@ def _left_uncertified(settings: ExportSettings, file: Path) -> str:
     """What a stop leaves behind: the file is whole, and --output_dir is not empty any more."""
     adapter = ["--adapter_path", settings.adapter_path, *base_words(settings)]
     return (
-        f"stopped: {file} is whole, but nobody has checked that llama.cpp serves the tuned model from it. This does:\n"
-        f"  {as_command(['certify', *adapter, '--served', str(file)])}"
+        f"stopped: {file} is complete, but whether llama.cpp serves the tuned model from it has not been checked. To "
+        f"check it:\n  {as_command(['certify', *adapter, '--served', str(file)])}"
     )
 
 
@@ -155,7 +155,7 @@ def _write_modelfile(settings: ExportSettings, adapter: Path, file: Path, consol
     # In a role template the shared instruction is the beginning of the user's text, not a system text.
     system = metadata.instruction if template.instruction_role == "system" else None
     if metadata.instruction and system is None:
-        console.notice("the training records share an instruction: begin the first message in Ollama with it.")
+        console.notice("the training records share an instruction: start the first message in Ollama with it.")
     try:
         text = modelfile(file, for_ollama, stops=template.stops or (template.stop,), system=system)
     except ValueError as error:

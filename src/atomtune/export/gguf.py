@@ -36,8 +36,8 @@ def refuse_unknown_architecture(model_path: str, *, trust_remote_code: bool) -> 
     except (NotImplementedError, IndexError):
         class_name = names[0] if names else f"of type {config.model_type}"
         raise BadModel(
-            f"{model_path}: the GGUF converter does not know the model class {class_name}. "
-            "`atomtune merge` writes a folder that transformers and vLLM serve."
+            f"{model_path}: the GGUF converter does not support the model class {class_name}. `atomtune merge` writes "
+            "a folder that transformers and vLLM serve."
         ) from None
 
 
@@ -71,8 +71,8 @@ def convert(folder: Path, out: Path, quantize: str) -> None:
         output = (process.stdout + process.stderr).splitlines()
         if any("pre-tokenizer was not recognized" in line for line in output):
             raise BadModel(
-                "The GGUF converter does not know the rule by which this tokenizer splits a text, and llama.cpp has it "
-                "not. `atomtune merge` writes a folder that transformers and vLLM serve."
+                "The GGUF converter does not support this tokenizer's pre-tokenization rule, and neither does "
+                "llama.cpp. `atomtune merge` writes a folder that transformers and vLLM serve."
             )
         last = "\n".join(f"  {line}" for line in output[-SHOWN_LINES:])
         raise RunFailed(f"The GGUF converter failed (exit code {process.returncode}). Its last lines:\n{last}")

@@ -89,7 +89,7 @@ def merge(settings: MergeSettings) -> int:
     console = Console()
     with filling(out, last=LAST_WRITTEN) as folder:
         write_merged(settings, folder, console)
-    console.say(f"The merged model lies in {out}; transformers, vLLM and others load it as it is.")
+    console.say(f"The merged model is in {out}; transformers, vLLM and others load it as it is.")
     console.next_steps(_next_commands(settings))
     return 0
 
@@ -142,7 +142,7 @@ def write_merged(settings: MergeSettings, out: Path, console: Console) -> None:
     if carried:
         console.say(
             f"{len(carried):,} tensors that transformers does not load ({', '.join(_first_parts(carried))}) are copied "
-            "from the base as they are."
+            "from the base unchanged."
         )
 
 
@@ -177,8 +177,8 @@ def _trained_model(settings: MergeSettings, console: Console) -> _TrainedModel:
         refuse_other_base(base_path, another.base, anyway=settings.other_base, notice=console.notice)
         if (another_template.source, another.instruction) != (template.source, metadata.instruction):
             console.notice(
-                f"{folder} was trained with another chat template or shared instruction; the merged model has those of "
-                f"{first}."
+                f"{folder} was trained with a different chat template or shared instruction; the merged model uses "
+                f"those of {first}."
             )
     quantize = None if settings.stored_base else metadata.quantize
     dtype = stored_dtype(base_path, trust_remote_code=trust)
@@ -196,8 +196,8 @@ def _say_quantized(
     """Which weights the merged model has where those of training were quantized."""
     if quantize:
         console.notice(
-            f"the adapter was trained on the base in {quantize}, so it is merged into the weights that training "
-            "had: quantized and unpacked again. --stored_base merges into the weights as they are stored."
+            f"the adapter was trained on the base in {quantize}, so it is merged into the weights used in training: "
+            "quantized and dequantized again. --stored_base merges into the weights as they are stored."
         )
     elif metadata.quantize:
         console.notice(
@@ -205,7 +205,7 @@ def _say_quantized(
             "stored (--stored_base): the merged model is not quite the one that was trained."
         )
     if stored_quantized:
-        console.notice("the base's files are quantized; the merged model has their weights unpacked, and is larger.")
+        console.notice("the base's files are quantized; the merged model has dequantized weights, and is larger.")
 
 
 def _save_merged(base: CausalLM, trained: _TrainedModel, out: Path, console: Console) -> tuple[str, ...]:
@@ -215,7 +215,9 @@ def _save_merged(base: CausalLM, trained: _TrainedModel, out: Path, console: Con
     """
     adapted = load_weighted(base, trained.adapters)
     if why := why_not_merged(adapted):
-        raise BadModel(f"This adapter cannot be merged: {why}.\nchat, serve and evaluate load it beside its base.")
+        raise BadModel(
+            f"This adapter cannot be merged: {why}.\nchat, serve and evaluate load it together with its base."
+        )
     merged = merge_weights(adapted)
     ready_to_answer(merged, trained.template, notice=console.notice)
     merged.save_pretrained(out)
@@ -255,13 +257,13 @@ def _say_checked(weights: Weights, measures: Sequence[Measure], dtype: torch.dty
             "change. --dtype float32 keeps it."
         )
     if weights.whole:
-        console.say(f"{weights.whole:,} tensors are those that the adapter holds whole, in place of the base's.")
+        console.say(f"{weights.whole:,} tensors are stored in full in the adapter, in place of the base's.")
     divergence = measures[0]
     console.say(
         f"Checked: {weights.adapted:,} adapted matrices are base + adapter, rounded once to {dtype_name(dtype)}, and "
         f"{weights.same - weights.whole:,} other tensors are the base's.\n"
-        f"Answers to {len(PROBES)} prompts differ from the adapter's by {divergence.apart:.1e} nats a token (KL); two "
-        f"plain runs differ by {divergence.noise:.1e}."
+        f"Answers to {len(PROBES)} prompts differ from the adapter's by {divergence.apart:.1e} nats per token (KL); "
+        f"two plain runs differ by {divergence.noise:.1e}."
     )
 
 
@@ -317,7 +319,7 @@ def compare_weights(adapted: PeftModel, written: CausalLM) -> Weights:
         delta = torch.stack(deltas).sum(0)
         merged = unchecked.pop(name, None)
         if merged is None or merged.shape != base.shape:
-            problems.append(f"{name}: not in the written files as it should be")
+            problems.append(f"{name}: missing from the written files, or of another shape")
             continue
         problems += [f"{name}: {fault}" for fault in _not_nearest(merged, base, deltas)]
         change_written += ((merged.double() - base) * delta).sum().item()
@@ -439,7 +441,7 @@ def _refuse_other_prompts(template: Template, written: Template) -> None:
         messages = [{"role": "user", "content": probe}]
         if prompt_ids(template, messages) != prompt_ids(written, messages):
             raise CheckFailed(
-                f"The merged model's tokenizer writes {probe!r} with other tokens than training did. {_NOT_KEPT}"
+                f"The merged model's tokenizer turns {probe!r} into other tokens than in training. {_NOT_KEPT}"
             )
 
 
@@ -471,4 +473,4 @@ def _refuse_other_answers(measures: Sequence[Measure]) -> None:
             apart, noise, allowed = f"{measure.apart:.1e}", f"{measure.noise:.1e}", f"{measure.allowed:.1e}"
             failed.append(f"  {measure.name}: {apart} (two plain runs: {noise}, allowed: {allowed})")
     if failed:
-        raise CheckFailed("The merged model does not answer as the adapter does:\n" + "\n".join([*failed, _NOT_KEPT]))
+        raise CheckFailed("The merged model does not answer like the adapter:\n" + "\n".join([*failed, _NOT_KEPT]))

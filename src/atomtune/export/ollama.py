@@ -140,7 +140,7 @@ def modelfile(file: Path, template: OllamaTemplate, *, stops: Sequence[str], sys
     lines = [f"FROM ./{file.name}", f'TEMPLATE """{template.go_template()}"""']
     if system is not None:
         if '"""' in system or system.endswith('"'):
-            raise ValueError('a Modelfile cannot hold a system text with """ in it or a " at its end')
+            raise ValueError('a Modelfile cannot hold a system prompt with """ in it or a " at its end')
         lines.append(f'SYSTEM """{system}"""')
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     return "\n".join(lines) + "\n"

@@ -32,8 +32,8 @@ def weighted(folders: Sequence[str], weights: Sequence[float]) -> tuple[Weighted
         there = f"{len(weights)} numbers" if weights else "missing"
         raise BadSettings(
             [
-                f"--weights: {there} for {len(folders)} adapters. Pass one each: 0.5 0.5 is the mean of two, "
-                "1 1 their sum."
+                f"--weights: {there} for {len(folders)} adapters. Pass one per adapter: 0.5 0.5 is the mean of two, 1 "
+                "1 their sum."
             ]
         )
     if len(set(folders)) != len(folders):
@@ -70,7 +70,7 @@ def _refuse_unweighable(folder: Path) -> None:
     config = adapter_config(folder)
     reasons = {
         "use_dora": "DoRA, which also scales the base's weights",
-        "modules_to_save": "layers that were trained whole",
+        "modules_to_save": "layers that were trained in full",
         "target_parameters": "adapters of experts",
         "trainable_token_indices": "rows of single tokens that were trained whole",
     }

@@ -21,13 +21,13 @@ Marks = NDArray[numpy.bool_]
 
 #: What the number beside each check counts.
 MEANINGS: Mapping[Check, str] = {
-    "refused": "cannot be used; the reason is beside each",
+    "refused": "cannot be used; the reason is next to each",
     "cut": "their prompt was shortened to fit --max_seq_length",
     "duplicates": "token for token the same as an earlier record",
-    "near_duplicates": "nearly the same as an earlier record, exact copies not counted",
-    "conflicts": "the same prompt as another record, but another answer",
+    "near_duplicates": "nearly the same as an earlier record, not counting exact copies",
+    "conflicts": "the same prompt as another record, but a different answer",
     "control": "their text contains a special token, which is kept as plain text",
-    "blank": "an answer of white space alone",
+    "blank": "an answer of nothing but whitespace",
     "one_token": "an answer of one token, apart from its stop token",
     "no_stop": "an answer that does not end with the stop token",
     "unknown": "a learned token that the tokenizer does not know",

@@ -35,7 +35,7 @@ def inspect(settings: InspectSettings) -> int:
     report, where none of its records can be used.
     """
     if settings.html and Path(settings.html).is_dir():
-        raise BadSettings([f"--html {settings.html}: a folder; expected the name of a file, as report.html."])
+        raise BadSettings([f"--html {settings.html}: a folder; expected the name of a file, for example report.html."])
     allowed = allowances(settings.fail_on)
     console = Console(stderr=settings.json)
     report = examine(settings, console)

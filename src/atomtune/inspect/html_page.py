@@ -67,7 +67,7 @@ def write_page(report: Report, path: Path, decoder: TokenDecoder, *, seed: int) 
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
     except OSError as error:
-        raise BadSettings([f"--html {path}: cannot be written there: {error.strerror}. Name another place."]) from None
+        raise BadSettings([f"--html {path}: cannot be written there: {error.strerror}. Use another path."]) from None
 
 
 def page(report: Report, decoder: TokenDecoder, *, seed: int) -> str:
@@ -108,8 +108,8 @@ def _lengths(report: Report) -> list[tuple[str, str, dict[str, int], list[tuple[
     lengths = []
     for english, chinese, values in (
         ("Whole record", "整条记录", tokens.longest),
-        ("Read only, by record", "只读部分（每条记录）", tokens.read),
-        ("Learned, by answer", "学习部分（每个回答）", tokens.answers),
+        ("Read only, per record", "只读部分（每条记录）", tokens.read),
+        ("Learned, per answer", "学习部分（每个回答）", tokens.answers),
     ):
         lengths.append((english, chinese, percentiles(values), _with_heights(histogram(values))))
     return lengths

@@ -38,7 +38,9 @@ def allowances(words: Sequence[str]) -> list[Allowance]:
             continue
         number = _number(limit.removesuffix("%")) if is_limited else 0.0
         if number is None or (limit.endswith("%") and number > 100):
-            problems.append(f"--fail_on {word}: {limit!r} is no limit; expected a count or a share, as {name}=5%.")
+            problems.append(
+                f"--fail_on {word}: {limit!r} is not a limit; expected a count or a share, for example {name}=5%."
+            )
             continue
         allowed.append(Allowance(name, number, limit.endswith("%")))
     if problems:
@@ -64,4 +66,4 @@ def require(allowed: Sequence[Allowance], findings: Mapping[Check, Finding], led
                 f"{allowance.name}: {count:,} of {read:,} records ({share:.2f} %); at most {allowance} allowed."
             )
     if failed:
-        raise CheckFailed(f"--fail_on does not hold:\n{listing(failed)}")
+        raise CheckFailed(f"more was found than --fail_on allows:\n{listing(failed)}")

@@ -55,7 +55,7 @@ def _say_head(report: Report, console: Console) -> None:
     for note in report.notes:
         console.say(translated("note: ") + translated(note), "yellow")
     read_as = ledger.format or message("nothing")
-    console.say(f"read as {read_as}; template {template.name}, an answer stops at {template.stop}")
+    console.say(f"read as {read_as}; template {template.name}, answers stop at {template.stop}")
     thoughts = template.about_thoughts(ledger.records_used, ledger.records_with_thoughts)
     if thoughts:
         console.say(translated("note: ") + translated(thoughts), "" if ledger.records_with_thoughts else "yellow")
@@ -63,13 +63,13 @@ def _say_head(report: Report, console: Console) -> None:
         console.say(translated("note: ") + translated(template.why), "yellow")
     if template.unknown_controls:
         controls = ", ".join(template.unknown_controls)
-        text = f"{controls} of this template are text to this tokenizer"
+        text = f"{controls} of this template are plain text to this tokenizer"
         console.say(translated("note: ") + translated(text), "yellow")
 
 
 def _say_lengths(report: Report, console: Console) -> None:
     say = console.say
-    columns = {"read only, a record": report.tokens.read, "learned, an answer": report.tokens.answers}
+    columns = {"read only, per record": report.tokens.read, "learned, per answer": report.tokens.answers}
     _section(console, "Lengths, in tokens")
     console.print(_lengths(columns))
     for title, values in columns.items():
@@ -80,10 +80,10 @@ def _say_lengths(report: Report, console: Console) -> None:
 
 def _say_savings(report: Report, console: Console) -> None:
     """What the layouts save, and the scripts."""
-    _section(console, "Shared beginnings")
+    _section(console, "Shared prefixes")
     for line in savings(report):
         console.say(f"  {translated(line)}")
-    _section(console, message("Writing"))
+    _section(console, message("Writing systems"))
     shares = listed(f"{translated(name)} {share:.1%}" for name, share in scripts(report))
     console.say(f"  {shares} of all letters" if shares else "  no letters")
 
@@ -94,13 +94,13 @@ def ledger_lines(ledger: Ledger) -> Iterator[str]:
     targets_used, targets_refused = ledger.target_tokens, ledger.target_tokens_refused
     yield (
         f"records        {ledger.records_read:,} read = {ledger.records_used:,} used + {refused:,} refused"
-        f"; {ledger.records_cut:,} of the used are shortened"
+        f"; {ledger.records_cut:,} of those used are shortened"
     )
     yield (
         f"target tokens  {targets_used + targets_refused:,} read = {targets_used:,} used + {targets_refused:,} refused"
-        "; none is cut"
+        "; none are cut"
     )
-    yield f"prompt tokens  {ledger.prompt_tokens:,} used; {ledger.prompt_tokens_cut:,} cut away"
+    yield f"prompt tokens  {ledger.prompt_tokens:,} used; {ledger.prompt_tokens_cut:,} cut"
     if ledger.records_split:
         split = f"{ledger.records_split:,} conversations are learned in several parts"
         yield f"examples       {ledger.examples:,}: {split}, as a server would send them"
@@ -131,7 +131,7 @@ def _cost(limit: Limit, total: int) -> str:
     if not limit.records:
         return "shortens nothing"
     longer = f"{limit.records:,} records longer ({limit.records / max(1, total):.2%})"
-    return f"{longer}, by {limit.lost:,} tokens together"
+    return f"{longer}, by {limit.lost:,} tokens in total"
 
 
 def savings(report: Report) -> Iterator[str]:
@@ -140,9 +140,9 @@ def savings(report: Report) -> Iterator[str]:
     if saving is None:
         return
     if saving.shared_prefix:
-        yield f"all records sampled begin with the same {len(saving.shared_prefix):,} tokens"
+        yield f"all sampled records begin with the same {len(saving.shared_prefix):,} tokens"
     else:
-        yield "there is none that all records sampled have"
+        yield "no prefix is shared by all sampled records"
     yield (
         f"padded  {saving.tokens.padded:>12,} tokens computed for {saving.batches:,} batches of "
         f"{saving.records_per_batch}"

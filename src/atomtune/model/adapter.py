@@ -124,9 +124,9 @@ def why_not_merged(model: PeftModel) -> str:
         if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
             names = holders[id(module.get_base_layer().weight)]
             if len(names) > 1:
-                reasons.append(f"{' and '.join(names)} compute with one matrix")
+                reasons.append(f"{' and '.join(names)} share one matrix")
             if any(module.lora_bias.values()) and module.get_base_layer().bias is None:
-                reasons.append(f"{names[0]} has a trained bias (lora_bias), and none in the base")
+                reasons.append(f"{names[0]} has a trained bias (lora_bias), but none in the base")
     return listing(list(dict.fromkeys(reasons)), 3)
 
 
@@ -163,7 +163,7 @@ def start_from_weights(base: CausalLM, file: Path, lora: LoraSpec, *, notice: Ca
     if (file.parent / CONFIG).is_file():
         config = adapter_config(file.parent)
         if not isinstance(config, LoraConfig):
-            raise BadModel(f"{file.parent}: its adapter is not LoRA, so it cannot be trained on here.")
+            raise BadModel(f"{file.parent}: its adapter is not LoRA, so it cannot be trained further here.")
         config.inference_mode = False
         config.base_model_name_or_path = None  # PEFT warns where the base has moved
         refuse_endless_patterns(config, base, file.parent / CONFIG)
@@ -173,8 +173,8 @@ def start_from_weights(base: CausalLM, file: Path, lora: LoraSpec, *, notice: Ca
         weights = plain_lora(base, config, weights, file.parent / CONFIG)
         if config.r != rank:
             notice(
-                f"the checkpoint's adapter began as {init}. It is trained on as plain LoRA of rank {config.r}, which "
-                "leaves the base's weights as they are."
+                f"the checkpoint's adapter was initialised with {init}. Its training continues as plain LoRA of rank "
+                f"{config.r}, which leaves the base's weights as they are."
             )
         with explained(str(file.parent), "adapter", files=CONFIG):
             model = get_peft_model(base, config)
@@ -388,8 +388,8 @@ def refuse_unlike(folder: Path, model: PeftModel) -> None:
     unlike += sorted(written.keys() - own.keys())
     if unlike:
         raise RunFailed(
-            f"{folder / WEIGHTS} does not hold what was to be written (first: {unlike[0]}).\n"
-            "The disk may be failing; --resume goes on from the last whole checkpoint."
+            f"{folder / WEIGHTS} does not hold what was written (first difference: {unlike[0]}).\nThe disk may be "
+            "failing; --resume continues from the last complete checkpoint."
         )
 
 

@@ -135,7 +135,7 @@ def base_of(folder: Path, model_path: str | None) -> str:
     path = model_path or base_path_of(folder)
     is_there = os.path.isdir(path)  # noqa: PTH112  # pathlib raises where a name is longer than a file system takes
     if not model_path and path.startswith(("/", ".")) and not is_there:
-        raise BadModel(f"{folder} was trained on {path}, which is not there any more. Pass --model_path with the base.")
+        raise BadModel(f"{folder} was trained on {path}, which is no longer there. Pass --model_path with the base.")
     return path
 
 

@@ -59,7 +59,7 @@ def modules_of_class(class_name: str, base_path: str, *, trust_remote_code: bool
     if not isinstance(config, kind.config_class):
         config = config.get_text_config()
     if not isinstance(config, kind.config_class):
-        raise BadSettings([f"--for_class {class_name}: it is no class for {base_path} ({config.model_type})."])
+        raise BadSettings([f"--for_class {class_name}: it is not a class for {base_path} ({config.model_type})."])
     with torch.device("meta"):
         model = kind(config)
     return text_modules(model)

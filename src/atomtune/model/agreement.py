@@ -85,7 +85,7 @@ def distribution_measures(
     return [
         Measure("divergence of the next token (KL), mean", _mean(apart), _mean(noise), least, times),
         Measure("divergence of the next token (KL), 99th percentile", _high(apart), _high(noise), 4 * least, times),
-        Measure("share of other top tokens", other_top(plain, ours) / len(plain), _likely_share(plain, again), 0.0),
+        Measure("share of different top tokens", other_top(plain, ours) / len(plain), _likely_share(plain, again), 0.0),
     ]
 
 

@@ -75,17 +75,17 @@ def quantize_as_trained(
     if asked or not quantized or is_stored_quantized(base_path, trust_remote_code=trust_remote_code):
         return asked
     if stored or len(set(trained)) > 1:
-        why = "--stored_base" if stored else "the adapters were not all trained so"
+        why = "--stored_base" if stored else "not all adapters were trained that way"
         notice(
-            f"the base was held in {' and '.join(quantized)} in training, and is as it is stored here ({why}): it "
+            f"the base was held in {' and '.join(quantized)} in training, but is used as it is stored here ({why}): it "
             "does not answer quite as it was trained to."
         )
         return None
     (kind,) = quantized
     refuse_missing(
-        ["bitsandbytes"], extra="qlora", what=f"The base in {kind}, as training held it,", otherwise="--stored_base"
+        ["bitsandbytes"], extra="qlora", what=f"The base in {kind}, as in training,", otherwise="--stored_base"
     )
-    notice(f"the base is held in {kind}, as it was in training; --stored_base takes its weights as they are stored.")
+    notice(f"the base is held in {kind}, as it was in training; --stored_base uses its weights as they are stored.")
     return kind
 
 

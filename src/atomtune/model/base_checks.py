@@ -36,7 +36,7 @@ def check_base_folder(folder: Path) -> None:
     if not (folder / CONFIG).is_file():
         _refuse_another_kind_of_folder(folder)
         names = ", ".join(sorted(file.name for file in folder.iterdir())[:_SHOWN_NAMES]) or "none"
-        raise BadModel(f"{folder} has no {CONFIG}, so it is no model's folder. Files there: {names}.")
+        raise BadModel(f"{folder} has no {CONFIG}, so it is not a model folder. Files there: {names}.")
     checked(folder / CONFIG, ModelConfig)
     if (folder / GENERATION_CONFIG).exists():
         checked(folder / GENERATION_CONFIG, GenerationConfig)
@@ -50,8 +50,8 @@ def _refuse_another_kind_of_folder(folder: Path) -> None:
         use = f"--resume_from_checkpoint {folder}" if is_checkpoint else f"--continue_training --checkpoint {folder}"
         raise BadModel(
             f"{folder} is {kind}, not a base model. It was trained on {base or 'a base that it does not name'}.\n"
-            f"Pass --model_path with that base. To train on from these weights: {use}. To use the adapter as a base, "
-            "merge it first (atomtune merge)."
+            f"Pass --model_path with that base. To continue training from these weights: {use}. To use the adapter as "
+            "a base, merge it first (atomtune merge)."
         )
     if ggufs := sorted(folder.glob("*.gguf")):
         raise BadModel(
@@ -94,9 +94,9 @@ def reading_text(path: str, model: CausalLM) -> explained:
     return explained(
         path,
         "model",
-        sentence=f"its class {type(model).__name__} does not compute a text alone. If it needs an image, a sound or "
-        "another model beside each text, it cannot be trained here; if not, its config.json and weights do not go "
-        "together. It says:",
+        sentence=f"its class {type(model).__name__} cannot compute a text alone. If it needs an image, a sound "
+        "or another model with each text, it cannot be trained here; if not, its config.json and weights do not match. "
+        "Its error:",
     )
 
 
@@ -130,13 +130,13 @@ def refuse_not_causal(path: str, model: CausalLM) -> None:
     finally:
         watching.remove()
     if not bool(torch.isfinite(logits).all()):
-        raise BadModel(f"{path}: what this model computes is not finite (NaN or infinity). Are its files whole?")
+        raise BadModel(f"{path}: what this model computes is not finite (NaN or infinity). Are its files complete?")
     if gradient is None or _TOKENS not in gradient.shape or not bool(torch.isfinite(gradient).all()):
         return  # the trial of layouts, which compares two texts, is left to tell
     by_token = gradient.movedim(gradient.shape.index(_TOKENS), 0)  # XLNet's are [T, 1, D]
     if bool(by_token[_LOOKED_AT:].any()):
         raise BadModel(
-            f"{path} is not a causal model: a later token changes what it says of earlier ones, as in BERT, or in a "
+            f"{path} is not a causal model: later tokens change its predictions for earlier ones, as in BERT, or in a "
             "prompt of PaliGemma.\n"
             "It would learn to copy the answer that it sees. Pass --model_path with a causal language model."
         )

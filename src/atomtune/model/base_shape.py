@@ -56,7 +56,7 @@ def base_shape(path: str, *, trust_remote_code: bool = False, use_cpu: bool = Fa
     memory = _device_memory(use_cpu=use_cpu)
     in_memory = positions if memory is None else tokens_in_memory(text, memory)
     if in_memory < positions:
-        return BaseShape(width, in_memory, f"this machine's memory bears {in_memory:,} tokens", rotary_limit(text))
+        return BaseShape(width, in_memory, f"this machine's memory allows {in_memory:,} tokens", rotary_limit(text))
     if positions >= NO_LIMIT:
         return BaseShape(width, NO_LIMIT, "the base sets no limit", rotary_limit(text))
     return BaseShape(width, positions, f"the base has {positions:,} positions", rotary_limit(text))

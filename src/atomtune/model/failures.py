@@ -9,18 +9,18 @@ def of_the_model(error: BaseException) -> AtomtuneError | None:
     """What such a failure is told as; None for any other error."""
     if is_out_of_memory(error):
         return RunFailed(
-            "Out of memory. What helps, first things first: --quantize nf4 (a quarter of the memory), "
-            "--dtype bfloat16, --device_map auto, shorter texts, a smaller model."
+            "Out of memory. What helps, in order: --quantize nf4 (a quarter of the memory), --dtype bfloat16, "
+            "--device_map auto, shorter texts, a smaller model."
         )
     if package := package_that_raised(error):
         return BadModel(
-            f"{package} cannot compute this model on this machine; it says:\n  {error}\n"
-            f"Do as it says, or remove it (pip uninstall {package}): transformers' own torch code computes then."
+            f"{package} cannot compute this model on this machine. Its error:\n  {error}\n"
+            f"Do what it says, or remove it (pip uninstall {package}): transformers' own torch code is used then."
         )
     if package_that_raised(error, {"bitsandbytes": "bitsandbytes"}):
         return BadModel(
-            f"bitsandbytes cannot compute this model's quantized weights on this machine; it says:\n  {error}\n"
-            "Pass the other of --quantize nf4 and --quantize int8, or leave --quantize out (chat, web and evaluate: "
-            "pass --stored_base)."
+            f"bitsandbytes cannot compute this model's quantized weights on this machine. Its error:\n  {error}\n"
+            "Try the other --quantize value (nf4 or int8), or leave --quantize out (chat, web and evaluate: pass "
+            "--stored_base)."
         )
     return None

@@ -88,7 +88,7 @@ def prompt_ids(template: Template, messages: Sequence[Message]) -> list[int]:
     if not ids:
         raise BadModel(
             f"the tokenizer has no token for any part of what template {template.name} writes, so there is nothing to "
-            "answer. Look at tokenizer.json, or pass another --template."
+            "answer. Check tokenizer.json, or pass another --template."
         )
     return ids
 
@@ -139,7 +139,7 @@ def ready_to_answer(model: CausalLM, template: Template, *, notice: Callable[[st
         dropped.sort()
         notice(
             f"not used from the base's generation config: {', '.join(dropped)}. They keep an answer from "
-            "stopping, have no effect without do_sample, or are not for writing one token after another."
+            "stopping, have no effect without do_sample, or do not apply when one token is generated after another."
         )
     config.eos_token_id = stops
     config.use_cache = True

@@ -90,7 +90,7 @@ def refuse_unreadable(file: Path) -> None:
         raise BadModel(f"{file} is empty; expected a JSON object. Copy the folder again.")
     most = MOST_BYTES if file.name.endswith(_LARGE) else _MOST_BYTES_OF_SETTINGS
     if size > most:
-        raise BadModel(f"{file} has {size:,} bytes; a file of this kind has {most:,} at most.")
+        raise BadModel(f"{file} has {size:,} bytes; such a file may have at most {most:,}.")
     if is_lfs_pointer(file):
         raise BadModel(
             f"{file} is a git-lfs pointer, not the file itself.\n"
@@ -109,14 +109,16 @@ def refuse_no_files(folder: Path) -> None:
             continue
         if path.is_file():
             if not os.access(path, os.R_OK):  # of which safetensors says that there is no such file
-                raise BadModel(f"{path} is closed to this user. Ask its owner for `chmod a+r`, or copy the folder.")
+                raise BadModel(
+                    f"{path} cannot be read by this user. Ask its owner for `chmod a+r`, or copy the folder."
+                )
             continue
         if path.is_dir():
             if path.suffix not in (".json", ".jinja"):
                 continue
             kind = message("a folder")
         else:
-            kind = message("a link that leads to no file") if path.is_symlink() else message("a pipe or a device")
+            kind = message("a broken link") if path.is_symlink() else message("a pipe or a device")
         raise BadModel(f"{path} is {kind}, not a file. Copy the folder again, with the files that its links lead to.")
 
 

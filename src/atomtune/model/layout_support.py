@@ -56,8 +56,8 @@ def collator_for(
     pad_id = with_row(model, pad_id)
     if layout == "padded" and (reason := trial.padding_difference(model, pad_id=pad_id)):
         raise BadModel(
-            f"This model counts padding in: {reason}.\n"
-            "Training would not be on your records. Pass --model_path with another model."
+            f"This model's results depend on padding: {reason}.\nTraining would not be on your records alone. Pass "
+            "--model_path with another model."
         )
     return Collator(
         layout=layout,
@@ -125,7 +125,7 @@ def why_padded(model: CausalLM, *, sharded: bool = False) -> str | None:
             return None
         reasons.append(reason)
         _take_back(inner, before, mixers)
-    return reasons[0] if reasons else "its attention cannot be exchanged"
+    return reasons[0] if reasons else "its attention cannot be replaced"
 
 
 def _ways(mixers: list[nn.Module], attends: bool, has_window: bool) -> Iterator[_Way]:

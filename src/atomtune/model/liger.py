@@ -45,7 +45,7 @@ class Circumstances:
     def hint(self) -> str | None:
         """What a user may install; None where nothing would help."""
         if self.wanted is None and self.device == "cuda" and not self.is_installed and not self.is_sharded:
-            return f"Liger's kernels for norms and activations would make a step shorter: {_INSTALL}"
+            return f"Liger's kernels for norms and activations would make a step faster: {_INSTALL}"
         return None
 
 

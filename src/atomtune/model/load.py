@@ -54,7 +54,7 @@ def device_in_use() -> torch.device:
         assert kind is not None
         rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
         if rank >= devices:
-            raise BadSettings([f"There are {devices} GPUs here and more processes: --nproc_per_node {devices}."])
+            raise BadSettings([f"There are {devices} GPUs here, but more processes. Pass --nproc_per_node {devices}."])
         return torch.device(kind.type, rank)
     return torch.device("cpu")
 
@@ -127,7 +127,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
             _follow_sentencepiece(tokenizer.backend_tokenizer, sentencepiece)
         if (characters := growth_of(tokenizer)) > MOST_GROWTH:
             raise BadModel(
-                f"{path}: the rules in its tokenizer.json make {characters:,} characters of one; no published "
+                f"{path}: the rules in its tokenizer.json turn one character into {characters:,}; no published "
                 "tokenizer does. Use the tokenizer that was published with the model."
             )
         # Special tokens that contradict each other show when they are asked for, and a regex when it meets a text.
@@ -177,8 +177,8 @@ def _refuse_what_ends_its_reader(file: Path) -> None:
     tripped = trial(lambda _say: Backend.from_file(str(file)))
     if tripped is not None and tripped.cause != "time":
         raise BadModel(
-            f"{file}: reading it ended the process that tried it, so its parts do not go together.\n"
-            "Copy the folder again, or use the tokenizer that was published with the model."
+            f"{file}: reading it crashed the process that tried it, so its parts do not match.\nCopy "
+            "the folder again, or use the tokenizer that was published with the model."
         )
 
 
@@ -304,7 +304,7 @@ def load_dequantized(spec: BaseSpec, *, trained_in: Dtype = "auto") -> CausalLM:
     except NotImplementedError:  # a way of quantizing that transformers cannot turn back
         method = getattr(base.config.quantization_config, "quant_method", "quantized")
         raise BadModel(
-            f"{spec.path}: its weights are stored as {method}, which cannot be unpacked to merge into them. Pass "
+            f"{spec.path}: its weights are stored as {method}, which cannot be dequantized to merge into them. Pass "
             "--model_path with the base that is not quantized, and --other_base."
         ) from None
     plain.requires_grad_(False)
@@ -331,7 +331,7 @@ def _refuse_partial(path: str, report: Mapping[str, Any]) -> None:
     missing = sorted(report["missing_keys"])
     unused = sorted(name for name in report["unexpected_keys"] if not name.endswith(OLD_BUFFERS))
     mismatched = sorted(report["mismatched_keys"])
-    problems = [f"  {name}: not in the weight files; it would be random numbers" for name in missing]
+    problems = [f"  {name}: not in the weight files; it would be initialised at random" for name in missing]
     problems += [
         f"  {name}: {tuple(stored)} in the weight files, {tuple(expected)} in the model"
         for name, stored, expected in mismatched

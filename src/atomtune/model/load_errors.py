@@ -118,7 +118,7 @@ def _remedy(path: str, what: str, sentence: str, error: BaseException) -> str:  
     if isinstance(error, ValueError) and "trust_remote_code" in str(error):
         return (
             f"this {what} comes with its own Python code, which would run on this machine.\n"
-            "Read that code (the .py files beside its config.json). If you trust it, pass --trust_remote_code."
+            "Read that code (the .py files next to its config.json). If you trust it, pass --trust_remote_code."
         )
     if caused_by(GatedRepoError):
         return (

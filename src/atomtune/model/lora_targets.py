@@ -75,7 +75,7 @@ def all_linear(base: CausalLM) -> AllLinear:
         elif _is_gate_of_one(last, modules[name]):
             left_out[last] = "a gate with one output"
         elif not _is_plain(modules[name]):
-            left_out[last] = "computed otherwise than a linear layer"
+            left_out[last] = "not computed like a linear layer"
         elif name in uncalled:
             left_out[_tower(name, calls.called if calls else ())] = "not called for text"
         elif name in without_gradient:
@@ -298,8 +298,8 @@ def _unfit(base: CausalLM, target: str) -> list[str]:
     names = matched(base, [target])
     if not names and (routers := _named(base, [target])):
         return [
-            f"--lora_targets {target}: {min(routers)} weighs or chooses experts; routers and gates of shared experts "
-            "stay frozen here."
+            f"--lora_targets {target}: {min(routers)} is a router or an expert gate; routers and gates of shared "
+            "experts stay frozen here."
         ]
     head = base.get_output_embeddings()
     tied = head is not None and head.weight is getattr(base.get_input_embeddings(), "weight", None)
@@ -309,7 +309,7 @@ def _unfit(base: CausalLM, target: str) -> list[str]:
         if not isinstance(module, nn.Linear | Conv1D):
             kind = type(module).__name__
             article = "an " if kind[0] in "AEIO" else "a "
-            return [f"--lora_targets {target}: {name} is {article}{kind}; LoRA adapts linear layers here."]
+            return [f"--lora_targets {target}: {name} is {article}{kind}; LoRA adapts only linear layers here."]
         if tied and module is head:
             return [
                 f"--lora_targets {target}: in this model the output layer and the embedding are one matrix, so an "
@@ -375,7 +375,7 @@ def refuse_endless_patterns(config: Any, base: CausalLM, file: Path) -> None:
             raise BadModel(f"{file}: {text[:60]!r} is not a regex: {error}.") from None
         if tripped := trial(lambda say, regex=regex: [regex.search(name) for name in names]):  # type: ignore[misc]
             raise BadModel(
-                f"{file}: the regex {text[:60]!r} {tripped.words}, matched with the names of this base's modules.\n"
+                f"{file}: the regex {text[:60]!r} {tripped.words} when matched with the names of this base's modules.\n"
                 'Name the modules instead: ["q_proj", "v_proj"].'
             )
 

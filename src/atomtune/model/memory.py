@@ -157,8 +157,8 @@ class ActivationMemory:
     def __str__(self) -> str:
         needed = decimal(self.needed)
         if self.free is None:
-            return f"a step of {self.tokens:,} tokens keeps {needed}; this system does not tell how much memory is free"
-        return f"a step of {self.tokens:,} tokens keeps {needed}, {decimal(self.free)} are free"
+            return f"a step of {self.tokens:,} tokens keeps {needed}; this system does not say how much memory is free"
+        return f"a step of {self.tokens:,} tokens keeps {needed}, {decimal(self.free)} is free"
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -218,4 +218,4 @@ def remedies(shape: StepShape) -> str:
             f"(now {shape.max_seq_length})."
         )
     steps.append("--lora_targets with fewer layers, or a smaller base.")
-    return "\n".join([*lines, *(f"  {n}. {step}" for n, step in enumerate(steps, 1)), "Then go on with --resume."])
+    return "\n".join([*lines, *(f"  {n}. {step}" for n, step in enumerate(steps, 1)), "Then continue with --resume."])

@@ -71,15 +71,15 @@ def _changed_base(config: LoraConfig, file: Path) -> bool:
     if init.startswith(_LOST):
         raise BadModel(
             f"{file}: init_lora_weights is {init}. It took a part out of the base's weights before training, which "
-            "cannot be computed again from the files.\n"
+            "cannot be reconstructed from the files.\n"
             "Save the adapter again where it was trained, with PEFT's path_initial_model_for_weight_conversion. If "
             "your base was saved without that part, write true in place of the name."
         )
     if init == "loftq" or getattr(config, "kasa_config", None) is not None:
         name = "LoftQ" if init == "loftq" else "KaSA"
         raise BadModel(
-            f"{file}: {name} changes all weights of the layers it adapts, so beside this adapter the base would not be "
-            "itself.\n"
+            f"{file}: {name} changes all weights of the layers it adapts, so the original base is not available "
+            "together with this adapter.\n"
             "Merge it with PEFT (merge_and_unload) and pass the merged model."
         )
     return init in _RECOMPUTED
@@ -110,7 +110,7 @@ def _refuse_unknown(layer: nn.Module, module: str, config: LoraConfig, shared: s
         )
     if id(weight) in shared:
         raise BadModel(
-            f"{file}: init_lora_weights is {init}, which changed {module}, and another layer computes with the same "
+            f"{file}: init_lora_weights is {init}, which changed {module}, and another layer uses the same "
             "matrix.\n"
             "Save the adapter again where it was trained, with PEFT's path_initial_model_for_weight_conversion."
         )

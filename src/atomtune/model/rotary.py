@@ -35,9 +35,9 @@ def refuse_mixed(
         flags.append(f"--gradient_accumulation_steps {next(iter(batches.values())) * accumulated}")
     raise BadSettings(
         [
-            f"The longest record has {longest_tokens:,} tokens. With one of more than {limit:,} in it this base takes "
-            f"other rotary factors for all records of a batch (longrope). Pass {' '.join(flags)}, or "
-            f"--max_seq_length {limit}, which cuts what is longer."
+            f"The longest record has {longest_tokens:,} tokens. If one record of a batch has more than {limit:,}, this "
+            f"base uses other rotary factors for the whole batch (longrope). Pass {' '.join(flags)}, or "
+            f"--max_seq_length {limit:,}, which shortens longer records."
         ]
     )
 

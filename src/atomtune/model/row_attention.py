@@ -88,7 +88,7 @@ def _refuse_what_no_plan_expresses(
         raise NotImplementedError(f"a window of {window} tokens that the config does not name")
     # Qwen2-MoE leaves its window to the mask, which a row has none of.
     if window is None and (own := own_window(layer)):
-        raise NotImplementedError(f"a window of {own} tokens that the layer does not hand over")
+        raise NotImplementedError(f"a window of {own} tokens that the layer does not pass on")
 
 
 def own_window(layer: torch.nn.Module) -> int | None:

@@ -147,7 +147,7 @@ class StepGraphs:
         nats = self._whole(batch)
         if nats is not None:
             return nats
-        self._end(f"a step of {batch['input_ids'].shape[1]:,} tokens did not fit in the memory beside them")
+        self._end(f"a step of {batch['input_ids'].shape[1]:,} tokens did not fit in memory along with them")
         return self._computed(batch)
 
     def _whole(self, batch: Batch) -> torch.Tensor | None:

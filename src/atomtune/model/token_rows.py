@@ -104,8 +104,8 @@ def say_untrained_stop(base: CausalLM, tokenizer: Tokenizer, stop: str, *, notic
             is_own = output is not None and output.weight is not embedding.weight
             train_it = "train the output matrix too (--lora_targets all-linear,lm_head), " if is_own else ""
             notice(
-                f"the stop token {stop} looks never trained: its row of the {matrix} is zero or that of other tokens. "
-                f"LoRA does not change this row, so answers may not stop. The ways out: {train_it}start from the "
+                f"the stop token {stop} looks untrained: its row of the {matrix} is zero or the same as that of other "
+                f"tokens. LoRA does not change this row, so answers may not stop. Options: {train_it}start from the "
                 "instruct model of this family, or pass another --template: plain ends answers with the tokenizer's "
                 "end-of-text token."
             )

@@ -91,9 +91,9 @@ def difference(model: CausalLM, *, windows: Sequence[int | None], cut: Cut, carr
             rows = _as_row(model, tree, settings)
             without = _as_row(model, tree, settings, computed_as=_cut_off(tree), learns=False)
     except NotImplementedError as error:
-        return f"its attention is more than rows allow for ({error})"
+        return f"its attention does more than rows allow for ({error})"
     except _OF_A_FORWARD as error:
-        return f"a row of many fails in its forward ({_first_line(error)})"
+        return f"its forward fails on a row of several records ({_first_line(error)})"
     noise = (_apart(again, alone[0]), _gradient_difference(again, alone[0]))
     return _verdict(plain, rows, without, noise=noise, dtype=_dtype(model), limits=_limits(model))
 
@@ -106,8 +106,8 @@ def _verdict(
     allowed = max(limits.times * noise[0], limits.scores_ulps * unit(dtype))
     if not (apart <= allowed and apart <= _NEARER * contrast):
         return (
-            f"a trial tree differs from its records alone by {apart:.1e} nats a token (noise: {noise[0]:.1e}; with its "
-            f"branches cut off: {contrast:.1e})"
+            f"a trial tree differs from its records alone by {apart:.1e} nats per token (noise: {noise[0]:.1e}; with "
+            f"its branches cut off: {contrast:.1e})"
         )
     gradient = _gradient_difference(rows, plain)
     allowed = min(_MOST_GRADIENT, max(limits.times * noise[1], limits.gradient_ulps * unit(dtype)))
@@ -181,7 +181,7 @@ def padding_difference(model: CausalLM, *, pad_id: int) -> str | None:
     # As in float32 whatever the dtype: a model that is refused here cannot be trained at all.
     if apart <= max(_IN_32_BITS.times * noise, _IN_32_BITS.scores_ulps * unit(_dtype(model))):
         return None
-    return f"a padded record differs from the same record alone by {apart:.1e} nats a token (noise: {noise:.1e})"
+    return f"a padded record differs from the same record alone by {apart:.1e} nats per token (noise: {noise:.1e})"
 
 
 def _first_line(error: BaseException) -> str:

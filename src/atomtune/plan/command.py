@@ -348,7 +348,7 @@ def _say(forecast: Forecast, console: Console, *, quantized: bool) -> None:
         f"{_gain(run)}."
     )
     if reason := forecast.size.why_padded:
-        console.say(f"layout padded: one record a row, because {reason}.")
+        console.say(f"layout padded: one record per row, because {reason}.")
     parts = listed(f"{translated(name)} {decimal(part)}" for name, part in memory.parts.items())
     needs = decimal(memory.peak)
     console.say(f"Memory of a heavy step ({run.heaviest:,} tokens) on {forecast.device}: {needs} = {parts}.")
@@ -357,8 +357,8 @@ def _say(forecast: Forecast, console: Console, *, quantized: bool) -> None:
         console.say("--quantize nf4 keeps the base in a quarter of the memory.")
     console.say(
         f"\nTime: about {_duration(forecast.seconds)} on {forecast.device} (matrix products in "
-        f"{dtype_name(forecast.dtype)}: {forecast.rate / 1e12:.2f} TFLOP/s). Loading, evaluating and saving come on "
-        "top.\nThese are estimates; docs/guide.md says how far they were off."
+        f"{dtype_name(forecast.dtype)}: {forecast.rate / 1e12:.2f} TFLOP/s). Loading, evaluation and saving are "
+        "extra.\nThese are estimates; docs/guide.md says how far they were off."
     )
 
 

@@ -23,8 +23,8 @@ from atomtune.settings.fields import ChatSettings
 
 #: What is typed to change the conversation, and what it does.
 COMMANDS = {
-    "/reset": "begin a new conversation (an empty line does too)",
-    "/system": "TEXT sets another system text; without a text, the training's own comes back",
+    "/reset": "start a new conversation (an empty line does too)",
+    "/system": "TEXT sets another system prompt; without TEXT, the one from training is used again",
     "/save": "FILE appends the conversation to a file, as a record that `atomtune train` reads",
     "/help": "this list",
 }
@@ -41,7 +41,7 @@ def chat(settings: ChatSettings) -> int:
         other_base=settings.other_base,
     )
     if settings.compare and not tuned.has_base:
-        raise BadSettings([f"--compare: {settings.adapter_path} is a merged model, which holds no base beside it."])
+        raise BadSettings([f"--compare: {settings.adapter_path} is a merged model, which has no base to compare with."])
     talk = Talk(tuned, settings, console)
     if settings.prompt is not None:
         talk.answer(settings.prompt)
@@ -80,13 +80,13 @@ class Talk:
         self._say_instruction()
         if typed:
             say(
-                "Enter sends, Alt+Enter makes a new line; Ctrl-C stops an answer, Ctrl-D ends the chat. "
-                "/help lists the commands."
+                "Enter sends, Alt+Enter starts a new line; Ctrl-C stops an answer, Ctrl-D ends the chat. /help lists "
+                "the commands."
             )
 
     def _say_instruction(self) -> None:
         if self.conversation.system is not None:
-            self.console.say(f"System text: “{shortened(self.conversation.system)}”")
+            self.console.say(f"System prompt: “{shortened(self.conversation.system)}”")
         elif self.tuned.shared_instruction:
             self.console.say(
                 "Each message is sent with the instruction that the training records share: "
@@ -100,7 +100,9 @@ class Talk:
             nearly = difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.75)
             if word.startswith("//") or not word.startswith("/") or not nearly:
                 return False
-            self.console.say(f"{word} is no command. Did you mean {nearly[0]}? (//… sends a text that begins with /.)")
+            self.console.say(
+                f"{word} is not a command. Did you mean {nearly[0]}? (//… sends a text that begins with /.)"
+            )
         elif word == "/help":
             self._say_help()
         elif word == "/save":
@@ -130,7 +132,7 @@ class Talk:
             self.console.say("Name a file: /save talk.jsonl")
             return
         if not self.conversation.has_exchanges:
-            self.console.say("Nothing is said yet, so there is nothing to save.")
+            self.console.say("Nothing to save yet.")
             return
         try:
             self.conversation.save(expanded(file))

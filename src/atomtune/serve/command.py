@@ -70,7 +70,7 @@ def serve(settings: ServeSettings) -> int:
     console = Console()
     plan = plan_of(settings, console)
     if settings.no_certify:
-        console.notice(f"--no_certify: nobody has checked that {plan.engine} serves the tuned model.")
+        console.notice(f"--no_certify: whether {plan.engine} serves the tuned model has not been checked.")
     else:
         _certify(plan, settings, console)
     try:
@@ -179,7 +179,7 @@ def _refuse_unlike(models: Sequence[ServedModel], settings: ServeSettings) -> No
         if differing:
             problems.append(
                 f"--adapter_path {model.adapter}: its {' and '.join(differing)} is not that of {first.adapter}, and a "
-                "server has one for all its adapters. Serve them apart, each on a --port of its own."
+                "server has one for all its adapters. Serve them separately, each on a --port of its own."
             )
     if problems:
         raise BadSettings(problems)
@@ -237,7 +237,7 @@ def _certify(plan: Plan, settings: ServeSettings, console: Console) -> None:
         try:
             write_certificate([outcome], folder)
         except OSError as error:  # models often lie on a disk that is mounted to be read only
-            console.notice(f"the certificate is not kept: {folder} cannot be written ({error.strerror}).")
+            console.notice(f"the certificate is not saved: {folder} cannot be written ({error.strerror}).")
     refuse_failed(certified)
 
 
@@ -299,8 +299,8 @@ def _call_reader(template: Template, console: Console) -> str | None:
     reader = call_reader(written, template.tokenizer.get_vocab())
     if written and reader is None:
         console.notice(
-            f"no reader of vLLM's is known to fit calls as {template.title} writes them, so it refuses a request with "
-            'tools, unless that says "tool_choice": "none"; then a call stands in the answer\'s text.'
+            f"atomtune knows no vLLM tool-call parser for calls as {template.title} writes them. vLLM refuses requests "
+            'with tools unless they set "tool_choice": "none"; then a call is left in the answer\'s text.'
         )
     return reader
 
@@ -326,6 +326,6 @@ def _say_instruction(model: ServedModel, console: Console, *, named: bool) -> No
         return
     console.notice(
         f"the training records {f'of {model.name} ' if named else ''}share an instruction, which the server does not "
-        f"add. Send it {model.template.instruction_place}: “{shortened(model.metadata.instruction, 80)}” (whole in "
+        f"add. Send it {model.template.instruction_place}: “{shortened(model.metadata.instruction, 80)}” (in full in "
         "atomtune.json)."
     )

@@ -268,7 +268,7 @@ def load_tuned(
     template, metadata = template_of(folder, trust_remote_code=settings.trust_remote_code)
     merged = not (folder / CONFIG).is_file() and (folder / "config.json").is_file()
     if merged and settings.model_path:
-        raise BadSettings([f"--model_path: {folder} is a whole model already."])
+        raise BadSettings([f"--model_path: {folder} is already a complete model."])
     path = str(folder) if merged else base_of(folder, settings.model_path)
     quantize = quantize_as_trained(
         path,

@@ -40,7 +40,7 @@ def web(settings: WebSettings) -> int:
         _launch(page, settings, password)
         console.say(f"\nready: {address}  Ctrl-C stops it.")
         if password:
-            console.say(f"The page asks for the name {USER} and the password.")
+            console.say(f"The page asks for the user name {USER} and the password.")
         page.wait(opens=address if settings.open else None)
     except KeyboardInterrupt:
         console.say(message("\nstopped."))

@@ -29,8 +29,8 @@ def _of_the_template(values: Mapping[str, Any]) -> Iterator[str]:
         variables = _object_in(text)
         if variables is None:
             yield (
-                f"--chat_template_kwargs {text[:_SHOWN]}: expected a JSON object, as "
-                "--chat_template_kwargs '{\"enable_thinking\": false}'."
+                f"--chat_template_kwargs {text[:_SHOWN]}: expected a JSON object, for example --chat_template_kwargs "
+                "'{\"enable_thinking\": false}'."
             )
         elif not isinstance(variables.get("enable_thinking", True), bool):
             # A template takes "false", a text, for true.
@@ -39,7 +39,7 @@ def _of_the_template(values: Mapping[str, Any]) -> Iterator[str]:
         try:
             date.fromisoformat(day)
         except ValueError:
-            yield f"--template_date {day}: expected a date as 2026-01-31."
+            yield f"--template_date {day}: expected a date, for example 2026-01-31."
 
 
 def _object_in(text: str) -> dict[str, Any] | None:
@@ -79,24 +79,24 @@ def _of_data(values: Mapping[str, Any], written: Collection[str]) -> Iterator[st
 def _of_the_start(values: Mapping[str, Any]) -> Iterator[str]:
     ways = [f"--{name}" for name in ("resume", "resume_from_checkpoint", "continue_training") if values.get(name)]
     if len(ways) > 1:
-        yield f"{' and '.join(ways)} each name a place to go on from. Pass one of them."
+        yield f"{' and '.join(ways)} each name a checkpoint to resume from. Pass one of them."
     if values.get("continue_training") and not values.get("checkpoint"):
-        yield "--continue_training needs --checkpoint with the folder to go on from. --resume finds the newest itself."
+        yield "--continue_training needs --checkpoint with the folder to resume from. --resume finds the newest one."
     if values.get("checkpoint") and not values.get("continue_training"):
-        yield "--checkpoint is read with --continue_training alone. Add it, or use --resume_from_checkpoint."
+        yield "--checkpoint is only used with --continue_training. Add it, or use --resume_from_checkpoint."
 
 
 def _of_the_trainer(values: Mapping[str, Any]) -> Iterator[str]:
     if values.get("max_steps") == 0:
         yield "--max_steps 0 trains nothing. Pass 1 or more, or leave it out: --num_train_epochs decides."
     if values.get("fp16") and values.get("bf16"):
-        yield "--fp16 and --bf16 contradict each other. Pass one of them, or neither for what suits the device."
+        yield "--fp16 and --bf16 contradict each other. Pass one of them, or neither to use what suits the device."
     metric = values.get("metric_for_best_model")
     if metric is not None and metric.removeprefix("eval_") not in METRICS:
         yield f"--metric_for_best_model {metric!r}: expected one of {', '.join(METRICS)}."
     if values.get("early_stopping_patience") and values.get("eval_strategy") == "no":
-        yield "--early_stopping_patience and --eval_strategy no: it looks at evaluations. Leave one of them out."
+        yield "--early_stopping_patience needs evaluations, and --eval_strategy no makes none. Leave one of them out."
     if values.get("parallelism_config") is not None:
-        yield "--parallelism_config takes an object of accelerate's, which no text can be. Leave it out."
+        yield "--parallelism_config takes an object of accelerate's, which cannot be written as text. Leave it out."
     if values.get("debug"):
-        yield "--debug cannot look into layers that are computed together here. Leave it out."
+        yield "--debug cannot look into layers that are fused here. Leave it out."

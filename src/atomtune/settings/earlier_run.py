@@ -45,7 +45,7 @@ def entries_of_earlier_run(entries: Mapping[str, Entry], known: Mapping[str, Any
         raise BadSettings(
             [
                 f"--resume: no settings of a run in {file}. Pass the --output_dir of the run, or the command that "
-                "began it, with --model_path and --dataset_path."
+                "started it, with --model_path and --dataset_path."
             ]
         )
     return {

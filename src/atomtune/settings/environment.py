@@ -90,7 +90,7 @@ def _accelerate_problems(environment: Mapping[str, str]) -> Iterator[str]:
     """Of the variables that `accelerate launch` sets: they stand above the run's own settings."""
     if device := environment.get("ACCELERATE_TORCH_DEVICE"):
         yield (
-            f"the environment has ACCELERATE_TORCH_DEVICE={device}, by which batches go to another device than the "
+            f"the environment has ACCELERATE_TORCH_DEVICE={device}, which sends batches to another device than the "
             "model. `unset ACCELERATE_TORCH_DEVICE`; CUDA_VISIBLE_DEVICES and --use_cpu choose the device."
         )
     for name in ("ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
@@ -116,11 +116,11 @@ def start_problems() -> Iterator[str]:
     try:
         Path.cwd()
     except OSError:  # kernels of torch are looked for from here
-        yield "the folder that this command was started in is gone, or closed to it. `cd` to another one."
+        yield "the folder that this command was started in no longer exists, or cannot be read. `cd` to another one."
     if sys.flags.optimize > 1:
         yield (
-            "Python leaves out docstrings here (PYTHONOPTIMIZE=2 or -OO), and transformers makes its classes of them. "
-            "`unset PYTHONOPTIMIZE`."
+            "Python leaves out docstrings here (PYTHONOPTIMIZE=2 or -OO), and transformers builds its classes from "
+            "them. `unset PYTHONOPTIMIZE`."
         )
 
 
@@ -130,8 +130,8 @@ def cache_notices(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
         folder = environment.get(name, "")
         if folder and not folder.startswith("~") and not Path(folder).is_absolute():
             yield (
-                f"{name} is the relative path {folder}: what is cached lies in {Path(folder).absolute()}, and is not "
-                "found by a command that is started elsewhere. An absolute path is found everywhere."
+                f"{name} is the relative path {folder}: the cache is in {Path(folder).absolute()}, and a command that "
+                "is started elsewhere will not find it. Use an absolute path."
             )
 
 

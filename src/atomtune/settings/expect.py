@@ -52,7 +52,7 @@ _KINDS: dict[Any, str] = {
     str: message("text"),
     list[float]: message("numbers"),
     list[str]: message("words"),
-    dict: 'JSON, as {"name": 1}',
+    dict: 'JSON, for example {"name": 1}',
 }
 
 

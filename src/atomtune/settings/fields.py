@@ -98,21 +98,25 @@ class RecordSettings:
     dataset_path: str | list[str] | None = setting(
         None,
         "the records: one or more files (JSONL, JSON, CSV, TSV, Parquet, Arrow; also .gz and .zst), a folder saved by "
-        "`datasets`, or the name of a data set on the hub",
+        "`datasets`, or the name of a dataset on the hub",
         value="FILE",
     )
     format: FormatChoice = setting(
-        "auto", "how the records are written; auto looks at the first records of each file", rare=True
+        "auto", "format of the records; auto detects it from the first records of each file", rare=True
     )
     keys: list[str] = setting(
-        [], "rename keys of your records, as question=instruction answer=output", value="THEIRS=OURS", rare=True
+        [],
+        "rename keys of your records, for example question=instruction answer=output",
+        value="THEIRS=OURS",
+        rare=True,
     )
     roles: list[str] = setting(
-        [], "rename roles of your conversations, as bot=assistant", value="THEIRS=OURS", rare=True
+        [], "rename roles of your conversations, for example bot=assistant", value="THEIRS=OURS", rare=True
     )
     mix: list[float] = setting(
         [],
-        "with several files: how often an epoch sees the records of each, in the order of the files, as 1 0.5",
+        "with several files: how many times per epoch each file's records are used, in the order of the files, for "
+        "example 1 0.5",
         value="X",
         rare=True,
     )
@@ -131,7 +135,7 @@ class RecordSettings:
     )
     template_date: str | None = setting(
         None,
-        "the date for templates that write one, as 2026-01-31; default: the day the run began",
+        "the date that a template writes, if it writes one, for example 2026-01-31; default: the day the run began",
         value="DATE",
         rare=True,
     )
@@ -140,8 +144,8 @@ class RecordSettings:
     )
     max_seq_length: int | None = setting(
         None,
-        "greatest length of a record, in tokens; longer ones are treated as --overlength says; default: auto, that of "
-        "the longest record, as far as the base and the memory allow",
+        "maximum length of a record, in tokens; --overlength says what happens to longer ones; default: auto, the "
+        "longest record, limited by the base and the memory",
         at_least=SHORTEST_RECORD,
         unit="tokens",
     )
@@ -159,8 +163,8 @@ class RecordSettings:
     )
     layout: LayoutChoice = setting(
         "auto",
-        "how the records of a batch are laid out: tree computes shared beginnings once, packed puts records end to "
-        "end, padded fills up to the longest; auto takes the cheapest that gives the same result",
+        "how the records of a batch are laid out: tree computes shared prefixes once, packed puts records end to end, "
+        "padded pads them to the longest; auto takes the cheapest that gives the same result",
         rare=True,
     )
 
@@ -200,18 +204,20 @@ class RecordSettings:
 class DataSettings(RecordSettings):
     """Data"""
 
-    eval_path: str | None = setting(None, "records to evaluate on, written like those to train on", value="FILE")
+    eval_path: str | None = setting(
+        None, "records to evaluate on, in the same format as those to train on", value="FILE"
+    )
     eval_size: float | None = setting(
         None,
         "without --eval_path: how many records to hold out and evaluate on: a share (below 1) or a number, 0 for none; "
-        "records that are alike stay on one side; default: auto, one in ten where there are enough",
+        "similar records stay on the same side; default: auto, one in ten if there are enough",
         at_least=0,
     )
     streaming: bool = setting(
-        False, "encode records while training and keep nothing on the disk; needs --max_steps", rare=True
+        False, "encode records while training and keep nothing on disk; needs --max_steps", rare=True
     )
     shuffle_buffer: int = setting(
-        10_000, "with --streaming: shuffle among so many records", at_least=1, rare=True, unit="records"
+        10_000, "with --streaming: number of records to shuffle among", at_least=1, rare=True, unit="records"
     )
 
 
@@ -233,7 +239,7 @@ class ModelSettings(TokenizerSettings):
 
     dtype: Dtype = setting(
         "auto",
-        "number format of the base model's weights; auto: bfloat16 where the device is fast with it, else float32",
+        "number format of the base model's weights; auto: bfloat16 if the device is fast with it, else float32",
     )
     quantize: Quantize | None = setting(
         None, "keep the base model in 4 bits (nf4) or 8 bits (int8) to save memory; needs atomtune[qlora]"
@@ -258,12 +264,12 @@ class TrainedModelSettings(ModelSettings):
 
     quantize: Quantize | None = setting(
         None,
-        "keep the base model in 4 bits (nf4) or 8 bits (int8) to save memory; default: as training held it; needs "
+        "keep the base model in 4 bits (nf4) or 8 bits (int8) to save memory; default: as in training; needs "
         "atomtune[qlora]",
     )
     stored_base: bool = setting(
         False,
-        "for an adapter that was trained on a quantized base: take the base's weights as they are stored, not as "
+        "for an adapter that was trained on a quantized base: use the base's weights as they are stored, not as "
         "training rounded them",
         rare=True,
     )
@@ -294,8 +300,8 @@ class LoraSettings:
     )
     lora_targets: list[str] = setting(
         ["all-linear"],
-        "which layers get an adapter, by name, as q_proj v_proj; all-linear: every linear layer but the output layer, "
-        "which all-linear,lm_head has too",
+        "which layers get an adapter, by name, for example q_proj v_proj; all-linear: every linear layer except the "
+        "output layer; all-linear,lm_head: the output layer too",
         value="LAYER",
     )
     lora_experts: bool = setting(
@@ -327,8 +333,8 @@ class TrainerSettings:
     )
     learning_rate: float | None = setting(
         None,
-        "step size of the optimizer at its peak; LoRA bears far larger ones than full fine-tuning; default: auto, by "
-        "the width of the base and the number of steps",
+        "step size of the optimizer at its peak; LoRA tolerates much higher values than full fine-tuning; default: "
+        "auto, from the width of the base and the number of steps",
         at_least=0,
     )
     lr_scheduler_type: str = setting("linear", "how the learning rate changes after the warm-up")
@@ -340,26 +346,26 @@ class TrainerSettings:
     )
     num_train_epochs: float | None = setting(
         None,
-        "how often every record is seen; default: auto, 3, and more where there are few records",
+        "how often every record is seen; default: auto, 3, or more if there are few records",
         more_than=0,
         at_most=1_000_000,
         unit="epochs",
     )
     max_steps: int = setting(
         -1,
-        "how many optimizer steps to make, whatever --num_train_epochs says; -1: no limit",
+        "how many optimizer steps to run, whatever --num_train_epochs says; -1: no limit",
         at_least=-1,
         unit="steps",
     )
     per_device_train_batch_size: int | None = setting(
         None,
-        "records in a batch, on each device; default: auto, 16, and fewer where that would make few steps",
+        "records in a batch, on each device; default: auto, 16, or fewer if that would leave few steps",
         at_least=1,
         unit="records",
     )
     gradient_accumulation_steps: int = setting(
         1,
-        "batches that are added up before a step; more saves memory: 4 batches of 4 are a step of 16",
+        "batches whose gradients are accumulated before a step; more saves memory: 4 batches of 4 make a step of 16",
         at_least=1,
         unit="batches",
     )
@@ -390,13 +396,13 @@ class TrainerSettings:
     )
     save_steps: float | None = setting(
         None,
-        "steps between two checkpoints; below 1, a share of all steps; default: auto, 500, and fewer in a short run",
+        "steps between two checkpoints; below 1, a share of all steps; default: auto, 500, or fewer in a short run",
         more_than=0,
         unit="steps",
     )
     load_best_model_at_end: bool | None = setting(
         None,
-        "end with the adapter of the best evaluation, not of the last step; default: auto, where a checkpoint is saved "
+        "end with the adapter of the best evaluation, not of the last step; default: auto, if a checkpoint is saved "
         "with each evaluation",
         rare=True,
     )
@@ -409,7 +415,7 @@ class TrainerSettings:
     )
     seed: int = seed_setting("seed for shuffling, initial weights and dropout")
     data_seed: int | None = setting(
-        None, "seed for shuffling alone [as --seed]", at_least=0, at_most=LARGEST_SEED, rare=True
+        None, "seed for shuffling only [as --seed]", at_least=0, at_most=LARGEST_SEED, rare=True
     )
     per_device_eval_batch_size: int = setting(
         8, "records in a batch of an evaluation, on each device", at_least=1, rare=True, unit="records"
@@ -419,10 +425,14 @@ class TrainerSettings:
     )
     eval_delay: float = setting(0, "steps or epochs before the first evaluation", at_least=0, rare=True)
     weight_decay: float = setting(
-        0.0, "weights shrink by this times the learning rate in a step", at_least=0, at_most=1_000, rare=True
+        0.0,
+        "weight decay: each step shrinks the weights by this times the learning rate",
+        at_least=0,
+        at_most=1_000,
+        rare=True,
     )
     max_grad_norm: float = setting(
-        1.0, "longer gradients are scaled down to this length; 0: never", at_least=0, rare=True
+        1.0, "gradients with a larger norm are scaled down to this one; 0: never", at_least=0, rare=True
     )
     label_smoothing_factor: float = setting(
         0.0, "share of probability that the target leaves to all other tokens", at_least=0, below=1, rare=True
@@ -434,7 +444,7 @@ class TrainerSettings:
     adam_epsilon: float = setting(1e-8, "Adam: added to the divisor against division by zero", more_than=0, rare=True)
     neftune_noise_alpha: float | None = setting(
         None,
-        "noise on the embeddings in training; the paper takes 5 to 15; one record a row then",
+        "noise on the embeddings in training; the paper uses 5 to 15; each row then holds one record",
         at_least=0,
         at_most=1e6,
         rare=True,
@@ -450,7 +460,7 @@ class TrainerSettings:
     )
     ddp_timeout: int = setting(
         1800,
-        "seconds that one process of a job waits for the others",
+        "how many seconds one process of a job waits for the others",
         at_least=1,
         at_most=1_000_000_000,
         rare=True,
@@ -473,44 +483,47 @@ class RunSettings:
 
     resume: bool = setting(
         False,
-        "go on from the newest complete checkpoint in --output_dir; start from the beginning if there is none. Without "
-        "--model_path and --dataset_path, the settings of that run are taken, from its run.json",
+        "resume from the newest complete checkpoint in --output_dir; start from the beginning if there is none. "
+        "Without --model_path and --dataset_path, the settings of that run are taken from its run.json",
     )
-    resume_from_checkpoint: str | None = setting(None, "go on from this checkpoint", value="FOLDER", rare=True)
-    continue_training: bool = setting(False, "the tutorial's way to go on; needs --checkpoint", rare=True)
+    resume_from_checkpoint: str | None = setting(None, "resume from this checkpoint", value="FOLDER", rare=True)
+    continue_training: bool = setting(False, "the tutorial's way to resume; needs --checkpoint", rare=True)
     checkpoint: str | None = setting(
         None,
-        "with --continue_training: a checkpoint to go on from, or an adapter's weights to start from",
+        "with --continue_training: a checkpoint to resume from, or an adapter's weights to start from",
         value="FOLDER_OR_FILE",
         rare=True,
     )
-    resume_anyway: bool = setting(False, "go on although data or settings have changed since the run began", rare=True)
+    resume_anyway: bool = setting(
+        False, "resume even though data or settings have changed since the run began", rare=True
+    )
     early_stopping_patience: int = setting(
         0,
-        "stop after so many evaluations in a row without a lower held-out loss; 0: never",
+        "stop after this many evaluations in a row without a lower held-out loss; 0: never",
         at_least=0,
         unit="evaluations",
         rare=True,
     )
     max_minutes: float = setting(
         0.0,
-        "stop after so many minutes with a checkpoint and exit code 75; 0: no limit",
+        "save a checkpoint and stop with exit code 75 after this many minutes; 0: no limit",
         at_least=0,
         rare=True,
         unit="minutes",
     )
     skip_nonfinite: int = setting(
         0,
-        "leave out up to so many steps whose loss or gradient is not finite; 0: the first one ends the run",
+        "skip up to this many steps whose loss or gradient is not finite; 0: the first one ends the run",
         at_least=0,
         rare=True,
         unit="steps",
     )
     gradient_checkpointing: Literal["auto", "true", "false"] = setting(
-        "auto", "save memory by computing activations twice, which is slower; auto: in as many layers as memory needs"
+        "auto",
+        "save memory by computing activations twice, which is slower; auto: in as many layers as memory requires",
     )
     cuda_graphs: bool = setting(
-        True, "on a GPU, record the kernels of small steps and replay them, where the model allows it", rare=True
+        True, "on a GPU, record the kernels of small steps and replay them, if the model allows it", rare=True
     )
     verify: bool = setting(
         False,
@@ -540,13 +553,13 @@ class InspectSettings(RecordSettings, TokenizerSettings):
     )
     fail_on: list[str] = setting(
         [],
-        "end with exit code 4 where more is found than allowed, as cut duplicates=5% control=10; of "
+        "end with exit code 4 if a check finds more than allowed, for example cut duplicates=5% control=10; checks: "
         f"{', '.join(CHECKS)}",
         value="CHECK",
     )
     samples: int = setting(3, "how many records to show token by token", at_least=0, unit="records")
     per_device_train_batch_size: int = setting(
-        16, "records in a batch, to tell what sharing saves", at_least=1, rare=True, unit="records"
+        16, "records in a batch, to estimate what sharing saves", at_least=1, rare=True, unit="records"
     )
     seed: int = seed_setting("seed for choosing the records to show", rare=True)
 
@@ -557,12 +570,12 @@ class MergeSettings(TokenizerSettings):
 
     adapter_path: str | list[str] = setting(
         ...,
-        "the output folder of a run, or one of its checkpoints; several are added up as --weights says",
+        "the output folder of a run, or one of its checkpoints; several are summed as --weights says",
         value="FOLDER",
     )
     weights: list[float] = setting(
         [],
-        "with several adapters: how much of each, as 0.7 0.3; 0.5 0.5 is the mean of two, 1 1 their sum",
+        "with several adapters: how much of each, for example 0.7 0.3; 0.5 0.5 is the mean of two, 1 1 their sum",
         value="X",
     )
     stored_base: bool = setting(
@@ -585,21 +598,21 @@ class ChatSettings(TrainedModelSettings):
     """Chat"""
 
     adapter_path: str = tuned_model_setting()
-    prompt: str | None = setting(None, "answer this and end; without it, a conversation begins", value="TEXT")
+    prompt: str | None = setting(None, "answer this and exit; without it, a conversation starts", value="TEXT")
     system: str | None = setting(None, "instruction for the whole conversation", value="TEXT")
-    compare: bool = setting(False, "let the base answer too, with the adapter switched off, beside the tuned model")
+    compare: bool = setting(False, "also show the base's answer, with the adapter switched off")
     max_new_tokens: int = answer_setting(512, "longest answer, in tokens")
     temperature: float = setting(
         0.0, "0 always takes the most likely token; the higher, the more varied the answers", at_least=0
     )
     top_p: float | None = setting(
         None,
-        "with --temperature: draw from the likeliest tokens that together have this probability [the base's own]",
+        "with --temperature: sample from the likeliest tokens that together have this probability [the base's own]",
         more_than=0,
         at_most=1,
     )
     top_k: int | None = setting(
-        None, "with --temperature: draw from so many of the likeliest tokens; 0: all [the base's own]", at_least=0
+        None, "with --temperature: sample from this many of the likeliest tokens; 0: all [the base's own]", at_least=0
     )
     repetition_penalty: float | None = setting(
         None,
@@ -607,7 +620,7 @@ class ChatSettings(TrainedModelSettings):
         at_least=0.1,
         at_most=10,
     )
-    seed: int = seed_setting("seed of the first answer that is drawn; each later one has the next", default=0)
+    seed: int = seed_setting("seed of the first sampled answer; each later answer uses the next seed", default=0)
     other_base: bool = other_base_setting(rare=True)
 
 
@@ -616,15 +629,15 @@ class WebSettings(TrainedModelSettings):
     """Web"""
 
     adapter_path: str = tuned_model_setting()
-    system: str | None = setting(None, "instruction that a conversation begins with", value="TEXT")
+    system: str | None = setting(None, "instruction that a conversation starts with", value="TEXT")
     max_new_tokens: int = answer_setting(512, "longest answer, in tokens; the page can change it")
     host: str = setting(
-        "127.0.0.1", "address to listen at; another than this machine's own needs --password", value="ADDRESS"
+        "127.0.0.1", "address to listen on; anything but this machine's own needs --password", value="ADDRESS"
     )
-    port: int = setting(7860, "port to listen at", at_least=1, at_most=65535)
+    port: int = setting(7860, "port to listen on", at_least=1, at_most=65535)
     password: str | None = setting(
         None,
-        "ask everyone for it, with the name atomtune [the environment variable ATOMTUNE_PASSWORD]",
+        "password that visitors must enter, with the user name atomtune [the environment variable ATOMTUNE_PASSWORD]",
         value="TEXT",
     )
     open: bool = setting(False, "open the page in this machine's browser")
@@ -641,12 +654,15 @@ class EvaluateSettings(TrainedModelSettings):
     dataset_path: str | list[str] | None = setting(
         None, "records to evaluate on; without it, those that the first adapter's run held out", value="FILE"
     )
-    format: FormatChoice = setting("auto", "how the records are written; auto looks at the first records of each file")
+    format: FormatChoice = setting("auto", "format of the records; auto detects it from the first records of each file")
     keys: list[str] = setting(
-        [], "rename keys of your records, as question=instruction answer=output", value="THEIRS=OURS", rare=True
+        [],
+        "rename keys of your records, for example question=instruction answer=output",
+        value="THEIRS=OURS",
+        rare=True,
     )
     roles: list[str] = setting(
-        [], "rename roles of your conversations, as bot=assistant", value="THEIRS=OURS", rare=True
+        [], "rename roles of your conversations, for example bot=assistant", value="THEIRS=OURS", rare=True
     )
     template: str = setting("auto", "chat template of a base without an adapter; an adapter brings its own", rare=True)
     chat_template_kwargs: str | None = setting(
@@ -662,8 +678,8 @@ class EvaluateSettings(TrainedModelSettings):
     no_probe: bool = setting(False, "skip the forgetting probe")
     lm_eval_tasks: list[str] = setting(
         [],
-        "also benchmarks of lm-evaluation-harness, as arc_easy,hellaswag; a .yaml file of your own task, or a folder "
-        "of such files",
+        "also benchmarks of lm-evaluation-harness, for example arc_easy,hellaswag; a .yaml file of your own task, or a "
+        "folder of such files",
         value="TASK",
     )
     lm_eval_limit: int = setting(0, "questions of each of these tasks; 0: all", at_least=0, unit="questions")
@@ -680,7 +696,7 @@ class CertifySettings(ModelSettings):
 
     adapter_path: str = setting(..., "the trained adapter: a run's output folder or a checkpoint", value="FOLDER")
     served: str | None = setting(
-        None, "what the engine serves, where it is not the adapter: a merged folder or a .gguf", value="FOLDER_OR_FILE"
+        None, "what the engine serves, if not the adapter: a merged folder or a .gguf", value="FOLDER_OR_FILE"
     )
     engine: list[EngineName] = setting(
         [], "engines to start; without it, llama.cpp for a .gguf and transformers for a folder"
@@ -700,24 +716,24 @@ class ServeSettings(ModelSettings):
         value="FOLDER",
     )
     served: str | None = setting(
-        None, "what the engine serves, where it is not the adapter: a merged folder or a .gguf", value="FOLDER_OR_FILE"
+        None, "what the engine serves, if not the adapter: a merged folder or a .gguf", value="FOLDER_OR_FILE"
     )
     engine: ServeEngine = setting(
         "auto",
-        "the program that serves; auto: vllm on a GPU where it is installed, llama.cpp for a .gguf, else transformers",
+        "the program that serves; auto: vllm on a GPU if it is installed, llama.cpp for a .gguf, else transformers",
     )
     host: str = setting(
-        "127.0.0.1", "address to listen at; another than this machine's own needs --api_key", value="ADDRESS"
+        "127.0.0.1", "address to listen on; anything but this machine's own needs --api_key", value="ADDRESS"
     )
-    port: int = setting(8000, "port to listen at", at_least=1, at_most=65535)
+    port: int = setting(8000, "port to listen on", at_least=1, at_most=65535)
     api_key: str | None = setting(
         None,
-        "refuse requests without this key [the environment variable ATOMTUNE_API_KEY]; vllm and llama.cpp can",
+        "refuse requests without this key [the environment variable ATOMTUNE_API_KEY]; works with vllm and llama.cpp",
         value="KEY",
     )
     context: int = setting(0, "longest conversation, in tokens; 0: as the engine chooses", at_least=0, unit="tokens")
-    no_certify: bool = setting(False, "do not prove first that the engine serves the tuned model")
-    prompts: int = setting(10, "how many prompts are sent to prove it", at_least=1, rare=True, unit="prompts")
+    no_certify: bool = setting(False, "do not check first that the engine serves the tuned model")
+    prompts: int = setting(10, "how many prompts are sent to check it", at_least=1, rare=True, unit="prompts")
     other_base: bool = other_base_setting(rare=True)
 
 
@@ -727,11 +743,11 @@ class ExportSettings(TokenizerSettings):
 
     adapter_path: str = setting(..., "the output folder of a run, or one of its checkpoints", value="FOLDER")
     output_dir: str = setting(..., "folder for what is written", value="FOLDER")
-    to: ExportTarget = setting("gguf", "gguf: for llama.cpp and Ollama; peft: the adapter for another class")
+    to: ExportTarget = setting("gguf", "gguf: for llama.cpp and Ollama; peft: the adapter for another model class")
     quantize: GgufFormat = setting("bf16", "number format of the GGUF")
     for_class: str | None = setting(None, "with --to peft: the transformers class that is to load it", value="CLASS")
-    no_certify: bool = setting(False, "do not start the engine to prove that it serves the tuned model")
-    prompts: int = setting(10, "how many prompts are sent to prove it", at_least=1, rare=True, unit="prompts")
+    no_certify: bool = setting(False, "do not start the engine to check that it serves the tuned model")
+    prompts: int = setting(10, "how many prompts are sent to check it", at_least=1, rare=True, unit="prompts")
     other_base: bool = other_base_setting(rare=True)
 
 
@@ -813,15 +829,15 @@ class SweepChoices:
 
     try_: list[str] = setting(
         [],
-        "the values of a setting that are tried, as learning_rate=1e-4,3e-4. Several of these: every combination is "
-        "tried. With --trials also a range, as learning_rate=1e-5:1e-3. Default: the learning rate that suits the "
-        "base, a third of it and three times as much",
+        "values of a setting to try, for example learning_rate=1e-4,3e-4. With several of these, every combination is "
+        "tried. With --trials also a range, for example learning_rate=1e-5:1e-3. Default: the learning rate that suits "
+        "the base, a third of it and three times as much",
         value="NAME=A,B",
     )
     trials: int = setting(
         0,
-        "make so many trials, each chosen by what the ones before gave, and stop those that are clearly behind; needs "
-        "atomtune[sweep]; 0: every combination of --try once",
+        "run this many trials, each chosen from the results of the earlier ones, and stop those that are clearly "
+        "behind; needs atomtune[sweep]; 0: every combination of --try once",
         at_least=0,
         unit="trials",
     )

@@ -82,7 +82,7 @@ class EntryReader:
             words = entry.value if isinstance(entry.value, list) else [entry.value]
             if not all(_is_writable(word, is_name=name not in TEXTS) for word in words):
                 self.problems.append(
-                    f"{entry.place(name)}: it holds a NUL, or half a character. {_remedy('Write it anew.')}"
+                    f"{entry.place(name)}: it contains a NUL or an incomplete character. {_remedy('Type it again.')}"
                 )
             elif name in MODEL_FOLDERS and not all(map(_is_in_utf8, words)):
                 self.problems.append(
@@ -107,7 +107,7 @@ class EntryReader:
         """The settings of run.yaml, which may also be given as `--config run.yaml`."""
         files = [path for path in paths if path]
         if len(files) > 1:
-            self.problems.append(f"{' and '.join(files)}: one file of settings is read. Leave one of them out.")
+            self.problems.append(f"{' and '.join(files)}: only one file of settings is read. Pass only one of them.")
         entries: dict[str, Entry] = {}
         for file in files:
             entries |= self.read_yaml(Path(file))

@@ -97,15 +97,15 @@ EXAMPLES = {
 
 #: What a command does, beyond its line in the overview.
 ABOUT = {
-    "train": "Without --model_path and --dataset_path the built-in demo is trained. run.yaml holds the same settings "
+    "train": "Without --model_path and --dataset_path, the built-in demo is trained. run.yaml holds the same settings "
     "as lines of `name: value`; a flag takes precedence.",
-    "serve": "The server is the engine's own. Before it starts, the engine is proved to serve the tuned model, as "
-    "`atomtune certify` does; Ctrl-C stops it.",
-    "sweep": "It takes every setting of `atomtune train` for all its trials, and --try for what differs between them. "
-    "Each trial is a run in a folder of its own; all hold out the same records. --resume goes on with a sweep that was "
-    "stopped, and tries again what failed.",
-    "web": "The page streams answers, stops, edits and asks again, and lets the base answer beside the tuned model. It "
-    "asks no other machine for anything; Ctrl-C ends it.",
+    "serve": "The server is the engine's own. Before serving, atomtune checks that it serves the tuned model, as "
+    "`atomtune certify` does. Ctrl-C stops it.",
+    "sweep": "It takes every setting of `atomtune train` for all its trials, and --try for what varies between "
+    "them. Each trial is a run in a folder of its own; all hold out the same records. --resume continues a sweep that "
+    "was stopped, and retries what failed.",
+    "web": "The page streams answers, lets you stop an answer, edit a question and ask again, and shows the base's "
+    "answer next to the tuned model's. It makes no external requests; Ctrl-C stops it.",
     "plan": "It takes every setting of `atomtune train`: write `plan` in place of `train`.",
 }
 
@@ -113,7 +113,7 @@ ABOUT = {
 BORROWED = {
     "sweep": {
         "output_dir": "folder for the trials, one folder each, and sweep.json; default: a new folder runs/sweep-NAME-1",
-        "resume": "go on with the sweep in --output_dir: what is finished stays, what was stopped or failed is tried "
+        "resume": "continue the sweep in --output_dir: finished trials are kept, stopped or failed ones are tried "
         "again",
     }
 }
@@ -134,7 +134,7 @@ def help_text(command: str, summary: str, groups: Sequence[type[Any]], *, everyt
             lines += _wrapped(f"  {flag}", width, indent=INDENT)
             lines += _wrapped(f"{INDENT}{text}", width, indent=INDENT)
     if not everything:
-        further = translated(f"`atomtune {command} --help all` shows all settings, `--help json` as data.")
+        further = translated(f"`atomtune {command} --help all` shows all settings, `--help json` prints them as JSON.")
         lines += ["", *_wrapped(further, width)]
     lines += ["", translated("Examples:")]
     lines += [f"  atomtune {command} {example}" for example in EXAMPLES[command]]

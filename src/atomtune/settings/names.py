@@ -69,8 +69,8 @@ VALUE_SYNONYMS = {
 
 #: Values of other tools that the setting of that name does not take: what to do instead.
 VALUES_ELSEWHERE = {
-    ("bf16", "auto"): "Leave it out: --dtype auto takes bfloat16 where the device computes in it",
-    ("fp16", "auto"): "Leave it out: --dtype auto takes bfloat16 where the device computes in it",
+    ("bf16", "auto"): "Leave it out: --dtype auto uses bfloat16 if the device computes in it",
+    ("fp16", "auto"): "Leave it out: --dtype auto uses bfloat16 if the device computes in it",
     # The packaged converter and the packaged llama.cpp write none of these; llama.cpp's own quantizer is in Ollama.
     **{
         ("quantize", kind.lower()): f"Export bf16, then `ollama create NAME --quantize {kind} -f Modelfile` packs it"
@@ -98,7 +98,7 @@ ELSEWHERE = _by_name(
         "if true, use --quantize nf4; else leave it out": "load_in_4bit",
         "if true, use --quantize int8; else leave it out": "load_in_8bit",
         "use --quantize nf4 for 4 bits, --quantize int8 for 8": "quantization_bit quantization bits",
-        "leave it out: --quantize nf4 has it": "double_quantization quantization_type bnb_4bit_quant_type "
+        "leave it out: --quantize nf4 includes it": "double_quantization quantization_type bnb_4bit_quant_type "
         "bnb_4bit_compute_dtype bnb_4bit_use_double_quant quantization_method",
         "leave it out: all linear layers are the default; --lora_targets names others": "lora_target_linear",
         "use --layout packed, or leave it out: --layout auto finds the cheapest": "packing sample_packing neat_packing "
@@ -109,12 +109,12 @@ ELSEWHERE = _by_name(
         "use --learn last": "mask_history",
         "leave it out: the attention is chosen for model and layout": "flash_attention flash_attn attn_implementation "
         "sdp_attention xformers_attention s2_attention eager_attention use_flash_attn",
-        "leave it out: the model's own files tell it": "model_type tokenizer_type model_revision "
+        "leave it out: it is read from the model's own files": "model_type tokenizer_type model_revision "
         "is_llama_derived_model tokenizer_name use_fast_tokenizer tokenizer_use_fast",
         "leave it out: settings are always checked": "strict",
         "leave it out: reading uses all processor cores": "preprocessing_num_workers dataset_processes "
         "dataset_num_proc",
-        "leave it out: encoded records are cached, and renewed when file or settings change": "overwrite_cache "
+        "leave it out: encoded records are cached, and encoded again when file or settings change": "overwrite_cache "
         "dataset_prepared_path tokenized_path preprocessing_batch_size",
         "leave it out: --dataset_path takes the file itself": "dataset_dir media_dir",
         "leave it out: loss.png is always drawn": "plot_loss",
@@ -122,10 +122,10 @@ ELSEWHERE = _by_name(
         "there is no such setting; make a smaller file": "max_samples",
         message("use --mix"): "interleave_probs mix_strategy",
         "use --streaming with --max_steps": "pretraining_dataset",
-        "use --eval_strategy epoch, or --eval_steps with a share of all steps, as 0.1": "evals_per_epoch",
-        "use --save_strategy epoch, or --save_steps with a share of all steps, as 0.1": "saves_per_epoch",
+        "use --eval_strategy epoch, or --eval_steps with a share of all steps, for example 0.1": "evals_per_epoch",
+        "use --save_strategy epoch, or --save_steps with a share of all steps, for example 0.1": "saves_per_epoch",
         "use --continue_training --checkpoint FOLDER": "adapter_name_or_path lora_model_dir",
-        "gone; use --resume, or another --output_dir": "overwrite_output_dir",
+        "removed; use --resume, or another --output_dir": "overwrite_output_dir",
         message("use --resume"): "auto_resume_from_checkpoints",
         message("use --gradient_checkpointing"): "use_gradient_checkpointing",
         message("use --use_liger_kernel"): "enable_liger_kernel liger_rope liger_rms_norm liger_glu_activation",
@@ -135,7 +135,7 @@ ELSEWHERE = _by_name(
         "use --report_to swanlab": "use_swanlab swanlab_project swanlab_mode swanlab_run_name",
         "there is no such setting: control strings come from tokenizer and template": "special_tokens tokens "
         "added_tokens_overrides new_special_tokens add_special_tokens resize_vocab eos_token pad_token",
-        "there is no such setting: plain LoRA alone is trained": "use_dora use_rslora peft_use_dora peft_use_rslora "
+        "there is no such setting: only plain LoRA is trained": "use_dora use_rslora peft_use_dora peft_use_rslora "
         "pissa_init loraplus_lr_ratio loraplus_lr_embedding lora_modules_to_save additional_target "
         "peft_layers_to_transform lora_fan_in_fan_out bias init_lora_weights",
         "there is no such setting; leave it out": "use_unsloth use_unsloth_gc cut_cross_entropy lora_mlp_kernel "
@@ -169,7 +169,7 @@ def value_advice(name: str, value: object, *, in_yaml: bool, choices: Sequence[s
 def advice(name: str, types: Mapping[str, object], *, in_yaml: bool) -> str:
     """What to do about a name that is no setting of this command."""
     if name in RENAMED:
-        text = f"gone; use {RENAMED[name]}."
+        text = f"removed; use {RENAMED[name]}."
     elif name in ELSEWHERE and "dataset_path" in types:
         text = f"{ELSEWHERE[name]}."
     else:

@@ -143,7 +143,7 @@ def read_sweep(written: Written, *, notice: Callable[[str], None] = _say_nothing
         entries["try_"] = replace(entries["try_"], value=as_words(entries["try_"].value))
     if not entries.keys() & {"dataset_path", "model_path"}:
         if not entries.keys() & {"eval_size", "eval_path"}:  # the demo holds nothing out
-            raise BadSettings(["A sweep needs --model_path and --dataset_path, and so does one that is resumed."])
+            raise BadSettings(["A sweep needs --model_path and --dataset_path, also when it is resumed."])
         entries = {**_demo_entries(reader), **entries}
     own = types_of((SweepChoices,))
     choices = _validated(SweepChoices, {name: entry for name, entry in entries.items() if name in own}, reader.problems)
@@ -165,7 +165,7 @@ def _check_trials(
     combinations = math.prod(map(len, tried.values()))
     if combinations > MOST_COMBINATIONS:
         reader.problems.append(
-            f"--try makes {combinations:,} combinations, and {MOST_COMBINATIONS:,} are the most. Try fewer values."
+            f"--try makes {combinations:,} combinations; at most {MOST_COMBINATIONS:,} are allowed. Try fewer values."
         )
         return
     problems: dict[str, None] = {}  # in order, each once
@@ -293,8 +293,8 @@ def _misfit(name: str, entry: Entry | None, kind: Any, info: FieldInfo) -> str:
     if _holds_mappings(entry.value):
         paths = [str(item["path"]) for item in entry.value if isinstance(item, dict) and item.get("path")]
         example = f"[{', '.join(paths)}]" if len(paths) > 1 else "".join(paths) or EXAMPLES.get(name, "a b")
-        told = " Its format is told from its records." if paths else ""
-        return f"{entry.origin}: {name}: expected words, as `{name}: {example}`.{told}"
+        told = " Its format is detected from its records." if paths else ""
+        return f"{entry.origin}: {name}: expected words, for example `{name}: {example}`.{told}"
     advised = value_advice(name, entry.value, in_yaml=not entry.origin.startswith("--"), choices=choices_in(kind))
     return f"{entry.place(name)}: expected {expected(kind, info)}.{advised}"
 
@@ -350,7 +350,7 @@ def _library_value(name: str, entry: Entry, kind: Any, problems: list[str]) -> A
             problems.append(f"{entry.place(name)}: not JSON: {error}.")
             return None
     if not _is_finite(value):
-        problems.append(f"{entry.place(name)}: NaN and infinity are no numbers here.")
+        problems.append(f"{entry.place(name)}: NaN and infinity are not allowed here.")
         return None
     try:
         return TypeAdapter(kind, config=_LIBRARY_VALUES).validate_python(value)
@@ -370,7 +370,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _values_of(groups: typing.Iterable[Any]) -> dict[str, Any]:
@@ -390,11 +390,13 @@ def _ill_formed(values: Mapping[str, Any]) -> list[str]:
     for name in ("keys", "roles"):
         for word in values.get(name) or []:
             if not all(word.partition("=")):
-                problems.append(f"--{name} {word!r}: expected THEIRS=OURS, as {EXAMPLES[name]}.")
+                problems.append(f"--{name} {word!r}: expected THEIRS=OURS, for example {EXAMPLES[name]}.")
     paths, mix = values.get("dataset_path") or [], values.get("mix") or []
     count = 1 if isinstance(paths, str) else len(paths)
     if mix and len(mix) != count:
-        problems.append(f"--mix has {len(mix)} numbers for {count} files. Pass one number a file, in their order.")
+        problems.append(
+            f"--mix has {len(mix)} numbers for {count} files. Pass one number per file, in the order of the files."
+        )
     if any(weight < 0 for weight in mix) or (mix and not any(mix)):
         problems.append("--mix: expected numbers of 0 or more, one of them more than 0.")
     return problems

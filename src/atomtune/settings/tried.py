@@ -17,15 +17,15 @@ SAME_RECORDS = ("mix", "layout")
 NOT_TRIED = {
     **dict.fromkeys(("output_dir", "resume"), "the sweep sets it for each trial"),
     "model_path": "losses of two bases cannot be compared; make a sweep for each",
-    "seed": "it also chooses the held-out records; make a sweep for each seed",
-    "data_seed": "it chooses the held-out records; make a sweep for each",
+    "seed": "it also selects the held-out records; make a sweep for each seed",
+    "data_seed": "it selects the held-out records; make a sweep for each",
     **dict.fromkeys(types_of((DataSettings,)), "it changes the records that are compared; make a sweep for each value"),
 }
 #: What a trial cannot have, and why.
 NOT_IN_A_SWEEP = {
-    "resume_from_checkpoint": "each trial begins from the base",
-    "continue_training": "each trial begins from the base",
-    "checkpoint": "each trial begins from the base",
+    "resume_from_checkpoint": "each trial starts from the base",
+    "continue_training": "each trial starts from the base",
+    "checkpoint": "each trial starts from the base",
     "max_minutes": "it would stop each trial before its end; --max_steps makes them shorter",
 }
 RANGE = ":"
@@ -59,7 +59,7 @@ def values_tried(
         if equals:
             name = known(written)
         elif number == 0:
-            problems.append(f"--try {word!r}: expected NAME=A,B, as --try learning_rate=1e-4,3e-4.")
+            problems.append(f"--try {word!r}: expected NAME=A,B, for example --try learning_rate=1e-4,3e-4.")
             return {}
         if name is not None:
             values = tried.get(name, ())

@@ -70,7 +70,7 @@ def sweep_into_folder(settings: SweepSettings, console: Console) -> tuple[Path, 
             name = stop.args[0] if stop.args else "SIGINT"
             raise Stopped(
                 f"{name} received; {done} of {search.total} trials are done and kept."
-                f"\nThe same command with --resume goes on with the others (--output_dir {folder})."
+                f"\nThe same command with --resume continues with the others (--output_dir {folder})."
             ) from None
         sweep = replace(sweep, status="finished")
         write_sweep(folder, sweep)
@@ -87,7 +87,7 @@ def _folder(settings: SweepSettings) -> Path:
     if chosen:
         return Path(chosen)
     if settings.train.run.resume:
-        raise BadSettings(["--resume needs the --output_dir of the sweep that is to go on."])
+        raise BadSettings(["--resume needs the --output_dir of the sweep to continue."])
     return numbered(Path("runs") / f"sweep-{Path(settings.train.data.dataset_paths[0]).stem}")
 
 
@@ -101,7 +101,7 @@ def _begin(settings: SweepSettings, folder: Path, console: Console) -> tuple[Swe
     else:
         if not settings.train.run.resume:
             raise BadSettings(
-                [f"{folder} already holds a sweep. --resume goes on with it; another --output_dir starts a new one."]
+                [f"{folder} already holds a sweep. --resume continues it; another --output_dir starts a new one."]
             )
         _refuse_other_settings(settings, before)
         sweep = replace(before, tried=dict(settings.tried) or before.tried)
@@ -116,11 +116,11 @@ def _refuse_other_settings(settings: SweepSettings, before: Sweep) -> None:
     names = sorted(name for name in shared.keys() | before.shared.keys() if shared.get(name) != before.shared.get(name))
     problems = [
         f"--{name} was {before.shared.get(name, 'not set')} when the sweep began and is {shared.get(name, 'not set')} "
-        "now. Pass what it was, or another --output_dir."
+        "now. Use the old value, or another --output_dir."
         for name in names
     ]
     if settings.trials and settings.tried and dict(settings.tried) != dict(before.tried):
-        problems.append("--try differs from what it was when the sweep began. Leave it out, or pass what it was.")
+        problems.append("--try differs from what it was when the sweep began. Leave it out, or use the old value.")
     if problems:
         raise BadSettings(problems)
 
@@ -142,7 +142,7 @@ def _planned(settings: SweepSettings, folder: Path, console: Console) -> Sweep:
     if not held_out and not settings.train.data.eval_path:
         raise UserError(
             "A sweep compares trials by the loss of held-out records, and there are too few records to hold some out "
-            "by itself. Pass --eval_size N, or --eval_path FILE."
+            "automatically. Pass --eval_size N, or --eval_path FILE."
         )
     if not tried or settings.trials:
         tried = {**_usual(settings, float(forecast["learning_rate"])), **tried}
@@ -233,10 +233,10 @@ def _say_beginning(sweep: Sweep, search: Search, folder: Path, console: Console)
     if sweep.seconds_expected:
         left = (search.total - done) * sweep.seconds_expected
         text += translated(
-            f": about {_duration(sweep.seconds_expected)} each and {_duration(left)} in all; evaluating and saving "
-            "come on top"
+            f": about {_duration(sweep.seconds_expected)} each and {_duration(left)} in all; evaluation and saving are "
+            "extra"
         )
-    console.say(translated(f"{text}. Ctrl-C keeps what is done; --resume goes on.\n"))
+    console.say(translated(f"{text}. Ctrl-C keeps what is done; --resume continues.\n"))
 
 
 def _run_trials(sweep: Sweep, search: Search, folder: Path, console: Console) -> Sweep:
@@ -306,7 +306,7 @@ def _say_trial(sweep: Sweep, trial: Trial, search: Search, console: Console, *, 
         case "pruned":
             text = "stopped early: clearly behind the others"
         case "stopped":
-            text = "stopped from outside; --resume goes on with it"
+            text = "stopped from outside; --resume continues it"
         case _:
             text = f"failed: {trial.reason}"
     seconds = [other.seconds for other in sweep.trials if other.seconds]
@@ -331,7 +331,7 @@ def _stopped(folder: Path) -> Sweep:
 def _refuse_nothing_finished(sweep: Sweep) -> None:
     if sweep.best is None:
         reasons = [f"  {trial.name} ({trial.words()}): {trial.reason or trial.status}" for trial in sweep.trials]
-        raise RunFailed("\n".join(["No trial finished:", *reasons, "Each trial's whole output is in trial-N.log."]))
+        raise RunFailed("\n".join(["No trial finished:", *reasons, "Each trial's full output is in trial-N.log."]))
 
 
 def _write_best(sweep: Sweep, folder: Path) -> None:

@@ -45,12 +45,12 @@ def _noise(sweep: Sweep, best: Trial) -> Iterator[str]:
     if close:
         names = ", ".join(f"{trial.name} ({trial.words()})" for trial in close)
         yield (
-            f"Within {NOISE:.0%} of it, which {records} and one seed do not tell apart: {names}. Take the cheapest of "
-            "these, or repeat the sweep with another --seed."
+            f"Within {NOISE:.0%} of it, too close to tell apart with {records} and one seed: {names}. Take the "
+            "cheapest of these, or repeat the sweep with another --seed."
         )
     elif others and best.eval_loss:
         gap = (others[0].eval_loss or 0) / best.eval_loss - 1
-        yield f"The next, {others[0].name}, is {gap:.1%} behind: more than the {NOISE:.0%} that are taken for noise."
+        yield f"The next, {others[0].name}, is {gap:.1%} behind: more than the {NOISE:.0%} that counts as noise."
 
 
 def _at_an_end(sweep: Sweep, best: Trial) -> Iterator[str]:

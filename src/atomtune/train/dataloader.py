@@ -27,9 +27,9 @@ def lost_worker(error: BaseException, *, workers: int) -> str:
     """Why other processes could not be started or ended, and the way without workers; "" for any other error."""
     problem, text = sharing_problem(error), str(error)
     if text.startswith("DataLoader worker"):
-        problem = f"A process that prepares batches was ended from outside, most likely for want of memory ({text})."
+        problem = f"A process that prepares batches was killed, most likely for lack of memory ({text})."
         if any(worker.exitcode == _NOT_SHARED for worker in _started):
-            problem = no_shared_memory("a batch did not find room")
+            problem = no_shared_memory("there was no room for a batch")
     if problem and workers:
         problem += "\n--dataloader_num_workers 0 prepares batches without other processes."
     return problem

@@ -209,8 +209,8 @@ def _hold_out(run: RunContext, parts: list[EncodedData], *, size: float) -> tupl
     by_itself = run.settings.data.eval_size is None
     if by_itself and (not rows[0] or len(rows[1]) > 2 * wanted):
         run.console.notice(
-            f"no records are held out: {len(rows[1]):,} of {records:,} are nearly the same and would go together, so "
-            "the run cannot tell whether it works. --eval_path names records to evaluate on."
+            f"no records are held out: {len(rows[1]):,} of {records:,} are near-duplicates and would have to be held "
+            "out together, so the run cannot tell whether it works. --eval_path names records to evaluate on."
         )
         return list(range(records)), []
     if not rows[0]:

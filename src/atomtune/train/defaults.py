@@ -171,7 +171,7 @@ def _longest(size: Size, shape: BaseShape) -> tuple[int, str]:
     tokens = 64 * math.ceil(size.longest / 64)
     least = min(LEAST_LENGTH, shape.longest)
     if tokens < least:
-        return least, f"the longest record has {size.longest:,} tokens, and {least} is the least"
+        return least, f"the longest record has {size.longest:,} tokens, and the minimum is {least}"
     return min(tokens, shape.longest), f"the longest record has {size.longest:,} tokens"
 
 
@@ -234,7 +234,7 @@ def learning_rate(width: int | None, alpha: float, *, steps: int) -> tuple[float
     rate = min(max(rate, LOWEST_RATE), HIGHEST_RATE)
     of_alpha = "" if alpha == RATE_ALPHA else f" and --lora_alpha {alpha:g}"
     is_short = steps < SHORT_RUN_STEPS
-    of_steps = f"; half as much again in under {SHORT_RUN_STEPS} steps" if is_short else ""
+    of_steps = f"; 1.5 times that in under {SHORT_RUN_STEPS} steps" if is_short else ""
     rate *= SHORT_RUN_TIMES if is_short else 1
     return float(f"{rate:.1e}"), f"by the width of the base, {width:,}{of_alpha}{of_steps}"
 
@@ -247,7 +247,7 @@ def _evaluations(derived: Derived, settings: TrainSettings, size: Size, length: 
             raise BadSettings(
                 [
                     f"{asked} needs records to evaluate on: --eval_path or "
-                    f"--eval_size. Without them a run holds some out where it has {LEAST_TO_SPLIT} or more."
+                    f"--eval_size. Without them a run holds some out if it has {LEAST_TO_SPLIT} or more."
                 ]
             )
         derived.values["eval_strategy"] = "no"
@@ -336,8 +336,8 @@ def _warn_of_rate(run: RunContext, own: float) -> None:
     rate = run.args.learning_rate
     if "adam" in run.args.optim and rate > FAR_TOO_HIGH * own:
         run.console.notice(
-            f"--learning_rate {rate:g} is {rate / own:,.0f} times what this run gets by itself ({own:g}); the loss "
-            "will most likely rise. Leave the setting out, or lower it."
+            f"--learning_rate {rate:g} is {rate / own:,.0f} times the automatic value ({own:g}); the loss will most "
+            "likely rise. Leave the setting out, or lower it."
         )
 
 

@@ -33,7 +33,7 @@ def finish(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Los
     try:
         _report(run, trainer, samples, picture, ledger)
     except KeyboardInterrupt as stop:
-        _say_no_report(run, f"{stop} received while the run was reported")
+        _say_no_report(run, f"{stop} received while the report was written")
     except OSError as error:
         _say_no_report(run, f"the report could not be written ({error})")
 
@@ -46,14 +46,15 @@ def _say_waiting(run: RunContext, trainer: LoraTrainer, ledger: Ledger) -> None:
     run.record.update(examples_waiting=waiting)
     if waiting:
         run.console.notice(
-            f"{waiting:,} of the {ledger.examples:,} examples that the stream read still waited to be shuffled at the "
-            "end, and are not learned. More --max_steps take them in; a smaller --shuffle_buffer holds fewer."
+            f"{waiting:,} of the {ledger.examples:,} examples that the stream read were still waiting to be shuffled "
+            "at the end, so they are not learned. A larger --max_steps includes them; a smaller --shuffle_buffer holds "
+            "fewer back."
         )
 
 
 def _say_no_report(run: RunContext, why: str) -> None:
     run.console.notice(
-        f"{why}: the adapter is saved and whole; report.html and the answers in run.json may be missing."
+        f"{why}: the adapter is saved and complete; report.html and the answers in run.json may be missing."
     )
     with contextlib.suppress(OSError):  # of a full disk: all but this notice is recorded
         run.record.update(notices=run.console.notices)
@@ -91,7 +92,7 @@ def _report(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Lo
     if ledger.shared_instruction is not None:
         run.console.say(
             "Other servers need the shared instruction (instruction in atomtune.json) with every request, "
-            f"{samples.template.instruction_place}, as training had it."
+            f"{samples.template.instruction_place}, as in training."
         )
 
 

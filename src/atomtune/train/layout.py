@@ -104,11 +104,11 @@ def choose_layout(run: RunContext, model: CausalLM, tokenizer: Any, data: Data, 
 def _described(layout: Layout, reason: str | None, tokens: LayoutTokens, batches: int) -> str:
     """Which layout, why, and what it saves in the sampled batches."""
     if layout == "padded":
-        return f"layout padded: one record a row, because {reason}."
+        return f"layout padded: one record per row, because {reason}."
     if layout == "tree":
-        why, computed = "records that begin alike share that beginning", tokens.tree
+        why, computed = "records with a common prefix share it", tokens.tree
     else:
-        why, computed = "records stand end to end without padding", tokens.packed
+        why, computed = "records are laid end to end without padding", tokens.packed
     gain = tokens.padded / computed
     if gain < SAVING:  # one record a batch, or records of one length
         return f"layout {layout}: {why}, as many tokens as padded rows have ({batches} batches tried)."

@@ -86,8 +86,8 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
         )
     if why := why_not_merged(model):
         run.console.notice(
-            f"this adapter cannot be merged: {why}. chat, serve and evaluate load it beside its base; --lora_targets "
-            "names other layers."
+            f"this adapter cannot be merged: {why}. chat, serve and evaluate load it together with its base; "
+            "--lora_targets names other layers."
         )
     if not is_divided:
         embeddings: Any = base.get_input_embeddings()

@@ -127,7 +127,7 @@ class SkipNonFinite(TrainerCallback):
         if self.work.skipped_steps >= self.budget:
             self._end_the_run(place)
         self.work.skipped_steps += 1
-        self.notice(f"{place}\nThe step is left out ({self.work.skipped_steps} of at most {self.budget}).")
+        self.notice(f"{place}\nThe step is skipped ({self.work.skipped_steps} of at most {self.budget}).")
         self._skipped += 1
 
     def _warn_of_no_gradient(self, step: int, records: Sequence[str]) -> None:
@@ -143,11 +143,11 @@ class SkipNonFinite(TrainerCallback):
 
     def _end_the_run(self, place: str) -> NoReturn:
         skipped = self.work.skipped_steps
-        earlier = f"{skipped} such steps were left out before. " if skipped else ""
+        earlier = f"{skipped} such steps were skipped before. " if skipped else ""
         raise RunFailed(
             f"{place}\n{earlier}The adapter on disk is the one of the last checkpoint. "
-            "Lower --learning_rate, pass --dtype bfloat16 (or float32) instead of float16, or leave out up to N "
-            "such steps with --skip_nonfinite N."
+            "Lower --learning_rate, pass --dtype bfloat16 (or float32) instead of float16, or skip up to N such steps "
+            "with --skip_nonfinite N."
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -79,7 +79,7 @@ class Outcome:
             case "untold":
                 text = self._untold()
             case "diverged":
-                text = "The loss rose instead of falling: lower --learning_rate, to a third for a start."
+                text = "The loss rose instead of falling: lower --learning_rate; start with a third of it."
             case "not learned":
                 text = (
                     "It did not work: the held-out loss hardly fell. Look at the records with "
@@ -112,7 +112,7 @@ class Outcome:
                     "--learning_rate."
                 )
             case _:
-                text = "It worked, and the held-out loss has levelled off: the length suits these records."
+                text = "It worked, and the held-out loss has levelled off: this length suits these records."
         return [text]
 
     def _untold(self) -> str:
@@ -122,8 +122,8 @@ class Outcome:
                 "--eval_path measures it."
             )
         return (
-            "No records were held out, so whether it answers new questions is not known: --eval_path tells, or "
-            "--eval_size 0.1 where the records differ."
+            "No records were held out, so whether it answers new questions is unknown. Pass --eval_path, or "
+            "--eval_size 0.1 if the records differ."
         )
 
     @property

@@ -51,13 +51,13 @@ def goes_on(run: RunContext) -> str:
     """How a user goes on, with the command on a line of its own where it is known whole."""
     settings, folder = run.settings, run.args.output_dir
     if settings.argv is None:
-        return f"The same call with resume=True goes on from there (output_dir={folder!r})."
+        return f"The same call with resume=True continues from there (output_dir={folder!r})."
     if run.args.world_size > 1:  # a launcher's own words stand in front of the command
-        return f"The same command with --resume{_in_place_of(settings)} goes on from there (--output_dir {folder})."
+        return f"The same command with --resume{_in_place_of(settings)} continues from there (--output_dir {folder})."
     words = [word for word in without_start(settings.argv) if word != "--resume"]
     if "output_dir" not in settings.origins:
         words += ["--output_dir", folder]
-    return f"To go on from there:\n  {as_command(['train', *words, '--resume'])}"
+    return f"To continue from there:\n  {as_command(['train', *words, '--resume'])}"
 
 
 def _in_place_of(settings: TrainSettings) -> str:
@@ -92,7 +92,7 @@ def explained(error: BaseException, args: TrainingArguments, *, again: str) -> B
     folder = Path(args.output_dir)
     newest_whole = next((path for path in checkpoints(folder) if not damage(path)), None)
     if lost := lost_processes(error, args) or lost_worker(error, workers=args.dataloader_num_workers):
-        return RunFailed(f"{lost}\nLast whole checkpoint: {newest_whole or 'none'}. {again}")
+        return RunFailed(f"{lost}\nLast complete checkpoint: {newest_whole or 'none'}. {again}")
     if isinstance(error, KeyboardInterrupt):
         signal_name = error.args[0] if error.args else "SIGINT"
         return _stopped_at_once(signal_name, newest_whole, folder, again)
@@ -101,9 +101,9 @@ def explained(error: BaseException, args: TrainingArguments, *, again: str) -> B
         there = [path for path in (folder, cache) if path.is_dir()]
         full = min(there, key=lambda path: shutil.disk_usage(path).free, default=folder)
         return RunFailed(
-            f"The disk is full, or it fails: {full} could not be written ({error}).\nLast whole checkpoint: "
+            f"The disk is full or failing: {full} could not be written ({error}).\nLast complete checkpoint: "
             f"{newest_whole or 'none'}. Free some space (--save_total_limit keeps fewer checkpoints; HF_DATASETS_CACHE "
-            "names another place for encoded records), then go on with --resume."
+            "names another place for encoded records), then continue with --resume."
         )
     return of_the_model(error) or error
 
@@ -111,7 +111,7 @@ def explained(error: BaseException, args: TrainingArguments, *, again: str) -> B
 def _stopped_at_once(signal_name: str, newest_whole: Path | None, folder: Path, again: str) -> Stopped:
     if newest_whole is None:
         return Stopped(
-            f"{signal_name} received; stopped at once, there is no checkpoint yet, nothing is kept.\n"
-            f"The same command begins again (--output_dir {folder})."
+            f"{signal_name} received; stopped at once. There is no checkpoint yet, so nothing is kept.\nThe same "
+            f"command starts over (--output_dir {folder})."
         )
-    return Stopped(f"{signal_name} received; stopped at once, the last whole checkpoint is {newest_whole}.\n{again}")
+    return Stopped(f"{signal_name} received; stopped at once. The last complete checkpoint is {newest_whole}.\n{again}")

@@ -54,8 +54,8 @@ def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
     if args.torch_compile:
         # torch's compiler cannot follow the attention over rows, and every batch has another length.
         problems.append(
-            "--torch_compile: rows of many records cannot be compiled, and padded ones would be compiled anew for each "
-            "new length. Leave it out."
+            "--torch_compile: rows of many records cannot be compiled, and padded ones would be compiled again for "
+            "each new length. Leave it out."
         )
     if problems:
         raise BadSettings(problems)
@@ -147,10 +147,10 @@ def _hub_problems(args: TrainingArguments) -> Iterator[str]:
     try:
         HfApi().whoami(token=args.hub_token)
     except LocalTokenNotFoundError:
-        yield f"--push_to_hub: nobody is logged in to the hub here. hf auth login, or set HF_TOKEN. {later}"
+        yield f"--push_to_hub: not logged in to the hub. Run hf auth login, or set HF_TOKEN. {later}"
     except HfHubHTTPError as error:
         status = error.response.status_code
-        yield f"--push_to_hub: the hub at {endpoint} does not accept this login ({status}). hf auth login. {later}"
+        yield f"--push_to_hub: the hub at {endpoint} does not accept this login ({status}). Run hf auth login. {later}"
     except (OfflineModeIsEnabled, HTTPError, OSError):
         yield f"--push_to_hub: the hub at {endpoint} cannot be reached. {later}"
 

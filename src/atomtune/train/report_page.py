@@ -74,7 +74,7 @@ def _work(record: Mapping[str, Any]) -> Iterator[Row]:
     computed, padded = record["tokens_computed"], record["tokens_padded"]
     if computed:
         yield "tokens computed", f"{computed:,}", f"layout {record.get('layout', '')}"
-        note = f"{padded / computed:.1f} times as many, had every record been filled up to the longest"
+        note = f"{padded / computed:.1f} times as many if every record were padded to the longest"
         yield "tokens of padded batches", f"{padded:,}", note
     if record["seconds"]:
         yield message("time"), _duration(record["seconds"]), f"{record['examples_per_second']:.1f} examples a second"

@@ -332,7 +332,9 @@ def _refuse_unused_settings(run: RunContext, trainer: LoraTrainer) -> None:
     if trainer.is_fsdp_enabled:
         plugin = trainer.accelerator.state.fsdp_plugin
         if plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
-            raise BadSettings(["--fsdp_config: an adapter is small and saved whole: state_dict_type FULL_STATE_DICT."])
+            raise BadSettings(
+                ["--fsdp_config: an adapter is small and saved in full: state_dict_type FULL_STATE_DICT."]
+            )
     if trainer.is_deepspeed_enabled and run.resumed:
         run.console.notice("DeepSpeed's own states hold pickles; resume from checkpoints of your own making only.")
 
@@ -359,7 +361,7 @@ def _say_two_averages(run: RunContext) -> None:
 def _say_worst(run: RunContext) -> None:
     if run.args.load_best_model_at_end and run.args.greater_is_better:
         run.console.notice(
-            "--greater_is_better true keeps the worst checkpoint: of a loss and a perplexity, less is better."
+            "--greater_is_better true keeps the worst checkpoint: for a loss and a perplexity, lower is better."
         )
 
 
@@ -383,8 +385,8 @@ def _say_length(run: RunContext, data: Data) -> None:
     warmup = args.get_warmup_steps(steps)
     if warmup >= steps:
         run.console.notice(
-            f"the learning rate grows over the first {warmup:,} steps (--warmup_steps), and the run has {steps:,}: it "
-            f"never reaches {args.learning_rate:g}."
+            f"the learning rate warms up over the first {warmup:,} steps (--warmup_steps), and the run has {steps:,}: "
+            f"it never reaches {args.learning_rate:g}."
         )
     passes = length.epochs  # a step takes no record twice
     if args.max_steps > 0 and passes > MANY_PASSES:

@@ -156,7 +156,7 @@ def refuse_another_run(run: RunContext, now: dict[str, Any]) -> None:
     try:
         manifest = read_manifest(checkpoint)
     except (OSError, ValueError):
-        console.notice(f"{checkpoint} has no manifest; so whether this run made it cannot be checked.")
+        console.notice(f"{checkpoint} has no manifest; so it cannot be checked whether this run made it.")
         return
     before = manifest.get("identity", {})
     others = _other_versions(manifest.get("versions", {}), run.record.values["versions"])
@@ -170,14 +170,14 @@ def refuse_another_run(run: RunContext, now: dict[str, Any]) -> None:
     if not changed:
         return
     if run.settings.run.resume_anyway:
-        console.notice(f"this is not the run that began (--resume_anyway). Changed: {'; '.join(changed)}.")
+        console.notice(f"this is no longer the run that was started (--resume_anyway). Changed: {'; '.join(changed)}.")
         return
     raise BadSettings(
         [
             f"This is not the run that made {checkpoint.name}. What changed:",
             *changed,
-            "Undo these changes; or pass --resume_anyway to go on with the new values; or start a new run from these "
-            f"weights: --continue_training --checkpoint {adapter_file(checkpoint)} --output_dir NEW",
+            "Undo these changes; or pass --resume_anyway to continue with the new values; or start a new run from "
+            f"these weights: --continue_training --checkpoint {adapter_file(checkpoint)} --output_dir NEW",
         ]
     )
 

@@ -129,7 +129,7 @@ class Samples:
                 if is_late:
                     break
         except _CANNOT as error:
-            self.run.console.notice(f"no sample answers are shown; the model cannot write here: {error}")
+            self.run.console.notice(f"no sample answers are shown; the model could not generate here: {error}")
         finally:
             self.model.train(was_training)
         return answers

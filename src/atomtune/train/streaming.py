@@ -69,5 +69,5 @@ class Stream(IterableDataset):
         if stamp_of(source) != self._stamps[source]:
             raise BadData(
                 f"{source} changed while the run was reading it, so its records are not those the run began with.\n"
-                "Put the file back and go on with --resume, or start a new run in another --output_dir."
+                "Put the file back and continue with --resume, or start a new run in another --output_dir."
             )

@@ -723,7 +723,7 @@ def test_a_system_text_that_the_template_leaves_out_is_said():
     for source, said in ((CHATML, 0), (deaf, 1)):
         _, ledger = encoded(load_template("auto", tokenizer_of("bytes", source)), value)
         assert ledger.records_used == 1
-        assert sum("system text" in notice for notice in ledger.notices) == said
+        assert sum("system prompt" in notice for notice in ledger.notices) == said
 
 
 def test_an_answer_before_which_nothing_stands_is_read_and_the_others_are_learned():
@@ -739,7 +739,7 @@ def test_an_answer_before_which_nothing_stands_is_read_and_the_others_are_learne
     (begins, _), (as_usual, _) = ((one.ids, one.learn) for (one,) in made)
     assert begins[-len(as_usual) :] == as_usual and made[0][0].learn[-len(as_usual) :] == made[1][0].learn
     assert sum(made[0][0].learn) == sum(made[1][0].learn)
-    assert ledger.notices["an answer that nothing stands before is read and not learned"] == 1
+    assert ledger.notices["an answer with nothing before it is read but not learned"] == 1
 
 
 # --- law 5: only answers are learned --------------------------------------------------------------------------------
@@ -828,4 +828,4 @@ def test_a_text_on_which_the_tokenizer_gives_up_refuses_its_record_alone():
     (examples,) = encode(raws, template, ledger, max_tokens=1000)
     assert [example.origin for example in examples] == ["train.jsonl:1"]
     assert [refusal.origin for refusal in ledger.records_refused] == ["train.jsonl:2", "train.jsonl:3"]
-    assert all("the tokenizer cannot take a text apart" in refusal.reason for refusal in ledger.records_refused)
+    assert all("the tokenizer cannot split a text" in refusal.reason for refusal in ledger.records_refused)

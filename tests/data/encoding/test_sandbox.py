@@ -115,7 +115,7 @@ def render(source: str) -> str:
 def test_a_template_that_takes_its_time_says_so_and_the_next_rendering_begins_anew():
     endless = Renderer(RANGE * 3 + END * 3, {}, datetime.date(2024, 2, 29))
     for _ in range(2):
-        with pytest.raises(TemplateError, match="did not end within"):
+        with pytest.raises(TemplateError, match="did not finish within"):
             endless([{"role": "user", "content": "a"}], prompt=True)
 
 
@@ -150,7 +150,7 @@ def test_what_templates_do_they_may_do(source, written):
     [
         ("{{ '1e999' | float | int }}", "infinity"),
         ("{{ 'abcdef' | truncate(-5) }}", "expected length"),
-        ("{{ '\\ud800' }}", "half a character ('\\ud800')"),
+        ("{{ '\\ud800' }}", "an incomplete character ('\\ud800')"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ strftime_now(5) }}", "must be str"),
         ("{% set x = messages.pop() %}", "unsafe"),

@@ -229,8 +229,8 @@ def test_tools_that_cannot_be_read_are_refused(tools, why):
         ({"function": {"name": "f", "arguments": "{1}"}}, "arguments is not JSON"),
         ("f()", "tool_calls is text"),
         ({"function": {"name": "f", "arguments": {"a": "\ud83d"}}}, "half a surrogate pair"),
-        ({"function": {"name": "f", "arguments": {"a": float("nan")}}}, "no JSON"),  # as a table may hold
-        ({"function": {"name": "f", "arguments": {"a": b"x"}}}, "no JSON"),
+        ({"function": {"name": "f", "arguments": {"a": float("nan")}}}, "not JSON"),  # as a table may hold
+        ({"function": {"name": "f", "arguments": {"a": b"x"}}}, "not JSON"),
         ({"function": {"name": "f", "arguments": "[" * 100_000}}, "nested too deeply"),
     ],
 )
@@ -274,7 +274,7 @@ def test_a_cell_of_a_table_holds_messages_as_json():
         ({"role": "user"}, "an object"),
         ([7], "messages 1 is a number; expected an object"),
         (['{"role": "user"}'], "messages 1 is text; expected an object"),
-        ([{"role": "assistant", "content": "x"}], "nothing stands before the only answer"),
+        ([{"role": "assistant", "content": "x"}], "there is nothing before the only answer"),
         ([{"content": "x"}], 'messages 1 has no key "role"; keys here: content'),
         ([{"role": "user"}], 'messages 1 has no key "content"; keys here: role'),
         ([{"from": "human"}], 'messages 1 has no key "value"; keys here: from'),
@@ -332,7 +332,7 @@ def test_answers_in_a_prompt_are_learned_and_it_is_said():
         ({"prompt": "Q?"}, 'no key "completion"; keys here: prompt'),
         ({"prompt": "", "completion": "A."}, "prompt is empty"),
         ({"prompt": "Q?", "completion": " "}, "completion is empty: there is nothing to learn"),
-        ({"prompt": [ASK, TELL], "completion": [ASK]}, "completion holds no turn of an assistant"),
+        ({"prompt": [ASK, TELL], "completion": [ASK]}, "completion has no assistant turn"),
         ({"prompt": 3, "completion": None}, "prompt is a number; expected text; completion is null; expected text"),
         ({"prompt": "Q?", "completion": "A.", "label": False}, "not wanted"),
         ({"chosen": "A.", "rejected": "B."}, "preference data (chosen, rejected) without a prompt"),
@@ -348,7 +348,7 @@ def test_what_is_no_prompt_with_a_completion_is_refused(value, why):
 def test_a_text_of_no_known_template_is_learned_whole_and_it_is_said():
     record, notes = read({"text": "Once upon a time …\n"}, Schema("text"))
     assert record.turns == (Turn("text", "Once upon a time …\n"),)
-    assert notes == ("a text that no known template has written is learned whole",)
+    assert notes == ("a text that no known template has written is learned in full",)
 
 
 def test_a_rendered_text_is_its_turns_and_the_template_is_named():

@@ -279,7 +279,7 @@ def test_the_users_keys_are_read_as_ours():
         value = {"question": "x", "answer": "y", **more}
         record, notes = to_record(RawRecord(value, ORIGIN), detect_schema([value], keys=keys, name="t"))
         assert record == Record((Turn("user", "x"), Turn("assistant", "y")), ORIGIN)
-    assert notes == ('key "output" is not used, "answer" is read for it,',)
+    assert notes == ('key "output" is not used, "answer" is read instead,',)
 
 
 def test_two_keys_may_change_places():
@@ -304,4 +304,4 @@ def test_a_role_of_ours_that_does_not_exist_is_said():
 
 
 def test_two_keys_cannot_be_one():
-    assert "another key is output already" in told([SIGNED["text"]], keys={"text": "output", "b": "output"})
+    assert "output is already taken by another key" in told([SIGNED["text"]], keys={"text": "output", "b": "output"})

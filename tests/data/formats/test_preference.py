@@ -108,7 +108,7 @@ def test_the_earlier_turns_of_a_pair_stay():
 
 def test_a_conversation_with_an_answer_and_another_chosen_is_refused():
     ((refusal, _),) = read({"messages": [asks("a"), tells("b")], "chosen": tells("c"), "rejected": tells("d")})
-    assert isinstance(refusal, Refusal) and "ends with an answer already" in refusal.reason
+    assert isinstance(refusal, Refusal) and "already ends with an answer" in refusal.reason
 
 
 def test_a_chosen_text_without_a_prompt_is_refused():

@@ -109,7 +109,7 @@ def test_a_table_without_rows_gives_none(tmp_path: Path):
 def test_a_page_of_html_under_the_name_is_no_data(tmp_path: Path, name):
     # What a failed download leaves; without this every line would be a broken record.
     (tmp_path / name).write_text("<!DOCTYPE html>\n<html>\n")
-    with pytest.raises(BadData, match="a page of the web"):
+    with pytest.raises(BadData, match="a web page"):
         list(read_values(tmp_path / name))
 
 

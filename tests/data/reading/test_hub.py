@@ -137,9 +137,9 @@ def test_files_of_several_kinds_are_not_passed_over_in_silence(tmp_path: Path):
 
 
 def test_an_empty_folder_is_no_data(tmp_path: Path):
-    with pytest.raises(BadData, match="not a file, and no folder of data files"):
+    with pytest.raises(BadData, match="neither a file nor a folder of data files"):
         list(read_values(tmp_path))
-    with pytest.raises(BadData, match="not a file, and no folder of data files"):
+    with pytest.raises(BadData, match="neither a file nor a folder of data files"):
         size_of(tmp_path)
 
 
@@ -221,7 +221,7 @@ def test_a_name_that_the_hub_does_not_know_is_a_matter_of_spelling():
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
         )
         server.shutdown()
-    assert "BadData: nobody/nothing: no file or folder here and no data set on the hub has this name" in done.stderr
+    assert "BadData: nobody/nothing: no file or folder here and no dataset on the hub has this name" in done.stderr
 
 
 def repository(folder: Path, *, configurations: bool = False) -> Path:

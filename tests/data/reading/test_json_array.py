@@ -64,13 +64,13 @@ def test_on_one_line_a_value_is_named_by_its_number():
 @pytest.mark.parametrize(
     ("content", "line", "said"),
     [
-        (b'[\n{"a": 1},\n{"b": tru }]', 3, "no value begins here"),
+        (b'[\n{"a": 1},\n{"b": tru }]', 3, "a value is expected here"),
         (b'[\n{"a": 1},\n{"b": 1', 3, "a comma or a closing bracket is expected here"),
         (b'[\n{"a": 1},\n"never closed', 3, "no closing quote"),
         (b'[\n{"a": 1}\n\n{"b": 1}]', 4, "expected a comma"),
         (b'[\n{"a": 1},\n"caf\xe9"]', 3, "not UTF-8 at byte 17"),
         (b'[\n{"a": 1},\n"\xe4\xbd', 3, "not UTF-8 at byte 14"),
-        (b'[\n{"a": NaN}]', 2, "NaN is no JSON value"),
+        (b'[\n{"a": NaN}]', 2, "NaN is not a JSON value"),
         (b"[1]\n\n[2]", 1, "text after the end"),
     ],
 )
@@ -92,6 +92,6 @@ def test_a_value_beyond_the_bound_is_refused_without_being_read_whole(monkeypatc
 def test_a_break_near_the_beginning_is_said_before_the_rest_is_read():
     # Reading on could not mend it; 16 MiB would be read for nothing.
     stream = io.BytesIO(b'[{"a": b},' + b"1," * 3_000_000 + b"1]")
-    with pytest.raises(BadData, match="no value begins here"):
+    with pytest.raises(BadData, match="a value is expected here"):
         list(read_array(stream, "a.json"))
     assert stream.tell() <= 1 << 20

@@ -73,4 +73,4 @@ def test_a_wide_object_with_a_key_twice_is_refused_in_linear_time():
 
 def test_a_comma_behind_a_record_is_called_what_it_is():
     (refusal, _) = read(b'{"output": "a"},\n{"output": "b"}\n')
-    assert isinstance(refusal, Refusal) and "a comma behind the record" in refusal.reason
+    assert isinstance(refusal, Refusal) and "a comma after the record" in refusal.reason

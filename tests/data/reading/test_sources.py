@@ -118,7 +118,7 @@ def test_a_broken_line_is_named_and_the_lines_around_it_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"a": }', "column 7: no value begins here"),
+        ('{"a": }', "column 7: a value is expected here"),
         ("{a: 1}", "column 2: a key in double quotes is expected here"),
         ('{"a" 1}', "column 6: a colon is expected here"),
         ('{"a": 1 "b": 2}', "column 9: a comma or a closing bracket is expected here"),
@@ -153,7 +153,9 @@ def test_bytes_of_no_known_encoding_are_not_called_gbk(tmp_path):
 def test_a_pretty_printed_object_is_told_that_a_record_is_a_line(tmp_path):
     # Catches a refusal for each of its lines, a thousand for a file that one command mends.
     path = written(tmp_path, b"\n".join(json.dumps(value, indent=2).encode() for value in (HELLO, BYE)))
-    with pytest.raises(BadData, match=r"train\.jsonl:1: an object over several lines; one record a line") as raised:
+    with pytest.raises(
+        BadData, match=r"train\.jsonl:1: an object over several lines; expected one record per line"
+    ) as raised:
         list(read_values(path))
     assert f"jq -c '.' {path} > NEW.jsonl" in str(raised.value)
 
@@ -167,7 +169,7 @@ def test_records_in_a_list_under_a_key_are_told_with_the_key(tmp_path):
 
 
 def test_a_pattern_that_no_shell_expanded_is_told_from_a_missing_file(tmp_path):
-    with pytest.raises(BadData, match="Patterns are for the shell"):
+    with pytest.raises(BadData, match="Patterns are expanded by the shell"):
         list(read_values(tmp_path / "*.jsonl"))
 
 
@@ -388,8 +390,8 @@ def test_an_archive_that_is_not_read_is_named(tmp_path, content, kind):
             b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
             "a git-lfs pointer.*\nFetch the files",
         ),
-        (b"\xef\xbb\xbf\n<!DOCTYPE html><title>Sign in</title>", "a page of the web"),
-        (b"<HTML>404", "a page of the web"),
+        (b"\xef\xbb\xbf\n<!DOCTYPE html><title>Sign in</title>", "a web page"),
+        (b"<HTML>404", "a web page"),
     ],
 )
 @pytest.mark.parametrize("name", ["train.jsonl", "train.parquet", "train.csv"])

@@ -52,7 +52,7 @@ _WORDS_LOOKED_AT = 4000
 _PROBE_SECONDS = 3
 _NO_TEMPLATE = (
     "the tokenizer has no chat template, so --template plain is used: question and answer, each on a new line, with no "
-    "words or roles of its own. If this model was trained on a chat format, pass --template with that one"
+    "added words or role markers. If this model was trained on a chat format, pass that format with --template"
 )
 
 
@@ -143,8 +143,8 @@ def probed(template: Template) -> Template:
     if tripped := tried_tokenizer(template.tokens):
         raise BadModel(
             f"{template.tokenizer.name_or_path}: the tokenizer {tripped.words} on a long run of {tripped.at!r}.\n"
-            "A pattern in its tokenizer.json tries too many ways to match. Use the tokenizer that was published with "
-            "the model."
+            "A pattern in its tokenizer.json backtracks without end. Use the tokenizer that was published with the "
+            "model."
         )
     if template.name not in TEMPLATES and (tripped := trial(lambda _say: _probed(template), seconds=_PROBE_SECONDS)):
         raise BadModel(
@@ -178,7 +178,7 @@ def _probed(template: Template) -> Template:
         raise BadModel(
             f"{tokenizer.name_or_path}: the tokenizer has no end-of-sequence token and the template writes none, so an "
             "answer could never stop.\n"
-            "Set eos_token in its tokenizer_config.json, or pass --template with one that ends answers by a token."
+            "Set eos_token in its tokenizer_config.json, or use --template with one that ends answers with a token."
         )
     header, asks = _header(template, prompt)
     at_stops = stop if template.tokens.splits_before(stop) else ""

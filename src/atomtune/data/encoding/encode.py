@@ -201,7 +201,7 @@ class Encoder:
         beside = "the template's markers and list of tools" if record.tools else "the template's markers"
         return (
             f"{which} leaves no room for its question within max_seq_length {self.max_tokens}: "
-            f"with its stop token it is {len(target.answer)} tokens long, and {beside} come on top"
+            f"with its stop token it is {len(target.answer)} tokens long, plus {beside}"
         )
 
     def _unknown_tokens(self, targets: Sequence[Target]) -> int:

@@ -30,11 +30,11 @@ _OTHER = "\ufdd4"
 #: Conversations of up to so many answers are rendered once for each; longer ones once, where that is the same.
 RENDERED_EACH = 4
 NOT_WRITTEN = {
-    "thoughts": "the template does not write an answer's reasoning, which is not learned,",
-    "text": "the template does not write the text beside a tool call, which is not learned,",
-    "white space": "the template trims white space around an answer, which is not learned,",
-    "system": "the template does not write a system text, which is not read,",
-    "documents": "the template does not write a record's documents, which are not read,",
+    "thoughts": "the template leaves out an answer's reasoning, so it is not learned,",
+    "text": "the template leaves out the text next to a tool call, so it is not learned,",
+    "white space": "the template trims whitespace around an answer, so it is not learned,",
+    "system": "the template leaves out a system prompt, so the model does not read it,",
+    "documents": "the template leaves out a record's documents, so the model does not read them,",
 }
 
 

@@ -32,7 +32,7 @@ class _Namespace(Namespace):
 def compiled(source: str) -> Program:
     """The template as a program. Raises TemplateError where it is none."""
     if len(source) > MOST_SOURCE:
-        raise TemplateError(f"it is {len(source):,} characters long; {MOST_SOURCE:,} is the most")
+        raise TemplateError(f"it is {len(source):,} characters long; at most {MOST_SOURCE:,} are allowed")
     # Optimized, what a template writes in constants alone is computed while it is compiled, where no clock runs.
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[Generation, loopcontrols])
     environment.globals["raise_exception"] = _raise
@@ -84,7 +84,7 @@ class Renderer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise TemplateError(f"it writes half a character ({text[error.start]!a})") from None
+            raise TemplateError(f"it writes an incomplete character ({text[error.start]!a})") from None
         return text
 
 

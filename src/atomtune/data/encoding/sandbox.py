@@ -66,7 +66,7 @@ class Clock:
     def step(self) -> None:
         self.steps += 1
         if not self.steps % _STEPS_A_LOOK and thread_time() > self._until:
-            raise TemplateError(f"it did not end within {MOST_SECONDS:.0f} seconds")
+            raise TemplateError(f"it did not finish within {MOST_SECONDS:.0f} seconds")
 
 
 class Sandbox(ImmutableSandboxedEnvironment):

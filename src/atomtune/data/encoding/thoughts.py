@@ -54,7 +54,7 @@ def problem_of_thoughts(turn: Turn) -> str:
     if text is not None and turn.reasoning.strip() and thoughts.strip() not in ("", turn.reasoning.strip()):
         return "gives its reasoning twice, and differently; leave one out"
     is_cut_off = text is not None and not text.strip() and not turn.calls
-    return "has no answer behind its thoughts: it was cut off" if is_cut_off else ""
+    return "has no answer after its thoughts: it was cut off" if is_cut_off else ""
 
 
 def mentions_thoughts(text: str) -> bool:

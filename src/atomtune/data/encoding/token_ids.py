@@ -42,7 +42,7 @@ def _panics_told() -> Iterator[None]:
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise CannotTokenize(f"the tokenizer cannot take a text apart: {str(error)[:200]}") from None
+        raise CannotTokenize(f"the tokenizer cannot split a text: {str(error)[:200]}") from None
 
 
 class PieceTokenizer:

@@ -59,7 +59,7 @@ def read_prompt(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
     problems = (*prompt.problems, *completion.problems)
     notes = (*prompt.notes, *completion.notes)
     if not problems and not _has_answer(completion.value):
-        problems = ("completion holds no turn of an assistant: there is nothing to learn",)
+        problems = ("completion has no assistant turn: there is nothing to learn",)
     if _has_answer(prompt.value):
         notes = (*notes, _LEARNED_TOO)
     answer, used = completion.value, frozenset(SIGNS["prompt"])
@@ -97,9 +97,9 @@ def read_rendered(record: dict[str, Any], schema: Schema) -> Field[Conversation]
     rendered = turns_of(text.value)
     if rendered is None:
         family = begins_like(text.value)
-        note = "a text that no known template has written is learned whole"
+        note = "a text that no known template has written is learned in full"
         if family:
-            note = f"a text with markers of {family}, but not as that template writes them, is learned whole"
+            note = f"a text with markers of {family}, but not as that template writes them, is learned in full"
         notes = (note, *notes_on_unused(record, frozenset({"text"})))
         return Field(Conversation((Turn("text", text.value),)), notes=notes)
     name, turns = rendered

@@ -31,7 +31,7 @@ def with_system(record: Mapping[str, Any], turns: Sequence[Turn]) -> Field[tuple
     if not turns or turns[0].role != "system":
         return Field((Turn("system", system.value), *turns), system.problems)
     if turns[0].text != system.value:
-        differ = "system and the first turn, which is of role system, differ; leave one of them out"
+        differ = "system and the first turn, which also has the role system, differ; leave one of them out"
         return Field(tuple(turns), (*system.problems, differ))
     return Field(tuple(turns), system.problems)
 
@@ -93,7 +93,7 @@ def as_parsed(conversation: Field[Conversation], origin: str) -> ParsedRecord:
     if turns and turns[0].role == "assistant" and turns[0].learn:
         # Exports cut long chats into several: this one begins in the middle. No server is asked for such an answer.
         turns = (replace(turns[0], learn=0), *turns[1:])
-        notes = (*notes, "an answer that nothing stands before is read and not learned")
+        notes = (*notes, "an answer with nothing before it is read but not learned")
     end, learns = 0, False  # one past the last answer, and whether any is learned
     for number, turn in enumerate(turns, 1):
         if turn.role in _ANSWERS:
@@ -102,9 +102,9 @@ def as_parsed(conversation: Field[Conversation], origin: str) -> ParsedRecord:
         if turn.role == "assistant" and turn.learn and (problem := problem_of_thoughts(turn)):
             problems = (*problems, f"turn {number} (assistant) {problem}")
     if not problems and not learns:
-        reason = "weight 0 on every answer" if end else "no turn of an assistant"
+        reason = "weight 0 on every answer" if end else "no assistant turn"
         if end == 1 and turns[0].role == "assistant":
-            reason = "nothing stands before the only answer"
+            reason = "there is nothing before the only answer"
         problems = (f"{reason}: there is nothing to learn",)
     if problems:
         return ParsedRecord(Refusal(origin, "; ".join(problems), RefusalKind.NO_RECORD))

@@ -58,8 +58,8 @@ _LISTS = ("conversations", "messages")
 #: A spelling that is less like a key than this is another word.
 _LIKE = 0.75
 _PAIR_ALONE = (
-    "preference data (chosen, rejected) without a prompt beside it. The chosen answers are learned where an "
-    "instruction, a prompt, messages or conversations stand beside them, or where chosen is a list of messages"
+    "preference data (chosen, rejected) without a prompt. The chosen answers are learned if the record also has an "
+    "instruction, a prompt, messages or conversations, or if chosen is a list of messages"
 )
 
 
@@ -98,7 +98,7 @@ def _notes_on_renaming(value: Json, record: Json, schema: Schema) -> tuple[str, 
     for theirs, ours in schema.keys.items():
         both_there = theirs in value and ours in value
         if both_there and ours not in schema.keys and ours in RECORD_KEYS:
-            notes.append(f'key "{ours}" is not used, "{printable(theirs)}" is read for it,')
+            notes.append(f'key "{ours}" is not used, "{printable(theirs)}" is read instead,')
     return tuple(notes)
 
 
@@ -209,8 +209,8 @@ def _fits_none(records: Sequence[Json], plain: Sequence[Json], name: str) -> str
     known = ", ".join(f"{format_name} ({', '.join(signs)})" for format_name, signs in SIGNS.items())
     remedy = f"Rename the keys, or pass --keys {flag}."
     if len(records) == 1 and (key := _key_of_records(records[0])):
-        remedy = f'Its records seem to stand in the list under "{key}": jq -c \'.["{key}"][]\' OLD > NEW.jsonl'
-    return f"{name} fits no format; the nearest is {nearest}: {lacks}.\nKnown: {known}.\n{remedy}"
+        remedy = f'Its records seem to be in the list under "{key}": jq -c \'.["{key}"][]\' OLD > NEW.jsonl'
+    return f"{name} fits no format; the closest is {nearest}: {lacks}.\nKnown: {known}.\n{remedy}"
 
 
 def _key_of_records(value: Json) -> str:
@@ -283,7 +283,7 @@ def _problems_of_keys(records: Sequence[Json], keys: Mapping[str, str], name: st
             hint = f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(sorted(known))}."
             problems.append(f'{shown}: there is no key "{printable(ours)}"{hint}')
         elif targets.count(ours) > 1:
-            problems.append(f"{shown}: another key is {ours} already.")
+            problems.append(f"{shown}: {ours} is already taken by another key.")
         elif objects and not any(theirs in record for record in objects):
             problems.append(
                 f'{name}: {shown}: no key "{printable(theirs)}" in the first {len(records):,} records; '

@@ -86,7 +86,7 @@ def _from_chatgpt(record: Json) -> tuple[Json, tuple[str, ...]]:
             continue
         messages += _said(entry)
         if (_is_of_a_tool(entry) or not _is_text(entry)) and len(notes) == 1:
-            notes.append("thoughts, searches, code and other work between a question and its answer is left out")
+            notes.append("thoughts, searches, code and other work between a question and its answer are left out")
     return {"messages": messages}, tuple(notes)
 
 

@@ -77,7 +77,7 @@ def read_plain(value: T, place: str) -> Field[T]:
     except UnicodeEncodeError:
         return Field(value, (f"{place} holds half a surrogate pair",))
     except (TypeError, ValueError):
-        return Field(value, (f"{place} holds a value that is no JSON",))
+        return Field(value, (f"{place} holds a value that is not JSON",))
     return Field(value)
 
 

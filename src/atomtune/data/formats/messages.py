@@ -48,7 +48,7 @@ def read_turns(value: object, key: str, schema: Schema) -> Field[tuple[Turn, ...
     problems: list[str] = []
     notes: list[str] = []
     if all(isinstance(message, str) and not message.startswith("{") for message in messages):
-        notes.append(f"{key} as a list of texts is read as question and answer in turn")
+        notes.append(f"{key} as a list of texts is read as questions and answers in turn")
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
     messages = _apart(messages)
     for number, message in enumerate(messages, 1):
@@ -229,7 +229,7 @@ def _read_other(filled: dict[str, Any], message: dict[str, Any], place: str, rol
     weight = _read_weight(filled, place, default=0)
     if weight.value:
         problems.append(
-            f"{place} ({role}) has a weight; only an assistant's turn is learned. Leave it out or make it 0"
+            f"{place} ({role}) has a weight; only an assistant's turn is learned. Leave it out or set it to 0"
         )
     unused = ["tool_calls", "function_call", *REASONING]
     turn = Turn(role, content.value.text)
@@ -244,7 +244,7 @@ def _read_other(filled: dict[str, Any], message: dict[str, Any], place: str, rol
         problems_of_all = (*problems, *problems_of([content, weight]))
     notes = tuple(f'key "{key}" of a turn of role {role} is not used' for key in unused if filled.get(key))
     if is_value:
-        notes = (*notes, "a tool's answer that is a value is written as JSON")
+        notes = (*notes, "a tool result that is not a text is written as JSON")
     return Field(turn, problems_of_all, notes)
 
 
@@ -288,7 +288,7 @@ def _read_weight(filled: dict[str, Any], place: str, *, default: int) -> Field[i
             weights[key] = int(value)
     if len(set(weights.values())) > 1:
         named = " and ".join(f"{key} {weight}" for key, weight in weights.items())
-        problems.append(f"{place} says {named}; leave one out")
+        problems.append(f"{place} has {named}; leave one out")
     return Field(next(iter(weights.values()), default), tuple(problems))
 
 

@@ -115,7 +115,7 @@ def _behind(rest: Json, key: str, answer: object, note: str) -> Field[Json]:
     if isinstance(answer, list) and answer[: len(turns)] == turns:
         return Field({**rest, key: answer}, notes=(note,))
     if turns and _is_answer(turns[-1]):
-        problem = f"{key} ends with an answer already, and another is chosen: leave one of them out"
+        problem = f"{key} already ends with an answer, and chosen holds another one: leave one of them out"
         return Field(rest, (problem,))
     if isinstance(answer, str):
         is_sharegpt = bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]

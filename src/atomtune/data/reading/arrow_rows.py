@@ -35,7 +35,9 @@ def read_parquet(path: Path, name: str, advance: Callable[[int], None]) -> Itera
         file = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
         # Damaged metadata may end the process: what pyarrow throws about a column's sizes, nobody catches.
         if tripped := trial(lambda _say: _refuse_swollen(file.metadata, name)):
-            raise BadData(f"{path} cannot be read as Parquet: reading its metadata {tripped.words}. Write it again.")
+            raise BadData(
+                f"{path} cannot be read as Parquet: reading its metadata {tripped.words}. Write the file again."
+            )
         _refuse_swollen(file.metadata, name)
         batches = file.iter_batches(batch_size=BATCH_ROWS, use_threads=False)  # other processes may be forked
         size = path.stat().st_size
@@ -54,7 +56,7 @@ def _refuse_swollen(metadata: pyarrow.parquet.FileMetaData, name: str) -> None:
             if swollen and chunk.has_dictionary_page:
                 raise BadData(
                     f'{name}: column "{chunk.path_in_schema}" unpacks to more than {MOST_GROWTH} times its size, which '
-                    "no data does. Write the file again without dictionaries if it is right."
+                    "no real data does. Write the file again without dictionaries if it is right."
                 )
 
 
@@ -244,6 +246,6 @@ def explained(path: Path, kind: str) -> Iterator[None]:
         # A name of a column may be no UTF-8, and a length in the file may ask for all memory there is.
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadData(
-            f"{path}: {kind} that cannot be read: {why.rstrip('.')}.\nThe file is damaged or was not written to its "
-            "end: download or write it again."
+            f"{path}: {kind} that cannot be read: {why.rstrip('.')}.\nThe file is damaged or incomplete: download or "
+            "write it again."
         ) from None

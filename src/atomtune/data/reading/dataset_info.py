@@ -66,7 +66,7 @@ def listed_files(folder: Path) -> list[ListedFile] | None:
         if isinstance(entry.get("file_name"), str):
             files.append(_listed(folder, name, entry))
     if not files:
-        raise BadData(f"{folder / FILE_NAME}: it names no file of this folder. Pass the data files themselves.")
+        raise BadData(f"{folder / FILE_NAME}: it names no file in this folder. Pass the data files themselves.")
     return files
 
 

@@ -48,7 +48,7 @@ def read_saved(folder: Path, advance: Callable[[int], None], *, name: str) -> It
     Raises BadData where it is damaged or has no split to take.
     """
     size = sum(path.stat().st_size for path in all_files(folder))
-    with explained(folder, "a data set saved by datasets"):
+    with explained(folder, "a dataset saved by datasets"):
         try:
             saved = datasets.load_from_disk(str(folder))
         except (KeyError, TypeError, ValueError) as error:
@@ -103,7 +103,7 @@ def files_of(folder: Path) -> list[Path]:
     """
     here = [path for path in all_files(folder) if ending_of(path) in READ and path.name not in _NO_DATA]
     if not here:
-        raise BadData(f"{folder}: not a file, and no folder of data files. Pass one with --dataset_path.")
+        raise BadData(f"{folder}: neither a file nor a folder of data files. Pass one with --dataset_path.")
     # `datasets` follows links to the folder, not those in it (a snapshot of the hub is a folder of links).
     root = folder.resolve()  # `.` has no name, which `datasets` wants
     with _explained(str(folder)):
@@ -153,38 +153,38 @@ def _explained(name: str) -> Iterator[None]:
     except DatasetNotFoundError as error:
         if "gated" in str(error):
             raise BadData(
-                f"{name}: a gated data set. Accept its conditions on its hub page, then log in: hf auth login"
+                f"{name}: a gated dataset. Accept its conditions on its hub page, then log in: hf auth login"
             ) from None
         raise BadData(
-            f"{name}: no file or folder here and no data set on the hub has this name. Check the spelling, or hf auth "
+            f"{name}: no file or folder here and no dataset on the hub has this name. Check the spelling, or hf auth "
             "login."
         ) from None
     except (ConnectionError, HTTPError):
         if OFFLINE_BY_CHOICE:
             raise BadData(
-                f"{name}: no file or folder here has this name, the hub's cache has no such data set, and "
+                f"{name}: no file or folder here has this name, the hub's cache has no such dataset, and "
                 "HF_HUB_OFFLINE forbids asking the hub.\nUnset HF_HUB_OFFLINE, or pass a file."
             ) from None
         endpoint = endpoint_shown()
         raise BadData(
             f"{name}: no file or folder here has this name, and the hub at {endpoint} cannot be reached.\n"
-            "Set HF_ENDPOINT to a mirror you can reach, or download the data set by other means and pass its file."
+            "Set HF_ENDPOINT to a mirror you can reach, or download the dataset by other means and pass its file."
         ) from None
     except (yaml.YAMLError, RecursionError, TypeError, LookupError, AttributeError) as error:
         cause = " ".join(str(error).split())[:200]
         raise BadData(
-            f"{name}: the YAML at the top of its README.md cannot be used ({type(error).__name__}: {cause}). Mend it, "
+            f"{name}: the YAML at the top of its README.md cannot be used ({type(error).__name__}: {cause}). Fix it, "
             "or pass the data files themselves."
         ) from None
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
         raise BadData(
-            f"{name}: this data set is built by a script of its own, which atomtune does not run. Pass a "
-            "version of it that is stored as Parquet or JSONL."
+            f"{name}: this dataset is built by a script of its own, which atomtune does not run. Pass a version of it "
+            "that is stored as Parquet or JSONL."
         ) from None
     except (DatasetsError, OSError, ValueError, pyarrow.ArrowException) as error:
         remedy = "\nName one of them: owner/name:configuration." if "onfig" in str(error) else ""
         raise BadData(
-            f"{name}: no data set could be loaded. {type(error).__name__}: {str(error)[:600]}{remedy}"
+            f"{name}: no dataset could be loaded. {type(error).__name__}: {str(error)[:600]}{remedy}"
         ) from None

@@ -39,7 +39,7 @@ def read_chunks(stream: BinaryIO, name: str) -> Iterator[Chunk]:
             first += raw.count(b"\n", 0, start)
             length = LONGEST_LINE + _past_line(stream)
             limit = LONGEST_LINE // 10**6
-            reason = f"a line of {length:,} bytes; at most {limit} MB are read as one record"
+            reason = f"a line of {length:,} bytes; a record may have at most {limit} MB"
             yield [Refusal(f"{name}:{first}", reason, RefusalKind.UNREADABLE)]
             first += 1
         else:
@@ -95,9 +95,9 @@ def _why(line: bytes, error: json.JSONDecodeError) -> str:
             "remove these three bytes"
         )
     if error.msg == "Extra data" and line.rstrip().endswith(b"},"):
-        return "a comma behind the record; one record a line is expected, and nothing between the lines"
+        return "a comma after the record; expected one record per line, and nothing between the lines"
     if error.msg == "Extra data":
-        return "text after the end of the record; one record a line is expected"
+        return "text after the end of the record; expected one record per line"
     if line.strip() in (b"{", b"["):
-        return f"{json_reason(error)}; one record a line is expected, or a JSON array of them"
+        return f"{json_reason(error)}; expected one record per line, or a JSON array of them"
     return json_reason(error)

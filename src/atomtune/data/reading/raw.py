@@ -40,11 +40,11 @@ Chunk = Lines | list[RawRecord | Refusal]
 MOST_LEVELS = 200
 #: Python's own words for it speak of recursion.
 TOO_DEEP = "lists or objects are nested too deeply"
-NUL_BYTES = "it holds NUL bytes; the file was probably not written to its end"
+NUL_BYTES = "it holds NUL bytes; the file is probably incomplete"
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON value")
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -87,14 +87,14 @@ def is_deeper(value: object, levels: int) -> bool:
 
 #: What Python's reader of JSON says → what a person is told; some of it only from Python 3.13 on.
 _JSON_REASONS = {
-    "Expecting value": "no value begins here",
+    "Expecting value": "a value is expected here",
     "Expecting property name enclosed in double quotes": "a key in double quotes is expected here",
     "Expecting ':' delimiter": "a colon is expected here",
     "Expecting ',' delimiter": "a comma or a closing bracket is expected here",
     "Unterminated string starting at": "the text that begins here has no closing quote",
     "Invalid control character at": "a control character in a text; write a tab as \\t, a line end as \\n",
     "Invalid \\escape": "a backslash that escapes nothing; write two of them",
-    "Invalid \\uXXXX escape": "\\u without four hexadecimal digits behind it",
+    "Invalid \\uXXXX escape": "\\u without four hexadecimal digits after it",
     "Extra data": "text after the end of the value",
     "Illegal trailing comma before end of object": "a comma before the closing bracket",
     "Illegal trailing comma before end of array": "a comma before the closing bracket",
@@ -107,9 +107,9 @@ def json_reason(error: json.JSONDecodeError) -> str:
     """Why a text is no JSON, behind its place."""
     character = error.doc[error.pos : error.pos + 1]
     if character and character in _QUOTES:
-        return 'a typographic quote; JSON has " alone'
+        return 'a typographic quote; JSON allows only "'
     if character and character in _FULL_WIDTH_MARKS:
-        return "a full-width mark; JSON has , : { } [ ] alone"
+        return "a full-width mark; JSON allows only , : { } [ ]"
     if character == "'" or error.doc.lstrip().startswith(("{'", "[{'", "['")):
         return "it is written as Python prints it, in single quotes; write it with json.dumps"
     return _JSON_REASONS.get(error.msg, error.msg)

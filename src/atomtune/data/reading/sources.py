@@ -123,8 +123,8 @@ def _existing(source: Path | str) -> Path:
     if not path.exists():
         if any(sign in str(path) for sign in "*?["):
             raise BadData(
-                f"{path}: no such file. Patterns are for the shell, which leaves them alone in quotes and in a YAML "
-                "file: name the files one by one, or their folder."
+                f"{path}: no such file. Patterns are expanded by the shell, but not in quotes or in a YAML file: name "
+                "the files one by one, or their folder."
             )
         raise BadData(f"{path}: no such file. Pass the data file with --dataset_path.")
     if not path.is_file() and not path.is_dir():
@@ -199,8 +199,7 @@ def among_records(sources: Sequence[Path | str], folder: Path) -> Iterator[str]:
     for source in sources:
         if would_hold(source, folder):
             yield (
-                f"--output_dir {folder} lies in {source}, where its files would be read as records. "
-                "Pass another folder."
+                f"--output_dir {folder} is in {source}, where its files would be read as records. Pass another folder."
             )
 
 
@@ -243,9 +242,9 @@ def _refuse_no_text(path: Path, head: bytes) -> None:
             f"Fetch the files: git lfs install && git -C {path.parent} lfs pull"
         )
     if head.removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith(_HTML):
-        raise BadData(f"{path}: a page of the web, as a login or an error; expected records. Download the file itself.")
+        raise BadData(f"{path}: a web page, such as a login or error page; expected records. Download the file itself.")
     if not head.removeprefix(codecs.BOM_UTF8).strip() and len(head) < HEAD_BYTES:
-        raise BadData(f"{path}: the file is empty. Expected one JSON object a line: instruction, input, output.")
+        raise BadData(f"{path}: the file is empty. Expected one JSON object per line: instruction, input, output.")
 
 
 def _reader_of(path: Path, ending: str, head: bytes) -> Callable[[BinaryIO, str], Iterator[Chunk]]:
@@ -258,7 +257,7 @@ def _reader_of(path: Path, ending: str, head: bytes) -> Callable[[BinaryIO, str]
             raise BadData(_over_lines(path, text))
         return jsonl.read_chunks
     if ending in (".parquet", ".arrow"):
-        raise BadData(f"{path}: it does not begin like a {ending} file. Download or write it again.")
+        raise BadData(f"{path}: it does not start like a {ending} file. Download or write it again.")
     # No JSON: a table, where its header or the file's ending says so; else lines that are refused one by one.
     first_line, _, rest = text.decode("utf-8", "replace").partition("\n")
     header = rest.partition("\n")[0] if separator_line(first_line) else first_line
@@ -270,7 +269,7 @@ def _reader_of(path: Path, ending: str, head: bytes) -> Callable[[BinaryIO, str]
     if ending in (".jsonl", ".ndjson", ".json"):
         table_ending = ".tsv" if separator == "\t" else ".csv"
         raise BadData(
-            f"{path}:1: a table with columns (CSV); expected one JSON object a line. Rename it, and it is read as a "
+            f"{path}:1: a table with columns (CSV); expected one JSON object per line. Rename it, and it is read as a "
             f"table:\n  mv {quote(str(path))} {quote(str(path.with_suffix(table_ending)))}"
         )
     return _table_chunks
@@ -280,10 +279,10 @@ def _over_lines(path: Path, text: bytes) -> str:
     """What to say of a file whose first object begins with a line of its own."""
     wrapped = _LIST_OF_OBJECTS.search(text)
     program = f'.["{wrapped.group(1).decode()}"][]' if wrapped else "."
-    place = f'; its records seem to stand in the list under "{wrapped.group(1).decode()}"' if wrapped else ""
+    place = f'; its records seem to be in the list under "{wrapped.group(1).decode()}"' if wrapped else ""
     return (
-        f"{path}:1: an object over several lines; one record a line is expected, or a JSON array of them{place}.\n"
-        f"Write one a line: jq -c '{program}' {quote(str(path))} > NEW.jsonl"
+        f"{path}:1: an object over several lines; expected one record per line, or a JSON array of them{place}.\nWrite "
+        f"one per line: jq -c '{program}' {quote(str(path))} > NEW.jsonl"
     )
 
 

@@ -56,8 +56,8 @@ class _Transcoded(io.RawIOBase):
                 before = error.object[: error.start].decode(self._encoding, "ignore")
                 line = self._line + before.count("\n")
                 raise BadData(
-                    f"{self._name}:{line}: not {self._encoding.upper()}, as the file begins. It was not written to its "
-                    "end, or is damaged: write it again, as UTF-8."
+                    f"{self._name}:{line}: not {self._encoding.upper()}, as the file begins. It is incomplete or "
+                    "damaged: write it again, as UTF-8."
                 ) from None
             self._line += text.count("\n")
             if not raw:

@@ -97,14 +97,14 @@ def damage(folder: Path) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return ["its manifest is not readable"]
     if manifest.get("sha256") != _digest({name: value for name, value in manifest.items() if name != "sha256"}):
-        return ["its manifest is not as it was written"]
+        return ["its manifest has changed since it was written"]
     problems = []
     for name, (size, digest) in expected.items():
         file = folder / name
         if not file.is_file():
             problems.append(f"{name} is missing")
         elif file.stat().st_size != size or sha256_of(file) != digest:
-            problems.append(f"{name} is not as it was written")
+            problems.append(f"{name} has changed since it was written")
     # The Trainer opens its states by name; one that was not sealed with the others was put there by someone else.
     strangers = [file.name for file in state_files(folder) if file.name not in expected]
     return problems + [f"{name} was added afterwards" for name in strangers]

@@ -64,8 +64,9 @@ class SavingTrainer(Trainer):
         folder = Path(self.args.output_dir)
         if self._folder_identity is not None and identity_of(folder) != self._folder_identity:
             raise RunFailed(
-                f"{folder} is not the folder this run began in: it was moved or replaced while the run went. Nothing "
-                "was written into the new one. Find the old folder and go on there: --resume --output_dir OLD_FOLDER."
+                f"{folder} is not the folder this run started in: it was moved or replaced during the run. Nothing was "
+                "written into the new one. Find the old folder and continue there: --resume --output_dir "
+                "OLD_FOLDER."
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -151,15 +152,15 @@ class SavingTrainer(Trainer):
         self.failed_saves += 1
         newest_whole = next((path for path in checkpoints(Path(self.args.output_dir)) if not damage(path)), None)
         what = (
-            f"checkpoint-{self.state.global_step} could not be written: {error or 'another rank failed'}.\n"
-            f"Last whole checkpoint: {newest_whole or 'none'}."
+            f"checkpoint-{self.state.global_step} could not be written: {error or 'another rank failed'}.\nLast "
+            f"complete checkpoint: {newest_whole or 'none'}."
         )
         if self.failed_saves >= FAILED_SAVES or self.control.should_training_stop:
             raise RunFailed(
-                f"The disk is full, or it fails ({self.failed_saves} saves in a row failed). {what}\nFree some space "
-                "(--save_total_limit keeps fewer checkpoints), then go on with --resume."
+                f"The disk is full or failing ({self.failed_saves} saves in a row failed). {what}\nFree some space "
+                "(--save_total_limit keeps fewer checkpoints), then continue with --resume."
             ) from error
-        self.notice(f"{what} Training goes on; the next save tries again.")
+        self.notice(f"{what} Training continues; the next save tries again.")
 
     def name_the_best(self, final: Path | None = None) -> None:
         """The best checkpoint by the path it stands under now: a run's folder may have been moved since."""
@@ -218,7 +219,9 @@ class SavingTrainer(Trainer):
         if isinstance(self.lr_scheduler, LambdaLR):
             self.lr_scheduler.last_epoch = step
         else:  # it follows the losses, and kept them in its state
-            self.notice("the checkpoint holds no state of the learning-rate schedule, so the schedule begins anew.")
+            self.notice(
+                "the checkpoint holds no state of the learning-rate schedule, so the schedule starts from scratch."
+            )
 
 
 def _follow(schedule: LambdaLR, groups: list[dict[str, Any]]) -> None:

@@ -42,9 +42,9 @@ class Resumed:
 
     @property
     def message(self) -> str:
-        without = " It holds no optimizer state (--save_only_model), so the optimizer begins anew."
+        without = " It holds no optimizer state (--save_only_model), so the optimizer starts from scratch."
         return (
-            f"Going on from {self.checkpoint} at step {self.step:,}.{'' if has_optimizer(self.checkpoint) else without}"
+            f"Resuming from {self.checkpoint} at step {self.step:,}.{'' if has_optimizer(self.checkpoint) else without}"
         )
 
 
@@ -112,7 +112,7 @@ def find_start(
     if resume_from_checkpoint and resume_from_checkpoint.lower() == "true":
         newest = newest_whole(output_dir, notice)
         if newest is None:
-            raise BadSettings([f"--resume_from_checkpoint: no whole checkpoint in {output_dir}."])
+            raise BadSettings([f"--resume_from_checkpoint: no complete checkpoint in {output_dir}."])
         return _resumed(newest)
     if named := resume_from_checkpoint or checkpoint:
         start = _named(expanded(named), output_dir)
@@ -122,7 +122,7 @@ def find_start(
         return _last_run_in(output_dir, lengths, notice)
     if holds_a_run(output_dir):
         raise BadSettings(
-            [f"{output_dir} already holds a run. --resume goes on with it; another --output_dir starts a new one."]
+            [f"{output_dir} already holds a run. --resume continues it; another --output_dir starts a new one."]
         )
     return Fresh()
 
@@ -138,11 +138,11 @@ def _last_run_in(output_dir: Path, lengths: dict[str, Any], notice: Callable[[st
     if record.get("start") == FromWeights.name:
         raise BadSettings(
             [
-                f"The run in {output_dir} began from weights and has no whole checkpoint; --resume would begin without "
-                "them.\nRepeat the command it began with: --continue_training --checkpoint WEIGHTS."
+                f"The run in {output_dir} started from weights and has no complete checkpoint; --resume would start "
+                "without them.\nRepeat the command that started it: --continue_training --checkpoint WEIGHTS."
             ]
         )
-    return Fresh(f"--resume: no whole checkpoint in {output_dir}; starting from the beginning.")
+    return Fresh(f"--resume: no complete checkpoint in {output_dir}; starting from the beginning.")
 
 
 def _resumed(checkpoint: Path) -> Resumed:
@@ -156,8 +156,8 @@ def step_of(checkpoint: Path) -> int:
         return checked(checkpoint / STATE, TrainerState).global_step
     except BadModel as error:
         raise BadModel(
-            f"{error}\nTake another checkpoint, or its weights alone: "
-            f"--continue_training --checkpoint {adapter_file(checkpoint)}"
+            f"{error}\nUse another checkpoint, or only its weights: --continue_training --checkpoint "
+            f"{adapter_file(checkpoint)}"
         ) from None
 
 
@@ -168,7 +168,7 @@ def _named(path: Path, output_dir: Path) -> Resumed | FromWeights:
         problems = damage(path) if (path / MANIFEST).is_file() else []
         if problems:
             raise BadModel(
-                f"{path} is damaged:\n{listing(problems)}\nTake an older checkpoint, or --resume to find one."
+                f"{path} is damaged:\n{listing(problems)}\nUse an older checkpoint, or --resume to find one."
             )
         return _resumed(path)
     file = adapter_file(path)
@@ -191,7 +191,7 @@ def _refuse_to_mix(start: Resumed | FromWeights, output_dir: Path) -> None:
         raise BadSettings(
             [
                 f"{output_dir} holds {', '.join(path.name for path in reversed(beyond))} of an earlier run, which "
-                "--resume would later take for this one's.\nPass another --output_dir, or move them away."
+                "--resume would later mistake for this run's.\nPass another --output_dir, or move them away."
             ]
         )
     goes_on = isinstance(start, Resumed) and start.checkpoint.resolve().parent == output_dir.resolve()

@@ -18,7 +18,7 @@ OPTIMIZER = ("optimizer.pt", "optimizer.bin")  # on one device or several that h
 #: Every name under which the Trainer would open a state.
 _PATTERNS = (*OPTIMIZER, "scheduler.pt", "scaler.pt", "rng_state*.pth", "pytorch_model_fsdp*.bin")
 
-WEIGHTS_ONLY = f"Start from its weights alone: --continue_training --checkpoint FOLDER/{WEIGHTS}"
+WEIGHTS_ONLY = f"Start from only its weights: --continue_training --checkpoint FOLDER/{WEIGHTS}"
 
 
 def state_files(checkpoint: Path) -> list[Path]:
