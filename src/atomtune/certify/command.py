@@ -109,6 +109,8 @@ def engines_for(served: Path, wanted: Sequence[EngineName], *, setting: str) -> 
     for engine in engines:
         if engine != "llama.cpp" and is_gguf:
             problems.append(f"--engine {engine} serves a folder; {served} is a GGUF, which llama.cpp serves.")
+    if not is_gguf and not served.is_dir():
+        problems.append(f"{setting} {served} is a file, and not a .gguf. Pass a folder, or the .gguf.")
     if problems:
         raise BadSettings(problems)
     if "llama.cpp" in engines:
