@@ -18,7 +18,7 @@ from atomtune.disk import why_unwritable, write_json, write_text
 from atomtune.errors import BadData, BadSettings, Stopped
 from atomtune.evaluate.evaluation import Evaluation, Plan, evaluate_records
 from atomtune.evaluate.html_page import page
-from atomtune.evaluate.models import Models, load_models
+from atomtune.evaluate.models import Asked, Models, asked_of, load_models
 from atomtune.evaluate.probe import probe_prompts, probe_scores
 from atomtune.evaluate.questions import EvalRecord, Key, read_records
 from atomtune.evaluate.report import Report, make_report, markdown, score_text, used_measures, with_interval
@@ -81,8 +81,9 @@ def measure(settings: EvaluateSettings, console: Console) -> Report:
     quiet_libraries()
     sources, reading, wanted = _what_to_read(settings)
     score_tasks = _lm_eval(settings) if settings.lm_eval_tasks else None
-    models = load_models(settings, console)
-    records = _records_by_template(settings, models, sources, reading, wanted, notice=console.notice)
+    asked = asked_of(settings)
+    records = _records_by_template(settings, asked, sources, reading, wanted, notice=console.notice)
+    models = load_models(settings, asked, console)  # last: a large base takes minutes, a wrong file none
     first = next(iter(records.values()))
     subjects = ", ".join(subject.name for subject in models.subjects)
     answers = sum(len(record.questions) for record in first)
@@ -166,7 +167,7 @@ def _what_to_read(settings: EvaluateSettings) -> tuple[list[str], RecordSettings
 
 def _records_by_template(
     settings: EvaluateSettings,
-    models: Models,
+    asked: Asked,
     sources: list[str],
     reading: RecordSettings,
     wanted: frozenset[str] | None,
@@ -174,9 +175,9 @@ def _records_by_template(
     notice: Callable[[str], None],
 ) -> dict[str, list[EvalRecord]]:
     """The records as each model's template writes them: those that every template can, in one order."""
-    reading = replace(reading, max_seq_length=models.max_seq_length, overlength="shorten", skip_overlength=False)
+    reading = replace(reading, max_seq_length=asked.max_seq_length, overlength="shorten", skip_overlength=False)
     rules = Rules(**reading.rules())
-    templates: dict[str, Template] = {subject.template.key: subject.template for subject in models.subjects}
+    templates: dict[str, Template] = {subject.template.key: subject.template for subject in asked.subjects}
     read: dict[str, dict[Key, EvalRecord]] = {}
     for template_key, template in templates.items():
         records, data = read_records(sources, template, rules, wanted)
@@ -227,11 +228,13 @@ def _collator(models: Models) -> Collator:
 
 def say(report: Report, console: Console) -> None:
     """The figures as a table, and what they say."""
-    title = translated(f"{report.records:,} records; in brackets the 95 % interval")
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
+    title = f"{report.records:,} records; in brackets the 95 % interval"
+    if report.records == 1:
+        title = "1 record: no interval can be given"
+    table = Table(title=translated(title), title_justify="left")
+    table.add_column("", overflow="fold")  # Chinese has no spaces, and rich cuts what is longer than its column
     for name in report.models:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for kind in used_measures(report):
         figures = [own.get(kind.name) for own in report.models.values()]
         cells = (with_interval(kind, figure) if figure else "–" for figure in figures)
