@@ -266,6 +266,17 @@ def test_a_wrong_file_is_said_before_a_base_is_loaded(by_heart, tmp_path, capsys
         assert said in told.err and "loading" not in told.out
 
 
+def test_a_report_of_other_records_is_not_replaced(by_heart, tmp_path):
+    """The second evaluation took the place of the first without a word, which may have taken hours."""
+    adapter = shutil.copytree(by_heart, tmp_path / "out")
+    for name, count in (("one.jsonl", 1), ("two.jsonl", 2), ("two.jsonl", 3)):
+        data = write_jsonl(tmp_path / name, DIALOGUES[:count])
+        words = ["--adapter_path", str(adapter), "--dataset_path", str(data), "--no_generate", "--no_probe"]
+        assert evaluate(*words) == 0
+    written = {folder.name: report_in(folder)["records"] for folder in adapter.glob("evaluation*")}
+    assert written == {"evaluation": 1, "evaluation-1": 3}
+
+
 def test_one_record_has_no_interval(by_heart, tmp_path, capsys):
     """Its interval had no width, 12.73–12.73, as if all other records had that very loss."""
     data = write_jsonl(tmp_path / "one.jsonl", DIALOGUES[:1])

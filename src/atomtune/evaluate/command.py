@@ -1,9 +1,10 @@
 """Evaluate: base against tuned, on a file or on the records that a run held out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -14,7 +15,7 @@ from atomtune.console import Console, as_command
 from atomtune.data.cache import Rules, as_examples
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.ledger import refuse_unusable
-from atomtune.disk import why_unwritable, write_json, write_text
+from atomtune.disk import read_json_object, why_unwritable, write_json, write_text
 from atomtune.errors import BadData, BadSettings, Stopped
 from atomtune.evaluate.evaluation import Evaluation, Plan, evaluate_records
 from atomtune.evaluate.html_page import page
@@ -40,6 +41,8 @@ def evaluate(settings: EvaluateSettings) -> int:
     folder = output_folder(settings)
     refuse_unwritable(folder)
     report = measure(settings, console)
+    if settings.output_dir is None:
+        folder = beside_others(folder, report)
     say(report, console)
     write_reports(report, folder)
     console.say(f"\nreport.html, report.md and report.json lie in {folder}.")
@@ -60,6 +63,28 @@ def output_folder(settings: EvaluateSettings) -> Path:
     if settings.output_dir:
         return Path(settings.output_dir)
     return Path(settings.adapter_path[0]) / "evaluation" if settings.adapter_path else Path("evaluation")
+
+
+def beside_others(folder: Path, report: Report) -> Path:
+    """The first of evaluation, evaluation-1, … that holds no report of other records or models.
+
+    An evaluation takes hours: one on another file does not replace it, unless --output_dir says so.
+    """
+    own = _compared(report.to_json())
+    place, number = folder, 0
+    while True:
+        try:
+            before = read_json_object(place / "report.json")
+        except (OSError, ValueError):  # none, or half of one
+            return place
+        if _compared(before) == own:
+            return place
+        number += 1
+        place = folder.with_name(f"{folder.name}-{number}")
+
+
+def _compared(report: Mapping[str, Any]) -> tuple[Any, ...]:
+    return report.get("base"), report.get("data"), list(report.get("models") or {})
 
 
 def refuse_unwritable(folder: Path) -> None:
