@@ -31,10 +31,12 @@ _PLACE_ERRORS = {
     *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP),
     *(errno.ENAMETOOLONG, errno.ETXTBSY, errno.ENXIO, errno.EROFS),
 }
+#: tempfile, where no place takes a file of four bytes.
+_NO_TEMPORARY_FOLDER = "No usable temporary directory"
 #: The same in the system's words, which is all that a library's own kind of error keeps of them.
 _DISK_WORDS = (
     *(os.strerror(code) for code in _DISK_ERRORS - {errno.EFBIG}),
-    "No usable temporary directory",  # tempfile, where no place takes a file of four bytes
+    _NO_TEMPORARY_FOLDER,
 )
 #: By which processes on Linux hand each other data, and less than which is none; torch's words where it is full.
 _SHARED, _LEAST_SHARED, _SHARED_WORDS = Path("/dev/shm"), 2**16, "shared memory(shm)"
@@ -60,6 +62,11 @@ def disk_failed(error: BaseException) -> bool:
     if code in _DISK_ERRORS or any(words in text for words in _DISK_WORDS):
         return True
     return _TORCH_WROTE_LESS.search(text) is not None
+
+
+def is_without_temporary_folder(error: BaseException) -> bool:
+    """Whether that write went to no folder of the user's choice."""
+    return _NO_TEMPORARY_FOLDER in str(error)
 
 
 def sharing_problem(error: BaseException) -> str:
