@@ -191,6 +191,11 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(by_heart, tmp_p
         assert said in told(capsys)
 
 
+def test_a_merged_folder_in_place_of_the_adapter_is_told_where_it_belongs(merged, capsys):
+    assert certify(merged) == 2
+    assert f"--adapter_path {merged} is a whole model" in (error := told(capsys)) and "this one with --served" in error
+
+
 def test_a_missing_adapter_is_blamed_on_its_own_setting(tmp_path, capsys):
     assert main(["certify", "--adapter_path", str(tmp_path / "none")]) == 2
     error = told(capsys)

@@ -256,6 +256,15 @@ def test_what_cannot_be_evaluated_is_said_first(words, said, by_heart, dialogues
     assert said in capsys.readouterr().err
 
 
+def test_a_whole_model_is_told_its_own_flag(models, dialogues, capsys):
+    """It was told to be no run's output folder, and that it can be evaluated as it is, nobody said."""
+    base = models("llama")
+    assert evaluate("--adapter_path", str(base), "--dataset_path", str(dialogues)) == 2
+    assert (
+        f"--adapter_path {base} is a whole model, not an adapter. Pass it with --model_path." in capsys.readouterr().err
+    )
+
+
 def test_a_wrong_file_is_said_before_a_base_is_loaded(by_heart, tmp_path, capsys):
     """A base of 7 billion parameters was loaded first, for minutes, and the records were read then."""
     empty = tmp_path / "empty.jsonl"

@@ -123,8 +123,18 @@ def engines_for(served: Path, wanted: Sequence[EngineName], *, setting: str) -> 
 
 
 def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
-    """Load adapter and base, answer the prompts, and let the model go again."""
+    """Load adapter and base, answer the prompts, and let the model go again.
+
+    Raises BadSettings for a whole model, beside which nothing says what it is to answer.
+    """
     adapter, trust = Path(settings.adapter_path), settings.trust_remote_code
+    if (adapter / "config.json").is_file() and not (adapter / ADAPTER_CONFIG).is_file():
+        raise BadSettings(
+            [
+                f"--adapter_path {adapter} is a whole model, not the adapter that it is certified against. Pass the "
+                "run's output folder, and this one with --served."
+            ]
+        )
     template, metadata = template_of(adapter, trust_remote_code=trust)
     base_path = base_of(adapter, settings.model_path)
     refuse_other_base(base_path, metadata.base, anyway=settings.other_base, notice=console.notice)
