@@ -14,6 +14,12 @@ from atomtune.errors import CheckFailed, RunFailed
 _SERVER_ERROR = 500
 #: By which llama.cpp and vLLM refuse an id that their vocabulary does not have.
 _UNKNOWN_TOKENS = ("invalid tokens", "out of vocabulary")
+#: What is said of that, by whichever engine.
+OF_ANOTHER_BASE = (
+    "The engine does not serve the tuned model: what it serves has no tokens for some ids of the training's prompts, "
+    "so it was made of another base.\nPass --served with what `atomtune merge` or `atomtune export` wrote for this "
+    "adapter."
+)
 #: One answer of a small model on a slow CPU takes seconds, the first one of a large model minutes.
 ANSWERS_WITHIN = 600
 #: Asks without a proxy, whatever the environment says (http_proxy): no proxy leads to a server of this machine.
@@ -26,13 +32,6 @@ class EngineBroke(RunFailed):
 
 class UnknownTokens(CheckFailed):
     """What an engine serves has no tokens for ids of ours, so it is not the model that was trained."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "The engine does not serve the tuned model: what it serves has no tokens for some ids of the training's "
-            "prompts, so it was made of another base.\nPass --served with what `atomtune merge` or `atomtune export` "
-            "wrote for this adapter."
-        )
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def post(url: str, body: Mapping[str, Any], *, api_key: str | None = None) -> An
         if error.code >= _SERVER_ERROR:
             raise EngineBroke(f"The engine failed at a request ({error.code} at {url}): {said}") from None
         if any(words in said for words in _UNKNOWN_TOKENS):
-            raise UnknownTokens from None
+            raise UnknownTokens(OF_ANOTHER_BASE) from None
         raise RunFailed(f"The engine refused a request ({error.code} at {url}): {said}") from None
     except (OSError, ValueError, HTTPException) as error:  # of a connection, of JSON, of half an answer
         raise RunFailed(f"The engine does not answer at {url}: {error}") from None
