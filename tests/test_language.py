@@ -1,5 +1,6 @@
 """Language: every text has its Chinese, what is filled in stays as it is, and a Chinese screen is Chinese."""
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from rich.cells import cell_len
 from atomtune.catalogue import Catalogue
 from atomtune.cli import COMMANDS, main
 from atomtune.console import Console
+from atomtune.disk import _DISK_ERRORS, _PLACE_ERRORS, SYSTEM_WORDS
 from atomtune.language import LANGUAGES, catalogue, language_of, singular, spoken, translated
 from atomtune.settings.help import help_text
 from atomtune.settings.read import GROUPS
@@ -341,6 +343,20 @@ def test_errors_about_data_are_chinese(tmp_path, capsys):
     assert 'bad.jsonl:2  没有键 "output"；这里的键有 instruction。\n' in said
     assert "3 条记录中有 2 条被拒绝（都在 run.json 里）。--skip_bad 用其余 1 条训练。" in said
     assert f"{tmp_path / 'none.jsonl'}：没有这个文件。用 --dataset_path 传数据文件。" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other words")
+def test_what_the_system_says_of_a_place_is_chinese():
+    """“写不到那里：No such file or directory” was half a sentence to who reads no English."""
+    codes = {errno.ENOENT, errno.EADDRINUSE, *_DISK_ERRORS, *_PLACE_ERRORS}
+    assert {os.strerror(code) for code in codes} <= set(SYSTEM_WORDS)
+    with spoken("zh"):
+        for words in SYSTEM_WORDS:
+            said = translated(f"/x/图.png cannot be written: {words}.")
+            assert said.startswith("/x/图.png 写不进去：") and words not in said
+        assert translated("/x: Not a directory. Pass another place, or change what is there.") == (
+            "/x：不是文件夹。请换一个位置，或者改动那里的东西。"
+        )
 
 
 def test_inspect_and_plan_are_chinese(tmp_path, capsys):

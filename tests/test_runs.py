@@ -83,6 +83,18 @@ def test_two_runs_show_the_settings_that_differ_and_no_others(folder, capsys):
     assert "lora_rank" in out and "max_steps" not in out and f"{last:.4g}" in out
 
 
+def test_a_setting_that_one_run_alone_sets_is_the_others_default(folder, tmp_path, capsys):
+    """`seed  42  –` said that another seed was used, or none; it was the same one."""
+    set_one = shutil.copytree(folder / "slow", tmp_path / "set")
+    record = record_of(set_one)
+    record["settings"]["seed"] = {"value": 42, "origin": "--seed"}
+    (set_one / "run.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    assert main(["runs", str(set_one), str(folder / "slow")]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("seed")]
+    assert line.split() == ["seed", "42", "default"]
+
+
 def test_their_losses_are_drawn(folder, tmp_path, capsys):
     picture = tmp_path / "losses.png"
     assert main(["runs", str(folder / "slow"), str(folder / "fast"), "--plot", str(picture)]) == 0

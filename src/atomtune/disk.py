@@ -32,10 +32,21 @@ _PLACE_ERRORS = {
     *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP),
     *(errno.ENAMETOOLONG, errno.ETXTBSY, errno.ENXIO, errno.EROFS),
 }
+#: The system's words for what stands against a place or an address, as other languages find them: Python has them in
+#: English in every locale.
+SYSTEM_WORDS = (
+    *("No such file or directory", "Not a directory", "Is a directory", "File exists", "Directory not empty"),
+    *("Permission denied", "Operation not permitted", "Read-only file system", "Text file busy"),
+    *("No space left on device", "Disk quota exceeded", "File too large", "Input/output error", "Stale file handle"),
+    *("File name too long", "Too many levels of symbolic links", "No such device or address", "Invalid argument"),
+    *("Address already in use", "Cannot assign requested address", "Too many open files", "Bad file descriptor"),
+)
+#: tempfile, where no place takes a file of four bytes.
+_NO_TEMPORARY_FOLDER = "No usable temporary directory"
 #: The same in the system's words, which is all that a library's own kind of error keeps of them.
 _DISK_WORDS = (
     *(os.strerror(code) for code in _DISK_ERRORS - {errno.EFBIG}),
-    "No usable temporary directory",  # tempfile, where no place takes a file of four bytes
+    _NO_TEMPORARY_FOLDER,
 )
 #: By which processes on Linux hand each other data, and less than which is none; torch's words where it is full.
 _SHARED, _LEAST_SHARED, _SHARED_WORDS = Path("/dev/shm"), 2**16, "shared memory(shm)"
@@ -61,6 +72,11 @@ def disk_failed(error: BaseException) -> bool:
     if code in _DISK_ERRORS or any(words in text for words in _DISK_WORDS):
         return True
     return _TORCH_WROTE_LESS.search(text) is not None
+
+
+def is_without_temporary_folder(error: BaseException) -> bool:
+    """Whether that write went to no folder of the user's choice."""
+    return _NO_TEMPORARY_FOLDER in str(error)
 
 
 def sharing_problem(error: BaseException) -> str:

@@ -185,7 +185,11 @@ def _compare(compared: Sequence[Run], settings: RunsSettings, console: Console) 
     names = [str(run.folder) for run in compared]
     table = _table(console, translated("setting"), *names)
     for name, values in differing.items():
-        table.add_row(name, *(_text(value) for value in values))
+        # What a run did not set has the default, which may be the very value that another one set.
+        is_set = [name in run.settings for run in compared]
+        table.add_row(
+            name, *(_text(value) if told else translated("default") for value, told in zip(values, is_set, strict=True))
+        )
     if differing:
         _print(table, console)
     else:

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from atomtune.cli import main
-from atomtune.engines.engine import Request
+from atomtune.engines.engine import Request, UnknownTokens
 from atomtune.engines.served_folder import ServedFolder
 from atomtune.engines.transformers_in_process import TransformersInProcess
 from atomtune.errors import BadModel
@@ -165,10 +165,23 @@ def test_a_merge_into_another_base_is_caught(by_heart, tmp_path, capsys):
     assert "log-probabilities of the reference answers differ" in told(capsys)
 
 
+def test_a_model_with_a_smaller_vocabulary_is_another_one_and_no_bug(merged):
+    """An id that the served model has no row for was an IndexError in torch, shown as a bug of ours."""
+    with TransformersInProcess(ServedFolder(merged), dtype="float32") as engine:
+        known = engine.model.get_input_embeddings().weight.shape[0]
+        assert len(engine.log_probabilities([1, 2], [known - 1])) == 1
+        for prompt, answer in (([1, known], [2]), ([1, 2], [known])):
+            with pytest.raises(UnknownTokens, match="made of another base"):
+                engine.log_probabilities(prompt, answer)
+
+
 def test_what_cannot_be_served_is_said_before_anything_is_loaded(by_heart, tmp_path, capsys):
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF")
+    weights = tmp_path / "model.safetensors"
+    weights.touch()
     for served, engine, said in (
+        (weights, "transformers", f"--served {weights} is a file, and not a .gguf"),
         (by_heart, "llama.cpp", "export --to gguf"),
         (gguf, "transformers", "is a GGUF. llama.cpp serves those"),
         (tmp_path / "none", "transformers", "no such file or folder"),
@@ -176,6 +189,11 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(by_heart, tmp_p
         words = ["--adapter_path", str(by_heart), "--served", str(served), "--engine", engine]
         assert main(["certify", *words]) == 2
         assert said in told(capsys)
+
+
+def test_a_merged_folder_in_place_of_the_adapter_is_told_where_it_belongs(merged, capsys):
+    assert certify(merged) == 2
+    assert f"--adapter_path {merged} is a whole model" in (error := told(capsys)) and "this one with --served" in error
 
 
 def test_a_missing_adapter_is_blamed_on_its_own_setting(tmp_path, capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from atomtune.engines.engine import post
+from atomtune.engines.engine import UnknownTokens, post
 from atomtune.engines.server_process import ServerProcess, address_problems, free_port
 from atomtune.errors import RunFailed
 
@@ -84,6 +84,14 @@ def test_an_engine_that_fails_at_a_request_shows_its_last_lines():
     with pytest.raises(RunFailed, match=r"500 at .*see the stack trace above") as told, server(FAILING) as running:
         post(running.health, {})
     assert "ValueError: attention needs BF16" in str(told.value)
+
+
+@pytest.mark.parametrize("said", ["Prompt contains invalid tokens", "Token id 49152 is out of vocabulary"])
+def test_ids_that_an_engine_does_not_know_are_another_models(said):
+    """llama.cpp's words and vLLM's: what is served was made of another base, which is a check that does not hold."""
+    refusing = FAILING.replace("send_response(500)", "send_response(400)").replace("see the stack trace above", said)
+    with pytest.raises(UnknownTokens, match="made of another base"), server(refusing) as running:
+        post(running.health, {})
 
 
 def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(monkeypatch):

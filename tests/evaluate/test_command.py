@@ -10,8 +10,13 @@ from pytest import approx
 from transformers import AutoModelForCausalLM
 
 from atomtune.cli import main
+from atomtune.console import Console
 from atomtune.evaluate import evaluation
-from atomtune.evaluate.measures import MEASURES, NATS
+from atomtune.evaluate.command import say
+from atomtune.evaluate.intervals import Figure
+from atomtune.evaluate.measures import MEASURES, NATS, PROBE
+from atomtune.evaluate.report import Report
+from atomtune.language import spoken
 from tests.conftest import DIALOGUES, write_jsonl
 from tests.trained import CALLING, train_by_heart
 
@@ -224,7 +229,7 @@ def test_tool_calls_are_counted_where_the_reference_has_one(models, tmp_path, ca
     words = ["--model_path", str(models("qwen3")), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
     assert evaluate(*words, "--template", "qwen3", "--max_new_tokens", "8") == 0
     figures = report_in(tmp_path / "out")["models"]["base"]
-    assert figures["call_parse_rate"] == [0, 0, 0]  # an untrained model calls nothing
+    assert figures["call_parse_rate"][0] == 0  # an untrained model calls nothing
     assert "does not know the format" not in capsys.readouterr().out
     # A form that nobody knows gives no figure, and that is said.
     odd = tmp_path / "odd.jinja"
@@ -249,6 +254,61 @@ def test_what_cannot_be_evaluated_is_said_first(words, said, by_heart, dialogues
     names = {"ADAPTER": str(by_heart), "RUN": str(dialogues)}
     assert evaluate(*(names.get(word, word) for word in words)) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_whole_model_is_told_its_own_flag(models, dialogues, capsys):
+    """It was told to be no run's output folder, and that it can be evaluated as it is, nobody said."""
+    base = models("llama")
+    assert evaluate("--adapter_path", str(base), "--dataset_path", str(dialogues)) == 2
+    assert (
+        f"--adapter_path {base} is a whole model, not an adapter. Pass it with --model_path." in capsys.readouterr().err
+    )
+
+
+def test_a_wrong_file_is_said_before_a_base_is_loaded(by_heart, tmp_path, capsys):
+    """A base of 7 billion parameters was loaded first, for minutes, and the records were read then."""
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    for file, said in ((tmp_path / "none.jsonl", "no such file"), (empty, "the file is empty")):
+        assert evaluate("--adapter_path", str(by_heart), "--dataset_path", str(file)) == 2
+        told = capsys.readouterr()
+        assert said in told.err and "loading" not in told.out
+
+
+def test_a_report_of_other_records_is_not_replaced(by_heart, tmp_path):
+    """The second evaluation took the place of the first without a word, which may have taken hours."""
+    adapter = shutil.copytree(by_heart, tmp_path / "out")
+    for name, count in (("one.jsonl", 1), ("two.jsonl", 2), ("two.jsonl", 3)):
+        data = write_jsonl(tmp_path / name, DIALOGUES[:count])
+        words = ["--adapter_path", str(adapter), "--dataset_path", str(data), "--no_generate", "--no_probe"]
+        assert evaluate(*words) == 0
+    written = {folder.name: report_in(folder)["records"] for folder in adapter.glob("evaluation*")}
+    assert written == {"evaluation": 1, "evaluation-1": 3}
+
+
+def test_one_record_has_no_interval(by_heart, tmp_path, capsys):
+    """Its interval had no width, 12.73–12.73, as if all other records had that very loss."""
+    data = write_jsonl(tmp_path / "one.jsonl", DIALOGUES[:1])
+    words = ["--adapter_path", str(by_heart), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    assert evaluate(*words, "--no_generate", "--no_probe") == 0
+    assert "1 record: no interval can be given" in capsys.readouterr().out
+    loss, low, high = report_in(tmp_path / "out")["models"]["base"]["nats_per_token"]
+    assert loss > 0 and low is None and high is None
+    for name in ("report.html", "report.md"):
+        page = (tmp_path / "out" / name).read_text(encoding="utf-8")
+        assert "1 record of" in page and "1 records" not in page and f"{loss:.2f}" in page
+        assert not re.search(r"\binf\b|\bnan\b", page)
+
+
+def test_a_long_title_is_folded_and_not_cut(tmp_path, capsys, monkeypatch):
+    """Chinese has no spaces: beside three models the probe's title ended in “…”, and what is measured was not said."""
+    monkeypatch.setenv("COLUMNS", "70")
+    figures = {name: Figure(1.5, 1.0, 2.0) for name in (NATS.name, PROBE.name)}
+    models = {"base": figures, "out": figures, "checkpoint-360": figures}
+    report = Report("base", [], 6, 6, models, {}, [], 8, False, {})
+    with spoken("zh"):
+        say(report, Console())
+    assert "…" not in capsys.readouterr().out
 
 
 def test_a_run_whose_file_changed_since_is_refused(models, tmp_path, capsys):

@@ -51,4 +51,6 @@ def test_one_record_tells_no_two_models_apart():
     # All its draws are equal: an interval of no width said "Better" without a doubt.
     difference = Bootstrap(1, seed=0).difference(([1.0], [1]), ([2.0], [1]))
     assert difference.as_list() == [-1, -math.inf, math.inf]
+    alone = Bootstrap(1, seed=0).ratio([2.0], [1])
+    assert not alone.has_interval and not alone.exp().has_interval and alone.exp().value == approx(math.exp(2))
     assert judged(NATS, difference) == "unclear"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,18 @@ def test_a_folder_that_is_not_empty_is_left_alone(trained, tmp_path, capsys):
     assert "not an empty folder" in capsys.readouterr().err
 
 
+def test_a_disk_that_cannot_hold_the_merged_model_is_told_so_before_the_base_is_loaded(
+    trained, tmp_path, monkeypatch, capsys
+):
+    _, adapter = trained
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=10_000))
+    assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(tmp_path / "merged")]) == 3
+    said = capsys.readouterr()
+    assert f"--output_dir {tmp_path / 'merged'}: the merged model takes about " in said.err
+    assert "has 10.0 kB free" in said.err and "loading" not in said.out
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_base_that_moved_is_asked_for(trained, tmp_path, capsys):
     import json
     import shutil
@@ -115,8 +128,8 @@ def test_a_disk_too_small_for_the_merged_model_is_told_so(trained, tmp_path, mon
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(tmp_path / "merged")]) == 3
     said = capsys.readouterr().err
-    assert "the disk is full" in said
-    assert "Traceback" not in said
+    assert f"--output_dir {tmp_path / 'merged'}: the disk is full or failing" in said
+    assert "Traceback" not in said and "another disk" in said
     assert not (tmp_path / "merged").exists()
 
 

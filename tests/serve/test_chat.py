@@ -310,6 +310,14 @@ def test_answers_beside_each_other_are_whole_though_chinese_has_no_spaces(capsys
     assert ["".join(line[side].strip() for line in lines) for side in (1, 2)] == list(answers)
 
 
+def test_a_line_of_a_pipe_that_is_too_long_is_named(trained, capsys, monkeypatch):
+    """Of a thousand questions one was too long, and the message did not say which."""
+    lines = ["晚安", "/help", "很" * 5000, "早上好"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert main(["chat", "--adapter_path", str(trained), "--dtype", "float32"]) == 2
+    assert "line 3 of standard input: The prompt alone fills the model's " in capsys.readouterr().err
+
+
 def test_a_pipe_that_is_no_text_is_one_sentence(trained, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
     assert main(["chat", "--adapter_path", str(trained), "--dtype", "float32"]) == 2

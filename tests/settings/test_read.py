@@ -149,6 +149,17 @@ def test_a_name_is_not_abbreviated(short):
     assert said.startswith(f"{short}: unknown")
 
 
+def test_a_folder_without_its_flag_is_told_the_flag(tmp_path):
+    """`atomtune chat out` is what everybody types first, and was told only that a flag is missing."""
+    adapter = tmp_path / "my out"
+    adapter.mkdir()
+    with pytest.raises(BadSettings) as told:
+        read("chat", [str(adapter)])
+    assert str(told.value).startswith(f"{adapter}: belongs to no setting. Did you mean --adapter_path '{adapter}'?\n")
+    with pytest.raises(BadSettings, match=r"^hello: belongs to no setting\.\n"):
+        read("chat", ["hello"])
+
+
 def test_dashes_are_underscores(run_yaml):
     assert read_train([*BOTH, "--lora-rank", "4"]).lora.lora_rank == 4
     assert read_train([*BOTH, "--lora-rank=4", "--run-name", "a-b"]).trainer["run_name"] == "a-b"

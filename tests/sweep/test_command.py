@@ -15,7 +15,12 @@ from filelock import FileLock
 
 from atomtune import sweep
 from atomtune.cli import main
+from atomtune.console import Console
 from atomtune.errors import BadSettings
+from atomtune.language import spoken
+from atomtune.sweep.command import _shown
+from atomtune.sweep.search import Grid
+from atomtune.sweep.trials import Trial
 from tests.conftest import numbered_dialogues, write_jsonl
 from tests.tiny import build
 
@@ -158,6 +163,17 @@ def test_few_records_of_which_none_are_held_out_are_refused(run, tmp_path, capsy
     few.write_text('{"instruction": "a", "output": "b"}\n' * 3)
     assert main(["sweep", *run[:2], "--dataset_path", str(few), "--output_dir", str(tmp_path / "out")]) == 2
     assert "--eval_size N, or --eval_path FILE" in capsys.readouterr().err
+
+
+def test_the_line_of_a_trial_is_chinese(capsys):
+    """In a log it stayed “trial 1 of 2”: so short a text is no message to a screen unless it is said to be one."""
+    search = Grid({"learning_rate": ("0.001", "0.003")})
+    with (
+        spoken("zh"),
+        _shown(Trial(1, {"learning_rate": "0.001"}), search, Console(), behind=search.watching(None, [])),
+    ):
+        pass
+    assert capsys.readouterr().out.startswith("第 1 次试验，共 2 次：learning_rate 0.001\n")
 
 
 def test_a_sweep_does_not_mix_with_other_files(run, tmp_path, capsys):

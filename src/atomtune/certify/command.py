@@ -99,6 +99,8 @@ def engines_for(served: Path, wanted: Sequence[EngineName], *, setting: str) -> 
     for engine in engines:
         if engine != "llama.cpp" and is_gguf:
             problems.append(f"--engine {engine} needs a folder; {served} is a GGUF. llama.cpp serves those.")
+    if not is_gguf and not served.is_dir():
+        problems.append(f"{setting} {served} is a file, and not a .gguf. Pass a folder, or the .gguf.")
     if problems:
         raise BadSettings(problems)
     if "llama.cpp" in engines:
@@ -111,8 +113,18 @@ def engines_for(served: Path, wanted: Sequence[EngineName], *, setting: str) -> 
 
 
 def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
-    """Load adapter and base, answer the prompts, and let the model go again."""
+    """Load adapter and base, answer the prompts, and let the model go again.
+
+    Raises BadSettings for a whole model, which nothing says the right answers of.
+    """
     adapter = Path(settings.adapter_path)
+    if (adapter / "config.json").is_file() and not (adapter / ADAPTER_CONFIG).is_file():
+        raise BadSettings(
+            [
+                f"--adapter_path {adapter} is a whole model, not the adapter that it is certified against. Pass the "
+                "run's output folder, and this one with --served."
+            ]
+        )
     template, metadata, base_path = adapter_and_base(
         adapter,
         model_path=settings.model_path,

@@ -8,10 +8,18 @@ from dataclasses import dataclass, field
 from http.client import HTTPException
 from typing import Any, Protocol
 
-from atomtune.errors import RunFailed
+from atomtune.errors import CheckFailed, RunFailed
 
 #: From here on a status says that the server is at fault.
 _SERVER_ERROR = 500
+#: By which llama.cpp and vLLM refuse an id that their vocabulary does not have.
+_UNKNOWN_TOKENS = ("invalid tokens", "out of vocabulary")
+#: What is said of that, by whichever engine.
+OF_ANOTHER_BASE = (
+    "The engine does not serve the tuned model: what it serves has no tokens for some ids of the training's prompts, "
+    "so it was made of another base.\nPass --served with what `atomtune merge` or `atomtune export` wrote for this "
+    "adapter."
+)
 #: One answer of a small model on a slow CPU takes seconds, the first one of a large model minutes.
 ANSWERS_WITHIN = 600
 #: Asks without a proxy, whatever the environment says (http_proxy): no proxy leads to a server of this machine.
@@ -20,6 +28,10 @@ direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 class EngineBroke(RunFailed):
     """An engine that runs could not answer, by its own fault: its output tells why."""
+
+
+class UnknownTokens(CheckFailed):
+    """What an engine serves has no tokens for ids of ours, so it is not the model that was trained."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,10 @@ class Engine(Protocol):
 
 
 def post(url: str, body: Mapping[str, Any], *, api_key: str | None = None) -> Any:
-    """A JSON request and its JSON answer. Raises RunFailed with its words, EngineBroke where it is at fault."""
+    """A JSON request and its JSON answer.
+
+    Raises RunFailed with its words, EngineBroke where it is at fault, UnknownTokens where its vocabulary is another.
+    """
     headers = {"Content-Type": "application/json"}
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"
@@ -93,6 +108,8 @@ def post(url: str, body: Mapping[str, Any], *, api_key: str | None = None) -> An
         said = error.read().decode(errors="replace")[:600]
         if error.code >= _SERVER_ERROR:
             raise EngineBroke(f"The engine failed on a request ({error.code} at {url}): {said}") from None
+        if any(words in said for words in _UNKNOWN_TOKENS):
+            raise UnknownTokens(OF_ANOTHER_BASE) from None
         raise RunFailed(f"The engine refused a request ({error.code} at {url}): {said}") from None
     except (OSError, ValueError, HTTPException) as error:  # of a connection, of JSON, of half an answer
         raise RunFailed(f"The engine does not answer at {url}: {error}") from None

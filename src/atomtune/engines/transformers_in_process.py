@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from atomtune.engines.engine import Reply, Request
+from atomtune.engines.engine import OF_ANOTHER_BASE, Reply, Request, UnknownTokens
 from atomtune.engines.served_folder import ServedFolder
 from atomtune.errors import BadModel
 
@@ -64,6 +64,8 @@ class TransformersInProcess:
 
     @torch.no_grad()
     def log_probabilities(self, prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
+        if max(*prompt, *answer) >= self.model.get_input_embeddings().weight.shape[0]:
+            raise UnknownTokens(OF_ANOTHER_BASE)
         ids = torch.tensor([[*prompt, *answer]], device=self.model.device)
         logits = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1]  # [A, V]
         scores = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)

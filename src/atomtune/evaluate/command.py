@@ -1,9 +1,10 @@
 """Evaluate: base against tuned, on a file or on the records that a run held out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -14,18 +15,18 @@ from atomtune.console import Console, as_command
 from atomtune.data.cache import Rules, as_examples
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.ledger import refuse_unusable
-from atomtune.disk import why_unwritable, write_json, write_text
+from atomtune.disk import read_json_object, why_unwritable, write_json, write_text
 from atomtune.errors import BadData, BadSettings, Stopped
 from atomtune.evaluate.evaluation import Evaluation, Plan, evaluate_records
 from atomtune.evaluate.html_page import page
-from atomtune.evaluate.models import Models, load_models
+from atomtune.evaluate.models import Asked, Models, asked_of, load_models
 from atomtune.evaluate.probe import probe_prompts, probe_scores
 from atomtune.evaluate.questions import EvalRecord, Key, read_records
 from atomtune.evaluate.report import Report, make_report, markdown, score_text, used_measures, with_interval
 from atomtune.evaluate.run_folder import refuse_changed_files, run_records
 from atomtune.extras import refuse_missing
 from atomtune.language import message, translated
-from atomtune.model.adapter_folder import refuse_empty
+from atomtune.model.adapter_folder import CONFIG, refuse_empty
 from atomtune.model.layout_support import collator_for, why_padded
 from atomtune.model.load import pad_id_of, quiet_libraries
 from atomtune.settings.fields import EvaluateSettings, RecordSettings
@@ -40,6 +41,8 @@ def evaluate(settings: EvaluateSettings) -> int:
     folder = output_folder(settings)
     refuse_unwritable(folder)
     report = measure(settings, console)
+    if settings.output_dir is None:
+        folder = beside_others(folder, report)
     say(report, console)
     write_reports(report, folder)
     console.say(f"\nreport.html, report.md and report.json are in {folder}.")
@@ -62,6 +65,28 @@ def output_folder(settings: EvaluateSettings) -> Path:
     return Path(settings.adapter_path[0]) / "evaluation" if settings.adapter_path else Path("evaluation")
 
 
+def beside_others(folder: Path, report: Report) -> Path:
+    """The first of evaluation, evaluation-1, … that holds no report of other records or models.
+
+    An evaluation takes hours: one on another file does not replace it, unless --output_dir says so.
+    """
+    own = _compared(report.to_json())
+    place, number = folder, 0
+    while True:
+        try:
+            before = read_json_object(place / "report.json")
+        except (OSError, ValueError):  # none, or half of one
+            return place
+        if _compared(before) == own:
+            return place
+        number += 1
+        place = folder.with_name(f"{folder.name}-{number}")
+
+
+def _compared(report: Mapping[str, Any]) -> tuple[Any, ...]:
+    return report.get("base"), report.get("data"), list(report.get("models") or {})
+
+
 def refuse_unwritable(folder: Path) -> None:
     """Raise BadSettings where the reports could not be written, which would show when all answers are generated."""
     if why := why_unwritable(folder):
@@ -81,8 +106,9 @@ def measure(settings: EvaluateSettings, console: Console) -> Report:
     quiet_libraries()
     sources, reading, wanted = _what_to_read(settings)
     score_tasks = _lm_eval(settings) if settings.lm_eval_tasks else None
-    models = load_models(settings, console)
-    records = _records_by_template(settings, models, sources, reading, wanted, notice=console.notice)
+    asked = asked_of(settings)
+    records = _records_by_template(settings, asked, sources, reading, wanted, notice=console.notice)
+    models = load_models(settings, asked, console)  # last: a large base takes minutes, a wrong file none
     first = next(iter(records.values()))
     subjects = ", ".join(subject.name for subject in models.subjects)
     answers = sum(len(record.questions) for record in first)
@@ -136,8 +162,10 @@ def _refuse_missing(settings: EvaluateSettings) -> None:
         missing.append("--dataset_path is missing: records to evaluate on.")
     if missing:
         raise BadSettings(missing)
-    for folder in settings.adapter_path:
-        refuse_empty(Path(folder))
+    for folder in map(Path, settings.adapter_path):
+        refuse_empty(folder)
+        if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
+            raise BadSettings([f"--adapter_path {folder} is a whole model, not an adapter. Pass it with --model_path."])
 
 
 def _what_to_read(settings: EvaluateSettings) -> tuple[list[str], RecordSettings, frozenset[str] | None]:
@@ -166,7 +194,7 @@ def _what_to_read(settings: EvaluateSettings) -> tuple[list[str], RecordSettings
 
 def _records_by_template(
     settings: EvaluateSettings,
-    models: Models,
+    asked: Asked,
     sources: list[str],
     reading: RecordSettings,
     wanted: frozenset[str] | None,
@@ -174,9 +202,9 @@ def _records_by_template(
     notice: Callable[[str], None],
 ) -> dict[str, list[EvalRecord]]:
     """The records as each model's template writes them: those that every template can, in one order."""
-    reading = replace(reading, max_seq_length=models.max_seq_length, overlength="shorten", skip_overlength=False)
+    reading = replace(reading, max_seq_length=asked.max_seq_length, overlength="shorten", skip_overlength=False)
     rules = Rules(**reading.rules())
-    templates: dict[str, Template] = {subject.template.key: subject.template for subject in models.subjects}
+    templates: dict[str, Template] = {subject.template.key: subject.template for subject in asked.subjects}
     read: dict[str, dict[Key, EvalRecord]] = {}
     for template_key, template in templates.items():
         records, data = read_records(sources, template, rules, wanted)
@@ -229,11 +257,13 @@ def _collator(models: Models) -> Collator:
 
 def say(report: Report, console: Console) -> None:
     """The figures as a table, and what they say."""
-    title = translated(f"{report.records:,} records; the 95 % interval in brackets")
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
+    title = f"{report.records:,} records; the 95 % interval in brackets"
+    if report.records == 1:
+        title = "1 record: no interval can be given"
+    table = Table(title=translated(title), title_justify="left")
+    table.add_column("", overflow="fold")  # Chinese has no spaces, and rich cuts what is longer than its column
     for name in report.models:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for kind in used_measures(report):
         figures = [own.get(kind.name) for own in report.models.values()]
         cells = (with_interval(kind, figure) if figure else "–" for figure in figures)

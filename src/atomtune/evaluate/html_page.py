@@ -44,7 +44,7 @@ def cells_of(report: Report, measure: Measure) -> list[Cell | None]:
     """A measure of every model, drawn on one scale; None where a model has no such figure."""
     figures = [own.get(measure.name) for own in report.models.values()]
     there = [figure for figure in figures if figure is not None]
-    low, high = min(figure.low for figure in there), max(figure.high for figure in there)
+    low, high = min(_ends(figure)[0] for figure in there), max(_ends(figure)[1] for figure in there)
     span = high - low or 1.0
 
     def place(value: float) -> float:
@@ -56,14 +56,20 @@ def cells_of(report: Report, measure: Measure) -> list[Cell | None]:
     return cells
 
 
+def _ends(figure: Figure) -> tuple[float, float]:
+    """Where its line begins and ends; one record has a point alone."""
+    return (figure.low, figure.high) if figure.has_interval else (figure.value, figure.value)
+
+
 def _cell(measure: Measure, figure: Figure, changes: dict[str, Figure], place: object) -> Cell:
     assert callable(place)
     change = changes.get(measure.name)
+    left, right = _ends(figure)
     return Cell(
         text=shown(measure, figure.value),
         interval=interval(measure, figure),
-        left=place(figure.low),
-        right=place(figure.high),
+        left=place(left),
+        right=place(right),
         at=place(figure.value),
         verdict="" if change is None else judged(measure, change),
     )

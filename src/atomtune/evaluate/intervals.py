@@ -13,11 +13,16 @@ LOW, HIGH = 2.5, 97.5
 
 @dataclass(frozen=True)
 class Figure:
-    """A value, and the interval that 95 % of other draws of as many records would give."""
+    """A value, and the interval that 95 % of other draws of as many records would give; of one record it is endless."""
 
     value: float
     low: float
     high: float
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether other records were seen, by which it can be told."""
+        return self.low != -math.inf
 
     def as_list(self) -> list[float]:
         return [self.value, self.low, self.high]
@@ -25,7 +30,8 @@ class Figure:
     def exp(self) -> "Figure":
         """Nats to perplexity."""
         with numpy.errstate(over="ignore"):
-            return Figure(*(float(numpy.exp(one)) for one in self.as_list()))
+            value, low, high = (float(numpy.exp(nats)) for nats in self.as_list())
+        return Figure(value, low if self.has_interval else -math.inf, high)
 
 
 class Bootstrap:
@@ -40,21 +46,27 @@ class Bootstrap:
     def ratio(self, numerators: Sequence[float], denominators: Sequence[float]) -> Figure | None:
         """sum(numerators) / sum(denominators), as nats by tokens; None where there is nothing to divide by."""
         value, resampled = self._ratios(numerators, denominators)
-        return None if value is None else _figure(value, resampled)
+        return None if value is None else self._figure(value, resampled)
 
     def difference(
         self,
         ours: tuple[Sequence[float], Sequence[float]],
         theirs: tuple[Sequence[float], Sequence[float]],
     ) -> Figure | None:
-        """Our ratio less theirs, over the same draws; of one record alone it may be anything."""
+        """Our ratio less theirs, over the same draws."""
         our_value, our_draws = self._ratios(*ours)
         their_value, their_draws = self._ratios(*theirs)
         if our_value is None or their_value is None:
             return None
-        if self.records == 1:  # every draw is that record again, which says nothing of others
-            return Figure(our_value - their_value, -math.inf, math.inf)
-        return _figure(our_value - their_value, our_draws - their_draws)
+        return self._figure(our_value - their_value, our_draws - their_draws)
+
+    def _figure(self, value: float, resampled: numpy.ndarray) -> Figure:
+        """The value with its interval; that of one record alone has no ends: every draw is that record again."""
+        if self.records == 1:
+            return Figure(value, -math.inf, math.inf)
+        possible = resampled[~numpy.isnan(resampled)]  # a draw of records without a tool call has no share of calls
+        low, high = numpy.percentile(possible, [LOW, HIGH]) if len(possible) else (value, value)
+        return Figure(value, float(low), float(high))
 
     def _ratios(self, numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float | None, numpy.ndarray]:
         above, below = numpy.asarray(numerators, dtype=float), numpy.asarray(denominators, dtype=float)
@@ -62,9 +74,3 @@ class Bootstrap:
             return None, numpy.empty(0)
         with numpy.errstate(invalid="ignore", divide="ignore"):
             return float(above.sum() / below.sum()), (self.times @ above) / (self.times @ below)
-
-
-def _figure(value: float, resampled: numpy.ndarray) -> Figure:
-    possible = resampled[~numpy.isnan(resampled)]  # a draw of records without a tool call has no share of calls
-    low, high = numpy.percentile(possible, [LOW, HIGH]) if len(possible) else (value, value)
-    return Figure(value, float(low), float(high))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atomtune.choices import BASE, Quantize
+from atomtune.choices import BASE
 from atomtune.console import Console
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
@@ -40,7 +40,6 @@ class Models:
     model: Any  # a PeftModel where there is an adapter
     base_path: str
     subjects: tuple[Subject, ...]
-    max_seq_length: int
 
     @contextlib.contextmanager
     def answering_as(self, subject: Subject) -> Iterator[CausalLM]:
@@ -52,69 +51,74 @@ class Models:
                 yield self.model
 
 
-def load_models(settings: EvaluateSettings, console: Console) -> Models:
-    """The base and every adapter of --adapter_path.
+@dataclass(frozen=True)
+class Asked:
+    """What is evaluated, as far as that is known before a weight is loaded: by which prompts, on which base."""
 
-    Raises BadModel for an adapter that does not fit, BadSettings when two adapters were trained on different bases.
+    base_path: str
+    folders: tuple[Path, ...]  # of the adapters
+    cards: tuple[AdapterMetadata, ...]  # theirs
+    subjects: tuple[Subject, ...]
+    max_seq_length: int
+
+
+def asked_of(settings: EvaluateSettings) -> Asked:
+    """The base and every adapter of --adapter_path, not loaded yet.
+
+    Raises BadModel for a folder without an adapter, BadSettings when two adapters were trained on different bases.
     """
     if not settings.adapter_path:
-        return _base_alone(settings, console)
+        return _base_alone(settings)
     folders = [Path(path) for path in settings.adapter_path]
     _refuse_repeated(folders)
     trained = [template_of(folder, trust_remote_code=settings.trust_remote_code) for folder in folders]
     base_path = _common_base(settings, folders)
-    quantize = quantize_as_trained(
-        base_path,
-        [card.quantize for _, card in trained],
-        asked=settings.quantize,
-        stored=settings.stored_base,
-        trust_remote_code=settings.trust_remote_code,
-        notice=console.notice,
-    )
-    base = _load_base(settings, base_path, console, quantize=quantize, trained=[card for _, card in trained])
-    for _, card in trained:
-        refuse_other_base(base_path, card.base, anyway=settings.other_base, notice=console.notice)
-    templates = [template for template, _ in trained]
-    guard_embedding(base, templates[0].tokenizer, path=base_path)
-
+    templates, cards = zip(*trained, strict=True)
     # PEFT takes no dots in a name, and calls the first adapter by this one.
     adapters = ["default", *(f"adapter_{i}" for i in range(1, len(folders)))]
-    model = load_trained(base, folders[0])
-    for folder, adapter in zip(folders[1:], adapters[1:], strict=True):
-        load_another(model, folder, adapter)
-    instructions = [metadata.instruction or "" for _, metadata in trained]
+    instructions = [card.instruction or "" for card in cards]
     own = zip(short_names(folders), adapters, templates, instructions, strict=True)
     subjects = (Subject(BASE, None, templates[0], instructions[0]), *(Subject(*values) for values in own))
-    longest = max(card.max_seq_length for _, card in trained)
-    return Models(model.eval(), base_path, subjects, settings.max_seq_length or longest)
+    longest = settings.max_seq_length or max(card.max_seq_length for card in cards)
+    return Asked(base_path, tuple(folders), cards, subjects, longest)
 
 
-def _base_alone(settings: EvaluateSettings, console: Console) -> Models:
+def _base_alone(settings: EvaluateSettings) -> Asked:
     """A base without an adapter, asked by the template that the settings name."""
     if not settings.model_path:
         raise BadSettings(["--adapter_path is missing: the run's output folder. (--model_path alone takes a base.)"])
-    base = _load_base(settings, settings.model_path, console, quantize=settings.quantize, trained=[])
     tokenizer = load_tokenizer(settings.model_path, trust_remote_code=settings.trust_remote_code)
     variables = json.loads(settings.chat_template_kwargs) if settings.chat_template_kwargs else {}
     template = load_template(settings.template, tokenizer, variables=variables)
-    guard_embedding(base, tokenizer, path=settings.model_path)
-    subjects = (Subject(BASE, None, template),)
-    return Models(base.eval(), settings.model_path, subjects, settings.max_seq_length or 2048)
+    return Asked(settings.model_path, (), (), (Subject(BASE, None, template),), settings.max_seq_length or 2048)
 
 
-def _load_base(
-    settings: EvaluateSettings,
-    path: str,
-    console: Console,
-    *,
-    quantize: Quantize | None,
-    trained: Sequence[AdapterMetadata],
-) -> CausalLM:
-    base = {**settings.base(), "path": path, "quantize": quantize}
-    spec = base_spec(trained, **base, dtype=settings.dtype, notice=console.notice)
-    dtype, device = spec.dtype, spec.device
-    console.say(f"loading {path} in {dtype_name(dtype)} on {device} …")
-    return load_base(spec)
+def load_models(settings: EvaluateSettings, asked: Asked, console: Console) -> Models:
+    """The base with every adapter. Raises BadModel for an adapter that does not fit."""
+    quantize = settings.quantize
+    if asked.folders:
+        quantize = quantize_as_trained(
+            asked.base_path,
+            [card.quantize for card in asked.cards],
+            asked=settings.quantize,
+            stored=settings.stored_base,
+            trust_remote_code=settings.trust_remote_code,
+            notice=console.notice,
+        )
+    base = {**settings.base(), "path": asked.base_path, "quantize": quantize}
+    spec = base_spec(asked.cards, **base, dtype=settings.dtype, notice=console.notice)
+    console.say(f"loading {spec.path} in {dtype_name(spec.dtype)} on {spec.device} …")
+    model: Any = load_base(spec)
+    for card in asked.cards:
+        refuse_other_base(asked.base_path, card.base, anyway=settings.other_base, notice=console.notice)
+    guard_embedding(model, asked.subjects[0].template.tokenizer, path=asked.base_path)
+    adapters = [subject.adapter for subject in asked.subjects if subject.adapter is not None]
+    for number, (folder, adapter) in enumerate(zip(asked.folders, adapters, strict=True)):
+        if number == 0:
+            model = load_trained(model, folder)
+        else:
+            load_another(model, folder, adapter)
+    return Models(model.eval(), asked.base_path, asked.subjects)
 
 
 def _refuse_repeated(folders: Sequence[Path]) -> None:

@@ -20,7 +20,7 @@ from atomtune.evaluate.measures import (
     judged,
     probe_results,
 )
-from atomtune.language import message
+from atomtune.language import message, singular
 
 #: How many records are shown on each side.
 SHOWN = 8
@@ -194,12 +194,16 @@ def shown(measure: Measure, value: float) -> str:
 
 
 def with_interval(measure: Measure, figure: Figure) -> str:
-    """A value with its interval, and the unit once: `10.0 % (4.0–18.0)`."""
+    """A value with its interval, and the unit once: `10.0 % (4.0–18.0)`; of one record the value alone."""
+    if not figure.has_interval:
+        return shown(measure, figure.value)
     return f"{shown(measure, figure.value)} ({interval(measure, figure)})"
 
 
 def interval(measure: Measure, figure: Figure) -> str:
-    """The interval alone, without a word, so that it is the same in every language."""
+    """The interval alone, without a word, so that it is the same in every language; nothing where there is none."""
+    if not figure.has_interval:
+        return ""
     low, high = (shown(measure, bound).removesuffix(" %") for bound in (figure.low, figure.high))
     return f"{low}–{high}"
 
@@ -225,8 +229,8 @@ def markdown(report: Report) -> str:
         "",
         *report.sentences(),
         "",
-        f"{report.records:,} records of {', '.join(report.sources)}; base {report.base_path}. "
-        "In brackets: the 95 % interval (bootstrap over records).",
+        singular(f"{report.records:,} records of {', '.join(report.sources)}; base {report.base_path}. ")
+        + ("In brackets: the 95 % interval (bootstrap over records)." if report.records > 1 else ""),
         "",
         f"| | {' | '.join(names)} |",
         f"|---|{'---|' * len(names)}",

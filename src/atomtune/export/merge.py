@@ -7,6 +7,7 @@ more than rounding (model/agreement.py).
 """
 
 import contextlib
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,13 +18,14 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.lora.layer import Embedding
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from rich.filesize import decimal
 from torch import nn
 
 from atomtune.choices import Quantize
 from atomtune.console import Console, as_command
 from atomtune.data.encoding.chat_template import Template
-from atomtune.disk import disk_failed, filled, is_free
-from atomtune.errors import BadModel, BadSettings, CheckFailed, listing
+from atomtune.disk import disk_failed, filled, is_free, is_without_temporary_folder
+from atomtune.errors import AtomtuneError, BadModel, BadSettings, CheckFailed, RunFailed, listing
 from atomtune.export.carried_tensors import carry_over, changed
 from atomtune.export.weighted import Weighted, load_weighted, weighted
 from atomtune.language import translated
@@ -32,7 +34,7 @@ from atomtune.model.adapter_folder import AdapterMetadata, template_of
 from atomtune.model.agreement import Measure, another_plain_way, distribution_measures
 from atomtune.model.base_as_trained import adapter_and_base
 from atomtune.model.causal_lm import CausalLM
-from atomtune.model.fingerprint import folder_of, refuse_other_base
+from atomtune.model.fingerprint import folder_of, refuse_other_base, weight_files
 from atomtune.model.generate import prompt_ids, ready_to_answer
 from atomtune.model.load import (
     BaseSpec,
@@ -65,6 +67,8 @@ PROBES = (
     "def fibonacci(n):",
     "Translate into German: I would like a cup of tea, please.",
 )
+#: A base's files may hold a tied matrix twice, which the merged model has once.
+_LEAST_SHARE_OF_FILES = 0.6
 #: Below this share of the adapter, rounding to the dtype took so much of it that the user should know.
 LEAST_SHARE_KEPT = 0.9
 
@@ -116,7 +120,17 @@ def filling(out: Path, *, last: str) -> Iterator[Path]:
             if disk_failed(error):
                 raise
             raise BadSettings([f"--output_dir {out} cannot be made: {error.strerror}: {error.filename}."]) from None
-        yield folder
+        try:
+            yield folder
+        except AtomtuneError:
+            raise
+        except Exception as error:
+            if not disk_failed(error) or is_without_temporary_folder(error):
+                raise
+            raise RunFailed(
+                f"--output_dir {out}: the disk is full or failing: {error}\nFree some space there, or pass an "
+                "--output_dir on another disk."
+            ) from None
 
 
 def write_merged(settings: MergeSettings, out: Path, console: Console) -> None:
@@ -125,6 +139,7 @@ def write_merged(settings: MergeSettings, out: Path, console: Console) -> None:
     out  is not --output_dir, where nothing appears before it is proved
     """
     trained = _trained_model(settings, console)
+    _refuse_small_disk(trained, out, settings.output_dir)
 
     console.say(f"loading {trained.spec.path} in {dtype_name(trained.spec.dtype)} …")
     base = load_dequantized(trained.spec, trained_in=trained.metadata.dtype)
@@ -188,6 +203,23 @@ def _trained_model(settings: MergeSettings, console: Console) -> _TrainedModel:
     _say_quantized(quantize, metadata, stored_quantized=stored_quantized, console=console)
     spec = BaseSpec(path=base_path, dtype=dtype, device=CPU, quantize=quantize, trust_remote_code=trust)
     return _TrainedModel(adapters, spec, template, replace(metadata, quantize=quantize), stored_quantized)
+
+
+def _refuse_small_disk(trained: _TrainedModel, out: Path, output_dir: str) -> None:
+    """Raise RunFailed where the disk cannot hold the merged weights: loading and merging a large base takes minutes."""
+    folder = folder_of(trained.spec.path)
+    if folder is None or trained.stored_quantized:
+        return
+    stored = stored_dtype(trained.spec.path, trust_remote_code=trained.spec.trust_remote_code)
+    bytes_stored = sum(file.stat().st_size for file in weight_files(folder))
+    bytes_needed = bytes_stored * trained.spec.dtype.itemsize // stored.itemsize
+    place = next(place for place in (out, *out.absolute().parents) if place.exists())
+    bytes_free = shutil.disk_usage(place).free
+    if bytes_free < _LEAST_SHARE_OF_FILES * bytes_needed:
+        raise RunFailed(
+            f"--output_dir {output_dir}: the merged model takes about {decimal(bytes_needed)}, and the disk there "
+            f"has {decimal(bytes_free)} free.\nFree some space there, or pass an --output_dir on another disk."
+        )
 
 
 def _say_quantized(

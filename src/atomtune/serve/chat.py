@@ -63,13 +63,24 @@ class Talk:
         """Until Ctrl-D, or the end of the pipe. An empty line begins anew."""
         typed = sys.stdin.isatty()
         self._say_who_answers(typed=typed)
-        for text in TypedInput(list(COMMANDS)) if typed else lines_of_pipe():
+        texts = TypedInput(list(COMMANDS)) if typed else lines_of_pipe()
+        for number, text in enumerate(texts, start=1):
             if not text.strip():
                 self._begin_anew()
             elif not self._obeyed(text):
-                # A pipe is read by a program or a job: there Ctrl-C ends it all, as it ends any program.
-                with _ctrl_c_stops() if typed else contextlib.nullcontext(None) as stop:
-                    self.answer(text.removeprefix("/") if text.startswith("//") else text, stop)
+                question = text.removeprefix("/") if text.startswith("//") else text
+                if typed:
+                    with _ctrl_c_stops() as stop:
+                        self.answer(question, stop)
+                else:  # read by a program or a job: there Ctrl-C ends it all, as it ends any program
+                    self._answer_line(number, question)
+
+    def _answer_line(self, number: int, question: str) -> None:
+        """One line of a pipe. Raises BadSettings with its number where it is too long: what comes next builds on it."""
+        try:
+            self.answer(question)
+        except BadSettings as error:
+            raise BadSettings([f"line {number:,} of standard input: {error}"]) from None
 
     def _say_who_answers(self, *, typed: bool) -> None:
         tuned, say = self.tuned, self.console.say

@@ -684,7 +684,10 @@ class EvaluateSettings(TrainedModelSettings):
     )
     lm_eval_limit: int = setting(0, "questions of each of these tasks; 0: all", at_least=0, unit="questions")
     output_dir: str | None = setting(
-        None, "where the reports go; without it, evaluation/ in the first adapter's folder", value="FOLDER"
+        None,
+        "where the reports go; without it, evaluation/ in the first adapter's folder, evaluation-1/ beside a report of "
+        "other records",
+        value="FOLDER",
     )
     other_base: bool = other_base_setting()
     seed: int = seed_setting("seed for the choice of records and for the intervals")

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,8 +101,14 @@ class EntryReader:
             reason = error.message.replace("expected one argument", "its value is missing")
             reason = reason.replace("expected at least one argument", "its value is missing")
             raise BadSettings([*self.problems, f"{error.argument_name or self.command}: {reason}."]) from None
-        self.problems += [f"{word}: belongs to no setting." for word in unused]
+        self.problems += [self._of_no_setting(word) for word in unused]
         return vars(parsed)
+
+    def _of_no_setting(self, word: str) -> str:
+        """A word alone; where it names a folder, most likely it is the adapter."""
+        if "adapter_path" in self.types and Path(word).is_dir():
+            return f"{word}: belongs to no setting. Did you mean --adapter_path {shlex.quote(word)}?"
+        return f"{word}: belongs to no setting."
 
     def _yaml_entries(self, *paths: str | None) -> dict[str, Entry]:
         """The settings of run.yaml, which may also be given as `--config run.yaml`."""

@@ -281,11 +281,11 @@ def _held_out_in(folder: Path) -> int | None:
 @contextlib.contextmanager
 def _shown(trial: Trial, search: Search, console: Console, *, behind: Watch) -> Iterator[Watch]:
     """A bar for the trial; what watches it draws it anew."""
-    name = f"trial {trial.number} of {search.total}: {trial.words()}"
+    name = translated(f"trial {trial.number} of {search.total}: {trial.words()}")
     if not console.is_terminal:
         console.say(name)
     with progress_bar(console, "{task.fields[loss]}") as bar:
-        task = bar.add_task(translated(name), total=None, loss=translated("starting"))
+        task = bar.add_task(name, total=None, loss=translated("starting"))
 
         def watch(progress: Progress) -> bool:
             loss = "" if progress.last_loss is None else translated(f"held-out loss {progress.last_loss:.3f}")
