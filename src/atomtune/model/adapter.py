@@ -284,13 +284,14 @@ def fill_again(model: PeftModel, folder: Path) -> None:
 
 @torch.no_grad()
 def left_out_by_peft(model: PeftModel) -> list[str]:
-    """The layers whose tensors PEFT itself passes over where it loads this adapter, as other programs have it do."""
+    """The layers that do not get their tensors where PEFT itself loads this adapter, as other programs have it do."""
     own = adapter_tensors(model)
     before = {name: tensor.clone() for name, tensor in own.items()}
+    others = {name: tensor + 1 for name, tensor in before.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        set_peft_model_state_dict(model, {name: tensor + 1 for name, tensor in before.items()})
-    left_out = {module_of(name) for name, tensor in own.items() if torch.equal(tensor, before[name])}
+        set_peft_model_state_dict(model, dict(others))
+    left_out = {module_of(name) for name, tensor in own.items() if not torch.equal(tensor, others[name])}
     for name, tensor in own.items():
         tensor.copy_(before[name])
     return sorted(left_out)
