@@ -354,7 +354,7 @@ def test_what_the_system_says_of_a_place_is_chinese():
         for words in SYSTEM_WORDS:
             said = translated(f"/x/图.png cannot be written: {words}.")
             assert said.startswith("/x/图.png 写不进去：") and words not in said
-        assert translated("/x: Not a directory. Pass another place, or change what is there.") == (
+        assert translated("/x: Not a directory. Use another path, or fix what is there.") == (
             "/x：不是文件夹。请换一个位置，或者改动那里的东西。"
         )
 

@@ -75,7 +75,7 @@ def test_what_bitsandbytes_refuses_is_told_with_what_to_change():
         module["convert"]()
     answer = of_the_model(caught.value)
     assert isinstance(answer, BadModel)
-    assert "N must be divisible by block_n" in str(answer) and "--quantize int8" in str(answer)
+    assert "N must be divisible by block_n" in str(answer) and "--quantize value (nf4 or int8)" in str(answer)
 
 
 @pytest.mark.parametrize("command", ["verify", "evaluate", "chat", "certify", "merge"])

@@ -103,7 +103,7 @@ def test_training_goes_on_from_the_same_answers_and_saves_plain_lora(models, tmp
     file = tmp_path / "before" / "adapter_model.safetensors"
     model = start_from_weights(base(models), file, lora, notice=notices.append)
     by_peft = logits(PeftModel.from_pretrained(by_transformers(models), tmp_path / "before"))
-    assert len(notices) == 1 and "began as pissa" in notices[0] and "rank 8" in notices[0]
+    assert len(notices) == 1 and "initialised with pissa" in notices[0] and "rank 8" in notices[0]
     assert far(logits(model), by_peft) < ROUNDING
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(by_transformers(models)))
