@@ -13,7 +13,7 @@ from atomtune.cli import main
 from atomtune.errors import BadModel
 from atomtune.model.failures import of_the_model
 from atomtune.model.mixer_kernels import MixerKernels, kernels_of, package_that_raised
-from atomtune.train.output_folder import explained
+from atomtune.train.run_errors import told_to_user
 from tests.conftest import write_jsonl
 from tests.hybrids import HYBRIDS, hybrid
 from tests.tiny import FAMILIES, SIZE
@@ -55,7 +55,7 @@ def test_an_error_that_a_package_raised_is_told_in_its_words(tmp_path):
     exec(f"def backward(compile):\n    compile()\n    raise RuntimeError({refused!r})", module)
     with pytest.raises(RuntimeError) as caught:
         module["backward"](lambda: None)
-    answer = explained(caught.value, TrainingArguments(str(tmp_path)), again="")
+    answer = told_to_user(caught.value, TrainingArguments(str(tmp_path)), again="")
     assert isinstance(answer, BadModel)
     assert refused in str(answer)
     assert "pip uninstall flash-linear-attention" in str(answer)
@@ -64,7 +64,7 @@ def test_an_error_that_a_package_raised_is_told_in_its_words(tmp_path):
     assert package_that_raised(inside.value) == "flash-linear-attention"
     with pytest.raises(ZeroDivisionError) as elsewhere:
         1 / 0  # noqa: B018
-    assert explained(elsewhere.value, TrainingArguments(str(tmp_path)), again="") is elsewhere.value
+    assert told_to_user(elsewhere.value, TrainingArguments(str(tmp_path)), again="") is elsewhere.value
 
 
 def test_what_bitsandbytes_refuses_is_told_with_what_to_change():

@@ -40,7 +40,7 @@ from atomtune.train.arguments import trainer_arguments
 from atomtune.train.dataset import source_names
 from atomtune.train.defaults import Size, derive, records_to_hold_out
 from atomtune.train.layout import SAVING, layout_problems, why_padded_by_settings
-from atomtune.train.output_folder import without_start
+from atomtune.train.resume_command import without_start
 from atomtune.train.run_length import run_length
 
 #: GB of the cards that people have, by the name they are sold under: 2^30 bytes each.

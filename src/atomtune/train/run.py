@@ -42,14 +42,16 @@ from atomtune.train.checkpoint.atomic import clear_staging, read_manifest
 from atomtune.train.checkpoint.start import Finished, Resumed, Start, find_start
 from atomtune.train.dataset import Data, read_data
 from atomtune.train.defaults import began_with, with_defaults, with_sequence_limit
+from atomtune.train.disk_space import check_space
 from atomtune.train.ending import figures, finish, title_of
 from atomtune.train.layout import check_equal, choose_layout
 from atomtune.train.model import fuse_kernels, keep_or_recompute, load_model, step_graphs
-from atomtune.train.output_folder import check_space, explained, goes_on
 from atomtune.train.progress import LossPicture, RecordedProgress, TrainingBar
 from atomtune.train.ranks import lost_processes
 from atomtune.train.rehearsal import check_last_batch, rehearse
+from atomtune.train.resume_command import how_to_resume
 from atomtune.train.run_context import RunContext
+from atomtune.train.run_errors import told_to_user
 from atomtune.train.run_identity import day_of, identity, refuse_another_run
 from atomtune.train.run_length import run_length
 from atomtune.train.run_report import RunRecord, read_record
@@ -152,7 +154,7 @@ def _decided_by_first_rank(args: Any, decide: Callable[[], Start | Finished]) ->
 
 def _recorded_failure(run: RunContext, error: BaseException) -> BaseException:
     """What the user is told of an error, once run.json says it too."""
-    answer = explained(error, run.args, again=goes_on(run))
+    answer = told_to_user(error, run.args, again=how_to_resume(run))
     with contextlib.suppress(OSError):  # the record may not fit on a full disk either
         run.record.update(
             status="preempted" if isinstance(answer, Stopped) else "failed",
@@ -451,7 +453,7 @@ def _raise_if_stopped(run: RunContext, trainer: LoraTrainer) -> None:
     unfinished = state.global_step < state.max_steps or trainer.work.owes_evaluation
     if trainer.stop.reason is not None and unfinished:
         raise Stopped(
-            f"{trainer.stop.reason}; stopped after step {state.global_step:,} with a checkpoint.\n{goes_on(run)}"
+            f"{trainer.stop.reason}; stopped after step {state.global_step:,} with a checkpoint.\n{how_to_resume(run)}"
         )
 
 

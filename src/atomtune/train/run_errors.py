@@ -1,0 +1,49 @@
+"""Run errors: what a user is told of an error that ends a run: what happened, what is kept, what to do."""
+
+import shutil
+from pathlib import Path
+
+import datasets
+from transformers import TrainingArguments
+
+from atomtune.disk import disk_failed
+from atomtune.errors import AtomtuneError, RunFailed, Stopped
+from atomtune.model.failures import of_the_model
+from atomtune.train.checkpoint.atomic import checkpoints, damage
+from atomtune.train.dataloader import lost_worker
+from atomtune.train.ranks import lost_processes
+
+
+def told_to_user(error: BaseException, args: TrainingArguments, *, again: str) -> BaseException:
+    """An error that nobody below has put into words, as one that tells the user what happened and what to do.
+
+    again  how_to_resume
+    """
+    if isinstance(error, AtomtuneError):
+        return error
+    folder = Path(args.output_dir)
+    newest_whole = next((path for path in checkpoints(folder) if not damage(path)), None)
+    if lost := lost_processes(error, args) or lost_worker(error, workers=args.dataloader_num_workers):
+        return RunFailed(f"{lost}\nLast complete checkpoint: {newest_whole or 'none'}. {again}")
+    if isinstance(error, KeyboardInterrupt):
+        signal_name = error.args[0] if error.args else "SIGINT"
+        return _stopped_at_once(signal_name, newest_whole, folder, again)
+    if disk_failed(error):
+        cache = Path(datasets.config.HF_DATASETS_CACHE)  # of the encoded records; often on another disk
+        there = [path for path in (folder, cache) if path.is_dir()]
+        full = min(there, key=lambda path: shutil.disk_usage(path).free, default=folder)
+        return RunFailed(
+            f"The disk is full or failing: {full} could not be written ({error}).\nLast complete checkpoint: "
+            f"{newest_whole or 'none'}. Free some space (--save_total_limit keeps fewer checkpoints; HF_DATASETS_CACHE "
+            "names another place for encoded records), then continue with --resume."
+        )
+    return of_the_model(error) or error
+
+
+def _stopped_at_once(signal_name: str, newest_whole: Path | None, folder: Path, again: str) -> Stopped:
+    if newest_whole is None:
+        return Stopped(
+            f"{signal_name} received; stopped at once. There is no checkpoint yet, so nothing is kept.\nThe same "
+            f"command starts over (--output_dir {folder})."
+        )
+    return Stopped(f"{signal_name} received; stopped at once. The last complete checkpoint is {newest_whole}.\n{again}")
