@@ -13,7 +13,7 @@ import pytest
 from rich.table import Table
 
 from atomtune.cli import main
-from atomtune.console import Console, print_json, progress_bar, visible, wrapped
+from atomtune.console import Console, controls_shown, print_json, progress_bar, wrapped
 from tests.conftest import write_jsonl
 
 #: Sets the window's title, clears the screen, colours it; C1's one-character form; turns the direction of writing.
@@ -34,11 +34,11 @@ def console(width: int, *, terminal: bool = True) -> Console:
 
 
 def test_every_order_is_shown_and_every_other_character_stays():
-    assert visible("\x00\x1b\x7f\x9b\u202e\r") == r"\x00\x1b\x7f\x9b\u202e\r"
+    assert controls_shown("\x00\x1b\x7f\x9b\u202e\r") == r"\x00\x1b\x7f\x9b\u202e\r"
     for order in ORDERS:
-        assert visible(f"a{order}b").isprintable()
+        assert controls_shown(f"a{order}b").isprintable()
     texts = "\ttab, line\nend, 灯塔, é, שלום, 👩‍🔬, [red], :smile:"
-    assert visible(texts) == texts
+    assert controls_shown(texts) == texts
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from atomtune import limits
-from atomtune.limits import Tripped, trial
+from atomtune.limits import Tripped, try_apart
 from tests.tiny import tokenizer_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked safely on Linux only")
 
 
 def test_what_ends_by_itself_trips_nothing():
-    assert trial(lambda say: say("record 1")) is None
-    assert trial(lambda say: 1 / 0) is None, "an exception is answered where it is raised again"
+    assert try_apart(lambda say: say("record 1")) is None
+    assert try_apart(lambda say: 1 / 0) is None, "an exception is answered where it is raised again"
 
 
 def test_what_never_ends_is_ended_and_was_at_a_place():
@@ -29,7 +29,7 @@ def test_what_never_ends_is_ended_and_was_at_a_place():
             pass
 
     began = time.monotonic()
-    assert trial(endless, seconds=1) == Tripped("time", "record 2", 1)
+    assert try_apart(endless, seconds=1) == Tripped("time", "record 2", 1)
     assert time.monotonic() - began < 30  # the processors are shared
 
 
@@ -38,17 +38,17 @@ def test_what_asks_for_too_much_memory():
         say("record 3")
         return "x" * 10**11
 
-    assert trial(greedy) == Tripped("memory", "record 3")
+    assert try_apart(greedy) == Tripped("memory", "record 3")
 
 
 def test_a_regex_is_ended_inside_the_library():
-    assert trial(lambda say: re.fullmatch("(a|aa)+$", "a" * 100 + "b"), seconds=1) == Tripped("time", "", 1)
+    assert try_apart(lambda say: re.fullmatch("(a|aa)+$", "a" * 100 + "b"), seconds=1) == Tripped("time", "", 1)
 
 
 def test_nothing_stays_open_and_nothing_is_written(capfd):
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(20):
-        trial(lambda say: os.write(2, b"not shown"))
+        try_apart(lambda say: os.write(2, b"not shown"))
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     assert capfd.readouterr() == ("", "")
 
@@ -56,7 +56,7 @@ def test_nothing_stays_open_and_nothing_is_written(capfd):
 def test_what_waits_for_a_lock_is_not_blamed(monkeypatch):
     # A forked process may find a lock closed whose owner was not forked; that says nothing of what it was to try.
     monkeypatch.setattr(limits, "CLOCK_SECONDS", 1)
-    assert trial(lambda say: time.sleep(60)) is None
+    assert try_apart(lambda say: time.sleep(60)) is None
 
 
 def test_a_tokenizer_is_tried_behind_others_that_used_their_threads(tmp_path):
@@ -71,7 +71,7 @@ tokenizer = Tokenizer.from_file(sys.argv[1])
 tokenizer.encode_batch(["many texts"] * 1000)
 limits.CLOCK_SECONDS = 20
 began = time.monotonic()
-assert limits.trial(lambda say: tokenizer.encode_batch(["many texts"] * 1000)) is None
+assert limits.try_apart(lambda say: tokenizer.encode_batch(["many texts"] * 1000)) is None
 assert time.monotonic() - began < 15, "it waited for the clock"
 """
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true"}
@@ -116,7 +116,7 @@ def test_without_proc_what_is_tried_has_a_limit_of_time_alone(monkeypatch):
             pass
 
     monkeypatch.setattr(limits, "_address_space", unmounted)
-    assert trial(endless, seconds=1) == Tripped("time", "record 1", 1)
+    assert try_apart(endless, seconds=1) == Tripped("time", "record 1", 1)
 
 
 def test_the_most_memory_held_is_this_processs_own_and_not_that_of_who_started_it():

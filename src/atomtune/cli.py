@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from atomtune import __version__
-from atomtune.console import LastingStream, visible
+from atomtune.console import LastingStream, controls_shown
 from atomtune.errors import AtomtuneError, BadSettings, ExitCode, RunFailed
 from atomtune.language import LANGUAGES, language_of, spoken, translated
 
@@ -193,7 +193,7 @@ class _VisibleRecord(logging.LogRecord):
     """What a library logs, which quotes the files it reads: no character of them orders the terminal about."""
 
     def getMessage(self) -> str:  # as logging calls it
-        return visible(super().getMessage())
+        return controls_shown(super().getMessage())
 
 
 def _told(name: str, error: AtomtuneError) -> int:

@@ -61,7 +61,7 @@ class Console(rich.console.Console):
 
         wrap  False leaves a long line to the terminal, so that a command in it can be copied whole
         """
-        text = visible(translated(text, is_ours=False))
+        text = controls_shown(translated(text, is_ours=False))
         if wrap and self.is_terminal:
             lines = text.split("\n")
             text = "\n".join(line if _COMMAND.match(line) else wrapped(line, self.width) for line in lines)
@@ -76,9 +76,10 @@ class Console(rich.console.Console):
         widths = [max(map(cell_len, cells)) for cells in zip(*rows, strict=True)]
         for *cells, last in rows:
             start = "  " + "".join(
-                visible(cell) + " " * (width + 2 - cell_len(cell)) for cell, width in zip(cells, widths, strict=False)
+                controls_shown(cell) + " " * (width + 2 - cell_len(cell))
+                for cell, width in zip(cells, widths, strict=False)
             )
-            line = start + visible(last)
+            line = start + controls_shown(last)
             has_room = self.width - cell_len(start) >= _NARROWEST
             if self.is_terminal:
                 line = wrapped(line, self.width, indent=cell_len(start) if has_room else 4)
@@ -102,7 +103,7 @@ class Console(rich.console.Console):
             if segment.control or not _ORDERS.search(segment.text):
                 yield segment
             else:
-                yield Segment(visible(segment.text), segment.style)
+                yield Segment(controls_shown(segment.text), segment.style)
 
     def reading_progress(self, total_bytes: int, what: str) -> "ReadingProgress":
         return ReadingProgress(self, total_bytes, what)
@@ -172,7 +173,7 @@ def shortened(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
-def visible(text: str) -> str:
+def controls_shown(text: str) -> str:
     """A text whose control characters are shown, not obeyed: `\\x1b`, `\\u202e`. Tabs and line ends stay."""
     return _ORDERS.sub(lambda order: order.group().encode("unicode_escape").decode("ascii"), text)
 

@@ -48,7 +48,7 @@ class Tripped:
         }[self.cause]
 
 
-def trial(
+def try_apart(
     work: Callable[[Callable[[str], None]], object], *, seconds: int = SECONDS, each_place: bool = False
 ) -> Tripped | None:
     """Do the work in a process with limits; None where it ended, by itself or by an exception.

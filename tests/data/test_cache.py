@@ -591,7 +591,7 @@ def test_every_answer_of_a_long_history_has_the_seconds_of_a_record(tmp_path, mo
         work(said.append)
 
     monkeypatch.setattr(workers, "PATIENCE_SECONDS", 0.001)
-    monkeypatch.setattr(cache, "trial", tried)
+    monkeypatch.setattr(cache, "try_apart", tried)
     turns = [{"role": role, "content": f"turn {n}"} for n, role in enumerate(["user", "assistant"] * 150)]
     data = write_jsonl(tmp_path / "train.jsonl", [{"messages": turns}])
     template = load_template("auto", tokenizer_of("bytes", CHATML))

@@ -16,7 +16,7 @@ from atomtune.cli import main
 from atomtune.console import Console
 from atomtune.data.records import Example
 from atomtune.inspect.html_page import LABELS
-from atomtune.inspect.tokens import CONTROL_LEARNED, LEARNED, TokenDecoder, byte_of, coloured, show, visible
+from atomtune.inspect.tokens import CONTROL_LEARNED, LEARNED, TokenDecoder, byte_of, coloured, show, with_marks
 from tests.conftest import DIALOGUES, SHARED_DATA, write_jsonl
 from tests.tiny import CHATML, tokenizer_of
 
@@ -346,7 +346,7 @@ def test_the_byte_alphabet_is_the_one_of_the_tokenizers_library():
 
 @pytest.mark.parametrize(("piece", "shown"), [(" a", "·a"), ("\x1b[31m", "⟨1B⟩[31m"), ("\u202e", "⟨202E⟩"), ("", "⟨⟩")])
 def test_nothing_hides_in_a_token(piece, shown):
-    assert visible(piece) == shown
+    assert with_marks(piece) == shown
 
 
 def test_of_a_long_record_the_end_is_shown():

@@ -26,7 +26,7 @@ from atomtune.evaluate.report import Report, make_report, markdown, score_text, 
 from atomtune.evaluate.run_folder import refuse_changed_files, run_records
 from atomtune.extras import refuse_missing
 from atomtune.language import message, translated
-from atomtune.model.adapter_folder import CONFIG, refuse_empty
+from atomtune.model.adapter_folder import CONFIG, refuse_empty_folder
 from atomtune.model.layout_support import collator_for, why_padded
 from atomtune.model.load import pad_id_of, quiet_libraries
 from atomtune.settings.fields import EvaluateSettings, RecordSettings
@@ -163,7 +163,7 @@ def _refuse_missing(settings: EvaluateSettings) -> None:
     if missing:
         raise BadSettings(missing)
     for folder in map(Path, settings.adapter_path):
-        refuse_empty(folder)
+        refuse_empty_folder(folder)
         if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
             raise BadSettings([f"--adapter_path {folder} is a whole model, not an adapter. Pass it with --model_path."])
 

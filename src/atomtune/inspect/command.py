@@ -12,8 +12,8 @@ from atomtune.data.ledger import about_broken, refuse_unusable
 from atomtune.data.reading.sources import distinct_names
 from atomtune.data.records import Record
 from atomtune.errors import BadSettings
+from atomtune.inspect.allowances import allowances, require
 from atomtune.inspect.html_page import write_page
-from atomtune.inspect.limits import allowances, require
 from atomtune.inspect.modes import modes_of
 from atomtune.inspect.report import Report, build_report
 from atomtune.inspect.terminal import say_report

@@ -57,7 +57,7 @@ class TokenDecoder:
     def __call__(self, number: int) -> str:
         """What this token stands for; bytes that are no character alone as ⟨E4⟩."""
         if number not in self._known:
-            self._known[number] = visible(self._piece(number))
+            self._known[number] = with_marks(self._piece(number))
         return self._known[number]
 
     def _piece(self, number: int) -> str:
@@ -76,7 +76,7 @@ def _decoded(raw: bytes) -> str:
     return re.sub(r"[\udc80-\udcff]", lambda byte: f"⟨{ord(byte.group()) - 0xDC00:02X}⟩", text)
 
 
-def visible(piece: str) -> str:
+def with_marks(piece: str) -> str:
     """A token's text with what is not to be seen made visible."""
     marked = piece.replace(" ", SPACE).replace("\n", LINE_END).replace("\t", TAB)
     shown = ""

@@ -90,7 +90,7 @@ def template_of(folder: Path, *, trust_remote_code: bool) -> tuple[Template, Ada
     A folder of another tool has no metadata; then its tokenizer's own template is used, or atom where it has none.
     Whether code that comes with a model may run is the user's word each time, never a downloaded folder's.
     """
-    refuse_empty(folder)
+    refuse_empty_folder(folder)
     metadata = AdapterMetadata.load(folder)
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
     if metadata is not None:
@@ -108,7 +108,7 @@ def template_of(folder: Path, *, trust_remote_code: bool) -> tuple[Template, Ada
     )
 
 
-def refuse_empty(folder: Path) -> None:
+def refuse_empty_folder(folder: Path) -> None:
     """Raise BadModel where a folder holds neither an adapter nor a whole model; say which of its checkpoints does."""
     if not folder.is_dir():
         raise BadModel(f"{folder}: no such folder. Pass --adapter_path with a run's output folder.")
@@ -141,7 +141,7 @@ def base_of(folder: Path, model_path: str | None) -> str:
 
 def base_path_of(folder: Path) -> str:
     """The base an adapter was trained on, as its config says."""
-    refuse_empty(folder)
+    refuse_empty_folder(folder)
     file = folder / CONFIG
     if not file.is_file():
         raise _no_adapter(folder)

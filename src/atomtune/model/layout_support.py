@@ -1,7 +1,7 @@
 """Layout support: whether this model computes rows with branches exactly, asked of the model itself.
 
 Nothing is taken from a list of architectures: a small tree is computed and compared with its records one at a time
-(trial.py), in each way that the model may take, until one is exact.
+(layout_trial.py), in each way that the model may take, until one is exact.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from atomtune.batch.collate import Collator
 from atomtune.choices import Layout
 from atomtune.data.records import Example
 from atomtune.errors import BadModel
-from atomtune.model import row_mixers, trial
+from atomtune.model import layout_trial, row_mixers
 from atomtune.model.attention_in_use import AttentionInUse
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.loss import auxiliary_factor, body_of, innermost, takes
@@ -54,7 +54,7 @@ def collator_for(
     Raises BadModel where not even padded rows can be computed, or give what their records give alone.
     """
     pad_id = with_row(model, pad_id)
-    if layout == "padded" and (reason := trial.padding_difference(model, pad_id=pad_id)):
+    if layout == "padded" and (reason := layout_trial.padding_difference(model, pad_id=pad_id)):
         raise BadModel(
             f"This model's results depend on padding: {reason}.\nTraining would not be on your records alone. Pass "
             "--model_path with another model."
@@ -118,7 +118,7 @@ def why_padded(model: CausalLM, *, sharded: bool = False) -> str | None:
         if not _take(inner, way, mixers):
             _take_back(inner, before, mixers)
             continue
-        reason = trial.difference(
+        reason = layout_trial.difference(
             model, windows=windows_of(model), cut=cut_of(model), carries_state=way.mixers is not None
         )
         if reason is None:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from atomtune.errors import BadModel, BadSettings
 from atomtune.language import message
-from atomtune.limits import trial
+from atomtune.limits import try_apart
 from atomtune.model.adapter_keys import text_modules
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.experts import experts_of, numbers_of_experts
@@ -373,7 +373,7 @@ def refuse_endless_patterns(config: Any, base: CausalLM, file: Path) -> None:
             regex = re.compile(text)
         except (re.error, RecursionError, OverflowError) as error:
             raise BadModel(f"{file}: {text[:60]!r} is not a regex: {error}.") from None
-        if tripped := trial(lambda say, regex=regex: [regex.search(name) for name in names]):  # type: ignore[misc]
+        if tripped := try_apart(lambda say, regex=regex: [regex.search(name) for name in names]):  # type: ignore[misc]
             raise BadModel(
                 f"{file}: the regex {text[:60]!r} {tripped.words} when matched with the names of this base's modules.\n"
                 'Name the modules instead: ["q_proj", "v_proj"].'

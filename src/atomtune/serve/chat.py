@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from rich.table import Table
 
-from atomtune.console import Console, shortened, visible
+from atomtune.console import Console, controls_shown, shortened
 from atomtune.data.encoding.chat_template import Message
 from atomtune.disk import expanded
 from atomtune.errors import BadSettings
@@ -178,7 +178,7 @@ class Talk:
         on_terminal = sys.stdout.isatty()
 
         def write(text: str) -> None:
-            print(visible(text) if on_terminal else text, end="", flush=True)
+            print(controls_shown(text) if on_terminal else text, end="", flush=True)
 
         reply = self._reply(messages, stop, write=write)
         print(flush=True)

@@ -10,7 +10,7 @@ import torch
 from atomtune.choices import Layout
 from atomtune.errors import BadSettings, listing
 from atomtune.language import translated
-from atomtune.model import liger, trial
+from atomtune.model import layout_trial, liger
 from atomtune.model.adapter import (
     LoraSpec,
     adapter_tensors,
@@ -216,7 +216,7 @@ def fuse_kernels(run: RunContext, model: Any) -> None:
     if circumstances.tries:
         patch = liger.Patch(model, liger.kernel_config(args.liger_kernel_config))
         changed: list[bool] = []
-        reason = trial.changed_by(model, lambda: changed.append(patch.put_in()))
+        reason = layout_trial.changed_by(model, lambda: changed.append(patch.put_in()))
         used = reason is None and changed == [True]
         if used:
             run.console.say("norms, activations and rotary embeddings are computed by Liger's kernels.")

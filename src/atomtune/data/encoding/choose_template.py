@@ -25,7 +25,7 @@ from atomtune.data.encoding.tokenizer_trial import patterns_of, tried_tokenizer
 from atomtune.data.records import Record, Turn
 from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import BadModel, BadSettings
-from atomtune.limits import trial
+from atomtune.limits import try_apart
 from atomtune.shared_prefix import shared_characters
 
 #: Stands for a text whose surroundings are looked at; a noncharacter, so that no template has it.
@@ -146,7 +146,9 @@ def probed(template: Template) -> Template:
             "A pattern in its tokenizer.json backtracks without end. Use the tokenizer that was published with the "
             "model."
         )
-    if template.name not in TEMPLATES and (tripped := trial(lambda _say: _probed(template), seconds=_PROBE_SECONDS)):
+    if template.name not in TEMPLATES and (
+        tripped := try_apart(lambda _say: _probed(template), seconds=_PROBE_SECONDS)
+    ):
         raise BadModel(
             f"the template {template.name} {tripped.words} when it was asked to write a short conversation.\n"
             "Pass --template with another one."

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from atomtune.data.encoding.token_ids import CannotTokenize, PieceTokenizer
-from atomtune.limits import Tripped, trial
+from atomtune.limits import Tripped, try_apart
 
 #: What texts have runs of, whatever the pattern: letters, digits, spaces, marks, wide and combined characters.
 _UNITS = (
@@ -63,7 +63,7 @@ def tried_tokenizer(tokens: PieceTokenizer) -> Tripped | None:
             except CannotTokenize:  # it gives up by itself, and does so again at the record with such a text
                 continue
 
-    tripped = trial(tokenize)
+    tripped = try_apart(tokenize)
     if tripped is None:
         _harmless.add(digest)
     return tripped

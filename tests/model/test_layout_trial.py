@@ -7,7 +7,7 @@ from atomtune.batch import attention_plan
 from atomtune.batch.row import Row, untils
 from atomtune.batch.segment_plan import plan_segments
 from atomtune.errors import BadModel
-from atomtune.model import carried_state, row_mixers, trial
+from atomtune.model import carried_state, layout_trial, row_mixers
 from atomtune.model.layout_support import why_padded, windows_of
 from atomtune.model.loss import body_of, innermost
 from atomtune.model.mixers import find_mixers
@@ -27,7 +27,7 @@ def by_forks(family):
 
 
 def tried(model):
-    return trial.difference(model, windows=windows_of(model), cut="blocks", carries_state=True)
+    return layout_trial.difference(model, windows=windows_of(model), cut="blocks", carries_state=True)
 
 
 def no_state(batch, states):
@@ -77,9 +77,9 @@ def test_a_planted_fault_is_refused(monkeypatch, family, fault, dtype):
 def test_in_16_bits_a_tree_may_lie_no_further_from_its_records_than_verify_allows(apart, is_right):
     # 5 times the noise: a RecurrentGemma in bfloat16 whose branches went on from their siblings.
     noise = torch.tensor([0.01], dtype=torch.float64)
-    plain, rows, without = (trial._Side(scores, {}) for scores in (0 * noise, apart * noise, 100 * noise))
-    limits = trial._limits(hybrid("lfm2").bfloat16())
-    reason = trial._verdict(plain, rows, without, noise=(0.01, 0.01), dtype=torch.bfloat16, limits=limits)
+    plain, rows, without = (layout_trial._Side(scores, {}) for scores in (0 * noise, apart * noise, 100 * noise))
+    limits = layout_trial._limits(hybrid("lfm2").bfloat16())
+    reason = layout_trial._verdict(plain, rows, without, noise=(0.01, 0.01), dtype=torch.bfloat16, limits=limits)
     assert (reason is None) == is_right
 
 
@@ -127,7 +127,7 @@ def test_a_layer_that_never_gets_a_gradient_is_an_error_that_names_it():
 def test_a_refused_model_keeps_its_own_attention_and_forward(monkeypatch):
     model = hybrid("qwen3_5_text")
     before = innermost(model).config._attn_implementation
-    monkeypatch.setattr(trial, "_verdict", lambda *_, **__: "planted")
+    monkeypatch.setattr(layout_trial, "_verdict", lambda *_, **__: "planted")
     assert why_padded(model) == "planted"
     assert innermost(model).config._attn_implementation == before
     assert not any("forward" in vars(module) for module in model.modules())
