@@ -536,7 +536,7 @@ def test_where_nothing_can_be_stored_the_remedy_is_said(data, tmp_path):
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "."])
 def test_what_is_no_file_says_so(tmp_path, name):
-    with pytest.raises(BadData, match=r"no such file|not a file"):
+    with pytest.raises(BadData, match=r"no such file|neither a file"):
         asked(tmp_path / name, tmp_path / "cache")
 
 

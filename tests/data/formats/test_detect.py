@@ -250,7 +250,7 @@ def test_values_that_are_no_objects_are_left_to_be_refused_one_by_one(values):
 def test_no_format_names_the_keys_found_and_the_nearest():
     said = told([{"instruction": "x", "response": "y"}])
     assert 'no key "output"; keys here: instruction, response' in said
-    assert "nearest is alpaca" in said and "--keys response=output" in said
+    assert "closest is alpaca" in said and "--keys response=output" in said
 
 
 def test_the_signs_of_a_format_stand_in_one_record():

@@ -98,7 +98,7 @@ def test_an_export_of_chatgpt_is_the_way_to_the_answer_that_was_shown_last():
         *(("user", "Who are you?"), ("assistant", "I keep the light.")),
         *(("user", "Sure?"), ("assistant", "Yes.")),
     ]
-    assert [note for note in parsed.notes if "is left out" in note], "the search is not lost in silence"
+    assert [note for note in parsed.notes if "left out" in note], "the search is not lost in silence"
 
 
 def test_an_export_without_other_work_says_nothing_of_it():
