@@ -106,7 +106,7 @@ def measure(settings: EvaluateSettings, console: Console) -> Report:
     quiet_libraries()
     sources, reading, wanted = _what_to_read(settings)
     score_tasks = _lm_eval(settings) if settings.lm_eval_tasks else None
-    asked = asked_of(settings)
+    asked = asked_of(settings, console)
     records = _records_by_template(settings, asked, sources, reading, wanted, notice=console.notice)
     models = load_models(settings, asked, console)  # last: a large base takes minutes, a wrong file none
     first = next(iter(records.values()))
