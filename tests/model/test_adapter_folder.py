@@ -82,3 +82,15 @@ def test_an_adapter_of_ours_without_its_tokenizer_is_refused(by_heart, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
     with pytest.raises(BadModel, match="its tokenizer files are missing"):
         template_of(tmp_path, trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["chat", "--prompt", "x"], ["evaluate"], ["merge", "--output_dir", "merged"], ["serve"]],
+    ids=lambda command: command[0],
+)
+def test_a_file_of_an_adapter_is_told_its_folder(by_heart, capsys, command):
+    # "no such folder" was said of a path that exists.
+    file = by_heart / "adapter_model.safetensors"
+    assert main([*command, "--adapter_path", str(file)]) == 2
+    assert f"{file} is a file. Pass its folder: --adapter_path {by_heart}" in capsys.readouterr().err

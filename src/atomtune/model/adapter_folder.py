@@ -150,6 +150,8 @@ def _of_another_tool(template: Template) -> tuple[Template, AdapterMetadata]:
 
 def refuse_empty(folder: Path) -> None:
     """Raise BadModel where a folder holds neither an adapter nor a whole model; say which of its checkpoints does."""
+    if folder.is_file():
+        raise BadModel(f"{folder} is a file. Pass its folder: --adapter_path {folder.parent}")
     if not folder.is_dir():
         raise BadModel(f"{folder}: no such folder. Pass --adapter_path with a run's output folder.")
     if (folder / CONFIG).is_file() or (folder / MODEL_CONFIG).is_file():
