@@ -17,6 +17,11 @@ LARGEST_RANK = 2**16
 NOISE = 0.02
 #: What a run writes about itself, in its output folder.
 RUN_RECORD = "run.json"
+#: What a tokenizer and its chat template lie in, beside a model or an adapter: patterns of names.
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*"),
+    *("*.model", "*.tiktoken", "tekken.json"),
+)
 #: Which answers of a conversation are learned.
 Learn = Literal["all", "last"]
 #: How a batch is laid out: one record a row, end to end, or shared beginnings once.

@@ -130,7 +130,7 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
         model_path=settings.model_path,
         trust_remote_code=settings.trust_remote_code,
         other_base=settings.other_base,
-        notice=console.notice,
+        notice=lambda text: None if text in console.notices else console.notice(text),  # export and serve said some
     )
     max_tokens = max(metadata.max_seq_length, 64)
     records = _records(adapter, template)

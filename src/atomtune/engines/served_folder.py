@@ -2,7 +2,8 @@
 
 An adapter's folder alone has no config.json, which `transformers serve` asks for; with one, transformers takes the
 folder for a whole model with an adapter in it. So that is what it gets: links to the base's files and the adapter's,
-under the adapter's own name, which becomes the model's name. The adapter's tokenizer and template win.
+under the adapter's own name, which becomes the model's name. The adapter's tokenizer and template win, where it has
+them.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
+from atomtune.choices import TOKENIZER_FILES
 from atomtune.disk import TemporaryFolder, read_json_object
 from atomtune.errors import BadModel
 
@@ -26,8 +28,6 @@ _ALL_IS_CONTENT = {
     "start_anchor_pattern": r"\Z",  # behind the prompt
     "fields": {"content": {"content": "text", "content_args": {"strip": False}}},
 }
-#: Of the base: what decides how text becomes ids is the adapter's.
-_NOT_OF_BASE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*")
 
 
 class ServedFolder:
@@ -74,13 +74,23 @@ class ServedFolder:
         except OSError as error:
             raise BadModel(f"{base}: the base that {config} names cannot be read: {str(error)[:200]}") from None
         of_base = {file.name: file for file in config_of_base.parent.iterdir() if file.is_file()}
-        kept = {name: file for name, file in of_base.items() if not any(map(file.match, _NOT_OF_BASE))}
-        return {**kept, **own, MODEL_CONFIG: config_of_base}
+        if has_tokenizer(self.folder):  # no file of the base may change how text becomes ids
+            of_base = {name: file for name, file in of_base.items() if not _is_tokenizer_file(file)}
+        return {**of_base, **own, MODEL_CONFIG: config_of_base}
 
     def __exit__(self, *exc: object) -> None:
         if self.view is not None:
             self.view.remove()
             self.view = None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds any file of a tokenizer; PEFT's own save of an adapter does not."""
+    return any(map(_is_tokenizer_file, folder.iterdir()))
+
+
+def _is_tokenizer_file(file: Path) -> bool:
+    return any(map(file.match, TOKENIZER_FILES))
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def evaluate(settings: EvaluateSettings) -> int:
     """Run `atomtune evaluate`. Raises Stopped (exit code 75) after Ctrl-C, with the report of what was done."""
     console = Console()
     folder = output_folder(settings)
+    _refuse_missing(settings)  # before the folder: the reports go into the adapter's
     refuse_unwritable(folder)
     report = measure(settings, console)
     if settings.output_dir is None:
@@ -106,7 +107,7 @@ def measure(settings: EvaluateSettings, console: Console) -> Report:
     quiet_libraries()
     sources, reading, wanted = _what_to_read(settings)
     score_tasks = _lm_eval(settings) if settings.lm_eval_tasks else None
-    asked = asked_of(settings)
+    asked = asked_of(settings, console)
     records = _records_by_template(settings, asked, sources, reading, wanted, notice=console.notice)
     models = load_models(settings, asked, console)  # last: a large base takes minutes, a wrong file none
     first = next(iter(records.values()))

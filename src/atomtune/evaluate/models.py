@@ -62,7 +62,7 @@ class Asked:
     max_seq_length: int
 
 
-def asked_of(settings: EvaluateSettings) -> Asked:
+def asked_of(settings: EvaluateSettings, console: Console) -> Asked:
     """The base and every adapter of --adapter_path, not loaded yet.
 
     Raises BadModel for a folder without an adapter, BadSettings when two adapters were trained on different bases.
@@ -71,7 +71,15 @@ def asked_of(settings: EvaluateSettings) -> Asked:
         return _base_alone(settings)
     folders = [Path(path) for path in settings.adapter_path]
     _refuse_repeated(folders)
-    trained = [template_of(folder, trust_remote_code=settings.trust_remote_code) for folder in folders]
+    trained = [
+        template_of(
+            folder,
+            model_path=settings.model_path,
+            trust_remote_code=settings.trust_remote_code,
+            notice=console.notice,
+        )
+        for folder in folders
+    ]
     base_path = _common_base(settings, folders)
     templates, cards = zip(*trained, strict=True)
     # PEFT takes no dots in a name, and calls the first adapter by this one.

@@ -78,7 +78,7 @@ def _to_gguf(settings: ExportSettings, console: Console) -> None:
         merged = Path(scratch) / name  # the converter takes the model's name from the folder's
         write_merged(_merge_settings(settings), merged, console)
         copy_sentencepiece(base_path, merged)
-        template, _ = template_of(adapter, trust_remote_code=settings.trust_remote_code)
+        template, _ = template_of(adapter, model_path=settings.model_path, trust_remote_code=settings.trust_remote_code)
         say_where_a_space_goes(merged, template.tokenizer)
         console.say(f"converting to {file.name} …")
         convert(merged, folder / file.name, settings.quantize)
@@ -144,7 +144,9 @@ def _certify(settings: ExportSettings, file: Path, console: Console) -> None:
 
 def _write_modelfile(settings: ExportSettings, adapter: Path, file: Path, console: Console) -> bool:
     """Write a Modelfile beside the GGUF, or give notice why there is none; whether it was written."""
-    template, metadata = template_of(adapter, trust_remote_code=settings.trust_remote_code)
+    template, metadata = template_of(
+        adapter, model_path=settings.model_path, trust_remote_code=settings.trust_remote_code
+    )
     for_ollama = ollama_template(template, adds_bos=adds_bos(file))
     if for_ollama is None:
         console.notice(

@@ -188,7 +188,9 @@ def _trained_model(settings: MergeSettings, console: Console) -> _TrainedModel:
         notice=console.notice,
     )
     for folder in others:
-        another_template, another = template_of(folder, trust_remote_code=trust)
+        another_template, another = template_of(
+            folder, model_path=settings.model_path, trust_remote_code=trust, notice=console.notice
+        )
         refuse_other_base(base_path, another.base, anyway=settings.other_base, notice=console.notice)
         if (another_template.source, another.instruction) != (template.source, metadata.instruction):
             console.notice(

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, field, fields
 from datetime import date
 from pathlib import Path
@@ -18,6 +18,7 @@ from atomtune.choices import BASE, RUN_RECORD, Dtype, Quantize
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template, restore_template
 from atomtune.disk import write_text
+from atomtune.engines.served_folder import has_tokenizer
 from atomtune.errors import BadModel
 from atomtune.model.file_schemas import AdapterConfig, LoraConfigFile
 from atomtune.model.json_files import checked, json_object, refusal
@@ -84,14 +85,32 @@ class AdapterMetadata:
             raise BadModel(refusal(file, values, error)) from None
 
 
-def template_of(folder: Path, *, trust_remote_code: bool) -> tuple[Template, AdapterMetadata]:
+def template_of(
+    folder: Path,
+    *,
+    trust_remote_code: bool,
+    model_path: str | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> tuple[Template, AdapterMetadata]:
     """The training template of a saved adapter or merged model, with its metadata.
 
     A folder of another tool has no metadata; then its tokenizer's own template is used, or atom where it has none.
+    PEFT saves an adapter without a tokenizer, which is then its base's.
     Whether code that comes with a model may run is the user's word each time, never a downloaded folder's.
+    model_path  --model_path, in place of the base that the adapter names
+    notice      None where it has been said that the tokenizer is the base's
+    Raises BadModel where an adapter of ours has lost its tokenizer: the base's could write other prompts.
     """
     refuse_empty_folder(folder)
     metadata = AdapterMetadata.load(folder)
+    if (folder / CONFIG).is_file() and not has_tokenizer(folder):
+        if metadata is not None:
+            raise BadModel(
+                f"{folder}: its tokenizer files are missing. atomtune saves the tokenizer and the chat template of the "
+                "training with each adapter; with those of the base, prompts could be different.\nCopy the folder "
+                "again from where it was trained, with all its files."
+            )
+        return _template_of_base(folder, model_path, trust_remote_code=trust_remote_code, notice=notice)
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
     if metadata is not None:
         template = restore_template(
@@ -102,7 +121,28 @@ def template_of(folder: Path, *, trust_remote_code: bool) -> tuple[Template, Ada
             day=date.fromisoformat(metadata.template_date) if metadata.template_date else None,
         )
         return template, metadata
+    return _of_another_tool(load_template("auto", tokenizer))
+
+
+def _template_of_base(
+    folder: Path, model_path: str | None, *, trust_remote_code: bool, notice: Callable[[str], None] | None
+) -> tuple[Template, AdapterMetadata]:
+    """The template of an adapter that another tool saved without a tokenizer, as PEFT and TRL expect it to be read."""
+    base = base_of(folder, model_path)
+    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
     template = load_template("auto", tokenizer)
+    if notice is not None and tokenizer.chat_template:
+        notice(f"{folder} holds no tokenizer, so the tokenizer and the chat template of its base {base} are used.")
+    elif notice is not None:
+        notice(
+            f"{folder} holds no tokenizer, so that of its base {base} is used. It has no chat template: prompts are "
+            f"written with the built-in template {template.name}."
+        )
+    return _of_another_tool(template)
+
+
+def _of_another_tool(template: Template) -> tuple[Template, AdapterMetadata]:
+    """A template with what it tells of an adapter that has no metadata."""
     return template, AdapterMetadata(
         template=template.name, instruction_role=template.instruction_role, stop=template.stop
     )
@@ -110,6 +150,8 @@ def template_of(folder: Path, *, trust_remote_code: bool) -> tuple[Template, Ada
 
 def refuse_empty_folder(folder: Path) -> None:
     """Raise BadModel where a folder holds neither an adapter nor a whole model; say which of its checkpoints does."""
+    if folder.is_file():
+        raise BadModel(f"{folder} is a file. Pass its folder: --adapter_path {folder.parent}")
     if not folder.is_dir():
         raise BadModel(f"{folder}: no such folder. Pass --adapter_path with a run's output folder.")
     if (folder / CONFIG).is_file() or (folder / MODEL_CONFIG).is_file():

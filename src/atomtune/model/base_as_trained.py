@@ -19,7 +19,7 @@ def adapter_and_base(
 
     Raises BadModel for a folder without an adapter, or for a base that it was not trained on.
     """
-    template, metadata = template_of(folder, trust_remote_code=trust_remote_code)
+    template, metadata = template_of(folder, model_path=model_path, trust_remote_code=trust_remote_code, notice=notice)
     base_path = base_of(folder, model_path)
     refuse_other_base(base_path, metadata.base, anyway=other_base, notice=notice)
     return template, metadata, base_path

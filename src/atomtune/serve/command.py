@@ -89,7 +89,7 @@ def plan_of(settings: ServeSettings, console: Console) -> Plan:
         _refuse_several(adapters, settings)
     served = Path(settings.served) if settings.served else adapters[0]
     engine = _engine_for(served, settings)
-    models = _models(adapters, served, engine, settings)
+    models = _models(adapters, served, engine, settings, console)
     _refuse_unlike(models, settings)
     for model in models:
         engines_for(model.folder, [engine], setting="--served" if settings.served else "--adapter_path")
@@ -156,10 +156,18 @@ def _engine_for(served: Path, settings: ServeSettings) -> EngineName:
 
 
 def _models(
-    adapters: Sequence[Path], served: Path, engine: EngineName, settings: ServeSettings
+    adapters: Sequence[Path], served: Path, engine: EngineName, settings: ServeSettings, console: Console
 ) -> tuple[ServedModel, ...]:
     """Each adapter with the name that requests will use."""
-    trained = [template_of(adapter, trust_remote_code=settings.trust_remote_code) for adapter in adapters]
+    trained = [
+        template_of(
+            adapter,
+            model_path=settings.model_path,
+            trust_remote_code=settings.trust_remote_code,
+            notice=console.notice,
+        )
+        for adapter in adapters
+    ]
     if len(adapters) == 1:
         name = served.stem if engine == "llama.cpp" else served.resolve().name
         return (ServedModel(name, served, adapters[0], *trained[0]),)

@@ -265,7 +265,12 @@ def load_tuned(
     """
     quiet_libraries()
     folder = Path(adapter_path)
-    template, metadata = template_of(folder, trust_remote_code=settings.trust_remote_code)
+    template, metadata = template_of(
+        folder,
+        model_path=settings.model_path,
+        trust_remote_code=settings.trust_remote_code,
+        notice=console.notice,
+    )
     merged = not (folder / CONFIG).is_file() and (folder / "config.json").is_file()
     if merged and settings.model_path:
         raise BadSettings([f"--model_path: {folder} is already a complete model."])
