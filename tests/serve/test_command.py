@@ -147,7 +147,7 @@ def test_a_model_on_a_disk_that_takes_no_certificate_is_served(adapter):
     try:
         subprocess.run(["mount", "-o", "remount,bind,ro", adapter], check=True)
         with Served("--adapter_path", str(adapter), "--prompts", "2") as served:
-            assert "the certificate is not kept" in served.printed and "serves the tuned model" in served.printed
+            assert "the certificate is not saved" in served.printed and "serves the tuned model" in served.printed
     finally:
         subprocess.run(["umount", adapter], check=True)
 
