@@ -18,6 +18,7 @@ from rich.table import Table
 from atomtune.batch.collate import Collator
 from atomtune.batch.cost import sample_rows
 from atomtune.batch.row import padded_tokens
+from atomtune.batch.targets import TargetPlaces
 from atomtune.choices import Layout
 from atomtune.console import Console, as_command
 from atomtune.data.cache import Rules, as_examples, concatenate, examples_of
@@ -296,30 +297,13 @@ def in_batches(
 
 
 def _by_record(batch: Any, scores: torch.Tensor, examples: Sequence[Example]) -> list[torch.Tensor]:
-    """Each record's share of a batch's targets, in its order; NaN for a target that the batch does not have.
-
-    Records that share a target share its score, so it is looked up by the tokens that lead to it.
-    """
-    # Lists of numbers: an index into a tensor for each token of each path took minutes on records of 2,000 tokens.
-    ids = batch["input_ids"].tolist()
-    until = None if batch["plan"] is None else batch["plan"].until.tolist()
-    by_path: dict[tuple[int, ...], float] = {}
-    targets = zip(*(batch[name].tolist() for name in ("row", "predicted_from", "target")), scores.tolist(), strict=True)
-    for row, predicted_from, target, score in targets:
-        path = [ids[row][position] for position in _path_to(predicted_from, until)]
-        by_path[(*path, target)] = score
+    """Each record's share of a batch's targets, in its order; NaN for a target that the batch does not have."""
+    places, by_place = TargetPlaces(batch), scores.tolist()
     log_probabilities = []
     for example in examples:
-        paths = [example.ids[: i + 1] for i, times in enumerate(example.learn) if times]
-        log_probabilities.append(torch.tensor([by_path.get(path, math.nan) for path in paths], dtype=torch.float64))
+        own = [math.nan if place is None else by_place[place] for place in places.of(example)]
+        log_probabilities.append(torch.tensor(own, dtype=torch.float64))
     return log_probabilities
-
-
-def _path_to(position: int, until: Sequence[int] | None) -> list[int]:
-    """The positions that a position sees, itself included; `until` as a plan has it, None for a padded row."""
-    if until is None:
-        return list(range(position + 1))
-    return [k for k in range(position + 1) if position < until[k]]
 
 
 def _forget_gradients(model: CausalLM) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from atomtune.batch.collate import Batch, Collator
+from atomtune.batch.targets import TargetPlaces
 from atomtune.data.records import Example
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.loss import Head, model_inputs
@@ -49,9 +50,8 @@ def _score_together(model: CausalLM, records: Sequence[Sequence[Example]], colla
     batch = collator.lay(examples)
     nats, right = _scores(model, _on_device(batch, model.device))
     # Records with a common beginning share its targets; along its ids a record finds those that are its own.
-    tree, targets = _tree_of(batch)
-    scores = dict(zip(targets, zip(nats, right, strict=True), strict=True))
-    return [_of_record(record, tree, scores) for record in records]
+    places = TargetPlaces(batch)
+    return [_of_record(record, places, nats, right) for record in records]
 
 
 def _on_device(batch: Batch, device: torch.device) -> dict[str, object]:
@@ -85,46 +85,16 @@ def _scores(model: CausalLM, batch: dict[str, object]) -> tuple[list[float], lis
     return nats, right
 
 
-#: Beginnings of texts: a beginning's number and the token behind it → the number of the longer one. 0: nothing yet.
-Tree = dict[tuple[int, int], int]
-
-
-def _tree_of(batch: Batch) -> tuple[Tree, list[int]]:
-    """All beginnings of a batch's texts, and of every target the number of the one that ends with it."""
-    ids = batch["input_ids"].tolist()  # [B, T]
-    until = None if batch["plan"] is None else batch["plan"].until.tolist()
-    tree: Tree = {}
-    numbers = [_numbers(row, until, tree) for row in ids]  # [B, T]
-    targets = []
-    for row, place, target in zip(*(batch[name].tolist() for name in ("row", "predicted_from", "target")), strict=True):
-        targets.append(tree.setdefault((numbers[row][place], target), len(tree) + 1))
-    return tree, targets
-
-
-def _numbers(ids: list[int], until: list[int] | None, tree: Tree) -> list[int]:
-    """Of each token of a row the number of the beginning that it ends: the tokens it sees, itself the last."""
-    numbers: list[int] = []
-    seen: list[int] = []  # places that the token sees, which are the way to it from the row's beginning
-    for place, token in enumerate(ids):
-        while until is not None and seen and until[seen[-1]] <= place:
-            seen.pop()
-        before = numbers[seen[-1]] if seen else 0
-        numbers.append(tree.setdefault((before, token), len(tree) + 1))
-        seen.append(place)
-    return numbers
-
-
-def _of_record(examples: Sequence[Example], tree: Tree, scores: dict[int, tuple[float, bool]]) -> TargetScores:
-    nats, right, tokens = 0.0, 0, 0
+def _of_record(
+    examples: Sequence[Example], places: TargetPlaces, nats: Sequence[float], right: Sequence[bool]
+) -> TargetScores:
+    total_nats, total_right, tokens = 0.0, 0, 0
     for example in examples:
-        number = 0
-        for token, times in zip(example.ids, example.learn, strict=True):
-            number = tree.get((number, token), -1)  # -1: behind the last learned token nothing is computed
-            if times == 0:
-                continue
-            target_nats, target_right = scores[number]
-            nats += target_nats * times
-            right += target_right * times
+        counted = [times for times in example.learn if times]
+        for place, times in zip(places.of(example), counted, strict=True):
+            assert place is not None, "the batch was laid of these very records"
+            total_nats += nats[place] * times
+            total_right += right[place] * times
             tokens += times
-    assert math.isfinite(nats) or nats == math.inf
-    return TargetScores(nats, right, tokens)
+    assert math.isfinite(total_nats) or total_nats == math.inf
+    return TargetScores(total_nats, total_right, tokens)

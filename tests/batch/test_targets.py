@@ -1,0 +1,45 @@
+"""Law: a record's targets are those whose whole way from the row's beginning is the record's own, token by token."""
+
+import pytest
+
+from atomtune.batch.collate import Batch, Collator
+from atomtune.batch.targets import TargetPlaces
+from atomtune.choices import Layout
+from atomtune.data.records import Example
+from tests.batch.test_tree import forests
+
+
+def laid(examples: list[Example], layout: Layout) -> Batch:
+    return Collator(layout=layout, pad_id=0, as_examples=lambda row: ()).lay(examples)
+
+
+def whole_ways(batch: Batch) -> list[tuple[int, ...]]:
+    """Of each target all ids before it that it is predicted from, and its own: by the mask, one place after another."""
+    ids, ways = batch["input_ids"].tolist(), []
+    for row, position, target in zip(
+        *(batch[key].tolist() for key in ("row", "predicted_from", "target")), strict=True
+    ):
+        until = None if batch["plan"] is None else batch["plan"].until.tolist()
+        seen = [k for k in range(position + 1) if until is None or position < until[k]]
+        ways.append((*(ids[row][k] for k in seen), target))
+    return ways
+
+
+@pytest.mark.parametrize("layout", ["tree", "packed", "padded"])
+def test_every_learned_token_is_found_at_the_end_of_its_own_way(layout):
+    for examples in forests()[:40]:
+        if not any(any(example.learn) for example in examples):
+            continue
+        batch = laid(examples, layout)
+        ways, places = whole_ways(batch), TargetPlaces(batch)
+        for example in examples:
+            learned = [i for i, times in enumerate(example.learn) if times]
+            own = places.of(example)
+            assert [ways[place] for place in own if place is not None] == [example.ids[: i + 1] for i in learned]
+
+
+def test_what_a_batch_does_not_have_has_no_place():
+    batch = laid([Example((1, 2, 3, 4), (0, 0, 1, 1), "a:1")], "padded")
+    places = TargetPlaces(batch)
+    assert places.of(Example((1, 2, 3, 9, 4), (0, 1, 1, 1, 1), "a:2")) == [None, 0, None, None]
+    assert places.of(Example((7, 2, 3, 4), (0, 0, 1, 1), "a:3")) == [None, None]
