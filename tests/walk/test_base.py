@@ -1,6 +1,7 @@
 """An adapter belongs to one base: another of the same shape is refused at load, merge and chat, a copy is not."""
 
 import shutil
+from importlib import import_module
 
 import pytest
 import torch
@@ -15,6 +16,15 @@ def base(models, tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(models("llama"), folder)
     return folder
+
+
+@pytest.fixture
+def trained(models, dialogues, tmp_path):
+    """A run's folder; its adapter belongs to the llama."""
+    out = tmp_path / "out"
+    command = ["train", "--dataset_path", str(dialogues), "--max_steps", "2", "--model_path", str(models("llama"))]
+    assert main([*command, "--output_dir", str(out)]) == 0
+    return out
 
 
 def changed(folder, change) -> None:
@@ -67,6 +77,32 @@ def test_another_base_of_the_same_shape_is_refused_everywhere(models, base, dial
     assert "the base's weights (checksum): " in capsys.readouterr().err
     assert main([*longer, "--resume_anyway"]) == 0
     assert "is not the base this adapter was trained on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("use", ["merge", "certify"])
+def test_a_base_that_is_downloaded_when_it_is_loaded_is_compared_then(base, trained, capsys, monkeypatch, use):
+    """Before that there are no weights to take a fingerprint of, and the check was passed over without a word."""
+    folder = base.parent
+    shutil.copytree(base, folder / "served")
+    changed(base, tuned)
+    place = base / "model.safetensors"
+    place.rename(folder / "on the hub")
+
+    module = import_module("atomtune.export.merge" if use == "merge" else "atomtune.certify.command")
+    load = "load_dequantized" if use == "merge" else "load_base"
+    real = getattr(module, load)
+
+    def downloaded(*args, **kwargs):
+        (folder / "on the hub").rename(place)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, load, downloaded)
+    capsys.readouterr()
+    flags = ["--served", str(folder / "served"), "--engine", "in-process"]
+    if use == "merge":
+        flags = ["--output_dir", str(folder / "merged")]
+    assert main([use, "--adapter_path", str(trained), "--model_path", str(base), *flags]) == 2
+    assert "is not the base this adapter was trained on" in capsys.readouterr().err
 
 
 def test_an_adapter_of_another_tool_is_loaded_as_it_is(models, dialogues, tmp_path):

@@ -31,6 +31,7 @@ from atomtune.language import translated
 from atomtune.model.adapter import load_trained
 from atomtune.model.adapter_folder import CERTIFICATE, CONFIG, AdapterMetadata, base_of
 from atomtune.model.base_as_trained import adapter_and_base, base_spec
+from atomtune.model.fingerprint import is_at_hand, refuse_other_base
 from atomtune.model.generate import stop_ids
 from atomtune.model.load import dtype_name, load_base, load_dequantized, quiet_libraries, stored_dtype
 from atomtune.settings.fields import CertifySettings
@@ -148,10 +149,13 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
             "stored, which is what engines load: not quite the model that was trained. `atomtune merge` writes the "
             "weights used in training."
         )
+    was_at_hand = is_at_hand(base_path)
     if merged and merged_in:
         base = load_dequantized(replace(spec, quantize=merged_in), trained_in=merged.dtype)
     else:
         base = load_base(spec)
+    if not was_at_hand:
+        refuse_other_base(base_path, metadata.base, anyway=settings.other_base, notice=console.notice)
     model = load_trained(base, adapter).eval()
     expected = expect(model, prompts, template, max_new_tokens=settings.max_new_tokens)
     stops = stop_ids(model, template)

@@ -34,7 +34,7 @@ from atomtune.model.adapter_folder import AdapterMetadata, template_of
 from atomtune.model.agreement import Measure, another_plain_way, distribution_measures
 from atomtune.model.base_as_trained import adapter_and_base
 from atomtune.model.causal_lm import CausalLM
-from atomtune.model.fingerprint import folder_of, refuse_other_base, weight_files
+from atomtune.model.fingerprint import folder_of, is_at_hand, refuse_other_base, weight_files
 from atomtune.model.generate import prompt_ids, ready_to_answer
 from atomtune.model.load import (
     BaseSpec,
@@ -142,7 +142,11 @@ def write_merged(settings: MergeSettings, out: Path, console: Console) -> None:
     _refuse_small_disk(trained, out, settings.output_dir)
 
     console.say(f"loading {trained.spec.path} in {dtype_name(trained.spec.dtype)} …")
+    was_at_hand = is_at_hand(trained.spec.path)
     base = load_dequantized(trained.spec, trained_in=trained.metadata.dtype)
+    if not was_at_hand:
+        for fingerprint in trained.bases:
+            refuse_other_base(trained.spec.path, fingerprint, anyway=settings.other_base, notice=console.notice)
     if len(trained.adapters) > 1:
         console.say(translated(f"merging {' + '.join(map(str, trained.adapters))} …"))
     else:
@@ -165,6 +169,7 @@ def write_merged(settings: MergeSettings, out: Path, console: Console) -> None:
 class _TrainedModel:
     """What is merged: adapters, the base they belong to, and the template that prompts are written with.
 
+    bases             the fingerprint of the base that each adapter was trained on, "" where it is not known
     stored_quantized  whether the base's own files are quantized
     """
 
@@ -172,6 +177,7 @@ class _TrainedModel:
     spec: BaseSpec
     template: Template
     metadata: AdapterMetadata
+    bases: tuple[str, ...]
     stored_quantized: bool
 
 
@@ -187,11 +193,13 @@ def _trained_model(settings: MergeSettings, console: Console) -> _TrainedModel:
         other_base=settings.other_base,
         notice=console.notice,
     )
+    bases = [metadata.base]
     for folder in others:
         another_template, another = template_of(
             folder, model_path=settings.model_path, trust_remote_code=trust, notice=console.notice
         )
         refuse_other_base(base_path, another.base, anyway=settings.other_base, notice=console.notice)
+        bases.append(another.base)
         if (another_template.source, another.instruction) != (template.source, metadata.instruction):
             console.notice(
                 f"{folder} was trained with a different chat template or shared instruction; the merged model uses "
@@ -204,7 +212,8 @@ def _trained_model(settings: MergeSettings, console: Console) -> _TrainedModel:
     stored_quantized = is_stored_quantized(base_path, trust_remote_code=trust)
     _say_quantized(quantize, metadata, stored_quantized=stored_quantized, console=console)
     spec = BaseSpec(path=base_path, dtype=dtype, device=CPU, quantize=quantize, trust_remote_code=trust)
-    return _TrainedModel(adapters, spec, template, replace(metadata, quantize=quantize), stored_quantized)
+    metadata = replace(metadata, quantize=quantize)
+    return _TrainedModel(adapters, spec, template, metadata, tuple(bases), stored_quantized)
 
 
 def _refuse_small_disk(trained: _TrainedModel, out: Path, output_dir: str) -> None:

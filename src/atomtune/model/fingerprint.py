@@ -106,6 +106,15 @@ def _is_file_name(name: str) -> bool:
     return Path(name).name == name and "\\" not in name and len(name) <= _LONGEST_NAME
 
 
+def is_at_hand(path: str) -> bool:
+    """Whether a base's weights are on this machine; those of a model on the hub come with its first loading.
+
+    Before that no fingerprint can be taken, so `refuse_other_base` has to be asked again.
+    """
+    folder = folder_of(path)
+    return folder is not None and bool(weight_files(folder))
+
+
 def refuse_other_base(path: str, expected: str, *, anyway: bool, notice: Callable[[str], None]) -> None:
     """Raise BadModel when an adapter was trained on another base than this one; a notice with `anyway`."""
     actual = fingerprint(path)
