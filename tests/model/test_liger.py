@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from atomtune.cli import main
-from atomtune.model import liger, trial
+from atomtune.model import layout_trial, liger
 from atomtune.model.liger import Circumstances, Patch, kernel_config, problems
 from atomtune.model.loss import innermost
 from atomtune.train import model as train_model
@@ -91,7 +91,7 @@ def test_kernels_that_compute_something_else_are_seen_and_taken_out(monkeypatch,
     ids = torch.arange(3, 60)[None]
     before = model(input_ids=ids).logits
     patch = Patch(model, {})
-    reason = trial.changed_by(model, patch.put_in)
+    reason = layout_trial.changed_by(model, patch.put_in)
     assert (reason is None) is holds
     assert hasattr(file, "planted")
     if not holds:
@@ -108,7 +108,7 @@ def test_a_kernel_that_fails_is_a_reason_and_no_crash(monkeypatch):
 
     monkeypatch.setattr(liger, "apply_liger_kernel", fails)
     model = hybrid("lfm2")
-    assert "no compiler here" in str(trial.changed_by(model, Patch(model, {}).put_in))
+    assert "no compiler here" in str(layout_trial.changed_by(model, Patch(model, {}).put_in))
 
 
 @pytest.mark.parametrize(("factor", "used"), [(1.0, True), (1.3, False)])

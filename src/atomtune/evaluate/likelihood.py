@@ -92,7 +92,7 @@ def _of_record(
     for example in examples:
         counted = [times for times in example.learn if times]
         for place, times in zip(places.of(example), counted, strict=True):
-            assert place is not None, "the batch was laid of these very records"
+            assert place is not None  # the batch was laid out from these very records
             total_nats += nats[place] * times
             total_right += right[place] * times
             tokens += times
