@@ -131,7 +131,7 @@ def test_an_adapter_beside_one_with_token_rows_is_refused_and_not_a_bug(models, 
     folder = tmp_path_factory.mktemp("rows")
     config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5], task_type="CAUSAL_LM")
     get_peft_model(base(models), config).save_pretrained(folder)
-    with pytest.raises(BadModel, match="rows of single tokens"):
+    with pytest.raises(BadModel, match="embeddings of single tokens"):
         load_another(load_trained(base(models), folder), saved, "second")
 
 

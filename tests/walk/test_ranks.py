@@ -54,7 +54,7 @@ def test_records_that_come_once_more_for_whole_batches_are_said(models, dialogue
     ranks = _two_ranks([*command, "--output_dir", str(tmp_path / "out")], tmp_path)
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
     notices = json.loads((tmp_path / "out" / "run.json").read_text())["notices"]
-    assert any("2 of 40 records come once more at the end of each epoch" in notice for notice in notices)
+    assert any("2 of 40 records are repeated at the end of each epoch" in notice for notice in notices)
 
 
 @pytest.mark.slow

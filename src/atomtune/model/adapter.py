@@ -317,8 +317,8 @@ def load_another(model: PeftModel, folder: Path, name: str) -> None:
         _fill(model, weights, file, name)
     except KeyError as error:  # PEFT looks for rows of this adapter too
         raise BadModel(
-            f"{folder} cannot be loaded beside an adapter that trained rows of single tokens: PEFT does not keep them "
-            "apart. Use one after the other."
+            f"{folder} cannot be loaded together with an adapter that trained embeddings of single tokens: PEFT does "
+            "not keep them apart. Load one at a time."
         ) from error
 
 

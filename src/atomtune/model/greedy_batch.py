@@ -73,7 +73,7 @@ def generate_answers(
     if room < 1:
         return [Generated((), stopped=False)]
     max_new_tokens = min(max_new_tokens, room)
-    shared = _shared_length(prompts) if share_beginning and len(prompts) > 1 and _may_share(model) else 0
+    shared = _shared_by_all(prompts) if share_beginning and len(prompts) > 1 and _may_share(model) else 0
     inputs = _filled_up(model, prompts, shared=shared, pad_id=pad_id)
     if shared:
         inputs[_cache_name(model)] = _computed_once(model, prompts[0][:shared], rows=len(prompts))
@@ -185,7 +185,7 @@ def _may_share(model: CausalLM) -> bool:
     return not any(windows_of(model)) and kinds <= {"full_attention"}
 
 
-def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
+def _shared_by_all(prompts: Sequence[Sequence[int]]) -> int:
     """Tokens that all prompts begin with; at least one is left to each, for its answer to be predicted from."""
     first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # in sorted order: what these two share, all share
     most = min(len(prompt) for prompt in prompts) - 1
@@ -199,7 +199,7 @@ def _cache_name(model: CausalLM) -> str:
 
 
 def _computed_once(model: CausalLM, ids: Sequence[int], *, rows: int) -> DynamicCache:
-    """Keys and values of a beginning, for so many rows."""
+    """Keys and values of a shared beginning, repeated for each row."""
     cache = DynamicCache(config=model.config)
     model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=True, **{_cache_name(model): cache})
     cache.batch_repeat_interleave(rows)

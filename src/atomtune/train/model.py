@@ -80,7 +80,7 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
     is_divided = bool(run.args.fsdp or run.args.deepspeed)  # they take the weights out of the layers between calls
     if not is_divided and (left_out := left_out_by_peft(model)):
         run.console.notice(
-            f"PEFT {peft.__version__} itself leaves out {len(left_out):,} adapted layers of this model where it loads "
+            f"PEFT {peft.__version__} itself leaves out {len(left_out):,} adapted layers of this model when it loads "
             f"the adapter: {listing(left_out, 2)}. atomtune's own commands have them; for other programs, merge the "
             "adapter or name other layers with --lora_targets."
         )

@@ -354,9 +354,9 @@ def _say_two_averages(run: RunContext) -> None:
     optimizer, schedule = (str(getattr(name, "value", name)) for name in (run.args.optim, run.args.lr_scheduler_type))
     if optimizer.startswith("schedule_free") and not schedule.startswith("constant"):
         run.console.notice(
-            f"--optim {optimizer} averages the weights in place of a learning rate that falls, and "
-            f"--lr_scheduler_type {schedule} lets it fall as well: late steps count for little. "
-            "--lr_scheduler_type constant is what it is made for."
+            f"--optim {optimizer} averages the weights instead of lowering the learning rate, and "
+            f"--lr_scheduler_type {schedule} lowers it too, so that late steps count for little. Pass "
+            "--lr_scheduler_type constant."
         )
 
 
@@ -381,8 +381,8 @@ def _say_length(run: RunContext, data: Data) -> None:
     repeated = -records % (args.per_device_train_batch_size * args.world_size)
     if args.world_size > 1 and repeated and args.accelerator_config.even_batches and not args.dataloader_drop_last:
         run.console.notice(
-            f"{repeated:,} of {records:,} records come once more at the end of each epoch, so that all "
-            f"{args.world_size} processes have whole batches; one process alone would not repeat them."
+            f"{repeated:,} of {records:,} records are repeated at the end of each epoch, so that all "
+            f"{args.world_size} processes have full batches. A single process would not repeat them."
         )
     warmup = args.get_warmup_steps(steps)
     if warmup >= steps:
