@@ -118,7 +118,7 @@ def test_a_rate_that_falls_beside_it_is_said(models, dialogues, tmp_path, evalua
     words += ["--output_dir", str(tmp_path), "--optim", "schedule_free_sgd", "--lr_scheduler_type", schedule]
     assert main([*words, "--eval_size", "0"]) == 0
     notices = json.loads((tmp_path / "run.json").read_text())["notices"]
-    assert any("lets it fall as well" in notice for notice in notices) == (schedule == "linear")
+    assert any("so that late steps count for little" in notice for notice in notices) == (schedule == "linear")
 
 
 def test_an_adapter_without_checkpoints_is_the_average(models, dialogues, tmp_path, evaluated):
