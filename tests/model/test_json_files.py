@@ -6,6 +6,7 @@ import os
 import pytest
 
 from atomtune.errors import BadModel
+from atomtune.language import in_chinese
 from atomtune.model.adapter_folder import METADATA, AdapterMetadata
 from atomtune.model.file_schemas import AdapterConfig, GenerationConfig, ModelConfig
 from atomtune.model.fingerprint import fingerprint
@@ -41,8 +42,14 @@ def test_what_is_no_json_object(tmp_path):
     assert "is empty" in refused(tmp_path, "")
     assert "nested too deeply" in refused(tmp_path, "[" * 200_000)
     assert "not an object" in refused(tmp_path, "[]")
-    assert "line 1 column 2" in refused(tmp_path, "{")
+    assert "line 1, column 2: a key in double quotes is expected here" in refused(tmp_path, "{")
     assert "bytes; such a file may have" in refused(tmp_path, '{"x": "' + "a" * 2**24 + '"}')
+
+
+def test_why_it_is_no_json_is_said_in_chinese_too(tmp_path):
+    # Python's own words were quoted: "Expecting ',' delimiter: line 2 column 1".
+    told = in_chinese(refused(tmp_path, '{"hidden_size": 32\n"vocab_size": 8}'))
+    assert "第 2 行第 1 列不是 JSON：这里应为逗号或右括号" in told
 
 
 def test_a_value_with_braces_of_its_own(tmp_path):

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from atomtune.choices import RUN_RECORD
+from atomtune.data.reading.raw import json_reason
 from atomtune.disk import LFS_POINTER, read_json_object
 from atomtune.errors import BadModel, listing
 from atomtune.language import message
@@ -74,11 +75,14 @@ def json_object(file: Path) -> dict[str, Any]:
     refuse_unreadable(file)
     try:
         return read_json_object(file)
+    except json.JSONDecodeError as error:
+        reason = message(f"not JSON at line {error.lineno}, column {error.colno}: {json_reason(error)}")
     except (OSError, ValueError) as error:
-        raise BadModel(
-            f"{file} cannot be read: {str(error)[:200]}. Expected a JSON object.\n"
-            "It may be incomplete: copy the folder again, or use another one."
-        ) from None
+        reason = str(error)[:200]
+    raise BadModel(
+        f"{file} cannot be read: {reason}. Expected a JSON object.\n"
+        "It may be incomplete: copy the folder again, or use another one."
+    )
 
 
 def refuse_unreadable(file: Path) -> None:
