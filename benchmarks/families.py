@@ -776,22 +776,25 @@ def page(findings: Findings, *, beside: tuple[str, list[Finding]] | None = None)
         "",
         f"Written by `python -m benchmarks.families --write` with transformers {transformers.__version__}, "
         f"torch {torch.__version__.partition('+')[0]}, Python {platform.python_version()}.",
-        "Tiny models with random weights, float32, LoRA with the default settings. Nine records are laid out as "
-        "`train` lays them out, and compared with",
-        "one record at a time by plain transformers + PEFT. *Apart*: loss (relative), worst log-probability, worst "
-        "gradient of an adapter matrix (relative L2 norm).",
-        "*Noise*: that gradient between two plain runs (another attention, embeddings rounded differently). "
-        f"*Equal*: loss within {_EQUAL_LOSS:.0e} and gradient within {_EQUAL_GRADIENT:.0e}, or within "
-        f"{_TIMES_NOISE:g} times the noise (gradients: {_MOST_GRADIENT:g} at most).",
-        f"*Speed*: forward and backward of {len(timed)} records after {_TIMED_TRUNK} shared tokens "
-        f"({padded_tokens(timed):,} tokens padded, {len(graft(timed)):,} as a tree), over the same",
-        f"in padded rows; the median of {_PAIRS} pairs on one CPU thread. These models are {_SIZE['hidden_size']} "
-        "wide: what is not a matrix product counts for more than in a real one.",
-        "Padded rows of mamba, falcon_mamba, jamba and zamba run transformers' scan of about ten operations per token, "
-        "trees our own scan of one: that is part of their gain.",
+        "Each family is a tiny model with random weights, in float32, with LoRA at the default settings. Nine records "
+        "are arranged as `train` arranges them,",
+        "and compared with plain transformers + PEFT, one record at a time.",
         "",
-        f"**{len(here)} families: {exact} share prefixes (layout tree) and are equal, {padded} are trained padded "
-        f"and are equal, {len(here) - exact - padded} fail.**",
+        "- *Apart*: the difference of the loss (relative), of the worst log-probability, and of the worst gradient of "
+        "an adapter matrix (relative L2 norm).",
+        "- *Noise*: the gradient's difference between two plain runs (another attention implementation, embeddings "
+        "rounded differently).",
+        f"- *Equal*: the loss differs by {_EQUAL_LOSS:.0e} or less and the gradient by {_EQUAL_GRADIENT:.0e} or less, "
+        f"or by at most {_TIMES_NOISE:g} times the noise (gradients: {_MOST_GRADIENT:g} at most).",
+        f"- *Speed*: forward and backward of {len(timed)} records after {_TIMED_TRUNK} shared tokens, as a tree "
+        f"({len(graft(timed)):,} tokens) instead of padded rows ({padded_tokens(timed):,});",
+        f"  the median of {_PAIRS} pairs on one CPU thread. These models are only {_SIZE['hidden_size']} wide, so "
+        "everything but the matrix products weighs more than in a real model.",
+        "  Part of the gain of mamba, falcon_mamba, jamba and zamba is our scan, one operation per token; "
+        "transformers' needs about ten.",
+        "",
+        f"**{len(here)} families: {exact} share prefixes (layout tree) and are equal, {padded} are trained on padded "
+        f"rows and are equal, {len(here) - exact - padded} fail.**",
         "",
         "| layers | family | class | layout | equal | apart | noise | speed | LoRA on, or why not |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -799,7 +802,10 @@ def page(findings: Findings, *, beside: tuple[str, list[Finding]] | None = None)
     lines += [_line(kind, finding) for kind, finding in findings if finding.verdict != "not here"]
     missing = [finding.family for _, finding in findings if finding.verdict == "not here"]
     if missing:
-        lines += ["", f"Not in this transformers, or of a package that is not installed: {', '.join(missing)}."]
+        lines += [
+            "",
+            f"Not in this version of transformers, or from a package that is not installed: {', '.join(missing)}.",
+        ]
     lines += ["", *_left_out()]
     if beside:
         lines += ["", *_differences(findings, *beside)]
@@ -822,7 +828,7 @@ def without_a_row() -> set[str]:
 
 def _left_out() -> list[str]:
     """Those without a row, and why."""
-    lines = [f"## Without a row, of the {len(listed())} names that transformers lists as models that write text", ""]
+    lines = [f"## Without a row, among the {len(listed())} names that transformers lists as models that write text", ""]
     rest = without_a_row()
     for reason, names in LEFT_OUT.items():
         here = [name for name in names.split() if name in rest]
@@ -855,18 +861,28 @@ def _differences(findings: Findings, version: str, others: Sequence[Finding]) ->
     exact = sum(other.is_equal and other.layout == "tree" for other in others)
     padded = sum(other.is_equal and other.layout == "padded" for other in others)
     here = len(others) - len(not_here)
-    lines.append(f"{here} of these families: {exact} share prefixes and are equal, {padded} are padded and are equal.")
+    lines.append(
+        f"{here} of these families: {exact} share prefixes and are equal, {padded} are trained on padded rows "
+        "and are equal."
+    )
     if absent:
-        lines.append(f"Not in it: {', '.join(absent)}.")
+        lines.append(f"Not in that version: {', '.join(absent)}.")
     if untried := sorted(without_package | now.keys() - {other.family for other in others}):
-        lines.append(f"Not tried with it: {', '.join(untried)}.")
+        lines.append(f"Not tried with that version: {', '.join(untried)}.")
     differ = []
     for other in others:
         this = now[other.family]
         if other.verdict == "not here" or (other.verdict, other.layout) == (this.verdict, this.layout):
             continue
         differ.append(f"- {other.family}: {other.layout or 'fails'}, {other.verdict}. {other.reason}".rstrip())
-    return [*lines, *(["", "Different from above:", "", *differ] if differ else ["All others as above."])]
+    return [
+        *lines,
+        *(
+            ["", "Different from the table above:", "", *differ]
+            if differ
+            else ["All others are as in the table above."]
+        ),
+    ]
 
 
 def _saved(findings: Findings) -> str:
