@@ -189,8 +189,8 @@ def _follow_sentencepiece(backend: Any, model_file: Path) -> None:
     """Set how spaces are encoded and decoded, following the SentencePiece file.
 
     transformers before 5.24 converts a lone tokenizer.model without its `add_dummy_prefix` and
-    `remove_extra_whitespaces` (5.23: "你好" becomes 你|好, sentencepiece gives ▁你好), so the base would read ids that it
-    never saw. Normalizer and decoder are replaced, not extended, because 5.24 does it right and would get it twice.
+    `remove_extra_whitespaces` (5.23: "你好" becomes 你|好, sentencepiece gives ▁你好), so the base would read ids that
+    it never saw. Normalizer and decoder are replaced, not extended, because 5.24 does it right and would get it twice.
     """
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import Regex, decoders, normalizers
