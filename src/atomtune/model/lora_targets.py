@@ -47,8 +47,8 @@ class AllLinear:
 
     adapted    full names of the linear layers that LoRA adapts
     left_out   reason by name of what stays frozen (the last part of a layer's name, or the name of a whole tower)
-    shared     full names of layers that PEFT mistakes for experts' and adapts only as tensors: those of shared experts and
-               of the first layers, which have no experts
+    shared     full names of layers that PEFT mistakes for experts' and adapts only as tensors: those of shared experts
+               and of the first layers, which have no experts
     """
 
     adapted: tuple[str, ...]
