@@ -128,9 +128,10 @@ def train(
 ) -> Run:
     """Train a LoRA adapter on records; without a model and records, the built-in demo.
 
-    config="run.yaml" reads a file of settings first. Ctrl-C ends the run after the current step, with a checkpoint, and
-    raises Stopped; resume=True continues such a run. All settings: help(atomtune.train), or `atomtune train --help
-    all`. Raises BadSettings, BadData or BadModel before training, RunFailed during training.
+    config="run.yaml" reads a file of settings first. Ctrl-C ends the run after the current step, with a checkpoint,
+    and raises Stopped; resume=True continues such a run.
+    All settings: help(atomtune.train), or `atomtune train --help all`.
+    Raises BadSettings, BadData or BadModel before training, RunFailed during training.
     """
     paths = {"model_path": model_path, "dataset_path": dataset_path, "output_dir": output_dir}
     console = Console(speaks=verbose)
@@ -154,8 +155,8 @@ def sweep(
     """Try settings of train and compare them on held-out records: sweep(…, try_={"learning_rate": [1e-4, 3e-4]}).
 
     Each trial is a run in its own process and folder. Without try_, three learning rates are tried. resume=True
-    continues a stopped sweep. All settings: those of train, and trials. Raises BadSettings, BadData or BadModel before
-    the first trial, RunFailed if all trials failed, Stopped.
+    continues a stopped sweep. All settings: those of train, and trials.
+    Raises BadSettings, BadData or BadModel before the first trial, RunFailed if all trials failed, Stopped.
     """
     paths = {"model_path": model_path, "dataset_path": dataset_path, "output_dir": output_dir, "try_": try_}
     console = Console(speaks=verbose)

@@ -210,7 +210,7 @@ def _say_how_long(model: CausalLM, examples: Sequence[Example], console: Console
     began = time.perf_counter()
     one_at_a_time(model, examples[:1])
     tokens = sum(len(example.ids) for example in examples)
-    # Each record is computed three times.
+    # All records are computed three times.
     seconds = (time.perf_counter() - began) * 3 * tokens / len(examples[0].ids)
     if seconds >= LONG_SECONDS:
         trainable, total = parameter_counts(model)

@@ -70,7 +70,7 @@ class ServerProcess:
                 env=self.environment,
                 cwd=self.folder,
                 start_new_session=os.name == "posix",
-                preexec_fn=end_with_parent,  # noqa: PLW1509  # safe: see there
+                preexec_fn=end_with_parent,  # noqa: PLW1509  # safe after a fork: see process.py
             )
             self._wait_until_ready()
         except BaseException:

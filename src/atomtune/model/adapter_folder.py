@@ -176,7 +176,7 @@ def _no_adapter(folder: Path) -> BadModel:
 def base_of(folder: Path, model_path: str | None) -> str:
     """The base's path: --model_path, else that of the adapter's config. Raises BadModel if it is no longer there."""
     path = model_path or base_path_of(folder)
-    is_there = os.path.isdir(path)  # noqa: PTH112  # pathlib raises where a name is longer than a file system takes
+    is_there = os.path.isdir(path)  # noqa: PTH112  # pathlib raises if a name is longer than the file system allows
     if not model_path and path.startswith(("/", ".")) and not is_there:
         raise BadModel(f"{folder} was trained on {path}, which is no longer there. Pass --model_path with the base.")
     return path

@@ -102,7 +102,7 @@ def _causes(error: BaseException) -> list[BaseException]:
     return causes
 
 
-def _remedy(path: str, what: str, sentence: str, error: BaseException) -> str:  # noqa: PLR0911  # one return a cause
+def _remedy(path: str, what: str, sentence: str, error: BaseException) -> str:  # noqa: PLR0911  # one return per cause
     """What is wrong, and what to do about it."""
     causes = _causes(error)
 

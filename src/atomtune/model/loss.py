@@ -65,11 +65,14 @@ def target_nats(
 
     batch  a collate.Batch on the model's device
     Returns (nats, count): nats is a float32 sum (float64 for a float64 model), count is sum(learn).
+
     In training, a router's auxiliary loss that the config switches on is added, times its factor and the count.
-    Dividing by the sum of all counts then gives the mean of the batches' losses, weighted by their targets. Memory:
-    BYTES_A_LOGIT for the logits of `targets_at_once`, if the model's head can be called without its body (`Head`); else
-    for [B, K, V] logits, where K columns hold a target. A batch without targets gives a zero that depends on the
-    weights, so that every rank has a gradient. Checked against one record at a time: tests/train/test_trainer.py.
+    Dividing by the sum of all counts then gives the mean of the batches' losses, weighted by their targets.
+
+    Memory: BYTES_A_LOGIT for the logits of `targets_at_once`, if the model's head can be called without its body
+    (`Head`); else for [B, K, V] logits, where K columns have a target.
+    A batch without targets gives a zero that depends on the weights, so that every rank has a gradient.
+    Checked against one record at a time: tests/train/test_trainer.py.
     """
     target, learn = batch["target"], batch["learn"]
     if len(target) and (head := Head.of(model)):

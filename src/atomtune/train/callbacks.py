@@ -138,7 +138,7 @@ class Stop(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Do nothing if the run stops within an epoch: the Trainer ends the epoch early, but its end is not reached."""
+        """Cancel what is due at an epoch's end if the run stops within the epoch, which the Trainer then ends early."""
         if self.reason is not None and state.epoch != round(state.epoch):
             control.should_log = control.should_evaluate = control.should_save = False
 

@@ -106,8 +106,8 @@ def find_start(
     """Decide from the folder and the flags how the run starts.
 
     lengths  max_steps and num_train_epochs of this command; epochs None if they are left to the run
-    Raises BadSettings if the folder holds a run and no flag says to continue it, or if this run would mix with that
-    one. Raises BadModel for a damaged checkpoint.
+    Raises BadSettings if the folder holds a run and no flag says to continue it, or if the two runs would mix.
+    Raises BadModel for a damaged checkpoint.
     """
     if resume_from_checkpoint and resume_from_checkpoint.lower() == "true":
         newest = newest_whole(output_dir, notice)
