@@ -1,7 +1,7 @@
 """atomtune: LoRA instruction fine-tuning of causal language models.
 
 from atomtune import train, sweep, load, inspect, evaluate: the commands as functions (api.py).
-from atomtune import share_prefixes: rows without repeated beginnings in a training loop of your own (own_loop.py).
+from atomtune import share_prefixes: rows with shared beginnings, for a training loop of your own (own_loop.py).
 """
 
 import importlib
@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
-#: The functions of the library, and the modules they are imported from when they are first asked for.
+#: Functions of the library, and the modules from which they are imported when they are first used.
 _FUNCTIONS = {
     "train": "atomtune.api",
     "sweep": "atomtune.api",
@@ -23,9 +23,9 @@ __all__ = ["__version__", "evaluate", "inspect", "load", "share_prefixes", "swee
 
 
 class _Package(ModuleType):
-    """The package: `train`, `sweep`, `inspect` and `evaluate` are functions in it, and folders have these names too.
+    """The package. Its functions `train`, `sweep`, `inspect` and `evaluate` have the same names as subpackages.
 
-    Python's import system would put the folder's module in the function's place as soon as it is imported.
+    Python's import system would replace a function with the subpackage of that name as soon as that is imported.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

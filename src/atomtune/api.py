@@ -1,4 +1,4 @@
-"""The commands as functions for notebooks and programs: they return values, raise errors, and end no process.
+"""API: the commands as functions for notebooks and programs: they return values and raise errors, but never exit.
 
     from atomtune import evaluate, inspect, load, sweep, train
 
@@ -6,9 +6,9 @@
     print(run.train_loss)
     print(run.load().chat("Who are you?"))
 
-A setting has the name, the default and the checks of the command's flag. Nothing is printed unless `verbose` is true;
-what the command would have noticed is in the result's `notices`. What is wrong is raised as one of atomtune.errors:
-BadSettings, BadData, BadModel, RunFailed, CheckFailed, Stopped.
+A setting has the same name, default and checks as the command's flag. Nothing is printed unless `verbose` is true;
+the command's notices are in the result's `notices`. Errors are those of atomtune.errors: BadSettings, BadData,
+BadModel, RunFailed, CheckFailed, Stopped.
 """
 
 import inspect as signatures
@@ -32,8 +32,8 @@ Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 class Run:
     """A finished training run.
 
-    folder   holds the adapter, its checkpoints and run.json
-    figures  all of run.json: counts of records and tokens, losses, speed, settings with their sources
+    folder   has the adapter, its checkpoints and run.json
+    figures  the content of run.json: counts of records and tokens, losses, speed, settings and where each was set
     """
 
     folder: Path
@@ -46,26 +46,26 @@ class Run:
 
     @property
     def eval_loss(self) -> float | None:
-        """Loss of the held-out records at the end; None where none were held out."""
+        """Loss of the held-out records at the end, in nats per target; None if none were held out."""
         return self.figures.get("eval_loss")
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """What the command would have noticed on the way."""
+        """The notices that the command would have printed."""
         return tuple(self.figures.get("notices", ()))
 
     def load(self, **settings: Any) -> "TunedModel":
-        """The trained adapter on its base; settings as of `atomtune.load`."""
+        """The trained adapter on its base; settings as in `atomtune.load`."""
         return load(self.folder, **settings)
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What of the records is learned, and what was found in them.
+    """What is learned from the records, and problems found in them.
 
     figures   the data keys of run.json: records_read, records_used, records_refused, prompt_tokens, target_tokens, …
     findings  how many records each check of `inspect --fail_on` found
-    tokens    what each layout computes for some sampled batches: padded, packed, tree; empty without records
+    tokens    tokens that each layout computes for some sampled batches: padded, packed, tree; empty without records
     """
 
     figures: Mapping[str, Any]
@@ -76,12 +76,12 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How base and tuned models do on the same records.
+    """Results of the base and the tuned models on the same records.
 
-    models        model → measure → (value, low, high): the value with its 95 % interval
-    against_base  the same of the difference from the base
+    models        model → measure → (value, low, high), the value with its 95 % interval
+    against_base  the same for the difference from the base
     lm_eval       model → task and metric of lm-eval → value and standard_error
-    sentences     what the figures say of each tuned model
+    sentences     what the figures say about each tuned model
     """
 
     models: Mapping[str, Mapping[str, Sequence[float]]]
@@ -98,9 +98,9 @@ class Evaluation:
 class Sweep:
     """The trials of a sweep.
 
-    folder   holds a folder for each trial, sweep.json, sweep.html, and run.yaml with the best settings
-    trials   those that finished, the best first, then all others; each with settings, eval_loss, status, reason
-    command  trains with the best settings
+    folder   has a folder for each trial, sweep.json, sweep.html, and run.yaml with the best settings
+    trials   finished ones first, by held-out loss, then all others; each has settings, eval_loss, status, reason
+    command  command line that trains with the best settings
     """
 
     folder: Path
@@ -114,7 +114,7 @@ class Sweep:
         return self.trials[0]
 
     def load(self, **settings: Any) -> "TunedModel":
-        """The best trial's adapter on its base; settings as of `atomtune.load`."""
+        """The best trial's adapter on its base; settings as in `atomtune.load`."""
         return load(self.folder / self.best.name, **settings)
 
 
@@ -128,9 +128,10 @@ def train(
 ) -> Run:
     """Train a LoRA adapter on records; without a model and records, the built-in demo.
 
-    config="run.yaml" reads a file of settings first. Ctrl-C ends the run after its step, with a checkpoint, and raises
-    Stopped; resume=True goes on from there. All settings: help(atomtune.train), or `atomtune train --help all`.
-    Raises BadSettings, BadData or BadModel before it trains, RunFailed while it does.
+    config="run.yaml" reads a file of settings first. Ctrl-C ends the run after the current step, with a checkpoint,
+    and raises Stopped; resume=True continues such a run.
+    All settings: help(atomtune.train), or `atomtune train --help all`.
+    Raises BadSettings, BadData or BadModel before training, RunFailed during training.
     """
     paths = {"model_path": model_path, "dataset_path": dataset_path, "output_dir": output_dir}
     console = Console(speaks=verbose)
@@ -151,11 +152,11 @@ def sweep(
     verbose: bool = False,
     **settings: Any,
 ) -> Sweep:
-    """Try settings of train on records that are held out: sweep(…, try_={"learning_rate": [1e-4, 3e-4]}).
+    """Try settings of train and compare them on held-out records: sweep(…, try_={"learning_rate": [1e-4, 3e-4]}).
 
-    Each trial is a run of its own process in a folder of its own. Without try_, three learning rates are tried.
-    resume=True goes on with a sweep that was stopped. All settings: those of train, and trials.
-    Raises BadSettings, BadData or BadModel before the first trial, RunFailed where all trials failed, Stopped.
+    Each trial is a run in its own process and folder. Without try_, three learning rates are tried. resume=True
+    continues a stopped sweep. All settings: those of train, and trials.
+    Raises BadSettings, BadData or BadModel before the first trial, RunFailed if all trials failed, Stopped.
     """
     paths = {"model_path": model_path, "dataset_path": dataset_path, "output_dir": output_dir, "try_": try_}
     console = Console(speaks=verbose)
@@ -177,10 +178,10 @@ def load(
     verbose: bool = False,
     **settings: Any,
 ) -> "TunedModel":
-    """Load a run's adapter on its base, or a merged model, as one that answers: load("out").chat("Hello").
+    """Load a run's adapter on its base, or a merged model, ready to answer: load("out").chat("Hello").
 
-    system      a system text, in place of the instruction that the training records shared
-    other_base  accept a base whose weights are not those that the adapter was trained on
+    system      a system text, used in place of the instruction that the training records share
+    other_base  accept a base with other weights than those that the adapter was trained on
     Other settings: model_path, dtype, quantize, stored_base, device_map, trust_remote_code.
     Raises BadSettings or BadModel.
     """
@@ -197,7 +198,7 @@ def load(
 def inspect(
     dataset_path: Paths, model_path: str | os.PathLike[str], *, verbose: bool = False, **settings: Any
 ) -> Inspection:
-    """Read records as a run would, with a model's tokenizer, and tell what is learned and what is wrong with them.
+    """Read records as a run would, with a model's tokenizer; return what is learned and which problems there are.
 
     Raises BadSettings, or BadData for a file that cannot be read. verbose prints the report of `atomtune inspect`.
     """
@@ -217,9 +218,9 @@ def inspect(
 
 
 def evaluate(adapter_path: Paths = (), *, verbose: bool = False, **settings: Any) -> Evaluation:
-    """Compare base and tuned on records that were not learned: those of dataset_path, else what the run held out.
+    """Compare base and tuned models on records that were not trained on: dataset_path, else the run's held-out records.
 
-    With output_dir, report.html, report.md and report.json are written there; without it, nothing is.
+    With output_dir, report.html, report.md and report.json are written there; otherwise nothing is written.
     Raises BadSettings, BadData or BadModel.
     """
     console = Console(speaks=verbose)
@@ -246,7 +247,7 @@ def evaluate(adapter_path: Paths = (), *, verbose: bool = False, **settings: Any
 
 
 def _with_settings(function: Callable[..., Any], groups: Iterable[type[Any]]) -> None:
-    """Show every setting in the function's signature, for help() and the Tab key; types and defaults are the flags'."""
+    """Add all settings to the function's signature, with types and defaults, for help() and the Tab key."""
     signature = signatures.signature(function)
     parameters = dict(signature.parameters)
     rest = parameters.pop("settings")
@@ -256,13 +257,13 @@ def _with_settings(function: Callable[..., Any], groups: Iterable[type[Any]]) ->
                 parameters[field.name] = signatures.Parameter(
                     field.name, signatures.Parameter.KEYWORD_ONLY, default=_default(field), annotation=field.type
                 )
-    if function in (train, sweep):  # any setting of transformers.TrainingArguments besides
+    if function in (train, sweep):  # these also take any setting of transformers.TrainingArguments
         parameters["settings"] = rest
     function.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
 
 
 def _default(field: Any) -> Any:
-    """The setting's default; None for one that must be given, which the function checks itself."""
+    """A setting's default; None for a required one, which the function checks itself."""
     info = field.default
     if getattr(info, "default_factory", None) is not None:
         return info.default_factory()

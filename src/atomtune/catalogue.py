@@ -1,14 +1,14 @@
-"""Catalogue: the translations of one language, found by the English text.
+"""Catalogue: the translations into one language, looked up by the English text.
 
-The source's f-strings are the keys of `locale/zh.json`, and a finished sentence is looked up so:
+The f-strings of the source are the keys of `locale/zh.json`. A finished sentence is translated like this:
 
     f"{count:,} records are held out."            in the source
-    "{count} records are held out."               the key; `python -m tools.messages` lists those that are missing
+    "{count} records are held out."               the key; `python -m tools.messages` lists missing ones
     "留出 {count} 条记录。"                        its Chinese
     "12 records are held out." → "留出 12 条记录。"
 
-Law: what is filled in stays as it is, be it a path, a record or a library's words. Only where the Chinese writes
-`{reason!m}` is it a message of ours, and is looked up in turn.
+Law: values in a sentence stay as they are, for example a path, a record or a library's message. Only if the Chinese
+has `{reason!m}`, the value is a message of ours and is translated too.
 """
 
 import functools
@@ -17,25 +17,25 @@ import re
 from collections.abc import Mapping, Sequence
 from string import Formatter
 
-#: A key with fewer letters of its own, as `{steps} of {total}`, is looked for only inside a message of ours.
+#: Keys with fewer letters, for example `{steps} of {total}`, are tried only for texts that are known to be ours.
 _FEWEST_LETTERS = 8
-#: Where one text may be several messages.
+#: Where a text may consist of several messages.
 _SENTENCE_END = re.compile(r"(?<=[.?!:;)…]) +(?=\S)")
-#: What a short key is not filled with, lest it fits where others should.
+#: What a value of a short key must not contain, or the key would match texts of other keys.
 _SEVERAL = re.compile(r"[.?!:;,)…] +\S")
-#: The dashes of a setting, which is said without them of a YAML file.
+#: The dashes of a flag, which are left out in messages about a YAML file.
 _FLAG = re.compile(r"(?<![\w-])--(?=[a-z])", re.ASCII)
-#: A line about a record: where it is, and what is wrong with it; the command stands before the first one.
+#: A line about a record: its place and its problem; before the first one comes the command.
 _ABOUT_A_RECORD = re.compile(r"(atomtune \w+: )?(\S+:\d+  )(.+)\.")
 _LINES_ABOUT_RECORDS = re.compile(_ABOUT_A_RECORD.pattern + r"\n")
 _FULL_WIDTH_END = tuple("。；：，？！）")
-#: Before each line of a list.
+#: Prefix of each line of a list.
 _BULLET = "- "
 LIST_MARKS = {"; ": "；", ": ": "：", ", ": "，", " and ": "和", " or ": "或"}
 
 
 class Template:
-    """One key of a catalogue, `{count} records are held out.`, and how it reads in the other language."""
+    """A key of a catalogue, for example `{count} records are held out.`, and its translation."""
 
     def __init__(self, english: str, translation: str) -> None:
         self.english, self.translation = english, translation
@@ -49,7 +49,7 @@ class Template:
 
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
-        """The key as a pattern."""
+        """The key as a regex with a group for each value."""
         pattern = ""
         parts = [(literal, name) for literal, name, _, _ in Formatter().parse(self.english)]
         for (literal, name), (next_literal, next_name) in itertools.pairwise([*parts, ("", None)]):
@@ -58,15 +58,16 @@ class Template:
                 continue
             has_neighbour = (next_name and not next_literal) or (not literal and pattern)
             anything = ".*?"
-            if name not in self.messages and has_neighbour:  # `{width}{reason}`: what is no message is one word
+            # `{width}{reason}`: a value that is not a message is one word
+            if name not in self.messages and has_neighbour:
                 anything = r"[^\s,;]*"
             elif name in self.messages and (pattern.endswith("\n") or next_literal[:1] in ("", "\n")):
-                anything = "(?s:.*?)"  # has its lines for itself, so it may be several
+                anything = "(?s:.*?)"  # alone on its lines, so it may have several
             pattern += f"(?P={name})" if f"(?P<{name}>" in pattern else f"(?P<{name}>{anything})"
         return re.compile(pattern)
 
     def values_in(self, text: str) -> dict[str, str] | None:
-        """What is filled in where `text` was made from this key; None where it was not."""
+        """The values in `text` if it was made from this key, else None."""
         if self.longest_literal not in text:
             return None
         match = self.pattern.fullmatch(text)
@@ -84,22 +85,22 @@ class Catalogue:
         self.sentences: dict[str, str] = {}
         templates = []
         for english, translation in translations.items():
-            if translation is None:  # stays as it is
+            if translation is None:  # not translated on purpose
                 continue
             if any(name for _, name, _, _ in Formatter().parse(english)):
                 templates.append(Template(english, translation))
             else:
                 self.sentences[english.format()] = translation.format()
                 self.sentences.setdefault(_FLAG.sub("", english.format()), _FLAG.sub("", translation.format()))
-        # `{name}: {problem}` fits nearly everything, so the key with most letters of its own comes first.
+        # `{name}: {problem}` matches nearly everything, so keys with more letters of their own come first.
         templates.sort(key=lambda template: (template.n_letters, template.n_characters), reverse=True)
         self.long_templates = [template for template in templates if not template.is_short]
         self.short_templates = [template for template in templates if template.is_short]
 
     def translated(self, text: str, *, is_ours: bool = False) -> str:
-        """A text in the other language; itself where it is none of our messages.
+        """A text in the other language; unchanged if it is none of our messages.
 
-        is_ours  the text is known to be a message or a list of them: short keys and parts of sentences count too
+        is_ours  the text is known to be a message or a list of them, so short keys and parts of sentences are tried too
         """
         message = text.strip().removeprefix(_BULLET)
         if not message:
@@ -108,13 +109,13 @@ class Catalogue:
         if about_a_record and (reason := self.translated(about_a_record[3], is_ours=True)) != about_a_record[3]:
             command = (about_a_record[1] or "").replace(": ", "：")
             return text.replace(message, f"{command}{about_a_record[2]}{reason}。", 1)
-        if _LINES_ABOUT_RECORDS.match(message):  # the end of a key for one line would take in those below it
+        if _LINES_ABOUT_RECORDS.match(message):  # a key for one line would also match the end of the lines below it
             return text.replace(message, str(self._in_parts(message, is_ours=True)), 1)
         ways = [self._of_a_name, self._one_after_another, self._whole, self._short] if is_ours else [self._whole]
         found = next(filter(None, (way(message) for way in ways)), None)
         result = found or self._in_parts(message, is_ours) or message
         before, _, behind = text.partition(message)
-        # Full-width marks have their space in themselves.
+        # Full-width punctuation includes its own space.
         return before + result + (behind.lstrip(" ") if result.endswith(_FULL_WIDTH_END) else behind)
 
     def _whole(self, message: str) -> str | None:
@@ -124,16 +125,16 @@ class Catalogue:
         return self._filled_first(self.short_templates, message)
 
     def _sentence(self, message: str) -> str | None:
-        """A message that nothing is filled in; a text of a table gets its full stop where it is said."""
+        """A message without values. Texts of tables have no full stop, but get one when they are printed."""
         known = self.sentences.get(message)
         if known is None and (bare := self.sentences.get(message.removesuffix("."))) is not None:
             known = f"{bare}。"
         return known
 
     def _of_a_name(self, message: str) -> str | None:
-        """`run.yaml:3: stage: leave it out: …`, a sentence that is said of a name; None where it is anything else.
+        """`run.yaml:3: stage: leave it out: …`, a sentence after names; None for anything else.
 
-        What stands before it stays as it is, be it a word of ours too (`adapter`).
+        The names stay as they are, even if one of them is a key too (`adapter`).
         """
         for colon in re.finditer(r"(?<=\S): ", message):
             names = message[: colon.start()].split(": ")
@@ -143,9 +144,9 @@ class Catalogue:
         return None
 
     def _one_after_another(self, message: str) -> str | None:
-        """`a; b` where both are messages of ours, which may hold that mark too; None where it is a single one.
+        """`a; b`, where both are messages of ours, which may contain "; " too; None if it is a single message.
 
-        Else the key of the first, `{place} is {value}; expected text`, would be filled with the second.
+        Otherwise the key of the first, `{place} is {value}; expected text`, would match with the second as its value.
         """
         if "; " not in message or self._plain(message) is not None:
             return None
@@ -158,12 +159,12 @@ class Catalogue:
         return None
 
     def _plain(self, message: str) -> str | None:
-        """A message that is filled with no list."""
+        """A message none of whose values is a list."""
         if sentence := self._sentence(message):
             return sentence
         marks = message.count("; ")
         for template in self.long_templates:
-            if template.n_list_marks != marks:  # one of them would be in what is filled in
+            if template.n_list_marks != marks:  # otherwise one of the marks would be part of a value
                 continue
             values = template.values_in(message)
             if values is not None and not any("; " in value for value in values.values()):
@@ -183,12 +184,12 @@ class Catalogue:
             text += literal
             if name:
                 value = self.translated(values[name], is_ours=True) if kind == "m" else values[name]
-                # The space that English has before a message goes, but not that of lines of its own.
+                # Chinese has no space before a message, but line breaks around it stay.
                 text += value if value == values[name] or text.endswith("\n") else value.strip(" ")
         return text
 
     def _in_parts(self, message: str, is_ours: bool) -> str | None:
-        """Lines, sentences, and in a message of ours the members of a list, each for itself."""
+        """The text translated in parts: lines, sentences and, in a message of ours, the items of a list."""
         if "\n" in message:
             return "\n".join(self.translated(line, is_ours=is_ours) for line in message.split("\n"))
         for end in reversed([match.span() for match in _SENTENCE_END.finditer(message)]):

@@ -1,44 +1,44 @@
-"""Choices: the closed lists of names, and limits, that flags, help, pages and code share."""
+"""Choices: closed lists of names, and limits, that flags, help, pages and code share."""
 
 from typing import Literal, get_args
 
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 Quantize = Literal["nf4", "int8"]
-#: How the values of a file are written.
+#: Formats of records in a file.
 FormatName = Literal["alpaca", "sharegpt", "messages", "prompt", "text"]
 FormatChoice = Literal["auto", "alpaca", "sharegpt", "messages", "prompt", "text"]
-#: What becomes of a record that is longer than max_seq_length.
+#: What happens to a record that is longer than max_seq_length.
 Overlength = Literal["shorten", "skip", "error"]
-#: Tokens; --max_seq_length takes no fewer, and no base may bear fewer.
+#: Smallest --max_seq_length in tokens, and the fewest positions that a base must have.
 SHORTEST_RECORD = 8
-#: Above the width of nearly every layer, where a higher rank can learn nothing more; checked in adapter files too.
+#: Largest rank. It is above the width of nearly all layers, and no rank above the width can learn more.
 LARGEST_RANK = 2**16
-#: A difference of losses below this share is taken for noise.
+#: A relative difference of losses below this counts as noise.
 NOISE = 0.02
-#: What a run writes about itself, in its output folder.
+#: The record that a run writes in its output folder.
 RUN_RECORD = "run.json"
-#: What a tokenizer and its chat template lie in, beside a model or an adapter: patterns of names.
+#: Patterns of the files of a tokenizer and its chat template, beside a model or an adapter.
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*"),
     *("*.model", "*.tiktoken", "tekken.json"),
 )
 #: Which answers of a conversation are learned.
 Learn = Literal["all", "last"]
-#: How a batch is laid out: one record a row, end to end, or shared beginnings once.
+#: How a batch is laid out: one record per row, records end to end, or shared beginnings computed once.
 Layout = Literal["padded", "packed", "tree"]
 LayoutChoice = Literal["auto", "tree", "packed", "padded"]
 
-#: What --metric_for_best_model may name, with or without `eval_` before it; lower is better for both.
+#: Valid values of --metric_for_best_model, with or without the prefix `eval_`; lower is better for both.
 METRICS = ("loss", "perplexity")
 ExportTarget = Literal["gguf", "peft"]
-#: Number formats of a GGUF that the converter writes itself.
+#: Number formats of a GGUF that the converter can write.
 GgufFormat = Literal["bf16", "f16", "q8_0", "f32"]
-#: The programs that serve a model.
+#: Programs that serve a model.
 EngineName = Literal["transformers", "vllm", "llama.cpp", "in-process"]
-#: Those that `serve` starts; auto: vllm on a GPU where it is installed, llama.cpp for a GGUF, else transformers.
+#: Programs that `serve` can start; auto: vllm on a GPU if it is installed, llama.cpp for a GGUF, else transformers.
 ServeEngine = Literal["auto", "transformers", "vllm", "llama.cpp"]
 
-#: What the base is called beside adapters that have names.
+#: The name of the base beside named adapters.
 BASE = "base"
 
 #: The built-in chat templates, data/templates/NAME.jinja.
@@ -59,14 +59,14 @@ TEMPLATES = (
     "plain",
 )
 
-#: Names that named no generation → the template they always meant.
+#: Old names without a generation → the template they always meant.
 RENAMED_TEMPLATES = {"qwen": "qwen3"}
-#: Names of several formats → those to choose from, each with the models that speak it.
+#: Names that several formats have → the templates to choose from, with their models.
 SPLIT_TEMPLATES = {
     "mistral": "mistral-v1 (7B v0.1 and v0.2, Mixtral 8x7B), mistral-v3 (7B v0.3) or mistral-tekken (Nemo, Ministral)"
 }
 
-#: The checks of `atomtune inspect`, as --fail_on names them; what each counts: inspect/checks.py.
+#: The checks of `atomtune inspect`, as named in --fail_on; what each counts: inspect/checks.py.
 Check = Literal[
     "refused",
     "cut",

@@ -1,5 +1,8 @@
 # PYTHON_ARGCOMPLETE_OK
-"""The commands: read the settings, call a room, print. Rooms are imported inside, so that --help loads no torch."""
+"""CLI: reads the settings, calls a command's module, prints.
+
+Modules are imported late, so that --help loads no torch.
+"""
 
 import atexit
 import contextlib
@@ -25,13 +28,13 @@ from atomtune.console import LastingStream, controls_shown
 from atomtune.errors import AtomtuneError, BadSettings, ExitCode, RunFailed
 from atomtune.language import LANGUAGES, language_of, spoken, translated
 
-#: After so long a signal that nobody heard is sent again.
+#: Seconds after which a signal that could not be handled is sent again.
 _AGAIN_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command: what the overview says of it, and the module whose function of the same name runs it."""
+    """A command: its line in the overview, and the module whose function of the same name runs it."""
 
     summary: str
     module: str
@@ -70,13 +73,13 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; what each means: errors.ExitCode."""
-    if argv is None:  # a process of this command alone
+    """Run one command and return its exit code (errors.ExitCode)."""
+    if argv is None:  # the process runs only this command
         atexit.register(_ignore_signals)
     _fill_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without 灯 or … shows them as \u706f
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show 灯 or … shows \u706f
     words, language = _without_language(sys.argv[1:] if argv is None else argv)
     with _lasting_streams() as output, spoken(language if language in LANGUAGES else "en"):
         if language in LANGUAGES:
@@ -93,22 +96,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fill_closed_streams() -> None:
-    """Open nothing in place of a closed input, output or error (`>&-`): the next file would get its number.
+    """Open /dev/null in place of a closed input, output or error (`>&-`).
 
-    A library that writes to standard error by its number would write into that file. Python has None for such a stream.
+    Otherwise the next file would get its number, and a library that writes to standard error by number would write into
+    that file. Python has None for such a stream.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
         if getattr(sys, name) is None:
-            nothing = Path(os.devnull).open("w" if number else "r", encoding="utf-8")  # noqa: SIM115  # to the end
+            nothing = Path(os.devnull).open("w" if number else "r", encoding="utf-8")  # noqa: SIM115  # stays open
             setattr(sys, name, nothing)
 
 
 def _without_language(argv: Sequence[str]) -> tuple[list[str], str]:
-    """The words without `--language zh`, which every command takes, and the language: that one or the locale's."""
+    """The words without `--language zh`, which all commands accept, and the language: from there or from the locale."""
     words, language = [], language_of()
     rest = iter(argv)
     for word in rest:
@@ -122,7 +126,7 @@ def _without_language(argv: Sequence[str]) -> tuple[list[str], str]:
 
 @contextlib.contextmanager
 def _lasting_streams() -> Iterator[LastingStream | TextIO]:
-    """Standard output and error that no failed write ends the command by; the first of them is handed out."""
+    """Within this context a failed write to standard output or error does not end the command; yields the output."""
     streams = sys.stdout, sys.stderr
     output, errors = (LastingStream(stream) if isinstance(stream, io.TextIOWrapper) else stream for stream in streams)
     sys.stdout, sys.stderr = output, errors
@@ -136,8 +140,8 @@ def _lasting_streams() -> Iterator[LastingStream | TextIO]:
 
 
 def _answer(words: Sequence[str]) -> int:
-    """Run what the command line asks for; its exit code."""
-    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
+    """Run what the command line asks for; returns the exit code."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
         from atomtune.settings.completion import complete
 
         complete({name: command.summary for name, command in COMMANDS.items()})
@@ -166,12 +170,12 @@ def _answer(words: Sequence[str]) -> int:
 
 
 def _exit_code_of(name: str, flags: Sequence[str]) -> int:
-    """Run a command; an error becomes text on standard error and an exit code."""
-    # bitsandbytes complains of missing optional kernels at import, which happens wherever PEFT is imported.
+    """Run a command; an error becomes text on standard error, and an exit code."""
+    # bitsandbytes warns about missing optional kernels whenever it is imported, which PEFT does.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     records_before = logging.getLogRecordFactory()
     logging.setLogRecordFactory(_VisibleRecord)
-    handlers_before = _stop_on_signals()  # until a run installs its own
+    handlers_before = _stop_on_signals()  # until a run installs its own handlers
     hook_before, sys.unraisablehook = sys.unraisablehook, _hear_again(sys.unraisablehook)
     try:
         return _run(name, flags)
@@ -180,7 +184,7 @@ def _exit_code_of(name: str, flags: Sequence[str]) -> int:
     except KeyboardInterrupt:
         _say_error(f"\natomtune {name}: stopped by a signal.")
         return ExitCode.STOPPED
-    except Exception as error:  # noqa: BLE001  # the last line of defence: shown whole, never swallowed
+    except Exception as error:  # noqa: BLE001  # any other error is a bug, and shown in full
         return _unforeseen(name, error)
     finally:
         sys.unraisablehook = hook_before
@@ -190,9 +194,9 @@ def _exit_code_of(name: str, flags: Sequence[str]) -> int:
 
 
 class _VisibleRecord(logging.LogRecord):
-    """What a library logs, which quotes the files it reads: no character of them orders the terminal about."""
+    """Log records of libraries, which may quote files; control characters are shown instead of taking effect."""
 
-    def getMessage(self) -> str:  # as logging calls it
+    def getMessage(self) -> str:  # the name that logging calls
         return controls_shown(super().getMessage())
 
 
@@ -202,7 +206,7 @@ def _told(name: str, error: AtomtuneError) -> int:
 
 
 def _run(name: str, flags: Sequence[str]) -> int:
-    """Read the settings first: a wrong flag is answered before the command's module imports torch."""
+    """Run a command. Its settings are read first, so a wrong flag is reported before the module imports torch."""
     from atomtune.settings.environment import let_waiting_threads_sleep, number_problems, start_problems
 
     let_waiting_threads_sleep()
@@ -216,7 +220,7 @@ def _run(name: str, flags: Sequence[str]) -> int:
 
 
 def _unforeseen(name: str, error: Exception) -> int:
-    """A file's place, a disk, memory or kernels, in a command without words of its own; else a bug, shown whole."""
+    """Report a problem of a path, disk, memory or kernel that the command did not explain; anything else is a bug."""
     from atomtune.disk import disk_failed, place_problem, sharing_problem
     from atomtune.model.failures import of_the_model
 
@@ -243,7 +247,7 @@ def _help(name: str, *, everything: bool) -> str:
 
 
 def _print_help_as_json(name: str | None = None) -> None:
-    """Of one command, or of all."""
+    """Print the help of one command, or of all, as JSON."""
     from atomtune.console import print_json
     from atomtune.settings.help_json import command_values, overview_values
     from atomtune.settings.read import GROUPS
@@ -255,7 +259,7 @@ def _print_help_as_json(name: str | None = None) -> None:
 
 
 def _notice(text: str) -> None:
-    """On standard error, where it is in nobody's way; in a job of several processes by the first alone."""
+    """Print a notice on standard error, and only in the first process of a job."""
     from atomtune.console import Console
     from atomtune.settings.environment import is_first_process
 
@@ -275,9 +279,10 @@ def _say_error(text: str) -> None:
 
 
 def _stop_on_signals() -> dict[int, Any]:
-    """Have the signals that end a process raise KeyboardInterrupt with their name; returns the handlers before.
+    """Make stop signals raise KeyboardInterrupt with their name; returns the handlers before.
 
-    A library in C that is imported makes an ImportError of it, by which a stop looked like a bug: it waits for that.
+    During the import of a C extension, the exception would become an ImportError that looks like a bug, so the signal
+    is sent again later.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -300,13 +305,13 @@ def _stopping_signals() -> Iterator[int]:
 
 
 def _ignore_signals() -> None:
-    """What this command did is done and said; while Python clears away the libraries, a signal would deny it."""
+    """Ignore stop signals while Python unloads the libraries: the command is done and its exit code settled."""
     for number in _stopping_signals():
         signal.signal(number, signal.SIG_IGN)
 
 
 def _imports_extension(frame: FrameType | None) -> bool:
-    """Whether a frame runs inside the import of a library in C."""
+    """Whether a frame is inside the import of a C extension."""
     while frame is not None:
         loads = frame.f_code.co_name in ("create_module", "exec_module")
         if loads and isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
@@ -316,29 +321,30 @@ def _imports_extension(frame: FrameType | None) -> bool:
 
 
 def _send_later(number: int) -> None:
-    """The signal once more, a moment from now."""
+    """Send a signal again a moment later."""
     send = partial(os.kill, os.getpid()) if os.name == "posix" else signal.raise_signal
     threading.Timer(_AGAIN_SECONDS, send, [number]).start()
 
 
 def _hear_again(hook: Callable[[Any], object]) -> Callable[[Any], None]:
-    """A signal that comes while Python frees an object is sent once more.
+    """Send a signal again if it arrived while Python was freeing an object.
 
-    Its KeyboardInterrupt is raised in the object's __del__, where Python prints and forgets it; libraries free
-    thousands of objects while they are imported.
+    Its KeyboardInterrupt is then raised in the object's __del__, where Python only prints it. Libraries free thousands
+    of objects while they are imported.
     """
 
     def unraisable(told: Any) -> None:
         if not isinstance(told.exc_value, KeyboardInterrupt):
             hook(told)
             return
-        _send_later(getattr(signal, str(told.exc_value), signal.SIGINT))  # not here: this too is called by __del__
+        # Not raised here, because this runs inside __del__ too
+        _send_later(getattr(signal, str(told.exc_value), signal.SIGINT))
 
     return unraisable
 
 
 def _say_overview() -> None:
-    """What the commands are, each with its line."""
+    """Print all commands with their lines."""
     from atomtune.console import Console
 
     console = Console()

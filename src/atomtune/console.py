@@ -1,6 +1,6 @@
-"""Console: the one way a command speaks in the terminal, and the bars it draws there.
+"""Console: prints everything that a command shows in the terminal, and draws its bars.
 
-Law: no character of a file, a name or a message gives the terminal an order; it is shown as `\\x1b` instead.
+Law: no control character from a file, a name or a message takes effect in the terminal; it is shown as `\\x1b`.
 """
 
 import contextlib
@@ -22,15 +22,15 @@ from rich.segment import Segment
 
 from atomtune.language import translated
 
-#: What a terminal obeys instead of showing it: C0 and C1 control characters, all but tab and line end, and the marks
-#: that turn the direction of writing or end a line.
+#: Characters that a terminal obeys instead of showing: C0 and C1 control characters except tab and line feed, and marks
+#: that change the direction of writing or end a line.
 _ORDERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _PASSWORD = re.compile(r"(\w:/{1,2})[^\s/@]+@")
-#: A line that is a command of ours; it is left whole, so that it can be copied.
+#: A line that is a command of ours; it is not wrapped, so that it can be copied.
 _COMMAND = re.compile(r"  (atomtune|\S+ -m atomtune) ")
-#: A last column that is narrower than this, in cells, goes on at the left.
+#: A last column with less room than this, in cells, continues at the left.
 _NARROWEST = 20
-#: What a line may end behind: spaces, a word, or one character of Chinese or Japanese with the marks around it.
+#: Units after which a line may end: spaces, a word, or one Chinese or Japanese character with its punctuation.
 _WIDE = "\u2e80-\u9fff\uf900-\ufaff\uff01-\uff60"
 _OPENING, _CLOSING = "（「『《〈【“‘", "）」』》〉】”’、。，；：！？…"
 _WORDS = re.compile(
@@ -39,27 +39,27 @@ _WORDS = re.compile(
 
 
 class Console(rich.console.Console):
-    """What the user reads: plain lines, notices, and rich's tables and bars.
+    """Prints lines, notices, and rich's tables and bars.
 
-    speaks: False on every rank but the first.
-    stderr: True where standard output is the result (`--json`, a chat's answers).
+    speaks: False on all ranks except the first.
+    stderr: True if standard output is for results (`--json`, answers of a chat).
     """
 
     def __init__(self, *, speaks: bool = True, stderr: bool = False) -> None:
         super().__init__(quiet=not speaks, stderr=stderr, highlight=False, markup=False, emoji=False)
-        if self.width < 1:  # COLUMNS=0, as some containers and editors set it: rich would print nothing at all
+        if self.width < 1:  # COLUMNS=0, set by some containers and editors: rich would print nothing
             self.width = shutil.get_terminal_size().columns
         self.notices: list[str] = []
 
     @property
     def draws(self) -> bool:
-        """Whether a line can be drawn over: on a terminal, but not on a plain one (TERM=dumb, as in Emacs)."""
+        """Whether a line can be overwritten: on a terminal, except a plain one (TERM=dumb, for example in Emacs)."""
         return self.is_terminal and not self.is_dumb_terminal
 
     def say(self, text: str, style: str | None = None, *, wrap: bool = True) -> None:
-        """One text in the language that is spoken: `[` begins no markup. On a terminal its lines end at a word's end.
+        """Print a text in the language in use. `[` is not markup; on a terminal, lines are wrapped between words.
 
-        wrap  False leaves a long line to the terminal, so that a command in it can be copied whole
+        wrap  False: the terminal breaks long lines, so that a command in one can be copied
         """
         text = controls_shown(translated(text, is_ours=False))
         if wrap and self.is_terminal:
@@ -68,9 +68,9 @@ class Console(rich.console.Console):
         self.print(text, style=style, soft_wrap=True)
 
     def columns(self, rows: Sequence[Sequence[str]]) -> None:
-        """Rows whose cells stand below each other; on a terminal the last one wraps below itself.
+        """Print rows in aligned columns; on a terminal the last column is wrapped below itself.
 
-        The last cell is a sentence; those before it are names and figures, which stay as they are in any language.
+        The last cell is a sentence. The others are names and figures, which are not translated.
         """
         rows = [[*names, translated(sentence)] for *names, sentence in rows]
         widths = [max(map(cell_len, cells)) for cells in zip(*rows, strict=True)]
@@ -86,19 +86,19 @@ class Console(rich.console.Console):
             self.print(line, soft_wrap=True)
 
     def next_steps(self, commands: Iterable[str]) -> None:
-        """What a user may want to run now: commands on lines of their own, each to be copied as it stands."""
+        """Print commands that the user may want to run next, each on its own line, ready to copy."""
         self.say(translated("\nNext:"))
         self.say("\n".join(f"  {command}" for command in commands), wrap=False)
 
     def notice(self, text: str) -> None:
-        """Something the user should know and need not answer; kept for run.json."""
+        """Print something the user should know; it is also kept for run.json."""
         self.notices.append(text)
         self.say(translated("note: ") + translated(text), style="yellow")
 
     def render(
         self, renderable: rich.console.RenderableType, options: rich.console.ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """All that rich is about to write, cells of tables and bars too, with no order to the terminal but rich's."""
+        """All output of rich, including cells of tables and bars, with control characters shown, except rich's own."""
         for segment in super().render(renderable, options):
             if segment.control or not _ORDERS.search(segment.text):
                 yield segment
@@ -109,27 +109,27 @@ class Console(rich.console.Console):
         return ReadingProgress(self, total_bytes, what)
 
     def on_broken_pipe(self) -> None:
-        """The reader of the output may leave, as `| head` does; the run goes on."""
+        """Print nothing more if the reader of the output is gone, for example after `| head`; the run continues."""
         self.quiet = True
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def program() -> str:
-    """`atomtune`, or how it is called where it is not on the PATH: what is said to do next must work as it stands."""
+    """`atomtune`, or how to call it if it is not on the PATH, so that printed commands work as they are."""
     return "atomtune" if shutil.which("atomtune") else f"{shlex.quote(sys.executable)} -m atomtune"
 
 
 def as_command(words: Iterable[str]) -> str:
-    """The words behind `atomtune` as a command that can be copied."""
+    """The words after `atomtune` as a command that can be copied."""
     return f"{program()} {shlex.join(words)}"
 
 
 class LastingStream:
-    """A standard stream that a command outlives: what cannot be written any more is lost, and is known to be.
+    """A standard stream whose failure does not end the command; output that cannot be written is discarded.
 
-    The reader of a pipe may leave, as `| head` does; the disk under a log may be full. Neither ends a run.
-    error  why it cannot be written; None as long as it can
+    The reader of a pipe may be gone, for example after `| head`, or the disk with a log may be full.
+    error  why it can no longer be written; None while it can
     """
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
@@ -156,51 +156,51 @@ class LastingStream:
                 self._lose(error)
 
     def _lose(self, error: OSError) -> None:
-        """From here on nothing is written; what waits in the buffer goes nowhere, at the interpreter's end too."""
+        """Stop writing, and send what is buffered to /dev/null, also at the interpreter's exit."""
         self.error = error
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.stream.fileno())
         os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "stream":  # asked for before __init__ has set it
+        if name == "stream":  # read before __init__ has set it
             raise AttributeError(name)
         return getattr(self.stream, name)
 
 
 def shortened(text: str, most: int = 200) -> str:
-    """The beginning of a text that only reminds of it."""
+    """The beginning of a text, as a reminder of the whole."""
     return text if len(text) <= most else f"{text[:most]}…"
 
 
 def controls_shown(text: str) -> str:
-    """A text whose control characters are shown, not obeyed: `\\x1b`, `\\u202e`. Tabs and line ends stay."""
+    """A text with control characters made visible: `\\x1b`, `\\u202e`. Tabs and line feeds stay."""
     return _ORDERS.sub(lambda order: order.group().encode("unicode_escape").decode("ascii"), text)
 
 
 def without_passwords(text: str) -> str:
-    """A message whose addresses hold no `user:password@`. Of `https://` a path keeps one slash."""
+    """A message with `user:password@` removed from addresses, also after `https:/`, as pathlib shortens `https://`."""
     return _PASSWORD.sub(r"\1…@", text)
 
 
 def print_json(value: object) -> None:
-    """A command's result, on one line of standard output; what reads it gets the very same value."""
-    # Where the output has no 灯, JSON's own \u706f is written; a stream's way to show it is no JSON.
+    """Print a command's result on one line of standard output, so that a program reads exactly the same value."""
+    # If the output cannot encode 灯, JSON's own \u706f is written; the stream's replacement would not be JSON.
     is_unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
     line = json.dumps(value, ensure_ascii=not is_unicode)
     print(_ORDERS.sub(lambda order: f"\\u{ord(order.group()):04x}", line))
 
 
 def wrapped(line: str, width: int, *, indent: int | None = None, long_words_apart: bool = False) -> str:
-    """A line as several that end at a word's end; indent: of all but the first, where not as that.
+    """A line wrapped between words. indent: of all lines except the first; default: that of the line.
 
-    A word that is longer than a line stays where it is, or with `long_words_apart` begins a line: the terminal breaks
-    it without a line end, so a path or an address can be copied.
+    A word longer than a line stays in its place or, with `long_words_apart`, starts a new line. The terminal breaks it
+    without a line end, so a path or an address can be copied.
     """
     if indent is None:
         indent = min(len(line) - len(line.lstrip(" ")), width // 2)
     lines, current, gap = [], "", ""
-    cells = 0  # that `current` takes
+    cells = 0  # width of `current`
     for word in _WORDS.findall(line):
         if word.isspace():
             gap += word
@@ -213,14 +213,14 @@ def wrapped(line: str, width: int, *, indent: int | None = None, long_words_apar
             current, cells, gap = " " * indent, indent, ""
         current += gap + word
         cells = cells + len(gap) + word_cells
-        if cells > width and not long_words_apart:  # broken by the terminal, and the next word goes on there
+        if cells > width and not long_words_apart:  # the terminal breaks it, and the next word continues there
             cells %= width
         gap = ""
     return "\n".join([*lines, current])
 
 
 class ReadingProgress:
-    """A bar over the bytes of a file."""
+    """A progress bar over the bytes of a file."""
 
     def __init__(self, console: Console, total_bytes: int, what: str) -> None:
         self.progress = progress_bar(console, "{task.fields[rate]}", count=False)
@@ -240,16 +240,16 @@ class ReadingProgress:
         self.progress.update(self.task, advance=n_bytes, rate=f"{self.bytes_read / 1e6 / seconds:.1f} MB/s")
 
 
-#: A terminal with so many columns has room for a long bar and all figures beside it.
+#: A terminal with this many columns has room for a long bar and all figures.
 WIDE = 110
-#: One with fewer has none for a bar: figures come first.
+#: A narrower one has no room for a bar beside the figures.
 NARROW = 64
 
 
 def progress_bar(console: Console, *texts: str, count: bool = True, left: str = "") -> Progress:
-    """A progress bar with the given columns and the time left, gone when it is done; nothing without a terminal.
+    """A progress bar with these columns and the time left. It disappears when done, and needs a terminal.
 
-    left: a column that says the time left, where it is not what the steps so far took on average
+    left: a column with the time left, if that is not estimated from the average step
     """
     draws = console.draws
     bar = [BarColumn(bar_width=28 if console.width >= WIDE else 8)] if console.width >= NARROW else []

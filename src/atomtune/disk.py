@@ -1,4 +1,4 @@
-"""Disk: a file or folder is written whole or not at all, or goes with its process; which errors are the disk's."""
+"""Disk: files and folders written completely or not at all, temporary folders, and which errors are the disk's."""
 
 import contextlib
 import errno
@@ -25,15 +25,15 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-#: The write failed for want of space or of a working disk, not by a bug.
+#: Errors of a write that mean a full or failing disk, not a bug.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE}
-#: What stands at a place, or who may use it, is not what was thought.
+#: Errors that mean a path has another kind of file or other permissions than expected.
 _PLACE_ERRORS = {
     *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP),
     *(errno.ENAMETOOLONG, errno.ETXTBSY, errno.ENXIO, errno.EROFS),
 }
-#: The system's words for what stands against a place or an address, as other languages find them: Python has them in
-#: English in every locale.
+#: Messages of the system about a path or an address, as keys for translations; Python has them in English in every
+#: locale.
 SYSTEM_WORDS = (
     *("No such file or directory", "Not a directory", "Is a directory", "File exists", "Directory not empty"),
     *("Permission denied", "Operation not permitted", "Read-only file system", "Text file busy"),
@@ -41,31 +41,31 @@ SYSTEM_WORDS = (
     *("File name too long", "Too many levels of symbolic links", "No such device or address", "Invalid argument"),
     *("Address already in use", "Cannot assign requested address", "Too many open files", "Bad file descriptor"),
 )
-#: tempfile, where no place takes a file of four bytes.
+#: Message of tempfile if it can write a small file in none of its folders.
 _NO_TEMPORARY_FOLDER = "No usable temporary directory"
-#: The same in the system's words, which is all that a library's own kind of error keeps of them.
+#: Messages of these errors, for libraries whose own errors keep only the text.
 _DISK_WORDS = (
     *(os.strerror(code) for code in _DISK_ERRORS - {errno.EFBIG}),
     _NO_TEMPORARY_FOLDER,
 )
-#: By which processes on Linux hand each other data, and less than which is none; torch's words where it is full.
+#: Folder for shared memory on Linux, the bytes below which it counts as full, and torch's words for that.
 _SHARED, _LEAST_SHARED, _SHARED_WORDS = Path("/dev/shm"), 2**16, "shared memory(shm)"
-#: torch.save closes its archive, finds fewer bytes than it wrote and says only that: no errno, no class of its own.
+#: Messages of torch.save if fewer bytes arrived in the file than it wrote; there is no errno and no class of its own.
 _TORCH_WROTE_LESS = re.compile(r"unexpected pos \d+ vs \d+|file write failed|iostream error")
-#: A run.json that names a million refused records has half of it.
+#: A run.json with a million refused records has half of this size.
 _MOST_BYTES_OF_TEXT = 2**28
-#: The first bytes of the small text that git leaves in place of a large file that was not fetched.
+#: First bytes of the pointer that git-lfs leaves in place of a file that was not fetched.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-#: Behind the name of a file that is being written.
+#: Suffix of a file that is being written.
 _PART = ".part"
-#: In a folder that one process holds.
+#: Lock file in a folder that a process uses.
 _LOCK = ".lock"
-#: In a folder that a command fills: what is not yet finished of it.
+#: Folder with the unfinished files of a command that fills a folder.
 _UNFINISHED = ".unfinished"
 
 
 def disk_failed(error: BaseException) -> bool:
-    """Whether a write failed because of the disk; torch and safetensors, written in C++ and Rust, say so in words."""
+    """Whether a write failed because of the disk; torch and safetensors (C++, Rust) report that only as text."""
     text = str(error)
     number = re.search(r"\(os error (\d+)\)", text)  # safetensors
     code = int(number.group(1)) if number else getattr(error, "errno", None)
@@ -75,12 +75,12 @@ def disk_failed(error: BaseException) -> bool:
 
 
 def is_without_temporary_folder(error: BaseException) -> bool:
-    """Whether that write went to no folder of the user's choice."""
+    """Whether no temporary folder could be written, so that the user's own folders are not the cause."""
     return _NO_TEMPORARY_FOLDER in str(error)
 
 
 def sharing_problem(error: BaseException) -> str:
-    """That processes cannot share memory, where that is why; the system says it as of a full disk, without a name."""
+    """Message if processes cannot share memory, else "". The system reports it like a full disk, without a file."""
     cannot = _SHARED_WORDS in str(error)
     if isinstance(error, OSError) and error.filename is None:
         if _SHARED.is_dir():
@@ -92,7 +92,7 @@ def sharing_problem(error: BaseException) -> str:
 
 
 def no_shared_memory(found: str) -> str:
-    """What is said of it, and what helps."""
+    """The message about that, with a remedy."""
     return (
         f"{_SHARED}, through which processes share memory, is full or cannot be written ({found}).\nFree some of it, "
         "or give the container more: docker run --shm-size=1g."
@@ -100,7 +100,7 @@ def no_shared_memory(found: str) -> str:
 
 
 def place_problem(error: BaseException) -> str:
-    """Why a file cannot be where it was to be read or written, which is the place's fault; "" for any other error."""
+    """Message if a path is the reason why a file cannot be read or written; "" for any other error."""
     if not isinstance(error, OSError) or error.errno not in _PLACE_ERRORS or error.filename is None:
         return ""
     return f"{error.filename}: {error.strerror}."
@@ -108,10 +108,10 @@ def place_problem(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write in, which takes the place of `path` when all of it is on the disk.
+    """Yield a file to write in; at the end it replaces `path`, once all of it is on the disk.
 
-    A reader never sees half a file. A link under either name is replaced, never written through; a folder, a device or
-    a pipe is not: a file in place of /dev/full would be missed by everybody. Raises OSError.
+    So a reader never sees half a file. Symbolic links under either name are replaced, never followed. Raises OSError,
+    also if `path` is a folder, a device or a pipe: replacing /dev/full, for example, would break other programs.
     """
     with contextlib.suppress(FileNotFoundError):
         kind = path.lstat().st_mode
@@ -119,7 +119,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             raise FileExistsError(errno.EEXIST, "something other than a file is there", str(path))
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PART}")
     try:
-        with beside.open("xb") as file:  # x: never through a link that waits under this name
+        with beside.open("xb") as file:  # x: fails if a link with this name exists
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -129,21 +129,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file by a text in UTF-8.
+    """Replace a file with a text in UTF-8.
 
-    What a name has of bytes that are no UTF-8 is written as `\\udcff`, which in JSON and YAML is the same again.
+    Bytes of a file name that are not UTF-8 are written as `\\udcff`, which JSON and YAML read as the same name again.
     """
     with replacing(path) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Replace a file by these values as JSON; JSON has no NaN and no infinity, so these become null."""
+    """Replace a file with these values as JSON; NaN and infinity, which JSON lacks, become null."""
     write_text(path, json.dumps(only_finite(values), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
 
 
 def only_finite(value: Any) -> Any:
-    """The value as JSON can keep it: every number in it that is NaN or infinite is None."""
+    """The value with None in place of every number that is NaN or infinite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -154,15 +154,15 @@ def only_finite(value: Any) -> Any:
 
 
 def sha256_of(path: Path) -> str:
-    """The hash of all bytes of a file."""
+    """The SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def text_of(path: Path) -> str:
-    """A file's text; what is no file is not waited for, as a pipe, nor read for ever, as /dev/zero.
+    """A file's text. Pipes and devices are refused, because reading them may wait forever or never end.
 
-    Raises OSError where it cannot be read, ValueError where it is no UTF-8 or larger than any file of settings.
+    Raises OSError if it cannot be read, ValueError if it is not UTF-8 or is larger than 256 MiB.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -173,7 +173,7 @@ def text_of(path: Path) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A file's JSON object. Raises OSError where it cannot be read, ValueError where it holds anything else."""
+    """A file's JSON object. Raises OSError if it cannot be read, ValueError if it has anything else."""
     try:
         values = json.loads(text_of(path))
     except RecursionError:
@@ -184,7 +184,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def why_unwritable(folder: Path) -> str:
-    """Why nothing can be written in a folder, which may have to be made; "" where it can. Asked before long work."""
+    """Why files cannot be written in a folder, which need not exist yet; "" if they can.
+
+    To be checked before long work.
+    """
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     try:
         with tempfile.TemporaryFile(dir=there):
@@ -195,7 +198,7 @@ def why_unwritable(folder: Path) -> str:
 
 
 def is_free(folder: Path) -> bool:
-    """Whether a command may fill this folder: it is not there, empty, or all that a stopped command left."""
+    """Whether a command may fill this folder: it does not exist, is empty, or has only files of a stopped command."""
     if not folder.exists():
         return not folder.is_symlink()
     return folder.is_dir() and all(path.name == _UNFINISHED for path in folder.iterdir())
@@ -203,11 +206,11 @@ def is_free(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def held(folder: Path, holder: str) -> Iterator[None]:
-    """An output folder, made if need be, in which no other process of ours writes until the block is done.
+    """Within this context no other atomtune process writes in this output folder, which is created if needed.
 
-    holder  what fills it, a run or a sweep
-    One that was made for the block and holds nothing behind it is removed: what was to write there was refused.
-    Raises BadSettings where another process holds it, or it cannot be made or written.
+    holder  what fills the folder, for messages: a run or a sweep
+    If the folder was created here and is still empty at the end, it is removed.
+    Raises BadSettings if another process uses it, or if it cannot be created or written.
     """
     is_new = not folder.exists()
     elsewhere = BadSettings([f"{folder}: another {holder} is already writing here. Pass another --output_dir."])
@@ -221,7 +224,8 @@ def held(folder: Path, holder: str) -> Iterator[None]:
         raise BadSettings([f"--output_dir {folder} cannot be made or written: {error.strerror}."]) from None
     try:
         try:
-            descriptor = _locked(folder)  # too: the file may be removed while a run goes, and made anew
+            # A second lock, because the lock file may be removed and created again during a run
+            descriptor = _locked(folder)
         except BlockingIOError:
             raise elsewhere from None
         ours = identity_of(folder)
@@ -237,24 +241,24 @@ def held(folder: Path, holder: str) -> Iterator[None]:
 
 
 def was_left(folder: Path) -> bool:
-    """Whether what held this folder is gone: nobody holds it now. False where that cannot be told."""
+    """Whether the process that used this folder is gone. False if that cannot be found out."""
     if fcntl is None:
         return False
     try:
         with (folder / _LOCK).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back when the file is closed
-    except OSError:  # held, or never was; some network file systems know no locks
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released when the file is closed
+    except OSError:  # locked, or no lock file; some network file systems have no locks
         return False
     return True
 
 
 @contextlib.contextmanager
 def filled(folder: Path, *, last: str) -> Iterator[Path]:
-    """A place to write a folder's files, which get into the folder when the block is done; none of them before.
+    """Yield a folder to write in; at the end its files move to `folder`, not before.
 
-    It lies inside the folder, which may be a disk of its own. What a killed process left there is removed.
-    last  the file by which others tell that the folder is whole
-    Raises BlockingIOError where another process fills the folder now.
+    It lies inside `folder`, which may be a separate disk. Files that a killed process left there are removed.
+    last  the file that shows others that the folder is complete; it is moved last
+    Raises BlockingIOError if another process is filling the folder.
     """
     is_new = not folder.exists()
     staging = folder / _UNFINISHED
@@ -267,14 +271,14 @@ def filled(folder: Path, *, last: str) -> Iterator[Path]:
     finally:
         remove_tree(staging)
         if is_new:
-            with contextlib.suppress(OSError):  # it holds what was written
+            with contextlib.suppress(OSError):  # not empty: the files were written
                 folder.rmdir()
         if lock is not None:
             os.close(lock)
 
 
 def _locked(folder: Path) -> int | None:
-    """The folder held against other processes, as an open descriptor; None where the system cannot."""
+    """Lock a folder against other processes; returns its descriptor, or None if the system cannot lock folders."""
     if fcntl is None:
         return None
     opened = os.open(folder, os.O_RDONLY)
@@ -289,9 +293,9 @@ def _locked(folder: Path) -> int | None:
 
 
 class TemporaryFolder:
-    """A folder that goes with this process, by `remove` or at its end; a killed one's goes when the next is made.
+    """A temporary folder, removed by `remove` or at exit; that of a killed process is removed when the next is created.
 
-    kind  how its name begins, which is all that those of one use have in common
+    kind  beginning of its name, the same for all folders of one use
     """
 
     def __init__(self, kind: str) -> None:
@@ -301,7 +305,7 @@ class TemporaryFolder:
             pass
 
     def _is_made(self, kind: str) -> bool:
-        """Make it and hold it; False where another process took it for an orphan in the moment between."""
+        """Create and lock the folder; False if another process mistook it for an orphan in between."""
         self._folder = tempfile.TemporaryDirectory(prefix=kind, ignore_cleanup_errors=True)
         self.path = Path(self._folder.name)
         try:
@@ -321,11 +325,11 @@ class TemporaryFolder:
 
 
 def _remove_orphans(kind: str) -> None:
-    """Remove this user's temporary folders of a kind that no process holds; the system frees those of a killed one."""
+    """Remove this user's temporary folders of a kind that no process has locked; a killed process loses its locks."""
     if fcntl is None:
         return
     for folder in Path(tempfile.gettempdir()).glob(f"{kind}*"):
-        with contextlib.suppress(OSError):  # another's, held, or gone meanwhile
+        with contextlib.suppress(OSError):  # another user's, locked, or already gone
             status = folder.lstat()
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
                 continue
@@ -338,7 +342,7 @@ def _remove_orphans(kind: str) -> None:
 
 
 def publish(staging: Path, folder: Path, *, last: str) -> None:
-    """Move the files of a staged folder into another, each in one rename; `last` is the one that others wait for."""
+    """Move the files of a staged folder into another one, each with a rename. Others wait for `last`, so it is last."""
     open_to_umask(staging)
     sync_tree(staging)
     files = sorted(file for file in staging.rglob("*") if file.is_file())
@@ -359,12 +363,12 @@ def numbered(path: Path) -> Path:
 
 
 def expanded(path: str) -> Path:
-    """The path with `~` as a user's home; pathlib's own way raises RuntimeError where there is no such user."""
+    """The path with `~` expanded; pathlib's own method raises RuntimeError if there is no such user."""
     return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def identity_of(folder: Path) -> tuple[int, int] | None:
-    """Which folder stands under this name: another one has another pair of numbers; None where there is none."""
+    """(device, inode) of a folder, which differ if another folder replaces it; None if there is none."""
     try:
         status = folder.stat()
     except OSError:
@@ -373,8 +377,8 @@ def identity_of(folder: Path) -> tuple[int, int] | None:
 
 
 def open_to_umask(folder: Path) -> None:
-    """Give every file the mode of an ordinary new one; safetensors makes its files readable for their owner alone."""
-    mask = os.umask(0o077)  # the mask can only be read by setting another
+    """Give every file the permissions of an ordinary new file; safetensors lets only the owner read its files."""
+    mask = os.umask(0o077)  # the mask can only be read by setting another one
     os.umask(mask)
     for file in folder.rglob("*"):
         if file.is_file() and not file.is_symlink():
@@ -382,13 +386,13 @@ def open_to_umask(folder: Path) -> None:
 
 
 def new_folder(path: Path) -> None:
-    """An empty folder of its own under this name, whatever stood there before."""
+    """Create an empty folder, and remove whatever had this name before."""
     remove_tree(path)
     path.mkdir(parents=True)
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder as far as that goes; of a link only the link, never what it leads to."""
+    """Remove a folder as far as possible; of a symbolic link only the link itself."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     else:
@@ -396,13 +400,13 @@ def remove_tree(path: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what killed processes were writing beside its name; for the only one who writes in this folder."""
+    """Remove partly written files of killed processes. Call it only if no other process writes in this folder."""
     for part in folder.glob(f".*{_PART}"):
         remove_tree(part)
 
 
 def sync(path: Path) -> None:
-    """Bring a file or a folder's list of names to the disk; Windows opens no folders."""
+    """Sync a file, or a folder's list of names, to the disk. Windows cannot open folders."""
     if os.name == "nt" and path.is_dir():
         return
     opened = os.open(path, os.O_RDONLY)
@@ -413,6 +417,6 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Bring a folder and all in it to the disk."""
+    """Sync a folder and everything in it to the disk."""
     for path in (*folder.rglob("*"), folder):
         sync(path)

@@ -1,7 +1,7 @@
-"""Errors: one small tree, and what a process ends with; only the CLI turns an error into text and an exit code.
+"""Errors: a small class tree and the exit codes; only the CLI turns an error into text and an exit code.
 
-A message says where, what was found, what was expected, what to do. All problems of one kind come in one error,
-so that a user mends a file or a command once.
+A message says where the problem is, what was found, what was expected, and what to do. One error reports all problems
+of a kind, so that a user corrects a file or a command only once.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ SHOWN = 20
 
 
 class ExitCode(IntEnum):
-    """What a process ends with. Scripts and job schedulers rely on these numbers."""
+    """Exit codes. Scripts and job schedulers rely on these numbers."""
 
     DONE = 0
     BUG = 1
     USER_MISTAKE = 2
     RUN_FAILED = 3
     CHECK_FAILED = 4
-    STOPPED = 75  # EX_TEMPFAIL of sysexits.h: schedulers start such a job again
+    STOPPED = 75  # EX_TEMPFAIL in sysexits.h: schedulers start such a job again
 
 
 #: For `--help` and the guide.
@@ -33,28 +33,28 @@ EXIT_CODE_MEANINGS = {
 
 
 def listing(lines: Sequence[str], shown: int = SHOWN, *, unlisted: int = 0) -> str:
-    """Join problem lines, the first `shown` of them, and say how many more there are.
+    """Join the first `shown` lines, and say how many more problems there are.
 
-    unlisted  how many problems have no line here
+    unlisted  further problems that have no line here
     """
     rest = max(len(lines) - shown, 0) + unlisted
     return "\n".join([*lines[:shown], *([f"… and {rest:,} more."] if rest else [])])
 
 
 class AtomtuneError(Exception):
-    """Base of all errors that are answered without a traceback."""
+    """Base of all errors that are reported without a traceback."""
 
     exit_code = ExitCode.BUG
 
 
 class UserError(AtomtuneError):
-    """The user can mend it: a wrong flag, a broken file, a missing model."""
+    """An error that the user can correct: a wrong flag, a broken file, a missing model."""
 
     exit_code = ExitCode.USER_MISTAKE
 
 
 class BadSettings(UserError):
-    """Settings that are unknown, of a wrong kind or out of range: all of them at once."""
+    """Settings that are unknown, of a wrong type or out of range; all problems at once."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__(listing(problems))
@@ -75,7 +75,7 @@ class RunFailed(AtomtuneError):
 
 
 class CheckFailed(AtomtuneError):
-    """A check that was asked for did not hold."""
+    """A check that the user asked for failed."""
 
     exit_code = ExitCode.CHECK_FAILED
 

@@ -1,4 +1,4 @@
-"""Extras: the packages that only some commands need, and the command that installs them."""
+"""Extras: packages that only some commands need, and the command that installs them."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from atomtune.errors import BadSettings
 
 
 def refuse_missing(modules: Sequence[str], *, extra: str, what: str, otherwise: str = "") -> None:
-    """Raise BadSettings where a module that `what` needs is not installed.
+    """Raise BadSettings if a module that `what` needs is not installed.
 
-    extra      the list in pyproject.toml that names its package
-    otherwise  the way without it, as `--no_generate`
+    extra      the list in pyproject.toml with its package
+    otherwise  a flag that makes it unnecessary, for example `--no_generate`
     """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
@@ -22,7 +22,7 @@ def refuse_missing(modules: Sequence[str], *, extra: str, what: str, otherwise: 
 
 
 def install_command(extra: str) -> str:
-    """Names the packages themselves: `atomtune[extra]` would be looked for where atomtune may not be published."""
+    """The command that installs an extra's packages, by their own names: atomtune itself may not be on the index."""
     try:
         requirements = requires("atomtune") or []
     except PackageNotFoundError:  # run from its source, not installed

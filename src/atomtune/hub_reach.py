@@ -1,4 +1,4 @@
-"""Hub reach: whether the hub can be asked at all, found out once; without it the library would retry for 46 seconds."""
+"""Hub reach: checks once whether the hub can be reached; if not, the library would retry for 46 seconds."""
 
 import os
 import socket
@@ -10,25 +10,28 @@ from huggingface_hub import constants
 
 #: Seconds to wait for a connection.
 PATIENCE = 5.0
-#: Whether HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) forbids asking, as the user set it.
+#: Whether the user has set HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE).
 OFFLINE_BY_CHOICE = constants.is_offline_mode()
 
 
 def stay_offline_if_unreachable() -> None:
-    """Put the hub's library into its offline mode where no connection comes about: it then reads its cache alone."""
+    """Switch the hub's library to offline mode if the hub cannot be reached; it then reads only its cache."""
     if not constants.is_offline_mode() and not reachable(constants.ENDPOINT):
         constants.HF_HUB_OFFLINE = True
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that this one starts
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for child processes
 
 
 def endpoint_shown() -> str:
-    """The hub's address for a message: what may stand before its name, user:token@, is not said."""
+    """The hub's address for a message, without user:token@."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rpartition("@")[2]
 
 
 @cache
 def reachable(endpoint: str) -> bool:
-    """Whether a connection to this address can be opened. Behind a proxy only the proxy knows, so that is a yes."""
+    """Whether a connection to this address can be opened.
+
+    Behind a proxy that cannot be checked, so the answer is True.
+    """
     parts = urlsplit(endpoint)
     if not parts.hostname:
         return True

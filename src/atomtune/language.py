@@ -1,8 +1,8 @@
-"""Language: what the console says, in English or in the language that is spoken.
+"""Language: translates what the console prints into the language in use.
 
-The source speaks English alone, and a finished sentence is looked up in a catalogue (catalogue.py). English itself
-needs one thing: the source writes every count as several, and `singular` mends `1 records are`.
-Files, `--json` and errors in programs stay English.
+The source is in English, and a finished sentence is translated with a catalogue (catalogue.py). In English, counts are
+written in the plural, and `singular` corrects `1 records are`.
+Files, `--json` and the errors of the API stay English.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from atomtune.catalogue import LIST_MARKS, Catalogue
 LANGUAGES = ("en", "zh")
 FOLDER = Path(__file__).parent / "locale"
 
-#: What is counted, and what is said of it: `1 other tensors are`. A file's name, `1 records.txt`, is neither.
+#: Nouns with counts and the verbs after them: `1 other tensors are`. A file name, `1 records.txt`, does not match.
 _NOUNS = (
     "adapters answers batches bytes calls cells characters columns conversations copies epochs examples files GPUs "
     "groups hours labels layers lines matrices minutes models numbers parameters places positions processes prompts "
@@ -33,7 +33,7 @@ _VERBS = {"are": "is", "were": "was", "have": "has", "do": "does"}
 
 
 def singular(text: str) -> str:
-    """English with a count of one as it should be: `1 records are held out` → `1 record is held out`."""
+    """English with counts of one corrected: `1 records are held out` → `1 record is held out`."""
 
     def mended(match: re.Match[str]) -> str:
         adjective, noun, verb = match.groups()
@@ -43,28 +43,28 @@ def singular(text: str) -> str:
     return _ONE_OF_A_KIND.sub(mended, text)
 
 
-_language = "en"  # that is spoken
+_language = "en"  # the language in use
 
 
 def translated(text: str, *, is_ours: bool = True) -> str:
-    """A text in the language that is spoken; is_ours: False where it may hold another's words."""
+    """A text in the language in use. is_ours: False if it may contain other programs' words."""
     return singular(text) if _language == "en" else catalogue(_language).translated(text, is_ours=is_ours)
 
 
 def listed(parts: Iterable[str]) -> str:
-    """Texts in the language that is spoken, one behind the other."""
+    """Texts joined by commas of the language in use."""
     return (", " if _language == "en" else LIST_MARKS[", "]).join(parts)
 
 
 def message(text: str) -> str:
-    """The text as it is; marks a single word of the source as one that `translated` gets later."""
+    """The text itself; marks a word in the source that is translated later, for tools.messages."""
     return text
 
 
 @contextlib.contextmanager
 def spoken(language: str) -> Iterator[None]:
-    """Have `translated` give this language."""
-    global _language  # noqa: PLW0603  # one process speaks one language
+    """Within this context, `translated` returns this language."""
+    global _language  # noqa: PLW0603  # one process uses one language at a time
     before, _language = _language, language
     try:
         yield
@@ -77,7 +77,7 @@ def language_spoken() -> str:
 
 
 def in_chinese(text: str) -> str:
-    """A message of ours, whatever language is spoken, for a page that holds both."""
+    """A message of ours in Chinese, for a page with both languages."""
     return catalogue("zh").translated(text, is_ours=True)
 
 
@@ -87,7 +87,7 @@ def catalogue(language: str) -> Catalogue:
 
 
 def language_of(environment: Mapping[str, str] = os.environ) -> str:
-    """ATOMTUNE_LANGUAGE, else the locale; English where neither is Chinese."""
+    """The language of ATOMTUNE_LANGUAGE, else of the locale; English unless that is Chinese."""
     for name in ("ATOMTUNE_LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG"):
         if environment.get(name):
             return "zh" if environment[name].lower().startswith("zh") else "en"

@@ -1,10 +1,10 @@
-"""Limits: a stranger's program is run first in a process of its own that may not take long, nor much memory.
+"""Limits: runs untrusted programs first in another process, with limits of time and memory.
 
-Chat templates and the regexes of tokenizers and adapters are such programs: a dozen characters of one can compute for
-years or ask for a terabyte. Nothing inside this process can stop them, least of all what runs in Rust; another process
-can be ended. It is forked, so what it works on need not be sent, and what it says is only where it was.
+Chat templates, and the regexes of tokenizers and adapters, are such programs: a dozen characters can compute for years
+or allocate a terabyte. Within this process nothing can stop them, especially not code in Rust, but another process can
+be killed. It is forked, so that its input need not be sent; it only reports where it is.
 
-Where processes cannot be forked safely (macOS, Windows), nothing is tried beforehand.
+If processes cannot be forked safely (macOS, Windows), nothing is tried.
 """
 
 import faulthandler
@@ -25,7 +25,7 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-#: Of the processor, and by the clock where the processor is shared; and what may be taken beside what there is.
+#: Seconds of processor time, seconds by the clock (for a busy machine), and bytes of additional memory.
 SECONDS, CLOCK_SECONDS, MORE_BYTES = 5, 60, 2 * 10**9
 _DONE = "\0done"
 Cause = Literal["time", "memory", "crash"]
@@ -33,11 +33,11 @@ Cause = Literal["time", "memory", "crash"]
 
 @dataclass(frozen=True)
 class Tripped:
-    """How a trial ended that did not come to its end."""
+    """How a trial that did not finish ended."""
 
     cause: Cause
-    at: str  # what it was at, as it said
-    seconds: int = SECONDS  # what it had
+    at: str  # the place that it reported last
+    seconds: int = SECONDS  # its limit
 
     @property
     def words(self) -> str:
@@ -51,17 +51,17 @@ class Tripped:
 def try_apart(
     work: Callable[[Callable[[str], None]], object], *, seconds: int = SECONDS, each_place: bool = False
 ) -> Tripped | None:
-    """Do the work in a process with limits; None where it ended, by itself or by an exception.
+    """Run `work` in a process with limits; None if it finished, even with an exception.
 
-    work        is handed a function to say where it is; what it returns or raises stays in that process
-    seconds     of the processor
-    each_place  the seconds, and those by the clock, begin anew at each place
+    work        is called with a function that reports its place; its result or exception is discarded
+    seconds     limit of processor time
+    each_place  start both limits of time anew at each place
     """
     if sys.platform != "linux":
         return None
     reader, writer = os.pipe()
     with warnings.catch_warnings():
-        # Python warns of threads whose locks a forked process may find closed: it uses none of theirs.
+        # Python warns that a forked process may wait for locks of other threads; this one uses none of them.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
@@ -77,7 +77,7 @@ def try_apart(
     if output.endswith(_DONE):
         return None
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and used.ru_utime < seconds / 2:
-        return None  # it waited and did not compute: for a lock that a thread held when it was forked, or for its turn
+        return None  # it did not compute: it waited for a thread's lock, or for the processor
     at = output.rpartition("\0")[2]
     if output.endswith("\0memory"):
         return Tripped("memory", output.removesuffix("\0memory").rpartition("\0")[2], seconds)
@@ -87,7 +87,7 @@ def try_apart(
 
 
 def _be_tried(work: Callable[[Callable[[str], None]], object], writer: int, seconds: int, *, each_place: bool) -> None:
-    """In the new process: take the limits, work, and end without whatever a process does in its end."""
+    """In the child process: set the limits, work, and exit without Python's cleanup."""
 
     def say(place: str) -> None:
         os.write(writer, f"\0{place}".encode("utf-8", "backslashreplace"))
@@ -98,7 +98,7 @@ def _be_tried(work: Callable[[Callable[[str], None]], object], writer: int, seco
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
         _silence()
-        # The threads that tokenizers computes with are not forked, and it would wait for them.
+        # tokenizers' threads are not forked, and it would wait for them.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         _limit(resource.RLIMIT_CPU, seconds)
         _limit(resource.RLIMIT_CORE, 0)
@@ -106,7 +106,7 @@ def _be_tried(work: Callable[[Callable[[str], None]], object], writer: int, seco
         work(say)
     except MemoryError:
         say("memory")
-    except BaseException:  # noqa: BLE001  # what it raises here it raises again where somebody answers it
+    except BaseException:  # noqa: BLE001  # the real work, later, raises it again where it is handled
         say("done")
     else:
         say("done")
@@ -115,7 +115,7 @@ def _be_tried(work: Callable[[Callable[[str], None]], object], writer: int, seco
 
 
 def _listen(reader: int, *, each_place: bool) -> str:
-    """All that the process said, until it is done, ends or takes too long by the clock."""
+    """All reports of the child process, until it is done, ends, or exceeds the time by the clock."""
     output = b""
     until = time.monotonic() + CLOCK_SECONDS
     while (left := until - time.monotonic()) > 0:
@@ -134,7 +134,7 @@ def _listen(reader: int, *, each_place: bool) -> str:
 
 
 def _silence() -> None:
-    """Rust writes where it panicked, and Python where it was; the same is said in plain words later."""
+    """Discard output of the child: Rust's panics and Python's tracebacks, which are reported in our words instead."""
     faulthandler.disable()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -142,21 +142,21 @@ def _silence() -> None:
 
 
 def limit_memory(more_bytes: int) -> None:
-    """From now on this process gets so much more memory, and then a MemoryError."""
+    """Limit this process to this much additional memory; beyond that, it gets a MemoryError."""
     try:
         addresses = _address_space()
-    except OSError:  # without /proc nobody knows what it has: any limit might be too low to go on
+    except OSError:  # without /proc the present use is unknown, and any limit might be too low
         return
     _limit(resource.RLIMIT_AS, addresses + more_bytes)
 
 
 def most_memory_held() -> int | None:
-    """The most bytes that this process has held so far; None on Windows."""
+    """Peak memory of this process in bytes; None on Windows."""
     if resource is None:
         return None
     if sys.platform == "darwin":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    try:  # getrusage's figure starts with that of the process that started this one
+    try:  # getrusage's peak begins with that of the parent process
         found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
         found = None
@@ -169,6 +169,6 @@ def _limit(kind: int, most: int) -> None:
 
 
 def _address_space() -> int:
-    """Bytes of addresses in use, most of which no memory stands behind."""
+    """Bytes of virtual addresses in use, most of which are not backed by memory."""
     pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[0]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -1,12 +1,12 @@
-"""Own loop: rows in which shared beginnings stand once, for a training loop that is not atomtune's.
+"""Own loop: rows with shared beginnings, for a training loop other than atomtune's.
 
     sharing = share_prefixes(model)
     for batch in DataLoader(examples, batch_size=16, shuffle=True, collate_fn=sharing.collate):
         loss = sharing.loss(model, batch)
         loss.backward()
 
-Law: loss and gradients are those of a padded batch of the same examples (tests/test_own_loop.py); dropout aside,
-which is drawn once for a shared token.
+Law: loss and gradients equal those of a padded batch of the same examples (tests/test_own_loop.py), except for
+dropout, which is drawn once for a shared token.
 Letters: N targets.
 """
 
@@ -26,15 +26,15 @@ from atomtune.errors import BadData, BadSettings
 from atomtune.model.layout_support import collator_for, why_padded
 from atomtune.model.loss import innermost, target_nats
 
-#: What transformers' losses skip.
+#: The label that transformers' losses ignore.
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class PrefixSharing:
-    """How batches are laid out for one model, and what their loss is.
+    """How batches are laid out for one model, and their loss.
 
-    layout  tree: shared beginnings once; padded where trees would not be exact for this model, for the stated `reason`
+    layout  tree: shared beginnings are computed once; padded: trees would not be exact for this model, see `reason`
     """
 
     layout: Layout
@@ -44,10 +44,10 @@ class PrefixSharing:
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A DataLoader's collate_fn: examples with `input_ids` and `labels` → one batch.
 
-        labels  -100 at each token that is not learned, as transformers has them; without labels all are learned
-        attention_mask  0 at padding, which is taken out
-        seq_lengths  of a row that was packed (TRL), the lengths of its examples, which are laid out one by one again
-        The batch's own `labels` [1 + N] are for the Trainer, which counts the targets of a step by them.
+        labels  -100 for tokens that are not learned, as in transformers; without labels, all tokens are learned
+        attention_mask  0 for padding, which is removed
+        seq_lengths  lengths of the examples in a packed row (TRL), which are laid out separately again
+        The batch has `labels` [1 + N] only for the Trainer, which counts a step's targets by them.
         """
         laid = self.collator(examples)
         learned = laid["target"].repeat_interleave(laid["learn"])
@@ -56,12 +56,12 @@ class PrefixSharing:
     def loss(
         self, model: nn.Module, batch: Mapping[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Mean nats per learned token, of this batch or of all that make a step.
+        """Mean nats per learned token, of this batch or of all batches of a step.
 
-        num_items_in_batch  learned tokens in all batches of the step (the Trainer hands it over); else this batch's.
-            Of several processes whose gradients are averaged it counts all tokens, so their loss is to be multiplied
-            by the number of processes, as the Trainer does with its own.
-        Raises BadSettings where NEFTune's noise would be that of a row and not of each example.
+        num_items_in_batch  learned tokens in all batches of the step (the Trainer passes it); default: this batch's.
+            With several processes whose gradients are averaged, it counts the tokens of all. Then the loss must be
+            multiplied by the number of processes, as the Trainer does with its own.
+        Raises BadSettings if NEFTune's noise would be drawn per row instead of per example.
         """
         embedding = innermost(model).get_input_embeddings()
         if self.layout == "tree" and embedding.training and getattr(embedding, "neftune_noise_alpha", None):
@@ -78,22 +78,22 @@ class PrefixSharing:
 
 
 def share_prefixes(model: nn.Module) -> PrefixSharing:
-    """Prepare a causal LM, with or without PEFT around it, for rows in which shared beginnings stand once.
+    """Prepare a causal LM, with or without PEFT, for rows with shared beginnings.
 
-    A small tree is computed and compared with its records one at a time; only where they are equal is the attention
-    of the model exchanged. Batches without shared rows, and `generate`, go on as before.
+    A small tree is computed and compared with its records one at a time. Only if they are equal is the model's
+    attention replaced. Batches without shared rows, and `generate`, work as before.
     """
     reason = why_padded(model)  # type: ignore[arg-type]
     layout: Layout = "tree" if reason is None else "padded"
     config = innermost(model).config.get_text_config()
-    # Padding is masked by its place, so any token will do.
+    # Padding is masked by position, so any token will do.
     pad_id = getattr(config, "pad_token_id", None) or 0
     collator = collator_for(model, layout, pad_id=pad_id, as_examples=_as_examples)  # type: ignore[arg-type]
     return PrefixSharing(collator.layout, reason, collator)
 
 
 def _as_examples(values: Mapping[str, Any]) -> tuple[Example, ...]:
-    """The examples of one row: itself, or those that were packed into it. Raises BadData where it is no such row."""
+    """The examples of a row: the row itself, or those packed into it. Raises BadData for an invalid row."""
     if "seq_lengths" not in values:
         return (_as_example(values),)
     lengths = [int(length) for length in values["seq_lengths"]]
@@ -110,7 +110,7 @@ def _as_examples(values: Mapping[str, Any]) -> tuple[Example, ...]:
 
 
 def _as_example(values: Mapping[str, Any]) -> Example:
-    """`input_ids` and `labels` as ids and how often each is learned. Raises BadData where they are of no one text."""
+    """Ids and how often each is learned, from `input_ids` and `labels`. Raises BadData if these do not match."""
     ids = [int(token) for token in values["input_ids"]]
     labels = [int(label) for label in values.get("labels", ids)]
     if len(labels) != len(ids):
@@ -126,7 +126,7 @@ def _as_example(values: Mapping[str, Any]) -> Example:
                 f"An example's label at token {len(kept_ids)} is {label}, where input_ids has {token}. "
                 f"Expected {IGNORED} or the same id: labels are not shifted."
             )
-        # Nothing stands before the first token, so nothing predicts it; transformers' shift leaves it out too.
+        # Nothing predicts the first token; transformers' shift leaves it out too.
         learn.append(int(label != IGNORED and len(kept_ids) > 0))
         kept_ids.append(token)
     return Example(tuple(kept_ids), tuple(learn), "own loop")

@@ -1,6 +1,6 @@
-"""Pages: reports as HTML files that open from disk, and pictures of losses; both speak the language of the run.
+"""Pages: reports as HTML files that open from disk, and pictures of losses, in the language of the run.
 
-A page loads nothing and runs no script; texts of records reach it escaped. Its words are messages, as on the console:
+A page loads nothing and runs no script, and texts of records are escaped. Its words are messages, as on the console:
 `{{ t("Records") }}`.
 """
 
@@ -21,10 +21,10 @@ from atomtune.language import language_spoken, message, translated
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Fonts with Chinese letters, by the names that matplotlib finds them under.
+#: Fonts with Chinese characters, by matplotlib's names.
 _CHINESE_FONTS = (
     "Noto Sans CJK SC",
-    "Noto Sans CJK JP",  # the first of the file that holds them all
+    "Noto Sans CJK JP",  # the first font in the file with all of them
     "Source Han Sans SC",
     "Microsoft YaHei",
     "PingFang SC",
@@ -39,9 +39,9 @@ _FLAG = re.compile(r"(?<!\w)(--[a-z]\w*)")
 
 
 def rendered(room: str, template: str, **values: Any) -> str:
-    """A template of a room as HTML."""
+    """A template of a subpackage, rendered as HTML."""
     source = (resources.files(f"atomtune.{room}") / "html" / template).read_text(encoding="utf-8")
-    style = resources.files("atomtune") / "html" / "page.css"  # one look for all pages
+    style = resources.files("atomtune") / "html" / "page.css"  # all pages share one style
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {"t": translated, "language": language_spoken()}
     environment.filters["flags_whole"] = flags_whole
@@ -49,29 +49,30 @@ def rendered(room: str, template: str, **values: Any) -> str:
 
 
 def flags_whole(text: str) -> Markup:
-    """A text with each `--flag` as code, which no line end cuts: a browser breaks a line behind a hyphen."""
+    """A text with each `--flag` as code, which is not broken across lines; browsers break lines after a hyphen."""
     return Markup(_FLAG.sub(r"<code>\1</code>", str(escape(text))))
 
 
 @contextlib.contextmanager
 def picture(path: Path, *, loss: str, title: str = "") -> Iterator["Axes"]:
-    """Axes of losses by step, to draw curves on; they are written to `path` at the end. loss: what its axis says."""
+    """Yield axes for curves of losses by step, and save them to `path`. loss: label of the vertical axis."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    # A name with two dollar signs is no formula.
+    # A name with two dollar signs is not a formula.
     settings = {"font.family": ["DejaVu Sans", *_chinese_fonts()], "text.parse_math": False}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a title may be in any script
-        # Small, so that its letters are large on a phone; not pyplot's: a notebook's own pictures stay as they are.
+        # Small, so that its letters are readable on a phone. pyplot is not used, so that a notebook's figures do not
+        # change.
         figure = Figure(figsize=(5.6, 3.6), dpi=150)
         axes = figure.subplots()
         yield axes
         axes.set_xlabel(label(message("step")))
         axes.xaxis.set_major_locator(
             MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
-        )  # there is no step 2.5
+        )  # no ticks at fractions of a step
         axes.set_ylabel(label(loss))
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
@@ -83,7 +84,7 @@ def picture(path: Path, *, loss: str, title: str = "") -> Iterator["Axes"]:
 
 
 def label(text: str) -> str:
-    """A message in the language that is spoken, where this machine has letters to draw it with; else in English."""
+    """A message in the language in use if this machine has a font for it, else in English."""
     return translated(text) if _chinese_fonts() else text
 
 

@@ -1,19 +1,19 @@
-"""Process: a process that was started from here ends with this one, killed or not."""
+"""Process: makes a child process end with this one, even if this one is killed."""
 
 import ctypes
 import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
-#: Looked up before any fork: that takes the loader's lock, which another thread may hold when a process is forked.
+#: Looked up before any fork, because that needs the loader's lock, which another thread may hold during a fork.
 _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def _end_with_parent() -> None:
-    """Have the kernel of Linux end this process when its parent is gone. One call and no lock: safe after a fork."""
+    """Make Linux end this process when its parent is gone. It is one call without locks, so it is safe after a fork."""
     assert _prctl is not None
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-#: For `preexec_fn` of subprocess: the only way to end with a parent that is killed. None where only Linux has one.
+#: For `preexec_fn` of subprocess, the only way to end with a parent that is killed. None outside of Linux.
 end_with_parent = _end_with_parent if sys.platform == "linux" else None

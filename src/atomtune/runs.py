@@ -1,4 +1,4 @@
-"""Runs: the runs in a folder, and two or more of them side by side."""
+"""Runs: lists the runs in a folder, and compares two or more of them."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,44 +19,44 @@ from atomtune.model.json_files import checked
 from atomtune.pages import label, picture
 from atomtune.settings.fields import RunsSettings
 
-#: How deep below the folder a run is looked for: runs/day/name.
+#: How many levels below the folder runs are searched: runs/day/name.
 DEPTH = 3
-#: Columns of a line that nobody looks at: more than any row has.
+#: Line width in a pipe, more than any row needs.
 PIPE = 10_000
-#: Rows of the table of losses.
+#: Number of rows in the table of losses.
 STEPS_SHOWN = 8
-#: How a picture's file may end.
+#: Valid suffixes of a picture's file.
 PLOTS = (".png", ".pdf", ".svg", ".jpg")
-#: Settings that tell where a run lies, and so always differ.
+#: Settings with paths and names of runs, which always differ.
 PLACES = ("output_dir", "logging_dir", "run_name")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder and what its run.json says."""
+    """A run's folder and the content of its run.json."""
 
     folder: Path
     values: Mapping[str, Any]
 
     @classmethod
     def of(cls, folder: Path) -> "Run":
-        """Raises BadModel where run.json is not as a run writes it."""
+        """Read a run. Raises BadModel if run.json is invalid."""
         return cls(folder, checked(folder / RUN_RECORD, RunRecordFile).model_dump())
 
     @property
     def status(self) -> str:
-        """How it stands; a killed run leaves `running` behind."""
+        """The run's status; a killed run still has `running` in its file."""
         status = str(self.values.get("status", "?"))
         return message("killed") if status == "running" and was_left(self.folder) else status
 
     @property
     def losses(self) -> dict[int, float | None]:
-        """Step → training loss."""
+        """step → training loss."""
         return {entry["step"]: entry["loss"] for entry in self.values["loss_history"] or []}
 
     @property
     def held_out(self) -> dict[int, float | None]:
-        """Step → loss of the held-out records."""
+        """step → held-out loss."""
         return {entry["step"]: entry["loss"] for entry in self.values["eval_history"] or []}
 
     @property
@@ -64,7 +64,7 @@ class Run:
         return {name: entry["value"] for name, entry in (self.values["settings"] or {}).items()}
 
     def summary(self) -> dict[str, Any]:
-        """What is listed of it."""
+        """The figures of a run in the list."""
         data = self.settings.get("dataset_path") or []
         paths = data if isinstance(data, list) else [data]
         return {
@@ -80,7 +80,7 @@ class Run:
 
 
 def runs(settings: RunsSettings) -> int:
-    """Run `atomtune runs`: one folder is listed; several runs are compared."""
+    """Run `atomtune runs`: list the runs in a folder, or compare several runs."""
     folders = [Path(folder) for folder in settings.folder]
     console = Console(stderr=settings.json)
     if settings.plot and Path(settings.plot).suffix.lower() not in PLOTS:
@@ -101,7 +101,7 @@ def _run_in(folder: Path) -> Run:
 
 
 def find_runs(folder: Path, *, notice: Callable[[str], None]) -> list[Run]:
-    """The runs in a folder and below it, the earliest first; records that are not as a run writes them are named."""
+    """The runs in a folder and below it, the oldest first; an invalid run.json gets a notice."""
     runs: list[Run] = []
     for file in _records_below(folder, DEPTH):
         try:
@@ -114,14 +114,14 @@ def find_runs(folder: Path, *, notice: Callable[[str], None]) -> list[Run]:
 def _records_below(folder: Path, depth: int) -> Iterator[Path]:
     if (folder / RUN_RECORD).is_file():
         yield folder / RUN_RECORD
-        return  # what lies in a run are its checkpoints
+        return  # subfolders of a run are its checkpoints
     if depth == 0:
         return
     for child in sorted(folder.iterdir()):
         if child.is_dir() and not child.is_symlink() and not child.name.startswith("."):
             try:
                 yield from _records_below(child, depth - 1)
-            except OSError:  # closed to us, or removed meanwhile
+            except OSError:  # not readable, or removed meanwhile
                 continue
 
 
@@ -147,14 +147,14 @@ def _list(folder: Path, settings: RunsSettings, console: Console) -> None:
 
 
 def _table(console: Console, *heads: str) -> Table:
-    """A table in which a long name goes on in the next line; as a rule it is cut, and cannot be copied."""
+    """A table in which long names continue in the next line; by default rich cuts them, and they cannot be copied."""
     gap = 2 if console.width >= WIDE else 1
     columns = [Column(head, overflow="fold") for head in heads]
     return Table(*columns, box=None, pad_edge=False, padding=(0, gap, 0, 0))
 
 
 def _print(table: Table, console: Console) -> None:
-    """On a terminal as wide as that; in a pipe each row is one line, for grep and its like."""
+    """Print a table in the terminal's width; in a pipe each row is one line, for grep and similar tools."""
     width = console.width
     if not console.is_terminal:
         console.width = PIPE
@@ -185,7 +185,7 @@ def _compare(compared: Sequence[Run], settings: RunsSettings, console: Console) 
     names = [str(run.folder) for run in compared]
     table = _table(console, translated("setting"), *names)
     for name, values in differing.items():
-        # What a run did not set has the default, which may be the very value that another one set.
+        # A setting that a run did not set has its default, which may equal the value that another run set.
         is_set = [name in run.settings for run in compared]
         table.add_row(
             name, *(_text(value) if told else translated("default") for value, told in zip(values, is_set, strict=True))
@@ -207,7 +207,7 @@ def _compare(compared: Sequence[Run], settings: RunsSettings, console: Console) 
 
 
 def differing_settings(compared: Sequence[Run]) -> dict[str, list[Any]]:
-    """Setting → its value in each run, of the settings that are not the same in all."""
+    """setting → its value in each run, for the settings that differ."""
     names = sorted(set().union(*(run.settings for run in compared)))
     rows = {name: [run.settings.get(name) for run in compared] for name in names if name not in PLACES}
     return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
@@ -216,7 +216,7 @@ def differing_settings(compared: Sequence[Run]) -> dict[str, list[Any]]:
 def _say_losses(
     title: str, losses: Sequence[Mapping[int, float | None]], names: Sequence[str], console: Console
 ) -> None:
-    """The losses of each run at some of the steps that any of them has; nothing where none has any."""
+    """Print the losses of all runs at some of their steps; nothing if there are none."""
     steps = sorted(set().union(*losses))
     if not steps:
         return
@@ -237,7 +237,7 @@ def _draw(compared: Sequence[Run], path: Path) -> None:
 
 
 def draw(compared: Sequence[Run], path: Path) -> None:
-    """The losses of all runs in one picture, of training and of held-out records: a run's two lines have one colour."""
+    """Draw the training and held-out losses of all runs in one picture; a run's two lines have the same colour."""
     with picture(path, loss=message("loss per token (nats)")) as axes:
         for number, run in enumerate(compared):
             colour, name = f"C{number % 10}", printable(run.folder)
@@ -250,5 +250,5 @@ def draw(compared: Sequence[Run], path: Path) -> None:
 
 
 def _with_gaps(losses: Mapping[int, float | None]) -> list[float]:
-    """The losses as a line; one that was not finite is a gap in it."""
+    """The losses as a line; values that were not finite become gaps."""
     return [math.nan if loss is None else loss for loss in losses.values()]

@@ -1,10 +1,10 @@
-"""Shared prefix: how much two sequences begin alike."""
+"""Shared prefix: the length of the common beginning of two sequences."""
 
 from collections.abc import Sequence
 
 
 def shared_length(first: Sequence[object], second: Sequence[object], *, start: int = 0) -> int:
-    """How many items two sequences begin with alike, which are known to agree before `start`."""
+    """How many first items two sequences share; `start` of them are known to be equal."""
     shorter = min(len(first), len(second))
     while start < shorter and first[start] == second[start]:
         start += 1
@@ -12,10 +12,10 @@ def shared_length(first: Sequence[object], second: Sequence[object], *, start: i
 
 
 def shared_characters(first: str, second: str) -> int:
-    """The same for two texts, by halves.
+    """The same for two texts, by bisection.
 
-    Slices of a text are compared as one piece of memory: for 1,500 shared characters of 2,000 that takes 2 µs, and one
-    character after the other 50 to 100. Slices of ids are copied item by item, so for them it saves nothing.
+    Slices of a text are compared as blocks of memory: for 1,500 shared characters of 2,000 that takes 2 µs, character
+    by character 50 to 100 µs. Slices of lists are copied item by item, so for ids it would save nothing.
     """
     low, high = 0, min(len(first), len(second))
     while low < high:

@@ -1,8 +1,8 @@
-"""Verify: the fast path against plain transformers + PEFT, on the user's own model and records.
+"""Verify: compares the fast path with plain transformers + PEFT, on the user's own model and records.
 
-The plain side is dumber than what it checks and shares nothing with it but the weights: one record at a time, all
-its logits, PEFT's own layers, the library's attention. It runs twice, because two right runs differ by rounding, and
-that noise is what the fast path's difference is judged by (model/agreement.py).
+The plain side is simpler than what it checks and shares only the weights with it: one record at a time, all its
+logits, PEFT's own layers, the library's attention. It runs twice, since two correct runs differ by rounding. The fast
+path's difference is judged by that noise (model/agreement.py).
 """
 
 import math
@@ -59,27 +59,27 @@ from atomtune.model.token_rows import refuse_tokens_without_row
 from atomtune.settings.fields import LoraSettings, ModelSettings, RecordSettings, VerifySettings
 from atomtune.settings.spelled import words_of
 
-#: What takes longer is said beforehand.
+#: If it takes longer than this, that is announced.
 LONG_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one side computed: loss in nats per target, log-probability of every target, gradient of every weight."""
+    """What one side computed: loss in nats per target, log-probability of each target, gradient of each weight."""
 
     loss: float
-    log_probabilities: torch.Tensor  # [targets], record after record
+    log_probabilities: torch.Tensor  # [targets], one record after another
     gradients: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The fast path beside the plain one, and both beside the model's own noise."""
+    """The differences between the fast path and the plain one, with the model's own noise."""
 
     layout: Layout
     dtype: torch.dtype
     measures: tuple[Measure, ...]
-    worst_weight: str  # whose gradient differs most
+    worst_weight: str  # the weight whose gradient differs most
     targets: int
     tokens_padded: int
     tokens_computed: int
@@ -89,7 +89,7 @@ class Comparison:
         return all(measure.holds for measure in self.measures)
 
     def figures(self) -> dict[str, Any]:
-        """For run.json."""
+        """Figures for run.json."""
         return {
             "layout": self.layout,
             "dtype": dtype_name(self.dtype),
@@ -100,7 +100,7 @@ class Comparison:
 
 
 def verify(settings: VerifySettings) -> int:
-    """Run `atomtune verify`. Raises CheckFailed (exit code 4) when the two sides differ by more than rounding."""
+    """Run `atomtune verify`. Raises CheckFailed (exit code 4) if the two sides differ by more than rounding."""
     problems = [f"--{name} is needed." for name in ("model_path", "dataset_path") if not getattr(settings, name)]
     if problems:
         raise BadSettings(problems)
@@ -169,7 +169,7 @@ def compare(
     per_batch: int,
     console: Console,
 ) -> Comparison:
-    """Compute the examples by the fast path and twice plainly, one model in memory at a time, at dropout 0."""
+    """Compute the examples by the fast path and twice plainly, with one model in memory at a time, without dropout."""
 
     def load() -> CausalLM:
         return _as_after_training(load_base(BaseSpec(**model.base(), dtype=dtype, device=device)), lora)
@@ -187,8 +187,8 @@ def compare(
     plain = one_at_a_time(model_again, examples)
     console.say("plain again with another attention, to see how much rounding differs …")
     with another_plain_way(model_again):
-        # The library's loss sums the softmax of a whole vocabulary in float32, which rounds more than its attention
-        # does, so the noise is that of both.
+        # The library's loss computes the softmax of the whole vocabulary in float32, which rounds more than its
+        # attention. So the noise includes both.
         again = one_at_a_time(model_again, examples, softmax_dtype=torch.promote_types(dtype, torch.float32))
     return Comparison(
         layout=layout,
@@ -202,15 +202,15 @@ def compare(
 
 
 def _say_how_long(model: CausalLM, examples: Sequence[Example], console: Console) -> None:
-    """Say beforehand how long all records will take, where that is long, by the time that one takes.
+    """Announce how long all records will take if that is long, estimated from the time of one record.
 
-    The time grows with the records, and with the weights of base and adapter: a rank of 65,536 takes a minute even on
-    a base of two small layers.
+    The time grows with the records, and with the weights of base and adapter: a rank of 65,536 takes a minute even on a
+    base with two small layers.
     """
     began = time.perf_counter()
     one_at_a_time(model, examples[:1])
     tokens = sum(len(example.ids) for example in examples)
-    # Each record is computed three times.
+    # All records are computed three times.
     seconds = (time.perf_counter() - began) * 3 * tokens / len(examples[0].ids)
     if seconds >= LONG_SECONDS:
         trainable, total = parameter_counts(model)
@@ -221,7 +221,7 @@ def _say_how_long(model: CausalLM, examples: Sequence[Example], console: Console
 
 
 def _layout(fast: CausalLM, wanted: str) -> Layout:
-    """The layout to verify. Raises BadSettings where --layout names one that is not exact for this model."""
+    """The layout to verify. Raises BadSettings if --layout names one that is not exact for this model."""
     if wanted == "padded":
         return "padded"
     reason = why_padded(fast)
@@ -233,7 +233,7 @@ def _layout(fast: CausalLM, wanted: str) -> Layout:
 
 
 def _as_after_training(base: CausalLM, lora: LoraSettings) -> CausalLM:
-    """The base with an adapter as after some training: a fresh one's B is zero, so A would have no gradient."""
+    """The base with an adapter as after some training: in a new one B is zero, so A would have no gradient."""
     match_targets(base, lora.lora_targets)
     adapted = new_adapter(base, LoraSpec(**{**lora.lora(), "dropout": 0.0}))
     generator = torch.Generator().manual_seed(0)
@@ -241,11 +241,14 @@ def _as_after_training(base: CausalLM, lora: LoraSettings) -> CausalLM:
         if weight.requires_grad:
             scale = weight.shape[-1] ** -0.5 * (1.0 if "lora_A" in name else 0.05)
             weight.data.copy_(torch.randn(weight.shape, generator=generator) * scale)
-    return adapted.eval()  # a base's own dropout would draw differently in rows of another shape
+    return adapted.eval()  # a base's own dropout would draw other numbers in rows of another shape
 
 
 def _measures(ours: Result, plain: Result, again: Result, *, dtype: torch.dtype) -> tuple[Measure, ...]:
-    """What is compared. The loss is a weighted sum of log-probabilities, so their mean noise bounds its own."""
+    """The measures to compare.
+
+    The loss is a weighted mean of log-probabilities, so their mean noise bounds its noise.
+    """
     of_targets = log_probability_measures(
         ours.log_probabilities, plain.log_probabilities, again.log_probabilities, dtype=dtype
     )
@@ -259,7 +262,7 @@ def _measures(ours: Result, plain: Result, again: Result, *, dtype: torch.dtype)
 def one_at_a_time(
     model: CausalLM, examples: Sequence[Example], *, softmax_dtype: torch.dtype = torch.float64
 ) -> Result:
-    """The dumb side: each record alone through the model's own forward; the loss from its logits, in full."""
+    """The plain side: each record alone through the model's own forward, with the loss computed from all its logits."""
     _forget_gradients(model)
     targets = sum(sum(example.learn) for example in examples)
     loss, log_probabilities = 0.0, []
@@ -279,7 +282,7 @@ def one_at_a_time(
 def in_batches(
     model: CausalLM, examples: Sequence[Example], collator: Collator, *, per_batch: int
 ) -> tuple[Result, int]:
-    """The fast side, and the tokens it computed. A target that records share is looked up for each of them."""
+    """The fast side, and the number of tokens it computed. A target that records share is repeated for each of them."""
     _forget_gradients(model)
     targets = sum(sum(example.learn) for example in examples)
     loss, tokens_computed, log_probabilities = 0.0, 0, []
@@ -297,7 +300,7 @@ def in_batches(
 
 
 def _by_record(batch: Any, scores: torch.Tensor, examples: Sequence[Example]) -> list[torch.Tensor]:
-    """Each record's share of a batch's targets, in its order; NaN for a target that the batch does not have."""
+    """Each record's part of a batch's scores, in its order; NaN for a target that the batch lacks."""
     places, by_place = TargetPlaces(batch), scores.tolist()
     log_probabilities = []
     for example in examples:
@@ -312,7 +315,7 @@ def _forget_gradients(model: CausalLM) -> None:
 
 
 def _gradients(model: CausalLM) -> dict[str, torch.Tensor]:
-    """Of every weight that is trained; zero where the loss does not reach it."""
+    """Gradients of all trained weights; zero for weights that the loss does not reach."""
     gradients = {}
     for name, weight in model.named_parameters():
         if weight.requires_grad:
@@ -322,7 +325,7 @@ def _gradients(model: CausalLM) -> dict[str, torch.Tensor]:
 
 
 def say(compared: Comparison, console: Console) -> None:
-    """Print the comparison as a table and a sentence. Raises CheckFailed when it does not hold."""
+    """Print the comparison as a table and a sentence. Raises CheckFailed if it does not hold."""
     dtype = dtype_name(compared.dtype)
     title = f"layout {compared.layout} against one record at a time, {dtype}, {compared.targets:,} targets"
     table = Table(title=translated(title), title_justify="left")

@@ -1,4 +1,4 @@
-"""Certify: the command, and the certificate that export and serve ask for."""
+"""Certify: the command, and the certificate that export and serve use."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -37,13 +37,13 @@ from atomtune.model.load import dtype_name, load_base, load_dequantized, quiet_l
 from atomtune.settings.fields import CertifySettings
 from atomtune.settings.spelled import base_words
 
-#: Records that are read to choose prompts from.
+#: How many records are read at most to choose prompts from.
 LOOKED_AT = 2000
 
 
 @dataclass(frozen=True)
 class TrainedSide:
-    """All that is asked of our side: made once, held against any number of engines."""
+    """The results of our side, computed once and compared with any number of engines."""
 
     template: Template
     expected: list[Expected]
@@ -54,7 +54,7 @@ class TrainedSide:
 
 
 def certify(settings: CertifySettings) -> int:
-    """Run `atomtune certify`. Raises CheckFailed (exit code 4) where an engine does not serve the tuned model."""
+    """Run `atomtune certify`. Raises CheckFailed (exit code 4) if an engine does not serve the tuned model."""
     quiet_libraries()
     console = Console()
     served = Path(settings.served or settings.adapter_path)
@@ -72,20 +72,20 @@ def certify(settings: CertifySettings) -> int:
 
 
 def _command_that_serves(settings: CertifySettings, engine: str) -> str:
-    """`atomtune serve` of what was certified, by the engine that was."""
+    """`atomtune serve` for what was certified, with the same engine."""
     words = ["serve", "--adapter_path", settings.adapter_path, *base_words(settings)]
     if settings.served:
         words += ["--served", settings.served]
-    if engine != "in-process":  # which `serve` does not start
+    if engine != "in-process":  # `serve` cannot start it
         words += ["--engine", engine]
     return as_command(words)
 
 
 def engines_for(served: Path, wanted: Sequence[EngineName], *, setting: str) -> list[EngineName]:
-    """The engines to start: those named, else the one for what is served.
+    """The engines to start: those given, else the one that fits what is served.
 
-    setting  what named it, for errors
-    Raises BadSettings where one cannot serve it or is not installed.
+    setting  the flag that named `served`, for messages
+    Raises BadSettings if an engine cannot serve it or is not installed.
     """
     if not served.exists():
         raise BadSettings([f"{setting} {served}: no such file or folder."])
@@ -114,9 +114,9 @@ def engines_for(served: Path, wanted: Sequence[EngineName], *, setting: str) -> 
 
 
 def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
-    """Load adapter and base, answer the prompts, and let the model go again.
+    """Load adapter and base, answer the prompts, and free the model.
 
-    Raises BadSettings for a whole model, which nothing says the right answers of.
+    Raises BadSettings if adapter_path is a complete model, because there is no adapter to certify it against.
     """
     adapter = Path(settings.adapter_path)
     if (adapter / "config.json").is_file() and not (adapter / ADAPTER_CONFIG).is_file():
@@ -131,7 +131,8 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
         model_path=settings.model_path,
         trust_remote_code=settings.trust_remote_code,
         other_base=settings.other_base,
-        notice=lambda text: None if text in console.notices else console.notice(text),  # export and serve said some
+        # Export and serve may have given some of them before
+        notice=lambda text: None if text in console.notices else console.notice(text),
     )
     max_tokens = max(metadata.max_seq_length, 64)
     records = _records(adapter, template)
@@ -165,8 +166,8 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
 
 
 def _of_today(template: Template, console: Console) -> Template:
-    """The template as an engine renders it: where it writes the date, today's."""
-    today = date.today()  # in local time, as every template's strftime_now
+    """The template as an engine renders it: if it prints the date, with today's."""
+    today = date.today()  # local time, as in every template's strftime_now
     if not template.names_the_day or template.day == today:
         return template
     console.notice(
@@ -177,7 +178,7 @@ def _of_today(template: Template, console: Console) -> Template:
 
 
 def _merged(settings: CertifySettings, metadata: AdapterMetadata) -> AdapterMetadata | None:
-    """What a merge says of the weights it began with, where a merge is served; a GGUF is made as `merge` merges."""
+    """The metadata of the weights that a served merge started from, else None; a GGUF is made from a merge."""
     if settings.served is None or not metadata.quantize:
         return None
     folder = Path(settings.served)
@@ -191,7 +192,7 @@ def _kinds(prompts: Sequence[CertPrompt]) -> str:
 
 
 def _records(adapter: Path, template: Template) -> list[Record]:
-    """The run's held-out records, else those it learned; none where its files are gone or another tool trained it."""
+    """The run's held-out records, else its training records; empty if the files are gone or another tool trained it."""
     run = run_records(adapter)
     if run is None:
         return []
@@ -215,7 +216,7 @@ def _records(adapter: Path, template: Template) -> list[Record]:
 def certify_served(
     side: TrainedSide, served: Path, engine: EngineName, settings: CertifySettings, console: Console
 ) -> Outcome:
-    """Start one engine on what is served, ask it everything, and end it."""
+    """Start an engine on what is served, compare it with our side, and end it."""
     console.say(f"starting {engine} on {served} …")
     dtype = coarser(side.dtype, _stored(served, settings) or side.dtype)
     with start(engine, served, side, settings) as running:
@@ -226,7 +227,7 @@ def certify_served(
 
 
 def _stored(served: Path, settings: CertifySettings) -> str | None:
-    """The number format of a whole model's weights on the disk, to which a merge rounded; None for any other."""
+    """The dtype of a complete model's weights on disk, to which a merge rounded; None for anything else."""
     if not (served / "config.json").is_file() or (served / ADAPTER_CONFIG).is_file():
         return None
     return dtype_name(stored_dtype(str(served), trust_remote_code=settings.trust_remote_code))
@@ -235,9 +236,9 @@ def _stored(served: Path, settings: CertifySettings) -> str | None:
 def certify_together(
     sides: Mapping[Path, TrainedSide], names: Sequence[str], base: str, settings: CertifySettings, console: Console
 ) -> list[Outcome]:
-    """Start one vLLM on all these adapters, as `serve` does, and ask each of them by its name.
+    """Start one vLLM with all these adapters, as `serve` does, and compare each of them by its name.
 
-    sides  adapter's folder → what its training gives; the adapters share base, template and stop tokens
+    sides  adapter folder → results of our side; the adapters share base, template and stop tokens
     """
     console.say(f"starting vllm on {', '.join(map(str, sides))} …")
     first = next(iter(sides.values()))
@@ -262,7 +263,7 @@ def certify_together(
 
 
 def start(engine: EngineName, served: Path, side: TrainedSide, settings: CertifySettings) -> Any:
-    """The engine, to be entered by `with`."""
+    """The engine, to be used in a `with` statement."""
     if engine == "llama.cpp":
         return LlamaCpp(served, context=side.max_tokens + side.max_new_tokens)
     as_written = engine == "transformers"
@@ -290,7 +291,7 @@ def one_line(outcome: Outcome) -> str:
 
 
 def write_certificate(outcomes: Sequence[Outcome], served: Path) -> Path:
-    """certificate.json in what is served, or beside a GGUF; entries of other engines stay."""
+    """Write certificate.json into what is served, or beside a GGUF; entries of other engines are kept."""
     file = _certificate_of(served)
     entries = [outcome.to_json() for outcome in outcomes]
     own = {entry["engine"] for entry in entries}
@@ -312,7 +313,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 
 def refuse_failed(outcomes: Sequence[tuple[Path, Outcome]]) -> None:
-    """Raise CheckFailed with what does not hold of what was served, and the first difference side by side."""
+    """Raise CheckFailed if any outcome has problems, listing them with the first difference side by side."""
     failed = [(served, outcome) for served, outcome in outcomes if outcome.problems()]
     if not failed:
         return

@@ -1,4 +1,4 @@
-"""Comparison: what an engine answers, held against what our side expects."""
+"""Comparison: compares an engine's answers with those of our side."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +14,14 @@ from atomtune.shared_prefix import shared_length
 
 @dataclass(frozen=True)
 class Allowed:
-    """How far the engine's log-probabilities may lie from ours in nats: the mean over all tokens, and a tie's gap."""
+    """Allowed differences from our log-probabilities, in nats: the mean over all tokens, and the gap that is a tie."""
 
     mean: float
     tie: float
     reason: str
 
 
-#: By the number format of what is served.
+#: By the dtype of what is served.
 ALLOWED = {
     "float64": Allowed(1e-4, 1e-3, "float64 keeps 15 digits; the library computes some layers in float32"),
     "float32": Allowed(2e-3, 2e-2, "float32 keeps 7 digits; sums are taken in another order"),
@@ -29,20 +29,20 @@ ALLOWED = {
     "float16": Allowed(0.05, 0.2, "float16 keeps 3 to 4 digits; every layer rounds"),
     "q8_0": Allowed(0.15, 0.6, "q8_0 keeps 8 bits of a weight, scaled by blocks of 32"),
 }
-#: A format that is not listed holds 4 to 6 bits: the engine still must be nearer to the tuned model than to its base.
+#: For formats not listed, of 4 to 6 bits. The engine must still be closer to the tuned model than to its base.
 FEW_BITS = Allowed(0.6, 1.5, "this format keeps 6 bits of a weight or fewer")
-#: What a decoder writes for bytes that are no whole character.
+#: What a decoder writes for bytes that are not a whole character.
 _BROKEN = "\ufffd"
-#: The engine's distance from the tuned model, as a share of its distance from the base: an adapter that is ignored has
-#: all of the second and none of the first.
+#: Largest ratio of the distance from the tuned model to the distance from the base. An engine that ignores the adapter
+#: is at distance zero from the base, but not from the tuned model.
 NEARER = 0.5
-#: Below this mean difference, in nats a token, the adapter does nothing.
+#: With a smaller mean difference from the base, in nats per token, the adapter changes nothing.
 NOTHING = 1e-4
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Where an engine first differs, both sides to be shown beside each other."""
+    """A place where an engine differs, with both sides to show."""
 
     kind: str
     what: str
@@ -52,7 +52,7 @@ class Difference:
 
 @dataclass
 class Outcome:
-    """What one engine did with all prompts."""
+    """The results of one engine with all prompts."""
 
     engine: str
     version: str
@@ -64,7 +64,7 @@ class Outcome:
     differs_from_base: int = 0
     stops: int = 0
     should_stop: int = 0
-    from_tuned: list[float] = field(default_factory=list)  # of every reference token, |engine - ours|
+    from_tuned: list[float] = field(default_factory=list)  # per reference token, |engine - ours|
     from_base: list[float] = field(default_factory=list)
     tuned_from_base: list[float] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Outcome:
         return _mean(self.from_tuned)
 
     def problems(self) -> list[str]:
-        """What does not hold, in sentences."""
+        """Everything that does not agree, as sentences; empty if the engine serves the tuned model."""
         problems: list[str] = []
         if _mean(self.tuned_from_base) < NOTHING:
             problems.append("the adapter changes nothing: tuned and base give the same log-probabilities")
@@ -97,7 +97,7 @@ class Outcome:
         return problems
 
     def to_json(self) -> dict[str, Any]:
-        """One entry of certificate.json; the names up to `holds` are a contract."""
+        """An entry of certificate.json. The keys up to `holds` must not change, because other programs read them."""
         return {
             "engine": self.engine,
             "version": self.version,
@@ -121,23 +121,23 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def coarser(*dtypes: str) -> str:
-    """The number format of these that rounds most."""
+    """The dtype among these that rounds most."""
     return max(dtypes, key=lambda name: ALLOWED.get(name, FEW_BITS).mean)
 
 
 def compare(
     engine: Engine, expected: Sequence[Expected], template: Template, *, dtype: str, max_new_tokens: int
 ) -> Outcome:
-    """Send every prompt to a running engine and hold its answers against ours.
+    """Send every prompt to a running engine and compare its answers with ours.
 
-    dtype  number format of our own side, or of the stored weights; the coarsest of all decides what is allowed
+    dtype  of our side, or of the stored weights; the coarsest dtype of all decides what is allowed
     """
     of_both = coarser(engine.dtype, dtype)
     outcome = Outcome(engine.name, engine.version, of_both, ALLOWED.get(of_both, FEW_BITS))
     for ours in expected:
         prompt = ours.prompt
         outcome.prompts += 1
-        # 1. The prompt: the same ids, rendered and tokenized by the engine, and as many as it says it read.
+        # 1. The prompt: rendered and tokenized by the engine to the same ids, and as many as it reports.
         ids = engine.prompt_ids(prompt.request)
         reply = engine.chat(prompt.request, max_tokens=max_new_tokens)
         if ids == list(prompt.prompt_ids) and reply.prompt_tokens == len(ids):
@@ -153,8 +153,9 @@ def compare(
             outcome.greedy_equal += 1
         else:
             outcome.differences.append(difference)
-        # 4. Its end: an answer that left ours before the end need not stop where ours does. One whose stop token is
-        # the last that the limit allows ends at the limit for some engines, and by itself for others.
+        # 4. Its end. An answer that differs from ours earlier need not stop where ours does. If the stop token is the
+        # last one that the limit allows, some engines report that the limit ended the answer, and others that it
+        # stopped.
         ends_by_itself = ours.stopped and len(ours.greedy_ids) + 1 < max_new_tokens
         if ends_by_itself and reply.text.strip().startswith(ours.greedy_text.strip()):
             outcome.should_stop += 1
@@ -178,7 +179,7 @@ def _distances(scores: Sequence[float], others: Sequence[float]) -> list[float]:
 
 
 def _ids_difference(prompt: CertPrompt, ids: Sequence[int], reply: Reply, tokenizer: Tokenizer) -> Difference:
-    """The first differing id, with some tokens around it."""
+    """The first different id, with some tokens around it."""
     expected = prompt.prompt_ids
     if list(expected) == list(ids):
         return Difference(
@@ -187,7 +188,7 @@ def _ids_difference(prompt: CertPrompt, ids: Sequence[int], reply: Reply, tokeni
             str(len(ids)),
             str(reply.prompt_tokens),
         )
-    place = shared_length(expected, ids)  # where one goes on with the other, the end of the shorter
+    place = shared_length(expected, ids)  # if one continues the other: the end of the shorter one
 
     def around(tokens: Sequence[int]) -> str:
         token = tokens[place] if place < len(tokens) else "nothing"
@@ -198,23 +199,23 @@ def _ids_difference(prompt: CertPrompt, ids: Sequence[int], reply: Reply, tokeni
 
 
 def _same(text: str, other: str) -> bool:
-    """Whether two answers are one; a character that the limit cut in two is written as a mark, or left out."""
+    """Whether two answers are equal; a character cut in two by the limit may be a replacement character or missing."""
     return text.rstrip(_BROKEN).strip() == other.rstrip(_BROKEN).strip()
 
 
 def _text_difference(ours: Expected, reply: Reply, template: Template, allowed: Allowed) -> Difference | None:
-    """The first token at which the engine's greedy answer leaves ours by more than a tie; None where it does not.
+    """The first token at which the engine's greedy answer differs from ours by more than a tie; None if none does.
 
-    The engine answers with text, and the same text can be other tokens. So the fork is looked for in the text.
+    The engine returns text, and the same text may have other tokens, so the fork is searched in the text.
     """
     if _same(reply.text, ours.greedy_text):
         return None
     ids, theirs, tokenizer = ours.greedy_ids, reply.text.strip(), template.tokenizer
     written = [_written(tokenizer, ids[:count]) for count in range(len(ids) + 1)]
-    together = 0  # so many of our tokens, one after the other, are in the engine's text
+    together = 0  # how many of our first tokens are in the engine's text
     while together < len(ids) and theirs.startswith(written[together + 1]):
         together += 1
-    # Tokens that end inside a character add no text: the fork may be at any of them.
+    # A token that ends inside a character adds no whole character, so the fork may be at any of these tokens.
     forks = [step for step in range(together + 1) if written[step] == written[together]]
     if any(_is_tie(tokenizer, ids[:step], theirs, ours.choices[step], allowed.tie) for step in forks):
         return None
@@ -227,7 +228,7 @@ def _text_difference(ours: Expected, reply: Reply, template: Template, allowed: 
 
 
 def _written(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The whole characters of the text that these ids begin an answer with."""
+    """The whole characters of the text of an answer's first ids."""
     return _decoded(tokenizer, ids).rstrip(_BROKEN)
 
 
@@ -236,7 +237,7 @@ def _decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 def _is_tie(tokenizer: Tokenizer, before: Sequence[int], theirs: str, choices: Mapping[int, float], gap: float) -> bool:
-    """Whether the engine's text goes on with one of our likeliest tokens, no more than a gap below the best."""
+    """Whether the engine's text continues with one of our most likely tokens, at most `gap` below the best."""
     text, best = _written(tokenizer, before), max(choices.values())
     for token, log_probability in choices.items():
         if best - log_probability <= gap and _goes_on(text, _decoded(tokenizer, [*before, token]), theirs):
@@ -245,8 +246,8 @@ def _is_tie(tokenizer: Tokenizer, before: Sequence[int], theirs: str, choices: M
 
 
 def _goes_on(text: str, longer: str, theirs: str) -> bool:
-    """Whether `theirs` is `longer`, which is `text` and one token, with or without more behind it."""
-    if longer.endswith(_BROKEN):  # the token ends inside a character: what comes next is no ASCII
+    """Whether `theirs` begins with `longer`, which is `text` and one more token."""
+    if longer.endswith(_BROKEN):  # the token ends inside a character, so the next one is not ASCII
         return theirs.startswith(text) and not theirs[len(text) : len(text) + 1].isascii()
     if longer == text:  # a stop token
         return theirs == text.rstrip()
@@ -254,6 +255,6 @@ def _goes_on(text: str, longer: str, theirs: str) -> bool:
 
 
 def _around(text: str, at: int) -> str:
-    """A part of an answer around the place where two answers part."""
+    """A part of an answer around the place where two answers differ."""
     shown = text[max(at - 20, 0) : at + 30]
     return f"… {shown!r}" if len(text) > at else f"… {shown!r} and stops"

@@ -1,7 +1,7 @@
-"""Prompts: what an engine is asked, of several kinds, from the run's own records where they have them.
+"""Prompts: the prompts for an engine, of several kinds, from the run's own records if they have them.
 
-Kinds: one turn, several turns, a system text, Chinese, tools, and text that looks like a control string and is none.
-Records that hold a real control string are left out: an engine reads it as a control token, training as text.
+Kinds: one turn, several turns, a system text, Chinese, tools, and text that looks like a control string but is not.
+Records with a real control string are left out: an engine reads it as a control token, training as text.
 """
 
 import re
@@ -16,7 +16,7 @@ from atomtune.engines.engine import Request
 from atomtune.errors import BadData
 from atomtune.language import message
 
-#: Prompts of our own, for kinds that the records lack. A role a template has no place for leaves a prompt out.
+#: Our own prompts, for kinds that the records lack. A prompt with a role that the template lacks is left out.
 OWN: tuple[tuple[str, tuple[Message, ...]], ...] = (
     ("one turn", ({"role": "user", "content": "Name a fruit."},)),
     ("Chinese", ({"role": "user", "content": "请用一句话介绍你自己。"},)),
@@ -48,7 +48,7 @@ _LOOK_ALIKE = re.compile(r"<[|｜/]?\w+[|｜]?>|\[/?[A-Z_]{2,}\]")
 
 @dataclass(frozen=True)
 class CertPrompt:
-    """One request, the ids training makes of it, and the record's answer; no answer in a prompt of our own."""
+    """A request, the ids that training makes of it, and the record's answer; our own prompts have no answer."""
 
     kind: str
     request: Request
@@ -58,9 +58,9 @@ class CertPrompt:
 
 
 def choose_prompts(records: Iterable[Record], template: Template, *, count: int, max_tokens: int) -> list[CertPrompt]:
-    """So many prompts: of each kind one where the records have it, then of our own, then what comes.
+    """`count` prompts: one of each kind if the records have it, else our own, then further ones from the records.
 
-    Raises BadData where nothing can be asked.
+    Raises BadData if the template can write none of them.
     """
     candidates = [prompt for record in records for prompt in _of_record(record, template, max_tokens=max_tokens)]
     chosen: list[CertPrompt] = []
@@ -77,7 +77,7 @@ def choose_prompts(records: Iterable[Record], template: Template, *, count: int,
 
 
 def _of_record(record: Record, template: Template, *, max_tokens: int) -> list[CertPrompt]:
-    """The last answer of a record as a request; none where it is too long, no dialogue, or holds control strings."""
+    """The last answer of a record as a request; empty if it is too long, no dialogue, or has control strings."""
     if record.turns[-1].role == "text" or not record.learned:
         return []
     at = record.learned[-1]
@@ -114,7 +114,7 @@ def _own(kind: str, messages: Sequence[Message], template: Template) -> list[Cer
 
 
 def kind_of(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
-    """The rarest thing about a request."""
+    """The rarest kind that fits a request."""
     text = "\n".join(str(message.get("content", "")) for message in messages)
     roles = [message["role"] for message in messages]
     if tools:

@@ -1,4 +1,4 @@
-"""Reference: what our side gives for each prompt, before any engine is started."""
+"""Reference: what our side answers to each prompt, computed before an engine is started."""
 
 import gc
 from collections.abc import Sequence
@@ -15,26 +15,27 @@ from atomtune.model.greedy_batch import generate_answers
 from atomtune.model.load import pad_id_of
 from atomtune.model.surprise import exact
 
-#: How many of the likeliest tokens are kept of each step, to tell a tie.
+#: How many of the most likely tokens are kept per step, to recognise a tie.
 KEPT_CHOICES = 8
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What our side gives for one prompt."""
+    """The results of our side for one prompt."""
 
     prompt: CertPrompt
-    reference_ids: tuple[int, ...]  # the record's answer with its stop token; of a prompt without one, our own answer
+    reference_ids: tuple[int, ...]  # the record's answer with its stop token; without one, our own greedy answer
     tuned: list[float]  # log-probability of each reference token
     base: list[float]
     greedy_ids: tuple[int, ...]
     greedy_text: str
     stopped: bool
-    choices: list[dict[int, float]]  # at each greedy step, and behind the last: likeliest tokens, log-probability
+    # Per greedy step, and after the last: token → log-probability of the most likely ones
+    choices: list[dict[int, float]]
 
 
 def expect(model: Any, prompts: Sequence[CertPrompt], template: Template, *, max_new_tokens: int) -> list[Expected]:
-    """Our side of every prompt; model is a PeftModel, whose adapter can be switched off."""
+    """The results of our side for every prompt; model is a PeftModel, whose adapter can be disabled."""
     return [_expected(model, prompt, template, max_new_tokens=max_new_tokens) for prompt in prompts]
 
 
@@ -53,7 +54,7 @@ def _expected(model: Any, prompt: CertPrompt, template: Template, *, max_new_tok
     tuned = _of_tokens(model, prompt.prompt_ids, reference_ids)
     with answering_as(model, None):
         base = _of_tokens(model, prompt.prompt_ids, reference_ids)
-    # One row a greedy step, and one behind the last: an engine may go on where ours stops.
+    # One row per greedy step, and one after the last, because an engine may continue where our answer stops.
     likeliest = _log_probabilities(model, prompt.prompt_ids, answer.ids).topk(KEPT_CHOICES)  # [A + 1, KEPT_CHOICES]
     choices = []
     for token_ids, scores in zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True):
@@ -70,14 +71,14 @@ def _of_tokens(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> list
 
 @torch.no_grad()
 def _log_probabilities(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
-    """[A + 1, V] log-probabilities at each answer token and, in the last row, behind it."""
+    """[A + 1, V] log-probabilities of each answer token and, in the last row, of the token after them."""
     ids = torch.tensor([[*prompt, *answer]], device=model.device)  # [1, P + A]
     logits = model(input_ids=ids).logits[0, len(prompt) - 1 :]  # [A + 1, V], from the prompt's last token on
     return exact(logits).log_softmax(-1).cpu()
 
 
 def free_memory() -> None:
-    """Give back what a dropped model held, before an engine loads its own."""
+    """Free the memory of a deleted model before an engine loads its own."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Call readers: by which of its readers vLLM finds the calls in an answer, told from how the template writes a call."""
+"""Call readers: which of vLLM's tool-call parsers fits, by how the template writes a call."""
 
 import re
 from collections.abc import Container
@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 
 class _CallReader(NamedTuple):
-    """One of vLLM's readers of calls."""
+    """One of vLLM's tool-call parsers."""
 
     name: str
-    form: str  # a regular expression that fits how a template for it writes the call of f with {"a": 1}
-    needs: str = ""  # a token without which vLLM does not start with it
+    form: str  # regex that matches how its templates write a call of f with {"a": 1}
+    needs: str = ""  # token without which vLLM does not start with this parser
 
 
 _CALL_READERS = (
@@ -28,10 +28,10 @@ _CALL_READERS = (
 
 
 def call_reader(written: str, tokens: Container[str]) -> str | None:
-    """The name of vLLM's reader for calls that are written like this one; None where none is known or can start.
+    """The name of vLLM's parser for calls written like this one; None if none is known, or if it could not start.
 
     written  the turn that calls f with {"a": 1}, as the template writes it
-    tokens   the tokenizer's
+    tokens   vocabulary of the tokenizer
     """
     for reader in _CALL_READERS:
         if re.search(reader.form, written):

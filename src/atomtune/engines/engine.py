@@ -1,4 +1,4 @@
-"""Engine: what is asked of a program that serves a model, and how it is asked."""
+"""Engine: the interface of programs that serve a model, and HTTP requests to them."""
 
 import json
 import urllib.error
@@ -10,47 +10,47 @@ from typing import Any, Protocol
 
 from atomtune.errors import CheckFailed, RunFailed
 
-#: From here on a status says that the server is at fault.
+#: HTTP status codes from this one on are errors of the server.
 _SERVER_ERROR = 500
-#: By which llama.cpp and vLLM refuse an id that their vocabulary does not have.
+#: Parts of the messages with which llama.cpp and vLLM refuse an id outside of their vocabulary.
 _UNKNOWN_TOKENS = ("invalid tokens", "out of vocabulary")
-#: What is said of that, by whichever engine.
+#: The message for that, for all engines.
 OF_ANOTHER_BASE = (
     "The engine does not serve the tuned model: what it serves has no tokens for some ids of the training's prompts, "
     "so it was made of another base.\nPass --served with what `atomtune merge` or `atomtune export` wrote for this "
     "adapter."
 )
-#: One answer of a small model on a slow CPU takes seconds, the first one of a large model minutes.
+#: Seconds to wait for an answer: a small model on a slow CPU needs seconds, a large model minutes for its first one.
 ANSWERS_WITHIN = 600
-#: Asks without a proxy, whatever the environment says (http_proxy): no proxy leads to a server of this machine.
+#: Sends requests without a proxy, even if http_proxy is set: no proxy leads to a server of this machine.
 direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class EngineBroke(RunFailed):
-    """An engine that runs could not answer, by its own fault: its output tells why."""
+    """A running engine failed to answer through its own fault; its output says why."""
 
 
 class UnknownTokens(CheckFailed):
-    """What an engine serves has no tokens for ids of ours, so it is not the model that was trained."""
+    """The served model has no tokens for some of our ids, so it is not the model that was trained."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a chat request holds."""
+    """The content of a chat request."""
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] = ()
-    variables: Mapping[str, Any] = field(default_factory=dict)  # of the chat template, as enable_thinking
+    variables: Mapping[str, Any] = field(default_factory=dict)  # of the chat template, for example enable_thinking
 
     def calls_as_text(self) -> dict[str, str]:
-        """For a server that would take calls out of an answer's text, or refuse tools where it has no reader of calls.
+        """For servers that would parse calls out of an answer's text, or refuse tools because they have no parser.
 
-        The tools stand in the prompt all the same.
+        The tools are still in the prompt.
         """
         return {"tool_choice": "none"} if self.tools else {}
 
     def body(self) -> dict[str, Any]:
-        """As JSON, in the names that OpenAI-compatible servers share."""
+        """The request as JSON, with the names that all OpenAI-compatible servers use."""
         body: dict[str, Any] = {"messages": list(self.messages)}
         if self.tools:
             body["tools"] = list(self.tools)
@@ -61,10 +61,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a chat request is answered with."""
+    """The answer to a chat request."""
 
     text: str
-    stopped: bool  # by itself, not at the limit
+    stopped: bool  # the model ended it, not the limit
     prompt_tokens: int
 
 
@@ -73,29 +73,29 @@ class Engine(Protocol):
 
     name: str
     version: str
-    dtype: str  # number format of the weights it serves: float32, bfloat16, float16, q8_0
+    dtype: str  # of the served weights: float32, bfloat16, float16, q8_0
 
     def __enter__(self) -> "Engine": ...
 
     def __exit__(self, *exc: Any) -> None: ...
 
     def prompt_ids(self, request: Request) -> list[int]:
-        """The ids it makes of a chat request."""
+        """The token ids that the engine makes of a chat request."""
         ...
 
     def log_probabilities(self, prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
-        """Of each answer token behind the prompt and the answer tokens before it."""
+        """Of each answer token, given the prompt and the answer tokens before it."""
         ...
 
     def chat(self, request: Request, *, max_tokens: int) -> Reply:
-        """Its greedy answer, over its OpenAI-compatible endpoint."""
+        """The greedy answer from the OpenAI-compatible endpoint."""
         ...
 
 
 def post(url: str, body: Mapping[str, Any], *, api_key: str | None = None) -> Any:
-    """A JSON request and its JSON answer.
+    """Send a JSON request and return the JSON answer.
 
-    Raises RunFailed with its words, EngineBroke where it is at fault, UnknownTokens where its vocabulary is another.
+    Raises EngineBroke for an error of the server, UnknownTokens if its vocabulary is another one, else RunFailed.
     """
     headers = {"Content-Type": "application/json"}
     if api_key:
@@ -111,14 +111,14 @@ def post(url: str, body: Mapping[str, Any], *, api_key: str | None = None) -> An
         if any(words in said for words in _UNKNOWN_TOKENS):
             raise UnknownTokens(OF_ANOTHER_BASE) from None
         raise RunFailed(f"The engine refused a request ({error.code} at {url}): {said}") from None
-    except (OSError, ValueError, HTTPException) as error:  # of a connection, of JSON, of half an answer
+    except (OSError, ValueError, HTTPException) as error:  # connection errors, invalid JSON, an incomplete answer
         raise RunFailed(f"The engine does not answer at {url}: {error}") from None
 
 
 def chat_reply(url: str, model: str, request: Request, *, max_tokens: int, **more: Any) -> Reply:
     """A greedy answer from any OpenAI-compatible endpoint.
 
-    more  of the request's body, which this engine alone has
+    more  further keys of the request's body, for this engine only
     """
     greedy = {"model": model, "max_tokens": max_tokens, "temperature": 0, "stream": False, **more}
     answer = post(f"{url}/v1/chat/completions", {**request.body(), **greedy})

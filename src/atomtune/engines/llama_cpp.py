@@ -1,4 +1,4 @@
-"""llama.cpp: for a GGUF, through the package xllamacpp, its server in a process of its own."""
+"""llama.cpp: serves a GGUF with the package xllamacpp, in a process of its own."""
 
 import json
 import sys
@@ -12,17 +12,18 @@ from atomtune.engines.server_process import ServerProcess, free_port
 from atomtune.errors import BadModel
 from atomtune.extras import refuse_missing
 
-#: Added to a token's logit so that it is sampled; the log-probability in the answer is that before the addition.
+#: Added to a token's logit to force it. The log-probability in the answer is the one before this is added.
 _FORCED = 1e4
-#: More than any vocabulary holds.
+#: A number larger than any vocabulary.
 _ALL = 1_000_000
 
 
 def command(file: Path, *, host: str, port: int, context: int, variables: Mapping[str, Any] | None = None) -> list[str]:
-    """The words that start it; an API key goes by the environment (ATOMTUNE_API_KEY), which no other user can read.
+    """The command line of the server.
 
-    context    tokens; 0: as the model was trained
-    variables  of the chat template, where a request sets none
+    An API key is passed in the environment variable ATOMTUNE_API_KEY, which other users cannot read.
+    context    in tokens; 0: as the model was trained
+    variables  of the chat template, for requests that set none
     """
     words = [sys.executable, "-m", "atomtune.engines.llama_cpp_server", str(file)]
     words += ["--host", host, "--port", str(port), "--context", str(context)]
@@ -30,17 +31,17 @@ def command(file: Path, *, host: str, port: int, context: int, variables: Mappin
 
 
 def refuse_without_packages() -> None:
-    """Raise BadSettings where xllamacpp is not installed."""
+    """Raise BadSettings if xllamacpp is not installed."""
     refuse_missing(["xllamacpp"], extra="gguf", what="llama.cpp")
 
 
 def weights_format(file: Path) -> str:
-    """The number format of a GGUF's matrices, from the file itself: bf16, f16, q8_0, …"""
+    """The most common format of a GGUF's matrices, read from the file: bf16, f16, q8_0, …"""
     from gguf import GGUFReader
 
     try:
         reader = GGUFReader(file)
-    except (ValueError, OSError, LookupError, OverflowError) as error:  # of half a file, an index beyond its end
+    except (ValueError, OSError, LookupError, OverflowError) as error:  # an incomplete file, an index beyond its end
         raise BadModel(f"{file}: not readable as a GGUF: {error}") from error
     kinds = [tensor.tensor_type.name.lower() for tensor in reader.tensors if len(tensor.shape) > 1]
     return max(set(kinds), key=kinds.count) if kinds else "f32"
@@ -76,18 +77,21 @@ class LlamaCpp:
         )
 
     def log_probabilities(self, prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
-        """Token by token: each is forced, and the server tells how likely it was. What was computed is kept."""
+        """Score one token at a time: it is forced, and the server returns its log-probability.
+
+        The prompt stays cached.
+        """
         scores: list[float] = []
         for i, token in enumerate(answer):
             context = [*prompt, *answer[:i]]
             entry = self._forced(context, token, likeliest=1)
-            if entry is None:  # it ends inside a character, and the server's answer leaves such a token out
+            if entry is None:  # the token ends inside a character; the server leaves such tokens out
                 entry = self._one_of_all(context, token, whole=prompt[-1])
             scores.append(float(entry["logprob"]))
         return scores
 
     def _forced(self, context: Sequence[int], token: int, *, likeliest: int) -> dict[str, Any] | None:
-        """The server's entry of this token when it is sampled behind the context; None where it gives none."""
+        """The server's entry for this token, sampled after the context; None if it returns none."""
         body = {
             "prompt": list(context),
             "n_predict": 1,
@@ -104,7 +108,7 @@ class LlamaCpp:
         return entry
 
     def _one_of_all(self, context: Sequence[int], token: int, *, whole: int) -> dict[str, Any]:
-        """The entry of this token among all of the vocabulary, given when a whole character is sampled instead."""
+        """This token's entry among the whole vocabulary, listed when `whole`, a complete character, is sampled."""
         sampled = self._forced(context, whole, likeliest=_ALL)
         assert sampled is not None, f"token {whole} ends inside a character too"
         entry: dict[str, Any] = next(entry for entry in sampled["top_logprobs"] if entry["id"] == token)
@@ -112,7 +116,7 @@ class LlamaCpp:
 
     def chat(self, request: Request, *, max_tokens: int) -> Reply:
         self.server.refuse_ended()
-        # What the model writes, as it writes it: the server would take thoughts and calls out of the text, and with
-        # tools let it write nothing but what its grammar of calls allows.
+        # Return the text as the model writes it. Otherwise the server would remove thoughts and calls from it, and with
+        # tools its grammar would restrict the text to calls.
         as_written = {"reasoning_format": "none", **request.calls_as_text()}
         return chat_reply(self.url, self.file.stem, request, max_tokens=max_tokens, **as_written)

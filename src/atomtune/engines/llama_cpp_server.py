@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Serve until a signal."""
+    """Serve until a signal arrives."""
     parser = argparse.ArgumentParser(prog="llama_cpp_server")
     parser.add_argument("model")
     parser.add_argument("--host", default="127.0.0.1")
@@ -27,8 +27,8 @@ def main() -> None:
     params.n_parallel = 1
     params.model_alias = {Path(words.model).stem}
     params.default_template_kwargs = {name: json.dumps(value) for name, value in json.loads(words.variables).items()}
-    params.fit_params = False  # the context asked for, or an error; never a smaller one in silence
-    params.cpuparams.poll = 0  # waiting threads sleep: on a busy machine, spinning ones slow each other down
+    params.fit_params = False  # an error if the context does not fit, instead of a smaller one
+    params.cpuparams.poll = 0  # waiting threads sleep; on a busy machine, spinning threads slow each other down
     threads = os.environ.get("OMP_NUM_THREADS")
     if threads:
         params.cpuparams.n_threads = int(threads)
@@ -40,7 +40,7 @@ def main() -> None:
     server = xllamacpp.Server(params)
     print(f"listening at {server.listening_address}", flush=True)
     stop.wait()
-    os._exit(0)  # its threads would hold an interpreter that ends in the usual way
+    os._exit(0)  # its threads would keep an interpreter from exiting normally
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Served folder: base and adapter in the one form that every loader of transformers takes.
+"""Served folder: base and adapter in one folder that every loader of transformers accepts.
 
-An adapter's folder alone has no config.json, which `transformers serve` asks for; with one, transformers takes the
-folder for a whole model with an adapter in it. So that is what it gets: links to the base's files and the adapter's,
-under the adapter's own name, which becomes the model's name. The adapter's tokenizer and template win, where it has
-them.
+An adapter's folder has no config.json, which `transformers serve` needs. With one, transformers treats the folder as a
+model with an adapter in it. So the view has links to the base's files and to the adapter's, under the adapter's own
+name, which becomes the model's name. If the adapter has a tokenizer and template, they replace the base's.
 """
 
 import contextlib
@@ -23,20 +22,20 @@ ADAPTER_CONFIG = "adapter_config.json"
 MODEL_CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-#: For `transformers serve`: all that the model writes is content, no thought and no call of a tool.
+#: For `transformers serve`: everything the model writes is content, not thoughts or tool calls.
 _ALL_IS_CONTENT = {
-    "start_anchor_pattern": r"\Z",  # behind the prompt
+    "start_anchor_pattern": r"\Z",  # after the prompt
     "fields": {"content": {"content": "text", "content_args": {"strip": False}}},
 }
 
 
 class ServedFolder:
-    """What a server is pointed at: the folder itself, or a view of base and adapter that is removed in the end.
+    """The folder that a server loads: the folder itself, or a view of base and adapter that is removed at the end.
 
-    base        where the base is, if not where the adapter's config says
-    stop_ids    where answers end, in place of the base's; none: as the base says
-    as_written  `transformers serve` gives answers as the model writes them; else it takes thoughts and calls out of the
-                text of the families whose marks it knows
+    base        path of the base, if it is not the one in the adapter's config
+    stop_ids    ids that end an answer, in place of the base's; if empty, the base's
+    as_written  whether `transformers serve` returns answers as the model writes them; otherwise it removes thoughts and
+                calls from the text, for the model families that it knows
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class ServedFolder:
         return view
 
     def _files(self) -> dict[str, Path]:
-        """The files of the view by name: a whole model's; of an adapter, the base's and its own, which win."""
+        """name → file of the view: a model's files; for an adapter, the base's files, replaced by its own."""
         own = {file.name: file for file in self.folder.iterdir() if file.is_file()}
         config = own.get(ADAPTER_CONFIG)
         if config is None:
@@ -74,7 +73,7 @@ class ServedFolder:
         except OSError as error:
             raise BadModel(f"{base}: the base that {config} names cannot be read: {str(error)[:200]}") from None
         of_base = {file.name: file for file in config_of_base.parent.iterdir() if file.is_file()}
-        if has_tokenizer(self.folder):  # no file of the base may change how text becomes ids
+        if has_tokenizer(self.folder):  # no file of the base may change the tokenization
             of_base = {name: file for name, file in of_base.items() if not _is_tokenizer_file(file)}
         return {**of_base, **own, MODEL_CONFIG: config_of_base}
 
@@ -85,7 +84,7 @@ class ServedFolder:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds any file of a tokenizer; PEFT's own save of an adapter does not."""
+    """Whether a folder has any tokenizer file; PEFT saves adapters without one."""
     return any(map(_is_tokenizer_file, folder.iterdir()))
 
 
@@ -94,7 +93,7 @@ def _is_tokenizer_file(file: Path) -> bool:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """A JSON file beside weights. Raises BadModel where it is none."""
+    """The JSON object in a file. Raises BadModel if it cannot be read."""
     try:
         return read_json_object(file)
     except (OSError, ValueError) as error:
@@ -102,14 +101,14 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def _write_value(file: Path, name: str, value: Any) -> None:
-    """Set one value of a JSON file that may be a link into a folder which is not ours to change."""
+    """Set one value in a JSON file. A link is replaced by a copy first, since the original is not ours to change."""
     values = read_config(file) if file.is_file() else {}
     file.unlink(missing_ok=True)
     file.write_text(json.dumps({**values, name: value}), encoding="utf-8")
 
 
 def _link(file: Path, target: Path) -> None:
-    """A link; a copy where the system allows none."""
+    """Create a link, or a copy if the system does not allow links."""
     with contextlib.suppress(OSError):
         target.symlink_to(file.resolve())
         return

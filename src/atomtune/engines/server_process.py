@@ -1,4 +1,4 @@
-"""Server process: an engine that runs beside this program and ends with it, whatever happens."""
+"""Server process: an engine that runs beside this program and always ends with it."""
 
 import contextlib
 import errno
@@ -20,27 +20,27 @@ from atomtune.engines.engine import EngineBroke, direct
 from atomtune.errors import RunFailed
 from atomtune.process import end_with_parent
 
-#: How long an engine may take to load its model, in seconds.
+#: Most seconds for an engine to load its model.
 STARTS_WITHIN = 600
-#: How long it may take to end when it is asked to, before it is killed.
+#: Most seconds for it to end before it is killed.
 ENDS_WITHIN = 10
-#: Lines of its output that are shown when it fails.
+#: How many lines of its output are shown if it fails.
 SHOWN_LINES = 12
-#: The last line of a Python traceback, behind what a logger may write in front of it.
+#: The last line of a Python traceback, possibly after a logger's prefix.
 _ERROR = re.compile(r"(?:^|[\])] )[\w.]+(?:Error|Exception): ")
-#: By these an engine is told its API key, each engine by its own; a server gets one only from who starts it.
+#: The variables that hold an engine's API key. They are not inherited, so a server gets a key only if one is passed.
 KEY_VARIABLES = ("ATOMTUNE_API_KEY", "VLLM_API_KEY")
 _STANDARD_ERROR = 2
 
 
 class ServerProcess:
-    """A process in a group of its own; leaving the `with` block ends the whole group.
+    """A process in its own process group; leaving the `with` block ends the whole group.
 
-    command       its words
-    health        the address that answers when the engine is ready
-    folder        where it is started
-    environment   variables beside this program's own, in which API keys are left out
-    shows         whether its own output goes to the terminal; else its last lines are shown when it fails
+    command       words of the command line
+    health        URL that answers when the engine is ready
+    folder        working directory
+    environment   variables to add to this program's, whose API keys are left out
+    shows         whether its output goes to the terminal; otherwise its last lines are shown if it fails
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ServerProcess:
                 env=self.environment,
                 cwd=self.folder,
                 start_new_session=os.name == "posix",
-                preexec_fn=end_with_parent,  # noqa: PLW1509  # safe: see there
+                preexec_fn=end_with_parent,  # noqa: PLW1509  # safe after a fork: see process.py
             )
             self._wait_until_ready()
         except BaseException:
@@ -97,7 +97,7 @@ class ServerProcess:
         raise RunFailed(f"The engine did not answer within {self.starts_within:g} seconds.\n{self.last_lines()}")
 
     def _listens(self) -> bool:
-        """Whether it is a process of this engine that answers there; where the system does not tell, it is."""
+        """Whether a process of this engine listens on the port; True if the system does not tell."""
         assert self.process is not None
         port = urllib.parse.urlsplit(self.health).port
         try:
@@ -113,7 +113,7 @@ class ServerProcess:
         return False
 
     def _refuse_replaced(self) -> None:
-        """Raise RunFailed where this engine has ended and another program listens at its port."""
+        """Raise RunFailed if this engine has ended and another program listens on its port."""
         assert self.process is not None
         address = urllib.parse.urlsplit(self.health)
         if self.process.poll() is not None:
@@ -124,14 +124,14 @@ class ServerProcess:
                 )
 
     def refuse_ended(self) -> None:
-        """Raise RunFailed with what the engine said last, where its process is gone."""
+        """Raise RunFailed with the engine's last lines if its process has ended."""
         assert self.process is not None
         code = self.process.poll()
         if code is not None:
             raise RunFailed(f"The engine ended with exit code {code}. Its last lines:\n{self.last_lines()}")
 
     def last_lines(self) -> str:
-        """The end of its output, and above it the first error before that: where one process fails, others end too."""
+        """The end of the output and, before it, the first earlier error: if one process fails, others fail after it."""
         self.output.seek(0)
         lines = self.output.readlines()
         earlier, last = lines[:-SHOWN_LINES], lines[-SHOWN_LINES:]
@@ -140,20 +140,20 @@ class ServerProcess:
         return "\n".join(f"  {line.rstrip()}" for line in shown)
 
     def wait(self) -> None:
-        """Until the engine ends by itself, which is a failure. Raises RunFailed."""
+        """Wait until the engine ends. Raises RunFailed, because it should not end by itself."""
         assert self.process is not None
         self.process.wait()
         self.refuse_ended()
 
     def end(self) -> None:
-        """Ask the whole group to end, and kill what is left of it."""
+        """Terminate the whole group, and kill what has not ended in time."""
         process = self.process
         if process is not None:
             _signal_group(process, signal.SIGTERM)
             try:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(ENDS_WITHIN)
-            finally:  # a second Ctrl-C during that wait must not leave the engine behind
+            finally:  # a second Ctrl-C during that wait must not leave the engine running
                 _signal_group(process, getattr(signal, "SIGKILL", signal.SIGTERM))
                 process.wait()
         self.output.close()
@@ -169,23 +169,24 @@ def _signal_group(process: "subprocess.Popen[bytes]", number: int) -> None:
 
 
 def address_problems(host: str, port: int) -> list[str]:
-    """Why no server of this machine can listen there."""
+    """Why no server can listen at this address; empty if one can."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: an ended one is no obstacle
+        # As servers do, so that one that just ended is no obstacle
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return [f"--port {port}: another program is listening there. Pass another port."]
             return [f"--host {host} --port {port}: cannot listen there: {error.strerror}. Use another host or port."]
-        except UnicodeError:  # a name with a part of no or of too many characters
+        except UnicodeError:  # a host name with an empty or too long part
             return [f"--host {host}: expected an address of this machine, for example 127.0.0.1."]
     return []
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

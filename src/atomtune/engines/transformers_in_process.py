@@ -1,4 +1,4 @@
-"""transformers in this process: the calls its server makes, without a server. No code of ours loads or answers."""
+"""transformers in this process: makes the same calls as its server, without a server and without code of ours."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,7 +14,7 @@ from atomtune.errors import BadModel
 
 
 class TransformersInProcess:
-    """A tokenizer and a model as anyone would load them from a folder: an adapter's, or a merged one."""
+    """A tokenizer and a model, loaded as anyone would load them from a folder with an adapter or a merged model."""
 
     name = "in-process"
     version = f"transformers {transformers.__version__}"
@@ -44,7 +44,7 @@ class TransformersInProcess:
     @cached_property
     def model(self) -> Any:
         config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        # As `transformers serve` does: a vision-language checkpoint is served whole, for its text too.
+        # As in `transformers serve`: a vision-language checkpoint is loaded as a whole, also for text.
         named = (config.architectures or [""])[0]
         served_class = getattr(transformers, named, AutoModelForCausalLM)
         return served_class.from_pretrained(

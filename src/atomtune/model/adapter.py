@@ -1,6 +1,6 @@
-"""Adapter: LoRA layers on a base, made new, filled from a file, or loaded to answer.
+"""Adapter: LoRA layers on a base, created new, filled from a weights file, or loaded to generate answers.
 
-Stands on PEFT; LoRA: Hu et al. 2021, arXiv 2106.09685.
+Built on PEFT. LoRA: Hu et al. 2021, arXiv 2106.09685.
 """
 
 import contextlib
@@ -33,25 +33,28 @@ from atomtune.model.lora_targets import (
 )
 from atomtune.model.plain_lora import plain_lora
 
-#: Numbers an adapter may be made of; torch computes nothing with the eighth-size ones.
+#: Dtypes that adapter weights may have; torch has no arithmetic for the 8-bit ones.
 _OF_ADAPTERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-#: Where a model keeps what its base has in place of the biases that an adapter trained.
+#: Attribute of a model that keeps the base's own biases while an adapter's trained biases replace them.
 _BIASES_OF_BASE = "biases_of_base"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSpec:
-    """What a LoRA adapter is made of."""
+    """Size and place of a LoRA adapter, which adds (alpha / rank) B A to each adapted matrix."""
 
     rank: int
     alpha: float
     dropout: float
     targets: Sequence[str]
-    experts: bool = False  # put LoRA on the experts too
+    experts: bool = False  # also adapt the experts of a mixture-of-experts model
 
 
 def new_adapter(base: CausalLM, lora: LoraSpec) -> PeftModel:
-    """Wrap the base in a fresh LoRA adapter: B is zero, so the model still answers as the base."""
+    """Wrap the base in a new LoRA adapter. B starts at zero, so the model still answers like the base.
+
+    Raises BadSettings if PEFT cannot adapt a target, or if lora.experts is set and the base has no experts.
+    """
     has_all = ALL_LINEAR in lora.targets
     targets = shortest(base, adapted_by(base, lora.targets)) if has_all else for_text(base, lora.targets)
     tensors: Sequence[str] = ()
@@ -69,7 +72,7 @@ def new_adapter(base: CausalLM, lora: LoraSpec) -> PeftModel:
     )
     try:
         model = get_peft_model(base, config)
-    except ValueError as error:  # e.g. a norm or a whole attention was named
+    except ValueError as error:  # for example a norm or a whole attention block
         raise BadSettings([f"--lora_targets: {error}"]) from error
     if tensors:
         _drop_out_layers(model, lora.dropout)
@@ -77,7 +80,7 @@ def new_adapter(base: CausalLM, lora: LoraSpec) -> PeftModel:
 
 
 def adapter_tensors(model: PeftModel, adapter: str = "default") -> dict[str, torch.Tensor]:
-    """The adapter's own tensors by the names that PEFT saves them under, none of the base's."""
+    """The adapter's tensors under PEFT's names for saving, without the base's embedding and output matrices."""
     tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
         model, adapter_name=adapter, save_embedding_layers=False
     )
@@ -85,9 +88,10 @@ def adapter_tensors(model: PeftModel, adapter: str = "default") -> dict[str, tor
 
 
 def _ready_to_save(model: PeftModel) -> PeftModel:
-    """The model, which saves its adapter alone, and the folder of its base so that it is found from anywhere.
+    """Make the model save only its adapter, with the absolute path of its base, so that any program finds the base.
 
-    Where the output matrix has an adapter, PEFT saves that matrix too: a gigabyte a checkpoint, which vLLM refuses.
+    If the output matrix has an adapter, PEFT would save that matrix too: a gigabyte per checkpoint, and vLLM refuses
+    the file.
     """
     model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
     for config in model.peft_config.values():
@@ -98,9 +102,10 @@ def _ready_to_save(model: PeftModel) -> PeftModel:
 
 
 def expert_tensors(base: CausalLM, targets: Sequence[str]) -> list[str]:
-    """Full names of the tensors that --lora_experts adapts: the experts', and of all-linear what PEFT takes for theirs.
+    """Full names of the tensors that --lora_experts adapts.
 
-    Raises BadSettings where the base has no experts.
+    These are the experts' tensors and, with all-linear, the weights that PEFT can adapt only as tensors
+    (`AllLinear.shared`). Raises BadSettings if the base has no experts.
     """
     experts = experts_of(base)
     if not experts:
@@ -110,10 +115,10 @@ def expert_tensors(base: CausalLM, targets: Sequence[str]) -> list[str]:
 
 
 def why_not_merged(model: PeftModel) -> str:
-    """Why an adapter cannot be put into its base's weights; "" where it can.
+    """Why an adapter cannot be merged into its base's weights; "" if it can.
 
-    A matrix that two layers compute with (Zamba 2's shared blocks, an output layer that is the embedding) would hold
-    what is added for one of them in the other too. What is added to a bias needs one that the base has.
+    Two layers may compute with one matrix (Zamba 2's shared blocks, an output layer tied to the embedding): what is
+    merged for one of them would change the other too. A trained bias can be merged only into a bias that the base has.
     """
     holders: dict[int, list[str]] = {}
     for name, module in model.get_base_model().named_modules():
@@ -131,9 +136,9 @@ def why_not_merged(model: PeftModel) -> str:
 
 
 def _drop_out_layers(model: PeftModel, dropout: float) -> None:
-    """Give the layers that can have it the dropout that PEFT refuses for all beside adapted tensors.
+    """Add dropout to the layers that support it, because PEFT's own dropout fails for an adapter with adapted tensors.
 
-    It is in no saved config: who answers needs none, and PEFT would refuse to load it.
+    It is not written to the saved config: generation needs no dropout, and PEFT would refuse to load such a config.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper) and dropout > 0:
@@ -142,7 +147,7 @@ def _drop_out_layers(model: PeftModel, dropout: float) -> None:
 
 
 def parameter_counts(model: CausalLM) -> tuple[int, int]:
-    """(trainable, all) parameters; a 4-bit weight counts as the parameters it stands for."""
+    """Numbers of (trainable, all) parameters; a 4-bit weight counts with its unpacked size."""
     trainable = total = 0
     for parameter in model.parameters():
         count = count_of(parameter)
@@ -153,11 +158,13 @@ def parameter_counts(model: CausalLM) -> tuple[int, int]:
 
 
 def start_from_weights(base: CausalLM, file: Path, lora: LoraSpec, *, notice: Callable[[str], None]) -> PeftModel:
-    """A trainable adapter filled from a file of weights alone.
+    """Create a trainable adapter and fill it from a weights file.
 
-    An adapter_config.json beside the file decides the adapter's shape, and each setting that differs gets a notice.
-    Without one (the tutorial's checkpoints) rank and targets are read from the tensors; alpha and dropout are the
-    run's settings.
+    If an adapter_config.json lies beside the file, it decides the adapter's shape, and each of the run's settings that
+    differs gets a notice. Without one (checkpoints of the self-llm tutorial), rank and targets are read from the
+    tensors, and alpha and dropout are the run's settings.
+
+    Raises BadModel if the adapter is not LoRA or does not fit the base.
     """
     weights = read_weights(file)
     if (file.parent / CONFIG).is_file():
@@ -165,7 +172,7 @@ def start_from_weights(base: CausalLM, file: Path, lora: LoraSpec, *, notice: Ca
         if not isinstance(config, LoraConfig):
             raise BadModel(f"{file.parent}: its adapter is not LoRA, so it cannot be trained further here.")
         config.inference_mode = False
-        config.base_model_name_or_path = None  # PEFT warns where the base has moved
+        config.base_model_name_or_path = None  # otherwise PEFT warns if the base has moved
         refuse_endless_patterns(config, base, file.parent / CONFIG)
         weights = _named_as_in(base, weights, config)
         _notice_unused(config, base, lora, notice=notice)
@@ -196,7 +203,7 @@ def _spec_in(
     *,
     notice: Callable[[str], None],
 ) -> LoraSpec:
-    """Rank and targets as the tensors have them."""
+    """The run's LoRA settings, with the tensors' rank and targets. Raises BadModel unless all have one rank."""
     ranks = {tensor.shape[0] for name, tensor in weights.items() if "lora_A" in name}  # A is [rank, inputs]
     if len(ranks) != 1:
         raise BadModel(f"{file}: holds no LoRA tensors of one rank (found ranks: {sorted(ranks) or 'none'}).")
@@ -210,13 +217,13 @@ def _spec_in(
 def _named_as_in(
     base: CausalLM, weights: Mapping[str, torch.Tensor], config: PeftConfig | None = None
 ) -> dict[str, torch.Tensor]:
-    """The tensors by the names that this base's class has for their layers; the names in their config follow."""
+    """The tensors under the names that this base's class gives their layers; `config` is changed to these names too."""
     names = names_in(base, weights)
     modules = {module_of(old): module_of(new) for old, new in names.items() if old != new}
     targets = getattr(config, "target_modules", None)
     if config is not None and modules and targets is not None:
-        # By full names: q_proj alone would mean the vision tower's too. Adapted tensors have ends of names in a list of
-        # their own, which mean the same in both classes.
+        # Full names are needed: q_proj alone would match the vision tower too. Adapted tensors are listed apart, in
+        # target_parameters, by endings that match in both classes.
         tensors = tuple(f".{name}" for name in getattr(config, "target_parameters", None) or ())
         of_tensors = {name.rpartition(".")[0] for name, _ in base.named_parameters() if name.endswith(tensors)}
         config.target_modules = {name for name in modules.values() if name not in of_tensors}
@@ -226,20 +233,20 @@ def _named_as_in(
 
 
 def _notice_unused(config: LoraConfig, base: CausalLM, lora: LoraSpec, *, notice: Callable[[str], None]) -> None:
-    """Say which settings of the command the checkpoint's own adapter overrules."""
+    """Give a notice for each setting of the command line that the checkpoint's own adapter overrides."""
     for name, setting, in_checkpoint in (
         ("rank", lora.rank, config.r),
         ("alpha", lora.alpha, config.lora_alpha),
         ("dropout", lora.dropout, config.lora_dropout),
     ):
         if name == "dropout" and config.target_parameters:
-            continue  # it is the run's: the config of adapted tensors has none
+            continue  # dropout is the run's, because the config of adapted tensors has none
         if setting != in_checkpoint:
             notice(f"--lora_{name} {setting:g} is not used: the checkpoint's adapter has {in_checkpoint:g}.")
     if lora.experts != bool(config.target_parameters):
         state = "adapts them" if config.target_parameters else "leaves them as they are"
         notice(f"--lora_experts {str(lora.experts).lower()} is not used: the checkpoint's adapter {state}.")
-    if not isinstance(config.target_modules, set | list):  # a pattern
+    if not isinstance(config.target_modules, set | list):  # a regex
         return
     adapted = matched(base, config.target_modules)
     if adapted != adapted_by(base, lora.targets):
@@ -248,9 +255,9 @@ def _notice_unused(config: LoraConfig, base: CausalLM, lora: LoraSpec, *, notice
 
 
 def _fill(model: PeftModel, weights: Mapping[str, torch.Tensor], file: Path, adapter: str = "default") -> None:
-    """Load every tensor of a file, or name each one that does not fit. Nothing is left as it was initialized."""
+    """Load every tensor of a file. Raises BadModel naming each one that does not fit, is missing or is not finite."""
     own = adapter_tensors(model, adapter)
-    if weights.keys() - own.keys():  # PEFT itself writes the whole output matrix too where it has an adapter
+    if weights.keys() - own.keys():  # PEFT also saves the whole output matrix if it has an adapter
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             own |= get_peft_model_state_dict(model, adapter_name=adapter)
@@ -268,23 +275,23 @@ def _fill(model: PeftModel, weights: Mapping[str, torch.Tensor], file: Path, ada
     if problems:
         raise BadModel(f"{file} does not fit this base and these LoRA settings:\n{listing(sorted(problems))}")
     set_peft_model_state_dict(model, dict(weights), adapter_name=adapter)
-    # PEFT rewrites names as transformers does those of a base's files, and passes over what then fits nothing: a name
-    # that is right already may become another. Laguna's shared_experts do, by a rule for `shared_expert.` whose point
-    # stands for any letter.
+    # PEFT renames tensors by the rules that transformers has for base files, and ignores those that then match nothing.
+    # So a right name may be changed into a wrong one: Laguna's rule for `shared_expert.` is a regex, and its dot also
+    # matches the s of shared_experts. Copying by name fills what PEFT left out.
     with torch.no_grad():
         for name, tensor in weights.items():
-            own[name].copy_(tensor)  # no copy of the model's: its own memory
+            own[name].copy_(tensor)  # own[name] is the model's own memory, not a copy
 
 
 def fill_again(model: PeftModel, folder: Path) -> None:
-    """Every tensor of a checkpoint in place of what the adapter has. Raises BadModel where one does not fit."""
+    """Overwrite the adapter's tensors with those of a checkpoint. Raises BadModel if one of them does not fit."""
     file = folder / WEIGHTS
     _fill(model, read_weights(file), file)
 
 
 @torch.no_grad()
 def left_out_by_peft(model: PeftModel) -> list[str]:
-    """The layers that do not get their tensors where PEFT itself loads this adapter, as other programs have it do."""
+    """Names of the layers whose tensors PEFT itself, and so other programs, would not load from this adapter."""
     own = adapter_tensors(model)
     before = {name: tensor.clone() for name, tensor in own.items()}
     others = {name: tensor + 1 for name, tensor in before.items()}
@@ -298,7 +305,7 @@ def left_out_by_peft(model: PeftModel) -> list[str]:
 
 
 def load_trained(base: CausalLM, folder: Path) -> PeftModel:
-    """A saved adapter on its base, ready to answer. Raises BadModel unless every tensor of both fits."""
+    """Put a saved adapter on its base, in eval mode. Raises BadModel unless every tensor of both fits."""
     file, config, weights = _saved(base, folder)
     with _fitting(folder):
         model = get_peft_model(base, config)
@@ -308,14 +315,14 @@ def load_trained(base: CausalLM, folder: Path) -> PeftModel:
 
 
 def load_another(model: PeftModel, folder: Path, name: str) -> None:
-    """A further saved adapter beside those of the model, under a name. Raises BadModel unless every tensor fits."""
+    """Load one more saved adapter into the model, under a name. Raises BadModel unless every tensor fits."""
     file, config, weights = _saved(model.get_base_model(), folder)
     with _fitting(folder):
         model.add_adapter(name, config)
     try:
         _keep_biases_of_base(model, name)
         _fill(model, weights, file, name)
-    except KeyError as error:  # PEFT looks for rows of this adapter too
+    except KeyError as error:  # PEFT looks up the trained embedding rows under this adapter's name too
         raise BadModel(
             f"{folder} cannot be loaded together with an adapter that trained embeddings of single tokens: PEFT does "
             "not keep them apart. Load one at a time."
@@ -323,7 +330,7 @@ def load_another(model: PeftModel, folder: Path, name: str) -> None:
 
 
 def _keep_biases_of_base(model: PeftModel, adapter: str = "default") -> None:
-    """Remember the base's own biases where an adapter that is about to be filled has others in their place."""
+    """Remember the base's own biases before they are overwritten with those of an adapter."""
     weights = dict(model.named_parameters())
     names = [name for name in adapter_tensors(model, adapter) if name.endswith(".bias") and name in weights]
     kept = getattr(model, _BIASES_OF_BASE, {})
@@ -333,9 +340,10 @@ def _keep_biases_of_base(model: PeftModel, adapter: str = "default") -> None:
 
 @contextlib.contextmanager
 def answering_as(model: PeftModel, adapter: str | None) -> Iterator[None]:
-    """This adapter answers, or without one the base.
+    """Within this context, this adapter is active; if it is None, the base without any adapter.
 
-    A bias that another adapter trained (bias "all" or "lora_only") is the base's own meanwhile: PEFT leaves it changed.
+    PEFT leaves biases that another adapter trained (bias "all" or "lora_only") in the base. They are replaced here by
+    the base's own.
     """
     kept = getattr(model, _BIASES_OF_BASE, {})
     others = [pair for name, pairs in kept.items() if name != adapter for pair in pairs]
@@ -357,7 +365,7 @@ def answering_as(model: PeftModel, adapter: str | None) -> Iterator[None]:
 
 
 def _saved(base: CausalLM, folder: Path) -> tuple[Path, PeftConfig, dict[str, torch.Tensor]]:
-    """A saved adapter: its file of weights, its config, and its tensors by this base's names for their layers."""
+    """A saved adapter: its weights file, its config, and its tensors under this base's names for their layers."""
     file = adapter_file(folder)
     if file is None or not (folder / CONFIG).is_file():
         raise BadModel(
@@ -366,7 +374,7 @@ def _saved(base: CausalLM, folder: Path) -> tuple[Path, PeftConfig, dict[str, to
         )
     config = adapter_config(folder)
     config.inference_mode = True
-    config.base_model_name_or_path = None  # PEFT warns where the base has moved; its fingerprint is what counts
+    config.base_model_name_or_path = None  # otherwise PEFT warns if the base has moved; the fingerprint decides
     refuse_endless_patterns(config, base, folder / CONFIG)
     weights = _named_as_in(base, read_weights(file), config)
     return file, config, plain_lora(base, config, weights, folder / CONFIG)
@@ -374,16 +382,16 @@ def _saved(base: CausalLM, folder: Path) -> tuple[Path, PeftConfig, dict[str, to
 
 @contextlib.contextmanager
 def _fitting(folder: Path) -> Iterator[None]:
-    """Within this, PEFT puts a saved adapter on a base; what it refuses becomes a BadModel."""
+    """While PEFT puts a saved adapter on a base in this context, errors become a BadModel."""
     with explained(str(folder), "adapter", files=CONFIG):
         try:
             yield
-        except ValueError as error:  # a target that no module of this base has
+        except ValueError as error:  # a target that matches no module of this base
             raise BadModel(f"{folder} does not fit this base: {str(error)[:1500]}") from error
 
 
 def refuse_unlike(folder: Path, model: PeftModel) -> None:
-    """Raise RunFailed when the adapter in a folder is not, bit by bit, the one in memory."""
+    """Raise RunFailed unless the adapter in a folder equals the one in memory, bit for bit."""
     written, own = read_weights(folder / WEIGHTS), adapter_tensors(model)
     unlike = [name for name, tensor in own.items() if name not in written or not same_bits(written[name], tensor)]
     unlike += sorted(written.keys() - own.keys())
@@ -395,7 +403,7 @@ def refuse_unlike(folder: Path, model: PeftModel) -> None:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal in every bit: 0.0 is not -0.0 here, and NaN equals itself."""
+    """Equal in every bit: 0.0 differs from -0.0, and NaN equals itself."""
     b = b.detach().cpu()
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
@@ -403,14 +411,14 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def refuse_not_finite(model: nn.Module) -> None:
-    """Raise RunFailed when a trained weight is not finite: a step that is too large spoils it before the loss shows."""
+    """Raise RunFailed if a trained weight is not finite: one step that is too large does that, unseen in the loss."""
     for weight in model.parameters():
         if weight.requires_grad and not bool(torch.isfinite(weight).all()):
             raise RunFailed("The adapter holds values that are not finite; it is not saved. Lower --learning_rate.")
 
 
 def refuse_empty(model: PeftModel) -> None:
-    """Raise RunFailed when a trained adapter would change nothing."""
+    """Raise RunFailed if a trained adapter changes nothing, because every B is still zero."""
     tensors = adapter_tensors(model)
     if not any(bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name):
         raise RunFailed(

@@ -27,22 +27,22 @@ from atomtune.model.load_errors import explained
 
 METADATA = "atomtune.json"
 CONFIG = "adapter_config.json"
-#: Of a whole model.
+#: The config of a whole model.
 MODEL_CONFIG = "config.json"
 WEIGHTS = "adapter_model.safetensors"
-#: What the tutorial and PEFT before 0.5 write.
+#: The weights file of the self-llm tutorial, and of PEFT before 0.5.
 OLD_WEIGHTS = "adapter_model.bin"
-#: In an adapter's config: what some layers have in place of its rank and alpha. PEFT passes over unknown names.
+#: Keys of an adapter's config: ranks and alphas of single layers that differ from the rest. PEFT ignores unknown names.
 PATTERNS = ("rank_pattern", "alpha_pattern")
-#: Kinds of LoRA with which a row of many records, or the base beside its adapter, would be computed wrongly: by what
-#: names them in a config.
+#: Kinds of LoRA, by their key in the config, that would be computed wrongly in a row of many records or beside the bare
+#: base.
 _NOT_COMPUTED = {
-    # PEFT looks for the tokens behind which it adapts in each row's ids, and only in its own forward.
+    # PEFT searches each row's ids for the tokens after which it adapts, and only in its own forward.
     "alora_invocation_tokens": "it is an activated LoRA (aLoRA), which adapts only what follows certain tokens",
     "arrow_config": "it is an Arrow router, which chooses among other adapters",
     "layer_replication": "it repeats layers of its base, so beside it the base would not be itself",
 }
-#: Of an engine that served these very weights; it goes where they do.
+#: Written after an engine served exactly these weights; it is copied together with them.
 CERTIFICATE = "certificate.json"
 
 
@@ -54,18 +54,18 @@ def _day_or_nothing(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True))
 class AdapterMetadata:
-    """What a server must know beyond PEFT's config: how a prompt is written and where an answer stops."""
+    """What generation needs beyond PEFT's config: the prompt template, the stop token, the base and its dtype."""
 
     template: str
     instruction_role: Literal["system", "user"]
     stop: str
-    template_variables: dict[str, Any] = field(default_factory=dict)  # what training set in the template
-    template_date: Annotated[str, AfterValidator(_day_or_nothing)] = ""  # the day that a template names which names one
-    instruction: str | None = None  # the one nearly all records shared: chat's default
+    template_variables: dict[str, Any] = field(default_factory=dict)  # that training passed to the template
+    template_date: Annotated[str, AfterValidator(_day_or_nothing)] = ""  # date in the prompts of training; "" if none
+    instruction: str | None = None  # the system text of nearly all training records, chat's default
     data_hash: str = ""
-    base: str = ""  # the fingerprint of the weights it was trained on
-    quantize: Quantize | None = None  # how training held them
-    dtype: Dtype = "auto"  # and in which number format, before it quantized them; auto where an older version wrote
+    base: str = ""  # fingerprint of the weights it was trained on
+    quantize: Quantize | None = None  # quantization of the base in training
+    dtype: Dtype = "auto"  # dtype of the base before quantization; "auto" in files of older versions
     max_seq_length: Annotated[int, Field(ge=1)] = 256
 
     def save(self, folder: Path) -> None:
@@ -73,7 +73,7 @@ class AdapterMetadata:
 
     @classmethod
     def load(cls, folder: Path) -> "AdapterMetadata | None":
-        """The metadata beside an adapter; None where another tool wrote it. Unknown keys are of a later version."""
+        """The metadata beside an adapter; None if another tool wrote it. Keys of later versions are ignored."""
         file = folder / METADATA
         if not file.exists():
             return None
@@ -92,14 +92,15 @@ def template_of(
     model_path: str | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> tuple[Template, AdapterMetadata]:
-    """The training template of a saved adapter or merged model, with its metadata.
+    """The template with which a saved adapter or merged model was trained, and its metadata.
 
-    A folder of another tool has no metadata; then its tokenizer's own template is used, or atom where it has none.
-    PEFT saves an adapter without a tokenizer, which is then its base's.
-    Whether code that comes with a model may run is the user's word each time, never a downloaded folder's.
-    model_path  --model_path, in place of the base that the adapter names
-    notice      None where it has been said that the tokenizer is the base's
-    Raises BadModel where an adapter of ours has lost its tokenizer: the base's could write other prompts.
+    A folder written by another tool has no metadata. Then its tokenizer's own chat template is used, or the template
+    `atom` if the tokenizer has none. PEFT saves adapters without a tokenizer; then the base's tokenizer is used.
+    Whether code that comes with a model may run is decided by the user in each command, never by a downloaded folder.
+
+    model_path  --model_path, used instead of the base that the adapter names
+    notice      told that the base's tokenizer is used; None if it has been told before
+    Raises BadModel if an adapter of ours has lost its tokenizer, because the base's could write other prompts.
     """
     refuse_empty_folder(folder)
     metadata = AdapterMetadata.load(folder)
@@ -127,7 +128,7 @@ def template_of(
 def _template_of_base(
     folder: Path, model_path: str | None, *, trust_remote_code: bool, notice: Callable[[str], None] | None
 ) -> tuple[Template, AdapterMetadata]:
-    """The template of an adapter that another tool saved without a tokenizer, as PEFT and TRL expect it to be read."""
+    """The template of the base, for an adapter that another tool (PEFT, TRL) saved without a tokenizer."""
     base = base_of(folder, model_path)
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
     template = load_template("auto", tokenizer)
@@ -142,14 +143,14 @@ def _template_of_base(
 
 
 def _of_another_tool(template: Template) -> tuple[Template, AdapterMetadata]:
-    """A template with what it tells of an adapter that has no metadata."""
+    """A template with the metadata that can be derived from it."""
     return template, AdapterMetadata(
         template=template.name, instruction_role=template.instruction_role, stop=template.stop
     )
 
 
 def refuse_empty_folder(folder: Path) -> None:
-    """Raise BadModel where a folder holds neither an adapter nor a whole model; say which of its checkpoints does."""
+    """Raise BadModel if a folder holds neither an adapter nor a model; the message names its last checkpoint."""
     if folder.is_file():
         raise BadModel(f"{folder} is a file. Pass its folder: --adapter_path {folder.parent}")
     if not folder.is_dir():
@@ -173,16 +174,16 @@ def _no_adapter(folder: Path) -> BadModel:
 
 
 def base_of(folder: Path, model_path: str | None) -> str:
-    """The base's path: --model_path, else the one that the adapter's config names."""
+    """The base's path: --model_path, else that of the adapter's config. Raises BadModel if it is no longer there."""
     path = model_path or base_path_of(folder)
-    is_there = os.path.isdir(path)  # noqa: PTH112  # pathlib raises where a name is longer than a file system takes
+    is_there = os.path.isdir(path)  # noqa: PTH112  # pathlib raises if a name is longer than the file system allows
     if not model_path and path.startswith(("/", ".")) and not is_there:
         raise BadModel(f"{folder} was trained on {path}, which is no longer there. Pass --model_path with the base.")
     return path
 
 
 def base_path_of(folder: Path) -> str:
-    """The base an adapter was trained on, as its config says."""
+    """The path of the base that an adapter was trained on, from the adapter's config."""
     refuse_empty_folder(folder)
     file = folder / CONFIG
     if not file.is_file():
@@ -194,7 +195,7 @@ def base_path_of(folder: Path) -> str:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """Names that differ, also from the base's: the folder's own, with its parent's where two are alike."""
+    """Distinct names, none equal to BASE: the folders' names, with their parents' if two are equal, else full paths."""
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names) or BASE in names:
         names = ["/".join(folder.resolve().parts[-2:]) for folder in folders]
@@ -204,8 +205,10 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def adapter_config(folder: Path) -> PeftConfig:
-    """PEFT's config of an adapter. Raises BadModel where it cannot be read, names no kind of adapter, or one that would
-    be computed wrongly here."""
+    """PEFT's config of an adapter.
+
+    Raises BadModel if it cannot be read, names no kind of adapter, or names a kind that would be computed wrongly here.
+    """
     values = checked(folder / CONFIG, AdapterConfig)
     if values.peft_type == "LORA":
         checked(folder / CONFIG, LoraConfigFile)
@@ -219,7 +222,7 @@ def adapter_config(folder: Path) -> PeftConfig:
 
 
 def adapter_file(path: Path) -> Path | None:
-    """The weights a path means: the file itself, or the one in the folder."""
+    """The weights file that a path means: the path itself, or the file in the folder; None if there is none."""
     if path.is_file():
         return path
     for name in (WEIGHTS, OLD_WEIGHTS):
@@ -229,13 +232,16 @@ def adapter_file(path: Path) -> Path | None:
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
-    """Adapter tensors under PEFT's names; the tutorial's `.default.` keys lose that part. No pickled code runs."""
+    """Adapter tensors under PEFT's names, without the part `.default` of the tutorial's keys. No pickled code runs.
+
+    Raises BadModel if the file cannot be read as tensors.
+    """
     try:
         if file.suffix == ".safetensors":
             tensors: Mapping[str, Any] = load_file(file)
         else:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
-    # Both readers raise many kinds of error for a file that is torn, pickled or something else altogether.
+    # Both readers raise many kinds of errors for a file that is incomplete, a pickle or of another kind.
     except Exception as error:
         raise BadModel(
             f"{file}: its weights cannot be read as tensors: {type(error).__name__}: {str(error)[:300]}\n"

@@ -1,9 +1,12 @@
-"""Adapter keys: the names of an adapter's tensors, rewritten for the class that is to load them.
+"""Adapter keys: renames an adapter's tensors for the class that is to load them.
 
-The same layer has other names in the text class of a checkpoint and in the whole one (vision and language together):
-`model.layers.0…` here, `model.language_model.layers.0…` there. PEFT loads an adapter whose names match nothing without
-an error, and the model answers as its base. Names are matched by asking the class itself, on the meta device: no weight
-is loaded.
+A layer has different names in the text-only class of a checkpoint and in the whole vision-language class:
+
+    text only   model.layers.0…
+    whole       model.language_model.layers.0…
+
+If no name matches, PEFT loads the adapter without an error, and the model answers like its base. The names are read
+from the class itself, built on the meta device, so no weights are loaded.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,22 +19,22 @@ from transformers import AutoConfig
 from atomtune.errors import BadModel, BadSettings, listing
 
 _PREFIX = "base_model.model."
-#: PEFT's own part of a name, around a layer that it wraps twice.
+#: The part that PEFT inserts into the name of a layer that it wraps twice.
 _WRAPPED = ".base_layer"
-#: And behind one of which it trains single tokens' rows.
+#: The part that PEFT inserts when it trains the embedding rows of single tokens.
 _ROWS = ".token_adapter"
 
 
 def module_of(name: str) -> str:
-    """The module that a tensor of an adapter belongs to, as the model names it."""
+    """The name that the model gives to the module of an adapter tensor."""
     layer, is_lora, _ = name.removeprefix(_PREFIX).partition(".lora_")
-    if not is_lora:  # a layer that PEFT saves whole beside its adapter, as `lm_head.weight`
+    if not is_lora:  # a layer that PEFT saves whole, for example `lm_head.weight`
         layer = layer.rpartition(".")[0].removesuffix(_ROWS)
     return layer.replace(_WRAPPED, "")
 
 
 def with_new_names(patterns: Mapping[str, Any], modules: Mapping[str, str]) -> dict[str, Any]:
-    """A config's ranks or alphas by layer: full names get the new ones; ends of names mean the same in both classes.
+    """Rename the layers in rank_pattern or alpha_pattern. Only full names change; endings match in both classes.
 
     modules  old full name → new
     """
@@ -39,7 +42,7 @@ def with_new_names(patterns: Mapping[str, Any], modules: Mapping[str, str]) -> d
 
 
 def text_modules(model: Any) -> list[str]:
-    """Full names of the modules that read text: not those of a vision or sound tower."""
+    """Full names of the modules that process text, without those of a vision or audio tower."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     whole = {module: name for name, module in model.named_modules()}
     inside = whole.get(decoder, "")
@@ -51,7 +54,7 @@ def text_modules(model: Any) -> list[str]:
 
 
 def modules_of_class(class_name: str, base_path: str, *, trust_remote_code: bool) -> list[str]:
-    """Full names of this class's modules for text, with the base's config and without its weights."""
+    """Full names of a class's text modules, from the base's config alone. Raises BadSettings if the class is unfit."""
     kind: Any = getattr(transformers, class_name, None)
     if not hasattr(kind, "config_class"):
         raise BadSettings([f"--for_class {class_name}: transformers {transformers.__version__} has no such class."])
@@ -66,9 +69,9 @@ def modules_of_class(class_name: str, base_path: str, *, trust_remote_code: bool
 
 
 def new_names(weights: Iterable[str], modules: Iterable[str]) -> dict[str, str]:
-    """Of each tensor its name in the other class: the module whose name ends as the old one's does, from a layer on.
+    """Each tensor's name → its name in the other class, which has the same path from the layer number on.
 
-    Raises BadModel with the layers that have no place there, or more than one.
+    Raises BadModel naming the layers that have no match there, or more than one.
     """
     renamed: dict[str, str] = {}
     problems: list[str] = []
@@ -96,10 +99,10 @@ def _from_layer(module: str) -> str:
 
 
 def names_in(model: Any, weights: Iterable[str]) -> dict[str, str]:
-    """Of each tensor its name in this model: its own where the model has that layer, else that of the same layer.
+    """Each tensor's name → its name in this model: unchanged if the model has all these layers, else by `new_names`.
 
-    An adapter of a text class (Qwen3.5's, as other tools train it) is read so on the whole class, and the other way
-    round. Where a layer has no one place, all names stay as they are, and what does not fit is said by who fills it.
+    So an adapter of a text-only class (other tools train Qwen3.5's) fits the whole class, and vice versa. If a layer
+    has no unique match, all names stay as they are; whoever loads the tensors reports what does not fit.
     """
     weights = list(weights)
     modules = {name for name, _ in model.named_modules()}
@@ -112,10 +115,10 @@ def names_in(model: Any, weights: Iterable[str]) -> dict[str, str]:
 
 
 def refuse_unread(weights: Iterable[str], base_path: str, *, trust_remote_code: bool) -> None:
-    """Raise BadModel where the class that the base's config names has no layer for a tensor of an adapter.
+    """Raise BadModel if the class named in the base's config has no layer for some of an adapter's tensors.
 
-    Other programs build that class, and PEFT passes over such tensors with a warning. A class that transformers does
-    not have (code that comes with the model) cannot be asked.
+    Other programs build that class, and PEFT skips such tensors with only a warning. Classes that transformers does not
+    have (code that comes with the model) are not checked.
     """
     config = AutoConfig.from_pretrained(base_path, trust_remote_code=trust_remote_code)
     kind: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)

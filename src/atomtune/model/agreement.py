@@ -1,9 +1,9 @@
 """Agreement: whether two computations of one model differ by more than rounding does.
 
-The largest difference over all positions and a vocabulary of 49,000 words measures rounding, not faults: in bfloat16
-the same model computed by two of transformers' own attention functions differs by 2 nats somewhere. So two
-computations are judged by means and high quantiles, beside the same figures of two plain runs of this very model: its
-own noise. What was measured, with planted faults of several sizes: docs/log.md.
+For single values rounding can be large: in bfloat16, two of transformers' own attention functions differ by 2 nats at
+some position and some of 49,000 words. The maximum therefore says nothing about faults. Means and high quantiles are
+compared instead, with the same figures of two plain runs of this model: its noise. Measurements with planted faults of
+several sizes: docs/log.md.
 Letters: N positions, V words.
 """
 
@@ -20,29 +20,29 @@ from atomtune.model.causal_lm import CausalLM
 from atomtune.model.loss import innermost
 from atomtune.model.scores import names_a_cap
 
-#: How many times its own noise a right computation may lie apart. Right ones were seen at 0.1 to 1.7 times.
+#: A correct computation may differ by this many times the noise. Correct ones were measured at 0.1 to 1.7 times.
 TIMES_NOISE = 3.0
-#: Two plain runs may happen to round alike. So many units in the last place are rounding whatever they say.
+#: Differences of this many units in the last place always count as rounding: two plain runs may round alike by chance.
 LEAST_ULPS = 1.0
-#: A gradient that is lost differs by 1 from the right one (relative). In bfloat16 a delta rule's noise is 0.4.
+#: A lost gradient has a relative difference of 1. The noise of a delta rule in bfloat16 is 0.4.
 MOST_GRADIENT = 0.9
 
 
 def unit(dtype: torch.dtype) -> float:
-    """A unit in the last place. Not below float32's: norms and rotary embeddings compute in it whatever the dtype."""
+    """A unit in the last place, at least float32's: norms and rotary embeddings compute in float32 in every dtype."""
     return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One figure of a comparison: how far apart the two computations lie, and how far two plain runs do."""
+    """One figure of a comparison: the difference of two computations, and that of two plain runs (the noise)."""
 
     name: str
     apart: float
     noise: float
-    least: float  # counts as rounding even where the noise is smaller
+    least: float  # a smaller difference counts as rounding, even if the noise is smaller still
     times: float = TIMES_NOISE
-    most: float = math.inf  # is a fault whatever the noise is
+    most: float = math.inf  # a larger difference is a fault, however large the noise is
 
     @property
     def allowed(self) -> float:
@@ -58,10 +58,10 @@ def log_probability_measures(
 ) -> list[Measure]:
     """Compare log-probabilities of the target tokens.
 
-    ours, plain, again  [N]  the computation to judge, a plain run, and another plain run
+    ours, plain, again  [N]  the computation to judge, a plain run and a second plain run
     """
     apart, noise = (ours - plain).abs(), (again - plain).abs()
-    # A softmax in float32 gives log-probabilities whose units grow with their size: 1e-6 where a word has 1e-5.
+    # A float32 softmax rounds large log-probabilities more coarsely: by 1e-6 for a word with probability 1e-5.
     least = LEAST_ULPS * (unit(dtype) + unit(torch.float32) * _mean(plain.abs()))
     return [
         Measure("log-probability, mean", _mean(apart), _mean(noise), least),
@@ -74,11 +74,11 @@ def distribution_measures(
 ) -> list[Measure]:
     """Compare whole distributions over the next token.
 
-    ours, plain, again  [N, V]  log-probabilities, as above
+    ours, plain, again  [N, V]  log-probabilities, as in log_probability_measures
     """
     apart, noise = divergence(plain, ours), divergence(plain, again)  # [N]
-    # A divergence is of second order: log-probabilities that differ by d have one of about d * d / 2. Their units grow
-    # with their size, as above; a likely word counts more, so the size is that of the mean surprise.
+    # A divergence is of second order: if log-probabilities differ by d, it is about d * d / 2. Their rounding grows
+    # with their size, as above. Likely words weigh more, so the mean surprise is taken as that size.
     surprise = _mean(-(plain.exp() * plain).sum(-1))
     least = (LEAST_ULPS * (unit(dtype) + unit(torch.float32) * surprise)) ** 2
     times = TIMES_NOISE**2
@@ -96,7 +96,7 @@ def gradient_measures(
     *,
     dtype: torch.dtype,
 ) -> list[Measure]:
-    """Compare gradients by relative L2 norm: of the worst weight, and of all weights together."""
+    """Compare gradients by relative L2 norm: of all weights together, and of the weight that differs most."""
     least = 2 * LEAST_ULPS * unit(dtype)
     worst = worst_gradient(ours, plain)
     return [
@@ -118,22 +118,22 @@ def gradient_measures(
 
 
 def worst_gradient(ours: Mapping[str, torch.Tensor], plain: Mapping[str, torch.Tensor]) -> str:
-    """The name of the weight whose gradients differ most, relatively."""
+    """The name of the weight with the largest relative difference of gradients."""
     return max(plain, key=lambda name: relative_difference(ours, plain, [name]))
 
 
 def divergence(plain: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL(plain || other) of each position, [N, V] log-probabilities → [N]; rounding below zero is zero."""
+    """KL(plain || other) at each position: [N, V] log-probabilities → [N]; negative rounding errors become zero."""
     return (plain.exp() * (plain - other)).sum(-1).clamp(min=0)
 
 
 def other_top(plain: torch.Tensor, other: torch.Tensor) -> int:
-    """At how many positions the likeliest token is another one."""
+    """At how many positions the most likely token differs."""
     return int((plain.argmax(-1) != other.argmax(-1)).sum())
 
 
 def _likely_share(plain: torch.Tensor, again: torch.Tensor) -> float:
-    """The share of other top tokens that chance may give: a count of k is known to about 2 sqrt(k) + 1."""
+    """Share of differing top tokens that chance may give: a count of k is uncertain by about 2 sqrt(k) + 1."""
     count = other_top(plain, again)
     return (count + 2 * count**0.5 + 1) / len(plain)
 
@@ -141,7 +141,7 @@ def _likely_share(plain: torch.Tensor, again: torch.Tensor) -> float:
 def relative_difference(
     ours: Mapping[str, torch.Tensor], plain: Mapping[str, torch.Tensor], names: Sequence[str] | None = None
 ) -> float:
-    """|ours - plain| / |plain| over the named weights; infinite where a gradient is NaN or there is none to compare."""
+    """|ours - plain| / |plain| over the named weights (default: all); infinite if NaN, or if only plain is zero."""
     apart = size = 0.0
     for name in names or plain:
         apart += (ours[name] - plain[name]).square().sum().item()
@@ -157,20 +157,20 @@ def _mean(values: torch.Tensor) -> float:
 
 
 def _high(values: torch.Tensor) -> float:
-    """The 99th percentile. torch.quantile stops at 16 million values; a sort does not."""
+    """The 99th percentile. torch.quantile accepts at most 16 million values, so the values are sorted."""
     return values.sort().values[int(0.99 * (len(values) - 1))].item()
 
 
 @contextlib.contextmanager
 def another_plain_way(model: CausalLM) -> Iterator[bool]:
-    """Within this, the model rounds otherwise, and computes the same; False where it knows one attention only.
+    """Within this context the model computes the same with other rounding; the difference is its noise in its dtype.
 
-    The difference that this makes is the noise of the model in its dtype. Two things are changed:
-    - The attention is another of transformers' own functions, where it has one that computes the same (not gpt-oss with
-      its sinks, not Gemma 2 with its caps, not Mamba).
-    - The embeddings are rounded otherwise, so that all later layers round otherwise too. In Qwen3.5 few layers attend,
-      and another attention alone showed a thirtieth of the rounding.
-    Another batch or another order of records shows less, because most roundings then stay the same.
+    Yields whether the attention was changed too. Two things are changed:
+    - The attention: another of transformers' own functions, if the model has one that computes the same (not gpt-oss
+      with its sinks, not Gemma 2 with its soft caps, not Mamba).
+    - The embeddings are rounded differently, and so is every later layer. Few layers of Qwen3.5 have attention, and
+      another attention function alone showed a thirtieth of the rounding.
+    Another batch or another order of the records shows less noise, because most roundings stay the same.
     """
     inner = innermost(model)
     before, name = AttentionInUse.of(inner), inner.config._attn_implementation
@@ -189,7 +189,7 @@ def another_plain_way(model: CausalLM) -> Iterator[bool]:
 
 
 def rounded_otherwise(hidden: torch.Tensor) -> torch.Tensor:
-    """The same numbers, every second one by a unit in the last place larger."""
+    """The same numbers, every second one larger by a unit in the last place."""
     ones = torch.ones_like(hidden).flatten()
     ones[::2] += torch.finfo(hidden.dtype).eps
     return hidden * ones.view_as(hidden)

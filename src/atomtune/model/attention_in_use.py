@@ -1,7 +1,7 @@
-"""Attention in use: which of transformers' attention functions each part of a model has, to be given back as it was.
+"""Attention in use: which of transformers' attention functions each part of a model uses, so that it can be restored.
 
-A checkpoint with towers has one for each part, and not every tower can have each: VibeVoice's is computed by `eager`
-in a model that uses `sdpa`. The one name of the whole, set for all parts, raises there, with half of them set.
+In a model with towers each part has its own setting, and not every tower supports every function: VibeVoice's tower
+uses `eager` in a model that uses `sdpa`. Setting one name for the whole model raises there, with half the parts set.
 """
 
 from collections.abc import Iterator
@@ -14,20 +14,20 @@ from transformers import PreTrainedConfig
 
 @dataclass(frozen=True)
 class AttentionInUse:
-    """The name of each part's attention; None where a part has none (Fun-ASR Nano's adaptor)."""
+    """The attention function of each part; None for a part without attention (Fun-ASR Nano's adaptor)."""
 
-    names: tuple[tuple[Any, str | None], ...]  # a config, and its name
+    names: tuple[tuple[Any, str | None], ...]  # (config of a part, function name)
 
     @classmethod
     def of(cls, model: nn.Module) -> "AttentionInUse":
-        """Of all parts, whether the config of the whole knows them or not."""
+        """Read the settings of all parts, including parts that the config of the whole model does not list."""
         configs = {id(config): config for part in model.modules() for config in _configs_of(getattr(part, "config", 0))}
         return cls(tuple((config, config._attn_implementation) for config in configs.values()))
 
     def give_back(self) -> None:
-        """As it was. transformers' way to set one is not the way back: it asks again whether each part can have it."""
+        """Restore the settings. transformers' own setter would check again what each part supports."""
         for config, name in self.names:
-            config._attn_implementation_internal = name  # the name without `_internal` sets all parts below too
+            config._attn_implementation_internal = name  # the public attribute would also change all sub-configs
 
 
 def _configs_of(config: Any) -> Iterator[Any]:

@@ -1,8 +1,8 @@
-"""Auto class: with which of transformers' Auto classes a checkpoint is loaded.
+"""Auto class: which of transformers' Auto classes loads a checkpoint.
 
-A vision-language checkpoint may have two classes that read text: the whole one, which its config names, and the text
-part alone (AutoModelForCausalLM gives that of Qwen3.5). The whole one is loaded: an adapter's names then fit the class
-that servers build, and a merged model keeps its vision tower.
+A vision-language checkpoint may have two classes for text: the whole class, which its config names, and the text part
+alone (AutoModelForCausalLM gives that one for Qwen3.5). The whole class is loaded, so that an adapter's names fit the
+class that servers build, and a merged model keeps its vision tower.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import (
     AutoModelForMultimodalLM,
 )
 
-#: Which classes each Auto class knows, the plainest first.
+#: The Auto classes and their mappings from config to model class, the simplest first.
 _KNOWN: tuple[tuple[Any, Any], ...] = (
     (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
     (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
@@ -25,7 +25,7 @@ _KNOWN: tuple[tuple[Any, Any], ...] = (
 
 
 def classes_for(config: Any) -> list[Any]:
-    """The classes that the Auto classes give for a config."""
+    """The model classes that the Auto classes give for a config; empty if there is none."""
     found: list[Any] = []
     for _, classes_of in _KNOWN:
         if type(config) in classes_of:
@@ -35,7 +35,7 @@ def classes_for(config: Any) -> list[Any]:
 
 
 def auto_class(config: Any) -> Any:
-    """The Auto class that gives the class named in the config's `architectures`, else the first that takes it."""
+    """The Auto class that gives the class in the config's `architectures`, else the first one that knows the config."""
     named = set(getattr(config, "architectures", None) or ())
     takes_config = []
     for auto, classes_of in _KNOWN:
@@ -46,13 +46,13 @@ def auto_class(config: Any) -> Any:
         classes = classes if isinstance(classes, tuple) else (classes,)
         if named & {class_.__name__ for class_ in classes}:
             return auto
-    # Code that comes with a model says in its config for which Auto class it stands.
+    # For models with their own code, the config's auto_map names the Auto classes.
     own_code = getattr(config, "auto_map", None) or {}
     takes_config += [auto for auto, _ in _KNOWN if auto.__name__ in own_code]
     return takes_config[0] if takes_config else AutoModelForCausalLM
 
 
 def is_known(config: Any) -> bool:
-    """Whether transformers, or code that comes with the model, has a class for it that continues a text."""
+    """Whether transformers, or code that comes with the model, has a generative class for this config."""
     own_code = getattr(config, "auto_map", None) or {}
     return any(type(config) in classes_of or auto.__name__ in own_code for auto, classes_of in _KNOWN)

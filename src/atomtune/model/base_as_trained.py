@@ -1,4 +1,4 @@
-"""Base as trained: an adapter answers on the weights that it was trained on, and these may have been quantized."""
+"""Base as trained: an adapter answers on the weights it was trained on, which may have been quantized."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,9 +15,9 @@ from atomtune.model.load import BaseSpec, device_in_use, is_stored_quantized, re
 def adapter_and_base(
     folder: Path, *, model_path: str | None, trust_remote_code: bool, other_base: bool, notice: Callable[[str], None]
 ) -> tuple[Template, AdapterMetadata, str]:
-    """What a saved adapter says about itself, and the base that it answers on; nothing is loaded.
+    """(template, metadata, path of the base) of a saved adapter; nothing is loaded.
 
-    Raises BadModel for a folder without an adapter, or for a base that it was not trained on.
+    Raises BadModel for a folder without an adapter, or for a base that the adapter was not trained on.
     """
     template, metadata = template_of(folder, model_path=model_path, trust_remote_code=trust_remote_code, notice=notice)
     base_path = base_of(folder, model_path)
@@ -35,9 +35,9 @@ def base_spec(
     trust_remote_code: bool,
     notice: Callable[[str], None],
 ) -> BaseSpec:
-    """The base on the device in use, in the number format that training held it in where it is quantized likewise.
+    """The base on the device in use, in the dtype of training if it is quantized as in training.
 
-    trained  of each adapter that answers on it; where they differ, --dtype says the format
+    trained  metadata of each adapter that is to be used on it; if their dtypes differ, `dtype` is used
     dtype    --dtype
     """
     formats = {_dtype_as_trained(metadata, quantize=quantize, asked=dtype) for metadata in trained}
@@ -62,12 +62,12 @@ def quantize_as_trained(
     trust_remote_code: bool,
     notice: Callable[[str], None],
 ) -> Quantize | None:
-    """How to hold the base: as --quantize says, else as the training of its adapters held it.
+    """How to quantize the base: by --quantize, else as in the training of its adapters.
 
-    trained  how, of each adapter; they answer on one base, so where they differ it is held as it is stored
+    trained  the quantization of each adapter's training; if they differ, the base is used as it is stored
     asked    --quantize
     stored   --stored_base
-    Raises BadSettings where bitsandbytes is missing, or both are given.
+    Raises BadSettings if bitsandbytes is missing, or if both flags are given.
     """
     if asked and stored:
         raise BadSettings([f"--quantize {asked} and --stored_base contradict each other: pass one of them."])
@@ -90,11 +90,11 @@ def quantize_as_trained(
 
 
 def _dtype_as_trained(trained: AdapterMetadata, *, quantize: Quantize | None, asked: Dtype) -> Dtype:
-    """In which number format to hold the base: as --dtype says, else as training did where it is quantized likewise.
+    """The dtype of the base: --dtype, else that of training if the base is quantized as in training.
 
-    Quantized in another one, some weights fall on another step: with float16 for bfloat16 the answers were 10,000
-    times as far from the training's.
-    quantize  how the base is held
+    Quantizing from another dtype rounds some weights to another step: with float16 in place of bfloat16 the answers
+    differed 10,000 times as much from those in training.
+    quantize  how the base is quantized now
     asked     --dtype
     """
     if asked == "auto" and quantize and quantize == trained.quantize:

@@ -1,6 +1,6 @@
-"""Base checks: whether what was given as a base is one: a folder of a causal language model that computes.
+"""Base checks: whether a path given as a base is a folder with a causal language model that works.
 
-Each other thing that is often given in its place gets a sentence of its own.
+Other things that users often pass by mistake (an adapter, a checkpoint, a GGUF file) each get their own message.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ from atomtune.model.modes import as_in_training, without_dropout
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
-#: Of the files of a folder that is no model's.
+#: How many file names a message shows.
 _SHOWN_NAMES = 12
 _STATE = "trainer_state.json"
-#: A text of so many tokens, and how many of them are looked at: what stands behind must not matter to them.
+#: Length of the test text, and how many of its first tokens must not depend on the rest.
 _TOKENS, _LOOKED_AT = 6, 3
 
 
 def check_base_folder(folder: Path) -> None:
-    """Raise BadModel where a folder is no model's, or the small files in it are not what they should be."""
+    """Raise BadModel if a folder holds no model, or if its small config files have invalid values."""
     refuse_no_files(folder)
     if not (folder / CONFIG).is_file():
         _refuse_another_kind_of_folder(folder)
@@ -62,7 +62,7 @@ def _refuse_another_kind_of_folder(folder: Path) -> None:
 
 
 def refuse_other_kind(path: str, config: Any) -> None:
-    """Raise BadModel where transformers has no causal language model for a config."""
+    """Raise BadModel if a config is not that of a causal language model that transformers has a class for."""
     if getattr(config, "is_encoder_decoder", False):
         what = "an encoder-decoder, which reads its whole input before it writes"
     elif not is_known(config):
@@ -77,7 +77,7 @@ def refuse_other_kind(path: str, config: Any) -> None:
 
 
 def _refuse_without_forward(path: str, config: Any) -> None:
-    """Raise BadModel where a class generates and cannot be called: Qwen3-Omni's whole, which thinks and speaks."""
+    """Raise BadModel for a class that can generate but has no forward, as that of the whole Qwen3-Omni."""
     classes = classes_for(config)
     if not classes or any(kind.forward is not nn.Module.forward for kind in classes):
         return
@@ -90,7 +90,7 @@ def _refuse_without_forward(path: str, config: Any) -> None:
 
 
 def reading_text(path: str, model: CausalLM) -> explained:
-    """Within this, what a model raises where it is asked for a text becomes a BadModel that says so."""
+    """Within this context, an error that a model raises on a text becomes a BadModel that says so."""
     return explained(
         path,
         "model",
@@ -101,26 +101,26 @@ def reading_text(path: str, model: CausalLM) -> explained:
 
 
 def refuse_not_causal(path: str, model: CausalLM) -> None:
-    """Raise BadModel where a later token changes what the model says of an earlier one, or where it cannot compute.
+    """Raise BadModel if later tokens change the predictions for earlier ones, or if the model cannot compute.
 
-    Told by the gradient: that of an earlier token's logits by a later token's embedding is exactly zero in a causal
-    model, in every dtype. Two texts compared would drown small changes in the rounding of 16 bits.
+    The test is a gradient: in a causal model, the gradient of an earlier token's logits by a later token's embedding is
+    exactly zero, in every dtype. Comparing the logits of two texts would miss small effects below 16-bit rounding.
     """
     reading = reading_text(path, model)
     with reading:
         embeddings: Any = model.get_input_embeddings()
         rows = embeddings.weight.shape[0]
-    if rows < _TOKENS:  # spread over processes (DeepSpeed)
+    if rows < _TOKENS:  # the matrix is sharded over processes (DeepSpeed)
         return
     device = embeddings.weight.device
-    # Neither the first word nor the last: their embeddings are often zero (padding), and the norm of a zero multiplies
-    # gradients by a thousand, layer upon layer, until they are NaN.
+    # The first and last ids are avoided: their embeddings are often zero (padding). The norm of a zero vector
+    # multiplies gradients by a thousand in each layer, until they are NaN.
     ids = (2 * torch.arange(_TOKENS, device=device) + 1)[None] * rows // (2 * _TOKENS)  # [1, T]
-    of_tokens: list[torch.Tensor] = []  # [1, T, D], or with T first
+    of_tokens: list[torch.Tensor] = []  # [1, T, D], or [T, 1, D]
 
     def watch(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
         of_tokens.append(output.detach().requires_grad_())
-        return of_tokens[-1].clone()  # some scale it in place, which torch refuses for what a gradient starts from
+        return of_tokens[-1].clone()  # a clone, because some models scale it in place, which torch forbids for a leaf
 
     watching = embeddings.register_forward_hook(watch)
     try:
@@ -132,8 +132,8 @@ def refuse_not_causal(path: str, model: CausalLM) -> None:
     if not bool(torch.isfinite(logits).all()):
         raise BadModel(f"{path}: what this model computes is not finite (NaN or infinity). Are its files complete?")
     if gradient is None or _TOKENS not in gradient.shape or not bool(torch.isfinite(gradient).all()):
-        return  # the trial of layouts, which compares two texts, is left to tell
-    by_token = gradient.movedim(gradient.shape.index(_TOKENS), 0)  # XLNet's are [T, 1, D]
+        return  # the trial of layouts decides, by comparing two texts
+    by_token = gradient.movedim(gradient.shape.index(_TOKENS), 0)  # XLNet's gradient is [T, 1, D]
     if bool(by_token[_LOOKED_AT:].any()):
         raise BadModel(
             f"{path} is not a causal model: later tokens change its predictions for earlier ones, as in BERT, or in a "
@@ -144,9 +144,10 @@ def refuse_not_causal(path: str, model: CausalLM) -> None:
 
 @contextlib.contextmanager
 def _faults_of_the_library(path: str, model: CausalLM) -> Iterator[None]:
-    """Raise BadModel where a model's class asks the output of a part of it for what that does not have.
+    """Raise BadModel if the model's class reads an attribute that the output of one of its parts does not have.
 
-    No file and no input leads to that: Llama 4's whole class asks its text part for images (transformers 5.24).
+    That is a bug of transformers, not of the files: Llama 4's whole class reads image features from its text part
+    (transformers 5.24).
     """
     try:
         yield
@@ -161,7 +162,7 @@ def _faults_of_the_library(path: str, model: CausalLM) -> Iterator[None]:
 
 
 def _gradient(value: torch.Tensor, of_tokens: list[torch.Tensor]) -> torch.Tensor | None:
-    """By the tokens' embeddings; None where the model has no way back to them, which training will say."""
+    """The gradient by the embeddings of the tokens; None if none flows back to them, which training reports."""
     if not of_tokens or not value.requires_grad:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Base shape: what a base's config tells before its weights are loaded: its width, and the longest record it bears."""
+"""Base shape: what a base's config says before its weights are loaded: its width and its longest record."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,25 +12,24 @@ from atomtune.model.load import device_in_use
 from atomtune.model.memory import machine_bytes
 from atomtune.model.rotary import rotary_limit
 
-#: Where neither config nor memory says less. More tokens than any base of today reads.
+#: Used if neither the config nor memory sets a limit. More tokens than any base of today reads.
 NO_LIMIT = 2**20
-#: Bytes of an element, whatever the run's own format is: float32.
+#: Bytes per element. float32 is assumed, whatever the run's dtype is.
 _ELEMENT = 4
-#: Part of the memory that the activations of one record may take; the base's weights are the larger rest.
+#: Share of the memory for the activations of one record; the base's weights take most of the rest.
 _USABLE = 0.5
-#: A machine that loads the base at all bears this many tokens.
+#: A machine that can load the base can compute at least this many tokens.
 _LEAST = 256
 
 
 @dataclass(frozen=True)
 class BaseShape:
-    """What the defaults of a run follow from.
+    """What a run's defaults are derived from.
 
-    width         of the hidden states; None where the config does not say
+    width         of the hidden states; None if the config does not say
     longest       tokens of the longest record
-    longest_why   what sets that limit
-    rotary_limit  tokens above which a record has other rotary factors, and all of its batch with it; None: there are
-                  no others
+    longest_why   what sets that limit, as words for a message
+    rotary_limit  tokens above which a record, and its whole batch, gets other rotary factors; None if factors are fixed
     """
 
     width: int | None
@@ -40,9 +39,10 @@ class BaseShape:
 
 
 def base_shape(path: str, *, trust_remote_code: bool = False, use_cpu: bool = False) -> BaseShape:
-    """From the config. A base whose config cannot be read is refused later, when it is loaded.
+    """Read from the config. If the config cannot be read, no limit is set here; loading the base reports the error.
 
-    use_cpu  whether a run computes on the CPU though there is a GPU
+    use_cpu  whether the run computes on the CPU although there is a GPU
+    Raises BadModel if the base has fewer positions than the shortest record needs.
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -63,17 +63,17 @@ def base_shape(path: str, *, trust_remote_code: bool = False, use_cpu: bool = Fa
 
 
 def positions_of(config: Any) -> int | None:
-    """How many tokens a model has positions for; None where its config sets no limit, for which XLNet's says -1."""
+    """How many tokens a model has positions for; None if its config sets no limit (XLNet's says -1)."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(text, "max_position_embeddings", None)
     return positions if positions and positions > 0 else None
 
 
 def tokens_in_memory(config: Any, memory_bytes: int) -> int:
-    """Tokens of one record whose activations fit when they are recomputed layer by layer: a power of two.
+    """Tokens of the longest record whose activations fit in memory if every layer is recomputed; a power of two.
 
-    Kept for each token: the input of every layer, and all of one layer (memory.py has the parts). Of the whole memory,
-    used or not, and rounded down to a power of two, so that two runs on a machine cut alike.
+    Kept per token: the inputs of all layers, and all activations of one layer (see memory.py). `memory_bytes` is the
+    total memory, not the free part, and the result is rounded down, so that two runs on one machine get the same limit.
     """
     hidden = getattr(config, "hidden_size", 0) or 0
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
@@ -89,7 +89,7 @@ def tokens_in_memory(config: Any, memory_bytes: int) -> int:
 
 
 def _device_memory(*, use_cpu: bool) -> int | None:
-    """All memory of the device, in bytes; None where the system does not tell."""
+    """Total memory of the device in bytes; None if the system does not report it."""
     if torch.cuda.is_available() and not use_cpu:
         return int(torch.cuda.get_device_properties(device_in_use()).total_memory)
     return machine_bytes()

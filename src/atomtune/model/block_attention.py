@@ -1,9 +1,10 @@
 """Attention by blocks, for a CPU: a few dense products instead of a T x T mask.
 
-batch.attention_plan says which blocks. P = softmax(S), dP = dO V^T, dS = P * (dP - sum(dP * P)), dQ = dS K,
-dK = dS^T Q, dV = P^T dO. Of long paths the backward computes P again instead of keeping it (Dao et al. 2022, arXiv
-2205.14135).
-Letters: H heads, T tokens, D head dimension; S slots, G segments of a block, n the longest, A tokens of their path.
+batch.attention_plan chooses the blocks. Forward: P = softmax(S), O = P V. Backward: dP = dO V^T,
+dS = P * (dP - sum(dP * P)), dQ = dS K, dK = dS^T Q, dV = P^T dO. For long paths P is computed again in the backward
+pass instead of being kept (Dao et al. 2022, arXiv 2205.14135).
+Letters: H heads, T tokens, D head dimension of queries and keys, D' of values; S slots, G segments of a block, n slots
+of its longest segment, A tokens of their path.
 """
 
 from dataclasses import dataclass
@@ -16,14 +17,14 @@ from atomtune.batch.blocks import Block, Places, Siblings
 from atomtune.batch.paths import Where
 from atomtune.model.scores import ScoreRules, weights_beside_sinks
 
-#: The weights are kept where they are at most so many times as large as the queries: a quarter of what else a layer
-#: keeps for its backward pass.
+#: The softmax weights are kept for the backward pass if they have at most this many times the numbers of the queries.
+#: That adds about a quarter to what a layer keeps otherwise.
 MOST_KEPT = 6
 
 
 @dataclass(frozen=True, slots=True)
 class _QKV:
-    """Queries, keys and values by slot, or their gradients: [H * S, D] each, block behind block."""
+    """Queries, keys and values by slot, or their gradients: [H * S, D] each, one block after another."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -35,7 +36,7 @@ class _QKV:
 
 @dataclass(frozen=True, slots=True)
 class _Path:
-    """Keys and values of the path above some siblings, [H, A, D]; or what its tokens get as gradients, [H, D, A]."""
+    """Keys and values of the path above some siblings, each [H, A, D]; or its gradients, each [H, D, A]."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -44,11 +45,12 @@ class _Path:
 class BlockAttention(torch.autograd.Function):
     """q, k [H, T, D], v [H, T, D'], sinks [H] or None → [H, T, D'].
 
-    Every head has keys of its own here. Padding behind the row gets zero, and gives nothing.
+    Keys and values are already repeated, so that each head has its own. The output at padding after the row is zero,
+    and padding adds to no gradient.
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0917  # autograd passes them by place
+    def forward(  # noqa: PLR0917  # autograd passes them by position
         ctx: Any,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -85,12 +87,12 @@ class BlockAttention(torch.autograd.Function):
         q, k, v, sinks, *kept = ctx.saved_tensors
         places, rules = ctx.places, ctx.rules
         by_slot = _laid_out(q, k, v, places, rules)
-        # Padding repeats a token, so it must not hand on that token's gradient.
+        # A padding slot repeats some token; its gradient must not be added to that token's.
         grad_slots = _lay(grad_out, places).mul_(places.holds)  # [H * S, D']
         grad_sinks = torch.zeros_like(sinks) if ctx.needs_input_grad[3] else None
-        own = by_slot.empty_like()  # gradients that stay within a segment
+        own = by_slot.empty_like()  # gradients within the segments
         weights_of_blocks = iter(kept)
-        above: list[tuple[Where | None, _Path]] = []  # and those that the tokens of a path gather from all below
+        above: list[tuple[Where | None, _Path]] = []  # gradients of the paths, from all branches below
         k, v = k.contiguous(), v.contiguous()
         for siblings in ctx.all_siblings:
             path = _Path(_take(k, siblings.path), _take(v, siblings.path))
@@ -119,11 +121,11 @@ class _BlockView:
 
                |  path  | the segment |
         slot 0 | . . .  |   .         |     on_path(x)     [H, G * n, A]   one product for all segments: same keys
-        slot 1 | . . .  |   . .       |     on_segment(x)  [H * G, n, n]   one product a segment
+        slot 1 | . . .  |   . .       |     on_segment(x)  [H * G, n, n]   one product per segment
     """
 
     block: Block
-    path_tokens: int  # keys of the path that are seen; what fills it up to path_keys is seen by nobody
+    path_tokens: int  # keys of the path; the padding after them, up to block.path_keys, is masked
     heads: int
 
     def slots(self, x: torch.Tensor) -> torch.Tensor:
@@ -144,7 +146,7 @@ class _BlockView:
         return scores.view(self.heads, -1, scores.shape[-1])[..., : self.block.path_keys]
 
     def products(self, a: torch.Tensor, b: torch.Tensor, path_b: torch.Tensor) -> torch.Tensor:
-        """Each of the block's slots in a with the path and its segment's slots in b.
+        """Dot products of each slot in a with the path and with the slots of its own segment in b.
 
         a, b [H * S, D], path_b [H, A, D]
         Returns [H * G, n, A + n]
@@ -159,15 +161,15 @@ class _BlockView:
     def weights(
         self, by_slot: _QKV, path: _Path, rules: ScoreRules, sinks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weights [H * G, n, A + n] of scaled queries, and the slope of their soft cap.
+        """The softmax weights [H * G, n, A + n] of scaled queries, and the slope of the soft cap or None.
 
-        A softmax is computed in float32 at least, whatever it is handed.
+        The softmax is computed in float32 or float64.
         """
         scores, slope = rules.capped(self.products(by_slot.q, by_slot.k, path.k))
         mask = self.block.mask.to(scores.dtype)
         if self.block.path_keys > self.path_tokens:
             scores[..., self.path_tokens : self.block.path_keys] = -torch.inf
-        if mask.shape[-1] > self.block.width:  # a window cuts the path
+        if mask.shape[-1] > self.block.width:  # a sliding window hides part of the path
             scores[..., : self.path_tokens].add_(mask[:, : self.path_tokens])
         self.on_segment(scores).add_(mask[:, -self.block.width :])
         if sinks is not None:
@@ -188,15 +190,16 @@ class _BlockView:
     ) -> None:
         """Write the gradients of the block's own slots, and add to those of its path and of the sinks.
 
-        grad_slots  [H * S, D'] what comes back to each slot's output
-        weights     [H * G, n, A + n] P; slope of the scores' soft cap, if they have one
+        grad_slots  [H * S, D'] gradient of each slot's output
+        weights     [H * G, n, A + n] P
+        slope       of the scores' soft cap; None without a cap
         """
         grad_weights = self.products(grad_slots, by_slot.v, path.v)  # dP
         if into_sinks is not None:
             sink_share = 1 - weights.sum(-1)  # [H * G, n]
             per_slot = sink_share * (weights * grad_weights).sum(-1)
             into_sinks -= per_slot.view(self.heads, -1).sum(-1)
-        # autograd's own kernel has no public name; written out it is three passes over the scores.
+        # The kernel that autograd uses has no public name. Written out, it takes three passes over the scores.
         grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)  # dS
         if slope is not None:
             grad_scores *= slope
@@ -211,7 +214,7 @@ class _BlockView:
 
 
 def _laid_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: Places, rules: ScoreRules) -> _QKV:
-    """[H, T, D] each → by slot, the queries scaled."""
+    """q, k, v, each [H, T, D] → by slot, with scaled queries."""
     return _QKV(_lay(q * rules.scaling, places), _lay(k, places), _lay(v, places))
 
 
@@ -221,7 +224,7 @@ def _lay(x: torch.Tensor, places: Places) -> torch.Tensor:
 
 
 def _by_token(x: torch.Tensor, places: Places, shape: torch.Size) -> torch.Tensor:
-    """[H * S, D] by slot → [H, T, D] by token, zero where the row is padding; in memory the tokens come first."""
+    """[H * S, D] by slot → [H, T, D] by token, zero at padding. In memory the tokens come first: [T, H, D]."""
     heads, tokens, width = shape
     out = x.new_empty(tokens * heads, width)
     torch.index_select(x, 0, places.back, out=out[: len(places.back)])
@@ -230,14 +233,14 @@ def _by_token(x: torch.Tensor, places: Places, shape: torch.Size) -> torch.Tenso
 
 
 def _take(x: torch.Tensor, path: Where | None) -> torch.Tensor:
-    """[H, T, D] → [H, A, D], its rows together in memory."""
+    """[H, T, D] → [H, A, D], the path's tokens. Without a path, A is 0."""
     if path is None:
         return x[:, :0]
     return x.index_select(1, path) if isinstance(path, torch.Tensor) else x[:, path]
 
 
 def _add(x: torch.Tensor, path: Where | None, part: torch.Tensor) -> None:
-    """Add [H, A, D] to the tokens of the path in x [H, T, D]."""
+    """Add part [H, A, D] to the path's tokens in x [H, T, D]."""
     if isinstance(path, torch.Tensor):
         x.index_add_(1, path, part)
     elif path is not None:

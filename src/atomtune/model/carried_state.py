@@ -1,7 +1,6 @@
-"""Carried states: what a branch's mixers start from, in a stand-in for transformers' cache.
+"""Carried states: the states with which a branch's mixers start, in a stand-in for transformers' cache.
 
-The cache's protocol is private to the library, hence the trial in layout_support.py.
-Letters: G sequences of a batch.
+The protocol of that cache is private to the library, so layout_support.py tries the stand-in on each model.
 """
 
 from collections.abc import Sequence
@@ -15,10 +14,10 @@ from atomtune.batch.segment_plan import SegmentBatch
 
 
 class States:
-    """Convolution and recurrent states of a batch of sequences, in the shape of transformers' cache for one mixer.
+    """Convolution and recurrent states of a batch of sequences, with the methods of transformers' cache for one mixer.
 
-    Nothing is copied in place, so gradients flow through the states. It never says that it holds a single token's past,
-    which would send the mixer down its decoding way.
+    Nothing is copied in place, so gradients flow through the states. The reported past has no
+    tokens: otherwise a mixer could take its decoding path, which computes a single token.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class States:
     def update_conv_state(
         self, x: torch.Tensor, _layer_idx: int = 0, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
     ) -> torch.Tensor:
-        """Keep the last inputs of the convolution and return all it reads, as the library's cache does."""
+        """Keep the last inputs of the convolution and return all inputs that it reads, as the library's cache does."""
         before = self.conv.get(state_idx)
         full = x if before is None else torch.cat([before, x], -1)
         kernel = conv_kernel_size or x.shape[-1]
@@ -68,7 +67,7 @@ class States:
 
     @property
     def layers(self) -> "_Layers":
-        """transformers 5.17 reads the states from here."""
+        """transformers 5.17 reads the states through this attribute."""
         return _Layers(self)
 
 
@@ -90,7 +89,7 @@ class _Layers:
 
 
 def states_before(batch: SegmentBatch, states: Sequence[States]) -> States:
-    """The states that a batch's sequences start from: their parents' last ones."""
+    """The states with which a batch's sequences start: the last states of their parents; empty at the root."""
     if not batch.parents:
         return States()
     first = states[batch.parents[0][0]]
@@ -103,7 +102,7 @@ def states_before(batch: SegmentBatch, states: Sequence[States]) -> States:
 
 
 def _picked(of_parents: Sequence[torch.Tensor], batch: SegmentBatch) -> torch.Tensor:
-    """The row of each parent in its own batch's states, under each other."""
+    """The rows of the parents' states, stacked in the order of this batch's sequences."""
     if all(states is of_parents[0] for states in of_parents):
         rows = torch.tensor([row for _, row in batch.parents], device=of_parents[0].device)
         return of_parents[0].index_select(0, rows)

@@ -1,7 +1,7 @@
-"""Causal LM: what this project asks of a model, written down as a type.
+"""Causal LM: the type of the models that this project works with.
 
-Every class that transformers' AutoModelForCausalLM gives has it, and so does one that PEFT wraps. Models that bring
-their own code lack some (`model.loss.takes` asks before a keyword is passed).
+All classes that transformers' AutoModelForCausalLM returns have these members, and so do models wrapped by PEFT.
+Models with their own code lack some arguments of forward; `model.loss.takes` checks before one is passed.
 """
 
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from torch import nn
 
 
 class CausalLM(nn.Module):
-    """The type of a transformers causal LM or of a PeftModel around one. For annotations: nothing is made of it.
+    """The type of a transformers causal LM, or of a PeftModel around one. Only for annotations, never instantiated.
 
-    A class and not a Protocol, because only so can it be handed to whatever wants an nn.Module.
+    A class and not a Protocol, so that it can be passed where an nn.Module is expected.
     """
 
     config: Any
     generation_config: Any
     device: torch.device
-    generate: Callable[..., torch.Tensor]  # → [B, T + new]
+    generate: Callable[..., torch.Tensor]  # → [B, T + new tokens]
     get_input_embeddings: Callable[[], nn.Module]
     get_output_embeddings: Callable[[], nn.Module | None]
     save_pretrained: Callable[..., Any]

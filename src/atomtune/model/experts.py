@@ -1,9 +1,9 @@
-"""Experts: which weights of a base belong to experts, of which each token uses a few, and how LoRA goes on them.
+"""Experts: which weights of a base belong to experts, of which each token uses a few, and how LoRA adapts them.
 
-Found by their shape, not by a list of architectures: one tensor holds a matrix for every expert of a layer, and the
-config says how many experts there are. Models that bring their own code may hold them as linear layers in a list
-`experts`. PEFT adapts a tensor that is no layer through `target_parameters`: it adds B A to it before each use, where
-no dropout can be.
+They are found by their shape, not by a list of architectures: one tensor holds a matrix for every expert of a layer,
+and the config says how many experts there are. Models with their own code may hold them as linear layers in a list
+named `experts`. PEFT adapts tensors outside of linear layers through `target_parameters`: it adds B A to the tensor
+before each use, which leaves no place for dropout.
 """
 
 from collections.abc import Iterable
@@ -18,9 +18,9 @@ from transformers.pytorch_utils import Conv1D
 class Experts:
     """The experts of a base.
 
-    tensors  full names of weights that hold a matrix for each expert
-    layers   full names of linear layers of which each is one expert's
-    share    of all weights of the base
+    tensors  full names of weights that hold a matrix for each expert, [experts, …, …]
+    layers   full names of linear layers that belong to one expert each
+    share    of all the base's weights that belong to experts, 0 to 1
     """
 
     tensors: tuple[str, ...]
@@ -32,7 +32,7 @@ class Experts:
 
 
 def experts_of(base: Any) -> Experts:
-    """Look for experts in a base that has no adapter yet."""
+    """Find the experts of a base that has no adapter yet."""
     counts = numbers_of_experts(base.config)
     modules = dict(base.named_modules())
     weights = {name: count_of(weight) for name, weight in base.named_parameters()}
@@ -41,7 +41,7 @@ def experts_of(base: Any) -> Experts:
         holder = modules[name.rpartition(".")[0]]
         if weight.dim() == 3 and weight.shape[0] in counts and not isinstance(holder, nn.Conv1d):
             tensors.append(name)
-    layers: dict[str, None] = {}  # in order; DeepSeek-V3's own code has 45,000
+    layers: dict[str, None] = {}  # a dict keeps the order; a list would be slow: DeepSeek-V3's own code has 45,000
     for name, module in modules.items():
         if isinstance(module, nn.Linear | Conv1D) and "experts" in name.split("."):
             layers[name] = None
@@ -51,8 +51,9 @@ def experts_of(base: Any) -> Experts:
 
 
 def numbers_of_experts(config: Any) -> set[int]:
-    """What the config may mean by a number of experts: num_experts, n_routed_experts, num_local_experts, …; or one for
-    each layer (Hunyuan).
+    """All values in the config that may be the number of experts: num_experts, n_routed_experts, num_local_experts, …
+
+    Some configs have a list with one number per layer (Hunyuan).
     """
     numbers: set[int] = set()
     for name, value in config.get_text_config().to_dict().items():
@@ -63,7 +64,7 @@ def numbers_of_experts(config: Any) -> set[int]:
 
 
 def count_of(weight: Any) -> int:
-    """Numbers in a weight; a 4-bit one counts as the numbers it stands for."""
+    """How many numbers a weight holds; a 4-bit weight counts with its unpacked size."""
     shape = getattr(getattr(weight, "quant_state", None), "shape", weight.shape)
     count = 1
     for length in shape:
@@ -72,7 +73,7 @@ def count_of(weight: Any) -> int:
 
 
 def endings(base: nn.Module, parameters: Iterable[str]) -> list[str]:
-    """Short names for `target_parameters`: the last two parts where these mean just the given weights, else all."""
+    """Short names for `target_parameters`: the last two parts if they match only the given weights, else full names."""
     wanted = set(parameters)
     ends = sorted({".".join(name.split(".")[-2:]) for name in wanted})
     meant = {name for name, _ in base.named_parameters() if name.endswith(tuple(f".{end}" for end in ends))}

@@ -1,4 +1,4 @@
-"""Failures: why a model could not be computed, where nobody below has put it into words: memory, or foreign kernels."""
+"""Failures: errors while a model computes that nothing below has explained: out of memory, or a package's kernels."""
 
 from atomtune.errors import AtomtuneError, BadModel, RunFailed
 from atomtune.model.memory import is_out_of_memory
@@ -6,7 +6,7 @@ from atomtune.model.mixer_kernels import package_that_raised
 
 
 def of_the_model(error: BaseException) -> AtomtuneError | None:
-    """What such a failure is told as; None for any other error."""
+    """The error to report instead, with a remedy; None for any other error."""
     if is_out_of_memory(error):
         return RunFailed(
             "Out of memory. What helps, in order: --quantize nf4 (a quarter of the memory), --dtype bfloat16, "

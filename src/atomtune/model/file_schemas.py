@@ -1,7 +1,7 @@
-"""File schemas: what may stand in the JSON files of a model, a tokenizer, an adapter and a run's state.
+"""File schemas: valid keys and values in the JSON files of a model, a tokenizer, an adapter and a run's state.
 
-Only what many architectures share is listed, with the ranges in which it means something; transformers' own config
-classes check the types of the rest.
+Only keys that many architectures share are listed, with their valid ranges; transformers' own config classes check the
+types of the others.
 """
 
 from typing import Annotated, Any, Literal
@@ -12,17 +12,17 @@ from atomtune.choices import LARGEST_RANK
 from atomtune.model.json_files import JsonFile
 
 Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
-#: GLM-5 Next's heads, whose keys are latent, are 0 wide beside them.
+#: head_dim may be 0: GLM-5 Next's keys are latent, and its heads have no others.
 SizeOrNone = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Layers = Annotated[int, Field(ge=1, le=10_000)]
-#: -1 stands for "none" in some published configs.
+#: -1 means "none" in some published configs.
 TokenId = Annotated[int, Field(ge=-1, le=2**31 - 1)]
 TokenIds = TokenId | list[TokenId] | None
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rank = Annotated[int, Field(ge=1, le=LARGEST_RANK)]
-#: What an adapter is multiplied by; at 1e30 all its answers are one token.
+#: Scale of an adapter. At 1e30 all answers are one repeated token.
 Factor = Annotated[float, Field(gt=0, le=1e6)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Flag = bool | None
@@ -31,7 +31,7 @@ Values = dict[str, Any]
 
 
 class Rope(JsonFile):
-    """How positions turn queries and keys; where that differs by kind of layer, each kind has an object of these."""
+    """Parameters of rotary embeddings. If they differ by kind of layer, there is one such object per kind."""
 
     rope_type: str | None = None
     type: str | None = None
@@ -48,7 +48,7 @@ class Rope(JsonFile):
 
 
 class ModelConfig(JsonFile):
-    """config.json. Sizes are compared with the weight files afterwards (weight_sizes.py)."""
+    """config.json. Sizes are later compared with the weight files (weight_sizes.py)."""
 
     model_type: str | None = None
     architectures: Names = None
@@ -77,7 +77,7 @@ class ModelConfig(JsonFile):
     n_layer: Layers | None = None
     n_layers: Layers | None = None
     num_layers: Layers | None = None
-    # Config classes make lists of these lengths.
+    # transformers' config classes build lists of these lengths, so a huge number would exhaust memory.
     num_mtp_layers: Annotated[int, Field(ge=0, le=10_000)] | None = None
     num_nextn_predict_layers: Annotated[int, Field(ge=0, le=10_000)] | None = None
     num_residual_layers: Annotated[int, Field(ge=0, le=10_000)] | None = None
@@ -154,7 +154,7 @@ class GenerationConfig(JsonFile):
 
 
 class SpecialToken(JsonFile):
-    """A special token with the rules for the text around it."""
+    """A special token with its rules for whitespace and matching."""
 
     content: str
     lstrip: Flag = None
@@ -168,7 +168,7 @@ Token = str | SpecialToken | None
 
 
 class SpecialTokens(JsonFile):
-    """special_tokens_map.json, and part of the tokenizer's config."""
+    """special_tokens_map.json, and the same keys in tokenizer_config.json."""
 
     bos_token: Token = None
     eos_token: Token = None
@@ -259,14 +259,14 @@ class LoraConfigFile(AdapterConfig):
 
 
 class WeightIndex(JsonFile):
-    """model.safetensors.index.json: in which file each tensor lies."""
+    """model.safetensors.index.json: which file holds each tensor."""
 
     weight_map: dict[str, str]
     metadata: Values | None = None
 
 
 class RunSetting(JsonFile):
-    """A setting of a run: its value, and where it came from."""
+    """A setting of a run."""
 
     value: Any
 
@@ -278,7 +278,7 @@ class RunData(JsonFile):
 
 
 class LossEntry(JsonFile):
-    """A loss that was logged; null where it was not finite."""
+    """A logged loss; null if it was not finite."""
 
     step: Count
     loss: float | None
@@ -295,14 +295,14 @@ class RunRecordFile(JsonFile):
 
 
 class Control(JsonFile):
-    """What the Trainer was about to do."""
+    """The Trainer's control flags (stop, save, evaluate, log)."""
 
     args: dict[str, bool] | None = None
     attributes: dict[str, bool] | None = None
 
 
 class WorkDone(JsonFile):
-    """What this tool's own counter carries."""
+    """What atomtune's WorkCounter keeps across a resume."""
 
     tokens_computed: Count = 0
     tokens_padded: Count = 0
@@ -314,21 +314,21 @@ class WorkDone(JsonFile):
 
 
 class Counter(JsonFile):
-    """The counter's place among the callbacks."""
+    """WorkCounter's entry among the callbacks."""
 
     attributes: WorkDone
     args: Values | None = None
 
 
 class Callbacks(JsonFile):
-    """What callbacks keep from step to step."""
+    """State of callbacks that the Trainer saves with a checkpoint."""
 
     TrainerControl: Control | None = None
     WorkCounter: Counter | None = None
 
 
 class LogEntry(JsonFile):
-    """What the Trainer logged at a step."""
+    """An entry of the Trainer's log, at one step."""
 
     step: Count
     loss: float | None = None

@@ -1,7 +1,8 @@
-"""Fingerprint: which base an adapter belongs to, told from a few numbers of every weight.
+"""Fingerprint: identifies the base of an adapter by a few numbers of every weight.
 
-Two bases of one shape (a model and its fine-tuned sibling) take each other's adapters without a word and answer
-nonsense. Read from the weights' files, so that it does not depend on the dtype, quantization or device in use.
+An adapter also loads on another base of the same shape (a model and its fine-tuned sibling) without an error, and then
+answers nonsense. The numbers are read from the weight files, so that the dtype, quantization and device in use do not
+matter.
 """
 
 import hashlib
@@ -22,13 +23,13 @@ from atomtune.model.json_files import checked, refuse_no_files
 
 INDEX = "model.safetensors.index.json"
 OLD_INDEX = "pytorch_model.bin.index.json"
-#: How many numbers are read at the beginning and in the middle of each weight.
+#: How many numbers are read from the first and from the middle row of each weight.
 _NUMBERS = 32
 _LONGEST_NAME = 200  # characters of a file's name
 
 
 def fingerprint(path: str) -> str | None:
-    """A hash over every weight's name, shape and some of its numbers in bfloat16; None where no weights are at hand."""
+    """A hash of every weight's name, shape and some numbers in bfloat16; None if there are no weights here."""
     folder = folder_of(path)
     if folder:
         refuse_no_files(folder)
@@ -40,21 +41,22 @@ def fingerprint(path: str) -> str | None:
 
 
 def _entries(file: Path) -> Iterator[tuple[str, list[int], list[float]]]:
-    """Name, shape and numbers of every weight in a file; a pickled one is read as tensors only and runs nothing."""
+    """(name, shape, numbers) of every weight in a file. Pickled files are read as tensors only; no code runs."""
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  # not a dict
                 part = weights.get_slice(name)
                 yield name, *_sample(part, list(part.get_shape()))
         return
-    # Mapped, so that only what is looked at is read; files from before 2020 are no archives and are read whole.
+    # Memory-mapped, so that only the numbers used are read. Files from before 2020 are no zip archives and are read
+    # whole.
     tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     for name, weight in tensors.items():
         yield name, *_sample(weight, list(weight.shape))
 
 
 def _sample(weight: Any, shape: list[int]) -> tuple[list[int], list[float]]:
-    """Shape, and numbers of the first row and the middle one, in bfloat16: a copy in another dtype has the same."""
+    """Shape, and numbers of the first and middle rows, rounded to bfloat16, which copies in other dtypes share."""
     if not shape or 0 in shape:
         return shape, []
     if len(shape) == 1:
@@ -65,7 +67,7 @@ def _sample(weight: Any, shape: list[int]) -> tuple[list[int], list[float]]:
 
 
 def folder_of(path: str) -> Path | None:
-    """The folder a model was loaded from: itself, or its snapshot in the hub's cache."""
+    """The folder a model is loaded from: the path itself, or its snapshot in the hub's cache; None if there is none."""
     local = expanded(path)
     if local.is_dir():
         return local
@@ -77,11 +79,11 @@ def folder_of(path: str) -> Path | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weights' files in a model's folder: safetensors, else what torch.save wrote.
+    """The weight files in a model's folder: safetensors, else those that torch.save wrote; empty if there are none.
 
-    Raises BadModel for an index that cannot be read or names a file outside of its folder.
+    Raises BadModel for an index that cannot be read, or that names a missing file or one outside the folder.
     """
-    # Both indexes are read first: a bad one is refused even where the other would do.
+    # Both indexes are read first: a bad one is refused even if the other would be enough.
     shards = {index: _named_in(folder / index) for index in (INDEX, OLD_INDEX) if (folder / index).is_file()}
     for index, pattern in ((INDEX, "model*.safetensors"), (OLD_INDEX, "pytorch_model*.bin")):
         files = shards.get(index) or sorted(folder.glob(pattern))
@@ -107,16 +109,16 @@ def _is_file_name(name: str) -> bool:
 
 
 def is_at_hand(path: str) -> bool:
-    """Whether a base's weights are on this machine; those of a model on the hub come with its first loading.
+    """Whether a base's weights are on this machine; a model on the hub is downloaded when it is first loaded.
 
-    Before that no fingerprint can be taken, so `refuse_other_base` has to be asked again.
+    Before that there is no fingerprint, so `refuse_other_base` has to be called again after the download.
     """
     folder = folder_of(path)
     return folder is not None and bool(weight_files(folder))
 
 
 def refuse_other_base(path: str, expected: str, *, anyway: bool, notice: Callable[[str], None]) -> None:
-    """Raise BadModel when an adapter was trained on another base than this one; a notice with `anyway`."""
+    """Raise BadModel if an adapter was trained on another base than this one; with `anyway`, give a notice instead."""
     actual = fingerprint(path)
     if not expected or actual is None or actual == expected:
         return

@@ -1,6 +1,6 @@
-"""The layers of a model that compute in fewer, larger steps while it trains.
+"""Fused layers: layers of a model that compute in fewer, larger steps during training.
 
-Weights, names and what is saved stay as they are; verify compares the result with plain transformers + PEFT.
+Weights, names and saved files do not change; verify compares the result with plain transformers + PEFT.
 """
 
 from typing import Any
@@ -12,6 +12,6 @@ from atomtune.model.fused_norm import fuse_norms
 
 
 def fuse_layers(model: nn.Module, **example_inputs: Any) -> None:
-    """Fuse what is recognised in a model with an adapter; the rest stays its own."""
+    """Fuse the layers that are recognised in a model with an adapter; leave the others as they are."""
     compute_together(model, **example_inputs)
     fuse_norms(model)

@@ -1,10 +1,10 @@
-"""LoRA layers computed together: the ones that read the same tensor, in one step, without copies and casts.
+"""Fused LoRA: layers that read the same tensor compute together, without copies and casts.
 
-PEFT's layers compute x A^T in the adapter's own dtype (float32), which casts every input and adds every output in one
-more pass; q, k and v each do so for the same x. Here the layers of one input form a group: one product with all A
-stacked, every B added into its base's output in place, and one autograd node. The layers, their weights and what is
-saved stay PEFT's; a case this does not know goes PEFT's own way. Formulas: Hu et al. 2021, arXiv 2106.09685.
-Letters: T tokens, I inputs, O outputs, r a layer's rank, R the ranks of a group together.
+PEFT's layers compute x A^T in the adapter's own dtype (float32): each casts its input and adds its output in a further
+pass, and q, k and v all do so for the same x. Here layers with the same input form a group: one product with all A
+stacked, every B added into its base layer's output in place, and one autograd node. The layers, their weights and what
+is saved stay PEFT's. Any case that is not recognised is computed by PEFT. Formulas: Hu et al. 2021, arXiv 2106.09685.
+Letters: T tokens, I inputs, O outputs, r the rank of a layer, R the sum of the ranks in a group.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,15 +21,15 @@ from atomtune.model.modes import without_dropout
 
 
 def compute_together(model: nn.Module, **example_inputs: Any) -> int:
-    """Let the LoRA layers of a model that read the same tensor compute as one; returns how many layers do.
+    """Let the LoRA layers that read the same tensor compute together; returns how many layers do.
 
-    The weights of all of them are cast once, together, when a forward of the model begins.
+    The weights of all groups are cast together at the start of each forward of the model.
     """
     groups = [Group(members) for members in groups_of(model, **example_inputs)]
     for group in groups:
         for layer in group.members:
-            # PEFT has no public way to compute a layer otherwise (a variant is handed the base's output, ready made). A
-            # change of class, as FSDP2 makes it, leaves modules, names and what is saved as they are.
+            # PEFT has no public way to replace a layer's computation (a variant only gets the base's finished output).
+            # A change of class, as in FSDP2, leaves modules, names and what is saved as they are.
             layer.__class__ = GroupedLora
             layer.group = group
     if groups:
@@ -38,7 +38,7 @@ def compute_together(model: nn.Module, **example_inputs: Any) -> int:
 
 
 def groups_of(model: nn.Module, **example_inputs: Any) -> list[list[LoraLinear]]:
-    """The LoRA layers of a model by the tensor they read, seen in one forward pass."""
+    """LoRA layers grouped by the tensor they read, which is observed in one forward pass."""
     layers = [module for module in model.modules() if type(module) is LoraLinear and _is_plain(module)]
     if not layers:
         return []
@@ -54,10 +54,10 @@ def groups_of(model: nn.Module, **example_inputs: Any) -> list[list[LoraLinear]]
     finally:
         for hook in hooks:
             hook.remove()
-    # A layer that is called more than once (shared weights, loops) has no single place: PEFT's own way.
+    # A layer that is called more than once (shared weights, loops) belongs to no single group; PEFT computes it.
     names = [id(layer) for _, layer in calls]
     groups: list[list[LoraLinear]] = []
-    for _, same_input in groupby(calls, key=lambda call: id(call[0])):  # every input is alive: an id is one tensor's
+    for _, same_input in groupby(calls, key=lambda call: id(call[0])):  # all inputs are still alive, so ids are unique
         members = [layer for _, layer in same_input]
         if all(names.count(id(layer)) == 1 for layer in members):
             groups.append(members)
@@ -65,12 +65,12 @@ def groups_of(model: nn.Module, **example_inputs: Any) -> list[list[LoraLinear]]
 
 
 def _is_plain(layer: LoraLinear) -> bool:
-    """Plain LoRA on a plain, frozen matrix: one adapter, no DoRA or other variant, no bias of its own."""
+    """Plain LoRA on a frozen nn.Linear: one active adapter, no DoRA or other variant, no bias in B."""
     base = layer.get_base_layer()
     return (
         type(base) is nn.Linear
         and base.weight.is_floating_point()
-        and not any(weight.requires_grad for weight in base.parameters())  # an adapter may train the base's bias
+        and not any(weight.requires_grad for weight in base.parameters())  # some adapters train the base's bias
         and len(layer.active_adapters) == 1
         and not layer.lora_variant
         and layer.lora_B[layer.active_adapters[0]].bias is None
@@ -78,12 +78,12 @@ def _is_plain(layer: LoraLinear) -> bool:
 
 
 class GroupedLora(LoraLinear):
-    """PEFT's layer; while it trains, its group computes for it."""
+    """PEFT's layer, computed by its group during training."""
 
     group: "Group"
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # The model that is measured is, bit for bit, the model that any program with PEFT loads.
+        # Evaluation uses PEFT's own code, so that the measured model is, bit for bit, the one that other programs load.
         served = not (self.training or torch.is_grad_enabled())
         if served or args or kwargs or not self.group.computes(x):
             return super().forward(x, *args, **kwargs)
@@ -91,16 +91,16 @@ class GroupedLora(LoraLinear):
 
 
 class Group:
-    """LoRA layers that read the same tensor. The first that is called computes for all."""
+    """LoRA layers that read the same tensor. The first one called computes the outputs of all."""
 
     def __init__(self, members: Sequence[LoraLinear]) -> None:
         self.members = tuple(members)
         self.cast: Cast | None = None
         self._input: torch.Tensor | None = None
-        self._outputs: dict[int, torch.Tensor] = {}  # by id of the members that have not asked for theirs yet
+        self._outputs: dict[int, torch.Tensor] = {}  # by id of the members that have not been called yet
 
     def computes(self, x: torch.Tensor) -> bool:
-        """Whether this call is the plain one: an adapter in use, nothing merged, one dtype throughout."""
+        """Whether the fused computation applies: adapters enabled and not merged, one dtype, no autocast to another."""
         autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype
         return not autocast and all(
             not layer.disable_adapters and not layer.merged and layer.get_base_layer().weight.dtype == x.dtype
@@ -108,7 +108,7 @@ class Group:
         )
 
     def output_of(self, layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
-        """A member's output, [..., I] → [..., O]."""
+        """A member's output: x [..., I] → [..., O]."""
         if self._input is not x or id(layer) not in self._outputs:
             outputs = self._compute(x)
             self._outputs = {id(member): output for member, output in zip(self.members, outputs, strict=True)}
@@ -138,9 +138,9 @@ def _matrices(layer: LoraLinear) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """A group's weights in the dtype of its input.
+    """A group's weights, cast to the dtype of its input.
 
-    down      [R, I] all A under each other
+    down      [R, I] the A of all layers, stacked
     ups       each layer's B times its scaling, [O, r]
     scales    each layer's scaling
     versions  of the weights when they were cast
@@ -156,36 +156,36 @@ class Cast:
         return [up.shape[1] for up in self.ups]
 
     def is_of(self, group: Group, dtype: torch.dtype) -> bool:
-        """Whether the group's weights are still those that were cast."""
+        """Whether the group's weights have not changed since the cast."""
         return self.down.dtype == dtype and self.versions == _versions(group)
 
 
 def _versions(group: Group) -> tuple[int, ...]:
-    """Numbers that grow with a change in place, but for those of torch's fused optimizers.
+    """Version counters of a group's weights; they grow with every in-place change, except by torch's fused optimizers.
 
-    Behind these a forward of the whole model casts anew, whatever the numbers say.
+    After such a step the next forward of the whole model casts again in any case (`Casts.refresh`).
     """
     return tuple(weight._version for layer in group.members for weight in _matrices(layer))
 
 
 class Casts:
-    """Casts the weights of all groups when a forward of the whole model begins.
+    """Casts the weights of all groups at the start of a forward of the whole model.
 
-    Layer by layer it was 1,200 small kernels a step on a 7B model; together it is a handful. Recomputed layers use the
-    same copies in the backward pass: no weight changes between a forward and its backward.
+    Cast layer by layer, that took 1,200 small kernels per step on a 7B model; together it takes a handful. Recomputed
+    layers use the same copies in the backward pass, because no weight changes between a forward and its backward.
     """
 
     def __init__(self, groups: Iterable[Group]) -> None:
-        #: Groups whose copies may lie in one tensor: of one device and one dtype.
+        #: Groups by (device, dtype); their copies share one tensor.
         self._alike: dict[tuple[torch.device, torch.dtype], list[Group]] = {}
         for group in groups:
             weight = group.members[0].get_base_layer().weight
             self._alike.setdefault((weight.device, weight.dtype), []).append(group)
 
     def refresh(self, model: nn.Module, _inputs: Any) -> None:
-        """A forward pre-hook of the model."""
+        """Cast the weights again; a forward pre-hook of the model."""
         if not (model.training or torch.is_grad_enabled()):
-            return  # served by PEFT's own layers
+            return  # PEFT's own layers compute then
         for groups in self._alike.values():
             for group, cast in zip(groups, cast_together(groups), strict=True):
                 group.cast = cast
@@ -193,7 +193,7 @@ class Casts:
 
 @torch.no_grad()
 def cast_together(groups: Sequence[Group]) -> list[Cast]:
-    """The weights of these groups, of one device, in the dtype of their base: one copy of all A, one of all B."""
+    """Cast the weights of groups on one device to the dtype of their base: one copy for all A, one for all B."""
     layers = [layer for group in groups for layer in group.members]
     dtype = layers[0].get_base_layer().weight.dtype
     downs, ups = zip(*map(_matrices, layers), strict=True)
@@ -207,7 +207,7 @@ def cast_together(groups: Sequence[Group]) -> list[Cast]:
     for group in groups:
         layers_end = first_layer + len(group.members)
         inputs = downs[first_layer].shape[1]
-        # The A of a group lie one behind the other, so together they are one matrix without a further copy.
+        # The A of a group are adjacent in memory, so they are one matrix without a further copy.
         numbers = sum(down.numel() for down in downs[first_layer:layers_end])
         down = all_downs.narrow(0, first_number, numbers).view(-1, inputs)  # [R, I]
         scales_here = tuple(scales[first_layer:layers_end])
@@ -217,16 +217,16 @@ def cast_together(groups: Sequence[Group]) -> list[Cast]:
 
 
 def _scaled_together(ups: Sequence[torch.Tensor], scales: Sequence[float]) -> torch.Tensor:
-    """Every B times its scaling, one behind the other; nearly always there is one scaling for all."""
+    """Every B times its scaling, flat and concatenated; nearly always all scalings are equal."""
     if len(set(scales)) == 1:
         return torch.cat([up.flatten() for up in ups]).mul_(scales[0])
     return torch.cat([up.flatten() * scale for up, scale in zip(ups, scales, strict=True)])
 
 
 def keep_mask(x: torch.Tensor, p: float) -> torch.Tensor:
-    """[T, I] bool, False with probability p (to 1 / 65,536 on a CPU).
+    """[T, I] bool, False with probability p (rounded to 1 / 65,536 on a CPU).
 
-    A CPU draws random numbers one after the other; one draw of 64 bits serves four elements here.
+    A CPU draws random numbers one after another, so one draw of 64 bits serves four elements here.
     """
     if x.device.type != "cpu":
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
@@ -236,7 +236,7 @@ def keep_mask(x: torch.Tensor, p: float) -> torch.Tensor:
 
 
 class _LowRank(torch.autograd.Function):
-    """x, and per layer W [O, I], bias, A [r, I], B [O, r] → per layer x W^T + bias + scale * (drop(x) A^T) B^T."""
+    """x and, per layer, W [O, I], bias, A [r, I], B [O, r] → per layer, x W^T + bias + scale * (drop(x) A^T) B^T."""
 
     @staticmethod
     def forward(
@@ -253,7 +253,7 @@ class _LowRank(torch.autograd.Function):
         outputs = []
         for base, bias, up, low in zip(bases, biases, cast.ups, lows, strict=True):
             out = nn.functional.linear(flat.view(x.shape), base, bias)  # [..., O]
-            # What is returned is no view: a model may change it in place (Gemma 3n does).
+            # The output must not be a view, because a model may change it in place (Gemma 3n does).
             out.view(-1, out.shape[-1]).addmm_(low, up.T)
             outputs.append(out)
         ctx.save_for_backward(flat, keep, cast.down, *cast.ups, *lows, *bases)
@@ -268,7 +268,7 @@ class _LowRank(torch.autograd.Function):
         flat, keep, down, *of_layers = ctx.saved_tensors
         ups, lows, bases = of_layers[:n], of_layers[n : 2 * n], of_layers[2 * n :]
         flat_grads = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]  # each [T, O]
-        # Of an output that nobody used there is no gradient.
+        # An output that nothing used has no gradient.
         grad_lows = [
             torch.zeros_like(low) if grad is None else grad @ up
             for grad, up, low in zip(flat_grads, ups, lows, strict=True)
@@ -295,7 +295,7 @@ class _LowRank(torch.autograd.Function):
 
 
 def _input_gradient(grads: Sequence[torch.Tensor | None], bases: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Of each layer's output [T, O] and matrix [O, I] → the sum [T, I] through the frozen matrices."""
+    """Per layer, the output's gradient [T, O] and the frozen matrix [O, I] → the sum of the input gradients [T, I]."""
     total: torch.Tensor | None = None
     for grad, base in zip(grads, bases, strict=True):
         if grad is not None:

@@ -1,9 +1,9 @@
-"""RMSNorm in few passes over memory, for training on a CPU.
+"""Fused norms: RMSNorm in few passes over memory, for training on a CPU.
 
-Written in plain operations, a norm and its gradient are some twenty kernels over float32 copies; here they are six.
-A norm is known by what it computes, not by its name: each is tried on random numbers before it is changed.
+In plain operations, a norm and its gradient take some twenty kernels over float32 copies; here they take six.
+An RMSNorm is recognised by its results on random numbers, not by its name.
 Formula: Zhang and Sennrich 2019, arXiv 1910.07467.
-Letters: T tokens (times heads, where every head has its norm), D width.
+Letters: T tokens (times heads if every head has its norm), D width.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-#: Two right ways to compute a norm differ by so many roundings at most.
+#: Two correct ways to compute a norm differ by at most this many roundings.
 _ROUNDINGS = 4
 
 
 def fuse_norms(model: nn.Module) -> int:
-    """Let a model's frozen RMSNorms compute in few passes; returns how many do."""
+    """Let a model's frozen RMSNorms compute in few passes; returns how many were changed."""
     fused = 0
     for norm in model.modules():
         offset = offset_of(norm)
@@ -32,7 +32,7 @@ def fuse_norms(model: nn.Module) -> int:
 
 @torch.no_grad()
 def offset_of(norm: nn.Module) -> float | None:
-    """What a frozen RMSNorm adds to its weight (0; Gemma 1); None for a module that computes anything else."""
+    """The number that a frozen RMSNorm adds to its weight (0, or 1 in Gemma); None for any other module."""
     weight, eps = getattr(norm, "weight", None), _eps(norm)
     if not isinstance(weight, nn.Parameter) or weight.requires_grad or weight.device.type != "cpu":
         return None
@@ -40,11 +40,11 @@ def offset_of(norm: nn.Module) -> float | None:
         return None
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
-    # So small that eps shows, and growing along the width: norms of groups, or of the width less its mean, differ.
+    # Small enough that eps matters, and growing along the width, so that norms over groups or without the mean differ.
     x = torch.randn(8, len(weight), generator=torch.Generator().manual_seed(0))
     x = ((x + 1) * torch.linspace(0.1, 4, len(weight)) * eps**0.5).to(weight.dtype)
     output = None
-    # Kimi Linear's gate has a default of None and is needed all the same.
+    # Kimi Linear's gated norm has a second argument that defaults to None, and fails without it.
     with contextlib.suppress(RuntimeError, TypeError, ValueError, AttributeError):
         output = norm(x)
     if not isinstance(output, torch.Tensor) or output.dtype != x.dtype or output.shape != x.shape:
@@ -58,31 +58,31 @@ def offset_of(norm: nn.Module) -> float | None:
 
 
 def _eps(norm: nn.Module) -> float | None:
-    """Most models call it variance_epsilon, Gemma and some others eps."""
+    """A norm's eps: variance_epsilon in most models, eps in Gemma and some others; None if there is none."""
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     return eps if isinstance(eps, float) and eps > 0 else None
 
 
 def _takes_one_tensor(norm: nn.Module) -> bool:
-    """Whether forward needs one argument (a gated norm takes two)."""
+    """Whether forward needs exactly one argument (a gated norm needs two)."""
     parameters = inspect.signature(norm.forward).parameters.values()
     return sum(parameter.default is inspect.Parameter.empty for parameter in parameters) == 1
 
 
 def plain_norm(x: torch.Tensor, factors: torch.Tensor, eps: float) -> torch.Tensor:
-    """The formula, [..., D] and [D] → [..., D]."""
+    """RMSNorm as in the paper: x [..., D], factors [D] → [..., D]."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * factors
 
 
 class FusedNorm(nn.Module):
-    """Stands before a norm's own class; while the model trains, it computes."""
+    """First base class of a fused norm, before the norm's own class; it computes during training."""
 
     weight: nn.Parameter
     offset: float
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # As in fused_lora, the model that is measured is bit for bit the model that others load. The models' own
-        # norms are in float32 even where all else is in float64.
+        # As in fused_lora, evaluation uses the model's own code, which is what other programs load. The dtype is
+        # compared because the models' own norms compute in float32 even if all else is float64.
         served = not (self.training or torch.is_grad_enabled())
         if served or args or kwargs or x.device.type != "cpu" or x.dtype != self.weight.dtype:
             return super().forward(x, *args, **kwargs)
@@ -91,15 +91,15 @@ class FusedNorm(nn.Module):
 
 
 class RmsNorm(torch.autograd.Function):
-    """x [..., D], frozen factors [D] → x / sqrt(mean(x^2) + eps) * factors."""
+    """x [..., D], frozen factors [D] → x / sqrt(mean(x^2) + eps) * factors, [..., D]."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, factors: torch.Tensor, eps: float) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1]).contiguous()  # [T, D]
         width, exact = flat.shape[1], torch.promote_types(x.dtype, torch.float32)
-        # The length of (x, sqrt(D * eps)): what x is divided by, times sqrt(D).
+        # The length of the vector (x, sqrt(D * eps)), which is sqrt(D) times the divisor of x.
         length = torch.linalg.vector_norm(flat, dim=1, keepdim=True, dtype=exact).square_().add_(width * eps).sqrt_()
-        # What is returned is no view: a model may change it in place.
+        # The output must not be a view, because a model may change it in place.
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         torch.mul(flat, width**0.5 / length, out=out.view(flat.shape)).mul_(factors)
         ctx.save_for_backward(flat, length, factors)
@@ -112,8 +112,8 @@ class RmsNorm(torch.autograd.Function):
         flat_grad, width = grad.reshape(flat.shape), flat.shape[1]
         zero = flat.new_zeros(())
         grad_normed = torch.addcmul(zero, flat_grad, factors, value=width**0.5, out=torch.empty_like(flat))
-        # g / |x| - x (g . x) / |x|^3 is also the gradient of weight normalisation (x / |x| times a scale, here 1), for
-        # which torch has one kernel; without a public name.
+        # g / |x| - x (g . x) / |x|^3 is also the gradient of weight normalisation (x / |x| times a scale, here 1).
+        # torch has one kernel for that, without a public name.
         ones = torch.ones_like(length, dtype=flat.dtype)
         grad_x, _ = torch.ops.aten._weight_norm_interface_backward(grad_normed, flat, ones, length, 0)
         return grad_x.view(grad.shape), None, None

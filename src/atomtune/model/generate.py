@@ -1,4 +1,4 @@
-"""Generation: a prompt through the training template, then tokens until the stop token."""
+"""Generation: a prompt in the training template, then tokens until the stop token."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from atomtune.model.causal_lm import CausalLM
 from atomtune.model.load import pad_id_of
 from atomtune.model.modes import without_dropout
 
-#: Settings of a generation config that write or hold back tokens whatever the model says.
+#: Settings of a generation config that force or delay tokens, whatever the model predicts.
 _FORCING = ("min_length", "min_new_tokens", "forced_bos_token_id", "forced_eos_token_id")
-#: Settings that forbid tokens: dropped where they forbid a stop token, or one that the model does not have.
+#: Settings that forbid tokens; dropped if they forbid a stop token, or a token that the model does not have.
 _SUPPRESSING = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
-#: Settings that only a drawn answer has, and the value at which each changes nothing.
+#: Settings that matter only for sampling, and their neutral values.
 _SAMPLING = {
     "temperature": 1.0,
     "top_k": 50,
@@ -28,9 +28,9 @@ _SAMPLING = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
-#: What of a generation config is used here beside the above: how a token is chosen, where an answer ends, and what has
-#: no effect without a second model. All else writes in another way (beams, an ensemble, a program fetched from the
-#: hub), hands back more than ids, or wants what only its author has.
+#: Other settings of a generation config that are used here: how a token is chosen, where an answer ends, and settings
+#: without effect unless there is a second model. All others generate in another way (beams, an ensemble, a program from
+#: the hub), return more than ids, or need something that only their author has.
 _USED = {
     "do_sample", "use_cache", "cache_implementation", "disable_compile", "max_length", "max_new_tokens",
     "repetition_penalty", "no_repeat_ngram_size", "renormalize_logits", "remove_invalid_values", "pad_token_id",
@@ -38,26 +38,26 @@ _USED = {
     "num_assistant_tokens_schedule", "assistant_confidence_threshold", "transformers_version", "_from_model_config",
     *_FORCING, *_SUPPRESSING, *_SAMPLING,
 }  # fmt: skip
-#: Caches that need a package or a server of their own.
+#: Caches that need an extra package or a server.
 _OTHER_CACHES = ("quantized", "paged")
-#: Values that stand for "not set" in configs that older versions wrote in full.
+#: Values that mean "not set" in configs that older versions wrote in full.
 _NEUTRAL: tuple[Any, ...] = (None, False, 0, 1, [], {})
 
-#: A colder draw takes the likeliest token anyway, and scores that are divided by so little are infinite.
+#: Below this temperature the most likely token wins anyway, and dividing scores by so little gives infinity.
 _COLDEST = 1e-3
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token of an answer is chosen; None leaves it as the base's generation config says."""
+    """How the next token of an answer is chosen; None keeps the value of the base's generation config."""
 
-    temperature: float = 0.0  # 0: always the likeliest
+    temperature: float = 0.0  # 0: always the most likely token
     top_p: float | None = None
     top_k: int | None = None
     repetition_penalty: float | None = None
 
     def values(self) -> dict[str, Any]:
-        """As transformers' generate takes them."""
+        """The settings as keyword arguments of transformers' generate."""
         is_drawn = self.temperature >= _COLDEST
         values: dict[str, Any] = {"do_sample": is_drawn}
         if self.repetition_penalty is not None:
@@ -70,7 +70,7 @@ class Sampling:
 
 
 class _StopEarly(StoppingCriteria):
-    """Ends an answer when it is asked to."""
+    """Ends all answers of a batch as soon as `stop` returns True."""
 
     def __init__(self, stop: Callable[[], bool]) -> None:
         self.stop = stop
@@ -80,9 +80,9 @@ class _StopEarly(StoppingCriteria):
 
 
 def prompt_ids(template: Template, messages: Sequence[Message]) -> list[int]:
-    """The ids the model was trained to answer: the same template, the same laws.
+    """The ids of a prompt, made by the same template and rules as in training.
 
-    Raises BadModel where there are none: a tokenizer without a token for any of the text.
+    Raises BadModel if there are none, because the tokenizer has no token for any of the text.
     """
     ids = template.tokens.ids_of([template.prompt_piece(messages)])[0]
     if not ids:
@@ -94,15 +94,15 @@ def prompt_ids(template: Template, messages: Sequence[Message]) -> list[int]:
 
 
 def stop_ids(model: CausalLM, template: Template) -> list[int]:
-    """Where an answer ends: where the template ends the assistant's turns, at the end of text, where the base stops."""
+    """The ids that end an answer: the template's ends of an assistant turn, the end of text, and the base's own."""
     return _stop_ids(model.generation_config, template)
 
 
 def stop_ids_on(base_path: str, template: Template) -> list[int]:
-    """The same of a base that is not loaded."""
+    """The same for a base that is not loaded."""
     try:
         config = GenerationConfig.from_pretrained(base_path)
-    except OSError:  # it has no generation config; one is made of its config when it is loaded
+    except OSError:  # without a generation config, loading would derive one from the model config
         config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base_path))
     return _stop_ids(config, template)
 
@@ -116,7 +116,7 @@ def _stop_ids(config: GenerationConfig, template: Template) -> list[int]:
 
 
 def ready_to_answer(model: CausalLM, template: Template, *, notice: Callable[[str], None]) -> None:
-    """Let the model stop where it was trained to, and use its cache; what its config has against that is dropped."""
+    """Set the stop ids and the cache, and drop settings of the base's generation config that would interfere."""
     config = model.generation_config
     stops = stop_ids(model, template)
     embedding: Any = model.get_input_embeddings()
@@ -131,7 +131,7 @@ def ready_to_answer(model: CausalLM, template: Template, *, notice: Callable[[st
             dropped.append(name)
         else:
             setattr(config, name, None)
-    if not config.do_sample:  # greedy: what shapes a draw has no effect, and transformers refuses to save it
+    if not config.do_sample:  # greedy: sampling settings have no effect, and transformers refuses to save them
         dropped += [name for name, neutral in _SAMPLING.items() if getattr(config, name, None) not in (None, neutral)]
     for name in dropped:
         setattr(config, name, None)
@@ -147,7 +147,7 @@ def ready_to_answer(model: CausalLM, template: Template, *, notice: Callable[[st
 
 
 def _forbids(ids: list[Any] | None, stops: list[int], words: int) -> bool:
-    """Whether this forbids a stop token, or none that there is: ids, or lists of ids that may not follow each other."""
+    """Whether ids, or sequences of ids, forbid a stop token or contain an id that the model does not have."""
     for forbidden in ids or ():
         tokens = forbidden if isinstance(forbidden, list) else [forbidden]
         if not all(0 <= token < words for token in tokens) or (len(tokens) == 1 and tokens[0] in stops):
@@ -166,9 +166,9 @@ def answer_ids(
     streamer: Any = None,  # a transformers BaseStreamer
     stop_early: Callable[[], bool] | None = None,
 ) -> list[int]:
-    """The ids of one answer, its stop token with them; without sampling equal prompts have equal answers.
+    """The ids of one answer, including its stop token. Without `sampling`, equal prompts get equal answers.
 
-    stop_early  asked after each token; True ends the answer where it is
+    stop_early  called after each token; True ends the answer there
     """
     ids = torch.tensor([prompt_ids(template, messages)], device=model.device)  # [1, T]
     values = sampling.values() if sampling is not None else {"do_sample": False}

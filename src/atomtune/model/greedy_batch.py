@@ -1,11 +1,11 @@
-"""Greedy batch: greedy answers to many prompts at once, equal to answering them one at a time.
+"""Greedy batch: greedy answers to many prompts at once, equal to those of one prompt at a time.
 
-Prompts of a batch are filled up on the left, and positions count real tokens only. A model whose layers count what is
-filled up (MiniMax's linear attention) answers them one by one. Where all begin alike, that beginning is computed once
-and its keys and values are handed to every row:
+Prompts of a batch are padded on the left, and positions count real tokens only. A model whose layers count padding too
+(MiniMax's linear attention) answers the prompts one by one. If all prompts begin with the same tokens, these are
+computed once, and their keys and values are copied to every row:
 
     shared        p p p p                 computed once, [1, P]
-    row 0           · · a a a  →          filled up behind the beginning, masked
+    row 0           · · a a a  →          padded after the shared tokens, masked
     row 1           b b b b b  →
 """
 
@@ -31,13 +31,13 @@ from atomtune.shared_prefix import shared_length
 
 #: A shorter common beginning is not worth a call of its own.
 LEAST_SHARED = 16
-#: Whether a model counts what prompts are filled up with; asked of each once.
+#: Whether a model's layers count padding; found out once per model.
 _KNOWN: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Generated:
-    """One answer's ids, its stop token left out; stopped is False where it met the limit first."""
+    """One answer's ids without its stop token; stopped is False if it ended at a limit instead."""
 
     ids: tuple[int, ...]
     stopped: bool
@@ -54,9 +54,11 @@ def generate_answers(
     share_beginning: bool = True,
     seconds: float | None = None,
 ) -> list[Generated]:
-    """Answer every prompt greedily, until a stop token or the limit, or for `seconds` at most.
+    """Answer every prompt greedily, until a stop token, max_new_tokens, or `seconds` for the whole batch.
 
-    Where the model has no positions left, an answer ends too.
+    prompts          token ids of each prompt
+    share_beginning  compute a common beginning of all prompts once
+    An answer also ends where the model has no more positions.
     """
     pad_id = with_row(model, pad_id)
     if len(prompts) > 1 and _must_ask_alone(model, prompts, pad_id=pad_id, max_new_tokens=max_new_tokens):
@@ -82,24 +84,24 @@ def generate_answers(
 
 
 def _must_ask_alone(model: CausalLM, prompts: Sequence[Sequence[int]], *, pad_id: int, max_new_tokens: int) -> bool:
-    """Whether some of these prompts would be answered otherwise beside the others than alone."""
+    """Whether some of these prompts would get other answers in a batch than alone."""
     width = max(len(prompt) for prompt in prompts)
-    if width + max_new_tokens > _positions(model):  # of prompts without room the shorter ones may write more
+    if width + max_new_tokens > _positions(model):  # shorter prompts may write longer answers
         return True
     limit = rotary_limit(model.config)
-    if limit is not None and width + max_new_tokens > limit:  # a long one gives all the factors of long ones
+    if limit is not None and width + max_new_tokens > limit:  # a long prompt would change the rotary factors of all
         return True
     differ = any(len(prompt) < width for prompt in prompts)
     return differ and _counts_filling(model, pad_id)
 
 
 def _positions(model: CausalLM) -> int:
-    """Tokens of a prompt and its answer that the model has positions for."""
+    """The most tokens of a prompt and its answer that the model has positions for."""
     return positions_of(model.config) or sys.maxsize
 
 
 def _filled_up(model: CausalLM, prompts: Sequence[Sequence[int]], *, shared: int, pad_id: int) -> dict[str, Any]:
-    """What the model is called with: each prompt as long as the longest, filled up behind what all begin with."""
+    """Inputs of the model. Prompts are padded to the longest, after the `shared` tokens that all begin with."""
     width = max(len(prompt) for prompt in prompts)
     rows: list[list[int]] = []
     masks: list[list[int]] = []
@@ -122,7 +124,7 @@ def _greedily(
     max_new_tokens: int,
     seconds: float | None,
 ) -> torch.Tensor:
-    """The likeliest token each time, whatever else the model's own generation settings ask for."""
+    """[B, T + new] ids, taking the most likely token each time and ignoring the model's own generation settings."""
     plain = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
@@ -137,7 +139,7 @@ def _greedily(
 
 @contextlib.contextmanager
 def _own_settings_aside(model: CausalLM) -> Iterator[None]:
-    """Within this, a model has no generation settings: what is None in ours would be filled in from its own."""
+    """Within this context the model has no generation settings; transformers would fill ours in from them."""
     inner = innermost(model)
     own = inner.generation_config
     inner.generation_config = GenerationConfig()
@@ -148,7 +150,7 @@ def _own_settings_aside(model: CausalLM) -> Iterator[None]:
 
 
 def _counts_filling(model: CausalLM, pad_id: int) -> bool:
-    """Whether a prompt that is filled up on the left is answered otherwise than alone, by more than rounding."""
+    """Whether left padding changes the predictions for a prompt by more than rounding."""
     inner = innermost(model)
     if inner not in _KNOWN:
         words = inner.config.get_text_config().vocab_size
@@ -163,7 +165,7 @@ def _counts_filling(model: CausalLM, pad_id: int) -> bool:
 
 
 def _first_tokens(model: CausalLM, prompts: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
-    """[B, 3, V] log-probabilities of an answer's first tokens; the later ones go on from a state that was kept."""
+    """[B, 3, V] log-probabilities of an answer's first three tokens, so that two of them continue from a cache."""
     inputs = _filled_up(model, prompts, shared=0, pad_id=pad_id)
     with _own_settings_aside(model):
         plain = GenerationConfig(
@@ -175,31 +177,32 @@ def _first_tokens(model: CausalLM, prompts: Sequence[Sequence[int]], pad_id: int
             return_dict_in_generate=True,
         )
         generated: Any = model.generate(**inputs, generation_config=plain)
-    return torch.stack(generated.logits, 1).double().log_softmax(-1).clamp(min=-1e4)  # some mask words with -inf
+    return torch.stack(generated.logits, 1).double().log_softmax(-1).clamp(min=-1e4)  # some models mask words with -inf
 
 
 def _may_share(model: CausalLM) -> bool:
-    """Filling up behind a beginning would shift sliding windows, which count places and not positions."""
+    """Whether a beginning may be shared: padding after it shifts sliding windows, which count slots, not positions."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     return not any(windows_of(model)) and kinds <= {"full_attention"}
 
 
 def _shared_by_all(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all prompts begin with; at least one is left to each, for its answer to be predicted from."""
-    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # in sorted order: what these two share, all share
+    """How many first tokens all prompts share, 0 if too few. Each prompt keeps one token to predict its answer from."""
+    # In sorted order: what first and last share, all share
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))
     most = min(len(prompt) for prompt in prompts) - 1
     length = min(shared_length(first, last), most)
     return length if length >= LEAST_SHARED else 0
 
 
 def _cache_name(model: CausalLM) -> str:
-    """What forward calls the keys and values: transformers renamed them in 5.24 and drops the old name in 5.40."""
+    """The name of forward's argument for the cache: transformers renamed it in 5.24 and drops the old name in 5.40."""
     return "cache" if takes(model, "cache") else "past_key_values"
 
 
 def _computed_once(model: CausalLM, ids: Sequence[int], *, rows: int) -> DynamicCache:
-    """Keys and values of a shared beginning, repeated for each row."""
+    """The cache of a shared beginning, repeated for each row."""
     cache = DynamicCache(config=model.config)
     model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=True, **{_cache_name(model): cache})
     cache.batch_repeat_interleave(rows)

@@ -1,7 +1,7 @@
-"""JSON files beside weights, read and checked by a schema before a library sees them.
+"""JSON files: files beside weights, read and checked against a schema before a library sees them.
 
-A library that is handed `"hidden_size": "32"` or a list for an object fails somewhere inside itself, or never ends.
-Here such a file is answered with its name, what was found in it and what was expected.
+On `"hidden_size": "32"`, or a list in place of an object, a library fails somewhere inside itself or hangs. Here the
+message names the file, the value found and the value expected.
 """
 
 import json
@@ -18,18 +18,19 @@ from atomtune.disk import LFS_POINTER, read_json_object
 from atomtune.errors import BadModel, listing
 from atomtune.language import message
 
-#: More than this no such file has: the largest known index of weights is 15 MB, a tokenizer of 260,000 words 33 MB.
+#: No such file is larger: the largest known index of weights has 15 MB, a tokenizer of 260,000 words 33 MB.
 MOST_BYTES = 2**27
-#: Of the files that are read more than once; the largest known, a tokenizer_config.json, has under 2 MB.
+#: The limit for smaller files, which are read more than once; the largest known, a tokenizer_config.json, has under 2
+#: MB.
 _MOST_BYTES_OF_SETTINGS = 2**24
-#: A run of a million steps logs 20 MB, and 100,000 refused records are as much.
+#: Files that may be large. A run of a million steps logs 20 MB, and 100,000 refused records take as much.
 _LARGE = ("tokenizer.json", ".index.json", "trainer_state.json", RUN_RECORD)
-#: Endings of the files of a model, a tokenizer or an adapter that libraries look for and open by themselves.
+#: Suffixes of model, tokenizer and adapter files that libraries search for and open by themselves.
 _OPENED = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".pt", ".py")
 _SHOWN_CHARACTERS = 60
 _SHOWN_PROBLEMS = 8
 
-#: pydantic's kind of error → what was expected; the limits are in the error's context.
+#: pydantic's type of error → what was expected; its limits are in the error's context.
 _EXPECTED = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -56,13 +57,13 @@ Shape = TypeVar("Shape", bound="JsonFile")
 
 
 class JsonFile(BaseModel):
-    """A JSON object of which some keys are known. Text is no number here; unknown keys are left as they are."""
+    """A JSON object with some known keys. Types are strict (text is not a number); unknown keys are kept."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, protected_namespaces=())
 
 
 def checked(file: Path, shape: type[Shape]) -> Shape:
-    """The content of a file. Raises BadModel where it is not of this shape."""
+    """The content of a file. Raises BadModel if it does not fit the schema."""
     values = json_object(file)
     try:
         return shape.model_validate(values)
@@ -71,7 +72,7 @@ def checked(file: Path, shape: type[Shape]) -> Shape:
 
 
 def json_object(file: Path) -> dict[str, Any]:
-    """A file's JSON object. Raises BadModel where it holds anything else."""
+    """A file's JSON object. Raises BadModel if the file holds anything else."""
     refuse_unreadable(file)
     try:
         return read_json_object(file)
@@ -86,7 +87,7 @@ def json_object(file: Path) -> dict[str, Any]:
 
 
 def refuse_unreadable(file: Path) -> None:
-    """Raise BadModel where there is no file, or one of another kind altogether."""
+    """Raise BadModel if the file is missing, empty, too large, or a git-lfs pointer."""
     if not file.is_file():
         raise BadModel(f"{file} is not a file. Copy the folder again.")
     size = file.stat().st_size
@@ -103,16 +104,16 @@ def refuse_unreadable(file: Path) -> None:
 
 
 def refuse_no_files(folder: Path) -> None:
-    """Raise BadModel where something else than a file has the name of one, as a pipe; and where a file is closed.
+    """Raise BadModel if a path with the suffix of a model file is a pipe, a folder or a broken link, or is unreadable.
 
-    A library would wait for the first for ever, and take the last for a file that is not there: a copied folder whose
-    links lead nowhere would be trained with another chat template.
+    A library would wait for a pipe forever, and treat a broken link or an unreadable file as missing. A copied folder
+    whose links are broken would then be trained with another chat template.
     """
     for path in sorted(folder.iterdir()):
         if path.suffix not in _OPENED:
             continue
         if path.is_file():
-            if not os.access(path, os.R_OK):  # of which safetensors says that there is no such file
+            if not os.access(path, os.R_OK):  # safetensors would say that there is no such file
                 raise BadModel(
                     f"{path} cannot be read by this user. Ask its owner for `chmod a+r`, or copy the folder."
                 )
@@ -132,13 +133,13 @@ def is_lfs_pointer(file: Path) -> bool:
 
 
 def refusal(file: Path, values: Mapping[str, Any], error: ValidationError) -> str:
-    """What is wrong in a file, a line for each key: what was found, and what was expected."""
-    expected: dict[str, list[str]] = {}  # place → all that could stand there
+    """What is wrong in a file, one line per key: what was found, and what was expected."""
+    expected: dict[str, list[str]] = {}  # place → all values that would be valid
     found: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         place, value = _place_of(values, problem["loc"])
         template = _EXPECTED.get(problem["type"])
-        # A message of pydantic's may hold braces of the file's own.
+        # A message of pydantic may contain braces of the file's own, so it is not a template.
         words = template.format(**problem.get("ctx", {})) if template else problem["msg"]
         if words not in expected.setdefault(place, []):
             expected[place].append(words)
@@ -148,9 +149,9 @@ def refusal(file: Path, values: Mapping[str, Any], error: ValidationError) -> st
 
 
 def _place_of(values: Any, loc: Sequence[int | str]) -> tuple[str, Any]:
-    """Where a problem is, as `text_config.layer_types[3]`, and what stands there.
+    """Where a problem is, for example `text_config.layer_types[3]`, and the value there.
 
-    pydantic names the members of a union behind the place; these are no keys of the file.
+    After the place, pydantic names members of a union, which are not keys of the file; these are skipped.
     """
     place = ""
     for part in loc:

@@ -1,7 +1,7 @@
-"""Layout support: whether this model computes rows with branches exactly, asked of the model itself.
+"""Layout support: whether this model computes rows with branches exactly, tested on the model itself.
 
-Nothing is taken from a list of architectures: a small tree is computed and compared with its records one at a time
-(layout_trial.py), in each way that the model may take, until one is exact.
+There is no list of architectures. A small tree is computed in each way that the model may use, and compared with its
+records computed one at a time (layout_trial.py), until one way is exact.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,35 +23,35 @@ from atomtune.model.mixers import find_mixers, takes_cache
 from atomtune.model.row_attention import ROWS, register
 from atomtune.model.token_rows import with_row
 
-#: Kinds of attention that a plan expresses, or that carry a state. Others (chunked, sparse) are refused by name:
-#: a trial may lie in one chunk, or read all keys where a longer record reads a choice of them.
+#: Kinds of attention that a plan can express, or that carry a state. Others (chunked, sparse) are refused by name,
+#: because the trial may not notice them: it may lie in one chunk, or be so short that sparse attention reads all keys.
 _KNOWN_ATTENTION = {"full_attention", "sliding_attention", "linear_attention", "attention"}
 
 
 def cut_of(model: nn.Module) -> Cut:
-    """How rows are cut for this model's device."""
+    """How rows are cut on this model's device: spans on CUDA, else blocks."""
     embeddings: Any = innermost(model).get_input_embeddings()
     return "spans" if embeddings.weight.device.type == "cuda" else "blocks"
 
 
 def windows_of(model: nn.Module) -> tuple[int | None, ...]:
-    """The sliding windows that layers of this model may have; None is a layer that sees everything before."""
+    """The sliding windows that this model's layers may have; None is a layer that sees all earlier tokens."""
     config = innermost(model).config.get_text_config()
     window = getattr(config, "sliding_window", None)
     return (None, window) if window else (None,)
 
 
 def carries_state(model: nn.Module) -> bool:
-    """Whether rows of this model need to say where a state forks; known after `why_padded`."""
+    """Whether rows of this model must say where a state forks. Call it after `why_padded`, which decides that."""
     return row_mixers.carries_state(body_of(model))
 
 
 def collator_for(
     model: CausalLM, layout: Layout, *, pad_id: int, as_examples: Callable[[Mapping[str, Any]], Sequence[Example]]
 ) -> Collator:
-    """What lays batches out for a model; its rows in the way that `why_padded` has set it to.
+    """The collator for a model's batches; rows are laid out in the way that `why_padded` has chosen.
 
-    Raises BadModel where not even padded rows can be computed, or give what their records give alone.
+    Raises BadModel if padded rows cannot be computed, or if they differ from their records computed alone.
     """
     pad_id = with_row(model, pad_id)
     if layout == "padded" and (reason := layout_trial.padding_difference(model, pad_id=pad_id)):
@@ -73,45 +73,45 @@ def collator_for(
 class _Way:
     """One way in which a model may compute rows."""
 
-    attention: str | None  # the name of the attention function; None: it uses none of the library's
+    attention: str | None  # name of the attention function; None: the model uses none of the library's
     mixers: row_mixers.Way | None  # how layers that carry a state do it; None: there are none
 
 
 def why_padded_by_config(model: CausalLM) -> str | None:
-    """The reason that a config gives, without a trial; a model without weights may be asked too."""
+    """Why the config requires padded rows, or None. No trial is run, so the model needs no weights."""
     config = innermost(model).config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     foreign = {kind for kind in kinds - _KNOWN_ATTENTION if "attention" in kind or "sparse" in kind}
     if foreign:
         return f"it has layers of the kind {', '.join(sorted(foreign))}"
     if auxiliary_factor(model):
-        # It is a product of means over the tokens of a batch, which a shared beginning would enter once.
+        # That loss is a product of means over the tokens of a batch, where a shared beginning would count only once.
         return "its config switches on the routers' auxiliary loss (output_router_logits), which counts every token"
     return None
 
 
 def why_padded(model: CausalLM, *, sharded: bool = False) -> str | None:
-    """The reason this model takes one example a row only, or None where rows of many are exact.
+    """Why this model needs padded rows with one example each, or None if rows of several examples are exact.
 
-    sharded  the run spreads the weights over processes (FSDP, DeepSpeed)
-    Leaves the model in the first way that is exact, or as it was.
+    sharded  whether the run shards the weights over processes (FSDP, DeepSpeed)
+    The model is left in the first way that is exact; if none is, as it was.
     """
     if reason := why_padded_by_config(model):
         return reason
     inner = innermost(model)
     config = inner.config.get_text_config()
     if getattr(config, "output_router_logits", False):
-        config.output_router_logits = False  # the loss would be multiplied by 0, and its shapes fit no row of many
+        config.output_router_logits = False  # the auxiliary loss has the factor 0, and its shapes fit no row of many
     register()
     mixers, used_windows = find_mixers(inner)
     if mixers and sharded:
-        # Such a layer is called once for each level of branches. Where weights are gathered around each call, processes
-        # whose batches have other numbers of levels would wait for each other. Not tried on several GPUs yet.
+        # Such a layer is called once per level of branches. With sharded weights, processes whose batches have
+        # different numbers of levels would wait for each other forever. Not tried on several GPUs yet.
         return "its layers carry a state from token to token, which FSDP and DeepSpeed allow in padded rows only"
     if not takes(model, "position_ids") and not any(map(takes_cache, mixers)):
         return "its forward takes no position_ids"
     reasons = []
-    # A config may name a window in words of its own.
+    # Some configs name the window by another key, so windows used in the probe count too.
     has_window = any(windows_of(model)) or any(used_windows)
     for way in _ways(mixers, bool(used_windows), has_window):
         before = AttentionInUse.of(inner)
@@ -131,7 +131,8 @@ def why_padded(model: CausalLM, *, sharded: bool = False) -> str | None:
 def _ways(mixers: list[nn.Module], attends: bool, has_window: bool) -> Iterator[_Way]:
     """The ways to try, the best one first.
 
-    A window that a model's own code draws in its mask would be lost in every other way, which no shorter trial sees.
+    A model with a window gets no way other than rows: a window that its own code puts into the mask would be lost in
+    any other, and the trial is too short to notice that.
     """
     attention: list[str | None] = [ROWS, "sdpa"]
     if has_window:
@@ -148,13 +149,14 @@ def _ways(mixers: list[nn.Module], attends: bool, has_window: bool) -> Iterator[
 
 
 def _take(inner: Any, way: _Way, mixers: list[nn.Module]) -> bool:
-    """Set the model to a way; False where its attention cannot be exchanged."""
+    """Switch the model to a way; False if its attention cannot be replaced."""
     if way.attention is not None:
         try:
             inner.set_attn_implementation(way.attention)
         except (ValueError, AttributeError, ImportError, KeyError):
             return False
-        if inner.config._attn_implementation != way.attention:  # transformers warns and leaves some as they are
+        # Transformers only warns, and leaves some models unchanged
+        if inner.config._attn_implementation != way.attention:
             return False
     if way.mixers is not None:
         row_mixers.install(body_of(inner), mixers, way.mixers)

@@ -1,9 +1,16 @@
-"""Trial: a small tree of records computed as a row and one record at a time, on the model itself.
+"""Layout trial: a small tree of records, computed as one row and one record at a time, on the model itself.
 
-What it must see: a branch that reads its sibling, a record that reads the one before, a state that is not handed over,
-positions that count places, gradients that are lost or NaN. So it has a shared beginning of 72 tokens (a chunk of
-linear attention is 64), two levels of branches, a record of its own behind them, and takes one backward. The limit is
-the model's own noise (agreement.py), and a tree must come much nearer than one whose branches were cut off.
+It must detect a branch that sees its sibling, a record that sees the one before, a state that is not passed on,
+positions that count slots, and gradients that are lost or NaN. Therefore its shared beginning has 72 tokens (a chunk of
+linear attention has 64), it has two levels of branches and then an unrelated record, and a backward pass is computed.
+The tolerance is the model's own noise (agreement.py), and the tree must be much closer to its records than the same
+tree with its branches cut off. The tree, with T = 154 and the number of tokens of each part:
+
+    record 1   trunk 72   branch 20   8
+    record 2   trunk 72   branch 20   13
+    record 3   trunk 72   17
+    record 4   24
+
 Letters: N targets, T tokens of the row, V words.
 """
 
@@ -36,11 +43,11 @@ from atomtune.model.modes import as_in_training, without_dropout
 
 @dataclass(frozen=True)
 class _Limits:
-    """How far a right tree may lie from its records.
+    """How much a correct tree may differ from its records.
 
-    times          its noise
-    scores_ulps    counts as rounding of log-probabilities whatever the noise says, in units in the last place
-    gradient_ulps  of gradients
+    times          at most this many times the noise
+    scores_ulps    differences of log-probabilities below this many units in the last place always pass
+    gradient_ulps  the same for gradients
     """
 
     times: float
@@ -48,31 +55,31 @@ class _Limits:
     gradient_ulps: float
 
 
-#: A forked state takes its sums in another order than a whole sequence does: up to 8 times the noise of attention was
-#: seen. Wrong trees differ by 10,000 times and more.
+#: A forked state sums in another order than a whole sequence: up to 8 times the noise of attention was measured. Wrong
+#: trees differ 10,000 times as much and more.
 _IN_32_BITS = _Limits(times=20.0, scores_ulps=32.0, gradient_ulps=2_000.0)
-#: Rounding to 16 bits is most of the noise: right trees of 26 families lay at 0.8 times and below (gradients: 1.1), and
-#: a RecurrentGemma whose branches went on from their siblings at 5 (gradients: 7).
+#: In 16 bits rounding is most of the noise: correct trees of 26 families were at 0.8 times the noise and below
+#: (gradients: 1.1). A RecurrentGemma whose branches continued from their siblings was at 5 (gradients: 7).
 _IN_16_BITS = _Limits(times=3.0, scores_ulps=1.0, gradient_ulps=2.0)
-#: In 16 bits the noise is as large as small faults. A tree must also come this much nearer than the same tree with its
-#: branches cut off from what they share.
+#: In 16 bits the noise is as large as small faults. Therefore the tree must also differ at most this many times as much
+#: as the same tree with its branches cut off from what they share.
 _NEARER = 0.2
-#: No gradient is compared more strictly or less strictly than so (relative).
+#: The largest relative difference of gradients that can pass.
 _MOST_GRADIENT = 0.3
-#: What a forward raises that was not made for such rows: shapes, missing arguments, assertions.
+#: Errors of a forward that does not support such rows: wrong shapes, missing arguments, assertions.
 _OF_A_FORWARD = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
 
 
 @dataclass(frozen=True)
 class _Side:
-    """What one way of computing gives."""
+    """The results of one way of computing."""
 
     scores: torch.Tensor  # [N] log-probabilities of the targets
     gradients: Mapping[str, torch.Tensor | None]
 
 
 def difference(model: CausalLM, *, windows: Sequence[int | None], cut: Cut, carries_state: bool) -> str | None:
-    """In what a row of this model differs from its records alone, or None."""
+    """How a row of this model differs from its records computed alone, in words for a message; None if it does not."""
     examples = _examples(model)
     tree = graft(examples, least_saved=1)
     settings: dict[str, Any] = {"windows": windows, "cut": cut, "carries_state": carries_state}
@@ -85,7 +92,7 @@ def difference(model: CausalLM, *, windows: Sequence[int | None], cut: Cut, carr
             _refuse_without_gradient(plain)
             if _looks_ahead(model, examples[0], alone[0]):
                 return "it is not causal: later tokens change earlier ones"
-            # One record tells the noise as well as all four do, and a plain run is the dearest part of the trial.
+            # One record shows the noise as well as all four, and plain runs are the most expensive part of the trial.
             with another_plain_way(model):
                 again = _alone(model, examples[0])
             rows = _as_row(model, tree, settings)
@@ -101,7 +108,7 @@ def difference(model: CausalLM, *, windows: Sequence[int | None], cut: Cut, carr
 def _verdict(
     plain: _Side, rows: _Side, without: _Side, *, noise: tuple[float, float], dtype: torch.dtype, limits: _Limits
 ) -> str | None:
-    """noise  of log-probabilities, and of gradients"""
+    """The difference, or None. noise: (of log-probabilities in nats per target, of gradients, relative)."""
     apart, contrast = _apart(rows, plain), _apart(without, plain)
     allowed = max(limits.times * noise[0], limits.scores_ulps * unit(dtype))
     if not (apart <= allowed and apart <= _NEARER * contrast):
@@ -117,14 +124,14 @@ def _verdict(
 
 
 def _limits(model: CausalLM) -> _Limits:
-    # LLM.int8 computes a token by what else is in its batch; two runs of one record do not show that noise.
+    # LLM.int8 computes a token depending on the rest of its batch, which two runs of one record do not show as noise.
     in_8_bits = getattr(innermost(model), "is_loaded_in_8bit", False)
     in_16_bits = _dtype(model).itemsize < torch.float32.itemsize and not in_8_bits
     return _IN_16_BITS if in_16_bits else _IN_32_BITS
 
 
 def changed_by(model: CausalLM, change: Callable[[], object]) -> str | None:
-    """In what a model differs after a change that is to compute the same faster (fused kernels), or None."""
+    """How a model differs after a change that should only make it faster (fused kernels); None if it does not."""
     examples = _examples(model)[:2]
     try:
         with without_dropout(model), as_in_training(innermost(model)):
@@ -133,7 +140,7 @@ def changed_by(model: CausalLM, change: Callable[[], object]) -> str | None:
                 again = [_alone(model, example) for example in examples]
             change()
             ours = [_alone(model, example) for example in examples]
-    # What kernels raise: no compiler, a shape or a dtype that they do not take.
+    # Kernels raise anything: no compiler, a shape or a dtype that they do not support.
     except Exception as error:  # noqa: BLE001
         return f"its forward or backward fails ({_first_line(error)})"
     scores = [torch.cat([side.scores for side in sides]) for sides in (ours, plain, again)]
@@ -154,9 +161,9 @@ def changed_by(model: CausalLM, change: Callable[[], object]) -> str | None:
 
 @torch.no_grad()
 def padding_difference(model: CausalLM, *, pad_id: int) -> str | None:
-    """In what a short record beside a long one, padded, differs from the short one alone, or None.
+    """How a short record, padded beside a long one, differs from the short one alone; None if it does not.
 
-    Raises BadModel where the model cannot compute the two together.
+    Raises BadModel if the model cannot compute the two together.
     """
     examples = _examples(model)
     long, short = examples[0], examples[-1]
@@ -178,7 +185,7 @@ def padding_difference(model: CausalLM, *, pad_id: int) -> str | None:
             f"This model cannot compute padded rows: {_first_line(error)}.\nPass --model_path with another model."
         ) from error
     apart, noise = _apart(_Side(scores.double().cpu(), {}), alone), _apart(again, alone)
-    # As in float32 whatever the dtype: a model that is refused here cannot be trained at all.
+    # With the tolerance of float32 in every dtype, because a model that is refused here cannot be trained at all.
     if apart <= max(_IN_32_BITS.times * noise, _IN_32_BITS.scores_ulps * unit(_dtype(model))):
         return None
     return f"a padded record differs from the same record alone by {apart:.1e} nats per token (noise: {noise:.1e})"
@@ -190,7 +197,7 @@ def _first_line(error: BaseException) -> str:
 
 def _examples(model: CausalLM) -> list[Example]:
     """Three records that share 72 tokens, two of which share 20 more, and one that shares nothing."""
-    # Numbers that do not repeat soon; the lowest ids are control tokens.
+    # Ids that do not repeat soon; the lowest ids are left out, because they are control tokens.
     numbers = itertools.count()
     words = innermost(model).config.get_text_config().vocab_size
     lowest, words = min(8, words // 2), min(words, 30_000)
@@ -204,9 +211,9 @@ def _examples(model: CausalLM) -> list[Example]:
 
 
 def _example(parts: Sequence[tuple[int, ...]], origin: str) -> Example:
-    """Its targets: the first two tokens behind a branch, and every fourth.
+    """A record whose targets are the first two tokens of each part and every fourth token.
 
-    With a vocabulary of 262,000 words the output matrix of all positions would cost more than the layers.
+    Not every token is a target: with 262,000 words, the output matrix at all positions would cost more than the layers.
     """
     ids = tuple(token for part in parts for token in part)
     learn = [int(place < 2 or place % 4 == 3) for part in parts for place in range(len(part))]
@@ -214,12 +221,12 @@ def _example(parts: Sequence[tuple[int, ...]], origin: str) -> Example:
 
 
 def _learned(learn: Sequence[int]) -> list[int]:
-    """The places of the targets."""
+    """The positions of the targets."""
     return [place for place, times in enumerate(learn) if times]
 
 
 def _alone(model: CausalLM, example: Example) -> _Side:
-    """A record alone, as any program would compute it."""
+    """A record computed alone, as any program would do it."""
     targets = _learned(example.learn)
     ids = torch.tensor([example.ids], device=_device(model))  # [1, T]
     scores = _scores(model, {"input_ids": ids}, [i - 1 for i in targets], [example.ids[i] for i in targets])
@@ -227,7 +234,7 @@ def _alone(model: CausalLM, example: Example) -> _Side:
 
 
 def _as_one(alone: Sequence[_Side], examples: Sequence[Example], tree: Row) -> _Side:
-    """What the records give together: for each target of the tree its score, and the sum of the gradients."""
+    """The results of the records as one: each target of the tree with its score, and the sum of the gradients."""
     by_path: dict[tuple[int, ...], torch.Tensor] = {}
     for side, example in zip(alone, examples, strict=True):
         paths = [example.ids[: i + 1] for i in _learned(example.learn)]
@@ -242,7 +249,7 @@ def _as_one(alone: Sequence[_Side], examples: Sequence[Example], tree: Row) -> _
 def _as_row(
     model: CausalLM, tree: Row, settings: Mapping[str, Any], *, computed_as: Row | None = None, learns: bool = True
 ) -> _Side:
-    """The tree in one call; or another row of the same tokens, at the tree's positions and for its targets."""
+    """The tree in one call; `computed_as` replaces its parents by others, with the tree's positions and targets."""
     batch: Any = collate_row(computed_as or tree, examples=1, tokens_padded=len(tree), **settings)
     batch["position_ids"][0, : len(tree)] = torch.tensor(tree.positions())
     for name in ("input_ids", "position_ids"):
@@ -256,7 +263,7 @@ def _as_row(
 
 
 def _paths(row: Row) -> list[tuple[int, ...]]:
-    """For each target of a row, in its order: the tokens that lead to it, and itself."""
+    """For each target of a row, in order: the tokens from the root down to it, inclusive."""
     paths: list[tuple[int, ...]] = []
     for token, parent in zip(row.ids, row.parent, strict=True):
         paths.append((*(paths[parent] if parent >= 0 else ()), token))
@@ -264,13 +271,13 @@ def _paths(row: Row) -> list[tuple[int, ...]]:
 
 
 def _cut_off(tree: Row) -> Row:
-    """The same tokens with every branch cut from what it shares."""
+    """The same tokens, with every branch made a tree of its own."""
     parents = tuple(-1 if parent >= 0 and parent != i - 1 else parent for i, parent in enumerate(tree.parent))
     return Row(tree.ids, parents, untils(parents), tree.learn, tree.origins)
 
 
 def _looks_ahead(model: CausalLM, example: Example, whole: _Side) -> bool:
-    """Whether the beginning of a record alone has other log-probabilities than with what follows."""
+    """Whether the first half of a record has other log-probabilities alone than together with the second half."""
     half = len(example.ids) // 2
     targets = _learned(example.learn[:half])
     ids = torch.tensor([example.ids[:half]], device=_device(model))  # [1, T / 2]
@@ -280,7 +287,7 @@ def _looks_ahead(model: CausalLM, example: Example, whole: _Side) -> bool:
 
 
 def _refuse_without_gradient(plain: _Side) -> None:
-    """Raise BadModel where an adapter layer never gets a gradient: it would stay as it is, unsaid."""
+    """Raise BadModel if an adapter layer never gets a gradient, because it would stay untrained without an error."""
     layers = {name: name.partition(".lora_")[0] for name in plain.gradients}
     reached = {layers[name] for name, gradient in plain.gradients.items() if gradient is not None}
     missed = unreached(dict.fromkeys(layers.values()), reached)
@@ -295,7 +302,7 @@ def _refuse_without_gradient(plain: _Side) -> None:
 def _scores(
     model: CausalLM, inputs: Mapping[str, Any], predicted_from: Sequence[int], targets: Sequence[int], *, row: int = 0
 ) -> torch.Tensor:
-    """[N] log-probabilities of target ids at positions of one row, in float32 at least."""
+    """[N] log-probabilities of target ids at positions of one row, in float32 or float64."""
     columns = torch.tensor(predicted_from, device=_device(model))
     if takes(model, "logits_to_keep"):
         logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits[row]  # [N, V]
@@ -306,7 +313,7 @@ def _scores(
 
 
 def _gradients(model: CausalLM, nats: torch.Tensor) -> dict[str, torch.Tensor | None]:
-    """Of every weight that is trained, without touching what it has gathered; None where the loss does not reach it."""
+    """Gradients of all trained weights, without changing their .grad; None for weights that the loss does not reach."""
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     if not trained or not nats.requires_grad:
         return dict.fromkeys(trained)
@@ -315,12 +322,12 @@ def _gradients(model: CausalLM, nats: torch.Tensor) -> dict[str, torch.Tensor | 
 
 
 def _apart(side: _Side, plain: _Side) -> float:
-    """Nats a target, the mean."""
+    """Mean difference in nats per target."""
     return (side.scores - plain.scores).abs().mean().item()
 
 
 def _gradient_difference(side: _Side, plain: _Side) -> float:
-    """Relative L2 norm over all weights; infinite where one is NaN or missing."""
+    """Relative L2 norm of the difference over all weights; infinite if a gradient is NaN or missing."""
     expected = {name: gradient.double() for name, gradient in plain.gradients.items() if gradient is not None}
     gradients = {name: gradient.double() for name in expected if (gradient := side.gradients[name]) is not None}
     return relative_difference(gradients, expected) if len(gradients) == len(expected) else float("inf")
@@ -332,10 +339,11 @@ def _device(model: CausalLM) -> torch.device:
 
 
 def _dtype(model: CausalLM) -> torch.dtype:
-    """The number format that the model rounds to.
+    """The dtype to whose precision the model rounds.
 
-    LLM.int8 rounds to 8 bits, as bfloat16 does. It computes the columns in which any token of a batch is large in 16
-    bits, so a token's values depend on what else is in the batch: by 2e-2 of a gradient on a tiny Llama, padded or not.
+    LLM.int8 rounds to 8 bits, as many as bfloat16 has. It computes a column in 16 bits if any token of the batch is
+    large there, so a token's values depend on the rest of the batch: by 2e-2 of a gradient on a tiny Llama, padded or
+    not.
     """
     if getattr(innermost(model), "is_loaded_in_8bit", False):
         return torch.bfloat16

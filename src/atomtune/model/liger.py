@@ -1,7 +1,7 @@
-"""Liger: the package's fused kernels for norms, rotary embeddings and activations, put into a loaded model.
+"""Liger: the package's fused kernels for norms, rotary embeddings and activations, patched into a loaded model.
 
-Its fused loss stays off: loss.py has its own, which counts a shared target as often as it is learned. What the package
-changes is watched, so that it can be taken back where the model then computes something else.
+Its fused loss stays off: the loss in loss.py counts a shared target as often as it is learned. All changes of the
+package are recorded, so that they can be undone if the model then computes something else.
 """
 
 import importlib.util
@@ -23,10 +23,10 @@ _LOSSES = ("fused_linear_cross_entropy", "cross_entropy")
 class Circumstances:
     """What decides whether Liger's kernels are tried.
 
-    wanted        --use_liger_kernel; None where it is not set
-    device        the type of the run's device: "cuda", "cpu", …
-    is_installed  whether the package is there
-    is_sharded    the run spreads the weights over processes (FSDP, DeepSpeed), where the library puts the kernels in
+    wanted        --use_liger_kernel; None if it is not set
+    device        type of the run's device: "cuda", "cpu", …
+    is_installed  whether the package is installed
+    is_sharded    whether weights are sharded over processes (FSDP, DeepSpeed); the Trainer then applies the kernels
     """
 
     wanted: bool | None
@@ -36,21 +36,21 @@ class Circumstances:
 
     @property
     def tries(self) -> bool:
-        """Whether they are tried before the first step: by default on CUDA alone, where they were measured."""
+        """Whether to try the kernels before the first step: by default only on CUDA, where they were measured."""
         if self.wanted is False or not self.is_installed or self.is_sharded:
             return False
         return self.device == "cuda" or bool(self.wanted and self.device != "cpu")
 
     @property
     def hint(self) -> str | None:
-        """What a user may install; None where nothing would help."""
+        """A notice about what to install; None if that would not help."""
         if self.wanted is None and self.device == "cuda" and not self.is_installed and not self.is_sharded:
             return f"Liger's kernels for norms and activations would make a step faster: {_INSTALL}"
         return None
 
 
 def problems(circumstances: Circumstances, config: Mapping[str, Any] | None) -> Iterator[str]:
-    """Why a run cannot have what is asked for."""
+    """Why a run cannot have the kernels that its settings ask for."""
     if circumstances.wanted and circumstances.device == "cpu":
         yield "--use_liger_kernel true: Liger's kernels run on a GPU, and this run uses a CPU. Leave it out."
     elif circumstances.wanted and not circumstances.is_installed:
@@ -65,19 +65,19 @@ def is_installed() -> bool:
 
 
 def kernel_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The user's `--liger_kernel_config` with the losses off."""
+    """The user's `--liger_kernel_config`, with the losses off."""
     return {**(config or {}), **dict.fromkeys(_LOSSES, False)}
 
 
-#: The files of transformers that are changed, and what stood in each.
+#: Modules (files) of transformers that are patched, each with its original contents.
 _IN_FILES: list[tuple[Any, dict[str, Any]]] = []
 
 
 def leave_files() -> None:
-    """Put back what stood in the files of transformers.
+    """Restore the patched files of transformers.
 
-    A model that is loaded next, on a CPU or in float64, is to compute as it is written. The one that was trained keeps
-    the kernels of its modules, but not those of functions, such as the rotation.
+    A model that is loaded next, on a CPU or in float64, then computes with the original code. The trained model keeps
+    the kernels in its modules, but not replaced functions, such as that for rotary embeddings.
     """
     for changed, before in _IN_FILES:
         vars(changed).clear()
@@ -86,10 +86,10 @@ def leave_files() -> None:
 
 
 class Patch:
-    """Liger's kernels in a model: put in, and taken out again.
+    """Liger's kernels in one model: applied, and removed again.
 
-    The package gives modules a `forward` of their own, and puts functions and classes in place of those in the file
-    that the model's classes come from.
+    The package gives modules a new `forward`, and replaces functions and classes in the transformers file that the
+    model's classes come from.
     """
 
     def __init__(self, model: nn.Module, config: Mapping[str, Any]) -> None:
@@ -97,7 +97,7 @@ class Patch:
         self.of_modules = [(module, dict(vars(module))) for module in self.inner.modules()]
 
     def put_in(self) -> bool:
-        """Whether the package knows the model and has changed something."""
+        """Apply the kernels; whether the package knows the model and has changed some module."""
         names = {type(module).__module__ for module in self.inner.modules()}
         files = [sys.modules[name] for name in names if name.startswith("transformers.models.")]
         _IN_FILES.extend((file, dict(vars(file))) for file in files)

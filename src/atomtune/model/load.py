@@ -1,6 +1,6 @@
 """Load: tokenizer and base model, from a folder or the hub.
 
-What a library raises here comes out as a BadModel that says what to do: load_errors.py.
+Errors of libraries become BadModel errors with a remedy (load_errors.py).
 """
 
 import logging
@@ -34,21 +34,24 @@ from atomtune.model.load_errors import explained, refuse_lfs_pointers, rust_sile
 from atomtune.model.scores import names_a_cap
 from atomtune.model.weight_sizes import refuse_other_sizes
 
-#: Buffers that older versions saved beside the weights: constants that a model computes for itself.
+#: Endings of buffers that older versions saved with the weights: constants that a model computes itself.
 OLD_BUFFERS = (".masked_bias", "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 
 
 def quiet_libraries() -> None:
-    """Silence the libraries' own messages and bars; the commands print what matters."""
+    """Silence the libraries' own messages and progress bars; the commands print what matters."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.enable_progress_bars()  # a download of many GB keeps its bar
+    huggingface_hub.utils.enable_progress_bars()  # downloads of many GB keep their progress bar
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
 
 
 def device_in_use() -> torch.device:
-    """The accelerator of this process, else the CPU; torchrun's LOCAL_RANK chooses among several GPUs."""
+    """This process's accelerator, chosen by torchrun's LOCAL_RANK, else the CPU.
+
+    Raises BadSettings if there are too few.
+    """
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator()
         assert kind is not None
@@ -60,7 +63,7 @@ def device_in_use() -> torch.device:
 
 
 def good_at_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware (emulation is slower than float32)."""
+    """Whether the device multiplies bfloat16 in hardware; emulation is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type == "cpu":
@@ -69,7 +72,7 @@ def good_at_bfloat16(device: torch.device) -> bool:
 
 
 def _cpu_bfloat16_instructions() -> bool:
-    # Private, and torch has no public question for it: mkldnn alone says yes where it would emulate.
+    # Private, but torch has no public check: mkldnn alone also reports bfloat16 that it would emulate.
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         supported = getattr(torch.cpu, name, None)
         if supported is not None and supported():
@@ -80,9 +83,9 @@ def _cpu_bfloat16_instructions() -> bool:
 def resolve_dtype(
     name: Dtype, device: torch.device, *, fp16: bool = False, bf16: bool = False, notice: Callable[[str], None]
 ) -> torch.dtype:
-    """The dtype of the base's weights: --dtype, else what --fp16/--bf16 mean here, else the device's best.
+    """The dtype of the base's weights: --dtype, else what --fp16 or --bf16 mean on this device, else its best.
 
-    float16 on a CPU has neither speed nor a loss scaler; the device's best is used instead, with a notice.
+    float16 on a CPU is not faster and has no loss scaler; the device's best is used instead, with a notice.
     """
     if name != "auto":
         return getattr(torch, name)
@@ -98,24 +101,24 @@ def resolve_dtype(
 
 
 def dtype_name(dtype: torch.dtype) -> Dtype:
-    """torch.bfloat16 as users write it: bfloat16."""
+    """torch.bfloat16 → "bfloat16", as users write it."""
     return cast(Dtype, str(dtype).removeprefix("torch."))
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
-    """The model's tokenizer; one that is published as `tokenizer.model` alone is read as sentencepiece reads it.
+    """The model's tokenizer. If it is only published as `tokenizer.model`, it tokenizes as sentencepiece does.
 
-    Raises BadModel with the remedy when there is none.
+    Raises BadModel with a remedy if there is none, or if it is broken.
     """
     with explained(path, "tokenizer"):
         folder = folder_of(path)
         files = _checked_tokenizer_files(folder) if folder else []
-    # Of a name on the hub, the bars of the download are wanted.
+    # For a name on the hub, standard error stays visible, because it shows the download's progress.
     with explained(path, "tokenizer", files=", ".join(files)), rust_silenced() if files else nullcontext():
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         if type(tokenizer).__name__ == "MistralCommonBackend":
-            # Beside an installed mistral-common, which reads no control token in a text: a rendered [INST] becomes
-            # five tokens of text. What servers read, transformers' own tokenizer, makes one of it.
+            # Chosen if mistral-common is installed. It recognises no control token in a text: a rendered [INST] becomes
+            # five tokens of text. transformers' own tokenizer, which servers use, makes it one token.
             specials = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
             tokenizer = AutoTokenizer.from_pretrained(
                 path, trust_remote_code=trust_remote_code, mistral_format=False, **specials
@@ -130,13 +133,13 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
                 f"{path}: the rules in its tokenizer.json turn one character into {characters:,}; no published "
                 "tokenizer does. Use the tokenizer that was published with the model."
             )
-        # Special tokens that contradict each other show when they are asked for, and a regex when it meets a text.
+        # Contradicting special tokens raise when they are read, and a bad regex when it is used on a text.
         _ = tokenizer.all_special_ids, tokenizer("Hi, 1 2\n你好")
     return tokenizer
 
 
-#: The JSON files that tell how a text becomes ids, and tokenizer.json, of which a few parts are 30 MB long: the library
-#: that reads it is strict about its shape.
+#: The JSON files that define a tokenizer, and their schemas. tokenizer.json has none: it may have 30 MB, and the
+#: library that reads it checks its structure strictly.
 _TOKENIZER_FILES: dict[str, type[JsonFile] | None] = {
     "tokenizer.json": None,
     "tokenizer_config.json": TokenizerConfig,
@@ -146,7 +149,7 @@ _TOKENIZER_FILES: dict[str, type[JsonFile] | None] = {
 
 
 def _checked_tokenizer_files(folder: Path) -> list[str]:
-    """Check those that are there; their names, none where there is no tokenizer."""
+    """Check the files that are there and return their names; empty if there is no tokenizer."""
     refuse_no_files(folder)
     present = [name for name in _TOKENIZER_FILES if (folder / name).exists()]
     for name in present:
@@ -159,16 +162,16 @@ def _checked_tokenizer_files(folder: Path) -> list[str]:
     return present if present != ["config.json"] else []
 
 
-#: A prefix of the parts of a word, which few tokenizers have; or a letter or `_` as an escape, which no tokenizer's
-#: writer makes, and which could spell that key.
+#: A non-empty continuing_subword_prefix, which few tokenizers have; or a letter or `_` as an escape, which could spell
+#: that key and which no tokenizer library writes.
 _PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]|\\u00(?:5[fF]|[67])')
 
 
 def _refuse_what_ends_its_reader(file: Path) -> None:
-    """Raise BadModel where the library panics while it cleans up behind a panic, which ends the process it runs in.
+    """Raise BadModel if the library panics while it cleans up after a panic, which would abort this process.
 
-    The one kind that is known is a BPE with a `continuing_subword_prefix` that its merges do not have. A file without
-    one is not read once more: a vocabulary of 260,000 takes 0.8 s.
+    The only known case is a BPE with a `continuing_subword_prefix` that its merges lack. Other files are not read
+    twice, because a vocabulary of 260,000 takes 0.8 s. The file is read in a process of its own.
     """
     from tokenizers import Tokenizer as Backend
 
@@ -183,11 +186,11 @@ def _refuse_what_ends_its_reader(file: Path) -> None:
 
 
 def _follow_sentencepiece(backend: Any, model_file: Path) -> None:
-    """Set how spaces are written and read back as the SentencePiece file says.
+    """Set how spaces are encoded and decoded, following the SentencePiece file.
 
     transformers before 5.24 converts a lone tokenizer.model without its `add_dummy_prefix` and
-    `remove_extra_whitespaces` (5.23: "你好" becomes 你|好 where sentencepiece gives ▁你好), so a base would meet ids it
-    never saw. The whole way is set, not amended: amending 5.24, which does it right, would do it twice.
+    `remove_extra_whitespaces` (5.23: "你好" becomes 你|好, sentencepiece gives ▁你好), so the base would read ids that
+    it never saw. Normalizer and decoder are replaced, not extended, because 5.24 does it right and would get it twice.
     """
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import Regex, decoders, normalizers
@@ -195,12 +198,12 @@ def _follow_sentencepiece(backend: Any, model_file: Path) -> None:
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(model_file.read_bytes())
     rules = proto.normalizer_spec
-    written: list[Any] = []  # a text on its way to tokens
+    written: list[Any] = []  # steps from a text to tokens
     if rules.precompiled_charsmap:
         written.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
         written += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    read: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]  # tokens on their way back
+    read: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]  # and back
     if rules.add_dummy_prefix:
         written.append(normalizers.Prepend("▁"))
         read.append(decoders.Strip(" ", 1, 0))
@@ -211,7 +214,7 @@ def _follow_sentencepiece(backend: Any, model_file: Path) -> None:
 
 
 def pad_id_of(tokenizer: Tokenizer) -> int:
-    """The id to fill up with: PAD, else UNK, else EOS. Padding is masked by position, so any id would do."""
+    """The id for padding: PAD, else UNK, else EOS, else 0. Padding is masked by position, so any id would do."""
     for token_id in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return int(token_id)
@@ -231,9 +234,9 @@ class BaseSpec:
 
 
 def load_base(spec: BaseSpec) -> CausalLM:
-    """The frozen base model on its device, KV cache off.
+    """The frozen base model on its device, with the KV cache off.
 
-    Raises BadModel with the remedy: not there, gated, no network, needs remote code, does not fit.
+    Raises BadModel with a remedy if it is missing, gated, unreachable, needs remote code, or if its files do not match.
     """
     placement: dict[str, Any] = {"device_map": spec.device_map} if spec.device_map else {}
     if spec.quantize:
@@ -243,7 +246,7 @@ def load_base(spec: BaseSpec) -> CausalLM:
         }
     config = read_config(spec.path, trust_remote_code=spec.trust_remote_code)
     if folder := folder_of(spec.path):
-        # An index that leads out of the folder is refused before anything is read, and so is a pointer to weights.
+        # Before anything is read, refuse an index that names files outside the folder, and git-lfs pointers.
         refuse_lfs_pointers(weight_files(folder))
         with explained(spec.path, "model"):
             refuse_other_sizes(spec.path, config, weight_files(folder), trust_remote_code=spec.trust_remote_code)
@@ -254,7 +257,7 @@ def load_base(spec: BaseSpec) -> CausalLM:
             dtype=spec.dtype,
             trust_remote_code=spec.trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report, and refused by name below
+            ignore_mismatched_sizes=True,  # mismatches are in the report, and refused by name below
             **placement,
         )
     _refuse_partial(spec.path, report)
@@ -269,10 +272,10 @@ def load_base(spec: BaseSpec) -> CausalLM:
 
 
 def _keep_four_bits_as_they_are(base: Any) -> None:
-    """No 4-bit layer of bitsandbytes is packed anew for serving.
+    """Keep bitsandbytes from repacking 4-bit layers for inference.
 
-    A CPU with AVX-512's bfloat16 packs it at the first evaluation, for good: from then on its product is rounded to
-    bfloat16 and hands no gradient on, so that all layers below lose nearly all of theirs, without a word.
+    A CPU with AVX-512 bfloat16 repacks a layer at its first call in eval mode, permanently. From then on its product is
+    rounded to bfloat16 and passes no gradient on, so all layers below silently lose nearly all of theirs.
     """
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -280,28 +283,28 @@ def _keep_four_bits_as_they_are(base: Any) -> None:
 
 
 def keep_soft_caps(base: Any) -> None:
-    """Let a model whose scores are capped attend by a function that caps them, whatever transformers chose for it."""
+    """Give a model whose attention scores have a soft cap an attention function that applies it (eager)."""
     if names_a_cap(base.config):
         base.set_attn_implementation("eager")
 
 
 def load_dequantized(spec: BaseSpec, *, trained_in: Dtype = "auto") -> CausalLM:
-    """The base with plain weights, as a training with spec.quantize computed with them: rounded, and unpacked again.
+    """The base with plain weights, as training with spec.quantize used them: quantized and dequantized.
 
-    trained_in  the number format in which training quantized them: in another, some weights fall on another step
-    So is a base whose files are quantized. Raises BadModel where they cannot be unpacked.
+    trained_in  the dtype from which training quantized them; from another dtype, some weights round to another step
+    Bases whose files are quantized are dequantized too. Raises BadModel if that is not possible.
     """
     if spec.quantize and trained_in not in ("auto", dtype_name(spec.dtype)):
         trained = load_dequantized(replace(spec, dtype=getattr(torch, trained_in)))
         stored = load_base(replace(spec, quantize=None))
-        stored.load_state_dict(trained.state_dict())  # rounds to the dtype of each
+        stored.load_state_dict(trained.state_dict())  # rounds to the dtype of each weight
         return stored
     base = load_base(spec)
     if not getattr(base, "is_quantized", False):
         return base
     try:
         plain: CausalLM = base.dequantize(dtype=spec.dtype)  # type: ignore[operator]  # nn.Module's attributes are tensors
-    except NotImplementedError:  # a way of quantizing that transformers cannot turn back
+    except NotImplementedError:  # a quantization that transformers cannot undo
         method = getattr(base.config.quantization_config, "quant_method", "quantized")
         raise BadModel(
             f"{spec.path}: its weights are stored as {method}, which cannot be dequantized to merge into them. Pass "
@@ -312,7 +315,7 @@ def load_dequantized(spec: BaseSpec, *, trained_in: Dtype = "auto") -> CausalLM:
 
 
 def read_config(path: str, *, trust_remote_code: bool = False) -> Any:
-    """transformers' config of a base. Raises BadModel where the path is no base, or its small files are broken."""
+    """transformers' config of a base. Raises BadModel if the path is no base, or if its small files are broken."""
     with explained(path, "model"):
         if folder := folder_of(path):
             check_base_folder(folder)
@@ -323,10 +326,10 @@ def read_config(path: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def _refuse_partial(path: str, report: Mapping[str, Any]) -> None:
-    """Raise BadModel where the weight files and the model do not hold the same tensors.
+    """Raise BadModel if the weight files and the model do not have the same tensors.
 
-    transformers fills what the files lack with random numbers and drops what the model has no place for. Tied weights
-    and what the model's own class names as ignorable are not in its report.
+    transformers fills missing tensors with random numbers and drops those that the model has no place for. Its report
+    leaves out tied weights, and those that the model's class declares as ignorable.
     """
     missing = sorted(report["missing_keys"])
     unused = sorted(name for name in report["unexpected_keys"] if not name.endswith(OLD_BUFFERS))
@@ -345,20 +348,20 @@ def _refuse_partial(path: str, report: Mapping[str, Any]) -> None:
 
 
 def stored_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype:
-    """The dtype a model's weights are stored in; float32 where its config does not say."""
+    """The dtype in which a model's weights are stored; float32 if its config does not say."""
     config = read_config(path, trust_remote_code=trust_remote_code)
-    # Vision-language checkpoints say it of the whole, of the text part, or of both.
+    # Vision-language configs have it at the top, in the text part, or in both.
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def is_stored_quantized(path: str, *, trust_remote_code: bool = False) -> bool:
-    """Whether a model's files hold packed weights, as its config says."""
+    """Whether a model's files hold quantized weights, according to its config."""
     return getattr(read_config(path, trust_remote_code=trust_remote_code), "quantization_config", None) is not None
 
 
 def embedding_rows(path: str, *, trust_remote_code: bool = False) -> int | None:
-    """How many tokens a model can read, by its config; None where that does not say."""
+    """How many token ids a model has, according to its config; None if that does not say."""
     config = read_config(path, trust_remote_code=trust_remote_code)
     return getattr(config.get_text_config(), "vocab_size", None)
 

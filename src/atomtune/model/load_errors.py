@@ -1,4 +1,4 @@
-"""Load errors: what a library raised while it read a model, as a BadModel that says what to do."""
+"""Load errors: errors of a library that read a model, turned into a BadModel that says what to do."""
 
 import contextlib
 import os
@@ -20,21 +20,21 @@ from atomtune.hub_reach import OFFLINE_BY_CHOICE, endpoint_shown, stay_offline_i
 from atomtune.model.failures import of_the_model
 from atomtune.model.json_files import is_lfs_pointer
 
-#: The hub was asked and did not answer.
+#: Errors that mean the hub did not answer.
 _UNREACHABLE = (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
-#: The same from the HTTP library below. By name, because it is httpx or httpx2, as the hub library's version wants it.
+#: Errors of the HTTP library that mean the same. By name, because the hub library uses httpx or httpx2.
 _TRANSPORT_ERRORS = {"ConnectError", "ConnectTimeout", "ReadTimeout", "ProxyError"}
-#: What a library in Rust raises where it gave up; it is no Exception, and its class cannot be imported.
+#: The error of a library in Rust that panicked. It is not an Exception, and its class cannot be imported.
 _PANIC = "PanicException"
 _SHOWN_CHARACTERS = 600
 
 
 class explained:
-    """Within this, whatever a loader raises becomes a BadModel with the remedy.
+    """Within this context, errors of a loader become a BadModel with a remedy.
 
     what      "model", "tokenizer" or "adapter"
-    files     those that the loader reads here, as a user should hear of them
-    sentence  what an error without a remedy of its own is told as, before the library's words
+    files     names of the files that the loader reads, for the message
+    sentence  first line for an error without a remedy of its own, followed by the library's message
     """
 
     def __init__(self, path: str, what: str, *, files: str = "", sentence: str = "") -> None:
@@ -57,7 +57,7 @@ class explained:
 
 @contextlib.contextmanager
 def rust_silenced() -> Iterator[None]:
-    """What a library in Rust writes to standard error when it gives up is not shown: its exception is answered."""
+    """Within this context, standard error is discarded: Rust libraries print panics there, which we report anyway."""
     sys.stderr.flush()
     before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -70,12 +70,12 @@ def rust_silenced() -> Iterator[None]:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a library in Rust (tokenizers, safetensors) gave up; that is no Exception."""
+    """Whether a library in Rust (tokenizers, safetensors) panicked; such an error is not an Exception."""
     return type(error).__name__ == _PANIC
 
 
 def refuse_lfs_pointers(files: list[Path]) -> None:
-    """Raise BadModel where git-lfs left pointers in place of the files of a cloned repository."""
+    """Raise BadModel if git-lfs left pointers in place of the files of a cloned repository."""
     pointers = [file for file in files if is_lfs_pointer(file)]
     if pointers:
         folder = pointers[0].parent
@@ -86,14 +86,14 @@ def refuse_lfs_pointers(files: list[Path]) -> None:
 
 
 def _looks_local(path: str) -> bool:
-    """Whether this can only mean a folder; `owner/name` may be a name on the hub."""
+    """Whether a path can only be a folder; `owner/name` may also be a name on the hub."""
     text = str(path)
     is_written_as_path = text.startswith((".", "~", os.sep)) or text.endswith("/") or "\\" in text
     return is_written_as_path or text.count("/") > 1 or Path(text).exists()
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """The error and all that led to it; libraries wrap the telling one."""
+    """The error and all its causes; libraries often wrap the one that explains it."""
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in causes:
@@ -102,8 +102,8 @@ def _causes(error: BaseException) -> list[BaseException]:
     return causes
 
 
-def _remedy(path: str, what: str, sentence: str, error: BaseException) -> str:  # noqa: PLR0911  # one return a cause
-    """What is wrong and what to do about it."""
+def _remedy(path: str, what: str, sentence: str, error: BaseException) -> str:  # noqa: PLR0911  # one return per cause
+    """What is wrong, and what to do about it."""
     causes = _causes(error)
 
     def caused_by(*kinds: type[BaseException]) -> bool:
@@ -114,7 +114,7 @@ def _remedy(path: str, what: str, sentence: str, error: BaseException) -> str:  
             "its weights are pickled together with a program, which was not run.\n"
             "Use the model's safetensors files, or convert it yourself if you trust it."
         )
-    # transformers raises a plain ValueError here; its text is the only sign.
+    # transformers raises a plain ValueError here; only its text identifies it.
     if isinstance(error, ValueError) and "trust_remote_code" in str(error):
         return (
             f"this {what} comes with its own Python code, which would run on this machine.\n"

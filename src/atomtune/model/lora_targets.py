@@ -1,4 +1,4 @@
-"""LoRA targets: which layers of a base the names in --lora_targets mean."""
+"""LoRA targets: which layers of a base the names in --lora_targets match."""
 
 import re
 import warnings
@@ -25,12 +25,12 @@ from atomtune.model.experts import experts_of, numbers_of_experts
 from atomtune.model.modes import as_in_training, without_dropout
 
 ALL_LINEAR = "all-linear"
-#: A name of a module, in which a regex has nothing to try.
+#: A plain module name, as opposed to a regex.
 _PLAIN = re.compile(r"[\w.-]*")
 
 
 def linear_names(base: CausalLM) -> list[str]:
-    """Full names of the layers that are linear, the output layer left out."""
+    """Full names of the linear layers, without the output layer."""
     head = base.get_output_embeddings()
     names = []
     for name, module in base.named_modules():
@@ -45,10 +45,10 @@ def linear_names(base: CausalLM) -> list[str]:
 class AllLinear:
     """What all-linear means for a base.
 
-    adapted    full names of the linear layers that LoRA reaches
-    left_out   name of what stays as it is (the last part of a layer's name, or a whole tower's) → why
-    shared     full names of layers that PEFT takes for the experts' and adapts as tensors only: those of shared experts
-               and of first layers without experts
+    adapted    full names of the linear layers that LoRA adapts
+    left_out   reason by name of what stays frozen (the last part of a layer's name, or the name of a whole tower)
+    shared     full names of layers that PEFT mistakes for experts' and adapts only as tensors: those of shared experts
+               and of the first layers, which have no experts
     """
 
     adapted: tuple[str, ...]
@@ -57,9 +57,9 @@ class AllLinear:
 
 
 def all_linear(base: CausalLM) -> AllLinear:
-    """Every linear layer but the output layer, without those that an adapter would not reach or PEFT does not take.
+    """Every linear layer except the output layer, layers that an adapter would not affect, and those PEFT cannot adapt.
 
-    Layers of experts are not among them: experts.py.
+    Layers of experts are left to experts.py.
     """
     of_experts = set(experts_of(base).layers)
     names = [name for name in linear_names(base) if name not in of_experts]
@@ -90,10 +90,10 @@ def all_linear(base: CausalLM) -> AllLinear:
 
 
 def _router_of(base: CausalLM, name: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The last part of the name of the router that this linear layer is, or is a part of; None where it is neither.
+    """The last part of the name of the router that this linear layer is or is part of; None if it is neither.
 
-    It or its class is called a router (Llama 4, Phi-MoE, Zaya), or it is called `gate` and has an output for each
-    expert (models that bring their own code), itself or in a layer inside (Hunyuan's `gate.wg`).
+    A router has "router" in its name or its class's (Llama 4, Phi-MoE, Zaya), or it is named `gate` and has an output
+    for each expert (models with their own code), itself or in a layer inside it (Hunyuan's `gate.wg`).
     """
     parts = name.split(".")
     for depth in range(1, len(parts) + 1):
@@ -106,7 +106,7 @@ def _router_of(base: CausalLM, name: str, modules: Mapping[str, nn.Module]) -> s
 
 
 def _is_gate_of_one(name: str, layer: nn.Module) -> bool:
-    """Whether it says how much of a shared expert a token takes. LoRA would hold several times its own numbers."""
+    """Whether this is the gate of a shared expert, with one output. LoRA there is larger than the layer itself."""
     return "gate" in name and _outputs(layer) == 1
 
 
@@ -117,7 +117,7 @@ def _has_an_output_for_each_expert(gate: nn.Module, base: CausalLM) -> bool:
 
 @torch.no_grad()
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer with a forward of its architecture computes what its matrix says, which LoRA adds to.
+    """Whether a layer whose class has its own forward computes x W^T + bias, to which LoRA adds.
 
     Falcon's does; the grouped one of DeepSeek V4 multiplies parts of its matrix with parts of its input.
     """
@@ -136,16 +136,17 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _outputs(module: nn.Module) -> int:
-    """How many numbers a linear layer gives for a token."""
+    """How many outputs a linear layer has per token."""
     return int(module.nf if isinstance(module, Conv1D) else module.out_features)  # type: ignore[arg-type]
 
 
 def unreached(names: Iterable[str], reached: Collection[str]) -> list[str]:
-    """Of layers the ones that a text does not reach, told from those that one short text reached.
+    """The layers that no text reaches, given those that one short text reached.
 
-    An expert that no token of that text chose is reached by another text: nothing in `experts.3` was reached, and the
-    same layer of `experts.1` was. Not reached are a vision tower, and what a block has and does not use: keys of a
-    layer that shares another's (Gemma 3n), weights that a model reads by itself (Jamba's dt_proj).
+    An expert that no token of that text chose may be reached by another text. It is recognised because nothing in
+    `experts.3` was reached while the same layer of `experts.1` was. What remains: a vision tower, unused layers of a
+    block (keys of a Gemma 3n layer that shares another's), and weights that a model reads without a call (Jamba's
+    dt_proj).
     """
     blocks = {_block(name) for name in reached}
     in_any_block = {_in_any_block(name) for name in reached}
@@ -169,17 +170,17 @@ def _in_any_block(name: str) -> str:
 
 
 def _innermost_number(name: str) -> re.Match[str]:
-    """The last part of a name that is a number, or the empty end of a name without one."""
+    """The last numeric part of a name, or the empty match at the end of a name without one."""
     numbers = list(re.finditer(r"(?<![^.])\d+(?![^.])|$", name))
     return numbers[-2] if len(numbers) > 1 else numbers[-1]
 
 
 @dataclass(frozen=True)
 class _Calls:
-    """What one short text does with the linear layers of a base.
+    """What one short text does with a base's linear layers.
 
     called   layers that it calls
-    learned  layers of which a loss would have a gradient: not those that only choose (the keys of a sparse attention)
+    learned  layers for which a loss would have a gradient; not those that only select (the keys of a sparse attention)
     """
 
     called: set[str]
@@ -187,7 +188,7 @@ class _Calls:
 
 
 def _calls(base: CausalLM, names: Sequence[str]) -> _Calls | None:
-    """For a text of four tokens; None where the base cannot be called so."""
+    """The result for a text of four tokens; None if the base cannot be called with it."""
     modules = dict(base.named_modules())
     outputs: dict[str, list[Any]] = {}
     hooks = [modules[name].register_forward_hook(partial(_note, outputs, name)) for name in names]
@@ -207,13 +208,13 @@ def _calls(base: CausalLM, names: Sequence[str]) -> _Calls | None:
 
 
 def _note(outputs: dict[str, list[Any]], name: str, _layer: nn.Module, _inputs: Any, output: Any) -> None:
-    """Keep how the graph of gradients knows what a layer gave; of a router's several tensors the first's."""
+    """Record the autograd node of a layer's output; of several outputs (a router's), that of the first."""
     first = output[0] if isinstance(output, tuple) else output
     outputs.setdefault(name, []).append(first.grad_fn)
 
 
 def _graph(last: Any) -> set[Any]:
-    """Every step of a computation that a gradient of its result goes through."""
+    """Every autograd node between a result and its leaves."""
     steps: set[Any] = set()
     open_steps = [last]
     while open_steps:
@@ -225,7 +226,7 @@ def _graph(last: Any) -> set[Any]:
 
 
 def _tower(name: str, called: Collection[str]) -> str:
-    """Of a layer that is not called: the last part of the outermost module around it in which nothing is."""
+    """For a layer that is not called: the last part of the outermost module around it in which nothing is called."""
     outermost = name
     parts = name.split(".")
     for depth in range(len(parts) - 1, 0, -1):
@@ -233,12 +234,12 @@ def _tower(name: str, called: Collection[str]) -> str:
         if any(other.startswith(f"{around}.") for other in called):
             break
         outermost = around
-    # Of a part of a list its list's name too: adapter_list.0
+    # For an item of a list, the list's name too: adapter_list.0
     return re.findall(r"[^.]+(?:\.\d+)*$", outermost)[-1]
 
 
 class _StandIn(nn.Module):
-    """A model of an architecture with a single linear layer of a name."""
+    """A model of an architecture with one linear layer of a given name."""
 
     def __init__(self, model_type: str, name: str) -> None:
         super().__init__()
@@ -248,17 +249,18 @@ class _StandIn(nn.Module):
 
 @cache
 def _peft_takes(model_type: str, name: str, *, as_tensor: bool = False) -> bool:
-    """Whether PEFT puts LoRA on a layer of this name in this architecture, and on that layer.
+    """Whether PEFT adapts a layer of this name in this architecture.
 
-    as_tensor  on its weight, as on a tensor that is no layer
+    as_tensor  ask about adapting its weight as a tensor, through target_parameters
 
-    It refuses some of Mamba's, which fast kernels read without calling. In architectures whose experts were linear
-    layers once, `gate_proj` and its like mean the experts' joint matrices to it, dense layers of that name included.
+    PEFT refuses some layers of Mamba, because fast kernels read them without calling them. In architectures whose
+    experts used to be linear layers, it takes `gate_proj` and similar names for the experts' fused matrices, even if
+    they are the names of dense layers.
     """
     config = LoraConfig(target_modules=[] if as_tensor else [name], r=1)
     config.target_parameters = [f"{name}.weight"] if as_tensor else None
     try:
-        # The stand-in's random numbers are none of the run's: its adapter begins as it would without this question.
+        # The stand-in must not draw from the run's random numbers, or the run's adapter would start with other values.
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             adapted = get_peft_model(_StandIn(model_type, name), config)
@@ -268,10 +270,11 @@ def _peft_takes(model_type: str, name: str, *, as_tensor: bool = False) -> bool:
 
 
 def match_targets(base: CausalLM, targets: Sequence[str]) -> dict[str, int]:
-    """How many modules each target name matches; of all-linear, every kind of linear layer and its count.
+    """How many modules each target name matches; for all-linear, every kind of linear layer and its count.
 
-    Raises BadSettings when a named target matches none, with the names that exist, and when it matches what LoRA
-    cannot adapt here: an embedding, a whole block, or an output layer that is the embedding (tied weights).
+    Raises BadSettings if a target matches nothing, naming the layers that exist, or matches something that LoRA cannot
+    adapt here: an embedding, a whole block, or an output layer tied to the embedding. Raises BadModel if all-linear
+    matches nothing.
     """
     counts: dict[str, int] = {}
     if ALL_LINEAR in targets:
@@ -294,7 +297,7 @@ def match_targets(base: CausalLM, targets: Sequence[str]) -> dict[str, int]:
 
 
 def _unfit(base: CausalLM, target: str) -> list[str]:
-    """What is wrong with the modules that a target matches, said once."""
+    """Problems with the modules that a target matches; at most one, since it is the same for all of them."""
     names = matched(base, [target])
     if not names and (routers := _named(base, [target])):
         return [
@@ -319,16 +322,16 @@ def _unfit(base: CausalLM, target: str) -> list[str]:
 
 
 def matched(base: CausalLM, targets: Collection[str]) -> set[str]:
-    """The full names of the modules that target names mean: `q_proj` is every module for text whose name ends so.
+    """Full names of the modules that targets match: `q_proj` matches each text module whose name ends with it.
 
-    Not those of routers, which may have layers of the same names (Zaya's has a down_proj).
+    Routers are left out: their layers may have the same names (Zaya's has a down_proj).
     """
     modules = dict(base.named_modules())
     return {name for name in _named(base, targets) if not _chooses_experts(base, name, modules)}
 
 
 def _named(base: CausalLM, targets: Collection[str]) -> set[str]:
-    """The same, routers included."""
+    """The same, including routers."""
     names = set()
     for name in text_modules(base):
         if any(name == target or name.endswith(f".{target}") for target in targets):
@@ -337,7 +340,7 @@ def _named(base: CausalLM, targets: Collection[str]) -> set[str]:
 
 
 def _chooses_experts(base: CausalLM, name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether this is a linear layer of a router, or says how much of a shared expert a token takes."""
+    """Whether this is a linear layer of a router, or the gate of a shared expert."""
     layer = modules[name]
     if not isinstance(layer, nn.Linear | Conv1D):
         return False
@@ -345,22 +348,22 @@ def _chooses_experts(base: CausalLM, name: str, modules: Mapping[str, nn.Module]
 
 
 def adapted_by(base: CausalLM, targets: Collection[str]) -> set[str]:
-    """The full names of the layers that targets mean, all-linear among them."""
+    """Full names of the layers that targets mean, including all-linear."""
     names = matched(base, targets)
     return names.union(all_linear(base).adapted) if ALL_LINEAR in targets else names
 
 
 def for_text(base: CausalLM, targets: Sequence[str]) -> Sequence[str]:
-    """Targets as they are, or full names where a tower for images or sound has layers of these names too."""
+    """Targets as they are, or as full names if layers of an image or audio tower have these names too."""
     names = matched(base, targets)
     everywhere = {name for name, _ in base.named_modules() if any(f".{name}".endswith(f".{end}") for end in targets)}
     return targets if everywhere == names else sorted(names)
 
 
 def refuse_endless_patterns(config: Any, base: CausalLM, file: Path) -> None:
-    """Raise BadModel where a regex of an adapter's config is none, or does not come to an end on this base's names.
+    """Raise BadModel if a regex in an adapter's config is invalid, or takes forever on this base's module names.
 
-    PEFT matches them with every module's name; `(a|aa)+$` takes longer than anybody waits.
+    PEFT matches it with the name of every module; `(a|aa)+$` takes exponential time.
     """
     patterns = [getattr(config, name, None) for name in ("target_modules", "exclude_modules")]
     layers = getattr(config, "layers_pattern", None)
@@ -381,7 +384,7 @@ def refuse_endless_patterns(config: Any, base: CausalLM, file: Path) -> None:
 
 
 def shortest(base: CausalLM, modules: set[str]) -> list[str]:
-    """The last parts of module names where these match just the given modules, else the full names."""
+    """The last parts of module names if they match only the given modules, else their full names."""
     parts = sorted({_last_part(name) for name in modules})
     if {name for name, _ in base.named_modules() if _last_part(name) in parts} == modules:
         return parts
@@ -389,7 +392,7 @@ def shortest(base: CausalLM, modules: set[str]) -> list[str]:
 
 
 def _kind(name: str) -> str:
-    """`layers.0.mlp.up_proj` → `up_proj`; of a part of a list its list's name: `altup_projections.1`"""
+    """`layers.0.mlp.up_proj` → `up_proj`; for an item of a list, the list's name: `altup_projections.1`"""
     return _last_part(re.sub(r"(\.\d+)+$", "", name))
 
 

@@ -1,6 +1,7 @@
-"""Loss: the surprise of the target tokens, summed, and their count; the trainer divides by the whole global batch's.
+"""Loss: the sum of the surprise of the target tokens, and their count; the trainer divides by the global batch's count.
 
-Only target positions reach the output matrix, a chunk at a time: the logits of a batch never exist at once.
+Only target positions are multiplied with the output matrix, in chunks, so that all logits of a batch never exist at
+once.
 Letters: B rows, T positions, D hidden width, N targets, V words.
 """
 
@@ -21,21 +22,21 @@ from atomtune.model.row_attention import ROW_PLAN, ROWS
 from atomtune.model.row_mixers import announce
 from atomtune.model.surprise import exact, exact_dtype, surprise
 
-#: Logits that exist at once: 2^20 of them are 4 MiB in float32, where their gradient takes their place.
+#: Logits that exist at once: 2^20 are 4 MiB in float32, and their gradient overwrites them.
 CHUNK_LOGITS = 2**20
-#: But at least this many targets at a time, because the output matrix is read once for each chunk (128 x 65,000 words
-#: are 32 MiB).
+#: At least this many targets per chunk, because each chunk reads the whole output matrix (128 x 65,000 words are
+#: 32 MiB in float32).
 LEAST_TARGETS = 128
-#: A logit in bfloat16 (2), its softmax in float32 (4), which becomes its gradient, and that in bfloat16 (2), which in
-#: float32 is no copy. A GPU has a copy of the logit in float32 beside its softmax.
+#: Bytes per logit: the logit in bfloat16 (2), its softmax in float32 (4), which its gradient overwrites, and that in
+#: bfloat16 (2; none in float32). A GPU also keeps the logit in float32 beside its softmax.
 BYTES_A_LOGIT, BYTES_A_LOGIT_ON_GPU = 8, 10
 #: On a GPU a chunk may take a sixteenth of the free memory, so that the output matrix (1 GB for 150,000 words) is read
-#: once or twice.
+#: only once or twice.
 FREE_FOR_LOGITS, MOST_LOGITS = 1 / 16, 2**27
 
 
 def innermost(model: nn.Module) -> Any:
-    """The causal LM inside DDP, DeepSpeed and PEFT."""
+    """The causal LM inside DDP, DeepSpeed and PEFT wrappers."""
     inner: Any = model
     while hasattr(inner, "module"):
         inner = inner.module
@@ -43,14 +44,14 @@ def innermost(model: nn.Module) -> Any:
 
 
 def body_of(model: nn.Module) -> nn.Module:
-    """What a causal LM has below its head; the model itself where these are not apart."""
+    """The part of a causal LM below its head; the model itself if the two cannot be separated."""
     inner = innermost(model)
     body = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)
     return inner if body is None else body
 
 
 def takes(model: nn.Module, name: str) -> bool:
-    """Whether the innermost model's forward has this parameter (remote code often lacks some)."""
+    """Whether the innermost model's forward has this parameter; models with their own code lack some."""
     return name in inspect.signature(innermost(model).forward).parameters
 
 
@@ -60,15 +61,17 @@ def target_nats(
     *,
     label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum the surprise of the batch's targets.
+    """Sum the surprise of the batch's targets, in nats.
 
     batch  a collate.Batch on the model's device
     Returns (nats, count): nats is a float32 sum (float64 for a float64 model), count is sum(learn).
-    In training, a router's auxiliary loss that the config switches on is added, times its factor and count, so that
-    dividing by all counts gives the mean of the batches' losses, weighed by their targets.
-    Memory: BYTES_A_LOGIT for the logits of `targets_at_once`, where the model's output layers can be called apart from
-    its body (`Head`); else for [B, K, V] with the K columns that hold a target.
-    A batch without targets gives a zero that is tied to the weights, so that every rank has a gradient.
+
+    In training, a router's auxiliary loss that the config switches on is added, times its factor and the count.
+    Dividing by the sum of all counts then gives the mean of the batches' losses, weighted by their targets.
+
+    Memory: BYTES_A_LOGIT for the logits of `targets_at_once`, if the model's head can be called without its body
+    (`Head`); else for [B, K, V] logits, where K columns have a target.
+    A batch without targets gives a zero that depends on the weights, so that every rank has a gradient.
     Checked against one record at a time: tests/train/test_trainer.py.
     """
     target, learn = batch["target"], batch["learn"]
@@ -85,9 +88,9 @@ def target_nats(
 
 
 def auxiliary_factor(model: nn.Module) -> float:
-    """By what a router's auxiliary loss is multiplied where the config switches it on; 0 where it does not.
+    """The factor of a router's auxiliary loss if the config switches it on, else 0.
 
-    It is off in nearly all published configs (`output_router_logits`), and so it is here.
+    Nearly all published configs have it off (`output_router_logits`).
     """
     inner = innermost(model)
     config = inner.config.get_text_config()
@@ -109,7 +112,7 @@ def _with_auxiliary(nats: torch.Tensor, count: torch.Tensor, model: nn.Module, o
 
 @torch.no_grad()
 def target_log_probabilities(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-    """Of each target [N], by the same road as the loss."""
+    """[N] log-probabilities of the targets, computed by the same code as the loss."""
     head = Head.of(model)
     picked = head.hidden(model, batch) if head else None
     logits = _target_logits(model, batch)[0] if head is None or picked is None else head.logits(picked)
@@ -117,9 +120,9 @@ def target_log_probabilities(model: nn.Module, batch: Mapping[str, Any]) -> torc
 
 
 def _target_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, Any]:
-    """[N, V] from one call of the whole model, and that call's output.
+    """Logits of the targets [N, V] from one call of the whole model, and the output of that call.
 
-    Without a target it is the logits of some tokens, which are tied to the weights.
+    Without targets, the logits of some tokens, which depend on the weights.
     """
     inputs = model_inputs(model, batch)
     columns, where = torch.unique(batch["predicted_from"], return_inverse=True)  # [K], [N]
@@ -133,34 +136,34 @@ def _target_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Te
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model's forward is given for a batch."""
+    """The arguments of the model's forward for a batch."""
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"]}
     plan = batch["plan"]
     if plan is None:
         announce(body_of(model), None)
-        # The model counts positions itself, as it does for a record alone: RoBERTa's begin behind its padding id.
+        # No position_ids: the model counts positions as for a single record (RoBERTa's start after its padding id).
         return {**inputs, "attention_mask": batch["attention_mask"]}
     plan = plan.to(batch["input_ids"].device)
     announce(body_of(model), plan)
-    if not takes(model, "position_ids"):  # nothing in it attends: all its layers carry a state
+    if not takes(model, "position_ids"):  # it has no attention: all its layers carry a state
         return inputs
     inputs["position_ids"] = batch["position_ids"]
     if innermost(model).config._attn_implementation != ROWS:
         return {**inputs, "attention_mask": plan.visible(None)}
-    # A mask of four dimensions is handed on as it is, so the library neither builds one nor guesses packing.
+    # transformers passes a mask of four dimensions on unchanged, so it neither builds one nor infers packing.
     return {**inputs, "attention_mask": plan.until.new_zeros(1, 1, 1, 1), ROW_PLAN: plan}
 
 
 class _HandThrough(nn.Module):
-    """Stands where a causal LM has its body, and gives as hidden states what it is handed."""
+    """A causal LM's body for a head alone: it returns the hidden states it is given."""
 
     def __init__(self, output: type[ModelOutput], body: nn.Module) -> None:
-        vars(self)["body"] = body  # no part of this module: the twin's weights are those of its head
+        vars(self)["body"] = body  # not a submodule: the twin shall have the weights of its head only
         super().__init__()
         self.output = output
 
     def __getattr__(self, name: str) -> Any:
-        """What a head reads from its body is the body's own (Falcon-H1 keeps the scale of its logits there)."""
+        """Read from the real body what a head reads from its body (Falcon-H1 keeps the scale of its logits there)."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -173,34 +176,35 @@ class _HandThrough(nn.Module):
 
 
 def _twin(module: Any) -> Any:
-    """The module with the same children and weights, whose children can be changed."""
+    """A module with the same children and weights, whose children can be replaced without changing the original."""
     twin = copy.copy(module)
-    twin._modules = dict(twin._modules)  # as torch's DataParallel makes replicas; no public name for it
-    vars(twin).pop("forward", None)  # accelerate's hooked forward would call the module that it was made for
+    # Torch's DataParallel does the same to make replicas; there is no public name for it
+    twin._modules = dict(twin._modules)
+    vars(twin).pop("forward", None)  # accelerate's hooked forward would call the original module
     return twin
 
 
 class Head:
-    """Everything a causal LM does after its body: output matrix, scaling, soft-capping, by the model's own code.
+    """All that a causal LM does after its body (output matrix, scaling, soft caps), computed by the model's own code.
 
-    A twin of the model runs the model's own forward, with the same weights, and a body that only hands through; so no
-    architecture's arithmetic is written down here, and the model itself is not touched.
-    (`get_output_embeddings` alone would leave out the scaling of Granite and the caps of Gemma.)
+    A twin of the model runs the model's own forward with the same weights, on a body that returns its input. So no
+    architecture's arithmetic is repeated here, and the model itself is not changed.
+    (`get_output_embeddings` alone would leave out the scaling of Granite and the soft caps of Gemma.)
     """
 
     def __init__(self, model: Any) -> None:
         self.model, self.body_name = model, model.base_model_prefix
-        self.path: tuple[str, ...] = (self.body_name,)  # from the model down to the module whose output the head reads
+        self.path: tuple[str, ...] = (self.body_name,)  # from the model to the module whose output the head reads
         self.output_of_body: type[ModelOutput] = BaseModelOutput
-        self.output: Any = None  # of the last call of the whole model
+        self.output: Any = None  # the output of the last call of the whole model
 
     @classmethod
     def of(cls, model: nn.Module) -> "Head | None":
-        """The head of a model, or None where it cannot be called apart."""
+        """The head of a model; None if it cannot be called without the body."""
         inner = innermost(model)
         if body_of(model) is inner or not (takes(model, "logits_to_keep") and takes(model, "inputs_embeds")):
             return None
-        # FSDP and ZeRO-3 gather a module's weights around its own call only; the whole model is then called once.
+        # FSDP and ZeRO-3 gather a module's weights only during its own call, so the whole model is called once instead.
         if any(type(p) is not nn.Parameter or hasattr(p, "ds_id") for p in cls(inner).parameters()):
             return None
         return cls(inner)
@@ -211,10 +215,10 @@ class Head:
                 yield from child.parameters()
 
     def hidden(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor | None:
-        """[N, D] hidden states from which the targets are predicted: what the body gives when the whole is called.
+        """[N, D] hidden states from which the targets are predicted: the body's output in a call of the whole model.
 
-        None where the model's forward calls no body (remote code that calls its layers itself).
-        `model` may wrap this one (DDP, PEFT) and is called as a whole; of its logits only one position is computed.
+        None if the model's forward does not call the body (models with their own code that call the layers directly).
+        `model` may be a wrapper (DDP, PEFT). It is called as a whole, and computes the logits of one position only.
         """
         outputs: dict[tuple[str, ...], ModelOutput] = {}
         hooks = [
@@ -230,14 +234,14 @@ class Head:
                 hook.remove()
         if not outputs:
             return None
-        self.path = min(outputs, key=len)  # the outermost that was called
+        self.path = min(outputs, key=len)  # the outermost body that was called
         output = outputs[self.path]
         if isinstance(output, ModelOutput):
             self.output_of_body = type(output)
         return output[0][batch["row"], batch["predicted_from"]]  # [B, T, D] → [N, D]
 
     def _bodies(self) -> dict[tuple[str, ...], nn.Module]:
-        """What the head may read its hidden states from: the body, or, past it, the decoder inside (OPT)."""
+        """Modules whose output the head may read: the body, or the decoder in it if forward skips the body (OPT)."""
         body = getattr(self.model, self.body_name)
         bodies: dict[tuple[str, ...], nn.Module] = {(self.body_name,): body}
         if isinstance(decoder := getattr(body, "decoder", None), nn.Module):
@@ -245,7 +249,7 @@ class Head:
         return bodies
 
     def twin(self) -> Any:
-        """The model, sharing all but its body, which hands through."""
+        """The model with the same weights, and a body that returns its input."""
         twin = outer = _twin(self.model)
         *above, last = self.path
         for name in above:
@@ -256,7 +260,7 @@ class Head:
         return twin
 
     def logits(self, hidden: torch.Tensor, twin: Any = None) -> torch.Tensor:
-        """[N, D] → [N, V]"""
+        """[N, D] hidden states → [N, V]"""
         output = (twin or self.twin())(inputs_embeds=hidden[None], use_cache=False)
         return output.logits[0].to(hidden.device)
 
@@ -268,9 +272,13 @@ class Head:
         *,
         label_smoothing: float = 0.0,
     ) -> torch.Tensor:
-        """Sum of learn * surprise over [N, D] hidden states, some targets at a time."""
+        """Sum of learn * surprise over hidden states [N, D], in chunks of targets.
+
+        target, learn  [N] token ids, and how often each is learned
+        """
         words = self.model.config.get_text_config().vocab_size
-        # autograd asks a Function for the gradients of weights that are trained, though nothing is trained here.
+        # The head may have trained weights (LoRA on lm_head). An autograd.Function must be passed them to give
+        # gradients.
         learned = [p for p in self.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
         twin = self.twin()
 
@@ -281,14 +289,14 @@ class Head:
 
 
 def targets_at_once(words: int, device: torch.device) -> int:
-    """How many targets' logits exist at once."""
+    """How many targets have logits at the same time."""
     logits = CHUNK_LOGITS if device.type == "cpu" else _logits_that_fit(device)
     return max(LEAST_TARGETS, logits // words)
 
 
 @cache
 def _logits_that_fit(device: torch.device) -> int:
-    """By the memory that is free when the first loss is computed, behind the activations of a whole forward."""
+    """How many logits fit in the memory that is free at the first loss, while the activations of a forward are held."""
     if device.type != "cuda":
         return CHUNK_LOGITS
     logits = int(FREE_FOR_LOGITS * free_on_gpu(device)) // BYTES_A_LOGIT_ON_GPU
@@ -296,9 +304,9 @@ def _logits_that_fit(device: torch.device) -> int:
 
 
 class _Chunked(torch.autograd.Function):
-    """A sum over chunks whose gradient is taken chunk by chunk in the forward pass, so that nothing is kept or redone.
+    """A sum over chunks whose gradient is computed chunk by chunk in the forward pass, so no logits are kept.
 
-    That is allowed because the result is one number: its gradient is known up to the factor that backward brings.
+    This works because the result is a single number: backward only multiplies the gradient by a factor.
     """
 
     @staticmethod

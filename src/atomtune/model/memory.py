@@ -1,8 +1,7 @@
-"""Memory: what a step needs, what there is, and what to change when it was too much.
+"""Memory: what a step needs, what is free, and what to change when it was too much.
 
-The estimate decides only of how many layers activations are kept or recomputed (`--gradient_checkpointing auto`); it
-errs on the side of recomputing, which costs a third to two fifths of speed for all layers, where keeping too much costs
-the run.
+The estimate only decides how many layers are recomputed (`--gradient_checkpointing auto`). It errs on the side of
+recomputing: for all layers that costs a third to two fifths of the speed, but running out of memory costs the run.
 """
 
 import math
@@ -17,25 +16,25 @@ from rich.filesize import decimal
 from atomtune.limits import most_memory_held
 from atomtune.model.block_attention import MOST_KEPT
 
-#: Part of the free memory that activations may take. The rest is for the loss, the optimizer and fragmentation; on a
-#: CPU for other programs too.
+#: Share of the free memory that activations may take. The rest is for the loss, the optimizer and fragmentation, and on
+#: a CPU for other programs.
 USABLE_ON_GPU, USABLE = 0.85, 0.6
-#: Of that part, what is filled on purpose where some layers are recomputed: such a run always is at its limit.
+#: Share of that share that is used if some layers are recomputed, because such a run is always at its limit.
 FILLED_BY_CHOICE = 0.85
 
 
 def activation_bytes(
     config: Any, *, tokens: int, element_bytes: int, dropout: bool = False, attention_weights: bool = False
 ) -> int:
-    """Bytes kept for the backward pass of one step of so many computed tokens, when nothing is recomputed.
+    """Bytes kept for the backward pass of one step of `tokens` computed tokens, if nothing is recomputed.
 
     Per token and layer, in units of one element:
-    11 of the hidden size   two norms in float32 (4), their outputs (2), the rotated queries, keys and values repeated
-                            to all heads (3), attention's output, and it as the output projection's input
-    4 of the inner size     gate, up, the activated gate, their product
-    with attention weights  block_attention.MOST_KEPT of the hidden size: kept on a CPU where they are no more
-    with LoRA's dropout     a byte for each input: 3 of the hidden size, 1 of the inner
-    On a Qwen2.5-7B shape in bfloat16 without dropout this is 6.5 MB a token; an H100 took 6.3.
+    11 x hidden size        two norms in float32 (4), their outputs (2), the rotated queries, and the keys and values
+                            repeated for all heads (3), attention's output, and the output projection's input (2)
+    4 x inner size          gate, up, the activated gate, their product
+    with attention weights  block_attention.MOST_KEPT x hidden size: on a CPU they are kept up to this size
+    with LoRA dropout       one byte per input: 3 x hidden size, 1 x inner size
+    On a Qwen2.5-7B shape in bfloat16 without dropout this gives 6.5 MB per token; an H100 took 6.3.
     """
     text, layers, hidden = _shape(config)
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
@@ -48,23 +47,23 @@ def activation_bytes(
 
 
 def input_bytes(config: Any, *, tokens: int, element_bytes: int) -> int:
-    """Bytes of the inputs of all layers, which are kept when every layer is recomputed."""
+    """Bytes of the inputs of all layers, which are kept even if every layer is recomputed."""
     _, layers, hidden = _shape(config)
     return tokens * layers * hidden * element_bytes
 
 
 def _shape(config: Any) -> tuple[Any, int, int]:
-    """(the config of the language model, its layers, their width)."""
+    """(config of the language model, number of layers, hidden size)."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return text, getattr(text, "num_hidden_layers", 0) or 0, getattr(text, "hidden_size", 0) or 0
 
 
 def layers_to_recompute(layers: int, *, kept: int, inputs: int, room: float) -> int:
-    """The fewest of these layers to recompute, so that a step fits; all where even that is too much.
+    """The smallest number of layers to recompute so that a step fits; all if even that is not enough.
 
-    kept    bytes that all layers keep when none is recomputed
-    inputs  bytes of their inputs: what recomputed layers keep
-    room    bytes that may be taken
+    kept    bytes that all layers keep if none is recomputed
+    inputs  bytes of their inputs, which recomputed layers keep
+    room    bytes that are available
     """
     if kept <= room:
         return 0
@@ -73,28 +72,28 @@ def layers_to_recompute(layers: int, *, kept: int, inputs: int, room: float) -> 
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory a step may still take on this device; None where the system does not tell."""
+    """Bytes that a step may still take on this device; None if the system does not report it."""
     return free_on_gpu(device) if device.type == "cuda" else _told(lambda: psutil.virtual_memory().available)
 
 
 def free_on_gpu(device: torch.device) -> int:
-    """The same of a GPU, which always tells."""
+    """The same for a GPU, including memory that torch has reserved and does not use."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0] + unused)
 
 
 def machine_bytes() -> int | None:
-    """All memory of this machine, used or not; None where the system does not tell."""
+    """Total memory of this machine in bytes; None if the system does not report it."""
     return _told(lambda: psutil.virtual_memory().total)
 
 
 def held_bytes() -> int | None:
-    """What this process holds now; None where the system does not tell."""
+    """Bytes of memory that this process holds now; None if the system does not report it."""
     return _told(lambda: psutil.Process().memory_info().rss)
 
 
 def _told(question: Callable[[], int]) -> int | None:
-    """psutil's answer; None where it has none, as in a container in which /proc is not mounted, or not readable."""
+    """The answer of psutil; None if it fails, for example in a container where /proc is not mounted or not readable."""
     try:
         return int(question())
     except (psutil.Error, OSError, LookupError, ValueError, RuntimeError):
@@ -103,14 +102,14 @@ def _told(question: Callable[[], int]) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class ActivationMemory:
-    """What decides of how many layers activations are kept or recomputed.
+    """What decides how many layers are recomputed.
 
-    tokens   computed in the heaviest step that is expected
-    needed   bytes that such a step keeps, when nothing is recomputed
+    tokens   computed tokens of the heaviest step that is expected
+    needed   bytes that such a step keeps if nothing is recomputed
     inputs   bytes of the inputs of all layers in such a step
-    layers   of the model
-    free     bytes of the device that are free; None where the system does not tell
-    usable   of which activations may take this part
+    layers   number of layers
+    free     free bytes of the device; None if the system does not report it
+    usable   share of `free` that activations may take
     """
 
     tokens: int
@@ -124,7 +123,7 @@ class ActivationMemory:
     def of(
         cls, config: Any, *, tokens: int, element_bytes: int, dropout: bool, in_rows: bool, device: torch.device
     ) -> "ActivationMemory":
-        """in_rows: whether records share rows, whose attention keeps its weights on a CPU; padded ones have none."""
+        """The estimate. in_rows: records share rows, whose attention keeps its weights on a CPU; padded rows do not."""
         needed = activation_bytes(
             config,
             tokens=tokens,
@@ -143,12 +142,12 @@ class ActivationMemory:
 
     @property
     def fits(self) -> bool:
-        """Whether a step can keep all its activations, as far as is known."""
+        """Whether a step can keep all its activations; False if the free memory is unknown."""
         return self.free is not None and self.needed <= self.usable * self.free
 
     @property
     def layers_to_recompute(self) -> int:
-        """How many layers have to be recomputed; 0 where a step fits as it is, all where nobody knows."""
+        """How many layers have to be recomputed: 0 if a step fits as it is, all if the free memory is unknown."""
         if self.free is None:
             return self.layers
         room = self.usable * self.free
@@ -162,17 +161,17 @@ class ActivationMemory:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Highest memory use so far: of the GPU's allocator, or of this process on a CPU."""
+    """Peak memory in bytes so far: of the GPU's allocator, or of this process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     most = most_memory_held()
     if most is not None:
         return most
-    return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]  # of Windows
+    return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]  # Windows only
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is a device or the machine running out of memory."""
+    """Whether the device or the machine ran out of memory."""
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text.lower())
@@ -181,7 +180,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """The figures of a run that decide its memory; checkpointing: whether all layers are recomputed."""
+    """The settings of a run that decide its memory; checkpointing: whether all layers are recomputed; peak in bytes."""
 
     batch: int
     accumulation: int
@@ -194,7 +193,7 @@ class StepShape:
 
 
 def remedies(shape: StepShape) -> str:
-    """What to change, in the order of least loss, with this run's figures."""
+    """What to change, the least costly first, with this run's figures."""
     lines = [
         f"Out of memory. The run's peak before that was {decimal(shape.peak)} at batch {shape.batch}, longest "
         f"example {shape.longest_tokens} tokens. What to change, the least costly first:"

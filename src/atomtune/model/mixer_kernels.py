@@ -1,8 +1,8 @@
 """Mixer kernels: which code computes linear attention, Mamba layers and convolutions, and what would be faster.
 
-transformers writes each of these as a plain torch function, and puts a package's kernel in its place where that package
-is installed. Which one it took stands in the function's closure only; where another version keeps it elsewhere, nothing
-is known here and nothing is said.
+transformers writes each of these as a plain torch function, and replaces it with a package's kernel if that package is
+installed. Which one is used is visible only in the function's closure. If another version of transformers keeps it
+elsewhere, no kernels are reported.
 """
 
 import inspect
@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-#: module of a package → what pip calls it
+#: module of a package → its name for pip
 _DISTRIBUTIONS = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d", "mamba_ssm": "mamba-ssm"}
 
 
 @dataclass(frozen=True)
 class MixerKernels:
-    """The packages for which a model has a place, by pip's name.
+    """The packages whose kernels a model can use, by their names for pip.
 
-    used     installed, and computing
-    missing  not there: transformers' torch code computes in their place
+    used     installed and in use
+    missing  not installed: transformers' torch code is used instead
     """
 
     used: tuple[str, ...]
@@ -34,7 +34,7 @@ class MixerKernels:
         return bool(self.used or self.missing)
 
     def described(self, device: torch.device) -> str:
-        """What computes these layers, and what installing the rest would give."""
+        """A line about what computes these layers, and what installing the missing packages would change."""
         own = "transformers' own torch code"
         computing = f"kernels of {' and '.join(self.used)}" if self.used else own
         if self.used and self.missing:
@@ -48,19 +48,19 @@ class MixerKernels:
 
 
 def kernels_of(model: nn.Module) -> MixerKernels:
-    """Look through the functions that the classes of a model's modules call."""
+    """Search the functions that the classes of a model's modules call."""
     is_used: dict[str, bool] = {}
     for class_ in {type(module) for module in model.modules()}:
         for package, used in _places(class_):
             is_used[package] = is_used.get(package, False) or used
-    names: dict[bool, list[str]] = {True: [], False: []}  # by whether they compute
+    names: dict[bool, list[str]] = {True: [], False: []}  # by whether they are in use
     for package, used in sorted(is_used.items()):
         names[used].append(_DISTRIBUTIONS.get(package, package))
     return MixerKernels(used=tuple(names[True]), missing=tuple(names[False]))
 
 
 def _places(class_: type) -> Iterator[tuple[str, bool]]:
-    """Of each function that a class calls and a package may replace: the package, and whether it does."""
+    """(package, whether it is in use) for each function that a class calls and that a package may replace."""
     functions_of_file = vars(sys.modules[class_.__module__])
     for method in vars(class_).values():
         if not inspect.isfunction(method):
@@ -72,9 +72,9 @@ def _places(class_: type) -> Iterator[tuple[str, bool]]:
 
 
 def package_that_raised(error: BaseException, packages: Mapping[str, str] = _DISTRIBUTIONS) -> str | None:
-    """Of an error that a package's kernel raised, the package, by pip's name: it may refuse this GPU or compiler.
+    """The package (by its name for pip) whose kernel raised an error, or None: it may not support this GPU or compiler.
 
-    packages  module → pip's name
+    packages  module → name for pip
     """
     frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     names = (packages.get(module.partition(".")[0]) for module in reversed(frames))
@@ -82,12 +82,12 @@ def package_that_raised(error: BaseException, packages: Mapping[str, str] = _DIS
 
 
 def is_replaced(function: Any) -> bool:
-    """Whether a package's kernel computes in place of this function."""
+    """Whether a package's kernel has replaced this function."""
     return bool(_closure(function).get("is_new_implementation"))
 
 
 def _closure(function: Any) -> dict[str, Any]:
-    """The values that a function keeps from where it was defined, by name; those of what it wraps too."""
+    """The values in a function's closure by name, including those of the functions it wraps."""
     kept: dict[str, Any] = {}
     while inspect.isfunction(function):
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)

@@ -1,8 +1,8 @@
-"""Mixers: the layers of a model that carry a state from token to token, found by a probe.
+"""Mixers: layers that carry a state from token to token, found by a probe.
 
-Linear attention, Mamba and short convolutions mix tokens without asking who sees whom, so a row would leak from record
-to record and from branch to branch (row_mixers.py keeps them apart). They are found by what they do and not by a list
-of architectures: a token mixer is a module whose later outputs depend on an earlier input and that does not use the
+Linear attention, Mamba and short convolutions mix all tokens of a sequence, without a mask. In a row they would leak
+from record to record and from branch to branch; row_mixers.py prevents that. They are found by what they do, not by a
+list of architectures: a mixer is a module whose later outputs depend on an earlier input, and that does not use the
 library's attention.
 
 Letters: T tokens, D width.
@@ -23,26 +23,27 @@ from atomtune.model.attention_in_use import AttentionInUse
 from atomtune.model.modes import as_in_training, without_dropout
 from atomtune.model.row_attention import attend, own_window
 
-#: Names under which mixers take transformers' cache.
+#: Names of forward's argument for transformers' cache.
 CACHE_NAMES = {"cache", "cache_params", "past_key_values"}
-#: Names under which they take hidden states.
+#: Names of forward's argument for the hidden states.
 INPUT_NAMES = ("hidden_states", "x", "input")
 _PROBE_TOKENS = 12
 _PROBE_ATTENTION = "atomtune_probe"
 
 
 def takes_cache(mixer: nn.Module) -> bool:
-    """Whether a mixer can be handed a state."""
+    """Whether a mixer can be given a state."""
     return bool(CACHE_NAMES & inspect.signature(type(mixer).forward).parameters.keys())
 
 
 @dataclass
 class _Call:
-    """How a module was called in the probe."""
+    """The arguments with which a module was called in the probe."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    windows: set[int | None] = field(default_factory=set)  # of the library's attention inside; None sees all before
+    # Windows of the library's attention inside; None: sees all earlier tokens
+    windows: set[int | None] = field(default_factory=set)
 
     @property
     def attends(self) -> bool:
@@ -50,8 +51,10 @@ class _Call:
 
 
 def find_mixers(inner: nn.Module) -> tuple[list[nn.Module], set[int | None]]:
-    """The outermost modules in the decoder's layers that mix tokens without the library's attention; and the sliding
-    windows of those that use it (None: sees everything before), empty where none does.
+    """The mixers in the decoder's layers, and the sliding windows of the layers that use the library's attention.
+
+    Of nested mixers only the outermost is returned. A window of None sees all earlier tokens; the set is empty if no
+    layer uses the library's attention.
     """
     with without_dropout(inner):
         return _find_mixers(inner)
@@ -60,7 +63,7 @@ def find_mixers(inner: nn.Module) -> tuple[list[nn.Module], set[int | None]]:
 def _find_mixers(inner: nn.Module) -> tuple[list[nn.Module], set[int | None]]:
     calls = _calls_in_a_probe(inner)
     mixers: list[nn.Module] = []
-    known: dict[tuple[Any, ...], bool] = {}  # layers that are built alike are probed once
+    known: dict[tuple[Any, ...], bool] = {}  # layers with the same structure are probed once
 
     def mixes(module: nn.Module) -> bool:
         built = (calls[module].attends, *((name, type(part)) for name, part in module.named_modules()))
@@ -87,7 +90,7 @@ def _find_mixers(inner: nn.Module) -> tuple[list[nn.Module], set[int | None]]:
 
 
 def _calls_in_a_probe(inner: Any) -> dict[nn.Module, _Call]:
-    """How every module is called for a short text; attention is watched through its public interface."""
+    """How every module is called for a short text; attention calls are observed through the public interface."""
     calls: dict[nn.Module, _Call] = {}
     inside: list[_Call] = []
 
@@ -118,7 +121,7 @@ def _calls_in_a_probe(inner: Any) -> dict[nn.Module, _Call]:
 
 @contextlib.contextmanager
 def _attention(inner: Any, name: str) -> Iterator[None]:
-    """Within this, the model uses another attention function, where it lets itself be told."""
+    """Within this context the model uses another attention function, if it supports that."""
     before = AttentionInUse.of(inner)
     with contextlib.suppress(ValueError, AttributeError, ImportError, KeyError):
         inner.set_attn_implementation(name)
@@ -131,8 +134,8 @@ def _attention(inner: Any, name: str) -> Iterator[None]:
 def _mixes(module: nn.Module, call: _Call) -> bool:
     """Whether outputs at later tokens depend on an earlier token's input.
 
-    Asked of the gradient, which is zero to the bit where they do not: in bfloat16 the outputs of a linear attention
-    with new weights change by less than other modules' do through rounding.
+    The test is a gradient, which is exactly zero if they do not. Comparing outputs is not enough: in bfloat16, those of
+    an untrained linear attention change by less than those of other modules do through rounding.
     """
     at, hidden = _input_of(call)
     if hidden is None:
@@ -143,14 +146,14 @@ def _mixes(module: nn.Module, call: _Call) -> bool:
     out = first_of(module(*args, **kwargs))
     if not (isinstance(out, torch.Tensor) and out.dim() == 3 and out.shape[1] == hidden.shape[1] and out.requires_grad):
         return False
-    # Random weights for the outputs: their plain sum is constant behind a norm.
+    # A random direction, because the plain sum of the outputs is constant after a norm, so its gradient is zero.
     direction = torch.randn(out[:, 4:].shape, generator=torch.Generator().manual_seed(0)).to(out)
     (gradient,) = torch.autograd.grad(out[:, 4:], hidden, direction, allow_unused=True)
     return gradient is not None and bool(gradient[:, 3].any())
 
 
 def _input_of(call: _Call) -> tuple[int | str | None, torch.Tensor | None]:
-    """Which argument holds the hidden states [1, T, D], and these."""
+    """The argument (index or name) with the hidden states [1, T, D], and the tensor; (None, None) if there is none."""
     places: list[tuple[int | str, Any]] = [*enumerate(call.args)]
     places += [(name, call.kwargs.get(name)) for name in INPUT_NAMES]
     for at, value in places:
@@ -160,5 +163,5 @@ def _input_of(call: _Call) -> tuple[int | str | None, torch.Tensor | None]:
 
 
 def first_of(output: Any) -> Any:
-    """What a layer returns, without what stands behind it in a tuple."""
+    """A layer's output; the first element if it is a tuple."""
     return output[0] if isinstance(output, tuple) else output

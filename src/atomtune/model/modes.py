@@ -1,4 +1,4 @@
-"""Modes: a model that is asked something for a moment, and then is as it was."""
+"""Modes: temporary modes of a model, restored afterwards."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,10 @@ from torch import nn
 
 @contextlib.contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Within this, no module draws random numbers: a resumed run must draw what an unbroken one does."""
+    """Within this context the model is in eval mode and draws no random numbers.
+
+    A resumed run must draw the same numbers as an uninterrupted one.
+    """
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -22,12 +25,12 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_in_training(inner: Any) -> Iterator[None]:
-    """Within this, every layer is handed what needs a gradient, and computes as in training.
+    """Within this context the embeddings require a gradient, so that every layer computes as in training.
 
-    Called without one, ours go PEFT's own way, and bitsandbytes packs 4-bit layers that load_base did not make for
-    serving, for good.
+    Otherwise our fused layers would fall back to PEFT's code, and bitsandbytes would permanently repack 4-bit layers
+    that load_base did not exempt from it.
     """
-    # A copy, because CTRL scales its embeddings in place, which torch refuses for what a gradient starts from.
+    # A clone, because CTRL scales its embeddings in place, which torch forbids for a leaf.
     hook = inner.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_().clone())
     try:
         with torch.enable_grad():

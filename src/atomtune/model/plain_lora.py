@@ -1,8 +1,8 @@
-"""Plain LoRA: an adapter whose initialization took a part out of the base's weights, as one that leaves them alone.
+"""Plain LoRA: converts an adapter whose initialization changed the base's weights to one for the original weights.
 
-PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775) split W into W' + s B₀A₀ and train on W'. PEFT does so again each
-time it loads them, and then "the base without the adapter" is W', for every other adapter too. The same model on the
-base's own weights, at twice the rank:
+PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775) split W into W' + s B₀A₀ and train on W'. PEFT repeats that split
+whenever it loads such an adapter, and then W' is also the base without adapter, and the base of every other adapter.
+The same model on the original weights has twice the rank:
 
     W' + s B A  =  W + s (B A - B₀A₀)  =  W + s [B, -B₀] [A; A₀]
 """
@@ -23,25 +23,26 @@ from atomtune.errors import BadModel
 from atomtune.model.adapter_keys import module_of
 from atomtune.model.causal_lm import CausalLM
 
-#: What they take out follows from the base's weights alone.
+#: Initializations whose B₀A₀ can be computed from the base's weights alone.
 _RECOMPUTED = ("pissa", "olora")
-#: What these take out hangs on a random draw, on data or on gradients. Between two loads of pissa_niter_4 half of it
-#: differed; PEFT loads lora_ga without taking anything out.
+#: Initializations whose B₀A₀ depends on random numbers, data or gradients. Half of it differed between two loads of
+#: pissa_niter_4. PEFT loads lora_ga without subtracting anything.
 _LOST = ("pissa_niter", "corda", "lora_ga")
-#: What can be decomposed; other types are packed.
+#: Dtypes that can be decomposed; weights of other dtypes are packed.
 _UNPACKED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def plain_lora(
     base: CausalLM, config: PeftConfig, weights: Mapping[str, torch.Tensor], file: Path
 ) -> dict[str, torch.Tensor]:
-    """The adapter's tensors for the base's own weights; where they change, the config does too.
+    """The adapter's tensors for the original base; if its initialization changed the base, `config` is changed too.
 
-    weights  [r, in] and [out, r] of each layer; [2 r, in] and [out, 2 r] where the initialization changed the base
-    file     the config's, for messages
+    weights  A [r, in] and B [out, r] of each layer; if the initialization changed the base, [2 r, in] and [out, 2 r]
+             are returned
+    file     path of the config, for messages
 
-    Raises BadModel where it changed the base in a way that cannot be computed again. A tensor that does not fit the
-    base is left as it is; who fills the adapter names it.
+    Raises BadModel if the base was changed in a way that cannot be computed again. A tensor that does not fit the base
+    is left as it is, and reported when the adapter is filled.
     """
     plain = dict(weights)
     if not isinstance(config, LoraConfig) or not _changed_base(config, file):
@@ -66,7 +67,7 @@ def plain_lora(
 
 
 def _changed_base(config: LoraConfig, file: Path) -> bool:
-    """Whether the initialization changed the base's weights. Raises BadModel where they cannot be had again."""
+    """Whether the initialization changed the base's weights. Raises BadModel if the change cannot be computed again."""
     init = str(config.init_lora_weights).lower()
     if init.startswith(_LOST):
         raise BadModel(
@@ -86,13 +87,13 @@ def _changed_base(config: LoraConfig, file: Path) -> bool:
 
 
 def _shared_matrices(base: CausalLM) -> set[int]:
-    """Of the parameters that more than one layer computes with, their ids."""
+    """Ids of the parameters that more than one layer uses."""
     holders = Counter(id(weight) for module in base.modules() for weight in module.parameters(recurse=False))
     return {number for number, count in holders.items() if count > 1}
 
 
 def _adapted_layer(base: CausalLM, module: str) -> nn.Module | None:
-    """The base's own layer, also where another adapter is around it; None where the base has none of this name."""
+    """The base's own layer, without another adapter's wrapper; None if the base has no layer of this name."""
     try:
         layer = base.get_submodule(module)
     except AttributeError:
@@ -101,7 +102,7 @@ def _adapted_layer(base: CausalLM, module: str) -> nn.Module | None:
 
 
 def _refuse_unknown(layer: nn.Module, module: str, config: LoraConfig, shared: set[int], file: Path) -> None:
-    """Raise BadModel for a layer whose matrix cannot be decomposed, or not as training did."""
+    """Raise BadModel for a layer whose matrix cannot be decomposed, or not in the way training did it."""
     init, weight = config.init_lora_weights, getattr(layer, "weight", None)
     if weight is None or weight.dtype not in _UNPACKED:
         raise BadModel(
@@ -117,8 +118,8 @@ def _refuse_unknown(layer: nn.Module, module: str, config: LoraConfig, shared: s
 
 
 def _taken_out(layer: nn.Module, config: LoraConfig, module: str, *, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A₀ [r, in] and B₀ [out, r]: what the initialization began with, and took out of the layer's weights."""
-    if isinstance(layer, nn.Embedding):  # PEFT leaves the weights of these alone
+    """A₀ [r, in] and B₀ [out, r]: the initial adapter, which was subtracted from the layer's weights."""
+    if isinstance(layer, nn.Embedding):  # PEFT does not change the weights of embeddings
         return torch.zeros(rank, layer.num_embeddings), torch.zeros(layer.embedding_dim, rank)
     matrix = layer.get_parameter("weight").detach().float()
     if str(config.init_lora_weights).lower() == "olora":
@@ -132,7 +133,7 @@ def _taken_out(layer: nn.Module, config: LoraConfig, module: str, *, rank: int) 
 
 
 def _double_rank(config: LoraConfig) -> None:
-    """Twice the rank at the same scaling: alpha / r, or alpha / √r with rsLoRA."""
+    """Double the rank and keep the scaling, which is alpha / r, or alpha / √r with rsLoRA."""
     factor = math.sqrt(2) if config.use_rslora else 2
     config.r *= 2
     config.lora_alpha = factor * config.lora_alpha

@@ -1,4 +1,4 @@
-"""Recompute: which layers compute their activations a second time in the backward pass, instead of keeping them."""
+"""Recompute: which layers recompute their activations in the backward pass instead of keeping them."""
 
 from collections.abc import Iterator
 
@@ -7,23 +7,23 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def recomputable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The layers that can be recomputed one by one and hold trained weights, the first one first; none within another.
+    """The outermost layers that can be recomputed one by one and that have trained weights, in order.
 
-    Empty where a model recomputes in a way of its own.
+    Empty if the model recomputes in a way of its own.
     """
     return list(_outermost(model))
 
 
 def recompute_first(model: nn.Module, share: float) -> None:
-    """Of layers that are all recomputed, leave only this share so: the first ones, rounded up.
+    """Recompute only this share of the layers, instead of all: the first ones, rounded up.
 
-    The last ones are the first whose activations the backward pass frees: they are gone before a recomputed layer needs
-    room for its own.
+    The backward pass starts at the last layers, so their activations are already freed when a recomputed layer needs
+    memory for its own.
     """
     layers = recomputable_layers(model)
     kept = int((1 - share) * len(layers) + 1e-6)
     for layer in layers[len(layers) - kept :]:
-        for part in layer.modules():  # Zamba2's layers hold others
+        for part in layer.modules():  # Zamba2's layers contain other layers
             if isinstance(part, GradientCheckpointingLayer):
                 part.gradient_checkpointing = False
 

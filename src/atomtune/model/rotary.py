@@ -1,8 +1,8 @@
-"""Rotary: positions whose factors follow from the longest record of a batch, as those of longrope do.
+"""Rotary: embeddings whose factors depend on the longest record of a batch, such as longrope.
 
-transformers looks at the largest position of a call: one long record gives all beside it the factors of long ones
-(Phi-3, Phi-3.5, Phi-4-mini from 4,096 tokens on). One record at a time each has its own, so records on both sides of
-that limit are not computed together. Ding et al. 2024, arXiv 2402.13753.
+transformers chooses the factors by the largest position in a call, so one long record changes those of all other
+records (Phi-3, Phi-3.5, Phi-4-mini above 4,096 tokens). Computed one at a time, each record has its own factors.
+Therefore records above and below that limit are not computed together. Ding et al. 2024, arXiv 2402.13753.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,11 @@ from atomtune.errors import BadSettings
 
 
 def rotary_limit(config: Any) -> int | None:
-    """The most tokens of a record that has the factors of short ones; None where all have the same."""
+    """The most tokens of a record that gets the short factors; None if the factors do not depend on the length."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     rope = getattr(text, "rope_parameters", None) or {}
-    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, Mapping)]  # Gemma 3 names one for each kind
+    # Gemma 3 has one object per kind of layer
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, Mapping)]
     limits = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
     return min((limit for limit in limits if limit), default=None)
 
@@ -23,15 +24,15 @@ def rotary_limit(config: Any) -> int | None:
 def refuse_mixed(
     limit: int | None, longest_tokens: int, *, batches: Mapping[str, int], accumulated: int | None = None
 ) -> None:
-    """Raise BadSettings where records on both sides of the limit could meet in a batch.
+    """Raise BadSettings if records above and below the limit could be in one batch.
 
-    batches      setting → records in a batch
-    accumulated  batches of the first setting that make a step; None where none is made
+    batches      setting → records per batch
+    accumulated  batches of the first setting per optimizer step; None if there is no such step
     """
     if limit is None or longest_tokens <= limit or max(batches.values()) == 1:
         return
     flags = [f"--{name} 1" for name in batches]
-    if accumulated is not None:  # the same step, of one record at a time
+    if accumulated is not None:  # the same step, from batches of one record
         flags.append(f"--gradient_accumulation_steps {next(iter(batches.values())) * accumulated}")
     raise BadSettings(
         [
@@ -43,7 +44,7 @@ def refuse_mixed(
 
 
 def apart(lengths: Sequence[int], limit: int | None) -> list[list[int]]:
-    """Places of the records that may be computed together: those up to the limit, and those above."""
+    """Indices of the records that may be computed together: those up to the limit, and those above."""
     if limit is None:
         return [list(range(len(lengths)))]
     sides = ([place for place, length in enumerate(lengths) if (length > limit) is above] for above in (False, True))

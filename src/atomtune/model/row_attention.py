@@ -1,7 +1,7 @@
-"""Attention over rows: the function that transformers' models call instead of their own.
+"""Row attention: the function that transformers' models call instead of their own attention.
 
-batch.attention_plan plans it; the plan rides through the model's forward as the keyword ROW_PLAN.
-Letters: H heads, H' heads of keys, T tokens, D head dimension.
+batch.attention_plan makes the plan. It is passed through the model's forward as the keyword ROW_PLAN.
+Letters: H heads, H' key and value heads, T tokens, D head dimension of queries and keys, D' of values.
 """
 
 from collections.abc import Mapping
@@ -20,12 +20,12 @@ from atomtune.model.block_attention import BlockAttention
 from atomtune.model.scores import ScoreRules, weights_beside_sinks
 from atomtune.model.span_attention import SpanAttention, flash_takes
 
-#: The name under which models find this function, and the keyword that carries the plan to it.
+#: The name of this function for transformers, and the keyword that passes the plan to it.
 ROWS = "atomtune_rows"
 ROW_PLAN = "atomtune_plan"
-#: Tokens of the longest row that gets a dense mask where the flash kernel does not reach: 256 MiB in float32.
+#: The longest row that gets a dense mask if the flash kernel does not support it: 256 MiB in float32.
 MOST_MASKED = 8_192
-#: What some models' attention does that no plan expresses: they hand it over under these keywords.
+#: Keywords of attention that no plan can express.
 _NOT_IN_A_PLAN = {
     "position_bias": "a position bias",
     "indices": "sparse attention",
@@ -49,10 +49,10 @@ def attend(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one row by its plan; without a plan, over the mask that the library made.
+    """Attention of one row, following its plan; without a plan, with the mask that the library made.
 
-    query [1, H, T, D], key [1, H', T, D], value [1, H', T, D'] with H a multiple of H'
-    Returns ([1, T, H, D'], None). Raises NotImplementedError where the layer asks for what no plan expresses.
+    query [1, H, T, D], key [1, H', T, D], value [1, H', T, D'], where H is a multiple of H'
+    Returns ([1, T, H, D'], None). Raises NotImplementedError if the layer needs something that no plan can express.
     """
     plan: AttentionPlan | None = kwargs.pop(ROW_PLAN, None)
     sinks: torch.Tensor | None = kwargs.pop("s_aux", None)
@@ -86,13 +86,13 @@ def _refuse_what_no_plan_expresses(
             raise NotImplementedError(meaning)
     if window not in plan.windows:
         raise NotImplementedError(f"a window of {window} tokens that the config does not name")
-    # Qwen2-MoE leaves its window to the mask, which a row has none of.
+    # Qwen2-MoE applies its window only through the mask, but rows have no mask.
     if window is None and (own := own_window(layer)):
         raise NotImplementedError(f"a window of {own} tokens that the layer does not pass on")
 
 
 def own_window(layer: torch.nn.Module) -> int | None:
-    """The sliding window that an attention layer keeps as its own. Some have the number in layers that see all."""
+    """An attention layer's own sliding window. Some models set the number also in layers without a window."""
     window: int | None = getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", True) else None
     return window
 
@@ -107,13 +107,13 @@ def way_of(
     sinks: bool,
     dropout: bool,
 ) -> Way:
-    """How a layer's attention is computed: blocks on a CPU; on a GPU the flash kernel, or one call over a mask."""
+    """How a layer's attention is computed: blocks on a CPU; on a GPU the flash kernel, or one call with a mask."""
     if dropout:
-        return "mask"  # a base that drops attention weights must draw them once; blocks and spans know no draws
+        return "mask"  # only this way supports attention dropout
     if plan.blocks:
         return "blocks"
     if sinks or rules.softcap is not None:
-        return "spans"  # the fused kernels over a mask know neither
+        return "spans"  # the fused kernels for a mask support neither
     return "spans" if flash_takes(query, value, rules) or query.shape[-2] > MOST_MASKED else "mask"
 
 
@@ -126,7 +126,7 @@ def _by_spans(  # noqa: PLR0917
     window: int | None,
     rules: ScoreRules,
 ) -> torch.Tensor:
-    """[1, H, T, D] and twice [1, H', T, D] → [1, T, H, D'], by one kernel for sequences of many lengths."""
+    """[1, H, T, D] and twice [1, H', T, D] → [1, T, H, D'], by one kernel for sequences of different lengths."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     return SpanAttention.apply(q, k, v, sinks, spans, window, rules)[None]
 
@@ -140,11 +140,11 @@ def _by_mask(  # noqa: PLR0917
     rules: ScoreRules,
     dropout: float,
 ) -> torch.Tensor:
-    """The same by one call over a dense bias [1, 1, T, T]; no kernel over a mask knows soft caps or sinks."""
+    """The same in one call with a dense bias [1, 1, T, T], or written out for soft caps and sinks."""
     if rules.softcap is not None or sinks is not None:
         return _written_out(query, key, value, bias, sinks, rules, dropout)
     key, value = _repeated(key, query), _repeated(value, query)  # [1, H, T, D]
-    # cuDNN makes a plan of 50 to 200 ms for every new length of a row.
+    # Without cuDNN, which needs 50 to 200 ms to plan each new length of a row.
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         out = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=dropout, scale=rules.scaling
@@ -161,7 +161,7 @@ def _by_blocks(  # noqa: PLR0917
     window: int | None,
     rules: ScoreRules,
 ) -> torch.Tensor:
-    """The same by the plan's dense blocks, a few products each."""
+    """The same by the plan's dense blocks, with a few products for each."""
     key, value = _repeated(key, query), _repeated(value, query)  # [1, H, T, D]
     blocks, places = plan.blocks[window].each, plan.places(window, query.shape[1])
     out = BlockAttention.apply(query[0], key[0], value[0], sinks, blocks, places, rules)  # [H, T, D']
@@ -169,13 +169,13 @@ def _by_blocks(  # noqa: PLR0917
 
 
 def register() -> None:
-    """Make the function known to transformers; harmless to repeat."""
+    """Register the function with transformers; may be repeated."""
     AttentionInterface.register(ROWS, attend)
-    AttentionMaskInterface.register(ROWS, sdpa_mask)  # for batches without a plan: chat, padded rows
+    AttentionMaskInterface.register(ROWS, sdpa_mask)  # for batches without a plan: generation, padded rows
 
 
 def _repeated(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """[1, H', T, D] → [1, H, T, D]: head h reads key head h // (H / H')."""
+    """[1, H', T, D] → [1, H, T, D]: query head h uses key head h // (H / H')."""
     groups = query.shape[1] // x.shape[1]
     return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
@@ -191,11 +191,11 @@ def _written_out(  # noqa: PLR0917
     *,
     position_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A softmax in plain torch, where scores are capped or have sinks and no plan's way serves (chat, padded rows).
+    """Attention in plain torch, for scores with a soft cap or sinks if no plan applies (chat, padded rows).
 
-    query [B, H, Q, D], key and value [B, H', K, D]
-    mask  [B, 1, Q, K] bool or additive; None where the last query sees all keys, the one before it all but one, …
-    sinks  [H], or [B, H, Q, 1] where each token has its own
+    query          [B, H, Q, D], key and value [B, H', K, D]
+    mask           [B, 1, Q, K] bool or additive; None: causal, and the last query sees all K keys
+    sinks          [H], or [B, H, Q, 1] if each token has its own
     position_bias  [B, H, Q, K], added to the scores
     Returns [B, Q, H, D']
     """
@@ -204,7 +204,7 @@ def _written_out(  # noqa: PLR0917
     if mask is None:
         queries, keys = scores.shape[-2:]
         mask = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril(keys - queries)
-    # Not -inf: a padded query that sees nothing would be 0 / 0.
+    # Not -inf: for a padded query that sees no key, the softmax would be 0 / 0.
     hidden = torch.finfo(scores.dtype).min
     scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
     sinks = sinks[:, None, None] if sinks is not None and sinks.dim() == 1 else sinks

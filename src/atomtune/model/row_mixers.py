@@ -1,12 +1,12 @@
 """Row mixers: layers that carry a state from token to token, in rows that hold many records and branch.
 
-Two ways to compute a row (batch/segment_plan.py); the trial in layout_support.py takes the first that is exact:
+A row can be computed in two ways (batch/segment_plan.py); layout_support.py takes the first that its trial finds exact:
 
-fork   every segment runs through the model's own mixer and starts from its parent's state (carried_state.py); Mamba 1
-       takes it in selective_scan.py.
-paths  every path from root to leaf runs as a sequence of its own; linear layers inside compute each token once.
+fork   every segment runs through the model's own mixer, starting from its parent's last state (carried_state.py;
+       selective_scan.py for Mamba 1)
+paths  every path from the root to a leaf runs as a separate sequence, but linear layers compute each token only once
 
-Letters: G sequences of a batch, n their tokens, T tokens of the row, D width, P paths, L the longest of them.
+Letters: G sequences of a batch, n their tokens, T tokens of the row, D width, P paths, L tokens of the longest path.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ Way = Literal["fork", "paths"]
 
 
 class RowInUse:
-    """The plan of the row in the model; its mixers ask for it.
+    """The plan of the row that the model computes now, for its mixers.
 
-    A plan is announced before the model is called and taken when its body begins. So it also holds for layers that are
-    computed again in the backward pass, and a call without an announcement (chat, a plain comparison) finds none.
+    The plan is announced before the model is called, and taken when its body begins. So it also holds for layers that
+    are recomputed in the backward pass, and a call without an announcement (chat, a plain comparison) has no plan.
     """
 
     def __init__(self) -> None:
@@ -45,29 +45,29 @@ class RowInUse:
 
 
 def announce(body: nn.Module, plan: AttentionPlan | None) -> None:
-    """Tell a model's mixers, if it has any that were given a way, what the next call computes."""
+    """Tell a model's mixers which row the next call computes, if `install` was called for the model."""
     row = vars(body).get("atomtune_row")
     if row is not None:
         row.announced = plan
 
 
 def carries_state(body: nn.Module) -> bool:
-    """Whether this model's mixers were given a way to compute rows."""
+    """Whether `install` was called for this model's mixers."""
     return "atomtune_row" in vars(body)
 
 
 def install(body: nn.Module, mixers: Sequence[nn.Module], way: Way) -> None:
-    """Let these mixers compute rows; `body` is the module whose call begins a row."""
+    """Let these mixers compute rows; each row begins with a call of `body`."""
     uninstall(body, mixers)
     row = RowInUse()
-    vars(body)["atomtune_row"] = row  # a plain value: it is copied along with the model
+    vars(body)["atomtune_row"] = row  # not a submodule or buffer; it is copied with the model
     row.hook = body.register_forward_pre_hook(row.begin)
     for mixer in mixers:
         mixer.forward = _RowForward(mixer, row, way)
 
 
 def uninstall(body: nn.Module, mixers: Sequence[nn.Module]) -> None:
-    """Give mixers their own forward again."""
+    """Restore the mixers' own forward."""
     for mixer in mixers:
         standing = vars(mixer).get("forward")
         if isinstance(standing, _RowForward):
@@ -81,15 +81,15 @@ def uninstall(body: nn.Module, mixers: Sequence[nn.Module]) -> None:
 
 @dataclass
 class _RowForward:
-    """Stands in a mixer's `forward`, as accelerate's hooks do.
+    """Replaces a mixer's `forward`, as accelerate's hooks do.
 
-    A row needs several calls of the mixer, and a public hook can only change what goes in and what comes out of one.
+    A row needs several calls of the mixer, but a public hook can only change the inputs and outputs of one.
     """
 
     mixer: nn.Module
     row: RowInUse
     way: Way
-    own: Callable[..., Any] | None = field(init=False)  # of the instance, where something has hooked it before
+    own: Callable[..., Any] | None = field(init=False)  # set on the instance, if something else had hooked it
 
     def __post_init__(self) -> None:
         self.own = vars(self.mixer).get("forward")
@@ -115,12 +115,12 @@ class _RowForward:
 
 
 def _filled_up(out: torch.Tensor, width: int) -> torch.Tensor:
-    """[T, D] of the row's tokens → [1, width, D]; its padding is zero."""
+    """[T, D] of the row's tokens → [1, width, D], padded with zeros."""
     return functional.pad(out, (0, 0, 0, width - len(out)))[None]
 
 
 def _like(output: Any, out: torch.Tensor) -> Any:
-    """As the mixer returns it: alone, or first in a tuple (attention weights and the like are not kept)."""
+    """The output in the form that the mixer returns: a tensor, or a tuple whose other items are None."""
     return (out, *[None] * (len(output) - 1)) if isinstance(output, tuple) else out
 
 
@@ -158,12 +158,12 @@ def _by_paths(
 
 @contextlib.contextmanager
 def _linear_layers_once(mixer: nn.Module, paths: torch.Tensor, first_on: torch.Tensor) -> Iterator[None]:
-    """Within this, linear layers that are handed all paths compute each token of the row once."""
+    """Within this context, linear layers that are given all paths compute each token of the row once."""
     hooked: list[tuple[nn.Module, Any]] = []
-    latest: list[torch.Tensor] = []  # what a layer was handed, and the same by token
+    latest: list[torch.Tensor] = []  # the last input of a layer, and that input by token
 
     def by_token(x: torch.Tensor) -> torch.Tensor:
-        """[P, L, D] → [1, T, D]; one tensor for all layers that read the same, which fused_lora.py computes as one."""
+        """[P, L, D] → [1, T, D]; one tensor for all layers with the same input, so that fused_lora.py fuses them."""
         if not latest or latest[0] is not x:
             latest[:] = [x, x.flatten(0, 1)[first_on][None]]
         return latest[1]
@@ -188,7 +188,7 @@ def _linear_layers_once(mixer: nn.Module, paths: torch.Tensor, first_on: torch.T
 
 
 def _linear_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost linear layers: a LoRA layer counts as one."""
+    """The outermost linear layers; a LoRA layer counts as one."""
     for child in module.children():
         if isinstance(child, nn.Linear) or hasattr(child, "lora_A"):
             yield child

@@ -1,7 +1,7 @@
-"""Scores: what stands between q k and the weights of an attention, beside the mask.
+"""Scores: the step from products of queries and keys to attention weights, apart from the mask.
 
-Scaled dot products (Vaswani et al. 2017); soft-capped scores as in Gemma 2, cap * tanh(score / cap); sinks as in
-GPT-OSS, a score per head that takes its share of each softmax and gives no value.
+Scaled dot products (Vaswani et al. 2017); soft caps as in Gemma 2, cap * tanh(score / cap); sinks as in GPT-OSS: one
+more score per head, which takes part in each softmax but has no value.
 Letters: Q queries, K keys, H heads.
 """
 
@@ -13,13 +13,13 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class ScoreRules:
-    """How a layer makes scores: q k * scaling, then soft-capped where `softcap` is a number."""
+    """How a layer computes scores: q k * scaling, then the soft cap, unless `softcap` is None."""
 
     scaling: float
     softcap: float | None = None
 
     def capped(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scaled scores [..., Q, K] → (capped scores, d capped / d scores); without a cap as they are, and None."""
+        """Scaled scores [..., Q, K] → (capped scores, d capped / d scores); without a cap, (scores, None)."""
         if self.softcap is None:
             return scores, None
         tanh = torch.tanh(scores / self.softcap)
@@ -27,17 +27,17 @@ class ScoreRules:
 
 
 def names_a_cap(config: Any) -> bool:
-    """Whether a model's config caps its attention's scores.
+    """Whether a model's config sets a soft cap for attention scores.
 
-    transformers' sdpa cannot: newer versions refuse it for such a model, 5.17 takes it and leaves the cap out, unsaid.
+    transformers' sdpa has no soft cap: newer versions refuse it for such a model, but 5.17 silently leaves the cap out.
     """
     return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 def weights_beside_sinks(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """Masked scores [..., Q, K] → softmax over the keys and, where there is one, the sink of the head.
+    """Masked scores [..., Q, K] → their softmax over the keys and, if there is one, the head's sink.
 
-    sinks  broadcast over [..., 1, 1]; their share is what is missing to a sum of one
+    sinks  broadcast over [..., 1, 1]; with them the weights of a query sum to less than one
     """
     if sinks is None:
         return scores.softmax(-1)

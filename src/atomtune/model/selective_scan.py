@@ -1,11 +1,12 @@
-"""Selective scan: the recurrence of Mamba 1 and Jamba, from a state that is handed over.
+"""Selective scan: the recurrence of Mamba 1 and Jamba, from a given state.
 
     h[t] = exp(A dt[t]) h[t-1] + dt[t] B[t] u[t]        y[t] = C[t] h[t] + D u[t]
 
-transformers' torch code always starts from h = 0, so a branch could not go on from its parent's end; and it does ten
-small operations a token, each with its own step back. Here a token is one operation each way, and the rest is done for
-all tokens at once. A package's kernel (mamba-ssm) is left in its place: then rows are computed by paths.
-Letters: G sequences, T tokens, D channels, N numbers of a channel's state.
+transformers' torch code always starts from h = 0, so a branch could not continue from its parent's last state. It also
+does ten small operations per token, each with its own backward step. Here each token takes one operation in each
+direction, and the rest is computed for all tokens at once. If a package's kernel (mamba-ssm) is installed, it stays in
+use, and rows are computed by paths.
+Letters: G sequences, T tokens, D channels, N size of a channel's state.
 """
 
 import contextlib
@@ -20,15 +21,15 @@ from torch.nn import functional
 
 from atomtune.model.mixer_kernels import is_replaced
 
-#: What every model of transformers with such layers calls the function in its own file.
+#: The name of the function in the files of all transformers models with such layers.
 _NAME = "mamba_selective_scan"
 
 
 @contextlib.contextmanager
 def scans_from(mixer: nn.Module, state: torch.Tensor | None) -> Iterator[None]:
-    """Within this, the scans of a mixer, if it has any, start from this state.
+    """Within this context, the scans of a mixer, if it has any, start from this state.
 
-    state  [G, D, N], or [G, scans, D, N] for a mixer that makes several in turn (Zamba); None: from zero
+    state  [G, D, N]; [G, scans, D, N] for a mixer that calls several scans in turn (Zamba); None: zero
     """
     functions = vars(sys.modules[type(mixer).__module__])
     own = functions.get(_NAME)
@@ -38,7 +39,8 @@ def scans_from(mixer: nn.Module, state: torch.Tensor | None) -> Iterator[None]:
     states = iter(state.unbind(1) if state is not None and state.dim() == 4 else [state])
 
     def scan(*args: Any, **kwargs: Any) -> Any:
-        return selective_scan(*args, **kwargs, initial_state=next(states, None))  # a wrong count shows in the trial
+        # A wrong number of scans fails the trial
+        return selective_scan(*args, **kwargs, initial_state=next(states, None))
 
     functions[_NAME] = scan
     try:
@@ -62,17 +64,17 @@ def selective_scan(
     initial_state: torch.Tensor | None = None,
     **_: Any,
 ) -> Any:
-    """The outputs [G, D, T], and the last state [G, D, N] where it is asked for; float32 at least.
+    """The outputs [G, D, T] and, with return_last_state, also the last state [G, D, N]; in float32 or float64.
 
     u, dt, z  [G, D, T]      A  [D, N]      B, C  [G, N, T]      D, delta_bias  [D]
-    The arguments are those of transformers' function; more of them choose between ways to compute the same.
+    The parameters are those of transformers' function; its others, which choose among equal computations, are ignored.
     """
     if delta_bias is not None:
         dt = dt + delta_bias.to(dt.dtype)[:, None]
     if delta_softplus:
         dt = functional.softplus(dt)
     wide = torch.promote_types(torch.float32, u.dtype)
-    # Tokens first: what one step reads and writes lies together.
+    # Tokens come first, so that what one step reads and writes is contiguous.
     steps = dt.to(wide).permute(2, 0, 1)[..., None]  # [T, G, D, 1]
     inputs = u.to(wide).permute(2, 0, 1)[..., None] * B.to(wide).permute(2, 0, 1)[:, :, None]  # [T, G, D, N]
     decays = torch.exp(steps * A.to(wide))
@@ -88,7 +90,7 @@ def selective_scan(
 
 
 class _Recurrence(torch.autograd.Function):
-    """h[t] = decays[t] * h[t-1] + inputs[t], for all t."""
+    """h[t] = decays[t] * h[t-1] + inputs[t] for all t; decays, inputs [T, G, D, N], first state [G, D, N]."""
 
     @staticmethod
     def forward(ctx: Any, decays: torch.Tensor, inputs: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
@@ -104,7 +106,7 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx: Any, grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         decays, states, first = ctx.saved_tensors
         of_states = grads.clone(memory_format=torch.contiguous_format)
-        # The gradient of a state: what its output asks for, and what the next state hands back.
+        # The gradient of a state: that of its own output, plus what comes back from the next state.
         for t in range(len(of_states) - 2, -1, -1):
             of_states[t].addcmul_(decays[t + 1], of_states[t + 1])
         of_decays = torch.cat([(of_states[0] * first)[None], of_states[1:] * states[:-1]])

@@ -1,10 +1,15 @@
-"""Attention by spans, for a GPU: one call of a flash kernel for sequences of many lengths.
+"""Span attention: on a GPU, one call of a flash kernel for sequences of many lengths.
 
-batch.attention_plan says which spans: each segment of the row asks, and sees the path above it and itself, causally
-from the lower right corner. The keys of a shared path are gathered once for each segment below it, which costs memory
-traffic and no work: each query meets exactly the keys that the law lets it see.
-Where the kernel does not reach (a CPU, float32, soft-capped scores) the same walk in plain torch, span by span.
-Letters: T tokens, H heads, H' heads of keys, D head dimension, K gathered keys.
+batch.attention_plan chooses the spans. The queries of a span are one segment of the row; its keys are the path above it
+and the segment itself, causally aligned at the lower right corner. The keys of a shared path are gathered once for
+each segment below it. That costs memory traffic but no arithmetic: each query meets exactly the keys it may see.
+
+    path of 3, segment of 2      p p p b b
+                            b0   1 1 1 1 .
+                            b1   1 1 1 1 1
+
+If the kernel is not usable (a CPU, float32, soft caps), the same is computed in plain torch, span by span.
+Letters: T tokens, H heads, H' key and value heads, D head dimension of queries and keys, D' of values, K gathered keys.
 """
 
 from itertools import pairwise
@@ -17,21 +22,24 @@ from torch.nn import functional
 from atomtune.batch.spans import Spans
 from atomtune.model.scores import ScoreRules
 
-#: The widest head that torch's flash kernel takes, and what its widths are multiples of.
+#: The widest head that torch's flash kernel accepts, and the step of its widths.
 _WIDEST_HEAD, _HEAD_STEP = 256, 8
 
 
 def flash_takes(q: torch.Tensor, v: torch.Tensor, rules: ScoreRules) -> bool:
-    """Whether torch's flash kernel computes such heads."""
+    """Whether torch's flash kernel supports such heads."""
     half = q.dtype in (torch.bfloat16, torch.float16)
     return q.is_cuda and half and rules.softcap is None and max(q.shape[-1], v.shape[-1]) <= _WIDEST_HEAD
 
 
 class SpanAttention(torch.autograd.Function):
-    """q [T, H, D], k [T, H', D], v [T, H', D'], sinks [H] or None → [T, H, D']; head h reads key head h // (H / H')."""
+    """q [T, H, D], k [T, H', D], v [T, H', D'], sinks [H] or None → [T, H, D'].
+
+    Query head h uses key head h // (H / H').
+    """
 
     @staticmethod
-    def forward(  # noqa: PLR0917  # autograd passes them by place
+    def forward(  # noqa: PLR0917  # autograd passes them by position
         ctx: Any,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -44,7 +52,7 @@ class SpanAttention(torch.autograd.Function):
         kernel = _Flash if flash_takes(q, v, rules) else _Plain
         out, logsumexp = kernel.forward(q, _gathered(k, spans), _gathered(v, spans), spans, window, rules)
         if sinks is not None:
-            # A sink is one more key of value zero: it takes its share of the softmax and adds nothing.
+            # A sink is a further key with the value zero: it takes its share of the softmax and adds nothing.
             total = torch.logaddexp(logsumexp, sinks[:, None].to(logsumexp.dtype))  # [H, T]
             out = out * (logsumexp - total).exp().T[..., None].to(out.dtype)
             logsumexp = total
@@ -69,15 +77,15 @@ class SpanAttention(torch.autograd.Function):
 
 
 def _gathered(x: torch.Tensor, spans: Spans) -> torch.Tensor:
-    """[T, H', D] by token → [K, H', D] by key of a span."""
+    """[T, H', D] by token → [K, H', D] by gathered key."""
     return x if spans.keys is None else x.index_select(0, spans.keys)
 
 
 def _scattered(grad: torch.Tensor, like: torch.Tensor, spans: Spans) -> torch.Tensor:
-    """[K, H', D] by key → [T, H', D]: a token's gradient is the sum over the spans that read it."""
+    """[K, H', D] by gathered key → [T, H', D]: a token's gradient is the sum over all spans that read it."""
     if spans.keys is None:
         return grad
-    # In float32 at least: hundreds of spans may read one shared prefix, and bfloat16 would round each sum.
+    # Summed in float32: hundreds of spans may read one shared prefix, and bfloat16 would round after each addition.
     exact = torch.promote_types(grad.dtype, torch.float32)
     total = torch.zeros(like.shape, dtype=exact, device=like.device)
     return total.index_add_(0, spans.keys, grad.to(exact)).to(like.dtype)
@@ -86,7 +94,7 @@ def _scattered(grad: torch.Tensor, like: torch.Tensor, spans: Spans) -> torch.Te
 class _Flash:
     """torch's own flash kernel (Dao 2023, arXiv 2307.08691).
 
-    By its ATen name: the public one, torch.nn.attention.varlen, gives no gradient to the log-sum-exp that sinks need,
+    Called by its ATen name: the public torch.nn.attention.varlen has no gradient for the log-sum-exp, which sinks need,
     and autograd would sum the gradients of gathered keys in bfloat16.
     """
 
@@ -122,17 +130,17 @@ class _Flash:
 
 
 def _common_width(q: torch.Tensor, v: torch.Tensor) -> int:
-    """The kernel wants queries, keys and values of one width: the wider, in steps of 8."""
+    """The kernel needs one width for queries, keys and values: the larger one, rounded up to a multiple of 8."""
     return -(-max(q.shape[-1], v.shape[-1]) // _HEAD_STEP) * _HEAD_STEP
 
 
 def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
-    """Zeros behind each head change no product."""
+    """Pad each head with zeros, which change no product."""
     return x if x.shape[-1] == width else functional.pad(x, (0, width - x.shape[-1]))
 
 
 class _Plain:
-    """The same, span by span in plain torch; in float32 at least."""
+    """The same in plain torch, span by span, in float32 or float64."""
 
     @staticmethod
     def forward(  # noqa: PLR0917
@@ -174,7 +182,7 @@ class _Plain:
 
 
 def _stretches(spans: Spans) -> list[tuple[slice, slice]]:
-    """(queries, gathered keys) of each span."""
+    """(queries, gathered keys) of each span, as slices."""
     queries, keys = spans.query_starts.tolist(), spans.key_starts.tolist()
     pairs = zip(pairwise(queries), pairwise(keys), strict=True)
     return [(slice(*of_queries), slice(*of_keys)) for of_queries, of_keys in pairs]
@@ -183,7 +191,7 @@ def _stretches(spans: Spans) -> list[tuple[slice, slice]]:
 def _scores(
     q: torch.Tensor, k: torch.Tensor, window: int | None, rules: ScoreRules
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Of one span, q [q, H, D] and k [k, H', D] → masked scores [H, q, k], and the slope of their soft cap."""
+    """For one span, q [q, H, D] and k [k, H', D] → masked scores [H, q, k], and the slope of the soft cap or None."""
     exact = torch.promote_types(q.dtype, torch.float32)
     products = q.transpose(0, 1).to(exact) @ _by_query_head(k, q.shape[1]).mT
     scores, slope = rules.capped(products * rules.scaling)
@@ -195,11 +203,11 @@ def _scores(
 
 
 def _by_query_head(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """[k, H', D] → [H, k, D], in float32 at least: each head of keys serves H / H' heads of queries."""
+    """[k, H', D] → [H, k, D] in float32 or float64; each key head is repeated for its H / H' query heads."""
     exact = torch.promote_types(x.dtype, torch.float32)
     return x.transpose(0, 1).to(exact).repeat_interleave(heads // x.shape[1], dim=0)
 
 
 def _by_key_head(grad: torch.Tensor, key_heads: int) -> torch.Tensor:
-    """[H, k, D] → [k, H', D], summed over the heads that a head of keys serves."""
+    """[H, k, D] → [k, H', D], summed over the query heads of each key head."""
     return grad.view(key_heads, -1, *grad.shape[1:]).sum(1).transpose(0, 1)

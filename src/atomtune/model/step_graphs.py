@@ -1,10 +1,10 @@
-"""Step graphs: on a GPU, a batch's loss and gradients are recorded once for each shape and played again.
+"""Step graphs: on a GPU, a batch's loss and gradients are recorded once per shape and replayed.
 
-A step of a thousand tokens launches some four thousand kernels, and the host needs longer to launch them than the GPU
-to compute them. A CUDA graph launches them all at once. It reads and writes the same memory each time: a batch is
-copied to where the graph reads, and its sizes are rounded up, so that there are few shapes.
-Law: played, a batch has the loss and gradients that it has in the model itself (tests/model/test_step_graphs.py); every
-shape's first play is held against the model's own gradients.
+A step of a thousand tokens launches about four thousand kernels, and the host takes longer to launch them than the GPU
+to compute them. A CUDA graph launches them all at once. It reads and writes the same memory each time, so a batch is
+copied to where the graph reads, and its sizes are rounded up so that there are few shapes.
+Law: replayed, a batch has the same loss and gradients as in the model itself (tests/model/test_step_graphs.py). The
+first replay of each shape is compared with the model's own gradients.
 Letters: N targets, T tokens of the row, S spans, K gathered keys.
 """
 
@@ -23,16 +23,16 @@ from atomtune.batch.attention_plan import AttentionPlan
 from atomtune.model.loss import target_nats
 from atomtune.model.memory import free_on_gpu, peak_bytes
 
-#: Tokens times weights of a step that keeps the GPU busy as it is: at 8,192 tokens a 7B model waits 5 % of its time for
-#: the host.
+#: Tokens times weights of a step that keeps the GPU busy without graphs: at 8,192 tokens a 7B model waits for the host
+#: 5 % of the time.
 MOST_WORK = 8_192 * 8e9
-#: A shape is recorded when it has been seen so often, which costs about a step; its kernels are compiled before that.
+#: A shape is recorded after this many earlier steps, in which its kernels are compiled. Recording costs about a step.
 SEEN_BEFORE = 1
-#: Part of the free memory that recordings and the steps that are computed as ever may take together.
+#: Share of the free memory that recordings and the largest step may take together.
 USABLE = 0.9
-#: Gradients may differ by so much (relative): sums in another order, in 16 bits, through all layers.
+#: Largest relative difference of gradients: sums in another order, in 16 bits, through all layers.
 MOST_APART = 0.1
-#: What a batch has for each target, and all its tensors beside the plan's.
+#: The tensors of a batch with one item per target, and all its tensors except the plan's.
 _OF_TARGETS = ("row", "predicted_from", "target", "learn")
 _TENSORS = ("input_ids", "position_ids", *_OF_TARGETS)
 
@@ -40,23 +40,27 @@ Batch = Mapping[str, Any]
 
 
 class Recorder(Protocol):
-    """Records what some work has a device do, and knows its memory."""
+    """Records work of a device for replay, and knows the device's memory."""
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Gives what does the same again."""
+        """Run `work` once and return a function that repeats it."""
 
     def step_bytes(self) -> int:
-        """What the heaviest step so far took beside what is there between steps."""
+        """Peak bytes of a step so far, beyond what is allocated between steps."""
 
     def free_bytes(self) -> int:
-        """What is free between steps."""
+        """Free bytes between steps."""
 
     def release(self) -> None:
-        """Gives back the memory of all recordings, which are no longer played."""
+        """Free the memory of all recordings, which are no longer used."""
 
 
 class StepGraphs:
-    """The recorded shapes of a model."""
+    """Records and replays the steps of one model.
+
+    label_smoothing  as in loss.target_nats
+    notice           told why recording ends, if it does
+    """
 
     def __init__(
         self,
@@ -72,23 +76,23 @@ class StepGraphs:
         dtypes = {weight.dtype for weight in self.weights}
         self._is_on = len(dtypes) == 1
         numbers = sum(weight.numel() for weight in self.weights)
-        #: Where every recording leaves its gradients, one behind the other.
+        #: All recordings write their gradients here, flat and concatenated in the order of `weights`.
         self._grads = torch.zeros(numbers, dtype=self.weights[0].dtype, device=self.weights[0].device)
         self._recorder, self._notice = recorder, notice
         self._seen: Counter[Hashable] = Counter()
         self._recordings: dict[Hashable, _Recording] = {}
-        self._played = self._launched = 0  # batches
+        self._played = self._launched = 0  # numbers of batches
         self._most_apart = self._seconds = 0.0
-        self._longest = 0  # tokens of a batch that was computed
+        self._longest = 0  # tokens of the longest batch computed so far
         self._no_room: dict[str, int] = {}
 
     def figures(self) -> dict[str, Any]:
-        """For the run's record.
+        """Figures for run.json.
 
-        shapes, seconds      recorded, and the time that recording and comparing them took
-        replayed, launched   batches played, and computed kernel by kernel
-        apart                how far played gradients were from the model's own at most, relative
-        no_room              the last batch for which there was none: its tokens, the bytes needed and the free ones
+        shapes, seconds      how many shapes were recorded, and the time for recording and comparing them
+        replayed, launched   batches replayed, and batches computed kernel by kernel
+        apart                largest relative difference of replayed gradients from the model's own
+        no_room              the last batch that was not recorded for lack of memory: tokens, bytes needed, bytes free
         """
         return {
             "shapes": len(self._recordings), "seconds": self._seconds, "replayed": self._played,
@@ -96,7 +100,7 @@ class StepGraphs:
         }  # fmt: skip
 
     def nats(self, batch: Batch) -> torch.Tensor:
-        """What loss.target_nats gives for this batch, played where its shape was seen before."""
+        """The nats of loss.target_nats for this batch, replayed if its shape was seen before."""
         if not self._takes(batch):
             return self._launch(batch)
         fewer_shapes = rounded(batch)
@@ -121,7 +125,7 @@ class StepGraphs:
             self._is_on
             and plan is not None
             and not plan.blocks
-            and plan.segments is None  # a state's way through a tree has a shape of its own for each row
+            and plan.segments is None  # carried states would need another graph for each row
             and len(batch["target"]) > 0
             and len(plan.until) <= self._most_tokens
         )
@@ -129,7 +133,7 @@ class StepGraphs:
     def _has_room(self, batch: Batch) -> bool:
         """Whether a recording, which keeps the memory of its step, leaves enough for the longest step so far.
 
-        Recordings share their memory, so it is the longest of them that counts.
+        All recordings share one memory pool, so only the longest of them counts.
         """
         bytes_a_token = self._recorder.step_bytes() / self._longest
         tokens, free = batch["input_ids"].shape[1], self._recorder.free_bytes()
@@ -140,7 +144,7 @@ class StepGraphs:
         return False
 
     def _launch(self, batch: Batch) -> torch.Tensor:
-        """The batch computed kernel by kernel, as the model does it; where memory ends, without the recordings."""
+        """Compute the batch kernel by kernel; if memory runs out, drop the recordings and try again."""
         self._launched += 1
         if not (self._recordings and torch.is_grad_enabled()):
             return self._computed(batch)
@@ -151,7 +155,7 @@ class StepGraphs:
         return self._computed(batch)
 
     def _whole(self, batch: Batch) -> torch.Tensor | None:
-        """Loss and gradients at once, so that it is seen here if they do not fit: None."""
+        """Compute loss and gradients at once; None if they do not fit in memory."""
         try:
             nats = self._computed(batch)
             _keep(torch.autograd.grad(nats, self.weights, materialize_grads=True), self._grads)
@@ -164,30 +168,31 @@ class StepGraphs:
         return target_nats(self.model, batch, label_smoothing=self.label_smoothing)[0]
 
     def _recorded(self, batch: Batch, fewer_shapes: Batch) -> "_Recording | None":
-        """The batch's shape, recorded; None, and nothing more is recorded, where the model cannot be."""
+        """Record the batch's shape; None if that fails, after which nothing more is recorded."""
         try:
             recording = _Recording(fewer_shapes, self.model, self._computed, self.weights, self._grads, self._recorder)
             apart = self._apart(recording, batch, fewer_shapes)
             self._most_apart = max(self._most_apart, apart)
-            if apart <= MOST_APART:  # false for NaN as well
+            if apart <= MOST_APART:  # False for NaN too
                 return recording
             reason = f"gradients differ by {apart:.1%}"
-        except RuntimeError as error:  # what waits for the device cannot be recorded; nor is there always the memory
+        # Code that waits for the device cannot be recorded, or there is not enough memory
+        except RuntimeError as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
         self._end(reason)
         return None
 
     def _end(self, reason: str) -> None:
-        """Nothing is recorded or played from here on."""
+        """Stop recording and replaying for the rest of the run."""
         self._is_on = False
         self._recordings.clear()
         self._recorder.release()
         self._notice(f"steps are not replayed as CUDA graphs, which costs small steps some speed: {reason}")
 
     def _apart(self, recording: "_Recording", batch: Batch, fewer_shapes: Batch) -> float:
-        """How far the played gradients are from the model's own: the norm of their difference, relative."""
+        """Relative norm of the difference between the replayed gradients and the model's own."""
         device = self.weights[0].device
-        # Both draw the same dropout, and the step after them draws it again.
+        # Both computations and the following step draw the same dropout, because the generator is restored each time.
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             own = torch.autograd.grad(self._computed(batch), self.weights, materialize_grads=True)
@@ -198,28 +203,28 @@ class StepGraphs:
 
 
 class GpuRecorder:
-    """CUDA graphs that share their memory: a step is over before the next begins."""
+    """Records CUDA graphs that share one memory pool, since a step is over before the next begins."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self._pool = device, torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Raises what `work` raised, where it cannot be recorded; the device is then as it was."""
+        """Record a graph. If that fails, restore the device's random generator and raise the error of `work`."""
         cause: RuntimeError | None = None
         try:
             play = self._capture(work)
         except RuntimeError as error:
-            # The capture's own end says only that something failed before it.
+            # The error at the end of a capture only says that something failed earlier; its context is that failure.
             cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
         if cause is None:
             return play
-        # A capture that failed leaves the generator of random numbers waiting for its end; one that ends frees it.
+        # A failed capture leaves the random generator waiting for its end; a capture that succeeds releases it.
         self._capture(lambda: torch.zeros(1, device=self.device), shares=False)
         raise cause
 
     def _capture(self, work: Callable[[], Any], *, shares: bool = True) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        # Of this thread alone: the one that pins the next batch goes on.
+        # Other threads stay out of the capture: the one that pins the next batch continues.
         with torch.cuda.graph(graph, pool=self._pool if shares else None, capture_error_mode="thread_local"):
             work()
         return graph.replay
@@ -235,7 +240,7 @@ class GpuRecorder:
 
 
 class _Recording:
-    """One shape: where its batch is read, where its loss and gradients are written, and how it is played."""
+    """The recording of one shape, with the memory for its batch, loss and gradients."""
 
     def __init__(  # noqa: PLR0917
         self,
@@ -246,12 +251,12 @@ class _Recording:
         place: torch.Tensor,
         recorder: Recorder,
     ) -> None:
-        """place [numbers of all weights] takes the gradients"""
+        """place [sum of all weights' sizes] is where the gradients are written"""
         self._weights, self._place = weights, place
         self._inputs = [tensor.clone() for tensor in _tensors(batch)]
 
         def work() -> None:
-            # The plan is made anew, so that what it keeps (a mask) is computed from what the graph reads.
+            # Build a new plan, so that what it caches (a mask) is computed from the tensors that the graph reads.
             with torch.enable_grad(), _new_leaves(model) as leaves:
                 nats = nats_of(_with_tensors(batch, self._inputs))
                 _keep(torch.autograd.grad(nats, leaves, materialize_grads=True), place)
@@ -260,7 +265,7 @@ class _Recording:
         self._play = recorder.record(work)
 
     def play(self, batch: Batch) -> torch.Tensor:
-        """The loss of this batch, tied to the weights."""
+        """Replay with this batch; returns the loss, with gradients for the weights."""
         for place, tensor in zip(self._inputs, _tensors(batch), strict=True):
             place.copy_(tensor)
         self._play()
@@ -269,13 +274,13 @@ class _Recording:
 
 @contextmanager
 def _new_leaves(model: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """The weights that are trained, in the order of `parameters`, as new leaves of autograd over the same memory.
+    """The trained weights, in the order of `parameters`, replaced by new autograd leaves that share their memory.
 
-    The old ones are tied to the stream of the step that first used them for as long as anything holds that step's
-    graph, and a recording that hands that stream a gradient is refused.
+    An old leaf belongs to the stream of the step that first used it, as long as that step's graph is alive. A recording
+    that passes a gradient to that stream fails.
     """
     leaves = {id(w): w.detach().requires_grad_() for w in model.parameters() if w.requires_grad}
-    # A module refuses, by setattr, a plain tensor in the place of a parameter.
+    # A module's setattr refuses a plain tensor in place of a parameter.
     places = [
         (module, name, weight)
         for module in model.modules()
@@ -292,12 +297,12 @@ def _new_leaves(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def _keep(grads: Sequence[torch.Tensor], place: torch.Tensor) -> None:
-    """Write all gradients one behind the other."""
+    """Write all gradients to `place`, flat and concatenated."""
     torch.cat([grad.flatten() for grad in grads], out=place)
 
 
 class _Played(torch.autograd.Function):
-    """A loss whose gradients are known already, up to the factor that backward brings."""
+    """A loss whose gradients are already known, up to a factor that backward is given."""
 
     @staticmethod
     def forward(ctx: Any, nats: torch.Tensor, grads: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
@@ -312,9 +317,9 @@ class _Played(torch.autograd.Function):
 
 
 def rounded(batch: Batch) -> Batch:
-    """The same batch in one of few shapes: more targets, which count zero times, and more spans, which ask nothing.
+    """The same batch with rounded sizes: extra targets are learned zero times, and extra spans have no queries.
 
-    A row of T tokens has at most T targets, and gets places for a quarter of T, a half, three or all four.
+    A row of T tokens has at most T targets; their number is rounded up to T / 4, T / 2, 3 T / 4 or T.
     """
     targets, step = len(batch["target"]), -(-batch["input_ids"].shape[1] // 4)
     filling = -targets % step
@@ -327,13 +332,13 @@ def _tensors(batch: Batch) -> list[torch.Tensor]:
 
 
 def _with_tensors(batch: Batch, tensors: Sequence[torch.Tensor]) -> Batch:
-    """The batch with these in place of its own."""
+    """The batch with its tensors replaced by these."""
     given = iter(tensors)
     return {**batch, **{name: next(given) for name in _TENSORS}, "plan": batch["plan"].with_tensors(given)}
 
 
 def _shape(batch: Batch) -> Hashable:
-    """Equal for batches that one recording computes."""
+    """A key that is equal for batches with the same recording."""
     spans = batch["plan"].spans
     longest = tuple((window, each.longest_queries, each.longest_keys) for window, each in spans.items())
     return tuple(tensor.shape for tensor in _tensors(batch)), longest

@@ -1,9 +1,8 @@
-"""Surprise: the negative log-probability of targets, in nats, in few passes over the logits.
+"""Surprise: the negative log-probability of the targets, in nats, in few passes over the logits.
 
-Written with torch's cross entropy, a logit is copied to float32, becomes a log-probability, then meets a tensor of
-zeros, the gradient of the softmax and a copy back, each as large as the logits. Here the copy becomes the weights of
-the softmax, and these the gradient, in place: on a CPU the output matrix and the loss of 262,144 words take a fifth
-less time.
+With torch's cross entropy, the logits are copied to float32 and become log-probabilities; then come a tensor of zeros,
+the gradient of the softmax, and a copy back, each as large as the logits. Here the copy becomes the softmax, and that
+becomes the gradient, in place: on a CPU, the output matrix and loss of 262,144 words take a fifth less time.
 Letters: N targets, V words.
 """
 
@@ -15,22 +14,22 @@ from torch.nn import functional
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What logits are computed in: float32 at least."""
+    """The dtype in which logits are computed: float32 or float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def exact(logits: torch.Tensor) -> torch.Tensor:
-    """Logits in what they are computed in."""
+    """Logits in float32 or float64."""
     return logits.to(exact_dtype(logits.dtype))
 
 
 def surprise(
     logits: torch.Tensor, target: torch.Tensor, learn: torch.Tensor, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """The sum of learn * surprise.
+    """The sum of learn * surprise, in nats.
 
     logits  [N, V] of any float dtype; target [N] int64, learn [N] float
-    Returns a float32 number (float64 for float64 logits).
+    Returns a float32 scalar (float64 for float64 logits).
     """
     if label_smoothing:
         each = functional.cross_entropy(exact(logits), target, reduction="none", label_smoothing=label_smoothing)
@@ -47,12 +46,12 @@ class _Surprise(torch.autograd.Function):
         largest = logits.amax(-1).to(dtype)
         below = largest - logits.gather(-1, target[:, None])[:, 0].to(dtype)
         weights = _softmax(logits, dtype)
-        # The largest weight is exp(largest - logsumexp): 1 / V or more, so its logarithm loses nothing. A target's own
-        # may be too small for its dtype. `below` comes first: beside large logits a small surprise would be rounded.
+        # The largest weight is exp(largest - logsumexp) >= 1 / V, so its logarithm is accurate; a target's own weight
+        # may underflow. `below` is computed first: subtracting from a large logit would round a small surprise.
         each = below - weights.amax(-1).log()
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(target, learn)
-            ctx.weights, ctx.dtype = weights, logits.dtype  # no input and no output, and backward changes it
+            ctx.weights, ctx.dtype = weights, logits.dtype  # neither input nor output, and backward changes it
         return (each * learn).sum()
 
     @staticmethod
@@ -66,7 +65,7 @@ class _Surprise(torch.autograd.Function):
 
 
 def _softmax(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Into a tensor of its own; on a CPU that is the copy which another dtype needs."""
+    """The softmax in a new tensor of this dtype; on a CPU, in the memory of the converted copy."""
     if logits.dtype == dtype or logits.device.type != "cpu":
         return logits.softmax(-1, dtype)
     copy = logits.to(dtype)

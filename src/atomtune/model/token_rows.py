@@ -1,7 +1,7 @@
-"""Token rows: tokens that the tokenizer has and the model's embedding has no row for.
+"""Token rows: tokens that the tokenizer has but the model's embedding has no row for.
 
-They were added to a tokenizer and never to its model: an end-of-turn mark beside a base, most often. Such a base works
-as long as no text needs one of them.
+Usually they were added to the tokenizer only, for example an end-of-turn token in a base model. Such a base works as
+long as no text needs one of them.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,14 +16,14 @@ from atomtune.errors import BadData, listing
 from atomtune.model.causal_lm import CausalLM
 
 _NAMED = 5  # tokens in a message
-#: Rows that were never trained become all alike: 0.1 % of their length apart in SmolLM2, 1.3 % in Gemma 3; those of
-#: trained end marks are 10 % and more away from any other.
+#: Relative distance below which two rows count as equal. Rows that were never trained become nearly equal: 0.1 % of
+#: their length apart in SmolLM2, 1.3 % in Gemma 3. Rows of trained end tokens are at least 10 % away from all others.
 _ALIKE = 0.03
 _CHUNK_ROWS = 8192
 
 
 def tokens_without_row(tokenizer: Tokenizer, rows: int) -> dict[int, str]:
-    """Id and token of those that an embedding of so many rows lacks."""
+    """Id → token, for the tokens that an embedding with this many rows lacks."""
     return {token_id: token for token, token_id in tokenizer.get_vocab().items() if token_id >= rows}
 
 
@@ -35,10 +35,10 @@ def refuse_tokens_without_row(
     path: str,
     notice: Callable[[str], None],
 ) -> None:
-    """Raise BadData, naming records and tokens, where one holds a token that the model has no row for.
+    """Raise BadData naming the records and tokens if a record has a token without a row.
 
     rows     of the model's embedding
-    records  origin and ids of each; not looked at where there is a row for every token
+    records  (origin, ids) of each; not read if every token has a row
     """
     missing = tokens_without_row(tokenizer, rows)
     if not missing:
@@ -56,9 +56,9 @@ def refuse_tokens_without_row(
 
 
 def guard_embedding(base: CausalLM, tokenizer: Tokenizer, *, path: str) -> None:
-    """Have the base refuse a token that it has no row for, by name: an index error otherwise, and on a GPU the end.
+    """Make the base raise BadData naming a token that has no row, instead of an index error or, on a GPU, a crash.
 
-    Nothing is done, and so nothing waited for, where there is a row for every token.
+    If every token has a row, no hook is added, so the check costs no synchronization with the device.
     """
     embedding: Any = base.get_input_embeddings()
     rows = len(embedding.weight)
@@ -77,19 +77,19 @@ def guard_embedding(base: CausalLM, tokenizer: Tokenizer, *, path: str) -> None:
 
 
 def with_row(model: CausalLM, token_id: int) -> int:
-    """A token to fill up with, or token 0 where the model has no row for it: a pad token that its tokenizer got alone.
+    """A token id for padding: this one, or 0 if the model has no row for it (a pad token added to the tokenizer only).
 
-    Padding is masked by its place, so any token will do.
+    Padding is masked by position, so any token will do.
     """
     embedding: Any = model.get_input_embeddings()
     return token_id if 0 <= token_id < len(embedding.weight) else 0
 
 
 def say_untrained_stop(base: CausalLM, tokenizer: Tokenizer, stop: str, *, notice: Callable[[str], None]) -> None:
-    """Say that the stop token's row was never trained, where it is zero or that of another token too.
+    """Give a notice if the stop token's row was never trained, because it is zero or equals another token's row.
 
-    A base beside an instruct model often has such an end mark. Its row tells the model nothing, and an output matrix
-    that has the row twice cannot tell the two tokens apart. One that LoRA adapts learns to: the row is trained.
+    Base models often have such an end token. Its row tells the model nothing, and with two equal rows the output matrix
+    cannot tell the tokens apart. There is no notice if LoRA adapts the output matrix, because the row is then trained.
     """
     token_id = tokenizer.convert_tokens_to_ids(stop)
     embedding: Any = base.get_input_embeddings()
@@ -114,7 +114,7 @@ def say_untrained_stop(base: CausalLM, tokenizer: Tokenizer, stop: str, *, notic
 
 @torch.no_grad()
 def looks_untrained(weight: torch.Tensor, token_id: int) -> bool:
-    """Whether a row of [V, D] is zero or, but for a trace, another row."""
+    """Whether a row of weight [V, D] is zero or nearly equal to another row."""
     row = weight[token_id].float()
     length = row.norm()
     if not length:

@@ -1,7 +1,7 @@
-"""Weight sizes: whether the model that a config.json describes is the one in the weight files beside it.
+"""Weight sizes: whether a config.json and the weight files beside it describe the same model.
 
-Asked before memory is: a config with a wrong size describes a model of terabytes, or of 10^9 layers, which a library
-would begin to build. Only the headers of the weight files are read.
+Checked before any memory is allocated: a config with a wrong size describes a model of terabytes or of 10^9 layers,
+which a library would begin to build. Only the headers of the weight files are read.
 """
 
 import zipfile
@@ -16,17 +16,17 @@ from atomtune.errors import BadModel, listing
 from atomtune.model.auto_class import auto_class
 from atomtune.model.causal_lm import CausalLM
 
-#: A model may have more parameters than its files hold numbers: a tied matrix, buffers. Not twice as many.
+#: A model may have more parameters than its files have numbers (a tied matrix, buffers), but not twice as many.
 _MOST_TIMES = 2
-#: Numbers of two bits that an integer of a packed weight may stand for.
+#: How many parameters an integer of a packed weight may hold: 32.
 _PACKED = 32
-#: Counts below this are never compared: they cost nothing.
+#: Values below this are never refused, because they cost no memory.
 _HARMLESS = 1024
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def refuse_other_sizes(path: str, config: Any, files: list[Path], *, trust_remote_code: bool) -> None:
-    """Raise BadModel where the config describes a model that is far larger than what the files hold.
+    """Raise BadModel if the config describes a model that is far larger than what the files hold.
 
     config  a transformers config
     """
@@ -60,29 +60,29 @@ def _not_together(path: str, problems: list[str]) -> str:
 
 
 def _is_count(name: str) -> bool:
-    """Whether a setting is the number of layers, heads, experts or words; positions take no memory."""
+    """Whether a setting counts layers, heads, experts, words or a width; numbers of positions take no memory."""
     counts = name.startswith(("num_", "n_")) or name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")
     return counts and not any(word in name for word in ("position", "ctx", "token", "steps"))
 
 
 def without_weights(config: Any, *, trust_remote_code: bool) -> CausalLM:
-    """The model that a config describes, on the device `meta`: every module is there, and no memory is taken."""
+    """The model that a config describes, on the device `meta`: with all its modules, and no memory for weights."""
     with torch.device("meta"):
         model: CausalLM = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     return model
 
 
 def _parameters(config: Any, *, trust_remote_code: bool) -> int:
-    """How many a model of this config has; 0 where that cannot be asked, which loading it will say better."""
+    """The number of parameters of a model with this config; 0 if it cannot be built, which loading reports better."""
     try:
         model = without_weights(config, trust_remote_code=trust_remote_code)
-    except Exception:  # noqa: BLE001  # whatever a class raises for its config, it raises again when it is loaded
+    except Exception:  # noqa: BLE001  # loading the model raises the same error again
         return 0
     return sum(weight.numel() for weight in model.parameters())
 
 
 def _shapes(file: Path) -> Iterator[tuple[list[int], int]]:
-    """Shape of every tensor in a file, and how many numbers it may stand for."""
+    """(shape, number of parameters it may hold at most) of every tensor in a file."""
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  # not a dict

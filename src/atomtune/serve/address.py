@@ -1,4 +1,4 @@
-"""Address: who can reach a server that listens there."""
+"""Address: which machines can reach a server that listens at an address."""
 
 import contextlib
 import ipaddress
@@ -6,7 +6,7 @@ import os
 
 
 def only_this_machine(host: str) -> bool:
-    """Whether no other machine reaches a server that listens at `host`, a name or an address."""
+    """Whether a server that listens at `host` (a name or an address) can be reached only from this machine."""
     if host == "localhost":
         return True
     with contextlib.suppress(ValueError):
@@ -15,14 +15,14 @@ def only_this_machine(host: str) -> bool:
 
 
 def own_address(host: str) -> str:
-    """Where this machine asks a server that listens at `host`; IPv6 in brackets."""
+    """The address at which this machine reaches a server that listens at `host`; IPv6 in brackets."""
     if host in ("0.0.0.0", "::"):
         return "127.0.0.1" if host == "0.0.0.0" else "[::1]"
     return f"[{host}]" if ":" in host else host
 
 
 def ask_without_proxy(host: str) -> None:
-    """Have this process ask its own servers without a proxy, whatever the environment says (http_proxy)."""
+    """Make this process reach its own servers without a proxy, even if http_proxy is set."""
     before = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
     for name in ("no_proxy", "NO_PROXY"):
         os.environ[name] = ",".join([*([before] if before else []), "localhost", "127.0.0.1", host])

@@ -1,4 +1,4 @@
-"""Chat: talk to a tuned model in the terminal, through the template it was trained with."""
+"""Chat: talk to a tuned model in the terminal, in the template it was trained with."""
 
 import contextlib
 import difflib
@@ -21,7 +21,7 @@ from atomtune.serve.tuned_model import Reply, TunedModel, load_tuned
 from atomtune.serve.typed_input import TypedInput, lines_of_pipe
 from atomtune.settings.fields import ChatSettings
 
-#: What is typed to change the conversation, and what it does.
+#: Commands that a user can type, and what they do.
 COMMANDS = {
     "/reset": "start a new conversation (an empty line does too)",
     "/system": "TEXT sets another system prompt; without TEXT, the one from training is used again",
@@ -31,7 +31,7 @@ COMMANDS = {
 
 
 def chat(settings: ChatSettings) -> int:
-    """Answer --prompt, or what is typed until Ctrl-D, or the lines of a pipe."""
+    """Answer --prompt, what the user types until Ctrl-D, or the lines of a pipe."""
     console = Console(stderr=True)
     tuned = load_tuned(
         settings,
@@ -51,7 +51,7 @@ def chat(settings: ChatSettings) -> int:
 
 
 class Talk:
-    """One conversation with the tuned model, and with --compare another one with its base."""
+    """A conversation with the tuned model and, with --compare, another one with its base."""
 
     def __init__(self, tuned: TunedModel, settings: ChatSettings, console: Console) -> None:
         self.tuned, self.settings, self.console = tuned, settings, console
@@ -60,7 +60,7 @@ class Talk:
         self.answers = 0
 
     def run(self) -> None:
-        """Until Ctrl-D, or the end of the pipe. An empty line begins anew."""
+        """Answer until Ctrl-D or the end of the pipe. An empty line starts a new conversation."""
         typed = sys.stdin.isatty()
         self._say_who_answers(typed=typed)
         texts = TypedInput(list(COMMANDS)) if typed else lines_of_pipe()
@@ -72,11 +72,14 @@ class Talk:
                 if typed:
                     with _ctrl_c_stops() as stop:
                         self.answer(question, stop)
-                else:  # read by a program or a job: there Ctrl-C ends it all, as it ends any program
+                else:  # for a program or a job, Ctrl-C ends the process as usual
                     self._answer_line(number, question)
 
     def _answer_line(self, number: int, question: str) -> None:
-        """One line of a pipe. Raises BadSettings with its number where it is too long: what comes next builds on it."""
+        """Answer a line of a pipe.
+
+        Raises BadSettings with its number if it is too long, because later lines build on it.
+        """
         try:
             self.answer(question)
         except BadSettings as error:
@@ -105,7 +108,7 @@ class Talk:
             )
 
     def _obeyed(self, text: str) -> bool:
-        """Whether a text was a command; a word that is nearly one is answered with the command's name."""
+        """Carry out a text that is a command, or suggest a command with a similar name; False for any other text."""
         word, _, rest = text.strip().partition(" ")
         if word not in COMMANDS:
             nearly = difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.75)
@@ -153,7 +156,10 @@ class Talk:
         self.console.say(translated(f"saved: {file}"))
 
     def answer(self, question: str, stop: threading.Event | None = None) -> None:
-        """Answer one question and remember both. What does not fit the model is said and not remembered."""
+        """Answer a question and remember both.
+
+        A question that does not fit the model is reported and not remembered.
+        """
         for conversation in self._conversations():
             forgotten = conversation.make_room(question)
             if forgotten:
@@ -166,7 +172,7 @@ class Talk:
         except BadSettings as error:
             if self.settings.prompt is not None or not sys.stdin.isatty():
                 raise
-            self.console.say(str(error))  # a chat goes on after a question that is too long
+            self.console.say(str(error))  # a chat continues after a question that is too long
             return
         self.conversation.answered(question, reply.turn)
         self.answers += 1
@@ -174,7 +180,10 @@ class Talk:
             self.console.say(translated("(stopped)"))
 
     def _written_out(self, messages: list[Message], stop: threading.Event | None) -> Reply:
-        """Print the answer while it is written; on a terminal, control characters in it are shown, not obeyed."""
+        """Print the answer while it is written.
+
+        On a terminal, control characters are shown instead of taking effect.
+        """
         on_terminal = sys.stdout.isatty()
 
         def write(text: str) -> None:
@@ -185,18 +194,19 @@ class Talk:
         return reply
 
     def _compared(self, question: str, with_base: Conversation, stop: threading.Event | None) -> Reply:
-        """Both answers beside each other; in a pipe one under the other."""
+        """Print both answers side by side; in a pipe, one below the other."""
         with self.console.status(translated("the base answers …")):
             of_base = self._reply(with_base.asking(question), stop, base=True)
         if stop is not None:
-            stop.clear()  # Ctrl-C ended that answer alone
+            stop.clear()  # Ctrl-C ended only the base's answer
         with self.console.status(translated("the tuned model answers …")):
             reply = self._reply(self.conversation.asking(question), stop)
         with_base.answered(question, of_base.turn)
         if sys.stdout.isatty():
             Console().print(side_by_side(of_base.text.strip(), reply.text.strip()))
         else:
-            print(f"base: {of_base.text.strip()}\ntuned: {reply.text.strip()}", flush=True)  # for programs
+            # For programs, so not translated
+            print(f"base: {of_base.text.strip()}\ntuned: {reply.text.strip()}", flush=True)
         return reply
 
     def _reply(
@@ -220,7 +230,7 @@ class Talk:
 
 
 def side_by_side(of_base: str, of_tuned: str) -> Table:
-    """Two answers in two columns, whole: Chinese has no spaces, and rich cuts a word that is longer than a line."""
+    """Two whole answers in two columns. `fold` keeps all text: Chinese has no spaces, and rich cuts long words."""
     table = Table(expand=True)
     for title in (message("base"), message("tuned")):
         table.add_column(translated(title), ratio=1, overflow="fold")
@@ -230,7 +240,7 @@ def side_by_side(of_base: str, of_tuned: str) -> Table:
 
 @contextlib.contextmanager
 def _ctrl_c_stops() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, a second one interrupts; outside, Ctrl-C does what it did before."""
+    """Within this context, the first Ctrl-C sets the event, and a second one raises KeyboardInterrupt."""
     stop = threading.Event()
 
     def receive(number: int, frame: object) -> None:

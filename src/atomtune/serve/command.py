@@ -1,4 +1,4 @@
-"""Serve: a tuned model behind an OpenAI-compatible API, by an engine that exists, once it is proved to serve it."""
+"""Serve: serves a tuned model through an OpenAI-compatible API with an existing engine, after certifying it."""
 
 import contextlib
 import json
@@ -41,11 +41,11 @@ from atomtune.settings.fields import CertifySettings, ServeSettings
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A tuned model, and the name that requests ask for it by."""
+    """A tuned model, and its name in requests."""
 
     name: str
-    folder: Path  # what the engine loads: the adapter itself, a merged folder or a GGUF
-    adapter: Path  # what it is proved against
+    folder: Path  # what the engine loads: the adapter, a merged folder or a GGUF
+    adapter: Path  # the adapter that it is certified against
     template: Template
     metadata: AdapterMetadata
 
@@ -55,8 +55,8 @@ class Plan:
     """What is served, and by which engine."""
 
     engine: EngineName
-    models: tuple[ServedModel, ...]  # several: adapters that share base, template and stop tokens
-    base: str | None  # of an adapter; None: the engine loads what is served as a whole
+    models: tuple[ServedModel, ...]  # if several: adapters that share base, template and stop tokens
+    base: str | None  # the adapter's base; None: the engine loads a complete model
     api_key: str | None
 
     @property
@@ -65,7 +65,7 @@ class Plan:
 
 
 def serve(settings: ServeSettings) -> int:
-    """Run `atomtune serve` until Ctrl-C. Raises CheckFailed (exit code 4) where the engine serves another model."""
+    """Run `atomtune serve` until Ctrl-C. Raises CheckFailed (exit code 4) if the engine serves another model."""
     quiet_libraries()
     console = Console()
     plan = plan_of(settings, console)
@@ -83,7 +83,7 @@ def serve(settings: ServeSettings) -> int:
 
 
 def plan_of(settings: ServeSettings, console: Console) -> Plan:
-    """What will be served and how. Raises BadSettings with all that stands against it, before anything is loaded."""
+    """What will be served and how. Raises BadSettings with all problems, before anything is loaded."""
     adapters = [Path(path) for path in settings.adapter_path]
     if len(adapters) > 1:
         _refuse_several(adapters, settings)
@@ -106,7 +106,7 @@ def plan_of(settings: ServeSettings, console: Console) -> Plan:
 
 
 def _address_problems(settings: ServeSettings, engine: EngineName, api_key: str | None) -> list[str]:
-    """What stands against listening there, with this key and this context."""
+    """Problems of listening at this address, with this key and this context length."""
     problems = _exposed(settings.host, engine, api_key)
     if api_key and engine == "transformers":
         problems.append("--api_key: transformers serve enforces none. Pass --engine vllm, or serve a GGUF (llama.cpp).")
@@ -116,7 +116,7 @@ def _address_problems(settings: ServeSettings, engine: EngineName, api_key: str 
 
 
 def _refuse_several(adapters: Sequence[Path], settings: ServeSettings) -> None:
-    """Raise BadSettings where several adapters are named and cannot be served by one server."""
+    """Raise BadSettings if several adapters are given that one server cannot serve."""
     problems: list[str] = []
     folders = [adapter.resolve() for adapter in adapters]
     for twice in {folder for folder in folders if folders.count(folder) > 1}:
@@ -158,7 +158,7 @@ def _engine_for(served: Path, settings: ServeSettings) -> EngineName:
 def _models(
     adapters: Sequence[Path], served: Path, engine: EngineName, settings: ServeSettings, console: Console
 ) -> tuple[ServedModel, ...]:
-    """Each adapter with the name that requests will use."""
+    """Each adapter with its name in requests."""
     trained = [
         template_of(
             adapter,
@@ -179,7 +179,7 @@ def _models(
 
 
 def _refuse_unlike(models: Sequence[ServedModel], settings: ServeSettings) -> None:
-    """Raise BadSettings where adapters cannot share a server, which has one base, tokenizer and template for all."""
+    """Raise BadSettings if adapters cannot share a server, which has one base, tokenizer and template for all."""
     first = models[0]
     problems: list[str] = []
     for model in models[1:]:
@@ -194,7 +194,7 @@ def _refuse_unlike(models: Sequence[ServedModel], settings: ServeSettings) -> No
 
 
 def _differences(first: ServedModel, other: ServedModel, settings: ServeSettings) -> list[str]:
-    """What an engine can have only once, and these two adapters do not share."""
+    """What an engine can have only once but differs between these two adapters."""
     ours, theirs = first.template, other.template
     differing: list[str] = []
     if not settings.other_base and _base_key(first, settings) != _base_key(other, settings):
@@ -211,12 +211,12 @@ def _differences(first: ServedModel, other: ServedModel, settings: ServeSettings
 
 
 def _base_key(model: ServedModel, settings: ServeSettings) -> str:
-    """The fingerprint of its base; of an adapter that holds none, where its base lies."""
+    """The fingerprint of its base; the path of the base if the adapter has no fingerprint."""
     return model.metadata.base or base_of(model.adapter, settings.model_path)
 
 
 def _exposed(host: str, engine: str, api_key: str | None) -> list[str]:
-    """What is wrong with listening to other machines: without a key, everyone who reaches the port is answered."""
+    """Problems of listening to other machines: without a key, everyone who reaches the port is answered."""
     if only_this_machine(host):
         return []
     if engine == "transformers":
@@ -230,7 +230,7 @@ def _exposed(host: str, engine: str, api_key: str | None) -> list[str]:
 
 
 def _certify(plan: Plan, settings: ServeSettings, console: Console) -> None:
-    """The certificate of `atomtune certify`, beside what is served. Raises CheckFailed where it does not hold."""
+    """Write the certificate of `atomtune certify` beside what is served. Raises CheckFailed if it fails."""
     rules = {model.adapter: _certify_settings(model.adapter, settings) for model in plan.models}
     sides = {adapter: trained_side(rule, console) for adapter, rule in rules.items()}
     if len(plan.models) == 1:
@@ -244,7 +244,7 @@ def _certify(plan: Plan, settings: ServeSettings, console: Console) -> None:
     for folder, outcome in certified:
         try:
             write_certificate([outcome], folder)
-        except OSError as error:  # models often lie on a disk that is mounted to be read only
+        except OSError as error:  # models are often on a read-only disk
             console.notice(f"the certificate is not saved: {folder} cannot be written ({error.strerror}).")
     refuse_failed(certified)
 
@@ -263,15 +263,15 @@ def _certify_settings(adapter: Path, settings: ServeSettings) -> CertifySettings
 
 @contextlib.contextmanager
 def running(plan: Plan, settings: ServeSettings, console: Console) -> Iterator[ServerProcess]:
-    """The engine, answering; its own lines go to standard error.
+    """Within this context the engine is running and answers; it prints to standard error.
 
-    Raises BadSettings where another program took the port while the engine was certified.
+    Raises BadSettings if another program took the port during certification.
     """
     if problems := address_problems(settings.host, settings.port):
         raise BadSettings(problems)
     first = plan.models[0].folder
     console.say(f"starting {plan.engine} on {', '.join(str(model.folder) for model in plan.models)} …")
-    stops = stop_ids_on(plan.base, plan.template) if plan.base else []  # a merged folder and a GGUF hold theirs
+    stops = stop_ids_on(plan.base, plan.template) if plan.base else []  # a merged folder or a GGUF has its own
     view = ServedFolder(first, base=plan.base, stop_ids=stops)
     with view if plan.engine != "llama.cpp" else contextlib.nullcontext(first) as folder:
         environment = dict.fromkeys(KEY_VARIABLES, plan.api_key) if plan.api_key else {}
@@ -288,7 +288,7 @@ def running(plan: Plan, settings: ServeSettings, console: Console) -> Iterator[S
 
 
 def _words(plan: Plan, folder: Path, settings: ServeSettings, console: Console) -> list[str]:
-    """The command line of the engine."""
+    """The engine's command line."""
     address: dict[str, Any] = {"host": settings.host, "port": settings.port, "variables": plan.template.variables}
     if plan.engine == "llama.cpp":
         return llama_cpp.command(folder.resolve(), context=settings.context, **address)
@@ -302,7 +302,7 @@ def _words(plan: Plan, folder: Path, settings: ServeSettings, console: Console) 
 
 
 def _call_reader(template: Template, console: Console) -> str | None:
-    """By which vLLM finds the calls in an answer; without one it refuses a request that has tools."""
+    """The name of vLLM's tool-call parser for this template; without one, vLLM refuses requests with tools."""
     written = written_call(template)
     reader = call_reader(written, template.tokenizer.get_vocab())
     if written and reader is None:
@@ -329,7 +329,7 @@ def _say_how_to_ask(plan: Plan, settings: ServeSettings, console: Console) -> No
 
 
 def _say_instruction(model: ServedModel, console: Console, *, named: bool) -> None:
-    """What the records of its training share, and a client has to send."""
+    """Give a notice about the instruction that the training records share, because clients have to send it."""
     if not model.metadata.instruction:
         return
     console.notice(

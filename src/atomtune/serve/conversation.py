@@ -1,4 +1,4 @@
-"""Conversation: what was said so far, and the messages that the next question is sent with."""
+"""Conversation: the questions and answers so far, and the messages for the next question."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ from atomtune.serve.tuned_model import ROOM_FOR_ANSWER, TunedModel, Wording
 
 
 class Conversation:
-    """Questions and answers under one system text; where the model's positions run out, the oldest are left out."""
+    """Questions and answers under one system text. If they exceed the model's positions, the oldest are left out."""
 
     def __init__(self, tuned: TunedModel, system: str | None) -> None:
         self.tuned, self.system = tuned, system
@@ -23,15 +23,15 @@ class Conversation:
 
     @property
     def messages(self) -> list[Message]:
-        """All of it as it is sent."""
+        """All messages of the conversation, as they are sent."""
         return [*self.wording.opening, *itertools.chain(*self._exchanges)]
 
     def asking(self, question: str) -> list[Message]:
-        """The messages that a question is sent with."""
+        """The messages to send for a question."""
         return [*self.messages, *self.wording.messages(question)]
 
     def make_room(self, question: str) -> int:
-        """Forget the oldest exchanges until question and answer have room; how many were forgotten."""
+        """Forget the oldest exchanges until question and answer fit; returns how many were forgotten."""
         forgotten = 0
         while self._exchanges and self._tokens(question) + ROOM_FOR_ANSWER > self.tuned.positions:
             self._exchanges = self._exchanges[1:]
@@ -42,7 +42,7 @@ class Conversation:
         return len(prompt_ids(self.tuned.template, self.asking(question)))
 
     def answered(self, question: str, turn: Turn) -> None:
-        """Remember a question with its answer, thoughts and calls apart, as a client sends them back."""
+        """Remember a question and its answer, with thoughts and calls separated, as a client would send them back."""
         self._exchanges.append([*self.wording.messages(question), *self.tuned.template.messages([turn])])
 
     @property
@@ -50,10 +50,10 @@ class Conversation:
         return bool(self._exchanges)
 
     def begin_anew(self) -> None:
-        """Forget all that was said; the system text stays."""
+        """Forget all exchanges; the system text stays."""
         self._exchanges = []
 
     def save(self, file: Path) -> None:
-        """Append it to a file as one record of `messages`, as `train` reads them."""
+        """Append the conversation to a file, as one record of `messages` for `train`."""
         with file.open("a", encoding="utf-8") as records:
             records.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")

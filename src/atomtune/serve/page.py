@@ -1,6 +1,6 @@
-"""Page: the boxes of `atomtune web`, and what a click does; its words are English or Chinese, as the browser's.
+"""Page: the layout of `atomtune web` and what a click does, in English or Chinese depending on the browser.
 
-Gradio draws it. The page asks no other machine for anything: no fonts, no analytics, no share link.
+It is built with Gradio. The page loads nothing from other machines: no fonts, no analytics, no share link.
 """
 
 import os
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it when it is imported
 
 import gradio
 from gradio.blocks import Block
@@ -34,7 +34,7 @@ from atomtune.serve.side_by_side import Answer, Asking, Exchange, Side, answered
 from atomtune.serve.tuned_model import TunedModel
 from atomtune.settings.fields import WebSettings
 
-#: Words of the page, by key; in a Chinese browser they are those of the Chinese catalogue.
+#: Words of the page by key; a Chinese browser gets those of the Chinese catalogue.
 WORDS = {
     "tuned": message("tuned"),
     "base": message("base"),
@@ -66,40 +66,40 @@ _CSS = """
 .about p { margin: 0; overflow-wrap: anywhere }
 footer { display: none !important }
 """
-#: Fonts that lie on the reader's machine; those of Gradio's themes come from another.
+#: Fonts of the reader's machine; Gradio's themes would load theirs from another one.
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]
-#: A conversation takes what the window leaves beside the lines above it and the boxes below.
+#: The conversation fills what the window leaves between the lines above and the boxes below.
 _HEIGHT = "max(300px, calc(100dvh - 280px))"
-#: Seconds between two drawings of an answer that is being written: each draws all of it.
+#: Seconds between two updates of an answer that is being written, because each update draws all of it.
 _FRAME = 0.1
-#: Code in Markdown: fenced, or between ticks.
+#: Code in Markdown: fenced, or between backticks.
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 
-#: What stands in the boxes, by box.
+#: Values of the boxes, by box.
 Values = dict[Any, Any]
 
 
 @dataclass
 class Talk:
-    """One conversation in one browser tab; a conversation that is begun anew is another one.
+    """One conversation in one browser tab; starting a new conversation creates another object.
 
-    stop  ends the answer to the last question; None: every question is answered
+    stop  ends the answer to the last question; None if no question is waiting
     """
 
     exchanges: list[Exchange] = field(default_factory=list)
     stop: threading.Event | None = None
 
     def ask(self, before: list[Exchange], question: str) -> None:
-        """Put a question behind these exchanges; it waits for its answer."""
+        """Append a question after these exchanges; it waits for its answer."""
         self.exchanges = [*before, Exchange(question, tuned=Answer())]
         self.stop = threading.Event()
 
 
 class Page:
-    """One tuned model's page. Each method that a click calls gives what the boxes then show.
+    """The page of one tuned model. Methods that a click calls return what the boxes then show.
 
-    What is drawn is always the conversation that its tab has by then: so nothing that was under way when a conversation
-    was begun anew brings the old one back.
+    They always draw the conversation that the tab has at that moment, so an answer that was still being written when a
+    new conversation started cannot bring the old one back.
     """
 
     def __init__(self, tuned: TunedModel, settings: WebSettings) -> None:
@@ -109,9 +109,11 @@ class Page:
         self._word: Any = gradio.I18n(**{"en": english, "zh": chinese, "zh-CN": chinese, "zh-TW": chinese})
         self._talks: dict[str | None, Talk] = defaultdict(Talk)  # by browser tab
         self._saved = TemporaryFolder("atomtune-web-")
-        os.environ["GRADIO_TEMP_DIR"] = str(self._saved.path)  # its copies of what was saved go with the page too
+        # Gradio's copies of saved files are then removed with the page
+        os.environ["GRADIO_TEMP_DIR"] = str(self._saved.path)
         title = f"atomtune: {tuned.folder.resolve().name}"
-        # delete_cache: Gradio's own copies of what was saved go when they are an hour old, and when the page ends.
+        # delete_cache: every 600 s, Gradio removes its copies of saved files that are older than 3,600 s; at the end,
+        # all.
         options: dict[str, Any] = {"analytics_enabled": False, "fill_height": True, "delete_cache": (600, 3600)}
         with gradio.Blocks(title=title, **options) as self.blocks:
             gradio.Markdown(str(self._word("about")), elem_classes="about")
@@ -160,7 +162,7 @@ class Page:
             elem_id="longest",
         )
         self.temperature = gradio.Slider(0, 2, 0, step=0.05, label=word("temperature"), info=word("greedy"))
-        own = self.tuned.model.generation_config  # what the base was published with, as `chat` uses it
+        own = self.tuned.model.generation_config  # the base's published settings, which `chat` uses too
         self.top_p = gradio.Slider(
             0.05, 1, getattr(own, "top_p", None) or 1, step=0.05, label=word("top_p"), info=word("sampling")
         )
@@ -188,10 +190,11 @@ class Page:
         sampling = {self.longest, self.temperature, self.top_p, self.top_k, self.penalty, self.seed}
         inputs: set[Block] = {self.typed, self.compare, self.thinking, *system, *sampling}
         shown = [self.base, self.answers, self.typed]
-        # One model, whose adapter is switched on and off: the questions of all who ask are answered in turn.
+        # The one model and its adapter are shared, so questions of all users are answered one after another.
         in_turn: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
-        # Gradio drops an event whose like is still pending, as that of a stopped answer may be for a moment. So
-        # a question is taken by an event of its own, over at once, and answered by another, of which several may wait.
+        # Gradio drops an event if the same event is still pending, which happens for a moment after an answer was
+        # stopped. So one event takes the question and ends at once, and another one, of which several may wait, answers
+        # it.
         sent = self.typed.submit(self.send, inputs, shown, queue=False)
         asks = [
             sent.then(self.answer, inputs, shown, trigger_mode="multiple", **in_turn),
@@ -199,7 +202,7 @@ class Page:
             self.answers.edit(self.ask_otherwise, inputs, shown, **in_turn),
             self.answers.undo(self.take_back, None, shown),
         ]
-        for ended in asks:  # what the button hands over must be there before it is clicked
+        for ended in asks:  # the file of the save button must exist before it is clicked
             ended.then(self.settle, inputs, [*shown, self.save], show_progress="hidden")
         self.typed.stop(self.stop, None, None, queue=False)
         for event in (self.new.click, self.answers.clear, self.base.clear):
@@ -211,7 +214,7 @@ class Page:
     # What a click does.
 
     def send(self, values: Values, request: gradio.Request) -> tuple[Any, ...]:
-        """Take what is typed out of its box and show it; while an answer is written, it stays there."""
+        """Move the typed text into the conversation; while an answer is being written, it stays in its box."""
         talk = self._talks[request.session_hash]
         question = values[self.typed].strip()
         if talk.stop is not None or not question:
@@ -220,7 +223,7 @@ class Page:
         return self._drawn(request, value="")
 
     def answer(self, values: Values, request: gradio.Request) -> Iterator[tuple[Any, ...]]:
-        """Answer the question that waits, when the model is free."""
+        """Answer the waiting question when the model is free."""
         talk = self._talks[request.session_hash]
         yield self._drawn(request)
         if talk.stop is None:
@@ -237,8 +240,8 @@ class Page:
                 talk.exchanges = [*before, exchange]
                 if time.monotonic() - drawn >= _FRAME:
                     drawn = time.monotonic()
-                    yield *self._conversations(request), gradio.skip()  # a box that is drawn anew cannot be clicked
-        except AtomtuneError as error:  # a question that is too long: it comes back into its box
+                    yield *self._conversations(request), gradio.skip()  # skip: a box that is redrawn cannot be clicked
+        except AtomtuneError as error:  # the question is too long; it goes back into its box
             gradio.Warning(translated(str(error)))
             talk.exchanges = before
             typed = {"value": asked.question}
@@ -257,9 +260,9 @@ class Page:
     def _asked_at(
         self, index: Any, question: str | None, values: Values, request: gradio.Request
     ) -> Iterator[tuple[Any, ...]]:
-        """Ask in place of the exchange that was clicked, and of all behind it; None: the same question."""
+        """Ask again in place of the exchange that was clicked and all after it. question None: the same question."""
         talk = self._talks[request.session_hash]
-        if talk.stop is None and talk.exchanges:  # else the conversation has gone on since the click
+        if talk.stop is None and talk.exchanges:  # otherwise the conversation has continued since the click
             number = _exchange_at(index, talk.exchanges)
             talk.ask(talk.exchanges[:number], question or talk.exchanges[number].question)
         yield from self.answer(values, request)
@@ -274,12 +277,12 @@ class Page:
         return self._drawn(request, value=question)
 
     def begin_anew(self, request: gradio.Request) -> tuple[Any, ...]:
-        """Another conversation at once; what is typed already is its first question, so it stays."""
+        """Start a new conversation at once; text already typed stays, as its first question."""
         self.leave(request)
         return *self._drawn(request), gradio.DownloadButton(visible=False)
 
     def settle(self, values: Values, request: gradio.Request) -> tuple[Any, ...]:
-        """Once all is answered: the conversation as it is, and the button that saves it as a record for `train`."""
+        """After an answer: the present conversation, and the button that saves it as a record for `train`."""
         exchanges = self._talks[request.session_hash].exchanges
         button = gradio.DownloadButton(visible=False)
         if exchanges:
@@ -290,11 +293,11 @@ class Page:
         return *self._drawn(request), button
 
     def stop(self, request: gradio.Request) -> None:
-        """End the answer that this tab is waiting for."""
+        """End the answer for which this tab is waiting."""
         _end_answer(self._talks[request.session_hash])
 
     def leave(self, request: gradio.Request) -> None:
-        """Forget this tab's conversation; its answer ends."""
+        """Forget this tab's conversation and end its answer."""
         _end_answer(self._talks.pop(request.session_hash, Talk()))
 
     def _asking(self, values: Values) -> Asking:
@@ -312,20 +315,20 @@ class Page:
         )
 
     def _system_of(self, values: Values) -> str | None:
-        """The system text of one's own, an empty one too; None: what the records of training had."""
+        """The user's own system text, which may be empty; None: the one of the training records."""
         return (values[self.system] or "") if values[self.own_system] else None
 
     def _say_forgotten(self, count: int) -> None:
         gradio.Info(self._word("forgot"))
 
     def _drawn(self, request: gradio.Request, **typed: str) -> tuple[Any, ...]:
-        """Both conversations, and the box that is typed into: it sends, or stops an answer."""
+        """Both conversations, and the input box, whose button sends, or stops an answer."""
         answering = self._talks[request.session_hash].stop is not None
         box = gradio.Textbox(submit_btn=not answering, stop_btn=answering, **typed)
         return *self._conversations(request), box
 
     def _conversations(self, request: gradio.Request) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """The base's and the tuned model's."""
+        """The conversations with the base and with the tuned model."""
         exchanges = self._talks[request.session_hash].exchanges
         return self._messages(exchanges, "base"), self._messages(exchanges, "tuned")
 
@@ -338,16 +341,16 @@ class Page:
                 continue
             messages.append({"role": "user", "content": as_markdown(exchange.question)})
             if answer.thoughts:
-                folded = {"title": "💭", "status": "done"}  # a title that needs no language
+                folded = {"title": "💭", "status": "done"}  # a title that needs no translation
                 messages.append({"role": "assistant", "content": as_markdown(answer.thoughts), "metadata": folded})
             messages.append({"role": "assistant", "content": as_markdown(answer.shown)})
         return messages
 
-    # Its life.
+    # Start and end.
 
     def launch(self, *, host: str, port: int, login: tuple[str, str] | None = None) -> None:
-        """Begin to listen; returns at once."""
-        ask_without_proxy(host)  # Gradio asks its own page whether it is there
+        """Start to listen; returns at once."""
+        ask_without_proxy(host)  # Gradio sends a request to its own page to check it
         theme = gradio.themes.Default(primary_hue="green", neutral_hue="stone", font=_FONTS, font_mono=["monospace"])
         self.blocks.launch(
             server_name=host,
@@ -363,7 +366,7 @@ class Page:
         )
 
     def wait(self, *, opens: str | None = None) -> None:
-        """Until it is interrupted. opens: an address to open in this machine's browser."""
+        """Wait until interrupted. opens: an address to open in this machine's browser."""
         if opens:
             webbrowser.open(opens)
         threading.Event().wait()
@@ -376,7 +379,7 @@ class Page:
 
 
 def _words_about(tuned: TunedModel) -> tuple[dict[str, str], dict[str, str]]:
-    """The page's words in English and in Chinese; the browser chooses, whatever language the terminal speaks."""
+    """The page's words in English and in Chinese; the browser chooses, whatever the language of the terminal."""
     with spoken("en"):
         english = {**WORDS, "about": about(tuned)}
     with spoken("zh"):
@@ -385,9 +388,9 @@ def _words_about(tuned: TunedModel) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def about(tuned: TunedModel) -> str:
-    """Which model answers, by which template, and what every message is sent with; in Markdown."""
+    """Which model answers, in which template, and the instruction of every message; as Markdown."""
     dtype, device = dtype_name(next(tuned.model.parameters()).dtype), tuned.model.device.type
-    base = Path(tuned.base).name if Path(tuned.base).is_dir() else tuned.base  # a hub's name is said whole
+    base = Path(tuned.base).name if Path(tuned.base).is_dir() else tuned.base  # names on the hub are shown in full
     kind = translated(f"adapter on {_code(base)}" if tuned.has_base else "merged model")
     name = tuned.template.title if tuned.template.name == OWN else f"template {_code(tuned.template.name)}"
     parts = [kind, translated(f"{dtype} on {device}"), translated(name)]
@@ -399,7 +402,7 @@ def about(tuned: TunedModel) -> str:
 
 
 def held_out_prompts(folder: Path) -> list[str]:
-    """What the run's samples asked, so that a first question is one click away."""
+    """The prompts of the run's samples, offered as first questions."""
     try:
         samples = read_json_object(folder / RUN_RECORD).get("samples")
     except (OSError, ValueError):
@@ -415,12 +418,12 @@ def _end_answer(talk: Talk) -> None:
 
 
 def as_markdown(text: str) -> str:
-    """A text for a box that reads Markdown: what looks like a tag outside code is shown and not taken for one."""
+    """A text for a box that renders Markdown; what looks like a tag outside of code is escaped."""
     return _outside_code(text, lambda part: part.replace("&", "&amp;").replace("<", "&lt;"))
 
 
 def from_markdown(text: str) -> str:
-    """The text that `as_markdown` was given: a question that is edited comes back as the page holds it."""
+    """The inverse of `as_markdown`, for a question that was edited on the page."""
     return _outside_code(text, lambda part: part.replace("&lt;", "<").replace("&amp;", "&"))
 
 
@@ -430,7 +433,7 @@ def _outside_code(text: str, change: Callable[[str], str]) -> str:
 
 
 def _exchange_at(index: Any, exchanges: list[Exchange]) -> int:
-    """The exchange of the message that was clicked: a question, and its answer with or without thoughts."""
+    """The index of the exchange with the clicked message: a question, and an answer with or without thoughts."""
     message = index[0] if isinstance(index, list | tuple) else int(index)
     for number, exchange in enumerate(exchanges):
         message -= 3 if exchange.tuned is not None and exchange.tuned.thoughts else 2
@@ -440,7 +443,7 @@ def _exchange_at(index: Any, exchanges: list[Exchange]) -> int:
 
 
 def _code(text: str) -> str:
-    """A text as Markdown's code, whatever it holds."""
+    """A text as inline code in Markdown, even if it contains backticks."""
     ticks = "``" if "`" in text else "`"
     space = " " if "`" in text else ""
     return f"{ticks}{space}{' '.join(text.split())}{space}{ticks}"

@@ -1,6 +1,6 @@
-"""Side by side: one conversation whose questions the tuned model answers and, where asked, its base too.
+"""Side by side: one conversation that the tuned model and, if wanted, also its base answer.
 
-What a page shows is drawn from here; no page is needed to talk.
+The web page draws its content from here; this module does not need a page.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -13,15 +13,15 @@ from atomtune.model.generate import Sampling
 from atomtune.serve.conversation import Conversation
 from atomtune.serve.tuned_model import Reply, TunedModel
 
-#: Who answers: the model with its adapter, or without.
+#: The model with its adapter, or without.
 Side = Literal["tuned", "base"]
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question and its answers; None: that side was not asked.
+    """A question and its answers; None if that side was not asked.
 
-    In each answer the text as far as it is written, and the whole reply once it is.
+    An answer has the text written so far, and once it is complete, also the reply.
     """
 
     question: str
@@ -37,7 +37,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Answer:
-    """What is written of an answer; the reply once it ended, with its thoughts apart."""
+    """The text of an answer so far and, once it is complete, the reply with its thoughts separated."""
 
     text: str = ""
     reply: Reply | None = None
@@ -48,7 +48,7 @@ class Answer:
 
     @property
     def shown(self) -> str:
-        """The answer without its thoughts; as long as it is being written, all of it."""
+        """The answer without its thoughts; while it is being written, all of its text."""
         if self.reply is None:
             return self.text
         return self.reply.turn.text.strip() if self.thoughts else self.text.strip()
@@ -56,7 +56,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Asking:
-    """How a question is asked."""
+    """Settings of a question."""
 
     compare: bool = False
     system: str | None = None
@@ -74,12 +74,12 @@ def answered(
     stop: Callable[[], bool],
     forgot: Callable[[int], None] = lambda count: None,
 ) -> Generator[Exchange, None, None]:
-    """The exchange as it grows, the tuned model's answer first; a stopped answer keeps what is written of it.
+    """Yield the exchange as it grows, first with the tuned model's answer; a stopped answer keeps its text so far.
 
-    before  the exchanges so far: each side is sent its own answers
-    stop    True ends the answer that is being written, and asks nobody further
-    forgot  told how many of the oldest exchanges a side is no longer sent, because they do not fit
-    Raises BadSettings where the question alone is longer than the model has positions for.
+    before  the exchanges so far; each side is sent its own answers
+    stop    if it returns True, the present answer ends, and no other side is asked
+    forgot  called with how many of the oldest exchanges a side is no longer sent, because they do not fit
+    Raises BadSettings if the question alone is longer than the model's positions.
     """
     exchange = Exchange(question)
     sides: tuple[Side, ...] = ("tuned", "base") if asking.compare and tuned.has_base else ("tuned",)
@@ -93,7 +93,7 @@ def answered(
             conversation.asking(question),
             max_new_tokens=asking.max_new_tokens,
             sampling=asking.sampling,
-            seed=asking.seed + len(before),  # as `chat` does: the same question again may be answered otherwise
+            seed=asking.seed + len(before),  # as in `chat`, so that the same question may get another answer
             base=side == "base",
             stop_early=stop,
         )
@@ -113,7 +113,7 @@ def answered(
 def conversation_of(
     tuned: TunedModel, exchanges: Sequence[Exchange], system: str | None, *, side: Side = "tuned"
 ) -> Conversation:
-    """What one side was asked and answered."""
+    """The conversation of one side, from its completed answers."""
     conversation = Conversation(tuned, system)
     for exchange in exchanges:
         answer = exchange.by(side)
@@ -123,7 +123,7 @@ def conversation_of(
 
 
 def modes_of(tuned: TunedModel) -> dict[bool, TunedModel]:
-    """The model asked to think and asked not to; none where its template has one mode."""
+    """The model in its thinking and its non-thinking mode; empty if its template has only one mode."""
     template = tuned.template
     if THINKING not in template.source:
         return {}

@@ -1,6 +1,6 @@
 """Tuned model: an adapter on its base, or a merged model, that answers as it was trained to.
 
-The terminal, the web page and `atomtune.load` all speak to the model through this.
+The terminal, the web page and `atomtune.load` all use it.
 """
 
 import contextlib
@@ -32,21 +32,21 @@ from atomtune.model.token_rows import guard_embedding
 from atomtune.serve.answer_text import AnswerText
 from atomtune.settings.fields import TrainedModelSettings
 
-#: Tokens kept free for an answer when a long conversation is shortened.
+#: Tokens kept free for the answer when a long conversation is shortened.
 ROOM_FOR_ANSWER = 64
 GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
 class Wording:
-    """How what is typed becomes the messages that the model was trained on.
+    """How typed text becomes messages as in training.
 
-    The instruction (--system with atom, else the one that the training records shared) stands where training put it.
-    With a role template --system is a system message.
+    The instruction is --system with the template `atom`, else the one that the training records share; it is placed as
+    in training. With templates that have roles, --system is a system message.
     """
 
     template: Template
-    opening: list[Message]  # stands before everything that is typed
+    opening: list[Message]  # messages before everything that is typed
     instruction: str
 
     @classmethod
@@ -58,14 +58,14 @@ class Wording:
         return cls(template, [], system)
 
     def messages(self, typed: str) -> list[Message]:
-        """What is typed, as the user's message."""
+        """Typed text as the user's message."""
         turn = Turn("user", self.instruction, typed) if self.instruction else Turn("user", typed)
         return self.template.messages([turn])
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer: its tokens, the text that a reader saw, and the turn that it is in the next request."""
+    """An answer: its tokens, its text as shown, and its turn for the next request."""
 
     ids: tuple[int, ...]
     text: str
@@ -73,12 +73,12 @@ class Reply:
 
 
 class TunedModel:
-    """A loaded model, the template it was trained with, and the words that its training records shared.
+    """A loaded model, its training template, and the instruction that its training records share.
 
     model               the transformers or PEFT model itself
-    base                where the base lies
-    shared_instruction  what nearly all training records shared; None where they shared none
-    notices             what was worth saying while it was loaded
+    base                path of the base
+    shared_instruction  instruction of nearly all training records; None if they have none in common
+    notices             notices given while it was loaded
     """
 
     def __init__(
@@ -103,22 +103,22 @@ class TunedModel:
 
     @property
     def has_base(self) -> bool:
-        """Whether the base can answer too: an adapter can be switched off, a merged model cannot."""
+        """Whether the base can answer too: an adapter can be disabled, a merged model has no base."""
         return hasattr(self.model, "disable_adapter")
 
     @property
     def positions(self) -> int:
-        """How many tokens the model has positions for; without a limit in its config, as many as you like."""
+        """How many tokens the model has positions for; sys.maxsize if its config sets no limit."""
         return positions_of(self.model.config) or sys.maxsize
 
     def asked_by(self, template: Template) -> "TunedModel":
-        """The same model in memory, asked by another template."""
+        """The same model in memory with another template."""
         other = copy.copy(self)
         other.template, other.wording = template, replace(self.wording, template=template)
         return other
 
     def with_system(self, system: str | None) -> Wording:
-        """The wording under another system text; None: the training's own."""
+        """The wording with another system text; None: that of the training."""
         return Wording.of(self.template, system, self.shared_instruction)
 
     def chat(
@@ -134,9 +134,9 @@ class TunedModel:
     ) -> str:
         """Answer one message, or a conversation of `{"role": …, "content": …}` that ends with the user's.
 
-        A message alone is asked as `atomtune chat` asks it, with the instruction that the training records shared.
-        temperature  0: the most likely token each time, so that equal questions have equal answers
-        Raises BadSettings where the prompt is longer than the model has positions for.
+        A single message is sent as in `atomtune chat`, with the instruction that the training records share.
+        temperature  0: always the most likely token, so that equal questions get equal answers
+        Raises BadSettings if the prompt is longer than the model's positions.
         """
         reply = self.reply(
             self.messages_of(message),
@@ -158,9 +158,9 @@ class TunedModel:
         seed: int = 0,
         base: bool = False,
     ) -> Iterator[str]:
-        """The pieces of the answer that `chat` gives, as the model writes them. Leaving the loop ends the answer.
+        """Yield the answer of `chat` in pieces while the model writes it. Leaving the loop ends the answer.
 
-        base  the base answers, with the adapter switched off
+        base  let the base answer, with the adapter disabled
         """
         sampling = Sampling(temperature, top_p, top_k, repetition_penalty)
         yield from self.stream_reply(
@@ -170,9 +170,9 @@ class TunedModel:
     def stream_reply(
         self, messages: Sequence[Message], *, stop_early: Callable[[], bool] | None = None, **settings: Any
     ) -> Generator[str, None, Reply]:
-        """`reply` in pieces: yields the answer's text as it is written, and returns the reply.
+        """`reply` in pieces: yields the answer's text while it is written, and returns the reply.
 
-        The model writes in a thread of its own. Leaving the loop ends the answer.
+        The model writes in another thread. Leaving the loop ends the answer.
         settings  those of `reply`
         """
         pieces: queue.Queue[str | BaseException | Reply] = queue.Queue()
@@ -184,7 +184,7 @@ class TunedModel:
         def write() -> None:
             try:
                 pieces.put(self.reply(messages, hand_on=pieces.put, stop_early=stops, **settings))
-            except BaseException as error:  # noqa: BLE001  # raised where the pieces are read
+            except BaseException as error:  # noqa: BLE001  # raised again in the thread that reads the pieces
                 pieces.put(error)
 
         writer = threading.Thread(target=write, daemon=True)
@@ -200,7 +200,7 @@ class TunedModel:
             writer.join()
 
     def messages_of(self, message: str | Sequence[Mapping[str, Any]]) -> list[Message]:
-        """A message as `atomtune chat` words it; a conversation as it is."""
+        """The messages for a text as in `atomtune chat`; a conversation unchanged."""
         if isinstance(message, str):
             return [*self.wording.opening, *self.wording.messages(message)]
         return [dict(turn) for turn in message]
@@ -216,11 +216,12 @@ class TunedModel:
         hand_on: Callable[[str], None] = lambda text: None,
         stop_early: Callable[[], bool] | None = None,
     ) -> Reply:
-        """One answer, each piece of its text handed on as it is written.
+        """Generate one answer.
 
-        base        the base answers, with the adapter switched off
-        stop_early  asked after each token; True ends the answer there
-        Raises BadSettings where the prompt is longer than the model has positions for.
+        hand_on     called with each piece of text as it is written
+        base        let the base answer, with the adapter disabled
+        stop_early  called after each token; True ends the answer there
+        Raises BadSettings if the prompt is longer than the model's positions.
         """
         room = self.positions - len(prompt_ids(self.template, messages))
         if room < 1:
@@ -259,9 +260,9 @@ def load_tuned(
     system: str | None = None,
     other_base: bool = False,
 ) -> TunedModel:
-    """The adapter on its base, or the merged model that the folder holds, ready to answer.
+    """Load the adapter on its base, or the merged model in the folder, ready to answer.
 
-    Raises BadModel for a folder without one, or for a base that the adapter was not trained on.
+    Raises BadModel for a folder without either, or for a base that the adapter was not trained on.
     """
     quiet_libraries()
     folder = Path(adapter_path)
@@ -277,7 +278,7 @@ def load_tuned(
     path = str(folder) if merged else base_of(folder, settings.model_path)
     quantize = quantize_as_trained(
         path,
-        [None if merged else metadata.quantize],  # what is merged was unpacked for it
+        [None if merged else metadata.quantize],  # a merged model was dequantized before the merge
         asked=settings.quantize,
         stored=settings.stored_base,
         trust_remote_code=settings.trust_remote_code,

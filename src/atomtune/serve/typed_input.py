@@ -1,4 +1,4 @@
-"""Typed input: what is typed in a terminal, edited there, and the lines of a pipe."""
+"""Typed input: text typed and edited in a terminal, and the lines of a pipe."""
 
 import codecs
 import io
@@ -14,9 +14,9 @@ from atomtune.errors import BadData
 
 
 def lines_of_pipe() -> Iterator[str]:
-    """Each line of standard input, without its end. Raises BadData where it is no text, or cannot be read."""
+    """The lines of standard input without line ends. Raises BadData if it is not text or cannot be read."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # A locale with ASCII alone hands on each other byte as half a character, which no model takes.
+        # With an ASCII locale Python would decode other bytes to lone surrogates, which no tokenizer accepts.
         encoding = codecs.lookup(sys.stdin.encoding).name
         sys.stdin.reconfigure(encoding="utf-8" if encoding == "ascii" else encoding, errors="strict")
     try:
@@ -30,9 +30,9 @@ def lines_of_pipe() -> Iterator[str]:
 
 
 class TypedInput:
-    """What is typed: arrow keys edit it and bring earlier messages back, Enter sends, Alt+Enter makes a new line.
+    """Messages typed in a terminal: arrow keys edit and recall earlier ones, Enter sends, Alt+Enter makes a new line.
 
-    Pasted lines come as one message. The history is that of this program alone; nothing typed is written to a disk.
+    Pasted lines become one message. The history lasts only as long as this program; nothing typed is written to a disk.
     """
 
     def __init__(self, commands: Sequence[str]) -> None:
@@ -42,11 +42,11 @@ class TypedInput:
             prompt_continuation="  ",
             completer=WordCompleter(list(commands), sentence=True),
             complete_while_typing=False,
-            output=create_output(stdout=sys.stderr),  # standard output holds answers and nothing else
+            output=create_output(stdout=sys.stderr),  # standard output is only for answers
         )
 
     def __iter__(self) -> Iterator[str]:
-        """Messages until Ctrl-D. Ctrl-C takes back what is being typed."""
+        """Messages until Ctrl-D. Ctrl-C discards what is being typed."""
         while True:
             try:
                 yield self._session.prompt("> ")
@@ -57,7 +57,7 @@ class TypedInput:
 
 
 def _keys() -> KeyBindings:
-    """Enter sends; Alt+Enter, and Ctrl-J as a terminal sends for it, makes a new line."""
+    """Enter sends; Alt+Enter, or Ctrl-J, which some terminals send for it, makes a new line."""
 
     keys = KeyBindings()
 

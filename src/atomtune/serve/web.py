@@ -1,4 +1,4 @@
-"""Web: talk to a tuned model in a page, beside its base."""
+"""Web: talk to a tuned model and its base on a web page."""
 
 import os
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from atomtune.settings.fields import WebSettings
 if TYPE_CHECKING:
     from atomtune.serve.page import Page
 
-#: The name that --password is asked with.
+#: The user name that goes with --password.
 USER = "atomtune"
 
 
@@ -50,17 +50,17 @@ def web(settings: WebSettings) -> int:
 
 
 def _launch(page: "Page", settings: WebSettings, password: str | None) -> None:
-    """Begin to listen. Raises BadSettings where another program took the port while the model was loaded."""
+    """Start to listen. Raises BadSettings if another program took the port while the model was loaded."""
     try:
         page.launch(host=settings.host, port=settings.port, login=(USER, password) if password else None)
-    except OSError:  # without a number: Gradio's own
+    except OSError:  # Gradio's error has no errno
         if problems := address_problems(settings.host, settings.port):
             raise BadSettings(problems) from None
         raise
 
 
 def _refuse(settings: WebSettings, password: str | None) -> None:
-    """Raise BadSettings with all that stands against it, before anything is loaded."""
+    """Raise BadSettings with all problems, before anything is loaded."""
     problems = []
     if not only_this_machine(settings.host) and not password:
         problems.append(

@@ -1,1 +1,1 @@
-"""Settings: every one declared once, read from flags and YAML, checked before anything is touched."""
+"""Settings: each is declared once, read from flags and YAML, and checked before anything starts."""

@@ -1,7 +1,7 @@
-"""Completion: what the Tab key offers in a shell, from the same names and choices as --help.
+"""Completion: words that the Tab key offers in a shell, from the same names and choices as --help.
 
-argcomplete asks the program itself, so nothing that was generated once can go stale, and bash, zsh and fish are its
-concern. Turned on by `eval "$(register-python-argcomplete atomtune)"`.
+argcomplete runs the program itself, so nothing generated can become outdated, and it supports bash, zsh and fish.
+It is turned on by `eval "$(register-python-argcomplete atomtune)"`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Contradictions: settings that are right alone and cannot go together."""
+"""Contradictions: settings that are valid alone but cannot be combined."""
 
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -7,16 +7,16 @@ from typing import Any
 
 from atomtune.choices import METRICS, SHORTEST_RECORD
 
-#: Of a JSON value that is typed; Python's own limit to what may stand in each other is a thousand.
+#: Most brackets in a JSON value on the command line; Python's json nests at most a thousand deep.
 _MOST_BRACKETS = 500
-#: Characters of such a value in an error.
+#: Most characters of such a value in a message.
 _SHOWN = 200
 
 
 def contradictions(values: Mapping[str, Any], written: Collection[str]) -> Iterator[str]:
-    """A line for each. written: the settings that the user set; all others have their defaults."""
+    """A message for each contradiction. written: the settings that the user set; all others have their defaults."""
     yield from _of_the_template(values)
-    if 0 < (values.get("max_seq_length") or 0) < SHORTEST_RECORD:  # 0 means something in `evaluate` alone
+    if 0 < (values.get("max_seq_length") or 0) < SHORTEST_RECORD:  # 0 has a meaning only in `evaluate`
         yield f"--max_seq_length {values['max_seq_length']}: expected at least {SHORTEST_RECORD} tokens."
     yield from _of_data(values, written)
     yield from _of_the_start(values)
@@ -33,7 +33,7 @@ def _of_the_template(values: Mapping[str, Any]) -> Iterator[str]:
                 "'{\"enable_thinking\": false}'."
             )
         elif not isinstance(variables.get("enable_thinking", True), bool):
-            # A template takes "false", a text, for true.
+            # In a template, the text "false" would count as true.
             yield f"--chat_template_kwargs {text[:_SHOWN]}: enable_thinking is true or false, without quotes."
     if day is not None:
         try:
@@ -43,7 +43,7 @@ def _of_the_template(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _object_in(text: str) -> dict[str, Any] | None:
-    """The JSON object that a text holds; None where it holds none, or one that is nested without end."""
+    """The JSON object in a text; None if it is none, or has too many brackets."""
     if text.count("[") + text.count("{") > _MOST_BRACKETS:
         return None
     try:

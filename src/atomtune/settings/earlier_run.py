@@ -1,6 +1,6 @@
-"""Earlier run: settings that `--resume` takes from the run's own record where the command names no model or no data.
+"""Earlier run: settings that `--resume` takes from the run's run.json if the command names no model or no data.
 
-So `atomtune train --resume --output_dir FOLDER` goes on with a run that was killed, whose command nobody printed.
+So `atomtune train --resume --output_dir FOLDER` continues a killed run even if its command is not known.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ from atomtune.errors import BadSettings
 from atomtune.settings.entry import DEFAULT, FOUND, OF_THE_DEMO, OWN_DEFAULT, Entry
 from atomtune.settings.fields import is_secret
 
-#: Sources of values that were left to the run, which finds them again; what the demo sets, it sets itself.
+#: Sources of values that the run chose itself, and finds again; the demo sets its own.
 _LEFT_TO_THE_RUN = (DEFAULT, OWN_DEFAULT, OF_THE_DEMO)
-#: What is said each time: where a run begins, and whether code that comes with a model may run.
+#: Settings that must be given each time: how a run starts, and whether code that comes with a model may run.
 _SAID_EACH_TIME = (
     *("resume", "resume_from_checkpoint", "resume_anyway", "continue_training", "checkpoint"),
     *("output_dir", "trust_remote_code"),
@@ -26,10 +26,10 @@ _SAID_EACH_TIME = (
 
 
 def entries_of_earlier_run(entries: Mapping[str, Entry], known: Mapping[str, Any]) -> dict[str, Entry]:
-    """What was set in the run to resume, where these entries ask for that and name no model or no data; else nothing.
+    """The settings of the run to resume, if these entries ask for a resume and lack a model or data; else empty.
 
-    known  the settings there are, by name
-    Raises BadSettings where the folder's record has none: without a model and data it would be the demo that begins.
+    known  all settings by name
+    Raises BadSettings if the folder's run.json has no settings: without model and data, the demo would start instead.
     """
     named = {"model_path", "dataset_path"} & entries.keys()
     if len(named) == 2 or "output_dir" not in entries or not _is_on(entries.get("resume")):
@@ -40,7 +40,7 @@ def entries_of_earlier_run(entries: Mapping[str, Entry], known: Mapping[str, Any
     except (OSError, ValueError):
         recorded = None
     if not isinstance(recorded, dict):
-        if named:  # the other one is missing, which is said elsewhere
+        if named:  # the missing one is reported elsewhere
             return {}
         raise BadSettings(
             [
@@ -56,7 +56,7 @@ def entries_of_earlier_run(entries: Mapping[str, Entry], known: Mapping[str, Any
 
 
 def _is_on(entry: Entry | None) -> bool:
-    with contextlib.suppress(ValidationError):  # which is said elsewhere
+    with contextlib.suppress(ValidationError):  # reported elsewhere
         return entry is not None and TypeAdapter(bool).validate_python(entry.value)
     return False
 

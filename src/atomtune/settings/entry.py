@@ -1,14 +1,14 @@
-"""Entry: one value as the user wrote it, and where."""
+"""Entry: a value as the user wrote it, and where."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from atomtune.language import message
 
-#: Origins of values that nobody wrote: a default, ours in place of the library's, the demo's, and what a run finds by
-#: itself (its reason stands behind it).
+#: Origins of values that nobody wrote: the library's default, atomtune's default, the demo, or chosen by the run (then
+#: its reason follows).
 DEFAULT, OWN_DEFAULT, OF_THE_DEMO, FOUND = "default", message("atomtune's default"), message("the demo"), "auto"
-LONGEST_SHOWN = 60  # characters of a value in an error
+LONGEST_SHOWN = 60  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Entry:
     origin: str  # `--lora_rank`, `run.yaml:3`, `the demo`
 
     def place(self, name: str) -> str:
-        """How an error names it: `--lora_rank 'x'`, `run.yaml:3: lora_rank 'x'`."""
+        """The setting with its origin, for messages: `--lora_rank 'x'`, `run.yaml:3: lora_rank 'x'`."""
         where = self.origin if self.origin.startswith("--") else f"{self.origin}: {name}"
         return f"{where} {self.shown()}"
 
     def shown(self) -> str:
-        """The value in quotes, cut where it is long."""
+        """The value in quotes, shortened if it is long."""
         words = self.value if isinstance(self.value, list) else [self.value]
         text = " ".join(map(str, words[:9]))  # more would be cut anyway
         if len(text) > LONGEST_SHOWN:

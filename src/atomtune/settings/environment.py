@@ -1,40 +1,39 @@
-"""Environment: variables that change a run unseen, left over from another job or written carelessly, are said first."""
+"""Environment: reports variables that silently change a run, left over from another job or written carelessly."""
 
 import os
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
-#: What torchrun and other launchers set in every process of a job.
+#: Variables that torchrun and other launchers set in every process of a job.
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-#: Folders in which the libraries keep what they fetch and make; the first is the root of the others.
+#: Cache folders of the libraries; the first is the root of the others.
 CACHES = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "XDG_CACHE_HOME")
 _LAST_PORT = 65_535
 _TRUTHS = {"y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0"}
 
 
-#: Turns of a waiting thread's loop before it sleeps, some 60 microseconds: on an idle machine as fast as libgomp's own
-#: 300,000. With another busy program beside two threads, a run took 102 s with those, 24 s with these (docs/log.md).
+#: How often a waiting thread spins before it sleeps, about 60 microseconds. On an idle machine this is as fast as
+#: libgomp's own 300,000; with another busy program beside two threads, a run took 24 s instead of 102 s (docs/log.md).
 SPINS = "3000"
 
 
 def let_waiting_threads_sleep(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Keep threads that wait for each other from holding the cores that others need; called before torch is imported.
+    """Keep threads that wait for each other from occupying the cores. Call it before torch is imported.
 
-    The GNU library of OpenMP reads the variable once, when torch loads it. Whoever sets one of its two variables is
-    obeyed.
+    GNU OpenMP reads the variable once, when torch loads it. If the user has set one of its two variables, it is kept.
     """
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def is_first_process(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process speaks for its job: the only one, or the first that a launcher started."""
+    """Whether this process may print for its job: the only one, or the first that a launcher started."""
     return environment.get("RANK", "0") == "0"
 
 
 def environment_problems(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
-    """A line for each variable that no launcher would have set so."""
+    """A message for each variable with a value that no launcher would set."""
     numbers = {}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         text = environment.get(name)
@@ -47,7 +46,7 @@ def environment_problems(environment: Mapping[str, str] = os.environ) -> Iterato
     present = [name for name in LAUNCHER if name in environment]
     missing = [name for name in LAUNCHER if name not in environment]
     present += ["LOCAL_RANK"] if "LOCAL_RANK" in environment else []
-    alone = {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"}.issuperset(present)  # a cluster's defaults, with no job
+    alone = {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"}.issuperset(present)  # defaults of a cluster, without a job
     if present and missing and (not alone or numbers.get("WORLD_SIZE", 1) > 1):
         listed = ", ".join(f"{name}={environment[name]}" for name in present)
         yield (
@@ -74,7 +73,7 @@ def environment_problems(environment: Mapping[str, str] = os.environ) -> Iterato
 
 
 def _mpi_problems(environment: Mapping[str, str]) -> Iterator[str]:
-    """Of the variables that MPI's launchers set: on a CPU accelerate waits for as many processes as they say."""
+    """Problems with the variables of MPI launchers: on a CPU, accelerate waits for as many processes as they say."""
     for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
         text = environment.get(name, "1")
         if not text.isdecimal():
@@ -87,7 +86,7 @@ def _mpi_problems(environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def _accelerate_problems(environment: Mapping[str, str]) -> Iterator[str]:
-    """Of the variables that `accelerate launch` sets: they stand above the run's own settings."""
+    """Problems with the variables of `accelerate launch`, which override the run's own settings."""
     if device := environment.get("ACCELERATE_TORCH_DEVICE"):
         yield (
             f"the environment has ACCELERATE_TORCH_DEVICE={device}, which sends batches to another device than the "
@@ -99,7 +98,7 @@ def _accelerate_problems(environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def number_problems(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
-    """Of the variables that libraries read as numbers when they are imported: whatever else they hold ends that."""
+    """Problems with variables that libraries read as numbers when they are imported; anything else makes that fail."""
     for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
         text = environment.get(name)
         if text is not None and not text.strip().lstrip("+-").isdecimal():
@@ -112,10 +111,10 @@ def number_problems(environment: Mapping[str, str] = os.environ) -> Iterator[str
 
 
 def start_problems() -> Iterator[str]:
-    """Of how the command was started: by which libraries end the process, or are not even imported."""
+    """Problems of how the command was started that end the process, or make an import fail."""
     try:
         Path.cwd()
-    except OSError:  # kernels of torch are looked for from here
+    except OSError:  # torch searches for kernels from here
         yield "the folder that this command was started in no longer exists, or cannot be read. `cd` to another one."
     if sys.flags.optimize > 1:
         yield (
@@ -125,7 +124,7 @@ def start_problems() -> Iterator[str]:
 
 
 def cache_notices(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
-    """A line for each cache folder whose place depends on where the command was started."""
+    """A notice for each cache folder whose path depends on the working directory."""
     for name in CACHES:
         folder = environment.get(name, "")
         if folder and not folder.startswith("~") and not Path(folder).is_absolute():
@@ -136,7 +135,7 @@ def cache_notices(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
 
 
 def waiting_notice(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Said where all variables are there and torchrun did not set them: another launcher did, or they are leftovers."""
+    """A notice if all variables are set but torchrun did not set them: by another launcher, or left over. Else None."""
     if "TORCHELASTIC_RUN_ID" in environment or any(name not in environment for name in LAUNCHER):
         return None
     rank, ranks = environment["RANK"], environment["WORLD_SIZE"]

@@ -1,4 +1,4 @@
-"""Expect: what a setting may be, in words, for --help and for errors."""
+"""Expect: the valid values of a setting in words, for --help and for messages."""
 
 import types
 import typing
@@ -12,7 +12,7 @@ from atomtune.language import message
 
 
 def field_infos(groups: Sequence[type[Any]]) -> dict[str, FieldInfo]:
-    """Name → declaration of every setting of these classes."""
+    """name → declaration, of every setting of these classes."""
     infos = {}
     for group in groups:
         for field in fields(group):
@@ -31,10 +31,10 @@ def choices_in(kind: Any) -> tuple[str, ...]:
 
 
 def expected(kind: Any, info: FieldInfo | None = None) -> str:
-    """`a whole number, 1 or more`; `one of shorten, skip, error`."""
+    """For example `a whole number, 1 or more`, or `one of shorten, skip, error`."""
     parts = _parts(kind)
     words = [_KINDS[part] for part in _KINDS if part in parts]
-    if bool in parts and str in parts:  # as --fsdp: the flag alone, or words
+    if bool in parts and str in parts:  # for example --fsdp: the flag alone, or words
         words = ["true, false or text"]
     choices = choices_in(kind)
     if choices:
@@ -44,7 +44,7 @@ def expected(kind: Any, info: FieldInfo | None = None) -> str:
     return f"{text}, {limits}" if limits else text
 
 
-#: In the order in which a union names them.
+#: In the order in which a message lists the members of a union.
 _KINDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -57,19 +57,19 @@ _KINDS: dict[Any, str] = {
 
 
 def _parts(kind: Any) -> set[Any]:
-    """The members of a union, dict[str, bool] as dict; None left out, and list[str] beside str."""
+    """The members of a union, with dict[str, bool] as dict, without None, and without list[str] if there is str."""
     union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     parts = set(typing.get_args(kind)) if union else {kind}
     parts = {dict if typing.get_origin(part) is dict else part for part in parts}
     if str in parts:
         parts -= {list[str]}
-    if dict in parts:  # a dict or str: the text of a file's name
+    if dict in parts:  # dict or str: the str is the name of a file
         parts -= {str}
     return parts
 
 
 def _range(info: FieldInfo) -> str:
-    """`at least 1 and at most 8`, from pydantic's metadata: Ge(ge=1), Le(le=8)."""
+    """For example `at least 1 and at most 8`, from pydantic's metadata Ge(ge=1), Le(le=8)."""
     limits = {
         name: getattr(limit, name)
         for name in ("ge", "gt", "le", "lt")
@@ -79,7 +79,7 @@ def _range(info: FieldInfo) -> str:
     return _RANGE_WORDS[tuple(limits)].format(*limits.values()) if limits else ""
 
 
-#: One text for both ends: Chinese does not put two texts together as English does.
+#: One text per combination, because Chinese cannot be composed from two parts as English can.
 _RANGE_WORDS = {
     ("ge",): "{:,} or more",
     ("gt",): "more than {}",

@@ -1,7 +1,8 @@
-"""Settings: each of a command exists once, here, as flag, YAML key, help line, default and range.
+"""Settings: each setting of a command is declared once, here: flag, YAML key, help line, default and range.
 
-What several commands mean alike is made by one function; where they mean different things by one name, as by `json` or
-`adapter_path`, each says its own. The docstring of a class is the heading over its settings in `--help`.
+A setting with the same meaning in several commands is made by one function. Where a name means different things, for
+example `json` or `adapter_path`, each class declares it. A class's docstring is the heading over its settings in
+`--help`.
 """
 
 import json
@@ -35,7 +36,7 @@ STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=Fa
 
 #: In tokens; no model has more positions.
 LONGEST_ANSWER = 10_000_000
-#: numpy's generators take no larger seed.
+#: The largest seed of numpy's generators.
 LARGEST_SEED = 2**32 - 1
 
 
@@ -51,12 +52,12 @@ def setting(
     at_most: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A field of a settings class.
+    """Declare a field of a settings class.
 
-    text: the help line: what it does, in which unit.
-    value: the placeholder in --help, as FILE or N.
-    unit: of a number, for programs; the help line says it in words.
-    rare: shown by `--help all` only.
+    text: the help line: what it does, and in which unit.
+    value: the placeholder in --help, for example FILE or N.
+    unit: of a number, for programs; the help line has it in words.
+    rare: shown only by `--help all`.
     """
     is_list = isinstance(default, list)
     return Field(
@@ -71,23 +72,23 @@ def setting(
 
 
 def other_base_setting(*, rare: bool = False) -> Any:
-    """A base of other weights than the adapter knows, wherever one is loaded."""
+    """Accept a base with other weights than the adapter was trained on, for all commands that load an adapter."""
     text = "accept a base model whose weights are not those that the adapter was trained on"
     return setting(False, text, rare=rare)
 
 
 def tuned_model_setting() -> Any:
-    """The folder of what answers in chat and on the page."""
+    """The folder of the model that answers in chat and on the web page."""
     return setting(..., "the output folder of a run, one of its checkpoints, or a merged model", value="FOLDER")
 
 
 def seed_setting(text: str, *, default: int = 42, rare: bool = False) -> Any:
-    """A seed, of what the text says."""
+    """A seed, for what the text says."""
     return setting(default, text, at_least=0, at_most=LARGEST_SEED, rare=rare)
 
 
 def answer_setting(default: int, text: str) -> Any:
-    """How long an answer may get, in tokens."""
+    """The longest answer, in tokens."""
     return setting(default, text, at_least=1, at_most=LONGEST_ANSWER, unit="tokens")
 
 
@@ -176,7 +177,7 @@ class RecordSettings:
         return [self.dataset_path] if isinstance(self.dataset_path, str) else self.dataset_path
 
     def template_options(self) -> dict[str, Any]:
-        """What load_template needs to know besides the template's name."""
+        """Arguments of load_template, besides the template's name."""
         return {
             "variables": json.loads(self.chat_template_kwargs) if self.chat_template_kwargs else {},
             "day": date.fromisoformat(self.template_date) if self.template_date else None,
@@ -184,12 +185,12 @@ class RecordSettings:
 
     @property
     def max_tokens(self) -> int:
-        """max_seq_length; auto becomes a number before records are read."""
+        """max_seq_length, which must no longer be auto."""
         assert self.max_seq_length is not None
         return self.max_seq_length
 
     def rules(self) -> dict[str, Any]:
-        """How values become examples, as plain values."""
+        """How records become examples, as plain values."""
         return {
             "max_tokens": self.max_tokens,
             "overlength": "skip" if self.skip_overlength else self.overlength,
@@ -249,7 +250,7 @@ class ModelSettings(TokenizerSettings):
     )
 
     def base(self) -> dict[str, Any]:
-        """What model.load.BaseSpec needs to know, besides dtype and device."""
+        """Arguments of model.load.BaseSpec, besides dtype and device."""
         return {
             "path": str(self.model_path),
             "device_map": self.device_map,
@@ -286,7 +287,8 @@ class LoraSettings:
         at_most=LARGEST_RANK,
     )
     lora_alpha: float = setting(
-        # As much as an adapter's file may say (model/file_schemas.py): more would be trained and then not be loaded.
+        # The same limit as for an adapter's file (model/file_schemas.py): an adapter with more could not be loaded
+        # again.
         32.0,
         "the adapter's output is multiplied by alpha / rank",
         at_least=0,
@@ -311,7 +313,7 @@ class LoraSettings:
     )
 
     def lora(self) -> dict[str, Any]:
-        """What model.adapter.LoraSpec needs to know."""
+        """Arguments of model.adapter.LoraSpec."""
         return {
             "rank": self.lora_rank,
             "alpha": self.lora_alpha,
@@ -325,8 +327,8 @@ class LoraSettings:
 class TrainerSettings:
     """Training"""
 
-    # Names and meanings are transformers.TrainingArguments'; here stand those that people change, and those with a
-    # range that the library does not check. All its others pass through: settings/library.py.
+    # Names and meanings are those of transformers.TrainingArguments. Declared here are settings that users change, and
+    # those with a range that the library does not check. All others pass through: settings/library.py.
 
     output_dir: str | None = setting(
         None, "folder for the adapter, its checkpoints and run.json; default: a new folder runs/NAME-1", value="FOLDER"
@@ -468,9 +470,9 @@ class TrainerSettings:
     )
 
 
-#: Defaults in TrainerSettings that are not the library's.
-CHANGED_DEFAULTS = ("save_total_limit",)  # the tutorial's
-#: Settings that may be `auto`: the run then takes what suits its records and its base (train/defaults.py).
+#: Settings of TrainerSettings whose default is not the library's.
+CHANGED_DEFAULTS = ("save_total_limit",)  # as in the tutorial
+#: Settings that may be `auto`: the run then chooses what suits its records and its base (train/defaults.py).
 AUTOMATIC = (
     *("max_seq_length", "eval_size", "learning_rate", "num_train_epochs", "per_device_train_batch_size"),
     *("logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps", "load_best_model_at_end"),
@@ -769,20 +771,20 @@ class RunsSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """Everything `atomtune train` was told: its own groups, the Trainer's values, and where each was set."""
+    """All settings of `atomtune train`: its own groups, the Trainer's values, and where each was set."""
 
     data: DataSettings
     model: ModelSettings
     lora: LoraSettings
     run: RunSettings
     trainer: dict[str, Any]
-    origins: dict[str, str]  # setting → `--lora_rank`, `run.yaml:3`, `atomtune's default`
+    origins: dict[str, str]  # setting → where it was set: `--lora_rank`, `run.yaml:3`, `atomtune's default`
     demo: bool
-    argv: tuple[str, ...] | None = None  # the words behind `atomtune train`; None where a function was called
+    argv: tuple[str, ...] | None = None  # the words after `atomtune train`; None if a function was called
     json: bool = False
 
     def with_derived(self, values: Mapping[str, Any], reasons: Mapping[str, str]) -> "TrainSettings":
-        """These settings with values for those that were left to the run, and why each is so."""
+        """These settings with values for those on auto, and the reasons for them."""
         of_data = {field.name for field in fields(DataSettings)} & values.keys()
         data = replace(self.data, **{name: values[name] for name in of_data})
         trainer = {**self.trainer, **{name: value for name, value in values.items() if name not in of_data}}
@@ -792,7 +794,7 @@ class TrainSettings:
         return replace(self, data=data, trainer=trainer, origins=origins)
 
     def resolved(self) -> dict[str, dict[str, Any]]:
-        """Each setting of our own and each that the Trainer gets, with its origin; secrets left out."""
+        """name → value and origin, of our own settings and of those for the Trainer; secrets are replaced."""
         values: dict[str, Any] = {}
         for group in (self.data, self.model, self.lora, self.run):
             values |= {field.name: getattr(group, field.name) for field in fields(group)}
@@ -849,10 +851,10 @@ class SweepChoices:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings:
-    """Trials of one run's settings.
+    """The trials of a sweep.
 
-    train   the run as it is without --try
-    shared  what the user wrote for every trial, as written: setting → value
+    train   the run without --try
+    shared  settings that the user wrote for all trials: setting → value as written
     tried   setting → the values to try, or one range `LOW:HIGH`
     """
 
@@ -864,11 +866,11 @@ class SweepSettings:
 
 
 def is_secret(name: str) -> bool:
-    """Whether a setting's value is written and printed nowhere."""
+    """Whether a setting's value must never be written to a file or printed."""
     return name.endswith(("_token", "_key", "_secret", "_password"))
 
 
 def _pairs(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """`theirs=ours` words as pairs."""
+    """Words of the form `theirs=ours` as pairs."""
     pairs = (word.partition("=") for word in words)
     return tuple((theirs, ours) for theirs, _, ours in pairs)

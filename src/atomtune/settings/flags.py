@@ -1,4 +1,4 @@
-"""Flags: what a command line, its YAML file or a function's keywords say, each value with its origin."""
+"""Flags: reads a command line, its YAML file or a function's keywords into values with their origins."""
 
 import argparse
 import json
@@ -17,25 +17,25 @@ from atomtune.settings.entry import Entry
 from atomtune.settings.names import VALUE_SYNONYMS, advice, synonym
 from atomtune.settings.yaml_file import yaml_entries
 
-#: The setting that words without a flag belong to: inspect FILE …, runs FOLDER …
+#: The setting to which words without a flag belong: inspect FILE …, runs FOLDER …
 PATHS_ARE = {"inspect": "dataset_path", "runs": "folder"}
-#: Commands that take the settings of a run, and a YAML file of them.
+#: Commands that take the settings of a run, or a YAML file with them.
 OF_A_RUN = ("train", "plan", "sweep")
-#: Settings that a model reads, so that they are text.
+#: Settings that are text for the model.
 TEXTS = ("prompt", "system")
-#: Settings that name folders of models: tokenizers and safetensors, written in Rust, take their names as UTF-8.
+#: Settings with folders of models. tokenizers and safetensors, written in Rust, need their names in UTF-8.
 MODEL_FOLDERS = ("model_path", "adapter_path", "output_dir", "served", "checkpoint", "resume_from_checkpoint")
 _NEGATIVE_NUMBER = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
-_VALUE = "\0"  # put before a word that argparse would take for a flag; no command line can hold it
+_VALUE = "\0"  # prefix of a word that argparse would take for a flag; no command line can contain it
 
 
 def flag_of(name: str) -> str:
-    """`try_` is `--try`: Python keeps that word for itself, and the underscore is its custom for such names."""
+    """`try_` → `--try`: `try` is a keyword in Python, so the name has an underscore."""
     return f"--{name.rstrip('_')}"
 
 
 def types_of(groups: Sequence[type]) -> dict[str, Any]:
-    """Name → type of every setting of these classes."""
+    """name → type, of every setting of these classes."""
     types: dict[str, Any] = {}
     for group in groups:
         types |= typing.get_type_hints(group)
@@ -43,16 +43,16 @@ def types_of(groups: Sequence[type]) -> dict[str, Any]:
 
 
 class EntryReader:
-    """Reads command lines, YAML files and keywords of one command into entries; collects what is wrong with them."""
+    """Reads the command line, YAML file and keywords of one command into entries, and collects their problems."""
 
     def __init__(self, command: str, types: Mapping[str, Any]) -> None:
         self.command, self.types = command, types
         self.problems: list[str] = []
-        self.translated: list[str] = []  # `--lr → --learning_rate`: names of other tools that were understood
-        self.repeated: dict[str, None] = {}  # flags that stand twice on the command line, in order
+        self.translated: list[str] = []  # `--lr → --learning_rate`: names of other tools that were translated
+        self.repeated: dict[str, None] = {}  # flags that occur twice on the command line, in order
 
     def read(self, argv: Sequence[str]) -> dict[str, Entry]:
-        """YAML first, then flags, which win."""
+        """Entries of the YAML file, replaced by those of flags."""
         values = self._parsed(argv)
         entries = self._yaml_entries(values.pop("yaml", None), values.pop("config", None))
         paths = values.pop("paths", None)
@@ -65,7 +65,7 @@ class EntryReader:
         return self._checked(entries)
 
     def read_keywords(self, values: Mapping[str, Any]) -> dict[str, Entry]:
-        """As a YAML file with these lines; None leaves a default. `config` names a file of settings for train."""
+        """Entries of keywords, read like lines of a YAML file; None keeps a default. `config` is a file of settings."""
         origin = f"{self.command}()"
         config = values.get("config") if self.command in OF_A_RUN else None
         entries = self._yaml_entries(None if config is None else os.fspath(config))
@@ -78,7 +78,7 @@ class EntryReader:
         return self._checked(entries)
 
     def _checked(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-        """The entries in our words; one with characters that no file's name and no text has becomes a problem."""
+        """The entries with translated values; characters that are invalid in file names or text become a problem."""
         for name, entry in entries.items():
             words = entry.value if isinstance(entry.value, list) else [entry.value]
             if not all(_is_writable(word, is_name=name not in TEXTS) for word in words):
@@ -93,7 +93,7 @@ class EntryReader:
         return {name: self._in_our_words(name, entry) for name, entry in entries.items()}
 
     def _parsed(self, argv: Sequence[str]) -> dict[str, Any]:
-        """What argparse makes of the words: name → a word, words, or None where a setting is not set."""
+        """The words parsed by argparse: name → a word, words, or None if it is not set."""
         known_words = list(self._known_words(argv))
         try:
             parsed, unused = parser_of(self.command, self.types).parse_known_args(known_words)
@@ -105,7 +105,7 @@ class EntryReader:
         return vars(parsed)
 
     def _of_no_setting(self, word: str) -> str:
-        """A word alone; where it names a folder, most likely it is the adapter."""
+        """The message for a word without a flag; a folder is probably meant as the adapter."""
         if "adapter_path" in self.types and Path(word).is_dir():
             return f"{word}: belongs to no setting. Did you mean --adapter_path {shlex.quote(word)}?"
         return f"{word}: belongs to no setting."
@@ -144,7 +144,7 @@ class EntryReader:
                     seen.add(flag)
                     yield f"{flag_of(flag)}{equals}{value}"
             elif not skipping:
-                # argparse reads `-1` as a number, but `-1e-4` and `-inf` as flags.
+                # argparse recognises `-1` as a number, but takes `-1e-4` and `-inf` for flags.
                 yield f"{_VALUE}{word}" if _NEGATIVE_NUMBER.match(word) else word
 
     def _known_flag(self, name: str) -> str | None:
@@ -159,7 +159,7 @@ class EntryReader:
         return None
 
     def known_setting(self, name: str) -> str | None:
-        """A setting's name as in `--try name=…`; an unknown one becomes a problem."""
+        """A setting's name as in `--try name=…`; None, and a problem, if it is unknown."""
         return self._known_flag(name.strip().replace("-", "_"))
 
     def _known_key(self, key: str, place: str) -> str | None:
@@ -176,7 +176,7 @@ class EntryReader:
 
 
 def _words(value: str | list[str]) -> str | list[str]:
-    """A flag's value as it was typed; of a flag that may have several, one alone is no list."""
+    """A flag's value as typed; a single value of a flag that takes several is not a list."""
     if isinstance(value, str):
         return value.removeprefix(_VALUE)
     words = [word.removeprefix(_VALUE) for word in value]
@@ -184,9 +184,9 @@ def _words(value: str | list[str]) -> str | list[str]:
 
 
 def _is_writable(word: object, *, is_name: bool) -> bool:
-    """False for a word with a NUL or half a surrogate pair, which YAML can spell and no system call takes.
+    """False for a word with NUL or a lone surrogate, which YAML can contain but no system call accepts.
 
-    is_name  a file's name may hold bytes that are no UTF-8, which Python holds as such halves
+    is_name  a file's name may contain bytes that are not UTF-8, which Python represents as lone surrogates
     """
     if not isinstance(word, str):
         return True
@@ -198,7 +198,7 @@ def _is_writable(word: object, *, is_name: bool) -> bool:
 
 
 def _is_in_utf8(name: object) -> bool:
-    """Whether the system knows a name by the bytes it has in UTF-8: not in another locale, nor with other bytes."""
+    """Whether the bytes of a name are its UTF-8 encoding, which is not so in other locales or for other bytes."""
     try:
         return not isinstance(name, str) or os.fsencode(name) == name.encode()
     except UnicodeEncodeError:
@@ -211,7 +211,7 @@ def _remedy(otherwise: str) -> str:
 
 
 def _as_written(value: Any) -> str | list[str]:
-    """A Python value as a YAML file would hold it, so that all ways of setting one are read and checked alike."""
+    """A Python value as it would be written in YAML, so that all sources of settings are read and checked alike."""
     if isinstance(value, list | tuple):
         return [str(item) for item in value]
     if isinstance(value, Mapping):
@@ -220,13 +220,13 @@ def _as_written(value: Any) -> str | list[str]:
 
 
 def parser_of(command: str, types: Mapping[str, Any]) -> argparse.ArgumentParser:
-    """The flags of a command. Its help is settings/help.py's."""
+    """The flags of a command. Its help is in settings/help.py."""
     parser = argparse.ArgumentParser(
         prog=f"atomtune {command}", allow_abbrev=False, exit_on_error=False, add_help=False
     )
     if command in OF_A_RUN:
         parser.add_argument("yaml", nargs="?")
-        parser.add_argument("--config")  # what other tools call it
+        parser.add_argument("--config")  # the name that other tools use
     if command in PATHS_ARE:
         parser.add_argument("paths", nargs="*")
     for name, kind in types.items():
@@ -236,7 +236,7 @@ def parser_of(command: str, types: Mapping[str, Any]) -> argparse.ArgumentParser
 
 def arity(kind: Any) -> dict[str, Any]:
     """How many words a flag takes: a boolean none or one, a list one or more, all others one."""
-    parts = {kind, *typing.get_args(kind)}  # of list[str] | None: itself, list[str] and None
+    parts = {kind, *typing.get_args(kind)}  # for list[str] | None: itself, list[str] and None
     if bool in parts or "true" in parts:
         return {"nargs": "?", "const": "true"}
     if any(typing.get_origin(part) is list for part in parts):

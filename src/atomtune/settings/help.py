@@ -1,4 +1,4 @@
-"""Help: `--help` of a command, in two steps: what people change, and with `--help all` everything."""
+"""Help: `--help` of a command shows the settings that most users change, `--help all` shows all of them."""
 
 import inspect
 import shutil
@@ -18,12 +18,12 @@ from atomtune.settings.library import choices_of, library_settings
 NARROW, WIDE = 40, 110  # columns
 INDENT = " " * 6
 
-NAMES_IN_FLAG = 60  # characters of one|of|these; more choices stand in the text
+NAMES_IN_FLAG = 60  # characters of one|of|these; longer lists are written in the help line
 
-#: Along the walk of a record; a command's own settings come behind them.
+#: In the order in which a record passes through them; a command's own settings follow.
 HEADINGS = ["Data", "Model", "LoRA", "Training", "Run"]
 
-#: How a command is called.
+#: The arguments of each command.
 USAGE = {
     "train": "[run.yaml] [--setting value …]",
     "inspect": "FILE … --model_path FOLDER_OR_NAME [--setting value …]",
@@ -95,7 +95,7 @@ EXAMPLES = {
     ],
 }
 
-#: What a command does, beyond its line in the overview.
+#: What a command does, in addition to its line in the overview.
 ABOUT = {
     "train": "Without --model_path and --dataset_path, the built-in demo is trained. run.yaml holds the same settings "
     "as lines of `name: value`; a flag takes precedence.",
@@ -109,7 +109,7 @@ ABOUT = {
     "plan": "It takes every setting of `atomtune train`: write `plan` in place of `train`.",
 }
 
-#: What a setting means in a command that borrows it from another.
+#: Help lines of settings that mean something else in a command that takes them over from another one.
 BORROWED = {
     "sweep": {
         "output_dir": "folder for the trials, one folder each, and sweep.json; default: a new folder runs/sweep-NAME-1",
@@ -120,7 +120,7 @@ BORROWED = {
 
 
 def help_text(command: str, summary: str, groups: Sequence[type[Any]], *, everything: bool) -> str:
-    """The whole page in the language that is spoken, wrapped at word ends to the width of the terminal."""
+    """The whole help text in the language in use, wrapped between words to the width of the terminal."""
     width = min(max(shutil.get_terminal_size().columns, NARROW), WIDE)
     lines = [*_wrapped(translated(f"usage: atomtune {command} {USAGE[command]}"), width, indent=INDENT), ""]
     about = translated(ABOUT[command]) if command in ABOUT else ""
@@ -145,12 +145,12 @@ def help_text(command: str, summary: str, groups: Sequence[type[Any]], *, everyt
 
 
 def _wrapped(text: str, width: int, *, indent: str = "") -> list[str]:
-    """Lines that end at a word's end; a word longer than a line is left whole, so that it can be copied."""
+    """The text as lines, wrapped between words; a word longer than a line stays whole, so that it can be copied."""
     return wrapped(text, width, indent=len(indent), long_words_apart=True).split("\n")
 
 
 def _sections(command: str, groups: Sequence[type[Any]], *, everything: bool) -> dict[str, list[tuple[str, str]]]:
-    """Heading → (flag, help line); a setting stands under the class that declares it."""
+    """heading → (flag, help line); a setting is listed under the class that declares it."""
     sections: dict[str, list[tuple[str, str]]] = {}
     for group in groups:
         types = typing.get_type_hints(group)
@@ -179,7 +179,7 @@ def meaning_of(command: str, name: str, info: FieldInfo) -> str:
 
 
 def _described(command: str, name: str, info: FieldInfo) -> str:
-    """What a setting does, and its default."""
+    """What a setting does, and its default, as a help line."""
     meaning = meaning_of(command, name, info)
     text = translated(meaning)
     choices = _library_choices(name)
@@ -200,7 +200,7 @@ def _shown(default: Any) -> str:
 
 
 def _placeholder(name: str, kind: Any, info: FieldInfo | None = None) -> str:
-    """What goes in: FILE, N, one|of|these."""
+    """The placeholder of a value: FILE, N, one|of|these."""
     choices = "|".join(choices_of_setting(name, kind))
     if len(choices) > NAMES_IN_FLAG:
         choices = "NAME"
@@ -211,7 +211,7 @@ def _placeholder(name: str, kind: Any, info: FieldInfo | None = None) -> str:
 
 
 def choices_of_setting(name: str, kind: Any) -> tuple[str, ...]:
-    """What a setting may be, where that is a list of names."""
+    """The valid values of a setting if they are a list of names, else empty."""
     if bool in (kind, *typing.get_args(kind)):
         return ("true", "false")
     return choices_in(kind) or _library_choices(name)
@@ -231,7 +231,7 @@ def _placeholder_of_type(kind: Any) -> str:
 
 
 def _library_lines(own: Mapping[str, FieldInfo]) -> list[tuple[str, str]]:
-    """The Trainer's settings that are not declared here, with the library's own help."""
+    """The Trainer's settings that are not declared by atomtune, with the library's own help."""
     lines = []
     for name, setting in library_settings().items():
         if name in own:

@@ -13,13 +13,13 @@ from atomtune.settings.flags import OF_A_RUN, PATHS_ARE, arity, flag_of
 from atomtune.settings.help import ABOUT, EXAMPLES, USAGE, choices_of_setting, extra_of, heading_of, meaning_of
 from atomtune.settings.library import library_settings
 
-#: Where a limit stands in pydantic's metadata → its name here.
+#: Attribute of a limit in pydantic's metadata → its key in the JSON.
 _LIMITS = {"ge": "at_least", "gt": "more_than", "le": "at_most", "lt": "below"}
 LIBRARY = "transformers.Trainer"
 
 
 def overview_values(summaries: Mapping[str, str], groups: Mapping[str, Sequence[type[Any]]]) -> dict[str, Any]:
-    """The whole tool. summaries: command → its line in the overview."""
+    """All commands. summaries: command → its line in the overview."""
     commands = {command: command_values(command, summary, groups[command]) for command, summary in summaries.items()}
     for values in commands.values():
         del values["exit_codes"]
@@ -29,7 +29,7 @@ def overview_values(summaries: Mapping[str, str], groups: Mapping[str, Sequence[
 def command_values(command: str, summary: str, groups: Sequence[type[Any]]) -> dict[str, Any]:
     """One command.
 
-    words  the setting that words without a flag belong to; for the commands of a run they are a YAML file of settings
+    words  the setting to which words without a flag belong; for commands of a run, a YAML file of settings
     """
     settings = [values for group in groups for values in _own_settings(command, group)]
     if command in OF_A_RUN:
@@ -76,7 +76,7 @@ def _own_setting(command: str, group: type[Any], name: str, kind: Any, info: Fie
 
 
 def _library_settings(own: Mapping[str, FieldInfo]) -> list[dict[str, Any]]:
-    """The Trainer's settings that are not declared here."""
+    """The Trainer's settings that are not declared by atomtune."""
     settings = []
     for name, setting in library_settings().items():
         if name not in own:
@@ -97,7 +97,7 @@ def _library_settings(own: Mapping[str, FieldInfo]) -> list[dict[str, Any]]:
 
 
 def _shape(name: str, kind: Any) -> dict[str, Any]:
-    """Name, flag, type, choices, and how many words the flag takes."""
+    """Name, flag, type and choices of a setting, and how many words its flag takes."""
     words = arity(kind).get("nargs", 1)
     return {
         "name": name,
@@ -109,7 +109,7 @@ def _shape(name: str, kind: Any) -> dict[str, Any]:
 
 
 def _type_name(kind: Any) -> str:
-    """`int`, `float`, `bool`, `text`, `object`; several joined by `|`, None left out."""
+    """`int`, `float`, `bool`, `text`, `object` or `list`; members of a union are joined by `|`, without None."""
     names = []
     for part in typing.get_args(kind) if _is_union(kind) else (kind,):
         if part is not type(None):

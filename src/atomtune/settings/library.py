@@ -1,6 +1,6 @@
-"""The library's settings: every one of transformers.TrainingArguments, read from that file's text.
+"""Library settings: all settings of transformers.TrainingArguments, read from its source text.
 
-Importing it would import torch, which takes seconds; a wrong flag and --help are answered without.
+Importing it would import torch, which takes seconds; --help and messages about a wrong flag work without that.
 """
 
 import ast
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-#: The library's lists of choices, and the module that holds each.
+#: The library's enumerations, and the modules that define them.
 _ENUMERATIONS = {
     "SchedulerType": "trainer_utils",
     "IntervalStrategy": "trainer_utils",
@@ -20,24 +20,24 @@ _ENUMERATIONS = {
     "HubStrategy": "trainer_utils",
     "OptimizerNames": "training_args",
 }
-#: Of its log, which the library reads from another module's table.
+#: Log levels, which the library reads from a table in another module.
 _LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
 
 
 @dataclass(frozen=True)
 class LibrarySetting:
-    """One setting of the Trainer, as its source declares it."""
+    """A setting of the Trainer, as declared in its source."""
 
     type: Any
-    default: Any  # None too where the source computes it
+    default: Any  # None also if the source computes it
     help: str
-    enumeration: str | None  # SchedulerType and the like; its values: choices_of
-    choices: tuple[str, ...] = ()  # where it is text of which the library takes a few
+    enumeration: str | None  # name of an enumeration, for example SchedulerType; choices_of has its values
+    choices: tuple[str, ...] = ()  # valid values of a text setting without an enumeration
 
 
 @cache
 def library_settings() -> dict[str, LibrarySetting]:
-    """Name → setting, in the library's order."""
+    """name → setting, in the library's order."""
     settings = {}
     for node in _class_body("training_args", "TrainingArguments"):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id[0] != "_":
@@ -46,12 +46,12 @@ def library_settings() -> dict[str, LibrarySetting]:
 
 
 def library_types() -> dict[str, Any]:
-    """Name → type."""
+    """name → type."""
     return {name: setting.type for name, setting in library_settings().items()}
 
 
 def choices_of(setting: LibrarySetting) -> tuple[str, ...]:
-    """The values that it may have; empty where these are not listed."""
+    """The valid values of a setting; empty if they are not listed."""
     if setting.enumeration is None:
         return setting.choices
     lines = _class_body(_ENUMERATIONS[setting.enumeration], setting.enumeration)
@@ -64,7 +64,7 @@ def _setting(node: ast.AnnAssign) -> LibrarySetting:
     arguments = {keyword.arg: keyword.value for keyword in call.keywords} if isinstance(call, ast.Call) else {}
     metadata = _literal(arguments.get("metadata"), {})
     kind, name = _type_of(node.annotation), getattr(node.target, "id", "")
-    if metadata.get("const") is True:  # the flag alone means True, as --fsdp
+    if metadata.get("const") is True:  # for example --fsdp, where the flag alone means True
         kind = bool | kind
     return LibrarySetting(
         type=kind,
@@ -76,7 +76,7 @@ def _setting(node: ast.AnnAssign) -> LibrarySetting:
 
 
 def _literal(node: ast.expr | None, otherwise: Any) -> Any:
-    """The value of a constant expression; `otherwise` where it has to be computed."""
+    """The value of a constant expression; `otherwise` if there is none or it is not constant."""
     try:
         return ast.literal_eval(node) if node is not None else otherwise
     except ValueError:
@@ -84,13 +84,13 @@ def _literal(node: ast.expr | None, otherwise: Any) -> Any:
 
 
 def _plain(text: str) -> str:
-    """A help text on one line, without its first sentence's end and without the markup of web pages."""
+    """A help text on one line, without a final full stop and without the markup of web pages."""
     text = re.sub(r"\[([^\]]+)\]\(http[^)]+\)", r"\1", " ".join(text.split()))
     return text.replace("`", "").replace("%%", "%").rstrip(".")
 
 
 def _type_of(node: ast.expr) -> Any:
-    """An annotation as a plain type; the library's own classes are text here."""
+    """An annotation as a plain type; the library's own classes become str."""
     kind: Any = str
     match node:
         case ast.Name(id=name):
@@ -109,7 +109,7 @@ def _type_of(node: ast.expr) -> Any:
 
 
 def _enumeration(annotation: ast.expr) -> str | None:
-    """`SchedulerType` of `SchedulerType | str`."""
+    """`SchedulerType` for `SchedulerType | str`."""
     names = [node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)]
     return next((name for name in names if name in _ENUMERATIONS), None)
 

@@ -1,4 +1,4 @@
-"""Names: what people call settings in other tools and older versions, and what they are called here."""
+"""Names: what settings are called in other tools and older versions, and what they are called here."""
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
@@ -7,7 +7,7 @@ from atomtune.language import message
 
 
 def _by_name(lists: Mapping[str, str]) -> dict[str, str]:
-    """`{"lora_rank": "lora_r rank"}` turned round: lora_r → lora_rank, rank → lora_rank."""
+    """Inverted: `{"lora_rank": "lora_r rank"}` → lora_r → lora_rank, rank → lora_rank."""
     turned = {}
     for meaning, names in lists.items():
         for name in names.split():
@@ -15,7 +15,7 @@ def _by_name(lists: Mapping[str, str]) -> dict[str, str]:
     return turned
 
 
-#: The same setting under another name, its values read alike: understood, with a notice.
+#: Other names of a setting whose values have the same form: translated, with a notice.
 SYNONYMS = _by_name(
     {
         "learning_rate": "lr learn_rate",
@@ -57,7 +57,7 @@ SYNONYMS = _by_name(
     }
 )
 
-#: The same value under another name.
+#: Other names of a value.
 VALUE_SYNONYMS = {
     ("lora_targets", "all"): "all-linear",
     ("dtype", "bf16"): "bfloat16",
@@ -67,18 +67,18 @@ VALUE_SYNONYMS = {
     ("dtype", "float"): "float32",
 }
 
-#: Values of other tools that the setting of that name does not take: what to do instead.
+#: Values of other tools that the setting with this name does not have, and what to do instead.
 VALUES_ELSEWHERE = {
     ("bf16", "auto"): "Leave it out: --dtype auto uses bfloat16 if the device computes in it",
     ("fp16", "auto"): "Leave it out: --dtype auto uses bfloat16 if the device computes in it",
-    # The packaged converter and the packaged llama.cpp write none of these; llama.cpp's own quantizer is in Ollama.
+    # The packaged converter and llama.cpp cannot write these; Ollama contains llama.cpp's own quantizer.
     **{
         ("quantize", kind.lower()): f"Export bf16, then `ollama create NAME --quantize {kind} -f Modelfile` packs it"
         for kind in ("q2_K", "q3_K_S", "q3_K_M", "q3_K_L", "q4_0", "q4_K_S", "q4_K_M", "q5_K_S", "q5_K_M", "q6_K")
     },
 }
 
-#: Names that were in older transformers, or in the tutorial, and what to write now.
+#: Names from older transformers or the tutorial, and what to write now.
 RENAMED = {
     "warmup_ratio": "--warmup_steps with a number below 1",
     "group_by_length": "--train_sampling_strategy group_by_length",
@@ -89,7 +89,7 @@ RENAMED = {
     "check_point": "--checkpoint",
 }
 
-#: Names of LLaMA-Factory, Axolotl, TRL and Unsloth that have no equal here: what to do instead.
+#: Names of LLaMA-Factory, Axolotl, TRL and Unsloth without an equivalent here, and what to do instead.
 ELSEWHERE = _by_name(
     {
         "leave it out: this is always supervised fine-tuning": "stage rl task_type lora_task_type",
@@ -149,15 +149,15 @@ ELSEWHERE = _by_name(
 
 
 def synonym(name: str, types: Collection[str]) -> str | None:
-    """The setting of this command that another tool calls so."""
+    """The setting of this command that other tools call `name`; None if there is none."""
     ours = SYNONYMS.get(name)
     return ours if ours in types else None
 
 
 def value_advice(name: str, value: object, *, in_yaml: bool, choices: Sequence[str] = ()) -> str:
-    """What to do about a value that a setting does not take; "" where nothing is known of it.
+    """Advice about a value that a setting does not accept, for a message; "" if there is none.
 
-    It may be another tool's for a setting of this name, or one of these choices misspelled.
+    It may be a value of another tool's setting with this name, or one of these choices misspelled.
     """
     text = VALUES_ELSEWHERE.get((name, str(value).lower()), "")
     if text:
@@ -167,7 +167,7 @@ def value_advice(name: str, value: object, *, in_yaml: bool, choices: Sequence[s
 
 
 def advice(name: str, types: Mapping[str, object], *, in_yaml: bool) -> str:
-    """What to do about a name that is no setting of this command."""
+    """Advice about a name that is not a setting of this command."""
     if name in RENAMED:
         text = f"removed; use {RENAMED[name]}."
     elif name in ELSEWHERE and "dataset_path" in types:

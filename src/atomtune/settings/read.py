@@ -1,7 +1,7 @@
-"""Read: settings/fields.py's classes filled from flags and YAML or from a function's keywords, and checked.
+"""Read: fills the classes of settings/fields.py from flags and YAML, or from a function's keywords, and checks them.
 
-default < YAML < flag or keyword, and where each value was set is remembered. All problems are reported at once, before
-data or model is touched. transformers.TrainingArguments' own settings pass under their own names.
+Later ones win: default < YAML < flag or keyword; where each value was set is recorded. All problems are reported at
+once, before data or model are read. Settings of transformers.TrainingArguments keep their names.
 """
 
 import contextlib
@@ -71,18 +71,18 @@ GROUPS: dict[str, tuple[type[Any], ...]] = {
     "chat": (ChatSettings,),
     "web": (WebSettings,),
 }
-#: What the Trainer gets where nothing is said, instead of its own defaults.
+#: Values for the Trainer unless the user sets them, in place of its own defaults.
 LIBRARY_DEFAULTS: dict[str, Any] = {
     **{name: field_infos([TrainerSettings])[name].default for name in CHANGED_DEFAULTS},
     "report_to": "none",
 }
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
-#: Words of list settings, for errors.
+#: Example values of list settings, for messages.
 EXAMPLES = {"dataset_path": "train.jsonl", "keys": "question=instruction", "roles": "bot=assistant"}
 
-#: Of a sweep; each is checked before the first is trained.
+#: Most combinations of a sweep; each is checked before the first trial.
 MOST_COMBINATIONS = 10_000
-#: Of a whole number; a float holds each up to here. A run of 10**39 steps is a typing error and would be begun.
+#: Largest whole number, which a float can represent exactly. A run of 10**39 steps is a typing error, but would start.
 _MOST_NUMBER = 2**53
 _LIBRARY_VALUES = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
 
@@ -96,7 +96,7 @@ Written = Sequence[str] | Mapping[str, Any]
 
 
 def read(command: str, written: Written, *, notice: Callable[[str], None] = _say_nothing) -> Any:
-    """The settings of one command. Raises BadSettings with every problem."""
+    """The settings of a command. Raises BadSettings with all problems."""
     if command == "train":
         return read_train(written, notice=notice)
     if command == "plan":
@@ -107,7 +107,7 @@ def read(command: str, written: Written, *, notice: Callable[[str], None] = _say
 
 
 def read_train(written: Written, *, notice: Callable[[str], None] = _say_nothing) -> TrainSettings:
-    """Settings of `atomtune train [run.yaml] --flag value …`. Raises BadSettings with every problem."""
+    """Settings of `atomtune train [run.yaml] --flag value …`. Raises BadSettings with all problems."""
     reader = EntryReader("train", {**library_types(), **types_of(GROUPS["train"])})
     entries = _entries_of_run(reader, written, notice)
     output, of_the_run = _output_and_run(TrainOutput, reader, entries)
@@ -117,7 +117,7 @@ def read_train(written: Written, *, notice: Callable[[str], None] = _say_nothing
 
 
 def read_plan(written: Written, *, notice: Callable[[str], None] = _say_nothing) -> PlanSettings:
-    """Settings of `atomtune plan`: those of the run it is about, and its own. Raises BadSettings with every problem."""
+    """Settings of `atomtune plan`: those of the planned run, and its own. Raises BadSettings with all problems."""
     reader = EntryReader("plan", {**library_types(), **types_of(GROUPS["plan"])})
     entries = _entries_of_run(reader, written, notice)
     output, of_the_run = _output_and_run(PlanOutput, reader, entries)
@@ -129,20 +129,20 @@ def read_plan(written: Written, *, notice: Callable[[str], None] = _say_nothing)
 def _output_and_run(
     group: type[S], reader: EntryReader, entries: Mapping[str, Entry]
 ) -> tuple[S | None, dict[str, Entry]]:
-    """What a command's own class holds, and the entries that are the run's."""
+    """The settings of a command's own class (None if invalid), and the entries that belong to the run."""
     own = types_of((group,))
     output = _validated(group, {name: entry for name, entry in entries.items() if name in own}, reader.problems)
     return output, {name: entry for name, entry in entries.items() if name not in own}
 
 
 def read_sweep(written: Written, *, notice: Callable[[str], None] = _say_nothing) -> SweepSettings:
-    """Settings of `atomtune sweep`; each trial's are checked here. Raises BadSettings with every problem."""
+    """Settings of `atomtune sweep`; those of each trial are checked too. Raises BadSettings with all problems."""
     reader = EntryReader("sweep", {**library_types(), **types_of(GROUPS["sweep"])})
     entries = _entries(reader, written, notice)
     if "try_" in entries:
         entries["try_"] = replace(entries["try_"], value=as_words(entries["try_"].value))
     if not entries.keys() & {"dataset_path", "model_path"}:
-        if not entries.keys() & {"eval_size", "eval_path"}:  # the demo holds nothing out
+        if not entries.keys() & {"eval_size", "eval_path"}:  # the demo would have no held-out records
             raise BadSettings(["A sweep needs --model_path and --dataset_path, also when it is resumed."])
         entries = {**_demo_entries(reader), **entries}
     own = types_of((SweepChoices,))
@@ -159,7 +159,7 @@ def read_sweep(written: Written, *, notice: Callable[[str], None] = _say_nothing
 def _check_trials(
     shared: Mapping[str, Entry], tried: Mapping[str, tuple[str, ...]], reader: EntryReader, written: Written
 ) -> None:
-    """Every combination is read as its run will read it; what is wrong with the shared settings is said elsewhere."""
+    """Check every combination as its run will read it; problems of the shared settings are reported elsewhere."""
     values = {name: entry.value for name, entry in shared.items()}
     reader.problems += not_comparable(values, tried)
     combinations = math.prod(map(len, tried.values()))
@@ -168,7 +168,7 @@ def _check_trials(
             f"--try makes {combinations:,} combinations; at most {MOST_COMBINATIONS:,} are allowed. Try fewer values."
         )
         return
-    problems: dict[str, None] = {}  # in order, each once
+    problems: dict[str, None] = {}  # a dict keeps the order and drops duplicates
     for point in points_of(tried):
         entries = {name: Entry(value, f"--try {name}") for name, value in point.items()}
         problems |= dict.fromkeys(_problems_of_run(reader, {**shared, **entries}, written))
@@ -222,7 +222,7 @@ def _train_settings(
 
 
 def _half_of_a_run(entries: Mapping[str, Entry]) -> list[str]:
-    """A model without data is a mistake, and so are data without a model; only without both is it the demo."""
+    """A model without data is a mistake, and so is data without a model; only without both the demo is meant."""
     problems = []
     for name, other in (("dataset_path", "model_path"), ("model_path", "dataset_path")):
         if name in entries and other not in entries:
@@ -231,7 +231,7 @@ def _half_of_a_run(entries: Mapping[str, Entry]) -> list[str]:
 
 
 def read_settings(group: type[S], written: Written, *, command: str, notice: Callable[[str], None] = _say_nothing) -> S:
-    """Settings of a command with one class and no Trainer. Raises BadSettings with every problem."""
+    """Settings of a command with one class and no Trainer. Raises BadSettings with all problems."""
     reader = EntryReader(command, types_of((group,)))
     entries = _entries(reader, written, notice)
     settings = _validated(group, entries, reader.problems)
@@ -249,12 +249,12 @@ def _entries(reader: EntryReader, written: Written, notice: Callable[[str], None
         notice(f"names of other tools, read as atomtune's: {', '.join(reader.translated)}.")
     if reader.repeated:
         notice(f"given more than once: {', '.join(reader.repeated)}. The last one counts.")
-    # `auto` over a number in run.yaml: as if neither were written.
+    # `auto` replaces a value in run.yaml, as if none were written.
     return {name: entry for name, entry in entries.items() if name not in AUTOMATIC or entry.value != "auto"}
 
 
 def _entries_of_run(reader: EntryReader, written: Written, notice: Callable[[str], None]) -> dict[str, Entry]:
-    """Those of one run, beginning with what the run that it resumes has set."""
+    """The entries of one run; if it resumes another one, that one's settings come first."""
     entries = _entries(reader, written, notice)
     earlier = entries_of_earlier_run(entries, reader.types)
     if earlier:
@@ -272,7 +272,7 @@ def _demo_entries(reader: EntryReader) -> dict[str, Entry]:
 
 
 def _validated(group: type[S], entries: Mapping[str, Entry], problems: list[str]) -> S | None:
-    """One class filled from the entries; None where one of them does not fit, with the problem said."""
+    """A class filled from the entries; None, with a problem added, if one of them is invalid."""
     types, infos = types_of((group,)), field_infos([group])
     values = {name: _value(entries[name], types[name]) for name in types if name in entries}
     try:
@@ -281,13 +281,13 @@ def _validated(group: type[S], entries: Mapping[str, Entry], problems: list[str]
         for problem in error.errors():
             name = str(problem["loc"][0])
             text = _misfit(name, entries.get(name), types[name], infos[name])
-            if text not in problems:  # a list has one problem a word
+            if text not in problems:  # an invalid list gives one error per word
                 problems.append(text)
         return None
 
 
 def _misfit(name: str, entry: Entry | None, kind: Any, info: FieldInfo) -> str:
-    """What is wrong with a setting that its class did not take."""
+    """The message for a setting that its class did not accept."""
     if entry is None:
         return f"--{name} is missing: {info.description}."
     if _holds_mappings(entry.value):
@@ -300,13 +300,13 @@ def _misfit(name: str, entry: Entry | None, kind: Any, info: FieldInfo) -> str:
 
 
 def _holds_mappings(value: Any) -> bool:
-    """As `datasets: [{path: …, type: …}]`, which other tools write."""
+    """Whether a value has mappings, like `datasets: [{path: …, type: …}]` in other tools."""
     return isinstance(value, list) and any(isinstance(item, dict) for item in value)
 
 
 def _value(entry: Entry, kind: Any) -> Any:
-    """A list setting may be one word, words, or words joined by commas."""
-    if "true" in typing.get_args(kind):  # auto|true|false, however true is written
+    """The value for a setting; list settings accept one word, several words, or words joined by commas."""
+    if "true" in typing.get_args(kind):  # auto|true|false, in any spelling
         return str(entry.value).lower()
     if typing.get_origin(kind) is not list:
         return entry.value
@@ -320,7 +320,7 @@ def _value(entry: Entry, kind: Any) -> Any:
 def _trainer_values(
     declared: TrainerSettings | None, entries: Mapping[str, Entry], problems: list[str]
 ) -> dict[str, Any]:
-    """What the Trainer gets: our defaults, and everything that was set, as its own types."""
+    """The Trainer's values: our defaults, and all settings of the user, converted to their types."""
     own, with_our_ranges = types_of(OWN_GROUPS), types_of((TrainerSettings,))
     library = library_settings()
     values = dict(LIBRARY_DEFAULTS)
@@ -339,7 +339,7 @@ def _trainer_values(
 
 
 def _library_value(name: str, entry: Entry, kind: Any, problems: list[str]) -> Any:
-    """A Trainer's value as its own type; `{…}` is JSON."""
+    """A Trainer's value converted to its type; `{…}` is read as JSON."""
     value = entry.value
     if isinstance(value, str) and value.lower() in ("true", "false") and bool in typing.get_args(kind):
         return value.lower() == "true"
@@ -361,7 +361,7 @@ def _library_value(name: str, entry: Entry, kind: Any, problems: list[str]) -> A
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether all numbers are, in lists and objects too: what YAML has as .nan, and JSON as 1e400."""
+    """Whether all numbers are finite, also in lists and objects; YAML has .nan, and JSON 1e400."""
     if isinstance(value, dict):
         return all(map(_is_finite, value.values()))
     if isinstance(value, list):
@@ -376,13 +376,13 @@ def _refuse_constant(name: str) -> float:
 def _values_of(groups: typing.Iterable[Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for group in groups:
-        if group is not None:  # a problem of it was reported
+        if group is not None:  # None if its problems were reported
             values |= vars(group)
     return values
 
 
 def _ill_formed(values: Mapping[str, Any]) -> list[str]:
-    """Whole numbers that nothing counts to, and lists whose words have a form of their own."""
+    """Problems of numbers that are too large, and of lists whose words need a certain form."""
     problems = []
     for name, value in values.items():
         if isinstance(value, int) and abs(value) > _MOST_NUMBER:

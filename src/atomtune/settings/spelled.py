@@ -1,4 +1,4 @@
-"""Settings spelled as the words of a command line again, for another command that takes the same ones."""
+"""Spelled: settings written as a command line again, for another command with the same settings."""
 
 from dataclasses import fields
 from typing import Any
@@ -7,9 +7,9 @@ from atomtune.settings.fields import TokenizerSettings
 
 
 def words_of(settings: Any, *groups: type[Any]) -> list[str]:
-    """The flags that set what of these groups differs from its default, each with its values.
+    """Flags for the settings of these groups that differ from their defaults, with their values.
 
-    groups  settings classes that `settings` inherits from, as RecordSettings
+    groups  settings classes that `settings` inherits from, for example RecordSettings
     """
     words = []
     for name in dict.fromkeys(field.name for group in groups for field in fields(group)):
@@ -24,6 +24,6 @@ def words_of(settings: Any, *groups: type[Any]) -> list[str]:
 
 
 def base_words(settings: Any) -> list[str]:
-    """The flags by which another command takes the base that this one took."""
+    """Flags with which another command uses the same base."""
     words = words_of(settings, TokenizerSettings)
     return [*words, "--other_base"] if settings.other_base else words

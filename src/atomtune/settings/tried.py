@@ -1,4 +1,4 @@
-"""Tried settings: what `--try name=a,b` stands for, and which settings a sweep cannot try."""
+"""Tried settings: the meaning of `--try name=a,b`, and which settings a sweep cannot try."""
 
 import contextlib
 import itertools
@@ -9,11 +9,11 @@ from typing import Any
 from atomtune.settings.fields import DataSettings, SweepChoices, is_secret
 from atomtune.settings.flags import types_of
 
-#: A sweep sets these for its trials itself.
+#: Settings that the sweep itself sets for its trials.
 NOT_SHARED = ("output_dir", "resume")
-#: Of the settings of the records, those that leave the held-out records and their tokens as they are.
+#: Settings of the records that change neither the held-out records nor their tokens.
 SAME_RECORDS = ("mix", "layout")
-#: They begin a run from elsewhere, end it before its end, or belong to the sweep.
+#: Settings that cannot be tried, and why: the sweep sets them, or trials could not be compared.
 NOT_TRIED = {
     **dict.fromkeys(("output_dir", "resume"), "the sweep sets it for each trial"),
     "model_path": "losses of two bases cannot be compared; make a sweep for each",
@@ -21,7 +21,7 @@ NOT_TRIED = {
     "data_seed": "it selects the held-out records; make a sweep for each",
     **dict.fromkeys(types_of((DataSettings,)), "it changes the records that are compared; make a sweep for each value"),
 }
-#: What a trial cannot have, and why.
+#: Settings that a trial cannot have, and why.
 NOT_IN_A_SWEEP = {
     "resume_from_checkpoint": "each trial starts from the base",
     "continue_training": "each trial starts from the base",
@@ -32,9 +32,9 @@ RANGE = ":"
 
 
 def as_words(value: Any) -> list[str]:
-    """`{learning_rate: [1e-4, 3e-4]}`, from YAML or Python, as the words of a flag: `learning_rate=1e-4,3e-4`."""
+    """`{learning_rate: [1e-4, 3e-4]}`, from YAML or Python, as the words of the flag: `learning_rate=1e-4,3e-4`."""
     if isinstance(value, str) and value.startswith("{"):
-        with contextlib.suppress(ValueError, RecursionError):  # else a word that is refused as such
+        with contextlib.suppress(ValueError, RecursionError):  # otherwise a word, which is refused later
             value = json.loads(value)
     if not isinstance(value, Mapping):
         return [str(word) for word in value] if isinstance(value, list) else [str(value)]
@@ -48,13 +48,13 @@ def as_words(value: Any) -> list[str]:
 def values_tried(
     choices: SweepChoices, known: Callable[[str], str | None], problems: list[str]
 ) -> dict[str, tuple[str, ...]]:
-    """Setting → the values to try, in the order written; what is wrong with them becomes lines of `problems`.
+    """setting → the values to try, in the order written; problems are added to `problems`.
 
-    known  a name as written → the setting it means; None where it means none, which it says itself
+    known  a name as written → its setting; None, after adding a problem, if it is unknown
     """
     tried: dict[str, tuple[str, ...]] = {}
     name: str | None = None
-    for number, word in enumerate(choices.try_):  # name=1e-4,3e-4 has come as two words, name=1e-4 and 3e-4
+    for number, word in enumerate(choices.try_):  # name=1e-4,3e-4 arrives as two words, name=1e-4 and 3e-4
         written, equals, value = word.partition("=")
         if equals:
             name = known(written)
@@ -88,7 +88,7 @@ def _misfits(name: str, values: tuple[str, ...], *, trials: int) -> Iterator[str
 
 
 def is_range(value: str) -> bool:
-    """Whether this is `LOW:HIGH`, two numbers."""
+    """Whether a value is a range `LOW:HIGH` of two numbers."""
     try:
         ends_of(value)
     except ValueError:
@@ -97,13 +97,13 @@ def is_range(value: str) -> bool:
 
 
 def ends_of(value: str) -> tuple[float, float]:
-    """The two numbers of a range. Raises ValueError where it is none."""
+    """The two numbers of a range. Raises ValueError for any other value."""
     low, _, high = value.partition(RANGE)
     return float(low), float(high)
 
 
 def points_of(tried: Mapping[str, tuple[str, ...]]) -> list[dict[str, str]]:
-    """Every combination of the values; of a range its two ends."""
+    """Every combination of the values; a range is represented by its two ends."""
     values = [_ends_as_words(values) for values in tried.values()]
     return [dict(zip(tried, combination, strict=True)) for combination in itertools.product(*values)]
 
@@ -116,7 +116,7 @@ def _ends_as_words(values: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def not_comparable(shared: Mapping[str, Any], tried: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
-    """Lines for shared settings without which, or with which, trials cannot be compared."""
+    """Problems of shared settings that would make trials incomparable."""
     for name, reason in NOT_IN_A_SWEEP.items():
         if shared.get(name) not in (None, "false", "0"):
             yield f"--{name} in a sweep: {reason}. Leave it out."

@@ -1,4 +1,4 @@
-"""YAML: the top-level `name: value` lines of a settings file, each with its line number."""
+"""YAML: the top-level `name: value` lines of a settings file, with their line numbers."""
 
 import re
 from collections import Counter
@@ -11,13 +11,13 @@ import yaml
 from atomtune.language import message
 from atomtune.settings.entry import Entry
 
-MOST_BYTES = 1_000_000  # a settings file is a page long
+MOST_BYTES = 1_000_000  # a settings file is about a page long
 MOST_DEPTH = 20
-MOST_NODES = 10_000  # with every alias written out: ten lines of aliases can stand for a thousand million values
+MOST_NODES = 10_000  # counted with all aliases expanded, because ten lines of aliases can have a billion values
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML 1.2's plain words: 1e-4 is a number, `no` is a word, a date is a word. PyYAML reads YAML 1.1."""
+    """A loader with YAML 1.2's plain values: 1e-4 is a number, `no` and dates are text. PyYAML follows YAML 1.1."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012  # as PyYAML declares it
 
@@ -31,10 +31,10 @@ _Yaml.add_implicit_resolver(
     list("-+.0123456789"),
 )
 
-#: Endings of files that hold records and never settings; a .json may be either.
+#: Suffixes of files with records, which are never settings; a .json file may be either.
 _OF_RECORDS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst")
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
-#: What people get wrong, by the beginning of PyYAML's words for it.
+#: Frequent mistakes, by the beginning of PyYAML's message.
 _MISTAKES = {
     "mapping values are not allowed": message(
         "a second `: ` in one setting, or a line that begins further to the right than the one above it; a text that "
@@ -58,13 +58,13 @@ _MISTAKES = {
 
 
 class _Refused(Exception):
-    """A file that is no YAML of settings, or a value that is no plain one."""
+    """A file that is not YAML of settings, or a value that is not plain."""
 
 
 def yaml_entries(path: Path, problems: list[str], known: Callable[[str, str], str | None]) -> dict[str, Entry]:
-    """Setting → entry. Whatever cannot be read becomes a line of `problems`.
+    """setting → entry. Whatever cannot be read is added to `problems`.
 
-    known: (name, place) → the setting that a key means; None where it means none and a problem was reported.
+    known  (name, place) → the setting that a key means; None, after adding a problem, if it is unknown
     """
     try:
         tree = _tree(path)
@@ -91,7 +91,7 @@ def yaml_entries(path: Path, problems: list[str], known: Callable[[str, str], st
 
 
 def _tree(path: Path) -> yaml.MappingNode | None:
-    """The file's top-level mapping; None where the file is empty. Raises _Refused for all else."""
+    """The file's top-level mapping; None if the file is empty. Raises _Refused for anything else."""
     text = _text(path)
     try:
         tree = yaml.compose(text, Loader=_Yaml)
@@ -105,7 +105,7 @@ def _tree(path: Path) -> yaml.MappingNode | None:
 
 
 def _place(path: Path, error: yaml.YAMLError, text: str) -> str:
-    """The file and the line of a mistake; what is open at the end of the file is at its last line."""
+    """The file and line of a mistake; something left open at the end of the file is reported at the last line."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return str(path)
@@ -113,7 +113,7 @@ def _place(path: Path, error: yaml.YAMLError, text: str) -> str:
 
 
 def _mistake(error: yaml.YAMLError) -> str:
-    """What is wrong, in words of a settings file: PyYAML's own are those of a parser, over several lines."""
+    """What is wrong, for someone writing settings: PyYAML's own messages are for parsers and span several lines."""
     problem = str(getattr(error, "problem", None) or getattr(error, "reason", ""))
     fitting = (text for beginning, text in _MISTAKES.items() if problem.startswith(beginning))
     return next(fitting, "it cannot be read from here on")
@@ -139,18 +139,18 @@ def _text(path: Path) -> str:
 
 
 def _value(node: yaml.Node) -> Any:
-    """A plain word stays as it is written, to be read by its setting's own type as behind a flag: 007 may be a name."""
+    """A plain value stays as written, and is converted by the type of its setting, like a flag: 007 may be a name."""
     _refuse_unusual(node)
     if isinstance(node, yaml.ScalarNode) and node.tag.rpartition(":")[2] in ("int", "float", "bool"):
         return node.value
     try:
         return _Yaml("").construct_object(node, deep=True)
-    except (yaml.YAMLError, ValueError, LookupError) as error:  # as of `!!int x`
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # for example `!!int x`
         raise _Refused(f"cannot be read: {error}") from None
 
 
 def _refuse_unusual(top: yaml.Node) -> None:
-    """Refuse tags, depth, and aliases that stand for very many values."""
+    """Raise _Refused for tags, for deep nesting, and for aliases that expand to very many values."""
     waiting = [(top, 0)]
     nodes = 0
     while waiting:
@@ -165,6 +165,6 @@ def _refuse_unusual(top: yaml.Node) -> None:
         elif isinstance(node, yaml.MappingNode):
             names = Counter(str(key.value) for key, _ in node.value)
             if twice := [name for name, times in names.items() if times > 1]:
-                raise _Refused(f"{twice[0]} is set twice")  # the second would be taken in silence
+                raise _Refused(f"{twice[0]} is set twice")  # PyYAML would silently use the second one
             for key, value in node.value:
                 waiting += [(key, depth + 1), (value, depth + 1)]

@@ -1,4 +1,4 @@
-"""Arguments: the settings as the Trainer's own, fitted to this machine."""
+"""Arguments: the settings as TrainingArguments, adapted to this machine."""
 
 import dataclasses
 import os
@@ -14,7 +14,7 @@ from atomtune.errors import BadSettings
 from atomtune.settings.fields import TrainSettings
 from atomtune.train.ranks import join_job
 
-#: The Trainer's name for recomputing activations; renamed in transformers 5.23.
+#: The Trainer's name for recomputing activations, which transformers 5.23 renamed.
 CHECKPOINTING = next(
     name
     for name in ("activation_checkpointing", "gradient_checkpointing")
@@ -23,9 +23,9 @@ CHECKPOINTING = next(
 
 
 def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
-    """TrainingArguments from the settings. Raises BadSettings with what the library itself refuses."""
+    """TrainingArguments from the settings. Raises BadSettings with the library's message if it rejects them."""
     values = dict(settings.trainer)
-    values.pop("resume_from_checkpoint", None)  # ours
+    values.pop("resume_from_checkpoint", None)  # handled by atomtune (train/checkpoint)
     values["output_dir"] = values.get("output_dir") or str(spare_folder(settings))
     eval_size = settings.data.eval_size
     evaluates, may_evaluate = bool(settings.data.eval_path or eval_size), eval_size is None
@@ -33,31 +33,33 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
         raise BadSettings([f"{asked} needs records to evaluate on: --eval_path or --eval_size."])
     _fit_evaluation(values, evaluates=evaluates, may_evaluate=may_evaluate)
     values |= {
-        "remove_unused_columns": False,  # ours are read by our collator
+        "remove_unused_columns": False,  # our collator reads our own columns
         "disable_tqdm": True,  # train.progress draws the bar
-        "logging_nan_inf_filter": False,  # a loss that is not finite ends the run, it is not hidden
+        "logging_nan_inf_filter": False,  # a loss that is not finite ends the run instead of being hidden
     }
-    values.setdefault("ddp_find_unused_parameters", False)  # every adapter weight has a gradient in every step
-    if settings.data.streaming:  # each rank reads the stream and takes its part: a batch holds more than tensors
+    values.setdefault("ddp_find_unused_parameters", False)  # every adapter weight gets a gradient in every step
+    # Each rank reads the stream and takes its part, because batches do not hold only tensors
+    if settings.data.streaming:
         values["accelerator_config"] = {"dispatch_batches": False, **(values.get("accelerator_config") or {})}
     _fit_device(values, streaming=settings.data.streaming)
     if values.get("use_cpu") and values.get("ddp_backend") in (None, "gloo"):
         join_job(values.get("ddp_timeout", TrainingArguments.ddp_timeout))
     try:
         args = TrainingArguments(**values)
-        for tracker in get_reporting_integration_callbacks(args.report_to):  # refuses one that it does not know
-            tracker()  # and one that is not installed
-    # A name of a file that is not there, a key that a table lacks: each setting has its own way.
+        for tracker in get_reporting_integration_callbacks(args.report_to):  # raises for an unknown tracker
+            tracker()  # raises if its package is not installed
+    # For example a file that does not exist, or a key missing in a dict: each setting fails in its own way.
     except (ValueError, TypeError, ImportError, RuntimeError, OSError, LookupError, AttributeError) as error:
         raise BadSettings([f"The Trainer refuses these settings: {error}"]) from error
     if args.n_gpu > 1:
-        # One process and several GPUs would mean nn.DataParallel, which splits a batch's rows apart.
+        # With one process and several GPUs the Trainer would use nn.DataParallel, which would split the rows of a
+        # batch.
         args._n_gpu = 1
     return args
 
 
 def needs_records(settings: TrainSettings) -> str:
-    """The settings that do nothing, or end the run, where no record is held out; "" where there are none."""
+    """Settings that have no effect, or end the run, if no record is held out, as a list for a message; "" if none."""
     trainer, patience = settings.trainer, settings.run.early_stopping_patience
     strategy = trainer.get("eval_strategy") or "no"
     names = [f"--eval_strategy {strategy}"] if strategy != "no" else []
@@ -67,9 +69,9 @@ def needs_records(settings: TrainSettings) -> str:
 
 
 def _fit_evaluation(values: dict[str, Any], *, evaluates: bool, may_evaluate: bool) -> None:
-    """Evaluate where there are records for it, by default so that checkpoints can be compared.
+    """Turn evaluation on if there are records for it, at intervals that let checkpoints be compared.
 
-    may_evaluate  whether records are held out is decided when they are read (train/defaults.py)
+    may_evaluate  whether records may be held out later, when they are read (train/defaults.py)
     """
     if evaluates or (may_evaluate and values.get("load_best_model_at_end")):
         saves = "save_steps" in values and values.get("save_strategy", "steps") == "steps"
@@ -80,19 +82,19 @@ def _fit_evaluation(values: dict[str, Any], *, evaluates: bool, may_evaluate: bo
         if values.get("load_best_model_at_end") and not saves:
             values.setdefault("save_strategy", values["eval_strategy"])
     if values.get("metric_for_best_model") is not None:
-        values.setdefault("greater_is_better", False)  # the library guesses by name, and guesses perplexity wrong
+        values.setdefault("greater_is_better", False)  # the library's guess from the name is wrong for perplexity
 
 
 def _fit_device(values: dict[str, Any], *, streaming: bool) -> None:
-    """Number formats and data loading that suit what this machine computes on."""
+    """Set number formats and data loading that suit the device."""
     if not torch.accelerator.is_available():
-        values["use_cpu"] = True  # else a launcher's ranks would not know of each other
+        values["use_cpu"] = True  # otherwise the ranks of a launcher would not connect
     if values.get("use_cpu"):
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if precision != "no":
             problem = f"the environment has ACCELERATE_MIXED_PRECISION={precision}; on a CPU --dtype alone decides."
             raise BadSettings([f"{problem} `unset ACCELERATE_MIXED_PRECISION`."])
-        # On a CPU the dtype of the base says all; the Trainer would refuse bf16 and ignore fp16 in silence.
+        # On a CPU only the dtype of the base matters; the Trainer would refuse bf16 and silently ignore fp16.
         values |= {"fp16": False, "bf16": False, "dataloader_pin_memory": False}
         return
     _feed_the_gpu(values, streaming=streaming)
@@ -101,32 +103,33 @@ def _fit_device(values: dict[str, Any], *, streaming: bool) -> None:
 
 
 def _feed_the_gpu(values: dict[str, Any], *, streaming: bool) -> None:
-    """Defaults by which a GPU does not wait for its next batch."""
-    # Rows of a new length every step would leave holes in memory: 1.8 times the used was reserved.
+    """Set defaults so that a GPU does not wait for its next batch."""
+    # Each step's row has another length, which fragments memory: 1.8 times the used memory was reserved.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    if not streaming:  # a stream notes what it read where the run can see it: in this process
+    if not streaming:  # streams record what was read in this process
         values.setdefault("dataloader_num_workers", 1)  # the next batch is collated while the GPU computes
     config = values.get("accelerator_config") or {}
-    if values.get("dataloader_pin_memory", True) and isinstance(config, dict):  # a user's file says what it says
+    if values.get("dataloader_pin_memory", True) and isinstance(config, dict):  # a user's config file stays as it is
         values["accelerator_config"] = {"non_blocking": True, **config}
 
 
 def spare_folder(settings: TrainSettings) -> Path:
-    """runs/<name>-<n>, the first that does not exist.
+    """runs/<name>-<n> with the first n that does not exist.
 
-    A launcher's ranks agree: each looks before it meets the others, and none makes a folder before that.
+    All ranks of a launcher choose the same folder: each looks before it connects to the others, and none creates a
+    folder before that.
     """
     stem = "demo" if settings.demo else Path(settings.data.dataset_paths[0]).stem
     return numbered(Path("runs") / (stem or "run"))
 
 
 def lengths(args: TrainingArguments) -> dict[str, Any]:
-    """How long the run is to be."""
+    """The length of the run: max_steps and num_train_epochs, as in run.json."""
     return {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
 
 
 def lengths_asked(settings: TrainSettings) -> dict[str, Any]:
-    """How long the run was asked to be; None for epochs that are left to it."""
+    """The length in the user's settings; num_train_epochs is None if it is on auto."""
     trainer = settings.trainer
     return {"max_steps": trainer.get("max_steps", -1), "num_train_epochs": trainer.get("num_train_epochs")}

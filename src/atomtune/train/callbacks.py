@@ -1,6 +1,6 @@
-"""Callbacks: they count a run's work, stop it in good order, and watch its losses and gradients.
+"""Callbacks: count a run's work, stop it cleanly, and watch its losses and gradients.
 
-What is not finite is non_finite's.
+Losses and gradients that are not finite are handled in non_finite.py.
 """
 
 import signal
@@ -19,17 +19,18 @@ from transformers.trainer_callback import ExportableState
 from atomtune.errors import listing
 from atomtune.train.ranks import local, on_any_rank
 
-#: What asks a run to stop. A launcher sends TERM, a terminal INT or HUP, a cluster's scheduler USR1 before its limit.
+#: Signals that ask a run to stop: a launcher sends TERM, a terminal INT or HUP, a cluster's scheduler USR1 before its
+#: time limit.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 
 class WorkCounter(TrainerCallback, ExportableState):
-    """Counts what the run computed; carried through checkpoints, so that a resumed run's figures are of the whole.
+    """Counts what the run computes. Checkpoints keep the counts, so that a resumed run reports the whole run.
 
-    owes_evaluation  an evaluation was due at this step and is not made; a run resumed from here makes it first
+    owes_evaluation  an evaluation was due at this step but not made; a run resumed here makes it first
     """
 
-    #: What a checkpoint keeps, beside the seconds.
+    #: The counts that a checkpoint keeps, besides the seconds.
     CARRIED = (
         *("tokens_computed", "tokens_padded", "examples", "owes_evaluation"),
         *("skipped_steps", "steps_without_gradient"),
@@ -51,7 +52,7 @@ class WorkCounter(TrainerCallback, ExportableState):
         self.examples += examples
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """An epoch's evaluation comes after the save of its last step, so that checkpoint still owes it."""
+        """Note an epoch's evaluation as owed: it comes after the checkpoint of the epoch's last step."""
         ends = state.epoch == round(state.epoch) or state.global_step >= state.max_steps
         by_epoch = args.eval_strategy == IntervalStrategy.EPOCH
         self.owes_evaluation = by_epoch and ends and args.eval_delay <= state.epoch
@@ -83,13 +84,16 @@ class WorkCounter(TrainerCallback, ExportableState):
 
 
 class Stop(TrainerCallback):
-    """A signal or the end of the time ends the run after its step, with a checkpoint; a second signal ends it at once.
+    """Ends the run after the current step, with a checkpoint, on a signal or at the time limit.
 
-    reason  why this rank or another asked to stop, once all have agreed
+    A second signal ends it at once.
+
+
+    reason  why this rank or another one stops, once all ranks have agreed; None before
     """
 
     def __init__(self, *, deadline: float | None, limit: str) -> None:
-        """deadline by time.monotonic(), and the setting behind it as the user wrote it"""
+        """deadline is in time.monotonic(); limit is the setting that caused it, as the user wrote it"""
         self.received: int | None = None
         self.reason: str | None = None
         self._deadline, self._limit = deadline, limit
@@ -97,7 +101,7 @@ class Stop(TrainerCallback):
 
     @property
     def requested(self) -> bool:
-        """Whether this rank was told to stop."""
+        """Whether this rank should stop."""
         return self.received is not None or self._time_is_over()
 
     def _time_is_over(self) -> bool:
@@ -112,9 +116,9 @@ class Stop(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if threading.current_thread() is not threading.main_thread():
-            return  # Python hands signals to the main thread alone: there a program that calls train() may stop it
+            return  # Python delivers signals only to the main thread; there, the program that called train() decides
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has a run outlive its terminal
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores HUP, so that a run outlives its terminal
                 self._handlers_before[number] = signal.signal(number, self._receive)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -122,7 +126,7 @@ class Stop(TrainerCallback):
             self.stop_here(control)
 
     def stop_here(self, control: TrainerControl) -> None:
-        """The run ends behind this step, with a checkpoint; every rank calls this, or none."""
+        """End the run after this step, with a checkpoint. All ranks must call this, or none."""
         if self.received is not None:
             self.reason = f"{signal.Signals(self.received).name} received"
         elif self._time_is_over():
@@ -134,7 +138,7 @@ class Stop(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The Trainer ends the epoch where the run stops; what is due at its real end is not due yet."""
+        """Cancel what is due at an epoch's end if the run stops within the epoch, which the Trainer then ends early."""
         if self.reason is not None and state.epoch != round(state.epoch):
             control.should_log = control.should_evaluate = control.should_save = False
 
@@ -150,7 +154,7 @@ class Stop(TrainerCallback):
 
 
 class BeforeFirstStep(TrainerCallback):
-    """Does something before the first step, when a resumed run has its state again."""
+    """Calls a function before the first step, after a resumed run's state is loaded."""
 
     def __init__(self, action: Callable[[], None]) -> None:
         self.action = action
@@ -162,7 +166,7 @@ class BeforeFirstStep(TrainerCallback):
 
 
 class LogBeforeSaving(TrainerCallback):
-    """The losses since the last log go into the history before a checkpoint and at the end, so none is lost with it."""
+    """Logs the losses since the last log before each checkpoint and at the end, so that none is missing there."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_save or state.global_step >= state.max_steps:
@@ -170,16 +174,16 @@ class LogBeforeSaving(TrainerCallback):
 
 
 class EarlyStopping(TrainerCallback):
-    """Ends the run when so many evaluations in a row brought no lower held-out loss; told from the log alone.
+    """Ends the run after `patience` evaluations in a row without a lower held-out loss, counted in the log.
 
-    patience  how many; 0: never
+    patience  0: never
     """
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
 
     def is_due(self, history: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the Trainer's log holds so many evaluations behind the best one."""
+        """Whether the Trainer's log has at least `patience` evaluations after the best one."""
         losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"] > 0]
         return bool(self.patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= self.patience
 
@@ -189,9 +193,9 @@ class EarlyStopping(TrainerCallback):
 
 
 class LossSpikeWarning(TrainerCallback):
-    """Says when the loss jumps far above what it was."""
+    """Gives a notice if the loss jumps far above its earlier values."""
 
-    #: Logs that are remembered; how many must be known before a jump can be told; how many jumps are said.
+    #: How many logs are kept; how many are needed to recognise a jump; how many jumps are reported.
     REMEMBERED, KNOWN, WARNINGS = 20, 10, 5
 
     def __init__(self, notice: Callable[[str], None]) -> None:
@@ -222,7 +226,7 @@ class LossSpikeWarning(TrainerCallback):
 
 
 class GradientCheck(TrainerCallback):
-    """Says at the first step which adapter layers get no gradient: they would never learn."""
+    """Gives a notice at the first step naming the adapter layers without a gradient, which would never learn."""
 
     def __init__(self, notice: Callable[[str], None]) -> None:
         self.notice, self._done = notice, False
@@ -232,10 +236,10 @@ class GradientCheck(TrainerCallback):
     ) -> None:
         if self._done:
             return
-        # A's gradient is zero as long as B is, so B tells.
+        # While B is zero, A's gradient is zero too, so only B's is checked.
         gradients = {name: weight.grad for name, weight in model.named_parameters() if "lora_B" in name}
         if not all(bool(torch.isfinite(local(grad)).all()) for grad in gradients.values() if grad is not None):
-            return  # NaN spreads to every layer and tells nothing
+            return  # NaN spreads to every layer, so it shows nothing
         self._done = True
         without = sorted(
             name.partition(".lora_B")[0]

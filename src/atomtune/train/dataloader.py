@@ -1,10 +1,10 @@
-"""Dataloader: the processes that collate batches ahead leave a signal to the run.
+"""Dataloader: worker processes that ignore signals to the job, and that do not fail silently.
 
-A terminal or a cluster's scheduler signals every process of a job. torch lets SIGTERM end a worker, and a worker's end
-is an error of the run; so workers begin, and stay, with these signals blocked.
+A terminal or a cluster's scheduler signals every process of a job. torch lets SIGTERM end a worker, and the end of a
+worker is an error of the run. Therefore workers start, and stay, with these signals blocked.
 
-A worker hands its batches over in a thread. An error there was printed and the batch was missing: the run waited for it
-for ever. So it ends the worker, which ends the run.
+A worker sends its batches from a thread. An error there was only printed, and the run waited forever for the missing
+batch. Now it ends the worker, which ends the run.
 """
 
 import errno
@@ -17,14 +17,14 @@ from typing import Any
 from atomtune.disk import no_shared_memory, sharing_problem
 from atomtune.train.callbacks import SIGNALS
 
-#: What a worker ends with that found no shared memory for its batch.
+#: Exit code of a worker that found no shared memory for its batch.
 _NOT_SHARED = errno.ENOSPC
-#: The workers that were started last, or still run: torch says which ended, and not by what.
+#: Workers started last or still running. torch reports that a worker ended, but not with which exit code.
 _started: list[Any] = []
 
 
 def lost_worker(error: BaseException, *, workers: int) -> str:
-    """Why other processes could not be started or ended, and the way without workers; "" for any other error."""
+    """Why worker processes could not be started or ended, and how to run without them; "" for any other error."""
     problem, text = sharing_problem(error), str(error)
     if text.startswith("DataLoader worker"):
         problem = f"A process that prepares batches was killed, most likely for lack of memory ({text})."
@@ -46,10 +46,10 @@ def _signal_masked_context() -> Any:
         os._exit(_NOT_SHARED if is_known else 1)
 
     class SignalMaskedProcess(ForkProcess):
-        """A process that no signal to the job reaches; it ends with its work or with its parent, as torch's do."""
+        """A process that ignores signals to the job; it ends with its work or with its parent, like torch's workers."""
 
         def start(self) -> None:
-            # Blocked before the fork: worker_init_fn runs too late for a signal that comes at once.
+            # Blocked before the fork: a signal could arrive before worker_init_fn runs.
             _started[:] = [*(worker for worker in _started if worker.is_alive()), self]
             mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
@@ -58,7 +58,8 @@ def _signal_masked_context() -> Any:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask_before)
 
         def run(self) -> None:
-            # In this process alone. There is no public way; it was made for concurrent.futures, which replaces it so.
+            # Replaced in this process only. There is no public way; concurrent.futures replaces this method in the same
+            # way.
             Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[attr-defined]
             super().run()
 
@@ -66,14 +67,14 @@ def _signal_masked_context() -> Any:
             self.kill()
 
     class SignalMaskedContext(ForkContext):
-        Process = SignalMaskedProcess  # torch asks the context for the class of its workers
+        Process = SignalMaskedProcess  # torch takes its workers' class from the context
 
     return SignalMaskedContext()
 
 
 def with_signal_masked_workers(loader: Any) -> Any:
-    """The same DataLoader; its workers, where it forks any, do not hear a signal to the job."""
-    inner = getattr(loader, "base_dataloader", loader)  # inside accelerate's
+    """The same DataLoader; if it forks workers, they ignore signals to the job."""
+    inner = getattr(loader, "base_dataloader", loader)  # inside accelerate's wrapper
     if inner.num_workers and inner.multiprocessing_context is None and multiprocessing.get_start_method() == "fork":
         inner.multiprocessing_context = _signal_masked_context()
     return loader

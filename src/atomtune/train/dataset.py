@@ -1,4 +1,4 @@
-"""Dataset: the records of one run, read, checked, mixed and divided into training and evaluation."""
+"""Dataset: the records of one run, read, checked, mixed, and split into training and evaluation."""
 
 import hashlib
 import itertools
@@ -30,18 +30,19 @@ from atomtune.train.streaming import Stream
 
 @dataclass(frozen=True)
 class Data:
-    """What one run learns from and is measured on."""
+    """The examples that a run trains and evaluates on."""
 
     train: datasets.Dataset | Stream
     evaluate: datasets.Dataset | None
     data_hash: str
-    eval_hash: str = ""  # of the file of --eval_path
-    stored: Ledger | None = None  # of what was read before training; a stream is read while training
-    eval_size: float = 0  # what --eval_size says, or stands for
+    eval_hash: str = ""  # hash of the file of --eval_path
+    # Ledger of the records read before training; None for a stream, which is read during training
+    stored: Ledger | None = None
+    eval_size: float = 0  # --eval_size, or the value chosen for it: records, or a share below 1
 
     @property
     def ledger(self) -> Ledger:
-        """Where every record went; of a stream, as far as it was read."""
+        """What became of every record; for a stream, of those read so far."""
         if self.stored is not None:
             return self.stored
         assert isinstance(self.train, Stream)
@@ -49,7 +50,7 @@ class Data:
 
     @property
     def size(self) -> Size:
-        """How much there is to learn from and to evaluate on."""
+        """How many records there are to train and evaluate on."""
         held_out = len(self.evaluate) if self.evaluate is not None else 0
         if isinstance(self.train, Stream):
             return Size(records=None, held_out=held_out, asked=0, longest=0)
@@ -57,21 +58,24 @@ class Data:
         return Size(records=len(self.train), held_out=held_out, asked=self.eval_size, longest=longest)
 
     def read_meanwhile(self, console: Console) -> dict[str, Any]:
-        """Say and give the ledger of a stream as far as it was read; of stored records all was said before."""
+        """Print and return a stream's ledger as far as it was read; {} for stored records, whose ledger was printed."""
         if not isinstance(self.train, Stream):
             return {}
         say_ledger(self.train.ledger, self.train.template, console)
-        return {**self.train.ledger.to_run_json(), "records_copied": None}  # to tell copies takes all records at once
+        return {**self.train.ledger.to_run_json(), "records_copied": None}  # finding copies needs all records at once
 
     def some(self, records: int, *, seed: int) -> list[dict[str, Any]]:
-        """So many of the training records at random, without putting back; of a stream, the first."""
+        """`records` training records drawn without replacement; of a stream, the first ones."""
         if isinstance(self.train, Stream):
             return list(itertools.islice(self.train, records))
         return list(self.train.select(sample_rows(len(self.train), records, seed=seed)))
 
 
 def read_data(run: RunContext, template: Template) -> Data:
-    """The examples to train and evaluate on; on several ranks the first one encodes, the others read the cache."""
+    """The examples to train and evaluate on.
+
+    With several ranks, the first one encodes and the others read its cache.
+    """
     evaluation = _evaluation_file(run, template)
     evaluate = evaluation.examples if evaluation else None
     eval_hash = evaluation.data_hash if evaluation else ""
@@ -95,7 +99,7 @@ def read_data(run: RunContext, template: Template) -> Data:
 
 
 def _check_read(run: RunContext, template: Template, data: EncodedData) -> None:
-    """Say and record what became of every record. Raises BadData where records are broken, or none can be used."""
+    """Print and record what became of every record. Raises BadData if records are broken or none can be used."""
     settings = run.settings.data
     run.record.update(data={"path": settings.dataset_path, "sha256": data.data_hash}, **data.ledger.to_run_json())
     say_ledger(data.ledger, template, run.console)
@@ -106,7 +110,7 @@ def _check_read(run: RunContext, template: Template, data: EncodedData) -> None:
 def _held_out_of(
     examples: datasets.Dataset, parts: list[EncodedData], run: RunContext, *, size: float
 ) -> tuple[list[int], datasets.Dataset | None]:
-    """The rows that stay to be learned, and the examples that are held out."""
+    """(rows to train on, held-out examples or None)."""
     rows, rows_held_out = _hold_out(run, parts, size=size)
     if not rows_held_out:
         return rows, None
@@ -117,7 +121,7 @@ def _held_out_of(
 
 
 def _mixed_by_setting(rows: list[int], parts: list[EncodedData], run: RunContext) -> list[int]:
-    """The rows of an epoch under --mix."""
+    """The rows of one epoch, following --mix."""
     mix = run.settings.data.mix
     ends = list(accumulate(len(part.examples) for part in parts))
     rows = mixed(rows, ends, mix, seed=run.args.seed)
@@ -129,14 +133,14 @@ def _mixed_by_setting(rows: list[int], parts: list[EncodedData], run: RunContext
 
 
 def _selected(examples: datasets.Dataset, rows: list[int]) -> datasets.Dataset:
-    """These rows; all of them as they are, for a selection is read through one more list of indices."""
+    """These rows. All rows are returned without selecting, because a selection reads through an index table."""
     if rows == list(range(len(examples))):
         return examples
     return examples.select(rows)
 
 
 def _evaluation_file(run: RunContext, template: Template) -> EncodedData | None:
-    """The records of --eval_path."""
+    """The encoded records of --eval_path; None if it is not set."""
     settings = run.settings.data
     if not settings.eval_path:
         return None
@@ -149,7 +153,7 @@ def _evaluation_file(run: RunContext, template: Template) -> EncodedData | None:
 
 
 def _stream(run: RunContext, template: Template) -> tuple[Stream, str]:
-    """Records that are encoded while training, and the hash of the files they come from."""
+    """The records that are encoded during training, and a hash of the files they come from."""
     settings = run.settings.data
 
     def check(ledger: Ledger) -> None:
@@ -165,7 +169,7 @@ def _stream(run: RunContext, template: Template) -> tuple[Stream, str]:
         f"streaming {', '.join(settings.dataset_paths)}: records are encoded while training and shuffled in a buffer "
         f"of {settings.shuffle_buffer:,}."
     )
-    next(iter(stream))  # what is wrong with the first records is said before the model is loaded
+    next(iter(stream))  # reports problems of the first records before the model is loaded
     return stream, data_hash
 
 
@@ -180,16 +184,16 @@ def _read(source: str, run: RunContext, template: Template) -> EncodedData:
 
 
 def source_names(settings: TrainSettings) -> dict[str, str]:
-    """Each source's name in origins: enough of its path to tell files of one name apart, the evaluation's too."""
+    """Each source → its name in origins: enough of its path to tell files with the same name apart."""
     data = settings.data
     sources = [*data.dataset_paths, *([data.eval_path] if data.eval_path else [])]
     return dict(zip(sources, distinct_names(sources), strict=True))
 
 
 def mixed(rows: list[int], ends: list[int], mix: list[float], *, seed: int) -> list[int]:
-    """The rows of an epoch: those of file f stand in it mix[f] times, a fraction of them drawn by the seed.
+    """The rows of an epoch: each row of file f occurs mix[f] times, and a fraction of mix[f] is a random sample.
 
-    ends  where each file's rows end in the numbering of rows
+    ends  the index after each file's last row, in the numbering of `rows`
     """
     draw = random.Random(seed)
     chosen: list[int] = []
@@ -201,7 +205,7 @@ def mixed(rows: list[int], ends: list[int], mix: list[float], *, seed: int) -> l
 
 
 def _hold_out(run: RunContext, parts: list[EncodedData], *, size: float) -> tuple[list[int], list[int]]:
-    """(rows to learn, rows to hold out); records that are alike stay on one side."""
+    """(rows to train on, rows to hold out); near-duplicates stay on one side."""
     records = sum(len(part.examples) for part in parts)
     wanted = round(size * records) if size < 1 else int(size)
     groups = alike(read_texts(_texts(run, run.settings.data.dataset_paths, [part.examples for part in parts])))
@@ -224,7 +228,7 @@ def _hold_out(run: RunContext, parts: list[EncodedData], *, size: float) -> tupl
 
 
 def _say_overlap(run: RunContext, learned: list[datasets.Dataset], evaluate: datasets.Dataset) -> None:
-    """Say which evaluation records are like ones that are learned."""
+    """Give a notice naming the evaluation records that are near-duplicates of training records."""
     settings = run.settings.data
     sources = [*settings.dataset_paths, str(settings.eval_path)]
     groups = alike(read_texts(_texts(run, sources, [*learned, evaluate])))
@@ -239,7 +243,7 @@ def _say_overlap(run: RunContext, learned: list[datasets.Dataset], evaluate: dat
 
 
 def _texts(run: RunContext, sources: list[str], stored: list[datasets.Dataset]) -> Iterator[Record]:
-    """The records behind the rows, read once more, with a bar."""
+    """The records of these rows, read once more with a progress bar."""
     rules = Rules(**run.settings.data.rules())
     for source, rows in zip(sources, stored, strict=True):
         name = source_names(run.settings)[source]
@@ -248,13 +252,13 @@ def _texts(run: RunContext, sources: list[str], stored: list[datasets.Dataset]) 
 
 
 def records_of_rows(run: RunContext, rows: datasets.Dataset) -> dict[str, Record]:
-    """The records behind some rows, which stand in the order of their files: origin → record.
+    """The records of some rows, which are in the order of their files: origin → record.
 
-    The files are read once more, each as far as the last of these rows.
+    Each file is read once more, up to the last of these rows.
     """
     rules = Rules(**run.settings.data.rules())
     names = source_names(run.settings)
-    # An origin begins with its source's name: `train.jsonl:17`; a folder's files stand between the two.
+    # An origin begins with its source's name: `train.jsonl:17`. For a folder, the file's name comes in between.
     sources = [
         max(
             (source for source, name in names.items() if origin.startswith(name)), key=lambda source: len(names[source])
@@ -270,7 +274,7 @@ def records_of_rows(run: RunContext, rows: datasets.Dataset) -> dict[str, Record
 
 
 def say_ledger(ledger: Ledger, template: Template, console: Console) -> None:
-    """What became of the records, in one line, and a notice for each thing a user may not expect."""
+    """Print what became of the records in one line, and a notice for each thing a user may not expect."""
     console.say(
         f"{ledger.records_read:,} records read ({ledger.format}), {ledger.records_used:,} used, "
         f"{len(ledger.records_refused):,} refused, {ledger.records_cut:,} shortened; "

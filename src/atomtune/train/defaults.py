@@ -1,8 +1,8 @@
-"""Defaults: what a run takes where a setting is `auto`, from its records and its base, each with its reason.
+"""Defaults: values for settings on `auto`, derived from the records and the base, each with a reason.
 
-A default that is the same for every run stands in settings/fields.py. The figures behind the numbers here are in
-docs/defaults.md, measured by benchmarks/defaults.py. A resumed run takes what the run that began took: a checkpoint's
-manifest holds it.
+Defaults that are the same for every run are in settings/fields.py. The measurements behind the numbers here are in
+docs/defaults.md; benchmarks/defaults.py made them. A resumed run keeps the values of the original run, which are in
+the manifests of its checkpoints.
 """
 
 import math
@@ -19,40 +19,40 @@ from atomtune.train.arguments import needs_records, trainer_arguments
 from atomtune.train.run_context import RunContext
 from atomtune.train.run_length import RunLength, run_length
 
-#: Steps that a run should have; fewer records are seen more often, in smaller batches.
+#: Steps that a run should have; with fewer records, it makes more epochs and smaller batches.
 WANTED_STEPS = 200
-#: The shortest that max_seq_length is set to, where the base bears it.
+#: Smallest value chosen for max_seq_length, unless the base allows less.
 LEAST_LENGTH = 256
-#: Fewer steps than this rarely teach an adapter much.
+#: A run with fewer steps than this rarely teaches an adapter much.
 FEW_STEPS = 100
-#: The largest that leaves enough steps is taken; a step has at least so many records.
+#: The largest batch size that leaves WANTED_STEPS is chosen, but a step has at least SMALLEST_STEP records.
 BATCH_SIZES, SMALLEST_STEP = (16, 8, 4, 2, 1), 4
 USUAL_EPOCHS, MOST_EPOCHS = 3, 10
-#: What makes a step of several records; where one is above 1, a smaller one makes more steps.
+#: Settings that put several records into a step; a smaller value of one above 1 gives more steps.
 _RECORDS_A_STEP = ("gradient_accumulation_steps", "per_device_train_batch_size")
-#: Of fewer records all are learned: a handful held out would tell little and be missed.
+#: With fewer records, all are trained on: a few held-out ones would say little and be missing in training.
 LEAST_TO_SPLIT = 50
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.1, 200
-#: Lines of loss in a run, where it has so many steps; and steps between two lines at most.
+#: Number of logged losses, if a run has that many steps; and the most steps between two of them.
 LOGGED_LINES, LONGEST_SILENCE = 50, 10
-#: A run with so many epochs is evaluated and saved after each; another one so often.
+#: A run with FEWEST_EPOCHS to MANY_EPOCHS is evaluated and saved after each epoch; any other one TIMES times.
 FEWEST_EPOCHS, MANY_EPOCHS, TIMES = 2, 12, 10
-#: Without evaluation a run of fewer steps keeps its last checkpoint alone; a long one saves so often.
+#: Without evaluation, a run with fewer than SHORT_RUN steps keeps only its last checkpoint; a longer one saves at least
+#: every CHECKPOINT_STEPS.
 SHORT_RUN, CHECKPOINT_STEPS = 50, 500
 #: "LoRA without regret" (Thinking Machines, 2025) fits the best rate of LoRA with alpha 32 and any rank, for Llama
-#: models, as 5e-4 * (2000 / width) ** 0.78: the best tried at a width of 576; at 192 somewhat more is better still.
-#: Bounded where nothing was measured.
+#: models, as 5e-4 * (2000 / width) ** 0.78. At a width of 576 that was the best rate tried; at 192 a slightly higher
+#: one is better. The rate is bounded where nothing was measured.
 RATE, RATE_WIDTH, RATE_POWER, RATE_ALPHA = 5e-4, 2000, 0.78, 32
 LOWEST_RATE, HIGHEST_RATE, UNKNOWN_RATE = 1e-4, 4e-3, 2e-4
-#: "LoRA without regret" finds the best rate of short runs to be some 15 times that of full fine-tuning, in place of 10
-#: times. In runs of fewer steps than this, half as much again ended 4 % above the best that was tried at most, without
-#: it 14 %; one column of a single seed (fifty records on SmolLM2) is an exception.
+#: "LoRA without regret" finds that the best rate of short runs is about 15 times that of full fine-tuning, not 10
+#: times. In runs with fewer steps than this, a factor of 1.5 ended at most 4 % above the best loss tried, without it 14
+#: %; one column with a single seed (fifty records on SmolLM2) is an exception.
 SHORT_RUN_STEPS, SHORT_RUN_TIMES = 500, 1.5
-#: So many times the rate that a run gets by itself is past all that ever helped: four times is too high for each kind
-#: of records.
+#: A rate this many times the automatic one never helped: four times is too high for each kind of records.
 FAR_TOO_HIGH = 10
 
-#: In a checkpoint's manifest: the limit that records were encoded with where max_seq_length was auto.
+#: Key in a checkpoint's manifest: the length limit when records were encoded with max_seq_length on auto.
 _LONGEST = "longest_record"
 
 
@@ -60,9 +60,9 @@ _LONGEST = "longest_record"
 class Size:
     """How much there is to learn from.
 
-    records   of an epoch; None of a stream
+    records   per epoch; None for a stream
     held_out  records to evaluate on
-    asked     how many --eval_size stood for
+    asked     --eval_size, or the value chosen for it
     longest   tokens of the longest example
     """
 
@@ -74,9 +74,9 @@ class Size:
 
 @dataclass
 class Derived:
-    """Values of settings that were left to the run, and why each is so, in the order in which they are said.
+    """Values chosen for settings on auto, and the reason for each, in the order in which they are printed.
 
-    own_rate  the learning rate that the run gets by itself, whether or not it was left to it
+    own_rate  the automatic learning rate, even if the setting is not on auto
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +88,7 @@ class Derived:
 
 
 def with_sequence_limit(run: RunContext) -> tuple[RunContext, BaseShape]:
-    """The run with the longest record that its base bears as max_seq_length, where that is auto; and the base's shape.
+    """The run with max_seq_length set to the base's limit if it is on auto, and the base's shape.
 
     Records are encoded with this limit, whatever their lengths turn out to be.
     """
@@ -102,10 +102,10 @@ def with_sequence_limit(run: RunContext) -> tuple[RunContext, BaseShape]:
 
 
 def records_to_hold_out(settings: TrainSettings, records: int, *, began_with: Mapping[str, Any]) -> float:
-    """What --eval_size says, or stands for where it is auto.
+    """--eval_size, or the value that auto means: a number of records, or a share below 1; 0 for none.
 
-    began_with  what the run that is resumed took; empty for a new one
-    Raises BadSettings where it asks for none or all of the records.
+    began_with  values chosen by the run that is resumed; empty for a new one
+    Raises BadSettings if it would hold out none or all of the records.
     """
     size = settings.data.eval_size
     if size is None and "eval_size" in began_with:
@@ -121,13 +121,13 @@ def records_to_hold_out(settings: TrainSettings, records: int, *, began_with: Ma
 
 
 def with_defaults(run: RunContext, size: Size, shape: BaseShape) -> RunContext:
-    """The run with a value for every setting that was left to it: in force, said and recorded."""
+    """The run with a value for every setting on auto; the values are in force, printed and recorded."""
     derived = derive(run.settings, run.args, size, shape)
     for name in derived.values.keys() & run.began_with.keys():
         derived.values[name] = run.began_with[name]
     if run.began_with.get("eval_size") == 0 and not run.settings.data.eval_path:
         derived.reasons["eval_size"] = "the run that is resumed held none out"
-    # A folder that was chosen for the run stays its folder.
+    # If a folder was chosen for the run, it stays the run's folder.
     settings = run.settings.with_derived({**derived.values, "output_dir": run.args.output_dir}, derived.reasons)
     of_manifest = {**derived.values, _LONGEST: shape.longest}
     run = replace(run, settings=settings, args=trainer_arguments(settings), derived=of_manifest)
@@ -138,7 +138,7 @@ def with_defaults(run: RunContext, size: Size, shape: BaseShape) -> RunContext:
 
 
 def derive(settings: TrainSettings, args: TrainingArguments, size: Size, shape: BaseShape) -> Derived:
-    """A value for every setting that the user left to the run."""
+    """A value for every setting that the user left on auto."""
     derived = Derived()
     if _is_auto(settings, "max_seq_length"):
         derived.take("max_seq_length", *_longest(size, shape))
@@ -160,12 +160,12 @@ def derive(settings: TrainSettings, args: TrainingArguments, size: Size, shape: 
 
 
 def _is_auto(settings: TrainSettings, name: str) -> bool:
-    """Whether the user left this setting to the run."""
+    """Whether the user left this setting on auto."""
     return name not in settings.origins
 
 
 def _longest(size: Size, shape: BaseShape) -> tuple[int, str]:
-    """As long as the longest record, in steps of 64 tokens; only the base's limit cuts any."""
+    """The length of the longest record, rounded up to 64 tokens, so that only the base's limit shortens records."""
     if size.records is None or size.longest >= shape.longest:
         return shape.longest, shape.longest_why
     tokens = 64 * math.ceil(size.longest / 64)
@@ -192,14 +192,14 @@ def _held_out_why(size: Size, settings: TrainSettings) -> str:
 def _epochs_and_batch(
     derived: Derived, settings: TrainSettings, args: TrainingArguments, size: Size
 ) -> tuple[float, int]:
-    """How often every record is seen, and how many make a batch: a small set gets enough steps."""
+    """(epochs, batch size per device), chosen so that a small data set gets enough steps."""
     free_batch = _is_auto(settings, "per_device_train_batch_size")
     free_epochs = _is_auto(settings, "num_train_epochs")
     batch = BATCH_SIZES[0] if free_batch else args.per_device_train_batch_size
     epochs = USUAL_EPOCHS if free_epochs else args.num_train_epochs
     if size.records is None or args.max_steps > 0:
         if free_batch:
-            batch = max(batch // args.world_size, 1)  # many processes make the step that one makes
+            batch = max(batch // args.world_size, 1)  # a step has the same size on any number of processes
             derived.take("per_device_train_batch_size", batch, "the largest; --max_steps sets the number of steps")
         return epochs, batch
     if free_batch:
@@ -217,7 +217,7 @@ def _epochs_and_batch(
 
 
 def largest_batch(records: int, args: TrainingArguments, *, epochs: float) -> int:
-    """The largest batch that leaves enough steps."""
+    """The largest batch size that leaves enough steps."""
     batches_a_step = args.gradient_accumulation_steps * args.world_size
     for batch in BATCH_SIZES:
         steps = run_length(records, args, batch=batch, epochs=epochs).steps
@@ -227,7 +227,7 @@ def largest_batch(records: int, args: TrainingArguments, *, epochs: float) -> in
 
 
 def learning_rate(width: int | None, alpha: float, *, steps: int) -> tuple[float, str]:
-    """The rate for a base of this width and a run of so many steps, to two digits, and why."""
+    """(rate, reason) for a base of this width and a run of this many steps; the rate is rounded to two digits."""
     if width is None or not alpha:
         return UNKNOWN_RATE, "the width of the base is not known"
     rate = RATE * (RATE_WIDTH / width) ** RATE_POWER * RATE_ALPHA / alpha
@@ -240,7 +240,7 @@ def learning_rate(width: int | None, alpha: float, *, steps: int) -> tuple[float
 
 
 def _evaluations(derived: Derived, settings: TrainSettings, size: Size, length: RunLength) -> None:
-    """Before the first step, and then with each checkpoint the user asked for, or a few times in the run."""
+    """Evaluate before the first step, and then with each checkpoint that the user set, or a few times in the run."""
     trainer = settings.trainer
     if not size.held_out:
         if asked := needs_records(settings):
@@ -268,13 +268,13 @@ def _evaluations(derived: Derived, settings: TrainSettings, size: Size, length: 
 
 
 def _suits(interval: float, steps: int) -> bool:
-    """Whether evaluations so many steps (or such a share of them) apart are neither too many nor none."""
+    """Whether this interval (in steps, or a share of the run) gives at least two and not too many evaluations."""
     times = 1 / interval if interval < 1 else steps / interval
     return 2 <= times <= 2 * TIMES
 
 
 def _checkpoints(derived: Derived, settings: TrainSettings, size: Size, length: RunLength) -> None:
-    """One with each evaluation, so that the best can be kept; else after each epoch, or every so many steps."""
+    """A checkpoint with each evaluation, so that the best can be kept; else after each epoch or a number of steps."""
     if not (_is_auto(settings, "save_strategy") and _is_auto(settings, "save_steps")):
         return
     steps, epochs = length.steps, length.epochs
@@ -296,7 +296,7 @@ def _checkpoints(derived: Derived, settings: TrainSettings, size: Size, length: 
 
 
 def _best(derived: Derived, settings: TrainSettings, size: Size) -> None:
-    """The best checkpoint is the result where one is saved with each evaluation and no rank holds a part of it."""
+    """Keep the best checkpoint as the result, if one is saved with each evaluation and the weights are not sharded."""
     if not _is_auto(settings, "load_best_model_at_end"):
         return
     values = {**settings.trainer, **derived.values}
@@ -315,7 +315,7 @@ def _is_multiple(larger: float, smaller: float | None) -> bool:
 
 
 def _say(run: RunContext, derived: Derived, size: Size) -> None:
-    """The values that decide the result, with their reasons; and whether so few steps are likely to be enough."""
+    """Print the chosen values with their reasons, and a notice if there are too few steps to learn much."""
     if derived.reasons:
         run.console.say("Chosen for this run; each is a setting of its own:")
         run.console.columns([(name, _shown(derived.values[name]), reason) for name, reason in derived.reasons.items()])
@@ -332,7 +332,7 @@ def _say(run: RunContext, derived: Derived, size: Size) -> None:
 
 
 def _warn_of_rate(run: RunContext, own: float) -> None:
-    """A rate that was set, and with which the loss most likely rises; own is what the run gets by itself."""
+    """Give a notice if the rate is so high that the loss will most likely rise; own is the automatic rate."""
     rate = run.args.learning_rate
     if "adam" in run.args.optim and rate > FAR_TOO_HIGH * own:
         run.console.notice(
@@ -346,6 +346,6 @@ def _shown(value: Any) -> str:
 
 
 def began_with(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What the run that made a checkpoint took for its settings on auto; nothing of another tool's."""
+    """The values chosen by the run that wrote a checkpoint, from its manifest; empty if another tool wrote it."""
     values = manifest.get("derived", {})
     return dict(values) if isinstance(values, dict) else {}

@@ -1,4 +1,4 @@
-"""Ending: what a finished run leaves and says: the adapter, whether it worked, and what to do next."""
+"""Ending: what a finished run saves and prints: the adapter, whether training worked, and what to do next."""
 
 import contextlib
 import shlex
@@ -24,12 +24,13 @@ from atomtune.train.trainer import LoraTrainer
 
 
 def finish(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: LossPicture, ledger: Ledger) -> None:
-    """Save the adapter, record the run, and say how it went."""
+    """Save the adapter, record the run, and print how it went."""
     _save_adapter(run, trainer)
     run.record.update(status="finished", train_loss=trainer.mean_loss(), **figures(trainer))
     if run.settings.data.streaming:
         _say_waiting(run, trainer, ledger)
-    # The run is done: a scheduler that reads "stopped" or "failed" would start it again for nothing.
+    # The adapter is saved, so an interrupted report is no failure: a scheduler that reads "stopped" or "failed" would
+    # start the run again for nothing.
     try:
         _report(run, trainer, samples, picture, ledger)
     except KeyboardInterrupt as stop:
@@ -39,7 +40,7 @@ def finish(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Los
 
 
 def _say_waiting(run: RunContext, trainer: LoraTrainer, ledger: Ledger) -> None:
-    """Say how many examples of a stream were read and not learned: its account is of all that it read."""
+    """Give a notice about examples that a stream read but did not train on; its ledger counts all that it read."""
     args = run.args
     drawn = trainer.state.global_step * args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     waiting = max(ledger.examples - drawn, 0)
@@ -56,12 +57,12 @@ def _say_no_report(run: RunContext, why: str) -> None:
     run.console.notice(
         f"{why}: the adapter is saved and complete; report.html and the answers in run.json may be missing."
     )
-    with contextlib.suppress(OSError):  # of a full disk: all but this notice is recorded
+    with contextlib.suppress(OSError):  # the disk is full; everything but this notice is recorded
         run.record.update(notices=run.console.notices)
 
 
 def _report(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: LossPicture, ledger: Ledger) -> None:
-    """What stays of a finished run beside the adapter, and what is said of it."""
+    """Write the report, the loss picture and the last entries of run.json, and print the outcome."""
     answered = _answered(run, samples)
     result = replace(
         _outcome_of(trainer),
@@ -97,7 +98,7 @@ def _report(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Lo
 
 
 def _answered(run: RunContext, samples: Samples) -> list[Sample]:
-    """The answers after training; without them where somebody does not want to wait, who still hears how it went."""
+    """The answers after training; empty if the user interrupts them, so that the outcome is still printed."""
     try:
         return samples.answer_after()
     except KeyboardInterrupt as stop:
@@ -106,13 +107,13 @@ def _answered(run: RunContext, samples: Samples) -> list[Sample]:
 
 
 def title_of(run: RunContext) -> str:
-    """The run and its data, over a picture or a page."""
+    """The names of the run and its data, as the title of a picture or a page."""
     files = ", ".join(Path(path).name for path in run.settings.data.dataset_paths)
     return printable(f"{Path(run.args.output_dir).name}: {files}")
 
 
 def figures(trainer: LoraTrainer) -> dict[str, Any]:
-    """The work of the whole run, and its pace; 0 where this process made no step, for the time was another's."""
+    """The work and pace of the whole run; seconds is 0 if an earlier process had made all steps."""
     work = trainer.work
     seconds = work.elapsed() if trainer.state.global_step > trainer.first_step else 0.0
     return {
@@ -128,7 +129,7 @@ def figures(trainer: LoraTrainer) -> dict[str, Any]:
 
 
 def _save_adapter(run: RunContext, trainer: LoraTrainer) -> None:
-    """The adapter in the run's folder, whole or not at all."""
+    """Save the adapter in the run's folder, complete or not at all."""
     refuse_empty(trainer.accelerator.unwrap_model(trainer.model))
     folder, is_first = Path(run.args.output_dir), run.args.process_index == 0
     if is_first:
@@ -136,7 +137,7 @@ def _save_adapter(run: RunContext, trainer: LoraTrainer) -> None:
     with staged(folder / "adapter", clears=is_first) as staging:
         trainer.save_model(str(staging))
         if is_first:
-            (folder / CERTIFICATE).unlink(missing_ok=True)  # of the weights that are replaced now
+            (folder / CERTIFICATE).unlink(missing_ok=True)  # it certifies the weights that are now replaced
             publish(staging, folder, last=WEIGHTS)
 
 
@@ -153,7 +154,7 @@ def _outcome_of(trainer: LoraTrainer) -> Outcome:
 
 
 def _say(run: RunContext, trainer: LoraTrainer, result: Outcome) -> None:
-    """The run in figures, whether it worked, and where the adapter is."""
+    """Print the run's figures, whether it worked, and where the adapter is."""
     work, steps = trainer.work, trainer.state.global_step
     pace = ", all done before"
     if steps > trainer.first_step:
@@ -168,7 +169,7 @@ def _say(run: RunContext, trainer: LoraTrainer, result: Outcome) -> None:
 
 
 def next_commands(run: RunContext) -> list[str]:
-    """What a user does with a finished run, each to be copied as it stands."""
+    """Commands for the next steps with a finished run, ready to copy."""
     atomtune, folder = program(), shlex.quote(run.args.output_dir)
     commands = [f"chat --adapter_path {folder}"]
     if run.settings.data.eval_size or run.settings.data.eval_path:

@@ -1,4 +1,4 @@
-"""Layout: how this run's batches are laid out, chosen by what is exact for the model and what the data saves."""
+"""Layout: chooses how a run's batches are laid out, by what is exact for the model and what saves most tokens."""
 
 from dataclasses import dataclass
 from itertools import chain
@@ -21,14 +21,14 @@ from atomtune.train.model import activation_memory, device_of, dtype_of
 from atomtune.train.run_context import RunContext
 from atomtune.verify import compare, say
 
-#: A larger batch that computes fewer tokens by this factor is named.
+#: A larger batch is suggested if it computes this many times fewer tokens.
 _WORTH_SAYING = 1.2
-#: A layout that saves less computes as much as padded rows do.
+#: A layout that saves less than this factor is reported as saving nothing.
 SAVING = 1.05
 
 
 def check_equal(run: RunContext, data: Data, *, pad_id: int) -> None:
-    """What `--verify` asks for: this run's model, dtype, layout and records against plain transformers + PEFT."""
+    """--verify: compare this run's model, dtype, layout and records with plain transformers + PEFT."""
     settings, args = run.settings, run.args
     compared = compare(
         _sampled_batches(data, per_batch=args.per_device_train_batch_size, seed=args.seed)[0],
@@ -46,18 +46,19 @@ def check_equal(run: RunContext, data: Data, *, pad_id: int) -> None:
 
 
 def why_padded_by_settings(args: TrainingArguments) -> str | None:
-    """The reason for one record a row that a run's settings give, whatever its model is."""
+    """Why a run's settings require one record per row, for any model; None if they do not."""
     if args.neftune_noise_alpha:
-        # The library divides the noise by the root of a row's tokens. Rows of many records had a third of it, and the
-        # records of a tree would have one noise on the beginning that they share, where each has its own.
+        # transformers divides the noise by the root of the tokens in a row. In rows of many records it would be a third
+        # as large, and the records of a tree would share one noise on their common beginning instead of each having its
+        # own.
         return "the noise of --neftune_noise_alpha is drawn for each record, by the length of its row"
     return None
 
 
 def layout_problems(choice: LayoutChoice, reason: str | None) -> list[str]:
-    """What stands against the layout that was asked for.
+    """Why the layout in the settings cannot be used; empty if it can.
 
-    reason  for padded rows; None where there is none
+    reason  why rows must be padded; None if they need not be
     """
     if reason is None or choice not in ("tree", "packed"):
         return []
@@ -66,14 +67,18 @@ def layout_problems(choice: LayoutChoice, reason: str | None) -> list[str]:
 
 @dataclass(frozen=True)
 class ChosenLayout:
-    """How a run lays its batches out, and the tokens that a heavy step of it computes."""
+    """A run's collator, and the number of tokens that one of its heaviest steps computes."""
 
     collator: Collator
     heaviest_tokens: int
 
 
 def choose_layout(run: RunContext, model: CausalLM, tokenizer: Any, data: Data, *, longest_tokens: int) -> ChosenLayout:
-    """The collator of the run; says which layout, why, and what it saves. Raises BadSettings if it were not exact."""
+    """Choose the run's collator and print the layout, the reason, and what it saves.
+
+    longest_tokens  of the longest example
+    Raises BadSettings if the settings name a layout that would not be exact.
+    """
     per_batch = run.args.per_device_train_batch_size
     batches = _sampled_batches(data, per_batch=per_batch, seed=run.args.seed)
     tokens = LayoutTokens.of(batches)
@@ -102,7 +107,7 @@ def choose_layout(run: RunContext, model: CausalLM, tokenizer: Any, data: Data, 
 
 
 def _described(layout: Layout, reason: str | None, tokens: LayoutTokens, batches: int) -> str:
-    """Which layout, why, and what it saves in the sampled batches."""
+    """The layout, the reason, and what it saves in the sampled batches, as a line to print."""
     if layout == "padded":
         return f"layout padded: one record per row, because {reason}."
     if layout == "tree":
@@ -110,7 +115,7 @@ def _described(layout: Layout, reason: str | None, tokens: LayoutTokens, batches
     else:
         why, computed = "records are laid end to end without padding", tokens.packed
     gain = tokens.padded / computed
-    if gain < SAVING:  # one record a batch, or records of one length
+    if gain < SAVING:  # one record per batch, or records of equal length
         return f"layout {layout}: {why}, as many tokens as padded rows have ({batches} batches tried)."
     return (
         f"layout {layout}: {why}; tokens {tokens.padded:,} → {computed:,}, {gain:.1f}× less work "
@@ -121,9 +126,9 @@ def _described(layout: Layout, reason: str | None, tokens: LayoutTokens, batches
 def _name_larger_batch(
     run: RunContext, model: CausalLM, batches: list[list[Example]], layout: Layout, *, longest_tokens: int
 ) -> None:
-    """Say which batch makes the same updates from fewer tokens, where updates are accumulated and it fits in memory.
+    """Suggest a larger batch without accumulation if it makes the same updates from fewer tokens and fits in memory.
 
-    Records share their beginnings within a batch only; an update over several small batches computes them anew in each.
+    Records share their beginnings only within a batch; accumulating small batches computes them again in each.
     """
     per_batch, accumulated = run.args.per_device_train_batch_size, run.args.gradient_accumulation_steps
     firsts = range(0, len(batches) - accumulated + 1, accumulated)
@@ -145,5 +150,5 @@ def _name_larger_batch(
 
 
 def _sampled_batches(data: Data, *, per_batch: int, seed: int) -> list[list[Example]]:
-    """Batches as the run may draw them."""
+    """Batches as the run may draw them, as a sample."""
     return batches_of(data.some(per_batch * SAMPLED_BATCHES, seed=seed), per_batch, as_examples)

@@ -1,4 +1,4 @@
-"""Model: the base of one run with its adapter, loaded, checked and put on its device."""
+"""Model: loads and checks the base and adapter of one run, and puts them on the device."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -38,17 +38,17 @@ from atomtune.train.arguments import CHECKPOINTING
 from atomtune.train.checkpoint.start import Fresh, FromWeights, Resumed
 from atomtune.train.run_context import RunContext
 
-#: What stays frozen is said with its share of the weights from here on.
+#: Frozen layers are listed with their share of the weights if it is at least this large.
 _WORTH_SAYING = 0.01
 
 
 def device_of(run: RunContext) -> torch.device:
-    """Where this run computes."""
+    """The device on which this run computes."""
     return torch.device("cpu") if run.args.use_cpu else device_in_use()
 
 
 def dtype_of(run: RunContext) -> torch.dtype:
-    """The number format of the base's weights in this run."""
+    """The dtype of the base's weights in this run."""
     trainer = run.settings.trainer
     return resolve_dtype(
         run.settings.model.dtype,
@@ -60,9 +60,10 @@ def dtype_of(run: RunContext) -> torch.dtype:
 
 
 def load_model(run: RunContext, *, longest_tokens: int) -> Any:
-    """The base with its adapter, new or filled from the weights this run starts from.
+    """The base with its adapter, either new or filled from the weights with which this run starts.
 
-    longest_tokens  of any example: what the base's positions must hold
+    longest_tokens  of the longest example; the base must have that many positions
+    Raises BadModel or BadSettings if the base, the adapter and the settings do not fit together.
     """
     device, dtype = device_of(run), dtype_of(run)
     _say_what_is_not_used(run, device, dtype)
@@ -77,7 +78,7 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
         trust_remote_code=run.settings.model.trust_remote_code,
     )
     _say_size(run, model, device, dtype)
-    is_divided = bool(run.args.fsdp or run.args.deepspeed)  # they take the weights out of the layers between calls
+    is_divided = bool(run.args.fsdp or run.args.deepspeed)  # they move weights out of the layers between calls
     if not is_divided and (left_out := left_out_by_peft(model)):
         run.console.notice(
             f"PEFT {peft.__version__} itself leaves out {len(left_out):,} adapted layers of this model when it loads "
@@ -128,7 +129,7 @@ def _new_adapter(run: RunContext, base: Any) -> Any:
     names = ", ".join(f"{name} ({count})" for name, count in counts.items())
     run.console.say(f"LoRA of rank {lora.rank} on {sum(counts.values()):,} layers: {names}.")
     if tensors and lora.dropout:
-        # PEFT adds to their weights before they are used, so there is no input of LoRA's own to drop.
+        # PEFT adds B A to the experts' weights before they are used, so LoRA has no input of its own for dropout.
         run.console.say(f"--lora_dropout {lora.dropout:g} does not apply to the experts; the other layers have it.")
     _say_frozen(run, base, lora)
     _refuse_too_large(base, lora, counts)
@@ -136,7 +137,7 @@ def _new_adapter(run: RunContext, base: Any) -> Any:
 
 
 def _refuse_too_large(base: Any, lora: LoraSpec, names: Collection[str]) -> None:
-    """Raise BadSettings where the matrices of the adapter alone would take more memory than is free."""
+    """Raise BadSettings if the adapter's matrices alone would take more memory than is free."""
     layers = [layer for name, layer in base.named_modules() if name.rpartition(".")[2] in names]
     sides = sum(getattr(layer, "in_features", 0) + getattr(layer, "out_features", 0) for layer in layers)
     needed, free = sides * lora.rank * torch.float32.itemsize, free_bytes(base.device)
@@ -156,7 +157,7 @@ def _as_said(name: str) -> str:
 
 
 def _say_frozen(run: RunContext, base: Any, lora: LoraSpec) -> None:
-    """Say what all-linear does not reach, a line for each reason, and that experts are left as they are."""
+    """Print which layers all-linear leaves out, one line per reason, and whether experts stay frozen."""
     weights = {f".{name}.": count_of(weight) for name, weight in base.named_parameters()}
     reached = all_linear(base)
     adapted = {name.rpartition(".")[2] for name in reached.shared} if lora.experts else set()
@@ -179,7 +180,7 @@ def _say_frozen(run: RunContext, base: Any, lora: LoraSpec) -> None:
 
 
 def _adapter_of_start(run: RunContext, base: Any, start: Resumed | FromWeights) -> Any:
-    """The adapter of a checkpoint or of a weights' file. Raises BadModel where this base is not the one it knows."""
+    """The adapter of a checkpoint or weights file. Raises BadModel if it was trained on another base."""
     path = start.checkpoint if isinstance(start, Resumed) else start.file
     metadata = AdapterMetadata.load(path if path.is_dir() else path.parent)
     refuse_other_base(
@@ -205,12 +206,12 @@ def _say_size(run: RunContext, model: Any, device: torch.device, dtype: torch.dt
 
 
 def fuse_kernels(run: RunContext, model: Any) -> None:
-    """Put Liger's kernels in where they are at hand and the model then computes what it computed before; say so."""
+    """Apply Liger's kernels if they are installed and the model still computes the same; print what is used."""
     args = run.args
     circumstances = liger_circumstances(run.settings.trainer, args)
     if circumstances.hint:
         run.console.say(circumstances.hint)
-    if circumstances.wanted:  # under FSDP and DeepSpeed the library puts them in
+    if circumstances.wanted:  # under FSDP and DeepSpeed the Trainer applies them
         args.liger_kernel_config = liger.kernel_config(args.liger_kernel_config)
     used = False
     if circumstances.tries:
@@ -224,12 +225,12 @@ def fuse_kernels(run: RunContext, model: Any) -> None:
             patch.take_out()
             reason = reason or f"it has none for {innermost(model).config.model_type}"
             run.console.say(f"Liger's kernels are not used: {reason}.")
-        args.use_liger_kernel = False  # what is in is in; the Trainer would put it in once more
+        args.use_liger_kernel = False  # they are applied already; the Trainer would apply them again
     run.record.update(liger_kernels=used or bool(args.use_liger_kernel))
 
 
 def liger_circumstances(trainer: Mapping[str, Any], args: Any) -> liger.Circumstances:
-    """Of a run with these settings of the library's."""
+    """The circumstances of a run; `trainer` has the settings as the user gave them, `args` as the Trainer has them."""
     return liger.Circumstances(
         wanted=trainer.get("use_liger_kernel"),
         device="cpu" if args.use_cpu else device_in_use().type,
@@ -239,9 +240,9 @@ def liger_circumstances(trainer: Mapping[str, Any], args: Any) -> liger.Circumst
 
 
 def keep_or_recompute(run: RunContext, model: Any, *, layout: Layout, heaviest_tokens: int) -> float:
-    """Decide of how many layers activations are kept or recomputed, say why, and return the share that is recomputed.
+    """Decide how many layers recompute their activations, print why, and return their share (0 to 1).
 
-    heaviest_tokens  that a step of this run is expected to compute, in this layout
+    heaviest_tokens  computed tokens of the heaviest step expected in this layout
     """
     args, choice = run.args, run.settings.run.gradient_checkpointing
     share = 1.0 if getattr(args, CHECKPOINTING) or choice == "true" else 0.0
@@ -267,7 +268,7 @@ def keep_or_recompute(run: RunContext, model: Any, *, layout: Layout, heaviest_t
 
 
 def _share_to_recompute(run: RunContext, model: Any, memory: ActivationMemory) -> float:
-    """Of its layers; all or none where the layers cannot be told apart, or are wrapped once more for many GPUs."""
+    """The share of layers to recompute; 0 or 1 if they cannot be told apart, or are wrapped for several GPUs."""
     number = memory.layers_to_recompute
     if run.args.fsdp or run.args.deepspeed or len(recomputable_layers(model)) != memory.layers:
         return float(number > 0)
@@ -275,7 +276,7 @@ def _share_to_recompute(run: RunContext, model: Any, memory: ActivationMemory) -
 
 
 def activation_memory(run: RunContext, model: Any, *, layout: Layout, tokens: int) -> ActivationMemory:
-    """What a step of so many computed tokens would keep for its backward pass, and what is free."""
+    """The memory that a step with this many computed tokens needs for its backward pass, and the free memory."""
     return ActivationMemory.of(
         model.config,
         tokens=tokens,
@@ -287,9 +288,9 @@ def activation_memory(run: RunContext, model: Any, *, layout: Layout, tokens: in
 
 
 def step_graphs(run: RunContext, model: Any) -> StepGraphs | None:
-    """What replays small steps as CUDA graphs; None where they would not help or cannot be recorded."""
+    """The object that replays small steps as CUDA graphs; None if graphs would not help or cannot be recorded."""
     args, device = run.args, device_of(run)
-    recomputes = getattr(args, CHECKPOINTING)  # it asks for the state of the random numbers, which a recording cannot
+    recomputes = getattr(args, CHECKPOINTING)  # it reads the random generator's state, which cannot be recorded
     if not run.settings.run.cuda_graphs or device.type != "cuda" or args.world_size > 1 or recomputes:
         return None
     if args.fsdp or args.deepspeed or run.settings.model.device_map:

@@ -1,8 +1,8 @@
-"""Non-finite steps: no update is made from a loss or gradient that is not finite, and no GPU is waited for to see it.
+"""Non-finite steps: a loss or gradient that is not finite changes no weight, and the check does not wait for the GPU.
 
-torch's fused optimizers can be told on the device to leave a step out (`found_inf`, made for float16's scaler). With
-one of them on one GPU the numbers of a step are copied to the host while the next one is computed, and judged then;
-otherwise before the update.
+torch's fused optimizers can skip a step on the device (`found_inf`, made for float16's scaler). With one of them on a
+single GPU, the numbers of a step are copied to the host while the next step computes, and judged then. Otherwise they
+are judged before the update.
 """
 
 import math
@@ -20,18 +20,18 @@ from atomtune.errors import RunFailed, listing
 from atomtune.train.callbacks import WorkCounter
 from atomtune.train.ranks import local, mean_over_ranks, of_all_ranks, on_any_rank
 
-#: Devices on which a step is judged while the next one is computed.
+#: Devices on which a step is judged during the next one.
 JUDGED_LATER = ("cuda",)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What is looked at of a step.
+    """What is checked of a step.
 
     number         from 1
     origins        of each micro-batch's records
-    read           gives the largest number in all gradients and each micro-batch's loss, once they are on the host
-    has_gradients  whole ones: where ranks hold parts, a part may well be zero
+    read           returns the largest absolute gradient and each micro-batch's loss, once they are on the host
+    has_gradients  whether the gradients are whole; if they are sharded, this rank's part may be zero without a fault
     """
 
     number: int
@@ -41,25 +41,25 @@ class _Step:
 
 
 class SkipNonFinite(TrainerCallback):
-    """Leaves such steps out, or ends the run.
+    """Skips steps that are not finite, or ends the run.
 
-    budget  how many of a run's steps may be left out; one more ends it
-    A step whose gradients are all zero is counted and said: it changes nothing.
+    budget  how many steps of a run may be skipped; one more ends it
+    Steps whose gradients are all zero change nothing; they are counted and reported.
     """
 
-    #: Steps without a gradient that are said; all are counted.
+    #: How many steps without a gradient are reported; all are counted.
     WARNINGS = 5
 
     def __init__(self, work: WorkCounter, *, budget: int, notice: Callable[[str], None]) -> None:
         self.work, self.budget, self.notice = work, budget, notice
-        self._micro_batches: list[tuple[torch.Tensor, Sequence[str]]] = []  # (loss, origins) of the step under way
-        self._waiting: _Step | None = None  # made, or left out, on the device, and not judged here yet
-        # Since the last log.
+        self._micro_batches: list[tuple[torch.Tensor, Sequence[str]]] = []  # (loss, origins) of the current step
+        self._waiting: _Step | None = None  # made or skipped on the device, but not judged yet
+        # Counted since the last log.
         self._steps = self._skipped = 0
         self._skipped_loss = 0.0
 
     def finite_loss(self, loss: torch.Tensor, origins: Sequence[str]) -> torch.Tensor:
-        """A micro-batch's loss; zero where it is not finite, which `mean_of_steps_made` leaves out."""
+        """A micro-batch's loss, or zero if it is not finite, which `mean_of_steps_made` then leaves out."""
         self._micro_batches.append((loss.detach(), origins))
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -76,7 +76,7 @@ class SkipNonFinite(TrainerCallback):
         weights = [weight for weight in model.parameters() if weight.grad is not None]
         gradients = [local(weight.grad) for weight in weights if weight.grad is not None]
         if getattr(optimizer, "scaler", None) is not None:
-            gradients = []  # float16's scaler skips such gradients itself
+            gradients = []  # float16's scaler skips them itself
         numbers = self._largest_gradient_and_losses(gradients)
         divided = any(hasattr(weight.grad, "to_local") for weight in weights)
         is_alone = args.world_size == 1 and not divided
@@ -91,20 +91,20 @@ class SkipNonFinite(TrainerCallback):
             fused.found_inf = (~numbers.isfinite()).any().float()  # type: ignore[attr-defined]
         elif not self.judge(args):
             for weight in weights:
-                weight.grad = None  # the optimizer then leaves this weight as it is
+                weight.grad = None  # the optimizer then skips this weight
 
     def _largest_gradient_and_losses(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """The largest number in all gradients, and each micro-batch's loss, on the losses' device."""
-        # The largest is finite when each is, and does not overflow as a sum of squares.
+        """[1 + micro-batches] the largest absolute gradient, and each micro-batch's loss, on the losses' device."""
+        # The maximum is finite if all gradients are; unlike a sum of squares, it does not overflow.
         numbers = [torch.nn.utils.get_total_norm(gradients, math.inf), *(loss for loss, _ in self._micro_batches)]
         device = numbers[-1].device
         exact = [number.to(device, torch.promote_types(number.dtype, torch.float32)) for number in numbers]
         return torch.stack(exact)
 
     def judge(self, args: TrainingArguments) -> bool:
-        """Count and say what the last step was, if that is not done yet; whether it was made.
+        """Judge the last step if that is not done yet; returns whether it was made.
 
-        Raises RunFailed where it is one too many to be left out.
+        Raises RunFailed if more steps than `budget` would be skipped.
         """
         waiting, self._waiting = self._waiting, None
         if waiting is None:
@@ -116,7 +116,7 @@ class SkipNonFinite(TrainerCallback):
             origins = [origin for number in spoiled or range(len(losses)) for origin in waiting.origins[number]]
             records = listing(of_all_ranks(origins, args))
             self._leave_out(f"{cause} at step {step}, in a batch with these records:\n{records}")
-            # The Trainer logs the mean over ranks, and the other ones' losses may well be finite.
+            # The Trainer logs the mean over ranks, and the losses of other ranks may be finite.
             self._skipped_loss += mean_over_ranks(sum(loss for loss in losses if math.isfinite(loss)), args)
             return False
         if largest == 0 and waiting.has_gradients:
@@ -131,7 +131,7 @@ class SkipNonFinite(TrainerCallback):
         self._skipped += 1
 
     def _warn_of_no_gradient(self, step: int, records: Sequence[str]) -> None:
-        """Clipping divides by the norm of all gradients; where that overflows, finite gradients become zeros."""
+        """Count and report a step with zero gradients; clipping makes them zero if their norm overflows."""
         self.work.steps_without_gradient += 1
         if self.work.steps_without_gradient > self.WARNINGS:
             return
@@ -155,9 +155,9 @@ class SkipNonFinite(TrainerCallback):
         self._micro_batches = []
 
     def mean_of_steps_made(self, mean: float) -> float | None:
-        """The mean loss since the last log without the steps that were left out; None when none was made.
+        """The mean loss since the last log without the skipped steps; None if no step was made.
 
-        All steps of it must be judged.
+        All of these steps must have been judged.
         """
         steps, skipped, skipped_loss = self._steps, self._skipped, self._skipped_loss
         self._steps, self._skipped, self._skipped_loss = 0, 0, 0.0
@@ -170,20 +170,21 @@ class SkipNonFinite(TrainerCallback):
 
 
 def _leaves_out_on_device(optimizer: Any, device: torch.device) -> Optimizer | None:
-    """The optimizer inside accelerate's, where it leaves a step out whose `found_inf` is 1 on the device."""
-    if device.type not in JUDGED_LATER or type(optimizer) is not AcceleratedOptimizer:  # DeepSpeed has another
+    """The optimizer inside accelerate's, if it can skip a step whose `found_inf` is 1 on the device; else None."""
+    if device.type not in JUDGED_LATER or type(optimizer) is not AcceleratedOptimizer:  # DeepSpeed has another class
         return None
     if optimizer.scaler is not None:
-        return None  # it sets found_inf itself, and looks at gradients alone
+        return None  # the scaler sets found_inf itself, and checks gradients only
     inner = optimizer.optimizer
-    # Private: what float16's scaler asks it. The groups of a checkpoint say how its own optimizer went.
+    # Private: float16's scaler reads the same attribute. A resumed run's parameter groups come from the checkpoint, so
+    # their own `fused` decides.
     is_able = getattr(inner, "_step_supports_amp_scaling", False)
     return inner if is_able and all(group.get("fused") for group in inner.param_groups) else None
 
 
 def _copied_to_host(numbers: torch.Tensor) -> Callable[[], list[float]]:
-    """Begins to copy; gives what waits for the copy alone, not for what the device was told to do behind it."""
-    if numbers.device.type != "cuda":  # in tests: a CPU has nothing to wait for
+    """Start copying; returns a function that waits only for the copy, not for later work of the device."""
+    if numbers.device.type != "cuda":  # for tests: a CPU has nothing to wait for
         return numbers.tolist
     host = torch.empty_like(numbers, device="cpu", pin_memory=True)
     host.copy_(numbers, non_blocking=True)

@@ -1,6 +1,6 @@
-"""Outcome: whether a run worked, told from its losses in a few sentences, with the setting to change.
+"""Outcome: whether a run worked, in a few sentences derived from its losses, with the setting to change.
 
-Held-out loss decides. Without it only the training loss is known, which falls for a model that learns by heart too.
+The held-out loss decides. The training loss alone also falls for a model that memorises.
 """
 
 import statistics
@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from atomtune.choices import NOISE
 
-#: A held-out loss that fell by less than this share did not learn what the records have in common.
+#: If the held-out loss fell by a smaller share, the model did not learn what the records have in common.
 LITTLE = 0.05
-#: A loss that falls by more than that behind this part of the run has not levelled off.
+#: If the loss falls by more than LITTLE after this part of the run, it has not levelled off.
 LATE = 0.6
-#: A run of fewer steps is over before a loss can level off; one that ends at its lowest loss was cut short.
+#: A run with fewer steps is too short to level off; if it ends at its lowest loss, it was too short.
 LEAST_TO_LEVEL = 20
-#: A run that was too short is to be this many times as long, and one that changed no answer yet.
+#: How many times as long a run should be that was too short, and one that has not changed any answer yet.
 LONGER, FAR_LONGER = 1.5, 4.0
 
 Verdict = Literal["untold", "not learned", "diverged", "too long", "too short", "level"]
@@ -27,13 +27,13 @@ class Outcome:
     """What the losses of a finished run say.
 
     before, last, best  held-out loss before the first step, at the last evaluation, and the lowest after a step
-    best_step           where that was
+    best_step           the step of the lowest loss
     kept_step           the step whose adapter is the result
-    in_steps            whether --max_steps sets the length, and not --num_train_epochs
-    train_first, train_last  training loss at the beginning and the end
-    answers     to prompts that are not trained on, which are shown before and after
-    as_before   whether the tuned model gives all of them word for word as the base does, and none as its reference
-    broken      of those answers, how many are empty, repeat one piece or run on (samples.Sample.is_broken)
+    in_steps            whether the length is set by --max_steps, not by --num_train_epochs
+    train_first, train_last  training loss at the beginning and at the end
+    answers     number of answers shown before and after training, to prompts that are not trained on
+    as_before   whether all of them equal the base's answers word for word, and none equals its reference
+    broken      how many of them are empty, repeat one piece or run on (samples.Sample.is_broken)
     """
 
     verdict: Verdict
@@ -55,7 +55,7 @@ class Outcome:
         return {**asdict(self), "sentences": self.sentences()}
 
     def sentences(self) -> list[str]:
-        """What happened, which adapter is the result, and what to change."""
+        """What happened, which step's adapter is the result, and what to change."""
         return [*self._losses(), *self._advice()]
 
     def _losses(self) -> list[str]:
@@ -128,7 +128,7 @@ class Outcome:
 
     @property
     def _length(self) -> str:
-        """The setting that sets it."""
+        """The setting that decides the run's length."""
         return "--max_steps" if self.in_steps else "--num_train_epochs"
 
     def _until_best(self) -> str:
@@ -144,9 +144,9 @@ class Outcome:
 def outcome(
     history: Sequence[Mapping[str, Any]], *, steps: int, epochs: float, kept_step: int, in_steps: bool
 ) -> Outcome:
-    """From the Trainer's log.
+    """The outcome according to the Trainer's log.
 
-    epochs     that the run went through the records
+    epochs     passes over the records
     kept_step  the step whose adapter is the result
     in_steps   whether --max_steps sets the length
     """
@@ -171,7 +171,7 @@ def outcome(
 
 
 def _verdict(before: float | None, held_out: Mapping[int, float], losses: Sequence[float]) -> Verdict:
-    """held_out: step → loss, without the one before training."""
+    """The verdict. held_out: step → loss, without the one before training."""
     if not held_out:
         return "untold"
     in_order = [held_out[step] for step in sorted(held_out)]
@@ -183,7 +183,8 @@ def _verdict(before: float | None, held_out: Mapping[int, float], losses: Sequen
         return "too long"
     if last > best:
         return "level"
-    # The rate falls to 0 at the end, and the loss with it: what came before tells whether there was more to learn.
+    # At the end the learning rate falls to 0, and the loss falls with it. The loss before that shows whether there was
+    # more to learn.
     steps = sorted(held_out)
     until_then = [held_out[step] for step in steps if step <= LATE * steps[-1]]
     earlier = until_then[-1] if until_then else before

@@ -1,4 +1,4 @@
-"""Pace: how fast the steps of a run are, and how long it still takes; its evaluations are counted apart."""
+"""Pace: how fast a run's steps are, and how long it will still take; evaluations are timed separately."""
 
 import math
 import time
@@ -9,9 +9,10 @@ from transformers.trainer_utils import IntervalStrategy
 
 
 class Pace:
-    """Times a run while it goes.
+    """Times a running run.
 
-    The first step counts until there is another: kernels are chosen and compiled in it, so it is a slow one.
+    The first step is slow, because kernels are chosen and compiled in it, so it counts only until there is a second
+    one.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -20,7 +21,10 @@ class Pace:
         self._evaluations = self._first_step = 0
 
     def begin(self, step: int) -> None:
-        """The run begins behind this step: 0, or the one it goes on from, whose evaluation may be made already."""
+        """Start timing after this step: 0, or the one from which the run resumes.
+
+        An evaluation may already have been made.
+        """
         self._began, self._first_step = self._clock() - self._evaluated, step
 
     def step_ended(self, step: int) -> None:
@@ -28,23 +32,23 @@ class Pace:
             self._first_took = self.seconds()
 
     def evaluated(self, seconds: float) -> None:
-        """An evaluation has ended that took so long."""
+        """Count an evaluation that took this long."""
         self._evaluated += seconds
         self._evaluations += 1
 
     def seconds(self) -> float:
-        """Time since the run began, less its evaluations."""
+        """Seconds since the run began, without its evaluations."""
         return max(self._clock() - self._began - self._evaluated, 1e-6)
 
     def left(self, step: int, steps: int, evaluations: int) -> float:
-        """Seconds until the last of all steps, this one being done, with so many evaluations among them."""
+        """Seconds from `step` to the last of `steps`, including this number of evaluations."""
         done = step - self._first_step
         a_step = (self.seconds() - self._first_took) / (done - 1) if done > 1 else self.seconds()
         return (steps - step) * a_step + evaluations * self._evaluated / max(self._evaluations, 1)
 
 
 def evaluations_left(args: TrainingArguments, state: TrainerState) -> int:
-    """How many evaluations are still to come."""
+    """How many evaluations are still to come in the run."""
     step, steps = state.global_step, state.max_steps
     if args.eval_strategy == IntervalStrategy.STEPS:
         return steps // state.eval_steps - step // state.eval_steps

@@ -1,4 +1,4 @@
-"""Progress: the figures while a run trains: a bar in a terminal, lines elsewhere, and the picture of the loss."""
+"""Progress: figures of a running run: a bar in a terminal, lines elsewhere, and the picture of the loss."""
 
 import contextlib
 import math
@@ -17,9 +17,10 @@ from atomtune.train.callbacks import WorkCounter
 from atomtune.train.pace import Pace, evaluations_left
 from atomtune.train.run_report import PICTURE, RunRecord, draw_loss, histories
 
-SPOKEN_EVERY = 5.0  # seconds between lines where there is no terminal to draw a bar in
-RECORDED_EVERY = 5.0  # seconds between two entries of the step in run.json; evaluations and checkpoints come at once
-SHARE = 50  # of a run's time, one part in so many may go into such entries
+SPOKEN_EVERY = 5.0  # seconds between lines if there is no terminal for a bar
+# Seconds between two updates of the step in run.json; evaluations and checkpoints are written at once
+RECORDED_EVERY = 5.0
+SHARE = 50  # at most one part in this many of a run's time goes into such updates
 OTHER_FIGURES = 30  # columns beside the losses in a narrow terminal: `train 1200/9999 … 1:23:45 left`
 DRAWN_EVERY = 20.0  # seconds between two drawings of loss.png, each of which takes a third of a second
 
@@ -48,7 +49,7 @@ class TrainingBar(TrainerCallback):
         self.progress.start()
 
     def _rate(self) -> str:
-        """Examples and tokens a second; in a narrow terminal the examples alone."""
+        """Examples and tokens per second; in a narrow terminal only examples."""
         seconds = self.pace.seconds()
         examples = (self.work.examples - self.first_examples) / seconds
         if self.console.draws and self.console.width < WIDE:
@@ -71,7 +72,7 @@ class TrainingBar(TrainerCallback):
         return _clock(self.pace.left(state.global_step, state.max_steps, evaluations_left(args, state)))
 
     def _losses(self) -> str:
-        """Of training and of the held-out records; in a very narrow terminal those of training alone."""
+        """Training and held-out loss; in a very narrow terminal only training loss."""
         loss = translated(f"loss {self.loss}") if self.loss else ""
         both = "  ".join(filter(None, (loss, self.held_out)))
         return both if cell_len(both) + OTHER_FIGURES <= self.console.width else loss
@@ -104,7 +105,7 @@ class TrainingBar(TrainerCallback):
             self.console.print(line, soft_wrap=True)
 
     def _say_evaluation(self, state: TrainerState, losses: Sequence[float]) -> None:
-        """A line that stays: where the run is, what it learns and what it has learned."""
+        """Print a line that stays: the step, the training loss, and the held-out loss."""
         steps = f"{state.max_steps:,}"
         width = cell_len(translated(f"step {steps} of {steps}"))
         place = translated(f"step {state.global_step:>{len(steps)},} of {steps}")
@@ -124,14 +125,14 @@ class TrainingBar(TrainerCallback):
 
 
 class RecordedProgress(TrainerCallback):
-    """run.json says how far the run is while it goes: its step, of how many, and the losses so far.
+    """Keeps run.json up to date: the step, the planned steps and the losses so far.
 
-    Checkpoints are entered as well: of a killed run it says what can be resumed.
+    It is also updated at each checkpoint, so that run.json of a killed run shows what can be resumed.
     """
 
     def __init__(self, record: RunRecord) -> None:
         self.record = record
-        self._next = -math.inf  # when the step is entered again
+        self._next = -math.inf  # when to write the step again
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if time.monotonic() >= self._next:
@@ -145,14 +146,14 @@ class RecordedProgress(TrainerCallback):
 
     def _enter(self, state: TrainerState) -> None:
         began = time.monotonic()
-        with contextlib.suppress(OSError):  # a disk that is full is the checkpoint's to say
+        with contextlib.suppress(OSError):  # a full disk is reported when a checkpoint is saved
             self.record.update(steps=state.global_step, steps_planned=state.max_steps, **histories(state.log_history))
-        took = time.monotonic() - began  # a second, where a million refused records stand in it
+        took = time.monotonic() - began  # a second, if run.json lists a million refused records
         self._next = began + max(RECORDED_EVERY, took * SHARE)
 
 
 class LossPicture(TrainerCallback):
-    """loss.png, drawn anew behind evaluations and saves while the run goes."""
+    """Draws loss.png again after evaluations and saves during the run."""
 
     def __init__(self, folder: Path, *, title: str) -> None:
         self.folder, self.title = folder, title
@@ -170,12 +171,12 @@ class LossPicture(TrainerCallback):
 
     def _draw_again(self, state: TrainerState) -> None:
         if state.is_world_process_zero and time.monotonic() - self._drawn >= DRAWN_EVERY:
-            with contextlib.suppress(OSError):  # a disk that is full is the checkpoint's to say
+            with contextlib.suppress(OSError):  # a full disk is reported when a checkpoint is saved
                 self.draw(state)
 
 
 def held_out_words(losses: Sequence[float]) -> str:
-    """The last held-out loss, which way it went, and whether it is the best: `held-out loss 0.322 ↓ best`."""
+    """The last held-out loss, its direction, and whether it is the best: `held-out loss 0.322 ↓ best`."""
     last = losses[-1]
     text = translated(f"held-out loss {last:.3f}")
     if len(losses) == 1:

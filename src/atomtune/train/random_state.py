@@ -1,4 +1,4 @@
-"""Random state: what measures a run draws no number of it."""
+"""Random state: keeps measurements from changing a run's random numbers."""
 
 import contextlib
 import random
@@ -10,9 +10,9 @@ import torch
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Numbers drawn inside leave those that training draws afterwards as they were.
+    """Within this context random numbers may be drawn; afterwards all generators are as before.
 
-    Even an evaluation without dropout draws some: torch's DataLoader seeds its workers from the process's own numbers.
+    Even an evaluation without dropout draws some: torch's DataLoader seeds its workers from the process's generator.
     """
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()

@@ -1,4 +1,4 @@
-"""Ranks: what the processes of one run tell each other, and what is said when one of them no longer answers."""
+"""Ranks: communication between the processes of one run, and errors when one of them stops answering."""
 
 import os
 from datetime import timedelta
@@ -9,16 +9,16 @@ from transformers import TrainingArguments
 
 from atomtune.errors import RunFailed
 
-#: gloo has no class of its own for a process that is gone or silent; these words stand in its RuntimeError.
+#: Parts of messages: gloo raises a plain RuntimeError for a process that is silent or gone.
 _SILENT = ("Timed out waiting", "timed out after", "Timeout waiting")
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "gloo/transport")
 
 
 def join_job(seconds: int) -> None:
-    """Meet the other processes of a job that computes on CPUs, each of which then waits this long for the others.
+    """Connect to the other processes of a job on CPUs, and set how many seconds each will wait for the others.
 
-    transformers does this for GPUs; on CPUs it passes the time limit on to nobody, and torch waits for half an hour.
-    Raises RunFailed where the others do not come.
+    transformers does this for GPUs. On CPUs it ignores the time limit, and torch waits for half an hour.
+    Raises RunFailed if the others do not connect.
     """
     launched = "LOCAL_RANK" in os.environ and "RANK" in os.environ
     if not launched or torch.distributed.is_initialized() or torch.distributed.is_mpi_available():
@@ -34,7 +34,7 @@ def join_job(seconds: int) -> None:
 
 
 def lost_processes(error: BaseException, args: TrainingArguments) -> str:
-    """What happened where another process of the job is gone or silent; "" for any other error."""
+    """What happened, if another process of the job is gone or silent; "" for any other error."""
     text = str(error)
     if args.world_size <= 1 or not isinstance(error, RuntimeError):
         return ""
@@ -50,7 +50,7 @@ def lost_processes(error: BaseException, args: TrainingArguments) -> str:
 
 
 def on_any_rank(flag: bool, args: TrainingArguments) -> bool:
-    """Whether the flag is up on one rank at least; every rank must ask."""
+    """Whether the flag is True on at least one rank. All ranks must call this."""
     if args.world_size <= 1:
         return flag
     shared = torch.tensor(int(flag), device=args.device)
@@ -59,23 +59,24 @@ def on_any_rank(flag: bool, args: TrainingArguments) -> bool:
 
 
 def mean_over_ranks(number: float, args: TrainingArguments) -> float:
-    """The mean of what the ranks have each; every rank must ask."""
+    """The mean of each rank's number. All ranks must call this."""
     if args.world_size <= 1:
         return number
-    shared = torch.tensor(number, dtype=torch.float32, device=args.device)  # a sum of nothing is an int
+    # Float32, because the number may be an int: an empty sum
+    shared = torch.tensor(number, dtype=torch.float32, device=args.device)
     torch.distributed.all_reduce(shared)
     return float(shared.item() / args.world_size)
 
 
 def of_all_ranks(origins: list[str], args: TrainingArguments) -> list[str]:
-    """The records that any rank names; every rank must ask."""
+    """The records of all ranks, in the order of the ranks. All ranks must call this."""
     if args.world_size <= 1:
         return origins
-    every: list[Any] = [None] * args.world_size  # a list of every rank
+    every: list[Any] = [None] * args.world_size  # one list per rank
     torch.distributed.all_gather_object(every, origins)
     return [origin for of_one_rank in every for origin in of_one_rank]
 
 
 def local(gradient: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a gradient that is divided among ranks."""
+    """This rank's part of a gradient, if it is sharded."""
     return gradient.to_local() if hasattr(gradient, "to_local") else gradient

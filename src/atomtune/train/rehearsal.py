@@ -1,4 +1,4 @@
-"""Rehearsal: what a library would refuse late, tried on small objects before data and model are read."""
+"""Rehearsal: tries on small objects what a library would only refuse later, before data and model are read."""
 
 import copy
 import os
@@ -26,17 +26,19 @@ from atomtune.train.checkpoint.start import foreign_files
 from atomtune.train.layout import layout_problems, why_padded_by_settings
 from atomtune.train.model import liger_circumstances
 
-#: Above so many for each core, a machine does nothing but start processes.
+#: With more workers per core, a machine would spend its time starting processes.
 _WORKERS_A_CORE = 16
-STEPS = 20  # of the rehearsed schedule, where the run's own number is not known yet
+STEPS = 20  # length of the rehearsed schedule; the run's own is not known yet
 
-#: What optimizers and schedules raise for arguments that they cannot use.
+#: Errors that optimizers and schedules raise for arguments they cannot use.
 _REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, ArithmeticError, NotImplementedError)
 
 
 def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
-    """Raise BadSettings with every setting that would end the run after data and model were read; BadModel for a path
-    that is no base's, BadData for records that are nowhere."""
+    """Raise an error for every setting that would end the run only after data and model are read.
+
+    Raises BadSettings with all of these settings, BadModel if the path is not a base, BadData if there are no records.
+    """
     kernels = liger.problems(liger_circumstances(settings.trainer, args), args.liger_kernel_config)
     problems = [*_folder_problems(settings, Path(args.output_dir)), *_optimizer_problems(args), *_hub_problems(args)]
     problems += kernels
@@ -52,14 +54,14 @@ def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
     if args.fsdp and args.world_size <= 1:
         problems.append("--fsdp is not used here: it needs several processes on GPUs. Leave it out.")
     if args.torch_compile:
-        # torch's compiler cannot follow the attention over rows, and every batch has another length.
+        # torch.compile does not support the attention over rows, and every batch has another length.
         problems.append(
             "--torch_compile: rows of many records cannot be compiled, and padded ones would be compiled again for "
             "each new length. Leave it out."
         )
     if problems:
         raise BadSettings(problems)
-    if not Path(args.output_dir).exists():  # a run that is finished needs no records to say so
+    if not Path(args.output_dir).exists():  # a run that already finished needs no records for its message
         refuse_missing(_sources(settings))
     if settings.lora.lora_targets == [ALL_LINEAR] and not settings.lora.lora_experts:
         read_config(str(settings.model.model_path), trust_remote_code=settings.model.trust_remote_code)
@@ -68,7 +70,7 @@ def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
 
 
 def _folder_problems(settings: TrainSettings, folder: Path) -> Iterator[str]:
-    """What stands against writing a run there: a model of which it would replace files, or the records themselves."""
+    """Why a run cannot write to this folder: it holds a model, files of the user, or the records themselves."""
     if (folder / "config.json").is_file():
         yield (
             f"--output_dir {folder} holds a model (config.json), whose tokenizer and README.md the run would replace. "
@@ -80,19 +82,19 @@ def _folder_problems(settings: TrainSettings, folder: Path) -> Iterator[str]:
 
 
 def _sources(settings: TrainSettings) -> list[str]:
-    """Where the records are: those to train on, and those to evaluate on."""
+    """Paths of the records to train on and to evaluate on."""
     data = settings.data
     return [*data.dataset_paths, *([data.eval_path] if data.eval_path else [])]
 
 
 def _optimizer_problems(args: TrainingArguments) -> Iterator[str]:
-    """The optimizer on one weight, and its schedule to the last step."""
+    """Problems of the optimizer, tried on one weight, and of its schedule, tried to the last step."""
     model = nn.Linear(1, 1)
     try:
         optimizer_class, arguments = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if args.optim_args and not _is_changed_by(args, arguments, model):
             yield f"--optim_args {args.optim_args!r}: --optim {_value(args.optim)} takes none of these. Leave it out."
-        # Some optimizers bring their own list of weights, chosen in the real model.
+        # Some optimizers have their own list of weights, chosen from the model.
         weights = {} if {"params", "model", "optimizer_dict"} & arguments.keys() else {"params": model.parameters()}
         optimizer = optimizer_class(**weights, **arguments)
     except _REFUSALS as error:
@@ -111,9 +113,9 @@ def _optimizer_problems(args: TrainingArguments) -> Iterator[str]:
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
         begin_training = getattr(optimizer, "train", None)
-        if callable(begin_training):  # schedule_free_* refuses a step before
+        if callable(begin_training):  # schedule_free_* needs this before the first step
             begin_training()
-        if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):  # the others take the loss for every step
+        if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):  # other schedules need a loss for every step
             for _ in range(steps):
                 optimizer.step()
                 schedule.step()
@@ -123,23 +125,23 @@ def _optimizer_problems(args: TrainingArguments) -> Iterator[str]:
 
 
 def _is_changed_by(args: TrainingArguments, arguments: dict[str, Any], model: nn.Module) -> bool:
-    """Whether --optim_args changes what its optimizer gets: most take none, and the library says nothing of it."""
+    """Whether --optim_args changes the optimizer's arguments; most optimizers ignore it, without an error."""
     plain = copy.copy(args)
     plain.optim_args = None
     try:
         others = Trainer.get_optimizer_cls_and_kwargs(plain, model)[1]
     except _REFUSALS:
-        return True  # without them it cannot be made
-    return repr({**arguments, "params": None}) != repr({**others, "params": None})  # its weights are new each time
+        return True  # the optimizer cannot be made without them
+    return repr({**arguments, "params": None}) != repr({**others, "params": None})  # the weights differ in every call
 
 
 def _value(choice: object) -> str:
-    """`linear` of SchedulerType.LINEAR."""
+    """`linear` for SchedulerType.LINEAR."""
     return str(getattr(choice, "value", choice))
 
 
 def _hub_problems(args: TrainingArguments) -> Iterator[str]:
-    """Whether the hub knows us, asked without changing anything there."""
+    """Whether the hub accepts the user's login; asks without changing anything there."""
     if not args.push_to_hub or args.process_index:
         return
     later = "Leave it out; a finished adapter can be uploaded later: hf upload OWNER/NAME FOLDER"
@@ -156,9 +158,9 @@ def _hub_problems(args: TrainingArguments) -> Iterator[str]:
 
 
 def check_targets(model: ModelSettings, lora: LoraSettings) -> None:
-    """Raise BadSettings where the base has no layer that a target names, none that LoRA can adapt, or no experts.
+    """Raise BadSettings if a target matches no layer or one that LoRA cannot adapt, or if experts are missing.
 
-    The model is built without its weights, which takes a second at most.
+    The model is built without weights, which takes a second at most.
     """
     config = read_config(str(model.model_path), trust_remote_code=model.trust_remote_code)
     with explained(str(model.model_path), "model", files="config.json"):
@@ -169,7 +171,7 @@ def check_targets(model: ModelSettings, lora: LoraSettings) -> None:
 
 
 def check_last_batch(args: TrainingArguments, records: int) -> None:
-    """Raise BadSettings where --dataloader_drop_last drops everything: a whole batch is needed for a step."""
+    """Raise BadSettings if --dataloader_drop_last would drop all records, because they do not fill one batch."""
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and records < batch:
         raise BadSettings(

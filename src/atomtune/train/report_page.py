@@ -1,6 +1,6 @@
 """Report page: a finished run as one HTML file that opens from disk, loads nothing and runs no script.
 
-Everything on it is in run.json, beside the picture of the loss. Texts of records reach it escaped.
+All its content is in run.json, except the picture of the loss. Texts of records are escaped.
 """
 
 import base64
@@ -16,18 +16,18 @@ from atomtune.pages import rendered
 from atomtune.settings.entry import DEFAULT
 
 PAGE = "report.html"
-#: A setting with its value and where that came from.
+#: (setting, value, where the value came from).
 Row = tuple[str, str, str]
 
 
 def write_page(record: Mapping[str, Any], folder: Path, *, title: str, picture: Path, commands: Sequence[str]) -> None:
-    """report.html in the run's folder; record is run.json's values, picture the loss as PNG."""
+    """Write report.html to the run's folder; record is the content of run.json, picture the PNG of the loss."""
     image = base64.b64encode(picture.read_bytes()).decode()
     write_text(folder / PAGE, page(record, title=title, image=image, commands=commands))
 
 
 def page(record: Mapping[str, Any], *, title: str, image: str, commands: Sequence[str]) -> str:
-    """The run as HTML; image: the PNG in base64."""
+    """The run as HTML; image is the PNG in base64."""
     rows = [(name, shown(entry["value"]), entry["source"]) for name, entry in record["settings"].items()]
     return rendered(
         "train",
@@ -46,7 +46,7 @@ def page(record: Mapping[str, Any], *, title: str, image: str, commands: Sequenc
 
 
 def shown(value: Any) -> str:
-    """A setting's value as a user writes it."""
+    """A setting's value as a user would write it."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -57,7 +57,7 @@ def shown(value: Any) -> str:
 
 
 def _ledger(record: Mapping[str, Any]) -> Iterator[Row]:
-    """Where every record and token went."""
+    """What became of every record and token."""
     refused, held_out = record.get("records_refused") or [], record.get("records_held_out") or []
     yield "records read", f"{record['records_read']:,}", str(record.get("format", ""))
     yield message("used"), f"{record['records_used']:,}", ""
@@ -70,7 +70,7 @@ def _ledger(record: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def _work(record: Mapping[str, Any]) -> Iterator[Row]:
-    """What was computed, how fast, and what padded batches would have taken."""
+    """What was computed, how fast, and what padded batches would have needed."""
     computed, padded = record["tokens_computed"], record["tokens_padded"]
     if computed:
         yield "tokens computed", f"{computed:,}", f"layout {record.get('layout', '')}"

@@ -1,4 +1,4 @@
-"""Resume command: the words with which a user continues a run that ended early."""
+"""Resume command: tells a user how to continue a run that ended early."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,11 +8,11 @@ from atomtune.train.run_context import RunContext
 
 
 def how_to_resume(run: RunContext) -> str:
-    """How a user continues, with the command on a line of its own if it is known in full."""
+    """How to continue the run: a sentence, with the full command on its own line if it is known."""
     settings, folder = run.settings, run.args.output_dir
     if settings.argv is None:
         return f"The same call with resume=True continues from there (output_dir={folder!r})."
-    if run.args.world_size > 1:  # a launcher's own words stand in front of the command
+    if run.args.world_size > 1:  # the launcher's own command is not known
         return f"The same command with --resume{_in_place_of(settings)} continues from there (--output_dir {folder})."
     words = [word for word in without_start(settings.argv) if word != "--resume"]
     if "output_dir" not in settings.origins:
@@ -21,14 +21,14 @@ def how_to_resume(run: RunContext) -> str:
 
 
 def _in_place_of(settings: TrainSettings) -> str:
-    """--resume does not stand beside what began the run from another place."""
+    """The flags that --resume must replace, because they start the run from somewhere else."""
     if settings.run.continue_training:
         return " in place of --continue_training --checkpoint"
     return " in place of --resume_from_checkpoint" if settings.run.resume_from_checkpoint else ""
 
 
 def without_start(argv: Sequence[str]) -> Iterator[str]:
-    """The words of a command without the flags that began the run from another place, and without secrets."""
+    """The words of a command, without secrets and without flags that start the run from somewhere else."""
     is_value_left_out = False
     for word in argv:
         flag, equals, _ = word.partition("=")
@@ -37,6 +37,7 @@ def without_start(argv: Sequence[str]) -> Iterator[str]:
             is_left_out = name in ("continue_training", "checkpoint", "resume_from_checkpoint") or is_secret(name)
             is_value_left_out = is_left_out and not equals
         else:
-            is_left_out, is_value_left_out = is_value_left_out, False  # one word: the next may be run.yaml
+            # A flag has one value: the next word may be run.yaml
+            is_left_out, is_value_left_out = is_value_left_out, False
         if not is_left_out:
             yield word

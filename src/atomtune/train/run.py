@@ -1,6 +1,6 @@
-"""Run: one training from settings to adapter, every step said and recorded.
+"""Run: one training run from settings to adapter; every step is printed and recorded.
 
-The walk of the house: data.cache → batch.collate → model → trainer → run.json.
+The main path through the code: data.cache → batch.collate → model → trainer → run.json.
 """
 
 import contextlib
@@ -59,12 +59,12 @@ from atomtune.train.samples import Samples
 from atomtune.train.streaming import Stream
 from atomtune.train.trainer import LoraTrainer
 
-#: More passes over the records than this are probably not meant: the adapter learns them by heart.
+#: More passes over the records than this are probably a mistake, because the adapter memorises the records.
 MANY_PASSES = 30
 
 
 def train(settings: TrainSettings) -> int:
-    """Run `atomtune train`; the exit code, or an AtomtuneError that holds it."""
+    """Run `atomtune train`; returns 0. Raises AtomtuneError, which has the exit code."""
     folder = train_into_folder(settings)
     if settings.json and is_first_process():
         print_json(read_record(folder))
@@ -72,9 +72,9 @@ def train(settings: TrainSettings) -> int:
 
 
 def train_into_folder(settings: TrainSettings, *, speaks: bool = True) -> Path:
-    """One run, and the folder that then holds its adapter and run.json.
+    """Make one run and return its folder, which then holds the adapter and run.json.
 
-    speaks  False prints nothing; what would have been noticed stands in run.json
+    speaks  False: print nothing; notices are still in run.json
     """
     began = time.monotonic()
     args = trainer_arguments(settings)
@@ -91,7 +91,7 @@ def train_into_folder(settings: TrainSettings, *, speaks: bool = True) -> Path:
             console.say(start.message)
         if isinstance(start, Finished):
             return folder
-        # A resumed run that does not come to train leaves the record of the run that did.
+        # If a resumed run fails before training, the run.json of the earlier run stays.
         record = RunRecord(folder, writes=is_first, waits=isinstance(start, Resumed))
         before = _began_with(start)
         run = RunContext(settings, args, start, read_record(folder), console, record, began_with=before)
@@ -121,17 +121,17 @@ def _find_start(settings: TrainSettings, args: Any, console: Console) -> Start |
 
 
 def _began_with(start: Start) -> dict[str, Any]:
-    """What the run that a resumed one goes on with took where a setting was auto."""
+    """The values that the run to be resumed chose for its settings on auto."""
     if not isinstance(start, Resumed):
         return {}
     try:
         return began_with(read_manifest(start.checkpoint))
-    except (OSError, ValueError):  # another tool's checkpoint
+    except (OSError, ValueError):  # a checkpoint of another tool
         return {}
 
 
 def _decided_by_first_rank(args: Any, decide: Callable[[], Start | Finished]) -> Start | Finished:
-    """What the first rank decides; the others would look into a folder that it has begun to fill."""
+    """The decision of the first rank, for all: other ranks might see a folder that the first has begun to fill."""
     if args.world_size <= 1:
         return decide()
     outcome: list[Any] = [None]
@@ -153,26 +153,26 @@ def _decided_by_first_rank(args: Any, decide: Callable[[], Start | Finished]) ->
 
 
 def _recorded_failure(run: RunContext, error: BaseException) -> BaseException:
-    """What the user is told of an error, once run.json says it too."""
+    """The error to show to the user, after it is recorded in run.json."""
     answer = told_to_user(error, run.args, again=how_to_resume(run))
-    with contextlib.suppress(OSError):  # the record may not fit on a full disk either
+    with contextlib.suppress(OSError):  # on a full disk, run.json may not fit either
         run.record.update(
             status="preempted" if isinstance(answer, Stopped) else "failed",
             reason=str(answer) or type(answer).__name__,
             notices=run.console.notices,
         )
     if isinstance(error, Stopped) and run.args.world_size > 1:
-        with contextlib.suppress(RuntimeError):  # the stop was for another rank too, or that one is gone
-            torch.distributed.barrier()  # a launcher ends the other ranks as soon as one is gone
+        with contextlib.suppress(RuntimeError):  # the other ranks stopped too, or are gone
+            torch.distributed.barrier()  # a launcher ends the other ranks as soon as one has ended
     return answer
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What is known of a run before its model is loaded.
+    """A run before its model is loaded.
 
     run       with the settings that follow from the records
-    identity  what a resumed run must have in common with the one that began
+    identity  values that a resumed run must share with the original one
     """
 
     run: RunContext
@@ -183,7 +183,7 @@ class _Prepared:
 
 
 def _run(run: RunContext, began: float) -> None:
-    """The story of one run."""
+    """Prepare, train and finish one run."""
     prepared = _prepare(run)
     run, data = prepared.run, prepared.data
     trainer = _load_trainer(prepared, began)
@@ -202,11 +202,11 @@ def _run(run: RunContext, began: float) -> None:
 
 
 def _prepare(run: RunContext) -> _Prepared:
-    """Read the records; a resumed run is compared with the run that began."""
+    """Read the records; compare a resumed run with the original one."""
     model = run.settings.model
     tokenizer = load_tokenizer(str(model.model_path), trust_remote_code=model.trust_remote_code)
     template = _template(run, tokenizer)
-    tokenizer.chat_template = template.source  # what is trained is what is served
+    tokenizer.chat_template = template.source  # the model is served with the template it was trained with
     run, shape = with_sequence_limit(run)
     data = read_data(run, template)
     run = with_defaults(run, data.size, shape)
@@ -224,7 +224,7 @@ def _prepare(run: RunContext) -> _Prepared:
 
 
 def _load_trainer(prepared: _Prepared, began: float) -> LoraTrainer:
-    """The model with its adapter, the layout it is equal in, and the loop around them."""
+    """The model with its adapter, its layout, and the Trainer."""
     run, tokenizer, data = prepared.run, prepared.tokenizer, prepared.data
     set_seed(run.args.seed)
     longest_tokens = _longest_tokens(run, data)
@@ -235,13 +235,13 @@ def _load_trainer(prepared: _Prepared, began: float) -> LoraTrainer:
     layout = choose_layout(run, model, tokenizer, data, longest_tokens=longest_tokens)
     share = keep_or_recompute(run, model, layout=layout.collator.layout, heaviest_tokens=layout.heaviest_tokens)
     trainer = _trainer(prepared, model, layout.collator, step_graphs(run, model), began)
-    if 0 < share < 1:  # when training begins, the library turns it on for all
+    if 0 < share < 1:  # the Trainer turns recomputing on for all layers when training begins
         trainer.add_callback(BeforeFirstStep(partial(recompute_first, model, share)))
     return trainer
 
 
 def _refuse_mixed_rotary(run: RunContext, data: Data, limit: int | None) -> None:
-    """A record alone and a record beside a longer one would have other positions."""
+    """Raise BadSettings if a batch could mix records above and below the base's rotary limit (model/rotary.py)."""
     if limit is None:
         return
     longest, batches = _longest_tokens(run, data), {"per_device_train_batch_size": run.args.per_device_train_batch_size}
@@ -252,7 +252,7 @@ def _refuse_mixed_rotary(run: RunContext, data: Data, limit: int | None) -> None
 
 
 def _refuse_tokens_without_row(run: RunContext, tokenizer: Tokenizer, data: Data) -> None:
-    """Before the model is loaded; of a stream, each batch is looked at when it comes."""
+    """Raise BadData for tokens without an embedding, before the model is loaded; streams are checked batch by batch."""
     model = run.settings.model
     rows = embedding_rows(str(model.model_path), trust_remote_code=model.trust_remote_code)
     tables = [table for table in (data.train, data.evaluate) if isinstance(table, datasets.Dataset)]
@@ -262,7 +262,7 @@ def _refuse_tokens_without_row(run: RunContext, tokenizer: Tokenizer, data: Data
 
 
 def _template(run: RunContext, tokenizer: Tokenizer) -> Template:
-    """The template of the run; one that names the day names the day on which a resumed run began."""
+    """The run's template. If it prints a date, a resumed run uses the date of the original one."""
     options = run.settings.data.template_options()
     if options["day"] is None and run.resumed is not None:
         options["day"] = day_of(run.resumed.checkpoint)
@@ -270,7 +270,7 @@ def _template(run: RunContext, tokenizer: Tokenizer) -> Template:
 
 
 def _longest_tokens(run: RunContext, data: Data) -> int:
-    """Of any example; of a stream, what may come."""
+    """Tokens of the longest example; for a stream, the limit."""
     settings = run.settings.data
     return settings.max_tokens if settings.streaming else data.ledger.longest_tokens
 
@@ -321,14 +321,14 @@ def _trainer(
             eval_dataset=data.evaluate,
             data_collator=collator,
         )
-    except (ValueError, RuntimeError, ImportError) as error:  # e.g. a tracker that is not installed
+    except (ValueError, RuntimeError, ImportError) as error:  # for example a tracker that is not installed
         if is_out_of_memory(error):
             raise
         raise BadSettings([f"The Trainer refuses these settings: {error}"]) from error
 
 
 def _refuse_unused_settings(run: RunContext, trainer: LoraTrainer) -> None:
-    """Raise BadSettings where the library would pass a setting by in silence; say what it does by its own ways."""
+    """Raise BadSettings for settings that the library would silently ignore; warn about DeepSpeed's pickles."""
     if run.args.fsdp and not trainer.is_fsdp_enabled:
         raise BadSettings(["--fsdp is not used here: it needs several processes on GPUs. Leave it out."])
     if trainer.is_fsdp_enabled:
@@ -350,7 +350,7 @@ def _say_changed_length(run: RunContext) -> None:
 
 
 def _say_two_averages(run: RunContext) -> None:
-    """Say where an optimizer that averages the weights has a learning rate that falls as well."""
+    """Give a notice if the optimizer averages weights and the learning rate falls as well."""
     optimizer, schedule = (str(getattr(name, "value", name)) for name in (run.args.optim, run.args.lr_scheduler_type))
     if optimizer.startswith("schedule_free") and not schedule.startswith("constant"):
         run.console.notice(
@@ -368,7 +368,7 @@ def _say_worst(run: RunContext) -> None:
 
 
 def _say_length(run: RunContext, data: Data) -> None:
-    """Say how many steps come, and how often the records are gone through where a number of steps hides it."""
+    """Print how many steps and epochs come, and give notices about repeated records, warm-up and many passes."""
     if isinstance(data.train, Stream):
         return
     args, records = run.args, len(data.train)
@@ -390,7 +390,7 @@ def _say_length(run: RunContext, data: Data) -> None:
             f"the learning rate warms up over the first {warmup:,} steps (--warmup_steps), and the run has {steps:,}: "
             f"it never reaches {args.learning_rate:g}."
         )
-    passes = length.epochs  # a step takes no record twice
+    passes = length.epochs  # a step uses no record twice
     if args.max_steps > 0 and passes > MANY_PASSES:
         run.console.notice(
             f"--max_steps {args.max_steps:,} goes through the {records:,} records {passes:,.0f} times; "
@@ -399,7 +399,7 @@ def _say_length(run: RunContext, data: Data) -> None:
 
 
 def _fit(run: RunContext, trainer: LoraTrainer, data: Data, picture: LossPicture) -> None:
-    """Train. Raises Stopped, or RunFailed with the cause."""
+    """Train. Raises Stopped if the run was stopped, RunFailed or BadSettings with the cause of a failure."""
     trainer.remove_callback(PrinterCallback)
     bar = TrainingBar(run.console, trainer.work)
     trainer.add_callback(bar)
@@ -409,7 +409,7 @@ def _fit(run: RunContext, trainer: LoraTrainer, data: Data, picture: LossPicture
         torch.cuda.reset_peak_memory_stats(run.args.device)
     try:
         _train_steps(run, trainer)
-    except ImportError as error:  # an optimizer from a package that is not installed
+    except ImportError as error:  # an optimizer whose package is not installed
         raise BadSettings([f"The Trainer refuses these settings: {error}"]) from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -434,7 +434,7 @@ def _train_steps(run: RunContext, trainer: LoraTrainer) -> None:
 
 
 def _step_shape(run: RunContext, data: Data) -> StepShape:
-    """What decides the memory of one step."""
+    """The settings and lengths that decide the memory of one step."""
     args = run.args
     return StepShape(
         batch=args.per_device_train_batch_size,
@@ -458,7 +458,7 @@ def _raise_if_stopped(run: RunContext, trainer: LoraTrainer) -> None:
 
 
 def _quiet(settings: TrainSettings) -> None:
-    if "log_level" not in settings.trainer:  # --log_level brings the libraries' own words back
+    if "log_level" not in settings.trainer:  # with --log_level, the libraries print their own messages
         quiet_libraries()
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity_error()

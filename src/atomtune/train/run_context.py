@@ -1,4 +1,4 @@
-"""Run context: what every part of one run is handed."""
+"""Run context: the values that all parts of one run share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,16 +14,16 @@ from atomtune.train.run_report import RunRecord
 
 @dataclass(frozen=True)
 class RunContext:
-    """What was asked of this run, where it starts, and where it speaks and writes.
+    """A run's settings, how it starts, its console and its record.
 
-    began_with  of a resumed run: the values that the run which began took where a setting was auto
-    derived     such values of this run, as its checkpoints keep them
+    began_with  for a resumed run: values that the original run chose for settings on auto
+    derived     such values of this run, as its checkpoints store them
     """
 
     settings: TrainSettings
     args: TrainingArguments
     start: Start
-    earlier_record: dict[str, Any]  # the run.json that lay in the output folder; empty if none
+    earlier_record: dict[str, Any]  # run.json found in the output folder; empty if there was none
     console: Console
     record: RunRecord
     began_with: Mapping[str, Any] = field(default_factory=dict)
@@ -31,5 +31,5 @@ class RunContext:
 
     @property
     def resumed(self) -> Resumed | None:
-        """The checkpoint this run goes on from, if it goes on from one."""
+        """The checkpoint from which this run resumes, or None."""
         return self.start if isinstance(self.start, Resumed) else None

@@ -1,4 +1,4 @@
-"""Run errors: what a user is told of an error that ends a run: what happened, what is kept, what to do."""
+"""Run errors: messages for errors that end a run: what happened, what is saved, what to do."""
 
 import shutil
 from pathlib import Path
@@ -15,9 +15,9 @@ from atomtune.train.ranks import lost_processes
 
 
 def told_to_user(error: BaseException, args: TrainingArguments, *, again: str) -> BaseException:
-    """An error that nobody below has put into words, as one that tells the user what happened and what to do.
+    """Turn an error without a message for users into one that says what happened and what to do.
 
-    again  how_to_resume
+    again  the text of how_to_resume
     """
     if isinstance(error, AtomtuneError):
         return error
@@ -29,7 +29,7 @@ def told_to_user(error: BaseException, args: TrainingArguments, *, again: str) -
         signal_name = error.args[0] if error.args else "SIGINT"
         return _stopped_at_once(signal_name, newest_whole, folder, again)
     if disk_failed(error):
-        cache = Path(datasets.config.HF_DATASETS_CACHE)  # of the encoded records; often on another disk
+        cache = Path(datasets.config.HF_DATASETS_CACHE)  # the cache of encoded records, often on another disk
         there = [path for path in (folder, cache) if path.is_dir()]
         full = min(there, key=lambda path: shutil.disk_usage(path).free, default=folder)
         return RunFailed(

@@ -1,7 +1,8 @@
-"""Run identity: what makes a resumed run the run that began, and what may change.
+"""Run identity: what a resumed run must share with the original run, and what may change.
 
-Kept in each checkpoint's manifest, compared by name on resume. What is not named here may change freely: where and how
-often is saved, logged and evaluated, how the work is shared out in a process, and the run's length (which is said).
+Each checkpoint's manifest stores these values by name, and a resume compares them. All other settings may change: where
+and how often the run saves, logs and evaluates, how work is divided within a process, and the run's length (with a
+notice).
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from atomtune.train.checkpoint.atomic import read_manifest
 from atomtune.train.dataset import Data
 from atomtune.train.run_context import RunContext
 
-#: The Trainer's settings that decide which numbers a run computes.
+#: Settings of the Trainer that change the numbers a run computes.
 TRAINER_SETTINGS = (
     "seed",
     "data_seed",
@@ -78,7 +79,7 @@ _DAY = "template_date"
 
 
 def day_of(checkpoint: Path) -> date | None:
-    """The day that the template of the run which made a checkpoint names; None where it names none."""
+    """The date in the template of the run that wrote a checkpoint; None if the template prints none."""
     try:
         return date.fromisoformat(read_manifest(checkpoint)["identity"][_DAY])
     except (OSError, ValueError, KeyError, TypeError):
@@ -86,7 +87,7 @@ def day_of(checkpoint: Path) -> date | None:
 
 
 def identity(run: RunContext, template: Template, data: Data) -> dict[str, Any]:
-    """Names and values, as JSON keeps them."""
+    """Names and values, converted to JSON types."""
     settings, args = run.settings, run.args
     values: dict[str, Any] = {
         "data": data.data_hash,
@@ -98,7 +99,7 @@ def identity(run: RunContext, template: Template, data: Data) -> dict[str, Any]:
     base_config = _config_of_base(str(settings.model.model_path))
     if base_config is not None:
         values["base_config"] = _sha(json.dumps(base_config, sort_keys=True))
-    if args.process_index == 0:  # the rank that writes the manifest; the others need not read the files too
+    if args.process_index == 0:  # only this rank writes the manifest, so the others need not read the files
         values |= _weights_of_base(str(settings.model.model_path))
     if template.names_the_day:
         values[_DAY] = template.day.isoformat()
@@ -109,19 +110,19 @@ def identity(run: RunContext, template: Template, data: Data) -> dict[str, Any]:
 
 
 def _config_of_base(path: str) -> dict[str, Any] | None:
-    """What the base's config.json says of the model; None where it cannot be read, which loading the model will say."""
+    """The base's config.json; None if it cannot be read, which loading the model reports."""
     try:
         values = read_json_object(Path(cached_file(path, "config.json") or ""))
     except (OSError, ValueError):
         return None
-    # Where it was saved, and by which version, decides nothing.
+    # Where it was saved, and by which version, changes no number.
     return {name: value for name, value in values.items() if name not in ("_name_or_path", "transformers_version")}
 
 
 def _weights_of_base(path: str) -> dict[str, str]:
-    """A checksum over every byte of the base's weight files; nothing where they are not on this machine yet.
+    """A checksum of every byte in the base's weight files; empty if they are not on this machine yet.
 
-    The fingerprint must be the same in every dtype, so it looks at a few rows of each weight; this sees the others.
+    The fingerprint covers only a few rows of each weight, since it must be equal in every dtype. This covers the rest.
     """
     folder = folder_of(path)
     files = weight_files(folder) if folder else []
@@ -130,13 +131,13 @@ def _weights_of_base(path: str) -> dict[str, str]:
     try:
         with ThreadPoolExecutor(max_workers=4) as pool:
             checksums = list(pool.map(_crc32, files))
-    except OSError:  # a file that cannot be read; loading the model will say so
+    except OSError:  # an unreadable file; loading the model reports it
         return {}
     return {"base_weights": _sha(" ".join(f"{checksum:08x}" for checksum in checksums))}
 
 
 def _crc32(file: Path) -> int:
-    """Finds any change that is not made on purpose to hide; about 1 GB a second, three times as fast as SHA-256."""
+    """CRC-32, which finds any accidental change; about 1 GB per second, three times as fast as SHA-256."""
     checksum = 0
     with file.open("rb") as opened:
         while chunk := opened.read(2**22):
@@ -145,9 +146,9 @@ def _crc32(file: Path) -> int:
 
 
 def refuse_another_run(run: RunContext, now: dict[str, Any]) -> None:
-    """Raise BadSettings with every setting in which a resumed run would not be the one that began, both values named.
+    """Raise BadSettings if a resumed run differs from the original one, naming each setting with both values.
 
-    --resume_anyway turns that into a notice. A checkpoint of another tool has no identity to compare.
+    With --resume_anyway there is only a notice. A checkpoint of another tool has no identity to compare.
     """
     console, resumed = run.console, run.resumed
     if resumed is None:

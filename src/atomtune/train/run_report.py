@@ -1,4 +1,4 @@
-"""Run report: run.json and loss.png, what stays of a run."""
+"""Run report: run.json and loss.png of a run."""
 
 import platform
 import statistics
@@ -23,7 +23,11 @@ LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "tokeniz
 
 
 class RunRecord:
-    """run.json, kept true from the first moment: a reader finds `running` or how it ended."""
+    """run.json of a run, written from its beginning: its status is `running`, or how the run ended.
+
+    writes  whether this rank writes the file
+    waits   whether writing waits until `begin`
+    """
 
     def __init__(self, folder: Path, *, writes: bool = True, waits: bool = False) -> None:
         self.folder, self.writes, self.waits = folder, writes, waits
@@ -45,17 +49,17 @@ class RunRecord:
         if self._folder_identity is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._folder_identity = identity_of(self.folder)
-        if identity_of(self.folder) == self._folder_identity:  # a folder that took its place is not this run's
+        if identity_of(self.folder) == self._folder_identity:  # not if another folder has replaced it
             write_json(self.folder / RUN_RECORD, self.values)
 
     def begin(self) -> None:
-        """From here on this run's record stands in the folder, in place of an earlier one."""
+        """Start writing, which replaces the run.json of an earlier run."""
         self.waits = False
         self.update()
 
 
 def histories(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The losses of the Trainer's log, as run.json keeps them: those of training and of the held-out records."""
+    """The training and held-out losses in the Trainer's log, as run.json stores them."""
     return {
         name: [{"step": entry["step"], "loss": entry[logged]} for entry in log_history if logged in entry]
         for name, logged in (("loss_history", "loss"), ("eval_history", "eval_loss"))
@@ -70,7 +74,7 @@ def draw_loss(history: list[dict[str, Any]], path: Path, *, title: str = "") -> 
 
 
 def draw_training(axes: "Axes", points: list[tuple[int, float]]) -> None:
-    """A pale line through every logged value, a strong one through their mean."""
+    """A pale line through all logged losses, and a strong one through the smoothed losses."""
     if points:
         steps, losses = zip(*points, strict=True)
         smooth = smoothed(losses)
@@ -79,7 +83,7 @@ def draw_training(axes: "Axes", points: list[tuple[int, float]]) -> None:
 
 
 def draw_held_out(axes: "Axes", points: list[tuple[int, float]]) -> None:
-    """The held-out loss, with a star at its lowest value; the legend explains both, and says no number twice."""
+    """The held-out loss with a star at its lowest value; the legend names both, and no number twice."""
     if points:
         steps, losses = zip(*points, strict=True)
         best_step, best = min(points, key=lambda point: point[1])
@@ -91,15 +95,15 @@ def draw_held_out(axes: "Axes", points: list[tuple[int, float]]) -> None:
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """At each point the mean of a tenth of all points, around it: a mean that only looks back would lag behind."""
+    """The mean of a tenth of all points around each point. A mean over earlier points only would lag behind."""
     reach = len(losses) // 20
     return [statistics.fmean(losses[max(0, at - reach) : at + reach + 1]) for at in range(len(losses))]
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The folder's run.json; nothing where there is none or it cannot be read, and no value that is not what we write.
+    """The folder's run.json, without values of unexpected types; empty if it is missing or cannot be read.
 
-    Raises BadSettings where a folder has that name: the record of a run could not be written.
+    Raises BadSettings if a folder has that name, because no run could write its record.
     """
     path = folder / RUN_RECORD
     if path.is_dir():
@@ -119,7 +123,7 @@ def _are_lengths(value: object) -> bool:
     return isinstance(value, dict) and all(_is_number(value.get(name)) for name in ("max_steps", "num_train_epochs"))
 
 
-#: What a later run reads from a record, and how each looks when it is as we wrote it.
+#: Keys of run.json that a later run reads, and checks for their types.
 _IS_OURS: dict[str, Callable[[object], bool]] = {
     "status": lambda value: isinstance(value, str),
     "start": lambda value: isinstance(value, str),

@@ -1,7 +1,7 @@
-"""Samples: a few prompts that the run does not train on, answered before and after, so that eyes can judge too.
+"""Samples: a few prompts that the run does not train on, answered before and after training for the user to read.
 
-The demo has prompts of its own; another run takes some of its held-out records. Training draws no random number for
-them, and a model that cannot answer here costs a notice and not the run.
+The demo has its own prompts; other runs take some of their held-out records. Generating them does not change the random
+numbers of training, and a model that cannot generate here gives a notice instead of ending the run.
 """
 
 import json
@@ -28,23 +28,23 @@ from atomtune.train.dataset import Data, records_of_rows
 from atomtune.train.random_state import random_state_kept
 from atomtune.train.run_context import RunContext
 
-#: How many prompts, the longest answer and prompt in tokens, and for how many seconds they are answered.
+#: Number of prompts; most tokens of an answer and of a prompt; most seconds for all answers.
 SAMPLES, LONGEST_ANSWER, LONGEST_PROMPT, SECONDS = 3, 60, 1000, 30.0
-#: Records that are looked through for prompts that are not too long.
+#: How many records are searched for prompts that are short enough.
 _TRIED = 20
-#: What a model that cannot generate as it stands raises: no cache, a missing kernel, no memory left.
+#: Errors of a model that cannot generate here: no cache, a missing kernel, not enough memory.
 _CANNOT = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
-#: Characters of a text on the screen; report.html and run.json have all of it.
+#: Most characters of a text in the terminal; report.html and run.json have the whole text.
 _SHOWN = 400
-#: One piece of 2 to 40 characters, five times or more without anything between.
+#: A piece of 2 to 40 characters, repeated five times or more in a row.
 _LOOP = re.compile(r"(.{2,40}?)\1{4,}", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt with its answers; text as a person reads it.
+    """A prompt with its answers, as plain text.
 
-    endless  whether the tuned model's answer had no end within LONGEST_ANSWER tokens
+    endless  whether the tuned model's answer did not end within LONGEST_ANSWER tokens
     """
 
     prompt: str
@@ -55,7 +55,7 @@ class Sample:
 
     @property
     def is_broken(self) -> bool:
-        """Whether the tuned model's answer is nothing that a person would send: by its form, not by what it says."""
+        """Whether the tuned model's answer is empty, repeats itself or runs on; judged by its form, not its content."""
         runs_on = self.endless and 0 < 2 * len(self.reference) < len(self.after)
         loops = _loops(self.after) and not _loops(self.reference)
         return runs_on or loops or (not self.after and bool(self.reference))
@@ -63,7 +63,7 @@ class Sample:
 
 @dataclass
 class Samples:
-    """The prompts of a run; none where there is nothing to ask."""
+    """The prompts of a run with their answers; empty if there are no prompts."""
 
     run: RunContext
     model: Any
@@ -73,9 +73,9 @@ class Samples:
 
     @classmethod
     def of_run(cls, run: RunContext, model: Any, template: Template, data: Data) -> "Samples":
-        """The prompts, answered by the base. A resumed run's adapter is half trained already, so it is switched off."""
+        """Choose the prompts and let the base answer them. The adapter is disabled: a resumed run's is trained."""
         samples = cls(run, model, template)
-        sharded = run.args.fsdp or run.args.deepspeed  # there no rank can answer alone
+        sharded = run.args.fsdp or run.args.deepspeed  # with these, no rank can generate alone
         if run.args.process_index or sharded:
             return samples
         if run.settings.demo:
@@ -97,7 +97,7 @@ class Samples:
             self.samples.append(Sample(_text_of(turn), record.get("output", "")))
 
     def _take_held_out(self, evaluate: datasets.Dataset, *, shared_instruction: str | None) -> None:
-        """The last answers of some records, each with what the user had said in the record: no template's words."""
+        """Take the last answers of some records, each with the user's last text as it is in the record."""
         draw = random.Random(self.run.args.seed)
         rows = draw.sample(range(len(evaluate)), min(_TRIED, len(evaluate)))
         records = records_of_rows(self.run, evaluate.select(sorted(rows)))
@@ -112,9 +112,10 @@ class Samples:
                 self.samples.append(Sample(_text_of(question, without=shared_instruction), reference))
 
     def _answers(self) -> list[tuple[str, bool]]:
-        """One for each prompt and whether it is endless; fewer where the time is over or the model cannot answer.
+        """(answer, is endless) for each prompt; fewer if the time is over or the model cannot generate.
 
-        An answer that the time cuts short says little of the model: it is left out where there is another.
+        An answer that was cut off by the time limit says little about the model, so it is left out unless it is the
+        only one.
         """
         answers: list[tuple[str, bool]] = []
         deadline = time.monotonic() + SECONDS
@@ -144,12 +145,12 @@ class Samples:
             seconds=seconds,
         )[0]
         text = self.template.tokenizer.decode(list(generated.ids), skip_special_tokens=True).strip()
-        # At the limit a character may be cut in two.
+        # At the limit, a character of several tokens may be cut in two.
         endless = not generated.stopped and len(generated.ids) == LONGEST_ANSWER
         return text if generated.stopped else text.rstrip("\ufffd") + " …", endless
 
     def answer_after(self) -> list[Sample]:
-        """The samples with the tuned model's answers; those that have both."""
+        """The samples with the tuned model's answers; samples that lack an answer are left out."""
         if not self.samples:
             return []
         with random_state_kept():
@@ -161,7 +162,7 @@ class Samples:
 
 
 def _question(record: Record | None) -> Turn | None:
-    """What the last learned answer of a record answers."""
+    """The turn that the last learned answer of a record responds to."""
     if record is None or not record.learned:
         return None
     asked_before = [turn for turn in record.turns[: record.learned[-1]] if turn.role in ("user", "tool")]
@@ -169,23 +170,23 @@ def _question(record: Record | None) -> Turn | None:
 
 
 def _text_of(turn: Turn, *, without: str | None = None) -> str:
-    """Instruction and input as the record has them; an instruction that nearly all records share is left out."""
+    """Instruction and input of a record. The instruction `without` is left out if there is an input."""
     instruction = "" if turn.text == without and turn.input else turn.text
     return "\n".join(filter(None, (instruction, turn.input)))
 
 
 def _loops(text: str) -> bool:
-    """Whether a piece of it that holds a letter stands there again and again; lines and indentation are no loops."""
+    """Whether a piece that contains a letter is repeated in a row; rules and indentation do not count."""
     return any(any(map(str.isalpha, match[1])) for match in _LOOP.finditer(text))
 
 
 def all_as_before(samples: Sequence[Sample]) -> bool:
-    """Whether training changed no answer, and none was right before."""
+    """Whether training changed no answer, and none of them was already right."""
     return bool(samples) and all(sample.after == sample.before != sample.reference for sample in samples)
 
 
 def table_of(samples: Sequence[Sample], *, title: str) -> Table:
-    """Prompts, references where they are known, and both answers, one below the other: readable at any width."""
+    """Prompts, references if known, and both answers, one below another so that they are readable at any width."""
     table = Table(
         title=translated(title), title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
     )

@@ -1,6 +1,6 @@
-"""Streaming: records encoded as they are drawn, for data larger than what a disk should keep twice.
+"""Streaming: records encoded while they are read, for data too large to store a second time.
 
-The order is a function of the files and the seed alone, so a resumed run finds its place by reading again.
+The order depends only on the files and the seed, so a resumed run finds its place by reading again.
 """
 
 import itertools
@@ -18,12 +18,12 @@ from atomtune.errors import BadData
 
 
 class Stream(IterableDataset):
-    """Rows as the cache would have them, pass after pass without an end; each record once a pass.
+    """Rows as in the cache, pass after pass without end; each record occurs once per pass.
 
-    buffer   rows that wait; each time one of them is drawn at random
-    check    is shown the ledger after every part and may raise
-    ledger   of the newest reading's first pass, as far as it has come
-    Raises BadData where a file changes while it is read: its records are no longer those that a resume would find.
+    buffer   number of waiting rows; each row returned is drawn from them at random
+    check    called with the ledger after every part; may raise
+    ledger   counts of the first pass of the latest iteration, as far as it was read
+    Raises BadData if a file changes while it is read, because a resume would then find other records.
     """
 
     def __init__(

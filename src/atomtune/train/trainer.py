@@ -1,7 +1,7 @@
-"""The Trainer, subclassed at few points; schedulers, accelerate and trackers stay the library's.
+"""Trainer: transformers' Trainer with our loss and evaluation; schedulers, accelerate and trackers are the library's.
 
-Ours: the loss (sum over targets / targets of the whole global batch), evaluation by the same law, what is counted and
-when it stops; saves are saving_trainer's.
+The loss is a sum over targets, divided by the targets of the whole global batch; evaluation uses the same rule. Saving
+is in saving_trainer.py.
 Law: a step's loss and gradient do not depend on how its examples are divided into micro-batches or ranks
 (tests/train/test_trainer.py).
 """
@@ -39,7 +39,7 @@ from atomtune.train.ranks import of_all_ranks, on_any_rank
 
 
 class LoraTrainer(SavingTrainer):
-    """transformers.Trainer with our loss, evaluation and saves."""
+    """transformers.Trainer with our loss, evaluation and checkpoints."""
 
     def __init__(
         self, *, stop: Stop, skip_nonfinite: int, patience: int = 0, graphs: StepGraphs | None = None, **kwargs: Any
@@ -47,25 +47,28 @@ class LoraTrainer(SavingTrainer):
         super().__init__(**kwargs)
         self.graphs = graphs
         self.work, self.stop, self.early_stopping = WorkCounter(), stop, EarlyStopping(patience)
-        self.first_step = 0  # where this process began; the steps before it were another's
+        self.first_step = 0  # the step at which this process began; an earlier process made those before
         self.non_finite = SkipNonFinite(self.work, budget=skip_nonfinite, notice=self.notice)
-        if self._ranks_evaluate_alone:  # else a rank holds parts of weights, which may well be zero
-            self.add_callback(GradientCheck(self.notice))  # before a step that is left out loses its gradients
+        # With sharded weights, this rank's part of a gradient may be zero without a fault
+        if self._ranks_evaluate_alone:
+            # Before `non_finite`, which may clear the gradients of a skipped step
+            self.add_callback(GradientCheck(self.notice))
         self.add_callback(self.work)
         self.add_callback(BeforeFirstStep(self.begin))
         self.add_callback(self.non_finite)
         self.add_callback(stop)
         self.add_callback(self.early_stopping)
         self.add_callback(LossSpikeWarning(self.notice))
-        self.add_callback(LogBeforeSaving())  # after all that ask for a save
-        # The loss below is already divided by the targets of all micro-batches. 5.17 reads the first name, 5.23 both.
+        self.add_callback(LogBeforeSaving())  # after all callbacks that may request a save
+        # Tell the Trainer that the loss is already divided by the targets of all micro-batches. 5.17 reads the first
+        # attribute, 5.23 both.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor]:
-        """The micro-batches of one step, and the targets in them over all ranks."""
+        """The micro-batches of one step, and the number of their targets on all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.tensor(
             [
@@ -79,7 +82,7 @@ class LoraTrainer(SavingTrainer):
             counts = self.accelerator.gather(counts.to(device)[None]).sum(0).cpu()
         targets, computed, padded, examples = counts.tolist()
         self.work.add(tokens_computed=computed, tokens_padded=padded, examples=examples)
-        # Left on the CPU: a copy to the device would wait until it has done all that it was given before.
+        # Kept on the CPU: copying it to the device would wait for all work queued there.
         return batches, torch.tensor(targets)
 
     def compute_loss(
@@ -89,9 +92,9 @@ class LoraTrainer(SavingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        """This micro-batch's share of the step's loss, in nats per target of the global batch.
+        """This micro-batch's part of the step's loss, in nats per target of the global batch.
 
-        DDP and FSDP average gradients over ranks, hence the factor world_size.
+        DDP and FSDP average gradients over ranks; the factor world_size turns that into a sum.
         """
         assert num_items_in_batch is not None and not return_outputs
         if self.graphs is not None:
@@ -101,11 +104,11 @@ class LoraTrainer(SavingTrainer):
         return nats * self.args.world_size / num_items_in_batch.clamp(min=1)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """One micro-batch; a loss that is not finite is held back from the adapter (non_finite.py)."""
+        """One micro-batch; a loss that is not finite becomes zero and is recorded (non_finite.py)."""
         return self.non_finite.finite_loss(super().training_step(model, inputs, num_items_in_batch), inputs["origins"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The mean loss is that of the steps that were made."""
+        """Log the mean loss of the steps that were made, without skipped steps."""
         self.non_finite.judge(self.args)
         if "loss" in logs:
             mean = self.non_finite.mean_of_steps_made(logs.pop("loss"))
@@ -113,18 +116,18 @@ class LoraTrainer(SavingTrainer):
         super().log(logs, start_time)
 
     def before_saving(self) -> None:
-        """A checkpoint knows what its last step was."""
+        """Judge the last step before a checkpoint is written."""
         self.non_finite.judge(self.args)
 
     def all_steps_made(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is of the step that ends the run; its state is then this trainer's.
+        """Whether a checkpoint is of the run's last step. If so, its state is loaded, and owed work is done.
 
-        The library would make one more step from such a checkpoint (seen on 5.23, with max_steps).
+        The Trainer itself would make one more step from such a checkpoint (seen in 5.23, with max_steps).
         """
         state = TrainerState.load_from_json(str(checkpoint / STATE))
         if self.args.max_steps > 0:
             steps_are_made = state.global_step >= self.args.max_steps
-        else:  # at the end of an epoch it is a whole number, exactly
+        else:  # at the end of an epoch it is exactly an integer
             steps_are_made = (state.epoch or 0) >= self.args.num_train_epochs
         ends_early = self.early_stopping.is_due(state.log_history) or self._owed_evaluation_ends(state)
         if not steps_are_made and not ends_early:
@@ -137,10 +140,10 @@ class LoraTrainer(SavingTrainer):
         return True
 
     def _owed_evaluation_ends(self, state: TrainerState) -> bool:
-        """Whether a checkpoint owes the very evaluation that ends the run early.
+        """Whether a checkpoint owes an evaluation that ends the run early.
 
-        It is made here to see that, and once more where it is logged: the library looks at what it says only behind
-        another step.
+        The evaluation is made here to find that out, and made again later to be logged: the Trainer reacts to the
+        result of an evaluation only after a further step.
         """
         carried = state.stateful_callbacks.get(type(self.work).__name__, {}).get("attributes", {})
         if not self.early_stopping.patience or not carried.get("owes_evaluation"):
@@ -152,7 +155,7 @@ class LoraTrainer(SavingTrainer):
         return self.early_stopping.is_due([*state.log_history, {"eval_loss": loss, "step": state.global_step}])
 
     def mean_loss(self) -> float:
-        """Over all steps of the run, those before a resume included; in nats per target of each step."""
+        """Mean over all steps of the run, including those before a resume, of nats per target."""
         total, last = 0.0, 0
         for entry in self.state.log_history:
             if "loss" in entry:
@@ -162,16 +165,16 @@ class LoraTrainer(SavingTrainer):
 
     @property
     def _ranks_evaluate_alone(self) -> bool:
-        """Whether a rank's forward needs no other rank, so that ranks may hold different numbers of batches."""
+        """Whether a rank's forward needs no other rank, so that ranks may have different numbers of batches."""
         return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def get_train_dataloader(self) -> Any:
-        """The library's loader, whose workers leave a signal to this process."""
+        """The Trainer's loader, with workers that ignore signals to the job."""
         return with_signal_masked_workers(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Every record once; accelerate would fill the last ranks up with records that were already counted."""
-        # accelerate knows one setting for all its loaders, so it is another while this one is made.
+        """A loader that yields every record once; accelerate would repeat records to fill the last ranks' batches."""
+        # accelerate has one setting for all loaders, so it is changed only while this one is created.
         plan = self.accelerator.dataloader_config
         even_for_training = plan.even_batches
         plan.even_batches = even_for_training and not self._ranks_evaluate_alone
@@ -183,10 +186,10 @@ class LoraTrainer(SavingTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Nats per target over the evaluation records, each counted by its targets, whatever the batch size.
+        """Evaluate: nats per target over all evaluation records, independent of the batch size.
 
-        Given up, with nothing returned, when the run is told to stop; the resumed run then makes it first.
-        Training goes on as if it had not been. Raises RunFailed where the loss is not finite.
+        Returns {} if the run is told to stop meanwhile; a resumed run then makes the evaluation first. Random numbers
+        of training are not affected. Raises RunFailed if the loss is not finite.
         """
         self.non_finite.judge(self.args)
         began = time.perf_counter()
@@ -194,7 +197,7 @@ class LoraTrainer(SavingTrainer):
             sums = self._evaluation_sums(eval_dataset)
         if sums is None:
             self.work.owes_evaluation = True
-            self.control.should_evaluate = False  # else it would be begun again at the end of the epoch
+            self.control.should_evaluate = False  # otherwise it would start again at the end of the epoch
             self.stop.stop_here(self.control)
             return {}
         nats, targets = sums
@@ -210,11 +213,11 @@ class LoraTrainer(SavingTrainer):
         return metrics
 
     def _evaluation_sums(self, eval_dataset: Any) -> tuple[float, int] | None:
-        """(nats, targets) of all evaluation records on all ranks; None where a stop cut it short."""
+        """(nats, targets) of all evaluation records on all ranks; None if a stop interrupted it."""
         model = self.model if self._ranks_evaluate_alone else self.model_wrapped
         model.eval()
         self.take_averaged_weights()
-        sums = torch.zeros(3, dtype=torch.float64, device="cpu")  # nats, targets, ranks that gave up
+        sums = torch.zeros(3, dtype=torch.float64, device="cpu")  # nats, targets, number of ranks that gave up
         not_finite: list[str] = []
         for batch in self.get_eval_dataloader(eval_dataset):
             give_up = self._may_give_up and self.stop.requested
@@ -242,18 +245,21 @@ class LoraTrainer(SavingTrainer):
 
     @property
     def _may_give_up(self) -> bool:
-        """Whether a stop may end an evaluation early: not where the schedule waits for its result, and not before the
-        first step, where no checkpoint could say that it is owed."""
+        """Whether a stop may interrupt an evaluation.
+
+        It may not if the schedule needs the result, or before the first step, when no checkpoint could record it as
+        owed.
+        """
         return isinstance(self.lr_scheduler, LambdaLR) and self.state.global_step > 0
 
-    # Private: the Trainer asks it for each evaluation's result, also for one that has none.
+    # Private: the Trainer calls it after every evaluation, even one without a result.
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """As the library does; an evaluation that was given up for a stop is saved as owed, not as the best."""
+        """As in the Trainer. An interrupted evaluation is saved as owed, not as the best."""
         return super()._determine_best_metric(metrics, trial) if metrics else self.work.owes_evaluation
 
-    # Private: the only place where a sampler can be put into the Trainer's own DataLoader.
+    # Private: the only way to use another sampler in the Trainer's own DataLoader.
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """As the library does; grouping by length draws anew in each epoch from the seed, so that a resume can too."""
+        """As in the Trainer, but grouping by length uses a new seed in each epoch, so that a resume repeats it."""
         sampler = super()._get_train_sampler(train_dataset)
         if type(sampler) is LengthGroupedSampler:
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -261,24 +267,24 @@ class LoraTrainer(SavingTrainer):
         return sampler
 
     def begin(self) -> None:
-        """Before the first step: the intervals asked for now, not the checkpoint's; and what a stop left over."""
+        """Before the first step, apply the intervals of the present settings, and make an evaluation that is owed."""
         self.first_step = self.state.global_step
         self.state.compute_steps(self.args, self.state.max_steps)
         if self.state.global_step:
-            self.args.eval_on_start = False  # that was at the start of the run that began
+            self.args.eval_on_start = False  # it was made at the start of the original run
         self.make_owed_evaluation()
 
     def make_owed_evaluation(self) -> None:
-        """The evaluation that was due at the step of the checkpoint and not made before it was saved."""
+        """Make the evaluation that was due at the checkpoint's step but not made before it was saved."""
         if self.work.owes_evaluation:
             self.work.owes_evaluation = False
-            # Private: evaluate() and, behind it, the step of a schedule that waits for the result.
+            # Private: calls evaluate(), and then steps a schedule that needs the result.
             self._determine_best_metric(self._evaluate(None, None), None)
             self.name_the_best()
 
 
 class _ByLength(LengthGroupedSampler):
-    """The library's grouping, its random numbers from a seed of the epoch instead of the process's state."""
+    """The Trainer's grouping by length, with random numbers from a seed per epoch instead of the process's state."""
 
     def __init__(self, like: LengthGroupedSampler, *, seed: Callable[[], int]) -> None:
         super().__init__(like.batch_size, lengths=like.lengths, generator=torch.Generator())

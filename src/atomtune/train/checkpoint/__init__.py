@@ -1,1 +1,1 @@
-"""Checkpoints: found, written whole or not at all, read back without running anything."""
+"""Checkpoints: found, written complete or not at all, and read without running code in them."""

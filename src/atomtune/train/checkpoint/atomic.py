@@ -1,8 +1,8 @@
-"""Atomic: a folder that is whole or not there, on disks that fill up and machines that lose power.
+"""Atomic: a folder that appears complete or not at all, even if the disk fills up or the machine loses power.
 
-A checkpoint is written under a hidden name, every file brought to the disk, named in a manifest with its size and
-SHA-256, and takes its place in one rename. What can be seen under its own name was finished; what was changed since is
-found by the manifest.
+A checkpoint is written under a hidden name. Every file is synced to disk and listed in a manifest with its size and
+SHA-256; then one rename gives the folder its name. So a folder that has its own name is complete, and the manifest
+shows what was changed later.
 """
 
 import contextlib
@@ -27,20 +27,20 @@ from atomtune.disk import (
 from atomtune.train.checkpoint.state import state_files
 
 MANIFEST = "manifest.json"
-#: In front of the name of a folder that is being written, and of one that is being removed.
+#: Prefixes of the names of folders that are being written, and of those that are being removed.
 STAGING, LEAVING = ".saving-", ".removing-"
 
 
 def staging_of(final: Path) -> Path:
-    """Where a folder is written before it takes its name; on the same disk, so that a rename is enough."""
+    """Where a folder is written before it gets its name; on the same disk, so that it can be renamed."""
     return final.with_name(STAGING + final.name)
 
 
 @contextlib.contextmanager
 def staged(final: Path, *, clears: bool) -> Iterator[Path]:
-    """A folder to write in; what is left of it goes with the block, whatever ended it.
+    """Yield a folder to write in; if it still exists at the end, it is removed, even after an error.
 
-    clears  on the rank that writes alone: another would take the folder away under its hands
+    clears  whether this rank removes it: only the rank that writes may, or it would lose the folder while writing
     """
     staging = staging_of(final)
     try:
@@ -51,10 +51,10 @@ def staged(final: Path, *, clears: bool) -> Iterator[Path]:
 
 
 def clear_staging(folder: Path) -> None:
-    """Finish or remove what a killed run was writing or removing; for the holder of the folder's lock.
+    """Finish or remove what a killed run was writing or removing. Call it only while holding the folder's lock.
 
-    A run that saves a step again gives up the old folder's name just before the new one takes it: killed in between,
-    the staged folder is whole and only its name is missing. A link under such a name is not ours and leads elsewhere.
+    A run that saves a step again removes the old folder just before it renames the new one. Killed in between, it
+    leaves a staged folder that is complete and only lacks its name. A symbolic link under such a name is not ours.
     """
     for left in folder.glob(f"{STAGING}checkpoint-*"):
         final = left.with_name(left.name.removeprefix(STAGING))
@@ -68,9 +68,10 @@ def clear_staging(folder: Path) -> None:
 
 
 def seal(staging: Path, final: Path, facts: Mapping[str, Any]) -> None:
-    """Bring a staged folder to the disk, write its manifest, and give it its name.
+    """Write the manifest of a staged folder, sync it to disk, and rename it to `final`.
 
-    What stood under that name and has a manifest is replaced; without one it is not ours, and is moved aside.
+    facts  further content of the manifest
+    If `final` exists and has a manifest, it is replaced; without one it is not ours, and is renamed to something else.
     """
     entries = {name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for name, file in _files(staging)}
     body = only_finite({**facts, "files": entries})
@@ -87,7 +88,7 @@ def seal(staging: Path, final: Path, facts: Mapping[str, Any]) -> None:
 
 
 def damage(folder: Path) -> list[str]:
-    """What keeps a sealed folder from being whole; empty when it is."""
+    """What is wrong with a sealed folder; empty if it is complete and unchanged."""
     try:
         manifest = read_manifest(folder)
         entries: dict[str, Any] = manifest["files"]
@@ -105,13 +106,13 @@ def damage(folder: Path) -> list[str]:
             problems.append(f"{name} is missing")
         elif file.stat().st_size != size or sha256_of(file) != digest:
             problems.append(f"{name} has changed since it was written")
-    # The Trainer opens its states by name; one that was not sealed with the others was put there by someone else.
+    # The Trainer opens its state files by name, so a file that is not in the manifest was added by someone else.
     strangers = [file.name for file in state_files(folder) if file.name not in expected]
     return problems + [f"{name} was added afterwards" for name in strangers]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest's content. Raises OSError or ValueError when there is none that can be read."""
+    """The manifest's content. Raises OSError or ValueError if it is missing or cannot be read."""
     return read_json_object(folder / MANIFEST)
 
 
@@ -122,14 +123,14 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_in(path: Path) -> int | None:
-    """N of checkpoint-N as this tool writes it; None for any other name."""
+    """N of checkpoint-N, written as atomtune writes it; None for any other name."""
     number = path.name.removeprefix("checkpoint-")
     plain = number.isascii() and number.isdigit() and str(int(number)) == number
     return int(number) if plain and path.name.startswith("checkpoint-") else None
 
 
 def rotate(folder: Path, *, keep: int | None, protected: Collection[str | Path], notice: Callable[[str], None]) -> None:
-    """Remove the oldest checkpoints beyond `keep`: only ours, never a protected one, never the newest that is whole."""
+    """Remove the oldest checkpoints beyond `keep`: only ours, but not protected ones, nor the newest undamaged one."""
     if keep is None or keep <= 0:
         return
     ours = [path for path in checkpoints(folder) if (path / MANIFEST).is_file() and not path.is_symlink()]
@@ -146,7 +147,7 @@ def rotate(folder: Path, *, keep: int | None, protected: Collection[str | Path],
 
 
 def remove(folder: Path) -> None:
-    """Remove a sealed folder: first its name, so that nobody finds half of it."""
+    """Remove a sealed folder. It is renamed first, so that no half-removed folder is found under its name."""
     leaving = folder.with_name(LEAVING + folder.name)
     remove_tree(leaving)
     folder.rename(leaving)

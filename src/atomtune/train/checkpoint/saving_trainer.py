@@ -1,7 +1,7 @@
-"""Saving trainer: what a checkpoint holds, written whole or not at all, and read back without running anything.
+"""Saving trainer: writes checkpoints complete or not at all, and reads them without running code in them.
 
-The Trainer writes and reads optimizer, schedule, scaler and random numbers itself (state.py); where that happens, and
-that a checkpoint appears in one rename, is decided here.
+The Trainer's own methods write and read optimizer, schedule, scaler and random states (state.py). This class decides
+where they do so, and makes a checkpoint appear in one rename.
 """
 
 import contextlib
@@ -22,21 +22,21 @@ from atomtune.train.checkpoint.start import STATE, step_of
 from atomtune.train.checkpoint.state import WEIGHTS_ONLY, has_optimizer
 from atomtune.train.ranks import on_any_rank
 
-#: Saves that may fail one after another before the run ends.
+#: How many saves in a row may fail before the run ends.
 FAILED_SAVES = 3
-#: What a parameter group holds that the run's settings decide and no optimizer changes.
+#: Keys of a parameter group that come from the run's settings and that no optimizer changes.
 GROUP_SETTINGS = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
-#: The Trainer leaves its arguments beside every adapter, as a pickle that nothing reads.
+#: The Trainer writes its arguments beside every adapter, as a pickle that nothing reads.
 _TRAINING_ARGUMENTS = "training_args.bin"
 _CARD = "README.md"
 
 
 class SavingTrainer(Trainer):
-    """transformers.Trainer whose checkpoints survive a kill, a full disk and flipped bits.
+    """A transformers.Trainer whose checkpoints survive a kill, a full disk and flipped bits.
 
-    facts         what each manifest says beside its files: the run's identity and the versions
-    card          the text of README.md, of the Trainer's log
-    resumed_from  the checkpoint this run began from; never rotated away
+    facts         content of each manifest besides its files: the run's identity and the versions
+    card          makes the text of README.md from the Trainer's log
+    resumed_from  the checkpoint that this run resumed from, which is never rotated away; None for a new run
     """
 
     control: TrainerControl
@@ -54,13 +54,13 @@ class SavingTrainer(Trainer):
     ) -> None:
         super().__init__(**kwargs)
         self.card = card
-        # Not the Trainer's processing_class: that would change the model's special ids to the tokenizer's.
+        # Not passed as the Trainer's processing_class, which would change the model's special ids to the tokenizer's.
         self.tokenizer_to_save, self.metadata, self.facts, self.notice = tokenizer, metadata, facts, notice
         self.resumed_from, self.failed_saves = resumed_from, 0
         self._folder_identity = identity_of(Path(self.args.output_dir))
 
     def refuse_replaced_folder(self) -> None:
-        """Raise RunFailed where another folder took the place of the one this run holds."""
+        """Raise RunFailed if another folder has replaced the one in which this run started."""
         folder = Path(self.args.output_dir)
         if self._folder_identity is not None and identity_of(folder) != self._folder_identity:
             raise RunFailed(
@@ -70,9 +70,9 @@ class SavingTrainer(Trainer):
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter in PEFT's form, the tokenizer with its template, and the adapter's metadata.
+        """Save the adapter in PEFT's format, the tokenizer with its chat template, and the adapter's metadata.
 
-        Raises RunFailed when what was written is not what is in memory.
+        Raises RunFailed if a weight is not finite, or if the file differs from what is in memory.
         """
         folder = Path(output_dir or self.args.output_dir)
         self.take_averaged_weights()
@@ -82,26 +82,27 @@ class SavingTrainer(Trainer):
         if not self.args.should_save:
             return
         (folder / _TRAINING_ARGUMENTS).unlink(missing_ok=True)
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # there no rank holds all weights
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # with these, no rank holds all weights
             refuse_unlike(folder, model)
         self.tokenizer_to_save.save_pretrained(folder)
         self.metadata.save(folder)
-        write_text(folder / _CARD, self.card(self.state.log_history))  # in place of PEFT's form
+        write_text(folder / _CARD, self.card(self.state.log_history))  # replaces PEFT's template of a model card
 
     def take_averaged_weights(self) -> None:
-        """The weights that are the run's result, where an optimizer (schedule_free_*) computes gradients at others.
+        """Switch schedule_free_* optimizers to the averaged weights, which are the run's result.
 
-        The Trainer takes those back before each micro-batch. A checkpoint's optimizer state says which ones it has.
+        They compute gradients at other weights, and the Trainer switches back before each micro-batch. The optimizer's
+        saved state says which weights a checkpoint has.
         """
         if callable(getattr(self.optimizer, "eval", None)):
             self.optimizer.eval()
 
     def before_saving(self) -> None:
-        """What has to be known of the run before a checkpoint is made; nothing here."""
+        """Called before each checkpoint, for subclasses."""
 
-    # Private, for want of a public place around all that a checkpoint is made of.
+    # Private, because there is no public method around everything that a checkpoint consists of.
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A checkpoint that appears whole or not at all; where the disk fails, that is said and tried again later."""
+        """Write a checkpoint that appears complete or not at all. If the disk fails, the next save tries again."""
         self.before_saving()
         final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         failure: BaseException | None = None
@@ -131,7 +132,7 @@ class SavingTrainer(Trainer):
         self.name_the_best(final)
         self.save_model(str(staging), _internal_call=True)
         if not self.args.save_only_model:
-            # The Trainer's own writers; it offers no public way to call one.
+            # The Trainer's own methods for these files; it has no public ones.
             self._save_optimizer_and_scheduler(str(staging))
             self._save_scaler(str(staging))
             self._save_rng_state(str(staging))
@@ -145,10 +146,14 @@ class SavingTrainer(Trainer):
         if self.args.should_save:
             seal(staging, final, {**self.facts, "step": self.state.global_step})
             if self.args.push_to_hub:
-                self._push_from_checkpoint(str(final))  # what --push_to_hub with --hub_strategy means; no public way
+                # Does what --push_to_hub and --hub_strategy say; there is no public method
+                self._push_from_checkpoint(str(final))
 
     def _give_up(self, error: BaseException | None) -> None:
-        """Training goes on without this checkpoint; a run that cannot save at all, or was told to stop, ends."""
+        """Continue training without this checkpoint.
+
+        Raises RunFailed after FAILED_SAVES failures or if the run is stopping.
+        """
         self.failed_saves += 1
         newest_whole = next((path for path in checkpoints(Path(self.args.output_dir)) if not damage(path)), None)
         what = (
@@ -163,21 +168,21 @@ class SavingTrainer(Trainer):
         self.notice(f"{what} Training continues; the next save tries again.")
 
     def name_the_best(self, final: Path | None = None) -> None:
-        """The best checkpoint by the path it stands under now: a run's folder may have been moved since."""
+        """Set the path of the best checkpoint in this run's folder, which may have been moved since it was recorded."""
         best = getattr(self.state, "best_global_step", None)
         path = Path(self.args.output_dir) / f"checkpoint-{best}"
         if best and (path == final or path.is_dir()):
             self.state.best_model_checkpoint = str(path)
 
     def take_the_best(self) -> None:
-        """The best checkpoint's weights in place of the last step's, where that was asked for."""
+        """Load the best checkpoint's weights in place of the last step's, if the settings say so."""
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._load_best_model()
 
-    # Private: the Trainer would pass a missing checkpoint by and keep the last step's weights in its place.
+    # Private: if a checkpoint is missing, the Trainer would only warn and keep the last step's weights.
     def _load_best_model(self) -> None:
-        """The best checkpoint's weights, if it is whole. Raises RunFailed if it is not."""
-        self.take_averaged_weights()  # later, it would change the best ones
+        """Load the best checkpoint's weights. Raises RunFailed if it is damaged."""
+        self.take_averaged_weights()  # called later, it would change the best weights
         self.name_the_best()
         best = Path(self.state.best_model_checkpoint)
         if problems := damage(best):
@@ -187,18 +192,18 @@ class SavingTrainer(Trainer):
             )
         super()._load_best_model()
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            fill_again(self.accelerator.unwrap_model(self.model), best)  # PEFT may pass over some tensors
+            fill_again(self.accelerator.unwrap_model(self.model), best)  # PEFT may leave out some tensors
 
-    # Private: the adapter came with the model (train.model), on every rank, checked tensor by tensor.
+    # Private: train.model has already loaded the adapter on every rank, checking every tensor.
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
-    # Private: the Trainer puts the old run's rates in force with the old run's state.
+    # Private: the Trainer would load the old run's learning rates together with its state.
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """What was saved, under the settings now in force.
+        """Load the saved state, but keep the settings now in force.
 
-        They differ only where the user said so: a run that is resumed to be longer would otherwise make one step with
-        the last rate of the old schedule, and with --resume_anyway the old rate would stay for good.
+        The two differ only if the user changed a setting. Otherwise a run that is resumed for more steps would make one
+        step with the last rate of the old schedule, and with --resume_anyway the old rate would stay forever.
         """
         if checkpoint is None:
             return
@@ -207,7 +212,7 @@ class SavingTrainer(Trainer):
         if has_optimizer(Path(checkpoint)):
             with _fitting(checkpoint):
                 super()._load_optimizer_and_scheduler(checkpoint)
-        else:  # --save_only_model: the optimizer begins anew, and its rates go on
+        else:  # --save_only_model: a new optimizer, but the schedule continues
             self._move_schedule_to(step_of(Path(checkpoint)))
         for group, settings in zip(self.optimizer.param_groups, settings_now, strict=True):
             group.update(settings)
@@ -215,17 +220,17 @@ class SavingTrainer(Trainer):
             _follow(self.lr_scheduler, self.optimizer.param_groups)
 
     def _move_schedule_to(self, step: int) -> None:
-        """The schedule at a step of the run; said where it cannot be known from the step alone."""
+        """Move the schedule to a step of the run; give a notice if it also depends on more than the step."""
         if isinstance(self.lr_scheduler, LambdaLR):
             self.lr_scheduler.last_epoch = step
-        else:  # it follows the losses, and kept them in its state
+        else:  # it follows the losses, which only its state records
             self.notice(
                 "the checkpoint holds no state of the learning-rate schedule, so the schedule starts from scratch."
             )
 
 
 def _follow(schedule: LambdaLR, groups: list[dict[str, Any]]) -> None:
-    """Rates as this schedule has them at the step it stands at."""
+    """Set the rates to what this schedule gives at its present step."""
     base_rates = [group["initial_lr"] for group in groups]
     factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
     rates = [base * factor for base, factor in zip(base_rates, factors, strict=True)]
@@ -236,7 +241,7 @@ def _follow(schedule: LambdaLR, groups: list[dict[str, Any]]) -> None:
 
 @contextlib.contextmanager
 def _fitting(checkpoint: str) -> Iterator[None]:
-    """Raise BadModel for a state that is another optimizer's or another model's."""
+    """Within this context, an error becomes a BadModel: the state belongs to another optimizer or model."""
     try:
         yield
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, EOFError) as error:

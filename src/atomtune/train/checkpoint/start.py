@@ -1,4 +1,4 @@
-"""Start: where a run begins, told from its folder and the flags."""
+"""Start: decides from the folder and the flags how a run starts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from atomtune.train.checkpoint.state import has_optimizer, refuse_programs
 from atomtune.train.run_report import read_record
 
 STATE = "trainer_state.json"
-#: What a run writes beside its checkpoints under names that other programs and people use too. A run.json is a run's,
-#: and one that cannot be read is taken as none.
+#: Files beside the checkpoints that a run writes, under names that other programs and people use too. run.json is not
+#: among them: it is taken for a run's, and an unreadable one counts as missing.
 _WRITTEN = (
     *("README.md", "report.html", "loss.png", "adapter_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
@@ -26,15 +26,15 @@ _WRITTEN = (
 
 @dataclass(frozen=True)
 class Fresh:
-    """A new adapter on the base."""
+    """The run starts with a new adapter on the base."""
 
-    name: ClassVar[str] = "fresh"  # in run.json
+    name: ClassVar[str] = "fresh"  # "start" in run.json
     message: str = ""
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """The run that made this checkpoint goes on, with all of its state."""
+    """The run that wrote this checkpoint continues, with its whole state."""
 
     checkpoint: Path
     step: int
@@ -50,7 +50,7 @@ class Resumed:
 
 @dataclass(frozen=True)
 class FromWeights:
-    """A new run that begins with the adapter weights of another."""
+    """A new run starts with the adapter weights of another one."""
 
     file: Path
     name: ClassVar[str] = "weights"
@@ -64,7 +64,7 @@ class FromWeights:
 
 @dataclass(frozen=True)
 class Finished:
-    """Nothing to do: the run in this folder came to its end."""
+    """Nothing to do: the run in this folder has finished."""
 
     folder: Path
 
@@ -77,7 +77,7 @@ Start = Fresh | Resumed | FromWeights
 
 
 def newest_whole(folder: Path, notice: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies; those passed over are said."""
+    """The newest undamaged checkpoint, or None; each damaged one that is skipped gets a notice."""
     for path in checkpoints(folder):
         problems = damage(path)
         if not problems:
@@ -87,7 +87,7 @@ def newest_whole(folder: Path, notice: Callable[[str], None]) -> Path | None:
 
 
 def holds_a_run(folder: Path) -> bool:
-    """Whether a folder already is some run's output; one that ended before its first checkpoint left nothing."""
+    """Whether a folder holds the output of a run. A run that ended before its first checkpoint does not count."""
     unfinished = read_record(folder).get("status") in (None, "failed", "preempted")
     return (
         (folder / WEIGHTS).exists() or bool(checkpoints(folder)) or ((folder / RUN_RECORD).exists() and not unfinished)
@@ -103,11 +103,11 @@ def find_start(
     lengths: dict[str, Any],
     notice: Callable[[str], None],
 ) -> Start | Finished:
-    """Decide from the folder and the flags.
+    """Decide from the folder and the flags how the run starts.
 
-    lengths  max_steps and num_train_epochs as asked now, None where the epochs are left to the run
-    Raises BadSettings when the folder holds a run and no flag says to go on, or one that this would mix with another;
-    BadModel for a damaged checkpoint.
+    lengths  max_steps and num_train_epochs of this command; epochs None if they are left to the run
+    Raises BadSettings if the folder holds a run and no flag says to continue it, or if the two runs would mix.
+    Raises BadModel for a damaged checkpoint.
     """
     if resume_from_checkpoint and resume_from_checkpoint.lower() == "true":
         newest = newest_whole(output_dir, notice)
@@ -151,7 +151,7 @@ def _resumed(checkpoint: Path) -> Resumed:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step after which a checkpoint was made. Raises BadModel where its state does not say."""
+    """The step after which a checkpoint was written. Raises BadModel if its state cannot be read."""
     try:
         return checked(checkpoint / STATE, TrainerState).global_step
     except BadModel as error:
@@ -183,8 +183,10 @@ def _no_such_checkpoint(path: Path, others: list[Path]) -> NoReturn:
 
 
 def _refuse_to_mix(start: Resumed | FromWeights, output_dir: Path) -> None:
-    """Raise BadSettings where this run would overwrite a finished one's adapter, or where a later --resume could not
-    tell this run's checkpoints from those of the run before."""
+    """Raise BadSettings if this run would overwrite a finished adapter, or leave two runs' checkpoints in one folder.
+
+    In the second case a later --resume could not tell this run's checkpoints from those of the earlier run.
+    """
     step = start.step if isinstance(start, Resumed) else -1
     beyond = [path for path in checkpoints(output_dir) if (path / MANIFEST).is_file() and (step_in(path) or 0) > step]
     if beyond:
@@ -202,10 +204,10 @@ def _refuse_to_mix(start: Resumed | FromWeights, output_dir: Path) -> None:
 
 
 def foreign_files(output_dir: Path) -> list[str]:
-    """Files that a new run would write over and that no run wrote: the README.md of one's own project.
+    """Files that a new run would overwrite and that no run wrote, for example the README.md of the user's project.
 
-    What an earlier run left behind that failed is a run's own, and its record says so. A link is replaced itself, never
-    what it leads to.
+    Files left behind by a failed run are a run's; run.json shows that. Symbolic links are not listed, because a link is
+    replaced itself, not the file that it leads to.
     """
     names = [name for name in _WRITTEN if (output_dir / name).is_file() and not (output_dir / name).is_symlink()]
     is_a_runs = bool(names) and (holds_a_run(output_dir) or "status" in read_record(output_dir))
@@ -213,7 +215,7 @@ def foreign_files(output_dir: Path) -> list[str]:
 
 
 def _asks_for_more(record: dict[str, Any], lengths: dict[str, Any]) -> bool:
-    """Whether a finished run is to be longer; steps are compared with those made, epochs with those asked for."""
+    """Whether a finished run should become longer: by steps made, or by epochs in its settings."""
     before = record.get("lengths", lengths)
     if lengths == before:
         return False
