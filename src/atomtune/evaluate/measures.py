@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from atomtune.evaluate.intervals import Bootstrap, Figure
+from atomtune.evaluate.intervals import Bootstrap, Columns, Figure, share, share_difference
 from atomtune.evaluate.likelihood import TargetScores
 from atomtune.language import message
 
@@ -42,13 +42,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure as a ratio over records: parts gives numerator and denominator of one record."""
+    """A figure that is a ratio over records."""
 
     name: str
     title: str
     meaning: str
     better: Literal["lower", "higher", "neither"]
-    parts: Callable[[RecordResult], tuple[float, float]]
+    parts: Callable[[RecordResult], tuple[float, float]]  # numerator and denominator of one record
+    shares_answers: bool = False  # the share of answers that are, for example, exact: each is or is not
 
 
 def _per_answer(value: Callable[[AnswerResult], float]) -> Callable[[RecordResult], tuple[float, float]]:
@@ -92,6 +93,7 @@ MEASURES: tuple[Measure, ...] = (
         "share of answers equal to their reference",
         "higher",
         _per_answer(lambda answer: answer.exact),
+        shares_answers=True,
     ),
     Measure(
         "stop_rate",
@@ -99,6 +101,7 @@ MEASURES: tuple[Measure, ...] = (
         "share of answers that end with a stop token before --max_new_tokens",
         "higher",
         _per_answer(lambda answer: answer.stopped),
+        shares_answers=True,
     ),
     Measure(
         "length_ratio",
@@ -116,6 +119,7 @@ MEASURES: tuple[Measure, ...] = (
         "share of answers that contain a thought",
         "neither",
         _per_answer(lambda answer: answer.thinks),
+        shares_answers=True,
     ),
     Measure(
         "call_parse_rate",
@@ -123,6 +127,7 @@ MEASURES: tuple[Measure, ...] = (
         "where the reference calls a tool: share of answers in which a call can be read",
         "higher",
         _per_call(0),
+        shares_answers=True,
     ),
     Measure(
         "call_known_rate",
@@ -130,6 +135,7 @@ MEASURES: tuple[Measure, ...] = (
         "where the reference calls a tool: share of answers that call one of the available tools",
         "higher",
         _per_call(1),
+        shares_answers=True,
     ),
 )
 PERPLEXITY = Measure(
@@ -153,7 +159,8 @@ def figures_of(results: Sequence[RecordResult], draws: Bootstrap) -> dict[str, F
     """Every figure that these records can give: without generated answers, only those of the likelihood."""
     figures: dict[str, Figure] = {}
     for measure in MEASURES:
-        figure = draws.ratio(*_columns(measure, results))
+        columns = _columns(measure, results)
+        figure = share(*columns) if measure.shares_answers else draws.ratio(*columns)
         if figure is not None:
             figures[measure.name] = figure
             if measure is NATS:
@@ -165,13 +172,14 @@ def differences(ours: Sequence[RecordResult], theirs: Sequence[RecordResult], dr
     """Our figures less theirs, record by record."""
     figures: dict[str, Figure] = {}
     for measure in MEASURES:
-        figure = draws.difference(_columns(measure, ours), _columns(measure, theirs))
+        difference = share_difference if measure.shares_answers else draws.difference
+        figure = difference(_columns(measure, ours), _columns(measure, theirs))
         if figure is not None:
             figures[measure.name] = figure
     return figures
 
 
-def _columns(measure: Measure, results: Sequence[RecordResult]) -> tuple[list[float], list[float]]:
+def _columns(measure: Measure, results: Sequence[RecordResult]) -> Columns:
     numerators, denominators = [], []
     for result in results:
         above, below = measure.parts(result)

@@ -28,6 +28,9 @@ SHOWN = 8
 _TELLING = ("nats_per_token", "chrf", "exact_match", "stop_rate", "call_known_rate", "probe_nats_per_token")
 
 
+_INTERVALS = "In brackets: the 95 % interval (shares of answers: Wilson score; other figures: bootstrap over records)."
+
+
 @dataclass(frozen=True)
 class Shown:
     """One record side by side."""
@@ -83,7 +86,7 @@ class Report:
             "answers": self.answers,
             "data": self.sources,
             "stopped_early": self.stopped_early,
-            "interval": "95 %, bootstrap over records",
+            "interval": "95 %; shares of answers: Wilson score, other figures: bootstrap over records",
             "models": _listed(self.models),
             "against_base": _listed(self.changes),
             "lm_eval": {
@@ -188,7 +191,7 @@ _TITLES = (
 
 def shown(measure: Measure, value: float) -> str:
     """A value in the measure's own unit."""
-    if measure.name.endswith("_rate") or measure.name in ("token_accuracy", "exact_match"):
+    if measure.shares_answers or measure.name == "token_accuracy":
         return f"{100 * value:.1f} %"
     return f"{value:.1f}" if measure.name == "chrf" else f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
 
@@ -230,7 +233,7 @@ def markdown(report: Report) -> str:
         *report.sentences(),
         "",
         singular(f"{report.records:,} records of {', '.join(report.sources)}; base {report.base_path}. ")
-        + ("In brackets: the 95 % interval (bootstrap over records)." if report.records > 1 else ""),
+        + (_INTERVALS if report.records > 1 else ""),
         "",
         f"| | {' | '.join(names)} |",
         f"|---|{'---|' * len(names)}",
