@@ -33,7 +33,7 @@ from atomtune.model.load import pad_id_of, quiet_libraries
 from atomtune.settings.fields import EvaluateSettings, RecordSettings
 from atomtune.settings.spelled import base_words
 
-#: A terminal with so many columns gets its figures as a table, whatever the number of models.
+#: A terminal of this many columns or more always gets a table.
 NARROWEST_FOR_TABLES = 80
 
 _PROBE_MISSING = message(", without the forgetting probe")
@@ -64,14 +64,14 @@ def evaluate(settings: EvaluateSettings) -> int:
 
 
 def output_folder(settings: EvaluateSettings) -> Path:
-    """Where the reports go."""
+    """The folder for the reports."""
     if settings.output_dir:
         return Path(settings.output_dir)
     return Path(settings.adapter_path[0]) / "evaluation" if settings.adapter_path else Path("evaluation")
 
 
 def beside_others(folder: Path, report: Report) -> Path:
-    """The first of evaluation, evaluation-1, … that holds no report of other records or models.
+    """The first of evaluation, evaluation-1, … without a report on other records or models.
 
     An evaluation takes hours: one on another file does not replace it, unless --output_dir says so.
     """
@@ -80,7 +80,7 @@ def beside_others(folder: Path, report: Report) -> Path:
     while True:
         try:
             before = read_json_object(place / "report.json")
-        except (OSError, ValueError):  # none, or half of one
+        except (OSError, ValueError):  # no report, or a broken one
             return place
         if _compared(before) == own:
             return place
@@ -93,15 +93,15 @@ def _compared(report: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """Raise BadSettings where the reports could not be written, which would show when all answers are generated."""
+    """Raise BadSettings if the reports cannot be written; else that would show only after all answers are generated."""
     if why := why_unwritable(folder):
         raise BadSettings([f"--output_dir {folder} cannot be written: {why}."])
 
 
 def measure(settings: EvaluateSettings, console: Console) -> Report:
-    """Load the models, go through the records, and give the figures.
+    """Load the models, evaluate them on the records, and compute the figures.
 
-    Raises BadSettings where no records are named or held out, Stopped where Ctrl-C came before the first batch's end.
+    Raises BadSettings if no records are named or held out, Stopped if Ctrl-C comes before the first batch is done.
     """
     _refuse_missing(settings)
     _refuse_missing_packages(settings)
@@ -110,7 +110,7 @@ def measure(settings: EvaluateSettings, console: Console) -> Report:
     score_tasks = _lm_eval(settings) if settings.lm_eval_tasks else None
     asked = asked_of(settings, console)
     records = _records_by_template(settings, asked, to_read, notice=console.notice)
-    models = load_models(settings, asked, console)  # last: a large base takes minutes, a wrong file none
+    models = load_models(settings, asked, console)  # last: a wrong file is found at once, a large base takes minutes
     _say_what_is_evaluated(models, records, to_read.sources, console)
     collator = _collator(models)
     done = _evaluated(settings, models, records, collator, console)
@@ -126,7 +126,7 @@ def measure(settings: EvaluateSettings, console: Console) -> Report:
 
 
 def _refuse_missing_packages(settings: EvaluateSettings) -> None:
-    """Raise BadSettings where a package is not installed, before anything is loaded."""
+    """Raise BadSettings if a package is not installed, before anything is loaded."""
     if not settings.no_generate:
         refuse_missing(["sacrebleu"], extra="evaluate", what="Comparing generated answers", otherwise="--no_generate")
     if settings.lm_eval_tasks:
@@ -157,7 +157,7 @@ def _evaluated(
     collator: Collator,
     console: Console,
 ) -> Evaluation:
-    """Every model's results for the records. Raises Stopped where there are none yet."""
+    """Every model's results for the records. Raises Stopped if no record was done before Ctrl-C."""
     plan = Plan(settings.per_device_eval_batch_size, settings.max_new_tokens, not settings.no_generate, settings.seed)
     done = evaluate_records(models, records_by_template, collator, plan, console)
     if not done.records:
@@ -193,7 +193,7 @@ def _add_probe_and_tasks(
 
 
 def _refuse_missing(settings: EvaluateSettings) -> None:
-    """Raise BadSettings where no model, or no records, are named, BadModel where an adapter is not there."""
+    """Raise BadSettings if no model or no records are named, BadModel if an adapter is missing."""
     missing: list[str] = []
     if not settings.adapter_path and not settings.model_path:
         missing.append("--adapter_path is missing: the run's output folder. --model_path alone evaluates a base.")
@@ -291,9 +291,9 @@ def _chosen(keys: list[Key], settings: EvaluateSettings) -> list[Key]:
 
 
 def _say_learned(folders: Sequence[str], data_hash: str, origins: Sequence[str], notice: Callable[[str], None]) -> None:
-    """Say how many of these records an adapter learned: its figures are not those of new ones.
+    """Say how many of these records an adapter was trained on: its figures say nothing about new records.
 
-    data_hash  of the files that the records are in; what was learned of other files is not known
+    data_hash  of the files of these records; of a run on other files nothing is known
     """
     for folder in folders:
         run = run_records(Path(folder))
@@ -307,7 +307,7 @@ def _say_learned(folders: Sequence[str], data_hash: str, origins: Sequence[str],
 
 
 def _say_unread_calls(done: Evaluation, notice: Callable[[str], None]) -> None:
-    """Say where references call tools in marks that nobody here reads: their figures are missing, not zero."""
+    """Say if no tool call in the references can be read: these figures are missing, not zero."""
     first = next(iter(done.results.values()))
     are_read = any(answer.calls is not None for result in first for answer in result.answers)
     if not are_read and (count := sum(record.calls and bool(record.tools) for record in done.records)):
@@ -317,7 +317,7 @@ def _say_unread_calls(done: Evaluation, notice: Callable[[str], None]) -> None:
 
 
 def _collator(models: Models) -> Collator:
-    """Shared beginnings once, where this model computes them exactly."""
+    """Shared beginnings are computed once if this model computes them exactly so, else rows are padded."""
     layout: Layout = "tree" if why_padded(models.model) is None else "padded"
     tokenizer = models.subjects[0].template.tokenizer
     return collator_for(models.model, layout, pad_id=pad_id_of(tokenizer), as_examples=as_examples)

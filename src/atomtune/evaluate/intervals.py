@@ -48,9 +48,9 @@ def share(right: Sequence[float], answers: Sequence[float]) -> Figure | None:
 
     right    right answers of each record
     answers  all answers of each record; 0 where the record has none
-    The bootstrap fails for shares near 0 and 1: if all answers of 5 records are right, every resample is all right too,
-    and the interval is 100–100 %. Wilson's is 57–100 %. If 95 % of all answers are right, the bootstrap over 5 records
-    covers that share in 23 % of samples and Wilson's interval in 98 % (tests/evaluate/test_intervals.py).
+    The bootstrap fails for shares near 0 and 1. If the answers of 5 records are all right, those of every resample are
+    too, and its interval is 100–100 %; Wilson's is 57–100 %. Of a model that answers 95 % right, the bootstrap over 5
+    records contains the 95 % in 23 % of samples, Wilson's interval in 98 % (tests/evaluate/test_intervals.py).
 
     Answers of one record are not independent, so Wilson's n is the effective number of answers.
     Sources: E. B. Wilson, JASA 22 (1927), 209-212; with an effective n: C. Franco et al., Journal of Survey
@@ -72,10 +72,11 @@ def share(right: Sequence[float], answers: Sequence[float]) -> Figure | None:
 def _effective_answers(right: numpy.ndarray, answers: numpy.ndarray) -> float:
     """How many independent answers say as much about the share as these, which come in groups, one per record.
 
-    It is the n for which p (1 - p) / n is the variance of the share between records. It lies between the number of
-    answers (they are independent) and Kish's number, which for records of equal size is the number of records (the
-    answers of a record are all alike). Without a right or without a wrong answer the variance says nothing: Kish's.
-    With one answer per record all of these are the same.
+    It is the n for which p (1 - p) / n equals the variance of the share, estimated from how much records differ.
+    At most it is the number of answers, as if all were independent. At least it is Kish's number, as if the answers of
+    a record were always equal; for records of the same size that is the number of records. If all answers are right,
+    or all wrong, the variance cannot be estimated, and Kish's number is taken. With one answer per record, all of these
+    are the number of records.
     """
     total = answers.sum()
     kish = float(total**2 / (answers**2).sum())
@@ -94,9 +95,9 @@ def share_difference(ours: Columns, theirs: Columns) -> Figure | None:
     """Our share of right answers less theirs, on the same records; None where a model has no answers.
 
     The interval is that of Bonett and Price: two records are added, one that only we have right and one that only they
-    have right, and the mean of the differences is taken to be normal. The paired bootstrap fails here as it does for
-    one share: 0 of 2 right before and 2 of 2 after has the interval 100–100 %, which would be called better.
-    With one answer per record this is their formula; with several, the differences are summed up record by record.
+    have right, and the mean of the records' differences is taken as normally distributed. The paired bootstrap fails
+    here as it does for one share: 0 of 2 right before and 2 of 2 after give the interval 100–100 %, so "better".
+    With one answer per record this is their formula; with several, each record's difference counts by its answers.
     Source: D. G. Bonett and R. M. Price, Journal of Educational and Behavioral Statistics 37 (2012), 479-488;
     recommended by M. W. Fagerland et al., Statistics in Medicine 33 (2014), 2850-2875.
     """

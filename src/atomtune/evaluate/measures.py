@@ -1,4 +1,4 @@
-"""Measures: from what each record gave to figures with intervals, and to a sentence about two models."""
+"""Measures: from the results of each record to figures with intervals, and whether a model is better than the base."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from atomtune.language import message
 
 @dataclass(frozen=True)
 class AnswerResult:
-    """One generated answer beside its reference."""
+    """One generated answer, compared with its reference."""
 
     text: str
     chrf: float
@@ -26,7 +26,7 @@ class AnswerResult:
 
 @dataclass(frozen=True)
 class RecordResult:
-    """What one model gave for one record."""
+    """One model's results for one record."""
 
     scores: TargetScores
     answers: tuple[AnswerResult, ...]
@@ -34,7 +34,7 @@ class RecordResult:
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of an lm-eval task, with the standard error that lm-eval gives, where it gives one."""
+    """One metric of an lm-eval task, with its standard error if lm-eval computes one."""
 
     value: float
     standard_error: float | None
@@ -156,7 +156,7 @@ ALL_MEASURES = (NATS, PERPLEXITY, *MEASURES[1:], PROBE)
 
 
 def figures_of(results: Sequence[RecordResult], draws: Bootstrap) -> dict[str, Figure]:
-    """Every figure that these records can give: without generated answers, only those of the likelihood."""
+    """All figures of these records; without generated answers, only those of the likelihood."""
     figures: dict[str, Figure] = {}
     for measure in MEASURES:
         columns = _columns(measure, results)
@@ -189,12 +189,12 @@ def _columns(measure: Measure, results: Sequence[RecordResult]) -> Columns:
 
 
 def probe_results(scores: Sequence[TargetScores]) -> list[RecordResult]:
-    """The probe's scores in the form of records, so that they are drawn alike."""
+    """The probe's scores in the form of records, so that the same code gives their figures."""
     return [RecordResult(score, ()) for score in scores]
 
 
 def judged(measure: Measure, difference: Figure) -> Literal["better", "worse", "unclear", "other"]:
-    """What an interval of a difference says: unclear where it holds 0."""
+    """What the interval of a difference from the base says; it is unclear if the interval contains 0."""
     if difference.low <= 0 <= difference.high or not math.isfinite(difference.value):
         return "unclear"
     if measure.better == "neither":
