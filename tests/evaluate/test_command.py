@@ -7,6 +7,7 @@ import shutil
 import pytest
 from peft import LoraConfig, get_peft_model
 from pytest import approx
+from rich.cells import cell_len
 from transformers import AutoModelForCausalLM
 
 from atomtune.cli import main
@@ -256,6 +257,35 @@ def test_what_cannot_be_evaluated_is_said_first(words, said, by_heart, dialogues
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "has no run.json"),
+        ({}, "run.json does not say which records the run used"),
+        ({"data": {"sha256": "0"}}, "run.json does not say which records the run used"),
+        ({"settings": {}}, "run.json does not say which records the run used"),
+        ({"settings": {}, "records_held_out": ["a:1"]}, "run.json does not say which records the run used"),
+        ({"settings": {"dataset_path": {"value": []}}}, "run.json does not say which records the run used"),
+        ({"settings": {"dataset_path": {"value": "FILE"}}}, "held no records out"),
+        (
+            {"settings": {"dataset_path": {"value": "FILE"}}, "records_held_out": ["elsewhere.jsonl:1"]},
+            "none of the records that the run held out are here",
+        ),
+    ],
+)
+def test_a_run_json_without_its_keys_is_said_and_other_records_can_be_named(content, said, by_heart, dialogues, capsys):
+    """`{}` was called no run.json, and held-out records of no file ended in a traceback."""
+    adapter = shutil.copytree(by_heart, dialogues.parent / "out")
+    (adapter / "run.json").unlink()
+    if content is not None:
+        (adapter / "run.json").write_text(json.dumps(content).replace("FILE", str(dialogues)))
+    words = ["--adapter_path", str(adapter), "--no_generate", "--no_probe", "--records", "2"]
+    assert evaluate(*words) == 2
+    refusal = " ".join(capsys.readouterr().err.split())
+    assert said in refusal and "Pass --dataset_path with records" in refusal
+    assert evaluate(*words, "--dataset_path", str(dialogues)) == 0
+
+
 def test_a_whole_model_is_told_its_own_flag(models, dialogues, capsys):
     """It was told to be no run's output folder, and that it can be evaluated as it is, nobody said."""
     base = models("llama")
@@ -300,15 +330,39 @@ def test_one_record_has_no_interval(by_heart, tmp_path, capsys):
         assert not re.search(r"\binf\b|\bnan\b", page)
 
 
+def report_of(*names: str) -> Report:
+    """A report on these models: their loss and the probe's."""
+    figures = {name: Figure(1.5, 1.0, 2.0) for name in (NATS.name, PROBE.name)}
+    return Report("base", [], 6, 6, dict.fromkeys(names, figures), {}, [], 8, False, {})
+
+
 def test_a_long_title_is_folded_and_not_cut(tmp_path, capsys, monkeypatch):
     """Chinese has no spaces: beside three models the probe's title ended in “…”, and what is measured was not said."""
-    monkeypatch.setenv("COLUMNS", "70")
-    figures = {name: Figure(1.5, 1.0, 2.0) for name in (NATS.name, PROBE.name)}
-    models = {"base": figures, "out": figures, "checkpoint-360": figures}
-    report = Report("base", [], 6, 6, models, {}, [], 8, False, {})
+    monkeypatch.setenv("COLUMNS", "80")
     with spoken("zh"):
-        say(report, Console())
+        say(report_of("base", "out", "checkpoint-360"), Console())
     assert "…" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("names", [("base",), ("base", "out"), ("base", "out", "checkpoint-360")])
+def test_a_figure_is_on_one_line_on_every_narrow_terminal(names, language, capsys, monkeypatch):
+    """At 40 columns the table broke `(1.00–2.00)` in two, and a row took three lines of crumbs."""
+    for columns in range(40, 80):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with spoken(language):
+            say(report_of(*names), Console())
+        lines = capsys.readouterr().out.splitlines()
+        assert sum(line.count("1.50 (1.00–2.00)") for line in lines) == 2 * len(names)
+        assert all(cell_len(line) <= columns for line in lines)
+        assert all(any(re.search(rf"\b{name}\b", line) for line in lines) for name in names)
+
+
+def test_a_terminal_of_80_columns_gets_a_table(capsys, monkeypatch):
+    for columns, is_table in ((40, False), (80, True), (200, True)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        say(report_of("base", "out", "checkpoint-360"), Console())
+        assert ("┃" in capsys.readouterr().out) is is_table
 
 
 def test_a_run_whose_file_changed_since_is_refused(models, tmp_path, capsys):

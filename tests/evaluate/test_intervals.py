@@ -1,12 +1,23 @@
 """Laws of the intervals."""
 
+import itertools
 import math
 
 import numpy
+import pytest
 from pytest import approx
 
-from atomtune.evaluate.intervals import Bootstrap
-from atomtune.evaluate.measures import NATS, judged
+from atomtune.evaluate.intervals import Bootstrap, share, share_difference
+from atomtune.evaluate.likelihood import TargetScores
+from atomtune.evaluate.measures import (
+    MEASURES,
+    NATS,
+    AnswerResult,
+    RecordResult,
+    differences,
+    figures_of,
+    judged,
+)
 
 
 def test_the_value_is_the_plain_ratio_and_lies_in_its_interval():
@@ -37,7 +48,7 @@ def test_nothing_to_divide_by_is_no_figure():
 
 
 def test_records_without_the_thing_counted_do_not_spoil_the_interval():
-    # One record in three calls a tool; draws without it have no share and are left out.
+    # One record in three has an answer; resamples without it have no ratio and are left out.
     figure = Bootstrap(3, seed=0).ratio([1, 0, 0], [1, 0, 0])
     assert figure.as_list() == [1.0, 1.0, 1.0]
 
@@ -54,3 +65,114 @@ def test_one_record_tells_no_two_models_apart():
     alone = Bootstrap(1, seed=0).ratio([2.0], [1])
     assert not alone.has_interval and not alone.exp().has_interval and alone.exp().value == approx(math.exp(2))
     assert judged(NATS, difference) == "unclear"
+
+
+def one_each(right: int, wrong: int) -> tuple[list[int], list[int]]:
+    """Records of one answer each."""
+    return [1] * right + [0] * wrong, [1] * (right + wrong)
+
+
+@pytest.mark.parametrize(
+    ("right", "of", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_a_share_has_the_interval_that_is_published(right, of, low, high):
+    """R. G. Newcombe, Statistics in Medicine 17 (1998), 857-872, table I, method 3: to four places."""
+    figure = share(*one_each(right, of - right))
+    assert figure.as_list() == approx([right / of, low, high], abs=5e-5)
+    mirrored = share(*one_each(of - right, right))
+    assert mirrored.as_list() == approx([1 - right / of, 1 - high, 1 - low], abs=5e-5)
+
+
+def coverage(interval, n: int, truth: float) -> float:
+    """How many samples of n records have an interval that holds the truth: all of them, by their probability."""
+    total = 0.0
+    for right in range(n + 1):
+        figure = interval(*one_each(right, n - right))
+        if figure.low <= truth <= figure.high:
+            total += math.comb(n, right) * truth**right * (1 - truth) ** (n - right)
+    return total
+
+
+def test_the_interval_of_a_share_holds_the_truth_where_the_bootstrap_does_not():
+    assert coverage(share, 5, 0.95) == approx(0.977, abs=1e-3)
+    assert coverage(Bootstrap(5, seed=0).ratio, 5, 0.95) == approx(0.225, abs=1e-3)
+    for n in (5, 10, 30, 100):
+        covered = [coverage(share, n, truth) for truth in numpy.linspace(0.02, 0.98, 97)]
+        assert numpy.mean(covered) > 0.945
+        assert min(covered) > 0.83  # 95 % on average; the lowest is near 0 and 1, where one answer makes a step
+
+
+def test_answers_that_are_alike_within_their_records_count_as_one():
+    """A dialogue whose five answers all stop says no more than one with a single answer."""
+    for right, wrong in ((4, 0), (3, 1), (0, 4), (2, 2)):
+        exact, answers = one_each(right, wrong)
+        five_times = share([5 * count for count in exact], [5 * count for count in answers])
+        assert five_times.as_list() == approx(share(exact, answers).as_list())
+
+
+def test_answers_that_differ_within_their_records_as_much_as_between_them_count_each():
+    assert share([5] * 4, [10] * 4).as_list() == approx(share(*one_each(20, 20)).as_list())
+
+
+def test_a_difference_of_shares_is_that_of_bonett_and_price():
+    """Their formula, from the counts: a record may be right for both, for one of them, or for none."""
+    for both, only_we, only_they, neither in itertools.product(range(4), repeat=4):
+        n = both + only_we + only_they + neither
+        if n < 2:
+            continue
+        ours = [1] * (both + only_we) + [0] * (only_they + neither)
+        theirs = [1] * both + [0] * only_we + [1] * only_they + [0] * neither
+        p12, p21 = (only_we + 1) / (n + 2), (only_they + 1) / (n + 2)
+        half = 1.959964 * math.sqrt((p12 + p21 - (p12 - p21) ** 2) / (n + 2))
+        expected = [(only_we - only_they) / n, max(p12 - p21 - half, -1), min(p12 - p21 + half, 1)]
+        assert share_difference((ours, [1] * n), (theirs, [1] * n)).as_list() == approx(expected)
+
+
+def test_a_share_lies_in_its_interval_and_both_between_0_and_1():
+    generator = numpy.random.default_rng(7)
+    for _ in range(300):
+        answers = generator.integers(0, 5, size=generator.integers(2, 9))
+        answers[0] = 1
+        ours, theirs = (generator.binomial(answers, generator.choice([0, 0.1, 0.5, 1])) for _ in range(2))
+        figure = share(ours, answers)
+        assert 0 <= figure.low <= figure.value <= figure.high <= 1
+        assert figure.low < figure.high
+        difference = share_difference((ours, answers), (theirs, answers))
+        assert -1 <= difference.low <= difference.value <= difference.high <= 1
+        assert difference.low < difference.high
+
+
+def test_shares_of_nothing_and_of_one_record_have_no_interval():
+    assert share([0, 0], [0, 0]) is None
+    assert share_difference(([0, 0], [0, 0]), ([1, 0], [1, 1])) is None
+    assert not share([1], [1]).has_interval
+    assert not share_difference(([1], [1]), ([0], [1])).has_interval
+
+
+def records(count: int, *, right: bool) -> list[RecordResult]:
+    """Records of one answer, which is right in every way or in none."""
+    answer = AnswerResult("", 100.0 if right else 0.0, right, right, 4, 4, right, (right, right))
+    return [RecordResult(TargetScores(nats=float(row), right=3, tokens=4), (answer,)) for row in range(count)]
+
+
+def test_all_answers_right_of_few_records_is_not_100_to_100():
+    draws = Bootstrap(5, seed=0)
+    figures = figures_of(records(5, right=True), draws)
+    shares = {measure.name for measure in MEASURES if measure.shares_answers}
+    assert shares == {"exact_match", "stop_rate", "think_rate", "call_parse_rate", "call_known_rate"}
+    for name in shares:
+        assert figures[name].as_list() == approx([1, 0.5655, 1], abs=1e-4)
+    nats = [float(row) for row in range(5)]
+    assert figures["nats_per_token"] == draws.ratio(nats, [4] * 5)  # a mean of continuous scores keeps the bootstrap
+
+
+def test_two_records_tell_no_two_shares_apart_and_eight_do():
+    """Every resample of two records, wrong before and right after, says better; two coins do that too."""
+    exact = next(measure for measure in MEASURES if measure.name == "exact_match")
+    verdicts = {}
+    for count in (2, 8):
+        draws = Bootstrap(count, seed=0)
+        changes = differences(records(count, right=True), records(count, right=False), draws)
+        verdicts[count] = judged(exact, changes["exact_match"])
+    assert verdicts == {2: "unclear", 8: "better"}

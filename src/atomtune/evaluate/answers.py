@@ -1,4 +1,4 @@
-"""Answers: what can be said of a generated text beside its reference."""
+"""Answers: a generated text compared with its reference."""
 
 import re
 from functools import cache
@@ -23,21 +23,25 @@ def _chrf_metric() -> Any:
 
 
 def exactly_equal(answer: str, reference: str) -> bool:
-    """Whether the texts are the same, white space at both ends aside."""
+    """Whether the texts are the same, apart from white space at both ends."""
     return answer.strip() == reference.strip()
 
 
 def thinks(answer: str, prompt: str = "") -> bool:
-    """Whether the answer holds a thought; an empty block, as of a model that is asked not to think, holds none.
+    """Whether the answer contains a thought. An empty block, which Qwen3 writes when told not to think, does not count.
 
-    prompt  as it was sent: some open the thoughts themselves
+    prompt  as it was sent; some prompts end with the tag that opens the thoughts
     """
     begun = opened(prompt)
     if begun is not None:
         return bool(answer.partition(begun[1])[0].strip())
     for opens, closes in TAGS:
-        before, mark, behind = answer.partition(opens)
-        thoughts = behind.partition(closes)[0] if mark else before.partition(closes)[0] if closes in before else ""
+        before, mark, after = answer.partition(opens)
+        thoughts = ""
+        if mark:
+            thoughts = after.partition(closes)[0]
+        elif closes in before:
+            thoughts = before.partition(closes)[0]
         if thoughts.strip():
             return True
     return _ANALYSIS.search(answer) is not None

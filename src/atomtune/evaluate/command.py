@@ -1,11 +1,12 @@
 """Evaluate: base against tuned, on a file or on the records that a run held out."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.table import Table
 
 from atomtune.batch.collate import Collator
@@ -23,7 +24,7 @@ from atomtune.evaluate.models import Asked, Models, asked_of, load_models
 from atomtune.evaluate.probe import probe_prompts, probe_scores
 from atomtune.evaluate.questions import EvalRecord, Key, read_records
 from atomtune.evaluate.report import Report, make_report, markdown, score_text, used_measures, with_interval
-from atomtune.evaluate.run_folder import refuse_changed_files, run_records
+from atomtune.evaluate.run_folder import RunRecords, refuse_changed_files, run_file, run_records
 from atomtune.extras import refuse_missing
 from atomtune.language import message, translated
 from atomtune.model.adapter_folder import CONFIG, refuse_empty_folder
@@ -31,6 +32,9 @@ from atomtune.model.layout_support import collator_for, why_padded
 from atomtune.model.load import pad_id_of, quiet_libraries
 from atomtune.settings.fields import EvaluateSettings, RecordSettings
 from atomtune.settings.spelled import base_words
+
+#: A terminal of this many columns or more always gets a table.
+NARROWEST_FOR_TABLES = 80
 
 _PROBE_MISSING = message(", without the forgetting probe")
 
@@ -60,14 +64,14 @@ def evaluate(settings: EvaluateSettings) -> int:
 
 
 def output_folder(settings: EvaluateSettings) -> Path:
-    """Where the reports go."""
+    """The folder for the reports."""
     if settings.output_dir:
         return Path(settings.output_dir)
     return Path(settings.adapter_path[0]) / "evaluation" if settings.adapter_path else Path("evaluation")
 
 
 def beside_others(folder: Path, report: Report) -> Path:
-    """The first of evaluation, evaluation-1, … that holds no report of other records or models.
+    """The first of evaluation, evaluation-1, … without a report on other records or models.
 
     An evaluation takes hours: one on another file does not replace it, unless --output_dir says so.
     """
@@ -76,7 +80,7 @@ def beside_others(folder: Path, report: Report) -> Path:
     while True:
         try:
             before = read_json_object(place / "report.json")
-        except (OSError, ValueError):  # none, or half of one
+        except (OSError, ValueError):  # no report, or a broken one
             return place
         if _compared(before) == own:
             return place
@@ -89,40 +93,92 @@ def _compared(report: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """Raise BadSettings where the reports could not be written, which would show when all answers are generated."""
+    """Raise BadSettings if the reports cannot be written; else that would show only after all answers are generated."""
     if why := why_unwritable(folder):
         raise BadSettings([f"--output_dir {folder} cannot be written: {why}."])
 
 
 def measure(settings: EvaluateSettings, console: Console) -> Report:
-    """Load the models, go through the records, and give the figures.
+    """Load the models, evaluate them on the records, and compute the figures.
 
-    Raises BadSettings where no records are named or held out, Stopped where Ctrl-C came before the first batch's end.
+    Raises BadSettings if no records are named or held out, Stopped if Ctrl-C comes before the first batch is done.
     """
     _refuse_missing(settings)
+    _refuse_missing_packages(settings)
+    quiet_libraries()
+    to_read = _what_to_read(settings)
+    score_tasks = _lm_eval(settings) if settings.lm_eval_tasks else None
+    asked = asked_of(settings, console)
+    records = _records_by_template(settings, asked, to_read, notice=console.notice)
+    models = load_models(settings, asked, console)  # last: a wrong file is found at once, a large base takes minutes
+    _say_what_is_evaluated(models, records, to_read.sources, console)
+    collator = _collator(models)
+    done = _evaluated(settings, models, records, collator, console)
+    if not done.stopped_early:
+        _add_probe_and_tasks(done, settings, models, collator, console, score_tasks=score_tasks)
+    return make_report(
+        done,
+        base_path=str(models.base_path),
+        sources=[Path(source).name for source in to_read.sources],
+        max_new_tokens=settings.max_new_tokens,
+        seed=settings.seed,
+    )
+
+
+def _refuse_missing_packages(settings: EvaluateSettings) -> None:
+    """Raise BadSettings if a package is not installed, before anything is loaded."""
     if not settings.no_generate:
         refuse_missing(["sacrebleu"], extra="evaluate", what="Comparing generated answers", otherwise="--no_generate")
     if settings.lm_eval_tasks:
         refuse_missing(["lm_eval"], extra="lm-eval", what="--lm_eval_tasks")
-    quiet_libraries()
-    sources, reading, wanted = _what_to_read(settings)
-    score_tasks = _lm_eval(settings) if settings.lm_eval_tasks else None
-    asked = asked_of(settings, console)
-    records = _records_by_template(settings, asked, sources, reading, wanted, notice=console.notice)
-    models = load_models(settings, asked, console)  # last: a large base takes minutes, a wrong file none
-    first = next(iter(records.values()))
+
+
+def _lm_eval(settings: EvaluateSettings) -> Callable[..., None]:
+    """The function that scores the models in lm-eval's tasks; the tasks are loaded here, before any model is."""
+    from atomtune.evaluate.lm_eval_tasks import load_tasks, score_tasks
+
+    tasks = load_tasks(settings.lm_eval_tasks, limit=settings.lm_eval_limit)
+    return partial(score_tasks, tasks=tasks, batch_size=settings.per_device_eval_batch_size)
+
+
+def _say_what_is_evaluated(
+    models: Models, records_by_template: Mapping[str, list[EvalRecord]], sources: Sequence[str], console: Console
+) -> None:
+    records = next(iter(records_by_template.values()))
+    answers = sum(len(record.questions) for record in records)
     subjects = ", ".join(subject.name for subject in models.subjects)
-    answers = sum(len(record.questions) for record in first)
-    console.say(f"{len(first):,} records with {answers:,} answers of {', '.join(sources)}; models: {subjects}.")
-    collator = _collator(models)
+    console.say(f"{len(records):,} records with {answers:,} answers of {', '.join(sources)}; models: {subjects}.")
+
+
+def _evaluated(
+    settings: EvaluateSettings,
+    models: Models,
+    records_by_template: dict[str, list[EvalRecord]],
+    collator: Collator,
+    console: Console,
+) -> Evaluation:
+    """Every model's results for the records. Raises Stopped if no record was done before Ctrl-C."""
     plan = Plan(settings.per_device_eval_batch_size, settings.max_new_tokens, not settings.no_generate, settings.seed)
-    done = evaluate_records(models, records, collator, plan, console)
+    done = evaluate_records(models, records_by_template, collator, plan, console)
     if not done.records:
         raise Stopped("stopped before the first records were done; nothing is written.")
-    if not settings.no_generate:
+    if plan.generate:
         _say_unread_calls(done, console.notice)
-    if not settings.no_probe and len(models.subjects) > 1 and not done.stopped_early:
-        try:
+    return done
+
+
+def _add_probe_and_tasks(
+    done: Evaluation,
+    settings: EvaluateSettings,
+    models: Models,
+    collator: Collator,
+    console: Console,
+    *,
+    score_tasks: Callable[..., None] | None,
+) -> None:
+    """Add the forgetting probe's scores and lm-eval's; Ctrl-C ends it, and what is done stays."""
+    try:
+        if not settings.no_probe and len(models.subjects) > 1:
             done.probe = probe_scores(
                 models,
                 collator,
@@ -130,32 +186,14 @@ def measure(settings: EvaluateSettings, console: Console) -> Report:
                 prompts=probe_prompts(),
                 batch_size=settings.per_device_eval_batch_size,
             )
-        except KeyboardInterrupt:
-            done.stopped_early = True
-    if score_tasks is not None and not done.stopped_early:
-        try:
+        if score_tasks is not None:
             score_tasks(models, scores=done.lm_eval, console=console)
-        except KeyboardInterrupt:
-            done.stopped_early = True
-    return make_report(
-        done,
-        base_path=str(models.base_path),
-        sources=[Path(source).name for source in sources],
-        max_new_tokens=settings.max_new_tokens,
-        seed=settings.seed,
-    )
-
-
-def _lm_eval(settings: EvaluateSettings) -> Callable[..., None]:
-    """What scores the models in lm-eval's tasks, which are loaded here, before any model is."""
-    from atomtune.evaluate.lm_eval_tasks import load_tasks, score_tasks
-
-    tasks = load_tasks(settings.lm_eval_tasks, limit=settings.lm_eval_limit)
-    return partial(score_tasks, tasks=tasks, batch_size=settings.per_device_eval_batch_size)
+    except KeyboardInterrupt:
+        done.stopped_early = True
 
 
 def _refuse_missing(settings: EvaluateSettings) -> None:
-    """Raise BadSettings where no model, or no records, are named, BadModel where an adapter is not there."""
+    """Raise BadSettings if no model or no records are named, BadModel if an adapter is missing."""
     missing: list[str] = []
     if not settings.adapter_path and not settings.model_path:
         missing.append("--adapter_path is missing: the run's output folder. --model_path alone evaluates a base.")
@@ -169,64 +207,93 @@ def _refuse_missing(settings: EvaluateSettings) -> None:
             raise BadSettings([f"--adapter_path {folder} is a whole model, not an adapter. Pass it with --model_path."])
 
 
-def _what_to_read(settings: EvaluateSettings) -> tuple[list[str], RecordSettings, frozenset[str] | None]:
-    """The files, how they are read, and the origins that are wanted of them (None: all)."""
+@dataclass(frozen=True)
+class ToRead:
+    """Which records are read, and how."""
+
+    sources: list[str]
+    reading: RecordSettings
+    wanted: frozenset[str] | None  # origins, for example "train.jsonl:17"; None: all records
+
+
+def _what_to_read(settings: EvaluateSettings) -> ToRead:
+    """The records of --dataset_path, else those that the run of the first adapter held out."""
     run = run_records(Path(settings.adapter_path[0])) if settings.adapter_path else None
     if settings.dataset_path:
         own = {name: getattr(settings, name) for name in ("dataset_path", "format", "keys", "roles")}
         learn = run.reading.learn if run else "all"
         reading = RecordSettings(**own, learn=learn)
-        return reading.dataset_paths, reading, None
-    if run is None:
+        return ToRead(reading.dataset_paths, reading, None)
+    return _held_out_by(Path(settings.adapter_path[0]), run)
+
+
+def _held_out_by(folder: Path, run: RunRecords | None) -> ToRead:
+    """The records that a run held out. Raises BadSettings where there are none, or its run.json does not say which."""
+    file = run_file(folder)
+    if file is None:
+        raise BadSettings([f"{folder} has no run.json. Pass --dataset_path with records to evaluate on."])
+    if run is not None and run.eval_path:
+        return ToRead([run.eval_path], run.reading, None)
+    if run is None or not run.reading.dataset_paths:
+        path, _ = file
         raise BadSettings(
-            [f"{settings.adapter_path[0]} has no run.json. Pass --dataset_path with records to evaluate on."]
+            [f"{path} does not say which records the run used. Pass --dataset_path with records to evaluate on."]
         )
-    if run.eval_path:
-        return [run.eval_path], run.reading, None
     if not run.held_out:
         raise BadSettings(
             [
-                f"The run in {settings.adapter_path[0]} held no records out (--eval_size, --eval_path). "
+                f"The run in {folder} held no records out (--eval_size, --eval_path). "
                 "Pass --dataset_path with records that it was not trained on."
             ]
         )
-    return run.reading.dataset_paths, run.reading, run.held_out
+    return ToRead(run.reading.dataset_paths, run.reading, run.held_out)
 
 
 def _records_by_template(
-    settings: EvaluateSettings,
-    asked: Asked,
-    sources: list[str],
-    reading: RecordSettings,
-    wanted: frozenset[str] | None,
-    *,
-    notice: Callable[[str], None],
+    settings: EvaluateSettings, asked: Asked, to_read: ToRead, *, notice: Callable[[str], None]
 ) -> dict[str, list[EvalRecord]]:
-    """The records as each model's template writes them: those that every template can, in one order."""
-    reading = replace(reading, max_seq_length=asked.max_seq_length, overlength="shorten", skip_overlength=False)
+    """The records as each model's template writes them: those that every template can write, in the same order."""
+    reading = replace(to_read.reading, max_seq_length=asked.max_seq_length, overlength="shorten", skip_overlength=False)
     rules = Rules(**reading.rules())
     templates: dict[str, Template] = {subject.template.key: subject.template for subject in asked.subjects}
     read: dict[str, dict[Key, EvalRecord]] = {}
     for template_key, template in templates.items():
-        records, data = read_records(sources, template, rules, wanted)
-        if wanted is not None:
+        records, data = read_records(to_read.sources, template, rules, to_read.wanted)
+        if to_read.wanted is not None:
             refuse_changed_files(Path(settings.adapter_path[0]), data.data_hash)
-        refuse_unusable(data.ledger, sources)
+        refuse_unusable(data.ledger, to_read.sources)
         read[template_key] = records
-    common = [key for key in next(iter(read.values())) if all(key in records for records in read.values())]
+    keys = _chosen(_in_every(read, to_read), settings)
+    _say_learned(settings.adapter_path, data.data_hash, [origin for _, origin in keys], notice)
+    return {template_key: [records[key] for key in keys] for template_key, records in read.items()}
+
+
+def _in_every(read: Mapping[str, Mapping[Key, EvalRecord]], to_read: ToRead) -> list[Key]:
+    """The records that every template can write. Raises BadData where there are none."""
+    sources = ", ".join(to_read.sources)
+    first, *others = read.values()
+    if to_read.wanted is not None and not any(read.values()):
+        raise BadData(
+            f"{sources}: none of the records that the run held out are here. "
+            "Pass --dataset_path with records to evaluate on."
+        )
+    common = [key for key in first if all(key in records for records in others)]
     if not common:
-        raise BadData(f"{', '.join(sources)}: no record can be written with the templates of all models.")
-    chosen = common
-    if settings.records and len(common) > settings.records:
-        chosen = [common[row] for row in sample_rows(len(common), settings.records, seed=settings.seed)]
-    _say_learned(settings.adapter_path, data.data_hash, [origin for _, origin in chosen], notice)
-    return {template_key: [records[key] for key in chosen] for template_key, records in read.items()}
+        raise BadData(f"{sources}: no record can be written with the templates of all models.")
+    return common
+
+
+def _chosen(keys: list[Key], settings: EvaluateSettings) -> list[Key]:
+    """As many of the records as --records allows, chosen at random."""
+    if not settings.records or len(keys) <= settings.records:
+        return keys
+    return [keys[row] for row in sample_rows(len(keys), settings.records, seed=settings.seed)]
 
 
 def _say_learned(folders: Sequence[str], data_hash: str, origins: Sequence[str], notice: Callable[[str], None]) -> None:
-    """Say how many of these records an adapter learned: its figures are not those of new ones.
+    """Say how many of these records an adapter was trained on: its figures say nothing about new records.
 
-    data_hash  of the files that the records are in; what was learned of other files is not known
+    data_hash  of the files of these records; of a run on other files nothing is known
     """
     for folder in folders:
         run = run_records(Path(folder))
@@ -240,7 +307,7 @@ def _say_learned(folders: Sequence[str], data_hash: str, origins: Sequence[str],
 
 
 def _say_unread_calls(done: Evaluation, notice: Callable[[str], None]) -> None:
-    """Say where references call tools in marks that nobody here reads: their figures are missing, not zero."""
+    """Say if no tool call in the references can be read: these figures are missing, not zero."""
     first = next(iter(done.results.values()))
     are_read = any(answer.calls is not None for result in first for answer in result.answers)
     if not are_read and (count := sum(record.calls and bool(record.tools) for record in done.records)):
@@ -250,31 +317,63 @@ def _say_unread_calls(done: Evaluation, notice: Callable[[str], None]) -> None:
 
 
 def _collator(models: Models) -> Collator:
-    """Shared beginnings once, where this model computes them exactly."""
+    """Shared beginnings are computed once if this model computes them exactly so, else rows are padded."""
     layout: Layout = "tree" if why_padded(models.model) is None else "padded"
     tokenizer = models.subjects[0].template.tokenizer
     return collator_for(models.model, layout, pad_id=pad_id_of(tokenizer), as_examples=as_examples)
 
 
 def say(report: Report, console: Console) -> None:
-    """The figures as a table, and what they say."""
+    """The figures, and what they say."""
     title = f"{report.records:,} records; the 95 % interval in brackets"
     if report.records == 1:
         title = "1 record: no interval can be given"
-    table = Table(title=translated(title), title_justify="left")
-    table.add_column("", overflow="fold")  # Chinese has no spaces, and rich cuts what is longer than its column
-    for name in report.models:
-        table.add_column(name, justify="right", overflow="fold")
-    for kind in used_measures(report):
-        figures = [own.get(kind.name) for own in report.models.values()]
-        cells = (with_interval(kind, figure) if figure else "–" for figure in figures)
-        table.add_row(translated(kind.title), *cells)
-    for name in report.lm_eval_names:
-        title = translated(f"lm-eval {name} (± standard error)")
-        table.add_row(title, *(score_text(report, model, name) for model in report.models))
-    console.print(table)
+    names = list(report.models)
+    rows = _rows(report)
+    if _has_room(names, rows, console.width):
+        console.print(_table(translated(title), names, rows))
+    else:
+        console.say(title)
+        for heading, figures in rows:
+            console.say(heading)
+            console.columns(list(zip(names, figures, strict=True)))
     for sentence in report.sentences(translated):
         console.say(sentence)
+
+
+def _rows(report: Report) -> list[tuple[str, list[str]]]:
+    """What was measured, in the language that is spoken, and the figure of each model; a dash where it has none."""
+    rows: list[tuple[str, list[str]]] = []
+    for kind in used_measures(report):
+        figures = [own.get(kind.name) for own in report.models.values()]
+        rows.append((translated(kind.title), [with_interval(kind, figure) if figure else "–" for figure in figures]))
+    for name in report.lm_eval_names:
+        heading = translated(f"lm-eval {name} (± standard error)")
+        rows.append((heading, [score_text(report, model, name) for model in report.models]))
+    return rows
+
+
+def _has_room(names: Sequence[str], rows: Sequence[tuple[str, list[str]]], width: int) -> bool:
+    """Whether a terminal has room for a table whose figures are on one line each; one of 80 columns always gets one.
+
+    rich makes the column of headings as narrow as the widest column of figures before it breaks a figure in two.
+    """
+    if width >= NARROWEST_FOR_TABLES:
+        return True
+    headings = max(cell_len(heading) for heading, _ in rows)
+    figures = [max(map(cell_len, column)) for column in zip(names, *(cells for _, cells in rows), strict=True)]
+    lines = 3 * (1 + len(names)) + 1  # between the columns, with a space on both sides
+    return min(headings, max(figures)) + sum(figures) + lines <= width
+
+
+def _table(title: str, names: Sequence[str], rows: Sequence[tuple[str, list[str]]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("", overflow="fold")  # Chinese has no spaces, and rich cuts what is longer than its column
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for heading, figures in rows:
+        table.add_row(heading, *figures)
+    return table
 
 
 def write_reports(report: Report, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation: every model over every record, batch by batch, so that what is done compares all of them."""
+"""Evaluation: every model on every record, batch by batch, so that all models have done the same records."""
 
 import random
 import time
@@ -24,10 +24,10 @@ from atomtune.model.load import pad_id_of
 
 @dataclass
 class Evaluation:
-    """What was done: of every model one result for each of the first records, the probe's scores, and lm-eval's."""
+    """What was done: each model's results for the records, the scores of the forgetting probe, and those of lm-eval."""
 
     records: list[EvalRecord]  # as the first model's template writes them
-    results: dict[str, list[RecordResult]]
+    results: dict[str, list[RecordResult]]  # model → one result per record
     probe: dict[str, list[TargetScores]] = field(default_factory=dict)
     lm_eval: dict[str, dict[str, Score]] = field(default_factory=dict)  # model → task and metric → score
     stopped_early: bool = False
@@ -35,7 +35,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the records are gone through."""
+    """How the records are evaluated."""
 
     batch_size: int
     max_new_tokens: int
@@ -46,9 +46,9 @@ class Plan:
 def evaluate_records(
     models: Models, records_by_template: dict[str, list[EvalRecord]], collator: Collator, plan: Plan, console: Console
 ) -> Evaluation:
-    """Go through the records; Ctrl-C ends it, and what all models have done stays.
+    """Evaluate every model on the records; Ctrl-C ends it and keeps the batches that all models have done.
 
-    records_by_template  the same records in the same order, as each template (by its key) writes them
+    records_by_template  the key of each template → the records as it writes them, in the same order
     """
     first = records_by_template[models.subjects[0].template.key]
     batches = _batches(first, plan)
@@ -70,10 +70,10 @@ def evaluate_records(
 
 
 class _Clock:
-    """Says how long it takes as soon as one model has done its first batch, the longest records.
+    """Says how long the evaluation takes, once one model has done its first batch, which has the longest records.
 
-    shares  how many times as much there is to do
-    stops   whether Ctrl-C keeps something before the end
+    shares  all the work, in units of that one batch of one model
+    stops   whether Ctrl-C before the end keeps anything
     """
 
     def __init__(self, console: Console, *, shares: float, stops: bool) -> None:
@@ -101,9 +101,9 @@ def _batch_of_all_models(
     *,
     tell: Callable[[], None],
 ) -> dict[str, list[RecordResult]]:
-    """Every model's results for these rows. They count only together, so that all figures are over the same records.
+    """Every model's results for these rows; all or none are kept, so that all figures are over the same records.
 
-    tell  called when one model has done its part
+    tell  called when a model has done the batch
     """
     batch: dict[str, list[RecordResult]] = {}
     for subject in models.subjects:
@@ -115,9 +115,9 @@ def _batch_of_all_models(
 
 
 def _batches(records: Sequence[EvalRecord], plan: Plan) -> list[list[int]]:
-    """Rows of like length in batches, the longest first: the memory that is needed shows at once.
+    """Rows in batches of similar length. The longest come first, so that too little memory shows at once.
 
-    The others come as chance will have it, so that what is done when Ctrl-C comes is a fair share of all.
+    The other batches are shuffled, so that after Ctrl-C the finished ones are a fair sample of all records.
     """
     longest = [max(len(example.ids) for example in record.examples) for record in records]
     order = sorted(range(len(records)), key=lambda row: -longest[row])
@@ -137,7 +137,7 @@ def _batch_results(
         scores = score_targets(model, examples, collator)
         if plan.generate:
             generated = _answers_to(model, questions, subject.template, plan)
-    # The answers come in the order of the questions, a record's behind each other.
+    # The answers are in the order of the questions: first those of the first record.
     answers = iter(generated)
     results: list[RecordResult] = []
     for record, score in zip(records, scores, strict=True):
@@ -164,7 +164,7 @@ def _answers_to(model: CausalLM, questions: Sequence[Question], template: Templa
 
 
 def _compared(answer: Generated, question: Question, tools: frozenset[str], template: Template) -> AnswerResult:
-    """A generated answer beside its reference."""
+    """A generated answer, compared with its reference."""
     text = answer_text(answer.ids, template.tokenizer, stopped=answer.stopped)
     calls: tuple[bool, bool] | None = None
     if tools and _calls(question.reference_ids, question, tools, template).parsed:
@@ -176,7 +176,7 @@ def _compared(answer: Generated, question: Question, tools: frozenset[str], temp
         exact=exactly_equal(text, question.reference),
         stopped=answer.stopped,
         tokens=len(answer.ids),
-        reference_tokens=len(question.reference_ids) - 1,  # without its stop token, as the answer's
+        reference_tokens=len(question.reference_ids) - 1,  # without the stop token; the answer has none either
         thinks=thinks(text, question.prompt),
         calls=calls,
     )

@@ -1,8 +1,9 @@
 """Page: the report as one HTML file that opens from disk, loads nothing and runs no script.
 
-Texts of records reach it escaped; the page's policy allows no script at all, so a record that holds one stays text.
+Texts of records are escaped, and the page's policy allows no scripts, so a script in a record is shown as text.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from atomtune.evaluate.intervals import Figure
@@ -16,7 +17,7 @@ WIDTH = 240
 
 @dataclass(frozen=True)
 class Cell:
-    """One model's figure: its text, its place in the drawing, and what its difference from the base says."""
+    """One model's figure: its text, its place in the drawing, and whether it is better than the base's."""
 
     text: str
     interval: str
@@ -41,10 +42,11 @@ def page(report: Report) -> str:
 
 
 def cells_of(report: Report, measure: Measure) -> list[Cell | None]:
-    """A measure of every model, drawn on one scale; None where a model has no such figure."""
+    """A measure of every model, drawn on one scale; None for a model without this figure."""
     figures = [own.get(measure.name) for own in report.models.values()]
-    there = [figure for figure in figures if figure is not None]
-    low, high = min(_ends(figure)[0] for figure in there), max(_ends(figure)[1] for figure in there)
+    ends = [_ends(figure) for figure in figures if figure is not None]
+    low = min(left for left, _ in ends)
+    high = max(right for _, right in ends)
     span = high - low or 1.0
 
     def place(value: float) -> float:
@@ -57,12 +59,11 @@ def cells_of(report: Report, measure: Measure) -> list[Cell | None]:
 
 
 def _ends(figure: Figure) -> tuple[float, float]:
-    """Where its line begins and ends; one record has a point alone."""
+    """Where its line begins and ends; a single record has no line, only a point."""
     return (figure.low, figure.high) if figure.has_interval else (figure.value, figure.value)
 
 
-def _cell(measure: Measure, figure: Figure, changes: dict[str, Figure], place: object) -> Cell:
-    assert callable(place)
+def _cell(measure: Measure, figure: Figure, changes: dict[str, Figure], place: Callable[[float], float]) -> Cell:
     change = changes.get(measure.name)
     left, right = _ends(figure)
     return Cell(

@@ -1,6 +1,6 @@
-"""Likelihood: how well a model foresees the reference answers, target by target, beginnings shared.
+"""Likelihood: how well a model predicts the reference answers, target by target; shared beginnings are computed once.
 
-N targets of a batch, n of them at once; D the model's width, V the vocabulary.
+N: targets of a batch, n: of a part of it; D: the model's width, V: the vocabulary.
 """
 
 import math
@@ -17,13 +17,13 @@ from atomtune.model.loss import Head, model_inputs
 from atomtune.model.rotary import apart, rotary_limit
 from atomtune.model.surprise import exact
 
-#: Logits held at once, in numbers: 128 MB in float32.
+#: How many logits are in memory at once: 128 MB in float32.
 CHUNK_LOGITS = 32 * 2**20
 
 
 @dataclass(frozen=True)
 class TargetScores:
-    """Of the learned tokens of one record, each counted as often as it is learned."""
+    """Sums over the learned tokens of one record; a token counts as often as it is learned."""
 
     nats: float
     right: int  # tokens that were the model's first choice
@@ -32,9 +32,9 @@ class TargetScores:
 
 @torch.no_grad()
 def score_targets(model: CausalLM, records: Sequence[Sequence[Example]], collator: Collator) -> list[TargetScores]:
-    """Score some records together; what they share is computed once.
+    """Score some records together; the beginnings that they share are computed once.
 
-    records  of each record the Examples it became
+    records  the Examples of each record
     """
     lengths = [max((len(example.ids) for example in record), default=0) for record in records]
     scores: dict[int, TargetScores] = {}
@@ -45,11 +45,11 @@ def score_targets(model: CausalLM, records: Sequence[Sequence[Example]], collato
 
 
 def _score_together(model: CausalLM, records: Sequence[Sequence[Example]], collator: Collator) -> list[TargetScores]:
-    """The same, in one batch."""
+    """Score some records in one batch."""
     examples = [example for record in records for example in record]
     batch = collator.lay(examples)
     nats, right = _scores(model, _on_device(batch, model.device))
-    # Records with a common beginning share its targets; along its ids a record finds those that are its own.
+    # Records with a common beginning share its targets; each record finds its own by its ids.
     places = TargetPlaces(batch)
     return [_of_record(record, places, nats, right) for record in records]
 
@@ -62,7 +62,7 @@ def _on_device(batch: Batch, device: torch.device) -> dict[str, object]:
 
 
 def _scores(model: CausalLM, batch: dict[str, object]) -> tuple[list[float], list[bool]]:
-    """Of every target its surprise in nats, and whether it was the likeliest token."""
+    """For every target its surprise in nats, and whether it was the most likely token."""
     target = batch["target"]  # [N]
     assert isinstance(target, torch.Tensor)
     head = Head.of(model)

@@ -1,7 +1,7 @@
 """lm-eval tasks: benchmarks of EleutherAI's lm-evaluation-harness, for the base and every adapter, through its own API.
 
-Questions, data sets, metrics and standard errors are its own. What it asks is written by the training template, behind
-the instruction that the training records shared, and becomes the token ids that training would make of it.
+Questions, data sets, metrics and standard errors are its own. The training template writes its prompts, after the
+instruction that the training records shared; their token ids are those that training would give.
 """
 
 import difflib
@@ -23,24 +23,24 @@ from atomtune.errors import BadData, BadSettings
 from atomtune.evaluate.measures import Score
 from atomtune.evaluate.models import Models, Subject
 
-#: Resamples for the standard error of a metric that has no formula, as a median or BLEU; lm-eval takes 100,000.
+#: Resamples for the standard error of a metric without a formula, for example a median or BLEU; lm-eval takes 100,000.
 RESAMPLES = 1000
-#: What lm-eval and `datasets` raise for a task they cannot make sense of, or whose data are not there.
+#: What lm-eval and `datasets` raise for a task that they cannot read, or whose data are missing.
 _TASK_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError)
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks whose data sets are there."""
+    """Tasks whose data sets are loaded."""
 
     manager: TaskManager
     names: list[str]  # or paths of .yaml files
-    sizes: list[int]  # questions of each task that a name stands for
-    limit: int  # questions of each that are asked; 0: all
+    sizes: list[int]  # questions of each task; a name may be a group of tasks
+    limit: int  # highest number of questions per task; 0: all
 
 
 def load_tasks(wanted: Sequence[str], *, limit: int) -> Tasks:
-    """Load lm-eval's tasks with their data, so that nothing is missing once the models are there.
+    """Load lm-eval's tasks with their data, so that anything missing is reported before the models are loaded.
 
     wanted  names that lm-eval knows; a .yaml file of a task of your own, or a folder of such files
     limit   questions of each task; 0: all
@@ -84,7 +84,7 @@ def _refuse_unknown(names: Sequence[str], known: Sequence[str]) -> None:
 
 
 class ChatModel(HFLM):
-    """lm-eval's model of transformers, asked through the template that the adapter was trained with."""
+    """lm-eval's class for models of transformers, with prompts from the template that the adapter was trained with."""
 
     def __init__(self, model: Any, subject: Subject, *, batch_size: int) -> None:
         self.template, self.instruction = subject.template, subject.instruction
@@ -96,7 +96,7 @@ class ChatModel(HFLM):
         )
 
     def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """What lm-eval asks, as the training template writes it; the task's beginning of the answer behind it."""
+        """A prompt as the training template writes it, then the beginning of the answer if the task has one."""
         messages: list[Message] = []
         for message in chat_history:
             if message["role"] == "user" and self.instruction:
@@ -108,9 +108,9 @@ class ChatModel(HFLM):
         return self.template.render(messages[:-1]) + str(messages[-1]["content"])
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of a prompt and of an answer behind it, each a piece of its own as in training.
+        """Ids of a prompt and of the answer after it, each encoded separately as in training.
 
-        An answer without thoughts begins as training wrote it: behind Qwen3's empty block of thoughts.
+        An answer without thoughts begins as in training: for Qwen3, after an empty block of thoughts.
         """
         form = self.template.form
         if form is not None and form.lead.strip() and context.endswith(self.template.asks):
@@ -122,7 +122,7 @@ class ChatModel(HFLM):
 
     @property
     def eot_token_id(self) -> int:
-        """Where an answer ends."""
+        """The token that ends an answer."""
         token_id: int = self.tokenizer.convert_tokens_to_ids(self.template.stop)
         return token_id
 
@@ -130,7 +130,7 @@ class ChatModel(HFLM):
 def score_tasks(
     models: Models, tasks: Tasks, *, batch_size: int, scores: dict[str, dict[str, Score]], console: Console
 ) -> None:
-    """Fill `scores`, model → task and metric → score, one model after another; a stop leaves those that are done."""
+    """Fill `scores` (model → task and metric → score), one model after another; Ctrl-C keeps the finished models."""
     for subject in models.subjects:
         console.say(f"lm-eval asks {subject.name} {sum(tasks.sizes):,} questions of {', '.join(tasks.names)}.")
         with models.answering_as(subject) as model:
@@ -147,7 +147,7 @@ def score_tasks(
 
 
 def scores_in(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Score]:
-    """lm-eval's `acc,none` and `acc_stderr,none` as one score; another filter than none stands in the name."""
+    """lm-eval's `acc,none` and `acc_stderr,none` as one score; a filter other than none becomes part of the name."""
     scores: dict[str, Score] = {}
     for task, values in results.items():
         for key, value in values.items():

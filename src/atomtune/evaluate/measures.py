@@ -1,18 +1,18 @@
-"""Measures: from what each record gave to figures with intervals, and to a sentence about two models."""
+"""Measures: from the results of each record to figures with intervals, and whether a model is better than the base."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from atomtune.evaluate.intervals import Bootstrap, Figure
+from atomtune.evaluate.intervals import Bootstrap, Columns, Figure, share, share_difference
 from atomtune.evaluate.likelihood import TargetScores
 from atomtune.language import message
 
 
 @dataclass(frozen=True)
 class AnswerResult:
-    """One generated answer beside its reference."""
+    """One generated answer, compared with its reference."""
 
     text: str
     chrf: float
@@ -26,7 +26,7 @@ class AnswerResult:
 
 @dataclass(frozen=True)
 class RecordResult:
-    """What one model gave for one record."""
+    """One model's results for one record."""
 
     scores: TargetScores
     answers: tuple[AnswerResult, ...]
@@ -34,7 +34,7 @@ class RecordResult:
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of an lm-eval task, with the standard error that lm-eval gives, where it gives one."""
+    """One metric of an lm-eval task, with its standard error if lm-eval computes one."""
 
     value: float
     standard_error: float | None
@@ -42,13 +42,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure as a ratio over records: parts gives numerator and denominator of one record."""
+    """A figure that is a ratio over records."""
 
     name: str
     title: str
     meaning: str
     better: Literal["lower", "higher", "neither"]
-    parts: Callable[[RecordResult], tuple[float, float]]
+    parts: Callable[[RecordResult], tuple[float, float]]  # numerator and denominator of one record
+    shares_answers: bool = False  # the share of answers that are, for example, exact: each is or is not
 
 
 def _per_answer(value: Callable[[AnswerResult], float]) -> Callable[[RecordResult], tuple[float, float]]:
@@ -92,6 +93,7 @@ MEASURES: tuple[Measure, ...] = (
         "share of answers equal to their reference",
         "higher",
         _per_answer(lambda answer: answer.exact),
+        shares_answers=True,
     ),
     Measure(
         "stop_rate",
@@ -99,6 +101,7 @@ MEASURES: tuple[Measure, ...] = (
         "share of answers that end with a stop token before --max_new_tokens",
         "higher",
         _per_answer(lambda answer: answer.stopped),
+        shares_answers=True,
     ),
     Measure(
         "length_ratio",
@@ -116,6 +119,7 @@ MEASURES: tuple[Measure, ...] = (
         "share of answers that contain a thought",
         "neither",
         _per_answer(lambda answer: answer.thinks),
+        shares_answers=True,
     ),
     Measure(
         "call_parse_rate",
@@ -123,6 +127,7 @@ MEASURES: tuple[Measure, ...] = (
         "where the reference calls a tool: share of answers in which a call can be read",
         "higher",
         _per_call(0),
+        shares_answers=True,
     ),
     Measure(
         "call_known_rate",
@@ -130,6 +135,7 @@ MEASURES: tuple[Measure, ...] = (
         "where the reference calls a tool: share of answers that call one of the available tools",
         "higher",
         _per_call(1),
+        shares_answers=True,
     ),
 )
 PERPLEXITY = Measure(
@@ -150,10 +156,11 @@ ALL_MEASURES = (NATS, PERPLEXITY, *MEASURES[1:], PROBE)
 
 
 def figures_of(results: Sequence[RecordResult], draws: Bootstrap) -> dict[str, Figure]:
-    """Every figure that these records can give: without generated answers, only those of the likelihood."""
+    """All figures of these records; without generated answers, only those of the likelihood."""
     figures: dict[str, Figure] = {}
     for measure in MEASURES:
-        figure = draws.ratio(*_columns(measure, results))
+        columns = _columns(measure, results)
+        figure = share(*columns) if measure.shares_answers else draws.ratio(*columns)
         if figure is not None:
             figures[measure.name] = figure
             if measure is NATS:
@@ -165,13 +172,14 @@ def differences(ours: Sequence[RecordResult], theirs: Sequence[RecordResult], dr
     """Our figures less theirs, record by record."""
     figures: dict[str, Figure] = {}
     for measure in MEASURES:
-        figure = draws.difference(_columns(measure, ours), _columns(measure, theirs))
+        difference = share_difference if measure.shares_answers else draws.difference
+        figure = difference(_columns(measure, ours), _columns(measure, theirs))
         if figure is not None:
             figures[measure.name] = figure
     return figures
 
 
-def _columns(measure: Measure, results: Sequence[RecordResult]) -> tuple[list[float], list[float]]:
+def _columns(measure: Measure, results: Sequence[RecordResult]) -> Columns:
     numerators, denominators = [], []
     for result in results:
         above, below = measure.parts(result)
@@ -181,12 +189,12 @@ def _columns(measure: Measure, results: Sequence[RecordResult]) -> tuple[list[fl
 
 
 def probe_results(scores: Sequence[TargetScores]) -> list[RecordResult]:
-    """The probe's scores in the form of records, so that they are drawn alike."""
+    """The probe's scores in the form of records, so that the same code gives their figures."""
     return [RecordResult(score, ()) for score in scores]
 
 
 def judged(measure: Measure, difference: Figure) -> Literal["better", "worse", "unclear", "other"]:
-    """What an interval of a difference says: unclear where it holds 0."""
+    """What the interval of a difference from the base says; it is unclear if the interval contains 0."""
     if difference.low <= 0 <= difference.high or not math.isfinite(difference.value):
         return "unclear"
     if measure.better == "neither":

@@ -1,4 +1,4 @@
-"""Models: the base and its adapters, one copy of the base in memory."""
+"""Models: the base and its adapters, with one copy of the base in memory."""
 
 import contextlib
 import json
@@ -28,22 +28,22 @@ class Subject:
     """One model that is evaluated: the base, or one adapter on it."""
 
     name: str
-    adapter: str | None  # PEFT's name of it
-    template: Template  # its own prompts: those it was trained on
-    instruction: str = ""  # the one that its training records shared
+    adapter: str | None  # its name in PEFT; None: the base
+    template: Template  # the one that it was trained with
+    instruction: str = ""  # that its training records shared
 
 
 @dataclass(frozen=True)
 class Models:
-    """The base with all its adapters loaded, and which of them answers."""
+    """The base with all adapters loaded, and which of them answers."""
 
-    model: Any  # a PeftModel where there is an adapter
+    model: Any  # a PeftModel if there is an adapter
     base_path: str
     subjects: tuple[Subject, ...]
 
     @contextlib.contextmanager
     def answering_as(self, subject: Subject) -> Iterator[CausalLM]:
-        """The model with this subject's adapter switched on, or none."""
+        """The model with this subject's adapter switched on; for the base, with none."""
         if len(self.subjects) == 1 and subject.adapter is None:
             yield self.model
         else:
@@ -53,17 +53,17 @@ class Models:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is evaluated, as far as that is known before a weight is loaded: by which prompts, on which base."""
+    """What is known of the models before any weights are loaded: the base, the adapters, their templates."""
 
     base_path: str
     folders: tuple[Path, ...]  # of the adapters
-    cards: tuple[AdapterMetadata, ...]  # theirs
+    cards: tuple[AdapterMetadata, ...]  # of the adapters
     subjects: tuple[Subject, ...]
     max_seq_length: int
 
 
 def asked_of(settings: EvaluateSettings, console: Console) -> Asked:
-    """The base and every adapter of --adapter_path, not loaded yet.
+    """The base and every adapter of --adapter_path, before they are loaded.
 
     Raises BadModel for a folder without an adapter, BadSettings when two adapters were trained on different bases.
     """
@@ -82,7 +82,7 @@ def asked_of(settings: EvaluateSettings, console: Console) -> Asked:
     ]
     base_path = _common_base(settings, folders)
     templates, cards = zip(*trained, strict=True)
-    # PEFT takes no dots in a name, and calls the first adapter by this one.
+    # PEFT allows no dots in a name, and calls the first adapter "default".
     adapters = ["default", *(f"adapter_{i}" for i in range(1, len(folders)))]
     instructions = [card.instruction or "" for card in cards]
     own = zip(short_names(folders), adapters, templates, instructions, strict=True)
@@ -92,7 +92,7 @@ def asked_of(settings: EvaluateSettings, console: Console) -> Asked:
 
 
 def _base_alone(settings: EvaluateSettings) -> Asked:
-    """A base without an adapter, asked by the template that the settings name."""
+    """A base without an adapter, with the template that the settings name."""
     if not settings.model_path:
         raise BadSettings(["--adapter_path is missing: the run's output folder. (--model_path alone takes a base.)"])
     tokenizer = load_tokenizer(settings.model_path, trust_remote_code=settings.trust_remote_code)
@@ -130,7 +130,7 @@ def load_models(settings: EvaluateSettings, asked: Asked, console: Console) -> M
 
 
 def _refuse_repeated(folders: Sequence[Path]) -> None:
-    """Raise BadSettings where a folder is named twice: its figures would be those of both."""
+    """Raise BadSettings if a folder is named twice: both would get the same name, and their figures would be mixed."""
     counts = Counter(folder.resolve() for folder in folders)
     if repeated := [str(folder) for folder, count in counts.items() if count > 1]:
         raise BadSettings([f"--adapter_path names {repeated[0]} more than once. Name each adapter once."])

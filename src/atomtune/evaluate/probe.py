@@ -1,6 +1,6 @@
 """Probe: general prompts, to see whether a tuned model forgot what its base could do.
 
-The base answers them; then each model is asked how likely these answers are to it. A model that forgot nothing finds
+The base answers them; then the loss of each model on these answers is measured. A model that forgot nothing finds
 them as likely as the base does. The prompts are our own (probe.jsonl): half English, half Chinese, a line or two each.
 """
 
@@ -25,7 +25,7 @@ ANSWER_TOKENS = 48
 
 
 def probe_prompts() -> list[str]:
-    """The prompts shipped with the tool."""
+    """The prompts that come with atomtune."""
     text = (resources.files("atomtune.evaluate") / "probe.jsonl").read_text(encoding="utf-8")
     return [json.loads(line)["prompt"] for line in text.splitlines()]
 
@@ -33,7 +33,7 @@ def probe_prompts() -> list[str]:
 def probe_scores(
     models: Models, collator: Collator, console: Console, *, prompts: Sequence[str], batch_size: int
 ) -> dict[str, list[TargetScores]]:
-    """Of every model, how likely it finds the base's own answers; one entry a prompt."""
+    """For every model, how likely it finds the base's answers, one entry per prompt."""
     base = models.subjects[0]
     scores: dict[str, list[TargetScores]] = {subject.name: [] for subject in models.subjects}
     questions = [prompt_ids(base.template, [{"role": "user", "content": prompt}]) for prompt in prompts]
@@ -51,7 +51,7 @@ def probe_scores(
 
 
 def _base_answers(model: CausalLM, questions: Sequence[Sequence[int]], template: Template) -> list[Example]:
-    """Each prompt with the base's answer behind it, and the stop token where it came to one."""
+    """Each prompt with the base's answer after it, and the stop token if the answer ended by itself."""
     stop = template.tokenizer.convert_tokens_to_ids(template.stop)
     generated = generate_answers(
         model,

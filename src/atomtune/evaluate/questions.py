@@ -1,6 +1,6 @@
-"""Questions: each learned answer of a record, with everything a server would be sent before it.
+"""Questions: each learned answer of a record, with the prompt that a server would be sent for it.
 
-Taken from the Examples that training would make of the same record, so that what is measured is what is learned.
+They come from the Examples that training would make of the same record, so that what is measured is what is learned.
 """
 
 from collections.abc import Sequence
@@ -25,24 +25,24 @@ class Question:
 
 @dataclass(frozen=True)
 class EvalRecord:
-    """One record: what its likelihood is taken of, and what is asked."""
+    """One record: the Examples whose likelihood is computed, and the questions that are asked."""
 
     origin: str
     examples: tuple[Example, ...]
     questions: tuple[Question, ...]
-    tools: frozenset[str]  # names of the tools at hand
-    asked: str = ""  # the user's own words before the last answer; "" where none are known
+    tools: frozenset[str]  # names of the available tools
+    asked: str = ""  # the user's words before the last answer; "" if unknown
     calls: bool = False  # whether a learned answer calls a tool
 
 
-#: The file's number and the record's place in it: two files may have one name.
+#: The file's number and the record's origin; two files may have the same name.
 Key = tuple[int, str]
 
 
 def read_records(
     sources: Sequence[str], template: Template, rules: Rules, wanted: frozenset[str] | None = None
 ) -> tuple[dict[Key, EvalRecord], EncodedData]:
-    """The records of these files through a template, only the wanted origins where they are named."""
+    """The records of these files as a template writes them; wanted: only those of these origins."""
     names = distinct_names(sources)
     parts = [examples_of(source, template, rules, name=name) for source, name in zip(sources, names, strict=True)]
     records: dict[Key, EvalRecord] = {}
@@ -56,7 +56,7 @@ def read_records(
 
 
 def eval_record(record: Record, examples: tuple[Example, ...], tokenizer: Tokenizer) -> EvalRecord:
-    """A record with its questions; a text without a dialogue has none, only a likelihood."""
+    """A record with its questions; a text that is no dialogue has no questions, only a likelihood."""
     questions: list[Question] = []
     if record.turns[-1].role != "text":
         for example in examples:
@@ -68,7 +68,7 @@ def eval_record(record: Record, examples: tuple[Example, ...], tokenizer: Tokeni
 
 
 def _asked(record: Record) -> str:
-    """What the user says before the last learned answer, without a template's words."""
+    """What the user says before the last learned answer, without the text that the template adds."""
     before = record.turns[: record.learned[-1]] if record.learned else ()
     users = [turn for turn in before if turn.role == "user"]
     return "\n".join(part for part in (users[-1].text, users[-1].input) if part) if users else ""
@@ -85,9 +85,9 @@ def _question(ids: tuple[int, ...], start: int, end: int, tokenizer: Tokenizer) 
 
 
 def answer_text(ids: Sequence[int], tokenizer: Tokenizer, *, stopped: bool = True) -> str:
-    """An answer without its stop token, as text; marks of thoughts and tool calls may be control tokens and stay.
+    """An answer without its stop token, as text; tags of thoughts and tool calls are kept, even as control tokens.
 
-    stopped  by itself; else the limit may have cut a character in two, which is left out
+    stopped  whether it ended by itself; if not, the limit may have cut its last character, which is left out
     """
     text = tokenizer.decode(list(ids), skip_special_tokens=False)
     return text.strip() if stopped else text.rstrip("\ufffd").strip()

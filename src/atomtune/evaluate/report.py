@@ -1,4 +1,4 @@
-"""Report: figures of all models, what they say in a sentence, and how report.json and report.md are written."""
+"""Report: the figures of all models, a sentence on each tuned model, and how report.json and report.md are written."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -24,8 +24,11 @@ from atomtune.language import message, singular
 
 #: How many records are shown on each side.
 SHOWN = 8
-#: Measures by whose differences the sentence judges.
+#: Measures that the sentence names as better, worse or unclear.
 _TELLING = ("nats_per_token", "chrf", "exact_match", "stop_rate", "call_known_rate", "probe_nats_per_token")
+
+
+_INTERVALS = "In brackets: the 95 % interval (shares of answers: Wilson score; other figures: bootstrap over records)."
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class MostChanged:
-    """The records that a model does best or worst beside the base, the most changed first."""
+    """The records that a model improved or worsened most against the base, the most changed first."""
 
     title: str
     records: list[Shown]
@@ -50,7 +53,7 @@ class MostChanged:
 
 @dataclass(frozen=True)
 class Report:
-    """All that is written and shown."""
+    """All that is written into the reports and shown on the terminal."""
 
     base_path: str
     sources: list[str]
@@ -70,11 +73,11 @@ class Report:
 
     @property
     def has_probe(self) -> bool:
-        """Whether the forgetting probe was made: a stop may have come before."""
+        """Whether the forgetting probe was done; Ctrl-C may have come before it."""
         return any(PROBE.name in own for own in self.models.values())
 
     def to_json(self) -> dict[str, Any]:
-        """report.json; its `models` are a contract."""
+        """report.json; other programs read its `models`, so their form stays."""
         return {
             "atomtune": __version__,
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -83,7 +86,7 @@ class Report:
             "answers": self.answers,
             "data": self.sources,
             "stopped_early": self.stopped_early,
-            "interval": "95 %, bootstrap over records",
+            "interval": "95 %; shares of answers: Wilson score, other figures: bootstrap over records",
             "models": _listed(self.models),
             "against_base": _listed(self.changes),
             "lm_eval": {
@@ -92,12 +95,15 @@ class Report:
         }
 
     def sentences(self, worded: Callable[[str], str] = str) -> list[str]:
-        """What the figures say about each tuned model; worded: its words as the reader is to have them."""
+        """What the figures say about each tuned model.
+
+        worded  translates the words, for example `translated`
+        """
         return [_sentence(name, self.models, changes, worded) for name, changes in self.changes.items()]
 
 
 def make_report(done: Evaluation, *, base_path: str, sources: list[str], max_new_tokens: int, seed: int) -> Report:
-    """Figures with intervals, over the same draws of records for every model."""
+    """Figures with intervals, over the same resamples of the records for every model."""
     names = list(done.results)
     draws = Bootstrap(len(done.records), seed=seed)
     models = {name: figures_of(results, draws) for name, results in done.results.items()}
@@ -124,7 +130,7 @@ def make_report(done: Evaluation, *, base_path: str, sources: list[str], max_new
 
 
 def _most_changed(done: Evaluation, model: str, *, alone: bool) -> Iterator[MostChanged]:
-    """The records whose loss a tuned model lowered most, and those whose loss it raised; none is no side."""
+    """The records whose loss a tuned model lowered most, then those whose loss it raised most, where there are any."""
     base = next(iter(done.results))
     changes = change_per_record(done.results[model], done.results[base])
     order = sorted(range(len(changes)), key=lambda row: changes[row])
@@ -139,7 +145,7 @@ def _most_changed(done: Evaluation, model: str, *, alone: bool) -> Iterator[Most
 
 
 def _shown(done: Evaluation, row: int) -> Shown:
-    """A record's last answer: what stands before it is then whole."""
+    """A record's last answer, so that the whole conversation is before it."""
     record = done.records[row]
     question = record.questions[-1] if record.questions else None
     answers: dict[str, str] = {}
@@ -175,7 +181,7 @@ def _sentence(
             words[verdict].append(f"{worded(measure.title)} {change}")
     colon, comma, stop = worded(message(": ")), worded(message(", ")), worded(message("."))
     parts = [f"{worded(title)}{colon}{comma.join(words[key])}{stop}" for key, title in _TITLES if words[key]]
-    gap = " " if stop == "." else ""  # a full-width mark has its space in itself
+    gap = " " if stop == "." else ""  # Chinese has no space after a full stop
     return gap.join([worded(f"{name} compared with {base}."), *parts])
 
 
@@ -188,20 +194,20 @@ _TITLES = (
 
 def shown(measure: Measure, value: float) -> str:
     """A value in the measure's own unit."""
-    if measure.name.endswith("_rate") or measure.name in ("token_accuracy", "exact_match"):
+    if measure.shares_answers or measure.name == "token_accuracy":
         return f"{100 * value:.1f} %"
     return f"{value:.1f}" if measure.name == "chrf" else f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
 
 
 def with_interval(measure: Measure, figure: Figure) -> str:
-    """A value with its interval, and the unit once: `10.0 % (4.0–18.0)`; of one record the value alone."""
+    """A value with its interval and one unit: `10.0 % (4.0–18.0)`; for a single record, the value alone."""
     if not figure.has_interval:
         return shown(measure, figure.value)
     return f"{shown(measure, figure.value)} ({interval(measure, figure)})"
 
 
 def interval(measure: Measure, figure: Figure) -> str:
-    """The interval alone, without a word, so that it is the same in every language; nothing where there is none."""
+    """The interval alone, in figures that are the same in every language; "" for a single record."""
     if not figure.has_interval:
         return ""
     low, high = (shown(measure, bound).removesuffix(" %") for bound in (figure.low, figure.high))
@@ -209,7 +215,7 @@ def interval(measure: Measure, figure: Figure) -> str:
 
 
 def score_text(report: Report, model: str, name: str) -> str:
-    """A model's score of lm-eval with its standard error; a dash where a stop came before it."""
+    """A model's score in lm-eval with its standard error; a dash if Ctrl-C came before it."""
     score = report.lm_eval.get(model, {}).get(name)
     if score is None:
         return "–"
@@ -230,7 +236,7 @@ def markdown(report: Report) -> str:
         *report.sentences(),
         "",
         singular(f"{report.records:,} records of {', '.join(report.sources)}; base {report.base_path}. ")
-        + ("In brackets: the 95 % interval (bootstrap over records)." if report.records > 1 else ""),
+        + (_INTERVALS if report.records > 1 else ""),
         "",
         f"| | {' | '.join(names)} |",
         f"|---|{'---|' * len(names)}",
@@ -255,5 +261,5 @@ def markdown(report: Report) -> str:
 
 
 def _quoted(title: str, text: str) -> list[str]:
-    """A text as an indented block, in which no mark of Markdown has a meaning."""
+    """A text as an indented block, which Markdown shows as it is."""
     return [f"{title}:", "", *(f"    {line}" for line in text.splitlines() or [""]), ""]

@@ -1,4 +1,4 @@
-"""Run folder: which records a finished run was trained on and which it held out, as its run.json says."""
+"""Run folder: which records a finished run was trained on and which it held out, from its run.json."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,18 +14,18 @@ from atomtune.settings.fields import RecordSettings
 
 @dataclass(frozen=True)
 class RunRecords:
-    """The files of a run, how they were read, and the records it did not learn."""
+    """The files of a run, how they were read, and the records that it was not trained on."""
 
     reading: RecordSettings
     eval_path: str | None
     held_out: frozenset[str]  # origins, as "train.jsonl:17"
-    data_hash: str | None = None  # of the files that it learned from
+    data_hash: str | None = None  # of the files that it was trained on
 
 
 def run_file(folder: Path) -> tuple[Path, RunRecordFile] | None:
-    """The run.json of a run's output folder, or of the run that a checkpoint lies in; None where there is none.
+    """The run.json of a run's output folder, or of the run that a checkpoint belongs to; None if there is no such file.
 
-    Raises BadModel for one that a run did not write so.
+    Raises BadModel if it is not of the form that a run writes.
     """
     for file in (folder / RUN_RECORD, folder.parent / RUN_RECORD):
         if file.exists():
@@ -34,7 +34,7 @@ def run_file(folder: Path) -> tuple[Path, RunRecordFile] | None:
 
 
 def run_records(folder: Path) -> RunRecords | None:
-    """How the run of this adapter read its records; None for an adapter that no run of ours wrote."""
+    """How the run of this adapter read its records; None if there is no run.json, or one without settings."""
     run = run_file(folder)
     if run is None or run[1].settings is None:
         return None
@@ -54,7 +54,7 @@ def run_records(folder: Path) -> RunRecords | None:
 
 
 def refuse_changed_files(folder: Path, data_hash: str) -> None:
-    """Raise BadData when a run's files are not those it read: a record's line may be another record now."""
+    """Raise BadData if a run's files have changed since: a line may hold another record now."""
     run = run_file(folder)
     trained_on = run[1].data.sha256 if run and run[1].data else None
     if trained_on and trained_on != data_hash:

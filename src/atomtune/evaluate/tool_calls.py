@@ -1,4 +1,4 @@
-"""Tool calls: those that a text holds, in the marks of whichever template wrote it."""
+"""Tool calls: those in a text, in the format of any template we know."""
 
 import ast
 import json
@@ -9,14 +9,14 @@ from typing import Any
 
 from atomtune.data.records import Turn
 
-#: Calls between marks, whole; each ends before the next begins.
+#: Whole calls between two tags; each ends before the next begins.
 _BETWEEN_MARKS = (
     re.compile(r"<function=(?P<name>[^>\s]+)>(?:(?!<function=).)*?</function>", re.DOTALL),  # Qwen3.5, Nemotron 3
     re.compile(r"<tool_call>\s*(?P<name>[\w.-]+)\s*(?:<arg_key>(?:(?!<tool_call>).)*?)?</tool_call>", re.DOTALL),  # GLM
     re.compile(r"<\|tool_call>call:(?P<name>[\w.-]+)\{(?:(?!<\|tool_call>).)*?\}<tool_call\|>", re.DOTALL),  # Gemma 4
     re.compile(r'<[\w:]*invoke\sname="(?P<name>[^"]+)">(?:(?!invoke\sname=).)*?</[\w:]*invoke>', re.DOTALL),  # MiniMax
 )
-#: What names a tool and ends where its arguments begin, which are JSON.
+#: The name of a tool, up to where its arguments begin, which are JSON.
 _BEFORE_ARGUMENTS = (
     re.compile(r"<｜tool▁sep｜>(?P<name>[\w.-]+)\s*```json\s*(?=\{)"),  # DeepSeek V3 and R1
     re.compile(r"<｜tool▁call▁begin｜>(?P<name>[\w.-]+)<｜tool▁sep｜>(?=\{)"),  # DeepSeek V3.1
@@ -29,14 +29,14 @@ _AS_PYTHON = re.compile(r"<\|tool_call_start\|>(\[.*?\])<\|tool_call_end\|>", re
 
 @dataclass(frozen=True)
 class ToolCalls:
-    """The calls a text holds: how many could be read, and how many of them name a tool at hand."""
+    """The calls in a text: how many can be read, and how many of them name an available tool."""
 
     parsed: int
     known: int
 
 
 def calls_of(text: str, turn: Turn, tools: Collection[str]) -> ToolCalls:
-    """The calls of an answer: those in its text, else those that its turn has (gpt-oss names a tool in a header)."""
+    """The calls of an answer: those in its text, else those of its turn (gpt-oss names a tool in a header)."""
     found = calls_in(text, tools)
     if found.parsed:
         return found
@@ -44,8 +44,9 @@ def calls_of(text: str, turn: Turn, tools: Collection[str]) -> ToolCalls:
 
 
 def calls_in(text: str, tools: Collection[str]) -> ToolCalls:
-    """The calls in a text: JSON objects with a name and its arguments in any marks, else calls in marks we know."""
-    return _counted([call["name"] for call in _json_objects(text) if _is_call(call)] or list(_named(text)), tools)
+    """The calls in a text: JSON objects with a name and arguments between any tags, else calls in a format we know."""
+    names = [call["name"] for call in _json_objects(text) if _is_call(call)]
+    return _counted(names or list(_named(text)), tools)
 
 
 def _counted(names: Collection[str], tools: Collection[str]) -> ToolCalls:
@@ -58,7 +59,7 @@ def _is_call(value: dict[str, Any]) -> bool:
 
 
 def _json_objects(text: str) -> Iterator[dict[str, Any]]:
-    """Every JSON object in a text that stands in no other one."""
+    """Every JSON object in a text that is not inside another one."""
     at = text.find("{")
     while at >= 0:
         value, end = _json_at(text, at)
@@ -68,7 +69,7 @@ def _json_objects(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _json_at(text: str, at: int) -> tuple[dict[str, Any] | None, int]:
-    """The JSON object that begins there, and where it ends; None where none does."""
+    """The JSON object that begins at this place, and where it ends; None if there is no object."""
     try:
         value, end = json.JSONDecoder().raw_decode(text, at)
     except (ValueError, RecursionError):
@@ -77,7 +78,7 @@ def _json_at(text: str, at: int) -> tuple[dict[str, Any] | None, int]:
 
 
 def _named(text: str) -> Iterator[str]:
-    """The tools that calls name which are no JSON objects."""
+    """The tools named by calls that are not JSON objects."""
     for pattern in _BETWEEN_MARKS:
         yield from (call["name"] for call in pattern.finditer(text))
     for pattern in _BEFORE_ARGUMENTS:
