@@ -131,7 +131,7 @@ def _of_text(template: Template, prompt: str, text: str) -> Turn:
 
 
 def _with_calls_apart(turn: Turn) -> Turn:
-    """Move calls written as <tool_call>{…}</tool_call> from the text to `calls`; an invalid one leaves all there."""
+    """Move each <tool_call>{…}</tool_call> from the text to `calls`; if one is invalid, none is moved."""
     calls: list[dict[str, Any]] = []
     for match in _CALL.finditer(turn.text):
         call = _arguments(match.group(1))
