@@ -48,6 +48,7 @@ class _Seen:
         self._waiting: list[str] = []
 
     def own_texts(self, records: Iterable[Record]) -> Iterator[str]:
+        """Yield the text of each record to compare: its own, without a shared beginning."""
         for record in records:
             last = record.turns[-1]
             self.prompts.append(_hash(*_asked(record)))

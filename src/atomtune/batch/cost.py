@@ -35,6 +35,7 @@ class LayoutTokens:
 
     @classmethod
     def of(cls, batches: Iterable[Sequence[Example]]) -> "LayoutTokens":
+        """Lay out each batch in all three layouts and count; lengths of packed and tree rows are rounded up."""
         counts: dict[Layout, list[int]] = {"padded": [], "packed": [], "tree": []}
         for examples in batches:
             counts["padded"].append(padded_tokens(examples))

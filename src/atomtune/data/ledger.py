@@ -40,10 +40,12 @@ class Ledger:
     shared_instruction: str | None = None  # the instruction that nearly all records have in common
 
     def refuse(self, refusal: Refusal, target_tokens: int = 0) -> None:
+        """Count a refused record; `target_tokens` are those of its answers, as far as they are known."""
         self.records_refused.append(refusal)
         self.target_tokens_refused += target_tokens
 
     def cut(self, origin: str, tokens: int) -> None:
+        """Count a record whose prompts were shortened by this number of tokens."""
         self.records_cut += 1
         self.cut_origins.append(origin)
         self.prompt_tokens_cut += tokens
@@ -106,6 +108,7 @@ class Ledger:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Ledger":
+        """The inverse of `to_json`. Raises ValueError if another version wrote the values."""
         known = {f.name for f in fields(cls)}
         if set(values) != known:
             raise ValueError("the ledger was written by another version")

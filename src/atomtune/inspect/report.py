@@ -34,7 +34,7 @@ _ROWS_AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class Saving:
-    """The number of tokens that each layout computes for sampled batches, and the prefix that all their records share."""
+    """The number of tokens that each layout computes for sampled batches, and the prefix that all records share."""
 
     batches: int
     records_per_batch: int

@@ -134,6 +134,10 @@ def plan(settings: PlanSettings) -> int:
 
 
 def forecast_of(settings: TrainSettings, console: Console) -> Forecast:
+    """Encode the records, measure the model and this device's matmul rate, and compute the estimates.
+
+    Raises BadSettings, BadData or BadModel as the run would.
+    """
     model = settings.model
     tokenizer = load_tokenizer(str(model.model_path), trust_remote_code=model.trust_remote_code)
     template = load_template(settings.data.template, tokenizer, **settings.data.template_options())
@@ -265,7 +269,7 @@ def _layout(settings: TrainSettings, sampled: LayoutTokens, reason: str | None) 
 
 
 def _learned(data: EncodedData, hold_out: float) -> int:
-    """The number of records that are not held out. The run may hold out fewer, as it keeps near-duplicates together."""
+    """The number of records that are not held out; the run's may differ, as it keeps near-duplicates together."""
     records = len(data.examples)
     held_out = round(hold_out * records) if hold_out < 1 else int(hold_out)
     return max(1, records - held_out)

@@ -215,6 +215,7 @@ class Generation(Extension):
 
 
 def refuse_longer(length: int) -> None:
+    """Raise OverflowError if a text of this length exceeds MOST_CHARACTERS."""
     if length > MOST_CHARACTERS:
         raise OverflowError(f"it writes more than {MOST_CHARACTERS:,} characters")
 

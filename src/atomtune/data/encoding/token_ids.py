@@ -107,6 +107,7 @@ class PieceTokenizer:
         return True
 
     def tokenized(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, tokenized on its own without BOS and EOS. Raises CannotTokenize."""
         if not texts:
             return []
         if self._short_way_is_the_same:
