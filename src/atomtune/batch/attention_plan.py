@@ -163,9 +163,9 @@ def plan_attention(
 
 
 def padded_length(tokens: int) -> int:
-    """Round the length of a row up, by at most a sixteenth, so that there are few different lengths.
+    """Round the length of a row up, so that there are few different lengths.
 
-    The step is a power of two between 1/32 and 1/16 of the length, and at least WIDTH_STEP.
+    The step is a power of two between 1/32 and 1/16 of the length, but at least WIDTH_STEP.
     """
     step = max(WIDTH_STEP, 1 << max(0, tokens.bit_length() - 5))
     return -(-tokens // step) * step
