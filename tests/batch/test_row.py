@@ -1,4 +1,4 @@
-"""Laws of a row, against an oracle that walks the parents one by one."""
+"""Laws of a row, against an oracle that follows the parents one by one."""
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +13,7 @@ def example(n: int, prompt: int, origin: str = "train.jsonl:1") -> Example:
 
 
 def path_of(row: Row, i: int) -> list[int]:
-    """The token and everything before it on its own path, found by walking the parents."""
+    """The token and all tokens before it on its path, found by following the parents."""
     path = []
     while i >= 0:
         path.append(i)
@@ -21,8 +21,8 @@ def path_of(row: Row, i: int) -> list[int]:
     return path
 
 
-#: Two answers behind one trunk, written by hand:  0─1─2┬─3─4
-#:                                                      └─5
+#: Two answers after a shared prefix, written by hand:  0─1─2┬─3─4
+#:                                                           └─5
 FORK = Row(
     ids=(1, 10, 11, 20, 2, 2),
     parent=(-1, 0, 1, 2, 3, 2),
@@ -40,7 +40,7 @@ same_every_time = settings(derandomize=True, database=None, deadline=None, max_e
 @same_every_time
 @given(ROWS)
 def test_a_token_sees_its_own_path_and_nothing_else(row):
-    # Catches until one too small (a token blind to its end) or one too large (a branch that sees its neighbour).
+    # Catches `until` one too small (a token does not see its end) or one too large (a branch sees its neighbour).
     for q in range(len(row)):
         seen = {k for k in range(len(row)) if k <= q < row.until[k]}
         assert seen == set(path_of(row, q))
@@ -49,7 +49,7 @@ def test_a_token_sees_its_own_path_and_nothing_else(row):
 @same_every_time
 @given(ROWS)
 def test_the_position_is_the_depth_on_the_own_path(row):
-    # Catches positions counted from 1, and positions that are indices (wrong behind a fork).
+    # Catches positions counted from 1, and positions that are indices (wrong after a fork).
     assert row.positions() == tuple(len(path_of(row, i)) - 1 for i in range(len(row)))
 
 
@@ -74,7 +74,7 @@ def test_a_single_row_keeps_the_example():
 
 
 def test_a_single_row_is_a_chain_and_a_fork_is_none():
-    # A fork taken for a chain would be given a plain causal mask: its branches would see each other.
+    # A fork taken for a chain would get a plain causal mask, in which its branches see each other.
     assert single(example(5, 3)).is_chain
     assert not FORK.is_chain
 

@@ -1,4 +1,4 @@
-"""Segment plans: a layer that carries a state computes a branching row as each record alone."""
+"""Segment plans: a layer that carries a state computes a row with branches as it would each record alone."""
 
 from random import Random
 
@@ -13,7 +13,7 @@ from atomtune.data.records import Example
 
 
 def examples(seed: int, words: int) -> list[Example]:
-    """Records over so few words that many begin alike, by one token too."""
+    """Records over so few words that many share a prefix, sometimes of one token."""
     draw = Random(seed)
     ids = {tuple(draw.randrange(words) for _ in range(draw.randint(2, 14))) for _ in range(draw.randint(1, 9))}
     return [Example(i, (0,) + (1,) * (len(i) - 1), "x") for i in sorted(ids)]

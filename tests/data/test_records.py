@@ -1,4 +1,4 @@
-"""Laws of the nouns."""
+"""Laws of the record types."""
 
 import itertools
 

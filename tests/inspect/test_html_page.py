@@ -1,4 +1,4 @@
-"""Page: one file, no loads, text stays text; looked at through a real browser where there is one."""
+"""Page: one file, loads nothing, text stays text; checked in a real browser if there is one."""
 
 import html
 import json
@@ -20,7 +20,7 @@ RECORDS = [
     DIALOGUES[0],
     {"instruction": f"Say {EVIL}", "input": "", "output": f"{EVIL} </s> & <b>bold</b>"},
     {"instruction": "no answer", EVIL: 1},
-    {"instruction": "龘", "input": "", "output": "🦄 lives"},  # of no token each: bytes
+    {"instruction": "龘", "input": "", "output": "🦄 lives"},  # not in the vocabulary: bytes
     *({"instruction": f"Which number is {n}?", "input": "", "output": f"It is {n} of them all."} for n in range(60)),
 ]
 
@@ -44,7 +44,7 @@ def report(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def dom(report, tmp_path):
-    """`dom("problem=cut")` is the page's document with this behind the # of its address, after its script ran."""
+    """`dom("problem=cut")` is the page's document after its script ran, with this as the fragment of its address."""
 
     def opened(place: str = "") -> str:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
@@ -63,7 +63,7 @@ def dom(report, tmp_path):
 
 
 def records_in(dom: str) -> list[str]:
-    """The text of each record that is shown, tags left out."""
+    """The text of each record shown, without tags."""
     cards = re.findall(r'<article class="record.*?</article>', dom, flags=re.DOTALL)
     return [html.unescape(re.sub(r"<[^>]*>", "", card)) for card in cards]
 
@@ -81,9 +81,9 @@ def test_nothing_is_loaded_from_anywhere(report):
 
 def test_a_text_that_ends_scripts_ends_none(report):
     text = report.read_text(encoding="utf-8")
-    assert text.count("</script>") == 2  # the data's and the page's own
+    assert text.count("</script>") == 2  # of the data and of the page's own script
     assert EVIL not in text
-    assert "<i>" not in re.sub(r"<i>(token|词元)</i>", "", text)  # the file's name
+    assert "<i>" not in re.sub(r"<i>(token|词元)</i>", "", text)  # in the file's name
     told = told_in(text)
     letters = [
         "".join(told["pieces"][str(number)][0] for e in one["examples"] for number in e["ids"])
@@ -123,7 +123,7 @@ def test_a_large_data_set_is_shown_in_part_and_that_is_said(tmp_path, monkeypatc
     assert len(told["records"]) == 20
     assert len(told["problems"]["duplicates"]) == 2
     assert "20 of 71 used records" in text
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".r.html")]  # nothing half-written is left
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".r.html")]  # no temporary file is left
 
 
 def test_who_reads_the_old_page_reads_it_to_its_end(tmp_path):
@@ -159,7 +159,7 @@ def test_in_a_browser_the_search_finds_a_text_across_its_tokens(dom):
     assert records_in(dom("q=nowhere")) == []
     (split,) = records_in(dom("q=%F0%9F%A6%84%20LIVES"))
     assert "⟨F0⟩⟨9F⟩⟨A6⟩⟨84⟩" in split
-    assert len(records_in(dom("q=duplicates"))) == 0  # names of checks are no text of records
+    assert len(records_in(dom("q=duplicates"))) == 0  # the names of checks are not in the records' texts
 
 
 def test_in_a_browser_learned_tokens_are_marked_with_their_ids(dom):

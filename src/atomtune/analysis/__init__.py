@@ -1,1 +1,1 @@
-"""What the texts of a data set are like: near-duplicates, statistics, writing systems, the hold-out split."""
+"""Analysis of a data set's texts: near-duplicates, statistics, writing systems, the hold-out split."""

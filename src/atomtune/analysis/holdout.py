@@ -1,6 +1,6 @@
-"""Hold-out split: records to evaluate on, none of which is nearly equal to a record that is learned.
+"""Hold-out split: records for evaluation, none of which is a near-duplicate of a training record.
 
-A split that separates two equal questions, or a record and its near copy, measures what was learned by heart.
+A split that puts equal questions, or a record and its near-duplicate, on both sides measures memorization.
 """
 
 import random
@@ -12,14 +12,15 @@ from atomtune.analysis.texts import Texts
 
 
 def alike(texts: Texts) -> Numbers:
-    """A group for each record: those with nearly equal texts or equal prompts share one."""
+    """A group for each of N records, [N]: near-duplicates and records with equal prompts share one."""
     return joined(texts.near, texts.prompts)
 
 
 def held_out(groups: Numbers, count: int, *, seed: int) -> tuple[list[int], list[int]]:
-    """(rows to learn, rows to hold out): whole groups in an order drawn by the seed, at most `count` rows together.
+    """Split the rows into (rows to learn, rows to hold out), both in ascending order.
 
-    A group that is too large for the room left is passed over. Where every group is, the smallest is held out.
+    Whole groups are held out, in random order, up to `count` rows. A group that no longer fits is skipped. If no group
+    fits at all, the smallest one is held out.
 
     groups  [N]  the group of each row
     """
@@ -38,13 +39,13 @@ def held_out(groups: Numbers, count: int, *, seed: int) -> tuple[list[int], list
 
 def _members(groups: Numbers) -> list[list[int]]:
     """The rows of each group, in ascending order."""
-    by_group = numpy.argsort(groups, kind="stable")  # [N] rows, those of a group together
-    begins = numpy.flatnonzero(numpy.diff(groups[by_group])) + 1  # where the next group begins
+    by_group = numpy.argsort(groups, kind="stable")  # [N] rows, sorted by group
+    begins = numpy.flatnonzero(numpy.diff(groups[by_group])) + 1  # start of each group but the first
     return [rows.tolist() for rows in numpy.split(by_group, begins)]
 
 
 def overlapping(groups: Numbers, learned: int) -> list[int]:
-    """Which rows behind the first `learned` share a group with one of those, counted from the first behind them."""
+    """The rows after the first `learned` that share a group with one of these; row `learned` is number 0."""
     learned_groups = set(groups[:learned].tolist())
     other_groups = groups[learned:].tolist()
     return [row for row, group in enumerate(other_groups) if group in learned_groups]

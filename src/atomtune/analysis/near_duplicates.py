@@ -1,10 +1,10 @@
-"""Near-duplicates: which texts are nearly equal, found without comparing each with each (MinHash).
+"""Near-duplicates: groups of nearly equal texts, found without comparing all pairs (MinHash).
 
-Two texts are near where the Jaccard index of their shingles (three characters in a row, ends marked; case, width, space
-and punctuation folded away) reaches the threshold. MinHash in bands proposes pairs, and every pair is then measured
-exactly: what stands in one group is near by measurement, never by chance. What chance decides is whether a pair is
-proposed: at 0.8, 998 of 1,000 are; at 0.9, all but one of a million.
-Memory: 64 bytes a text and a window of a few MB; the shingles lie in a temporary file, four bytes each.
+Two texts are near if the Jaccard index of their shingles reaches the threshold. A shingle is three consecutive
+characters, ends marked, after case, width, space and punctuation are removed. MinHash with bands proposes pairs, and
+each pair is then measured exactly, so chance never puts two texts into one group. Chance only decides whether a pair is
+proposed: 998 of 1,000 pairs at index 0.8, all but one in a million at 0.9.
+Memory: 64 bytes per text and a window of a few MB; the shingles are in a temporary file, four bytes each.
 """
 
 import tempfile
@@ -18,19 +18,19 @@ from numpy.typing import NDArray
 Numbers: TypeAlias = NDArray[Any]
 
 SHINGLE = 3
-#: A pair of Jaccard index j is proposed with the chance 1 - (1 - j**ROWS)**BANDS:
+#: A pair with Jaccard index j is proposed with probability 1 - (1 - j**ROWS)**BANDS:
 #:     j        0.5   0.6   0.7   0.8    0.9
 #:     chance   0.40  0.73  0.95  0.998  0.999999
 BANDS, ROWS = 16, 5
-#: Characters that are shingled at once, and shingles that are compared at once.
+#: Characters that are shingled at once; a quarter of the shingles that are compared at once.
 _WINDOW = 2**20
-#: Of a bucket, each text is compared with the first and with so many before it; a bucket of thousands costs no square.
+#: Within a bucket, each text is compared with the first and with this many before it, so that the time is linear.
 _NEIGHBOURS = 8
 _START, _END = "\x02", "\x03\x03"
 
 
 class _Folds(dict[int, str]):
-    """Code point → what stands for it: nothing for space, punctuation and controls; found once and kept."""
+    """Code point → its character, or "" for space, punctuation and controls; filled on demand."""
 
     def __missing__(self, point: int) -> str:
         character = chr(point)
@@ -44,15 +44,16 @@ _FOLDS = _Folds()
 
 
 def folded(text: str) -> str:
-    """A text without case, width, space and punctuation; one that is nothing else keeps its punctuation."""
+    """The text with case and width normalized, without space and punctuation; if nothing is left, with punctuation."""
     same_width = unicodedata.normalize("NFKC", text).casefold()
     return same_width.translate(_FOLDS) or "".join(same_width.split())
 
 
 def near_groups(texts: Iterable[str], *, threshold: float = 0.8) -> Numbers:
-    """A group for each text, by the number of its first member; texts that are near, or linked by near ones, share it.
+    """The group of each of N texts, int64 [N]: the index of its first member.
 
-    The texts are read once. The same texts in the same order give the same groups.
+    Texts that are near, directly or through a chain of near texts, share a group. The texts are read once. The same
+    texts in the same order give the same groups.
     Checked against all pairs: tests/analysis/test_near_duplicates.py.
     """
     assert 0 < threshold <= 1
@@ -65,7 +66,7 @@ def near_groups(texts: Iterable[str], *, threshold: float = 0.8) -> Numbers:
         groups = numpy.arange(len(sizes))
         for band in range(BANDS):
             for left, right in _proposed(keys[band]):
-                # Pairs in one group already are not measured again: most of what a later band proposes.
+                # Most pairs of later bands are in one group already and need not be measured again.
                 apart = groups[left] != groups[right]
                 left_apart, right_apart = left[apart], right[apart]
                 near = shingles.near(left_apart, right_apart, threshold)
@@ -74,13 +75,16 @@ def near_groups(texts: Iterable[str], *, threshold: float = 0.8) -> Numbers:
 
 
 def equal_groups(values: Numbers) -> Numbers:
-    """A group for each value, by the number of its first place; equal values share it."""
+    """The group of each value, int64 [N]: the index of the first equal value."""
     _, first, inverse = numpy.unique(values, return_index=True, return_inverse=True)
     return first[inverse].astype(numpy.int64)
 
 
 def joined(*groupings: Numbers) -> Numbers:
-    """Groups such that what shares one in any of the groupings shares one here, by the number of the first member."""
+    """Merge groupings of the same N items: items in one group of any grouping share a group of the result.
+
+    Each grouping, and the result, is [N]; a group of the result is named by the index of its first member.
+    """
     groups = numpy.arange(len(groupings[0]))
     for grouping in groupings:
         assert len(grouping) == len(groups)
@@ -89,7 +93,7 @@ def joined(*groupings: Numbers) -> Numbers:
 
 
 def _united(groups: Numbers, left: Numbers, right: Numbers) -> Numbers:
-    """The groups with each left[i] and right[i] in one. Each member names its group's first, before and after."""
+    """The groups after left[i] and right[i] are merged, for each i. A group is named by its first member's index."""
     groups = groups.copy()
     while True:
         left_firsts, right_firsts = groups[left], groups[right]
@@ -98,13 +102,13 @@ def _united(groups: Numbers, left: Numbers, right: Numbers) -> Numbers:
             return groups
         earlier = numpy.minimum(left_firsts, right_firsts)[apart]
         later = numpy.maximum(left_firsts, right_firsts)[apart]
-        # Of several that one is to join, any will do: the others are still apart from it in the next round.
+        # If a group is to join several, any one of them will do: the rest is merged in the next round.
         groups[later] = earlier
         groups = _named_by_firsts(groups)
 
 
 def _named_by_firsts(groups: Numbers) -> Numbers:
-    """Chains followed to their end: 3 → 2 → 0 becomes 3 → 0."""
+    """Follow chains of groups to their end: 3 → 2 → 0 becomes 3 → 0."""
     while True:
         further = groups[groups]
         if (further == groups).all():
@@ -113,7 +117,10 @@ def _named_by_firsts(groups: Numbers) -> Numbers:
 
 
 def _sketch(texts: Iterable[str], file: IO[bytes]) -> tuple[Numbers, Numbers]:
-    """Write every text's shingles, each once and sorted; ([N] how many of each text, [BANDS, N] keys of its bands)."""
+    """Write the distinct shingles of each text, sorted, to the file as uint32.
+
+    Returns (sizes [N], the number of shingles of each text; keys [BANDS, N], see _band_keys).
+    """
     factors, offsets = _hashes()
     sizes, keys = [], []
     for window in _windows(texts):
@@ -128,10 +135,10 @@ def _sketch(texts: Iterable[str], file: IO[bytes]) -> tuple[Numbers, Numbers]:
 
 
 def _band_keys(shingles: Numbers, sizes: Numbers, factors: Numbers, offsets: Numbers) -> Numbers:
-    """[BANDS, W] One number for each band of each text: texts whose minima agree in all of its ROWS hashes share it.
+    """[BANDS, W] One key per band and text: texts whose minima agree in all ROWS hashes of a band share its key.
 
-    shingles  of W texts, one behind the other
-    sizes     [W] how many of each
+    shingles  of W texts, concatenated
+    sizes     [W] number of shingles of each text
     """
     starts = numpy.cumsum(sizes) - sizes
     keys = numpy.zeros((BANDS, len(sizes)), dtype=numpy.uint32)
@@ -144,10 +151,10 @@ def _band_keys(shingles: Numbers, sizes: Numbers, factors: Numbers, offsets: Num
 
 
 def _hashes() -> tuple[Numbers, Numbers]:
-    """Odd factors and offsets of the BANDS * ROWS hash functions: the same ones in every process."""
+    """Odd factors and offsets of the BANDS * ROWS hash functions, the same in every process."""
     generator = numpy.random.default_rng(20_26)
     halves = generator.integers(0, 2**31, BANDS * ROWS, numpy.uint32)
-    factors = halves * numpy.uint32(2) + numpy.uint32(1)  # odd: an even factor gives many shingles one hash
+    factors = halves * numpy.uint32(2) + numpy.uint32(1)  # an even factor would give many shingles the same hash
     offsets = generator.integers(0, 2**32, BANDS * ROWS, numpy.uint32)
     return factors, offsets
 
@@ -166,7 +173,7 @@ def _windows(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _shingled(window: list[str]) -> tuple[Numbers, Numbers]:
-    """(row, shingle) of each different shingle of each text, sorted by both."""
+    """(rows, shingles) of the distinct shingles of each text, sorted by row, then by shingle."""
     points = numpy.frombuffer("".join(window).encode("utf-32-le", "surrogatepass"), dtype=numpy.uint32)  # [P]
     lengths = numpy.fromiter(map(len, window), dtype=numpy.int64, count=len(window))
     rows = numpy.repeat(numpy.arange(len(window), dtype=numpy.uint64), lengths)  # [P] the text of each character
@@ -175,11 +182,11 @@ def _shingled(window: list[str]) -> tuple[Numbers, Numbers]:
     hashes = numpy.zeros(n_shingles, dtype=numpy.uint32)
     for i in range(SHINGLE):
         hashes = _mixed(hashes * numpy.uint32(0x01000193) + points[i : i + n_shingles])  # FNV's prime
-    within_text = rows[:n_shingles] == rows[SHINGLE - 1 :]  # first and last character are of one text
+    within_text = rows[:n_shingles] == rows[SHINGLE - 1 :]  # first and last character are in the same text
 
     # row and shingle as one number, so that one sort orders both:   row << 32 | shingle
     pairs = numpy.sort((rows[:n_shingles][within_text] << numpy.uint64(32)) | hashes[within_text])
-    pairs = pairs[_is_new(pairs)]  # numpy.unique hashes: five times the seconds
+    pairs = pairs[_is_new(pairs)]  # numpy.unique uses hashing and takes five times as long
     return (pairs >> numpy.uint64(32)).astype(numpy.int64), pairs.astype(numpy.uint32)
 
 
@@ -189,7 +196,7 @@ def _is_new(ordered: Numbers) -> Numbers:
 
 
 def _mixed(values: Numbers) -> Numbers:
-    """MurmurHash3's finalizer: every bit of 32 decides every other; a different value for each."""
+    """MurmurHash3's finalizer for uint32: a bijection in which every input bit affects every output bit."""
     values = values ^ (values >> numpy.uint32(16))
     values = values * numpy.uint32(0x85EBCA6B)
     values = values ^ (values >> numpy.uint32(13))
@@ -198,7 +205,10 @@ def _mixed(values: Numbers) -> Numbers:
 
 
 def _proposed(keys: Numbers) -> Iterator[tuple[Numbers, Numbers]]:
-    """Pairs with an equal key, the likeliest first: each with its bucket's first, then with those just before it."""
+    """Pairs of texts with equal keys, most likely first: each with the first of its bucket, then with those before it.
+
+    keys  [N]  of one band
+    """
     order = numpy.argsort(keys, kind="stable")
     ordered = keys[order]
     # keys in order   5 5 5 8 9 9
@@ -215,22 +225,22 @@ def _proposed(keys: Numbers) -> Iterator[tuple[Numbers, Numbers]]:
 
 
 class _Shingles:
-    """The shingles of all texts, one behind the other."""
+    """The shingles of all texts, concatenated in `flat`; text i has sizes[i] of them from starts[i] on."""
 
     def __init__(self, flat: Numbers, sizes: Numbers) -> None:
         self.flat, self.sizes = flat, sizes
         self.starts = numpy.cumsum(sizes) - sizes
 
     def near(self, left: Numbers, right: Numbers, threshold: float) -> Numbers:
-        """Whether the Jaccard index of each pair reaches the threshold, exactly."""
+        """Whether the exact Jaccard index of each pair (left[i], right[i]) reaches the threshold, bool."""
         near = numpy.zeros(len(left), dtype=bool)
         left_sizes, right_sizes = self.sizes[left], self.sizes[right]
         smaller = numpy.minimum(left_sizes, right_sizes)
         larger = numpy.maximum(left_sizes, right_sizes)
-        # The index is at most smaller / larger, so sizes alone rule most pairs out.
+        # The index is at most smaller / larger, so the sizes alone rule out most pairs.
         possible = numpy.flatnonzero(smaller >= threshold * larger)
 
-        # A part has some four windows of shingles: a new one begins where their running sum passes a multiple of that.
+        # Compare about 4 * _WINDOW shingles at once: a new part begins where the running sum passes a multiple of that.
         both_sizes = left_sizes + right_sizes
         part_numbers = numpy.cumsum(both_sizes[possible]) // (4 * _WINDOW)
         borders = numpy.flatnonzero(numpy.diff(part_numbers)) + 1
@@ -241,15 +251,15 @@ class _Shingles:
         return near
 
     def _shared(self, left: Numbers, right: Numbers) -> Numbers:
-        """How many shingles each pair has in common."""
-        # A text has each shingle once, so what stands twice behind one number is in both texts of that pair.
+        """The number of shingles that each pair has in common."""
+        # A text has each shingle once, so a value that occurs twice is in both texts of its pair.
         both = numpy.sort(numpy.concatenate([self._numbered(left), self._numbered(right)]))
         twice = both[1:][both[1:] == both[:-1]]
         pairs = (twice >> numpy.uint64(32)).astype(numpy.int64)
         return numpy.bincount(pairs, minlength=len(left))
 
     def _numbered(self, texts: Numbers) -> Numbers:
-        """The shingles of these texts, each behind the place of its text among them: place << 32 | shingle."""
+        """The shingles of these texts as place << 32 | shingle, with the index of the text in `texts` as place."""
         sizes = self.sizes[texts]
         places = numpy.repeat(numpy.arange(len(texts), dtype=numpy.uint64), sizes)
         first_places = numpy.repeat(numpy.cumsum(sizes) - sizes, sizes)

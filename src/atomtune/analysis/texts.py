@@ -1,6 +1,6 @@
-"""Texts: what the records of a data set say: prompts, answers, near-duplicates, scripts.
+"""Texts: statistics of the records' texts: equal prompts and answers, near-duplicates, scripts.
 
-All of it is arrays with a few bytes a record: a million records fit, and none of their texts is kept.
+All of them are arrays of a few bytes per record, and no texts are kept, so that a million records fit into memory.
 """
 
 import hashlib
@@ -16,29 +16,29 @@ from atomtune.analysis.shared_beginnings import beginnings_of, without_beginning
 from atomtune.analysis.unicode_scripts import SCRIPTS, letters_of
 from atomtune.data.records import Record
 
-#: Records that the beginnings which many share are told from.
+#: Shared beginnings are searched in this many of the first records.
 _TOLD_FROM = 1000
-#: A record is near another by its longest text alone where that is all but one part in so many.
+#: Two records with the same longest text are near-duplicates if the rest is at most one ninth of their text.
 _OTHERS = 9
-#: Texts whose letters are counted at once.
+#: Texts whose letters are counted at once, and values that a column buffers.
 _AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What is seen without a tokenizer, by record."""
+    """Statistics of N records that need no tokenizer."""
 
-    prompts: Numbers  # int64 [N], equal for equal prompts
-    answers: Numbers  # int64 [N], equal for equal last answers
-    near: Numbers  # int64 [N], equal in a group of nearly equal records
-    script: Numbers  # int8 [N], the script of most letters, an index into SCRIPTS; -1 where there are no letters
-    letters: Numbers  # int64 [len(SCRIPTS)], of all records
-    blank: Numbers  # bool [N], an answer is white space
-    beside: Numbers  # int64 [N], 0, or of a record that is one long text nearly all: equal for equal words beside it
+    prompts: Numbers  # int64 [N], hash of the prompt: equal for equal prompts
+    answers: Numbers  # int64 [N], hash of the last answer
+    near: Numbers  # int64 [N], group of near-duplicates: the index of its first record
+    script: Numbers  # int8 [N], index into SCRIPTS of the script with the most letters; -1 if there are no letters
+    letters: Numbers  # int64 [len(SCRIPTS)], letters of all records together
+    blank: Numbers  # bool [N], whether a learned answer is empty or white space
+    beside: Numbers  # int64 [N], if one long text dominates the record, hash of its other texts; else 0
 
 
 class _Seen:
-    """Collects by the way, while near_groups reads the texts."""
+    """Collects the statistics of the records while near_groups reads their texts."""
 
     def __init__(self, beginnings: Sequence[str]) -> None:
         self.beginnings = beginnings
@@ -48,6 +48,7 @@ class _Seen:
         self._waiting: list[str] = []
 
     def own_texts(self, records: Iterable[Record]) -> Iterator[str]:
+        """Yield the text of each record to compare: its own, without a shared beginning."""
         for record in records:
             last = record.turns[-1]
             self.prompts.append(_hash(*_asked(record)))
@@ -72,7 +73,7 @@ class _Seen:
 
 
 class _Column:
-    """Numbers that arrive one or many at a time, kept in few bytes each."""
+    """A growing array: values are appended one by one or in bulk, and stored compactly as numpy type `kind`."""
 
     def __init__(self, kind: str) -> None:
         self._kind, self._parts, self._last = kind, list[Numbers](), list[Any]()
@@ -92,23 +93,23 @@ class _Column:
 
 
 def own_text(record: Record) -> str:
-    """What a record says itself: not its system text, nor an instruction that stands above an input.
+    """The record's own text: all turns without the system text, and without the instruction if there is an input.
 
-    Many records share those word for word; compared with them, any two records of one task would be near.
+    Many records share those word for word. If they were compared too, any two records of one task would be near.
     """
     own = [turn.input or turn.text for turn in record.turns if turn.role != "system"]
     return "\n".join(own)
 
 
 def _beside_longest(record: Record) -> int:
-    """Of a record whose longest text makes it near any other with that text: a number for what else it says; else 0.
+    """A hash of the other texts, if the longest text alone makes the record near any other that has it; else 0.
 
-    Questions about one document are as many records, however little of each they are.
+    Different questions about one long document are different records, however short the questions are.
     """
     own = [turn for turn in record.turns if turn.role != "system"]
     lengths = [len(turn.input or turn.text) for turn in own]
     longest = max(lengths)
-    # Two texts of which a share s each is their own have a Jaccard index of (1 - s) / (1 + s): 0.8 where s is 1/9.
+    # If a share s of each of two texts is its own, their Jaccard index is (1 - s) / (1 + s): 0.8 for s = 1/9.
     if (sum(lengths) - longest) * _OTHERS > sum(lengths):
         return 0
     rest = [turn.text if turn.input else "" for turn in own]  # instructions
@@ -117,7 +118,7 @@ def _beside_longest(record: Record) -> int:
 
 
 def _asked(record: Record) -> Iterator[str]:
-    """All that is asked before the last answer; of a text that is learned whole that text, which nothing asks for."""
+    """Everything that makes up the prompt of the last answer; for a text that is learned whole, the text itself."""
     if record.turns[-1].role == "text":
         yield record.answer
     for turn in record.prompt:
@@ -136,8 +137,8 @@ def _hash(*texts: str) -> int:
 
 
 def read_texts(records: Iterable[Record]) -> Texts:
-    """One pass over the records."""
-    # The first records are read ahead: what many of them begin with is cut off before texts are compared.
+    """Compute the statistics in one pass over the records."""
+    # The first records are read ahead, to find shared beginnings, which are removed before texts are compared.
     coming = iter(records)
     first = list(itertools.islice(coming, _TOLD_FROM))
     seen = _Seen(beginnings_of([own_text(record) for record in first]))

@@ -1,6 +1,6 @@
-"""Writing systems: which one a text is in, by its code points; no model guesses here.
+"""Writing systems: the script of each letter of a text, by its code point; no language model is involved.
 
-Letters count; digits, punctuation, symbols and emoji belong to no script.
+Only letters count: digits, punctuation, symbols and emoji belong to no script.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from atomtune.language import message
 SCRIPTS = tuple(map(message, ("Han", "Latin", "Kana", "Hangul", "Cyrillic", "Arabic", "other")))
 _HAN, _LATIN, _KANA, _HANGUL, _CYRILLIC, _ARABIC, _OTHER, _NONE = range(8)
 
-#: (first code point, script from there on); Unicode's blocks, as far as they tell these scripts apart.
+#: (first code point, script from there on), simplified from Unicode's blocks.
 _FROM = (
     (0x0000, _NONE),
     (0x0041, _LATIN),  # A
@@ -93,7 +93,7 @@ _SCRIPT = numpy.array([script for _, script in _FROM])
 
 
 def letters_of(texts: Sequence[str]) -> Numbers:
-    """How many letters of each script each text holds: [texts, len(SCRIPTS)]."""
+    """The number of letters of each script in each text: [texts, len(SCRIPTS)]."""
     points = numpy.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=numpy.uint32)
     scripts = _SCRIPT[numpy.searchsorted(_STARTS, points, side="right") - 1]
     rows = numpy.repeat(numpy.arange(len(texts)), list(map(len, texts)))

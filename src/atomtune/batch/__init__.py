@@ -1,1 +1,1 @@
-"""Geometry: from Examples to Rows and tensors."""
+"""Batches: Examples → Rows → tensors, and which tokens attend to which (docs/geometry.md)."""

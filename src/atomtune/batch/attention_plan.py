@@ -1,8 +1,8 @@
-"""Attention plans: which queries of a row meet which keys, without a T x T mask.
+"""Attention plans: which queries of a row are multiplied with which keys, without a T x T mask.
 
-A row is cut where it branches into segments; the segments that hang on one token see the same path above them.
-Two ways to lay out the same law (`Cut`): a CPU multiplies few dense blocks, a GPU's kernel takes spans of many lengths.
-Derivation: docs/geometry.md. Letter: T tokens of the row.
+A row is cut into segments at its branches; segments with the same parent see the same path above them.
+There are two ways to compute this (`Cut`): a few dense blocks on a CPU, variable-length spans on a GPU.
+Derivation: docs/geometry.md. Letter: T tokens in the row.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,20 +16,20 @@ from atomtune.batch.row import Row, segments
 from atomtune.batch.segment_plan import SegmentPlan, plan_segments
 from atomtune.batch.spans import Spans, cut_into_spans
 
-#: Longer stretches are cut into chains of about equal length: half of a stretch's block against itself is masked, and
-#: scores that leave the cache cost more (docs/log.md).
+#: Tokens. Longer stretches are cut into chains of about equal length: half of the scores of a segment with itself are
+#: masked, and scores that do not fit the cache cost more (docs/log.md).
 LONGEST_SEGMENT = 256
-#: How a row is cut: into dense blocks (a CPU), or into spans for a kernel that takes sequences of many lengths (a GPU).
+#: How a row is cut: into dense blocks (CPU), or into spans for a kernel with variable-length sequences (GPU).
 Cut = Literal["blocks", "spans"]
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """One row's attention, for layers that see everything before (None) and for each sliding window.
+    """One row's attention, for layers with full attention (None) and for each sliding window.
 
-    blocks or spans   as it was cut; the other is empty
-    until, position   [T]  the law itself, from which a dense mask can be made
-    real              how many of the T tokens are the row's; the rest is padding, which no block holds
+    blocks, spans     window → the cut; one of the two is empty
+    until, position   [T]  as in Row, from which a dense mask can be made
+    real              number of tokens without padding; padding is in no block
     """
 
     blocks: dict[int | None, Blocks]
@@ -44,7 +44,7 @@ class AttentionPlan:
 
     @property
     def windows(self) -> set[int | None]:
-        """The windows that it was made for."""
+        """The sliding windows that the plan was made for."""
         return self.blocks.keys() | self.spans.keys()
 
     def to(self, device: torch.device, *, non_blocking: bool = True) -> "AttentionPlan":
@@ -53,7 +53,7 @@ class AttentionPlan:
         return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "AttentionPlan":
-        """The same in memory that a GPU reads by itself; a DataLoader asks for this."""
+        """The same plan in page-locked memory; called by the DataLoader."""
         return self._each_tensor(torch.Tensor.pin_memory)
 
     def _each_tensor(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "AttentionPlan":
@@ -63,12 +63,12 @@ class AttentionPlan:
         return AttentionPlan(blocks, spans, change(self.until), change(self.position), self.real, segments)
 
     def rounded(self) -> "AttentionPlan":
-        """The same attention by spans, in one of few shapes."""
+        """The same attention with spans padded to one of few shapes."""
         spans = {window: spans.rounded(len(self.until)) for window, spans in self.spans.items()}
         return AttentionPlan({}, spans, self.until, self.position, self.real, self.segments)
 
     def tensors(self) -> list[torch.Tensor]:
-        """All that it holds, in the order in which `with_tensors` takes others."""
+        """All tensors of the plan, in the order that `with_tensors` expects."""
         tensors: list[torch.Tensor] = []
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -79,23 +79,23 @@ class AttentionPlan:
         return tensors
 
     def with_tensors(self, tensors: Iterator[torch.Tensor]) -> "AttentionPlan":
-        """The same plan over other memory; what it keeps for all layers is made anew."""
+        """The same plan with other tensors; masks and places that are cached for all layers are computed again."""
         return self._each_tensor(lambda _: next(tensors))
 
     def places(self, window: int | None, heads: int) -> Places:
-        """Where each head's slots lie; made once for all layers."""
+        """The places of each head's slots (Blocks.by_head), computed once for all layers."""
         if (window, heads) not in self._places:
             self._places[window, heads] = self.blocks[window].by_head(heads)
         return self._places[window, heads]
 
     def visible(self, window: int | None) -> torch.Tensor:
-        """[1, 1, T, T] whether query (row) sees key (column); made once for all layers."""
+        """[1, 1, T, T] bool, whether query (row) sees key (column); computed once for all layers."""
         if window not in self._dense:
             self._dense[window] = visible(self.until, self.position, window=window)[None, None]
         return self._dense[window]
 
     def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """[1, 1, T, T] added to the scores: 0 where query sees key, -inf elsewhere; made once for all layers."""
+        """[1, 1, T, T] to add to the scores: 0 where a query sees a key, else -inf; computed once for all layers."""
         if (window, dtype) not in self._bias:
             seen = visible(self.until, self.position, window=window)[None, None]
             bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
@@ -104,7 +104,7 @@ class AttentionPlan:
 
 
 def _changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same value, every tensor in it changed: in tuples and in the fields of dataclasses as well."""
+    """The value with `change` applied to every tensor in it, also in tuples and in the fields of dataclasses."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, tuple):
@@ -115,10 +115,10 @@ def _changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 
 def visible(until: torch.Tensor, position: torch.Tensor, *, window: int | None = None) -> torch.Tensor:
-    """The law as a mask: q sees k exactly when k <= q < until[k], and k is one of the last `window` on its path.
+    """The law of row.py as a dense mask; with a window, q sees only the last `window` tokens of its path.
 
     until, position  [T]
-    Returns [T, T] bool, a row for each query.
+    Returns [T, T] bool, one row per query.
     """
     tokens = torch.arange(len(until), device=until.device)
     q, k = tokens[:, None], tokens[None]
@@ -136,22 +136,22 @@ def plan_attention(
     cut: Cut = "blocks",
     carries_state: bool = False,
 ) -> AttentionPlan:
-    """The plan of a row, for each kind of layer the model has.
+    """Plan the attention of a row, for each kind of layer in the model.
 
-    windows  the layers' sliding windows; None is a layer that sees everything before
-    width    the row's length with padding
+    windows  the sliding windows of the layers; None: full attention
+    width    length of the row with padding; default: without
     carries_state   whether the model has layers that carry a state from token to token
     """
     position = row.positions()
     deepest = max(position, default=0) + 1
     tokens = width or len(row)
     padding = tokens - len(row)
-    until = (*row.until, *[tokens] * padding)  # padding sees padding: a query must see something
+    until = (*row.until, *[tokens] * padding)  # padding sees padding, as every query must see something
     blocks: dict[int | None, Blocks] = {}
     spans: dict[int | None, Spans] = {}
     parts = segments(row, longest=LONGEST_SEGMENT if cut == "blocks" else None)
     for window in windows:
-        # A window that reaches the start of every path hides nothing.
+        # A window longer than the longest path hides nothing.
         hides = window is not None and window < deepest
         if cut == "blocks":
             blocks[window] = cut_into_blocks(parts, window, tokens) if hides or None not in blocks else blocks[None]
@@ -163,6 +163,9 @@ def plan_attention(
 
 
 def padded_length(tokens: int) -> int:
-    """Rows are padded to few different lengths, at most a sixteenth longer: multiples of 1/16 to 1/32 of their size."""
+    """Round the length of a row up, so that there are few different lengths.
+
+    The step is a power of two between 1/32 and 1/16 of the length, but at least WIDTH_STEP.
+    """
     step = max(WIDTH_STEP, 1 << max(0, tokens.bit_length() - 5))
     return -(-tokens // step) * step

@@ -1,8 +1,9 @@
-"""Blocks: a row's attention as few dense products, which is what a CPU is good at.
+"""Blocks: a row's attention as a few dense matrix products, which are fast on a CPU.
 
-The segments that hang on one token see the same path above them. Those of like length lie under each other in a block,
-padded to one width. Derivation: docs/geometry.md.
-Letters: T tokens of the row, G segments of a block, n the longest of them, A tokens of their path, S slots, H heads.
+Segments with the same parent see the same path above them. Those of similar length are stacked in a block, padded to
+one width. Derivation: docs/geometry.md.
+Letters: T tokens in the row, G segments in a block, n its width, A tokens of their path, S slots, H heads, D their
+dimension.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,35 +15,35 @@ import torch
 from atomtune.batch.paths import Where, last_of, path_to, where
 from atomtune.batch.row import Segment
 
-#: A block costs about as much time as this many scores (query-key pairs) of all heads; measured on two cores, 512 wide.
+#: Fixed cost of a block, in scores (query-key pairs) of all heads; measured on two cores, with a model 512 wide.
 _BLOCK_PAIRS = 20_000
-#: What a padded query costs besides its scores: the gathers and products of its head dimension.
+#: Cost of a query besides its scores, in scores: gathers and products over its head dimension.
 _QUERY_PAIRS = 100
-#: Widths are multiples of the first, keys of the second. A CPU's matrix library compiles a kernel for every new shape,
-#: and its softmax in bfloat16 is six times slower where the keys are no multiple of 32 (docs/log.md).
+#: Block widths are multiples of the first, numbers of keys of the second. A CPU's matrix library compiles a kernel for
+#: every new shape, and its bfloat16 softmax is six times slower if the keys are not a multiple of 32 (docs/log.md).
 WIDTH_STEP = 16
 _KEYS_STEP = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """G segments under each other, padded on the right to n tokens each, and the keys they meet.
+    """G segments, padded on the right to n tokens each, and their keys.
 
     count       G
     width       n
-    first       its first slot; the block holds the slots first .. first + G * n
-    path_keys   keys of the path that are multiplied: A, and more that are masked up to a multiple of 32 in all
-    mask        [n, n] or, where a window cuts the path, [n, A + n]: 0 where a query sees a key, -inf elsewhere
+    first       its first slot; the block has the slots first .. first + G * n (exclusive)
+    path_keys   number of keys from the path: A, and masked filling so that all keys are a multiple of 32
+    mask        [n, n] or, if a window hides part of the path, [n, A + n]: 0 where a query sees a key, else -inf
 
-    Segments b (three tokens) and c (two) hang on a path of two tokens p; G = 2, n = 3, A = 2, one key of filling (f):
+    Segments b (three tokens) and c (two) below a path of two tokens p; G = 2, n = 3, A = 2, one key of filling (f):
 
         slot      0   1   2   3   4   5        scores   p0 p1 f  own own own
         token    b0  b1  b2  c0  c1  c1        b0, c0    1  1  .   1   .   .
         position  2   3   4   2   3   3        b1, c1    1  1  .   1   1   .
         holds     1   1   1   1   1   .        b2, --    1  1  .   1   1   1
 
-    "own" are the three slots of the same segment. Padding repeats a token, so that its softmax is a number; its output
-    is read by nobody.
+    "own" are the three slots of the same segment. Padding repeats a token, so that its softmax is not NaN; its output
+    is not used.
     """
 
     count: int
@@ -53,18 +54,18 @@ class Block:
 
     @property
     def scores(self) -> int:
-        """How many scores a head has here."""
+        """The number of scores that one head computes for this block."""
         return self.count * self.width * (self.path_keys + self.width)
 
 
 @dataclass(frozen=True, slots=True)
 class Siblings:
-    """The blocks whose segments hang on the same token, and the path down to that token.
+    """The blocks of segments with the same parent, and the path down to that parent.
 
-    path_tokens   A, how many tokens of the path the segments see
-    path          these tokens, and after them the filling of the widest block; None where the segments begin a tree
+    path_tokens   A, the number of path tokens that the segments see
+    path          these tokens, then the filling of the block with the most; None for the roots of trees
 
-    Two branches of unlike length get a block each; both read the same path:
+    Branches of different length get separate blocks, which use the same path:
 
                         ┌ b b b b b b b b b      block 0 of these siblings: G = 1, n = 9
         p p p p p p ────┤
@@ -81,11 +82,11 @@ class Siblings:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """All blocks of a row, and where its tokens lie in them.
+    """All blocks of a row, and the slots of its tokens in them.
 
     slots    [S]  the token in each slot; padding repeats a token
-    slot_of  [T]  the slot of each token of the row
-    holds    [S]  whether a slot holds a token and not padding
+    slot_of  [T]  the slot of each token, without the row's padding
+    holds    [S]  bool, False for padding
     """
 
     each: tuple[Siblings, ...]
@@ -94,7 +95,7 @@ class Blocks:
     holds: torch.Tensor
 
     def by_head(self, heads: int) -> "Places":
-        """Where each head's slots lie when block stands behind block, each [H, G * n, D]."""
+        """The places of each head's slots when all blocks, each [H, G * n, D], are concatenated."""
         head = torch.arange(heads, device=self.slots.device)[:, None]  # [H, 1]
         gather: list[torch.Tensor] = []
         place: list[torch.Tensor] = []
@@ -107,17 +108,17 @@ class Blocks:
                 gather.append((self.slots[span] * heads + head).flatten())  # [H * G * n], head by head
                 place.append(heads * block.first + head.T * size + slot)  # [G * n, H], slot by slot
                 holds.append(self.holds[span].repeat(heads))
-        back = torch.cat(place)[self.slot_of].flatten()  # [S, H] → [T * H]
+        back = torch.cat(place)[self.slot_of].flatten()  # [S, H] → [T, H] → [T * H]
         return Places(torch.cat(gather), back, torch.cat(holds)[:, None])
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Blocks.by_head: every (slot, head) and (token, head) as one row of D numbers.
+    """Indices between tokens and blocks, for each head; a (token, head) or (slot, head) is one row of D numbers.
 
-    gather  [H * S]  the row of [T * H, D] that each holds
-    back    [T * H]  the row of [H * S, D] that holds each, for the tokens of the row
-    holds   [H * S, 1]  False for padding
+    gather  [H * S]  for each (slot, head), its row in the tokens' [T * H, D]
+    back    [T * H]  for each (token, head), its row in the blocks' [H * S, D]
+    holds   [H * S, 1]  bool, False for padding
     """
 
     gather: torch.Tensor
@@ -126,8 +127,12 @@ class Places:
 
 
 def cut_into_blocks(parts: Sequence[Segment], window: int | None, tokens: int) -> Blocks:
-    """The blocks of a row of `tokens` with padding, cut into these segments."""
-    hanging: dict[int, list[Segment]] = {}  # segments by the segment they hang on
+    """The blocks of a row whose segments are `parts`.
+
+    window  the sliding window of the layer, or None
+    tokens  T, padding included
+    """
+    hanging: dict[int, list[Segment]] = {}  # parent segment → its children
     for part in parts:
         hanging.setdefault(part.parent, []).append(part)
     slots = _SlotLists()
@@ -136,7 +141,7 @@ def cut_into_blocks(parts: Sequence[Segment], window: int | None, tokens: int) -
         path = path_to(parts, parent)
         path_tokens = sum(end - start for start, end in path)
         if window is not None:
-            path_tokens = min(path_tokens, window - 1)  # no query of these segments sees further up
+            path_tokens = min(path_tokens, window - 1)  # no query of these segments sees more of the path
         blocks = tuple(slots.add_block(same_width, path_tokens, window) for same_width in _bucketed(group, path_tokens))
         filling = max(block.path_keys for block in blocks) - path_tokens
         siblings.append(Siblings(path_tokens, where(last_of(path, path_tokens), filling, tokens), blocks))
@@ -144,14 +149,14 @@ def cut_into_blocks(parts: Sequence[Segment], window: int | None, tokens: int) -
 
 
 class _SlotLists:
-    """The slots of a row as they are dealt out, block by block."""
+    """Assigns the slots of a row, block by block."""
 
     def __init__(self) -> None:
-        self.tokens: list[int] = []  # of each slot
-        self.filled: list[int] = []  # the slots that hold a token and not padding
+        self.tokens: list[int] = []  # the token in each slot
+        self.filled: list[int] = []  # the slots that are not padding
 
     def add_block(self, group: Sequence[Segment], path_tokens: int, window: int | None) -> Block:
-        """Lay these siblings under each other."""
+        """Add a block of these siblings."""
         width, first = max(map(_padded_width, group)), len(self.tokens)
         for number, part in enumerate(group):
             begin = first + number * width
@@ -171,12 +176,12 @@ class _SlotLists:
 
 
 def _bucketed(group: Iterable[Segment], path_tokens: int) -> Iterable[list[Segment]]:
-    """Divide siblings by length so that padding and the number of blocks together cost least.
+    """Divide siblings by length into blocks, with the least total cost of padding and blocks.
 
-    Exact: of every beginning of the list sorted by length, the best division is known before it is needed.
+    Exact, by dynamic programming over the prefixes of the list sorted by length.
     """
     by_length = sorted(group, key=len)
-    least_cost, last_cut = [0.0], [0]  # of the first `end` segments
+    least_cost, last_cut = [0.0], [0]  # at index `end`: for the first `end` segments
     for end in range(1, len(by_length) + 1):
         width = _padded_width(by_length[end - 1])
         segment_cost = width * (path_tokens + width + _QUERY_PAIRS)
@@ -193,9 +198,9 @@ def _padded_width(part: Segment) -> int:
     return -(-len(part) // WIDTH_STEP) * WIDTH_STEP
 
 
-@lru_cache(maxsize=64)  # bounded: below a sliding window every length of a path has a mask of its own
+@lru_cache(maxsize=64)  # bounded: with a sliding window, every path length has a mask of its own
 def _mask(width: int, path_tokens: int, window: int | None) -> torch.Tensor:
-    """[n, A + n] additive: causal among the n, and everything further up than the window hidden.
+    """[n, A + n] additive mask: causal within the segment, and only the last `window` tokens are seen.
 
     width 3, path_tokens 4, window 3:    p0 p1 p2 p3  b0 b1 b2
                                    b0     .  .  1  1   1  .  .

@@ -1,7 +1,7 @@
 """Collate: Rows → the tensors of one batch.
 
-Padded layout: one example a row, longest first, padded on the right; padding is known by its position, not by its id.
-Packed and tree layouts: all examples in one row, and the plan of its attention.
+Padded layout: one example per row, longest first, padded on the right. The attention mask marks padding, not its id.
+Packed and tree layouts: all examples in one row, with a plan of its attention.
 Letters: B rows, T positions, N targets.
 """
 
@@ -28,18 +28,19 @@ class _Targets(TypedDict):
 
 
 class Batch(_Targets):
-    """Tensors of one step.
+    """The tensors of one step.
 
     input_ids                 [B, T]
-    attention_mask            [B, T], or None where the plan says who sees whom
-    position_ids              [1, T] of a packed or tree row; None where the model counts them itself
-    plan                      of the attention in a packed or tree row (B = 1), else None
-    row, predicted_from, target, learn   [N]  of each target: its row, the position it is predicted from, the id to
-                                              predict and how often it counts
-    Plain numbers, known without asking the device:
+    attention_mask            [B, T] for padded rows; None if there is a plan
+    position_ids              [1, T] for a packed or tree row; None if the model counts positions itself
+    plan                      the attention of a packed or tree row (B = 1), else None
+    row, predicted_from, target, learn   [N]  for each target: its row, the index of the token whose hidden state
+                                              predicts it, its id, and how many times it counts
+    Not tensors, so reading them needs no synchronization with the device:
     targets         sum(learn)
-    tokens_padded   what the padded layout computes for these examples
-    examples        how many records they are of; origins names them
+    tokens_padded   number of tokens that the padded layout would compute for these examples
+    examples        number of records
+    origins         of the examples
     """
 
     input_ids: torch.Tensor
@@ -52,9 +53,9 @@ class Batch(_Targets):
 
 
 def collate_chains(rows: Sequence[Row], *, pad_id: int, examples: int, tokens_padded: int) -> Batch:
-    """Lay chain rows under each other, longest first.
+    """A padded batch of chains, one per row.
 
-    Longest first, as the tutorial does: the allocator meets the largest request first.
+    Longest first, as in the tutorial, so that the allocator gets the largest request first.
     """
     assert all(row.is_chain for row in rows), "a branching row needs its own attention, not padding"
     rows = sorted(rows, key=len, reverse=True)
@@ -85,11 +86,11 @@ def collate_row(
     cut: Cut = "blocks",
     carries_state: bool = False,
 ) -> Batch:
-    """One row that holds all examples, and who sees whom in it."""
+    """A batch of one row with all examples, and the plan of its attention."""
     width = padded_length(len(row))
     plan = plan_attention(row, windows=windows, width=width, cut=cut, carries_state=carries_state)
-    # Filled up with a real token: a pad id's embedding is a row of zeros, and a model that normalises it (Gemma 3n)
-    # has a gradient of NaN there, which reaches every weight.
+    # Padded with a real token. The embedding of a pad token may be all zeros, and a model that normalises it (Gemma 3n)
+    # gets a NaN gradient there, which reaches every weight.
     padding = [row.ids[-1]] * (width - len(row))
     return Batch(
         input_ids=torch.tensor([[*row.ids, *padding]]),
@@ -104,7 +105,7 @@ def collate_row(
 
 
 def _targets(rows: Sequence[Row]) -> _Targets:
-    """Where the targets stand, in the order of the rows."""
+    """The columns row, predicted_from, target and learn of the batch's targets, in the order of the rows."""
     targets: list[tuple[int, int, int, int]] = []
     for number, row in enumerate(rows):
         for i, times in enumerate(row.learn):
@@ -123,10 +124,11 @@ def _targets(rows: Sequence[Row]) -> _Targets:
 
 @dataclass(frozen=True, kw_only=True)
 class Collator:
-    """A DataLoader's collate_fn: stored records → the Batch of a layout.
+    """A DataLoader's collate_fn: rows of the example cache → the Batch of a layout.
 
-    windows  the sliding windows of the model's layers (None: sees everything before)
-    cut      how a row's attention is cut: blocks for a CPU, spans for a GPU
+    as_examples     the Examples of one stored row (data/cache.py)
+    windows         the sliding windows of the model's layers; None: full attention
+    cut             how a row's attention is computed: blocks on a CPU, spans on a GPU
     carries_state   whether the model has layers that carry a state from token to token
     """
 
@@ -144,7 +146,7 @@ class Collator:
     def lay(self, examples: Sequence[Example], *, records: int | None = None) -> Batch:
         """The examples as one batch.
 
-        records  how many stored records they are of; without it each is a record
+        records  number of records that they belong to; default: one each
         """
         counts = {"examples": records or len(examples), "tokens_padded": padded_tokens(examples)}
         if self.layout == "padded":

@@ -1,4 +1,4 @@
-"""Cost: how many tokens each layout computes for a batch."""
+"""Cost: how many tokens each layout computes, estimated from sampled batches."""
 
 import math
 import random
@@ -12,18 +12,19 @@ from atomtune.batch.tree import graft
 from atomtune.choices import Layout
 from atomtune.data.records import Example
 
-#: Batches that are sampled to see what a layout saves.
+#: Number of batches sampled to compare the layouts.
 SAMPLED_BATCHES = 32
-#: A tree that saves less than this share of the packed tokens is not worth its planning.
+#: Trees are chosen only if they save at least this share of the packed layout's tokens: planning them takes time.
 _WORTH = 0.02
 
 
 @dataclass(frozen=True)
 class LayoutTokens:
-    """Tokens that each layout computes for the same batches.
+    """Numbers of tokens that each layout computes for the same batches.
 
-    heaviest  the same three for the heaviest of these batches, each by itself
-    lengths   how many different numbers of tokens the batches have, in each layout
+    padded, packed, tree   the sum over all batches
+    heaviest  for each layout, the tokens of its heaviest batch
+    lengths   for each layout, how many different numbers of tokens its batches have
     """
 
     padded: int
@@ -34,6 +35,7 @@ class LayoutTokens:
 
     @classmethod
     def of(cls, batches: Iterable[Sequence[Example]]) -> "LayoutTokens":
+        """Lay out each batch in all three layouts and count; lengths of packed and tree rows are rounded up."""
         counts: dict[Layout, list[int]] = {"padded": [], "packed": [], "tree": []}
         for examples in batches:
             counts["padded"].append(padded_tokens(examples))
@@ -44,26 +46,28 @@ class LayoutTokens:
         return cls(sum(counts["padded"]), sum(counts["packed"]), sum(counts["tree"]), heaviest, lengths)
 
     def of_layout(self, layout: Layout) -> int:
-        """Of the three, that of a layout."""
+        """The sum of one layout."""
         return {"padded": self.padded, "packed": self.packed, "tree": self.tree}[layout]
 
     def cheapest(self) -> Layout:
-        """Of the two without padding: trees where they save enough over packing."""
+        """The cheaper of the two layouts without padding: tree, if it saves enough over packed."""
         return "tree" if self.tree < self.packed * (1 - _WORTH) else "packed"
 
 
 def heaviest_of_the_run(sampled: int, *, per_batch: int, longest_tokens: int) -> int:
-    """Tokens of a step as heavy as a run may meet, from the heaviest of the sampled batches.
+    """Estimate the tokens of the heaviest batch of a run from the heaviest of the sampled ones.
 
-    In one of twenty draws from the demo's dialogues, 320 batches held one heavier than the heaviest of 32 by 61 % at 4
-    records a batch, 32 % at 16 and 13 % at 64.
+    sampled         tokens of the heaviest of SAMPLED_BATCHES batches
+    longest_tokens  tokens of the longest record
+    The margin was measured on the demo's dialogues: in one draw of twenty, the heaviest of 320 batches exceeded the
+    heaviest of 32 by 61 % at 4 records per batch, by 32 % at 16 and by 13 % at 64.
     """
     margin = 1 + 1.3 / math.sqrt(per_batch)
     return min(math.ceil(sampled * margin), padded_length(per_batch * longest_tokens))
 
 
 def sample_rows(count: int, size: int, *, seed: int) -> list[int]:
-    """`size` different row numbers below `count`, or all of them where there are fewer."""
+    """`size` different row numbers below `count`, in random order; all of them if there are fewer."""
     return random.Random(seed).sample(range(count), min(count, size))
 
 
@@ -72,7 +76,7 @@ def batches_of(
     per_batch: int,
     as_examples: Callable[[Mapping[str, Any]], Sequence[Example]],
 ) -> list[list[Example]]:
-    """The examples of every `per_batch` stored rows, as a batch holds them."""
+    """The examples of stored rows, grouped into batches of `per_batch` rows."""
     records = [as_examples(row) for row in rows]
     starts = range(0, len(records), per_batch)
     return [[example for record in records[i : i + per_batch] for example in record] for i in starts]

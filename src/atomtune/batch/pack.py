@@ -1,6 +1,12 @@
-"""Packing: examples one behind another in a row, nothing shared and nothing padded.
+"""Packing: examples one after another in one row, nothing shared and nothing padded.
 
-A forest of chains: by the law of row.py no example sees another, and each begins at position 0.
+By the law of row.py, no example sees another, and each begins at position 0:
+
+    ids       a0 a1 a2 b0 b1
+    parent    -1  0  1 -1  3
+    until      3  3  3  5  5
+    position   0  1  2  0  1
+
 No torch here.
 """
 
@@ -12,7 +18,7 @@ from atomtune.data.records import Example
 
 
 def pack(examples: Sequence[Example]) -> Row:
-    """All examples in one row, as chains of their own."""
+    """All examples in one row, each as a chain of its own."""
     chains = [single(example) for example in examples]
     begins = list(accumulate(map(len, chains), initial=0))[:-1]
     placed = list(zip(chains, begins, strict=True))

@@ -1,6 +1,6 @@
-"""Paths: the tokens of a row from the start of a tree down to a segment, as few stretches.
+"""Paths: the tokens from the start of a tree down to a segment, as a few stretches of the row.
 
-A segment's queries see its path and the segment itself (docs/geometry.md); blocks and spans are made from both.
+The queries of a segment see the path above it and the segment itself (docs/geometry.md).
 """
 
 from collections.abc import Sequence
@@ -9,20 +9,20 @@ import torch
 
 from atomtune.batch.row import Segment
 
-#: Tokens of a row: a stretch of it, or their indices where they do not stand together.
+#: Tokens of a row: a slice if they are contiguous, else a tensor of indices.
 Where = slice | torch.Tensor
-#: Tokens start..end of a row.
+#: (start, end) of tokens of a row, end exclusive.
 Stretch = tuple[int, int]
 
 
 def path_to(parts: Sequence[Segment], number: int) -> list[Stretch]:
-    """The stretches from the start of the row's tree down to segment `number`; touching ones joined."""
+    """The stretches from the root of the tree down to segment `number`, inclusive; adjacent ones are merged."""
     path: list[Stretch] = []
     while number >= 0:
         start, end = parts[number].start, parts[number].end
         if path and path[-1][0] == end:
             end = path.pop()[1]
-        path.append((start, end))  # from below to above
+        path.append((start, end))  # from the segment up to the root
         number = parts[number].parent
     return path[::-1]
 
@@ -38,7 +38,11 @@ def last_of(path: Sequence[Stretch], count: int) -> list[Stretch]:
 
 
 def where(stretches: Sequence[Stretch], filling: int, tokens: int) -> Where | None:
-    """These stretches and `filling` more tokens, whichever are at hand, of a row of `tokens`."""
+    """The tokens of these stretches, followed by `filling` arbitrary tokens, which the caller masks.
+
+    tokens  length of the row, padding included
+    Returns None if there are no stretches.
+    """
     if not stretches:
         return None
     start, end = stretches[-1]

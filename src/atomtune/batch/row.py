@@ -1,7 +1,17 @@
-"""Rows: where every token of a batch stands, and whom it may see.
+"""Rows: the position of every token of a batch, and which other tokens it sees.
 
-Law: token q sees token k exactly when k <= q < until[k]; token i is predicted from the hidden state of parent[i] and
+Law: token q sees token k exactly when k <= q < until[k]. Token i is predicted from the hidden state of parent[i] and
 counted learn[i] times. There is no label shift anywhere.
+
+A shared prefix p with the branches b and c:
+
+    i            0  1  2  3  4       sees   p0 p1 b0 b1 c0
+    token       p0 p1 b0 b1 c0       p0      1  .  .  .  .
+    parent      -1  0  1  2  1       p1      1  1  .  .  .
+    until        5  5  4  4  5       b0      1  1  1  .  .
+    position     0  1  2  3  2       b1      1  1  1  1  .
+                                     c0      1  1  .  .  1
+
 No torch here.
 """
 
@@ -13,12 +23,12 @@ from atomtune.data.records import Example
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Tokens in depth-first order.
+    """The tokens of one or more trees, in depth-first order.
 
-    parent[i]  index of the token before i on its own path, -1 at a start
-    until[i]   one past the end of the subtree that hangs on i
-    learn[i]   how often i is a target
-    origins    the records that lie in this row
+    parent[i]  index of the token before i on its path; -1 at a root
+    until[i]   end of the subtree below i, exclusive
+    learn[i]   how many times i counts as a target
+    origins    the records in this row
     """
 
     ids: tuple[int, ...]
@@ -36,11 +46,11 @@ class Row:
 
     @property
     def is_chain(self) -> bool:
-        """One path from the first token to the last, as stock attention masks have it."""
+        """Whether the row is a single path, for which an ordinary causal mask is right."""
         return all(parent == i - 1 for i, parent in enumerate(self.parent))
 
     def positions(self) -> tuple[int, ...]:
-        """Depth of each token along its own path."""
+        """The position of each token: the number of tokens above it on its path."""
         depth: list[int] = []
         for parent in self.parent:
             depth.append(0 if parent < 0 else depth[parent] + 1)
@@ -48,15 +58,15 @@ class Row:
 
 
 def single(example: Example) -> Row:
-    """One example alone: a chain, the simplest geometry."""
+    """A row of one example: a chain, in which each token's parent is the token before it."""
     n = len(example.ids)
     return Row(example.ids, tuple(range(-1, n - 1)), (n,) * n, example.learn, (example.origin,))
 
 
 def untils(parents: Sequence[int]) -> tuple[int, ...]:
-    """One past the end of the subtree that hangs on each token of a depth-first row."""
+    """`until` of a row in depth-first order, from its `parent`."""
     until = list(range(1, len(parents) + 1))
-    for i in reversed(range(len(parents))):  # children stand after their parent: each is complete before it is read
+    for i in reversed(range(len(parents))):  # children come after their parent, so until[i] is final here
         if parents[i] >= 0:
             until[parents[i]] = max(until[parents[i]], until[i])
     return tuple(until)
@@ -64,7 +74,10 @@ def untils(parents: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of a row without a branch: tokens start..end, hanging on the last token of segment `parent` (or -1)."""
+    """Tokens start..end (exclusive) of a row, with no branch inside.
+
+    The first token's parent is the last token of segment `parent`; -1 for a root.
+    """
 
     start: int
     end: int
@@ -75,13 +88,19 @@ class Segment:
 
 
 def segments(row: Row, *, longest: int | None = None) -> list[Segment]:
-    """The row cut where it branches, in order; stretches over `longest` tokens into chains of about equal parts."""
+    """Cut a row at its branches, in order.
+
+    longest  longer stretches without a branch are cut into a chain of segments of about equal length
+
+    tokens     p0 p1 b0 b1 c0
+    segments   (0, 2, -1)  (2, 4, 0)  (4, 5, 0)
+    """
     children = [0] * len(row)
     for parent in row.parent:
         if parent >= 0:
             children[parent] += 1
     cut: list[Segment] = []
-    owner = [0] * len(row)  # the segment each token lies in
+    owner = [0] * len(row)  # the segment of each token
     start = 0
     for i in range(1, len(row) + 1):
         if i < len(row) and row.parent[i] == i - 1 and children[i - 1] == 1:
@@ -98,5 +117,5 @@ def segments(row: Row, *, longest: int | None = None) -> list[Segment]:
 
 
 def padded_tokens(examples: Sequence[Example]) -> int:
-    """What a padded batch of these examples computes: the longest, as often as there are examples."""
+    """Tokens that a padded batch of these examples computes: the longest example's, times the number of examples."""
     return len(examples) * max(len(example.ids) for example in examples)

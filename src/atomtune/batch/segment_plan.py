@@ -1,17 +1,17 @@
-"""Segment plans: how layers that carry a state along their tokens compute a row that branches.
+"""Segment plans: how layers that carry a state from token to token compute a row with branches.
 
-A row is cut where it branches. Each segment is a sequence that starts from the state its parent segment ended in: the
-state is forked at a branch, and a record begins without one. Segments that can run together form a batch; padding
-stands last, where it reaches no token of its own and no state that another segment starts from.
+The row is cut into segments at its branches. A segment starts from the final state of its parent segment, so the state
+is forked at a branch; a root starts without a state. Segments that can run together form a batch. Padding is at the end
+of a segment, where it changes no result, and never in a segment from which others start.
 
     tokens    p p p p a a a b b          segments   0: p p p p    1: a a a, of 0    2: b b, of 0
     batch 0   p p p p                    starts empty, ends in state s
     batch 1   a a a                      both start from s
               b b b'                     b' is padding
 
-Layers that cannot start from a state compute every path from a root to a leaf instead, and the first path that a token
-lies on gives its result.
-Letters: T tokens of the row, G segments of a batch, n the longest of them, P paths, L the longest of them.
+Layers that cannot start from a state compute every path from root to leaf instead; a token's result is taken from the
+first path that contains it.
+Letters: T tokens in the row, G segments in a batch, n the longest of them, P paths, L the longest of them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ import torch
 
 from atomtune.batch.row import Row, Segment, segments
 
-#: Leaves share a batch when the longest has at most this many times the tokens of the shortest, or so many more.
+#: Leaves share a batch if the longest has at most 1.5 times as many tokens as the shortest, or at most 16 more.
 _LONGER = 1.5
 _LONGER_TOKENS = 16
 
@@ -30,9 +30,9 @@ _LONGER_TOKENS = 16
 class SegmentBatch:
     """Segments that are computed as one batch of sequences.
 
-    tokens    [G, n]  the token of the row at each place; the last one of a segment repeated as padding
-    places    [K]     the places, in [G * n], that hold the segment's own tokens
-    parents   for each segment, (number of the batch, row in it) of the segment it goes on from; empty at a root
+    tokens    [G, n]  index in the row of each token; a segment's last token is repeated as padding
+    places    [K]     the places, in [G * n], of the segments' own tokens
+    parents   for each segment, (batch, sequence in it) of the segment whose final state it starts from; empty for roots
     """
 
     tokens: torch.Tensor
@@ -44,10 +44,10 @@ class SegmentBatch:
 class SegmentPlan:
     """A row for layers that carry a state.
 
-    batches   in an order in which every parent comes before its children
-    order     [T]     where the result of each token lies in the batches' own tokens, one batch behind the other
-    paths     [P, L]  the tokens of every path from root to leaf; the last one repeated as padding
-    first_on  [T]     the place, in [P * L], where each token lies first
+    batches   every parent comes before its children
+    order     [T]     index of each token's result in the concatenated `places` of all batches
+    paths     [P, L]  the tokens of every path from root to leaf; the last one is repeated as padding
+    first_on  [T]     the first place of each token, in [P * L]
     """
 
     batches: tuple[SegmentBatch, ...]
@@ -58,25 +58,25 @@ class SegmentPlan:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One segment as it is computed: tokens that are run again before its own, and where it starts from."""
+    """How one segment is computed: which tokens are run again before its own, and from which state it starts."""
 
     again: tuple[int, ...]
     own: range
-    parent: int  # the segment whose state it starts from, or -1
-    is_inner: bool  # others start from its end, so padding may not follow it
+    parent: int  # the segment whose final state it starts from, or -1
+    is_inner: bool  # other segments start from its final state, so it may not be padded
 
     def __len__(self) -> int:
         return len(self.again) + len(self.own)
 
 
 def plan_segments(row: Row) -> SegmentPlan:
-    """The batches and paths of a row."""
+    """Plan the batches and paths of a row."""
     parts = segments(row)
     runs = _runs(parts)
     groups = list(_groups(runs))
     where = {number: (g, i) for g, group in enumerate(groups) for i, number in enumerate(group)}
     batches: list[SegmentBatch] = []
-    computed: list[int] = []  # the tokens of the row in the order in which the batches give their results
+    computed: list[int] = []  # the tokens of the row in the order of the batches' results
     for group in groups:
         members = [runs[number] for number in group]
         parents = tuple(where[run.parent] for run in members if run.parent >= 0)
@@ -90,13 +90,13 @@ def plan_segments(row: Row) -> SegmentPlan:
 
 
 def _batch(runs: Sequence[_Run], parents: tuple[tuple[int, int], ...]) -> SegmentBatch:
-    """Segments side by side, each padded at its end with its own last token.
+    """A batch of segments, each padded at its end with its own last token.
 
-    again a, own b    a b b b . → places of the b's alone are results; a was computed before, "." is padding
+    again a, own b    a b b b .     only the b's are results; a was computed before, "." is padding
     """
     width = max(len(run) for run in runs)
     if not runs[0].is_inner:
-        width = max(width, 2)  # a mixer would decode one token and not read it
+        width = max(width, 2)  # with a single token a mixer would switch to its decoding code (see _runs)
     tokens: list[list[int]] = []
     places: list[int] = []
     for i, run in enumerate(runs):
@@ -111,8 +111,9 @@ def _batch(runs: Sequence[_Run], parents: tuple[tuple[int, int], ...]) -> Segmen
 def _runs(parts: Sequence[Segment]) -> list[_Run]:
     """How each segment is computed.
 
-    A mixer that is handed one token and a state takes its decoding way, which often changes the state in place. So an
-    inner segment of one token is a leaf for itself (padded to two), and its children run its token again.
+    A mixer that gets a single token and a state switches to its decoding code, which often changes the state in place.
+    So an inner segment of one token is computed like a leaf, padded to two tokens; its children start from its parent's
+    state and run its token again.
     """
     children = [0] * len(parts)
     for part in parts:
@@ -131,7 +132,7 @@ def _runs(parts: Sequence[Segment]) -> list[_Run]:
 
 
 def _groups(runs: Sequence[_Run]) -> Iterable[list[int]]:
-    """Segments that run together: inner ones of one depth and length, then leaves of about one length."""
+    """Groups of segments that run together: inner ones of equal depth and length, then leaves of similar length."""
     depth: list[int] = []
     for run in runs:
         depth.append(0 if run.parent < 0 else depth[run.parent] + 1)
@@ -168,6 +169,6 @@ def _paths(parts: Sequence[Segment], tokens: int) -> tuple[torch.Tensor, torch.T
         paths.append(path)
     longest = max(map(len, paths))
     first_on = torch.full((tokens,), -1)
-    for number in reversed(range(len(paths))):  # the first path comes last and stays
+    for number in reversed(range(len(paths))):  # reversed, so that the first path overwrites the others
         first_on[torch.tensor(paths[number])] = number * longest + torch.arange(len(paths[number]))
     return torch.tensor([path + [path[-1]] * (longest - len(path)) for path in paths]), first_on

@@ -1,7 +1,7 @@
-"""Spans: a row's attention as sequences of many lengths, for a GPU's kernel that takes them all in one launch.
+"""Spans: a row's attention as variable-length sequences, which a GPU kernel computes in one launch.
 
-Each segment is a sequence of its own, and its keys are the path above it and the segment itself.
-Derivation: docs/geometry.md. Letters: T tokens of the row, K keys of all spans.
+Each segment is one sequence; its keys are the path above it and the segment itself.
+Derivation: docs/geometry.md. Letters: T tokens in the row, K keys in all spans.
 """
 
 from collections.abc import Sequence
@@ -14,18 +14,19 @@ from torch.nn import functional
 from atomtune.batch.paths import last_of, path_to
 from atomtune.batch.row import Segment
 
-#: Gathered keys are filled up to a multiple of this where shapes are to be few: a sixteenth of what small trees gather.
+#: `rounded` pads the number of keys to a multiple of this, so that there are few shapes. It is a sixteenth of what
+#: small trees gather.
 _KEYS_FILLED = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """A row as sequences of many lengths: span s asks with one segment and sees [its path | the segment].
+    """A row as variable-length sequences: span s has the queries of one segment and the keys [path | segment].
 
-    query_starts    [spans + 1]  int32, the first token of each span's segment; the last is T
-    key_starts      [spans + 1]  int32, where each span's keys begin in `keys`
-    keys            [K] the token of each key; None where every span sees itself alone (a packed row)
-    longest_queries, longest_keys   of one span
+    query_starts    [spans + 1]  int32, the first token of each span's segment; the last entry is T
+    key_starts      [spans + 1]  int32, start of each span's keys in `keys`; the last entry is K
+    keys            [K] the token of each key; None if every span sees only itself (a packed row)
+    longest_queries, longest_keys   the maximum of one span
 
     A shared prefix p and its branches b and c, T = 5:
 
@@ -34,8 +35,8 @@ class Spans:
         keys           p0 p1 | p0 p1 b0 b1 | p0 p1 c0    b1     1  1  1  1
         key_starts      0       2             6     9
 
-    The mask of a span is causal from its lower right corner: its last query sees all its keys. A window w keeps the
-    last w of each query's keys, and the last w - 1 tokens of a path are enough for it.
+    The mask of a span is causal and aligned at its lower right corner: the last query sees all keys. A sliding window w
+    keeps the last w keys of each query, so the last w - 1 tokens of the path are enough.
     """
 
     query_starts: torch.Tensor
@@ -45,9 +46,10 @@ class Spans:
     longest_keys: int
 
     def rounded(self, tokens: int) -> "Spans":
-        """The same attention of the row's T tokens in one of few shapes.
+        """The same attention padded to one of few shapes.
 
-        More spans stand behind the others and ask nothing; the last of them sees the keys that fill `keys` up.
+        Empty spans without queries are appended; the last of them takes the keys that pad `keys`.
+        tokens  T
         """
         more = _power_of_two(len(self.query_starts) + 1) - len(self.query_starts)
         keys = tokens if self.keys is None else len(self.keys)
@@ -63,7 +65,11 @@ class Spans:
 
 
 def cut_into_spans(parts: Sequence[Segment], window: int | None, tokens: int) -> Spans:
-    """The spans of a row of `tokens`, cut into these segments; the padding is a span that sees itself."""
+    """The spans of a row whose segments are `parts`; its padding is one more span, which sees only itself.
+
+    window  the sliding window of the layer, or None
+    tokens  T, padding included
+    """
     query_starts, key_starts = [0], [0]
     keys: list[int] = []
     for part in parts:
@@ -91,5 +97,5 @@ def cut_into_spans(parts: Sequence[Segment], window: int | None, tokens: int) ->
 
 
 def _power_of_two(number: int) -> int:
-    """The first that is not below a number."""
+    """The smallest power of two that is not below `number`."""
     return 1 << (number - 1).bit_length()

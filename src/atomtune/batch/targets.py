@@ -1,54 +1,54 @@
-"""Targets: which target of a batch is which record's, where records share their beginnings."""
+"""Targets: the indices of a record's targets among those of its batch, in which records may share a prefix."""
 
 from collections.abc import Sequence
 
 from atomtune.batch.collate import Batch
 from atomtune.data.records import Example
 
-#: Beginnings of texts: a beginning's number and the token behind it → the number of the longer one. 0: nothing yet.
+#: A trie of the batch's prefixes: (number of a prefix, next token) → number of the longer prefix. 0: the empty prefix.
 Tree = dict[tuple[int, int], int]
-#: No beginning of the batch.
+#: The number of any prefix that is not in the batch.
 _NONE = -1
 
 
 class TargetPlaces:
-    """Where a record's targets stand among those of its batch.
+    """Finds a record's targets among the N targets of its batch.
 
-    Records that share a target share its place, so it is looked up by the tokens that lead to it. A target named by all
-    ids before it would take memory by the square of a record's length: 385 MB for 8,000 tokens.
+    Records that share a target share its index, so a target is identified by the tokens up to it: by the number of this
+    prefix in a trie. The prefixes themselves as keys would take quadratic memory: 385 MB for 8,000 tokens.
     """
 
     def __init__(self, batch: Batch) -> None:
-        # Lists of numbers: an index into a tensor for each token took minutes on records of 2,000 tokens.
+        # Lists, as indexing a tensor for each token took minutes on records of 2,000 tokens.
         ids = batch["input_ids"].tolist()  # [B, T]
         until = None if batch["plan"] is None else batch["plan"].until.tolist()
         self._tree: Tree = {}
         numbers = [_numbers(row, until, self._tree) for row in ids]  # [B, T]
-        self._places: dict[int, int] = {}  # the number of the beginning that a target ends → its place
+        self._places: dict[int, int] = {}  # number of the prefix that ends with the target → index of the target
         columns = (batch["row"].tolist(), batch["predicted_from"].tolist(), batch["target"].tolist())
         for place, (row, predicted_from, target) in enumerate(zip(*columns, strict=True)):
             self._places[_longer(self._tree, numbers[row][predicted_from], target)] = place
 
     def of(self, example: Example) -> list[int | None]:
-        """The place of each learned token of an example; None for one that the batch does not have."""
+        """For each learned token of the example, its index among the batch's targets; None if it is not there."""
         places: list[int | None] = []
         number = 0
         for token, times in zip(example.ids, example.learn, strict=True):
-            number = self._tree.get((number, token), _NONE)  # behind the last learned token nothing is computed
+            number = self._tree.get((number, token), _NONE)  # the batch may lack tokens after the last learned one
             if times:
                 places.append(self._places.get(number))
         return places
 
 
 def _longer(tree: Tree, number: int, token: int) -> int:
-    """The number of a beginning and one more token; a new one where nobody asked for it before."""
+    """The number of the prefix extended by one token, which is added to the tree if it is new."""
     return tree.setdefault((number, token), len(tree) + 1)
 
 
 def _numbers(ids: Sequence[int], until: Sequence[int] | None, tree: Tree) -> list[int]:
-    """Of each token of a row the number of the beginning that it ends: the tokens it sees, itself the last."""
+    """For each token of a row, the number of its prefix: the tokens that it sees, itself included."""
     numbers: list[int] = []
-    seen: list[int] = []  # places that the token sees, which are the way to it from the row's beginning
+    seen: list[int] = []  # indices of the tokens that the current one sees: its path
     for place, token in enumerate(ids):
         while until is not None and seen and until[seen[-1]] <= place:
             seen.pop()

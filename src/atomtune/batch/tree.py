@@ -1,7 +1,7 @@
-"""Trees: examples that begin alike share one trunk in a row.
+"""Trees: examples with a common prefix share it in one row, where it is computed once.
 
-Sharing is exact, so where to share is a question of cost alone. Prior work with shared prefixes in training: TRL's
-AsyncGRPO, Unsloth's GRPO grouping, Tree Training (arXiv 2511.00413).
+Sharing does not change the result, so only the cost decides which prefixes are shared. Prior work with shared prefixes
+in training: TRL's AsyncGRPO, Unsloth's GRPO grouping, Tree Training (arXiv 2511.00413).
 No torch here.
 """
 
@@ -11,22 +11,23 @@ from atomtune.batch.row import Row, untils
 from atomtune.data.records import Example
 from atomtune.shared_prefix import shared_length
 
-#: A trunk that saves fewer tokens than this costs more in extra attention blocks than it saves: on two CPU cores and a
-#: model of 512 wide a block costs about as much as 13 tokens (docs/log.md). Wider models only make sharing cheaper.
+#: A prefix that saves fewer tokens than this costs more in extra attention blocks than it saves: on two CPU cores, with
+#: a model 512 wide, a block costs about as much as 13 tokens (docs/log.md). In wider models sharing is cheaper still.
 LEAST_SAVED = 16
 
 
 def graft(examples: Sequence[Example], *, least_saved: int = LEAST_SAVED) -> Row:
-    """All examples in one row; each beginning that several of them share stands there once.
+    """All examples in one row, in which common prefixes occur once.
 
-    A beginning is shared where that saves at least `least_saved` tokens: (examples - 1) * tokens. Below one, nothing is
-    too little. A target that several examples share counts as often.
+    A prefix of n tokens that m examples share is merged if that saves at least `least_saved` tokens: (m - 1) * n. Below
+    1, every common prefix is merged. A target that several examples share has the sum of their `learn`.
     """
     row = _GrowingRow()
-    # Sorting puts equal beginnings next to each other: what the first and the last share, all between them share.
+    # Sorting puts examples with equal prefixes next to each other: what the first and the last of a group share, all
+    # examples between them share too.
     in_order = sorted(examples, key=lambda example: example.ids)
     waiting = [(in_order, 0, -1)]
-    while waiting:  # a stack and not recursion: a batch may hold a thousand records, each the beginning of the next
+    while waiting:  # a stack, not recursion: a batch may have a thousand records, each a prefix of the next
         group, start, parent = waiting.pop()
         end = shared_length(group[0].ids, group[-1].ids, start=start)
         ending, branches = _parted(group, end)
@@ -35,9 +36,9 @@ def graft(examples: Sequence[Example], *, least_saved: int = LEAST_SAVED) -> Row
             parent = row.add(group, start, end, parent)
             start = end
         else:
-            # Equal examples, or one that begins others, too short for a trunk to pay: each stands alone.
+            # Not worth merging: examples that end here, equal ones or prefixes of others, get branches of their own.
             branches += [[example] for example in ending]
-        # Popped from the end, so short leaves come first: neighbours of one length share an attention block.
+        # Popped from the end, so short leaves come first: neighbours of equal length share an attention block.
         branches.sort(key=_weight, reverse=True)
         waiting += [(branch, start, parent) for branch in branches]
     origins = tuple(example.origin for example in examples)
@@ -45,7 +46,7 @@ def graft(examples: Sequence[Example], *, least_saved: int = LEAST_SAVED) -> Row
 
 
 class _GrowingRow:
-    """The lists that a Row is made of, token by token."""
+    """The columns of a Row while it is built."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -53,12 +54,12 @@ class _GrowingRow:
         self.learn: list[int] = []
 
     def add(self, group: Sequence[Example], start: int, end: int, parent: int) -> int:
-        """Lay the tokens start..end that a group shares under a parent; the last token laid, for what hangs on them."""
+        """Append the tokens start..end, which the group shares, below `parent`; returns the index of the last one."""
         if end == start:
             return parent
         first = len(self.ids)
         self.ids += group[0].ids[start:end]
-        marks = zip(*(example.learn[start:end] for example in group), strict=True)  # of all examples, by token
+        marks = zip(*(example.learn[start:end] for example in group), strict=True)  # for each token, of all examples
         self.learn += map(sum, marks)
         last = len(self.ids) - 1
         self.parents += (parent, *range(first, last))
@@ -70,7 +71,7 @@ def _weight(group: Sequence[Example]) -> tuple[bool, int]:
 
 
 def _parted(group: Sequence[Example], at: int) -> tuple[list[Example], list[list[Example]]]:
-    """Of a sorted group: (examples that end here, the others by their next token)."""
+    """Split a sorted group into (examples with exactly `at` tokens, the others grouped by their token `at`)."""
     ending = [example for example in group if len(example.ids) == at]
     branches: list[list[Example]] = []
     for example in group[len(ending) :]:

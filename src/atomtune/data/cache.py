@@ -1,9 +1,10 @@
-"""Example cache: finished examples kept as Arrow files, found again by what they were made of.
+"""Example cache: encoded examples stored as Arrow files under a hash of everything they depend on.
 
-The key is a hash of the file's bytes, the tokenizer, the template and the settings: a changed file, or any other
-change that could change one token, has another key, so an old entry is never served for it.
-An entry is a folder of two files and their checksums; one that does not match them is made again, which is said.
-A row is a record, with all the Examples it became: they are drawn together, so that what they share is computed once.
+The key is a hash of the file's bytes, the tokenizer, the template, the settings and this room's code. Any change that
+could change a token changes the key, so a stale entry is never used.
+An entry is a folder of two files and their checksums. One that does not match its checksums is built again, with a
+note to the user.
+A row is a record with all its Examples. They are drawn together, so that their shared prefix is computed once.
 """
 
 import contextlib
@@ -46,31 +47,32 @@ from atomtune.limits import try_apart
 
 FEATURES = datasets.Features(
     {
-        "ids": datasets.List(datasets.Value("int32")),  # of all Examples, one behind the other
+        "ids": datasets.List(datasets.Value("int32")),  # of all the record's Examples, concatenated
         "learn": datasets.List(datasets.Value("int8")),
-        "ends": datasets.List(datasets.Value("int32")),  # one past the last token of each Example
+        "ends": datasets.List(datasets.Value("int32")),  # end of each Example in ids, exclusive
         "origin": datasets.Value("string"),
-        "length": datasets.Value("int32"),  # read by the Trainer's group_by_length sampling
-        "digest": datasets.Value("int64"),  # equal for equal ids and marks
+        "length": datasets.Value("int32"),  # len(ids); read by the Trainer's group_by_length sampling
+        "digest": datasets.Value("int64"),  # hash of ids, learn and ends, to count copies
     }
 )
-#: How many values of a file its format is told from.
+#: The format of a file is detected from this many of its first values.
 _SAMPLE_VALUES = 100
-#: The files of an entry, and their checksums.
+#: The files of an entry.
 EXAMPLES, LEDGER, CHECKSUMS = "examples.arrow", "ledger.json", "checksums.json"
-#: What a rename says where something stands under the new name that it must not, or cannot, take away.
+#: Errors of a rename whose target exists and cannot be replaced.
 _TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EACCES}
-#: To take a name that other processes want at the same moment.
+#: Attempts to take a name that other processes may take at the same moment.
 _ATTEMPTS = 10
-#: A smaller source, in bytes, is encoded by one process: a stranger's template or tokenizer in another one than this.
+#: Bytes. A smaller source is encoded in this process, or in one worker if the template or tokenizer is untrusted.
 _WORTH_A_POOL = 4 * 2**20
-#: What a record may take that is examined, beside a second for so many characters; slow tokenizers do thrice as many.
+#: Time limit per record of an examined chunk: 10 s, plus 1 s per 50,000 characters of the chunk; slow tokenizers manage
+#: three times as many.
 _RECORD_SECONDS, _CHARACTERS_A_SECOND = 10, 50_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What turns a file's values into examples, besides the template: plain values, each part of the key."""
+    """The settings that decide, besides the template, which examples a file becomes. All are part of the cache key."""
 
     max_tokens: int
     overlength: Overlength = "shorten"
@@ -82,17 +84,17 @@ class Rules:
 
 @dataclass(frozen=True)
 class EncodedData:
-    """The finished examples of one file or several."""
+    """The encoded examples of one file or several."""
 
-    examples: datasets.Dataset  # columns as in FEATURES, a row a record
+    examples: datasets.Dataset  # the columns of FEATURES, one row per record
     ledger: Ledger
-    data_hash: str  # of the bytes they were read from
-    notes: tuple[str, ...] = ()  # what happened to the cache that a user should know
+    data_hash: str  # of the source's bytes
+    notes: tuple[str, ...] = ()  # about the cache, for the user
 
 
 @dataclass(frozen=True)
 class Part:
-    """A finished batch of rows, on its way from the process that made it."""
+    """A batch of rows as a worker returns it."""
 
     table: pyarrow.Table
     ledger: Ledger
@@ -101,20 +103,20 @@ class Part:
 
 @cache
 def _code_hash() -> str:
-    """Of this room's own code and templates: examples made by other rules are not these."""
+    """SHA-256 of the code and templates in data/: another version of them may encode differently."""
     files = sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".jinja"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def tokenizer_text(tokenizer: Any) -> str:
-    """Everything about a tokenizer that decides which ids a text becomes."""
+    """Everything that decides which ids the tokenizer gives to a text, as JSON for the cache key."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     arguments: dict[str, str] = {}
     if backend is not None:
         body = backend.to_str()
     else:
         body = json.dumps(sorted(tokenizer.get_vocab().items()))
-        # A tokenizer written in Python has rules outside its vocabulary; its arguments choose among them.
+        # A tokenizer written in Python has rules besides its vocabulary; its arguments select among them.
         for name, value in sorted(tokenizer.init_kwargs.items()):
             arguments[name] = str(value)
     return json.dumps([type(tokenizer).__name__, body, str(tokenizer.special_tokens_map), arguments])
@@ -129,12 +131,13 @@ def examples_of(
     advance: Callable[[int], None] = lambda n_bytes: None,
     cache_dir: Path | None = None,
 ) -> EncodedData:
-    """All examples of a file, folder or hub data set.
+    """All examples of a file, folder or hub data set, from the cache if nothing changed.
 
-    name  how origins name the source, where not by its file's name
-
-    Served from the cache when nothing changed. advance is called with bytes read.
-    Raises BadData for a file that cannot be read, or changes while it is, or whose format cannot be told.
+    name       the name of the source in origins; default: its file name
+    advance    called with the number of bytes read since the last call
+    cache_dir  default: the cache folder of `datasets`
+    Raises BadData if the source cannot be read, changes while it is read, holds no records, or if its format cannot be
+    detected; BadSettings if the cache folder is not writable.
     """
     if name is None:
         name = distinct_names([source])[0]
@@ -161,9 +164,9 @@ def examples_of(
 
 
 def _refusing_change(parts: Iterable[Part], source: Path | str, stamp: object) -> Iterator[Part]:
-    """The parts. Raises BadData behind them where the source changed since its stamp was taken.
+    """Yield the parts, then raise BadData if the source changed since its stamp was taken.
 
-    What was read would be stored under the hash of other bytes, and served for these one day.
+    Otherwise the examples would be stored under the hash of other bytes, and later be used for those.
     """
     yield from parts
     if stamp_of(source) != stamp:
@@ -177,7 +180,7 @@ def _changed(source: Path | str) -> BadData:
 
 
 def _key(name: str, data_hash: str, template: Template, rules: Rules) -> str:
-    """A hash of all that could change a token, or the origin of one."""
+    """The cache key: a hash of everything that could change a token or an origin; 32 hex digits."""
     made_of = [
         _code_hash(),
         datasets.__version__,
@@ -191,14 +194,14 @@ def _key(name: str, data_hash: str, template: Template, rules: Rules) -> str:
 
 
 def _own(place: Path) -> Path:
-    """This user's entry, where the one that all users share is another's, not whole, and not ours to replace."""
+    """The path of this user's own entry, for a broken shared entry that belongs to another user."""
     return place.with_name(f"{place.name}-{os.getuid() if hasattr(os, 'getuid') else 0}")
 
 
 def entry_problem(entry: Path) -> str:
-    """Why an entry of the cache is not served; "" where it is whole.
+    """Why a cache entry cannot be used; "" if it is intact.
 
-    Every byte is compared with its checksum: a flipped bit in an id would be trained on without a word.
+    Every file is read in full and its checksum compared: a flipped bit in a token id would go unnoticed otherwise.
     """
     try:
         checksums = json.loads(text_of(entry / CHECKSUMS))
@@ -221,7 +224,7 @@ def _checksum(path: Path) -> str:
 
 
 def concatenate(parts: Sequence[EncodedData]) -> EncodedData:
-    """The examples of several files one behind the other, one ledger, and one hash of all their bytes."""
+    """Join the examples of several files: rows and ledgers in order, and one hash over all their hashes."""
     if len(parts) == 1:
         return parts[0]
     examples = datasets.concatenate_datasets([part.examples for part in parts])
@@ -246,7 +249,10 @@ def encoded(
     name: str | None = None,
     advance: Callable[[int], None] = lambda n_bytes: None,
 ) -> Iterator[Part]:
-    """A source's records as finished rows, part by part, each entered into ledger."""
+    """Encode a source: yield its records as finished rows, part by part, and add each part's counts to `ledger`.
+
+    Raises BadData with the record's origin if encoding it takes too long or too much memory.
+    """
 
     def encode(work: tuple[Schema, Chunk]) -> Part:
         schema, chunk = work
@@ -255,13 +261,13 @@ def encoded(
         return Part(as_table(batch.records), batch.ledger, batch.instructions)
 
     def examine(work: tuple[Schema, Chunk]) -> None:
-        """Encode the records of a chunk one by one within limits. Raises BadData at one that trips them."""
+        """Encode the records of a chunk one by one under limits. Raises BadData at the one that exceeds them."""
         schema, chunk = work
 
         def each_record(say: Callable[[str], None]) -> None:
             for raw in parse_chunk(chunk):
                 say(raw.origin)
-                # Thousands of answers to one history are thousands of prompts: each has the seconds for itself.
+                # A conversation may have thousands of answers and as many prompts: the limit applies to each answer.
                 at_answer = partial(say, raw.origin)
                 Encoder(template, schema, rules.max_tokens, rules.overlength, rules.learn, at_answer=at_answer)([raw])
 
@@ -287,9 +293,9 @@ def chunks_with_schema(
     name: str | None = None,
     advance: Callable[[int], None] = lambda n_bytes: None,
 ) -> Iterator[tuple[Schema, Chunk]]:
-    """Every chunk of the source, with how the values of its file are read: each file of a folder has its own format.
+    """Every chunk of the source with the schema of its file: each file of a folder may have its own format.
 
-    Raises BadData where a file cannot be read, or its format cannot be told.
+    Raises BadData if a file cannot be read or its format cannot be detected.
     """
     for file in read_files(source, advance, name=name):
         first = list(itertools.islice(file.chunks, 1))
@@ -299,7 +305,7 @@ def chunks_with_schema(
 
 
 def _schema_of(file: DataFile, first: Sequence[Chunk], rules: Rules) -> Schema:
-    """How a file's values are read, told from the first of them; what the user says stands before a description."""
+    """Detect a file's schema from its first values; the user's settings override the file's dataset_info.json."""
     sample: list[RawRecord] = []
     for chunk in first:
         sample += [raw for raw in parse_chunk(chunk) if isinstance(raw, RawRecord)]
@@ -325,9 +331,9 @@ def records_of(
     *,
     name: str | None = None,
 ) -> Iterator[Record]:
-    """The records that became the rows of stored, in their order: for what only their texts can tell.
+    """Read again the records that the rows of `stored` were encoded from, in the same order, for their texts.
 
-    Raises BadData at the end where one is not there any more: whoever counts on their order would be wrong about rows.
+    Raises BadData at the end if one of them is missing: records and rows would not match.
     """
     batches = stored.with_format("arrow").iter(1000)
     origins = (origin for batch in batches for origin in batch["origin"].to_pylist())
@@ -347,15 +353,15 @@ def records_of(
 
 
 def _write_entry(entry: Path, name: str, ledger: Ledger, parts: Iterable[Part]) -> Path:
-    """Fill a folder beside the entry's place, bring it to the disk and rename it: no half of an entry is ever found.
+    """Write the entry to a temporary folder next to its place, sync it and rename it, so it is never seen half-written.
 
-    Returns where it lies.
+    Returns the entry's path. Raises BadData if there are no records.
     """
     _prepare(entry.parent)
     _sweep(entry.parent)
     with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".new-") as scratch:
         folder = Path(scratch) / entry.name
-        folder.mkdir()  # with the rights that the user's umask gives; a temporary folder is for its owner alone
+        folder.mkdir()  # permissions from the umask, for a shared cache; the temporary folder itself is private
         writer = ArrowWriter(path=str(folder / EXAMPLES), features=FEATURES)
         for part in parts:
             writer.write_table(part.table)
@@ -376,9 +382,9 @@ def _write_entry(entry: Path, name: str, ledger: Ledger, parts: Iterable[Part]) 
 
 
 def _put(folder: Path, place: Path, scratch: Path) -> Path:
-    """Give the finished folder the entry's name, or this user's own where another user's stands there and is not whole.
+    """Rename the finished folder to the shared entry, or to this user's own if a broken one of another user is there.
 
-    Returns the name it got.
+    Returns the entry's path. Raises BadSettings if neither name can be used.
     """
     for entry in (place, _own(place)):
         if _takes(folder, entry, scratch):
@@ -389,7 +395,10 @@ def _put(folder: Path, place: Path, scratch: Path) -> Path:
 
 
 def _takes(folder: Path, entry: Path, scratch: Path) -> bool:
-    """Whether the finished folder takes this name, or an equal one has it; what is not whole there is moved aside."""
+    """Try to rename the finished folder to `entry`; a broken entry there is moved aside.
+
+    True if `entry` is intact afterwards, which may also be another process's equal entry.
+    """
     for attempt in range(_ATTEMPTS):
         try:
             folder.rename(entry)
@@ -398,11 +407,11 @@ def _takes(folder: Path, entry: Path, scratch: Path) -> bool:
             if error.errno not in _TAKEN:
                 raise
         if not entry_problem(entry):
-            return True  # another process finished the same entry; its content is equal
+            return True  # another process wrote the same entry first; its content is equal
         try:
-            # Moved aside, not emptied: a process that reads the old files goes on reading them.
+            # Moved aside, not emptied: another process may still be reading the old files.
             entry.rename(scratch / f"not-whole-{attempt}")
-        except FileNotFoundError:  # another process moved it just now
+        except FileNotFoundError:  # another process has just moved it
             continue
         except PermissionError:
             return False
@@ -410,9 +419,9 @@ def _takes(folder: Path, entry: Path, scratch: Path) -> bool:
 
 
 def _sweep(cache: Path) -> None:
-    """Remove what killed processes left; a living one's folder is younger than a day."""
+    """Remove temporary folders of killed processes: those older than a day."""
     for left in cache.glob(".new-*"):
-        with contextlib.suppress(OSError):  # its process is alive and just done, or another user's
+        with contextlib.suppress(OSError):  # removed in the meantime, or another user's
             if time.time() - left.stat().st_mtime > 86_400:
                 shutil.rmtree(left, ignore_errors=True)
 
@@ -430,7 +439,7 @@ def _prepare(folder: Path) -> None:
 
 
 def copies_in(examples: datasets.Dataset) -> int:
-    """How many rows repeat an earlier one; eight bytes of memory a row."""
+    """The number of rows that are equal to an earlier row. Memory: 8 bytes per row."""
     if not len(examples):
         return 0
     digests = examples.with_format("numpy")["digest"][:]
@@ -438,12 +447,12 @@ def copies_in(examples: datasets.Dataset) -> int:
 
 
 def as_table(records: Sequence[tuple[Example, ...]]) -> pyarrow.Table:
-    """The Examples of some records as rows of the cache, a row a record."""
+    """The Examples of R records as R rows of the cache."""
     examples = [example for record in records for example in record]
-    # array and bytes take Python's integers over three times as fast as numpy does.
+    # array and bytes convert Python integers more than three times as fast as numpy.
     ids = array("i", itertools.chain.from_iterable(example.ids for example in examples))
     marks = b"".join([bytes(example.learn) for example in examples])
-    tokens = numpy.frombuffer(ids, dtype=numpy.int32)  # [T], T tokens of all records, R of them
+    tokens = numpy.frombuffer(ids, dtype=numpy.int32)  # [T], T tokens in all records together
     learn = numpy.frombuffer(marks, dtype=numpy.int8)  # [T]
     ends = [list(itertools.accumulate(len(example.ids) for example in record)) for record in records]
     lengths = [record_ends[-1] for record_ends in ends]
@@ -465,12 +474,13 @@ def _digests(
     bounds: NDArray[numpy.int32],
     ends: Sequence[Sequence[int]],
 ) -> list[int]:
-    """Of each row, eight bytes that are equal for equal ids, marks and ends.
+    """A 64-bit hash for each row, of its ids, learn marks and ends.
 
-    tokens  [T]      ids of all rows, one behind the other
+    tokens  [T]      ids of all rows, concatenated
     learn   [T]      their learn marks
-    bounds  [R + 1]  where each row begins
-    ends    [R]      of each row, where its Examples end
+    bounds  [R + 1]  row r is tokens[bounds[r]:bounds[r + 1]]
+    ends    [R]      for each row, the end of each Example within the row
+    Returns [R] signed integers.
     """
     digests = []
     for (start, end), row_ends in zip(itertools.pairwise(bounds.tolist()), ends, strict=True):
@@ -481,9 +491,9 @@ def _digests(
 
 
 def as_examples(row: Mapping[str, Any]) -> tuple[Example, ...]:
-    """The Examples of a row of the cache, as the frozen values it was made from."""
-    # ids   1 5 6 7 1 5 8      the Examples of a record, one behind the other
-    # ends        4     7      one past the last token of each
+    """The Examples of a row of the cache."""
+    # ids   1 5 6 7 1 5 8      the record's Examples, concatenated
+    # ends        4     7      end of each, exclusive
     ids, learn, origin = row["ids"], row["learn"], row["origin"]
     examples = []
     for start, end in itertools.pairwise([0, *row["ends"]]):

@@ -1,4 +1,4 @@
-"""Ledger: where every record and every token of one pass over a data set went."""
+"""Ledger: what happened to every record and token in one pass over a data set: used, shortened or refused."""
 
 import re
 from collections import Counter
@@ -9,49 +9,51 @@ from typing import Any
 from atomtune.data.records import Example, Refusal, RefusalKind
 from atomtune.errors import SHOWN, BadData, listing
 
-#: How many records of one reason are named where more are refused than a message lists.
+#: If more records are refused than a message can list, this many are named for each reason.
 _OF_A_REASON = 3
 _NUMBER = re.compile(r"\d+")
 
 
 @dataclass
 class Ledger:
-    """Where every record and token of one pass over a file went: read = used + refused."""
+    """Counts of records and tokens in one pass over a file: records read = used + refused."""
 
     records_read: int = 0
     records_used: int = 0
     records_refused: list[Refusal] = field(default_factory=list)
     records_cut: int = 0
-    records_split: int = 0  # used, and more than one Example, since a server would send earlier answers otherwise
-    records_copied: int = 0  # used, and token for token the same as an earlier one
+    records_split: int = 0  # used, as several Examples: not every prompt continues the one before token for token
+    records_copied: int = 0  # used, and token for token equal to an earlier record
     prompt_tokens: int = 0
     target_tokens: int = 0
     examples: int = 0
-    target_tokens_refused: int = 0  # in the answers of refused records, as far as they could be read
+    target_tokens_refused: int = 0  # in the answers of refused records that could be parsed
     prompt_tokens_cut: int = 0
-    format: str = ""  # how the file's values were read: alpaca, messages, …
+    format: str = ""  # the format of the file: alpaca, messages, …; several are joined with commas
     cut_origins: list[str] = field(default_factory=list)
     split_origins: list[str] = field(default_factory=list)
-    control_origins: list[str] = field(default_factory=list)  # records whose text holds a control string
-    unknown_tokens: int = 0  # targets the tokenizer has no token for
-    records_with_thoughts: int = 0  # used, and the model learns to think in an answer
+    control_origins: list[str] = field(default_factory=list)  # records whose own text contains a control string
+    unknown_tokens: int = 0  # target tokens that are the tokenizer's unknown token
+    records_with_thoughts: int = 0  # used, with reasoning in a learned answer
     longest_tokens: int = 0
-    notices: Counter[str] = field(default_factory=Counter)  # what was accepted but is worth saying
-    shared_instruction: str | None = None  # the one instruction nearly all records carry
+    notices: Counter[str] = field(default_factory=Counter)  # note → number of records it applies to
+    shared_instruction: str | None = None  # the instruction that nearly all records have in common
 
     def refuse(self, refusal: Refusal, target_tokens: int = 0) -> None:
+        """Count a refused record; `target_tokens` are those of its answers, as far as they are known."""
         self.records_refused.append(refusal)
         self.target_tokens_refused += target_tokens
 
     def cut(self, origin: str, tokens: int) -> None:
+        """Count a record whose prompts were shortened by this number of tokens."""
         self.records_cut += 1
         self.cut_origins.append(origin)
         self.prompt_tokens_cut += tokens
 
     def use(self, examples: Sequence[Example], *, prompt_tokens: int, target_tokens: int) -> None:
-        """Enter one record that is trained on, as the Examples it became.
+        """Count a record that is trained on.
 
-        Their tokens come with them: an Example of a long conversation has thousands, and the encoder knows how many.
+        The caller passes the token counts: the encoder knows them, and a long Example takes time to count.
         """
         self.records_used += 1
         self.examples += len(examples)
@@ -63,7 +65,7 @@ class Ledger:
         return [refusal for refusal in self.records_refused if refusal.kind == kind]
 
     def add(self, other: "Ledger") -> None:
-        """Enter all of another ledger, of later records of the same file or of another file."""
+        """Add another ledger's counts and lists: of later records of the same file, or of another file."""
         for field_ in fields(self):
             mine, theirs = getattr(self, field_.name), getattr(other, field_.name)
             if isinstance(mine, Counter):
@@ -82,7 +84,7 @@ class Ledger:
         return [refusal for refusal in self.records_refused if refusal.broken]
 
     def to_run_json(self) -> dict[str, Any]:
-        """The data keys of `run.json`."""
+        """The keys of `run.json` that describe the data."""
         return {
             "records_read": self.records_read,
             "records_used": self.records_used,
@@ -106,6 +108,7 @@ class Ledger:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Ledger":
+        """The inverse of `to_json`. Raises ValueError if another version wrote the values."""
         known = {f.name for f in fields(cls)}
         if set(values) != known:
             raise ValueError("the ledger was written by another version")
@@ -117,9 +120,9 @@ class Ledger:
 
 
 def refuse_unusable(ledger: Ledger, sources: Sequence[str], *, all_in: str = "") -> None:
-    """Raise BadData, with the reasons, where no record of these sources can be used.
+    """Raise BadData with the reasons if no record of these sources can be used.
 
-    all_in  the file that lists every refused record, if one does
+    all_in  a file that lists every refused record, if there is one
     """
     if ledger.records_used:
         return
@@ -131,9 +134,9 @@ def refuse_unusable(ledger: Ledger, sources: Sequence[str], *, all_in: str = "")
 
 
 def refuse_broken(ledger: Ledger, *, skip_bad: bool, all_in: str = "") -> None:
-    """Raise BadData with the broken records, where there are any and they are not to be skipped.
+    """Raise BadData with the broken records, if there are any and `skip_bad` is not set.
 
-    all_in  the file that lists every refused record, if one does
+    all_in  a file that lists every refused record, if there is one
     """
     broken = ledger.broken
     if not broken or skip_bad:
@@ -148,13 +151,13 @@ def refuse_broken(ledger: Ledger, *, skip_bad: bool, all_in: str = "") -> None:
 
 
 def about_broken(ledger: Ledger) -> str:
-    """What a command says that goes on without the broken records, where there are any."""
+    """The warning of a command that continues without the broken records."""
     broken, read = len(ledger.broken), ledger.records_read
     return f"broken records, {broken:,} of {read:,}: train stops at them, unless --skip_bad leaves them out."
 
 
 def _listed(refused: Sequence[Refusal]) -> str:
-    """A line for each. Where that is too many, for the first of each reason: a common one hides no other."""
+    """One line per refusal. If there are too many, the first few of each reason, so that none is crowded out."""
     shown = refused if len(refused) <= SHOWN else _first_of_each_reason(refused)
     lines = [f"{refusal.origin}  {refusal.reason}." for refusal in shown]
     return listing(lines, unlisted=len(refused) - len(shown))
@@ -164,7 +167,7 @@ def _first_of_each_reason(refused: Sequence[Refusal]) -> list[Refusal]:
     seen: Counter[str] = Counter()
     first = []
     for refusal in refused:
-        reason = _NUMBER.sub("", refusal.reason)  # `not UTF-8 at byte 1` and `at byte 7` are one
+        reason = _NUMBER.sub("", refusal.reason)  # `not UTF-8 at byte 1` and `not UTF-8 at byte 7` are one reason
         seen[reason] += 1
         if seen[reason] <= _OF_A_REASON:
             first.append(refusal)

@@ -1,11 +1,11 @@
-"""The nouns of the walk: Turn, Record, Piece, Exchange, Example, Refusal, each frozen."""
+"""Record types: Turn, Record, Piece, Exchange, Example and Refusal, the immutable steps from a record to token ids."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-#: `text` is a stretch that belongs to no dialogue and is learned whole.
+#: A turn of role `text` is plain text outside any dialogue; all of it is learned.
 Role = Literal["system", "user", "assistant", "tool", "text"]
 Part = TypeVar("Part")  # of a prompt: its text, its Piece or its ids
 Made = TypeVar("Made")
@@ -13,28 +13,28 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side says; a user's turn may hold an instruction (`text`) and the `input` it is about."""
+    """One message of a conversation. A user turn may have an instruction (`text`) and the `input` it applies to."""
 
     role: Role
     text: str
     input: str = ""
-    learn: int = 1  # how often an assistant's turn or a text is learned; 0: it is only read
-    reasoning: str = ""  # what an assistant thought before its text
+    learn: int = 1  # roles assistant and text: how many times the loss counts its tokens; 0: context only
+    reasoning: str = ""  # the assistant's reasoning before its text
     calls: tuple[
         Mapping[str, Any], ...
-    ] = ()  # tools an assistant calls: {"id": …, "name": …, "arguments": {…}}, the id where there is one
-    name: str = ""  # the tool that answers, in a turn of role tool
-    call_id: str = ""  # the id of the call that it answers, where the record has one
+    ] = ()  # the assistant's tool calls: {"id": …, "name": …, "arguments": {…}}; "id" is optional
+    name: str = ""  # role tool: the name of the tool that answers
+    call_id: str = ""  # role tool: the id of the call that is answered, if the record has one
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One conversation, which ends with the assistant's turn; or a single turn of role text."""
+    """A conversation that ends with an assistant turn, or a single turn of role `text`."""
 
     turns: tuple[Turn, ...]
     origin: str  # "train.jsonl:17"
-    tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas of the tools at hand, as OpenAI's `tools`
-    variables: Mapping[str, Any] = field(default_factory=dict)  # what it sets in its template, as enable_thinking
+    tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas of the available tools, in the form of OpenAI's `tools`
+    variables: Mapping[str, Any] = field(default_factory=dict)  # for the chat template, for example enable_thinking
 
     @property
     def prompt(self) -> tuple[Turn, ...]:
@@ -46,15 +46,15 @@ class Record:
 
     @property
     def learned(self) -> tuple[int, ...]:
-        """Where the turns stand that are learned."""
+        """Indices of the turns that are learned."""
         return tuple(i for i, turn in enumerate(self.turns) if turn.learn and turn.role in ("assistant", "text"))
 
 
 class Piece(NamedTuple):
-    """A stretch of text that is learned or not. A tuple: it takes a third of a frozen dataclass's time to make.
+    """A span of text that is either learned or not. A tuple: a frozen dataclass takes three times as long to create.
 
-    `breaks` are positions inside control strings that a record's own text holds, which stay text
-    (data.encoding.encode, law 2).
+    breaks  offsets, one inside each control string that the record's own text contains. No control token may span
+            such an offset, so the string stays text (law 2 of data/encoding/encode.py).
     """
 
     text: str
@@ -63,10 +63,14 @@ class Piece(NamedTuple):
 
 
 class Prompt(NamedTuple, Generic[Part]):
-    """What stands before an answer, in parts: the first `length` of `history`, and one that asks for the answer.
+    """Everything before an answer, in parts: the first `length` parts of `history`, then `asks`.
 
-    The prompts of a conversation hold the same list, each more of it than the one before: as tuples of their own they
-    would take memory and time by the square of its turns.
+    All prompts of a conversation can share one `history` list. Separate lists would take memory and time quadratic in
+    the number of turns.
+
+    history    h0  h1  h2  h3
+    prompt 1   h0  asks               length 1
+    prompt 2   h0  h1  h2  asks       length 3
     """
 
     history: list[Part]
@@ -74,12 +78,12 @@ class Prompt(NamedTuple, Generic[Part]):
     asks: Part
 
     def parts(self, start: int = 0) -> Iterator[Part]:
-        """From the part `start` on."""
+        """The parts from index `start` on, `asks` included."""
         yield from self.history[start : self.length]
         yield self.asks
 
     def goes_on_from(self, before: "Prompt[Part]") -> bool:
-        """Whether it begins with all of another prompt but the part that asks."""
+        """Whether this prompt starts with all parts of `before` except its `asks`."""
         if self.length < before.length:
             return False
         same = self.history is before.history
@@ -87,7 +91,7 @@ class Prompt(NamedTuple, Generic[Part]):
 
 
 def shared_parts(prompts: Iterable[Prompt[Any]]) -> Iterator[int]:
-    """For each prompt of a conversation, how many of its first parts are those of the prompt before it."""
+    """For each prompt of a conversation, how many leading parts it shares with the previous one: its history, or 0."""
     before: Prompt[Any] | None = None
     for prompt in prompts:
         yield before.length if before is not None and prompt.goes_on_from(before) else 0
@@ -95,7 +99,7 @@ def shared_parts(prompts: Iterable[Prompt[Any]]) -> Iterator[int]:
 
 
 def with_each_part(prompts: Sequence[Prompt[Part]], make: Callable[[Part], Made]) -> Iterator[Prompt[Made]]:
-    """The prompts of a conversation with each part made into something else, what they share once."""
+    """Convert the parts of a conversation's prompts with `make`; a shared history is converted once."""
     history: list[Made] = []
     for prompt, shared in zip(prompts, shared_parts(prompts), strict=True):
         if len(history) > shared:
@@ -105,19 +109,25 @@ def with_each_part(prompts: Sequence[Prompt[Part]], make: Callable[[Part], Made]
 
 
 class Exchange(NamedTuple):
-    """An answer that is learned `learn` times, and everything a server would be sent before it."""
+    """An answer that is learned `learn` times, and its prompt: everything that a server would receive before it."""
 
-    prompt: Prompt[Piece]  # cut only where the ids of the parts are those of the whole
+    prompt: Prompt[Piece]  # split only at places where the parts tokenize to the ids of the whole
     answer: Piece
     learn: int
-    at: int  # which of the record's turns the answer is
-    stop: str  # the control token behind the answer
-    lost: tuple[str, ...] = ()  # notes on what of the answer the template does not write
+    at: int  # index of the answer among the record's turns
+    stop: str  # the control token that ends the answer
+    lost: tuple[str, ...] = ()  # notes on parts of the answer that the template leaves out
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids of one record, or of one answer in it and what stands before, and how often each is learned."""
+    """Token ids of a record, or of some of its answers with their prompt, and how many times each token is learned.
+
+    ids     [T]
+    learn   [T]  how many times the loss counts the token; 0 for a prompt
+    origin  "train.jsonl:17"
+    Raises ValueError if the lengths differ, or if the first token is to be learned.
+    """
 
     ids: tuple[int, ...]
     learn: tuple[int, ...]
@@ -131,7 +141,7 @@ class Example:
 
 
 def learned_spans(example: Example) -> list[tuple[int, int]]:
-    """Where each answer of an example begins and ends.
+    """Each run of learned tokens as (start, end), end exclusive.
 
     learn  0 0 0 1 1 0 0 1 1 1   →   (3, 5), (7, 10)
     """
@@ -147,17 +157,17 @@ def learned_spans(example: Example) -> list[tuple[int, int]]:
 
 
 class RefusalKind(StrEnum):
-    """Why a record is not trained on, for code; `Refusal.reason` is for people."""
+    """Why a record was refused, for use in code; `Refusal.reason` is the text for the user."""
 
-    UNREADABLE = "unreadable"  # no value could be read here
-    NO_RECORD = "no record"  # a value, but not a record of its file's format
-    TEMPLATE = "template"  # the chat template cannot write it, or the tokenizer not take it apart
+    UNREADABLE = "unreadable"  # the line or row cannot be parsed
+    NO_RECORD = "no record"  # it can be parsed, but is not a record of the file's format
+    TEMPLATE = "template"  # the chat template cannot express it, or the tokenizer fails on it
     TOO_LONG = "too long"
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A record that is not trained on, and why. `broken` records stop a run unless --skip_bad."""
+    """A record that is left out of training, and why. A `broken` one stops the run unless --skip_bad is set."""
 
     origin: str
     reason: str
@@ -166,7 +176,7 @@ class Refusal:
 
 
 class ParsedRecord(NamedTuple):
-    """What one value of a file was read as. A tuple: one is made for every record."""
+    """The result of reading one value of a file. A tuple for speed: one is created per record."""
 
     outcome: Record | Refusal
-    notes: tuple[str, ...] = ()  # what was accepted but is worth saying; empty where the record is refused
+    notes: tuple[str, ...] = ()  # accepted, but worth reporting; empty if the record is refused

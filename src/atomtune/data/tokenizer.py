@@ -1,6 +1,6 @@
-"""Tokenizer: what this project asks of a tokenizer, written down as a type.
+"""Tokenizer: the part of a transformers tokenizer that this project uses, as a Protocol.
 
-transformers' fast and slow tokenizers have all of it; data/ is handed one and imports no transformers.
+Fast and slow tokenizers of transformers satisfy it. data/ receives a tokenizer and does not import transformers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any, Protocol, overload
 
 
 class Tokenizer(Protocol):
-    """A transformers tokenizer, as far as it is used here."""
+    """The attributes and methods of a transformers tokenizer that are used here."""
 
     name_or_path: str
     bos_token: str | None
@@ -18,7 +18,7 @@ class Tokenizer(Protocol):
     eos_token_id: int | None
     pad_token_id: int | None
     unk_token_id: int | None
-    chat_template: Any  # a text, or texts by name; None where there is none
+    chat_template: Any  # one template, a dict of templates by name, or None
     init_kwargs: dict[str, Any]
 
     @property

@@ -1,7 +1,8 @@
-"""Workers: parts of a file encoded by several processes, in order and in bounded memory.
+"""Workers: a process pool that encodes the parts of a file in order and in bounded memory.
 
-A part is parsed, rendered and tokenized where it is sent to; what comes back is a finished table. What is rendered and
-tokenized may be a stranger's program, which a process can be ended for: it is named by the record it does not end on.
+A worker parses, renders and tokenizes a part and returns a finished table. The chat template and the tokenizer's
+patterns may be untrusted programs that never end or take all memory. A part that takes too long, or whose worker dies,
+is examined in a process with limits (limits.py), so that the error can name the record.
 """
 
 import gc
@@ -23,18 +24,18 @@ from atomtune.limits import limit_memory
 Part = TypeVar("Part")
 Made = TypeVar("Made")
 
-#: Parts that wait for a process or for their turn, per process: enough to keep it busy, and little memory.
+#: Parts in flight per process, waiting to be encoded or yielded: enough to keep it busy without much memory.
 _AHEAD = 3
-#: A part takes a second; one that is waited for longer is examined.
+#: A part usually takes one second; after this long it is examined.
 PATIENCE_SECONDS = 10.0
-#: What a process may take beside what it begins with; the longest record that is read takes half of it.
+#: Memory a worker may allocate on top of what it starts with; the longest allowed record takes half of it.
 MORE_BYTES = 2**32
-#: In a process of a pool: its work.
+#: The function that this worker process runs; None in the parent.
 _work: Callable[[Any], Any] | None = None
 
 
 def workers_here() -> int:
-    """How many processes encode: one per core this process may use; none where they cannot be forked safely."""
+    """The number of worker processes: one per core this process may use; 0 outside Linux, where a fork is not safe."""
     if sys.platform != "linux":
         return 0
     return len(os.sched_getaffinity(0))
@@ -43,16 +44,17 @@ def workers_here() -> int:
 def in_order(
     work: Callable[[Part], Made], parts: Iterable[Part], *, workers: int, examine: Callable[[Part], None]
 ) -> Iterator[Made]:
-    """map(work, parts) over several processes; with no workers, in this one.
+    """map(work, parts) over several processes; with 0 workers, in this process.
 
-    examine  raises an error that names what in a part never ends, fills the memory or ends its process; asked of parts
-             that are waited for in vain
+    examine  called with a part that takes too long or may have killed its worker; raises an error that names the
+             record in it that never ends, fills the memory or kills the process
+    Raises RunFailed if a worker dies or runs out of memory and no part is found to be the cause.
     """
     if not workers:
         yield from map(work, parts)
         return
     context = _context()
-    # The processes are forked, so the work need not be sent: a tokenizer may come with its own code.
+    # Workers are forked, so `work` is not pickled: a tokenizer with its own code could not be.
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(work,))
     waiting: deque[tuple[Part, Future[Made]]] = deque()
     try:
@@ -63,29 +65,32 @@ def in_order(
         while waiting:
             yield _first(waiting, examine)
     except (BrokenProcessPool, MemoryError) as error:
-        for part, _ in waiting:  # the processes end together: the cause may be any part that had begun
+        for part, _ in waiting:  # one death breaks the whole pool: the cause may be any part in flight
             examine(part)
         raise RunFailed(
             "A process that encodes records was killed or ran out of memory: this machine's memory may be full.\n"
             "Free some memory and run the command again."
         ) from error
     finally:
-        if waiting:  # nobody wants what they still do, and it may never end
+        if waiting:  # their results are not needed any more, and may never come
             for process in context.processes:
                 process.kill()
         executor.shutdown(wait=True, cancel_futures=True)
 
 
 def _context() -> Any:
-    """How a pool starts its processes, which are kept here: they ignore the signal by which the pool would end them."""
-    from multiprocessing.context import ForkContext, ForkProcess  # Windows has neither
+    """A fork context that keeps its processes in `processes`.
+
+    The workers ignore SIGTERM, so the pool cannot terminate them; the caller kills them through this list.
+    """
+    from multiprocessing.context import ForkContext, ForkProcess  # do not exist on Windows
 
     class Context(ForkContext):
         def __init__(self) -> None:
             super().__init__()
             self.processes: list[ForkProcess] = []
 
-        def Process(self, *args: Any, **options: Any) -> ForkProcess:  # type: ignore[override]  # its name there
+        def Process(self, *args: Any, **options: Any) -> ForkProcess:  # type: ignore[override]  # their name
             self.processes.append(ForkProcess(*args, **options))
             return self.processes[-1]
 
@@ -93,7 +98,7 @@ def _context() -> Any:
 
 
 def _first(waiting: deque[tuple[Part, Future[Made]]], examine: Callable[[Part], None]) -> Made:
-    """What the part became that waits longest; one that is waited for in vain is examined."""
+    """The result of the oldest part. While it is late, the part is examined, each time after twice the wait."""
     part, future = waiting[0]
     patience = PATIENCE_SECONDS
     while not wait_for([future], timeout=patience).done:
@@ -105,14 +110,11 @@ def _first(waiting: deque[tuple[Part, Future[Made]]], examine: Callable[[Part], 
 
 
 def _begin(work: Callable[[Any], Any]) -> None:
-    """In a new process: the parent alone answers signals, and its end is this one's.
-
-    What is made of records has no cycles; looking for some took a tenth of the time.
-    """
-    global _work  # noqa: PLW0603  # of this process, which has one work
+    """Set up a worker: it leaves signals to the parent and ends when the parent ends."""
+    global _work  # noqa: PLW0603  # one per worker process
     _work = work
-    gc.disable()
-    # The tokenizer's own threads do not survive a fork, and the processes are as many as the cores.
+    gc.disable()  # encoding creates no reference cycles, and searching for them took a tenth of the time
+    # The tokenizer's own threads do not survive a fork, and there is already one process per core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     limit_memory(MORE_BYTES)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):

@@ -1,1 +1,1 @@
-"""`atomtune inspect`: what of your records is learned, and what is wrong with them."""
+"""`atomtune inspect`: which tokens of the records are learned, and which records have problems."""

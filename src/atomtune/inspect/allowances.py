@@ -1,4 +1,4 @@
-"""Limits: how many records with a problem --fail_on lets pass; where more are found, the command ends with code 4."""
+"""Limits: how many records with a problem --fail_on allows; if there are more, the command ends with code 4."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,10 @@ from atomtune.inspect.checks import Finding
 
 @dataclass(frozen=True)
 class Allowance:
-    """So many records may have this problem: a count, or a share of all that were read."""
+    """The maximum number of records with a problem: a count, or a percentage of all records read."""
 
     name: Check
-    limit: float = 0.0
+    limit: float = 0.0  # a count, or a percentage if `share`
     share: bool = False
 
     def __str__(self) -> str:
@@ -26,7 +26,7 @@ class Allowance:
 
 
 def allowances(words: Sequence[str]) -> list[Allowance]:
-    """`cut`, `duplicates=5%`, `refused=10` as values. Raises BadSettings with every word that is none."""
+    """Parse `cut`, `duplicates=5%`, `refused=10`. Raises BadSettings with all words that are invalid."""
     allowed: list[Allowance] = []
     problems: list[str] = []
     for word in words:
@@ -49,13 +49,13 @@ def allowances(words: Sequence[str]) -> list[Allowance]:
 
 
 def _number(text: str) -> float | None:
-    """A plain number that is not negative; no nan, no 1e3, no 1_000."""
+    """A plain non-negative number; None for anything else, such as nan, 1e3 or 1_000."""
     whole, _, part = text.partition(".")
     return float(text) if whole.isascii() and whole.isdigit() and (not part or part.isdigit()) else None
 
 
 def require(allowed: Sequence[Allowance], findings: Mapping[Check, Finding], ledger: Ledger) -> None:
-    """Raise CheckFailed with all that does not hold."""
+    """Raise CheckFailed with all allowances that are exceeded."""
     read = ledger.records_read
     failed = []
     for allowance in allowed:

@@ -1,6 +1,6 @@
-"""Checks: which records of a data set have a problem.
+"""Checks: the records of a data set that have a problem.
 
-Every figure is an array with a few bytes a record: a million records fit.
+All results are arrays of a few bytes per record, so that a million records fit into memory.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ from atomtune.data.ledger import Ledger
 Rows = NDArray[numpy.int64]
 Marks = NDArray[numpy.bool_]
 
-#: What the number beside each check counts.
+#: What the number of each check counts.
 MEANINGS: Mapping[Check, str] = {
     "refused": "cannot be used; the reason is next to each",
     "cut": "their prompt was shortened to fit --max_seq_length",
@@ -36,20 +36,20 @@ MEANINGS: Mapping[Check, str] = {
 
 @dataclass(frozen=True)
 class Tokens:
-    """What is seen of the tokens, by record (N of them) and by answer (A)."""
+    """Statistics of the tokens of N records with A answers."""
 
-    longest: NDArray[numpy.int32]  # [N] tokens of the record, or of its longest part where it became several Examples
+    longest: NDArray[numpy.int32]  # [N] tokens of the record's longest Example
     read: NDArray[numpy.int32]  # [N] tokens that are not learned
-    answers: NDArray[numpy.int32]  # [A] learned tokens of each answer with its stop token
-    copies: Rows  # [N] equal for records that are the same token for token
-    one_token: Marks  # [N]
-    no_stop: Marks  # [N]
-    unknown: Marks  # [N]
+    answers: NDArray[numpy.int32]  # [A] learned tokens of each answer, its stop token included
+    copies: Rows  # [N] the first record with the same tokens
+    one_token: Marks  # [N] an answer of one token besides its stop token
+    no_stop: Marks  # [N] an answer without a stop token at its end
+    unknown: Marks  # [N] an unknown token among the learned ones
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found: how many records, and the rows where they stand; refused records have no row."""
+    """The result of one check: the number of records and their rows; refused records have no row."""
 
     check: Check
     count: int
@@ -58,9 +58,11 @@ class Finding:
 
 
 def read_tokens(tables: Iterable[pyarrow.Table], *, stops: Sequence[int], unknown: int | None) -> Tokens:
-    """One pass over rows of the example cache (columns ids, learn, ends, digest), some at a time.
+    """Compute the statistics in one pass over rows of the example cache (columns ids, learn, ends, digest).
 
-    stops  the tokens that may end an answer: a call of gpt-oss ends with another one than a text
+    tables   the rows, in parts
+    stops    ids of tokens that may end an answer: in gpt-oss, a tool call ends with another token than a text
+    unknown  id of the unknown token, or None
     """
     parts = [_read_table(table, stops, unknown) for table in tables]
     if not parts:
@@ -80,10 +82,10 @@ def read_tokens(tables: Iterable[pyarrow.Table], *, stops: Sequence[int], unknow
 
 
 def _read_table(table: pyarrow.Table, stops: Sequence[int], unknown: int | None) -> tuple[Tokens, Rows]:
-    """The tokens of R rows (copies are told later, from all rows), and the digest of each row."""
-    ids = _flat(table["ids"])  # [T] of all rows, one behind the other
+    """The statistics of R rows, and the digest of each row, from which the caller computes `copies` for all rows."""
+    ids = _flat(table["ids"])  # [T] of all rows, concatenated
     learned = _flat(table["learn"]) > 0  # [T]
-    ends = _flat(table["ends"])  # [E] where each Example of each row ends
+    ends = _flat(table["ends"])  # [E] end of each Example, counted from the start of its row
     row_lengths = pyarrow.compute.list_value_length(table["ids"]).to_numpy()  # [R]
     row_examples = pyarrow.compute.list_value_length(table["ends"]).to_numpy()  # [R]
     n_rows = len(row_lengths)
@@ -109,9 +111,9 @@ def _read_table(table: pyarrow.Table, stops: Sequence[int], unknown: int | None)
 
 
 def _longest_examples(ends: NDArray[numpy.int32], row_examples: NDArray[numpy.int32]) -> NDArray[numpy.int32]:
-    """[R] The tokens of each row's longest Example."""
-    # rows       0        1    2          2 Examples, 1 and 3
-    # ends       40 70    25   30 50 90   count from the row's beginning
+    """[R] The number of tokens of each row's longest Example."""
+    # rows       0        1    2          with 2, 1 and 3 Examples
+    # ends       40 70    25   30 50 90   counted from the start of the row
     # lengths    40 30    25   30 20 40
     first_example = numpy.cumsum(row_examples) - row_examples  # [R]
     lengths = numpy.diff(ends, prepend=0)  # [E]
@@ -121,9 +123,9 @@ def _longest_examples(ends: NDArray[numpy.int32], row_examples: NDArray[numpy.in
 
 
 def _answers(learned: Marks) -> tuple[Rows, Rows]:
-    """[A] The first and the last token of each run of learned tokens.
+    """[A] The indices of the first and the last token of each run of learned tokens.
 
-    An Example's first token is never learned, so no run reaches across two.
+    The first token of an Example is never learned, so no run spans two Examples.
     """
     # learned    . . 1 1 1 . . 1 1
     # first          ^         ^
@@ -139,18 +141,18 @@ def _flat(column: pyarrow.ChunkedArray) -> NDArray[numpy.int32]:
 
 
 def _marks(rows: Rows, n_rows: int) -> Marks:
-    """[n_rows] Whether each row is among these."""
+    """[n_rows] Whether each row is in `rows`."""
     return numpy.bincount(rows, minlength=n_rows) > 0
 
 
 def findings_of(ledger: Ledger, texts: Texts, tokens: Tokens, rows_named: Mapping[str, Rows]) -> dict[Check, Finding]:
-    """What every check found, in the order of CHECKS, those that found nothing included.
+    """The findings of all checks in the order of CHECKS, including those that found nothing.
 
-    rows_named  for `cut` and `control`: where the records stand that the ledger names
+    rows_named  the rows for `cut` and `control`, whose records the ledger names by origin
     """
     n_rows = len(tokens.copies)
     all_rows = numpy.arange(n_rows)
-    firsts = numpy.flatnonzero(tokens.copies == all_rows)  # of exact copies only the first
+    firsts = numpy.flatnonzero(tokens.copies == all_rows)  # without the later ones of exact copies
     conflicts = _conflicting_rows(texts)
     findings = [
         Finding("refused", len(ledger.records_refused)),
@@ -173,16 +175,17 @@ def _marked(check: Check, marks: Marks) -> Finding:
 
 
 def near_or_equal(texts: Texts, tokens: Tokens) -> Rows:
-    """[N] A group for each record, by its first: nearly equal in what it says, or equal in its tokens.
+    """[N] The group of each record, named by its first record: near-duplicates, or records with equal tokens.
 
-    A long document alone makes no near-duplicates of the records about it, though `near` keeps them together.
+    Records about the same long document are not near-duplicates for that reason alone, although `texts.near` groups
+    them: their other texts, in `texts.beside`, must be equal too.
     """
     _, near = numpy.unique(numpy.stack([texts.near, texts.beside]), axis=1, return_inverse=True)
     return joined(equal_groups(near.reshape(-1)), tokens.copies)
 
 
 def _repetitions(check: Check, groups: Rows, rows: Rows) -> Finding:
-    """Counted are the rows that repeat an earlier one; shown are these and the first, group by group."""
+    """Finding whose count is the rows that repeat an earlier one; its rows include the first ones, group by group."""
     sizes = numpy.bincount(groups)
     repeated = numpy.flatnonzero(sizes[groups] > 1)
     by_group = numpy.argsort(groups[repeated], kind="stable")
@@ -191,10 +194,10 @@ def _repetitions(check: Check, groups: Rows, rows: Rows) -> Finding:
 
 
 def _conflicting_rows(texts: Texts) -> Rows:
-    """Records whose prompt another record answers otherwise, prompt by prompt."""
+    """Rows whose prompt has a different answer in another record, sorted by prompt."""
     prompts = equal_groups(texts.prompts)  # [N]
-    pairs = numpy.unique(numpy.stack([prompts, texts.answers]), axis=1)  # [2, P] each answer to each prompt once
-    answers_to = numpy.bincount(pairs[0], minlength=len(prompts))  # [N], by the prompt's first record
+    pairs = numpy.unique(numpy.stack([prompts, texts.answers]), axis=1)  # [2, P] distinct (prompt, answer) pairs
+    answers_to = numpy.bincount(pairs[0], minlength=len(prompts))  # [N] at the first record of each prompt, else 0
     rows = numpy.flatnonzero(answers_to[prompts] > 1)
     by_prompt = numpy.argsort(prompts[rows], kind="stable")
     return rows[by_prompt]

@@ -1,4 +1,4 @@
-"""Inspect: what of a data set is learned and what is wrong with it, before a model is loaded."""
+"""Inspect: the command, which reports what of a data set is learned and its problems, without loading a model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,15 +24,15 @@ from atomtune.model.load import load_tokenizer, quiet_libraries
 from atomtune.settings.fields import InspectSettings, RecordSettings, TokenizerSettings
 from atomtune.settings.spelled import words_of
 
-#: The end of the prompt is where the modes differ.
+#: Tokens shown of each mode: the modes differ at the end of the prompt.
 _SHOWN_OF_A_MODE = 120
 
 
 def inspect(settings: InspectSettings) -> int:
-    """Report on the records; 0, or CheckFailed where more is found than --fail_on allows.
+    """Report on the records; returns exit code 0.
 
-    Raises BadSettings for a setting that is missing or wrong, BadData for a file that cannot be read and, behind the
-    report, where none of its records can be used.
+    Raises BadSettings for a setting that is missing or wrong; BadData if a source cannot be read and, after the report,
+    if no record can be used; CheckFailed if more is found than --fail_on allows.
     """
     if settings.html and Path(settings.html).is_dir():
         raise BadSettings([f"--html {settings.html}: a folder; expected the name of a file, for example report.html."])
@@ -68,9 +68,9 @@ def inspect(settings: InspectSettings) -> int:
 
 
 def examine(settings: InspectSettings, console: Console) -> Report:
-    """Read the records as a run would, and find what there is to find.
+    """Read the records as a run would, and run all checks.
 
-    Raises BadSettings for a setting that is missing or wrong, BadData for a file that cannot be read.
+    Raises BadSettings for a setting that is missing or wrong, BadData for a source that cannot be read.
     """
     missing = [f"--{name} is missing." for name in ("dataset_path", "model_path") if not getattr(settings, name)]
     if missing:
@@ -85,7 +85,7 @@ def examine(settings: InspectSettings, console: Console) -> Report:
 
 
 def _record_of(report: Report, settings: InspectSettings, row: int) -> Record:
-    """The record behind a stored row, read once more."""
+    """The record of a stored row, read again."""
     rules = Rules(**replace(settings, max_seq_length=report.max_tokens).rules())
     for path, name in zip(report.sources, distinct_names(report.sources), strict=True):
         for record in records_of(path, rules, report.stored.select([row]), name=name):

@@ -1,4 +1,4 @@
-"""Histogram: how long records are, and what a max_seq_length would cost them."""
+"""Histogram: the lengths of records, and what a max_seq_length would cut."""
 
 import math
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 
 Lengths = NDArray[numpy.int32]  # [N]
 
-#: Suggested lengths are multiples of this, as the kernels of accelerators like them.
+#: Suggested lengths are multiples of this, for which GPU kernels are fast.
 STEP = 64
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What a max_seq_length costs: so many records are longer, by so many tokens together."""
+    """What a max_seq_length of `tokens` costs: `records` are longer, by `lost` tokens in total."""
 
     tokens: int
     records: int
@@ -23,7 +23,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Bar:
-    """So many values from `low` to `high`, both included."""
+    """`count` values are between `low` and `high`, both inclusive."""
 
     low: int
     high: int
@@ -31,13 +31,13 @@ class Bar:
 
 
 def histogram(values: Lengths, *, most: int = 14) -> list[Bar]:
-    """Bars of one round width, at most so many; what is longer than 99 in 100 may share the last one."""
+    """At most `most` bars of one round width; the last one may be wider, for values above the 99th percentile."""
     if not len(values):
         return []
     usual = int(numpy.percentile(values, 99, method="inverted_cdf"))
     longest = int(values.max())
-    width = _round_width(usual, most - 1)  # a bar is left for the longer ones
-    last = usual // width  # number of the last bar
+    width = _round_width(usual, most - 1)  # one bar is left for values above the 99th percentile
+    last = usual // width  # index of the last bar
     if longest // width > last:
         last += 1
     bar_numbers = numpy.minimum(values // width, last)  # [N]
@@ -52,8 +52,8 @@ def histogram(values: Lengths, *, most: int = 14) -> list[Bar]:
 
 
 def _round_width(value: int, bars: int) -> int:
-    """The smallest of 1, 2, 5, 10, 20, 50, … with which so many bars reach this value."""
-    for power in range(10):  # to 5 billion, beyond any length
+    """The smallest width of 1, 2, 5, 10, 20, 50, … with which this number of bars reaches `value`."""
+    for power in range(10):  # up to 5 billion, beyond any length
         for digit in (1, 2, 5):
             width = digit * 10**power
             if value // width < bars:
@@ -62,7 +62,7 @@ def _round_width(value: int, bars: int) -> int:
 
 
 def percentiles(values: Lengths) -> dict[str, int]:
-    """Of lengths: values that occur, no means of two."""
+    """Percentiles by name. Each is a value that occurs, not the mean of two. {} if there are no values."""
     if not len(values):
         return {}
     marks = {"median": 50, "90 %": 90, "99 %": 99, "longest": 100}
@@ -70,16 +70,16 @@ def percentiles(values: Lengths) -> dict[str, int]:
 
 
 def limit_at(longest: Lengths, tokens: int) -> Limit:
-    """What this max_seq_length would cost."""
+    """What a max_seq_length of `tokens` would cost."""
     over = longest[longest > tokens] - tokens
-    tokens_lost = over.sum(dtype=numpy.int64)  # a million records pass what 32 bits hold
+    tokens_lost = over.sum(dtype=numpy.int64)  # would overflow 32 bits for a million records
     return Limit(tokens, len(over), int(tokens_lost))
 
 
 def suggested(longest: Lengths, *, most: int) -> tuple[Limit, Limit]:
-    """The smallest multiple of STEP that no record is longer than, and the one that less than 1 % are longer than.
+    """The smallest multiple of STEP that no record exceeds, and the smallest that less than 1 % of records exceed.
 
-    most  tokens that the base and the memory allow; neither is longer
+    most  the number of tokens that the base model and the memory allow, an upper bound of both
     """
     assert len(longest)
     ordered = numpy.sort(longest)

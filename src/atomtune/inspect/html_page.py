@@ -1,7 +1,7 @@
-"""HTML page: what inspect found as one file that opens from disk and loads nothing.
+"""HTML page: the report of inspect as one file that opens from disk and loads nothing.
 
-Texts of records reach the page as JSON in which no `<` stands, and are shown as text nodes only; the page's policy
-allows no script but its own, by its hash. A record that holds `</script>` stays text.
+The texts of records are in the page as JSON without any `<`, and are shown only as text nodes. The page's content
+security policy allows only its own script, by hash. A record that contains `</script>` stays text.
 """
 
 import base64
@@ -31,9 +31,9 @@ from atomtune.inspect.terminal import scripts
 from atomtune.inspect.tokens import TokenDecoder
 from atomtune.language import in_chinese, language_spoken, singular
 
-#: What the page holds at most; a browser still searches it at once.
+#: Limits of the page's content, with which a browser still searches it without delay.
 MOST_RECORDS, MOST_TOKENS, MOST_REFUSED = 2000, 600_000, 500
-#: check → (English, Chinese, meaning in Chinese); what they mean in English stands in MEANINGS.
+#: Check → (English name, Chinese name, Chinese meaning); the English meanings are in MEANINGS.
 LABELS: Mapping[Check, tuple[str, str, str]] = {
     "refused": ("Refused", "被拒绝", "无法使用；每条旁边写有原因"),
     "cut": ("Shortened", "被缩短", "提示被缩短，以放进 --max_seq_length"),
@@ -58,9 +58,9 @@ SCRIPT_NAMES = {
 
 
 def write_page(report: Report, path: Path, decoder: TokenDecoder, *, seed: int) -> None:
-    """Write the report beside its name and rename it, so that no half of a page is ever found there.
+    """Write the page to a temporary file and rename it, so that `path` is never half-written.
 
-    Raises BadSettings where it cannot be written.
+    Raises BadSettings if it cannot be written.
     """
     text = page(report, decoder, seed=seed)
     try:
@@ -103,7 +103,7 @@ def page(report: Report, decoder: TokenDecoder, *, seed: int) -> str:
 
 
 def _lengths(report: Report) -> list[tuple[str, str, dict[str, int], list[tuple[Bar, float]]]]:
-    """(English, Chinese, percentiles, bars with their heights) of each kind of length."""
+    """For each kind of length: (English name, Chinese name, percentiles, bars with their heights)."""
     tokens = report.tokens
     lengths = []
     for english, chinese, values in (
@@ -116,7 +116,7 @@ def _lengths(report: Report) -> list[tuple[str, str, dict[str, int], list[tuple[
 
 
 def chosen_rows(report: Report, *, seed: int) -> list[int]:
-    """Rows that the page shows: of each check's as many as of any other's, then what fits, then a random sample."""
+    """The rows that the page shows: an equal share for each check, then its other rows, then a random sample."""
     rows_by_check = [finding.rows.tolist() for finding in report.findings.values()]
     share = MOST_RECORDS // len(rows_by_check)
     total = len(report.stored)
@@ -137,8 +137,8 @@ def chosen_rows(report: Report, *, seed: int) -> list[int]:
 
 
 def records_of(report: Report, rows: Sequence[int], decoder: TokenDecoder) -> dict[str, Any]:
-    """The chosen records with what is wrong with each, as page.js reads them."""
-    pieces: dict[int, tuple[str, bool]] = {}  # token id → (text, is it a control token)
+    """The chosen records and the problems of each, in the form that page.js reads."""
+    pieces: dict[int, tuple[str, bool]] = {}  # token id → (text, whether it is a control token)
     records: list[dict[str, Any]] = []
     for row in rows:
         examples = report.examples(row)
@@ -158,7 +158,7 @@ def records_of(report: Report, rows: Sequence[int], decoder: TokenDecoder) -> di
 
 
 def _places_by_check(report: Report, rows: Sequence[int]) -> dict[str, list[int]]:
-    """Of each check, where on the page the records stand that it found."""
+    """For each check, the indices in `rows` of the records that it found."""
     place_of = {row: place for place, row in enumerate(rows)}
     places: dict[str, list[int]] = {}
     for check, finding in report.findings.items():
@@ -167,7 +167,7 @@ def _places_by_check(report: Report, rows: Sequence[int]) -> dict[str, list[int]
 
 
 def _firsts_of_groups(report: Report) -> dict[str, NDArray[numpy.int64]]:
-    """Of checks that find groups: for each record the first of its group, which is shown beside it."""
+    """For each check that finds groups: [N] the first record of each record's group, which is shown with it."""
     return {
         "duplicates": report.tokens.copies,
         "near_duplicates": near_or_equal(report.texts, report.tokens),
@@ -176,13 +176,13 @@ def _firsts_of_groups(report: Report) -> dict[str, NDArray[numpy.int64]]:
 
 
 def _as_runs(example: Example) -> dict[str, Any]:
-    """Its ids, and its learn marks as (how many tokens, how often learned) runs: 0 0 0 1 1 is (3, 0) (2, 1)."""
+    """The ids, and the learn marks run-length encoded as (number of tokens, learn): 0 0 0 1 1 is (3, 0) (2, 1)."""
     runs = [(len(list(run)), learn) for learn, run in groupby(example.learn)]
     return {"ids": example.ids, "runs": runs}
 
 
 def _as_json(value: Any) -> str:
-    """JSON without a `<`, `>` or `&`, as it may stand inside a script element."""
+    """JSON without `<`, `>` or `&`, which is safe inside a script element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -190,6 +190,6 @@ def _as_json(value: Any) -> str:
 
 
 def _with_heights(bars: Sequence[Bar]) -> list[tuple[Bar, float]]:
-    """Each bar with its height, the highest being 1."""
+    """Each bar with its height relative to the highest, which has 1."""
     most = max((bar.count for bar in bars), default=1)
     return [(bar, bar.count / most) for bar in bars]

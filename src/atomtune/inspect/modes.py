@@ -1,6 +1,6 @@
-"""Modes: one record as a template writes it when it asks the model to think and when it asks it not to.
+"""Modes: one record as a template writes it with thinking on and with thinking off.
 
-A template has the two modes where it reads the variable `enable_thinking`, as Qwen3's does.
+A template has two modes if it reads the variable `enable_thinking`, as Qwen3's does.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from atomtune.data.records import Example, Record
 
 
 def modes_of(template: Template, record: Record) -> tuple[Example, ...]:
-    """The record's last answer behind its prompt, thinking and not; none where the template has one mode."""
+    """The record's last answer with its prompt, with thinking on and off; () if the template has only one mode."""
     if THINKING not in template.source or not record.learned:
         return ()
     examples = []

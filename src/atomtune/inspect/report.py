@@ -1,6 +1,6 @@
-"""Report: all that inspect finds in a data set, by reading it the way a run does.
+"""Report: everything that inspect finds in a data set, which it reads like a run.
 
-The walk ends after Example: these are the very tokens a run would train on, from the same cache.
+The Examples are those that a run would train on, from the same cache.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,14 +27,14 @@ from atomtune.inspect.histogram import Limit, limit_at, suggested
 from atomtune.settings.fields import InspectSettings
 from atomtune.shared_prefix import shared_length
 
-#: Longer than any record: with it, nothing is shortened or refused for its length.
+#: A max_tokens larger than any record: nothing is shortened or refused for its length.
 _NO_LIMIT = 2**31 - 1
 _ROWS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
 class Saving:
-    """Tokens that each layout computes for some sampled batches, and the beginning that all their records share."""
+    """The number of tokens that each layout computes for sampled batches, and the prefix that all records share."""
 
     batches: int
     records_per_batch: int
@@ -44,7 +44,7 @@ class Saving:
 
 @dataclass(frozen=True)
 class Report:
-    """All that inspect finds."""
+    """Everything that inspect finds."""
 
     sources: tuple[str, ...]
     template: Template
@@ -53,8 +53,8 @@ class Report:
     stored: datasets.Dataset
     texts: Texts
     tokens: Tokens
-    findings: Mapping[Check, Finding]  # by the name of the check
-    limits: tuple[Limit, ...]  # the one asked for, one that nothing is longer than, one that under 1 % are longer than
+    findings: Mapping[Check, Finding]
+    limits: tuple[Limit, ...]  # for max_tokens, for a length that no record exceeds, for one that under 1 % exceed
     saving: Saving | None
     notes: tuple[str, ...] = ()
 
@@ -67,7 +67,7 @@ class Report:
 
 @dataclass(frozen=True)
 class _Source:
-    """One data file with the name that origins give it, and the rules it is read by."""
+    """One data source, its name in origins, and the rules for reading it."""
 
     path: str
     name: str
@@ -80,15 +80,15 @@ class _Source:
             return examples_of(self.path, self.template, rules, name=self.name, advance=progress.advance)
 
     def records(self, stored: datasets.Dataset) -> Iterator[Record]:
-        """The records behind the stored rows, read once more for their texts."""
+        """The records of the stored rows, read again for their texts."""
         with self.console.reading_progress(size_of(self.path), f"comparing {self.name}") as progress:
             yield from records_of(self.path, self.rules, stored, progress.advance, name=self.name)
 
 
 def build_report(settings: InspectSettings, template: Template, console: Console, *, most_tokens: int) -> Report:
-    """Read everything and find what there is to find.
+    """Read all records and run all checks. Raises BadData for a source that cannot be read.
 
-    most_tokens  that the base and the memory allow
+    most_tokens  the longest record that the base model and the memory allow
     """
     rules = Rules(**settings.rules())
     paths = settings.dataset_paths
@@ -137,7 +137,7 @@ def _limits(lengths: NDArray[numpy.int32], max_tokens: int, *, most_tokens: int)
 
 
 def _whole_lengths(sources: Iterable[_Source], rules: Rules) -> NDArray[numpy.int32]:
-    """[records] How long they are where nothing is shortened, those included that are refused for their length."""
+    """[records] Their lengths without shortening, including records that were refused for their length."""
     without_limit = replace(rules, max_tokens=_NO_LIMIT)
     stored = [source.encode(without_limit).examples for source in sources]
     return read_tokens(chain.from_iterable(map(_tables, stored)), stops=(), unknown=None).longest
@@ -148,7 +148,7 @@ def _tables(stored: datasets.Dataset) -> Iterator[pyarrow.Table]:
 
 
 def _rows_named(parts: Sequence[EncodedData]) -> dict[str, NDArray[numpy.int64]]:
-    """For `cut` and `control`, which the ledger lists by origin: the rows of all sources together."""
+    """The rows of the checks `cut` and `control`, which the ledger lists by origin; numbered over all sources."""
     return {
         "cut": numpy.flatnonzero(_marks([(part.examples, part.ledger.cut_origins) for part in parts])),
         "control": numpy.flatnonzero(_marks([(part.examples, part.ledger.control_origins) for part in parts])),
@@ -156,7 +156,7 @@ def _rows_named(parts: Sequence[EncodedData]) -> dict[str, NDArray[numpy.int64]]
 
 
 def _marks(parts: Iterable[tuple[datasets.Dataset, Sequence[str]]]) -> NDArray[numpy.bool_]:
-    """[records] Whether each is named, by an origin of its own source: two sources may use the same ones."""
+    """[records] Whether each is in the list of origins of its own source: two sources may have equal origins."""
     marks = [numpy.zeros(0, dtype=bool)]
     for stored, origins in parts:
         named = pyarrow.array(origins, pyarrow.string())
@@ -166,13 +166,13 @@ def _marks(parts: Iterable[tuple[datasets.Dataset, Sequence[str]]]) -> NDArray[n
 
 
 def _saving(stored: datasets.Dataset, *, per_batch: int, seed: int) -> Saving:
-    """What each layout computes for batches sampled as the sampler does."""
+    """What each layout computes for randomly sampled batches."""
     rows = stored.select(sample_rows(len(stored), per_batch * SAMPLED_BATCHES, seed=seed))
     batches = batches_of(rows, per_batch, as_examples)
     all_ids = [example.ids for example in chain(*batches)]
     shared: tuple[int, ...] = ()
     if len(all_ids) > 1:
-        # In dictionary order the first and the last differ most: what these two begin with, all between begin with.
+        # In lexicographic order, all ids between the first and the last have the prefix that these two share.
         first, last = min(all_ids), max(all_ids)
         shared = first[: shared_length(first, last)]
     return Saving(len(batches), per_batch, LayoutTokens.of(batches), shared)

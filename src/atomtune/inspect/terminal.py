@@ -1,6 +1,6 @@
-"""Terminal: what inspect found, printed section by section.
+"""Terminal: prints the report of inspect, section by section.
 
-No text of a record stands here, only origins and numbers; the samples come after it.
+It shows origins and numbers, but no texts of records; samples are printed after it.
 """
 
 import math
@@ -19,13 +19,13 @@ from atomtune.inspect.histogram import Bar, Limit, histogram, percentiles
 from atomtune.inspect.report import Report
 from atomtune.language import listed, message, translated
 
-#: Origins that stand beside a problem.
+#: Number of origins shown for a problem.
 _SHOWN = 3
 _BAR_WIDTH = 40
 
 
 def say_report(report: Report, console: Console) -> None:
-    """Print all of it, section by section."""
+    """Print the whole report."""
     _say_head(report, console)
     _section(console, "Records and tokens")
     for line in ledger_lines(report.ledger):
@@ -34,7 +34,7 @@ def say_report(report: Report, console: Console) -> None:
         console.say("  " + translated("note: ") + translated(f"{notice} in {count:,} records"), "yellow")
     if len(report.stored):  # else every record was refused, and there is nothing to count
         _say_lengths(report, console)
-    if report.limits:  # also of records that were all refused for their length
+    if report.limits:  # also if all records were refused for their length
         _section(console, f"--max_seq_length {report.max_tokens:,}")
         for line in limits(report):
             console.say(f"  {translated(line)}")
@@ -49,7 +49,7 @@ def say_report(report: Report, console: Console) -> None:
 
 
 def _say_head(report: Report, console: Console) -> None:
-    """What was read, as what, and what is unusual in how the template writes it."""
+    """Print the sources, their format, the template, and notes on how it writes the records."""
     ledger, template = report.ledger, report.template
     console.say(", ".join(report.sources), "bold")
     for note in report.notes:
@@ -79,7 +79,7 @@ def _say_lengths(report: Report, console: Console) -> None:
 
 
 def _say_savings(report: Report, console: Console) -> None:
-    """What the layouts save, and the scripts."""
+    """Print what the layouts save, and the writing systems."""
     _section(console, "Shared prefixes")
     for line in savings(report):
         console.say(f"  {translated(line)}")
@@ -89,7 +89,7 @@ def _say_savings(report: Report, console: Console) -> None:
 
 
 def ledger_lines(ledger: Ledger) -> Iterator[str]:
-    """The sums that must hold, as sums."""
+    """The ledger's counts, written as sums: read = used + refused."""
     refused = len(ledger.records_refused)
     targets_used, targets_refused = ledger.target_tokens, ledger.target_tokens_refused
     yield (
@@ -107,7 +107,7 @@ def ledger_lines(ledger: Ledger) -> Iterator[str]:
 
 
 def limits(report: Report) -> Iterator[str]:
-    """What this run's length costs, and which ones cost nothing or little."""
+    """What the run's --max_seq_length costs, and lengths that would cost nothing or little."""
     if not report.limits:
         return
     this_run, nothing_lost, little_lost = report.limits
@@ -135,7 +135,7 @@ def _cost(limit: Limit, total: int) -> str:
 
 
 def savings(report: Report) -> Iterator[str]:
-    """What each layout computes, as the run will choose among them."""
+    """The number of tokens that each layout computes for the sampled batches."""
     saving = report.saving
     if saving is None:
         return
@@ -157,7 +157,7 @@ def _against(padded: int, tokens: int) -> str:
 
 
 def scripts(report: Report) -> list[tuple[str, float]]:
-    """Each script's share of all letters, the largest first."""
+    """Each script's share of all letters, largest first."""
     letters = report.texts.letters  # [SCRIPTS]
     total = letters.sum()
     shares = []
@@ -182,7 +182,7 @@ def _lengths(columns: Mapping[str, NDArray[numpy.int32]]) -> Table:
 
 
 def _bars(bars: list[Bar]) -> Iterator[str]:
-    """The bars as lines, from the first that holds something on."""
+    """The bars as lines, without empty ones at the beginning."""
     filled = [number for number, bar in enumerate(bars) if bar.count]
     if not filled:
         return
@@ -194,7 +194,7 @@ def _bars(bars: list[Bar]) -> Iterator[str]:
 
 
 def _blocks(count: int, most: int) -> str:
-    """A bar of _BAR_WIDTH characters at most, to the eighth of one: █████▍. What is not nothing shows an eighth."""
+    """A bar of at most _BAR_WIDTH characters, rounded up to eighths of one: █████▍"""
     eighths = math.ceil(count * _BAR_WIDTH * 8 / most)
     whole, rest = divmod(eighths, 8)
     return "█" * whole + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[rest]
@@ -205,7 +205,7 @@ def _range(bar: Bar) -> str:
 
 
 def check_rows(report: Report) -> Iterator[tuple[str, str, str]]:
-    """For each check that found something: its name, how often, and what that means; below it, where."""
+    """Table rows for each check that found something: name, count and share, meaning; below it, the places."""
     read = max(1, report.ledger.records_read)
     for check, finding in report.findings.items():
         if not finding.count:
@@ -219,7 +219,7 @@ def check_rows(report: Report) -> Iterator[tuple[str, str, str]]:
 
 
 def _places(report: Report, finding: Finding) -> Iterator[str]:
-    """Where a problem is, on one line; a refused record with its reason, on a line of its own."""
+    """The origins of a problem on one line; refused records with their reason, one line each."""
     if finding.check != "refused":
         origins = [report.origin(int(row)) for row in finding.rows[:_SHOWN]]
         more = " …" if finding.count > len(origins) > 0 else ""

@@ -1,6 +1,6 @@
-"""Tokens: an example as one sees it, each token apart, what is learned coloured.
+"""Tokens: prints an example token by token, coloured by whether a token is learned.
 
-Nothing is hidden: spaces, line ends, control tokens and the bytes of a character that was split are all visible.
+Everything is visible: spaces, line ends, control tokens, and the bytes of a character that is split between tokens.
 """
 
 import re
@@ -16,20 +16,20 @@ from atomtune.console import Console
 from atomtune.data.records import Example
 from atomtune.language import message, translated
 
-#: Examples of one record.
+#: Maximum number of examples shown for one record.
 _SHOWN_OF_A_RECORD = 8
 SPACE, LINE_END, TAB = "·", "↵", "⇥"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-#: Two shades each, in turn, so that boundaries show without a mark between tokens. Yellow and violet: control tokens.
+#: Two alternating shades each, so that token boundaries show without a separator. Control tokens: yellow and violet.
 LEARNED = (Style.parse("black on #a9dfbb"), Style.parse("black on #7fcb9b"))
 READ = (Style.parse("grey82 on grey19"), Style.parse("grey82 on grey27"))
 CONTROL_LEARNED, CONTROL_READ = Style.parse("bold black on #f0cf65"), Style.parse("bold #c9b6ff on #2b2640")
 
 
 def byte_of() -> dict[str, int]:
-    """GPT-2's alphabet: the printable character that byte-level tokenizers write for each byte."""
-    # Printable Latin-1 stands for itself: ! to ~, ¡ to ¬, ® to ÿ. The other 68 bytes are the characters from U+0100 on,
-    # in order, so that a space is Ġ and a line end Ċ.
+    """GPT-2's alphabet, in which byte-level tokenizers write each byte as a printable character: character → byte."""
+    # Printable Latin-1 characters are themselves: ! to ~, ¡ to ¬, ® to ÿ. The other 68 bytes are the characters from
+    # U+0100 on, in order, so that a space is Ġ and a line end Ċ.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
     bytes_of = {chr(byte): byte for byte in printable}
@@ -39,7 +39,7 @@ def byte_of() -> dict[str, int]:
 
 
 class TokenDecoder:
-    """How a tokenizer's ids look; each id is asked for once."""
+    """Token id → its text for display; each id is decoded once."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -55,7 +55,7 @@ class TokenDecoder:
         self._known: dict[int, str] = {}
 
     def __call__(self, number: int) -> str:
-        """What this token stands for; bytes that are no character alone as ⟨E4⟩."""
+        """The text of a token, with invisible characters made visible; bytes of a split character look like ⟨E4⟩."""
         if number not in self._known:
             self._known[number] = with_marks(self._piece(number))
         return self._known[number]
@@ -72,25 +72,25 @@ class TokenDecoder:
 
 
 def _decoded(raw: bytes) -> str:
-    text = raw.decode("utf-8", "surrogateescape")  # a byte that is no character alone: a lone surrogate
+    text = raw.decode("utf-8", "surrogateescape")  # a byte of a split character becomes a lone surrogate
     return re.sub(r"[\udc80-\udcff]", lambda byte: f"⟨{ord(byte.group()) - 0xDC00:02X}⟩", text)
 
 
 def with_marks(piece: str) -> str:
-    """A token's text with what is not to be seen made visible."""
+    """A token's text with invisible characters made visible."""
     marked = piece.replace(" ", SPACE).replace("\n", LINE_END).replace("\t", TAB)
     shown = ""
     for character in marked:
         shown += character if character.isprintable() else f"⟨{ord(character):02X}⟩"
-    return shown or "⟨⟩"  # a token of no text at all
+    return shown or "⟨⟩"  # a token without text
 
 
 def coloured(
     ids: Sequence[int], learned: Sequence[int], decoder: TokenDecoder, *, colour: bool = True, width: int = 80
 ) -> Text:
-    """Tokens for a terminal; without colours, │ stands between them and ⟦ ⟧ around what is learned.
+    """Tokens for a terminal; without colours, │ separates them and ⟦ ⟧ enclose those that are learned.
 
-    width  a line has so many cells at most, and ends between two tokens
+    width  maximum number of cells per line; lines break between tokens
     """
     text = Text(overflow="fold")
     learned_before, cells = False, 0
@@ -120,7 +120,7 @@ def _style(place: int, is_learned: bool, *, is_control: bool) -> Style:
 
 
 def _border(place: int, learned_before: bool, is_learned: bool) -> str:
-    """What stands before a token where there are no colours: who│are│you⟦I│am⟧│ok."""
+    """The separator before a token if there are no colours: who│are│you⟦I│am⟧│ok."""
     if is_learned and not learned_before:
         return "⟦"
     between = "│" if place else ""
@@ -128,7 +128,7 @@ def _border(place: int, learned_before: bool, is_learned: bool) -> str:
 
 
 def legend(*, colour: bool) -> Text:
-    """What the colours mean."""
+    """The legend of the colours, or of the separators."""
     if not colour:
         words = f"⟦learned⟧, the rest is read only; │ between tokens; {SPACE} space, {LINE_END} line end"
         return Text(translated(words))
@@ -147,7 +147,7 @@ def legend(*, colour: bool) -> Text:
 
 
 def show(console: Console, examples: Sequence[Example], decoder: TokenDecoder, *, part: int = 1500) -> None:
-    """Print examples token by token; of one that is longer than `part` tokens its end, where its answer stands."""
+    """Print examples token by token; of one with more than `part` tokens, only the end, which has its last answer."""
     colour = console.color_system is not None and not console.no_color
     console.print(legend(colour=colour))
     of_record = Counter(example.origin for example in examples)
@@ -163,7 +163,7 @@ def show(console: Console, examples: Sequence[Example], decoder: TokenDecoder, *
 
 
 def _first_of_each_record(examples: Sequence[Example]) -> Iterator[Example]:
-    """A history of thousands of turns is as many examples; a few of them tell how they look."""
+    """At most _SHOWN_OF_A_RECORD examples of each record: a conversation of thousands of turns may have as many."""
     shown: Counter[str] = Counter()
     for example in examples:
         shown[example.origin] += 1

@@ -1,1 +1,1 @@
-"""`atomtune plan`: what a run would cost in tokens, memory and time, before its model is loaded."""
+"""`atomtune plan`: estimates the tokens, memory and time of a run without loading the model."""

@@ -1,4 +1,4 @@
-"""Plan: what a run would cost, from the command line it would have."""
+"""Plan: the command, which estimates a run from the command line that the run would have."""
 
 import math
 from collections.abc import Sequence
@@ -43,22 +43,22 @@ from atomtune.train.layout import SAVING, layout_problems, why_padded_by_setting
 from atomtune.train.resume_command import without_start
 from atomtune.train.run_length import run_length
 
-#: GB of the cards that people have, by the name they are sold under: 2^30 bytes each.
+#: Memory of common GPUs in GB, as they are sold: 2^30 bytes each.
 CARDS = (8, 12, 16, 24, 32, 48, 80, 141)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSize:
-    """How much a run computes, counted on its records.
+    """The amount of computation of a run, estimated from its records.
 
     steps            optimizer steps
-    tokens_computed  in all rows of the run, in the layout it would have
-    tokens_padded    that padded rows would have
+    tokens_computed  tokens in all batches of the run, in its layout
+    tokens_padded    the same in the padded layout
     targets          learned tokens
-    mean_context     tokens that a token may see, on average
-    heaviest         tokens of a step as heavy as the run may meet
-    batches          that are laid out and computed one by one
-    lengths          different numbers of tokens that batches have
+    mean_context     number of tokens that a token sees, on average
+    heaviest         tokens of the heaviest batch that the run is expected to have
+    batches          number of batches that are computed
+    lengths          number of different lengths among the batches
     """
 
     layout: Layout
@@ -74,13 +74,15 @@ class RunSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What a run would take.
+    """The estimates for a run.
 
     device    of this process
-    memories  device or card → memory of a heavy step there; this process's device first
-    fits      the same names → whether it has that much; None where the system does not tell
-    seconds   of the training loop on this device, whose matrix products reach `rate` operations a second in `dtype`
-    learning_rate, held_out  what the run would take, and how many records --eval_size holds out
+    memories  device or card → memory of the heaviest step on it; this process's device comes first
+    fits      device or card → whether its memory suffices; None if the system does not report it
+    seconds   of the training loop on `device`
+    rate      its matmul rate in `dtype`, in operations per second
+    learning_rate  that the run would use
+    held_out  number of records that --eval_size holds out
     """
 
     size: ModelSize
@@ -113,9 +115,9 @@ class Forecast:
 
 
 def plan(settings: PlanSettings) -> int:
-    """Read the records, count the model's weights on its shape, and say what the run would take.
+    """Read the records, count the model's weights without loading them, and print the estimates.
 
-    Raises BadSettings, BadData or BadModel as the run would, as far as they can be known without the weights.
+    Raises BadSettings, BadData or BadModel as the run would, as far as that is known without the weights.
     """
     for name in ("streaming", "mix"):
         if getattr(settings.train.data, name):
@@ -132,6 +134,10 @@ def plan(settings: PlanSettings) -> int:
 
 
 def forecast_of(settings: TrainSettings, console: Console) -> Forecast:
+    """Encode the records, measure the model and this device's matmul rate, and compute the estimates.
+
+    Raises BadSettings, BadData or BadModel as the run would.
+    """
     model = settings.model
     tokenizer = load_tokenizer(str(model.model_path), trust_remote_code=model.trust_remote_code)
     template = load_template(settings.data.template, tokenizer, **settings.data.template_options())
@@ -170,7 +176,7 @@ def forecast_of(settings: TrainSettings, console: Console) -> Forecast:
 def _as_it_would_run(
     settings: TrainSettings, template: Template, console: Console
 ) -> tuple[TrainSettings, EncodedData]:
-    """The settings with a value for each that is left to the run, and its records."""
+    """The settings with the values that the run would derive, and its encoded records."""
     model = settings.model
     use_cpu = bool(settings.trainer.get("use_cpu"))
     shape = base_shape(str(model.model_path), trust_remote_code=model.trust_remote_code, use_cpu=use_cpu)
@@ -193,7 +199,7 @@ def _as_it_would_run(
 
 
 def _encoded(paths: Sequence[str], settings: TrainSettings, template: Template, console: Console) -> EncodedData:
-    """The very examples of the run; they are in the cache when it begins. Raises BadData where a run would."""
+    """Encode the examples of the run, which then finds them in the cache. Raises BadData as the run would."""
     rules, names = Rules(**settings.data.rules()), source_names(settings)
     parts = []
     for path in paths:
@@ -214,7 +220,10 @@ def _encoded(paths: Sequence[str], settings: TrainSettings, template: Template, 
 def _run_size(
     settings: TrainSettings, args: TrainingArguments, data: EncodedData, *, why_padded: str | None
 ) -> RunSize:
-    """Counted on batches as the run may draw them, and multiplied by how often the run sees its records."""
+    """Estimate the computation from sampled batches, scaled to the number of records that the run sees.
+
+    why_padded  the reason for padded rows, if there is one
+    """
     per_batch = args.per_device_train_batch_size
     rows = sample_rows(len(data.examples), per_batch * SAMPLED_BATCHES, seed=args.seed)
     batches = batches_of(data.examples.select(rows), per_batch, as_examples)
@@ -225,10 +234,10 @@ def _run_size(
     records = _learned(data, settings.data.eval_size or 0)
     steps = run_length(records, args).steps
     per_step = per_batch * args.gradient_accumulation_steps * args.world_size
-    # The last batch of an epoch may be smaller than the others; a number of steps has no such end.
+    # The last batch of an epoch may be smaller than the others; with --max_steps that is ignored.
     most = math.inf if args.max_steps > 0 else records * args.num_train_epochs
     seen = min(steps * per_step, most)
-    share = seen / len(rows)  # of the sampled rows' cost
+    share = seen / len(rows)  # factor from the sampled rows to the whole run
     batch_count = math.ceil(seen / per_batch)
     return RunSize(
         layout=layout,
@@ -236,7 +245,7 @@ def _run_size(
         tokens_computed=round(computed * share),
         tokens_padded=round(sampled.padded * share),
         targets=round(data.ledger.target_tokens * seen / len(data.examples)),
-        # A token sees half of a causal example on average.
+        # With causal attention, a token sees half of its example on average.
         mean_context=sum(len(example.ids) for example in examples) / len(examples) / 2,
         heaviest=heaviest_of_the_run(
             sampled.heaviest[layout], per_batch=per_batch, longest_tokens=data.ledger.longest_tokens
@@ -247,9 +256,9 @@ def _run_size(
 
 
 def _layout(settings: TrainSettings, sampled: LayoutTokens, reason: str | None) -> Layout:
-    """The run's, if the trial at its start finds it exact for the model. Raises BadSettings as the run would.
+    """The layout of the run, provided that the trial at its start finds it exact. Raises BadSettings as the run would.
 
-    reason  for padded rows, that the settings or the model's config give
+    reason  why the settings or the model's config require padded rows, or None
     """
     choice = settings.data.layout
     if problems := layout_problems(choice, reason):
@@ -260,7 +269,7 @@ def _layout(settings: TrainSettings, sampled: LayoutTokens, reason: str | None) 
 
 
 def _learned(data: EncodedData, hold_out: float) -> int:
-    """Records that are not held out; how many stay together because they are alike is not known here."""
+    """The number of records that are not held out; the run's may differ, as it keeps near-duplicates together."""
     records = len(data.examples)
     held_out = round(hold_out * records) if hold_out < 1 else int(hold_out)
     return max(1, records - held_out)
@@ -268,7 +277,7 @@ def _learned(data: EncodedData, hold_out: float) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Here:
-    """The device of this process, the base's number format on it, and what is free (None: the system does not tell)."""
+    """The device of this process, the base's dtype on it, its free bytes (None if unknown), and those of libraries."""
 
     device: torch.device
     dtype: torch.dtype
@@ -307,7 +316,7 @@ class _Here:
 
 
 def _on_card(settings: TrainSettings, size: ModelSize, run: RunSize, gigabytes: int) -> StepMemory:
-    """On a GPU with so much memory, in bfloat16 unless --dtype says otherwise."""
+    """The memory of the heaviest step on a GPU with this many GB, in bfloat16 unless --dtype is set."""
     dtype = torch.bfloat16 if settings.model.dtype == "auto" else getattr(torch, settings.model.dtype)
     step = StepSpec(
         tokens=run.heaviest,
@@ -322,7 +331,11 @@ def _on_card(settings: TrainSettings, size: ModelSize, run: RunSize, gigabytes: 
 def _kept_or_recomputed(
     settings: TrainSettings, size: ModelSize, step: StepSpec, *, free: int | None, usable: float
 ) -> StepMemory:
-    """As `--gradient_checkpointing auto` decides once the model is loaded: by the part of what is then free."""
+    """The memory of the step, with layers recomputed as `--gradient_checkpointing` decides once the model is loaded.
+
+    free    bytes free before the model is loaded, or None if unknown
+    usable  share of the memory left then that activations may take
+    """
     choice = settings.run.gradient_checkpointing
     without = step_memory(size, step, recomputed=choice == "true")
     if choice != "auto":
@@ -340,7 +353,7 @@ def _kept_or_recomputed(
 
 
 def _say(forecast: Forecast, console: Console, *, quantized: bool) -> None:
-    """The run's size, its memory on this device part by part, which devices it fits on, and how long it takes."""
+    """Print the size of the run, its memory part by part, the devices that it fits on, and its time."""
     run, memory = forecast.run, forecast.memories[forecast.device]
     console.say(
         f"{forecast.size.weights:,} parameters, {forecast.size.trained:,} in the adapter.\n"
@@ -363,13 +376,13 @@ def _say(forecast: Forecast, console: Console, *, quantized: bool) -> None:
 
 
 def _gain(run: RunSize) -> str:
-    """What the layout saves; rows of one record each may have a few tokens more than padded ones."""
+    """What the layout saves; it may also have a few more tokens than padded rows, as row lengths are rounded up."""
     gain = run.tokens_padded / run.tokens_computed
     return f"{gain:.1f}× less work than with padding" if gain >= SAVING else "about as much work as with padding"
 
 
 def _table_of_devices(forecast: Forecast) -> Table:
-    """This device and cards up to the first on which nothing is recomputed: on a larger one it is the same."""
+    """This device, and the cards up to the first on which the run fits without recomputing; larger ones add nothing."""
     table = Table(*map(translated, ("device", "needs", "activations", "fits")), box=None)
     for name, memory in forecast.memories.items():
         fits = forecast.fits[name]

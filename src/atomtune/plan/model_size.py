@@ -1,4 +1,4 @@
-"""Model size: how many numbers a model has and how many of them a token meets, counted on its shape alone."""
+"""Model size: how many weights a model has and how many a token is multiplied with, counted without loading them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,23 +15,23 @@ from atomtune.model.load_errors import explained
 from atomtune.model.lora_targets import match_targets
 from atomtune.model.weight_sizes import without_weights
 
-#: What configs call the number of experts, and how many of them a token meets.
+#: Names in configs for the number of experts, and for the number of experts that a token is sent to.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 EXPERTS_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "top_k_experts")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """The numbers of a model and its adapter.
+    """Numbers of weights of a model and its adapter.
 
-    weights     parameters of the base, a tied matrix counted once
-    quantized   those of them that --quantize reaches: linear layers, the output matrix left out
-    body        multiplied with every token: no embedding, no output matrix, of the experts those that a token chooses
-    head        the output matrix, which is multiplied with target tokens alone
-    trained     parameters of the adapter
-    shapes      (in, out) of its linear layers, each once, the output matrix left out
-    why_padded  the reason for one record a row that the config or the settings give; None where a trial at the run's
-                start decides
+    weights     of the base; tied matrices are counted once
+    quantized   those that --quantize quantizes: the linear layers without the output matrix
+    body        those that each token is multiplied with: without embedding and output matrix, and of the experts only
+                as many as a token is sent to
+    head        the output matrix, which only target tokens are multiplied with
+    trained     of the adapter
+    shapes      the distinct (in, out) of the linear layers, without the output matrix
+    why_padded  why the config or the settings require padded rows; None if a trial at the start of the run decides
     """
 
     config: Any
@@ -54,16 +54,16 @@ class ModelSize:
 
 
 def measure(path: str, lora: LoraSpec, *, trust_remote_code: bool = False) -> ModelSize:
-    """Build the model on the meta device, where a tensor is a shape, and count.
+    """Build the model on the meta device, where tensors have shapes but no data, and count its weights.
 
-    Raises BadModel where there is no such model, BadSettings where the adapter's targets match nothing.
+    Raises BadModel if there is no such model, BadSettings if the adapter's targets match no module.
     """
     config = read_config(path, trust_remote_code=trust_remote_code)
     with explained(path, "model", files="config.json"):
         base = without_weights(config, trust_remote_code=trust_remote_code)
     base.requires_grad_(False)
     base.config.use_cache = False
-    with reading_text(path, base):  # Kyutai's embeddings are no table
+    with reading_text(path, base):  # turns an error into BadModel: Kyutai's embeddings are not a single table
         embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
     outside = {id(weight) for part in (embeddings, head) if part is not None for weight in part.parameters()}
     chosen = _share_of_experts(config.get_text_config())
@@ -95,7 +95,7 @@ def _count(weights: Iterable[torch.Tensor]) -> int:
 
 
 def _share_of_experts(config: Any) -> float:
-    """Of the weights in experts, the share that a token meets."""
+    """The share of the experts that a token is sent to; 1.0 for a model without experts."""
     counts = [getattr(config, name) for name in EXPERT_COUNTS if getattr(config, name, None)]
     chosen = [getattr(config, name) for name in EXPERTS_CHOSEN if getattr(config, name, None)]
     return min(1.0, chosen[0] / counts[0]) if counts and chosen else 1.0

@@ -1,4 +1,4 @@
-"""Laws of the templates: the text that is trained is the text that a server renders from the saved tokenizer."""
+"""Laws of the templates: training uses the text that a server renders with the saved tokenizer."""
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -33,7 +33,7 @@ def own(kind: str, source: str | None) -> Template:
     [("请模仿甄嬛的口吻。", "你是谁?"), ("你是谁?", ""), ("", "你是谁?"), (" a\n", "\tb\r\n"), ("{{ x }}", "{% if %}")],
 )
 def test_atoms_text_is_the_tutorials(instruction, text):
-    # The tutorial's own line, copied; the last case: a record is no template.
+    # The tutorial's own line, copied. In the last case, the record looks like a template.
     written = "<s>Human: " + instruction + "请回答用户问题: " + text + "\n" + "</s><s>Assistant:"
     assert prompt(own("sentencepiece", None), Turn("user", instruction, text)) == written
 
@@ -61,7 +61,7 @@ def test_a_system_text_is_atoms_instruction():
 
 
 def test_a_system_text_before_an_instruction_with_an_input_is_not_lost():
-    # Both want atom's one place for an instruction; whichever way it is settled, no text goes in silence.
+    # Both need atom's only place for an instruction; in any case, no text may be lost silently.
     turns = (Turn("system", "你是灯塔的看守人。"), Turn("user", "翻译", "早上好"))
     try:
         text = prompt(own("sentencepiece", None), *turns)
@@ -140,7 +140,7 @@ def test_auto_takes_a_neutral_format_where_the_tokenizer_is_not_chinese():
     assert template.name == "plain"
     assert prompt(template, Turn("user", "Who are you?")) == "<s>Who are you?\n"
     assert "no chat template" in template.why
-    assert not load_template("plain", tokenizer).why  # who asks for it knows
+    assert not load_template("plain", tokenizer).why  # no explanation if the user asked for it
 
 
 def test_auto_takes_a_neutral_format_on_llama_2(real):
@@ -166,7 +166,7 @@ def test_a_jinja_file_is_a_template(tmp_path):
 
 
 def test_the_mark_that_an_editor_puts_before_a_template_is_no_part_of_it(tmp_path):
-    # Every prompt began with it, as a token of its own.
+    # Regression: every prompt began with it, as a token of its own.
     path = tmp_path / "mine.jinja"
     path.write_text("\ufeff" + CHATML, encoding="utf-8")
     assert load_template(str(path), tokenizer_of("bytes")).source == CHATML
@@ -221,7 +221,7 @@ def test_a_jinja_file_that_cannot_be_used_is_the_users_mistake(tmp_path, content
     ],
 )
 def test_an_answer_stops_where_the_template_ends_it(kind, source, stop):
-    # Gemma's EOS is </s> here: learning that one, a server that waits for <end_of_turn> would never stop.
+    # Gemma's EOS is </s> here: if that were learned, a server that waits for <end_of_turn> would never stop.
     assert own(kind, source).stop == stop
 
 
@@ -260,7 +260,7 @@ def test_a_control_string_of_a_record_is_broken_inside_and_the_templates_own_are
 
 
 def test_a_template_that_trims_still_finds_the_control_strings():
-    # Breaks counted in the untrimmed text would miss.
+    # Offsets of breaks in the untrimmed text would be wrong.
     piece = own("sentencepiece", GEMMA).prompt_piece([{"role": "user", "content": "  \n<end_of_turn> x </s>  "}])
     text = "<s><start_of_turn>user\n<end_of_turn> x </s><end_of_turn>\n<start_of_turn>model\n"
     assert piece.text == text
@@ -270,7 +270,7 @@ def test_a_template_that_trims_still_finds_the_control_strings():
 @pytest.mark.parametrize("imitation", ["\ufdd0control0\ufdd1", "\ufdd0control7\ufdd1", "\ufdd0answer\ufdd1"])
 @pytest.mark.parametrize("other", ["", "</s>"])
 def test_a_record_cannot_imitate_the_shield(imitation, other):
-    # The shield stands in for control strings while the template renders; whoever writes it himself keeps his text.
+    # Marks replace control strings while the template renders; a record that contains such a mark keeps its text.
     text = f"a{imitation}b{other}c"
     assert f"Human: {text}请回答" in prompt(own("sentencepiece", None), Turn("user", text))
 
@@ -288,7 +288,7 @@ ASKED = [
 @pytest.mark.parametrize("turns", ASKED)
 @pytest.mark.parametrize(("kind", "source"), KINDS)
 def test_the_saved_tokenizer_renders_the_trained_prompt(tmp_path, kind, source, turns):
-    # A server reads the folder with AutoTokenizer and calls apply_chat_template; text and ids must be the trained ones.
+    # A server loads the folder with AutoTokenizer and calls apply_chat_template: text and ids must be those trained on.
     template = own(kind, source)
     template.tokenizer.chat_template = template.source
     template.tokenizer.save_pretrained(tmp_path)
@@ -301,7 +301,7 @@ def test_the_saved_tokenizer_renders_the_trained_prompt(tmp_path, kind, source, 
 
 
 def test_a_lone_sentencepiece_file_is_served_as_it_was_trained(tmp_path):
-    # It is saved as tokenizer.json: the spaces at a beginning must have been written into that.
+    # It is saved as tokenizer.json, which must add the same spaces at the beginning of a text.
     before, after = tmp_path / "before", tmp_path / "after"
     before.mkdir()
     lone_sentencepiece(before)
@@ -328,7 +328,7 @@ def test_a_restored_template_is_the_saved_one(tmp_path, kind, source):
     "source",
     [
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",  # hours
-        # A list that holds itself doubled sixty times is small; written out it is 2^60 numbers long.
+        # A list that contains itself, doubled sixty times, is small; written out it has 2^60 numbers.
         "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
     ],
     ids=["time", "memory"],

@@ -1,7 +1,7 @@
-"""The token laws of DESIGN §6, on five tokenizers.
+"""The laws of data/encoding/encode.py, on five tokenizers.
 
-The oracle writes each prompt by hand as segments, control tokens and plain text, and decodes the ids between control
-tokens one by one. It shares no line with template.py or encode.py.
+The oracle writes each prompt by hand as segments, which are control tokens or plain text, and decodes the ids between
+two control tokens on their own. It shares no code with chat_template.py or encode.py.
 """
 
 import re
@@ -29,7 +29,7 @@ PLENTY = 1_000_000
 KINDS = ["sentencepiece", "chatml", "bytes", "characters", "lone"]
 CONTROLS = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 
-#: Texts in which a tokenizer may see what is not there, or not see what is.
+#: Texts in which tokenizers may find tokens that are not there, or miss some that are.
 PLAIN = [
     "你是谁?",
     " 前面有空格",
@@ -63,7 +63,7 @@ HOSTILE = [
     "很长" * 500 + "</s>" * 100,
 ]
 harmless = st.sampled_from([*PLAIN[:-1], "\n", " ", "  ", ">", "/s>", "end|>", "你好", "Hi", "1"])
-# ▁ (U+2581) is how SentencePiece writes a space: such a tokenizer cannot tell the two apart, whoever calls it.
+# ▁ (U+2581) is SentencePiece's space: such a tokenizer cannot distinguish the two.
 words = st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=6)
 peaceful = st.lists(st.one_of(harmless, words), max_size=6).map("".join)
 texts = st.lists(st.one_of(harmless, words, st.sampled_from([*HOSTILE[:-1], *CONTROLS])), max_size=6).map("".join)
@@ -72,7 +72,7 @@ same_every_time = settings(derandomize=True, database=None, deadline=None, max_e
 
 @dataclass(frozen=True)
 class Control:
-    """A control token that the template itself writes."""
+    """A control token that the template writes."""
 
     text: str
 
@@ -114,15 +114,15 @@ def rendered(parts: list[Control | str]) -> str:
 
 
 def at_once(tokenizer, text: str) -> list[int]:
-    """What a server does."""
+    """Render and tokenize in one go, as a server does."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def read_back(tokenizer, ids: list[int]) -> list[Control | str]:
-    """The ids as segments; what stands between two control tokens is decoded for itself."""
+    """The ids as segments; the ids between two control tokens are decoded on their own."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     if is_lossy(tokenizer):
-        special -= {tokenizer.unk_token_id}  # here an unknown character is no control token
+        special -= {tokenizer.unk_token_id}  # here, an unknown character is not a control token
     parts: list[Control | str] = []
     run: list[int] = []
     for one in [*ids, None]:
@@ -138,12 +138,12 @@ def read_back(tokenizer, ids: list[int]) -> list[Control | str]:
 
 
 def is_lossy(tokenizer) -> bool:
-    """The character tokenizer has no bytes to fall back on."""
+    """Whether unknown characters are lost: the character tokenizer has no byte fallback."""
     return len(at_once(tokenizer, "𠮷")) == 1
 
 
 def as_read(tokenizer, parts: list[Control | str]) -> list[Control | str]:
-    """What decoding can give back of these segments: all of it, but for characters that a tokenizer does not have."""
+    """The segments as decoding can restore them: without characters that the tokenizer does not have."""
     if not is_lossy(tokenizer):
         return [part for part in parts if part]
     known = tokenizer.get_vocab()
@@ -168,7 +168,7 @@ def alpaca(instruction: str, text: str = "", output: str = "Yes.") -> dict:
 
 
 def split(example: Example) -> tuple[list[int], list[int]]:
-    """The ids before the answer, and the answer's with its stop token."""
+    """The ids before the answer, and those of the answer with its stop token."""
     learned = example.learn.index(1)
     return list(example.ids[:learned]), list(example.ids[learned:])
 
@@ -204,7 +204,7 @@ def check_law_2(template: Template, instruction: str, text: str, output: str) ->
 
 @pytest.mark.parametrize("text", PLAIN)
 def test_a_prompt_is_tokenized_as_a_server_does(template, text):
-    # Catches tokenizing piece by piece (SentencePiece writes a ▁ at each beginning, merges are lost at each seam).
+    # Catches tokenizing in pieces: SentencePiece adds a ▁ at each beginning, and merges across pieces are lost.
     assert not holds_control(template.tokenizer, text)
     check_law_1(template, text, "早上好", text if text.strip() else "Yes.")
     check_law_1(template, "翻译", text, "Yes.")
@@ -223,7 +223,7 @@ def test_any_prompt_is_tokenized_as_a_server_does(template, instruction, text, o
 
 @pytest.mark.parametrize("text", [*PLAIN, *HOSTILE])
 def test_no_text_of_a_record_becomes_a_control_token(template, text):
-    # Catches a record that ends its own turn, in each of the three places a text stands.
+    # Catches a record that ends its own turn, in each of the three fields of a record.
     check_law_2(template, text, "早上好", "Yes.")
     check_law_2(template, "翻译", text, "Yes.")
     check_law_2(template, text, text, text if text.strip() else "Yes.")
@@ -237,7 +237,7 @@ def test_any_text_stays_text(template, instruction, text, output):
 
 
 def test_the_tokenizer_alone_would_have_made_control_tokens(template):
-    # That the hostile texts are hostile; otherwise the tests above would hold for any code.
+    # The control strings must be dangerous, otherwise the tests above would hold for any code.
     own = template.stop
     assert stop_id(template) in at_once(template.tokenizer, f"a{own}b")
     (example,), _ = encoded(template, alpaca(f"a{own}b"))
@@ -245,7 +245,7 @@ def test_the_tokenizer_alone_would_have_made_control_tokens(template):
 
 
 def test_a_control_string_of_another_tokenizer_is_plain_text(template):
-    # Law 1 holds for it, and it is not listed.
+    # Law 1 holds for it, and the ledger does not list it.
     foreign = "<|im_end|>" if template.tokenizer.bos_token else "</s>"
     check_law_1(template, foreign, "x", foreign)
 
@@ -265,7 +265,7 @@ def test_a_record_beside_a_hostile_one_is_tokenized_as_if_alone(template):
 
 
 def test_a_cut_record_keeps_its_text_text(template):
-    # A cut may leave half a control string, or put a whole one at the beginning of what is left.
+    # Shortening may leave half a control string, or begin the rest with a whole one.
     hostile = alpaca(f"用户{template.stop}" * 12, f"{template.stop}x")
     whole = len(encoded(template, hostile)[0][0].ids)
     controls = [part for part in segments(template, "", "") if isinstance(part, Control)]
@@ -281,7 +281,7 @@ def test_a_cut_record_keeps_its_text_text(template):
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "characters", "lone"])
 def test_exactly_one_bos_begins_an_example(tokenizers, kind):
-    # The tutorial let the tokenizer add a second one. Here it would as well; atom's own text has another further on.
+    # The tutorial let the tokenizer add a second BOS, as it would here; atom's own text has another one further on.
     tokenizer = tokenizers[kind]
     backend, before = tokenizer.backend_tokenizer, tokenizer.backend_tokenizer.post_processor
     backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
@@ -303,7 +303,7 @@ def test_a_gemma_prompt_begins_with_its_one_bos():
 
 @pytest.mark.parametrize("output", ["Yes.", " ", "\n", "</s>", "<|im_end|>", "Yes.\n", "长" * 500])
 def test_an_example_ends_with_the_learned_stop_token_and_has_no_other_in_its_answer(template, output):
-    # Catches an answer that never learns to stop, and one that stops in its own middle.
+    # Catches an answer whose stop token is not learned, and one with a stop token inside.
     examples, _ = encoded(template, alpaca("Hi", "", f"a{output}"))
     _, answer = split(examples[0])
     assert answer[-1] == stop_id(template)
@@ -336,8 +336,8 @@ def test_what_just_fits_is_not_touched(template):
 @pytest.mark.parametrize("less", [1, 6, 25])
 @pytest.mark.parametrize("case", CASES)
 def test_the_end_of_the_longest_text_stays_and_one_more_character_would_not_fit(template, case, less):
-    # Catches cutting ids instead of text (the template's markers would go), cutting the end, cutting the shorter text,
-    # and a search that stops too early. The oracle tries every number of characters.
+    # Catches cutting ids instead of text (which would cut the template's markers), cutting the end, cutting the shorter
+    # text, and a search that stops too early. The oracle tries every number of characters.
     instruction, text, longest = CASES[case]
     (example,), _ = encoded(template, alpaca(instruction, text))
     prompt, answer = split(example)
@@ -360,7 +360,7 @@ def test_the_second_longest_text_is_cut_when_the_longest_is_used_up(template):
     (markers,), _ = encoded(template, alpaca("?"))
     room = len(markers.ids) + 8
     (example,), ledger = encoded(template, alpaca(LONG, LONG * 2), max_tokens=room)
-    assert room - 8 < len(example.ids) <= room  # a character is at most 4 tokens here, an emoji's bytes
+    assert room - 8 < len(example.ids) <= room  # a character has at most 4 tokens here: the bytes of an emoji
     assert ledger.records_cut == 1
     assert split(example)[1] == split(markers)[1]
 
@@ -378,7 +378,7 @@ def test_an_answer_that_alone_is_too_long_is_refused_and_never_cut(template, ove
         assert f"max_seq_length {max_tokens}" in refusal.reason and f"{stopped} tokens" in refusal.reason
         assert refusal.broken == (overlength == "error")
     if overlength == "shorten":
-        # One token too few for the template's markers; then just enough, but with nothing asked; then a bit of it.
+        # One token too few for the template's markers; then just enough, but without a question; then with a bit of it.
         for max_tokens in (stopped + markers - 1, stopped + markers):
             examples, ledger = encoded(template, values[0], max_tokens=max_tokens)
             assert examples == []
@@ -389,7 +389,7 @@ def test_an_answer_that_alone_is_too_long_is_refused_and_never_cut(template, ove
 
 @pytest.mark.parametrize(("overlength", "broken"), [("skip", False), ("error", True)])
 def test_skip_and_error_refuse_what_is_too_long_and_touch_nothing_else(template, overlength, broken):
-    # `broken` is what stops a run without --skip_bad.
+    # `broken` refusals stop a run without --skip_bad.
     values = [alpaca("Hi"), alpaca(LONG * 2), alpaca("Bye")]
     (first, long, last), _ = encoded(template, *values)
     room = len(long.ids) - 1
@@ -438,7 +438,7 @@ def test_a_line_that_could_not_be_read_is_counted_too(template):
 
 
 def test_a_conversation_that_the_template_refuses_is_counted_with_its_reason():
-    # Gemma's template has no place for a system message; a .jinja file may refuse anything.
+    # Gemma's template does not accept system messages; a .jinja file may refuse anything.
     tokenizer = tokenizer_of("characters")
     source = "{% for m in messages %}{% if 'x' in m['content'] %}{{ raise_exception('no x here') }}{% endif %}"
     tokenizer.chat_template = source + "{{ m['content'] }}{{ eos_token }}{% endfor %}答"
@@ -456,7 +456,7 @@ def test_nothing_before_the_answer_is_a_refusal():
 
 
 def test_more_records_than_a_batch_stay_whole_and_in_order(tokenizers):
-    # Catches a lost last batch, and an answer joined to its neighbour's prompt.
+    # Catches a lost last batch, and an answer combined with its neighbour's prompt.
     n = BATCH_RECORDS + 2
     template = load_template("auto", tokenizers["bytes"])
     examples, ledger = encoded(template, *(alpaca(f"question {i}", "", f"answer {i}") for i in range(n)))
@@ -475,7 +475,7 @@ def characters(record: Record) -> int:
 
 
 def shortened_one_by_one(record: Record, room: int) -> Record | None:
-    """Drop the oldest exchanges, then calls with their results, then characters from the start of the longest text."""
+    """The oracle: drop the oldest exchanges, then calls with their results, then characters of the longest text."""
     system = [turn for turn in record.turns if turn.role == "system"]
     rest = [turn for turn in record.turns if turn.role != "system"]
     roles = [turn.role for turn in rest]
@@ -517,7 +517,7 @@ conversations = st.builds(
 @settings(derandomize=True, database=None, deadline=None, max_examples=300)
 @given(conversations, st.integers(-1, 60))
 def test_shortening_is_that_of_the_oracle(record, room):
-    # Catches dropping the newest turns, halves of an exchange, or the system text; cutting the wrong text, or too much.
+    # Catches dropping the newest turns, half an exchange, or the system text; cutting the wrong text, or too much.
     assume(characters(record) > room)
     assert shorten(record, lambda candidate: characters(candidate) <= room) == shortened_one_by_one(record, room)
 
@@ -530,8 +530,8 @@ def test_the_oldest_exchange_goes_first_and_no_further_than_needed():
 
 
 def test_an_agents_record_keeps_its_question_and_its_last_calls():
-    # Catches results that are blanked one by one: the calls stood there with nothing behind them, and a record of 60
-    # calls was rendered a thousand times.
+    # Catches blanking the results one by one, which left calls without a result and rendered a record of 60 calls a
+    # thousand times.
     turns = [turn for n in range(200) for turn in (Turn("assistant", f"call {n}"), Turn("tool", "x" * 10))]
     record = Record((Turn("system", "s"), Turn("user", "fix it"), *turns, Turn("assistant", "done")), "train.jsonl:1")
     tried = []
@@ -541,7 +541,7 @@ def test_an_agents_record_keeps_its_question_and_its_last_calls():
 
 
 def test_the_question_of_an_agents_record_stays_however_far_back_it_is(tokenizers):
-    # Only as many turns as there may be tokens are looked at, and the question is before them.
+    # Only as many turns as tokens are searched, and the question comes before them.
     template = load_template("qwen3", tokenizers["chatml"])
     calls = [[{"role": "assistant", "content": f"c{n}"}, {"role": "tool", "content": "5"}] for n in range(300)]
     messages = [{"role": "user", "content": "fix it"}, *(message for pair in calls for message in pair)]
@@ -555,14 +555,14 @@ def test_the_question_of_an_agents_record_stays_however_far_back_it_is(tokenizer
 
 @pytest.mark.parametrize("older", [[], [Turn("user", "older"), Turn("assistant", "old")]])
 def test_the_last_question_stays_where_the_assistant_spoke_first(older):
-    # A greeting makes the number of turns odd: dropping pairs from the front would take the last question with it.
+    # With a greeting the number of turns is odd: dropping pairs from the front would drop the last question too.
     last = (Turn("user", "who are you?"), Turn("assistant", "I keep the light."))
     record = Record((Turn("assistant", "Hello!"), *older, *last), "train.jsonl:1")
     assert shorten(record, lambda candidate: characters(candidate) <= len("who are you?")).turns == last
 
 
 def test_shortening_reads_a_long_text_a_few_times_only():
-    # Catches a search that walks: 100,000 characters would be tokenized 100,000 times.
+    # Catches a linear search: 100,000 characters would be tokenized 100,000 times.
     tried = []
     record = Record((Turn("user", "x" * 100_000), Turn("assistant", "y")), "train.jsonl:1")
     kept = shorten(record, lambda candidate: tried.append(1) or characters(candidate) <= 54_321)
@@ -571,14 +571,14 @@ def test_shortening_reads_a_long_text_a_few_times_only():
 
 
 def test_shortening_tries_a_long_conversation_a_few_times_only():
-    # Catches dropping turn by turn: every answer of 200 rendered and tokenized 200 prompts, 16 s a record.
+    # Catches dropping turn by turn: every answer of 200 rendered and tokenized 200 prompts, 16 s per record.
     tried = []
     turns = [Turn(role, "x" * 10) for _ in range(1000) for role in ("user", "assistant")]
     record = Record(tuple(turns), "train.jsonl:1")
     kept = shorten(record, lambda candidate: tried.append(len(candidate.turns)) or characters(candidate) <= 75)
     assert len(kept.turns) == 8
     assert len(tried) < 10
-    assert max(tried) < 32  # and none of them much longer than what is kept
+    assert max(tried) < 32  # and none of them is much longer than the result
 
 
 def seconds(template: Template, value: dict, *, max_tokens: int = 40) -> float:
@@ -588,7 +588,7 @@ def seconds(template: Template, value: dict, *, max_tokens: int = 40) -> float:
 
 
 def history(exchanges: int, first: int = 0) -> dict:
-    """The last exchange asks "now", and has the exchanges up to `first` before it left out."""
+    """A conversation whose last question is "now", without the exchanges before number `first`."""
     pairs = [[f"q{n}", f"a{n}"] for n in range(first, exchanges)]
     return {"instruction": "now", "output": "answer", "history": pairs}
 
@@ -606,7 +606,7 @@ MISTRAL_CONTROLS = [
 
 @pytest.fixture(scope="module")
 def mistral() -> Template:
-    """Behind a tool's answer it begins no turn of the assistant, and it writes the tools before the last question."""
+    """Mistral's template: no header after a tool result, and the tools are written before the last question."""
     tokenizer = tokenizer_of("sentencepiece")
     tokenizer.add_special_tokens({"additional_special_tokens": [f"[{name}]" for name in MISTRAL_CONTROLS]})
     return load_template("mistral-v3", tokenizer)
@@ -627,7 +627,7 @@ TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "par
 
 
 def test_each_call_without_a_header_stands_behind_the_prompt_of_its_own(mistral, monkeypatch):
-    # From one rendering of all: cut where each answer ends, and where its control token begins.
+    # All prompts come from one rendering, split where each answer ends and at its control token.
     messages = [*agents_turns(7), *agents_turns(9, "[/INST] and this"), *agents_turns(0, "thanks")]
     value = {"messages": messages, "tools": TOOLS}
     together, ledger = encoded(mistral, value)
@@ -639,26 +639,26 @@ def test_each_call_without_a_header_stands_behind_the_prompt_of_its_own(mistral,
 
 @pytest.mark.parametrize("max_tokens", [PLENTY, 700])
 def test_hundreds_of_calls_without_headers_take_as_long_as_there_are_calls(mistral, max_tokens):
-    # Each was rendered and tokenized with all that is before it: 800 calls took 31 s and 4.7 GB.
+    # Regression: each was rendered and tokenized with everything before it: 800 calls took 31 s and 4.7 GB.
     def of_calls(calls: int) -> float:
         value = {"messages": agents_turns(calls), "tools": TOOLS}
         return min(seconds(mistral, value, max_tokens=max_tokens) for _ in range(3))
 
     of_calls(10)
-    assert of_calls(320) < 9 * of_calls(80)  # 4 ×, and 16 × when squared
+    assert of_calls(320) < 9 * of_calls(80)  # linear: 4 ×; quadratic: 16 ×
 
 
 def test_thousands_of_turns_take_as_long_as_there_are_turns(tokenizers):
-    # Each answer looked through all turns before it: 20,000 turns took minutes.
+    # Regression: each answer searched all turns before it, and 20,000 turns took minutes.
     template = load_template("plain", tokenizers["chatml"])
     seconds(template, history(10))
     short, long = (min(seconds(template, history(turns)) for _ in range(3)) for turns in (500, 2000))
-    assert long < 9 * short  # 4 ×, and 16 × when squared
+    assert long < 9 * short  # linear: 4 ×; quadratic: 16 ×
 
 
 @pytest.mark.parametrize(("name", "kind"), [("qwen3", "bytes"), ("mistral-v1", "sentencepiece")])
 def test_the_prompts_of_a_conversation_hold_what_they_share_once(name, kind):
-    # Each held all parts before it: 16,000 turns took half a gigabyte, and 100,000 all memory.
+    # Regression: each had a copy of all parts before it: 16,000 turns took half a gigabyte, and 100,000 all memory.
     turns = [Turn(role, f"{role} {n}") for n in range(300) for role in ("user", "assistant")]
     template = load_template(name, tokenizer_of(kind))
     exchanges = TemplatedRecord(template, Record(tuple(turns), "train.jsonl:1")).exchanges()
@@ -671,7 +671,7 @@ def test_the_prompts_of_a_conversation_hold_what_they_share_once(name, kind):
 
 
 def test_answers_that_do_not_fit_whole_keep_one_beginning_as_long_as_they_can(tokenizers):
-    # Each had the longest end that fits: no two began alike, and n answers took n times max_seq_length.
+    # Regression: each kept the longest end that fits: no two began alike, and n answers took n times max_seq_length.
     template = load_template("plain", tokenizers["chatml"])
     examples, _ = encoded(template, history(300), max_tokens=100)
     (whole,), _ = encoded(template, history(300), max_tokens=10**6)
@@ -680,11 +680,11 @@ def test_answers_that_do_not_fit_whole_keep_one_beginning_as_long_as_they_can(to
     assert sum(len(example.ids) for example in examples) < 3 * len(whole.ids)
     for number, example in enumerate(examples):
         beginning = example.learn.index(1)
-        assert number == 0 or beginning >= 33  # half of the room, less an exchange
+        assert number == 0 or beginning >= 33  # half of the room, less one exchange
         end = template.tokenizer.decode(example.ids)
         first = int(re.match(r"q(\d+)", end).group(1))
         (same, *_), _ = encoded(template, history(300, first=first), max_tokens=10**6)
-        assert same.ids[: len(example.ids)] == example.ids  # what a server would be sent
+        assert same.ids[: len(example.ids)] == example.ids  # what a server would receive
 
 
 def test_a_record_that_is_a_little_too_long_loses_only_what_it_has_to(tokenizers):
@@ -696,16 +696,16 @@ def test_a_record_that_is_a_little_too_long_loses_only_what_it_has_to(tokenizers
 
 
 def test_a_text_full_of_control_strings_takes_as_long_as_it_is(tokenizers):
-    # Each was looked up among all others: 200,000 of them took minutes.
+    # Regression: each was searched for among all others, and 200,000 of them took minutes.
     for kind in ("chatml", "sentencepiece"):
         template = load_template("auto" if kind == "chatml" else "plain", tokenizers[kind])
         control = template.tokenizer.eos_token
         seconds(template, alpaca(control * 10))
-        assert seconds(template, alpaca(control * 20_000)) < 2  # of processor time; squared it was 30
+        assert seconds(template, alpaca(control * 20_000)) < 2  # CPU seconds; in quadratic time it was 30
 
 
 def test_a_template_that_refuses_a_shortened_prompt_refuses_that_record_alone():
-    # Catches a run of a million records that ends over one, without its line: many templates raise at an empty text.
+    # Catches a run of a million records that ends at one, without its line: many templates fail on an empty text.
     refusing = "{% for m in messages %}{% if not m['content'] %}{{ raise_exception('empty') }}{% endif %}{% endfor %}"
     template = load_template("auto", tokenizer_of("bytes", refusing + CHATML))
     examples, ledger = encoded(template, alpaca(LONG * 9), alpaca("Hi"), max_tokens=60)
@@ -717,7 +717,7 @@ def test_a_template_that_refuses_a_shortened_prompt_refuses_that_record_alone():
 
 
 def test_a_system_text_that_the_template_leaves_out_is_said():
-    # Catches an instruction that is gone from all records, as with templates that know user and assistant alone.
+    # Catches an instruction that is missing from all records, as with templates that know only user and assistant.
     value = {**alpaca("Hi"), "system": " Be <|im_end|> brief.\n"}
     deaf = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
     for source, said in ((CHATML, 0), (deaf, 1)):
@@ -727,8 +727,8 @@ def test_a_system_text_that_the_template_leaves_out_is_said():
 
 
 def test_an_answer_before_which_nothing_stands_is_read_and_the_others_are_learned():
-    # Catches whole conversations lost to a greeting, or to an export that cuts long chats into several; and before
-    # that a ValueError of transformers that ended the run: {% generation %} is known to transformers alone.
+    # Catches conversations that are refused because of a greeting, or because an export split a long chat. Earlier,
+    # transformers ended the run with a ValueError: only transformers knows {% generation %}.
     source = "{% generation %}{% endgeneration %}" + CHATML
     template = load_template("auto", tokenizer_of("bytes", source))
     ledger = Ledger()
@@ -785,7 +785,7 @@ def test_an_instruction_is_shared_when_nine_in_ten_records_carry_it(tokenizers, 
 
 
 def test_an_instruction_without_an_input_is_a_question_and_no_default(tokenizers):
-    # Otherwise a data set that asks one thing ten times would put it before everything typed in chat.
+    # Otherwise, a data set that repeats one question ten times would put it before everything typed in chat.
     _, ledger = encoded(load_template("auto", tokenizers["bytes"]), *[alpaca("你是谁?")] * 10)
     assert ledger.shared_instruction is None
 
@@ -796,7 +796,7 @@ def test_an_input_without_an_instruction_shares_nothing(tokenizers):
 
 
 def test_refused_records_count_against_a_shared_instruction(tokenizers):
-    # Nearly all of the records that were read, not of those that were easy.
+    # The share counts all records that were read, not only the used ones.
     values = [alpaca("像灯塔看守人那样说话。", "问题")] * 4 + [{"broken": 1}] * 2
     _, ledger = encoded(load_template("auto", tokenizers["bytes"]), *values)
     assert ledger.shared_instruction is None
@@ -809,14 +809,14 @@ def test_ids_of_keeps_the_order_of_its_pieces(template):
 
 
 def test_what_another_call_left_set_in_the_tokenizer_changes_nothing(template):
-    # Such a call leaves its options behind in the Rust tokenizer: control tokens were read as text, and texts cut off.
+    # Regression: such a call left options in the Rust tokenizer: control tokens became text, and texts were cut off.
     before = encoded(template, alpaca("你是谁?", "", "Hi"), alpaca("A" * 40))[0]
     template.tokenizer("</s><|im_end|>", split_special_tokens=True, truncation=True, max_length=2)
     assert encoded(template, alpaca("你是谁?", "", "Hi"), alpaca("A" * 40))[0] == before
 
 
 def test_a_text_on_which_the_tokenizer_gives_up_refuses_its_record_alone():
-    # It panics in Rust, which is no Exception: it was a traceback, and every record of the batch was lost.
+    # Regression: the Rust panic is not an Exception, so it gave a traceback, and every record of the batch was lost.
     tokenizer = tokenizer_of("bytes", CHATML)
     backend = tokenizer.backend_tokenizer
     hard = pre_tokenizers.Split(Regex("(a|aa|a?)+$"), "isolated")

@@ -1,4 +1,4 @@
-"""Law of rendering: whatever the template, what is written is what the tokenizer's apply_chat_template writes."""
+"""Law of rendering: whatever the template, the text is the one that the tokenizer's apply_chat_template renders."""
 
 import contextlib
 import datetime
@@ -55,7 +55,7 @@ def by_the_tokenizer(template, chat, prompt):
         return template.tokenizer.apply_chat_template(
             chat, chat_template=template.source, tokenize=False, add_generation_prompt=prompt
         )
-    except Exception:  # noqa: BLE001  # whatever it is: ours must fail then too
+    except Exception:  # noqa: BLE001  # if transformers fails, ours must fail too
         return CannotExpress
 
 
@@ -68,8 +68,8 @@ def rendered(template, chat, prompt):
 
 @pytest.mark.parametrize("name", BODIES)
 def test_a_template_writes_what_the_tokenizer_has_it_write(name):
-    # Catches a filter or function that transformers gives templates otherwise, and what one rendering leaves behind
-    # for the next: all of them share one context.
+    # Catches a filter or function that differs from the one that transformers provides, and state that one rendering
+    # leaves for the next: they all share one context.
     template = load_template("auto", tokenizer_of("sentencepiece", WHOLE.replace("BODY", BODIES[name])))
     for chat in chats():
         for prompt in (True, False):

@@ -1,4 +1,4 @@
-"""Replies: what training learned of a turn, read back, is the turn."""
+"""Replies: parsing the ids that training learned for a turn gives the turn."""
 
 from itertools import pairwise
 
@@ -39,7 +39,7 @@ def template_of(name: str) -> Template:
 
 
 def written(template: Template, record: Record) -> list[int]:
-    """The ids that training learned for the last turn, its stop token with them."""
+    """The ids that training learned for the last turn, its stop token included."""
     exchange = TemplatedRecord(template, record).exchanges()[-1]
     (ids,) = template.tokens.ids_of([exchange.answer])
     return [*ids, template.tokenizer.convert_tokens_to_ids(exchange.stop)]
@@ -69,7 +69,7 @@ NAMES = [
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("name", NAMES)
 def test_what_was_learned_of_an_answer_is_read_back_as_that_answer(name, answer):
-    # Catches `analysis…assistantfinal72`, thoughts without their marks, and a space more in the history every turn.
+    # Catches `analysis…assistantfinal72`, thoughts without their tags, and one more space in the history every turn.
     template, turn = template_of(name), ANSWERS[answer]
     record = Record((ASKED, turn), "a:1")
     if turn.reasoning and not template.knows_thoughts:
@@ -79,7 +79,7 @@ def test_what_was_learned_of_an_answer_is_read_back_as_that_answer(name, answer)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_next_prompt_is_that_of_the_record(name):
-    # The history that chat sends is the one that training read.
+    # The history that chat sends is the one that training saw.
     template = template_of(name)
     turn = ANSWERS["thoughts" if template.knows_thoughts else "plain"]
     record = Record((ASKED, turn), "a:1")
@@ -105,7 +105,7 @@ def test_an_answer_cut_off_in_its_thoughts_has_no_text():
 
 
 def test_a_reader_sees_texts_and_no_headers_and_what_was_shown_stays():
-    # Catches `analysis` and `assistantfinal` on the screen; a stream can take nothing back.
+    # Catches `analysis` and `assistantfinal` on the screen; a stream cannot take anything back.
     template = template_of("channels")
     record = Record((ASKED, ANSWERS["thoughts"]), "a:1")
     ids = written(template, record)

@@ -104,7 +104,7 @@ def test_a_bomb_ends_soon_and_takes_little_memory(name):
         text = ""
     assert len(text) <= sandbox.MOST_CHARACTERS
     assert time.process_time() - began < 4
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700 * 1024  # KiB: some texts of 32 MB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700 * 1024  # KiB: a few texts of 32 MB
 
 
 def render(source: str) -> str:
@@ -157,7 +157,7 @@ def test_what_templates_do_they_may_do(source, written):
     ],
 )
 def test_whatever_a_template_raises_is_the_templates(source, why):
-    # An AssertionError of Jinja's own, and a NameError of code that was made while compiling, were called bugs.
+    # Regression: Jinja's AssertionError, and a NameError of code generated while compiling, were reported as our bugs.
     with pytest.raises(BadModel) as refused:
         load_template("auto", tokenizer_of("bytes", source + CHATML))
     assert why in str(refused.value)

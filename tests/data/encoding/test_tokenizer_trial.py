@@ -1,4 +1,4 @@
-"""Tokenizers whose patterns search for hours are told before a record is read; published ones pass."""
+"""Tokenizers whose regexes backtrack for hours are detected before a record is read; published ones pass."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from tests.conftest import DIALOGUES, write_jsonl
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked safely on Linux only")
 
-#: As published: GPT-2, Llama 3, Qwen 2.5.
+#: From published tokenizers: GPT-2, Llama 3, Qwen 2.5.
 _ELISIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GOOD = [
@@ -30,12 +30,12 @@ GOOD = [
     rf"{_ELISIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}",
     rf"{_ELISIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}",
 ]
-#: Each searches within the library's own limit at each place, and so for very long.
+#: Each stays within the library's own limit at every position, and so takes very long in total.
 BAD = ["a*a*b", r"\s*\s*z", r"\w*\w*\d$"]
 
 
 def with_pattern(folder, pattern: str):
-    """The tokenizer of a folder, its texts taken apart by this pattern first."""
+    """The tokenizer of a folder, with this regex added to its pre-tokenizer."""
     file = folder / "tokenizer.json"
     backend = Tokenizer.from_file(str(file))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
@@ -91,7 +91,7 @@ def test_a_tokenizer_without_patterns_is_not_tried(folder, monkeypatch):
     "rules", [[normalizers.Replace("a", "aa")] * 40, [normalizers.Prepend("x" * 10**6)]], ids=["doubling", "a book"]
 )
 def test_rules_that_write_far_more_than_they_read_are_refused(models, tmp_path, rules):
-    # Without a pattern among them nothing was tried; the first record with that letter ended no more.
+    # Regression: without a regex among them nothing was tried, and the first record with that letter never ended.
     folder = tmp_path / "base"
     shutil.copytree(models("llama"), folder)
     backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -102,7 +102,7 @@ def test_rules_that_write_far_more_than_they_read_are_refused(models, tmp_path, 
 
 
 def test_rules_as_published_are_small():
-    # Llama 2 and Gemma write a space as another character, ALBERT two quotes as one.
+    # Llama 2 and Gemma replace a space with another character, ALBERT two quotes with one.
     backend = Tokenizer(tokenizer_models.BPE())
     rules = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁"), normalizers.Replace("``", '"')]
     backend.normalizer = normalizers.Sequence([normalizers.Sequence(rules), normalizers.NFC()])

@@ -1,4 +1,4 @@
-"""Laws of data sets: saved folders, folders of files and hub names give the rows put in, or say what to do."""
+"""Laws of data sets: saved folders, folders of files and hub names give the rows that were put in, or an error."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_a_saved_data_set_gives_its_rows(tmp_path: Path):
 
 
 def test_rows_come_in_the_order_of_the_data_set_not_of_the_file(tmp_path: Path):
-    # Catches reading the Arrow files past the data set's own order.
+    # Catches reading the Arrow files without the data set's own order of rows.
     SAVED.select([5, 3, 8]).save_to_disk(tmp_path / "saved")
     assert [one.value for one in read_values(tmp_path / "saved")] == [ROWS[5], ROWS[3], ROWS[8]]
 
@@ -129,7 +129,7 @@ def test_a_folder_of_links_as_the_hub_s_cache_makes_it_is_read(tmp_path: Path):
 
 
 def test_files_of_several_kinds_are_not_passed_over_in_silence(tmp_path: Path):
-    # load_dataset reads the kind that most files have and drops the others without a word.
+    # load_dataset reads the most frequent type of file and silently drops the others.
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n')
     (tmp_path / "b.csv").write_text("a\n1\n")
     with pytest.raises(BadData, match=r"1 would be left out, first (a\.jsonl|b\.csv)"):
@@ -179,7 +179,7 @@ def test_a_hub_that_cannot_be_reached_is_named_with_the_setting_that_moves_it(mo
 
 
 def test_a_hub_that_cannot_be_reached_is_asked_no_second_time(monkeypatch):
-    """The library would retry for half a minute and say so line by line."""
+    """The library would retry for half a minute, with a warning each time."""
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
@@ -193,7 +193,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_no_second_time(monkeypatch):
 
 
 class _KnowsNothing(BaseHTTPRequestHandler):
-    """A hub on which there is no repository, as the real one answers."""
+    """A hub without any repository, which answers like the real one."""
 
     def do_GET(self) -> None:
         self.send_response(404)
@@ -204,11 +204,11 @@ class _KnowsNothing(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def log_message(self, *said: object) -> None:
-        """Not on the tests' standard error."""
+        """Keep the log off the tests' standard error."""
 
 
 def test_a_name_that_the_hub_does_not_know_is_a_matter_of_spelling():
-    # In a process of its own, in which the library is not told to stay offline, against a real server.
+    # In a separate process, in which the library is not set to offline, against a real server.
     code = """if True:
         from atomtune.data.reading.sources import read_files
         [list(file.chunks) for file in read_files("nobody/nothing")]
@@ -225,7 +225,7 @@ def test_a_name_that_the_hub_does_not_know_is_a_matter_of_spelling():
 
 
 def repository(folder: Path, *, configurations: bool = False) -> Path:
-    """A folder with the files of a hub repository; `datasets` loads it by its relative name as it does from the hub."""
+    """A folder with the files of a hub repository; `datasets` loads it by its relative path as if from the hub."""
     (folder / "owner" / "name").mkdir(parents=True)
     for name in ("zh", "en"):
         SAVED.to_parquet(folder / "owner" / "name" / name / "train.parquet")
@@ -277,7 +277,7 @@ def test_a_folder_s_hash_changes_with_bytes_and_names_and_with_nothing_else(tmp_
 
 
 def test_a_hub_data_set_has_the_same_hash_in_every_process(tmp_path: Path):
-    # A hash that is drawn anew would make the store useless, and resume refuse its own data.
+    # A hash that differs in each process would make the cache useless, and a resumed run would refuse its own data.
     repository(tmp_path)
     code = "from atomtune.data.reading.sources import fingerprint_of; print(fingerprint_of('owner/name:default'))"
     hashes = {

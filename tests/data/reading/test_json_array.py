@@ -1,4 +1,4 @@
-"""Laws of the array: read through any window it is what json reads whole, and each value stands on its own line."""
+"""Laws of the array: with any window, the values are those that json reads at once, each with its own line."""
 
 import codecs
 import io
@@ -90,7 +90,7 @@ def test_a_value_beyond_the_bound_is_refused_without_being_read_whole(monkeypatc
 
 
 def test_a_break_near_the_beginning_is_said_before_the_rest_is_read():
-    # Reading on could not mend it; 16 MiB would be read for nothing.
+    # Reading on could not help; 16 MiB would be read for nothing.
     stream = io.BytesIO(b'[{"a": b},' + b"1," * 3_000_000 + b"1]")
     with pytest.raises(BadData, match="a value is expected here"):
         list(read_array(stream, "a.json"))

@@ -1,4 +1,4 @@
-"""Laws of reading: every line is a value or a refusal that names it, and a file that cannot be read says what to do."""
+"""Laws of reading: every line is a value or a refusal with its origin; a file that cannot be read says what to do."""
 
 import codecs
 import csv
@@ -151,7 +151,7 @@ def test_bytes_of_no_known_encoding_are_not_called_gbk(tmp_path):
 
 
 def test_a_pretty_printed_object_is_told_that_a_record_is_a_line(tmp_path):
-    # Catches a refusal for each of its lines, a thousand for a file that one command mends.
+    # Catches a refusal for each of its lines: a thousand, for a file that one command fixes.
     path = written(tmp_path, b"\n".join(json.dumps(value, indent=2).encode() for value in (HELLO, BYE)))
     with pytest.raises(
         BadData, match=r"train\.jsonl:1: an object over several lines; expected one record per line"
@@ -210,7 +210,7 @@ def test_an_array_that_breaks_in_the_middle_names_the_line(tmp_path):
 
 
 def test_an_array_that_never_ends_is_not_taken_for_whole(tmp_path):
-    # A download that stopped: the records before the break must not be trained on as if they were all.
+    # An interrupted download: the records before the break must not be trained on as if they were all.
     path = written(tmp_path, b"[\n" + line(HELLO).rstrip() + b",\n" + line(BYE), "train.json")
     with pytest.raises(BadData, match=r"train\.json:4"):
         list(read_values(path))
@@ -274,7 +274,7 @@ def test_files_of_one_name_are_told_apart_by_as_much_of_their_path_as_that_takes
     ],
 )
 def test_progress_adds_up_to_the_size_of_the_file(tmp_path, content):
-    # Otherwise the bar stops short of 100%, or runs past it where characters are counted instead of bytes.
+    # Otherwise the bar would stop short of 100 %, or pass it if characters are counted instead of bytes.
     path, seen = written(tmp_path, content), []
     list(read_values(path, seen.append))
     assert sum(seen) == path.stat().st_size
@@ -349,7 +349,7 @@ def test_json_lines_under_another_name_are_known_by_their_first_byte(tmp_path, n
 
 @pytest.mark.parametrize(("separator", "ending"), [(",", "csv"), ("\t", "tsv"), (";", "csv")])
 def test_a_table_under_the_name_of_json_is_refused_with_the_name_it_needs(tmp_path, separator, ending):
-    # Renamed as the message says, it is read.
+    # After the rename that the message suggests, it is read.
     path = written(tmp_path, f"instruction{separator}output\nx{separator}y\n".encode())
     with pytest.raises(BadData, match=rf"train\.jsonl:1: a table.*\n  mv \S+/train.jsonl \S+/train\.{ending}"):
         list(read_values(path))
@@ -371,10 +371,10 @@ def test_a_line_that_is_no_header_is_no_table(tmp_path, content):
         (b"7z\xbc\xaf\x27\x1c", "7z"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "xls"),
         (b"SQLite format 3\0", "SQLite"),
-        (gzip.compress(gzip.compress(line(HELLO))), "gzip"),  # packed twice
+        (gzip.compress(gzip.compress(line(HELLO))), "gzip"),  # compressed twice
         (gzip.compress(archive(line(HELLO))), "tar"),  # train.tar.gz
     ],
-    # gzip writes the time: processes that collect in different seconds would have different tests.
+    # gzip stores the time, so that processes that collect in different seconds would have different test ids.
     ids=["zip", "bzip2", "xz", "7z", "xls", "SQLite", "gzip", "tar"],
 )
 def test_an_archive_that_is_not_read_is_named(tmp_path, content, kind):
@@ -416,7 +416,7 @@ def test_what_is_neither_file_nor_folder_is_not_waited_for(tmp_path):
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
 def test_a_value_of_more_levels_than_another_process_can_be_handed_is_refused(tmp_path, name):
-    # Python reads 900 levels and hands 400 to another process; only records are handed, so none may have so many.
+    # Python parses 900 levels but pickles only 400; all records are sent to other processes, so the limit is for all.
     deep, flat = {**HELLO, "x": json.loads("[" * 900 + "]" * 900)}, {**HELLO, "x": [[]] * 900}
     path = written(tmp_path, line(deep) if name.endswith("l") else json.dumps([deep]).encode(), name)
     try:

@@ -1,1 +1,1 @@
-"""Records to Examples: the chat template, token ids, and what is done with records that are too long."""
+"""Records to Examples: the chat template, token ids, and shortening records that are too long."""

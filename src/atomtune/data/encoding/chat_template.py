@@ -1,7 +1,7 @@
-"""Chat templates: messages → text, through the very template a server will use.
+"""Chat templates: messages → text, with the same template that a server will use.
 
-A template is a Jinja text, the built-in ones too, and it is saved with the adapter's tokenizer: what is trained is what
-is served, because it is the same text.
+Every template is Jinja source, the built-in ones too. It is saved with the adapter's tokenizer, so that training and
+serving use the same template.
 """
 
 import json
@@ -21,9 +21,9 @@ from atomtune.errors import UserError
 Message = dict[str, Any]
 InstructionRole = Literal["system", "user"]
 
-#: The name of the template that comes with the tokenizer.
+#: Name of the template that comes with the tokenizer.
 OWN = "the tokenizer's own"
-#: What a template does to the white space around an answer.
+#: The ways in which templates strip white space around an answer.
 TRIMS: dict[str, Callable[[str], str]] = {
     "nothing": lambda text: text,
     "both ends": str.strip,
@@ -42,10 +42,10 @@ class CannotExpress(UserError):
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """How a template writes the answer of a plain turn, if that depends on nothing but its text."""
+    """How a template writes the answer of a plain turn, if that depends only on the answer's text."""
 
-    lead: str = ""  # stands before every such answer: "<think>\n\n</think>\n\n" of Qwen3
-    trims: str = "nothing"
+    lead: str = ""  # written before every such answer; Qwen3: "<think>\n\n</think>\n\n"
+    trims: str = "nothing"  # a key of TRIMS
 
     def written(self, text: str) -> str:
         return self.lead + TRIMS[self.trims](text)
@@ -53,39 +53,39 @@ class AnswerForm:
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template and the tokenizer it speaks to. `choose_template.probed` finds out what stands below `day`."""
+    """A chat template with its tokenizer. `choose_template.probed` fills in the fields from `stop` on."""
 
     name: str
     source: str = field(repr=False)
     tokenizer: Tokenizer = field(repr=False)
-    instruction_role: InstructionRole  # where an instruction with an input goes
-    variables: Mapping[str, Any] = field(default_factory=dict)  # what the user sets in it, as enable_thinking
-    day: date = field(default_factory=date.today)
-    why: str = ""  # said to the user, where no template was named and the tokenizer has none
+    instruction_role: InstructionRole  # the role of an instruction that comes with an input
+    variables: Mapping[str, Any] = field(default_factory=dict)  # set by the user, for example enable_thinking
+    day: date = field(default_factory=date.today)  # the date that the template may write
+    why: str = ""  # for the user, if no template was named and the tokenizer has none
     stop: str = ""  # the control token that ends an answer
-    stops: tuple[str, ...] = ()  # that, and those that end other turns of the assistant: <|call|>
-    behind: str = ""  # all that the template writes behind an answer
-    form: AnswerForm | None = None  # None: each answer is rendered to see how it is written
-    header: str = ""  # begins every turn of the assistant with a control token; "": no text does, or none is known
-    asks: str = ""  # the end of a prompt from there on; longer than header where it opens or closes thoughts
-    cut: str = ""  # a control string before which prompts are cut: header, else stop; "": a text may not be cut there
-    cut_at_stops: str = ""  # the stop token, where a text may be cut before it
-    header_behind_tools: bool = True  # header stands behind a tool's answer too
-    forgets_thoughts: bool = False  # behind a question it writes earlier answers without their thoughts
-    knows_thoughts: bool = False  # it takes thoughts apart from the text
-    lets_think: bool = False  # behind its prompt a model thinks, and an answer without thoughts has an empty block
-    calls_as_text: bool = False  # it takes a call's arguments as JSON text
-    writes_bos: bool = True  # False where the tokenizer has one and a prompt does not begin with it
-    unknown_controls: tuple[str, ...] = ()  # written by the template, and no tokens of this tokenizer
+    stops: tuple[str, ...] = ()  # stop, and the tokens that end other assistant turns, such as <|call|>
+    behind: str = ""  # everything the template writes after an answer
+    form: AnswerForm | None = None  # None: each answer must be rendered to see how it is written
+    header: str = ""  # begins every assistant turn, with a control token; "": none, or texts cannot be split before it
+    asks: str = ""  # the end of a prompt, from the header on; longer than header if it also opens or closes thoughts
+    cut: str = ""  # prompts are split before this string: header, else stop; "": they cannot be split
+    cut_at_stops: str = ""  # the stop token, if texts can be split before it, else ""
+    header_behind_tools: bool = True  # the header follows a tool result too
+    forgets_thoughts: bool = False  # earlier answers lose their thoughts once a new question follows
+    knows_thoughts: bool = False  # handles thoughts separately from the text
+    lets_think: bool = False  # the model thinks after the prompt, and an answer without thoughts has an empty block
+    calls_as_text: bool = False  # expects a call's arguments as JSON text
+    writes_bos: bool = True  # False if the tokenizer has a BOS token but prompts do not begin with it
+    unknown_controls: tuple[str, ...] = ()  # control strings it writes that are not tokens of this tokenizer
 
     @property
     def title(self) -> str:
-        """What messages call it."""
+        """The template's name in messages to the user."""
         return "the tokenizer's own template" if self.name == OWN else f"the template {self.name}"
 
     @property
     def instruction_place(self) -> str:
-        """Where a client writes the instruction that all records share."""
+        """Where a client has to put the instruction that all records share, for messages to the user."""
         return "as the system message" if self.instruction_role == "system" else "in front of the user's message"
 
     @property
@@ -93,7 +93,7 @@ class Template:
         return "strftime_now" in self.source
 
     def about_thoughts(self, records: int, with_thoughts: int) -> str:
-        """What a user should know about thoughts in so many records; nothing where there is nothing to say."""
+        """A note for the user on how many answers have thoughts; "" if there is nothing to say."""
         if with_thoughts:
             return f"{with_thoughts:,} of {records:,} records have answers with thoughts"
         if not records or not self.lets_think:
@@ -109,13 +109,13 @@ class Template:
         )
 
     def made_of(self) -> list[str]:
-        """All that decides what it writes, besides the tokenizer."""
+        """Everything that decides what the template writes, except the tokenizer."""
         day = self.day.isoformat() if self.names_the_day else ""
         return [self.source, self.stop, self.instruction_role, json.dumps(self.variables, sort_keys=True), day]
 
     @cached_property
     def key(self) -> str:
-        """Equal for templates that write equal prompts."""
+        """Equal for templates that write the same prompts."""
         return json.dumps(self.made_of())
 
     @cached_property
@@ -127,7 +127,7 @@ class Template:
         return Renderer(self.source, {**self.tokenizer.special_tokens_map, **self.variables}, self.day)
 
     def messages(self, turns: Sequence[Turn]) -> list[Message]:
-        """Turns as chat messages; atom keeps an instruction and its input apart, role templates join them."""
+        """Turns as chat messages. An instruction with an input becomes two messages for atom, one for others."""
         messages: list[Message] = []
         for turn in turns:
             if turn.role == "user" and turn.input and self.instruction_role == "system":
@@ -154,7 +154,7 @@ class Template:
         return message
 
     def _call(self, call: Mapping[str, Any]) -> Message:
-        """A call as OpenAI's `tool_calls` hold it, which is what templates read."""
+        """A call in the form of OpenAI's `tool_calls`, which templates expect."""
         function = {key: value for key, value in call.items() if key != "id"}
         if self.calls_as_text and not isinstance(call.get("arguments"), str):
             function["arguments"] = json.dumps(call.get("arguments"), ensure_ascii=False)
@@ -169,25 +169,28 @@ class Template:
         prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text a server renders; with `prompt`, up to where the answer starts."""
-        if not messages:  # a server takes no conversation without a message
+        """The text that a server renders; with `prompt`, it ends where the answer starts.
+
+        Raises CannotExpress if the template refuses the conversation or fails on it.
+        """
+        if not messages:  # a server does not accept an empty conversation
             raise CannotExpress(f"{self.title} cannot express it: it writes nothing before an answer")
         try:
             return self._renderer(messages, prompt=prompt, tools=tools, variables=variables)
-        except Exception as error:  # noqa: BLE001  # a template is a program: what it raises is its own
-            line = getattr(error, "lineno", None)  # of a text that is no template at all
+        except Exception as error:  # noqa: BLE001  # a template is a program and may raise anything
+            line = getattr(error, "lineno", None)  # if the source is not valid Jinja
             place = f" (its line {line})" if line else ""
             why = str(error) or type(error).__name__
             raise CannotExpress(f"{self.title} cannot express it: {why}{place}") from None
 
     def prompt_piece(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Piece:
-        """The rendered prompt, with a break inside every control string that comes from the messages' own texts."""
+        """The rendered prompt, with a break in every control string that comes from the text of a message or tool."""
         escaper = Escaper(self.tokens)
         hidden = [escaper.hide_message(message) for message in messages]
         return escaper.piece(self.render(hidden, tools=escaper.hide(tools)), learn=False)
 
     def ended(self, written: str) -> tuple[str, str]:
-        """What the template writes for an answer, as the text before its stop token, and that token."""
+        """Split what the template writes for an answer into the text before its stop token, and that token."""
         for last in list(self.tokens.controls.finditer(written))[-1:]:
             if not written[last.end() :].strip():
                 return written[: last.start()], last.group()
@@ -197,6 +200,6 @@ class Template:
 
 
 def tool_name(tool: Mapping[str, Any]) -> str:
-    """Of a tool as OpenAI's `tools` have it; "" where it has none."""
+    """The name of a tool in the form of OpenAI's `tools`; "" if it has none."""
     function = tool.get("function", tool)
     return str(function.get("name", "")) if isinstance(function, Mapping) else ""

@@ -1,4 +1,4 @@
-"""Choosing a chat template, and asking it a few questions to find out how it writes."""
+"""Choosing a chat template, and probing how it writes with a few small conversations."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -28,27 +28,27 @@ from atomtune.errors import BadModel, BadSettings
 from atomtune.limits import try_apart
 from atomtune.shared_prefix import shared_characters
 
-#: Stands for a text whose surroundings are looked at; a noncharacter, so that no template has it.
+#: A placeholder for a message's text; a noncharacter, so that no template contains it.
 _TEXT = "\ufdd5"
-#: White space of every kind around a text, more line ends than any template writes.
+#: The placeholder with mixed white space around it, with more newlines than any template writes.
 _SPACED = f"\n\n\n\n \n {_TEXT} \n \n\n\n\n"
 _QUESTION: Message = {"role": "user", "content": "?"}
 _TOOL = {
     "type": "function",
     "function": {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}},
 }
-#: That tool's name, where it is no part of a word.
+#: The name of that tool as a word of its own.
 _CALLED = re.compile(r"(?<![a-zA-Z])f(?![a-zA-Z])")
-#: The formats in which [INST] is a token; Llama 2 and the first Mistral write it as text.
+#: Formats in which [INST] is a token; Llama 2 and the first Mistral write it as text.
 _INST_IS_A_TOKEN = ("mistral-v3", "mistral-tekken")
-_CALL_ID = "a1b2c3d4e"  # as Mistral's own templates ask for: nine letters and digits
+_CALL_ID = "a1b2c3d4e"  # Mistral's templates require nine letters and digits
 _FILES = (".jinja", ".jinja2", ".j2")
 _ROLE: InstructionRole = "user"
-#: Of Llama 2's words 5 % hold a Chinese character, of Llama 3's 3 %, of SmolLM2's 0.2 %; of Qwen3's 17 %.
+#: Share of tokens with a Chinese character: Llama 2 5 %, Llama 3 3 %, SmolLM2 0.2 %; Qwen3 17 %.
 _CHINESE_SHARE = 0.1
 _WORDS_LOOKED_AT = 4000
-#: What is asked takes milliseconds. Less than one rendering may take, or a template that is ended for that there, by an
-#: exception, would be asked once more here.
+#: Probing takes milliseconds. Must be less than the limit of one rendering (sandbox.MOST_SECONDS): a template that hits
+#: that limit raises an exception in the trial process, which counts as passed, and would then be probed in this one.
 _PROBE_SECONDS = 3
 _NO_TEMPLATE = (
     "the tokenizer has no chat template, so --template plain is used: question and answer, each on a new line, with no "
@@ -59,9 +59,12 @@ _NO_TEMPLATE = (
 def load_template(
     name: str, tokenizer: Tokenizer, *, variables: Mapping[str, Any] | None = None, day: date | None = None
 ) -> Template:
-    """`auto` (the tokenizer's own, else atom for a Chinese tokenizer, else plain), a built-in name, or a .jinja file.
+    """Load and probe the template that the user named.
 
-    Raises BadSettings for a name that does not exist, BadModel when the tokenizer has no token to stop at.
+    name  `auto` (the tokenizer's own, else atom for a Chinese tokenizer, else plain), a built-in name, or the path of a
+          .jinja file
+    Raises BadSettings for an unknown name; BadModel if the tokenizer's own template is missing or ambiguous, and as
+    `probed` does.
     """
     why = ""
     if name == "auto" and tokenizer.chat_template:
@@ -77,7 +80,7 @@ def load_template(
 
 
 def _own_source(tokenizer: Tokenizer) -> str:
-    """The tokenizer's own template. Raises BadModel where it has none, or several and no default."""
+    """The source of the tokenizer's own template. Raises BadModel if it has none, or several and no default."""
     try:
         return tokenizer.get_chat_template()
     except ValueError:
@@ -87,7 +90,10 @@ def _own_source(tokenizer: Tokenizer) -> str:
 
 
 def _is_chinese(tokenizer: Tokenizer) -> bool:
-    """Whether the vocabulary was made for Chinese, as Atom's is: so many of its words hold a Chinese character."""
+    """Whether the vocabulary was made for Chinese, as Atom's was: enough of its tokens have a Chinese character.
+
+    Looks at a sample of about _WORDS_LOOKED_AT tokens.
+    """
     own = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder))
     sample = own[:: max(1, len(own) // _WORDS_LOOKED_AT)]
     words = [word for word in (tokenizer.decode([token]) for token in sample) if word.strip() and "\ufffd" not in word]
@@ -101,7 +107,7 @@ def _source_of(name: str) -> tuple[str, InstructionRole]:
         if not path.is_file():
             raise BadSettings([f"--template {name}: no such file."])
         try:
-            return path.read_text(encoding="utf-8-sig"), "user"  # an editor's mark is no part of it
+            return path.read_text(encoding="utf-8-sig"), "user"  # without an editor's byte-order mark
         except UnicodeDecodeError as error:
             raise BadSettings([f"--template {name}: not UTF-8: {error}"]) from None
     if name in SPLIT_TEMPLATES:
@@ -127,18 +133,18 @@ def restore_template(
     variables: Mapping[str, Any] | None = None,
     day: date | None = None,
 ) -> Template:
-    """The template saved with an adapter's tokenizer."""
+    """The template that was saved with an adapter's tokenizer. Raises BadModel as `load_template` does."""
     source = _own_source(tokenizer)
     return probed(Template(name, source, tokenizer, instruction_role, variables or {}, day or date.today()))
 
 
 def probed(template: Template) -> Template:
-    """The template with what a few small conversations tell about how it writes.
+    """Render a few small conversations and fill in the template's fields from `stop` on.
 
-    A tokenizer's patterns, and a template that is not one of ours, are strangers' programs, so all questions are put to
-    them in another process first.
-    Raises BadModel where they do not come to an end, or where the template cannot write a question and its answer, or
-    has nothing to end the answer with.
+    A tokenizer's regexes, and a template that is not one of ours, are untrusted programs, so they are tried in another
+    process first.
+    Raises BadModel if they do not finish, if the template cannot write a question and its answer, or if there is no
+    token to end the answer.
     """
     if tripped := tried_tokenizer(template.tokens):
         raise BadModel(
@@ -157,7 +163,7 @@ def probed(template: Template) -> Template:
 
 
 def runs_programs(template: Template) -> bool:
-    """Whether encoding runs a stranger's program: a template that is not one of ours, or patterns of a tokenizer."""
+    """Whether encoding runs untrusted programs: a template that is not one of ours, or regexes of the tokenizer."""
     return template.name not in TEMPLATES or bool(patterns_of(template.tokenizer))
 
 
@@ -172,7 +178,7 @@ def _probed(template: Template) -> Template:
         raise BadModel(
             f"{sentence}\nThis happened with one plain question and answer, so the template itself is at fault."
         ) from None
-    # What the template writes behind an answer begins with the token that ends it (<|im_end|>, <end_of_turn>, </s>).
+    # The text after an answer begins with the token that ends it (<|im_end|>, <end_of_turn>, </s>).
     behind = full.partition(_TEXT)[2]
     match = controls.match(behind.lstrip())
     stop = match.group() if match else tokenizer.eos_token
@@ -202,21 +208,25 @@ def _probed(template: Template) -> Template:
 
 
 def _unknown_controls(template: Template, written: str) -> tuple[str, ...]:
-    """What reads like a control string in what the template writes, and is no token of this tokenizer."""
+    """Strings in the rendered text that look like control tokens but are not tokens of this tokenizer."""
     tokens = {str(token) for token in template.tokenizer.added_tokens_decoder.values()}
     tokens |= template.tokenizer.get_vocab().keys()
     looks = set(LIKE_CONTROL.findall(written))
     if template.name not in _INST_IS_A_TOKEN:
         looks -= {"[INST]", "[/INST]"}
-    if template.name != OWN:  # a model's own template knows whether its tokenizer has a token for thoughts
+    if template.name != OWN:  # a model's own template may write these tags as plain text on purpose
         looks.update(tag for tags in TAGS for tag in tags if tag in written)
     return tuple(sorted(looks - tokens))
 
 
 def _header(template: Template, prompt: str) -> tuple[str, str]:
-    """What begins each turn of the assistant, from a control token on, and the end of a prompt from there on.
+    """The template's `header` and `asks`.
 
-    Both empty where no control token stands there, or where a text may not be cut before it.
+    prompt  <|im_start|>user ?<|im_end|> <|im_start|>assistant <think>
+    asks                                 <|im_start|>assistant <think>
+    header                               <|im_start|>assistant            as far as an earlier answer's turn agrees
+
+    Both are "" if no control token begins the turn, or if texts cannot be split before it.
     """
     controls = template.tokens.controls
     history = _written(template, [_QUESTION])
@@ -236,7 +246,7 @@ def _header(template: Template, prompt: str) -> tuple[str, str]:
 
 
 def _answer_form(template: Template) -> AnswerForm | None:
-    """How plain answers are written, if the same at the first and at a later place, spaced out or not."""
+    """How plain answers are written; None unless first and later answers, with any white space, are written alike."""
     question = Turn("user", "?")
     forms = set()
     for before in ([question], [question, Turn("assistant", "A"), question]):
@@ -257,7 +267,7 @@ def _answer_form(template: Template) -> AnswerForm | None:
 
 
 def _forms_of(written: str, text: str) -> Iterator[AnswerForm]:
-    """All the ways in which a text may have become what is written."""
+    """Every AnswerForm that turns `text` into `written`."""
     for trims, trim in TRIMS.items():
         if written.endswith(trim(text)):
             yield AnswerForm(written[: len(written) - len(trim(text))], trims)
@@ -269,7 +279,7 @@ def _writes_thoughts(template: Template) -> bool:
 
 
 def _forgets_thoughts(template: Template) -> bool:
-    """Whether an earlier answer, the one before the last question too, is written as if nothing had been thought."""
+    """Whether all earlier answers, up to the last question, are written without their thoughts."""
     plain: Message = {"role": "assistant", "content": "A"}
     thought = {**plain, "reasoning_content": _TEXT, "thinking": _TEXT}
     without = _written(template, [_QUESTION, plain, _QUESTION, plain, _QUESTION])
@@ -277,7 +287,7 @@ def _forgets_thoughts(template: Template) -> bool:
 
 
 def _header_behind_tools(template: Template) -> bool:
-    """Whether a prompt behind a tool's answer has the header there; True where the template refuses such a prompt."""
+    """Whether a prompt that ends with a tool result has the header after it; True if the template refuses it."""
     answered = {"role": "tool", "name": "f", "tool_call_id": _CALL_ID, "content": _TEXT}
     for arguments in ({"a": 1}, '{"a": 1}'):
         try:
@@ -303,21 +313,21 @@ def _calling(arguments: Any) -> Message:
 
 
 def written_call(template: Template) -> str:
-    """The assistant's turn that calls f with {"a": 1}, from its header on; "" where the template writes no calls."""
+    """The rendered assistant turn that calls f with {"a": 1}, header included; "" if the template writes no calls."""
     call = _calling('{"a": 1}' if template.calls_as_text else {"a": 1})
     turn = (_written(template, [_QUESTION, call], tools=True) or "").rpartition(_QUESTION["content"])[2]
     return turn if _CALLED.search(turn) else ""
 
 
 def _other_stops(template: Template) -> Iterator[str]:
-    """The tokens that end a turn of the assistant which calls a tool."""
+    """The token that ends an assistant turn with a tool call, if the template writes such turns."""
     written = written_call(template)
     if written:
         yield template.ended(written)[1]
 
 
 def _written(template: Template, messages: list[Message], *, tools: bool = False) -> str | None:
-    """The rendered conversation; None where the template refuses it."""
+    """The rendered conversation; None if the template refuses it."""
     try:
         return template.render(messages, prompt=False, tools=[_TOOL] if tools else [])
     except CannotExpress:

@@ -1,13 +1,13 @@
-"""Encoding: RawRecord → Record → Exchanges → Examples, in batches, with every record entered in a ledger.
+"""Encoding: RawRecord → Record → Exchanges → Examples, in batches; a ledger counts what happened to every record.
 
 Laws (tests/data/encoding/test_encode.py):
-1. The prompt has the ids of the whole text tokenized in one go, as a server tokenizes it; the answer is tokenized on
-   its own, as it is generated behind it.
+1. A prompt has the ids of its whole text tokenized in one go, as a server tokenizes it. The answer is tokenized on its
+   own, as the model generates it after the prompt.
 2. Text from a record never becomes a control token.
-3. Every answer ends with the token that the template ends it with, and that token is learned.
-4. The answer and its stop token are never cut; what is cut, skipped or refused is counted and named.
-5. The answers of a conversation are one Example where each stands, token for token, behind the one before as a server
-   would send it; where a server would send other tokens, an Example ends and the next begins.
+3. Every answer ends with the token with which the template ends it, and this token is learned.
+4. An answer and its stop token are never cut. Everything that is cut, skipped or refused is counted and named.
+5. The answers of a conversation are joined into one Example as long as each prompt, as a server would send it, begins
+   with the previous prompt and answer, token for token. Otherwise an Example ends and the next begins.
 """
 
 import contextlib
@@ -40,30 +40,30 @@ from atomtune.data.records import (
 )
 
 BATCH_RECORDS = 1000
-# An instruction is "the" instruction of a data set when at least this share of its records carries it.
+# A data set has a shared instruction if at least this share of its records has it.
 SHARED_SHARE = 0.9
-INSTRUCTIONS_KEPT = 10_000
+INSTRUCTIONS_KEPT = 10_000  # bounds the memory for counting instructions; beyond it, rare ones are forgotten
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedRecord:
-    """What one record became: its Examples, or why it has none."""
+    """The result for one record: its Examples, or why it is refused."""
 
     origin: str
     examples: tuple[Example, ...] = ()
     refusal: Refusal | None = None
     refused_target_tokens: int = 0
-    prompt_tokens: int = 0  # of its Examples, as the next
-    target_tokens: int = 0  # a token that is learned twice counts twice
-    cut_tokens: int = 0  # of its prompts
-    unknown_tokens: int = 0  # targets the tokenizer has no token for
+    prompt_tokens: int = 0  # tokens of its Examples that are not learned
+    target_tokens: int = 0  # tokens of its Examples that are learned; one learned twice counts twice
+    cut_tokens: int = 0  # removed from its prompts
+    unknown_tokens: int = 0  # tokens of its answers that are the unknown token
     holds_control_strings: bool = False
     has_thoughts: bool = False
     notes: tuple[str, ...] = ()
 
 
 class Counted(Protocol):
-    """A part of a file with its ledger."""
+    """Part of a file with its ledger, as `entered_in_ledger` needs it."""
 
     @property
     def ledger(self) -> Ledger: ...
@@ -78,7 +78,7 @@ Item = TypeVar("Item")
 
 @dataclass
 class EncodedBatch:
-    """What a batch of values became: the Examples of each record that is used, in order, and the ledger of all."""
+    """The result for a batch of values: the Examples of each record that is used, in order, and a ledger of all."""
 
     records: list[tuple[Example, ...]] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
@@ -87,9 +87,9 @@ class EncodedBatch:
 
 @dataclass(frozen=True)
 class Encoder:
-    """How values become Examples; one call encodes a batch and knows nothing of the others.
+    """Encodes a batch of values per call; the batches are independent.
 
-    at_answer  called before an answer's prompt is made to fit, which takes as long as a short record
+    at_answer  called before an answer's prompt is shortened, which takes as long as encoding a short record
     """
 
     template: Template
@@ -101,7 +101,7 @@ class Encoder:
 
     @cached_property
     def _unknown_id(self) -> int | None:
-        """None too where answers end with that very token, as in a tokenizer with one control token."""
+        """The id of the unknown token; None if there is none, or if it also ends answers."""
         tokenizer = self.template.tokenizer
         unknown = tokenizer.unk_token_id
         return None if unknown == tokenizer.convert_tokens_to_ids(self.template.stop) else unknown
@@ -127,10 +127,10 @@ class Encoder:
         return batch
 
     def _encode(self, records: Sequence[Record]) -> Iterator[EncodedRecord]:
-        """The records, all their texts tokenized together."""
+        """Encode the records, with all their texts tokenized in one call."""
         exchanges_of = [self._exchanges(record) for record in records]
         ids = PieceIds(self.template)
-        with contextlib.suppress(CannotTokenize):  # it comes again below, at the record with that text
+        with contextlib.suppress(CannotTokenize):  # raised again below, at the record that causes it
             expressed = [exchanges for exchanges in exchanges_of if isinstance(exchanges, tuple)]
             ids.learn(piece for exchanges in expressed for piece in different_pieces(exchanges))
         for record, exchanges in zip(records, exchanges_of, strict=True):
@@ -178,7 +178,7 @@ class Encoder:
     def _fit(
         self, record: Record, exchanges: Sequence[Exchange], targets: Sequence[Target], ids: PieceIds
     ) -> list[Target] | Refusal:
-        """The exchanges of a record within max_tokens; one that must not or cannot fit refuses the record."""
+        """The exchanges of a record, shortened to max_tokens where needed; a Refusal if one must not or cannot be."""
         fitted: list[Target] = []
         fitting = Fitting(self.template, record, targets, ids, max_tokens=self.max_tokens)
         for exchange, target in zip(exchanges, targets, strict=True):
@@ -205,13 +205,13 @@ class Encoder:
         )
 
     def _unknown_tokens(self, targets: Sequence[Target]) -> int:
-        """How many tokens of the answers stand for text that the tokenizer has no token for."""
+        """The number of unknown tokens in the answers: text that the tokenizer has no token for."""
         if self._unknown_id is None:
             return 0
         return sum(target.answer.count(self._unknown_id) for target in targets)
 
     def _refused(self, record: Record, reason: str, ids: PieceIds) -> EncodedRecord:
-        """Refuse a record before its answers have ids; their number is counted all the same."""
+        """Refuse a record that could not be encoded, but still count the tokens of its answers."""
         tokens = 0
         for turn in (record.turns[at] for at in record.learned):
             with contextlib.suppress(CannotTokenize):
@@ -225,20 +225,20 @@ def _prompt_tokens(targets: Sequence[Target]) -> int:
 
 
 def _notes(record: Record, exchanges: Sequence[Exchange]) -> tuple[str, ...]:
-    """What is accepted but worth saying: texts that the template does not write."""
+    """Notes on texts of the record that the template leaves out."""
     notes = [note for exchange in exchanges for note in exchange.lost]
     if _lacks_a_system_text(record, exchanges):
         notes.append(NOT_WRITTEN["system"])
-    return tuple(dict.fromkeys(notes))  # they count records: each is said once a record
+    return tuple(dict.fromkeys(notes))  # a note counts records, so each record has it at most once
 
 
 def _lacks_a_system_text(record: Record, exchanges: Sequence[Exchange]) -> bool:
-    """Whether one is in no part of a prompt behind it; what a prompt shares with the one before is looked at once."""
+    """Whether some prompt lacks a system text that precedes its answer; shared parts of prompts are searched once."""
     systems = [(at, turn.text.strip()) for at, turn in enumerate(record.turns) if turn.role == "system"]
     if not systems:
         return False
     waiting = deque(systems)
-    unseen: set[str] = set()  # in no part that the prompts share so far
+    unseen: set[str] = set()  # system texts that are not in the history so far
     for exchange, shared in zip(exchanges, shared_parts(exchange.prompt for exchange in exchanges), strict=True):
         if not shared:
             waiting, unseen = deque(systems), set()
@@ -252,7 +252,7 @@ def _lacks_a_system_text(record: Record, exchanges: Sequence[Exchange]) -> bool:
 
 
 def _enter(encoded: EncodedRecord, batch: EncodedBatch) -> None:
-    """Enter what a record became in its batch."""
+    """Add the result for a record to its batch."""
     ledger = batch.ledger
     if encoded.refusal is not None:
         ledger.refuse(encoded.refusal, encoded.refused_target_tokens)
@@ -281,15 +281,15 @@ def encode(
     overlength: Overlength = "shorten",
     learn: Learn = "all",
 ) -> Iterator[tuple[Example, ...]]:
-    """Yield the Examples of each accepted record and write everything else into ledger."""
+    """Yield the Examples of each record that is used, and count everything else in `ledger`."""
     encoder = Encoder(template, schema or Schema(), max_tokens, overlength, learn)
     for batch in entered_in_ledger(map(encoder, batched(raw_records)), ledger):
         yield from batch.records
 
 
 def entered_in_ledger(parts: Iterable[CountedPart], ledger: Ledger) -> Iterator[CountedPart]:
-    """The parts as they come, each entered into ledger; at the end, the instruction that nearly all records share."""
-    instructions: Counter[str] = Counter()  # of a large file's rare ones some are forgotten
+    """Pass the parts on and add their counts to `ledger`; at the end, set its `shared_instruction` if there is one."""
+    instructions: Counter[str] = Counter()  # in a large file, some rare ones are forgotten
     for part in parts:
         ledger.add(part.ledger)
         instructions.update(part.instructions)
@@ -309,13 +309,13 @@ def batched(items: Iterable[Item], size: int = BATCH_RECORDS) -> Iterator[tuple[
 
 
 def _instruction_of(record: Record) -> str | None:
-    """The instruction of the last question, where that has an input too."""
+    """The instruction of the last question, if that has both an instruction and an input; else None."""
     question = record.turns[-2] if len(record.turns) > 1 else None
     return question.text if question is not None and question.input and question.text else None
 
 
 def _last_only(record: Record) -> Record:
-    """The record with its last answer alone learned."""
+    """The record with only its last learned answer still learned."""
     last = max(record.learned, default=-1)
 
     def read_only(i: int, turn: Turn) -> Turn:

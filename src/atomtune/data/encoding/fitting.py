@@ -1,7 +1,7 @@
-"""Fitting: the answers of one record that are too long, each with a prompt that leaves room for it.
+"""Fitting: shorter prompts for the answers of a record whose exchange exceeds max_tokens.
 
-Answers that follow one another keep one beginning as long as they fit behind it: they become one Example, and what they
-share is computed once. A new beginning leaves room for those that follow, half of the room at most.
+Consecutive answers keep the same shortened beginning as long as they fit after it: they become one Example, and the
+shared part is computed once. A new beginning leaves room for the answers that follow, up to half of the space.
 """
 
 from bisect import bisect_left
@@ -18,18 +18,18 @@ from atomtune.data.records import Prompt, Record, Turn, with_each_part
 
 
 class Fitting:
-    """A record on its way into max_tokens; its answers come in their order."""
+    """Shortens the exchanges of one record to max_tokens; call `shortened` for its answers in order."""
 
     def __init__(
         self, template: Template, record: Record, targets: Sequence[Target], ids: PieceIds, *, max_tokens: int
     ) -> None:
         self._template, self._record, self._ids, self._max_tokens = template, record, ids, max_tokens
         self._all_tokens = targets[-1].tokens if targets else 0
-        self._before: tuple[Record, int] | None = None  # the answer before, as it was shortened, and where it stands
-        self._prompts: list[tuple[Record, Prompt[list[int]], int]] = []  # that fit before this answer, and their tokens
+        self._before: tuple[Record, int] | None = None  # the record as shortened for the previous answer; its index
+        self._prompts: list[tuple[Record, Prompt[list[int]], int]] = []  # (record, prompt, tokens) that fit this answer
 
     def shortened(self, target: Target, at: int) -> Target | None:
-        """The exchange of the turn at `at`, which is too long, with a shorter prompt; None where none leaves room."""
+        """The exchange of the turn `at`, which is too long, with a shorter prompt; None if no prompt leaves room."""
         self._prompts = []
         room = self._max_tokens - len(target.answer)
         shorter = self._shorter(target, at, room) if room > 0 else None
@@ -56,7 +56,7 @@ class Fitting:
 
     @cached_property
     def _places(self) -> Mapping[str, Sequence[int]]:
-        """Where all turns of a role stand."""
+        """Role → the indices of its turns."""
         places: defaultdict[str, list[int]] = defaultdict(list)
         for at, turn in enumerate(self._record.turns):
             places[turn.role].append(at)
@@ -65,7 +65,7 @@ class Fitting:
     def _fits(self, record: Record, room: int) -> bool:
         try:
             prompt = TemplatedRecord(self._template, record).prompt(len(record.turns) - 1)
-        except CannotExpress:  # it says the whole prompt, but not with a turn or a text less
+        except CannotExpress:  # the template accepts the whole conversation, but not without some turns or texts
             return False
         (in_ids,) = with_each_part([prompt], self._ids.__getitem__)
         tokens = sum(map(len, in_ids.parts()))
@@ -75,13 +75,14 @@ class Fitting:
         return True
 
     def _recent(self, at: int) -> tuple[Turn, ...]:
-        """The turns up to an answer that could fit: the system texts, its question, and as many others as tokens.
+        """The turns before an answer that could fit at all, and the answer.
 
-        Of a history of twenty thousand turns, each answer would look through all that are before it.
+        These are the system turns, its question, and the last max_tokens turns, as each has at least one token. Without
+        this limit, each answer of a 20,000-turn history would be searched through all turns before it.
         """
         turns = self._record.turns
         first = max(0, at + 1 - self._max_tokens)
-        while turns[first].role == "tool":  # its call is before it
+        while turns[first].role == "tool":  # a result without its call
             first += 1
         systems, questions = self._places["system"], self._places["user"]
         before = set(systems[: bisect_left(systems, first)])

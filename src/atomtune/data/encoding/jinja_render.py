@@ -1,6 +1,6 @@
-"""Chat templates run as transformers runs them: the same environment, compiled once, with one date for a whole run.
+"""Rendering: chat templates run as in transformers: the same Jinja environment, compiled once, and one date per run.
 
-A template is a program from a stranger. It runs in Jinja's sandbox, and what it may write is bounded.
+A template is an untrusted program. It runs in a Jinja sandbox with limits on its output and time (sandbox.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ from jinja2.utils import Namespace
 
 from atomtune.data.encoding.sandbox import Clock, Generation, Sandbox, refuse_longer
 
-#: Characters of a template; the longest published one has some 20,000.
+#: Maximum number of characters of a template; the longest published one has about 20,000.
 MOST_SOURCE = 2**20
 
 
 class _Namespace(Namespace):
-    """Jinja's namespace without names that reach into Python."""
+    """Jinja's namespace, which does not let a template set names that begin with an underscore."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
@@ -30,24 +30,24 @@ class _Namespace(Namespace):
 
 @lru_cache(maxsize=32)
 def compiled(source: str) -> Program:
-    """The template as a program. Raises TemplateError where it is none."""
+    """Compile a template. Raises TemplateError if it is not valid, too long or nested too deeply."""
     if len(source) > MOST_SOURCE:
         raise TemplateError(f"it is {len(source):,} characters long; at most {MOST_SOURCE:,} are allowed")
-    # Optimized, what a template writes in constants alone is computed while it is compiled, where no clock runs.
+    # Not optimized: Jinja would compute constant expressions while compiling, without a time limit.
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[Generation, loopcontrols])
     environment.globals["raise_exception"] = _raise
     environment.globals["namespace"] = _Namespace
     try:
         return environment.program(source)
-    except (MemoryError, RecursionError, SyntaxError) as error:  # Python compiles what Jinja made of it
+    except (MemoryError, RecursionError, SyntaxError) as error:  # from compiling the Python code that Jinja generated
         raise TemplateError(f"it is nested too deeply ({type(error).__name__})") from None
 
 
 class Renderer:
-    """One template, ready to render conversations.
+    """A compiled template that renders conversations.
 
-    values  what it is rendered with besides messages and tools: special tokens and the user's variables
-    day     the day that `strftime_now` names; a template that writes the date makes equal tokens all through a run
+    values  its variables besides messages and tools: special tokens and the user's variables
+    day     the date for `strftime_now`, so that a template that writes the date gives the same tokens all through a run
     """
 
     def __init__(self, source: str, values: Mapping[str, Any], day: date) -> None:
@@ -55,7 +55,7 @@ class Renderer:
         self._clock: Clock = self._program.environment.clock  # type: ignore[attr-defined]
         now = datetime.combine(day, time())
         self._values = {"documents": None, **values, "strftime_now": now.strftime}
-        # A new context costs more than rendering a short question (24 of 38 µs), so one serves all.
+        # One context is reused: a new one takes longer than rendering a short question (24 of 38 µs).
         self._context = self._program.new_context(self._values)
 
     def __call__(
@@ -66,12 +66,13 @@ class Renderer:
         tools: Sequence[Mapping[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The rendered text. A template may raise whatever a program may.
+        """The rendered text.
 
-        Raises TemplateError where the text is none that can be written down: half a character.
+        Raises whatever the template raises; TemplateError if it takes too long or its text has a lone surrogate;
+        OverflowError if the text is too long.
         """
         context = self._program.new_context({**self._values, **variables}) if variables else self._context
-        context.vars.clear()  # what the rendering before set at its top level
+        context.vars.clear()  # top-level variables of the previous rendering
         context.exported_vars.clear()
         context.parent.update(messages=messages, tools=tools or None, add_generation_prompt=prompt)
         self._clock.start()

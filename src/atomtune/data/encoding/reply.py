@@ -1,6 +1,6 @@
-"""Replies: the ids that a model wrote → the turn they stand for, which is what a client sends back in the next request.
+"""Replies: generated token ids → the assistant turn, as a client sends it back in its next request.
 
-The way back of `exchanges.TemplatedRecord`: what a template writes for an assistant's turn, read again, is that turn.
+The inverse of `exchanges.TemplatedRecord`: what a template writes for an assistant turn is parsed into that turn again.
 """
 
 import json
@@ -13,37 +13,37 @@ from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.thoughts import TAGS, opened, with_thoughts_apart
 from atomtune.data.records import Turn
 
-#: Controls of the harmony format (gpt-oss): a message is its header, <|message|>, its text.
+#: Control tokens of the harmony format (gpt-oss). A message is: header, <|message|>, text.
 _CHANNEL, _MESSAGE = "<|channel|>", "<|message|>"
 _RECIPIENT = re.compile(r"to=(?:functions\.)?(\S+)")
 _CALL = re.compile(r"\s*<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
-#: Tokens of their own in some tokenizers, flagged special in few, which say something of the text.
+#: Tags that are control tokens in some tokenizers, but belong to the text.
 _KEPT = frozenset(tag for tags in TAGS for tag in tags) | {"<tool_call>", "</tool_call>"}
 
 
 class _Part(NamedTuple):
-    """One message of a reply in channels."""
+    """One message of a reply in the harmony format."""
 
     header: str
     text: str
 
 
 def read_reply(template: Template, prompt: str, ids: Sequence[int]) -> Turn:
-    """The turn that a model's answer to a rendered prompt stands for.
+    """Parse the ids that a model generated for a rendered prompt into an assistant turn.
 
-    An answer that was cut off inside its thoughts has no text.
+    If generation was cut off inside the thoughts, the turn has no text.
     """
     parts = _segments(template, ids)
     if any(is_control and part == _CHANNEL for part, is_control in parts):
         return _of_channels(parts)
     text = "".join(part for part, is_control in parts if not is_control or part in _KEPT)
-    between = template.behind.partition(template.stop)[0]  # before the stop token: Llama 2's template writes a space
+    between = template.behind.partition(template.stop)[0]  # Llama 2's template writes a space before the stop token
     text = text.removesuffix(between)
     return _of_text(template, prompt, text)
 
 
 def shown(template: Template, ids: Sequence[int]) -> str:
-    """What a reader sees of an answer, also of one that is not yet whole: its texts, without marks and headers."""
+    """The text to show for an answer, complete or not: without control tokens and headers."""
     has_channels = _CHANNEL in template.source
     texts: list[str] = []
     in_header = has_channels  # the prompt ends in <|start|>assistant
@@ -61,7 +61,7 @@ def shown(template: Template, ids: Sequence[int]) -> str:
 
 
 def _segments(template: Template, ids: Sequence[int]) -> list[tuple[str, bool]]:
-    """The ids as texts and control strings, in order, and which is which: a control string spelt out is text."""
+    """The ids as (text, is_control) segments, in order. A control string made of ordinary tokens is text."""
     tokenizer, controls = template.tokenizer, template.tokens.control_ids
     segments: list[tuple[str, bool]] = []
     run: list[int] = []
@@ -111,7 +111,7 @@ def _of_channels(parts: Sequence[tuple[str, bool]]) -> Turn:
 def _arguments(text: str) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):  # as the model wrote it, right or wrong
+    except (ValueError, RecursionError):  # the model wrote invalid JSON: keep its text
         return text
 
 
@@ -131,7 +131,7 @@ def _of_text(template: Template, prompt: str, text: str) -> Turn:
 
 
 def _with_calls_apart(turn: Turn) -> Turn:
-    """The turn with the calls that stand in its text as <tool_call>{…}</tool_call> in `calls`."""
+    """Move each <tool_call>{…}</tool_call> from the text to `calls`; if one is invalid, none is moved."""
     calls: list[dict[str, Any]] = []
     for match in _CALL.finditer(turn.text):
         call = _arguments(match.group(1))

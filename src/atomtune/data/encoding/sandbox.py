@@ -1,9 +1,9 @@
-"""Sandbox: where a stranger's chat template runs. Whatever it computes, it ends, and it fills no memory.
+"""Sandbox: runs an untrusted chat template with limits on its time and memory.
 
-Jinja's own sandbox keeps a template from Python's insides; `{{ 'x' | center(10**10) }}` and two nested loops are fine
-with it. Here every operation that makes a text or a list longer than its parts is asked for its size first, and every
-step of a loop and every call is a look at the clock. What is left, a value that contains itself doubled forty times,
-takes a process with limits (limits.py).
+Jinja's sandbox keeps a template away from Python's internals, but allows `{{ 'x' | center(10**10) }}` and nested loops
+without end. Here, every operation that can make a text or list longer than its operands is checked for the size of its
+result first, and every loop step and every call counts toward a time limit. What remains, such as a value that contains
+itself doubled forty times, needs a process with limits (limits.py).
 """
 
 import re
@@ -26,34 +26,34 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.visitor import NodeTransformer
 from markupsafe import Markup
 
-#: Characters that one rendering, or one text in it, may have; the longest record anybody trains on is far shorter.
+#: Maximum characters of a rendering, or of any text in it; no record that anybody trains on is nearly as long.
 MOST_CHARACTERS = 2**25
-#: Of a list that a template puts together.
+#: Maximum items of a list that a template builds.
 MOST_ITEMS = 2**20
-#: Of an integer: a template counts turns.
+#: Maximum bits of an integer: templates only count turns.
 MOST_BITS = 2**12
-#: Of what a template may ask a text to be filled up to, or a number to be rounded to.
+#: Maximum width to which a template may pad a text.
 MOST_WIDTH = 10_000
-#: Of one rendering, in seconds of this thread's own processor time: a busy machine changes nothing.
+#: Time limit of one rendering: CPU seconds of this thread, so that a busy machine makes no difference.
 MOST_SECONDS = 5.0
-#: The clock is looked at in one step of so many; a look takes as long as some three steps.
+#: The clock is read once in this many steps; reading it takes as long as about three steps.
 _STEPS_A_LOOK = 16
 
 _DICT_ATTRIBUTES = frozenset(dir(dict))
-#: Attributes whose safety is remembered: a template names a few dozen, and one that makes up names fills no memory.
+#: Size of the cache of safe attributes. A template uses a few dozen; the limit is for one that makes up names.
 _MOST_ATTRIBUTES = 1000
 _NUMBERS = re.compile(r"\d+")
-#: Of `%-08.3f` or `%(name)5s`, what stands between the percent sign and the letter.
+#: The flags, width and precision of a format such as `%-08.3f` or `%(name)5s`.
 _WIDTHS = re.compile(r"%(?:\([^)]*\))?([#0\-+ \d.*]*)")
 _TEXTS = (str, bytes, Markup)
-#: Methods that a template has no use for, and that take memory by a number.
+#: Methods that templates do not need and that can take any amount of memory.
 _USELESS = frozenset({"to_bytes", "translate"})
-#: Our filters: around what a loop goes through, and around three summands or more.
+#: Names of our filters: around the iterable of a loop, and around sums of three or more.
 _STEPS, _PLUS = "_steps", "_plus"
 
 
 class Clock:
-    """The processor time that one rendering has taken."""
+    """The CPU time of one rendering; `step` raises TemplateError after MOST_SECONDS."""
 
     __slots__ = ("_until", "steps")
 
@@ -70,10 +70,10 @@ class Clock:
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with bounds, which is asked once for each attribute.
+    """Jinja's sandbox with limits, and with a cache of its checks of attributes.
 
-    Half of the time of a long conversation went into the same two questions: is `content` an attribute of a dict, and
-    is `startswith` of a text safe? Both answers depend on the type alone.
+    Half of the time for a long conversation was spent on two checks: whether a dict has an attribute `content`, and
+    whether `startswith` of a text is safe. Both depend only on the type.
     """
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
@@ -82,7 +82,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(*arguments, **options)
         self.clock = Clock()
         self._safe: dict[tuple[type, str], bool] = {}
-        del self.globals["lipsum"]  # texts of any length, and others each time
+        del self.globals["lipsum"]  # random text of any length
         self.filters |= {
             **{name: _with_small_numbers(self.filters[name]) for name in ("batch", "center", "slice")},
             **{"indent": _indent, "wordwrap": _wordwrap, "replace": _replace, "join": _join, "format": _format},
@@ -90,21 +90,21 @@ class Sandbox(ImmutableSandboxedEnvironment):
         }
 
     def program(self, source: str) -> Program:
-        """A template as a program whose loops look at the clock, and whose texts have bounds."""
+        """Compile a template so that its loops check the time limit and its texts the size limit."""
         tree = _Bounds().visit(self.parse(source))
         program = Program.from_code(self, self.compile(tree), self.make_globals(None))
-        program.root_render_func.__globals__["str_join"] = _str_join  # what `~` becomes in compiled code
+        program.root_render_func.__globals__["str_join"] = _str_join  # compiled code calls this for `~`
         return program
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
-        """How blocks and macros put their texts together."""
+        """Join the texts of a block or macro."""
         texts = list(parts)
         refuse_longer(sum(map(len, texts)))
         return "".join(texts)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        # A key of a message or a call, which no dict has as an attribute: what the sandbox comes to as well.
+        # A shortcut for keys of messages and calls, with the same result as the sandbox.
         if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         return super().getattr(obj, attribute)
@@ -118,7 +118,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return known
 
     def wrap_str_format(self, value: Any) -> Callable[..., Any] | None:
-        """What stands in for a method of a text that may make it longer: the same, once its size is known."""
+        """A bounded version of a text's method that can make the text longer; None if the method cannot."""
         if type(value) is not BuiltinMethodType or type(value.__self__) not in _TEXTS:
             return None
         name, text = value.__name__, value.__self__
@@ -138,8 +138,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call(__self: "Sandbox", __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         __self.clock.step()
-        if type(__obj) is BuiltinMethodType:  # `strip` of a text: nothing that Jinja would hand more to, or refuse
-            kwargs.pop("_loop_vars", None)  # where it is called from, which macros want to know
+        if type(__obj) is BuiltinMethodType:  # such as `strip`: Jinja would pass it no context and not refuse it
+            kwargs.pop("_loop_vars", None)  # only macros take these
             kwargs.pop("_block_vars", None)
             return __obj(*args, **kwargs)
         return super().call(__context, __obj, *args, **kwargs)
@@ -161,9 +161,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Bounds(NodeTransformer):
-    """Puts our filters where Jinja asks nobody: around what each `for` goes through, and around long sums of texts.
+    """Adds our filters where Jinja has no hook: around the iterable of each `for`, and around long sums of texts.
 
-    `a + b + c + d` is one question for its length in place of three: a template is little else than such sums.
+    The length of `a + b + c + d` is then checked once in place of three times: templates consist mostly of such sums.
     """
 
     def visit_For(self, loop: nodes.For) -> nodes.For:
@@ -186,7 +186,7 @@ class _Bounds(NodeTransformer):
 
 @pass_environment
 def _plus(environment: Sandbox, summands: list[Any]) -> Any:
-    """`a + b + c`."""
+    """The sum of three or more values, whose length is checked once if all are texts."""
     if set(map(type, summands)) == {str}:
         refuse_longer(sum(map(len, summands)))
         return "".join(summands)
@@ -196,7 +196,7 @@ def _plus(environment: Sandbox, summands: list[Any]) -> Any:
     return total
 
 
-@pass_context  # with a context it is never folded into the program
+@pass_context  # with a context, Jinja does not evaluate the filter at compile time
 def _steps(context: Context, values: Iterable[Any]) -> Iterator[Any]:
     step = context.environment.clock.step  # type: ignore[attr-defined]
     for value in values:
@@ -205,9 +205,9 @@ def _steps(context: Context, values: Iterable[Any]) -> Iterator[Any]:
 
 
 class Generation(Extension):
-    """`{% generation %}` marks an answer for other trainers; what stands inside is written as it is."""
+    """`{% generation %}`, which marks an answer for other trainers; its content is rendered unchanged."""
 
-    tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
+    tags = {"generation"}  # noqa: RUF012  # declared as in Jinja
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)
@@ -215,6 +215,7 @@ class Generation(Extension):
 
 
 def refuse_longer(length: int) -> None:
+    """Raise OverflowError if a text of this length exceeds MOST_CHARACTERS."""
     if length > MOST_CHARACTERS:
         raise OverflowError(f"it writes more than {MOST_CHARACTERS:,} characters")
 
@@ -250,7 +251,7 @@ def _refuse_larger(bits: int) -> None:
 
 
 def _refuse_formatted(text: str | bytes, values: Any) -> None:
-    """`text % values`: what it fills texts up to, and how long they are together."""
+    """Check `text % values`: the widths in the format, and an upper bound of the result's length."""
     form = text if isinstance(text, str) else text.decode("latin-1")
     for width in _WIDTHS.findall(form):
         if "*" in width:
@@ -261,7 +262,7 @@ def _refuse_formatted(text: str | bytes, values: Any) -> None:
 
 
 def _refuse_filled(form: str, values: Any, *, fields: int) -> None:
-    """A form with so many fields, each as long as the longest value."""
+    """Check the length of a format string whose fields are all as long as the longest text value."""
     listed = list(values) if isinstance(values, list | tuple) or not isinstance(values, str | int | float) else [values]
     longest = max((len(value) for value in listed if isinstance(value, str | bytes)), default=0)
     refuse_longer(len(form) + fields * longest)
@@ -288,7 +289,7 @@ def _formatting(formatter: Formatter, text: str, *, is_map: bool) -> Callable[..
 
 
 def _replaced(text: str | bytes, old: Any, new: Any, count: Any = -1) -> int:
-    """The length of a text once `old` is replaced."""
+    """The length of a text after `old` is replaced by `new`, or an upper bound of it."""
     times = text.count(old)
     if isinstance(count, int) and count >= 0:
         times = min(times, count)
@@ -296,7 +297,7 @@ def _replaced(text: str | bytes, old: Any, new: Any, count: Any = -1) -> int:
 
 
 def _joined_by(text: Any, parts: Iterable[Any]) -> Any:
-    """`text.join(parts)`; what can be gone through once only, as `map` and `select` give it, is listed first."""
+    """`text.join(parts)`; the parts are listed first, as `map` and `select` give iterators."""
     listed = list(islice(parts, MOST_ITEMS + 1))
     _refuse_more(len(listed))
     refuse_longer(_joined(text, listed))
@@ -304,7 +305,7 @@ def _joined_by(text: Any, parts: Iterable[Any]) -> Any:
 
 
 def _joined(text: str | bytes, parts: list[Any]) -> int:
-    """The length of parts with a text between them."""
+    """An upper bound of the length of the parts joined by `text`."""
     return len(text) * len(parts) + sum(len(part) for part in parts if isinstance(part, str | bytes))
 
 
@@ -312,7 +313,7 @@ def _filled(text: str | bytes, width: int, *rest: Any) -> int:
     return max(len(text), width)
 
 
-#: The methods of a text that may make it longer: the length of what they would make.
+#: Methods that can make a text longer → a function for the length of the result, or an upper bound.
 _SIZES: dict[str, Callable[..., int]] = {
     **dict.fromkeys(("center", "ljust", "rjust", "zfill"), _filled),
     "expandtabs": lambda text, tabsize=8: len(text) * max(1, tabsize),
@@ -325,7 +326,7 @@ def _str_join(values: Iterable[Any]) -> str:
 
 
 def _with_small_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that refuses a number that is large."""
+    """The filter, with a check that no number among its arguments exceeds MOST_WIDTH."""
 
     @wraps(function)
     def bounded(value: Any, *arguments: Any, **options: Any) -> Any:
@@ -337,7 +338,7 @@ def _with_small_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _indent(s: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    """Jinja's `indent`."""
+    """Jinja's `indent` with limits."""
     _refuse_wider(width)
     indention = width if isinstance(width, str) else " " * width
     lines = f"{s}\n".splitlines()
@@ -348,7 +349,7 @@ def _indent(s: Any, width: int | str = 4, first: bool = False, blank: bool = Fal
 
 @pass_environment
 def _wordwrap(environment: Sandbox, s: str, width: int = 79, *arguments: Any, **options: Any) -> str:
-    """Jinja's `wordwrap`; the text between the lines is a line end, as everywhere."""
+    """Jinja's `wordwrap` with limits."""
     _refuse_wider(width)
     refuse_longer(
         len(s) * max([1, *(len(value) for value in (*arguments, *options.values()) if isinstance(value, str))])
@@ -357,7 +358,7 @@ def _wordwrap(environment: Sandbox, s: str, width: int = 79, *arguments: Any, **
 
 
 def _replace(s: Any, old: Any, new: Any, count: int | None = None) -> str:
-    """Jinja's `replace`."""
+    """Jinja's `replace` with limits."""
     text, old, new = str(s), str(old), str(new)
     refuse_longer(_replaced(text, old, new, -1 if count is None else count))
     return text.replace(old, new, -1 if count is None else count)
@@ -365,7 +366,7 @@ def _replace(s: Any, old: Any, new: Any, count: int | None = None) -> str:
 
 @pass_environment
 def _join(environment: Sandbox, value: Iterable[Any], d: Any = "", attribute: str | int | None = None) -> str:
-    """Jinja's `join`."""
+    """Jinja's `join` with limits."""
     items = value if attribute is None else map(make_attrgetter(environment, attribute), value)
     texts, between = [str(item) for item in items], str(d)
     refuse_longer(_joined(between, texts))
@@ -373,7 +374,7 @@ def _join(environment: Sandbox, value: Iterable[Any], d: Any = "", attribute: st
 
 
 def _format(value: Any, *arguments: Any, **options: Any) -> str:
-    """Jinja's `format`: `text % values`."""
+    """Jinja's `format`, which is `text % values`, with limits."""
     if arguments and options:
         raise TypeError("format takes positional or named values, not both")
     form = str(value)
@@ -382,15 +383,15 @@ def _format(value: Any, *arguments: Any, **options: Any) -> str:
 
 
 def _round(value: Any, precision: int = 0, method: str = "common") -> Any:
-    """Jinja's `round`."""
-    if abs(precision) > 300:  # more digits than a float has
+    """Jinja's `round` with limits."""
+    if abs(precision) > 300:  # a float has no more digits
         raise OverflowError(f"it rounds to {precision:,} digits")
     return do_round(value, precision, method)  # type: ignore[arg-type]
 
 
 @pass_environment
 def _sum(environment: Sandbox, iterable: Iterable[Any], attribute: str | int | None = None, start: Any = 0) -> Any:
-    """Jinja's `sum`, of numbers or lists; Python's own takes as long as the lists' length squared."""
+    """Jinja's `sum` of numbers or lists, with limits; Python's sum of lists takes quadratic time."""
     values = iterable if attribute is None else map(make_attrgetter(environment, attribute), iterable)
     if not isinstance(start, list):
         if not isinstance(start, int | float):
@@ -412,7 +413,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As transformers has it: Jinja's own escapes what HTML would read."""
+    """`tojson` as in transformers: Jinja's own escapes HTML characters."""
     if (len(indent) if isinstance(indent, str) else indent or 0) > 64:
         raise OverflowError("it indents JSON by more than 64")
     return dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,4 +1,4 @@
-"""Targets: Exchanges → ids, and the ids of one record joined into as few Examples as a server's prompts allow."""
+"""Targets: Exchanges → token ids, and the exchanges of a record joined into as few Examples as possible."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,12 +9,12 @@ from atomtune.data.records import Example, Exchange, Piece, Prompt, shared_parts
 
 
 class Target(NamedTuple):
-    """The ids of one exchange: what is asked, and the answer with its stop token."""
+    """The ids of one exchange: the prompt, and the answer with its stop token."""
 
     prompt: Prompt[list[int]]
     answer: list[int]
     learn: int
-    prompt_tokens: int  # of all parts together
+    prompt_tokens: int  # length of the whole prompt
 
     @property
     def tokens(self) -> int:
@@ -22,19 +22,19 @@ class Target(NamedTuple):
 
     @property
     def learned_tokens(self) -> int:
-        """Of the answer; where nothing stands before a text, nothing predicts its first token."""
+        """Tokens of the answer that are learned: all, except the first one if there is no token before it."""
         return len(self.answer) if self.prompt_tokens else len(self.answer) - 1
 
 
 class PieceIds:
-    """Ids of pieces, each tokenized once: the prompts of a conversation have most of theirs in common."""
+    """The ids of pieces, each tokenized only once: the prompts of a conversation share most of their pieces."""
 
     def __init__(self, template: Template) -> None:
         self._tokens, self._tokenizer = template.tokens, template.tokenizer
         self._known: dict[Piece, list[int]] = {}
 
     def learn(self, pieces: Iterable[Piece]) -> None:
-        """Tokenize many at once, which takes a fraction of the time."""
+        """Tokenize many pieces at once, which takes a fraction of the time. Raises CannotTokenize."""
         new = [piece for piece in dict.fromkeys(pieces) if piece not in self._known]
         self._known.update(zip(new, self._tokens.ids_of(new), strict=True))
 
@@ -49,18 +49,18 @@ class PieceIds:
 
 
 def different_pieces(exchanges: Sequence[Exchange]) -> Iterator[Piece]:
-    """The pieces of a record; those that a prompt shares with the one before are left out."""
+    """The pieces of a record's exchanges, without those that a prompt shares with the previous one."""
     for exchange, shared in zip(exchanges, shared_parts(exchange.prompt for exchange in exchanges), strict=True):
         yield from exchange.prompt.parts(shared)
         yield exchange.answer
 
 
 def targets_of(exchanges: Sequence[Exchange], ids: PieceIds) -> list[Target]:
-    """The exchanges of one record in ids; what a prompt shares with the one before is looked up once."""
+    """The exchanges of one record as ids; parts that a prompt shares with the previous one are looked up once."""
     targets: list[Target] = []
     prompts = [exchange.prompt for exchange in exchanges]
     prompts_in_ids = with_each_part(prompts, ids.__getitem__)
-    tokens = 0  # of what a prompt shares with the one before
+    tokens = 0  # length of the prompt's history
     for exchange, prompt, shared in zip(exchanges, prompts_in_ids, shared_parts(prompts), strict=True):
         tokens = (tokens if shared else 0) + sum(map(len, prompt.history[shared:]))
         answer = [*ids[exchange.answer], ids.of_token(exchange.stop)]
@@ -69,7 +69,15 @@ def targets_of(exchanges: Sequence[Exchange], ids: PieceIds) -> list[Target]:
 
 
 def joined(targets: Sequence[Target], origin: str) -> tuple[Example, ...]:
-    """The exchanges of one record as few Examples as law 5 allows."""
+    """Join the exchanges of a record into as few Examples as law 5 of encode.py allows.
+
+    exchange 1   p1             a1
+    exchange 2   p1 a1 u2       a2      its prompt begins with p1 a1: the same Example
+    exchange 3   p1 A1 u2 A2 u3 a3      A1 differs from a1 (without its thoughts, for example): a new Example
+
+    ids          p1 a1 u2 a2        p1 A1 u2 A2 u3 a3
+    learned         ^^    ^^                       ^^
+    """
     examples: list[Example] = []
     ids: list[int] = []
     learn: list[int] = []
@@ -85,14 +93,14 @@ def joined(targets: Sequence[Target], origin: str) -> tuple[Example, ...]:
             learn += [0] * len(new)
         ids += target.answer
         learn += [target.learn] * len(target.answer)
-        if not target.prompt_tokens:  # a text without a token before it: nothing predicts its first one
+        if not target.prompt_tokens:  # a text without a token before it: nothing predicts its first token
             learn[0] = 0
         before = target
     return (*examples, Example(tuple(ids), tuple(learn), origin))
 
 
 def _continued(before: Target, target: Target) -> list[int] | None:
-    """What a prompt adds to the exchange before it; None where it does not begin with all of that."""
+    """The ids that the prompt adds to the previous prompt and answer; None if it does not begin with both."""
     if not target.prompt.goes_on_from(before.prompt):
         return None
     new = list(itertools.chain.from_iterable(target.prompt.parts(before.prompt.length)))

@@ -1,20 +1,21 @@
-"""Thoughts: what an assistant thinks before it answers, in `reasoning_content` or inline as <think>…</think>."""
+"""Thoughts: the assistant's reasoning before an answer, in `reasoning_content` or inline as <think>…</think>."""
 
 import re
 from dataclasses import replace
 
 from atomtune.data.records import Turn
 
-#: The marks that open and close thoughts, in the order in which they are looked for.
+#: The tags that open and close thoughts, in the order in which they are tried.
 TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 _INLINE = tuple(re.compile(rf"\s*{re.escape(opens)}(.*?){re.escape(closes)}(.*)", re.DOTALL) for opens, closes in TAGS)
 _LINE_ENDS = re.compile(r"[ \t\r]*\n")
 
 
 def with_thoughts_apart(turn: Turn) -> Turn:
-    """The turn with thoughts that stand at the beginning of its text in `reasoning`; else as it is.
+    """Move the thoughts at the beginning of an assistant's text to `reasoning`; any other turn is unchanged.
 
-    Where they stand in both, they are one thing.
+    If `reasoning` already has the same thoughts, they are only removed from the text; if it has others, the turn is
+    unchanged.
     """
     if turn.role != "assistant":
         return turn
@@ -25,10 +26,10 @@ def with_thoughts_apart(turn: Turn) -> Turn:
 
 
 def _apart(text: str) -> tuple[str, str | None]:
-    """The thoughts that a text begins with, and what stands behind them; None where it begins with none.
+    """Split a text into the thoughts at its beginning and the rest; ("", None) if it begins with none.
 
-    The mark that opens them may be missing. Where a prompt ends in it (DeepSeek-R1, Qwen3-Thinking), a server gives
-    back what the model writes behind it.
+    The opening tag may be missing: if the prompt ends with it (DeepSeek-R1, Qwen3-Thinking), a server returns only what
+    the model writes after it.
     """
     for pattern in _INLINE:
         if match := pattern.match(text):
@@ -41,9 +42,9 @@ def _apart(text: str) -> tuple[str, str | None]:
 
 
 def problem_of_thoughts(turn: Turn) -> str:
-    """Why an assistant's turn is not learned for what it thinks; "" where nothing is wrong.
+    """What is wrong with the thoughts of an assistant turn; "" if nothing is.
 
-    It says nothing else, as an answer does that was cut off when it was made, or thinks two different things.
+    Refused are turns with nothing but thoughts, whose generation was cut off, and turns with two different thoughts.
     """
     if not mentions_thoughts(turn.text):
         return ""
@@ -58,12 +59,12 @@ def problem_of_thoughts(turn: Turn) -> str:
 
 
 def mentions_thoughts(text: str) -> bool:
-    """Whether a template that looks for thoughts in a text may find some here."""
+    """Whether the text contains a tag for thoughts, which some templates search for."""
     return any(tag in text for tags in TAGS for tag in tags)
 
 
 def opened(prompt: str) -> tuple[str, str] | None:
-    """Where a prompt ends in an opening mark: the white space behind it, and the closing mark."""
+    """If a prompt ends with an opening tag: the white space after it, and its closing tag. Else None."""
     bare = prompt.rstrip()
     for opens, closes in TAGS:
         if bare.endswith(opens):
@@ -72,7 +73,7 @@ def opened(prompt: str) -> tuple[str, str] | None:
 
 
 def without_opening(header: str) -> str:
-    """A header without the mark at its end that opens thoughts, and the white space behind that."""
+    """The header without an opening tag, and white space after it, at its end."""
     bare = header.rstrip()
     for opens, _ in TAGS:
         if bare.endswith(opens):
@@ -81,12 +82,12 @@ def without_opening(header: str) -> str:
 
 
 def closed(prompt: str) -> bool:
-    """Whether a prompt ends in a closing mark: the model is asked to answer without thinking."""
+    """Whether a prompt ends with a closing tag: the model is to answer without thinking."""
     return prompt.rstrip().endswith(tuple(closes for _, closes in TAGS))
 
 
 def behind_thoughts(written: str) -> str:
-    """An answer as a template writes it, without the block of thoughts at its beginning."""
+    """A rendered answer without the block of thoughts at its beginning."""
     for pattern in _INLINE:
         if match := pattern.match(written):
             return match.group(2).lstrip("\n")
@@ -94,7 +95,7 @@ def behind_thoughts(written: str) -> str:
 
 
 def closing_of_no_thoughts(written: str) -> str:
-    """Of an answer that a template writes with an empty block of thoughts, all from its closing mark on; else "".
+    """The part of a rendered answer from the closing tag on, if it begins with an empty block of thoughts; else "".
 
     Nemotron: `<think></think>72` → `</think>72`
     """
@@ -106,6 +107,6 @@ def closing_of_no_thoughts(written: str) -> str:
 
 
 def is_no_thought(text: str) -> bool:
-    """Whether nothing stands here but an empty block of thoughts, or white space."""
+    """Whether the text is empty, white space, or an empty block of thoughts."""
     is_block = bool(closing_of_no_thoughts(text)) and not behind_thoughts(text).strip()
     return is_block or not text.strip()

@@ -1,7 +1,13 @@
-"""Token ids: Pieces → ids, as a server's tokenizer makes them of the same text; and special-token escaping.
+"""Token ids: Pieces → the ids that a server's tokenizer gives to the same text; and escaping of control strings.
 
-Laws: where a Piece has a break stands no control token; a Piece without breaks is tokenized in one go. A control string
-in a record's own text is hidden while the template renders and becomes text again afterwards, with a break inside it.
+Laws: no control token spans a break of a Piece; a Piece without breaks is tokenized in one go.
+A control string in a record's own text is replaced by a mark while the template renders. Afterwards the string is put
+back, with a break inside it:
+
+    record     say </s> twice
+    hidden     say ⟨control0⟩ twice
+    rendered   User: say ⟨control0⟩ twice</s>
+    Piece      User: say </s> twice</s>       breaks (11,): the first </s> is text, the second a token
 """
 
 import contextlib
@@ -16,26 +22,26 @@ from atomtune.data.records import Piece
 from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import UserError
 
-_MARK, _END = "\ufdd0", "\ufdd1"  # Unicode noncharacters: they mean nothing in any text
+_MARK, _END = "\ufdd0", "\ufdd1"  # Unicode noncharacters, which have no meaning in any text
 _HIDDEN = re.compile(f"{_MARK}control(\\d+){_END}")
-#: What reads like a control string, whether or not a tokenizer flags it as special.
+#: Strings that look like control tokens, whether or not the tokenizer flags them as special.
 LIKE_CONTROL = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]")
-# Put before a continuing part so that the tokenizer does not take it for the beginning of a text (and write a space).
+# Put before a text that continues another one, so that the tokenizer does not add a space as at the start of a text.
 _ANCHORS = ("\n", "|", "1", "。")
-#: Texts on which the short way to a tokenizer's ids is compared with the long one before it is taken.
+#: Texts on which the Rust tokenizer is compared with the Python call before it is used directly.
 _PROBES = ("Hi", " two  spaces ", "你好\n", "<s>a</s>", "")
 
 
 class CannotTokenize(UserError):
-    """The tokenizer gave up on a text; the message says why."""
+    """The tokenizer failed on a text; the message says why."""
 
 
 @contextlib.contextmanager
 def _panics_told() -> Iterator[None]:
-    """A panic of the Rust tokenizer as CannotTokenize.
+    """Turn a panic of the Rust tokenizer into CannotTokenize.
 
-    It panics where a pattern of its own, out of tokenizer.json, tries too long to match: `(a|aa)+$`. The exception
-    belongs to no module, is no Exception, and is known by its name alone.
+    It panics if a regex of tokenizer.json, such as `(a|aa)+$`, backtracks too long. PanicException cannot be imported
+    and derives from BaseException, so only its name identifies it.
     """
     try:
         yield
@@ -46,15 +52,15 @@ def _panics_told() -> Iterator[None]:
 
 
 class PieceTokenizer:
-    """A tokenizer, and what had to be found out about it."""
+    """A tokenizer, its control tokens, and how it treats the start of a text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder.values()
         special = {str(token) for token in tokenizer.all_special_tokens}
-        # DeepSeek's <｜User｜> and some base models' <|im_end|> are not flagged special, and begin and end turns too.
+        # DeepSeek's <｜User｜> and <|im_end|> of some base models delimit turns but are not flagged as special.
         special |= {str(token) for token in added if token.special or LIKE_CONTROL.fullmatch(str(token))}
-        # One-character tokens cannot be broken, and no tokenizer in use has one as a control token.
+        # A one-character token has no room for a break, and no published tokenizer has such a control token.
         longest_first = sorted((s for s in special if len(s) > 1), key=len, reverse=True)
         pattern = "|".join(map(re.escape, longest_first)) or r"(?!)"
         self.controls = re.compile(pattern)
@@ -62,29 +68,35 @@ class PieceTokenizer:
         self.control_ids = frozenset(tokenizer.convert_tokens_to_ids(longest_first))
 
     def ids_of(self, pieces: Iterable[Piece]) -> list[list[int]]:
-        """Token ids of each piece; control strings are tokens only where no break says otherwise."""
+        """Token ids of each piece; a control string with a break inside it stays text. Raises CannotTokenize."""
         pieces = list(pieces)
         unbroken = iter(self.tokenized([piece.text for piece in pieces if not piece.breaks]))
         return [self._escaped_ids(piece) if piece.breaks else next(unbroken) for piece in pieces]
 
     @cached_property
     def writes_a_space(self) -> bool:
-        """Whether a text tokenized on its own begins with a space, as SentencePiece's do: `▁Paris` for `Paris`."""
+        """Whether the tokenizer adds a space to the start of a text, as SentencePiece does: `▁Paris` for `Paris`."""
         return self.tokenized(["Paris"])[0] == self._continuation(" Paris")
 
     @cached_property
     def _writes_a_space_before_spaces(self) -> bool:
-        """Whether it does that before a text that begins with one too: sentencepiece does, transformers' Llama not."""
+        """Whether it adds that space even if the text starts with one: sentencepiece does, transformers' Llama not."""
         return self.tokenized([" Paris"])[0] == self._continuation("  Paris")
 
     def without_written_space(self, text: str) -> str:
-        """What to tokenize on its own for the ids of a text behind a prompt that begins with a template's space."""
+        """The text to tokenize on its own, for an answer whose first space comes from the template.
+
+        If the tokenizer adds a space by itself, the template's space is removed, so that there is only one.
+        """
         if not text.startswith(" ") or not self.writes_a_space:
             return text
         return text[1:] if not text.startswith("  ") or self._writes_a_space_before_spaces else text
 
     def splits_before(self, text: str) -> bool:
-        """Whether a text may be cut before this one, which begins with a control token, and both parts tokenized."""
+        """Whether a text can be split before `text`, a control token, and the parts tokenized on their own.
+
+        That is, whether the ids of both parts together are those of the whole, on some examples.
+        """
         if not self.controls.match(text):
             return False
         for before in ("Hi", "Hi \n", " 你好", "<b>", "1\t", "\n\n"):
@@ -95,6 +107,7 @@ class PieceTokenizer:
         return True
 
     def tokenized(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, tokenized on its own without BOS and EOS. Raises CannotTokenize."""
         if not texts:
             return []
         if self._short_way_is_the_same:
@@ -104,7 +117,7 @@ class PieceTokenizer:
         return self._called(texts)
 
     def _backend(self) -> Any:
-        """The Rust tokenizer, without the options that another call of the Python one left behind in it."""
+        """The Rust tokenizer, without options that an earlier call of the Python tokenizer may have set."""
         backend = self.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
         backend.no_truncation()
         backend.no_padding()
@@ -120,18 +133,18 @@ class PieceTokenizer:
 
     @cached_property
     def _short_way_is_the_same(self) -> bool:
-        """Whether the Rust tokenizer itself gives what calling the Python one gives; it is about twice as fast."""
+        """Whether the Rust tokenizer gives the same ids as the Python call; it is about twice as fast."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             return False
-        called = self._called(list(_PROBES))  # this also lifts a truncation or padding that was left set
+        called = self._called(list(_PROBES))  # this also resets truncation and padding
         return [e.ids for e in backend.encode_batch_fast(list(_PROBES), add_special_tokens=False)] == called
 
     def _escaped_ids(self, piece: Piece) -> list[int]:
-        """Ids of a piece with control strings that are text.
+        """Ids of a piece with control strings that must stay text.
 
-        Between the template's own control tokens it is tokenized as if no text were special, which is what
-        mistral-common and harmony do; where that is not possible, each such string is cut behind its first character.
+        Between the template's own control tokens, it is tokenized with special tokens disabled, as mistral-common and
+        harmony do. If the tokenizer cannot do that, each such string is split after its first character.
         """
         ids: list[int] = []
         for start, stop in self._stretches(piece):
@@ -148,10 +161,13 @@ class PieceTokenizer:
         return ids
 
     def _stretches(self, piece: Piece) -> list[tuple[int, int]]:
-        """Where the piece is cut: around each run of text that holds a break, up to the template's control tokens."""
+        """Split the piece into (start, stop) stretches: each text with breaks, up to the template's control tokens.
+
+        Neighbouring stretches without breaks are joined, so that they are tokenized in one go.
+        """
         bounds, breaks = [0], frozenset(piece.breaks)
         for match in self.controls.finditer(piece.text):
-            if match.start() + 1 not in breaks:  # the template's own
+            if match.start() + 1 not in breaks:  # written by the template
                 bounds += [match.start(), match.end()]
         spans = [(a, b) for a, b in itertools.pairwise([*bounds, len(piece.text)]) if a < b]
         joined: list[tuple[int, int]] = []
@@ -165,9 +181,9 @@ class PieceTokenizer:
         return joined
 
     def _as_plain_text(self, text: str, *, goes_on: bool) -> list[int] | None:
-        """Ids of a text, nothing in it special; None where this tokenizer cannot do that.
+        """Ids of a text with special tokens disabled; None if this tokenizer cannot do that.
 
-        goes_on  it stands behind other text, so that no space is written before it
+        goes_on  the text continues another one, so the tokenizer must not add a space before it
         """
         if not self._short_way_is_the_same:
             return None
@@ -189,7 +205,7 @@ class PieceTokenizer:
 
     @cached_property
     def _begins_anew_behind_controls(self) -> bool:
-        """Whether text behind a control token has the ids that it has alone."""
+        """Whether a text has the same ids after a control token as on its own."""
         control = self.tokenizer.eos_token
         if not control or not self.controls.fullmatch(control):
             return False
@@ -199,13 +215,13 @@ class PieceTokenizer:
     def _cut_ids(self, text: str, breaks: Sequence[int], *, begins: bool) -> list[int]:
         first, *rest = [text[a:b] for a, b in itertools.pairwise([0, *breaks, len(text)])]
         ids = self.tokenized([first])[0] if begins else self._continuation(first)
-        ids_of = {part: self._continuation(part) for part in dict.fromkeys(rest)}  # of a string repeated often, once
+        ids_of = {part: self._continuation(part) for part in dict.fromkeys(rest)}  # repeated parts are tokenized once
         for part in rest:
             ids += ids_of[part]
         return ids
 
     def _continuation(self, part: str) -> list[int]:
-        """Ids of a text that goes on from another, without the space some tokenizers write at a beginning."""
+        """Ids of a text that continues another one, without the space that some tokenizers add at the start."""
         for anchor in _ANCHORS:
             alone, together = self.tokenized([anchor, anchor + part])
             if alone and together[: len(alone)] == alone:
@@ -214,14 +230,14 @@ class PieceTokenizer:
 
 
 def _between(breaks: Sequence[int], start: int, stop: int) -> Sequence[int]:
-    """Of breaks in rising order, those inside a stretch."""
+    """The breaks with start < break < stop; `breaks` is sorted."""
     return breaks[bisect_right(breaks, start) : bisect_left(breaks, stop)]
 
 
 class Escaper:
-    """Hides control strings in a record's texts, and gives what was rendered from them back as Pieces with breaks.
+    """Hides the control strings of a record's texts from the template, and turns rendered text into Pieces with breaks.
 
-    Equal strings have equal marks, so two renderings of the same texts begin alike.
+    Equal strings get equal marks, so that two renderings of the same texts have the same prefix.
     """
 
     def __init__(self, tokens: PieceTokenizer) -> None:
@@ -229,7 +245,7 @@ class Escaper:
         self._hidden: list[str] = []
 
     def hide(self, value: Any) -> Any:
-        """The same value with the control strings in its texts, at any depth, replaced by marks."""
+        """The value with the control strings in its texts, at any depth, replaced by marks."""
         if isinstance(value, str):
             return self._tokens.to_hide.sub(self._mark, value) if self._tokens.to_hide.search(value) else value
         if isinstance(value, Mapping):
@@ -245,13 +261,13 @@ class Escaper:
         return f"{_MARK}control{self._hidden.index(control)}{_END}"
 
     def hide_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """A chat message with the control strings of all it holds hidden, its role excepted."""
-        if len(message) == 2:  # a role and a text, as nearly all are
+        """A chat message with the control strings in all values but its role hidden."""
+        if len(message) == 2:  # role and content, the common case
             return {"role": message["role"], "content": self.hide(message["content"])}
         return {key: value if key == "role" else self.hide(value) for key, value in message.items()}
 
     def piece(self, text: str, *, learn: bool) -> Piece:
-        """What was rendered, with its own texts back in it and a break inside each control string among them."""
+        """The rendered text with the hidden control strings put back and a break inside each."""
         if not self._hidden:
             return Piece(text, learn)
         parts: list[str] = []
@@ -266,6 +282,6 @@ class Escaper:
         return Piece("".join([*parts, text[at:]]), learn, breaks=tuple(breaks))
 
     def whole(self, text: str, *, learn: bool) -> Piece:
-        """A record's own text, rendered by nobody."""
+        """A record's own text, not rendered by a template: every control string in it gets a break."""
         breaks = tuple(match.start() + 1 for match in self._tokens.controls.finditer(text))
         return Piece(text, learn, breaks=breaks)

@@ -1,7 +1,7 @@
-"""Tokenizer trial: the patterns of a tokenizer.json, tried on texts on which a bad one would search for hours.
+"""Tokenizer trial: the regexes of a tokenizer.json are tried on texts that make a bad one backtrack for hours.
 
-`(a|aa)+$` and `a*a*b` look harmless and take, on a few thousand letters, longer than anybody waits. They run in Rust,
-where nothing in this process can end them, so they are tried in a process of its own (limits.py).
+`(a|aa)+$` and `a*a*b` look harmless, but take longer than anybody waits on a few thousand letters. They run in Rust,
+where this process cannot stop them, so they are tried in a separate process with limits (limits.py).
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any
 from atomtune.data.encoding.token_ids import CannotTokenize, PieceTokenizer
 from atomtune.limits import Tripped, try_apart
 
-#: What texts have runs of, whatever the pattern: letters, digits, spaces, marks, wide and combined characters.
+#: Units of the repeated texts for any pattern: letters, digits, spaces, punctuation, wide and combining characters.
 _UNITS = (
     "a",
     "A",
@@ -35,21 +35,21 @@ _UNITS = (
     "1,",
     "<|",
 )
-#: Characters of a run. A pattern whose time grows with the square of a text takes a second here, and hours on a book.
+#: Characters of a repeated text. A pattern of quadratic time takes a second on it, and hours on a book.
 _RUN_CHARACTERS = 4000
-#: Behind a run: what no pattern waits for, so that all ways to match are tried.
+#: Put after the repeated text: no pattern expects it, so that all ways to match are tried.
 _STRANGE = "\u0394\ue000"
-#: Characters that rules without patterns may make of one; published tokenizers make up to four.
+#: Limit for `growth_of`; published tokenizers make up to four characters of one.
 MOST_GROWTH = 10_000
-#: Parts of a pattern that are tried too.
+#: Maximum number of a pattern's own words that are tried as units.
 _MOST_PARTS = 64
 _WORDS = re.compile(r"[^\W_]{2,8}|\S")
-#: Patterns that came to their end in this process, by a hash.
+#: SHA-256 of patterns that passed the trial in this process.
 _harmless: set[str] = set()
 
 
 def tried_tokenizer(tokens: PieceTokenizer) -> Tripped | None:
-    """How the patterns fail on long runs; None where they come to their end, which is tried once a process."""
+    """How the patterns fail on repeated texts; None if they pass. Passing is remembered for the process."""
     patterns = patterns_of(tokens.tokenizer)
     digest = hashlib.sha256(patterns.encode("utf-8", "backslashreplace")).hexdigest()
     if not patterns or digest in _harmless:
@@ -60,7 +60,7 @@ def tried_tokenizer(tokens: PieceTokenizer) -> Tripped | None:
             say(f"{unit * 10}…")
             try:
                 tokens.tokenized([text])
-            except CannotTokenize:  # it gives up by itself, and does so again at the record with such a text
+            except CannotTokenize:  # it gives up by itself, so a record with such a text will be refused
                 continue
 
     tripped = try_apart(tokenize)
@@ -70,10 +70,10 @@ def tried_tokenizer(tokens: PieceTokenizer) -> Tripped | None:
 
 
 def growth_of(tokenizer: Any) -> int:
-    """How many characters a tokenizer's rules may make of one, before any of them becomes a token.
+    """How many characters the tokenizer's normalizers may make of one.
 
-    Forty of them that each double a letter ask for a terabyte, for the first text that has one. Rules with patterns,
-    whose growth depends on what they match, are tried (above) and not counted.
+    Forty rules that each double a letter need a terabyte for the first text that contains it. Rules with a regex, whose
+    growth depends on what they match, are not counted here but tried, in `tried_tokenizer`.
     """
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     if normalizer is None:
@@ -90,14 +90,14 @@ def growth_of(tokenizer: Any) -> int:
 
 
 def _rules(normalizer: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The normalizers of a sequence, of sequences too."""
+    """The normalizer and, if it is a sequence, all normalizers in it, at any depth."""
     yield normalizer
     for part in normalizer.get("normalizers", ()):
         yield from _rules(part)
 
 
 def patterns_of(tokenizer: Any) -> str:
-    """What takes texts apart before they become tokens, as JSON; "" where there is nothing to be tried."""
+    """The normalizer and pre-tokenizer that contain a regex, as JSON; "" if there is none to try."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [part for part in (getattr(backend, name, None) for name in ("normalizer", "pre_tokenizer")) if part]
     described = [part.__getstate__().decode("utf-8", "replace") for part in parts]
@@ -105,9 +105,10 @@ def patterns_of(tokenizer: Any) -> str:
 
 
 def _runs(patterns: str) -> Iterator[tuple[str, str]]:
-    """A unit, and a text of many; the units are usual ones and what the patterns themselves are written with.
+    """Pairs of a unit and a text that repeats it; the units are common ones and the words of the patterns themselves.
 
-    Every character of a pattern stands at the end: a search for what a text does not hold is over at once.
+    The text ends with every character of the patterns: a regex that needs a character which the text lacks would fail
+    at once and show nothing.
     """
     parts = sorted(set(_WORDS.findall(patterns)), key=lambda part: (len(part), part))[:_MOST_PARTS]
     held = "".join(sorted(set(patterns)))[:_RUN_CHARACTERS]

@@ -1,8 +1,8 @@
-"""Shortening: what of a record's prompt goes first when an example would be too long.
+"""Shortening: what is removed from a record's prompt when an example would be too long.
 
-The oldest exchanges; behind the question that is left, the oldest calls of tools with what they brought; then the start
-of the longest prompt text. The template's markers and the answer are not touched, and something of the question that is
-answered always stays.
+First the oldest exchanges; then, after the question that remains, the oldest tool calls with their results; then the
+start of the longest prompt text. The template's markers and the answer are never touched, and some of the question that
+is answered always remains.
 """
 
 import itertools
@@ -12,18 +12,18 @@ from typing import NamedTuple
 
 from atomtune.data.records import Record, Turn
 
-#: A turn's number, and which of its texts: `text` or `input`.
+#: Index of a turn, and the name of one of its two texts: `text` or `input`.
 Place = tuple[int, str]
 
 
 def shorten(record: Record, fits: Callable[[Record], bool], *, share: float = 0.0) -> Record | None:
     """Drop the oldest turns, then the start of the longest prompt text, until the record fits; None if it cannot.
 
-    Of an agent's record, which is one question and many calls, the question stays, and the last calls with it.
+    An agent's record, one question and many tool calls, keeps the question and the last calls.
 
     record  does not fit as it is
-    fits    is taken to hold for less where it holds for more, so that few lengths are tried
-    share   about how much of the prompt fits: where the search begins
+    fits    assumed monotonic: if a record fits, so does a shorter one. This keeps the number of attempts small.
+    share   estimated fraction of the prompt that fits: the start of the search
     """
     record_asks = _asks_something(record)
     record, is_short_enough = _fewest_turns(record, fits, share)
@@ -33,18 +33,18 @@ def shorten(record: Record, fits: Callable[[Record], bool], *, share: float = 0.
     if shortened is None:
         return None
     if record_asks and not _asks_something(shortened):
-        return None  # an answer to nothing is not trained on
+        return None  # nothing is left of the question
     return shortened
 
 
 def without_oldest(record: Record, fits: Callable[[Record], bool], *, share: float = 0.0) -> Record | None:
-    """`shorten` as far as it drops whole turns; None where that is not enough."""
+    """Like `shorten`, but drop whole turns only; None if that is not enough."""
     shorter, is_short_enough = _fewest_turns(record, fits, share)
     return shorter if is_short_enough else None
 
 
 def _fewest_turns(record: Record, fits: Callable[[Record], bool], share: float) -> tuple[Record, bool]:
-    """The record without its oldest turns, and whether it fits: the longest that does, else the shortest."""
+    """Drop as few of the oldest turns as needed, or all that may be dropped; also returns whether the record fits."""
     for cuts in (_at_questions, _at_calls):
         record, is_short_enough = _from_a_cut(record, cuts(record), fits, share)
         if is_short_enough:
@@ -53,7 +53,7 @@ def _fewest_turns(record: Record, fits: Callable[[Record], bool], share: float) 
 
 
 def _asks_something(record: Record) -> bool:
-    """Whether anything is left of the last question, where the record has one."""
+    """Whether the last question has any text; True for a record without questions."""
     questions = [turn for turn in record.prompt if turn.role == "user"]
     if not questions:
         return True
@@ -61,8 +61,11 @@ def _asks_something(record: Record) -> bool:
 
 
 def _with_shorter_texts(record: Record, fits: Callable[[Record], bool], share: float) -> Record | None:
-    """The record with the longest prompt text blanked, then the next, and of the last of them as much as fits."""
-    for _ in range(2 * len(record.prompt)):  # a turn has two texts
+    """Blank the longest prompt text, then the next, until the record fits; of the last one, keep as much as fits.
+
+    None if all texts are blank and the record still does not fit.
+    """
+    for _ in range(2 * len(record.prompt)):  # each turn has two texts
         place, text = _longest_text(record)
         if not text:
             return None
@@ -74,7 +77,7 @@ def _with_shorter_texts(record: Record, fits: Callable[[Record], bool], share: f
 
 
 class _Cuts(NamedTuple):
-    """Where a record may begin instead: its turns are `stays`, and `rest` from one of `starts` on."""
+    """The ways to shorten a record: its turns become `stays` and `rest[start:]`, for a start in `starts`."""
 
     stays: tuple[Turn, ...]
     rest: tuple[Turn, ...]
@@ -82,17 +85,18 @@ class _Cuts(NamedTuple):
 
 
 def _at_questions(record: Record) -> _Cuts:
-    """At each later question."""
-    # turns    user  assistant  user  assistant  user  assistant
-    # starts                    2                4                the later exchanges; 0 would be the whole record
+    """Cuts before each question but the first."""
+    # rest     user  assistant  user  assistant  user  assistant
+    # starts                    2                4                 0 would be the whole record
     system, others = _system_apart(record)
     return _Cuts(system, others, [i for i, turn in enumerate(others[:-1]) if i and turn.role == "user"])
 
 
 def _at_calls(record: Record) -> _Cuts:
-    """At each later turn of the assistant before the answer; what stands before its first one stays."""
+    """Cuts before each assistant turn but the first and the answer; the turns before the first one stay."""
     # turns    user  assistant  tool  assistant  tool  assistant
-    # rest           0          1     2          3     4           starts: 2; 4 is the answer
+    # rest           0          1     2          3     4           4 is the answer
+    # starts                          2
     system, others = _system_apart(record)
     first = next((i for i, turn in enumerate(others) if turn.role == "assistant"), 0)
     rest = others[first:]
@@ -101,13 +105,13 @@ def _at_calls(record: Record) -> _Cuts:
 
 
 def _system_apart(record: Record) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
-    """System texts, which stay, and the other turns."""
+    """The system turns, which are kept, and the other turns."""
     system = tuple(turn for turn in record.turns if turn.role == "system")
     return system, tuple(turn for turn in record.turns if turn.role != "system")
 
 
 def _from_a_cut(record: Record, cuts: _Cuts, fits: Callable[[Record], bool], share: float) -> tuple[Record, bool]:
-    """The record from one of its cuts on, and whether it fits: the longest that does, else the shortest."""
+    """The longest of the cuts that fits, else the shortest; also returns whether it fits."""
     stays, rest, starts = cuts
     if not starts:
         return record, False
@@ -118,7 +122,7 @@ def _from_a_cut(record: Record, cuts: _Cuts, fits: Callable[[Record], bool], sha
     most = _most(
         lambda number: fits(with_last(number)),
         low=0,
-        high=len(starts) + 1,  # all: the record, which does not fit
+        high=len(starts) + 1,  # the whole record, which does not fit
         likely=_likely_number(rest, starts, share),
     )
     if most == 0:
@@ -127,8 +131,8 @@ def _from_a_cut(record: Record, cuts: _Cuts, fits: Callable[[Record], bool], sha
 
 
 def _likely_number(turns: Sequence[Turn], starts: Sequence[int], share: float) -> int:
-    """How many of the last parts, which begin at starts, hold about this share of all text."""
-    through = list(itertools.accumulate(map(_characters, turns)))  # [turns] characters up to and with each
+    """How many of the last parts, which begin at `starts`, have about this share of all characters."""
+    through = list(itertools.accumulate(map(_characters, turns)))  # [turns] characters up to and including each turn
     total = through[-1]
     from_starts = [total - through[start - 1] for start in starts]
     return sum(characters <= share * total for characters in from_starts)
@@ -139,7 +143,7 @@ def _characters(turn: Turn) -> int:
 
 
 def _with_end_of_text(record: Record, place: Place, text: str, fits: Callable[[Record], bool], share: float) -> Record:
-    """The record with as much of the end of a text as fits; nothing of it is known to."""
+    """The record with as much of the end of the text as fits; without the text it is known to fit."""
 
     def ending(characters: int) -> Record:
         return _with_text(record, place, text[len(text) - characters :])
@@ -149,9 +153,9 @@ def _with_end_of_text(record: Record, place: Place, text: str, fits: Callable[[R
 
 
 def _most(holds: Callable[[int], bool], *, low: int, high: int, likely: int) -> int:
-    """The largest number that holds, from low, which does, to below high, which does not.
+    """The largest number in [low, high) for which `holds`; `low` is assumed to hold, and `high` not to.
 
-    In steps that double from the likely number on, then by halving: what is tried is never much more than what is kept.
+    Starts at `likely` with doubling steps, then bisects, so that no attempt is much larger than the result.
     """
     number, step = max(likely, low + 1), 1
     if number < high and holds(number):

@@ -1,1 +1,1 @@
-"""Values to Records: which keys hold what."""
+"""Values to Records: the supported formats, and what their keys mean."""

@@ -1,6 +1,6 @@
-"""Alpaca: the tutorial's instruction/input/output, with `system` and `history` ([[question, answer], …]).
+"""Alpaca: the tutorial's instruction/input/output, with optional `system` and `history` ([[question, answer], …]).
 
-The answers in history are learned like the last one, which may have its thoughts beside it (`reasoning_content`).
+The answers in `history` are learned like the last one. The last one may have reasoning (`reasoning_content`).
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ _NO_TEXT = Field("")
 
 
 def read_alpaca(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
-    """Read one alpaca record, given under our keys."""
+    """Read one Alpaca record whose keys are already renamed to ours."""
     instruction = read_text(record["instruction"], "instruction") if "instruction" in record else _NO_TEXT
     answer = read_text(record["output"], "output") if "output" in record else _NO_TEXT
     question = _NO_TEXT if record.get("input") is None else read_text(record["input"], "input")
@@ -32,7 +32,7 @@ def read_alpaca(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
         *earlier.problems,
         *last_answer.problems,
     )
-    if not problems:  # a text that is no text is no empty one
+    if not problems:  # a value that is not text was replaced by ""; do not report that as empty too
         problems = _problems_of_blank(record, instruction.value, question.value, answer.value)
     last_question = Turn("user", instruction.value, question.value)
     turns = (*earlier.value, last_question, last_answer.value)
@@ -40,7 +40,7 @@ def read_alpaca(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
 
 
 def _problems_of_blank(record: dict[str, Any], instruction: str, question: str, answer: str) -> tuple[str, ...]:
-    """What is wrong with texts of white space alone; a key that is missing is refused elsewhere."""
+    """Problems with texts that are empty or only white space; missing keys are reported elsewhere."""
     if "output" in record and is_blank(answer):
         return ("output is empty: there is nothing to learn",)
     if "instruction" in record and is_blank(instruction) and is_blank(question):
@@ -49,7 +49,7 @@ def _problems_of_blank(record: dict[str, Any], instruction: str, question: str, 
 
 
 def read_history(value: object) -> Field[tuple[Turn, ...]]:
-    """Earlier turns from [[question, answer], …], or the JSON text of it."""
+    """The earlier turns from [[question, answer], …] or its JSON text."""
     if not value or (isinstance(value, str) and is_blank(value)):
         return Field(())
     pairs: Any = value

@@ -1,6 +1,6 @@
-"""Chats: records that are conversations: ShareGPT, OpenAI's messages, prompt and completion, rendered texts.
+"""Chats: readers for conversations: ShareGPT, OpenAI's messages, prompt and completion, rendered texts.
 
-All answers are learned, each as often as its weight says (once where none is given).
+All answers are learned, as many times as their weight says (default: once).
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,10 @@ def _read_list(record: dict[str, Any], key: str, schema: Schema) -> Field[Conver
 
 
 def _with_the_rest(record: dict[str, Any], turns: Field[tuple[Turn, ...]], used: frozenset[str]) -> Field[Conversation]:
-    """The turns with the system text and the tools that stand beside them."""
+    """The conversation: the turns, and the system text, tools and variables under the record's other keys.
+
+    used  the keys that were already read
+    """
     if len(record) <= len(used):
         return Field(Conversation(turns.value), turns.problems, turns.notes)
     all_turns = with_system(record, turns.value)
@@ -51,7 +54,7 @@ def _with_the_rest(record: dict[str, Any], turns: Field[tuple[Turn, ...]], used:
 
 
 def read_prompt(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
-    """{"prompt": …, "completion": …}, each a text or a list of messages."""
+    """{"prompt": …, "completion": …}; each is a text or a list of messages."""
     if "prompt" not in record or "completion" not in record:
         return _NOTHING
     prompt = _read_side(record["prompt"], "user", "prompt", schema)
@@ -84,7 +87,7 @@ def _has_answer(turns: Sequence[Turn]) -> bool:
 
 
 def read_rendered(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
-    """{"text": …}: what a known template has written is taken apart again; another text is learned whole."""
+    """{"text": …}: a text that a known template has rendered is split into turns; any other text is learned whole."""
     if "text" not in record:
         return _NOTHING
     text = read_text(record["text"], "text")

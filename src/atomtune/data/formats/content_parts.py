@@ -1,7 +1,7 @@
-"""Content parts: what a message's content may be besides a text: text parts, thoughts, calls of tools.
+"""Content parts: a message's content as a list of parts: text, reasoning, tool calls.
 
-Published shapes are OpenAI's ({"type": "text", "text": …}), Anthropic's ({"type": "tool_use", …}) and LLaMA-Factory's
-({"type": "text", "value": …}). Images, sound and video are refused.
+Read are the forms of OpenAI ({"type": "text", "text": …}), Anthropic ({"type": "tool_use", …}) and LLaMA-Factory
+({"type": "text", "value": …}). Images, audio and video are refused.
 """
 
 from collections.abc import Mapping
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from atomtune.data.formats.fields import Field, kind, problems_of, read_json, read_plain, read_text
 from atomtune.data.reading.raw import printable
 
-#: {"name": …, "arguments": {…}}, and the "id" that a tool's turn answers to, where the record has one
+#: {"name": …, "arguments": {…}}, and optionally the "id" to which the tool's turn refers.
 Call = Mapping[str, Any]
-#: type of a part → the keys its text may stand under
+#: Type of a part → the keys that may hold its text.
 _TEXTS = {
     **dict.fromkeys(("text", "input_text", "output_text"), ("text", "value")),
     "refusal": ("refusal", "value"),
@@ -22,7 +22,7 @@ _CALLS = ("tool_call", "tool_use", "function_call", "function")
 
 
 class Content(NamedTuple):
-    """What a message says."""
+    """The parts of a message's content, each kind joined."""
 
     text: str = ""
     reasoning: str = ""
@@ -30,7 +30,7 @@ class Content(NamedTuple):
 
 
 def read_content(value: object, place: str, *, is_answer: bool) -> Field[Content]:
-    """The content of a message; only an answer may hold thoughts and calls."""
+    """The content of a message; only an answer may contain reasoning and tool calls."""
     if not isinstance(value, list):
         whole = read_text(value, place)
         return Field(Content(whole.value), whole.problems)
@@ -82,12 +82,12 @@ def _first_of(part: Mapping[str, Any], keys: tuple[str, ...]) -> object:
 
 
 def _call_in(part: dict[str, Any], type_name: str) -> object:
-    """A part that is a call, in the shape of one of `tool_calls`.
+    """A tool-call part, converted to the form of an entry of `tool_calls`.
 
     OpenAI     {"type": "function", "function": {"name": …, "arguments": …}}
     Anthropic  {"type": "tool_use", "name": …, "input": {…}}
     """
-    if isinstance(part.get("value"), str | list | dict):  # LLaMA-Factory: the call as it is, or its JSON text
+    if isinstance(part.get("value"), str | list | dict):  # LLaMA-Factory: the call or its JSON text
         return part["value"]
     function = part
     for key in ("function", type_name):
@@ -99,7 +99,7 @@ def _call_in(part: dict[str, Any], type_name: str) -> object:
 
 
 def read_calls(value: object, place: str) -> Field[tuple[Call, ...]]:
-    """Calls of tools from a list, one of them, or the JSON text of either."""
+    """Tool calls, from a list of them, a single call, or the JSON text of either."""
     parsed = read_json(value, place)
     if parsed.problems:
         return Field((), parsed.problems)

@@ -1,4 +1,4 @@
-"""Conversation: the turns and tools of a record, whatever its format, made into a Record or refused."""
+"""Conversation: what all formats have in common: turns, tools and variables become a Record or a Refusal."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ _ANSWERS = ("assistant", "text")
 
 
 class Conversation(NamedTuple):
-    """What a format's reader takes out of a record."""
+    """What a format's reader returns for a record."""
 
     turns: tuple[Turn, ...]
     tools: tuple[Tool, ...] = ()
@@ -21,7 +21,7 @@ class Conversation(NamedTuple):
 
 
 def with_system(record: Mapping[str, Any], turns: Sequence[Turn]) -> Field[tuple[Turn, ...]]:
-    """The turns behind the record's own `system` text, which a first turn of role system may repeat."""
+    """The turns with the record's `system` text in front; a first turn of role system may repeat it."""
     value = record.get("system")
     if value is None:
         return Field(tuple(turns))
@@ -37,9 +37,10 @@ def with_system(record: Mapping[str, Any], turns: Sequence[Turn]) -> Field[tuple
 
 
 def read_reasoning(filled: Mapping[str, Any], from_parts: str, place: str) -> Field[str]:
-    """What the assistant thought; servers give it under several names at once, with equal texts.
+    """The assistant's reasoning. Servers return it under several keys at once, whose texts must be equal.
 
-    filled  a message, or a record of one answer, without its nulls
+    filled      a message, or a record with a single answer, without its nulls
+    from_parts  reasoning from the content parts, or ""
     """
     thoughts = {from_parts}
     problems: list[str] = []
@@ -55,7 +56,7 @@ def read_reasoning(filled: Mapping[str, Any], from_parts: str, place: str) -> Fi
 
 
 def with_reasoning(answer: Turn, record: Mapping[str, Any]) -> Field[Turn]:
-    """The one answer of a record with the thoughts that stand beside it."""
+    """The only answer of a record, with the reasoning from the record's own keys."""
     if frozenset(REASONING).isdisjoint(record):
         return Field(answer)
     filled = {key: value for key, value in record.items() if value is not None}
@@ -64,7 +65,7 @@ def with_reasoning(answer: Turn, record: Mapping[str, Any]) -> Field[Turn]:
 
 
 def read_variables(record: Mapping[str, Any]) -> Field[dict[str, Any]]:
-    """What a record sets in its chat template."""
+    """The variables that a record sets for its chat template."""
     variables: dict[str, Any] = {}
     problems: list[str] = []
     if record.get(KWARGS) is not None:
@@ -77,21 +78,21 @@ def read_variables(record: Mapping[str, Any]) -> Field[dict[str, Any]]:
             problems.append(f"{KWARGS} is {kind(plain.value)}; expected an object")
     for key in VARIABLES:
         if record.get(key) is not None:
-            parsed = read_json(record[key], key)  # a text, as a cell of a table holds it
+            parsed = read_json(record[key], key)  # JSON text in a cell of a table
             plain = read_plain(parsed.value, key)
             problems += [*parsed.problems, *plain.problems]
             variables[key] = plain.value
     thinks = variables.get(THINKING)
-    if not problems and not isinstance(thinks, bool | None):  # a template takes "false", and 0, for true
+    if not problems and not isinstance(thinks, bool | None):  # a template may take "false", and even 0, for true
         problems.append(f"{THINKING} is {kind(thinks)}; expected true or false")
     return Field(variables, tuple(problems))
 
 
 def as_parsed(conversation: Field[Conversation], origin: str) -> ParsedRecord:
-    """The record up to its last answer; a refusal where there is a problem or nothing to learn."""
+    """The record up to its last answer, or a Refusal if there is a problem or nothing to learn."""
     (turns, tools, variables), problems, notes = conversation
     if turns and turns[0].role == "assistant" and turns[0].learn:
-        # Exports cut long chats into several: this one begins in the middle. No server is asked for such an answer.
+        # Exports split long chats, so this one starts in the middle. No server is asked for an answer without a prompt.
         turns = (replace(turns[0], learn=0), *turns[1:])
         notes = (*notes, "an answer with nothing before it is read but not learned")
     end, learns = 0, False  # one past the last answer, and whether any is learned
@@ -112,5 +113,5 @@ def as_parsed(conversation: Field[Conversation], origin: str) -> ParsedRecord:
         notes = (*notes, "turns after the last answer are left out")
         turns = turns[:end]
     if notes:
-        notes = tuple(dict.fromkeys(notes))  # a note counts records: it is said once a record
+        notes = tuple(dict.fromkeys(notes))  # a note counts records, so each record has it at most once
     return ParsedRecord(Record(turns, origin, tools, variables), notes)

@@ -1,7 +1,7 @@
-"""Formats: a file's first values → its Schema; one JSON value → one Record, or the reasons why not.
+"""Formats: detect a file's Schema from its first values, then read each JSON value as a Record or refuse it.
 
-Known here: alpaca, ShareGPT, OpenAI's messages, prompt and completion, text. Whatever the format, equal conversations
-become equal Records (tests/walk/test_mirrors.py).
+The formats are alpaca, ShareGPT, OpenAI's messages, prompt and completion, and text. Equal conversations become equal
+Records in every format (tests/walk/test_mirrors.py).
 """
 
 import difflib
@@ -37,8 +37,8 @@ _EXPECTED = {
 }
 _ALPACA = Schema()
 _OUR_ROLES = "system, user, assistant, tool or function_call"
-#: Keys of other people's data sets, in lower case, and what they are here, the surest first; a spelling alone would
-#: lead astray (context is near text).
+#: Keys in published data sets, in lower case, for each of our keys, most likely first. Similar spelling alone would
+#: mislead: "context" is similar to "text".
 _ANSWERS = ("response", "answer", "target", "targets", "outputs", "completion", "solution", "reply", "summary")
 _ANSWERS_TOO = ("assistant", "bot", "gpt", "content", "回答", "答案", "输出", "回复")
 _QUESTIONS = ("question", "query", "problem", "prompt", "instruction", "input", "inputs")
@@ -53,9 +53,9 @@ _SYNONYMS = {
     "input": ("context",),
     "reasoning_content": ("complex_cot", "cot", "thoughts", "thought", "think", "思考"),
 }
-#: Signs whose value is a list, or the JSON text of one.
+#: Keys of SIGNS whose value is a list.
 _LISTS = ("conversations", "messages")
-#: A spelling that is less like a key than this is another word.
+#: Minimum similarity, as difflib measures it, for a misspelled key.
 _LIKE = 0.75
 _PAIR_ALONE = (
     "preference data (chosen, rejected) without a prompt. The chosen answers are learned if the record also has an "
@@ -64,7 +64,7 @@ _PAIR_ALONE = (
 
 
 def to_record(raw: RawRecord, schema: Schema = _ALPACA) -> ParsedRecord:
-    """Read one value by its file's schema: a Record with notes on what is unusual in it, or the Refusal of it."""
+    """Read one value by its file's schema: a Record with notes on anything unusual, or a Refusal with all problems."""
     value, origin = raw
     if not isinstance(value, dict):
         reason = f"{kind(value)}; expected an object with {_EXPECTED[schema.name]}"
@@ -111,12 +111,16 @@ def detect_schema(
     name: str,
     first: str = "",
 ) -> Schema:
-    """How the values of a file are read, told from the first of them; `name` is the file's, for messages.
+    """Detect how the values of a file are read.
 
-    first  where the first of the values stands, "train.jsonl:1"
-
-    Values that are no objects say nothing; where there is no other, it is alpaca, and each is refused in its place.
-    Raises BadData where they fit two formats or none, or where keys or roles name what is not there.
+    values  the first values of the file
+    keys    the file's key → ours, as the user gave them
+    roles   the file's role → ours, as the user gave them
+    name    of the file, in messages
+    first   origin of the first value, "train.jsonl:1"
+    Values that are not objects are ignored. If there are no others, the format is alpaca, so that each is refused with
+    its own origin.
+    Raises BadData if the values fit several formats or none, or if `keys` or `roles` have unknown names.
     """
     records = [value for value in values if isinstance(value, dict)]
     problems = [*_problems_of_keys(records, keys, name), *_problems_of_roles(roles)]
@@ -134,11 +138,11 @@ def detect_schema(
 
 
 def _format_of(records: Sequence[Json], plain: Sequence[Json], name: str, first: str) -> FormatName:
-    """The one format that the records fit. Raises BadData where they fit several or none.
+    """The one format that the records fit. Raises BadData if they fit several or none.
 
-    plain  the same records under our keys, preference pairs read
+    plain  the same records under our keys, with preference data converted
     """
-    # A table writes every column in every row, so keys without a value count only where no others fit.
+    # A table has every column in every row, so keys without a value count only if no format fits otherwise.
     fits = _fitting(plain, filled=True) or _fitting(plain, filled=False)
     beside_text: list[FormatName] = [fit for fit in fits if fit != "text"]
     if "text" in fits and beside_text and _text_renders_the_rest(plain, beside_text):
@@ -153,7 +157,7 @@ def _format_of(records: Sequence[Json], plain: Sequence[Json], name: str, first:
 
 
 def _fitting(records: Sequence[Json], *, filled: bool) -> list[FormatName]:
-    """The formats all of whose signs stand in some record; `filled`, with a value there."""
+    """The formats whose keys all occur in some record; if `filled`, with a value that is not empty."""
     fits = []
     for name, signs in SIGNS.items():
         if any(_has_signs(record, signs, filled=filled) for record in records):
@@ -171,9 +175,9 @@ def _has_signs(record: Json, signs: Iterable[str], *, filled: bool) -> bool:
 
 
 def _text_renders_the_rest(records: Sequence[Json], others: Sequence[FormatName]) -> bool:
-    """Whether `text` only repeats, as a template wrote it, what stands under the keys of another format.
+    """Whether `text` only repeats the other keys, rendered by a template.
 
-    Stanford Alpaca is published so: instruction, input, output, and all of it rendered under text.
+    Stanford Alpaca is published that way: instruction, input, output, and all of it rendered in `text`.
     """
     answer_keys = [key for name in others for key in ("output", "completion") if key in SIGNS[name]]
     with_text = [record for record in records if not is_empty(record.get("text"))]
@@ -191,7 +195,7 @@ def _text_holds_answers(record: Json, answer_keys: Sequence[str]) -> bool:
 
 
 def _fits_none(records: Sequence[Json], plain: Sequence[Json], name: str) -> str:
-    """What to say of records that are of no format: the nearest, what it lacks, and how the keys may be named."""
+    """The error for records that fit no format: the closest one, its missing keys, and the --keys that would fit."""
     their_keys = _all_keys(records)
     if "chosen" in their_keys and "rejected" in their_keys:
         return f"{name} is {_PAIR_ALONE}."
@@ -200,7 +204,7 @@ def _fits_none(records: Sequence[Json], plain: Sequence[Json], name: str) -> str
     nearest = max(SIGNS, key=lambda format_name: _closeness(format_name, our_keys, likely))
     missing = [sign for sign in SIGNS[nearest] if sign not in our_keys]
     renamed = [(likely.get(sign, "YOURS"), sign) for sign in missing]
-    if nearest in ("alpaca", "prompt"):  # no signs, but lost if they are not named too
+    if nearest in ("alpaca", "prompt"):  # optional keys, whose content would be lost if they are not mapped too
         beside = ("input", "reasoning_content") if nearest == "alpaca" else ("reasoning_content",)
         taken = [theirs for theirs, _ in renamed]
         renamed += [(likely[key], key) for key in beside if key in likely and likely[key] not in taken]
@@ -214,7 +218,7 @@ def _fits_none(records: Sequence[Json], plain: Sequence[Json], name: str) -> str
 
 
 def _key_of_records(value: Json) -> str:
-    """The key of a list of objects in a value that may be a whole file; "" where there is none."""
+    """The key of a list of objects, in a value that may be the whole file as one object; "" if there is none."""
     for key, inner in value.items():
         if isinstance(inner, list) and inner and all(isinstance(item, dict) for item in inner):
             return printable(key)
@@ -222,12 +226,12 @@ def _key_of_records(value: Json) -> str:
 
 
 def _all_keys(records: Iterable[Json]) -> dict[str, None]:
-    """The keys of all records, in their order; a dict, since a set has none."""
+    """The keys of all records, in order of appearance; a dict, as a set has no order."""
     return dict.fromkeys(key for record in records for key in record)
 
 
 def _likely_keys(records: Sequence[Json], our_keys: Mapping[str, None]) -> dict[str, str]:
-    """Keys of ours that no record has → the key that is probably meant by each, none for two of one format."""
+    """Each of our keys that no record has → the file's key that probably means it; one key only once per format."""
     texts = _keys_of_values(records, str)
     lists = _keys_of_values(records, list)
     likely: dict[str, str] = {}
@@ -243,12 +247,12 @@ def _likely_keys(records: Sequence[Json], our_keys: Mapping[str, None]) -> dict[
 
 
 def _keys_of_values(records: Iterable[Json], kind_of_value: type) -> dict[str, None]:
-    """The keys under which a value of this kind stands somewhere, in their order."""
+    """The keys that have a value of this type in some record, in order of appearance."""
     return dict.fromkeys(key for record in records for key, value in record.items() if isinstance(value, kind_of_value))
 
 
 def _closeness(name: FormatName, our_keys: Mapping[str, None], likely: Mapping[str, str]) -> float:
-    """The share of a format's signs that are there; one that only another key may mean counts a little less."""
+    """The share of a format's keys that are present; a key that another one probably means counts 0.9."""
     points = 0.0
     for sign in SIGNS[name]:
         if sign in our_keys:
@@ -260,18 +264,18 @@ def _closeness(name: FormatName, our_keys: Mapping[str, None], likely: Mapping[s
 
 
 def _likely_key(sign: str, their_keys: Mapping[str, None]) -> str | None:
-    """The key of a file that is probably meant by one of ours: another word for it, or another spelling."""
+    """The file's key that probably means ours: a synonym, or a similar spelling; None if there is none."""
     by_word = {key.lower(): key for key in their_keys}
     for synonym in (sign, *_SYNONYMS.get(sign, ())):
         if synonym in by_word:
             return by_word[synonym]
-    # Of very many keys the first: comparing spellings takes its time.
+    # Only the first 200 keys: comparing spellings is slow.
     near = difflib.get_close_matches(sign, map(str, islice(their_keys, 200)), n=1, cutoff=_LIKE)
     return near[0] if near else None
 
 
 def _problems_of_keys(records: Sequence[Json], keys: Mapping[str, str], name: str) -> list[str]:
-    """What is wrong with the user's names for keys."""
+    """Problems with the user's --keys."""
     problems = []
     known = RECORD_KEYS | TURN_KEYS
     targets = list(keys.values())
@@ -293,7 +297,7 @@ def _problems_of_keys(records: Sequence[Json], keys: Mapping[str, str], name: st
 
 
 def _problems_of_roles(roles: Mapping[str, str]) -> list[str]:
-    """What is wrong with the user's names for roles."""
+    """Problems with the user's --roles."""
     return [
         f"--roles {printable(theirs)}={printable(ours)}: expected {_OUR_ROLES}."
         for theirs, ours in roles.items()
@@ -302,7 +306,7 @@ def _problems_of_roles(roles: Mapping[str, str]) -> list[str]:
 
 
 def _objects(records: Sequence[Json], ours: str) -> list[Json]:
-    """Where a key may stand that is to become one of ours: the records, or the turns in their lists."""
+    """The objects in which a key that is mapped to `ours` may occur: the records, the turns in their lists, or both."""
     objects = list(records) if ours in RECORD_KEYS else []
     if ours not in TURN_KEYS:
         return objects

@@ -1,4 +1,4 @@
-"""Exports: conversations as other services write them, as records of messages; what cannot be one is left as it is.
+"""Exports: conversations exported from Gemini and ChatGPT, converted to records with `messages`.
 
 Gemini   {"systemInstruction": …, "contents": [{"role": "user", "parts": [{"text": …}]}, …]}   (Vertex AI tunes on it)
 ChatGPT  {"title": …, "mapping": {node: {"message": …, "parent": node}}, "current_node": node}  (conversations.json)
@@ -15,7 +15,7 @@ _DECLARATIONS = ("functionDeclarations", "function_declarations")
 
 
 def as_messages(record: Json) -> tuple[Json, tuple[str, ...]]:
-    """The record with its conversation under `messages`, and notes on that; a record of another kind as it is."""
+    """The record with its conversation under `messages`, and notes about it; any other record unchanged."""
     if "messages" in record:
         return record, ()
     if _is_of_gemini(record):
@@ -51,7 +51,7 @@ def _from_gemini(record: Json) -> Json:
 
 
 def _parts(content: Json) -> list[Any]:
-    """Its parts, each with the type that says what it is."""
+    """The parts of a Gemini message, each as a content part with a `type`."""
     parts = content.get("parts")
     listed = parts if isinstance(parts, list) else [parts]
     return [_typed(part) if isinstance(part, dict) else part for part in listed]
@@ -66,11 +66,11 @@ def _typed(part: Json) -> Json:
         return {"type": "tool_result", "name": answer.get("name", ""), "content": answer.get("response", "")}
     if "text" in part:
         return {"type": "thinking" if part.get("thought") else "text", "text": part["text"]}
-    return {"type": next(iter(part), "")}  # inlineData, fileData, …: refused by that name
+    return {"type": next(iter(part), "")}  # inlineData, fileData, …: refused later, by this type
 
 
 def _declared(entry: Any) -> list[Any]:
-    """The tools of one entry of Gemini's list."""
+    """The tools of one entry of Gemini's `tools`, in OpenAI's form."""
     for key in _DECLARATIONS:
         if isinstance(entry, dict) and isinstance(entry.get(key), list):
             return [{"type": "function", "function": tool} for tool in entry[key]]
@@ -91,7 +91,7 @@ def _from_chatgpt(record: Json) -> tuple[Json, tuple[str, ...]]:
 
 
 def _up(record: Json) -> Iterator[Mapping[str, Any]]:
-    """The nodes from the one that is shown last up to the root; answers that were replaced hang beside that way."""
+    """The nodes from the current one up to the root; replaced answers are in other branches and left out."""
     mapping, at = record["mapping"], record["current_node"]
     seen: set[str] = set()
     while isinstance(at, str) and at not in seen and isinstance(mapping.get(at), dict):
@@ -101,7 +101,7 @@ def _up(record: Json) -> Iterator[Mapping[str, Any]]:
 
 
 def _said(entry: Json) -> list[Json]:
-    """The message of a node, as far as a person or the model said it to the other."""
+    """The node's message if it is text between the user and the model; none for tool messages and empty ones."""
     if _is_of_a_tool(entry) or not _is_text(entry):
         return []
     parts = entry["content"].get("parts")
@@ -115,7 +115,7 @@ def _is_text(entry: Json) -> bool:
 
 
 def _is_of_a_tool(entry: Json) -> bool:
-    """Whether a tool says it, or is told it."""
+    """Whether the message is from a tool or addressed to one."""
     return _author(entry) == "tool" or entry.get("recipient") not in (None, "all")
 
 

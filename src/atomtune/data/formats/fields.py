@@ -1,7 +1,7 @@
-"""Fields: one value of a record read as what it should be, with what is wrong with it.
+"""Fields: readers for single values of a record; each returns the value with its problems and notes.
 
-Every reader returns a Field and changes nothing it is handed. A reader of several fields joins theirs, so all problems
-of a record come in one refusal.
+A reader returns a Field and does not change its arguments. A reader of several fields collects their problems, so that
+one refusal reports all problems of a record.
 """
 
 import json
@@ -15,9 +15,10 @@ from atomtune.language import message
 T = TypeVar("T")
 Tool = Mapping[str, Any]
 
-#: Deeper lists and objects are no conversation, and a template that walks them ends in a recursion error.
+#: Maximum depth of nested lists and objects. Deeper ones are not a conversation, and would make a template that walks
+#: them fail with a recursion error.
 DEEPEST = 64
-#: So many keys are named in a message or a note: a record may have a hundred thousand.
+#: Maximum number of keys that a message or note lists: a record may have a hundred thousand.
 KEYS_NAMED = 20
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 _KINDS: dict[type, str] = {
@@ -33,18 +34,18 @@ _KINDS: dict[type, str] = {
 
 
 class Field(NamedTuple, Generic[T]):
-    """What was read at one place of a record."""
+    """A value that was read from a record."""
 
     value: T
-    problems: tuple[str, ...] = ()  # each refuses the record
-    notes: tuple[str, ...] = ()  # accepted, but worth saying
+    problems: tuple[str, ...] = ()  # any of them refuses the record
+    notes: tuple[str, ...] = ()  # accepted, but worth reporting
 
 
 _NO_TOOLS: Field[tuple[Tool, ...]] = Field(())
 
 
 def read_text(value: object, place: str) -> Field[str]:
-    """A text that can be written as UTF-8."""
+    """A text that can be encoded as UTF-8."""
     if not isinstance(value, str):
         return Field("", (f"{place} is {kind(value)}; expected text",))
     if not value.isascii():
@@ -56,7 +57,7 @@ def read_text(value: object, place: str) -> Field[str]:
 
 
 def read_json(value: object, place: str) -> Field[Any]:
-    """The value that a text holds as JSON, as a cell of a table does; any other value as it is."""
+    """Parse a text as JSON, as needed for the cells of a table; any other value is returned unchanged."""
     if not isinstance(value, str):
         return Field(value)
     try:
@@ -69,7 +70,7 @@ def read_json(value: object, place: str) -> Field[Any]:
 
 
 def read_plain(value: T, place: str) -> Field[T]:
-    """A value that a template can write as JSON in UTF-8, and that is not nested without end."""
+    """A value that a template can write as JSON in UTF-8, nested at most DEEPEST levels."""
     if is_deeper(value, DEEPEST):
         return Field(value, (f"{place} holds lists or objects more than {DEEPEST} levels deep",))
     try:
@@ -82,7 +83,7 @@ def read_plain(value: T, place: str) -> Field[T]:
 
 
 def read_tools(record: Mapping[str, Any]) -> Field[tuple[Tool, ...]]:
-    """The record's `tools` (or older `functions`) in the shape OpenAI gives them, from a list or its JSON text."""
+    """The record's `tools` (or the older `functions`), a list or its JSON text, in OpenAI's form."""
     key = "tools" if record.get("tools") else "functions"
     if key not in record:
         return _NO_TOOLS
@@ -109,7 +110,7 @@ def _read_tool(tool: object, place: str) -> Field[Tool]:
         return Field({}, (f"{place} has no name",))
     if function is not tool:
         return read_plain(tool, place)
-    # Anthropic's name of `parameters`.
+    # Anthropic calls `parameters` input_schema.
     function = {("parameters" if key == "input_schema" else key): value for key, value in tool.items()}
     return read_plain({"type": "function", "function": function}, place)
 
@@ -119,7 +120,7 @@ def missing_key(key: str, record: Mapping[str, Any], place: str = "") -> str:
 
 
 def notes_on_unused(record: Mapping[str, Any], used: frozenset[str], of: str = "") -> tuple[str, ...]:
-    """A note for each key that has a value and is passed over."""
+    """A note for each key that has a value but is not used by the format."""
     if record.keys() <= used:
         return ()
     unused = [key for key in record if key not in used and record[key] not in _EMPTY]
@@ -139,7 +140,7 @@ def is_empty(value: object) -> bool:
 
 
 def keys_of(record: Mapping[str, Any]) -> str:
-    """The keys of a record for a message, the first of very many."""
+    """The keys of a record for a message: the first KEYS_NAMED and the number of others."""
     named = ", ".join(printable(key) for key in islice(record, KEYS_NAMED))
     rest = len(record) - KEYS_NAMED
     if rest > 0:
@@ -148,5 +149,5 @@ def keys_of(record: Mapping[str, Any]) -> str:
 
 
 def kind(value: object) -> str:
-    """What a user calls a value of this type."""
+    """The name of the value's JSON type, for messages."""
     return _KINDS.get(type(value), f"a {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""Media: images, sound and video that a record is about, which a model of text cannot see."""
+"""Media: records with images, audio or video, which a text model cannot be trained on, are refused."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -8,8 +8,8 @@ from atomtune.data.formats.fields import is_empty
 from atomtune.data.records import Turn
 
 KEYS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
-#: What stands in a text for an image, as published data has it: at an end of the text or on a line of its own, so that
-#: a question about the HTML tag <video> stays a question.
+#: Placeholders for media in published data. Plain tags count only at an end of the text or on a line of their own, so
+#: that a question about the HTML tag <video> is not refused.
 _PLACEHOLDER = re.compile(
     r"\A\s*<(?:image|video|audio)>"
     r"|^[ \t]*<(?:image|video|audio)>[ \t]*$"
@@ -20,7 +20,7 @@ _PLACEHOLDER = re.compile(
 
 
 def problems_of_media(record: Mapping[str, Any], turns: Iterable[Turn]) -> tuple[str, ...]:
-    """Why a record with images, sound or video is refused: trained on as text it would teach to guess."""
+    """Why a record with media is refused; () if it has none. Trained as text, it would teach the model to guess."""
     if not KEYS.isdisjoint(record):
         for key in sorted(KEYS.intersection(record)):
             if not is_empty(record[key]):

@@ -1,6 +1,6 @@
-"""Messages: a list of messages, as OpenAI's (role, content) or ShareGPT's (from, value), → Turns.
+"""Messages: a list of messages in OpenAI's form (role, content) or ShareGPT's (from, value) → Turns.
 
-Most messages are a role and a text; they are read on a short path, since a million records go along it.
+Most messages are just a role and a text. They take a short path, as there may be millions.
 """
 
 import difflib
@@ -27,14 +27,14 @@ from atomtune.data.formats.schema import EXCHANGE_KEYS, REASONING, ROLES, TURN_K
 from atomtune.data.reading.raw import printable
 from atomtune.data.records import Role, Turn
 
-#: The example cache counts how often a token is learned in one signed byte.
+#: The largest weight: the example cache stores a token's weight in a signed byte.
 MOST_OFTEN = 127
 _KNOWN = TURN_KEYS | {"id", "tool_call_id"}
 _EMPTY_CONTENT = Field(Content())
 
 
 def read_turns(value: object, key: str, schema: Schema) -> Field[tuple[Turn, ...]]:
-    """The turns of a list of messages, or of its JSON text, that stands under this key."""
+    """The turns of a list of messages, or of its JSON text; `key` is its name in messages to the user."""
     parsed = read_json(value, key)
     messages = parsed.value
     if parsed.problems:
@@ -71,7 +71,7 @@ def read_turns(value: object, key: str, schema: Schema) -> Field[tuple[Turn, ...
 
 
 def _apart(messages: list[Any]) -> list[Any]:
-    """The messages one by one, where an object holds several.
+    """Split objects that hold several messages.
 
     swift and MOSS   {"human": …, "assistant": …}
     XTuner           {"system": …, "input": …, "output": …}
@@ -95,7 +95,7 @@ def _apart(messages: list[Any]) -> list[Any]:
 
 
 def _results_apart(message: Any) -> list[Any]:
-    """A user's message whose content holds answers of tools, each a message of its own before what the user says."""
+    """Split a user message that contains tool results: one tool message each, then the rest of the content."""
     content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(content, list):
         return [message]
@@ -111,14 +111,14 @@ def _results_apart(message: Any) -> list[Any]:
 
 
 def _sides_of(message: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The keys of question and answer of an object that is an exchange, not a message."""
+    """The keys of the question and the answer, if the object holds both; None for a single message."""
     if "role" in message or "from" in message:
         return None
     return next((sides for sides in EXCHANGE_KEYS if sides[0] in message and sides[1] in message), None)
 
 
 def _plain_turn(message: Any, roles: Mapping[str, str]) -> Turn | None:
-    """The turn of a message that is a role and a text and nothing else; None sends it the long way."""
+    """The turn of a message that is a role and a text and nothing else; None if it needs the full reader."""
     if type(message) is not dict or len(message) != 2:
         return None
     role_name, text = message.get("role"), message.get("content")
@@ -136,9 +136,9 @@ def _plain_turn(message: Any, roles: Mapping[str, str]) -> Turn | None:
 
 
 def _is_parallel_call(message: object, turn: Turn, before: list[Turn], roles: Mapping[str, str]) -> bool:
-    """Whether a turn of role `tool_call` goes on with the assistant's turn before it.
+    """Whether a `tool_call` message belongs to the assistant turn before it.
 
-    Formats that call tools in turns of their own write one turn a call, and one answer may hold several calls.
+    Formats with a role for tool calls write one message per call, and one answer may make several calls.
     """
     assert isinstance(message, dict)
     is_call = roles.get(message.get("role") or message.get("from") or "") == "call"
@@ -146,11 +146,11 @@ def _is_parallel_call(message: object, turn: Turn, before: list[Turn], roles: Ma
 
 
 def _read_message(message: object, key: str, number: int, roles: Mapping[str, str]) -> Field[Turn | None]:
-    """One message with anything a message may have."""
+    """Read any message, with all the keys it may have; the value is None if its role cannot be read."""
     place = f"{key} {number}"
     if not isinstance(message, dict):
         return Field(None, (f"{place} is {kind(message)}; expected an object with role and content",))
-    # A table of columns writes null for every key that another message has.
+    # Parquet and Arrow add a null for every key that some other message has.
     filled = {name: value for name, value in message.items() if value is not None}
     role = _read_role(filled, message, place, number, roles)
     if role.problems:
@@ -184,7 +184,10 @@ def _read_role(
 
 
 def _read_answer(filled: dict[str, Any], message: dict[str, Any], place: str, *, calls_alone: bool) -> Field[Turn]:
-    """An assistant's turn."""
+    """Read an assistant turn.
+
+    calls_alone  its role is `call`: the content is the JSON of its tool calls
+    """
     calls: list[Call] = []
     problems: list[str] = []
     for key in ("tool_calls", "function_call"):
@@ -214,7 +217,7 @@ def _read_answer(filled: dict[str, Any], message: dict[str, Any], place: str, *,
 
 
 def _read_other(filled: dict[str, Any], message: dict[str, Any], place: str, role: Role) -> Field[Turn]:
-    """A turn that is read and not learned."""
+    """Read a turn that is not learned: system, user or tool."""
     problems: list[str] = []
     body = _content_of(filled)
     content: Field[Content] = _EMPTY_CONTENT
@@ -234,7 +237,7 @@ def _read_other(filled: dict[str, Any], message: dict[str, Any], place: str, rol
     unused = ["tool_calls", "function_call", *REASONING]
     turn = Turn(role, content.value.text)
     if role == "tool":
-        # Only a tool's turn has a name, of the tool, and says which call it answers.
+        # Only a tool turn has a name (the tool's) and the id of the call that it answers.
         name = read_text(filled.get("name", ""), f"{place}'s name")
         call_id = filled.get("tool_call_id", "")
         turn = replace(turn, name=name.value, call_id=call_id if isinstance(call_id, str) else "")
@@ -249,7 +252,7 @@ def _read_other(filled: dict[str, Any], message: dict[str, Any], place: str, rol
 
 
 def _is_value(body: object) -> bool:
-    """Whether a tool's answer is no text and no list of parts, but what the tool returned."""
+    """Whether a tool result is a JSON value: neither a text nor a list of content parts."""
     if isinstance(body, list):
         return not all(isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in body)
     return isinstance(body, dict | int | float)
@@ -264,7 +267,7 @@ def _place_of_content(filled: dict[str, Any], place: str) -> str:
 
 
 def _no_content(message: dict[str, Any], place: str) -> str:
-    """The problem of a message that says nothing."""
+    """The problem with a message that has no content."""
     key = "content"
     if "content" not in message and ("value" in message or "from" in message):
         key = "value"
@@ -274,7 +277,7 @@ def _no_content(message: dict[str, Any], place: str) -> str:
 
 
 def _read_weight(filled: dict[str, Any], place: str, *, default: int) -> Field[int]:
-    """How often the turn is learned."""
+    """The turn's weight: how many times it is learned."""
     weights: dict[str, int] = {}
     problems: list[str] = []
     for key in WEIGHTS:
@@ -293,7 +296,7 @@ def _read_weight(filled: dict[str, Any], place: str, *, default: int) -> Field[i
 
 
 def _problem_of_weight(value: object, place: str) -> str:
-    """What is wrong with a weight; "" where it is a whole number that the example cache can hold."""
+    """What is wrong with a weight; "" if it is a whole number that the example cache can store."""
     if not isinstance(value, int | float) or not 0 <= value <= MOST_OFTEN:
         is_short_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
         shown = f"{value:g}" if is_short_number else kind(value)
@@ -307,7 +310,7 @@ def _problem_of_weight(value: object, place: str) -> str:
 
 
 def _problems_of_empty(turn: Turn, place: str) -> tuple[str, ...]:
-    """What a turn without words is refused for; a system text and a tool's answer may be empty."""
+    """Why a turn without text is refused; system texts and tool results may be empty."""
     if not is_blank(turn.text) or turn.calls:
         return ()
     if turn.role == "assistant" and turn.learn:

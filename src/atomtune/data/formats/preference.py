@@ -1,8 +1,8 @@
-"""Preferences: which of two answers is wanted, or whether one is.
+"""Preferences: records of preference data become plain records whose answer is the wanted one.
 
-The wanted answer is learned like any other; an unwanted one never is. Published shapes: TRL's and LLaMA-Factory's pairs
-(`chosen` beside `rejected`: a text, one message, or the whole conversation) and their single answers with a mark
-(`label`, `kto_tag`).
+The wanted answer is learned like any other; an unwanted one never is. Read are the formats of TRL and LLaMA-Factory:
+pairs (`chosen` and `rejected`: a text, one message, or the whole conversation) and single answers with a mark (`label`,
+`kto_tag`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,14 +15,17 @@ from atomtune.data.reading.raw import printable
 
 Json = dict[str, Any]
 _PAIRS = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"))
-#: Keys that make a record one of preferences.
+#: Keys of preference data.
 KEYS = frozenset({*WANTED, *(key for pair in _PAIRS for key in pair)})
 _YES, _NO = ("true", "1", "yes", "desirable"), ("false", "0", "no", "undesirable")
 _NOTE = 'preference data: "{}" is learned as the answer, "{}" is not used'
 
 
 def read_preference(record: Json, schema: Schema) -> Field[Json]:
-    """The record as one of its format without preferences, its wanted answer where an answer stands."""
+    """The record without its preference keys: the chosen answer takes the place of the answer.
+
+    A record whose answer is marked as unwanted gets a problem.
+    """
     marked = _without_mark(record, schema)
     if marked.problems:
         return marked
@@ -37,7 +40,7 @@ def _without_mark(record: Json, schema: Schema) -> Field[Json]:
         if key not in record:
             continue
         if key == "label" and schema.labels_are_classes and not isinstance(record[key], bool):
-            continue  # true and false are no names of classes, whatever stands in the other records
+            continue  # a class name; a boolean is a mark, even if other records of the file have class names
         wanted = is_wanted(record[key])
         if wanted is False:
             problem = f"{key} is {printable(record[key])}: an answer that is not wanted is not trained on"
@@ -48,7 +51,7 @@ def _without_mark(record: Json, schema: Schema) -> Field[Json]:
 
 
 def is_wanted(mark: object) -> bool | None:
-    """What a mark says of an answer; None where it is no such mark."""
+    """Whether a mark means that the answer is wanted; None if it is not a mark."""
     if isinstance(mark, bool):
         return mark
     if isinstance(mark, int | float):
@@ -62,46 +65,46 @@ def is_wanted(mark: object) -> bool | None:
 
 
 def labels_are_classes(records: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether `label` tells more than two kinds apart in these records, as a data set for classifiers has it."""
+    """Whether some `label` in these records is not a yes-or-no mark, as in a data set for classification."""
     labels = [record["label"] for record in records if not is_empty(record.get("label"))]
     return any(is_wanted(label) is None for label in labels)
 
 
 def _with_chosen(record: Json, chosen: str, rejected: str) -> Field[Json]:
-    """The record with its chosen answer behind its prompt, under the keys of its format."""
+    """The record with the chosen answer after its prompt, under the keys of its format."""
     answer = record[chosen]
     rest = {key: value for key, value in record.items() if key not in (chosen, rejected)}
     note = _NOTE.format(chosen, rejected)
-    # Beside an instruction: the answer is a text, or one message whose text it is.
+    # With an instruction: the answer is a text, or a single message that contains it.
     if "instruction" in rest and "output" not in rest:
         return Field({**rest, "output": _text_of(answer)}, notes=(note,))
-    # Beside the earlier turns: the answer is the last one, or repeats them all before it.
+    # With the earlier turns: the answer is the last turn, or a list that repeats all turns and ends with it.
     for key in ("conversations", "messages"):
         if isinstance(rest.get(key), list):
             return _behind(rest, key, answer, note)
-    # Beside a prompt: TRL's explicit shape, or its conversational one, where chosen holds the prompt once more.
+    # With a prompt: TRL's explicit format, or its conversational one, in which chosen repeats the prompt.
     if "prompt" in rest and "completion" not in rest:
         if _is_whole_conversation(answer, rest["prompt"]):
             del rest["prompt"]
             return Field({**rest, "messages": answer}, notes=(note,))
         completion = [answer] if isinstance(answer, dict) else answer
         return Field({**rest, "completion": completion}, notes=(note,))
-    # Alone: the whole conversation, with its prompt implied.
+    # Alone: chosen is the whole conversation, prompt included.
     has_answer = any(key in rest for key in ("text", "completion", "output"))
     key = "" if has_answer else _key_of_whole(answer)
     return Field({**rest, key: answer}, notes=(note,)) if key else Field(record)
 
 
 def _key_of_whole(answer: object) -> str:
-    """The key under which an answer that is a whole conversation is read; "" where it is none for sure."""
+    """The key under which a `chosen` that is a whole conversation is read; "" if it may not be one."""
     if isinstance(answer, list):
         return "messages"
-    is_dialogue = isinstance(answer, str) and turns_of(answer) is not None  # as HH-RLHF writes it
+    is_dialogue = isinstance(answer, str) and turns_of(answer) is not None  # as in HH-RLHF
     return "text" if is_dialogue else ""
 
 
 def _text_of(answer: object) -> object:
-    """The text of an answer that is one message; whatever else it is, as it is."""
+    """The text of an answer that is a single message; any other answer unchanged."""
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
     if isinstance(answer, dict):
@@ -110,7 +113,7 @@ def _text_of(answer: object) -> object:
 
 
 def _behind(rest: Json, key: str, answer: object, note: str) -> Field[Json]:
-    """The turns under this key with the chosen answer behind them."""
+    """The record with the chosen answer appended to the turns under `key`, which may also repeat them."""
     turns = rest[key]
     if isinstance(answer, list) and answer[: len(turns)] == turns:
         return Field({**rest, key: answer}, notes=(note,))

@@ -1,9 +1,9 @@
-"""Rendered texts: a `text` that some template has already written, read back into turns.
+"""Rendered texts: a `text` that a chat template has already rendered is parsed back into turns.
 
-Law: turns are given back only where writing them again, by the very template they are read as, gives the same text up
-to white space at its ends, one BOS and one final stop token (tests/data/formats/test_rendered_text.py). Whatever cannot
-be told for sure (a marker inside a turn) is None: the text is then a text like any other.
-What Gemma's and Mistral's texts say in the first user turn stays there, a system text too: nothing parts the two.
+Law: turns are returned only if the same template renders them to the same text again, except for white space at its
+ends, one BOS and one final stop token (tests/data/formats/test_rendered_text.py). If there is any doubt (such as a
+marker inside a turn), the result is None, and the text is learned whole.
+Gemma's and Mistral's templates put a system text into the first user turn. It stays there, as nothing separates them.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from atomtune.data.records import Turn
 
-#: What a known template writes near its beginning, and the family it belongs to; the first in the text decides.
+#: A marker near the beginning of a text, and the template family it belongs to; the one that occurs first decides.
 _SIGNS = (
     ("<s>Human: ", "atom"),
     ("<s>System: ", "atom"),
@@ -34,8 +34,8 @@ _SIGNS = (
 )
 _WITHIN = 200
 _BOS = ("<s>", "<bos>", "<|begin_of_text|>")
-_TUTORIAL = "请回答用户问题: "  # parts the instruction from the input in the tutorial's text
-#: System texts that a template writes by itself.
+_TUTORIAL = "请回答用户问题: "  # separates the instruction from the input in the tutorial's format
+#: Default system texts, which a template writes if the conversation has none.
 _OWN_SYSTEM = {
     "alpaca": (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
@@ -47,7 +47,7 @@ _OWN_SYSTEM = {
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",
     ),
 }
-# Published texts that no built-in template writes any more.
+# Templates of published data sets, for texts that no built-in template writes.
 _WITHOUT_NEWLINES = (  # the examples in Llama-Chinese's README
     "{%- for m in messages -%}{{- '<s>' + {'system': 'System: ', 'user': 'Human: ', 'assistant': 'Assistant: '}"
     "[m['role']] + m['content'] + '</s>' -}}{%- endfor -%}"
@@ -56,7 +56,7 @@ _LINE_ENDS = (  # Llama-Chinese's data/train_sft.csv
     "{%- for m in messages -%}{{- '<s>' + {'system': 'System: ', 'user': 'Human: ', 'assistant': 'Assistant: '}"
     "[m['role']] + m['content'] + '\\n</s>' -}}{%- endfor -%}"
 )
-_SIDES = (  # OpenAssistant-Guanaco and Anthropic's HH-RLHF: no stop token, and what parts the turns stands between them
+_SIDES = (  # OpenAssistant-Guanaco and Anthropic's HH-RLHF: no stop tokens; @ is a separator, # a mark before a turn
     "{%- for m in messages -%}{{- '@' if not loop.first -}}{{- '#' + {'user': 'Human: ', 'assistant': 'Assistant: '}"
     "[m['role']] + m['content'] -}}{%- endfor -%}{{- eos_token -}}"
 )
@@ -66,11 +66,11 @@ _LLAMA2 = (
     "{{- system if loop.index0 == 1 and messages[0]['role'] == 'system' -}}{{- m['content'] + ' [/INST]' -}}"
     "{%- elif m['role'] == 'assistant' -%}{{- ' ' + m['content'] + ' </s>' -}}{%- endif -%}{%- endfor -%}"
 )
-_LLAMA3_AS_IT_IS = (  # not trimmed: Llama 3.1 ends its own system text with two newlines
+_LLAMA3_AS_IT_IS = (  # without trimming: Llama 3.1's default system text ends with two newlines
     "{%- for m in messages -%}{{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' -}}"
     "{{- m['content'] + '<|eot_id|>' -}}{%- endfor -%}"
 )
-_ALPACA_INPUT = (  # Stanford's own: an input has a heading
+_ALPACA_INPUT = (  # Stanford's original, in which the input has its own heading
     "{%- for m in messages -%}{%- if m['role'] == 'system' -%}{{- m['content'] + '\\n\\n' -}}"
     "{%- elif m['role'] == 'user' -%}{{- '### Instruction:\\n' + m['content'] + '\\n\\n' -}}"
     "{{- '### Input:\\n' + m['input'] + '\\n\\n' if m['input'] -}}"
@@ -80,16 +80,16 @@ _ALPACA_INPUT = (  # Stanford's own: an input has a heading
 
 @dataclass(frozen=True, slots=True)
 class TextLayout:
-    """How one template's text is taken apart, and the template that must write it again."""
+    """How to parse the texts of one template, and the template that must render the turns to the same text again."""
 
     name: str
-    step: re.Pattern[str]  # one turn or one exchange; its groups are roles, and `input`
-    markers: re.Pattern[str]  # what no turn may hold, or the turns could be others
-    stops: tuple[str, ...]  # what may end the text; the first is put there where it has none
-    source: str = ""  # the template, where it is not the built-in one of this name
-    opening: re.Pattern[str] | None = None  # a system text that stands before the first marker
-    own_bos: bool = False  # a BOS is a marker here, and none may be missing or added
-    may_repeat: frozenset[str] = frozenset()  # roles that published texts have twice in a row
+    step: re.Pattern[str]  # one turn or one exchange; its groups are named after roles, and `input`
+    markers: re.Pattern[str]  # must not occur inside a turn: the text could then be split otherwise
+    stops: tuple[str, ...]  # possible ends of the text; the first is added if there is none
+    source: str = ""  # the template; "": the built-in one of this name
+    opening: re.Pattern[str] | None = None  # a system text before the first marker
+    own_bos: bool = False  # the BOS is one of the markers, so it is neither stripped nor optional
+    may_repeat: frozenset[str] = frozenset()  # roles that occur twice in a row in published texts
 
 
 def _layout(name: str, step: str, markers: str, *stops: str, opening: str = "", **more: Any) -> TextLayout:
@@ -97,8 +97,8 @@ def _layout(name: str, step: str, markers: str, *stops: str, opening: str = "", 
     return TextLayout(name, re.compile(step, re.DOTALL), re.compile(markers), stops, opening=before, **more)
 
 
-# Atomic groups, (?>…): where a step's later part fails, its earlier turns are not tried longer. They could not hold the
-# marker anyway, and a text with many of them would take its length squared.
+# Atomic groups, (?>…), prevent backtracking: if a later part of a step fails, the earlier turns are not extended past
+# their end marker. They may not contain the marker anyway, and a text with many of them would take quadratic time.
 _ATOM, _EOS = r"</?s>", r"(?:</s>|<\|endoftext\|>)"
 _INST = r"</?s>|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|<</?SYS>>"
 _LLAMA3 = (
@@ -117,7 +117,7 @@ _ALPACA = (
 
 
 def _sides(name: str, between: str, mark: str) -> TextLayout:
-    """Turns of Human and Assistant, each behind a mark."""
+    """The layout of Human and Assistant turns, with a mark before each and a separator between them."""
     human, assistant = f"{mark}Human: ", f"{mark}Assistant: "
     return _layout(
         name,
@@ -128,7 +128,7 @@ def _sides(name: str, between: str, mark: str) -> TextLayout:
 
 
 _ALPACA_OPENING = r"(?!### Instruction:\n)(?P<system>.*?)\n\n(?=### Instruction:\n)"
-#: Family → its layouts; the first that reads a text and writes it again is taken.
+#: Family → its layouts; the first that can parse a text and render it again is used.
 _LAYOUTS: dict[str, tuple[TextLayout, ...]] = {
     "tutorial": (
         _layout(
@@ -140,7 +140,7 @@ _LAYOUTS: dict[str, tuple[TextLayout, ...]] = {
         ),
     ),
     "atom": (
-        # Llama-Chinese's data files end every turn, answers too, with a line end that belongs to no turn.
+        # In Llama-Chinese's data files every turn, answers too, ends with a newline that is not part of its text.
         _layout(
             "atom-official",
             r"<s>(?:System: (?P<system>.*?)|Human: (?P<user>.*?)|Assistant: (?P<assistant>.*?))\n</s>",
@@ -210,7 +210,7 @@ _LAYOUTS: dict[str, tuple[TextLayout, ...]] = {
 
 
 def turns_of(text: str) -> tuple[str, tuple[Turn, ...]] | None:
-    """The template that wrote this text and the turns it wrote; None where it is no rendered conversation for sure.
+    """The template that rendered this text, and its turns; None unless that is certain.
 
     The name is that of a built-in template, or `llama2`, whose published data looks much like Mistral's.
     """
@@ -230,13 +230,13 @@ def turns_of(text: str) -> tuple[str, tuple[Turn, ...]] | None:
 
 
 def begins_like(text: str) -> str:
-    """The name of the template whose markers stand near the beginning of this text; "" where there are none."""
+    """The name of the template whose markers are near the beginning of this text; "" if there are none."""
     family = _family(text)
     return "" if family is None else _LAYOUTS[family][0].name
 
 
 def _family(text: str) -> str | None:
-    """Whose signs the text begins with; `in` and `find` are many times faster here than one regular expression."""
+    """The family whose marker comes first. `in` and `find` are many times faster here than a regular expression."""
     head = text[:_WITHIN]
     signs = [(head.find(sign), family) for sign, family in _SIGNS if sign in head]
     if not signs:
@@ -246,7 +246,7 @@ def _family(text: str) -> str | None:
 
 
 def _bare(text: str, layout: TextLayout) -> tuple[str, str]:
-    """The text without what may stand at its ends or not, and the stop token it ended in, if any."""
+    """The text without optional white space, BOS and stop token at its ends; and that stop token, or ""."""
     text = text.strip()
     if not layout.own_bos:
         for bos in _BOS:
@@ -260,13 +260,13 @@ def _bare(text: str, layout: TextLayout) -> tuple[str, str]:
 
 
 def _ends_within(text: str, stops: Sequence[str]) -> bool:
-    """Whether the text is cut off in the middle of a stop token."""
+    """Whether the text ends in the middle of a stop token."""
     beginnings = [stop.strip()[:length] for stop in stops for length in range(1, len(stop.strip()))]
     return any(text.endswith(beginning) for beginning in beginnings)
 
 
 def _take_apart(text: str, layout: TextLayout) -> tuple[Turn, ...] | None:
-    """All of the text as turns, or None; whether the template writes them so is not looked at yet."""
+    """The whole text as turns, or None; the caller checks that the template renders them to the same text."""
     turns: list[Turn] = []
     at = 0
     opening = layout.opening.match(text) if layout.opening else None
@@ -293,10 +293,10 @@ def _turns_in(step: re.Match[str]) -> Iterator[Turn]:
 
 
 def _is_a_conversation(turns: Sequence[Turn], layout: TextLayout) -> bool:
-    """Whether it begins with a question, and the roles take turns.
+    """Whether it begins with a user turn and no role follows itself, except those of `may_repeat`.
 
-    It may end before its answer: what then follows the last answer is left out where it is read as a record, and a
-    text without any answer is refused there.
+    It may end with a question: turns after the last answer are dropped when the text is read as a record, and a text
+    without any answer is refused there.
     """
     roles = [turn.role for turn in turns if turn.role != "system"]
     if not roles or roles[0] != "user":
@@ -311,10 +311,10 @@ def _without_own_system(turns: tuple[Turn, ...], name: str) -> tuple[Turn, ...]:
 
 
 def _write(turns: Sequence[Turn], layout: TextLayout, stop: str) -> str:
-    """What the layout's template writes for these turns; nothing where it refuses them."""
+    """The text that the layout's template renders for these turns; "" if it refuses them."""
     messages: list[dict[str, Any]] = []
     if layout.name in _OWN_SYSTEM and turns[0].role != "system":
-        messages.append({"role": "system", "content": ""})  # else the template writes its own
+        messages.append({"role": "system", "content": ""})  # without it the template writes its default
     for turn in turns:
         if layout.name == "atom" and turn.input:
             messages += [{"role": "system", "content": turn.text}, {"role": "user", "content": turn.input}]
@@ -334,7 +334,7 @@ def _refuse(reason: str) -> NoReturn:
 
 @cache
 def _template(name: str, source: str) -> Template:
-    """The built-in template of this name, or another text of it, in an environment like transformers' own."""
+    """Compile `source`, or the built-in template of this name, in an environment like that of transformers."""
     if not source:
         file = resources.files("atomtune.data") / "templates" / f"{name}.jinja"
         source = file.read_text(encoding="utf-8").rstrip("\n")

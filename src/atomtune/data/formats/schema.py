@@ -1,4 +1,4 @@
-"""Schema: how the values of one file are read: its format, and the names its keys and roles have here."""
+"""Schema: how the values of one file are read: its format, and what its keys and roles are called here."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Any
 
 from atomtune.choices import FormatName
 
-#: The keys that together are the sign of a format.
+#: Format → the keys that identify it; all of them are required.
 SIGNS: dict[FormatName, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "sharegpt": ("conversations",),
@@ -14,30 +14,30 @@ SIGNS: dict[FormatName, tuple[str, ...]] = {
     "prompt": ("prompt", "completion"),
     "text": ("text",),
 }
-#: Other spellings of a key of ours that are read without being asked for; they give way to the right one.
+#: Other spellings of our keys that are accepted if the right one is absent.
 SPELLINGS = {
-    "instrution": "instruction",  # stands in the tutorial's own format example
+    "instrution": "instruction",  # a typo in the tutorial's format example
     "conversation": "conversations",
 }
-#: Keys that say whether an answer is wanted: TRL's unpaired preferences, LLaMA-Factory's KTO.
+#: Keys that mark an answer as wanted or not: TRL's unpaired preferences, LLaMA-Factory's KTO.
 WANTED = ("label", "kto_tag")
-#: Where an assistant's thoughts stand: in its turn, or beside the one answer of a record.
+#: Keys of an assistant's reasoning: in its turn, or in the record if that has a single answer.
 REASONING = ("reasoning_content", "reasoning", "thinking")
-#: Keys of a record, and keys of a turn inside it.
+#: Keys of a record; TURN_KEYS are those of a turn inside it.
 RECORD_KEYS = frozenset(
     {"instruction", "input", "output", "system", "history", "conversations", "messages"}
     | {"prompt", "completion", "text", "tools", "functions", "chosen", "rejected", *WANTED, *REASONING}
 )
-#: The template variable by which Qwen3's and others' are asked to think, or not to.
+#: The template variable that turns thinking on or off in Qwen3's and other templates.
 THINKING = "enable_thinking"
-#: The key of a record that holds variables of its template, as TRL's data sets have it, and those that stand alone.
+#: The key for template variables, as in TRL's data sets, and the variables that may also be keys of the record itself.
 KWARGS = "chat_template_kwargs"
 VARIABLES = (THINKING, "documents")
 WEIGHTS = ("weight", "loss_weight", "train", "loss")
-#: What the two sides of an exchange are called where one object holds both.
+#: Keys of question and answer in formats that put both into one object.
 EXCHANGE_KEYS = (("human", "assistant"), ("user", "assistant"), ("input", "output"))
 TURN_KEYS = frozenset({"from", "value", "role", "content", "name", "tool_calls", "function_call", *WEIGHTS, *REASONING})
-#: What each format calls a role, and ours; `call` is an assistant's turn whose text is the JSON of its calls.
+#: Role names of the formats → ours; `call` is an assistant turn whose text is the JSON of its tool calls.
 ROLES: dict[str, str] = {
     **{role: role for role in ("system", "user", "assistant", "tool")},
     "developer": "system",
@@ -50,15 +50,15 @@ ROLES: dict[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """How the values of one file are read."""
+    """The format of one file, and its names for keys and roles."""
 
     name: FormatName = "alpaca"
     keys: Mapping[str, str] = field(default_factory=dict)  # the file's key → ours
     roles: Mapping[str, str] = field(default_factory=dict)  # the file's role → a role of ROLES
-    labels_are_classes: bool = False  # its "label" is a class of many, not whether an answer is wanted
+    labels_are_classes: bool = False  # "label" is a class name, not a mark that an answer is wanted
 
     def rename_keys(self, record: dict[str, Any]) -> dict[str, Any]:
-        """The record under our keys; what the user named stands before a key that is spelled like ours."""
+        """The record under our keys; a key that the user mapped overrides one that already has our name."""
         renamed = _renamed(record, self.keys, RECORD_KEYS) if self.keys else record
         for theirs, ours in SPELLINGS.items():
             if theirs in renamed and ours not in renamed:
@@ -70,7 +70,7 @@ class Schema:
         return _renamed(turn, self.keys, TURN_KEYS)
 
     def all_roles(self) -> Mapping[str, str]:
-        """Every role that is read here → system, user, assistant, tool or call; the user's stand before ours."""
+        """Every accepted role name → system, user, assistant, tool or call; the user's mapping overrides ours."""
         if not self.roles:
             return ROLES
         return ROLES | {theirs: ROLES[ours] for theirs, ours in self.roles.items()}

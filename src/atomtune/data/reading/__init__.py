@@ -1,1 +1,1 @@
-"""Bytes to values: every source of records, each value with the place it stands at."""
+"""Bytes to values: every kind of source, and for each value its origin, such as "train.jsonl:17"."""

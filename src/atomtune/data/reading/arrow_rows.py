@@ -1,8 +1,8 @@
-"""Arrow rows: the rows of a Parquet or Arrow file as objects, a batch at a time.
+"""Arrow rows: the rows of a Parquet or Arrow file as Python objects, read in batches.
 
-Lists and structs become Python lists and dicts; what is no text (bytes, images, times) stays what it is.
-A struct has every key in every row, and a null where a record had no such key: such nulls are dropped. A null in a
-column, in a list, in a map or in a text of JSON is the record's own and stays.
+Lists and structs become Python lists and dicts; other values (bytes, images, times) keep their Python type.
+Arrow gives a struct all its keys in every row, with null for those a record did not have: such nulls are dropped. A
+null in a column, a list, a map or a JSON text is the record's own and stays.
 """
 
 from collections import Counter
@@ -21,33 +21,36 @@ from atomtune.data.records import Refusal, RefusalKind
 from atomtune.errors import BadData
 from atomtune.limits import try_apart
 
-#: Rows that are Python objects at once.
+#: Rows converted to Python objects at once.
 BATCH_ROWS = 1000
 ARROW_MAGIC = b"ARROW1"
-#: What pyarrow raises for a value that Python has none for: a time in the year 300,000, or in a zone that nobody knows.
+#: Errors of pyarrow for a value that Python cannot represent: a time in the year 300,000, or in an unknown time zone.
 _NO_VALUE = (ValueError, ArithmeticError, LookupError)
 
 
 def read_parquet(path: Path, name: str, advance: Callable[[int], None]) -> Iterator[list[RawRecord | Refusal]]:
-    """The rows of a Parquet file in batches; advance is called with their share of the file's bytes."""
+    """The rows of a Parquet file in batches. Raises BadData if it is damaged.
+
+    advance  called with each batch's share of the file's bytes
+    """
     with explained(path, "Parquet"), path.open("rb") as raw:
-        # Without pre_buffer a row group is read page by page, as it is used; with it, whole.
+        # Without pre_buffer, a row group is read page by page when needed; with it, all at once.
         file = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
-        # Damaged metadata may end the process: what pyarrow throws about a column's sizes, nobody catches.
+        # Damaged metadata may crash the process: pyarrow throws a C++ exception about column sizes that nobody catches.
         if tripped := try_apart(lambda _say: _refuse_swollen(file.metadata, name)):
             raise BadData(
                 f"{path} cannot be read as Parquet: reading its metadata {tripped.words}. Write the file again."
             )
         _refuse_swollen(file.metadata, name)
-        batches = file.iter_batches(batch_size=BATCH_ROWS, use_threads=False)  # other processes may be forked
+        batches = file.iter_batches(batch_size=BATCH_ROWS, use_threads=False)  # the process may fork workers
         size = path.stat().st_size
         yield from read_batches(batches, name, size, _share(size, file.metadata.num_rows, advance))
 
 
 def _refuse_swollen(metadata: pyarrow.parquet.FileMetaData, name: str) -> None:
-    """Raises BadData for a dictionary of values that hardly take space in the file: each row repeats one in memory.
+    """Raise BadData for a column with a highly compressed dictionary, whose values each row repeats in memory.
 
-    A kilobyte may hold a value of eight megabytes and ask for it a thousand times in one batch.
+    A file of one kilobyte can hold a value of eight megabytes and refer to it a thousand times in one batch.
     """
     for group in range(metadata.num_row_groups):
         for number in range(metadata.num_columns):
@@ -61,7 +64,10 @@ def _refuse_swollen(metadata: pyarrow.parquet.FileMetaData, name: str) -> None:
 
 
 def read_arrow(path: Path, name: str, advance: Callable[[int], None]) -> Iterator[list[RawRecord | Refusal]]:
-    """The rows of an Arrow IPC file or stream in batches; advance is called with bytes read."""
+    """The rows of an Arrow IPC file or stream in batches. Raises BadData if it is damaged.
+
+    advance  called with the number of bytes read since the last call
+    """
     bytes_read = 0
     size = path.stat().st_size
     with explained(path, "Arrow"), path.open("rb") as raw:
@@ -76,7 +82,7 @@ def read_arrow(path: Path, name: str, advance: Callable[[int], None]) -> Iterato
 
 
 def _record_batches(raw: BinaryIO) -> Iterator[pyarrow.RecordBatch]:
-    """The batches of a file (which begins with a magic word) or of a stream."""
+    """The record batches of an IPC file, which begins with ARROW_MAGIC, or of a stream."""
     if raw.read(len(ARROW_MAGIC)) == ARROW_MAGIC:
         reader = pyarrow.ipc.open_file(raw)
         yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
@@ -86,7 +92,7 @@ def _record_batches(raw: BinaryIO) -> Iterator[pyarrow.RecordBatch]:
 
 
 def checked(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
-    """The batches of an Arrow file, whose memory is used as it stands in the file: offsets must point into it."""
+    """Validate each batch: Arrow uses the file's bytes as they are, so a bad offset would read outside of them."""
     for batch in batches:
         batch.validate(full=True)
         yield batch
@@ -95,10 +101,12 @@ def checked(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBa
 def read_batches(
     batches: Iterator[pyarrow.RecordBatch], name: str, size: int, count: Callable[[int], None]
 ) -> Iterator[list[RawRecord | Refusal]]:
-    """The rows of batches as Python values, numbered from 1; count is called with the rows of each batch.
+    """The rows of the batches as Python objects, at most BATCH_ROWS at once, numbered from 1 in their origins.
 
-    size  of the file or files, in bytes
-    Raises pyarrow's errors for damaged data, BadData for a column that appears twice or rows that swell.
+    size   bytes of the file or files
+    count  called with the number of rows after each batch
+    Raises pyarrow's errors for damaged data; BadData for a repeated column, too deep nesting, or rows that take more
+    than MOST_GROWTH times the file's size.
     """
     first, unpacked = 1, 0
     for batch in batches:
@@ -121,7 +129,7 @@ def read_batches(
 
 
 def _bytes_of(column: pyarrow.Array) -> int:
-    """What a column's values take one by one: an Arrow column may hold a text once and stand for it a million times."""
+    """The bytes of a column's values with repetitions written out: Arrow may store a text once for a million rows."""
     kind = column.type
     if pyarrow.types.is_dictionary(kind):
         return _repeated(column.dictionary, column.indices)
@@ -139,13 +147,13 @@ def _bytes_of(column: pyarrow.Array) -> int:
 def _repeated(values: pyarrow.Array, indices: pyarrow.Array) -> int:
     try:
         lengths = pyarrow.compute.binary_length(values)
-    except pyarrow.ArrowNotImplementedError:  # numbers, or lists
+    except pyarrow.ArrowNotImplementedError:  # the dictionary holds numbers or lists, not texts
         return len(indices) * int(values.nbytes // max(len(values), 1))
     return int(pyarrow.compute.sum(lengths.cast("int64").take(indices)).as_py() or 0)
 
 
 def _repeats(kind: pyarrow.DataType) -> bool:
-    """Whether values inside may stand for many of themselves."""
+    """Whether a type is stored with repetitions left out (dictionary or run-end encoding), at any depth."""
     if pyarrow.types.is_dictionary(kind) or pyarrow.types.is_run_end_encoded(kind):
         return True
     if pyarrow.types.is_struct(kind):
@@ -156,7 +164,7 @@ def _repeats(kind: pyarrow.DataType) -> bool:
 def _rows(batch: pyarrow.RecordBatch, name: str, first: int) -> list[RawRecord | Refusal]:
     try:
         return [RawRecord(row, f"{name}:{number}") for number, row in enumerate(_as_python(batch), first)]
-    except _NO_VALUE:  # of one row; which one, is seen when each is taken alone
+    except _NO_VALUE:  # one row is at fault: convert them one by one to find it
         return [_row(batch.slice(i, 1), f"{name}:{first + i}") for i in range(batch.num_rows)]
 
 
@@ -174,7 +182,7 @@ def _row(batch: pyarrow.RecordBatch, origin: str) -> RawRecord | Refusal:
 
 
 def _as_python(batch: pyarrow.RecordBatch) -> list[dict[str, Any]]:
-    """The rows as Python objects, without the nulls that structs were filled up with."""
+    """The rows as Python objects, without the nulls that Arrow adds to structs."""
     rows: list[dict[str, Any]] = batch.to_pylist()
     for column in batch.schema:
         if _holds_struct(column.type):
@@ -184,7 +192,7 @@ def _as_python(batch: pyarrow.RecordBatch) -> list[dict[str, Any]]:
 
 
 def _is_deep(kind: pyarrow.DataType) -> bool:
-    """Whether lists and structs stand in each other more often than records may."""
+    """Whether a type nests lists and structs more than MOST_LEVELS deep."""
     layer = [kind]
     for _ in range(MOST_LEVELS):
         inner: list[pyarrow.DataType] = []
@@ -209,7 +217,7 @@ def _is_list(kind: pyarrow.DataType) -> bool:
 
 
 def _without_filling(value: Any, kind: pyarrow.DataType) -> Any:
-    """A value of this type without keys whose value is null."""
+    """The value without the struct keys, at any depth, whose value is null."""
     if value is None:
         return None
     if pyarrow.types.is_struct(kind):
@@ -225,12 +233,12 @@ def _without_filling(value: Any, kind: pyarrow.DataType) -> Any:
 
 
 def _share(size: int, rows: int, advance: Callable[[int], None]) -> Callable[[int], None]:
-    """Turns rows into their share of the bytes, so that all rows make all bytes."""
+    """A callback that converts a number of rows to bytes for `advance`; all rows together give all bytes."""
     rows_read = 0
 
     def count(n_rows: int) -> None:
         nonlocal rows_read
-        bytes_before = size * rows_read // max(rows, 1)  # damaged metadata may count none
+        bytes_before = size * rows_read // max(rows, 1)  # damaged metadata may say 0 rows
         rows_read += n_rows
         advance(size * rows_read // max(rows, 1) - bytes_before)
 
@@ -239,11 +247,11 @@ def _share(size: int, rows: int, advance: Callable[[int], None]) -> Callable[[in
 
 @contextmanager
 def explained(path: Path, kind: str) -> Iterator[None]:
-    """Turn what pyarrow raises into a BadData that says what to do."""
+    """Turn pyarrow's errors into a BadData that says what to do."""
     try:
         yield
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
-        # A name of a column may be no UTF-8, and a length in the file may ask for all memory there is.
+        # UnicodeDecodeError: a column name that is not UTF-8; MemoryError: a damaged length in the file.
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadData(
             f"{path}: {kind} that cannot be read: {why.rstrip('.')}.\nThe file is damaged or incomplete: download or "

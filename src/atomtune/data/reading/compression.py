@@ -1,6 +1,6 @@
-"""Compression: the bytes of a file, unpacked on the way where it is .gz or .zst, as its first bytes tell.
+"""Compression: the bytes of a file, decompressed while reading if its first bytes are those of gzip or zstd.
 
-Never more than a buffer is unpacked at once. zstd is pyarrow's own, which `datasets` needs anyway.
+Memory is bounded by one buffer. zstd comes from pyarrow, which `datasets` needs anyway.
 """
 
 import gzip
@@ -17,43 +17,44 @@ import pyarrow
 
 from atomtune.errors import BadData
 
-#: Read from the disk, and unpacked, at once.
+#: Read from the disk or decompressed at once.
 BUFFER_BYTES = 256 * 2**10
-#: Unpacked in one step: a step that meets the end of half a file gives nothing, so the place is exact to one.
+#: Decompressed in one step. A step that hits the end of a truncated file returns nothing, so the line in the error is
+#: exact to one step.
 STEP_BYTES = 64 * 2**10
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 ENDINGS = (".gz", ".zst")
 Compression = Literal["gzip", "zstd"]
-#: Text of people packs to a fifth, of machines to a fiftieth. What grows more, and beyond the bytes below, is no data:
-#: a few kilobytes could keep a reader busy for hours.
+#: Text by people compresses to a fifth, by machines to a fiftieth. A file that grows more than 200 times, and beyond
+#: FREE_BYTES, is refused: a few kilobytes could otherwise keep the reader busy for hours.
 MOST_GROWTH = 200
 FREE_BYTES = 256 * 2**20
 
 
 def ending_of(path: Path) -> str:
-    """The ending that says what a file holds: `.csv` of `train.csv.gz`."""
+    """The file's extension in lower case, without .gz or .zst: `.csv` of `train.csv.gz`."""
     if path.suffix.lower() in ENDINGS:
         path = path.with_suffix("")
     return path.suffix.lower()
 
 
 def compression_of(head: bytes) -> Compression | None:
-    """How a file is compressed, by its first bytes."""
+    """How a file is compressed, detected from its first bytes; None if it is not."""
     if head.startswith(GZIP):
         return "gzip"
     return "zstd" if head.startswith(ZSTD) else None
 
 
 class _AsOpened(io.FileIO):
-    """A file up to where it ended when it was opened: one that grows faster than it is read has no end.
+    """A file up to the size it had when it was opened: one that grows faster than it is read would never end.
 
-    That it grew is said by who compares its size before and after (cache.py).
+    cache.py compares the size before and after, and reports that it grew.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         status = os.fstat(self.fileno())
-        self._end = status.st_size if stat.S_ISREG(status.st_mode) else None  # a pipe ends where its writer does
+        self._end = status.st_size if stat.S_ISREG(status.st_mode) else None  # a pipe has no size
 
     def readinto(self, buffer: Any) -> int | None:
         if self._end is None:
@@ -63,7 +64,7 @@ class _AsOpened(io.FileIO):
 
 
 def open_raw(path: Path) -> io.FileIO:
-    """The file as it is, and as long as it is now. Raises BadData when it cannot be opened."""
+    """Open the file without decompression, up to its present size. Raises BadData if it cannot be opened."""
     try:
         return _AsOpened(path)
     except OSError as error:
@@ -74,11 +75,12 @@ def open_raw(path: Path) -> io.FileIO:
 def open_bytes(
     path: Path, advance: Callable[[int], None] = lambda n_bytes: None, *, name: str = ""
 ) -> Iterator[BinaryIO]:
-    """The content of a file as a stream; advance is called with bytes read from the disk, packed ones where packed.
+    """The decompressed content of a file as a stream.
 
-    name  the file's in messages, where it is not its own
-
-    Raises BadData when the file cannot be opened; reading raises it at a damaged or unfinished place.
+    advance  called with the number of bytes read from the disk, before decompression
+    name     of the file in messages; default: its own
+    Raises BadData if the file cannot be opened; reading raises it where the file is damaged or ends early, and if it
+    unpacks to more than MOST_GROWTH times its size.
     """
     with open_raw(path) as raw:
         counted = _Counted(raw, advance)
@@ -99,7 +101,7 @@ def _unpacked(counted: io.RawIOBase, compression: Compression) -> Any:
 
 
 class _Counted(io.RawIOBase):
-    """A file that says how much of it was read."""
+    """A file that reports how many bytes of it were read."""
 
     def __init__(self, file: io.FileIO, advance: Callable[[int], None]) -> None:
         self._file, self._advance = file, advance
@@ -115,7 +117,7 @@ class _Counted(io.RawIOBase):
 
 
 class _Watched(io.RawIOBase):
-    """Unpacked bytes; what is wrong with the archive is said with the line that is reached."""
+    """Decompressed bytes; reading raises BadData with the line number if the archive is damaged or grows too much."""
 
     def __init__(self, unpacked: Any, name: str, compression: Compression, most_bytes: int) -> None:
         self._unpacked, self._name, self._compression = unpacked, name, compression

@@ -1,8 +1,9 @@
-"""CSV rows: the rows of a CSV or TSV file as objects whose keys are the columns; every cell is text.
+"""CSV rows: each row of a CSV or TSV file as an object whose keys are the column names; every cell is text.
 
-Law: a row stands at the line it begins on; quoted cells may hold separators, quotes ("" for one) and newlines.
-What a spreadsheet writes around its table is no content: a first line `sep=;`, empty columns, rows in which every cell
-is empty.
+Law: the origin of a row is the line on which it begins. Quoted cells may contain separators, newlines and quotes
+(written twice).
+What a spreadsheet adds around the table is ignored: a first line `sep=;`, empty columns at the right, and rows of empty
+cells.
 """
 
 import codecs
@@ -16,19 +17,19 @@ from atomtune.data.records import Refusal, RefusalKind
 from atomtune.errors import BadData
 
 SEPARATORS = (",", "\t", ";")
-#: What a row of empty cells is made of: separators, white space and empty quotes.
+#: The characters of a row of empty cells: separators, white space and quotes.
 _BLANK_CELLS = "".join(SEPARATORS) + ' "\r\n\ufeff'
 
 
 def separator_line(line: str) -> str:
-    """The separator that a line `sep=;` names, which Excel writes and reads as the first; "" for any other line."""
+    """The separator that a line such as `sep=;` declares, Excel's convention; "" for any other line."""
     bare_line = line.lstrip("\ufeff").strip("\r\n ").strip('"')  # "sep=;" in quotes too
     name, _, separator = bare_line.partition("=")
     return separator if name.lower() == "sep" and len(separator) == 1 else ""
 
 
 def columns_of(header: str) -> tuple[list[str], str]:
-    """The names in a header line, in lower case, and the separator that makes most of them; a comma where none does."""
+    """The column names in lower case, and the separator that gives the most columns; a comma if none gives any."""
     separator = max(SEPARATORS, key=lambda candidate: len(_cells(header, candidate)))
     return [name.lower() for name in _cells(header, separator)], separator
 
@@ -36,16 +37,16 @@ def columns_of(header: str) -> tuple[list[str], str]:
 def _cells(header: str, separator: str) -> list[str]:
     try:
         return [cell.strip() for cell in next(csv.reader([header], delimiter=separator, strict=True), [])]
-    except csv.Error:  # quotes that make no cells with this separator
+    except csv.Error:  # with this separator the quotes do not match
         return []
 
 
 def read_table(stream: BinaryIO, name: str) -> Iterator[RawRecord | Refusal]:
-    """Every row as an object, or the reason why it is none; rows without a word are passed over.
+    """Every row as an object, or the reason why it is refused; rows of empty cells are skipped.
 
-    Raises BadData for a header that cannot be used and for a quote that never closes.
+    Raises BadData for an unusable header and for a quote that is never closed.
     """
-    # The limit is one for the whole process; it is only ever raised.
+    # This limit applies to the whole process, so it is raised if needed, but never lowered.
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_LINE))
     lines = _Lines(stream, name)
     separator = separator_line(lines.peek())
@@ -104,7 +105,7 @@ def _read_row(keys: list[str], cells: list[str], trouble: str, origin: str) -> R
 
 
 def _read_header(rows: Iterator[list[str]], lines: "_Lines") -> list[str]:
-    """The names of the columns, without empty ones at the right end."""
+    """The column names, without empty ones at the right. Raises BadData for a header that cannot be used."""
     try:
         keys = [cell.strip() for cell in next(rows, [])]
     except csv.Error as error:
@@ -122,7 +123,7 @@ def _read_header(rows: Iterator[list[str]], lines: "_Lines") -> list[str]:
 
 
 class _Lines(Iterator[str]):
-    """The lines of a table as text, with their count; what is wrong with one is kept for its row, which goes on."""
+    """The lines of a table as text, numbered; a problem with a line is kept in `trouble` until its row is complete."""
 
     def __init__(self, stream: BinaryIO, name: str) -> None:
         self.name, self.number, self.trouble = name, 0, ""
@@ -134,9 +135,9 @@ class _Lines(Iterator[str]):
         self.trouble, self._row_bytes = "", 0
 
     def peek(self) -> str:
-        """The first line that is not blank, which is the header's; the next call gives it again.
+        """Look at the next line that has content, without consuming it: the header, or `sep=;`.
 
-        A row of empty cells above the table is a blank line of a spreadsheet.
+        Rows of empty cells above the table, as spreadsheets write them, are skipped.
         """
         if self._peeked is None:
             line = next(self, "")
@@ -146,7 +147,7 @@ class _Lines(Iterator[str]):
         return self._peeked
 
     def skip(self) -> None:
-        """Pass over the line that was peeked at."""
+        """Drop the line that `peek` returned."""
         self._peeked = None
 
     def __next__(self) -> str:
@@ -167,7 +168,7 @@ class _Lines(Iterator[str]):
         return self._text(raw.removeprefix(codecs.BOM_UTF8) if self.number == 1 else raw)
 
     def _text(self, raw: bytes) -> str:
-        """The line as text; where it is none, near enough for its row to end where it ends and be refused whole."""
+        """Decode the line. Invalid bytes are replaced, so that the row still ends at its end; `trouble` refuses it."""
         if b"\0" in raw:
             self.trouble = NUL_BYTES
         try:

@@ -1,4 +1,4 @@
-"""Dataset info: LLaMA-Factory's `dataset_info.json`, which says how the files of a folder are written.
+"""Dataset info: LLaMA-Factory's `dataset_info.json`, which describes the format of the files in its folder.
 
 {"mine": {"file_name": "mine.json", "formatting": "sharegpt", "columns": {"messages": "talk"}, "tags": {…}}}
 """
@@ -13,7 +13,7 @@ from atomtune.choices import FormatName
 from atomtune.errors import BadData
 
 FILE_NAME = "dataset_info.json"
-#: Their formats, columns and tags → ours.
+#: LLaMA-Factory's formats, columns and tags → ours.
 _FORMATS: dict[str, FormatName] = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "sharegpt"}
 _COLUMNS = {
     "prompt": "instruction",
@@ -38,13 +38,13 @@ _ROLE_TAGS = {
     "function_tag": "function_call",
     "system_tag": "system",
 }
-#: Names of keys that are read without being told.
+#: Key names that are read without a mapping.
 _READ_ANYWAY = {"from": ("from", "role"), "value": ("value", "content")}
 
 
 @dataclass(frozen=True)
 class ListedFile:
-    """A data file, and how it is written where a description says so."""
+    """A data file, with its format, keys and roles if dataset_info.json gives them."""
 
     path: Path
     format: FormatName | None = None
@@ -53,10 +53,10 @@ class ListedFile:
 
 
 def listed_files(folder: Path) -> list[ListedFile] | None:
-    """The files that the folder's description names, in its order; None where it has no such description.
+    """The files that the folder's dataset_info.json lists, in its order; None if the folder has none.
 
-    Entries of data sets on a hub name no file and are passed over: nothing is fetched unasked.
-    Raises BadData for a description that cannot be read and for a file that is not there.
+    Entries for data sets on a hub list no file and are skipped: nothing is downloaded unless the user asks for it.
+    Raises BadData if dataset_info.json cannot be read or a listed file is not there.
     """
     entries = _entries(folder / FILE_NAME)
     if entries is None:
@@ -71,7 +71,7 @@ def listed_files(folder: Path) -> list[ListedFile] | None:
 
 
 def _entries(path: Path) -> dict[str, dict[str, Any]] | None:
-    """The entries of LLaMA-Factory's description; `datasets` writes another file of this name."""
+    """The entries of LLaMA-Factory's dataset_info.json; None for the file that `datasets` writes under this name."""
     if not path.is_file():
         return None
     try:
@@ -90,7 +90,7 @@ def _listed(folder: Path, name: str, entry: dict[str, Any]) -> ListedFile:
     path = folder / entry["file_name"]
     try:
         inside = path.resolve().is_relative_to(folder.resolve())
-    except ValueError:  # a NUL, or half a character: no file has such a name
+    except ValueError:  # a NUL or a lone surrogate, which no file name can contain
         inside = True
     if not inside or not path.is_file():
         what = "not in this folder" if not inside else "not there"

@@ -1,7 +1,7 @@
-"""Hub: data sets in the forms of the `datasets` library: saved in a folder, a folder of data files, or on the hub.
+"""Hub: data sets of the `datasets` library: saved with `save_to_disk`, a folder of data files, or on the hub.
 
-Of several splits, `train` is read. Rows are taken as Arrow gives them: no image or sound is decoded. No code of a data
-set is ever run.
+If there are several splits, `train` is read. Rows are read as plain Arrow, so no image or audio is decoded. Code that
+comes with a data set is never run.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import datasets
 import pyarrow
 import yaml
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
-from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever this version of the hub stands on
+from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever this version of the library uses
 
 from atomtune.data.reading.arrow_rows import BATCH_ROWS, checked, explained, read_batches
 from atomtune.data.reading.compression import ending_of
@@ -24,15 +24,15 @@ from atomtune.data.records import Refusal
 from atomtune.errors import BadData
 from atomtune.hub_reach import OFFLINE_BY_CHOICE, endpoint_shown, stay_offline_if_unreachable
 
-#: Endings of the files that hold records, apart from .gz and .zst.
+#: Extensions of data files, before .gz or .zst.
 READ = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-#: JSON files that describe a data set, as `datasets` knows them.
+#: JSON files of `datasets` that describe a data set and hold no records.
 _NO_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether the text names a data set on the hub: `name` or `owner/name`, and `:configuration` if it has several."""
+    """Whether the text is the name of a data set on the hub: `name` or `owner/name`, optionally `:configuration`."""
     exists = Path(source).exists()
     return not exists and bool(_HUB_NAME.fullmatch(source)) and ending_of(Path(source)) not in (*READ, ".txt")
 
@@ -43,9 +43,10 @@ def is_saved(folder: Path) -> bool:
 
 
 def read_saved(folder: Path, advance: Callable[[int], None], *, name: str) -> Iterator[list[RawRecord | Refusal]]:
-    """The rows of a folder that `save_to_disk` wrote, by this name in origins.
+    """The rows of a folder that `save_to_disk` wrote.
 
-    Raises BadData where it is damaged or has no split to take.
+    name  of the data set in origins
+    Raises BadData if it is damaged, or has several splits and none is named train.
     """
     size = sum(path.stat().st_size for path in all_files(folder))
     with explained(folder, "a dataset saved by datasets"):
@@ -88,7 +89,7 @@ def _rows(
 
 
 def all_files(folder: Path) -> list[Path]:
-    """Every file in a folder and below it that is not hidden, in the order of their names."""
+    """All files in a folder and its subfolders that are not hidden, sorted by path."""
     return sorted(
         path
         for path in folder.rglob("*")
@@ -99,13 +100,13 @@ def all_files(folder: Path) -> list[Path]:
 def files_of(folder: Path) -> list[Path]:
     """The files of the train split of a folder of data files, as `datasets.load_dataset` chooses them.
 
-    Raises BadData when there are none, or when a data file would be left out because others are of another kind.
+    Raises BadData if there are none, or if `datasets` would leave out data files because the folder mixes file types.
     """
     here = [path for path in all_files(folder) if ending_of(path) in READ and path.name not in _NO_DATA]
     if not here:
         raise BadData(f"{folder}: neither a file nor a folder of data files. Pass one with --dataset_path.")
-    # `datasets` follows links to the folder, not those in it (a snapshot of the hub is a folder of links).
-    root = folder.resolve()  # `.` has no name, which `datasets` wants
+    # Only the folder itself is resolved, as `datasets` does, not the links in it: a hub snapshot is a folder of links.
+    root = folder.resolve()  # and `datasets` needs a folder name, which `.` has not
     with _explained(str(folder)):
         chosen = datasets.load_dataset_builder(str(root)).config.data_files
     try:
@@ -126,18 +127,18 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def read_hub(name: str) -> Iterator[list[RawRecord | Refusal]]:
-    """The rows of a data set on the hub, which is kept in the cache of `datasets`. Raises BadData with the remedy."""
+    """The rows of a data set on the hub, through the cache of `datasets`. Raises BadData if it cannot be loaded."""
     yield from _rows(_fetched(name), name, 0, lambda n_bytes: None)
 
 
 def hub_fingerprint(name: str) -> str:
-    """A hash that another revision, or other files, of the data set changes."""
+    """A hash of the data set's name and of its `datasets` fingerprint, which changes with its revision and files."""
     return hashlib.sha256(f"{name} {_fetched(name)._fingerprint}".encode()).hexdigest()
 
 
 @cache
 def _fetched(name: str) -> datasets.Dataset:
-    """The data set, once a process: what its hash is taken of is what is read."""
+    """Load the data set, once per process, so that the rows that are read are those that were hashed."""
     repository, _, configuration = name.partition(":")
     if not Path(repository).exists():
         stay_offline_if_unreachable()
@@ -147,7 +148,7 @@ def _fetched(name: str) -> datasets.Dataset:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Turn what `datasets` raises into a BadData that says what to do."""
+    """Turn the errors of `datasets` into a BadData that says what to do."""
     try:
         yield
     except DatasetNotFoundError as error:

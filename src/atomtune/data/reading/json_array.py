@@ -1,6 +1,6 @@
-"""JSON array: the values of one JSON array, a window at a time.
+"""JSON array: the values of one large JSON array, parsed in a sliding window.
 
-Memory is bounded by the longest value, which has the bound of a line of JSONL.
+Memory is bounded by the longest value, which has the same limit as a line of JSONL.
 """
 
 import codecs
@@ -25,7 +25,7 @@ WINDOW_BYTES = 2**20
 
 
 class _Window:
-    """The part of the text that is not read yet, and the line it begins on."""
+    """The part of the text in memory: `text[at:]` is not parsed yet."""
 
     def __init__(self, stream: BinaryIO, name: str) -> None:
         self.text, self.at = "", 0
@@ -34,17 +34,20 @@ class _Window:
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")("strict")
         self._lines_read, self._bytes_read = 0, 0
-        self._line, self._counted = 1, 0  # the line at position `counted`
+        self._line, self._counted = 1, 0  # the line number at position `_counted` of `text`
 
     def line(self) -> int:
-        """The line that `at` stands on."""
+        """The line number at `at`."""
         self._line += self.text.count("\n", self._counted, self.at)
         self._counted = self.at
         return self._line
 
     def grow(self) -> None:
-        """Forget what is read and take in as much again as is left, so that a long value costs no square of it."""
-        self.line()  # counted before the text goes
+        """Drop the parsed text and read at least as much as is left, so that a long value takes linear time.
+
+        Raises BadData for bytes that are not UTF-8.
+        """
+        self.line()  # count the lines before their text is dropped
         self.text, self.at, self._counted = self.text[self.at :], 0, 0
         raw = self._stream.read(max(WINDOW_BYTES, len(self.text)))
         try:
@@ -56,7 +59,7 @@ class _Window:
         self.ended = not raw
 
     def _refuse_encoding(self, error: UnicodeDecodeError, raw: bytes) -> NoReturn:
-        content = error.object  # the beginning of a character that was read before, and raw
+        content = error.object  # raw, after the start of a character from the previous read
         begin = content.rfind(b"\n", 0, error.start) + 1
         end = content.find(b"\n", error.start)
         line = self._lines_read + content.count(b"\n", 0, error.start) + 1
@@ -65,7 +68,7 @@ class _Window:
         raise BadData(f"{self.name}:{line}: {encoding_reason(bad_line, at)}") from None
 
     def next_character(self) -> str:
-        """The first character behind white space, "" at the end; `at` then stands on it."""
+        """Skip white space; `at` is then at the character that is returned, "" at the end of the file."""
         while True:
             self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]  # it matches the empty string
             if self.at < len(self.text) or self.ended:
@@ -73,7 +76,7 @@ class _Window:
             self.grow()
 
     def value(self) -> Any:
-        """The value that begins at `at`; `at` then stands behind it."""
+        """Parse the value that begins at `at` and move `at` after it. Raises BadData if that is not possible."""
         while True:
             try:
                 value, end = DECODER.raw_decode(self.text, self.at)
@@ -86,7 +89,7 @@ class _Window:
             except ValueError as error:
                 self.refuse(str(error))
             else:
-                if end + 2 < len(self.text) or self.ended:  # 12 may be the beginning of 12e+3
+                if end + 2 < len(self.text) or self.ended:  # at the window's end, 12 may be the start of 12e+3
                     self.at = end
                     return value
             if len(self.text) - self.at > LONGEST_LINE:
@@ -94,7 +97,7 @@ class _Window:
             self.grow()
 
     def _cut_off(self, error: json.JSONDecodeError) -> bool:
-        """Whether the window's end may be all that is wrong; no word, number sign or escape has over 12 characters."""
+        """Whether more text may resolve the error: no literal, number sign or escape is longer than 12 characters."""
         return error.pos >= len(self.text) - 12 or error.msg.startswith("Unterminated string")
 
     def refuse(self, why: str) -> NoReturn:
@@ -102,9 +105,9 @@ class _Window:
 
 
 def read_array(stream: BinaryIO, name: str) -> Iterator[RawRecord]:
-    """Every value of the array with the line it begins on, and its number where another began there before.
+    """Every value of the array; its origin is the line it begins on, plus its number if another value begins there.
 
-    Raises BadData where the array breaks.
+    Raises BadData if the array is not valid JSON.
     """
     window = _Window(stream, name)
     assert window.next_character() == "["
@@ -114,7 +117,7 @@ def read_array(stream: BinaryIO, name: str) -> Iterator[RawRecord]:
     while not closed:
         line, number = window.line(), number + 1
         origin = f"{name}:{line}"
-        if line == line_before:  # no two values share an origin: an array is often written on one line
+        if line == line_before:  # origins must differ, and an array is often written on one line
             origin = f"{origin} value {number}"
         yield RawRecord(window.value(), origin)
         line_before = line

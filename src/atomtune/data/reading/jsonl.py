@@ -1,6 +1,6 @@
-"""JSONL: one JSON value a line, cut into chunks cheaply and parsed wherever there is a free core.
+"""JSONL: one JSON value per line; cutting a file into chunks is cheap, and parsing them is left to the workers.
 
-Strictly UTF-8; a BOM and CRLF are fine. Nothing heavy is imported here: worker processes load this module.
+Strictly UTF-8; a BOM and CRLF are accepted. Worker processes load this module, so it imports nothing heavy.
 """
 
 import codecs
@@ -22,15 +22,15 @@ from atomtune.data.reading.raw import (
 )
 from atomtune.data.records import Refusal, RefusalKind
 
-#: What goes to a worker at once: some 1,500 short records.
+#: Sent to a worker at once: about 1,500 short records.
 CHUNK_BYTES = 256 * 2**10
 
 
 def read_chunks(stream: BinaryIO, name: str) -> Iterator[Chunk]:
-    """Cut a stream into chunks of whole lines; a line beyond LONGEST_LINE is a refusal between them."""
+    """Cut a stream into chunks of complete lines; a line of LONGEST_LINE bytes or more becomes a Refusal in between."""
     first = 1
     while raw := stream.read(CHUNK_BYTES):
-        start = raw.rfind(b"\n") + 1  # of the line that the chunk ends in
+        start = raw.rfind(b"\n") + 1  # of the chunk's last, incomplete line
         if start < len(raw):
             raw += stream.readline(LONGEST_LINE - (len(raw) - start))
         if len(raw) - start == LONGEST_LINE and not raw.endswith(b"\n"):
@@ -48,7 +48,7 @@ def read_chunks(stream: BinaryIO, name: str) -> Iterator[Chunk]:
 
 
 def _past_line(stream: BinaryIO) -> int:
-    """Read to the end of the line and forget it; its length."""
+    """Skip the rest of the line; returns the number of bytes skipped."""
     length = 0
     while part := stream.readline(CHUNK_BYTES):
         length += len(part)
@@ -58,7 +58,7 @@ def _past_line(stream: BinaryIO) -> int:
 
 
 def parse_chunk(chunk: Chunk) -> list[RawRecord | Refusal]:
-    """Every value of a chunk with its origin, or the reason why a line is none; blank lines are passed over."""
+    """Every value of a chunk with its origin, or a Refusal of the line; blank lines are skipped."""
     if isinstance(chunk, list):
         return chunk
     raw, name = chunk.raw, chunk.name

@@ -1,6 +1,6 @@
-"""Raw records: a JSON value and the place it stands at, not yet a Record.
+"""Raw records: a JSON value and its origin, not yet a Record; and why a text is not JSON.
 
-Nothing heavy is imported here: worker processes load this module.
+Worker processes load this module, so it imports nothing heavy.
 """
 
 import json
@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 from atomtune.data.records import Refusal
 
-#: A longer line is refused without being read whole: a million words are no record, and memory stays bounded. A line of
-#: nothing but brackets becomes Python objects of 160 times its bytes.
+#: Bytes. A longer line is refused without reading all of it, to bound memory: no record has a million words, and a line
+#: of nothing but brackets becomes Python objects of 160 times its size.
 LONGEST_LINE = 4 * 10**6
 
 
 class RawRecord(NamedTuple):
-    """A JSON value and where it stands. A tuple: a million frozen dataclasses take 0.57 s to make, these 0.38 s."""
+    """A JSON value and its origin. A tuple: a million take 0.38 s to create, frozen dataclasses 0.57 s."""
 
     value: Any
     origin: str
@@ -24,21 +24,21 @@ class RawRecord(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """Whole lines of a file, not parsed yet."""
+    """Complete lines of a file, not parsed yet."""
 
     name: str
-    first: int  # number of the first line
+    first: int  # line number of the first, from 1
     raw: bytes
 
 
-#: What is read in one go: lines to be parsed, or what other kinds of file give, ready.
+#: What is read at once: unparsed lines of JSONL, or finished values of any other kind of file.
 Chunk = Lines | list[RawRecord | Refusal]
 
 
-#: Lists and objects that stand in each other: records of more levels cannot be handed to other processes, which takes
-#: two of Python's thousand steps a level.
+#: Depth of nested lists and objects. Pickling a record for another process takes two of Python's 1,000 stack frames per
+#: level.
 MOST_LEVELS = 200
-#: Python's own words for it speak of recursion.
+#: Python's own message speaks of recursion.
 TOO_DEEP = "lists or objects are nested too deeply"
 NUL_BYTES = "it holds NUL bytes; the file is probably incomplete"
 
@@ -48,7 +48,7 @@ def _refuse_constant(name: str) -> float:
 
 
 def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that appears twice, json would keep the last in silence."""
+    """Build a JSON object. Raises ValueError for a repeated key, of which json silently keeps the last value."""
     value = dict(pairs)
     if len(value) < len(pairs):
         counts = Counter(key for key, _ in pairs)
@@ -61,16 +61,16 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object_without_repeats, parse_cons
 
 
 def refuse_deep(value: Any, brackets: int) -> None:
-    """Raise ValueError for a value of too many levels. brackets: how many open in its text, which is seen at once."""
+    """Raise ValueError if the value has more than MOST_LEVELS levels.
+
+    brackets  opening brackets in its text: an upper bound of the depth, and quick to count
+    """
     if brackets > MOST_LEVELS and is_deeper(value, MOST_LEVELS):
         raise ValueError(TOO_DEEP)
 
 
 def is_deeper(value: object, levels: int) -> bool:
-    """Whether lists and objects stand in each other more often than this.
-
-    A loop, since a recursion is what it protects from.
-    """
+    """Whether lists and objects are nested more than `levels` deep. A loop, as recursion would fail on such values."""
     layer = [value]
     for _ in range(levels):
         inner: list[object] = []
@@ -85,7 +85,7 @@ def is_deeper(value: object, levels: int) -> bool:
     return any(isinstance(item, dict | list) and item for item in layer)
 
 
-#: What Python's reader of JSON says → what a person is told; some of it only from Python 3.13 on.
+#: Messages of Python's JSON parser → ours; some exist only from Python 3.13 on.
 _JSON_REASONS = {
     "Expecting value": "a value is expected here",
     "Expecting property name enclosed in double quotes": "a key in double quotes is expected here",
@@ -99,12 +99,12 @@ _JSON_REASONS = {
     "Illegal trailing comma before end of object": "a comma before the closing bracket",
     "Illegal trailing comma before end of array": "a comma before the closing bracket",
 }
-#: Marks of a word processor or a Chinese keyboard where JSON has its own.
+#: Punctuation of a word processor or a Chinese keyboard, typed in place of JSON's.
 _QUOTES, _FULL_WIDTH_MARKS = "“”„‘’", "，：｛｝［］"
 
 
 def json_reason(error: json.JSONDecodeError) -> str:
-    """Why a text is no JSON, behind its place."""
+    """Why a text is not JSON, for a message that has already named the place."""
     character = error.doc[error.pos : error.pos + 1]
     if character and character in _QUOTES:
         return 'a typographic quote; JSON allows only "'
@@ -116,7 +116,7 @@ def json_reason(error: json.JSONDecodeError) -> str:
 
 
 def encoding_reason(line: bytes, at: int) -> str:
-    """Why a line is refused that is not UTF-8 at byte `at`, and what mends it."""
+    """Why a line that is not UTF-8 at byte `at` is refused, and how to fix the file."""
     reason = f"not UTF-8 at byte {at + 1}"
     try:
         line.decode("gb18030")
@@ -126,7 +126,7 @@ def encoding_reason(line: bytes, at: int) -> str:
 
 
 def printable(text: object) -> str:
-    """A word from the data as a message can show it: control characters and halves of surrogate pairs are escaped."""
+    """A text from the data for a message, with control characters and lone surrogates escaped."""
     word = str(text)
     if word.isprintable():
         return word

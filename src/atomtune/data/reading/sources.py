@@ -1,8 +1,8 @@
-"""Sources: values with the place each stands at, from any source of records.
+"""Sources: the values of any source of records, each with its origin.
 
-A file's kind is seen in its first bytes, and only where these fit several in its ending. JSONL (one value a line), a
-JSON array, CSV and TSV, each plain, .gz or .zst; Parquet; Arrow; a folder of `datasets` or of LLaMA-Factory; a data
-set on the hub. All are streamed.
+Read are JSONL, a JSON array, CSV and TSV (each plain, .gz or .zst), Parquet, Arrow, a folder of `datasets` or of
+LLaMA-Factory, and a data set on the hub. All are streamed. The first bytes of a file decide its kind; its extension
+decides only if they fit several.
 """
 
 import codecs
@@ -31,7 +31,7 @@ from atomtune.errors import BadData
 Advance = Callable[[int], None]
 HEAD_BYTES = 4096
 PARQUET_MAGIC = b"PAR1"
-#: An Arrow stream has no magic word, but begins like this.
+#: An Arrow stream has no magic number, but begins with this continuation marker.
 _ARROW_STREAM = b"\xff\xff\xff\xff"
 _NOT_READ = {
     b"PK\x03\x04": "zip (or xlsx)",
@@ -41,25 +41,25 @@ _NOT_READ = {
     b"\xd0\xcf\x11\xe0": "xls (or doc)",
     b"SQLite format 3": "SQLite",
     b"ustar": "tar",
-    GZIP: "gzip",  # inside another
+    GZIP: "gzip",  # inside another compressed file
     ZSTD: "zstd",
     PARQUET_MAGIC: "Parquet",
     ARROW_MAGIC: "Arrow",
 }
-#: Where a magic word stands that is not the first.
+#: Offsets of magic numbers that are not at the start of the file.
 _PLACES = {b"ustar": 257}
-#: A key and the beginning of its list of objects.
+#: A line with a key and the start of its list of objects.
 _LIST_OF_OBJECTS = re.compile(rb'^\s*"(\w+)"\s*:\s*\[\s*\{', re.ASCII | re.MULTILINE)
 _HTML = (b"<!doctype html", b"<html")
-#: A first line in which one of these is a cell is a table's header.
+#: A first line with one of these cells is the header of a table.
 _COLUMNS = {"instruction", "output", "messages", "conversations", "prompt", "completion", "question", "answer"}
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file of a source, and how it is written where a description beside it says so."""
+    """One file of a source; format, keys and roles are those that a dataset_info.json gives it, if there is one."""
 
-    name: str  # as origins name it
+    name: str  # in origins
     chunks: Iterator[Chunk]
     format: FormatName | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
@@ -67,9 +67,9 @@ class DataFile:
 
 
 def distinct_names(sources: Sequence[Path | str]) -> list[str]:
-    """A name for each source, by which origins name it: its file's, with as much of the path as tells them apart.
+    """A name for each source, for origins: its file name, with as much of the path as is needed to make it unique.
 
-    It can be printed: what a terminal would obey in it is escaped.
+    Control characters are escaped, so that a terminal does not obey them.
     """
     parts = [_described(Path(source)).parts for source in sources]
     names = []
@@ -85,14 +85,14 @@ def distinct_names(sources: Sequence[Path | str]) -> list[str]:
 def read_files(
     source: Path | str, advance: Advance = lambda n_bytes: None, *, name: str | None = None
 ) -> Iterator[DataFile]:
-    """The files of a source one after the other; each must be read before the next is taken.
+    """The files of a source, one after the other; read each to its end before you take the next.
 
-    Reading in chunks is cheap: what costs time, parsing lines of JSON, is left to parse_chunk in any process.
+    Reading chunks is cheap. The slow part, parsing the lines of JSON, is left to parse_chunk, in any process.
     source   a file, a folder, or the name of a data set on the hub (`owner/name`, `owner/name:configuration`)
-    advance  called with the number of bytes read since the last call, packed ones where the file is packed; they add
-             up to size_of(source)
-    name     how origins name the source, where not by its file's name
-    Raises BadData when the source is missing, empty, damaged, or nothing that is read here.
+    advance  called with the number of bytes read since the last call, before decompression; they add up to
+             size_of(source)
+    name     the name of the source in origins; default: its file name
+    Raises BadData if the source is missing, empty, damaged, or not of a kind that is read here.
     """
     if isinstance(source, str) and hub.is_hub_name(source):
         yield DataFile(source, hub.read_hub(source))
@@ -105,14 +105,14 @@ def read_files(
         yield DataFile(name, hub.read_saved(path, advance, name=name))
     else:
         for file in _files_in(path):
-            # A name that says which of them it is: chats/zh/train.jsonl.
+            # With the folder's name, to tell its files apart: chats/zh/train.jsonl
             file_name = printable(f"{name}/{file.path.relative_to(path).as_posix()}")
             chunks = _read_file(file.path, file_name, advance)
             yield DataFile(file_name, chunks, file.format, file.keys, file.roles)
 
 
 def refuse_missing(sources: Sequence[str]) -> None:
-    """Raise BadData for the first that is no file, no folder and no name of the hub."""
+    """Raise BadData for the first source that is neither a file, a folder nor the name of a data set on the hub."""
     for source in sources:
         if not hub.is_hub_name(source):
             _existing(source)
@@ -133,14 +133,14 @@ def _existing(source: Path | str) -> Path:
 
 
 def _described(path: Path) -> Path:
-    """The folder that a path to a description of one stands for; any other path as it is."""
+    """The folder, if the path is that of its dataset_info.json; any other path unchanged."""
     if path.name == FILE_NAME and listed_files(path.parent) is not None:
         return path.parent
     return path
 
 
 def _files_in(folder: Path) -> list[ListedFile]:
-    """The data files of a folder: those its description names, or all."""
+    """The data files of a folder: those that its dataset_info.json lists, or else those that `datasets` chooses."""
     listed = listed_files(folder)
     if listed is not None:
         return listed
@@ -148,7 +148,7 @@ def _files_in(folder: Path) -> list[ListedFile]:
 
 
 def size_of(source: Path | str) -> int:
-    """Bytes that advance will have been called with at the end; 0 where nobody knows beforehand."""
+    """The total number of bytes that `advance` will be called with; 0 if it is not known in advance."""
     if isinstance(source, str) and hub.is_hub_name(source):
         return 0
     path = Path(source)
@@ -162,9 +162,9 @@ def size_of(source: Path | str) -> int:
 
 
 def fingerprint_of(source: Path | str) -> str:
-    """SHA-256 of a file's bytes, or of the names and bytes of a folder's files; for the hub, of what was fetched.
+    """SHA-256 of a file, of the names and contents of a folder's files, or of the revision fetched from the hub.
 
-    Raises BadData where there is nothing to read.
+    Raises BadData if the source does not exist.
     """
     if isinstance(source, str) and hub.is_hub_name(source):
         return hub.hub_fingerprint(source)
@@ -176,18 +176,18 @@ def fingerprint_of(source: Path | str) -> str:
 
 
 def stamp_of(source: Path | str) -> list[tuple[str, int, int]]:
-    """Size and time of every file of a source; nothing for one on the hub, whose files carry their hash as a name."""
+    """Path, size and mtime in ns of every file of a source; empty for the hub, whose cached files are named by hash."""
     path = _described(Path(source))
     stamps = []
     for file in hub.all_files(path) if path.is_dir() else [path]:
-        with contextlib.suppress(OSError):  # it is gone, which is a change too
+        with contextlib.suppress(OSError):  # it is gone, and its missing entry shows as a change
             status = file.stat()
             stamps.append((str(file), status.st_size, status.st_mtime_ns))
     return stamps
 
 
 def would_hold(source: Path | str, path: Path) -> bool:
-    """Whether what is written there would be one of the files of a source that is a folder."""
+    """Whether a file written at `path` would be read as one of the data files of `source`, a folder."""
     folder, place = _described(Path(source)).resolve(), path.resolve()
     if not folder.is_dir() or not place.is_relative_to(folder):
         return False
@@ -195,7 +195,7 @@ def would_hold(source: Path | str, path: Path) -> bool:
 
 
 def among_records(sources: Sequence[Path | str], folder: Path) -> Iterator[str]:
-    """What stands against that output folder: each source that would read what is written there as records."""
+    """Problems with an output folder: one for each source that would read the output files as records."""
     for source in sources:
         if would_hold(source, folder):
             yield (
@@ -232,7 +232,7 @@ def _read_file(path: Path, name: str, advance: Advance) -> Iterator[Chunk]:
 
 
 def _refuse_no_text(path: Path, head: bytes) -> None:
-    """Raise BadData for what is no text, as its first bytes tell; else each of its lines would be a problem."""
+    """Raise BadData if the first bytes are not those of a text; otherwise each of its lines would be reported."""
     for magic, kind in _NOT_READ.items():
         if head.startswith(magic, _PLACES.get(magic, 0)):
             raise BadData(f"{path}: a {kind} file; expected text. Unpack it, or save it as CSV (UTF-8) or JSONL.")
@@ -248,7 +248,7 @@ def _refuse_no_text(path: Path, head: bytes) -> None:
 
 
 def _reader_of(path: Path, ending: str, head: bytes) -> Callable[[BinaryIO, str], Iterator[Chunk]]:
-    """What reads a text file that begins like this. Raises BadData for a table under the name of JSON."""
+    """The reader for a text file with these first bytes. Raises BadData for a CSV table with a JSON extension."""
     text = head.removeprefix(codecs.BOM_UTF8).lstrip()
     if text.startswith(b"["):
         return _array_chunks
@@ -258,7 +258,7 @@ def _reader_of(path: Path, ending: str, head: bytes) -> Callable[[BinaryIO, str]
         return jsonl.read_chunks
     if ending in (".parquet", ".arrow"):
         raise BadData(f"{path}: it does not start like a {ending} file. Download or write it again.")
-    # No JSON: a table, where its header or the file's ending says so; else lines that are refused one by one.
+    # Not JSON. It is a table if its header or the extension says so; else each line is refused as not JSON.
     first_line, _, rest = text.decode("utf-8", "replace").partition("\n")
     header = rest.partition("\n")[0] if separator_line(first_line) else first_line
     columns, separator = columns_of(header.strip())
@@ -276,7 +276,7 @@ def _reader_of(path: Path, ending: str, head: bytes) -> Callable[[BinaryIO, str]
 
 
 def _over_lines(path: Path, text: bytes) -> str:
-    """What to say of a file whose first object begins with a line of its own."""
+    """The error for a file whose first object spans several lines, with a jq command that fixes it."""
     wrapped = _LIST_OF_OBJECTS.search(text)
     program = f'.["{wrapped.group(1).decode()}"][]' if wrapped else "."
     place = f'; its records seem to be in the list under "{wrapped.group(1).decode()}"' if wrapped else ""
@@ -295,7 +295,7 @@ def _table_chunks(stream: BinaryIO, name: str) -> Iterator[Chunk]:
 
 
 def _batched(values: Iterator[RawRecord] | Iterator[RawRecord | Refusal]) -> Iterator[Chunk]:
-    """Values in lists, so that what hands chunks to other processes does not do it one by one."""
+    """Group the values into lists of BATCH_ROWS: handing them to workers one by one would be slow."""
     batch: list[RawRecord | Refusal] = []
     for value in values:
         batch.append(value)

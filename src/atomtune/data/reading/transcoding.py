@@ -1,4 +1,4 @@
-"""Transcoding: text files in UTF-16 and UTF-32, as spreadsheets write them, read as the UTF-8 that all others are."""
+"""Transcoding: text files in UTF-16 and UTF-32, as spreadsheets write them, converted to UTF-8 while they are read."""
 
 import codecs
 import io
@@ -7,23 +7,23 @@ from typing import Any, BinaryIO
 from atomtune.errors import BadData
 
 STEP_BYTES = 64 * 2**10
-#: Bytes by which a text without a mark is told.
+#: Bytes examined to detect the encoding of a file without a byte-order mark.
 _LOOKED_AT = 256
 _MARKS = (
-    ("utf-32", (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),  # before UTF-16, whose mark a UTF-32 one begins with
+    ("utf-32", (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),  # first: UTF-32 LE's mark begins with UTF-16 LE's
     ("utf-16", (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
 )
 
 
 def encoding_of(head: bytes) -> str:
-    """The encoding of a text that begins like this: by its mark, or by the zero bytes beside every ASCII letter."""
+    """Detect the encoding from a file's first bytes: from its byte-order mark, or from zero bytes next to ASCII."""
     for encoding, marks in _MARKS:
         if head.startswith(marks):
             return encoding
-    # "id" in UTF-16, little end first:  69 00 64 00;  big end first:  00 69 00 64
+    # "id" in UTF-16:  little-endian 69 00 64 00,  big-endian 00 69 00 64
     even_zeros = head[0:_LOOKED_AT:2].count(0)
     odd_zeros = head[1:_LOOKED_AT:2].count(0)
-    enough = max(4, len(head[:_LOOKED_AT]) // 8)  # every fourth letter is ASCII
+    enough = max(4, len(head[:_LOOKED_AT]) // 8)  # one character in four is ASCII
     if odd_zeros >= enough and odd_zeros > 8 * even_zeros:
         return "utf-16-le"
     if even_zeros >= enough and even_zeros > 8 * odd_zeros:
@@ -32,7 +32,7 @@ def encoding_of(head: bytes) -> str:
 
 
 def as_utf8(stream: BinaryIO, encoding: str, name: str) -> BinaryIO:
-    """The stream's text as UTF-8; reading raises BadData at the line where it is not of this encoding."""
+    """The stream's text as UTF-8; reading raises BadData at the line whose bytes are not valid in `encoding`."""
     return io.BufferedReader(_Transcoded(stream, encoding, name), STEP_BYTES)
 
 
@@ -40,7 +40,7 @@ class _Transcoded(io.RawIOBase):
     def __init__(self, stream: BinaryIO, encoding: str, name: str) -> None:
         self._stream, self._encoding, self._name = stream, encoding, name
         self._decoder = codecs.getincrementaldecoder(encoding)("strict")
-        self._waiting = b""  # transcoded, not read yet
+        self._waiting = b""  # UTF-8 that is not read yet
         self._line = 1
 
     def readable(self) -> bool:
