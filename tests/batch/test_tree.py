@@ -1,4 +1,4 @@
-"""Laws of rows that share beginnings, against an oracle that walks the parents one by one."""
+"""Laws of rows with shared beginnings, compared with an oracle that follows the parents one by one."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -24,7 +24,7 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
 def forest(seed: int, *, longest: int = 14) -> list[Example]:
-    """Some records over two to four words, most of them begun with a piece of another: trunks, forks upon forks."""
+    """Random records over two to four words. Most begin with a piece of another: trunks and nested forks."""
     draw = Random(seed)
     words, examples = draw.randint(2, 4), []
     for n in range(1, draw.randint(1, 9) + 1):
@@ -42,12 +42,12 @@ def forests() -> list[list[Example]]:
 
 
 def ids_on(row: Row, i: int) -> tuple[int, ...]:
-    """What a reader of token i has read, i included."""
+    """The ids on the path to token i, including i."""
     return tuple(row.ids[k] for k in reversed(path_of(row, i)))
 
 
 def told_by_parents(row: Row, window: int | None = None) -> torch.Tensor:
-    """[T, T] the oracle: q sees the last `window` tokens of the path that the parents tell."""
+    """[T, T], the oracle: q sees the last `window` tokens of its path, found from the parents."""
     seen = torch.zeros(len(row), len(row), dtype=torch.bool)
     for q in range(len(row)):
         seen[q, path_of(row, q)[:window]] = True
@@ -59,7 +59,7 @@ def told_by_law(row: Row, window: int | None = None) -> torch.Tensor:
 
 
 def targets_of_records(examples: list[Example]) -> Counter:
-    """How often each target is learned: the target is known by all that stands before it, and itself."""
+    """How often each target is learned; a target is identified by all tokens before it and itself."""
     counted: Counter = Counter()
     for example in examples:
         for i, times in enumerate(example.learn):
@@ -78,7 +78,7 @@ def targets_of_row(row: Row) -> Counter:
 
 
 def assert_lawful(row: Row, examples: list[Example]) -> None:
-    """All laws that hold in every layout."""
+    """Check all laws that hold in every layout."""
     assert torch.equal(told_by_law(row), told_by_parents(row))
     assert torch.equal(told_by_law(row, 3), told_by_parents(row, 3))
     assert row.positions() == tuple(len(path_of(row, i)) - 1 for i in range(len(row)))
@@ -91,7 +91,7 @@ def assert_lawful(row: Row, examples: list[Example]) -> None:
 
 @every_layout
 def test_a_token_sees_its_ancestors_and_itself(layout):
-    # Catches until off by one, branches that see their siblings, records of a packed row that see each other.
+    # Catches `until` off by one, branches that see siblings, and records of a packed row that see each other.
     for examples in forests():
         row = layout(examples)
         assert torch.equal(told_by_law(row), told_by_parents(row)), examples
@@ -100,7 +100,7 @@ def test_a_token_sees_its_ancestors_and_itself(layout):
 @every_layout
 @pytest.mark.parametrize("window", [1, 2, 5])
 def test_a_window_counts_along_the_path(layout, window):
-    # Catches a window over indices of the row (a late branch would lose its trunk), and window ± 1.
+    # Catches a window over indices of the row (a late branch would lose its trunk), and a window off by one.
     for examples in forests()[:500]:
         row = layout(examples)
         assert torch.equal(told_by_law(row, window), told_by_parents(row, window)), examples
@@ -108,7 +108,7 @@ def test_a_window_counts_along_the_path(layout, window):
 
 @every_layout
 def test_every_record_is_read_along_one_path_and_nothing_else_is(layout):
-    # Catches tokens that are lost, invented, or hung on the wrong branch. Positions are depths on these paths.
+    # Catches lost or added tokens, and tokens on the wrong branch. Positions are depths on these paths.
     for examples in forests():
         row = layout(examples)
         assert all(parent < i for i, parent in enumerate(row.parent))
@@ -122,13 +122,13 @@ def test_every_record_is_read_along_one_path_and_nothing_else_is(layout):
 
 @every_layout
 def test_every_target_counts_as_often_as_the_records_learn_it(layout):
-    # Catches a shared target counted once, and a learn mark that moves to another record's token.
+    # Catches a shared target that counts once, and a learn mark that moves to another record's token.
     for examples in forests():
         assert targets_of_row(layout(examples)) == targets_of_records(examples), examples
 
 
 def test_nothing_is_computed_twice():
-    # A tree has one token for every beginning that occurs; two siblings with one token would be one beginning twice.
+    # A tree has one token per beginning that occurs; two siblings with the same token would be one beginning twice.
     for examples in forests():
         row = everything_shared(examples)
         beginnings = {e.ids[:end] for e in examples for end in range(1, len(e.ids) + 1)}
@@ -147,11 +147,11 @@ def test_packing_keeps_every_record_whole_and_in_its_place():
 
 
 def stretches(row: Row) -> list[tuple[int, int]]:
-    """(records, tokens) of each stretch that the same records share, in a row whose every target is learned once."""
+    """(records, tokens) of each span shared by the same records, in a row whose targets each record learns once."""
     children: dict[int, list[int]] = {}
     for i, parent in enumerate(row.parent):
         children.setdefault(parent, []).append(i)
-    # Learned once by each record, a token counts the records that go through it; a start is learned by none.
+    # If each record learns a token once, its count is the number of records through it. The first token is no target.
     through = [times or sum(row.learn[k] for k in children.get(i, ())) for i, times in enumerate(row.learn)]
     begun: list[int] = []
     length: Counter = Counter()
@@ -164,7 +164,7 @@ def stretches(row: Row) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("least_saved", [2, 7, LEAST_SAVED])
 def test_a_trunk_is_shared_only_where_it_saves_enough(least_saved):
-    # Catches sharing counted by tokens instead of by tokens saved, and a trunk given up with the branches that pay.
+    # Catches counting shared tokens instead of saved tokens, and a trunk dropped together with the branches that pay.
     shared = 0
     for seed in range(300):
         examples = [
@@ -188,7 +188,7 @@ def test_the_least_trunk_worth_sharing(records, trunk, shared):
     assert len(graft(examples, least_saved=16)) == (trunk if shared else records * trunk) + 2 * records
 
 
-# Odd batches.
+# Unusual batches.
 
 WORDS = st.integers(0, 3)
 MARK = st.integers(0, 1)
@@ -196,7 +196,7 @@ MARK = st.integers(0, 1)
 
 @st.composite
 def records(draw: st.DrawFn, texts: st.SearchStrategy[list[list[int]]]) -> list[Example]:
-    """Records of these texts, each with learn marks of its own."""
+    """Records with these texts and random learn marks."""
     made = []
     for n, ids in enumerate(draw(texts), start=1):
         learn = [0, *draw(st.lists(MARK, min_size=len(ids) - 1, max_size=len(ids) - 1))] if ids else []
@@ -232,7 +232,7 @@ def test_odd_batches_obey_every_law(layout, kind):
 
 
 def test_a_thousand_records_each_the_beginning_of_the_next():
-    # Catches recursion by depth, and a cost that grows with the cube.
+    # Catches recursion by depth, and cubic cost.
     examples = [Example((0,) * n, (0,) + (1,) * (n - 1), f"a:{n}") for n in range(1, 1_001)]
     row = everything_shared(examples)
     assert row.is_chain
@@ -246,7 +246,7 @@ def test_equal_records_lie_in_one_chain_that_counts_twice():
 
 
 def test_records_that_begin_alike_need_not_be_neighbours():
-    # Catches sharing between neighbours of the batch alone.
+    # Catches sharing only between neighbours in the batch.
     ids = [(1, 2, 3), (7, 8), (1, 2, 4), (7, 9)]
     row = everything_shared([Example(one, (0,) * len(one), f"a:{n}") for n, one in enumerate(ids)])
     assert Counter(row.ids) == Counter((1, 2, 3, 4, 7, 8, 9))

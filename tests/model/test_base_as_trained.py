@@ -1,4 +1,4 @@
-"""A base is held as the training of its adapters held it, unless the user says otherwise."""
+"""A base is loaded like in the training of its adapters, unless the user says otherwise."""
 
 import pytest
 import torch

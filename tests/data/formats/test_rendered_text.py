@@ -1,4 +1,4 @@
-"""Laws of reading rendered texts: the turns that were written, or nothing. The oracle writes each format by hand."""
+"""Laws of parsing rendered texts: the turns that were written, or nothing. The oracle writes each format by hand."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ VICUNA = (
 
 
 def every(**forms: str) -> Callable[[Said], str]:
-    """A format in which each turn is written by itself, by its role."""
+    """A writer for a format in which each turn is written by itself, depending on its role."""
     return lambda said: "".join(forms[role].replace("@", text) for role, text in said)
 
 
@@ -65,8 +65,8 @@ WRITERS: dict[str, Callable[[Said], str]] = {
     "hh-rlhf": lambda said: "".join(f"\n\n{SIDES[role]}: {text}" for role, text in said),
     "vicuna": with_preamble(VICUNA, " ", user="USER: @ ", assistant="ASSISTANT: @</s>"),
 }
-NO_STOP = ("guanaco", "hh-rlhf")  # what ends an answer there is the next question's marker, or the text's end
-NO_SYSTEM = ("gemma", "mistral-v3", "guanaco", "hh-rlhf")  # in the first two it is part of the first user turn
+NO_STOP = ("guanaco", "hh-rlhf")  # an answer ends at the next question's marker or at the text's end
+NO_SYSTEM = ("gemma", "mistral-v3", "guanaco", "hh-rlhf")  # the first two put a system text into the first user turn
 MARKERS = {
     "atom-official": ["<s>", "</s>", "<s>Human: ", "\n</s>", "</s><s>Assistant: "],
     "chatml": [
@@ -90,7 +90,7 @@ MARKERS = {
     "hh-rlhf": ["\n\nHuman: ", "\n\nAssistant:"],
     "vicuna": ["USER: ", " ASSISTANT: ", "</s>", "ASSISTANT:", "USER:"],
 }
-# What some format trims or writes itself does not stand at the ends; no marker is written by chance.
+# Texts do not begin or end with characters that a format trims or writes, and contain no marker by chance.
 TEXT = st.text(st.sampled_from("abé你好 \n{}%#:/|[]()🙂.'\""), min_size=1, max_size=20).filter(lambda t: t == t.strip())
 
 
@@ -168,7 +168,7 @@ def test_llama_chineses_published_text_without_newlines_is_read():
 
 
 def test_llama_chineses_data_files_end_every_turn_with_a_line_end_that_is_no_part_of_it():
-    # data/dev_sft.csv: the line end was learned in all 200 of its answers.
+    # As in data/dev_sft.csv: the newline was once trained in all of its 200 answers.
     text = "<s>Human: 地球？\n</s><s>Assistant: 唯一。\n</s>"
     assert turns_of(text) == ("atom-official", (Turn("user", "地球？"), Turn("assistant", "唯一。")))
     assert turns_of(text.removesuffix("\n</s>")) == turns_of(text)
@@ -209,7 +209,7 @@ def test_chatml_with_a_tools_answer_is_read():
 
 
 def test_what_transformers_renders_is_read():
-    # The writers above are the test's own; here the built-in templates write, through a tokenizer.
+    # The writers above are the tests' own; here the built-in templates write, with a tokenizer.
     said = [("system", "S"), ("user", "你好"), ("assistant", "a"), ("user", "q"), ("assistant", "b")]
     messages = [{"role": role, "content": text} for role, text in said]
     for name in ("atom-official", "chatml", "llama3", "alpaca", "vicuna"):
@@ -223,13 +223,13 @@ def test_what_transformers_renders_is_read():
 @pytest.mark.parametrize(
     "text",
     [
-        # A second turn without an input: atom's template would write it as the input of the first instruction.
+        # A second turn without an input; atom's template would write it as the input of the first instruction.
         "<s>Human: I请回答用户问题: x\n</s><s>Assistant:a</s><s>Human: q请回答用户问题: \n</s><s>Assistant:b</s>",
-        # Gemma's template trims.
+        # Gemma's template trims texts.
         "<start_of_turn>user\n q <end_of_turn>\n<start_of_turn>model\na<end_of_turn>\n",
-        # Two stop tokens are two tokenizers' texts.
+        # Two different stop tokens come from two tokenizers.
         "### Instruction:\nq\n\n### Response:\na<|endoftext|>\n\n### Instruction:\nq\n\n### Response:\na</s>",
-        # A system text in the middle is no system text to Llama 2's.
+        # Llama 2 has no system text in the middle.
         "<s>[INST] q [/INST] a </s><s>[INST] <<SYS>>\nS\n<</SYS>>\n\nq [/INST] a </s>",
     ],
 )
@@ -242,12 +242,12 @@ def test_a_text_that_the_template_would_write_otherwise_is_not_its_text(text):
 
 @pytest.mark.parametrize(("name", "marker"), [(name, one) for name, ones in MARKERS.items() for one in ones])
 def test_a_marker_inside_a_text_is_never_taken_for_the_templates(name, marker):
-    # Each text in turn, the marker at its beginning, in its middle and at its end: the same turns, or none at all.
+    # Put the marker at the beginning, middle and end of each text in turn: expect the same turns or none.
     said = [("system", "be good"), ("user", "ask"), ("assistant", "say"), ("user", "more"), ("assistant", "end")]
     said = said[1:] if name in NO_SYSTEM else said
     for at, (role, text) in enumerate(said):
         if at == len(said) - 1 and marker.endswith("user\n"):
-            continue  # an answer that writes the beginning of a question: a question behind it, for all one can tell
+            continue  # an answer that ends with the start of a question cannot be told from a following question
         for hostile in (marker + text, text[:2] + marker + text[2:], text + marker):
             turns = [*said[:at], (role, hostile), *said[at + 1 :]]
             found = turns_of(WRITERS[name](turns))
@@ -267,7 +267,7 @@ def test_a_text_cut_anywhere_gives_no_wrong_turns(name):
         assert tuple(before) == turns[: len(before)]
         expected = turns[len(before)]
         assert last.role == expected.role
-        # Where no stop token ends it, an answer may end as the next marker begins: C#.
+        # Without a stop token, an answer may end with the same character that begins the next marker, for example C#.
         holds_more = name in NO_STOP and last.text.startswith(expected.text)
         assert expected.text.startswith(last.text) or holds_more
 
@@ -302,7 +302,7 @@ def test_another_text_costs_microseconds_and_a_hostile_one_no_hours():
     prose = "The quick brown fox jumps over the lazy dog. " * 100
     for _ in range(2000):
         assert turns_of(prose) is None
-    # About 3 µs each; a wide margin for a busy machine.
+    # A call takes about 3 µs; the wide margin is for a busy machine.
     assert time.process_time() - start < 0.5
     start = time.process_time()
     for sign, again in [
