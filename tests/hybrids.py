@@ -1,5 +1,4 @@
-"""Tiny models with layers that carry a state from token to token, in float64, with an adapter as after some training.
-"""
+"""Tiny models with layers that carry a state from token to token, in float64, with an adapter that is not new."""
 
 from pathlib import Path
 from typing import Any

@@ -84,7 +84,7 @@ def test_what_is_served_is_what_was_encoded(data, tmp_path, source):
         examples, told, _ = asked(data, tmp_path / "cache", template=template)
         assert [as_examples(row) for row in examples] == direct
         assert told == ledger
-    assert ledger.records_cut and ledger.control_origins and len(ledger.broken) == 2  # nothing was compared empty
+    assert ledger.records_cut and ledger.control_origins and len(ledger.broken) == 2  # not an empty comparison
 
 
 def test_notices_survive_the_store(tmp_path):
@@ -616,7 +616,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_stored_under_the_hash_of_ot
 
 
 def test_records_that_are_not_there_any_more_are_missed(data, tmp_path):
-    # Fewer records than rows: the last rows were neither learned nor held out.
+    # With fewer records than rows, the last rows were neither trained nor held out.
     stored = examples_of(data, template_of(), Rules(max_tokens=96), cache_dir=tmp_path / "cache").examples
     lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
     data.write_text("".join(lines[:3]), encoding="utf-8")

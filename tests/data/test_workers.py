@@ -1,5 +1,4 @@
-"""Parts come back in order. One that never ends, fills the memory or crashes is examined, and nothing is left running.
-"""
+"""Parts come back in order. One that never ends, fills the memory or crashes is examined; nothing keeps running."""
 
 import gc
 import multiprocessing

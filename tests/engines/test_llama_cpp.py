@@ -20,7 +20,7 @@ def test_log_probabilities_are_those_of_transformers_for_parts_of_characters_too
     file = tmp_path / "m.gguf"
     convert(models("lone"), file, "f32")
     prompt = [1, 300, 301, 302]
-    answer = [0xE4 + 3, 0xBD + 3, 0xA0 + 3, 303, 2]  # 你 in bytes, which stand behind three control tokens; a stop
+    answer = [0xE4 + 3, 0xBD + 3, 0xA0 + 3, 303, 2]  # 你 in bytes, after 3 control tokens; a stop
     model = AutoModelForCausalLM.from_pretrained(models("lone"), dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]

@@ -123,7 +123,7 @@ def test_a_large_data_set_is_shown_in_part_and_that_is_said(tmp_path, monkeypatc
     assert len(told["records"]) == 20
     assert len(told["problems"]["duplicates"]) == 2
     assert "20 of 71 used records" in text
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".r.html")]  # nothing half-written is left
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".r.html")]  # no temporary file is left
 
 
 def test_who_reads_the_old_page_reads_it_to_its_end(tmp_path):

@@ -1,5 +1,4 @@
-"""Adapter keys: a layer has exactly one place in another class, or is refused; towers are not part of the text model.
-"""
+"""Adapter keys: a layer has one place in another class, or is refused; towers are not part of the text model."""
 
 import pytest
 import torch

@@ -18,7 +18,7 @@ def trained(dtype, quantize="nf4") -> AdapterMetadata:
         ([trained("float16")], "nf4", "auto", "float16"),
         ([trained("float16"), trained("float16")], "nf4", "auto", "float16"),
         ([trained("float16")], "nf4", "float64", "float64"),
-        ([trained("float16"), trained("float64")], "nf4", "auto", "auto"),  # one base for both: as for any
+        ([trained("float16"), trained("float64")], "nf4", "auto", "auto"),  # they share one base, so neither
         ([trained("float16")], "int8", "auto", "auto"),
         ([trained("float16")], None, "auto", "auto"),
         ([trained("float16", None)], None, "auto", "auto"),

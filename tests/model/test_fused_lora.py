@@ -130,7 +130,7 @@ def test_dropout_keeps_each_element_as_often_as_it_should(p):
     assert keep.dtype == torch.bool
     share = 1 - keep.double().mean().item()
     assert share == pytest.approx(p, abs=5 * (p * (1 - p) / keep.numel()) ** 0.5)
-    neighbours = (keep[:, 1:] == keep[:, :-1]).double().mean().item()  # four elements share one draw of 64 bits
+    neighbours = (keep[:, 1:] == keep[:, :-1]).double().mean().item()  # four elements share a 64-bit number
     assert neighbours == pytest.approx(1 - 2 * p * (1 - p), abs=3e-3)
 
 
