@@ -93,6 +93,6 @@ def test_no_more_layers_than_memory_asks_for():
         layers = number(room)
         kept = (10 - layers) * a_layer + layers * inputs / 10
         assert kept <= FILLED_BY_CHOICE * room or layers == 10
-        if layers > 1:  # one less would be more than what is to be filled
+        if layers > 1:  # with one layer less, too much would be kept
             assert kept + a_layer - inputs / 10 > FILLED_BY_CHOICE * room
     assert number(0) == number(-5) == 10, "the model alone fills the device"

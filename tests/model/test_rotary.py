@@ -40,7 +40,7 @@ def ids_of(length: int) -> tuple[int, ...]:
 def test_the_limit_is_the_one_of_the_config():
     assert rotary_limit(longrope()) == LIMIT
     assert rotary_limit(AutoConfig.for_model("llama", **SIZE)) is None
-    assert rotary_limit(AutoConfig.for_model("gemma3_text", **SIZE)) is None  # has a rope for each kind of layer
+    assert rotary_limit(AutoConfig.for_model("gemma3_text", **SIZE)) is None  # it has one rope per kind of layer
 
 
 def test_records_of_both_sides_are_kept_apart():

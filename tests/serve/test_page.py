@@ -273,7 +273,7 @@ def test_an_empty_system_text_is_sent_where_another_than_the_trainings_is_wanted
         sent = []
         for own_system in (False, True):
             page.set_checked("#own_system input", own_system)
-            with page.expect_response("**/run/predict"):  # on a busy machine the question overtook it, and went with it
+            with page.expect_response("**/run/predict"):  # on a busy machine the question once overtook it
                 page.click("#new")
             playwright.expect(page.locator("#save")).to_be_hidden()
             tab.ask("晚安")
