@@ -192,7 +192,7 @@ def test_no_new_private_name_of_a_library(path):
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_every_signature_is_typed(path):
-    # mypy holds the types themselves; this holds without mypy, in every environment.
+    # mypy checks the types themselves; this check works without mypy in every environment.
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             place = f"{name(path)}:{node.lineno} {node.name}"
@@ -202,9 +202,7 @@ def test_every_signature_is_typed(path):
 
 
 def written_files() -> list[Path]:
-    """All files that a user may read: source, documents, the root. Not the tests, which contain the words they look
-    for.
-    """
+    """All files that a user may read: source, documents, the root; not the tests, which name what they look for."""
     kinds = {".py", ".md", ".jinja", ".yaml", ".toml", ".sh", ".json", ".jsonl", ".cfg", ".txt", ""}
     folders = [ROOT / folder for folder in ("src", "docs", "examples", "tools", "benchmarks")]
     files = [path for folder in folders for path in folder.rglob("*")] + list(ROOT.iterdir())

@@ -105,8 +105,7 @@ for module in pkgutil.walk_packages(atomtune.__path__, "atomtune."):
 
 
 def test_without_proc_what_is_tried_has_a_limit_of_time_alone(monkeypatch):
-    """There a process's memory is unknown. The trial failed because of that, and the foreign code ran without limits.
-    """
+    """There a process's memory is unknown. The trial failed because of that, and the foreign code had no limits."""
 
     def unmounted() -> int:
         raise FileNotFoundError(2, "No such file or directory", "/proc/self/statm")

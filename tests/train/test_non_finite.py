@@ -136,7 +136,7 @@ class Run:
         for weight in self.model.parameters():
             weight.grad = torch.full_like(weight, gradient)
         self.watch.finite_loss(torch.tensor(loss), [f"d.jsonl:{self.steps}"])
-        inside_accelerate = AcceleratedOptimizer.__new__(AcceleratedOptimizer)  # its own init wants a whole Accelerator
+        inside_accelerate = AcceleratedOptimizer.__new__(AcceleratedOptimizer)  # __init__ needs a whole Accelerator
         inside_accelerate.optimizer, inside_accelerate.scaler = self.optimizer, self.scaler
         self.watch.on_pre_optimizer_step(
             ONE_RANK, state(self.steps), None, model=self.model, optimizer=inside_accelerate

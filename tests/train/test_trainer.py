@@ -76,8 +76,7 @@ def oracle(base: Path, data: Path, *, accumulation: int, optimizer: str) -> tupl
 
 
 def relative_difference(ours: dict, theirs: dict) -> float:
-    """Relative L2 norm of the difference over all B matrices, which start at zero and so contain only what was learned.
-    """
+    """Relative L2 norm of the difference over all B matrices, which start at zero and so are only what was learned."""
     assert ours.keys() == theirs.keys()
     learned = [name for name in ours if "lora_B" in name]
     difference = math.sqrt(sum((ours[k].double() - theirs[k].double()).pow(2).sum().item() for k in learned))

@@ -96,7 +96,7 @@ def test_a_seal_replaces_its_own_and_moves_what_is_not_ours_aside(tmp_path):
 def test_rotation_keeps_the_newest_the_protected_and_everything_a_user_made(tmp_path):
     for step in (2, 4, 6, 8, 10):
         sealed(tmp_path, step)
-    for name in ("checkpoint-final", "checkpoint-3", "checkpoint-007", "backup"):  # no manifest, or no name of ours
+    for name in ("checkpoint-final", "checkpoint-3", "checkpoint-007", "backup"):  # no manifest, or another name
         (tmp_path / name).mkdir()
     rotate(tmp_path, keep=2, protected=[tmp_path / "checkpoint-4"], notice=pytest.fail)
     left = {path.name for path in tmp_path.iterdir()}
