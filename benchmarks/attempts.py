@@ -13,7 +13,7 @@ from benchmarks.attacks import ESCAPE, Attack, World, among, behind, edit, forke
 
 
 def of_files() -> Iterator[Attack]:
-    """Kind 1: files of a base with altered values."""
+    """Kind 1: altered files of a base and of an adapter."""
     altered: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
         ("config.json", {"hidden_size": "32"}, (2,)),
         ("config.json", {"num_hidden_layers": 10**9}, (2,)),
@@ -166,7 +166,7 @@ def beside_an_adapter() -> dict[str, Callable[[World], object]]:
 
 
 def of_templates() -> Iterator[Attack]:
-    """Kind 2: chat templates that are endless, huge or forbidden."""
+    """Kind 2: chat templates that are endless, huge or forbidden, and slow patterns of a tokenizer."""
     sources = [
         "{% for i in range(1000000000) %}x{% endfor %}",
         "{{ 'a' * 300000000 }}",
@@ -506,7 +506,7 @@ def of_streams() -> Iterator[Attack]:
 
 
 def of_bases() -> Iterator[Attack]:
-    """Kind 9: other bases."""
+    """Kind 9: folders and models that are no usable base."""
 
     def given(folder: Callable[[World], Path]) -> Callable[[World], list[str]]:
         def words(world: World) -> list[str]:
@@ -572,7 +572,7 @@ def of_environment() -> Iterator[Attack]:
 
 
 def of_resume() -> Iterator[Attack]:
-    """Kind 11: a run is resumed after its files were changed."""
+    """Kind 11: resume after a change of the base, the data, a setting or the run's files."""
     for name, value in {"rms_norm_eps": 1e-3, "hidden_act": "gelu", "max_position_embeddings": 64}.items():
 
         def config(world: World, name: str = name, value: Any = value) -> list[str]:

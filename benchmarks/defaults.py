@@ -343,7 +343,7 @@ def work(waiting: Any, finished: Any, folder: Path, options: argparse.Namespace)
             return
         try:
             finished.put((group, worker.lines(group), ""))
-        except Exception:  # noqa: BLE001  # the other groups go on
+        except Exception:  # noqa: BLE001 - the other groups go on
             finished.put((group, [], traceback.format_exc()))
 
 

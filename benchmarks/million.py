@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Time both in turn, then time a start from the cache; print a table."""
+    """Time the tokenizer alone, the encoding and a start from the cache, in turn; print the figures."""
     from benchmarks import workloads
 
     with tempfile.TemporaryDirectory() as folder:

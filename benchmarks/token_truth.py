@@ -8,8 +8,8 @@ come from the package trl, if it is installed.
 
 Each answer in training is compared with what others make of the messages:
 - its prompt with transformers' apply_chat_template, tokenized in one call;
-- the answer with what the template writes after that prompt; if the template shows only part of it there, with what the
-  model's publisher documents.
+- the answer with what the template writes after that prompt; if the template writes it otherwise in
+  the whole conversation, with what the model's publisher documents.
 
 For Mistral, the three built-in templates on mistral-common's tokenizers are compared with the ids of mistral-common's
 own encoders. Llama 2 is compared with how Meta's reference code builds a dialog.

@@ -14,8 +14,7 @@ os.environ["ATOMTUNE_LANGUAGE"] = "en"  # whatever the machine's locale is
 # The tests expect a CPU's results bit by bit. `CUDA_VISIBLE_DEVICES=0 pytest …` uses a GPU; see docs/log.md.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-# `nohup make test &` makes child processes ignore these signals. A run respects that, and the tests of stops would
-# fail.
+# `nohup make test &` makes child processes ignore these signals. A run respects that, so tests of stops would fail.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

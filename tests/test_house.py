@@ -150,8 +150,8 @@ def test_a_module_has_a_noun_for_a_name_and_says_where_it_stands(path):
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
-#: Private names of libraries, which may change with a release. Before adding one, say beside its use why there is no
-#: public name.
+#: Private names of libraries, which may change with a release. Before adding one, say beside its
+#: use why there is no public name.
 PRIVATE = {
     "data/encoding/special_tokens.py": {"tokenizer._atomtune_controls"},
     "data/encoding/token_ids.py": {"tokenizer._atomtune_short_way"},

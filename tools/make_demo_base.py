@@ -1,11 +1,10 @@
-"""Make ``src/atomtune/demo/base``: a Llama of about two million weights that answers simple questions in a neutral
-tone.
+"""Make ``src/atomtune/demo/base``: a Llama of about two million weights that answers simple questions plainly.
 
 ``python tools/make_demo_base.py`` builds the corpus (``demo_text.py``), trains the SentencePiece tokenizer, pretrains
 the model from seeded weights and writes the folder. Nothing is downloaded. The shipped weights were made with torch
 2.13.0+cpu, transformers 5.23.0, sentencepiece 0.2.3 and tokenizers 0.23.3, seed 7, one thread (several threads add sums
-in another order, which rounds differently). A second run gave the same tokenizer byte for byte; the weights were not
-made twice.
+in another order, which rounds differently). A second run gave the same tokenizer byte for byte; the weights
+were made only once.
 """
 
 import argparse

@@ -1,5 +1,4 @@
-"""Download small real models and tokenizers into a folder, for the tests marked slow; none of it belongs to the
-project.
+"""Download small real models and tokenizers into a folder, for the tests marked slow; the project ships none.
 
     python tools/real_material.py [--folder ~/.cache/atomtune-real] [--gemma]
 

@@ -140,7 +140,7 @@ def test_every_token_is_asked_once_and_padding_never(window):
 
 
 def test_the_path_reaches_into_no_token_that_is_not_there():
-    # Keys that fill a path up to a multiple of 32 are read from memory, although no query sees them.
+    # Keys that fill a path up to a multiple of 32 must exist: they are read, although no query sees them.
     for row in rows(200, longest=40):
         for width in (len(row), padded_length(len(row))):
             for siblings in plan_attention(row, windows=(5,), width=width).blocks[5].each:

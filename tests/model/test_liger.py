@@ -117,8 +117,7 @@ def test_a_run_says_whether_they_are_used_and_trains(models, dialogues, tmp_path
     monkeypatch.setattr(train_model, "liger_circumstances", lambda *_: Circumstances(None, "cuda", True))
     words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--max_steps", "2"]
     assert main([*words, "--output_dir", str(tmp_path)]) == 0
-    # Left in transformers' file, a Triton kernel was once called by the next command's model on a CPU, and by one in
-    # float64.
+    # Left in transformers' file, a Triton kernel was once called by later models on a CPU and in float64.
     assert not hasattr(sys.modules["transformers.models.llama.modeling_llama"], "planted")
     assert json.loads((tmp_path / "run.json").read_text())["liger_kernels"] is used
     printed = capsys.readouterr().out

@@ -34,8 +34,7 @@ def test_without_packages_the_librarys_own_code_is_named_and_what_would_be_faste
 
 
 def test_a_package_that_is_installed_is_named_as_what_computes(monkeypatch):
-    # The library looks for packages when it imports a model's file, so the file is imported again with the package
-    # there.
+    # The library looks for packages when it imports a model's file, so the file is imported again here.
     package = ModuleType("causal_conv1d")
     package.causal_conv1d_fn = lambda x, weight, bias=None, activation=None: x
     package.causal_conv1d_update = package.causal_conv1d_fn

@@ -123,8 +123,7 @@ def test_a_row_gives_the_loss_and_gradients_of_one_record_at_a_time(family, layo
 
 
 def test_layers_that_read_the_same_compute_once_together_by_paths(monkeypatch):
-    # Once, each layer got its own copy of the input: the first one computed for the whole group, and every other one
-    # again.
+    # Once, each layer got its own copy of the input, so the first computed the whole group and the others repeated it.
     model = copy.deepcopy(adapted("qwen3_5_text"))
     groups = compute_together(model, input_ids=torch.tensor([[5, 9, 3]]))
     of_layers = [module.group for module in model.modules() if isinstance(module, GroupedLora)]

@@ -1,5 +1,4 @@
-"""`--lora_experts` is reported, trains a tree, resumes with the same bytes, is verified and merged, answers the same.
-"""
+"""`--lora_experts` is reported, trains a tree, resumes with the same bytes, is verified, merged, answers the same."""
 
 import json
 import shutil

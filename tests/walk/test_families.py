@@ -44,7 +44,7 @@ def test_trained_saved_and_loaded_gives_the_same_logits(  # noqa: PLR0917  # pyt
     made = loaded.generate(
         input_ids=ids, max_new_tokens=12, do_sample=False, eos_token_id=stops, pad_token_id=0, use_cache=not remote
     )
-    expected = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).rstrip("\ufffd")  # cut in two
+    expected = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).rstrip("\ufffd")  # cut by the limit
     capsys.readouterr()
     chat = ["chat", "--adapter_path", str(out), "--prompt", "你是谁？ (9)", "--max_new_tokens", "12"]
     assert main([*chat, "--dtype", "float32", *remote]) == 0

@@ -1,5 +1,4 @@
-"""Mutated files of every kind except plain JSON give values, refusals or one clear error, whatever the bytes; no crash.
-"""
+"""Mutated files of every kind except plain JSON give values, refusals or one clear error, and never crash."""
 
 import csv
 import gzip

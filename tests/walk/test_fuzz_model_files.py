@@ -165,8 +165,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "run.json": ("adapter", use_record),
     "trainer_state.json": ("checkpoint", use_state),
 }
-#: Keys that atomtune does not read, that may have values of several types, or whose form the tokenizers library
-#: decides.
+#: Keys that atomtune does not read, that may have several types, or that only the tokenizers library reads.
 FREE = {
     *("transformers_version", "_from_model_config", "architectures", "pretraining_tp", "metadata", "peft_version"),
     *("dtype", "bos_token_id", "eos_token_id", "use_cache", "model_max_length", "tokenizer_class", "chat_template"),
@@ -217,7 +216,7 @@ def test_no_file_breaks_what_reads_it(folders, tmp_path, name):
         content = mutated(whole, draw)
         (folder / name).write_bytes(content)
         began = time.monotonic()
-        signal.alarm(4 * MOST_SECONDS)  # processors are shared: what never ends is ended, what is slow is said
+        signal.alarm(4 * MOST_SECONDS)  # processors are shared: stop what never ends, report what is slow
         try:
             use(folder)
             accepted += 1

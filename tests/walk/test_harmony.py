@@ -56,7 +56,7 @@ def harmony_messages(record: Message, day: str) -> list[Any]:
     developer = DeveloperContent.new()
     if messages[0]["role"] == "system":
         instructions = messages.pop(0)["content"]
-        # For an empty text the template writes no developer message; after any other it writes an empty line.
+        # For an empty text the template writes no developer message; without tools it adds an empty line after a text.
         behind = "" if record.get("tools") else "\n\n"
         if instructions:
             developer = developer.with_instructions(instructions + behind)

@@ -80,7 +80,7 @@ def test_a_larger_batch_that_computes_fewer_tokens_is_named_and_makes_the_same_r
 
 
 def test_auto_packs_records_that_share_nothing(models, tmp_path, capsys):
-    # Role markers are common to all; a template without them leaves nothing to share.
+    # All records would share role markers, so this template has none.
     template = tmp_path / "bare.jinja"
     template.write_text(
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}"

@@ -52,8 +52,7 @@ def alpaca(chat: Chat) -> dict[str, Any]:
 
 
 def alpaca_by_input(chat: Chat) -> dict[str, Any]:
-    """Like `alpaca`, but the last question is an input without an instruction: Turn.input, which no other format has.
-    """
+    """Like `alpaca`, but the last question is an input without instruction: Turn.input, which no other format has."""
     written = alpaca(chat)
     return {**written, "instruction": "", "input": written["instruction"]}
 

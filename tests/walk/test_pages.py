@@ -56,8 +56,7 @@ OURS = [entry for entry in LINES if entry[1].startswith("atomtune ") and not re.
 
 
 def refusal(words: list[str], *, whole: bool = True) -> str | None:
-    """Why the command line refuses `atomtune WORDS`; None if it accepts them. An incomplete command is completed first.
-    """
+    """Why the command line refuses `atomtune WORDS`; None if it accepts them. Parts of commands are completed first."""
     if not words or words[0] in ("--help", "--version", "help"):
         return None
     command, *flags = words

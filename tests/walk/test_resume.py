@@ -124,8 +124,7 @@ def test_a_named_checkpoint_goes_on_in_another_folder(whole, tmp_path, way):
 
 
 def test_losses_between_logs_are_not_lost_with_a_checkpoint(models, dialogues, tmp_path):
-    # The library divides a resumed run's loss by all steps, and drops losses that were not logged before the
-    # checkpoint.
+    # The library divides a resumed run's loss by all steps, and drops losses not yet logged at the checkpoint.
     def run(out, *more):
         flags = ["--max_steps", "10", "--save_steps", "4", "--logging_steps", "3", *more]
         assert main([*arguments(models("llama"), dialogues, out), *flags]) == 0

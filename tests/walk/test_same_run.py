@@ -74,8 +74,7 @@ def test_from_every_step_the_run_is_the_same(models, dialogues, tmp_path, way):
     if way == "best":
         best = json.loads((found[-1] / "trainer_state.json").read_text())["best_model_checkpoint"]
         assert Path(best) in found, "named by the path it ends under"
-    # To save time, half of the ways resume from the first and the last but one checkpoint, the others from the middle
-    # one.
+    # To save time, half of the ways resume from the first and the last but one, the others from the middle.
     few = (found[0], found[-2]) if list(WAYS).index(way) % 2 else (found[len(found) // 2],)
     for kept in found if EVERY else few:
         out = tmp_path / f"from-{kept.name}"

@@ -101,7 +101,7 @@ def test_a_base_that_is_a_program(models, dialogues, tmp_path, mark, capsys):
     assert not mark.exists()
 
 
-#: Every file name that the library would open as a state, and others that some version opens.
+#: The file names under which the library opens states, and files that are opened elsewhere.
 STATES = ["optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_0.pth"]
 STATES += ["pytorch_model_fsdp.bin"]
 OTHERS = ["training_args.bin", "optimizer_0/.metadata", "pytorch_model_fsdp_0/.metadata", "random-0.pkl"]

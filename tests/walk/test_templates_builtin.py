@@ -1,5 +1,4 @@
-"""Laws of the built-in templates: each writes its family's published format, and every prompt continues the one before.
-"""
+"""Laws of the built-in templates: each writes its family's published format, and prompts continue each other."""
 
 import json
 from importlib import resources

@@ -1,5 +1,4 @@
-"""Training uses the tokens that serving sees: kinds of conversation on published tokenizers, and on tiny ones like
-them.
+"""Training uses the tokens that serving sees: kinds of conversation on published and on tiny tokenizers.
 
 Tests on published tokenizers are slow, and skipped if these are missing. The tiny ones have small templates of the same
 form, and their expected texts are written by hand.

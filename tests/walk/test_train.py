@@ -171,7 +171,7 @@ def test_the_tutorials_data_set_through_the_tutorials_flags(tmp_path, capsys):
         [{"role": "user", "content": "娘娘。"}], add_generation_prompt=True, return_tensors="pt", return_dict=False
     )
     made = adapted.generate(input_ids=ids, max_new_tokens=16, do_sample=False, eos_token_id=2, pad_token_id=0)
-    expected = saved.decode(made[0, ids.shape[1] :], skip_special_tokens=True).rstrip("\ufffd")  # cut in two
+    expected = saved.decode(made[0, ids.shape[1] :], skip_special_tokens=True).rstrip("\ufffd")  # cut by the limit
     capsys.readouterr()
     chat = ["chat", "--adapter_path", str(out), "--prompt", "娘娘。", "--max_new_tokens", "16", "--dtype", "float32"]
     assert main(chat) == 0

@@ -84,8 +84,7 @@ def test_merging_keeps_every_tensor_and_changes_the_adapted_ones_alone(trained, 
     assert after.keys() == before.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     adapted = {f"{module_of(name)}.weight" for name in load_file(out / "adapter_model.safetensors")}
-    # Files and class have different names for the language model (Gemma 3, Mistral 3), but the same ends of layer
-    # names.
+    # Files and class have different names for the language model (Gemma 3, Mistral 3); the names' ends are the same.
     assert {_from_layer(name) for name in changed} == {_from_layer(name) for name in adapted}
     assert (merged / "preprocessor_config.json").read_bytes() == (base / "preprocessor_config.json").read_bytes()
     adapter = PeftModel.from_pretrained(named_class(base).from_pretrained(base, dtype=torch.float32), str(out))

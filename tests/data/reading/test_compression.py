@@ -61,8 +61,7 @@ def test_a_packed_file_is_what_it_was(tmp_path: Path, kind, ending):
 
 @pytest.mark.parametrize("ending", PACK)
 def test_files_that_were_packed_apart_and_joined_are_read_to_the_end(tmp_path: Path, ending):
-    # `cat a.gz b.gz` and parallel packers write such files; a reader that stops at the first end loses the rest
-    # silently.
+    # `cat a.gz b.gz` and parallel packers write such files; a reader that stops at the first end loses the rest.
     pack, lines = PACK[ending], as_jsonl().splitlines(keepends=True)
     path = tmp_path / f"a.jsonl.{ending}"
     path.write_bytes(b"".join(pack(b"".join(lines[n : n + 1000])) for n in (0, 1000, 2000)))
