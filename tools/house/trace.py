@@ -1,6 +1,6 @@
 """Run one atomtune command in this process and record which of atomtune's functions it enters, in order.
 
-python -m tools.house.trace OUT.json train --model_path …
+    python -m tools.house.trace OUT.json train --model_path …
 
 OUT.json has the exit code, the functions by first entry, `entries` (every change of function, as indices into that
 list) and `holders`: the functions that had TRACED_VALUE in a variable, at most TRACED_DEPTH levels deep, and
