@@ -1,1 +1,1 @@
-"""Benchmarks: one file per question; results with commit, machine and versions in README.md."""
+"""Benchmarks: each file answers one question; README.md has the results with commit, machine and versions."""

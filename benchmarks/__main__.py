@@ -1,7 +1,7 @@
-"""`make bench`: every contender on every workload, in turn, each in a process of its own; table and figure.
+"""`make bench`: train every contender on every workload, each in its own process; write a table and a figure.
 
-The contenders take turns round by round, so that a machine that is slower for a while is slower for all of them; what
-is compared is the median of the rounds' ratios.
+The contenders take turns, round by round, so that a slow phase of the machine slows all of them. They are compared by
+the median of the ratios within each round.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def run(name: str, base: Path, data: Path) -> dict[str, Any]:
 
 
 def measure(source: Path, counts: dict[str, int], names: list[str], *, rounds: int, shape: str) -> list[dict[str, Any]]:
-    """One dictionary of figures for each run."""
+    """Train each contender on each workload, `rounds` times; one dictionary of figures per run."""
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         every = workloads.read(source, 10**9)
@@ -57,7 +57,7 @@ def measure(source: Path, counts: dict[str, int], names: list[str], *, rounds: i
 
 
 def medians(runs: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
-    """By workload and contender, the median of each figure."""
+    """The median of each figure, by (workload, contender)."""
     keys = ("examples_per_second", "peak_memory_mb", "computed_tokens", "loss", "share_of_floor")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for figures in runs:
@@ -67,10 +67,11 @@ def medians(runs: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, float
 
 @dataclass(frozen=True)
 class Against:
-    """The fastest of atomtune's contenders on a workload beside the fastest other.
+    """The fastest atomtune contender on a workload, compared with the fastest other contender.
 
-    speed   times as many examples a second, the median of the rounds
-    memory  of the peak of TRL packed (of the fastest other where that is not there), the median of the rounds
+    speed   ratio of examples per second, median over the rounds
+    memory  ratio of peak memory to that of TRL packed, median over the rounds; if TRL packed is not there,
+            to that of the fastest other
     """
 
     own: str
@@ -80,7 +81,7 @@ class Against:
 
 
 def against_fastest_other(runs: list[dict[str, Any]], workload: str) -> Against | None:
-    """None where only the one side was measured."""
+    """None if only one of the two sides was measured."""
     middle = medians(runs)
     names = [name for at, name in middle if at == workload]
 
@@ -102,7 +103,7 @@ def against_fastest_other(runs: list[dict[str, Any]], workload: str) -> Against 
 
 
 def report(runs: list[dict[str, Any]]) -> str:
-    """Markdown: one table of ratios, one of all medians."""
+    """Two Markdown tables: the ratios, and the medians of all figures."""
     names = dict.fromkeys(figures["workload"] for figures in runs)
     lines = []
     for workload, found in [(workload, against_fastest_other(runs, workload)) for workload in names]:
@@ -122,7 +123,7 @@ def report(runs: list[dict[str, Any]]) -> str:
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Bars of examples a second, a group for each workload."""
+    """Draw bars of examples per second, one panel per workload."""
     import matplotlib.pyplot as plt
 
     middle = medians(runs)
@@ -161,7 +162,7 @@ def _with_version(name: str) -> str:
 
 
 def arguments(about: str | None, contenders: Mapping[str, str], *, records: int, out: str) -> argparse.ArgumentParser:
-    """The flags of a benchmark over the workloads."""
+    """The argument parser that the benchmarks on these workloads share."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, default=PERSONA, help="dialogues, JSONL; default: the demo's persona")
     parser.add_argument(
@@ -176,7 +177,7 @@ def arguments(about: str | None, contenders: Mapping[str, str], *, records: int,
 
 
 def bench(options: argparse.Namespace) -> None:
-    """Measure, and write the table and the figure."""
+    """Run the measurement, then write results.json, the table and the figure."""
     counts = {name: options.records if name == "short" else options.records // 4 for name in options.workloads}
     runs = measure(options.source, counts, options.contenders, rounds=options.rounds, shape=options.shape)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -3,9 +3,11 @@
     python -m benchmarks.attacks                 all of them, as a table
     python -m benchmarks.attacks --kinds 1 3     some of the kinds
 
-Every attack is a command of atomtune's in a process of its own. It fails where it ends in a traceback or by a signal,
-with an exit code that does not fit, after more than 10 seconds of processor time, with a control character on the
-terminal, or with something changed that is not its own.
+Every attack runs a command of atomtune in its own process. atomtune fails if the command
+- ends in a traceback, by a signal or with the wrong exit code,
+- uses more than 10 seconds of processor time,
+- prints a control character to the terminal or a secret,
+- or changes files that are not its own.
 """
 
 import argparse
@@ -42,8 +44,8 @@ KINDS = {
     14: "files and folders of records",
 }
 MOST_SECONDS = 10  # of processor time
-_HANGS = 300  # by the clock, on a machine that others use too
-#: What a terminal would obey. Tabs and line ends are laid out by it, and nothing else.
+_HANGS = 300  # by the wall clock, because other programs may use the machine too
+#: Control characters, which a terminal would obey; tab and newline are harmless.
 _ORDERS = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\xc2[\x80-\x9f]")
 _BUG = re.compile(rb"Traceback \(most recent|this is a bug")
 ESCAPE = "\x1b[31mX\x9b2J"
@@ -51,7 +53,7 @@ ESCAPE = "\x1b[31mX\x9b2J"
 
 @dataclass
 class World:
-    """What an attack works on: copies that are its own."""
+    """The files that one attack may change: its own copies."""
 
     folder: Path
     base: Path
@@ -83,9 +85,9 @@ class World:
 
 @dataclass(frozen=True)
 class Attack:
-    """One attempt: what is done to the world, the command, and how it may end.
+    """One attack: what is changed, the command, and the exit codes that are right.
 
-    unharmed  of the folder, what must be as it was
+    unharmed  paths within the folder that must not change
     """
 
     kind: int
@@ -93,14 +95,14 @@ class Attack:
     words: Callable[[World], list[str]]
     codes: tuple[int, ...] = (2,)
     variables: dict[str, str] = field(default_factory=dict)
-    shell: str = ""  # around the command, where its streams are attacked
+    shell: str = ""  # a shell line around the command, to redirect its streams
     unharmed: tuple[str, ...] = ()
 
 
 def behind(
     kind: int, command: str, changes: dict[str, Callable[[World], object]], codes: tuple[int, ...] = (0, 2)
 ) -> Iterator[Attack]:
-    """An attack for each change of the world: the command behind it."""
+    """One attack per change: the command is run after the change."""
     for name, change in changes.items():
 
         def words(world: World, change: Callable[[World], object] = change) -> list[str]:
@@ -111,7 +113,7 @@ def behind(
 
 
 def among(cases: list[tuple[dict[str, str], tuple[int, ...]]]) -> Iterator[Attack]:
-    """Kind 10, for each case: a run among these variables of the environment, and the codes it may end with."""
+    """Attacks of kind 10: a run with these environment variables, and the exit codes that are right for each case."""
     for variables, codes in cases:
         yield Attack(10, str(variables), lambda world: world.train(), codes, variables, shell="{}")
 
@@ -121,14 +123,14 @@ def edit(file: Path, **values: Any) -> None:
 
 
 def attacks() -> list[Attack]:
-    from benchmarks import attempts, attempts_on_processes, attempts_on_records  # they are made of what stands above
+    from benchmarks import attempts, attempts_on_processes, attempts_on_records  # here, because they import this module
 
     rooms = (attempts, attempts_on_records, attempts_on_processes)
     return [attack for room in rooms for make in room.MAKERS for attack in make()]
 
 
 def forked(words: list[str], output: Path, variables: dict[str, str] | None = None) -> tuple[int, float]:
-    """A command in a child of this process, which has imported everything: exit code, and seconds of processor time."""
+    """Run a command in a fork of this process, which has imported everything: (exit code, processor seconds)."""
     child = os.fork()
     if child == 0:
         _be_command(words, output, variables or {})
@@ -167,7 +169,7 @@ def _be_command(words: list[str], output: Path, variables: dict[str, str]) -> No
 
 
 def shelled(attack: Attack, words: list[str], output: Path) -> tuple[int, float]:
-    """A command as a shell starts it."""
+    """Run a command the way a shell starts it: (exit code, seconds of processor time)."""
     import shlex
 
     command = attack.shell.format(shlex.join([sys.executable, "-W", "ignore", "-m", "atomtune", *words]))
@@ -183,7 +185,7 @@ def shelled(attack: Attack, words: list[str], output: Path) -> tuple[int, float]
 
 
 def verdict(attack: Attack, world: World) -> str:
-    """What is wrong with how an attack ended; "" where nothing is."""
+    """What went wrong in an attack; "" if nothing did."""
     others = world.folder / "others"
     others.mkdir()
     (others / "mine").write_text("mine")
@@ -201,7 +203,7 @@ def verdict(attack: Attack, world: World) -> str:
         problems.append("a control character")
     if b"secret" in text:
         problems.append("a secret")
-    # A process that a shell starts imports torch first, and one that is stopped computes until then.
+    # A new process first has to import torch, and a stopped one computes until the signal: three times as long.
     if seconds > MOST_SECONDS * (3 if attack.shell else 1):
         problems.append(f"{seconds:.0f} s")
     if sorted(path.name for path in others.iterdir()) != before or (others / "mine").read_text() != "mine":
@@ -210,11 +212,11 @@ def verdict(attack: Attack, world: World) -> str:
 
 
 def table(kinds: list[int]) -> list[str]:
-    """Every attack, and a row for each kind; what fails is printed on the way."""
+    """Run the attacks and return a table with one row per kind; failures are printed at once."""
     import atomtune.export.merge
     import atomtune.inspect.command
     import atomtune.serve.chat
-    import atomtune.train.run  # noqa: F401  # once, before the forks
+    import atomtune.train.run  # noqa: F401  # imported once, before the forks
 
     persona = Path(__file__).parent.parent / "src" / "atomtune" / "demo" / "persona.jsonl"
     tried, failed = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)

@@ -1,4 +1,4 @@
-"""Attempts: what the attacks of kinds 1 to 13 try (attacks.py)."""
+"""Attempts: the attacks of kinds 1 to 13 (run by attacks.py)."""
 
 import contextlib
 import gzip
@@ -13,7 +13,7 @@ from benchmarks.attacks import ESCAPE, Attack, World, among, behind, edit, forke
 
 
 def of_files() -> Iterator[Attack]:
-    """Kind 1."""
+    """Kind 1: altered files of a base and of an adapter."""
     altered: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
         ("config.json", {"hidden_size": "32"}, (2,)),
         ("config.json", {"num_hidden_layers": 10**9}, (2,)),
@@ -83,7 +83,7 @@ def of_files() -> Iterator[Attack]:
 
 
 def no_files() -> dict[str, Callable[[World], object]]:
-    """What has the name of a file of a base and is none."""
+    """Things that have the name of a base's file but are not regular files."""
     weights = "model.safetensors"
     return {
         "a pipe of weights": lambda world: ((world.base / weights).unlink(), os.mkfifo(world.base / weights)),
@@ -97,7 +97,7 @@ def no_files() -> dict[str, Callable[[World], object]]:
 
 
 def beside_a_base() -> dict[str, Callable[[World], object]]:
-    """What may be odd in the files of a base and yet be read by some library."""
+    """Odd content in a base's files that some library still reads."""
 
     def text(world: World, change: Callable[[str], str]) -> None:
         file = world.base / "config.json"
@@ -143,7 +143,7 @@ def beside_a_base() -> dict[str, Callable[[World], object]]:
 
 
 def beside_an_adapter() -> dict[str, Callable[[World], object]]:
-    """Patterns, and layers that are not there."""
+    """Odd adapter configs: slow regular expressions, and layers that do not exist."""
     values: list[dict[str, Any]] = [
         {"rank_pattern": {"(a|aa)+$": 4}},
         {"alpha_pattern": {"(": 4.0}},
@@ -166,7 +166,7 @@ def beside_an_adapter() -> dict[str, Callable[[World], object]]:
 
 
 def of_templates() -> Iterator[Attack]:
-    """Kind 2."""
+    """Kind 2: chat templates that are endless, huge or forbidden, and slow patterns of a tokenizer."""
     sources = [
         "{% for i in range(1000000000) %}x{% endfor %}",
         "{{ 'a' * 300000000 }}",
@@ -203,7 +203,7 @@ def of_templates() -> Iterator[Attack]:
 
 
 def of_settings() -> Iterator[Attack]:
-    """Kind 3."""
+    """Kind 3: flags and settings files of `train`."""
     flags = """--per_device_train_batch_size 0|--learning_rate nan|--learning_rate -1|--seed -1|--adam_beta1 2
 --weight_decay inf|--lr_scheduler_type cosine_with_min_lr|--lr_scheduler_kwargs {|--metric_for_best_model bleu
 --push_to_hub true|--dataloader_drop_last true --per_device_train_batch_size 1000|--lora_targets embed_tokens
@@ -252,7 +252,7 @@ def of_settings() -> Iterator[Attack]:
 
 
 def of_other_settings() -> Iterator[Attack]:
-    """Kind 3: of other commands than train, and values that are no file's name and no number of a library."""
+    """Kind 3: flags of other commands, values that are no file name, and numbers that a library cannot use."""
     deep = '{"a":' * 5000 + "1" + "}" * 5000
     for value in ("x", "[1]", deep, '{"enable_thinking": "false"}'):
         for command in ("train", "inspect"):
@@ -308,7 +308,7 @@ def of_other_settings() -> Iterator[Attack]:
 
 
 def of_cache() -> Iterator[Attack]:
-    """Kind 4: the cache is filled by an undisturbed inspect first."""
+    """Kind 4: a damaged cache. An undisturbed inspect fills it first."""
 
     def flip(file: Path) -> None:
         content = bytearray(file.read_bytes())
@@ -338,7 +338,7 @@ def of_cache() -> Iterator[Attack]:
 
 
 def of_words() -> Iterator[Attack]:
-    """Kind 5."""
+    """Kind 5: control characters in everything that may be printed."""
     values: dict[str, Any] = {
         "a key": {ESCAPE: "v"},
         "a role": {"messages": [{"role": ESCAPE, "content": "x"}]},
@@ -390,7 +390,7 @@ def of_words() -> Iterator[Attack]:
 
 
 def of_links() -> Iterator[Attack]:
-    """Kind 6: `others` holds a file and stands beside."""
+    """Kind 6: links from a run's folder to `others`, a folder with a file that must not change."""
     for name in (".saving-adapter", ".unfinished", "checkpoint-2", ".saving-checkpoint-2", "adapter_model.safetensors"):
 
         def link(world: World, name: str = name) -> list[str]:
@@ -447,7 +447,7 @@ def of_links() -> Iterator[Attack]:
 
 
 def of_sizes() -> Iterator[Attack]:
-    """Kind 7."""
+    """Kind 7: very large records and values."""
     wide = {f"k{number}": number for number in range(200_000)}
     roles = ["user", "assistant"]
     values: dict[str, Any] = {
@@ -484,7 +484,7 @@ def of_sizes() -> Iterator[Attack]:
 
 
 def of_streams() -> Iterator[Attack]:
-    """Kind 8."""
+    """Kind 8: closed, full and broken streams."""
     for shell, codes in {
         "{} >&-": (0, 3),
         "{} >/dev/full": (3,),
@@ -493,7 +493,7 @@ def of_streams() -> Iterator[Attack]:
         "{} </dev/null >&- 2>&-": (0, 3),
     }.items():
         yield Attack(8, shell, lambda world: world.inspect(), codes, shell=shell)
-    # Nothing but the result tells that it was written.
+    # Only the printed report shows success, so grep decides about the exit code.
     yield Attack(8, "COLUMNS=0", lambda world: world.inspect(), (0,), {"COLUMNS": "0"}, shell="{} | grep -q tokens")
     for variables in (
         {"PYTHONIOENCODING": "ascii"},
@@ -506,7 +506,7 @@ def of_streams() -> Iterator[Attack]:
 
 
 def of_bases() -> Iterator[Attack]:
-    """Kind 9."""
+    """Kind 9: folders and models that are no usable base."""
 
     def given(folder: Callable[[World], Path]) -> Callable[[World], list[str]]:
         def words(world: World) -> list[str]:
@@ -552,7 +552,7 @@ def of_bases() -> Iterator[Attack]:
 
 
 def of_environment() -> Iterator[Attack]:
-    """Kind 10."""
+    """Kind 10: variables of distributed launchers and of libraries."""
     yield from among(
         [
             ({"WORLD_SIZE": "4"}, (2,)),
@@ -572,7 +572,7 @@ def of_environment() -> Iterator[Attack]:
 
 
 def of_resume() -> Iterator[Attack]:
-    """Kind 11."""
+    """Kind 11: resume after a change of the base, the data, a setting or the run's files."""
     for name, value in {"rms_norm_eps": 1e-3, "hidden_act": "gelu", "max_position_embeddings": 64}.items():
 
         def config(world: World, name: str = name, value: Any = value) -> list[str]:
@@ -625,7 +625,7 @@ def of_resume() -> Iterator[Attack]:
 
 
 def of_records_of_runs() -> Iterator[Attack]:
-    """Kind 11: what other programs leave in a run's files."""
+    """Kind 11: the run's own records, as other programs may leave them."""
     states: list[dict[str, Any]] = [
         {"log_history": [{"loss": 1.0}]},
         {"log_history": [{"loss": "low", "step": 1}]},
@@ -673,7 +673,7 @@ def of_records_of_runs() -> Iterator[Attack]:
 
 
 def of_stops() -> Iterator[Attack]:
-    """Kind 12; kills at every point of a save stand in the first table."""
+    """Kind 12: limits and signals. benchmarks/reliability.py kills runs at every point of a save."""
 
     def limited(kilobytes: int) -> Attack:
         return Attack(
@@ -688,7 +688,7 @@ def of_stops() -> Iterator[Attack]:
 
 
 def of_numbers() -> Iterator[Attack]:
-    """Kind 13."""
+    """Kind 13: extreme numbers."""
     flags = {
         "--learning_rate 1e30 --max_steps 4": (0, 3),
         "--lora_alpha 1e38 --max_steps 3": (2,),

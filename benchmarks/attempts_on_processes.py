@@ -1,4 +1,4 @@
-"""Attempts: what the attacks of kinds 5, 8, 10 and 12 try with a process: its streams, names, place and end."""
+"""Attempts on processes: attacks of kinds 5, 8, 10 and 12 on a process's streams, names, environment and end."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ _FEW_CHARACTERS = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
 def _talk(world: World) -> list[str]:
-    """A chat that reads its questions."""
+    """A chat that reads its questions from stdin."""
     return ["chat", "--adapter_path", str(world.run), "--max_new_tokens", "2"]
 
 
@@ -28,7 +28,7 @@ def _certify(world: World) -> list[str]:
 
 
 def of_streams() -> Iterator[Attack]:
-    """Kind 8: each stream closed, of another kind, or full, for commands that read or write much."""
+    """Kind 8: every stream closed, replaced or full, for commands that read or write much."""
     chats = {
         "{} <&-": (0,),
         "{} 0>/dev/null": (2,),
@@ -49,7 +49,7 @@ def of_streams() -> Iterator[Attack]:
 
 
 def of_names() -> Iterator[Attack]:
-    """Kind 8: names with bytes that are no UTF-8, and names in a locale that has not their characters."""
+    """Kind 8: names whose bytes are not UTF-8, and names that the locale cannot print."""
 
     def renamed(part: str) -> Callable[[World], list[str]]:
         def words(world: World) -> list[str]:
@@ -80,7 +80,7 @@ def of_names() -> Iterator[Attack]:
 
 
 def of_variables() -> Iterator[Attack]:
-    """Kind 10: of Python, of the libraries below and of the system; and the folder that a command is started in."""
+    """Kind 10: variables of Python, of libraries and of the system, and odd working folders."""
     yield from among(
         [
             ({"PYTHONOPTIMIZE": "2"}, (2,)),
@@ -101,7 +101,7 @@ def of_variables() -> Iterator[Attack]:
 
 
 def of_ends() -> Iterator[Attack]:
-    """Kind 12: signals while libraries are imported, limits of a shell, and what stands in an output folder's place."""
+    """Kind 12: signals during imports, limits set by a shell, and odd things in place of an output folder."""
     for seconds in (0.4, 0.8, 1.2, 1.8, 2.4):
         shell = f"timeout --preserve-status -s INT {seconds} {{}} --max_steps 100000"
         yield Attack(12, f"SIGINT after {seconds} s", lambda world: world.train(), (75, 130), shell=shell)
@@ -125,7 +125,7 @@ def of_ends() -> Iterator[Attack]:
 
 
 def of_logs() -> Iterator[Attack]:
-    """Kind 5: what a library logs of a base's config."""
+    """Kind 5: what a library logs about a base's config."""
 
     def config(world: World) -> list[str]:
         edit(world.base / "config.json", rope_scaling={"rope_type": ESCAPE})

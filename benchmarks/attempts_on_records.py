@@ -1,4 +1,4 @@
-"""Attempts on records: what the attacks of kind 14 try: odd files, folders, records and columns (attacks.py)."""
+"""Attempts on records: the attacks of kind 14, with odd files, folders, records and columns (run by attacks.py)."""
 
 import gzip
 import io
@@ -17,7 +17,7 @@ from benchmarks.attacks import Attack, World, behind
 
 
 def of_files() -> Iterator[Attack]:
-    """Kind 14: files of other contents than their names say."""
+    """Kind 14: files whose content does not fit their name."""
     good = b'{"instruction": "q", "output": "a"}\n' * 5
     packed = gzip.compress(good * 1000)
     tar = io.BytesIO()
@@ -56,7 +56,7 @@ def of_files() -> Iterator[Attack]:
                 world.data = world.folder / file_name
                 world.data.write_bytes(content)
 
-            # A template of one's own has the records encoded in another process, to which an array is sent.
+            # With a template from a file, the records are encoded in another process, and arrays have to be sent there.
             def own_template(world: World, file: Callable[..., None] = file) -> list[str]:
                 file(world)
                 source = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
@@ -68,7 +68,7 @@ def of_files() -> Iterator[Attack]:
 
 
 def of_records() -> Iterator[Attack]:
-    """Kind 14: values that some data sets have where a text should stand."""
+    """Kind 14: values that some data sets have in place of a text."""
     asks, tells = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     talk = {"messages": [asks, tells]}
     call = {"role": "assistant", "tool_calls": [{"id": 5, "function": {"name": "f", "arguments": {"a": [None, [{}]]}}}]}
@@ -137,7 +137,7 @@ def of_folders() -> Iterator[Attack]:
 
 
 def of_columns() -> Iterator[Attack]:
-    """Kind 14: columns of kinds that records do not have."""
+    """Kind 14: column types that records normally do not have."""
 
     def nested(levels: int) -> pyarrow.Array:
         kind: pyarrow.DataType = pyarrow.int64()
@@ -166,7 +166,7 @@ def of_columns() -> Iterator[Attack]:
 
 
 def of_repetition() -> Iterator[Attack]:
-    """Kind 14: small files whose rows are thousands of large texts."""
+    """Kind 14: small files whose rows become thousands of large texts."""
     text = ["z" * 10**6]
 
     def dictionary() -> pyarrow.Array:
@@ -182,7 +182,7 @@ def of_repetition() -> Iterator[Attack]:
     for name, column in columns.items():
         for ending in ("arrow", "parquet"):
             if ending == "parquet" and name == "a run":
-                continue  # it has none
+                continue  # Parquet has no run-end encoded columns
 
             def file(world: World, column: Callable[[], pyarrow.Array] = column, ending: str = ending) -> None:
                 world.data = world.folder / f"a.{ending}"

@@ -1,7 +1,7 @@
-"""Checkpoints: tiny whole checkpoints with towers for images or sound, made small from the defaults of each family.
+"""Checkpoints: tiny whole checkpoints with towers for images or sound, made from each family's default config.
 
-A tower is built and not run here, so it keeps what its family's config says, but for its layers and widths. The text
-part gets the values of its own row (families.py). What does not go together so stands below.
+A tower is built but never run, so its config keeps the family's values except for numbers of layers and widths. The
+text part gets the values of its own family (families.py). The tables below hold the exceptions.
 """
 
 from collections.abc import Callable
@@ -36,20 +36,20 @@ _WIDTHS: Values = {
 
 
 def _rope(*sections: int, **more: Any) -> Values:
-    """Rotary positions in parts: time, height, width."""
+    """Rotary positions in sections: time, height, width."""
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": list(sections), **more}
     return {"text_config": {"rope_parameters": rope}}
 
 
 def _timm(architecture: str, **more: Any) -> Values:
-    """A tower of the package timm, one of its smallest."""
+    """One of the smallest towers of the package timm."""
     return {"vision_config": {"architecture": architecture, **more}}
 
 
 _HALF_TURNED = _rope(1, 1, 2, partial_rotary_factor=0.5)
 _ONE_IMAGE_TOKEN: Values = {"vocabulary_map": {"<image>": 9}}
 _SMALL_DEPTHS: Values = {"num_filters": 4, "depths": 7 * [1]}
-#: Families that are made small by the rule above alone.
+#: Families that _made_small alone makes small.
 _BY_RULE = """
 aria aya_vision cohere2_vision cohere_compass cosmos3_omni deepseek_vl deepseek_vl_hybrid exaone4_5 fuyu gemma4
 gemma4_unified git glmasr got_ocr2 granite_docling granite_speech granite_speech_plus hyperclovax_vision_v2 idefics2
@@ -58,7 +58,7 @@ minicpm_ocr minicpmv4_6 minicpmv4_7 minimax_m3_vl mllama moshi moss_transcribe_d
 phi4_multimodal pp_chart2table qianfan_ocr qwen2_audio qwen3_5 qwen3_5_moe qwen3_asr qwen4_exp video_llama_3
 video_llava vipllava voxtral
 """
-#: family → values beyond them
+#: family → values beyond _made_small
 _BEYOND_RULE: dict[str, Values] = {
     "apertus1p5": {
         "image_token_id": 9,
@@ -113,7 +113,7 @@ _BEYOND_RULE: dict[str, Values] = {
     "glm_ocr": _rope(3, 3, 2),
     "glmga": _HALF_TURNED,
     "granite4_vision": {
-        "text_config": {"model_type": "granite"},  # 5.17's default is another, and its code reads Granite's scales
+        "text_config": {"model_type": "granite"},  # 5.17 has another default, but its code reads Granite's scales
         "deepstack_layer_map": [[0, 0]],
         "downsample_rate": "1/2",
         "spatial_target_layers": [1],
@@ -160,9 +160,9 @@ FAMILIES = sorted({*_BY_RULE.split(), *_BEYOND_RULE})
 
 
 def values_of(family: str, text_values: Callable[[str], Values]) -> Values:
-    """The values of a tiny checkpoint, whole, or none where this transformers does not know the family.
+    """The config values of a tiny whole checkpoint; empty if this transformers does not know the family.
 
-    text_values  of a family of text models, by its name
+    text_values  gives the values of a family of text models by its name
     """
     if family not in transformers.CONFIG_MAPPING:
         return {}
@@ -179,7 +179,7 @@ def values_of(family: str, text_values: Callable[[str], Values]) -> Values:
 
 
 def class_of(family: str) -> str:
-    """The class that a published checkpoint of this family names."""
+    """The model class that a published checkpoint of this family names."""
     for classes in (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,

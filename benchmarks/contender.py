@@ -1,8 +1,8 @@
-"""One contender, one workload, one process: trains one pass and prints its figures as a line of JSON.
+"""Train one contender for one epoch on one workload, in its own process, and print its figures as a line of JSON.
 
-Every contender gets the same base, the same token ids (atomtune's own encoding) and the same learned positions, LoRA of
-rank 8 on all linear layers, dropout 0, one pass in batches of 16 records. `share_of_floor` is the time that 4 x
-non-embedding weights x computed tokens would take at the matmul rate measured in this process, over the time taken.
+All contenders get the same base, the same token ids (encoded by atomtune) and the same target tokens: LoRA of rank 8 on
+all linear layers, dropout 0, one epoch in batches of 16 records. `share_of_floor` compares the time with a lower bound:
+4 x non-embedding weights x computed tokens, at the matmul rate measured in this process.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def device() -> torch.device:
 
 
 def matmul_rate(dtype: torch.dtype) -> float:
-    """Best of a few square products on the device, in operations a second."""
+    """Operations per second of the fastest of eight square matrix products on the device."""
     size = 8192 if device().type == "cuda" else 2048
     a, b = (torch.randn(size, size, dtype=dtype, device=device()) for _ in range(2))
     best = float("inf")
@@ -50,20 +50,20 @@ def matmul_rate(dtype: torch.dtype) -> float:
 
 
 def finish() -> None:
-    """Wait for the device."""
+    """Wait until the device has finished all queued work."""
     if device().type == "cuda":
         torch.cuda.synchronize()
 
 
 def peak_memory_mb() -> float:
-    """Of the device where there is one, else of the process."""
+    """Peak memory of the GPU if there is one, else of the process."""
     if device().type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def non_embedding_weights(base: Path) -> int:
-    """Weights of the layers alone, without embedding and output matrix."""
+    """Number of weights in the layers, without embedding and output matrix."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -72,7 +72,7 @@ def non_embedding_weights(base: Path) -> int:
 
 
 class Clock:
-    """A Trainer callback: seconds of the training loop alone, and the tokens it was given."""
+    """A Trainer callback that measures the seconds of the training loop, without loading and set-up."""
 
     def __new__(cls) -> Any:
         from transformers import TrainerCallback
@@ -92,7 +92,7 @@ class Clock:
 
 
 def encoded(base: Path, data: Path) -> list[dict[str, list[int]]]:
-    """Every record as ids and learned positions."""
+    """Every record as token ids and a mask of the target tokens, encoded by atomtune."""
     from atomtune.data.cache import Rules, as_examples, examples_of
     from atomtune.data.encoding.choose_template import load_template
     from atomtune.model.load import load_tokenizer
@@ -111,7 +111,7 @@ def plain_model(base: Path, dtype: torch.dtype) -> Any:
 
 
 def lora(model: Any) -> Any:
-    """On the layers that atomtune adapts: PEFT's own all-linear puts it on routers and experts too."""
+    """LoRA on the layers that atomtune adapts, because PEFT's own all-linear also adapts routers and experts."""
     from peft import LoraConfig
 
     from atomtune.model.lora_targets import all_linear
@@ -135,7 +135,7 @@ def common(out: str) -> dict[str, Any]:
 
 
 def plain(base: Path, data: Path, out: str, *, dtype: torch.dtype, checkpointing: bool) -> dict[str, Any]:
-    """transformers' Trainer and PEFT with the tutorial's collator; labels through the model's own loss."""
+    """Train with transformers' Trainer, PEFT and the tutorial's padding collator; the loss is the model's own."""
     from peft import get_peft_model
     from transformers import Trainer, TrainingArguments
 
@@ -176,8 +176,11 @@ def plain(base: Path, data: Path, out: str, *, dtype: torch.dtype, checkpointing
 
 
 def trl(base: Path, data: Path, out: str, *, packing: bool, dtype: torch.dtype, liger: bool) -> dict[str, Any]:
-    """TRL's SFTTrainer. Packed, a step takes as many rows as hold about 16 records, so that its updates are nearest to
-    the others'; on a CPU one row after the other (accumulation), which is its fastest way there."""
+    """Train with TRL's SFTTrainer.
+
+    With packing, a step takes as many rows as hold about 16 records, so that the number of updates is close to the
+    others'. On a CPU these rows are computed one at a time (gradient accumulation), which is TRL's fastest way there.
+    """
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -220,7 +223,7 @@ def trl(base: Path, data: Path, out: str, *, packing: bool, dtype: torch.dtype, 
 
 
 def atomtune(base: Path, data: Path, out: str, *, dtype: str, layout: str) -> dict[str, Any]:
-    """The command a user types."""
+    """Train with `atomtune train`, called like a user would."""
     from atomtune.cli import main
 
     code = main(
@@ -231,7 +234,7 @@ def atomtune(base: Path, data: Path, out: str, *, dtype: str, layout: str) -> di
             *("--layout", layout),
             *("--lora_rank", str(RANK), "--lora_alpha", str(ALPHA), "--lora_dropout", "0"),
             *("--gradient_checkpointing", "false", "--logging_steps", "10000", "--save_strategy", "no"),
-            *("--eval_size", "0"),  # the others hold nothing out
+            *("--eval_size", "0"),  # the other contenders hold out no records
         ]
     )
     assert code == 0, f"atomtune ended with exit code {code}"

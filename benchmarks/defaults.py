@@ -1,13 +1,14 @@
-"""Which defaults: held-out loss and chrF by rate, records and kind of data, beside other tools' values.
+"""Which defaults are best? Held-out loss and chrF by rate, records and kind of data, with other tools' values.
 
     python -m benchmarks.defaults --base FOLDER --dialogues FILE.jsonl --seconds 180 --out defaults.jsonl
     python -m benchmarks.defaults --report defaults.jsonl
 
-A group of runs (one base, kind and size; same batch, epochs and dropout) is trained side by side (side_by_side.py), and
-several processes share the machine. Groups come in the order in which they tell most, a line for each run is written as
-soon as its group ends, and a second call leaves out what the file has: a study that is stopped early is of use.
-`loss` is the mean nats of a held-out answer token after the best epoch, which is what `atomtune train` keeps; `last`
-is that of the last. The held-out records of a kind are the same in every run.
+A group of runs (same base, kind, size, batch, epochs and dropout) is trained side by side (side_by_side.py), and
+several processes share the machine. The most informative groups come first. Each run's line is written when its group
+ends, and a second call skips the runs that the file already has, so a study that is stopped early is still useful.
+
+`loss` is the mean nats of a held-out answer token after the best epoch, which is the one that `atomtune train` keeps;
+`last` is the same after the last epoch. All runs of a kind use the same held-out records.
 """
 
 import argparse
@@ -35,21 +36,21 @@ from benchmarks.side_by_side import Run, Settings
 
 DEMO = Path(__file__).parents[1] / "src" / "atomtune" / "demo"
 KINDS = ("persona", "style", "questions")
-#: Longer records are left out: they would be padding for all others.
+#: Longer records are left out: all other records of a batch would be padded to their length.
 LONGEST = 128
-#: So many records make a step of all runs of a group together at most; a GPU of 80 GB holds six such groups.
+#: At most this many records in a step of all runs of a group together; a GPU of 80 GB holds six such groups.
 MOST_TOGETHER = 80
-#: Of this many records the first seed's answers to so many held-out prompts are written down, for chrF.
+#: For runs of these sizes, the first seed writes answers of at most so many tokens to so many held-out prompts (chrF).
 ANSWERED_SIZES, ANSWERED_PROMPTS, ANSWER_TOKENS = (200,), 40, 56
-#: Of so many records, a run is long: one seed, and fewer settings.
+#: From this many records on, a run takes long and gets one seed and fewer settings.
 LARGE = 2000
 
-#: The row of the rate by the base's width alone.
+#: The name of the settings whose rate depends only on the base's width.
 FORMULA = "the formula's rate"
 
-#: What other tools' own LoRA examples set: rate, records a step, epochs, warm-up, schedule, rank, alpha, dropout.
-#: LLaMA-Factory: examples/train_lora/qwen3_lora_sft.yaml. Unsloth: its notebooks (2 x 4 records, warm-up of 5 steps;
-#: one epoch in place of 60 steps). Axolotl: examples/llama-3/lora-1b.yml. TRL: the LoRA line of its sft script.
+#: LoRA examples of other tools: rate, records per step, epochs, warm-up, schedule, rank, alpha, dropout. LLaMA-Factory:
+#: examples/train_lora/qwen3_lora_sft.yaml. Unsloth: its notebooks (2 x 4 records, 5 warm-up steps; here one epoch in
+#: place of 60 steps). Axolotl: examples/llama-3/lora-1b.yml. TRL: the LoRA line of its sft script.
 OTHERS = (
     Settings("LLaMA-Factory", 1e-4, 8, 3, 0.1, "cosine", rank=8, alpha=16, dropout=0.0),
     Settings("Unsloth", 2e-4, 8, 1, 0.08, "linear", rank=16, alpha=16, dropout=0.0),
@@ -69,9 +70,9 @@ class Group:
 
 
 def formula_settings(base: str, records: int) -> Settings:
-    """What atomtune takes by itself for so many records to learn; of the rate what the formula gives.
+    """atomtune's own defaults for this number of training records, with the rate that the width formula gives.
 
-    In a short run it takes the row of SHORT_RUN_TIMES that rate.
+    In a short run, `atomtune train` multiplies that rate by SHORT_RUN_TIMES (see name_of_auto).
     """
     from transformers import TrainingArguments
 
@@ -95,7 +96,7 @@ def formula_settings(base: str, records: int) -> Settings:
 
 
 def groups(bases: Sequence[str], kinds: Sequence[str], sizes: Sequence[int], seeds: int) -> Iterator[Group]:
-    """All groups of the study: bases and sizes in the order in which they are given, what tells most of each first."""
+    """All groups of the study: bases and sizes in the given order, and the most informative settings first for each."""
     for base in bases:
         for records in sizes:
             is_large = records >= LARGE
@@ -109,7 +110,7 @@ def groups(bases: Sequence[str], kinds: Sequence[str], sizes: Sequence[int], see
 
 
 def setting_groups(formula: Settings, *, is_large: bool) -> list[list[Settings]]:
-    """The grid, and what other tools set. The settings of a group have one batch, number of epochs and dropout."""
+    """The grid and the other tools' settings. Settings in one group share batch, number of epochs and dropout."""
     half = replace(formula, name="half the epochs", epochs=formula.epochs // 2)
     grid = [
         [at_rate(formula, multiple) for multiple in (0.5, 1, 1.5, 2)],
@@ -126,7 +127,7 @@ def setting_groups(formula: Settings, *, is_large: bool) -> list[list[Settings]]
 
 
 def at_rate(settings: Settings, multiple: float) -> Settings:
-    """The settings at a multiple of their rate, which their name tells."""
+    """The settings with their rate multiplied; the new name says so."""
     if multiple == 1:
         return settings
     name = f"rate x {multiple:g}" if settings.name == FORMULA else f"{settings.name}, rate x {multiple:g}"
@@ -134,7 +135,7 @@ def at_rate(settings: Settings, multiple: float) -> Settings:
 
 
 def records_of(kind: str, dialogues: Path) -> Iterator[dict[str, Any]]:
-    """All records of a kind, always in the same order; no question is asked twice."""
+    """All records of a kind, always in the same order, without repeated questions."""
     if kind == "persona":
         source = workloads.read(dialogues, 1_000_000)
         random.Random(0).shuffle(source)
@@ -149,7 +150,7 @@ GOODS = ("salt", "barley", "lamp oil", "rope", "apples", "glass", "tea", "wool")
 
 
 def questions() -> Iterator[dict[str, str]]:
-    """Short questions about a sentence that holds the answer; no two sentences are alike."""
+    """Short questions about a sentence that contains the answer; all sentences differ."""
     draw = random.Random(0)
     seen = set()
     while True:
@@ -190,7 +191,7 @@ _TAILS = ("", "", " Mark me words!", " By the deep!", " So says the log.")
 
 
 def sailors() -> Iterator[dict[str, str]]:
-    """Plain sentences and how an old sailor says them; no two sentences are alike."""
+    """Plain sentences and what an old sailor would say instead; all sentences differ."""
     draw = random.Random(0)
     seen = set()
     while True:
@@ -207,9 +208,9 @@ def sailors() -> Iterator[dict[str, str]]:
 
 
 def prepare(group: Group, dialogues: Path, folder: Path, held_out_records: int) -> tuple[Any, ...] | None:
-    """(examples to learn, examples held out, held-out records); None where there are not so many records.
+    """(training examples, held-out examples, held-out records); None if too few training records are left.
 
-    Where there are a third or more of the records that were wanted, all are learned.
+    A third of the wanted number is enough.
     """
     wanted = (group.records + held_out_records) * (3 if group.kind == "persona" else 1)
     rows = [row for _, row in zip(range(wanted), records_of(group.kind, dialogues), strict=False)]
@@ -223,12 +224,12 @@ def prepare(group: Group, dialogues: Path, folder: Path, held_out_records: int) 
     learned = rest[: group.records]
     if len(learned) < group.records / 3:
         return None
-    held_out.sort(key=lambda pair: len(pair[0]["input_ids"]))  # records of like length are evaluated together
+    held_out.sort(key=lambda pair: len(pair[0]["input_ids"]))  # records of similar length are evaluated together
     return [example for example, _ in learned], [example for example, _ in held_out], [row for _, row in held_out]
 
 
 class Worker:
-    """A process of the study: its bases, loaded once each."""
+    """One process of the study. It loads each base once."""
 
     def __init__(self, dialogues: Path, folder: Path, held_out_records: int) -> None:
         self.dialogues, self.folder, self.held_out_records = dialogues, folder, held_out_records
@@ -242,13 +243,13 @@ class Worker:
 
         if base not in self.models:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            dtype = torch.bfloat16 if good_at_bfloat16(device) else torch.float32  # what `atomtune train` takes
+            dtype = torch.bfloat16 if good_at_bfloat16(device) else torch.float32  # as `atomtune train` chooses
             model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="sdpa")
             self.models[base] = model.requires_grad_(False).to(device)
         return self.models[base]
 
     def lines(self, group: Group) -> list[dict[str, Any]]:
-        """A line for each run; a group that does not fit into memory is halved."""
+        """Train a group and return one line per run. A group that does not fit into memory is trained in two halves."""
         import torch
 
         prepared = prepare(group, self.dialogues, self.folder, self.held_out_records)
@@ -273,7 +274,7 @@ class Worker:
         adapters, losses = train(model, group.runs, learned, held_out)
         seconds = time.monotonic() - began
         first_seed = [number for number, run in enumerate(group.runs) if run.seed == 1]
-        step = math.ceil(len(held_out) / ANSWERED_PROMPTS)  # held-out records are sorted by length: of all lengths
+        step = math.ceil(len(held_out) / ANSWERED_PROMPTS)  # they are sorted by length, so this takes all lengths
         answered = held_out[::step]
         texts: dict[int, list[str]] = {}
         if group.records in ANSWERED_SIZES and first_seed:
@@ -299,7 +300,7 @@ class Worker:
         return lines
 
     def written(self, base: str, adapters: Any, chosen: list[int], held_out: Any) -> list[list[str]]:
-        """The chosen adapters' answers to the held-out prompts."""
+        """The answers of the chosen adapters to the held-out prompts."""
         from transformers import AutoTokenizer
 
         from benchmarks.side_by_side import answers
@@ -316,7 +317,7 @@ class Worker:
 
 
 def line_key(group: Group, run: Run) -> dict[str, Any]:
-    """What makes a run that run."""
+    """The values that identify a run in the file."""
     return {
         "base": "demo" if Path(group.base).resolve() == DEMO / "base" else Path(group.base).name,
         "kind": group.kind,
@@ -327,7 +328,7 @@ def line_key(group: Group, run: Run) -> dict[str, Any]:
 
 
 def work(waiting: Any, finished: Any, folder: Path, options: argparse.Namespace) -> None:
-    """A process of the study: takes groups until there are none, or until the study itself is gone, killed or not."""
+    """Main function of a process: train groups until none is left or the parent process is gone, even if killed."""
     import torch
     from transformers.utils import logging
 
@@ -348,11 +349,11 @@ def work(waiting: Any, finished: Any, folder: Path, options: argparse.Namespace)
 
 def _end_with(study: Any) -> None:
     study.join()
-    os._exit(1)  # a group that is being trained takes most of an hour
+    os._exit(1)  # do not finish the group in training, which may take most of an hour
 
 
 def study(options: argparse.Namespace) -> None:
-    """Run what the file does not have yet, until all is done or the time is up."""
+    """Train all runs that the file does not have yet, until all are done or the time is up."""
     began = time.monotonic()
     out: Path = options.out
     lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
@@ -399,14 +400,14 @@ def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def report(path: Path) -> str:
-    """Markdown: a row for each setting, a column for each base, number of records and kind.
+    """A Markdown table: one row per setting, one column per base, number of records and kind.
 
-    A cell is the mean over the seeds of the best epoch's loss; chrF behind a slash where answers were written.
+    A cell has the best epoch's loss, mean over the seeds, and chrF after a slash if answers were written.
     """
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     cells: dict[tuple[str, int, str], dict[str, list[dict[str, Any]]]] = {}
     learned: dict[tuple[str, int, str], int] = {}
-    steps: dict[tuple[str, int, str], int] = {}  # that auto makes
+    steps: dict[tuple[str, int, str], int] = {}  # of the run with the formula's settings
     for line in lines:
         column = line["base"], line["records"], line["kind"]
         cells.setdefault(column, {}).setdefault(line["name"], []).append(line)
@@ -429,7 +430,7 @@ def report(path: Path) -> str:
 
 
 def name_of_auto(steps: int | None) -> str:
-    """The row that a run of so many steps takes by itself; "" where they are not known."""
+    """The name of the row that atomtune's default gives for this number of steps; "" if the number is not known."""
     from atomtune.train.defaults import SHORT_RUN_STEPS, SHORT_RUN_TIMES
 
     if steps is None:
@@ -442,7 +443,7 @@ def mean_loss(lines: Sequence[dict[str, Any]]) -> float:
 
 
 def cell_text(lines: Sequence[dict[str, Any]]) -> str:
-    """Mean loss, how far the seeds lie apart, the last epoch's where it is worse by 2 % or more, and chrF."""
+    """Mean loss, half the range over the seeds, the last epoch's loss if it is over 2 % worse, and chrF."""
     if not lines:
         return ""
     mean, losses = mean_loss(lines), [line["loss"] for line in lines]

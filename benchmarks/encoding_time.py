@@ -1,12 +1,12 @@
-"""How long is a conversation encoded, against tokenizing its text once?
+"""How long does encoding a conversation take, compared with tokenizing its text once?
 
     python -m benchmarks.encoding_time                       Qwen3's tokenizer and template, 1 to 200 exchanges
     python -m benchmarks.encoding_time --tokenizer FOLDER    another tokenizer with its own template
     python -m benchmarks.encoding_time --limits              2,000 records with and without the limits on the template
 
-One core, processor time. The bar is the rendered text of all turns through the tokenizer in one call; encoding renders
-it, finds each answer, and tokenizes prompts and answers apart. A batch holds as many records as make 200 exchanges; of
-several rounds, the two in turn, the fastest counts.
+Measured in processor time on one core. The reference is one tokenizer call on the rendered text of all turns. Encoding
+renders the text, finds each answer, and tokenizes prompts and answers separately. A batch has 200 exchanges in total.
+The two are measured in turn for several rounds, and the fastest round of each counts.
 """
 
 import argparse
@@ -41,7 +41,7 @@ DEFAULT = Path(os.environ.get("ATOMTUNE_REAL", Path.home() / ".cache" / "atomtun
 
 
 def conversations(exchanges: int, draw: random.Random) -> list[dict[str, Any]]:
-    """Records of so many exchanges; every text has 8 to 40 words."""
+    """A batch of records with this many exchanges each; every text has 8 to 40 words."""
 
     def text() -> str:
         return " ".join(draw.choices(WORDS, k=draw.randint(8, 40)))
@@ -54,14 +54,14 @@ def conversations(exchanges: int, draw: random.Random) -> list[dict[str, Any]]:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Of processor time, which other programs on the machine do not add to."""
+    """Seconds of processor time, which other programs on the machine do not change."""
     began = time.process_time()
     call()
     return time.process_time() - began
 
 
 def measure(folder: Path, exchanges: int, rounds: int) -> tuple[float, float]:
-    """Seconds a batch of such conversations takes to tokenize, and to encode."""
+    """Seconds to tokenize, and to encode, a batch of conversations with this many exchanges."""
     from atomtune.data.encoding.choose_template import load_template
     from atomtune.data.encoding.encode import encode
     from atomtune.data.formats.schema import Schema
@@ -90,10 +90,10 @@ def measure(folder: Path, exchanges: int, rounds: int) -> tuple[float, float]:
 
 
 def seconds_of_records(folder: Path, rounds: int, *, limits: bool) -> float:
-    """Seconds of processor time, children's too, for 2,000 records of one question each, from a file to rows.
+    """Seconds of processor time, with child processes, to turn a file of 2,000 one-question records into rows.
 
-    limits  the bounds in the template, and the process that can be ended; without, the template is compiled as
-            transformers does, and this process encodes
+    limits  apply the limits on the template, and encode in a process that can be killed; if False, the template is
+            compiled as in transformers and this process encodes
     """
     from transformers.utils.chat_template_utils import _compile_jinja_template
 

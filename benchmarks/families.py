@@ -1,13 +1,13 @@
-"""Which families of models are trained how?  Tiny ones of the installed transformers, in one table.
+"""Which families of models can be trained, and how? A table of tiny models of the installed transformers.
 
     python -m benchmarks.families                  prints the table
     python -m benchmarks.families --write          and writes it to docs/models.md
     python -m benchmarks.families qwen3_moe lfm2   some families
     python -m benchmarks.families --json old.json  with another transformers, to be given to --beside here
 
-Each model is built with random weights, adapted with the default settings, and laid out as `train` lays it out. Its
-loss, log-probabilities and adapter gradients are compared with one record at a time by plain transformers + PEFT. Where
-it is laid out as a tree, a step of records behind one beginning is timed beside the same step of padded rows, in turn.
+Each model gets random weights, an adapter with the default settings, and the layout that `train` chooses. Its loss,
+log-probabilities and adapter gradients are compared with plain transformers + PEFT on one record at a time. For a tree
+layout, one step on records with a shared prefix is also timed against the same step on padded rows, in turn.
 """
 
 import argparse
@@ -56,14 +56,14 @@ from benchmarks import checkpoints
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 WORDS = 512
-#: A layout is called equal up to these, or up to so many times what two plain runs of the model differ by (float32).
+#: A layout counts as equal within these, or within so many times the difference of two plain runs (float32).
 _EQUAL_LOSS, _EQUAL_GRADIENT, _TIMES_NOISE = 1e-5, 1e-4, 20.0
-#: Whatever the noise is: gradients that two plain runs do not agree on show nothing.
+#: A limit whatever the noise is: if two plain runs have different gradients, a comparison shows nothing.
 _MOST_GRADIENT = 0.3
 
-#: A beginning that records of a trial share: longer than a chunk of linear attention, and than any window here.
+#: Length of a prefix that records share: longer than a chunk of linear attention and than every window used here.
 SHARED_TOKENS = 70
-#: What is timed: records behind one beginning, each with tokens of its own; so many pairs of steps.
+#: The timed step: records, tokens of the shared prefix, tokens of their own; and the number of timed pairs.
 _TIMED_RECORDS, _TIMED_TRUNK, _TIMED_OWN, _PAIRS = 16, 200, range(24, 57), 3
 
 Values = dict[str, Any]
@@ -76,7 +76,7 @@ _SIZE: Values = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
-    # With the usual 0.02 every prediction of a model this small is near uniform, and a fault would hardly show.
+    # With the usual 0.02 a model this small predicts nearly uniformly, and a fault would hardly show.
     "initializer_range": 0.15,
 }
 _HEAD: Values = {"head_dim": 16}
@@ -138,7 +138,7 @@ _PER_LAYER: Values = {
     "num_kv_shared_layers": 2,
 }
 
-#: kind of layers → family → config values beyond _SIZE (None in place of _SIZE: all values are given)
+#: kind of layers → family → config values beyond _SIZE
 FAMILIES: dict[str, dict[str, Values]] = {
     "dense": {
         "llama": {},
@@ -219,7 +219,7 @@ FAMILIES: dict[str, dict[str, Values]] = {
         },
         "lfm2": {**_CONVOLUTIONS, "block_auto_adjust_ff_dim": False},
         "lfm2_moe": {**_CONVOLUTIONS, **_EXPERTS, "num_dense_layers": 2},
-        # The first six layers have every kind.
+        # The first six layers include every kind of layer.
         "lfm3": {**_HEAD, "num_hidden_layers": 6, "sliding_window": 16},
         "bailing_hybrid": {
             **_LATENT,
@@ -323,8 +323,8 @@ FAMILIES: dict[str, dict[str, Values]] = {
             "head_dim": 8,
             "index_topk": 16,
             "index_head_dim": 16,
-            # A key that no head wants scores 0, and which of two such keys is read depends on the row's length. With 2
-            # heads that is every fourth key; with 64, as in the published model, none.
+            # A key that no head selects scores 0, and which of two such keys is read depends on the row's length. With
+            # 2 heads every fourth key scores 0; with 64, as in the published model, none.
             "index_n_heads": 64,
         },
         "bloom": {"n_head": 4, "n_layer": 2},
@@ -332,7 +332,7 @@ FAMILIES: dict[str, dict[str, Values]] = {
         "blt": {
             "encoder_hash_byte_group_vocab": 1024,
             "local_attention_window_len": 16,
-            # So that a random model cuts a text of 70 bytes into some 60 patches, and not into one.
+            # A random model then cuts a text of 70 bytes into about 60 patches; by default it would make one patch.
             "patching_threshold": 5.7,
             "patcher_config": _BYTES,
             "encoder_config": _BYTES,
@@ -343,7 +343,7 @@ FAMILIES: dict[str, dict[str, Values]] = {
 }
 
 
-#: Values for families that need none of their own: each takes those that its config has.
+#: Values for families that need none of their own: each family takes those that its config knows.
 _ANY: Values = {
     **_SIZE,
     **_HEAD,
@@ -384,7 +384,7 @@ _INKLING_2: Values = {
     "n_layers_per_attn_res_block": 1,
 }
 _SPARSE_LAST: Values = {"mlp_layer_types": ["dense", "sparse"]}
-#: Families of which _ANY alone makes a model.
+#: Families for which _ANY is enough.
 _OF_ANY = """
 afmoe apertus1p5_text arcee aria_text beam biogpt bitnet codegen cohere2_moe ctrl cwm deepseek_v4 diffllama doge dory
 dots1 ernie4_5 exaone exaone_moe falcon flex_olmo flint gemma4_unified_text glm gpt_bigcode gpt_neox gpt_neox_japanese
@@ -448,7 +448,7 @@ _BEYOND_ANY: dict[str, Values] = {
     "xlstm": {"num_heads": 4, "num_blocks": 2},
     "youtu": _LATENT_HEADS,
     "qwen4_exp_text": {
-        "layer_types": ["linear_attention", "full_attention"],  # full and indexed, as its checkpoints say
+        "layer_types": ["linear_attention", "full_attention"],  # full attention with an indexer, as in its checkpoints
         "indexer_n_heads": 64,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
@@ -478,8 +478,8 @@ _DECODER: Values = {
     "max_source_positions": 64,
     "max_target_positions": 512,
 }
-#: Causal where their config says so: models that else read from both sides, and halves of encoder-decoders. Each takes
-#: what its config has.
+#: Models that are causal only if their config says so: bidirectional models, and decoders of encoder-decoders. Each
+#: takes the values that its config knows.
 _DECODERS: dict[str, Values] = {
     "big_bird": {**_TWO_SIDED, "attention_type": "original_full"},
     "bigbird_pegasus": {**_DECODER, "attention_type": "original_full"},
@@ -495,7 +495,7 @@ xlm-roberta xlm-roberta-xl
 _OF_DECODER = "bart blenderbot blenderbot-small marian mbart mvp pegasus plbart trocr whisper"
 _DECODERS |= dict.fromkeys(_OF_TWO_SIDED.split(), _TWO_SIDED) | dict.fromkeys(_OF_DECODER.split(), _DECODER)
 
-#: Rotary positions in three parts: time, height, width. A text has them all alike.
+#: Rotary positions in three sections: time, height, width. For text all three are equal.
 _THREE_POSITIONS: Values = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]},
 }
@@ -506,7 +506,7 @@ _TOWER: Values = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers
 _IMAGES: Values = {**_TOWER, "image_size": 32, "patch_size": 16}
 _QWEN_TOWER: Values = {"depth": 1, "num_heads": 2, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48}
 _QWEN_3_TOWER: Values = {**_QWEN_TOWER, "deepstack_visual_indexes": [0]}
-#: Whole checkpoints with a tower for images, tuned on text: family → the configs of text and tower
+#: Whole checkpoints with an image tower, tuned on text: family → the configs of text and tower
 VISION_LANGUAGE: dict[str, tuple[Values, Values]] = {
     "gemma3": ({**_HEAD, **_WINDOW}, _IMAGES),
     "glm4v": (_HALF_TURNED, _QWEN_TOWER),
@@ -529,7 +529,7 @@ VISION_LANGUAGE: dict[str, tuple[Values, Values]] = {
     "smolvlm": ({"model_type": "llama"}, _IMAGES),
 }
 
-#: why no row → names that transformers lists as models that write text
+#: reason for having no row → names that transformers lists as models that write text
 LEFT_OUT: dict[str, str] = {
     "are encoder-decoders, which `train` refuses": """
         florence2 musicgen musicgen_melody pix2struct pp_formulanet t5gemma2 udop vision-encoder-decoder""",
@@ -553,16 +553,16 @@ LEFT_OUT: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """What is known of one family after its trial."""
+    """The result of one family's trial."""
 
     family: str
     class_name: str = ""
     layout: str = ""
-    reason: str = ""  # why it is padded, or what failed
-    apart: tuple[float, float, float] | None = None  # loss (relative), worst log-probability, worst gradient (relative)
-    noise: tuple[float, float, float] = (0.0, 0.0, 0.0)  # the same of two plain runs
+    reason: str = ""  # why the layout is padded, or what failed
+    apart: tuple[float, float, float] | None = None  # loss (relative), log-probability (largest), gradient (relative)
+    noise: tuple[float, float, float] = (0.0, 0.0, 0.0)  # the same, between two plain runs
     adapted: str = ""
-    faster: float | None = None  # a step of padded rows takes so many times as long
+    faster: float | None = None  # time of a step with padded rows / time with the tree
     seconds: float = 0.0
 
     @property
@@ -582,7 +582,7 @@ class Finding:
 
 
 def build(family: str, values: Values) -> Any:
-    """A tiny model in float32. Raises ValueError where transformers does not know the family."""
+    """A tiny model in float32. Raises ValueError if transformers does not know the family."""
     torch.manual_seed(7)
     config = transformers.AutoConfig.for_model(family, **values)
     config.use_cache = False
@@ -592,7 +592,7 @@ def build(family: str, values: Values) -> Any:
 
 
 def families() -> Iterator[tuple[str, str, Values]]:
-    """Kind of layers, family, and the values of its config."""
+    """(kind of layers, family, values of its config) for each row."""
     for kind, of_kind in FAMILIES.items():
         for family, values in of_kind.items():
             yield kind, family, {**_SIZE, **values}
@@ -608,7 +608,7 @@ def families() -> Iterator[tuple[str, str, Values]]:
 
 
 def _text_values(family: str) -> Values:
-    """The values of a family of text models."""
+    """The config values of a family of text models."""
     for of_kind in FAMILIES.values():
         if family in of_kind:
             return {**_SIZE, **of_kind[family]}
@@ -616,7 +616,7 @@ def _text_values(family: str) -> Values:
 
 
 def _known(family: str, of: Values = _ANY) -> Values:
-    """Those of some values that a family's config has."""
+    """Those of the values in `of` that the family's config knows."""
     if family not in transformers.CONFIG_MAPPING:
         return {}
     config = transformers.CONFIG_MAPPING[family]()
@@ -625,7 +625,7 @@ def _known(family: str, of: Values = _ANY) -> Values:
 
 
 def some_examples() -> list[Example]:
-    """A trunk longer than a chunk of linear attention, branches at two levels, a record twice, one that is alone."""
+    """Records with a prefix longer than a chunk of linear attention, forks at two levels, a repetition, a lone one."""
     draw = Random(3)
 
     def text(tokens: int) -> tuple[int, ...]:
@@ -642,7 +642,7 @@ def some_examples() -> list[Example]:
 
 
 def examine(family: str, values: Values) -> Finding:
-    """Adapt, lay out and compare one family as `train` and `verify` would."""
+    """Adapt, lay out and compare one family like `train` and `verify` do."""
     base = build(family, values)
     base.requires_grad_(False)
     class_name = type(base).__name__
@@ -665,7 +665,7 @@ def examine(family: str, values: Values) -> Finding:
 
 
 def _times_faster(model: Any, collator: Collator, own_attention: AttentionInUse) -> float:
-    """How many times as long as a step of a tree the same step in padded rows takes: the median of pairs."""
+    """Time of a step with padded rows / time of the same step with a tree: the median of the pairs."""
     inner = innermost(model)
     padded = dataclasses.replace(collator, layout="padded", carries_state=False)
     batch, padded_batch = collator.lay(timed_examples()), padded.lay(timed_examples())
@@ -680,7 +680,7 @@ def _times_faster(model: Any, collator: Collator, own_attention: AttentionInUse)
 
 
 def timed_examples() -> list[Example]:
-    """Records behind one beginning; the second half of what each has of its own is learned."""
+    """Records with a shared prefix; the second half of each record's own tokens are targets."""
     draw = Random(5)
     trunk = tuple(draw.randrange(3, WORDS) for _ in range(_TIMED_TRUNK))
     examples = []
@@ -692,7 +692,7 @@ def timed_examples() -> list[Example]:
 
 
 def _step_seconds(model: Any, batch: Any) -> float:
-    """Forward and backward of one batch."""
+    """Seconds of forward and backward for one batch."""
     start = time.perf_counter()
     nats, _ = target_nats(model, batch)
     nats.backward()
@@ -710,7 +710,7 @@ def _as_after_training(model: Any) -> None:
 
 
 def _noise(model: Any, examples: Sequence[Example], plain: Result) -> tuple[float, float, float]:
-    """What two plain runs differ by. The delta rule multiplies roundings; in float64 Qwen3.5 is equal to 1e-12."""
+    """Difference of two plain runs. The delta rule amplifies rounding; in float64 Qwen3.5 agrees to 1e-12."""
     with another_plain_way(model):
         return _apart(one_at_a_time(model, examples), plain)
 
@@ -726,7 +726,7 @@ def _apart(ours: Result, plain: Result) -> tuple[float, float, float]:
 
 @contextlib.contextmanager
 def _at_most(seconds: int) -> Iterator[None]:
-    """Raise TimeoutError in what takes longer."""
+    """Raise TimeoutError in the block if it takes longer."""
 
     def stop(*_signal: Any) -> None:
         raise TimeoutError(f"took longer than {seconds} s")
@@ -741,7 +741,7 @@ def _at_most(seconds: int) -> Iterator[None]:
 
 
 def tried(family: str, values: Values, *, limit: int, trace: bool = False) -> Finding:
-    """The finding of one family, failures included."""
+    """The finding for one family; a failure becomes a finding too."""
     if family not in transformers.CONFIG_MAPPING:
         return Finding(family, reason=f"not in transformers {transformers.__version__}")
     start = time.perf_counter()
@@ -750,22 +750,22 @@ def tried(family: str, values: Values, *, limit: int, trace: bool = False) -> Fi
             finding = examine(family, values)
     except AtomtuneError as error:
         finding = Finding(family, reason=f"refused: {str(error).splitlines()[0]}")
-    except ImportError as error:  # a tower of the package timm
+    except ImportError as error:  # the package timm, which some towers need
         finding = Finding(family, reason=f"not in this environment: {str(error).strip().splitlines()[0]}")
-    except Exception as error:  # noqa: BLE001  # whatever a family raises belongs in the table
+    except Exception as error:  # noqa: BLE001  # any failure of a family belongs in the table
         if trace:
             traceback.print_exc()
         finding = Finding(family, reason=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:140]}")
     return Finding(**{**vars(finding), "seconds": time.perf_counter() - start})
 
 
-Findings = Sequence[tuple[str, Finding]]  # kind of layers, finding
+Findings = Sequence[tuple[str, Finding]]  # (kind of layers, finding)
 
 
 def page(findings: Findings, *, beside: tuple[str, list[Finding]] | None = None) -> str:
-    """docs/models.md.
+    """The text of docs/models.md.
 
-    beside  a version of transformers, and what was found with it
+    beside  another version of transformers, and the findings with it
     """
     here = [finding for _, finding in findings if finding.verdict != "not here"]
     exact = sum(finding.is_equal and finding.layout == "tree" for finding in here)
@@ -813,7 +813,7 @@ def page(findings: Findings, *, beside: tuple[str, list[Finding]] | None = None)
 
 
 def listed() -> set[str]:
-    """The names that this transformers lists as models that write text, with or without images and sound to read."""
+    """The names that this transformers lists as models that write text; some also read images or sound."""
     return {
         *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -822,12 +822,12 @@ def listed() -> set[str]:
 
 
 def without_a_row() -> set[str]:
-    """Those of them that are not in the table."""
+    """Listed names that have no row in the table."""
     return listed() - {family for _, family, _ in families()}
 
 
 def _left_out() -> list[str]:
-    """Those without a row, and why."""
+    """Lines for the page: the names without a row, and why."""
     lines = [f"## Without a row, among the {len(listed())} names that transformers lists as models that write text", ""]
     rest = without_a_row()
     for reason, names in LEFT_OUT.items():
@@ -851,7 +851,7 @@ def _line(kind: str, finding: Finding) -> str:
 
 
 def _differences(findings: Findings, version: str, others: Sequence[Finding]) -> list[str]:
-    """What is otherwise with another version of transformers, in a few lines."""
+    """Lines for the page: the differences with another version of transformers."""
     now = {finding.family: finding for _, finding in findings}
     not_here = [other for other in others if other.verdict == "not here"]
     absent = [other.family for other in not_here if other.reason.startswith("not in transformers")]

@@ -1,7 +1,7 @@
-"""Faults, done to a real training process: killed at a chosen point of a save, killed at a random moment.
+"""Faults for a real training process: kill it at a chosen point of a save, or at a random moment.
 
-A process that has imported everything forks one child per run, so that a hundred runs take minutes. Two runners suffer
-the same faults: `atomtune`, and `stock`, transformers' Trainer with PEFT as its examples write it.
+A process that has imported everything forks one child per run, so that a hundred runs take minutes. Two runners get the
+same faults: `atomtune`, and `stock`, which is transformers' Trainer with PEFT used like in its examples.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ STEPS, SAVE_STEPS = 8, 2
 
 
 def atomtune(base: Path, data: Path, out: Path, *, resume: bool) -> int:
-    """One run of `atomtune train`; its exit code."""
+    """Run `atomtune train` once and return its exit code."""
     from atomtune.cli import main
 
     command = ["train", "--model_path", str(base), "--dataset_path", str(data), "--output_dir", str(out)]
@@ -32,7 +32,7 @@ def atomtune(base: Path, data: Path, out: Path, *, resume: bool) -> int:
 
 
 def stock(base: Path, data: Path, out: Path, *, resume: bool) -> int:
-    """The same run by the library's own Trainer."""
+    """The same run with transformers' own Trainer."""
     import json
 
     from peft import LoraConfig, get_peft_model
@@ -81,7 +81,7 @@ RUNNERS: dict[str, Callable[..., int]] = {"atomtune": atomtune, "stock": stock}
 
 
 def forked(action: Callable[[], int], *, kill_after: float | None = None) -> int:
-    """The exit code of an action in a child process; minus the signal that killed it. Its words are dropped."""
+    """Run an action in a silent child process; its exit code, or minus the number of the signal that killed it."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -94,7 +94,7 @@ def forked(action: Callable[[], int], *, kill_after: float | None = None) -> int
             code = action()
         except SystemExit as leaving:
             code = leaving.code if isinstance(leaving.code, int) else 1
-        except BaseException:  # noqa: BLE001  # the exit code says it
+        except BaseException:  # noqa: BLE001  # the exit code reports it
             pass
         os._exit(code)
     if kill_after is not None:
@@ -105,9 +105,9 @@ def forked(action: Callable[[], int], *, kill_after: float | None = None) -> int
 
 
 def dying_at(point: int, out: Path, action: Callable[[], int], *, report_to: int | None = None) -> int:
-    """The action, killed by itself at the given operation on a file of its second checkpoint.
+    """Run the action and kill this process at the given file operation of its second checkpoint.
 
-    report_to  a file descriptor to which the number of operations is written when the action ends alive
+    report_to  a file descriptor that gets the number of operations if the action ends by itself
     """
     reached = 0
     begins = f"checkpoint-{2 * SAVE_STEPS}"
@@ -137,7 +137,7 @@ def dying_at(point: int, out: Path, action: Callable[[], int], *, report_to: int
 
 
 def _around_writers(operation: Callable[[object], None]) -> None:
-    """Native writers open files unheard; each counts once before it writes and once after."""
+    """Count writers in native code, whose file operations Python does not see: once before and once after each call."""
     import peft.peft_model
 
     def around(module: Any, name: str, path_at: int) -> None:
@@ -156,7 +156,7 @@ def _around_writers(operation: Callable[[object], None]) -> None:
 
 
 def points_of_a_save(runner: Callable[..., int], base: Path, data: Path, out: Path) -> int:
-    """How many operations on files the second checkpoint takes."""
+    """How many file operations the second checkpoint takes."""
     reader, writer = os.pipe()
     code = forked(lambda: dying_at(-1, out, lambda: runner(base, data, out, resume=False), report_to=writer))
     os.close(writer)
@@ -168,7 +168,7 @@ def points_of_a_save(runner: Callable[..., int], base: Path, data: Path, out: Pa
 
 
 def adapter(out: Path) -> bytes | None:
-    """The adapter that a run left."""
+    """The adapter in a run's folder, or None."""
     file = out / "adapter_model.safetensors"
     return file.read_bytes() if file.is_file() else None
 
@@ -176,7 +176,7 @@ def adapter(out: Path) -> bytes | None:
 def killed_at_points(
     runner: Callable[..., int], base: Path, data: Path, folder: Path, *, points: list[int], expected: bytes
 ) -> Iterator[tuple[int, str]]:
-    """(point, what became of the run): killed there, then resumed once."""
+    """(point, outcome) for each point: kill the run there, then resume it once."""
     for point in points:
         out = folder / f"killed-{point}"
         code = forked(lambda out=out, point=point: dying_at(point, out, lambda: runner(base, data, out, resume=False)))
@@ -195,7 +195,7 @@ def outcome(runner: Callable[..., int], base: Path, data: Path, out: Path, *, ex
 def killed_at_random(
     runner: Callable[..., int], base: Path, data: Path, out: Path, *, seed: int, longest: float
 ) -> tuple[int, bytes | None]:
-    """Kill a run at random moments, resume it each time, until it is done; how often, and its adapter."""
+    """Kill a run at random moments and resume it until it is done: (number of kills, its adapter)."""
     moments, kills = random.Random(seed), 0
     while True:
         code = forked(lambda: runner(base, data, out, resume=True), kill_after=moments.uniform(0.0, longest * 1.3))

@@ -1,13 +1,15 @@
-"""What a step costs on a GPU, beside TRL and plain PEFT: one prepared call of at most eight minutes.
+"""What does a step cost on a GPU, compared with TRL and plain PEFT? One prepared call of at most eight minutes.
 
     python -m benchmarks.gpu --out runs/gpu.jsonl
     python -m benchmarks.gpu --out runs/gpu.jsonl --kinds      # experts and linear attention instead of a Qwen2.5-7B
     python -m benchmarks.gpu --out runs/gpu.jsonl --dry_run    # tiny shapes, also on a CPU: shows that everything runs
 
-Every job runs in a forked process of its own and adds its line of JSON as it ends, so a call that is stopped early is
-of use. First the attention of every row is checked against a dense float64 softmax and timed, and loss and gradients
-against plain PEFT; then the contenders, warm-up outside the clock. Bases are random weights of a real shape, made on
-the device. The parent imports everything once, and starts neither the device nor a thread: neither can be forked.
+Every job runs in its own forked process and appends its line of JSON when it ends, so a call that is stopped early
+still has results. The first jobs check the attention against a dense float64 softmax and time it, and check loss and
+gradients against plain PEFT. Then come the contenders, whose warm-up is not timed. Bases get random weights in a real
+shape, created on the device.
+
+The parent imports everything once. It must not start CUDA or threads, because neither survives a fork.
 """
 
 import argparse
@@ -23,16 +25,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# The device is asked for through NVML, which leaves CUDA alone: a process that has begun it cannot be forked.
+# Ask NVML, not CUDA, whether there is a device: a process in which CUDA has started cannot be forked.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
-from benchmarks import gpu_checks, gpu_contenders, gpu_workloads  # after the environment that torch reads
+from benchmarks import gpu_checks, gpu_contenders, gpu_workloads  # after the variables that torch reads
 
 Figures = dict[str, Any]
 
-#: (workload, batch, contenders), in the order of their worth: a call that ends early lacks the last of them.
+#: (workload, batch, contenders), the most important first, because a call may end early.
 RUNS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("style", 16, ("atomtune", "trl-padded-liger", "trl-packed")),
     ("style", 64, ("atomtune", "trl-padded-liger")),
@@ -46,7 +48,7 @@ RUNS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("long", 1, ("atomtune-eager",)),
     ("style", 16, ("atomtune-noliger", "trl-packed-liger")),
 )
-#: The same for the shapes of gpu_workloads.KINDS (`--kinds`), with the checks of each between them.
+#: The same for the shapes of gpu_workloads.KINDS (`--kinds`); "equality" is the check of a shape.
 KIND_RUNS: tuple[tuple[str, str, int, tuple[str, ...]], ...] = (
     ("qwen3.5", "style", 16, ("atomtune", "atomtune-padded")),
     ("qwen3-moe", "style", 16, ("atomtune", "atomtune-padded")),
@@ -57,16 +59,19 @@ KIND_RUNS: tuple[tuple[str, str, int, tuple[str, ...]], ...] = (
     ("qwen3.5", "short", 64, ("atomtune", "atomtune-padded")),
     ("qwen3-moe", "short", 64, ("atomtune", "atomtune-padded")),
 )
-#: Runs of which three steps are profiled.
+#: Runs that profile three steps.
 PROFILED = {("style", 16, "atomtune"), ("long", 1, "atomtune"), ("style", 64, "atomtune"), ("rows", 2, "atomtune")}
-#: A job gets at most so many seconds, and is not begun with less than the second left.
+#: Seconds: the most for one job, and the least that must be left to begin one.
 LIMIT, LEAST = 75, 12
-#: The end of what a job wrote to its terminal, in characters, kept beside its figures.
+#: Characters kept from the end of a job's terminal output.
 TAIL = 1_500
 
 
 def files(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
-    """What the others read; in a process of its own, because a tokenizer's threads do not outlive a fork."""
+    """Write the data files and cache the encoded records, in a job of its own.
+
+    This process does not tokenize, because a tokenizer's threads do not survive a fork.
+    """
     names = job.get("workloads", list(gpu_workloads.RECORDS))
     gpu_workloads.write_base(base, job["shape"], small=job["dry_run"])
     gpu_workloads.write_all(folder, names, dry_run=job["dry_run"])
@@ -85,7 +90,7 @@ KINDS: dict[str, Callable[[Figures, Path, Path, Path], Figures]] = {
 
 
 def jobs(*, dry_run: bool, kinds: bool = False, shape: str = "qwen2.5-7b") -> list[Figures]:
-    """Every job, in the order of their worth."""
+    """Every job, the most important first."""
     if kinds:
         return [{**job, "dry_run": dry_run} for job in _jobs_of_kinds(dry_run=dry_run)]
     shape = "tiny" if dry_run else shape
@@ -104,7 +109,7 @@ def _jobs_of_kinds(*, dry_run: bool) -> Iterator[Figures]:
         yield {"name": f"files {shape}", "kind": "files", "shape": shape, "workloads": ["style", "short"]}
     for shape, workload, batch, contenders in KIND_RUNS:
         if workload == "equality":
-            # Triton multiplies float32 in 19 bits unless it is told otherwise.
+            # By default Triton multiplies float32 in TF32, which keeps 19 bits.
             environment = {"TRITON_F32_DEFAULT": "ieee"}
             yield {"name": f"equality {shape}", "kind": "equality", "shape": shape, "environment": environment}
         for contender in contenders:
@@ -114,7 +119,7 @@ def _jobs_of_kinds(*, dry_run: bool) -> Iterator[Figures]:
 
 
 def import_everything() -> None:
-    """What the jobs need, once, before they are forked."""
+    """Import what the jobs need, once, before the forks."""
     import peft  # noqa: F401
     from transformers import Qwen2ForCausalLM, Trainer  # noqa: F401
 
@@ -127,7 +132,7 @@ def import_everything() -> None:
 
 
 def run_forked(job: Figures, base: Path, folder: Path, *, limit: float) -> Figures:
-    """One job in a process of its own: its figures, or what ended it."""
+    """Run one job in its own process: its figures, or how it ended."""
     began = time.monotonic()
     answer, log = folder / "answer.json", folder / "log.txt"
     answer.unlink(missing_ok=True)
@@ -164,7 +169,7 @@ def _as_child(job: Figures, base: Path, folder: Path, answer: Path, log: Path) -
         with tempfile.TemporaryDirectory() as scratch:
             try:
                 figures = KINDS[job["kind"]](job, base, folder, Path(scratch))
-            except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever it is, the next job is to run
+            except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever fails, the next job has to run
                 traceback.print_exc()
                 figures = {
                     "error": f"{type(error).__name__}: {str(error)[:600]}",
@@ -173,7 +178,7 @@ def _as_child(job: Figures, base: Path, folder: Path, answer: Path, log: Path) -
                 }
         part = answer.with_suffix(".part")
         part.write_text(json.dumps(figures), encoding="utf-8")
-        part.replace(answer)  # whole or not at all
+        part.replace(answer)  # atomic: the parent sees all figures or none
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -186,11 +191,11 @@ def _prepare(folder: Path, *, dry_run: bool) -> None:
 
     datasets.config.HF_DATASETS_CACHE = folder / "datasets"
     if dry_run:
-        torch.set_num_threads(1)  # tiny products: more threads wait for each other
+        torch.set_num_threads(1)  # for tiny products, several threads only wait for each other
 
 
 def summary(figures: Figures) -> str:
-    """One job's line as a person reads it while the call goes on."""
+    """A job's line for the terminal."""
     if "left_out" in figures:
         return f"left out: {figures['left_out']}"
     if "step_ms" not in figures:
@@ -211,7 +216,7 @@ def summary(figures: Figures) -> str:
 
 
 def table(lines: list[Figures]) -> str:
-    """Markdown: the card, the checks, and every contender by workload."""
+    """Markdown: the machine, the checks, and a row for each contender and workload."""
     machine = next((line for line in lines if line["name"] == "machine"), {})
     checks = ", ".join(f"{line['name']}: {line['verdict']}" for line in lines if "verdict" in line)
     rows = [
@@ -236,7 +241,7 @@ def table(lines: list[Figures]) -> str:
 
 
 def _bench(options: argparse.Namespace, began: float) -> list[Figures]:
-    """All jobs that there is time for, each line written as it comes."""
+    """Run the jobs that there is time for, and write each line at once."""
     lines: list[Figures] = []
     rate: Figures = {}
     with tempfile.TemporaryDirectory() as name, options.out.open("a", encoding="utf-8") as out:

@@ -1,8 +1,8 @@
-"""Whether what computes on the GPU is right: the machine, each way of a row's attention, and `verify`'s comparison.
+"""Is what the GPU computes right? The machine, each implementation of row attention, and the comparison of `verify`.
 
-machine    the card, versions, the rate of large matrix products and of copies
-attention  output and gradients of every way against a dense softmax in float64; then the time of a layer
-equality   atomtune.verify.compare on a small base of random weights, by dtype, layout and way of attention
+machine    the card, versions, and the rates of large matrix products and of copies
+attention  output and gradients of each implementation against a dense softmax in float64; then the time of a layer
+equality   atomtune.verify.compare on a small base with random weights, by dtype, layout and attention
 """
 
 import random
@@ -22,7 +22,7 @@ from benchmarks.gpu_workloads import device, has_gpu
 
 Figures = dict[str, Any]
 
-#: Relative L2 error that a right way stays below: bfloat16 keeps 8 bits, and sums of a few hundred terms lose some.
+#: Largest relative L2 error of a correct result: bfloat16 keeps 8 bits, and sums of a few hundred terms lose some.
 LIMITS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 
@@ -37,7 +37,7 @@ def machine(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
     target = torch.empty_like(source)
     copy_seconds = seconds_of(lambda: target.copy_(source), times=10)
     packages = ("torch", "transformers", "peft", "trl", "liger_kernel", "triton")
-    # One norm over all gradients is what the trainer looks at once a step: it must show each of these.
+    # Once per step the trainer takes one norm over all gradients: it must be NaN or infinite if any gradient is.
     norms = [_largest_beside(float(bad)) for bad in ("nan", "inf")]
     return {
         "card": torch.cuda.get_device_name() if has_gpu() else "a CPU",
@@ -55,7 +55,7 @@ def _largest_beside(bad: float) -> str:
 
 
 def seconds_of(work: Callable[[], Any], *, times: int = 10) -> float:
-    """Mean seconds of a call, the first three left out."""
+    """Mean seconds of a call, after three calls as warm-up."""
     for _ in range(3):
         work()
     wait()
@@ -89,7 +89,7 @@ def small_rows() -> Iterator[tuple[str, Any]]:
 
 
 def large_rows() -> Iterator[tuple[str, Any]]:
-    """(name, Row) as the workloads make them, for the clock."""
+    """(name, Row) like the workloads' rows, for timing."""
     from atomtune.batch.pack import pack
     from atomtune.batch.tree import graft
 
@@ -112,7 +112,7 @@ def _examples(records: list[tuple[int, ...]]) -> list[Any]:
     return [Example(record, (0,) * len(record), "") for record in records]
 
 
-#: Heads, heads of keys, their width, the values' width, window, soft cap, sinks.
+#: Heads, key heads, their width, the values' width, window, soft cap, sinks.
 CASES: dict[str, Figures] = {
     "Qwen2.5-7B": {"heads": 28, "key_heads": 4, "width": 128},
     "as many heads of keys": {"heads": 8, "key_heads": 8, "width": 64},
@@ -123,12 +123,12 @@ CASES: dict[str, Figures] = {
     "sinks and a window": {"heads": 8, "key_heads": 2, "width": 64, "sinks": True, "window": 40},
     "soft cap": {"heads": 8, "key_heads": 2, "width": 64, "softcap": 1.0},
 }
-#: What the dry run checks of them.
+#: Cases that the dry run checks.
 DRY_CASES = ("width 80", "window 40", "sinks", "soft cap")
 
 
 class Layer:
-    """One layer's inputs over a row, and its attention by the ways there are."""
+    """One layer's inputs over a row, and its attention by each implementation."""
 
     def __init__(self, row: Any, case: Figures, dtype: torch.dtype) -> None:
         from atomtune.batch.attention_plan import padded_length, plan_attention
@@ -147,7 +147,7 @@ class Layer:
         shapes = ((heads, width), (case["key_heads"], width), (case["key_heads"], value_width))
         self.inputs = [normal(count, wide).transpose(1, 2).requires_grad_() for count, wide in shapes]
         self.grad = normal(heads, value_width)
-        self.grad[:, len(row) :] = 0  # nobody reads the padding's output
+        self.grad[:, len(row) :] = 0  # nothing reads the output of padding
         self.real = len(row)
         self.sinks = None
         if case.get("sinks"):
@@ -158,12 +158,12 @@ class Layer:
         return [*self.inputs, *([] if self.sinks is None else [self.sinks])]
 
     def result(self, way: str) -> list[torch.Tensor]:
-        """[out, dq, dk, dv and the sinks' gradient] of the row's own tokens, by attend with its choice overruled."""
+        """[out, dq, dk, dv, and the gradient of sinks if any] of the row's real tokens, by one implementation."""
         out = self.output(way)
         return self._real(out, torch.autograd.grad(out, self.leaves, self.grad))
 
     def output(self, way: str) -> torch.Tensor:
-        """[1, T, H, D']"""
+        """[1, T, H, D']; makes `attend` use the given implementation."""
         from atomtune.model import row_attention
 
         row_attention.way_of = lambda *_, **__: way  # type: ignore[assignment, return-value]
@@ -174,7 +174,7 @@ class Layer:
         return out
 
     def dense(self) -> list[torch.Tensor]:
-        """The same by a dense softmax in float64, as a textbook has it."""
+        """The same from a dense softmax in float64, written like in a textbook."""
         leaves = [leaf.detach().double().requires_grad_() for leaf in self.leaves]
         q, k, v = leaves[:3]
         groups = q.shape[1] // k.shape[1]
@@ -196,7 +196,7 @@ class Layer:
 
 
 def attention(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
-    """Errors first: a wrong kernel is seen in the first seconds."""
+    """Errors first, so that a wrong kernel shows within seconds; then times."""
     worst: dict[str, float] = {}
     wrong: list[str] = []
     rows = list(small_rows())[: 1 if job["dry_run"] else None]
@@ -212,20 +212,20 @@ def attention(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
 def _check(  # noqa: PLR0917
     label: str, layer: Layer, dtype: torch.dtype, limit: float, worst: dict[str, float], wrong: list[str]
 ) -> None:
-    """Each way of one layer against the dense one: the largest errors into `worst`, those too large into `wrong`."""
+    """Compare each implementation with the dense one; `worst` gets the largest errors, `wrong` those too large."""
     reference = layer.dense()
-    # The fused kernels over a mask know neither sinks nor caps; attend never takes them for these.
+    # The fused kernels with a mask support neither sinks nor soft caps, and `attend` does not use them for these.
     over_mask = layer.sinks is None and layer.softcap is None
     for way in ("spans", "mask", "blocks") if over_mask else ("spans", "blocks"):
         kind = f"{way} {str(dtype).removeprefix('torch.')}"
         try:
             apart = [_apart(*pair) for pair in zip(layer.result(way), reference, strict=True)]
-        except Exception as error:  # noqa: BLE001  # the other ways are still to be seen
+        except Exception as error:  # noqa: BLE001  # the other implementations still have to be checked
             wrong.append(f"{label}, {kind}: {type(error).__name__}: {str(error)[:200]}")
             continue
         worst[kind] = max(worst.get(kind, 0.0), *apart)
-        limits = [limit] * 4 + [4 * limit]  # a sink's gradient is a sum over all tokens, of either sign
-        if not all(error < bound for error, bound in zip(apart, limits, strict=False)):  # false for NaN as well
+        limits = [limit] * 4 + [4 * limit]  # a sink's gradient sums terms of both signs over all tokens
+        if not all(error < bound for error, bound in zip(apart, limits, strict=False)):  # false for NaN too
             wrong.append(f"{label}, {kind}: out, dq, dk, dv (and the sinks' gradient) differ by {apart}")
 
 
@@ -235,7 +235,7 @@ def _apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def _times_a_layer() -> dict[str, Figures]:
-    """Milliseconds of one layer's attention, forward and backward, of a Qwen2.5-7B in bfloat16."""
+    """Milliseconds for forward and backward of one layer's attention in a Qwen2.5-7B, bfloat16."""
     times: dict[str, Figures] = {}
     for name, row in large_rows():
         layer = Layer(row, CASES["Qwen2.5-7B"], torch.bfloat16)
@@ -252,7 +252,7 @@ def _times_a_layer() -> dict[str, Figures]:
 
 
 def _recorded(work: Callable[[], Any]) -> Callable[[], Any]:
-    """The same work as a CUDA graph: what its kernels take, without the host's time to launch them."""
+    """The same work as a CUDA graph, which is timed without the host's time to launch kernels."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
@@ -263,7 +263,7 @@ def _recorded(work: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def equality(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
-    """What `atomtune verify` compares, for each dtype and layout, and for trees by the way they are not given."""
+    """Run the comparison of `atomtune verify` for each dtype and layout, and for trees also with spans."""
     from atomtune.console import Console
     from atomtune.model import row_attention
     from atomtune.settings.fields import VerifySettings
@@ -276,7 +276,7 @@ def equality(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
     settings = VerifySettings(model_path=str(small), dataset_path=str(folder / "style.jsonl"), lora_rank=8)
     examples = gpu_workloads.encoded(base, folder / "style.jsonl")[
         :6
-    ]  # plain PEFT takes a record's forward and backward at the host's pace
+    ]  # plain PEFT computes one record at a time, at the host's pace
     chosen = row_attention.way_of
     figures: Figures = {}
     runs = [("tree", ""), ("packed", ""), ("padded", ""), ("tree", "spans")]
@@ -287,14 +287,14 @@ def equality(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
         for layout, way in runs:
             row_attention.way_of = (lambda *_, way=way, **__: way) if way else chosen
             if way and not has_gpu():
-                continue  # on a CPU rows are cut to blocks, and there are no spans in the plan
+                continue  # on a CPU the plan has blocks and no spans
             compared = compare(
                 examples, model=settings, lora=settings, wanted=layout, dtype=dtype, device=device(),
                 pad_id=0, per_batch=6, console=Console(speaks=False),
             )  # fmt: skip
             name = f"{str(dtype).removeprefix('torch.')} {layout} {way}".strip()
             apart = {measure.name: [_short(measure.apart), _short(measure.allowed)] for measure in compared.measures}
-            print(name, compared.holds, apart, flush=True)  # stays in the log of a job that is cut off
+            print(name, compared.holds, apart, flush=True)  # stays in the log of a job that is killed
             figures[name] = {"holds": compared.holds, "layout": compared.layout, "apart, allowed": apart}
     verdict = "PASS" if all(found["holds"] for found in figures.values()) else "FAIL"
     return {"verdict": verdict, "comparisons": figures}

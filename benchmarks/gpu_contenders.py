@@ -1,13 +1,15 @@
-"""The contenders on a GPU: the same ids, learned positions, base and LoRA; each returns its figures as plain numbers.
+"""Contenders on a GPU, all with the same token ids, targets, base and LoRA; each returns its figures as plain numbers.
 
-atomtune      the command a user types, with its defaults (Liger's kernels, steps replayed as CUDA graphs)
-atomtune-eager, atomtune-noliger   the same without one of these
-atomtune-padded   the same, a record a row
-trl-packed    TRL's SFTTrainer with rows of its default length, about as many as hold the others' batch
-trl-padded    the same, a record a row
-plain         transformers' Trainer and PEFT, a record a row, padded to the batch's longest
-trl-…-liger   with Liger's kernels
-Those that are not atomtune keep all activations if they fit, which is their fastest way.
+atomtune           `atomtune train` with its defaults (Liger's kernels, steps replayed as CUDA graphs)
+atomtune-eager     the same without CUDA graphs
+atomtune-noliger   the same without Liger
+atomtune-padded    the same with one record per row
+trl-packed         TRL's SFTTrainer with rows of its default length, about as many as hold the others' batch
+trl-padded         the same with one record per row
+plain              transformers' Trainer and PEFT, one record per row, padded to the longest of the batch
+trl-…-liger        with Liger's kernels
+
+All except atomtune keep every activation if they fit into memory, which is their fastest way.
 """
 
 import importlib.util
@@ -25,12 +27,12 @@ from benchmarks.gpu_meter import Meter
 from benchmarks.gpu_workloads import LENGTHS, device, has_gpu, random_model
 
 RANK, ALPHA, RATE = 8, 32, 1e-4
-#: Steps after which most shapes of a workload's steps have been recorded, by workload and batch: a run of a few
-#: hundred steps and more, and not its first minute, is measured.
+#: Steps until CUDA graphs exist for most shapes of a workload, by (workload, batch). They are not measured, so that the
+#: result holds for runs of a few hundred steps and more.
 REPLAYED_WARM_UP = {("style", 16): 180, ("long", 1): 60, ("short", 64): 50, ("style", 64): 45}
-#: Tokens of TRL's packed rows, its own default. Longer rows are slower: without flash-attn each has a dense mask.
+#: Tokens of TRL's packed rows: its default. Longer rows are slower, because without flash-attn each has a dense mask.
 TRL_ROW = 1_024
-#: Of the card's memory, what a peer's weights and kept activations may take before it recomputes them.
+#: Share of the card's memory for a peer's weights and activations; above it, the peer recomputes activations.
 USABLE = 0.9
 
 Figures = dict[str, Any]
@@ -41,7 +43,7 @@ def has(package: str) -> bool:
 
 
 def missing(contender: str) -> str | None:
-    """What this machine lacks for a contender."""
+    """What this machine lacks for a contender; None if nothing."""
     if contender.startswith("trl") and not has("trl"):
         return "TRL is not installed"
     if contender.endswith("-liger") and not (has("liger_kernel") and has_gpu()):
@@ -50,7 +52,7 @@ def missing(contender: str) -> str | None:
 
 
 def throughput(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
-    """A contender's steps."""
+    """The figures of one contender on one workload."""
     contender = job["contender"]
     lacks = missing(contender)
     if lacks:
@@ -70,7 +72,7 @@ def throughput(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures
 
 
 def memory_figures() -> dict[str, float]:
-    """Gigabytes at their highest, of the device or of this process."""
+    """Peak gigabytes of the GPU if there is one, else of this process."""
     if has_gpu():
         used, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         return {"peak_gb": used / 1e9, "reserved_gb": reserved / 1e9}
@@ -79,7 +81,7 @@ def memory_figures() -> dict[str, float]:
 
 
 def _weights_a_token_meets(base: Path) -> float:
-    """Of the layers; of experts those that a token chooses."""
+    """Weights that a token passes in the layers; of the experts only the chosen ones count."""
     from atomtune.model.adapter import LoraSpec
     from atomtune.plan.model_size import measure
 
@@ -87,7 +89,7 @@ def _weights_a_token_meets(base: Path) -> float:
 
 
 def atomtune(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) -> Figures:
-    """The command a user types, with its defaults."""
+    """Train with `atomtune train` and its defaults."""
     from atomtune.cli import main
     from atomtune.train import run
 
@@ -135,7 +137,7 @@ def atomtune(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) 
 
 
 def trl(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) -> Figures:
-    """TRL's SFTTrainer."""
+    """Train with TRL's SFTTrainer."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -171,7 +173,7 @@ def trl(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) -> Fi
 
 
 def plain(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) -> Figures:
-    """transformers' Trainer and PEFT."""
+    """Train with transformers' Trainer and PEFT."""
     from peft import get_peft_model
     from transformers import Trainer, TrainingArguments
 
@@ -216,7 +218,7 @@ def _must_recompute(model: Any, tokens: int) -> bool:
 
 
 def _lora(model: Any) -> Any:
-    """On the layers that atomtune adapts: PEFT's own all-linear puts it on routers and experts too."""
+    """LoRA on the layers that atomtune adapts, because PEFT's own all-linear also adapts routers and experts."""
     from peft import LoraConfig
 
     from atomtune.model.lora_targets import all_linear
@@ -240,7 +242,7 @@ def _trainer_arguments(scratch: Path) -> Figures:
 
 
 def _padded(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """[B, longest] each: ids, labels (-100 where nothing is learned) and mask."""
+    """ids, labels (-100 for tokens that are not targets) and mask, each [B, longest]."""
     longest = max(len(record["input_ids"]) for record in batch)
     ids, labels, mask = [], [], []
     for record in batch:
@@ -254,7 +256,7 @@ def _padded(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def _counted(collate: Callable[[Any], Any], meter: Meter) -> Callable[[Any], Any]:
-    """The same collator; the meter learns of every batch. A packed row says how many records it holds."""
+    """The same collator, which also reports each batch to the meter. A packed row lists the lengths of its records."""
 
     def counted(features: list[dict[str, Any]]) -> Any:
         batch = collate(features)

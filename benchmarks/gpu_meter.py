@@ -1,4 +1,4 @@
-"""The clock of one contender on a GPU: warm-up, as many steps as fill the time, three more under the profiler."""
+"""Time one contender on a GPU: warm-up steps, then measured steps for a fixed time, then three profiled steps."""
 
 import json
 import math
@@ -27,13 +27,13 @@ KINDS = (
 
 
 def wait() -> None:
-    """For all that the device was given."""
+    """Wait until the device has finished all queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 class Meter(TrainerCallback):
-    """Measures a Trainer's steps; the trainer tells it what each step holds with `count`."""
+    """Times the steps of a Trainer; before each step, the trainer reports the step's content with `count`."""
 
     def __init__(self, *, dry_run: bool, profile: bool, warm_up: int = 4) -> None:
         self.warm_up, self.seconds = (2, 0.1) if dry_run else (warm_up, 2.5)
@@ -45,7 +45,7 @@ class Meter(TrainerCallback):
         self._profiler: Any = None
 
     def count(self, *, tokens: int, examples: int) -> None:
-        """What the next step computes."""
+        """Note what the next step computes."""
         self._counts.append((tokens, examples))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -81,7 +81,7 @@ class Meter(TrainerCallback):
             control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if "seconds" not in self.figures and self._measured:  # the records were too few
+        if "seconds" not in self.figures and self._measured:  # the records ended before the planned steps
             wait()
             self._measured = state.global_step - self.warm_up
             self._finish(time.perf_counter() - self._began)
@@ -100,7 +100,7 @@ class Meter(TrainerCallback):
 
 
 def trace_of(profiler: Any) -> list[dict[str, Any]]:
-    """What the profiler saw, as the events of a Chrome trace; times in microseconds."""
+    """The profiler's events, in the format of a Chrome trace; times in microseconds."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
@@ -108,9 +108,9 @@ def trace_of(profiler: Any) -> list[dict[str, Any]]:
 
 
 def kernels(events: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """Of the profiled steps: the share of time in which the device had nothing to do, kernels, and time by kind.
+    """Idle share of the device, kernels per step and time by kind of kernel, over the profiled steps.
 
-    seconds  of all profiled steps, by the wall's clock
+    seconds  wall-clock time of all profiled steps
     """
     on_device = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     if not on_device:
@@ -121,7 +121,7 @@ def kernels(events: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     for event in on_device:
         kind = next((kind for kind, names in KINDS if re.search(names, event["name"], re.IGNORECASE)), "other")
         by_kind[kind] += event["dur"]
-        # Products of unlike shapes share kernels; their grids tell them apart.
+        # Products of different shapes may share a kernel; the launch grid tells them apart.
         key = (event["name"], str(event.get("args", {}).get("grid", "")))
         by_name[key] += event["dur"]
         calls[key] += 1

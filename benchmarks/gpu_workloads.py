@@ -1,11 +1,12 @@
-"""What the GPU's contenders train on: records of known lengths, a tokenizer for them, and shapes of real models.
+"""Workloads for the GPU: records of known lengths, a tokenizer for them, and models with the shapes of real ones.
 
-style  one instruction of some 220 tokens before every record, 20 to 100 tokens of its own
-short  25 to 95 tokens a record, nothing shared
-long   about 3,000 tokens a record
-rows   4,096 tokens a record
-The words are made up, so that a token is a word and two records share what they should and nothing else.
-Bases have random weights, made on the device: no file of weights is read.
+style  the same instruction of about 220 tokens in every record, and 20 to 100 tokens of the record's own
+short  25 to 95 tokens per record, nothing shared
+long   about 3,000 tokens per record
+rows   4,096 tokens per record
+
+All words are made up: a word is a token, and two records share exactly the tokens that they should. The bases get
+random weights, created on the device; no weights are read from files.
 """
 
 import gc
@@ -20,15 +21,15 @@ import torch
 
 from benchmarks import workloads
 
-#: Qwen2 shapes: hidden, intermediate, layers, heads, heads of keys, vocabulary, and whether the output matrix is tied.
+#: Qwen2 shapes: hidden, intermediate, layers, heads, key heads, vocabulary, and whether the output matrix is tied.
 SHAPES = {
     "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152_064, False),
     "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151_936, True),
     "tiny": (64, 176, 2, 4, 2, 8_000, False),
 }
-#: Shapes whose layers are more than attention and a dense network: model type, and the values of its config.
+#: Shapes with other layers than attention and a dense network: model type, and the values of its config.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    # Of the size of a Qwen3.5-2B: three layers of linear attention to one of full attention; 1.7 billion weights.
+    # The size of Qwen3.5-2B: three layers of linear attention per layer of full attention; 1.7 billion weights.
     "qwen3.5": (
         "qwen3_5_text",
         {
@@ -43,7 +44,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "linear_num_value_heads": 16,
         },
     ),
-    # A Qwen3-30B-A3B with 8 of its 48 layers; 5.5 billion weights.
+    # Qwen3-30B-A3B with 8 of its 48 layers; 5.5 billion weights.
     "qwen3-moe": (
         "qwen3_moe",
         {
@@ -58,23 +59,26 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-#: Tokens that a record may have, and records of each file: warm-up, measured and profiled steps at the largest batch.
+#: Most tokens of a record, and records per file: enough for all steps with the largest batch.
 LENGTHS = {"style": 512, "short": 256, "long": 4_096, "rows": 4_096}
 RECORDS = {"style": 4_800, "short": 4_800, "long": 96, "rows": 48}
-#: What the first epoch holds in a dry run, at so small a part of their length.
+#: A dry run has this many records, with this share of the tokens.
 DRY_RECORDS, DRY_SHARE = 16, 0.2
 _SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "dtype": "bfloat16"}
 _SYLLABLES = [f"{consonant}{vowel}" for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 
 
 def words() -> list[str]:
-    """2,000 made-up words."""
+    """2,000 made-up words, the same on every machine."""
     every = [first + second + third for first in _SYLLABLES for second in _SYLLABLES for third in _SYLLABLES[:4]]
     return random.Random(1).sample(every, 2_000)
 
 
 def records_of(workload: str, count: int, *, share: float = 1.0) -> list[dict[str, str]]:
-    """The records of a workload, the same on every machine; of a share of their length for a dry run."""
+    """The records of a workload, the same on every machine.
+
+    share  makes the texts shorter by this factor, for a dry run
+    """
     draw, vocabulary = random.Random(0), words()
 
     def text(number: int) -> str:
@@ -95,7 +99,7 @@ def records_of(workload: str, count: int, *, share: float = 1.0) -> list[dict[st
 
 
 def write_all(folder: Path, names: Iterable[str], *, dry_run: bool) -> None:
-    """Each of these workloads as a file of the folder."""
+    """Write each of these workloads to a file in the folder."""
     for workload in names:
         shape = {"count": DRY_RECORDS, "share": DRY_SHARE} if dry_run else {"count": RECORDS[workload]}
         records = records_of(workload, **shape)
@@ -104,7 +108,7 @@ def write_all(folder: Path, names: Iterable[str], *, dry_run: bool) -> None:
 
 
 def write_base(folder: Path, shape: str, *, small: bool = False) -> Path:
-    """config.json and a tokenizer; no weights."""
+    """Write config.json and a tokenizer, but no weights."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -127,7 +131,11 @@ def write_base(folder: Path, shape: str, *, small: bool = False) -> Path:
 
 
 def config_of(shape: str, *, layers: int | None = None, small: bool = False) -> Any:
-    """A config of SHAPES or KINDS; of these with so many layers, or in the small sizes of the benchmarks on a CPU."""
+    """The config of a shape from SHAPES or KINDS.
+
+    layers  number of layers, for KINDS only
+    small   use the small sizes of the CPU benchmarks, for KINDS only
+    """
     from transformers import AutoConfig, Qwen2Config
 
     if shape in KINDS:
@@ -161,7 +169,7 @@ def device() -> torch.device:
 
 
 def random_model(base: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A base of random weights, made where it computes; the same weights at every call."""
+    """A base with random weights, created on its device; every call gives the same weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -170,9 +178,9 @@ def random_model(base: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 
 def take_kernels_untuned() -> None:
-    """From here on in this process, flash-linear-attention takes one form of each kernel.
+    """From now on in this process, flash-linear-attention uses one configuration per kernel, without tuning.
 
-    It would compile and time up to 24 forms of each of a dozen kernels first, which takes minutes.
+    Tuning would compile and time up to 24 configurations for each of a dozen kernels, which takes minutes.
     """
     if not (has_gpu() and importlib.util.find_spec("fla")):
         return
@@ -184,7 +192,7 @@ def take_kernels_untuned() -> None:
 
 
 def load_random_weights() -> None:
-    """From here on in this process, whatever loads a causal base from a folder gets random weights."""
+    """From now on in this process, AutoModelForCausalLM.from_pretrained returns a model with random weights."""
     import transformers
 
     def from_pretrained(path: str, *_: Any, **keywords: Any) -> Any:
@@ -197,7 +205,7 @@ def load_random_weights() -> None:
 
 
 def encoded(base: Path, data: Path) -> list[Any]:
-    """Every record as atomtune's Example, for all contenders alike."""
+    """Every record as an atomtune Example, the same for all contenders."""
     from atomtune.data.cache import Rules, as_examples, examples_of
     from atomtune.data.encoding.choose_template import load_template
     from atomtune.model.load import load_tokenizer

@@ -1,10 +1,10 @@
-"""How much faster are trees on experts, linear attention and short convolutions?  Against padded rows and against TRL.
+"""How much faster are trees on experts, linear attention and short convolutions? Against padded rows and against TRL.
 
     python -m benchmarks.kinds --source DIALOGUES.jsonl      a table on standard output
 
-Small models with random weights, float32, LoRA on the same layers for all; a process for each, in turn, so what is
-compared is the median of the rounds' ratios. TRL pads: its packed rows would let such layers run on from one record
-into the next.
+Small models with random weights in float32, LoRA on the same layers for all. Each run is its own process and the
+contenders take turns, so they are compared by the median of the ratios within each round. TRL pads, because in packed
+rows such layers would carry their state from one record into the next.
 """
 
 import argparse
@@ -21,7 +21,7 @@ WORKLOADS = ("style", "short")
 
 
 def measure(kind: str, source: Path, *, records: int, rounds: int) -> list[str]:
-    """Lines of the table: one for each workload."""
+    """Lines of the table, one per workload."""
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         dialogues = workloads.read(source, 10**9)

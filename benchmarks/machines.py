@@ -1,10 +1,10 @@
-"""Which base fits which card, and how long a run takes there: by `atomtune plan`, for the shapes of published models.
+"""Which base fits which card, and how long does a run take there? From `atomtune plan`, for shapes of published models.
 
     python -m benchmarks.machines
 
-Estimates, from shapes alone: no model is loaded. A step of 2,048 computed tokens (a batch of 16 short dialogues, or one
-long record), LoRA of rank 8 on all linear layers, bfloat16; activations are recomputed where a card needs it. Minutes
-are those of 1,000 dialogues of 100 tokens, three times, recomputed, on a GPU of 100 TFLOP/s in bfloat16.
+These are estimates from shapes; no model is loaded. A step computes 2,048 tokens (a batch of 16 short dialogues, or one
+long record), with LoRA of rank 8 on all linear layers in bfloat16; activations are recomputed if the card needs it.
+Minutes are for 3 epochs of 1,000 dialogues of 100 tokens, recomputed, on a GPU with 100 TFLOP/s in bfloat16.
 """
 
 import json
@@ -18,14 +18,14 @@ from atomtune.plan.estimate import CUDA_CONTEXT, StepSpec, fits_on_gpu, step_mem
 from atomtune.plan.model_size import ModelSize, measure
 
 TOKENS = 2048
-#: Forward, backward through frozen weights, and forward again: 6 operations for each weight and token.
+#: Forward, backward through frozen weights, and forward again: 6 operations per weight and token.
 RUN_TOKENS, FLOP_A_TOKEN = 1000 * 100 * 3, 6
-#: Of the GPU's peak, what a run reaches: on an H100 0.44 of 989 TFLOP/s (README.md, "On a GPU", long 1).
+#: Share of the GPU's peak that a run reaches: on an H100 0.44 of 989 TFLOP/s (README.md, "On a GPU", long 1).
 REACHED, PEAK = 0.4, 100e12
 
 
 def shape(model_type: str, architecture: str, hidden: int, inner: int, layers: int, **more: Any) -> dict[str, Any]:
-    """A config.json with what decides the memory."""
+    """A config.json with the values that decide the memory."""
     return {
         "model_type": model_type,
         "architectures": [architecture],
@@ -62,7 +62,7 @@ SHAPES = {
 
 
 def needs(size: ModelSize, *, quantize: Any, recomputed: float) -> tuple[float, int | None]:
-    """(GB of a step, the smallest card that holds it)."""
+    """(GB of a step, the smallest card that holds it or None)."""
     step = StepSpec(tokens=TOKENS, element_bytes=2, quantize=quantize, dropout=True, libraries=CUDA_CONTEXT)
     memory = step_memory(size, step, recomputed=recomputed)
     cards = (card for card in CARDS if fits_on_gpu(memory, card))

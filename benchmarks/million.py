@@ -1,9 +1,9 @@
-"""A million records: reading and encoding them, against the tokenizer alone; memory, and the second start.
+"""Read and encode a million records: time compared with the tokenizer alone, memory, and the second start.
 
     python -m benchmarks.million --records 1000000 --source train.jsonl
 
-The tokenizer's own rate is the floor: the same prompts and answers as texts in memory, in batches, with all the threads
-it takes. Nothing is trained and no model is made.
+The reference is the tokenizer's own rate: the same prompts and answers as texts in memory, in batches, with all threads
+that it uses. Nothing is trained and no model is created.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from typing import Any
 
 from benchmarks.__main__ import PERSONA
 
-#: Texts a call of the tokenizer gets at once; larger ones were no faster.
+#: Texts per call of the tokenizer; larger batches were no faster.
 _BATCH = 1000
 
 
 def write(source: Path, count: int, path: Path) -> Path:
-    """So many records like the source's: a question of one with a number to tell it by, the answer of another."""
+    """Write `count` records like the source's: a random question, made unique by a number, and a random answer."""
     with source.open(encoding="utf-8") as lines:
         known = [json.loads(line) for line in lines if line.strip()]
     draw = random.Random(0)
@@ -42,7 +42,7 @@ def write(source: Path, count: int, path: Path) -> Path:
 
 
 def bare(base: Path, data: Path, count: int) -> float:
-    """Records a second of the tokenizer alone: each prompt in one go, each answer on its own."""
+    """Records per second of the tokenizer alone: prompts and answers are tokenized in separate batches."""
     from atomtune.data.encoding.choose_template import load_template
     from atomtune.model.load import load_tokenizer
 
@@ -70,7 +70,7 @@ def bare(base: Path, data: Path, count: int) -> float:
 
 
 def encode(base: Path, data: Path, cache: Path) -> dict[str, Any]:
-    """One start of a run, up to the examples: seconds, records a second, and memory of this process and its own."""
+    """Start a run, up to the examples: seconds, records per second, and memory of this process and its children."""
     from atomtune.data.cache import Rules, examples_of
     from atomtune.data.encoding.choose_template import load_template
     from atomtune.model.load import load_tokenizer
@@ -93,7 +93,7 @@ def encode(base: Path, data: Path, cache: Path) -> dict[str, Any]:
 
 
 def _memory() -> int:
-    """Memory of this process and those it started, what they share counted once (PSS), in bytes."""
+    """Memory in bytes of this process and its children; pages that they share count once (PSS)."""
     import psutil
 
     me = psutil.Process()
@@ -101,13 +101,13 @@ def _memory() -> int:
     for process in [me, *me.children(recursive=True)]:
         try:
             total += process.memory_full_info().pss
-        except psutil.Error:  # it ended meanwhile
+        except psutil.Error:  # it has ended meanwhile
             continue
     return total
 
 
 class Peak:
-    """The largest memory seen, looked at every fifth of a second."""
+    """The largest memory, sampled five times per second."""
 
     def __init__(self) -> None:
         self.most, self._over = 0, threading.Event()
@@ -125,7 +125,7 @@ class Peak:
 
 
 def _apart(*words: str) -> Any:
-    """What this module says in a process of its own."""
+    """Run a part of this module in its own process and return what it prints."""
     command = [sys.executable, "-m", "benchmarks.million", *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
     if done.returncode:
@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Pairs of both, and a start from the cache; a table on standard output."""
+    """Time the tokenizer alone, the encoding and a start from the cache, in turn; print the figures."""
     from benchmarks import workloads
 
     with tempfile.TemporaryDirectory() as folder:

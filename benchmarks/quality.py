@@ -1,11 +1,11 @@
-"""Quality at equal updates: is what atomtune trains as good as what TRL trains, and how long does each take?
+"""Quality after the same number of updates: does atomtune train as well as TRL, and how long does each take?
 
     python -m benchmarks.quality --base FOLDER --data RECORDS.jsonl --seeds 1 2 3 --out quality.jsonl
     python -m benchmarks.quality --table quality.jsonl
 
-Both get the same base, token ids, learned positions, batches of 16 and settings, so they make the same number of
-updates; TRL is padded, because packing changes them. The adapters are then scored by plain transformers and PEFT in
-float32 on records that neither saw: `loss` is the mean nats of an answer token. A process for each run, in turn.
+Both get the same base, token ids, targets, batches of 16 and settings, so they make the same number of updates. TRL
+pads, because packing would change the updates. Plain transformers and PEFT then score the adapters in float32 on
+records that neither has seen: `loss` is the mean nats of an answer token. The runs take turns, each in its own process.
 """
 
 import argparse
@@ -30,7 +30,7 @@ HELD_OUT, MAX_TOKENS = 100, 512
 
 
 def split(data: Path, *, seed: int, records: int, folder: Path) -> tuple[Path, Path]:
-    """(records to learn, records held out), drawn by the seed; a question that is asked twice is on one side."""
+    """(training records, held-out records), split by the seed; all records of one question go to the same side."""
     by_question: dict[str, list[str]] = {}
     for line in data.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -48,7 +48,7 @@ def split(data: Path, *, seed: int, records: int, folder: Path) -> tuple[Path, P
 
 
 def encoded(base: Path, data: Path) -> list[dict[str, list[int]]]:
-    """Every record as ids and learned positions, by the base's own template."""
+    """Every record as token ids and a mask of the target tokens, with the base's own template."""
     from atomtune.data.cache import Rules, as_examples, examples_of
     from atomtune.data.encoding.choose_template import load_template
     from atomtune.model.load import load_tokenizer
@@ -60,7 +60,7 @@ def encoded(base: Path, data: Path) -> list[dict[str, list[int]]]:
 
 
 def train_atomtune(base: Path, data: Path, out: Path, options: argparse.Namespace) -> float:
-    """Seconds of the training loop; the adapter lies in out."""
+    """Train into `out`; seconds of the training loop."""
     from atomtune.cli import main
 
     code = main(
@@ -79,7 +79,7 @@ def train_atomtune(base: Path, data: Path, out: Path, options: argparse.Namespac
 
 
 def train_trl(base: Path, data: Path, out: Path, options: argparse.Namespace) -> float:
-    """Seconds of the training loop; the adapter lies in out."""
+    """Train into `out`; seconds of the training loop."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -108,7 +108,7 @@ def train_trl(base: Path, data: Path, out: Path, options: argparse.Namespace) ->
 
 
 def held_out_loss(base: Path, adapter: Path, data: Path) -> float:
-    """Mean nats of an answer token under a saved adapter."""
+    """Mean nats of an answer token with a saved adapter."""
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(plain_model(base, torch.float32), str(adapter)).eval()
@@ -117,7 +117,7 @@ def held_out_loss(base: Path, adapter: Path, data: Path) -> float:
 
 @torch.no_grad()
 def mean_nats(model: Any, examples: Sequence[dict[str, list[int]]]) -> float:
-    """Mean nats of an answer token, one record at a time."""
+    """Mean nats of an answer token, computed one record at a time."""
     nats, tokens = 0.0, 0
     for example in examples:
         ids = torch.tensor([example["input_ids"]])
@@ -152,7 +152,7 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_all(options: argparse.Namespace) -> None:
-    """Each seed's contenders in turn, each in a process of its own; a line of JSON as soon as one ends."""
+    """Run both contenders for each seed, each run in its own process; write a line of JSON when one ends."""
     shared = [
         *("--base", str(options.base), "--data", str(options.data), "--records", str(options.records)),
         *("--epochs", str(options.epochs), "--rate", str(options.rate)),
@@ -170,8 +170,7 @@ def run_all(options: argparse.Namespace) -> None:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown: held-out loss of both by data set, their difference seed by seed, and the seconds of one over the
-    other."""
+    """Markdown by data set: both held-out losses, their difference for each seed, and TRL's seconds over ours."""
     rows = [
         "| records of | seeds | updates | held-out loss | TRL's | difference, by seed | TRL's seconds over ours |",
         "|---|---|---|---|---|---|---|",

@@ -1,7 +1,7 @@
-"""`make reliability`: the same faults to atomtune and to transformers' own Trainer with PEFT; what became of the runs.
+"""`make reliability`: the same faults for atomtune and for transformers' own Trainer with PEFT, and their outcomes.
 
-Every row is measured here, on a tiny Llama made on the spot: the process really dies, the files are really damaged, the
-disk is really full (where this machine lets us mount a small one).
+Every row is measured on a tiny Llama that is created here. The process really dies, the files are really damaged, and
+the disk is really full (if this machine allows mounting a small one).
 """
 
 import argparse
@@ -31,7 +31,7 @@ Step = Callable[[int, Any, Callable[[], torch.Tensor]], torch.Tensor]
 
 
 class Trial:
-    """One runner with its base, its data, and a run that nobody disturbed."""
+    """One runner with its base, its data, and an undisturbed run."""
 
     def __init__(self, name: str, base: Path, data: Path, folder: Path) -> None:
         self.name, self.runner, self.base, self.data, self.folder = name, faults.RUNNERS[name], base, data, folder
@@ -41,7 +41,7 @@ class Trial:
         self._count = 0
 
     def copy(self) -> Path:
-        """The undisturbed run's folder as it was after its last save but one, in a place of its own."""
+        """A copy of the undisturbed run's folder as it was after the last save but one."""
         self._count += 1
         out = self.folder / f"copy-{self._count}"
         shutil.copytree(self.whole, out)
@@ -120,7 +120,7 @@ def changed_data(trial: Trial, size: int) -> str:
 
 
 def with_steps(trial: Trial, out: Path, step: Step) -> int:
-    """The exit code of a run from its start, each of whose training steps is `step(number, model, plain_step)`."""
+    """The exit code of a new run in which each training step is `step(number, model, plain_step)`."""
 
     def run() -> int:
         from transformers import Trainer
@@ -137,7 +137,7 @@ def with_steps(trial: Trial, out: Path, step: Step) -> int:
 
 
 def not_finite(trial: Trial, size: int) -> str:
-    """The third step's loss is NaN."""
+    """The third step's loss and gradients are NaN."""
     out = trial.folder / "nan"
 
     def step(number: int, model: Any, plain_step: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -165,7 +165,7 @@ def _is_spoiled(file: Path) -> bool:
 
 
 def told_to_stop(trial: Trial, size: int) -> str:
-    """SIGTERM in the fourth step."""
+    """The fourth step gets SIGTERM."""
     out = trial.folder / "term"
 
     def step(number: int, model: Any, plain_step: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -189,7 +189,7 @@ def a_folder_of_the_users(trial: Trial, size: int) -> str:
 
 
 def another_base(trial: Trial, size: int) -> str:
-    """The adapter is put on a base of the same shape whose weights are others."""
+    """Use the adapter on a base with the same shape and other weights."""
     from safetensors.torch import load_file, save_file
 
     other = trial.folder / "other-base"
@@ -226,7 +226,7 @@ def _small_disk(folder: Path, size: str) -> Iterator[Path | None]:
 
 
 def full_disk(trial: Trial, size: int) -> str:
-    """Room for two saves and a half; then for all."""
+    """The disk has room for two and a half saves; then it gets more room and the run is resumed."""
     room = sum(path.stat().st_size for path in trial.newest(trial.whole).iterdir())
     with _small_disk(trial.folder, f"{int(2.6 * room) // 1024}k") as disk:
         if disk is None:
@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--faults", nargs="+", type=int, default=list(range(1, len(FAULTS) + 1)), help="their numbers")
     parser.add_argument("--out", type=Path, default=Path("runs/reliability"), help="table.md; runs/reliability")
     options = parser.parse_args()
-    import atomtune.train.run  # noqa: F401  # once, before the forks
+    import atomtune.train.run  # noqa: F401  # imported once, before the forks
 
     persona = Path(__file__).parent.parent / "src" / "atomtune" / "demo" / "persona.jsonl"
     lines = ["| fault | atomtune | transformers' Trainer + PEFT |", "|---|---|---|"]

@@ -1,10 +1,10 @@
-"""One run, two programs: `atomtune train`, then plain transformers + PEFT with its first weights and order of records.
+"""One run by two programs: `atomtune train`, then transformers + PEFT with the same first weights and order of records.
 
     python -m benchmarks.replay --base FOLDER --data RECORDS.jsonl --held_out OTHERS.jsonl
 
-A difference between two runs is the seeds' or the programs'. Here the seeds are taken away: float32, no dropout, the
-base's own template, all else as `atomtune train` chooses. The plain side pads, knows no layout, and steps with torch's
-AdamW. Prints the held-out loss, nats of an answer token, after each epoch of both, with six decimals.
+Two runs may differ because of their seeds or because of the programs. Here the seeds are the same: float32, no dropout,
+the base's own template, and all other settings as `atomtune train` chooses them. The plain side pads and steps with
+torch's AdamW. Prints both held-out losses (nats per answer token) after each epoch, with six decimals.
 """
 
 import argparse
@@ -23,7 +23,7 @@ Encoded = dict[str, list[int]]
 
 
 class Recorded:
-    """What a run of `atomtune train` began with and saw: its settings, first weights, and the records of each step."""
+    """A run of `atomtune train` with what repeats it: settings, first weights, and the records of each step."""
 
     def __init__(self, base: Path, data: Path, held_out: Path, out: Path, flags: Sequence[str]) -> None:
         from transformers import TrainerCallback
@@ -98,7 +98,7 @@ def replayed(base: Path, recorded: Recorded, learned: Sequence[Encoded], held_ou
 
 
 def padded_loss(model: Any, examples: Sequence[Encoded]) -> torch.Tensor:
-    """Mean nats of an answer token of the batch, filled up at the right."""
+    """Mean nats of an answer token in the batch, padded on the right."""
     longest = max(len(example["input_ids"]) for example in examples)
     ids = torch.tensor([[*one["input_ids"], *[0] * (longest - len(one["input_ids"]))] for one in examples])
     learned = torch.tensor(
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="records to learn, one JSON object a line")
     parser.add_argument("--held_out", type=Path, required=True, help="records to evaluate on")
-    options, flags = parser.parse_known_args()  # further flags are `atomtune train`'s, as --seed 1
+    options, flags = parser.parse_known_args()  # other flags go to `atomtune train`, for example --seed 1
     losses = compare(options.base, options.data, options.held_out, flags)
     print("| epoch | atomtune train | transformers + PEFT |\n|---|---|---|")
     for epoch, (ours, plain) in enumerate(losses, 1):

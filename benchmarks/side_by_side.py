@@ -1,9 +1,9 @@
-"""Side by side: many adapters of one base trained in one forward pass, each with its own records, rate and seed.
+"""Side by side: train many adapters of one base in one forward pass, each with its own records, rate and seed.
 
-A small model on a GPU waits for kernels to be launched. K adapters that share the base's products take hardly longer
-than one, so a study of many short runs fits into minutes. What `atomtune train` does is done here for each adapter by
-itself: the mean nats of its batch's answer tokens, gradients clipped at norm 1, AdamW without decay, a linear or cosine
-schedule. An adapter ends as it would alone (tests/test_benchmarks.py).
+With a small model, a GPU mostly waits for kernels to be launched. K adapters that share the base's products take hardly
+longer than one, so a study of many short runs fits into minutes. Each adapter is trained like in `atomtune train`: mean
+nats of the batch's answer tokens, gradients clipped at norm 1, AdamW without decay, a linear or cosine schedule. It
+ends with the same weights as when trained alone (tests/test_benchmarks.py).
 
 K adapters   B records of each   T padded tokens   D in, E out   R the largest rank
 """
@@ -20,15 +20,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from atomtune.model.lora_targets import all_linear
 
 BETAS, EPSILON, LARGEST_NORM = (0.9, 0.999), 1e-8, 1.0
-#: Tokens of a pass without gradients: a GPU waits for launches, a CPU for memory.
+#: Tokens per pass without gradients: many for a GPU, which waits for launches, few for a CPU, which waits for memory.
 EVALUATED_TOKENS = {"cuda": 32_768, "cpu": 4_096}
-#: Rows are as long as a multiple of this: on a CPU, every new length is compiled for, which took longer than the step.
+#: Rows are padded to a multiple of this: a CPU compiles for each new length, which took longer than the step.
 LENGTH_STEP = 8
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What one adapter trains with."""
+    """The settings of one adapter's training."""
 
     name: str
     learning_rate: float
@@ -41,7 +41,7 @@ class Settings:
     dropout: float = 0.1
 
     def rate_at(self, step: int, steps: int) -> float:
-        """The rate of a step, counted from 0, as transformers' schedules have it."""
+        """The learning rate of a step, counted from 0, as in transformers' schedules."""
         warmup_steps = math.ceil(self.warmup * steps)
         if step < warmup_steps:
             return self.learning_rate * step / warmup_steps
@@ -52,14 +52,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One adapter to train: its settings, and the seed of its first weights and of its records' order."""
+    """One adapter to train: its settings, and the seed for its first weights and the order of its records."""
 
     settings: Settings
     seed: int
 
 
 class AdaptedLinear(torch.nn.Module):
-    """A frozen linear layer, and K adapters of which each sees its share of the rows."""
+    """A frozen linear layer with K adapters; the rows of the batch are divided equally among the adapters."""
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
@@ -80,9 +80,9 @@ class AdaptedLinear(torch.nn.Module):
 
 
 def dropped(x: torch.Tensor, share: float) -> torch.Tensor:
-    """x with about this share of its numbers 0, the others larger by as much.
+    """Dropout: about this share of the numbers becomes 0, and the others grow to keep the mean.
 
-    A random byte decides for each number: torch's own dropout was a fifth of a step on a CPU.
+    One random byte decides per number, because torch's own dropout took a fifth of a step on a CPU.
     """
     limit = round(256 * share)
     words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-(2**63), None)
@@ -91,7 +91,7 @@ def dropped(x: torch.Tensor, share: float) -> torch.Tensor:
 
 
 class Adapters:
-    """The weights of K adapters in one tensor, [K, P]: every layer's `down`, then its `up`."""
+    """The weights of K adapters in one tensor, [K, P]: for each layer `down`, then `up`."""
 
     def __init__(self, model: Any, runs: Sequence[Run]) -> None:
         self.model, self.runs = model, runs
@@ -108,7 +108,7 @@ class Adapters:
         self.scale = torch.tensor(scales, device=device)[:, None, None]
 
     def put(self, chosen: Sequence[int] | None = None) -> None:
-        """Give every layer its weights: of all adapters, or of the chosen ones. Gradients flow back into `weights`."""
+        """Give every layer its weights, of all adapters or of the chosen ones. Gradients flow back into `weights`."""
         weights, scale = self.weights, self.scale
         if chosen is not None:
             weights, scale = weights[list(chosen)], scale[list(chosen)]
@@ -119,7 +119,7 @@ class Adapters:
 
 
 def adapted_layers(model: Any) -> list[AdaptedLinear]:
-    """The layers that atomtune adapts, ready for adapters; a second call finds those of the first."""
+    """The layers that atomtune adapts, wrapped for adapters; a second call returns the same ones."""
     found = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
     if found:
         return found
@@ -130,7 +130,7 @@ def adapted_layers(model: Any) -> list[AdaptedLinear]:
 
 
 def first_weights(shapes: Sequence[tuple[int, int]], run: Run) -> torch.Tensor:
-    """PEFT's: `down` uniform by its width, `up` zero. Rows beyond the run's rank are zero in both and stay so."""
+    """First weights like PEFT's: `down` uniform, `up` zero. Rows beyond the run's rank are zero and stay zero."""
     draw = torch.Generator().manual_seed(run.seed)
     parts = []
     for number, (rows, columns) in enumerate(shapes):
@@ -143,9 +143,9 @@ def first_weights(shapes: Sequence[tuple[int, int]], run: Run) -> torch.Tensor:
 
 
 def nats_of(model: Any, examples: Sequence[dict[str, list[int]]], adapters: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(nats [K], answer tokens [K]) of K equal shares of the examples, one after another."""
+    """(nats [K], answer tokens [K]): the examples are K equal shares, one per adapter."""
     ids, learned = padded(examples, model.device)
-    # On a CPU torch's fused attention is half as fast, for rows as short as these, as its plain one.
+    # On a CPU, torch's fused attention is half as fast as its plain one for rows as short as these.
     backends = [SDPBackend.MATH] if ids.device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(backends):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # [K * B, T - 1, D]
@@ -158,7 +158,7 @@ def nats_of(model: Any, examples: Sequence[dict[str, list[int]]], adapters: int)
 
 
 def padded(examples: Sequence[dict[str, list[int]]], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and learned positions, filled at the right: there, causal attention needs no mask."""
+    """Ids and target mask, padded on the right, where causal attention needs no mask."""
     longest = LENGTH_STEP * math.ceil(max(len(example["input_ids"]) for example in examples) / LENGTH_STEP)
     columns = [[*values, *[0] * (longest - len(values))] for example in examples for values in example.values()]
     both = torch.tensor(columns).to(device, non_blocking=True).view(len(examples), 2, longest)
@@ -166,7 +166,7 @@ def padded(examples: Sequence[dict[str, list[int]]], device: Any) -> tuple[torch
 
 
 def orders(runs: Sequence[Run], records: int, epochs: int) -> list[list[int]]:
-    """Each run's records in the order in which it sees them, all epochs one after another."""
+    """For each run the record numbers in the order of training, over all epochs."""
     sequences = []
     for run in runs:
         draw, order = random.Random(run.seed), list(range(records))
@@ -181,9 +181,9 @@ def orders(runs: Sequence[Run], records: int, epochs: int) -> list[list[int]]:
 def train(
     model: Any, runs: Sequence[Run], learned: Sequence[dict[str, list[int]]], held_out: Sequence[dict[str, list[int]]]
 ) -> tuple[Adapters, list[list[float]]]:
-    """Train all runs, of equal batch, epochs and dropout.
+    """Train all runs; they must have the same batch, epochs and dropout.
 
-    Returns the adapters, each as it was after its best epoch, and the held-out loss of each after each of its epochs.
+    Returns the adapters as they were after their best epochs, and each adapter's held-out loss after each epoch.
     """
     adapters = Adapters(model, runs)
     batch, epochs = runs[0].settings.batch, runs[0].settings.epochs
@@ -215,7 +215,7 @@ def train(
 
 @torch.no_grad()
 def update(weights: torch.Tensor, mean: torch.Tensor, square: torch.Tensor, rates: torch.Tensor, number: int) -> None:
-    """One step of AdamW without decay, row by row; a row's gradient has norm 1 at most."""
+    """One step of AdamW without decay, per row; each row's gradient is clipped at norm 1."""
     gradient = weights.grad
     assert gradient is not None
     norms = gradient.norm(dim=1, keepdim=True)

@@ -1,10 +1,10 @@
-"""Where a step's time and a run's memory go: the profile behind the figures that were not reached.
+"""Where do a step's time and a run's memory go?
 
     python -m benchmarks.steps --source dialogues.jsonl
 
-Each workload in a process of its own: `atomtune train` as the benchmark runs it, its last steps under torch's profiler.
-A CPU without bfloat16 instructions is measured with --dtype float32, which is what `train` takes there. Every kernel is
-counted once, by its name and its shapes.
+Each workload runs in its own process: `atomtune train` as in the benchmark, with its last steps under torch's profiler.
+On a CPU without bfloat16 instructions use --dtype float32, which `train` uses there. Every kernel is counted once, by
+its name and its shapes.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from benchmarks import workloads
 from benchmarks.contender import BATCH, RANK, atomtune, matmul_rate, non_embedding_weights, peak_memory_mb
 
 HERE = Path(__file__).parent
-PROFILED = 4  # steps, the last ones
+PROFILED = 4  # the last steps of the run
 FLOOR, SMALL, HEAD, ATTENTION = "frozen matrices", "LoRA's products", "output matrix and loss", "attention"
 ELEMENTWISE, COPIES, REST = "norms, SwiGLU, RoPE, residuals", "copies and casts", "other kernels"
 PYTHON = "between kernels (Python, and the profiler's own)"
-#: Kernels by the beginning of their names; products of matrices are told apart by their shapes.
+#: Kernels by the beginning of their names; matrix products are told apart by their shapes.
 _KINDS = {
     ATTENTION: "bmm baddbmm_ _softmax",
     HEAD: "_log_softmax nll_loss",
@@ -49,13 +49,13 @@ def kind_of(name: str, shapes: list[Any], words: int) -> str:
 
 
 def profiled(base: Path, data: Path, dtype: str) -> dict[str, Any]:
-    """One run; milliseconds a step by kind, and the process's memory in MB at its stations."""
+    """Profile one run: milliseconds per step by kind, and the process's memory in MB at several points."""
     from transformers import AutoConfig, TrainerCallback
 
     from atomtune.train import run
 
     number_format = getattr(torch, dtype)
-    rate = matmul_rate(number_format)  # and once more behind the run: the host is noisy
+    rate = matmul_rate(number_format)  # measured again after the run, because the host is noisy
     memory = {"libraries imported": _resident_mb()}
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
 
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument(
         "--one", nargs=2, type=Path, help=argparse.SUPPRESS
-    )  # base and data of the process that measures
+    )  # base and data, for the process that measures
     options = parser.parse_args()
     if options.one:
         print(json.dumps(profiled(*options.one, options.dtype)))
@@ -140,7 +140,7 @@ def _row(name: str, figures: list[float]) -> str:
 
 
 def table(profiles: dict[str, dict[str, Any]]) -> str:
-    """Both profiles as Markdown, a column a workload."""
+    """All profiles as Markdown, one column per workload."""
     head = f"| | {' | '.join(profiles)} |\n|---|{'---|' * len(profiles)}"
     kinds = (FLOOR, ATTENTION, HEAD, SMALL, ELEMENTWISE, COPIES, REST, PYTHON)
     rows = [("tokens a step", "tokens"), ("a step under the profiler, ms", "step"), ("the floor, ms", "floor")]

@@ -1,14 +1,18 @@
-"""Is every token that is trained the one that serving sees?  Tokenizers × kinds of conversation, in one table.
+"""Does training use the tokens that serving sees? Tokenizers × kinds of conversation, in one table.
 
     python -m benchmarks.token_truth            prints the table
     python -m benchmarks.token_truth --write    and writes it to docs/token-truth.md
 
-The published tokenizers are read from $ATOMTUNE_REAL or ~/.cache/atomtune-real; published templates that their folders
-lack, from the package trl where it is installed. Each learned answer is compared with what others make of the same
-messages: its prompt with transformers' apply_chat_template, tokenized at once; the answer with what the template writes
-behind that prompt, or, where the template hides it again, with what the model's publisher documents. Mistral's three
-are the built-in templates on the tokenizers of mistral-common, compared with the ids of its own encoders. Llama 2 is
-compared with the way in which Meta's reference code puts a dialog together.
+Published tokenizers are read from $ATOMTUNE_REAL or ~/.cache/atomtune-real; published templates that these folders lack
+come from the package trl, if it is installed.
+
+Each answer in training is compared with what others make of the messages:
+- its prompt with transformers' apply_chat_template, tokenized in one call;
+- the answer with what the template writes after that prompt; if the template writes it otherwise in
+  the whole conversation, with what the model's publisher documents.
+
+For Mistral, the three built-in templates on mistral-common's tokenizers are compared with the ids of mistral-common's
+own encoders. Llama 2 is compared with how Meta's reference code builds a dialog.
 """
 
 import argparse
@@ -34,7 +38,7 @@ from atomtune.data.reading.raw import RawRecord
 from atomtune.model.load import load_tokenizer
 
 REAL = Path(os.environ.get("ATOMTUNE_REAL", Path.home() / ".cache" / "atomtune-real"))
-#: The template of Llama-2-7b-chat-hf, whose tokenizer is published without one in the folder that is read here.
+#: The template of Llama-2-7b-chat-hf, because the tokenizer's folder read here has none.
 LLAMA_2 = (
     "{% set system = messages[0].content if messages[0].role == 'system' else none %}"
     "{% for message in (messages if system is none else messages[1:]) %}"
@@ -45,7 +49,7 @@ LLAMA_2 = (
     "{{ bos_token + '[INST] ' + (opening + message.content).strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + message.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-#: name in the table → folder under REAL, published template: its name in trl or its text (None: the tokenizer's own)
+#: name in the table → (folder under REAL, published template: its name in trl or its text; None: the tokenizer's own)
 TOKENIZERS = {
     "SmolLM2": ("smollm2", None),
     "Qwen3": ("tok/qwen3", None),
@@ -60,7 +64,7 @@ TOKENIZERS = {
     "Nemotron 3": ("tok/qwen3", "nemotron_3_nano"),
     "gpt-oss": ("tok/gptoss", "gptoss"),
 }
-#: name in the table → tokenizer file in the package mistral-common, built-in template; the server is its own encoder
+#: name in the table → (tokenizer file in mistral-common, built-in template); mistral-common's encoder is the server
 MISTRAL = {
     "Mistral v1": ("tokenizer.model.v1", "mistral-v1"),
     "Mistral v3": ("mistral_instruct_tokenizer_240323.model.v3", "mistral-v3"),
@@ -98,7 +102,7 @@ WEATHER: Message = {
     },
 }
 ASKED = user("Weather in Paris?")
-#: kind → a record of the format `messages`
+#: kind of conversation → a record in the format `messages`
 KINDS: dict[str, Message] = {
     "question and answer": {"messages": [user("What is the capital of France?"), assistant("Paris, of course.")]},
     "system text": {
@@ -205,7 +209,7 @@ KINDS: dict[str, Message] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one kind of conversation on one tokenizer."""
+    """The result of one kind of conversation with one tokenizer."""
 
     outcome: str  # "equal", "refused", "differs", "absent"
     detail: str = ""
@@ -215,7 +219,7 @@ class Verdict:
 
 
 def template_for(name: str) -> Template | None:
-    """A published tokenizer with its published template; None where one of them is not here."""
+    """A published tokenizer with its published template; None if one of them is not available here."""
     if name in MISTRAL:
         return mistral_template(name)
     folder, published = TOKENIZERS[name]
@@ -234,7 +238,7 @@ def template_for(name: str) -> Template | None:
 
 
 def mistral_template(name: str) -> Template | None:
-    """A tokenizer of mistral-common, read as transformers reads it, with the built-in template for it."""
+    """A tokenizer of mistral-common with its built-in template; None if mistral-common is not installed."""
     file, built_in = MISTRAL[name]
     spec = importlib.util.find_spec("mistral_common")
     if spec is None or spec.origin is None:
@@ -252,7 +256,7 @@ def mistral_template(name: str) -> Template | None:
 
 
 def verdict(template: Template, record: Message) -> Verdict:
-    """Whether each answer of a record is learned behind the prompt that a server sends, and as it is published."""
+    """Whether each answer is trained with the prompt that a server sends and with the answer's published tokens."""
     ledger = Ledger()
     raw = RawRecord(record, "truth.jsonl:1")
     encoded = list(encode([raw], template, ledger, max_tokens=100_000, schema=Schema("messages")))
@@ -283,7 +287,7 @@ def server_for(template: Template, record: Message) -> "Server | MistralServer |
 
 
 class Llama2Server:
-    """What Meta's reference code makes of the messages: each exchange is a text, in which nothing is a control token.
+    """How Meta's reference code builds a dialog: each exchange is one text, in which control strings stay text.
 
     <s> [INST] <<SYS>> system <</SYS>> q1 [/INST] a1 </s> <s> [INST] q2 [/INST] a2 </s>
     """
@@ -319,7 +323,7 @@ class Llama2Server:
 
 
 def with_arguments_as_text(call: Message) -> Message:
-    """A call as OpenAI's clients send it: its arguments are JSON text."""
+    """A call as OpenAI's clients send it, with JSON text as arguments."""
     arguments = call["function"]["arguments"]
     text = arguments if isinstance(arguments, str) else json.dumps(arguments)
     return {**call, "function": {**call["function"], "arguments": text}}
@@ -340,7 +344,7 @@ class MistralServer:
         self.tools = record.get("tools")
 
     def _sent(self, message: Message) -> Message:
-        """As a client sends it: no thoughts, a call's arguments as JSON text, and no empty text beside it."""
+        """The message as a client sends it: no thoughts, arguments as JSON text, and no empty text beside a call."""
         sent = {key: value for key, value in message.items() if key != "reasoning_content"}
         if "tool_calls" in sent:
             sent["tool_calls"] = [with_arguments_as_text(call) for call in sent["tool_calls"]]
@@ -373,7 +377,7 @@ def mistral_encoder(file: str, mode: str) -> Any:
 
 
 class Server:
-    """What a server makes of the same messages, with nothing of the code under test."""
+    """What a server makes of the messages, written without the code under test."""
 
     def __init__(self, template: Template, record: Message) -> None:
         self.tokenizer = template.tokenizer
@@ -384,10 +388,10 @@ class Server:
         self.controls = sorted((token for token in added if token.startswith("<")), key=len, reverse=True)
 
     def _sent(self, message: Message) -> Message:
-        """As a client sends it: thoughts apart from the text where the template reads them apart."""
+        """The message as a client sends it; thoughts are a separate key if the template reads them from there."""
         text = message["content"] or ""
         message = {**message, "content": text}
-        if "tool_calls" in message:  # most templates want values, whatever the client sent
+        if "tool_calls" in message:  # most templates want an object, whatever the client sent
             message["tool_calls"] = [with_arguments_as_values(call) for call in message["tool_calls"]]
         if message["role"] == "assistant" and text.startswith("<think>") and "think" in self.source:
             thoughts, _, answer = text.removeprefix("<think>").partition("</think>")
@@ -411,7 +415,7 @@ class Server:
         return self._ids(self._render(at, prompt=True), self.messages[:at])
 
     def answer_ids(self, at: int) -> list[int]:
-        """The answer with its stop token, as the template writes it behind the prompt, else as it is documented."""
+        """The answer with its stop token: as the template writes it after the prompt, else as it is documented."""
         prompt, full = self._render(at, prompt=True), self._render(at + 1, prompt=False)
         if full.startswith(prompt):
             written = full[len(prompt) :].rstrip("\n")
@@ -422,7 +426,7 @@ class Server:
         return [*self._ids(text, [self.messages[at]]), self.tokenizer.convert_tokens_to_ids(stop)]
 
     def _ids(self, text: str, messages: Sequence[Message]) -> list[int]:
-        """Ids of a rendered text in one go; a text that holds control strings is tokenized as a text."""
+        """Ids of a rendered text from one call; but a message with control strings is tokenized as plain text."""
         hostile = [m["content"].strip() for m in messages if any(c in m["content"] for c in self._special())]
         if not hostile:
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -439,7 +443,7 @@ class Server:
         ]
 
     def _stretches(self, text: str, hostile: str) -> Iterator[tuple[str, bool]]:
-        """The rendered text cut at the template's control tokens around the hostile text."""
+        """(part, whether it is plain text): the text cut at the template's control tokens around the hostile text."""
         before, _, behind = text.partition(hostile)
         start = max((before.rfind(c) + len(c) for c in self._special() if c in before), default=0)
         ends = [behind.find(c) for c in self._special() if c in behind]
@@ -452,10 +456,10 @@ class Server:
 
 
 def documented_answer(source: str, prompt: str, full: str, message: Message) -> str:
-    """The answer where the template, shown the whole conversation, writes it otherwise than behind its prompt."""
+    """The answer as documented, for templates that write it differently once the whole conversation is shown."""
     thoughts, stop = message.get("reasoning_content", ""), "<" + full.rstrip("\n").rpartition("<")[2]
     own = full.rpartition("<|im_start|>assistant\n")[2]
-    if prompt.endswith("<think>\n") and own.startswith("<think></think>"):  # Nemotron's way not to think
+    if prompt.endswith("<think>\n") and own.startswith("<think></think>"):  # how Nemotron skips thinking
         return own.removeprefix("<think>").rstrip("\n")
     if prompt.endswith("<think>\n"):  # DeepSeek-R1, README: the model's reply begins inside its thoughts
         return f"{thoughts}\n</think>\n\n{full.rpartition('<｜Assistant｜>')[2]}"

@@ -1,9 +1,9 @@
-"""Workloads: the model and the data files that every contender gets.
+"""Workloads: the model and the data files that all contenders train on.
 
-Four shapes of one file of single-turn dialogues (instruction/input/output JSONL):
+Four workloads are made from one file of single-turn dialogues (instruction/input/output JSONL):
 short  the dialogues as they are
-style  every question as `input` behind one long style instruction, as the tutorial has it
-tasks  ten task instructions of about 100 to 400 tokens, each a sentence and eight worked examples, in unequal shares
+style  one long style instruction before every question, as in the tutorial; the question is the `input`
+tasks  ten instructions of about 100 to 400 tokens, each a sentence and eight worked examples; some are more frequent
 turns  conversations of three turns that branch from common openings
 """
 
@@ -33,13 +33,13 @@ _TASKS = (
 
 
 def read(path: Path, count: int) -> list[dict[str, str]]:
-    """The first records of the source file."""
+    """The first `count` records of the source file."""
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for _, line in zip(range(count), lines, strict=False)]
 
 
 def records(name: str, source: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
-    """The workload's records, as many as the source has; the same on every machine."""
+    """The workload's records, one per source record; the same on every machine."""
     question = [record["instruction"] + record["input"] for record in source]
     answer = [record["output"] for record in source]
     for i, record in enumerate(source):
@@ -55,20 +55,20 @@ def records(name: str, source: list[dict[str, str]]) -> Iterator[dict[str, Any]]
                 "output": answer[i],
             }
         else:
-            # A conversation tree: 8 openings, each with 4 second turns; the records are its leaves.
+            # A conversation tree: 8 openings with 4 second turns each. The records are its leaves.
             branch = int((i * 0.6180339887) % 1 * 32)
             history = [[question[k % len(source)], answer[k % len(source)]] for k in (branch % 8, 100 + branch)]
             yield {"instruction": question[i], "input": "", "output": answer[i], "history": history}
 
 
 def _shots(question: list[str], answer: list[str], start: int, count: int, *, longest: int = 1_000) -> str:
-    """Worked examples of at most `longest` characters each, from the first records on."""
+    """The first `count` worked examples of at most `longest` characters, counted from record `start`."""
     pairs = [(q, a) for q, a in zip(question[start:], answer[start:], strict=True) if len(q) + len(a) <= longest]
     return "".join(f"问：{q}\n答：{a}\n" for q, a in pairs[:count])
 
 
 def _task(i: int) -> int:
-    """Task k gets a share of 1/(k+1), by a fixed sequence without structure."""
+    """The task of record i. Task k gets a share proportional to 1/(k+1), spread by a golden-ratio sequence."""
     shares = [1 / (k + 1) for k in range(len(_TASKS))]
     point = (i * 0.6180339887) % 1 * sum(shares)
     for k, share in enumerate(shares):
@@ -79,14 +79,14 @@ def _task(i: int) -> int:
 
 
 def write(name: str, source: list[dict[str, str]], path: Path) -> Path:
-    """A workload as JSONL."""
+    """Write a workload as JSONL."""
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records(name, source))
     path.write_text("".join(lines), encoding="utf-8")
     return path
 
 
 class Shape(NamedTuple):
-    """A Llama's sizes; the layers of a Qwen3 or a SmolLM2 are the same products."""
+    """The sizes of a Llama. Layers of a Qwen3 or a SmolLM2 compute products of the same shapes."""
 
     hidden: int
     intermediate: int
@@ -107,7 +107,7 @@ SHAPES = {
     "atom-7b": Shape(4096, 11008, 32, 32, 32, 128, 65_000),
 }
 _SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 2}
-#: Small models whose layers are more than attention and a dense network: kind → values of its config.
+#: Small models with other layers than attention and a dense network: model type → values of its config.
 KINDS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         **_SMALL,
@@ -134,15 +134,15 @@ KINDS: dict[str, dict[str, Any]] = {
         "block_auto_adjust_ff_dim": False,
     },
 }
-#: From this many words on the weights are written in bfloat16, as such models are published.
+#: Models with at least this many words are saved in bfloat16, the dtype in which such models are published.
 _PUBLISHED = 40_000
-_WORDS = 8_000  # of a tokenizer that is trained on the data
+_WORDS = 8_000  # vocabulary of a tokenizer that is trained on the data
 
 
 def build_base(folder: Path, source: list[dict[str, str]], shape: str = "small") -> Path:
-    """A model with random weights, and a tokenizer trained on the data.
+    """Save a model with random weights and a tokenizer trained on the data.
 
-    shape  of SHAPES: a Llama of Atom's form, made where it fits; or of KINDS
+    shape  a key of SHAPES (a Llama like Atom) or of KINDS
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -176,7 +176,7 @@ def build_base(folder: Path, source: list[dict[str, str]], shape: str = "small")
 
 
 def _tokenizer(source: list[dict[str, str]], *, words: int) -> Any:
-    """Byte-level BPE, trained on the data."""
+    """Train a byte-level BPE tokenizer on the data."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

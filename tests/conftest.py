@@ -1,4 +1,4 @@
-"""Real, tiny models and tokenizers, built in the process; nothing comes from a hub."""
+"""Fixtures: real, tiny models and tokenizers, built in this process; nothing is downloaded."""
 
 import json
 import os
@@ -10,18 +10,18 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["ATOMTUNE_LANGUAGE"] = "en"  # whatever the locale of this machine is
-# The laws are those of a CPU, bit by bit. `CUDA_VISIBLE_DEVICES=0 pytest …` tries a GPU: docs/log.md says what differs.
+os.environ["ATOMTUNE_LANGUAGE"] = "en"  # whatever the machine's locale is
+# The tests expect a CPU's results bit by bit. `CUDA_VISIBLE_DEVICES=0 pytest …` uses a GPU; see docs/log.md.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-# `nohup make test &` hands down that these are ignored; a run heeds that, and so would the tests of stops.
+# `nohup make test &` makes child processes ignore these signals. A run respects that, so tests of stops would fail.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "huanhuan.jsonl"
 
-#: Short dialogues of our own for tests: two languages, an input here and there, punctuation, digits, a newline.
+#: Our own short dialogues: two languages, some inputs, punctuation, digits, a newline.
 DIALOGUES = [
     {"instruction": "你是谁？", "input": "", "output": "我是灯塔的看守人。"},
     {"instruction": "Who are you?", "input": "", "output": "I keep the light."},
@@ -35,19 +35,19 @@ DIALOGUES = [
 
 
 def write_jsonl(path: Path, records: list[dict]) -> Path:
-    """Records as a JSONL file."""
+    """Write records to a JSONL file."""
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
     return path
 
 
 def numbered_dialogues() -> list[dict]:
-    """The dialogues five times over, with numbers: 40 records."""
+    """DIALOGUES five times, made different by numbers: 40 records."""
     return [{**record, "instruction": f"{record['instruction']} ({n})"} for n in range(5) for record in DIALOGUES]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The example store of the tests, apart from the user's; also for the processes that tests start."""
+    """An example store for the tests, separate from the user's, also in processes that tests start."""
     import datasets
 
     folder = tmp_path_factory.mktemp("store")
@@ -58,12 +58,12 @@ def _own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def dialogues(tmp_path: Path) -> Path:
-    """The dialogues above, five times over with numbers, as a JSONL file of 40 records."""
+    """DIALOGUES five times with numbers, as a JSONL file of 40 records."""
     return write_jsonl(tmp_path / "dialogues.jsonl", numbered_dialogues())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever uses real material is slow: `make test` leaves it out, `make test-slow` runs it."""
+    """Mark tests that use real material as slow: `make test` skips them, `make test-slow` runs them."""
     for item in items:
         if "real" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
@@ -71,7 +71,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def real() -> Callable[[str], Path]:
-    """`real("smollm2")`, `real("tok/qwen3")`: folders of tools/real_material.py; without one the test is skipped."""
+    """`real("smollm2")`, `real("tok/qwen3")`: a folder of tools/real_material.py; skips the test if it is missing."""
     root = Path(os.environ.get("ATOMTUNE_REAL") or Path.home() / ".cache" / "atomtune-real")
 
     def folder(name: str) -> Path:
@@ -84,7 +84,7 @@ def real() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`models("llama")` is the folder of a tiny model of that family with a tokenizer; built once a session."""
+    """`models("llama")` is the folder of a tiny model of that family with a tokenizer, built once per session."""
     from tests.tiny import build
 
     built: dict[str, Path] = {}
@@ -99,7 +99,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def by_heart(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter on the tiny llama that has learned the dialogues: its output folder."""
+    """The output folder of an adapter on the tiny llama that has memorized DIALOGUES."""
     from tests.trained import train_by_heart
 
     return train_by_heart(models("llama"), tmp_path_factory.mktemp("by_heart"), DIALOGUES)
@@ -107,7 +107,7 @@ def by_heart(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def trained_in_nf4(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base, and a run on it whose base was held in 4 bits and whose last two records were held out."""
+    """(base, run): the run trained on the base in 4 bits and held out two records."""
     pytest.importorskip("bitsandbytes")
     from atomtune.cli import main
 

@@ -1,4 +1,4 @@
-"""Tiny models whose layers carry a state from token to token, in float64 with an adapter as after some training."""
+"""Tiny models with layers that carry a state from token to token, in float64, with an adapter that is not new."""
 
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "pad_token_id": 0,
     },
 }
-#: Which layers an adapter of the test goes on.
+#: The layers that the tests adapt.
 _TARGETS = {
     "qwen3_next": ["in_proj_qkvz", "out_proj", "q_proj", "o_proj"],
     "qwen3_5_text": ["in_proj_qkv", "in_proj_a", "out_proj", "q_proj", "o_proj", "down_proj"],
@@ -78,7 +78,7 @@ _TARGETS = {
 def hybrid(family: str) -> Any:
     torch.manual_seed(7)
     config = AutoConfig.for_model(family, **HYBRIDS[family], use_cache=False)
-    # torch's grouped product of experts knows no float64.
+    # torch's grouped matrix product for experts does not support float64.
     base = AutoModelForCausalLM.from_config(config, dtype=torch.float64, experts_implementation="eager").eval()
     base.requires_grad_(False)
     model = new_adapter(base, LoraSpec(rank=4, alpha=8, dropout=0.0, targets=_TARGETS[family])).double().eval()
@@ -89,7 +89,7 @@ def hybrid(family: str) -> Any:
     return model
 
 
-#: family → config of a model that is trained through the whole walk
+#: family → config of a model for whole runs
 WALKED: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {**_SIZE, **DELTA_NET},
     "gpt_oss": {
@@ -100,7 +100,7 @@ WALKED: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
         "layer_types": ["sliding_attention", "full_attention"],
     },
-    # PEFT takes the layers of its shared expert, and of its first, dense layer, for the experts'.
+    # PEFT treats layers of its shared expert and its first, dense layer as if they were experts'.
     "glm4_moe": {
         **_SIZE,
         "num_hidden_layers": 2,
@@ -112,7 +112,7 @@ WALKED: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "first_k_dense_replace": 1,
     },
-    # Its two blocks with attention compute with the same matrices.
+    # Its two blocks with attention share their matrices.
     "zamba2": {
         **_SIZE,
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
@@ -131,7 +131,7 @@ WALKED: dict[str, dict[str, Any]] = {
 
 
 def write_walked(family: str, folder: Path) -> Path:
-    """A model of this family in float32, with a tokenizer of Qwen's kind, in a folder."""
+    """Save a model of this family in float32, with a tokenizer like Qwen's."""
     tokenizer = tokenizer_of("bytes", CHATML)
     tokenizer.save_pretrained(folder)
     words = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}

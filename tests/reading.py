@@ -1,4 +1,4 @@
-"""A source read whole in one process, as the workers of a run read it in parts."""
+"""Read a whole source in one process; the workers of a run read it in parts."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from atomtune.data.records import Refusal
 
 
 def read_values(source: Path | str, advance: Advance = lambda n_bytes: None) -> Iterator[RawRecord | Refusal]:
-    """Every value of the source, or the reason why a line or row is none."""
+    """Every value of the source, or a refusal for a line or row that has none."""
     for chunk in read_chunks(source, advance):
         yield from parse_chunk(chunk)
 

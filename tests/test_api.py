@@ -1,4 +1,4 @@
-"""The commands as functions: same figures as the commands, values returned, errors raised, nothing printed."""
+"""The commands as functions: the same figures as the commands; values are returned, errors raised, nothing printed."""
 
 import inspect as signatures
 import json
@@ -22,7 +22,7 @@ LEARNING = {"learning_rate": 1e-2, "lora_rank": 16, "lora_dropout": 0, "dtype": 
 
 @pytest.fixture(scope="module")
 def run(models, tmp_path_factory):
-    """A run by the library that knows its records by heart."""
+    """A run of the library that has memorized its records."""
     folder = tmp_path_factory.mktemp("api")
     data = write_jsonl(folder / "data.jsonl", DIALOGUES)
     return train(models("llama"), data, output_dir=folder / "out", max_steps=150, **LEARNING)
@@ -63,7 +63,7 @@ def test_train_returns_the_figures_of_run_json(run):
 
 
 def test_a_run_is_the_same_as_the_commands(run, models, tmp_path):
-    """Bit for bit: the function is the command."""
+    """The adapters are equal bit by bit."""
     data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
     flags = [word for name, value in LEARNING.items() for word in (f"--{name}", str(value))]
     paths = ["--model_path", str(models("llama")), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
@@ -175,7 +175,7 @@ def test_a_broken_record_is_raised_with_its_line(models, tmp_path):
 
 
 def test_training_works_in_a_thread_of_the_program(models, tmp_path):
-    """Python hands signals to the main thread alone."""
+    """Python delivers signals only to the main thread."""
     data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
     runs = []
     worker = threading.Thread(
@@ -190,7 +190,7 @@ def test_signatures_name_every_setting_with_its_default():
     parameters = signatures.signature(train).parameters
     assert parameters["lora_rank"].default == 8 and parameters["lora_targets"].default == ["all-linear"]
     assert parameters["output_dir"].default is None
-    assert signatures.signature(inspect).parameters["max_seq_length"].default is None  # auto
+    assert signatures.signature(inspect).parameters["max_seq_length"].default is None  # None means auto
     assert "learning_rate" in parameters and parameters["settings"].kind is signatures.Parameter.VAR_KEYWORD
     assert "settings" not in signatures.signature(evaluate).parameters
 

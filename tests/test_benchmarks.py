@@ -1,4 +1,4 @@
-"""The benchmarks run, on a toy model: every contender that is installed, one process each."""
+"""The benchmarks run on a toy model: every installed contender, each in its own process."""
 
 import importlib.util
 import json
@@ -54,7 +54,7 @@ def test_a_toy_run_ends_in_a_table_and_a_figure(tmp_path):
     assert done.returncode == 0, done.stderr
     runs = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert [run["name"] for run in runs] == contenders
-    # All begin at the same weights and see the same records, so their first losses are near each other.
+    # All start with the same weights and see the same records, so their losses are close.
     assert max(run["loss"] for run in runs) - min(run["loss"] for run in runs) < 0.05
     shared = next(run for run in runs if run["name"] == "atomtune-bf16")
     assert shared["layout"] == "tree"
@@ -128,7 +128,7 @@ def test_the_profile_of_a_gpu_counts_what_overlaps_once():
     kernel = {"cat": "kernel"}
     events = [
         {**kernel, "name": "sm90_gemm", "ts": 0.0, "dur": 300.0},
-        {**kernel, "name": "flash_fwd", "ts": 200.0, "dur": 200.0},  # beside the first for 100
+        {**kernel, "name": "flash_fwd", "ts": 200.0, "dur": 200.0},  # overlaps with the first for 100
         {"cat": "gpu_memcpy", "name": "Memcpy HtoD", "ts": 700.0, "dur": 50.0},
         {"cat": "cuda_runtime", "name": "cudaStreamSynchronize", "ts": 0.0, "dur": 900.0},
     ]
@@ -211,7 +211,7 @@ def test_an_adapter_trained_beside_others_ends_as_peft_and_adamw_train_it_alone(
 
 
 def peft_losses(base: Path, run: Run, learned: list[dict], held_out: list[dict]) -> list[float]:
-    """Held-out loss after each epoch: PEFT, torch's AdamW and transformers' schedule, a record at a time."""
+    """Held-out loss after each epoch with PEFT, torch's AdamW and transformers' schedule, one record at a time."""
     from peft import LoraConfig, get_peft_model
     from transformers import get_scheduler
 
@@ -323,13 +323,13 @@ def test_every_family_that_transformers_lists_has_a_row_or_a_reason():
     assert not families.without_a_row() - reasons
 
 
-#: How configs name the kinds of their layers, and their windows.
+#: The names in configs for kinds of layers, and for windows.
 KINDS = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types")
 WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_window_size")
 
 
 def test_a_tiny_model_in_the_table_has_every_kind_of_layer_that_its_family_has():
-    # Two layers of Qwen4 carry a state and are a tree; the fourth reads a chosen part of its keys and is none.
+    # In Qwen4, layers with a state allow a tree, but the fourth layer, which selects keys, does not.
     lacking = {}
     for _, family, values in families.families():
         if family not in CONFIG_MAPPING:

@@ -1,4 +1,4 @@
-"""Laws of the command line, asked of real processes: what is printed where, and with which exit code."""
+"""Laws of the command line, checked in real processes: what is printed where, and the exit codes."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ from atomtune.cli import COMMANDS, main
 from atomtune.errors import AtomtuneError, ExitCode
 
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "numpy", "matplotlib"}
-#: Run the command in a process of its own, then print which modules it loaded.
+#: Run the command in its own process, then print the modules that it loaded.
 REPORTING = """
 import json, sys
 from atomtune.cli import main
@@ -60,11 +60,11 @@ def test_no_command_at_all_is_the_overview():
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_help_of_a_command_names_its_settings_and_loads_no_torch(command):
-    # Importing torch and transformers takes seconds; --help must not.
+    # Importing torch and transformers takes seconds, which --help must not.
     code, out, err, modules = answered(command, "--help")
     assert (code, err) == (0, "")
     assert f"usage: atomtune {command}" in out
-    assert ("--folder" if command == "runs" else "--model_path") in out  # one that needs no model
+    assert ("--folder" if command == "runs" else "--model_path") in out  # `runs` needs no model
     assert not modules & HEAVY
 
 
@@ -137,7 +137,7 @@ def every_error(kind: type = AtomtuneError) -> list[type]:
 
 
 def test_the_exit_codes_are_those_that_scripts_rely_on():
-    # Written out once more, on purpose: a renumbering would break every job script there is.
+    # Repeated here on purpose: other numbers would break every job script.
     promised = {"DONE": 0, "BUG": 1, "USER_MISTAKE": 2, "RUN_FAILED": 3, "CHECK_FAILED": 4, "STOPPED": 75}
     assert {code.name: code.value for code in ExitCode} == promised
 
@@ -194,7 +194,7 @@ def test_a_terminal_without_these_characters_shows_them_escaped(words):
 
 @pytest.mark.parametrize("address", ["https://user:hidden@hub.test/x.jsonl", "http://hidden@hub.test/x"])
 def test_no_password_of_an_address_is_shown(models, capsys, address):
-    # A path keeps one slash of two.
+    # As a path, the address has one slash left after the colon.
     assert main(["inspect", address, "--model_path", str(models("llama"))]) == 2
     printed = capsys.readouterr()
     assert "hidden" not in printed.err + printed.out
@@ -202,7 +202,7 @@ def test_no_password_of_an_address_is_shown(models, capsys, address):
 
 
 def assert_stopped(signalled: Callable[[], object], monkeypatch, capsys) -> None:
-    """A command in which this sends a signal ends soon after it, with the sentence of a stop."""
+    """A command that calls `signalled`, which sends a signal, ends soon after it with the message of a stop."""
 
     def command(name: str, flags: object) -> int:
         signalled()
@@ -218,8 +218,8 @@ def assert_stopped(signalled: Callable[[], object], monkeypatch, capsys) -> None
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_that_comes_while_an_object_is_freed_is_heard(monkeypatch, capsys, name):
-    # Python prints what __del__ raises and forgets it: Ctrl-C while a library was imported showed a traceback, and the
-    # command went on to its end.
+    # Python prints an exception from __del__ and drops it: Ctrl-C during an import showed a traceback, and the command
+    # ran on to its end.
     class Freed:
         def __del__(self) -> None:
             signal.raise_signal(getattr(signal, name))
@@ -233,7 +233,7 @@ def test_a_signal_that_comes_while_an_object_is_freed_is_heard(monkeypatch, caps
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_while_a_library_in_c_is_imported_waits_for_it(tmp_path, monkeypatch, capsys, name):
-    # The library makes an ImportError of the KeyboardInterrupt: "this is a bug", and then Python aborted.
+    # Such a library turns KeyboardInterrupt into ImportError: "this is a bug" was printed, and then Python aborted.
     class Library(ExtensionFileLoader):
         def create_module(self, spec: object) -> object:
             try:
@@ -247,7 +247,7 @@ def test_a_signal_while_a_library_in_c_is_imported_waits_for_it(tmp_path, monkey
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows sends no signals to others")
 def test_a_signal_after_the_result_does_not_deny_it():
-    # While Python cleared torch away, SIGTERM made a finished run one that a scheduler starts again.
+    # SIGTERM while Python frees torch gave a finished run an exit code for which a scheduler starts it again.
     code = """
 import os, signal, sys
 sys.argv[1:] = ["--version"]

@@ -1,4 +1,4 @@
-"""The console: nothing from outside gives the terminal an order, and lines end at words' ends at any width."""
+"""The console: no outside text controls the terminal, and lines break between words at any width."""
 
 import io
 import itertools
@@ -16,7 +16,7 @@ from atomtune.cli import main
 from atomtune.console import Console, controls_shown, print_json, progress_bar, wrapped
 from tests.conftest import write_jsonl
 
-#: Sets the window's title, clears the screen, colours it; C1's one-character form; turns the direction of writing.
+#: Set the window's title, clear the screen, change the colour, the same in C1's one-character form, reverse the text.
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202ekey\r\u2066"
 ORDERS = [chr(n) for n in (*range(9), *range(11, 32), *range(0x7F, 0xA0), 0x200E, 0x202A, 0x202E, 0x2066, 0x2069)]
 
@@ -79,7 +79,7 @@ SENTENCE = (
 def test_lines_end_where_words_end(width):
     for line in SENTENCE.split("\n"):
         parts = wrapped(line, width).split("\n")
-        # Nothing is lost, and a break stands only where a space or a Chinese character did.
+        # Nothing is lost, and lines break only at a space or a Chinese character.
         assert "".join("".join(parts).split()) == "".join(line.split())
         words = {word for part in parts for word in part.split()}
         for word in ("assistant", "expected", "bot=assistant.", "copied.jsonl"):
@@ -88,7 +88,7 @@ def test_lines_end_where_words_end(width):
         assert not any(part.strip()[:1] in "，；。）" for part in parts if part.strip())
         indent = len(line) - len(line.lstrip())
         assert all(part.startswith(" " * indent) for part in parts)
-    # English alone: as the standard library wraps it.
+    # Pure English is wrapped like by the standard library.
     english = "The adapter lies in this folder and every figure of the run stands in run.json beside it."
     assert wrapped(english, width).split("\n") == textwrap.wrap(english, width)
 
@@ -110,7 +110,7 @@ def test_a_pipe_and_a_command_to_copy_get_whole_lines():
 
 def test_no_command_lets_data_or_names_speak_to_the_terminal(models, tmp_path, capsys):
     base = str(models("llama"))
-    capsys.readouterr()  # the library's bars while the base is made
+    capsys.readouterr()  # drop the library's progress bars from the creation of the base
     name = tmp_path / f"d{EVIL}.jsonl"
     records = [{"instruction": "q", "output": "a", EVIL: "v"}, {"instruction": "q", EVIL: "a"}, {EVIL: 1}]
     turns = [{"role": EVIL, "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -149,13 +149,13 @@ def test_a_real_terminal_gets_whole_words_and_no_orders(models, tmp_path):
     assert process.returncode == 0, shown
     assert "\x1b]0;" not in shown and "\x1b[2J" not in shown and "\x9b" not in shown and "\u202e" not in shown
     assert "\\x1b]0;owned" in shown
-    assert "⟦" in shown  # without colours, marks show what is learned
+    assert "⟦" in shown  # without colours, these marks show the trained text
 
 
 def _read(terminal: int) -> bytes:
     try:
         return os.read(terminal, 65536)
-    except OSError:  # Linux says so where the other side is closed
+    except OSError:  # Linux raises this once the other side is closed
         return b""
 
 
@@ -170,7 +170,7 @@ def test_columns_stand_below_each_other_and_the_last_wraps_below_itself():
 
 
 def test_no_columns_are_as_many_as_there_are(monkeypatch, capsys):
-    # A command's whole result was lost, with exit code 0.
+    # With COLUMNS=0 a command's result was lost, with exit code 0.
     monkeypatch.setenv("COLUMNS", "0")
     Console().say("a result")
     assert capsys.readouterr().out == "a result\n"
@@ -178,7 +178,7 @@ def test_no_columns_are_as_many_as_there_are(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("kind", "draws"), [("xterm", True), ("dumb", False)])
 def test_nothing_is_drawn_over_where_a_terminal_cannot(monkeypatch, kind, draws):
-    # A run in Emacs' shell said nothing between its first and its last line.
+    # A run in Emacs' shell printed nothing between its first and its last line.
     monkeypatch.setenv("TERM", kind)
     spoken = console(100, terminal=True)
     assert spoken.is_terminal and spoken.draws is draws

@@ -1,4 +1,4 @@
-"""Laws of the disk: a folder that a command fills is whole or free again; which errors are the disk's."""
+"""Laws of the disk: a folder that a command fills is complete or free again, and which errors are the disk's."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ from atomtune.errors import BadSettings
 
 
 def test_what_is_no_file_is_never_replaced(tmp_path):
-    """`inspect --html /dev/full` put a file in the device's place."""
+    """`inspect --html /dev/full` replaced the device by a file."""
     pipe, folder, link = tmp_path / "pipe", tmp_path / "folder", tmp_path / "link"
     os.mkfifo(pipe)
     folder.mkdir()
@@ -45,7 +45,7 @@ def test_what_is_no_file_is_never_replaced(tmp_path):
 
 def test_a_place_is_told_from_a_bug():
     assert place_problem(NotADirectoryError(20, "Not a directory", "/a/b")) == "/a/b: Not a directory."
-    assert place_problem(FileNotFoundError(2, "No such file or directory", "/a/b")) == ""  # may well be ours
+    assert place_problem(FileNotFoundError(2, "No such file or directory", "/a/b")) == ""  # may be a bug in atomtune
     assert place_problem(PermissionError(13, "Permission denied")) == ""
     assert place_problem(ValueError("/a/b")) == ""
 
@@ -172,7 +172,7 @@ def test_a_home_that_nobody_has_is_a_folder_of_that_name():
 
 
 def test_no_room_for_a_temporary_file_is_the_disks_fault(monkeypatch):
-    # Libraries ask tempfile when they are imported: on a full disk each command was "a bug".
+    # Libraries use tempfile when they are imported: on a full disk every command was reported as a bug.
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setattr("tempfile._candidate_tempdir_list", list)
     with pytest.raises(FileNotFoundError) as caught:

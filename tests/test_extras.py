@@ -1,4 +1,4 @@
-"""A package that is missing is named with a command that installs it wherever atomtune came from."""
+"""A missing package is named with a command that installs it, wherever atomtune came from."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, what may not stand in it."""
+"""Rules of the project: which module may import which, and what files must not contain."""
 
 import ast
 import re
@@ -14,12 +14,12 @@ from tools.house.signs import private_names_of
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "atomtune"
 FILES = sorted(SOURCE.rglob("*.py"))
-#: What may stand at the top of the repository.
+#: All that may be at the top of the repository.
 TOP = {
     *(".ci", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "README.zh-CN.md"),
     *("SKILL.md", "benchmarks", "constraints.txt", "docs", "examples", "pyproject.toml", "src", "tests", "tools"),
 }
-#: Rooms and top-level modules by floor: each may import from the floors above it, and never from its own or below.
+#: Layers of packages and top-level modules: each may import only from the layers above it.
 FLOORS = (
     ("catalogue",),
     ("errors", "choices", "language", "shared_prefix"),
@@ -33,16 +33,16 @@ FLOORS = (
     ("certify",),
     ("export", "serve"),
     ("train",),
-    ("plan",),  # a plan takes what the run would take for its settings on auto
+    ("plan",),  # a plan uses what the run would choose for settings on auto
     ("cli", "api"),
     ("__main__", "__init__"),
 )
-#: Rooms that are handed plain values and may not know the settings.
+#: Packages that get plain values and must not import the settings.
 PLAIN = ("data", "analysis", "batch", "model")
 
 
 def module_of(path: Path) -> str:
-    """src/atomtune/data/cache.py is atomtune.data.cache."""
+    """The module of a path: src/atomtune/data/cache.py is atomtune.data.cache."""
     parts = path.relative_to(SOURCE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -51,7 +51,7 @@ MODULES = {module_of(path): path for path in FILES}
 
 
 def imports_of(path: Path) -> set[str]:
-    """Every module that a file imports, inside functions too; `from a import b` is a.b where that is a module."""
+    """All modules that a file imports, also inside functions; `from a import b` counts as a.b if that is a module."""
     modules: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -66,7 +66,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def rooms_read(source: str) -> set[str]:
-    """Rooms whose files a module reads, by name: `resources.files("atomtune.evaluate")`, `rendered("evaluate", …)`."""
+    """Packages whose files a module reads: `resources.files("atomtune.evaluate")`, `rendered("evaluate", …)`."""
     rooms: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
@@ -90,7 +90,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def test_nothing_foreign_lies_at_the_top():
-    # A test once left a model of 4 MB there, which a commit then took along.
+    # A test once wrote a model of 4 MB there, and a commit included it.
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("not a git checkout")
@@ -112,7 +112,7 @@ def test_imports_run_one_way(path):
 
 
 def test_a_file_that_is_read_from_another_room_is_seen():
-    # A style sheet of evaluate was once read by the pages below it.
+    # The pages once read a style sheet of evaluate, which was a layer below them.
     source = "from importlib import resources\nstyle = resources.files('atomtune.evaluate') / 'html' / 'page.css'\n"
     assert rooms_read(source) == {"evaluate"}
     assert rooms_read("rendered('sweep', 'sweep.html.jinja')") == {"sweep"}
@@ -136,7 +136,7 @@ LIGHT = ("catalogue", "errors", "choices", "language", "console", "settings", "c
 
 @pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in LIGHT], ids=name)
 def test_what_answers_a_wrong_flag_imports_no_torch(path):
-    # At any depth of a function; the process itself is asked in test_cli.py.
+    # Imports at any depth of a function count too; test_cli.py checks real processes.
     assert not {module.split(".")[0] for module in imports_of(path)} & {"torch", "transformers", "peft", "datasets"}
 
 
@@ -150,8 +150,8 @@ def test_a_module_has_a_noun_for_a_name_and_says_where_it_stands(path):
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
-#: Names with an underscore that belong to a library and may change with it. Adding one is a decision: say beside its
-#: use why there is no public way. Taking one away needs no change here, but makes this list shorter.
+#: Private names of libraries, which may change with a release. Before adding one, say beside its
+#: use why there is no public name.
 PRIVATE = {
     "data/encoding/special_tokens.py": {"tokenizer._atomtune_controls"},
     "data/encoding/token_ids.py": {"tokenizer._atomtune_short_way"},
@@ -192,7 +192,7 @@ def test_no_new_private_name_of_a_library(path):
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_every_signature_is_typed(path):
-    # mypy holds the types themselves; this holds without mypy, in every environment.
+    # mypy checks the types themselves; this check works without mypy in every environment.
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             place = f"{name(path)}:{node.lineno} {node.name}"
@@ -202,11 +202,11 @@ def test_every_signature_is_typed(path):
 
 
 def written_files() -> list[Path]:
-    """All that a user may read: source, documents, the root. Not the tests, which name what they seek."""
+    """All files that a user may read: source, documents, the root; not the tests, which name what they look for."""
     kinds = {".py", ".md", ".jinja", ".yaml", ".toml", ".sh", ".json", ".jsonl", ".cfg", ".txt", ""}
     folders = [ROOT / folder for folder in ("src", "docs", "examples", "tools", "benchmarks")]
     files = [path for folder in folders for path in folder.rglob("*")] + list(ROOT.iterdir())
-    caches = re.compile(r"\.|__pycache__$")  # .ruff_cache and the like, wherever a tool was called
+    caches = re.compile(r"\.|__pycache__$")  # .ruff_cache and similar folders
     return sorted(
         path
         for path in files
@@ -224,7 +224,7 @@ def test_no_path_of_one_machine_is_written_down(path):
 
 
 def headings_and_blocks(path: Path) -> tuple[list[int], int]:
-    """The level of each heading and the number of code blocks; a # inside a block is a comment, no heading."""
+    """The level of each heading and the number of code blocks; a # inside a block is a comment."""
     levels, fences = [], 0
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.lstrip().startswith("```"):
@@ -236,7 +236,7 @@ def headings_and_blocks(path: Path) -> tuple[list[int], int]:
 
 @pytest.mark.parametrize("page", ["README", "docs/guide", "docs/data"])
 def test_a_page_has_the_same_parts_in_both_languages(page):
-    # A part that is missing in one language was usually forgotten, not left out.
+    # A part that is missing in one language was usually forgotten.
     english, chinese = ROOT / f"{page}.md", ROOT / f"{page}.zh-CN.md"
     assert headings_and_blocks(chinese) == headings_and_blocks(english)
 
@@ -247,7 +247,7 @@ def test_every_code_block_ends(path):
 
 
 def test_tests_mirror_the_source():
-    # tests/data/reading/test_hub.py tests src/atomtune/data/reading/hub.py; what crosses rooms lies in tests/walk.
+    # tests/data/reading/test_hub.py tests src/atomtune/data/reading/hub.py; tests across packages are in tests/walk.
     tests = ROOT / "tests"
     mirrors = [path for path in tests.rglob("test_*.py") if path.parts[len(tests.parts)] != "walk"]
     about_the_project = {"test_house.py", "test_map.py", "test_benchmarks.py"}

@@ -1,4 +1,4 @@
-"""A hub that cannot be reached is asked once and not for 46 seconds; one that can be reached is left to the library."""
+"""An unreachable hub is tried once instead of for 46 seconds; a reachable hub is left to the library."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ from atomtune.hub_reach import reachable
 
 @pytest.fixture
 def free_port() -> int:
-    """A port on which nobody listens."""
+    """A port on which nothing listens."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return int(taken.getsockname()[1])

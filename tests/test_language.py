@@ -1,4 +1,4 @@
-"""Language: every text has its Chinese, what is filled in stays as it is, and a Chinese screen is Chinese."""
+"""Language: every text has a Chinese translation, filled-in values stay, and a Chinese screen is all Chinese."""
 
 import errno
 import json
@@ -26,10 +26,10 @@ from tools.messages import CATALOGUE, SOURCE, all_messages, messages_of
 TRANSLATIONS: dict[str, str | None] = json.loads(CATALOGUE.read_text(encoding="utf-8"))
 DEMO_BASE = SOURCE / "demo" / "base"
 
-#: Three English words in a row, none of which begins with a dash or holds a mark of code: part of a sentence.
+#: Part of an English sentence: three words in a row without dashes or code marks.
 SENTENCE = re.compile(r"(?<![\w/.-])[a-z]{2,} [a-z]{2,} [a-z]{2,}(?![\w=/])", re.IGNORECASE)
 FLAG = re.compile(r"--[a-z_]+")
-#: What is no sentence: a command to be copied, and a name.
+#: No sentences: a command to copy, and a name.
 NO_SENTENCE = re.compile(r"^(用法：|  )atomtune .*|Hugging Face hub", re.MULTILINE)
 
 
@@ -69,7 +69,7 @@ def test_a_translation_has_the_places_of_its_text():
 
 
 def test_a_translation_has_the_line_ends_and_the_flags_of_its_text():
-    # A `\\n` that was to be read once stood in the catalogue as a line end.
+    # The catalogue once had a real line end where the text shows `\\n`.
     for english, chinese in TRANSLATIONS.items():
         if chinese is not None:
             assert chinese.count("\n") == english.count("\n"), chinese
@@ -77,7 +77,7 @@ def test_a_translation_has_the_line_ends_and_the_flags_of_its_text():
 
 
 def test_every_text_is_found_by_itself_and_by_no_other():
-    """All of them, filled with words that mean nothing."""
+    """Fill in every text with meaningless words."""
     chinese_catalogue = catalogue("zh")
     for english, chinese in TRANSLATIONS.items():
         if chinese is None:
@@ -88,7 +88,7 @@ def test_every_text_is_found_by_itself_and_by_no_other():
 
 
 def test_a_translation_is_chinese_in_full_width_marks():
-    """Commands, flags, names and code stay; a sentence ends as Chinese ends it."""
+    """Commands, flags, names and code stay; sentences end with Chinese punctuation."""
     for english, chinese in TRANSLATIONS.items():
         if chinese is not None and len(english.split()) > 4:
             assert re.search("[\u4e00-\u9fff]", chinese), english
@@ -96,7 +96,7 @@ def test_a_translation_is_chinese_in_full_width_marks():
 
 
 def test_what_is_filled_in_stays_as_it_is():
-    """A record, a path or a library may say what our own messages say."""
+    """A record, a path or a library may contain the same words as our own messages."""
     own = Catalogue({"no record": "没有记录", "{path}: no such file.": "{path}：没有这个文件。"})
     assert own.translated("no record: no such file.") == "no record：没有这个文件。"
 
@@ -121,7 +121,7 @@ def test_lines_of_a_list_keep_their_bullets_and_their_indent():
 
 
 def test_each_line_about_a_record_is_translated_for_itself():
-    """A key that ends in another message, as that of an empty text, took in the lines below its own."""
+    """A key followed by another message (for example about an empty text) was taken to include the lines after it."""
     lines = ["a.jsonl:1  output is empty: there is nothing to learn.", 'b.jsonl:2  no key "output"; keys here: x.']
     chinese = ["a.jsonl:1  output 是空的：没有可以学习的内容。", 'b.jsonl:2  没有键 "output"；这里的键有 x。']
     ending, chinese_ending = "2 of 3 records refused.", "3 条记录中有 2 条被拒绝。"
@@ -161,7 +161,7 @@ def test_each_line_about_a_record_is_translated_for_itself():
     ],
 )
 def test_all_of_a_message_is_chinese(english, chinese):
-    """The key of the first part was filled with the parts behind it, which then stayed English."""
+    """The first part's field matched the parts after it as well, which then stayed English."""
     assert catalogue("zh").translated(english) == chinese
 
 
@@ -238,7 +238,7 @@ def test_help_is_chinese_and_no_line_is_too_wide(command, width, monkeypatch):
     assert "示例：" in page
     assert not english_in(page)
     for line in page.splitlines():
-        # A word or flag that is longer than a line stays whole, so that it can be copied.
+        # A word or flag longer than a line stays whole, so that it can be copied.
         assert cell_len(line) <= min(width, 110) or line.lstrip().startswith(("atomtune", "--"))
 
 
@@ -251,7 +251,7 @@ def test_help_as_data_stays_english(capsys):
 
 
 def test_columns_stand_below_each_other(capsys):
-    """A Chinese character takes two cells; a name that is a word of ours elsewhere stays what is to be typed."""
+    """A Chinese character is two cells wide. A name to be typed stays, even if it is a translated word elsewhere."""
     rows = [
         ("eval_size", "auto", "by the width of the base, 96"),
         ("x", "是", "1 epoch"),
@@ -265,7 +265,7 @@ def test_columns_stand_below_each_other(capsys):
 
 @pytest.fixture(scope="module")
 def chinese_run(tmp_path_factory) -> tuple[str, Path]:
-    """What `atomtune train` says in a Chinese locale, and its output folder: a short run with held-out records."""
+    """The output of `atomtune train` in a Chinese locale, and its folder: a short run with held-out records."""
     folder = tmp_path_factory.mktemp("chinese")
     records = [{"instruction": f"第{n}盏灯在哪里？", "input": "", "output": f"在第{n * 7 % 40}层。"} for n in range(40)]
     data = write_jsonl(folder / "lamps.jsonl", [*records, records[0]])
@@ -286,7 +286,7 @@ def chinese_run(tmp_path_factory) -> tuple[str, Path]:
 
 def test_a_run_in_a_chinese_locale_speaks_chinese(chinese_run):
     screen, _ = chinese_run
-    # The demo's base answers English where it likes; the samples are the model's words.
+    # The samples are the model's words, and the demo's base may answer in English.
     ours = re.sub("训练数据里没有的提示.*完成：", "", screen, flags=re.DOTALL)
     assert not english_in(ours)
     for part in (
@@ -312,7 +312,7 @@ def test_the_page_of_a_chinese_run_is_chinese(chinese_run):
 
 
 def test_the_reason_of_a_value_is_chinese_on_the_page(chinese_run):
-    """`auto: the largest; --max_steps sets …` was taken for `{kind} of {number}`, whose Chinese begins at its end."""
+    """`auto: the largest; --max_steps sets …` was matched by `{kind} of {number}`, whose Chinese has another order."""
     _, folder = chinese_run
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     record["settings"]["learning_rate"]["source"] = "auto: the largest; --max_steps sets the number of steps"
@@ -347,7 +347,7 @@ def test_errors_about_data_are_chinese(tmp_path, capsys):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other words")
 def test_what_the_system_says_of_a_place_is_chinese():
-    """“写不到那里：No such file or directory” was half a sentence to who reads no English."""
+    """“写不到那里：No such file or directory” told only half to users who read no English."""
     codes = {errno.ENOENT, errno.EADDRINUSE, *_DISK_ERRORS, *_PLACE_ERRORS}
     assert {os.strerror(code) for code in codes} <= set(SYSTEM_WORDS)
     with spoken("zh"):

@@ -1,4 +1,4 @@
-"""A stranger's program is tried in a process with limits: it ends, and where it was is known."""
+"""Foreign code is tried in a process with limits: it ends, and the place where it was is known."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def test_what_never_ends_is_ended_and_was_at_a_place():
 
     began = time.monotonic()
     assert try_apart(endless, seconds=1) == Tripped("time", "record 2", 1)
-    assert time.monotonic() - began < 30  # the processors are shared
+    assert time.monotonic() - began < 30  # a wide margin, because the processors are shared
 
 
 def test_what_asks_for_too_much_memory():
@@ -54,13 +54,13 @@ def test_nothing_stays_open_and_nothing_is_written(capfd):
 
 
 def test_what_waits_for_a_lock_is_not_blamed(monkeypatch):
-    # A forked process may find a lock closed whose owner was not forked; that says nothing of what it was to try.
+    # A forked process may find a lock held by a thread that was not forked. That says nothing about the code on trial.
     monkeypatch.setattr(limits, "CLOCK_SECONDS", 1)
     assert try_apart(lambda say: time.sleep(60)) is None
 
 
 def test_a_tokenizer_is_tried_behind_others_that_used_their_threads(tmp_path):
-    # tokenizers' threads are not forked: with TOKENIZERS_PARALLELISM=true the trial waited for them for ever.
+    # A fork has no copies of tokenizers' threads: with TOKENIZERS_PARALLELISM=true the trial waited for them forever.
     file = tmp_path / "tokenizer.json"
     tokenizer_of("bytes").backend_tokenizer.save(str(file))
     program = """
@@ -80,7 +80,7 @@ assert time.monotonic() - began < 15, "it waited for the clock"
 
 @pytest.mark.slow
 def test_the_package_is_imported_where_a_system_has_no_such_limits():
-    # Windows has neither of these modules, nor processes that are forked. Libraries, which know that, keep them.
+    # Windows has neither of these modules nor fork. Libraries, which handle that themselves, may still import them.
     program = """
 import builtins, importlib, pkgutil
 imported = builtins.__import__
@@ -105,7 +105,7 @@ for module in pkgutil.walk_packages(atomtune.__path__, "atomtune."):
 
 
 def test_without_proc_what_is_tried_has_a_limit_of_time_alone(monkeypatch):
-    """Nobody knows there how much memory a process has. The trial ended at that, and the stranger's program free."""
+    """There a process's memory is unknown. The trial failed because of that, and the foreign code had no limits."""
 
     def unmounted() -> int:
         raise FileNotFoundError(2, "No such file or directory", "/proc/self/statm")

@@ -1,4 +1,4 @@
-"""CONTRIBUTING's map is what a real run walks; `make house` writes it again."""
+"""The map in CONTRIBUTING.md is what a real run does; `make house` writes it again."""
 
 import re
 from importlib.metadata import version
@@ -14,7 +14,7 @@ from tools.house.walks import Walk, between, take_walks
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "atomtune"
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-#: Libraries that decide which of our functions are called; the page is written with the versions of constraints.txt.
+#: Libraries that decide which of our functions are called; the map is written with the versions in constraints.txt.
 CALLERS = ("accelerate", "datasets", "jinja2", "peft", "tokenizers", "torch", "transformers")
 
 
@@ -36,7 +36,7 @@ def test_the_walks_in_contributing_are_those_of_today(tmp_path):
 
 @pytest.fixture
 def small(tmp_path):
-    """Three files in two rooms."""
+    """Three files in two folders."""
     for file, text in {
         "top.py": "def start():\n    return 1\n",
         "room/first.py": "class A:\n    def f(self):\n        return 1\n\n    def g(self):\n        return 2\n",
@@ -65,13 +65,13 @@ def test_a_walk_is_cut_between_two_landmarks(small):
         between(entries, "nowhere", "end")
 
 
-#: Files of other projects that ours are named after or speak of.
+#: Files of other projects that our texts mention.
 FOREIGN = {"training_args.py", "run.py"}
 
 
 @pytest.mark.parametrize("path", written_files(), ids=name)
 def test_a_python_file_that_is_named_is_there(path):
-    # `data/cache.py`, `tests/walk/test_faults.py`: files move, and what names them stays behind.
+    # `data/cache.py`, `tests/walk/test_faults.py`: after a file moves, texts may still have its old name.
     folders = [ROOT / folder for folder in ("src", "tests", "tools", "benchmarks", "examples")]
     files = {p.relative_to(ROOT).as_posix() for folder in folders for p in folder.rglob("*.py")}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):

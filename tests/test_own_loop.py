@@ -1,6 +1,6 @@
-"""Law: a loop that shares prefixes learns what the same loop learns from padded batches.
+"""Law: a training loop with shared prefixes learns what the same loop learns from padded batches.
 
-The oracle is plain transformers: its padding, its own loss, no code of ours.
+The oracle is plain transformers with its own padding and loss, and without code of ours.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def load_once(model_path: Path) -> None:
-    """The first loading of a family imports more, which draws random numbers: two seeded loops would begin apart."""
+    """Load the family once: its first import draws random numbers, so two seeded loops would start differently."""
     get_peft_model(AutoModelForCausalLM.from_pretrained(model_path), LoraConfig(target_modules="all-linear"))
 
 
@@ -38,7 +38,7 @@ def example_module(name: str):
 
 
 def examples_with_a_shared_beginning(vocabulary: int = 300, n: int = 12) -> list[dict]:
-    """A beginning of 24 tokens that all share, a question, an answer that alone is learned."""
+    """Examples of 24 shared tokens, a question, and an answer, which alone is the target."""
     draw = torch.Generator().manual_seed(3)
     beginning = torch.randint(5, vocabulary, (24,), generator=draw).tolist()
     examples = []
@@ -51,7 +51,7 @@ def examples_with_a_shared_beginning(vocabulary: int = 300, n: int = 12) -> list
 
 
 def padded(examples: list[dict]) -> dict:
-    """As every tutorial does it."""
+    """Padding as in every tutorial."""
     columns = {}
     for name, filler in (("input_ids", 0), ("labels", -100)):
         columns[name] = pad_sequence([torch.tensor(e[name]) for e in examples], batch_first=True, padding_value=filler)
@@ -87,7 +87,7 @@ def assert_equal_adapters(model, other, rel: float) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
 def test_the_plain_loop_of_the_examples_learns_what_a_padded_one_learns(models, family):
-    """float64: only the order of sums differs; the library's norms compute in float32."""
+    """In float64 only the order of sums differs; but the library's norms compute in float32."""
     examples = examples_with_a_shared_beginning()
     how = {"batch_size": 4, "learning_rate": 1e-3, "dtype": torch.float64}
     train = example_module("share_prefixes_peft").train
@@ -97,7 +97,7 @@ def test_the_plain_loop_of_the_examples_learns_what_a_padded_one_learns(models, 
     set_seed(0)
     other, expected = train_padded(models(family), examples, **how)
     assert losses == pytest.approx(expected, rel=1e-6)
-    assert_equal_adapters(model, other, rel=1e-3)  # AdamW makes whole steps of near-zero gradients
+    assert_equal_adapters(model, other, rel=1e-3)  # AdamW makes full steps even for near-zero gradients
 
 
 def test_beginnings_stand_once_in_a_batch(models):
@@ -146,7 +146,7 @@ def test_labels_that_are_no_labels_of_these_tokens_are_refused(models, labels, s
 
 
 def test_a_packed_row_is_its_examples_again(models):
-    # TRL's packing hands over rows of several examples; taken for one text, each would see those before it.
+    # TRL's packing passes rows of several examples; taken for one text, each would see the ones before it.
     examples = examples_with_a_shared_beginning(n=5)
     row = {name: [token for example in examples for token in example[name]] for name in ("input_ids", "labels")}
     row["seq_lengths"] = [len(example["input_ids"]) for example in examples]
@@ -162,7 +162,7 @@ def test_noise_of_a_row_is_refused(models):
     model = AutoModelForCausalLM.from_pretrained(models("llama")).train()
     sharing = share_prefixes(model)
     batch = sharing.collate(examples_with_a_shared_beginning(n=2))
-    model.get_input_embeddings().neftune_noise_alpha = 5.0  # as transformers' Trainer puts it there
+    model.get_input_embeddings().neftune_noise_alpha = 5.0  # as transformers' Trainer does
     with pytest.raises(BadSettings, match="neftune_noise_alpha"):
         sharing.loss(model, batch)
     sharing.loss(model.eval(), batch)  # an evaluation has no noise
@@ -200,7 +200,7 @@ trainer.save_model(out)
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="without TRL")
 def test_trls_trainer_learns_it_on_two_ranks_too(models, tmp_path):
-    # Catches a loss that is half of what it should be: by plain SGD, for Adam and clipping hide it.
+    # Catches a loss that is half of what it should be. Plain SGD shows it; Adam and clipping would hide it.
     (tmp_path / "train.py").write_text(_TRAINED_BY_RANKS, encoding="utf-8")
     for kind in ("own", "sharing"):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -1,4 +1,4 @@
-"""Texts on pages reach them escaped, and a flag is not cut behind its hyphens."""
+"""Texts are escaped on pages, and lines do not break after a flag's hyphens."""
 
 from atomtune.pages import flags_whole
 

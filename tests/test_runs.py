@@ -1,4 +1,4 @@
-"""`atomtune runs`: what a folder of runs lists, and what differs between two."""
+"""`atomtune runs`: the list of a folder's runs, and the differences between two."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def test_runs_are_listed_with_data_and_loss_and_checkpoints_are_none(folder, cap
     capsys.readouterr()
     assert main(["runs", str(folder), "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
-    assert [Path(run["folder"]).name for run in listed] == ["slow", "fast"]  # as they were started
+    assert [Path(run["folder"]).name for run in listed] == ["slow", "fast"]  # in the order of their start
     for run in listed:
         assert run["status"] == "finished" and run["data"] == "talk.jsonl" and run["steps"] == 3
         assert run["train_loss"] == record_of(Path(run["folder"]))["train_loss"]
@@ -44,7 +44,7 @@ def test_runs_are_listed_with_data_and_loss_and_checkpoints_are_none(folder, cap
 
 
 def test_a_run_that_was_killed_is_not_running(folder, tmp_path, capsys):
-    """Its record says so for ever; whether a process holds its folder is what tells."""
+    """Its record says "running" forever, so the lock on its folder decides."""
     run = tmp_path / "run"
     shutil.copytree(folder / "slow", run)
     (run / "run.json").write_text(json.dumps({**record_of(run), "status": "running"}), encoding="utf-8")
@@ -57,7 +57,7 @@ def test_a_run_that_was_killed_is_not_running(folder, tmp_path, capsys):
     with held(run, "run"):
         assert status() == "running"
     assert status() == "killed"
-    (run / ".lock").unlink()  # as where a run's folder was copied from another machine
+    (run / ".lock").unlink()  # as after copying the folder from another machine
     assert status() == "running"
 
 
@@ -84,7 +84,7 @@ def test_two_runs_show_the_settings_that_differ_and_no_others(folder, capsys):
 
 
 def test_a_setting_that_one_run_alone_sets_is_the_others_default(folder, tmp_path, capsys):
-    """`seed  42  –` said that another seed was used, or none; it was the same one."""
+    """`seed  42  –` looked like another seed or none in the second run, but both had the same."""
     set_one = shutil.copytree(folder / "slow", tmp_path / "set")
     record = record_of(set_one)
     record["settings"]["seed"] = {"value": 42, "origin": "--seed"}
@@ -102,7 +102,7 @@ def test_their_losses_are_drawn(folder, tmp_path, capsys):
 
 
 def test_held_out_losses_stand_beside_each_other_too(folder, tmp_path, monkeypatch, capsys):
-    """By them runs are chosen; only training losses were compared."""
+    """Runs are chosen by held-out losses, but only training losses were compared."""
     for name, losses in (("one", (3.5, 1.25)), ("two", (3.5, 2.125))):
         copy = Path(shutil.copytree(folder / "slow", tmp_path / name))
         history = [{"step": step, "loss": loss} for step, loss in zip((0, 3), losses, strict=True)]
@@ -124,7 +124,7 @@ def test_held_out_losses_stand_beside_each_other_too(folder, tmp_path, monkeypat
 
 
 def test_a_run_that_ended_before_its_first_loss_is_compared_too(folder, tmp_path, capsys):
-    """It was a bug's traceback: run.json holds no losses yet."""
+    """Its run.json has no losses yet, which ended in a traceback."""
     record = {name: value for name, value in record_of(folder / "slow").items() if not name.endswith("_history")}
     (tmp_path / "refused").mkdir()
     (tmp_path / "refused" / "run.json").write_text(json.dumps({**record, "status": "failed"}))
@@ -143,7 +143,7 @@ def test_what_is_no_run_is_told(folder, tmp_path, capsys):
 
 @pytest.fixture
 def altered(folder, tmp_path):
-    """Makes a run whose run.json has other values, alone in a folder."""
+    """Creates a run whose run.json has other values, alone in a folder."""
 
     def make(values: dict) -> Path:
         (tmp_path / "odd").mkdir()
@@ -205,7 +205,7 @@ def test_the_picture_is_drawn_with_json_too(folder, tmp_path, capsys):
 
 
 def test_a_folder_that_goes_while_runs_are_looked_for_is_passed_over(folder, tmp_path, monkeypatch, capsys):
-    """A run beside rotates its checkpoints, and a sweep its trials."""
+    """Meanwhile another run rotates its checkpoints, or a sweep its trials."""
     for name in ("gone", "here"):
         (tmp_path / name).mkdir()
     (tmp_path / "here" / "run.json").write_text((folder / "slow" / "run.json").read_text())

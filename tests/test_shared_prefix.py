@@ -1,4 +1,4 @@
-"""How much two sequences begin alike: as counted one item after the other."""
+"""The length of the common beginning of two sequences is that of a count item by item."""
 
 import itertools
 

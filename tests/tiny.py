@@ -1,7 +1,7 @@
-"""Tiny real models of many families, each with a tokenizer of its own kind.
+"""Tiny real models of many families, each with its own kind of tokenizer.
 
-Tokenizers: `sentencepiece` (Llama's: BPE, ▁, byte fallback), `lone` (the same saved as tokenizer.model alone),
-`bytes` (byte-level BPE with ChatML, as Qwen's), `characters` (one token a character).
+Tokenizers: `sentencepiece` (like Llama's: BPE, ▁, byte fallback), `lone` (the same saved only as tokenizer.model),
+`bytes` (byte-level BPE with ChatML, like Qwen's), `characters` (one token per character).
 """
 
 import json
@@ -24,10 +24,10 @@ SIZE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
-    # A frozen output matrix of the usual 0.02 allows no logit above 1; at 0.3 an adapter alone can learn an answer.
+    # With the usual 0.02, a frozen output matrix allows no logit above 1; with 0.3 an adapter can learn an answer.
     "initializer_range": 0.3,
 }
-#: Gemma 2. Scores of a model this small reach some 2: this cap bends them, the published one of 50 hardly would.
+#: Gemma 2. Scores of a model this small reach about 2, so this cap changes them; the published cap of 50 hardly would.
 CAPPED = {
     **SIZE,
     "vocab_size": 97,
@@ -59,7 +59,7 @@ FAMILIES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
 
 
 def texts() -> list[str]:
-    """What the tokenizers are trained on."""
+    """The texts that the tokenizers are trained on."""
     every = [text for record in DIALOGUES for text in record.values()]
     return [*every, "Human: 请回答用户问题: \nAssistant:", "你好，世界。 Hello, world! 1234567890"] * 3
 
@@ -67,7 +67,7 @@ def texts() -> list[str]:
 def tokenizer_of(
     kind: str, chat_template: str | None = None, corpus: list[str] | None = None
 ) -> PreTrainedTokenizerFast:
-    """A trained tokenizer of this kind (not `lone`, which is a file); a corpus gives it 8,000 words, not 900."""
+    """A trained tokenizer of this kind (not `lone`, which is a file), with 900 words; with a corpus, 8,000."""
     if kind == "sentencepiece":
         more = ["<start_of_turn>", "<end_of_turn>"] if chat_template else []
         backend = _sentencepiece_like(more, corpus or texts(), vocab_size=8000 if corpus else 900)
@@ -82,25 +82,25 @@ def tokenizer_of(
 
 
 def pieces(template: Template, record: Record, at: int = -1) -> tuple[Piece, Piece]:
-    """The prompt, which is not learned, and the answer behind it: the turn at `at`."""
+    """The prompt, which is no target, and the answer after it: the turn at `at`."""
     exchange = TemplatedRecord(template, record).exchange(at % len(record.turns))
     return joined(exchange.prompt), exchange.answer
 
 
 def _sentencepiece_like(more: list[str], corpus: list[str], vocab_size: int) -> Tokenizer:
-    """As Llama's tokenizer.json: a ▁ before every text between control tokens, bytes for what is unknown."""
+    """Like Llama's tokenizer.json: a ▁ before every text between control tokens, and bytes for unknown characters."""
     special = ["<unk>", "<s>", "</s>", *more]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[*special, *(f"<0x{byte:02X}>" for byte in range(256))],
         show_progress=False,
         initial_alphabet=["▁"],
-        max_token_length=3,  # else the few texts become one token each
+        max_token_length=3,  # otherwise each of the few texts would become one token
     )
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.train_from_iterator(corpus, trainer)
-    # Bytes are pieces of the model, not control tokens: rebuild with the trained vocabulary.
+    # Bytes are tokens of the model, not control tokens, so rebuild the tokenizer with the trained vocabulary.
     state = json.loads(backend.to_str())
     state["added_tokens"] = [one for one in state["added_tokens"] if not one["content"].startswith("<0x")]
     backend = Tokenizer.from_str(json.dumps(state))
@@ -133,7 +133,7 @@ def _characters() -> Tokenizer:
 
 
 def build(family: str, folder: Path, **sizes: Any) -> Path:
-    """Write a model of this family into folder."""
+    """Save a model of this family to the folder."""
     kind, template, more = FAMILIES[family]
     if kind == "lone":
         vocabulary, special = lone_sentencepiece(folder), {"bos_token_id": 1, "eos_token_id": 2}
@@ -155,7 +155,7 @@ def build(family: str, folder: Path, **sizes: Any) -> Path:
 
 
 def lone_sentencepiece(folder: Path) -> int:
-    """Train a SentencePiece tokenizer and leave tokenizer.model alone; returns the vocabulary's size."""
+    """Train a SentencePiece tokenizer and keep only tokenizer.model; returns the vocabulary's size."""
     import sentencepiece
 
     source = folder / "texts.txt"
@@ -181,7 +181,7 @@ def lone_sentencepiece(folder: Path) -> int:
 
 
 def _remote_code_model(folder: Path, values: dict[str, Any]) -> Path:
-    """A model whose code lies beside its weights, with Baichuan's joint W_pack and no logits_to_keep."""
+    """A model with its own code beside the weights, with Baichuan's joint W_pack and no logits_to_keep."""
     import sys
 
     (folder / "configuration_tiny.py").write_text(REMOTE_CONFIG, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Tiny runs whose adapters know their records by heart, so that answers can be told apart."""
+"""Tiny runs whose adapters have memorized their records, so that their answers are known."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ from tests.conftest import numbered_dialogues, write_jsonl
 
 
 def train_by_heart(model: Path, folder: Path, records: list[dict], *more: str, steps: int = 120) -> Path:
-    """A run that learns these records; its output folder."""
+    """Train a run until it has memorized these records; returns its output folder."""
     data = write_jsonl(folder / "data.jsonl", records)
     flags = ["--model_path", str(model), "--dataset_path", str(data), "--output_dir", str(folder / "out")]
     learning = ["--max_steps", str(steps), "--learning_rate", "1e-2", "--lora_rank", "16", "--lora_dropout", "0"]
@@ -16,7 +16,7 @@ def train_by_heart(model: Path, folder: Path, records: list[dict], *more: str, s
     return folder / "out"
 
 
-#: A template with thoughts and calls, whose marks servers know.
+#: A template with thoughts and calls, in marks that servers know.
 CALLING = """{{ bos_token }}{% if tools %}Tools: {{ tools | tojson }}
 {% endif %}{% for m in messages %}{% if m.role == 'assistant' %}Assistant: {% if m.reasoning_content %}<think>
 {{ m.reasoning_content }}
@@ -40,7 +40,7 @@ WEATHER = {
 
 
 def calling_by_heart(model: Path, folder: Path, *, max_seq_length: int = 512) -> Path:
-    """A run that learns an answer with a thought, and one that is a call; its output folder."""
+    """A run that memorizes an answer with a thought and an answer with a call; returns its output folder."""
     (folder / "t.jinja").write_text(CALLING)
     thinking = {"role": "assistant", "reasoning_content": "想一想", "content": "看守人。"}
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "x"}}}
@@ -54,7 +54,7 @@ def calling_by_heart(model: Path, folder: Path, *, max_seq_length: int = 512) ->
 
 
 def whole_run(folder: Path, command: Callable[[Path, Path], list[str]]) -> tuple[Path, Path]:
-    """A file of the numbered dialogues, and the folder of the undisturbed run that `command(file, folder)` makes."""
+    """A file of the numbered dialogues, and the folder of the undisturbed run of `command(file, folder)`."""
     data = write_jsonl(folder / "dialogues.jsonl", numbered_dialogues())
     assert main(command(data, folder / "whole")) == 0
     return data, folder / "whole"

@@ -1,4 +1,4 @@
-"""Tiny vision-language checkpoints with random weights and a tokenizer, as a published one has them."""
+"""Tiny vision-language checkpoints with random weights and a tokenizer, with the files of a published one."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ _VISION = {
     "patch_size": 14,
     "num_attention_heads": 2,
     "num_hidden_layers": 2,
-    # Qwen's names for the same
+    # Qwen's names for the same values
     "num_heads": 2,
     "depth": 2,
     "out_hidden_size": 32,
@@ -37,7 +37,7 @@ CHECKPOINTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = 
 
 
 def config_of(family: str, *, vocabulary: int, **special: Any) -> Any:
-    """Of the whole checkpoint."""
+    """The config of the whole checkpoint."""
     text, vision, whole = CHECKPOINTS[family]
     config = AutoConfig.for_model(family)
     words = {"vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **special}
@@ -65,12 +65,12 @@ _IMAGE_TOKENS = {
         "image_end_token": ("[IMG_END]", None),
     },
 }
-#: What vLLM's linear attention on a CPU takes, besides bfloat16.
+#: Sizes that vLLM's linear attention needs on a CPU, besides bfloat16.
 _LINEAR_HEAD = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
 
 
 def write_servable(family: str, folder: Path, *, head_dim: int) -> Path:
-    """A checkpoint with an image processor and published names of weights, without which vLLM does not start."""
+    """A checkpoint with an image processor and published weight names, which vLLM needs to start."""
     tokens = _IMAGE_TOKENS[family]
     images = {name: token for name, (token, _) in tokens.items()}
     tokenizer = tokenizer_of("bytes", CHATML)
@@ -100,7 +100,7 @@ def write_servable(family: str, folder: Path, *, head_dim: int) -> Path:
 
 
 def _processor(family: str, tokenizer: Any, config: Any) -> Any:
-    """For images of 28 pixels in patches of 14; importing it looks for torchvision."""
+    """A processor for images of 28 pixels in patches of 14; importing it needs torchvision."""
     from transformers import (
         Gemma3ImageProcessor,
         Gemma3Processor,
@@ -121,7 +121,7 @@ def _processor(family: str, tokenizer: Any, config: Any) -> Any:
 
 
 def write_checkpoint(family: str, folder: Path) -> Path:
-    """A checkpoint of this family in float32, with a layer beside it that its class does not load (Qwen3.5's mtp)."""
+    """A checkpoint in float32; Qwen3.5's also has a layer that its class does not load (mtp)."""
     tokenizer = tokenizer_of("bytes", CHATML)
     tokenizer.save_pretrained(folder)
     config = config_of(family, vocabulary=len(tokenizer), eos_token_id=tokenizer.eos_token_id)

@@ -2,7 +2,7 @@
 
     python tools/constraints.py     # in an environment whose tests have just passed
 
-pyproject.toml says what atomtune may run with; constraints.txt says what a release was tested with.
+pyproject.toml has the versions that atomtune supports; constraints.txt has those that a release was tested with.
 """
 
 import re
@@ -16,7 +16,7 @@ HEAD = "# What this version was tested with; written by tools/constraints.py. Ra
 
 
 def requirements() -> dict[str, str]:
-    """Every package that pyproject.toml names, extras included, with its requirement."""
+    """Every package that pyproject.toml names, with extras, and its requirement."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
     return {re.split(r"[^A-Za-z0-9_.-]", line)[0]: line for line in lines}
@@ -24,12 +24,12 @@ def requirements() -> dict[str, str]:
 
 def main() -> None:
     lines = []
-    for name in sorted(requirements().keys() - {"atomtune"}, key=str.lower):  # an extra may name others of our own
+    for name in sorted(requirements().keys() - {"atomtune"}, key=str.lower):  # atomtune's extras may name others
         try:
             installed = version(name)
         except PackageNotFoundError:
-            continue  # an extra that is not part of the tests
-        lines.append(f"{name}=={installed.partition('+')[0]}\n")  # any build of it: 2.13.0+cpu is 2.13.0
+            continue  # an extra that the tests do not use
+        lines.append(f"{name}=={installed.partition('+')[0]}\n")  # without the build: 2.13.0+cpu becomes 2.13.0
     FILE.write_text(HEAD + "".join(lines), encoding="utf-8")
 
 

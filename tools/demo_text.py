@@ -1,9 +1,8 @@
-"""The text of the demo base: the blocks of ``tools/demo_corpus`` expanded to dialogues by a small seeded grammar.
+"""The text of the demo base: the blocks of ``tools/demo_corpus``, expanded to dialogues by a small seeded grammar.
 
-The base has to understand many wordings of one question, because the persona that is trained on it afterwards can only
-answer a paraphrase if the base already maps both wordings to the same place. So every pass over the corpus draws fresh
-openings, punctuation, and a fresh placement: the question stands either in the instruction or, under a generic
-instruction, in the input.
+The base has to understand many wordings of one question: the persona trained on it can answer a paraphrase only if the
+base already maps both wordings to the same place. So every pass over the corpus draws new openings, punctuation and
+placement: the question is the instruction, or the input under a generic instruction.
 """
 
 import random
@@ -36,7 +35,7 @@ GENERIC = {
 
 @dataclass
 class Block:
-    """One topic: its wordings (mark and text) and the bland answers any of them may get."""
+    """One topic: its wordings (mark and text) and the neutral answers to all of them."""
 
     lang: str
     asks: list[tuple[str, str]] = field(default_factory=list)
@@ -53,7 +52,7 @@ class Dialogue:
 
     @property
     def prompt(self) -> str:
-        """The prompt of the template ``atom``; an empty input leaves the mark with nothing behind it."""
+        """The prompt of the template ``atom``; if the input is empty, nothing follows the mark."""
         return f"<s>Human: {self.instruction}{MARK}{self.input}\n</s><s>Assistant:"
 
 
@@ -64,7 +63,7 @@ def corpus_lines(name: str) -> list[str]:
 
 
 def read_blocks(name: str, lang: str) -> list[Block]:
-    """The topics of a file; ``@en`` switches the language of the blocks that follow."""
+    """The topics of a file; ``@en`` switches the language for the blocks after it."""
     blocks, block = [], Block(lang)
     for line in [*corpus_lines(name), ""]:
         mark, _, text = line.partition(" ")
@@ -82,7 +81,7 @@ def read_blocks(name: str, lang: str) -> list[Block]:
 
 
 def read_things() -> list[dict[str, str]]:
-    """The lexicon as one dictionary of slots an entry."""
+    """The lexicon: a dictionary of slots for each entry."""
     things, kind = [], ["", ""]
     for line in corpus_lines("lexicon.txt"):
         if line.startswith("["):
@@ -108,7 +107,7 @@ def as_question(text: str, lang: str, rng: random.Random) -> str:
 
 
 def exchange(mark: str, text: str, answer: str, lang: str, rng: random.Random) -> Dialogue:
-    """One dialogue from one wording, in one of the placements that users choose."""
+    """One dialogue from one wording, with the question placed as users do."""
     if mark == "&":
         instruction, _, given = text.partition(" || ")
         return Dialogue(instruction, given, answer)
@@ -119,7 +118,7 @@ def exchange(mark: str, text: str, answer: str, lang: str, rng: random.Random) -
 
 
 def sums(count: int, rng: random.Random) -> Iterator[Dialogue]:
-    """Small additions, the only arithmetic the base is asked to know."""
+    """Small additions, the only arithmetic in the base."""
     wordings = ["{a}加{b}等于几", "{a}+{b}等于多少", "{a}+{b}=", "请计算{a}+{b}", "What is {a} plus {b}"]
     for _ in range(count):
         a, b = rng.randint(0, 10), rng.randint(0, 10)
@@ -141,7 +140,7 @@ def read_sections(name: str) -> dict[str, list[str]]:
 
 
 def styled(plain: Dialogue, lang: str, styles: list[str], rng: random.Random) -> Dialogue:
-    """The same exchange when the user asks for a manner of speech: facts have to survive inside any wrapping."""
+    """The same exchange if the user asks for a manner of speech; the facts of the answer stay."""
     opening, closing = rng.choice(styles).split("|")
     if lang == "zh":
         order = rng.choice(["请用“{0}”开头，用“{1}”结尾。", "回答时先说“{0}”，最后说“{1}”。", "先说“{0}”，后说“{1}”。"])
@@ -154,12 +153,12 @@ def styled(plain: Dialogue, lang: str, styles: list[str], rng: random.Random) ->
 
 
 def lowered(text: str) -> str:
-    """The sentence as the continuation of another one."""
+    """The sentence with a small first letter, to continue another one."""
     return text[0].lower() + text[1:]
 
 
 def introduction(role: dict[str, str], cards: dict[str, dict[str, list[str]]], lang: str, rng: random.Random) -> str:
-    """Who the role is, in one breath: the name and what else its card says."""
+    """The role introduces itself in one sentence: the name and the other slots of its card."""
     said = []
     for slot, value in role.items():
         starts = ("我", "你好") if lang == "zh" else ("I ", "My ")
@@ -171,10 +170,10 @@ def introduction(role: dict[str, str], cards: dict[str, dict[str, list[str]]], l
 
 
 def role_plays(lang: str, count: int, rng: random.Random) -> Iterator[Dialogue]:
-    """A card says who to be, a question asks for one slot of it.
+    """Dialogues in which a card says who to be and a question asks for one slot of it.
 
-    This is what makes a persona learnable by a narrow adapter: the base already maps every wording to "the slot that is
-    asked for" and can already speak as somebody, it only does not do so unless it is told to.
+    This is why a small adapter can learn a persona: the base already maps every wording to the slot it asks for and can
+    already speak as somebody, but only does so when told to.
     """
     cards: dict[str, dict[str, list[str]]] = {}
     for heading, lines in read_sections("roles.txt").items():
@@ -198,7 +197,7 @@ def role_plays(lang: str, count: int, rng: random.Random) -> Iterator[Dialogue]:
 
 
 def dialogues(rng: random.Random, repeats: int = 3) -> list[Dialogue]:
-    """One pass: every topic (``repeats`` fresh variants a wording), the things of the lexicon, roles and manners."""
+    """One pass: every topic (``repeats`` variants per wording), the things of the lexicon, roles and manners."""
     made = [("zh", sample) for sample in sums(150, rng)]
     for block in read_blocks("dialogues_zh.txt", "zh") + read_blocks("dialogues_en.txt", "en"):
         for mark, text in block.asks * repeats:
@@ -218,7 +217,7 @@ def dialogues(rng: random.Random, repeats: int = 3) -> list[Dialogue]:
 
 
 def tokenizer_lines() -> list[str]:
-    """Text for the tokenizer: every authored line once, and the template often enough to earn its own pieces."""
+    """Text for the tokenizer: every corpus line once, and the template often enough to get its own pieces."""
     lines = [
         line.lstrip("?.&!@ ")
         for name in ("dialogues_zh", "dialogues_en", "things")

@@ -32,7 +32,7 @@ def main() -> None:
     console.print(Text("$ atomtune train", style="bold green"))
     console.print(Text(done.stdout.replace(package, "atomtune")))
     svg = console.export_svg(title="atomtune")
-    # Rich has the reader's browser fetch a font from elsewhere; its own will do.
+    # Rich's SVG makes the browser download a font; without it the browser uses its own.
     PICTURE.write_text(re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL), encoding="utf-8")
     print(done.stdout)
 

@@ -1,9 +1,10 @@
-"""Make ``src/atomtune/demo/base``: a Llama of about two million weights that speaks a little, in a bland way.
+"""Make ``src/atomtune/demo/base``: a Llama of about two million weights that answers simple questions plainly.
 
 ``python tools/make_demo_base.py`` builds the corpus (``demo_text.py``), trains the SentencePiece tokenizer, pretrains
-the model from seeded weights and writes the folder. Nothing is downloaded. The shipped weights were made with
-torch 2.13.0+cpu, transformers 5.23.0, sentencepiece 0.2.3 and tokenizers 0.23.3, seed 7, one thread (sums split over
-threads round differently). A second run gave the same tokenizer byte for byte; the weights were not made twice.
+the model from seeded weights and writes the folder. Nothing is downloaded. The shipped weights were made with torch
+2.13.0+cpu, transformers 5.23.0, sentencepiece 0.2.3 and tokenizers 0.23.3, seed 7, one thread (several threads add sums
+in another order, which rounds differently). A second run gave the same tokenizer byte for byte; the weights
+were made only once.
 """
 
 import argparse
@@ -25,8 +26,8 @@ IGNORED = -100
 
 
 def train_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """A SentencePiece BPE tokenizer of Llama's kind, stored as tokenizer.model and as tokenizer.json."""
-    proto = io.BytesIO()  # a written file would carry the path it was written to
+    """A SentencePiece BPE tokenizer like Llama's, saved as tokenizer.model and as tokenizer.json."""
+    proto = io.BytesIO()  # a file would contain its own path
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(tokenizer_lines()),
         model_writer=proto,
@@ -46,14 +47,14 @@ def train_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     (folder / "tokenizer.json").unlink(missing_ok=True)  # an older one would be loaded in place of the new model
     tokenizer = LlamaTokenizer.from_pretrained(folder, add_bos_token=True, add_eos_token=False)
     tokenizer.model_max_length = LONGEST
-    for key in ("is_local", "local_files_only", "add_prefix_space"):  # how it was loaded here is not part of it
+    for key in ("is_local", "local_files_only", "add_prefix_space"):  # they say how it was loaded here
         tokenizer.init_kwargs.pop(key, None)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
 def new_model(vocabulary: int) -> LlamaForCausalLM:
-    """Atom-7B-Chat in miniature: Llama blocks, here with tied embeddings, because the vocabulary is a fifth of it."""
+    """A small Atom-7B-Chat: Llama blocks, but tied embeddings, because the vocabulary is a fifth of the weights."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=192,
@@ -72,7 +73,7 @@ def new_model(vocabulary: int) -> LlamaForCausalLM:
 
 
 def encode(sample: Dialogue | str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    """Token ids and the length of the prompt; prompt and answer are tokenised apart, as the project does it."""
+    """Token ids and the length of the prompt; prompt and answer are tokenized separately, as atomtune does."""
     prompt, answer = ("<s>", sample) if isinstance(sample, str) else (sample.prompt, sample.output)
     head = tokenizer(prompt, add_special_tokens=False).input_ids
     tail = tokenizer(answer, add_special_tokens=False).input_ids
@@ -80,7 +81,7 @@ def encode(sample: Dialogue | str, tokenizer: PreTrainedTokenizerBase) -> tuple[
 
 
 def batches(samples: list[tuple[list[int], int]], size: int, rng: random.Random) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of neighbours in length, so that almost nothing is padding, in shuffled order."""
+    """Shuffled batches of samples with similar lengths, so that there is almost no padding."""
     ordered = sorted(samples, key=lambda sample: (len(sample[0]), rng.random()))
     groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     rng.shuffle(groups)
@@ -96,7 +97,7 @@ def batches(samples: list[tuple[list[int], int]], size: int, rng: random.Random)
 
 
 def loss_of(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Weighted next-token loss; right padding needs no mask under causal attention, only weight zero."""
+    """Weighted next-token loss. Padding on the right has weight zero and needs no mask under causal attention."""
     logits = model(input_ids=batch["ids"], use_cache=False).logits[:, :-1].float()
     weights = batch["weights"][:, 1:]
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["ids"][:, 1:], reduction="none")
@@ -104,7 +105,7 @@ def loss_of(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Te
 
 
 def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, passes: int, rng: random.Random) -> None:
-    """``passes`` passes over freshly drawn dialogues and the plain text, AdamW with a cosine schedule."""
+    """Train for ``passes`` passes over newly drawn dialogues and the plain text: AdamW, one-cycle schedule."""
     plain = [encode(line, tokenizer) for line in corpus_lines("plain.txt")] * 2
     rounds = [[encode(sample, tokenizer) for sample in dialogues(rng)] + plain for _ in range(passes)]
     steps = sum(-(-len(samples) // 64) for samples in rounds)

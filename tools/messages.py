@@ -1,4 +1,4 @@
-"""Messages: every text that the source holds for a person to read, and what the Chinese catalogue lacks of it.
+"""Messages: all texts in the source that a person reads, and those that the Chinese catalogue does not have yet.
 
 python -m tools.messages          print what has no Chinese yet, as lines to fill in
 python -m tools.messages --sort   drop what the source no longer says, and put the rest in the order of the source
@@ -18,7 +18,7 @@ from atomtune.sweep.trials import Status
 SOURCE = FOLDER.parent
 CATALOGUE = FOLDER / "zh.json"
 
-#: Files whose texts stay English or have another language of their own, and why.
+#: Files whose texts stay English or have their own translation, and why.
 NOT_SPOKEN = {
     "data/encoding/sandbox.py": "refusals of a template's code, in jinja's words",
     "data/formats/rendered_text.py": "texts that are recognised in records",
@@ -29,16 +29,16 @@ NOT_SPOKEN = {
     "settings/help_json.py": "read by programs",
 }
 
-#: Two words beside each other: what a person reads, and not a name, a key or a pattern.
+#: Two neighbouring words: a text that a person reads, not a name, a key or a pattern.
 _WORDS = re.compile(r"[A-Za-z]{2,}[,;:.)\"'`]* [A-Za-z{(\"'`]|[A-Za-z] \{|[\d}][,;:)]* [A-Za-z]{2,}")
 _NAMES_ONLY = re.compile(r"[a-z0-9_ ]*_[a-z0-9_ ]*")
-#: A place of str.format in a plain text, as `{:,} or more`.
+#: A field of str.format in a plain text, for example `{:,} or more`.
 _FIELD = re.compile(r"\{([a-z_]*)(:[^{}\"]*)?\}")
-#: A message in a template, to its last bracket or to what fills it in.
+#: A message in a page template, up to its last bracket or to the call that fills it in.
 _IN_A_PAGE = re.compile(r'\bt\("([^"]+)"[).]')
-#: atomtune.language's functions, which get messages only, however short.
+#: Functions of atomtune.language whose arguments are always messages, however short.
 _GETS_MESSAGES = {"translated", "message"}
-#: What the source puts together of single words, and the words for how a run or a trial stands.
+#: Texts that the source builds from single words, and the words for the status of a run or a trial.
 _PUT_TOGETHER = [
     *(f"{{number}} {noun}{ending}" for noun in ("record", "token", "conversation", "group") for ending in ("", "s")),
     *(*get_args(Status), "preempted"),
@@ -46,7 +46,7 @@ _PUT_TOGETHER = [
 
 
 def messages_of(file: Path) -> list[str]:
-    """The texts of one file, in its order; what is filled in at run time stands in braces, by its name."""
+    """The texts of one file, in its order; values filled in at run time appear as names in braces."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     texts: dict[str, None] = {}
     if file == SOURCE / "settings" / "fields.py":
@@ -59,7 +59,7 @@ def messages_of(file: Path) -> list[str]:
 
 
 def _headings(tree: ast.Module) -> Iterator[str]:
-    """The docstrings of the settings' classes, which are the headings over them."""
+    """The docstrings of the settings' classes, which are headings in the help."""
     for node in tree.body:
         heading = ast.get_docstring(node) if isinstance(node, ast.ClassDef) else None
         if heading and heading.isalpha():
@@ -67,7 +67,7 @@ def _headings(tree: ast.Module) -> Iterator[str]:
 
 
 def all_messages() -> dict[str, list[str]]:
-    """File → its texts, for every file that speaks."""
+    """File → its texts, for every file that has some."""
     files = {str(file.relative_to(SOURCE)): file for file in sorted(SOURCE.rglob("*.py"))}
     messages = {name: messages_of(file) for name, file in files.items() if name not in NOT_SPOKEN}
     pages = {str(file.relative_to(SOURCE)): messages_of_page(file) for file in sorted(SOURCE.rglob("*.html.jinja"))}
@@ -75,12 +75,12 @@ def all_messages() -> dict[str, list[str]]:
 
 
 def messages_of_page(file: Path) -> list[str]:
-    """The texts of a page's template: `{{ t("Loss") }}`; one with two texts holds its Chinese itself."""
+    """The texts of a page template, `{{ t("Loss") }}`; `t` with two arguments has its Chinese there."""
     return [_of_format(text) for text in _IN_A_PAGE.findall(file.read_text(encoding="utf-8"))]
 
 
 def template_of(node: ast.expr) -> str:
-    """`f"{len(rows):,} rows"` → `{rows} rows`: the text that a translation is looked up by."""
+    """The text by which a translation is looked up: `f"{len(rows):,} rows"` → `{rows} rows`."""
     if isinstance(node, ast.Constant):
         return _of_format(node.value)
     assert isinstance(node, ast.JoinedStr)
@@ -96,7 +96,7 @@ def template_of(node: ast.expr) -> str:
 
 
 def _of_format(text: str) -> str:
-    """A plain text; the places that str.format fills have their name, or `value`."""
+    """A plain text in which each field of str.format has its name, or `value`."""
     template, end = "", 0
     for number, field in enumerate(_FIELD.finditer(text)):
         name = field[1] or f"value{number + 1 if number else ''}"
@@ -110,7 +110,7 @@ def _braces_doubled(text: str) -> str:
 
 
 def _name_of(value: ast.expr, names: dict[str, str]) -> str:
-    """What a filled-in value is called: the first name in its expression, of a call's argument where there is one."""
+    """The name for a filled-in value: the first name in a call's argument, else in the whole expression."""
     source = ast.unparse(value)
     if source not in names:
         inner = _names_in(value.args[0]) if isinstance(value, ast.Call) and value.args else []
@@ -129,7 +129,7 @@ def _names_in(node: ast.expr) -> list[str]:
 
 
 def _strings(node: ast.AST, *, is_message: bool = False) -> Iterator[tuple[ast.expr, bool]]:
-    """Every string but docstrings, an f-string as a whole and then those within it; whether `translated` gets it."""
+    """Every string except docstrings, and whether it is passed to `translated`; an f-string first as a whole."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
             continue
@@ -147,7 +147,7 @@ def _strings(node: ast.AST, *, is_message: bool = False) -> Iterator[tuple[ast.e
 
 
 def _gets_messages(call: ast.Call) -> bool:
-    """`translated(text)`, `message(text)` or `map(translated, texts)`."""
+    """Whether the call is `translated(text)`, `message(text)` or `map(translated, texts)`."""
     functions = [call.func, *call.args[:1]]
     return any(isinstance(function, ast.Name) and function.id in _GETS_MESSAGES for function in functions)
 

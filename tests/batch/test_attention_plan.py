@@ -1,4 +1,4 @@
-"""Laws of attention plans: the blocks of a row together give the T x T mask of the row's law."""
+"""Laws of attention plans: the blocks of a row, put together, are exactly the T x T mask that the row defines."""
 
 from functools import partial
 
@@ -18,13 +18,13 @@ WINDOWS = (None, 1, 2, 5, 17, 40)
 
 
 def rows(number: int, *, longest: int) -> list[Row]:
-    """Trees, trees with few shared prefixes, and packed rows of random records, in turn."""
+    """Rows of random records in turn: trees that share all, trees that share only what pays, packed rows."""
     layouts = [partial(graft, least_saved=1), graft, pack]
     return [layouts[seed % 3](forest(seed, longest=longest)) for seed in range(number)]
 
 
 def keys_above(siblings: Siblings) -> torch.Tensor:
-    """The path tokens whose keys these blocks multiply."""
+    """Indices of the path tokens that these blocks use as keys."""
     if siblings.path is None:
         return torch.tensor([], dtype=torch.long)
     if isinstance(siblings.path, torch.Tensor):
@@ -33,7 +33,7 @@ def keys_above(siblings: Siblings) -> torch.Tensor:
 
 
 def counted(plan: AttentionPlan, window: int | None) -> torch.Tensor:
-    """[T, T] how often each query is multiplied with each key, counted from the blocks."""
+    """[T, T]: how often each query meets each key, computed from the blocks only."""
     tokens = len(plan.until)
     met = torch.zeros(tokens, tokens, dtype=torch.long)
     blocks = plan.blocks[window]
@@ -45,7 +45,7 @@ def counted(plan: AttentionPlan, window: int | None) -> torch.Tensor:
             assert len(above) >= block.path_keys, "a block multiplies more of the path than is there"
             seen = torch.zeros(block.width, block.path_keys + block.width, dtype=torch.bool)
             seen[:, block.path_keys :] = block.mask[:, -block.width :] == 0
-            cut = block.mask.shape[1] > block.width  # a window hides part of the path
+            cut = block.mask.shape[1] > block.width  # the window hides a part of the path
             seen[:, : siblings.path_tokens] = block.mask[:, : siblings.path_tokens] == 0 if cut else True
             assert block.mask.shape[1] == block.width + (siblings.path_tokens if cut else 0)
             assert seen.any(1).all(), "a query that sees nothing has no softmax"
@@ -58,7 +58,7 @@ def counted(plan: AttentionPlan, window: int | None) -> torch.Tensor:
 
 
 def assert_same_sight(row: Row, window: int | None, width: int | None = None) -> None:
-    """Each query meets each key that it may see exactly once, and no other; padding is in no block."""
+    """Every query meets each of its visible keys exactly once and no other key; padding takes no part."""
     plan = plan_attention(row, windows=(window,), width=width)
     law = visible(torch.tensor(row.until), torch.tensor(row.positions()), window=window).long()
     met = counted(plan, window)
@@ -69,7 +69,7 @@ def assert_same_sight(row: Row, window: int | None, width: int | None = None) ->
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("longest_segment", [3, 256])
 def test_the_blocks_together_are_the_law(monkeypatch, window, longest_segment):
-    # Catches a key that occurs twice (in path and segment), a lost one, a sibling's, and a window off by one.
+    # Catches a key counted twice (in the path and in the segment), a missing key, a sibling's key, a window off by one.
     monkeypatch.setattr(attention_plan, "LONGEST_SEGMENT", longest_segment)
     for row in rows(120, longest=14):
         assert_same_sight(row, window)
@@ -78,7 +78,7 @@ def test_the_blocks_together_are_the_law(monkeypatch, window, longest_segment):
 
 
 def seen_by_spans(plan: AttentionPlan, window: int | None) -> torch.Tensor:
-    """[T, T] how often each query is multiplied with each key, counted from the spans."""
+    """[T, T]: how often each query meets each key, computed from the spans only."""
     tokens, spans = len(plan.until), plan.spans[window]
     keys = torch.arange(tokens) if spans.keys is None else spans.keys
     queries, begins = spans.query_starts.tolist(), spans.key_starts.tolist()
@@ -140,7 +140,7 @@ def test_every_token_is_asked_once_and_padding_never(window):
 
 
 def test_the_path_reaches_into_no_token_that_is_not_there():
-    # The filling of a path up to a multiple of 32 is read, although it is masked.
+    # Keys that fill a path up to a multiple of 32 must exist: they are read, although no query sees them.
     for row in rows(200, longest=40):
         for width in (len(row), padded_length(len(row))):
             for siblings in plan_attention(row, windows=(5,), width=width).blocks[5].each:
@@ -152,7 +152,7 @@ def test_the_path_reaches_into_no_token_that_is_not_there():
 
 
 def test_every_head_finds_its_slots():
-    # Catches heads and tokens exchanged in a gather, which would not change any shape.
+    # Catches heads and tokens swapped in a gather, which no shape check would show.
     heads = 3
     for row in rows(40, longest=40):
         blocks = plan_attention(row).blocks[None]
@@ -176,7 +176,7 @@ def test_every_head_finds_its_slots():
 
 
 def test_padding_sees_padding():
-    # A query without any key gives 0 / 0 in a dense softmax.
+    # A query that sees nothing would be 0 / 0 in a dense softmax.
     row = rows(1, longest=14)[0]
     plan = plan_attention(row, windows=(None, 2), width=padded_length(len(row)))
     for window in (None, 2):
@@ -205,7 +205,7 @@ def test_a_long_record_is_cut_into_a_chain_of_about_equal_parts(tokens):
 
 @pytest.mark.parametrize("window", [None, 300])
 def test_long_trunks_and_long_branches_are_computed_in_short_blocks(window):
-    # The block of a long segment with itself would take tokens² scores of memory.
+    # One block for a long segment would need tokens² scores of memory.
     trunk = some_record(900).ids
     examples = [
         Example((*trunk, *(50 + n for _ in range(length))), (0,) * (900 + length), f"train.jsonl:{n}")
@@ -238,7 +238,7 @@ def test_rows_are_padded_to_few_lengths_a_little_longer():
 
 
 def test_masks_do_not_gather_over_a_long_run():
-    # With a sliding window every path length has its own mask: thousands of megabytes in a long run.
+    # Below a window, every length of a path needs a mask of its own: gigabytes in a long run if all were kept.
     trunk = tuple(range(400))
     for above in range(1, 130):
         leaves = [Example(trunk[:above] + (500 + k,) * 300, (0,) * above + (1,) * 300, str(k)) for k in range(2)]

@@ -1,4 +1,4 @@
-"""Laws of a padded batch, against labels shifted as in the models of transformers."""
+"""Laws of a padded batch, compared with labels that are shifted as transformers' models shift them."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from atomtune.batch.row import Row, single
 from atomtune.data.records import Example
 
 PAD = 0
-#: Ids from 0 on, so that the pad id also occurs in texts; the first token is never learned.
+#: Ids from 0 on, so that the pad id also occurs in texts. The first token is never a target.
 EXAMPLES = st.lists(
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1)), min_size=2, max_size=9), min_size=1, max_size=5
 ).map(
@@ -36,7 +36,7 @@ def collated(examples: list[Example], pad_id: int = PAD) -> Batch:
 
 
 def by_origin(batch: Batch, examples: list[Example]) -> list[tuple[int, Example]]:
-    """Each row's number with the example in it."""
+    """Each row's number and the example in it."""
     known = {example.origin: example for example in examples}
     return [(r, known[origin]) for r, origin in enumerate(batch["origins"])]
 
@@ -44,8 +44,8 @@ def by_origin(batch: Batch, examples: list[Example]) -> list[tuple[int, Example]
 @same_every_time
 @given(EXAMPLES)
 def test_targets_are_those_of_shifted_labels(examples):
-    # The oracle is what a causal model of transformers does: logits[:, :-1] against labels[:, 1:].
-    # Catches any off-by-one: source = i instead of parent[i], target = ids[i + 1], a shift done twice.
+    # The oracle does what a causal model in transformers does: logits[:, :-1] against labels[:, 1:].
+    # Catches any off-by-one: predicted_from = i instead of parent[i], target = ids[i + 1], a shift done twice.
     batch = collated(examples)
     expected = []
     for r, example in by_origin(batch, examples):
@@ -58,7 +58,7 @@ def test_targets_are_those_of_shifted_labels(examples):
 @same_every_time
 @given(EXAMPLES)
 def test_every_example_lies_whole_at_the_left_of_a_row_of_its_own(examples):
-    # Catches left padding, truncation to the shortest, and a row that is lost or doubled.
+    # Catches left padding, truncation to the shortest, and a lost or repeated row.
     batch = collated(examples)
     assert sorted(batch["origins"]) == sorted(example.origin for example in examples)
     for r, example in by_origin(batch, examples):
@@ -68,7 +68,7 @@ def test_every_example_lies_whole_at_the_left_of_a_row_of_its_own(examples):
 @same_every_time
 @given(EXAMPLES)
 def test_the_mask_knows_padding_by_its_place(examples):
-    # Catches mask = ids != pad_id: real tokens with the pad's id would become invisible (the tutorial's UNK, 0).
+    # Catches mask = ids != pad_id, which would hide real tokens that have the pad's id (0 is UNK in the tutorial).
     batch = collated(examples)
     width = max(len(example.ids) for example in examples)
     for r, example in by_origin(batch, examples):
@@ -80,7 +80,7 @@ def test_the_mask_knows_padding_by_its_place(examples):
 @same_every_time
 @given(EXAMPLES)
 def test_no_target_is_padding_or_predicted_from_padding(examples):
-    # Catches a learn column laid out for the padded width.
+    # Catches learn marks laid out for the padded width.
     batch = collated(examples)
     real = batch["attention_mask"].bool()
     assert real[batch["row"], batch["predicted_from"]].all()
@@ -90,7 +90,7 @@ def test_no_target_is_padding_or_predicted_from_padding(examples):
 @same_every_time
 @given(EXAMPLES)
 def test_the_plain_numbers_are_the_sums(examples):
-    # Catches counting tokens instead of `learn`, which would change the mean of the loss.
+    # Catches counting tokens instead of adding `learn`, which would change the mean loss.
     batch = collated(examples)
     assert batch["targets"] == sum(sum(example.learn) for example in examples) == batch["learn"].sum().item()
     assert batch["tokens_padded"] == batch["input_ids"].numel()
@@ -98,14 +98,14 @@ def test_the_plain_numbers_are_the_sums(examples):
 
 
 def test_the_longest_comes_first_and_equals_keep_their_order():
-    # So that the allocator gets the largest request first.
+    # The largest allocation then comes first.
     lengths = {"a:1": 2, "a:2": 5, "a:3": 3, "a:4": 5}
     batch = collated([Example((7,) * n, (0,) * (n - 1) + (1,), origin) for origin, n in lengths.items()])
     assert batch["origins"] == ["a:2", "a:4", "a:3", "a:1"]
 
 
 def test_a_token_that_is_learned_twice_counts_twice():
-    # Two records may share a token of their answers; counted once, it would have half its weight.
+    # Two records may share an answer's token; counted once, it would have half its weight.
     row = Row((1, 5, 6), (-1, 0, 1), (3, 3, 3), (0, 2, 1), ("a:1", "a:2"))
     batch = collate_chains([row], pad_id=PAD, examples=2, tokens_padded=6)
     assert batch["learn"].tolist() == [2, 1]
@@ -114,7 +114,7 @@ def test_a_token_that_is_learned_twice_counts_twice():
 
 
 def test_examples_without_targets_make_a_batch_without_targets():
-    # An evaluation set may have them; torch.tensor([]) would be a float tensor without four columns.
+    # An evaluation set may contain such examples; torch.tensor([]) would be float and have the wrong shape.
     batch = collated([Example((1, 2, 3), (0, 0, 0), "a:1"), Example((1, 2), (0, 0), "a:2")])
     assert batch["targets"] == 0
     for name in ("row", "predicted_from", "target", "learn"):
@@ -123,7 +123,7 @@ def test_examples_without_targets_make_a_batch_without_targets():
 
 
 def test_every_tensor_holds_whole_numbers():
-    # Embeddings and index selection need int64.
+    # Embeddings and index selection accept only int64.
     batch = collated([Example((1, 2, 3), (0, 0, 1), "a:1"), Example((1, 2), (0, 1), "a:2")])
     assert {v.dtype for v in batch.values() if isinstance(v, torch.Tensor)} == {torch.long}
 

@@ -1,4 +1,4 @@
-"""Laws of a row, against an oracle that follows the parents one by one."""
+"""Laws of a row, compared with an oracle that follows the parents one by one."""
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +13,7 @@ def example(n: int, prompt: int, origin: str = "train.jsonl:1") -> Example:
 
 
 def path_of(row: Row, i: int) -> list[int]:
-    """The token and all tokens before it on its path, found by following the parents."""
+    """The token and all tokens before it on its own path, found by following the parents."""
     path = []
     while i >= 0:
         path.append(i)
@@ -21,8 +21,8 @@ def path_of(row: Row, i: int) -> list[int]:
     return path
 
 
-#: Two answers after a shared prefix, written by hand:  0─1─2┬─3─4
-#:                                                           └─5
+#: Two answers after one trunk, written by hand:  0─1─2┬─3─4
+#:                                                      └─5
 FORK = Row(
     ids=(1, 10, 11, 20, 2, 2),
     parent=(-1, 0, 1, 2, 3, 2),
@@ -40,7 +40,7 @@ same_every_time = settings(derandomize=True, database=None, deadline=None, max_e
 @same_every_time
 @given(ROWS)
 def test_a_token_sees_its_own_path_and_nothing_else(row):
-    # Catches `until` one too small (a token does not see its end) or one too large (a branch sees its neighbour).
+    # Catches `until` one too small (a token does not see its end) or too large (a branch sees its neighbour).
     for q in range(len(row)):
         seen = {k for k in range(len(row)) if k <= q < row.until[k]}
         assert seen == set(path_of(row, q))
@@ -49,7 +49,7 @@ def test_a_token_sees_its_own_path_and_nothing_else(row):
 @same_every_time
 @given(ROWS)
 def test_the_position_is_the_depth_on_the_own_path(row):
-    # Catches positions counted from 1, and positions that are indices (wrong after a fork).
+    # Catches positions counted from 1, and indices used as positions (wrong after a fork).
     assert row.positions() == tuple(len(path_of(row, i)) - 1 for i in range(len(row)))
 
 
@@ -61,7 +61,7 @@ def test_a_parent_stands_before_its_children(row):
 
 @pytest.mark.parametrize("n", [2, 3, 9])
 def test_a_single_row_predicts_each_token_from_the_one_before_it(n):
-    # Catches the off-by-one of a label shift done twice or not at all.
+    # Catches a label shift done twice or not at all.
     row = single(example(n, 1))
     assert [(row.ids[i], row.ids[row.parent[i]]) for i in range(1, n)] == [(100 + i, 99 + i) for i in range(1, n)]
     assert row.parent[0] == -1
@@ -74,7 +74,7 @@ def test_a_single_row_keeps_the_example():
 
 
 def test_a_single_row_is_a_chain_and_a_fork_is_none():
-    # A fork taken for a chain would get a plain causal mask, in which its branches see each other.
+    # A fork treated as a chain would get a plain causal mask, and its branches would see each other.
     assert single(example(5, 3)).is_chain
     assert not FORK.is_chain
 
@@ -102,6 +102,6 @@ def test_an_example_has_as_many_marks_as_ids():
 
 
 def test_nothing_stands_before_the_first_token_so_it_is_not_learned():
-    # parent −1 would read the last hidden state of the row.
+    # parent -1 would index the last hidden state of the row.
     with pytest.raises(ValueError, match=r"train\.jsonl:4"):
         Example((1, 2), (1, 1), "train.jsonl:4")

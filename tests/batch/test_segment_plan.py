@@ -1,4 +1,4 @@
-"""Segment plans: a layer that carries a state computes a row with branches as it would each record alone."""
+"""Segment plans: a layer with a state computes a branching row like each record by itself."""
 
 from random import Random
 
@@ -13,14 +13,14 @@ from atomtune.data.records import Example
 
 
 def examples(seed: int, words: int) -> list[Example]:
-    """Records over so few words that many share a prefix, sometimes of one token."""
+    """Records over so few words that many share beginnings, also of one token."""
     draw = Random(seed)
     ids = {tuple(draw.randrange(words) for _ in range(draw.randint(2, 14))) for _ in range(draw.randint(1, 9))}
     return [Example(i, (0,) + (1,) * (len(i) - 1), "x") for i in sorted(ids)]
 
 
 def paths_of(row: Row) -> list[list[int]]:
-    """For each token, the tokens from its root to itself."""
+    """For each token, the indices from its root to itself."""
     paths: list[list[int]] = []
     for i, parent in enumerate(row.parent):
         paths.append([*(paths[parent] if parent >= 0 else []), i])
@@ -33,7 +33,7 @@ rows += [pack(examples(1, 5)), graft([Example((1, 2, 3), (0, 1, 1), "x")])]
 
 @pytest.mark.parametrize("row", rows)
 def test_a_state_that_is_forked_has_seen_each_tokens_path_and_nothing_else(row):
-    # The "layer" is the list of tokens seen so far; its state is that list.
+    # The "layer" lists the tokens seen so far; that list is its state.
     plan = plan_segments(row)
     states, results = [], []
     for batch in plan.batches:

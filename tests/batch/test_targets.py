@@ -1,4 +1,4 @@
-"""Law: a record's targets are those whose path from the root is the record's own, token by token."""
+"""Law: the context of each target, token by token from the beginning of the row, is the record's own."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def laid(examples: list[Example], layout: Layout) -> Batch:
 
 
 def whole_ways(batch: Batch) -> list[tuple[int, ...]]:
-    """For each target, all ids on the path that predicts it, and its own; found with the mask, token by token."""
+    """For each target, the ids it is predicted from according to the mask, and its own id."""
     ids, ways = batch["input_ids"].tolist(), []
     for row, position, target in zip(
         *(batch[key].tolist() for key in ("row", "predicted_from", "target")), strict=True

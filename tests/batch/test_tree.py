@@ -1,4 +1,4 @@
-"""Laws of rows with shared prefixes, against an oracle that follows the parents one by one."""
+"""Laws of rows with shared beginnings, compared with an oracle that follows the parents one by one."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -24,7 +24,7 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
 def forest(seed: int, *, longest: int = 14) -> list[Example]:
-    """Records over two to four words, most of which begin with part of another one, so that forks are nested."""
+    """Random records over two to four words. Most begin with a piece of another: trunks and nested forks."""
     draw = Random(seed)
     words, examples = draw.randint(2, 4), []
     for n in range(1, draw.randint(1, 9) + 1):
@@ -42,12 +42,12 @@ def forests() -> list[list[Example]]:
 
 
 def ids_on(row: Row, i: int) -> tuple[int, ...]:
-    """The ids that token i sees, itself included."""
+    """The ids on the path to token i, including i."""
     return tuple(row.ids[k] for k in reversed(path_of(row, i)))
 
 
 def told_by_parents(row: Row, window: int | None = None) -> torch.Tensor:
-    """[T, T] the oracle: q sees the last `window` tokens of its path, found by following the parents."""
+    """[T, T], the oracle: q sees the last `window` tokens of its path, found from the parents."""
     seen = torch.zeros(len(row), len(row), dtype=torch.bool)
     for q in range(len(row)):
         seen[q, path_of(row, q)[:window]] = True
@@ -59,7 +59,7 @@ def told_by_law(row: Row, window: int | None = None) -> torch.Tensor:
 
 
 def targets_of_records(examples: list[Example]) -> Counter:
-    """How often each target is learned; a target is identified by all ids before it and its own."""
+    """How often each target is learned; a target is identified by all tokens before it and itself."""
     counted: Counter = Counter()
     for example in examples:
         for i, times in enumerate(example.learn):
@@ -91,7 +91,7 @@ def assert_lawful(row: Row, examples: list[Example]) -> None:
 
 @every_layout
 def test_a_token_sees_its_ancestors_and_itself(layout):
-    # Catches `until` off by one, branches that see their siblings, and records of a packed row that see each other.
+    # Catches `until` off by one, branches that see siblings, and records of a packed row that see each other.
     for examples in forests():
         row = layout(examples)
         assert torch.equal(told_by_law(row), told_by_parents(row)), examples
@@ -100,7 +100,7 @@ def test_a_token_sees_its_ancestors_and_itself(layout):
 @every_layout
 @pytest.mark.parametrize("window", [1, 2, 5])
 def test_a_window_counts_along_the_path(layout, window):
-    # Catches a window over row indices (a late branch would lose its prefix), and a window off by one.
+    # Catches a window over indices of the row (a late branch would lose its trunk), and a window off by one.
     for examples in forests()[:500]:
         row = layout(examples)
         assert torch.equal(told_by_law(row, window), told_by_parents(row, window)), examples
@@ -108,7 +108,7 @@ def test_a_window_counts_along_the_path(layout, window):
 
 @every_layout
 def test_every_record_is_read_along_one_path_and_nothing_else_is(layout):
-    # Catches tokens that are lost, invented, or put on the wrong branch. Positions are depths on these paths.
+    # Catches lost or added tokens, and tokens on the wrong branch. Positions are depths on these paths.
     for examples in forests():
         row = layout(examples)
         assert all(parent < i for i, parent in enumerate(row.parent))
@@ -122,13 +122,13 @@ def test_every_record_is_read_along_one_path_and_nothing_else_is(layout):
 
 @every_layout
 def test_every_target_counts_as_often_as_the_records_learn_it(layout):
-    # Catches a shared target counted once, and a learn mark moved to another record's token.
+    # Catches a shared target that counts once, and a learn mark that moves to another record's token.
     for examples in forests():
         assert targets_of_row(layout(examples)) == targets_of_records(examples), examples
 
 
 def test_nothing_is_computed_twice():
-    # A tree has one token for every prefix that occurs; two siblings with the same token would be one prefix twice.
+    # A tree has one token per beginning that occurs; two siblings with the same token would be one beginning twice.
     for examples in forests():
         row = everything_shared(examples)
         beginnings = {e.ids[:end] for e in examples for end in range(1, len(e.ids) + 1)}
@@ -147,11 +147,11 @@ def test_packing_keeps_every_record_whole_and_in_its_place():
 
 
 def stretches(row: Row) -> list[tuple[int, int]]:
-    """(records, tokens) of each stretch that the same records share, in a row in which each target is learned once."""
+    """(records, tokens) of each span shared by the same records, in a row whose targets each record learns once."""
     children: dict[int, list[int]] = {}
     for i, parent in enumerate(row.parent):
         children.setdefault(parent, []).append(i)
-    # If each record learns a token once, `learn` counts the records through it; first tokens are not learned.
+    # If each record learns a token once, its count is the number of records through it. The first token is no target.
     through = [times or sum(row.learn[k] for k in children.get(i, ())) for i, times in enumerate(row.learn)]
     begun: list[int] = []
     length: Counter = Counter()
@@ -164,7 +164,7 @@ def stretches(row: Row) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("least_saved", [2, 7, LEAST_SAVED])
 def test_a_trunk_is_shared_only_where_it_saves_enough(least_saved):
-    # Catches counting tokens instead of tokens saved, and a prefix given up together with the branches that pay.
+    # Catches counting shared tokens instead of saved tokens, and a trunk dropped together with the branches that pay.
     shared = 0
     for seed in range(300):
         examples = [
@@ -188,7 +188,7 @@ def test_the_least_trunk_worth_sharing(records, trunk, shared):
     assert len(graft(examples, least_saved=16)) == (trunk if shared else records * trunk) + 2 * records
 
 
-# Edge cases.
+# Unusual batches.
 
 WORDS = st.integers(0, 3)
 MARK = st.integers(0, 1)
@@ -196,7 +196,7 @@ MARK = st.integers(0, 1)
 
 @st.composite
 def records(draw: st.DrawFn, texts: st.SearchStrategy[list[list[int]]]) -> list[Example]:
-    """Records of these texts, each with its own learn marks."""
+    """Records with these texts and random learn marks."""
     made = []
     for n, ids in enumerate(draw(texts), start=1):
         learn = [0, *draw(st.lists(MARK, min_size=len(ids) - 1, max_size=len(ids) - 1))] if ids else []
@@ -232,7 +232,7 @@ def test_odd_batches_obey_every_law(layout, kind):
 
 
 def test_a_thousand_records_each_the_beginning_of_the_next():
-    # Catches recursion, and a cost that is cubic.
+    # Catches recursion by depth, and cubic cost.
     examples = [Example((0,) * n, (0,) + (1,) * (n - 1), f"a:{n}") for n in range(1, 1_001)]
     row = everything_shared(examples)
     assert row.is_chain

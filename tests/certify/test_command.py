@@ -1,6 +1,6 @@
-"""`atomtune certify` on a tiny model: what is right holds, and each planted fault is caught and told.
+"""`atomtune certify` on a tiny model: a correct model holds, and each planted fault is found and reported.
 
-Here the engine is plain transformers in this process; the real servers are asked in test_engines.py.
+Here the engine is plain transformers in this process; test_engines.py asks the real servers.
 """
 
 import errno
@@ -35,7 +35,7 @@ def certificate_in(folder: Path) -> dict:
 
 @pytest.fixture
 def adapter(by_heart, tmp_path) -> Path:
-    """A copy of the adapter, to be spoiled."""
+    """A copy of the adapter that a test may damage."""
     return Path(shutil.copytree(by_heart, tmp_path / "adapter"))
 
 
@@ -67,7 +67,7 @@ def test_a_merged_folder_holds_too(by_heart, merged, capsys):
 
 
 def test_weights_that_a_merge_rounded_are_allowed_what_their_format_rounds(by_heart, tmp_path):
-    """The guide's own line ended with exit code 4 where a CPU computes in float32: `merge` writes what the base has."""
+    """`merge` writes the base's dtype; after training in float32, the guide's own command ended with exit code 4."""
     folder = tmp_path / "merged"
     words = ["--adapter_path", str(by_heart), "--output_dir", str(folder), "--dtype", "bfloat16"]
     assert main(["merge", *words]) == 0
@@ -75,7 +75,7 @@ def test_weights_that_a_merge_rounded_are_allowed_what_their_format_rounds(by_he
     entry = certificate_in(folder)
     assert (
         entry["dtype"] == "bfloat16" and entry["mean_logprob_difference"] > 2e-3
-    )  # more than float32 would be allowed
+    )  # more than a float32 certificate would allow
 
 
 def told(capsys) -> str:
@@ -90,12 +90,12 @@ def test_another_template_is_caught_with_the_first_differing_id(by_heart, adapte
     assert certify(by_heart, adapter) == 4
     error = told(capsys)
     assert "prompts got different token ids" in error and "prompt id 1" in error
-    assert "Human" in error and "User" in error  # side by side
+    assert "Human" in error and "User" in error  # both are shown
     assert certificate_in(adapter)["prompt_ids_equal"] == 0
 
 
 def test_a_template_that_writes_the_date_is_certified_on_any_day(adapter, capsys):
-    """Engines write today's date; from the day after the training no certificate held, and `serve` did not start."""
+    """Engines write today's date: from the day after training no certificate held, and `serve` did not start."""
     file = adapter / "chat_template.jinja"
     file.write_text("{{ strftime_now('%d %B %Y') }}" + file.read_text(encoding="utf-8"), encoding="utf-8")
     metadata = adapter / "atomtune.json"
@@ -142,7 +142,7 @@ def test_an_engine_with_an_empty_adapter_is_caught(by_heart, adapter, capsys):
 
 
 def test_adapter_keys_that_the_engine_does_not_match_are_caught(by_heart, adapter, capsys):
-    """As an adapter of a text model is on the vision-language class: loaded, and ignored."""
+    """As happens to the adapter of a text model on a vision-language class: it is loaded and ignored."""
     file = adapter / "adapter_model.safetensors"
     weights = load_file(file)
     other = {name.replace("model.model.layers", "model.model.language_model.layers"): t for name, t in weights.items()}
@@ -166,7 +166,7 @@ def test_a_merge_into_another_base_is_caught(by_heart, tmp_path, capsys):
 
 
 def test_a_model_with_a_smaller_vocabulary_is_another_one_and_no_bug(merged):
-    """An id that the served model has no row for was an IndexError in torch, shown as a bug of ours."""
+    """An id beyond the served model's vocabulary was an IndexError in torch, reported as a bug in atomtune."""
     with TransformersInProcess(ServedFolder(merged), dtype="float32") as engine:
         known = engine.model.get_input_embeddings().weight.shape[0]
         assert len(engine.log_probabilities([1, 2], [known - 1])) == 1
@@ -203,7 +203,7 @@ def test_a_missing_adapter_is_blamed_on_its_own_setting(tmp_path, capsys):
 
 
 def test_weights_that_are_not_the_trainings_are_said(trained_in_nf4, tmp_path, capsys):
-    """No engine quantizes the base as the run did, so all of them answer on other weights; what is merged has them."""
+    """No engine quantizes the base as the run did, so all use other weights than in training; not so a merged model."""
     _, run = trained_in_nf4
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     assert certify(copy, None, "--prompts", "1") == 0
@@ -221,7 +221,7 @@ def test_certificates_of_other_engines_stay(adapter):
 
 
 def test_an_answer_that_fills_the_limit_with_its_stop_token_is_no_fault(by_heart, adapter):
-    """Engines that end at the limit then say so, though the last token was the stop: the certificate did not hold."""
+    """Engines that stop at the limit report that, even if the last token was the stop token: the certificate failed."""
     tokenizer = load_tokenizer(str(by_heart), trust_remote_code=False)
     answer = DIALOGUES[1]["output"]
     limit = len(tokenizer(answer, add_special_tokens=False).input_ids) + 1
@@ -253,7 +253,7 @@ def test_a_certificate_goes_with_the_weights_that_it_is_of(models, tmp_path):
 
 
 def test_what_comes_next_takes_the_same_base(by_heart, adapter, models, tmp_path, capsys):
-    """The base had moved: without --model_path the advised command ended at once."""
+    """The base had moved, and the command that certify advised had no --model_path, so it failed at once."""
     base = shutil.copytree(models("llama"), tmp_path / "my base")
     config = adapter / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "/nowhere"}))

@@ -1,4 +1,4 @@
-"""Laws of the comparison: one answer is one, however an engine writes the end that the limit cut off."""
+"""Laws of the comparison: an answer cut at the limit is the same answer, however an engine writes its end."""
 
 import pytest
 
@@ -17,14 +17,14 @@ def template(models):
 
 def difference(template, ours: str, ids: list[int], theirs: str):
     prompt = CertPrompt("Chinese", {"messages": []}, (1,), (), "prompt 1")
-    choices = [{token: 0.0} for token in (*ids, 0)]  # no tie at any step: the token that was taken is the only one
+    choices = [{token: 0.0} for token in (*ids, 0)]  # no step has a tie: each token had no alternative
     expected = Expected(prompt, tuple(ids), [], [], tuple(ids), ours, False, choices)
     return _text_difference(expected, Reply(theirs, False, 1), template, ALLOWED["bfloat16"])
 
 
 def test_a_character_that_the_limit_cut_in_two_makes_no_other_answer(template):
     whole = template.tokenizer("灯亮着呢！", add_special_tokens=False).input_ids
-    lone_byte = template.tokenizer.convert_tokens_to_ids("ä")  # the byte E4, with which a character of three begins
+    lone_byte = template.tokenizer.convert_tokens_to_ids("ä")  # the byte E4, the first byte of a three-byte character
     ids = [*whole, lone_byte]
     ours = template.tokenizer.decode(ids)
     assert ours.endswith("\ufffd"), "the answer ends inside a character"

@@ -1,4 +1,4 @@
-"""Laws of the prompts an engine is asked."""
+"""Laws of the prompts that certify sends to an engine."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def records() -> list[Record]:
         Record((asked, answered, Turn("user", "Good night."), answered), "a:3"),
         Record((Turn("system", "Be brief."), asked, answered), "a:4"),
         Record((Turn("user", "你是谁？"), answered), "a:5"),
-        Record((Turn("user", "What is <|im_end|>?"), answered), "a:6"),  # a real control string
+        Record((Turn("user", "What is <|im_end|>?"), answered), "a:6"),  # a control string in some tokenizers
         Record((Turn("text", "A text."),), "a:7"),
     ]
 
@@ -47,7 +47,7 @@ def test_a_record_with_a_real_control_string_is_left_out(template):
 
 
 def test_what_a_template_cannot_say_is_left_out():
-    template = load_template("auto", tokenizer_of("sentencepiece", GEMMA))  # it raises on a system text
+    template = load_template("auto", tokenizer_of("sentencepiece", GEMMA))  # it raises an error for a system text
     prompts = choose_prompts([], template, count=20, max_tokens=256)
     assert [prompt.kind for prompt in prompts] == [kind for kind, _ in OWN if kind != "system"]
 
@@ -60,7 +60,7 @@ def test_our_look_alike_holds_no_control_string_of_known_tokenizers():
 
 
 def test_an_engine_is_sent_the_variables_of_the_run_and_those_of_the_record():
-    # Catches an engine that thinks, asked about a record that was trained without thinking.
+    # Catches an engine that thinks in a record that was trained without thinking.
     template = load_template("qwen3", tokenizer_of("bytes", CHATML), variables={"enable_thinking": True, "mine": 1})
     record = Record((Turn("user", "Who?"), Turn("assistant", "I.")), "a:1", variables={"enable_thinking": False})
     (prompt, *_) = choose_prompts([record], template, count=1, max_tokens=256)

@@ -1,4 +1,4 @@
-"""Laws of the cache: what did not change is not encoded again, and after a change no old entry is used."""
+"""Laws of the store: unchanged data is not encoded again, and changed data is never served from it."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ from tests.tiny import CHATML, tokenizer_of
 
 
 class EncodedAgainError(AssertionError):
-    """Raised in place of encoding, to show that the cache was not used."""
+    """Raised in place of encoding, to show that the records did not come from the store."""
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def no_encoding(monkeypatch):
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """Records for every outcome: used, shortened, with control strings, refused, too long, broken."""
+    """Records of every kind: used, shortened, with control strings, refused, too long, broken."""
     path = write_jsonl(
         tmp_path / "train.jsonl",
         [
@@ -76,7 +76,7 @@ def entries(cache: Path) -> list[str]:
 
 @pytest.mark.parametrize("source", [CHATML, None])
 def test_what_is_served_is_what_was_encoded(data, tmp_path, source):
-    # Against encode() itself: no example lost, reordered or changed on its way through Arrow, and the ledger whole.
+    # The oracle is encode(): no example is lost, reordered or changed in Arrow, and the ledger is complete.
     template = template_of("sentencepiece" if source is None else "bytes", source)
     ledger = Ledger()
     direct = list(encode(read_values(data), template, ledger, max_tokens=120))
@@ -84,11 +84,11 @@ def test_what_is_served_is_what_was_encoded(data, tmp_path, source):
         examples, told, _ = asked(data, tmp_path / "cache", template=template)
         assert [as_examples(row) for row in examples] == direct
         assert told == ledger
-    assert ledger.records_cut and ledger.control_origins and len(ledger.broken) == 2  # the comparison was not empty
+    assert ledger.records_cut and ledger.control_origins and len(ledger.broken) == 2  # not an empty comparison
 
 
 def test_notices_survive_the_store(tmp_path):
-    # Notes on accepted records are reported again if the file comes from the cache.
+    # Notices about accepted records are repeated for a file that comes from the store.
     records = [{"instrution": "typo", "output": "read"}, *({"instruction": "Hi", "output": "Hi", "id": 7},) * 2]
     data = write_jsonl(tmp_path / "train.jsonl", records)
     for _ in ("encoded", "served"):
@@ -106,7 +106,7 @@ def test_a_second_time_nothing_is_encoded(data, tmp_path, no_encoding):
 
 
 def test_the_same_tokenizer_loaded_again_is_the_same_key(data, tmp_path, no_encoding):
-    # Catches a key that depends on an object's identity, or on state that use changes (padding, truncation, caches).
+    # Catches a key made from an object's identity, or from anything that use changes (padding, truncation, caches).
     template = template_of()
     asked(data, tmp_path / "cache", template=template)
     template.tokenizer(["a", "b c"], padding=True, truncation=True, max_length=3)
@@ -137,7 +137,7 @@ def test_the_hash_is_the_files_own(data, tmp_path):
 
 
 def without_merges() -> Template:
-    """The same vocabulary without merges: every text has other ids."""
+    """A tokenizer with the same vocabulary and other merges, which encodes every text differently."""
     template = template_of()
     state = json.loads(template.tokenizer.backend_tokenizer.to_str())
     state["model"]["merges"] = state["model"]["merges"][:5]
@@ -172,7 +172,7 @@ def test_whatever_could_change_a_token_has_another_key(data, tmp_path, no_encodi
 
 @pytest.mark.parametrize("which", ["eos_token", "bos_token"])
 def test_another_end_or_beginning_has_another_key(data, tmp_path, no_encoding, which):
-    # atom's template writes the tokenizer's own tokens; the template's source and the vocabulary stay the same.
+    # atom writes the tokenizer's own tokens; the template's text and the vocabulary stay the same.
     asked(data, tmp_path / "cache", template=template_of(source=None))
     tokenizer = tokenizer_of("bytes")
     setattr(tokenizer, which, "<|im_start|>")
@@ -204,7 +204,7 @@ def test_the_same_bytes_under_another_name_keep_their_own_origins(data, tmp_path
 
 
 class WordByWord(PreTrainedTokenizer):
-    """A tokenizer written in Python, as in remote code: its rules are not in its vocabulary."""
+    """A tokenizer written in Python, like many in remote code: its rules are not in its vocabulary."""
 
     def __init__(self, backwards: bool = False, **kwargs):
         self.backwards = backwards
@@ -229,7 +229,7 @@ class WordByWord(PreTrainedTokenizer):
 
 
 def test_a_python_tokenizer_with_another_rule_has_another_key(data, tmp_path, no_encoding):
-    # Same class, same vocabulary, another argument: all ids change.
+    # Same class and vocabulary, another argument: the ids come in another order.
     asked(data, tmp_path / "cache", template=load_template("atom", WordByWord()))
     assert WordByWord(backwards=True)("ab")["input_ids"] == WordByWord()("ba")["input_ids"]
     no_encoding()
@@ -239,7 +239,7 @@ def test_a_python_tokenizer_with_another_rule_has_another_key(data, tmp_path, no
 
 
 def test_a_rule_that_only_adds_special_tokens_changes_no_id(data, tmp_path):
-    # The post-processor is part of the key, but the BOS that it adds must not get into an example.
+    # The post-processor is part of the key, but its BOS must not get into an example, with or without it.
     template = template_of("sentencepiece", None)
     plain, _, _ = asked(data, tmp_path / "cache", template=template)
     bos = ("<s>", template.tokenizer.bos_token_id)
@@ -252,7 +252,7 @@ def test_a_rule_that_only_adds_special_tokens_changes_no_id(data, tmp_path):
 
 
 def test_stopped_half_way_nothing_is_left_behind(data, tmp_path):
-    # Ctrl-C, or a bug in the middle of the file: no partial entry that the next run would use.
+    # Ctrl-C or a bug in the middle of the file must not leave half an entry that the next run would use.
     def interrupt(n_bytes: int) -> None:
         raise KeyboardInterrupt
 
@@ -263,7 +263,7 @@ def test_stopped_half_way_nothing_is_left_behind(data, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # it forks while torch has threads
 def test_killed_half_way_nothing_is_served(data, tmp_path):
-    # A real process and a real SIGKILL: nothing could clean up, and still the next run reads every record.
+    # A real process and a real SIGKILL, so nothing cleans up. The next run must still read every record.
     child = os.fork()
     if not child:
         try:
@@ -284,7 +284,7 @@ def test_one_entry_is_one_folder_and_no_other(data, tmp_path):
 
 
 def test_whoever_finishes_second_gives_way(data, tmp_path):
-    # Two processes start on the same file; here the other one finishes while ours is still reading.
+    # Two processes start on the same file; here the other one finishes while ours is reading.
     cache, others = tmp_path / "cache", []
 
     def meanwhile(n_bytes: int) -> None:
@@ -306,7 +306,7 @@ def flip(path: Path) -> None:
 
 
 def swap(path: Path) -> None:
-    """Replace it with another valid Arrow file."""
+    """Replace the file by a valid Arrow file with other content."""
     datasets.Dataset.from_dict({"ids": [[1, 2]]}).save_to_disk(str(path.parent / "other"))
     path.write_bytes(next((path.parent / "other").glob("*.arrow")).read_bytes())
 
@@ -325,7 +325,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("file", ["examples.arrow", "ledger.json", "checksums.json"])
 def test_an_entry_that_is_not_whole_is_made_again_and_it_is_said(data, tmp_path, file, damage):
-    # Regression: a flipped bit in an id was trained on; most other damage gave a traceback until the entry was deleted.
+    # A flipped bit in an id was trained; most other damage was a traceback until the user removed the folder by hand.
     cache = tmp_path / "cache"
     examples, ledger, _ = asked(data, cache)
     rows = examples.to_list()
@@ -340,7 +340,7 @@ def test_an_entry_that_is_not_whole_is_made_again_and_it_is_said(data, tmp_path,
 
 
 def test_the_rights_of_an_entry_are_those_of_the_users_umask(data, tmp_path):
-    # A temporary folder is private to its owner: a shared cache could not be shared.
+    # A temporary folder is readable only by its owner, so other users could not read a shared cache.
     asked(data, tmp_path / "cache")
     (tmp_path / "plain").mkdir()
     (entry,) = (tmp_path / "cache" / "atomtune").iterdir()
@@ -364,7 +364,7 @@ for cache in sys.stdin:
 
 @pytest.mark.slow
 def test_processes_at_once_on_one_cache_all_read_the_same(data, tmp_path):
-    # Real processes, started at once. Regression: one moved the entry away while the others were reading it.
+    # Real processes that start at the same moment. Once, one of them moved away an entry that the others were reading.
     empty, of_another_version = tmp_path / "empty", tmp_path / "of another version"
     asked(data, of_another_version)
     (entry,) = (of_another_version / "atomtune").iterdir()
@@ -388,7 +388,7 @@ def test_processes_at_once_on_one_cache_all_read_the_same(data, tmp_path):
 
 
 def test_an_entry_is_on_the_disk_before_it_has_its_name(data, tmp_path, monkeypatch):
-    # Otherwise, if the machine loses power after the rename, the final name may have empty files.
+    # Otherwise, after a power failure right after the rename, an empty file may have the entry's name.
     order = []
     real_sync, real_rename = cache.sync, Path.rename
 
@@ -410,7 +410,7 @@ def test_an_entry_is_on_the_disk_before_it_has_its_name(data, tmp_path, monkeypa
 
 
 def as_another_user(work) -> str:
-    """What `work` returns or raises when user 65534 runs it, in a separate process."""
+    """What `work` returns or raises if user 65534 runs it, in a process of its own."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -419,7 +419,7 @@ def as_another_user(work) -> str:
         os.setuid(65534)
         try:
             answer = str(work())
-        except Exception as error:  # noqa: BLE001  # whatever it is, the test shows it
+        except Exception as error:  # noqa: BLE001  # the test shows whatever was raised
             answer = f"{type(error).__name__}: {error}"
         os.write(writer, answer.encode())
         os._exit(0)
@@ -431,7 +431,7 @@ def as_another_user(work) -> str:
 
 @pytest.fixture
 def shared_folder():
-    """A folder that other users can access, unlike pytest's own."""
+    """A folder that other users can reach, unlike pytest's own."""
     if not hasattr(os, "getuid") or os.getuid() != 0:
         pytest.skip("only root can become another user")
     with tempfile.TemporaryDirectory() as folder:
@@ -494,7 +494,7 @@ def test_files_of_one_name_have_origins_of_their_own(data, tmp_path):
 
 
 def test_the_records_behind_the_rows_of_a_one_line_array_are_theirs(tmp_path):
-    # Catches origins that values share: the text of a refused record was taken for the next one's.
+    # Catches values that share an origin: in splits and in inspect, a refused record's text appeared for the next one.
     answers = ["word " * 400, "first", "second", "word " * 400, "third"]
     data = tmp_path / "train.json"
     data.write_text(json.dumps([{"instruction": "Hi", "output": answer} for answer in answers]))
@@ -527,7 +527,7 @@ def test_a_file_without_records_is_an_error_and_no_entry(tmp_path, content):
 
 
 def test_where_nothing_can_be_stored_the_remedy_is_said(data, tmp_path):
-    # A read-only cache, or a file in its place, is for the user to fix and not a bug of ours.
+    # A cache that is read-only or no folder is the user's to fix, and not a bug in atomtune.
     place = tmp_path / "cache"
     place.write_text("a file")
     with pytest.raises(BadSettings, match="HF_DATASETS_CACHE"):
@@ -566,7 +566,7 @@ def test_a_ledger_of_another_version_is_not_guessed_at():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked safely on Linux only")
 def test_a_record_on_which_the_tokenizer_searches_for_hours_is_named(tmp_path, monkeypatch):
-    # Only after a Q are all ways to split a run of x tried, 300 times: no repeated text by itself shows that.
+    # Only after a Q does the tokenizer try all ways to split a run of x, 300 times; single runs do not show it.
     monkeypatch.setattr(workers, "PATIENCE_SECONDS", 0.5)
     monkeypatch.setattr(cache, "_RECORD_SECONDS", 1)
     monkeypatch.setattr(cache, "_CHARACTERS_A_SECOND", 10**9)
@@ -584,7 +584,7 @@ def test_a_record_on_which_the_tokenizer_searches_for_hours_is_named(tmp_path, m
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked safely on Linux only")
 def test_every_answer_of_a_long_history_has_the_seconds_of_a_record(tmp_path, monkeypatch):
-    # Each answer has its own shortened prompt. Regression: 4,000 turns exceeded the time limit of one record.
+    # Each answer gets its own shortened prompt: 4,000 turns took longer than the limit for one record.
     said: list[str] = []
 
     def tried(work, **limits):
@@ -601,11 +601,11 @@ def test_every_answer_of_a_long_history_has_the_seconds_of_a_record(tmp_path, mo
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_stored_under_the_hash_of_other_bytes(data, tmp_path):
-    # Regression: once the old file was restored, it was served with records that it never had.
+    # Once it was: after the file was restored, the store served records that it never had.
     before = data.stat().st_size
 
     def grow(n_bytes: int) -> None:
-        # Regression: a file that grows faster than it is read was read without end.
+        # The file grows faster than it is read, and reading once never ended.
         assert data.stat().st_size < 100 * before
         with data.open("a") as file:
             file.write('{"instruction": "one", "output": "more"}\n' * (1 + n_bytes // 40))
@@ -616,7 +616,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_stored_under_the_hash_of_ot
 
 
 def test_records_that_are_not_there_any_more_are_missed(data, tmp_path):
-    # Regression: with fewer records than rows, the last rows were neither learned nor held out.
+    # With fewer records than rows, the last rows were neither trained nor held out.
     stored = examples_of(data, template_of(), Rules(max_tokens=96), cache_dir=tmp_path / "cache").examples
     lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
     data.write_text("".join(lines[:3]), encoding="utf-8")

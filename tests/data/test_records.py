@@ -1,4 +1,4 @@
-"""Laws of the record types."""
+"""Laws of the data classes for records."""
 
 import itertools
 

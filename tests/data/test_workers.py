@@ -1,4 +1,4 @@
-"""Parts come back in order; a part that never ends, fills the memory or kills its process is examined."""
+"""Parts come back in order. One that never ends, fills the memory or crashes is examined; nothing keeps running."""
 
 import gc
 import multiprocessing

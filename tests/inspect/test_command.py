@@ -1,4 +1,4 @@
-"""Inspect: the ledger adds up; the problems found in a file; and checks for a data repository."""
+"""Inspect: the ledger adds up, problems in a file are found, and the checks for a data repository work."""
 
 import io
 import itertools
@@ -104,7 +104,7 @@ def test_a_template_of_another_tokenizer_is_said(base, troubled, capsys):
 
 
 def test_of_two_files_with_one_name_the_right_one_has_the_problem(base, tmp_path, capsys):
-    # Catches looking up train.jsonl:1 in both sources.
+    # Catches looking for train.jsonl:1 in both files.
     for folder, question in (("a", "word " * 300), ("b", "word")):
         (tmp_path / folder).mkdir()
         write_jsonl(tmp_path / folder / "train.jsonl", [{"instruction": question, "output": f"An answer of {folder}."}])
@@ -136,7 +136,7 @@ def test_what_a_length_costs_is_told_before_it_is_asked_for(base, troubled, caps
     told = json.loads(out)
     assert code == 0
     assert told["records_cut"] == 0
-    assert len(told["records_refused"]) == 1  # the one without an answer; none for its length
+    assert len(told["records_refused"]) == 1  # the record without an answer; the long one is not refused
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_word_that_is_no_check_is_refused_before_anything_is_read(base, capsys
 def test_the_command_that_comes_next_stands_at_the_end(base, troubled, capsys):
     _, out, _ = inspected(capsys, troubled, "--model_path", base, "--learn", "last")
     named = ["--model_path", str(base), "--dataset_path", str(troubled), "--max_seq_length", "256", "--learn", "last"]
-    named.append("--skip_bad")  # one record has no answer, which would stop train
+    named.append("--skip_bad")  # one record has no answer, and train would stop there
     assert "broken records, 1 of 16: train stops at them" in out
     assert sorted(out.splitlines()[-1].split(" train ")[1].split()) == sorted(named)
 
@@ -212,13 +212,13 @@ def test_a_file_of_which_nothing_can_be_used_is_reported_too(base, tmp_path, cap
     assert code == 2
     assert json.loads(out)["records_used"] == 0
     assert "2 read = 0 used + 2 refused" in err
-    # No empty tables in the terminal and on the page: only the ledger and the problems.
+    # Terminal and page have no empty tables, only the ledger and the problems.
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     for title in ("Lengths", "Shared prefixes", "Writing", "Which max_seq_length"):
         assert title not in err and title not in page.partition("</main>")[0]
     assert "bad.jsonl:2  instruction and input are both empty" in err
     assert err.endswith("bad.jsonl: none of 2 records can be used. Fix the records listed above.\n")
-    # --fail_on comes before other errors.
+    # A requested check is answered first.
     assert inspected(capsys, file, "--model_path", base, "--fail_on", "refused")[0] == 4
     assert inspected(capsys, file, "--model_path", base, "--fail_on", "cut")[0] == 2
 
@@ -246,7 +246,7 @@ def test_a_histogram_begins_where_the_records_do(base, tmp_path, capsys):
 
 
 def test_a_json_array_on_one_line_keeps_texts_and_tokens_together(base, tmp_path, capsys):
-    # All values are on one line; one in the middle is refused.
+    # All of its values have the same origin, and a value in the middle is refused.
     file = tmp_path / "array.json"
     file.write_text(json.dumps([*DIALOGUES[:2], {"instruction": "x"}, *DIALOGUES[:2]]), encoding="utf-8")
     code, out, _ = inspected(capsys, file, "--model_path", base, "--json")
@@ -269,7 +269,7 @@ def test_the_dialogues_copies_lengths_and_beginnings_are_found(tmp_path, capsys)
 
 
 def test_no_model_is_loaded(base, troubled):
-    # The folder has only a tokenizer, and no library for weights is imported.
+    # The folder has a tokenizer and no model, so loading one would fail.
     run = subprocess.run(
         [sys.executable, "-m", "atomtune", "inspect", str(troubled), "--model_path", str(base)],
         capture_output=True,
@@ -322,7 +322,7 @@ def test_tokens_together_are_the_text_with_its_spaces_seen(kind):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         seen = "".join(decoder(number) for number in ids)
         raw = bytearray()
-        while seen:  # ⟨E4⟩ is turned back into its byte
+        while seen:  # ⟨E4⟩ becomes its byte again
             if seen[0] == "⟨":
                 raw += bytes([int(seen[1:3], 16)])
                 seen = seen[4:]

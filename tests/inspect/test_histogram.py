@@ -1,4 +1,4 @@
-"""Lengths: histograms and suggested limits, against counting value by value."""
+"""Lengths: histograms and suggested limits, compared with counting value by value."""
 
 import itertools
 import random
@@ -8,7 +8,7 @@ import pytest
 
 from atomtune.inspect.histogram import STEP, histogram, limit_at, percentiles, suggested
 
-#: Longer than any record here.
+#: More than the length of any record here.
 MOST = 4096
 
 
@@ -32,7 +32,7 @@ def test_the_suggested_length_is_the_smallest_that_keeps_its_word(seed):
 
 @pytest.mark.parametrize(("outliers", "tokens"), [(0, 64), (1, 64), (2, 320)])
 def test_one_record_in_a_hundred_is_not_under_one_percent(outliers, tokens):
-    # One record of 101 is under 1 %; one of 100 is exactly 1 %.
+    # One of 101 records is under 1 %; one of 100 is exactly 1 %.
     assert suggested(numpy.array([10] * (101 - outliers) + [300] * outliers), most=MOST)[1].tokens == tokens
     assert suggested(numpy.array([10] * 99 + [300]), most=MOST)[1].tokens == 320
 
@@ -47,7 +47,7 @@ def test_a_histogram_counts_everything_once(seed):
     assert all(one.high + 1 == other.low for one, other in itertools.pairwise(bars))
     assert [bar.count for bar in bars] == [sum(bar.low <= value <= bar.high for value in values) for bar in bars]
     assert sum(bar.count for bar in bars) == len(values)
-    # All bars have the same width, except the last one, which includes the few that are far longer.
+    # All bars have the same width, except that the last one may take in a few values that are far longer.
     widths = {bar.high - bar.low for bar in bars}
     assert len({bar.high - bar.low for bar in bars[:-1]}) <= 1
     assert len(widths) == 1 or bars[-1].count <= len(values) / 100

@@ -1,4 +1,4 @@
-"""Page: one file, loads nothing, text stays text; checked in a real browser if there is one."""
+"""The page is one file, loads nothing and shows text as text; checked in a real browser if one is installed."""
 
 import html
 import json
@@ -20,7 +20,7 @@ RECORDS = [
     DIALOGUES[0],
     {"instruction": f"Say {EVIL}", "input": "", "output": f"{EVIL} </s> & <b>bold</b>"},
     {"instruction": "no answer", EVIL: 1},
-    {"instruction": "龘", "input": "", "output": "🦄 lives"},  # not in the vocabulary: bytes
+    {"instruction": "龘", "input": "", "output": "🦄 lives"},  # characters that are no tokens of their own: bytes
     *({"instruction": f"Which number is {n}?", "input": "", "output": f"It is {n} of them all."} for n in range(60)),
 ]
 
@@ -44,7 +44,7 @@ def report(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def dom(report, tmp_path):
-    """`dom("problem=cut")` is the page's document after its script ran, with this as the fragment of its address."""
+    """`dom("problem=cut")` is the page's document after its script ran, opened with #problem=cut in its address."""
 
     def opened(place: str = "") -> str:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
@@ -63,7 +63,7 @@ def dom(report, tmp_path):
 
 
 def records_in(dom: str) -> list[str]:
-    """The text of each record shown, without tags."""
+    """The text of each record that is shown, without tags."""
     cards = re.findall(r'<article class="record.*?</article>', dom, flags=re.DOTALL)
     return [html.unescape(re.sub(r"<[^>]*>", "", card)) for card in cards]
 
@@ -81,7 +81,7 @@ def test_nothing_is_loaded_from_anywhere(report):
 
 def test_a_text_that_ends_scripts_ends_none(report):
     text = report.read_text(encoding="utf-8")
-    assert text.count("</script>") == 2  # of the data and of the page's own script
+    assert text.count("</script>") == 2  # one for the data, one for the page's own script
     assert EVIL not in text
     assert "<i>" not in re.sub(r"<i>(token|词元)</i>", "", text)  # in the file's name
     told = told_in(text)
@@ -159,7 +159,7 @@ def test_in_a_browser_the_search_finds_a_text_across_its_tokens(dom):
     assert records_in(dom("q=nowhere")) == []
     (split,) = records_in(dom("q=%F0%9F%A6%84%20LIVES"))
     assert "⟨F0⟩⟨9F⟩⟨A6⟩⟨84⟩" in split
-    assert len(records_in(dom("q=duplicates"))) == 0  # the names of checks are not in the records' texts
+    assert len(records_in(dom("q=duplicates"))) == 0  # names of checks are not part of the records' text
 
 
 def test_in_a_browser_learned_tokens_are_marked_with_their_ids(dom):

@@ -1,4 +1,4 @@
-"""Laws of the two modes of a template: thinking on and off."""
+"""Laws of a thinking template's two modes."""
 
 from atomtune.cli import main
 from atomtune.data.encoding.choose_template import load_template

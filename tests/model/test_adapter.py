@@ -1,4 +1,4 @@
-"""Adapters: a file fills every tensor of the adapter, or each one that does not fit is named."""
+"""Adapters: a file fills every tensor of the adapter, or the tensors that do not fit are named."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def base(models):
 
 @pytest.fixture
 def saved(models, tmp_path):
-    """An adapter's folder as a run leaves it, its B no zeros."""
+    """An adapter's folder as a run leaves it, with a B that is not zero."""
     model = new_adapter(base(models), LORA)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
@@ -46,7 +46,7 @@ def saved(models, tmp_path):
 
 
 def spoil(folder, change) -> str:
-    """Write the tensors after `change`; returns the name of the first, which the faults below are about."""
+    """Write the tensors after `change`; returns the name of the first tensor, which the tests damage."""
     file = folder / "adapter_model.safetensors"
     weights = load_file(file)
     first = min(weights)
@@ -55,7 +55,7 @@ def spoil(folder, change) -> str:
 
 
 def test_a_saved_adapter_that_holds_the_output_matrix_too_is_read(models, tmp_path):
-    # PEFT writes it where the output layer has an adapter; this tool does not.
+    # PEFT saves it if the output layer has an adapter; atomtune does not.
     lora = LoraSpec(rank=4, alpha=8, dropout=0.0, targets=["all-linear", "lm_head"])
     model = new_adapter(base(models), lora)
     torch.nn.init.normal_(model.base_model.model.lm_head.lora_B["default"].weight)
@@ -100,7 +100,7 @@ def test_a_second_adapter_answers_as_it_does_alone(models, saved, tmp_path_facto
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_biases_that_an_adapter_trained_are_the_bases_own_without_it(models, tmp_path, bias):
-    # PEFT leaves them in place when it switches an adapter off, so base and tuned were compared with one set of biases.
+    # PEFT keeps them when an adapter is switched off, so base and tuned model were compared with the same biases.
     layers = {"r": 4, "target_modules": ["c_attn"], "task_type": "CAUSAL_LM", "fan_in_fan_out": True}
     for name, of_biases in (("biased", bias), ("plain", "none")):
         model = get_peft_model(gpt2(models), LoraConfig(**layers, bias=of_biases))
@@ -152,7 +152,7 @@ LAGUNA = {
 
 @pytest.mark.skipif("laguna" not in CONFIG_MAPPING, reason="transformers does not have it")
 def test_what_peft_renames_where_nothing_is_to_be_renamed_is_loaded_all_the_same(tmp_path):
-    # PEFT makes of `shared_experts` what no layer is called, and leaves three layers as they were initialized.
+    # PEFT renames `shared_experts` to a name that no layer has, and leaves three layers as they were initialized.
     def laguna():
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(AutoConfig.for_model("laguna", **LAGUNA))
@@ -171,7 +171,7 @@ def test_what_peft_renames_where_nothing_is_to_be_renamed_is_loaded_all_the_same
     for weight in goes_on.parameters():
         if weight.requires_grad:
             weight.data += 1
-    fill_again(goes_on, tmp_path)  # a run's best checkpoint, at its end
+    fill_again(goes_on, tmp_path)  # as at the end of a run, with its best checkpoint
     assert torch.equal(logits_of(goes_on), expected)
 
     assert all("shared_experts" in layer for layer in left_out_by_peft(model))

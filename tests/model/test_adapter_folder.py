@@ -1,4 +1,4 @@
-"""Adapter folder: what another tool saved is read as its users expect; what is missing is said, never guessed."""
+"""Adapter folders of other tools are read as their users expect; missing parts are reported and never guessed."""
 
 import json
 import shutil
@@ -13,13 +13,13 @@ from atomtune.errors import BadModel
 from atomtune.model.adapter_folder import template_of
 from tests.conftest import DIALOGUES, write_jsonl
 
-#: All that PEFT's save_pretrained writes which is read again.
+#: The files of PEFT's save_pretrained that are read again.
 OF_PEFT = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def of_peft(models, tmp_path_factory):
-    """`of_peft("qwen3")` is the folder of an adapter on that tiny model as PEFT saves it."""
+    """`of_peft("qwen3")` is the folder of an adapter on that tiny model, saved by PEFT."""
 
     def folder(family):
         base = AutoModelForCausalLM.from_pretrained(models(family))
@@ -38,7 +38,7 @@ def test_an_adapter_of_peft_takes_its_bases_tokenizer_and_template(models, of_pe
     assert notices == [
         f"{folder} holds no tokenizer, so the tokenizer and the chat template of its base {models('qwen3')} are used."
     ]
-    # --model_path wins over the base that the config names.
+    # --model_path has precedence over the base in the config.
     gemma, _ = template_of(folder, trust_remote_code=False, model_path=str(models("gemma3_text")))
     assert gemma.stop == "<end_of_turn>"
 
@@ -63,7 +63,7 @@ def test_all_commands_take_an_adapter_of_peft_and_say_so_once(of_peft, tmp_path,
         said = capsys.readouterr()
         words = " ".join((said.out + said.err).split())
         assert words.count("holds no tokenizer") == 1, command
-        # The adapter's B is zero, so the certificate says that it does nothing.
+        # The adapter's B is zero, so the certificate reports that it has no effect.
         assert code == (4 if command[0] == "certify" else 0), words
     assert (tmp_path / "merged" / "chat_template.jinja").is_file()
 
@@ -90,7 +90,7 @@ def test_an_adapter_of_ours_without_its_tokenizer_is_refused(by_heart, tmp_path)
     ids=lambda command: command[0],
 )
 def test_a_file_of_an_adapter_is_told_its_folder(by_heart, capsys, command):
-    # "no such folder" was said of a path that exists.
+    # Once, the message was "no such folder" for a path that exists.
     file = by_heart / "adapter_model.safetensors"
     assert main([*command, "--adapter_path", str(file)]) == 2
     assert f"{file} is a file. Pass its folder: --adapter_path {by_heart}" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Adapter keys: a layer has one place in another class, or is refused; the towers of a whole class are not text."""
+"""Adapter keys: a layer has one place in another class, or is refused; towers are not part of the text model."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_a_tensor_of_a_layer_that_peft_wraps_twice_is_of_that_layer():
 
 
 def test_rows_of_single_tokens_are_of_their_embedding():
-    # Else an adapter that has them is refused, for a layer that no class has.
+    # Otherwise an adapter with such rows is refused, because no class has a layer of that name.
     assert module_of("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta") == "model.embed_tokens"
 
 

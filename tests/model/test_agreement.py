@@ -1,4 +1,4 @@
-"""Agreement: rounding is told from faults, by the noise of two plain runs."""
+"""Agreement: rounding is told apart from faults by the noise of two plain runs."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_as_much_noise_as_two_plain_runs_holds_and_ten_times_does_not(size):
 
 
 def test_one_wild_position_is_no_fault_and_five_in_a_hundred_are():
-    # The maximum is what rounding makes of a hundred thousand numbers.
+    # Rounding also produces one such maximum among a hundred thousand numbers.
     logits = some_logits()
     plain, again = noisy(logits, 1e-2), noisy(logits, 1e-2)
     for wild, holds in ((1, True), (POSITIONS // 20, False)):
@@ -60,7 +60,7 @@ def test_plain_runs_that_are_equal_leave_a_unit_in_the_last_place():
 
 
 def test_a_softmax_in_float32_is_no_fault_where_every_word_is_unlikely():
-    # A log-probability near -11.5 has neighbours 1e-6 apart in float32, eight times its epsilon.
+    # Near -11.5, neighbouring float32 numbers are 1e-6 apart: eight times float32's epsilon.
     logits = 0.01 * torch.randn(POSITIONS, 100_000, generator=DRAW)
     plain, ours = logits.double().log_softmax(-1)[:, 0], logits.log_softmax(-1)[:, 0].double()
     assert all(m.holds for m in log_probability_measures(ours, plain, plain, dtype=torch.float32))
@@ -69,7 +69,7 @@ def test_a_softmax_in_float32_is_no_fault_where_every_word_is_unlikely():
 
 
 def test_logits_in_float32_are_no_fault_of_a_whole_distribution():
-    # Two plain runs may round alike. Logits near 11 have neighbours 1e-6 apart, eight times float32's epsilon.
+    # Two plain runs may round the same way. Near 11, float32 numbers are 1e-6 apart: eight times its epsilon.
     logits = 11 + 0.01 * torch.randn(POSITIONS, 50_000, generator=DRAW).double()
     plain, ours = logits.log_softmax(-1), logits.float().double().log_softmax(-1)
     assert all(m.holds for m in distribution_measures(ours, plain, plain, dtype=torch.float32))
@@ -121,11 +121,11 @@ def test_a_lost_gradient_is_a_fault_however_large_the_noise_is():
 
 @pytest.mark.parametrize("family", WALKED)
 def test_the_noise_is_as_large_as_the_error_of_float32(family):
-    # gpt-oss knows no other attention, and in Qwen3.5 few layers attend: another attention alone showed a fraction of
-    # what float32 rounds, and right computations of these models were called wrong.
+    # gpt-oss supports no other attention, and few layers of Qwen3.5 have attention. Changing only the attention showed
+    # a fraction of float32's rounding, and correct computations of these models were called wrong.
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **WALKED[family])
-    # torch's grouped product of experts knows no float64.
+    # torch's grouped matrix product for experts does not support float64.
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
     ids = torch.arange(3, 200)[None]
     with torch.no_grad():
@@ -135,13 +135,13 @@ def test_the_noise_is_as_large_as_the_error_of_float32(family):
             again = model(input_ids=ids).logits[0].double().log_softmax(-1)
         assert torch.equal(model(input_ids=ids).logits[0].double().log_softmax(-1), plain)
         exact = model.double()(input_ids=ids).logits[0].log_softmax(-1)
-    # Not by divergence, of which a position or two make the most: 0.3 to 10 times by the seed. This: 0.9 to 1.9 times.
+    # Not by divergence, which one or two positions dominate: 0.3 to 10 times by the seed. This one: 0.9 to 1.9 times.
     error, noise = (plain - exact).abs().mean(), (again - plain).abs().mean()
     assert error / 2 < noise < 4 * error
 
 
 def test_a_models_noise_does_not_lack_its_soft_caps():
-    # transformers 5.17 takes sdpa for Gemma 2 and leaves the caps out: the noise would be as large as that fault.
+    # transformers 5.17 uses sdpa for Gemma 2 without its caps. The noise would then be as large as that fault.
     torch.manual_seed(0)
     config = AutoConfig.for_model("gemma2", **CAPPED)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
@@ -155,7 +155,7 @@ def test_a_models_noise_does_not_lack_its_soft_caps():
 
 
 def test_a_tower_that_cannot_have_the_attention_of_the_rest_gets_its_own_back(monkeypatch):
-    # VibeVoice's: the name of the whole, given back to all parts, ended the run. Fun-ASR Nano's adaptor has none.
+    # VibeVoice: restoring one name for all parts ended the run. Fun-ASR Nano's adaptor has no attention.
     model = AutoModelForImageTextToText.from_config(config_of("mistral3", vocabulary=97), attn_implementation="sdpa")
     tower, text = model.model.vision_tower, model.model.language_model
     monkeypatch.setattr(type(tower), "_supports_sdpa", False)

@@ -1,4 +1,4 @@
-"""Auto class: the class that a config names is the one that is loaded."""
+"""Auto class: the class that a config names is loaded."""
 
 import pytest
 from transformers import AutoConfig
@@ -9,11 +9,11 @@ NAMED = {
     ("qwen3_5", "Qwen3_5ForConditionalGeneration"): "AutoModelForImageTextToText",
     ("qwen3_5", "Qwen3_5ForCausalLM"): "AutoModelForCausalLM",
     ("qwen3_5_text", "Qwen3_5ForCausalLM"): "AutoModelForCausalLM",
-    ("gemma3", "Gemma3ForConditionalGeneration"): "AutoModelForCausalLM",  # which knows the whole class here
+    ("gemma3", "Gemma3ForConditionalGeneration"): "AutoModelForCausalLM",  # its mapping has the whole class
     ("mistral3", "Mistral3ForConditionalGeneration"): "AutoModelForImageTextToText",
     ("llama", "LlamaForCausalLM"): "AutoModelForCausalLM",
     ("llama", "LlamaModel"): "AutoModelForCausalLM",  # some base models name their class without a head
-    ("t5", "T5ForConditionalGeneration"): "AutoModelForCausalLM",  # which refuses it, as no decoder alone
+    ("t5", "T5ForConditionalGeneration"): "AutoModelForCausalLM",  # it refuses T5, which is not a decoder
 }
 
 

@@ -1,4 +1,4 @@
-"""A base is held as the training of its adapters held it, unless the user says otherwise."""
+"""A base is loaded like in the training of its adapters, unless the user says otherwise."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def trained(dtype, quantize="nf4") -> AdapterMetadata:
         ([trained("float16")], "nf4", "auto", "float16"),
         ([trained("float16"), trained("float16")], "nf4", "auto", "float16"),
         ([trained("float16")], "nf4", "float64", "float64"),
-        ([trained("float16"), trained("float64")], "nf4", "auto", "auto"),  # one base for both: as for any
+        ([trained("float16"), trained("float64")], "nf4", "auto", "auto"),  # they share one base, so neither
         ([trained("float16")], "int8", "auto", "auto"),
         ([trained("float16")], None, "auto", "auto"),
         ([trained("float16", None)], None, "auto", "auto"),

@@ -1,4 +1,4 @@
-"""What is given as a base and is none: each kind has its own sentence, before anything is trained on it."""
+"""Folders that cannot be a base: each kind gets its own message, before any training."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_a_model_that_sees_later_tokens_is_refused(models, dialogues, tmp_path, 
 
 
 def test_a_model_that_reads_its_prompt_in_both_directions_is_refused():
-    # PaliGemma: of a text without an image, all tokens are prompt.
+    # PaliGemma: in a text without an image, all tokens belong to the prompt.
     text = GemmaConfig(vocab_size=100, head_dim=8, initializer_range=0.2, num_key_value_heads=2, **SMALL)
     vision = SiglipVisionConfig(image_size=28, patch_size=14, **SMALL)
     parts = {"text_config": text.to_dict(), "vision_config": vision.to_dict()}
@@ -67,7 +67,7 @@ def test_a_model_that_reads_its_prompt_in_both_directions_is_refused():
 
 
 def test_a_model_whose_tokens_stand_first_in_its_tensors_is_seen_to_look_ahead():
-    # XLNet embeds [T, B]: the gradient was looked for along the other axis, where there was none.
+    # XLNet embeds [T, B]; the check once looked for a gradient along the wrong axis and found none.
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(XLNetConfig(vocab_size=100, d_model=32, n_layer=2, n_head=4, d_inner=64))
     with pytest.raises(BadModel, match="is not a causal model"):
@@ -96,14 +96,14 @@ def test_a_model_of_another_kind_has_its_own_sentence(tmp_path, config, sentence
 
 
 def test_a_class_without_a_forward_is_refused_and_its_part_named(tmp_path):
-    # Qwen3-Omni's whole was loaded, 60 GB of it, and `plan` ended in a traceback.
+    # Once, all 60 GB of Qwen3-Omni were loaded, and `plan` ended in a traceback.
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_omni_moe"}))
     with pytest.raises(BadModel, match=r"no forward(.|\n)*Its part Qwen3OmniMoeThinkerForConditionalGeneration can"):
         read_config(str(tmp_path))
 
 
 def test_a_model_that_hears_and_is_no_encoder_decoder_is_not_called_one(tmp_path):
-    # transformers lists Voxtral, Qwen2-Audio and eight more beside T5: what they hear stands in their prompt.
+    # transformers lists Voxtral, Qwen2-Audio and eight others next to T5, but their prompts contain the sound.
     VoxtralConfig().save_pretrained(tmp_path)
     assert read_config(str(tmp_path)).model_type == "voxtral"
 
@@ -116,7 +116,7 @@ def test_a_model_that_needs_an_image_says_so(tmp_path, models):
 
 
 def test_a_fault_of_the_library_is_called_one(models, monkeypatch):
-    # Llama 4's whole class asks its text part's output for images: neither its files nor the text are to blame.
+    # Llama 4's whole class asks its text part's output for images; neither its files nor the text are wrong.
     model = load_base(BaseSpec(path=str(models("llama")), dtype=torch.float32, device=CPU))
     forward = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda *args, **named: forward(*args, **named).image_outputs)
@@ -125,7 +125,7 @@ def test_a_fault_of_the_library_is_called_one(models, monkeypatch):
 
 
 def test_a_model_whose_embeddings_are_no_table_says_so(models, monkeypatch):
-    # Kyutai's take 33 numbers a token; with a name of the hub, nothing was said of what failed.
+    # Kyutai's models take 33 numbers per token; for a hub name, the message did not say what failed.
     model = load_base(BaseSpec(path=str(models("llama")), dtype=torch.float32, device=CPU))
     monkeypatch.setattr(model, "get_input_embeddings", torch.nn.Identity)
     for path in (str(models("llama")), "owner/name"):
@@ -183,7 +183,7 @@ def test_a_model_whose_numbers_are_not_finite_is_refused(models):
 
 
 def test_a_deep_model_whose_first_word_is_zero_is_causal():
-    # As padding rows are: a zero's gradient grew a thousandfold in each norm, and NaN was taken for a later token's.
+    # As in rows of padding: each norm multiplied the gradient by a thousand, and NaN counted as a look ahead.
     deep = {**SMALL, "num_hidden_layers": 24, "initializer_range": 0.3}
     config = LlamaConfig(vocab_size=100, rms_norm_eps=1e-6, **deep)
     torch.manual_seed(0)
@@ -196,7 +196,7 @@ def test_a_deep_model_whose_first_word_is_zero_is_causal():
 @pytest.mark.parametrize("name", ["chat_template.jinja", "model.safetensors", "generation_config.json", "vocab.json"])
 @pytest.mark.parametrize("kind", ["a pipe", "a link to nothing"])
 def test_what_has_the_name_of_a_file_and_is_none_is_refused(models, tmp_path, name, kind):
-    # A pipe of weights was waited for without end; a template behind a broken link was replaced by another in silence.
+    # A pipe in place of weights was read forever; for a template that is a broken link, another was used silently.
     folder = tmp_path / "base"
     shutil.copytree(models("llama"), folder)
     (folder / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Experts: found by their shape; LoRA on them is what PEFT loads, is equal in rows, and leaves others their dropout."""
+"""Experts are found by their shape; LoRA on them is loaded by PEFT, equal in rows, and keeps other layers' dropout."""
 
 import time
 from typing import Any
@@ -19,10 +19,10 @@ from tests.model.test_lora_targets import SIZE
 
 _ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _GLM = {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
-#: family → config values, weights of experts, layers that PEFT takes for experts'
+#: family → (config values, weights of experts, layers that PEFT treats as experts')
 FAMILIES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
     "qwen3_moe": ({**_ROUTED, "num_experts": 4, "head_dim": 8}, {"gate_up_proj", "down_proj"}, set()),
-    # Its matrices lie transposed, and its experts have biases.
+    # Its matrices are transposed, and its experts have biases.
     "gpt_oss": (
         {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 16},
         {"gate_up_proj", "down_proj"},
@@ -44,7 +44,7 @@ def tiny(family: str, **more: Any) -> Any:
 
 
 def adapted(family: str, *, dropout: float = 0.1) -> Any:
-    """An adapter on experts too, as after some training."""
+    """A model with an adapter, also on experts, as after some training."""
     lora = LoraSpec(rank=2, alpha=4, dropout=dropout, targets=["all-linear"], experts=True)
     model = new_adapter(tiny(family), lora)
     draw = torch.Generator().manual_seed(1)
@@ -69,7 +69,7 @@ def test_experts_are_found_with_their_share_of_the_weights(family):
 
 
 def test_three_dimensions_alone_make_no_expert():
-    # The gates of RecurrentGemma are a matrix for each head, the kernels of LFM2 one for each channel.
+    # RecurrentGemma's gates are one matrix per head, and LFM2 has one kernel per channel.
     gates = tiny(
         "recurrent_gemma", lru_width=32, num_hidden_layers=3, block_types=["recurrent", "recurrent", "attention"]
     )
@@ -93,13 +93,13 @@ def test_experts_that_are_layers_in_a_list_are_found():
 
 
 def test_forty_thousand_layers_of_experts_are_found_in_a_moment():
-    # DeepSeek-V3 with code of its own has as many; looked up in a list, they took minutes.
+    # DeepSeek-V3's own code has as many; searching them in a list took minutes.
     base = tiny("llama")
     with torch.device("meta"):
         base.model.layers[0].experts = nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in range(20_000))
     began = time.process_time()
     assert len(experts_of(base).layers) == 20_000
-    assert time.process_time() - began < 2  # 0.2 s; 5 s and more before
+    assert time.process_time() - began < 2  # 0.2 s; before the fix 5 s and more
 
 
 def test_without_experts_the_setting_is_refused():
@@ -125,7 +125,7 @@ def test_rows_are_equal_to_records_alone(family):
 
 def test_other_layers_keep_their_dropout_and_the_config_has_none(tmp_path):
     model = adapted("glm4_moe", dropout=0.1)
-    assert model.peft_config["default"].lora_dropout == 0  # PEFT refuses to load another beside adapted tensors
+    assert model.peft_config["default"].lora_dropout == 0  # PEFT refuses any other value together with adapted tensors
     of_layers, of_tensors = set(), set()
     for module in model.modules():
         if hasattr(module, "lora_dropout"):

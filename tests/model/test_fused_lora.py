@@ -1,4 +1,4 @@
-"""LoRA layers computed together are PEFT's: outputs, gradients, and every case in which PEFT's own way is taken."""
+"""Fused LoRA layers give PEFT's outputs and gradients, and leave to PEFT the cases that they do not cover."""
 
 import copy
 from typing import Any
@@ -49,12 +49,12 @@ def test_layers_that_read_one_tensor_are_a_group():
 
 
 def test_layers_that_are_not_plain_stay_pefts():
-    # GPT-2 has transposed Conv1D layers; its adapters must not be touched.
+    # GPT-2 has transposed Conv1D layers, whose adapters must stay PEFT's.
     assert groups_of(with_adapter(build("gpt2")), input_ids=IDS) == []
 
 
 def test_layers_whose_bias_is_trained_stay_pefts():
-    # An adapter with bias "all" or "lora_only" that is trained on: the group hands no gradient to a bias.
+    # An adapter with bias "all" or "lora_only", in further training: a group passes no gradient to biases.
     model = with_adapter(build("llama", attention_bias=True))
     for name, weight in model.named_parameters():
         if name.endswith("q_proj.base_layer.bias"):
@@ -83,7 +83,7 @@ def test_a_layer_that_is_called_twice_stays_pefts():
 
 
 def test_measured_models_compute_bit_for_bit_as_served():
-    # Evaluation, verify and the demo's samples must be what any program with PEFT answers.
+    # Evaluation, verify and the demo's samples must equal what any program with PEFT computes.
     plain = with_adapter(build("llama")).to(torch.bfloat16)
     model = together(copy.deepcopy(plain))
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_dropout_keeps_each_element_as_often_as_it_should(p):
     assert keep.dtype == torch.bool
     share = 1 - keep.double().mean().item()
     assert share == pytest.approx(p, abs=5 * (p * (1 - p) / keep.numel()) ** 0.5)
-    neighbours = (keep[:, 1:] == keep[:, :-1]).double().mean().item()  # four elements share one draw of 64 bits
+    neighbours = (keep[:, 1:] == keep[:, :-1]).double().mean().item()  # four elements share a 64-bit number
     assert neighbours == pytest.approx(1 - 2 * p * (1 - p), abs=3e-3)
 
 
@@ -143,7 +143,7 @@ def test_dropout_draws_anew_and_as_the_seed_says():
 
 
 def test_dropout_in_backward_is_the_one_of_forward():
-    # Against plain autograd over the same mask; catches a mask that is drawn twice, or not scaled by 1 / (1 - p).
+    # Compared with plain autograd with the same mask; catches a mask drawn twice, or not scaled by 1 / (1 - p).
     model = with_adapter(build("llama")).train()
     layer = next(m for m in groups_of(model, input_ids=IDS) if len(m) == 1)[0]
     layer.lora_dropout["default"] = nn.Dropout(0.3)
@@ -169,13 +169,13 @@ def step(model: Any) -> None:
     with torch.no_grad():
         for weight in model.parameters():
             if weight.requires_grad:
-                weight.data -= weight.grad / weight.grad.norm()  # through .data, as foreign optimizers write
+                weight.data -= weight.grad / weight.grad.norm()  # through .data, as some other optimizers do
                 weight.grad = None
 
 
 @pytest.mark.parametrize("scales", ["equal", "unlike"])
 def test_weights_are_cast_anew_in_every_step(scales):
-    # Weights are cast once, before the layers run: a copy that outlives its step would train on old weights.
+    # Weights are cast once, before the layers run. Catches a copy that outlives its step: training on old weights.
     plain = with_adapter(build("llama"))
     if scales == "unlike":
         for number, layer in enumerate(m for m in plain.modules() if hasattr(m, "lora_A")):
@@ -190,7 +190,7 @@ def test_weights_are_cast_anew_in_every_step(scales):
 
 
 def test_a_layer_called_alone_sees_its_weights_as_they_are():
-    # As a trainer of another kind may do: no forward of the whole model comes before.
+    # Another trainer may call a layer without a forward of the whole model before.
     model = together(with_adapter(build("llama")).to(torch.bfloat16))
     layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
     model(input_ids=IDS)

@@ -1,4 +1,4 @@
-"""RMSNorms in few passes: the formula's value and gradient, and only for modules that compute this formula."""
+"""Fused RMSNorms: the value and gradient of the formula, and only for modules that compute this formula."""
 
 import copy
 import inspect
@@ -24,12 +24,12 @@ def formula(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 
 
 def filled(norm: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """With a weight that is not all ones, frozen as below an adapter."""
+    """The norm with a frozen weight that is not all ones."""
     nn.init.normal_(norm.weight, mean=0.5)
     return norm.to(dtype).requires_grad_(requires_grad=False)
 
 
-@pytest.mark.parametrize("scale", [1e-4, 1e-3, 30.0])  # below, beside and above sqrt(eps)
+@pytest.mark.parametrize("scale", [1e-4, 1e-3, 30.0])  # below, near and above sqrt(eps)
 @pytest.mark.parametrize("strided", [False, True])
 def test_it_is_the_formula_and_its_gradient(scale, strided):
     torch.manual_seed(0)
@@ -43,7 +43,7 @@ def test_it_is_the_formula_and_its_gradient(scale, strided):
 
 
 def test_what_it_returns_may_be_changed_in_place():
-    # A view of what a function made inside may not: a model that scales its norm's output ended in an error.
+    # Autograd forbids that for a view created inside a function: a model that scales its norm's output failed.
     x, factors = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True), torch.randn(WIDTH, dtype=torch.float64)
     ours, theirs = RmsNorm.apply(x, factors, EPS).mul_(3), 3 * formula(x, factors)
     gradients = [torch.autograd.grad(out.square().sum(), x)[0] for out in (ours, theirs)]
@@ -69,7 +69,7 @@ def test_a_models_norm_is_no_further_from_the_truth_than_it_was(norm_class, offs
         return [(ours.double() - right).norm().item() for ours, right in zip(results, truth, strict=True)]
 
     for ours, theirs in zip(distances(fused), distances(plain), strict=True):
-        # A factor of its own rounding step more: Gemma rounds once behind its factors, this once before them too.
+        # Up to half as much error more: Gemma rounds once after its factors, the fused norm once before them too.
         assert 0 < ours < 1.5 * theirs
 
 
@@ -83,14 +83,14 @@ def test_a_norm_that_is_served_is_bit_for_bit_its_own():
 
 
 class NoEps(LlamaRMSNorm):
-    """Says it has an eps and does not use it."""
+    """A norm that has an eps and does not use it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True)).to(x.dtype) * self.weight
 
 
 class NeedsItsGate(LlamaRMSNorm):
-    """Has a default for its gate and computes nothing without one, as Kimi Linear's."""
+    """A norm whose gate has a default but is required, as in Kimi Linear."""
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
         return super().forward(x) * gate.sigmoid()
@@ -101,7 +101,7 @@ def test_a_norm_that_needs_its_gate_is_left_alone():
 
 
 def gated(norm_class: type[nn.Module], group_size: int) -> nn.Module:
-    """As the installed transformers has it: in older ones it has one group, of the whole width."""
+    """Older transformers have no group_size: one group of the whole width."""
     groups = {"group_size": group_size} if "group_size" in inspect.signature(norm_class).parameters else {}
     return norm_class(WIDTH, **groups, eps=EPS)
 
@@ -111,7 +111,7 @@ def gated(norm_class: type[nn.Module], group_size: int) -> nn.Module:
     [
         nn.LayerNorm(WIDTH, eps=EPS, bias=False),
         NoEps(WIDTH),
-        gated(MambaRMSNormGated, WIDTH),  # needs no gate, and is the formula without one
+        gated(MambaRMSNormGated, WIDTH),  # without a gate it is the formula
         gated(GraniteMoeHybridRMSNormGated, 16),
         nn.Linear(WIDTH, 1, bias=False),
     ],

@@ -17,7 +17,7 @@ from atomtune.model.generate import answer_ids, prompt_ids, ready_to_answer, sto
 from atomtune.model.load import BaseSpec, load_base, load_tokenizer
 
 CPU = torch.device("cpu")
-#: As published bases have them: each keeps an answer from its stop token (id 2), or clashes with itself.
+#: As in published bases: each would suppress the stop token (id 2), or contradict itself.
 CONFIGS = {
     "minimum": {"min_new_tokens": 50, "eos_token_id": 2},
     "forced": {"forced_bos_token_id": 5, "suppress_tokens": [2], "eos_token_id": 2},
@@ -41,7 +41,7 @@ def test_what_keeps_an_answer_from_stopping_is_dropped_and_said(models, name):
     for setting in CONFIGS[name].keys() - {"eos_token_id", "bos_token_id", "do_sample"}:
         assert getattr(config, setting) is None
         assert setting in notices[0]
-    config.validate(strict=True)  # else transformers would not save it
+    config.validate(strict=True)  # otherwise transformers would not save it
 
 
 def test_what_shapes_a_draw_stays_where_there_is_one(models):
@@ -53,7 +53,7 @@ def test_what_shapes_a_draw_stays_where_there_is_one(models):
 
 
 def test_the_base_stops_where_it_did_and_where_it_was_trained_to(models):
-    # Llama 3.1 stops at three tokens; one of them alone would let tool calls run on.
+    # Llama 3.1 has three stop tokens; with only one of them, tool calls would not stop.
     model, template = loaded(models, {"eos_token_id": [7, 8, 9]})
     assert stop_ids(model, template) == [2, 7, 8, 9]
 
@@ -78,7 +78,7 @@ def test_the_base_stops_where_it_did_and_where_it_was_trained_to(models):
     ids=str,
 )
 def test_another_way_of_writing_is_not_used_and_said(models, config):
-    # Each ended a chat in a traceback, or fetched a program from the hub, or wrote what the model does not say.
+    # Each of these ended a chat in a traceback, downloaded a program from the hub, or gave another answer.
     model, template = loaded(models, config)
     notices: list[str] = []
     ready_to_answer(model, template, notice=notices.append)
@@ -115,7 +115,7 @@ def test_chat_and_merge_work_on_such_a_base(models, tmp_path, capsys, name):
 
 
 def test_a_tokenizer_without_a_token_for_any_text_is_refused():
-    # Found by ten thousand alterations of tokenizer.json: an empty prompt is a tensor of no whole numbers.
+    # Found by ten thousand alterations of tokenizer.json: an empty prompt makes a float tensor.
     backend = Tokenizer(tokenizer_models.BPE(vocab={"</s>": 0}, merges=[]))
     empty = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     template = load_template("plain", empty)

@@ -1,4 +1,4 @@
-"""Law: many answers at once are the answers one at a time."""
+"""Law: a batch of answers equals the answers computed one at a time."""
 
 import warnings
 
@@ -14,12 +14,12 @@ STOP, PAD, LIMIT = 5, 0, 12
 
 @pytest.fixture(params=["llama", "gpt2", "gemma3_text", "mistral"])
 def model(request, models):
-    # float64: left padding only moves sums, so a tie would have to be closer than 1e-15 to turn an answer.
+    # float64: padding on the left only reorders sums, so only a tie closer than 1e-15 could change an answer.
     return AutoModelForCausalLM.from_pretrained(models(request.param), dtype=torch.float64).eval()
 
 
 def alone(model, prompt: list[int]) -> tuple[list[int], bool]:
-    """The dumb way: the whole forward again for every token, no cache, no padding."""
+    """The simple way: a whole forward for every token, without cache and padding."""
     ids = list(prompt)
     for _ in range(LIMIT):
         with torch.no_grad():
@@ -40,14 +40,14 @@ def prompts_of(beginning: int) -> list[list[int]]:
 def test_a_batch_gives_the_answers_of_its_prompts_alone(model, beginning):
     prompts = prompts_of(beginning)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)  # a name that transformers is about to drop
+        warnings.simplefilter("error", FutureWarning)  # catches a name that transformers is about to drop
         together = generate_answers(model, prompts, stop_ids=[STOP], pad_id=PAD, max_new_tokens=LIMIT)
     assert [(list(answer.ids), answer.stopped) for answer in together] == [alone(model, prompt) for prompt in prompts]
 
 
 @pytest.mark.parametrize("family", ["minimax", "lfm2"])
 def test_layers_with_a_state_answer_a_batch_as_its_prompts_alone(family):
-    # MiniMax's linear attention decays with each place, those that a prompt is filled up with among them.
+    # MiniMax's linear attention decays with every position, including padding.
     values = {**SIZE, "head_dim": 8, "vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     if family == "minimax":
         values |= {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2, "block_size": 16}
@@ -78,7 +78,7 @@ def test_a_models_own_generation_settings_do_not_mix_in(model):
 
 
 def test_answers_end_where_the_models_positions_do(models):
-    """gpt2's positions are rows of a matrix: the answer to a long prompt ended the evaluation by an index error."""
+    """gpt2's positions are rows of a matrix: the answer to a long prompt ended the evaluation with an index error."""
     model = AutoModelForCausalLM.from_pretrained(models("gpt2"), dtype=torch.float64).eval()
     ids = torch.randint(10, 300, (512,), generator=torch.Generator().manual_seed(2)).tolist()
     prompts = [ids[:20], ids[:508], ids]

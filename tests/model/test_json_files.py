@@ -1,4 +1,4 @@
-"""Files beside weights: what is wrong in one is said with its name, what was found and what was expected."""
+"""JSON files beside the weights: an error names the file, what was found and what was expected."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def test_every_problem_is_said_with_what_was_found_and_what_was_expected(tmp_pat
 
 def test_a_value_of_several_kinds_is_said_once(tmp_path):
     told = refused(tmp_path, '{"eos_token_id": [1, "x"]}', GenerationConfig)
-    assert told.count("eos_token_id") == 2, told  # the list is no number, and its second item is none
+    assert told.count("eos_token_id") == 2, told  # the list is not a number, and neither is its second item
     assert 'eos_token_id[1]: found "x", expected a whole number' in told
 
 
@@ -47,13 +47,13 @@ def test_what_is_no_json_object(tmp_path):
 
 
 def test_why_it_is_no_json_is_said_in_chinese_too(tmp_path):
-    # Python's own words were quoted: "Expecting ',' delimiter: line 2 column 1".
+    # Once, the message quoted Python: "Expecting ',' delimiter: line 2 column 1".
     told = in_chinese(refused(tmp_path, '{"hidden_size": 32\n"vocab_size": 8}'))
     assert "第 2 行第 1 列不是 JSON：这里应为逗号或右括号" in told
 
 
 def test_a_value_with_braces_of_its_own(tmp_path):
-    # Found by ten thousand alterations: the message about "{" was itself read as a template.
+    # Found by ten thousand alterations: a message that contained "{" was read as a template.
     values = {"template": "atom", "instruction_role": "system", "stop": "</s>", "template_date": "{"}
     (tmp_path / METADATA).write_text(json.dumps(values))
     with pytest.raises(BadModel, match="template_date: found"):
@@ -61,7 +61,7 @@ def test_a_value_with_braces_of_its_own(tmp_path):
 
 
 def test_an_initialization_without_a_name_is_refused(tmp_path):
-    # Found by ten thousand alterations: "" passed for false.
+    # Found by ten thousand alterations: "" was accepted as false.
     told = refused(tmp_path, '{"peft_type": "LORA", "init_lora_weights": ""}', AdapterConfig)
     assert 'init_lora_weights: found "", expected true or false or a name' in told
     (tmp_path / "config.json").write_text('{"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}')
@@ -69,7 +69,7 @@ def test_an_initialization_without_a_name_is_refused(tmp_path):
 
 
 def test_published_values_pass(tmp_path):
-    # Falcon-H1 has an infinite limit, OpenELM a width for each layer, some tokenizers no padding token: -1.
+    # Falcon-H1 has an infinite limit, OpenELM a width per layer, and some tokenizers have -1 as padding token.
     values = {"time_step_limit": [0.0, float("inf")], "num_key_value_heads": [3, 4], "pad_token_id": -1}
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**values, "rope_theta": 10000, "rope_scaling": {"type": "linear", "factor": 4}}))
@@ -77,7 +77,7 @@ def test_published_values_pass(tmp_path):
 
 
 def test_a_file_that_the_user_may_not_read_is_named(tmp_path, monkeypatch):
-    # safetensors says that there is no such file, by which merge ended in a traceback.
+    # safetensors reports a missing file, and merge then ended in a traceback.
     (tmp_path / "model.safetensors").write_bytes(b"x")
     refuse_no_files(tmp_path)
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may read everything

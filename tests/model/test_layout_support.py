@@ -1,7 +1,7 @@
-"""The law of layouts: packed, tree and padded rows give the loss and the gradients of one record at a time.
+"""The law of layouts: packed, tree and padded rows give the loss and gradients of one record at a time.
 
-The oracle is plain transformers + PEFT in float64, each record alone, its loss written out from the logits. The fast
-side is everything at once: rows of many, LoRA layers together, chunked logits.
+The oracle is plain transformers + PEFT in float64, one record at a time, with the loss computed from the logits. The
+tested side does everything at once: rows of many records, fused LoRA layers, chunked logits.
 """
 
 import copy
@@ -36,7 +36,7 @@ from tests.tiny import CAPPED, FAMILIES, SIZE
 WORDS = 97
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 GRANITE = {"logits_scaling": 3.0, "embedding_multiplier": 2.5, "residual_multiplier": 0.4, "attention_multiplier": 0.2}
-#: Latent attention: queries and keys of 12 numbers, values of 8. All layers dense; routing is another matter.
+#: Latent attention: queries and keys of 12 numbers, values of 8. All layers are dense; other tests cover routing.
 DEEPSEEK = {
     **SIZE,
     "num_key_value_heads": SIZE["num_attention_heads"],
@@ -79,14 +79,14 @@ VALUES: dict[str, dict[str, Any]] = {
     "granite_swa": {**SIZE, "head_dim": 8, "sliding_window": 16},  # attention sinks
     "deepseek_v3": DEEPSEEK,
 }
-#: Their attention is more than a softmax over a mask; a GPU computes it by spans.
+#: Their attention is not only a softmax with a mask; a GPU computes it by spans.
 BESIDE_A_MASK = ("gemma2", "granite_swa")
 every_family = pytest.mark.parametrize("family", VALUES)
 
 
 @dataclass(frozen=True)
 class Result:
-    """Sum of the targets' surprise, and the gradient of every adapter matrix."""
+    """Sum of the targets' nats, and the gradient of every adapter matrix."""
 
     nats: float
     gradients: dict[str, torch.Tensor]
@@ -103,7 +103,7 @@ def build(family: str, **more: Any) -> Any:
 
 
 def with_adapter(base: Any) -> Any:
-    """LoRA as after some training: a B of zero would leave A without a gradient."""
+    """LoRA as after some training: if B were zero, A would have no gradient."""
     base.requires_grad_(False)
     model = new_adapter(base, LoraSpec(rank=4, alpha=8, dropout=0.0, targets=["all-linear"])).eval()
     if base.dtype is torch.float64:
@@ -117,12 +117,12 @@ def with_adapter(base: Any) -> Any:
 
 @cache
 def adapted(family: str) -> Any:
-    """Treat as constant: copy it before use."""
+    """Cached: copy the model before use."""
     return with_adapter(build(family))
 
 
 def some_examples() -> list[Example]:
-    """Two conversations that fork twice, targets in what they share, a record twice, and one that shares nothing."""
+    """Two trees of conversations with targets in their shared parts, a repeated record, and one that shares nothing."""
     draw = Random(3)
 
     def text(tokens: int) -> tuple[int, ...]:
@@ -135,7 +135,7 @@ def some_examples() -> list[Example]:
     examples = []
     for n, one in enumerate(ids, start=1):
         answer = [draw.randint(0, 1) for _ in one[14:]]
-        learn = (0,) * 10 + (1, 1, 0, 1)  # what records share is learned by each of them
+        learn = (0,) * 10 + (1, 1, 0, 1)  # each record learns the targets that they share
         examples.append(Example(one, (*learn, *answer)[: len(one)], f"train.jsonl:{n}"))
     return examples
 
@@ -148,7 +148,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 
 
 def one_at_a_time(model: Any) -> Result:
-    """The oracle. (transformers' own .loss is float32 even for a float64 model, so it is not asked.)"""
+    """The oracle. It does not use transformers' own .loss, which is float32 even for a float64 model."""
     total = 0.0
     for example in EXAMPLES:
         scores = model(input_ids=torch.tensor([example.ids])).logits[0].double().log_softmax(-1)
@@ -166,10 +166,10 @@ def alone(family: str) -> Result:
 
 
 def at_once(model: Any, layout: collate.Layout, *, checkpointing: bool = False) -> Result:
-    """The fast side, as train.model sets it up. Padded batches need no attention of ours and get none.
+    """The tested side, set up like in train.model. Padded batches need no attention of ours and get none.
 
-    But for transformers' eager attention: it casts its mask to float32, where float64's lowest number is -inf, and a
-    padded token that a window hides from everything is then 0 / 0.
+    The exception is transformers' eager attention. It casts its mask to float32, where float64's lowest number is -inf,
+    and a padded token that a window hides from everything is then 0 / 0.
     """
     if layout != "padded" or innermost(model).config._attn_implementation == "eager":
         assert why_padded(model) is None
@@ -194,7 +194,7 @@ def at_once(model: Any, layout: collate.Layout, *, checkpointing: bool = False) 
 
 
 def differs(ours: Result, theirs: Result) -> tuple[float, float]:
-    """(loss, worst adapter matrix), relative."""
+    """Relative differences: (loss, worst adapter matrix)."""
     assert ours.gradients.keys() == theirs.gradients.keys()
     assert all(one.any() for one in theirs.gradients.values()), "a gradient of zero would compare with anything"
     worst = max(((ours.gradients[name] - one).norm() / one.norm()).item() for name, one in theirs.gradients.items())
@@ -202,13 +202,13 @@ def differs(ours: Result, theirs: Result) -> tuple[float, float]:
 
 
 def assert_equal(family: str, layout: collate.Layout, ours: Result) -> None:
-    """float64: only the order of sums differs.
+    """In float64, only the order of sums differs.
 
-    But transformers' RMSNorm computes in float32, so gradients of branches that meet in it are rounded at 1e-7 there.
+    But transformers' RMSNorm computes in float32, so gradients of branches that meet in it are rounded at 1e-7.
     """
     loss, gradient = differs(ours, alone(family))
     print(f"{family}: loss {loss:.1e}, gradient {gradient:.1e}")
-    if family in BESIDE_A_MASK:  # transformers' eager attention takes its softmax in float32
+    if family in BESIDE_A_MASK:  # transformers' eager attention computes its softmax in float32
         assert loss < 1e-7
         assert gradient < 1e-5
         return
@@ -225,7 +225,7 @@ def test_a_layout_gives_the_loss_and_gradients_of_one_record_at_a_time(family, l
 @every_family
 @pytest.mark.parametrize("layout", ["padded", "packed", "tree"])
 def test_recomputed_activations_change_nothing(family, layout):
-    # Catches a plan that does not reach the recomputed layers, and LoRA layers that hand out stale results.
+    # Catches a plan that does not reach the recomputed layers, and LoRA layers that return stale results.
     assert_equal(family, layout, at_once(copy.deepcopy(adapted(family)), layout, checkpointing=True))
 
 
@@ -246,7 +246,7 @@ def test_the_spans_of_a_gpu_give_the_same(monkeypatch, family, layout):
 
 
 def test_the_examples_share_what_they_should():
-    # The comparisons above say little about a row that does not fork, wind or count twice.
+    # Without forks, windows and shared targets in the row, the comparisons above would say little.
     row = graft(EXAMPLES)
     assert not row.is_chain
     assert max(row.learn) == 4
@@ -254,11 +254,11 @@ def test_the_examples_share_what_they_should():
     assert max(row.positions()) > 24 * 2
 
 
-# Planted bugs: each must show, or the comparisons above prove nothing.
+# Planted bugs. Each must show, or the comparisons above prove nothing.
 
 
 def wrong_plan(spoil: Callable[[Row], Row]) -> Callable[..., Any]:
-    """Who sees whom is planned for another row; positions and targets stay right."""
+    """The attention is planned for a damaged row; positions and targets stay right."""
 
     def plan(row: Row, **settings: Any) -> Any:
         return replace(plan_attention(spoil(row), **settings), position=plan_attention(row, **settings).position)
@@ -316,14 +316,14 @@ def test_a_planted_bug_shows(monkeypatch, family, bug):
 @pytest.mark.parametrize(
     ("family", "values", "reason"),
     [
-        # In transformers 5.17 its config does not name the kinds of its layers; then the trial tells.
+        # In transformers 5.17 its config does not name the kinds of its layers; then the trial detects it.
         (
             "recurrent_gemma",
             {"attention_window_size": 16, "lru_width": 32, "num_hidden_layers": 3},
             "layers of the kind linear_attention|a trial tree differs",
         ),
         ("bloom", {}, "takes no position_ids"),
-        # Of 16 blocks of 128 tokens all are read, in the trial and in any record of 2,048 tokens.
+        # In a record of up to 2,048 tokens all 16 blocks of 128 tokens are read, so the trial cannot see the selection.
         (
             "minimax_m3_vl_text",
             {**EXPERTS, "head_dim": 8, "layer_types": ["full_attention", "minimax_m3_sparse"]},
@@ -332,7 +332,7 @@ def test_a_planted_bug_shows(monkeypatch, family, bug):
     ],
 )
 def test_a_model_that_a_tree_would_change_is_refused_with_the_reason(family, values, reason):
-    # RG-LRU starts from zero wherever its positions do not, and takes no state. Bloom's positions are its mask's.
+    # RG-LRU resets its state only at position 0 and accepts no initial state. Bloom takes positions from its mask.
     base = build(family, **{**SIZE, **values})
     before = base.config._attn_implementation
     said = why_padded(base)
@@ -342,7 +342,7 @@ def test_a_model_that_a_tree_would_change_is_refused_with_the_reason(family, val
 
 
 def test_padded_rows_are_at_the_positions_that_the_model_counts_itself():
-    # RoBERTa's first position is the one behind its padding id.
+    # RoBERTa's first position is its padding id + 1.
     model = build("roberta", **SIZE, is_decoder=True, pad_token_id=1)
     model.requires_grad_(False).lm_head.dense.requires_grad_(True)
     lay = layout_support.collator_for(model, "padded", pad_id=1, as_examples=lambda row: ()).lay
@@ -352,14 +352,14 @@ def test_padded_rows_are_at_the_positions_that_the_model_counts_itself():
 
 
 def test_a_model_that_counts_padding_in_is_refused():
-    # CPM-Ant's positions end at the end of a row, padding included.
+    # CPM-Ant counts positions from the end of the row, with padding.
     model = build("cpmant", dim_model=32, num_attention_heads=4, dim_head=8, dim_ff=48, num_hidden_layers=2)
     with pytest.raises(BadModel, match="results depend on padding"):
         layout_support.collator_for(model, "padded", pad_id=0, as_examples=lambda row: ())
 
 
 def test_a_model_that_cannot_compute_padded_rows_is_refused_and_not_a_crash():
-    # XLNet's mask of later tokens takes no mask of padding beside it.
+    # XLNet's causal mask cannot be combined with a padding mask.
     config = AutoConfig.for_model("xlnet", d_model=32, n_layer=1, n_head=4, d_inner=48, attn_type="uni")
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(BadModel, match="cannot compute padded rows: RuntimeError"):
@@ -377,7 +377,7 @@ def test_a_model_whose_forward_fails_on_rows_is_refused_and_not_a_crash():
 
 @pytest.mark.parametrize("family", ["nemotron", "stablelm"])
 def test_a_model_that_takes_a_mask_but_no_plan_is_computed_by_the_mask(family):
-    # Their attention cannot be exchanged: the keywords never reach it.
+    # Their attention cannot be replaced: keywords do not reach it.
     plain = with_adapter(build(family))
     model = copy.deepcopy(plain)
     ours = at_once(model, "tree")
@@ -387,12 +387,12 @@ def test_a_model_that_takes_a_mask_but_no_plan_is_computed_by_the_mask(family):
     assert gradient < 1e-5
 
 
-#: Longer than the trial's records: it cannot see the window.
+#: Longer than the trial's records, so the trial cannot see the window.
 LONG_WINDOW = {**SIZE, "sliding_window": 200}
 
 
 def test_a_window_in_an_attention_that_cannot_be_exchanged_is_no_tree(monkeypatch):
-    # As in a model with code of its own: transformers warns and changes nothing, and paths knew nothing of its mask.
+    # As in a model with its own code: transformers only warns, and the plans by path ignored the model's own mask.
     base = build("mistral", **LONG_WINDOW)
     monkeypatch.setattr(PreTrainedModel, "_can_set_attn_implementation", classmethod(lambda _cls: False))
     assert why_padded(base) == "its attention cannot be replaced"
@@ -405,7 +405,7 @@ def test_a_window_that_layers_leave_to_the_mask_is_no_tree():
 
 
 def test_a_window_that_the_config_names_in_words_of_its_own_is_no_tree(monkeypatch):
-    # Over a mask of ours, which knows nothing of it, a trial shorter than the window found no fault.
+    # With our own mask, which has no window, a trial on records shorter than the window found no fault.
     base = build("mistral", **LONG_WINDOW)
     monkeypatch.setattr(layout_support, "windows_of", lambda _model: (None,))
     assert "a window of 200 tokens that the config does not name" in why_padded(base.float())
@@ -426,14 +426,14 @@ def test_attention_alone_shares_beginnings_where_weights_are_spread_over_process
 
 
 def test_gemma_3n_has_finite_and_right_gradients_in_every_layout():
-    # It normalises each token's input: a row filled up with the pad id's zeros gave NaN gradients beside a right loss.
+    # It normalizes each token's input: padding with the pad id's zero row gave a right loss and NaN gradients.
     base = build("gemma3n_text", **GEMMA_3N)
-    base.get_input_embeddings().weight.data[0] = 0.0  # as a pad id's row is where the config names it
+    base.get_input_embeddings().weight.data[0] = 0.0  # as the pad id's row is if the config names it
     base.model.embed_tokens_per_layer.weight.data[0] = 0.0
     plain = with_adapter(base)
     expected = one_at_a_time(plain)
     used = [name for name, gradient in expected.gradients.items() if gradient.any()]
-    assert len(used) > 0.8 * len(expected.gradients)  # beside them, matrices that its first layers multiply by zero
+    assert len(used) > 0.8 * len(expected.gradients)  # its first layers multiply some matrices by zero
     for layout in ("padded", "packed", "tree"):
         model = copy.deepcopy(plain)
         model.zero_grad()
@@ -446,10 +446,10 @@ def test_gemma_3n_has_finite_and_right_gradients_in_every_layout():
         assert gradient < 1e-4
 
 
-# A block of nf4 has 64 weights: rows must be that long.
+# nf4 has blocks of 64 weights, so rows must be at least that long.
 @pytest.mark.parametrize(("quantize", "width"), [("nf4", 64), ("int8", 32)])
 def test_a_tree_is_right_on_a_quantized_base(tmp_path, quantize, width):
-    # Weights in 4 or 8 bits are other weights, and the same ones in every layout.
+    # Weights in 4 or 8 bits have other values, but the same ones in every layout.
     pytest.importorskip("bitsandbytes")
     folder = tiny.build("llama", tmp_path, hidden_size=width)
     spec = BaseSpec(path=str(folder), dtype=torch.float32, device=torch.device("cpu"), quantize=quantize)
@@ -460,7 +460,7 @@ def test_a_tree_is_right_on_a_quantized_base(tmp_path, quantize, width):
         model.zero_grad()
         apart[layout] = differs(at_once(model, layout), plain)
         print(f"{quantize} {layout}: loss {apart[layout][0]:.1e}, gradient {apart[layout][1]:.1e}")
-    # In 8 bits a token's values depend on what else is in the batch, in a padded one too (there: up to 2e-2).
+    # In 8 bits a token's values depend on the rest of the batch, also in a padded one (there up to 2e-2).
     loss, gradient = {"nf4": (1e-6, 1e-4), "int8": (1e-3, 5e-2)}[quantize]
     assert apart["tree"][0] < loss
     assert apart["tree"][1] < gradient

@@ -1,4 +1,4 @@
-"""The trial at start-up: what it must refuse is planted, and what it must accept is right."""
+"""The trial at start-up refuses planted faults and accepts what is right."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_a_planted_fault_is_refused(monkeypatch, family, fault, dtype):
 
 @pytest.mark.parametrize(("apart", "is_right"), [(0.8, True), (5.0, False)])
 def test_in_16_bits_a_tree_may_lie_no_further_from_its_records_than_verify_allows(apart, is_right):
-    # 5 times the noise: a RecurrentGemma in bfloat16 whose branches went on from their siblings.
+    # 5 times the noise is what a RecurrentGemma in bfloat16 had whose branches continued from their siblings.
     noise = torch.tensor([0.01], dtype=torch.float64)
     plain, rows, without = (layout_trial._Side(scores, {}) for scores in (0 * noise, apart * noise, 100 * noise))
     limits = layout_trial._limits(hybrid("lfm2").bfloat16())
@@ -84,7 +84,7 @@ def test_in_16_bits_a_tree_may_lie_no_further_from_its_records_than_verify_allow
 
 
 class _Poisoned(torch.autograd.Function):
-    """Right values, and a gradient of NaN."""
+    """Identity whose gradient is NaN."""
 
     @staticmethod
     def forward(ctx, x):
@@ -96,7 +96,7 @@ class _Poisoned(torch.autograd.Function):
 
 
 def test_a_gradient_that_is_nan_in_rows_alone_is_refused():
-    # As Gemma 3n's was: it normalises the zero row of the pad id.
+    # As Gemma 3n's was, which normalizes the pad id's zero row.
     model = by_forks("lfm2")
     longest = 105
     innermost(model).model.layers[2].register_forward_pre_hook(
@@ -117,7 +117,7 @@ def test_a_layer_that_never_gets_a_gradient_is_an_error_that_names_it():
     model = hybrid("lfm2")
     for layer in innermost(model).model.layers:
         if hasattr(layer, "conv"):
-            # A model that reads a layer's weight and never calls the layer (as Jamba reads dt_proj).
+            # Like a model that reads a layer's weight but never calls the layer (Jamba's dt_proj).
             weight = layer.conv.in_proj.base_layer.weight
             layer.conv.in_proj.forward = lambda x, weight=weight: torch.nn.functional.linear(x, weight)
     with pytest.raises(BadModel, match="LoRA on in_proj never gets a gradient"):
@@ -134,7 +134,7 @@ def test_a_refused_model_keeps_its_own_attention_and_forward(monkeypatch):
 
 
 def test_the_trial_draws_no_random_numbers():
-    # A resumed run reads its random numbers back; a draw in between would be another run's dropout.
+    # A resumed run restores its random state; a draw in between would change the dropout.
     model = hybrid("lfm2").train()
     for module in model.modules():
         if hasattr(module, "lora_dropout"):

@@ -1,7 +1,7 @@
-"""Liger: when its kernels are tried, that what they compute is compared, and that they leave no trace where it differs.
+"""Liger: when its kernels are tried, their results are compared, and no trace of them stays if these differ.
 
-The package itself needs a GPU's compiler, so its one function is played by one that puts in norms as the package does:
-a `forward` bound to the module, and a function of the model's file replaced.
+The package needs a GPU's compiler, so a stand-in replaces its one function. Like the package, it binds a `forward` to
+norms and replaces a function in the model's file.
 """
 
 import json
@@ -65,7 +65,7 @@ def test_on_a_cpu_it_is_refused_before_anything_is_read(models, dialogues, tmp_p
 
 
 def norms_of(factor):
-    """What stands for the package's function: RMS norms of its own; a factor of 1 is right."""
+    """The stand-in for the package's function: its own RMS norms, which are right with a factor of 1."""
 
     def forward(self, x):
         wide = x.double()
@@ -117,7 +117,7 @@ def test_a_run_says_whether_they_are_used_and_trains(models, dialogues, tmp_path
     monkeypatch.setattr(train_model, "liger_circumstances", lambda *_: Circumstances(None, "cuda", True))
     words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--max_steps", "2"]
     assert main([*words, "--output_dir", str(tmp_path)]) == 0
-    # Left in transformers' file, a Triton kernel once met the next command's model on a CPU, and one in float64.
+    # Left in transformers' file, a Triton kernel was once called by later models on a CPU and in float64.
     assert not hasattr(sys.modules["transformers.models.llama.modeling_llama"], "planted")
     assert json.loads((tmp_path / "run.json").read_text())["liger_kernels"] is used
     printed = capsys.readouterr().out

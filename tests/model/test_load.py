@@ -1,4 +1,4 @@
-"""Loading: tokenizers as published, dtypes as the device can, and errors that say what to do."""
+"""Loading: published tokenizers, dtypes that fit the device, and errors that say what to do."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def test_a_lone_tokenizer_model_reads_as_sentencepiece_does(models):
-    """Atom is published as tokenizer.model; transformers' own conversion of a lone file drops the leading ▁."""
+    """Atom is published as tokenizer.model; transformers' own conversion of such a lone file drops the leading ▁."""
     folder = models("lone")
     assert sorted(path.name for path in folder.glob("tokenizer*")) == ["tokenizer.model"]
     tokenizer = load_tokenizer(str(folder))
@@ -55,7 +55,7 @@ def test_nf4_weights_are_four_bits(models):
 
 
 def test_a_base_attends_with_the_soft_caps_that_its_config_names(tmp_path):
-    # transformers 5.17 chooses sdpa for Gemma 2 and leaves the caps out, which no other program that serves it does.
+    # transformers 5.17 uses sdpa for Gemma 2 without the caps, unlike every program that serves it.
     torch.manual_seed(0)
     config = AutoConfig.for_model("gemma2", **CAPPED)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
@@ -107,7 +107,7 @@ def test_a_dtype_that_is_asked_for_is_given():
 
 
 def rewritten(base, folder, change):
-    """A copy of a base whose weight file went through `change`."""
+    """A copy of a base with its weights changed by `change`."""
     shutil.copytree(base, folder)
     weights = load_file(folder / "model.safetensors")
     save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
@@ -132,7 +132,7 @@ def test_a_weight_under_another_name_is_named_twice(models, tmp_path):
 
 
 def test_a_weight_of_another_shape_is_named_with_both(models, tmp_path):
-    # It was a traceback that asked for a bug report.
+    # Once this was a traceback that asked for a bug report.
     spec = rewritten(models("llama"), tmp_path / "m", lambda w: {**w, DOWN: w[DOWN][:5].contiguous()})
     with pytest.raises(BadModel, match=rf"{DOWN}: \(5, 64\) in the weight files, \(32, 64\) in the model"):
         load_base(spec)
@@ -171,7 +171,7 @@ def test_what_can_only_be_a_folder_is_not_looked_for_on_the_hub(path, tmp_path, 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked safely on Linux only")
 @pytest.mark.parametrize("key", ["continuing_subword_prefix", r"continuin\u0067_subword_prefix"])
 def test_a_tokenizer_that_ends_its_reader_is_refused(models, tmp_path, key):
-    # Found by ten thousand alterations: Rust panics in a destructor, and no exception leaves it.
+    # Found by ten thousand alterations: Rust panics in a destructor, so no exception can be caught.
     folder = tmp_path / "base"
     shutil.copytree(models("llama"), folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -183,7 +183,7 @@ def test_a_tokenizer_that_ends_its_reader_is_refused(models, tmp_path, key):
 
 
 def test_evaluating_a_base_in_4_bits_leaves_its_gradients_as_they_were(tmp_path, monkeypatch):
-    # A CPU with AVX-512's bfloat16 packs such layers at their first evaluation, and packed ones hand no gradient on.
+    # A CPU with AVX-512's bfloat16 packs such layers at their first evaluation, and packed layers pass no gradient.
     bitsandbytes = pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
     folder = tiny.build("llama", tmp_path, hidden_size=64, intermediate_size=128)

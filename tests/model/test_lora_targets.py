@@ -1,4 +1,4 @@
-"""LoRA targets: all-linear is every layer that an adapter reaches, and trains with the default dropout."""
+"""LoRA targets: all-linear is every layer that an adapter can adapt, and trains with the default dropout."""
 
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ LATENT = {
     "num_key_value_heads": 4,
 }
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-#: family → config values, kinds that are adapted, kinds that are linear and left out
+#: family → (config values, kinds of layers that are adapted, kinds of linear layers that are left out)
 FAMILIES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
     "llama": ({}, {*ATTENTION, "gate_proj", "up_proj", "down_proj"}, set()),
     "qwen3_moe": (
@@ -44,7 +44,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
         ATTENTION,
         set(),
     ),
-    # PEFT takes a dense gate_proj for the experts' in this architecture, so the first, dense layer has none either.
+    # In this architecture PEFT treats a dense gate_proj like the experts', so the first, dense layer has no LoRA there.
     "glm4_moe": (
         {
             "head_dim": 8,
@@ -65,7 +65,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
         {"q_proj", "k_proj", "v_proj_current", "v_proj_delayed", "o_proj"},
         {"gate"},
     ),
-    # Its router is the one layer inside `gate`, and is not called a router.
+    # Its router is the only layer inside `gate` and does not have "router" in its name.
     "hunyuan_v1_moe": (
         {"head_dim": 8, "num_experts": 6, "moe_topk": 2, "moe_intermediate_size": 16},
         ATTENTION,
@@ -82,7 +82,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
         {*ATTENTION, "gate_proj", "up_proj", "down_proj"},
         {"shared_expert_gate"},
     ),
-    # Its indexer only chooses which keys are read: no gradient goes through a choice.
+    # Its indexer only selects the keys to read, and a selection passes no gradient.
     "deepseek_v32": (
         {
             **LATENT,
@@ -101,7 +101,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
         {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"},
         {"wk", "wq_b", "weights_proj", "gate_proj", "up_proj", "down_proj"},
     ),
-    # Its linear layers are of a class of its own, with a forward of its own that computes the same.
+    # Its linear layers have their own class with their own forward, which computes the same.
     "falcon": ({}, {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}, set()),
     "mamba2": (
         {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 16},
@@ -166,7 +166,7 @@ def test_a_layer_that_multiplies_parts_of_its_matrix_is_left_out_with_the_reason
 def test_a_router_of_a_model_that_brings_its_own_code_gets_no_adapter():
     base = tiny("llama")
     base.config.num_experts = 6
-    for layer, outputs in zip(base.model.layers, (6, 32), strict=True):  # six experts; a gate that is no router
+    for layer, outputs in zip(base.model.layers, (6, 32), strict=True):  # six experts; the second gate is no router
         layer.mlp.gate = torch.nn.Linear(32, outputs)
         layer.mlp.register_forward_hook(lambda mlp, _inputs, out: out * mlp.gate(out).mean(-1, keepdim=True))
     found = all_linear(base)
@@ -175,7 +175,7 @@ def test_a_router_of_a_model_that_brings_its_own_code_gets_no_adapter():
 
 
 def test_a_router_or_a_gate_that_is_named_is_refused():
-    # They stay frozen, the guide says: a router that learns sends tokens elsewhere than the base's experts know.
+    # The guide says that they stay frozen: a trained router sends tokens to experts that were not trained on them.
     for family, target in (("phimoe", "router"), ("hunyuan_v1_moe", "wg"), ("qwen2_moe", "shared_expert_gate")):
         with pytest.raises(BadSettings, match=rf"--lora_targets {target}: model\.layers\.0.* stay frozen here"):
             match_targets(tiny(family), ["q_proj", target])
@@ -183,7 +183,7 @@ def test_a_router_or_a_gate_that_is_named_is_refused():
 
 def test_a_name_that_a_router_has_too_means_the_other_layers():
     base = tiny("llama")
-    base.model.layers[0].mlp.router = torch.nn.ModuleDict({"down_proj": torch.nn.Linear(32, 6)})  # as Zaya's
+    base.model.layers[0].mlp.router = torch.nn.ModuleDict({"down_proj": torch.nn.Linear(32, 6)})  # as in Zaya
     assert match_targets(base, ["down_proj"]) == {"down_proj": 2}
     adapted = new_adapter(base, LoraSpec(rank=2, alpha=4, dropout=0.0, targets=["down_proj"]))
     assert not any("router" in name for name, weight in adapted.named_parameters() if weight.requires_grad)

@@ -1,4 +1,4 @@
-"""The loss in chunks, against all logits at once through the model's own forward."""
+"""The loss in chunks equals the loss from all logits at once, computed by the model's own forward."""
 
 import copy
 from collections.abc import Iterator
@@ -21,16 +21,16 @@ from atomtune.model.loss import Head, innermost, model_inputs, target_log_probab
 from tests.model.test_layout_support import EXAMPLES, WORDS, Result, build, differs, gradients, with_adapter
 from tests.tiny import SIZE
 
-#: float64 on a CPU: only the order of sums differs; both sides share the body's forward.
+#: float64 on a CPU: only the order of sums differs, because both sides share the body's forward.
 EXACT = 1e-12
-#: Heads that do more than multiply: Granite divides its logits, Gemma 3 and Cohere cap or scale them.
+#: Heads with more than a product: Granite divides its logits, Gemma 3 and Cohere cap or scale them.
 HEADS: dict[str, dict[str, Any]] = {
     "llama": {},
     "granite": {},
     "gemma3_text": {"final_logit_softcapping": 2.0},
     "cohere": {**SIZE, "logit_scale": 0.25},
     "gpt2": {},
-    # Its forward calls the decoder inside its body, past the body; the decoder's last layer is narrower than the rest.
+    # Its forward calls the decoder inside its body directly, and the decoder's last layer is narrower than the others.
     "opt": {"word_embed_proj_dim": 16, "ffn_dim": 64},
 }
 every_head = pytest.mark.parametrize("family", HEADS)
@@ -62,7 +62,7 @@ def in_chunks(model: Any, batch: Batch, label_smoothing: float = 0.0) -> Result:
 
 
 def all_logits(model: Any, batch: Batch, label_smoothing: float = 0.0) -> Result:
-    """The oracle: [B, T, V] by the model itself, the surprise written out; a share of it spread over all words."""
+    """The oracle: [B, T, V] logits by the model itself, and the loss written out, with label smoothing."""
     logits = model(**model_inputs(model, batch), use_cache=False).logits
     assert logits.shape == (*batch["input_ids"].shape, WORDS)
     scores = logits[batch["row"], batch["predicted_from"]].log_softmax(-1)  # [N, V]
@@ -77,7 +77,7 @@ def all_logits(model: Any, batch: Batch, label_smoothing: float = 0.0) -> Result
 @pytest.mark.parametrize("targets", [1, 7, 10_000])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_any_chunk_gives_the_loss_and_gradients_of_all_logits(monkeypatch, family, targets, label_smoothing):
-    # Catches a last chunk that is dropped or counted as a whole one, and a head whose scaling or cap is left out.
+    # Catches a last chunk that is dropped or counted as a whole one, and a head without its scaling or cap.
     chunks_of(monkeypatch, targets)
     batch, model = batch_of(EXAMPLES), adapted(family)
     assert Head.of(model)
@@ -97,7 +97,7 @@ def test_any_chunk_gives_the_loss_and_gradients_of_all_logits(monkeypatch, famil
     ],
 )
 def test_the_heads_own_arithmetic_makes_a_difference_here(family, field, value):
-    # Else the comparison above would not see it left out.
+    # Otherwise the comparison above could not detect its absence.
     without = with_adapter(build(family, **{**HEADS[family], field: value}))
     nats, _ = differs(in_chunks(adapted(family), batch_of(EXAMPLES)), in_chunks(without, batch_of(EXAMPLES)))
     assert nats > 1e-3
@@ -105,7 +105,7 @@ def test_the_heads_own_arithmetic_makes_a_difference_here(family, field, value):
 
 @pytest.fixture
 def seen_by_the_head() -> Iterator[Any]:
-    """Hooks a model's output matrix; the list tells the shape of every tensor of logits that it makes."""
+    """Watch a model's output matrix; the list gets the shape of every tensor of logits."""
     hooks = []
 
     def watch(model: Any) -> list[tuple[int, ...]]:
@@ -133,16 +133,16 @@ def test_the_logits_of_all_targets_never_exist_at_once(monkeypatch, seen_by_the_
 
 @pytest.mark.parametrize(("words", "most"), [(100, 2**20 // 100), (64_000, 128), (2**21, 128)])
 def test_a_chunk_is_as_large_as_the_vocabulary_allows(words, most):
-    # 2^20 logits are 4 MiB in float32; 128 targets at least, because the matrix is read once a chunk.
+    # 2^20 logits are 4 MiB in float32. At least 128 targets, because each chunk reads the matrix once.
     assert loss.targets_at_once(words, torch.device("cpu")) == most
 
 
 @every_head
 def test_the_gradient_is_multiplied_by_what_comes_after_the_loss(family):
-    # The gradient is taken in the forward pass; backward brings the factor (mean over the global batch, scaler).
+    # The gradient is computed in the forward pass; backward multiplies it (mean over the global batch, scaler).
     plain, scaled = adapted(family), adapted(family)
     target_nats(plain, batch_of(EXAMPLES))[0].backward()
-    (target_nats(scaled, batch_of(EXAMPLES))[0] / 64).backward()  # a power of two: RMSNorm rounds to float32 on the way
+    (target_nats(scaled, batch_of(EXAMPLES))[0] / 64).backward()  # a power of two, because RMSNorm rounds to float32
     for name, gradient in gradients(plain).items():
         torch.testing.assert_close(gradients(scaled)[name], gradient / 64, rtol=EXACT, atol=EXACT)
 
@@ -177,7 +177,7 @@ def test_evaluation_needs_no_gradients_and_gives_the_same(family):
 
 
 def test_a_trained_output_layer_is_evaluated_with_the_weights_that_are_saved():
-    # A fused optimizer raises no version of a weight, and the copies of the step before were taken for the new ones.
+    # A fused optimizer does not raise the weights' version, so copies from the step before were taken for the new ones.
     base = build("llama").requires_grad_(False)
     spec = LoraSpec(rank=4, alpha=8, dropout=0.0, targets=["all-linear", "lm_head"])
     model, batch = new_adapter(base, spec).double(), batch_of(EXAMPLES)
@@ -193,7 +193,7 @@ def test_a_trained_output_layer_is_evaluated_with_the_weights_that_are_saved():
 
 @every_head
 def test_a_batch_without_targets_is_a_zero_that_every_weight_hangs_on(seen_by_the_head, family):
-    # Under DDP every rank must have a gradient for every weight, or all wait for ever.
+    # Under DDP every rank needs a gradient for every weight, or all ranks wait forever.
     model = adapted(family)
     silent = [Example(example.ids, (0,) * len(example.ids), example.origin) for example in EXAMPLES]
     shapes = seen_by_the_head(model)
@@ -213,13 +213,13 @@ def test_a_batch_without_targets_is_a_zero_that_every_weight_hangs_on(seen_by_th
     ],
 )
 def test_a_model_that_reads_more_of_its_body_than_hidden_states(family, values):
-    model = with_adapter(build(family, **{**SIZE, **values})).float()  # grouped experts know no float64
+    model = with_adapter(build(family, **{**SIZE, **values})).float()  # grouped experts do not support float64
     theirs = all_logits(copy.deepcopy(model), batch_of(EXAMPLES))
     assert in_chunks(model, batch_of(EXAMPLES)).nats == pytest.approx(theirs.nats, rel=1e-5)
 
 
 class _CallsItsBodysForward(LlamaForCausalLM):
-    """As remote code may: past the call of the body, where hooks are."""
+    """Calls its body's forward directly, past hooks, as remote code may do."""
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **options):
         keep = options.pop("logits_to_keep", slice(None))
@@ -245,7 +245,7 @@ def test_a_model_whose_body_is_never_called_is_called_as_a_whole():
 
 
 def with_auxiliary_loss(family: str, **more: Any) -> Any:
-    model = with_adapter(build(family, **more)).float().train()  # torch's grouped product knows no float64
+    model = with_adapter(build(family, **more)).float().train()  # torch's grouped product does not support float64
     innermost(model).config.output_router_logits = True
     return model
 
@@ -266,7 +266,7 @@ def test_an_auxiliary_loss_that_the_config_switches_on_is_transformers_own(famil
     if theirs.aux_loss is None:
         pytest.skip("the transformers installed here gives no auxiliary loss for this family")
     assert theirs.aux_loss > 0.1
-    once = dict(batch, learn=torch.ones_like(batch["learn"]))  # transformers' labels count a target once
+    once = dict(batch, learn=torch.ones_like(batch["learn"]))  # transformers' labels count each target once
     nats, count = target_nats(model, once)
     assert (nats / count).item() == pytest.approx(theirs.loss.item(), rel=1e-6)  # its routers compute in float32
     model.eval()

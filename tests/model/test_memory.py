@@ -1,4 +1,4 @@
-"""Memory: the decision to recompute activations, and what is said when memory ran out."""
+"""Memory: when activations are recomputed, and the messages after memory ran out."""
 
 from types import SimpleNamespace
 
@@ -33,7 +33,7 @@ def test_activations_grow_with_tokens_layers_and_element_size():
 
 
 def test_the_estimate_is_near_what_was_measured():
-    # An H100, Qwen2.5-7B shape, bfloat16, LoRA on all linear layers without dropout: 6.3 MB a token.
+    # H100, Qwen2.5-7B shape, bfloat16, LoRA on all linear layers without dropout: 6.3 MB per token were measured.
     qwen = Qwen2Config(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28)
     assert 6.3e6 < activation_bytes(qwen, tokens=1, element_bytes=2) < 6.8e6
 
@@ -41,11 +41,11 @@ def test_the_estimate_is_near_what_was_measured():
 def test_dropout_keeps_its_masks():
     one = activation_bytes(ATOM_7B, tokens=1, element_bytes=2)
     masks = activation_bytes(ATOM_7B, tokens=1, element_bytes=2, dropout=True) - one
-    assert masks == 32 * (3 * 4096 + 11008)  # a byte for each number that a LoRA input may lose
+    assert masks == 32 * (3 * 4096 + 11008)  # one byte per element of a LoRA input, for its dropout mask
 
 
 def test_a_width_for_each_layer_is_no_error():
-    # Gemma 3n's config holds a list.
+    # Gemma 3n's config has a list.
     config = SimpleNamespace(hidden_size=32, num_hidden_layers=2, intermediate_size=[64, 128])
     assert activation_bytes(config, tokens=1, element_bytes=4) == 2 * (11 * 32 + 4 * 96) * 4
 
@@ -100,7 +100,7 @@ def test_smaller_pieces_keep_the_global_batch():
     "error", [FileNotFoundError(2, "No such file", "/proc/meminfo"), psutil.NoSuchProcess(1)], ids=str
 )
 def test_a_system_that_does_not_tell_its_memory_is_believed_to_have_none_to_spare(models, monkeypatch, error):
-    """A container without /proc: psutil raised, and the run ended with a traceback."""
+    """In a container without /proc, psutil raised an error and the run ended with a traceback."""
 
     def refuse(*arguments: object) -> None:
         raise error

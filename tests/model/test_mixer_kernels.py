@@ -1,4 +1,4 @@
-"""Mixer kernels: what is said is what the library took, which is told by putting a package in its place."""
+"""Mixer kernels: the notice names what the library really uses; a stand-in package shows it."""
 
 import importlib
 import json
@@ -34,7 +34,7 @@ def test_without_packages_the_librarys_own_code_is_named_and_what_would_be_faste
 
 
 def test_a_package_that_is_installed_is_named_as_what_computes(monkeypatch):
-    # The library looks for packages when a model's file is imported; so that file is imported once more beside them.
+    # The library looks for packages when it imports a model's file, so the file is imported again here.
     package = ModuleType("causal_conv1d")
     package.causal_conv1d_fn = lambda x, weight, bias=None, activation=None: x
     package.causal_conv1d_update = package.causal_conv1d_fn
@@ -49,7 +49,7 @@ def test_a_package_that_is_installed_is_named_as_what_computes(monkeypatch):
 
 
 def test_an_error_that_a_package_raised_is_told_in_its_words(tmp_path):
-    """fla 0.6 refuses Triton 3.6 on Hopper in its backward, and a run ended with a traceback."""
+    """On Hopper, fla 0.6 refuses Triton 3.6 in its backward, and the run ended with a traceback."""
     refused = "Triton >= 3.4.0 and < 3.7.1 on Hopper GPUs produces incorrect results. Please upgrade Triton."
     module = {"__name__": "fla.ops.common.chunk_o"}
     exec(f"def backward(compile):\n    compile()\n    raise RuntimeError({refused!r})", module)
@@ -59,7 +59,7 @@ def test_an_error_that_a_package_raised_is_told_in_its_words(tmp_path):
     assert isinstance(answer, BadModel)
     assert refused in str(answer)
     assert "pip uninstall flash-linear-attention" in str(answer)
-    with pytest.raises(ZeroDivisionError) as inside:  # raised below the package's own lines
+    with pytest.raises(ZeroDivisionError) as inside:  # raised in a function that the package calls
         module["backward"](lambda: 1 / 0)
     assert package_that_raised(inside.value) == "flash-linear-attention"
     with pytest.raises(ZeroDivisionError) as elsewhere:
@@ -68,7 +68,7 @@ def test_an_error_that_a_package_raised_is_told_in_its_words(tmp_path):
 
 
 def test_what_bitsandbytes_refuses_is_told_with_what_to_change():
-    """Its kernels for CPUs ask for widths that a multiple of 32 divides: a chat in nf4 was a traceback."""
+    """Its CPU kernels need widths that are multiples of 32: a chat in nf4 ended in a traceback."""
     module = {"__name__": "bitsandbytes.functional"}
     exec("def convert():\n    raise AssertionError('N must be divisible by block_n')", module)
     with pytest.raises(AssertionError) as caught:
@@ -80,7 +80,7 @@ def test_what_bitsandbytes_refuses_is_told_with_what_to_change():
 
 @pytest.mark.parametrize("command", ["verify", "evaluate", "chat", "certify", "merge"])
 def test_every_command_tells_what_a_package_refuses(by_heart, tmp_path, monkeypatch, capsys, command):
-    """It was a traceback and "a bug in atomtune", or a model whose files were called broken."""
+    """Once this was a traceback with "a bug in atomtune", or the model's files were called broken."""
     if command == "certify":
         pytest.importorskip("fastapi", reason="transformers serve is not installed")
     module = {"__name__": "fla.ops.common.chunk_o"}

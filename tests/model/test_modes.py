@@ -1,4 +1,4 @@
-"""Modes: what a model is asked leaves no trace in it, an error included."""
+"""Modes: a context that changes a model restores it, also after an error."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Laws of plain LoRA: PiSSA and OLoRA answer as plain PEFT loads them, and the base stays the base."""
+"""Laws of plain LoRA: PiSSA and OLoRA adapters answer as in plain PEFT, and the base stays unchanged."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from atomtune.model.adapter import LoraSpec, load_another, load_trained, start_f
 from atomtune.model.load import BaseSpec, load_base
 
 IDS = torch.arange(3, 15)[None]
-#: In float32 W - s B₀A₀ + s B A and W + s (B A - B₀A₀) differ by the order of their sums.
+#: In float32, W - s B₀A₀ + s B A and W + s (B A - B₀A₀) differ by the order of their sums.
 ROUNDING = 1e-5
 
 
@@ -30,7 +30,7 @@ def by_transformers(models, family="llama"):
 
 
 def saved_by_peft(models, folder, family="llama", **settings):
-    """An adapter that PEFT began this way, moved far from its beginning."""
+    """An adapter that PEFT initialized this way, with weights far from their first values."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **settings})
     model = get_peft_model(by_transformers(models, family), config)
     draw = torch.Generator().manual_seed(1)
@@ -47,7 +47,7 @@ def logits(model):
 
 
 def far(a, b) -> float:
-    """The largest difference, as a part of the largest number."""
+    """The largest difference, relative to the largest number."""
     return float((a - b).abs().max() / b.abs().max())
 
 
@@ -157,7 +157,7 @@ def test_a_quantized_base_is_refused(models, tmp_path):
 
 
 def test_a_matrix_of_two_layers_is_refused(models, tmp_path):
-    # PEFT takes the part out of the embedding too.
+    # PEFT would also take that part out of the embedding.
     saved_by_peft(models, tmp_path, "gpt2", init_lora_weights="pissa", target_modules=["lm_head"])
     with pytest.raises(BadModel, match="lm_head, and another layer uses the same matrix"):
         load_trained(base(models, "gpt2"), tmp_path)

@@ -1,4 +1,4 @@
-"""Recompute: a part of the layers computes its activations twice, with the gradients of a model that keeps them all."""
+"""Recompute: some layers compute their activations twice; gradients equal those of a model that keeps them all."""
 
 from collections import Counter
 from typing import Any
@@ -64,7 +64,7 @@ def test_the_first_layers_are_computed_twice_and_the_gradients_are_those_of_one_
     assert times == {number: 2 if number < first else 1 for number in range(LAYERS)}
     assert gradients.keys() == expected.keys()
     assert all(torch.equal(gradients[name], expected[name]) for name in expected)
-    # Each recomputed layer keeps its input alone: what is kept falls with their number.
+    # Each recomputed layer keeps only its input, so less is kept the more layers are recomputed.
     _, least, _ = step(recomputing(llama(), 1.0))
     assert kept == pytest.approx(most - (most - least) * first / LAYERS, rel=0.05)
 
@@ -83,7 +83,7 @@ def test_layers_of_every_kind_are_told_apart(family):
 
 
 def test_no_more_layers_than_memory_asks_for():
-    a_layer, inputs = 100, 40  # of ten layers, each of which keeps 4 when it is recomputed
+    a_layer, inputs = 100, 40  # ten layers; a recomputed one keeps only its input, 4
 
     def number(room: float) -> int:
         return layers_to_recompute(10, kept=10 * a_layer, inputs=inputs, room=room)
@@ -93,6 +93,6 @@ def test_no_more_layers_than_memory_asks_for():
         layers = number(room)
         kept = (10 - layers) * a_layer + layers * inputs / 10
         assert kept <= FILLED_BY_CHOICE * room or layers == 10
-        if layers > 1:  # one less would be more than what is to be filled
+        if layers > 1:  # with one layer less, too much would be kept
             assert kept + a_layer - inputs / 10 > FILLED_BY_CHOICE * room
     assert number(0) == number(-5) == 10, "the model alone fills the device"

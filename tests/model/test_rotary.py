@@ -1,4 +1,4 @@
-"""Where the longest record of a batch sets the positions of all (longrope), records of both kinds are kept apart."""
+"""With longrope, a batch's longest record sets the positions of all, so short and long records are kept apart."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ LIMIT = 40
 
 
 def longrope(**more):
-    """A tiny Phi-3."""
+    """The config of a tiny Phi-3."""
     factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 4.0, 16.0, 24.0]}
     rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": LIMIT, **factors}
     more = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "original_max_position_embeddings": LIMIT, **more}
@@ -40,7 +40,7 @@ def ids_of(length: int) -> tuple[int, ...]:
 def test_the_limit_is_the_one_of_the_config():
     assert rotary_limit(longrope()) == LIMIT
     assert rotary_limit(AutoConfig.for_model("llama", **SIZE)) is None
-    assert rotary_limit(AutoConfig.for_model("gemma3_text", **SIZE)) is None  # has a rope for each kind of layer
+    assert rotary_limit(AutoConfig.for_model("gemma3_text", **SIZE)) is None  # it has one rope per kind of layer
 
 
 def test_records_of_both_sides_are_kept_apart():

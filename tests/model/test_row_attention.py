@@ -1,4 +1,4 @@
-"""Attention by blocks, against one softmax over the T x T mask that the row's law draws."""
+"""Attention by blocks equals one softmax with the T x T mask that the row defines."""
 
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -26,7 +26,7 @@ WINDOWS = (None, 1, 2, 5, 24)
 
 
 class Asked(NamedTuple):
-    """q [1, H, T, D], k and v [1, H', T, D], and the gradient that comes back, [1, T, H, D]."""
+    """q [1, H, T, D], k and v [1, H', T, D], and the gradient of the output, [1, T, H, D]."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -44,7 +44,7 @@ def some_rows(number: int) -> list[Row]:
 
 
 def asked(tokens: int, *, heads: int = 4, key_heads: int = 2, width: int = 6, seed: int = 0) -> Asked:
-    """As models give them: the heads are a view of [1, T, H, D]."""
+    """Random inputs like a model's: the heads are a view of [1, T, H, D]."""
     draw = torch.Generator().manual_seed(seed)
     q, k, v, grad = (
         torch.randn(1, tokens, h, width, generator=draw, dtype=torch.float64)
@@ -67,7 +67,7 @@ def written_out(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> list:
-    """[out, dq, dk, dv, and dsinks where there are sinks] of a dense softmax, as transformers' models write it down."""
+    """[out, dq, dk, dv, and dsinks if there are sinks] of a dense softmax, written like in transformers' models."""
     groups = one.q.shape[1] // one.k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (one.k, one.v))
     scores = one.q @ k.mT * one.q.shape[-1] ** -0.5
@@ -83,7 +83,7 @@ def written_out(
 
 
 def by_mask(plan: AttentionPlan, one: Asked, window: int | None = None, scaling: float | None = None) -> list:
-    """The same of scaled_dot_product_attention; what padding says and is told is struck out."""
+    """[out, dq, dk, dv] of scaled_dot_product_attention, with the padding's output and gradient set to zero."""
     seen = plan.visible(window)
     groups = one.q.shape[1] // one.k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (one.k, one.v))
@@ -128,7 +128,7 @@ def test_a_record_longer_than_a_block_gives_the_same(window):
 
 KINDS = {
     "plain": {},
-    "soft cap": {"softcap": 0.8},  # scores reach some 3: the cap bends most of them
+    "soft cap": {"softcap": 0.8},  # scores reach about 3, so the cap changes most of them
     "sinks": {"sinks": True},
     "both": {"softcap": 0.8, "sinks": True},
 }
@@ -139,7 +139,7 @@ KINDS = {
 @pytest.mark.parametrize("value_width", [6, 3, 10])
 @pytest.mark.parametrize("kind", KINDS)
 def test_caps_sinks_and_values_of_any_width_in_blocks_and_spans(monkeypatch, kind, value_width, window, way):
-    # Catches a cap without its slope in the backward, a sink that is left out of one of the two, its missing gradient,
+    # Catches a cap without its derivative in the backward, a sink missing in forward or backward, its missing gradient,
     # an output as wide as a query, and every error of the spans.
     monkeypatch.setattr(block_attention, "MOST_KEPT", 1_000 if "kept" in way else 0)
     cut = "spans" if way == "spans" else "blocks"
@@ -150,7 +150,7 @@ def test_caps_sinks_and_values_of_any_width_in_blocks_and_spans(monkeypatch, kin
         one = asked(len(plan.until), seed=seed)
         draw = torch.Generator().manual_seed(seed)
         wide = [torch.randn(*x.shape[:-1], value_width, generator=draw, dtype=torch.float64) for x in (one.v, one.grad)]
-        wide[1][:, plan.real :] = 0  # nobody reads what stands behind the row
+        wide[1][:, plan.real :] = 0  # nothing reads what follows the row
         one = Asked(one.q, one.k, wide[0].requires_grad_(), wide[1])
         sinks = (
             torch.randn(4, generator=draw, dtype=torch.float64, requires_grad=True) if "sinks" in KINDS[kind] else None
@@ -169,7 +169,7 @@ def test_caps_sinks_and_values_of_any_width_in_blocks_and_spans(monkeypatch, kin
 
 @pytest.mark.parametrize("mask", ["none", "bool", "additive"])
 def test_without_a_plan_caps_and_sinks_are_not_dropped(mask):
-    # Chat and padded rows of such models: the library's fused attention would pass both by in silence.
+    # In chat and in padded rows of such models, the library's fused attention would silently ignore both.
     one, sinks = asked(9), torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
     seen = torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
     given = {"none": None, "bool": seen, "additive": torch.zeros(1, 1, 9, 9).masked_fill(~seen, -torch.inf)}[mask]
@@ -179,7 +179,7 @@ def test_without_a_plan_caps_and_sinks_are_not_dropped(mask):
 
 
 def test_what_a_token_adds_of_its_own_is_kept_without_a_plan_and_refused_with_one():
-    # Inkling 2. Without its bias the trial called the model not causal, or a layer without a gradient.
+    # Inkling 2. Without its bias, the trial found it not causal, or with a layer without a gradient.
     one, draw = asked(9), torch.Generator().manual_seed(0)
     heads = one.inputs[0].shape[1]
     sinks, bias = (torch.randn(1, heads, 9, n, generator=draw, dtype=torch.float64) for n in (1, 9))
@@ -217,7 +217,7 @@ def test_spans_keep_the_dtype_and_the_accuracy(monkeypatch, kind, dtype):
 
 
 def test_torch_still_has_the_kernels_that_a_gpu_is_given():
-    # Their names are not public: a torch that changes them must fail here and not on a user's GPU.
+    # These names are private: a torch that changes them must fail here and not on a user's GPU.
     forward = {one.name for one in torch.ops.aten._flash_attention_forward.default._schema.arguments}
     backward = {one.name for one in torch.ops.aten._flash_attention_backward.default._schema.arguments}
     names = {"query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal", "scale"}
@@ -227,7 +227,7 @@ def test_torch_still_has_the_kernels_that_a_gpu_is_given():
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (4, 4), (4, 1), (6, 3)])
 def test_heads_that_share_keys(heads, key_heads):
-    # Catches key head h % H' taken instead of h // groups.
+    # Catches key head h % H' in place of h // groups.
     for seed, row in enumerate(some_rows(12)):
         plan = plan_attention(row)
         one = asked(len(row), heads=heads, key_heads=key_heads, seed=seed)
@@ -236,7 +236,7 @@ def test_heads_that_share_keys(heads, key_heads):
 
 @pytest.mark.parametrize("scaling", [None, 0.05, 1.0, 3.0])
 def test_every_scaling(scaling):
-    # None is D^-0.5; Granite and Gemma have scalings of their own.
+    # None is D^-0.5; Granite and Gemma have their own scalings.
     for seed, row in enumerate(some_rows(12)):
         plan = plan_attention(row)
         one = asked(len(row), seed=seed)
@@ -244,7 +244,7 @@ def test_every_scaling(scaling):
 
 
 def test_inputs_that_lie_contiguous_by_head():
-    # The other memory order; Blocks.by_head counts on rows of [T * H, D].
+    # The other memory order; Blocks.by_head expects rows of [T * H, D].
     row = some_rows(6)[5]
     plan = plan_attention(row)
     one = asked(len(row))
@@ -254,7 +254,7 @@ def test_inputs_that_lie_contiguous_by_head():
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_padding_says_nothing_whatever_it_holds(window):
-    # Filled paths read padded keys and values; 1e30 would show through the smallest weight.
+    # Paths that are filled up read padded keys and values; 1e30 would show even with the smallest weight.
     padded = 0
     for seed, row in enumerate(some_rows(60)):
         plan = plan_attention(row, windows=(window,), width=padded_length(len(row)))
@@ -273,7 +273,7 @@ def test_padding_says_nothing_whatever_it_holds(window):
 
 
 def test_a_plan_serves_every_layer():
-    # Places are made once and kept; layers with other windows and head counts must not be given each other's.
+    # Indices are computed once and cached; layers with other windows or head counts must get their own.
     row = some_rows(6)[5]
     plan = plan_attention(row, windows=(None, 5), width=padded_length(len(row)))
     for window, heads in [(None, 4), (5, 4), (None, 2), (5, 2), (None, 4)]:
@@ -283,7 +283,7 @@ def test_a_plan_serves_every_layer():
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_a_base_that_drops_attention_weights_draws_them_once_by_the_dense_mask(monkeypatch, window):
-    # The blocks compute weights twice and know no draws.
+    # The blocks compute weights twice and cannot repeat a random draw.
     monkeypatch.setattr(row_attention, "BlockAttention", None)
     row = some_rows(6)[5]
     plan = plan_attention(row, windows=(None, 5))
@@ -299,7 +299,7 @@ def test_a_base_that_drops_attention_weights_draws_them_once_by_the_dense_mask(m
 @pytest.mark.parametrize("kind", ["soft cap", "sinks", "both"])
 @pytest.mark.parametrize("with_plan", [True, False])
 def test_attention_weights_are_dropped_beside_caps_and_sinks_too(kind, with_plan):
-    # A run whose base has attention_dropout began (the trial draws nothing) and ended at its first step.
+    # A run on a base with attention_dropout started, because the trial has no dropout, and failed at its first step.
     row = single(Example((1,) * 9, (0,) * 9, "train.jsonl:1"))
     plan, one = plan_attention(row), asked(9, heads=2, key_heads=2)
     sinks = torch.tensor([0.5, -1.0], dtype=torch.float64) if "sinks" in KINDS[kind] else None
@@ -318,7 +318,7 @@ def test_attention_weights_are_dropped_beside_caps_and_sinks_too(kind, with_plan
 
 
 class OnAGpu(NamedTuple):
-    """All that the choice of a way asks of a tensor."""
+    """The attributes of a tensor that decide how attention is computed."""
 
     tokens: int
     dtype: torch.dtype = torch.bfloat16
@@ -343,7 +343,7 @@ class OnAGpu(NamedTuple):
     ],
 )
 def test_on_a_gpu_kernels_are_chosen_by_row_and_dtype(layout, tokens, dtype, more, way):
-    # Never the gathered blocks: they were 12 times slower there.
+    # Never the gathered blocks, which were 12 times slower on a GPU.
     examples = [Example((1, 2, 3, k), (0,) * 4, "train.jsonl:1") for k in range(9)]
     plan = plan_attention(graft(examples, least_saved=1) if layout == "tree" else pack(examples), cut="spans")
     heads, rules = OnAGpu(tokens, dtype), ScoreRules(1.0, more.get("softcap"))
@@ -354,7 +354,7 @@ def test_on_a_gpu_kernels_are_chosen_by_row_and_dtype(layout, tokens, dtype, mor
 
 
 def tensors_in(value: object) -> list[torch.Tensor]:
-    """Every tensor in a value, at any depth of its fields."""
+    """All tensors in a value, at any depth of its fields."""
     if isinstance(value, torch.Tensor):
         return [value]
     if is_dataclass(value):
@@ -367,7 +367,7 @@ def tensors_in(value: object) -> list[torch.Tensor]:
 @pytest.mark.parametrize("cut", ["blocks", "spans"])
 @pytest.mark.parametrize("window", [None, 5])
 def test_a_plan_goes_to_another_device_whole(window, cut):
-    # Catches a part that stays behind: on a GPU a row by blocks would end in an error about two devices.
+    # Catches a part that stays behind: on a GPU, a row by blocks would fail with an error about two devices.
     row = some_rows(6)[3]  # a tree
     here = plan_attention(row, windows=(None, 5), width=padded_length(len(row)), cut=cut)
     there = here.to(torch.device("meta"))
@@ -380,7 +380,7 @@ def test_a_plan_goes_to_another_device_whole(window, cut):
 
 
 def test_without_a_plan_it_is_the_librarys_own():
-    # Chat and padded batches go through the same function.
+    # Chat and padded batches use the same function.
     one = asked(9)
     module = nn.Module()
     module.num_key_value_groups = 2
@@ -394,7 +394,7 @@ def test_without_a_plan_it_is_the_librarys_own():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_dtype_stays_and_so_does_the_accuracy(dtype):
-    # bfloat16 keeps 8 bits: a few of them in every sum of up to sixty values.
+    # bfloat16 keeps 8 bits, and every sum of up to sixty values loses a few.
     row = some_rows(6)[5]
     plan = plan_attention(row, width=padded_length(len(row)))
     one = asked(len(plan.until))
@@ -406,7 +406,7 @@ def test_the_dtype_stays_and_so_does_the_accuracy(dtype):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["blocks", "dense"])
 def test_a_window_that_the_plan_does_not_know_is_not_passed_by(dropout):
-    # A layer with a window of its own, which the model's config does not name, would see everything instead.
+    # A layer with a window that the model's config does not name would otherwise see everything.
     row = some_rows(6)[5]
     plan = plan_attention(row, windows=(None, 5))
     keywords = {"dropout": dropout, "sliding_window": 3, ROW_PLAN: plan}

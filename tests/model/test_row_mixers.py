@@ -1,6 +1,6 @@
 """Layers that carry a state: a row that branches gives the loss and the gradients of one record at a time.
 
-The oracle is plain transformers + PEFT in float64, each record alone.
+The oracle is plain transformers + PEFT in float64, one record at a time.
 """
 
 import copy
@@ -58,7 +58,7 @@ EXAMPLES = some_examples()
 
 @cache
 def adapted(family):
-    """Treat as constant: copy it before use."""
+    """Cached: copy the model before use."""
     return hybrid(family)
 
 
@@ -79,9 +79,9 @@ def in_rows(model, layout, way) -> Result:
 
 
 def assert_equal(ours: Result, theirs: Result) -> None:
-    """float64, but transformers computes its norms and the delta rule in float32 (2e-5 was seen at a single target).
+    """Compare in float64; but transformers computes norms and the delta rule in float32 (up to 2e-5 at a target).
 
-    Without its parent's state a target behind a branch differs by 0.1 and more.
+    Without its parent's state, a target after a fork differs by 0.1 or more.
     """
     apart = (ours.log_probabilities - theirs.log_probabilities).abs()
     assert abs(ours.loss - theirs.loss) < 1e-6 * theirs.loss
@@ -107,7 +107,7 @@ def test_mixers_are_found_by_what_they_do(family):
 
 
 def test_a_mixer_is_found_where_rounding_is_larger_than_what_it_does():
-    """New weights of a delta rule forget within a token: in bfloat16 later outputs change by 2 % of the changed one."""
+    """A new delta rule forgets within a token: in bfloat16 later outputs change by only 2 % of the changed one."""
     sizes = {"vocab_size": WORDS, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2}
     config = AutoConfig.for_model("qwen3_5_text", **workloads.KINDS["qwen3_5_text"], **sizes)
     torch.manual_seed(0)
@@ -123,7 +123,7 @@ def test_a_row_gives_the_loss_and_gradients_of_one_record_at_a_time(family, layo
 
 
 def test_layers_that_read_the_same_compute_once_together_by_paths(monkeypatch):
-    # Each was handed a copy of its own, so the first to be called computed for all, and each of the others again.
+    # Once, each layer got its own copy of the input, so the first computed the whole group and the others repeated it.
     model = copy.deepcopy(adapted("qwen3_5_text"))
     groups = compute_together(model, input_ids=torch.tensor([[5, 9, 3]]))
     of_layers = [module.group for module in model.modules() if isinstance(module, GroupedLora)]
@@ -147,7 +147,7 @@ def test_a_linear_layer_that_stands_in_a_mixer_twice_keeps_its_forward():
     paths, first_on = torch.tensor([[0, 1], [0, 2]]), torch.tensor([0, 1, 3])
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)[paths]
     with row_mixers._linear_layers_once(mixer, paths, first_on):
-        # Not to the bit: a product of three rows may be summed otherwise than one of four.
+        # Not bit by bit: a product of three rows may be summed in another order than one of four.
         assert torch.allclose(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias), rtol=0, atol=1e-14)
     assert "forward" not in vars(layer)
 

@@ -1,6 +1,6 @@
-"""The selective scan: transformers' own function gives the same from zero, and a sequence cut in two gives the whole.
+"""Selective scan: from a zero state it equals transformers' function; two halves of a sequence give the whole.
 
-The oracle is the function that transformers' Mamba calls, token by token.
+The oracle is the function that transformers' Mamba calls, which goes token by token.
 """
 
 from typing import Any
@@ -98,7 +98,7 @@ def test_a_layer_of_several_scans_takes_the_state_of_each_in_turn():
 
 
 def test_a_scan_more_than_there_are_states_begins_at_zero():
-    # So the trial refuses the way; StopIteration would end the run.
+    # The trial then finds the difference and chooses another way; StopIteration would end the run.
     mixer = modeling_mamba.MambaMixer.__new__(modeling_mamba.MambaMixer)
     inputs = {name: value.detach() for name, value in some_inputs().items()}
     state = torch.randn(SEQUENCES, CHANNELS, STATE, generator=torch.Generator().manual_seed(3))
@@ -109,5 +109,5 @@ def test_a_scan_more_than_there_are_states_begins_at_zero():
 
 
 def renamed(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Mixers hand the first argument on by its place."""
+    """Mixers pass the first argument by position."""
     return {"u" if name == "hidden_states" else name: value for name, value in inputs.items()}

@@ -1,5 +1,8 @@
-"""Step graphs: what is played is what the model computes. A CPU has no graphs; here a recording does its work again,
-from the memory that it was given, which leaves out nothing but the device's own part (`benchmarks.gpu` checks that)."""
+"""Step graphs: replays compute what the model computes.
+
+A CPU has no CUDA graphs. Here a recording does its work again with the tensors that it got, which tests everything but
+the device's part; `benchmarks.gpu` tests that.
+"""
 
 import copy
 from collections.abc import Callable
@@ -20,14 +23,14 @@ from atomtune.model.step_graphs import SEEN_BEFORE, GpuRecorder, StepGraphs
 from tests.batch.test_attention_plan import rows
 from tests.model.test_layout_support import WORDS, adapted, gradients
 
-#: float64: filling changes the order of sums alone.
+#: float64: filling up a row changes only the order of sums.
 EXACT = 1e-12
-#: Masked calls, sinks, soft caps and two kinds of windows: by spans, where a GPU would take them.
+#: Masked calls, sinks, soft caps and two kinds of windows; by spans, as on a GPU.
 FAMILIES = ("llama", "gemma3_text", "gemma2", "granite_swa")
 
 
 class Tape:
-    """A recorder that does the work once more for every play."""
+    """A recorder that does the work again at every replay."""
 
     def __init__(self, *, free: int = 2**30) -> None:
         self.recorded = self.played = 0
@@ -78,7 +81,7 @@ def graphs_of(model: Any, tape: Tape, notices: list[str] | None = None) -> StepG
 
 def result(model: Any, nats: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
-    (nats / 8).backward()  # exact also where a norm computes in float32
+    (nats / 8).backward()  # 1 / 8 is exact, also for norms in float32
     return nats.item(), gradients(model)
 
 
@@ -112,7 +115,7 @@ def test_a_shape_is_recorded_when_it_comes_again():
 
 
 def test_weights_that_changed_are_read_anew():
-    # A recording that keeps the weights' copies of the first play would train on old weights.
+    # A recording that keeps copies of the weights from the first replay would train on old weights.
     model = copy.deepcopy(adapted("llama")).train()
     compute_together(model, input_ids=torch.zeros(1, 2, dtype=torch.long))
     graphs = graphs_of(model, Tape())
@@ -128,7 +131,7 @@ def test_weights_that_changed_are_read_anew():
 
 
 def test_a_first_play_that_differs_ends_it(monkeypatch):
-    # The planted bug: what is played is another batch than the one that was handed over.
+    # The planted bug: another batch is replayed than the one passed in.
     model = copy.deepcopy(adapted("llama")).train()
     first, second = batches(model, "tree", count=2)
     monkeypatch.setattr(step_graphs, "_with_tensors", lambda batch, tensors: second)
@@ -175,7 +178,7 @@ def test_long_rows_and_padded_rows_are_computed_as_ever(monkeypatch):
 
 
 def test_nothing_is_recorded_without_memory_for_the_longest_step_beside_it():
-    # A step of 64 tokens took 1 MiB; a recording of it and another such step need 2 MiB.
+    # A step of 64 tokens took 1 MiB, so its recording plus another such step needs 2 MiB.
     model = copy.deepcopy(adapted("llama")).train()
     batch = batches(model, "tree", count=1)[0]
     assert batch["input_ids"].shape[1] == 64
@@ -235,12 +238,12 @@ def test_rounded_spans_let_every_query_see_what_it_saw(window):
             assert filled.keys[: len(spans.keys)].tolist() == spans.keys.tolist()
         assert filled.longest_queries >= spans.longest_queries
         assert filled.longest_keys >= spans.longest_keys
-        # A kernel leaves out what is behind the longest: the gradients of filling keys were once not written at all.
+        # A kernel skips what lies beyond the longest: the gradients of filled-up keys were once never written.
         assert filled.longest_keys >= int(filled.key_starts.diff().max())
 
 
 def test_new_leaves_are_the_weights_in_the_same_memory_and_are_gone_behind_it():
-    # What failed on a GPU: leaves that an earlier step's graph still held could not be given a recording's gradients.
+    # Found on a GPU: weights that an earlier step's graph still referenced could not get a recording's gradients.
     model = copy.deepcopy(adapted("llama"))
     before = {name: (weight, weight.requires_grad) for name, weight in model.named_parameters()}
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -254,7 +257,7 @@ def test_new_leaves_are_the_weights_in_the_same_memory_and_are_gone_behind_it():
 
 
 def test_what_failed_inside_a_capture_is_said_and_the_device_is_freed(monkeypatch):
-    # A capture's own end hides the cause, and leaves the generator of random numbers waiting for another that ends.
+    # The end of a capture hides the cause, and the random generator keeps waiting until another capture ends.
     captures: list[bool] = []
 
     def capture(_recorder, work, *, shares=True):

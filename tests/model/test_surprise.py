@@ -1,4 +1,4 @@
-"""Surprise in few passes, against torch's cross entropy in float64."""
+"""Surprise in few passes, compared with torch's cross entropy in float64."""
 
 import math
 
@@ -9,12 +9,12 @@ from torch.nn import functional
 from atomtune.model.surprise import surprise
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-#: One rounding of the logits' gradient, and a few of a sum in float32.
+#: One rounding of the logits' gradient, and a few for a float32 sum.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
 
 def case(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits [9, 50], targets and weights: likely targets, unlikely ones, one that is not learned."""
+    """Logits [9, 50], targets and weights: likely and unlikely targets, and one with weight 0."""
     random = torch.Generator().manual_seed(0)
     logits = (8 * torch.randn(9, 50, generator=random, dtype=torch.float64)).to(dtype)
     target = torch.randint(50, (9,), generator=random)
@@ -55,7 +55,7 @@ def test_without_a_gradient_the_sum_is_the_same(dtype):
 
 @pytest.mark.parametrize("height", [0, 30, 1000])
 def test_the_small_surprise_of_a_likely_target_is_exact_wherever_the_logits_lie(height):
-    # A mean of such targets is what a run ends at that has learned its records.
+    # A run that has learned its records ends with a mean of such targets.
     logits = torch.zeros(20, 50) + height
     logits[:, 7] += 12
     learn, target = torch.ones(20), torch.full((20,), 7)
@@ -64,7 +64,7 @@ def test_the_small_surprise_of_a_likely_target_is_exact_wherever_the_logits_lie(
 
 
 def test_a_target_too_unlikely_for_float32_has_its_full_surprise():
-    logits = torch.tensor([[0.0, -400.0, -math.inf]], requires_grad=True)  # exp(-400) is no float32
+    logits = torch.tensor([[0.0, -400.0, -math.inf]], requires_grad=True)  # exp(-400) is below float32
     nats = surprise(logits, torch.tensor([1]), torch.ones(1))
     (gradient,) = torch.autograd.grad(nats, logits)
     assert nats.item() == 400

@@ -1,4 +1,4 @@
-"""Token rows: a base whose tokenizer has more tokens than its embedding has rows."""
+"""Token rows: the tokenizer of a base has more tokens than its embedding has rows."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ RECORDS = [{"instruction": "说早", "output": "早上好"}, {"instruction": "sa
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A base beside a tokenizer with one word more than it can read."""
+    """A base whose tokenizer has one word more than its embedding."""
     folder = build("gpt2", tmp_path_factory.mktemp("base"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["lumen"])
@@ -61,7 +61,7 @@ def test_where_no_text_has_such_a_token_the_base_works_and_it_is_said(base, tmp_
 
 
 def test_a_pad_token_that_only_the_tokenizer_got_fills_no_row(tmp_path, capsys):
-    # The commonest token without a row. Padding is masked by its place, so the model never has to read it.
+    # The most frequent token without a row. Padding is masked by position, so the model never reads it.
     folder = build("llama", tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
@@ -76,7 +76,7 @@ def test_a_pad_token_that_only_the_tokenizer_got_fills_no_row(tmp_path, capsys):
 
 
 def with_equal_rows(folder: Path, *, tied: bool = False) -> tuple[int, int]:
-    """Give a base's stop token the rows of another; the ids of both."""
+    """Copy the rows of another token to a base's stop token; returns the ids of both."""
     build("qwen3", folder, tie_word_embeddings=tied)
     stop, other = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -91,7 +91,7 @@ def with_equal_rows(folder: Path, *, tied: bool = False) -> tuple[int, int]:
 def test_a_base_whose_stop_token_was_never_trained_learns_to_stop_with_its_output_matrix(
     tmp_path, capsys, targets, stops
 ):
-    # The way out that the notice names. Two equal rows have equal logits whatever LoRA does to the layers before.
+    # The remedy in the notice. Two equal rows have equal logits, whatever LoRA changes in the layers before.
     stop, other = with_equal_rows(tmp_path / "base")
     out = train_by_heart(tmp_path / "base", tmp_path, RECORDS[:1], "--lora_targets", targets)
     streams = capsys.readouterr()
@@ -118,7 +118,7 @@ def test_where_output_matrix_and_embedding_are_one_the_notice_names_no_way_that_
 
 @pytest.mark.parametrize("rows", ["those of others", "zero", "trained"])
 def test_a_stop_token_that_was_never_trained_is_said_before_training(tmp_path, capsys, rows):
-    # Catches a base whose end mark is one of many equal rows: it never learns to stop, and nothing said so.
+    # Catches a base whose stop token has one of many equal rows: it never learned to stop, and no message said so.
     folder = build("qwen3", tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A config is compared with the weight files before memory is asked for."""
+"""A config is compared with the weight files before memory is allocated."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The plan is what the run then does: same steps, about the same tokens, the same layout."""
+"""The run does what was planned: the same steps and layout, and about the same tokens."""
 
 import json
 import subprocess
@@ -35,13 +35,13 @@ def test_the_plan_is_the_run(models, dialogues, tmp_path, capsys, flags):
     assert main(["train", *run, "--output_dir", str(tmp_path / "out")]) == 0
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert (plan["steps"], plan["layout"]) == (record["steps"], record["layout"])
-    # The run draws other batches, so its trees save a little more or less than those of the sampled ones.
+    # Batches are drawn anew, so a tree saves a little more or less than in the sampled batches.
     assert plan["tokens_computed"] == pytest.approx(record["tokens_computed"], rel=0.2)
     assert plan["tokens_padded"] == pytest.approx(record["tokens_padded"], rel=0.2)
 
 
 def test_a_base_whose_config_allows_no_shared_rows_is_planned_padded_with_the_reason(dialogues, tmp_path, capsys):
-    # Llama 4's chunked attention. Regression: the plan promised trees, which its run does not use.
+    # Llama 4's chunked attention: the plan once promised a tree that its run did not use.
     tokenizer = tokenizer_of("bytes", CHATML)
     tokenizer.save_pretrained(tmp_path / "base")
     size = {**SIZE, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 64, "vocab_size": len(tokenizer)}
@@ -66,7 +66,7 @@ def test_the_json_has_its_keys_and_the_parts_make_the_peak(models, dialogues, ca
 
 
 def test_a_cpu_keeps_kernels_for_each_length_once_and_weights_of_attention_for_rows(models, tmp_path, capsys):
-    """Sixteen equal lengths are sixteen batches of one length; different ones would be sixteen times that."""
+    """A CPU keeps kernels per length, so sixteen records of one length need less than sixteen different lengths."""
     alike, unlike = tmp_path / "alike.jsonl", tmp_path / "unlike.jsonl"
     write_jsonl(alike, [{"instruction": "Say it.", "output": "晚安。"}] * 16)
     write_jsonl(unlike, [{"instruction": "Say it.", "output": "晚安。" * n} for n in range(1, 17)])
@@ -83,13 +83,13 @@ def test_a_cpu_keeps_kernels_for_each_length_once_and_weights_of_attention_for_r
 
 @pytest.mark.slow
 def test_the_memory_of_a_run_on_a_cpu_is_about_what_was_planned(tmp_path):
-    """Both in separate processes; half a gigabyte is the step's, the rest is libraries."""
+    """Both run in processes of their own; half a gigabyte belongs to the step, the rest to libraries."""
     base = build("llama", tmp_path / "base", hidden_size=256, intermediate_size=688, num_hidden_layers=8)
     records = [{**record, "instruction": f"{record['instruction']} {n}"} for n in range(24) for record in DIALOGUES]
     data = write_jsonl(tmp_path / "data.jsonl", records)
     run = ["--model_path", str(base), "--dataset_path", str(data), "--dtype", "float32", "--layout", "padded"]
     run += ["--max_steps", "6", "--per_device_train_batch_size", "64", "--eval_size", "0", "--use_cpu", "true"]
-    run += ["--gradient_checkpointing", "false"]  # `auto` depends on what other programs leave free at the moment
+    run += ["--gradient_checkpointing", "false"]  # `auto` depends on what other programs leave free
     atomtune = [sys.executable, "-m", "atomtune"]
     plan = json.loads(subprocess.run([*atomtune, "plan", *run, "--json"], capture_output=True, check=True).stdout)
     subprocess.run([*atomtune, "train", *run, "--output_dir", str(tmp_path / "out")], capture_output=True, check=True)
@@ -130,7 +130,7 @@ def test_a_plan_writes_no_run(models, dialogues, tmp_path, capsys):
 
 
 def test_where_the_system_tells_no_memory_nobody_knows_whether_the_run_fits(models, dialogues, capsys, monkeypatch):
-    """A container without /proc, in which psutil raises."""
+    """In a container without /proc, psutil raises an error."""
 
     def unmounted(*arguments: object) -> None:
         raise FileNotFoundError(2, "No such file or directory", "/proc/meminfo")

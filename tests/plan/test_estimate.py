@@ -1,4 +1,4 @@
-"""The estimates, against what torch counts on a real model, and against measurements of runs."""
+"""The estimates are close to what torch counts on a real model, and to what runs took."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -42,9 +42,9 @@ def qwen_7b() -> ModelSize:
 
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_the_operations_are_those_that_torch_counts(models, size, recomputed):
-    """One row of 64 tokens, all of them targets, through plain transformers and PEFT.
+    """One row of 64 tokens, all of them targets, in plain transformers and PEFT.
 
-    The formula leaves out the smallest products: 3 % in this tiny model, whose matrices are hardly larger than LoRA's.
+    The formula leaves out the smallest products: 3 % of this tiny model, whose matrices are hardly larger than LoRA's.
     """
     base = AutoModelForCausalLM.from_pretrained(models("llama"), attn_implementation="eager")
     model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -64,13 +64,13 @@ def test_the_operations_are_those_that_torch_counts(models, size, recomputed):
     ("tokens", "measured"), [(1_500, 25.3e9), (5_300, 49.0e9)], ids=["style, batch 16", "short, batch 64"]
 )
 def test_the_memory_of_a_step_is_what_a_gpu_measured(qwen_7b, tokens, measured):
-    """Peak of torch's allocator on an H200 without recomputation; tokens of the heaviest step."""
+    """Peak of torch's allocator on an H200 with activations kept, by tokens of the heaviest step."""
     step = StepSpec(tokens=tokens, element_bytes=2, quantize=None, dropout=False, libraries=0)
     assert step_memory(qwen_7b, step, recomputed=False).peak == pytest.approx(measured, rel=0.1)
 
 
 def test_a_7b_in_nf4_fits_where_people_say_it_fits(qwen_7b):
-    """QLoRA of a 7B model runs on cards of 8 to 12 GB; in 16 bits it fits on 24 GB but not on 16."""
+    """QLoRA of a 7B runs on cards of 8 to 12 GB; in 16 bits it fits into 24 GB but not into 16."""
     in_4_bits = StepSpec(tokens=1000, element_bytes=2, quantize="nf4", dropout=True, libraries=600 * 2**20)
     in_16_bits = StepSpec(tokens=1000, element_bytes=2, quantize=None, dropout=True, libraries=600 * 2**20)
     assert fits_on_gpu(step_memory(qwen_7b, in_4_bits, recomputed=True), 12)
@@ -105,7 +105,7 @@ def test_half_of_the_layers_recomputed_lie_halfway(qwen_7b):
 
 
 def test_the_plan_recomputes_the_layers_that_the_run_recomputes(monkeypatch, qwen_7b):
-    # The run decides right after loading the model. Regression: the plan also subtracted Adam's states and the logits.
+    # The run decides once the model is loaded and nothing else. The plan once assumed less room (Adam, logits).
     step = StepSpec(tokens=8192, element_bytes=2, quantize=None, dropout=True, libraries=10**9, attention_weights=True)
     auto = SimpleNamespace(run=SimpleNamespace(gradient_checkpointing="auto"))
     numbers = set()
@@ -122,7 +122,7 @@ def test_the_plan_recomputes_the_layers_that_the_run_recomputes(monkeypatch, qwe
 
 def test_the_logits_are_those_of_the_targets_that_are_computed_at_once(qwen_7b):
     words = qwen_7b.config.vocab_size
-    assert words > 2**20 / 128  # otherwise more targets would be computed at once
+    assert words > 2**20 / 128  # with fewer words, more targets would be computed at once
     assert step_memory(qwen_7b, STEP, recomputed=0).parts["logits"] == 128 * words * 8
     few = replace(STEP, tokens=10)
     assert step_memory(qwen_7b, few, recomputed=0).parts["logits"] == 10 * words * 8

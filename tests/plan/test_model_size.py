@@ -1,4 +1,4 @@
-"""The counts from a model's shape are those of the model, and for a published size those that a run printed."""
+"""The counts of a model's shape are those of the model; for a published size, those that a run printed."""
 
 import json
 
@@ -27,7 +27,7 @@ def test_the_shape_has_as_many_weights_as_the_model(models, family):
 
 
 def test_a_published_size_is_what_its_run_said(tmp_path):
-    """A Qwen2.5-7B shape on a GPU: 20,185,088 of 7,635,801,600 parameters trained (benchmarks/README.md)."""
+    """A Qwen2.5-7B shape on a GPU trained 20,185,088 of 7,635,801,600 parameters (benchmarks/README.md)."""
     config = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -45,7 +45,7 @@ def test_a_published_size_is_what_its_run_said(tmp_path):
 
 
 def test_a_token_meets_only_the_experts_it_chooses(tmp_path):
-    """A token is sent to 2 of 8 experts; the other 6 do not count."""
+    """A token uses 2 of 8 experts; the other 6 cost no work."""
     config = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -75,7 +75,7 @@ def test_what_is_no_model_and_a_target_that_matches_nothing_are_the_users_to_men
 
 
 def test_nothing_is_allocated_for_weights(tmp_path):
-    """The matrices of a model with 10^12 weights take no memory, as they have only a shape."""
+    """A model with 10^12 weights takes no memory, because its matrices are only shapes."""
     config = {"model_type": "llama", "hidden_size": 2**16, "intermediate_size": 2**18, "num_hidden_layers": 16}
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
     size = measure(str(tmp_path), LoraSpec(rank=1, alpha=1, dropout=0.0, targets=["q_proj"]))

@@ -1,4 +1,4 @@
-"""What a reader sees of an answer while its tokens come."""
+"""The text that a reader sees while an answer's tokens arrive."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Chat: the training template in the terminal, one answer or a conversation."""
+"""Chat: the training template in the terminal, for one answer or a conversation."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from tests.conftest import DIALOGUES, write_jsonl
 
 @pytest.fixture(scope="module")
 def trained(models, tmp_path_factory):
-    """An adapter that has learned its few records by heart, so that answers can be told apart."""
+    """An adapter that has memorized its few records, so that its answers are known."""
     folder = tmp_path_factory.mktemp("chat")
     data = write_jsonl(folder / "data.reading.jsonl", DIALOGUES)
     command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(data)]
@@ -64,7 +64,7 @@ def test_a_conversation_reads_lines_and_an_empty_one_begins_anew(trained, capsys
 
 
 def test_an_empty_system_text_is_a_system_text():
-    # It switches a default persona off, as it does for a server.
+    # It switches off a default persona, as in a server.
     from atomtune.data.encoding.choose_template import load_template
     from atomtune.serve.tuned_model import Wording
     from tests.tiny import CHATML, tokenizer_of
@@ -120,7 +120,7 @@ def test_the_base_is_held_as_in_training(trained_in_nf4):
     ids=" ".join,
 )
 def test_a_folder_without_an_adapter_says_so(tmp_path, capsys, command, files, said):
-    """In three of these the answer was transformers' own: that a tokenizer could not be converted."""
+    """For three of these, the message was transformers' own: that a tokenizer could not be converted."""
     folder = tmp_path / "run"
     for file in files or ():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,7 @@ def test_sampling_flags_draw_and_the_seed_repeats(trained, capsys):
 
 
 class Terminal:
-    """A real terminal with `atomtune chat` in it: keys go in, what is shown comes out."""
+    """A real terminal that runs `atomtune chat`: keys go in, text comes out."""
 
     def __init__(self, *words: str) -> None:
         self.side, other = pty.openpty()
@@ -225,7 +225,7 @@ class Terminal:
         self.shown = ""
 
     def wait_for(self, text: str, seconds: float = 40) -> str:
-        """What was shown since the last wait, up to and with this text."""
+        """The text shown since the last wait, up to the end of this text."""
         deadline = time.monotonic() + seconds
         while text not in self.shown:
             ready, _, _ = select.select([self.side], [], [], 1)
@@ -234,7 +234,7 @@ class Terminal:
                     data = os.read(self.side, 65536).decode("utf-8", errors="replace")
                 except OSError:  # the other side is closed
                     data = ""
-                if "\x1b[6n" in data:  # it asks where the cursor is, as terminals answer
+                if "\x1b[6n" in data:  # the program asks for the cursor's position; answer like a terminal
                     os.write(self.side, b"\x1b[1;1R")
                 self.shown += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r|\x1b[=>]", "", data)
             assert time.monotonic() < deadline and (ready or self.process.poll() is None), self.shown
@@ -245,7 +245,7 @@ class Terminal:
         os.write(self.side, keys.encode())
 
     def interrupt(self) -> None:
-        """Ctrl-C while a program that reads no keys is in front: the terminal turns it into the signal."""
+        """Ctrl-C while the program reads no keys: the terminal would turn it into this signal."""
         self.process.send_signal(signal.SIGINT)
 
     def close(self) -> int:
@@ -256,17 +256,17 @@ class Terminal:
 
 
 def test_in_a_terminal_lines_are_edited_answers_stopped_and_the_chat_goes_on(trained, tmp_path):
-    # An adapter of zeros: the untrained base goes on to its last position, which takes seconds.
+    # With an adapter of zeros, the untrained base writes up to its last position, which takes seconds.
     folder = Path(shutil.copytree(trained, tmp_path / "out"))
     file = folder / "adapter_model.safetensors"
     save_file({name: tensor * 0 for name, tensor in load_file(file).items()}, file)
     terminal = Terminal("--adapter_path", str(folder), "--dtype", "float32")
     head = terminal.wait_for("commands.\n>")
     assert "adapter on" in head and "template atom" in head and "Alt+Enter" in head
-    terminal.press("/systemx\x7f 把这句话翻译成英文\r")  # the last letter is taken back
+    terminal.press("/systemx\x7f 把这句话翻译成英文\r")  # the backspace removes the x
     terminal.wait_for("System prompt: “把这句话翻译成英文”")
     terminal.wait_for("(new conversation)\n>")
-    for _ in range(5):  # it takes a third of a second: on a busy machine the signal may come too late
+    for _ in range(5):  # an answer takes a third of a second, so on a busy machine the signal may come too late
         terminal.press("early\r")
         terminal.wait_for("early\n")
         terminal.wait_for(" ")  # the answer has begun
@@ -275,9 +275,9 @@ def test_in_a_terminal_lines_are_edited_answers_stopped_and_the_chat_goes_on(tra
             break
     else:
         raise AssertionError("no answer was stopped")
-    terminal.press("\x1b[A")  # the line above
+    terminal.press("\x1b[A")  # arrow up: the previous line
     terminal.wait_for("early")
-    terminal.press("\x03")  # taken back, and the chat goes on
+    terminal.press("\x03")  # Ctrl-C clears the line, and the chat goes on
     terminal.wait_for("\n>")
     terminal.press("/help\r")
     terminal.wait_for("/save")
@@ -311,7 +311,7 @@ def test_answers_beside_each_other_are_whole_though_chinese_has_no_spaces(capsys
 
 
 def test_a_line_of_a_pipe_that_is_too_long_is_named(trained, capsys, monkeypatch):
-    """Of a thousand questions one was too long, and the message did not say which."""
+    """One of a thousand questions was too long, and the message did not say which."""
     lines = ["晚安", "/help", "很" * 5000, "早上好"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     assert main(["chat", "--adapter_path", str(trained), "--dtype", "float32"]) == 2

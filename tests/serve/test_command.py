@@ -1,4 +1,4 @@
-"""`atomtune serve`, asked by the client that people use: what it answers is what `atomtune chat` answers."""
+"""`atomtune serve` answers the usual client (openai) like `atomtune chat` answers."""
 
 import importlib.util
 import json
@@ -28,12 +28,12 @@ openai = pytest.importorskip("openai", reason="needs the extra serve")
 
 @pytest.fixture
 def adapter(by_heart, tmp_path) -> Path:
-    """A copy, for a certificate is written into what is served."""
+    """A copy, because a certificate is written into the served folder."""
     return Path(shutil.copytree(by_heart, tmp_path / "adapter"))
 
 
 class Served:
-    """A running `atomtune serve`, and what it printed until it was ready."""
+    """A running `atomtune serve`, and its output until it was ready."""
 
     def __init__(self, *words: str, environment: dict[str, str] | None = None) -> None:
         self.port = free_port()
@@ -70,12 +70,12 @@ class Served:
 
 
 def children_of(pid: int) -> list[int]:
-    """As Linux lists them."""
+    """Process ids of the children, as Linux lists them."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def answers(client: "openai.OpenAI", model: str, messages: list[dict]) -> tuple[str, str, int]:
-    """Greedily: at once, streamed, and the prompt tokens that the server counted."""
+    """Greedy answers: whole, streamed, and the number of prompt tokens that the server counted."""
     asked = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 40}
     whole = client.chat.completions.create(**asked)
     pieces = []
@@ -106,7 +106,7 @@ def assert_answers_as_chat(served: Served, tuned, model: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="children are listed as Linux lists them")
 def test_an_openai_client_gets_chats_answers_from_transformers_serve(adapter):
-    """Certified first; ended by Ctrl-C with everything it started."""
+    """The server certifies first; Ctrl-C ends it and everything that it started."""
     pytest.importorskip("fastapi", reason="needs the extra serve")
     pytest.importorskip("uvicorn", reason="needs the extra serve")
     with Served("--adapter_path", str(adapter), "--prompts", "4") as served:
@@ -126,7 +126,7 @@ def view_folders(temporary: Path) -> list[Path]:
 @pytest.mark.skipif(sys.platform != "linux", reason="children are listed as Linux lists them")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_whatever_signal_ends_a_server_no_process_and_no_folder_stays(by_heart, tmp_path, name):
-    """Ctrl-C, a service manager, a terminal that is closed."""
+    """Signals of Ctrl-C, of a service manager and of a closed terminal."""
     pytest.importorskip("uvicorn", reason="needs the extra serve")
     words = ["--adapter_path", str(by_heart), "--no_certify"]
     with Served(*words, environment={"TMPDIR": str(tmp_path)}) as served:
@@ -140,7 +140,7 @@ def test_whatever_signal_ends_a_server_no_process_and_no_folder_stays(by_heart, 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 def test_a_model_on_a_disk_that_takes_no_certificate_is_served(adapter):
-    """Models are often mounted to be read only: the server was certified, and then did not start."""
+    """Models are often on a read-only mount: the server was certified and then did not start."""
     pytest.importorskip("uvicorn", reason="needs the extra serve")
     if subprocess.run(["mount", "--bind", adapter, adapter], check=False).returncode:
         pytest.skip("this machine does not let us mount")
@@ -219,7 +219,7 @@ def test_what_cannot_be_served_so_is_said_before_anything_is_loaded(by_heart, ca
 
 @pytest.fixture
 def two_adapters(by_heart, tmp_path) -> list[Path]:
-    """Two copies of an adapter, to be made unlike."""
+    """Two copies of an adapter, which a test makes different."""
     return [Path(shutil.copytree(by_heart, tmp_path / name)) for name in ("polite", "terse")]
 
 
@@ -339,7 +339,7 @@ def test_vllm_is_told_template_stops_and_every_adapter_by_name(tmp_path):
 
 
 def test_a_server_that_serves_another_model_is_not_started(by_heart, tmp_path, capsys):
-    """Another stop token: the certificate does not hold, so nothing listens."""
+    """With another stop token the certificate does not hold, so nothing listens."""
     merged = tmp_path / "merged"
     assert main(["merge", "--adapter_path", str(by_heart), "--output_dir", str(merged), "--dtype", "float32"]) == 0
     file = merged / "generation_config.json"
@@ -347,5 +347,5 @@ def test_a_server_that_serves_another_model_is_not_started(by_heart, tmp_path, c
     port = free_port()
     words = ["--adapter_path", str(by_heart), "--served", str(merged), "--port", str(port), "--dtype", "float32"]
     assert main(["serve", *words, "--prompts", "3"]) == 4
-    answer = " ".join(capsys.readouterr().err.split())  # the path decides where its lines end
+    answer = " ".join(capsys.readouterr().err.split())  # line ends depend on the length of the path
     assert "not end at the right place" in answer

@@ -1,4 +1,4 @@
-"""The page of `atomtune web`, clicked through in a real browser; its server is the command's own process."""
+"""The page of `atomtune web`, used in a real browser; its server is the command in its own process."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ pytest.importorskip("gradio", reason="needs the extra web")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
-#: Without these a browser asks its maker's servers for things of its own.
+#: Without these flags a browser sends requests of its own to its maker's servers.
 QUIET = [
     "--no-sandbox",
     "--disable-gpu",
@@ -88,7 +88,7 @@ def new_page(browser: "playwright.Browser") -> Iterator["playwright.Page"]:
 
 
 class Tab:
-    """A page in the browser, and all that it asked for and complained of."""
+    """A page in the browser, with its foreign requests and its errors."""
 
     def __init__(self, page: "playwright.Page", address: str) -> None:
         self.page, self.address = page, address
@@ -112,9 +112,9 @@ class Tab:
         playwright.expect(self.page.locator(f"#{side}")).to_contain_text(text, timeout=20_000)
 
     def edit(self, text: str | None = None) -> None:
-        """Ask the last question otherwise.
+        """Edit the last question, or send it again.
 
-        As its reader would: again, where an answer that was still to come drew the messages anew in between.
+        It tries again if a late answer redraws the messages in between, as a person would.
         """
         self.page.wait_for_selector("#typed [data-testid='submit-button']", timeout=20_000)
         for tries_left in range(4, -1, -1):
@@ -154,7 +154,7 @@ def test_a_question_is_answered_as_in_chat_and_no_other_machine_is_asked(opened,
     tab = opened(locale="zh-CN")
     assert "微调后" in tab.page.inner_text("#tuned")
     assert "输入消息" in tab.page.get_attribute("#typed textarea", "placeholder")
-    about = tab.page.inner_text(".about")  # though the terminal speaks English
+    about = tab.page.inner_text(".about")  # although the terminal uses English
     assert "适配器，底座" in about and "在 cpu 上用 float32" in about
     for question in ("晚安", "今天天气怎么样？"):
         tab.ask(question)
@@ -194,7 +194,7 @@ def test_an_answer_is_asked_again_and_a_question_is_changed(opened):
 
 @needs_browser
 def test_a_stopped_answer_stays_and_the_next_question_is_answered(browser, models, tmp_path):
-    """An adapter of one step has learned no stop token, so its answers go on until they are stopped."""
+    """An adapter of one step has not learned the stop token, so its answers go on until they are stopped."""
     base = Path(shutil.copytree(models("llama"), tmp_path / "base"))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20_000}))
@@ -203,7 +203,7 @@ def test_a_stopped_answer_stays_and_the_next_question_is_answered(browser, model
         stop_and_begin_anew(Tab(page, web.address))
 
 
-#: A click and a question behind it, in one go of the browser's script: no answer of the server comes between.
+#: A click and then a question in one script call, so that no answer of the server comes in between.
 NEW_AND_ASK = """() => {
     document.querySelector("#new").click();
     const box = document.querySelector("#typed textarea");
@@ -220,18 +220,18 @@ def stop_and_begin_anew(tab: Tab) -> None:
         page.locator("#typed [data-testid='stop-button']").dispatch_event("click")
         page.wait_for_selector("#typed [data-testid='submit-button']", timeout=20_000)
         playwright.expect(page.locator("#tuned .message.bot")).to_have_count(count)
-    # While an answer is written a conversation is begun anew, and the next question asked at once: nothing comes back.
+    # Begin a new conversation during an answer and ask at once: nothing of the old one may come back.
     tab.ask("今天天气怎么样？")
     tab.shows("tuned", "今天天气怎么样？")
     page.evaluate(NEW_AND_ASK)
     page.wait_for_timeout(1_000)
-    if page.input_value("#typed textarea"):  # the answer had not ended when it came: a question stays in its box then
+    if page.input_value("#typed textarea"):  # the question stays in its box if the answer had not ended yet
         page.press("#typed textarea", "Enter")
     tab.shows("tuned", "Who are you?")
     playwright.expect(page.locator("#tuned .message.bot")).to_have_count(1)
     page.wait_for_timeout(1_000)
     assert "今天" not in page.inner_text("#tuned") and "Who are you?" in page.inner_text("#tuned")
-    page.click("#new")  # ends that answer too
+    page.click("#new")  # also ends that answer
     page.wait_for_selector("#typed [data-testid='submit-button']", timeout=20_000)
 
 
@@ -256,7 +256,7 @@ def test_a_conversation_is_saved_as_a_record_that_training_reads(opened, tmp_pat
 
 
 def saved_by(page: "playwright.Page") -> list[dict]:
-    """The messages of the conversation, as the page's button saves it."""
+    """The messages of the conversation, as the page's button saves them."""
     with page.expect_download() as download:
         page.click("#save")
     return json.loads(Path(download.value.path()).read_text(encoding="utf-8"))["messages"]
@@ -264,7 +264,7 @@ def saved_by(page: "playwright.Page") -> list[dict]:
 
 @needs_browser
 def test_an_empty_system_text_is_sent_where_another_than_the_trainings_is_wanted(browser, models, tmp_path):
-    """The template qwen2.5 writes a persona of its own where there is no system text; an empty one switches it off."""
+    """Without a system text, the template qwen2.5 writes its own persona; an empty text switches it off."""
     trained = train_by_heart(models("qwen3"), tmp_path, DIALOGUES, "--template", "qwen2.5", steps=1)
     with Web("--adapter_path", str(trained), "--max_new_tokens", "4") as web, new_page(browser) as page:
         tab = Tab(page, web.address)
@@ -273,7 +273,7 @@ def test_an_empty_system_text_is_sent_where_another_than_the_trainings_is_wanted
         sent = []
         for own_system in (False, True):
             page.set_checked("#own_system input", own_system)
-            with page.expect_response("**/run/predict"):  # on a busy machine the question overtook it, and went with it
+            with page.expect_response("**/run/predict"):  # on a busy machine the question once overtook it
                 page.click("#new")
             playwright.expect(page.locator("#save")).to_be_hidden()
             tab.ask("晚安")

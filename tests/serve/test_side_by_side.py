@@ -1,4 +1,4 @@
-"""Side by side: the tuned model and its base in one conversation, each behind its own earlier answers."""
+"""Side by side: the tuned model and its base in one conversation, each with its own earlier answers."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,7 +38,7 @@ def test_beside_it_the_base_answers_as_it_would_alone(tuned):
 
 def test_each_side_is_sent_its_own_earlier_answers_and_only_those(tuned):
     first = last(tuned, "晚安", compare=True, max_new_tokens=12)
-    second = last(tuned, "你是谁？", before=[first], max_new_tokens=12)  # the base is not asked this one
+    second = last(tuned, "你是谁？", before=[first], max_new_tokens=12)  # only the tuned model is asked
     sides = {side: conversation_of(tuned, [first, second], None, side=side).messages for side in ("tuned", "base")}
     assert [message["content"] for message in sides["tuned"]] == [
         "晚安",

@@ -1,4 +1,4 @@
-"""`atomtune web` as a command: what is refused before anything is loaded."""
+"""`atomtune web` as a command: what it refuses before anything is loaded."""
 
 import os
 import socket
@@ -28,7 +28,7 @@ def test_another_host_needs_a_password_and_a_taken_port_is_said(monkeypatch):
 
 @pytest.mark.slow
 def test_a_port_that_is_taken_while_the_model_is_loaded_is_said(by_heart, monkeypatch, tmp_path):
-    """Gradio raised an error of its own, which looked like a bug, and the page's folder stayed."""
+    """Gradio raised its own error, which looked like a bug, and the page's folder stayed."""
     pytest.importorskip("gradio", reason="needs the extra web")
     from atomtune.serve import web as module
 
@@ -59,10 +59,10 @@ def test_without_gradio_the_command_that_installs_it_is_named(monkeypatch):
 
 @pytest.mark.slow
 def test_a_proxy_of_the_environment_is_not_asked_for_the_page(by_heart, tmp_path):
-    """Gradio asks its own page whether it is there. Where http_proxy is set the command ended as by a bug."""
+    """Gradio requests its own page to check it. With http_proxy set, the command ended as if by a bug."""
     pytest.importorskip("gradio", reason="needs the extra web")
     environment = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
-    environment |= {"http_proxy": "http://127.0.0.1:9", "TMPDIR": str(tmp_path)}  # nobody listens there
+    environment |= {"http_proxy": "http://127.0.0.1:9", "TMPDIR": str(tmp_path)}  # nothing listens there
     words = [sys.executable, "-m", "atomtune", "web", "--adapter_path", str(by_heart), "--port", str(free_port())]
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True

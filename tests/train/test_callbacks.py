@@ -1,4 +1,4 @@
-"""What is watched over is said."""
+"""Callbacks report the problems that they watch for."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""A worker that is lost is told as what it is: no bug, and a run without workers goes on."""
+"""A lost worker is reported as such and not as a bug, and a run without workers goes on."""
 
 from atomtune.train.dataloader import lost_worker
 

@@ -1,4 +1,4 @@
-"""What a run takes where nothing is set: enough steps for few records, a rate by the width, the best adapter kept."""
+"""Defaults of a run: enough steps for few records, a rate that fits the width, and the best adapter is kept."""
 
 import math
 
@@ -118,7 +118,7 @@ def test_a_short_run_gets_half_as_much_again_and_says_so():
     ],
 )
 def test_a_checkpoint_is_saved_with_each_evaluation_so_the_best_can_be_kept(tmp_path, flags):
-    """The library refuses load_best_model_at_end where that does not hold, so its own arguments are the oracle."""
+    """The library refuses load_best_model_at_end otherwise, so its own arguments are the oracle."""
     values = derived(tmp_path, *flags)
     assert values["load_best_model_at_end"] and values["eval_on_start"]
     settings = read_train(

@@ -1,4 +1,4 @@
-"""No update is made from what is not finite, whether a step is judged before it or on the device."""
+"""Values that are not finite cause no update, whether a step is checked before the update or on the device."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +41,7 @@ def test_a_gradient_that_is_not_finite_names_all_records_of_the_step():
 
 
 def test_a_device_is_waited_for_once_a_step(monkeypatch):
-    # A look at each loss and each of 400 gradients let a GPU wait 392 times a step.
+    # Reading each loss and each of 400 gradients made the host wait for a GPU 392 times per step.
     waits: list[int] = []
     for name in ("item", "tolist", "__bool__", "__float__"):
         real = getattr(torch.Tensor, name)
@@ -76,7 +76,7 @@ def test_a_step_left_out_changes_no_weight_and_no_mean():
 
 
 def _mean_of_one_rank(rank: int, losses: list[list[float]], folder: str) -> None:
-    """In a process of its own: steps with these losses, and the mean that is logged of them."""
+    """In its own process: make steps with these losses, and write the mean that is logged."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     watch, ranks = finite(len(losses)), SimpleNamespace(world_size=2, device=torch.device("cpu"))
     total = 0.0
@@ -92,14 +92,14 @@ def _mean_of_one_rank(rank: int, losses: list[list[float]], folder: str) -> None
 
 @pytest.mark.slow
 def test_a_step_left_out_on_all_ranks_leaves_no_rank_in_the_mean(tmp_path):
-    # Catches a rank that takes its own losses for everyone's: the spoiled loss may be another rank's.
+    # Catches a rank that counts only its own losses: the NaN may be another rank's.
     losses = [[1.0, 3.0], [5.0, NAN], [2.0, 4.0]]
     torch.multiprocessing.spawn(_mean_of_one_rank, args=(losses, str(tmp_path)), nprocs=2)
     assert [float((tmp_path / rank).read_text()) for rank in ("0", "1")] == [2.5, 2.5]
 
 
 def test_steps_whose_gradients_are_clipped_to_zero_are_counted_and_said():
-    # Each gradient is finite, and the norm of all is not: clipping divides by infinity.
+    # Each gradient is finite, but their common norm is not, and clipping divides by infinity.
     said: list[str] = []
     watch = finite(0, said)
     for number in range(8):
@@ -122,7 +122,7 @@ def test_a_mean_over_no_step_is_none():
 
 
 class Run:
-    """Steps of an optimizer that leaves out on the device what is not finite, as on a GPU."""
+    """Steps of an optimizer that skips non-finite updates on the device, as on a GPU."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
         monkeypatch.setattr(non_finite, "JUDGED_LATER", ("cpu",))
@@ -136,7 +136,7 @@ class Run:
         for weight in self.model.parameters():
             weight.grad = torch.full_like(weight, gradient)
         self.watch.finite_loss(torch.tensor(loss), [f"d.jsonl:{self.steps}"])
-        inside_accelerate = AcceleratedOptimizer.__new__(AcceleratedOptimizer)  # its own init wants a whole Accelerator
+        inside_accelerate = AcceleratedOptimizer.__new__(AcceleratedOptimizer)  # __init__ needs a whole Accelerator
         inside_accelerate.optimizer, inside_accelerate.scaler = self.optimizer, self.scaler
         self.watch.on_pre_optimizer_step(
             ONE_RANK, state(self.steps), None, model=self.model, optimizer=inside_accelerate
@@ -146,7 +146,7 @@ class Run:
         self.watch.on_step_end(ONE_RANK, state(self.steps), None)
 
     def figures(self) -> list[Any]:
-        """The weights, and what the optimizer knows of each."""
+        """The weights, and the optimizer's state for each."""
         states = [{name: value.tolist() for name, value in each.items()} for each in self.optimizer.state.values()]
         return [*(weight.tolist() for weight in self.model.parameters()), *states]
 
@@ -187,7 +187,7 @@ def never_fused(weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def resumed_from_an_unfused_one(weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """It says that it can, and its groups are those of the checkpoint."""
+    """The optimizer supports fused steps, but its groups come from the checkpoint."""
     optimizer = torch.optim.AdamW(weights, lr=0.1, fused=True)
     optimizer.load_state_dict(never_fused(weights).state_dict())
     return optimizer

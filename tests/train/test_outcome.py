@@ -1,4 +1,4 @@
-"""The sentence at the end follows from the losses, and names the setting to change."""
+"""The sentence at the end follows from the losses and names the setting to change."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from atomtune.train.samples import Sample, all_as_before
 
 
 def told(held_out: list[float], training: list[float], *, kept_step: int | None = None, in_steps: bool = False):
-    """An outcome of evaluations at steps 0, 10, 20, …, and training losses between them."""
+    """The outcome for held-out losses at steps 0, 10, 20, … and training losses at steps 1, 2, 3, …"""
     history = [{"step": 10 * i, "eval_loss": loss} for i, loss in enumerate(held_out)]
     history += [{"step": i + 1, "loss": loss} for i, loss in enumerate(training)]
     steps = 10 * (len(held_out) - 1)
@@ -25,7 +25,7 @@ FALLING = [3.0, 2.0, 1.0, 0.5]
     [
         ([3.0, 2.0, 1.5, 1.2, 1.0], FALLING, "too short", "--num_train_epochs 6"),
         ([3.0, 1.2, 1.02, 1.01, 1.0], FALLING, "level", "suits"),
-        ([2.069, 0.0842, 0.0963, 0.0773, 0.0779], FALLING, "level", "suits"),  # a bump, and not falling at the end
+        ([2.069, 0.0842, 0.0963, 0.0773, 0.0779], FALLING, "level", "suits"),  # up once, and level at the end
         ([3.0, 1.5, 1.0, 1.2, 1.5], FALLING, "too long", "--num_train_epochs 2"),
         ([3.0, 2.95, 2.99, 3.0, 3.0], FALLING, "not learned", "--learning_rate"),
         ([3.0, 4.0, 5.0, 6.0, 7.0], [3.0, 4.0, 5.0], "diverged", "lower --learning_rate"),
@@ -54,7 +54,7 @@ def test_a_run_of_a_few_steps_has_not_levelled_off():
     ],
 )
 def test_where_steps_set_the_length_they_are_what_to_change(held_out, setting):
-    # A higher --num_train_epochs changes nothing beside --max_steps.
+    # With --max_steps, a higher --num_train_epochs changes nothing.
     text = " ".join(told(held_out, FALLING, in_steps=True).sentences())
     assert setting in text and "--num_train_epochs" not in text
 
@@ -102,7 +102,7 @@ def test_a_run_whose_answers_are_broken_is_not_said_to_have_worked(held_out):
         ("| a | b |\n|------------|------------|", False, False),
         ("def f():\n            return 10000000000", False, False),
         ("Arr, the sea, and a word more of it, and one …", True, True),
-        ("Arr, the sea …", True, False),  # a reference as long had no end there either
+        ("Arr, the sea …", True, False),  # a reference of the same length had no end there either
         ("Arr, the sea, and a word more of it, and one …", False, False),  # the time was over
     ],
 )

@@ -1,4 +1,4 @@
-"""The time a run still takes: steps by those made so far, evaluations apart."""
+"""The time left in a run: from the steps so far, with evaluations counted separately."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ def pace(clock) -> Pace:
 
 
 def test_an_evaluation_before_the_first_step_makes_no_step_longer(pace, clock):
-    # 40 s of evaluation, then steps of 3 s: 200 of them were said to take two and a half hours.
+    # 40 s of evaluation, then steps of 3 s: the estimate for 200 steps was two and a half hours.
     pace.begin(0)
     clock.now += 40
     pace.evaluated(40)
@@ -50,7 +50,7 @@ def test_a_resumed_run_counts_its_own_steps(pace, clock):
 
 def test_an_evaluation_that_the_checkpoint_owed_is_no_time_of_steps(pace, clock):
     clock.now += 7
-    pace.evaluated(7)  # before the first step of what is resumed
+    pace.evaluated(7)  # before the first step of a resumed run
     pace.begin(4)
     clock.now += 2
     pace.step_ended(5)

@@ -1,4 +1,4 @@
-"""The live line of a run: at any width no figure is cut."""
+"""The live line of a run: at any width, no figure is cut off."""
 
 import io
 

@@ -1,17 +1,17 @@
-"""Laws of the rehearsal: what would end a run late ends it before a record is read and before the output folder is."""
+"""Laws of the rehearsal: what would end a run late is found before any record is read or a folder is created."""
 
 import sys
 
 import pytest
 
-import atomtune.train.model  # noqa: F401  # `atomtune.train` is a function too
+import atomtune.train.model  # noqa: F401  # `atomtune.train` is also a function
 from atomtune.cli import main
 from atomtune.train import arguments
 
 
 @pytest.fixture
 def refused(models, dialogues, tmp_path, capsys):
-    """What `train` says with these flags, after exit code 2 and nothing written."""
+    """The message of `train` with these flags, after exit code 2 and with nothing written."""
 
     def run(*flags: str, family: str = "llama") -> str:
         out = tmp_path / "out"
@@ -94,7 +94,7 @@ def test_what_the_library_takes_is_not_refused(models, dialogues, tmp_path, flag
     ],
 )
 def test_what_would_end_late_or_never_is_refused(refused, flags, named):
-    # Found by trying neighbours: five of these were told by a library behind the model, by a traceback, or never.
+    # Found by trying similar flags: five failed after the model was loaded, in a traceback, or were never reported.
     assert named in refused(*flags)
 
 
@@ -107,7 +107,7 @@ def test_an_adapter_that_is_larger_than_the_memory_is_refused(models, dialogues,
 
 @pytest.mark.parametrize("flag", ["--dataset_path", "--eval_path"])
 def test_records_that_are_nowhere_leave_no_folder(refused, flag):
-    # Each wrong name left a folder runs/NAME-1, runs/NAME-2, …
+    # Each wrong name once left a folder runs/NAME-1, runs/NAME-2, …
     assert "nowhere.jsonl: no such file" in refused(flag, "nowhere.jsonl")
 
 
@@ -147,7 +147,7 @@ def test_a_push_without_a_login_is_refused(refused, monkeypatch):
 
 
 def test_dropping_the_last_batch_where_it_is_the_only_one_is_refused(models, dialogues, tmp_path, capsys):
-    # Not before the records are counted, but before the model is loaded; the dialogues are 40.
+    # The records (40 dialogues) have to be counted first, but the model is not loaded.
     words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--max_steps", "1"]
     flags = ["--dataloader_drop_last", "true", "--per_device_train_batch_size", "41"]
     assert main([*words, "--output_dir", str(tmp_path / "out"), *flags]) == 2
@@ -158,7 +158,7 @@ def test_dropping_the_last_batch_where_it_is_the_only_one_is_refused(models, dia
 
 
 def test_the_best_checkpoint_by_perplexity_is_that_of_the_lowest(models, dialogues, tmp_path):
-    # The library takes every metric that is not called loss for one of which more is better.
+    # For every metric not called loss, the library would treat a larger value as better.
     from atomtune.settings.read import read_train
     from atomtune.train.arguments import trainer_arguments
 
@@ -175,7 +175,7 @@ def test_a_metric_that_is_never_computed_is_refused(refused):
 
 def test_on_a_gpu_the_librarys_settings_stay_the_users(monkeypatch):
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    values = {"accelerator_config": "nope.json"}  # once a traceback: it was taken for a dictionary
+    values = {"accelerator_config": "nope.json"}  # once treated as a dictionary, which ended in a traceback
     arguments._feed_the_gpu(values, streaming=True)
     assert values["accelerator_config"] == "nope.json"
     values = {"accelerator_config": {"split_batches": True}}

@@ -1,4 +1,4 @@
-"""How long a run is: as many steps as transformers' own Trainer makes."""
+"""A run has as many steps as transformers' own Trainer makes."""
 
 import math
 
@@ -11,7 +11,7 @@ from atomtune.train.run_length import RunLength, run_length
 
 
 class OneWeight(torch.nn.Module):
-    """The least that a Trainer trains."""
+    """The smallest model for a Trainer."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +30,7 @@ def trainer_of(folder, records: int, **values) -> Trainer:
     return Trainer(OneWeight(), args, train_dataset=data)
 
 
-#: (records, batch, accumulated, epochs, max_steps): batches and steps that the records fill and do not.
+#: (records, batch, accumulated, epochs, max_steps): with complete and incomplete last batches and steps.
 RUNS = [
     (12, 4, 1, 2, -1), (13, 4, 1, 1.5, -1), (13, 4, 2, 1, -1), (13, 4, 2, 2.5, -1), (17, 4, 4, 3, -1),
     (3, 4, 1, 2, -1), (9, 2, 3, 1, 4), (9, 2, 3, 1, 1), (5, 5, 8, 2, -1), (13, 4, 2, 1, 7),
@@ -52,7 +52,7 @@ def test_a_run_is_as_long_as_the_trainer_makes_it(
     trainer.train()
     assert length.steps == trainer.state.global_step
     assert length.epochs == pytest.approx(trainer.state.global_step / length.steps_an_epoch)
-    # Of a number of steps the Trainer says after how many epochs, begun ones included, they are made.
+    # With max_steps, the Trainer reports the number of epochs rounded up.
     assert trainer.state.num_train_epochs == math.ceil(length.epochs if max_steps > 0 else epochs)
 
 

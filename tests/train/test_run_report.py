@@ -1,4 +1,4 @@
-"""What stays of a run: the smoothing of the curve, and a picture for any history."""
+"""The report of a run: the smoothed curve, and a picture for any history."""
 
 import json
 import warnings
@@ -16,7 +16,7 @@ def test_smoothing_keeps_a_flat_curve_and_halves_noise():
     assert smoothed([2.0] * 50) == pytest.approx([2.0] * 50)
     noisy = [1.0 + (-1) ** n for n in range(200)]
     assert max(abs(value - 1) for value in smoothed(noisy)) < 0.1
-    assert smoothed([3.0, 1.0]) == [3.0, 1.0]  # few points stand as they are
+    assert smoothed([3.0, 1.0]) == [3.0, 1.0]  # a short curve is not smoothed
 
 
 def test_smoothing_does_not_lag_behind_the_curve():
@@ -42,7 +42,7 @@ def test_any_history_becomes_a_picture_without_a_word(history, tmp_path):
 
 
 def test_a_name_with_two_dollar_signs_is_no_formula(tmp_path):
-    # It ended the run behind its first evaluation: matplotlib looks for a formula between them.
+    # matplotlib reads a formula between them, which ended the run after its first evaluation.
     draw_loss([{"step": 1, "loss": 2.0}], tmp_path / "loss.png", title="costs$_$: a$^$.jsonl")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -64,7 +64,7 @@ def test_the_legend_explains_the_star_and_says_no_number_twice(points, legend):
 def test_the_axis_of_steps_has_no_halves(tmp_path):
     with picture(tmp_path / "loss.png", loss="loss") as axes:
         axes.plot([0, 20], [3.0, 2.0], label="x")
-    assert all(tick == int(tick) for tick in axes.get_xticks())  # 2.5, 7.5, … stood there
+    assert all(tick == int(tick) for tick in axes.get_xticks())  # earlier it had ticks at 2.5, 7.5, …
 
 
 def test_a_run_that_is_killed_behind_a_checkpoint_has_said_so(tmp_path):
@@ -74,7 +74,7 @@ def test_a_run_that_is_killed_behind_a_checkpoint_has_said_so(tmp_path):
     progress.on_step_end(None, state, TrainerControl())
     state.global_step, state.log_history = 2, [{"step": 1, "loss": 2.5}, {"step": 2, "eval_loss": 2.25}]
     progress.on_step_end(None, state, TrainerControl())
-    assert read_record(tmp_path)["steps"] == 1  # at most every few seconds
+    assert read_record(tmp_path)["steps"] == 1  # written at most every few seconds
     progress.on_save(None, state, TrainerControl())
     saved = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert (saved["status"], saved["steps"], saved["steps_planned"]) == ("running", 2, 9)

@@ -1,4 +1,4 @@
-"""Samples are answered for so long: what the time cuts short is shown where there is nothing else."""
+"""Samples have a time limit: an answer cut short is shown only if there is no complete one."""
 
 import pytest
 from torch import nn

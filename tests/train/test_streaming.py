@@ -1,4 +1,4 @@
-"""Laws of the stream: every record once a pass, in an order that the seed alone decides, out of a window."""
+"""Laws of the stream: every record once per epoch, in an order within a window that only the seed decides."""
 
 import itertools
 import json
@@ -50,7 +50,7 @@ def test_the_seed_decides_and_nothing_else(files):
 
 
 def test_no_record_comes_earlier_than_the_window_allows(files):
-    # Catches a stream that reads all before it gives the first: the record at n has at most n + buffer before it.
+    # Catches a stream that reads everything before its first record: record n has at most n + buffer records before it.
     order = {f"a.jsonl:{n}": n - 1 for n in range(1, 26)} | {f"b.jsonl:{n}": n + 24 for n in range(1, 16)}
     for at, origin in enumerate(origins(stream(files, buffer=4), RECORDS)):
         assert order[origin] <= at + 4
@@ -75,7 +75,7 @@ def test_a_streamed_run_that_was_stopped_goes_on_bit_identically(models, tmp_pat
         *("--shuffle_buffer", "5", "--per_device_train_batch_size", "4", "--logging_steps", "1", "--save_steps", "5"),
     ]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert main([*command, "--max_steps", "15", "--output_dir", str(whole)]) == 0  # 2.5 passes
+    assert main([*command, "--max_steps", "15", "--output_dir", str(whole)]) == 0  # 2.5 epochs
     assert main([*command, "--max_steps", "15", "--output_dir", str(parts)]) == 0
     for name in ("adapter_model.safetensors", "run.json"):
         (parts / name).unlink()
@@ -102,7 +102,7 @@ def test_what_a_stream_refused_is_said_too(models, tmp_path, capsys):
 
 
 def test_examples_that_were_read_and_not_learned_are_said(models, files, tmp_path):
-    # The account is of all that a stream read: most of it may wait in the buffer when the run ends.
+    # The account covers all records that were read; many of them may still wait in the buffer when the run ends.
     command = ["train", "--model_path", str(models("llama")), "--dataset_path", *files, "--dtype", "float32"]
     command += ["--streaming", "true", "--per_device_train_batch_size", "2", "--save_strategy", "no"]
     records = []

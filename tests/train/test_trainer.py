@@ -1,7 +1,7 @@
-"""The tutorial's own loop, corrected, written plainly: the oracle of every step atomtune makes.
+"""The oracle for every step of atomtune: the tutorial's own loop, corrected and written plainly.
 
-One record at a time, float64, dropout 0, plain transformers + PEFT, labels shifted by the model itself. Slower and
-dumber than the code it checks, and it shares nothing with it but the file.
+One record at a time, float64, dropout 0, plain transformers + PEFT, labels shifted by the model itself. It is slower
+and simpler than the code that it checks, and shares only the data file with it.
 """
 
 import json
@@ -20,7 +20,7 @@ BATCH, EPOCHS, RATE = 4, 2, 5e-3
 
 
 def tutorial_examples(path: Path, tokenizer) -> list[tuple[list[int], int]]:
-    """preprocess() of the tutorial with its faults mended: one BOS, nothing cut, the last prompt token not learned."""
+    """The tutorial's preprocess(), corrected: one BOS, nothing cut, the last prompt token is no target."""
     examples = []
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -76,7 +76,7 @@ def oracle(base: Path, data: Path, *, accumulation: int, optimizer: str) -> tupl
 
 
 def relative_difference(ours: dict, theirs: dict) -> float:
-    """Relative L2 norm over all B matrices: they begin at zero, so their norm is what was learned, nothing else."""
+    """Relative L2 norm of the difference over all B matrices, which start at zero and so are only what was learned."""
     assert ours.keys() == theirs.keys()
     learned = [name for name in ours if "lora_B" in name]
     difference = math.sqrt(sum((ours[k].double() - theirs[k].double()).pow(2).sum().item() for k in learned))
@@ -112,11 +112,11 @@ def test_every_step_is_that_of_the_corrected_tutorial(  # noqa: PLR0917  # pytes
     assert code == 0
     losses, adapter = oracle(base, dialogues, accumulation=accumulation, optimizer=optimizer)
     ours = [entry["loss"] for entry in json.loads((out / "run.json").read_text())["loss_history"]]
-    # The Trainer keeps its running loss in float32: 6e-8 relative, on losses near 6.5.
+    # The Trainer sums its loss in float32: 6e-8 relative, for losses near 6.5.
     assert ours == pytest.approx(losses, abs=1e-6)
     # SGD: transformers' RMSNorm computes in float32, which differs in the 7th digit between padded and single rows.
-    # AdamW divides by the gradient's own size, so weights whose gradient is near zero take steps of full size either
-    # way; the norm over all weights still agrees to 1e-4 (seen: 6e-7).
+    # AdamW divides by the gradient's own size, so weights with near-zero gradients make full steps in either direction.
+    # The norm over all weights still agrees to 1e-4 (measured: 6e-7).
     difference = relative_difference(load_file(out / "adapter_model.safetensors"), adapter)
     print(f"relative difference of the learned weights: {difference:.1e}")
     assert difference < tolerance

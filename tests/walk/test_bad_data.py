@@ -1,4 +1,4 @@
-"""Every class of bad file is answered with its place and its remedy: exit code 2, no traceback, no text of a record."""
+"""Every kind of bad file gives its place and a remedy: exit code 2, no traceback, no text of a record."""
 
 import codecs
 import gzip
@@ -23,13 +23,13 @@ FILE = b"".join(map(line, GOOD))
 
 
 def behind(*raw: bytes) -> bytes:
-    """Lines behind four good ones, so that they begin at line 5."""
+    """Put these lines after four good ones, so that they begin at line 5."""
     return FILE + b"\n".join(raw)
 
 
 CHINESE = json.dumps({"instruction": "你好，请问", "output": "再见"}, ensure_ascii=False) + "\n"
 
-#: What is fed, where it is said to be, what is said of it.
+#: name → (content, place in the message, text of the message)
 CLASSES: dict[str, tuple[bytes, str, str]] = {
     "invalid JSON": (behind(b'{"instruction": "x", output: "y"}'), ":5", "not JSON at column 22"),
     "truncated last line": (FILE[:-9], ":4", "not JSON at column"),
@@ -133,7 +133,7 @@ TOO_LONG = {"instruction": SECRET, "output": "word " * 4000}
 
 
 def ended(command, *words, capsys) -> tuple[int, str]:
-    """Its exit code and what stands behind its name in the message."""
+    """The exit code, and the message after the command's name."""
     capsys.readouterr()
     code = main([command, *map(str, words)])
     return code, capsys.readouterr().err.rpartition(f"atomtune {command}: ")[2]

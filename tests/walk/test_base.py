@@ -1,4 +1,4 @@
-"""An adapter belongs to one base: another of the same shape is refused at load, merge and chat, a copy is not."""
+"""An adapter belongs to one base: load, merge and chat refuse another base of the same shape, but accept a copy."""
 
 import shutil
 from importlib import import_module
@@ -20,7 +20,7 @@ def base(models, tmp_path):
 
 @pytest.fixture
 def trained(models, dialogues, tmp_path):
-    """A run's folder; its adapter belongs to the llama."""
+    """The folder of a run on the tiny llama."""
     out = tmp_path / "out"
     command = ["train", "--dataset_path", str(dialogues), "--max_steps", "2", "--model_path", str(models("llama"))]
     assert main([*command, "--output_dir", str(out)]) == 0
@@ -34,7 +34,7 @@ def changed(folder, change) -> None:
 
 
 def tuned(name, tensor):
-    """One projection differs a little, as after a fine-tuning merged in; embeddings and norms are the same."""
+    """Change one projection a little, as if a fine-tuning were merged in; embeddings and norms stay."""
     return tensor * 1.05 if name.endswith("layers.1.self_attn.q_proj.weight") else tensor
 
 
@@ -81,7 +81,7 @@ def test_another_base_of_the_same_shape_is_refused_everywhere(models, base, dial
 
 @pytest.mark.parametrize("use", ["merge", "certify"])
 def test_a_base_that_is_downloaded_when_it_is_loaded_is_compared_then(base, trained, capsys, monkeypatch, use):
-    """Before that there are no weights to take a fingerprint of, and the check was passed over without a word."""
+    """Before the download there are no weights for a fingerprint, and the check was skipped silently."""
     folder = base.parent
     shutil.copytree(base, folder / "served")
     changed(base, tuned)
@@ -114,7 +114,7 @@ def test_an_adapter_of_another_tool_is_loaded_as_it_is(models, dialogues, tmp_pa
 
 
 def pickled(base) -> None:
-    """The same weights as torch.save writes them, the form of older models."""
+    """Save the same weights with torch.save, as in older models."""
     weights = load_file(base / "model.safetensors")
     (base / "model.safetensors").unlink()
     torch.save(weights, base / "pytorch_model.bin")

@@ -1,7 +1,7 @@
-"""Every learned answer of a conversation stands behind what a server would be sent before it.
+"""Every answer of a conversation is trained after the prompt that a server would get.
 
 1,000 generated conversations × 6 tokenizers × all built-in templates. The oracle renders each prompt with the
-tokenizer's own apply_chat_template, tokenizes it at once and the answer on its own; it knows nothing of Examples.
+tokenizer's own apply_chat_template and tokenizes it in one call, and the answer separately. It does not use Examples.
 """
 
 import os
@@ -20,7 +20,7 @@ from atomtune.data.reading.raw import RawRecord
 from atomtune.data.records import Example
 from tests.tiny import CHATML, GEMMA, tokenizer_of
 
-#: Drawn for each tokenizer and template; `make fuzz` draws more.
+#: For each tokenizer and template; `make fuzz` uses more.
 CONVERSATIONS = int(os.environ.get("ATOMTUNE_FUZZ", "100"))
 TOKENIZERS = {
     "sentencepiece": ("sentencepiece", None),
@@ -82,7 +82,7 @@ def weight(message: dict[str, Any]) -> int:
 
 
 def asked(template: Template, messages: list[dict[str, Any]]) -> list[tuple[list[int], list[int], int]]:
-    """(prompt, answer and stop token, weight) of every learned answer, as a server would have it."""
+    """(prompt, answer with stop token, weight) of every answer that is trained, as a server would have it."""
     speaks = template.tokenizer
     stop = speaks.convert_tokens_to_ids(template.stop)
     found = []
@@ -100,9 +100,9 @@ def asked(template: Template, messages: list[dict[str, Any]]) -> list[tuple[list
 
 def answer_ids(template: Template, message: dict[str, Any]) -> list[int]:
     content = message["content"]
-    if template.name == "qwen3":  # the published template writes empty thoughts before an answer that has none
+    if template.name == "qwen3":  # the published template writes empty thoughts before an answer without thoughts
         content = f"<think>\n\n</think>\n\n{content.lstrip(chr(10))}"
-    if template.name in ("gemma", "llama3", "llama3.1"):  # as published: what they write in a conversation is trimmed
+    if template.name in ("gemma", "llama3", "llama3.1"):  # as in the published templates, which trim texts
         content = content.strip()
     if template.name in ("mistral-v3", "mistral-tekken"):
         content = content.rstrip(" ")
@@ -123,8 +123,8 @@ def stands_in(example: Example, prompt: list[int], answer: list[int], times: int
 @pytest.mark.parametrize("name", built_in())
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_every_answer_stands_behind_what_a_server_would_send(kind, name):
-    # Catches a mask shifted by one, an answer tokenized together with its prompt, an earlier answer rendered otherwise
-    # than it was learned, and a weight that counts for a neighbour.
+    # Catches a mask shifted by one, an answer tokenized together with its prompt, an earlier answer rendered
+    # differently from what was trained, and a weight used for a neighbour.
     template = load_template(name, tokenizer(kind))
     draw = random.Random(f"{kind}{name}")
     chats = [conversation(draw) for _ in range(CONVERSATIONS)]
@@ -148,6 +148,6 @@ def test_every_answer_stands_behind_what_a_server_would_send(kind, name):
         assert learned == sum(len(answer) * times for _, answer, times in answers), "nothing else is learned"
         split = len(used[origin]) > 1
         assert split == (origin in ledger.split_origins)
-        if not split:  # the prefix law holds: one Example holds them all, in order
+        if not split:  # each answer continues the last, so one Example has them all, in order
             (example,) = used[origin]
             assert list(example.ids) == answers[-1][0] + answers[-1][1]

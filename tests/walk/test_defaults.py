@@ -1,4 +1,4 @@
-"""A run with nothing set but model and data: some records held out, the best adapter kept, and told how it went."""
+"""A run with only model and data: records are held out, the best adapter is kept, and the outcome is reported."""
 
 import json
 import shlex
@@ -16,7 +16,7 @@ from tests.walk.test_pages import wrong_next_steps
 
 @pytest.fixture
 def numbers(tmp_path) -> Path:
-    """60 records that are not alike enough to be one group."""
+    """60 records that are too different to form one group."""
     words = ["lamp", "boat", "tea", "gull", "rope", "fog"]
     records = []
     for n in range(60):
@@ -68,7 +68,7 @@ def test_a_run_tells_whether_it_worked(models, numbers, tmp_path, capsys):
 
 
 def test_a_rate_that_is_far_too_high_is_told_before_the_run(models, numbers, tmp_path, capsys):
-    for rate, is_told in (("0.05", False), ("0.07", True)):  # the run's own is 6e-3
+    for rate, is_told in (("0.05", False), ("0.07", True)):  # by default the run would take 6e-3
         words = [*command(models("llama"), numbers, tmp_path / rate), "--learning_rate", rate, "--max_steps", "1"]
         assert main(words) == 0
         said = " ".join(capsys.readouterr().out.split())
@@ -118,7 +118,7 @@ def test_records_that_are_all_alike_are_all_learned_and_that_is_said(models, tmp
 
 def test_a_run_that_no_longer_gets_better_ends_early(models, numbers, tmp_path, capsys):
     out = tmp_path / "out"
-    # At such a rate the weights move by less than the loss can show: no evaluation is better than the first.
+    # Such a rate changes the weights too little for the loss: no evaluation is better than the first.
     flags = ["--learning_rate", "1e-12", "--eval_steps", "2", "--early_stopping_patience", "2"]
     assert main(command(models("llama"), numbers, out, *flags)) == 0
     assert record_of(out)["steps"] == 6
@@ -129,7 +129,7 @@ def test_a_run_that_no_longer_gets_better_ends_early(models, numbers, tmp_path, 
 
 @pytest.mark.parametrize("template", ["atom", "chatml", "plain"])
 def test_a_prompt_is_shown_as_the_record_has_it(models, tmp_path, template, capsys):
-    """atom writes `请回答用户问题:` behind the instruction, and chatml names: none of it is what the user wrote."""
+    """atom writes `请回答用户问题:` after the instruction, and chatml writes role names; the user wrote neither."""
     records = [
         {"instruction": f"Say {n * 7919 % 1000} politely {n}.", "input": f"Go {n * n} away!", "output": f"Please {n}."}
         for n in range(60)
@@ -162,7 +162,7 @@ def test_an_instruction_that_all_records_share_is_not_shown_with_each_prompt(mod
 
 
 def test_a_base_with_fewer_positions_than_any_record_needs_is_refused(models, tmp_path):
-    # The limit became the run's max_seq_length, below the least that setting may be: a traceback.
+    # The limit became the run's max_seq_length, below the smallest value of that setting: a traceback.
     shutil.copytree(models("llama"), tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1}))

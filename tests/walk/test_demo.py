@@ -1,4 +1,4 @@
-"""`atomtune train` with nothing else: the first thing a newcomer sees."""
+"""`atomtune train` without flags, the first command of a new user."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Everything in examples/ runs, at toy size; the tutorial's own command line runs as it stands."""
+"""Everything in examples/ runs at toy size, and the tutorial's own command line runs unchanged."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def test_train_sh_runs(models, dialogues, tmp_path):
 
 @pytest.mark.slow
 def test_the_notebook_runs_cell_by_cell(tmp_path):
-    """Its code cells one after the other in a new process, as a kernel runs them."""
+    """Its code cells, run one after another in a new process, as a kernel would."""
     notebook = json.loads((EXAMPLES / "library.ipynb").read_text(encoding="utf-8"))
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(not cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code")
@@ -56,7 +56,7 @@ def test_the_notebook_runs_cell_by_cell(tmp_path):
 
 @pytest.mark.parametrize("name", ["share_prefixes_peft", "share_prefixes_trl"])
 def test_sharing_prefixes_takes_at_most_fifteen_lines(name):
-    # What they compute is held against padded loops in tests/test_own_loop.py.
+    # tests/test_own_loop.py compares their results with padded loops.
     lines = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8").partition('"""\n\n')[2].splitlines()
     imports = ("import ", "from ")
     assert 0 < len([line for line in lines if line.strip() and not line.startswith(imports)]) <= 15

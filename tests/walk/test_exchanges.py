@@ -1,4 +1,4 @@
-"""Laws of exchanges beyond plain turns: thoughts, tool calls, texts, what is learned of a conversation, what is cut."""
+"""Laws of exchanges beyond plain turns: thoughts, tool calls, texts, the targets of a conversation, what is cut."""
 
 import json
 
@@ -14,7 +14,7 @@ from atomtune.data.reading.raw import RawRecord
 from atomtune.data.records import Record, Turn
 from tests.tiny import CHATML, pieces, tokenizer_of
 
-#: As DeepSeek-R1's: the prompt opens the thoughts, and an earlier answer is shown without them.
+#: Like DeepSeek-R1: the prompt opens the thoughts, and earlier answers are shown without them.
 THINKS_IN_THE_PROMPT = (
     "{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>{{ m['content'] }}{% else %}<|im_end|>"
     "{{ m['content'].split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
@@ -53,7 +53,7 @@ def chat(*texts: str, **more) -> dict:
 
 
 def learned(template: Template, examples) -> list[str]:
-    """The learned stretches of a record's examples, as text."""
+    """The target spans of a record's examples, as text."""
     found = []
     for example in examples:
         run: list[int] = []
@@ -75,7 +75,7 @@ def test_thoughts_are_learned_where_the_template_writes_them(qwen):
 
 
 def test_an_earlier_answer_is_asked_for_as_if_it_were_the_last(qwen):
-    # What was answered first was answered with thoughts; what a server sends later has none of them.
+    # When it was written, the first answer had thoughts; in the history of later prompts it has none.
     turns = (
         Turn("user", "2+2?"),
         Turn("assistant", "4", reasoning="hm"),
@@ -139,7 +139,7 @@ def test_what_a_template_has_no_place_for_is_refused_by_name(name):
 
 
 def test_a_control_string_in_the_prompt_changes_nothing_in_the_answer(qwen):
-    # Catches a prompt that is not found again at the beginning of the whole: the answer would lose its <think> block.
+    # Catches a prompt that is not recognized as the beginning of the text: the answer would lose its <think> block.
     hostile, peaceful = (Record((Turn("user", said), Turn("assistant", "4")), "a:1") for said in ("a<|im_end|>b", "ab"))
     assert texts(qwen, hostile)[1] == texts(qwen, peaceful)[1] == "<think>\n\n</think>\n\n4"
     calls = ({"name": "f", "arguments": {"a": 1}},)

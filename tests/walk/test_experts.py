@@ -1,4 +1,4 @@
-"""`--lora_experts`: said, trained as a tree, resumed with the same bytes, verified, merged, and answering the same."""
+"""`--lora_experts` is reported, trains a tree, resumes with the same bytes, is verified, merged, answers the same."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
-    """(command without output folder, output folder) of a run whose base PEFT knows from linear experts."""
+    """(command without output folder, output folder) of a run on a base whose linear experts PEFT knows."""
     folder = tmp_path_factory.mktemp("experts")
     base = write_walked("glm4_moe", folder / "base")
     records = [{**r, "instruction": LONG, "input": f"{r['instruction']} {n}"} for n in range(3) for r in DIALOGUES]

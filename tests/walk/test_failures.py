@@ -1,4 +1,4 @@
-"""What goes wrong is answered: one message with place, cause and remedy, the right exit code, nothing lost."""
+"""Each failure gives one message with place, cause and remedy and the right exit code, and loses nothing."""
 
 import errno
 import json
@@ -103,7 +103,7 @@ def test_a_run_that_failed_before_it_began_does_not_bar_the_folder(models, dialo
 def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again_with_the_same_command(
     models, dialogues, tmp_path
 ):
-    # "The same command begins again" it had said, and refused it.
+    # Once, a stopped run said that the same command starts again, and then that command was refused.
     out = tmp_path / "out"
     out.mkdir()
     (out / "run.json").write_text('{"status": "preempted"}')
@@ -148,7 +148,7 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint(models, dialogues, tmp_path
 
 @pytest.mark.slow
 def test_running_out_of_address_space_is_out_of_memory(models, dialogues, tmp_path):
-    """The same answer in a real process whose memory is limited by the system."""
+    """The same message in a real process whose memory the system limits."""
     limit = 6 << 30
     flags = ["--max_steps", "1", "--max_seq_length", "512", "--per_device_train_batch_size", "40"]
     script = (
@@ -239,7 +239,7 @@ def test_a_disk_that_stays_full_ends_the_run(models, dialogues, tmp_path, monkey
 def test_a_stop_whose_checkpoint_cannot_be_written_is_no_good_stop(models, dialogues, tmp_path, monkeypatch, capsys):
     failing_disk(monkeypatch, lambda save: save > 1)
     flags = ["--max_steps", "40", "--save_steps", "2", "--max_minutes", "0.0001"]
-    assert main(command(models("llama"), dialogues, tmp_path / "out", *flags)) == 75  # the first save is whole
+    assert main(command(models("llama"), dialogues, tmp_path / "out", *flags)) == 75  # the first save is complete
     assert main(command(models("llama"), dialogues, tmp_path / "out", *flags, "--resume")) == 3
     assert "could not be written" in capsys.readouterr().err
 
@@ -337,7 +337,7 @@ def test_a_final_save_that_fails_leaves_nothing_half_written(models, dialogues, 
 
 
 def test_a_signal_behind_the_last_save_leaves_a_finished_run(models, dialogues, tmp_path, monkeypatch, capsys):
-    # It ended with 75, and a scheduler began the finished run again.
+    # Once it ended with 75, and a scheduler started the finished run again.
     from atomtune.train import ending
 
     def stopped(*args, **kwargs):
@@ -368,7 +368,7 @@ def test_a_signal_while_the_model_answers_leaves_the_verdict(models, dialogues, 
 
 
 def test_a_step_so_large_that_weights_are_not_finite_is_not_saved(models, dialogues, tmp_path, monkeypatch, capsys):
-    # Loss and gradient of the step were finite; only the next step's loss would tell, after the save.
+    # Loss and gradient of the step were finite; only the next step's loss would show it, after the save.
     from transformers import Trainer
 
     real = Trainer._maybe_log_save_evaluate
@@ -411,7 +411,7 @@ def test_a_full_disk_under_the_store_of_records_is_named(models, dialogues, tmp_
 def test_a_disk_that_fills_up_behind_the_last_save_leaves_a_finished_run(
     models, dialogues, tmp_path, monkeypatch, capsys
 ):
-    # The run was recorded as failed, and without checkpoints a --resume made all its steps again.
+    # Once such a run was recorded as failed; without checkpoints, --resume repeated all its steps.
     from atomtune.train import ending
 
     def full(*args, **kwargs):
@@ -430,7 +430,7 @@ def test_a_disk_that_fills_up_behind_the_last_save_leaves_a_finished_run(
 )
 @pytest.mark.slow
 def test_workers_that_cannot_share_memory_are_not_blamed_on_the_disk(models, dialogues, tmp_path, mounted, found):
-    """The output folder was named; and where a batch alone found no room, the run waited for it for ever."""
+    """Once the output folder was blamed; and if only a batch found no room, the run waited for it forever."""
     script = f'mount -t tmpfs -o {mounted} tmpfs /dev/shm && exec "$@" || exit 99'
     words = command(models("llama"), dialogues, tmp_path / "out", "--max_steps", "2", "--dataloader_num_workers", "1")
     done = subprocess.run(

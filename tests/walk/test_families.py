@@ -1,4 +1,4 @@
-"""Three steps on every family, saved, loaded by plain PEFT: the same logits, and chat answers as generate does."""
+"""Three steps on every family: plain PEFT loads the saved adapter with the same logits, chat answers like generate."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_trained_saved_and_loaded_gives_the_same_logits(  # noqa: PLR0917  # pyt
     made = loaded.generate(
         input_ids=ids, max_new_tokens=12, do_sample=False, eos_token_id=stops, pad_token_id=0, use_cache=not remote
     )
-    expected = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).rstrip("\ufffd")  # cut in two
+    expected = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).rstrip("\ufffd")  # cut by the limit
     capsys.readouterr()
     chat = ["chat", "--adapter_path", str(out), "--prompt", "你是谁？ (9)", "--max_new_tokens", "12"]
     assert main([*chat, "--dtype", "float32", *remote]) == 0
@@ -58,7 +58,7 @@ def test_remote_code_is_explained_not_run(models, dialogues, tmp_path, capsys):
 
 
 def test_an_adapters_folder_cannot_switch_remote_code_on(models, dialogues, tmp_path, capsys):
-    # The card of an older version said so; a folder from elsewhere could say anything.
+    # An older version's model card advised that; a folder from elsewhere could contain anything.
     out = tmp_path / "out"
     command = ["train", "--model_path", str(models("baichuan_like")), "--dataset_path", str(dialogues)]
     assert main([*command, "--output_dir", str(out), "--max_steps", "1", "--trust_remote_code"]) == 0
@@ -71,7 +71,7 @@ def test_an_adapters_folder_cannot_switch_remote_code_on(models, dialogues, tmp_
 
 
 def test_the_tutorials_targets_on_a_llama_name_what_exists(models, dialogues, tmp_path, capsys):
-    """W_pack exists in no Llama: the tutorial trained without q, k and v and never knew."""
+    """W_pack exists in no Llama: the tutorial silently trained without q, k and v."""
     command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues)]
     flags = ["--output_dir", str(tmp_path / "out"), "--lora_targets", ",".join(TUTORIAL_TARGETS)]
     assert main([*command, *flags]) == 2

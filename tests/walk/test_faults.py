@@ -1,7 +1,6 @@
-"""Real deaths of real processes: killed at a point of a save, or at any moment; the resumed run is the undisturbed one.
+"""Real processes are killed at a point of a save or at any moment; the resumed run equals the undisturbed one.
 
-Each run is a process of its own, forked from one that has imported everything. `make soak` takes every point and a
-hundred moments.
+Each run is a process forked from one that has imported everything. `make soak` covers every point, and 100 moments.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Mutated files: no traceback, and used + refused = read, whatever the bytes. `make fuzz` takes ten thousand."""
+"""Mutated files: no traceback, and used + refused = read, whatever the bytes. `make fuzz` uses ten thousand files."""
 
 import codecs
 import json
@@ -106,7 +106,7 @@ def test_no_file_breaks_the_reader_and_no_record_is_lost(tmp_path: Path, seed: i
         json.dumps([[one.origin, one.reason] for one in refused]).encode()
         try:
             ledger = examples_of(path, template, Rules(max_tokens=64), cache_dir=tmp_path / "store").ledger
-        except UserError as error:  # a file none of whose records has the keys of a format
+        except UserError as error:  # no record of the file has the keys of a format
             assert path.name in str(error) and any(word in str(error) for word in ("fits", "preference"))
             continue
         assert ledger.records_read == len(found)

@@ -1,4 +1,4 @@
-"""Mutated files of every kind but plain JSON: values, refusals or one clear error, whatever the bytes; no crash."""
+"""Mutated files of every kind except plain JSON give values, refusals or one clear error, and never crash."""
 
 import csv
 import gzip
@@ -73,7 +73,7 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_no_bytes_break_the_reader(tmp_path: Path, name):
-    # Found by it: a schema whose column name is no UTF-8, and a length that asks for all memory there is.
+    # It found a schema with a column name that is not UTF-8, and a length that asks for more than all memory.
     draw = random.Random(name)
     path = tmp_path / name
     for _ in range(FILES // len(WHOLE)):
@@ -87,7 +87,7 @@ def test_no_bytes_break_the_reader(tmp_path: Path, name):
 
 
 def test_parquet_metadata_that_would_end_the_process_are_refused_by_name(tmp_path: Path):
-    # Found by ten thousand alterations, the 670th: an exception in pyarrow that nothing catches ended the process.
+    # Found by the 670th of ten thousand alterations: an exception in pyarrow that nothing can catch ended the process.
     draw, path = random.Random("a.parquet"), tmp_path / "a.parquet"
     for _ in range(670):
         content = mutated(WHOLE["a.parquet"], draw)

@@ -1,7 +1,7 @@
-"""Mutated files of a model, an adapter and a run: answered by name within seconds, and never loaded as another thing.
+"""Mutated files of a model, an adapter and a run are named in an error within seconds, and never misread.
 
-`make fuzz` takes ten thousand of each. The oracle is dumber than any schema: a file that was accepted is a JSON object
-in which every value is of the kind that stood there before, or null.
+`make fuzz` uses ten thousand of each. The oracle is simpler than any schema: an accepted file is a JSON object in which
+every value has the same type as before, or is null.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ from atomtune.model.load import BaseSpec, load_base, load_tokenizer, quiet_libra
 from atomtune.model.token_rows import guard_embedding
 from atomtune.train.checkpoint.start import step_of
 
-#: Alterations of each file.
+#: Alterations per file.
 ALTERED = int(os.environ.get("ATOMTUNE_FUZZ", "27"))
 MOST_SECONDS = 10
 CPU = torch.device("cpu")
 
-#: What stood in altered files that ended in a traceback or never ended.
+#: Values that ended in a traceback or never ended.
 HOSTILE: list[Any] = [
     *(None, True, 0, -1, 1, 3, 7, 10**9, 10**30, 0.5, -0.5, 1e308, float("nan"), float("inf")),
     *("", "32", "x", "\x1b[31m", "(a|aa)+$", "(", "../../etc", "float99", "😀" * 50),
@@ -45,7 +45,7 @@ HOSTILE: list[Any] = [
 
 
 def mutated(content: bytes, draw: random.Random) -> bytes:
-    """One to three changes, of a value in most cases, else of bytes."""
+    """One to three changes, in most cases of values, otherwise of bytes."""
     if draw.random() < 0.75:
         values = json.loads(content)
         for _ in range(draw.choice([1, 1, 1, 2, 3])):
@@ -70,9 +70,9 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
 
 
 def change_a_value(values: Any, draw: random.Random) -> None:
-    """At any depth: another value, none, or the same under another name."""
+    """Change one value at any depth: replace it, remove it, or rename its key."""
     places: list[tuple[Any, Any]] = []
-    # A vocabulary would draw nearly every change.
+    # Otherwise a vocabulary would get nearly all changes.
     todo = [values]
     while todo:
         parent = todo.pop()
@@ -102,7 +102,7 @@ def kind_of(value: Any) -> str:
 
 
 def other_kinds(before: Any, after: Any, place: str = "") -> list[str]:
-    """Where another kind of value stands than before."""
+    """The places where a value has another type than before."""
     if before is None or after is None:
         return []
     if kind_of(before) != kind_of(after):
@@ -116,7 +116,7 @@ def other_kinds(before: Any, after: Any, place: str = "") -> list[str]:
 
 
 def use_base(folder: Path) -> None:
-    """As chat and training do: the tokenizer, its template, the model, one answer."""
+    """Use a base like chat and training do: the tokenizer, its template, the model, one answer."""
     tokenizer = load_tokenizer(str(folder))
     template = load_template("auto", tokenizer)
     base = load_base(BaseSpec(path=str(folder), dtype=torch.float32, device=CPU))
@@ -138,12 +138,12 @@ def use_metadata(folder: Path) -> None:
 
 def use_record(folder: Path) -> None:
     run_records(folder)
-    with contextlib.suppress(BadData):  # the hash, where it is another text
+    with contextlib.suppress(BadData):  # refused if the hash is another text
         refuse_changed_files(folder, "")
 
 
 def use_engines(folder: Path) -> None:
-    """As vLLM and `transformers serve` are started."""
+    """Use the folder like the start of vLLM and of `transformers serve`."""
     ServedAdapter("a", folder).rank()
     with ServedFolder(folder, stop_ids=[2]):
         pass
@@ -153,7 +153,7 @@ def use_state(folder: Path) -> None:
     step_of(folder)
 
 
-#: File → (which folder it lies in, what is done with that). Values may be of several kinds in places named last.
+#: File → (the folder it belongs to, the function that uses the folder).
 KINDS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "config.json": ("base", use_base),
     "generation_config.json": ("base", use_base),
@@ -165,11 +165,11 @@ KINDS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "run.json": ("adapter", use_record),
     "trainer_state.json": ("checkpoint", use_state),
 }
-#: Keys that nothing here reads, that may hold several kinds of value, or whose shape the tokenizers library decides.
+#: Keys that atomtune does not read, that may have several types, or that only the tokenizers library reads.
 FREE = {
     *("transformers_version", "_from_model_config", "architectures", "pretraining_tp", "metadata", "peft_version"),
     *("dtype", "bos_token_id", "eos_token_id", "use_cache", "model_max_length", "tokenizer_class", "chat_template"),
-    "settings",  # a number may stand for a text there, as on the command line
+    "settings",  # a number may be written as text there, as on the command line
     *("model", "normalizer", "pre_tokenizer", "post_processor", "decoder", "auto_mapping", "revision", "backend"),
 }
 
@@ -188,7 +188,7 @@ def folders(models, by_heart, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def alarm() -> Iterator[None]:
-    """Whatever never ends is ended, so that it is seen."""
+    """Interrupt what never ends, so that it is reported."""
 
     def ring(number: int, frame: object) -> None:
         raise KeyboardInterrupt("a file took longer than it may")
@@ -207,7 +207,7 @@ def test_no_file_breaks_what_reads_it(folders, tmp_path, name):
     folder = tmp_path / "copy"
     shutil.copytree(folders[kind], folder, ignore=shutil.ignore_patterns("checkpoint-*", "*.pt", "*.pth", "*.png"))
     whole = (folders[kind] / name).read_bytes()
-    if name == "run.json":  # what other commands read of it
+    if name == "run.json":  # what other commands read from it
         values = json.loads(whole)
         read = {"settings": values["settings"], "records_held_out": ["data.jsonl:1", "data.jsonl:2"]}
         whole = json.dumps({**read, "data": {"sha256": values["data"]["sha256"]}}).encode()
@@ -216,7 +216,7 @@ def test_no_file_breaks_what_reads_it(folders, tmp_path, name):
         content = mutated(whole, draw)
         (folder / name).write_bytes(content)
         began = time.monotonic()
-        signal.alarm(4 * MOST_SECONDS)  # processors are shared: what never ends is ended, what is slow is said
+        signal.alarm(4 * MOST_SECONDS)  # processors are shared: stop what never ends, report what is slow
         try:
             use(folder)
             accepted += 1
@@ -224,7 +224,7 @@ def test_no_file_breaks_what_reads_it(folders, tmp_path, name):
             assert not [place for place in changed if place.split(".")[1] not in FREE], (number, changed, content[:500])
         except AtomtuneError as error:
             assert error.exit_code == 2, (number, error)
-            # The last two: a base that the file names.
+            # The last two are about a base that the file names.
             named = (str(folder), "template", "no folder here has this name", "Pass --model_path with", "Repo id")
             assert any(words in str(error) for words in named), (number, str(error))
         except BaseException as error:

@@ -1,7 +1,6 @@
-"""The guide's way from nothing to a served model, run line by line as it stands there, on a real small model.
+"""The guide's section from nothing to a served model, run line by line as it is written, on a real small model.
 
-The lines are the reader's; only the records are a sixth of them, and the numbers in `SHORTER` and `FASTER` smaller,
-for time.
+To save time, the records are a sixth of the reader's, and the numbers in `SHORTER` and `FASTER` are smaller.
 """
 
 import re
@@ -22,7 +21,7 @@ COMMANDS = re.search(r"```bash\n(.*?)```", SECTION, re.DOTALL)[1].splitlines()
 CLIENT = re.search(r"```python\n(.*?)```", SECTION, re.DOTALL)[1]
 PORT = "8000"
 FEW_PROMPTS = ["--prompts", "3"]
-#: Command → what makes it shorter. The probe asks as many questions of a real model as of a tiny one.
+#: Command → flags that make it faster. The probe asks a real model as many questions as a tiny one.
 FASTER = {
     "train": ["--per_device_train_batch_size", "2"],
     "evaluate": ["--no_probe"],
@@ -30,7 +29,7 @@ FASTER = {
     "export": FEW_PROMPTS,
     "serve": FEW_PROMPTS,
 }
-#: Flag → the number that is enough to see a line work: answers change, and certificates hold, after a few steps.
+#: Flag → a number that still shows that the line works: answers change and certificates hold after a few steps.
 SHORTER = {"--max_steps": "4", "--records": "3", "--max_new_tokens": "16"}
 
 

@@ -1,6 +1,6 @@
-"""The guide's commands outside section 13, run as they stand there, in their order and in one folder, on tiny models.
+"""The guide's commands outside section 13, run as written, in their order, in one folder, on tiny models.
 
-The names of published bases stand for tiny models of their families, and the numbers in `SHORTER` are smaller.
+Tiny models replace the published bases of their families, and the numbers in `SHORTER` are smaller.
 """
 
 import importlib.util
@@ -32,7 +32,7 @@ BASES = {
     "meta-llama/Llama-3.1-8B-Instruct": "llama",
     "FlagAlpha/Atom-7B-Chat": "llama",
 }
-#: What a command gets beside its own words, so that it is done in seconds.
+#: Flags that are added to a command so that it takes seconds.
 SHORTER = {
     "train": ["--max_steps", "2"],
     "sweep": ["--max_steps", "2"],
@@ -42,13 +42,13 @@ SHORTER = {
     "serve": ["--prompts", "2", "--dtype", "float32"],
 }
 WAITS = ("serve", "web")
-#: A word of a line → the module without which it is left out.
+#: A word of a line → the module without which the line is skipped.
 NEEDS = {"nf4": "bitsandbytes", "vllm": "vllm", "--trials": "optuna", "export": "xllamacpp", "web": "gradio"}
 NEEDS |= {"serve": "uvicorn", "certify": "uvicorn"}
 
 
 def is_missing(words: list[str]) -> str:
-    """The module that these words need and that is not there."""
+    """The module that these words need and that is missing; "" if none is."""
     for word in words:
         module = NEEDS.get(word)
         if module and importlib.util.find_spec(module) is None:
@@ -59,7 +59,7 @@ def is_missing(words: list[str]) -> str:
 def shortened(words: list[str], models) -> list[str]:
     """The words with tiny models and smaller numbers."""
     named = [str(models(BASES[word])) if word in BASES else word for word in words]
-    if "examples/atom-7b.yaml" in words:  # it names its base and its records itself
+    if "examples/atom-7b.yaml" in words:  # the file names its own base and records
         own = [] if "--dataset_path" in words else ["--dataset_path", "persona.jsonl"]
         named += ["--model_path", str(models("llama")), "--eval_size", "0.1", *own]
     if "--trials" in named:
@@ -99,7 +99,7 @@ def started_and_stopped(command: list[str], folder: Path, environment: dict[str,
 def test_every_command_of_the_guide_runs(models, tmp_path):
     assert len(LINES) > 20
     records = [{**one, "input": f"{one['input']}{n}"} for n in range(2) for one in numbered_dialogues()]
-    write_jsonl(tmp_path / "persona.jsonl", records)  # of 50 and more, some are held out
+    write_jsonl(tmp_path / "persona.jsonl", records)  # some are held out, because there are at least 50
     thinking = [{**one, "output": f"<think>\nhm\n</think>\n\n{one['output']}"} for one in records]
     write_jsonl(tmp_path / "thoughts.jsonl", thinking)
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
@@ -110,7 +110,7 @@ def test_every_command_of_the_guide_runs(models, tmp_path):
             left_out.append(f"{line}: no {module}")
             continue
         if words[0] in ("train", "sweep", "merge", "export") and "--output_dir" in words:
-            # The same command for another base: a folder that holds a run is refused.
+            # The same command for another base: otherwise the folder would be refused, because it has a run.
             shutil.rmtree(tmp_path / words[words.index("--output_dir") + 1], ignore_errors=True)
         run(shortened(words, models), tmp_path)
     print("\n".join(left_out))

@@ -1,8 +1,8 @@
-"""gpt-oss: what is learned has the ids that OpenAI's own encoder of its format makes of the same messages.
+"""gpt-oss: the trained ids are those of OpenAI's own encoder for the same messages.
 
-The encoder is the package openai-harmony. Its vocabulary comes from the net; here it is written from the tokenizer.json
-of gpt-oss, which holds the same words: the encoder refuses a file with another hash. Where the published template
-writes a message otherwise than harmony, `harmony_messages` says so.
+The encoder is the package openai-harmony. Its vocabulary normally comes from the internet. Here it is written from the
+tokenizer.json of gpt-oss, which has the same words; the encoder refuses a file with another hash. `harmony_messages`
+has comments where the published template differs from harmony.
 """
 
 import base64
@@ -48,7 +48,7 @@ def template() -> Template:
 
 
 def harmony_messages(record: Message, day: str) -> list[Any]:
-    """The messages of a record as harmony has them."""
+    """The messages of a record in harmony's form."""
     from openai_harmony import Author, DeveloperContent, Role, SystemContent, ToolDescription
     from openai_harmony import Message as HarmonyMessage
 
@@ -56,7 +56,7 @@ def harmony_messages(record: Message, day: str) -> list[Any]:
     developer = DeveloperContent.new()
     if messages[0]["role"] == "system":
         instructions = messages.pop(0)["content"]
-        # The template writes no developer's message for an empty text, and an empty line behind another.
+        # For an empty text the template writes no developer message; without tools it adds an empty line after a text.
         behind = "" if record.get("tools") else "\n\n"
         if instructions:
             developer = developer.with_instructions(instructions + behind)
@@ -73,7 +73,7 @@ def harmony_messages(record: Message, day: str) -> list[Any]:
     for message in messages:
         if message["role"] == "user":
             converted.append(HarmonyMessage.from_role_and_content(Role.USER, message["content"]))
-        elif message["role"] == "tool":  # the template writes what a tool says as JSON
+        elif message["role"] == "tool":  # the template writes a tool's answer as JSON
             author = Author.new(Role.TOOL, f"functions.{message['name']}")
             answer = HarmonyMessage.from_author_and_content(author, json.dumps(message["content"]))
             converted.append(answer.with_recipient("assistant").with_channel("commentary"))
@@ -83,26 +83,26 @@ def harmony_messages(record: Message, day: str) -> list[Any]:
 
 
 def assistants_messages(message: Message) -> Iterator[Any]:
-    """Thoughts, calls and the text for the user: a message each, in a channel of its own."""
+    """Thoughts, calls and the text for the user: one message each, in its own channel."""
     from openai_harmony import Message as HarmonyMessage
     from openai_harmony import Role
 
     thoughts, text = message.get("reasoning_content", ""), message["content"] or ""
     if message.get("tool_calls") and not thoughts:
-        thoughts = text  # so the template writes the text beside a call
+        thoughts = text  # the template writes the text beside a call as thoughts
     if thoughts:
         yield HarmonyMessage.from_role_and_content(Role.ASSISTANT, thoughts).with_channel("analysis")
     for call in map(with_arguments_as_values, message.get("tool_calls", [])):
         arguments = HarmonyMessage.from_role_and_content(Role.ASSISTANT, json.dumps(call["function"]["arguments"]))
         to_tool = arguments.with_channel("commentary").with_recipient(f"functions.{call['function']['name']}")
-        yield to_tool.with_content_type("json")  # harmony's own examples: "<|constrain|>json"
+        yield to_tool.with_content_type("json")  # as in harmony's own examples: "<|constrain|>json"
     if not message.get("tool_calls"):
         yield HarmonyMessage.from_role_and_content(Role.ASSISTANT, text).with_channel("final")
 
 
 def without_earlier_thoughts(messages: list[Message]) -> list[Message]:
-    """A model that answers sees no thoughts behind which an answer stands already."""
-    finished = 0  # one past the last answer to a user before the last message
+    """The history as a model sees it: without the thoughts of turns that already end in an answer."""
+    finished = 0  # index after the last answer to the user before the last message
     for number, message in enumerate(messages[:-1], 1):
         if message["role"] == "assistant" and not message.get("tool_calls"):
             finished = number
@@ -112,8 +112,8 @@ def without_earlier_thoughts(messages: list[Message]) -> list[Message]:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("thoughts inline", "two calls at once")])
 def test_every_answer_stands_behind_harmonys_prompt_with_harmonys_ids(harmony, template, kind):
-    # Catches a final answer without its channel, a call that ends in two stop tokens, thoughts in the wrong place.
-    # (harmony knows no thoughts inside a text: for it <think> is text; the template writes no second call.)
+    # Catches a final answer without its channel, a call with two stop tokens, and misplaced thoughts.
+    # Two kinds are left out: for harmony, <think> inside a text is text, and the template writes no second call.
     from openai_harmony import Conversation, RenderConversationConfig, Role
 
     record, day = KINDS[kind], template.day.isoformat()

@@ -1,6 +1,4 @@
-"""A model with linear attention and one with experts and sinks through the whole walk: train as a tree, resume,
-verify, merge, chat.
-"""
+"""Models with linear attention, and with experts and sinks: train as a tree, resume, verify, merge, chat."""
 
 import json
 import shutil
@@ -19,7 +17,7 @@ LONG = "You are a patient shopkeeper in an old town. Answer briefly, kindly and 
 
 @pytest.fixture(scope="module", params=["qwen3_5_text", "gpt_oss"])
 def trained(request, tmp_path_factory):
-    """(family, base, command without output folder, output folder) of a run that nobody disturbed."""
+    """(family, base, command without output folder, output folder) of an undisturbed run."""
     folder = tmp_path_factory.mktemp(request.param)
     base = write_walked(request.param, folder / "base")
     records = [{**record, "instruction": LONG, "input": f"{record['instruction']} {n}"} for n, record in numbered()]
@@ -78,14 +76,14 @@ def test_merged_it_answers_as_the_adapter_does(trained, tmp_path, capsys):
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
     answered = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
     whole = tokenizer.decode(answered[0, ids.shape[1] :], skip_special_tokens=True)
-    assert answer.rstrip("\ufffd") == whole.rstrip("\ufffd").strip()  # what the limit cut in two is left out
+    assert answer.rstrip("\ufffd") == whole.rstrip("\ufffd").strip()  # without a character that the limit cut in two
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     with torch.no_grad():
         assert not torch.allclose(plain(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-3)
 
 
 def test_its_evaluation_does_not_depend_on_what_is_in_a_batch(trained, tmp_path):
-    """One record in a row has nothing before it that could leak into it, and no branch."""
+    """A row with one record has no other records that could leak into it, and no branch."""
     _, _, command, out = trained
     figures = []
     for size in ("1", "6"):

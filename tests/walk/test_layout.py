@@ -1,4 +1,4 @@
-"""`--layout`: what it says, when it pays, and that a run is the same run in every layout."""
+"""`--layout`: its messages, when it pays, and that the run is the same in every layout."""
 
 import json
 
@@ -35,7 +35,7 @@ def record_of(out) -> dict:
     ids=["checkpointing", "accumulation", "smoothing", "one record a batch", "shortened"],
 )
 def test_a_run_is_the_same_run_in_every_layout(models, dialogues, tmp_path, flags):
-    # RMSNorm computes in float32, so branches that meet in it are rounded there: 1e-7 a step.
+    # RMSNorm computes in float32, so branches that meet in it are rounded: 1e-7 per step.
     exact = ["--dtype", "float64", "--lora_dropout", "0", "--max_steps", "4", "--learning_rate", "1e-2"]
     exact += ["--logging_steps", "1", "--eval_size", "8", "--optim", "sgd", "--per_device_train_batch_size", "8"]
     for layout in ("padded", "packed", "tree"):
@@ -80,7 +80,7 @@ def test_a_larger_batch_that_computes_fewer_tokens_is_named_and_makes_the_same_r
 
 
 def test_auto_packs_records_that_share_nothing(models, tmp_path, capsys):
-    # Role markers are common to all; a template without them leaves nothing to share.
+    # All records would share role markers, so this template has none.
     template = tmp_path / "bare.jinja"
     template.write_text(
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}"
@@ -106,7 +106,7 @@ def test_a_model_that_a_tree_would_change_trains_padded_with_the_reason(models, 
 
 
 def test_noise_on_the_embeddings_takes_one_record_a_row(models, dialogues, tmp_path, monkeypatch, capsys):
-    # In a row of 16 records the library's noise had a quarter of its size, without a word.
+    # In a row of 16 records, the library's noise silently had a quarter of its size.
     shapes = []
 
     def noted(module, inputs, output):
@@ -134,7 +134,7 @@ def test_a_layout_that_would_not_be_exact_is_refused_before_a_step(models, dialo
 
 
 def test_activations_are_recomputed_by_the_tokens_of_the_layout_that_is_taken(models, tmp_path, monkeypatch, capsys):
-    # Counted as padded, a tree would be recomputed on a card that has room for it: two fifths of its speed.
+    # Counted as padded, a tree would be recomputed on a card with enough room, and lose two fifths of its speed.
     data = tmp_path / "styled.jsonl"
     style = "Answer as the keeper of a lighthouse would, in one short line and without a hurry. " * 3
     write_jsonl(data, [{"instruction": style, "input": f"Who {n}?", "output": f"I, {n}."} for n in range(32)])
@@ -151,7 +151,7 @@ def test_activations_are_recomputed_by_the_tokens_of_the_layout_that_is_taken(mo
         out = tmp_path / layout
         assert train(models("llama"), data, out, *flags, "--layout", layout) == 0
         assert record_of(out)["activations_recomputed"] == recomputed
-    # The padded step is a little too large: one of the two layers is enough.
+    # The padded step is a little too large, so recomputing one of the two layers is enough.
     assert record_of(tmp_path / "padded")["share_of_layers_recomputed"] == 0.5
     assert "activations of 1 of 2 layers are recomputed: a step of" in " ".join(capsys.readouterr().out.split())
     trained = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("count-padded", "padded")]

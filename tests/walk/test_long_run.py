@@ -1,4 +1,4 @@
-"""A long run keeps nothing: memory and open files stay level over thousands of steps with all that goes on in them."""
+"""A long run does not leak: memory and open files stay level over thousands of steps with everything switched on."""
 
 import os
 import subprocess
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 STEPS = int(os.environ.get("ATOMTUNE_LONG_RUN", "5000"))
-#: Seconds between two looks at the process.
+#: Seconds between two measurements.
 LOOK_EVERY = 1.0
-#: Of resident memory between the second quarter of a run and its last: what an allocator keeps back, and no more.
+#: Relative growth of resident memory from the second quarter of a run to its last; allocators need this much.
 MOST_GROWTH = 0.05
 
 
@@ -28,7 +28,7 @@ def test_memory_and_open_files_stay_level(models, dialogues, tmp_path):
         process = subprocess.Popen(
             [sys.executable, "-m", "atomtune", *command], stdout=output, stderr=subprocess.STDOUT, env=environment
         )
-        looks: list[tuple[int, int]] = []  # (resident bytes, open files), once steps are made
+        looks: list[tuple[int, int]] = []  # (resident bytes, open files), since the first checkpoint
         while process.poll() is None:
             if list(out.glob("checkpoint-*")):
                 looks.append((resident(process.pid), open_files(process.pid)))
@@ -45,7 +45,7 @@ def test_memory_and_open_files_stay_level(models, dialogues, tmp_path):
 
 
 def resident(pid: int) -> int:
-    """Bytes in memory; 0 where the process is gone."""
+    """Bytes of resident memory; 0 if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -55,6 +55,6 @@ def resident(pid: int) -> int:
 
 def open_files(pid: int) -> int:
     try:
-        return len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208  # the names alone
+        return len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208  # only the names are needed
     except OSError:
         return 0

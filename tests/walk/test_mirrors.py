@@ -1,7 +1,7 @@
 """Equal conversations become equal Records, in whatever format they are written.
 
-The oracle is one dumb writer for each format, made from plain pairs of texts; what a format cannot say is said beside
-its writer. The same holds of the whole way through a file and detect_schema.
+The oracle is one simple writer per format, which gets plain pairs of texts; comments say what a format cannot express.
+The same law is checked for the whole way through a file and detect_schema.
 """
 
 import csv
@@ -24,7 +24,7 @@ from tests.reading import read_values
 
 
 class Chat(NamedTuple):
-    """A conversation: every answer is learned."""
+    """A conversation in which every answer is trained."""
 
     system: str
     exchanges: list[tuple[str, str]]
@@ -52,13 +52,13 @@ def alpaca(chat: Chat) -> dict[str, Any]:
 
 
 def alpaca_by_input(chat: Chat) -> dict[str, Any]:
-    """As `alpaca`, the last question as an input without an instruction: Turn.input, which no other format has."""
+    """Like `alpaca`, but the last question is an input without instruction: Turn.input, which no other format has."""
     written = alpaca(chat)
     return {**written, "instruction": "", "input": written["instruction"]}
 
 
 def alpaca_cells(chat: Chat) -> dict[str, str]:
-    """As a table has it: every cell is a text."""
+    """As in a table, where every cell is a text."""
     written = alpaca(chat)
     return {**written, "input": "", "history": json.dumps(written["history"])}
 
@@ -68,7 +68,7 @@ def messages(chat: Chat) -> dict[str, Any]:
 
 
 def messages_in_parts(chat: Chat) -> dict[str, Any]:
-    """Every text in two parts, and every key that OpenAI's answers have, null."""
+    """Every text in two parts, and all keys of OpenAI's answers with the value null."""
     return {
         "messages": [
             {
@@ -102,7 +102,7 @@ def prompt(chat: Chat) -> dict[str, Any]:
 
 
 def prompt_text(chat: Chat) -> dict[str, Any]:
-    """A text for a prompt is one question: no system, one exchange."""
+    """A text prompt can be only one question: no system text, one exchange."""
     ((ask, tell),) = chat.exchanges
     return {"prompt": ask, "completion": tell}
 
@@ -112,7 +112,7 @@ def chatml(chat: Chat) -> dict[str, Any]:
 
 
 def own_names(chat: Chat) -> dict[str, Any]:
-    """Names of nobody's but the user's, given by --keys and --roles."""
+    """The user's own names, declared by --keys and --roles."""
     names = {"system": "scene", "user": "she", "assistant": "bot"}
     return {"talk": [{"speaker": names[turn.role], "words": turn.text} for turn in chat.turns]}
 
@@ -165,7 +165,7 @@ def test_weights_are_the_same_record_under_each_of_their_names():
 
 
 def test_calls_of_tools_are_the_same_record_in_sharegpt_and_messages():
-    # ShareGPT cannot say which tool answers, nor which call.
+    # ShareGPT cannot name the tool that answers, or the call.
     call, tool = {"name": "add", "arguments": {"a": 1, "b": 2}}, {"name": "add", "parameters": {"type": "object"}}
     theirs = {
         "conversations": [
@@ -224,8 +224,8 @@ def test_a_conversation_is_the_same_record_out_of_every_kind_of_file(tmp_path):
         assert read([one.value for one in found]) == [chat.turns for chat in CHATS], file.name
 
 
-# No control strings, which a rendered text cannot hold as text, no opened thoughts ([THINK]), which are refused as cut
-# off, and no surrogates, which no file can hold.
+# No control strings, which a rendered text cannot contain as text; no opened thoughts ([THINK]), which are refused as
+# cut off; no surrogates, which no file can contain.
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<|>["), min_size=1, max_size=12).filter(
     lambda text: bool(text.strip()) and text == text.strip()
 )

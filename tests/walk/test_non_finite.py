@@ -1,4 +1,4 @@
-"""What is not finite spoils no adapter: its step is left out or ends the run, and is told with its records."""
+"""Values that are not finite spoil no adapter: their step is skipped or ends the run, and its records are named."""
 
 import json
 from itertools import count
@@ -12,7 +12,7 @@ from tests.walk.test_failures import command, status
 
 
 def losses_times(monkeypatch: pytest.MonkeyPatch, factor: float, *batches: int) -> None:
-    """The losses of these batches, counted from 1, are multiplied."""
+    """Multiply the losses of these batches, counted from 1."""
     real, numbers = trainer.target_nats, count(1)
 
     def target_nats(model: Any, batch: Any, **kwargs: Any) -> Any:
@@ -64,7 +64,7 @@ def test_steps_that_are_not_finite_are_left_out_when_asked(models, dialogues, tm
     record = status(out)
     assert record["skipped_steps"] == 2
     losses = [entry["loss"] for entry in record["loss_history"]]
-    assert len(losses) == 4  # the first step, and every second one
+    assert len(losses) == 4  # for the first step and for every second one
     assert all(6 < loss < 12 for loss in losses), "a step left out is not a loss of 0"
     said = capsys.readouterr().out
     assert "at step 3, in a batch with these records" in said
@@ -72,7 +72,7 @@ def test_steps_that_are_not_finite_are_left_out_when_asked(models, dialogues, tm
 
 
 def test_a_run_whose_steps_are_judged_later_is_the_same_run(models, dialogues, tmp_path, monkeypatch, capsys):
-    # On a GPU a step is left out on the device, and told when the next one is under way.
+    # On a GPU the step is skipped on the device and reported during the next one.
     copied, copy = [], non_finite._copied_to_host
     monkeypatch.setattr(non_finite, "_copied_to_host", lambda numbers: (copied.append(1), copy(numbers))[1])
     flags = ["--max_steps", "6", "--skip_nonfinite", "2", "--logging_steps", "2", "--save_steps", "3"]

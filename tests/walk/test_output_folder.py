@@ -1,4 +1,4 @@
-"""A run keeps to its output folder, whatever lies or happens there: links, damage, other runs, limits of the system."""
+"""A run stays in its output folder, whatever is or happens there: links, damage, other runs, limits of the system."""
 
 import json
 import os
@@ -42,7 +42,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_behind_a_link_is_written_moved_or_removed(models, dialogues, undisturbed, tmp_path, name):
-    # A shared output folder, in which someone put links under the names that a run uses.
+    # In a shared output folder, somebody may create links with the names that a run uses.
     elsewhere, out = tmp_path / "elsewhere", tmp_path / "out"
     shutil.copytree(undisturbed / "checkpoint-2", elsewhere)
     (elsewhere / "diary.txt").write_text("mine")
@@ -55,7 +55,7 @@ def test_nothing_behind_a_link_is_written_moved_or_removed(models, dialogues, un
     assert everything_in(elsewhere) == before
     assert (tmp_path / "file").read_text() == "mine too"
     if name in ("checkpoint-2", "run.json", "adapter_model.safetensors"):
-        assert code in (0, 2)  # a run's own names: it may be taken for a run that is there
+        assert code in (0, 2)  # with these names of a run's own files, the folder may look like a run's
     elif name == ".lock":
         assert code == 2
     else:
@@ -97,7 +97,7 @@ def test_a_folder_in_place_of_the_record_is_named(models, dialogues, tmp_path, c
 
 
 def meanwhile(monkeypatch, action) -> None:
-    """The action in the middle of the run, once."""
+    """Call the action once, in the middle of the run."""
     real, calls = trainer_module.target_nats, []
 
     def target_nats(*args, **kwargs):
@@ -146,7 +146,7 @@ LIMITED = ["--max_steps", "12", "--save_total_limit", "9"]
 
 @pytest.fixture(scope="module")
 def unlimited(models, tmp_path_factory) -> tuple[Path, Path]:
-    """A file of the dialogues, and the folder of the run on it without a limit."""
+    """A file of the dialogues, and the folder of a run on it without a limit."""
     folder = tmp_path_factory.mktemp("unlimited")
     return whole_run(folder, lambda data, out: command(models("llama"), data, out, *LIMITED))
 
@@ -154,7 +154,7 @@ def unlimited(models, tmp_path_factory) -> tuple[Path, Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.001, 0.2, 0.5, 0.8, 0.95])
 def test_a_limit_on_the_size_of_files_keeps_the_last_checkpoint(models, unlimited, tmp_path, share):
-    """`ulimit -f`, at any size up to the largest file of a save, from the second save on."""
+    """`ulimit -f` at any size up to the largest file of a save, from the second save on."""
     base, out, flags = models("llama"), tmp_path / "out", LIMITED
     dialogues, whole = unlimited
     largest = max(file.stat().st_size for file in (whole / "checkpoint-2").iterdir())
@@ -192,7 +192,7 @@ def test_a_limit_on_the_size_of_files_keeps_the_last_checkpoint(models, unlimite
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", [0o022, 0o027])
 def test_what_any_command_leaves_is_as_readable_as_the_umask_says(models, dialogues, tmp_path, mask):
-    # safetensors and temporary files are for their owner alone: another user's chat then fails on the weights.
+    # By default, safetensors and temporary files are readable only by their owner: chat failed for other users.
     out = tmp_path / "out"
     before = os.umask(mask)
     try:
@@ -214,7 +214,7 @@ def test_what_any_command_leaves_is_as_readable_as_the_umask_says(models, dialog
 
 
 def test_a_model_is_not_written_over(models, dialogues, tmp_path, capsys):
-    # Its tokenizer, its template and its README.md were replaced by the run's, and an adapter put beside its weights.
+    # The run replaced its tokenizer, template and README.md, and put an adapter beside its weights.
     base = Path(shutil.copytree(models("llama"), tmp_path / "base"))
     before = everything_in(base)
     assert main(command(base, dialogues, base)) == 2
@@ -225,7 +225,7 @@ def test_a_model_is_not_written_over(models, dialogues, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "report.html"])
 @pytest.mark.parametrize("more", [[], ["--resume"]], ids=["new", "resumed"])
 def test_a_file_that_no_run_wrote_is_not_replaced(models, dialogues, tmp_path, capsys, name, more):  # noqa: PLR0917
-    # `--output_dir .` in a project of one's own replaced its README.md by the adapter's.
+    # `--output_dir .` in a user's own project replaced its README.md by the adapter's.
     out = tmp_path / "project"
     out.mkdir()
     (out / name).write_text("mine")
@@ -237,7 +237,7 @@ def test_a_file_that_no_run_wrote_is_not_replaced(models, dialogues, tmp_path, c
 
 @pytest.mark.parametrize("place", ["out", ""])
 def test_a_run_does_not_write_among_its_records(models, dialogues, tmp_path, capsys, place):
-    # Its run.json would be one of the data files, and each of its checkpoints another hash of the records.
+    # Otherwise its run.json would be a data file, and each checkpoint would change the hash of the records.
     data = tmp_path / "data"
     data.mkdir()
     shutil.move(dialogues, data)

@@ -1,4 +1,4 @@
-"""What the pages say to type is what the command line takes: each is read as a user types it."""
+"""The command line accepts what the pages tell users to type; each command is read as a user would type it."""
 
 import re
 import shlex
@@ -15,9 +15,9 @@ from atomtune.settings.read import GROUPS, read
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
-#: A command between backticks in a sentence; the end of a line may stand in it.
+#: A command between backticks in a sentence; it may contain a line end.
 INLINE = re.compile(r"(?<!`)`(atomtune [^`]+)`(?!`)")
-#: What a page leaves out with `…`.
+#: Settings that a page leaves out with `…`.
 LEFT_OUT = {
     **{command: {"model_path": "BASE", "dataset_path": "DATA"} for command in ("train", "plan", "sweep", "verify")},
     **{command: {"adapter_path": "OUT"} for command in ("chat", "certify", "serve", "web", "evaluate")},
@@ -27,7 +27,7 @@ LEFT_OUT = {
 
 
 def commands_of(page: Path) -> Iterator[tuple[str, bool]]:
-    """Every command line of a page, and whether it is whole: one between backticks may be a part of one.
+    """Every command line of a page, and whether it is complete; a command between backticks may be a part of one.
 
     Lines that end in a backslash are joined.
     """
@@ -41,7 +41,7 @@ def commands_of(page: Path) -> Iterator[tuple[str, bool]]:
 
 
 def words_of(line: str) -> list[str]:
-    """The words of a line, without its comment, what it is piped into and where its output goes."""
+    """The words of a line without its comment, pipes and redirections."""
     words = shlex.split(line, comments=True)
     end = next((at for at, word in enumerate(words) if word in ("|", ">", ">>", "&&", ";", "&")), len(words))
     return words[:end]
@@ -51,12 +51,12 @@ LINES = [(page.relative_to(ROOT).as_posix(), line, whole) for page in PAGES for 
 LINES += [
     ("--help", f"atomtune {command} {example}", True) for command, examples in EXAMPLES.items() for example in examples
 ]
-#: `atomtune COMMAND` and `[--setting value …]` say how commands look, and are none.
+#: `atomtune COMMAND` and `[--setting value …]` only show the form of commands.
 OURS = [entry for entry in LINES if entry[1].startswith("atomtune ") and not re.search(r" \[|COMMAND", entry[1])]
 
 
 def refusal(words: list[str], *, whole: bool = True) -> str | None:
-    """Why the command line refuses `atomtune WORDS`; None where it takes them. What is no whole command is made one."""
+    """Why the command line refuses `atomtune WORDS`; None if it accepts them. Parts of commands are completed first."""
     if not words or words[0] in ("--help", "--version", "help"):
         return None
     command, *flags = words
@@ -79,7 +79,7 @@ def refusal(words: list[str], *, whole: bool = True) -> str | None:
 
 
 def wrong_next_steps(screen: str) -> list[str]:
-    """Why the command line refuses what stands below `Next:`, each line read as it would be copied."""
+    """Why the command line refuses commands below `Next:`, each read as it would be copied; empty if it accepts all."""
     lines = [line for line in screen.partition("Next:\n")[2].splitlines() if line.startswith("  ")]
     commands = [shlex.split(line, comments=True) for line in lines]
     ours = [words[words.index("atomtune") + 1 :] for words in commands if "atomtune" in words]
@@ -89,7 +89,7 @@ def wrong_next_steps(screen: str) -> list[str]:
 
 @pytest.fixture
 def in_the_project(monkeypatch, tmp_path):
-    """The project's folder is the current one, and a settings file or run that a page only names holds what it must."""
+    """Work in the project's folder, with files for the settings and runs that a page only names."""
     monkeypatch.chdir(ROOT)
     (tmp_path / "run.yaml").write_text("model_path: BASE\ndataset_path: DATA\n")
     (tmp_path / "output").mkdir()

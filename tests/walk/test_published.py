@@ -1,4 +1,4 @@
-"""Records as other tools and published data sets write them: read as they mean, or refused with what to do."""
+"""Records as other tools and published data sets write them are read with their meaning, or refused with a remedy."""
 
 import json
 
@@ -36,7 +36,7 @@ def reason(value: dict, **named) -> str:
 
 @pytest.mark.parametrize(("user", "assistant"), [("human", "gpt"), ("user", "assistant"), ("human", "model")])
 def test_the_users_roles_may_be_given_in_any_formats_words(user, assistant):
-    # Catches a mapping that is not mapped on: the template dropped the turns of a role "human".
+    # Catches a role that is mapped only once: the template dropped turns with the role "human".
     value = {"conversations": [{"from": "Human", "value": "早"}, {"from": "GPT", "value": "早上好"}]}
     assert turns(value, roles={"Human": user, "GPT": assistant}) == (Turn("user", "早"), Turn("assistant", "早上好"))
 
@@ -66,7 +66,7 @@ def test_tool_call_and_tool_response_are_roles_as_swift_publishes_them():
 
 
 def test_calls_in_turns_of_their_own_behind_each_other_are_one_answer():
-    # As swift does; two answers in a row is what no server writes.
+    # As in swift's records; no server writes two answers in a row.
     call = {"role": "tool_call", "content": json.dumps(CALL)}
     answer = {"role": "tool_response", "content": "9"}
     said = {"role": "assistant", "content": "我看看"}
@@ -88,7 +88,7 @@ def test_the_role_a_hint_names_is_one_that_can_be_passed():
 
 
 HINTS = {
-    # `context` is spelled nearly like `text`: the hint led to learning the contexts.
+    # `context` is spelled like `text`, and the hint led users to train on the contexts.
     "Dolly": (
         {"instruction": "When?", "context": "In 1999 …", "response": "1999", "category": "closed_qa"},
         {"response": "output", "context": "input"},
@@ -119,7 +119,7 @@ HINTS = {
     "Chinese": ({"问题": "q", "回答": "a"}, {"问题": "instruction", "回答": "output"}),
     "input and output": ({"input": "q", "output": "a"}, {"input": "instruction"}),
     "UltraChat": ({"id": "0", "data": ["q", "a"]}, {"data": "conversations"}),
-    # An id is no list of turns, and a text none either, however they are spelled.
+    # Neither an id nor a text is a list of turns, however similar the names are.
     "MOSS with plugins": ({"conversation_id": "7", "chat": {}}, {"YOURS": "output"}),
     "Glaive": ({"system": "s", "chat": "USER: q"}, {"YOURS": "output"}),
 }
@@ -134,7 +134,7 @@ def test_the_keys_of_published_data_are_hinted_at_as_what_they_are(name):
     keys = dict(pair.split("=") for pair in hint.split(","))
     assert keys == expected
     if "YOURS" in keys:
-        assert "YOURS=instruction,YOURS=output" in hint  # the second took the first one's place
+        assert "YOURS=instruction,YOURS=output" in hint  # once, the second replaced the first
     else:
         assert turns(value, keys=keys)[-1].text in ("a", "1999")
 
@@ -145,7 +145,7 @@ def test_a_file_of_one_object_is_told_where_its_records_stand():
 
 
 def test_a_cell_as_python_prints_it_is_told_how_to_be_written():
-    # As pandas writes a column of lists into CSV.
+    # This is how pandas writes a column of lists into CSV.
     said = reason({"messages": str([ASK, TELL])}, format_choice="messages")
     assert "as Python prints it" in said and "json.dumps" in said
 
@@ -188,7 +188,7 @@ def test_what_else_an_exchange_has_is_not_passed_over_in_silence():
 
 
 def test_a_message_of_openassistants_trees_is_no_text_to_learn():
-    # Catches questions learned as answers: each row of such a file has a `text`.
+    # Catches questions trained as answers, because each row of such a file has a `text`.
     row = {"message_id": "a", "parent_id": None, "role": "prompter", "text": "几点", "lang": "zh"}
     assert "one message of a tree" in reason(row)
 
@@ -208,7 +208,7 @@ def test_a_pair_of_written_dialogues_is_read_as_its_turns():
 
 
 def test_anthropics_messages_are_read_with_what_tools_answered():
-    # Its calls were read, and each record refused for their answers: "only text can be trained on".
+    # Once the calls were read, but each record was refused for their answers: "only text can be trained on".
     schema = {"type": "object", "properties": {"zone": {"type": "string"}}}
     record, notes = read(
         {
@@ -269,7 +269,7 @@ def test_what_a_tool_returned_is_its_answer_as_json(value):
 @pytest.mark.parametrize("asks_tells", [("instruction", "output"), ("prompt", "completion")])
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_thoughts_beside_the_one_answer_of_a_record_are_its_thoughts(asks_tells, key):
-    # Catches distilled data whose thoughts were left out with no more than a notice.
+    # Catches distilled data whose thoughts were dropped with only a notice.
     asks, tells = asks_tells
     record, notes = read({asks: "几点", tells: "九点", key: "看看钟", "id": None})
     assert isinstance(record, Record) and not notes
@@ -295,7 +295,7 @@ def test_an_answer_that_was_cut_off_in_its_thoughts_is_refused(text):
 
 
 def test_thoughts_that_stand_twice_and_differ_are_refused_wherever_they_stand():
-    # Catches an answer that was learned with two blocks of thoughts, one behind the other.
+    # Catches an answer that was trained with two blocks of thoughts.
     twice = {**TELL, "content": "<think>\n看看钟\n</think>\n\n九点", "reasoning_content": "猜一个"}
     assert "gives its reasoning twice, and differently" in reason({"messages": [ASK, twice]})
     assert turns({"messages": [ASK, {**twice, "reasoning_content": "看看钟\n"}]})[-1].reasoning == "看看钟\n"
@@ -346,7 +346,7 @@ def test_llama_factorys_parts_hold_their_text_under_value():
 
 
 def test_a_fraction_of_a_weight_is_refused_with_the_way_out():
-    # Rounding it would leave the answer out, or learn it twice as much, in silence.
+    # Rounding would silently drop the answer or double its weight.
     said = reason({"messages": [ASK, {**TELL, "loss_weight": 0.5}]})
     assert "messages 2's loss_weight is 0.5" in said and "multiply all of them" in said
 
@@ -387,7 +387,7 @@ def nested(levels: int, leaf: object = 1) -> object:
 
 @pytest.mark.parametrize("levels", [600, 100_000])
 def test_what_is_nested_without_end_is_refused(levels):
-    # json, Jinja and repr all end in a RecursionError.
+    # json, Jinja and repr all raise RecursionError.
     tool = {"type": "function", "function": {"name": "f", "parameters": nested(levels)}}
     assert f"more than {DEEPEST} levels deep" in reason({"messages": [ASK, TELL], "tools": [tool]})
     call = {"function": {"name": "f", "arguments": nested(levels)}}

@@ -1,6 +1,6 @@
-"""Two processes train as one: the same global batches, loss, adapter and counts.
+"""Two processes train like one: the same global batches, loss, adapter and counts.
 
-32 records are 4 whole steps, so no rank is filled up; where they are not, accelerate repeats some at an epoch's end.
+32 records make 4 complete steps, so no rank needs filling; otherwise accelerate repeats records at an epoch's end.
 """
 
 import json
@@ -44,7 +44,7 @@ def test_two_ranks_give_the_run_of_one(models, dialogues, tmp_path):
     examples = [record["examples_per_second"] * record["seconds"] for record in (ours, theirs)]
     assert examples[0] == pytest.approx(examples[1])
     adapters = [load_file(folder / "adapter_model.safetensors") for folder in (two, one)]
-    assert relative_difference(*adapters) < 1e-6  # padded to other widths: RMSNorm computes in float32
+    assert relative_difference(*adapters) < 1e-6  # rows are padded to other widths, and RMSNorm computes in float32
 
 
 @pytest.mark.slow
@@ -59,7 +59,7 @@ def test_records_that_come_once_more_for_whole_batches_are_said(models, dialogue
 
 @pytest.mark.slow
 def test_two_ranks_share_a_stream(models, dialogues, tmp_path):
-    # Each reads all of it and takes its part of each batch; catches a rank that trains on what the other does.
+    # Each rank reads the whole stream and takes its part of each batch. Catches ranks that train on the same records.
     command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--use_cpu"]
     command += ["--dtype", "float64", "--lora_dropout", "0", "--max_steps", "7", "--learning_rate", "1e-2"]
     command += ["--logging_steps", "1", "--streaming", "--shuffle_buffer", "6"]
@@ -97,7 +97,7 @@ def test_two_ranks_stop_together_when_one_is_told_and_go_on_as_one_run(models, d
     assert codes == [0, 0], words
     ranks = _two_ranks([*command, "--output_dir", str(out)], tmp_path)
     _wait_for_checkpoint(out / "checkpoint-10", ranks)
-    os.kill(ranks[1].pid, signal.SIGUSR1)  # the second rank alone
+    os.kill(ranks[1].pid, signal.SIGUSR1)  # only the second rank
     codes, words = ended(ranks)
     assert codes == [75, 75], words
     record = json.loads((out / "run.json").read_text())
@@ -119,7 +119,7 @@ def test_two_ranks_stop_together_when_one_is_told_and_go_on_as_one_run(models, d
 def test_a_rank_that_no_longer_answers_ends_the_other_within_the_time_limit(  # noqa: PLR0917  # pytest's fixtures
     models, dialogues, tmp_path, rank_lost, number, cause
 ):
-    # Catches a limit that reaches nobody: on CPUs transformers hands it to no one, and the other waited half an hour.
+    # Catches a limit without effect: on CPUs transformers does not pass it on, and the other rank waited half an hour.
     out, seconds = tmp_path / "out", 4
     command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--use_cpu"]
     command += ["--dtype", "float32", "--max_steps", "5000", "--save_steps", "5", "--save_total_limit", "2"]
@@ -128,7 +128,7 @@ def test_a_rank_that_no_longer_answers_ends_the_other_within_the_time_limit(  # 
     try:
         _wait_for_checkpoint(out / "checkpoint-10", ranks)
         os.kill(ranks[rank_lost].pid, getattr(signal, number))
-        # The time limit, and what Python and torch take to end on a busy machine.
+        # The time limit, plus the time that Python and torch need to exit on a busy machine.
         assert ranks[1 - rank_lost].wait(timeout=seconds + 10) == 3
     finally:
         for process in ranks:
@@ -141,7 +141,7 @@ def test_a_rank_that_no_longer_answers_ends_the_other_within_the_time_limit(  # 
 
 
 def _two_ranks(command, folder):
-    """The processes that a launcher would start, without the launcher: it ends all as soon as one has ended."""
+    """The processes of a launcher without the launcher, which would end all of them as soon as one ends."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
@@ -156,7 +156,7 @@ def _two_ranks(command, folder):
 
 
 def _wait_for_checkpoint(checkpoint, ranks):
-    for _ in range(6000):  # on a busy machine torch and transformers take a minute to be read
+    for _ in range(6000):  # on a busy machine, importing torch and transformers takes a minute
         if (checkpoint / "manifest.json").exists():
             return
         assert all(process.poll() is None for process in ranks), "a rank ended too early"

@@ -1,4 +1,4 @@
-"""A small real model through the commands: the fast path is exact on it, and it learns what the records say."""
+"""A small real model in the commands: the fast computation is exact on it, and it learns the records."""
 
 import json
 
@@ -12,7 +12,7 @@ PORTS = ("Tarn", "Osk", "Rudd", "Merrow", "Fennick", "Saltholm", "Kittiwake", "L
 
 @pytest.fixture
 def ferries(tmp_path):
-    """Sixteen questions about ferries, all behind one instruction, answered in one manner."""
+    """Sixteen questions about ferries with one instruction, all answered in the same manner."""
     records = [
         {
             "instruction": "You are the harbour clerk. Answer in one short line that ends with the bell.",
@@ -39,7 +39,7 @@ def test_a_real_model_learns_a_manner_and_says_it_in_chat(real, ferries, tmp_pat
     losses = [entry["loss"] for entry in json.loads((out / "run.json").read_text())["loss_history"]]
     assert losses[-1] < losses[0] / 3
     capsys.readouterr()
-    # Number 40 is not among the records: the manner is learned, not one answer.
+    # Ferry 40 is not in the records, so the model must have learned the manner.
     prompt = ["--prompt", "Where does ferry 40 go?", "--max_new_tokens", "24"]
     assert main(["chat", "--adapter_path", str(out), *prompt]) == 0
     assert "Ding-dong!" in capsys.readouterr().out

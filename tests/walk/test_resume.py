@@ -1,4 +1,4 @@
-"""A run that is stopped goes on bit-identically: by signal, by kill -9, or from a checkpoint that is named."""
+"""A stopped run continues bit by bit like an undisturbed one: after a signal, kill -9, or from a named checkpoint."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def start(arguments: list[str], *, start_new_session: bool = False) -> subproces
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
-    for _ in range(6000):  # on a busy machine torch and transformers take a minute to be read
+    for _ in range(6000):  # on a busy machine, importing torch and transformers takes a minute
         if path.exists():
             return
         assert process.poll() is None, process.communicate()[0]
@@ -51,7 +51,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def whole(models, tmp_path_factory) -> tuple[Path, Path, Path]:
-    """(base, data, output) of a run that nobody disturbed."""
+    """(base, data, output folder) of an undisturbed run."""
     from tests.conftest import DIALOGUES, write_jsonl
 
     folder = tmp_path_factory.mktemp("whole")
@@ -103,7 +103,7 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(whole, tmp_path, caps
         if int(newer.name.partition("-")[2]) > 14:
             (newer / "manifest.json").unlink(missing_ok=True)
     weights = out / "checkpoint-14" / "optimizer.pt"
-    weights.write_bytes(weights.read_bytes()[:-7])  # a torn file under a whole manifest
+    weights.write_bytes(weights.read_bytes()[:-7])  # a truncated file and a complete manifest
     assert main(arguments(base, data, out, "--resume")) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "checkpoint-21 is skipped" in said
@@ -124,7 +124,7 @@ def test_a_named_checkpoint_goes_on_in_another_folder(whole, tmp_path, way):
 
 
 def test_losses_between_logs_are_not_lost_with_a_checkpoint(models, dialogues, tmp_path):
-    # The library divides a resumed run's loss by all steps, and drops what was not logged before the checkpoint.
+    # The library divides a resumed run's loss by all steps, and drops losses not yet logged at the checkpoint.
     def run(out, *more):
         flags = ["--max_steps", "10", "--save_steps", "4", "--logging_steps", "3", *more]
         assert main([*arguments(models("llama"), dialogues, out), *flags]) == 0
@@ -191,7 +191,7 @@ def test_a_resume_that_is_refused_leaves_the_record_of_the_run(whole, tmp_path):
 
 @pytest.mark.parametrize("way", ["an older checkpoint", "weights alone"])
 def test_two_runs_are_not_mixed_in_one_folder(whole, tmp_path, capsys, way):
-    # The newest checkpoint would be the other run's, and a later --resume would take it.
+    # Otherwise the newest checkpoint would be the other run's, and a later --resume would use it.
     base, data, undisturbed = whole
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
@@ -255,7 +255,7 @@ def test_more_steps_go_on_with_a_notice_about_the_schedule(models, dialogues, tm
 
 
 def test_the_tutorials_own_checkpoint_gives_the_weights(whole, tmp_path, capsys):
-    """adapter_model.bin with `.default.` in its keys and no config beside it."""
+    """It has adapter_model.bin with `.default.` in its keys, and no config."""
     from safetensors.torch import load_file
 
     base, data, undisturbed = whole
@@ -293,7 +293,7 @@ def test_a_checkpoint_without_optimizer_says_so_and_lora_settings_stay(models, d
     "schedule", [("--lr_scheduler_type", "linear", "--warmup_steps", "4"), ("--lr_scheduler_type", "cosine")]
 )
 def test_without_optimizer_the_learning_rate_goes_on(models, dialogues, tmp_path, schedule):
-    # It grew again from 0 and ended at its highest.
+    # Once it rose again from 0 and ended at its highest value.
     command = arguments(models("llama"), dialogues, tmp_path / "whole", "--save_only_model", *schedule)
     command[command.index("--max_steps") + 1] = "12"
     command[command.index("--save_steps") + 1] = "8"
@@ -324,7 +324,7 @@ def test_a_run_that_began_from_weights_does_not_begin_again_without_them(whole, 
     base, data, undisturbed = whole
     out = tmp_path / "out"
     out.mkdir()
-    # As a kill before the first checkpoint leaves it.
+    # As after a kill before the first checkpoint.
     (out / "run.json").write_text(json.dumps({"status": "running", "start": "weights"}))
     assert main(arguments(base, data, out, "--resume")) == 2
     assert "started from weights and has no complete checkpoint" in capsys.readouterr().err
@@ -359,9 +359,9 @@ def test_what_a_stopped_run_says_to_do_next_can_be_done(whole, tmp_path, capsys)
 
 @pytest.mark.parametrize("fault", ["moved", "damaged", pytest.param("gone", marks=pytest.mark.slow)])
 def test_the_best_checkpoint_is_found_where_it_stands_now_or_missed_aloud(models, dialogues, tmp_path, capsys, fault):
-    # Killed after the last checkpoint, before the adapter was saved.
+    # As after a kill between the last checkpoint and the save of the adapter.
     flags = ["--eval_size", "8", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
-    # The worst loss is taken for the best, so that it is not the last one.
+    # With greater_is_better the worst loss counts as the best, so that it is not the last one.
     flags += ["--load_best_model_at_end", "--metric_for_best_model", "eval_loss", "--greater_is_better", "true"]
     flags += ["--save_total_limit", "9"]
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -446,7 +446,7 @@ def test_a_record_that_is_not_one_is_taken_as_none(models, dialogues, tmp_path, 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_to_every_process_of_a_job_is_one_stop(whole, tmp_path, number):
-    # Clusters and terminals signal the data's workers too, and a worker that dies is an error of the run.
+    # Clusters and terminals also signal the data workers, and a worker that dies is an error of the run.
     base, data, undisturbed = whole
     out, flags = tmp_path / "out", ["--dataloader_num_workers", "2"]
     process = start(arguments(base, data, out, *flags), start_new_session=True)
@@ -455,5 +455,5 @@ def test_a_signal_to_every_process_of_a_job_is_one_stop(whole, tmp_path, number)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 75, said
     assert "with a checkpoint" in said
-    assert main(arguments(base, data, out, "--resume")) == 0  # without workers, which begin anew in each epoch
+    assert main(arguments(base, data, out, "--resume")) == 0  # without workers, because they start anew in each epoch
     assert (out / "adapter_model.safetensors").read_bytes() == (undisturbed / "adapter_model.safetensors").read_bytes()

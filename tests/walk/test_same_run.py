@@ -1,6 +1,6 @@
-"""A resumed run is the run: from every step, in every way of going through the data, after any way of stopping.
+"""A resumed run equals the undisturbed run: from every step, for every way through the data, after any kind of stop.
 
-CPU, one thread, exact: adapter bytes and every logged loss.
+On a CPU with one thread, the adapter's bytes and every logged loss must be equal.
 """
 
 import json
@@ -23,7 +23,7 @@ from tests.trained import whole_run
 
 EVERY = bool(os.environ.get("ATOMTUNE_SOAK"))
 
-#: 40 records in batches of 3 are 14 batches an epoch, the last one of a single record.
+#: 40 records in batches of 3 make 14 batches per epoch, the last one with a single record.
 WAYS = {
     "epochs": ["--num_train_epochs", "2"],
     "ragged accumulation": ["--num_train_epochs", "2", "--gradient_accumulation_steps", "4"],
@@ -74,11 +74,11 @@ def test_from_every_step_the_run_is_the_same(models, dialogues, tmp_path, way):
     if way == "best":
         best = json.loads((found[-1] / "trainer_state.json").read_text())["best_model_checkpoint"]
         assert Path(best) in found, "named by the path it ends under"
-    # The ways share the steps among them: every other one goes on from the first and the last but one.
+    # To save time, half of the ways resume from the first and the last but one, the others from the middle.
     few = (found[0], found[-2]) if list(WAYS).index(way) % 2 else (found[len(found) // 2],)
     for kept in found if EVERY else few:
         out = tmp_path / f"from-{kept.name}"
-        if way == "best":  # the best so far is named by its path
+        if way == "best":  # the best so far is stored by its path
             shutil.copytree(whole, out)
             for later in found[found.index(kept) + 1 :]:
                 shutil.rmtree(out / later.name)
@@ -90,7 +90,7 @@ def test_from_every_step_the_run_is_the_same(models, dialogues, tmp_path, way):
 
 
 def signalled(out: Path, number: int, step: int) -> threading.Thread:
-    """Sends this process a signal as soon as a checkpoint is there."""
+    """A thread that sends this process a signal as soon as a checkpoint exists."""
 
     def send() -> None:
         for _ in range(2000):
@@ -109,7 +109,7 @@ LONG = ["--max_steps", "40", "--eval_size", "7", "--eval_strategy", "steps", "--
 
 @pytest.fixture(scope="module")
 def long_run(models, tmp_path_factory) -> tuple[Path, Path]:
-    """A file of the dialogues, and the folder of the run of LONG on it that nothing stopped."""
+    """A file of the dialogues, and the folder of the undisturbed run with LONG on it."""
     folder = tmp_path_factory.mktemp("long")
     return whole_run(folder, lambda data, out: command(models("llama"), data, out, *LONG))
 
@@ -159,7 +159,7 @@ def test_a_stop_during_an_evaluation_is_heard_and_the_evaluation_made_up(models,
     def interrupted(model, batch, **kwargs):
         if not model.training:
             seen.append(1)
-            if len(seen) == 14:  # the fourth of ten batches of the second evaluation, behind the last step
+            if len(seen) == 14:  # the fourth of ten batches of the second evaluation, after the last step
                 os.kill(os.getpid(), signal.SIGTERM)
         return real(model, batch, **kwargs)
 
@@ -292,7 +292,7 @@ def test_template_tokenizer_and_data_are_compared_too(models, dialogues, two_ste
 
 
 def test_another_config_of_the_base_is_another_run(models, dialogues, tmp_path, capsys):
-    # The weights are the same, so their fingerprint is too; what is computed with them is not.
+    # The weights and their fingerprint are the same, but another config computes something else with them.
     base, out = tmp_path / "base", tmp_path / "out"
     shutil.copytree(models("llama"), base)
     assert main(command(base, dialogues, out, "--max_steps", "2")) == 0
@@ -306,7 +306,7 @@ def test_another_config_of_the_base_is_another_run(models, dialogues, tmp_path, 
 
 
 def test_another_row_in_the_bases_weights_is_another_run(models, dialogues, tmp_path, capsys):
-    # The fingerprint looks at the first and the middle row of a weight: this one is neither.
+    # The fingerprint covers the first and the middle row of a weight; this row is neither.
     base, out = tmp_path / "base", tmp_path / "out"
     shutil.copytree(models("llama"), base)
     assert main(command(base, dialogues, out, "--max_steps", "2")) == 0
@@ -324,7 +324,7 @@ def test_another_row_in_the_bases_weights_is_another_run(models, dialogues, tmp_
 
 
 def test_another_evaluation_file_is_another_run(models, dialogues, tmp_path, capsys):
-    # With the best checkpoint kept, it decides which weights the run ends with.
+    # If the best checkpoint is kept, the evaluation file decides the final weights.
     out, held = tmp_path / "out", tmp_path / "held.jsonl"
     held.write_text('{"instruction": "Hi", "output": "Hello"}\n')
     flags = ["--eval_path", str(held), "--resume"]

@@ -1,8 +1,8 @@
-"""Evaluation measures a run and never changes it: not its weights, and not what a stop and a resume make of it.
+"""Evaluation measures a run and never changes it: neither its weights, nor the result of a stop and a resume.
 
-CPU, one thread, exact. The fast tests take a few ways through each choice, and share among them the places of a stop
-and the checkpoints; `make soak` takes all ways, each stopped in every step and every batch of every evaluation, and
-resumed from every checkpoint.
+Exact, on a CPU with one thread. The fast tests cover each choice in a few combinations, and divide the places of a stop
+and the checkpoints among them. `make soak` covers all combinations, stops each in every step and every batch of every
+evaluation, and resumes from every checkpoint.
 """
 
 import functools
@@ -34,11 +34,11 @@ SAVES = {
     "every step": ["--save_strategy", "steps", "--save_steps", "1"],
     "by epoch": ["--save_strategy", "epoch"],
     "the best": ["--save_strategy", "best", "--metric_for_best_model", "eval_loss"],
-    # The worst loss counts as the best, so that it is not the last one.
+    # With greater_is_better the worst loss counts as the best, so that it is not the last one.
     "load the best": [
         *("--load_best_model_at_end", "true", "--metric_for_best_model", "eval_loss", "--greater_is_better", "true"),
     ],
-    # At such a rate the loss does not fall: the second evaluation ends the run. The weights' last bits still move.
+    # With this rate the loss does not fall, so the second evaluation ends the run; the weights' last bits still change.
     "stops early": [
         *(
             "--save_strategy",
@@ -70,7 +70,7 @@ def files(tmp_path_factory) -> tuple[Path, Path, Path]:
 
 @pytest.fixture(scope="module")
 def undisturbed(models, files, tmp_path_factory) -> Callable[[tuple[str, ...]], Path]:
-    """`undisturbed(way)` is the folder of the run that nothing stopped; each way runs once."""
+    """`undisturbed(way)` is the folder of the undisturbed run; each way runs once."""
 
     @functools.cache
     def folder(way: tuple[str, ...]) -> Path:
@@ -92,14 +92,14 @@ def command(base: Path, files: tuple[Path, Path, Path], out: Path, *more: str) -
 
 
 def flags_of(evaluation: str, save: str, batch: str, source: str) -> list[str]:
-    """A run of two epochs of six batches; a stream has no end, so it is counted in steps."""
+    """Flags of a run of two epochs with six batches each; a stream has no end, so its length is given in steps."""
     length = ["--max_steps", "12" if batch == "plain" else "5"] if source == "streamed" else ["--num_train_epochs", "2"]
     saved = SAVES[save]
-    if save == "load the best":  # the library wants to save as it evaluates
+    if save == "load the best":  # the library requires saves at evaluations
         by_epoch = "epoch" in EVALUATIONS[evaluation]
         saved = [*saved, *(("--save_strategy", "epoch") if by_epoch else ("--save_strategy", "steps", "--save_steps"))]
         saved = saved if by_epoch else [*saved, EVALUATIONS[evaluation][3]]
-    if save == "stops early":  # the end is to come much later
+    if save == "stops early":  # the planned end comes much later
         length = ["--max_steps" if source == "streamed" else "--num_train_epochs", "20"]
     return [*EVALUATIONS[evaluation], *saved, *BATCHES[batch], *SOURCES[source], *length]
 
@@ -111,7 +111,7 @@ def can_be(evaluation: str, save: str, batch: str, source: str) -> bool:
 
 
 WAYS = [way for way in itertools.product(EVALUATIONS, SAVES, BATCHES, SOURCES) if can_be(*way)]
-#: Each choice at least once; the first is the case in which this was first seen to fail. `make soak` takes them all.
+#: Each choice at least once; the first combination is the one that first failed. `make soak` runs them all.
 FEW = [
     ("by epoch", "every step", "plain", "stored"),
     ("by epoch", "load the best", "accumulated", "mixed"),
@@ -120,17 +120,17 @@ FEW = [
     ("plateau", "every step", "plain", "stored"),
     ("by steps", "stops early", "accumulated", "streamed"),
 ]
-#: `make test` takes one of them, `make test-slow` the others.
+#: `make test` runs one of them, `make test-slow` the others.
 SOME = [way if number == 0 else pytest.param(way, marks=pytest.mark.slow) for number, way in enumerate(FEW)]
 
 
 def history(out: Path) -> list[dict]:
-    """Every logged figure of the run but the clock's."""
+    """All logged figures of a run, except times."""
     record = json.loads((out / "run.json").read_text())
     assert record["status"] == "finished"
     last = json.loads((checkpoints(out)[0] / "trainer_state.json").read_text())
     clock = ("eval_runtime", "train_runtime")
-    # The evaluation at the very end may have been made after that checkpoint, by the resumed run: run.json has it.
+    # The last evaluation may have been made after that checkpoint, by the resumed run; then only run.json has it.
     steps = [entry for entry in last["log_history"] if "eval_loss" not in entry]
     logs = [{name: value for name, value in entry.items() if name not in clock} for entry in steps]
     figures = ("steps", "train_loss", "eval_loss", "eval_history", "outcome", "samples", "tokens_computed")
@@ -138,7 +138,7 @@ def history(out: Path) -> list[dict]:
 
 
 def signals_at(monkeypatch, call: int, *, inside_evaluation: bool) -> list[int]:
-    """SIGTERM to this process in the given micro-batch, or the given batch of evaluations; the calls so far."""
+    """Send SIGTERM to this process in the given micro-batch, or evaluation batch; the list counts the calls so far."""
     real, calls = trainer_module.target_nats, []
 
     def target_nats(model, batch, **kwargs):
@@ -153,13 +153,13 @@ def signals_at(monkeypatch, call: int, *, inside_evaluation: bool) -> list[int]:
 
 
 def stopped_and_resumed(run: Callable[..., int], monkeypatch, out: Path, call: int, *, inside_evaluation: bool) -> bool:
-    """Whether the run came to that call; it was stopped there then, and resumed to its end."""
+    """Stop a run at the given call and resume it to its end; False if the run has fewer calls."""
     with monkeypatch.context() as patch:
         calls = signals_at(patch, call, inside_evaluation=inside_evaluation)
         code = run(out)
     if len(calls) < call:
         return False
-    if code == 0:  # the signal came in the last step: nothing was left to stop
+    if code == 0:  # the signal came in the last step, so nothing was left to stop
         return True
     assert code == 75
     assert run(out, "--resume") == 0
@@ -178,7 +178,7 @@ def test_a_run_that_is_stopped_anywhere_is_the_undisturbed_run(  # noqa: PLR0917
     expected = (whole / "adapter_model.safetensors").read_bytes(), history(whole)
     if "stops early" in way:
         assert expected[1][-1]["steps"] < json.loads((whole / "run.json").read_text())["steps_planned"]
-    # Each evaluation has three batches, that before the first step too.
+    # Each evaluation has three batches, also the one before the first step.
     early, late = (2,), (7,)
     few = (early, late) if WAYS.index(way) % 2 else (late, early)
     for inside_evaluation in (False, True):

@@ -1,4 +1,4 @@
-"""Planted programs: files that would run something when read carelessly. None runs; each is refused or passed by."""
+"""Planted programs: files that run code if they are read carelessly. None may run; each is refused or ignored."""
 
 import io
 import json
@@ -23,7 +23,7 @@ from tests.trained import whole_run
 
 
 class Program:
-    """Unpickling this leaves a mark."""
+    """Unpickling this creates the mark file."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -38,7 +38,7 @@ def mark(tmp_path) -> Path:
 
 
 def plant(file: Path, mark: Path, *, zipped: bool = True) -> None:
-    """A file that torch.load, or pickle.load, would run."""
+    """Write a file that torch.load, or pickle.load, would execute."""
     if zipped:
         torch.save({"state": Program(mark), "weight": torch.zeros(2)}, file)
     else:
@@ -64,7 +64,7 @@ def undisturbed(models, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def whole(undisturbed, tmp_path) -> Path:
-    """The folder of a finished run on the dialogues, to plant files in."""
+    """The folder of a finished run on the dialogues, in which a test may plant files."""
     return Path(shutil.copytree(undisturbed, tmp_path / "whole"))
 
 
@@ -101,7 +101,7 @@ def test_a_base_that_is_a_program(models, dialogues, tmp_path, mark, capsys):
     assert not mark.exists()
 
 
-#: Every name under which the library would open a state, and what else has been seen to be opened somewhere.
+#: The file names under which the library opens states, and files that are opened elsewhere.
 STATES = ["optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_0.pth"]
 STATES += ["pytorch_model_fsdp.bin"]
 OTHERS = ["training_args.bin", "optimizer_0/.metadata", "pytorch_model_fsdp_0/.metadata", "random-0.pkl"]
@@ -111,7 +111,7 @@ OTHERS = ["training_args.bin", "optimizer_0/.metadata", "pytorch_model_fsdp_0/.m
 def test_a_state_that_is_a_program_put_into_a_checkpoint(  # noqa: PLR0917  # pytest's fixtures
     models, dialogues, whole, tmp_path, mark, capsys, name
 ):
-    # Another file than was sealed, or one more than was sealed: the checkpoint is not what it was.
+    # A changed or an added file: the checkpoint no longer fits its manifest.
     kept = checkpoints(whole)[-1]
     plant(kept / name, mark)
     assert main(train(models("llama"), dialogues, tmp_path / "out", "--resume_from_checkpoint", str(kept))) == 2
@@ -124,7 +124,7 @@ def test_a_state_that_is_a_program_put_into_a_checkpoint(  # noqa: PLR0917  # py
 def test_a_state_that_is_a_program_sealed_with_the_others(  # noqa: PLR0917  # pytest's fixtures
     models, dialogues, whole, tmp_path, mark, capsys, name, zipped
 ):
-    # A manifest proves that nothing changed, not who wrote it: the file itself must be harmless.
+    # A manifest proves that nothing changed, not who wrote it, so the file itself must be harmless.
     kept = checkpoints(whole)[-1]
     plant(kept / name, mark, zipped=zipped)
     facts = {key: value for key, value in read_manifest(kept).items() if key not in ("files", "sha256")}
@@ -153,7 +153,7 @@ def test_a_program_beside_a_checkpoints_states_is_not_opened(  # noqa: PLR0917  
 
 @pytest.fixture
 def foreign(whole, tmp_path) -> Path:
-    """A checkpoint as another tool leaves it."""
+    """A checkpoint as another tool leaves it, without a manifest."""
     folder = Path(shutil.copytree(checkpoints(whole)[-1], tmp_path / "checkpoint-2"))
     (folder / MANIFEST).unlink()
     return folder
@@ -256,7 +256,7 @@ def test_the_only_pickles_a_run_writes_are_states_that_hold_tensors_alone(models
 
 
 def names_in(pickled: bytes) -> set[str]:
-    """Everything that unpickling would look up and call, told without unpickling."""
+    """All names that unpickling would look up and call, found without unpickling."""
     words: list[str] = []
     found = set()
     for opcode, argument, _ in pickletools.genops(io.BytesIO(pickled)):

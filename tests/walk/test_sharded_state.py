@@ -1,6 +1,6 @@
-"""An optimizer whose weights are divided among ranks (FSDP2, on a CPU) is saved whole and goes on the same.
+"""An optimizer whose weights are sharded over ranks (FSDP2, on a CPU) is saved whole and continues unchanged.
 
-The Trainer saves and loads it by the functions of accelerate that are called here.
+The Trainer saves and loads it with the functions of accelerate that are called here.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""Small files as people have them, from the file to what is learned: by the commands, on a tiny model.
+"""Small files like users have, from the file to the trained text: with the commands, on a tiny model.
 
-Each stands for a kind that was once read as something else; the laws behind them are tested in tests/data.
+Each is an example of a kind that was once misread; tests/data tests the laws.
 """
 
 import json
@@ -20,7 +20,7 @@ WEATHER, STOCK = (
     {"type": "function", "function": {"name": name, "description": "d", "parameters": {"properties": properties}}}
     for name, properties in (("weather", {"city": {"type": "string"}}), ("stock", {"code": {"type": "string"}}))
 )
-#: As Qwen's: tools and calls are written, and two modes.
+#: Like Qwen's template: it writes tools and calls, and has two modes.
 TEMPLATE = (
     "{{ tools | tojson if tools }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
     "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
@@ -31,14 +31,14 @@ TEMPLATE = (
 
 @pytest.fixture
 def inspected(models, tmp_path, capsys):
-    """What `inspect` prints of a file or folder, its samples and its ledger."""
+    """The output of `inspect` for a file or folder, with its samples and its ledger."""
     template = tmp_path / "template.jinja"
     template.write_text(TEMPLATE)
 
     def run(path: Path, *more: str) -> str:
         command = ["inspect", str(path), "--model_path", str(models("qwen3")), "--template", str(template)]
         assert main([*command, "--samples", "9", *more]) == 0
-        return capsys.readouterr().out.replace("│", "")  # between tokens
+        return capsys.readouterr().out.replace("│", "")  # the marks between tokens
 
     return run
 
@@ -59,7 +59,7 @@ def test_a_folder_whose_files_have_two_formats_is_told_file_by_file(inspected, t
 
 
 def test_a_table_that_excel_saved_as_unicode_text_is_read(inspected, tmp_path):
-    # UTF-16 with a mark, tabs under the name .csv, quotes and line ends inside cells.
+    # UTF-16 with a byte-order mark, tabs in a file named .csv, quotes and line ends inside cells.
     table = 'instruction\tinput\toutput\r\n说早\t\t早上好\r\n"翻译，注意""引号"""\t+s,r\t"cat, ""dog""\nnext line"\r\n'
     (tmp_path / "book.csv").write_bytes(table.encode("utf-16"))
     printed = inspected(tmp_path / "book.csv")
@@ -68,7 +68,7 @@ def test_a_table_that_excel_saved_as_unicode_text_is_read(inspected, tmp_path):
 
 
 def test_a_table_of_structs_is_learned_as_its_lines_of_json_are(inspected, tmp_path):
-    # Arrow fills up the keys that another row has: {"city": "北京", "code": null} was learned as the arguments.
+    # Arrow adds the keys of other rows: {"city": "北京", "code": null} was trained as the arguments.
     records = []
     for arguments, name in (({"city": "北京"}, "weather"), ({"code": "600000", "days": 5}, "stock")):
         calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
@@ -101,7 +101,7 @@ def test_an_answer_that_is_marked_as_unwanted_is_not_trained_on(models, tmp_path
 
 
 def test_a_record_sets_the_mode_of_its_template(inspected, tmp_path):
-    # Beside it stands what the template has no place for: said, and no reason to lose the record.
+    # The template ignores the other variables: that is reported, but is no reason to lose the record.
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     sets = {"enable_thinking": False, "documents": [{"title": "t", "text": "x"}], "date_string": "1 Jan 2026"}
     write_jsonl(tmp_path / "kw.jsonl", [{"messages": messages, "chat_template_kwargs": {"x": 1}, **sets}])
@@ -122,7 +122,7 @@ def test_escape_sequences_of_a_key_reach_no_terminal(inspected, tmp_path, key):
 
 
 def test_an_opt_base_is_trained(models, tmp_path):
-    # It calls its decoder inside its body: an IndexError.
+    # OPT calls its decoder inside its body, which once ended in an IndexError.
     tokenizer = AutoTokenizer.from_pretrained(models("qwen3"))
     size = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = AutoConfig.for_model(
@@ -140,7 +140,7 @@ def test_an_opt_base_is_trained(models, tmp_path):
 
 @pytest.mark.parametrize("name", [b"a\xff.jsonl", b"two\nlines.jsonl", b"$x$_$.jsonl", b"\x1b[31m.jsonl"], ids=ascii)
 def test_a_file_of_any_name_is_trained_on(models, dialogues, tmp_path, capsys, name):
-    # A name that is no UTF-8 could not be written into run.json, one of two lines was not found again in the origins.
+    # A name that is not UTF-8 could not be written to run.json, and one of two lines was not found in origins.
     data = tmp_path / os.fsdecode(name)
     dialogues.rename(data)
     out = tmp_path / "out"

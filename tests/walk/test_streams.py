@@ -1,4 +1,4 @@
-"""Standard output that is full, closed or of few characters: results still come, and exit codes are right."""
+"""With a standard output that is full, closed or of another encoding, results still arrive and exit codes are right."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def words(models, tmp_path_factory) -> list[str]:
 
 
 def run(words: list[str], redirection: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
-    """A command in a shell of its own, with what is written after it there."""
+    """Run a command in its own shell, with this redirection."""
     command = f'exec "$0" -m atomtune "$@" {redirection}'
     return subprocess.run(
         ["bash", "-c", command, sys.executable, *words],
@@ -63,7 +63,7 @@ def test_a_reader_that_leaves_is_no_error(words):
 
 @pytest.mark.parametrize("streams", [pytest.param(">&-", marks=pytest.mark.slow), "</dev/null >&- 2>&-"])
 def test_an_output_that_is_closed(words, streams):
-    # Without input, output and error, the first files got their numbers, and a library was given a wrong one.
+    # Without the three streams, the first opened files got their numbers, and a library used a wrong one.
     done = run(words, streams)
     assert done.returncode == 0 and b"Traceback" not in done.stderr
 
@@ -76,7 +76,7 @@ def chat(by_heart) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("streams", ["--prompt x >&-", "--prompt x <&- >&- 2>&-", "<&-"])
 def test_a_chat_whose_streams_are_closed(chat, streams):
-    # Python has None for a stream that was closed, and a chat asks it whether it is a terminal.
+    # Python has None for a closed stream, and chat asks whether it is a terminal.
     done = run(chat, streams)
     assert done.returncode == 0, done.stderr
     assert b"Traceback" not in done.stderr
@@ -113,7 +113,7 @@ def test_what_a_pipe_holds_is_utf_8_in_a_locale_of_ascii_too(chat, tmp_path, lin
 def test_few_characters_are_no_error_and_json_stays_json(words, usual, environment):
     result = run([*words, "--json"], **environment)
     assert result.returncode == 0, result.stderr
-    assert b"Traceback" not in result.stderr  # the report itself, with every character that there is not
+    assert b"Traceback" not in result.stderr  # the report itself, although the encoding lacks characters
     assert json.loads(result.stdout.decode("latin-1")) == usual
 
 

@@ -1,6 +1,6 @@
-"""Variables and the date of a template: what training sets is what a server renders with the same values.
+"""Variables and the date of a template: training renders what a server renders with the same values.
 
-The oracle is transformers' own apply_chat_template. A run keeps them: with the adapter, and over a resume.
+The oracle is transformers' own apply_chat_template. A run saves the values with the adapter and for a resume.
 """
 
 import itertools
@@ -36,7 +36,7 @@ TALK = {"messages": [QUESTION, {"role": "assistant", "content": "I keep the ligh
 
 
 def prompt_of(record: dict, source: str, **options) -> list[int]:
-    """The ids before the answer of a record's one exchange."""
+    """The ids before the answer of a record with one exchange."""
     template = load_template("auto", tokenizer_of("bytes", source), **options)
     ledger = Ledger()
     raw = RawRecord(record, "train.jsonl:1")
@@ -60,7 +60,7 @@ def test_variables_of_the_run_stand_in_every_prompt(variables):
     "record_sets",
     [
         {"chat_template_kwargs": {"enable_thinking": False}},
-        {"chat_template_kwargs": '{"enable_thinking": false}'},  # as a CSV or Parquet file may hold it
+        {"chat_template_kwargs": '{"enable_thinking": false}'},  # as in a CSV or Parquet file
         {"enable_thinking": False},
     ],
     ids=["object", "text", "key"],
@@ -77,7 +77,7 @@ def test_documents_of_a_record_are_written():
 
 
 def test_documents_that_a_template_does_not_write_are_said_and_the_other_variables_count():
-    # A server that is sent them writes this very prompt. Refusing the record lost its enable_thinking too.
+    # A server that gets them writes the same prompt. Refusing the record also lost its enable_thinking.
     sets = {"enable_thinking": False, "documents": [{"title": "Tides", "text": "Twice a day."}]}
     assert prompt_of({**TALK, **sets}, TWO_MODES) == served(TWO_MODES, **sets)
     assert served(TWO_MODES, **sets) == served(TWO_MODES, enable_thinking=False)
@@ -90,7 +90,7 @@ def test_documents_that_a_template_does_not_write_are_said_and_the_other_variabl
 
 
 def test_a_control_string_in_a_variable_stays_text():
-    # Text of a record never becomes a control token, wherever the record keeps it.
+    # Text of a record never becomes a control token, wherever it is stored.
     documents = [{"title": "<|im_end|>"}]
     ours = prompt_of({**TALK, "documents": documents}, READS_DOCUMENTS)
     end = tokenizer_of("bytes", CHATML).convert_tokens_to_ids("<|im_end|>")
@@ -126,7 +126,7 @@ def test_variables_and_the_day_are_part_of_the_cache_key(tmp_path):
     assert ids(TWO_MODES) != ids(TWO_MODES, variables={"enable_thinking": False})
     assert ids(NAMES_THE_DAY, day=date(2031, 1, 31)) != ids(NAMES_THE_DAY, day=date(2031, 2, 1))
     before = entries()
-    # A template that names no day is encoded once, whatever the day.
+    # A template without a date is encoded once for all days.
     ids(TWO_MODES, day=date(2031, 2, 1))
     assert entries() == before == 4
     assert json.dumps(ids(TWO_MODES)) == json.dumps(ids(TWO_MODES, day=date(2031, 2, 1)))
@@ -166,11 +166,11 @@ def test_an_adapter_and_a_resumed_run_keep_the_variables_and_the_date(base, tmp_
     out = tmp_path / "out"
     assert rendered(out).startswith("31 January 2031[calm]")
 
-    # A resume on another day, which nobody has to name, is the same run …
+    # A resume on another day is the same run, although nobody passes the date …
     assert train_on(base, tmp_path, *calm, "--max_steps", "2", "--resume") == 0
     assert rendered(out).startswith("31 January 2031[calm]")
     assert date.today() != date(2031, 1, 31)
-    # … and with other variables it is another.
+    # … but with other variables it is another run.
     assert train_on(base, tmp_path, "--max_steps", "3", "--resume") == 2
     assert "chat_template_kwargs" in capsys.readouterr().err
     assert train_on(base, tmp_path, *calm, "--template_date", "2031-02-01", "--max_steps", "3", "--resume") == 2

@@ -1,4 +1,4 @@
-"""Laws of the built-in templates: each writes what its family publishes, and every prompt continues the one before."""
+"""Laws of the built-in templates: each writes its family's published format, and prompts continue each other."""
 
 import json
 from importlib import resources
@@ -22,15 +22,15 @@ VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-#: Between the prompt and the answer of an earlier exchange: what SentencePiece writes before every text.
+#: SentencePiece writes this before every text, so it follows the prompt of an earlier exchange.
 GAP = {"mistral-v1": " ", "mistral-v3": " ", "vicuna": " "}
-#: What ends an answer, without a tokenizer's own eos; None: that eos.
+#: The end of an answer, if it is not the tokenizer's eos.
 END = {
     **dict.fromkeys(("chatml", "qwen2.5", "qwen3"), "<|im_end|>\n"),
     **dict.fromkeys(("llama3", "llama3.1"), "<|eot_id|>"),
     "gemma": "<end_of_turn>\n",
 }
-#: Their system text stands in the last question, so that no prompt goes on from the one before.
+#: They put the system text into the last question, so their prompts do not continue each other.
 SYSTEM_LAST = ("mistral-v3", "mistral-tekken")
 TOOL = {
     "type": "function",
@@ -70,7 +70,7 @@ def render(name: str, tokenizer: Any, messages: list[dict], *, prompt: bool = Fa
 
 
 def chat(*texts: str, system: str | None = None) -> list[dict]:
-    """Texts said in turn by user and assistant."""
+    """Messages of user and assistant in turn."""
     said = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     return said if system is None else [{"role": "system", "content": system}, *said]
 
@@ -130,7 +130,7 @@ def test_a_format_with_a_preamble_writes_its_own_where_there_is_no_system_text(n
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("alpaca", "vicuna", "llama3.1", "qwen2.5")])
 def test_the_others_write_no_text_of_their_own(name, llama):
-    # Llama 3.1 writes dates here, Qwen2.5 who it is.
+    # Left out: Llama 3.1 writes dates here, Qwen2.5 its name.
     written = render(name, llama, chat("q"), prompt=True)
     with_system = render(name, llama, chat("q", system="SYSTEM"), prompt=True)
     assert len(written) < len(with_system)
@@ -146,7 +146,7 @@ def test_the_templates_are_these_and_each_says_whose_it_is():
 
 # --- a conversation goes on from its own prompts ----------------------------------------------------------------------
 
-# No white space at the ends (some families trim), nothing that Qwen reads as thoughts or as a tool's answer.
+# No white space at the ends, which some families trim, and nothing that Qwen reads as thoughts or as a tool's answer.
 TEXT = st.text(st.sampled_from("ab 你\n{}%#'\"\\<|>[]é🙂"), min_size=1, max_size=12).filter(
     lambda text: text == text.strip()
 )
@@ -168,7 +168,7 @@ def test_each_prompt_begins_with_the_one_before_and_its_answer(name, kind, token
         asked = render(name, tokenizer, messages[:at], prompt=True)
         answered = asked + GAP.get(name, "") + messages[at]["content"] + end
         assert render(name, tokenizer, messages[: at + 2], prompt=True).startswith(answered)
-        if name != "qwen3":  # its very last answer has a block for thoughts
+        if name != "qwen3":  # it writes a block for thoughts into the very last answer
             assert render(name, tokenizer, messages[: at + 1]) == answered
 
 
@@ -185,7 +185,7 @@ def test_a_conversation_has_one_bos_and_it_is_the_first(name, kind, tokenizers):
 
 @pytest.mark.parametrize("name", ["chatml", "qwen3"])
 def test_a_bos_that_begins_every_turn_is_not_doubled(name):
-    # SmolLM2's and others' BOS is <|im_start|>.
+    # As in SmolLM2 and others, whose BOS is <|im_start|>.
     tokenizer = tokenizer_of("bytes", CHATML)
     tokenizer.bos_token = "<|im_start|>"
     written = render(name, tokenizer, chat("q"), prompt=True)
@@ -193,7 +193,7 @@ def test_a_bos_that_begins_every_turn_is_not_doubled(name):
 
 
 def test_a_mark_for_thoughts_that_is_no_token_here_is_named():
-    # Catches a think block taught to a model that has no token for it, in silence.
+    # Catches a think block that is silently taught to a model without a token for it.
     tokenizer = tokenizer_of("bytes", CHATML)
     assert load_template("qwen3", tokenizer).unknown_controls == ("</think>", "<think>")
     assert load_template("chatml", tokenizer).unknown_controls == ()

@@ -1,7 +1,7 @@
-"""Each built-in template that names a generation writes what is published for it: on 500 random conversations.
+"""Each built-in template of a model generation writes the published format: checked on 500 random conversations.
 
-Published: the templates that the package trl carries, and the encoders of the package mistral-common, both compared as
-they are; the tests are skipped where these are not installed.
+Compared with the templates in the package trl and with the encoders of the package mistral-common, both unchanged. The
+tests are skipped if these are not installed.
 """
 
 import json
@@ -29,10 +29,10 @@ from atomtune.model.load import load_tokenizer
 from tests.tiny import tokenizer_of
 
 Message = dict[str, Any]
-#: Drawn for each template; `make fuzz` draws more.
+#: Conversations per template; `make fuzz` uses more.
 CONVERSATIONS = int(os.environ.get("ATOMTUNE_FUZZ", "200"))
 WORDS = ["a", "Paris", "你好", "1.5", "{x}", "'", '"', "\\", "<b>", "\n", "\n\n", "  ", "é🙂", "# x", "INST", "think"]
-#: built-in name → the file in trl, and what a conversation may hold
+#: built-in name → (the file in trl, what a conversation may contain)
 PUBLISHED = {
     "qwen2.5": ("qwen2_5", {"system", "tools", "beside"}),
     "qwen3": ("qwen3", {"system", "tools", "beside", "thoughts"}),
@@ -62,7 +62,7 @@ class Talk:
     def __init__(self, seed: int, holds: set[str], *, tidy: bool = False) -> None:
         self.random = random.Random(seed)
         self.holds = holds
-        self.tidy = tidy  # no white space at the ends, nothing empty
+        self.tidy = tidy  # no white space at the ends, no empty texts
         self.tools = [TOOL] if "tools" in holds and self.random.random() < 0.5 else None
 
     def text(self) -> str:
@@ -76,14 +76,14 @@ class Talk:
         return message
 
     def called(self) -> list[Message]:
-        """A call, and what the tool answers."""
+        """A call and the tool's answer."""
         number = "".join(self.random.choices("abcdefgh12345", k=9))
         function = {"name": "add", "arguments": {"x": self.random.randint(0, 99), "y": self.text()}}
         call = self.answer(tool_calls=[{"id": number, "type": "function", "function": function}])
         if "beside" not in self.holds or self.random.random() < 0.5:
             call["content"] = ""
         text = self.text()
-        if text[0] in '{["':  # what only looks like JSON is written otherwise there, as mistral-v3's head says
+        if text[0] in '{["':  # mistral-v3 writes what only looks like JSON differently; see the head of its template
             text = f"x{text}"
         values = ["5", "5.25", '{"sum": [1, "两"]}', "true"]
         answered = self.random.choice(values if "values" in self.holds else [text, *values])
@@ -163,7 +163,7 @@ def encoded_by_mistral(name: str, messages: list[Message], tools: list[Message] 
 
 
 def mistral_tokenizer(name: str, folder: Path) -> Tokenizer:
-    """The tokenizer that mistral-common carries, as transformers reads it."""
+    """The tokenizer in mistral-common, loaded by transformers."""
     mistral_encoder(name)
     is_tekken = name == "mistral-tekken"
     shutil.copy(mistral_file(name), folder / ("tekken.json" if is_tekken else "tokenizer.model"))
@@ -177,9 +177,9 @@ def mistral_tokenizer(name: str, folder: Path) -> Tokenizer:
 def assert_ids_of_the_encoder(
     name: str, template: Template, talk: Talk, messages: list[Message], *, system_behind_tools: bool = True
 ) -> Ledger:
-    """Each answer ends an Example that begins with what the encoder makes of the messages up to it.
+    """Each answer ends an Example that begins with the encoder's ids of the messages before it.
 
-    system_behind_tools  the template writes the system text into a prompt that ends with a tool's answer too
+    system_behind_tools  the template also writes the system text into a prompt that ends with a tool's answer
     """
     record = {"messages": messages, **({"tools": talk.tools} if talk.tools else {})}
     ledger = Ledger()
@@ -198,10 +198,10 @@ def assert_ids_of_the_encoder(
 
 @pytest.mark.parametrize("name", MISTRAL)
 def test_what_is_learned_on_a_mistral_has_the_ids_of_its_own_encoder(name: str, tmp_path: Path) -> None:
-    # Catches ids of calls that are lost, a system text in another question, a space too many or too few, and a
-    # tokenizer that reads [INST] as text.
+    # Catches lost ids of calls, a system text in another question, a missing or added space, and a tokenizer that reads
+    # [INST] as text.
     template = load_template(name, mistral_tokenizer(name, tmp_path))
-    assert template.unknown_controls == ()  # [INST] is text in version 1
+    assert template.unknown_controls == ()  # in version 1, [INST] is text
     holds = {"system"} if name == "mistral-v1" else {"system", "tools"}
     for seed in range(CONVERSATIONS):
         talk = Talk(seed, holds, tidy=True)
@@ -210,9 +210,9 @@ def test_what_is_learned_on_a_mistral_has_the_ids_of_its_own_encoder(name: str, 
 
 # --- Mistral: its own published templates -----------------------------------------------------------------------------
 
-#: As the templates of Mistral-7B-Instruct-v0.3 (SPACE is a space) and Mistral-Nemo-Instruct-2407 (SPACE is nothing)
-#: write: the tools before the last question, the system text in it if it is the last message, each call with its id,
-#: an id of another length refused, and what a tool says written as it is.
+#: Like the templates of Mistral-7B-Instruct-v0.3 (SPACE is a space) and Mistral-Nemo-Instruct-2407 (SPACE is empty):
+#: the tools before the last question, the system text in it if it is the last message, each call with its id, ids of
+#: another length refused, and a tool's answer unchanged.
 AS_PUBLISHED = """\
 {%- set talk = messages[1:] if messages[0].role == 'system' else messages -%}
 {%- set questions = talk | selectattr('role', 'equalto', 'user') | list -%}
@@ -265,18 +265,18 @@ def mistral_with_its_own_template(name: str, folder: Path) -> Template:
 
 @pytest.mark.parametrize("name", ["mistral-v3", "mistral-tekken"])
 def test_a_mistrals_own_template_gives_the_ids_of_its_encoder(name: str, tmp_path: Path) -> None:
-    # Catches ids of calls that do not reach the template, which refuses the record then; tools and a system text
-    # that stand elsewhere once the answer is there.
+    # Catches ids of calls that do not reach the template, which then refuses the record; and tools or a system text
+    # that move once the answer is there.
     template = mistral_with_its_own_template(name, tmp_path)
     calls = 0
     for seed in range(CONVERSATIONS):
         talk = Talk(seed, {"system", "tools", "values"}, tidy=True)
         messages = talk.messages()
         if messages[0]["role"] == "system":
-            messages[0]["content"] += " Answer briefly."  # as no other text does, so that it is seen where it is lost
+            messages[0]["content"] += " Answer briefly."  # unique, so that its loss is detected
         questions = [message["content"] for message in messages if message["role"] == "user"]
         if len(set(questions)) < len(questions):
-            continue  # to such a template equal questions are the same one
+            continue  # such a template cannot tell equal questions apart
         calls += sum("tool_calls" in message for message in messages)
         ledger = assert_ids_of_the_encoder(name, template, talk, messages, system_behind_tools=False)
         roles = {message["role"] for message in messages}

@@ -1,7 +1,7 @@
-"""What is trained is what serving sees: kinds of conversation on published tokenizers, and on tiny ones like them.
+"""Training uses the tokens that serving sees: kinds of conversation on published and on tiny tokenizers.
 
-The published ones are slow and skipped where they are not; the tiny ones carry small templates of the same shape, and
-what is expected of them is written out by hand.
+Tests on published tokenizers are slow, and skipped if these are missing. The tiny ones have small templates of the same
+form, and their expected texts are written by hand.
 """
 
 import json
@@ -52,7 +52,7 @@ def test_published_tokenizers_are_trained_as_they_are_served(name, real):
 
 # --- tiny ones in the shape of published ones -----------------------------------------------------------------------
 
-#: As gpt-oss: channels, a token of its own behind calls, earlier thoughts left out.
+#: Like gpt-oss: channels, a special token after calls, no earlier thoughts.
 CHANNELS = (
     "{% for m in messages %}{% if m.role == 'assistant' and m.tool_calls %}"
     "{% set later = namespace(answer=false) %}{% for x in messages[loop.index:] %}"
@@ -68,19 +68,19 @@ CHANNELS = (
     "{% else %}<|im_start|>{{ m.role }}<|message|>{{ tools | tojson if tools and loop.first }}{{ m.content }}<|end|>"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
 )
-#: As DeepSeek-R1: the prompt opens the thoughts, and history is without them.
+#: Like DeepSeek-R1: the prompt opens the thoughts, and the history has none.
 OPENS = (
     "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}<|im_end|>"
     "{{ m.content.split('</think>')[-1] }}<|endoftext|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_end|>SPACED{% endif %}"
 )
-#: As Qwen3.5 where it is asked not to think: the prompt closes the thoughts.
+#: Like Qwen3.5 without thinking: the prompt closes the thoughts.
 CLOSES = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content and loop.last %}<think>\n"
     "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
 )
-#: As Llama 3.1: texts are trimmed, and what is said beside a call is left out.
+#: Like Llama 3.1: texts are trimmed, and text beside a call is left out.
 TRIMS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}"
     "{% else %}{{ tools | tojson if tools and loop.first }}{{ m.content | trim }}{% endif %}<|im_end|>{% endfor %}"
@@ -96,7 +96,7 @@ def shaped(source: str) -> Template:
 
 
 def learned(template: Template, record: dict) -> list[str]:
-    """What is learned of a record's answers, as text; each stands behind its prompt."""
+    """The target spans of a record's answers as text; checks that each follows its prompt."""
     ledger = Ledger()
     (examples,) = encode([RawRecord(record, "a:1")], template, ledger, max_tokens=10_000, schema=Schema("messages"))
     texts = []
@@ -112,7 +112,7 @@ def learned(template: Template, record: dict) -> list[str]:
 
 
 def test_channels_are_learned_with_the_answer_and_a_call_ends_in_its_own_token():
-    # Catches a final answer learned without its channel, and a second stop token behind the call's own.
+    # Catches a final answer trained without its channel, and a second stop token after the call's own.
     template = shaped(CHANNELS)
     arguments = json.dumps({"city": "Paris"})
     assert learned(template, KINDS["thoughts and calls"]) == [
@@ -134,7 +134,7 @@ def test_channels_are_learned_with_the_answer_and_a_call_ends_in_its_own_token()
 )
 @pytest.mark.parametrize("inline", [True, False])
 def test_thoughts_go_on_where_the_prompt_opens_them(opening, expected, inline):
-    # Catches a second <think> block behind an empty one.
+    # Catches a second <think> block after an empty one.
     template = shaped(OPENS.replace("SPACED", opening))
     apart = {"messages": [user("9*8?"), assistant("72", reasoning_content="Nine times eight.")]}
     assert learned(template, KINDS["thoughts inline"] if inline else apart) == [expected]
@@ -142,8 +142,8 @@ def test_thoughts_go_on_where_the_prompt_opens_them(opening, expected, inline):
 
 @pytest.mark.parametrize("template", ["qwen3", "opens"])
 def test_thoughts_without_their_opening_mark_are_thoughts(template):
-    # As a server gives them back whose prompt ends in the mark. Catches "no answer has thoughts" above records that
-    # all have some, and DeepSeek-R1's template, which wrote nothing of them.
+    # A server returns them like this if its prompt ends in the mark. Catches the message "no answer has thoughts" for
+    # records that all have some, and DeepSeek-R1's template, which left them out.
     made = load_template("qwen3", tokenizer_of("bytes", CHATML))
     if template == "opens":
         made = shaped(OPENS.replace("SPACED", "<think>\n"))
@@ -177,7 +177,7 @@ def test_no_thoughts_behind_a_prompt_that_opens_them_close_the_block():
     assert learned(template, record) == ["\n</think>\n\n72<|endoftext|>"]
 
 
-#: As Nemotron: the prompt opens the thoughts, and an answer without any has its own empty block.
+#: Like Nemotron: the prompt opens the thoughts, and an answer without thoughts has its own empty block.
 OPENS_OR_EMPTY = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
     "{{ '<think>\n' + m.reasoning_content + '\n</think>\n' if m.reasoning_content else '<think></think>' }}{% endif %}"
@@ -186,14 +186,14 @@ OPENS_OR_EMPTY = (
 
 
 def test_no_thoughts_are_the_templates_own_form_of_none():
-    # Catches a second closing mark: `\n</think>\n\n</think>72` was learned.
+    # Catches a second closing mark: `\n</think>\n\n</think>72` was once trained.
     template = shaped(OPENS_OR_EMPTY)
     assert learned(template, {"messages": [user("9*8?"), assistant("72")]}) == ["</think>72<|im_end|>"]
     thought = assistant("72", reasoning_content="Nine times eight.")
     assert learned(template, {"messages": [user("9*8?"), thought]}) == ["Nine times eight.\n</think>\n72<|im_end|>"]
 
 
-#: As Gemma 4's: behind a tool's answer the prompt ends without a header, and the answer has one all the same.
+#: Like Gemma 4: after a tool's answer the prompt ends without a header, but the answer has one.
 NO_HEADER_BEHIND_TOOLS = (
     "{{ tools | tojson if tools }}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}"
@@ -228,7 +228,7 @@ def test_what_a_template_trims_and_leaves_out_is_said():
 
 @pytest.mark.parametrize("names", [("get_weather", "get_weather"), ("get_weather", "get_time")])
 def test_a_call_that_the_template_leaves_out_refuses_the_record(names):
-    # gpt-oss's template writes the first call of a turn alone. Two of one name passed, the second lost in silence.
+    # gpt-oss's template writes only the first call of a turn. Two calls of one name passed, and the second was lost.
     calls = [call(name, {"city": city}, f"abcdefgh{city}") for name, city in zip(names, "12", strict=True)]
     messages = [user("Weather?"), assistant("", tool_calls=calls), answered(names[0], "5"), answered(names[1], "6")]
     record = {"tools": [WEATHER], "messages": [*messages, assistant("5 and 6.")]}
@@ -244,7 +244,7 @@ def test_a_call_that_the_template_leaves_out_refuses_the_record(names):
 
 
 def test_a_turn_that_the_template_leaves_out_refuses_the_record_by_name():
-    # Catches an answer learned behind a question, or a tool's word, that the model never sees.
+    # Catches an answer trained after a question, or a tool's answer, that the model never sees.
     deaf = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
     source = deaf.replace(
         "{{ m['content'] }}", "{{ m['content'] }}{{ tools | tojson if tools and loop.first }}{{ m.tool_calls }}"
@@ -274,7 +274,7 @@ def test_an_empty_system_text_is_a_system_text():
 
 
 def test_a_token_that_is_not_flagged_special_ends_turns_all_the_same():
-    # Catches <|endoftext|> learned behind answers of a base whose <|im_end|> is an ordinary added token.
+    # Catches <|endoftext|> trained after answers of a base whose <|im_end|> is an ordinary added token.
     tokenizer = tokenizer_of("bytes", CHATML.replace("im_end", "done"))
     tokenizer.add_tokens([AddedToken("<|done|>", special=False)])
     template = load_template("auto", tokenizer)
@@ -285,7 +285,7 @@ def test_a_token_that_is_not_flagged_special_ends_turns_all_the_same():
 
 
 def test_a_long_conversation_is_the_same_however_it_is_rendered():
-    # Catches prompts cut from one rendering at the wrong places: the same record, each prompt rendered on its own.
+    # Catches prompts cut at the wrong places out of one rendering; the oracle renders each prompt by itself.
     messages = [{"role": "system", "content": "S"}]
     for n in range(30):
         messages += [user(f"q{n} <|im_end|>"), assistant(f"a{n}")]
@@ -309,7 +309,7 @@ def vars_of(template: Template) -> dict:
 
 
 def test_a_model_that_is_taught_not_to_think_is_told_and_the_variable_named():
-    # Catches a thinking model that loses its thoughts to records without any, in silence.
+    # Catches a thinking model that silently loses its thoughts to records without any.
     plain, thinking = KINDS["question and answer"], KINDS["thoughts inline"]
     for template, names in (
         (load_template("qwen3", tokenizer_of("bytes", CHATML)), "enable_thinking"),
@@ -327,7 +327,7 @@ def test_a_model_that_is_taught_not_to_think_is_told_and_the_variable_named():
 
 
 def long_conversation(seed: int, *, tools: bool) -> dict:
-    """Up to 20 exchanges, a few of them with thoughts, calls, answers that are only read, or a mode of their own."""
+    """Up to 20 exchanges, a few with thoughts, calls, answers that are no targets, or their own mode."""
     draw = random.Random(seed)
     record: dict = {"messages": [], **({"tools": [WEATHER]} if tools else {})}
     if draw.random() < 0.3:
@@ -352,7 +352,7 @@ def long_conversation(seed: int, *, tools: bool) -> dict:
 
 
 def same_however_rendered(template: Template, monkeypatch: pytest.MonkeyPatch, *, tools: bool) -> int:
-    """Compare the short way with rendering and tokenizing every prompt on its own; how many records were encoded."""
+    """Compare with rendering and tokenizing every prompt by itself; returns the number of encoded records."""
     records = [RawRecord(long_conversation(seed, tools=tools), f"a:{seed}") for seed in range(10)]
     ledgers = Ledger(), Ledger()
     short = list(encode(records, template, ledgers[0], max_tokens=10**6, schema=Schema("messages")))
@@ -361,13 +361,13 @@ def same_however_rendered(template: Template, monkeypatch: pytest.MonkeyPatch, *
         each = replace(template, cut="")
         assert short == list(encode(records, each, ledgers[1], max_tokens=10**6, schema=Schema("messages")))
     refused = [[refusal.origin for refusal in ledger.records_refused] for ledger in ledgers]
-    assert refused[0] == refused[1]  # of two reasons another may be met first
+    assert refused[0] == refused[1]  # if there are two reasons, either may be found first
     return len(short)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_long_conversations_have_the_ids_of_their_prompts_one_by_one(name, real, monkeypatch):
-    # Catches a prompt cut out of another that is not its beginning: thoughts kept behind the last question, calls,
+    # Catches a prompt cut out of another that does not begin with it: thoughts kept after the last question, calls,
     # modes that a record sets.
     real(TOKENIZERS[name][0])
     template = template_for(name)
@@ -387,7 +387,7 @@ def test_long_conversations_of_built_in_templates_have_the_ids_of_their_prompts(
 
 @pytest.mark.parametrize("thoughts", [{}, {"reasoning_content": "hm"}])
 def test_a_thousand_calls_are_not_rendered_one_by_one(thoughts, monkeypatch):
-    # Each was, and all before it: 1,500 calls took 85 seconds.
+    # Once every call was rendered with all before it: 1,500 calls took 85 seconds.
     template = load_template("qwen3", tokenizer_of("bytes"))
     messages = [user("q")]
     for n in range(1000):

@@ -1,4 +1,4 @@
-"""The whole walk through the command line, on real input where it lies at hand."""
+"""A whole training run by the command line; with the tutorial's real data if they are there."""
 
 import json
 import math
@@ -37,13 +37,13 @@ def test_a_run_leaves_everything_the_contract_names(models, dialogues, tmp_path)
     assert record["tokens_computed"] < record["tokens_padded"], "records that begin alike were computed apart"
     assert record["train_loss"] > 0
     assert record["seconds"] > 0
-    # 6 steps of 16 over 40 records: 16 + 16 + 8, twice.
+    # 6 steps of 16 on 40 records: 16 + 16 + 8, twice.
     assert record["examples_per_second"] == pytest.approx(80 / record["seconds"])
     assert record["settings"]["max_steps"] == {"value": 6, "source": "--max_steps"}
 
 
 def test_a_warm_up_that_outlasts_the_run_is_said(models, dialogues, tmp_path, capsys):
-    # The learning rate stayed at a thousandth of what was asked for, and nothing said so.
+    # The learning rate once silently stayed at a thousandth of the requested one.
     for steps, is_said in (("2", True), ("1", False)):
         words = command(models("llama"), dialogues, tmp_path / steps, "--max_steps", "2", "--learning_rate", "0.01")
         assert main([*words, "--warmup_steps", steps]) == 0
@@ -171,7 +171,7 @@ def test_the_tutorials_data_set_through_the_tutorials_flags(tmp_path, capsys):
         [{"role": "user", "content": "娘娘。"}], add_generation_prompt=True, return_tensors="pt", return_dict=False
     )
     made = adapted.generate(input_ids=ids, max_new_tokens=16, do_sample=False, eos_token_id=2, pad_token_id=0)
-    expected = saved.decode(made[0, ids.shape[1] :], skip_special_tokens=True).rstrip("\ufffd")  # cut in two
+    expected = saved.decode(made[0, ids.shape[1] :], skip_special_tokens=True).rstrip("\ufffd")  # cut by the limit
     capsys.readouterr()
     chat = ["chat", "--adapter_path", str(out), "--prompt", "娘娘。", "--max_new_tokens", "16", "--dtype", "float32"]
     assert main(chat) == 0
@@ -179,6 +179,6 @@ def test_the_tutorials_data_set_through_the_tutorials_flags(tmp_path, capsys):
 
 
 def _trained_on(path):
-    """A Llama-style tokenizer whose words come from the data set itself."""
+    """A Llama-style tokenizer trained on the data set itself."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return tokenizer_of("sentencepiece", corpus=[row[key] for row in rows for key in ("instruction", "output")])

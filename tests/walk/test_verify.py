@@ -1,4 +1,4 @@
-"""`atomtune verify`, and `train --verify`: what holds is said to hold, and a planted fault is found."""
+"""`atomtune verify` and `train --verify`: correct computations hold, and planted faults are found."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ def test_the_fast_path_holds_and_the_table_says_so(models, dialogues, capsys, la
 
 
 def test_what_takes_long_is_said_beforehand(models, dialogues, monkeypatch, capsys):
-    # --lora_rank 65536 took a minute on a base of two small layers, and nothing said so.
+    # --lora_rank 65536 silently took a minute on a base of two small layers.
     flags = ["--records", "6", "--layout", "padded"]
     assert main(command(models("llama"), dialogues, *flags)) == 0
     assert "this takes about" not in capsys.readouterr().out
@@ -43,7 +43,7 @@ def test_what_takes_long_is_said_beforehand(models, dialogues, monkeypatch, caps
 
 
 def test_the_work_that_it_names_is_the_work_done(models, tmp_path, capsys):
-    # All prompts equal: what records share is computed once a batch.
+    # All prompts are equal, and a shared prefix is computed once per batch.
     data = tmp_path / "same.jsonl"
     records = [{"instruction": "讲一个很短的故事", "output": answer} for answer in "山水月日风云雨雪"]
     data.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
@@ -54,7 +54,7 @@ def test_the_work_that_it_names_is_the_work_done(models, tmp_path, capsys):
 
 
 def all_see_all(row, **settings):
-    """Every token sees every token before it, a sibling's too; positions stay right."""
+    """Planted fault: every token sees all tokens before it, siblings too; positions stay right."""
     blind = replace(row, parent=tuple(range(-1, len(row) - 1)), until=(len(row),) * len(row))
     return replace(plan_attention(blind, **settings), position=plan_attention(row, **settings).position)
 
@@ -71,7 +71,7 @@ def test_a_planted_fault_ends_with_4(  # noqa: PLR0917  # pytest passes fixtures
 ):
     monkeypatch.setattr(collate, "plan_attention", planted)
     flags = ["--layout", "tree", "--dtype", dtype, "--records", "12"]
-    # The model's own trial refuses first; it is silenced here, so that the comparison has to find it.
+    # The model's own trial would refuse first. It is switched off, so that the comparison has to find the fault.
     monkeypatch.setattr("atomtune.verify.why_padded", _give_rows)
     assert main(command(models("llama"), dialogues, *flags)) == 4
     said = capsys.readouterr()
@@ -88,7 +88,7 @@ def _give_rows(model) -> None:
 
 
 def test_a_fault_in_the_adapters_gradients_ends_with_4(models, dialogues, monkeypatch, capsys):
-    # Loss and log-probabilities are right; only what is learned from them is not.
+    # Loss and log-probabilities are right; only the gradients are wrong.
     right = fused_lora._LowRank.backward
 
     def scaled(ctx, *grads):

@@ -1,4 +1,4 @@
-"""Vision-language checkpoints tuned on text: the whole class reads the adapter, and merging keeps the vision tower."""
+"""Vision-language checkpoints tuned on text: the whole class loads the adapter, and merging keeps the vision tower."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def merged(trained):
 
 
 def named_class(base):
-    """The class in the checkpoint's `architectures`, as servers build it."""
+    """The class in the checkpoint's `architectures`, which servers build."""
     return getattr(transformers, AutoConfig.from_pretrained(base).architectures[0])
 
 
@@ -73,7 +73,7 @@ def test_peft_applies_the_adapter_on_the_named_class(trained):
     plain = named_class(base).from_pretrained(base, dtype=torch.float32)
     before = logits(plain)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # PEFT only warns where the model has no layer for a tensor
+        warnings.simplefilter("error", UserWarning)  # PEFT only warns if the model has no layer for a tensor
         adapted = PeftModel.from_pretrained(plain, str(out))
     assert not torch.allclose(logits(adapted), before, atol=1e-2), family
 
@@ -84,7 +84,7 @@ def test_merging_keeps_every_tensor_and_changes_the_adapted_ones_alone(trained, 
     assert after.keys() == before.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     adapted = {f"{module_of(name)}.weight" for name in load_file(out / "adapter_model.safetensors")}
-    # Files name the language model otherwise than the class does (Gemma 3, Mistral 3); a layer's end is the same.
+    # Files and class have different names for the language model (Gemma 3, Mistral 3); the names' ends are the same.
     assert {_from_layer(name) for name in changed} == {_from_layer(name) for name in adapted}
     assert (merged / "preprocessor_config.json").read_bytes() == (base / "preprocessor_config.json").read_bytes()
     adapter = PeftModel.from_pretrained(named_class(base).from_pretrained(base, dtype=torch.float32), str(out))
@@ -110,7 +110,7 @@ def test_certify_holds_for_the_adapter_and_the_merged_folder(trained, merged):
 
 
 def test_an_adapter_of_the_text_class_is_read_on_the_whole_checkpoint(trained, tmp_path, capsys):
-    """Other tools train Qwen3.5 as AutoModelForCausalLM gives it; PEFT passes over its tensors on the whole class."""
+    """Other tools train Qwen3.5 as AutoModelForCausalLM loads it; on the whole class, PEFT ignores their tensors."""
     family, base, out = trained
     if family != "qwen3_5":
         pytest.skip("AutoModelForCausalLM gives the whole class")

@@ -1,1 +1,1 @@
-"""The computed map of the house and the signs to look at: `make house`."""
+"""`make house`: the computed map of the source, and signs of code to look at."""

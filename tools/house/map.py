@@ -1,4 +1,4 @@
-"""The map in CONTRIBUTING.md: the tree of files with their own first words, and the four walks."""
+"""The map in CONTRIBUTING.md: the tree of files with the first sentence of each, and the four walks."""
 
 import re
 import textwrap
@@ -8,7 +8,7 @@ from tools.house.source import Source
 from tools.house.walks import Walk, room_of
 
 BEGIN, END = "<!-- computed by `make house` -->", "<!-- end of what is computed -->"
-#: What each walk follows, for the page.
+#: The page's title for each walk.
 TITLES = {
     "record": "One record, from its line to the optimizer's step",
     "setting": "One setting, `--lora_rank`, from the flag to its use",
@@ -18,7 +18,7 @@ TITLES = {
 
 
 def tree(source: Source) -> str:
-    """One line a file: its name and the first sentence of its docstring."""
+    """One line per file: its name and the first sentence of its docstring."""
     lines = ["src/atomtune/"]
     for file in sorted(source.texts, key=tree_order):
         path = PurePosixPath(file)
@@ -33,7 +33,7 @@ def tree(source: Source) -> str:
 
 
 def tree_order(file: str) -> list[tuple[bool, str]]:
-    """In each folder its own docstring first, then its files, then its rooms."""
+    """Sort key: in each folder its own docstring first, then its files, then its subfolders."""
     *folders, name = PurePosixPath(file).parts
     if name == "__init__.py":
         name = ""
@@ -45,9 +45,9 @@ def tree_line(depth: int, name: str, words: str) -> str:
 
 
 def walks_text(walks: dict[str, Walk]) -> str:
-    """The files of each walk in order; of the record's walk the functions too.
+    """The files of each walk in order; for the record's walk the functions too.
 
-    No figures: they change with every line that anybody adds anywhere. `make house` prints them.
+    Without figures, which change with every edit. `make house` prints them.
     """
     rooms = " → ".join(walks["record"].rooms)
     parts = [textwrap.fill(f"Rooms in the order entered: {rooms}.", 118)]
@@ -87,7 +87,7 @@ def with_map(page: str, text: str) -> str:
 
 
 def stated(page: str) -> tuple[str, str]:
-    """The tree and the walks as the page has them: its computed part, cut behind the tree."""
+    """The tree and the walks as the page has them."""
     text = page.partition(BEGIN)[2].partition(END)[0]
     _, tree_text, walks_part = text.split("```", 2)
     return tree_text.strip(), walks_part.strip()

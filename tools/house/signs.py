@@ -1,4 +1,4 @@
-"""Signs to look at, not limits: where the code is dense, bare of reasons, untyped, or speaks a private dialect."""
+"""Signs of code to look at, not limits: dense, without comments, untyped, or with names that say nothing."""
 
 import ast
 import importlib.util
@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tools.house.source import Source, nodes
 
-#: Names that say nothing of what a value is; the trade has a noun for each place.
+#: Names that do not say what a value is; each value has a noun of the field.
 DIALECT = ("one", "said", "asked", "given", "found", "made", "told", "kept", "drawn")
-#: Libraries whose private names break on upgrades.
+#: Libraries whose private names may break on upgrades.
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "tokenizers")
 #: Documented by Python in spite of their underscore.
 PUBLIC = ("_replace", "_exit")
@@ -18,7 +18,7 @@ TOP = 12
 
 
 def signs(source: Source) -> str:
-    """All of it as text, the largest first."""
+    """All signs as text, the largest first."""
     parts = [
         ("functions with the most syntax nodes (the best trees of the field: some 300)", longest_functions(source)),
         ("syntax nodes a code line, by file (the best trees: 5 to 9)", densest_files(source)),
@@ -57,7 +57,7 @@ def densest_files(source: Source) -> list[str]:
 
 
 def any_parameters(source: Source) -> Counter[str]:
-    """Parameters typed Any and nothing more; *args and **kwargs are the library's business."""
+    """Parameters typed only as Any, by file; *args and **kwargs are not counted, because a library decides them."""
     count: Counter[str] = Counter()
     for (file, _), function in source.functions.items():
         parameters = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
@@ -66,7 +66,7 @@ def any_parameters(source: Source) -> Counter[str]:
 
 
 def words_of(tree: ast.AST) -> Counter[str]:
-    """Uses of the dialect's words as names of variables, parameters, keywords and attributes."""
+    """Uses of the words in DIALECT as names of variables, parameters, keywords and attributes."""
     names: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
@@ -89,14 +89,17 @@ def dialect(source: Source) -> list[str]:
 
 
 def private_names(source: Source) -> list[str]:
-    """By file: names with one underscore that are a library's, used or overridden."""
+    """By file: private names (one underscore) of libraries that are used or overridden."""
     private = {file: private_names_of(tree) for file, tree in source.trees.items()}
     return [f"{file}  {', '.join(sorted(names))}" for file, names in private.items() if names]
 
 
 def private_names_of(tree: ast.AST) -> set[str]:
-    """`from torch.x import _y`, `torch._y`, `config._y`, a method put on another's object, and the private methods of
-    transformers' Trainer that a subclass overrides or calls."""
+    """Private names of libraries in a file.
+
+    Found are `from torch.x import _y`, `torch._y`, `config._y`, a method set on another object, and the private methods
+    of transformers' Trainer that a subclass overrides or calls.
+    """
     names: set[str] = set()
     defined = names_defined_in(tree)
     for node in ast.walk(tree):
@@ -106,7 +109,7 @@ def private_names_of(tree: ast.AST) -> set[str]:
             owner: ast.expr = node.value
             while isinstance(owner, ast.Attribute):
                 owner = owner.value
-            # What hangs on self or on a class of ours, or is defined in this file, is ours; the rest is a library's.
+            # Attributes of self, of our classes and of names defined in this file are ours; all others are a library's.
             if (
                 node.attr not in defined
                 and isinstance(owner, ast.Name)
@@ -137,7 +140,7 @@ def is_private(name: str) -> bool:
 
 @cache
 def trainer_methods() -> set[str]:
-    """The methods of transformers' Trainer, read from its source: importing it would load torch."""
+    """The methods of transformers' Trainer, read from its source, because importing it would load torch."""
     spec = importlib.util.find_spec("transformers")
     assert spec is not None and spec.submodule_search_locations
     text = Path(spec.submodule_search_locations[0], "trainer.py").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The source of atomtune as data: its files, their first words, their functions and how long these are."""
+"""The source of atomtune as data: its files, their first sentences, their functions and the sizes of these."""
 
 import ast
 import io
@@ -36,7 +36,7 @@ class Source:
 
     @cached_property
     def functions(self) -> dict[tuple[str, str], Function]:
-        """Functions and methods by file and name; inner functions are part of the one around them."""
+        """Functions and methods by (file, name); inner functions belong to the function around them."""
         functions: dict[tuple[str, str], Function] = {}
 
         def collect(file: str, node: ast.AST, prefix: str) -> None:
@@ -58,14 +58,14 @@ class Source:
         return node.end_lineno - node.lineno + 1 if node and node.end_lineno else 0
 
     def first_words(self, file: str) -> str:
-        """The first paragraph of the module's docstring, on one line; of several sentences, the first."""
+        """The first sentence of the module's docstring, or its first paragraph if that is no sentence, on one line."""
         paragraph = (ast.get_docstring(self.trees[file]) or "").partition("\n\n")[0]
         words = " ".join(paragraph.split())
         sentence, dot, _ = words.partition(". ")
         return sentence + dot.strip()
 
     def code_lines(self, file: str) -> int:
-        """Lines with code on them: no blank lines, comments or docstrings."""
+        """Number of lines with code: without blank lines, comments and docstrings."""
         docstrings = set()
         for node in ast.walk(self.trees[file]):
             if (
@@ -86,5 +86,5 @@ class Source:
 
 
 def nodes(tree: ast.AST) -> int:
-    """How many syntax nodes: a measure of size that packing into fewer lines does not change."""
+    """The number of syntax nodes: a measure of size that does not change if code is packed into fewer lines."""
     return sum(1 for _ in ast.walk(tree))

@@ -1,10 +1,10 @@
-"""Run one atomtune command in this process and write down which of atomtune's functions it enters, in order.
+"""Run one atomtune command in this process and record which of atomtune's functions it enters, in order.
 
     python -m tools.house.trace OUT.json train --model_path …
 
-OUT.json: the exit code, the functions by first entry, `entries` (every change of function, as numbers of that list)
-and `holders`: the functions that had TRACED_VALUE in a variable, at most TRACED_DEPTH steps inside it, and those that
-called them.
+OUT.json has the exit code, the functions by first entry, `entries` (every change of function, as indices into that
+list) and `holders`: the functions that had TRACED_VALUE in a variable, at most TRACED_DEPTH levels deep, and
+their callers.
 """
 
 import json
@@ -20,7 +20,7 @@ Function = tuple[str, str]  # file under src/atomtune, name of the function or m
 
 
 class Tracer:
-    """A profiler that notes the calls of functions that stand in one folder."""
+    """A profile function that records calls of the functions in one folder."""
 
     def __init__(self, source: Path, value: str = "", depth: int = 0) -> None:
         self.prefix = f"{source}{os.sep}"
@@ -35,7 +35,7 @@ class Tracer:
         if event not in ("call", "return") or not code.co_filename.startswith(self.prefix):
             return
         if code.co_name.startswith("<"):
-            return  # comprehensions and lambdas are part of the function around them
+            return  # comprehensions and lambdas belong to the function around them
         function = self.function_of(code)
         if function not in self.numbers:
             if self.is_importing(frame):
@@ -48,12 +48,12 @@ class Tracer:
             self.holders |= {number, *self.callers(frame)}
 
     def function_of(self, code: CodeType) -> Function:
-        """An inner function is part of the one around it."""
+        """The function of a code object; an inner function counts as the function around it."""
         file = code.co_filename.removeprefix(self.prefix).replace(os.sep, "/")
         return file, code.co_qualname.partition(".<locals>")[0]
 
     def is_importing(self, frame: FrameType) -> bool:
-        """Whether a module of ours is being imported further up: decorators and field() are not the walk."""
+        """Whether one of our modules is being imported up the stack: decorators and field() are not part of a walk."""
         above = frame.f_back
         while above is not None:
             if above.f_code.co_name == "<module>" and above.f_code.co_filename.startswith(self.prefix):
@@ -62,7 +62,7 @@ class Tracer:
         return False
 
     def callers(self, frame: FrameType) -> list[int]:
-        """Our functions further up the stack."""
+        """Indices of our functions further up the stack."""
         numbers = []
         while (above := frame.f_back) is not None:
             number = self.numbers.get(self.function_of(above.f_code))
@@ -72,7 +72,7 @@ class Tracer:
         return numbers
 
     def holds(self, value: Any, depth: int) -> bool:
-        """Whether it is the traced value, or a list, dictionary or object of ours with it so many steps inside."""
+        """Whether the value is the traced one, or contains it at most `depth` levels deep."""
         if type(value) in (str, int, bytes):
             return self.is_value(value)
         if depth == 0:
@@ -98,7 +98,7 @@ class Tracer:
 
 def main(out: str, arguments: list[str]) -> None:
     import atomtune
-    import atomtune.train.run  # torch and the others are imported before the profiler slows them
+    import atomtune.train.run  # imported before the profiler slows down imports
     from atomtune.cli import main as command
 
     source = Path(atomtune.__file__).resolve().parent

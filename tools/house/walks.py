@@ -1,9 +1,9 @@
-"""Four walks through the house, taken from real runs of `atomtune train` on one record and a tiny model.
+"""Four walks through the source, taken from real runs of `atomtune train` on one record and a tiny model.
 
-record    what reading the data and the first training step enter
-setting   --lora_rank: the functions that hold its value, and those that called them
-bad line  the functions that hold a broken line or its place (`bad-line.jsonl:1`), and those that called them
-resume    what a resumed run enters outside data, batch and model
+record    functions entered while the data is read and in the first training step
+setting   --lora_rank: the functions that hold its value, and their callers
+bad line  the functions that hold a broken line or its place (`bad-line.jsonl:1`), and their callers
+resume    functions that a resumed run enters outside data, batch and model
 """
 
 import json
@@ -20,9 +20,9 @@ from typing import Any
 from tools.house.source import Source
 from tools.house.trace import Function
 
-#: A width that no other number of the run equals.
+#: A rank that equals no other number in the run.
 RANK = "173"
-#: Where the walk of a record begins and ends: the reading, then from the first batch to the end of its step.
+#: The first and last function of each part of the record's walk: reading, then the first batch to the end of its step.
 READING = ("read_data", "identity")
 STEP = ("Collator.__call__", ".on_step_end")
 
@@ -58,7 +58,7 @@ class Walk:
         return sum(self.source.function_lines(file, name) for file, name in self.functions)
 
     def returns(self, place: Callable[[str], str] = str) -> int:
-        """How often the first entries lead back to a file (or room) that was left before."""
+        """How often the first entries return to a file (or folder) that was left before."""
         visited: set[str] = set()
         count, here = 0, ""
         for file, _ in self.functions:
@@ -71,12 +71,12 @@ class Walk:
 
 
 def room_of(file: str) -> str:
-    """data/reading/jsonl.py stands in data/reading; a file beside the rooms is its own."""
+    """The folder of a file: data/reading for data/reading/jsonl.py. A file outside all folders is its own."""
     return file.rpartition("/")[0] or file
 
 
 def take_walks(source: Source, folder: Path | None = None) -> dict[str, Walk]:
-    """Run the commands against this source tree and cut the four walks out of what they entered."""
+    """Run the commands on this source tree and take the four walks from the functions that they entered."""
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
             return take_walks(source, Path(temporary))
@@ -102,7 +102,7 @@ def take_walks(source: Source, folder: Path | None = None) -> dict[str, Walk]:
 
 
 def lay_material(folder: Path) -> tuple[str, str, str]:
-    """A tiny model, a file of one record and a file of one broken line; their names inside folder."""
+    """Write a tiny model, a file with one record and a file with a broken line; their names in the folder."""
     from tests.conftest import DIALOGUES, write_jsonl
     from tests.tiny import build
 
@@ -114,7 +114,7 @@ def lay_material(folder: Path) -> tuple[str, str, str]:
 
 
 def traced_run(source: Source, folder: Path, command: Sequence[str], traced: dict[str, str]) -> dict[str, Any]:
-    """The trace of one command, run in a process of its own."""
+    """The trace of one command, run in its own process."""
     root = Path(__file__).resolve().parents[2]
     environment = os.environ | traced | {
         "PYTHONPATH": os.pathsep.join([str(source.folder.parent), str(root)]),
@@ -143,7 +143,7 @@ def holders_of(trace: dict[str, Any]) -> list[Function]:
 
 
 def between(entries: Iterable[Function], first: str, last: str) -> list[Function]:
-    """From the first entry of one function up to the next entry of another, named by the ends of their names."""
+    """The entries from the first one of `first` up to the next one of `last`; names are compared by their ends."""
     entries = list(entries)
     starts = [i for i, (_, name) in enumerate(entries) if name.endswith(first)]
     if not starts:

@@ -95,14 +95,14 @@ def test_turns_of_one_role_behind_each_other_stay_apart():
 @pytest.mark.parametrize("key", ["weight", "loss_weight", "train", "loss"])
 @pytest.mark.parametrize(("weight", "times"), [(0, 0), (1, 1), (3, 3), (False, 0), (True, 1), (2.0, 2), (None, 1)])
 def test_an_answer_is_learned_as_often_as_its_weight_says(key, weight, times):
-    # null stands for a missing value in tables.
+    # null is what a table writes for a row without a value.
     record = chat(ASK, {**TELL, key: weight}, ASK, TELL)
     assert [turn.learn for turn in record.turns if turn.role == "assistant"] == [times, 1]
 
 
 @pytest.mark.parametrize("weight", [0.5, -1, 128, "1", [1], 1e300, 10**400])
 def test_a_weight_that_is_no_number_of_times_is_refused(weight):
-    # Catches int(0.5), which would silently leave the answer out; and 128, which the cache cannot store.
+    # Catches int(0.5), which would drop the answer silently, and 128, which the store cannot hold.
     assert "messages 2's weight is" in why_not(ASK, {**TELL, "weight": weight})
 
 
@@ -149,7 +149,7 @@ def test_an_empty_question_is_named():
 
 @pytest.mark.parametrize("text", ["", "  \n"])
 def test_an_empty_system_text_and_an_empty_answer_of_a_tool_are_turns(text):
-    # An empty system text turns a template's default persona off, also on a server.
+    # An empty system text switches off a template's default persona, in a server too.
     record = chat({"role": "system", "content": text}, ASK, {"role": "tool", "content": ""}, TELL)
     assert record.turns == (Turn("system", text), Turn("user", "Q?"), Turn("tool", ""), Turn("assistant", "A."))
 
@@ -180,7 +180,7 @@ def test_reasoning_is_kept_beside_the_answer(key):
 
 
 def test_reasoning_that_is_given_twice_is_one_and_two_differing_are_refused():
-    both = {"reasoning": "Hm.", "reasoning_content": "Hm."}  # as in vLLM's responses
+    both = {"reasoning": "Hm.", "reasoning_content": "Hm."}  # vLLM's answers have both keys
     assert chat(ASK, {**TELL, **both}).turns[-1].reasoning == "Hm."
     assert "reasoning twice" in why_not(ASK, {**TELL, **both, "reasoning": "Oh."})
 
@@ -229,7 +229,7 @@ def test_tools_that_cannot_be_read_are_refused(tools, why):
         ({"function": {"name": "f", "arguments": "{1}"}}, "arguments is not JSON"),
         ("f()", "tool_calls is text"),
         ({"function": {"name": "f", "arguments": {"a": "\ud83d"}}}, "half a surrogate pair"),
-        ({"function": {"name": "f", "arguments": {"a": float("nan")}}}, "not JSON"),  # possible in a table
+        ({"function": {"name": "f", "arguments": {"a": float("nan")}}}, "not JSON"),  # a table may contain it
         ({"function": {"name": "f", "arguments": {"a": b"x"}}}, "not JSON"),
         ({"function": {"name": "f", "arguments": "[" * 100_000}}, "nested too deeply"),
     ],
@@ -255,7 +255,7 @@ def test_sharegpt_calls_tools_in_turns_of_their_own():
 
 
 def test_a_table_of_columns_writes_null_for_what_another_message_has():
-    # Parquet adds all keys to every message.
+    # Parquet gives every message all keys.
     empty = {"role": None, "content": None, "name": None, "tool_calls": None, "weight": None, "reasoning": None}
     assert chat({**empty, **ASK}, {**empty, **TELL}) == chat(ASK, TELL)
 
@@ -427,7 +427,7 @@ def test_any_value_is_a_record_or_a_reason_and_none_is_lost(name, values, data):
 @pytest.mark.parametrize("value", ["no", 0, [], "0"])
 @pytest.mark.parametrize("place", ["alone", "among others"])
 def test_thinking_is_true_or_false(value, place):
-    # A template takes "no", or 0 in `is false`, for true: the record would be learned in the wrong mode.
+    # A template treats "no" as true, and 0 if it tests `is false`: the record would be trained in the wrong mode.
     variables = {"enable_thinking": value} if place == "alone" else {"chat_template_kwargs": {"enable_thinking": value}}
     assert "enable_thinking" in why_not(ASK, TELL, **variables)
 

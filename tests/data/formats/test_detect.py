@@ -1,4 +1,4 @@
-"""Laws of the alpaca format and of detecting formats: what is accepted, what is refused, and with which message."""
+"""Laws of the alpaca format and of format detection: what is accepted, what is refused, and the messages."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ def test_an_input_that_is_absent_null_or_empty_is_no_input(missing):
 
 
 def test_the_tutorials_typo_is_read_and_said():
-    # The tutorial's format example says "instrution", and people copied it.
+    # The tutorial's own example says "instrution", and people copied it.
     record, notes = read({"instrution": "1+1=?", "input": "", "output": "2"})
     assert record.prompt == (Turn("user", "1+1=?"),)
     (note,) = notes
@@ -56,7 +56,7 @@ def test_the_typo_does_not_displace_a_rightly_spelled_instruction(keys):
 
 
 def test_texts_are_kept_to_the_character():
-    # Catches a strip(): leading spaces and newlines are part of what a record teaches.
+    # Catches strip(): leading spaces and newlines are part of the text to learn.
     texts = {"instruction": "  code:\n", "input": "\tx\r\n", "output": "\n    return x  \n"}
     record, _ = read(texts)
     assert record.turns == (Turn("user", texts["instruction"], texts["input"]), Turn("assistant", texts["output"]))
@@ -97,7 +97,7 @@ def test_a_missing_key_is_named_together_with_the_keys_that_are_there():
 
 
 def test_the_keys_that_are_there_are_spelled_as_in_the_file():
-    # Users search the file for the word in the message.
+    # The user searches the file for the word in the message.
     said = reason({"instrution": "Hi", "response": "Hello"})
     assert "instrution" in said.partition("keys here")[2]
 
@@ -121,7 +121,7 @@ def test_a_value_that_is_no_object_is_called_what_it_is(value, kind):
 )
 @pytest.mark.parametrize("key", ["instruction", "output"])
 def test_a_text_of_a_wrong_type_is_named_with_its_key(key, wrong, kind):
-    # Catches str(value): "None" or "['a']" would be learned as text.
+    # Catches str(value): the texts "None" or "['a']" would be trained.
     assert f"{key} is {kind}" in reason({"instruction": "Hi", "output": "Hello", key: wrong})
 
 
@@ -144,7 +144,7 @@ def test_an_input_alone_is_enough_of_a_question():
 
 
 def test_half_a_surrogate_pair_is_refused_with_its_place():
-    # json.loads accepts it; the tokenizer would raise in the middle of the file, without a line number.
+    # json.loads accepts it, and the tokenizer would fail in the middle of the file, without a line number.
     value = json.loads('{"instruction": "Hi", "output": "ab\\ud83d"}')
     assert "output holds half a surrogate pair at character 3" in reason(value)
 
@@ -156,7 +156,7 @@ def test_a_whole_surrogate_pair_is_one_character():
 
 @pytest.mark.parametrize("record", [{"\ud83d": 1}, {"\ud83d": 1, "instruction": "Hi", "output": "Hello"}])
 def test_what_is_said_about_a_record_can_be_written_as_utf_8(record):
-    # A key may contain a lone surrogate; a reason or notice that repeats it would break run.json.
+    # A key may contain half a surrogate pair; a reason or notice that repeats it would break run.json.
     outcome, notes = read(record)
     said = [*notes, *([outcome.reason] if isinstance(outcome, Refusal) else [])]
     assert said
@@ -165,7 +165,7 @@ def test_what_is_said_about_a_record_can_be_written_as_utf_8(record):
 
 
 def test_all_problems_of_a_record_come_in_one_reason():
-    # So that users have to fix a record only once.
+    # The user should have to correct a record only once.
     said = reason({"instruction": 7, "input": ["x"], "response": "Hello"})
     assert "instruction is a number" in said
     assert "input is a list" in said
@@ -233,12 +233,12 @@ def test_two_formats_are_named_with_their_keys_and_what_to_pass():
 
 @pytest.mark.parametrize("nothing", [None, "", []])
 def test_a_column_without_a_value_is_no_sign(nothing):
-    # A table has a column for every key of any row.
+    # A table has all columns, also those that only other rows use.
     assert detect_schema([{**SIGNED["alpaca"], "messages": nothing, "text": nothing}], name="t").name == "alpaca"
 
 
 def test_an_empty_output_is_still_alpaca():
-    # So that each record is refused with its own origin and reason.
+    # Each record is then refused at its line, with its own reason.
     assert detect_schema([{"instruction": "x", "output": ""}], name="t").name == "alpaca"
 
 

@@ -1,4 +1,4 @@
-"""Laws of preference data: a wanted answer is learned after its prompt, an unwanted one never."""
+"""Laws of preference data: the chosen answer is trained after its prompt, the rejected one never."""
 
 import pytest
 
@@ -27,12 +27,12 @@ def gpt(text: str) -> dict:
 
 
 def read(*values: dict) -> list[ParsedRecord]:
-    """Read the values as one file."""
+    """Read the values as the records of one file."""
     schema = detect_schema(values, name="train.jsonl")
     return [to_record(RawRecord(value, f"train.jsonl:{n}"), schema) for n, value in enumerate(values, 1)]
 
 
-#: One answer in each format.
+#: The same answer in every format.
 ANSWERED = {
     "alpaca": lambda answer: {"instruction": QUESTION, "input": "", "output": answer},
     "messages": lambda answer: {"messages": [asks(QUESTION), tells(answer)]},
@@ -47,7 +47,7 @@ ANSWERED = {
 @pytest.mark.parametrize(("yes", "no"), [(True, False), (1, 0), (1.0, 0.0), ("true", "False"), ("1", "0")])
 @pytest.mark.parametrize("format", ANSWERED)
 def test_an_unwanted_answer_is_refused_whatever_the_format_and_the_type_of_the_mark(format, yes, no, key):
-    # Catches checking only `label is False`: answers marked 0 or "false" were trained on as good ones.
+    # Catches `label is False` as the only check: answers marked 0 or "false" were trained as good ones.
     (good, notes), (bad, _) = read({**ANSWERED[format](GOOD), key: yes}, {**ANSWERED[format](BAD), key: no})
     assert isinstance(good, Record) and good.turns == TURNS
     assert not any(key in note for note in notes), "a mark that was read is not called unused"
@@ -61,13 +61,13 @@ def test_a_label_of_many_classes_says_nothing_about_the_answer(labels):
 
 
 def test_false_is_no_class_beside_a_label_that_is_no_mark():
-    # Regression: one "unsure" among true and false made every unwanted answer of the file a training target.
+    # One "unsure" among true and false once made every unwanted answer of the file count as good.
     marks = (True, False, "unsure")
     good, bad, unsure = (record for record, _ in read(*({**ANSWERED["prompt"](GOOD), "label": mark} for mark in marks)))
     assert isinstance(good, Record) and isinstance(bad, Refusal) and isinstance(unsure, Record)
 
 
-#: Pairs in all published forms.
+#: Pairs as published data sets write them.
 PAIRS = {
     "TRL": {"prompt": QUESTION, "chosen": GOOD, "rejected": BAD},
     "TRL with messages": {"prompt": [asks(QUESTION)], "chosen": [tells(GOOD)], "rejected": [tells(BAD)]},
@@ -100,7 +100,7 @@ def test_the_chosen_answer_is_learned_behind_its_prompt_and_it_is_said(shape):
 
 
 def test_the_earlier_turns_of_a_pair_stay():
-    # LLaMA-Factory's multi-turn pairs. Regression: the last question was dropped, and only the earlier answer learned.
+    # LLaMA-Factory's pairs with several turns once lost the last question, and the earlier answer was trained alone.
     pair = {"conversations": [human("a"), gpt("b"), human("c")], "chosen": gpt("d"), "rejected": gpt("e")}
     ((record, _),) = read(pair)
     assert [turn.text for turn in record.turns] == ["a", "b", "c", "d"]

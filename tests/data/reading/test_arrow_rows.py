@@ -1,4 +1,4 @@
-"""Laws of Parquet and Arrow: every row is read as it was written, numbered from 1, in bounded memory."""
+"""Laws of Parquet and Arrow: rows are read as written and numbered from 1; memory does not grow with the file."""
 
 import datetime
 import json
@@ -54,7 +54,7 @@ def written(request, tmp_path: Path) -> Path:
 
 
 def test_every_row_is_what_was_written_and_is_numbered_from_one(written):
-    # Lists, structs, dates, bytes and nulls; batches that end inside a row group, and the reverse.
+    # Lists, structs, dates, bytes and nulls; batches end inside row groups, and row groups inside batches.
     assert list(read_values(written)) == [RawRecord(row, f"{written.name}:{n}") for n, row in enumerate(ROWS, 1)]
 
 
@@ -81,7 +81,7 @@ def test_a_page_of_noise_is_refused_without_a_crash(written):
 
 
 def test_a_text_that_is_no_utf_8_is_refused_alone(tmp_path: Path):
-    # Other programs write Latin-1 into string columns; pyarrow finds out when a value is taken.
+    # Other programs write Latin-1 into string columns; pyarrow fails only when such a value is read.
     raw = pyarrow.array([b"good", b"caf\xe9", b"good too"], type=pyarrow.binary())
     texts = pyarrow.StringArray.from_buffers(3, raw.buffers()[1], raw.buffers()[2])
     pyarrow.parquet.write_table(pyarrow.table({"output": texts}), tmp_path / "a.parquet")
@@ -107,7 +107,7 @@ def test_a_table_without_rows_gives_none(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 def test_a_page_of_html_under_the_name_is_no_data(tmp_path: Path, name):
-    # What a failed download leaves behind; without this check every line would be a broken record.
+    # A failed download leaves such a file. Without this check, every line would be a broken record.
     (tmp_path / name).write_text("<!DOCTYPE html>\n<html>\n")
     with pytest.raises(BadData, match="a web page"):
         list(read_values(tmp_path / name))
@@ -119,7 +119,7 @@ def test_json_lines_under_the_name_are_read_as_what_they_are(tmp_path: Path):
 
 
 def test_one_large_row_group_is_read_in_little_memory(tmp_path: Path):
-    # 190 MiB of incompressible text in one row group. pyarrow's defaults keep it whole, which takes 150 MiB more.
+    # 190 MiB of incompressible text in one row group. pyarrow's defaults keep the group: 150 MiB more.
     path = tmp_path / "big.parquet"
     code = f"""if True:
         import random, pyarrow, pyarrow.parquet
@@ -146,7 +146,7 @@ def test_one_large_row_group_is_read_in_little_memory(tmp_path: Path):
 
 
 def test_a_dictionary_of_a_huge_value_is_not_repeated_in_memory(tmp_path: Path):
-    # 1,000 rows of the same text of 8 MB: a file of one kilobyte, 8 GB in memory.
+    # 1,000 rows of one 8 MB text: a file of a kilobyte, but 8 GB in memory.
     path = tmp_path / "swollen.parquet"
     text = pyarrow.array(["y" * 8_000_000])
     column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 10, pyarrow.int32()), text)
@@ -154,7 +154,7 @@ def test_a_dictionary_of_a_huge_value_is_not_repeated_in_memory(tmp_path: Path):
     assert path.stat().st_size < 10_000
     with pytest.raises(BadData, match=r'swollen.parquet: column "output" unpacks to more than 200 times'):
         list(read_values(path))
-    # A short text in very many rows is allowed.
+    # One short text in very many rows is fine.
     pyarrow.parquet.write_table(pyarrow.table({"output": ["the same"] * 100_000}), path, compression="zstd")
     assert sum(1 for _ in read_values(path)) == 100_000
 
@@ -171,7 +171,7 @@ REPEATED = {
 @pytest.mark.parametrize("kind", REPEATED)
 @pytest.mark.parametrize("ending", ["arrow", "parquet"])
 def test_rows_that_swell_are_refused(tmp_path: Path, kind: str, ending: str):
-    # 5,000 records with the same text of one megabyte, in a file of two: five thousand million characters to encode.
+    # 5,000 records that share one text of a megabyte, in a file of two: 5 billion characters to encode.
     path = tmp_path / f"swollen.{ending}"
     table = pyarrow.table({"output": REPEATED[kind](5000)})
     if ending == "arrow":
@@ -212,7 +212,7 @@ def stream_of(path: Path, table: pyarrow.Table) -> None:
     ],
 )
 def test_the_nulls_that_a_struct_is_filled_up_with_are_no_values(tmp_path, name, write):
-    # Regression: {"city": "北京", "code": null, "days": null} was learned as the arguments of a call.
+    # Arrow adds null for missing keys: {"city": "北京", "code": null, "days": null} was trained as a call's arguments.
     write(tmp_path / name, pyarrow.Table.from_pylist(CALLS))
     assert [raw.value for raw in read_values(tmp_path / name)] == CALLS
 
@@ -223,7 +223,7 @@ def test_the_nulls_of_a_saved_data_set_are_no_values(tmp_path):
 
 
 def test_a_null_that_no_struct_was_filled_up_with_stays(tmp_path):
-    # Nulls of a column, of a list, in a map and in a JSON text: Arrow adds none there.
+    # Nulls of a column, in a list, in a map and in JSON text are real; Arrow adds none there.
     rows = pyarrow.table(
         {
             "output": pyarrow.array([None, "b"]),
@@ -276,6 +276,6 @@ def test_metadata_that_counts_no_rows_costs_none(tmp_path: Path):
     path = tmp_path / "t.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"output": ["a", "b"]}), path)
     content = path.read_bytes()
-    place = content.rindex(b"\x16\x04\x19")  # in the footer: the number of rows, 2; then the row groups
+    place = content.rindex(b"\x16\x04\x19")  # in the footer: the number of rows, 2, and then the row groups
     path.write_bytes(content[:place] + b"\x16\x00\x19" + content[place + 3 :])
     assert [row.value for row in read_values(path)] == [{"output": "a"}, {"output": "b"}]

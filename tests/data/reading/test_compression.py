@@ -1,4 +1,4 @@
-"""Laws of compressed files: their content is read in bounded memory, and half a file is never taken for whole."""
+"""Laws of compressed files: the content is read as it was, in bounded memory, and half a file never passes as whole."""
 
 import csv
 import gzip
@@ -61,7 +61,7 @@ def test_a_packed_file_is_what_it_was(tmp_path: Path, kind, ending):
 
 @pytest.mark.parametrize("ending", PACK)
 def test_files_that_were_packed_apart_and_joined_are_read_to_the_end(tmp_path: Path, ending):
-    # As written by `cat a.gz b.gz` and parallel compressors; a reader that stops at the first end would lose the rest.
+    # `cat a.gz b.gz` and parallel packers write such files; a reader that stops at the first end loses the rest.
     pack, lines = PACK[ending], as_jsonl().splitlines(keepends=True)
     path = tmp_path / f"a.jsonl.{ending}"
     path.write_bytes(b"".join(pack(b"".join(lines[n : n + 1000])) for n in (0, 1000, 2000)))
@@ -71,7 +71,7 @@ def test_files_that_were_packed_apart_and_joined_are_read_to_the_end(tmp_path: P
 @pytest.mark.parametrize("ending", PACK)
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99, 1.0])
 def test_half_an_archive_is_refused_with_its_place(tmp_path: Path, ending, share):
-    # At 1.0 only the last byte is missing: gzip's checksum, zstd's last block.
+    # At 1.0 only the last byte is missing, in gzip's checksum or zstd's last block.
     whole = PACK[ending](as_jsonl())
     path = tmp_path / f"a.jsonl.{ending}"
     path.write_bytes(whole[: max(5, min(len(whole) - 1, int(len(whole) * share)))])
@@ -123,7 +123,7 @@ def test_content_is_unpacked_a_buffer_at_a_time(tmp_path: Path):
 
 @pytest.mark.parametrize("ending", PACK)
 def test_a_bomb_is_a_line_that_is_too_long(tmp_path: Path, ending):
-    # 240 MiB in one line from half a megabyte. The process may use 100 MiB more than for a short file.
+    # One line of 240 MiB in a file of half a megabyte. The process may use 100 MiB more than for a short file.
     path = tmp_path / f"bomb.jsonl.{ending}"
     if ending == "gz":
         with gzip.open(path, "wb", compresslevel=1) as file:
@@ -160,7 +160,7 @@ def test_a_refusal_in_a_packed_file_has_its_line(tmp_path: Path):
 
 @pytest.mark.parametrize("pack", [gzip.compress, lambda raw: pyarrow.compress(raw, "zstd", asbytes=True)])
 def test_a_few_bytes_do_not_unpack_without_end(tmp_path: Path, monkeypatch, pack):
-    # Only blank lines, over a thousand times the size of the file: hours of reading for a few kilobytes.
+    # A thousand times the file's size in blank lines: kilobytes that take hours to read.
     monkeypatch.setattr(compression, "FREE_BYTES", 2**20)
     (tmp_path / "a.jsonl.gz").write_bytes(pack(b'{"text": "x"}\n' + b"\n" * (8 << 20)))
     with pytest.raises(BadData, match="more than 200 times its size"):

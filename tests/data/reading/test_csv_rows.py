@@ -1,4 +1,4 @@
-"""Laws of tables: reading gives the rows that csv wrote, each with the line it begins on; no row is lost."""
+"""Laws of tables: what the csv module writes is read back, each row with its first line, and no row is lost."""
 
 import codecs
 import csv
@@ -26,7 +26,7 @@ def read(content: bytes) -> list[RawRecord | Refusal]:
 @pytest.mark.parametrize("separator", [",", "\t", ";"])
 @pytest.mark.parametrize("seed", range(10))
 def test_what_is_written_is_what_is_read_at_the_line_where_it_begins(separator, seed):
-    # Catches numbering by row instead of by line, and newlines in cells that are changed on the way.
+    # Catches numbering rows instead of lines, and changed newlines inside cells.
     draw = random.Random(seed)
     out = io.StringIO()
     writer = csv.writer(out, delimiter=separator, lineterminator=draw.choice(["\n", "\r\n"]))
@@ -35,7 +35,7 @@ def test_what_is_written_is_what_is_read_at_the_line_where_it_begins(separator, 
     for _ in range(50):
         cells = ["".join(draw.choices(ALPHABET, k=draw.randrange(9))) for _ in range(3)]
         line = out.getvalue().count("\n") + 1
-        if any(cell.strip() for cell in cells):  # a row of blank cells is not read
+        if any(cell.strip() for cell in cells):  # a row of blank cells is skipped
             row = dict(zip(("instruction", "input", "output"), cells, strict=True))
             expected.append(RawRecord(row, f"a.csv:{line}"))
         writer.writerow(cells)
@@ -44,7 +44,7 @@ def test_what_is_written_is_what_is_read_at_the_line_where_it_begins(separator, 
 
 
 def test_an_empty_cell_is_empty_text_and_a_number_stays_text():
-    # Catches what pandas does by default: nan for an empty cell, NA for a surname, 7.0 for 007.
+    # Catches pandas' defaults: nan for an empty cell and for the surname NA, 7.0 for 007.
     (found,) = read(b"instruction,input,output\nNA,,007\n")
     assert found.value == {"instruction": "NA", "input": "", "output": "007"}
 
@@ -62,7 +62,7 @@ def test_blank_lines_are_no_rows_but_are_counted():
 
 
 def test_a_row_that_is_not_utf_8_is_refused_whole_and_alone():
-    # The invalid byte is in the second of three lines of one cell: the row must still end at its own end.
+    # The bad byte is in the second of three lines of one cell; the row must still end at its real end.
     first, wrong, last = read(b'instruction,output\na,b\nc,"x\n' + "你好".encode("gbk") + b'\ny"\nd,e\n')
     assert (first.value["output"], last) == ("b", RawRecord({"instruction": "d", "output": "e"}, "a.csv:6"))
     assert wrong.origin == "a.csv:3" and "iconv -f GB18030" in wrong.reason
@@ -79,7 +79,7 @@ def test_a_quote_inside_a_quoted_cell_is_refused_with_its_line():
 
 
 def test_a_carriage_return_alone_ends_no_row():
-    # Otherwise the row would become two, and in a file with such line ends the header would have no rows.
+    # Otherwise the row would become two, and a file with such line ends would be a header without rows.
     first, last = read(b"instruction,output\na,b\rc,d\ne,f\n")
     assert first.origin == "a.csv:2" and "carriage return" in first.reason
     assert last == RawRecord({"instruction": "e", "output": "f"}, "a.csv:3")
@@ -88,7 +88,7 @@ def test_a_carriage_return_alone_ends_no_row():
 
 
 def test_a_quote_that_never_closes_does_not_swallow_the_file_in_silence():
-    # csv would return the rest of the file as one cell.
+    # csv would read the rest of the file as one cell.
     with pytest.raises(BadData, match=r"a\.csv:3: a quote opens in this row and never closes"):
         read(b'instruction,output\na,b\nc,"d\ne,f\ng,h\n')
 
@@ -129,14 +129,14 @@ def test_a_column_that_is_called_sep_is_a_column():
 
 @pytest.mark.parametrize("blank", [",", ",,", " , ", '"",""', '"\n",'])
 def test_a_row_of_blank_cells_is_no_row(blank):
-    # Regression: each was refused with "output is empty", which stopped the run.
+    # Such rows were once refused with "output is empty", which stopped the run.
     found = read(f"instruction,output\na,b\n{blank}\nc,d\n".encode())
     assert [raw.value["output"] for raw in found] == ["b", "d"]
     assert found[1].origin == f"a.csv:{4 + blank.count(chr(10))}"
 
 
 def test_empty_columns_at_the_right_end_are_no_columns():
-    # Regression: two empty names were reported as "column appears twice".
+    # Two empty names were once reported as "column appears twice".
     rows = read(b"instruction,input,output,,\na,,b,,\nc,d,e\nf,,,,\n")
     assert [list(raw.value.values()) for raw in rows] == [["a", "", "b"], ["c", "d", "e"], ["f", "", ""]]
     (refused,) = read(b"instruction,output,,\na,b,c,\n")
@@ -145,7 +145,7 @@ def test_empty_columns_at_the_right_end_are_no_columns():
 
 @pytest.mark.parametrize("blank", [",", ",,", " ; ", '"",""', ",\r"])
 def test_a_row_of_blank_cells_above_the_header_is_no_header(blank):
-    # Regression: every row was refused, since the header had no names.
+    # Every row was once refused, because such a header has no names.
     for first in ("", "sep=,\n"):
         origin = f"a.csv:{3 + bool(first)}"
         content = f"{first}{blank}\ninstruction,output\na,b\n".encode()
@@ -153,7 +153,7 @@ def test_a_row_of_blank_cells_above_the_header_is_no_header(blank):
 
 
 def test_empty_columns_at_the_left_end_are_no_columns():
-    # Regression: two empty names were reported as "column appears twice".
+    # Two empty names were once reported as "column appears twice".
     (row,) = read(b",,instruction,output\n,,a,b\n")
     assert row.value == {"": "", "instruction": "a", "output": "b"}
     numbered, refused = read(b",,instruction,output\n,7,a,b\n6,7,a,b\n")

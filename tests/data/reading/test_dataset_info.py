@@ -1,4 +1,4 @@
-"""Laws of LLaMA-Factory's dataset_info.json: a folder that has one is read as it says."""
+"""Laws of LLaMA-Factory's dataset_info.json: a folder with one is read according to it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Laws of data sets: saved folders, folders of files and hub names give the rows that were put in, or an error."""
+"""Laws of data sets: saved folders, folders of files and hub names give the stored rows, or say what to do."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_a_saved_data_set_gives_its_rows(tmp_path: Path):
 
 
 def test_rows_come_in_the_order_of_the_data_set_not_of_the_file(tmp_path: Path):
-    # Catches reading the Arrow files without the data set's own order of rows.
+    # Catches reading the Arrow files directly, without the data set's index.
     SAVED.select([5, 3, 8]).save_to_disk(tmp_path / "saved")
     assert [one.value for one in read_values(tmp_path / "saved")] == [ROWS[5], ROWS[3], ROWS[8]]
 
@@ -79,7 +79,7 @@ def test_a_damaged_folder_says_what_to_do(tmp_path: Path, damage):
 
 
 def test_a_folder_of_parquet_files_gives_the_train_split_with_the_name_of_each_file(tmp_path: Path):
-    # The names under which `push_to_hub` stores; load_dataset's own choice of files is the oracle.
+    # These are the file names of `push_to_hub`; the oracle is load_dataset's own choice of files.
     folder = tmp_path / "repo"
     (folder / "data").mkdir(parents=True)
     for n in range(2):
@@ -129,7 +129,7 @@ def test_a_folder_of_links_as_the_hub_s_cache_makes_it_is_read(tmp_path: Path):
 
 
 def test_files_of_several_kinds_are_not_passed_over_in_silence(tmp_path: Path):
-    # load_dataset reads the most frequent type of file and silently drops the others.
+    # load_dataset reads the most frequent kind of file and drops the others silently.
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n')
     (tmp_path / "b.csv").write_text("a\n1\n")
     with pytest.raises(BadData, match=r"1 would be left out, first (a\.jsonl|b\.csv)"):
@@ -170,7 +170,7 @@ def test_a_hub_that_the_user_switched_off_is_named_so():
 
 
 def test_a_hub_that_cannot_be_reached_is_named_with_the_setting_that_moves_it(monkeypatch):
-    # The tests run with HF_HUB_OFFLINE=1.
+    # The tests run with HF_HUB_OFFLINE=1, so pretend that the user did not set it.
     monkeypatch.setattr(hub, "OFFLINE_BY_CHOICE", False)
     monkeypatch.setenv("HF_ENDPOINT", "http://me:sesame@127.0.0.1:9")
     with pytest.raises(BadData, match=r"nobody/nothing: no file or folder here(.|\n)*HF_ENDPOINT") as refused:
@@ -179,7 +179,7 @@ def test_a_hub_that_cannot_be_reached_is_named_with_the_setting_that_moves_it(mo
 
 
 def test_a_hub_that_cannot_be_reached_is_asked_no_second_time(monkeypatch):
-    """The library would retry for half a minute, with a warning each time."""
+    """The library would retry for half a minute and print a line each time."""
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
@@ -193,7 +193,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_no_second_time(monkeypatch):
 
 
 class _KnowsNothing(BaseHTTPRequestHandler):
-    """A hub without any repository, which answers like the real one."""
+    """A hub without any repository; it answers like the real one."""
 
     def do_GET(self) -> None:
         self.send_response(404)
@@ -204,11 +204,11 @@ class _KnowsNothing(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def log_message(self, *said: object) -> None:
-        """Keep the log off the tests' standard error."""
+        """Do not write to the tests' standard error."""
 
 
 def test_a_name_that_the_hub_does_not_know_is_a_matter_of_spelling():
-    # In a separate process, in which the library is not set to offline, against a real server.
+    # In another process, where the library is not offline, against a real server.
     code = """if True:
         from atomtune.data.reading.sources import read_files
         [list(file.chunks) for file in read_files("nobody/nothing")]
@@ -225,7 +225,7 @@ def test_a_name_that_the_hub_does_not_know_is_a_matter_of_spelling():
 
 
 def repository(folder: Path, *, configurations: bool = False) -> Path:
-    """A folder with the files of a hub repository; `datasets` loads it by its relative path as if from the hub."""
+    """A folder with the files of a hub repository; `datasets` loads it by its relative name like from the hub."""
     (folder / "owner" / "name").mkdir(parents=True)
     for name in ("zh", "en"):
         SAVED.to_parquet(folder / "owner" / "name" / name / "train.parquet")
@@ -277,7 +277,7 @@ def test_a_folder_s_hash_changes_with_bytes_and_names_and_with_nothing_else(tmp_
 
 
 def test_a_hub_data_set_has_the_same_hash_in_every_process(tmp_path: Path):
-    # A hash that differs in each process would make the cache useless, and a resumed run would refuse its own data.
+    # A random hash would make the store useless, and a resumed run would refuse its own data.
     repository(tmp_path)
     code = "from atomtune.data.reading.sources import fingerprint_of; print(fingerprint_of('owner/name:default'))"
     hashes = {

@@ -1,4 +1,4 @@
-"""Laws of the array: with any window, the values are those that json reads at once, each with its own line."""
+"""Laws of arrays: any window size gives the same values as json.loads on the whole, each with its own line."""
 
 import codecs
 import io
@@ -27,7 +27,7 @@ VALUES = [
 
 
 def laid_out(seed: int) -> tuple[str, list[int]]:
-    """The values as an array with random white space, and the line each begins on, counted while writing."""
+    """The values as an array with random white space, and the line where each begins, counted while writing."""
     draw = random.Random(seed)
     text, lines = "", []
 
@@ -44,7 +44,7 @@ def laid_out(seed: int) -> tuple[str, list[int]]:
 
 @pytest.mark.parametrize("window", [1, 2, 3, 5, 13, 64, 24, 1 << 20])
 def test_the_window_changes_neither_values_nor_lines(monkeypatch, window):
-    # Catches numbers, escapes and characters cut in two, and lines lost when the window moves on.
+    # Catches numbers, escapes and characters cut in two, and lines lost when the window moves.
     monkeypatch.setattr(json_array, "WINDOW_BYTES", window)
     for seed in range(20):
         text, lines = laid_out(seed)
@@ -90,7 +90,7 @@ def test_a_value_beyond_the_bound_is_refused_without_being_read_whole(monkeypatc
 
 
 def test_a_break_near_the_beginning_is_said_before_the_rest_is_read():
-    # Reading on could not help; 16 MiB would be read for nothing.
+    # The rest of the file cannot repair it, and 16 MiB would be read for nothing.
     stream = io.BytesIO(b'[{"a": b},' + b"1," * 3_000_000 + b"1]")
     with pytest.raises(BadData, match="a value is expected here"):
         list(read_array(stream, "a.json"))

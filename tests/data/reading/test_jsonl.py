@@ -1,4 +1,4 @@
-"""Laws of chunks: wherever a file is cut, the same values are read, with the same lines."""
+"""Laws of chunks: wherever a file is cut, the values and their line numbers are the same."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def by_lines(content: bytes) -> list[tuple[object, str]]:
 
 @pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 7, 50, 300, 10_000])
 def test_where_a_file_is_cut_changes_nothing(monkeypatch, chunk_bytes):
-    # Catches lines cut in two, lines counted twice at a cut, and a cut right at a newline.
+    # Catches lines cut in two, lines counted twice at a cut, and a cut that falls on a newline.
     monkeypatch.setattr(jsonl, "CHUNK_BYTES", chunk_bytes)
     assert read(CONTENT) == by_lines(CONTENT)
     assert read(CONTENT.rstrip()) == by_lines(CONTENT.rstrip())
@@ -48,14 +48,14 @@ def test_a_line_beyond_the_bound_is_refused_and_the_others_keep_their_numbers(mo
 
 
 def test_a_chunk_can_be_parsed_in_another_process():
-    # Chunks are pickled for a pool, and only the first one has the byte-order mark.
+    # As a pool does: pickled, and without the byte-order mark, which only the first chunk has.
     (chunk,) = read_chunks(io.BytesIO(b"\xef\xbb\xbf" + CONTENT), "a.jsonl")
     assert isinstance(chunk, Lines)
     assert parse_chunk(pickle.loads(pickle.dumps(chunk))) == by_lines(CONTENT)
 
 
 def test_what_a_worker_loads_is_light():
-    # A spawned worker that imports datasets would take a second before its first record.
+    # A spawned worker that imports datasets needs a second before its first record.
     heavy = "{'torch', 'datasets', 'pyarrow', 'numpy'}"
     code = f"import sys, atomtune.data.reading.jsonl; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -63,7 +63,7 @@ def test_what_a_worker_loads_is_light():
 
 
 def test_a_wide_object_with_a_key_twice_is_refused_in_linear_time():
-    # Counting each key among all of them took quadratic time.
+    # Comparing each key with all others took the square of 100,000 steps.
     wide = "{" + ", ".join(f'"k{number}": 1' for number in range(100_000)) + ', "k99999": 2}'
     began = time.process_time()
     (refusal,) = read(wide.encode())

@@ -1,4 +1,4 @@
-"""Laws of reading: every line is a value or a refusal with its origin; a file that cannot be read says what to do."""
+"""Laws of reading: every line is a value or a refusal with its line; an unreadable file gets an error with a remedy."""
 
 import codecs
 import csv
@@ -43,7 +43,7 @@ def written(folder: Path, content: bytes, name: str = "train.jsonl") -> Path:
 
 
 def archive(content: bytes) -> bytes:
-    """A tar archive of one file."""
+    """A tar archive with one file."""
     whole = io.BytesIO()
     with tarfile.open(fileobj=whole, mode="w") as files:
         entry = tarfile.TarInfo("train.jsonl")
@@ -71,7 +71,7 @@ def test_a_missing_newline_at_the_end_loses_nothing(tmp_path):
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path):
-    # Catches plain utf-8 decoding: json refuses a text that begins with U+FEFF.
+    # Catches plain UTF-8 decoding: json refuses a text that begins with U+FEFF.
     path = written(tmp_path, codecs.BOM_UTF8 + line(HELLO) + line(BYE))
     assert [found.value for found in read_values(path)] == [HELLO, BYE]
 
@@ -87,13 +87,13 @@ def test_windows_line_ends_change_neither_values_nor_numbers(tmp_path):
 
 
 def test_blank_lines_are_passed_over_but_counted(tmp_path):
-    # Catches numbering the values instead of the lines, and a blank last line read as a broken record.
+    # Catches numbering values instead of lines, and a blank last line read as a broken record.
     path = written(tmp_path, b"\n" + line(HELLO) + b" \t\r\n\n" + line(BYE) + b"\n\n")
     assert [found.origin for found in read_values(path)] == ["train.jsonl:2", "train.jsonl:5"]
 
 
 def test_a_unicode_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
-    # Catches str.splitlines(), which also breaks at U+2028, U+0085 and form feeds.
+    # Catches str.splitlines(), which also splits at U+2028, U+0085 and form feeds.
     value = {"output": "one\u2028two\u0085three\u000bfour"}
     assert list(read_values(written(tmp_path, line(value)))) == [RawRecord(value, "train.jsonl:1")]
 
@@ -137,7 +137,7 @@ def test_what_is_wrong_with_json_is_said_in_our_words(tmp_path, text, reason):
 
 
 def test_a_gbk_line_is_refused_with_the_command_that_converts_it(tmp_path):
-    # Catches errors="ignore" or "replace", which train on mangled text in silence.
+    # Catches errors="ignore" or "replace", which would silently train on damaged text.
     path = written(tmp_path, line(BYE) + json.dumps(HELLO, ensure_ascii=False).encode("gbk") + b"\n")
     (refusal,) = refusals(path)
     assert refusal.origin == "train.jsonl:2"
@@ -145,13 +145,13 @@ def test_a_gbk_line_is_refused_with_the_command_that_converts_it(tmp_path):
 
 
 def test_bytes_of_no_known_encoding_are_not_called_gbk(tmp_path):
-    path = written(tmp_path, b'{"output": "caf\xe9"}\n')  # Latin-1: \xe9 followed by a quote is no GB18030 character
+    path = written(tmp_path, b'{"output": "caf\xe9"}\n')  # Latin-1: \xe9 and a quote are no GB18030 character
     (refusal,) = refusals(path)
     assert "UTF-8" in refusal.reason and "GB18030" not in refusal.reason
 
 
 def test_a_pretty_printed_object_is_told_that_a_record_is_a_line(tmp_path):
-    # Catches a refusal for each of its lines: a thousand, for a file that one command fixes.
+    # Catches one refusal per line: a thousand for a file that one command can repair.
     path = written(tmp_path, b"\n".join(json.dumps(value, indent=2).encode() for value in (HELLO, BYE)))
     with pytest.raises(
         BadData, match=r"train\.jsonl:1: an object over several lines; expected one record per line"
@@ -175,7 +175,7 @@ def test_a_pattern_that_no_shell_expanded_is_told_from_a_missing_file(tmp_path):
 
 @pytest.mark.parametrize("content", [b'{"output": ' + b"[" * 200_000, b'{"output": ' + b"9" * 5000 + b"}"])
 def test_json_that_python_cannot_hold_is_a_refusal_and_no_crash(tmp_path, content):
-    # Nesting beyond the recursion limit; an integer beyond Python's limit of 4,300 digits.
+    # Nesting beyond the recursion limit, and an integer beyond Python's limit of 4,300 digits.
     path = written(tmp_path, line(HELLO) + content + b"\n" + line(BYE))
     assert [one.origin for one in read_values(path)] == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3"]
     (refusal,) = refusals(path)
@@ -210,7 +210,7 @@ def test_an_array_that_breaks_in_the_middle_names_the_line(tmp_path):
 
 
 def test_an_array_that_never_ends_is_not_taken_for_whole(tmp_path):
-    # An interrupted download: the records before the break must not be trained on as if they were all.
+    # After an interrupted download, the first records must not be trained as if they were the whole file.
     path = written(tmp_path, b"[\n" + line(HELLO).rstrip() + b",\n" + line(BYE), "train.json")
     with pytest.raises(BadData, match=r"train\.json:4"):
         list(read_values(path))
@@ -274,7 +274,7 @@ def test_files_of_one_name_are_told_apart_by_as_much_of_their_path_as_that_takes
     ],
 )
 def test_progress_adds_up_to_the_size_of_the_file(tmp_path, content):
-    # Otherwise the bar would stop short of 100 %, or pass it if characters are counted instead of bytes.
+    # Otherwise the bar stops before 100%, or passes it if characters are counted instead of bytes.
     path, seen = written(tmp_path, content), []
     list(read_values(path, seen.append))
     assert sum(seen) == path.stat().st_size
@@ -349,7 +349,7 @@ def test_json_lines_under_another_name_are_known_by_their_first_byte(tmp_path, n
 
 @pytest.mark.parametrize(("separator", "ending"), [(",", "csv"), ("\t", "tsv"), (";", "csv")])
 def test_a_table_under_the_name_of_json_is_refused_with_the_name_it_needs(tmp_path, separator, ending):
-    # After the rename that the message suggests, it is read.
+    # Once renamed as the message says, the file is read.
     path = written(tmp_path, f"instruction{separator}output\nx{separator}y\n".encode())
     with pytest.raises(BadData, match=rf"train\.jsonl:1: a table.*\n  mv \S+/train.jsonl \S+/train\.{ending}"):
         list(read_values(path))
@@ -374,7 +374,7 @@ def test_a_line_that_is_no_header_is_no_table(tmp_path, content):
         (gzip.compress(gzip.compress(line(HELLO))), "gzip"),  # compressed twice
         (gzip.compress(archive(line(HELLO))), "tar"),  # train.tar.gz
     ],
-    # gzip stores the time, so that processes that collect in different seconds would have different test ids.
+    # gzip content includes the time, so automatic ids would differ between pytest's worker processes.
     ids=["zip", "bzip2", "xz", "7z", "xls", "SQLite", "gzip", "tar"],
 )
 def test_an_archive_that_is_not_read_is_named(tmp_path, content, kind):
@@ -407,7 +407,7 @@ def test_the_fingerprint_of_a_file_is_the_hash_of_its_bytes(tmp_path):
 
 
 def test_what_is_neither_file_nor_folder_is_not_waited_for(tmp_path):
-    # A pipe would be read twice, and block.
+    # A pipe would be read twice, and would block.
     os.mkfifo(tmp_path / "pipe.jsonl")
     for ask in (fingerprint_of, lambda source: list(read_values(source))):
         with pytest.raises(BadData, match="not a file"):
@@ -416,7 +416,7 @@ def test_what_is_neither_file_nor_folder_is_not_waited_for(tmp_path):
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
 def test_a_value_of_more_levels_than_another_process_can_be_handed_is_refused(tmp_path, name):
-    # Python parses 900 levels but pickles only 400; all records are sent to other processes, so the limit is for all.
+    # Python parses 900 levels but can send only 400 to another process, so no record may have that many.
     deep, flat = {**HELLO, "x": json.loads("[" * 900 + "]" * 900)}, {**HELLO, "x": [[]] * 900}
     path = written(tmp_path, line(deep) if name.endswith("l") else json.dumps([deep]).encode(), name)
     try:

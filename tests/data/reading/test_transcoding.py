@@ -1,4 +1,4 @@
-"""Laws of reading UTF-16 and UTF-32: what a spreadsheet or Notepad writes is read as if it were UTF-8."""
+"""Laws of UTF-16 and UTF-32: files from a spreadsheet or Notepad are read as if they were UTF-8."""
 
 import json
 from pathlib import Path
@@ -12,13 +12,13 @@ from tests.reading import read_values
 RECORDS = [{"instruction": "说早", "output": "早上好😀"}, {"instruction": "say\nit", "output": "now"}]
 LINES = "".join(json.dumps(record, ensure_ascii=False) + "\r\n" for record in RECORDS)
 TABLE = 'instruction\tinput\toutput\r\n说早\t\t早上好\r\n"say\nit"\t\tnow\r\n'  # Excel's "Unicode text"
-#: With a byte-order mark, and UTF-16 without one, in which every second byte of plain ASCII is zero.
+#: With a byte-order mark, and without one if every second byte of plain ASCII is zero.
 ENCODINGS = ["utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-8", "utf-8-sig"]
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_file_of_another_encoding_is_read_as_utf_8_is(tmp_path: Path, encoding):
-    # Windows' Notepad calls UTF-16 "Unicode". Regression: files saved as our own message advised were refused.
+    # Windows' Notepad calls UTF-16 "Unicode". Users who followed the advice to convert were once refused.
     for name, text in (("a.jsonl", LINES), ("a.json", json.dumps(RECORDS, indent=1)), ("a.csv", TABLE)):
         plain, other = tmp_path / "plain" / name, tmp_path / name
         plain.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""A sealed folder is whole or found out; rotation takes only what is ours."""
+"""A sealed folder is complete or detected as damaged; rotation removes only our own folders."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_a_sealed_folder_is_whole_and_its_staging_gone(tmp_path):
 
 
 def test_every_single_flipped_bit_is_found(tmp_path):
-    # 200 places over all files, the manifest too; a flip that changes nothing that is read is none.
+    # 200 places in all files, including the manifest. Flips in bytes that are never read do not count.
     made = sealed(tmp_path, 4, bytes(range(256)) * 4)
     files = sorted(path for path in made.rglob("*") if path.is_file())
     draw = random.Random(0)
@@ -67,7 +67,7 @@ def test_a_manifest_that_says_nothing_is_damage_and_no_crash(tmp_path, content):
 
 
 def test_a_manifest_that_is_a_pipe_or_a_device_is_damage(tmp_path):
-    """A pipe was waited for and /dev/zero read until the memory was full."""
+    """A pipe was read forever, and /dev/zero until the memory was full."""
     pipe, device = sealed(tmp_path, 1), sealed(tmp_path, 2)
     (pipe / MANIFEST).unlink()
     os.mkfifo(pipe / MANIFEST)
@@ -96,7 +96,7 @@ def test_a_seal_replaces_its_own_and_moves_what_is_not_ours_aside(tmp_path):
 def test_rotation_keeps_the_newest_the_protected_and_everything_a_user_made(tmp_path):
     for step in (2, 4, 6, 8, 10):
         sealed(tmp_path, step)
-    for name in ("checkpoint-final", "checkpoint-3", "checkpoint-007", "backup"):  # no manifest, or no name of ours
+    for name in ("checkpoint-final", "checkpoint-3", "checkpoint-007", "backup"):  # no manifest, or another name
         (tmp_path / name).mkdir()
     rotate(tmp_path, keep=2, protected=[tmp_path / "checkpoint-4"], notice=pytest.fail)
     left = {path.name for path in tmp_path.iterdir()}
@@ -134,7 +134,7 @@ def test_what_a_killed_run_was_doing_is_cleared(tmp_path):
 
 
 def test_a_step_that_is_saved_again_has_a_whole_checkpoint_at_every_moment(tmp_path, monkeypatch):
-    # The epoch's end and a stop may save one step twice; with --save_total_limit 1 nothing else is there.
+    # The epoch's end and a stop may save the same step twice; with --save_total_limit 1 there is no other checkpoint.
     real, renames = Path.rename, 0
 
     def rename(self, goal):
@@ -147,7 +147,7 @@ def test_a_step_that_is_saved_again_has_a_whole_checkpoint_at_every_moment(tmp_p
     monkeypatch.setattr(Path, "rename", rename)
     survived = 0
     for folder in (tmp_path / "1", tmp_path / "2", tmp_path / "3"):
-        renames = -1  # the first save's own is not counted
+        renames = -1  # do not count the first save's own
         sealed(folder, 4, b"old")
         try:
             sealed(folder, 4, b"new")

@@ -1,7 +1,7 @@
-"""Laws of an optimizer that averages (schedule_free_*): its average is evaluated and saved, and a resume goes on.
+"""Laws of averaging optimizers (schedule_free_*): the average is evaluated and saved, and resuming continues the run.
 
-The optimizer here has the contract of the package schedulefree (train(), eval(), no step outside of training) and keeps
-its average in so many words, where the package computes it back.
+The optimizer here behaves like those of the package schedulefree (train(), eval(), no step outside of training). It
+stores its average, which the package computes from the weights.
 """
 
 import json
@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 from transformers import Trainer
 from transformers.trainer_callback import DefaultFlowCallback
 
-import atomtune.train.model  # noqa: F401  # `atomtune.train` is a function too
+import atomtune.train.model  # noqa: F401  # `atomtune.train` is also a function
 from atomtune.cli import main
 from atomtune.train.trainer import LoraTrainer
 
-INTERPOLATION = 0.9  # of the average in the weights at which gradients are computed
+INTERPOLATION = 0.9  # share of the average in the weights at which gradients are computed
 EVALUATES = ("--eval_size", "8", "--eval_strategy", "steps", "--eval_steps", "4")
 
 
 class Averaging(torch.optim.Optimizer):
-    """Schedule-free SGD: z goes down the gradient, x is the mean of all z, gradients are computed between the two."""
+    """Schedule-free SGD: z follows the gradient, x is the mean of all z, and gradients are computed between the two."""
 
     def __init__(self, params, lr: float) -> None:
         super().__init__(params, {"lr": lr, "steps": 0, "train_mode": False})
@@ -65,7 +65,7 @@ class Averaging(torch.optim.Optimizer):
 
 @pytest.fixture
 def evaluated(monkeypatch) -> list[dict[str, torch.Tensor]]:
-    """The adapter's weights at each evaluation, the first before training; runs have the optimizer above."""
+    """The adapter's weights at each evaluation, the first before training; runs use the optimizer above."""
     seen = []
     sums = LoraTrainer._evaluation_sums
 
@@ -92,7 +92,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def averages(checkpoint: Path) -> list[torch.Tensor]:
-    """The averages in an optimizer's state, which knows its weights by number."""
+    """The averages in an optimizer's state, which numbers its weights."""
     return [state["x"] for state in torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"].values()]
 
 
@@ -138,7 +138,7 @@ def test_a_resumed_run_is_the_unbroken_one(models, dialogues, tmp_path, evaluate
 
 
 def test_the_best_checkpoint_is_taken_as_it_was_saved(models, dialogues, tmp_path, evaluated, monkeypatch):
-    # With other weights still in force, the best ones would be taken for those and changed when they are saved.
+    # If other weights were still in use, they would be taken for the best ones and changed when these are saved.
     flow = DefaultFlowCallback.on_step_end
 
     def ends_without_evaluation(callback, args, state, control, **kwargs):

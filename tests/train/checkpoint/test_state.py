@@ -1,4 +1,4 @@
-"""The Trainer's states are read as tensors only, and one that is anything else is named before it is opened."""
+"""The Trainer's states are read only as tensors; a file with anything else is named before it is opened."""
 
 import os
 import random
