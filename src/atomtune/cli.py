@@ -180,7 +180,7 @@ def _exit_code_of(name: str, flags: Sequence[str]) -> int:
     try:
         return _run(name, flags)
     except AtomtuneError as error:
-        return _told(name, error)
+        return _reported(name, error)
     except KeyboardInterrupt:
         _say_error(f"\natomtune {name}: stopped by a signal.")
         return ExitCode.STOPPED
@@ -200,7 +200,7 @@ class _VisibleRecord(logging.LogRecord):
         return controls_shown(super().getMessage())
 
 
-def _told(name: str, error: AtomtuneError) -> int:
+def _reported(name: str, error: AtomtuneError) -> int:
     _say_error(f"\natomtune {name}: {error}")
     return error.exit_code
 
@@ -225,15 +225,15 @@ def _unforeseen(name: str, error: Exception) -> int:
     from atomtune.model.failures import of_the_model
 
     if problem := place_problem(error):
-        return _told(name, BadSettings([f"{problem} Use another path, or fix what is there."]))
+        return _reported(name, BadSettings([f"{problem} Use another path, or fix what is there."]))
     if problem := sharing_problem(error):
-        return _told(name, RunFailed(problem))
+        return _reported(name, RunFailed(problem))
     if disk_failed(error):
         _say_error(f"\natomtune {name}: the disk is full or failing: {error}")
         _say_error("Free some space and run the command again.")
         return ExitCode.RUN_FAILED
     if failure := of_the_model(error):
-        return _told(name, failure)
+        return _reported(name, failure)
     _say_error("".join(traceback.format_exception(error)).rstrip())
     _say_error(f"\natomtune {name}: this is a bug in atomtune {__version__}. Please report the lines above.")
     return ExitCode.BUG
@@ -333,12 +333,12 @@ def _hear_again(hook: Callable[[Any], object]) -> Callable[[Any], None]:
     of objects while they are imported.
     """
 
-    def unraisable(told: Any) -> None:
-        if not isinstance(told.exc_value, KeyboardInterrupt):
-            hook(told)
+    def unraisable(unraised: Any) -> None:
+        if not isinstance(unraised.exc_value, KeyboardInterrupt):
+            hook(unraised)
             return
         # Not raised here, because this runs inside __del__ too
-        _send_later(getattr(signal, str(told.exc_value), signal.SIGINT))
+        _send_later(getattr(signal, str(unraised.exc_value), signal.SIGINT))
 
     return unraisable
 

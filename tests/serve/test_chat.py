@@ -169,7 +169,7 @@ def test_what_was_saved_is_read_by_train(trained, tmp_path):
     tuned = load(trained, dtype="float32")
     talk = Conversation(tuned, None)
     for question in ("晚安", "Who are you?"):
-        talk.answered(question, tuned.reply(talk.asking(question)).turn)
+        talk.remember(question, tuned.reply(talk.asking(question)).turn)
     talk.save(tmp_path / "talk.jsonl")
     figures = inspect(tmp_path / "talk.jsonl", trained).figures
     assert figures["records_used"] == 1 and figures["records_refused"] == []
@@ -184,7 +184,7 @@ def test_the_oldest_exchange_is_forgotten_where_the_positions_run_out(trained):
     tuned = load(trained, dtype="float32")
     talk = Conversation(tuned, None)
     for number in range(4):
-        talk.answered(f"{number}" + "很长" * 40, Turn("assistant", "好"))
+        talk.remember(f"{number}" + "很长" * 40, Turn("assistant", "好"))
     assert talk.make_room("晚安") > 0
     assert "3很长" in talk.messages[0]["content"] or len(talk.messages) > 2
     assert len(prompt_ids(tuned.template, talk.asking("晚安"))) < tuned.positions

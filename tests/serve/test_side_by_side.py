@@ -8,7 +8,7 @@ import pytest
 
 from atomtune import load
 from atomtune.errors import BadSettings
-from atomtune.serve.side_by_side import Asking, Exchange, answered, conversation_of, modes_of
+from atomtune.serve.side_by_side import Asking, Exchange, answers_of_sides, conversation_of, modes_of
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +17,12 @@ def tuned(by_heart):
 
 
 def last(tuned, question: str, *, before: Sequence[Exchange] = (), stop=lambda: False, **settings) -> Exchange:
-    *_, exchange = answered(tuned, before, question, Asking(**settings), stop=stop)
+    *_, exchange = answers_of_sides(tuned, before, question, Asking(**settings), stop=stop)
     return exchange
 
 
 def test_the_answer_grows_and_ends_as_chats(tuned):
-    exchanges = list(answered(tuned, [], "晚安", Asking(), stop=lambda: False))
+    exchanges = list(answers_of_sides(tuned, [], "晚安", Asking(), stop=lambda: False))
     texts = [exchange.tuned.text for exchange in exchanges]
     assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
     assert len(set(texts)) > 3, "it came in pieces"
@@ -52,7 +52,9 @@ def test_each_side_is_sent_its_own_earlier_answers_and_only_those(tuned):
 def test_a_stop_keeps_what_is_written_and_does_not_ask_the_base(tuned):
     whole = last(tuned, "讲一个很短的故事").tuned.text
     written: list[str] = []
-    for exchange in answered(tuned, [], "讲一个很短的故事", Asking(compare=True), stop=lambda: len(written) > 3):
+    for exchange in answers_of_sides(
+        tuned, [], "讲一个很短的故事", Asking(compare=True), stop=lambda: len(written) > 3
+    ):
         written.append(exchange.tuned.text)
     assert 0 < len(exchange.tuned.text) < len(whole) and whole.startswith(exchange.tuned.text)
     assert exchange.tuned.reply is not None and exchange.base is None
@@ -66,7 +68,7 @@ def test_a_question_longer_than_the_model_has_positions_for_is_refused(tuned):
 def test_a_template_with_two_modes_is_asked_in_both(tuned):
     assert modes_of(tuned) == {}
     source = tuned.template.source + "{% if enable_thinking is defined and not enable_thinking %}!{% endif %}"
-    switched = tuned.asked_by(replace(tuned.template, name="switched.jinja", source=source))
+    switched = tuned.with_template(replace(tuned.template, name="switched.jinja", source=source))
     modes = modes_of(switched)
     prompts = {thinks: mode.template.render(mode.messages_of("晚安")) for thinks, mode in modes.items()}
     assert prompts[False] == prompts[True] + "!"

@@ -105,12 +105,12 @@ def post(url: str, body: Mapping[str, Any], *, api_key: str | None = None) -> An
         with direct.open(request, timeout=ANSWERS_WITHIN) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
-        said = error.read().decode(errors="replace")[:600]
+        reply = error.read().decode(errors="replace")[:600]
         if error.code >= _SERVER_ERROR:
-            raise EngineBroke(f"The engine failed on a request ({error.code} at {url}): {said}") from None
-        if any(words in said for words in _UNKNOWN_TOKENS):
+            raise EngineBroke(f"The engine failed on a request ({error.code} at {url}): {reply}") from None
+        if any(words in reply for words in _UNKNOWN_TOKENS):
             raise UnknownTokens(OF_ANOTHER_BASE) from None
-        raise RunFailed(f"The engine refused a request ({error.code} at {url}): {said}") from None
+        raise RunFailed(f"The engine refused a request ({error.code} at {url}): {reply}") from None
     except (OSError, ValueError, HTTPException) as error:  # connection errors, invalid JSON, an incomplete answer
         raise RunFailed(f"The engine does not answer at {url}: {error}") from None
 

@@ -20,7 +20,7 @@ from atomtune.disk import read_json_object, why_unwritable, write_json, write_te
 from atomtune.errors import BadData, BadSettings, Stopped
 from atomtune.evaluate.evaluation import Evaluation, Plan, evaluate_records
 from atomtune.evaluate.html_page import page
-from atomtune.evaluate.models import Asked, Models, asked_of, load_models
+from atomtune.evaluate.models import Candidates, Models, candidates_of, load_models
 from atomtune.evaluate.probe import probe_prompts, probe_scores
 from atomtune.evaluate.questions import EvalRecord, Key, read_records
 from atomtune.evaluate.report import Report, make_report, markdown, score_text, used_measures, with_interval
@@ -108,9 +108,11 @@ def measure(settings: EvaluateSettings, console: Console) -> Report:
     quiet_libraries()
     to_read = _what_to_read(settings)
     score_tasks = _lm_eval(settings) if settings.lm_eval_tasks else None
-    asked = asked_of(settings, console)
-    records = _records_by_template(settings, asked, to_read, notice=console.notice)
-    models = load_models(settings, asked, console)  # last: a wrong file is found at once, a large base takes minutes
+    candidates = candidates_of(settings, console)
+    records = _records_by_template(settings, candidates, to_read, notice=console.notice)
+    models = load_models(
+        settings, candidates, console
+    )  # last: a wrong file is found at once, a large base takes minutes
     _say_what_is_evaluated(models, records, to_read.sources, console)
     collator = _collator(models)
     done = _evaluated(settings, models, records, collator, console)
@@ -250,12 +252,14 @@ def _held_out_by(folder: Path, run: RunRecords | None) -> ToRead:
 
 
 def _records_by_template(
-    settings: EvaluateSettings, asked: Asked, to_read: ToRead, *, notice: Callable[[str], None]
+    settings: EvaluateSettings, candidates: Candidates, to_read: ToRead, *, notice: Callable[[str], None]
 ) -> dict[str, list[EvalRecord]]:
     """The records as each model's template writes them: those that every template can write, in the same order."""
-    reading = replace(to_read.reading, max_seq_length=asked.max_seq_length, overlength="shorten", skip_overlength=False)
+    reading = replace(
+        to_read.reading, max_seq_length=candidates.max_seq_length, overlength="shorten", skip_overlength=False
+    )
     rules = Rules(**reading.rules())
-    templates: dict[str, Template] = {subject.template.key: subject.template for subject in asked.subjects}
+    templates: dict[str, Template] = {subject.template.key: subject.template for subject in candidates.subjects}
     read: dict[str, dict[Key, EvalRecord]] = {}
     for template_key, template in templates.items():
         records, data = read_records(to_read.sources, template, rules, to_read.wanted)

@@ -78,12 +78,12 @@ class _Clock:
 
     def __init__(self, console: Console, *, shares: float, stops: bool) -> None:
         self.console, self.shares, self.stops = console, shares, stops
-        self.began, self.told = time.monotonic(), False
+        self.began, self.has_announced = time.monotonic(), False
 
     def tell(self) -> None:
-        if self.told:
+        if self.has_announced:
             return
-        self.told = True
+        self.has_announced = True
         minutes = (time.monotonic() - self.began) * (self.shares - 1) / 60
         about = "Less than a minute" if minutes < 1 else f"About {round(minutes + 0.5)} minutes"
         if self.stops:

@@ -52,7 +52,7 @@ class Models:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Candidates:
     """What is known of the models before any weights are loaded: the base, the adapters, their templates."""
 
     base_path: str
@@ -62,7 +62,7 @@ class Asked:
     max_seq_length: int
 
 
-def asked_of(settings: EvaluateSettings, console: Console) -> Asked:
+def candidates_of(settings: EvaluateSettings, console: Console) -> Candidates:
     """The base and every adapter of --adapter_path, before they are loaded.
 
     Raises BadModel for a folder without an adapter, BadSettings when two adapters were trained on different bases.
@@ -88,45 +88,45 @@ def asked_of(settings: EvaluateSettings, console: Console) -> Asked:
     own = zip(short_names(folders), adapters, templates, instructions, strict=True)
     subjects = (Subject(BASE, None, templates[0], instructions[0]), *(Subject(*values) for values in own))
     longest = settings.max_seq_length or max(card.max_seq_length for card in cards)
-    return Asked(base_path, tuple(folders), cards, subjects, longest)
+    return Candidates(base_path, tuple(folders), cards, subjects, longest)
 
 
-def _base_alone(settings: EvaluateSettings) -> Asked:
+def _base_alone(settings: EvaluateSettings) -> Candidates:
     """A base without an adapter, with the template that the settings name."""
     if not settings.model_path:
         raise BadSettings(["--adapter_path is missing: the run's output folder. (--model_path alone takes a base.)"])
     tokenizer = load_tokenizer(settings.model_path, trust_remote_code=settings.trust_remote_code)
     variables = json.loads(settings.chat_template_kwargs) if settings.chat_template_kwargs else {}
     template = load_template(settings.template, tokenizer, variables=variables)
-    return Asked(settings.model_path, (), (), (Subject(BASE, None, template),), settings.max_seq_length or 2048)
+    return Candidates(settings.model_path, (), (), (Subject(BASE, None, template),), settings.max_seq_length or 2048)
 
 
-def load_models(settings: EvaluateSettings, asked: Asked, console: Console) -> Models:
+def load_models(settings: EvaluateSettings, candidates: Candidates, console: Console) -> Models:
     """The base with every adapter. Raises BadModel for an adapter that does not fit."""
     quantize = settings.quantize
-    if asked.folders:
+    if candidates.folders:
         quantize = quantize_as_trained(
-            asked.base_path,
-            [card.quantize for card in asked.cards],
+            candidates.base_path,
+            [card.quantize for card in candidates.cards],
             asked=settings.quantize,
             stored=settings.stored_base,
             trust_remote_code=settings.trust_remote_code,
             notice=console.notice,
         )
-    base = {**settings.base(), "path": asked.base_path, "quantize": quantize}
-    spec = base_spec(asked.cards, **base, dtype=settings.dtype, notice=console.notice)
+    base = {**settings.base(), "path": candidates.base_path, "quantize": quantize}
+    spec = base_spec(candidates.cards, **base, dtype=settings.dtype, notice=console.notice)
     console.say(f"loading {spec.path} in {dtype_name(spec.dtype)} on {spec.device} …")
     model: Any = load_base(spec)
-    for card in asked.cards:
-        refuse_other_base(asked.base_path, card.base, anyway=settings.other_base, notice=console.notice)
-    guard_embedding(model, asked.subjects[0].template.tokenizer, path=asked.base_path)
-    adapters = [subject.adapter for subject in asked.subjects if subject.adapter is not None]
-    for number, (folder, adapter) in enumerate(zip(asked.folders, adapters, strict=True)):
+    for card in candidates.cards:
+        refuse_other_base(candidates.base_path, card.base, anyway=settings.other_base, notice=console.notice)
+    guard_embedding(model, candidates.subjects[0].template.tokenizer, path=candidates.base_path)
+    adapters = [subject.adapter for subject in candidates.subjects if subject.adapter is not None]
+    for number, (folder, adapter) in enumerate(zip(candidates.folders, adapters, strict=True)):
         if number == 0:
             model = load_trained(model, folder)
         else:
             load_another(model, folder, adapter)
-    return Models(model.eval(), asked.base_path, asked.subjects)
+    return Models(model.eval(), candidates.base_path, candidates.subjects)
 
 
 def _refuse_repeated(folders: Sequence[Path]) -> None:

@@ -202,8 +202,8 @@ def _calls(base: CausalLM, names: Sequence[str]) -> _Calls | None:
     finally:
         for hook in hooks:
             hook.remove()
-    behind_the_loss = _graph(logits.grad_fn)
-    learned = {name for name, of_layer in outputs.items() if any(node in behind_the_loss for node in of_layer)}
+    loss_graph = _graph(logits.grad_fn)
+    learned = {name for name, of_layer in outputs.items() if any(node in loss_graph for node in of_layer)}
     return _Calls(set(outputs), learned)
 
 

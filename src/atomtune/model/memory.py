@@ -73,7 +73,7 @@ def layers_to_recompute(layers: int, *, kept: int, inputs: int, room: float) -> 
 
 def free_bytes(device: torch.device) -> int | None:
     """Bytes that a step may still take on this device; None if the system does not report it."""
-    return free_on_gpu(device) if device.type == "cuda" else _told(lambda: psutil.virtual_memory().available)
+    return free_on_gpu(device) if device.type == "cuda" else _or_none(lambda: psutil.virtual_memory().available)
 
 
 def free_on_gpu(device: torch.device) -> int:
@@ -84,15 +84,15 @@ def free_on_gpu(device: torch.device) -> int:
 
 def machine_bytes() -> int | None:
     """Total memory of this machine in bytes; None if the system does not report it."""
-    return _told(lambda: psutil.virtual_memory().total)
+    return _or_none(lambda: psutil.virtual_memory().total)
 
 
 def held_bytes() -> int | None:
     """Bytes of memory that this process holds now; None if the system does not report it."""
-    return _told(lambda: psutil.Process().memory_info().rss)
+    return _or_none(lambda: psutil.Process().memory_info().rss)
 
 
-def _told(question: Callable[[], int]) -> int | None:
+def _or_none(question: Callable[[], int]) -> int | None:
     """The answer of psutil; None if it fails, for example in a container where /proc is not mounted or not readable."""
     try:
         return int(question())

@@ -58,7 +58,7 @@ def plain_lora(
             continue
         if not isinstance(layer, nn.Embedding):
             _refuse_unknown(layer, module, config, shared, file)
-        first_down, first_up = _taken_out(layer, config, module, rank=len(down))
+        first_down, first_up = _initial_factors(layer, config, module, rank=len(down))
         if (first_down.shape, first_up.shape) == (down.shape, up.shape):
             plain[name] = torch.cat([down, first_down])
             plain[up_name] = torch.cat([up, -first_up], dim=1)
@@ -117,7 +117,9 @@ def _refuse_unknown(layer: nn.Module, module: str, config: LoraConfig, shared: s
         )
 
 
-def _taken_out(layer: nn.Module, config: LoraConfig, module: str, *, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _initial_factors(
+    layer: nn.Module, config: LoraConfig, module: str, *, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A₀ [r, in] and B₀ [out, r]: the initial adapter, which was subtracted from the layer's weights."""
     if isinstance(layer, nn.Embedding):  # PEFT does not change the weights of embeddings
         return torch.zeros(rank, layer.num_embeddings), torch.zeros(layer.embedding_dim, rank)

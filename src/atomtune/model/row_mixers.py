@@ -119,7 +119,7 @@ def _filled_up(out: torch.Tensor, width: int) -> torch.Tensor:
     return functional.pad(out, (0, 0, 0, width - len(out)))[None]
 
 
-def _like(output: Any, out: torch.Tensor) -> Any:
+def _in_form_of(output: Any, out: torch.Tensor) -> Any:
     """The output in the form that the mixer returns: a tensor, or a tuple whose other items are None."""
     return (out, *[None] * (len(output) - 1)) if isinstance(output, tuple) else out
 
@@ -142,7 +142,7 @@ def _by_forks(
         states.append(carrier)
         results.append(first_of(output).flatten(0, 1)[batch.places.to(hidden.device)])
     out = torch.cat(results)[plan.order.to(hidden.device)]  # [T, D]
-    return _like(output, _filled_up(out, hidden.shape[1]))
+    return _in_form_of(output, _filled_up(out, hidden.shape[1]))
 
 
 def _by_paths(
@@ -153,7 +153,7 @@ def _by_paths(
     with _linear_layers_once(mixer.mixer, paths, first_on):
         output = mixer.plain(hidden[0][paths], *[None for _ in args], **kwargs)  # [P, L, D]
     out = first_of(output).flatten(0, 1)[first_on]  # [T, D]
-    return _like(output, _filled_up(out, hidden.shape[1]))
+    return _in_form_of(output, _filled_up(out, hidden.shape[1]))
 
 
 @contextlib.contextmanager

@@ -195,10 +195,12 @@ def _scores(
     exact = torch.promote_types(q.dtype, torch.float32)
     products = q.transpose(0, 1).to(exact) @ _by_query_head(k, q.shape[1]).mT
     scores, slope = rules.capped(products * rules.scaling)
-    behind = torch.arange(len(q), device=q.device)[:, None] + (len(k) - len(q)) - torch.arange(len(k), device=q.device)
-    hidden = behind < 0
+    distance = (
+        torch.arange(len(q), device=q.device)[:, None] + (len(k) - len(q)) - torch.arange(len(k), device=q.device)
+    )
+    hidden = distance < 0
     if window is not None:
-        hidden = hidden | (behind >= window)
+        hidden = hidden | (distance >= window)
     return scores.masked_fill(hidden, -torch.inf), slope
 
 

@@ -174,7 +174,7 @@ class Talk:
                 raise
             self.console.say(str(error))  # a chat continues after a question that is too long
             return
-        self.conversation.answered(question, reply.turn)
+        self.conversation.remember(question, reply.turn)
         self.answers += 1
         if stop is not None and stop.is_set():
             self.console.say(translated("(stopped)"))
@@ -201,7 +201,7 @@ class Talk:
             stop.clear()  # Ctrl-C ended only the base's answer
         with self.console.status(translated("the tuned model answers …")):
             reply = self._reply(self.conversation.asking(question), stop)
-        with_base.answered(question, of_base.turn)
+        with_base.remember(question, of_base.turn)
         if sys.stdout.isatty():
             Console().print(side_by_side(of_base.text.strip(), reply.text.strip()))
         else:

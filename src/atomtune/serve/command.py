@@ -320,8 +320,8 @@ def _say_how_to_ask(plan: Plan, settings: ServeSettings, console: Console) -> No
         console.say(f"\nready: {url}, model {names}. Ctrl-C stops it.")
     else:
         console.say(f'\nready: {url}, models {names}, and "{BASE}" without an adapter. Ctrl-C stops it.')
-    asked = {"model": plan.models[0].name, "messages": [{"role": "user", "content": "Hello"}]}
-    body = shlex.quote(json.dumps(asked, ensure_ascii=False))
+    request = {"model": plan.models[0].name, "messages": [{"role": "user", "content": "Hello"}]}
+    body = shlex.quote(json.dumps(request, ensure_ascii=False))
     key = " -H 'Authorization: Bearer …'" if plan.api_key else ""
     console.say(f"  curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d {body}", wrap=False)
     for model in plan.models:

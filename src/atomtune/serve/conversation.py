@@ -41,7 +41,7 @@ class Conversation:
     def _tokens(self, question: str) -> int:
         return len(prompt_ids(self.tuned.template, self.asking(question)))
 
-    def answered(self, question: str, turn: Turn) -> None:
+    def remember(self, question: str, turn: Turn) -> None:
         """Remember a question and its answer, with thoughts and calls separated, as a client would send them back."""
         self._exchanges.append([*self.wording.messages(question), *self.tuned.template.messages([turn])])
 

@@ -30,7 +30,7 @@ from atomtune.language import in_chinese, message, spoken, translated
 from atomtune.model.generate import Sampling
 from atomtune.model.load import dtype_name
 from atomtune.serve.address import ask_without_proxy
-from atomtune.serve.side_by_side import Answer, Asking, Exchange, Side, answered, conversation_of, modes_of
+from atomtune.serve.side_by_side import Answer, Asking, Exchange, Side, answers_of_sides, conversation_of, modes_of
 from atomtune.serve.tuned_model import TunedModel
 from atomtune.settings.fields import WebSettings
 
@@ -228,14 +228,14 @@ class Page:
         yield self._drawn(request)
         if talk.stop is None:
             return
-        *before, asked = talk.exchanges
+        *before, last = talk.exchanges
         tuned = self._modes[values[self.thinking]] if self._modes else self.tuned
         asking = self._asking(values)
         typed: dict[str, str] = {}
         drawn = time.monotonic()
         try:
-            for exchange in answered(
-                tuned, before, asked.question, asking, stop=talk.stop.is_set, forgot=self._say_forgotten
+            for exchange in answers_of_sides(
+                tuned, before, last.question, asking, stop=talk.stop.is_set, forgot=self._say_forgotten
             ):
                 talk.exchanges = [*before, exchange]
                 if time.monotonic() - drawn >= _FRAME:
@@ -244,20 +244,20 @@ class Page:
         except AtomtuneError as error:  # the question is too long; it goes back into its box
             gradio.Warning(translated(str(error)))
             talk.exchanges = before
-            typed = {"value": asked.question}
+            typed = {"value": last.question}
         finally:
             talk.stop = None
         yield self._drawn(request, **typed)
 
     def ask_again(self, values: Values, request: gradio.Request, event: gradio.RetryData) -> Iterator[tuple[Any, ...]]:
-        yield from self._asked_at(event.index, None, values, request)
+        yield from self._ask_again(event.index, None, values, request)
 
     def ask_otherwise(
         self, values: Values, request: gradio.Request, event: gradio.EditData
     ) -> Iterator[tuple[Any, ...]]:
-        yield from self._asked_at(event.index, from_markdown(str(event.value)), values, request)
+        yield from self._ask_again(event.index, from_markdown(str(event.value)), values, request)
 
-    def _asked_at(
+    def _ask_again(
         self, index: Any, question: str | None, values: Values, request: gradio.Request
     ) -> Iterator[tuple[Any, ...]]:
         """Ask again in place of the exchange that was clicked and all after it. question None: the same question."""

@@ -65,7 +65,7 @@ class Asking:
     seed: int = 0
 
 
-def answered(
+def answers_of_sides(
     tuned: TunedModel,
     before: Sequence[Exchange],
     question: str,
@@ -118,7 +118,7 @@ def conversation_of(
     for exchange in exchanges:
         answer = exchange.by(side)
         if answer is not None and answer.reply is not None:
-            conversation.answered(exchange.question, answer.reply.turn)
+            conversation.remember(exchange.question, answer.reply.turn)
     return conversation
 
 
@@ -128,6 +128,6 @@ def modes_of(tuned: TunedModel) -> dict[bool, TunedModel]:
     if THINKING not in template.source:
         return {}
     return {
-        thinks: tuned.asked_by(probed(replace(template, variables={**template.variables, THINKING: thinks})))
+        thinks: tuned.with_template(probed(replace(template, variables={**template.variables, THINKING: thinks})))
         for thinks in (True, False)
     }

@@ -111,7 +111,7 @@ class TunedModel:
         """How many tokens the model has positions for; sys.maxsize if its config sets no limit."""
         return positions_of(self.model.config) or sys.maxsize
 
-    def asked_by(self, template: Template) -> "TunedModel":
+    def with_template(self, template: Template) -> "TunedModel":
         """The same model in memory with another template."""
         other = copy.copy(self)
         other.template, other.wording = template, replace(self.wording, template=template)
