@@ -31,7 +31,7 @@ _SHOWN_OF_A_MODE = 120
 def inspect(settings: InspectSettings) -> int:
     """Report on the records; 0, or CheckFailed where more is found than --fail_on allows.
 
-    Raises BadSettings for a setting that is missing or wrong, BadData for a file that cannot be read and, behind the
+    Raises BadSettings for a setting that is wrong, BadData for a file that cannot be read and, behind the
     report, where none of its records can be used.
     """
     if settings.html and Path(settings.html).is_dir():
@@ -70,11 +70,8 @@ def inspect(settings: InspectSettings) -> int:
 def examine(settings: InspectSettings, console: Console) -> Report:
     """Read the records as a run would, and find what there is to find.
 
-    Raises BadSettings for a setting that is missing or wrong, BadData for a file that cannot be read.
+    Raises BadSettings for a setting that is wrong, BadData for a file that cannot be read.
     """
-    missing = [f"--{name} is missing." for name in ("dataset_path", "model_path") if not getattr(settings, name)]
-    if missing:
-        raise BadSettings([*missing, "atomtune inspect DATA --model_path MODEL"])
     quiet_libraries()
     tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     template = load_template(settings.template, tokenizer, **settings.template_options())
