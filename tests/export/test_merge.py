@@ -128,7 +128,7 @@ def test_a_disk_too_small_for_the_merged_model_is_told_so(trained, tmp_path, mon
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(tmp_path / "merged")]) == 3
     said = capsys.readouterr().err
-    assert f"--output_dir {tmp_path / 'merged'}: the disk is full or failing" in said
+    assert f"--output_dir {tmp_path / 'merged'}: the disk is full or failing: No space left on device.\n" in said
     assert "Traceback" not in said and "another disk" in said
     assert not (tmp_path / "merged").exists()
 

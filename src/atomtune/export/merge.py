@@ -24,7 +24,7 @@ from torch import nn
 from atomtune.choices import Quantize
 from atomtune.console import Console, as_command
 from atomtune.data.encoding.chat_template import Template
-from atomtune.disk import disk_failed, filled, is_free, is_without_temporary_folder
+from atomtune.disk import disk_failed, disk_reason, filled, is_free, is_without_temporary_folder
 from atomtune.errors import AtomtuneError, BadModel, BadSettings, CheckFailed, RunFailed, listing
 from atomtune.export.carried_tensors import carry_over, changed
 from atomtune.export.weighted import Weighted, load_weighted, weighted
@@ -127,8 +127,9 @@ def filling(out: Path, *, last: str) -> Iterator[Path]:
         except Exception as error:
             if not disk_failed(error) or is_without_temporary_folder(error):
                 raise
+            reason = disk_reason(error, out)
             raise RunFailed(
-                f"--output_dir {out}: the disk is full or failing: {error}\nFree some space there, or pass an "
+                f"--output_dir {out}: the disk is full or failing: {reason}.\nFree some space there, or pass an "
                 "--output_dir on another disk."
             ) from None
 
