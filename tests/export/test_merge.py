@@ -1,6 +1,8 @@
 """Merge: a plain folder that answers as the adapter does, and a certificate that can fail."""
 
 import json
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atomtune.api import load
@@ -19,7 +22,7 @@ from atomtune.export import merge
 from atomtune.model.adapter import LoraSpec, load_trained, new_adapter
 from atomtune.model.load import BaseSpec, load_base, load_dequantized
 from tests.hybrids import write_walked
-from tests.walk.test_pages import wrong_next_steps
+from tests.walk.test_pages import refusal, wrong_next_steps
 
 CPU = torch.device("cpu")
 
@@ -101,10 +104,47 @@ def test_a_disk_that_cannot_hold_the_merged_model_is_told_so_before_the_base_is_
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_base_that_moved_is_asked_for(trained, tmp_path, capsys):
-    import json
-    import shutil
+@pytest.mark.parametrize("fault", ["torn", "missing", "not finite"])
+@pytest.mark.parametrize("place", ["alone", "second of two"])
+def test_a_damaged_adapter_is_told_before_the_base_is_loaded(trained, tmp_path, capsys, fault, place):
+    _, adapter = trained
+    damaged = Path(shutil.copytree(adapter, tmp_path / "damaged"))
+    file = damaged / "adapter_model.safetensors"
+    if fault == "torn":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif fault == "missing":
+        file.unlink()
+    else:
+        weights = load_file(file)
+        weights[min(weights)][0, 0] = torch.nan
+        save_file(weights, file)
+    adapters = [str(damaged)] if place == "alone" else [str(adapter), str(damaged), "--weights", "1", "1"]
+    assert main(["merge", "--adapter_path", *adapters, "--output_dir", str(tmp_path / "m")]) == 2
+    captured = capsys.readouterr()
+    faults = {"torn": "cannot be read as tensors", "missing": "no adapter weights here", "not finite": "not finite"}
+    assert faults[fault] in captured.err and str(damaged) in captured.err
+    assert "loading" not in captured.out
+    assert not (tmp_path / "m").exists()
 
+
+@pytest.mark.parametrize("more", [[], ["--model_path", "base"]], ids=["as it is", "with a base"])
+def test_a_folder_that_was_merged_before_is_told_what_it_is(trained, tmp_path, capsys, more):
+    base, adapter = trained
+    merged = tmp_path / "m"
+    assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(merged)]) == 0
+    capsys.readouterr()
+    flags = [str(base) if word == "base" else word for word in more]
+    for command in (["merge"], ["export", "--to", "peft", "--for_class", "LlamaForCausalLM"]):
+        words = [*command, "--adapter_path", str(merged), "--output_dir", str(tmp_path / "again"), *flags]
+        assert main(words) == 2
+        captured = capsys.readouterr()
+        assert f"{merged} is a whole model, not an adapter" in captured.err
+        assert "loading" not in captured.out
+        shown = [shlex.split(line.partition(": ")[2]) for line in captured.err.splitlines() if line.startswith("To ")]
+        assert [refusal(words[words.index("atomtune") + 1 :]) for words in shown] == [None, None]
+
+
+def test_a_base_that_moved_is_asked_for(trained, tmp_path, capsys):
     moved = tmp_path / "adapter"
     shutil.copytree(trained[1], moved)
     config = json.loads((moved / "adapter_config.json").read_text())

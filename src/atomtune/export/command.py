@@ -22,8 +22,9 @@ from atomtune.export.peft_keys import rewrite_keys
 from atomtune.language import translated
 from atomtune.model.adapter_folder import WEIGHTS, base_of, template_of
 from atomtune.model.base_as_trained import adapter_and_base
+from atomtune.model.fingerprint import is_at_hand
 from atomtune.model.load import quiet_libraries
-from atomtune.settings.fields import CertifySettings, ExportSettings, MergeSettings
+from atomtune.settings.fields import CertifySettings, ExportSettings, MergeSettings, base_of_adapter
 from atomtune.settings.spelled import base_words
 
 
@@ -54,14 +55,13 @@ def _refuse_impossible(settings: ExportSettings) -> None:
 
 def _to_peft(settings: ExportSettings, console: Console) -> None:
     adapter, out, class_name = Path(settings.adapter_path), Path(settings.output_dir), str(settings.for_class)
+    _, metadata, base_path = adapter_and_base(adapter, **base_of_adapter(settings), notice=console.notice)
+    if metadata.base and not is_at_hand(base_path):
+        console.notice(
+            f"the weights of {base_path} are not on this machine, so whether the adapter was trained on them was not "
+            "checked."
+        )
     trust = settings.trust_remote_code
-    _, _, base_path = adapter_and_base(
-        adapter,
-        model_path=settings.model_path,
-        trust_remote_code=trust,
-        other_base=settings.other_base,
-        notice=console.notice,
-    )
     with filling(out, last=WEIGHTS) as folder:
         renamed = rewrite_keys(adapter, folder, class_name, base_path, trust_remote_code=trust)
     console.say(f"{out}: the adapter for {class_name}; {renamed:,} of its tensors are renamed.")

@@ -29,7 +29,7 @@ from atomtune.errors import AtomtuneError, BadModel, BadSettings, CheckFailed, R
 from atomtune.export.carried_tensors import carry_over, changed
 from atomtune.export.weighted import Weighted, load_weighted, weighted
 from atomtune.language import translated
-from atomtune.model.adapter import why_not_merged
+from atomtune.model.adapter import refuse_damaged, why_not_merged
 from atomtune.model.adapter_folder import AdapterMetadata, template_of
 from atomtune.model.agreement import Measure, another_plain_way, distribution_measures
 from atomtune.model.base_as_trained import adapter_and_base
@@ -45,7 +45,7 @@ from atomtune.model.load import (
     quiet_libraries,
     stored_dtype,
 )
-from atomtune.settings.fields import MergeSettings
+from atomtune.settings.fields import MergeSettings, base_of_adapter
 from atomtune.settings.spelled import base_words
 
 #: PEFT's part of a name, between a layer and what it wraps.
@@ -187,15 +187,10 @@ def _trained_model(settings: MergeSettings, console: Console) -> _TrainedModel:
     adapters = weighted(settings.adapter_paths, settings.weights)
     first, *others = (adapter.folder for adapter in adapters)
     trust = settings.trust_remote_code
-    template, metadata, base_path = adapter_and_base(
-        first,
-        model_path=settings.model_path,
-        trust_remote_code=trust,
-        other_base=settings.other_base,
-        notice=console.notice,
-    )
+    template, metadata, base_path = adapter_and_base(first, **base_of_adapter(settings), notice=console.notice)
     bases = [metadata.base]
     for folder in others:
+        refuse_damaged(folder)
         another_template, another = template_of(
             folder, model_path=settings.model_path, trust_remote_code=trust, notice=console.notice
         )

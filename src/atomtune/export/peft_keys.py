@@ -6,7 +6,6 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from atomtune.errors import BadModel
 from atomtune.model.adapter_folder import CERTIFICATE, CONFIG, PATTERNS, WEIGHTS, adapter_file, read_weights
 from atomtune.model.adapter_keys import module_of, modules_of_class, new_names, with_new_names
 from atomtune.model.json_files import json_object
@@ -22,8 +21,7 @@ def rewrite_keys(adapter: Path, out: Path, class_name: str, base_path: str, *, t
     """
     modules = modules_of_class(class_name, base_path, trust_remote_code=trust_remote_code)
     file = adapter_file(adapter)
-    if file is None:
-        raise BadModel(f"{adapter}: no adapter weights here.")
+    assert file is not None, "adapter_and_base has read it"
     weights = read_weights(file)
     renamed = new_names(weights, modules)
     _copy(adapter, out)
