@@ -6,6 +6,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from atomtune.choices import EXPORTED_FOR, RUN_RECORD
+from atomtune.disk import read_json_object, write_json
 from atomtune.model.adapter_folder import CERTIFICATE, CONFIG, PATTERNS, WEIGHTS, adapter_file, read_weights
 from atomtune.model.adapter_keys import module_of, modules_of_class, new_names, with_new_names
 from atomtune.model.json_files import json_object
@@ -27,6 +29,7 @@ def rewrite_keys(adapter: Path, out: Path, class_name: str, base_path: str, *, t
     _copy(adapter, out)
     save_file({renamed[name]: tensor for name, tensor in weights.items()}, out / WEIGHTS, metadata={"format": "pt"})
     _rewrite_config(out / CONFIG, {old: renamed[old] for old in weights})
+    _mark_as_copy(out / RUN_RECORD, class_name)
     return sum(old != new for old, new in renamed.items())
 
 
@@ -57,3 +60,17 @@ def _rewrite_config(file: Path, renamed: dict[str, str]) -> None:
         if isinstance(values.get(patterns), dict):
             values[patterns] = with_new_names(values[patterns], modules)
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _mark_as_copy(record: Path, class_name: str) -> None:
+    """Say in a copied run.json that this folder is no run of its own, so that `runs` does not list the run twice.
+
+    The rest of it stays: evaluate and certify find the run's records by it, and web its first questions.
+    """
+    if not record.is_file():
+        return
+    try:
+        values = read_json_object(record)
+    except (OSError, ValueError):  # a damaged one is told by the commands that need it
+        return
+    write_json(record, {**values, EXPORTED_FOR: class_name})
