@@ -16,8 +16,9 @@ from atomtune.export.gguf import (
     refuse_without_converter,
     say_where_a_space_goes,
 )
-from atomtune.export.merge import filling, write_merged
+from atomtune.export.merge import write_merged
 from atomtune.export.ollama import modelfile, ollama_template
+from atomtune.export.output_folder import filling
 from atomtune.export.peft_keys import rewrite_keys
 from atomtune.language import translated
 from atomtune.model.adapter_folder import WEIGHTS, base_of, template_of
