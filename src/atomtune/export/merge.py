@@ -1,9 +1,9 @@
-"""Merge: base + adapter as one plain model folder, and a proof that nothing was lost on the way.
+"""Merge: base + adapter as one plain model folder, and a check that the written model is the tuned one.
 
-The proof has three parts. The weights: every adapted number in the written files is base + adapter, rounded once, and
-every other tensor is bit by bit the base's, or the adapter's where that holds it whole. The prompts: the written folder
-renders them to the same ids. The answers: the written model's next-token distributions differ from the adapter's by no
-more than rounding (model/agreement.py).
+The check has three parts. Weights: every adapted number in the written files is base + adapter, rounded once; every
+other tensor equals the base's bit for bit, or the adapter's if the adapter stores it in full (merged_weights.py).
+Prompts: the written folder renders them to the same ids. Answers: the written model's next-token distributions differ
+from the adapter's by rounding only (merged_answers.py).
 """
 
 import shutil
@@ -45,16 +45,16 @@ from atomtune.settings.fields import MergeSettings, base_of_adapter
 from atomtune.settings.spelled import base_words
 
 CPU = torch.device("cpu")
-#: Without it nobody takes a folder for a model's.
+#: No program loads a folder as a model without this file.
 LAST_WRITTEN = "config.json"
-#: A base's files may hold a tied matrix twice, which the merged model has once.
+#: A base's files may hold a tied matrix twice; the merged model has it once.
 _LEAST_SHARE_OF_FILES = 0.6
-#: Below this share of the adapter, rounding to the dtype took so much of it that the user should know.
+#: If rounding to the dtype keeps a smaller share of the adapter's change, the user gets a notice.
 LEAST_SHARE_KEPT = 0.9
 
 
 def merge(settings: MergeSettings) -> int:
-    """Write the merged model and prove it equal. Raises CheckFailed otherwise, and nothing is left."""
+    """Run `atomtune merge`. Raises CheckFailed if the written model is not base + adapter, and leaves nothing then."""
     out = Path(settings.output_dir)
     if not is_free(out):
         raise BadSettings([f"--output_dir {out} is not an empty folder. Pass a new one."])
@@ -68,7 +68,7 @@ def merge(settings: MergeSettings) -> int:
 
 
 def _next_commands(settings: MergeSettings) -> list[str]:
-    """Talk to it; and where one adapter was merged, prove that a server answers as that adapter does."""
+    """Commands to talk to the merged model and, if it holds one adapter, to certify a server with it."""
     commands = [["chat", "--adapter_path", settings.output_dir]]
     if len(settings.adapter_paths) == 1:
         adapter = ["--adapter_path", settings.adapter_paths[0], *base_words(settings)]
@@ -77,9 +77,9 @@ def _next_commands(settings: MergeSettings) -> list[str]:
 
 
 def write_merged(settings: MergeSettings, out: Path, console: Console) -> None:
-    """Write the merged model into a folder and prove it equal. Raises CheckFailed where it is not.
+    """Write the merged model into a folder and check it. Raises CheckFailed if it is not base + adapter.
 
-    out  is not --output_dir, where nothing appears before it is proved
+    out  not --output_dir itself: nothing appears there before it is checked
     """
     trained = _trained_model(settings, console)
     _refuse_small_disk(trained, out, settings.output_dir)
@@ -95,7 +95,7 @@ def write_merged(settings: MergeSettings, out: Path, console: Console) -> None:
     else:
         console.say(translated("merging …"))
     carried = _save_merged(base, trained, out, console)
-    del base  # two models are loaded for the check, and memory for a third may be missing
+    del base  # the check loads two models, and there may be no memory for a third
 
     console.say("checking the written folder …")
     weights, measures = _check_written(trained, out)
@@ -110,9 +110,9 @@ def write_merged(settings: MergeSettings, out: Path, console: Console) -> None:
 
 @dataclass(frozen=True)
 class _TrainedModel:
-    """What is merged: adapters, the base they belong to, and the template that prompts are written with.
+    """What is merged: the adapters, their base, and the template of their prompts.
 
-    bases             the fingerprint of the base that each adapter was trained on, "" where it is not known
+    bases             for each adapter, the fingerprint of the base that it was trained on; "" if unknown
     stored_quantized  whether the base's own files are quantized
     """
 
@@ -125,7 +125,7 @@ class _TrainedModel:
 
 
 def _trained_model(settings: MergeSettings, console: Console) -> _TrainedModel:
-    """Raises BadModel or BadSettings where the adapters do not go together, or with the base."""
+    """Raises BadModel or BadSettings if an adapter is damaged, or does not fit the others or the base."""
     adapters = weighted(settings.adapter_paths, settings.weights)
     first, *others = (adapter.folder for adapter in adapters)
     trust = settings.trust_remote_code
@@ -155,7 +155,7 @@ def _trained_model(settings: MergeSettings, console: Console) -> _TrainedModel:
 
 
 def _refuse_small_disk(trained: _TrainedModel, out: Path, output_dir: str) -> None:
-    """Raise RunFailed where the disk cannot hold the merged weights: loading and merging a large base takes minutes."""
+    """Raise RunFailed if the disk cannot hold the merged weights, before minutes go into loading a large base."""
     folder = folder_of(trained.spec.path)
     if folder is None or trained.stored_quantized:
         return
@@ -174,7 +174,7 @@ def _refuse_small_disk(trained: _TrainedModel, out: Path, output_dir: str) -> No
 def _say_quantized(
     quantize: Quantize | None, metadata: AdapterMetadata, *, stored_quantized: bool, console: Console
 ) -> None:
-    """Which weights the merged model has where those of training were quantized."""
+    """Say which weights the merged model gets if those of training were quantized."""
     if quantize:
         console.notice(
             f"the adapter was trained on the base in {quantize}, so it is merged into the weights used in training: "
@@ -203,11 +203,11 @@ def _save_merged(base: CausalLM, trained: _TrainedModel, out: Path, console: Con
     ready_to_answer(merged, trained.template, notice=console.notice)
     merged.save_pretrained(out)
     tokenizer = trained.template.tokenizer
-    tokenizer.chat_template = trained.template.source  # an adapter of another tool may have been saved without one
+    tokenizer.chat_template = trained.template.source  # another tool may have saved the adapter without it
     tokenizer.save_pretrained(out)
     trained.metadata.save(out)
     folder = folder_of(trained.spec.path)
-    if folder is None or trained.stored_quantized:  # what transformers did not load there belongs to the packed weights
+    if folder is None or trained.stored_quantized:  # there, tensors that are not loaded belong to quantized weights
         return ()
     return carry_over(folder, out, loaded=merged.state_dict().keys(), prefix=str(merged.base_model_prefix))
 
@@ -217,7 +217,7 @@ def _first_parts(names: Sequence[str]) -> list[str]:
 
 
 def _check_written(trained: _TrainedModel, out: Path) -> tuple[Weights, Sequence[Measure]]:
-    """Read the written folder back and compare it with base + adapter. Raises CheckFailed where they differ."""
+    """Read the written folder back and compare it with base + adapter. Raises CheckFailed if they differ."""
     base = load_dequantized(trained.spec, trained_in=trained.metadata.dtype)
     adapted = load_weighted(base, trained.adapters)
     written = load_base(replace(trained.spec, path=str(out), quantize=None)).eval()

@@ -1,4 +1,4 @@
-"""Merged answers: a merged model is asked the same prompts as base + adapter, and must give the same answers."""
+"""Merged answers: a merged model gets the same prompts as base + adapter, and must give the same answers."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from atomtune.model.agreement import Measure, another_plain_way, distribution_me
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.generate import prompt_ids
 
-#: Probe prompts of the check: several languages, digits, code, several lines.
+#: The prompts of the check: several languages, digits, code, several lines.
 PROBES = (
     "你是谁？",
     "Who are you?",
@@ -25,7 +25,7 @@ PROBES = (
 
 
 def refuse_other_prompts(template: Template, written: Template) -> None:
-    """Raise CheckFailed where the written folder renders a prompt to other ids than the training's template."""
+    """Raise CheckFailed if the written folder renders a prompt to other ids than in training."""
     for probe in PROBES:
         messages = [{"role": "user", "content": probe}]
         if prompt_ids(template, messages) != prompt_ids(written, messages):
@@ -38,7 +38,7 @@ def refuse_other_prompts(template: Template, written: Template) -> None:
 def compare_answers(
     adapted: PeftModel, written: CausalLM, template: Template, *, dtype: torch.dtype
 ) -> Sequence[Measure]:
-    """How far the written model's next-token distributions are from those of base + adapter, and what noise allows."""
+    """How far the written model's next-token distributions are from those of base + adapter, and may be."""
     prompts = [prompt_ids(template, [{"role": "user", "content": probe}]) for probe in PROBES]
     plain = _log_probabilities(adapted, prompts)
     with another_plain_way(adapted):
@@ -47,7 +47,7 @@ def compare_answers(
 
 
 def _log_probabilities(model: CausalLM, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """[N, V] of the token after each position of the prompts."""
+    """[N, V] log-probabilities of the token after each position of the prompts."""
     rows = []
     for prompt in prompts:
         ids = torch.tensor([prompt])  # [1, T]
@@ -57,7 +57,7 @@ def _log_probabilities(model: CausalLM, prompts: Sequence[Sequence[int]]) -> tor
 
 
 def refuse_other_answers(measures: Sequence[Measure]) -> None:
-    """Raise CheckFailed where a distance is larger than rounding makes it."""
+    """Raise CheckFailed if a distance is larger than rounding explains."""
     failed = []
     for measure in measures:
         if not measure.holds:

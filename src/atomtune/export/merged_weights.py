@@ -1,6 +1,6 @@
 """Merged weights: an adapter's matrices added to its base's, and the check that every number of the sum is right.
 
-The check computes base + adapter itself, in float64, and does not ask PEFT's merging.
+The check computes base + adapter itself, in float64, independently of PEFT's merging.
 """
 
 import warnings
@@ -18,9 +18,9 @@ from atomtune.errors import CheckFailed, listing
 from atomtune.export.output_folder import NOT_KEPT
 from atomtune.model.causal_lm import CausalLM
 
-#: PEFT's part of a name, between a layer and what it wraps.
+#: PEFT puts this into the names of the layers that it wraps.
 _WRAPPED = ".base_layer"
-#: Parts of the names of what an adapter holds.
+#: Name parts of the adapter's own tensors.
 _OF_ADAPTERS = (".lora_", ".modules_to_save.", ".original_module.", ".token_adapter.")
 
 
@@ -28,10 +28,10 @@ _OF_ADAPTERS = (".lora_", ".modules_to_save.", ".original_module.", ".token_adap
 class Weights:
     """How the written weights compare with base + adapter."""
 
-    adapted: int  # matrices that the adapter changes
+    adapted: int  # matrices that the adapter adds to
     same: int  # other tensors, equal bit by bit
-    whole: int  # of these, those that the adapter holds whole; the rest is the base's
-    share_kept: float  # of the adapter's change, what rounding to the dtype left; 1 is all
+    whole: int  # those of `same` that the adapter stores in full; the others are the base's
+    share_kept: float  # share of the adapter's change that rounding to the dtype kept; 1 is all
     problems: tuple[str, ...]
 
 
@@ -39,7 +39,7 @@ class Weights:
 def merge_weights(model: PeftModel) -> CausalLM:
     """The plain model with W + BA in its matrices, summed in float32 and rounded once.
 
-    PEFT rounds BA to the base's dtype before it adds, which rounds twice.
+    PEFT alone rounds twice: BA to the base's dtype, then the sum.
     """
     for layer in _lora_layers(model).values():
         weight = _adapted_weight(layer)
@@ -50,16 +50,16 @@ def merge_weights(model: PeftModel) -> CausalLM:
         weight.data = weight.data.to(dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All adapters are already merged")
-        warnings.filterwarnings("ignore", message="Already following adapters")  # a layer has some of them only
-        return model.merge_and_unload()  # takes PEFT's layers out
+        warnings.filterwarnings("ignore", message="Already following adapters")  # not all adapters have all layers
+        return model.merge_and_unload()  # removes PEFT's layers
 
 
 def _lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
-    """By the name that the adapted weight has in the plain model."""
+    """Name of the adapted weight in the plain model → PEFT's layer."""
     layers = {}
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
-            # Two adapted tensors of one module (an expert's up and down) are wrapped one in the other.
+            # If two tensors of one module are adapted (an expert's up and down), PEFT nests their wrappers.
             plain = name.replace(_WRAPPED, "")
             layers[f"{plain}.{getattr(module, 'parameter_name', 'weight')}"] = module
     return layers
@@ -75,13 +75,13 @@ def _adapted_weight(layer: LoraLayer) -> nn.Parameter:
 def compare_weights(adapted: PeftModel, written: CausalLM) -> Weights:
     """Compare every tensor of a written model with base + adapter.
 
-    Each number must be the nearest one to the exact sum that its dtype has, so any fault of any size shows: a wrong
-    base, a layer left out, an adapter scaled by 1.01.
+    Each number must be the one in its dtype that is nearest to the exact sum. So faults of any size are found: a wrong
+    base, a missing layer, an adapter scaled by 1.01.
     """
     unchecked = dict(written.named_parameters())
     layers = _lora_layers(adapted)
     problems: list[str] = []
-    # The change the adapter asks for, D, and what is left of it, M - W, projected on D: <M - W, D> / <D, D>.
+    # share_kept: the written change M - W, projected on the adapter's change D: <M - W, D> / <D, D>.
     change_wanted, change_written = 0.0, 0.0
     for name, base, deltas in _sums(layers):
         delta = torch.stack(deltas).sum(0)
@@ -93,7 +93,7 @@ def compare_weights(adapted: PeftModel, written: CausalLM) -> Weights:
         change_written += ((merged.double() - base) * delta).sum().item()
         change_wanted += delta.square().sum().item()
 
-    # All sums are checked now; what is left must be the base's, or what the adapter has in its place.
+    # All sums are checked. Every other tensor must be the base's, or the adapter's if it stores the tensor in full.
     whole = _whole_weights(adapted)
     unadapted = {**_base_weights(adapted), **whole}
     for name, weight in unchecked.items():
@@ -109,17 +109,17 @@ def compare_weights(adapted: PeftModel, written: CausalLM) -> Weights:
 
 
 def _base_weights(adapted: PeftModel) -> dict[str, torch.Tensor]:
-    """The base's weights, adapted ones too, by their names in the plain model; tied ones by each of theirs."""
+    """The base's weights, adapted or not, by their names in the plain model; tied weights by each of their names."""
     weights = {}
     for name, weight in adapted.get_base_model().named_parameters(remove_duplicate=False):
-        # PEFT calls an adapted matrix q_proj.base_layer.weight and its bias q_proj.base_layer.bias.
+        # PEFT's names: q_proj.base_layer.weight for an adapted matrix, q_proj.base_layer.bias for its bias.
         if not any(part in name for part in _OF_ADAPTERS):
             weights[name.replace(_WRAPPED, "")] = weight
     return weights
 
 
 def _whole_weights(adapted: PeftModel) -> dict[str, torch.Tensor]:
-    """What an adapter has in place of the base's weights: layers that were trained whole, and single tokens' rows."""
+    """Weights that an adapter stores in full, in place of the base's: whole layers, and embeddings of single tokens."""
     weights: dict[str, torch.Tensor] = {}
     for name, module in adapted.get_base_model().named_modules():
         if isinstance(module, ModulesToSaveWrapper):
@@ -132,7 +132,7 @@ def _whole_weights(adapted: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def _sums(layers: Mapping[str, LoraLayer]) -> Iterator[tuple[str, torch.Tensor, list[torch.Tensor]]]:
-    """Each tensor that adapters add to, in float64: its name, the base's, and what each active adapter adds."""
+    """For each tensor that adapters add to: its name, the base's value and each active adapter's part, in float64."""
     for name, layer in layers.items():
         names = [adapter for adapter in layer.active_adapters if adapter in layer.scaling]
         yield name, _adapted_weight(layer).double(), [_delta(layer, adapter) for adapter in names]
@@ -142,16 +142,16 @@ def _sums(layers: Mapping[str, LoraLayer]) -> Iterator[tuple[str, torch.Tensor, 
 
 
 def _delta(layer: LoraLayer, name: str) -> torch.Tensor:
-    """What an adapter adds to a matrix, in float64, written out here and not asked of PEFT's merging."""
+    """What an adapter adds to a matrix, in float64, computed here and not by PEFT's merging."""
     if name in layer.lora_magnitude_vector:
         return _delta_of_dora(layer, name)
-    if layer.lora_variant.get(name) is not None:  # others have formulas of their own
+    if layer.lora_variant.get(name) is not None:  # other variants have their own formulas
         return layer.get_delta_weight(name).double()
     return _product(layer, name)
 
 
 def _delta_of_dora(layer: LoraLayer, name: str) -> torch.Tensor:
-    """DoRA (Liu et al. 2024, arXiv 2402.09353): m (W + BA) / |W + BA|, less W; m has a number for each output."""
+    """DoRA (Liu et al. 2024, arXiv 2402.09353): m (W + BA) / |W + BA| - W; m has one number for each output."""
     base = _adapted_weight(layer).double()
     direction = base + _product(layer, name)
     inputs = 0 if isinstance(layer, Embedding) or layer.fan_in_fan_out else 1
@@ -172,19 +172,19 @@ def _product(layer: LoraLayer, name: str) -> torch.Tensor:
         down = down.unflatten(0, (experts, -1))  # [E * r, I] → [E, r, I]
         up = up.unflatten(1, (-1, experts)).permute(2, 0, 1)  # [O, r * E] → [E, O, r]
         delta = layer.scaling[name] * (up @ down)  # [E, O, I]
-        # Some models hold their experts' matrices as [E, I, O], and say so.
+        # Some models store their experts as [E, I, O] and set is_transposed.
         return delta.mT if getattr(layer.get_base_layer(), "is_transposed", False) else delta
     delta = layer.scaling[name] * (up @ down)
     return delta.T if layer.fan_in_fan_out else delta
 
 
 def _not_nearest(merged: torch.Tensor, base: torch.Tensor, deltas: Sequence[torch.Tensor]) -> list[str]:
-    """What is wrong with a merged matrix: numbers that are not the nearest to base + all deltas in its dtype."""
+    """A problem if numbers of a merged matrix are not the nearest in its dtype to base + all deltas."""
     exact = base + torch.stack(list(deltas)).sum(0)
     largest = sum(float(delta.abs().max()) for delta in deltas)
-    # Half a unit in the last place for the rounding, and the float32 sums before it.
+    # Allowed: half a unit in the last place for the rounding, and the error of the float32 sums before it.
     dtype = torch.finfo(merged.dtype)
-    rounding = dtype.eps / 2 * exact.abs().clamp(min=dtype.smallest_normal)  # below that, numbers lie evenly
+    rounding = dtype.eps / 2 * exact.abs().clamp(min=dtype.smallest_normal)  # below that, numbers are evenly spaced
     sums = 8 * torch.finfo(torch.float32).eps * (base.abs() + largest)
     off_by = (merged.double() - exact).abs()
     wrong = int((off_by > rounding + sums).sum())
@@ -194,6 +194,6 @@ def _not_nearest(merged: torch.Tensor, base: torch.Tensor, deltas: Sequence[torc
 
 
 def refuse_other_weights(weights: Weights) -> None:
-    """Raise CheckFailed where the comparison found a problem."""
+    """Raise CheckFailed if the comparison found a problem."""
     if weights.problems:
         raise CheckFailed(f"The merged weights are not base + adapter:\n{listing(weights.problems)}\n{NOT_KEPT}")

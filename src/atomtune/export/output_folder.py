@@ -1,4 +1,4 @@
-"""Output folder: what `merge` and `export` write appears in it when it is whole and checked, or not at all."""
+"""Output folder: files of `merge` and `export` appear in it when all are written and checked, or not at all."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,13 +7,16 @@ from pathlib import Path
 from atomtune.disk import disk_failed, disk_reason, filled, is_without_temporary_folder
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed
 
-#: Behind what a check of a merged model says.
+#: The last sentence of a failed check.
 NOT_KEPT = "The merged model is not kept."
 
 
 @contextlib.contextmanager
 def filling(out: Path, *, last: str) -> Iterator[Path]:
-    """--output_dir, whose files appear in it when they are whole and checked. Raises BadSettings where it cannot be."""
+    """Yield a folder to write in; its files move to --output_dir when the block ends.
+
+    Raises BadSettings if --output_dir cannot be used, RunFailed if the disk fails.
+    """
     with contextlib.ExitStack() as stack:
         try:
             folder = stack.enter_context(filled(out, last=last))

@@ -1,4 +1,4 @@
-"""PEFT keys: an adapter's folder written once more, with the names that another class has for its layers."""
+"""PEFT keys: a copy of an adapter's folder in which its layers have the names of another model class."""
 
 import json
 import shutil
@@ -12,14 +12,14 @@ from atomtune.model.adapter_folder import CERTIFICATE, CONFIG, PATTERNS, WEIGHTS
 from atomtune.model.adapter_keys import module_of, modules_of_class, new_names, with_new_names
 from atomtune.model.json_files import json_object
 
-#: A folder of a tokenizer's, which may have several chat templates.
+#: The folder of a tokenizer with several chat templates.
 _TEMPLATES = "additional_chat_templates"
 
 
 def rewrite_keys(adapter: Path, out: Path, class_name: str, base_path: str, *, trust_remote_code: bool) -> int:
-    """Write the adapter with the names that class_name has; how many tensors got another name.
+    """Write the adapter with the names of class_name; return how many tensors were renamed.
 
-    Raises BadSettings for a class that transformers does not have, BadModel where a layer has no one place in it.
+    Raises BadSettings for a class that transformers does not have, BadModel if a layer has no unique place in it.
     """
     modules = modules_of_class(class_name, base_path, trust_remote_code=trust_remote_code)
     file = adapter_file(adapter)
@@ -34,11 +34,10 @@ def rewrite_keys(adapter: Path, out: Path, class_name: str, base_path: str, *, t
 
 
 def _copy(adapter: Path, out: Path) -> None:
-    """The adapter's own files. Beside them a run leaves checkpoints, reports and what was merged or exported of it.
+    """Copy the adapter's own files, without the checkpoints, merged models and exports in the folder of a run.
 
-    No certificate: it is of the adapter under its old names.
-
-    One by one: shutil.copytree tells of a full disk in a list of all files, with no number of the error.
+    The certificate is not copied: it holds for the old names.
+    The files are copied one by one: shutil.copytree reports a full disk as a list of all files, without errno.
     """
     out.mkdir(parents=True, exist_ok=True)
     own = (adapter / part for part in ("", _TEMPLATES))
@@ -50,7 +49,7 @@ def _copy(adapter: Path, out: Path) -> None:
 
 
 def _rewrite_config(file: Path, renamed: dict[str, str]) -> None:
-    """Layers by their full names get the new ones; last parts of names, as q_proj, mean the same in both classes."""
+    """Replace full names of layers by the new ones; last parts of names (q_proj) mean the same in both classes."""
     values = json_object(file)
     modules = {module_of(old): module_of(new) for old, new in renamed.items()}
     for listed in ("target_modules", "modules_to_save"):
@@ -63,14 +62,14 @@ def _rewrite_config(file: Path, renamed: dict[str, str]) -> None:
 
 
 def _mark_as_copy(record: Path, class_name: str) -> None:
-    """Say in a copied run.json that this folder is no run of its own, so that `runs` does not list the run twice.
+    """Note in a copied run.json that this folder is a copy, so that `runs` does not list the run twice.
 
-    The rest of it stays: evaluate and certify find the run's records by it, and web its first questions.
+    Everything else stays: evaluate and certify find the run's records with it, and web its first questions.
     """
     if not record.is_file():
         return
     try:
         values = read_json_object(record)
-    except (OSError, ValueError):  # a damaged one is told by the commands that need it
+    except (OSError, ValueError):  # the commands that need it report the damage
         return
     write_json(record, {**values, EXPORTED_FOR: class_name})
