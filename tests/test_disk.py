@@ -10,10 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from atomtune.disk import (
     TemporaryFolder,
     disk_failed,
+    disk_reason,
     expanded,
     filled,
     held,
@@ -80,6 +82,32 @@ def test_what_is_published_comes_whole_and_its_last_file_last(tmp_path, monkeypa
 )
 def test_a_disk_that_fails_is_told_from_a_bug(error, disk):
     assert disk_failed(error) is disk
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError(28, "No space left on device", "/out/run.json"), "/out/run.json: No space left on device"),
+        (RuntimeError("Error while serializing: I/O error: words (os error 30)"), "Read-only file system"),
+        (RuntimeError("I/O error: Disk quota exceeded"), "I/O error: Disk quota exceeded"),
+        (RuntimeError("basic_ios::clear: iostream error"), "not all bytes arrived on the disk"),
+    ],
+)
+def test_the_reason_of_a_failed_write_is_told_in_the_systems_words(tmp_path, error, reason):
+    assert disk_reason(error, tmp_path) == reason
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_is_found_behind_the_words_of_torch(tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], check=False).returncode:
+        pytest.skip("this machine does not let us mount")
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            torch.save({"weight": torch.zeros(2**16)}, tmp_path / "optimizer.pt")
+        assert disk_reason(caught.value, tmp_path) == "No space left on device"
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)  # the error still holds the open file
 
 
 def test_a_folder_is_filled_at_the_end_or_not_at_all(tmp_path):

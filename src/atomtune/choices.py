@@ -17,6 +17,8 @@ LARGEST_RANK = 2**16
 NOISE = 0.02
 #: The record that a run writes in its output folder.
 RUN_RECORD = "run.json"
+#: In the run.json that `export --to peft` copies: the class that the copied adapter is for. The copy is no run.
+EXPORTED_FOR = "exported_for"
 #: Patterns of the files of a tokenizer and its chat template, beside a model or an adapter.
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*"),

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from atomtune.errors import BadSettings
+from atomtune.language import message
 
 try:
     import fcntl
@@ -50,8 +51,12 @@ _DISK_WORDS = (
 )
 #: Folder for shared memory on Linux, the bytes below which it counts as full, and torch's words for that.
 _SHARED, _LEAST_SHARED, _SHARED_WORDS = Path("/dev/shm"), 2**16, "shared memory(shm)"
+#: safetensors, which is written in Rust.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 #: Messages of torch.save if fewer bytes arrived in the file than it wrote; there is no errno and no class of its own.
 _TORCH_WROTE_LESS = re.compile(r"unexpected pos \d+ vs \d+|file write failed|iostream error")
+#: Bytes written to learn why torch could not write: more than the last free blocks of a full disk.
+_PROBE_BYTES = 2**20
 #: A run.json with a million refused records has half of this size.
 _MOST_BYTES_OF_TEXT = 2**28
 #: First bytes of the pointer that git-lfs leaves in place of a file that was not fetched.
@@ -67,11 +72,26 @@ _UNFINISHED = ".unfinished"
 def disk_failed(error: BaseException) -> bool:
     """Whether a write failed because of the disk; torch and safetensors (C++, Rust) report that only as text."""
     text = str(error)
-    number = re.search(r"\(os error (\d+)\)", text)  # safetensors
+    number = _OS_ERROR.search(text)
     code = int(number.group(1)) if number else getattr(error, "errno", None)
     if code in _DISK_ERRORS or any(words in text for words in _DISK_WORDS):
         return True
     return _TORCH_WROTE_LESS.search(text) is not None
+
+
+def disk_reason(error: BaseException, folder: Path) -> str:
+    """Why the disk did not take what was to be written in a folder, in the system's words and not in a library's.
+
+    torch names no reason, so the disk is asked again with a write of our own, while what torch wrote is still there.
+    """
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    if number := _OS_ERROR.search(text):
+        return os.strerror(int(number.group(1)))
+    if _TORCH_WROTE_LESS.search(text):
+        return why_unwritable(folder, n_bytes=_PROBE_BYTES) or message("not all bytes arrived on the disk")
+    return text
 
 
 def is_without_temporary_folder(error: BaseException) -> bool:
@@ -183,15 +203,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def why_unwritable(folder: Path) -> str:
-    """Why files cannot be written in a folder, which need not exist yet; "" if they can.
+def why_unwritable(folder: Path, *, n_bytes: int = 0) -> str:
+    """Why a file of this many bytes cannot be written in a folder, which need not exist yet; "" if it can.
 
     To be checked before long work.
     """
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(n_bytes))
     except OSError as error:
         return error.strerror or str(error)
     return ""

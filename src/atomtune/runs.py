@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from atomtune.choices import RUN_RECORD
+from atomtune.choices import EXPORTED_FOR, RUN_RECORD
 from atomtune.console import WIDE, Console, print_json
 from atomtune.data.reading.raw import printable
 from atomtune.disk import was_left
@@ -101,13 +101,19 @@ def _run_in(folder: Path) -> Run:
 
 
 def find_runs(folder: Path, *, notice: Callable[[str], None]) -> list[Run]:
-    """The runs in a folder and below it, the oldest first; an invalid run.json gets a notice."""
+    """The runs in a folder and below it, the oldest first; an invalid run.json gets a notice.
+
+    A copy that `export --to peft` made has its run's run.json, and is left out.
+    """
     runs: list[Run] = []
     for file in _records_below(folder, DEPTH):
         try:
-            runs.append(Run.of(file.parent))
+            run = Run.of(file.parent)
         except (BadModel, OSError) as error:
             notice(f"a run is not listed: {error}")
+            continue
+        if run.values.get(EXPORTED_FOR) is None:
+            runs.append(run)
     return sorted(runs, key=lambda run: (str(run.values.get("started", "")), str(run.folder)))
 
 

@@ -101,9 +101,6 @@ class Comparison:
 
 def verify(settings: VerifySettings) -> int:
     """Run `atomtune verify`. Raises CheckFailed (exit code 4) if the two sides differ by more than rounding."""
-    problems = [f"--{name} is needed." for name in ("model_path", "dataset_path") if not getattr(settings, name)]
-    if problems:
-        raise BadSettings(problems)
     quiet_libraries()
     console = Console()
     device = device_in_use()

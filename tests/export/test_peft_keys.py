@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from atomtune.cli import main
+from atomtune.evaluate.run_folder import run_records
 from atomtune.model.adapter import load_trained
 from tests.conftest import DIALOGUES
 from tests.trained import train_by_heart
@@ -121,8 +122,23 @@ def test_weights_that_are_not_whole_are_named(text_adapter, whole_base, tmp_path
     else:
         file.unlink()
     assert export_to("Gemma3ForConditionalGeneration", adapter, whole_base, tmp_path / "out") == 2
-    assert ("cannot be read as tensors" if fault == "half of it" else "no adapter weights") in capsys.readouterr().err
+    assert (
+        "cannot be read as tensors" if fault == "half of it" else "no adapter weights here"
+    ) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_copy_is_no_run_of_its_own_and_keeps_what_evaluate_needs(text_adapter, whole_base, tmp_path, capsys):
+    run = shutil.copytree(text_adapter, tmp_path / "runs" / "run")
+    out = tmp_path / "runs" / "exported"
+    assert export_to("Gemma3ForConditionalGeneration", run, whole_base, out) == 0
+    capsys.readouterr()
+    assert main(["runs", str(tmp_path / "runs"), "--json"]) == 0
+    assert [listed["folder"] for listed in json.loads(capsys.readouterr().out)] == [str(run)]
+    assert run_records(run) is not None
+    assert run_records(out) == run_records(run)
+    record, copied = (json.loads((folder / "run.json").read_text(encoding="utf-8")) for folder in (run, out))
+    assert copied == {**record, "exported_for": "Gemma3ForConditionalGeneration"}
 
 
 def test_what_is_no_file_is_not_copied(text_adapter, whole_base, tmp_path):
@@ -155,7 +171,7 @@ def test_a_disk_that_takes_no_more_is_one_sentence(text_adapter, whole_base, tmp
         check=False,
     )
     assert done.returncode == 3, done.stderr
-    assert "the disk is full or failing: [Errno 27] File too large" in done.stderr and "[(" not in done.stderr
+    assert "the disk is full or failing: " in done.stderr and ": File too large.\n" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from atomtune.errors import BadSettings
-from atomtune.export.merge import compare_weights, merge_weights
+from atomtune.export.merged_weights import compare_weights, merge_weights
 from atomtune.model.adapter import LoraSpec, new_adapter, start_from_weights
 from atomtune.model.experts import experts_of
 from atomtune.model.layout_support import why_padded

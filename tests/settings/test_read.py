@@ -173,6 +173,24 @@ def test_only_the_name_has_its_dashes_changed():
 # --- all mistakes at once -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_missing_model_is_told_together_with_other_mistakes(command):
+    with pytest.raises(BadSettings) as caught:
+        read(command, ["--bogus", "1", "--dataset_path", "train.jsonl"])
+    unknown, missing = str(caught.value).splitlines()
+    assert unknown.startswith("--bogus: unknown")
+    assert missing.startswith("--model_path is missing: the base model")
+
+
+def test_a_sweep_without_a_model_is_told_its_other_mistakes_too():
+    with pytest.raises(BadSettings) as caught:
+        read("sweep", ["--bogus", "1", "--lora_rank", "x", "--try", "seed=1,2"])
+    told = sorted(str(caught.value).splitlines())
+    beginnings = ("--bogus: unknown", "--lora_rank 'x'", "--try seed:", "A sweep needs --model_path and --dataset_path")
+    assert all(map(str.startswith, told, beginnings)), told
+    assert len(told) == len(beginnings), told
+
+
 def test_every_problem_comes_in_one_error():
     said = problems(
         "--warmup_ratio", "0.1", "--lora_rnak", "3", "--lora_dropout", "1", "--seed", "x", "--fp16", "--bf16"

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -137,7 +138,8 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint(models, dialogues, tmp_path
         said = capsys.readouterr().err
         assert "The disk is full" in said
         assert "Last complete checkpoint" in said
-        assert "checkpoint-" in said
+        # torch itself says "unexpected pos 341696 vs 341584" or "iostream error".
+        assert re.search(r"checkpoint-\d+ could not be written: No space left on device\.", said)
         assert "Traceback" not in said
         subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
         assert main([*command(models("llama"), dialogues, disk / "out", *flags), "--resume"]) == 0
@@ -219,7 +221,7 @@ def test_a_save_that_fails_leaves_nothing_and_the_next_is_tried(models, dialogue
     assert {path.name for path in out.glob("*checkpoint*")} == {"checkpoint-2", "checkpoint-8", "checkpoint-10"}
     assert not list(out.glob(".saving*"))
     said = " ".join(capsys.readouterr().out.split())
-    assert "checkpoint-4 could not be written: [Errno 28] No space left on device" in said
+    assert "checkpoint-4 could not be written: No space left on device" in said
     assert "Training continues; the next save tries again" in said
     assert any("checkpoint-6 could not be written" in notice for notice in status(out)["notices"])
 

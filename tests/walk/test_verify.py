@@ -124,8 +124,8 @@ def test_after_what_holds_comes_the_run(models, dialogues, capsys):
 def test_verify_needs_a_model_and_records(capsys):
     assert main(["verify"]) == 2
     said = capsys.readouterr().err
-    assert "--model_path is needed" in said
-    assert "--dataset_path is needed" in said
+    assert "--model_path is missing: the base model" in said
+    assert "--dataset_path is missing: the records" in said
 
 
 def train(base, data, out, *more) -> int:

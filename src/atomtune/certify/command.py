@@ -34,7 +34,7 @@ from atomtune.model.base_as_trained import adapter_and_base, base_spec
 from atomtune.model.fingerprint import is_at_hand, refuse_other_base
 from atomtune.model.generate import stop_ids
 from atomtune.model.load import dtype_name, load_base, load_dequantized, quiet_libraries, stored_dtype
-from atomtune.settings.fields import CertifySettings
+from atomtune.settings.fields import CertifySettings, base_of_adapter
 from atomtune.settings.spelled import base_words
 
 #: How many records are read at most to choose prompts from.
@@ -128,9 +128,7 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
         )
     template, metadata, base_path = adapter_and_base(
         adapter,
-        model_path=settings.model_path,
-        trust_remote_code=settings.trust_remote_code,
-        other_base=settings.other_base,
+        **base_of_adapter(settings),
         # Export and serve may have given some of them before
         notice=lambda text: None if text in console.notices else console.notice(text),
     )

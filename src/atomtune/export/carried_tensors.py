@@ -1,7 +1,7 @@
-"""Carried tensors: what a checkpoint's folder holds beside what its class loads, copied into a merged folder.
+"""Carried tensors: weights in the base's files that its transformers class does not load, copied into a merged folder.
 
-Qwen3.5's files have layers that predict several tokens at once (`mtp.…`). transformers leaves them out without a word,
-and servers use them. A merged folder has them as its base had them, and the settings of its image processor too.
+Qwen3.5's files have layers that predict several tokens at once (`mtp.…`). transformers skips them silently, but servers
+use them. A merged folder gets them unchanged, and the settings of the base's image processor too.
 """
 
 import json
@@ -19,12 +19,12 @@ from atomtune.model.adapter import same_bits
 from atomtune.model.fingerprint import INDEX, weight_files
 from atomtune.model.load import OLD_BUFFERS
 
-#: How an image processor and its like are set: preprocessor_config.json, video_preprocessor_config.json, …
+#: Settings of image and video processors: preprocessor_config.json, video_preprocessor_config.json, …
 _PROCESSORS = "*processor_config.json"
 
 
 def carry_over(base: Path, out: Path, *, loaded: Collection[str], prefix: str) -> tuple[str, ...]:
-    """Copy into a written model what its base's folder has beside it; the names of the tensors copied.
+    """Copy what the base's folder has and the written model lacks; return the names of the copied tensors.
 
     loaded  names of the tensors that the model has in memory, tied ones included
     prefix  the class's base_model_prefix, which a base's files may lack: GPT-2's and Bloom's have `h.0.…` where the
@@ -47,7 +47,7 @@ def carry_over(base: Path, out: Path, *, loaded: Collection[str], prefix: str) -
 
 
 def changed(base: Path, out: Path, names: Collection[str]) -> list[str]:
-    """Which of these tensors are not, bit by bit, the base's."""
+    """The names of those of these tensors that differ from the base's in any bit."""
     ours, theirs = (
         {name: tensor for file in weight_files(folder) for name, tensor in _tensors(file) if name in names}
         for folder in (out, base)
@@ -58,7 +58,7 @@ def changed(base: Path, out: Path, names: Collection[str]) -> list[str]:
 def _tensors(
     file: Path, *, leaving_out: Collection[str] = (), names_only: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of each weight in a file; a pickled one is read as tensors only and runs nothing."""
+    """Name and tensor of each weight in a file. A pickled file is read as tensors only; no code in it runs."""
     empty = torch.empty(0)
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as weights:

@@ -1,4 +1,4 @@
-"""Export: an adapter in the form that another program takes, with the proof that it serves the tuned model there."""
+"""Export: an adapter in the form that another program needs, and the check that the program serves the tuned model."""
 
 import shlex
 import tempfile
@@ -16,19 +16,21 @@ from atomtune.export.gguf import (
     refuse_without_converter,
     say_where_a_space_goes,
 )
-from atomtune.export.merge import filling, write_merged
+from atomtune.export.merge import write_merged
 from atomtune.export.ollama import modelfile, ollama_template
+from atomtune.export.output_folder import filling
 from atomtune.export.peft_keys import rewrite_keys
 from atomtune.language import translated
 from atomtune.model.adapter_folder import WEIGHTS, base_of, template_of
 from atomtune.model.base_as_trained import adapter_and_base
+from atomtune.model.fingerprint import is_at_hand
 from atomtune.model.load import quiet_libraries
-from atomtune.settings.fields import CertifySettings, ExportSettings, MergeSettings
+from atomtune.settings.fields import CertifySettings, ExportSettings, MergeSettings, base_of_adapter
 from atomtune.settings.spelled import base_words
 
 
 def export(settings: ExportSettings) -> int:
-    """Run `atomtune export`. Raises CheckFailed (exit code 4) where the engine does not serve the tuned model."""
+    """Run `atomtune export`. Raises CheckFailed (exit code 4) if the engine does not serve the tuned model."""
     _refuse_impossible(settings)
     quiet_libraries()
     console = Console()
@@ -54,14 +56,13 @@ def _refuse_impossible(settings: ExportSettings) -> None:
 
 def _to_peft(settings: ExportSettings, console: Console) -> None:
     adapter, out, class_name = Path(settings.adapter_path), Path(settings.output_dir), str(settings.for_class)
+    _, metadata, base_path = adapter_and_base(adapter, **base_of_adapter(settings), notice=console.notice)
+    if metadata.base and not is_at_hand(base_path):
+        console.notice(
+            f"the weights of {base_path} are not on this machine, so whether the adapter was trained on them was not "
+            "checked."
+        )
     trust = settings.trust_remote_code
-    _, _, base_path = adapter_and_base(
-        adapter,
-        model_path=settings.model_path,
-        trust_remote_code=trust,
-        other_base=settings.other_base,
-        notice=console.notice,
-    )
     with filling(out, last=WEIGHTS) as folder:
         renamed = rewrite_keys(adapter, folder, class_name, base_path, trust_remote_code=trust)
     console.say(f"{out}: the adapter for {class_name}; {renamed:,} of its tensors are renamed.")
@@ -75,7 +76,7 @@ def _to_gguf(settings: ExportSettings, console: Console) -> None:
     name = adapter.resolve().name
     file = out / f"{name}-{settings.quantize}.gguf"
     with filling(out, last=file.name) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
-        merged = Path(scratch) / name  # the converter takes the model's name from the folder's
+        merged = Path(scratch) / name  # the converter names the model after its folder
         write_merged(_merge_settings(settings), merged, console)
         copy_sentencepiece(base_path, merged)
         template, _ = template_of(adapter, model_path=settings.model_path, trust_remote_code=settings.trust_remote_code)
@@ -95,7 +96,7 @@ def _to_gguf(settings: ExportSettings, console: Console) -> None:
 
 
 def _left_uncertified(settings: ExportSettings, file: Path) -> str:
-    """What a stop leaves behind: the file is whole, and --output_dir is not empty any more."""
+    """What to do after a stop during the certificate: the file is complete, so `export` would refuse --output_dir."""
     adapter = ["--adapter_path", settings.adapter_path, *base_words(settings)]
     return (
         f"stopped: {file} is complete, but whether llama.cpp serves the tuned model from it has not been checked. To "
@@ -104,13 +105,13 @@ def _left_uncertified(settings: ExportSettings, file: Path) -> str:
 
 
 def _next_commands(settings: ExportSettings, file: Path, ollama_name: str | None) -> list[str]:
-    """Serve the GGUF here; and in Ollama under this name, where there is a Modelfile."""
+    """Commands to serve the GGUF here and, if there is a Modelfile, in Ollama under this name."""
     adapter = ["--adapter_path", settings.adapter_path, *base_words(settings)]
     commands = [as_command(["serve", *adapter, "--served", str(file)])]
     if ollama_name is not None:
         name, recipe = shlex.quote(ollama_name), shlex.quote(str(file.parent / "Modelfile"))
         commands.append(f"ollama create {name} -f {recipe}")
-        if settings.quantize != "q8_0":  # what it packs is not packed yet
+        if settings.quantize != "q8_0":  # Ollama quantizes only what is not quantized yet
             uncertified = translated("smaller; no certificate covers it")
             commands.append(f"ollama create {name}-q4 --quantize q4_K_M -f {recipe}    # {uncertified}")
     return commands
@@ -127,7 +128,7 @@ def _merge_settings(settings: ExportSettings) -> MergeSettings:
 
 
 def _certify(settings: ExportSettings, file: Path, console: Console) -> None:
-    """Start llama.cpp on the file, write the certificate beside it. Raises CheckFailed where it does not hold."""
+    """Start llama.cpp with the file and write the certificate next to it. Raises CheckFailed if a check fails."""
     certify_settings = CertifySettings(
         adapter_path=settings.adapter_path,
         served=str(file),
@@ -143,7 +144,7 @@ def _certify(settings: ExportSettings, file: Path, console: Console) -> None:
 
 
 def _write_modelfile(settings: ExportSettings, adapter: Path, file: Path, console: Console) -> bool:
-    """Write a Modelfile beside the GGUF, or give notice why there is none; whether it was written."""
+    """Write a Modelfile next to the GGUF, or a notice why there is none; return whether it was written."""
     template, metadata = template_of(
         adapter, model_path=settings.model_path, trust_remote_code=settings.trust_remote_code
     )
@@ -154,7 +155,7 @@ def _write_modelfile(settings: ExportSettings, adapter: Path, file: Path, consol
             "llama.cpp uses the template inside the GGUF and needs no Modelfile."
         )
         return False
-    # In a role template the shared instruction is the beginning of the user's text, not a system text.
+    # A template without a system role puts the shared instruction at the beginning of the user's text.
     system = metadata.instruction if template.instruction_role == "system" else None
     if metadata.instruction and system is None:
         console.notice("the training records share an instruction: start the first message in Ollama with it.")

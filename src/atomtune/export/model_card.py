@@ -1,7 +1,7 @@
-"""Model card: README.md beside an adapter: what it is, from which records, by which settings, and how it is used.
+"""Model card: README.md next to an adapter: what it is, its records and settings, and how to use it.
 
-Everything in it is known from the run; what is not known is left out. No path of a machine and no text of a record
-stands in it, for an adapter's folder is what people hand on. No time either: the same run writes the same card.
+It says only what the run knows. It holds no path of this machine and no text of a record, because people share an
+adapter's folder; and no time, so that the same run writes the same card.
 """
 
 import re
@@ -17,7 +17,7 @@ from atomtune.disk import text_of
 from atomtune.model.adapter_folder import AdapterMetadata
 from atomtune.settings.entry import DEFAULT, OWN_DEFAULT
 
-#: Settings that every card shows, set by the user or not.
+#: Settings that every card shows, even if the user did not set them.
 _ALWAYS = (
     "lora_rank",
     "lora_alpha",
@@ -34,21 +34,21 @@ _ALWAYS = (
     "quantize",
     "seed",
 )
-#: Settings about places and processes, which say nothing about the adapter.
+#: Settings about folders and processes, which do not change the adapter.
 _NOT_SHOWN = re.compile(
     r"_(path|dir|from_checkpoint|token|key|secret|password|minutes)$|^(resume|checkpoint|report_to)"
 )
 #: A line of a card's front matter, which is YAML.
 _LICENCE = re.compile(r"^license:[ \t]*(?P<quote>[\"']?)(?P<name>[\w.+-]+)(?P=quote)[ \t]*(#.*)?\r?$", re.MULTILINE)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-#: Where the hub's library keeps a model; no name there has two hyphens in a row.
+#: A model's folder in the hub's cache; names on the hub never have two hyphens in a row.
 _HUB_CACHE = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)[\\/]snapshots[\\/]")
 
 
 def model_card(record: Mapping[str, Any], metadata: AdapterMetadata, history: Sequence[Mapping[str, Any]]) -> str:
     """The text of README.md.
 
-    record   run.json's values up to now
+    record   run.json's values so far
     history  the Trainer's log: entries with `step` and `loss` or `eval_loss`
     """
     base = str(record["settings"]["model_path"]["value"])
@@ -70,7 +70,7 @@ def shown_base(base: str) -> str:
 
 
 def hub_name(base: str) -> str | None:
-    """What the hub calls a base: its name, or of a folder in the hub's cache that of the model; else None."""
+    """A base's name on the hub, also for a folder in the hub's cache; None for any other folder."""
     if Path(base).exists():
         cached = _HUB_CACHE.search(base)
         return f"{cached['owner']}/{cached['name']}" if cached else None
@@ -78,19 +78,19 @@ def hub_name(base: str) -> str | None:
 
 
 def licence_of(base: str) -> str | None:
-    """What the card in the base's folder says; None where there is none, or where the base is not on this disk."""
+    """The licence named by the card in the base's folder; None if there is no card or folder."""
     try:
         text = text_of(Path(base) / "README.md")
     except (OSError, ValueError):
         return None
     front = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
-    # Not read as YAML: an impossible date or a hundred thousand brackets in a stranger's card would be raised here.
+    # Not parsed as YAML: an impossible date or 100,000 brackets in somebody's card would raise an error here.
     licence = front and _LICENCE.search(front[1])
     return licence["name"] if licence else None
 
 
 def _front_matter(base: str) -> str:
-    """What a hub reads. A folder on this machine is no base that a hub could name."""
+    """The metadata that a hub reads. A base that is a local folder is not named."""
     values: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "atomtune"]}
     if name := hub_name(base):
         values["base_model"] = name
@@ -146,7 +146,7 @@ def _use(base: str, auto_class: str, metadata: AdapterMetadata) -> str:
 
 
 def _as_arguments(variables: Mapping[str, Any]) -> str:
-    """Behind a call's other arguments: `, **{'enable_thinking': False}`; a variable's name may be no name in Python."""
+    """Code that adds arguments to a call, as a dict: a variable's name may not be valid in Python."""
     return f", **{dict(variables)!r}" if variables else ""
 
 

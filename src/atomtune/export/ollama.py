@@ -1,9 +1,9 @@
 """Ollama: a Modelfile with the trained template, system text and stop.
 
-Ollama renders prompts by a template language of its own (Go's), not by the model's chat template. What the chat
-template writes between two messages is found by rendering a conversation of marks; the Modelfile's template is made of
-these texts and held against the chat template on other conversations. Where they differ, the template is no plain
-sequence of messages, Ollama cannot write it, and that is said.
+Ollama does not use the model's chat template; it renders prompts with Go's template language. To find the text that the
+chat template writes between two messages, a conversation of marks is rendered. The Modelfile's template is made of
+these texts and compared with the chat template on other conversations. If they differ, the chat template is more than
+a sequence of messages, and no Modelfile is written.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,19 +12,19 @@ from pathlib import Path
 
 from atomtune.data.encoding.chat_template import CannotExpress, Message, Template
 
-#: Stand for the system text and for what user and assistant say in turn; no template writes these.
+#: Marks for the system text and for the turns of user and assistant; no template contains them.
 _SYSTEM = "\u2983S\u2984"
 _MARKS = tuple(f"\u2983{number}\u2984" for number in range(5))
-#: Between which messages a text stands: the role before ("" at the beginning) and the role after.
+#: The places between messages: the role before ("" at the beginning) and the role after.
 _PAIRS = (("", "user"), ("user", "assistant"), ("assistant", "user"))
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What stands between messages.
+    """The texts between messages.
 
     before  (role before, role) → text; ("", "user") is the beginning
-    ask     behind the last message, where the answer begins
+    ask     after the last message, where the answer begins
     """
 
     before: Mapping[tuple[str, str], str]
@@ -33,17 +33,17 @@ class Texts:
 
 @dataclass(frozen=True)
 class OllamaTemplate:
-    """A chat template as the texts before each message, which depend on its role and the one before it.
+    """A chat template as the text before each message, chosen by its role and the role before it.
 
-    plain        in a conversation without a system text
-    with_system  where there is one; it is written where the mark _SYSTEM is. None: the template has no place for it
+    plain        for a conversation without a system text
+    with_system  for one with a system text, which replaces the mark _SYSTEM; None if the template has no place for it
     """
 
     plain: Texts
     with_system: Texts | None
 
     def render(self, messages: Sequence[Message]) -> str:
-        """What Ollama renders by `go_template`."""
+        """The prompt that Ollama renders with `go_template`."""
         system = "".join(message["content"] for message in messages if message["role"] == "system")
         texts = self.with_system if system and self.with_system is not None else self.plain
         rendered, last = "", ""
@@ -54,7 +54,7 @@ class OllamaTemplate:
         return rendered + texts.ask.replace(_SYSTEM, system)
 
     def go_template(self) -> str:
-        """The same in Go's template language. Every text is a string in an action, so that no white space is lost."""
+        """This template in Go's language. Every text is a string in an action, so that no white space is lost."""
         branches: list[str] = []
         for (last, role), text in self.plain.before.items():
             condition = f'and (eq $last "{last}") (eq $m.Role "{role}")'
@@ -73,21 +73,21 @@ class OllamaTemplate:
 
 
 def _go_text(text: str) -> str:
-    """Actions that write a text, `.System` where it has the mark."""
+    """Go actions that write a text, with `.System` for the mark."""
     return "{{ $.System }}".join(_go_string(part) for part in text.split(_SYSTEM))
 
 
 def _go_string(text: str) -> str:
-    """An action that writes a text. `\"\"\"` would end the Modelfile's template, so quotes are written by number."""
+    """A Go action that writes a text. `\"\"\"` would end the Modelfile's template, so quotes are escaped as \\x22."""
     escapes = {"\\": "\\\\", '"': "\\x22", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
     escaped = "".join(escapes.get(character, character) for character in text)
     return f'{{{{ "{escaped}" }}}}' if text else ""
 
 
 def ollama_template(template: Template, *, adds_bos: bool) -> OllamaTemplate | None:
-    """The template in Ollama's form; None where it is no plain sequence of messages.
+    """The template in Ollama's form; None if it is more than a sequence of messages.
 
-    adds_bos  whether the engine puts a BOS before every prompt itself, so that the template must not
+    adds_bos  whether the engine itself puts a BOS before every prompt; then the template must not
     """
     bos = template.tokenizer.bos_token if adds_bos else None
 
@@ -97,7 +97,7 @@ def ollama_template(template: Template, *, adds_bos: bool) -> OllamaTemplate | N
 
     try:
         plain = _texts_of(rendered(_dialogue(_MARKS)))
-    except (CannotExpress, ValueError):  # it writes a message twice or never
+    except (CannotExpress, ValueError):  # it writes a message twice or not at all
         return None
     try:
         system: Message = {"role": "system", "content": _SYSTEM}
@@ -112,13 +112,13 @@ def ollama_template(template: Template, *, adds_bos: bool) -> OllamaTemplate | N
 
 
 def _texts_of(rendered: str) -> Texts:
-    """The text before each mark, and behind the last. Raises ValueError where a mark is not there once."""
+    """The text before each mark and after the last. Raises ValueError if a mark does not occur exactly once."""
     between: list[str] = []
     rest = rendered
     for mark in _MARKS:
         before, rest = rest.split(mark)
         between.append(before)
-    return Texts(dict(zip(_PAIRS, between, strict=False)), rest)  # later turns repeat the second and third
+    return Texts(dict(zip(_PAIRS, between, strict=False)), rest)  # later turns repeat the second and third text
 
 
 def _dialogue(texts: Sequence[str]) -> list[Message]:
@@ -126,7 +126,7 @@ def _dialogue(texts: Sequence[str]) -> list[Message]:
 
 
 def _conversations() -> list[list[Message]]:
-    """Conversations to hold both templates against each other: with and without a system text, of several lengths."""
+    """Conversations on which both templates are compared: with and without a system text, of several lengths."""
     texts = ("Hello\nthere", "你好。", "x", "Good night.", "5 < 6 & 7")
     conversations: list[list[Message]] = []
     for length in (1, 3, 5):
@@ -136,7 +136,7 @@ def _conversations() -> list[list[Message]]:
 
 
 def modelfile(file: Path, template: OllamaTemplate, *, stops: Sequence[str], system: str | None) -> str:
-    """The text of a Modelfile beside a GGUF. Raises ValueError for a system text that a Modelfile cannot hold."""
+    """The text of a Modelfile next to a GGUF. Raises ValueError for a system text that a Modelfile cannot hold."""
     lines = [f"FROM ./{file.name}", f'TEMPLATE """{template.go_template()}"""']
     if system is not None:
         if '"""' in system or system.endswith('"'):

@@ -1,4 +1,4 @@
-"""PEFT keys: an adapter's folder written once more, with the names that another class has for its layers."""
+"""PEFT keys: a copy of an adapter's folder in which its layers have the names of another model class."""
 
 import json
 import shutil
@@ -6,38 +6,38 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from atomtune.errors import BadModel
+from atomtune.choices import EXPORTED_FOR, RUN_RECORD
+from atomtune.disk import read_json_object, write_json
 from atomtune.model.adapter_folder import CERTIFICATE, CONFIG, PATTERNS, WEIGHTS, adapter_file, read_weights
 from atomtune.model.adapter_keys import module_of, modules_of_class, new_names, with_new_names
 from atomtune.model.json_files import json_object
 
-#: A folder of a tokenizer's, which may have several chat templates.
+#: The folder of a tokenizer with several chat templates.
 _TEMPLATES = "additional_chat_templates"
 
 
 def rewrite_keys(adapter: Path, out: Path, class_name: str, base_path: str, *, trust_remote_code: bool) -> int:
-    """Write the adapter with the names that class_name has; how many tensors got another name.
+    """Write the adapter with the names of class_name; return how many tensors were renamed.
 
-    Raises BadSettings for a class that transformers does not have, BadModel where a layer has no one place in it.
+    Raises BadSettings for a class that transformers does not have, BadModel if a layer has no unique place in it.
     """
     modules = modules_of_class(class_name, base_path, trust_remote_code=trust_remote_code)
     file = adapter_file(adapter)
-    if file is None:
-        raise BadModel(f"{adapter}: no adapter weights here.")
+    assert file is not None, "adapter_and_base has read it"
     weights = read_weights(file)
     renamed = new_names(weights, modules)
     _copy(adapter, out)
     save_file({renamed[name]: tensor for name, tensor in weights.items()}, out / WEIGHTS, metadata={"format": "pt"})
     _rewrite_config(out / CONFIG, {old: renamed[old] for old in weights})
+    _mark_as_copy(out / RUN_RECORD, class_name)
     return sum(old != new for old, new in renamed.items())
 
 
 def _copy(adapter: Path, out: Path) -> None:
-    """The adapter's own files. Beside them a run leaves checkpoints, reports and what was merged or exported of it.
+    """Copy the adapter's own files, without the checkpoints, merged models and exports in the folder of a run.
 
-    No certificate: it is of the adapter under its old names.
-
-    One by one: shutil.copytree tells of a full disk in a list of all files, with no number of the error.
+    The certificate is not copied: it holds for the old names.
+    The files are copied one by one: shutil.copytree reports a full disk as a list of all files, without errno.
     """
     out.mkdir(parents=True, exist_ok=True)
     own = (adapter / part for part in ("", _TEMPLATES))
@@ -49,7 +49,7 @@ def _copy(adapter: Path, out: Path) -> None:
 
 
 def _rewrite_config(file: Path, renamed: dict[str, str]) -> None:
-    """Layers by their full names get the new ones; last parts of names, as q_proj, mean the same in both classes."""
+    """Replace full names of layers by the new ones; last parts of names (q_proj) mean the same in both classes."""
     values = json_object(file)
     modules = {module_of(old): module_of(new) for old, new in renamed.items()}
     for listed in ("target_modules", "modules_to_save"):
@@ -59,3 +59,17 @@ def _rewrite_config(file: Path, renamed: dict[str, str]) -> None:
         if isinstance(values.get(patterns), dict):
             values[patterns] = with_new_names(values[patterns], modules)
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _mark_as_copy(record: Path, class_name: str) -> None:
+    """Note in a copied run.json that this folder is a copy, so that `runs` does not list the run twice.
+
+    Everything else stays: evaluate and certify find the run's records with it, and web its first questions.
+    """
+    if not record.is_file():
+        return
+    try:
+        values = read_json_object(record)
+    except (OSError, ValueError):  # the commands that need it report the damage
+        return
+    write_json(record, {**values, EXPORTED_FOR: class_name})

@@ -15,7 +15,7 @@ from atomtune.model.causal_lm import CausalLM
 
 @dataclass(frozen=True)
 class Weighted:
-    """An adapter's folder, and how much of it is added."""
+    """An adapter's folder and its factor."""
 
     folder: Path
     weight: float
@@ -25,7 +25,7 @@ class Weighted:
 
 
 def weighted(folders: Sequence[str], weights: Sequence[float]) -> tuple[Weighted, ...]:
-    """Folders with their weights; one alone is taken whole. Raises BadSettings where there is not one for each."""
+    """Folders with their weights; a single folder without one gets 1. Raises BadSettings if their numbers differ."""
     if not weights and len(folders) == 1:
         weights = [1.0]
     if len(weights) != len(folders):
@@ -42,7 +42,7 @@ def weighted(folders: Sequence[str], weights: Sequence[float]) -> tuple[Weighted
 
 
 def load_weighted(base: CausalLM, adapters: Sequence[Weighted]) -> PeftModel:
-    """The base with all adapters active, each times its weight. Raises BadModel for one that does not fit."""
+    """The base with all adapters active, each scaled by its weight. Raises BadModel for one that does not fit."""
     is_plain = len(adapters) == 1 and adapters[0].weight == 1
     if not is_plain:
         for adapter in adapters:
@@ -64,9 +64,9 @@ def load_weighted(base: CausalLM, adapters: Sequence[Weighted]) -> PeftModel:
 
 
 def _refuse_unweighable(folder: Path) -> None:
-    """Raise BadModel for an adapter that is more than a sum of matrices."""
+    """Raise BadModel for an adapter that does more than add matrices."""
     if not (folder / CONFIG).is_file():
-        return  # loading it says what is missing
+        return  # loading it names what is missing
     config = adapter_config(folder)
     reasons = {
         "use_dora": "DoRA, which also scales the base's weights",

@@ -31,8 +31,8 @@ _SHOWN_OF_A_MODE = 120
 def inspect(settings: InspectSettings) -> int:
     """Report on the records; returns exit code 0.
 
-    Raises BadSettings for a setting that is missing or wrong; BadData if a source cannot be read and, after the report,
-    if no record can be used; CheckFailed if more is found than --fail_on allows.
+    Raises BadSettings for a wrong setting; BadData if a source cannot be read and, after the report, if no record can
+    be used; CheckFailed if more is found than --fail_on allows.
     """
     if settings.html and Path(settings.html).is_dir():
         raise BadSettings([f"--html {settings.html}: a folder; expected the name of a file, for example report.html."])
@@ -70,11 +70,8 @@ def inspect(settings: InspectSettings) -> int:
 def examine(settings: InspectSettings, console: Console) -> Report:
     """Read the records as a run would, and run all checks.
 
-    Raises BadSettings for a setting that is missing or wrong, BadData for a source that cannot be read.
+    Raises BadSettings for a wrong setting, BadData for a source that cannot be read.
     """
-    missing = [f"--{name} is missing." for name in ("dataset_path", "model_path") if not getattr(settings, name)]
-    if missing:
-        raise BadSettings([*missing, "atomtune inspect DATA --model_path MODEL"])
     quiet_libraries()
     tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     template = load_template(settings.template, tokenizer, **settings.template_options())

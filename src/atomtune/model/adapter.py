@@ -17,7 +17,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from atomtune.errors import BadModel, BadSettings, RunFailed, listing
-from atomtune.model.adapter_folder import CONFIG, PATTERNS, WEIGHTS, adapter_config, adapter_file, read_weights
+from atomtune.model.adapter_folder import (
+    CONFIG,
+    PATTERNS,
+    WEIGHTS,
+    adapter_config,
+    adapter_file,
+    read_weights,
+    refuse_whole_model,
+)
 from atomtune.model.adapter_keys import module_of, names_in, with_new_names
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.experts import count_of, endings, experts_of
@@ -267,11 +275,8 @@ def _fill(model: PeftModel, weights: Mapping[str, torch.Tensor], file: Path, ada
         tensor, shape = weights[name], tuple(own[name].shape)
         if tuple(tensor.shape) != shape:
             problems.append(f"{name}: {tuple(tensor.shape)} in the file, {shape} in this model")
-        elif tensor.dtype not in _OF_ADAPTERS:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            problems.append(f"{name}: holds {dtype}; expected float32, bfloat16, float16 or float64")
-        elif not bool(torch.isfinite(tensor).all()):
-            problems.append(f"{name}: holds values that are not finite (NaN or infinity)")
+        elif fault := _fault(name, tensor):
+            problems.append(fault)
     if problems:
         raise BadModel(f"{file} does not fit this base and these LoRA settings:\n{listing(sorted(problems))}")
     set_peft_model_state_dict(model, dict(weights), adapter_name=adapter)
@@ -281,6 +286,16 @@ def _fill(model: PeftModel, weights: Mapping[str, torch.Tensor], file: Path, ada
     with torch.no_grad():
         for name, tensor in weights.items():
             own[name].copy_(tensor)  # own[name] is the model's own memory, not a copy
+
+
+def _fault(name: str, tensor: torch.Tensor) -> str:
+    """Why a tensor of this name cannot be part of any adapter; "" where it can."""
+    if tensor.dtype not in _OF_ADAPTERS:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return f"{name}: holds {dtype}; expected float32, bfloat16, float16 or float64"
+    if not bool(torch.isfinite(tensor).all()):
+        return f"{name}: holds values that are not finite (NaN or infinity)"
+    return ""
 
 
 def fill_again(model: PeftModel, folder: Path) -> None:
@@ -364,14 +379,32 @@ def answering_as(model: PeftModel, adapter: str | None) -> Iterator[None]:
             bias.data = value
 
 
+def refuse_damaged(folder: Path) -> None:
+    """Raise BadModel for what is wrong with a saved adapter on any base.
+
+    Asked before the base is loaded, which takes minutes where it is large; reading an adapter takes a second.
+    """
+    file = _weights_file(folder)
+    adapter_config(folder)
+    problems = [fault for name, tensor in read_weights(file).items() if (fault := _fault(name, tensor))]
+    if problems:
+        raise BadModel(f"{file} cannot be used:\n{listing(sorted(problems))}")
+
+
+def _weights_file(folder: Path) -> Path:
+    """The weights of a saved adapter. Raises BadModel for a folder that holds none."""
+    refuse_whole_model(folder)
+    file = adapter_file(folder)
+    if file is None:
+        raise BadModel(
+            f"{folder}: no adapter weights here ({WEIGHTS}). Copy the folder again from where it was trained."
+        )
+    return file
+
+
 def _saved(base: CausalLM, folder: Path) -> tuple[Path, PeftConfig, dict[str, torch.Tensor]]:
     """A saved adapter: its weights file, its config, and its tensors under this base's names for their layers."""
-    file = adapter_file(folder)
-    if file is None or not (folder / CONFIG).is_file():
-        raise BadModel(
-            f"{folder}: no adapter here ({CONFIG} and {WEIGHTS}).\n"
-            "Pass --adapter_path with a run's output folder or one of its checkpoint-N folders."
-        )
+    file = _weights_file(folder)
     config = adapter_config(folder)
     config.inference_mode = True
     config.base_model_name_or_path = None  # otherwise PEFT warns if the base has moved; the fingerprint decides

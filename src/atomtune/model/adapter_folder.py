@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file
 
 from atomtune.choices import BASE, RUN_RECORD, Dtype, Quantize
+from atomtune.console import as_command
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template, restore_template
 from atomtune.disk import write_text
@@ -166,11 +167,19 @@ def refuse_empty_folder(folder: Path) -> None:
         )
     if (folder / RUN_RECORD).is_file():
         raise BadModel(f"{folder}: the run here saved no checkpoint, so there is no adapter.")
-    raise _no_adapter(folder)
+    raise BadModel(f"{folder}: no {CONFIG} here. Pass --adapter_path with a run's output folder.")
 
 
-def _no_adapter(folder: Path) -> BadModel:
-    return BadModel(f"{folder}: no {CONFIG} here. Pass --adapter_path with a run's output folder.")
+def refuse_whole_model(folder: Path) -> None:
+    """Raise BadModel where a folder holds no adapter: a merged model, most likely, whose commands are named then."""
+    refuse_empty_folder(folder)
+    if not (folder / CONFIG).is_file():
+        chat = as_command(["chat", "--adapter_path", str(folder)])
+        serve = as_command(["serve", "--adapter_path", "RUN", "--served", str(folder)])
+        raise BadModel(
+            f"{folder} is a whole model, not an adapter: `atomtune merge` writes such folders. Pass --adapter_path "
+            f"with a run's output folder.\nTo talk to this model: {chat}\nTo serve it: {serve}"
+        )
 
 
 def base_of(folder: Path, model_path: str | None) -> str:
@@ -184,10 +193,8 @@ def base_of(folder: Path, model_path: str | None) -> str:
 
 def base_path_of(folder: Path) -> str:
     """The path of the base that an adapter was trained on, from the adapter's config."""
-    refuse_empty_folder(folder)
+    refuse_whole_model(folder)
     file = folder / CONFIG
-    if not file.is_file():
-        raise _no_adapter(folder)
     base = checked(file, AdapterConfig).base_model_name_or_path
     if not base:
         raise BadModel(f"{file}: base_model_name_or_path names no base. Pass --model_path with the base.")

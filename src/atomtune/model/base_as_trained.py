@@ -7,6 +7,7 @@ from atomtune.choices import Dtype, Quantize
 from atomtune.data.encoding.chat_template import Template
 from atomtune.errors import BadSettings
 from atomtune.extras import refuse_missing
+from atomtune.model.adapter import refuse_damaged
 from atomtune.model.adapter_folder import AdapterMetadata, base_of, template_of
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.load import BaseSpec, device_in_use, is_stored_quantized, resolve_dtype
@@ -15,10 +16,12 @@ from atomtune.model.load import BaseSpec, device_in_use, is_stored_quantized, re
 def adapter_and_base(
     folder: Path, *, model_path: str | None, trust_remote_code: bool, other_base: bool, notice: Callable[[str], None]
 ) -> tuple[Template, AdapterMetadata, str]:
-    """(template, metadata, path of the base) of a saved adapter; nothing is loaded.
+    """(template, metadata, path of the base) of a saved adapter; no base is loaded.
 
-    Raises BadModel for a folder without an adapter, or for a base that the adapter was not trained on.
+    A base that is not on this machine yet cannot be compared before it is loaded: see fingerprint.is_at_hand.
+    Raises BadModel for a folder without an adapter, a damaged adapter, or a base that it was not trained on.
     """
+    refuse_damaged(folder)
     template, metadata = template_of(folder, model_path=model_path, trust_remote_code=trust_remote_code, notice=notice)
     base_path = base_of(folder, model_path)
     refuse_other_base(base_path, metadata.base, anyway=other_base, notice=notice)

@@ -292,6 +292,7 @@ class RunRecordFile(JsonFile):
     settings: dict[str, RunSetting] | None = None
     records_held_out: list[str] | None = None
     data: RunData | None = None
+    exported_for: str | None = None
 
 
 class Control(JsonFile):

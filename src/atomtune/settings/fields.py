@@ -756,6 +756,15 @@ class ExportSettings(TokenizerSettings):
     other_base: bool = other_base_setting(rare=True)
 
 
+def base_of_adapter(settings: CertifySettings | ExportSettings | MergeSettings) -> dict[str, Any]:
+    """What model.base_as_trained.adapter_and_base needs to know of the base that the user chose."""
+    return {
+        "model_path": settings.model_path,
+        "trust_remote_code": settings.trust_remote_code,
+        "other_base": settings.other_base,
+    }
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunsSettings:
     """Runs"""

@@ -80,6 +80,8 @@ DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 #: Example values of list settings, for messages.
 EXAMPLES = {"dataset_path": "train.jsonl", "keys": "question=instruction", "roles": "bot=assistant"}
 
+#: What a command needs, though its class shares the setting with commands that do not need it.
+_NEEDED = {"inspect": ("dataset_path", "model_path"), "verify": ("dataset_path", "model_path")}
 #: Most combinations of a sweep; each is checked before the first trial.
 MOST_COMBINATIONS = 10_000
 #: Largest whole number, which a float can represent exactly. A run of 10**39 steps is a typing error, but would start.
@@ -142,9 +144,10 @@ def read_sweep(written: Written, *, notice: Callable[[str], None] = _say_nothing
     if "try_" in entries:
         entries["try_"] = replace(entries["try_"], value=as_words(entries["try_"].value))
     if not entries.keys() & {"dataset_path", "model_path"}:
-        if not entries.keys() & {"eval_size", "eval_path"}:  # the demo would have no held-out records
-            raise BadSettings(["A sweep needs --model_path and --dataset_path, also when it is resumed."])
-        entries = {**_demo_entries(reader), **entries}
+        if entries.keys() & {"eval_size", "eval_path"}:
+            entries = {**_demo_entries(reader), **entries}
+        else:  # the demo would have no held-out records
+            reader.problems.append("A sweep needs --model_path and --dataset_path, also when it is resumed.")
     own = types_of((SweepChoices,))
     choices = _validated(SweepChoices, {name: entry for name, entry in entries.items() if name in own}, reader.problems)
     of_the_run = {name: entry for name, entry in entries.items() if name not in own}
@@ -236,6 +239,10 @@ def read_settings(group: type[S], written: Written, *, command: str, notice: Cal
     entries = _entries(reader, written, notice)
     settings = _validated(group, entries, reader.problems)
     if settings is not None:
+        infos = field_infos([group])
+        reader.problems += [
+            _missing(name, infos[name]) for name in _NEEDED.get(command, ()) if not getattr(settings, name)
+        ]
         reader.problems += _ill_formed(vars(settings))
         reader.problems += contradictions(vars(settings), entries.keys())
     if reader.problems or settings is None:
@@ -289,7 +296,7 @@ def _validated(group: type[S], entries: Mapping[str, Entry], problems: list[str]
 def _misfit(name: str, entry: Entry | None, kind: Any, info: FieldInfo) -> str:
     """The message for a setting that its class did not accept."""
     if entry is None:
-        return f"--{name} is missing: {info.description}."
+        return _missing(name, info)
     if _holds_mappings(entry.value):
         paths = [str(item["path"]) for item in entry.value if isinstance(item, dict) and item.get("path")]
         example = f"[{', '.join(paths)}]" if len(paths) > 1 else "".join(paths) or EXAMPLES.get(name, "a b")
@@ -297,6 +304,10 @@ def _misfit(name: str, entry: Entry | None, kind: Any, info: FieldInfo) -> str:
         return f"{entry.origin}: {name}: expected words, for example `{name}: {example}`.{told}"
     advised = value_advice(name, entry.value, in_yaml=not entry.origin.startswith("--"), choices=choices_in(kind))
     return f"{entry.place(name)}: expected {expected(kind, info)}.{advised}"
+
+
+def _missing(name: str, info: FieldInfo) -> str:
+    return f"--{name} is missing: {info.description}."
 
 
 def _holds_mappings(value: Any) -> bool:

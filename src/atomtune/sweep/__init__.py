@@ -1,1 +1,1 @@
-"""Many runs with different settings, and which settings to take."""
+"""Many runs with different settings, to find the best ones."""

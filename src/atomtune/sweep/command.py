@@ -1,4 +1,4 @@
-"""Sweep: the command: says the time first, runs the trials one after another, and says which settings to take."""
+"""Sweep: the command. It estimates the time, runs the trials one after another, and names the best settings."""
 
 import contextlib
 import json
@@ -29,17 +29,17 @@ from atomtune.sweep.settings_file import write_settings
 from atomtune.sweep.trial_process import Progress, run_trial
 from atomtune.sweep.trials import DONE, Sweep, Trial, read_sweep_record, write_sweep
 
-#: How far the tried learning rates are apart where nothing is said: a half order of magnitude.
+#: Without --try: the factor between neighbouring learning rates, half an order of magnitude.
 RATE_FACTOR = 3
-#: What is searched with --trials where nothing is said: rates so far from the derived one, and these.
+#: With --trials and without --try: learning rates up to this factor from the derived one, and these values.
 RATE_REACH = 10
 USUAL_RANGES = {"lora_rank": ("4", "8", "16", "32", "64"), "lora_dropout": ("0", "0.05", "0.1")}
-#: plan counts every record once, so it does not know runs with these.
+#: `plan` counts every record once, so it cannot estimate runs with these settings.
 NOT_PLANNED = ("streaming", "mix")
 
 
 def sweep(settings: SweepSettings) -> int:
-    """Run `atomtune sweep`; the exit code, or an AtomtuneError that holds it."""
+    """Run `atomtune sweep` and return its exit code; an AtomtuneError holds its own."""
     folder, result = sweep_into_folder(settings, Console(stderr=settings.json))
     if settings.json:
         print_json({"folder": str(folder), **result.to_json(), "command": command_of_best(result, folder)})
@@ -47,10 +47,10 @@ def sweep(settings: SweepSettings) -> int:
 
 
 def sweep_into_folder(settings: SweepSettings, console: Console) -> tuple[Path, Sweep]:
-    """All trials, and the folder that holds them.
+    """Run all trials; return the folder that holds them, and their results.
 
-    Raises BadSettings, BadData or BadModel before the first trial, RunFailed where every trial failed, Stopped on a
-    signal: what is finished stays, and --resume goes on.
+    Raises BadSettings, BadData or BadModel before the first trial, RunFailed if every trial failed, and Stopped on a
+    signal: finished trials are kept, and --resume continues.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise BadSettings(["A sweep starts its trials itself, one process each: start it without torchrun."])
@@ -92,7 +92,7 @@ def _folder(settings: SweepSettings) -> Path:
 
 
 def _begin(settings: SweepSettings, folder: Path, console: Console) -> tuple[Sweep, Search]:
-    """The sweep as it stands in the folder, or a new one, planned."""
+    """The sweep that the folder holds, or a new one with its plan."""
     before = read_sweep_record(folder)
     if before is None:
         if any(path.name != ".lock" for path in folder.iterdir()):
@@ -111,7 +111,7 @@ def _begin(settings: SweepSettings, folder: Path, console: Console) -> tuple[Swe
 
 
 def _refuse_other_settings(settings: SweepSettings, before: Sweep) -> None:
-    """Raise BadSettings where this sweep's trials could not be compared with those of the folder."""
+    """Raise BadSettings if this sweep's trials could not be compared with those in the folder."""
     shared = json.loads(json.dumps(dict(settings.shared)))
     names = sorted(name for name in shared.keys() | before.shared.keys() if shared.get(name) != before.shared.get(name))
     problems = [
@@ -126,7 +126,7 @@ def _refuse_other_settings(settings: SweepSettings, before: Sweep) -> None:
 
 
 def _planned(settings: SweepSettings, folder: Path, console: Console) -> Sweep:
-    """A new sweep: what a trial will take, and what is tried where nothing was said."""
+    """A new sweep, with the time a trial takes and the values to try if the user named none."""
     tried = dict(settings.tried)
     if any(getattr(settings.train.data, name) for name in NOT_PLANNED):
         if "learning_rate" not in tried and not (tried and not settings.trials):
@@ -137,7 +137,7 @@ def _planned(settings: SweepSettings, folder: Path, console: Console) -> Sweep:
     console.say("Reading the records, and measuring how long a trial takes …")
     began = time.monotonic()
     forecast = _forecast(settings.shared, folder)
-    starting = time.monotonic() - began  # a trial starts Python, loads its libraries and reads the records too
+    starting = time.monotonic() - began  # each trial also starts Python, imports the libraries and reads the records
     held_out = int(forecast["records_held_out"])
     if not held_out and not settings.train.data.eval_path:
         raise UserError(
@@ -156,7 +156,7 @@ def _planned(settings: SweepSettings, folder: Path, console: Console) -> Sweep:
 
 
 def _usual(settings: SweepSettings, rate: float) -> dict[str, tuple[str, ...]]:
-    """What is tried where nothing was said, the usual value first; what the user wrote for all trials stays."""
+    """Values to try if the user named none, the usual value first. Settings that the user fixed are not tried."""
     if not settings.trials:
         return {"learning_rate": tuple(f"{value:.2g}" for value in (rate, rate / RATE_FACTOR, rate * RATE_FACTOR))}
     ranges = {"learning_rate": (f"{rate / RATE_REACH:.2g}:{rate * RATE_REACH:.2g}",), **USUAL_RANGES}
@@ -166,9 +166,9 @@ def _usual(settings: SweepSettings, rate: float) -> dict[str, tuple[str, ...]]:
 
 
 def _forecast(shared: Mapping[str, object], folder: Path) -> Mapping[str, float]:
-    """`atomtune plan` of a run with these settings, in a process of its own: this one loads no torch and holds no GPU.
+    """Run `atomtune plan` with these settings in its own process, so that this one imports no torch and uses no GPU.
 
-    Its records are encoded then, once for all trials. Raises the error that the run would raise.
+    It encodes the records, once for all trials. Raises the error that the run would raise.
     """
     file = folder / "plan.yaml"
     try:
@@ -209,7 +209,10 @@ def _search(settings: SweepSettings, sweep: Sweep) -> Search:
 
 
 def _first(settings: SweepSettings, sweep: Sweep) -> dict[str, str]:
-    """The middle of each range, which is the derived value where nothing was said, and the defaults of the others."""
+    """Settings of the first trial: the middle of each range, and the default where a list of values holds it.
+
+    Without --try the middle of the learning rates is the derived one.
+    """
     first = {}
     for name, values in sweep.tried.items():
         default = getattr(settings.train.lora, name, None)
@@ -221,11 +224,11 @@ def _first(settings: SweepSettings, sweep: Sweep) -> dict[str, str]:
 
 
 def _say_beginning(sweep: Sweep, search: Search, folder: Path, console: Console) -> None:
-    """What is tried, how often, where, and how long that takes."""
+    """Print the values to try, the number of trials, their folder and the time they take."""
     for name, values in sweep.tried.items():
         console.say(f"  {name}: {', '.join(values)}")
     done = sum(trial.status in DONE for trial in sweep.trials)
-    # Each part by itself: a text that is put together of several is not in the catalogue of another language.
+    # Each part is translated alone: the catalogue does not hold the joined text.
     text = translated(f"{search.total} trials")
     if done:
         text += translated(f", {done} of them done before")
@@ -240,7 +243,7 @@ def _say_beginning(sweep: Sweep, search: Search, folder: Path, console: Console)
 
 
 def _run_trials(sweep: Sweep, search: Search, folder: Path, console: Console) -> Sweep:
-    """Each trial that has no result yet, then one after another as the search chooses them."""
+    """Run the trials that have no result yet, then those that the search chooses, one after another."""
     attempted: set[int] = set()
     while (trial := _next(sweep, search, attempted)) is not None:
         attempted.add(trial.number)
@@ -266,8 +269,8 @@ def _next(sweep: Sweep, search: Search, attempted: set[int]) -> Trial | None:
 
 
 def _write_trial(sweep: Sweep, trial: Trial, folder: Path) -> None:
-    """The trial's settings as a file: `atomtune train` with it is this very run."""
-    # One checkpoint and the best are enough to resume and to choose; a sweep would fill a disk with more.
+    """Write the trial's settings as a file; `atomtune train FILE` repeats this run."""
+    # The last checkpoint and the best one are enough to resume and to choose; with more, a sweep would fill the disk.
     values = {"save_total_limit": "1", **sweep.shared, **trial.settings, "output_dir": str(folder / trial.name)}
     write_settings(folder / f"{trial.name}.yaml", values, comment=f"{trial.name} of a sweep: {trial.words()}")
 
@@ -280,7 +283,7 @@ def _held_out_in(folder: Path) -> int | None:
 
 @contextlib.contextmanager
 def _shown(trial: Trial, search: Search, console: Console, *, behind: Watch) -> Iterator[Watch]:
-    """A bar for the trial; what watches it draws it anew."""
+    """Show a progress bar for the trial; the function that it yields updates it."""
     name = translated(f"trial {trial.number} of {search.total}: {trial.words()}")
     if not console.is_terminal:
         console.say(name)
@@ -297,7 +300,7 @@ def _shown(trial: Trial, search: Search, console: Console, *, behind: Watch) -> 
 
 
 def _say_trial(sweep: Sweep, trial: Trial, search: Search, console: Console, *, attempted: set[int]) -> None:
-    """What it gave, and the time that is left by the trials so far."""
+    """Print the trial's result, and the remaining time estimated from the trials so far."""
     match trial.status:
         case "finished":
             text = translated(f"held-out loss {trial.eval_loss:.4f} at step {trial.best_step}")
@@ -317,7 +320,7 @@ def _say_trial(sweep: Sweep, trial: Trial, search: Search, console: Console, *, 
 
 
 def _stopped(folder: Path) -> Sweep:
-    """The sweep as its record has it, with the trial that was running marked as stopped."""
+    """The sweep as recorded, with the running trial marked as stopped."""
     sweep = read_sweep_record(folder)
     assert sweep is not None
     for trial in sweep.trials:
@@ -335,7 +338,7 @@ def _refuse_nothing_finished(sweep: Sweep) -> None:
 
 
 def _write_best(sweep: Sweep, folder: Path) -> None:
-    """run.yaml: the shared settings with the best trial's."""
+    """Write run.yaml: the shared settings and those of the best trial."""
     assert sweep.best is not None
     comment = f"The best settings of {len(sweep.trials)} trials, those of {sweep.best.name}: {sweep.best.words()}"
     write_settings(folder / BEST, {**sweep.shared, **sweep.best.settings}, comment=comment)

@@ -1,4 +1,4 @@
-"""Report: a sweep as a table, a few sentences, a picture and a page: which settings to take, and how sure that is."""
+"""Report: a sweep's result as a table, sentences, a picture and a page: the best settings, and how sure that is."""
 
 import base64
 import shlex
@@ -14,12 +14,12 @@ from atomtune.language import message, translated
 from atomtune.pages import picture, rendered
 from atomtune.sweep.trials import Sweep, Trial
 
-#: The best settings as a file for train, the curves, and all of it as a page.
+#: Files in the sweep's folder: the best settings for `train`, the loss curves, and the report as a page.
 BEST, PICTURE, PAGE = "run.yaml", "sweep.png", "sweep.html"
 
 
 def sentences(sweep: Sweep) -> list[str]:
-    """What the trials say: the best, what cannot be told from it, whether the range was wide enough, what failed."""
+    """The best trial, those that are not clearly worse, whether the range was wide enough, and the failed trials."""
     best = sweep.best
     if best is None or best.eval_loss is None:
         return ["No trial finished."]
@@ -39,7 +39,7 @@ def sentences(sweep: Sweep) -> list[str]:
 def _noise(sweep: Sweep, best: Trial) -> Iterator[str]:
     assert best.eval_loss is not None
     others = sweep.ranked()[1:]
-    # Other records, or another seed, would turn the order of these round.
+    # With other held-out records or another seed, their order could be reversed.
     close = [trial for trial in others if trial.eval_loss and trial.eval_loss <= best.eval_loss * (1 + NOISE)]
     records = f"{sweep.records_held_out:,} held-out records" if sweep.records_held_out else "so few records"
     if close:
@@ -54,7 +54,7 @@ def _noise(sweep: Sweep, best: Trial) -> Iterator[str]:
 
 
 def _at_an_end(sweep: Sweep, best: Trial) -> Iterator[str]:
-    """A best value at the end of what was tried may not be the best there is."""
+    """A sentence for each setting whose best value is the lowest or highest tried: a better one may lie beyond it."""
     for name, word in best.settings.items():
         try:
             numbers = sorted({float(trial.settings[name]) for trial in sweep.ranked()})
@@ -69,12 +69,12 @@ def _at_an_end(sweep: Sweep, best: Trial) -> Iterator[str]:
 
 
 def command_of_best(sweep: Sweep, folder: Path) -> str:
-    """The command that trains with the best settings; that adapter is in the best trial's folder already."""
+    """The command that trains with the best settings again; the best trial's folder already holds that adapter."""
     return f"{program()} train {shlex.quote(str(folder / BEST))} --output_dir {shlex.quote(f'{folder}-best')}"
 
 
 def commands(sweep: Sweep, folder: Path) -> list[str]:
-    """What a user does next, each to be copied as it stands."""
+    """The user's next commands, ready to copy."""
     assert sweep.best is not None
     best = shlex.quote(str(folder / sweep.best.name))
     return [
@@ -85,7 +85,7 @@ def commands(sweep: Sweep, folder: Path) -> list[str]:
 
 
 def rows(sweep: Sweep) -> list[list[str]]:
-    """The trials, the best first: name, what was tried, loss, step, seconds, how it ended."""
+    """A row for each trial, the best first: name, values tried, loss, step, seconds, status."""
     names = list(dict.fromkeys(name for trial in sweep.trials for name in trial.settings))
     unfinished = [trial for trial in sweep.trials if trial not in sweep.ranked()]
     table = []
@@ -105,7 +105,7 @@ def headings(sweep: Sweep) -> list[str]:
 def say_result(sweep: Sweep, folder: Path, console: Console) -> None:
     table = Table(box=None)
     for heading in headings(sweep):
-        table.add_column(translated(heading), overflow="fold")  # a value that is cut short would be of no use
+        table.add_column(translated(heading), overflow="fold")  # a truncated value would be useless
     for row in rows(sweep):
         table.add_row(*row)
     console.say("")
@@ -120,7 +120,7 @@ def say_result(sweep: Sweep, folder: Path, console: Console) -> None:
 
 
 def draw(sweep: Sweep, path: Path) -> None:
-    """The held-out loss of every trial by step; the best one strong."""
+    """Draw the held-out loss of every trial by step, with the best trial highlighted."""
     best = sweep.best
     with picture(path, loss=message("held-out loss per token (nats)")) as axes:
         for trial in [trial for trial in sweep.trials if trial.eval_history]:
@@ -133,14 +133,14 @@ def draw(sweep: Sweep, path: Path) -> None:
 
 
 def write_report(sweep: Sweep, folder: Path) -> None:
-    """sweep.png and sweep.html."""
+    """Write sweep.png and sweep.html."""
     draw(sweep, folder / PICTURE)
     image = base64.b64encode((folder / PICTURE).read_bytes()).decode()
     write_text(folder / PAGE, page(sweep, title=folder.name, image=image, commands=commands(sweep, folder)))
 
 
 def page(sweep: Sweep, *, title: str, image: str, commands: Sequence[str]) -> str:
-    """The sweep as HTML that opens from disk, loads nothing and runs no script; image: the PNG in base64."""
+    """The sweep as one HTML file that loads nothing else and runs no script; image: the PNG in base64."""
     return rendered(
         "sweep",
         "sweep.html.jinja",

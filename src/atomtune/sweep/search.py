@@ -1,4 +1,4 @@
-"""Search: which settings the next trial gets: every combination in turn, or by what the earlier trials gave."""
+"""Search: the settings of the next trial: every combination in turn, or chosen by the results so far."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,9 +8,9 @@ from atomtune.settings.tried import ends_of, is_range, points_of
 from atomtune.sweep.trial_process import Progress
 from atomtune.sweep.trials import Trial
 
-#: A range whose ends are this far apart is searched by factors and not by differences.
+#: A range whose ends differ by at least this factor is searched on a logarithmic scale.
 WIDE = 10
-#: Before so many trials have finished none is stopped early, nor before this part of its steps, in percent.
+#: No trial is stopped early before so many have finished, nor before this percentage of its own steps.
 TRIALS_BEFORE_PRUNING, PERCENT_BEFORE_PRUNING = 3, 20
 
 Watch = Callable[[Progress], bool]
@@ -22,14 +22,14 @@ class Search(Protocol):
     total: int
 
     def next(self, trials: Sequence[Trial]) -> dict[str, str] | None:
-        """The settings of one more trial behind these; None where there are enough."""
+        """The settings of the trial after these; None if there are enough."""
 
     def watching(self, trial: Trial, trials: Sequence[Trial]) -> Watch:
-        """Whether this trial, so far along, is to be stopped as one that is clearly behind the others."""
+        """A function that says by a trial's progress whether to stop it because it is clearly worse than the others."""
 
 
 class Grid:
-    """Every combination of the values, in the order in which they were written."""
+    """Every combination of the values, in the order they were written."""
 
     def __init__(self, tried: Mapping[str, tuple[str, ...]]) -> None:
         self.points = points_of(tried)
@@ -44,9 +44,9 @@ class Grid:
 
 
 class Sampled:
-    """optuna's: the tree-structured Parzen estimator chooses, and trials behind the median are stopped.
+    """optuna's search: its tree-structured Parzen estimator chooses, and trials worse than the median are stopped.
 
-    first  the settings of the first trial, those a run takes by itself where they are known
+    first  the settings of the first trial: those that a run would choose by itself, if they are known
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class Sampled:
         return is_behind
 
     def _study(self, trials: Sequence[Trial]) -> Any:
-        """A study that knows these trials; sweep.json is what stays of it, so a sweep goes on where it was stopped."""
+        """An optuna study of these trials, made anew each time; sweep.json holds all that a stopped sweep needs."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         study = optuna.create_study(
-            # Another seed for each trial: a study that was just made would draw the same again.
+            # The seed differs for each trial: a new study would otherwise draw the same values again.
             sampler=optuna.samplers.TPESampler(seed=self.seed + len(trials), n_startup_trials=4),
             pruner=optuna.pruners.MedianPruner(
                 n_startup_trials=TRIALS_BEFORE_PRUNING, n_warmup_steps=PERCENT_BEFORE_PRUNING
@@ -119,7 +119,7 @@ class Sampled:
         return study
 
     def _value(self, name: str, word: str) -> Any:
-        """A setting as optuna counts it, inside its range: `3.33e-05` may have been rounded out of it."""
+        """A setting as optuna's value, inside its range: rounding, as to `3.33e-05`, may have moved it outside."""
         import optuna
 
         distribution = self.distributions[name]
@@ -130,7 +130,7 @@ class Sampled:
 
 
 def middle_of(written: str) -> str:
-    """The number in the middle of a range; by factors where its ends are far apart."""
+    """The middle of a range; the geometric mean if its ends are far apart."""
     low, high = ends_of(written)
     middle = math.sqrt(low * high) if _is_wide(low, high) else (low + high) / 2
     return f"{middle:.3g}"
@@ -141,7 +141,7 @@ def _is_wide(low: float, high: float) -> bool:
 
 
 def _distribution(values: tuple[str, ...], *, whole: bool) -> Any:
-    """One value of several, or a number of a range."""
+    """optuna's distribution over listed values, or over a range of numbers."""
     import optuna
 
     if len(values) > 1 or not is_range(values[0]):
@@ -153,10 +153,10 @@ def _distribution(values: tuple[str, ...], *, whole: bool) -> Any:
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
-    """A type, or those of a union."""
+    """The members of a union type; of any other type, itself."""
     return (kind, *getattr(kind, "__args__", ()))
 
 
 def _by_percent(history: Sequence[tuple[int, float]], steps: int) -> dict[int, float]:
-    """Percent of the steps → held-out loss: trials of different lengths are compared where they are equally far."""
+    """Percent of the steps → held-out loss, so that trials of different lengths are compared at the same progress."""
     return {round(100 * step / steps): loss for step, loss in history if step > 0 and steps and math.isfinite(loss)}

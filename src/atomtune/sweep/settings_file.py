@@ -1,4 +1,4 @@
-"""Settings file: settings as the YAML that `atomtune train` reads."""
+"""Settings file: settings as YAML for `atomtune train`."""
 
 import json
 import re
@@ -8,13 +8,13 @@ from typing import Any
 
 from atomtune.disk import write_text
 
-#: Words that YAML reads as the text they are: a number, a path, a name.
+#: Words that need no quotes in YAML: numbers, paths and names.
 _PLAIN = re.compile(r"[A-Za-z0-9/][A-Za-z0-9_./@+-]*")
 _NOT_TEXT = ("null", "Null", "NULL")
 
 
 def write_settings(path: Path, settings: Mapping[str, Any], *, comment: str) -> None:
-    """`name: value` lines under a comment."""
+    """Write `name: value` lines under a comment."""
     lines = [f"# {comment}", *(f"{name}: {_written(value)}" for name, value in settings.items())]
     write_text(path, "".join(f"{line}\n" for line in lines))
 
@@ -24,4 +24,4 @@ def _written(value: Any) -> str:
         return f"[{', '.join(_written(item) for item in value)}]"
     if isinstance(value, str):
         return value if _PLAIN.fullmatch(value) and value not in _NOT_TEXT else json.dumps(value, ensure_ascii=False)
-    return json.dumps(value, ensure_ascii=False)  # JSON is YAML
+    return json.dumps(value, ensure_ascii=False)  # JSON is valid YAML

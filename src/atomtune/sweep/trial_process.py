@@ -1,7 +1,7 @@
-"""Trial process: one trial as `atomtune train` in a process of its own.
+"""Trial process: one trial as `atomtune train` in its own process.
 
-A process a trial: one that the system kills for its memory ends alone, no memory of a GPU stays behind, and a trial is
-the very run that its command gives. The price is starting Python and its libraries, some seconds a trial.
+If the system kills a trial for its memory, the sweep goes on; no GPU memory stays occupied; and a trial is exactly the
+run that its command gives. The price is a few seconds a trial for starting Python and importing the libraries.
 """
 
 import contextlib
@@ -21,15 +21,15 @@ from atomtune.errors import ExitCode
 from atomtune.process import end_with_parent
 from atomtune.sweep.trials import Trial
 
-#: Seconds between two looks at a trial.
+#: Seconds between two checks of a trial's progress.
 LOOK_EVERY = 0.5
-#: How long a trial may take for its checkpoint when it is stopped a second time, in seconds.
+#: Seconds that a trial gets to end after it was stopped a second time; then it is killed.
 ENDS_WITHIN = 20
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a trial is, from its run.json."""
+    """A trial's progress, read from its run.json."""
 
     steps: int = 0
     steps_planned: int = 0
@@ -41,11 +41,11 @@ class Progress:
 
 
 def run_trial(trial: Trial, folder: Path, *, watch: Callable[[Progress], bool]) -> Trial:
-    """Run a trial until it ends, and what it gave.
+    """Run a trial to its end and return it with its result.
 
-    folder  of the sweep; it holds the trial's file of settings
-    watch   is told the progress, and says whether to stop the trial as one that is clearly behind
-    Raises KeyboardInterrupt, when the trial has saved its checkpoint and ended.
+    folder  the sweep's folder, which holds the trial's settings file
+    watch   gets the progress; returns True to stop a trial that is clearly worse than the others
+    Raises KeyboardInterrupt after the trial has saved its checkpoint and ended.
     """
     began, pruned = time.monotonic(), False
     log = folder / f"{trial.name}.log"
@@ -65,8 +65,8 @@ def run_trial(trial: Trial, folder: Path, *, watch: Callable[[Progress], bool]) 
 
 @contextlib.contextmanager
 def _process(words: Sequence[str], output: IO[bytes]) -> Iterator["subprocess.Popen[bytes]"]:
-    """`atomtune WORDS` in a session of its own: a Ctrl-C reaches it through us, once. It ends when the block does."""
-    # English, as its log is read here for the reason of a failure.
+    """`atomtune WORDS` in its own session: a Ctrl-C reaches it only once, through us. It ends with the block."""
+    # In English, because `_reason` searches its log.
     environment = {**os.environ, "ATOMTUNE_LANGUAGE": "en"}
     process = subprocess.Popen(
         [sys.executable, "-m", "atomtune", *words],
@@ -85,7 +85,7 @@ def _process(words: Sequence[str], output: IO[bytes]) -> Iterator["subprocess.Po
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Have it save a checkpoint and end; asked a second time, it ends at once."""
+    """Let it save a checkpoint and end; a second Ctrl-C ends it at once."""
     process.terminate()
     try:
         process.wait()
@@ -99,7 +99,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def progress_of(folder: Path) -> Progress:
-    """From the trial's run.json; nothing where it has not begun."""
+    """The progress in a trial's run.json; all zero before the trial has begun."""
     record = _record_of(folder)
     with contextlib.suppress(TypeError, KeyError, ValueError):
         history = tuple((int(entry["step"]), float(entry["loss"])) for entry in record.get("eval_history", ()))
@@ -115,10 +115,10 @@ def _record_of(folder: Path) -> Mapping[str, Any]:
 
 
 def result_of(trial: Trial, folder: Path, *, code: int, pruned: bool, said: str) -> Trial:
-    """The trial as it ended.
+    """The trial with its result.
 
     code    its exit code; negative: the signal that killed it
-    pruned  whether it was told to stop as one that is behind
+    pruned  whether it was stopped because it was clearly worse than the others
     said    its output
     """
     record, progress = _record_of(folder / trial.name), progress_of(folder / trial.name)
@@ -143,12 +143,12 @@ def result_of(trial: Trial, folder: Path, *, code: int, pruned: bool, said: str)
 
 
 def _reason(code: int, said: str) -> str:
-    """What the run said of its end, in one line; of one that was killed, by what."""
+    """Why the run failed, in one line of its output; for a killed run, the signal."""
     if code < 0:
         killed = f"killed by {signal.Signals(-code).name}"
         return f"{killed}; most likely there was too little memory" if -code == 9 else killed
     before, marker, words = said.rpartition("atomtune train: ")
-    if code == ExitCode.BUG and before.strip():  # "report the lines above", of which the last one says what happened
+    if code == ExitCode.BUG and before.strip():  # the last line before "this is a bug" names the error
         words, marker = before, ""
     lines = [line for line in words.splitlines() if line.strip()]
     if not lines:

@@ -1,4 +1,4 @@
-"""Trials: the runs of a sweep, what each tried and gave, as sweep.json keeps them."""
+"""Trials: the runs of a sweep with their settings and results, as sweep.json holds them."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from atomtune.errors import BadSettings
 RECORD = "sweep.json"
 
 Status = Literal["waiting", "running", "finished", "pruned", "stopped", "failed"]
-#: They have a result; a sweep that goes on leaves them as they are.
+#: Trials with a result, which a resumed sweep does not repeat.
 DONE = ("finished", "pruned")
 
 
@@ -22,12 +22,12 @@ DONE = ("finished", "pruned")
 class Trial:
     """One run of a sweep.
 
-    settings       what this trial tries: setting → value as written
-    eval_loss      held-out loss of its adapter, in nats per token; of a pruned trial the lowest it had reached
-    best_step      the step that adapter is of
+    settings       the values that this trial tries: setting → value as written
+    eval_loss      held-out loss of its adapter, in nats per token; for a pruned trial, the lowest that it reached
+    best_step      the step at which that adapter was saved
     loss_before    held-out loss before the first step
     eval_history   (step, held-out loss), in order
-    seconds        that its processes took, loading and evaluating included
+    seconds        the time of its processes, with loading and evaluation
     reason         why it failed
     """
 
@@ -43,7 +43,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Its folder in the sweep's, its file of settings and its log."""
+        """The name of its folder, its settings file and its log."""
         return f"trial-{self.number}"
 
     def words(self) -> str:
@@ -53,12 +53,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All that a sweep knows.
+    """A sweep as recorded in sweep.json.
 
     shared            the settings of every trial, as written
     tried             setting → its values, or one range
-    seconds_expected  of one trial without its evaluations, by `atomtune plan`; None where that cannot be told
-    records_held_out  how many records decide; None until a trial has counted them
+    seconds_expected  estimate by `atomtune plan` for one trial without its evaluations; None if there is none
+    records_held_out  the number of held-out records; None until a trial has counted them
     """
 
     status: Literal["running", "stopped", "finished"]
@@ -69,12 +69,12 @@ class Sweep:
     records_held_out: int | None = None
 
     def with_trial(self, trial: Trial) -> "Sweep":
-        """The same with this trial in the place of the one with its number, or behind all."""
+        """A copy in which this trial replaces the one with its number, or comes last."""
         trials = {**{other.number: other for other in self.trials}, trial.number: trial}
         return replace(self, trials=tuple(trials.values()))
 
     def ranked(self) -> list[Trial]:
-        """Finished trials, the lowest held-out loss first; of equal ones the earlier."""
+        """Finished trials, the lowest held-out loss first; of equal ones, the earlier first."""
         finished = [trial for trial in self.trials if trial.status == "finished" and trial.eval_loss is not None]
         return sorted(
             finished, key=lambda trial: (math.inf if trial.eval_loss is None else trial.eval_loss, trial.number)
@@ -95,7 +95,7 @@ def write_sweep(folder: Path, sweep: Sweep) -> None:
 
 
 def read_sweep_record(folder: Path) -> Sweep | None:
-    """The sweep that a folder holds; None where it holds none. Raises BadSettings for a record that is not ours."""
+    """The sweep that a folder holds, or None. Raises BadSettings for a sweep.json that `sweep` did not write."""
     try:
         sweep = _SWEEPS.validate_python(read_json_object(folder / RECORD))
     except FileNotFoundError:
@@ -110,5 +110,5 @@ def read_sweep_record(folder: Path) -> Sweep | None:
     return replace(sweep, status="running")
 
 
-#: Reads a record and checks every value in it.
+#: Reads sweep.json and checks every value.
 _SWEEPS = TypeAdapter(Sweep)

@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 from transformers import TrainingArguments
 
-from atomtune.disk import disk_failed
+from atomtune.disk import disk_failed, disk_reason
 from atomtune.errors import AtomtuneError, RunFailed, Stopped
 from atomtune.model.failures import of_the_model
 from atomtune.train.checkpoint.atomic import checkpoints, damage
@@ -32,8 +32,9 @@ def told_to_user(error: BaseException, args: TrainingArguments, *, again: str) -
         cache = Path(datasets.config.HF_DATASETS_CACHE)  # the cache of encoded records, often on another disk
         there = [path for path in (folder, cache) if path.is_dir()]
         full = min(there, key=lambda path: shutil.disk_usage(path).free, default=folder)
+        reason = disk_reason(error, full)
         return RunFailed(
-            f"The disk is full or failing: {full} could not be written ({error}).\nLast complete checkpoint: "
+            f"The disk is full or failing: {full} could not be written ({reason}).\nLast complete checkpoint: "
             f"{newest_whole or 'none'}. Free some space (--save_total_limit keeps fewer checkpoints; HF_DATASETS_CACHE "
             "names another place for encoded records), then continue with --resume."
         )

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import ExportableState
 
-from atomtune.disk import disk_failed, identity_of, new_folder, write_text
+from atomtune.disk import disk_failed, disk_reason, identity_of, new_folder, write_text
 from atomtune.errors import BadModel, RunFailed, listing
 from atomtune.model.adapter import fill_again, refuse_not_finite, refuse_unlike
 from atomtune.model.adapter_folder import AdapterMetadata
@@ -156,9 +156,10 @@ class SavingTrainer(Trainer):
         """
         self.failed_saves += 1
         newest_whole = next((path for path in checkpoints(Path(self.args.output_dir)) if not damage(path)), None)
+        reason = disk_reason(error, Path(self.args.output_dir)) if error else "another rank failed"
         what = (
-            f"checkpoint-{self.state.global_step} could not be written: {error or 'another rank failed'}.\nLast "
-            f"complete checkpoint: {newest_whole or 'none'}."
+            f"checkpoint-{self.state.global_step} could not be written: {reason}.\nLast complete checkpoint: "
+            f"{newest_whole or 'none'}."
         )
         if self.failed_saves >= FAILED_SAVES or self.control.should_training_stop:
             raise RunFailed(
