@@ -205,13 +205,16 @@ def _steps(context: Context, values: Iterable[Any]) -> Iterator[Any]:
 
 
 class Generation(Extension):
-    """`{% generation %}` marks an answer for other trainers; what stands inside is written as it is."""
+    """`{% generation %}` marks an answer for other trainers; what stands inside is written as it is.
+
+    A name that is set inside is not known behind it: transformers makes a macro of the block.
+    """
 
     tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
 
-    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        lineno = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=lineno)
 
 
 def refuse_longer(length: int) -> None:
