@@ -1,7 +1,7 @@
 """Model: the base of one run with its adapter, loaded, checked and put on its device."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import peft
@@ -47,15 +47,15 @@ def device_of(run: RunContext) -> torch.device:
     return torch.device("cpu") if run.args.use_cpu else device_in_use()
 
 
-def dtype_of(run: RunContext) -> torch.dtype:
-    """The number format of the base's weights in this run."""
+def dtype_of(run: RunContext, *, notice: Callable[[str], None] = lambda text: None) -> torch.dtype:
+    """The number format of the base's weights in this run; said once, where they are loaded."""
     trainer = run.settings.trainer
     return resolve_dtype(
         run.settings.model.dtype,
         device_of(run),
         fp16=bool(trainer.get("fp16")),
         bf16=bool(trainer.get("bf16")),
-        notice=run.console.notice,
+        notice=notice,
     )
 
 
@@ -64,7 +64,7 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
 
     longest_tokens  of any example: what the base's positions must hold
     """
-    device, dtype = device_of(run), dtype_of(run)
+    device, dtype = device_of(run), dtype_of(run, notice=run.console.notice)
     _say_what_is_not_used(run, device, dtype)
     run.console.say(translated(f"loading {run.settings.model.model_path} …"))
     base = load_base(BaseSpec(**run.settings.model.base(), dtype=dtype, device=device))
