@@ -4,16 +4,26 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.quantization_config import QuantizationMethod
 
 from atomtune.errors import BadModel, BadSettings
+from atomtune.model import load
 from atomtune.model.base_shape import base_shape
-from atomtune.model.load import BaseSpec, device_in_use, load_base, load_tokenizer, resolve_dtype
+from atomtune.model.load import (
+    BaseSpec,
+    device_in_use,
+    load_base,
+    load_dequantized,
+    load_tokenizer,
+    resolve_dtype,
+)
 from tests import tiny
 from tests.tiny import CAPPED, texts
 
@@ -200,3 +210,14 @@ def test_evaluating_a_base_in_4_bits_leaves_its_gradients_as_they_were(tmp_path,
     with torch.no_grad():
         base(inputs_embeds=embeddings)
     assert torch.equal(gradient(), before)
+
+
+def test_a_base_that_cannot_be_dequantized_is_named_by_how_it_is_stored(monkeypatch):
+    def dequantize(dtype):
+        raise NotImplementedError
+
+    config = SimpleNamespace(quantization_config=SimpleNamespace(quant_method=QuantizationMethod.TORCHAO))
+    stored = SimpleNamespace(is_quantized=True, dequantize=dequantize, config=config)
+    monkeypatch.setattr(load, "load_base", lambda spec: stored)  # torchao itself is not installed for tests
+    with pytest.raises(BadModel, match="stored as torchao, which cannot be dequantized"):
+        load_dequantized(BaseSpec(path="base", dtype=torch.float32, device=CPU))

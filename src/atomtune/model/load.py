@@ -303,6 +303,7 @@ def load_dequantized(spec: BaseSpec, *, trained_in: Dtype = "auto") -> CausalLM:
         plain: CausalLM = base.dequantize(dtype=spec.dtype)  # type: ignore[operator]  # nn.Module's attributes are tensors
     except NotImplementedError:  # a way of quantizing that transformers cannot turn back
         method = getattr(base.config.quantization_config, "quant_method", "quantized")
+        method = getattr(method, "value", method)  # an enum's, whose own text is QuantizationMethod.TORCHAO
         raise BadModel(
             f"{spec.path}: its weights are stored as {method}, which cannot be dequantized to merge into them. Pass "
             "--model_path with the base that is not quantized, and --other_base."
