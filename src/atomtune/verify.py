@@ -241,7 +241,7 @@ def _keep_tokens_apart(base: CausalLM) -> None:
     what else is in the batch, padded or not: 2e-2 of a gradient on a tiny Llama, where a wrong layout would not show.
     """
     for module in base.modules():
-        state = getattr(module, "state", None)
+        state: Any = getattr(module, "state", None)
         if hasattr(state, "threshold"):
             state.threshold = 0.0
 
