@@ -10,7 +10,8 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.quantization_config import QuantizationMethod
 
 from atomtune.errors import BadModel, BadSettings
@@ -40,6 +41,22 @@ def test_a_lone_tokenizer_model_reads_as_sentencepiece_does(models):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert ids == truth.encode(text), text
         assert tokenizer.decode(ids) == truth.decode(ids), text
+
+
+def test_a_text_is_read_back_with_the_spaces_that_its_tokens_have(tmp_path):
+    # A streamed answer lost characters too: the text so far changed with the next token.
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Replace("▁", " ")
+    answer = "I keep the light , he said . Don 't ask !"
+    backend.train_from_iterator([answer, *texts()], trainers.UnigramTrainer(vocab_size=400, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", clean_up_tokenization_spaces=True, chat_template=tiny.CHATML
+    )
+    tokenizer.save_pretrained(tmp_path)
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) != answer
+    assert load_tokenizer(str(tmp_path)).decode(ids) == answer
 
 
 def test_the_lone_tokenizer_survives_saving(models, tmp_path):

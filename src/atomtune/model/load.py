@@ -130,6 +130,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
                 f"{path}: the rules in its tokenizer.json turn one character into {characters:,}; no published "
                 "tokenizer does. Use the tokenizer that was published with the model."
             )
+        # Made for BERT: "a , b" of a model's answer would be shown, compared and scored as "a, b".
+        tokenizer.clean_up_tokenization_spaces = False
         # Special tokens that contradict each other show when they are asked for, and a regex when it meets a text.
         _ = tokenizer.all_special_ids, tokenizer("Hi, 1 2\n你好")
     return tokenizer
