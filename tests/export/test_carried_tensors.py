@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atomtune.cli import main
-from atomtune.export.carried_tensors import carry_over, changed
+from atomtune.export.carried_tensors import carry_over, changed, keep_unrounded
 from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.fingerprint import INDEX, weight_files
 from atomtune.model.load import BaseSpec, load_base
@@ -110,6 +110,28 @@ def test_what_a_bases_files_hold_in_float32_beside_bfloat16_is_written_unrounded
             assert torch.equal(tensor, unrounded[name]), name
         else:
             assert torch.equal(tensor, stored[name].to(tensor.dtype)) and tensor.itemsize == 2, name
+
+
+def test_tensors_are_kept_unrounded_in_the_shards_that_hold_them(models, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    model = AutoModelForCausalLM.from_pretrained(models("llama"))
+    model.save_pretrained(base)
+    model.bfloat16().save_pretrained(out, max_shard_size="40KB")
+    shards = weight_files(out)
+    assert len(shards) > 1
+    changed_one = "model.layers.0.mlp.up_proj.weight"
+    (shard,) = [file for file in shards if changed_one in load_file(file)]
+    save_file({**load_file(shard), changed_one: torch.zeros(64, 32)}, shard, metadata={"format": "pt"})
+
+    stored = load_file(base / "model.safetensors")
+    assert set(keep_unrounded(base, out, dtype=torch.bfloat16)) == stored.keys() - {changed_one}
+    assert changed(base, out, stored.keys()) == [changed_one]
+    assert weight_files(out) == shards and {file.suffix for file in out.iterdir()} == {".json", ".safetensors"}
+    index = json.loads((out / INDEX).read_text())
+    written = {name: (file.name, tensor.nbytes) for file in shards for name, tensor in load_file(file).items()}
+    assert index["weight_map"] == {name: file for name, (file, _) in written.items()}
+    assert index["metadata"]["total_size"] == sum(size for _, size in written.values())
+    assert keep_unrounded(base, out, dtype=torch.float32) == (), "nothing has more bits than such a base's dtype"
 
 
 def test_a_carried_tensor_that_is_another_is_told(models, tmp_path):
