@@ -219,7 +219,8 @@ def test_trls_trainer_learns_it_on_two_ranks_too(models, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_trls_trainer_learns_what_it_learns_without_sharing(models, tmp_path):
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_trls_trainer_learns_what_it_learns_without_sharing(models, tmp_path, label_smoothing):
     trl = pytest.importorskip("trl")
     rows = examples_with_a_shared_beginning()
     dataset = Dataset.from_list(rows)
@@ -237,6 +238,7 @@ def test_trls_trainer_learns_what_it_learns_without_sharing(models, tmp_path):
                 gradient_accumulation_steps=2,
                 max_steps=5,
                 learning_rate=1e-3,
+                label_smoothing_factor=label_smoothing,
                 logging_steps=1,
                 save_strategy="no",
                 report_to="none",
@@ -256,3 +258,15 @@ def test_trls_trainer_learns_what_it_learns_without_sharing(models, tmp_path):
     assert len(histories[0]) == 5
     assert histories[1] == pytest.approx(histories[0], rel=1e-4)  # logged with few digits
     assert_equal_adapters(trained[1], trained[0], rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trls_other_losses_are_refused_and_not_left_out(models, tmp_path):
+    trl = pytest.importorskip("trl")
+    with pytest.raises(ValueError, match="loss_type 'dft'"):
+        example_module("share_prefixes_trl").SharingSFTTrainer(
+            model=AutoModelForCausalLM.from_pretrained(models("qwen3")),
+            args=trl.SFTConfig(output_dir=str(tmp_path), loss_type="dft", use_cpu=True, bf16=False, report_to="none"),
+            train_dataset=Dataset.from_list(examples_with_a_shared_beginning()),
+            processing_class=AutoTokenizer.from_pretrained(models("qwen3")),
+        )

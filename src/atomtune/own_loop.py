@@ -54,13 +54,19 @@ class PrefixSharing:
         return {**laid, "labels": torch.cat([torch.tensor([IGNORED]), learned])}
 
     def loss(
-        self, model: nn.Module, batch: Mapping[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+        *,
+        label_smoothing: float = 0.0,
     ) -> torch.Tensor:
         """Mean nats per learned token, of this batch or of all batches of a step.
 
         num_items_in_batch  learned tokens in all batches of the step (the Trainer passes it); default: this batch's.
             With several processes whose gradients are averaged, it counts the tokens of all. Then the loss must be
             multiplied by the number of processes, as the Trainer does with its own.
+        label_smoothing  the share of each target that is spread over the whole vocabulary
         Raises BadSettings if NEFTune's noise would be drawn per row instead of per example.
         """
         embedding = innermost(model).get_input_embeddings()
@@ -72,7 +78,7 @@ class PrefixSharing:
                 ]
             )
         device = embedding.weight.device
-        nats, count = target_nats(model, send_to_device(dict(batch), device))
+        nats, count = target_nats(model, send_to_device(dict(batch), device), label_smoothing=label_smoothing)
         targets = count if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=nats.device)
         return nats / targets.clamp(min=1)
 

@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atomtune.cli import main
-from atomtune.export.carried_tensors import carry_over, changed
+from atomtune.export.carried_tensors import carry_over, changed, keep_unrounded
 from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.fingerprint import INDEX, weight_files
 from atomtune.model.load import BaseSpec, load_base
+from tests.hybrids import write_walked
 
 MORE = {"mtp.norm.weight": torch.arange(4, dtype=torch.bfloat16), "mtp.fc.weight": torch.randn(3, 5)}
 #: What a base's files may hold beside what its class loads, which then says nothing of it.
@@ -74,6 +75,63 @@ def test_a_base_whose_files_lack_the_prefix_of_the_class_is_loaded_and_not_carri
     assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(out)]) == 0
     names = {name for file in weight_files(out) for name in load_file(file)}
     assert names == {*load_file(models(family) / "model.safetensors"), *IGNORED[family]}
+
+
+@pytest.mark.parametrize("more", [[], ["--dtype", "float16"]])
+def test_what_a_bases_files_hold_in_float32_beside_bfloat16_is_written_unrounded(tmp_path, capsys, more):
+    # As Qwen3.5's A_log and norms are. transformers rounds them, vLLM and SGLang do not.
+    base, adapter, out = write_walked("qwen3_5_text", tmp_path / "base"), tmp_path / "adapter", tmp_path / "out"
+    file = base / "model.safetensors"
+    draw = torch.Generator().manual_seed(5)
+    stored = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+    unrounded = {name: torch.rand(stored[name].shape, generator=draw) for name in stored if "A_log" in name}
+    changed_too = "model.layers.0.mlp.down_proj.weight"
+    unrounded[changed_too] = torch.randn(stored[changed_too].shape, generator=draw)
+    save_file({**stored, **unrounded}, file, metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+
+    lora = LoraSpec(rank=4, alpha=4, dropout=0.0, targets=["down_proj"])
+    model = new_adapter(load_base(BaseSpec(path=str(base), dtype=torch.float32, device=torch.device("cpu"))), lora)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            if tensor.requires_grad:
+                tensor.normal_(std=0.1)
+    model.save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(base).save_pretrained(adapter)
+    assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(out), *more]) == 0
+    assert "tensors that the base's files hold in more bits" in capsys.readouterr().out
+    merged = load_file(out / "model.safetensors")
+    assert merged.keys() == stored.keys()
+    for name, tensor in merged.items():
+        if "down_proj" in name:
+            assert tensor.dtype == (torch.float16 if more else torch.bfloat16)
+        elif name in unrounded:
+            assert torch.equal(tensor, unrounded[name]), name
+        else:
+            assert torch.equal(tensor, stored[name].to(tensor.dtype)) and tensor.itemsize == 2, name
+
+
+def test_tensors_are_kept_unrounded_in_the_shards_that_hold_them(models, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    model = AutoModelForCausalLM.from_pretrained(models("llama"))
+    model.save_pretrained(base)
+    model.bfloat16().save_pretrained(out, max_shard_size="40KB")
+    shards = weight_files(out)
+    assert len(shards) > 1
+    changed_one = "model.layers.0.mlp.up_proj.weight"
+    (shard,) = [file for file in shards if changed_one in load_file(file)]
+    save_file({**load_file(shard), changed_one: torch.zeros(64, 32)}, shard, metadata={"format": "pt"})
+
+    stored = load_file(base / "model.safetensors")
+    assert set(keep_unrounded(base, out, dtype=torch.bfloat16)) == stored.keys() - {changed_one}
+    assert changed(base, out, stored.keys()) == [changed_one]
+    assert weight_files(out) == shards and {file.suffix for file in out.iterdir()} == {".json", ".safetensors"}
+    index = json.loads((out / INDEX).read_text())
+    written = {name: (file.name, tensor.nbytes) for file in shards for name, tensor in load_file(file).items()}
+    assert index["weight_map"] == {name: file for name, (file, _) in written.items()}
+    assert index["metadata"]["total_size"] == sum(size for _, size in written.values())
+    assert keep_unrounded(base, out, dtype=torch.float32) == (), "nothing has more bits than such a base's dtype"
 
 
 def test_a_carried_tensor_that_is_another_is_told(models, tmp_path):

@@ -4,16 +4,27 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.quantization_config import QuantizationMethod
 
 from atomtune.errors import BadModel, BadSettings
+from atomtune.model import load
 from atomtune.model.base_shape import base_shape
-from atomtune.model.load import BaseSpec, device_in_use, load_base, load_tokenizer, resolve_dtype
+from atomtune.model.load import (
+    BaseSpec,
+    device_in_use,
+    load_base,
+    load_dequantized,
+    load_tokenizer,
+    resolve_dtype,
+)
 from tests import tiny
 from tests.tiny import CAPPED, texts
 
@@ -30,6 +41,22 @@ def test_a_lone_tokenizer_model_reads_as_sentencepiece_does(models):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert ids == truth.encode(text), text
         assert tokenizer.decode(ids) == truth.decode(ids), text
+
+
+def test_a_text_is_read_back_with_the_spaces_that_its_tokens_have(tmp_path):
+    # A streamed answer lost characters too: the text so far changed with the next token.
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Replace("▁", " ")
+    answer = "I keep the light , he said . Don 't ask !"
+    backend.train_from_iterator([answer, *texts()], trainers.UnigramTrainer(vocab_size=400, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", clean_up_tokenization_spaces=True, chat_template=tiny.CHATML
+    )
+    tokenizer.save_pretrained(tmp_path)
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) != answer
+    assert load_tokenizer(str(tmp_path)).decode(ids) == answer
 
 
 def test_the_lone_tokenizer_survives_saving(models, tmp_path):
@@ -200,3 +227,14 @@ def test_evaluating_a_base_in_4_bits_leaves_its_gradients_as_they_were(tmp_path,
     with torch.no_grad():
         base(inputs_embeds=embeddings)
     assert torch.equal(gradient(), before)
+
+
+def test_a_base_that_cannot_be_dequantized_is_named_by_how_it_is_stored(monkeypatch):
+    def dequantize(dtype):
+        raise NotImplementedError
+
+    config = SimpleNamespace(quantization_config=SimpleNamespace(quant_method=QuantizationMethod.TORCHAO))
+    stored = SimpleNamespace(is_quantized=True, dequantize=dequantize, config=config)
+    monkeypatch.setattr(load, "load_base", lambda spec: stored)  # torchao itself is not installed for tests
+    with pytest.raises(BadModel, match="stored as torchao, which cannot be dequantized"):
+        load_dequantized(BaseSpec(path="base", dtype=torch.float32, device=CPU))

@@ -15,7 +15,7 @@ from atomtune.train.non_finite import SkipNonFinite
 from tests.train.test_callbacks import model, state, with_gradient
 
 NAN = float("nan")
-ONE_RANK = SimpleNamespace(world_size=1)
+ONE_RANK = SimpleNamespace(world_size=1, max_grad_norm=1.0)
 
 
 def finite(budget: int, said: list[str] | None = None) -> SkipNonFinite:
@@ -211,3 +211,27 @@ def test_with_float16s_scaler_which_looks_at_gradients_alone_a_step_is_judged_at
     one.step(float("inf"), 1.0)
     assert one.said
     assert one.figures() == before
+
+
+@pytest.mark.parametrize("clips", [True, False])
+def test_a_step_that_is_left_out_takes_float16s_scaler_along(monkeypatch, clips):
+    # Without clipping the scaler had not looked at the gradients when they were taken away: an assertion of torch's.
+    one = Run(monkeypatch, budget=1)
+    one.optimizer, one.scaler = never_fused(list(one.model.parameters())), torch.amp.GradScaler("cpu", init_scale=4.0)
+    args = SimpleNamespace(world_size=1, max_grad_norm=1.0 if clips else 0.0)
+    before = one.figures()
+    for loss in (NAN, 1.0):
+        for weight in one.model.parameters():
+            weight.grad = torch.full_like(weight, loss)
+        one.scaler.scale(torch.tensor(loss))  # as in the backward pass
+        if clips:
+            one.scaler.unscale_(one.optimizer)
+        one.watch.finite_loss(torch.tensor(loss), ["d.jsonl:1"])
+        inside_accelerate = AcceleratedOptimizer.__new__(AcceleratedOptimizer)
+        inside_accelerate.optimizer, inside_accelerate.scaler = one.optimizer, one.scaler
+        one.watch.on_pre_optimizer_step(args, state(0), None, model=one.model, optimizer=inside_accelerate)
+        one.scaler.step(one.optimizer)
+        one.scaler.update()
+        one.watch.on_step_end(args, state(1), None)
+        assert (one.figures() == before) == (loss != 1.0)
+    assert one.watch.work.skipped_steps == 1 and one.scaler.get_scale() == 2.0

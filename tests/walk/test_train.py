@@ -107,7 +107,9 @@ def test_tensorboard_gets_the_curve(models, dialogues, tmp_path, monkeypatch):
 def test_half_precision_flags_train_on_a_cpu(models, dialogues, tmp_path, flag):
     out = tmp_path / "out"
     assert main(command(models("llama"), dialogues, out, "--max_steps", "2", flag)) == 0
-    assert record_of(out)["status"] == "finished"
+    record = record_of(out)
+    assert record["status"] == "finished"
+    assert len(record["notices"]) == len(set(record["notices"])), "what becomes of the flag is said once"
 
 
 def test_gradient_checkpointing_gives_the_same_adapter(models, dialogues, tmp_path):

@@ -2,12 +2,14 @@
 
 Qwen3.5's files have layers that predict several tokens at once (`mtp.…`). transformers skips them silently, but servers
 use them. A merged folder gets them unchanged, and the settings of the base's image processor too.
+The files also have a few tensors in float32 (`A_log`) among the bfloat16 ones. transformers rounds these and servers do
+not, so a merged folder has them unrounded.
 """
 
 import json
 import shutil
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -46,6 +48,39 @@ def carry_over(base: Path, out: Path, *, loaded: Collection[str], prefix: str) -
     return tuple(sorted(carried))
 
 
+def keep_unrounded(base: Path, out: Path, *, dtype: torch.dtype) -> tuple[str, ...]:
+    """Give a written model those tensors that its base's files hold in more bits than the base's `dtype`; their names.
+
+    Only tensors that are the base's, rounded: what an adapter or a quantization changed stays as it was written.
+    """
+    stored = {
+        name: file
+        for file in weight_files(base)
+        for name, tensor in _tensors(file)
+        if tensor.is_floating_point() and tensor.itemsize > dtype.itemsize
+    }
+    kept: list[str] = []
+    for shard in weight_files(out) if stored else []:
+        tensors = dict(_tensors(shard))
+        sources = {stored[name] for name in tensors.keys() & stored.keys()}
+        unrounded = {name: tensor for file in sources for name, tensor in _tensors(file) if stored.get(name) == file}
+        rounded = [name for name, written in tensors.items() if _is_rounded(written, unrounded.get(name))]
+        if rounded:
+            beside = shard.with_suffix(".new")  # tensors that were read from a file may still lie in it
+            save_file(tensors | {name: unrounded[name] for name in rounded}, beside, metadata={"format": "pt"})
+            beside.replace(shard)
+            kept += rounded
+    if kept:
+        if (out / INDEX).is_file():
+            _write_index(out, weight_files(out))
+        open_to_umask(out)
+    return tuple(sorted(kept))
+
+
+def _is_rounded(written: torch.Tensor, stored: torch.Tensor | None) -> bool:
+    return stored is not None and stored.itemsize > written.itemsize and same_bits(stored.to(written.dtype), written)
+
+
 def changed(base: Path, out: Path, names: Collection[str]) -> list[str]:
     """The names of those of these tensors that differ from the base's in any bit."""
     ours, theirs = (
@@ -81,6 +116,11 @@ def _add_shard(out: Path, tensors: dict[str, torch.Tensor]) -> None:
         shards.append(file.rename(out / f"model-{number:05}-of-{count:05}.safetensors"))
     shards.append(out / f"model-{count:05}-of-{count:05}.safetensors")
     save_file(tensors, shards[-1], metadata={"format": "pt"})
+    _write_index(out, shards)
+    open_to_umask(out)
+
+
+def _write_index(out: Path, shards: Sequence[Path]) -> None:
     weight_map, total_size = {}, 0
     for shard in shards:
         for name, tensor in _tensors(shard):
@@ -88,4 +128,3 @@ def _add_shard(out: Path, tensors: dict[str, torch.Tensor]) -> None:
             total_size += tensor.nbytes
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    open_to_umask(out)

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.filesize import decimal
@@ -19,7 +20,7 @@ from atomtune.console import Console, as_command
 from atomtune.data.encoding.chat_template import Template
 from atomtune.disk import is_free
 from atomtune.errors import BadModel, BadSettings, CheckFailed, RunFailed, listing
-from atomtune.export.carried_tensors import carry_over, changed
+from atomtune.export.carried_tensors import carry_over, changed, keep_unrounded
 from atomtune.export.merged_answers import PROBES, compare_answers, refuse_other_answers, refuse_other_prompts
 from atomtune.export.merged_weights import Weights, compare_weights, merge_weights, refuse_other_weights
 from atomtune.export.output_folder import NOT_KEPT, filling
@@ -94,18 +95,34 @@ def write_merged(settings: MergeSettings, out: Path, console: Console) -> None:
         console.say(translated(f"merging {' + '.join(map(str, trained.adapters))} …"))
     else:
         console.say(translated("merging …"))
-    carried = _save_merged(base, trained, out, console)
+    copied = _save_merged(base, trained, out, console)
     del base  # the check loads two models, and there may be no memory for a third
 
     console.say("checking the written folder …")
     weights, measures = _check_written(trained, out)
-    _refuse_changed(trained, out, carried)
+    _refuse_changed(trained, out, (*copied.carried, *copied.unrounded))
     _say_checked(weights, measures, trained.spec.dtype, console)
-    if carried:
+    if copied.carried:
         console.say(
-            f"{len(carried):,} tensors that transformers does not load ({', '.join(_first_parts(carried))}) are copied "
-            "from the base unchanged."
+            f"{len(copied.carried):,} tensors that transformers does not load "
+            f"({', '.join(_first_parts(copied.carried))}) are copied from the base unchanged."
         )
+    if copied.unrounded:
+        console.say(
+            f"{len(copied.unrounded):,} tensors that the base's files hold in more bits than the rest are written "
+            "like that too, because servers may use them unrounded."
+        )
+
+
+class _Copied(NamedTuple):
+    """Names of the tensors that a merged folder has from its base's files, as they are there.
+
+    carried    transformers does not load them
+    unrounded  transformers rounds them as it loads them
+    """
+
+    carried: tuple[str, ...] = ()
+    unrounded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -189,11 +206,8 @@ def _say_quantized(
         console.notice("the base's files are quantized; the merged model has dequantized weights, and is larger.")
 
 
-def _save_merged(base: CausalLM, trained: _TrainedModel, out: Path, console: Console) -> tuple[str, ...]:
-    """Write the merged model with its tokenizer, template and metadata; the base's matrices change.
-
-    Returns the names of tensors that the class does not load, which are copied from the base's files.
-    """
+def _save_merged(base: CausalLM, trained: _TrainedModel, out: Path, console: Console) -> _Copied:
+    """Write the merged model with its tokenizer, template and metadata; the base's matrices change."""
     adapted = load_weighted(base, trained.adapters)
     if why := why_not_merged(adapted):
         raise BadModel(
@@ -208,8 +222,11 @@ def _save_merged(base: CausalLM, trained: _TrainedModel, out: Path, console: Con
     trained.metadata.save(out)
     folder = folder_of(trained.spec.path)
     if folder is None or trained.stored_quantized:  # there, tensors that are not loaded belong to quantized weights
-        return ()
-    return carry_over(folder, out, loaded=merged.state_dict().keys(), prefix=str(merged.base_model_prefix))
+        return _Copied()
+    stored = stored_dtype(trained.spec.path, trust_remote_code=trained.spec.trust_remote_code)
+    unrounded = keep_unrounded(folder, out, dtype=stored)
+    carried = carry_over(folder, out, loaded=merged.state_dict().keys(), prefix=str(merged.base_model_prefix))
+    return _Copied(carried, unrounded)
 
 
 def _first_parts(names: Sequence[str]) -> list[str]:

@@ -133,6 +133,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
                 f"{path}: the rules in its tokenizer.json turn one character into {characters:,}; no published "
                 "tokenizer does. Use the tokenizer that was published with the model."
             )
+        # Meant for BERT: "a , b" in a model's answer would be shown, compared and scored as "a, b".
+        tokenizer.clean_up_tokenization_spaces = False
         # Contradicting special tokens raise when they are read, and a bad regex when it is used on a text.
         _ = tokenizer.all_special_ids, tokenizer("Hi, 1 2\n你好")
     return tokenizer
@@ -306,6 +308,7 @@ def load_dequantized(spec: BaseSpec, *, trained_in: Dtype = "auto") -> CausalLM:
         plain: CausalLM = base.dequantize(dtype=spec.dtype)  # type: ignore[operator]  # nn.Module's attributes are tensors
     except NotImplementedError:  # a quantization that transformers cannot undo
         method = getattr(base.config.quantization_config, "quant_method", "quantized")
+        method = getattr(method, "value", method)  # an enum's, whose own text is QuantizationMethod.TORCHAO
         raise BadModel(
             f"{spec.path}: its weights are stored as {method}, which cannot be dequantized to merge into them. Pass "
             "--model_path with the base that is not quantized, and --other_base."

@@ -1,7 +1,7 @@
 """Model: loads and checks the base and adapter of one run, and puts them on the device."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import peft
@@ -47,15 +47,15 @@ def device_of(run: RunContext) -> torch.device:
     return torch.device("cpu") if run.args.use_cpu else device_in_use()
 
 
-def dtype_of(run: RunContext) -> torch.dtype:
-    """The dtype of the base's weights in this run."""
+def dtype_of(run: RunContext, *, notice: Callable[[str], None] = lambda text: None) -> torch.dtype:
+    """The dtype of the base's weights in this run. `notice` is passed once, where the weights are loaded."""
     trainer = run.settings.trainer
     return resolve_dtype(
         run.settings.model.dtype,
         device_of(run),
         fp16=bool(trainer.get("fp16")),
         bf16=bool(trainer.get("bf16")),
-        notice=run.console.notice,
+        notice=notice,
     )
 
 
@@ -65,7 +65,7 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
     longest_tokens  of the longest example; the base must have that many positions
     Raises BadModel or BadSettings if the base, the adapter and the settings do not fit together.
     """
-    device, dtype = device_of(run), dtype_of(run)
+    device, dtype = device_of(run), dtype_of(run, notice=run.console.notice)
     _say_what_is_not_used(run, device, dtype)
     run.console.say(translated(f"loading {run.settings.model.model_path} …"))
     base = load_base(BaseSpec(**run.settings.model.base(), dtype=dtype, device=device))

@@ -75,8 +75,9 @@ class SkipNonFinite(TrainerCallback):
         self.judge(args)
         weights = [weight for weight in model.parameters() if weight.grad is not None]
         gradients = [local(weight.grad) for weight in weights if weight.grad is not None]
-        if getattr(optimizer, "scaler", None) is not None:
-            gradients = []  # float16's scaler skips them itself
+        scaler = getattr(optimizer, "scaler", None)
+        if scaler is not None:
+            gradients = []  # float16's scaler skips such gradients itself
         numbers = self._largest_gradient_and_losses(gradients)
         divided = any(hasattr(weight.grad, "to_local") for weight in weights)
         is_alone = args.world_size == 1 and not divided
@@ -90,6 +91,9 @@ class SkipNonFinite(TrainerCallback):
         if fused is not None:
             fused.found_inf = (~numbers.isfinite()).any().float()  # type: ignore[attr-defined]
         elif not self.judge(args):
+            if scaler is not None and not args.max_grad_norm:
+                # Clipping looks for infinities before this. A scaler that has looked at no gradient refuses to step.
+                scaler.unscale_(optimizer.optimizer)  # type: ignore[union-attr]
             for weight in weights:
                 weight.grad = None  # the optimizer then skips this weight
 

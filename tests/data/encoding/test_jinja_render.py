@@ -40,6 +40,8 @@ BODIES = {
     "loop": "{{ loop.index }}{{ loop.last }}{% if loop.first %}{% continue %}{% endif %}",
     "set at the top": "{% set ns = namespace(seen=seen or 0) %}{% set seen = ns.seen + 1 %}{{ seen }}",
     "generation": "{% generation %}{{ m['content'] }}{% endgeneration %}",
+    "set in a generation": "{% set x = 1 %}{% generation %}{{ x }}{% set x, y = m['content'], 2 %}{{ x }}"
+    "{% endgeneration %}{{ x }}{{ y }}",
     "refusal": "{% if m['content'] == 'aa' %}{{ raise_exception('no aa here') }}{% endif %}",
 }
 TEXTS = ["a", " a ", "", "aa", "A<b>&", "\n", "%s{}", "\ufdd0control0\ufdd1", "你好"]

@@ -205,13 +205,16 @@ def _steps(context: Context, values: Iterable[Any]) -> Iterator[Any]:
 
 
 class Generation(Extension):
-    """`{% generation %}`, which marks an answer for other trainers; its content is rendered unchanged."""
+    """`{% generation %}`, which marks an answer for other trainers; its content is rendered unchanged.
+
+    A name that is set inside is not known after the block: transformers makes a macro of it.
+    """
 
     tags = {"generation"}  # noqa: RUF012  # declared as in Jinja
 
-    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        lineno = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=lineno)
 
 
 def refuse_longer(length: int) -> None:
