@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -303,6 +304,15 @@ def test_a_wrong_file_is_said_before_a_base_is_loaded(by_heart, tmp_path, capsys
         assert evaluate("--adapter_path", str(by_heart), "--dataset_path", str(file)) == 2
         told = capsys.readouterr()
         assert said in told.err and "loading" not in told.out
+
+
+def test_a_torn_adapter_is_told_before_a_base_is_loaded(by_heart, dialogues, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("atomtune.evaluate.models.load_base", lambda spec: pytest.fail("the base was loaded"))
+    torn = Path(shutil.copytree(by_heart, tmp_path / "torn"))
+    weights = torn / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert evaluate("--adapter_path", str(torn), "--dataset_path", str(dialogues)) == 2
+    assert f"{weights}: its weights cannot be read" in capsys.readouterr().err
 
 
 def test_a_report_of_other_records_is_not_replaced(by_heart, tmp_path):

@@ -322,3 +322,12 @@ def test_a_pipe_that_is_no_text_is_one_sentence(trained, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
     assert main(["chat", "--adapter_path", str(trained), "--dtype", "float32"]) == 2
     assert "standard input is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_torn_adapter_is_told_before_the_base_is_loaded(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("atomtune.serve.tuned_model.load_base", lambda spec: pytest.fail("the base was loaded"))
+    torn = Path(shutil.copytree(trained, tmp_path / "torn"))
+    weights = torn / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["chat", "--adapter_path", str(torn), "--prompt", "晚安"]) == 2
+    assert f"{weights}: its weights cannot be read" in capsys.readouterr().err

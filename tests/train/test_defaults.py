@@ -29,7 +29,7 @@ def derived(tmp_path, *flags: str, records: int | None = 200, held_out: int = 20
     settings = read_train(
         ["--model_path", "m", "--dataset_path", "d.jsonl", "--output_dir", str(tmp_path), "--use_cpu", "true", *flags]
     )
-    size = Size(records=records, held_out=held_out, asked=held_out, longest=longest)
+    size = Size(records=records, held_out=held_out, eval_size=held_out, longest=longest)
     return derive(settings, trainer_arguments(settings), size, SHAPE).values
 
 

@@ -13,7 +13,7 @@ from atomtune.console import Console
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.errors import BadSettings
-from atomtune.model.adapter import answering_as, load_another, load_trained
+from atomtune.model.adapter import answering_as, load_another, load_trained, refuse_damaged
 from atomtune.model.adapter_folder import AdapterMetadata, base_of, short_names, template_of
 from atomtune.model.base_as_trained import base_spec, quantize_as_trained
 from atomtune.model.causal_lm import CausalLM
@@ -80,6 +80,8 @@ def candidates_of(settings: EvaluateSettings, console: Console) -> Candidates:
         )
         for folder in folders
     ]
+    for folder in folders:
+        refuse_damaged(folder)
     base_path = _common_base(settings, folders)
     templates, cards = zip(*trained, strict=True)
     # PEFT allows no dots in a name, and calls the first adapter "default".
@@ -108,7 +110,7 @@ def load_models(settings: EvaluateSettings, candidates: Candidates, console: Con
         quantize = quantize_as_trained(
             candidates.base_path,
             [card.quantize for card in candidates.cards],
-            asked=settings.quantize,
+            requested=settings.quantize,
             stored=settings.stored_base,
             trust_remote_code=settings.trust_remote_code,
             notice=console.notice,

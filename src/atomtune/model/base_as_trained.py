@@ -43,12 +43,12 @@ def base_spec(
     trained  metadata of each adapter that is to be used on it; if their dtypes differ, `dtype` is used
     dtype    --dtype
     """
-    formats = {_dtype_as_trained(metadata, quantize=quantize, asked=dtype) for metadata in trained}
-    asked = formats.pop() if len(formats) == 1 else dtype
+    formats = {_dtype_as_trained(metadata, quantize=quantize, requested=dtype) for metadata in trained}
+    requested = formats.pop() if len(formats) == 1 else dtype
     device = device_in_use()
     return BaseSpec(
         path=path,
-        dtype=resolve_dtype(asked, device, notice=notice),
+        dtype=resolve_dtype(requested, device, notice=notice),
         device=device,
         device_map=device_map,
         quantize=quantize,
@@ -60,23 +60,23 @@ def quantize_as_trained(
     base_path: str,
     trained: Sequence[Quantize | None],
     *,
-    asked: Quantize | None,
+    requested: Quantize | None,
     stored: bool,
     trust_remote_code: bool,
     notice: Callable[[str], None],
 ) -> Quantize | None:
     """How to quantize the base: by --quantize, else as in the training of its adapters.
 
-    trained  the quantization of each adapter's training; if they differ, the base is used as it is stored
-    asked    --quantize
-    stored   --stored_base
+    trained    the quantization of each adapter's training; if they differ, the base is used as it is stored
+    requested  --quantize
+    stored     --stored_base
     Raises BadSettings if bitsandbytes is missing, or if both flags are given.
     """
-    if asked and stored:
-        raise BadSettings([f"--quantize {asked} and --stored_base contradict each other: pass one of them."])
+    if requested and stored:
+        raise BadSettings([f"--quantize {requested} and --stored_base contradict each other: pass one of them."])
     quantized = [kind for kind in dict.fromkeys(trained) if kind]
-    if asked or not quantized or is_stored_quantized(base_path, trust_remote_code=trust_remote_code):
-        return asked
+    if requested or not quantized or is_stored_quantized(base_path, trust_remote_code=trust_remote_code):
+        return requested
     if stored or len(set(trained)) > 1:
         why = "--stored_base" if stored else "not all adapters were trained that way"
         notice(
@@ -92,14 +92,14 @@ def quantize_as_trained(
     return kind
 
 
-def _dtype_as_trained(trained: AdapterMetadata, *, quantize: Quantize | None, asked: Dtype) -> Dtype:
+def _dtype_as_trained(trained: AdapterMetadata, *, quantize: Quantize | None, requested: Dtype) -> Dtype:
     """The dtype of the base: --dtype, else that of training if the base is quantized as in training.
 
     Quantizing from another dtype rounds some weights to another step: with float16 in place of bfloat16 the answers
     differed 10,000 times as much from those in training.
-    quantize  how the base is quantized now
-    asked     --dtype
+    quantize   how the base is quantized now
+    requested  --dtype
     """
-    if asked == "auto" and quantize and quantize == trained.quantize:
+    if requested == "auto" and quantize and quantize == trained.quantize:
         return trained.dtype
-    return asked
+    return requested

@@ -191,7 +191,7 @@ def _as_it_would_run(
     size = Size(
         records=learned,
         held_out=held_out,
-        asked=hold_out,
+        eval_size=hold_out,
         longest=data.ledger.longest_tokens,
     )
     derived = derive(settings, trainer_arguments(settings), size, shape)

@@ -20,7 +20,7 @@ from atomtune.data.encoding.chat_template import Message, Template
 from atomtune.data.encoding.reply import read_reply
 from atomtune.data.records import Turn
 from atomtune.errors import BadSettings
-from atomtune.model.adapter import answering_as, load_trained
+from atomtune.model.adapter import answering_as, load_trained, refuse_damaged
 from atomtune.model.adapter_folder import CONFIG, base_of, template_of
 from atomtune.model.base_as_trained import base_spec, quantize_as_trained
 from atomtune.model.base_shape import positions_of
@@ -275,11 +275,13 @@ def load_tuned(
     merged = not (folder / CONFIG).is_file() and (folder / "config.json").is_file()
     if merged and settings.model_path:
         raise BadSettings([f"--model_path: {folder} is already a complete model."])
+    if not merged:
+        refuse_damaged(folder)
     path = str(folder) if merged else base_of(folder, settings.model_path)
     quantize = quantize_as_trained(
         path,
         [None if merged else metadata.quantize],  # a merged model was dequantized before the merge
-        asked=settings.quantize,
+        requested=settings.quantize,
         stored=settings.stored_base,
         trust_remote_code=settings.trust_remote_code,
         notice=console.notice,

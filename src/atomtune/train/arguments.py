@@ -29,8 +29,8 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
     values["output_dir"] = values.get("output_dir") or str(spare_folder(settings))
     eval_size = settings.data.eval_size
     evaluates, may_evaluate = bool(settings.data.eval_path or eval_size), eval_size is None
-    if not evaluates and not may_evaluate and (asked := needs_records(settings)):
-        raise BadSettings([f"{asked} needs records to evaluate on: --eval_path or --eval_size."])
+    if not evaluates and not may_evaluate and (setting := needs_records(settings)):
+        raise BadSettings([f"{setting} needs records to evaluate on: --eval_path or --eval_size."])
     _fit_evaluation(values, evaluates=evaluates, may_evaluate=may_evaluate)
     values |= {
         "remove_unused_columns": False,  # our collator reads our own columns
@@ -129,7 +129,7 @@ def lengths(args: TrainingArguments) -> dict[str, Any]:
     return {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
 
 
-def lengths_asked(settings: TrainSettings) -> dict[str, Any]:
+def lengths_set(settings: TrainSettings) -> dict[str, Any]:
     """The length in the user's settings; num_train_epochs is None if it is on auto."""
     trainer = settings.trainer
     return {"max_steps": trainer.get("max_steps", -1), "num_train_epochs": trainer.get("num_train_epochs")}

@@ -53,9 +53,9 @@ class Data:
         """How many records there are to train and evaluate on."""
         held_out = len(self.evaluate) if self.evaluate is not None else 0
         if isinstance(self.train, Stream):
-            return Size(records=None, held_out=held_out, asked=0, longest=0)
+            return Size(records=None, held_out=held_out, eval_size=0, longest=0)
         longest = self.ledger.longest_tokens
-        return Size(records=len(self.train), held_out=held_out, asked=self.eval_size, longest=longest)
+        return Size(records=len(self.train), held_out=held_out, eval_size=self.eval_size, longest=longest)
 
     def read_meanwhile(self, console: Console) -> dict[str, Any]:
         """Print and return a stream's ledger as far as it was read; {} for stored records, whose ledger was printed."""

@@ -60,15 +60,15 @@ _LONGEST = "longest_record"
 class Size:
     """How much there is to learn from.
 
-    records   per epoch; None for a stream
-    held_out  records to evaluate on
-    asked     --eval_size, or the value chosen for it
-    longest   tokens of the longest example
+    records    per epoch; None for a stream
+    held_out   records to evaluate on
+    eval_size  --eval_size, or the value chosen for it
+    longest    tokens of the longest example
     """
 
     records: int | None
     held_out: int
-    asked: float
+    eval_size: float
     longest: int
 
 
@@ -143,7 +143,7 @@ def derive(settings: TrainSettings, args: TrainingArguments, size: Size, shape: 
     if _is_auto(settings, "max_seq_length"):
         derived.take("max_seq_length", *_longest(size, shape))
     if _is_auto(settings, "eval_size"):
-        derived.take("eval_size", size.asked, _held_out_why(size, settings))
+        derived.take("eval_size", size.eval_size, _held_out_why(size, settings))
     epochs, batch = _epochs_and_batch(derived, settings, args, size)
     length = run_length(size.records, args, batch=batch, epochs=epochs)
     derived.own_rate, why = learning_rate(shape.width, settings.lora.lora_alpha, steps=length.steps)
@@ -176,7 +176,7 @@ def _longest(size: Size, shape: BaseShape) -> tuple[int, str]:
 
 
 def _held_out_why(size: Size, settings: TrainSettings) -> str:
-    if size.asked:
+    if size.eval_size:
         return "records that are not trained on show whether the run works"
     if settings.data.eval_path:
         return "--eval_path has the records to evaluate on"
@@ -243,10 +243,10 @@ def _evaluations(derived: Derived, settings: TrainSettings, size: Size, length: 
     """Evaluate before the first step, and then with each checkpoint that the user set, or a few times in the run."""
     trainer = settings.trainer
     if not size.held_out:
-        if asked := needs_records(settings):
+        if setting := needs_records(settings):
             raise BadSettings(
                 [
-                    f"{asked} needs records to evaluate on: --eval_path or "
+                    f"{setting} needs records to evaluate on: --eval_path or "
                     f"--eval_size. Without them a run holds some out if it has {LEAST_TO_SPLIT} or more."
                 ]
             )

@@ -36,7 +36,7 @@ from atomtune.model.step_graphs import StepGraphs
 from atomtune.model.token_rows import guard_embedding, refuse_tokens_without_row, say_untrained_stop
 from atomtune.settings.environment import is_first_process
 from atomtune.settings.fields import TrainSettings
-from atomtune.train.arguments import lengths, lengths_asked, trainer_arguments
+from atomtune.train.arguments import lengths, lengths_set, trainer_arguments
 from atomtune.train.callbacks import BeforeFirstStep, Stop
 from atomtune.train.checkpoint.atomic import clear_staging, read_manifest
 from atomtune.train.checkpoint.start import Finished, Resumed, Start, find_start
@@ -115,7 +115,7 @@ def _find_start(settings: TrainSettings, args: Any, console: Console) -> Start |
         resume=flags.resume,
         resume_from_checkpoint=flags.resume_from_checkpoint,
         checkpoint=flags.checkpoint,
-        lengths=lengths_asked(settings),
+        lengths=lengths_set(settings),
         notice=console.notice,
     )
 

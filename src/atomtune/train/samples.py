@@ -165,8 +165,8 @@ def _question(record: Record | None) -> Turn | None:
     """The turn that the last learned answer of a record responds to."""
     if record is None or not record.learned:
         return None
-    asked_before = [turn for turn in record.turns[: record.learned[-1]] if turn.role in ("user", "tool")]
-    return asked_before[-1] if asked_before else None
+    before = [turn for turn in record.turns[: record.learned[-1]] if turn.role in ("user", "tool")]
+    return before[-1] if before else None
 
 
 def _text_of(turn: Turn, *, without: str | None = None) -> str:
