@@ -1,7 +1,7 @@
 """Checkpoints: tiny whole checkpoints with towers for images or sound, made small from the defaults of each family.
 
 A tower is built and not run here, so it keeps what its family's config says, but for its layers and widths. The text
-part gets the values of its own row (families.py). What does not go together so stands below.
+part gets the values of its own row (tiny_configs.py). What does not go together so stands below.
 """
 
 from collections.abc import Callable
