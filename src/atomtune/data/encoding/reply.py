@@ -1,6 +1,6 @@
 """Replies: the ids that a model wrote → the turn they stand for, which is what a client sends back in the next request.
 
-The way back of `exchanges.TemplatedRecord`: what a template writes for an assistant's turn, read again, is that turn.
+The way back of `exchanges.py`: what a template writes for an assistant's turn, read again, is that turn.
 """
 
 import json

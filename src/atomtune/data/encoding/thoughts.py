@@ -85,7 +85,7 @@ def closed(prompt: str) -> bool:
     return prompt.rstrip().endswith(tuple(closes for _, closes in TAGS))
 
 
-def behind_thoughts(written: str) -> str:
+def after_thoughts(written: str) -> str:
     """An answer as a template writes it, without the block of thoughts at its beginning."""
     for pattern in _INLINE:
         if match := pattern.match(written):
@@ -107,5 +107,5 @@ def closing_of_no_thoughts(written: str) -> str:
 
 def is_no_thought(text: str) -> bool:
     """Whether nothing stands here but an empty block of thoughts, or white space."""
-    is_block = bool(closing_of_no_thoughts(text)) and not behind_thoughts(text).strip()
+    is_block = bool(closing_of_no_thoughts(text)) and not after_thoughts(text).strip()
     return is_block or not text.strip()
