@@ -1,7 +1,7 @@
 """Answers: what the template writes after each prompt, up to the stop token, by the shortest way that gives it.
 
 1. Of a plain answer, the template's `form` gives the text, and nothing is rendered.
-2. A later prompt of a long conversation holds the answer as history; some are rendered too and compared.
+2. A later prompt of a long conversation holds the answer as history; some answers are rendered too and compared.
 3. Any other is rendered with its prompt: `TemplatedRecord.answer_text`.
 """
 
@@ -70,7 +70,7 @@ def _answers_in_history(cuts: Cuts, learned: Sequence[int], prompts: Sequence[Pr
 
 
 def _alike_in_history(cuts: Cuts, prompt_of: Mapping[int, Prompt[str]]) -> list[dict[int, WrittenAnswer]]:
-    """The answers that the history of these prompts holds; those with calls, with text, with thoughts apart."""
+    """The answers that the history of these prompts holds, by kind: with or without calls, text, thoughts."""
     templated = cuts.templated
     last_at, last = max(prompt_of.items())
     question = templated.last_question(last_at)

@@ -1,6 +1,7 @@
 """Cuts: where a rendered conversation is cut into parts, so that one rendering holds many prompts and answers.
 
-Each cut is before a control token, and only where the ids of the parts are those of the whole (`Template.cut`).
+Each cut is before a control token, and only where the ids of the parts are those of the whole (`Template.cut`). The
+last part of a prompt, after which the model writes, is called `asks`; all before it are its history.
 """
 
 from collections.abc import Iterator, Sequence

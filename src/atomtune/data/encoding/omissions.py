@@ -86,8 +86,8 @@ class Omissions:
                 if place >= 0:
                     reached = place
                 elif text not in prompt and not _is_there_as_json(text, prompt):
-                    title = self._templated.template.title
-                    raise CannotExpress(f"{title} leaves out what turn {at + 1} ({turn.role}) says")
+                    title, number = self._templated.template.title, at + 1
+                    raise CannotExpress(f"{title} leaves out what turn {number} ({turn.role}) says")
 
     def _is_same_without_documents(self, at: int, prompt: str) -> bool:
         """Whether the prompt is the same without the record's documents: a server would leave them out in silence."""

@@ -7,8 +7,8 @@ long as the conversation's length squared: 1,500 calls of an agent took 85 secon
     <user>q1<end><assistant>a1<end><user>q2<end><assistant>                                    the one before
     <user>q1<end><assistant>                                                                   the first
 
-A template may also write an earlier prompt in another way, without thoughts that it leaves out later, or with the tools
-in it. So some prompts are rendered and compared; where one differs, none is cut.
+A template may write an earlier prompt in another way: with thoughts that it leaves out later, or with the tools, which
+it writes before the last question. So some prompts are rendered and compared; where one differs, none is cut.
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def _may_hold_the_others(templated: TemplatedRecord) -> bool:
 
 
 def _numbers_after_tools(templated: TemplatedRecord, learned: Sequence[int]) -> list[int]:
-    """Which of the learned answers come after a tool's, where that makes a difference.
+    """The numbers, among the learned answers, of those after a tool's; none where that makes no difference.
 
     Between a question and its answer, a template that knows thoughts keeps those of each call, empty ones too.
     """
@@ -79,7 +79,7 @@ def _numbers_after_tools(templated: TemplatedRecord, learned: Sequence[int]) -> 
 def _render_after_tools(
     cuts: Cuts, learned: Sequence[int], prompts: list[Prompt[str]], after_tools: Sequence[int]
 ) -> None:
-    """Render those of the prompts after a tool's answer that are not as they were cut; put them in their place."""
+    """Render the prompts after a tool's answer, but for those that are as they were cut."""
     templated = cuts.templated
     question = templated.last_question(learned[-1])
     as_cut = [number for number in after_tools if not templated.has_thoughts or learned[number] > question]
@@ -92,5 +92,5 @@ def _render_after_tools(
 def _are_rendered_so(
     cuts: Cuts, learned: Sequence[int], prompts: Sequence[Prompt[str]], numbers: Sequence[int]
 ) -> bool:
-    """Whether the prompts of these answers, of which some are checked, have the text that they are rendered with."""
+    """Whether the prompts of these answers have the text of a rendering of their own; some of them are checked."""
     return all(cuts.templated.prompt_text(learned[number]) == whole(prompts[number]) for number in spot_checks(numbers))
