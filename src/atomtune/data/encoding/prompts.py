@@ -49,7 +49,8 @@ def _cut_from_last(cuts: Cuts, learned: Sequence[int]) -> list[Prompt[str]] | No
     if prompts is None:
         return None
     after_tools = _numbers_after_tools(cuts.templated, learned)
-    _render_after_tools(cuts, learned, prompts, after_tools)
+    if after_tools:
+        _render_after_tools(cuts, learned, prompts, after_tools)
     others = sorted({*range(len(learned) - 1)}.difference(after_tools))
     return prompts if _are_rendered_so(cuts, learned, prompts, others) else None
 

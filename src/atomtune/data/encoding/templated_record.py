@@ -32,9 +32,9 @@ _OTHER = "\ufdd4"
 class TemplatedRecord:
     """A record's messages as its template takes them, control strings hidden.
 
-    turns        0 user, with an input    1 assistant    2 tool    3 assistant
-    messages     0 system    1 user       2 assistant    3 tool    4 assistant
-    its starts   0                        2              3         4
+    turns       0 user, with an input    1 assistant    2 tool    3 assistant
+    messages    0 system    1 user       2 assistant    3 tool    4 assistant
+    starts      0                        2              3         4              5
 
     A control string has the same mark in every rendering: a prompt is still the beginning of what is rendered with its
     answer.
@@ -47,11 +47,11 @@ class TemplatedRecord:
         self.tools = self.escaper.hide(record.tools)
         self.variables = self.escaper.hide(record.variables)
         self.messages: list[Message] = []
-        self._starts: list[int] = []
+        self._starts = [0]  # of each turn's messages; the last is where all end
         for turn in record.turns:
-            self._starts.append(len(self.messages))
             if turn.role != "text":
                 self.messages += [self.escaper.hide_message(message) for message in template.messages([turn])]
+            self._starts.append(len(self.messages))
 
     def messages_before(self, at: int) -> list[Message]:
         """The messages of all turns before the turn at `at`."""
@@ -59,17 +59,16 @@ class TemplatedRecord:
 
     def messages_of(self, at: int) -> list[Message]:
         """The messages of one turn: two where an instruction and its input are apart, none of a text."""
-        end = self._starts[at + 1] if at + 1 < len(self._starts) else len(self.messages)
-        return self.messages[self._starts[at] : end]
+        return self.messages[self._starts[at] : self._starts[at + 1]]
 
     def message_of(self, at: int) -> Message:
-        """The message of an assistant's turn, which has one."""
-        return self.messages[self._starts[at]]
+        """The first message of a turn, which is the only one of an assistant's; {} of a text."""
+        start = self._starts[at]
+        return self.messages[start] if start < len(self.messages) else {}
 
     def thinks(self, at: int) -> bool:
         """Whether a turn has thoughts, in the record or taken out of its text."""
-        messages = self.messages_of(at)
-        return bool(self.record.turns[at].reasoning) or bool(messages and "reasoning_content" in messages[0])
+        return bool(self.record.turns[at].reasoning) or "reasoning_content" in self.message_of(at)
 
     @cached_property
     def has_thoughts(self) -> bool:
