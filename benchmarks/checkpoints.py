@@ -1,7 +1,7 @@
 """Checkpoints: tiny whole checkpoints with towers for images or sound, made from each family's default config.
 
 A tower is built but never run, so its config keeps the family's values except for numbers of layers and widths. The
-text part gets the values of its own family (families.py). The tables below hold the exceptions.
+text part gets the values of its own family (tiny_configs.py). The tables below hold the exceptions.
 """
 
 from collections.abc import Callable

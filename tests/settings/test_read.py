@@ -9,11 +9,12 @@ import yaml
 from transformers import TrainingArguments, training_args
 
 from atomtune.errors import BadSettings
-from atomtune.settings.fields import ChatSettings, MergeSettings, TrainSettings
+from atomtune.settings.fields import ChatSettings, MergeSettings
 from atomtune.settings.flags import types_of
 from atomtune.settings.library import library_settings, library_types
 from atomtune.settings.names import RENAMED
 from atomtune.settings.read import LIBRARY_DEFAULTS, OWN_GROUPS, read, read_settings, read_train
+from atomtune.settings.train_settings import TrainSettings
 
 BOTH = ("--dataset_path", "train.jsonl", "--model_path", "base")
 

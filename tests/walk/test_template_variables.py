@@ -15,7 +15,7 @@ from atomtune.cli import main
 from atomtune.data.cache import Rules, examples_of
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.encoding.encode import encode
-from atomtune.data.encoding.exchanges import NOT_WRITTEN
+from atomtune.data.encoding.omissions import NOT_WRITTEN
 from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord

@@ -19,7 +19,7 @@ from atomtune.choices import RENAMED_TEMPLATES, SPLIT_TEMPLATES, TEMPLATES
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import built_in, load_template
 from atomtune.data.encoding.encode import encode
-from atomtune.data.encoding.exchanges import NOT_WRITTEN
+from atomtune.data.encoding.omissions import NOT_WRITTEN
 from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord

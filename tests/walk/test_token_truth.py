@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
-from atomtune.data.encoding import exchanges as exchanges_module
+from atomtune.data.encoding import cuts as cuts_module
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import built_in, load_template
 from atomtune.data.encoding.encode import encode
-from atomtune.data.encoding.exchanges import TemplatedRecord
+from atomtune.data.encoding.exchanges import exchanges_of
 from atomtune.data.encoding.token_ids import PieceTokenizer
 from atomtune.data.formats.detect import to_record
 from atomtune.data.formats.schema import Schema
@@ -357,7 +357,7 @@ def same_however_rendered(template: Template, monkeypatch: pytest.MonkeyPatch, *
     ledgers = Ledger(), Ledger()
     short = list(encode(records, template, ledgers[0], max_tokens=10**6, schema=Schema("messages")))
     with monkeypatch.context() as patch:
-        patch.setattr(exchanges_module, "RENDERED_EACH", 10**9)
+        patch.setattr(cuts_module, "RENDERED_EACH", 10**9)
         each = replace(template, cut="")
         assert short == list(encode(records, each, ledgers[1], max_tokens=10**6, schema=Schema("messages")))
     refused = [[refusal.origin for refusal in ledger.records_refused] for ledger in ledgers]
@@ -402,7 +402,7 @@ def test_a_thousand_calls_are_not_rendered_one_by_one(thoughts, monkeypatch):
     record, _ = to_record(
         RawRecord({"messages": [*messages, assistant("done")], "tools": [WEATHER]}, "a:1"), Schema("messages")
     )
-    exchanges = TemplatedRecord(template, record).exchanges()
+    exchanges = exchanges_of(template, record)
     assert len(exchanges) == 1001
     assert len(rendered) < 60
     for number in (0, 2, 500, 998):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from atomtune.data.encoding.chat_template import CannotExpress, Message, Template
-from atomtune.data.encoding.exchanges import TemplatedRecord, joined
+from atomtune.data.encoding.exchanges import exchanges_of, joined
 from atomtune.data.records import Record
 from atomtune.engines.engine import Request
 from atomtune.errors import BadData
@@ -82,7 +82,7 @@ def _of_record(record: Record, template: Template, *, max_tokens: int) -> list[C
         return []
     at = record.learned[-1]
     try:
-        exchange = TemplatedRecord(template, record).exchanges()[-1]
+        exchange = exchanges_of(template, record)[-1]
     except CannotExpress:
         return []
     prompt, answer = joined(exchange.prompt), exchange.answer

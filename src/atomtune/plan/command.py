@@ -35,7 +35,7 @@ from atomtune.plan.estimate import (
     step_memory,
 )
 from atomtune.plan.model_size import ModelSize, measure
-from atomtune.settings.fields import PlanSettings, TrainSettings
+from atomtune.settings.train_settings import PlanSettings, TrainSettings
 from atomtune.train.arguments import trainer_arguments
 from atomtune.train.dataset import source_names
 from atomtune.train.defaults import Size, derive, records_to_hold_out

@@ -35,21 +35,19 @@ from atomtune.settings.fields import (
     MergeSettings,
     ModelSettings,
     PlanOutput,
-    PlanSettings,
     RunSettings,
     RunsSettings,
     ServeSettings,
     SweepChoices,
-    SweepSettings,
     TrainerSettings,
     TrainOutput,
-    TrainSettings,
     VerifySettings,
     WebSettings,
 )
 from atomtune.settings.flags import EntryReader, types_of
 from atomtune.settings.library import choices_of, library_settings, library_types
 from atomtune.settings.names import value_advice
+from atomtune.settings.train_settings import PlanSettings, SweepSettings, TrainSettings
 from atomtune.settings.tried import NOT_SHARED, as_words, not_comparable, points_of, values_tried
 
 S = TypeVar("S")

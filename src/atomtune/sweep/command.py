@@ -18,10 +18,10 @@ from atomtune.errors import AtomtuneError, BadSettings, ExitCode, RunFailed, Sto
 from atomtune.extras import refuse_missing
 from atomtune.language import message, translated
 from atomtune.process import end_with_parent
-from atomtune.settings.fields import SweepSettings
 from atomtune.settings.flags import types_of
 from atomtune.settings.library import library_types
 from atomtune.settings.read import TRAIN_GROUPS
+from atomtune.settings.train_settings import SweepSettings
 from atomtune.settings.tried import is_range
 from atomtune.sweep.report import BEST, command_of_best, say_result, write_report
 from atomtune.sweep.search import Grid, Sampled, Search, Watch, middle_of

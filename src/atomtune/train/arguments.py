@@ -11,7 +11,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from atomtune.disk import numbered
 from atomtune.errors import BadSettings
-from atomtune.settings.fields import TrainSettings
+from atomtune.settings.train_settings import TrainSettings
 from atomtune.train.ranks import join_job
 
 #: The Trainer's name for recomputing activations, which transformers 5.23 renamed.

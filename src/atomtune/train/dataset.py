@@ -22,7 +22,7 @@ from atomtune.data.ledger import Ledger, refuse_broken, refuse_unusable
 from atomtune.data.reading.sources import distinct_names, fingerprint_of, size_of
 from atomtune.data.records import Record
 from atomtune.errors import BadSettings, listing
-from atomtune.settings.fields import TrainSettings
+from atomtune.settings.train_settings import TrainSettings
 from atomtune.train.defaults import Size, records_to_hold_out
 from atomtune.train.run_context import RunContext
 from atomtune.train.streaming import Stream

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from atomtune.errors import BadSettings
 from atomtune.model.base_shape import BaseShape, base_shape
-from atomtune.settings.fields import TrainSettings
+from atomtune.settings.train_settings import TrainSettings
 from atomtune.train.arguments import needs_records, trainer_arguments
 from atomtune.train.run_context import RunContext
 from atomtune.train.run_length import RunLength, run_length

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from atomtune.console import as_command
-from atomtune.settings.fields import TrainSettings, is_secret
+from atomtune.settings.fields import is_secret
+from atomtune.settings.train_settings import TrainSettings
 from atomtune.train.run_context import RunContext
 
 

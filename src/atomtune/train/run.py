@@ -35,7 +35,7 @@ from atomtune.model.rotary import refuse_mixed
 from atomtune.model.step_graphs import StepGraphs
 from atomtune.model.token_rows import guard_embedding, refuse_tokens_without_row, say_untrained_stop
 from atomtune.settings.environment import is_first_process
-from atomtune.settings.fields import TrainSettings
+from atomtune.settings.train_settings import TrainSettings
 from atomtune.train.arguments import lengths, lengths_set, trainer_arguments
 from atomtune.train.callbacks import BeforeFirstStep, Stop
 from atomtune.train.checkpoint.atomic import clear_staging, read_manifest

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from atomtune.console import Console
-from atomtune.settings.fields import TrainSettings
+from atomtune.settings.train_settings import TrainSettings
 from atomtune.train.checkpoint.start import Resumed, Start
 from atomtune.train.run_report import RunRecord
 

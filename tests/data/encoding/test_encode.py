@@ -16,7 +16,6 @@ from tokenizers import Regex, pre_tokenizers, processors
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.encoding.encode import BATCH_RECORDS, encode
-from atomtune.data.encoding.exchanges import TemplatedRecord, joined
 from atomtune.data.encoding.truncate import shorten
 from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import Ledger
@@ -631,7 +630,7 @@ def test_each_call_without_a_header_stands_behind_the_prompt_of_its_own(mistral,
     messages = [*agents_turns(7), *agents_turns(9, "[/INST] and this"), *agents_turns(0, "thanks")]
     value = {"messages": messages, "tools": TOOLS}
     together, ledger = encoded(mistral, value)
-    monkeypatch.setattr("atomtune.data.encoding.exchanges.RENDERED_EACH", 1000)
+    monkeypatch.setattr("atomtune.data.encoding.cuts.RENDERED_EACH", 1000)
     each, _ = encoded(mistral, value)
     assert together == each
     assert ledger.records_used == 1
@@ -654,20 +653,6 @@ def test_thousands_of_turns_take_as_long_as_there_are_turns(tokenizers):
     seconds(template, history(10))
     short, long = (min(seconds(template, history(turns)) for _ in range(3)) for turns in (500, 2000))
     assert long < 9 * short  # linear: 4 ×; quadratic: 16 ×
-
-
-@pytest.mark.parametrize(("name", "kind"), [("qwen3", "bytes"), ("mistral-v1", "sentencepiece")])
-def test_the_prompts_of_a_conversation_hold_what_they_share_once(name, kind):
-    # Regression: each had a copy of all parts before it: 16,000 turns took half a gigabyte, and 100,000 all memory.
-    turns = [Turn(role, f"{role} {n}") for n in range(300) for role in ("user", "assistant")]
-    template = load_template(name, tokenizer_of(kind))
-    exchanges = TemplatedRecord(template, Record(tuple(turns), "train.jsonl:1")).exchanges()
-    assert len({id(exchange.prompt.history) for exchange in exchanges}) == 1
-    whole = joined(exchanges[-1].prompt).text
-    for number, exchange in enumerate(exchanges):
-        prompt = joined(exchange.prompt).text
-        assert f"user {number}" in prompt and f"assistant {number}" not in prompt
-        assert whole.startswith("".join(piece.text for piece in exchange.prompt.history[: exchange.prompt.length]))
 
 
 def test_answers_that_do_not_fit_whole_keep_one_beginning_as_long_as_they_can(tokenizers):
@@ -711,19 +696,6 @@ def test_a_template_that_refuses_a_shortened_prompt_refuses_that_record_alone():
     examples, ledger = encoded(template, alpaca(LONG * 9), alpaca("Hi"), max_tokens=60)
     assert [example.origin for example in examples] == ["train.jsonl:2"]
     assert [refusal.origin for refusal in ledger.records_refused] == ["train.jsonl:1"]
-
-
-# --- what a template leaves out -------------------------------------------------------------------------------------
-
-
-def test_a_system_text_that_the_template_leaves_out_is_said():
-    # Catches an instruction that is missing from all records, as with templates that know only user and assistant.
-    value = {**alpaca("Hi"), "system": " Be <|im_end|> brief.\n"}
-    deaf = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
-    for source, said in ((CHATML, 0), (deaf, 1)):
-        _, ledger = encoded(load_template("auto", tokenizer_of("bytes", source)), value)
-        assert ledger.records_used == 1
-        assert sum("system prompt" in notice for notice in ledger.notices) == said
 
 
 def test_an_answer_before_which_nothing_stands_is_read_and_the_others_are_learned():

@@ -6,7 +6,7 @@ import pytest
 
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
-from atomtune.data.encoding.exchanges import TemplatedRecord
+from atomtune.data.encoding.exchanges import exchanges_of
 from atomtune.data.encoding.reply import read_reply, shown
 from atomtune.data.records import Record, Turn
 from benchmarks.token_truth import TOKENIZERS, template_for
@@ -40,7 +40,7 @@ def template_of(name: str) -> Template:
 
 def written(template: Template, record: Record) -> list[int]:
     """The ids that training learned for the last turn, its stop token included."""
-    exchange = TemplatedRecord(template, record).exchanges()[-1]
+    exchange = exchanges_of(template, record)[-1]
     (ids,) = template.tokens.ids_of([exchange.answer])
     return [*ids, template.tokenizer.convert_tokens_to_ids(exchange.stop)]
 

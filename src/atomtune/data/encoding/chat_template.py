@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from atomtune.data.encoding.jinja_render import Renderer
 from atomtune.data.encoding.thoughts import with_thoughts_apart
@@ -38,6 +38,13 @@ TRIMS: dict[str, Callable[[str], str]] = {
 
 class CannotExpress(UserError):
     """The template refuses this conversation; the message says why."""
+
+
+class WrittenAnswer(NamedTuple):
+    """What a template writes for an answer."""
+
+    text: str
+    stop: str  # the control token after it
 
 
 @dataclass(frozen=True)
@@ -189,14 +196,14 @@ class Template:
         hidden = [escaper.hide_message(message) for message in messages]
         return escaper.piece(self.render(hidden, tools=escaper.hide(tools)), learn=False)
 
-    def ended(self, written: str) -> tuple[str, str]:
+    def ended(self, written: str) -> WrittenAnswer:
         """Split what the template writes for an answer into the text before its stop token, and that token."""
         for last in list(self.tokens.controls.finditer(written))[-1:]:
             if not written[last.end() :].strip():
-                return written[: last.start()], last.group()
+                return WrittenAnswer(written[: last.start()], last.group())
         if self.behind and written.endswith(self.behind):
-            return written[: -len(self.behind)], self.stop
-        return written, self.stop
+            return WrittenAnswer(written[: -len(self.behind)], self.stop)
+        return WrittenAnswer(written, self.stop)
 
 
 def tool_name(tool: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from atomtune.data.encoding.chat_template import (
     Message,
     Template,
 )
-from atomtune.data.encoding.exchanges import TemplatedRecord
+from atomtune.data.encoding.templated_record import TemplatedRecord
 from atomtune.data.encoding.thoughts import TAGS, mentions_thoughts, opened
 from atomtune.data.encoding.token_ids import LIKE_CONTROL
 from atomtune.data.encoding.tokenizer_trial import patterns_of, tried_tokenizer
@@ -252,8 +252,9 @@ def _answer_form(template: Template) -> AnswerForm | None:
     for before in ([question], [question, Turn("assistant", "A"), question]):
         for text in (_TEXT, _SPACED, f"{_TEXT} \n  ", f"{_TEXT}<b>\n\n{_TEXT}"):
             try:
-                record = Record((*before, Turn("assistant", text)), "")
-                written, stop = template.ended(TemplatedRecord(template, record).written_at(len(before)))
+                templated = TemplatedRecord(template, Record((*before, Turn("assistant", text)), ""))
+                prompt = templated.prompt_text(len(before))
+                written, stop = template.ended(templated.answer_text(len(before), prompt))
             except CannotExpress:
                 return None
             if stop != template.stop:

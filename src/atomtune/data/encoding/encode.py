@@ -12,7 +12,7 @@ Laws (tests/data/encoding/test_encode.py):
 
 import contextlib
 import itertools
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,8 +20,9 @@ from typing import Protocol, TypeVar
 
 from atomtune.choices import Learn, Overlength
 from atomtune.data.encoding.chat_template import CannotExpress, Template
-from atomtune.data.encoding.exchanges import NOT_WRITTEN, TemplatedRecord
+from atomtune.data.encoding.exchanges import exchanges_of
 from atomtune.data.encoding.fitting import Fitting
+from atomtune.data.encoding.omissions import notes_on
 from atomtune.data.encoding.targets import PieceIds, Target, different_pieces, joined, targets_of
 from atomtune.data.encoding.thoughts import with_thoughts_apart
 from atomtune.data.encoding.token_ids import CannotTokenize
@@ -36,7 +37,6 @@ from atomtune.data.records import (
     Refusal,
     RefusalKind,
     Turn,
-    shared_parts,
 )
 
 BATCH_RECORDS = 1000
@@ -142,7 +142,7 @@ class Encoder:
 
     def _exchanges(self, record: Record) -> tuple[Exchange, ...] | CannotExpress:
         try:
-            return TemplatedRecord(self.template, record).exchanges()
+            return exchanges_of(self.template, record)
         except CannotExpress as error:
             return error
 
@@ -172,7 +172,7 @@ class Encoder:
             unknown_tokens=self._unknown_tokens(fitting),
             holds_control_strings=any(piece.breaks for piece in pieces),
             has_thoughts=any(with_thoughts_apart(record.turns[exchange.at]).reasoning for exchange in exchanges),
-            notes=_notes(record, exchanges),
+            notes=notes_on(record, exchanges),
         )
 
     def _fit(
@@ -222,33 +222,6 @@ class Encoder:
 
 def _prompt_tokens(targets: Sequence[Target]) -> int:
     return sum(target.prompt_tokens for target in targets)
-
-
-def _notes(record: Record, exchanges: Sequence[Exchange]) -> tuple[str, ...]:
-    """Notes on texts of the record that the template leaves out."""
-    notes = [note for exchange in exchanges for note in exchange.lost]
-    if _lacks_a_system_text(record, exchanges):
-        notes.append(NOT_WRITTEN["system"])
-    return tuple(dict.fromkeys(notes))  # a note counts records, so each record has it at most once
-
-
-def _lacks_a_system_text(record: Record, exchanges: Sequence[Exchange]) -> bool:
-    """Whether some prompt lacks a system text that precedes its answer; shared parts of prompts are searched once."""
-    systems = [(at, turn.text.strip()) for at, turn in enumerate(record.turns) if turn.role == "system"]
-    if not systems:
-        return False
-    waiting = deque(systems)
-    unseen: set[str] = set()  # system texts that are not in the history so far
-    for exchange, shared in zip(exchanges, shared_parts(exchange.prompt for exchange in exchanges), strict=True):
-        if not shared:
-            waiting, unseen = deque(systems), set()
-        while waiting and waiting[0][0] < exchange.at:
-            unseen.add(waiting.popleft()[1])
-        new = exchange.prompt.history[shared : exchange.prompt.length]
-        unseen = {text for text in unseen if not any(text in piece.text for piece in new)}
-        if not all(text in exchange.prompt.asks.text for text in unseen):
-            return True
-    return False
 
 
 def _enter(encoded: EncodedRecord, batch: EncodedBatch) -> None:

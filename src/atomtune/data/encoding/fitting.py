@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from atomtune.data.encoding.chat_template import CannotExpress, Template
-from atomtune.data.encoding.exchanges import TemplatedRecord
+from atomtune.data.encoding.exchanges import prompt_at
 from atomtune.data.encoding.targets import PieceIds, Target
 from atomtune.data.encoding.truncate import shorten, without_oldest
 from atomtune.data.records import Prompt, Record, Turn, with_each_part
@@ -64,7 +64,7 @@ class Fitting:
 
     def _fits(self, record: Record, room: int) -> bool:
         try:
-            prompt = TemplatedRecord(self._template, record).prompt(len(record.turns) - 1)
+            prompt = prompt_at(self._template, record, len(record.turns) - 1)
         except CannotExpress:  # the template accepts the whole conversation, but not without some turns or texts
             return False
         (in_ids,) = with_each_part([prompt], self._ids.__getitem__)

@@ -1,6 +1,6 @@
 """Replies: generated token ids → the assistant turn, as a client sends it back in its next request.
 
-The inverse of `exchanges.TemplatedRecord`: what a template writes for an assistant turn is parsed into that turn again.
+The inverse of exchanges.py: what a template writes for an assistant turn is parsed into that turn again.
 """
 
 import json

@@ -86,7 +86,7 @@ def closed(prompt: str) -> bool:
     return prompt.rstrip().endswith(tuple(closes for _, closes in TAGS))
 
 
-def behind_thoughts(written: str) -> str:
+def after_thoughts(written: str) -> str:
     """A rendered answer without the block of thoughts at its beginning."""
     for pattern in _INLINE:
         if match := pattern.match(written):
@@ -108,5 +108,5 @@ def closing_of_no_thoughts(written: str) -> str:
 
 def is_no_thought(text: str) -> bool:
     """Whether the text is empty, white space, or an empty block of thoughts."""
-    is_block = bool(closing_of_no_thoughts(text)) and not behind_thoughts(text).strip()
+    is_block = bool(closing_of_no_thoughts(text)) and not after_thoughts(text).strip()
     return is_block or not text.strip()

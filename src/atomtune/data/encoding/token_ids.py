@@ -280,8 +280,3 @@ class Escaper:
                 breaks.append(length + 1)
             length, at = length + len(control), match.end()
         return Piece("".join([*parts, text[at:]]), learn, breaks=tuple(breaks))
-
-    def whole(self, text: str, *, learn: bool) -> Piece:
-        """A record's own text, not rendered by a template: every control string in it gets a break."""
-        breaks = tuple(match.start() + 1 for match in self._tokens.controls.finditer(text))
-        return Piece(text, learn, breaks=breaks)

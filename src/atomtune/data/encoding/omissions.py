@@ -1,0 +1,129 @@
+"""Omissions: what of a record its template leaves out. A note says so where the rest can be learned.
+
+Raises CannotExpress where it cannot: an answer without its text or one of its calls, or an answer to a question, or to
+a tool's answer, that the model would not see.
+"""
+
+import json
+from collections import deque
+from collections.abc import Sequence
+
+from atomtune.data.encoding.chat_template import CannotExpress
+from atomtune.data.encoding.templated_record import TemplatedRecord
+from atomtune.data.encoding.thoughts import with_thoughts_apart
+from atomtune.data.records import Exchange, Record, shared_parts
+
+NOT_WRITTEN = {
+    "thoughts": "the template leaves out an answer's reasoning, so it is not learned,",
+    "text": "the template leaves out the text next to a tool call, so it is not learned,",
+    "white space": "the template trims whitespace around an answer, so it is not learned,",
+    "system": "the template leaves out a system prompt, so the model does not read it,",
+    "documents": "the template leaves out a record's documents, so the model does not read them,",
+}
+
+
+class Omissions:
+    """Looks for what one record's template leaves out."""
+
+    def __init__(self, templated: TemplatedRecord) -> None:
+        self._templated = templated
+        self._written_numbers: set[int] = set()  # a turn with this number of calls is written with all of them
+
+    def in_answer(self, at: int, answer: str) -> tuple[str, ...]:
+        """Notes on the answer at `at`, from what the template writes for it. Raises CannotExpress."""
+        template, turn = self._templated.template, self._templated.record.turns[at]
+        if turn.calls:
+            self._refuse_lost_calls(at, answer)
+        if template.knows_thoughts:
+            turn = with_thoughts_apart(turn)
+        notes = []
+        if turn.reasoning.strip() and turn.reasoning.strip() not in answer:
+            notes.append(NOT_WRITTEN["thoughts"])
+        if turn.text.strip() and turn.text.strip() not in answer:
+            if not turn.calls:
+                raise CannotExpress(f"{template.title} does not write the text of an answer")
+            notes.append(NOT_WRITTEN["text"])
+        elif turn.text not in answer and not turn.reasoning:
+            notes.append(NOT_WRITTEN["white space"])
+        return tuple(notes)
+
+    def in_prompt(self, at: int, prompt: str) -> tuple[str, ...]:
+        """Notes on the rendered prompt before the turn at `at`. Raises CannotExpress."""
+        self._refuse_lost_turns(at, prompt)
+        documents_are_lost = self._templated.variables.get("documents") and self._is_same_without_documents(at, prompt)
+        return (NOT_WRITTEN["documents"],) if documents_are_lost else ()
+
+    def _refuse_lost_calls(self, at: int, answer: str) -> None:
+        templated = self._templated
+        title = templated.template.title
+        if all(str(call.get("name")) not in answer for call in templated.record.turns[at].calls):
+            raise CannotExpress(f"{title} has no place for tool calls; --template qwen2.5 has one")
+        message = templated.message_of(at)
+        calls = message["tool_calls"]
+        if len(calls) == 1 or len(calls) in self._written_numbers:
+            return
+        # Several calls may have one name. Each is given a name of its own, and those are looked for.
+        names = [f"atomtune-call-{number}" for number in range(len(calls))]
+        renamed = [
+            {**call, "function": {**call["function"], "name": name}} for call, name in zip(calls, names, strict=True)
+        ]
+        turn = {**message, "tool_calls": renamed}
+        whole = templated.render([*templated.messages_before(at), turn], prompt=False)
+        written = sum(name in whole for name in names)
+        if written < len(calls):
+            raise CannotExpress(f"{title} writes {written} of the {len(calls)} calls of a turn")
+        self._written_numbers.add(len(calls))
+
+    def _refuse_lost_turns(self, until: int, prompt: str) -> None:
+        """Look for the questions and the tools' answers before a turn."""
+        reached = 0  # in the prompt: templates write turns in their order, so most are found at once
+        for at, turn in enumerate(self._templated.record.turns[:until]):
+            if turn.role not in ("user", "tool"):
+                continue
+            for message in self._templated.messages_of(at):
+                text = str(message["content"]).strip()
+                place = prompt.find(text, reached)
+                if place >= 0:
+                    reached = place
+                elif text not in prompt and not _is_there_as_json(text, prompt):
+                    title, number = self._templated.template.title, at + 1
+                    raise CannotExpress(f"{title} leaves out what turn {number} ({turn.role}) says")
+
+    def _is_same_without_documents(self, at: int, prompt: str) -> bool:
+        """Whether the prompt is the same without the record's documents: a server would leave them out in silence."""
+        templated = self._templated
+        without = {**templated.variables, "documents": None}
+        messages = templated.messages_before(at)
+        return templated.template.render(messages, tools=templated.tools, variables=without) == prompt
+
+
+def _is_there_as_json(text: str, prompt: str) -> bool:
+    """Whether a template writes a text as a JSON string, as some do with what a tool answers."""
+    return any(json.dumps(text, ensure_ascii=ascii_only)[1:-1] in prompt for ascii_only in (False, True))
+
+
+def notes_on(record: Record, exchanges: Sequence[Exchange]) -> tuple[str, ...]:
+    """What is accepted but worth saying about a record, each note once: notes count records."""
+    notes = [note for exchange in exchanges for note in exchange.lost]
+    if _lacks_a_system_text(record, exchanges):
+        notes.append(NOT_WRITTEN["system"])
+    return tuple(dict.fromkeys(notes))
+
+
+def _lacks_a_system_text(record: Record, exchanges: Sequence[Exchange]) -> bool:
+    """Whether a prompt lacks a system text that is before it; what it shares with the prompt before is read once."""
+    systems = [(at, turn.text.strip()) for at, turn in enumerate(record.turns) if turn.role == "system"]
+    if not systems:
+        return False
+    waiting = deque(systems)
+    unseen: set[str] = set()  # in no part that the prompts share so far
+    for exchange, shared in zip(exchanges, shared_parts(exchange.prompt for exchange in exchanges), strict=True):
+        if not shared:
+            waiting, unseen = deque(systems), set()
+        while waiting and waiting[0][0] < exchange.at:
+            unseen.add(waiting.popleft()[1])
+        new = exchange.prompt.history[shared : exchange.prompt.length]
+        unseen = {text for text in unseen if not any(text in piece.text for piece in new)}
+        if not all(text in exchange.prompt.asks.text for text in unseen):
+            return True
+    return False

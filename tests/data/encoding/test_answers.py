@@ -1,0 +1,79 @@
+"""Answers by each of the three ways: from the template's form, from a later prompt, from a rendering of their own."""
+
+import pytest
+
+from atomtune.data.encoding.answers import answer_at, answers_of
+from atomtune.data.encoding.chat_template import Template
+from atomtune.data.encoding.choose_template import load_template
+from atomtune.data.encoding.cuts import cuts_of
+from atomtune.data.encoding.prompts import prompts_of
+from atomtune.data.encoding.templated_record import TemplatedRecord
+from atomtune.data.records import Record, Turn
+from tests.tiny import CHATML, tokenizer_of
+
+CONTENT = "{{ m['content'] }}"
+WITH_CALLS = CHATML.replace(CONTENT, CONTENT + "{{ m.tool_calls | tojson if m.tool_calls }}")
+#: An answer that ends the conversation begins with empty thoughts; in history it has none.
+EMPTY_THOUGHTS_LAST = WITH_CALLS.replace(
+    CONTENT,
+    "{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' and loop.last and not add_generation_prompt }}" + CONTENT,
+)
+#: An answer that ends the conversation begins with its length.
+NUMBERED_LAST = WITH_CALLS.replace(
+    CONTENT, "{{ messages | length if m.role == 'assistant' and loop.last and not add_generation_prompt }}" + CONTENT
+)
+
+
+@pytest.fixture
+def rendered(monkeypatch) -> list[int]:
+    """How many messages each rendering had."""
+    lengths: list[int] = []
+    render = Template.render
+
+    def counted(self: Template, messages, **more) -> str:
+        lengths.append(len(messages))
+        return render(self, messages, **more)
+
+    monkeypatch.setattr(Template, "render", counted)
+    return lengths
+
+
+def agent(calls: int) -> Record:
+    turns = [Turn("user", "fix it")]
+    for n in range(calls):
+        turns += [Turn("assistant", "", calls=({"name": "f", "arguments": {"n": n}},)), Turn("tool", f"t{n}")]
+    return Record((*turns, Turn("assistant", "done")), "a:1")
+
+
+def test_a_plain_answer_is_not_rendered(rendered):
+    template = load_template("auto", tokenizer_of("bytes", CHATML))
+    assert template.form is not None
+    templated = TemplatedRecord(template, Record((Turn("user", "q"), Turn("assistant", "a")), "a:1"))
+    prompt = cuts_of(templated).prompt(1)
+    rendered.clear()
+    assert answer_at(templated, 1, prompt) == ("a", "<|im_end|>")
+    assert rendered == []
+
+
+@pytest.mark.parametrize(("source", "few"), [(WITH_CALLS, True), (EMPTY_THOUGHTS_LAST, True), (NUMBERED_LAST, False)])
+def test_answers_out_of_a_later_prompt_are_those_of_their_own_renderings(source, few, rendered):
+    template = load_template("auto", tokenizer_of("bytes", source))
+    record = agent(30)
+    templated = TemplatedRecord(template, record)
+    cuts = cuts_of(templated)
+    prompts = prompts_of(cuts, record.learned)
+    rendered.clear()
+    answers = list(answers_of(cuts, record.learned, prompts))
+    renderings = len(rendered)
+    assert answers == [answer_at(templated, at, prompt) for at, prompt in zip(record.learned, prompts, strict=True)]
+    assert all(f'{{"n": {number}}}' in answer.text for number, answer in enumerate(answers[:-1]))
+    assert (renderings < 10) == few  # 30 calls; the 1st, 2nd, 4th, 8th, 16th are compared
+
+
+def test_a_text_is_its_own_answer_and_its_control_strings_are_hidden():
+    template = load_template("auto", tokenizer_of("bytes", CHATML))
+    templated = TemplatedRecord(template, Record((Turn("text", "Once <|im_end|> upon"),), "a:1"))
+    answer = answer_at(templated, 0, cuts_of(templated).prompt(0))
+    assert "<|im_end|>" not in answer.text and answer.stop == template.stop
+    piece = templated.escaper.piece(answer.text, learn=True)
+    assert piece.text == "Once <|im_end|> upon" and piece.breaks == (6,)

@@ -1,0 +1,78 @@
+"""Where renderings are cut: the pictures of cuts.py, on two templates that are cut before headers and before stops."""
+
+from dataclasses import replace
+
+from atomtune.data.encoding.choose_template import load_template
+from atomtune.data.encoding.cuts import AtHeaders, AtStops, Cuts, cuts_of, spot_checks, whole
+from atomtune.data.encoding.templated_record import TemplatedRecord
+from atomtune.data.records import Record, Turn
+from tests.tiny import CHATML, tokenizer_of
+
+TURNS = tuple(turn for n in (1, 2, 3) for turn in (Turn("user", f"q{n}"), Turn("assistant", f"a{n}")))
+LEARNED = (1, 3, 5)
+
+
+def cuts(name: str, kind: str, own: str | None = None) -> Cuts:
+    template = load_template(name, tokenizer_of(kind, own))
+    return cuts_of(TemplatedRecord(template, Record(TURNS, "a:1")))
+
+
+def test_cuts_before_headers_are_those_of_the_picture():
+    at_headers = cuts("chatml", "bytes", CHATML)
+    assert isinstance(at_headers, AtHeaders)
+    last = at_headers.prompt(5)
+    first, second, third = at_headers.prompts_in(last, LEARNED)
+    user, assistant, end = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n"
+    assert last.history == [
+        f"{user}q1{end}",
+        f"{assistant}a1{end}{user}q2{end}",
+        f"{assistant}a2{end}{user}q3{end}",
+    ]
+    assert third == last and last.asks == assistant
+    assert [prompt.length for prompt in (first, second, third)] == [1, 2, 3]
+    assert first.history is second.history is third.history
+    assert at_headers.answer_in(second) == ("a2", "<|im_end|>")
+
+
+def test_an_answer_ends_at_the_first_of_the_stop_tokens():
+    # gpt-oss ends an answer with one token and a call with another; what comes next may end with either.
+    template = replace(load_template("chatml", tokenizer_of("bytes", CHATML)), stops=("<|im_start|>", "<|im_end|>"))
+    at_headers = cuts_of(TemplatedRecord(template, Record(TURNS, "a:1")))
+    _, second, _ = at_headers.prompts_in(at_headers.prompt(5), LEARNED)
+    assert at_headers.answer_in(second) == ("a2", "<|im_end|>")
+
+
+def test_cuts_before_stop_tokens_are_those_of_the_picture():
+    at_stops = cuts("mistral-v1", "sentencepiece")
+    assert isinstance(at_stops, AtStops)
+    last = at_stops.prompt(5)
+    first, second, third = at_stops.prompts_in(last, LEARNED)
+    assert last.history == ["<s> [INST] q1 [/INST] a1", "</s> [INST] q2 [/INST] a2"]
+    assert third == last and last.asks == "</s> [INST] q3 [/INST]"
+    assert whole(first) == "<s> [INST] q1 [/INST]"
+    assert whole(second) == "<s> [INST] q1 [/INST] a1</s> [INST] q2 [/INST]"
+    assert first.history is second.history is third.history
+    assert at_stops.answer_in(second) == (" a2", "</s>")
+
+
+def test_a_rendering_with_other_parts_than_turns_gives_no_prompts():
+    # A template that writes an answer without its header, or joins two: where they start is then not seen.
+    joins = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.content != 'a1' %}")
+    for at, parts in ((cuts("auto", "bytes", joins), 2), (cuts("auto", "bytes", CHATML), 3)):
+        last = at.prompt(5)
+        assert last.length == parts
+        assert (at.prompts_in(last, LEARNED) is None) == (parts == 2)
+
+
+def test_without_a_mark_nothing_is_cut():
+    # As where a tokenizer does not give the ids of the whole on both sides of a cut.
+    template = replace(load_template("auto", tokenizer_of("bytes", CHATML)), cut="")
+    uncut = cuts_of(TemplatedRecord(template, Record(TURNS, "a:1")))
+    last = uncut.prompt(5)
+    assert (last.history, last.length) == ([], 0)
+    assert uncut.prompts_in(last, LEARNED) is None and uncut.answer_in(last) is None
+
+
+def test_the_checked_ones_double_their_distance():
+    assert list(spot_checks([])) == []
+    assert list(spot_checks(range(100, 110))) == [100, 101, 103, 107]

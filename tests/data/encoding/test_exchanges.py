@@ -1,0 +1,54 @@
+"""Exchanges: the picture of exchanges.py, and what the prompts of a conversation share."""
+
+import pytest
+
+from atomtune.data.encoding.choose_template import load_template
+from atomtune.data.encoding.exchanges import exchange_at, exchanges_of, joined, prompt_at
+from atomtune.data.records import Record, Turn
+from tests.tiny import CHATML, tokenizer_of
+
+TURNS = (Turn("user", "q1"), Turn("assistant", "a1"), Turn("user", "q2<|im_end|>"), Turn("assistant", "a2", learn=2))
+RECORD = Record(TURNS, "train.jsonl:1")
+
+
+def test_each_answer_comes_with_the_prompt_before_it():
+    template = load_template("chatml", tokenizer_of("bytes", CHATML))
+    first, second = exchanges_of(template, RECORD)
+    assert joined(first.prompt).text == "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n"
+    asked = f"{joined(first.prompt).text}a1<|im_end|>\n<|im_start|>user\nq2<|im_end|>"
+    assert joined(second.prompt).text == f"{asked}<|im_end|>\n<|im_start|>assistant\n"
+    assert joined(second.prompt).breaks == (len(asked) - len("<|im_end|>") + 1,), "the record's own stays text"
+    assert [(one.answer.text, one.stop, one.learn, one.at) for one in (first, second)] == [
+        ("a1", "<|im_end|>", 1, 1),
+        ("a2", "<|im_end|>", 2, 3),
+    ]
+
+
+def test_one_exchange_and_one_prompt_are_those_of_all():
+    template = load_template("chatml", tokenizer_of("bytes", CHATML))
+    for exchange in exchanges_of(template, RECORD):
+        alone = exchange_at(template, RECORD, exchange.at)
+        assert joined(alone.prompt) == joined(exchange.prompt) == joined(prompt_at(template, RECORD, exchange.at))
+        assert alone[1:] == exchange[1:]
+
+
+def test_a_text_has_no_prompt_but_the_beginning():
+    for kind, own, beginning in (("bytes", CHATML, ""), ("sentencepiece", None, "<s>")):
+        template = load_template("auto", tokenizer_of(kind, own))
+        (exchange,) = exchanges_of(template, Record((Turn("text", "Once </s><|im_end|> upon"),), "a:1"))
+        assert joined(exchange.prompt).text == beginning
+        assert exchange.answer.text == "Once </s><|im_end|> upon" and exchange.answer.breaks
+
+
+@pytest.mark.parametrize(("name", "kind"), [("qwen3", "bytes"), ("mistral-v1", "sentencepiece")])
+def test_the_prompts_of_a_conversation_hold_what_they_share_once(name, kind):
+    # Each held all parts before it: 16,000 turns took half a gigabyte, and 100,000 all memory.
+    turns = [Turn(role, f"{role} {n}") for n in range(300) for role in ("user", "assistant")]
+    template = load_template(name, tokenizer_of(kind))
+    exchanges = exchanges_of(template, Record(tuple(turns), "train.jsonl:1"))
+    assert len({id(exchange.prompt.history) for exchange in exchanges}) == 1
+    whole = joined(exchanges[-1].prompt).text
+    for number, exchange in enumerate(exchanges):
+        prompt = joined(exchange.prompt).text
+        assert f"user {number}" in prompt and f"assistant {number}" not in prompt
+        assert whole.startswith("".join(piece.text for piece in exchange.prompt.history[: exchange.prompt.length]))
