@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from atomtune.cli import main
 from atomtune.console import Console
 from atomtune.evaluate import evaluation
+from atomtune.evaluate import models as models_of_evaluate
 from atomtune.evaluate.command import say
 from atomtune.evaluate.intervals import Figure
 from atomtune.evaluate.measures import MEASURES, NATS, PROBE
@@ -307,7 +308,7 @@ def test_a_wrong_file_is_said_before_a_base_is_loaded(by_heart, tmp_path, capsys
 
 
 def test_a_torn_adapter_is_told_before_a_base_is_loaded(by_heart, dialogues, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("atomtune.evaluate.models.load_base", lambda spec: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(models_of_evaluate, "load_base", lambda spec: pytest.fail("the base was loaded"))
     torn = Path(shutil.copytree(by_heart, tmp_path / "torn"))
     weights = torn / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
