@@ -80,9 +80,9 @@ def disk_failed(error: BaseException) -> bool:
 
 
 def disk_reason(error: BaseException, folder: Path) -> str:
-    """Why the disk did not take what was to be written in a folder, in the system's words and not in a library's.
+    """Why a write in this folder failed, in the operating system's words if they can be found, else in the library's.
 
-    torch names no reason, so the disk is asked again with a write of our own, while what torch wrote is still there.
+    torch reports no reason. A test write then finds it; the caller must not have removed what torch wrote.
     """
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -112,7 +112,10 @@ def sharing_problem(error: BaseException) -> str:
 
 
 def no_shared_memory(found: str) -> str:
-    """The message about that, with a remedy."""
+    """Message that shared memory cannot be used, with a remedy.
+
+    found  the error in the words of whoever reported it
+    """
     return (
         f"{_SHARED}, through which processes share memory, is full or cannot be written ({found}).\nFree some of it, "
         "or give the container more: docker run --shm-size=1g."
@@ -206,7 +209,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def why_unwritable(folder: Path, *, n_bytes: int = 0) -> str:
     """Why a file of this many bytes cannot be written in a folder, which need not exist yet; "" if it can.
 
-    To be checked before long work.
+    Meant for a check before long work.
     """
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     try:

@@ -1,10 +1,10 @@
 """Limits: runs untrusted programs first in another process, with limits of time and memory.
 
 Chat templates, and the regexes of tokenizers and adapters, are such programs: a dozen characters can compute for years
-or allocate a terabyte. Within this process nothing can stop them, especially not code in Rust, but another process can
-be killed. It is forked, so that its input need not be sent; it only reports where it is.
+or allocate a terabyte. Nothing can stop them within this process, least of all code in Rust, but another process can be
+killed. It is forked, so its input need not be sent, and it reports only which part of its work it has reached.
 
-If processes cannot be forked safely (macOS, Windows), nothing is tried.
+On systems where a process cannot be forked safely (macOS, Windows), nothing is tried.
 """
 
 import faulthandler
@@ -33,11 +33,11 @@ Cause = Literal["time", "memory", "crash"]
 
 @dataclass(frozen=True)
 class Tripped:
-    """How a trial that did not finish ended."""
+    """How a trial ended that did not finish."""
 
     cause: Cause
     at: str  # the place that it reported last
-    seconds: int = SECONDS  # its limit
+    seconds: int = SECONDS  # the limit of processor time
 
     @property
     def words(self) -> str:
@@ -77,7 +77,7 @@ def try_apart(
     if output.endswith(_DONE):
         return None
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and used.ru_utime < seconds / 2:
-        return None  # it did not compute: it waited for a thread's lock, or for the processor
+        return None  # it hardly computed: it waited for a thread's lock, or for the processor
     at = output.rpartition("\0")[2]
     if output.endswith("\0memory"):
         return Tripped("memory", output.removesuffix("\0memory").rpartition("\0")[2], seconds)
@@ -134,7 +134,7 @@ def _listen(reader: int, *, each_place: bool) -> str:
 
 
 def _silence() -> None:
-    """Discard output of the child: Rust's panics and Python's tracebacks, which are reported in our words instead."""
+    """Discard the child's output: Rust's panics and Python's tracebacks. The parent reports the failure instead."""
     faulthandler.disable()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -142,7 +142,7 @@ def _silence() -> None:
 
 
 def limit_memory(more_bytes: int) -> None:
-    """Limit this process to this much additional memory; beyond that, it gets a MemoryError."""
+    """Limit this process to this much additional memory; an allocation beyond that raises MemoryError."""
     try:
         addresses = _address_space()
     except OSError:  # without /proc the present use is unknown, and any limit might be too low

@@ -1,7 +1,8 @@
 """Carried tensors: weights in the base's files that its transformers class does not load, copied into a merged folder.
 
 Qwen3.5's files have layers that predict several tokens at once (`mtp.…`). transformers skips them silently, but servers
-use them. A merged folder gets them unchanged, and the settings of the base's image processor too.
+use them. A merged folder gets them unchanged, together with the settings of the base's image processor.
+
 The files also have a few tensors in float32 (`A_log`) among the bfloat16 ones. transformers rounds these and servers do
 not, so a merged folder has them unrounded.
 """
@@ -49,9 +50,10 @@ def carry_over(base: Path, out: Path, *, loaded: Collection[str], prefix: str) -
 
 
 def keep_unrounded(base: Path, out: Path, *, dtype: torch.dtype) -> tuple[str, ...]:
-    """Give a written model those tensors that its base's files hold in more bits than the base's `dtype`; their names.
+    """Restore tensors that the base's files have in more bits than `dtype`, the base's own; return their names.
 
-    Only tensors that are the base's, rounded: what an adapter or a quantization changed stays as it was written.
+    Only tensors that equal the base's after rounding are restored. Those that an adapter or a quantization changed stay
+    as they were written.
     """
     stored = {
         name: file
@@ -66,7 +68,7 @@ def keep_unrounded(base: Path, out: Path, *, dtype: torch.dtype) -> tuple[str, .
         unrounded = {name: tensor for file in sources for name, tensor in _tensors(file) if stored.get(name) == file}
         rounded = [name for name, written in tensors.items() if _is_rounded(written, unrounded.get(name))]
         if rounded:
-            beside = shard.with_suffix(".new")  # tensors that were read from a file may still lie in it
+            beside = shard.with_suffix(".new")  # `tensors` may still be memory-mapped from `shard`
             save_file(tensors | {name: unrounded[name] for name in rounded}, beside, metadata={"format": "pt"})
             beside.replace(shard)
             kept += rounded
@@ -82,7 +84,7 @@ def _is_rounded(written: torch.Tensor, stored: torch.Tensor | None) -> bool:
 
 
 def changed(base: Path, out: Path, names: Collection[str]) -> list[str]:
-    """The names of those of these tensors that differ from the base's in any bit."""
+    """Which of these tensors differ from the base's in any bit, or are missing in `out`."""
     ours, theirs = (
         {name: tensor for file in weight_files(folder) for name, tensor in _tensors(file) if name in names}
         for folder in (out, base)
@@ -108,7 +110,7 @@ def _tensors(
 
 
 def _add_shard(out: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Add a file of weights to a model's folder, and the index that names every file."""
+    """Add a weights file to a model's folder, and write the index of all its files."""
     files = weight_files(out)
     count = len(files) + 1
     shards: list[Path] = []

@@ -48,14 +48,14 @@ from atomtune.settings.spelled import base_words
 CPU = torch.device("cpu")
 #: No program loads a folder as a model without this file.
 LAST_WRITTEN = "config.json"
-#: A base's files may hold a tied matrix twice; the merged model has it once.
+#: Least size of the merged weights, as a share of the base's files, which may have a tied matrix twice.
 _LEAST_SHARE_OF_FILES = 0.6
 #: If rounding to the dtype keeps a smaller share of the adapter's change, the user gets a notice.
 LEAST_SHARE_KEPT = 0.9
 
 
 def merge(settings: MergeSettings) -> int:
-    """Run `atomtune merge`. Raises CheckFailed if the written model is not base + adapter, and leaves nothing then."""
+    """Run `atomtune merge`. Raises CheckFailed if the written model is not base + adapter, and leaves no files then."""
     out = Path(settings.output_dir)
     if not is_free(out):
         raise BadSettings([f"--output_dir {out} is not an empty folder. Pass a new one."])
@@ -69,7 +69,7 @@ def merge(settings: MergeSettings) -> int:
 
 
 def _next_commands(settings: MergeSettings) -> list[str]:
-    """Commands to talk to the merged model and, if it holds one adapter, to certify a server with it."""
+    """Commands to chat with the merged model and, if one adapter was merged, to certify a server with it."""
     commands = [["chat", "--adapter_path", settings.output_dir]]
     if len(settings.adapter_paths) == 1:
         adapter = ["--adapter_path", settings.adapter_paths[0], *base_words(settings)]
@@ -80,7 +80,7 @@ def _next_commands(settings: MergeSettings) -> list[str]:
 def write_merged(settings: MergeSettings, out: Path, console: Console) -> None:
     """Write the merged model into a folder and check it. Raises CheckFailed if it is not base + adapter.
 
-    out  not --output_dir itself: nothing appears there before it is checked
+    out  a temporary folder, not --output_dir: nothing may appear there before it is checked
     """
     trained = _trained_model(settings, console)
     _refuse_small_disk(trained, out, settings.output_dir)
@@ -96,7 +96,7 @@ def write_merged(settings: MergeSettings, out: Path, console: Console) -> None:
     else:
         console.say(translated("merging …"))
     copied = _save_merged(base, trained, out, console)
-    del base  # the check loads two models, and there may be no memory for a third
+    del base  # the check loads two models, and memory may not suffice for three
 
     console.say("checking the written folder …")
     weights, measures = _check_written(trained, out)
@@ -115,10 +115,10 @@ def write_merged(settings: MergeSettings, out: Path, console: Console) -> None:
 
 
 class _Copied(NamedTuple):
-    """Names of the tensors that a merged folder has from its base's files, as they are there.
+    """Names of the tensors that were copied unchanged from the base's files into the merged folder.
 
-    carried    transformers does not load them
-    unrounded  transformers rounds them as it loads them
+    carried    tensors that transformers does not load
+    unrounded  tensors that transformers would have rounded while loading
     """
 
     carried: tuple[str, ...] = ()
@@ -142,7 +142,7 @@ class _TrainedModel:
 
 
 def _trained_model(settings: MergeSettings, console: Console) -> _TrainedModel:
-    """Raises BadModel or BadSettings if an adapter is damaged, or does not fit the others or the base."""
+    """Read what is to be merged. Raises BadModel or BadSettings if an adapter is damaged or does not fit the rest."""
     adapters = weighted(settings.adapter_paths, settings.weights)
     first, *others = (adapter.folder for adapter in adapters)
     trust = settings.trust_remote_code
@@ -172,7 +172,7 @@ def _trained_model(settings: MergeSettings, console: Console) -> _TrainedModel:
 
 
 def _refuse_small_disk(trained: _TrainedModel, out: Path, output_dir: str) -> None:
-    """Raise RunFailed if the disk cannot hold the merged weights, before minutes go into loading a large base."""
+    """Raise RunFailed if the disk has no room for the merged weights, before a large base is loaded for minutes."""
     folder = folder_of(trained.spec.path)
     if folder is None or trained.stored_quantized:
         return
@@ -191,7 +191,7 @@ def _refuse_small_disk(trained: _TrainedModel, out: Path, output_dir: str) -> No
 def _say_quantized(
     quantize: Quantize | None, metadata: AdapterMetadata, *, stored_quantized: bool, console: Console
 ) -> None:
-    """Say which weights the merged model gets if those of training were quantized."""
+    """Tell the user which weights the merged model gets if training or the base's files were quantized."""
     if quantize:
         console.notice(
             f"the adapter was trained on the base in {quantize}, so it is merged into the weights used in training: "
@@ -207,7 +207,7 @@ def _say_quantized(
 
 
 def _save_merged(base: CausalLM, trained: _TrainedModel, out: Path, console: Console) -> _Copied:
-    """Write the merged model with its tokenizer, template and metadata; the base's matrices change."""
+    """Write the merged model with its tokenizer, template and metadata. Changes the base's matrices in memory."""
     adapted = load_weighted(base, trained.adapters)
     if why := why_not_merged(adapted):
         raise BadModel(
@@ -221,7 +221,7 @@ def _save_merged(base: CausalLM, trained: _TrainedModel, out: Path, console: Con
     tokenizer.save_pretrained(out)
     trained.metadata.save(out)
     folder = folder_of(trained.spec.path)
-    if folder is None or trained.stored_quantized:  # there, tensors that are not loaded belong to quantized weights
+    if folder is None or trained.stored_quantized:  # tensors that are not loaded belong to the quantization
         return _Copied()
     stored = stored_dtype(trained.spec.path, trust_remote_code=trained.spec.trust_remote_code)
     unrounded = keep_unrounded(folder, out, dtype=stored)

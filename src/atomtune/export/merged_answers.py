@@ -25,7 +25,7 @@ PROBES = (
 
 
 def refuse_other_prompts(template: Template, written: Template) -> None:
-    """Raise CheckFailed if the written folder renders a prompt to other ids than in training."""
+    """Raise CheckFailed if the written folder gives a prompt other ids than in training."""
     for probe in PROBES:
         messages = [{"role": "user", "content": probe}]
         if prompt_ids(template, messages) != prompt_ids(written, messages):
@@ -38,7 +38,10 @@ def refuse_other_prompts(template: Template, written: Template) -> None:
 def compare_answers(
     adapted: PeftModel, written: CausalLM, template: Template, *, dtype: torch.dtype
 ) -> Sequence[Measure]:
-    """How far the written model's next-token distributions are from those of base + adapter, and may be."""
+    """Compare the written model's next-token distributions with those of base + adapter, at all prompt positions.
+
+    dtype  that of the written weights, which decides how much rounding is allowed
+    """
     prompts = [prompt_ids(template, [{"role": "user", "content": probe}]) for probe in PROBES]
     plain = _log_probabilities(adapted, prompts)
     with another_plain_way(adapted):

@@ -75,7 +75,7 @@ def _adapted_weight(layer: LoraLayer) -> nn.Parameter:
 def compare_weights(adapted: PeftModel, written: CausalLM) -> Weights:
     """Compare every tensor of a written model with base + adapter.
 
-    Each number must be the one in its dtype that is nearest to the exact sum. So faults of any size are found: a wrong
+    Each number must be the one in its dtype that is nearest to the exact sum. This finds faults of any size: a wrong
     base, a missing layer, an adapter scaled by 1.01.
     """
     unchecked = dict(written.named_parameters())
@@ -142,7 +142,7 @@ def _sums(layers: Mapping[str, LoraLayer]) -> Iterator[tuple[str, torch.Tensor, 
 
 
 def _delta(layer: LoraLayer, name: str) -> torch.Tensor:
-    """What an adapter adds to a matrix, in float64, computed here and not by PEFT's merging."""
+    """What an adapter adds to a matrix, in float64, computed without PEFT's merging."""
     if name in layer.lora_magnitude_vector:
         return _delta_of_dora(layer, name)
     if layer.lora_variant.get(name) is not None:  # other variants have their own formulas
@@ -160,7 +160,7 @@ def _delta_of_dora(layer: LoraLayer, name: str) -> torch.Tensor:
 
 
 def _product(layer: LoraLayer, name: str) -> torch.Tensor:
-    """Scale * B A.
+    """alpha / r * B A, in the shape of the matrix that it is added to.
 
     E experts, r the rank, I inputs, O outputs
     """

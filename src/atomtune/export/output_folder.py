@@ -7,7 +7,7 @@ from pathlib import Path
 from atomtune.disk import disk_failed, disk_reason, filled, is_without_temporary_folder
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed
 
-#: The last sentence of a failed check.
+#: Last sentence of the message of a failed check.
 NOT_KEPT = "The merged model is not kept."
 
 

@@ -280,16 +280,16 @@ def _fill(model: PeftModel, weights: Mapping[str, torch.Tensor], file: Path, ada
     if problems:
         raise BadModel(f"{file} does not fit this base and these LoRA settings:\n{listing(sorted(problems))}")
     set_peft_model_state_dict(model, dict(weights), adapter_name=adapter)
-    # PEFT renames tensors by the rules that transformers has for base files, and ignores those that then match nothing.
-    # So a right name may be changed into a wrong one: Laguna's rule for `shared_expert.` is a regex, and its dot also
-    # matches the s of shared_experts. Copying by name fills what PEFT left out.
+    # PEFT renames tensors with the rules that transformers has for base files, and ignores tensors that then match
+    # nothing. A rule may break a correct name: Laguna's rule for `shared_expert.` is a regex, and its dot also matches
+    # the s of shared_experts. Copying by name fills what PEFT left out.
     with torch.no_grad():
         for name, tensor in weights.items():
             own[name].copy_(tensor)  # own[name] is the model's own memory, not a copy
 
 
 def _fault(name: str, tensor: torch.Tensor) -> str:
-    """Why a tensor of this name cannot be part of any adapter; "" where it can."""
+    """Why this tensor cannot be part of any adapter; "" if it can."""
     if tensor.dtype not in _OF_ADAPTERS:
         dtype = str(tensor.dtype).removeprefix("torch.")
         return f"{name}: holds {dtype}; expected float32, bfloat16, float16 or float64"
@@ -306,7 +306,7 @@ def fill_again(model: PeftModel, folder: Path) -> None:
 
 @torch.no_grad()
 def left_out_by_peft(model: PeftModel) -> list[str]:
-    """Names of the layers whose tensors PEFT itself, and so other programs, would not load from this adapter."""
+    """Names of the layers whose tensors PEFT itself, and so other programs too, would not load from this adapter."""
     own = adapter_tensors(model)
     before = {name: tensor.clone() for name, tensor in own.items()}
     others = {name: tensor + 1 for name, tensor in before.items()}
@@ -320,7 +320,7 @@ def left_out_by_peft(model: PeftModel) -> list[str]:
 
 
 def load_trained(base: CausalLM, folder: Path) -> PeftModel:
-    """Put a saved adapter on its base, in eval mode. Raises BadModel unless every tensor of both fits."""
+    """Put a saved adapter on its base, in eval mode. Raises BadModel unless all tensors match."""
     file, config, weights = _saved(base, folder)
     with _fitting(folder):
         model = get_peft_model(base, config)
@@ -380,9 +380,9 @@ def answering_as(model: PeftModel, adapter: str | None) -> Iterator[None]:
 
 
 def refuse_damaged(folder: Path) -> None:
-    """Raise BadModel for what is wrong with a saved adapter on any base.
+    """Raise BadModel if a saved adapter is unusable whatever its base is.
 
-    Asked before the base is loaded, which takes minutes where it is large; reading an adapter takes a second.
+    To be checked before the base is loaded: a large base takes minutes to load, an adapter a second to read.
     """
     file = _weights_file(folder)
     adapter_config(folder)
@@ -392,7 +392,7 @@ def refuse_damaged(folder: Path) -> None:
 
 
 def _weights_file(folder: Path) -> Path:
-    """The weights of a saved adapter. Raises BadModel for a folder that holds none."""
+    """The weights file of a saved adapter. Raises BadModel if the folder has none."""
     refuse_whole_model(folder)
     file = adapter_file(folder)
     if file is None:

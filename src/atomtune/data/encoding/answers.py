@@ -1,8 +1,8 @@
-"""Answers: what the template writes after each prompt, up to the stop token, by the shortest way that gives it.
+"""Answers: what the template writes after each prompt, up to the stop token, with as few renderings as possible.
 
-1. Of a plain answer, the template's `form` gives the text, and nothing is rendered.
-2. A later prompt of a long conversation holds the answer as history; some answers are rendered too and compared.
-3. Any other is rendered with its prompt: `TemplatedRecord.answer_text`.
+1. Plain answers follow from the template's `form`, without a rendering.
+2. In a long conversation, a later prompt has the answer in its history. Some answers are also rendered, to compare.
+3. All others are rendered with their prompt: `TemplatedRecord.answer_text`.
 """
 
 from collections import defaultdict
@@ -16,7 +16,7 @@ from atomtune.data.records import Prompt
 
 
 def answers_of(cuts: Cuts, learned: Sequence[int], prompts: Sequence[Prompt[str]]) -> Iterator[WrittenAnswer]:
-    """The answer after each prompt, control strings hidden. Raises CannotExpress at one that cannot be found."""
+    """The answer after each prompt, with control strings hidden. Raises CannotExpress if one cannot be found."""
     in_history = _answers_in_history(cuts, learned, prompts) if worth_cutting(len(learned)) else {}
     for at, prompt in zip(learned, prompts, strict=True):
         yield answer_at(cuts.templated, at, prompt, in_history.get(at))
@@ -25,9 +25,9 @@ def answers_of(cuts: Cuts, learned: Sequence[int], prompts: Sequence[Prompt[str]
 def answer_at(
     templated: TemplatedRecord, at: int, prompt: Prompt[str], in_history: WrittenAnswer | None = None
 ) -> WrittenAnswer:
-    """The answer at `at`, as its text is tokenized on its own.
+    """The answer at `at`, with its text as it must be tokenized on its own.
 
-    in_history   the answer as a later prompt has it, where that is known
+    in_history   the answer as written in a later prompt, if that is known
     """
     turn, template = templated.record.turns[at], templated.template
     if turn.role == "text":
@@ -45,18 +45,18 @@ def answer_at(
 
 
 def _form_of(templated: TemplatedRecord, at: int, prompt: Prompt[str]) -> AnswerForm | None:
-    """How the answer at `at` is written; None where it has to be rendered to see that."""
+    """How the answer at `at` is written; None if it must be rendered to see that."""
     turn, template = templated.record.turns[at], templated.template
     is_plain = not (turn.reasoning or turn.calls or mentions_thoughts(turn.text))
-    # After a tool's answer some prompts end in another way than those after a question.
+    # After a tool result, some templates end the prompt differently than after a question.
     ends_as_usual = not templated.variables and prompt.asks.endswith(template.asks)
     return template.form if is_plain and ends_as_usual else None
 
 
 def _answers_in_history(cuts: Cuts, learned: Sequence[int], prompts: Sequence[Prompt[str]]) -> dict[int, WrittenAnswer]:
-    """What later prompts hold of the answers before them; those that have to be rendered are left out.
+    """Answers as written in the history of later prompts, by turn; without those that must be rendered.
 
-    Prompts that were cut out of one rendering have one history.
+    Prompts that were cut out of one rendering share one history.
     """
     with_history: dict[int, dict[int, Prompt[str]]] = defaultdict(dict)
     for at, prompt in zip(learned, prompts, strict=True):
@@ -70,7 +70,7 @@ def _answers_in_history(cuts: Cuts, learned: Sequence[int], prompts: Sequence[Pr
 
 
 def _alike_in_history(cuts: Cuts, prompt_of: Mapping[int, Prompt[str]]) -> list[dict[int, WrittenAnswer]]:
-    """The answers that the history of these prompts holds, by kind: with or without calls, text, thoughts."""
+    """The answers in the history of these prompts, grouped by whether they have calls, text and thoughts."""
     templated = cuts.templated
     last_at, last = max(prompt_of.items())
     question = templated.last_question(last_at)
@@ -90,14 +90,14 @@ def _alike_in_history(cuts: Cuts, prompt_of: Mapping[int, Prompt[str]]) -> list[
 def _as_the_last_would_be(
     templated: TemplatedRecord, prompt_of: Mapping[int, Prompt[str]], in_history: Mapping[int, WrittenAnswer]
 ) -> Mapping[int, WrittenAnswer]:
-    """Answers of one kind as each would be written if the conversation ended with it.
+    """Answers of one kind, each as the template would write it if the conversation ended there.
 
     A few are rendered. An answer that ends the conversation may begin with empty thoughts, which history leaves out:
 
         in history    a2<end>
-        at the end    <think></think>a2<end>     the others are given the same beginning
+        at the end    <think></think>a2<end>     the others get the same beginning
 
-    Where one differs in anything else, the rendered ones are all that is known.
+    If a rendered answer differs in anything else, only the rendered ones are returned.
     """
     checked = list(spot_checks(list(in_history)))
     rendered = {at: templated.template.ended(templated.answer_text(at, whole(prompt_of[at]))) for at in checked}

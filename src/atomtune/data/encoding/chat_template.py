@@ -23,7 +23,7 @@ InstructionRole = Literal["system", "user"]
 
 #: Name of the template that comes with the tokenizer.
 OWN = "the tokenizer's own"
-#: The ways in which templates strip white space around an answer.
+#: How templates strip white space around an answer.
 TRIMS: dict[str, Callable[[str], str]] = {
     "nothing": lambda text: text,
     "both ends": str.strip,

@@ -63,8 +63,8 @@ def load_template(
 
     name  `auto` (the tokenizer's own, else atom for a Chinese tokenizer, else plain), a built-in name, or the path of a
           .jinja file
-    Raises BadSettings for an unknown name; BadModel if the tokenizer's own template is missing or ambiguous, and as
-    `probed` does.
+    Raises BadSettings for an unknown name; BadModel if the tokenizer's own template is missing or ambiguous, and
+    for the reasons of `probed`.
     """
     why = ""
     if name == "auto" and tokenizer.chat_template:
@@ -133,7 +133,7 @@ def restore_template(
     variables: Mapping[str, Any] | None = None,
     day: date | None = None,
 ) -> Template:
-    """The template that was saved with an adapter's tokenizer. Raises BadModel as `load_template` does."""
+    """The template that was saved with an adapter's tokenizer. Raises BadModel like `load_template`."""
     source = _own_source(tokenizer)
     return probed(Template(name, source, tokenizer, instruction_role, variables or {}, day or date.today()))
 

@@ -1,7 +1,7 @@
-"""Cuts: where a rendered conversation is cut into parts, so that one rendering holds many prompts and answers.
+"""Cuts: where a rendered conversation is cut into parts, so that one rendering gives many prompts and answers.
 
-Each cut is before a control token, and only where the ids of the parts are those of the whole (`Template.cut`). The
-last part of a prompt, after which the model writes, is called `asks`; all before it are its history.
+Each cut is before a control token at which the parts tokenize to the ids of the whole (`Template.cut`). The last part
+of a prompt, after which the model writes, is called `asks`; the parts before it are its history.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,31 +11,31 @@ from atomtune.data.encoding.chat_template import WrittenAnswer
 from atomtune.data.encoding.templated_record import TemplatedRecord
 from atomtune.data.records import Prompt
 
-#: Up to this many answers, each one's prompt is rendered on its own; more are cut out of one rendering.
+#: Up to this many answers, each prompt is rendered separately; the prompts of more are cut out of one rendering.
 RENDERED_EACH = 4
 
 
 class Cuts:
-    """The cuts of one record's renderings: before each `mark`. Here, for a template without one: none."""
+    """The cuts of one record's renderings, before each `mark`. This class is for templates without a mark: no cuts."""
 
     def __init__(self, templated: TemplatedRecord, mark: str = "") -> None:
         self.templated = templated
         self.mark = mark
 
     def prompt(self, at: int) -> Prompt[str]:
-        """The prompt before the turn at `at`, rendered on its own."""
+        """The prompt before the turn at `at`, rendered separately."""
         *history, asks = self._parts(self.templated.prompt_text(at))
         return Prompt(history, len(history), asks)
 
     def prompts_in(self, last: Prompt[str], learned: Sequence[int]) -> list[Prompt[str]] | None:
-        """The prompts before all learned turns, out of the one before the last of them; None where they are not seen.
+        """Cut the prompts before all learned turns out of the last one; None if their ends cannot be found.
 
-        Whether a template writes these prompts is not known yet: `prompts.py` compares some.
+        The template may write some of these prompts differently, so `prompts.py` renders some and compares.
         """
         return None
 
     def answer_in(self, prompt: Prompt[str]) -> WrittenAnswer | None:
-        """The answer to a prompt whose history goes on after it; None where no stop token is seen."""
+        """The answer after a prompt, cut out of the rest of its history; None if it has no stop token."""
         return None
 
     def _parts(self, text: str) -> Iterator[str]:
@@ -48,7 +48,7 @@ class Cuts:
 
 
 class AtHeaders(Cuts):
-    """Cuts before the header that begins each turn of the assistant.
+    """Cuts before the header that begins each assistant turn.
 
     <user>q1<end> | <assistant>a1<end><user>q2<end> | <assistant>a2<end><user>q3<end> | <assistant>
     history[0]      history[1]                        history[2]                        asks
@@ -61,8 +61,8 @@ class AtHeaders(Cuts):
 
     def prompts_in(self, last: Prompt[str], learned: Sequence[int]) -> list[Prompt[str]] | None:
         assistants = self._assistants_before(learned[-1])
-        # A template may write a turn with several headers; and a prompt after a tool's answer may end in another way
-        # than one after a question.
+        # A template may write several headers in one turn, and may end a prompt after a tool result differently than
+        # after a question.
         ends_as_usual = last.asks == self.templated.template.asks or bool(self.templated.variables)
         if last.length != len(assistants) + 1 or not ends_as_usual:
             return None
@@ -79,7 +79,7 @@ class AtHeaders(Cuts):
 
 
 class AtStops(Cuts):
-    """Cuts before the stop token that ends each answer, for a template without a header, as Mistral's.
+    """Cuts before the stop token that ends each answer, for templates without a header, for example Mistral's.
 
     [INST]q1[/INST]a1 | </s>[INST]q2[/INST]a2 | </s>[INST]q3[/INST]
     history[0]          history[1]              asks
@@ -109,9 +109,9 @@ class AtStops(Cuts):
         return WrittenAnswer(prompt.history[prompt.length][len(prompt.asks) :], self.mark)
 
     def _start_of_answer(self, at: int, part: str, leads: dict[tuple[bool, bool], str]) -> int:
-        """Where the answer at `at` starts in the part that ends with it; -1 where that is not seen.
+        """Where the answer at `at` starts in the part that ends with it; -1 if that cannot be found.
 
-        leads   what the template writes before the text of a turn with text, with calls: of each kind the first found
+        leads   (has text, has calls) → what the template writes before such an answer; filled in here
         """
         text = str(self.templated.message_of(at)["content"]).strip()
         kind = bool(text), bool(self.templated.record.turns[at].calls)
@@ -124,9 +124,9 @@ class AtStops(Cuts):
         return part.find(leads[kind]) if has_calls_alone else part.rfind(leads[kind] + text)
 
     def _lead(self, at: int, text: str) -> str | None:
-        """What the template writes for a turn before its text; for calls alone, the control token before them.
+        """What the template writes for a turn before its text; without a text, the control token before its calls.
 
-        None where calls begin with no control token: their beginning is then not seen.
+        None if no control token comes before the calls, so that their beginning cannot be found.
         """
         written = self.templated.answer_text(at, self.templated.prompt_text(at))
         if text:
@@ -139,7 +139,7 @@ def cuts_of(templated: TemplatedRecord) -> Cuts:
     """How the renderings of this record are cut."""
     template, record = templated.template, templated.record
     uses_tools = bool(record.tools) or any(turn.calls or turn.role == "tool" for turn in record.turns)
-    # After a tool's answer Mistral's templates begin no turn of the assistant, but each answer has its stop token.
+    # After a tool result, Mistral's templates begin no new assistant turn, but each answer still has its stop token.
     mark = template.cut_at_stops if uses_tools and not template.header_behind_tools else template.cut
     if not mark:
         return Cuts(templated)
@@ -147,15 +147,15 @@ def cuts_of(templated: TemplatedRecord) -> Cuts:
 
 
 def worth_cutting(answers: int) -> bool:
-    """Whether so many answers are cut out of one rendering."""
+    """Whether a record with this many answers is cut out of one rendering."""
     return answers > RENDERED_EACH
 
 
 def spot_checks(items: Sequence[int]) -> Iterator[int]:
-    """The 1st, 2nd, 4th, 8th, … of them, to compare what was cut out with a rendering of its own.
+    """The 1st, 2nd, 4th, 8th, … of the items, for comparing what was cut out with a separate rendering.
 
-    Prompts grow along a conversation: those of all its answers together are as long as its length squared, these not
-    much longer than the last of them.
+    Prompts grow along a conversation: all together, their length is quadratic in that of the conversation. Those chosen
+    here, at doubling distances, are together not much longer than the last.
     """
     number = 1
     while number <= len(items):
@@ -164,7 +164,7 @@ def spot_checks(items: Sequence[int]) -> Iterator[int]:
 
 
 def whole(prompt: Prompt[str]) -> str:
-    """A prompt's text, uncut."""
+    """The whole text of a prompt."""
     return "".join(prompt.parts())
 
 

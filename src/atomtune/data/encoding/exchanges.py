@@ -1,10 +1,10 @@
-"""Exchanges: Record → Exchanges, each learned answer with the prompt before it, both as a template writes them.
+"""Exchanges: Record → Exchanges, each learned answer with the prompt before it, both as the template writes them.
 
     prompt of the first     <user>q1<end> | <assistant>
     prompt of the second    <user>q1<end> | <assistant>a1<end><user>q2<end> | <assistant>
     its answer                                                                           a2, and the stop token <end>
 
-Prompts are cut at | and hold the parts that they share once (`cuts.py`).
+Prompts are cut at |, and parts that they share are stored once (`cuts.py`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ def exchanges_of(template: Template, record: Record) -> tuple[Exchange, ...]:
         for at, prompt, answer in zip(learned, in_pieces, answers, strict=True)
     ]
     if exchanges and record.turns[-1].role != "text":
-        # The last prompt holds what the others hold.
+        # The last prompt contains all earlier ones, so checking it alone is enough.
         notes = omissions.in_prompt(learned[-1], whole(prompts[-1]))
         if notes:
             exchanges[-1] = exchanges[-1]._replace(lost=(*exchanges[-1].lost, *notes))
@@ -49,7 +49,7 @@ def exchange_at(template: Template, record: Record, at: int) -> Exchange:
 
 
 def prompt_at(template: Template, record: Record, at: int) -> Prompt[Piece]:
-    """The prompt before the turn at `at`, in pieces whose ids are those of the whole. Raises CannotExpress."""
+    """The prompt before the turn at `at`, in pieces that tokenize to the ids of the whole. Raises CannotExpress."""
     templated = TemplatedRecord(template, record)
     (in_pieces,) = _in_pieces(templated, [cuts_of(templated).prompt(at)])
     return in_pieces
@@ -65,7 +65,7 @@ def joined(prompt: Prompt[Piece]) -> Piece:
 
 
 def _in_pieces(templated: TemplatedRecord, prompts: Sequence[Prompt[str]]) -> Iterator[Prompt[Piece]]:
-    """The prompts with the record's control strings in their places again, as text."""
+    """The prompts with the record's control strings restored, as text."""
     return with_each_part(prompts, partial(templated.escaper.piece, learn=False))
 
 

@@ -1,7 +1,7 @@
-"""Omissions: what of a record its template leaves out. A note says so where the rest can be learned.
+"""Omissions: the parts of a record that its template leaves out.
 
-Raises CannotExpress where it cannot: an answer without its text or one of its calls, or an answer to a question, or to
-a tool's answer, that the model would not see.
+If the rest can still be learned, a note tells the user. If not, CannotExpress is raised: for an answer without its text
+or one of its calls, or if the model would not see the question or the tool result that it answers.
 """
 
 import json
@@ -23,14 +23,18 @@ NOT_WRITTEN = {
 
 
 class Omissions:
-    """Looks for what one record's template leaves out."""
+    """Finds what the template leaves out of one record."""
 
     def __init__(self, templated: TemplatedRecord) -> None:
         self._templated = templated
-        self._written_numbers: set[int] = set()  # a turn with this number of calls is written with all of them
+        self._written_numbers: set[int] = set()  # numbers of calls in one turn that are written in full
 
     def in_answer(self, at: int, answer: str) -> tuple[str, ...]:
-        """Notes on the answer at `at`, from what the template writes for it. Raises CannotExpress."""
+        """Notes on the answer at `at`.
+
+        answer  what the template writes for it
+        Raises CannotExpress if its text or a call is missing.
+        """
         template, turn = self._templated.template, self._templated.record.turns[at]
         if turn.calls:
             self._refuse_lost_calls(at, answer)
@@ -48,7 +52,7 @@ class Omissions:
         return tuple(notes)
 
     def in_prompt(self, at: int, prompt: str) -> tuple[str, ...]:
-        """Notes on the rendered prompt before the turn at `at`. Raises CannotExpress."""
+        """Notes on the rendered prompt before the turn at `at`. Raises CannotExpress if it lacks an earlier turn."""
         self._refuse_lost_turns(at, prompt)
         documents_are_lost = self._templated.variables.get("documents") and self._is_same_without_documents(at, prompt)
         return (NOT_WRITTEN["documents"],) if documents_are_lost else ()
@@ -62,7 +66,7 @@ class Omissions:
         calls = message["tool_calls"]
         if len(calls) == 1 or len(calls) in self._written_numbers:
             return
-        # Several calls may have one name. Each is given a name of its own, and those are looked for.
+        # Several calls may have the same name. Each gets a unique one, and the rendered text is searched for these.
         names = [f"atomtune-call-{number}" for number in range(len(calls))]
         renamed = [
             {**call, "function": {**call["function"], "name": name}} for call, name in zip(calls, names, strict=True)
@@ -75,8 +79,8 @@ class Omissions:
         self._written_numbers.add(len(calls))
 
     def _refuse_lost_turns(self, until: int, prompt: str) -> None:
-        """Look for the questions and the tools' answers before a turn."""
-        reached = 0  # in the prompt: templates write turns in their order, so most are found at once
+        """Raise CannotExpress if the prompt lacks a question or a tool result from before the turn at `until`."""
+        reached = 0  # position in the prompt; templates write turns in order, so most are found from here
         for at, turn in enumerate(self._templated.record.turns[:until]):
             if turn.role not in ("user", "tool"):
                 continue
@@ -90,7 +94,7 @@ class Omissions:
                     raise CannotExpress(f"{title} leaves out what turn {number} ({turn.role}) says")
 
     def _is_same_without_documents(self, at: int, prompt: str) -> bool:
-        """Whether the prompt is the same without the record's documents: a server would leave them out in silence."""
+        """Whether the template ignores the record's documents, so that a server would silently leave them out."""
         templated = self._templated
         without = {**templated.variables, "documents": None}
         messages = templated.messages_before(at)
@@ -98,12 +102,12 @@ class Omissions:
 
 
 def _is_there_as_json(text: str, prompt: str) -> bool:
-    """Whether a template writes a text as a JSON string, as some do with what a tool answers."""
+    """Whether the prompt has a text as a JSON string; some templates write tool results so."""
     return any(json.dumps(text, ensure_ascii=ascii_only)[1:-1] in prompt for ascii_only in (False, True))
 
 
 def notes_on(record: Record, exchanges: Sequence[Exchange]) -> tuple[str, ...]:
-    """What is accepted but worth saying about a record, each note once: notes count records."""
+    """Notes for the user on an accepted record. Each appears once, because the ledger counts records."""
     notes = [note for exchange in exchanges for note in exchange.lost]
     if _lacks_a_system_text(record, exchanges):
         notes.append(NOT_WRITTEN["system"])
@@ -111,12 +115,12 @@ def notes_on(record: Record, exchanges: Sequence[Exchange]) -> tuple[str, ...]:
 
 
 def _lacks_a_system_text(record: Record, exchanges: Sequence[Exchange]) -> bool:
-    """Whether a prompt lacks a system text that is before it; what it shares with the prompt before is read once."""
+    """Whether a prompt lacks an earlier system text. Parts shared with the previous prompt are searched once."""
     systems = [(at, turn.text.strip()) for at, turn in enumerate(record.turns) if turn.role == "system"]
     if not systems:
         return False
     waiting = deque(systems)
-    unseen: set[str] = set()  # in no part that the prompts share so far
+    unseen: set[str] = set()  # in none of the parts that the prompts share so far
     for exchange, shared in zip(exchanges, shared_parts(exchange.prompt for exchange in exchanges), strict=True):
         if not shared:
             waiting, unseen = deque(systems), set()

@@ -1,14 +1,14 @@
-"""Prompts: the text before each learned answer, cut out of one rendering where that is what the template writes.
+"""Prompts: the text before each learned answer, cut out of one rendering if the template writes all of them so.
 
-A conversation of n answers has n prompts, and each begins with nearly all of the one before. To render each takes as
-long as the conversation's length squared: 1,500 calls of an agent took 85 seconds. The last prompt holds the others:
+A conversation of n answers has n prompts, and each begins with nearly all of the one before. Rendering each takes time
+quadratic in the conversation's length: 1,500 calls of an agent took 85 seconds. The last prompt contains the others:
 
     <user>q1<end><assistant>a1<end><user>q2<end><assistant>a2<end><user>q3<end><assistant>     the last prompt
     <user>q1<end><assistant>a1<end><user>q2<end><assistant>                                    the one before
     <user>q1<end><assistant>                                                                   the first
 
-A template may write an earlier prompt in another way: with thoughts that it leaves out later, or with the tools, which
-it writes before the last question. So some prompts are rendered and compared; where one differs, none is cut.
+A template may write an earlier prompt differently: with thoughts that it leaves out later, or with the tools, which
+some templates write before the last question. So some prompts are rendered and compared; if one differs, none is cut.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from atomtune.data.records import Prompt, Record
 
 
 def prompts_of(cuts: Cuts, learned: Sequence[int]) -> list[Prompt[str]]:
-    """The prompt before each learned turn, control strings hidden. Raises CannotExpress."""
+    """The prompt before each learned turn, with control strings hidden. Raises CannotExpress."""
     if not worth_cutting(len(learned)):
         return list(map(cuts.prompt, learned))
     prompts = _cut_from_last(cuts, learned)
@@ -30,18 +30,18 @@ def prompts_of(cuts: Cuts, learned: Sequence[int]) -> list[Prompt[str]]:
     by_question = _by_question(cuts.templated.record, learned)
     if len(by_question) == 1:
         return list(map(cuts.prompt, learned))
-    # Mistral's templates write the tools before the last question: only prompts after the same question are alike.
+    # Mistral's templates write the tools before the last question, so only prompts after the same question agree.
     return list(chain.from_iterable(prompts_of(cuts, answers) for answers in by_question))
 
 
 def _by_question(record: Record, learned: Sequence[int]) -> list[list[int]]:
-    """The learned turns, those after the same question together."""
+    """The learned turns, grouped by the question before them."""
     questions_before = list(accumulate((turn.role == "user" for turn in record.turns), initial=0))  # [turns + 1]
     return [list(answers) for _, answers in groupby(learned, questions_before.__getitem__)]
 
 
 def _cut_from_last(cuts: Cuts, learned: Sequence[int]) -> list[Prompt[str]] | None:
-    """All prompts, cut out of the last one; None where the template writes them in another way."""
+    """All prompts, cut out of the last one; None if the template writes one of them differently."""
     if not cuts.mark or not _may_hold_the_others(cuts.templated):
         return None
     last = cuts.prompt(learned[-1])
@@ -56,9 +56,9 @@ def _cut_from_last(cuts: Cuts, learned: Sequence[int]) -> list[Prompt[str]] | No
 
 
 def _may_hold_the_others(templated: TemplatedRecord) -> bool:
-    """Whether an answer's thoughts cannot make a later prompt differ from an earlier one.
+    """Whether thoughts cannot make the beginning of a later prompt differ from an earlier prompt.
 
-    Where a text mentions them, a template may find thoughts that are not seen here.
+    If a text mentions thoughts, a template may find some that are not recognized here.
     """
     texts = [str(message["content"]) for message in templated.messages]
     if any(map(mentions_thoughts, texts)):
@@ -67,9 +67,9 @@ def _may_hold_the_others(templated: TemplatedRecord) -> bool:
 
 
 def _numbers_after_tools(templated: TemplatedRecord, learned: Sequence[int]) -> list[int]:
-    """The numbers, among the learned answers, of those after a tool's; none where that makes no difference.
+    """Positions in `learned` of the answers that follow a tool result; empty if that makes no difference.
 
-    Between a question and its answer, a template that knows thoughts keeps those of each call, empty ones too.
+    Between a question and its answer, a template that knows thoughts keeps those of each call, even empty ones.
     """
     if not templated.template.knows_thoughts:
         return []
@@ -80,7 +80,7 @@ def _numbers_after_tools(templated: TemplatedRecord, learned: Sequence[int]) -> 
 def _render_after_tools(
     cuts: Cuts, learned: Sequence[int], prompts: list[Prompt[str]], after_tools: Sequence[int]
 ) -> None:
-    """Render the prompts after a tool's answer, but for those that are as they were cut."""
+    """Replace the prompts after a tool result by separate renderings, except those that were cut correctly."""
     templated = cuts.templated
     question = templated.last_question(learned[-1])
     as_cut = [number for number in after_tools if not templated.has_thoughts or learned[number] > question]
@@ -93,5 +93,5 @@ def _render_after_tools(
 def _are_rendered_so(
     cuts: Cuts, learned: Sequence[int], prompts: Sequence[Prompt[str]], numbers: Sequence[int]
 ) -> bool:
-    """Whether the prompts of these answers have the text of a rendering of their own; some of them are checked."""
+    """Whether the cut prompts of these answers equal separate renderings; checks some of them."""
     return all(cuts.templated.prompt_text(learned[number]) == whole(prompts[number]) for number in spot_checks(numbers))

@@ -1,13 +1,13 @@
 """Templated record: a record's messages, and what its template renders of them: a prompt, and the answer after it.
 
-A server's model is sent everything before an answer, rendered as if the conversation ended there. What it has to write
-is what the template writes after that, thoughts, calls and channels included:
+A server sends the model everything before an answer, rendered as if the conversation ended there. The model must write
+what the template writes after that, with thoughts, calls and channels:
 
     rendered up to the answer    <user>q1<end><assistant>a1<end><user>q2<end><assistant>
     rendered with the answer     <user>q1<end><assistant>a1<end><user>q2<end><assistant>a2<end>
     answer                                                                              a2<end>
 
-These are the texts that are trained. `prompts.py` and `answers.py` find the same ones with fewer renderings.
+These are the texts for training. `prompts.py` and `answers.py` find the same texts with fewer renderings.
 """
 
 from collections.abc import Sequence
@@ -25,19 +25,19 @@ from atomtune.data.encoding.token_ids import Escaper
 from atomtune.data.records import Record
 from atomtune.shared_prefix import shared_characters
 
-#: Replaces a text where only the text around it matters; a noncharacter, so that no template writes it.
+#: Replaces a text if only what surrounds it matters; a noncharacter, so that no template writes it.
 _OTHER = "\ufdd4"
 
 
 class TemplatedRecord:
-    """A record's messages as its template takes them, control strings hidden.
+    """A record's messages in the form that its template expects, with control strings hidden.
 
     turns       0 user, with an input    1 assistant    2 tool    3 assistant
     messages    0 system    1 user       2 assistant    3 tool    4 assistant
     starts      0                        2              3         4              5
 
-    A control string has the same mark in every rendering: a prompt is still the beginning of what is rendered with its
-    answer.
+    A control string has the same mark in every rendering, so hiding it does not change whether the rendering with the
+    answer begins with the prompt.
     """
 
     def __init__(self, template: Template, record: Record) -> None:
@@ -47,7 +47,7 @@ class TemplatedRecord:
         self.tools = self.escaper.hide(record.tools)
         self.variables = self.escaper.hide(record.variables)
         self.messages: list[Message] = []
-        self._starts = [0]  # of each turn's messages; the last is where all end
+        self._starts = [0]  # index of each turn's first message, and the number of messages
         for turn in record.turns:
             if turn.role != "text":
                 self.messages += [self.escaper.hide_message(message) for message in template.messages([turn])]
@@ -58,16 +58,16 @@ class TemplatedRecord:
         return self.messages[: self._starts[at]]
 
     def messages_of(self, at: int) -> list[Message]:
-        """The messages of one turn: two where an instruction and its input are apart, none of a text."""
+        """The messages of one turn: two if an instruction and its input are separate, none for a text."""
         return self.messages[self._starts[at] : self._starts[at + 1]]
 
     def message_of(self, at: int) -> Message:
-        """The first message of a turn, which is the only one of an assistant's; {} of a text."""
+        """The first message of a turn, which is the only one of an assistant turn; {} for a text."""
         start = self._starts[at]
         return self.messages[start] if start < len(self.messages) else {}
 
     def thinks(self, at: int) -> bool:
-        """Whether a turn has thoughts, in the record or taken out of its text."""
+        """Whether a turn has thoughts, in a key of the record or inside its text."""
         return bool(self.record.turns[at].reasoning) or "reasoning_content" in self.message_of(at)
 
     @cached_property
@@ -76,15 +76,15 @@ class TemplatedRecord:
         return any(map(self.thinks, range(len(self.record.turns))))
 
     def last_question(self, before: int) -> int:
-        """Where the last user's turn before a turn is; 0 where there is none."""
+        """Index of the last user turn before turn `before`; 0 if there is none."""
         return next((at for at in range(before - 1, -1, -1) if self.record.turns[at].role == "user"), 0)
 
     def render(self, messages: Sequence[Message], *, prompt: bool) -> str:
-        """The text of these messages; with `prompt`, up to where the next answer starts."""
+        """The rendered text of these messages; with `prompt`, it ends where the next answer starts."""
         return self.template.render(messages, tools=self.tools, prompt=prompt, variables=self.variables)
 
     def prompt_text(self, at: int) -> str:
-        """The rendered prompt before the turn at `at`. Raises CannotExpress."""
+        """The rendered prompt before the turn at `at`. Raises CannotExpress, also if the template leaves out a tool."""
         if self.record.turns[at].role == "text":
             return self.template.tokenizer.bos_token or ""
         prompt = self.render(self.messages_before(at), prompt=True)
@@ -93,20 +93,20 @@ class TemplatedRecord:
         return prompt
 
     def answer_text(self, at: int, prompt: str) -> str:
-        """What the template writes after this prompt for the turn at `at`, where the conversation ends with that turn.
+        """What the template writes after this prompt if the conversation ends with the turn at `at`.
 
-        Raises CannotExpress where the answer cannot be found.
+        Raises CannotExpress if the answer cannot be found.
         """
         full = self.render([*self.messages_before(at), self.message_of(at)], prompt=False)
         if full.startswith(prompt):
             return full[len(prompt) :]
-        # With the answer there, the template writes what is before it in another way: thoughts of earlier turns are
-        # gone, or the thoughts of this answer are not where the prompt begins them.
+        # Once the answer is there, the template writes the earlier text differently: it leaves out thoughts of earlier
+        # turns, or the thoughts of this answer are not where the prompt begins them.
         turn = full[self._start_of_turn(at, full) :]
         opening = opened(prompt)
         if opening is None:
             return after_thoughts(turn) if closed(prompt) else turn
-        # The prompt begins the thoughts, as DeepSeek-R1's does: the answer goes on inside them.
+        # The prompt begins the thoughts (DeepSeek-R1): the answer continues inside them.
         if closing := closing_of_no_thoughts(turn):
             return closing
         space, closing_mark = opening
@@ -129,12 +129,12 @@ class TemplatedRecord:
                 f"{self.template.title} changes the turns before an answer once the answer is there, so "
                 "the beginning of the answer cannot be found"
             )
-        # Where the header opens thoughts, the turn's text begins with that mark.
+        # If the header opens thoughts, the turn's text begins with that mark.
         return start + len(without_opening(header))
 
 
 def _with_other_texts(message: Message) -> Message:
-    """The message with all its texts replaced; of one that holds nothing but calls, their names."""
+    """The message with all its texts replaced; if it has only calls, with their names replaced."""
     if message.get("tool_calls") and not message["content"] and not message.get("thinking"):
         calls = [{**call, "function": {**call["function"], "name": _OTHER}} for call in message["tool_calls"]]
         return {**message, "tool_calls": calls}
