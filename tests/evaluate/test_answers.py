@@ -1,4 +1,4 @@
-"""What is told of a generated text."""
+"""Answers: how a generated text is compared with its reference."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_white_space_at_the_ends_is_no_difference():
         ("<think>\nhm\n</think>\n5", "", True),
         ("[THINK]hm[/THINK]5", "", True),
         ("<think>\nhm, and then the limit", "", True),
-        ("<think>\n\n</think>\n\n5", "", False),  # Qwen3, asked without thinking: every answer begins so
+        ("<think>\n\n</think>\n\n5", "", False),  # Qwen3 without thinking: every answer begins so
         ("hm</think>5", "", True),
         ("</think>5", "", False),  # Nemotron
         ("hm\n</think>\n5", "Assistant: <think>\n", True),  # DeepSeek-R1, whose prompt opens the thoughts

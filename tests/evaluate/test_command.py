@@ -1,4 +1,4 @@
-"""`atomtune evaluate`, whole, on tiny models."""
+"""`atomtune evaluate` from command line to report, on tiny models."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def report_in(folder) -> dict:
 
 @pytest.fixture(scope="module")
 def report(by_heart, tmp_path_factory):
-    """The folder of an evaluation of what was learned by heart."""
+    """The folder of an evaluation on the records that the adapter learned by heart."""
     folder = tmp_path_factory.mktemp("report")
     data = write_jsonl(folder / "same.jsonl", DIALOGUES)
     out = folder / "out"
@@ -66,7 +66,7 @@ def test_what_was_learned_by_heart_is_told_from_the_base(report):
 
 def test_the_base_is_the_same_beside_an_adapter_that_began_with_a_part_of_it(models, by_heart, dialogues, tmp_path):
     base = models("llama")
-    shutil.copytree(by_heart, tmp_path / "pissa")  # its template; the adapter is written over
+    shutil.copytree(by_heart, tmp_path / "pissa")  # for its template; the adapter is overwritten
     config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "pissa")
     figures = {}
@@ -88,7 +88,7 @@ def test_every_figure_has_an_interval_around_it(report):
 
 
 def test_the_loss_is_that_of_the_run_itself(models, tmp_path):
-    """evaluate's nats are the eval_loss that training reported for the same adapter and records."""
+    """evaluate's nats per token equal the eval_loss that training reported for the same adapter and records."""
     data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
     flags = ["--model_path", str(models("llama")), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
     more = ["--max_steps", "3", "--eval_size", "3", "--eval_strategy", "steps", "--eval_steps", "3"]
@@ -102,7 +102,7 @@ def test_the_loss_is_that_of_the_run_itself(models, tmp_path):
 
 
 def test_the_loss_is_that_of_a_run_on_a_quantized_base(trained_in_nf4, tmp_path, capsys):
-    """The base is held as in training: its weights as they are stored gave other figures than the run's own."""
+    """The base is quantized as in training. Regression: its stored weights gave other figures than the run's own."""
     _, run = trained_in_nf4
     words = ["--adapter_path", str(run), "--no_generate", "--no_probe", "--output_dir", str(tmp_path)]
     of_run = json.loads((run / "run.json").read_text())["eval_loss"]
@@ -119,7 +119,7 @@ def test_the_loss_is_that_of_a_run_on_a_quantized_base(trained_in_nf4, tmp_path,
 def test_a_quantized_base_is_held_in_the_number_format_of_training(trained_in_nf4, tmp_path, capsys):
     run = shutil.copytree(trained_in_nf4[1], tmp_path / "run")
     card = json.loads((run / "atomtune.json").read_text())
-    (run / "atomtune.json").write_text(json.dumps({**card, "dtype": "float16"}))  # which no processor takes by itself
+    (run / "atomtune.json").write_text(json.dumps({**card, "dtype": "float16"}))  # which is never chosen on a CPU
     words = ["--adapter_path", str(run), "--no_generate", "--no_probe", "--output_dir", str(tmp_path / "out")]
     assert main(["evaluate", *words, "--dtype", "auto"]) == 0
     assert " in float16 on cpu" in capsys.readouterr().out
@@ -144,7 +144,7 @@ def test_the_markdown_report_has_every_figure_and_the_records(report):
 
 
 def test_several_adapters_of_different_templates_are_compared(by_heart, models, tmp_path):
-    """Each answers through the template it was trained with; of both, the one that learned these records is better."""
+    """Each answers with the template it was trained with; the one that learned these records is better."""
     other = train_by_heart(models("llama"), tmp_path, DIALOGUES[:4], steps=1)
     shutil.move(other, tmp_path / "barely")
     plain = tmp_path / "plain"
@@ -187,7 +187,7 @@ def test_a_stop_in_the_middle_keeps_what_all_models_have_done(by_heart, tmp_path
 
 
 def test_the_time_is_said_when_one_model_has_done_its_first_batch(by_heart, dialogues, tmp_path, monkeypatch, capsys):
-    """Where all records were one batch it was not said at all, and else when all models had done the first."""
+    """Regression: the estimate came only after all models' first batches, and never if one batch held all records."""
     said, real = [], evaluation.score_targets
 
     def listening(*arguments: object, **more: object) -> object:
@@ -208,7 +208,7 @@ def test_a_base_alone_is_evaluated(models, tmp_path):
 
 
 def test_a_base_alone_is_evaluated_in_the_mode_that_is_asked_for(models, tmp_path):
-    # Without thinking the empty block of thoughts stands in the prompt; with it, it is part of what is measured.
+    # Without thinking, the empty block of thoughts is part of the prompt; with thinking, it is part of the answer.
     data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES[:3])
     nats = {}
     for thinks in ("true", "false"):
@@ -232,9 +232,9 @@ def test_tool_calls_are_counted_where_the_reference_has_one(models, tmp_path, ca
     words = ["--model_path", str(models("qwen3")), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
     assert evaluate(*words, "--template", "qwen3", "--max_new_tokens", "8") == 0
     figures = report_in(tmp_path / "out")["models"]["base"]
-    assert figures["call_parse_rate"][0] == 0  # an untrained model calls nothing
+    assert figures["call_parse_rate"][0] == 0  # an untrained model writes no calls
     assert "does not know the format" not in capsys.readouterr().out
-    # A form that nobody knows gives no figure, and that is said.
+    # Calls in an unknown form give no figure, and a notice says so.
     odd = tmp_path / "odd.jinja"
     odd.write_text(CALLING.replace('{"name": "{{ c.function.name }}", "arguments": ', "CALL {{ c.function.name }} "))
     assert evaluate(*words, "--template", str(odd), "--max_new_tokens", "8") == 0
@@ -249,7 +249,7 @@ def test_tool_calls_are_counted_where_the_reference_has_one(models, tmp_path, ca
         (["--adapter_path", "ADAPTER"], "held no records out"),
         (["--adapter_path", "nowhere", "--dataset_path", "x.jsonl"], "no such folder"),
         (["--adapter_path", "ADAPTER", "--output_dir", "/dev/null"], "--output_dir /dev/null cannot be written: "),
-        # Two of one name gave their figures to each other, and the intervals ended in a traceback.
+        # Regression: two of the same name mixed their figures, and the intervals ended in a traceback.
         (["--adapter_path", "ADAPTER", "ADAPTER", "--dataset_path", "RUN"], "more than once. Name each adapter once."),
     ],
 )
@@ -276,7 +276,7 @@ def test_what_cannot_be_evaluated_is_said_first(words, said, by_heart, dialogues
     ],
 )
 def test_a_run_json_without_its_keys_is_said_and_other_records_can_be_named(content, said, by_heart, dialogues, capsys):
-    """`{}` was called no run.json, and held-out records of no file ended in a traceback."""
+    """Regression: `{}` was reported as a missing run.json; held-out records that no file has gave a traceback."""
     adapter = shutil.copytree(by_heart, dialogues.parent / "out")
     (adapter / "run.json").unlink()
     if content is not None:
@@ -289,7 +289,7 @@ def test_a_run_json_without_its_keys_is_said_and_other_records_can_be_named(cont
 
 
 def test_a_whole_model_is_told_its_own_flag(models, dialogues, capsys):
-    """It was told to be no run's output folder, and that it can be evaluated as it is, nobody said."""
+    """Regression: the message said only that it is no run's output folder, not how a whole model is evaluated."""
     base = models("llama")
     assert evaluate("--adapter_path", str(base), "--dataset_path", str(dialogues)) == 2
     assert (
@@ -298,7 +298,7 @@ def test_a_whole_model_is_told_its_own_flag(models, dialogues, capsys):
 
 
 def test_a_wrong_file_is_said_before_a_base_is_loaded(by_heart, tmp_path, capsys):
-    """A base of 7 billion parameters was loaded first, for minutes, and the records were read then."""
+    """Regression: a base of 7 billion parameters was loaded for minutes before the records were read."""
     empty = tmp_path / "empty.jsonl"
     empty.touch()
     for file, said in ((tmp_path / "none.jsonl", "no such file"), (empty, "the file is empty")):
@@ -317,7 +317,7 @@ def test_a_torn_adapter_is_told_before_a_base_is_loaded(by_heart, dialogues, tmp
 
 
 def test_a_report_of_other_records_is_not_replaced(by_heart, tmp_path):
-    """The second evaluation took the place of the first without a word, which may have taken hours."""
+    """Regression: a second evaluation silently replaced the first, which may have taken hours."""
     adapter = shutil.copytree(by_heart, tmp_path / "out")
     for name, count in (("one.jsonl", 1), ("two.jsonl", 2), ("two.jsonl", 3)):
         data = write_jsonl(tmp_path / name, DIALOGUES[:count])
@@ -328,7 +328,7 @@ def test_a_report_of_other_records_is_not_replaced(by_heart, tmp_path):
 
 
 def test_one_record_has_no_interval(by_heart, tmp_path, capsys):
-    """Its interval had no width, 12.73–12.73, as if all other records had that very loss."""
+    """Regression: its interval was 12.73–12.73, as if all other records had exactly that loss."""
     data = write_jsonl(tmp_path / "one.jsonl", DIALOGUES[:1])
     words = ["--adapter_path", str(by_heart), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
     assert evaluate(*words, "--no_generate", "--no_probe") == 0
@@ -342,13 +342,13 @@ def test_one_record_has_no_interval(by_heart, tmp_path, capsys):
 
 
 def report_of(*names: str) -> Report:
-    """A report on these models: their loss and the probe's."""
+    """A report on these models, with their loss on the records and on the probe."""
     figures = {name: Figure(1.5, 1.0, 2.0) for name in (NATS.name, PROBE.name)}
     return Report("base", [], 6, 6, dict.fromkeys(names, figures), {}, [], 8, False, {})
 
 
 def test_a_long_title_is_folded_and_not_cut(tmp_path, capsys, monkeypatch):
-    """Chinese has no spaces: beside three models the probe's title ended in “…”, and what is measured was not said."""
+    """Chinese has no spaces. Regression: with three models the probe's title was cut to “…”, and lost its meaning."""
     monkeypatch.setenv("COLUMNS", "80")
     with spoken("zh"):
         say(report_of("base", "out", "checkpoint-360"), Console())
@@ -358,7 +358,7 @@ def test_a_long_title_is_folded_and_not_cut(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("language", ["en", "zh"])
 @pytest.mark.parametrize("names", [("base",), ("base", "out"), ("base", "out", "checkpoint-360")])
 def test_a_figure_is_on_one_line_on_every_narrow_terminal(names, language, capsys, monkeypatch):
-    """At 40 columns the table broke `(1.00–2.00)` in two, and a row took three lines of crumbs."""
+    """Regression: at 40 columns `(1.00–2.00)` was broken in two, and a row took three lines."""
     for columns in range(40, 80):
         monkeypatch.setenv("COLUMNS", str(columns))
         with spoken(language):
@@ -392,7 +392,7 @@ def trained_on_part(models, tmp_path, data, name: str, *more: str):
 
 
 def test_records_that_an_adapter_learned_are_said(models, tmp_path, capsys):
-    """The first adapter's held-out records may be what another one learned; and a user may name the training file."""
+    """Another adapter may have learned the first one's held-out records, and a user may name the training file."""
     data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
     part = trained_on_part(models, tmp_path, data, "part", "--eval_size", "3")
     everything = trained_on_part(models, tmp_path, data, "everything", "--eval_size", "0")
@@ -409,7 +409,7 @@ def test_records_that_an_adapter_learned_are_said(models, tmp_path, capsys):
 
 
 def test_what_is_done_when_a_stop_comes_is_a_fair_share(models, tmp_path, monkeypatch):
-    """The records came by their length, so a report that was stopped early was one of the longest."""
+    """Regression: records came sorted by length, so an evaluation that was stopped early had only the longest."""
     records = [{"instruction": "x" * 3 * number, "output": "y"} for number in range(1, 41)]
     data = write_jsonl(tmp_path / "data.jsonl", records)
     seen, real = [], evaluation.score_targets

@@ -1,4 +1,4 @@
-"""Laws of the intervals."""
+"""Intervals: laws of the figures, differences and shares, and of their 95 % intervals."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ def test_the_value_is_the_plain_ratio_and_lies_in_its_interval():
 
 
 def test_the_interval_is_as_wide_as_the_theory_of_means_says():
-    # The mean of n equal draws has a standard error of sd / sqrt(n); 95 % lie within 1.96 of them.
+    # The mean of n independent draws has the standard error sd / sqrt(n); 95 % of means lie within 1.96 of these.
     values = numpy.random.default_rng(3).normal(5, 2, size=400)
     figure = Bootstrap(400, seed=1).ratio(values.tolist(), [1] * 400)
     expected = 2 * 1.96 * values.std() / 20
@@ -35,12 +35,12 @@ def test_the_interval_is_as_wide_as_the_theory_of_means_says():
 
 
 def test_a_difference_is_taken_record_by_record():
-    """Two models that differ by the same amount on every record differ without doubt, however varied the records."""
+    """Two models that differ by the same amount on every record differ surely, however varied the records are."""
     ours, theirs = [1.0, 9.0, 30.0], [2.0, 10.0, 31.0]
     draws = Bootstrap(3, seed=0)
     figure = draws.difference((ours, [1] * 3), (theirs, [1] * 3))
     assert figure.as_list() == approx([-1, -1, -1])
-    assert draws.ratio(ours, [1] * 3).high > draws.ratio(theirs, [1] * 3).low  # apart, they overlap
+    assert draws.ratio(ours, [1] * 3).high > draws.ratio(theirs, [1] * 3).low  # the separate intervals overlap
 
 
 def test_nothing_to_divide_by_is_no_figure():
@@ -59,7 +59,7 @@ def test_the_same_seed_gives_the_same_interval():
 
 
 def test_one_record_tells_no_two_models_apart():
-    # All its draws are equal: an interval of no width said "Better" without a doubt.
+    # All resamples are equal. Regression: an interval of width zero gave a sure "Better".
     difference = Bootstrap(1, seed=0).difference(([1.0], [1]), ([2.0], [1]))
     assert difference.as_list() == [-1, -math.inf, math.inf]
     alone = Bootstrap(1, seed=0).ratio([2.0], [1])
@@ -68,7 +68,7 @@ def test_one_record_tells_no_two_models_apart():
 
 
 def one_each(right: int, wrong: int) -> tuple[list[int], list[int]]:
-    """Records of one answer each."""
+    """Records of one answer each, as lists of right answers and of answers."""
     return [1] * right + [0] * wrong, [1] * (right + wrong)
 
 
@@ -77,7 +77,7 @@ def one_each(right: int, wrong: int) -> tuple[list[int], list[int]]:
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
 def test_a_share_has_the_interval_that_is_published(right, of, low, high):
-    """R. G. Newcombe, Statistics in Medicine 17 (1998), 857-872, table I, method 3: to four places."""
+    """R. G. Newcombe, Statistics in Medicine 17 (1998), 857-872, table I, method 3: equal to four digits."""
     figure = share(*one_each(right, of - right))
     assert figure.as_list() == approx([right / of, low, high], abs=5e-5)
     mirrored = share(*one_each(of - right, right))
@@ -85,7 +85,7 @@ def test_a_share_has_the_interval_that_is_published(right, of, low, high):
 
 
 def coverage(interval, n: int, truth: float) -> float:
-    """How many samples of n records have an interval that holds the truth: all of them, by their probability."""
+    """Probability that the interval of a sample of n records contains the truth, as an exact sum."""
     total = 0.0
     for right in range(n + 1):
         figure = interval(*one_each(right, n - right))
@@ -100,11 +100,11 @@ def test_the_interval_of_a_share_holds_the_truth_where_the_bootstrap_does_not():
     for n in (5, 10, 30, 100):
         covered = [coverage(share, n, truth) for truth in numpy.linspace(0.02, 0.98, 97)]
         assert numpy.mean(covered) > 0.945
-        assert min(covered) > 0.83  # 95 % on average; the lowest is near 0 and 1, where one answer makes a step
+        assert min(covered) > 0.83  # 95 % on average; lowest near 0 and 1, where one answer changes much
 
 
 def test_answers_that_are_alike_within_their_records_count_as_one():
-    """A dialogue whose five answers all stop says no more than one with a single answer."""
+    """A dialogue whose five answers all stop is no more evidence than a dialogue with one answer."""
     for right, wrong in ((4, 0), (3, 1), (0, 4), (2, 2)):
         exact, answers = one_each(right, wrong)
         five_times = share([5 * count for count in exact], [5 * count for count in answers])
@@ -116,7 +116,7 @@ def test_answers_that_differ_within_their_records_as_much_as_between_them_count_
 
 
 def test_a_difference_of_shares_is_that_of_bonett_and_price():
-    """Their formula, from the counts: a record may be right for both, for one of them, or for none."""
+    """Their formula uses the counts of records that both models, only one, or neither answered right."""
     for both, only_we, only_they, neither in itertools.product(range(4), repeat=4):
         n = both + only_we + only_they + neither
         if n < 2:
@@ -151,7 +151,7 @@ def test_shares_of_nothing_and_of_one_record_have_no_interval():
 
 
 def records(count: int, *, right: bool) -> list[RecordResult]:
-    """Records of one answer, which is right in every way or in none."""
+    """Records of one answer each, which is right or wrong in all measures."""
     answer = AnswerResult("", 100.0 if right else 0.0, right, right, 4, 4, right, (right, right))
     return [RecordResult(TargetScores(nats=float(row), right=3, tokens=4), (answer,)) for row in range(count)]
 
@@ -164,11 +164,11 @@ def test_all_answers_right_of_few_records_is_not_100_to_100():
     for name in shares:
         assert figures[name].as_list() == approx([1, 0.5655, 1], abs=1e-4)
     nats = [float(row) for row in range(5)]
-    assert figures["nats_per_token"] == draws.ratio(nats, [4] * 5)  # a mean of continuous scores keeps the bootstrap
+    assert figures["nats_per_token"] == draws.ratio(nats, [4] * 5)  # means of continuous scores still use the bootstrap
 
 
 def test_two_records_tell_no_two_shares_apart_and_eight_do():
-    """Every resample of two records, wrong before and right after, says better; two coins do that too."""
+    """If two records change from wrong to right, all resamples say better; but two coins can do that by chance."""
     exact = next(measure for measure in MEASURES if measure.name == "exact_match")
     verdicts = {}
     for count in (2, 8):

@@ -1,4 +1,4 @@
-"""Law: the scores of a batch are those of each record alone, from all its logits."""
+"""Likelihood: the scores of a batch equal those of each record alone, computed from all its logits."""
 
 import tracemalloc
 
@@ -14,7 +14,7 @@ from atomtune.model.layout_support import why_padded, windows_of
 
 
 def records() -> list[tuple[Example, ...]]:
-    """Records that begin alike, one learned twice, one of two answers, one of two Examples."""
+    """Records with equal beginnings; one is learned twice, one has two answers, and one has two Examples."""
     shared = tuple(range(20, 50))
     first = Example((*shared, 61, 62, 63), (0,) * 31 + (1, 1), "a:1")
     twice = Example((*shared, 61, 71), (0,) * 31 + (2,), "a:2")
@@ -47,13 +47,13 @@ def test_scores_are_those_of_each_record_alone(models, family, layout):
     collator = Collator(layout=layout, pad_id=0, as_examples=lambda row: (), windows=windows)
     scores = score_targets(model, records(), collator)
     for ours, theirs in zip(scores, expected, strict=True):
-        # The library's RMSNorm computes in float32 whatever the dtype.
+        # transformers' RMSNorm computes in float32 in every dtype.
         assert ours.nats == approx(theirs.nats, rel=1e-5)
         assert (ours.right, ours.tokens) == (theirs.right, theirs.tokens)
 
 
 def test_a_long_record_costs_memory_by_its_tokens_and_not_by_their_square(models):
-    """Each target was named by all ids before it: 8,000 tokens held 385 MB of names."""
+    """Regression: the key of each target was all ids before it, 385 MB of keys for 8,000 tokens."""
     model = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32).eval()
     collator = Collator(layout="padded", pad_id=0, as_examples=lambda row: ())
     ids = torch.randint(10, 300, (4000,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -1,4 +1,4 @@
-"""Laws of lm-eval's tasks: base and adapter are scored with the ids of training, and what is wrong is said at once."""
+"""lm-eval tasks: base and adapter are scored with the ids of training, and problems are reported at once."""
 
 import json
 
@@ -10,7 +10,7 @@ from tests.trained import train_by_heart
 
 pytestmark = pytest.mark.extra
 
-#: A task of multiple choice whose data is a file.
+#: A multiple-choice task whose data is a file.
 TASK = """task: lighthouse
 dataset_path: json
 dataset_kwargs:
@@ -24,14 +24,14 @@ doc_to_target: "{{{{right}}}}"
 metric_list:
   - metric: acc
 """
-#: Questions alone; their answers are as long as each other, so that length gives none away.
+#: Questions without choices. All answers have the same length, so length does not give the right one away.
 PAIRS = [(f"What is in box {n}?", f"It is {thing}.") for n, thing in enumerate(("salt", "rice", "wine", "corn"), 1)]
-#: An instruction that all records share, which nobody types into lm-eval.
+#: An instruction that all records share and that no lm-eval task contains.
 GUARD = "You guard four boxes."
 
 
 def task_folder(folder, pairs):
-    """A folder with the task: each question with all answers to choose from."""
+    """A folder with the task: each question with all answers as choices."""
     answers = [answer for _, answer in pairs]
     questions = [
         {"question": question, "choices": answers, "right": number} for number, (question, _) in enumerate(pairs)
@@ -48,7 +48,7 @@ def lm_eval():
 
 @pytest.fixture(scope="module")
 def guard(models, tmp_path_factory):
-    """An adapter that knows by heart which box holds what, behind the shared instruction."""
+    """An adapter that learned by heart, after the shared instruction, what is in which box."""
     records = [{"instruction": GUARD, "input": question, "output": answer} for question, answer in PAIRS]
     return train_by_heart(models("llama"), tmp_path_factory.mktemp("guard"), records)
 

@@ -1,4 +1,4 @@
-"""Laws of the questions."""
+"""Questions: each learned answer of a record, with the prompt that a server would be sent for it."""
 
 from atomtune.data.cache import Rules
 from atomtune.data.encoding.choose_template import load_template
@@ -43,7 +43,7 @@ def test_a_character_that_the_limit_cut_in_two_is_no_part_of_the_text():
     ids = tokenizer("灯亮", add_special_tokens=False)["input_ids"]
     assert answer_text(ids, tokenizer, stopped=False) == "灯亮"
     assert answer_text(ids[:-1], tokenizer, stopped=False) == "灯"
-    # What the model ended there itself is no answer "灯", and must not be counted as one.
+    # If the model itself ended there, its answer is not "灯" and must not count as equal to it.
     assert answer_text(ids[:-1], tokenizer) == "灯\ufffd"
 
 

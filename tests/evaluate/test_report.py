@@ -1,4 +1,4 @@
-"""What the figures say, in the marks of the language that is spoken."""
+"""Report: its sentences have the punctuation of the user's language."""
 
 import pytest
 

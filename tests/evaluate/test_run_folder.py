@@ -1,4 +1,4 @@
-"""run.json as other commands read it: of a run's shape, or refused by name."""
+"""Run folder: other commands read a run.json of the expected shape, and refuse any other by name."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Which calls of tools a generated text holds."""
+"""Tool calls: which calls are found in a generated text."""
 
 import pytest
 
@@ -15,9 +15,9 @@ CALL = '{"name": "weather", "arguments": {"city": "北京"}}'
         (f"[TOOL_CALLS] [{CALL}]", 1, 1),  # Mistral
         ('{"name": "weather", "parameters": {"city": "x"}}', 1, 1),  # Llama 3.1
         (f"{CALL}\n{CALL}", 2, 2),
-        ('{"name": "stocks", "arguments": {}}', 1, 0),  # a tool that is not at hand
+        ('{"name": "stocks", "arguments": {}}', 1, 0),  # a tool that the record does not offer
         ('{"name": "weather", "arguments": {"city": "x"', 0, 0),  # cut off
-        ('{"city": "x"}', 0, 0),  # an object, but no call
+        ('{"city": "x"}', 0, 0),  # an object that is no call
         ("It is sunny {today}.", 0, 0),
         ("<tool_call>\n<function=weather>\n<parameter=city>\n北京\n</parameter>\n</function>\n</tool_call>", 1, 1),
         ("<function=weather></function>\n<function=stocks>\n<parameter=x>", 1, 1),  # the second is cut off
@@ -50,7 +50,7 @@ def test_a_call_within_arguments_is_not_counted():
     [("add", {"x": 3}, 1, 1), ("subtract", {}, 1, 0), ("add", '{"x": 3', 0, 0)],
 )
 def test_a_call_whose_tool_a_header_names_is_counted(name, arguments, parsed, known):
-    """As of gpt-oss: `assistant to=functions.add<|channel|>commentary<|message|>{"x": 3}<|call|>`."""
+    """gpt-oss writes `assistant to=functions.add<|channel|>commentary<|message|>{"x": 3}<|call|>`."""
     turn = Turn("assistant", "", calls=({"name": name, "arguments": arguments},))
     found = calls_of(' to=functions.add<|channel|>commentary<|message|>{"x": 3}', turn, {"add"})
     assert (found.parsed, found.known) == (parsed, known)

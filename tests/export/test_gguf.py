@@ -1,4 +1,4 @@
-"""GGUF: what the converter does not know is refused before work starts; what goes wrong in it is told."""
+"""GGUF: models that the converter does not know are refused before work starts; its own failures are explained."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def test_a_conversion_that_fails_says_why_and_leaves_no_file(models, tmp_path):
 
 
 def test_a_tokenizer_that_llama_cpp_cannot_split_is_told_in_words(models, tmp_path):
-    # The converter's Python lines stood there.
+    # Regression: the message was the converter's Python traceback.
     out = tmp_path / "m.gguf"
     base = Path(shutil.copytree(models("qwen3"), tmp_path / "base"))
     with pytest.raises(BadModel, match="does not support this tokenizer's pre-tokenization rule"):
@@ -45,7 +45,7 @@ def test_a_tokenizer_that_llama_cpp_cannot_split_is_told_in_words(models, tmp_pa
 
 
 def test_the_bases_sentencepiece_file_goes_with_the_merged_model(models, tmp_path):
-    copy_sentencepiece(str(models("llama")), tmp_path)  # has none
+    copy_sentencepiece(str(models("llama")), tmp_path)  # it has none
     assert list(tmp_path.iterdir()) == []
     copy_sentencepiece(str(models("lone")), tmp_path)
     assert (tmp_path / "tokenizer.model").read_bytes() == (models("lone") / "tokenizer.model").read_bytes()
@@ -54,8 +54,8 @@ def test_the_bases_sentencepiece_file_goes_with_the_merged_model(models, tmp_pat
 @pytest.mark.parametrize(
     ("tokenizer", "said"),
     [
-        (tokenizer_of("sentencepiece"), {"add_prefix_space": True}),  # a space before every text, as Llama 2 has it
-        (AutoTokenizer.from_pretrained(DEMO_BASE), {"add_prefix_space": False}),  # only where a text begins
+        (tokenizer_of("sentencepiece"), {"add_prefix_space": True}),  # a space before every text, as in Llama 2
+        (AutoTokenizer.from_pretrained(DEMO_BASE), {"add_prefix_space": False}),  # only at the start of a text
         (tokenizer_of("bytes"), {}),
     ],
     ids=["always", "first", "bytes"],

@@ -1,4 +1,4 @@
-"""Merge: a plain folder that answers as the adapter does, and a certificate that can fail."""
+"""Merge: a plain model folder that answers like the adapter, and a check that can fail."""
 
 import json
 import shlex
@@ -68,7 +68,7 @@ def test_chat_answers_from_the_merged_folder_as_from_the_adapter(trained, tmp_pa
 
 
 def test_a_merge_that_changed_the_answers_fails_with_exit_code_4(trained, tmp_path, capsys, monkeypatch):
-    """The bug: something is lost between the adapter and the written folder."""
+    """The planted bug: something is lost between the adapter and the written folder."""
     real = merge.load_base
 
     def forgetful(spec):
@@ -194,7 +194,7 @@ def test_a_merge_that_is_killed_leaves_no_model_and_the_next_one_works(trained, 
 
 
 def test_a_base_is_quantized_in_the_number_format_of_the_training(models, tmp_path):
-    # float16 files, quantized in bfloat16 by the training and in float16 by the merge: every 170th weight was another.
+    # Regression: training quantized float16 files in bfloat16, merge in float16; one weight in 170 differed.
     pytest.importorskip("bitsandbytes")
     from tests.conftest import DIALOGUES, write_jsonl
 
@@ -219,7 +219,7 @@ def test_a_base_is_quantized_in_the_number_format_of_the_training(models, tmp_pa
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", OTHER_KINDS)
 def test_other_kinds_of_adapters_are_merged_and_checked(models, tmp_path, capsys, kind, dtype):
-    # Their merged models were right and refused as "not base + adapter", or ended as a bug.
+    # Regression: correct merged models were refused as "not base + adapter", or the merge ended with a traceback.
     family, wanted = OTHER_KINDS[kind]
     base, adapter = models(family), by_peft(models(family), tmp_path / "a", wanted)
     words = ["--adapter_path", str(adapter), "--output_dir", str(tmp_path / "m"), "--dtype", dtype]
@@ -261,14 +261,14 @@ def test_a_merge_in_bfloat16_holds_and_an_adapter_that_rounding_takes_is_said(mo
 
 
 def test_a_merge_of_the_real_smollm2_in_bfloat16_holds(real, tmp_path, capsys):
-    # Before, every one of them was refused: one of 49,000 words at one position differed by more than 0.5.
+    # Regression: each such merge was refused, because at one position one of 49,000 words differed by more than 0.5.
     adapter = adapter_on(real("smollm2"), tmp_path / "a", size=0.01)
     assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(tmp_path / "m")]) == 0
     assert "rounded once to bfloat16" in capsys.readouterr().out
 
 
 def test_an_adapter_on_matrices_that_layers_share_is_said_at_the_start_and_not_merged(tmp_path, dialogues, capsys):
-    # Both layers' changes would land in the one matrix; the check after the merge caught it, after all of training.
+    # Both layers' changes would be added to the one matrix. Regression: only the check after the merge reported that.
     base, adapter = write_walked("zamba2", tmp_path / "base"), tmp_path / "out"
     command = ["train", "--model_path", str(base), "--dataset_path", str(dialogues), "--output_dir", str(adapter)]
     assert main([*command, "--max_steps", "1", "--dtype", "float32", "--eval_size", "0"]) == 0

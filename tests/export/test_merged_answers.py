@@ -1,4 +1,4 @@
-"""Merged answers: rounding holds, another answer does not, and neither do other ids for the same prompt."""
+"""Merged answers: differences by rounding pass; other answers, or other ids for the same prompt, do not."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Merged weights: right merges of small and large adapters hold in every dtype, and planted faults of any size show."""
+"""Merged weights: correct merges of small and large adapters pass in all dtypes; planted faults of any size do not."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.adapters import CPU, OTHER_KINDS, adapter_on, by_peft
 
 
 def merged_by(spoil, base: Path, adapter: Path, dtype: torch.dtype):
-    """Base + adapter, and the plain model that a spoiled adapter gives."""
+    """Base + adapter, and the plain model merged from a spoiled copy of the adapter."""
     spec = BaseSpec(path=str(base), dtype=dtype, device=CPU)
     spoiled = load_trained(load_base(spec), adapter)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_a_right_merge_holds(models, tmp_path, dtype, size):
     )
     assert not weights.problems
     assert weights.adapted == 14
-    # Of a change of 0.03 % most is lost in bfloat16, which keeps 0.4 %; that is not wrong, and it is said.
+    # bfloat16 resolves 0.4 %, so most of a change of 0.03 % is lost. That is correct, and the user gets a notice.
     assert (weights.share_kept < 0.5) == (dtype is torch.bfloat16 and size == 0.0003)
 
 
@@ -80,10 +80,10 @@ def test_a_fault_of_any_size_shows(models, tmp_path, dtype, spoil):
 
 
 def test_the_smallest_numbers_of_float16_are_rounded_as_they_lie():
-    # Below 6e-5 its numbers lie evenly; a right merge of 2,048 numbers was refused for one of them.
+    # Below 6e-5 they are evenly spaced. Regression: a correct merge of 2,048 numbers was refused because of one.
     exact = torch.linspace(-1e-4, 1e-4, 1001, dtype=torch.float64)
     assert not merged_weights._not_nearest(exact.half(), exact, [torch.zeros_like(exact)])
-    moved = exact.half() + 2**-23  # two numbers further
+    moved = exact.half() + 2**-23  # two representable numbers away
     assert merged_weights._not_nearest(moved, exact, [torch.zeros_like(exact)])
 
 

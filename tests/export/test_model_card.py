@@ -1,4 +1,4 @@
-"""The card beside an adapter says what is true of the run, and no more."""
+"""Model card: it says what is true of the run, and no more."""
 
 import json
 import re
@@ -31,7 +31,7 @@ RECORD = {
 
 @pytest.fixture
 def card_of_run(models, tmp_path):
-    """The card of a real run that holds records out, and that run's record."""
+    """The card of a real run with held-out records, and the contents of its run.json."""
     data = write_jsonl(tmp_path / "talk.jsonl", [{**record, "input": str(n)} for n, record in enumerate(DIALOGUES * 4)])
     out = tmp_path / "out"
     flags = ["--max_steps", "4", "--eval_size", "4", "--save_steps", "2", "--logging_steps", "1", "--dtype", "float32"]
@@ -86,7 +86,7 @@ def test_the_python_in_it_compiles():
 
 
 def test_the_python_in_it_sets_the_variables_of_the_template():
-    """Copied as it stood, it asked a model that was trained not to think, to think."""
+    """Regression: the code, copied unchanged, told a model to think that was trained not to."""
     metadata = replace(METADATA, template_variables={"enable_thinking": False})
     (code,) = re.findall(r"```python\n(.*?)```", model_card(RECORD, metadata, []), re.DOTALL)
     compile(code, "README.md", "exec")
@@ -100,7 +100,7 @@ def test_the_licence_is_the_one_in_the_bases_card(tmp_path):
         ("# no front matter\nlicense: mit", None),
         ("---\nlicense: [a\n---", None),
         ("---\n- a list\n---", None),
-        ("---\ndate: 2024-02-30\nlicense: 'mit'\n---", "mit"),  # no such day: a traceback, once
+        ("---\ndate: 2024-02-30\nlicense: 'mit'\n---", "mit"),  # no such day. Regression: a traceback
         ("---\nlicense: mit\nx: " + "[" * 100_000 + "\n---", "mit"),
         ("---\nmodel:\n  license: mit\n---", None),
     ):

@@ -1,4 +1,4 @@
-"""Ollama's template writes what the chat template writes, or there is no Modelfile."""
+"""Ollama: its template writes the same text as the chat template, or there is no Modelfile."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from atomtune.data.encoding.choose_template import load_template
 from atomtune.export.ollama import OllamaTemplate, Texts, modelfile, ollama_template
 from tests.tiny import CHATML, GEMMA, tokenizer_of
 
-#: Thinks away all but the last answer, as Qwen3's does with thoughts: more than a sequence of messages.
+#: Drops all answers but the last, as Qwen3's template does with thoughts: more than a sequence of messages.
 FORGETFUL = (
     "{% for m in messages %}{% if not loop.first or messages | length == 1 %}<|im_start|>{{ m['role'] }}\n"
     "{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
@@ -29,7 +29,7 @@ def of_tokenizer(kind: str, source: str):
 
 
 def go_rendered(go_template: str, messages: list[dict[str, str]]) -> str:
-    """The subset of Go's template language that we write, by hand: the first condition that holds, texts unquoted."""
+    """Render the subset of Go's template language that we write: take the first true condition, unquote its texts."""
     system = "".join(message["content"] for message in messages if message["role"] == "system")
     lines = go_template.split("\n")
     text, last = "", ""
@@ -51,7 +51,7 @@ def go_rendered(go_template: str, messages: list[dict[str, str]]) -> str:
 
 
 def written(actions: str, system: str, content: str) -> str:
-    """What a row of actions writes; nothing may stand between them."""
+    """The text that a sequence of actions writes; nothing may be between them."""
     text = ""
     assert re.sub(r"\{\{ .*? \}\}", "", actions) == ""
     for action in re.findall(r"\{\{ (.*?) \}\}", actions):

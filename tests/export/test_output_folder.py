@@ -1,4 +1,4 @@
-"""Output folder: filled whole or left as it was, and every reason why it could not be is one sentence."""
+"""Output folder: filled completely or left as it was; every failure is reported in one sentence."""
 
 import errno
 

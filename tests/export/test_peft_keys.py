@@ -1,4 +1,4 @@
-"""An adapter of the text class on the whole class: PEFT finds every tensor, and the model answers as before."""
+"""PEFT keys: PEFT finds every tensor of a text class's adapter in the whole class, and the answers are unchanged."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def text_adapter(models, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole_base(models, tmp_path_factory) -> Path:
-    """A vision-language checkpoint whose text model has the very weights of the text class's."""
+    """A vision-language checkpoint whose text model has the same weights as the text class's base."""
     folder = tmp_path_factory.mktemp("whole")
     text = AutoModelForCausalLM.from_pretrained(models("gemma3_text"), dtype=torch.float32)
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -60,7 +60,7 @@ def test_the_whole_class_finds_every_tensor_and_gives_the_same_logits(models, te
     base_logits = whole.eval()(input_ids=ids).logits
     logits = PeftModel.from_pretrained(whole, str(out)).eval()(input_ids=ids).logits
     assert not torch.allclose(base_logits, expected, atol=1e-3)
-    assert torch.allclose(logits, expected, atol=1e-4)  # float32; the whole class builds its masks another way
+    assert torch.allclose(logits, expected, atol=1e-4)  # float32; the whole class builds its masks differently
 
 
 def test_back_to_the_text_class_gives_the_first_names(models, text_adapter, whole_base, tmp_path):
@@ -73,7 +73,7 @@ def test_back_to_the_text_class_gives_the_first_names(models, text_adapter, whol
 
 
 def test_linear_attention_of_qwen3_5_finds_its_tensors_in_the_text_class_too(tmp_path):
-    """The checkpoint names the whole class, as Qwen3.5 is published; served by either, the adapter does the same."""
+    """The checkpoint names the whole class, like the published Qwen3.5; the adapter does the same in both classes."""
     base = write_checkpoint("qwen3_5", tmp_path / "base")
     adapter = train_by_heart(base, tmp_path, DIALOGUES, steps=3)
     ids = torch.arange(20)[None] + 5
@@ -92,7 +92,7 @@ def test_linear_attention_of_qwen3_5_finds_its_tensors_in_the_text_class_too(tmp
         with torch.no_grad():
             logits.append(adapted(input_ids=ids).logits)
         assert not torch.allclose(logits[-1], plain, atol=1e-3)
-    assert torch.allclose(*logits, atol=1e-4)  # float32; the whole class builds its positions another way
+    assert torch.allclose(*logits, atol=1e-4)  # float32; the whole class computes positions differently
 
 
 def test_targets_that_are_full_names_follow(text_adapter, whole_base, tmp_path):
@@ -149,7 +149,7 @@ def test_what_is_no_file_is_not_copied(text_adapter, whole_base, tmp_path):
 
 
 def test_what_was_merged_into_the_runs_folder_is_not_copied(text_adapter, whole_base, tmp_path):
-    # `train` itself says to merge into a folder there: gigabytes were copied beside an adapter of megabytes.
+    # `train` itself suggests to merge into a folder there. Regression: gigabytes were copied with a small adapter.
     adapter = shutil.copytree(text_adapter, tmp_path / "adapter")
     for name in ("merged", "additional_chat_templates"):
         (adapter / name).mkdir()
@@ -177,7 +177,7 @@ def test_a_disk_that_takes_no_more_is_one_sentence(text_adapter, whole_base, tmp
 
 @torch.no_grad()
 def test_ranks_and_alphas_by_full_names_follow(models, text_adapter, whole_base, tmp_path):
-    """As PEFT's EVA writes them. PEFT passes over unknown names: the adapter was applied at half its strength."""
+    """PEFT's EVA writes such names, and PEFT skips unknown ones. Regression: the adapter had half its strength."""
     spelled = Path(shutil.copytree(text_adapter, tmp_path / "spelled"))
     config, certificate = spelled / "adapter_config.json", spelled / "certificate.json"
     layers = [name for name in load_file(spelled / "adapter_model.safetensors") if "lora_A" in name]
@@ -193,7 +193,7 @@ def test_ranks_and_alphas_by_full_names_follow(models, text_adapter, whole_base,
     expected = PeftModel.from_pretrained(text, str(spelled)).eval()(input_ids=ids).logits
     whole = Gemma3ForConditionalGeneration.from_pretrained(whole_base, dtype=torch.float32)
     exported = PeftModel.from_pretrained(whole, str(out)).eval()(input_ids=ids).logits
-    assert torch.allclose(exported, expected, atol=1e-4)  # float32; the whole class builds its masks another way
+    assert torch.allclose(exported, expected, atol=1e-4)  # float32; the whole class builds its masks differently
     whole = Gemma3ForConditionalGeneration.from_pretrained(whole_base, dtype=torch.float32)
-    loaded = load_trained(whole, spelled)(input_ids=ids).logits  # as chat and evaluate load it
+    loaded = load_trained(whole, spelled)(input_ids=ids).logits  # in the way of chat and evaluate
     assert torch.allclose(loaded, expected, atol=1e-4)

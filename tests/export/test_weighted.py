@@ -1,4 +1,4 @@
-"""Laws of weighted adapters: W + sum of weight * B A, checked against sums written out here; quantized bases too."""
+"""Weighted adapters: W + sum of weight * B A, compared with sums computed here, also on quantized bases."""
 
 import json
 
@@ -18,7 +18,7 @@ NAME = "model.layers.1.mlp.down_proj"
 
 @pytest.fixture(scope="module")
 def adapters(models, tmp_path_factory):
-    """Two adapters on one base: one on all layers at rank 4, one on down_proj alone at rank 2, both far from small."""
+    """Two adapters on one base, with large weights: rank 4 on all layers, and rank 2 on down_proj alone."""
     folder = tmp_path_factory.mktemp("adapters")
     base = models("llama")
     wide = adapter_on(base, folder / "wide", size=0.5)
@@ -37,7 +37,7 @@ def adapters(models, tmp_path_factory):
 
 
 def delta(adapter, name: str = NAME) -> torch.Tensor:
-    """alpha / r * B A of a saved adapter, in float64; zeros where it has none for this layer."""
+    """alpha / r * B A of a saved adapter, in float64; zeros if the adapter has nothing for this layer."""
     config = PeftConfig.from_pretrained(adapter)
     tensors = load_file(adapter / "adapter_model.safetensors")
     down, up = (tensors.get(f"base_model.model.{name}.lora_{part}.weight") for part in "AB")
@@ -49,7 +49,7 @@ def weight_in(folder, name: str = NAME) -> torch.Tensor:
 
 
 def assert_equal(merged: torch.Tensor, expected: torch.Tensor) -> None:
-    """Up to the sums in float32 and one rounding to it."""
+    """Equal except for sums in float32 and one rounding to it."""
     merged, expected = merged.detach(), expected.detach()
     assert torch.allclose(merged, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
@@ -124,7 +124,7 @@ def test_what_is_no_sum_of_matrices_is_refused_with_a_weight(adapters, tmp_path,
 
 @pytest.mark.parametrize("others", [(), ("narrow",)], ids=["alone", "beside another"])
 def test_rows_of_single_tokens_are_refused_with_a_weight(adapters, tmp_path, capsys, others):
-    # PEFT puts them in whole, whatever the weight; and the check took them for what the adapter holds whole.
+    # PEFT inserts them in full, whatever the weight. Regression: the check accepted them as stored in full.
     base, wide, narrow = adapters
     config = LoraConfig(r=4, target_modules=["down_proj"], trainable_token_indices=[5, 7])
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "rows")
@@ -144,7 +144,7 @@ def test_an_adapter_of_a_quantized_base_is_merged_into_the_weights_that_training
     expected = rounded + delta(adapter)
     assert not torch.allclose(rounded, weight_in(base), atol=1e-3), "nf4 rounds so much that the two bases differ"
     assert_equal(weight_in(tmp_path / "m"), expected)
-    # What is certified is held against the same weights.
+    # certify compares with the same weights.
     assert main(["certify", "--adapter_path", str(adapter), "--served", str(tmp_path / "m"), "--engine", "in-process",
                  "--dtype", "float32", "--prompts", "3"]) == 0  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Laws of the Tab key: the shell is offered commands, settings and choices, as argcomplete asks for them."""
+"""Completion: through argcomplete, the Tab key offers commands, settings and choices."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 
 def offered(line: str, tmp_path) -> set[str]:
-    """What a shell gets for this line, with the cursor at its end."""
+    """The completions that a shell gets for this line, with the cursor at its end."""
     answer = tmp_path / "answer"
     asked = {
         "_ARGCOMPLETE": "1",

@@ -1,4 +1,4 @@
-"""Laws of the environment: what a launcher sets passes, what another job left behind is said."""
+"""Environment: variables that a launcher sets pass; those left over from another job are reported."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ FOUR = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT
         FOUR,
         FOUR | {"RANK": "3", "LOCAL_RANK": "3", "TORCHELASTIC_RUN_ID": "none"},
         {"WORLD_SIZE": "1"},
-        {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"},  # a cluster's defaults, with no job
+        {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"},  # a cluster's defaults, without a job
         FOUR | {"WORLD_SIZE": "1"},
         FOUR | {"PMI_SIZE": "2"},  # torchrun, started by MPI on each of two machines
         {"PMI_SIZE": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "3"},
@@ -113,7 +113,7 @@ def test_a_folder_of_another_job_in_the_environment_is_not_written_to(models, di
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME", "HOME"])
 def test_a_cache_that_cannot_be_made_is_one_sentence(name, models, dialogues, tmp_path):
-    # Below a file, where nobody can make a folder: root may write into every folder.
+    # Inside a file, where not even root can create a folder.
     (tmp_path / "file").write_text("x")
     left_out = ("HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME")
     environment = {key: value for key, value in os.environ.items() if key not in left_out}
@@ -135,7 +135,7 @@ def test_a_cache_that_cannot_be_made_is_one_sentence(name, models, dialogues, tm
 @pytest.mark.skipif(sys.platform != "linux", reason="another library of OpenMP")
 @pytest.mark.parametrize(("own", "spins"), [({}, SPINS), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")])
 def test_waiting_threads_sleep_unless_the_user_says_otherwise(own, spins, tmp_path):
-    """What the library of OpenMP itself says of its environment when torch loads it behind a command."""
+    """The OpenMP library itself prints its settings when torch loads it after a command's preparations."""
     others = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     code = f"from atomtune.cli import main; main(['runs', {str(tmp_path)!r}]); import torch"
     done = subprocess.run(
@@ -150,7 +150,7 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(own, spins, tmp_pa
 
 
 def test_a_command_in_a_folder_that_is_gone_is_one_sentence(models, dialogues, tmp_path):
-    # A library of torch's ended the process: "Intel oneMKL FATAL ERROR: Cannot load libtorch_cpu.so".
+    # Regression: one of torch's libraries ended the process: "Intel oneMKL FATAL ERROR: Cannot load libtorch_cpu.so".
     words = ["inspect", str(dialogues), "--model_path", str(models("llama"))]
     command = f'mkdir gone; cd gone; rmdir ../gone; exec "{sys.executable}" -m atomtune "$@"'
     done = subprocess.run(
@@ -160,7 +160,7 @@ def test_a_command_in_a_folder_that_is_gone_is_one_sentence(models, dialogues, t
 
 
 def test_python_without_docstrings_is_one_sentence(tmp_path):
-    # transformers makes classes of its docstrings: every command ended in a traceback.
+    # transformers builds classes from its docstrings. Regression: every command ended in a traceback.
     words = [sys.executable, "-OO", "-m", "atomtune", "runs", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr.count("PYTHONOPTIMIZE")) == (2, 2), done.stderr

@@ -1,4 +1,4 @@
-"""Laws of what is said to be expected: one voice, in words, with the range."""
+"""Expectations: a message on a wrong value says in words what is expected, with the range, always in one form."""
 
 import re
 
@@ -31,7 +31,7 @@ def problem(*flags: str) -> str:
         ("mix", "a", "numbers"),
         ("save_total_limit", "0", "a whole number, 1 or more"),
         ("gradient_checkpointing", "often", "one of auto, true, false"),
-        # Of the library's own settings, which pydantic and argparse let pass and a library died of.
+        # Settings of the Trainer. Regression: pydantic and argparse accepted these values, and a library crashed on them.
         ("per_device_train_batch_size", "0", "a whole number, 1 or more"),
         ("per_device_eval_batch_size", "0", "a whole number, 1 or more"),
         ("gradient_accumulation_steps", "0", "a whole number, 1 or more"),
@@ -83,7 +83,7 @@ def test_a_setting_that_is_missing_is_explained():
 
 
 def test_a_value_of_a_page_is_not_printed_whole():
-    # A file name pasted as a number, or an alias in YAML that stands for millions of values.
+    # For example a whole file pasted as a number, or a YAML alias that expands to millions of values.
     line = problem("--lora_rank", "9" * 5000)
     assert len(line) < 200 and "…" in line
 

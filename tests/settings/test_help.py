@@ -1,4 +1,4 @@
-"""Laws of --help: what people change first, every setting once, and no word cut in two."""
+"""Help: the settings that most users change come first, each setting appears once, and no word is broken."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from atomtune.settings.help import help_text
 from atomtune.settings.library import library_types
 from atomtune.settings.read import GROUPS
 
-#: Those of the library that people change.
+#: The Trainer's settings that most users change.
 USUAL = (
     "output_dir learning_rate num_train_epochs per_device_train_batch_size gradient_accumulation_steps max_steps "
     "warmup_steps lr_scheduler_type save_steps"
@@ -32,7 +32,7 @@ def test_lines_end_at_word_ends_at_any_width(command, columns, monkeypatch):
     wrapped = page(command, everything=True)
     assert wrapped.split() == unwrapped, "a word was cut, or lost"
     for line in wrapped.partition("\nExamples:\n")[0].splitlines():
-        # Only a word that is longer than a line stands out: it is left whole, to be copied.
+        # Only a word longer than a line may exceed it: it stays in one piece, so that it can be copied.
         assert len(line) <= min(max(int(columns), 40), 110) or len(line.split()) == 1
 
 
@@ -68,7 +68,7 @@ def test_every_setting_says_what_goes_in_and_what_it_does(command):
 
 
 def test_a_sweep_says_what_its_folder_and_its_resume_are():
-    """Both are settings of `train`, where they mean one run."""
+    """Both are also settings of `train`, where they refer to one run."""
     words = " ".join(page("sweep", everything=True).split())
     assert "--output_dir FOLDER folder for the trials" in words
     assert "--resume true|false continue the sweep" in words and "newest complete checkpoint" not in words

@@ -1,4 +1,4 @@
-"""Laws of --help json: it is --help as data, and what it says of a setting is what the reader does."""
+"""Help as JSON: --help as data; the values that it says a setting accepts are those that are accepted."""
 
 import json
 
@@ -12,7 +12,7 @@ from atomtune.settings.read import GROUPS, read
 from tools import skill
 
 EVERYTHING = overview_values({name: command.summary for name, command in COMMANDS.items()}, GROUPS)
-#: What a command needs before one more setting is read.
+#: Arguments that a command requires before it checks another setting.
 NEEDED = {
     "merge": ["--adapter_path", "a", "--output_dir", "b"],
     "export": ["--adapter_path", "a", "--output_dir", "b"],

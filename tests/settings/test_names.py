@@ -1,4 +1,4 @@
-"""Laws of other tools' names: each is read as ours, or answered; none does nothing in silence."""
+"""Names: each name from another tool is read as ours or answered with advice; none is silently ignored."""
 
 import json
 import re
@@ -118,7 +118,7 @@ def test_config_names_the_yaml_file(tmp_path):
 
 
 def test_a_name_of_another_command_is_not_taken_for_a_setting_of_this_one():
-    # `adapter` is chat's adapter_path; train has none and must say what to do.
+    # `adapter` means chat's adapter_path; train has no such setting and must say what to do.
     assert "leave it out: the adapter is always LoRA" in problems(*BOTH, "--adapter", "lora")[0]
     with pytest.raises(BadSettings, match="--lr: unknown"):
         read_settings(ChatSettings, ["--adapter_path", "a", "--lr", "1"], command="chat")
@@ -193,5 +193,5 @@ def test_what_is_advised_is_chinese_to_its_end(name, in_yaml):
     english = advice(name, TRAIN_TYPES, in_yaml=in_yaml)
     place = f"run.yaml:3: {name}" if in_yaml else f"--{name}"
     chinese = in_chinese(f"{place}: {english}")
-    assert name in chinese  # which is no word of ours
+    assert name in chinese  # an English name that stays as it is
     assert not re.search(r"\b(the|is|it|use|leave|with|there|gone|always|or|and)\b", chinese.replace(name, "")), chinese

@@ -1,4 +1,4 @@
-"""Laws of the settings: each is known by one name, comes from a named source, and every mistake is told at once."""
+"""Read: each setting has one name and a known source, and all mistakes are reported at once."""
 
 import dataclasses
 import enum
@@ -21,7 +21,7 @@ BOTH = ("--dataset_path", "train.jsonl", "--model_path", "base")
 
 @pytest.fixture
 def run_yaml(tmp_path):
-    """Read settings from a YAML file of this text, and from flags behind it."""
+    """A function that reads settings from a YAML file with a given text, and from flags after it."""
 
     def read(text: str, *flags: str) -> TrainSettings:
         path = tmp_path / "run.yaml"
@@ -85,12 +85,12 @@ def test_the_last_of_two_equal_flags_counts():
 
 
 def test_every_setting_of_the_installed_trainer_is_known_and_no_other():
-    # The names are read from the library's text: a new way to write a field there must not lose one here.
+    # The names are read from the library's source text. Catches fields that it writes in a new way.
     assert set(library_types()) == {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
 
 
 def test_every_default_of_the_trainer_may_also_be_said(run_yaml):
-    # Catches a type read wrongly from the library's text, for all of its settings at once.
+    # Catches types that were read wrongly from the library's source text, for all of its settings.
     said = {}
     for field in dataclasses.fields(TrainingArguments):
         made = field.default_factory is not dataclasses.MISSING
@@ -151,7 +151,7 @@ def test_a_name_is_not_abbreviated(short):
 
 
 def test_a_folder_without_its_flag_is_told_the_flag(tmp_path):
-    """`atomtune chat out` is what everybody types first, and was told only that a flag is missing."""
+    """Many users type `atomtune chat out` first. Regression: the message said only that a flag is missing."""
     adapter = tmp_path / "my out"
     adapter.mkdir()
     with pytest.raises(BadSettings) as told:
@@ -224,7 +224,7 @@ def test_a_wrong_value_in_yaml_is_named_by_its_line(run_yaml, text, place):
     ("text", "name"), [("lora_rank: 0\n", "lora_rank"), ("learning_rate: fast\n", "learning_rate")]
 )
 def test_a_wrong_value_in_yaml_is_named_by_its_setting(run_yaml, text, name):
-    # A line number alone sends the reader to another window to learn which setting is meant.
+    # With a line number alone, the user must open the file to learn which setting is meant.
     (said,) = yaml_problems(run_yaml, text)
     assert name in said
 
@@ -263,7 +263,7 @@ def test_a_value_out_of_its_range_is_refused(flags):
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        # Each ended in a traceback behind data and model, or was passed by without a word.
+        # Regression: each ended in a traceback after data and model were loaded, or was silently ignored.
         (("--log_level", "nope"), "expected one of detail, debug"),
         (("--log_level_replica", "5"), "expected one of detail, debug"),
         (("--train_sampling_strategy", "nope"), "expected one of random"),
@@ -306,7 +306,7 @@ def test_a_flag_without_its_value_is_named():
 
 @pytest.mark.parametrize("extra", [("b.yaml",), ("-x",)])
 def test_a_word_that_belongs_to_nothing_is_one_problem_among_the_others(run_yaml, extra):
-    # Not a page of usage from argparse, with the other problems lost.
+    # Catches argparse's page of usage, which would hide the other problems.
     said = yaml_problems(run_yaml, "seed: 1\n", *extra, "--lora_rnak", "3")
     assert any(extra[0] in line for line in said)
     assert any("--lora_rank" in line for line in said)
@@ -316,7 +316,7 @@ def test_a_word_that_belongs_to_nothing_is_one_problem_among_the_others(run_yaml
 
 
 def test_a_key_that_stands_twice_is_refused_with_both_lines(run_yaml):
-    # PyYAML takes the last one in silence.
+    # PyYAML silently takes the last one.
     (said,) = yaml_problems(run_yaml, "seed: 1\nlora_rank: 4\nseed: 2\n")
     assert said.startswith("run.yaml:3") and "seed" in said and "run.yaml:1" in said
 
@@ -328,26 +328,26 @@ def test_a_key_that_stands_twice_in_two_spellings_is_refused_too(run_yaml):
 
 @pytest.mark.parametrize("written", ["1e-4", "1.0e-4", "0.0001", "1E-4", "'1e-4'"])
 def test_a_number_with_an_exponent_is_a_number(run_yaml, written):
-    # YAML 1.1, which PyYAML reads, takes 1e-4 for a text.
+    # PyYAML follows YAML 1.1, in which 1e-4 is text.
     rate = run_yaml(f"learning_rate: {written}\n").trainer["learning_rate"]
     assert isinstance(rate, float) and rate == 1e-4
 
 
 def test_a_number_with_an_exponent_is_a_number_inside_a_mapping_too(run_yaml):
-    # As a text it would reach the scheduler, hours later.
+    # As text it would reach the scheduler, hours later.
     assert run_yaml("lr_scheduler_kwargs: {min_lr: 1e-5}\n").trainer["lr_scheduler_kwargs"] == {"min_lr": 1e-5}
 
 
 @pytest.mark.parametrize("text", ["save_strategy: no\n", "eval_strategy: no\n"])
 def test_no_is_a_word_where_a_word_is_expected(run_yaml, text):
-    # YAML 1.1 takes it for false; behind a flag it works, so it must work here.
+    # In YAML 1.1 it means false. It works as the value of a flag, so it must work here.
     name = text.partition(":")[0]
     assert run_yaml(text).trainer[name] == "no"
 
 
 @pytest.mark.parametrize("word", ["2024.10", "007", "1e3", "2024-05-01", "2024-13-45", "yes", "a b"])
 def test_a_text_in_yaml_is_kept_as_it_is_written(run_yaml, word):
-    # Behind a flag it is. Read as a number first, output_dir: 2024.10 would be written to the folder 2024.1.
+    # As for a flag. If it were read as a number first, output_dir: 2024.10 would become the folder 2024.1.
     assert run_yaml(f"output_dir: {word}\n").trainer["output_dir"] == word
     assert run_yaml(f"eval_path: {word}\n").data.eval_path == word
 
@@ -358,7 +358,7 @@ def test_a_leading_zero_does_not_make_a_number_octal(run_yaml):
 
 @pytest.mark.parametrize("value", ["true", "yes"])
 def test_a_claim_is_no_number(run_yaml, value):
-    # `lora_rank: yes` would be rank 1 without a word; behind a flag it is refused.
+    # `lora_rank: yes` would silently be rank 1; as the value of a flag it is refused.
     (said,) = yaml_problems(run_yaml, f"lora_rank: {value}\n")
     assert said.startswith("run.yaml:1")
 
@@ -403,7 +403,7 @@ def test_an_empty_yaml_says_nothing_and_a_byte_order_mark_does_not_hurt(run_yaml
     assert run_yaml(text).trainer.get("seed") == (7 if "seed" in text else None)
 
 
-# --- the forms a value may have -------------------------------------------------------------------------------------
+# --- forms of a value -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -438,7 +438,7 @@ def test_the_tutorials_false_is_false():
 
 @pytest.mark.parametrize(("word", "value"), [("true", True), ("False", False), ("full_shard", "full_shard")])
 def test_a_setting_that_is_a_claim_or_words_takes_both(word, value):
-    # FSDP was words ("full_shard") and is a claim in newer versions of the library.
+    # FSDP takes words ("full_shard") in older versions of the library, and is a boolean in newer ones.
     assert read_train([*BOTH, "--fsdp", word]).trainer["fsdp"] in (value, [value])
 
 
@@ -498,7 +498,7 @@ def test_a_path_of_digits_is_a_path(run_yaml):
     assert run_yaml("output_dir: 2024\n").trainer["output_dir"] == "2024"
 
 
-# --- what cannot be together ----------------------------------------------------------------------------------------
+# --- contradictions -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -547,7 +547,7 @@ def test_neither_model_nor_data_is_the_demo():
     assert not read_train(BOTH).demo
 
 
-# --- the tutorial's command and the other commands ------------------------------------------------------------------
+# --- the tutorial's command, and the other commands -----------------------------------------------------------------
 
 
 def test_the_tutorials_command_is_read_as_it_stands():
@@ -589,7 +589,7 @@ def test_a_command_refuses_the_settings_of_another():
 @pytest.mark.parametrize("written", ['"a\\0b"', '"a\\ud800b"'])
 @pytest.mark.parametrize("name", ["output_dir", "template", "run_name"])
 def test_what_no_file_can_be_called_is_refused_by_its_line(run_yaml, name, written):
-    # YAML can spell it; the system call would raise a ValueError that speaks of null bytes.
+    # YAML can express it; the system call would raise a ValueError about null bytes.
     (said,) = yaml_problems(run_yaml, f"{name}: {written}\n")
     assert said.startswith(f"run.yaml:1: {name}") and "it contains a NUL or an incomplete character" in said
 
@@ -600,7 +600,7 @@ def test_a_file_whose_name_is_no_utf_8_may_be_named():
 
 @pytest.mark.parametrize("name", ["model_path", "output_dir", "resume_from_checkpoint"])
 def test_a_folder_of_a_model_is_named_in_utf_8(name):
-    # safetensors and tokenizers, in Rust, ended a run at its first save, and a merge in a traceback.
+    # Regression: safetensors and tokenizers, in Rust, ended a run at its first save, and a merge in a traceback.
     (said,) = problems(f"--{name}", "caf\udce9")
     assert said.startswith(f"--{name} 'caf\\udce9': ") and said.endswith("not in UTF-8 here. Rename it.")
 
@@ -631,7 +631,7 @@ def test_json_that_cannot_be_read_is_one_problem(value):
         ("x", "expected a JSON object"),
         ("[1]", "expected a JSON object"),
         ('{"a":' * 5000 + "1" + "}" * 5000, "expected a JSON object"),
-        ('{"enable_thinking": "false"}', "true or false, without quotes"),  # a template takes a text for true
+        ('{"enable_thinking": "false"}', "true or false, without quotes"),  # a template treats a text as true
     ],
 )
 def test_variables_of_a_template_are_read_before_anything_else(command, value, words):

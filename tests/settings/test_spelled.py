@@ -1,4 +1,4 @@
-"""Settings spelled as words again: another command reads the same from them."""
+"""Spelled: settings written as a command line again are read by another command as the same settings."""
 
 from dataclasses import fields
 

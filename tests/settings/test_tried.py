@@ -1,4 +1,4 @@
-"""Laws of --try: what is written is what is tried, and what cannot be compared is refused before anything is read."""
+"""Tried: --try uses values as written, and refuses what cannot be compared before model and data are read."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Laws of the settings file: what is no plain setting is refused by its line, at once and in little memory."""
+"""YAML file: anything other than plain settings is refused with its line, at once and in little memory."""
 
 import time
 
@@ -12,7 +12,7 @@ BOTH = ("--dataset_path", "train.jsonl", "--model_path", "base")
 
 @pytest.fixture
 def refused(tmp_path):
-    """What is said of a settings file with these contents."""
+    """Read a settings file with these contents; returns the message that refuses it."""
 
     def read(contents: str | bytes) -> str:
         path = tmp_path / "run.yaml"
@@ -28,7 +28,7 @@ def refused(tmp_path):
 
 
 def laughs(levels: int, name: str = "lora_targets") -> str:
-    """Ten aliases of ten aliases of …: a page that stands for 10**levels values."""
+    """Ten aliases of ten aliases of …: one page of YAML that expands to 10**levels values."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, levels)]
     return "\n".join([*lines, f"{name}: *a{levels - 1}"])
@@ -93,7 +93,7 @@ def test_what_is_no_settings_file_is_refused_by_place_on_one_line(refused, text,
 
 
 def test_records_where_the_settings_file_stands_are_told_their_place(tmp_path):
-    """YAML's own words were `expected '<document start>', but found '{'`."""
+    """Regression: the message was YAML's own `expected '<document start>', but found '{'`."""
     path = tmp_path / "train.jsonl"
     path.write_text('{"instruction": "Hello", "output": "Hi"}\n' * 2)
     with pytest.raises(BadSettings, match="a file of records: pass it with --dataset_path"):

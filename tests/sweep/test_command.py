@@ -1,4 +1,4 @@
-"""Laws of a sweep: each trial is the run that its file gives, the best is the lowest, and nothing is done twice."""
+"""Sweep: each trial is the run of its settings file, the best has the lowest loss, and no trial runs twice."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def sweep_record(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def of_the_session(tmp_path_factory) -> Path:
-    """A folder that all workers share: sweeps take long, and the first worker's is everybody's."""
+    """A folder that all test workers share: a sweep takes long, so the first worker's is used by all."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
@@ -55,7 +55,7 @@ def run(of_the_session) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def swept(run, of_the_session) -> Path:
-    """Three rates, one of them far too high: its loss is not finite."""
+    """A sweep of three learning rates, one far too high: its loss is not finite."""
     folder = of_the_session / "swept"
     with FileLock(f"{folder}.lock"):
         if not (folder / "sweep.html").exists():
@@ -114,7 +114,7 @@ def started(run: tuple[str, ...], folder: Path, *flags: str) -> subprocess.Popen
 
 
 def wait_for_trial(number: int, process: subprocess.Popen, folder: Path) -> psutil.Process:
-    """The trial's process, as soon as it has begun."""
+    """Wait until a trial has started; returns its process."""
     for _ in range(1200):
         assert process.poll() is None, process.stderr.read()
         if (folder / f"trial-{number}.yaml").exists() and (children := psutil.Process(process.pid).children()):
@@ -133,7 +133,7 @@ def test_a_stopped_sweep_goes_on_and_what_is_finished_never_runs_again(swept, ru
     trial = wait_for_trial(4, process, folder)
     os.kill(process.pid, number)
     error = process.communicate(timeout=120)[1]
-    trial.wait(60)  # it ends with the sweep, killed or not
+    trial.wait(60)  # it ends with the sweep, even if that was killed
     if number == signal.SIGINT:
         assert process.returncode == 75
         assert "trials are done and kept" in error and "--resume" in error
@@ -166,7 +166,7 @@ def test_few_records_of_which_none_are_held_out_are_refused(run, tmp_path, capsy
 
 
 def test_the_line_of_a_trial_is_chinese(capsys):
-    """In a log it stayed “trial 1 of 2”: so short a text is no message to a screen unless it is said to be one."""
+    """Regression: in a log it stayed “trial 1 of 2”, because the console takes so short a text for no message."""
     search = Grid({"learning_rate": ("0.001", "0.003")})
     with (
         spoken("zh"),
@@ -189,7 +189,7 @@ def test_without_try_three_learning_rates_around_the_derived_one(run, tmp_path):
     paths = {name: settings.pop(name) for name in ("model_path", "dataset_path")}
     result = sweep(**paths, output_dir=tmp_path / "out", **{**settings, "max_steps": 2, "eval_steps": 2})
     rates = sorted(float(trial.settings["learning_rate"]) for trial in result.trials)
-    # 5e-4 (2000 / 32)^0.78 is above the highest rate that is taken, 4e-3; a short run takes half as much again.
+    # 5e-4 (2000 / 32)^0.78 exceeds the highest rate that is derived, 4e-3; a short run gets 1.5 times that.
     assert rates == pytest.approx([2e-3, 6e-3, 18e-3])
     assert result.best.eval_loss == min(trial.eval_loss for trial in result.trials)
     assert result.load().chat("?") is not None
@@ -198,7 +198,7 @@ def test_without_try_three_learning_rates_around_the_derived_one(run, tmp_path):
 
 
 def test_a_sweep_that_goes_on_needs_its_whole_command(tmp_path, capsys):
-    # It was refused for an --eval_size 0 that nobody had typed.
+    # Regression: it was refused for an --eval_size 0 that the user had not passed.
     (tmp_path / "sweep.json").write_text("{}")
     assert main(["sweep", "--output_dir", str(tmp_path), "--resume"]) == 2
     assert "needs --model_path and --dataset_path" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a sweep says of its trials, in every language in that language's words."""
+"""Report: what a sweep says about its trials, in the words of the user's language."""
 
 import re
 
@@ -23,7 +23,7 @@ def test_a_chinese_sentence_holds_no_english_word():
 
 
 def test_each_figure_is_named_where_the_page_is_too_narrow_for_the_heads_of_its_columns():
-    """On a phone the heads are hidden, and a trial was “0.003, 2.4, 45, 37 s” without a word."""
+    """On a phone the headings are hidden. Regression: a trial was only “0.003, 2.4, 45, 37 s”."""
     sweep = Sweep(status="finished", shared={"max_steps": "45"}, tried={"learning_rate": ("0.001", "0.003")})
     for trial in TRIALS:
         sweep = sweep.with_trial(trial)

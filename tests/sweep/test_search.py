@@ -1,4 +1,4 @@
-"""Laws of the search: combinations once each; optuna's trials lie in their ranges, differ, and go on after a stop."""
+"""Search: a grid has each combination once; optuna's trials are in range, differ, and continue after a stop."""
 
 import random
 
@@ -27,7 +27,7 @@ def test_a_grid_gives_each_combination_once_and_passes_over_what_was_tried():
 
 
 def trials_of(search: Sampled, *, known: list[Trial]) -> list[Trial]:
-    """Trials whose loss is lowest at a rate of 1e-4."""
+    """Trials whose loss is lowest at a learning rate of 1e-4."""
     trials = list(known)
     while (settings := search.next(trials)) is not None:
         loss = 1 + abs(float(settings["learning_rate"]) / 1e-4 - 1)

@@ -1,4 +1,4 @@
-"""Law of the settings file: train reads from it what was written, whatever characters a value holds."""
+"""Settings file: train reads exactly the values that were written, whatever their characters."""
 
 import pytest
 

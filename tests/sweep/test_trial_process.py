@@ -1,4 +1,4 @@
-"""Laws of a trial's end: its exit code and its last words say what became of it."""
+"""Trial process: a trial's exit code and its last output decide how its end is recorded."""
 
 import json
 

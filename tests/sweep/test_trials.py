@@ -1,4 +1,4 @@
-"""Laws of a sweep's record: what was written is read again, and what was not so written is named."""
+"""Trials: a sweep's record is read as it was written, and a record of another form is refused by name."""
 
 import json
 
