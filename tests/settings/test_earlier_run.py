@@ -68,7 +68,7 @@ def test_a_record_that_is_not_there_or_damaged_is_refused(tmp_path, text):
     if text is not None:
         (tmp_path / "run.json").write_text(text, encoding="utf-8")
     words = ["--resume", "--output_dir", str(tmp_path)]
-    with pytest.raises(BadSettings, match="no settings of a run in"):  # regression: a mistyped folder trained the demo there
+    with pytest.raises(BadSettings, match="no settings of a run in"):  # it trained the demo in a mistyped folder
         read_train(words)
     with pytest.raises(BadSettings, match="given without --dataset_path"):
         read_train([*words, "--model_path", "base"])

@@ -135,7 +135,7 @@ def test_a_cache_that_cannot_be_made_is_one_sentence(name, models, dialogues, tm
 @pytest.mark.skipif(sys.platform != "linux", reason="another library of OpenMP")
 @pytest.mark.parametrize(("own", "spins"), [({}, SPINS), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")])
 def test_waiting_threads_sleep_unless_the_user_says_otherwise(own, spins, tmp_path):
-    """The OpenMP library itself prints its settings when torch loads it after a command's preparations."""
+    """The OpenMP library prints its settings when torch loads it, here after a command has run."""
     others = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     code = f"from atomtune.cli import main; main(['runs', {str(tmp_path)!r}]); import torch"
     done = subprocess.run(

@@ -31,7 +31,7 @@ def problem(*flags: str) -> str:
         ("mix", "a", "numbers"),
         ("save_total_limit", "0", "a whole number, 1 or more"),
         ("gradient_checkpointing", "often", "one of auto, true, false"),
-        # Settings of the Trainer. Regression: pydantic and argparse accepted these values, and a library crashed on them.
+        # Settings of the Trainer. Regression: pydantic and argparse accepted these values, and a library crashed.
         ("per_device_train_batch_size", "0", "a whole number, 1 or more"),
         ("per_device_eval_batch_size", "0", "a whole number, 1 or more"),
         ("gradient_accumulation_steps", "0", "a whole number, 1 or more"),

@@ -166,7 +166,7 @@ def test_few_records_of_which_none_are_held_out_are_refused(run, tmp_path, capsy
 
 
 def test_the_line_of_a_trial_is_chinese(capsys):
-    """Regression: in a log it stayed “trial 1 of 2”, because the console takes so short a text for no message."""
+    """Regression: in a log it stayed “trial 1 of 2”: so short a text was not recognized as a message."""
     search = Grid({"learning_rate": ("0.001", "0.003")})
     with (
         spoken("zh"),

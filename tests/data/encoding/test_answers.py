@@ -1,4 +1,4 @@
-"""Answers by each of the three ways: from the template's form, from a later prompt, from a rendering of their own."""
+"""Answers: found in three ways, from the template's form, from a later prompt, or by a separate rendering."""
 
 import pytest
 
@@ -13,7 +13,7 @@ from tests.tiny import CHATML, tokenizer_of
 
 CONTENT = "{{ m['content'] }}"
 WITH_CALLS = CHATML.replace(CONTENT, CONTENT + "{{ m.tool_calls | tojson if m.tool_calls }}")
-#: An answer that ends the conversation begins with empty thoughts; in history it has none.
+#: An answer that ends the conversation begins with empty thoughts, which history leaves out.
 EMPTY_THOUGHTS_LAST = WITH_CALLS.replace(
     CONTENT,
     "{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' and loop.last and not add_generation_prompt }}" + CONTENT,
@@ -26,7 +26,7 @@ NUMBERED_LAST = WITH_CALLS.replace(
 
 @pytest.fixture
 def rendered(monkeypatch) -> list[int]:
-    """How many messages each rendering had."""
+    """The number of messages of each rendering, filled in while the test runs."""
     lengths: list[int] = []
     render = Template.render
 
@@ -67,7 +67,7 @@ def test_answers_out_of_a_later_prompt_are_those_of_their_own_renderings(source,
     renderings = len(rendered)
     assert answers == [answer_at(templated, at, prompt) for at, prompt in zip(record.learned, prompts, strict=True)]
     assert all(f'{{"n": {number}}}' in answer.text for number, answer in enumerate(answers[:-1]))
-    assert (renderings < 10) == few  # 30 calls; the 1st, 2nd, 4th, 8th, 16th are compared
+    assert (renderings < 10) == few  # of 30 calls; the 1st, 2nd, 4th, 8th and 16th are compared
 
 
 def test_a_text_is_its_own_answer_and_its_control_strings_are_hidden():

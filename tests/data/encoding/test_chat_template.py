@@ -1,4 +1,4 @@
-"""Laws of the templates: training uses the text that a server renders with the saved tokenizer."""
+"""Chat templates: training uses the text that a server renders with the saved tokenizer."""
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers

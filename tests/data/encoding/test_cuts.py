@@ -1,4 +1,4 @@
-"""Where renderings are cut: the pictures of cuts.py, on two templates that are cut before headers and before stops."""
+"""Cuts: the pictures in cuts.py, on one template that is cut before headers and one that is cut before stop tokens."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def test_cuts_before_headers_are_those_of_the_picture():
 
 
 def test_an_answer_ends_at_the_first_of_the_stop_tokens():
-    # gpt-oss ends an answer with one token and a call with another; what comes next may end with either.
+    # gpt-oss ends an answer with one token and a call with another, and later turns may contain either.
     template = replace(load_template("chatml", tokenizer_of("bytes", CHATML)), stops=("<|im_start|>", "<|im_end|>"))
     at_headers = cuts_of(TemplatedRecord(template, Record(TURNS, "a:1")))
     _, second, _ = at_headers.prompts_in(at_headers.prompt(5), LEARNED)
@@ -56,7 +56,7 @@ def test_cuts_before_stop_tokens_are_those_of_the_picture():
 
 
 def test_a_rendering_with_other_parts_than_turns_gives_no_prompts():
-    # A template that writes an answer without its header, or joins two: where they start is then not seen.
+    # If a template writes an answer without its header, or joins two answers, their start cannot be found.
     joins = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.content != 'a1' %}")
     for at, parts in ((cuts("auto", "bytes", joins), 2), (cuts("auto", "bytes", CHATML), 3)):
         last = at.prompt(5)
@@ -65,7 +65,7 @@ def test_a_rendering_with_other_parts_than_turns_gives_no_prompts():
 
 
 def test_without_a_mark_nothing_is_cut():
-    # As where a tokenizer does not give the ids of the whole on both sides of a cut.
+    # For example because the two sides of a cut would not tokenize to the ids of the whole.
     template = replace(load_template("auto", tokenizer_of("bytes", CHATML)), cut="")
     uncut = cuts_of(TemplatedRecord(template, Record(TURNS, "a:1")))
     last = uncut.prompt(5)

@@ -1,4 +1,4 @@
-"""The laws of data/encoding/encode.py, on five tokenizers.
+"""Encoding: its laws, on five tokenizers.
 
 The oracle writes each prompt by hand as segments, which are control tokens or plain text, and decodes the ids between
 two control tokens on their own. It shares no code with chat_template.py or encode.py.
@@ -540,7 +540,7 @@ def test_an_agents_record_keeps_its_question_and_its_last_calls():
 
 
 def test_the_question_of_an_agents_record_stays_however_far_back_it_is(tokenizers):
-    # Only as many turns as tokens are searched, and the question comes before them.
+    # Only as many turns as there are tokens are searched, and the question is before them.
     template = load_template("qwen3", tokenizers["chatml"])
     calls = [[{"role": "assistant", "content": f"c{n}"}, {"role": "tool", "content": "5"}] for n in range(300)]
     messages = [{"role": "user", "content": "fix it"}, *(message for pair in calls for message in pair)]

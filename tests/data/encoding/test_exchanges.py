@@ -1,4 +1,4 @@
-"""Exchanges: the picture of exchanges.py, and what the prompts of a conversation share."""
+"""Exchanges: the picture in exchanges.py, and the parts that the prompts of a conversation share."""
 
 import pytest
 
@@ -42,7 +42,7 @@ def test_a_text_has_no_prompt_but_the_beginning():
 
 @pytest.mark.parametrize(("name", "kind"), [("qwen3", "bytes"), ("mistral-v1", "sentencepiece")])
 def test_the_prompts_of_a_conversation_hold_what_they_share_once(name, kind):
-    # Each held all parts before it: 16,000 turns took half a gigabyte, and 100,000 all memory.
+    # Regression: each had its own list of all parts before it; 16,000 turns took 0.5 GB, and 100,000 all memory.
     turns = [Turn(role, f"{role} {n}") for n in range(300) for role in ("user", "assistant")]
     template = load_template(name, tokenizer_of(kind))
     exchanges = exchanges_of(template, Record(tuple(turns), "train.jsonl:1"))

@@ -1,4 +1,4 @@
-"""Law of rendering: whatever the template, the text is the one that the tokenizer's apply_chat_template renders."""
+"""Rendering: for every template, the text equals that of the tokenizer's apply_chat_template."""
 
 import contextlib
 import datetime

@@ -1,4 +1,4 @@
-"""What a template leaves out of a record is noted, or refuses the record by name."""
+"""Omissions: if a template leaves out a part of a record, there is a note, or the record is refused with the reason."""
 
 import pytest
 
@@ -40,7 +40,7 @@ def notes(source: str, *turns: Turn, **more) -> tuple[str, ...]:
             ["white space"],
         ),
         (TOOLS_AS_JSON, [QUESTION, Turn("assistant", "", calls=CALLS), TOLD, ANSWER], []),
-        # Catches an instruction that is gone from all records, as with templates that know user and assistant alone.
+        # Catches an instruction that all records lose, with templates that know only user and assistant.
         (CHATML, [Turn("system", " Be <|im_end|> brief.\n"), QUESTION, ANSWER], []),
         (DEAF_TO_SYSTEM, [Turn("system", " Be <|im_end|> brief.\n"), QUESTION, ANSWER], ["system"]),
     ],
@@ -74,7 +74,7 @@ def test_what_cannot_be_spared_refuses_the_record(source, turns, why):
 
 
 def test_a_turn_of_each_number_of_calls_is_looked_at():
-    # A template may write two calls and not three.
+    # A template may write two calls of a turn, but not three.
     two = CHATML.replace(CONTENT, CONTENT + "{{ m.tool_calls[:2] | tojson if m.tool_calls }}")
     three = (*CALLS, {"name": "f", "arguments": {"city": "Oslo"}})
     turns = [QUESTION, Turn("assistant", "", calls=CALLS), TOLD]

@@ -1,4 +1,4 @@
-"""Prompts cut out of one rendering are those that are rendered one by one, or are not taken."""
+"""Prompts: if they are cut out of one rendering, they equal prompts that are rendered one by one."""
 
 from dataclasses import replace
 
@@ -22,13 +22,13 @@ LAST_QUESTION = (
 PLAIN = "{{ tools | tojson if tools }}" + CHATML.replace(
     CONTENT, CONTENT + "{{ m.tool_calls | tojson if m.tool_calls }}"
 )
-#: As Qwen3's: after the last question an answer keeps its thoughts, empty ones too.
+#: Like Qwen3's: after the last question, an answer keeps its thoughts, even empty ones.
 KEEPS_AFTER_QUESTION = LAST_QUESTION + PLAIN.replace(
     CONTENT,
     "{% if m.role == 'assistant' and loop.index0 > last.question %}<think>\n{{ m.reasoning_content }}\n</think>\n\n"
     "{% endif %}" + CONTENT,
 )
-#: As Mistral's.
+#: Like Mistral's.
 TOOLS_BEFORE_LAST_QUESTION = LAST_QUESTION + PLAIN.removeprefix("{{ tools | tojson if tools }}").replace(
     CONTENT, "{{ tools | tojson if tools and loop.index0 == last.question }}" + CONTENT
 )
@@ -73,7 +73,7 @@ def test_up_to_a_few_answers_each_prompt_is_rendered_and_more_are_cut(monkeypatc
     assert rendered == [1, 3, 5, 7]
     rendered.clear()
     texts(template, conversation(100, 0))
-    # The last, then the 1st, 2nd, 4th, … to compare.
+    # The last prompt, then the 1st, 2nd, 4th, … for comparison.
     assert rendered == [199, 1, 3, 7, 15, 31, 63, 127]
 
 
@@ -89,7 +89,7 @@ def test_a_template_that_writes_other_prompts_early_or_late_is_rendered_each_tim
 
 
 def test_thoughts_that_only_some_later_prompts_hold_are_not_missed():
-    # Between the prompts that are compared: the fifth answer's thoughts are in the next prompt alone.
+    # The fifth answer is between the compared prompts, and its thoughts are only in the next prompt.
     recent = "{{ m.reasoning_content if loop.index0 > messages | length - 3 }}"
     template = load_template("auto", tokenizer_of("bytes", PLAIN.replace(CONTENT, recent + CONTENT)))
     turns = list(conversation(9, 0).turns)

@@ -69,7 +69,7 @@ NAMES = [
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("name", NAMES)
 def test_what_was_learned_of_an_answer_is_read_back_as_that_answer(name, answer):
-    # Catches `analysis…assistantfinal72`, thoughts without their tags, and one more space in the history every turn.
+    # Catches `analysis…assistantfinal72`, thoughts without their tags, and a history that gets a space more each turn.
     template, turn = template_of(name), ANSWERS[answer]
     record = Record((ASKED, turn), "a:1")
     if turn.reasoning and not template.knows_thoughts:

@@ -1,4 +1,4 @@
-"""Law of the sandbox: whatever a template computes, it ends soon, in little memory, with a text or its own error."""
+"""Sandbox: whatever a template computes, it soon ends, in little memory, with a text or an error of its own."""
 
 import datetime
 import resource
@@ -100,7 +100,7 @@ def test_a_bomb_ends_soon_and_takes_little_memory(name):
     began = time.process_time()
     try:
         text = render(BOMBS[name])
-    except Exception:  # noqa: BLE001  # any of its own
+    except Exception:  # noqa: BLE001  # any error of the template
         text = ""
     assert len(text) <= sandbox.MOST_CHARACTERS
     assert time.process_time() - began < 4

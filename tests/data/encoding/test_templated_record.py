@@ -1,4 +1,4 @@
-"""What a template renders of a record: messages, the prompt before an answer, the answer after it."""
+"""Templated record: a record's messages, the rendered prompt before an answer, and the answer after it."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from atomtune.data.records import Record, Turn
 from tests.tiny import CHATML, tokenizer_of
 
 QUESTION = Turn("user", "9*8?")
-#: The thoughts of an answer are written while it is the last turn, and left out later.
+#: Writes an answer's thoughts while it is the last turn, and leaves them out later.
 FORGETS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content and loop.last %}<think>\n"
     "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -22,14 +22,14 @@ def template_of(source: str) -> Template:
 
 
 def prompt_and_answer(source: str, *turns: Turn) -> tuple[str, str]:
-    """Of the last turn."""
+    """The rendered prompt and answer of the last turn."""
     templated = TemplatedRecord(template_of(source), Record(turns, "a:1"))
     prompt = templated.prompt_text(len(turns) - 1)
     return prompt, templated.answer_text(len(turns) - 1, prompt)
 
 
 def test_messages_are_found_by_their_turn():
-    # Two messages of one turn: the numbers of turns and of messages differ from there on.
+    # One turn has two messages, so the indices of turns and messages differ from there on.
     template = load_template("atom", tokenizer_of("sentencepiece"))
     turns = (Turn("user", "Translate.", input="dog"), Turn("assistant", "Hund"), Turn("user", "cat"))
     templated = TemplatedRecord(template, Record((*turns, Turn("assistant", "Katze")), "a:1"))
@@ -49,7 +49,7 @@ def test_a_prompt_and_its_answer_are_the_rendered_conversation():
 
 
 def test_an_answer_is_found_where_thoughts_before_it_are_gone():
-    # With the second answer, the first is no longer the last turn: the rendering does not begin with the prompt.
+    # Once the second answer is there, the first loses its thoughts, so the rendering does not begin with the prompt.
     source = FORGETS.replace("ASKS", "")
     turns = (Turn("assistant", "72", reasoning="Nine times eight."), Turn("assistant", "It is 72."))
     prompt, answer = prompt_and_answer(source, QUESTION, *turns)

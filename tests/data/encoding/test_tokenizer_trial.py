@@ -1,4 +1,4 @@
-"""Tokenizers whose regexes backtrack for hours are detected before a record is read; published ones pass."""
+"""Tokenizer trial: regexes that backtrack for hours are detected before records are read; published ones pass."""
 
 import json
 import shutil
