@@ -102,7 +102,7 @@ class Omissions:
 
 
 def _is_there_as_json(text: str, prompt: str) -> bool:
-    """Whether the prompt has a text as a JSON string; some templates write tool results so."""
+    """Whether the prompt has a text as a JSON string; some templates write tool results this way."""
     return any(json.dumps(text, ensure_ascii=ascii_only)[1:-1] in prompt for ascii_only in (False, True))
 
 

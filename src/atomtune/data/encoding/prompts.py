@@ -1,4 +1,4 @@
-"""Prompts: the text before each learned answer, cut out of one rendering if the template writes all of them so.
+"""Prompts: the text before each learned answer, cut out of one rendering if that gives the same text.
 
 A conversation of n answers has n prompts, and each begins with nearly all of the one before. Rendering each takes time
 quadratic in the conversation's length: 1,500 calls of an agent took 85 seconds. The last prompt contains the others:
@@ -41,7 +41,7 @@ def _by_question(record: Record, learned: Sequence[int]) -> list[list[int]]:
 
 
 def _cut_from_last(cuts: Cuts, learned: Sequence[int]) -> list[Prompt[str]] | None:
-    """All prompts, cut out of the last one; None if the template writes one of them differently."""
+    """All prompts, cut out of the last one; None if they cannot be cut or the template writes one differently."""
     if not cuts.mark or not _may_hold_the_others(cuts.templated):
         return None
     last = cuts.prompt(learned[-1])
