@@ -128,6 +128,14 @@ def test_weights_that_are_not_whole_are_named(text_adapter, whole_base, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_kind_that_only_peft_computes_is_copied_for_peft(text_adapter, whole_base, tmp_path):
+    adapter = Path(shutil.copytree(text_adapter, tmp_path / "alora"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "alora_invocation_tokens": [5, 6]}))
+    assert export_to("Gemma3ForConditionalGeneration", adapter, whole_base, tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["alora_invocation_tokens"] == [5, 6]
+
+
 def test_the_copy_is_no_run_of_its_own_and_keeps_what_evaluate_needs(text_adapter, whole_base, tmp_path, capsys):
     run = shutil.copytree(text_adapter, tmp_path / "runs" / "run")
     out = tmp_path / "runs" / "exported"

@@ -49,24 +49,22 @@ def carry_over(base: Path, out: Path, *, loaded: Collection[str], prefix: str) -
     return tuple(sorted(carried))
 
 
-def keep_unrounded(base: Path, out: Path, *, dtype: torch.dtype) -> tuple[str, ...]:
-    """Restore tensors that the base's files have in more bits than `dtype`, the base's own; return their names.
+def keep_unrounded(base: Path, out: Path, *, prefix: str) -> tuple[str, ...]:
+    """Restore tensors that the base's files have in more bits than most of their tensors; return the restored names.
 
     Only tensors that equal the base's after rounding are restored. Those that an adapter or a quantization changed stay
-    as they were written.
+    as they were written, and so does a base that is stored in float32 throughout.
+    prefix  as in `carry_over`
     """
-    stored = {
-        name: file
-        for file in weight_files(base)
-        for name, tensor in _tensors(file)
-        if tensor.is_floating_point() and tensor.itemsize > dtype.itemsize
-    }
+    file_of = _wider_than_most(base, prefix=prefix)
     kept: list[str] = []
-    for shard in weight_files(out) if stored else []:
+    for shard in weight_files(out) if file_of else []:
         tensors = dict(_tensors(shard))
-        sources = {stored[name] for name in tensors.keys() & stored.keys()}
-        unrounded = {name: tensor for file in sources for name, tensor in _tensors(file) if stored.get(name) == file}
-        rounded = [name for name, written in tensors.items() if _is_rounded(written, unrounded.get(name))]
+        bare_names = {name: name.removeprefix(f"{prefix}.") for name in tensors}
+        files = {file_of[bare] for bare in bare_names.values() if bare in file_of}
+        stored = {name.removeprefix(f"{prefix}."): tensor for file in files for name, tensor in _tensors(file)}
+        unrounded = {name: stored[bare] for name, bare in bare_names.items() if bare in file_of and bare in stored}
+        rounded = [name for name, tensor in unrounded.items() if _is_rounded(tensors[name], tensor)]
         if rounded:
             beside = shard.with_suffix(".new")  # `tensors` may still be memory-mapped from `shard`
             save_file(tensors | {name: unrounded[name] for name in rounded}, beside, metadata={"format": "pt"})
@@ -79,17 +77,44 @@ def keep_unrounded(base: Path, out: Path, *, dtype: torch.dtype) -> tuple[str, .
     return tuple(sorted(kept))
 
 
-def _is_rounded(written: torch.Tensor, stored: torch.Tensor | None) -> bool:
-    return stored is not None and stored.itemsize > written.itemsize and same_bits(stored.to(written.dtype), written)
+def _wider_than_most(base: Path, *, prefix: str) -> dict[str, Path]:
+    """name without prefix → file, for tensors with more bits than the dtype that most of the base's bytes have."""
+    bytes_of: dict[torch.dtype, int] = {}
+    dtypes: dict[str, tuple[Path, torch.dtype]] = {}
+    for file in weight_files(base):
+        for name, tensor in _tensors(file):
+            if tensor.is_floating_point():
+                bytes_of[tensor.dtype] = bytes_of.get(tensor.dtype, 0) + tensor.nbytes
+                dtypes[name.removeprefix(f"{prefix}.")] = file, tensor.dtype
+    usual = max(bytes_of, key=bytes_of.__getitem__, default=torch.float32)
+    return {name: file for name, (file, dtype) in dtypes.items() if dtype.itemsize > usual.itemsize}
 
 
-def changed(base: Path, out: Path, names: Collection[str]) -> list[str]:
-    """Which of these tensors differ from the base's in any bit, or are missing in `out`."""
+def _is_rounded(written: torch.Tensor, stored: torch.Tensor) -> bool:
+    return stored.itemsize > written.itemsize and same_bits(stored.to(written.dtype), written)
+
+
+def changed(base: Path, out: Path, names: Collection[str], *, prefix: str) -> list[str]:
+    """Which of these tensors differ from the base's in any bit, or are missing in one of the folders.
+
+    prefix  as in `carry_over`
+    """
+    bare_names = {name: name.removeprefix(f"{prefix}.") for name in names}
+    wanted = set(bare_names.values())
     ours, theirs = (
-        {name: tensor for file in weight_files(folder) for name, tensor in _tensors(file) if name in names}
+        {
+            bare: tensor
+            for file in weight_files(folder)
+            for name, tensor in _tensors(file)
+            if (bare := name.removeprefix(f"{prefix}.")) in wanted
+        }
         for folder in (out, base)
     )
-    return sorted(name for name in names if name not in ours or not same_bits(ours[name], theirs[name]))
+    return sorted(
+        name
+        for name, bare in bare_names.items()
+        if bare not in ours or bare not in theirs or not same_bits(ours[bare], theirs[bare])
+    )
 
 
 def _tensors(

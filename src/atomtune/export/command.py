@@ -56,7 +56,10 @@ def _refuse_impossible(settings: ExportSettings) -> None:
 
 def _to_peft(settings: ExportSettings, console: Console) -> None:
     adapter, out, class_name = Path(settings.adapter_path), Path(settings.output_dir), str(settings.for_class)
-    _, metadata, base_path = adapter_and_base(adapter, **base_of_adapter(settings), notice=console.notice)
+    # The copy is for PEFT, which computes kinds of adapters that are refused here.
+    _, metadata, base_path = adapter_and_base(
+        adapter, **base_of_adapter(settings), notice=console.notice, is_computed=False
+    )
     if metadata.base and not is_at_hand(base_path):
         console.notice(
             f"the weights of {base_path} are not on this machine, so whether the adapter was trained on them was not "

@@ -52,6 +52,8 @@ LAST_WRITTEN = "config.json"
 _LEAST_SHARE_OF_FILES = 0.6
 #: If rounding to the dtype keeps a smaller share of the adapter's change, the user gets a notice.
 LEAST_SHARE_KEPT = 0.9
+#: Of one written file. `keep_unrounded` needs room for a second copy of one file at a time.
+_SHARD = "5GB"
 
 
 def merge(settings: MergeSettings) -> int:
@@ -100,7 +102,7 @@ def write_merged(settings: MergeSettings, out: Path, console: Console) -> None:
 
     console.say("checking the written folder …")
     weights, measures = _check_written(trained, out)
-    _refuse_changed(trained, out, (*copied.carried, *copied.unrounded))
+    _refuse_changed(trained, out, copied)
     _say_checked(weights, measures, trained.spec.dtype, console)
     if copied.carried:
         console.say(
@@ -123,6 +125,7 @@ class _Copied(NamedTuple):
 
     carried: tuple[str, ...] = ()
     unrounded: tuple[str, ...] = ()
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,7 @@ def _save_merged(base: CausalLM, trained: _TrainedModel, out: Path, console: Con
         )
     merged = merge_weights(adapted)
     ready_to_answer(merged, trained.template, notice=console.notice)
-    merged.save_pretrained(out)
+    merged.save_pretrained(out, max_shard_size=_SHARD)
     tokenizer = trained.template.tokenizer
     tokenizer.chat_template = trained.template.source  # another tool may have saved the adapter without it
     tokenizer.save_pretrained(out)
@@ -223,10 +226,10 @@ def _save_merged(base: CausalLM, trained: _TrainedModel, out: Path, console: Con
     folder = folder_of(trained.spec.path)
     if folder is None or trained.stored_quantized:  # tensors that are not loaded belong to the quantization
         return _Copied()
-    stored = stored_dtype(trained.spec.path, trust_remote_code=trained.spec.trust_remote_code)
-    unrounded = keep_unrounded(folder, out, dtype=stored)
-    carried = carry_over(folder, out, loaded=merged.state_dict().keys(), prefix=str(merged.base_model_prefix))
-    return _Copied(carried, unrounded)
+    prefix = str(merged.base_model_prefix)
+    unrounded = keep_unrounded(folder, out, prefix=prefix)
+    carried = carry_over(folder, out, loaded=merged.state_dict().keys(), prefix=prefix)
+    return _Copied(carried, unrounded, prefix)
 
 
 def _first_parts(names: Sequence[str]) -> list[str]:
@@ -265,7 +268,8 @@ def _say_checked(weights: Weights, measures: Sequence[Measure], dtype: torch.dty
     )
 
 
-def _refuse_changed(trained: _TrainedModel, out: Path, carried: Sequence[str]) -> None:
+def _refuse_changed(trained: _TrainedModel, out: Path, copied: _Copied) -> None:
     folder = folder_of(trained.spec.path)
-    if folder and (names := changed(folder, out, carried)):
+    names = changed(folder, out, (*copied.carried, *copied.unrounded), prefix=copied.prefix) if folder else []
+    if names:
         raise CheckFailed(f"These merged tensors are not the base's:\n{listing(names)}\n{NOT_KEPT}")

@@ -379,13 +379,15 @@ def answering_as(model: PeftModel, adapter: str | None) -> Iterator[None]:
             bias.data = value
 
 
-def refuse_damaged(folder: Path) -> None:
+def refuse_damaged(folder: Path, *, is_computed: bool = True) -> None:
     """Raise BadModel if a saved adapter is unusable whatever its base is.
 
     To be checked before the base is loaded: a large base takes minutes to load, an adapter a second to read.
+    is_computed  whether the adapter is going to be computed here, and not only copied
     """
     file = _weights_file(folder)
-    adapter_config(folder)
+    if is_computed:
+        adapter_config(folder)
     problems = [fault for name, tensor in read_weights(file).items() if (fault := _fault(name, tensor))]
     if problems:
         raise BadModel(f"{file} cannot be used:\n{listing(sorted(problems))}")
@@ -440,7 +442,9 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     b = b.detach().cpu()
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    # A tensor without dimensions cannot be viewed as bytes.
+    bytes_a, bytes_b = (tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (a, b))
+    return torch.equal(bytes_a, bytes_b)
 
 
 def refuse_not_finite(model: nn.Module) -> None:

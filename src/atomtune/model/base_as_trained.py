@@ -14,14 +14,20 @@ from atomtune.model.load import BaseSpec, device_in_use, is_stored_quantized, re
 
 
 def adapter_and_base(
-    folder: Path, *, model_path: str | None, trust_remote_code: bool, other_base: bool, notice: Callable[[str], None]
+    folder: Path,
+    *,
+    model_path: str | None,
+    trust_remote_code: bool,
+    other_base: bool,
+    notice: Callable[[str], None],
+    is_computed: bool = True,
 ) -> tuple[Template, AdapterMetadata, str]:
     """(template, metadata, path of the base) of a saved adapter; no base is loaded.
 
     A base that is not on this machine yet cannot be compared before it is loaded: see fingerprint.is_at_hand.
     Raises BadModel for a folder without an adapter, a damaged adapter, or a base that it was not trained on.
     """
-    refuse_damaged(folder)
+    refuse_damaged(folder, is_computed=is_computed)
     template, metadata = template_of(folder, model_path=model_path, trust_remote_code=trust_remote_code, notice=notice)
     base_path = base_of(folder, model_path)
     refuse_other_base(base_path, metadata.base, anyway=other_base, notice=notice)

@@ -1,5 +1,6 @@
 """Run errors: messages for errors that end a run: what happened, what is saved, what to do."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -29,9 +30,7 @@ def told_to_user(error: BaseException, args: TrainingArguments, *, again: str) -
         signal_name = error.args[0] if error.args else "SIGINT"
         return _stopped_at_once(signal_name, newest_whole, folder, again)
     if disk_failed(error):
-        cache = Path(datasets.config.HF_DATASETS_CACHE)  # the cache of encoded records, often on another disk
-        there = [path for path in (folder, cache) if path.is_dir()]
-        full = min(there, key=lambda path: shutil.disk_usage(path).free, default=folder)
+        full = _full_folder(error, folder)
         reason = disk_reason(error, full)
         return RunFailed(
             f"The disk is full or failing: {full} could not be written ({reason}).\nLast complete checkpoint: "
@@ -39,6 +38,20 @@ def told_to_user(error: BaseException, args: TrainingArguments, *, again: str) -
             "names another place for encoded records), then continue with --resume."
         )
     return of_the_model(error) or error
+
+
+def _full_folder(error: BaseException, output_dir: Path) -> Path:
+    """The folder that could not be written: the output folder, or the cache of encoded records, often on another disk.
+
+    Only the cache's library, Arrow, raises an OSError without a file name; checkpoints are written by torch and
+    safetensors, which have errors of their own.
+    """
+    if not isinstance(error, OSError):
+        return output_dir
+    if error.filename is not None:
+        return Path(os.fsdecode(error.filename)).parent
+    there = [path for path in (output_dir, Path(datasets.config.HF_DATASETS_CACHE)) if path.is_dir()]
+    return min(there, key=lambda path: shutil.disk_usage(path).free, default=output_dir)
 
 
 def _stopped_at_once(signal_name: str, newest_whole: Path | None, folder: Path, again: str) -> Stopped:

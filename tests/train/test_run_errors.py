@@ -1,0 +1,47 @@
+"""Run errors: the message names the folder that could not be written."""
+
+import errno
+import os
+from collections import namedtuple
+
+import datasets
+import pytest
+from transformers import TrainingArguments
+
+from atomtune.train import run_errors
+from atomtune.train.run_errors import told_to_user
+
+Usage = namedtuple("Usage", "free")
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """The output folder, and a cache of encoded records on a disk with less free space."""
+    output, cache = tmp_path / "output", tmp_path / "cache"
+    output.mkdir()
+    cache.mkdir()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+    monkeypatch.setattr(run_errors.shutil, "disk_usage", lambda path: Usage(0 if path == cache else 10**9))
+    return output, cache
+
+
+def full(filename=None):
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), filename)
+
+
+def test_the_folder_of_the_file_that_could_not_be_written_is_named(folders):
+    output, _ = folders
+    told = str(told_to_user(full(str(output / "checkpoint-4" / "x")), TrainingArguments(str(output)), again=""))
+    assert f"{output / 'checkpoint-4'} could not be written ({output / 'checkpoint-4' / 'x'}: No space left" in told
+
+
+def test_torch_writes_to_the_output_folder_alone(folders):
+    # Regression: the cache was named, because its disk had less free space.
+    output, _ = folders
+    error = RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 341696 vs 341584")
+    assert f"{output} could not be written" in str(told_to_user(error, TrainingArguments(str(output)), again=""))
+
+
+def test_an_error_without_a_file_is_that_of_the_fuller_disk(folders):
+    output, cache = folders
+    assert f"{cache} could not be written" in str(told_to_user(full(), TrainingArguments(str(output)), again=""))
