@@ -174,6 +174,11 @@ def compare(
         return _as_after_training(base, lora)
 
     fast = load()
+    if model.quantize == "int8":
+        console.notice(
+            "in training, the 8-bit layers compute the columns of large values of a whole batch in more bits, so a "
+            "record's loss depends a little on its batch in any program. This effect is left out of the comparison."
+        )
     _say_how_long(fast, examples, console)
     layout = _layout(fast, wanted)
     fuse_layers(fast, input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
