@@ -1,5 +1,6 @@
 """Adapters that nothing was trained for: of a wanted size, or of any kind that PEFT has beside plain LoRA."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,11 +28,11 @@ OTHER_KINDS = {
 }
 
 
-def adapter_on(base: Path, folder: Path, *, size: float) -> Path:
+def adapter_on(base: Path, folder: Path, *, size: float, targets: Sequence[str] = ("all-linear",)) -> Path:
     """An adapter whose change of each matrix is about `size` of the matrix."""
     model = new_adapter(
         load_base(BaseSpec(path=str(base), dtype=torch.float32, device=CPU)),
-        LoraSpec(rank=4, alpha=4, dropout=0.0, targets=["all-linear"]),
+        LoraSpec(rank=4, alpha=4, dropout=0.0, targets=list(targets)),
     )
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():

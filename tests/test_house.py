@@ -246,6 +246,43 @@ def test_every_code_block_ends(path):
     assert headings_and_blocks(path)[1] % 2 == 0
 
 
+@pytest.mark.parametrize("page", [p for p in written_files() if p.suffix == ".md"], ids=name)
+def test_every_link_within_the_project_leads_somewhere(page):
+    # Regression: a heading of the README was renamed, and two links to it led nowhere.
+    assert broken_links(page) == []
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path):
+    (tmp_path / "other.md").write_text("# A `flag`, and more\n")
+    page = tmp_path / "page.md"
+    page.write_text("# Here\n[a](#here) [b](#there) [c](other.md#a-flag-and-more) [d](other.md#b) [e](none.md)\n")
+    assert broken_links(page) == ["#there", "other.md#b", "none.md"]
+
+
+def broken_links(page: Path) -> list[str]:
+    """Links of a page to files or headings that do not exist; links to the web are not followed."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", _without_code(page)):
+        if link.startswith(("http://", "https://")):
+            continue
+        file, _, heading = link.partition("#")
+        target = page.parent / file if file else page
+        is_there = target.exists() and (not heading or heading in _headings(target))
+        if not is_there:
+            broken.append(link)
+    return broken
+
+
+def _headings(page: Path) -> set[str]:
+    """The names that GitHub gives to a page's headings: small letters, no marks, hyphens for spaces."""
+    titles = re.findall(r"^#+ (.*)$", _without_code(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
+
+
+def _without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
 def test_tests_mirror_the_source():
     # tests/data/reading/test_hub.py tests src/atomtune/data/reading/hub.py; tests across packages are in tests/walk.
     tests = ROOT / "tests"

@@ -6,13 +6,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from atomtune.cli import main
 from atomtune.export.carried_tensors import carry_over, changed, keep_unrounded
-from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.fingerprint import INDEX, weight_files
-from atomtune.model.load import BaseSpec, load_base
+from tests.adapters import adapter_on
 from tests.hybrids import write_walked
 
 MORE = {"mtp.norm.weight": torch.arange(4, dtype=torch.bfloat16), "mtp.fc.weight": torch.randn(3, 5)}
@@ -64,14 +63,7 @@ def test_a_base_whose_files_lack_the_prefix_of_the_class_is_loaded_and_not_carri
     file = base / "model.safetensors"
     stored = {name.removeprefix(f"{prefix}."): tensor for name, tensor in load_file(file).items()}
     save_file({**stored, **IGNORED[family]}, file, metadata={"format": "pt"})
-    lora = LoraSpec(rank=4, alpha=4, dropout=0.0, targets=["all-linear"])
-    model = new_adapter(load_base(BaseSpec(path=str(base), dtype=torch.float32, device=torch.device("cpu"))), lora)
-    with torch.no_grad():
-        for tensor in model.parameters():
-            if tensor.requires_grad:
-                tensor.normal_(std=0.1)
-    model.save_pretrained(adapter)
-    AutoTokenizer.from_pretrained(base).save_pretrained(adapter)
+    adapter_on(base, adapter, size=0.5)
     assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(out)]) == 0
     names = {name for file in weight_files(out) for name in load_file(file)}
     assert names == {*load_file(models(family) / "model.safetensors"), *IGNORED[family]}
@@ -91,14 +83,7 @@ def test_what_a_bases_files_hold_in_float32_beside_bfloat16_is_written_unrounded
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
 
-    lora = LoraSpec(rank=4, alpha=4, dropout=0.0, targets=["down_proj"])
-    model = new_adapter(load_base(BaseSpec(path=str(base), dtype=torch.float32, device=torch.device("cpu"))), lora)
-    with torch.no_grad():
-        for tensor in model.parameters():
-            if tensor.requires_grad:
-                tensor.normal_(std=0.1)
-    model.save_pretrained(adapter)
-    AutoTokenizer.from_pretrained(base).save_pretrained(adapter)
+    adapter_on(base, adapter, size=0.5, targets=["down_proj"])
     assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(out), *more]) == 0
     assert "tensors that the base's files hold in more bits" in capsys.readouterr().out
     merged = load_file(out / "model.safetensors")
