@@ -45,6 +45,13 @@ def numbered_dialogues() -> list[dict]:
     return [{**record, "instruction": f"{record['instruction']} ({n})"} for n in range(5) for record in DIALOGUES]
 
 
+@pytest.fixture
+def working_directory(tmp_path, monkeypatch):
+    """An empty working directory, for commands with relative paths: a checkout may have a folder `merged` of its user."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """An example store for the tests, separate from the user's, also in processes that tests start."""

@@ -84,13 +84,13 @@ def test_an_adapter_of_ours_without_its_tokenizer_is_refused(by_heart, tmp_path)
         template_of(tmp_path, trust_remote_code=False)
 
 
+@pytest.mark.usefixtures("working_directory")
 @pytest.mark.parametrize(
     "command",
     [["chat", "--prompt", "x"], ["evaluate"], ["merge", "--output_dir", "merged"], ["serve"]],
     ids=lambda command: command[0],
 )
-def test_a_file_of_an_adapter_is_told_its_folder(by_heart, tmp_path, capsys, monkeypatch, command):
-    monkeypatch.chdir(tmp_path)  # a folder named merged in the working directory would be refused first
+def test_a_file_of_an_adapter_is_told_its_folder(by_heart, capsys, command):
     # Once, the message was "no such folder" for a path that exists.
     file = by_heart / "adapter_model.safetensors"
     assert main([*command, "--adapter_path", str(file)]) == 2

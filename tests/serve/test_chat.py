@@ -96,6 +96,7 @@ def test_the_base_is_held_as_in_training(trained_in_nf4):
     assert "as it was in training" in as_trained.notices[0] and "--stored_base" in as_stored.notices[0]
 
 
+@pytest.mark.usefixtures("working_directory")
 @pytest.mark.parametrize(
     ("files", "said"),
     [
@@ -119,9 +120,8 @@ def test_the_base_is_held_as_in_training(trained_in_nf4):
     ],
     ids=" ".join,
 )
-def test_a_folder_without_an_adapter_says_so(tmp_path, capsys, monkeypatch, command, files, said):
+def test_a_folder_without_an_adapter_says_so(tmp_path, capsys, command, files, said):
     """For three of these, the message was transformers' own: that a tokenizer could not be converted."""
-    monkeypatch.chdir(tmp_path)  # a folder named merged in the working directory would be refused first
     folder = tmp_path / "run"
     for file in files or ():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
