@@ -47,7 +47,7 @@ def numbered_dialogues() -> list[dict]:
 
 @pytest.fixture
 def working_directory(tmp_path, monkeypatch):
-    """An empty working directory, for commands with relative paths: a checkout may have a folder `merged` of its user."""
+    """An empty working directory, for commands with relative paths: a user may have a folder `merged` in a checkout."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
